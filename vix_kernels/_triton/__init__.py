@@ -1,0 +1,1 @@
+"""Triton kernels, one file a primitive. The only folder that imports triton."""

@@ -1,0 +1,284 @@
+"""Kernels of `aggregate`: M slots read N tokens (primitives/aggregate.py states the equations).
+
+Logits are kept in base 2, so that every exponential is one exp2. Three kernels do the work: forward and slot gradients hold
+a tile of slots and walk over the tokens, token gradients hold a tile of tokens and walk over the slots. None of them needs
+an atomic: each output is written once, by one program.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..primitives.layout import empty_like_tokens, unit_last_stride
+from .configs import launch_config
+from .launch import launch
+from .layout import mask_strides, padded, rotary_arguments, slot_strides, token_strides
+from .tiles import LN2, LOG2E, cast, dot, load_rotated, load_slots, load_tile, logits, slot_channels, store_tile, store_unrotated
+
+
+@triton.jit
+def key_bias(k, valid, scale, GAUSSIAN: tl.constexpr, COMPUTE: tl.constexpr):
+    """Base-2 bias of a tile of keys: -|scale k|^2 / 2 for Gaussian slots, -inf where a key does not take part."""
+    bias = tl.zeros((k.shape[0],), COMPUTE)
+    if GAUSSIAN:
+        x = k.to(COMPUTE)
+        bias -= tl.sum(x * x, 1) * (0.5 * LOG2E * scale * scale)
+    return tl.where(valid, bias, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["N", "M", "scale"])
+def aggregate_forward_kernel(
+    slots, k, v, mask, cos, sin, values, lse,
+    slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
+    H, N, M, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    slot_tiles = tl.cdiv(M, BLOCK_M)
+    i_bh = (tl.program_id(0) // slot_tiles).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_m = tl.program_id(0) % slot_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    k += i_b * k_b + i_h * k_h
+    v += i_b * v_b + i_h * v_h
+    angles = i_h * angle_h
+    b_slots = load_slots(slots + i_b * slots_b + i_h * slots_h, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+
+    b_max = tl.full((BLOCK_M,), float("-inf"), COMPUTE)
+    b_sum = tl.zeros((BLOCK_M,), COMPUTE)
+    b_values = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
+    for start in range(0, N, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        valid = o_n < N
+        if MASKED:
+            valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=valid, other=0) != 0
+        b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+        b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
+        b_bias = key_bias(b_k, valid, scale, GAUSSIAN, COMPUTE)
+        b_l = logits(b_slots, b_k, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION)
+        b_l = b_l * (scale * LOG2E) + b_bias[None, :]
+
+        new_max = tl.maximum(b_max, tl.max(b_l, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # no key yet: exp2(-inf - 0) = 0, not NaN
+        b_p = tl.exp2(b_l - shift[:, None])
+        decay = tl.exp2(b_max - shift)
+        b_sum = b_sum * decay + tl.sum(b_p, 1)
+        b_values = dot(cast(b_p, b_v.dtype), b_v, b_values * decay[:, None], PRECISION)
+        b_max = new_max
+
+    b_values = b_values / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
+    rows = i_bh * M + o_m
+    o_e = tl.arange(0, BLOCK_E)
+    tl.store(lse + rows, (b_max + tl.log2(b_sum)) * LN2, mask=o_m < M)
+    tl.store(values + rows[:, None] * E + o_e[None, :], b_values, mask=(o_m < M)[:, None] & (o_e < E)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def aggregate_prepare_kernel(
+    dvalues, dlse, values, delta, size, unit,
+    d_b, d_h, d_m, dlse_b, dlse_h, dlse_m, H, M,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """delta = <dvalues, values> - dlse, and dvalues = size * unit with unit in the tokens' dtype.
+
+    dvalues sums the gradients of all tokens and can leave float16's range although dk and dv do not; the power of two
+    `size` keeps its rows within [-1, 1].
+    """
+    i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_e = tl.arange(0, BLOCK_E)
+    inside = (o_m < M)[:, None] & (o_e < E)[None, :]
+    rows = i_bh * M + o_m
+    at = o_m.to(tl.int64)
+    d = tl.load(dvalues + i_b * d_b + i_h * d_h + at[:, None] * d_m + o_e[None, :], mask=inside, other=0.0).to(COMPUTE)
+    x = tl.load(values + rows[:, None] * E + o_e[None, :], mask=inside, other=0.0)
+    b_dlse = tl.load(dlse + i_b * dlse_b + i_h * dlse_h + at * dlse_m, mask=o_m < M, other=0.0)
+    largest = tl.max(tl.abs(d), 1)
+    b_size = tl.exp2(tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0))))
+    tl.store(delta + rows, tl.sum(d * x, 1) - b_dlse, mask=o_m < M)
+    tl.store(size + rows, b_size, mask=o_m < M)
+    tl.store(unit + rows[:, None] * E + o_e[None, :], cast(d / b_size[:, None], unit.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "M", "scale"])
+def aggregate_tokens_kernel(
+    slots, k, v, mask, cos, sin, lse, delta, size, unit, dk, dv,
+    slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
+    dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
+    H, N, M, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of tokens."""
+    token_tiles = tl.cdiv(N, BLOCK_N)
+    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    angles = i_h * angle_h
+    slots += i_b * slots_b + i_h * slots_h
+    o_e = tl.arange(0, BLOCK_E)
+
+    inside = o_n < N
+    valid = inside
+    if MASKED:
+        valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
+    k += i_b * k_b + i_h * k_h
+    v += i_b * v_b + i_h * v_h
+    b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+    b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
+    b_bias = key_bias(b_k, valid, scale, GAUSSIAN, COMPUTE)
+
+    b_dk = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
+    b_dv = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
+    b_db = tl.zeros((BLOCK_N,), COMPUTE)
+    for start in range(0, M, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        rows = i_bh * M + o_m
+        b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+        b_unit = tl.load(
+            unit + rows[:, None] * E + o_e[None, :], mask=(o_m < M)[:, None] & (o_e < E)[None, :], other=0.0
+        )
+        b_size = tl.load(size + rows, mask=o_m < M, other=0.0)
+        b_delta = tl.load(delta + rows, mask=o_m < M, other=0.0)
+        b_lse = tl.load(lse + rows, mask=o_m < M, other=float("inf")) * LOG2E
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # a slot without a key: p = 0
+
+        b_l = logits(b_k, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
+        b_p = tl.exp2(b_l * (scale * LOG2E) + b_bias[:, None] - b_lse[None, :])
+        b_dv = dot(cast(b_p * b_size[None, :], b_v.dtype), b_unit, b_dv, PRECISION)
+        b_dp = dot(b_v, tl.trans(b_unit), tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
+        b_dl = b_p * (b_dp * b_size[None, :] - b_delta[None, :])
+        b_dk = dot(cast(b_dl, b_k.dtype), cast(b_slots, b_k.dtype), b_dk, PRECISION)
+        b_db += tl.sum(b_dl, 1)
+
+    b_dk *= scale
+    if GAUSSIAN:
+        b_dk -= b_k.to(COMPUTE) * (scale * scale * b_db)[:, None]
+    dk += i_b * dk_b + i_h * dk_h
+    dv += i_b * dv_b + i_h * dv_h
+    store_unrotated(b_dk, dk, o_n, dk_n, inside, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
+    store_tile(b_dv, dv, o_n, dv_n, inside, E, BLOCK_E, 0, True)
+
+
+@triton.jit(do_not_specialize=["N", "M", "scale"])
+def aggregate_slots_kernel(
+    slots, k, v, mask, cos, sin, lse, delta, size, unit, dslots,
+    slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
+    H, N, M, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dslots of a tile of slots, for each batch and head."""
+    slot_tiles = tl.cdiv(M, BLOCK_M)
+    i_bh = (tl.program_id(0) // slot_tiles).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_m = tl.program_id(0) % slot_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = i_bh * M + o_m
+    k += i_b * k_b + i_h * k_h
+    v += i_b * v_b + i_h * v_h
+    angles = i_h * angle_h
+    o_e = tl.arange(0, BLOCK_E)
+    b_slots = load_slots(slots + i_b * slots_b + i_h * slots_h, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+    b_unit = tl.load(unit + rows[:, None] * E + o_e[None, :], mask=(o_m < M)[:, None] & (o_e < E)[None, :], other=0.0)
+    b_size = tl.load(size + rows, mask=o_m < M, other=0.0)
+    b_delta = tl.load(delta + rows, mask=o_m < M, other=0.0)
+    b_lse = tl.load(lse + rows, mask=o_m < M, other=float("inf")) * LOG2E
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+
+    b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
+    for start in range(0, N, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        valid = o_n < N
+        if MASKED:
+            valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=valid, other=0) != 0
+        b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+        b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
+        b_bias = key_bias(b_k, valid, scale, GAUSSIAN, COMPUTE)
+        b_l = logits(b_slots, b_k, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION)
+        b_p = tl.exp2(b_l * (scale * LOG2E) + b_bias[None, :] - b_lse[:, None])
+        b_dp = dot(b_unit, tl.trans(b_v), tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
+        b_dl = b_p * (b_dp * b_size[:, None] - b_delta[:, None])
+        b_dslots = dot(cast(b_dl, b_k.dtype), b_k, b_dslots, PRECISION)
+
+    channels = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
+    tl.store(
+        dslots + rows[:, None] * D + channels[None, :],
+        b_dslots * scale,
+        mask=(o_m < M)[:, None] & (channels < D)[None, :],
+    )
+
+
+def aggregate_forward(
+    slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    interleaved: bool, scale: float, gaussian: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, num_heads, tokens, width = k.shape
+    num_slots, value_width = slots.shape[2], v.shape[3]
+    config = launch_config("aggregate_forward", k, max(width, value_width), slots)
+    values = k.new_empty(batch, num_heads, num_slots, value_width, dtype=config.compute)
+    lse = k.new_empty(batch, num_heads, num_slots, dtype=config.compute)
+    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
+    launch(
+        aggregate_forward_kernel,
+        (batch * num_heads * triton.cdiv(num_slots, config.block_slots),),
+        slots, k, v, k if mask is None else mask, cos, sin, values, lse,
+        *slot_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h,
+        num_heads, tokens, num_slots, scale,
+        ROTARY=rotary, INTERLEAVED=interleaved, GAUSSIAN=gaussian, MASKED=mask is not None,
+        **config.meta(width, value_width),
+    )  # fmt: skip
+    return values, lse
+
+
+def aggregate_backward(
+    dvalues: Tensor, dlse: Tensor, slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, interleaved: bool, scale: float, gaussian: bool, values: Tensor, lse: Tensor, need_slots: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, num_heads, tokens, width = k.shape
+    num_slots, value_width = slots.shape[2], v.shape[3]
+    dvalues = unit_last_stride(dvalues)
+    config = launch_config("aggregate_tokens", k, max(width, value_width), slots)
+    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
+
+    delta, size = torch.empty_like(lse), torch.empty_like(lse)
+    unit = torch.empty_like(values, dtype=v.dtype)
+    block = 16
+    launch(
+        aggregate_prepare_kernel,
+        (batch * num_heads * triton.cdiv(num_slots, block),),
+        dvalues, dlse, values, delta, size, unit, *slot_strides(dvalues), *dlse.stride(), num_heads, num_slots,
+        E=value_width, BLOCK_E=padded(value_width), BLOCK_M=block, COMPUTE=config.triton_compute,
+        num_warps=4, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+
+    inputs = (slots, k, v, k if mask is None else mask, cos, sin, lse, delta, size, unit)
+    strides = (*slot_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h)
+    variant = dict(ROTARY=rotary, INTERLEAVED=interleaved, GAUSSIAN=gaussian, MASKED=mask is not None)
+    dk, dv = empty_like_tokens(k, width), empty_like_tokens(v, value_width)
+    launch(
+        aggregate_tokens_kernel,
+        (batch * num_heads * triton.cdiv(tokens, config.block_tokens),),
+        *inputs, dk, dv, *strides, *token_strides(dk), *token_strides(dv), num_heads, tokens, num_slots, scale,
+        **variant, **config.meta(width, value_width),
+    )  # fmt: skip
+    if not need_slots:
+        return slots.new_empty(0), dk, dv
+
+    config = launch_config("aggregate_slots", k, max(width, value_width), slots)
+    dslots = k.new_empty(batch, num_heads, num_slots, width, dtype=config.compute)
+    launch(
+        aggregate_slots_kernel,
+        (batch * num_heads * triton.cdiv(num_slots, config.block_slots),),
+        *inputs, dslots, *strides, num_heads, tokens, num_slots, scale,
+        **variant, **config.meta(width, value_width),
+    )  # fmt: skip
+    return dslots.sum_to_size(slots.shape).to(slots.dtype), dk, dv

@@ -1,0 +1,238 @@
+"""Kernels of `broadcast`: N tokens read M slots (primitives/broadcast.py states the equations).
+
+Logits are kept in base 2. Forward and token gradients hold a tile of tokens and walk over the slots, slot gradients hold a
+tile of slots and walk over the tokens; each output is written once, by one program.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..primitives.layout import empty_like_tokens, unit_last_stride
+from .configs import launch_config
+from .launch import launch
+from .layout import rotary_arguments, slot_strides, token_strides
+from .tiles import LN2, LOG2E, cast, dot, load_rotated, load_slots, load_tile, logits, slot_channels, store_tile, store_unrotated
+
+
+@triton.jit(do_not_specialize=["N", "M", "scale"])
+def broadcast_forward_kernel(
+    q, slots, values, bias, cos, sin, out, lse,
+    q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m, angle_h,
+    out_b, out_h, out_n,
+    H, N, M, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    token_tiles = tl.cdiv(N, BLOCK_N)
+    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = o_n < N
+    angles = i_h * angle_h
+    slots += i_b * slots_b + i_h * slots_h
+    values += i_b * values_b + i_h * values_h
+    bias += i_b * bias_b + i_h * bias_h
+    o_e = tl.arange(0, BLOCK_E)
+    q += i_b * q_b + i_h * q_h
+    b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+
+    b_max = tl.full((BLOCK_N,), float("-inf"), COMPUTE)
+    b_sum = tl.zeros((BLOCK_N,), COMPUTE)
+    b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
+    for start in range(0, M, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+        b_values = load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True)
+        b_bias = slot_bias(bias, o_m, bias_m, M, BIASED, COMPUTE)
+        b_g = logits(b_q, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
+        b_g = b_g * (scale * LOG2E) + b_bias[None, :]
+
+        new_max = tl.maximum(b_max, tl.max(b_g, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        b_p = tl.exp2(b_g - shift[:, None])
+        decay = tl.exp2(b_max - shift)
+        b_sum = b_sum * decay + tl.sum(b_p, 1)
+        b_out = dot(cast(b_p, b_q.dtype), cast(b_values, b_q.dtype), b_out * decay[:, None], PRECISION)
+        b_max = new_max
+
+    b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
+    tl.store(lse + i_bh * N + o_n, (b_max + tl.log2(b_sum)) * LN2, mask=valid)
+    out += i_b * out_b + i_h * out_h
+    store_tile(b_out, out, o_n, out_n, valid, E, BLOCK_E, 0, True)
+
+
+@triton.jit
+def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr):
+    """Base-2 bias of a tile of slots; -inf, that is no share, beyond M."""
+    if BIASED:
+        return tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=float("-inf")) * LOG2E
+    return tl.where(o_m < M, 0.0, float("-inf")).to(COMPUTE)
+
+
+@triton.jit(do_not_specialize=["N", "M", "scale"])
+def broadcast_tokens_kernel(
+    dout, q, slots, values, bias, cos, sin, out, lse, delta, dq,
+    d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
+    angle_h, out_b, out_h, out_n, dq_b, dq_h, dq_n,
+    H, N, M, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of tokens, and delta = <dout, out> for the slot gradients."""
+    token_tiles = tl.cdiv(N, BLOCK_N)
+    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = o_n < N
+    angles = i_h * angle_h
+    slots += i_b * slots_b + i_h * slots_h
+    values += i_b * values_b + i_h * values_h
+    bias += i_b * bias_b + i_h * bias_h
+    q += i_b * q_b + i_h * q_h
+    dout += i_b * d_b + i_h * d_h
+    out += i_b * out_b + i_h * out_h
+    b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+    b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
+    b_out = load_tile(out, o_n, out_n, valid, E, BLOCK_E, 0, True)
+    b_delta = tl.sum(b_dout.to(COMPUTE) * b_out.to(COMPUTE), 1)
+    tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
+    b_lse = tl.load(lse + i_bh * N + o_n, mask=valid, other=float("inf")) * LOG2E
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # a token without a slot: p = 0
+
+    b_dq = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
+    for start in range(0, M, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+        b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), b_q.dtype)
+        b_bias = slot_bias(bias, o_m, bias_m, M, BIASED, COMPUTE)
+        b_g = logits(b_q, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
+        b_p = tl.exp2(b_g * (scale * LOG2E) + b_bias[None, :] - b_lse[:, None])
+        b_dp = dot(b_dout, tl.trans(b_values), tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
+        b_dg = b_p * (b_dp - b_delta[:, None])
+        b_dq = dot(cast(b_dg, b_q.dtype), cast(b_slots, b_q.dtype), b_dq, PRECISION)
+
+    dq += i_b * dq_b + i_h * dq_h
+    store_unrotated(b_dq * scale, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
+
+
+@triton.jit(do_not_specialize=["N", "M", "scale"])
+def broadcast_slots_kernel(
+    dout, q, slots, values, bias, cos, sin, lse, delta, dslots, dvalues, dbias,
+    d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
+    angle_h,
+    H, N, M, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, NEED_SLOTS: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dvalues, dbias and, if asked for, dslots of a tile of slots, for each batch and head."""
+    slot_tiles = tl.cdiv(M, BLOCK_M)
+    i_bh = (tl.program_id(0) // slot_tiles).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_m = tl.program_id(0) % slot_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    angles = i_h * angle_h
+    q += i_b * q_b + i_h * q_h
+    dout += i_b * d_b + i_h * d_h
+    b_slots = load_slots(slots + i_b * slots_b + i_h * slots_h, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+    b_values = load_slots(values + i_b * values_b + i_h * values_h, o_m, values_m, M, E, BLOCK_E, 0, True)
+    b_values = cast(b_values, dout.dtype.element_ty)
+    b_bias = slot_bias(bias + i_b * bias_b + i_h * bias_h, o_m, bias_m, M, BIASED, COMPUTE)
+
+    b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
+    b_dvalues = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
+    b_dbias = tl.zeros((BLOCK_M,), COMPUTE)
+    for start in range(0, N, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        valid = o_n < N
+        b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+        b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
+        b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
+        b_lse = tl.load(lse + i_bh * N + o_n, mask=valid, other=float("inf")) * LOG2E
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+
+        b_g = logits(b_slots, b_q, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION)
+        b_p = tl.exp2(b_g * (scale * LOG2E) + b_bias[:, None] - b_lse[None, :])
+        b_dvalues = dot(cast(b_p, b_dout.dtype), b_dout, b_dvalues, PRECISION)
+        b_dp = dot(b_values, tl.trans(b_dout), tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
+        b_dg = b_p * (b_dp - b_delta[None, :])
+        b_dbias += tl.sum(b_dg, 1)
+        if NEED_SLOTS:
+            b_dslots = dot(cast(b_dg, b_q.dtype), b_q, b_dslots, PRECISION)
+
+    rows = i_bh * M + o_m
+    o_e = tl.arange(0, BLOCK_E)
+    tl.store(dbias + rows, b_dbias, mask=o_m < M)
+    tl.store(dvalues + rows[:, None] * E + o_e[None, :], b_dvalues, mask=(o_m < M)[:, None] & (o_e < E)[None, :])
+    if NEED_SLOTS:
+        channels = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
+        inside = (o_m < M)[:, None] & (channels < D)[None, :]
+        tl.store(dslots + rows[:, None] * D + channels[None, :], b_dslots * scale, mask=inside)
+
+
+def broadcast_forward(
+    q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    interleaved: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, num_heads, tokens, width = q.shape
+    num_slots, value_width = values.shape[2:]
+    config = launch_config("broadcast_forward", q, max(width, value_width), slots)
+    out = empty_like_tokens(q, value_width)
+    lse = q.new_empty(batch, num_heads, tokens, dtype=config.compute)
+    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
+    bias = values if slot_bias is None else slot_bias
+    launch(
+        broadcast_forward_kernel,
+        (batch * num_heads * triton.cdiv(tokens, config.block_tokens),),
+        q, slots, values, bias, cos, sin, out, lse,
+        *token_strides(q), *slot_strides(slots), *slot_strides(values), *bias.stride()[:3], angle_h,
+        *token_strides(out), num_heads, tokens, num_slots, scale,
+        ROTARY=rotary, INTERLEAVED=interleaved, BIASED=slot_bias is not None, **config.meta(width, value_width),
+    )  # fmt: skip
+    return out, lse
+
+
+def broadcast_backward(
+    dout: Tensor, q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, interleaved: bool, scale: float, out: Tensor, lse: Tensor, need_slots: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, num_heads, tokens, width = q.shape
+    num_slots, value_width = values.shape[2:]
+    dout = unit_last_stride(dout)
+    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
+    bias = values if slot_bias is None else slot_bias
+    inputs = (dout, q, slots, values, bias, cos, sin)
+    strides = (
+        *token_strides(dout), *token_strides(q), *slot_strides(slots), *slot_strides(values), *bias.stride()[:3], angle_h,
+    )  # fmt: skip
+    variant = dict(ROTARY=rotary, INTERLEAVED=interleaved, BIASED=slot_bias is not None)
+
+    config = launch_config("broadcast_tokens", q, max(width, value_width), slots)
+    dq, delta = empty_like_tokens(q, width), torch.empty_like(lse)
+    launch(
+        broadcast_tokens_kernel,
+        (batch * num_heads * triton.cdiv(tokens, config.block_tokens),),
+        *inputs, out, lse, delta, dq, *strides, *token_strides(out), *token_strides(dq),
+        num_heads, tokens, num_slots, scale, **variant, **config.meta(width, value_width),
+    )  # fmt: skip
+
+    config = launch_config("broadcast_slots", q, max(width, value_width), slots)
+    dvalues = q.new_empty(batch, num_heads, num_slots, value_width, dtype=config.compute)
+    dbias = q.new_empty(batch, num_heads, num_slots, dtype=config.compute)
+    dslots = q.new_empty((batch, num_heads, num_slots, width) if need_slots else (0,), dtype=config.compute)
+    launch(
+        broadcast_slots_kernel,
+        (batch * num_heads * triton.cdiv(num_slots, config.block_slots),),
+        *inputs, lse, delta, dslots, dvalues, dbias, *strides, num_heads, tokens, num_slots, scale,
+        NEED_SLOTS=need_slots, **variant, **config.meta(width, value_width),
+    )  # fmt: skip
+    dslots = dslots.sum_to_size(slots.shape).to(slots.dtype) if need_slots else slots.new_empty(0)
+    return dq, dslots, dvalues, dbias

@@ -1,0 +1,28 @@
+"""The one door through which every Triton kernel is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# The compile report replaces this to compile the launches of ordinary calls instead of running them.
+observer: Callable[[Any, tuple[int, ...], tuple, dict], None] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Launch `kernel` over `grid` on the device of its first argument, a tensor.
+
+    `meta` holds the constexprs and the launch configuration (num_warps, num_stages).
+    """
+    if observer is not None:
+        observer(kernel, grid, args, meta)
+        return
+    device = args[0].device
+    if device.type == "cpu":  # the interpreter
+        kernel[grid](*args, **meta)
+        return
+    # Backward threads do not inherit the caller's current device.
+    with torch.get_device_module(device).device(device):
+        kernel[grid](*args, **meta)

@@ -1,0 +1,157 @@
+"""What the kernels share: products of stated precision, and tiles of tokens and slots.
+
+A tile holds rows of tokens (or slots) and BLOCK_D columns, the head width D padded with zeros. Under RoPE its columns stand
+in pair order: columns 2i and 2i + 1 hold the pair that angle i rotates, whichever channels of memory these are. Logits are
+sums over columns, so the order is free as long as the slots are loaded in it too; loads and stores translate.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# The interpreter multiplies the bit patterns of bfloat16 and truncates instead of rounding to it: `dot` and `cast` do what a
+# GPU does there; compiled kernels never see this.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, accumulated in acc's dtype."""
+    if INTERPRETED:
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """x rounded to DTYPE, to nearest even."""
+    if INTERPRETED and DTYPE == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def split(x, DTYPE: tl.constexpr):
+    """x as the sum of two DTYPE tiles: float32 slots keep 16 or more bits in products of 16-bit operands."""
+    high = cast(x, DTYPE)
+    return high, cast(x - high.to(x.dtype), DTYPE)
+
+
+@triton.jit
+def rotate_pairs(x, angles, valid, cos, sin, ROTARY: tl.constexpr, INVERSE: tl.constexpr):
+    """Rotate the column pairs of x (rows, BLOCK_D) by the angles of its rows, or back; columns beyond ROTARY stay."""
+    pairs = tl.arange(0, x.shape[1] // 2)
+    at = angles[:, None] * (ROTARY // 2) + pairs[None, :]
+    inside = valid[:, None] & (pairs < ROTARY // 2)[None, :]
+    c = tl.load(cos + at, mask=inside, other=1.0).to(x.dtype)
+    s = tl.load(sin + at, mask=inside, other=0.0).to(x.dtype)
+    if INVERSE:
+        s = -s
+    u, v = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return tl.reshape(tl.join(u * c - v * s, u * s + v * c), x.shape)
+
+
+@triton.jit
+def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr):
+    """The channels of the first and of the second members of the pairs in the half layout, and which exist."""
+    pairs = tl.arange(0, BLOCK_D // 2)
+    if ROTARY == D:  # spelled out, so that the compiler sees two contiguous runs and keeps its accesses 128 bits wide
+        return pairs, pairs + D // 2, pairs < D // 2, pairs < D // 2
+    first = tl.where(pairs < ROTARY // 2, pairs, 2 * pairs)
+    second = tl.where(pairs < ROTARY // 2, pairs + ROTARY // 2, 2 * pairs + 1)
+    return first, second, first < D, second < D
+
+
+@triton.jit
+def load_tile(
+    base, rows, stride, valid,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Rows of tokens (rows, BLOCK_D), in pair order if ROTARY; a row that is not valid is read as 0, whatever it holds."""
+    start = base + rows.to(tl.int64) * stride
+    if ROTARY == 0 or INTERLEAVED:
+        columns = tl.arange(0, BLOCK_D)
+        return tl.load(start[:, None] + columns[None, :], mask=valid[:, None] & (columns < D)[None, :], other=0.0)
+    first, second, has_first, has_second = pair_channels(BLOCK_D, D, ROTARY)
+    u = tl.load(start[:, None] + first[None, :], mask=valid[:, None] & has_first[None, :], other=0.0)
+    v = tl.load(start[:, None] + second[None, :], mask=valid[:, None] & has_second[None, :], other=0.0)
+    return tl.reshape(tl.join(u, v), (rows.shape[0], BLOCK_D))
+
+
+@triton.jit
+def store_tile(
+    x, base, rows, stride, valid,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """The counterpart of load_tile; x is rounded to the dtype of base."""
+    start = base + rows.to(tl.int64) * stride
+    x = cast(x, base.dtype.element_ty)
+    if ROTARY == 0 or INTERLEAVED:
+        columns = tl.arange(0, BLOCK_D)
+        tl.store(start[:, None] + columns[None, :], x, mask=valid[:, None] & (columns < D)[None, :])
+    else:
+        first, second, has_first, has_second = pair_channels(BLOCK_D, D, ROTARY)
+        u, v = tl.split(tl.reshape(x, (x.shape[0], BLOCK_D // 2, 2)))
+        tl.store(start[:, None] + first[None, :], u, mask=valid[:, None] & has_first[None, :])
+        tl.store(start[:, None] + second[None, :], v, mask=valid[:, None] & has_second[None, :])
+
+
+@triton.jit
+def load_rotated(
+    base, rows, stride, valid, cos, sin,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens, rotated if ROTARY, in the dtype of memory."""
+    x = load_tile(base, rows, stride, valid, D, BLOCK_D, ROTARY, INTERLEAVED)
+    if ROTARY > 0:
+        x = cast(rotate_pairs(x.to(COMPUTE), rows, valid, cos, sin, ROTARY, False), x.dtype)
+    return x
+
+
+@triton.jit
+def store_unrotated(
+    x, base, rows, stride, valid, cos, sin,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient of a tile that was loaded rotated: rotated back."""
+    if ROTARY > 0:
+        x = rotate_pairs(x, rows, valid, cos, sin, ROTARY, True)
+    store_tile(x, base, rows, stride, valid, D, BLOCK_D, ROTARY, INTERLEAVED)
+
+
+@triton.jit
+def slot_channels(D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The channel that stands in each column of a tile."""
+    columns = tl.arange(0, BLOCK_D)
+    if ROTARY == 0 or INTERLEAVED:
+        return columns
+    return tl.where(columns < ROTARY, columns // 2 + (columns % 2) * (ROTARY // 2), columns)
+
+
+@triton.jit
+def load_slots(
+    base, rows, stride, M,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Rows of slots (rows, BLOCK_D) in the column order of the tokens; rows beyond M are 0."""
+    columns = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
+    inside = (rows < M)[:, None] & (columns < D)[None, :]
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def logits(x, y, acc, SPLIT_X: tl.constexpr, SPLIT_Y: tl.constexpr, PRECISION: tl.constexpr):
+    """x @ y^T; the operand that is SPLIT (float32 against 16-bit) enters as two 16-bit halves."""
+    if SPLIT_X:
+        high, low = split(x, y.dtype)
+        return dot(high, tl.trans(y), dot(low, tl.trans(y), acc, PRECISION), PRECISION)
+    if SPLIT_Y:
+        high, low = split(y, x.dtype)
+        return dot(x, tl.trans(high), dot(x, tl.trans(low), acc, PRECISION), PRECISION)
+    return dot(x, tl.trans(y), acc, PRECISION)

@@ -1,0 +1,64 @@
+"""Which implementation runs, and every reason why another one cannot."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+TRITON_WIDTHS = (8, 256)
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@cache
+def triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Triton's interpreter is on: kernels run in NumPy, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int) -> list[str]:
+    """Why the Triton kernels cannot serve tensors of this device, dtype and largest head width; empty if they can."""
+    reasons = []
+    if not triton_installed():
+        reasons.append("triton is not installed")
+    if device.type == "cpu" and not interpreted():
+        reasons.append("the tensors are on the CPU (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)")
+    elif device.type not in ("cpu", "cuda", "meta"):
+        reasons.append(f"the kernels run on CUDA and HIP devices, not on {device.type!r}")
+    elif device.type == "cuda" and not torch.version.hip and _capability(device.index or 0) < (8, 0):
+        major, minor = _capability(device.index or 0)
+        reasons.append(f"the GPU has compute capability {major}.{minor}, the kernels need 8.0")
+    if dtype not in TRITON_DTYPES and not (dtype == torch.float64 and interpreted()):
+        names = ", ".join(str(each).removeprefix("torch.") for each in TRITON_DTYPES)
+        reasons.append(f"the kernels take {names}, not {str(dtype).removeprefix('torch.')}")
+    low, high = TRITON_WIDTHS
+    if not low <= width <= high:
+        reasons.append(f"the kernels serve head widths {low} to {high}, not {width}")
+    return reasons
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def resolve(backend: str, x: Tensor, width: int) -> str:
+    """The implementation that serves `x`: "triton", "torch" or "reference".
+
+    auto takes Triton on a GPU where it can and PyTorch elsewhere; an explicit choice is kept or refused.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend == "auto":
+        return "triton" if x.device.type == "cuda" and not reasons_against_triton(x.device, x.dtype, width) else "torch"
+    if backend == "triton" and (reasons := reasons_against_triton(x.device, x.dtype, width)):
+        raise RuntimeError("backend='triton' cannot run here: " + "; ".join(reasons))
+    return backend

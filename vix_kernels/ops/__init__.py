@@ -1,0 +1,1 @@
+"""One attention a file: its equation, the public function, a plain reference."""

@@ -1,0 +1,164 @@
+"""Performer attention with FAVOR+ features (Choromanski et al., Rethinking Attention with Performers, arXiv 2009.14794).
+
+    phi_j(x) = exp(c w_j . x - c^2 |x|^2 / 2),   c = sqrt(scale)                                    equation 5 of the paper
+    out_n = sum_j phi_j(q_n) S_j / sum_j phi_j(q_n) z_j,    S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
+
+The random features w_j are slots that first read the keys and then answer the queries: with values_j = S_j / z_j and
+lse_j = log z_j,
+
+    values, lse = aggregate(w, k, v)        out = broadcast(q, w, values, lse)
+
+which is the same number, without an eps, a stabiliser or an underflow: |q_n|^2 cancels, and everything else is a softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..primitives import aggregate, broadcast
+from .checks import autocast, check_mask, check_qkv, check_rope, check_scale, dtype_name
+from .rope import Rope, apply_rope_reference
+
+
+def performer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    *,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    rope: Rope | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Unbiased linear-cost estimate of softmax(scale q k^T) v.
+
+    Args:
+        q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Any strides with a unit last one.
+        k: (batch, heads, tokens, head_dim).
+        v: (batch, heads, tokens, value_dim).
+        projection: random features, float32 (M, head_dim), or (heads, M, head_dim); see orthogonal_projection.
+        scale: > 0, default head_dim ** -0.5; features see sqrt(scale) q and sqrt(scale) k.
+        key_padding_mask: bool (batch, tokens), True = the token takes part. A query without any valid key returns 0.
+        rope: rotary embedding of q and k, applied inside the kernels; needs as many queries as tokens.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v and projection.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what was expected and what came.
+        RuntimeError: backend="triton" cannot run here; the message lists every reason.
+    """
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v)
+    check_mask(key_padding_mask, k)
+    check_rope(rope, q, k)
+    slots = _check_projection(projection, q)
+    scale = check_scale(scale, q.shape[3])
+    backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
+    if backend == "reference":
+        return performer_attention_reference(
+            q, k, v, projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope
+        )
+    if q.shape[0] == 0:
+        return q.new_empty(*q.shape[:3], v.shape[3])
+    rotary = {} if rope is None else dict(cos=rope.cos, sin=rope.sin, interleaved=rope.interleaved)
+    c = math.sqrt(scale)
+    values, lse = aggregate(slots, k, v, scale=c, gaussian=True, mask=key_padding_mask, backend=backend, **rotary)
+    return broadcast(q, slots, values, lse, scale=c, backend=backend, **rotary)
+
+
+def performer_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    *,
+    scale: float,
+    key_padding_mask: Tensor | None = None,
+    rope: Rope | None = None,
+) -> Tensor:
+    """The equations with all N x M features in memory, in plain PyTorch; any device, any transform."""
+    if rope is not None:
+        q, k = apply_rope_reference(q, k, rope)
+    w = projection.to(q.dtype) * math.sqrt(scale)
+    log_phi_k = k @ w.mT - (k * k).sum(-1, keepdim=True) * (scale / 2)
+    if key_padding_mask is not None:
+        taken = key_padding_mask[:, None, :, None]
+        log_phi_k = torch.where(taken, log_phi_k, float("-inf"))
+        v = torch.where(taken, v, 0.0)
+    log_z = log_phi_k.logsumexp(-2)
+    empty = log_z == float("-inf")
+    s = (log_phi_k - torch.where(empty, 0.0, log_z)[..., None, :]).exp().mT @ v
+    logits = q @ w.mT + log_z[..., None, :]
+    weights = torch.where(empty[..., None, :], 0.0, logits.masked_fill(empty[..., None, :], -1e4).softmax(-1))
+    return weights @ s
+
+
+def orthogonal_projection(
+    num_features: int,
+    head_dim: int,
+    *,
+    seed: int,
+    num_heads: int | None = None,
+    scaling: Literal["chi", "sqrt"] = "chi",
+) -> Tensor:
+    """Random features in orthogonal blocks (section 3 of the paper), Haar distributed.
+
+    Args:
+        num_features: M.
+        head_dim: D. Blocks of D rows are orthogonal; the last one is cut.
+        seed: the same seed gives the same features on every rank, device and reload.
+        num_heads: draw features for each head instead of one set for all.
+        scaling: row lengths: "chi", those of independent Gaussian vectors, or "sqrt", all sqrt(D).
+
+    Returns:
+        float32 (M, D), or (num_heads, M, D), on the CPU.
+    """
+    if num_features < 1:
+        raise ValueError(f"num_features: expected at least 1, got {num_features}")
+    if head_dim < 1:
+        raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
+    if num_heads is not None and num_heads < 1:
+        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+    if scaling not in ("chi", "sqrt"):
+        raise ValueError(f"scaling: expected 'chi' or 'sqrt', got {scaling!r}")
+    generator = torch.Generator().manual_seed(seed)
+    sets, blocks = num_heads or 1, math.ceil(num_features / head_dim)
+    gaussian = torch.randn(sets, blocks, head_dim, head_dim, generator=generator, dtype=torch.float64)
+    orthogonal, triangular = torch.linalg.qr(gaussian)
+    # QR alone prefers some directions: without the signs of R's diagonal, Q is not uniform (Mezzadri, math-ph/0609050).
+    orthogonal = orthogonal * triangular.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+    rows = orthogonal.mT.reshape(sets, blocks * head_dim, head_dim)[:, :num_features]
+    if scaling == "chi":
+        lengths = torch.randn(sets, num_features, head_dim, generator=generator, dtype=torch.float64).norm(dim=-1)
+    else:
+        lengths = torch.full((sets, num_features), math.sqrt(head_dim), dtype=torch.float64)
+    rows = (rows * lengths[..., None]).float()
+    return rows if num_heads is not None else rows[0]
+
+
+def _check_projection(projection: Tensor, q: Tensor) -> Tensor:
+    """The projection as slots (1, heads or 1, M, D), in float32 (float64 for float64 tokens)."""
+    if not isinstance(projection, Tensor):
+        raise TypeError(f"projection: expected a Tensor, got {type(projection).__name__}")
+    if projection.dim() not in (2, 3):
+        raise ValueError(f"projection: expected shape (M, head_dim) or (heads, M, head_dim), got {tuple(projection.shape)}")
+    if projection.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"projection: expected float32 (16 bits lose the features), got {dtype_name(projection.dtype)}")
+    if projection.shape[-1] != q.shape[3]:
+        raise ValueError(f"projection: expected q's head_dim {q.shape[3]} columns, got {projection.shape[-1]}")
+    if projection.shape[-2] == 0:
+        raise ValueError("projection: expected at least one feature, got 0")
+    if projection.dim() == 3 and projection.shape[0] != q.shape[1]:
+        raise ValueError(f"projection: expected q's {q.shape[1]} heads, got {projection.shape[0]}")
+    if projection.device != q.device:
+        raise ValueError(f"projection: expected q's device {q.device}, got {projection.device}")
+    projection = projection.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return projection[None, None] if projection.dim() == 2 else projection[None]

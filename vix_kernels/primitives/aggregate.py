@@ -1,0 +1,104 @@
+"""aggregate: M slots read N tokens.
+
+    l_jn = scale p_j . k_n + b_n            values_j = sum_n softmax_n(l_jn) v_n            lse_j = log sum_n exp(l_jn)
+
+With Gaussian slots the bias of a key is b_n = -|scale k_n|^2 / 2, so that exp(l_jn) are FAVOR+'s positive features of the
+keys; otherwise it is 0. A key that does not take part has b_n = -inf and is read as 0, whatever it holds; a slot without
+keys has values 0 and lse -inf. Under RoPE keys are rotated first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import tiled
+from .layout import accumulator, empty_like_tokens, unit_last_stride
+from .registry import refuse_transforms, register
+
+_PROBLEM = "Tensor slots, Tensor k, Tensor v, Tensor? mask, Tensor? cos, Tensor? sin, bool interleaved, float scale, bool gaussian"
+
+
+def aggregate(
+    slots: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    gaussian: bool = False,
+    mask: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = True,
+    backend: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of the slots over the tokens.
+
+    Args:
+        slots: (batch or 1, heads or 1, M, D), in k's dtype or float32.
+        k: (batch, heads, N, D). Any strides with a unit last one.
+        v: (batch, heads, N, E), in k's dtype.
+        scale: factor of the logits.
+        gaussian: add the key bias of FAVOR+.
+        mask: bool (batch, N), True = the key takes part.
+        cos, sin: float32 (heads or 1, N, R / 2), rotary tables for the first R channels of k.
+        interleaved: the rotary pairs are channels (2i, 2i + 1), else (i, i + R / 2).
+        backend: "torch" or "triton".
+
+    Returns:
+        values (batch, heads, M, E) and lse (batch, heads, M), in float32 (float64 for float64 inputs). Differentiable in
+        slots, k and v.
+    """
+    refuse_transforms()
+    k, v, slots = unit_last_stride(k), unit_last_stride(v), unit_last_stride(slots)
+    return _Aggregate.apply(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend)
+
+
+class _Aggregate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend):
+        values, lse = aggregate_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend)
+        ctx.save_for_backward(slots, k, v, mask, cos, sin, values, lse)
+        ctx.options = interleaved, scale, gaussian
+        ctx.backend = backend
+        return values, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dvalues, dlse):
+        slots, k, v, mask, cos, sin, values, lse = ctx.saved_tensors
+        need_slots = ctx.needs_input_grad[0]
+        dslots, dk, dv = aggregate_backward(
+            dvalues, dlse, slots, k, v, mask, cos, sin, *ctx.options, values, lse, need_slots, ctx.backend
+        )
+        return dslots if need_slots else None, dk, dv, None, None, None, None, None, None, None
+
+
+def _fake_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian):
+    batch, heads, _, _ = k.shape
+    dtype = accumulator(k.dtype)
+    num_slots = slots.shape[2]
+    return k.new_empty(batch, heads, num_slots, v.shape[3], dtype=dtype), k.new_empty(batch, heads, num_slots, dtype=dtype)
+
+
+def _fake_backward(
+    dvalues, dlse, slots, k, v, mask, cos, sin, interleaved, scale, gaussian, values, lse, need_slots
+):  # fmt: skip
+    dslots = slots.new_empty(slots.shape if need_slots else (0,))
+    return dslots, empty_like_tokens(k, k.shape[3]), empty_like_tokens(v, v.shape[3])
+
+
+aggregate_forward = register(
+    f"aggregate_forward({_PROBLEM}, str backend) -> (Tensor values, Tensor lse)",
+    tiled=tiled.aggregate_forward,
+    triton="aggregate.aggregate_forward",
+    fake=_fake_forward,
+)
+aggregate_backward = register(
+    f"aggregate_backward(Tensor dvalues, Tensor dlse, {_PROBLEM}, Tensor values, Tensor lse, bool need_slots, str backend)"
+    " -> (Tensor dslots, Tensor dk, Tensor dv)",
+    tiled=tiled.aggregate_backward,
+    triton="aggregate.aggregate_backward",
+    fake=_fake_backward,
+)

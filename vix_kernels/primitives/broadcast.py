@@ -1,0 +1,96 @@
+"""broadcast: N tokens read M slots.
+
+    g_nj = scale p_j . q_n + a_j            out_n = sum_j softmax_j(g_nj) values_j
+
+A slot with bias -inf has no share; a token without slots returns 0. Under RoPE queries are rotated first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import tiled
+from .layout import accumulator, empty_like_tokens, unit_last_stride
+from .registry import refuse_transforms, register
+
+_PROBLEM = (
+    "Tensor q, Tensor slots, Tensor values, Tensor? slot_bias, Tensor? cos, Tensor? sin, bool interleaved, float scale"
+)
+
+
+def broadcast(
+    q: Tensor,
+    slots: Tensor,
+    values: Tensor,
+    slot_bias: Tensor | None = None,
+    *,
+    scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = True,
+    backend: str = "torch",
+) -> Tensor:
+    """Softmax attention of the tokens over the slots.
+
+    Args:
+        q: (batch, heads, N, D). Any strides with a unit last one.
+        slots: (batch or 1, heads or 1, M, D), in q's dtype or float32.
+        values: (batch, heads, M, E), float32 (float64 for float64 queries).
+        slot_bias: (batch, heads, M) in values' dtype, or None for 0.
+        scale: factor of the logits.
+        cos, sin: float32 (heads or 1, N, R / 2), rotary tables for the first R channels of q.
+        interleaved: the rotary pairs are channels (2i, 2i + 1), else (i, i + R / 2).
+        backend: "torch" or "triton".
+
+    Returns:
+        out (batch, heads, N, E) in q's dtype. Differentiable in q, slots, values and slot_bias.
+    """
+    refuse_transforms()
+    q, slots, values = unit_last_stride(q), unit_last_stride(slots), unit_last_stride(values)
+    return _Broadcast.apply(q, slots, values, slot_bias, cos, sin, interleaved, scale, backend)
+
+
+class _Broadcast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, slots, values, slot_bias, cos, sin, interleaved, scale, backend):
+        out, lse = broadcast_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, backend)
+        ctx.save_for_backward(q, slots, values, slot_bias, cos, sin, out, lse)
+        ctx.options = interleaved, scale
+        ctx.backend = backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        q, slots, values, slot_bias, cos, sin, out, lse = ctx.saved_tensors
+        _, need_slots, _, need_bias, *_ = ctx.needs_input_grad
+        dq, dslots, dvalues, dbias = broadcast_backward(
+            dout, q, slots, values, slot_bias, cos, sin, *ctx.options, out, lse, need_slots, ctx.backend
+        )
+        return dq, dslots if need_slots else None, dvalues, dbias if need_bias else None, None, None, None, None, None
+
+
+def _fake_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale):
+    return empty_like_tokens(q, values.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+
+
+def _fake_backward(dout, q, slots, values, slot_bias, cos, sin, interleaved, scale, out, lse, need_slots):
+    dslots = slots.new_empty(slots.shape if need_slots else (0,))
+    return empty_like_tokens(q, q.shape[3]), dslots, values.new_empty(values.shape), values.new_empty(values.shape[:3])
+
+
+broadcast_forward = register(
+    f"broadcast_forward({_PROBLEM}, str backend) -> (Tensor out, Tensor lse)",
+    tiled=tiled.broadcast_forward,
+    triton="broadcast.broadcast_forward",
+    fake=_fake_forward,
+)
+broadcast_backward = register(
+    f"broadcast_backward(Tensor dout, {_PROBLEM}, Tensor out, Tensor lse, bool need_slots, str backend)"
+    " -> (Tensor dq, Tensor dslots, Tensor dvalues, Tensor dbias)",
+    tiled=tiled.broadcast_backward,
+    triton="broadcast.broadcast_backward",
+    fake=_fake_backward,
+)

@@ -1,0 +1,56 @@
+"""Registration of an operator: PyTorch for any device, Triton where asked for, a fake kernel, no autograd of its own.
+
+Gradients belong to a plain `torch.autograd.Function` around the operator. A direct call on a tensor that requires a
+gradient would lose it silently, so it raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("vix_kernels", "DEF")
+
+
+def register(schema: str, *, tiled: Callable, triton: str, fake: Callable) -> Callable:
+    """Register the operator of `schema`, whose last argument is `str backend` ("torch" or "triton").
+
+    `tiled` computes it in PyTorch, the function named `triton` ("module.function" in vix_kernels._triton) by kernels,
+    and `fake` makes outputs of the right shapes, dtypes and strides; they take all arguments but the backend.
+    """
+    name = schema[: schema.index("(")]
+    module, function = triton.split(".")
+
+    def implementation(*arguments: Any) -> Any:
+        *inputs, backend = arguments
+        run = getattr(import_module(f"vix_kernels._triton.{module}"), function) if backend == "triton" else tiled
+        device = next(each.device.type for each in inputs if isinstance(each, Tensor))
+        # Dtypes were settled by the public function: autocast must not touch the products inside.
+        with torch.autocast(device if device != "meta" else "cpu", enabled=False):
+            return run(*inputs)
+
+    def refuse_gradient(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
+            raise RuntimeError(f"torch.ops.vix_kernels.{name} has no gradient of its own: call vix_kernels' functions")
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+    library.impl(name, refuse_gradient, "Autograd")
+    torch.library.register_fake(f"vix_kernels::{name}", lambda *arguments: fake(*arguments[:-1]), lib=library)
+    operator = getattr(torch.ops.vix_kernels, name).default
+    return operator
+
+
+def refuse_transforms() -> None:
+    """One named error under vmap and torch.func, whose rules these operators do not have."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "vix_kernels: torch.func transforms (vmap, grad, jvp, ...) are not supported; "
+            "use backend='reference' inside them"
+        )
