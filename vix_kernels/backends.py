@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ._triton import launch
+
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_WIDTHS = (8, 256)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -29,7 +31,7 @@ def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int)
     reasons = []
     if not triton_installed():
         reasons.append("triton is not installed")
-    if device.type == "cpu" and not interpreted():
+    if device.type == "cpu" and not interpreted() and launch.observer is None:
         reasons.append("the tensors are on the CPU (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)")
     elif device.type not in ("cpu", "cuda", "meta"):
         reasons.append(f"the kernels run on CUDA and HIP devices, not on {device.type!r}")

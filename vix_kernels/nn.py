@@ -135,8 +135,9 @@ class PerformerAttention(Attention):
         self.register_buffer("projection", self._draw())
 
     def _draw(self) -> Tensor:
-        # A Python integer counts the redraws: reading a tensor would wait for the device in every step.
-        return orthogonal_projection(self.num_features, self.head_dim, seed=(self.seed << 32) + self.redraws)
+        # A Python integer counts the redraws: reading a tensor would wait for the device in every step. Generators take
+        # 32 bits of a seed, so layer and redraw share them: 4096 layers, each a million times.
+        return orthogonal_projection(self.num_features, self.head_dim, seed=(self.seed << 20) + self.redraws)
 
     def redraw_projection(self) -> None:
         """Draw new random features; every rank that calls it as often holds the same ones.

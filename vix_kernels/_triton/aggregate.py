@@ -16,7 +16,7 @@ from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .configs import launch_config
 from .launch import launch
 from .layout import mask_strides, padded, rotary_arguments, slot_strides, token_strides
-from .tiles import LN2, LOG2E, cast, dot, load_rotated, load_slots, load_tile, logits, slot_channels, store_tile, store_unrotated
+from .tiles import LOG2E, cast, dot, load_rotated, load_slots, load_tile, logits, slot_channels, store_tile, store_unrotated
 
 
 @triton.jit
@@ -73,17 +73,17 @@ def aggregate_forward_kernel(
     b_values = b_values / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
     rows = i_bh * M + o_m
     o_e = tl.arange(0, BLOCK_E)
-    tl.store(lse + rows, (b_max + tl.log2(b_sum)) * LN2, mask=o_m < M)
+    tl.store(lse + rows, b_max + tl.log2(b_sum), mask=o_m < M)
     tl.store(values + rows[:, None] * E + o_e[None, :], b_values, mask=(o_m < M)[:, None] & (o_e < E)[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "d_b", "d_h", "dlse_b", "dlse_h"])
 def aggregate_prepare_kernel(
     dvalues, dlse, values, delta, size, unit,
     d_b, d_h, d_m, dlse_b, dlse_h, dlse_m, H, M,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """delta = <dvalues, values> - dlse, and dvalues = size * unit with unit in the tokens' dtype.
+    """delta = <dvalues, values> - dlse / ln 2, and dvalues = size * unit with unit in the tokens' dtype.
 
     dvalues sums the gradients of all tokens and can leave float16's range although dk and dv do not; the power of two
     `size` keeps its rows within [-1, 1].
@@ -100,7 +100,7 @@ def aggregate_prepare_kernel(
     b_dlse = tl.load(dlse + i_b * dlse_b + i_h * dlse_h + at * dlse_m, mask=o_m < M, other=0.0)
     largest = tl.max(tl.abs(d), 1)
     b_size = tl.exp2(tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0))))
-    tl.store(delta + rows, tl.sum(d * x, 1) - b_dlse, mask=o_m < M)
+    tl.store(delta + rows, tl.sum(d * x, 1) - b_dlse * LOG2E, mask=o_m < M)
     tl.store(size + rows, b_size, mask=o_m < M)
     tl.store(unit + rows[:, None] * E + o_e[None, :], cast(d / b_size[:, None], unit.dtype.element_ty), mask=inside)
 
@@ -147,7 +147,7 @@ def aggregate_tokens_kernel(
         )
         b_size = tl.load(size + rows, mask=o_m < M, other=0.0)
         b_delta = tl.load(delta + rows, mask=o_m < M, other=0.0)
-        b_lse = tl.load(lse + rows, mask=o_m < M, other=float("inf")) * LOG2E
+        b_lse = tl.load(lse + rows, mask=o_m < M, other=float("inf"))
         b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # a slot without a key: p = 0
 
         b_l = logits(b_k, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
@@ -191,7 +191,7 @@ def aggregate_slots_kernel(
     b_unit = tl.load(unit + rows[:, None] * E + o_e[None, :], mask=(o_m < M)[:, None] & (o_e < E)[None, :], other=0.0)
     b_size = tl.load(size + rows, mask=o_m < M, other=0.0)
     b_delta = tl.load(delta + rows, mask=o_m < M, other=0.0)
-    b_lse = tl.load(lse + rows, mask=o_m < M, other=float("inf")) * LOG2E
+    b_lse = tl.load(lse + rows, mask=o_m < M, other=float("inf"))
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
 
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)

@@ -18,7 +18,7 @@ from .layout import rotary_arguments, slot_strides, token_strides
 from .tiles import LN2, LOG2E, cast, dot, load_rotated, load_slots, load_tile, logits, slot_channels, store_tile, store_unrotated
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h"])
 def broadcast_forward_kernel(
     q, slots, values, bias, cos, sin, out, lse,
     q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m, angle_h,
@@ -62,7 +62,7 @@ def broadcast_forward_kernel(
         b_max = new_max
 
     b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
-    tl.store(lse + i_bh * N + o_n, (b_max + tl.log2(b_sum)) * LN2, mask=valid)
+    tl.store(lse + i_bh * N + o_n, b_max + tl.log2(b_sum), mask=valid)
     out += i_b * out_b + i_h * out_h
     store_tile(b_out, out, o_n, out_n, valid, E, BLOCK_E, 0, True)
 
@@ -71,11 +71,13 @@ def broadcast_forward_kernel(
 def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr):
     """Base-2 bias of a tile of slots; -inf, that is no share, beyond M."""
     if BIASED:
-        return tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=float("-inf")) * LOG2E
-    return tl.where(o_m < M, 0.0, float("-inf")).to(COMPUTE)
+        b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=float("-inf"))
+    else:
+        b_bias = tl.where(o_m < M, 0.0, float("-inf")).to(COMPUTE)
+    return b_bias
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h"])
 def broadcast_tokens_kernel(
     dout, q, slots, values, bias, cos, sin, out, lse, delta, dq,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
@@ -104,7 +106,7 @@ def broadcast_tokens_kernel(
     b_out = load_tile(out, o_n, out_n, valid, E, BLOCK_E, 0, True)
     b_delta = tl.sum(b_dout.to(COMPUTE) * b_out.to(COMPUTE), 1)
     tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
-    b_lse = tl.load(lse + i_bh * N + o_n, mask=valid, other=float("inf")) * LOG2E
+    b_lse = tl.load(lse + i_bh * N + o_n, mask=valid, other=float("inf"))
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # a token without a slot: p = 0
 
     b_dq = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
@@ -123,7 +125,7 @@ def broadcast_tokens_kernel(
     store_unrotated(b_dq * scale, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h"])
 def broadcast_slots_kernel(
     dout, q, slots, values, bias, cos, sin, lse, delta, dslots, dvalues, dbias,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
@@ -156,7 +158,7 @@ def broadcast_slots_kernel(
         b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
         b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
-        b_lse = tl.load(lse + i_bh * N + o_n, mask=valid, other=float("inf")) * LOG2E
+        b_lse = tl.load(lse + i_bh * N + o_n, mask=valid, other=float("inf"))
         b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
 
         b_g = logits(b_slots, b_q, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION)
@@ -170,7 +172,7 @@ def broadcast_slots_kernel(
 
     rows = i_bh * M + o_m
     o_e = tl.arange(0, BLOCK_E)
-    tl.store(dbias + rows, b_dbias, mask=o_m < M)
+    tl.store(dbias + rows, b_dbias * LN2, mask=o_m < M)
     tl.store(dvalues + rows[:, None] * E + o_e[None, :], b_dvalues, mask=(o_m < M)[:, None] & (o_e < E)[None, :])
     if NEED_SLOTS:
         channels = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)

@@ -62,10 +62,13 @@ def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr):
     """The channels of the first and of the second members of the pairs in the half layout, and which exist."""
     pairs = tl.arange(0, BLOCK_D // 2)
     if ROTARY == D:  # spelled out, so that the compiler sees two contiguous runs and keeps its accesses 128 bits wide
-        return pairs, pairs + D // 2, pairs < D // 2, pairs < D // 2
-    first = tl.where(pairs < ROTARY // 2, pairs, 2 * pairs)
-    second = tl.where(pairs < ROTARY // 2, pairs + ROTARY // 2, 2 * pairs + 1)
-    return first, second, first < D, second < D
+        first, second = pairs, pairs + D // 2
+        has_first, has_second = pairs < D // 2, pairs < D // 2
+    else:
+        first = tl.where(pairs < ROTARY // 2, pairs, 2 * pairs)
+        second = tl.where(pairs < ROTARY // 2, pairs + ROTARY // 2, 2 * pairs + 1)
+        has_first, has_second = first < D, second < D
+    return first, second, has_first, has_second
 
 
 @triton.jit
@@ -77,11 +80,13 @@ def load_tile(
     start = base + rows.to(tl.int64) * stride
     if ROTARY == 0 or INTERLEAVED:
         columns = tl.arange(0, BLOCK_D)
-        return tl.load(start[:, None] + columns[None, :], mask=valid[:, None] & (columns < D)[None, :], other=0.0)
-    first, second, has_first, has_second = pair_channels(BLOCK_D, D, ROTARY)
-    u = tl.load(start[:, None] + first[None, :], mask=valid[:, None] & has_first[None, :], other=0.0)
-    v = tl.load(start[:, None] + second[None, :], mask=valid[:, None] & has_second[None, :], other=0.0)
-    return tl.reshape(tl.join(u, v), (rows.shape[0], BLOCK_D))
+        x = tl.load(start[:, None] + columns[None, :], mask=valid[:, None] & (columns < D)[None, :], other=0.0)
+    else:
+        first, second, has_first, has_second = pair_channels(BLOCK_D, D, ROTARY)
+        u = tl.load(start[:, None] + first[None, :], mask=valid[:, None] & has_first[None, :], other=0.0)
+        v = tl.load(start[:, None] + second[None, :], mask=valid[:, None] & has_second[None, :], other=0.0)
+        x = tl.reshape(tl.join(u, v), (rows.shape[0], BLOCK_D))
+    return x
 
 
 @triton.jit
@@ -129,9 +134,9 @@ def store_unrotated(
 def slot_channels(D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The channel that stands in each column of a tile."""
     columns = tl.arange(0, BLOCK_D)
-    if ROTARY == 0 or INTERLEAVED:
-        return columns
-    return tl.where(columns < ROTARY, columns // 2 + (columns % 2) * (ROTARY // 2), columns)
+    if ROTARY > 0 and not INTERLEAVED:
+        columns = tl.where(columns < ROTARY, columns // 2 + (columns % 2) * (ROTARY // 2), columns)
+    return columns
 
 
 @triton.jit
@@ -150,8 +155,10 @@ def logits(x, y, acc, SPLIT_X: tl.constexpr, SPLIT_Y: tl.constexpr, PRECISION: t
     """x @ y^T; the operand that is SPLIT (float32 against 16-bit) enters as two 16-bit halves."""
     if SPLIT_X:
         high, low = split(x, y.dtype)
-        return dot(high, tl.trans(y), dot(low, tl.trans(y), acc, PRECISION), PRECISION)
-    if SPLIT_Y:
+        acc = dot(high, tl.trans(y), dot(low, tl.trans(y), acc, PRECISION), PRECISION)
+    elif SPLIT_Y:
         high, low = split(y, x.dtype)
-        return dot(x, tl.trans(high), dot(x, tl.trans(low), acc, PRECISION), PRECISION)
-    return dot(x, tl.trans(y), acc, PRECISION)
+        acc = dot(x, tl.trans(high), dot(x, tl.trans(low), acc, PRECISION), PRECISION)
+    else:
+        acc = dot(x, tl.trans(y), acc, PRECISION)
+    return acc

@@ -87,18 +87,19 @@ def performer_attention_reference(
     """The equations with all N x M features in memory, in plain PyTorch; any device, any transform."""
     if rope is not None:
         q, k = apply_rope_reference(q, k, rope)
+    if key_padding_mask is not None:
+        taken = key_padding_mask[:, None, :, None]
+        k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
     w = projection.to(q.dtype) * math.sqrt(scale)
     log_phi_k = k @ w.mT - (k * k).sum(-1, keepdim=True) * (scale / 2)
     if key_padding_mask is not None:
-        taken = key_padding_mask[:, None, :, None]
-        log_phi_k = torch.where(taken, log_phi_k, float("-inf"))
-        v = torch.where(taken, v, 0.0)
-    log_z = log_phi_k.logsumexp(-2)
-    empty = log_z == float("-inf")
-    s = (log_phi_k - torch.where(empty, 0.0, log_z)[..., None, :]).exp().mT @ v
-    logits = q @ w.mT + log_z[..., None, :]
-    weights = torch.where(empty[..., None, :], 0.0, logits.masked_fill(empty[..., None, :], -1e4).softmax(-1))
-    return weights @ s
+        some = taken.any(-2, keepdim=True)
+        log_phi_k = torch.where(taken | ~some, log_phi_k, float("-inf"))
+    log_z = log_phi_k.logsumexp(-2, keepdim=True)
+    values = (log_phi_k - log_z).exp().mT @ v
+    weights = (q @ w.mT + log_z).softmax(-1)
+    out = weights @ values
+    return out if key_padding_mask is None else torch.where(some, out, 0.0)
 
 
 def orthogonal_projection(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import backends
 from ..primitives import rotate
+from ..primitives.rotate import rotate_reference
 
 Layout = Literal["interleaved", "half"]
 LAYOUTS = ("interleaved", "half")
@@ -127,15 +128,5 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
 
 
 def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-    """The equations, written out."""
-
-    def rotated(x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x_rotary, rest = x[..., : rope.dim].to(dtype), x[..., rope.dim :]
-        u, v = x_rotary.unflatten(-1, (-1, 2)).unbind(-1) if rope.interleaved else x_rotary.chunk(2, -1)
-        cos, sin = rope.cos.to(dtype), rope.sin.to(dtype)
-        pairs = u * cos - v * sin, u * sin + v * cos
-        y = torch.stack(pairs, -1).flatten(-2) if rope.interleaved else torch.cat(pairs, -1)
-        return torch.cat([y.to(x.dtype), rest], -1)
-
-    return rotated(q), rotated(k)
+    """The equations in plain PyTorch; any device, any transform."""
+    return tuple(rotate_reference(x, rope.cos, rope.sin, rope.interleaved) for x in (q, k))

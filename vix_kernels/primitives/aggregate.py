@@ -1,21 +1,26 @@
 """aggregate: M slots read N tokens.
 
-    l_jn = scale p_j . k_n + b_n            values_j = sum_n softmax_n(l_jn) v_n            lse_j = log sum_n exp(l_jn)
+    l_jn = scale p_j . k_n + b_n            values_j = sum_n softmax_n(l_jn) v_n            lse_j = log2 sum_n exp(l_jn)
 
 With Gaussian slots the bias of a key is b_n = -|scale k_n|^2 / 2, so that exp(l_jn) are FAVOR+'s positive features of the
 keys; otherwise it is 0. A key that does not take part has b_n = -inf and is read as 0, whatever it holds; a slot without
 keys has values 0 and lse -inf. Under RoPE keys are rotated first.
+
+lse is in base 2, the unit of the kernels, because a change of base costs half a digit: backward exponentiates it again.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import tiled
-from .layout import accumulator, empty_like_tokens, unit_last_stride
+from .layout import accumulator, empty_output, unit_last_stride
 from .registry import refuse_transforms, register
+from .rotate import rotate_reference
 
 _PROBLEM = "Tensor slots, Tensor k, Tensor v, Tensor? mask, Tensor? cos, Tensor? sin, bool interleaved, float scale, bool gaussian"
 
@@ -55,6 +60,38 @@ def aggregate(
     return _Aggregate.apply(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend)
 
 
+def aggregate_reference(
+    slots: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    gaussian: bool = False,
+    mask: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The equations with all N x M logits in memory."""
+    if mask is not None:
+        taken = mask[:, None, :, None]
+        k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
+    if cos is not None:
+        k = rotate_reference(k, cos, sin, interleaved)
+    slots = slots.to(k.dtype)
+    logits = scale * slots @ k.mT
+    if gaussian:
+        logits = logits - (scale * k).square().sum(-1)[:, :, None] / 2
+    if mask is not None:
+        some = mask.any(-1)[:, None, None]
+        logits = torch.where(taken.mT | ~some[..., None], logits, float("-inf"))
+    values, lse = logits.softmax(-1) @ v, logits.logsumexp(-1) / math.log(2)
+    if mask is not None:
+        values, lse = torch.where(some[..., None], values, 0.0), torch.where(some, lse, float("-inf"))
+    dtype = accumulator(k.dtype)
+    return values.to(dtype), lse.to(dtype)
+
+
 class _Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend):
@@ -75,7 +112,7 @@ class _Aggregate(torch.autograd.Function):
         return dslots if need_slots else None, dk, dv, None, None, None, None, None, None, None
 
 
-def _fake_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian):
+def _fake_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend):
     batch, heads, _, _ = k.shape
     dtype = accumulator(k.dtype)
     num_slots = slots.shape[2]
@@ -83,10 +120,10 @@ def _fake_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian):
 
 
 def _fake_backward(
-    dvalues, dlse, slots, k, v, mask, cos, sin, interleaved, scale, gaussian, values, lse, need_slots
+    dvalues, dlse, slots, k, v, mask, cos, sin, interleaved, scale, gaussian, values, lse, need_slots, backend
 ):  # fmt: skip
     dslots = slots.new_empty(slots.shape if need_slots else (0,))
-    return dslots, empty_like_tokens(k, k.shape[3]), empty_like_tokens(v, v.shape[3])
+    return dslots, empty_output(k, k.shape[3], backend), empty_output(v, v.shape[3], backend)
 
 
 aggregate_forward = register(

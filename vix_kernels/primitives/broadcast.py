@@ -1,19 +1,22 @@
 """broadcast: N tokens read M slots.
 
-    g_nj = scale p_j . q_n + a_j            out_n = sum_j softmax_j(g_nj) values_j
+    g_nj = scale p_j . q_n + a_j ln 2            out_n = sum_j softmax_j(g_nj) values_j
 
-A slot with bias -inf has no share; a token without slots returns 0. Under RoPE queries are rotated first.
+The bias a_j is in base 2, as aggregate returns its lse. A slot with bias -inf has no share; a token without slots returns 0. Under RoPE queries are rotated first.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import tiled
-from .layout import accumulator, empty_like_tokens, unit_last_stride
+from .layout import accumulator, empty_output, unit_last_stride
 from .registry import refuse_transforms, register
+from .rotate import rotate_reference
 
 _PROBLEM = (
     "Tensor q, Tensor slots, Tensor values, Tensor? slot_bias, Tensor? cos, Tensor? sin, bool interleaved, float scale"
@@ -52,6 +55,28 @@ def broadcast(
     return _Broadcast.apply(q, slots, values, slot_bias, cos, sin, interleaved, scale, backend)
 
 
+def broadcast_reference(
+    q: Tensor,
+    slots: Tensor,
+    values: Tensor,
+    slot_bias: Tensor | None = None,
+    *,
+    scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = True,
+) -> Tensor:
+    """The equation with all N x M logits in memory."""
+    if cos is not None:
+        q = rotate_reference(q, cos, sin, interleaved)
+    logits = scale * q @ slots.to(q.dtype).mT
+    if slot_bias is not None:
+        some = (slot_bias > float("-inf")).any(-1)[..., None, None]
+        logits = logits + torch.where(some, slot_bias[:, :, None] * math.log(2), 0.0).to(q.dtype)
+    out = logits.softmax(-1) @ values.to(q.dtype)
+    return out if slot_bias is None else torch.where(some, out, 0.0)
+
+
 class _Broadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, slots, values, slot_bias, cos, sin, interleaved, scale, backend):
@@ -72,13 +97,13 @@ class _Broadcast(torch.autograd.Function):
         return dq, dslots if need_slots else None, dvalues, dbias if need_bias else None, None, None, None, None, None
 
 
-def _fake_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale):
-    return empty_like_tokens(q, values.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+def _fake_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, backend):
+    return empty_output(q, values.shape[3], backend), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
-def _fake_backward(dout, q, slots, values, slot_bias, cos, sin, interleaved, scale, out, lse, need_slots):
+def _fake_backward(dout, q, slots, values, slot_bias, cos, sin, interleaved, scale, out, lse, need_slots, backend):
     dslots = slots.new_empty(slots.shape if need_slots else (0,))
-    return empty_like_tokens(q, q.shape[3]), dslots, values.new_empty(values.shape), values.new_empty(values.shape[:3])
+    return empty_output(q, q.shape[3], backend), dslots, values.new_empty(values.shape), values.new_empty(values.shape[:3])
 
 
 broadcast_forward = register(

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 library = torch.library.Library("vix_kernels", "DEF")
+implementations: dict[str, Callable] = {}  # the bodies of the operators, by name
 
 
 def register(schema: str, *, tiled: Callable, triton: str, fake: Callable) -> Callable:
     """Register the operator of `schema`, whose last argument is `str backend` ("torch" or "triton").
 
     `tiled` computes it in PyTorch, the function named `triton` ("module.function" in vix_kernels._triton) by kernels,
-    and `fake` makes outputs of the right shapes, dtypes and strides; they take all arguments but the backend.
+    and `fake` makes outputs of the right shapes, dtypes and strides; all but `fake` go without the backend.
     """
     name = schema[: schema.index("(")]
     module, function = triton.split(".")
@@ -39,10 +40,11 @@ def register(schema: str, *, tiled: Callable, triton: str, fake: Callable) -> Ca
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
+    implementations[name] = implementation
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     library.impl(name, implementation, "CompositeExplicitAutograd")
     library.impl(name, refuse_gradient, "Autograd")
-    torch.library.register_fake(f"vix_kernels::{name}", lambda *arguments: fake(*arguments[:-1]), lib=library)
+    torch.library.register_fake(f"vix_kernels::{name}", fake, lib=library)
     operator = getattr(torch.ops.vix_kernels, name).default
     return operator
 

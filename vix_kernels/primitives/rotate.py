@@ -34,6 +34,16 @@ def rotate(
     return _Rotate.apply(unit_last_stride(q), unit_last_stride(k), cos, sin, interleaved, backend)
 
 
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The equation, for one tensor."""
+    rotary, dtype = 2 * cos.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    rotated, rest = x[..., :rotary].to(dtype), x[..., rotary:]
+    u, v = rotated.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else rotated.chunk(2, -1)
+    pairs = u * cos - v * sin, u * sin + v * cos
+    y = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
+    return torch.cat([y.to(x.dtype), rest], -1)
+
+
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin, interleaved, backend):
@@ -53,7 +63,7 @@ def _tiled(q, k, cos, sin, interleaved, inverse):
     return tiled.rotate(q, cos, sin, interleaved, inverse), tiled.rotate(k, cos, sin, interleaved, inverse)
 
 
-def _fake(q, k, cos, sin, interleaved, inverse):
+def _fake(q, k, cos, sin, interleaved, inverse, backend):
     return empty_like_tokens(q, q.shape[3]), empty_like_tokens(k, k.shape[3])
 
 

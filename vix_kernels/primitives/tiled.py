@@ -1,160 +1,380 @@
-"""The two moves and the rotation in plain PyTorch, one token tile at a time.
+"""The two moves and the rotation in plain PyTorch, one tile of tokens at a time.
 
-    aggregate   l_jn = s p_j . k_n + b_n    values_j = sum_n softmax_n(l_jn) v_n    lse_j = logsumexp_n l_jn
-    broadcast   g_nj = s p_j . q_n + a_j    out_n = sum_j softmax_j(g_nj) values_j
+    aggregate   l_jn = s p_j . k_n + b_n    values_j = sum_n softmax_n(l_jn) v_n       lse_j = logsumexp_n l_jn
+    broadcast   g_nj = s p_j . q_n + a_j    out_n    = sum_j softmax_j(g_nj) values_j  lse_n = logsumexp_j g_nj
 
-Pure functions without autograd: they are the bodies of registered ops, so backward is spelled out and recomputes what forward
-did not keep. No array of tokens x slots ever exists: everything indexed by a token lives in a tile, everything indexed by
-a slot is a sum over tiles.
+Pure functions without autograd: they are the bodies of registered ops, so backward is spelled out and recomputes what
+forward did not keep. Tokens x slots never exist at once, only a tile of them, in a buffer that all tiles share.
+
+Products, softmax and sums run in fp32 (fp64 for fp64 inputs); narrower inputs are widened head by head. Logits, lse and
+slot_bias are in units of log 2: exp2 is several times faster than exp on a CPU. A bias is the matrix that a product is
+added to, which is nearly free.
+
+Shapes: slots (Bs, Hs, M, D) with Bs in {1, B} and Hs in {1, H}; q, k (B, H, N, D); v (B, H, N, E); values (B, H, M, E);
+mask bool (B, N); cos, sin fp32 (1 or H, N, R / 2) with R <= D: the rotary embedding of q (broadcast) or k (aggregate),
+on the first R channels. Results are contiguous, but for `rotate`, which keeps the layout of its input.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-TILE = 512
+from .layout import empty_like_tokens
+
+LOG2E = 1 / math.log(2)
+# Logits in a tile. Small enough for the caches of a CPU core, large enough to hide what calls and launches cost.
+TILE_CPU, TILE_GPU = 2**19, 2**24
+
+# The samples and heads that are worked on together.
+Group = tuple[slice, slice]
 
 
-def _tiles(tokens: int) -> list[slice]:
-    return [slice(start, min(start + TILE, tokens)) for start in range(0, tokens, TILE)]
+def aggregate_forward(
+    slots: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    scale: float,
+    gaussian: bool,
+) -> tuple[Tensor, Tensor]:
+    """Slots read tokens: values (B, H, M, E) and lse (B, H, M), with b_n = -|s k_n|^2 / 2 if gaussian, else 0.
 
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    width = 2 * cos.shape[-1]
-    u, v = _pairs(x, width, interleaved)
-    y = x.clone()
-    yu, yv = _pairs(y, width, interleaved)
-    yu.copy_(u * cos - v * sin)
-    yv.copy_(u * sin + v * cos)
-    return y
-
-
-def _pairs(x: Tensor, width: int, interleaved: bool) -> tuple[Tensor, Tensor]:
-    if interleaved:
-        return x[..., 0:width:2], x[..., 1:width:2]
-    return x[..., : width // 2], x[..., width // 2 : width]
-
-
-def _load(x: Tensor, tile: slice, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Tensor:
-    y = x[:, :, tile].to(_wide(x.dtype))
-    if mask is not None:
-        y = y.masked_fill(~mask[:, None, tile, None], 0.0)
-    if cos is not None:
-        y = _rotated(y, cos[:, tile].to(y.dtype), sin[:, tile].to(y.dtype), interleaved).to(x.dtype).to(y.dtype)
-    return y
-
-
-def _logits(slots: Tensor, k: Tensor, mask: Tensor | None, tile: slice, scale: float, gaussian: bool) -> Tensor:
-    logits = scale * (slots @ k.mT)
-    if gaussian:
-        logits -= 0.5 * scale**2 * k.square().sum(-1)[:, :, None]
-    if mask is not None:
-        logits.masked_fill_(~mask[:, None, None, tile], -torch.inf)
-    return logits
-
-
-def aggregate_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian):
-    batch, heads, tokens, _ = k.shape
-    wide = _wide(k.dtype)
-    slots = slots.to(wide)
-    values = k.new_zeros((batch, heads, slots.shape[2], v.shape[3]), dtype=wide)
-    lse = k.new_full((batch, heads, slots.shape[2]), -torch.inf, dtype=wide)
-    for tile in _tiles(tokens):
-        kt = _load(k, tile, mask, cos, sin, interleaved)
-        vt = _load(v, tile, mask, None, None, False)
-        logits = _logits(slots, kt, mask, tile, scale, gaussian)
-        new = torch.logaddexp(lse, logits.logsumexp(-1))
-        shift = new.masked_fill(new == -torch.inf, 0.0)
-        values.mul_((lse - shift).exp().unsqueeze(-1)).add_((logits - shift.unsqueeze(-1)).exp() @ vt)
-        lse = new
+    A masked key has b_n = -inf and is read as 0, whatever it holds. A slot without any key gets values 0 and lse -inf.
+    """
+    points = _points(slots, k, scale * LOG2E)
+    rope = _Rope(cos, sin, interleaved, points.dtype)
+    values = points.new_zeros((*k.shape[:2], slots.shape[2], v.shape[3]))
+    lse = points.new_empty(values.shape[:3])
+    square, rows = _Scratch(points), _Scratch(points)
+    for group, tiles in _groups(k, slots.shape[2]):
+        p, state = _flat(points, group), _flat(values, group)
+        keys, contents = _read(k, group, mask, rope), _read(v, group, mask)
+        bias = _key_bias(keys, group, mask, scale, gaussian, rows).unsqueeze(1)
+        # The lowest number, not -inf: a slot that has seen no key yet must not compute inf - inf.
+        top = p.new_full((*p.shape[:2], 1), torch.finfo(p.dtype).min)
+        total = torch.zeros_like(top)
+        for tile in tiles:
+            kt = keys[:, tile].mT
+            logits = torch.baddbmm(bias[..., tile], p, kt, out=square(*p.shape[:2], kt.shape[2]))
+            shift = torch.maximum(top, logits.amax(-1, keepdim=True))
+            probs = logits.sub_(shift).exp2_()
+            decay = top.sub_(shift).exp2_()
+            total = torch.addcmul(probs.sum(-1, keepdim=True), total, decay)
+            state.mul_(decay).baddbmm_(probs, contents[:, tile])
+            top = shift
+        # The largest logit of a slot adds exactly 1: only an empty slot has a smaller total.
+        state.div_(total.clamp(min=1))
+        _write(lse, group, top.add_(total.log2_()))
     return values, lse
 
 
 def aggregate_backward(
-    dvalues, dlse, slots, k, v, mask, cos, sin, interleaved, scale, gaussian, values, lse, need_slots
-):
-    wide = _wide(k.dtype)
-    points = slots.to(wide)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    batch, heads = k.shape[:2]
-    dslots = k.new_zeros((batch, heads, *slots.shape[2:]), dtype=wide)
-    shift = lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(-1)
-    offset = (dlse - (dvalues * values).sum(-1)).unsqueeze(-1)
-    for tile in _tiles(k.shape[2]):
-        kt = _load(k, tile, mask, cos, sin, interleaved)
-        vt = _load(v, tile, mask, None, None, False)
-        p = (_logits(points, kt, mask, tile, scale, gaussian) - shift).exp()
-        dv[:, :, tile] = p.mT @ dvalues
-        dl = p * (dvalues @ vt.mT + offset)
-        dkt = scale * (dl.mT @ points)
+    dvalues: Tensor,
+    dlse: Tensor,
+    slots: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    scale: float,
+    gaussian: bool,
+    values: Tensor,
+    lse: Tensor,
+    need_slots: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dslots (empty unless needed), dk and dv.
+
+    dl_jn = P_jn (dvalues_j . (v_n - values_j) + dlse_j)    dv_n = sum_j P_jn dvalues_j
+    dk_n = s sum_j dl_jn p_j - s^2 k_n sum_j dl_jn (the second if gaussian)    dp_j = s sum_n dl_jn k_n
+    """
+    points, scaled = _points(slots, k, scale * LOG2E), _points(slots, k, scale)
+    rope = _Rope(cos, sin, interleaved, points.dtype)
+    offset = dlse * LOG2E - (dvalues * values).sum(-1)
+    level = _level(lse)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    dslots = points.new_zeros((*k.shape[:2], k.shape[3], slots.shape[2])) if need_slots else None
+    square, other, rows = _Scratch(points), _Scratch(points), _Scratch(points)
+    for group, tiles in _groups(k, slots.shape[2]):
+        p, arms, dstate, lift, base = (_flat(x, group) for x in (points, scaled, dvalues, offset, level))
+        pt, dstate_t, lift, base = p.mT, dstate.mT, lift.unsqueeze(1), base.unsqueeze(1)
+        keys, contents = _read(k, group, mask, rope), _read(v, group, mask)
+        bias = _key_bias(keys, group, mask, scale, gaussian, rows).unsqueeze(2)
+        dkeys, dcontents, dbias = _window(dk, group), _window(dv, group), torch.empty_like(bias)
+        for tile in tiles:
+            kt, vt = keys[:, tile], contents[:, tile]
+            shape = (*kt.shape[:2], p.shape[1])
+            probs = torch.sub(bias[:, tile], base, out=square(*shape)).baddbmm_(kt, pt).exp2_()
+            torch.bmm(probs, dstate, out=dcontents[:, tile])
+            dlogits = torch.baddbmm(lift, vt, dstate_t, out=other(*shape)).mul_(probs)
+            torch.bmm(dlogits, arms, out=dkeys[:, tile])
+            if gaussian:
+                torch.sum(dlogits, -1, keepdim=True, out=dbias[:, tile])
+            if need_slots:
+                _flat(dslots, group).baddbmm_(kt.mT, dlogits, alpha=scale)
         if gaussian:
-            dkt -= scale**2 * kt * dl.sum(-2).unsqueeze(-1)
-        if cos is not None:
-            dkt = _rotated(dkt, cos[:, tile].to(wide), -sin[:, tile].to(wide), interleaved)
-        dk[:, :, tile] = dkt
-        if need_slots:
-            dslots += scale * (dl @ kt)
-    return _reduce(dslots, slots) if need_slots else slots.new_empty(0), dk, dv
+            dkeys.addcmul_(keys, dbias, value=-(scale**2))
+        _write(dk, group, dkeys, rope)
+        _write(dv, group, dcontents)
+    return _slots_grad(dslots, slots), dk, dv
 
 
-def broadcast_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale):
-    batch, heads, tokens, _ = q.shape
-    wide = _wide(q.dtype)
-    points, values = slots.to(wide), values.to(wide)
-    out = q.new_empty((batch, heads, tokens, values.shape[3]))
-    lse = q.new_empty((batch, heads, tokens), dtype=wide)
-    for tile in _tiles(tokens):
-        qt = _load(q, tile, None, cos, sin, interleaved)
-        logits = scale * (qt @ points.mT)
-        if slot_bias is not None:
-            logits += slot_bias.to(wide).unsqueeze(-2)
-        lse[:, :, tile] = logits.logsumexp(-1)
-        shift = lse[:, :, tile].masked_fill(lse[:, :, tile] == -torch.inf, torch.inf)
-        out[:, :, tile] = (logits - shift.unsqueeze(-1)).exp() @ values
+def broadcast_forward(
+    q: Tensor,
+    slots: Tensor,
+    values: Tensor,
+    slot_bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Tokens read slots: out (B, H, N, E) in q's dtype and lse (B, H, N), with a_j = slot_bias (B, H, M) or 0.
+
+    A slot of bias -inf is not read; a token that may read none gets out 0 and lse -inf.
+    """
+    points, values, biases = _points(slots, q, scale * LOG2E), _wide(values), _slot_bias(slot_bias, slots, q)
+    rope = _Rope(cos, sin, interleaved, points.dtype)
+    out, lse = q.new_empty((*q.shape[:3], values.shape[3])), points.new_empty(q.shape[:3])
+    square = _Scratch(points)
+    for group, tiles in _groups(q, slots.shape[2]):
+        pt, state, bias = _flat(points, group).mT, _flat(values, group), _flat(biases, group).unsqueeze(1)
+        queries, result = _read(q, group, None, rope), _window(out, group)
+        top, total = queries.new_empty((2, *queries.shape[:2], 1))
+        for tile in tiles:
+            qt = queries[:, tile]
+            logits = torch.baddbmm(bias, qt, pt, out=square(*qt.shape[:2], pt.shape[2]))
+            shift = torch.amax(logits, -1, keepdim=True, out=top[:, tile])
+            probs = logits.sub_(shift.clamp_(min=torch.finfo(shift.dtype).min)).exp2_()
+            torch.sum(probs, -1, keepdim=True, out=total[:, tile])
+            torch.bmm(probs, state, out=result[:, tile])
+        _write(lse, group, top.add_(total.log2()))
+        _write(out, group, result.div_(total.clamp_(min=1)))
     return out, lse
 
 
-def broadcast_backward(dout, q, slots, values, slot_bias, cos, sin, interleaved, scale, out, lse, need_slots):
-    wide = _wide(q.dtype)
-    points, states = slots.to(wide), values.to(wide)
-    batch, heads = q.shape[:2]
-    dq = torch.empty_like(q)
-    dslots = q.new_zeros((batch, heads, *slots.shape[2:]), dtype=wide)
-    dvalues = torch.zeros_like(states)
-    dbias = q.new_zeros((batch, heads, slots.shape[2]), dtype=wide)
-    for tile in _tiles(q.shape[2]):
-        qt = _load(q, tile, None, cos, sin, interleaved)
-        dt, ot = dout[:, :, tile].to(wide), out[:, :, tile].to(wide)
-        logits = scale * (qt @ points.mT)
-        if slot_bias is not None:
-            logits += slot_bias.to(wide).unsqueeze(-2)
-        shift = lse[:, :, tile].masked_fill(lse[:, :, tile] == -torch.inf, torch.inf)
-        p = (logits - shift.unsqueeze(-1)).exp()
-        dvalues += p.mT @ dt
-        dg = p * (dt @ states.mT - (dt * ot).sum(-1, keepdim=True))
-        dqt = scale * (dg @ points)
-        if cos is not None:
-            dqt = _rotated(dqt, cos[:, tile].to(wide), -sin[:, tile].to(wide), interleaved)
-        dq[:, :, tile] = dqt
-        dbias += dg.sum(-2)
-        if need_slots:
-            dslots += scale * (dg.mT @ qt)
-    return dq, _reduce(dslots, slots) if need_slots else slots.new_empty(0), dvalues, dbias
+def broadcast_backward(
+    dout: Tensor,
+    q: Tensor,
+    slots: Tensor,
+    values: Tensor,
+    slot_bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    need_slots: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dslots (empty unless needed), dvalues and dslot_bias.
 
+    dg_nj = P_nj dout_n . (values_j - out_n)    dvalues_j = sum_n P_nj dout_n
+    dq_n = s sum_j dg_nj p_j    dp_j = s sum_n dg_nj q_n    da_j = sum_n dg_nj
 
-def _reduce(grad: Tensor, like: Tensor) -> Tensor:
-    return grad.sum_to_size(like.shape).to(like.dtype)
+    dout_n . out_n is sum_j P_nj dout_n . values_j again, because `out` may have been rounded to a narrow dtype. Divided
+    by the sum of P, which is 1 but for rounding (or 0), it makes dg_n sum to 0: slots with a common mean keep dq exact.
+    """
+    points, scaled = _points(slots, q, scale * LOG2E), _points(slots, q, scale)
+    values, biases = _wide(values), _slot_bias(slot_bias, slots, q)
+    rope = _Rope(cos, sin, interleaved, points.dtype)
+    level = _level(lse)
+    dq = q.new_empty(q.shape)
+    # Sums over tokens are kept transposed: E x tokens times tokens x M is the faster order.
+    dvalues = points.new_zeros((*q.shape[:2], values.shape[3], slots.shape[2]))
+    dbias = points.new_zeros((*q.shape[:2], slots.shape[2]))
+    dslots = points.new_zeros((*q.shape[:2], q.shape[3], slots.shape[2])) if need_slots else None
+    square, other = _Scratch(points), _Scratch(points)
+    for group, tiles in _groups(q, slots.shape[2]):
+        pt, state_t = _flat(points, group).mT, _flat(values, group).mT
+        arms, bias = _flat(scaled, group), _flat(biases, group).unsqueeze(1)
+        dstate, da = _flat(dvalues, group), _flat(dbias, group)
+        queries, dresult = _read(q, group, None, rope), _flat(dout, group)
+        base, dqueries = _flat(level, group).unsqueeze(2), _window(dq, group)
+        for tile in tiles:
+            qt, dt = queries[:, tile], dresult[:, tile]
+            shape = (*qt.shape[:2], pt.shape[2])
+            probs = torch.sub(bias, base[:, tile], out=square(*shape)).baddbmm_(qt, pt).exp2_()
+            dstate.baddbmm_(dt.mT, probs)
+            dlogits = torch.bmm(dt, state_t, out=other(*shape)).mul_(probs)
+            total = probs.sum(-1, keepdim=True).clamp_(min=0.5)
+            dlogits.addcmul_(probs, dlogits.sum(-1, keepdim=True).div_(total), value=-1)
+            torch.bmm(dlogits, arms, out=dqueries[:, tile])
+            da.add_(dlogits.sum(1))
+            if need_slots:
+                _flat(dslots, group).baddbmm_(qt.mT, dlogits, alpha=scale)
+        _write(dq, group, dqueries, rope)
+    return dq, _slots_grad(dslots, slots), dvalues.mT.contiguous(), dbias.div_(LOG2E)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    wide = _wide(x.dtype)
-    cos, sin = cos.to(wide), (-sin if inverse else sin).to(wide)
-    y = torch.empty_like(x)
-    for tile in _tiles(x.shape[2]):
-        y[:, :, tile] = _rotated(x[:, :, tile].to(wide), cos[:, tile], sin[:, tile], interleaved)
+    """x (B, H, N, D) with pair (u, v) of each token turned by its angle; the gradient is the inverse turn."""
+    rope = _Rope(cos, sin, interleaved, _wide_dtype(x))
+    y = empty_like_tokens(x, x.shape[3])
+    for group, _ in _groups(x, x.shape[3]):
+        if x.dtype == rope.dtype:
+            rope(x[group], group, inverse, out=y[group])
+        else:
+            y[group] = rope(_wide(x[group]), group, inverse)
     return y
+
+
+class _Rope:
+    """u' = u cos - v sin, v' = u sin + v cos, or nothing if there are no tables.
+
+    Pairs (u, v) are channels (2i, 2i + 1) if interleaved, else (i, i + R / 2).
+    """
+
+    def __init__(self, cos: Tensor | None, sin: Tensor | None, interleaved: bool, dtype: torch.dtype) -> None:
+        self.interleaved, self.dtype = interleaved, dtype
+        self.cos, self.sin = (None, None) if cos is None else (cos.to(dtype), sin.to(dtype))
+        # A complex product is the fastest turn of neighbours.
+        self.turns = torch.complex(self.cos, self.sin) if interleaved and cos is not None else None
+        self.cos_of_both = None if cos is None or interleaved else self.cos.repeat(1, 1, 2)
+
+    def __call__(self, x: Tensor, group: Group, inverse: bool = False, out: Tensor | None = None) -> Tensor:
+        """x (b, h, N, D), the wide rows of a group."""
+        if self.cos is None:
+            return x
+        heads = slice(None) if len(self.cos) == 1 else group[1]
+        width = 2 * self.cos.shape[-1]
+        y = torch.empty_like(x) if out is None else out
+        y[..., width:] = x[..., width:]
+        if self.interleaved and _is_complex(x) and _is_complex(y):
+            turns = self.turns[heads]
+            turns = turns.conj() if inverse else turns
+            torch.mul(_complex(x[..., :width]), turns, out=_complex(y[..., :width]))
+            return y
+        sin, sign = self.sin[heads], -1 if inverse else 1
+        (u, v), (yu, yv) = self._halves(x, width), self._halves(y, width)
+        if self.interleaved:
+            torch.mul(u, self.cos[heads], out=yu)
+            torch.mul(v, self.cos[heads], out=yv)
+        else:
+            torch.mul(x[..., :width], self.cos_of_both[heads], out=y[..., :width])
+        yu.addcmul_(v, sin, value=-sign)
+        yv.addcmul_(u, sin, value=sign)
+        return y
+
+    def _halves(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        if self.interleaved:
+            return x[..., 0:width:2], x[..., 1:width:2]
+        return x[..., : width // 2], x[..., width // 2 : width]
+
+
+def _is_complex(x: Tensor) -> bool:
+    """Whether neighbours can be viewed as complex numbers without a copy."""
+    return x.stride(-1) == 1 and all(stride % 2 == 0 for stride in (*x.stride()[:-1], x.storage_offset()))
+
+
+def _complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+class _Scratch:
+    """A buffer that all tiles share: fresh memory for each would cost more in page faults than the arithmetic in it."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.memory = self.view = like.new_empty(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        if self.view.shape != shape:
+            size = math.prod(shape)
+            if self.memory.numel() < size:
+                self.memory = self.memory.new_empty(size)
+            self.view = self.memory[:size].view(shape)
+        return self.view
+
+
+def _groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[slice]]]:
+    """Cut (batch, heads, tokens) into tiles: long sequences head by head, short ones with several heads or samples."""
+    batch, heads, tokens, _ = x.shape
+    room = max(1, (TILE_CPU if x.device.type == "cpu" else TILE_GPU) // slots)
+    step = max(16, room // 16 * 16)
+    tiles = [slice(start, start + step) for start in range(0, tokens, step)]
+    pairs = max(1, room // tokens)
+    b_step, h_step = max(1, pairs // max(1, heads)), max(1, min(heads, pairs))
+    for b in range(0, batch, b_step):
+        for h in range(0, heads, h_step):
+            yield (slice(b, b + b_step), slice(h, h + h_step)), tiles
+
+
+def _flat(x: Tensor, group: Group) -> Tensor:
+    """A group of x as (sample-head pairs, ...), wide. A view if x is wide, and contiguous or the group one sample."""
+    return _wide(x[group].flatten(0, 1))
+
+
+def _read(x: Tensor, group: Group, mask: Tensor | None, rope: _Rope | None = None) -> Tensor:
+    """The tokens of a group, (pairs, N, width), with masked ones 0, and turned."""
+    rows = _wide(x[group])
+    if mask is not None:
+        rows = rows.masked_fill(~mask[group[0], None, :, None], 0.0)
+    if rope is not None and rope.cos is not None:
+        rows = _wide(rope(rows, group).to(x.dtype))
+    return rows.flatten(0, 1)
+
+
+def _window(x: Tensor, group: Group) -> Tensor:
+    """Where to compute a group of x, which is contiguous: in x itself if it is wide, else in a buffer."""
+    rows = x[group].flatten(0, 1)
+    return rows if rows.dtype == _wide_dtype(x) else torch.empty_like(rows, dtype=_wide_dtype(x))
+
+
+def _write(x: Tensor, group: Group, rows: Tensor, rope: _Rope | None = None) -> None:
+    """Bring computed rows to x, turned back."""
+    part = x[group]
+    rows = rows.view(part.shape)
+    if rope is not None:
+        rows = rope(rows, group, inverse=True)
+    if rows.data_ptr() != part.data_ptr():
+        part.copy_(rows)
+
+
+def _key_bias(keys: Tensor, group: Group, mask: Tensor | None, scale: float, gaussian: bool, rows: _Scratch) -> Tensor:
+    """b_n of a group, (pairs, N), in units of log 2."""
+    if gaussian:
+        bias = torch.mul(keys, keys, out=rows(*keys.shape)).sum(-1).mul_(-0.5 * scale**2 * LOG2E)
+    else:
+        bias = keys.new_zeros(keys.shape[:2])
+    if mask is not None:
+        hidden = ~mask[group[0], None]
+        bias.view(len(hidden), -1, bias.shape[1]).masked_fill_(hidden, -torch.inf)
+    return bias
+
+
+def _slot_bias(slot_bias: Tensor | None, slots: Tensor, q: Tensor) -> Tensor:
+    """a_j (B, H, M)."""
+    if slot_bias is None:
+        return q.new_zeros((), dtype=_wide_dtype(q)).expand(*q.shape[:2], slots.shape[2])
+    return _wide(slot_bias)
+
+
+def _points(slots: Tensor, x: Tensor, scale: float) -> Tensor:
+    """The scaled slots of every sample and head."""
+    return (slots.to(_wide_dtype(x)) * scale).expand(*x.shape[:2], -1, -1)
+
+
+def _level(lse: Tensor) -> Tensor:
+    """What to subtract from logits. Where nothing was read, +inf makes every probability 0."""
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def _slots_grad(sums: Tensor | None, slots: Tensor) -> Tensor:
+    """The gradient of the slots from the transposed sums of all samples and heads."""
+    return slots.new_empty(0) if sums is None else sums.mT.sum_to_size(slots.shape).to(slots.dtype)
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_wide_dtype(x))

@@ -1,0 +1,52 @@
+# `make train` and `make test` set everything up in .venv first; `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
+
+# Threads that spin while they wait stop each other on shared cores, where a step then takes many times as long.
+train: $(READY)  ## train hybrid_vip on the digits; other arguments: make train ARGS="--epochs 60"
+	OMP_WAIT_POLICY=passive $(BIN)/vix train --model hybrid_vip --dataset digits $(ARGS)
+
+test: $(READY)  ## run the tests; some of them: make test ARGS="-k models"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## check the style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove the environment and all caches, keep runs/
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .benchmarks *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# With an NVIDIA driver torch is the user's business: the system's CUDA build if it has one, else pip's choice.
+# Without one it is the CPU build of constraints/cpu.txt, from PyTorch's own index where that answers within seconds,
+# otherwise from the index that pip is configured for.
+$(READY): pyproject.toml constraints/cpu.txt
+	@set -e; \
+	if nvidia-smi >/dev/null 2>&1; then \
+		constraint=; site=; \
+		if $(PYTHON) -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null; then \
+			site=--system-site-packages; \
+		fi; \
+		$(PYTHON) -m venv $$site $(VENV); \
+	else \
+		constraint="--constraint constraints/cpu.txt"; index=; \
+		$(PYTHON) -m venv $(VENV); \
+		if $(PYTHON) -c 'import urllib.request as u; u.urlopen("$(CPU_INDEX)/torch/", timeout=5)' 2>/dev/null; then \
+			index="--index-url $(CPU_INDEX)"; \
+		fi; \
+		echo "no NVIDIA driver: installing the CPU build of torch $$index"; \
+		$(BIN)/python -m pip install --quiet $$index $$constraint torch || { \
+			echo "no CPU build of torch found: point pip to an index that has one, such as $(CPU_INDEX)" >&2; exit 1; }; \
+	fi; \
+	$(BIN)/python -m pip install --quiet $$constraint --editable '.[train,test]'
+	@touch $@

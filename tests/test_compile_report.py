@@ -1,0 +1,223 @@
+"""The compile report: what it reads out of machine code, and what it calls worse. No GPU, no interpreter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the compile report compiles with Triton, which is not installed here")
+
+import triton
+import triton.language as tl
+
+import vix_kernels
+from vix_kernels._triton import compile_report, offline
+from vix_kernels._triton import launch as door
+from vix_kernels._triton.compile_report import Row, regressions, violations
+from vix_kernels._triton.launch import launch
+
+SM90_16_BIT = Row(
+    triton="3.9.0", arch="sm_90", dtype="bf16", width=64, kernel="broadcast_kernel", blocks="N:64", warps=4,
+    stages=2, registers=168, spilled=0, shared=40960, tensor_memory=0, matrix="HGMMA:16", loads="32:2 128:12",
+    stores="128:4", uses="performer forward 16,110; performer+rope forward 16",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N"])
+def attention_kernel(q, k, out, stride, N, D: tl.constexpr, BLOCK: tl.constexpr):
+    o_n, o_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, D)
+    inside = (o_n < N)[:, None]
+    b_q = tl.load(q + o_n[:, None] * stride + o_d[None, :], mask=inside, other=0.0)
+    b_out = tl.zeros((BLOCK, D), tl.float32)
+    for start in range(0, N, BLOCK):
+        o_k = start + tl.arange(0, BLOCK)
+        b_k = tl.load(k + o_k[:, None] * stride + o_d[None, :], mask=(o_k < N)[:, None], other=0.0)
+        b_p = tl.exp2(tl.dot(b_q, tl.trans(b_k)))
+        b_out = tl.dot(b_p.to(b_k.dtype), b_k, b_out)
+    tl.store(out + o_n[:, None] * stride + o_d[None, :], b_out.to(out.dtype.element_ty), mask=inside)
+
+
+def compile_toy() -> list[offline.CompiledLaunch]:
+    """Twice on aligned rows, of two lengths, and once on a view that starts one element further on."""
+    x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
+    shifted = torch.empty(1024 * 64 + 1, dtype=torch.bfloat16, device="meta")[1:].view(1024, 64)
+    meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    with offline.target("sm_90") as launches:
+        launch(attention_kernel, (16,), x, x, x, x.stride(0), 1024, **meta)
+        launch(attention_kernel, (1,), x, x, x, x.stride(0), 63, **meta)
+        launch(attention_kernel, (16,), shifted, shifted, x, x.stride(0), 1024, **meta)
+    return launches
+
+
+def compile_performer() -> list[offline.CompiledLaunch]:
+    q = torch.empty(2, 4, 1024, 64, dtype=torch.bfloat16)
+    projection = torch.empty(110, 64)
+    return offline.compile_launches(
+        "sm_90", lambda: vix_kernels.performer_attention(q, q, q, projection, backend="triton")
+    )
+
+
+def in_own_process(function: str) -> list[dict]:
+    """What a function of this file returns where nothing is interpreted."""
+    with compile_report.worker_environment():
+        command = [sys.executable, __file__, function]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def toy() -> list[dict]:
+    return in_own_process("compile_toy")
+
+
+def test_equal_specialisations_are_compiled_once(toy):
+    assert [each["launches"] for each in toy] == [2, 1]
+    assert [each["signature"]["q"] for each in toy] == ["*bf16:16", "*bf16"]
+    assert toy[0]["constexprs"] == {"D": 64, "BLOCK": 64}
+
+
+def test_resources_come_from_the_machine_code(toy):
+    used = toy[0]["resources"]
+    assert 0 < used["registers"] <= 255
+    assert used["spilled"] == 0
+    assert used["matrix"].keys() == {"HGMMA"}
+    assert used["loads"]["128"] > 0 and used["stores"]["128"] > 0
+    assert 0 < toy[0]["shared"] <= offline.TARGETS["sm_90"].shared_memory
+
+
+def test_a_view_off_alignment_is_seen(toy):
+    assert "128" not in toy[1]["resources"]["loads"]
+    assert "128" in toy[1]["resources"]["stores"]
+
+
+def test_a_public_call_is_compiled():
+    """And is what the design promises of the forward moves at this width."""
+    launches = in_own_process("compile_performer")
+    assert [each["kernel"] for each in launches] == ["aggregate_forward_kernel", "broadcast_forward_kernel"]
+    for each in launches:
+        used = each["resources"]
+        assert used["spilled"] == 0
+        assert "HGMMA" in used["matrix"]
+        assert "128" in used["loads"] and "128" in used["stores"]
+
+
+def test_launches_of_torch_are_counted():
+    x = torch.empty(4, 6, dtype=torch.bfloat16, device="meta")
+    with torch.autograd.profiler.profile() as profile:
+        x.transpose(0, 1).contiguous().view(4, 6).float().sum(-1, keepdim=True) + torch.zeros(4, 1, device="meta")
+        x.contiguous().to(torch.bfloat16).reshape(24)
+    roots = [event for event in profile.function_events if event.cpu_parent is None]
+    assert sum(map(compile_report.torch_launches, roots)) == 5  # contiguous, float, sum, zeros, add
+
+
+def test_equal_rows_pass():
+    assert regressions([SM90_16_BIT], [SM90_16_BIT]) == []
+    assert violations([SM90_16_BIT]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spilled": 8}, "spills 8 bytes"),
+        ({"matrix": "HMMA:64"}, "multiplies by HMMA, was HGMMA"),
+        ({"matrix": "HGMMA:8 HMMA:32"}, "multiplies by HGMMA HMMA, was HGMMA"),
+        ({"matrix": ""}, "multiplies by no matrix instruction, was HGMMA"),
+        ({"loads": "16:96 32:2 128:2"}, "of its loads are in 128-bit accesses, was"),
+        ({"stores": "16:32"}, "0% of the bytes of its stores are in 128-bit accesses, was 100%"),
+    ],
+)
+def test_what_is_worse_is_named_once(change, message):
+    (found,) = regressions([replace(SM90_16_BIT, **change)], [SM90_16_BIT])
+    assert message in found
+    assert found.startswith("broadcast_kernel sm_90 bf16 width 64 (N:64; performer forward 16,110")
+
+
+def test_better_is_not_worse():
+    old = replace(SM90_16_BIT, spilled=8, matrix="HMMA:64 HMMA.TF32:8", loads="16:96", stores="64:2")
+    assert regressions([SM90_16_BIT], [old]) == []
+
+
+def test_another_configuration_of_the_same_use_is_compared():
+    slower = replace(SM90_16_BIT, blocks="N:32", matrix="HMMA:64", uses="performer forward 110")
+    assert len(regressions([slower], [SM90_16_BIT])) == 1
+    elsewhere = replace(slower, uses="performer backward 110")
+    assert regressions([elsewhere], [SM90_16_BIT]) == []
+    assert regressions([replace(slower, triton="3.6.0")], [SM90_16_BIT]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spilled": 4}, "spills 4 bytes a thread, 0 allowed"),
+        ({"width": 256, "spilled": 68}, "spills 68 bytes a thread, 64 allowed"),
+        ({"arch": "sm_86", "shared": 101_377}, "101377 bytes of shared memory, sm_86 has 101376"),
+        ({"arch": "sm_100", "tensor_memory": 640}, "640 columns of tensor memory"),
+    ],
+)
+def test_limits(change, message):
+    (found,) = violations([replace(SM90_16_BIT, **change)])
+    assert message in found
+
+
+def test_within_limits():
+    assert violations([replace(SM90_16_BIT, width=256, spilled=64), replace(SM90_16_BIT, shared=101_377)]) == []
+
+
+def test_table_is_stable_text(tmp_path):
+    rows = [replace(SM90_16_BIT, arch=arch, dtype=dtype) for arch in ("sm_100", "sm_80") for dtype in ("fp32", "fp16")]
+    compile_report.write_table(tmp_path / "a.csv", rows)
+    back = compile_report.read_table(tmp_path / "a.csv")
+    compile_report.write_table(tmp_path / "b.csv", reversed(back))
+    assert [(row.arch, row.dtype) for row in back] == [
+        ("sm_80", "fp16"), ("sm_80", "fp32"), ("sm_100", "fp16"), ("sm_100", "fp32"),
+    ]  # fmt: skip
+    assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
+
+
+def test_a_damaged_table_is_refused(tmp_path, capsys):
+    for text in ("", "a,b\n1,2\n"):
+        (tmp_path / "a.csv").write_text(text)
+        with pytest.raises(SystemExit) as exit:
+            compile_report.main(["--csv", str(tmp_path / "a.csv")])
+        assert exit.value.code == 2
+        assert "is not a table of this report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--arch", "sm_42"], "invalid choice: 'sm_42'"),
+        (["--width", "300"], "expected an integer from 8 to 256, got '300'"),
+        (["--jobs", "0"], "expected an integer from 1"),
+        (["--csv", "missing.csv"], "there is no file missing.csv"),
+        (["--write", "--features", "16"], "a table is written with its full set of features"),
+    ],
+)
+def test_bad_arguments(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        compile_report.main(argv)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_target():
+    with pytest.raises(ValueError, match=r"target: expected one of sm_80.*got 'sm_42'"), offline.target("sm_42"):
+        pass
+
+
+def test_a_failure_leaves_launches_as_they_were():
+    with pytest.raises(KeyError), offline.target("sm_90"):
+        assert door.observer is not None
+        raise KeyError
+    assert door.observer is None
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(each) for each in globals()[sys.argv[1]]()], default=str))

@@ -1,0 +1,314 @@
+"""What every operator must satisfy, on every implementation; one test each, over the registry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DEVICE
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vix_kernels  # noqa: F401  registers the operators
+from vix_kernels import backends
+from vix_kernels.primitives.registry import implementations
+from vix_kernels.testing import SPECS, Case, OpSpec, Problem
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EVERY = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS.values() for case in spec.cases]
+FEW = [
+    pytest.param(spec, case, id=f"{spec.name}-{case.name}")
+    for spec in SPECS.values()
+    for case in spec.cases
+    if case.name in ("packed", "masked", "per_head", "rope_half", "rope_partial")
+]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request) -> str:
+    if request.param == "triton" and not backends.triton_installed():
+        pytest.skip("triton is not installed")
+    return request.param
+
+
+def run(problem: Problem, **how) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and gradients for fixed cotangents."""
+    leaves = [problem.tensors[name] for name in problem.spec.differentiable]
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    problem = problem.map(lambda x: x)
+    problem.tensors.update(zip(problem.spec.differentiable, leaves, strict=True))
+    outputs = problem(**how)
+    cotangents = []
+    for i, out in enumerate(outputs):
+        generator = torch.Generator().manual_seed(10 + i)
+        cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
+        # An empty slot has lse = -inf: no cotangent reaches it from a finite loss.
+        cotangents.append(cotangent.masked_fill(out.detach() == float("-inf"), 0).to(out.dtype))
+    grads = torch.autograd.grad(outputs, leaves, cotangents)
+    return [out.detach() for out in outputs], list(grads)
+
+
+def finite(x: Tensor) -> Tensor:
+    """-inf (an empty slot's lse) as a number that must agree exactly."""
+    return torch.where(x == float("-inf"), -1e3, x.double())
+
+
+def distance(x: Tensor, y: Tensor) -> float:
+    return (finite(x) - finite(y)).norm().item()
+
+
+def error(x: Tensor, exact: Tensor) -> float:
+    x, exact = finite(x), finite(exact)
+    return ((x - exact).norm() / exact.norm().clamp_min(1e-30)).item() if exact.norm() > 0 else x.norm().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("spec, case", EVERY)
+def test_error_budget(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, poisoned: None) -> None:
+    """At most twice the error of plain PyTorch in the same precision, both against float64, and no element left unwritten.
+
+    The reference is never counted as better than one rounding of its result.
+
+    In float64, where the reference is the truth itself, 1e-13.
+    """
+    if dtype == torch.float64 and backend == "triton" and DEVICE == "cuda":
+        pytest.skip("the kernels take float64 only in the interpreter")
+    problem = spec.problem(case, dtype=dtype, device=DEVICE)
+    exact = run(problem.double(), reference=True)
+    plain = run(problem, reference=True)
+    ours = run(problem, backend=backend)
+    names = [f"output {i}" for i in range(len(exact[0]))] + [f"d{name}" for name in spec.differentiable]
+    for name, x, reference, truth in zip(names, sum(ours, []), sum(plain, []), sum(exact, []), strict=True):
+        assert x.dtype == reference.dtype and x.shape == truth.shape, name
+        # Gradients that are zero in exact arithmetic (one token, one feature) are measured against their cotangents.
+        size = max(finite(truth).norm().item(), sum(finite(out).norm().item() for out in exact[0]))
+        rounding = (1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps) * size
+        budget = 2 * (distance(reference, truth) + rounding)
+        assert distance(x, truth) <= budget, f"{name}: {distance(x, truth) / size:.2e} > {budget / size:.2e}"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels take float64 only in the interpreter")
+@pytest.mark.parametrize("spec, case", FEW)
+def test_gradcheck(spec: OpSpec, case: Case, backend: str) -> None:
+    """Numerical derivatives in float64."""
+    small = Case(**{**vars(case), "tokens": 7, "features": 5, "width": max(8, case.rotary or 0), "heads": 1})
+    problem = spec.problem(small, dtype=torch.float64)
+    leaves = [problem.tensors[name].detach().requires_grad_() for name in spec.differentiable]
+
+    def function(*leaves: Tensor) -> tuple[Tensor, ...]:
+        outputs = problem.map(lambda x: x)
+        outputs.tensors.update(zip(spec.differentiable, leaves, strict=True))
+        # Under the mask and in empty slots lie NaN and -inf, which have no numerical derivative.
+        return tuple(torch.nan_to_num(out, neginf=0.0) for out in outputs(backend=backend))
+
+    if small.masked:
+        leaves = [torch.nan_to_num(x.detach(), 0.0, 0.0, float("-inf")).requires_grad_() for x in leaves]
+        if spec.name == "broadcast":
+            pytest.skip("a bias of -inf has no numerical derivative; the error budget covers it")
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("spec, case", EVERY)
+def test_inputs_unchanged_and_repeats_bitwise(spec: OpSpec, case: Case, backend: str) -> None:
+    problem = spec.problem(case, device=DEVICE)
+    before = {name: x.clone() for name, x in problem.tensors.items()}
+    first, second = run(problem, backend=backend), run(problem, backend=backend)
+    for a, b in zip(sum(first, []), sum(second, []), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    for name, x in problem.tensors.items():
+        assert torch.equal(x.nan_to_num(), before[name].nan_to_num()), f"{name} was written to"
+
+
+@pytest.mark.parametrize("spec, case", FEW)
+def test_batch_independence(spec: OpSpec, case: Case, backend: str) -> None:
+    """A sample's outputs and gradients do not depend on its batch mates."""
+    problem = spec.problem(case, device=DEVICE)
+    together, alone = run(problem, backend=backend), run(problem.sample(0), backend=backend)
+    batched = [spec.differentiable.index(name) for name in spec.batched if name in spec.differentiable]
+    if case.per_head and "slots" in spec.differentiable:
+        batched.append(spec.differentiable.index("slots"))
+    together = [*together[0], *(together[1][i] for i in batched)]
+    alone = [*alone[0], *(alone[1][i] for i in batched)]
+    for a, b in zip(together, alone, strict=True):
+        if backend == "triton":
+            assert torch.equal(a[:1], b[:1])
+        else:  # a library's matrix product may add in another order when it has more rows
+            assert error(a[:1], b[:1]) < 1e-6
+
+
+@pytest.mark.parametrize("spec, case", FEW)
+def test_layout_of_memory_does_not_matter(spec: OpSpec, case: Case, backend: str) -> None:
+    """Any strides with a unit last one, and gradients that are expanded, give the same numbers."""
+    problem = spec.problem(case, device=DEVICE)
+
+    def spread_out(x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[0] == 1:
+            return x
+        room = x.new_full((x.shape[2] + 1, x.shape[0], x.shape[1] + 2, x.shape[3] + 3), float("nan"))
+        view = room[1:, :, 1:-1, 2:-1].permute(1, 2, 0, 3)
+        return view.copy_(x)
+
+    dense, spread = run(problem.map(Tensor.contiguous), backend=backend), run(problem.map(spread_out), backend=backend)
+    for a, b in zip(sum(dense, []), sum(spread, []), strict=True):
+        assert error(a, b) < 1e-6
+
+    def total(x: Problem) -> list[Tensor]:
+        leaves = [x.tensors[name].detach().requires_grad_() for name in spec.differentiable]
+        x = x.map(lambda y: y)
+        x.tensors.update(zip(spec.differentiable, leaves, strict=True))
+        out = x(backend=backend)[0]
+        return list(torch.autograd.grad(out, leaves, torch.ones((), device=DEVICE, dtype=out.dtype).expand_as(out)))
+
+    for a, b in zip(total(problem), total(problem.double()), strict=True):
+        assert error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_empty_batch(spec: OpSpec, backend: str) -> None:
+    problem = spec.problem(Case("empty", batch=0, rope="half" if spec.name == "apply_rope" else None), device=DEVICE)
+    outputs, grads = run(problem, backend=backend)
+    assert all(out.shape[0] == 0 for out in outputs)
+    assert all(grad.abs().sum() == 0 for grad in grads)
+
+
+class Canaries(TorchDispatchMode):
+    """Every new tensor gets a border of known numbers in front and behind."""
+
+    BORDER, VALUE = 512, 123.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rooms: list[tuple[Tensor, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "vix_kernels":
+            with self:  # the body of the operator allocates
+                return implementations[function._schema.name.split("::")[1]](*args)
+        out = function(*args, **(kwargs or {}))
+        if function._schema.name.split("::")[1] in ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"):
+            room = torch.full((out.numel() + 2 * self.BORDER,), self.VALUE, dtype=out.dtype, device=out.device)
+            self.rooms.append((room, out.numel()))
+            return room[self.BORDER : self.BORDER + out.numel()].as_strided(out.shape, out.stride(), self.BORDER)
+        return out
+
+
+@pytest.mark.parametrize("spec, case", EVERY)
+def test_nothing_is_written_out_of_bounds(spec: OpSpec, case: Case) -> None:
+    """Kernels write their outputs and nothing beside them."""
+    problem = spec.problem(case, device=DEVICE)
+    with Canaries() as canaries:
+        run(problem, backend="triton")
+    assert canaries.rooms
+    for room, size in canaries.rooms:
+        border = Canaries.BORDER
+        assert (room[:border] == Canaries.VALUE).all() and (room[border + size :] == Canaries.VALUE).all()
+
+
+@pytest.mark.parametrize("spec, case", FEW)
+def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
+    """The registered operators behind the functions: schema, fake kernels, dynamic shapes."""
+    calls: list = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "vix_kernels":
+                calls.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    with Record():
+        run(spec.problem(case, device=DEVICE), backend=backend)
+    assert len(calls) >= 2  # a forward and a backward
+    for function, args in calls:
+        args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+        torch.library.opcheck(function, args)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_compiles_without_graph_breaks(spec: OpSpec, backend: str) -> None:
+    """Forward and backward, with lengths that change."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda problem, *leaves: spec.function(*leaves, **problem.options, backend=backend),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for tokens in (37, 45):
+        case = Case("compiled", tokens=tokens, rope="half" if spec.name == "apply_rope" else None, packed=True)
+        problem = spec.problem(case, device=DEVICE)
+        leaves = [x.detach().requires_grad_(name in spec.differentiable) for name, x in problem.tensors.items()]
+        out = compiled(problem, *leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        wanted = [x for x in leaves if x.requires_grad]
+        generator = torch.Generator().manual_seed(0)
+        cotangents = [torch.randn(x.shape, generator=generator).to(DEVICE) for x in out]
+        grads = torch.autograd.grad(out, wanted, cotangents)
+        eager = problem.spec.function(*leaves, **problem.options, backend=backend)
+        eager = eager if isinstance(eager, tuple) else (eager,)
+        expected = torch.autograd.grad(eager, wanted, cotangents)
+        for a, b in zip((*out, *grads), (*eager, *expected), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_exports(spec: OpSpec, backend: str) -> None:
+    problem = spec.problem(Case("exported", rope="half" if spec.name == "apply_rope" else None), device=DEVICE)
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors: Tensor):
+            return spec.function(*tensors, **problem.options, backend=backend)
+
+    args = tuple(problem.tensors.values())
+    exported = torch.export.export(Module(), args).module()(*args)
+    for a, b in zip(exported if isinstance(exported, tuple) else (exported,), problem(backend=backend), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_checkpointing(spec: OpSpec, backend: str) -> None:
+    """Recomputation gives the same gradients."""
+    problem = spec.problem(Case("checkpointed", rope="half" if spec.name == "apply_rope" else None), device=DEVICE)
+    leaves = [x.detach().requires_grad_(name in spec.differentiable) for name, x in problem.tensors.items()]
+
+    def loss(*tensors: Tensor) -> Tensor:
+        out = spec.function(*tensors, **problem.options, backend=backend)
+        return sum(x.square().sum() for x in (out if isinstance(out, tuple) else (out,)))
+
+    wanted = [x for x in leaves if x.requires_grad]
+    direct = torch.autograd.grad(loss(*leaves), wanted)
+    recomputed = torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, *leaves, use_reentrant=False), wanted)
+    for a, b in zip(direct, recomputed, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_refusals(spec: OpSpec, backend: str) -> None:
+    """Second derivatives, function transforms and direct calls of the operator are refused, not wrong."""
+    problem = spec.problem(Case("refused", batch=2, rope="half" if spec.name == "apply_rope" else None), device=DEVICE)
+    leaves = [x.detach().requires_grad_(name in spec.differentiable) for name, x in problem.tensors.items()]
+
+    def first(*tensors: Tensor) -> Tensor:
+        out = spec.function(*tensors, **problem.options, backend=backend)
+        return out[0] if isinstance(out, tuple) else out
+
+    (grad,) = torch.autograd.grad(first(*leaves).square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="torch.func"):
+        torch.func.grad(lambda x: first(x, *leaves[1:]).sum())(leaves[0].detach())
+
+    calls: list = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "vix_kernels":
+                calls.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    with Record():
+        first(*leaves)
+    function, args = calls[0]
+    args = [x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in args]
+    with pytest.raises(RuntimeError, match="no gradient of its own"):
+        function(*args)
+    with torch.no_grad():
+        function(*args)

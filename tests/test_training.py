@@ -1,0 +1,270 @@
+"""`vix train`: a short run, its files, its exact continuation, and what it says to bad input."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from vix_kernels.__main__ import main
+from vix_kernels.models import create_model
+from vix_kernels.training import Config, UserError, loop
+from vix_kernels.training.checkpoint import load_checkpoint, write_atomically
+from vix_kernels.training.data import load_dataset, random_affine
+
+TINY = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
+TINY_WORDS = [f"{key}={value}" for key, value in TINY.items()]
+
+
+def tiny(output: Path, **kwargs: Any) -> Config:
+    """Dropout is on, so that a continued run needs every kind of randomness to agree."""
+    kwargs = {"model": "hybrid_vip", "model_kwargs": TINY | {"proj_drop_rate": 0.1}, "batch_size": 256} | kwargs
+    return Config(epochs=2, warmup_epochs=1, output=str(output), **kwargs)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return loop.train(tiny(tmp_path_factory.mktemp("straight")))[1]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `vix train`, which must refuse in one line; returns that line."""
+
+    def refused(*argv: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(["train", *map(str, argv)])
+        captured = capsys.readouterr()
+        assert stop.value.code == 2
+        assert captured.out == ""
+        assert captured.err.startswith("vix train: error: ")
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    return refused
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_held_out_split_is_fixed_and_stratified() -> None:
+    data = load_dataset("digits")
+    assert (len(data.train_labels), len(data.test_labels)) == (1437, 360)
+    held_out = data.test_images.numpy().tobytes() + data.test_labels.numpy().tobytes()
+    assert hashlib.sha256(held_out).hexdigest()[:16] == "3ea49a6c5c1f0810"
+    for digit in range(10):
+        of_class = int((data.train_labels == digit).sum()), int((data.test_labels == digit).sum())
+        assert abs(of_class[1] - 0.2 * sum(of_class)) < 1
+
+
+def test_inputs_are_normalised() -> None:
+    data = load_dataset("digits")
+    x = data.inputs(data.train_images)
+    assert abs(x.mean()) < 1e-4
+    assert abs(x.std() - 1) < 1e-4
+
+
+def test_augmentation_without_a_draw_is_the_identity() -> None:
+    x = torch.rand(4, 1, 8, 8)
+    torch.testing.assert_close(random_affine(x, degrees=0, scale=0, shift=0), x)
+    assert not torch.allclose(random_affine(x, degrees=15, scale=0, shift=0), x)
+
+
+def test_a_run_leaves_its_files(run: Path) -> None:
+    assert set(contents(run)) == set(loop.RUN_FILES)
+    assert yaml.safe_load((run / "args.yaml").read_text())["model_kwargs"]["embed_dim"] == 16
+    rows = list(csv.DictReader((run / "summary.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert {"train_loss", "eval_loss", "eval_top1", "eval_top5", "lr", "images_per_second"} <= rows[0].keys()
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_best_checkpoint_gives_the_reported_accuracy(run: Path) -> None:
+    checkpoint = load_checkpoint(run / "best.pt")
+    model = create_model(checkpoint["config"]["model"], **checkpoint["model_kwargs"])
+    model.load_state_dict(checkpoint["model"])
+    result = loop.evaluate(model, load_dataset("digits"), Config())
+    best = loop.best_epoch(checkpoint["history"])
+    assert best["epoch"] == checkpoint["epoch"]
+    assert result["eval_top1"] == best["eval_top1"]
+
+
+@pytest.mark.parametrize("interrupted_epoch", [0, 1])
+def test_a_continued_run_equals_the_straight_one(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    interrupted_epoch: int,
+) -> None:
+    train_epoch = loop.train_epoch
+
+    def interrupted(*args: Any) -> dict[str, float]:
+        if args[4] == interrupted_epoch:
+            raise KeyboardInterrupt
+        return train_epoch(*args)
+
+    output = tmp_path / "run"
+    words = [*TINY_WORDS, "proj_drop_rate=0.1"]
+    argv = ["train", "--epochs", "2", "--warmup-epochs", "1", "-b", "256", "--model-kwargs", *words]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_epoch", interrupted)
+        assert main([*argv, "--output", str(output)]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["train", "--resume", str(output)]) == 0
+
+    straight, continued = load_checkpoint(run), load_checkpoint(output)
+    for key in ("model", "optimizer"):
+        torch.testing.assert_close(continued[key], straight[key], rtol=0, atol=0)
+    for row in straight["history"] + continued["history"]:
+        del row["images_per_second"]
+    assert straight["history"] == continued["history"]
+    assert contents(run).keys() == contents(output).keys()
+
+
+def test_a_run_can_branch_off_another(run: Path, tmp_path: Path) -> None:
+    before = contents(run)
+    assert main(["train", "--resume", str(run / "best.pt"), "--output", str(tmp_path), "--epochs", "3"]) == 0
+    assert [row["epoch"] for row in load_checkpoint(tmp_path)["history"]] == [1, 2, 3]
+    assert contents(tmp_path).keys() == before.keys()
+    assert contents(run) == before
+
+
+def test_bf16_autocast_trains(tmp_path: Path) -> None:
+    history, _ = loop.train(tiny(tmp_path, amp=True))
+    assert history[1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_last_line_states_top1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "--epochs", "1", "--output", str(tmp_path), "--model-kwargs", *TINY_WORDS]
+    assert main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("top-1 ")
+
+
+def test_default_output_never_meets_an_older_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["train", "--epochs", "1", "-b", "512", "--model-kwargs", *TINY_WORDS]) == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"hybrid_vip-digits", "hybrid_vip-digits-2"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--model", "vitt"], ["'vitt'", "'vit'"]),
+        (["--model-kwargs", "num_head=3"], ["'num_head'", "'num_heads'"]),
+        (["--model-kwargs", "num_heads"], ["--model-kwargs", "'num_heads'"]),
+        (["--model-kwargs", "embed_dim=30"], ["embed_dim", "30"]),
+        (["--model-kwargs", "num_classes=11"], ["num_classes", "11"]),
+        (["--dataset", "digit"], ["--dataset", "'digit'"]),
+        (["--epochs", "0"], ["--epochs", "0"]),
+        (["--epochs", "many"], ["--epochs", "many"]),
+        (["--smoothing", "1.5"], ["--smoothing", "1.5"]),
+        (["--device", "abacus"], ["--device", "abacus"]),
+        (["--backend", "fast"], ["--backend", "fast"]),
+        (["--resume", "nowhere"], ["--resume", "nowhere"]),
+        (["--lerning-rate", "1"], ["--lerning-rate"]),
+    ],
+)
+def test_bad_arguments_are_refused(
+    argv: list[str], words: list[str], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    line = refused(*argv, "--output", tmp_path / "run")
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_backend_that_cannot_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "CPU" in refused("--backend", "triton", "--device", "cpu", "--output", tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_a_run_is_left_alone(run: Path, refused: Callable[..., str]) -> None:
+    before = contents(run)
+    assert "--resume" in refused("--output", run)
+    assert "holds a run" in refused("--resume", run / "best.pt")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--model", "vip"],
+        ["--model-kwargs", "embed_dim=32"],
+        ["--seed", "1"],
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(run: Path, argv: list[str], refused: Callable[..., str]) -> None:
+    before = contents(run)
+    assert argv[0].strip("-").replace("-", "_") in refused("--resume", run, *argv)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "other"])
+def test_a_damaged_checkpoint_is_refused(run: Path, tmp_path: Path, damage: str, refused: Callable[..., str]) -> None:
+    path = tmp_path / "last.pt"
+    if damage == "truncated":
+        path.write_bytes((run / "last.pt").read_bytes()[:20_000])
+    elif damage == "text":
+        path.write_text("not a checkpoint")
+    else:
+        torch.save({"model": {}}, path)
+    before = contents(tmp_path)
+    assert str(path) in refused("--resume", path)
+    assert contents(tmp_path) == before
+
+
+def test_damaged_or_missing_data_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    def damaged(**kwargs: Any) -> None:
+        raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+
+    monkeypatch.setattr("sklearn.datasets.load_digits", damaged)
+    assert "damaged" in refused("--output", tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "sklearn" in refused("--output", tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diverged_run_stops(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--lr"):
+        loop.train(tiny(tmp_path, lr=1e30, clip_grad=0))
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, lambda temporary: temporary.write_text("old"))
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half of the ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_learning_rate_schedule() -> None:
+    config = Config(epochs=10, warmup_epochs=2, lr=1.0, min_lr=0.1)
+    rates = [loop.learning_rate(step, 5, config) for step in range(50)]
+    assert rates[:3] == [0.1, 0.2, pytest.approx(0.3)]
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0.1 < rates[-1] < 0.11
+
+
+def test_models_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "v*"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [f"{'vip':<16}{'663,306':>12}", f"{'vit':<16}{'661,770':>12}"]

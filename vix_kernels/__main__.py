@@ -1,0 +1,163 @@
+"""The command line: `vix`, also `python -m vix_kernels`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vix_kernels import __version__
+from vix_kernels.training import Config, UserError
+
+COMMANDS = """\
+commands:
+  train           train a model
+  models          list the models
+  check           say which backend each op gets here, and every reason why not another
+  compile-report  compile every kernel for GPUs that are not there, and weigh the code
+
+vix COMMAND --help says more.
+"""
+TRAIN_EXAMPLES = """\
+examples:
+  vix train --model hybrid_vip --dataset digits
+  vix train --model vip --model-kwargs depth=2 position=rope_1d --epochs 20 --amp --output runs/small
+  vix train --resume runs/hybrid_vip-digits
+
+A run leaves args.yaml, summary.csv, learning_curve.png and the checkpoints last.pt and best.pt in its output folder.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+class KeyValues(argparse.Action):
+    """Collects `key=value` words into a dict; values are Python literals, or else strings."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        pairs = dict(getattr(namespace, self.dest) or {})
+        for word in values:
+            key, separator, value = word.partition("=")
+            if not separator or not key:
+                parser.error(f"{option_string}: expected key=value, got {word!r}")
+            try:
+                pairs[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                pairs[key] = value
+        setattr(namespace, self.dest, pairs)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    commands = {"train": _train, "models": _models, "check": _check, "compile-report": _compile_report}
+    parser = Parser(prog="vix", epilog=COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"vix_kernels {__version__}")
+    parser.add_argument("command", choices=commands)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return commands[parser.parse_args(argv[:1]).command](argv[1:])
+
+
+def _train_parser() -> Parser:
+    parser = Parser(
+        prog="vix train",
+        description="Train a ViX model and test it on held-out images after every epoch.",
+        epilog=TRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def add(*flags: str, help: str, **kwargs: Any) -> None:
+        parser.add_argument(*flags, help=help if "default" in help else f"{help} (default: %(default)s)", **kwargs)
+
+    add("--model", metavar="NAME", help="a name from `vix models`")
+    add("--model-kwargs", nargs="+", action=KeyValues, metavar="K=V", help="arguments of the model (default: none)")
+    add("--dataset", metavar="NAME", help="digits")
+    add("--epochs", type=int, metavar="N", help="passes over the training images")
+    add("-b", "--batch-size", type=int, metavar="N", help="images a step, at most")
+    add("--lr", type=float, metavar="LR", help="highest learning rate")
+    add("--weight-decay", type=float, metavar="W", help="of AdamW; biases and norms are left out")
+    add("--warmup-epochs", type=int, metavar="N", help="epochs of linear warm-up")
+    add("--min-lr", type=float, metavar="LR", help="learning rate at the end of the cosine")
+    add("--smoothing", type=float, metavar="S", help="label smoothing")
+    add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm, 0 for no clipping")
+    add("--amp", action="store_true", help="run the model under autocast (default: no)")
+    add("--amp-dtype", choices=["bfloat16"], help="dtype of autocast")
+    add("--seed", type=int, metavar="N", help="of the weights, the batches and the augmentation")
+    add("--device", metavar="DEVICE", help="auto takes a GPU if there is one")
+    add("--backend", choices=["auto", "triton", "torch", "reference"], help="of the attention")
+    add("--output", metavar="DIR", help="a folder without a run (default: runs/MODEL-DATASET, numbered)")
+    add("--resume", metavar="PATH", help="continue the run in this folder, or from this checkpoint (default: no)")
+    parser.set_defaults(**asdict(Config()))
+    return parser
+
+
+def _train(argv: list[str]) -> int:
+    parser = _train_parser()
+
+    def parse() -> Config:
+        return Config(**vars(parser.parse_args(argv)))
+
+    config = parse()
+    try:
+        from vix_kernels.training.checkpoint import load_checkpoint
+        from vix_kernels.training.loop import best_epoch, train
+    except ModuleNotFoundError as error:
+        parser.error(f"training needs {error.name}: pip install 'vix_kernels[train]'")
+    try:
+        if config.resume:
+            # What the command line leaves out is as it was in the run that goes on; where it runs may have changed.
+            saved = load_checkpoint(config.resume)["config"]
+            names = vars(config).keys() - {"device", "backend", "output", "resume"}
+            parser.set_defaults(**{name: saved[name] for name in names & saved.keys()})
+            config = parse()
+        history, output = train(config)
+    except UserError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt as stop:
+        print(f"vix train: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+    best, last = best_epoch(history), history[-1]
+    print(
+        f"top-1 {best['eval_top1']:.2f} % (best, epoch {best['epoch']}; last {last['eval_top1']:.2f} %), "
+        f"top-5 {best['eval_top5']:.2f} %, {last['images_per_second']:,.0f} images/s, {Path(output)}"
+    )
+    return 0
+
+
+def _models(argv: list[str]) -> int:
+    from vix_kernels.models import create_model, list_models
+
+    parser = Parser(prog="vix models", description="List the models and their number of parameters.")
+    parser.add_argument("pattern", nargs="?", help='only names like this, such as "hybrid_*"')
+    pattern = parser.parse_args(argv).pattern
+    names = list_models(pattern)
+    if not names:
+        parser.error(f"no model is called like {pattern!r}; all are {', '.join(list_models())}")
+    print(f"{'model':<16}{'parameters':>12}")
+    for name in names:
+        print(f"{name:<16}{sum(p.numel() for p in create_model(name).parameters()):>12,}")
+    return 0
+
+
+def _check(argv: list[str]) -> int:
+    from vix_kernels.check import main as check
+
+    return check(argv)
+
+
+def _compile_report(argv: list[str]) -> int:
+    try:
+        from vix_kernels._triton.compile_report import main as compile_report
+    except ModuleNotFoundError as error:
+        Parser(prog="vix compile-report").error(f"it needs {error.name}, which is not installed")
+    return compile_report(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

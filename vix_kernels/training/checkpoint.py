@@ -1,0 +1,51 @@
+"""Checkpoints that a crash cannot damage and that run no code when they are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import UserError
+
+_KEYS = {"config", "epoch", "history", "model", "optimizer"}
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file, then put it in the place of `path`: readers see the old file or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, or the `last.pt` of a run's folder."""
+    path = checkpoint_path(path)
+    if not path.is_file():
+        raise UserError(f"--resume: no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch each have their own word for a damaged file
+        raise UserError(
+            f"--resume: {path} is damaged, or no checkpoint of vix train ({type(error).__name__})"
+        ) from error
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _KEYS:
+        raise UserError(f"--resume: {path} is no checkpoint of vix train")
+    return checkpoint
+
+
+def checkpoint_path(path: str | Path) -> Path:
+    path = Path(path)
+    return path / "last.pt" if path.is_dir() else path

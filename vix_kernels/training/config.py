@@ -1,0 +1,42 @@
+"""What a run is made of. The command line takes its defaults from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class UserError(Exception):
+    """Something that the user can put right: one line, shown without a traceback."""
+
+
+@dataclass
+class Config:
+    model: str = "hybrid_vip"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    dataset: str = "digits"
+    epochs: int = 20
+    batch_size: int = 64
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    warmup_epochs: int = 3
+    min_lr: float = 1e-5
+    smoothing: float = 0.1
+    clip_grad: float = 1.0
+    amp: bool = False
+    amp_dtype: str = "bfloat16"
+    seed: int = 0
+    device: str = "auto"
+    backend: str = "auto"
+    output: str | None = None
+    resume: str | None = None
+
+    def check(self) -> None:
+        for name in ("epochs", "batch_size", "lr"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name.replace('_', '-')}: expected more than 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_epochs", "min_lr", "clip_grad", "seed"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name.replace('_', '-')}: expected 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.smoothing < 1:
+            raise UserError(f"--smoothing: expected a number in [0, 1), got {self.smoothing}")

@@ -1,0 +1,246 @@
+"""The training loop: AdamW, warm-up and cosine, label smoothing, bf16 autocast, checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vix_kernels.models import create_model
+
+from .checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
+from .config import Config, UserError
+from .data import Dataset, load_dataset
+from .report import draw_learning_curve, write_args, write_summary
+
+History = list[dict[str, Any]]
+EVAL_BATCH = 512
+RUN_FILES = ("args.yaml", "summary.csv", "last.pt", "best.pt", "learning_curve.png")
+
+
+def train(config: Config) -> tuple[History, Path]:
+    """Train, or continue, the run that `config` describes; returns one row an epoch and the folder of the run.
+
+    Nothing is written before every input has been checked. Raises `UserError` for what the user can put right.
+    """
+    config.check()
+    checkpoint = load_checkpoint(config.resume) if config.resume else None
+    output = _output_folder(config)
+    config = replace(config, output=str(output))
+    device = _device(config.device)
+    torch.backends.cudnn.deterministic = True  # convolutions too give the same bits on every run
+    dataset = load_dataset(config.dataset).to(device)
+    model, model_kwargs = _build_model(config, dataset, device)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
+    history: History = []
+    if checkpoint is not None:
+        _restore(checkpoint, config, model_kwargs, model, optimizer)
+        history = checkpoint["history"]
+
+    def state() -> dict[str, Any]:
+        return {
+            "config": asdict(config),
+            "model_kwargs": model_kwargs,
+            "epoch": len(history),
+            "history": history,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_args(output / "args.yaml", config)
+        if not (output / "last.pt").exists():
+            if history:  # a branch of another run, which takes along what that one has reached
+                best = checkpoint_path(config.resume).with_name("best.pt")
+                if best.exists():
+                    shutil.copyfile(best, output / "best.pt")
+                write_summary(output / "summary.csv", history)
+            save_checkpoint(output / "last.pt", state())
+    except OSError as error:
+        raise UserError(f"--output: cannot start {output}: {error}") from error
+
+    parameters = sum(p.numel() for p in model.parameters())
+    images = f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} held-out images"
+    print(f"{config.model} on {config.dataset}: {parameters:,} parameters, {images}, {device}, output {output}")
+    steps = math.ceil(len(dataset.train_labels) / config.batch_size)
+    progress = tqdm(total=config.epochs * steps, initial=len(history) * steps, unit="step", leave=False, disable=None)
+    try:
+        for epoch in range(len(history), config.epochs):
+            row = {"epoch": epoch + 1} | train_epoch(model, optimizer, dataset, config, epoch, progress)
+            if not math.isfinite(row["train_loss"]):
+                raise UserError(f"the loss is {row['train_loss']} in epoch {epoch + 1}: try a lower --lr")
+            row |= evaluate(model, dataset, config)
+            history.append(row)
+            if best_epoch(history) is row:
+                save_checkpoint(output / "best.pt", state())
+            save_checkpoint(output / "last.pt", state())
+            write_summary(output / "summary.csv", history)
+            progress.write(
+                f"epoch {row['epoch']:3}/{config.epochs}  train loss {row['train_loss']:.4f}  held-out loss "
+                f"{row['eval_loss']:.4f}  top-1 {row['eval_top1']:6.2f} %  top-5 {row['eval_top5']:6.2f} %  "
+                f"{row['images_per_second']:,.0f} images/s"
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted in epoch {len(history) + 1}, go on with --resume {output}") from None
+    finally:
+        progress.close()
+        if history:
+            title = f"{config.model} on {config.dataset}"
+            draw_learning_curve(output / "learning_curve.png", history, best_epoch(history), title)
+    return history, output
+
+
+def train_epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, dataset: Dataset, config: Config, epoch: int, progress: tqdm
+) -> dict[str, float]:
+    # All that is random in an epoch follows from the seed and its number: a resumed run repeats the straight one to
+    # the bit without a saved generator state, on any device.
+    torch.manual_seed((config.seed * 1_000_003 + epoch + 1) % 2**63)
+    start = time.perf_counter()
+    images, labels = dataset.train_images, dataset.train_labels
+    batches = list(_batches(torch.randperm(len(labels)).to(labels.device), config.batch_size))
+    loss_sum = torch.zeros((), device=labels.device)
+    model.train()
+    for step, index in enumerate(batches, start=epoch * len(batches)):
+        lr = learning_rate(step, len(batches), config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with _autocast(config, labels.device):
+            logits = model(dataset.inputs(images[index], augment=True))
+        loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=config.smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        if config.clip_grad:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+        optimizer.step()
+        loss_sum += loss.detach() * len(index)
+        progress.update()
+    train_loss = loss_sum.item() / len(labels)
+    return {"train_loss": train_loss, "lr": lr, "images_per_second": len(labels) / (time.perf_counter() - start)}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, dataset: Dataset, config: Config) -> dict[str, float]:
+    """Loss, top-1 and top-5 in per cent, over every held-out image."""
+    model.eval()
+    labels = dataset.test_labels
+    logits = []
+    for images in _batches(dataset.test_images, EVAL_BATCH):
+        with _autocast(config, labels.device):
+            logits.append(model(dataset.inputs(images)).float())
+    scores = torch.cat(logits)
+    hits = scores.topk(min(5, dataset.num_classes)).indices == labels[:, None]
+    return {
+        "eval_loss": F.cross_entropy(scores, labels).item(),
+        "eval_top1": 100 * hits[:, 0].sum().item() / len(labels),
+        "eval_top5": 100 * hits.sum().item() / len(labels),
+    }
+
+
+def learning_rate(step: int, steps_per_epoch: int, config: Config) -> float:
+    """Linear from 0 to `lr` over the warm-up, then half a cosine down to `min_lr`."""
+    warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def best_epoch(history: History) -> dict[str, Any]:
+    """The first row with the highest top-1; among equals, the one with the lowest loss."""
+    return max(history, key=lambda row: (row["eval_top1"], -row["eval_loss"]))
+
+
+def _batches(items: Tensor, size: int) -> Iterator[Tensor]:
+    """Batches of nearly equal length, so that batch norm never meets a last batch of one image."""
+    return iter(items.tensor_split(math.ceil(len(items) / size)))
+
+
+def _autocast(config: Config, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=getattr(torch, config.amp_dtype), enabled=config.amp)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Biases, norms and the model's own exceptions are not decayed."""
+    exempt = model.no_weight_decay()
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        (free if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: cannot use {name!r}: {error}") from error
+
+
+def _build_model(config: Config, dataset: Dataset, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and the arguments that made it, those the user left out taken from the data set."""
+    _, channels, height, width = dataset.train_images.shape
+    shape = {"img_size": (height, width), "in_chans": channels, "num_classes": dataset.num_classes}
+    kwargs = shape | dataset.model_kwargs | config.model_kwargs
+    for name, value in shape.items():
+        if kwargs[name] != value:
+            raise UserError(f"--model-kwargs: {name}: the images of {config.dataset} have {value}, got {kwargs[name]}")
+    torch.manual_seed(config.seed)
+    try:
+        model = create_model(config.model, **kwargs, backend=config.backend).to(device)
+        with torch.no_grad():
+            model.eval()(dataset.inputs(dataset.test_images[:2]))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+    return model, kwargs
+
+
+def _restore(
+    checkpoint: dict[str, Any],
+    config: Config,
+    model_kwargs: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Load the weights and the optimizer of `checkpoint`, which must be of the same model, data and seed."""
+    saved = checkpoint["config"] | {"model_kwargs": checkpoint["model_kwargs"]}
+    wanted = {name: getattr(config, name) for name in ("model", "dataset", "seed")} | {"model_kwargs": model_kwargs}
+    for name, value in wanted.items():
+        if saved[name] != value:
+            raise UserError(f"--resume: the checkpoint has {name} {saved[name]!r}, this run has {value!r}")
+    try:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"--resume: the checkpoint does not fit the model: {error}") from error
+
+
+def _output_folder(config: Config) -> Path:
+    """A folder that holds no run yet, or the one of the run that is continued."""
+    if config.resume:
+        resumed = checkpoint_path(config.resume)
+        folder = Path(config.output) if config.output else resumed.parent
+        if resumed.resolve() == (folder / "last.pt").resolve():
+            return folder
+    elif config.output:
+        folder = Path(config.output)
+    else:
+        base = folder = Path("runs", f"{config.model}-{config.dataset}")
+        number = 1
+        while folder.exists():
+            number += 1
+            folder = base.with_name(f"{base.name}-{number}")
+    if any((folder / name).exists() for name in RUN_FILES):
+        raise UserError(f"--output: {folder} holds a run already: continue it with --resume {folder}, or name another")
+    return folder
