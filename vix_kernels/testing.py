@@ -89,19 +89,13 @@ class Problem:
 
     def sample(self, index: int) -> Problem:
         """One sample of the batch on its own."""
-        size = next(iter(self.tensors.values())).shape[0]
+        size = self.tensors[self.spec.batched[0]].shape[0]
 
-        def one(x: Any) -> Any:
-            batched = isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == size and size > 1
-            return x[index : index + 1] if batched else x
+        def one(name: str, x: Any) -> Any:
+            return x[index : index + 1] if name in self.spec.batched and x is not None and x.shape[0] == size else x
 
-        mask_names = {"key_padding_mask", "mask"}
-        options = {name: one(x) if name in mask_names else x for name, x in self.options.items()}
-        return replace(
-            self,
-            tensors={name: one(x) if name in self.spec.batched else x for name, x in self.tensors.items()},
-            options=options,
-        )
+        tensors = {name: one(name, x) for name, x in self.tensors.items()}
+        return replace(self, tensors=tensors, options={name: one(name, x) for name, x in self.options.items()})
 
 
 @dataclass(frozen=True)
@@ -112,7 +106,8 @@ class OpSpec:
         function: takes the tensors of a problem, its options and `backend`.
         reference: the same in plain PyTorch, without `backend`.
         build: (case, tensor) -> (tensors, options); tensor(*shape) draws a normal tensor of the problem's dtype.
-        differentiable, batched: names of tensors that take gradients, and of those with a batch dimension.
+        differentiable: names of the tensors that take gradients.
+        batched: names of the tensors and options that have a batch dimension, the first of them always.
         cases: the problems every implementation must solve.
         flops: multiply-adds times two of a forward at (batch, heads, tokens, width, features).
         bytes: least traffic of a forward: every input read once, every output written once.
@@ -247,7 +242,7 @@ SPECS: dict[str, OpSpec] = {
             reference=performer_attention_reference,
             build=_performer,
             differentiable=("q", "k", "v", "projection"),
-            batched=("q", "k", "v"),
+            batched=("q", "k", "v", "key_padding_mask"),
             cases=CASES,
             flops=lambda case: 2 * _move_flops(case),
             bytes=lambda case, dtype: _token_bytes(case, dtype, 4) + 4 * case.features * case.width,
@@ -258,7 +253,7 @@ SPECS: dict[str, OpSpec] = {
             reference=aggregate_reference,
             build=_aggregate,
             differentiable=("slots", "k", "v"),
-            batched=("slots", "k", "v"),
+            batched=("k", "v", "slots", "mask"),
             cases=tuple(case for case in CASES if case.queries is None),
             flops=_move_flops,
             bytes=lambda case, dtype: _token_bytes(case, dtype, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -14,115 +14,134 @@ from . import launch
 from .layout import padded
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
-    block_slots: int
-    block_tokens: int
+class Tile(NamedTuple):
+    """What one program holds, and with how many threads."""
+
+    slots: int
+    tokens: int
     num_warps: int
     num_stages: int
+    # How float32 tiles multiply: three TensorFloat32 products, or fused multiply-adds where those need too many registers.
+    precision: str = "tf32x3"
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    tile: Tile
     compute: torch.dtype  # logits, statistics and accumulators
     split: bool  # float32 slots against 16-bit tokens: products in two halves
+
+    @property
+    def block_slots(self) -> int:
+        return self.tile.slots
+
+    @property
+    def block_tokens(self) -> int:
+        return self.tile.tokens
 
     @property
     def triton_compute(self) -> Any:
         return tl.float64 if self.compute == torch.float64 else tl.float32
 
     def meta(self, width: int, value_width: int) -> dict[str, Any]:
+        """The constexprs and options that every kernel of the two moves takes."""
         return dict(
             D=width, E=value_width, BLOCK_D=padded(width), BLOCK_E=padded(value_width),
-            BLOCK_M=self.block_slots, BLOCK_N=self.block_tokens,
-            SPLIT=self.split, COMPUTE=self.triton_compute, PRECISION=precision(),
-            num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True,
+            BLOCK_M=self.tile.slots, BLOCK_N=self.tile.tokens,
+            SPLIT=self.split, COMPUTE=self.triton_compute,
+            # tf32 is opt-in, by PyTorch's own switch.
+            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else self.tile.precision,
+            num_warps=self.tile.num_warps, num_stages=self.tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
 
-# (kernel, bits of the tokens' dtype, padded width): (slots a tile, tokens a tile, warps, stages).
-TABLE: dict[tuple[str, int, int], tuple[int, int, int, int]] = {
-    ("aggregate_forward", 16, 16): (64, 64, 4, 3),
-    ("aggregate_forward", 16, 32): (64, 64, 4, 3),
-    ("aggregate_forward", 16, 64): (64, 64, 4, 3),
-    ("aggregate_forward", 16, 128): (64, 64, 4, 2),
-    ("aggregate_forward", 16, 256): (64, 32, 8, 1),
-    ("broadcast_forward", 16, 16): (64, 128, 8, 2),
-    ("broadcast_forward", 16, 32): (64, 128, 8, 2),
-    ("broadcast_forward", 16, 64): (64, 128, 8, 2),
-    ("broadcast_forward", 16, 128): (32, 64, 4, 1),
-    ("broadcast_forward", 16, 256): (32, 32, 4, 1),
-    ("aggregate_tokens", 16, 16): (64, 128, 8, 2),
-    ("aggregate_tokens", 16, 32): (64, 128, 8, 2),
-    ("aggregate_tokens", 16, 64): (32, 64, 4, 2),
-    ("aggregate_tokens", 16, 128): (32, 64, 8, 1),
-    ("aggregate_tokens", 16, 256): (16, 32, 8, 1),
-    ("broadcast_tokens", 16, 16): (64, 128, 8, 2),
-    ("broadcast_tokens", 16, 32): (64, 128, 8, 2),
-    ("broadcast_tokens", 16, 64): (64, 128, 8, 2),
-    ("broadcast_tokens", 16, 128): (32, 64, 4, 1),
-    ("broadcast_tokens", 16, 256): (16, 32, 8, 1),
-    ("broadcast_slots", 16, 16): (64, 64, 4, 2),
-    ("broadcast_slots", 16, 32): (64, 64, 4, 2),
-    ("broadcast_slots", 16, 64): (64, 64, 4, 2),
-    ("broadcast_slots", 16, 128): (64, 32, 4, 1),
-    ("broadcast_slots", 16, 256): (32, 16, 8, 1),
-    ("aggregate_slots", 16, 16): (64, 64, 4, 2),
-    ("aggregate_slots", 16, 32): (64, 64, 4, 2),
-    ("aggregate_slots", 16, 64): (64, 64, 4, 1),
-    ("aggregate_slots", 16, 128): (64, 64, 4, 2),
-    ("aggregate_slots", 16, 256): (32, 16, 8, 1),
-    ("aggregate_forward", 32, 16): (64, 32, 8, 1),
-    ("aggregate_forward", 32, 32): (64, 32, 8, 1),
-    ("aggregate_forward", 32, 64): (64, 32, 8, 1),
-    ("aggregate_forward", 32, 128): (32, 32, 8, 1),
-    ("aggregate_forward", 32, 256): (32, 16, 8, 1),
-    ("broadcast_forward", 32, 16): (64, 64, 8, 1),
-    ("broadcast_forward", 32, 32): (64, 64, 8, 1),
-    ("broadcast_forward", 32, 64): (32, 64, 8, 1),
-    ("broadcast_forward", 32, 128): (32, 32, 4, 1),
-    ("broadcast_forward", 32, 256): (16, 32, 8, 1),
-    ("aggregate_tokens", 32, 16): (32, 32, 8, 1),
-    ("aggregate_tokens", 32, 32): (16, 64, 8, 1),
-    ("aggregate_tokens", 32, 64): (32, 32, 4, 1),
-    ("aggregate_tokens", 32, 128): (16, 16, 4, 1),
-    ("aggregate_tokens", 32, 256): (16, 16, 8, 1),
-    ("broadcast_tokens", 32, 16): (32, 64, 8, 1),
-    ("broadcast_tokens", 32, 32): (32, 64, 8, 1),
-    ("broadcast_tokens", 32, 64): (32, 32, 4, 1),
-    ("broadcast_tokens", 32, 128): (32, 32, 8, 1),
-    ("broadcast_tokens", 32, 256): (16, 16, 8, 1),
-    ("broadcast_slots", 32, 16): (64, 32, 8, 1),
-    ("broadcast_slots", 32, 32): (64, 32, 8, 1),
-    ("broadcast_slots", 32, 64): (64, 16, 8, 1),
-    ("broadcast_slots", 32, 128): (16, 16, 8, 1),
-    ("broadcast_slots", 32, 256): (16, 16, 8, 1),
-    ("aggregate_slots", 32, 16): (64, 32, 8, 1),
-    ("aggregate_slots", 32, 32): (64, 32, 8, 1),
-    ("aggregate_slots", 32, 64): (32, 32, 8, 1),
-    ("aggregate_slots", 32, 128): (16, 16, 4, 1),
-    ("aggregate_slots", 32, 256): (16, 16, 8, 1),
-    ("rotate", 16, 16): (0, 128, 4, 1),
-    ("rotate", 16, 32): (0, 128, 4, 1),
-    ("rotate", 16, 64): (0, 64, 4, 1),
-    ("rotate", 16, 128): (0, 32, 4, 1),
-    ("rotate", 16, 256): (0, 16, 4, 1),
-    ("rotate", 32, 16): (0, 128, 4, 1),
-    ("rotate", 32, 32): (0, 64, 4, 1),
-    ("rotate", 32, 64): (0, 32, 4, 1),
-    ("rotate", 32, 128): (0, 16, 4, 1),
-    ("rotate", 32, 256): (0, 8, 4, 1),
+# By kernel, bits of the tokens' dtype and padded width.
+TABLE: dict[tuple[str, int, int], Tile] = {
+    ("aggregate_forward", 16, 16): Tile(64, 64, 4, 3),
+    ("aggregate_forward", 16, 32): Tile(64, 64, 4, 3),
+    ("aggregate_forward", 16, 64): Tile(64, 64, 4, 3),
+    ("aggregate_forward", 16, 128): Tile(64, 64, 4, 2),
+    ("aggregate_forward", 16, 256): Tile(16, 32, 8, 1),
+    ("broadcast_forward", 16, 16): Tile(64, 128, 8, 2),
+    ("broadcast_forward", 16, 32): Tile(64, 128, 8, 2),
+    ("broadcast_forward", 16, 64): Tile(64, 128, 8, 2),
+    ("broadcast_forward", 16, 128): Tile(32, 64, 4, 1),
+    ("broadcast_forward", 16, 256): Tile(32, 16, 8, 1),
+    ("aggregate_tokens", 16, 16): Tile(64, 128, 8, 2),
+    ("aggregate_tokens", 16, 32): Tile(64, 128, 8, 2),
+    ("aggregate_tokens", 16, 64): Tile(32, 64, 4, 2),
+    ("aggregate_tokens", 16, 128): Tile(32, 64, 8, 1),
+    ("aggregate_tokens", 16, 256): Tile(32, 16, 8, 1),
+    ("broadcast_tokens", 16, 16): Tile(64, 128, 8, 2),
+    ("broadcast_tokens", 16, 32): Tile(64, 128, 8, 2),
+    ("broadcast_tokens", 16, 64): Tile(64, 128, 8, 2),
+    ("broadcast_tokens", 16, 128): Tile(32, 64, 4, 1),
+    ("broadcast_tokens", 16, 256): Tile(32, 16, 8, 1),
+    ("broadcast_slots", 16, 16): Tile(64, 64, 4, 2),
+    ("broadcast_slots", 16, 32): Tile(64, 64, 4, 2),
+    ("broadcast_slots", 16, 64): Tile(64, 64, 4, 2),
+    ("broadcast_slots", 16, 128): Tile(64, 32, 4, 1),
+    ("broadcast_slots", 16, 256): Tile(16, 32, 8, 1),
+    ("aggregate_slots", 16, 16): Tile(64, 64, 4, 2),
+    ("aggregate_slots", 16, 32): Tile(64, 64, 4, 2),
+    ("aggregate_slots", 16, 64): Tile(64, 64, 4, 1),
+    ("aggregate_slots", 16, 128): Tile(64, 64, 4, 2),
+    ("aggregate_slots", 16, 256): Tile(16, 32, 8, 1),
+    ("aggregate_forward", 32, 16): Tile(64, 32, 8, 1),
+    ("aggregate_forward", 32, 32): Tile(64, 32, 8, 1),
+    ("aggregate_forward", 32, 64): Tile(64, 32, 8, 1),
+    ("aggregate_forward", 32, 128): Tile(32, 32, 8, 1),
+    ("aggregate_forward", 32, 256): Tile(16, 16, 4, 1, "ieee"),
+    ("broadcast_forward", 32, 16): Tile(64, 64, 8, 1),
+    ("broadcast_forward", 32, 32): Tile(64, 64, 8, 1),
+    ("broadcast_forward", 32, 64): Tile(32, 64, 8, 1),
+    ("broadcast_forward", 32, 128): Tile(32, 32, 4, 1),
+    ("broadcast_forward", 32, 256): Tile(16, 16, 4, 1, "ieee"),
+    ("aggregate_tokens", 32, 16): Tile(32, 32, 8, 1),
+    ("aggregate_tokens", 32, 32): Tile(16, 64, 8, 1),
+    ("aggregate_tokens", 32, 64): Tile(32, 32, 4, 1),
+    ("aggregate_tokens", 32, 128): Tile(32, 16, 8, 1),
+    ("aggregate_tokens", 32, 256): Tile(16, 16, 8, 1),
+    ("broadcast_tokens", 32, 16): Tile(32, 64, 8, 1),
+    ("broadcast_tokens", 32, 32): Tile(32, 64, 8, 1),
+    ("broadcast_tokens", 32, 64): Tile(32, 32, 4, 1),
+    ("broadcast_tokens", 32, 128): Tile(32, 16, 8, 1),
+    ("broadcast_tokens", 32, 256): Tile(16, 16, 8, 1),
+    ("broadcast_slots", 32, 16): Tile(64, 32, 8, 1),
+    ("broadcast_slots", 32, 32): Tile(64, 32, 8, 1),
+    ("broadcast_slots", 32, 64): Tile(64, 16, 8, 1),
+    ("broadcast_slots", 32, 128): Tile(16, 16, 4, 1, "ieee"),
+    ("broadcast_slots", 32, 256): Tile(16, 16, 16, 1, "ieee"),
+    ("aggregate_slots", 32, 16): Tile(64, 32, 8, 1),
+    ("aggregate_slots", 32, 32): Tile(64, 32, 8, 1),
+    ("aggregate_slots", 32, 64): Tile(32, 32, 8, 1),
+    ("aggregate_slots", 32, 128): Tile(16, 16, 4, 1, "ieee"),
+    ("aggregate_slots", 32, 256): Tile(16, 16, 4, 1, "ieee"),
+    ("rotate", 16, 16): Tile(0, 128, 4, 1),
+    ("rotate", 16, 32): Tile(0, 128, 4, 1),
+    ("rotate", 16, 64): Tile(0, 64, 4, 1),
+    ("rotate", 16, 128): Tile(0, 32, 4, 1),
+    ("rotate", 16, 256): Tile(0, 16, 4, 1),
+    ("rotate", 32, 16): Tile(0, 128, 4, 1),
+    ("rotate", 32, 32): Tile(0, 64, 4, 1),
+    ("rotate", 32, 64): Tile(0, 32, 4, 1),
+    ("rotate", 32, 128): Tile(0, 16, 4, 1),
+    ("rotate", 32, 256): Tile(0, 8, 4, 1),
 }
 _WARP_GROUP = {  # 64 tokens or slots and more a dot: warp-group products, whose operands need no registers
-    ("aggregate_tokens", 16, 64): (64, 128, 8, 2),
-    ("aggregate_slots", 16, 64): (64, 64, 4, 2),
-    ("aggregate_forward", 16, 128): (64, 64, 4, 3),
-    ("broadcast_forward", 16, 128): (64, 128, 8, 2),
-    ("broadcast_tokens", 16, 128): (64, 128, 8, 2),
-    ("broadcast_slots", 16, 128): (64, 64, 4, 2),
+    ("aggregate_tokens", 16, 64): Tile(64, 128, 8, 2),
+    ("aggregate_slots", 16, 64): Tile(64, 64, 4, 2),
+    ("aggregate_forward", 16, 128): Tile(64, 64, 4, 3),
+    ("broadcast_forward", 16, 128): Tile(64, 128, 8, 2),
+    ("broadcast_tokens", 16, 128): Tile(64, 128, 8, 2),
+    ("broadcast_slots", 16, 128): Tile(64, 64, 4, 2),
 }
 # What an architecture does better with. The table above is for all others.
-OVERRIDES: dict[str, dict[tuple[str, int, int], tuple[int, int, int, int]]] = {
+OVERRIDES: dict[str, dict[tuple[str, int, int], Tile]] = {
     "sm_90": _WARP_GROUP,
-    "sm_100": _WARP_GROUP | {("aggregate_tokens", 16, 128): (64, 128, 8, 1)},
+    "sm_100": _WARP_GROUP | {("aggregate_tokens", 16, 128): Tile(64, 128, 8, 1)},
 }
-INTERPRETER = (32, 16, 1, 1)  # small tiles: every loop runs more than once on small inputs
+INTERPRETER = Tile(32, 16, 1, 1)  # small tiles: every loop runs more than once on small inputs
 
 
 def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> LaunchConfig:
@@ -131,12 +150,7 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
     key = (kernel, tokens.element_size() * 8, padded(width))
     tile = INTERPRETER if arch == "interpreter" else OVERRIDES.get(arch, TABLE).get(key) or TABLE[key]
     compute = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-    return LaunchConfig(*tile, compute=compute, split=slots.element_size() > tokens.element_size())
-
-
-def precision() -> str:
-    """tf32 if PyTorch was told to use it for float32 products, else three tf32 products a float32 one."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return LaunchConfig(tile, compute, split=slots.element_size() > tokens.element_size())
 
 
 def architecture(device: torch.device) -> str:

@@ -19,6 +19,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if observer is not None:
         observer(kernel, grid, args, meta)
         return
+    if 0 in grid:  # an empty batch
+        return
     device = args[0].device
     if device.type == "cpu":  # the interpreter
         kernel[grid](*args, **meta)

@@ -52,6 +52,6 @@ def rotate(
         *token_strides(q), *token_strides(k), *token_strides(q_out), *token_strides(k_out), angle_h, num_heads, tokens,
         D=width, BLOCK_D=padded(width), BLOCK_N=config.block_tokens,
         ROTARY=rotary, INTERLEAVED=interleaved, INVERSE=inverse, COMPUTE=config.triton_compute,
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return q_out, k_out

@@ -66,8 +66,6 @@ def performer_attention(
         return performer_attention_reference(
             q, k, v, projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope
         )
-    if q.shape[0] == 0:
-        return q.new_empty(*q.shape[:3], v.shape[3])
     rotary = {} if rope is None else dict(cos=rope.cos, sin=rope.sin, interleaved=rope.interleaved)
     c = math.sqrt(scale)
     values, lse = aggregate(slots, k, v, scale=c, gaussian=True, mask=key_padding_mask, backend=backend, **rotary)

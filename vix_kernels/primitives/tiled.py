@@ -369,7 +369,7 @@ def _level(lse: Tensor) -> Tensor:
 
 def _slots_grad(sums: Tensor | None, slots: Tensor) -> Tensor:
     """The gradient of the slots from the transposed sums of all samples and heads."""
-    return slots.new_empty(0) if sums is None else sums.mT.sum_to_size(slots.shape).to(slots.dtype)
+    return slots.new_empty(0) if sums is None else sums.mT.sum_to_size(slots.shape).to(slots.dtype).contiguous()
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,44 @@
+"""`vix check`: what runs here, and every reason why something else does not."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import __version__, backends
+from .testing import SPECS
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vix check", description="Show which backend each operator gets on this machine, and why not another."
+    )
+    parser.add_argument("--width", type=int, default=64, help="head width to ask for (default: 64)")
+    width = parser.parse_args(argv).width
+
+    print(f"vix_kernels {__version__}, torch {torch.__version__}, triton {_version('triton')}")
+    print(f"Python {platform.python_version()} on {platform.platform()}")
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, head width {width}\n")
+
+    reasons = {dtype: backends.reasons_against_triton(device, dtype, width) for dtype in DTYPES}
+    print("operator".ljust(22) + "".join(str(dtype).removeprefix("torch.").ljust(12) for dtype in DTYPES))
+    for name in SPECS:
+        chosen = (backends.resolve("auto", torch.empty(0, dtype=dtype, device=device), width) for dtype in DTYPES)
+        print(name.ljust(22) + "".join(each.ljust(12) for each in chosen))
+    for reason in dict.fromkeys(reason for each in reasons.values() for reason in each):
+        print(f"\nnot triton: {reason}", end="")
+    print()
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
