@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from vix_kernels.testing import kept_for_backward
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from vix_kernels import orthogonal_projection, performer_attention
 
 peer = pytest.importorskip("performer_pytorch", reason="performer-pytorch is not installed (extra: bench)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from vix_kernels import apply_rope, rope_1d
 
 peer = pytest.importorskip("rotary_embedding_torch", reason="rotary-embedding-torch is not installed (extra: bench)")

@@ -58,9 +58,7 @@ def compile_toy() -> list[offline.CompiledLaunch]:
 def compile_performer() -> list[offline.CompiledLaunch]:
     q = torch.empty(2, 4, 1024, 64, dtype=torch.bfloat16)
     projection = torch.empty(110, 64)
-    return offline.compile_launches(
-        "sm_90", lambda: vix_kernels.performer_attention(q, q, q, projection, backend="triton")
-    )
+    return offline.compile_launches("sm_90", lambda: vix_kernels.performer_attention(q, q, q, projection, backend="triton"))
 
 
 def in_own_process(function: str) -> list[dict]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vix_kernels  # noqa: F401  registers the operators
+from conftest import DEVICE
 from vix_kernels import backends
 from vix_kernels.primitives.registry import implementations
 from vix_kernels.testing import SPECS, Case, OpSpec, Problem

@@ -174,9 +174,7 @@ def test_default_output_never_meets_an_older_run(tmp_path: Path, monkeypatch: py
         (["--lerning-rate", "1"], ["--lerning-rate"]),
     ],
 )
-def test_bad_arguments_are_refused(
-    argv: list[str], words: list[str], tmp_path: Path, refused: Callable[..., str]
-) -> None:
+def test_bad_arguments_are_refused(argv: list[str], words: list[str], tmp_path: Path, refused: Callable[..., str]) -> None:
     line = refused(*argv, "--output", tmp_path / "run")
     assert all(word in line for word in words), line
     assert not list(tmp_path.iterdir())

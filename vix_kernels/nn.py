@@ -84,9 +84,7 @@ class Attention(nn.Module):
         out = self.attend(q, k, v, key_padding_mask, rope)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
         """The attention between the linear maps: (batch, heads, tokens, head_dim) to the same."""
         if rope is not None:
             q, k = apply_rope(q, k, rope, backend=self.backend)
@@ -124,9 +122,7 @@ class PerformerAttention(Attention):
     ) -> None:
         if attn_drop:
             raise NotImplementedError(f"attn_drop: expected 0 (there are no weights to drop), got {attn_drop}")
-        super().__init__(
-            dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer, backend=backend
-        )
+        super().__init__(dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer, backend=backend)
         if num_features is None:
             num_features = max(1, int(self.head_dim * math.log(self.head_dim)))
         self.num_features = num_features
@@ -161,9 +157,5 @@ class PerformerAttention(Attention):
             self.projection = projection.to(self.projection.device)
         return self
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None
-    ) -> Tensor:
-        return performer_attention(
-            q, k, v, self.projection, key_padding_mask=key_padding_mask, rope=rope, backend=self.backend
-        )
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
+        return performer_attention(q, k, v, self.projection, key_padding_mask=key_padding_mask, rope=rope, backend=self.backend)

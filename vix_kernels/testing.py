@@ -1,11 +1,11 @@
 """One specification an operator: its cases, its reference, its costs. Tests, benchmarks and users share them.
 
-    from vix_kernels.testing import SPECS
-    spec = SPECS["performer_attention"]
-    for case in spec.cases:
-        problem = spec.problem(case, dtype=torch.bfloat16, device="cuda")
-        out = problem(backend="triton")            # a tuple of outputs
-        exact = problem.double()(reference=True)   # the same problem in float64, by the plain reference
+from vix_kernels.testing import SPECS
+spec = SPECS["performer_attention"]
+for case in spec.cases:
+    problem = spec.problem(case, dtype=torch.bfloat16, device="cuda")
+    out = problem(backend="triton")            # a tuple of outputs
+    exact = problem.double()(reference=True)   # the same problem in float64, by the plain reference
 """
 
 from __future__ import annotations
@@ -256,8 +256,9 @@ SPECS: dict[str, OpSpec] = {
             batched=("k", "v", "slots", "mask"),
             cases=tuple(case for case in CASES if case.queries is None),
             flops=_move_flops,
-            bytes=lambda case, dtype: _token_bytes(case, dtype, 2)
-            + 4 * case.features * case.width * (1 + case.batch * case.heads),
+            bytes=lambda case, dtype: (
+                _token_bytes(case, dtype, 2) + 4 * case.features * case.width * (1 + case.batch * case.heads)
+            ),
         ),
         OpSpec(
             name="broadcast",
@@ -268,8 +269,9 @@ SPECS: dict[str, OpSpec] = {
             batched=("q", "slots", "values", "slot_bias"),
             cases=tuple(case for case in CASES if case.queries is None),
             flops=_move_flops,
-            bytes=lambda case, dtype: _token_bytes(case, dtype, 2)
-            + 4 * case.features * case.width * (1 + case.batch * case.heads),
+            bytes=lambda case, dtype: (
+                _token_bytes(case, dtype, 2) + 4 * case.features * case.width * (1 + case.batch * case.heads)
+            ),
         ),
         OpSpec(
             name="apply_rope",

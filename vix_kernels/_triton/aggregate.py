@@ -142,9 +142,7 @@ def aggregate_tokens_kernel(
         o_m = start + tl.arange(0, BLOCK_M)
         rows = i_bh * M + o_m
         b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-        b_unit = tl.load(
-            unit + rows[:, None] * E + o_e[None, :], mask=(o_m < M)[:, None] & (o_e < E)[None, :], other=0.0
-        )
+        b_unit = tl.load(unit + rows[:, None] * E + o_e[None, :], mask=(o_m < M)[:, None] & (o_e < E)[None, :], other=0.0)
         b_size = tl.load(size + rows, mask=o_m < M, other=0.0)
         b_delta = tl.load(delta + rows, mask=o_m < M, other=0.0)
         b_lse = tl.load(lse + rows, mask=o_m < M, other=float("inf"))

@@ -15,7 +15,19 @@ from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .configs import launch_config
 from .launch import launch
 from .layout import rotary_arguments, slot_strides, token_strides
-from .tiles import LN2, LOG2E, cast, dot, load_rotated, load_slots, load_tile, logits, slot_channels, store_tile, store_unrotated
+from .tiles import (
+    LN2,
+    LOG2E,
+    cast,
+    dot,
+    load_rotated,
+    load_slots,
+    load_tile,
+    logits,
+    slot_channels,
+    store_tile,
+    store_unrotated,
+)
 
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h"])
@@ -38,7 +50,6 @@ def broadcast_forward_kernel(
     slots += i_b * slots_b + i_h * slots_h
     values += i_b * values_b + i_h * values_h
     bias += i_b * bias_b + i_h * bias_h
-    o_e = tl.arange(0, BLOCK_E)
     q += i_b * q_b + i_h * q_h
     b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
 

@@ -142,8 +142,7 @@ def compile_cell(arch: str, dtype: str, width: int, features: tuple[int, ...]) -
                 uses[key][use].append(call.features)
     for launch in offline.describe(arch, binaries):
         used = (
-            f"{use} {','.join(map(str, sorted(counts)))}" if any(counts) else use
-            for use, counts in uses[launch.key].items()
+            f"{use} {','.join(map(str, sorted(counts)))}" if any(counts) else use for use, counts in uses[launch.key].items()
         )
         report.rows.append(make_row(launch, dtype, width, "; ".join(used)))
     return report

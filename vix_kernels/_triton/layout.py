@@ -29,4 +29,3 @@ def rotary_arguments(cos: Tensor | None, sin: Tensor | None, stand_in: Tensor) -
         return stand_in, stand_in, 0, 0
     cos, sin = cos.contiguous(), sin.contiguous()
     return cos, sin, 2 * cos.shape[-1], 0 if cos.shape[0] == 1 else cos.stride(0)
-

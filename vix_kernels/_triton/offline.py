@@ -136,9 +136,7 @@ def capture(name: str) -> Iterator[list[Any]]:
 
     def observe(kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
         if isinstance(kernel, InterpretedFunction):
-            raise RuntimeError(
-                "kernels are interpreted in this process: unset TRITON_INTERPRET before importing triton"
-            )
+            raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET before importing triton")
         binaries.append(kernel.warmup(*args, grid=grid, **meta))
 
     observer, active = door.observer, driver._active

@@ -38,9 +38,7 @@ def rotate_kernel(
     store_tile(b_k, k_out, o_n, k_out_n, valid, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
-def rotate(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
-) -> tuple[Tensor, Tensor]:
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
     batch, num_heads, tokens, width = q.shape
     q_out, k_out = empty_like_tokens(q, width), empty_like_tokens(k, width)
     config = launch_config("rotate", q, width, cos)

@@ -81,6 +81,8 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, the tensors in its dtype (float64 stays); elsewhere as they are."""
+    if not all(isinstance(x, Tensor) for x in tensors):
+        return tensors  # check_qkv will say so
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors

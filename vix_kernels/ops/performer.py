@@ -63,9 +63,7 @@ def performer_attention(
     scale = check_scale(scale, q.shape[3])
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
     if backend == "reference":
-        return performer_attention_reference(
-            q, k, v, projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope
-        )
+        return performer_attention_reference(q, k, v, projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope)
     rotary = {} if rope is None else dict(cos=rope.cos, sin=rope.sin, interleaved=rope.interleaved)
     c = math.sqrt(scale)
     values, lse = aggregate(slots, k, v, scale=c, gaussian=True, mask=key_padding_mask, backend=backend, **rotary)

@@ -22,7 +22,9 @@ from .layout import accumulator, empty_output, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import rotate_reference
 
-_PROBLEM = "Tensor slots, Tensor k, Tensor v, Tensor? mask, Tensor? cos, Tensor? sin, bool interleaved, float scale, bool gaussian"
+_PROBLEM = (
+    "Tensor slots, Tensor k, Tensor v, Tensor? mask, Tensor? cos, Tensor? sin, bool interleaved, float scale, bool gaussian"
+)
 
 
 def aggregate(

@@ -18,9 +18,7 @@ from .layout import accumulator, empty_output, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import rotate_reference
 
-_PROBLEM = (
-    "Tensor q, Tensor slots, Tensor values, Tensor? slot_bias, Tensor? cos, Tensor? sin, bool interleaved, float scale"
-)
+_PROBLEM = "Tensor q, Tensor slots, Tensor values, Tensor? slot_bias, Tensor? cos, Tensor? sin, bool interleaved, float scale"
 
 
 def broadcast(

@@ -53,6 +53,5 @@ def refuse_transforms() -> None:
     """One named error under vmap and torch.func, whose rules these operators do not have."""
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(
-            "vix_kernels: torch.func transforms (vmap, grad, jvp, ...) are not supported; "
-            "use backend='reference' inside them"
+            "vix_kernels: torch.func transforms (vmap, grad, jvp, ...) are not supported; use backend='reference' inside them"
         )

@@ -38,9 +38,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each have their own word for a damaged file
-        raise UserError(
-            f"--resume: {path} is damaged, or no checkpoint of vix train ({type(error).__name__})"
-        ) from error
+        raise UserError(f"--resume: {path} is damaged, or no checkpoint of vix train ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _KEYS:
         raise UserError(f"--resume: {path} is no checkpoint of vix train")
     return checkpoint

@@ -1,0 +1,110 @@
+"""One clear error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vix_kernels import apply_rope, backends, orthogonal_projection, performer_attention, rope_1d
+from vix_kernels.nn import Attention, PerformerAttention
+
+
+def tensors(batch=2, heads=2, tokens=8, width=16, features=12):
+    q, k, v = (torch.randn(batch, heads, tokens, width) for _ in range(3))
+    return {"q": q, "k": k, "v": v, "projection": orthogonal_projection(features, width, seed=0)}
+
+
+MASK = torch.ones(2, 8, dtype=torch.bool)
+PERFORMER = {
+    "q is no tensor": ({"q": 3}, TypeError, "q: expected a Tensor, got int"),
+    "q of rank 3": ({"q": torch.randn(2, 8, 16)}, ValueError, r"q: expected 4 dimensions .* got shape \(2, 8, 16\)"),
+    "q of integers": ({"q": torch.ones(2, 2, 8, 16, dtype=torch.int64)}, TypeError, "q: expected a floating dtype, got int64"),
+    "k of another dtype": ({"k": torch.randn(2, 2, 8, 16).half()}, TypeError, "k: expected q's dtype float32, got float16"),
+    "k of another width": ({"k": torch.randn(2, 2, 8, 24)}, ValueError, "k: expected q's head_dim 16, got 24"),
+    "k of another batch": ({"k": torch.randn(3, 2, 8, 16)}, ValueError, "k: expected q's batch 2, got 3"),
+    "grouped heads": ({"k": torch.randn(2, 1, 8, 16)}, ValueError, "k: expected q's 2 heads, got 1 .*grouped"),
+    "v of another length": ({"v": torch.randn(2, 2, 9, 16)}, ValueError, "v: expected k's 8 tokens, got 9"),
+    "v on another device": ({"v": torch.empty(2, 2, 8, 16, device="meta")}, ValueError, "v: expected q's device cpu, got meta"),
+    "no tokens": ({"k": torch.randn(2, 2, 0, 16)}, ValueError, "k: expected at least one head, token and channel"),
+    "projection of another width": (
+        {"projection": torch.randn(12, 8)}, ValueError, "projection: expected q's head_dim 16 columns, got 8"),
+    "projection of rank 1": ({"projection": torch.randn(16)}, ValueError, r"projection: expected shape \(M, head_dim\)"),
+    "projection in bfloat16": (
+        {"projection": torch.randn(12, 16).bfloat16()}, TypeError, "projection: expected float32 .*, got bfloat16"),
+    "projection for other heads": (
+        {"projection": torch.randn(3, 12, 16)}, ValueError, "projection: expected q's 2 heads, got 3"),
+    "mask of floats": (
+        {"key_padding_mask": torch.ones(2, 8)}, TypeError, "key_padding_mask: expected dtype bool .*, got float32"),
+    "mask of another shape": ({"key_padding_mask": MASK[:, :7]}, ValueError, r"key_padding_mask: .*\(2, 8\), got \(2, 7\)"),
+    "scale of zero": ({"scale": 0.0}, ValueError, "scale: expected a number > 0, got 0.0"),
+    "scale that is not a number": ({"scale": float("nan")}, ValueError, "scale: expected a number > 0, got nan"),
+    "scale as a tensor": ({"scale": torch.tensor(0.5)}, TypeError, "scale: expected a Python number, got a Tensor"),
+    "rope of another length": ({"rope": rope_1d(9, 16)}, ValueError, "rope: expected angles for q's 8 tokens, got 9"),
+    "rope too wide": ({"rope": rope_1d(8, 32)}, ValueError, "rope: expected at most q's head_dim 16 rotated channels, got 32"),
+    "rope as a tensor": ({"rope": torch.ones(8, 16)}, TypeError, "rope: expected a Rope .*, got Tensor"),
+    "rope and unequal lengths": (
+        {"rope": rope_1d(8, 16), "q": torch.randn(2, 2, 5, 16)}, ValueError, "rope: expected q and k of equal lengths, got 5 and 8"),
+    "an unknown backend": ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'triton', .*, got 'cuda'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong, kind, message", PERFORMER.values(), ids=PERFORMER)
+def test_performer_attention(wrong, kind, message) -> None:
+    arguments = tensors() | wrong
+    positional = [arguments.pop(name) for name in ("q", "k", "v", "projection")]
+    with pytest.raises(kind, match=message):
+        performer_attention(*positional, **arguments)
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dropout'"):
+        performer_attention(*tensors().values(), dropout=0.1)
+
+
+CONSTRUCTORS = {
+    "no features": (lambda: orthogonal_projection(0, 8, seed=0), ValueError, "num_features: expected at least 1, got 0"),
+    "unknown scaling": (
+        lambda: orthogonal_projection(4, 8, seed=0, scaling="one"), ValueError, "scaling: expected 'chi' or 'sqrt', got 'one'"),
+    "odd rope": (lambda: rope_1d(8, 7), ValueError, "dim: expected an even number of channels, at least 2, got 7"),
+    "rope without tokens": (lambda: rope_1d(0, 8), ValueError, "tokens: expected at least 1, got 0"),
+    "unknown layout": (
+        lambda: rope_1d(4, 8, layout="neox"), ValueError, "layout: expected 'interleaved' or 'half', got 'neox'"),
+    "negative prefix": (lambda: rope_1d(4, 8, prefix_tokens=-1), ValueError, "prefix_tokens: expected at least 0, got -1"),
+    "heads that do not divide": (lambda: Attention(64, 5), ValueError, "num_heads: expected a divisor of dim 64, got 5"),
+    "module backend": (lambda: Attention(64, 4, backend="gpu"), ValueError, "backend: expected one of .*, got 'gpu'"),
+    "attention dropout": (
+        lambda: PerformerAttention(64, 4, attn_drop=0.1), NotImplementedError, r"attn_drop: expected 0 .*, got 0.1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make, kind, message", CONSTRUCTORS.values(), ids=CONSTRUCTORS)
+def test_constructors(make, kind, message) -> None:
+    with pytest.raises(kind, match=message):
+        make()
+
+
+def test_modules_refuse_what_linear_attention_has_not() -> None:
+    module, x = PerformerAttention(32, 2), torch.randn(1, 4, 32)
+    with pytest.raises(NotImplementedError, match="attn_mask: expected None"):
+        module(x, torch.zeros(4, 4))
+    with pytest.raises(NotImplementedError, match="is_causal: expected False"):
+        module(x, is_causal=True)
+
+
+def test_triton_is_refused_with_every_reason(monkeypatch) -> None:
+    monkeypatch.setattr(backends, "interpreted", lambda: False)
+    monkeypatch.setattr(backends, "triton_installed", lambda: False)
+    arguments = {name: x.double() for name, x in tensors(width=260).items()}
+    with pytest.raises(RuntimeError, match="cannot run here: triton is not installed; .*on the CPU.*; .*float64; .*260"):
+        performer_attention(*arguments.values(), backend="triton")
+
+
+def test_auto_serves_what_triton_cannot() -> None:
+    arguments = {name: x.double() for name, x in tensors(width=260).items()}
+    assert performer_attention(*arguments.values()).shape == (2, 2, 8, 260)
+
+
+def test_apply_rope_names_its_arguments() -> None:
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="k: expected q's head_dim 8, got 6"):
+        apply_rope(q, q[..., :6], rope_1d(4, 6))

@@ -1,0 +1,45 @@
+"""What the package does before anybody calls it."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+
+import vix_kernels
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_import_loads_neither_triton_nor_cuda() -> None:
+    loaded = python(
+        "import sys, vix_kernels, vix_kernels.models, torch\n"
+        "print([name for name in sys.modules if name.split('.')[0] == 'triton'], torch.cuda.is_initialized())"
+    )
+    assert loaded.strip() == "[] False"
+
+
+def test_import_costs_little_beside_torch() -> None:
+    """At most a tenth of the CPU time of `import torch`."""
+    code = (
+        "import time; start = time.process_time(); import torch; middle = time.process_time()\n"
+        "import vix_kernels; print((time.process_time() - middle) / (middle - start))"
+    )
+    assert statistics.median(float(python(code)) for _ in range(5)) < 0.1
+
+
+def test_public_names() -> None:
+    assert all(hasattr(vix_kernels, name) for name in vix_kernels.__all__)
+    assert vix_kernels.__version__.count(".") == 2
+
+
+def test_check_names_every_reason(capsys) -> None:
+    from vix_kernels.__main__ import main
+
+    assert main(["check"]) == 0
+    out = capsys.readouterr().out
+    assert "performer_attention" in out and "apply_rope" in out
+    assert main(["check", "--width", "300"]) == 0
+    assert "not triton: the kernels serve head widths 8 to 256, not 300" in capsys.readouterr().out

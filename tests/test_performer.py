@@ -1,0 +1,191 @@
+"""What is particular to Performer attention and its features; the registry's suite covers the rest."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import DEVICE
+from vix_kernels import backends, orthogonal_projection, performer_attention, rope_1d
+from vix_kernels.nn import Attention, PerformerAttention
+
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not backends.triton_installed(), reason="no triton"))]
+
+
+def favor(q, k, v, w):
+    """Equation 5 of the paper, features first, in float64."""
+
+    def features(x):
+        x = x.double() * x.shape[-1] ** -0.25
+        return torch.exp(x @ w.double().mT - x.square().sum(-1, keepdim=True) / 2)
+
+    phi_q, phi_k = features(q), features(k)
+    return phi_q @ (phi_k.mT @ v.double()) / (phi_q @ phi_k.sum(-2)[..., None])
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_equals_the_paper(backend: str) -> None:
+    q, k, v = (torch.randn(2, 3, 21, 16, device=DEVICE) for _ in range(3))
+    w = orthogonal_projection(44, 16, seed=0).to(DEVICE)
+    torch.testing.assert_close(
+        performer_attention(q, k, v, w, backend=backend).double(), favor(q, k, v, w), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_approaches_softmax_attention() -> None:
+    """With many features the estimate converges: the error falls like one over the root of their number."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 16) * s for s in (0.5, 0.5, 1.0))
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    errors = [
+        (performer_attention(q, k, v, orthogonal_projection(m, 16, seed=1)) - exact).norm() / exact.norm() for m in (64, 4096)
+    ]
+    assert errors[1] < errors[0] / 4 and errors[1] < 0.05
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_never_underflows(backend: str) -> None:
+    """Keys and queries so long that every feature of the paper's form is 0 in float32."""
+    q, k, v = (torch.randn(1, 1, 20, 64, device=DEVICE) * s for s in (12, 12, 1))
+    w = orthogonal_projection(64, 64, seed=0).to(DEVICE)
+    x = k * 64**-0.25
+    assert (torch.exp(x @ w.mT - x.square().sum(-1, keepdim=True) / 2) == 0).all()
+    out = performer_attention(q, k, v, w, backend=backend)
+    exact = performer_attention(q.double(), k.double(), v.double(), w.double(), backend="reference")
+    torch.testing.assert_close(out.double(), exact, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_gradients_of_many_tokens_stay_finite(backend: str, dtype: torch.dtype) -> None:
+    """The gradient of the slots' values sums over tokens and leaves float16's range, although dq, dk and dv do not."""
+    q, k, v = (torch.randn(1, 1, 300, 16, device=DEVICE).to(dtype).requires_grad_() for _ in range(3))
+    w = orthogonal_projection(2, 16, seed=0).to(DEVICE)
+    dout = torch.full((1, 1, 300, 16), 500.0, device=DEVICE, dtype=dtype)
+    out = performer_attention(q, k, v, w, backend=backend)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    exact = torch.autograd.grad(performer_attention(*leaves, w.double(), backend="reference"), leaves, dout.double())
+    assert all(grad.isfinite().all() for grad in grads)
+    torch.testing.assert_close(grads[2].double(), exact[2], rtol=0.03, atol=0.03 * exact[2].abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_once_and_leaves_the_inside_alone(backend: str) -> None:
+    q, k, v = (torch.randn(2, 2, 20, 16, device=DEVICE) for _ in range(3))
+    w = orthogonal_projection(24, 16, seed=0).to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = performer_attention(q, k, v, w, backend=backend)
+    expected = performer_attention(*(x.bfloat16() for x in (q, k, v)), w, backend=backend)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_reaches_only_where_it_must(backend: str) -> None:
+    q, k, v = (torch.randn(2, 2, 20, 16, device=DEVICE) for _ in range(3))
+    q[0, 1, 7, 3] = k[1, 0, 4, 2] = float("nan")
+    out = performer_attention(q, k, v, orthogonal_projection(24, 16, seed=0).to(DEVICE), backend=backend)
+    hit = out.isnan().any(-1)
+    assert hit[0, 1].nonzero().flatten().tolist() == [7]  # a query: its own row
+    assert hit[1, 0].all()  # a key: all queries of its head
+    assert not hit[0, 0].any() and not hit[1, 1].any()
+
+
+@pytest.mark.skipif(not backends.triton_installed(), reason="no triton")
+def test_offsets_beyond_two_to_the_31() -> None:
+    """Token strides of 2^30 elements: a 32-bit offset would wrap. The memory is mapped, hardly any of it touched."""
+    code = """
+import torch
+from vix_kernels import orthogonal_projection, performer_attention
+tokens, width = 4, 16
+room = torch.empty(tokens * 2**30, dtype=torch.float16)
+far = room.as_strided((1, 1, tokens, width), (1, 1, 2**30, 1))
+near = torch.randn(1, 1, tokens, width).half()
+far.copy_(near)
+w = orthogonal_projection(8, width, seed=0)
+results = []
+for x in (near, far):
+    leaf = x.detach().requires_grad_()
+    out = performer_attention(leaf, leaf, leaf, w, backend="triton")
+    results.append((out, *torch.autograd.grad(out.float().square().sum(), leaf)))
+assert all(torch.equal(a, b) for a, b in zip(*results))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
+
+
+def test_projection_blocks_are_orthogonal_and_lengths_as_asked() -> None:
+    w = orthogonal_projection(20, 8, seed=0, scaling="sqrt")
+    assert w.shape == (20, 8) and w.dtype == torch.float32
+    for block in w.split(8):
+        torch.testing.assert_close(block @ block.T, 8 * torch.eye(len(block)), atol=1e-5, rtol=0)
+    lengths = orthogonal_projection(64_000, 8, seed=0).norm(dim=-1)
+    assert abs(lengths.square().mean().item() - 8) < 0.1 and abs(lengths.square().var().item() - 16) < 0.6  # chi squared
+
+
+def test_projection_is_uniform_over_rotations() -> None:
+    """Haar measure: the entries of a block have one distribution. Plain QR would give its diagonal one sign."""
+    first = torch.stack([orthogonal_projection(4, 4, seed=seed, scaling="sqrt") for seed in range(2000)])
+    assert (first.mean(0).abs() < 4 * 1 / math.sqrt(2000)).all()  # entries have variance 1
+
+
+def test_projection_is_drawn_from_its_seed() -> None:
+    a, b = (orthogonal_projection(10, 8, seed=3, num_heads=2) for _ in range(2))
+    assert a.shape == (2, 10, 8) and torch.equal(a, b) and not torch.equal(a[0], a[1])
+    assert not torch.equal(a[0], orthogonal_projection(10, 8, seed=4, num_heads=2)[0])
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    orthogonal_projection(10, 8, seed=3)
+    assert torch.equal(before, torch.get_rng_state())  # the caller's generator is left alone
+
+
+class TestModule:
+    def test_is_performer_attention_between_linear_maps(self) -> None:
+        module, x = PerformerAttention(48, 3, qkv_bias=True, seed=5), torch.randn(2, 10, 48)
+        q, k, v = module.qkv(x).view(2, 10, 3, 3, 16).permute(2, 0, 3, 1, 4)
+        expected = module.proj(performer_attention(q, k, v, module.projection).transpose(1, 2).reshape(2, 10, 48))
+        torch.testing.assert_close(module(x), expected)
+
+    def test_projection_stays_float32_and_travels_with_the_state(self) -> None:
+        module = PerformerAttention(48, 3, seed=1).to(torch.bfloat16)
+        assert module.qkv.weight.dtype == torch.bfloat16 and module.projection.dtype == torch.float32
+        assert torch.equal(module.projection, PerformerAttention(48, 3, seed=1).projection)
+        other = PerformerAttention(48, 3, seed=2)
+        other.load_state_dict(module.state_dict())
+        assert torch.equal(other.projection, module.projection)
+        assert module(torch.randn(1, 5, 48, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+    def test_redraws_only_when_told_and_alike_everywhere(self) -> None:
+        module, twin = PerformerAttention(48, 3, seed=1), PerformerAttention(48, 3, seed=1)
+        before = module.projection.clone()
+        module(torch.randn(1, 5, 48))
+        assert torch.equal(before, module.projection)
+        module.redraw_projection()
+        twin.redraw_projection()
+        assert not torch.equal(before, module.projection) and torch.equal(module.projection, twin.projection)
+        resumed = PerformerAttention(48, 3, seed=1)
+        resumed.load_state_dict(module.state_dict())
+        resumed.redraw_projection()
+        module.redraw_projection()
+        assert torch.equal(resumed.projection, module.projection)
+
+    def test_layers_of_other_seeds_have_other_features(self) -> None:
+        assert not torch.equal(PerformerAttention(48, 3, seed=0).projection, PerformerAttention(48, 3, seed=1).projection)
+
+    @pytest.mark.parametrize("kind", [Attention, PerformerAttention])
+    def test_padding_tokens_change_nothing(self, kind) -> None:
+        module, x = kind(48, 3), torch.randn(2, 10, 48)
+        padded = torch.cat([x, torch.full((2, 4, 48), 1e4)], 1)
+        mask = torch.arange(14).expand(2, -1) < 10
+        torch.testing.assert_close(module(padded, key_padding_mask=mask)[:, :10], module(x), atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("kind", [Attention, PerformerAttention])
+    def test_compiles_with_rope(self, kind) -> None:
+        module, x, rope = kind(48, 3, qk_norm=True), torch.randn(2, 10, 48), rope_1d(9, 16, prefix_tokens=1)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, rope=rope), module(x, rope=rope))

@@ -1,0 +1,57 @@
+"""Rotary embedding: angles, layouts and what they mean for attention."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vix_kernels import Rope, apply_rope, rope_1d
+
+
+def test_angles_are_positions_times_frequencies() -> None:
+    rope = rope_1d(5, 8, base=100.0, prefix_tokens=2)
+    assert (rope.tokens, rope.heads, rope.dim, rope.cos.dtype) == (7, 1, 8, torch.float32)
+    for token, position in enumerate([0, 0, 0, 1, 2, 3, 4]):  # two prefix tokens are not turned, positions start at 0
+        for i in range(4):
+            angle = position * 100.0 ** (-2 * i / 8)
+            assert rope.cos[0, token, i] == pytest.approx(math.cos(angle), abs=1e-7)
+            assert rope.sin[0, token, i] == pytest.approx(math.sin(angle), abs=1e-7)
+
+
+def test_angles_of_far_tokens_are_exact() -> None:
+    """float32 products t * frequency lose the angle of token 100,000; ours are made in float64."""
+    rope = rope_1d(100_001, 4)
+    assert rope.cos[0, -1, 1] == pytest.approx(math.cos(100_000 * 10000.0**-0.5), abs=1e-6)
+    assert rope.sin[0, -1, 0] == pytest.approx(math.sin(100_000), abs=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_products_depend_on_distances_only(layout: str) -> None:
+    rope = rope_1d(12, 8, layout=layout)
+    q, k = (torch.randn(1, 1, 1, 8, dtype=torch.float64).expand(1, 1, 12, 8).clone() for _ in range(2))
+    q, k = apply_rope(q, k, rope)
+    products = (q @ k.mT)[0, 0]
+    for distance in range(-5, 6):
+        diagonal = products.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-6, rtol=0)
+
+
+def test_layouts_differ_by_a_permutation_of_channels() -> None:
+    q, k = torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6, 8)
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    inter = apply_rope(q, k, rope_1d(6, 8))
+    half = apply_rope(q[..., order], k[..., order], rope_1d(6, 8, layout="half"))
+    for a, b in zip(inter, half, strict=True):
+        torch.testing.assert_close(a[..., order], b)
+
+
+def test_tables_must_be_float32_and_take_no_gradient() -> None:
+    cos = torch.ones(1, 4, 2)
+    with pytest.raises(TypeError, match="cos: expected float32"):
+        Rope(cos.bfloat16(), cos.bfloat16())
+    with pytest.raises(NotImplementedError, match="cos: gradients of the angles are not supported"):
+        Rope(cos.requires_grad_(), cos.detach())
+    with pytest.raises(ValueError, match=r"sin: expected shape .* got \(1, 4, 3\)"):
+        Rope(torch.ones(1, 4, 2), torch.ones(1, 4, 3))
