@@ -32,6 +32,8 @@ clean:  ## remove the environment and all caches, keep runs/
 # otherwise from the index that pip is configured for.
 $(READY): pyproject.toml constraints/cpu.txt
 	@set -e; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 1; }; \
 	if nvidia-smi >/dev/null 2>&1; then \
 		constraint=; site=; \
 		if $(PYTHON) -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null; then \

@@ -8,5 +8,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--benchmark") and config.args_source is not pytest.Config.ArgsSource.ARGS:
+    if not config.getoption("--benchmark"):
+        return
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install 'vix_kernels[bench]'")
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(config.rootpath / "bench")]

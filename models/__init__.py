@@ -16,7 +16,7 @@ from torch import nn
 
 from vix_kernels.nn import Attention, PerformerAttention
 
-from .vit import ConvStem, VisionTransformer
+from .vit import ConvStem, VisionTransformer, check_counts
 
 __all__ = ["VisionTransformer", "create_model", "list_models"]
 
@@ -28,6 +28,9 @@ def vit(**kwargs: Any) -> VisionTransformer:
 
 def vip(*, num_features: int | None = None, qkv_bias: bool = True, **kwargs: Any) -> VisionTransformer:
     """Performer: FAVOR+ attention with `num_features` random features, drawn anew for each layer."""
+
+    if num_features is not None:
+        check_counts(num_features=num_features)
 
     def attention(layer: int, *args: Any, **kw: Any) -> nn.Module:
         return PerformerAttention(*args, num_features=num_features, seed=layer, **kw)

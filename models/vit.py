@@ -9,6 +9,7 @@ rotary (RoFormer, arXiv:2104.09864) or absent. Arguments, methods and parameter 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -146,7 +147,15 @@ class VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size = _pair("img_size", img_size), _pair("patch_size", patch_size)
-        _check_counts(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        check_counts(in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        for name, flag in {"qkv_bias": qkv_bias, "class_token": class_token}.items():
+            if not isinstance(flag, bool):  # the string "false" would be true
+                raise ValueError(f"{name}: expected True or False, got {flag!r}")
+        for name, rate in {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate}.items():
+            if not isinstance(rate, int | float) or not 0 <= rate <= 1:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {rate!r}")
+        if not isinstance(mlp_ratio, int | float) or not 1 <= embed_dim * mlp_ratio < math.inf:
+            raise ValueError(f"mlp_ratio: expected a number that leaves the MLP a width of 1 or more, got {mlp_ratio!r}")
         if any(size % patch for size, patch in zip(self.img_size, self.patch_size, strict=True)):
             raise ValueError(f"img_size: expected multiples of patch_size {self.patch_size}, got {self.img_size}")
         if embed_dim % num_heads:
@@ -174,7 +183,8 @@ class VisionTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim)
         self.head_drop = nn.Dropout(drop_rate)
-        self.reset_classifier(num_classes, global_pool)
+        self.global_pool = global_pool
+        self.reset_classifier(num_classes)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -196,7 +206,7 @@ class VisionTransformer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new head in place; `num_classes` 0 removes it."""
-        global_pool = global_pool or self.global_pool
+        global_pool = self.global_pool if global_pool is None else global_pool
         if global_pool not in POOLS:
             raise ValueError(f"global_pool: expected one of {POOLS}, got {global_pool!r}")
         if global_pool == "token" and not self.num_prefix_tokens:
@@ -242,7 +252,7 @@ def _init_linear(linear: nn.Linear) -> None:
         nn.init.zeros_(linear.bias)
 
 
-def _check_counts(**counts: int) -> None:
+def check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")

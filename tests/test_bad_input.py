@@ -43,7 +43,9 @@ PERFORMER = {
     "rope too wide": ({"rope": rope_1d(8, 32)}, ValueError, "rope: expected at most q's head_dim 16 rotated channels, got 32"),
     "rope as a tensor": ({"rope": torch.ones(8, 16)}, TypeError, "rope: expected a Rope .*, got Tensor"),
     "rope and unequal lengths": (
-        {"rope": rope_1d(8, 16), "q": torch.randn(2, 2, 5, 16)}, ValueError, "rope: expected q and k of equal lengths, got 5 and 8"),
+        {"rope": rope_1d(8, 16), "q": torch.randn(2, 2, 5, 16)},
+        ValueError,
+        "rope: expected q and k of equal lengths, got 5 and 8"),
     "an unknown backend": ({"backend": "cuda"}, ValueError, "backend: expected one of 'auto', 'triton', .*, got 'cuda'"),
 }  # fmt: skip
 

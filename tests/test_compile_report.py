@@ -179,6 +179,14 @@ def test_table_is_stable_text(tmp_path):
     assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
 
 
+def test_a_row_out_of_place_does_not_cost_the_old_table(tmp_path):
+    compile_report.write_table(tmp_path / "a.csv", [SM90_16_BIT])
+    before = (tmp_path / "a.csv").read_text()
+    with pytest.raises(ValueError):
+        compile_report.write_table(tmp_path / "a.csv", [replace(SM90_16_BIT, dtype="fp8")])
+    assert (tmp_path / "a.csv").read_text() == before
+
+
 def test_a_damaged_table_is_refused(tmp_path, capsys):
     for text in ("", "a,b\n1,2\n"):
         (tmp_path / "a.csv").write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_timm_contract(name: str) -> None:
 
 
 @every_model
-def test_gradient_checkpointing_changes_nothing(name: str) -> None:
+def test_gradient_checkpointing_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = create_model(name, **SMALL, position="rope_1d")
     x = images(2, 3, 8, 8)
 
@@ -81,8 +82,13 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
         return [p.grad.clone() for p in model.parameters()]
 
     plain = gradients()
+    calls = []
+    module = sys.modules[type(model).__module__]
+    checkpoint = module.checkpoint
+    monkeypatch.setattr(module, "checkpoint", lambda *args, **kwargs: calls.append(args) or checkpoint(*args, **kwargs))
     model.set_grad_checkpointing()
     torch.testing.assert_close(gradients(), plain)
+    assert len(calls) == len(model.blocks)
 
 
 def test_heads_and_features_are_honoured() -> None:
@@ -138,6 +144,15 @@ def test_list_models() -> None:
         ("vip", {"embed_dim": 12, "position": "rope_1d"}, ["embed_dim", "even", "3"]),
         ("vip", {"position": "rope_2d"}, ["position", "rope_1d", "rope_2d"]),
         ("vip", {"global_pool": "max"}, ["global_pool", "avg", "max"]),
+        ("vip", {"global_pool": ""}, ["global_pool", "''"]),
+        ("vip", {"global_pool": None}, ["global_pool", "None"]),
+        ("vip", {"class_token": "false"}, ["class_token", "'false'"]),
+        ("vip", {"qkv_bias": "false"}, ["qkv_bias", "'false'"]),
+        ("vip", {"num_features": 2.5}, ["num_features", "2.5"]),
+        ("vip", {"mlp_ratio": 0}, ["mlp_ratio", "0"]),
+        ("vip", {"mlp_ratio": "x"}, ["mlp_ratio", "'x'"]),
+        ("vip", {"drop_rate": 2}, ["drop_rate", "2"]),
+        ("vip", {"proj_drop_rate": "a"}, ["proj_drop_rate", "'a'"]),
         ("vip", {"class_token": False}, ["global_pool", "class_token=False"]),
         ("vip", {"depth": 0}, ["depth", "0"]),
         ("vip", {"num_classes": -1}, ["num_classes", "-1"]),

@@ -18,6 +18,7 @@ from vix_kernels.models import create_model
 from vix_kernels.training import Config, UserError, loop
 from vix_kernels.training.checkpoint import load_checkpoint, write_atomically
 from vix_kernels.training.data import load_dataset, random_affine
+from vix_kernels.training.report import write_summary
 
 TINY = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
 TINY_WORDS = [f"{key}={value}" for key, value in TINY.items()]
@@ -138,9 +139,25 @@ def test_a_run_can_branch_off_another(run: Path, tmp_path: Path) -> None:
     assert contents(run) == before
 
 
-def test_bf16_autocast_trains(tmp_path: Path) -> None:
+def test_a_branch_leaves_out_a_best_checkpoint_of_later_epochs(run: Path, tmp_path: Path) -> None:
+    """And of other runs: best.pt must be what the history calls best."""
+    start = load_checkpoint(run)
+    start["history"], start["epoch"] = start["history"][:1], 1
+    best = load_checkpoint(run / "best.pt")
+    best["history"] = load_checkpoint(run)["history"]
+    (tmp_path / "old").mkdir()
+    torch.save(start, tmp_path / "old" / "epoch-1.pt")
+    torch.save(best, tmp_path / "old" / "best.pt")
+    assert loop._best_of(str(tmp_path / "old" / "epoch-1.pt"), start["history"]) is None
+    best["history"] = start["history"]
+    torch.save(best, tmp_path / "old" / "best.pt")
+    assert loop._best_of(str(tmp_path / "old" / "epoch-1.pt"), start["history"]) is not None
+
+
+def test_bf16_autocast_trains(run: Path, tmp_path: Path) -> None:
     history, _ = loop.train(tiny(tmp_path, amp=True))
     assert history[1]["train_loss"] < history[0]["train_loss"]
+    assert history[0]["train_loss"] != load_checkpoint(run)["history"][0]["train_loss"]  # the flag was not ignored
 
 
 def test_last_line_states_top1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,13 +181,21 @@ def test_default_output_never_meets_an_older_run(tmp_path: Path, monkeypatch: py
         (["--model-kwargs", "num_heads"], ["--model-kwargs", "'num_heads'"]),
         (["--model-kwargs", "embed_dim=30"], ["embed_dim", "30"]),
         (["--model-kwargs", "num_classes=11"], ["num_classes", "11"]),
+        (["--model-kwargs", "global_pool=None"], ["global_pool", "None"]),
+        (["--model-kwargs", "qkv_bias=false"], ["qkv_bias", "'false'"]),
+        (["--model-kwargs", "qkv_bias={[]: 1}"], ["qkv_bias", "{[]: 1}"]),
+        (["--model-kwargs", "backend=torch"], ["--backend"]),
         (["--dataset", "digit"], ["--dataset", "'digit'"]),
         (["--epochs", "0"], ["--epochs", "0"]),
         (["--epochs", "many"], ["--epochs", "many"]),
+        (["--lr", "inf"], ["--lr", "inf"]),
+        (["--seed", str(2**64)], ["--seed", str(2**64)]),
         (["--smoothing", "1.5"], ["--smoothing", "1.5"]),
         (["--device", "abacus"], ["--device", "abacus"]),
+        (["--device", "meta"], ["--device", "meta"]),
         (["--backend", "fast"], ["--backend", "fast"]),
         (["--resume", "nowhere"], ["--resume", "nowhere"]),
+        (["--resume", "long" * 100], ["long" * 100]),
         (["--lerning-rate", "1"], ["--lerning-rate"]),
     ],
 )
@@ -201,6 +226,7 @@ def test_a_folder_with_a_run_is_left_alone(run: Path, refused: Callable[..., str
         ["--model", "vip"],
         ["--model-kwargs", "embed_dim=32"],
         ["--seed", "1"],
+        ["--epochs", "1"],
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(run: Path, argv: list[str], refused: Callable[..., str]) -> None:
@@ -209,15 +235,17 @@ def test_a_checkpoint_of_another_run_is_refused(run: Path, argv: list[str], refu
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "other"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "other", "empty"])
 def test_a_damaged_checkpoint_is_refused(run: Path, tmp_path: Path, damage: str, refused: Callable[..., str]) -> None:
     path = tmp_path / "last.pt"
     if damage == "truncated":
         path.write_bytes((run / "last.pt").read_bytes()[:20_000])
     elif damage == "text":
         path.write_text("not a checkpoint")
-    else:
+    elif damage == "other":
         torch.save({"model": {}}, path)
+    else:
+        torch.save(dict.fromkeys(load_checkpoint(run), {}), path)
     before = contents(tmp_path)
     assert str(path) in refused("--resume", path)
     assert contents(tmp_path) == before
@@ -252,6 +280,33 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, fail)
     assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop, "write_summary", full)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--epochs", "1", "-b", "512", "--output", str(tmp_path), "--model-kwargs", *TINY_WORDS])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "vix train: error: [Errno 28] No space left on device\n"
+
+
+def test_an_interruption_before_the_first_epoch_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "load_dataset", interrupted)
+    assert main(["train", "--output", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err == "vix train: interrupted\n"
+
+
+def test_summary_keeps_small_numbers(tmp_path: Path) -> None:
+    write_summary(tmp_path / "summary.csv", [{"epoch": 1, "lr": 1.5e-8}])
+    assert (tmp_path / "summary.csv").read_text().splitlines() == ["epoch,lr", "1,1.5e-08"]
 
 
 def test_learning_rate_schedule() -> None:

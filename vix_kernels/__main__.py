@@ -50,7 +50,7 @@ class KeyValues(argparse.Action):
                 parser.error(f"{option_string}: expected key=value, got {word!r}")
             try:
                 pairs[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval may raise
                 pairs[key] = value
         setattr(namespace, self.dest, pairs)
 
@@ -117,10 +117,10 @@ def _train(argv: list[str]) -> int:
             parser.set_defaults(**{name: saved[name] for name in names & saved.keys()})
             config = parse()
         history, output = train(config)
-    except UserError as error:
+    except (UserError, OSError) as error:  # a path that cannot be read, a disk that is full
         parser.error(str(error))
     except KeyboardInterrupt as stop:
-        print(f"vix train: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"vix train: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     best, last = best_epoch(history), history[-1]
     print(

@@ -16,7 +16,7 @@ from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .configs import launch_config
 from .launch import launch
 from .layout import mask_strides, padded, rotary_arguments, slot_strides, token_strides
-from .tiles import LOG2E, cast, dot, load_rotated, load_slots, load_tile, logits, slot_channels, store_tile, store_unrotated
+from .tiles import LOG2E, cast, dot, load_rotated, load_slots, load_tile, rotate_pairs, row_products, slot_channels, store_tile
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def aggregate_forward_kernel(
         b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_bias = key_bias(b_k, valid, scale, GAUSSIAN, COMPUTE)
-        b_l = logits(b_slots, b_k, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION)
+        b_l = row_products(b_slots, b_k, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION)
         b_l = b_l * (scale * LOG2E) + b_bias[None, :]
 
         new_max = tl.maximum(b_max, tl.max(b_l, 1))
@@ -148,20 +148,23 @@ def aggregate_tokens_kernel(
         b_lse = tl.load(lse + rows, mask=o_m < M, other=float("inf"))
         b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # a slot without a key: p = 0
 
-        b_l = logits(b_k, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
+        b_l = row_products(b_k, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
         b_p = tl.exp2(b_l * (scale * LOG2E) + b_bias[:, None] - b_lse[None, :])
         b_dv = dot(cast(b_p * b_size[None, :], b_v.dtype), b_unit, b_dv, PRECISION)
-        b_dp = dot(b_v, tl.trans(b_unit), tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
+        b_dp = row_products(b_v, b_unit, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
         b_dl = b_p * (b_dp * b_size[None, :] - b_delta[None, :])
         b_dk = dot(cast(b_dl, b_k.dtype), cast(b_slots, b_k.dtype), b_dk, PRECISION)
         b_db += tl.sum(b_dl, 1)
 
     b_dk *= scale
-    if GAUSSIAN:
+    if ROTARY > 0:
+        b_dk = rotate_pairs(b_dk, o_n, valid, cos + angles, sin + angles, ROTARY, True)
+    if GAUSSIAN:  # the keys once more from memory: held through the loop, they would cost the registers of a whole tile
+        b_k = load_tile(k, o_n, k_n, valid, D, BLOCK_D, ROTARY, INTERLEAVED, POLICY="evict_first")
         b_dk -= b_k.to(COMPUTE) * (scale * scale * b_db)[:, None]
     dk += i_b * dk_b + i_h * dk_h
     dv += i_b * dv_b + i_h * dv_h
-    store_unrotated(b_dk, dk, o_n, dk_n, inside, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
+    store_tile(b_dk, dk, o_n, dk_n, inside, D, BLOCK_D, ROTARY, INTERLEAVED)
     store_tile(b_dv, dv, o_n, dv_n, inside, E, BLOCK_E, 0, True)
 
 
@@ -201,7 +204,7 @@ def aggregate_slots_kernel(
         b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_bias = key_bias(b_k, valid, scale, GAUSSIAN, COMPUTE)
-        b_l = logits(b_slots, b_k, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION)
+        b_l = row_products(b_slots, b_k, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION)
         b_p = tl.exp2(b_l * (scale * LOG2E) + b_bias[None, :] - b_lse[:, None])
         b_dp = dot(b_unit, tl.trans(b_v), tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
         b_dl = b_p * (b_dp * b_size[:, None] - b_delta[:, None])

@@ -23,7 +23,7 @@ from .tiles import (
     load_rotated,
     load_slots,
     load_tile,
-    logits,
+    row_products,
     slot_channels,
     store_tile,
     store_unrotated,
@@ -61,7 +61,7 @@ def broadcast_forward_kernel(
         b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
         b_values = load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True)
         b_bias = slot_bias(bias, o_m, bias_m, M, BIASED, COMPUTE)
-        b_g = logits(b_q, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
+        b_g = row_products(b_q, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
         b_g = b_g * (scale * LOG2E) + b_bias[None, :]
 
         new_max = tl.maximum(b_max, tl.max(b_g, 1))
@@ -126,9 +126,9 @@ def broadcast_tokens_kernel(
         b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
         b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), b_q.dtype)
         b_bias = slot_bias(bias, o_m, bias_m, M, BIASED, COMPUTE)
-        b_g = logits(b_q, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
+        b_g = row_products(b_q, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
         b_p = tl.exp2(b_g * (scale * LOG2E) + b_bias[None, :] - b_lse[:, None])
-        b_dp = dot(b_dout, tl.trans(b_values), tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), PRECISION)
+        b_dp = row_products(b_dout, b_values, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
         b_dg = b_p * (b_dp - b_delta[:, None])
         b_dq = dot(cast(b_dg, b_q.dtype), cast(b_slots, b_q.dtype), b_dq, PRECISION)
 
@@ -172,7 +172,7 @@ def broadcast_slots_kernel(
         b_lse = tl.load(lse + i_bh * N + o_n, mask=valid, other=float("inf"))
         b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
 
-        b_g = logits(b_slots, b_q, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION)
+        b_g = row_products(b_slots, b_q, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION)
         b_p = tl.exp2(b_g * (scale * LOG2E) + b_bias[:, None] - b_lse[None, :])
         b_dvalues = dot(cast(b_p, b_dout.dtype), b_dout, b_dvalues, PRECISION)
         b_dp = dot(b_values, tl.trans(b_dout), tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)

@@ -281,10 +281,11 @@ def read_table(path: Path) -> list[Row]:
 
 
 def write_table(path: Path, rows: Iterable[Row]) -> None:
+    rows = sorted(rows, key=order)  # first: a row that it cannot place must not cost the old table
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(each.name for each in fields(Row))
-        writer.writerows(astuple(row) for row in sorted(rows, key=order))
+        writer.writerows(map(astuple, rows))
 
 
 def order(row: Row) -> tuple:
@@ -339,7 +340,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"argument --csv: there is no folder {args.csv.parent}")
     try:
         args.committed = read_table(args.csv) if args.csv.is_file() else []
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         parser.error(f"argument --csv: {args.csv} is not a table of this report: {error}")
     return args
 

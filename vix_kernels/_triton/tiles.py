@@ -49,8 +49,11 @@ def rotate_pairs(x, angles, valid, cos, sin, ROTARY: tl.constexpr, INVERSE: tl.c
     pairs = tl.arange(0, x.shape[1] // 2)
     at = angles[:, None] * (ROTARY // 2) + pairs[None, :]
     inside = valid[:, None] & (pairs < ROTARY // 2)[None, :]
-    c = tl.load(cos + at, mask=inside, other=1.0).to(x.dtype)
-    s = tl.load(sin + at, mask=inside, other=0.0).to(x.dtype)
+    # The hint is true, and it keeps the compiler from merging the loads before and after a loop, which would hold the
+    # tables in registers in between.
+    policy: tl.constexpr = "" if INVERSE else "evict_last"
+    c = tl.load(cos + at, mask=inside, other=1.0, eviction_policy=policy).to(x.dtype)
+    s = tl.load(sin + at, mask=inside, other=0.0, eviction_policy=policy).to(x.dtype)
     if INVERSE:
         s = -s
     u, v = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
@@ -74,17 +77,19 @@ def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr):
 @triton.jit
 def load_tile(
     base, rows, stride, valid,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, POLICY: tl.constexpr = "",
 ):  # fmt: skip
     """Rows of tokens (rows, BLOCK_D), in pair order if ROTARY; a row that is not valid is read as 0, whatever it holds."""
     start = base + rows.to(tl.int64) * stride
     if ROTARY == 0 or INTERLEAVED:
         columns = tl.arange(0, BLOCK_D)
-        x = tl.load(start[:, None] + columns[None, :], mask=valid[:, None] & (columns < D)[None, :], other=0.0)
+        inside = valid[:, None] & (columns < D)[None, :]
+        x = tl.load(start[:, None] + columns[None, :], mask=inside, other=0.0, eviction_policy=POLICY)
     else:
         first, second, has_first, has_second = pair_channels(BLOCK_D, D, ROTARY)
-        u = tl.load(start[:, None] + first[None, :], mask=valid[:, None] & has_first[None, :], other=0.0)
-        v = tl.load(start[:, None] + second[None, :], mask=valid[:, None] & has_second[None, :], other=0.0)
+        has_first, has_second = valid[:, None] & has_first[None, :], valid[:, None] & has_second[None, :]
+        u = tl.load(start[:, None] + first[None, :], mask=has_first, other=0.0, eviction_policy=POLICY)
+        v = tl.load(start[:, None] + second[None, :], mask=has_second, other=0.0, eviction_policy=POLICY)
         x = tl.reshape(tl.join(u, v), (rows.shape[0], BLOCK_D))
     return x
 
@@ -151,14 +156,32 @@ def load_slots(
 
 
 @triton.jit
-def logits(x, y, acc, SPLIT_X: tl.constexpr, SPLIT_Y: tl.constexpr, PRECISION: tl.constexpr):
-    """x @ y^T; the operand that is SPLIT (float32 against 16-bit) enters as two 16-bit halves."""
+def halves(x):
+    """The left and the right half of the columns of x."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def halved_products(x, y, acc, PRECISION: tl.constexpr):
+    """acc + x @ y^T, half of the columns at a time."""
+    left_x, right_x = halves(x)
+    left_y, right_y = halves(y)
+    return dot(right_x, tl.trans(right_y), dot(left_x, tl.trans(left_y), acc, PRECISION), PRECISION)
+
+
+@triton.jit
+def row_products(x, y, acc, SPLIT_X: tl.constexpr, SPLIT_Y: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x @ y^T; the operand that is SPLIT (float32 against 16-bit) enters as the sum of two 16-bit ones."""
     if SPLIT_X:
         high, low = split(x, y.dtype)
         acc = dot(high, tl.trans(y), dot(low, tl.trans(y), acc, PRECISION), PRECISION)
     elif SPLIT_Y:
         high, low = split(y, x.dtype)
         acc = dot(x, tl.trans(high), dot(x, tl.trans(low), acc, PRECISION), PRECISION)
+    elif x.dtype == tl.float32 and x.shape[1] > 128:  # in quarters: whole float32 rows of 256 do not fit the registers
+        left_x, right_x = halves(x)
+        left_y, right_y = halves(y)
+        acc = halved_products(right_x, right_y, halved_products(left_x, left_y, acc, PRECISION), PRECISION)
     else:
         acc = dot(x, tl.trans(y), acc, PRECISION)
     return acc

@@ -2,7 +2,8 @@
 
     g_nj = scale p_j . q_n + a_j ln 2            out_n = sum_j softmax_j(g_nj) values_j
 
-The bias a_j is in base 2, as aggregate returns its lse. A slot with bias -inf has no share; a token without slots returns 0. Under RoPE queries are rotated first.
+The bias a_j is in base 2, as aggregate returns its lse. A slot with bias -inf has no share; a token without slots returns 0.
+Under RoPE queries are rotated first.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 
 from .config import UserError
 
-_KEYS = {"config", "epoch", "history", "model", "optimizer"}
+_PARTS = {"config": dict, "model_kwargs": dict, "epoch": int, "history": list, "model": dict, "optimizer": dict}
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -27,7 +27,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # given a path, torch turns a full disk into a RuntimeError
+            torch.save(checkpoint, file)
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -39,7 +43,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each have their own word for a damaged file
         raise UserError(f"--resume: {path} is damaged, or no checkpoint of vix train ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _KEYS:
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind) for name, kind in _PARTS.items()):
         raise UserError(f"--resume: {path} is no checkpoint of vix train")
     return checkpoint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +34,12 @@ class Config:
 
     def check(self) -> None:
         for name in ("epochs", "batch_size", "lr"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')}: expected more than 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')}: expected a finite number above 0, got {getattr(self, name)}")
         for name in ("weight_decay", "warmup_epochs", "min_lr", "clip_grad", "seed"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--{name.replace('_', '-')}: expected 0 or more, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')}: expected a finite number of 0 or more, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed: expected less than 2**63, got {self.seed}")
         if not 0 <= self.smoothing < 1:
             raise UserError(f"--smoothing: expected a number in [0, 1), got {self.smoothing}")

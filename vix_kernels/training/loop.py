@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -45,6 +44,8 @@ def train(config: Config) -> tuple[History, Path]:
     if checkpoint is not None:
         _restore(checkpoint, config, model_kwargs, model, optimizer)
         history = checkpoint["history"]
+    new = not (output / "last.pt").exists()
+    reached = _best_of(config.resume, history) if new and history else None
 
     def state() -> dict[str, Any]:
         return {
@@ -58,14 +59,13 @@ def train(config: Config) -> tuple[History, Path]:
 
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_args(output / "args.yaml", config)
-        if not (output / "last.pt").exists():
-            if history:  # a branch of another run, which takes along what that one has reached
-                best = checkpoint_path(config.resume).with_name("best.pt")
-                if best.exists():
-                    shutil.copyfile(best, output / "best.pt")
+        if new:
+            if reached:  # a branch of another run, which takes along what that one has reached
+                save_checkpoint(output / "best.pt", reached)
+            if history:
                 write_summary(output / "summary.csv", history)
             save_checkpoint(output / "last.pt", state())
+        write_args(output / "args.yaml", config)
     except OSError as error:
         raise UserError(f"--output: cannot start {output}: {error}") from error
 
@@ -183,9 +183,13 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: cannot use {name!r}: {error}") from error
+        reason = str(error).partition("\n")[0]  # torch goes on with all the devices there are, or with CUDA's advice
+        raise UserError(f"--device: cannot use {name!r}: {reason}") from error
+    if device.type == "meta":
+        raise UserError("--device: cannot use 'meta': its tensors hold no values")
+    return device
 
 
 def _build_model(config: Config, dataset: Dataset, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
@@ -193,6 +197,8 @@ def _build_model(config: Config, dataset: Dataset, device: torch.device) -> tupl
     _, channels, height, width = dataset.train_images.shape
     shape = {"img_size": (height, width), "in_chans": channels, "num_classes": dataset.num_classes}
     kwargs = shape | dataset.model_kwargs | config.model_kwargs
+    if "backend" in kwargs:
+        raise UserError("--model-kwargs: backend has a flag of its own, --backend")
     for name, value in shape.items():
         if kwargs[name] != value:
             raise UserError(f"--model-kwargs: {name}: the images of {config.dataset} have {value}, got {kwargs[name]}")
@@ -217,13 +223,26 @@ def _restore(
     saved = checkpoint["config"] | {"model_kwargs": checkpoint["model_kwargs"]}
     wanted = {name: getattr(config, name) for name in ("model", "dataset", "seed")} | {"model_kwargs": model_kwargs}
     for name, value in wanted.items():
-        if saved[name] != value:
-            raise UserError(f"--resume: the checkpoint has {name} {saved[name]!r}, this run has {value!r}")
+        if saved.get(name) != value:
+            raise UserError(f"--resume: the checkpoint has {name} {saved.get(name)!r}, this run has {value!r}")
+    if config.epochs < len(checkpoint["history"]):
+        done = len(checkpoint["history"])
+        raise UserError(f"--epochs: expected at least the {done} that the checkpoint has behind it, got {config.epochs}")
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"--resume: the checkpoint does not fit the model: {error}") from error
+
+
+def _best_of(resume: str, history: History) -> dict[str, Any] | None:
+    """The checkpoint of the best epoch in `history`, if it lies beside the one that is resumed.
+
+    The run may have gone on since, or be another one: a best.pt with another history is left out.
+    """
+    path = checkpoint_path(resume).with_name("best.pt")
+    best = load_checkpoint(path) if path.is_file() else None
+    return best if best and best["history"] == history[: best_epoch(history)["epoch"]] else None
 
 
 def _output_folder(config: Config) -> Path:

@@ -27,7 +27,7 @@ def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
         with open(temporary, "w", newline="") as file:
             rows = csv.DictWriter(file, history[0])
             rows.writeheader()
-            rows.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in history)
+            rows.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in history)
 
     write_atomically(path, write)
 
