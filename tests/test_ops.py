@@ -79,18 +79,21 @@ def test_error_budget(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str
     names = [f"output {i}" for i in range(len(exact[0]))] + [f"d{name}" for name in spec.differentiable]
     for name, x, reference, truth in zip(names, sum(ours, []), sum(plain, []), sum(exact, []), strict=True):
         assert x.dtype == reference.dtype and x.shape == truth.shape, name
-        # Gradients that are zero in exact arithmetic (one token, one feature) are measured against their cotangents.
-        size = max(finite(truth).norm().item(), sum(finite(out).norm().item() for out in exact[0]))
+        # A gradient that is zero in exact arithmetic (one token, one feature) is measured against the outputs.
+        size = finite(truth).norm().item()
+        if size < 1e-9 * finite(exact[0][0]).norm().item():
+            size = finite(exact[0][0]).norm().item()
         rounding = (1e-13 if dtype == torch.float64 else torch.finfo(dtype).eps) * size
         budget = 2 * (distance(reference, truth) + rounding)
         assert distance(x, truth) <= budget, f"{name}: {distance(x, truth) / size:.2e} > {budget / size:.2e}"
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels take float64 only in the interpreter")
 @pytest.mark.parametrize("spec, case", FEW)
 def test_gradcheck(spec: OpSpec, case: Case, backend: str) -> None:
     """Numerical derivatives in float64."""
-    small = Case(**{**vars(case), "tokens": 7, "features": 5, "width": max(8, case.rotary or 0), "heads": 1})
+    if backend == "triton" and DEVICE == "cuda":
+        pytest.skip("the kernels take float64 only in the interpreter")
+    small = Case(**{**vars(case), "tokens": 7, "features": 5, "width": max(8, case.rotary or 0)})
     problem = spec.problem(small, dtype=torch.float64)
     leaves = [problem.tensors[name].detach().requires_grad_() for name in spec.differentiable]
 
@@ -149,14 +152,14 @@ def test_layout_of_memory_does_not_matter(spec: OpSpec, case: Case, backend: str
     for a, b in zip(sum(dense, []), sum(spread, []), strict=True):
         assert error(a, b) < 1e-6
 
-    def total(x: Problem) -> list[Tensor]:
+    def total(x: Problem, **how) -> list[Tensor]:
         leaves = [x.tensors[name].detach().requires_grad_() for name in spec.differentiable]
         x = x.map(lambda y: y)
         x.tensors.update(zip(spec.differentiable, leaves, strict=True))
-        out = x(backend=backend)[0]
+        out = x(**how)[0]
         return list(torch.autograd.grad(out, leaves, torch.ones((), device=DEVICE, dtype=out.dtype).expand_as(out)))
 
-    for a, b in zip(total(problem), total(problem.double()), strict=True):
+    for a, b in zip(total(problem, backend=backend), total(problem.double(), reference=True), strict=True):
         assert error(a, b) < 1e-5
 
 
@@ -230,11 +233,12 @@ def test_compiles_without_graph_breaks(spec: OpSpec, backend: str) -> None:
         dynamic=True,
         backend="aot_eager",
     )
-    for tokens in (37, 45):
+    for tokens, stance in ((37, "default"), (45, "fail_on_recompile")):
         case = Case("compiled", tokens=tokens, rope="half" if spec.name == "apply_rope" else None, packed=True)
         problem = spec.problem(case, device=DEVICE)
         leaves = [x.detach().requires_grad_(name in spec.differentiable) for name, x in problem.tensors.items()]
-        out = compiled(problem, *leaves)
+        with torch.compiler.set_stance(stance):
+            out = compiled(problem, *leaves)
         out = out if isinstance(out, tuple) else (out,)
         wanted = [x for x in leaves if x.requires_grad]
         generator = torch.Generator().manual_seed(0)

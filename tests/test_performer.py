@@ -119,6 +119,47 @@ assert all(torch.equal(a, b) for a, b in zip(*results))
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_precision_keeps_the_random_features(backend: str, dtype: torch.dtype) -> None:
+    """q, k and v are exact in 16 bits here; only a projection that was rounded to them could move the estimate far."""
+    torch.manual_seed(0)
+    q, k, v = ((torch.randn(1, 2, 50, 64, device=DEVICE) * 8).to(dtype) for _ in range(3))
+    w = orthogonal_projection(32, 64, seed=0).to(DEVICE)
+    exact, rounded = (
+        performer_attention(q.double(), k.double(), v.double(), x.double(), backend="reference") for x in (w, w.to(dtype))
+    )
+    out = performer_attention(q, k, v, w, backend=backend).double()
+    assert (out - exact).norm() < (rounded - exact).norm() / 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e30, float("inf")])
+def test_gradients_of_any_size(backend: str, size: float) -> None:
+    """A gradient of the values scales with its cotangent down to nothing, and an infinite channel stays alone."""
+    q, k, v = (torch.randn(1, 1, 20, 16, device=DEVICE).requires_grad_() for _ in range(3))
+    w = orthogonal_projection(8, 16, seed=0).to(DEVICE)
+    dout = torch.zeros(1, 1, 20, 16, device=DEVICE)
+    dout[..., 3] = size
+    (dv,) = torch.autograd.grad(performer_attention(q, k, v, w, backend=backend), v, dout)
+    assert (dv[..., :3] == 0).all() and (dv[..., 4:] == 0).all()
+    assert dv[..., 3].isfinite().all() == (size != float("inf"))
+    if size in (1e-30, 1e30):
+        (unit,) = torch.autograd.grad(performer_attention(q, k, v, w, backend=backend), v, dout / size)
+        torch.testing.assert_close(dv / size, unit, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_keys_get_no_gradient_whatever_the_others_hold(backend: str) -> None:
+    q, k, v = (torch.randn(1, 1, 8, 16, device=DEVICE) for _ in range(3))
+    k[0, 0, 1] = float("nan")
+    mask = torch.arange(8, device=DEVICE)[None] < 6
+    leaves = [x.requires_grad_() for x in (k, v)]
+    out = performer_attention(q, k, v, orthogonal_projection(8, 16, seed=0).to(DEVICE), key_padding_mask=mask, backend=backend)
+    for grad in torch.autograd.grad(out.sum(), leaves):
+        assert (grad[:, :, 6:] == 0).all() and grad[:, :, 1].isnan().any()
+
+
 def test_projection_blocks_are_orthogonal_and_lengths_as_asked() -> None:
     w = orthogonal_projection(20, 8, seed=0, scaling="sqrt")
     assert w.shape == (20, 8) and w.dtype == torch.float32

@@ -34,8 +34,10 @@ def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int)
     if device.type == "cpu" and not interpreted() and launch.observer is None:
         reasons.append("the tensors are on the CPU (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)")
     elif device.type not in ("cpu", "cuda", "meta"):
-        reasons.append(f"the kernels run on CUDA and HIP devices, not on {device.type!r}")
-    elif device.type == "cuda" and not torch.version.hip and _capability(device.index or 0) < (8, 0):
+        reasons.append(f"the kernels run on CUDA devices, not on {device.type!r}")
+    elif device.type == "cuda" and torch.version.hip:
+        reasons.append("the kernels are not yet tuned for AMD GPUs")
+    elif device.type == "cuda" and _capability(device.index or 0) < (8, 0):
         major, minor = _capability(device.index or 0)
         reasons.append(f"the GPU has compute capability {major}.{minor}, the kernels need 8.0")
     if dtype not in TRITON_DTYPES and not (dtype == torch.float64 and interpreted()):

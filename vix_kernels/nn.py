@@ -98,7 +98,7 @@ class PerformerAttention(Attention):
 
     Args:
         num_features: M; default int(head_dim * ln(head_dim)), as published.
-        seed: of the random features. Layers should differ in it, ranks must not.
+        seed: of the random features, 0 to 4095. Layers should differ in it, ranks must not.
         Others as in Attention; attn_drop is refused, there are no weights to drop.
 
     The features are the persistent float32 buffer `projection` (M, head_dim), which stays float32 when the module is cast.
@@ -123,6 +123,8 @@ class PerformerAttention(Attention):
         if attn_drop:
             raise NotImplementedError(f"attn_drop: expected 0 (there are no weights to drop), got {attn_drop}")
         super().__init__(dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer, backend=backend)
+        if not 0 <= seed < 4096:
+            raise ValueError(f"seed: expected 0 to 4095, got {seed}")
         if num_features is None:
             num_features = max(1, int(self.head_dim * math.log(self.head_dim)))
         self.num_features = num_features

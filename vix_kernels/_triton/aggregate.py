@@ -29,7 +29,7 @@ def key_bias(k, valid, scale, GAUSSIAN: tl.constexpr, COMPUTE: tl.constexpr):
     return tl.where(valid, bias, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "mask_b", "angle_h"])
 def aggregate_forward_kernel(
     slots, k, v, mask, cos, sin, values, lse,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
@@ -99,13 +99,15 @@ def aggregate_prepare_kernel(
     x = tl.load(values + rows[:, None] * E + o_e[None, :], mask=inside, other=0.0)
     b_dlse = tl.load(dlse + i_b * dlse_b + i_h * dlse_h + at * dlse_m, mask=o_m < M, other=0.0)
     largest = tl.max(tl.abs(d), 1)
-    b_size = tl.exp2(tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0))))
+    # Within the normal range of float32, where 1 / size exists: smaller rows stay small, infinite ones infinite.
+    exponent = tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0)))
+    b_size = tl.exp2(tl.minimum(tl.maximum(exponent, -126.0), 126.0))
     tl.store(delta + rows, tl.sum(d * x, 1) - b_dlse * LOG2E, mask=o_m < M)
     tl.store(size + rows, b_size, mask=o_m < M)
     tl.store(unit + rows[:, None] * E + o_e[None, :], cast(d / b_size[:, None], unit.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "mask_b", "angle_h"])
 def aggregate_tokens_kernel(
     slots, k, v, mask, cos, sin, lse, delta, size, unit, dk, dv,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
@@ -114,9 +116,9 @@ def aggregate_tokens_kernel(
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
-    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of tokens."""
+    """dk (if KEYS) and dv (if VALUES) of a tile of tokens."""
     token_tiles = tl.cdiv(N, BLOCK_N)
     i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -150,25 +152,31 @@ def aggregate_tokens_kernel(
 
         b_l = row_products(b_k, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
         b_p = tl.exp2(b_l * (scale * LOG2E) + b_bias[:, None] - b_lse[None, :])
-        b_dv = dot(cast(b_p * b_size[None, :], b_v.dtype), b_unit, b_dv, PRECISION)
-        b_dp = row_products(b_v, b_unit, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
-        b_dl = b_p * (b_dp * b_size[None, :] - b_delta[None, :])
-        b_dk = dot(cast(b_dl, b_k.dtype), cast(b_slots, b_k.dtype), b_dk, PRECISION)
-        b_db += tl.sum(b_dl, 1)
+        if VALUES:
+            b_dv = dot(cast(b_p * b_size[None, :], b_v.dtype), b_unit, b_dv, PRECISION)
+        if KEYS:
+            b_dp = row_products(b_v, b_unit, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
+            b_dl = b_p * (b_dp * b_size[None, :] - b_delta[None, :])
+            b_dk = dot(cast(b_dl, b_k.dtype), cast(b_slots, b_k.dtype), b_dk, PRECISION)
+            b_db += tl.sum(b_dl, 1)
 
-    b_dk *= scale
-    if ROTARY > 0:
-        b_dk = rotate_pairs(b_dk, o_n, valid, cos + angles, sin + angles, ROTARY, True)
-    if GAUSSIAN:  # the keys once more from memory: held through the loop, they would cost the registers of a whole tile
-        b_k = load_tile(k, o_n, k_n, valid, D, BLOCK_D, ROTARY, INTERLEAVED, POLICY="evict_first")
-        b_dk -= b_k.to(COMPUTE) * (scale * scale * b_db)[:, None]
-    dk += i_b * dk_b + i_h * dk_h
-    dv += i_b * dv_b + i_h * dv_h
-    store_tile(b_dk, dk, o_n, dk_n, inside, D, BLOCK_D, ROTARY, INTERLEAVED)
-    store_tile(b_dv, dv, o_n, dv_n, inside, E, BLOCK_E, 0, True)
+    if KEYS:
+        b_dk *= scale
+        if ROTARY > 0:
+            b_dk = rotate_pairs(b_dk, o_n, valid, cos + angles, sin + angles, ROTARY, True)
+        if GAUSSIAN:  # the keys once more from memory: held through the loop, they would cost the registers of a whole tile
+            b_k = load_tile(k, o_n, k_n, valid, D, BLOCK_D, ROTARY, INTERLEAVED, POLICY="evict_first")
+            b_dk -= b_k.to(COMPUTE) * (scale * scale * b_db)[:, None]
+        b_dk = tl.where(valid[:, None], b_dk, 0.0)  # even where a slot's gradient is NaN
+        dk += i_b * dk_b + i_h * dk_h
+        store_tile(b_dk, dk, o_n, dk_n, inside, D, BLOCK_D, ROTARY, INTERLEAVED)
+    if VALUES:
+        b_dv = tl.where(valid[:, None], b_dv, 0.0)
+        dv += i_b * dv_b + i_h * dv_h
+        store_tile(b_dv, dv, o_n, dv_n, inside, E, BLOCK_E, 0, True)
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "mask_b", "angle_h"])
 def aggregate_slots_kernel(
     slots, k, v, mask, cos, sin, lse, delta, size, unit, dslots,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
@@ -265,12 +273,13 @@ def aggregate_backward(
     strides = (*slot_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h)
     variant = dict(ROTARY=rotary, INTERLEAVED=interleaved, GAUSSIAN=gaussian, MASKED=mask is not None)
     dk, dv = empty_like_tokens(k, width), empty_like_tokens(v, value_width)
-    launch(
-        aggregate_tokens_kernel,
-        (batch * num_heads * triton.cdiv(tokens, config.block_tokens),),
-        *inputs, dk, dv, *strides, *token_strides(dk), *token_strides(dv), num_heads, tokens, num_slots, scale,
-        **variant, **config.meta(width, value_width),
-    )  # fmt: skip
+    for keys, contents in ((True, False), (False, True)) if config.tile.apart else ((True, True),):
+        launch(
+            aggregate_tokens_kernel,
+            (batch * num_heads * triton.cdiv(tokens, config.block_tokens),),
+            *inputs, dk, dv, *strides, *token_strides(dk), *token_strides(dv), num_heads, tokens, num_slots, scale,
+            KEYS=keys, VALUES=contents, **variant, **config.meta(width, value_width),
+        )  # fmt: skip
     if not need_slots:
         return slots.new_empty(0), dk, dv
 

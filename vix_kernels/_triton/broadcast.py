@@ -30,7 +30,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h"])
 def broadcast_forward_kernel(
     q, slots, values, bias, cos, sin, out, lse,
     q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m, angle_h,
@@ -88,7 +88,7 @@ def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr)
     return b_bias
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h"])
 def broadcast_tokens_kernel(
     dout, q, slots, values, bias, cos, sin, out, lse, delta, dq,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
@@ -136,7 +136,7 @@ def broadcast_tokens_kernel(
     store_unrotated(b_dq * scale, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h"])
 def broadcast_slots_kernel(
     dout, q, slots, values, bias, cos, sin, lse, delta, dslots, dvalues, dbias,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,

@@ -23,6 +23,7 @@ class Tile(NamedTuple):
     num_stages: int
     # How float32 tiles multiply: three TensorFloat32 products, or fused multiply-adds where those need too many registers.
     precision: str = "tf32x3"
+    apart: bool = False  # dk and dv in launches of their own, where both accumulators do not fit the registers
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ class LaunchConfig:
             D=width, E=value_width, BLOCK_D=padded(width), BLOCK_E=padded(value_width),
             BLOCK_M=self.tile.slots, BLOCK_N=self.tile.tokens,
             SPLIT=self.split, COMPUTE=self.triton_compute,
-            # tf32 is opt-in, by PyTorch's own switch.
-            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else self.tile.precision,
+            PRECISION="tf32" if tf32_allowed() else self.tile.precision,
             num_warps=self.tile.num_warps, num_stages=self.tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -101,7 +101,7 @@ TABLE: dict[tuple[str, int, int], Tile] = {
     ("aggregate_tokens", 32, 32): Tile(16, 64, 8, 1),
     ("aggregate_tokens", 32, 64): Tile(32, 32, 8, 1),
     ("aggregate_tokens", 32, 128): Tile(32, 16, 8, 1),
-    ("aggregate_tokens", 32, 256): Tile(16, 16, 8, 2, "ieee"),
+    ("aggregate_tokens", 32, 256): Tile(16, 16, 8, 1, "ieee", apart=True),
     ("broadcast_tokens", 32, 16): Tile(32, 64, 8, 1),
     ("broadcast_tokens", 32, 32): Tile(32, 64, 8, 1),
     ("broadcast_tokens", 32, 64): Tile(32, 32, 4, 1),
@@ -154,6 +154,11 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
     tile = INTERPRETER if arch == "interpreter" else OVERRIDES.get(arch, TABLE).get(key) or TABLE[key]
     compute = torch.float64 if tokens.dtype == torch.float64 else torch.float32
     return LaunchConfig(tile, compute, split=slots.element_size() > tokens.element_size())
+
+
+def tf32_allowed() -> bool:
+    """tf32 is opt-in, by PyTorch's own switch (the older `allow_tf32` and `set_float32_matmul_precision` set it too)."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def architecture(device: torch.device) -> str:

@@ -13,7 +13,7 @@ from .layout import padded, rotary_arguments, token_strides
 from .tiles import load_tile, rotate_pairs, store_tile
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "angle_h"])
 def rotate_kernel(
     q, k, cos, sin, q_out, k_out,
     q_b, q_h, q_n, k_b, k_h, k_n, q_out_b, q_out_h, q_out_n, k_out_b, k_out_h, k_out_n, angle_h,

@@ -80,11 +80,11 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, the tensors in its dtype (float64 stays); elsewhere as they are."""
+    """Under autocast, floating tensors in its dtype (float64 stays); elsewhere as they are."""
     if not all(isinstance(x, Tensor) for x in tensors):
         return tensors  # check_qkv will say so
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

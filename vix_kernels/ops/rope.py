@@ -100,10 +100,10 @@ def rope_1d(
         raise ValueError(f"base: expected a number > 0, got {base}")
     if prefix_tokens < 0:
         raise ValueError(f"prefix_tokens: expected at least 0, got {prefix_tokens}")
-    frequencies = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-    angles = torch.arange(tokens, dtype=torch.float64, device=device)[:, None] * frequencies
+    frequencies = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies
     angles = torch.nn.functional.pad(angles, (0, 0, prefix_tokens, 0))[None]
-    return Rope(angles.cos().float(), angles.sin().float(), layout)
+    return Rope(angles.cos().float().to(device), angles.sin().float().to(device), layout)
 
 
 def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

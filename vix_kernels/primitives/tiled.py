@@ -124,6 +124,9 @@ def aggregate_backward(
             dkeys.addcmul_(keys, dbias, value=-(scale**2))
         _write(dk, group, dkeys, rope)
         _write(dv, group, dcontents)
+    if mask is not None:  # even where a slot's gradient is NaN
+        for grad in (dk, dv):
+            grad.masked_fill_(~mask[:, None, :, None], 0)
     return _slots_grad(dslots, slots), dk, dv
 
 
