@@ -37,7 +37,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WIDTHS = (32, 64, 80, 128, 256)
 FEATURES = (16, 110, 266)
-ROPE_WIDTHS = (32, 64)
+ROPE = {(torch.bfloat16, 32), (torch.bfloat16, 64), (torch.float32, 32)}  # dtypes and widths that are rotated as well
 BATCH, HEADS, TOKENS = 2, 4, 1024
 
 NO_KERNEL = re.compile("empty|_unsafe_view")  # allocations, and a view that does not say so
@@ -107,7 +107,7 @@ def calls(width: int, dtype: torch.dtype, features: Iterable[int]) -> Iterator[C
     import vix_kernels as vix
 
     qkv = [torch.empty(BATCH, HEADS, TOKENS, width, dtype=dtype, requires_grad=True) for _ in range(3)]
-    rope = vix.rope_1d(TOKENS, width) if width in ROPE_WIDTHS else None
+    rope = vix.rope_1d(TOKENS, width) if (dtype, width) in ROPE else None
     for count in features:
         performer = partial(vix.performer_attention, projection=torch.empty(count, width), backend="triton")
         yield Call("performer", count, performer, qkv)
@@ -214,6 +214,14 @@ def violations(rows: Iterable[Row]) -> list[str]:
             found.append(f"{row}: {row.shared} bytes of shared memory, {row.arch} has {limit}")
         if row.tensor_memory > offline.TENSOR_MEMORY:
             found.append(f"{row}: {row.tensor_memory} columns of tensor memory, a block has {offline.TENSOR_MEMORY}")
+        if row.dtype == "fp32" or "prepare" in row.kernel:
+            continue
+        moves = row.kernel.startswith(("aggregate", "broadcast"))
+        if moves and row.arch == "sm_90" and row.width <= (128 if "forward" in row.kernel else 64):
+            if {count.split(":")[0] for count in row.matrix.split()} != {"HGMMA"}:
+                found.append(f"{row}: expected warp-group products (HGMMA) only, got {row.matrix or 'none'}")
+        if row.width in (32, 64) and not (f"{WIDE}:" in row.loads and f"{WIDE}:" in row.stores):
+            found.append(f"{row}: expected {WIDE}-bit loads and stores, got loads {row.loads} and stores {row.stores}")
     return found
 
 

@@ -59,7 +59,7 @@ class LaunchConfig:
 TABLE: dict[tuple[str, int, int], Tile] = {
     ("aggregate_forward", 16, 16): Tile(64, 64, 4, 3),
     ("aggregate_forward", 16, 32): Tile(64, 64, 4, 3),
-    ("aggregate_forward", 16, 64): Tile(64, 64, 4, 3),
+    ("aggregate_forward", 16, 64): Tile(64, 32, 4, 3),
     ("aggregate_forward", 16, 128): Tile(64, 32, 4, 2),
     ("aggregate_forward", 16, 256): Tile(16, 32, 8, 1),
     ("broadcast_forward", 16, 16): Tile(64, 128, 8, 2),
@@ -104,7 +104,7 @@ TABLE: dict[tuple[str, int, int], Tile] = {
     ("aggregate_tokens", 32, 256): Tile(16, 16, 8, 1, "ieee", apart=True),
     ("broadcast_tokens", 32, 16): Tile(32, 64, 8, 1),
     ("broadcast_tokens", 32, 32): Tile(32, 64, 8, 1),
-    ("broadcast_tokens", 32, 64): Tile(32, 32, 4, 1),
+    ("broadcast_tokens", 32, 64): Tile(32, 32, 8, 1),
     ("broadcast_tokens", 32, 128): Tile(32, 16, 8, 1),
     ("broadcast_tokens", 32, 256): Tile(16, 16, 8, 1, "ieee"),
     ("broadcast_slots", 32, 16): Tile(64, 32, 8, 1),
@@ -129,8 +129,9 @@ TABLE: dict[tuple[str, int, int], Tile] = {
     ("rotate", 32, 256): Tile(0, 8, 4, 1),
 }
 _WARP_GROUP = {  # 64 tokens or slots and more a product: warp-group instructions, whose operands need fewer registers
+    ("aggregate_forward", 16, 64): Tile(64, 64, 4, 3),
     ("aggregate_tokens", 16, 32): Tile(64, 128, 8, 2),
-    ("aggregate_tokens", 16, 64): Tile(64, 128, 8, 2),
+    ("aggregate_tokens", 16, 64): Tile(64, 64, 8, 2),
     ("aggregate_slots", 16, 64): Tile(64, 64, 4, 2),
     ("broadcast_tokens", 16, 64): Tile(64, 128, 8, 2),
     ("broadcast_slots", 16, 64): Tile(64, 64, 4, 2),
