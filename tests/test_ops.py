@@ -126,7 +126,8 @@ def test_batch_independence(spec: OpSpec, case: Case, backend: str) -> None:
     """A sample's outputs and gradients do not depend on its batch mates."""
     problem = spec.problem(case, device=DEVICE)
     together, alone = run(problem, backend=backend), run(problem.sample(0), backend=backend)
-    batched = [i for i, name in enumerate(spec.differentiable) if problem.tensors[name].shape[0] == case.batch]
+    names = {name for name in spec.batched if name in problem.tensors and problem.tensors[name].shape[0] == case.batch}
+    batched = [i for i, name in enumerate(spec.differentiable) if name in names]
     together = [*together[0], *(together[1][i] for i in batched)]
     alone = [*alone[0], *(alone[1][i] for i in batched)]
     for a, b in zip(together, alone, strict=True):
@@ -156,8 +157,9 @@ def test_layout_of_memory_does_not_matter(spec: OpSpec, case: Case, backend: str
         leaves = [x.tensors[name].detach().requires_grad_() for name in spec.differentiable]
         x = x.map(lambda y: y)
         x.tensors.update(zip(spec.differentiable, leaves, strict=True))
-        out = x(**how)[0]
-        return list(torch.autograd.grad(out, leaves, torch.ones((), device=DEVICE, dtype=out.dtype).expand_as(out)))
+        outputs = x(**how)
+        ones = [torch.ones((), device=DEVICE, dtype=out.dtype).expand_as(out) for out in outputs]
+        return list(torch.autograd.grad(outputs, leaves, ones))
 
     for a, b in zip(total(problem, backend=backend), total(problem.double(), reference=True), strict=True):
         assert error(a, b) < 1e-5

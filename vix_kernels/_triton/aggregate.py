@@ -16,7 +16,19 @@ from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .configs import launch_config
 from .launch import launch
 from .layout import mask_strides, padded, rotary_arguments, slot_strides, token_strides
-from .tiles import LOG2E, cast, dot, load_rotated, load_slots, load_tile, rotate_pairs, row_products, slot_channels, store_tile
+from .tiles import (
+    LOG2E,
+    cast,
+    dot,
+    load_rotated,
+    load_slots,
+    load_tile,
+    rotate_pairs,
+    row_products,
+    slot_channels,
+    store_tile,
+    store_unrotated,
+)
 
 
 @triton.jit
@@ -162,14 +174,15 @@ def aggregate_tokens_kernel(
 
     if KEYS:
         b_dk *= scale
-        if ROTARY > 0:
-            b_dk = rotate_pairs(b_dk, o_n, valid, cos + angles, sin + angles, ROTARY, True)
         if GAUSSIAN:  # the keys once more from memory: held through the loop, they would cost the registers of a whole tile
             b_k = load_tile(k, o_n, k_n, valid, D, BLOCK_D, ROTARY, INTERLEAVED, POLICY="evict_first")
-            b_dk -= b_k.to(COMPUTE) * (scale * scale * b_db)[:, None]
+            b_x = b_k.to(COMPUTE)
+            if ROTARY > 0:
+                b_x = rotate_pairs(b_x, o_n, valid, cos + angles, sin + angles, ROTARY, False, AGAIN=True)
+            b_dk -= b_x * (scale * scale * b_db)[:, None]
         b_dk = tl.where(valid[:, None], b_dk, 0.0)  # even where a slot's gradient is NaN
         dk += i_b * dk_b + i_h * dk_h
-        store_tile(b_dk, dk, o_n, dk_n, inside, D, BLOCK_D, ROTARY, INTERLEAVED)
+        store_unrotated(b_dk, dk, o_n, dk_n, inside, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
     if VALUES:
         b_dv = tl.where(valid[:, None], b_dv, 0.0)
         dv += i_b * dv_b + i_h * dv_h

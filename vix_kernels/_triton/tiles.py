@@ -44,14 +44,14 @@ def split(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def rotate_pairs(x, angles, valid, cos, sin, ROTARY: tl.constexpr, INVERSE: tl.constexpr):
+def rotate_pairs(x, angles, valid, cos, sin, ROTARY: tl.constexpr, INVERSE: tl.constexpr, AGAIN: tl.constexpr = False):
     """Rotate the column pairs of x (rows, BLOCK_D) by the angles of its rows, or back; columns beyond ROTARY stay."""
     pairs = tl.arange(0, x.shape[1] // 2)
     at = angles[:, None] * (ROTARY // 2) + pairs[None, :]
     inside = valid[:, None] & (pairs < ROTARY // 2)[None, :]
-    # The hint is true, and it keeps the compiler from merging the loads before and after a loop, which would hold the
-    # tables in registers in between.
-    policy: tl.constexpr = "" if INVERSE else "evict_last"
+    # The hint is true, and it keeps the compiler from merging the loads before a loop with those AGAIN after it, which would
+    # hold the tables in registers in between.
+    policy: tl.constexpr = "" if AGAIN else "evict_last"
     c = tl.load(cos + at, mask=inside, other=1.0, eviction_policy=policy).to(x.dtype)
     s = tl.load(sin + at, mask=inside, other=0.0, eviction_policy=policy).to(x.dtype)
     if INVERSE:
@@ -131,7 +131,7 @@ def store_unrotated(
 ):  # fmt: skip
     """Store the gradient of a tile that was loaded rotated: rotated back."""
     if ROTARY > 0:
-        x = rotate_pairs(x, rows, valid, cos, sin, ROTARY, True)
+        x = rotate_pairs(x, rows, valid, cos, sin, ROTARY, True, AGAIN=True)
     store_tile(x, base, rows, stride, valid, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
