@@ -37,7 +37,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WIDTHS = (32, 64, 80, 128, 256)
 FEATURES = (16, 110, 266)
-ROPE = {(torch.bfloat16, 32), (torch.bfloat16, 64), (torch.float32, 32)}  # dtypes and widths that are rotated as well
+ROPE = {(torch.bfloat16, 32), (torch.bfloat16, 64)}  # dtypes and widths that are rotated as well
 BATCH, HEADS, TOKENS = 2, 4, 1024
 
 NO_KERNEL = re.compile("empty|_unsafe_view")  # allocations, and a view that does not say so
