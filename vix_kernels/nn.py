@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,11 +79,10 @@ class Attention(nn.Module):
             raise NotImplementedError("attn_mask: expected None, got a mask; use key_padding_mask (batch, tokens)")
         if is_causal:
             raise NotImplementedError("is_causal: expected False; causal attention is not supported")
-        batch, tokens, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         out = self.attend(q, k, v, key_padding_mask, rope)
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)))
+        return self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
         """The attention between the linear maps: (batch, heads, tokens, head_dim) to the same."""
