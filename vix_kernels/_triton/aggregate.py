@@ -175,7 +175,7 @@ def aggregate_tokens_kernel(
     if KEYS:
         b_dk *= scale
         if GAUSSIAN:  # the keys once more from memory: held through the loop, they would cost the registers of a whole tile
-            b_k = load_tile(k, o_n, k_n, valid, D, BLOCK_D, ROTARY, INTERLEAVED, POLICY="evict_first")
+            b_k = load_tile(k, o_n, k_n, valid, D, BLOCK_D, ROTARY, INTERLEAVED, AGAIN=True)
             b_x = b_k.to(COMPUTE)
             if ROTARY > 0:
                 b_x = rotate_pairs(b_x, o_n, valid, cos + angles, sin + angles, ROTARY, False, AGAIN=True)

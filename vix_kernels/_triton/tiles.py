@@ -51,9 +51,12 @@ def rotate_pairs(x, angles, valid, cos, sin, ROTARY: tl.constexpr, INVERSE: tl.c
     inside = valid[:, None] & (pairs < ROTARY // 2)[None, :]
     # The hint is true, and it keeps the compiler from merging the loads before a loop with those AGAIN after it, which would
     # hold the tables in registers in between.
-    policy: tl.constexpr = "" if AGAIN else "evict_last"
-    c = tl.load(cos + at, mask=inside, other=1.0, eviction_policy=policy).to(x.dtype)
-    s = tl.load(sin + at, mask=inside, other=0.0, eviction_policy=policy).to(x.dtype)
+    if AGAIN:
+        c = tl.load(cos + at, mask=inside, other=1.0).to(x.dtype)
+        s = tl.load(sin + at, mask=inside, other=0.0).to(x.dtype)
+    else:
+        c = tl.load(cos + at, mask=inside, other=1.0, eviction_policy="evict_last").to(x.dtype)
+        s = tl.load(sin + at, mask=inside, other=0.0, eviction_policy="evict_last").to(x.dtype)
     if INVERSE:
         s = -s
     u, v = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
@@ -75,21 +78,29 @@ def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr):
 
 
 @triton.jit
+def load(pointers, mask, AGAIN: tl.constexpr):
+    """Values, 0 where masked. AGAIN after a loop, with a hint that keeps the compiler from merging it with the first load."""
+    if AGAIN:
+        x = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
+    else:
+        x = tl.load(pointers, mask=mask, other=0.0)
+    return x
+
+
+@triton.jit
 def load_tile(
     base, rows, stride, valid,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, POLICY: tl.constexpr = "",
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, AGAIN: tl.constexpr = False,
 ):  # fmt: skip
     """Rows of tokens (rows, BLOCK_D), in pair order if ROTARY; a row that is not valid is read as 0, whatever it holds."""
     start = base + rows.to(tl.int64) * stride
     if ROTARY == 0 or INTERLEAVED:
         columns = tl.arange(0, BLOCK_D)
-        inside = valid[:, None] & (columns < D)[None, :]
-        x = tl.load(start[:, None] + columns[None, :], mask=inside, other=0.0, eviction_policy=POLICY)
+        x = load(start[:, None] + columns[None, :], valid[:, None] & (columns < D)[None, :], AGAIN)
     else:
         first, second, has_first, has_second = pair_channels(BLOCK_D, D, ROTARY)
-        has_first, has_second = valid[:, None] & has_first[None, :], valid[:, None] & has_second[None, :]
-        u = tl.load(start[:, None] + first[None, :], mask=has_first, other=0.0, eviction_policy=POLICY)
-        v = tl.load(start[:, None] + second[None, :], mask=has_second, other=0.0, eviction_policy=POLICY)
+        u = load(start[:, None] + first[None, :], valid[:, None] & has_first[None, :], AGAIN)
+        v = load(start[:, None] + second[None, :], valid[:, None] & has_second[None, :], AGAIN)
         x = tl.reshape(tl.join(u, v), (rows.shape[0], BLOCK_D))
     return x
 
