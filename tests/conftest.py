@@ -31,11 +31,6 @@ if DEVICE == "cpu":
         interpreter._patch_lang = patch_once
 
 
-@pytest.fixture(scope="session")
-def device() -> str:
-    return DEVICE
-
-
 @pytest.fixture
 def poisoned():
     """Fresh memory holds NaN: an element that a kernel forgets to write shows."""

@@ -206,18 +206,24 @@ def test_nothing_is_written_out_of_bounds(spec: OpSpec, case: Case) -> None:
         assert (beside == torch.full_like(beside, Canaries.VALUE)).all()
 
 
+class Record(TorchDispatchMode):
+    """`with Record() as calls` lists the calls of registered operators and their arguments."""
+
+    def __enter__(self) -> list:
+        self.calls: list = []
+        super().__enter__()
+        return self.calls
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "vix_kernels":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("spec, case", FEW)
 def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
     """The registered operators behind the functions: schema, fake kernels, dynamic shapes."""
-    calls: list = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "vix_kernels":
-                calls.append((function, args))
-            return function(*args, **(kwargs or {}))
-
-    with Record():
+    with Record() as calls:
         run(spec.problem(case, device=DEVICE), backend=backend)
     assert len(calls) >= 2  # a forward and a backward
     for function, args in calls:
@@ -300,15 +306,7 @@ def test_refusals(spec: OpSpec, backend: str) -> None:
     with pytest.raises(NotImplementedError, match="torch.func"):
         torch.func.grad(lambda x: first(x, *leaves[1:]).sum())(leaves[0].detach())
 
-    calls: list = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "vix_kernels":
-                calls.append((function, args))
-            return function(*args, **(kwargs or {}))
-
-    with Record():
+    with Record() as calls:
         first(*leaves)
     function, args = calls[0]
     args = [x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in args]

@@ -7,9 +7,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..primitives.layout import accumulator
 from . import launch
 from .layout import padded
 
@@ -153,8 +155,7 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
     arch = architecture(tokens.device)
     key = (kernel, tokens.element_size() * 8, padded(width))
     tile = INTERPRETER if arch == "interpreter" else OVERRIDES.get(arch, TABLE).get(key) or TABLE[key]
-    compute = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-    return LaunchConfig(tile, compute, split=slots.element_size() > tokens.element_size())
+    return LaunchConfig(tile, accumulator(tokens.dtype), split=slots.element_size() > tokens.element_size())
 
 
 def tf32_allowed() -> bool:
@@ -167,8 +168,6 @@ def architecture(device: torch.device) -> str:
         return _cuda_architecture(device.index or 0)
     if launch.observer is None:
         return "interpreter"
-    import triton
-
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 

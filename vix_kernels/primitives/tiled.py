@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .layout import empty_like_tokens
+from .layout import accumulator, empty_like_tokens
 
 LOG2E = 1 / math.log(2)
 # Logits in a tile. Small enough for the caches of a CPU core, large enough to hide what calls and launches cost.
@@ -220,7 +220,7 @@ def broadcast_backward(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     """x (B, H, N, D) with pair (u, v) of each token turned by its angle; the gradient is the inverse turn."""
-    rope = _Rope(cos, sin, interleaved, _wide_dtype(x))
+    rope = _Rope(cos, sin, interleaved, accumulator(x.dtype))
     y = empty_like_tokens(x, x.shape[3])
     for group, _ in _groups(x, x.shape[3]):
         if x.dtype == rope.dtype:
@@ -328,7 +328,7 @@ def _read(x: Tensor, group: Group, mask: Tensor | None, rope: _Rope | None = Non
 def _window(x: Tensor, group: Group) -> Tensor:
     """Where to compute a group of x, which is contiguous: in x itself if it is wide, else in a buffer."""
     rows = x[group].flatten(0, 1)
-    return rows if rows.dtype == _wide_dtype(x) else torch.empty_like(rows, dtype=_wide_dtype(x))
+    return rows if rows.dtype == accumulator(x.dtype) else torch.empty_like(rows, dtype=accumulator(x.dtype))
 
 
 def _write(x: Tensor, group: Group, rows: Tensor, rope: _Rope | None = None) -> None:
@@ -356,13 +356,13 @@ def _key_bias(keys: Tensor, group: Group, mask: Tensor | None, scale: float, gau
 def _slot_bias(slot_bias: Tensor | None, slots: Tensor, q: Tensor) -> Tensor:
     """a_j (B, H, M)."""
     if slot_bias is None:
-        return q.new_zeros((), dtype=_wide_dtype(q)).expand(*q.shape[:2], slots.shape[2])
+        return q.new_zeros((), dtype=accumulator(q.dtype)).expand(*q.shape[:2], slots.shape[2])
     return _wide(slot_bias)
 
 
 def _points(slots: Tensor, x: Tensor, scale: float) -> Tensor:
     """The scaled slots of every sample and head."""
-    return (slots.to(_wide_dtype(x)) * scale).expand(*x.shape[:2], -1, -1)
+    return (slots.to(accumulator(x.dtype)) * scale).expand(*x.shape[:2], -1, -1)
 
 
 def _level(lse: Tensor) -> Tensor:
@@ -375,9 +375,5 @@ def _slots_grad(sums: Tensor | None, slots: Tensor) -> Tensor:
     return slots.new_empty(0) if sums is None else sums.mT.sum_to_size(slots.shape).to(slots.dtype).contiguous()
 
 
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _wide(x: Tensor) -> Tensor:
-    return x.to(_wide_dtype(x))
+    return x.to(accumulator(x.dtype))
