@@ -13,6 +13,7 @@ from ._triton import launch
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_WIDTHS = (8, 256)
+AMD_ARCHITECTURES = ("gfx90a", "gfx942", "gfx950")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -21,6 +22,7 @@ def triton_installed() -> bool:
     return find_spec("triton") is not None
 
 
+@cache  # as triton does: what holds when the kernels are defined holds for the life of the process
 def interpreted() -> bool:
     """Triton's interpreter is on: kernels run in NumPy, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -35,11 +37,12 @@ def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int)
         reasons.append("the tensors are on the CPU (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)")
     elif device.type not in ("cpu", "cuda", "meta"):
         reasons.append(f"the kernels run on CUDA devices, not on {device.type!r}")
-    elif device.type == "cuda" and torch.version.hip:
-        reasons.append("the kernels are not yet tuned for AMD GPUs")
-    elif device.type == "cuda" and _capability(device.index or 0) < (8, 0):
-        major, minor = _capability(device.index or 0)
-        reasons.append(f"the GPU has compute capability {major}.{minor}, the kernels need 8.0")
+    elif device.type == "cuda":
+        architecture = gpu_architecture(device.index or 0)
+        if architecture.startswith("sm_") and int(architecture[3:]) < 80:
+            reasons.append(f"the GPU is {architecture}, the kernels need sm_80 (compute capability 8.0) or newer")
+        elif architecture.startswith("gfx") and architecture not in AMD_ARCHITECTURES:
+            reasons.append(f"the GPU is {architecture}, of AMD's the kernels serve {', '.join(AMD_ARCHITECTURES)}")
     if dtype not in TRITON_DTYPES and not (dtype == torch.float64 and interpreted()):
         names = ", ".join(str(each).removeprefix("torch.") for each in TRITON_DTYPES)
         reasons.append(f"the kernels take {names}, not {str(dtype).removeprefix('torch.')}")
@@ -50,8 +53,10 @@ def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int)
 
 
 @cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def gpu_architecture(index: int) -> str:
+    """The name of a GPU's instruction set, such as "sm_90" or "gfx942"."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
 def resolve(backend: str, x: Tensor, width: int) -> str:

@@ -251,7 +251,7 @@ def aggregate_forward(
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
     launch(
         aggregate_forward_kernel,
-        (batch * num_heads * triton.cdiv(num_slots, config.block_slots),),
+        (batch * num_heads * triton.cdiv(num_slots, config.tile.slots),),
         slots, k, v, k if mask is None else mask, cos, sin, values, lse,
         *slot_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h,
         num_heads, tokens, num_slots, scale,
@@ -289,7 +289,7 @@ def aggregate_backward(
     for keys, contents in ((True, False), (False, True)) if config.tile.apart else ((True, True),):
         launch(
             aggregate_tokens_kernel,
-            (batch * num_heads * triton.cdiv(tokens, config.block_tokens),),
+            (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
             *inputs, dk, dv, *strides, *token_strides(dk), *token_strides(dv), num_heads, tokens, num_slots, scale,
             KEYS=keys, VALUES=contents, **variant, **config.meta(width, value_width),
         )  # fmt: skip
@@ -300,7 +300,7 @@ def aggregate_backward(
     dslots = k.new_empty(batch, num_heads, num_slots, width, dtype=config.compute)
     launch(
         aggregate_slots_kernel,
-        (batch * num_heads * triton.cdiv(num_slots, config.block_slots),),
+        (batch * num_heads * triton.cdiv(num_slots, config.tile.slots),),
         *inputs, dslots, *strides, num_heads, tokens, num_slots, scale,
         **variant, **config.meta(width, value_width),
     )  # fmt: skip

@@ -204,7 +204,7 @@ def broadcast_forward(
     bias = values if slot_bias is None else slot_bias
     launch(
         broadcast_forward_kernel,
-        (batch * num_heads * triton.cdiv(tokens, config.block_tokens),),
+        (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
         q, slots, values, bias, cos, sin, out, lse,
         *token_strides(q), *slot_strides(slots), *slot_strides(values), *bias.stride()[:3], angle_h,
         *token_strides(out), num_heads, tokens, num_slots, scale,
@@ -232,7 +232,7 @@ def broadcast_backward(
     dq, delta = empty_like_tokens(q, width), torch.empty_like(lse)
     launch(
         broadcast_tokens_kernel,
-        (batch * num_heads * triton.cdiv(tokens, config.block_tokens),),
+        (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
         *inputs, out, lse, delta, dq, *strides, *token_strides(out), *token_strides(dq),
         num_heads, tokens, num_slots, scale, **variant, **config.meta(width, value_width),
     )  # fmt: skip
@@ -243,7 +243,7 @@ def broadcast_backward(
     dslots = q.new_empty((batch, num_heads, num_slots, width) if need_slots else (0,), dtype=config.compute)
     launch(
         broadcast_slots_kernel,
-        (batch * num_heads * triton.cdiv(num_slots, config.block_slots),),
+        (batch * num_heads * triton.cdiv(num_slots, config.tile.slots),),
         *inputs, lse, delta, dslots, dvalues, dbias, *strides, num_heads, tokens, num_slots, scale,
         NEED_SLOTS=need_slots, **variant, **config.meta(width, value_width),
     )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends import gpu_architecture, interpreted
 from ..primitives.layout import accumulator
-from . import launch
 from .layout import padded
 
 
@@ -33,14 +32,7 @@ class LaunchConfig:
     tile: Tile
     compute: torch.dtype  # logits, statistics and accumulators
     split: bool  # float32 slots against 16-bit tokens: products in two halves
-
-    @property
-    def block_slots(self) -> int:
-        return self.tile.slots
-
-    @property
-    def block_tokens(self) -> int:
-        return self.tile.tokens
+    precision: str  # of float32 products
 
     @property
     def triton_compute(self) -> Any:
@@ -52,7 +44,7 @@ class LaunchConfig:
             D=width, E=value_width, BLOCK_D=padded(width), BLOCK_E=padded(value_width),
             BLOCK_M=self.tile.slots, BLOCK_N=self.tile.tokens,
             SPLIT=self.split, COMPUTE=self.triton_compute,
-            PRECISION="tf32" if tf32_allowed() else self.tile.precision,
+            PRECISION=self.precision,
             num_warps=self.tile.num_warps, num_stages=self.tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -155,7 +147,15 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
     arch = architecture(tokens.device)
     key = (kernel, tokens.element_size() * 8, padded(width))
     tile = INTERPRETER if arch == "interpreter" else OVERRIDES.get(arch, TABLE).get(key) or TABLE[key]
-    return LaunchConfig(tile, accumulator(tokens.dtype), split=slots.element_size() > tokens.element_size())
+    split = slots.element_size() > tokens.element_size()
+    return LaunchConfig(tile, accumulator(tokens.dtype), split, _precision(tile, arch))
+
+
+def _precision(tile: Tile, arch: str) -> str:
+    """How float32 tiles multiply."""
+    if arch.startswith("gfx"):  # matrix cores that take float32 itself; only gfx942 has tf32
+        return "tf32" if tf32_allowed() and arch == "gfx942" else "ieee"
+    return "tf32" if tf32_allowed() else tile.precision
 
 
 def tf32_allowed() -> bool:
@@ -164,15 +164,9 @@ def tf32_allowed() -> bool:
 
 
 def architecture(device: torch.device) -> str:
-    if device.type == "cuda":
-        return _cuda_architecture(device.index or 0)
-    if launch.observer is None:
+    if interpreted():
         return "interpreter"
+    if device.type == "cuda":
+        return gpu_architecture(device.index or 0)
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
-
-
-@cache
-def _cuda_architecture(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
-    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"

@@ -45,10 +45,10 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, in
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
     launch(
         rotate_kernel,
-        (batch * num_heads * triton.cdiv(tokens, config.block_tokens),),
+        (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
         q, k, cos, sin, q_out, k_out,
         *token_strides(q), *token_strides(k), *token_strides(q_out), *token_strides(k_out), angle_h, num_heads, tokens,
-        D=width, BLOCK_D=padded(width), BLOCK_N=config.block_tokens,
+        D=width, BLOCK_D=padded(width), BLOCK_N=config.tile.tokens,
         ROTARY=rotary, INTERLEAVED=interleaved, INVERSE=inverse, COMPUTE=config.triton_compute,
         num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -5,16 +5,16 @@ in pair order: columns 2i and 2i + 1 hold the pair that angle i rotates, whichev
 sums over columns, so the order is free as long as the slots are loaded in it too; loads and stores translate.
 """
 
-import os
-
 import triton
 import triton.language as tl
+
+from ..backends import interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # The interpreter multiplies the bit patterns of bfloat16 and truncates instead of rounding to it: `dot` and `cast` do what a
 # GPU does there; compiled kernels never see this.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
