@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops.linear import linear_attention, linear_attention_reference
 from .ops.performer import orthogonal_projection, performer_attention, performer_attention_reference
 from .ops.rope import apply_rope, apply_rope_reference, rope_1d
 from .primitives.aggregate import aggregate, aggregate_reference
@@ -42,6 +43,7 @@ class Case:
     per_head: bool = False  # a projection, or slots, for each head
     packed: bool = False  # q, k, v are views of one (batch, tokens, 3, heads, width) projection
     spread: float = 1.0  # standard deviation of q and k
+    feature_map: str = "relu"  # of linear attention; "elu"
 
 
 CASES = (
@@ -62,6 +64,29 @@ CASES = (
     Case("rope_half", rope="half"),
     Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, masked=True),
     Case("rope_odd_width", rope="interleaved", width=40, rotary=24, prefix=2),
+)
+LINEAR_CASES = (
+    Case("plain"),
+    Case("packed", packed=True, feature_map="elu"),
+    Case("one_token", tokens=1, feature_map="elu"),
+    Case("narrowest", width=8, tokens=19),
+    Case("odd_width", width=24, value_width=40, feature_map="elu"),
+    Case("narrow_values", width=40, value_width=8),
+    Case("widest", batch=1, heads=1, width=256, tokens=18),
+    Case("fewer_queries", queries=19, feature_map="elu"),
+    Case("more_queries", queries=53, tokens=20),
+    Case("masked", masked=True, feature_map="elu"),
+    Case("masked_relu", masked=True),
+    Case("rope", rope="interleaved", packed=True),
+    Case("rope_half", rope="half", width=40, feature_map="elu"),
+    Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, masked=True, feature_map="elu"),
+)
+PROJECTED_CASES = (
+    Case("plain"),
+    Case("widest", batch=1, heads=1, width=256, tokens=18, features=18, feature_map="elu"),
+    Case("masked", masked=True, feature_map="elu"),
+    Case("per_head", per_head=True),
+    Case("rope_half", rope="half"),
 )
 
 
@@ -190,6 +215,17 @@ def _performer(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
     return qkv | {"projection": _projection(case, qkv["q"])}, options
 
 
+def _linear(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    qkv = _qkv(case, tensor)
+    mask, rope = _mask(case, qkv["k"], qkv["v"]), _rope(case, qkv["q"].device)
+    return qkv, dict(feature_map=case.feature_map, eps=0.125, key_padding_mask=mask, rope=rope)
+
+
+def _linear_projected(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    qkv, options = _linear(case, tensor)
+    return qkv | {"projection": _projection(case, qkv["q"])}, options
+
+
 def _aggregate(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     qkv = _qkv(case, tensor)
     k, v = qkv["k"], qkv["v"]
@@ -244,6 +280,30 @@ SPECS: dict[str, OpSpec] = {
             differentiable=("q", "k", "v", "projection"),
             batched=("q", "k", "v", "key_padding_mask"),
             cases=CASES,
+            flops=lambda case: 2 * _move_flops(case),
+            bytes=lambda case, dtype: _token_bytes(case, dtype, 4) + 4 * case.features * case.width,
+        ),
+        OpSpec(
+            name="linear_attention",
+            function=linear_attention,
+            reference=linear_attention_reference,
+            build=_linear,
+            differentiable=("q", "k", "v"),
+            batched=("q", "k", "v", "key_padding_mask"),
+            cases=LINEAR_CASES,
+            flops=lambda case: 2 * _move_flops(replace(case, features=case.width // 2)),
+            bytes=lambda case, dtype: _token_bytes(case, dtype, 4),
+        ),
+        OpSpec(
+            name="linear_attention_projected",
+            function=lambda q, k, v, projection, **options: linear_attention(q, k, v, projection=projection, **options),
+            reference=lambda q, k, v, projection, **options: linear_attention_reference(
+                q, k, v, projection=projection, **options
+            ),
+            build=_linear_projected,
+            differentiable=("q", "k", "v", "projection"),
+            batched=("q", "k", "v", "key_padding_mask"),
+            cases=PROJECTED_CASES,
             flops=lambda case: 2 * _move_flops(case),
             bytes=lambda case, dtype: _token_bytes(case, dtype, 4) + 4 * case.features * case.width,
         ),

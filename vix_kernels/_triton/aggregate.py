@@ -1,8 +1,8 @@
 """Kernels of `aggregate`: M slots read N tokens (primitives/aggregate.py states the equations).
 
 Logits are kept in base 2, so that every exponential is one exp2. Three kernels do the work: forward and slot gradients hold
-a tile of slots and walk over the tokens, token gradients hold a tile of tokens and walk over the slots. None of them needs
-an atomic: each output is written once, by one program.
+a tile of slots and walk over the tokens, or over a chunk of them; token gradients hold a tile of tokens and walk over the
+slots. None of them needs an atomic: each output is written once, by one program, and chunks are merged in their order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .configs import launch_config
 from .launch import launch
-from .layout import mask_strides, padded, rotary_arguments, slot_strides, token_strides
+from .layout import mask_strides, output_strides, padded, rotary_arguments, slot_strides, token_strides
+from .merge import merge, sum_slots
 from .tiles import (
     LOG2E,
     cast,
@@ -26,6 +27,7 @@ from .tiles import (
     rotate_pairs,
     row_products,
     slot_channels,
+    slot_program,
     store_tile,
     store_unrotated,
 )
@@ -41,20 +43,19 @@ def key_bias(k, valid, scale, GAUSSIAN: tl.constexpr, COMPUTE: tl.constexpr):
     return tl.where(valid, bias, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale", "mask_b", "angle_h"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "mask_b", "angle_h", "chunk"])
 def aggregate_forward_kernel(
     slots, k, v, mask, cos, sin, values, lse,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
-    H, N, M, scale,
+    H, N, M, scale, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    slot_tiles = tl.cdiv(M, BLOCK_M)
-    i_bh = (tl.program_id(0) // slot_tiles).to(tl.int64)
+    """values and lse of a tile of slots over a chunk of tokens."""
+    i_bh, part, o_m, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
-    o_m = tl.program_id(0) % slot_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     k += i_b * k_b + i_h * k_h
     v += i_b * v_b + i_h * v_h
     angles = i_h * angle_h
@@ -63,9 +64,9 @@ def aggregate_forward_kernel(
     b_max = tl.full((BLOCK_M,), float("-inf"), COMPUTE)
     b_sum = tl.zeros((BLOCK_M,), COMPUTE)
     b_values = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
-    for start in range(0, N, BLOCK_N):
+    for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        valid = o_n < N
+        valid = o_n < last
         if MASKED:
             valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=valid, other=0) != 0
         b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
@@ -83,7 +84,7 @@ def aggregate_forward_kernel(
         b_max = new_max
 
     b_values = b_values / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
-    rows = i_bh * M + o_m
+    rows = part * M + o_m
     o_e = tl.arange(0, BLOCK_E)
     tl.store(lse + rows, b_max + tl.log2(b_sum), mask=o_m < M)
     tl.store(values + rows[:, None] * E + o_e[None, :], b_values, mask=(o_m < M)[:, None] & (o_e < E)[None, :])
@@ -189,21 +190,19 @@ def aggregate_tokens_kernel(
         store_tile(b_dv, dv, o_n, dv_n, inside, E, BLOCK_E, 0, True)
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale", "mask_b", "angle_h"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "mask_b", "angle_h", "chunk"])
 def aggregate_slots_kernel(
     slots, k, v, mask, cos, sin, lse, delta, size, unit, dslots,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
-    H, N, M, scale,
+    H, N, M, scale, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dslots of a tile of slots, for each batch and head."""
-    slot_tiles = tl.cdiv(M, BLOCK_M)
-    i_bh = (tl.program_id(0) // slot_tiles).to(tl.int64)
+    """dslots of a tile of slots over a chunk of tokens, for each batch and head."""
+    i_bh, part, o_m, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
-    o_m = tl.program_id(0) % slot_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = i_bh * M + o_m
     k += i_b * k_b + i_h * k_h
     v += i_b * v_b + i_h * v_h
@@ -217,9 +216,9 @@ def aggregate_slots_kernel(
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
 
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
-    for start in range(0, N, BLOCK_N):
+    for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        valid = o_n < N
+        valid = o_n < last
         if MASKED:
             valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=valid, other=0) != 0
         b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
@@ -233,7 +232,7 @@ def aggregate_slots_kernel(
 
     channels = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
     tl.store(
-        dslots + rows[:, None] * D + channels[None, :],
+        dslots + (part * M + o_m)[:, None] * D + channels[None, :],
         b_dslots * scale,
         mask=(o_m < M)[:, None] & (channels < D)[None, :],
     )
@@ -246,24 +245,27 @@ def aggregate_forward(
     batch, num_heads, tokens, width = k.shape
     num_slots, value_width = slots.shape[2], v.shape[3]
     config = launch_config("aggregate_forward", k, max(width, value_width), slots)
-    values = k.new_empty(batch, num_heads, num_slots, value_width, dtype=config.compute)
-    lse = k.new_empty(batch, num_heads, num_slots, dtype=config.compute)
+    programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
+    chunk, chunks = config.chunk(programs, tokens)
+    values = k.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
+    lse = k.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
     launch(
         aggregate_forward_kernel,
-        (batch * num_heads * triton.cdiv(num_slots, config.tile.slots),),
+        (programs * chunks,),
         slots, k, v, k if mask is None else mask, cos, sin, values, lse,
         *slot_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h,
-        num_heads, tokens, num_slots, scale,
+        num_heads, tokens, num_slots, scale, chunk,
         ROTARY=rotary, INTERLEAVED=interleaved, GAUSSIAN=gaussian, MASKED=mask is not None,
         **config.meta(width, value_width),
     )  # fmt: skip
-    return values, lse
+    return merge(values, lse, softmax=True)
 
 
 def aggregate_backward(
     dvalues: Tensor, dlse: Tensor, slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool, scale: float, gaussian: bool, values: Tensor, lse: Tensor, need_slots: bool,
+    sin: Tensor | None, interleaved: bool, scale: float, gaussian: bool, values: Tensor, lse: Tensor,
+    need_slots: bool, need_k: bool, need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = k.shape
     num_slots, value_width = slots.shape[2], v.shape[3]
@@ -285,23 +287,27 @@ def aggregate_backward(
     inputs = (slots, k, v, k if mask is None else mask, cos, sin, lse, delta, size, unit)
     strides = (*slot_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h)
     variant = dict(ROTARY=rotary, INTERLEAVED=interleaved, GAUSSIAN=gaussian, MASKED=mask is not None)
-    dk, dv = empty_like_tokens(k, width), empty_like_tokens(v, value_width)
-    for keys, contents in ((True, False), (False, True)) if config.tile.apart else ((True, True),):
-        launch(
-            aggregate_tokens_kernel,
-            (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-            *inputs, dk, dv, *strides, *token_strides(dk), *token_strides(dv), num_heads, tokens, num_slots, scale,
-            KEYS=keys, VALUES=contents, **variant, **config.meta(width, value_width),
-        )  # fmt: skip
+    dk = empty_like_tokens(k, width) if need_k else k.new_empty(0)
+    dv = empty_like_tokens(v, value_width) if need_v else v.new_empty(0)
+    for keys, contents in ((need_k, False), (False, need_v)) if config.tile.apart else ((need_k, need_v),):
+        if keys or contents:
+            launch(
+                aggregate_tokens_kernel,
+                (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
+                *inputs, dk, dv, *strides, *output_strides(dk), *output_strides(dv), num_heads, tokens, num_slots, scale,
+                KEYS=keys, VALUES=contents, **variant, **config.meta(width, value_width),
+            )  # fmt: skip
     if not need_slots:
         return slots.new_empty(0), dk, dv
 
     config = launch_config("aggregate_slots", k, max(width, value_width), slots)
-    dslots = k.new_empty(batch, num_heads, num_slots, width, dtype=config.compute)
+    programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
+    chunk, chunks = config.chunk(programs, tokens)
+    dslots = k.new_empty(batch, num_heads, chunks, num_slots, width, dtype=config.compute)
     launch(
         aggregate_slots_kernel,
-        (batch * num_heads * triton.cdiv(num_slots, config.tile.slots),),
-        *inputs, dslots, *strides, num_heads, tokens, num_slots, scale,
+        (programs * chunks,),
+        *inputs, dslots, *strides, num_heads, tokens, num_slots, scale, chunk,
         **variant, **config.meta(width, value_width),
     )  # fmt: skip
-    return dslots.sum_to_size(slots.shape).to(slots.dtype), dk, dv
+    return sum_slots(dslots, slots), dk, dv

@@ -15,6 +15,7 @@ from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .configs import launch_config
 from .launch import launch
 from .layout import rotary_arguments, slot_strides, token_strides
+from .merge import merge, sum_slots
 from .tiles import (
     LN2,
     LOG2E,
@@ -25,6 +26,7 @@ from .tiles import (
     load_tile,
     row_products,
     slot_channels,
+    slot_program,
     store_tile,
     store_unrotated,
 )
@@ -136,22 +138,20 @@ def broadcast_tokens_kernel(
     store_unrotated(b_dq * scale, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h", "chunk"])
 def broadcast_slots_kernel(
     dout, q, slots, values, bias, cos, sin, lse, delta, dslots, dvalues, dbias,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
     angle_h,
-    H, N, M, scale,
+    H, N, M, scale, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, NEED_SLOTS: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dvalues, dbias and, if asked for, dslots of a tile of slots, for each batch and head."""
-    slot_tiles = tl.cdiv(M, BLOCK_M)
-    i_bh = (tl.program_id(0) // slot_tiles).to(tl.int64)
+    """dvalues, dbias and, if asked for, dslots of a tile of slots over a chunk of tokens, for each batch and head."""
+    i_bh, part, o_m, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
-    o_m = tl.program_id(0) % slot_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     angles = i_h * angle_h
     q += i_b * q_b + i_h * q_h
     dout += i_b * d_b + i_h * d_h
@@ -163,9 +163,9 @@ def broadcast_slots_kernel(
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
     b_dvalues = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
     b_dbias = tl.zeros((BLOCK_M,), COMPUTE)
-    for start in range(0, N, BLOCK_N):
+    for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        valid = o_n < N
+        valid = o_n < last
         b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
         b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
@@ -181,7 +181,7 @@ def broadcast_slots_kernel(
         if NEED_SLOTS:
             b_dslots = dot(cast(b_dg, b_q.dtype), b_q, b_dslots, PRECISION)
 
-    rows = i_bh * M + o_m
+    rows = part * M + o_m
     o_e = tl.arange(0, BLOCK_E)
     tl.store(dbias + rows, b_dbias * LN2, mask=o_m < M)
     tl.store(dvalues + rows[:, None] * E + o_e[None, :], b_dvalues, mask=(o_m < M)[:, None] & (o_e < E)[None, :])
@@ -215,7 +215,8 @@ def broadcast_forward(
 
 def broadcast_backward(
     dout: Tensor, q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool, scale: float, out: Tensor, lse: Tensor, need_slots: bool,
+    sin: Tensor | None, interleaved: bool, scale: float, out: Tensor, lse: Tensor,
+    need_slots: bool, need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = values.shape[2:]
@@ -237,15 +238,19 @@ def broadcast_backward(
         num_heads, tokens, num_slots, scale, **variant, **config.meta(width, value_width),
     )  # fmt: skip
 
+    if not (need_slots or need_values):
+        return dq, slots.new_empty(0), values.new_empty(0), values.new_empty(0)
     config = launch_config("broadcast_slots", q, max(width, value_width), slots)
-    dvalues = q.new_empty(batch, num_heads, num_slots, value_width, dtype=config.compute)
-    dbias = q.new_empty(batch, num_heads, num_slots, dtype=config.compute)
-    dslots = q.new_empty((batch, num_heads, num_slots, width) if need_slots else (0,), dtype=config.compute)
+    programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
+    chunk, chunks = config.chunk(programs, tokens)
+    dvalues = q.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
+    dbias = q.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
+    dslots = q.new_empty((batch, num_heads, chunks, num_slots, width) if need_slots else (0,), dtype=config.compute)
     launch(
         broadcast_slots_kernel,
-        (batch * num_heads * triton.cdiv(num_slots, config.tile.slots),),
-        *inputs, lse, delta, dslots, dvalues, dbias, *strides, num_heads, tokens, num_slots, scale,
+        (programs * chunks,),
+        *inputs, lse, delta, dslots, dvalues, dbias, *strides, num_heads, tokens, num_slots, scale, chunk,
         NEED_SLOTS=need_slots, **variant, **config.meta(width, value_width),
     )  # fmt: skip
-    dslots = dslots.sum_to_size(slots.shape).to(slots.dtype) if need_slots else slots.new_empty(0)
-    return dq, dslots, dvalues, dbias
+    dslots = sum_slots(dslots, slots) if need_slots else slots.new_empty(0)
+    return dq, dslots, *(merge(dvalues, dbias, softmax=False) if need_values else (values.new_empty(0), values.new_empty(0)))

@@ -33,6 +33,21 @@ class LaunchConfig:
     compute: torch.dtype  # logits, statistics and accumulators
     split: bool  # float32 slots against 16-bit tokens: products in two halves
     precision: str  # of float32 products
+    multiprocessors: int  # of the device, 0 for the interpreter
+
+    def chunk(self, programs: int, tokens: int) -> tuple[int, int]:
+        """How many tokens a program walks over where one tile of slots is one of `programs`, and how many chunks that makes.
+
+        All of them, unless these programs leave multiprocessors idle. The number follows from sizes alone, never from
+        timing: the same call gives the same bits.
+        """
+        if self.multiprocessors:
+            wanted, least = PROGRAMS_A_MULTIPROCESSOR * self.multiprocessors // max(1, programs), LEAST_CHUNK
+        else:
+            wanted, least = tokens, 2 * self.tile.tokens  # always: small inputs must meet the merge too
+        size = max(least, triton.cdiv(tokens, max(1, wanted)))
+        size = triton.cdiv(size, self.tile.tokens) * self.tile.tokens
+        return size, triton.cdiv(tokens, size)
 
     @property
     def triton_compute(self) -> Any:
@@ -111,6 +126,29 @@ TABLE: dict[tuple[str, int, int], Tile] = {
     ("aggregate_slots", 32, 64): Tile(32, 32, 8, 1),
     ("aggregate_slots", 32, 128): Tile(16, 16, 4, 1, "ieee"),
     ("aggregate_slots", 32, 256): Tile(16, 16, 8, 1, "ieee"),
+    **{
+        (f"linear_{kernel}", bits, width): tile
+        for kernel in (
+            "aggregate_forward",
+            "aggregate_tokens",
+            "aggregate_slots",
+            "broadcast_forward",
+            "broadcast_tokens",
+            "broadcast_slots",
+        )
+        for (bits, width), tile in {
+            (16, 16): Tile(64, 64, 4, 2),
+            (16, 32): Tile(64, 64, 4, 2),
+            (16, 64): Tile(64, 64, 4, 2),
+            (16, 128): Tile(64, 64, 8, 2),
+            (16, 256): Tile(32, 32, 8, 1),
+            (32, 16): Tile(64, 32, 4, 1),
+            (32, 32): Tile(64, 32, 4, 1),
+            (32, 64): Tile(32, 32, 4, 1),
+            (32, 128): Tile(32, 32, 8, 1),
+            (32, 256): Tile(16, 16, 8, 1, "ieee"),
+        }.items()
+    },
     ("rotate", 16, 16): Tile(0, 128, 4, 1),
     ("rotate", 16, 32): Tile(0, 128, 4, 1),
     ("rotate", 16, 64): Tile(0, 64, 4, 1),
@@ -139,6 +177,8 @@ OVERRIDES: dict[str, dict[tuple[str, int, int], Tile]] = {
     "sm_90": _WARP_GROUP | {("aggregate_tokens", 16, 128): Tile(32, 64, 8, 2)},
     "sm_100": _WARP_GROUP | {("aggregate_tokens", 16, 128): Tile(64, 64, 8, 1)},
 }
+PROGRAMS_A_MULTIPROCESSOR = 2  # what their registers let stand on one at the same time
+LEAST_CHUNK = 256  # tokens; fewer do not earn back the merge
 INTERPRETER = Tile(32, 16, 1, 1)  # small tiles: every loop runs more than once on small inputs
 
 
@@ -148,7 +188,7 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
     key = (kernel, tokens.element_size() * 8, padded(width))
     tile = INTERPRETER if arch == "interpreter" else OVERRIDES.get(arch, TABLE).get(key) or TABLE[key]
     split = slots.element_size() > tokens.element_size()
-    return LaunchConfig(tile, accumulator(tokens.dtype), split, _precision(tile, arch))
+    return LaunchConfig(tile, accumulator(tokens.dtype), split, _precision(tile, arch), multiprocessors(tokens.device))
 
 
 def _precision(tile: Tile, arch: str) -> str:
@@ -170,3 +210,26 @@ def architecture(device: torch.device) -> str:
         return gpu_architecture(device.index or 0)
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+# Of the full chip, for launches that are compiled and not run.
+MULTIPROCESSORS = {
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx90a": 104,
+    "gfx942": 304,
+    "gfx950": 256,
+}
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors (compute units) the device has; 0 for the interpreter."""
+    if interpreted():
+        return 0
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return MULTIPROCESSORS[architecture(device)]

@@ -14,6 +14,11 @@ def token_strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride()[:3]
 
 
+def output_strides(x: Tensor) -> tuple[int, int, int]:
+    """Those of tokens; zeros for a gradient that nobody asked for."""
+    return token_strides(x) if x.dim() == 4 else (0, 0, 0)
+
+
 def slot_strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of (batch, heads, slots); a dimension of length 1 is shared, so its stride is 0."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))

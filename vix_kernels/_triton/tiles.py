@@ -1,6 +1,7 @@
 """What the kernels share: products of stated precision, and tiles of tokens and slots.
 
-A tile holds rows of tokens (or slots) and BLOCK_D columns, the head width D padded with zeros. Under RoPE its columns stand
+A tile holds rows of tokens (or slots) and BLOCK_D columns, the head width D padded with zeros, or BLOCK_D columns of it
+from `column` on. Under RoPE its columns stand
 in pair order: columns 2i and 2i + 1 hold the pair that angle i rotates, whichever channels of memory these are. Logits are
 sums over columns, so the order is free as long as the slots are loaded in it too; loads and stores translate.
 """
@@ -44,9 +45,26 @@ def split(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def rotate_pairs(x, angles, valid, cos, sin, ROTARY: tl.constexpr, INVERSE: tl.constexpr, AGAIN: tl.constexpr = False):
+def slot_program(M, N, chunk, BLOCK_M: tl.constexpr):
+    """What a program that holds slots works on: sample and head, chunk among all, slots, first and last + 1 token.
+
+    The tokens are cut into chunks for the sake of devices that batch and heads alone would not fill; the results of the
+    chunks stand side by side, (batch x heads, chunks, M).
+    """
+    slot_tiles = tl.cdiv(M, BLOCK_M)
+    chunks = tl.cdiv(N, chunk)
+    part = (tl.program_id(0) // slot_tiles).to(tl.int64)
+    o_m = tl.program_id(0) % slot_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = (part % chunks).to(tl.int32) * chunk
+    return part // chunks, part, o_m, first, tl.minimum(first + chunk, N)
+
+
+@triton.jit
+def rotate_pairs(
+    x, angles, valid, cos, sin, ROTARY: tl.constexpr, INVERSE: tl.constexpr, AGAIN: tl.constexpr = False, column=0
+):  # fmt: skip
     """Rotate the column pairs of x (rows, BLOCK_D) by the angles of its rows, or back; columns beyond ROTARY stay."""
-    pairs = tl.arange(0, x.shape[1] // 2)
+    pairs = column // 2 + tl.arange(0, x.shape[1] // 2)
     at = angles[:, None] * (ROTARY // 2) + pairs[None, :]
     inside = valid[:, None] & (pairs < ROTARY // 2)[None, :]
     # The hint is true, and it keeps the compiler from merging the loads before a loop with those AGAIN after it, which would
@@ -64,9 +82,9 @@ def rotate_pairs(x, angles, valid, cos, sin, ROTARY: tl.constexpr, INVERSE: tl.c
 
 
 @triton.jit
-def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr):
+def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, column):
     """The channels of the first and of the second members of the pairs in the half layout, and which exist."""
-    pairs = tl.arange(0, BLOCK_D // 2)
+    pairs = column // 2 + tl.arange(0, BLOCK_D // 2)
     if ROTARY == D:  # spelled out, so that the compiler sees two contiguous runs and keeps its accesses 128 bits wide
         first, second = pairs, pairs + D // 2
         has_first, has_second = pairs < D // 2, pairs < D // 2
@@ -91,14 +109,15 @@ def load(pointers, mask, AGAIN: tl.constexpr):
 def load_tile(
     base, rows, stride, valid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, AGAIN: tl.constexpr = False,
+    column=0,
 ):  # fmt: skip
     """Rows of tokens (rows, BLOCK_D), in pair order if ROTARY; a row that is not valid is read as 0, whatever it holds."""
     start = base + rows.to(tl.int64) * stride
     if ROTARY == 0 or INTERLEAVED:
-        columns = tl.arange(0, BLOCK_D)
+        columns = column + tl.arange(0, BLOCK_D)
         x = load(start[:, None] + columns[None, :], valid[:, None] & (columns < D)[None, :], AGAIN)
     else:
-        first, second, has_first, has_second = pair_channels(BLOCK_D, D, ROTARY)
+        first, second, has_first, has_second = pair_channels(BLOCK_D, D, ROTARY, column)
         u = load(start[:, None] + first[None, :], valid[:, None] & has_first[None, :], AGAIN)
         v = load(start[:, None] + second[None, :], valid[:, None] & has_second[None, :], AGAIN)
         x = tl.reshape(tl.join(u, v), (rows.shape[0], BLOCK_D))
@@ -108,16 +127,16 @@ def load_tile(
 @triton.jit
 def store_tile(
     x, base, rows, stride, valid,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, column=0,
 ):  # fmt: skip
     """The counterpart of load_tile; x is rounded to the dtype of base."""
     start = base + rows.to(tl.int64) * stride
     x = cast(x, base.dtype.element_ty)
     if ROTARY == 0 or INTERLEAVED:
-        columns = tl.arange(0, BLOCK_D)
+        columns = column + tl.arange(0, BLOCK_D)
         tl.store(start[:, None] + columns[None, :], x, mask=valid[:, None] & (columns < D)[None, :])
     else:
-        first, second, has_first, has_second = pair_channels(BLOCK_D, D, ROTARY)
+        first, second, has_first, has_second = pair_channels(BLOCK_D, D, ROTARY, column)
         u, v = tl.split(tl.reshape(x, (x.shape[0], BLOCK_D // 2, 2)))
         tl.store(start[:, None] + first[None, :], u, mask=valid[:, None] & has_first[None, :])
         tl.store(start[:, None] + second[None, :], v, mask=valid[:, None] & has_second[None, :])
@@ -127,29 +146,30 @@ def store_tile(
 def load_rotated(
     base, rows, stride, valid, cos, sin,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
+    column=0,
 ):  # fmt: skip
     """A tile of tokens, rotated if ROTARY, in the dtype of memory."""
-    x = load_tile(base, rows, stride, valid, D, BLOCK_D, ROTARY, INTERLEAVED)
+    x = load_tile(base, rows, stride, valid, D, BLOCK_D, ROTARY, INTERLEAVED, False, column)
     if ROTARY > 0:
-        x = cast(rotate_pairs(x.to(COMPUTE), rows, valid, cos, sin, ROTARY, False), x.dtype)
+        x = cast(rotate_pairs(x.to(COMPUTE), rows, valid, cos, sin, ROTARY, False, False, column), x.dtype)
     return x
 
 
 @triton.jit
 def store_unrotated(
     x, base, rows, stride, valid, cos, sin,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, column=0,
 ):  # fmt: skip
     """Store the gradient of a tile that was loaded rotated: rotated back."""
     if ROTARY > 0:
-        x = rotate_pairs(x, rows, valid, cos, sin, ROTARY, True, AGAIN=True)
-    store_tile(x, base, rows, stride, valid, D, BLOCK_D, ROTARY, INTERLEAVED)
+        x = rotate_pairs(x, rows, valid, cos, sin, ROTARY, True, True, column)
+    store_tile(x, base, rows, stride, valid, D, BLOCK_D, ROTARY, INTERLEAVED, column)
 
 
 @triton.jit
-def slot_channels(D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+def slot_channels(D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, column=0):
     """The channel that stands in each column of a tile."""
-    columns = tl.arange(0, BLOCK_D)
+    columns = column + tl.arange(0, BLOCK_D)
     if ROTARY > 0 and not INTERLEAVED:
         columns = tl.where(columns < ROTARY, columns // 2 + (columns % 2) * (ROTARY // 2), columns)
     return columns

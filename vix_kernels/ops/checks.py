@@ -68,6 +68,26 @@ def check_rope(rope: Rope | None, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"rope: expected q's device {q.device}, got {rope.cos.device} (see Rope.to)")
 
 
+def check_projection(projection: Tensor, q: Tensor) -> Tensor:
+    """The projection as slots (1, heads or 1, M, D), in float32 (float64 for float64 tokens)."""
+    if not isinstance(projection, Tensor):
+        raise TypeError(f"projection: expected a Tensor, got {type(projection).__name__}")
+    if projection.dim() not in (2, 3):
+        raise ValueError(f"projection: expected shape (M, head_dim) or (heads, M, head_dim), got {tuple(projection.shape)}")
+    if projection.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"projection: expected float32 (16 bits lose the features), got {dtype_name(projection.dtype)}")
+    if projection.shape[-1] != q.shape[3]:
+        raise ValueError(f"projection: expected q's head_dim {q.shape[3]} columns, got {projection.shape[-1]}")
+    if projection.shape[-2] == 0:
+        raise ValueError("projection: expected at least one feature, got 0")
+    if projection.dim() == 3 and projection.shape[0] != q.shape[1]:
+        raise ValueError(f"projection: expected q's {q.shape[1]} heads, got {projection.shape[0]}")
+    if projection.device != q.device:
+        raise ValueError(f"projection: expected q's device {q.device}, got {projection.device}")
+    projection = projection.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return projection[None, None] if projection.dim() == 2 else projection[None]
+
+
 def check_scale(scale: float | None, head_dim: int) -> float:
     """A positive number; head_dim ** -0.5 unless given."""
     if scale is None:

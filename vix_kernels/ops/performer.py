@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import backends
 from ..primitives import aggregate, broadcast
-from .checks import autocast, check_mask, check_qkv, check_rope, check_scale, dtype_name
+from .checks import autocast, check_mask, check_projection, check_qkv, check_rope, check_scale
 from .rope import Rope, apply_rope_reference
 
 
@@ -59,7 +59,7 @@ def performer_attention(
     check_qkv(q, k, v)
     check_mask(key_padding_mask, k)
     check_rope(rope, q, k)
-    slots = _check_projection(projection, q)
+    slots = check_projection(projection, q)
     scale = check_scale(scale, q.shape[3])
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
     if backend == "reference":
@@ -139,23 +139,3 @@ def orthogonal_projection(
         lengths = torch.full((sets, num_features), math.sqrt(head_dim), dtype=torch.float64)
     rows = (rows * lengths[..., None]).float()
     return rows if num_heads is not None else rows[0]
-
-
-def _check_projection(projection: Tensor, q: Tensor) -> Tensor:
-    """The projection as slots (1, heads or 1, M, D), in float32 (float64 for float64 tokens)."""
-    if not isinstance(projection, Tensor):
-        raise TypeError(f"projection: expected a Tensor, got {type(projection).__name__}")
-    if projection.dim() not in (2, 3):
-        raise ValueError(f"projection: expected shape (M, head_dim) or (heads, M, head_dim), got {tuple(projection.shape)}")
-    if projection.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"projection: expected float32 (16 bits lose the features), got {dtype_name(projection.dtype)}")
-    if projection.shape[-1] != q.shape[3]:
-        raise ValueError(f"projection: expected q's head_dim {q.shape[3]} columns, got {projection.shape[-1]}")
-    if projection.shape[-2] == 0:
-        raise ValueError("projection: expected at least one feature, got 0")
-    if projection.dim() == 3 and projection.shape[0] != q.shape[1]:
-        raise ValueError(f"projection: expected q's {q.shape[1]} heads, got {projection.shape[0]}")
-    if projection.device != q.device:
-        raise ValueError(f"projection: expected q's device {q.device}, got {projection.device}")
-    projection = projection.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-    return projection[None, None] if projection.dim() == 2 else projection[None]

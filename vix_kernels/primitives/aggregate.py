@@ -107,11 +107,9 @@ class _Aggregate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dvalues, dlse):
         slots, k, v, mask, cos, sin, values, lse = ctx.saved_tensors
-        need_slots = ctx.needs_input_grad[0]
-        dslots, dk, dv = aggregate_backward(
-            dvalues, dlse, slots, k, v, mask, cos, sin, *ctx.options, values, lse, need_slots, ctx.backend
-        )
-        return dslots if need_slots else None, dk, dv, None, None, None, None, None, None, None
+        needs = ctx.needs_input_grad[:3]
+        grads = aggregate_backward(dvalues, dlse, slots, k, v, mask, cos, sin, *ctx.options, values, lse, *needs, ctx.backend)
+        return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 7
 
 
 def _fake_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend):
@@ -122,10 +120,12 @@ def _fake_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, bac
 
 
 def _fake_backward(
-    dvalues, dlse, slots, k, v, mask, cos, sin, interleaved, scale, gaussian, values, lse, need_slots, backend
+    dvalues, dlse, slots, k, v, mask, cos, sin, interleaved, scale, gaussian, values, lse,
+    need_slots, need_k, need_v, backend,
 ):  # fmt: skip
     dslots = slots.new_empty(slots.shape if need_slots else (0,))
-    return dslots, empty_output(k, k.shape[3], backend), empty_output(v, v.shape[3], backend)
+    dk = empty_output(k, k.shape[3], backend) if need_k else k.new_empty(0)
+    return dslots, dk, empty_output(v, v.shape[3], backend) if need_v else v.new_empty(0)
 
 
 aggregate_forward = register(
@@ -135,7 +135,8 @@ aggregate_forward = register(
     fake=_fake_forward,
 )
 aggregate_backward = register(
-    f"aggregate_backward(Tensor dvalues, Tensor dlse, {_PROBLEM}, Tensor values, Tensor lse, bool need_slots, str backend)"
+    f"aggregate_backward(Tensor dvalues, Tensor dlse, {_PROBLEM}, Tensor values, Tensor lse, bool need_slots, "
+    "bool need_k, bool need_v, str backend)"
     " -> (Tensor dslots, Tensor dk, Tensor dv)",
     tiled=tiled.aggregate_backward,
     triton="aggregate.aggregate_backward",

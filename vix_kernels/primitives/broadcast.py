@@ -89,20 +89,24 @@ class _Broadcast(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         q, slots, values, slot_bias, cos, sin, out, lse = ctx.saved_tensors
-        _, need_slots, _, need_bias, *_ = ctx.needs_input_grad
-        dq, dslots, dvalues, dbias = broadcast_backward(
-            dout, q, slots, values, slot_bias, cos, sin, *ctx.options, out, lse, need_slots, ctx.backend
+        needs = ctx.needs_input_grad[:4]
+        need_values = needs[2] or needs[3]
+        grads = broadcast_backward(
+            dout, q, slots, values, slot_bias, cos, sin, *ctx.options, out, lse, needs[1], need_values, ctx.backend
         )
-        return dq, dslots if need_slots else None, dvalues, dbias if need_bias else None, None, None, None, None, None
+        return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 5
 
 
 def _fake_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, backend):
     return empty_output(q, values.shape[3], backend), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
-def _fake_backward(dout, q, slots, values, slot_bias, cos, sin, interleaved, scale, out, lse, need_slots, backend):
+def _fake_backward(
+    dout, q, slots, values, slot_bias, cos, sin, interleaved, scale, out, lse, need_slots, need_values, backend
+):  # fmt: skip
     dslots = slots.new_empty(slots.shape if need_slots else (0,))
-    return empty_output(q, q.shape[3], backend), dslots, values.new_empty(values.shape), values.new_empty(values.shape[:3])
+    dvalues, dbias = (values.new_empty(shape if need_values else (0,)) for shape in (values.shape, values.shape[:3]))
+    return empty_output(q, q.shape[3], backend), dslots, dvalues, dbias
 
 
 broadcast_forward = register(
@@ -112,7 +116,8 @@ broadcast_forward = register(
     fake=_fake_forward,
 )
 broadcast_backward = register(
-    f"broadcast_backward(Tensor dout, {_PROBLEM}, Tensor out, Tensor lse, bool need_slots, str backend)"
+    f"broadcast_backward(Tensor dout, {_PROBLEM}, Tensor out, Tensor lse, bool need_slots, bool need_values, "
+    "str backend)"
     " -> (Tensor dq, Tensor dslots, Tensor dvalues, Tensor dbias)",
     tiled=tiled.broadcast_backward,
     triton="broadcast.broadcast_backward",

@@ -90,8 +90,10 @@ def aggregate_backward(
     values: Tensor,
     lse: Tensor,
     need_slots: bool,
+    need_k: bool,
+    need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dslots (empty unless needed), dk and dv.
+    """dslots, dk and dv, each empty unless needed.
 
     dl_jn = P_jn (dvalues_j . (v_n - values_j) + dlse_j)    dv_n = sum_j P_jn dvalues_j
     dk_n = s sum_j dl_jn p_j - s^2 k_n sum_j dl_jn (the second if gaussian)    dp_j = s sum_n dl_jn k_n
@@ -100,7 +102,7 @@ def aggregate_backward(
     rope = _Rope(cos, sin, interleaved, points.dtype)
     offset = dlse * LOG2E - (dvalues * values).sum(-1)
     level = _level(lse)
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    dk, dv = k.new_empty(k.shape if need_k else (0,)), v.new_empty(v.shape if need_v else (0,))
     dslots = points.new_zeros((*k.shape[:2], k.shape[3], slots.shape[2])) if need_slots else None
     square, other, rows = _Scratch(points), _Scratch(points), _Scratch(points)
     for group, tiles in _groups(k, slots.shape[2]):
@@ -108,25 +110,33 @@ def aggregate_backward(
         pt, dstate_t, lift, base = p.mT, dstate.mT, lift.unsqueeze(1), base.unsqueeze(1)
         keys, contents = _read(k, group, mask, rope), _read(v, group, mask)
         bias = _key_bias(keys, group, mask, scale, gaussian, rows).unsqueeze(2)
-        dkeys, dcontents, dbias = _window(dk, group), _window(dv, group), torch.empty_like(bias)
+        dkeys = _window(dk, group) if need_k else None
+        dcontents = _window(dv, group) if need_v else None
+        dbias = torch.empty_like(bias)
         for tile in tiles:
             kt, vt = keys[:, tile], contents[:, tile]
             shape = (*kt.shape[:2], p.shape[1])
             probs = torch.sub(bias[:, tile], base, out=square(*shape)).baddbmm_(kt, pt).exp2_()
-            torch.bmm(probs, dstate, out=dcontents[:, tile])
+            if need_v:
+                torch.bmm(probs, dstate, out=dcontents[:, tile])
+            if not (need_k or need_slots):
+                continue
             dlogits = torch.baddbmm(lift, vt, dstate_t, out=other(*shape)).mul_(probs)
-            torch.bmm(dlogits, arms, out=dkeys[:, tile])
-            if gaussian:
-                torch.sum(dlogits, -1, keepdim=True, out=dbias[:, tile])
+            if need_k:
+                torch.bmm(dlogits, arms, out=dkeys[:, tile])
+                if gaussian:
+                    torch.sum(dlogits, -1, keepdim=True, out=dbias[:, tile])
             if need_slots:
                 _flat(dslots, group).baddbmm_(kt.mT, dlogits, alpha=scale)
-        if gaussian:
-            dkeys.addcmul_(keys, dbias, value=-(scale**2))
-        _write(dk, group, dkeys, rope)
-        _write(dv, group, dcontents)
+        if need_k:
+            if gaussian:
+                dkeys.addcmul_(keys, dbias, value=-(scale**2))
+            _write(dk, group, dkeys, rope)
+        if need_v:
+            _write(dv, group, dcontents)
     if mask is not None:  # even where a slot's gradient is NaN
-        for grad in (dk, dv):
-            grad.masked_fill_(~mask[:, None, :, None], 0)
+        hidden = ~mask[:, None, :, None]
+        dk, dv = (x.masked_fill_(hidden, 0) if need else x for x, need in ((dk, need_k), (dv, need_v)))
     return _slots_grad(dslots, slots), dk, dv
 
 
@@ -177,8 +187,9 @@ def broadcast_backward(
     out: Tensor,
     lse: Tensor,
     need_slots: bool,
+    need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dslots (empty unless needed), dvalues and dslot_bias.
+    """dq, dslots (empty unless needed), dvalues and dslot_bias (both empty unless need_values).
 
     dg_nj = P_nj dout_n . (values_j - out_n)    dvalues_j = sum_n P_nj dout_n
     dq_n = s sum_j dg_nj p_j    dp_j = s sum_n dg_nj q_n    da_j = sum_n dg_nj
@@ -206,15 +217,19 @@ def broadcast_backward(
             qt, dt = queries[:, tile], dresult[:, tile]
             shape = (*qt.shape[:2], pt.shape[2])
             probs = torch.sub(bias, base[:, tile], out=square(*shape)).baddbmm_(qt, pt).exp2_()
-            dstate.baddbmm_(dt.mT, probs)
+            if need_values:
+                dstate.baddbmm_(dt.mT, probs)
             dlogits = torch.bmm(dt, state_t, out=other(*shape)).mul_(probs)
             total = probs.sum(-1, keepdim=True).clamp_(min=0.5)
             dlogits.addcmul_(probs, dlogits.sum(-1, keepdim=True).div_(total), value=-1)
             torch.bmm(dlogits, arms, out=dqueries[:, tile])
-            da.add_(dlogits.sum(1))
+            if need_values:
+                da.add_(dlogits.sum(1))
             if need_slots:
                 _flat(dslots, group).baddbmm_(qt.mT, dlogits, alpha=scale)
         _write(dq, group, dqueries, rope)
+    if not need_values:
+        return dq, _slots_grad(dslots, slots), values.new_empty(0), values.new_empty(0)
     return dq, _slots_grad(dslots, slots), dvalues.mT.contiguous(), dbias.div_(LOG2E)
 
 

@@ -1,0 +1,106 @@
+"""Linear attention (Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236).
+
+    out_n = sum_j phi_j(q_n) S_j / (sum_j phi_j(q_n) z_j + eps)                          equations 4 and 5 of the paper
+    S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
+
+phi(x) = relu(x) (EfficientViT, arXiv 2205.14756) or elu(x) + 1 (the paper's), channel by channel, or of a projection:
+phi_j(x) = relu(w_j . x / D^(1/4)), the generalised features of Performer (arXiv 2009.14794).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import backends
+from ..primitives.linear import FEATURE_MAPS, linear_aggregate, linear_broadcast
+from .checks import autocast, check_mask, check_projection, check_qkv, check_rope
+from .rope import Rope, apply_rope_reference
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: Literal["relu", "elu"] = "relu",
+    projection: Tensor | None = None,
+    eps: float = 1e-6,
+    key_padding_mask: Tensor | None = None,
+    rope: Rope | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention with the kernel phi(q) . phi(k), in time linear in the tokens.
+
+    Args:
+        q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Any strides with a unit last one.
+        k: (batch, heads, tokens, head_dim).
+        v: (batch, heads, tokens, value_dim).
+        feature_map: phi, "relu" or "elu" (elu + 1).
+        projection: float32 (M, head_dim), or (heads, M, head_dim): phi sees head_dim ** -0.25 times the products with its
+            rows; None: the channels of q and k as they are.
+        eps: >= 0, added to the float32 denominator.
+        key_padding_mask: bool (batch, tokens), True = the token takes part. A query without any valid key returns 0.
+        rope: rotary embedding of q and k before phi, applied inside the kernels; needs as many queries as tokens.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v and projection. A query that no feature
+        answers (relu) returns 0.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what was expected and what came.
+        RuntimeError: backend="triton" cannot run here; the message lists every reason.
+    """
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v)
+    check_mask(key_padding_mask, k)
+    check_rope(rope, q, k)
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map: expected one of {', '.join(map(repr, FEATURE_MAPS))}, got {feature_map!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    slots = None if projection is None else check_projection(projection, q) * q.shape[3] ** -0.25
+    backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
+    if backend == "reference":
+        return linear_attention_reference(
+            q, k, v, feature_map=feature_map, projection=projection, eps=eps, key_padding_mask=key_padding_mask, rope=rope
+        )
+    options = dict(feature_map=feature_map, backend=backend)
+    if rope is not None:
+        options |= dict(cos=rope.cos, sin=rope.sin, interleaved=rope.interleaved)
+    values, mass = linear_aggregate(slots, k, v, mask=key_padding_mask, **options)
+    return linear_broadcast(q, slots, values, mass, eps=eps, keys=k.shape[2], **options)
+
+
+def linear_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: str = "relu",
+    projection: Tensor | None = None,
+    eps: float = 1e-6,
+    key_padding_mask: Tensor | None = None,
+    rope: Rope | None = None,
+) -> Tensor:
+    """The equations with all features in memory, in plain PyTorch; any device, any transform."""
+    if rope is not None:
+        q, k = apply_rope_reference(q, k, rope)
+    if key_padding_mask is not None:
+        taken = key_padding_mask[:, None, :, None]
+        k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
+    if projection is not None:
+        w = projection.to(q.dtype) * q.shape[3] ** -0.25
+        q, k = q @ w.mT, k @ w.mT
+    phi_q, phi_k = (F.relu(x) if feature_map == "relu" else F.elu(x) + 1 for x in (q, k))
+    if key_padding_mask is not None:
+        phi_k = torch.where(taken, phi_k, 0.0)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    total = (phi_q.to(wide) @ phi_k.sum(-2, dtype=wide)[..., None]) + eps
+    # Means, as a sum over many tokens would leave float16.
+    out = (phi_q @ (phi_k.mT @ (v / k.shape[2]))).to(wide) / total.masked_fill(total == 0, 1) * k.shape[2]
+    return out.to(q.dtype)

@@ -1,0 +1,175 @@
+"""linear_aggregate and linear_broadcast: the two moves with a feature map in the place of the softmax.
+
+    f_jn = phi(p_j . k_n)     values_j = sum_n f_jn v_n / N     mass_j = sum_n f_jn / N
+    f_nj = phi(p_j . q_n)     out_n = sum_j f_nj values_j / (sum_j f_nj mass_j + eps / N)
+
+phi is relu or elu + 1. Without slots the features of a token are phi of its own channels. N is the number of keys, those
+that are masked included: means, in the place of sums, stay in the range of float16 however many tokens there are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import tiled_linear
+from .layout import accumulator, empty_output, unit_last_stride
+from .registry import refuse_transforms, register
+
+FEATURE_MAPS = ("relu", "elu")
+
+_KEYS = "Tensor? slots, Tensor k, Tensor v, Tensor? mask, Tensor? cos, Tensor? sin, bool interleaved, str feature_map"
+_QUERIES = "Tensor q, Tensor? slots, Tensor values, Tensor mass, Tensor? cos, Tensor? sin, bool interleaved, str feature_map"
+
+
+def linear_aggregate(
+    slots: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: str,
+    mask: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = True,
+    backend: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    """Feature-weighted means of the tokens.
+
+    Args:
+        slots: (batch or 1, heads or 1, M, D), in k's dtype or float32; None for the channels themselves, M = D.
+        k: (batch, heads, N, D). Any strides with a unit last one.
+        v: (batch, heads, N, E), in k's dtype.
+        feature_map: "relu" or "elu" (elu + 1).
+        mask: bool (batch, N), True = the key takes part.
+        cos, sin: float32 (heads or 1, N, R / 2), rotary tables for the first R channels of k.
+        interleaved: the rotary pairs are channels (2i, 2i + 1), else (i, i + R / 2).
+        backend: "torch" or "triton".
+
+    Returns:
+        values (batch, heads, M, E) and mass (batch, heads, M), in float32 (float64 for float64 inputs). Differentiable in
+        slots, k and v.
+    """
+    refuse_transforms()
+    k, v, slots = unit_last_stride(k), unit_last_stride(v), None if slots is None else unit_last_stride(slots)
+    return _LinearAggregate.apply(slots, k, v, mask, cos, sin, interleaved, feature_map, backend)
+
+
+def linear_broadcast(
+    q: Tensor,
+    slots: Tensor | None,
+    values: Tensor,
+    mass: Tensor,
+    *,
+    feature_map: str,
+    eps: float,
+    keys: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = True,
+    backend: str = "torch",
+) -> Tensor:
+    """What the tokens read from the means.
+
+    Args:
+        q: (batch, heads, queries, D). Any strides with a unit last one.
+        slots, feature_map, interleaved, backend: as in linear_aggregate.
+        values, mass: what linear_aggregate returned.
+        eps, keys: eps / keys is added to the denominator; a denominator of 0 counts as 1.
+        cos, sin: float32 (heads or 1, queries, R / 2), rotary tables for the first R channels of q.
+
+    Returns:
+        out (batch, heads, queries, E) in q's dtype. Differentiable in q, slots, values and mass.
+    """
+    refuse_transforms()
+    q, slots, values = unit_last_stride(q), None if slots is None else unit_last_stride(slots), unit_last_stride(values)
+    return _LinearBroadcast.apply(q, slots, values, mass, cos, sin, interleaved, feature_map, eps, keys, backend)
+
+
+class _LinearAggregate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, slots, k, v, mask, cos, sin, interleaved, feature_map, backend):
+        ctx.save_for_backward(slots, k, v, mask, cos, sin)
+        ctx.options, ctx.backend = (interleaved, feature_map), backend
+        return linear_aggregate_forward(slots, k, v, mask, cos, sin, interleaved, feature_map, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dvalues, dmass):
+        needs = ctx.needs_input_grad[:3]
+        grads = linear_aggregate_backward(dvalues, dmass, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
+        return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 6
+
+
+class _LinearBroadcast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, slots, values, mass, cos, sin, interleaved, feature_map, eps, keys, backend):
+        out, total = linear_broadcast_forward(q, slots, values, mass, cos, sin, interleaved, feature_map, eps, keys, backend)
+        ctx.save_for_backward(q, slots, values, mass, cos, sin, out, total)
+        ctx.options, ctx.backend = (interleaved, feature_map), backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        *inputs, out, total = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        need_values = needs[2] or needs[3]
+        grads = linear_broadcast_backward(dout, *inputs, *ctx.options, out, total, needs[1], need_values, ctx.backend)
+        return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 7
+
+
+def _fake_aggregate_forward(slots, k, v, mask, cos, sin, interleaved, feature_map, backend):
+    batch, heads, _, width = k.shape
+    num_slots = width if slots is None else slots.shape[2]
+    dtype = accumulator(k.dtype)
+    return k.new_empty(batch, heads, num_slots, v.shape[3], dtype=dtype), k.new_empty(batch, heads, num_slots, dtype=dtype)
+
+
+def _fake_aggregate_backward(
+    dvalues, dmass, slots, k, v, mask, cos, sin, interleaved, feature_map, need_slots, need_k, need_v, backend
+):  # fmt: skip
+    dslots = slots.new_empty(slots.shape) if need_slots and slots is not None else k.new_empty(0)
+    dk = empty_output(k, k.shape[3], backend) if need_k else k.new_empty(0)
+    return dslots, dk, empty_output(v, v.shape[3], backend) if need_v else v.new_empty(0)
+
+
+def _fake_broadcast_forward(q, slots, values, mass, cos, sin, interleaved, feature_map, eps, keys, backend):
+    return empty_output(q, values.shape[3], backend), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+
+
+def _fake_broadcast_backward(
+    dout, q, slots, values, mass, cos, sin, interleaved, feature_map, out, total, need_slots, need_values, backend
+):  # fmt: skip
+    dslots = slots.new_empty(slots.shape) if need_slots and slots is not None else q.new_empty(0)
+    dvalues, dmass = (values.new_empty(shape if need_values else (0,)) for shape in (values.shape, values.shape[:3]))
+    return empty_output(q, q.shape[3], backend), dslots, dvalues, dmass
+
+
+linear_aggregate_forward = register(
+    f"linear_aggregate_forward({_KEYS}, str backend) -> (Tensor values, Tensor mass)",
+    tiled=tiled_linear.linear_aggregate_forward,
+    triton="linear.linear_aggregate_forward",
+    fake=_fake_aggregate_forward,
+)
+linear_aggregate_backward = register(
+    f"linear_aggregate_backward(Tensor dvalues, Tensor dmass, {_KEYS}, bool need_slots, bool need_k, bool need_v, "
+    "str backend) -> (Tensor dslots, Tensor dk, Tensor dv)",
+    tiled=tiled_linear.linear_aggregate_backward,
+    triton="linear.linear_aggregate_backward",
+    fake=_fake_aggregate_backward,
+)
+linear_broadcast_forward = register(
+    f"linear_broadcast_forward({_QUERIES}, float eps, SymInt keys, str backend) -> (Tensor out, Tensor total)",
+    tiled=tiled_linear.linear_broadcast_forward,
+    triton="linear.linear_broadcast_forward",
+    fake=_fake_broadcast_forward,
+)
+linear_broadcast_backward = register(
+    f"linear_broadcast_backward(Tensor dout, {_QUERIES}, Tensor out, Tensor total, bool need_slots, bool need_values, "
+    "str backend) -> (Tensor dq, Tensor dslots, Tensor dvalues, Tensor dmass)",
+    tiled=tiled_linear.linear_broadcast_backward,
+    triton="linear.linear_broadcast_backward",
+    fake=_fake_broadcast_backward,
+)

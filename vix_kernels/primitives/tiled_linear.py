@@ -1,0 +1,227 @@
+"""The linear moves in plain PyTorch, one tile of tokens at a time (primitives/linear.py states the equations).
+
+As in tiled.py: pure functions without autograd, in fp32 (fp64 for fp64 inputs), that keep no features: backward makes them
+again. Without slots the features are as wide as the head, and a tile of tokens is a tile of logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .tiled import Group, _flat, _groups, _points, _read, _Rope, _Scratch, _slots_grad, _wide, _window, _write
+
+
+def linear_aggregate_forward(
+    slots: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    feature_map: str,
+) -> tuple[Tensor, Tensor]:
+    """values (B, H, M, E) and mass (B, H, M)."""
+    move = _Move(slots, k, cos, sin, interleaved, feature_map)
+    tokens = k.shape[2]
+    values = move.empty(*k.shape[:2], move.num_slots, v.shape[3]).zero_()
+    mass = move.empty(*values.shape[:3]).zero_()
+    for group, tiles in _groups(k, move.num_slots):
+        keys, contents = _read(k, group, mask, move.rope), _read(v, group, mask)
+        state, sums = _flat(values, group), _flat(mass, group)
+        for tile in tiles:
+            features = move.features(move.logits(keys[:, tile], group))
+            if mask is not None:
+                features.mul_(_takes_part(mask, group, tile, features))
+            state.baddbmm_(features.mT, contents[:, tile])
+            sums.add_(features.sum(1))
+    return values.div_(tokens), mass.div_(tokens)
+
+
+def linear_aggregate_backward(
+    dvalues: Tensor,
+    dmass: Tensor,
+    slots: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    feature_map: str,
+    need_slots: bool,
+    need_k: bool,
+    need_v: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dslots, dk and dv, each empty unless needed.
+
+    dl_jn = phi'(l_jn) (dvalues_j . v_n + dmass_j) / N      dv_n = sum_j f_jn dvalues_j / N
+    dk_n = sum_j dl_jn p_j      dp_j = sum_n dl_jn k_n
+    """
+    move = _Move(slots, k, cos, sin, interleaved, feature_map)
+    dvalues, dmass = _wide(dvalues) / k.shape[2], _wide(dmass) / k.shape[2]
+    dk, dv = k.new_empty(k.shape if need_k else (0,)), v.new_empty(v.shape if need_v else (0,))
+    dslots = move.slot_sums(k) if need_slots and slots is not None else None
+    for group, tiles in _groups(k, move.num_slots):
+        keys, contents = _read(k, group, mask, move.rope), _read(v, group, mask)
+        dstate, dsums = _flat(dvalues, group), _flat(dmass, group).unsqueeze(1)
+        dkeys = _window(dk, group) if need_k else None
+        dcontents = _window(dv, group) if need_v else None
+        for tile in tiles:
+            kt = keys[:, tile]
+            logits = move.logits(kt, group)
+            if need_k or dslots is not None:
+                dlogits = torch.baddbmm(dsums, contents[:, tile], dstate.mT, out=move.other(*logits.shape))
+                move.times_slope(dlogits, logits)
+                if mask is not None:
+                    dlogits.mul_(_takes_part(mask, group, tile, dlogits))
+                if need_k:
+                    move.to_tokens(dlogits, group, out=dkeys[:, tile])
+                if dslots is not None:
+                    _flat(dslots, group).baddbmm_(kt.mT, dlogits)
+            if need_v:
+                torch.bmm(move.features(logits), dstate, out=dcontents[:, tile])
+        if need_k:
+            _write(dk, group, dkeys, move.rope)
+        if need_v:
+            _write(dv, group, dcontents)
+    if mask is not None:  # even where a slot's gradient is not finite
+        hidden = ~mask[:, None, :, None]
+        dk, dv = (x.masked_fill_(hidden, 0) if need else x for x, need in ((dk, need_k), (dv, need_v)))
+    return k.new_empty(0) if dslots is None else _slots_grad(dslots, slots), dk, dv
+
+
+def linear_broadcast_forward(
+    q: Tensor,
+    slots: Tensor | None,
+    values: Tensor,
+    mass: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    feature_map: str,
+    eps: float,
+    keys: int,
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, N, E) in q's dtype, and total (B, H, N), its denominator."""
+    move = _Move(slots, q, cos, sin, interleaved, feature_map)
+    out, total = q.new_empty((*q.shape[:3], values.shape[3])), move.empty(*q.shape[:3])
+    for group, tiles in _groups(q, move.num_slots):
+        queries, result = _read(q, group, None, move.rope), _window(out, group)
+        state, weights = _flat(values, group), _flat(mass, group).unsqueeze(2)
+        sums = queries.new_empty((*queries.shape[:2], 1))
+        for tile in tiles:
+            features = move.features(move.logits(queries[:, tile], group))
+            torch.bmm(features, weights, out=sums[:, tile])
+            torch.bmm(features, state, out=result[:, tile])
+        sums.add_(eps / keys)
+        _write(total, group, sums)
+        _write(out, group, result.div_(_divisor(sums)))
+    return out, total
+
+
+def linear_broadcast_backward(
+    dout: Tensor,
+    q: Tensor,
+    slots: Tensor | None,
+    values: Tensor,
+    mass: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    feature_map: str,
+    out: Tensor,
+    total: Tensor,
+    need_slots: bool,
+    need_values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dslots (empty unless needed), dvalues and dmass (both empty unless need_values).
+
+    With t_n the denominator and D_n = dout_n . out_n:
+    dl_nj = phi'(l_nj) (dout_n . values_j - D_n mass_j) / t_n      dq_n = sum_j dl_nj p_j      dp_j = sum_n dl_nj q_n
+    dvalues_j = sum_n f_nj dout_n / t_n      dmass_j = - sum_n f_nj D_n / t_n
+    """
+    move = _Move(slots, q, cos, sin, interleaved, feature_map)
+    dq = q.new_empty(q.shape)
+    dslots = move.slot_sums(q) if need_slots and slots is not None else None
+    # Transposed: E x tokens times tokens x M is the faster order.
+    dvalues = move.empty(*q.shape[:2], values.shape[3], move.num_slots).zero_()
+    dmass = move.empty(*q.shape[:2], 1, move.num_slots).zero_()
+    for group, tiles in _groups(q, move.num_slots):
+        queries, dqueries = _read(q, group, None, move.rope), _window(dq, group)
+        state, weights = _flat(values, group), _flat(mass, group).unsqueeze(1)
+        dresult = _flat(dout, group) / _divisor(_flat(total, group).unsqueeze(2))
+        delta = (dresult * _flat(out, group)).sum(-1, keepdim=True).neg_()
+        dstate, dsums = _flat(dvalues, group), _flat(dmass, group)
+        for tile in tiles:
+            qt, dt, lift = queries[:, tile], dresult[:, tile], delta[:, tile]
+            logits = move.logits(qt, group)
+            dlogits = torch.bmm(dt, state.mT, out=move.other(*logits.shape)).addcmul_(lift, weights)
+            move.times_slope(dlogits, logits)
+            move.to_tokens(dlogits, group, out=dqueries[:, tile])
+            if dslots is not None:
+                _flat(dslots, group).baddbmm_(qt.mT, dlogits)
+            if need_values:
+                features = move.features(logits)
+                dstate.baddbmm_(dt.mT, features)
+                dsums.baddbmm_(lift.mT, features)
+        _write(dq, group, dqueries, move.rope)
+    grads = (dvalues.mT.contiguous(), dmass.squeeze(2)) if need_values else (values.new_empty(0), values.new_empty(0))
+    return dq, q.new_empty(0) if dslots is None else _slots_grad(dslots, slots), *grads
+
+
+class _Move:
+    """What both moves do with their tokens: turn them, project them, map them."""
+
+    def __init__(
+        self, slots: Tensor | None, x: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, feature_map: str
+    ) -> None:
+        self.like = x.new_empty(0, dtype=_wide(x[:0]).dtype)
+        self.points = None if slots is None else _points(slots, x, 1.0)
+        self.num_slots = x.shape[3] if slots is None else slots.shape[2]
+        self.rope = _Rope(cos, sin, interleaved, self.like.dtype)
+        self.elu = feature_map == "elu"
+        self.square, self.other, self.third = (_Scratch(self.like) for _ in range(3))
+
+    def empty(self, *shape: int) -> Tensor:
+        return self.like.new_empty(shape)
+
+    def slot_sums(self, x: Tensor) -> Tensor:
+        """Sums over tokens for the gradient of the slots, transposed."""
+        return self.empty(*x.shape[:2], x.shape[3], self.num_slots).zero_()
+
+    def logits(self, x: Tensor, group: Group) -> Tensor:
+        if self.points is None:
+            return x
+        return torch.bmm(x, _flat(self.points, group).mT, out=self.square(*x.shape[:2], self.num_slots))
+
+    def features(self, logits: Tensor) -> Tensor:
+        """phi(logits), in a buffer of its own."""
+        features = torch.clamp(logits, max=0, out=self.third(*logits.shape)) if self.elu else None
+        if self.elu:
+            return features.exp_().add_(logits.clamp(min=0))
+        return torch.clamp(logits, min=0, out=self.third(*logits.shape))
+
+    def times_slope(self, dlogits: Tensor, logits: Tensor) -> Tensor:
+        """dlogits times phi'(logits), in place."""
+        if self.elu:
+            return dlogits.mul_(torch.clamp(logits, max=0, out=self.third(*logits.shape)).exp_())
+        return dlogits.mul_(logits > 0)
+
+    def to_tokens(self, dlogits: Tensor, group: Group, out: Tensor) -> None:
+        if self.points is None:
+            out.copy_(dlogits)
+        else:
+            torch.bmm(dlogits, _flat(self.points, group), out=out)
+
+
+def _takes_part(mask: Tensor, group: Group, tile: slice, like: Tensor) -> Tensor:
+    """1 for keys that take part, else 0: (pairs, tokens of the tile, 1)."""
+    rows = mask[group[0], None, tile].to(like.dtype)
+    return rows.expand(-1, like.shape[0] // len(rows), -1).flatten(0, 1).unsqueeze(2)
+
+
+def _divisor(total: Tensor) -> Tensor:
+    """The denominator; without features and guard the numerator is 0, and so is the result."""
+    return total.masked_fill(total == 0, 1)
