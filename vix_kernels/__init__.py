@@ -3,8 +3,19 @@
 from . import nn
 from .ops.linear import linear_attention
 from .ops.performer import orthogonal_projection, performer_attention
-from .ops.rope import Rope, apply_rope, rope_1d
+from .ops.rope import Rope, apply_rope, rope_1d, rope_axial, rope_mixed, rope_mixed_frequencies
 
 __version__ = "0.1.0"
 
-__all__ = ["Rope", "apply_rope", "linear_attention", "nn", "orthogonal_projection", "performer_attention", "rope_1d"]
+__all__ = [
+    "Rope",
+    "apply_rope",
+    "linear_attention",
+    "nn",
+    "orthogonal_projection",
+    "performer_attention",
+    "rope_1d",
+    "rope_axial",
+    "rope_mixed",
+    "rope_mixed_frequencies",
+]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .ops.linear import linear_attention, linear_attention_reference
 from .ops.performer import orthogonal_projection, performer_attention, performer_attention_reference
-from .ops.rope import apply_rope, apply_rope_reference, rope_1d
+from .ops.rope import apply_rope, apply_rope_reference, rope_1d, rope_mixed
 from .primitives.aggregate import aggregate, aggregate_reference
 from .primitives.broadcast import broadcast, broadcast_reference
 
@@ -87,6 +87,10 @@ PROJECTED_CASES = (
     Case("masked", masked=True, feature_map="elu"),
     Case("per_head", per_head=True),
     Case("rope_half", rope="half"),
+)
+MIXED_CASES = (  # of learned angles: 4 rows of 9 tokens, 1 in front
+    Case("rope", rope="interleaved", prefix=1),
+    Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, masked=True),
 )
 
 
@@ -260,6 +264,31 @@ def _apply_rope(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Te
     return {"q": qkv["q"], "k": qkv["k"]}, dict(rope=_rope(case, qkv["q"].device))
 
 
+def _with_frequencies(build: Callable) -> Callable:
+    """The problems of `build`, their tokens on a grid behind `prefix` others, with learned angles."""
+
+    def mixed(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, options = build(replace(case, rope=None), tensor)
+        wide = torch.promote_types(tensors["q"].dtype, torch.float32)
+        tensors["frequencies"] = tensor(2, case.heads, (case.rotary or case.width) // 2, dtype=wide, scale=0.3)
+        del options["rope"]
+        return tensors, options | dict(rows=4, layout=case.rope, prefix=case.prefix)
+
+    return mixed
+
+
+def _mixed(function: Callable) -> Callable:
+    """`function` of its tensors and, last, the frequencies of rope_mixed."""
+
+    def mixed(q: Tensor, *tensors: Tensor, rows: int, layout: str, prefix: int, **options: Any) -> Any:
+        *tensors, frequencies = tensors
+        columns = (q.shape[2] - prefix) // rows
+        rope = rope_mixed(rows, columns, frequencies, layout=layout, prefix_tokens=prefix)
+        return function(q, *tensors, rope=rope, **options)
+
+    return mixed
+
+
 def _token_bytes(case: Case, dtype: torch.dtype, tensors: int) -> int:
     return tensors * case.batch * case.heads * case.tokens * case.width * dtype.itemsize
 
@@ -269,31 +298,45 @@ def _move_flops(case: Case) -> int:
     return 2 * case.batch * case.heads * case.tokens * case.features * (case.width + value_width)
 
 
+_PERFORMER = OpSpec(
+    name="performer_attention",
+    function=performer_attention,
+    reference=performer_attention_reference,
+    build=_performer,
+    differentiable=("q", "k", "v", "projection"),
+    batched=("q", "k", "v", "key_padding_mask"),
+    cases=CASES,
+    flops=lambda case: 2 * _move_flops(case),
+    bytes=lambda case, dtype: _token_bytes(case, dtype, 4) + 4 * case.features * case.width,
+)
+_LINEAR = OpSpec(
+    name="linear_attention",
+    function=linear_attention,
+    reference=linear_attention_reference,
+    build=_linear,
+    differentiable=("q", "k", "v"),
+    batched=("q", "k", "v", "key_padding_mask"),
+    cases=LINEAR_CASES,
+    flops=lambda case: 2 * _move_flops(replace(case, features=case.width // 2)),
+    bytes=lambda case, dtype: _token_bytes(case, dtype, 4),
+)
+_ROPE = OpSpec(
+    name="apply_rope",
+    function=apply_rope,
+    reference=apply_rope_reference,
+    build=_apply_rope,
+    differentiable=("q", "k"),
+    batched=("q", "k"),
+    cases=tuple(case for case in CASES if case.rope and not case.masked)
+    + (Case("rope_partial", rope="half", rotary=8, prefix=1, width=24),),
+    flops=lambda case: 6 * case.batch * case.heads * case.tokens * case.width,
+    bytes=lambda case, dtype: _token_bytes(case, dtype, 4) + 4 * case.tokens * (case.rotary or case.width),
+)
 SPECS: dict[str, OpSpec] = {
     spec.name: spec
     for spec in (
-        OpSpec(
-            name="performer_attention",
-            function=performer_attention,
-            reference=performer_attention_reference,
-            build=_performer,
-            differentiable=("q", "k", "v", "projection"),
-            batched=("q", "k", "v", "key_padding_mask"),
-            cases=CASES,
-            flops=lambda case: 2 * _move_flops(case),
-            bytes=lambda case, dtype: _token_bytes(case, dtype, 4) + 4 * case.features * case.width,
-        ),
-        OpSpec(
-            name="linear_attention",
-            function=linear_attention,
-            reference=linear_attention_reference,
-            build=_linear,
-            differentiable=("q", "k", "v"),
-            batched=("q", "k", "v", "key_padding_mask"),
-            cases=LINEAR_CASES,
-            flops=lambda case: 2 * _move_flops(replace(case, features=case.width // 2)),
-            bytes=lambda case, dtype: _token_bytes(case, dtype, 4),
-        ),
+        _PERFORMER,
+        _LINEAR,
         OpSpec(
             name="linear_attention_projected",
             function=lambda q, k, v, projection, **options: linear_attention(q, k, v, projection=projection, **options),
@@ -333,17 +376,18 @@ SPECS: dict[str, OpSpec] = {
                 _token_bytes(case, dtype, 2) + 4 * case.features * case.width * (1 + case.batch * case.heads)
             ),
         ),
-        OpSpec(
-            name="apply_rope",
-            function=apply_rope,
-            reference=apply_rope_reference,
-            build=_apply_rope,
-            differentiable=("q", "k"),
-            batched=("q", "k"),
-            cases=tuple(case for case in CASES if case.rope and not case.masked)
-            + (Case("rope_partial", rope="half", rotary=8, prefix=1, width=24),),
-            flops=lambda case: 6 * case.batch * case.heads * case.tokens * case.width,
-            bytes=lambda case, dtype: _token_bytes(case, dtype, 4) + 4 * case.tokens * (case.rotary or case.width),
+        _ROPE,
+        *(
+            replace(
+                spec,
+                name=f"{spec.name}_mixed",
+                function=_mixed(spec.function),
+                reference=_mixed(spec.reference),
+                build=_with_frequencies(spec.build),
+                differentiable=(*spec.differentiable, "frequencies"),
+                cases=tuple(case for case in MIXED_CASES if "key_padding_mask" in spec.batched or not case.masked),
+            )
+            for spec in (_PERFORMER, _LINEAR, _ROPE)
         ),
     )
 }

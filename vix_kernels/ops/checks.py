@@ -64,6 +64,8 @@ def check_rope(rope: Rope | None, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"rope: expected angles for 1 or q's {q.shape[1]} heads, got {rope.heads}")
     if rope.dim > q.shape[3]:
         raise ValueError(f"rope: expected at most q's head_dim {q.shape[3]} rotated channels, got {rope.dim}")
+    if rope.cos.dtype == torch.float64 and q.dtype != torch.float64:
+        raise TypeError(f"rope: expected float32 tables for q's {dtype_name(q.dtype)}, got float64")
     if rope.cos.device != q.device:
         raise ValueError(f"rope: expected q's device {q.device}, got {rope.cos.device} (see Rope.to)")
 

@@ -69,9 +69,7 @@ def linear_attention(
         return linear_attention_reference(
             q, k, v, feature_map=feature_map, projection=projection, eps=eps, key_padding_mask=key_padding_mask, rope=rope
         )
-    options = dict(feature_map=feature_map, backend=backend)
-    if rope is not None:
-        options |= dict(cos=rope.cos, sin=rope.sin, interleaved=rope.interleaved)
+    options = dict(feature_map=feature_map, backend=backend) | ({} if rope is None else rope.tables)
     values, mass = linear_aggregate(slots, k, v, mask=key_padding_mask, **options)
     return linear_broadcast(q, slots, values, mass, eps=eps, keys=k.shape[2], **options)
 
@@ -88,11 +86,11 @@ def linear_attention_reference(
     rope: Rope | None = None,
 ) -> Tensor:
     """The equations with all features in memory, in plain PyTorch; any device, any transform."""
-    if rope is not None:
-        q, k = apply_rope_reference(q, k, rope)
     if key_padding_mask is not None:
         taken = key_padding_mask[:, None, :, None]
         k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
+    if rope is not None:
+        q, k = apply_rope_reference(q, k, rope)
     if projection is not None:
         w = projection.to(q.dtype) * q.shape[3] ** -0.25
         q, k = q @ w.mT, k @ w.mT

@@ -64,7 +64,7 @@ def performer_attention(
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
     if backend == "reference":
         return performer_attention_reference(q, k, v, projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope)
-    rotary = {} if rope is None else dict(cos=rope.cos, sin=rope.sin, interleaved=rope.interleaved)
+    rotary = {} if rope is None else rope.tables
     c = math.sqrt(scale)
     values, lse = aggregate(slots, k, v, scale=c, gaussian=True, mask=key_padding_mask, backend=backend, **rotary)
     return broadcast(q, slots, values, lse, scale=c, backend=backend, **rotary)
@@ -81,11 +81,11 @@ def performer_attention_reference(
     rope: Rope | None = None,
 ) -> Tensor:
     """The equations with all N x M features in memory, in plain PyTorch; any device, any transform."""
-    if rope is not None:
-        q, k = apply_rope_reference(q, k, rope)
     if key_padding_mask is not None:
         taken = key_padding_mask[:, None, :, None]
         k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
+    if rope is not None:
+        q, k = apply_rope_reference(q, k, rope)
     w = projection.to(q.dtype) * math.sqrt(scale)
     log_phi_k = k @ w.mT - (k * k).sum(-1, keepdim=True) * (scale / 2)
     if key_padding_mask is not None:

@@ -2,14 +2,15 @@
 
     u' = u cos(theta) - v sin(theta)        v' = u sin(theta) + v cos(theta)        theta_{t,i} = t base^(-2i / R)
 
-for every pair (u, v) of the first R channels of a query or key at position t. Angles, cosines and sines are float32
-(made in float64) whatever the dtype of the tokens.
+for every pair (u, v) of the first R channels of a query or key at position t; rope_axial and rope_mixed have angles of their
+own. Angles, cosines and sines are float32 (fixed ones made in float64) whatever the dtype of the tokens.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,26 +28,34 @@ class Rope:
     """The rotation of every token: one row of cosines and sines each.
 
     Attributes:
-        cos, sin: float32 (heads or 1, tokens, R / 2).
+        cos, sin: float32 (heads or 1, tokens, R / 2); float64 only for float64 tokens.
         layout: "interleaved", the pairs are channels (2i, 2i + 1), or "half", channels (i, i + R / 2).
+        angles: what cos and sin are of, if it takes a gradient; see Rope.of.
     """
 
     cos: Tensor
     sin: Tensor
     layout: Layout = "interleaved"
+    angles: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout: expected 'interleaved' or 'half', got {self.layout!r}")
         for name, table in (("cos", self.cos), ("sin", self.sin)):
-            if table.dtype != torch.float32:
+            if table.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"{name}: expected float32 (low precision loses the position), got {table.dtype}")
             if table.dim() != 3 or table.shape != self.cos.shape:
                 raise ValueError(
                     f"{name}: expected shape (heads or 1, tokens, R / 2), equal for cos and sin, got {tuple(table.shape)}"
                 )
             if table.requires_grad:
-                raise NotImplementedError(f"{name}: gradients of the angles are not supported")
+                raise ValueError(f"{name}: expected a table without gradient; learned angles enter by Rope.of(angles)")
+
+    @staticmethod
+    def of(angles: Tensor, layout: Layout = "interleaved") -> Rope:
+        """The rotation by `angles`, float32 (heads or 1, tokens, R / 2), which get their gradient if they require one."""
+        fixed = angles.detach()
+        return Rope(fixed.cos(), fixed.sin(), layout, angles if angles.requires_grad else None)
 
     @property
     def heads(self) -> int:
@@ -65,9 +74,15 @@ class Rope:
     def interleaved(self) -> bool:
         return self.layout == "interleaved"
 
+    @property
+    def tables(self) -> dict[str, Any]:
+        """As the primitives take them."""
+        return dict(cos=self.cos, sin=self.sin, angles=self.angles, interleaved=self.interleaved)
+
     def to(self, device: torch.device | str) -> Rope:
         """The same rotation on another device; the tables stay float32."""
-        return Rope(self.cos.to(device), self.sin.to(device), self.layout)
+        angles = None if self.angles is None else self.angles.to(device)
+        return Rope(self.cos.to(device), self.sin.to(device), self.layout, angles)
 
 
 def rope_1d(
@@ -94,15 +109,110 @@ def rope_1d(
     """
     if tokens < 1:
         raise ValueError(f"tokens: expected at least 1, got {tokens}")
-    if dim < 2 or dim % 2:
-        raise ValueError(f"dim: expected an even number of channels, at least 2, got {dim}")
+    frequencies = _frequencies(dim, 2, base)
+    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies
+    return _table(angles[None], layout, prefix_tokens, device)
+
+
+def rope_axial(
+    height: int,
+    width: int,
+    dim: int,
+    *,
+    base: float = 100.0,
+    layout: Layout = "interleaved",
+    prefix_tokens: int = 0,
+    device: torch.device | str | None = None,
+) -> Rope:
+    """Angles of a grid of tokens in raster order (Heo et al., Rotary Position Embedding for ViT, arXiv 2403.13298).
+
+    theta_i = x base^(-4i / dim) for the first half of the pairs and y base^(-4i / dim) for the second, i < dim / 4, with the
+    column x and the row y of the token, from 0.
+
+    Args:
+        height, width: rows and columns of the grid.
+        dim: R, the number of rotated channels, a multiple of 4.
+        base, layout, prefix_tokens, device: as in rope_1d.
+
+    Returns:
+        A Rope of prefix_tokens + height * width rows, shared by all heads.
+    """
+    x, y = _grid(height, width)
+    frequencies = _frequencies(dim, 4, base)
+    return _table(torch.cat([x * frequencies, y * frequencies], -1)[None], layout, prefix_tokens, device)
+
+
+def rope_mixed(height: int, width: int, frequencies: Tensor, *, layout: Layout = "interleaved", prefix_tokens: int = 0) -> Rope:
+    """Angles of a grid of tokens with learned directions for each head: RoPE-Mixed (arXiv 2403.13298, equation 11).
+
+    theta_{h,i} = x w^x_{h,i} + y w^y_{h,i} for the column x and the row y of a token, from 0.
+
+    Args:
+        height, width: rows and columns of the grid.
+        frequencies: float32 (2, heads, R / 2): w^x and w^y, where they take part in training a parameter that starts from
+            rope_mixed_frequencies. Not weight-decayed.
+        layout, prefix_tokens: as in rope_1d.
+
+    Returns:
+        A Rope of prefix_tokens + height * width rows for each head, differentiable in frequencies, on their device.
+    """
+    if not isinstance(frequencies, Tensor) or frequencies.dim() != 3 or frequencies.shape[0] != 2:
+        got = tuple(frequencies.shape) if isinstance(frequencies, Tensor) else type(frequencies).__name__
+        raise ValueError(f"frequencies: expected shape (2, heads, R / 2), got {got}")
+    _check_prefix(prefix_tokens)
+    x, y = (each.to(frequencies) for each in _grid(height, width))
+    across, down = frequencies[:, :, None]  # (heads, 1, R / 2) each
+    # The sum of two products, spelled out: a matrix product would round its operands under tf32 or autocast.
+    return Rope.of(torch.nn.functional.pad(x * across + y * down, (0, 0, prefix_tokens, 0)), layout)
+
+
+def rope_mixed_frequencies(dim: int, num_heads: int, *, seed: int, base: float = 10.0) -> Tensor:
+    """How the frequencies of rope_mixed start: an axial pair of directions, turned by a random angle for each head.
+
+    Args:
+        dim: R, the number of rotated channels, a multiple of 4.
+        num_heads: heads.
+        seed: the same seed gives the same angles on every rank and device.
+        base: lengths are base^(-4i / dim), i < dim / 4.
+
+    Returns:
+        float32 (2, num_heads, dim / 2), on the CPU.
+    """
+    if num_heads < 1:
+        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+    lengths = _frequencies(dim, 4, base)
+    turn = 2 * math.pi * torch.rand(num_heads, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    turns = torch.cat([turn.expand(-1, len(lengths)), turn.expand(-1, len(lengths)) + math.pi / 2], -1)
+    return (lengths.repeat(2) * torch.stack([turns.cos(), turns.sin()])).float()
+
+
+def _frequencies(dim: int, divisor: int, base: float) -> Tensor:
+    """base^(-divisor i / dim), i < dim / divisor, in float64."""
+    if dim < divisor or dim % divisor:
+        raise ValueError(f"dim: expected a multiple of {divisor} channels, got {dim}")
     if not base > 0:
         raise ValueError(f"base: expected a number > 0, got {base}")
+    return base ** (-torch.arange(0, dim, divisor, dtype=torch.float64) / dim)
+
+
+def _grid(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Column and row of every token in raster order, (tokens, 1) each."""
+    for name, size in (("height", height), ("width", width)):
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    at = torch.arange(height * width)[:, None]
+    return (at % width).double(), (at // width).double()
+
+
+def _check_prefix(prefix_tokens: int) -> None:
     if prefix_tokens < 0:
         raise ValueError(f"prefix_tokens: expected at least 0, got {prefix_tokens}")
-    frequencies = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies
-    angles = torch.nn.functional.pad(angles, (0, 0, prefix_tokens, 0))[None]
+
+
+def _table(angles: Tensor, layout: Layout, prefix_tokens: int, device: torch.device | str | None) -> Rope:
+    """float32 cosines and sines of float64 angles, after tokens that are not rotated."""
+    _check_prefix(prefix_tokens)
+    angles = torch.nn.functional.pad(angles, (0, 0, prefix_tokens, 0))
     return Rope(angles.cos().float().to(device), angles.sin().float().to(device), layout)
 
 
@@ -124,9 +234,10 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
     backend = backends.resolve(backend, q, q.shape[3])
     if backend == "reference":
         return apply_rope_reference(q, k, rope)
-    return rotate(q, k, rope.cos, rope.sin, interleaved=rope.interleaved, backend=backend)
+    return rotate(q, k, **rope.tables, backend=backend)
 
 
 def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     """The equations in plain PyTorch; any device, any transform."""
-    return tuple(rotate_reference(x, rope.cos, rope.sin, rope.interleaved) for x in (q, k))
+    cos, sin = (rope.cos, rope.sin) if rope.angles is None else (rope.angles.cos(), rope.angles.sin())
+    return tuple(rotate_reference(x, cos, sin, rope.interleaved) for x in (q, k))

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from . import tiled
 from .layout import accumulator, empty_output, unit_last_stride
 from .registry import refuse_transforms, register
-from .rotate import rotate_reference
+from .rotate import angle_gradient, rotate_reference
 
 _PROBLEM = (
     "Tensor slots, Tensor k, Tensor v, Tensor? mask, Tensor? cos, Tensor? sin, bool interleaved, float scale, bool gaussian"
@@ -37,6 +37,7 @@ def aggregate(
     mask: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    angles: Tensor | None = None,
     interleaved: bool = True,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
@@ -50,16 +51,17 @@ def aggregate(
         gaussian: add the key bias of FAVOR+.
         mask: bool (batch, N), True = the key takes part.
         cos, sin: float32 (heads or 1, N, R / 2), rotary tables for the first R channels of k.
+        angles: what cos and sin are of, where it takes a gradient.
         interleaved: the rotary pairs are channels (2i, 2i + 1), else (i, i + R / 2).
         backend: "torch" or "triton".
 
     Returns:
         values (batch, heads, M, E) and lse (batch, heads, M), in float32 (float64 for float64 inputs). Differentiable in
-        slots, k and v.
+        slots, k, v and angles.
     """
     refuse_transforms()
     k, v, slots = unit_last_stride(k), unit_last_stride(v), unit_last_stride(slots)
-    return _Aggregate.apply(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend)
+    return _Aggregate.apply(slots, k, v, mask, cos, sin, angles, interleaved, scale, gaussian, backend)
 
 
 def aggregate_reference(
@@ -96,7 +98,7 @@ def aggregate_reference(
 
 class _Aggregate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend):
+    def forward(ctx, slots, k, v, mask, cos, sin, angles, interleaved, scale, gaussian, backend):
         values, lse = aggregate_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend)
         ctx.save_for_backward(slots, k, v, mask, cos, sin, values, lse)
         ctx.options = interleaved, scale, gaussian
@@ -107,9 +109,12 @@ class _Aggregate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dvalues, dlse):
         slots, k, v, mask, cos, sin, values, lse = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        need_slots, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
+        needs = need_slots, need_k or need_angles, need_v
         grads = aggregate_backward(dvalues, dlse, slots, k, v, mask, cos, sin, *ctx.options, values, lse, *needs, ctx.backend)
-        return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 7
+        dslots, dk, dv = (x if need else None for x, need in zip(grads, needs, strict=True))
+        dangles = angle_gradient(k, dk, mask, cos, ctx.options[0], ctx.backend) if need_angles else None
+        return dslots, dk, dv, None, None, None, dangles, None, None, None, None
 
 
 def _fake_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend):

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from . import tiled
 from .layout import accumulator, empty_output, unit_last_stride
 from .registry import refuse_transforms, register
-from .rotate import rotate_reference
+from .rotate import angle_gradient, rotate_reference
 
 _PROBLEM = "Tensor q, Tensor slots, Tensor values, Tensor? slot_bias, Tensor? cos, Tensor? sin, bool interleaved, float scale"
 
@@ -31,6 +31,7 @@ def broadcast(
     scale: float,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    angles: Tensor | None = None,
     interleaved: bool = True,
     backend: str = "torch",
 ) -> Tensor:
@@ -43,15 +44,16 @@ def broadcast(
         slot_bias: (batch, heads, M) in values' dtype, or None for 0.
         scale: factor of the logits.
         cos, sin: float32 (heads or 1, N, R / 2), rotary tables for the first R channels of q.
+        angles: what cos and sin are of, where it takes a gradient.
         interleaved: the rotary pairs are channels (2i, 2i + 1), else (i, i + R / 2).
         backend: "torch" or "triton".
 
     Returns:
-        out (batch, heads, N, E) in q's dtype. Differentiable in q, slots, values and slot_bias.
+        out (batch, heads, N, E) in q's dtype. Differentiable in q, slots, values, slot_bias and angles.
     """
     refuse_transforms()
     q, slots, values = unit_last_stride(q), unit_last_stride(slots), unit_last_stride(values)
-    return _Broadcast.apply(q, slots, values, slot_bias, cos, sin, interleaved, scale, backend)
+    return _Broadcast.apply(q, slots, values, slot_bias, cos, sin, angles, interleaved, scale, backend)
 
 
 def broadcast_reference(
@@ -78,7 +80,7 @@ def broadcast_reference(
 
 class _Broadcast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, slots, values, slot_bias, cos, sin, interleaved, scale, backend):
+    def forward(ctx, q, slots, values, slot_bias, cos, sin, angles, interleaved, scale, backend):
         out, lse = broadcast_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, backend)
         ctx.save_for_backward(q, slots, values, slot_bias, cos, sin, out, lse)
         ctx.options = interleaved, scale
@@ -94,7 +96,9 @@ class _Broadcast(torch.autograd.Function):
         grads = broadcast_backward(
             dout, q, slots, values, slot_bias, cos, sin, *ctx.options, out, lse, needs[1], need_values, ctx.backend
         )
-        return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 5
+        dangles = angle_gradient(q, grads[0], None, cos, ctx.options[0], ctx.backend) if ctx.needs_input_grad[6] else None
+        grads = (x if need else None for x, need in zip(grads, needs, strict=True))
+        return *grads, None, None, dangles, None, None, None
 
 
 def _fake_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, backend):

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from . import tiled_linear
 from .layout import accumulator, empty_output, unit_last_stride
 from .registry import refuse_transforms, register
+from .rotate import angle_gradient
 
 FEATURE_MAPS = ("relu", "elu")
 
@@ -32,6 +33,7 @@ def linear_aggregate(
     mask: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    angles: Tensor | None = None,
     interleaved: bool = True,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
@@ -44,16 +46,17 @@ def linear_aggregate(
         feature_map: "relu" or "elu" (elu + 1).
         mask: bool (batch, N), True = the key takes part.
         cos, sin: float32 (heads or 1, N, R / 2), rotary tables for the first R channels of k.
+        angles: what cos and sin are of, where it takes a gradient.
         interleaved: the rotary pairs are channels (2i, 2i + 1), else (i, i + R / 2).
         backend: "torch" or "triton".
 
     Returns:
         values (batch, heads, M, E) and mass (batch, heads, M), in float32 (float64 for float64 inputs). Differentiable in
-        slots, k and v.
+        slots, k, v and angles.
     """
     refuse_transforms()
     k, v, slots = unit_last_stride(k), unit_last_stride(v), None if slots is None else unit_last_stride(slots)
-    return _LinearAggregate.apply(slots, k, v, mask, cos, sin, interleaved, feature_map, backend)
+    return _LinearAggregate.apply(slots, k, v, mask, cos, sin, angles, interleaved, feature_map, backend)
 
 
 def linear_broadcast(
@@ -67,6 +70,7 @@ def linear_broadcast(
     keys: int,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    angles: Tensor | None = None,
     interleaved: bool = True,
     backend: str = "torch",
 ) -> Tensor:
@@ -78,18 +82,19 @@ def linear_broadcast(
         values, mass: what linear_aggregate returned.
         eps, keys: eps / keys is added to the denominator; a denominator of 0 counts as 1.
         cos, sin: float32 (heads or 1, queries, R / 2), rotary tables for the first R channels of q.
+        angles: as in linear_aggregate.
 
     Returns:
-        out (batch, heads, queries, E) in q's dtype. Differentiable in q, slots, values and mass.
+        out (batch, heads, queries, E) in q's dtype. Differentiable in q, slots, values, mass and angles.
     """
     refuse_transforms()
     q, slots, values = unit_last_stride(q), None if slots is None else unit_last_stride(slots), unit_last_stride(values)
-    return _LinearBroadcast.apply(q, slots, values, mass, cos, sin, interleaved, feature_map, eps, keys, backend)
+    return _LinearBroadcast.apply(q, slots, values, mass, cos, sin, angles, interleaved, feature_map, eps, keys, backend)
 
 
 class _LinearAggregate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, slots, k, v, mask, cos, sin, interleaved, feature_map, backend):
+    def forward(ctx, slots, k, v, mask, cos, sin, angles, interleaved, feature_map, backend):
         ctx.save_for_backward(slots, k, v, mask, cos, sin)
         ctx.options, ctx.backend = (interleaved, feature_map), backend
         return linear_aggregate_forward(slots, k, v, mask, cos, sin, interleaved, feature_map, backend)
@@ -97,14 +102,18 @@ class _LinearAggregate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dvalues, dmass):
-        needs = ctx.needs_input_grad[:3]
-        grads = linear_aggregate_backward(dvalues, dmass, *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
-        return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 6
+        slots, k, v, mask, cos, sin = ctx.saved_tensors
+        need_slots, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
+        needs = need_slots, need_k or need_angles, need_v
+        grads = linear_aggregate_backward(dvalues, dmass, slots, k, v, mask, cos, sin, *ctx.options, *needs, ctx.backend)
+        dslots, dk, dv = (x if need else None for x, need in zip(grads, needs, strict=True))
+        dangles = angle_gradient(k, dk, mask, cos, ctx.options[0], ctx.backend) if need_angles else None
+        return dslots, dk, dv, None, None, None, dangles, None, None, None
 
 
 class _LinearBroadcast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, slots, values, mass, cos, sin, interleaved, feature_map, eps, keys, backend):
+    def forward(ctx, q, slots, values, mass, cos, sin, angles, interleaved, feature_map, eps, keys, backend):
         out, total = linear_broadcast_forward(q, slots, values, mass, cos, sin, interleaved, feature_map, eps, keys, backend)
         ctx.save_for_backward(q, slots, values, mass, cos, sin, out, total)
         ctx.options, ctx.backend = (interleaved, feature_map), backend
@@ -113,11 +122,15 @@ class _LinearBroadcast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        *inputs, out, total = ctx.saved_tensors
+        q, slots, values, mass, cos, sin, out, total = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         need_values = needs[2] or needs[3]
-        grads = linear_broadcast_backward(dout, *inputs, *ctx.options, out, total, needs[1], need_values, ctx.backend)
-        return *(x if need else None for x, need in zip(grads, needs, strict=True)), *[None] * 7
+        grads = linear_broadcast_backward(
+            dout, q, slots, values, mass, cos, sin, *ctx.options, out, total, needs[1], need_values, ctx.backend
+        )
+        dangles = angle_gradient(q, grads[0], None, cos, ctx.options[0], ctx.backend) if ctx.needs_input_grad[6] else None
+        grads = (x if need else None for x, need in zip(grads, needs, strict=True))
+        return *grads, None, None, dangles, None, None, None, None, None
 
 
 def _fake_aggregate_forward(slots, k, v, mask, cos, sin, interleaved, feature_map, backend):

@@ -2,7 +2,8 @@
 
     u' = u cos - v sin            v' = u sin + v cos            for the pairs (u, v) of the first R channels
 
-The gradient is the rotation by -angle, so nothing but the tables is kept for it.
+The gradient is the rotation by -angle, so nothing but the tables is kept for it. That of an angle is the cross product of a
+pair and its gradient, u dv - v du, summed over all tokens that the angle turns: the same before the rotation as after it.
 """
 
 from __future__ import annotations
@@ -17,21 +18,29 @@ from .registry import refuse_transforms, register
 
 
 def rotate(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True, backend: str = "torch"
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    angles: Tensor | None = None,
+    interleaved: bool = True,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Rotate q and k by the angles of their tokens, in float32.
 
     Args:
         q, k: (batch, heads, N, D), of one shape and dtype. Any strides with a unit last one.
         cos, sin: float32 (heads or 1, N, R / 2); channels from R on stay as they are.
+        angles: what cos and sin are of, where it takes a gradient.
         interleaved: the pairs are channels (2i, 2i + 1), else (i, i + R / 2).
         backend: "torch" or "triton".
 
     Returns:
-        The rotated q and k, in their own dtype. Differentiable in q and k.
+        The rotated q and k, in their own dtype. Differentiable in q, k and angles.
     """
     refuse_transforms()
-    return _Rotate.apply(unit_last_stride(q), unit_last_stride(k), cos, sin, interleaved, backend)
+    return _Rotate.apply(unit_last_stride(q), unit_last_stride(k), cos, sin, angles, interleaved, backend)
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -46,17 +55,22 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, interleaved, backend):
-        ctx.save_for_backward(cos, sin)
+    def forward(ctx, q, k, cos, sin, angles, interleaved, backend):
+        learned = ctx.needs_input_grad[4]
+        ctx.save_for_backward(cos, sin, *((q, k) if learned else (None, None)))
         ctx.interleaved, ctx.backend = interleaved, backend
         return rotate_forward(q, k, cos, sin, interleaved, False, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk):
+        cos, sin, q, k = ctx.saved_tensors
         dq, dk = unit_last_stride(dq), unit_last_stride(dk)
-        dq, dk = rotate_forward(dq, dk, *ctx.saved_tensors, ctx.interleaved, True, ctx.backend)
-        return dq, dk, None, None, None, None
+        dq, dk = rotate_forward(dq, dk, cos, sin, ctx.interleaved, True, ctx.backend)
+        dangles = None
+        if q is not None:
+            dangles = sum(angle_gradient(x, dx, None, cos, ctx.interleaved, ctx.backend) for x, dx in ((q, dq), (k, dk)))
+        return dq, dk, None, None, dangles, None, None
 
 
 def _tiled(q, k, cos, sin, interleaved, inverse):
@@ -73,4 +87,10 @@ rotate_forward = register(
     tiled=_tiled,
     triton="rotate.rotate",
     fake=_fake,
+)
+angle_gradient = register(
+    "angle_gradient(Tensor x, Tensor dx, Tensor? mask, Tensor angles, bool interleaved, str backend) -> Tensor dangles",
+    tiled=tiled.angle_gradient,
+    triton="rotate.angle_gradient",
+    fake=lambda x, dx, mask, angles, interleaved, backend: angles.new_empty(angles.shape),
 )

@@ -245,6 +245,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
     return y
 
 
+def angle_gradient(x: Tensor, dx: Tensor, mask: Tensor | None, angles: Tensor, interleaved: bool) -> Tensor:
+    """u dv - v du of the pairs of x and dx (B, H, N, D), summed over samples, and over heads where they share the angles."""
+    width = 2 * angles.shape[2]
+    total = angles.new_zeros(angles.shape)
+    for sample in range(len(x)):
+        rows, grads = (each[sample, ..., :width].to(angles.dtype) for each in (x, dx))
+        if mask is not None:
+            rows = rows.masked_fill(~mask[sample, None, :, None], 0)
+        rows, grads = (each.unflatten(-1, (-1, 2) if interleaved else (2, -1)) for each in (rows, grads))
+        (u, v), (du, dv) = (each.unbind(-1 if interleaved else -2) for each in (rows, grads))
+        total += (u * dv - v * du).sum_to_size(total.shape)
+    return total
+
+
 class _Rope:
     """u' = u cos - v sin, v' = u sin + v cos, or nothing if there are no tables.
 
