@@ -17,7 +17,7 @@ statistics that are saved for the backward, is what an implementation adds.
 
 from __future__ import annotations
 
-import argparse
+from argparse import RawDescriptionHelpFormatter
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -31,12 +31,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from . import __all__ as public
 from . import backends
+from ._triton import configs
 from ._triton import launch as door
+from ._triton.compile_report import DTYPES, within
+from ._triton.interpreter import patched_once_a_launch, watched
+from ._triton.offline import TARGETS
+from .commands import Parser
 from .primitives.registry import implementations
-from .testing import SPECS, Case, OpSpec
+from .testing import SPECS, Case
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", *backends.AMD_ARCHITECTURES)
 OVERWRITING = ("aten::copy_", "aten::fill_", "aten::zero_")  # they do not read what they change
 
 
@@ -96,14 +101,14 @@ def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", **kwa
         function: an op of this library; kwargs say backend="triton".
         args, kwargs: its arguments, with tensors on the CPU. If some of them require a gradient, the backward is run for
             those.
-        arch: the GPU whose launch configurations are taken, one of ARCHITECTURES.
+        arch: the GPU whose launch configurations are taken, such as "sm_90".
 
     Raises:
         ValueError: arch is not known, a tensor is not on the CPU, or the call launched no kernel.
         RuntimeError: kernels are not interpreted in this process, or the installed Triton cannot be watched.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+    if arch not in TARGETS:
+        raise ValueError(f"arch: expected one of {', '.join(TARGETS)}, got {arch!r}")
     if not backends.interpreted():
         raise RuntimeError("traffic is measured in Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
     inputs = list(tensors([args, kwargs]))
@@ -113,7 +118,7 @@ def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", **kwa
 
     with metered(inputs, arch) as meter:
         result = function(*args, **kwargs)
-    if not meter.launches:
+    if all(each.kernel.startswith("aten::") for each in meter.launches):
         raise ValueError("function: expected an op that launches kernels, got a call that launched none (backend='triton'?)")
     outputs = list(tensors([result]))
     forward = meter.total(outputs)
@@ -197,8 +202,6 @@ class Meter(TorchDispatchMode):
         self.launching = False
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
-        from ._triton.interpreter import watched
-
         if 0 in grid:
             return
         named = [(name, x) for name, x in zip(kernel.arg_names, args, strict=False) if isinstance(x, Tensor)]
@@ -216,6 +219,10 @@ class Meter(TorchDispatchMode):
         if op.namespace == "vix_kernels":
             with self:  # the body of the operator
                 return implementations[op._schema.name.split("::")[1]](*args)
+        with self:  # what it is composed of, if it is
+            result = op.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         result = op(*args, **kwargs)
         if not self.launching:
             self.operator(op._schema, args, kwargs, result)
@@ -248,9 +255,6 @@ class Meter(TorchDispatchMode):
 @contextmanager
 def metered(given: list[Tensor], arch: str) -> Iterator[Meter]:
     """A meter of what runs inside, which launches what it would on `arch`."""
-    from ._triton import configs
-    from ._triton.interpreter import patched_once_a_launch
-
     meter, observer, assumed = Meter(given), door.observer, configs.assumed
     door.observer, configs.assumed = meter.launch, arch
     try:
@@ -258,3 +262,68 @@ def metered(given: list[Tensor], arch: str) -> Iterator[Meter]:
             yield meter
     finally:
         door.observer, configs.assumed = observer, assumed
+
+
+# The command
+
+EXPLANATION = """\
+Every line is a launch: its KiB, then what it loads | what it stores, by argument. An argument that stands in several lines
+moves several times, and one that is neither an argument nor a result of the op is an intermediate: both are what the op
+moves beyond the least. Nothing is timed and no GPU is needed: the kernels run in Triton's interpreter.
+
+examples:
+  vix traffic
+  vix traffic --op performer_attention --tokens 4096 --all-gradients --arch sm_80
+  vix traffic --op apply_rope --batch 4 --heads 8 --width 64 --dtype fp32
+"""
+
+
+def parse(argv: list[str]) -> Any:
+    ops = [name for name in SPECS if name in public]
+    parser = Parser(
+        prog="vix traffic",
+        description="Count the bytes of global memory that the ops move, over the least that they could: every argument "
+        "that they read once, every result once.",
+        epilog=EXPLANATION,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--op", nargs="+", choices=ops, default=ops, help="(default: all)")
+    for name, default, help in (
+        ("batch", 4, "samples"),
+        ("heads", 4, "heads of a sample"),
+        ("tokens", 1024, "tokens of a sample"),
+        ("width", 32, "head width"),
+        ("features", 110, "random features of the Performer"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=within(1, 1 << 20), default=default, metavar="N", help=f"{help} (default: {default})"
+        )
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the tokens (default: bf16)")
+    parser.add_argument("--rope", action="store_true", help="rotate queries and keys in the attentions too")
+    parser.add_argument(
+        "--all-gradients", action="store_true", help="gradients of the random features too (default: of the tokens only)"
+    )
+    parser.add_argument(
+        "--arch", choices=TARGETS, default="sm_90", help="the GPU whose launch configurations are taken (default: sm_90)"
+    )
+    args = parser.parse_args(argv)
+    args.error = parser.error
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    shape = dict(batch=args.batch, heads=args.heads, tokens=args.tokens, width=args.width, features=args.features)
+    print(f"{args.dtype}, {', '.join(f'{name} {size}' for name, size in shape.items())}, launched as on {args.arch}")
+    for name in args.op:
+        spec = SPECS[name]
+        rotated = args.rope or all(case.rope for case in spec.cases)
+        problem = spec.problem(Case(name, **shape, rope="interleaved" if rotated else None), dtype=DTYPES[args.dtype])
+        for each in spec.differentiable:
+            problem.tensors[each].requires_grad_(args.all_gradients or each in spec.batched)
+        try:
+            traffic = measure(spec.function, *problem.tensors.values(), **problem.options, backend="triton", arch=args.arch)
+        except (RuntimeError, ValueError) as error:
+            args.error(f"{name}: {error}")
+        print(f"\n{name} forward\n{traffic.forward}\n\n{name} backward\n{traffic.backward}", flush=True)
+    return 0
