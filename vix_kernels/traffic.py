@@ -1,4 +1,4 @@
-"""The traffic meter: the bytes of global memory that an op moves, over the least that any implementation of it could.
+"""The traffic meter: the bytes of global memory that an op moves, over the least that it could.
 
     q, k, v = torch.randn(3, 4, 4, 1024, 32, dtype=torch.bfloat16, requires_grad=True).unbind()
     traffic = measure(performer_attention, q, k, v, orthogonal_projection(110, 32, seed=0), backend="triton")
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from argparse import RawDescriptionHelpFormatter
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -188,7 +188,9 @@ class Touched:
         names: dict[int, dict[int, str]] = defaultdict(dict)
         for name, x in named:
             names[x.untyped_storage().data_ptr()].setdefault(id(x), name)
-        counts = {"+".join(names[start].values()): int(np.count_nonzero(each)) for start, each in self.maps.items()}
+        counts: Counter[str] = Counter()
+        for start, each in self.maps.items():
+            counts["+".join(names[start].values())] += int(np.count_nonzero(each))
         return {name: count for name, count in counts.items() if count}
 
 
@@ -212,7 +214,7 @@ class Meter(TorchDispatchMode):
                 kernel[grid](*args, **meta)
         finally:
             self.launching = False
-        self.add(kernel.__name__, loaded.by_name(named), loaded, stored.by_name(named))
+        self.add(kernel.__name__, named, loaded, stored)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -234,18 +236,17 @@ class Meter(TorchDispatchMode):
         operands = [(name, x) for name, value in values.items() for x in tensors([value])]
         changed = {each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write}
         unread = changed if schema.name in OVERWRITING else changed & {"out"}
-        read = [(name, x) for name, x in operands if name not in unread]
-        written = [(name, x) for name, x in operands if name in changed]
+        results = [(name, x) for name, x in operands if name in changed]
         if not changed:
-            written = [("result", x) for x in tensors([result])]
+            results = [("result", x) for x in tensors([result])]
             homes = {x.untyped_storage().data_ptr() for _, x in operands}
-            if "empty" in schema.name or all(x.untyped_storage().data_ptr() in homes for _, x in written):
+            if "empty" in schema.name or all(x.untyped_storage().data_ptr() in homes for _, x in results):
                 return
-        loaded, stored = (Touched.all_of(x for _, x in each) for each in (read, written))
-        self.add(schema.name, loaded.by_name(read), loaded, stored.by_name(written))
+        loaded = Touched.all_of(x for name, x in operands if name not in unread)
+        self.add(schema.name, operands if changed else operands + results, loaded, Touched.all_of(x for _, x in results))
 
-    def add(self, name: str, loads: dict[str, int], loaded: Touched, stores: dict[str, int]) -> None:
-        self.launches.append(Launch(name, loads, stores))
+    def add(self, kernel: str, named: list[tuple[str, Tensor]], loaded: Touched, stored: Touched) -> None:
+        self.launches.append(Launch(kernel, loaded.by_name(named), stored.by_name(named)))
         self.read.add_common(loaded, self.given)
 
     def total(self, results: Iterable[Tensor]) -> Pass:
@@ -278,7 +279,7 @@ examples:
 """
 
 
-def parse(argv: list[str]) -> Any:
+def command_parser() -> Parser:
     ops = [name for name in SPECS if name in public]
     parser = Parser(
         prog="vix traffic",
@@ -306,13 +307,12 @@ def parse(argv: list[str]) -> Any:
     parser.add_argument(
         "--arch", choices=TARGETS, default="sm_90", help="the GPU whose launch configurations are taken (default: sm_90)"
     )
-    args = parser.parse_args(argv)
-    args.error = parser.error
-    return args
+    return parser
 
 
 def main(argv: list[str]) -> int:
-    args = parse(argv)
+    parser = command_parser()
+    args = parser.parse_args(argv)
     shape = dict(batch=args.batch, heads=args.heads, tokens=args.tokens, width=args.width, features=args.features)
     print(f"{args.dtype}, {', '.join(f'{name} {size}' for name, size in shape.items())}, launched as on {args.arch}")
     for name in args.op:
@@ -324,6 +324,6 @@ def main(argv: list[str]) -> int:
         try:
             traffic = measure(spec.function, *problem.tensors.values(), **problem.options, backend="triton", arch=args.arch)
         except (RuntimeError, ValueError) as error:
-            args.error(f"{name}: {error}")
+            parser.error(f"{name}: {error}")
         print(f"\n{name} forward\n{traffic.forward}\n\n{name} backward\n{traffic.backward}", flush=True)
     return 0
