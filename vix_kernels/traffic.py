@@ -270,7 +270,8 @@ def metered(given: list[Tensor], arch: str) -> Iterator[Meter]:
 EXPLANATION = """\
 Every line is a launch: its KiB, then what it loads | what it stores, by argument. An argument that stands in several lines
 moves several times, and one that is neither an argument nor a result of the op is an intermediate: both are what the op
-moves beyond the least. Nothing is timed and no GPU is needed: the kernels run in Triton's interpreter.
+moves beyond the least. Nothing is timed and no GPU is needed: the kernels run in Triton's interpreter, fastest with
+OMP_NUM_THREADS=1 where cores are shared.
 
 examples:
   vix traffic
@@ -283,12 +284,11 @@ def command_parser() -> Parser:
     ops = [name for name in SPECS if name in public]
     parser = Parser(
         prog="vix traffic",
-        description="Count the bytes of global memory that the ops move, over the least that they could: every argument "
-        "that they read once, every result once.",
+        description="Count the bytes of global memory that the ops move, over the least: each argument once, each result once.",
         epilog=EXPLANATION,
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--op", nargs="+", choices=ops, default=ops, help="(default: all)")
+    parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"{', '.join(ops)} (default: all)")
     for name, default, help in (
         ("batch", 4, "samples"),
         ("heads", 4, "heads of a sample"),
