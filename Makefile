@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint clean
+.PHONY: help train test traffic lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -18,6 +18,9 @@ train: $(READY)  ## train hybrid_vip on the digits; other arguments: make train 
 
 test: $(READY)  ## run the tests; some of them: make test ARGS="-k models"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+traffic: $(READY)  ## count the bytes that the kernels move; one op: make traffic ARGS="--op apply_rope"
+	OMP_NUM_THREADS=1 $(BIN)/vix traffic $(ARGS)
 
 lint: $(READY)  ## check the style
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 import os
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,25 +9,17 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton; it holds for the life of the process
-    if find_spec("triton"):
-        import triton.language as tl
-        from triton.runtime import interpreter
 
-        # The interpreter patches triton.language again in every call of a device function, 2 ms each, although the
-        # launch of the kernel around it has done so. Patch all of it once a launch: the tests run several times faster.
-        patch_language, everything = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-        patched = []
 
-        def patch_once(fn):
-            if patched:
-                return interpreter._LangPatchScope()
-            scope = patch_language(everything)
-            restore = scope.restore
-            scope.restore = lambda: (patched.clear(), restore())
-            patched.append(scope)
-            return scope
+@pytest.fixture(scope="session", autouse=True)
+def fast_interpreter():
+    if DEVICE == "cpu" and find_spec("triton"):
+        from vix_kernels._triton.interpreter import patched_once_a_launch
 
-        interpreter._patch_lang = patch_once
+        with patched_once_a_launch():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from vix_kernels import __version__
+from vix_kernels.commands import Parser
 from vix_kernels.training import Config, UserError
 
 COMMANDS = """\
@@ -19,6 +21,7 @@ commands:
   models          list the models
   check           say which backend each op gets here, and every reason why not another
   compile-report  compile every kernel for GPUs that are not there, and weigh the code
+  traffic         count the bytes that the kernels move, over the least that they could
 
 vix COMMAND --help says more.
 """
@@ -30,13 +33,6 @@ examples:
 
 A run leaves args.yaml, summary.csv, learning_curve.png and the checkpoints last.pt and best.pt in its output folder.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 class KeyValues(argparse.Action):
@@ -56,7 +52,13 @@ class KeyValues(argparse.Action):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    commands = {"train": _train, "models": _models, "check": _check, "compile-report": _compile_report}
+    commands = {
+        "train": _train,
+        "models": _models,
+        "check": _check,
+        "compile-report": _compile_report,
+        "traffic": _traffic,
+    }
     parser = Parser(prog="vix", epilog=COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"vix_kernels {__version__}")
     parser.add_argument("command", choices=commands)
@@ -157,6 +159,15 @@ def _compile_report(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         Parser(prog="vix compile-report").error(f"it needs {error.name}, which is not installed")
     return compile_report(argv)
+
+
+def _traffic(argv: list[str]) -> int:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+    try:
+        from vix_kernels.traffic import main as traffic
+    except ModuleNotFoundError as error:
+        Parser(prog="vix traffic").error(f"it needs {error.name}, which is not installed")
+    return traffic(argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# The compile report replaces this to compile the launches of ordinary calls instead of running them.
+# Is handed every launch instead of its being run: the compile report compiles it, the traffic meter watches it run.
 observer: Callable[[Any, tuple[int, ...], tuple, dict], None] | None = None
 
 

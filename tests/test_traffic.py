@@ -1,0 +1,202 @@
+"""The traffic meter: what it counts, and how little the ops move. Triton's interpreter, no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="traffic is counted in Triton's interpreter, which is not installed here")
+
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import interpreter_builder
+
+from vix_kernels import apply_rope, backends, orthogonal_projection, performer_attention, rope_1d
+from vix_kernels._triton import configs
+from vix_kernels._triton import launch as door
+from vix_kernels._triton.launch import launch
+from vix_kernels.traffic import Pass, Traffic, measure
+
+pytestmark = pytest.mark.skipif(not backends.interpreted(), reason="kernels are compiled in this process, not interpreted")
+
+
+@triton.jit
+def add_kernel(x, y, rows, stride, N, BLOCK: tl.constexpr):
+    """y += row x of its program, read twice."""
+    at = tl.arange(0, BLOCK)
+    inside = at < N
+    row = x + tl.program_id(0) % rows * stride
+    b_x = tl.load(row + at, mask=inside, other=0.0) + tl.load(row + at, mask=inside, other=0.0)
+    tl.store(y + at, tl.load(y + at, mask=inside, other=0.0) + b_x, mask=inside)
+
+
+@triton.jit
+def count_kernel(x):
+    tl.atomic_add(x, 1)
+
+
+def added(x: Tensor, programs: int = 3) -> Tensor:
+    y = torch.zeros(x.shape[1], dtype=x.dtype)
+    launch(add_kernel, (programs,), x, y, x.shape[0], x.stride(0), x.shape[1], BLOCK=64)
+    return y
+
+
+def performer(tokens: int, batch: int = 4, heads: int = 4, features: int = 110, **options) -> Traffic:
+    """Head width 32, gradients of q, k, v. float16 moves and launches what bfloat16 does, and is interpreted twice as fast."""
+    q, k, v = (torch.randn(batch, heads, tokens, 32, dtype=torch.float16, requires_grad=True) for _ in range(3))
+    return measure(performer_attention, q, k, v, orthogonal_projection(features, 32, seed=0), backend="triton", **options)
+
+
+def moved(traffic: Pass, name: str) -> list[int]:
+    """What each launch loads of an argument."""
+    return [each.loaded[name] for each in traffic.launches if name in each.loaded]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_launch_counts_each_byte_once_a_direction(dtype: torch.dtype) -> None:
+    """However often programs and lanes come by; masked lanes and rows that nobody reads do not count."""
+    size = dtype.itemsize
+    traffic = measure(added, torch.randn(5, 37, dtype=dtype)).forward
+    zeros, kernel = traffic.launches
+    assert (zeros.kernel, zeros.loaded, zeros.stored) == ("aten::zeros", {}, {"result": 37 * size})
+    assert kernel.kernel == "add_kernel"
+    assert kernel.loaded == {"x": 3 * 37 * size, "y": 37 * size} and kernel.stored == {"y": 37 * size}
+    assert traffic.least == (3 + 1) * 37 * size
+    assert traffic.bytes == (1 + 3 + 1 + 1) * 37 * size and traffic.ratio == 6 / 4
+
+
+def test_views_count_by_their_elements() -> None:
+    x = torch.randn(37)
+    expanded = measure(added, x.expand(3, 37)).forward
+    assert moved(expanded, "x") == [37 * 4] and expanded.least == 2 * 37 * 4
+    every_other = measure(added, torch.randn(6, 100)[::2, 10:47]).forward
+    assert moved(every_other, "x") == [3 * 37 * 4] and every_other.least == 4 * 37 * 4
+
+
+def test_operators_of_torch_count() -> None:
+    """Those that move something: a cast, a sum, a product with itself, an addition in place, a copy."""
+
+    def function(x: Tensor) -> Tensor:
+        wide = x.view(30).reshape(10, 3).to(torch.float64).to(torch.float64)
+        total = torch.empty(1, 3, dtype=torch.float64).copy_(wide.sum_to_size(1, 3)).mul_(2)
+        return added((wide * wide).float(), 1) + torch.cat([total[0, :2].detach(), x[0, :1].double()])
+
+    launches = measure(function, torch.randn(5, 6)).forward.launches
+    counts = [(each.kernel, sum(each.loaded.values()), sum(each.stored.values())) for each in launches]
+    assert counts == [
+        ("aten::_to_copy", 120, 240),
+        ("aten::sum", 240, 24),
+        ("aten::copy_", 24, 24),
+        ("aten::mul_", 24, 24),
+        ("aten::mul", 240, 240),
+        ("aten::_to_copy", 240, 120),
+        ("aten::zeros", 0, 12),
+        ("add_kernel", 12 + 12, 12),
+        ("aten::_to_copy", 4, 8),
+        ("aten::cat", 16 + 8, 24),
+        ("aten::add", 12 + 24, 24),
+    ]
+
+
+def test_packed_tokens_count_as_separate_ones() -> None:
+    """q, k and v side by side in one storage."""
+    packed = torch.randn(1, 50, 3, 2, 32, requires_grad=True)
+    projection = orthogonal_projection(20, 32, seed=0)
+
+    def bytes_of(*qkv: Tensor) -> tuple[int, ...]:
+        traffic = measure(performer_attention, *qkv, projection, backend="triton")
+        return traffic.forward.bytes, traffic.forward.least, traffic.backward.bytes, traffic.backward.least
+
+    views = packed.permute(2, 0, 3, 1, 4).unbind()
+    assert bytes_of(*views) == bytes_of(*(x.detach().contiguous().requires_grad_() for x in views))
+
+
+def test_the_least_is_arguments_and_results() -> None:
+    """Forward: q, k, v, out. Backward: those, dout, dq, dk, dv. The features once; statistics never."""
+    traffic = performer(100, 2, 3, 40)
+    token_bytes, features = 2 * 3 * 100 * 32 * 2, 40 * 32 * 4
+    assert traffic.forward.least == 4 * token_bytes + features
+    assert traffic.backward.least == 8 * token_bytes + features
+    assert moved(traffic.forward, "slots") == 2 * [features]
+
+
+def test_masked_keys_do_not_count() -> None:
+    mask = torch.arange(100) < 60
+    traffic = performer(100, 2, 3, 40, key_padding_mask=mask.expand(2, 100).contiguous())
+    assert moved(traffic.forward, "k") == [2 * 3 * 60 * 32 * 2]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_tiles_of_tokens_do_not_matter(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches and their bytes are those of the architecture's own tiles, where there are enough tokens to split."""
+    options = dict(rope=rope_1d(1000, 32), key_padding_mask=torch.rand(1, 1000) > 0.3, arch=arch)
+    large = performer(1000, 1, 1, 70, **options)
+    monkeypatch.setattr(configs, "ASSUMED_TOKENS", 0)
+    assert performer(1000, 1, 1, 70, **options) == large
+
+
+# The budgets of the design at the shapes that it names.
+
+
+@pytest.fixture(scope="module")
+def long() -> Traffic:
+    return performer(4096)
+
+
+def test_performer_forward() -> None:
+    q, k, v = torch.randn(3, 4, 4, 1024, 32, dtype=torch.bfloat16)
+    traffic = measure(performer_attention, q, k, v, orthogonal_projection(110, 32, seed=0), backend="triton")
+    assert traffic.backward is None
+    assert 1 <= traffic.forward.ratio <= 1.15, f"\n{traffic.forward}"
+
+
+def test_performer_backward(long: Traffic) -> None:
+    assert 1 <= long.backward.ratio <= 1.5, f"\n{long.backward}"
+
+
+def test_rope() -> None:
+    q, k = torch.randn(2, 4, 8, 1024, 32, dtype=torch.bfloat16, requires_grad=True).unbind()
+    traffic = measure(apply_rope, q, k, rope_1d(1024, 32), backend="triton")
+    assert 1 <= traffic.forward.ratio <= 1.04, f"\n{traffic.forward}"
+    assert 1 <= traffic.backward.ratio <= 1.04, f"\n{traffic.backward}"
+
+
+# What it refuses, and what it leaves behind
+
+
+def test_refusals() -> None:
+    x = torch.randn(4, 8)
+    with pytest.raises(ValueError, match="arch: expected one of sm_80, .*, got 'sm_75'"):
+        measure(added, x, arch="sm_75")
+    with pytest.raises(ValueError, match="expected tensors on the CPU, .* got one on meta"):
+        measure(added, x.to("meta"))
+    with pytest.raises(ValueError, match="launched none"):
+        measure(torch.sum, x)
+    with pytest.raises(Exception, match="atomics are not watched"):
+        measure(lambda x: launch(count_kernel, (1,), x), torch.zeros(1, dtype=torch.int32))
+
+
+def test_an_access_outside_the_arguments_raises() -> None:
+    def far(x: Tensor) -> None:
+        launch(add_kernel, (1,), x, x, 1, 0, 60, BLOCK=64)
+
+    with pytest.raises(Exception, match="is not within one argument's storage"):
+        measure(far, torch.randn(40))
+    assert door.observer is None and configs.assumed is None
+    assert "create_masked_load" not in vars(interpreter_builder)
+
+
+def test_the_command(capsys: pytest.CaptureFixture) -> None:
+    from vix_kernels.__main__ import main
+
+    assert main(["traffic", "--batch", "1", "--heads", "1", "--tokens", "64", "--all-gradients", "--arch", "sm_80"]) == 0
+    out = capsys.readouterr().out
+    assert "performer_attention backward" in out and "aggregate_slots_kernel" in out and "launched as on sm_80" in out
+    assert "in all, 1.000 of the least" in out  # RoPE
+    with pytest.raises(SystemExit):
+        main(["traffic", "--width", "300"])
+    assert capsys.readouterr().err == (
+        "vix traffic: error: performer_attention: backend='triton' cannot run here: "
+        "the kernels serve head widths 8 to 256, not 300\n"
+    )

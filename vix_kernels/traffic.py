@@ -1,0 +1,329 @@
+"""The traffic meter: the bytes of global memory that an op moves, over the least that it could.
+
+    q, k, v = torch.randn(3, 4, 4, 1024, 32, dtype=torch.bfloat16, requires_grad=True).unbind()
+    traffic = measure(performer_attention, q, k, v, orthogonal_projection(110, 32, seed=0), backend="triton")
+    print(traffic.forward.ratio, traffic.backward.ratio)
+    print(traffic.forward)  # launch by launch
+
+A launch counts the distinct bytes that it loads and the distinct bytes that it stores, a byte that it does both to twice: a
+GPU whose cache holds everything within a launch and nothing from one launch to the next. They are taken at the kernels' own
+loads and stores, in Triton's interpreter, so masked lanes, shared projections and views of one packed tensor count as what
+they are. An operator of PyTorch's counts as a launch that reads its operands and writes its result.
+
+The least is every byte of the arguments that the pass reads at all, once, and every byte of its results, once. Arguments of
+the forward are the tensors that the caller gave, those of the backward also the outputs and their gradients. All else, such as
+statistics that are saved for the backward, is what an implementation adds.
+"""
+
+from __future__ import annotations
+
+from argparse import RawDescriptionHelpFormatter
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from . import __all__ as public
+from . import backends
+from ._triton import configs
+from ._triton import launch as door
+from ._triton.compile_report import DTYPES, within
+from ._triton.interpreter import patched_once_a_launch, watched
+from ._triton.offline import TARGETS
+from .commands import Parser
+from .primitives.registry import implementations
+from .testing import SPECS, Case
+
+OVERWRITING = ("aten::copy_", "aten::fill_", "aten::zero_")  # they do not read what they change
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Distinct bytes that a kernel or an operator of PyTorch's touches, by argument; arguments of one storage share a key."""
+
+    kernel: str
+    loaded: dict[str, int]
+    stored: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.loaded.values()) + sum(self.stored.values())
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward or a backward: its launches in order, and the least bytes that it could move."""
+
+    launches: list[Launch]
+    least: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.bytes for each in self.launches)
+
+    @property
+    def ratio(self) -> float:
+        return self.bytes / self.least
+
+    def __str__(self) -> str:
+        lines = [f"{'KiB':>10}  launch"]
+        for each in self.launches:
+            moved = " | ".join(
+                ", ".join(f"{name} {kib(size)}" for name, size in part.items()) for part in (each.loaded, each.stored)
+            )
+            lines.append(f"{kib(each.bytes):>10}  {each.kernel}: {moved}")
+        lines.append(f"{kib(self.bytes):>10}  in all, {self.ratio:.3f} of the least, {kib(self.least)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    forward: Pass
+    backward: Pass | None  # None where no tensor requires a gradient
+
+
+def kib(size: int) -> str:
+    return f"{size / 1024:.1f}"
+
+
+def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", **kwargs: Any) -> Traffic:
+    """The traffic of function(*args, **kwargs) and of its backward.
+
+    Args:
+        function: an op of this library; kwargs say backend="triton".
+        args, kwargs: its arguments, with tensors on the CPU. If some of them require a gradient, the backward is run for
+            those.
+        arch: the GPU whose launch configurations are taken, such as "sm_90".
+
+    Raises:
+        ValueError: arch is not known, a tensor is not on the CPU, or the call launched no kernel.
+        RuntimeError: kernels are not interpreted in this process, or the installed Triton cannot be watched.
+    """
+    if arch not in TARGETS:
+        raise ValueError(f"arch: expected one of {', '.join(TARGETS)}, got {arch!r}")
+    if not backends.interpreted():
+        raise RuntimeError("traffic is measured in Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
+    inputs = list(tensors([args, kwargs]))
+    for x in inputs:
+        if x.device.type != "cpu":
+            raise ValueError(f"args: expected tensors on the CPU, where the interpreter runs, got one on {x.device}")
+
+    with metered(inputs, arch) as meter:
+        result = function(*args, **kwargs)
+    if all(each.kernel.startswith("aten::") for each in meter.launches):
+        raise ValueError("function: expected an op that launches kernels, got a call that launched none (backend='triton'?)")
+    outputs = list(tensors([result]))
+    forward = meter.total(outputs)
+
+    leaves = [x for x in inputs if x.requires_grad]
+    if not leaves:
+        return Traffic(forward, None)
+    outputs = [x for x in outputs if x.requires_grad]
+    cotangents = [torch.randn_like(x) for x in outputs]
+    with metered([*inputs, *outputs, *cotangents], arch) as meter:
+        gradients = torch.autograd.grad(outputs, leaves, cotangents)
+    return Traffic(forward, meter.total(gradients))
+
+
+def tensors(x: Any) -> Iterator[Tensor]:
+    """All tensors in nested arguments, those in a dataclass such as Rope included."""
+    for leaf in tree_leaves(x):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf):
+            yield from tensors([getattr(leaf, each.name) for each in fields(leaf)])
+
+
+# How bytes are counted
+
+
+class Touched:
+    """A set of bytes in the storages of some tensors: by a storage's address a map, not 0 where a byte is in the set."""
+
+    def __init__(self, some: Iterable[Tensor]) -> None:
+        storages = [x.untyped_storage() for x in some]
+        # In multiples of 16 bytes a map can be seen as elements of any size.
+        self.maps = {each.data_ptr(): np.zeros(-(-each.nbytes() // 16) * 16, np.int8) for each in storages}
+
+    @classmethod
+    def all_of(cls, some: Iterable[Tensor]) -> Touched:
+        """Every element; those that stride 0 repeats are one."""
+        some = [x for x in some if x.numel()]
+        touched = cls(some)
+        for x in some:
+            elements = torch.from_numpy(touched.maps[x.untyped_storage().data_ptr()].view(f"i{x.itemsize}"))
+            shape = [size if stride else 1 for size, stride in zip(x.shape, x.stride(), strict=True)]
+            elements.as_strided(shape, x.stride(), x.storage_offset()).fill_(-1)
+        return touched
+
+    def add(self, addresses: np.ndarray, size: int) -> None:
+        """Elements of `size` bytes, all in one storage."""
+        if not addresses.size:
+            return
+        first, last = int(addresses.min()), int(addresses.max())
+        starts = sorted(self.maps)
+        at = bisect_right(starts, first) - 1
+        if at < 0 or last + size > starts[at] + len(self.maps[starts[at]]):
+            raise IndexError(f"an access to addresses {first:#x} to {last:#x} is not within one argument's storage")
+        self.maps[starts[at]].view(f"i{size}")[(addresses - starts[at]) // size] = -1
+
+    def add_common(self, one: Touched, other: Touched) -> None:
+        """What is in both."""
+        for start in self.maps.keys() & one.maps.keys() & other.maps.keys():
+            self.maps[start] |= one.maps[start] & other.maps[start]
+
+    def count(self) -> int:
+        return sum(int(np.count_nonzero(each)) for each in self.maps.values())
+
+    def by_name(self, named: list[tuple[str, Tensor]]) -> dict[str, int]:
+        """Bytes of each storage, by the names of the tensors in it. A tensor that stands in for another is named once."""
+        names: dict[int, dict[int, str]] = defaultdict(dict)
+        for name, x in named:
+            names[x.untyped_storage().data_ptr()].setdefault(id(x), name)
+        counts: Counter[str] = Counter()
+        for start, each in self.maps.items():
+            counts["+".join(names[start].values())] += int(np.count_nonzero(each))
+        return {name: count for name, count in counts.items() if count}
+
+
+class Meter(TorchDispatchMode):
+    """Watches the launches and the operators of PyTorch's that run under it."""
+
+    def __init__(self, given: list[Tensor]) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        self.given, self.read = Touched.all_of(given), Touched(given)
+        self.launching = False
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
+        if 0 in grid:
+            return
+        named = [(name, x) for name, x in zip(kernel.arg_names, args, strict=False) if isinstance(x, Tensor)]
+        loaded, stored = Touched(x for _, x in named), Touched(x for _, x in named)
+        self.launching = True  # what the interpreter does to tensors is not the op's doing
+        try:
+            with watched(loaded.add, stored.add):
+                kernel[grid](*args, **meta)
+        finally:
+            self.launching = False
+        self.add(kernel.__name__, named, loaded, stored)
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if op.namespace == "vix_kernels":
+            with self:  # the body of the operator
+                return implementations[op._schema.name.split("::")[1]](*args)
+        with self:  # what it is composed of, if it is
+            result = op.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        result = op(*args, **kwargs)
+        if not self.launching:
+            self.operator(op._schema, args, kwargs, result)
+        return result
+
+    def operator(self, schema: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        """One kernel that reads all operands and writes the result, unless the operator allocates or makes a view."""
+        values = {each.name: value for each, value in zip(schema.arguments, args, strict=False)} | kwargs
+        operands = [(name, x) for name, value in values.items() for x in tensors([value])]
+        changed = {each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write}
+        unread = changed if schema.name in OVERWRITING else changed & {"out"}
+        results = [(name, x) for name, x in operands if name in changed]
+        if not changed:
+            results = [("result", x) for x in tensors([result])]
+            homes = {x.untyped_storage().data_ptr() for _, x in operands}
+            if "empty" in schema.name or all(x.untyped_storage().data_ptr() in homes for _, x in results):
+                return
+        loaded = Touched.all_of(x for name, x in operands if name not in unread)
+        self.add(schema.name, operands if changed else operands + results, loaded, Touched.all_of(x for _, x in results))
+
+    def add(self, kernel: str, named: list[tuple[str, Tensor]], loaded: Touched, stored: Touched) -> None:
+        self.launches.append(Launch(kernel, loaded.by_name(named), stored.by_name(named)))
+        self.read.add_common(loaded, self.given)
+
+    def total(self, results: Iterable[Tensor]) -> Pass:
+        return Pass(self.launches, self.read.count() + Touched.all_of(results).count())
+
+
+@contextmanager
+def metered(given: list[Tensor], arch: str) -> Iterator[Meter]:
+    """A meter of what runs inside, which launches what it would on `arch`."""
+    meter, observer, assumed = Meter(given), door.observer, configs.assumed
+    door.observer, configs.assumed = meter.launch, arch
+    try:
+        with patched_once_a_launch(), meter:
+            yield meter
+    finally:
+        door.observer, configs.assumed = observer, assumed
+
+
+# The command
+
+EXPLANATION = """\
+Every line is a launch: its KiB, then what it loads | what it stores, by argument. An argument that stands in several lines
+moves several times, and one that is neither an argument nor a result of the op is an intermediate: both are what the op
+moves beyond the least. Nothing is timed and no GPU is needed: the kernels run in Triton's interpreter, fastest with
+OMP_NUM_THREADS=1 where cores are shared.
+
+examples:
+  vix traffic
+  vix traffic --op performer_attention --tokens 4096 --all-gradients --arch sm_80
+  vix traffic --op apply_rope --batch 4 --heads 8 --width 64 --dtype fp32
+"""
+
+
+def command_parser() -> Parser:
+    ops = [name for name in SPECS if name in public]
+    parser = Parser(
+        prog="vix traffic",
+        description="Count the bytes of global memory that the ops move, over the least: each argument once, each result once.",
+        epilog=EXPLANATION,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"{', '.join(ops)} (default: all)")
+    for name, default, help in (
+        ("batch", 4, "samples"),
+        ("heads", 4, "heads of a sample"),
+        ("tokens", 1024, "tokens of a sample"),
+        ("width", 32, "head width"),
+        ("features", 110, "random features of the Performer"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=within(1, 1 << 20), default=default, metavar="N", help=f"{help} (default: {default})"
+        )
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the tokens (default: bf16)")
+    parser.add_argument("--rope", action="store_true", help="rotate queries and keys in the attentions too")
+    parser.add_argument(
+        "--all-gradients", action="store_true", help="gradients of the random features too (default: of the tokens only)"
+    )
+    parser.add_argument(
+        "--arch", choices=TARGETS, default="sm_90", help="the GPU whose launch configurations are taken (default: sm_90)"
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    parser = command_parser()
+    args = parser.parse_args(argv)
+    shape = dict(batch=args.batch, heads=args.heads, tokens=args.tokens, width=args.width, features=args.features)
+    print(f"{args.dtype}, {', '.join(f'{name} {size}' for name, size in shape.items())}, launched as on {args.arch}")
+    for name in args.op:
+        spec = SPECS[name]
+        rotated = args.rope or all(case.rope for case in spec.cases)
+        problem = spec.problem(Case(name, **shape, rope="interleaved" if rotated else None), dtype=DTYPES[args.dtype])
+        for each in spec.differentiable:
+            problem.tensors[each].requires_grad_(args.all_gradients or each in spec.batched)
+        try:
+            traffic = measure(spec.function, *problem.tensors.values(), **problem.options, backend="triton", arch=args.arch)
+        except (RuntimeError, ValueError) as error:
+            parser.error(f"{name}: {error}")
+        print(f"\n{name} forward\n{traffic.forward}\n\n{name} backward\n{traffic.backward}", flush=True)
+    return 0
