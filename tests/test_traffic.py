@@ -146,9 +146,15 @@ def long() -> Traffic:
 
 def test_performer_forward() -> None:
     q, k, v = torch.randn(3, 4, 4, 1024, 32, dtype=torch.bfloat16)
-    traffic = measure(performer_attention, q, k, v, orthogonal_projection(110, 32, seed=0), backend="triton")
-    assert traffic.backward is None
+    projection = orthogonal_projection(110, 32, seed=0)
+    traffic = measure(performer_attention, q, k, v, projection, backend="triton", split=False)
+    assert traffic.backward is None and len(traffic.forward.launches) == 2
     assert 1 <= traffic.forward.ratio <= 1.15, f"\n{traffic.forward}"
+    split = measure(performer_attention, q, k, v, projection, backend="triton")
+    assert len(split.forward.launches) == 3
+    # Each of the 4 chunks writes its values and lse, which the merge reads and writes once more.
+    state = 4 * 4 * 110 * (32 + 1) * 4
+    assert split.forward.bytes - traffic.forward.bytes == (4 + 4) * state
 
 
 def test_performer_backward(long: Traffic) -> None:

@@ -94,7 +94,7 @@ def kib(size: int) -> str:
     return f"{size / 1024:.1f}"
 
 
-def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", **kwargs: Any) -> Traffic:
+def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", split: bool = True, **kwargs: Any) -> Traffic:
     """The traffic of function(*args, **kwargs) and of its backward.
 
     Args:
@@ -102,6 +102,7 @@ def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", **kwa
         args, kwargs: its arguments, with tensors on the CPU. If some of them require a gradient, the backward is run for
             those.
         arch: the GPU whose launch configurations are taken, such as "sm_90".
+        split: cut the tokens into chunks where that GPU's programs would; False counts every launch as if none did.
 
     Raises:
         ValueError: arch is not known, a tensor is not on the CPU, or the call launched no kernel.
@@ -116,7 +117,7 @@ def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", **kwa
         if x.device.type != "cpu":
             raise ValueError(f"args: expected tensors on the CPU, where the interpreter runs, got one on {x.device}")
 
-    with metered(inputs, arch) as meter:
+    with metered(inputs, arch, split) as meter:
         result = function(*args, **kwargs)
     if all(each.kernel.startswith("aten::") for each in meter.launches):
         raise ValueError("function: expected an op that launches kernels, got a call that launched none (backend='triton'?)")
@@ -128,7 +129,7 @@ def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", **kwa
         return Traffic(forward, None)
     outputs = [x for x in outputs if x.requires_grad]
     cotangents = [torch.randn_like(x) for x in outputs]
-    with metered([*inputs, *outputs, *cotangents], arch) as meter:
+    with metered([*inputs, *outputs, *cotangents], arch, split) as meter:
         gradients = torch.autograd.grad(outputs, leaves, cotangents)
     return Traffic(forward, meter.total(gradients))
 
@@ -254,15 +255,15 @@ class Meter(TorchDispatchMode):
 
 
 @contextmanager
-def metered(given: list[Tensor], arch: str) -> Iterator[Meter]:
+def metered(given: list[Tensor], arch: str, split: bool) -> Iterator[Meter]:
     """A meter of what runs inside, which launches what it would on `arch`."""
-    meter, observer, assumed = Meter(given), door.observer, configs.assumed
-    door.observer, configs.assumed = meter.launch, arch
+    meter, before = Meter(given), (door.observer, configs.assumed, configs.may_split)
+    door.observer, configs.assumed, configs.may_split = meter.launch, arch, split
     try:
         with patched_once_a_launch(), meter:
             yield meter
     finally:
-        door.observer, configs.assumed = observer, assumed
+        door.observer, configs.assumed, configs.may_split = before
 
 
 # The command
@@ -304,6 +305,7 @@ def command_parser() -> Parser:
     parser.add_argument(
         "--all-gradients", action="store_true", help="gradients of the random features too (default: of the tokens only)"
     )
+    parser.add_argument("--unsplit", action="store_true", help="keep all tokens of a head in one chunk (default: split)")
     parser.add_argument(
         "--arch", choices=TARGETS, default="sm_90", help="the GPU whose launch configurations are taken (default: sm_90)"
     )
@@ -322,7 +324,10 @@ def main(argv: list[str]) -> int:
         for each in spec.differentiable:
             problem.tensors[each].requires_grad_(args.all_gradients or each in spec.batched)
         try:
-            traffic = measure(spec.function, *problem.tensors.values(), **problem.options, backend="triton", arch=args.arch)
+            traffic = measure(
+                spec.function, *problem.tensors.values(), **problem.options, backend="triton",
+                arch=args.arch, split=not args.unsplit,
+            )  # fmt: skip
         except (RuntimeError, ValueError) as error:
             parser.error(f"{name}: {error}")
         print(f"\n{name} forward\n{traffic.forward}\n\n{name} backward\n{traffic.backward}", flush=True)

@@ -34,6 +34,7 @@ class LaunchConfig:
     split: bool  # float32 slots against 16-bit tokens: products in two halves
     precision: str  # of float32 products
     multiprocessors: int  # of the device, 0 for the interpreter
+    step: int  # tokens in the architecture's own tile: chunks are multiples of it
 
     def chunk(self, programs: int, tokens: int) -> tuple[int, int]:
         """How many tokens a program walks over where one tile of slots is one of `programs`, and how many chunks that makes.
@@ -41,12 +42,14 @@ class LaunchConfig:
         All of them, unless these programs leave multiprocessors idle. The number follows from sizes alone, never from
         timing: the same call gives the same bits.
         """
+        if not may_split:
+            return tokens, 1
         if self.multiprocessors:
             wanted, least = PROGRAMS_A_MULTIPROCESSOR * self.multiprocessors // max(1, programs), LEAST_CHUNK
         else:
-            wanted, least = tokens, 2 * self.tile.tokens  # always: small inputs must meet the merge too
+            wanted, least = tokens, 2 * self.step  # always: small inputs must meet the merge too
         size = max(least, triton.cdiv(tokens, max(1, wanted)))
-        size = triton.cdiv(size, self.tile.tokens) * self.tile.tokens
+        size = triton.cdiv(size, self.step) * self.step
         return size, triton.cdiv(tokens, size)
 
     @property
@@ -184,6 +187,7 @@ INTERPRETER = Tile(32, 16, 1, 1)  # small tiles: every loop runs more than once 
 # takes a fifth of the time, and the distinct bytes of a launch do not depend on them, as long as whatever splits the tokens
 # over programs looks at the architecture's own tile.
 assumed: str | None = None
+may_split = True  # the meter's too: False keeps all tokens in one chunk
 ASSUMED_TOKENS = 1024
 
 
@@ -192,10 +196,11 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
     arch = architecture(tokens.device)
     key = (kernel, tokens.element_size() * 8, padded(width))
     tile = INTERPRETER if arch == "interpreter" else OVERRIDES.get(arch, TABLE).get(key) or TABLE[key]
+    step = tile.tokens
     if assumed:
         tile = tile._replace(tokens=max(tile.tokens, min(ASSUMED_TOKENS, triton.next_power_of_2(tokens.shape[2]))))
     split = slots.element_size() > tokens.element_size()
-    return LaunchConfig(tile, accumulator(tokens.dtype), split, _precision(tile, arch), multiprocessors(tokens.device))
+    return LaunchConfig(tile, accumulator(tokens.dtype), split, _precision(tile, arch), multiprocessors(tokens.device), step)
 
 
 def _precision(tile: Tile, arch: str) -> str:
@@ -219,7 +224,7 @@ def architecture(device: torch.device) -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-# Of the full chip, for launches that are compiled and not run.
+# For launches that are compiled or counted and not run.
 MULTIPROCESSORS = {
     "sm_80": 108,
     "sm_86": 84,
@@ -236,7 +241,7 @@ MULTIPROCESSORS = {
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors (compute units) the device has; 0 for the interpreter."""
     if interpreted():
-        return 0
+        return MULTIPROCESSORS[assumed] if assumed else 0
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return MULTIPROCESSORS[architecture(device)]
