@@ -17,7 +17,7 @@ train: $(READY)  ## train hybrid_vip on the digits; other arguments: make train 
 	OMP_WAIT_POLICY=passive $(BIN)/vix train --model hybrid_vip --dataset digits $(ARGS)
 
 test: $(READY)  ## run the tests; some of them: make test ARGS="-k models"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 traffic: $(READY)  ## count the bytes that the kernels move; one op: make traffic ARGS="--op apply_rope"
 	OMP_NUM_THREADS=1 $(BIN)/vix traffic $(ARGS)

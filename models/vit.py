@@ -4,7 +4,8 @@
 
 The stem is one strided convolution (ViT, arXiv:2010.11929) or three of them (the hybrids of Vision Xformers,
 arXiv:2107.02239, with the normalisation and the activation that arXiv:2106.14881 asks for). The position is learned,
-rotary (RoFormer, arXiv:2104.09864) or absent. Arguments, methods and parameter names are timm's.
+rotary (RoFormer, arXiv:2104.09864; along both axes, arXiv:2403.13298) or absent. Arguments, methods and parameter names are
+timm's.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vix_kernels import Rope, rope_1d
+from vix_kernels import Rope, rope_1d, rope_axial, rope_mixed, rope_mixed_frequencies
 
-POSITIONS = ("learned", "rope_1d", "none")
+POSITIONS = ("learned", "rope_1d", "rope_axial", "rope_mixed", "none")
 POOLS = ("token", "avg")
 
 
@@ -59,12 +60,12 @@ class ConvStem(nn.Sequential):
 
 
 class RotaryPosition(nn.Module):
-    """The table of `rope_1d`: derived, so never saved, and in fp32 whatever the model is cast to."""
+    """A fixed table: derived, so never saved, and in fp32 whatever the model is cast to."""
 
-    def __init__(self, tokens: int, head_dim: int, prefix_tokens: int) -> None:
+    def __init__(self, make: Callable[..., Rope]) -> None:
         super().__init__()
-        self._make = partial(rope_1d, tokens, head_dim, prefix_tokens=prefix_tokens)
-        self._set(self._make())
+        self._make = make
+        self._set(make())
 
     def _set(self, rope: Rope) -> None:
         self.register_buffer("cos", rope.cos, persistent=False)
@@ -77,8 +78,21 @@ class RotaryPosition(nn.Module):
         self._set(self._make(device=self.cos.device))
         return self
 
-    def forward(self) -> Rope:
+    def forward(self, layer: int) -> Rope:
         return Rope(self.cos, self.sin, self.layout)
+
+
+class MixedRotaryPosition(nn.Module):
+    """Learned frequencies for each layer and head."""
+
+    def __init__(self, grid: tuple[int, int], head_dim: int, num_heads: int, depth: int, prefix_tokens: int) -> None:
+        super().__init__()
+        self.grid, self.prefix_tokens = grid, prefix_tokens
+        start = [rope_mixed_frequencies(head_dim, num_heads, seed=layer) for layer in range(depth)]
+        self.frequencies = nn.Parameter(torch.stack(start))
+
+    def forward(self, layer: int) -> Rope:
+        return rope_mixed(*self.grid, self.frequencies[layer], prefix_tokens=self.prefix_tokens)
 
 
 class Mlp(nn.Module):
@@ -116,7 +130,8 @@ class VisionTransformer(nn.Module):
         img_size: height and width, or one number for both; a multiple of `patch_size`.
         num_classes: 0 returns the pooled features.
         mlp_ratio: hidden width of the MLP over `embed_dim`.
-        position: "learned" | "rope_1d" (in raster order, the class token is not rotated) | "none".
+        position: "learned" | "rope_1d" (in raster order) | "rope_axial" (rows and columns) | "rope_mixed" (learned directions
+            for each layer and head) | "none". The class token is not rotated.
         class_token: put a learned token before the patches.
         global_pool: the head reads the class "token" or the mean of the patches, "avg".
         drop_rate: dropout before the head.
@@ -162,20 +177,27 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"embed_dim: expected a multiple of num_heads {num_heads}, got {embed_dim}")
         if position not in POSITIONS:
             raise ValueError(f"position: expected one of {POSITIONS}, got {position!r}")
-        if position == "rope_1d" and (embed_dim // num_heads) % 2:
-            raise ValueError(f"embed_dim: expected an even width per head for rope_1d, got {embed_dim // num_heads}")
+        head_dim, multiple = embed_dim // num_heads, 2 if position == "rope_1d" else 4
+        if position.startswith("rope") and head_dim % multiple:
+            raise ValueError(f"embed_dim: expected a multiple of {multiple} per head for {position}, got {head_dim}")
 
         self.in_chans, self.embed_dim, self.num_features = in_chans, embed_dim, embed_dim
         self.num_prefix_tokens = int(class_token)
         self.grad_checkpointing = False
-        tokens = self.img_size[0] // self.patch_size[0] * (self.img_size[1] // self.patch_size[1])
+        grid = self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
+        tokens = grid[0] * grid[1]
 
         self.patch_embed = stem(in_chans, embed_dim, self.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
         learned = position == "learned"
         self.pos_embed = nn.Parameter(torch.empty(1, class_token + tokens, embed_dim)) if learned else None
-        rotary = position == "rope_1d"
-        self.rope = RotaryPosition(tokens, embed_dim // num_heads, int(class_token)) if rotary else None
+        self.rope: nn.Module | None = None
+        if position == "rope_1d":
+            self.rope = RotaryPosition(partial(rope_1d, tokens, head_dim, prefix_tokens=int(class_token)))
+        elif position == "rope_axial":
+            self.rope = RotaryPosition(partial(rope_axial, *grid, head_dim, prefix_tokens=int(class_token)))
+        elif position == "rope_mixed":
+            self.rope = MixedRotaryPosition(grid, head_dim, num_heads, depth, int(class_token))
 
         make = partial(attention, num_heads=num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop_rate, backend=backend)
         self.blocks = nn.ModuleList(
@@ -196,7 +218,8 @@ class VisionTransformer(nn.Module):
                 _init_linear(module)
 
     def no_weight_decay(self) -> set[str]:
-        return {"cls_token", "pos_embed"}
+        exempt = {"cls_token", "pos_embed", "rope.frequencies"}
+        return {name for name, _ in self.named_parameters() if name in exempt}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
@@ -229,8 +252,8 @@ class VisionTransformer(nn.Module):
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        rope = self.rope() if self.rope is not None else None
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
+            rope = self.rope(layer) if self.rope is not None else None
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vix_kernels import apply_rope, backends, orthogonal_projection, performer_attention, rope_1d
-from vix_kernels.nn import Attention, PerformerAttention
+from vix_kernels import (
+    apply_rope,
+    backends,
+    linear_attention,
+    orthogonal_projection,
+    performer_attention,
+    rope_1d,
+    rope_axial,
+    rope_mixed,
+)
+from vix_kernels.nn import Attention, LinearAttention, PerformerAttention
 
 
 def tensors(batch=2, heads=2, tokens=8, width=16, features=12):
@@ -58,6 +67,16 @@ def test_performer_attention(wrong, kind, message) -> None:
         performer_attention(*positional, **arguments)
 
 
+@pytest.mark.parametrize("wrong, kind, message", PERFORMER.values(), ids=PERFORMER)
+def test_linear_attention(wrong, kind, message) -> None:
+    if "scale" in wrong:
+        pytest.skip("linear attention has no scale")
+    arguments = tensors() | wrong
+    positional = [arguments.pop(name) for name in "qkv"]
+    with pytest.raises(kind, match=message):
+        linear_attention(*positional, **arguments)
+
+
 def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'dropout'"):
         performer_attention(*tensors().values(), dropout=0.1)
@@ -67,13 +86,20 @@ CONSTRUCTORS = {
     "no features": (lambda: orthogonal_projection(0, 8, seed=0), ValueError, "num_features: expected at least 1, got 0"),
     "unknown scaling": (
         lambda: orthogonal_projection(4, 8, seed=0, scaling="one"), ValueError, "scaling: expected 'chi' or 'sqrt', got 'one'"),
-    "odd rope": (lambda: rope_1d(8, 7), ValueError, "dim: expected an even number of channels, at least 2, got 7"),
+    "odd rope": (lambda: rope_1d(8, 7), ValueError, "dim: expected a multiple of 2 channels, got 7"),
+    "axial rope of half pairs": (lambda: rope_axial(2, 2, 6), ValueError, "dim: expected a multiple of 4 channels, got 6"),
+    "axial rope without rows": (lambda: rope_axial(0, 2, 8), ValueError, "height: expected at least 1, got 0"),
+    "mixed rope of rank 2": (
+        lambda: rope_mixed(2, 2, torch.ones(2, 4)), ValueError, r"frequencies: expected shape \(2, heads, .*got \(2, 4\)"),
     "rope without tokens": (lambda: rope_1d(0, 8), ValueError, "tokens: expected at least 1, got 0"),
     "unknown layout": (
         lambda: rope_1d(4, 8, layout="neox"), ValueError, "layout: expected 'interleaved' or 'half', got 'neox'"),
     "negative prefix": (lambda: rope_1d(4, 8, prefix_tokens=-1), ValueError, "prefix_tokens: expected at least 0, got -1"),
     "heads that do not divide": (lambda: Attention(64, 5), ValueError, "num_heads: expected a divisor of dim 64, got 5"),
     "module backend": (lambda: Attention(64, 4, backend="gpu"), ValueError, "backend: expected one of .*, got 'gpu'"),
+    "unknown feature map": (
+        lambda: LinearAttention(64, 4, feature_map="tanh"), ValueError, "feature_map: expected .*, got 'tanh'"),
+    "negative eps": (lambda: LinearAttention(64, 4, eps=-1.0), ValueError, "eps: expected a number >= 0, got -1.0"),
     "attention dropout": (
         lambda: PerformerAttention(64, 4, attn_drop=0.1), NotImplementedError, r"attn_drop: expected 0 .*, got 0.1"),
 }  # fmt: skip

@@ -12,7 +12,7 @@ import vix_kernels
 from vix_kernels.models import create_model, list_models
 
 SMALL = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
-POSITIONS = ("learned", "rope_1d", "none")
+POSITIONS = ("learned", "rope_1d", "rope_axial", "rope_mixed", "none")
 every_model = pytest.mark.parametrize("name", list_models())
 
 
@@ -40,7 +40,7 @@ def test_state_dict_round_trip(name: str, position: str) -> None:
     assert not torch.equal(first(x), second(x))
     second.load_state_dict(first.state_dict())
     assert torch.equal(first(x), second(x))
-    assert not any("rope" in key for key in first.state_dict())
+    assert [key for key in first.state_dict() if "rope" in key] == ["rope.frequencies"] * (position == "rope_mixed")
 
 
 @every_model
@@ -72,8 +72,9 @@ def test_timm_contract(name: str) -> None:
 
 
 @every_model
-def test_gradient_checkpointing_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = create_model(name, **SMALL, position="rope_1d")
+@pytest.mark.parametrize("position", ["rope_1d", "rope_mixed"])
+def test_gradient_checkpointing_changes_nothing(name: str, position: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = create_model(name, **SMALL, position=position)
     x = images(2, 3, 8, 8)
 
     def gradients() -> list[torch.Tensor]:
@@ -118,6 +119,15 @@ def test_rotary_table_stays_exact() -> None:
     assert torch.equal(model.to_empty(device="cpu").rope.sin, expected.sin)
 
 
+def test_axial_and_mixed_positions_know_the_grid() -> None:
+    model = create_model("vip", **SMALL | {"img_size": (8, 16)}, position="rope_axial")
+    assert torch.equal(model.rope.cos, vix_kernels.rope_axial(4, 8, 8, prefix_tokens=1).cos)
+    model = create_model("vip", **SMALL | {"img_size": (8, 16)}, position="rope_mixed")
+    assert model.rope.frequencies.shape == (2, 2, 2, 4) and "rope.frequencies" in model.no_weight_decay()
+    first, second = model.rope(0), model.rope(1)
+    assert first.tokens == 33 and first.heads == 2 and not torch.equal(first.cos, second.cos)
+
+
 def test_published_configuration() -> None:
     # originals: ViT and ViP, learned parameters of the published CIFAR-10 scripts
     assert sum(p.numel() for p in create_model("vit").parameters()) == 661_770
@@ -141,7 +151,8 @@ def test_list_models() -> None:
         ("vip", {"img_size": "32"}, ["img_size", "'32'"]),
         ("vip", {"img_size": (32, 0)}, ["img_size", "(32, 0)"]),
         ("vip", {"embed_dim": 30}, ["embed_dim", "num_heads 4", "30"]),
-        ("vip", {"embed_dim": 12, "position": "rope_1d"}, ["embed_dim", "even", "3"]),
+        ("vip", {"embed_dim": 12, "position": "rope_1d"}, ["embed_dim", "multiple of 2", "3"]),
+        ("vip", {"embed_dim": 12, "position": "rope_axial"}, ["embed_dim", "multiple of 4", "3"]),
         ("vip", {"position": "rope_2d"}, ["position", "rope_1d", "rope_2d"]),
         ("vip", {"global_pool": "max"}, ["global_pool", "avg", "max"]),
         ("vip", {"global_pool": ""}, ["global_pool", "''"]),

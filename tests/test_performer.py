@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -230,3 +231,14 @@ class TestModule:
         module, x, rope = kind(48, 3, qk_norm=True), torch.randn(2, 10, 48), rope_1d(9, 16, prefix_tokens=1)
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x, rope=rope), module(x, rope=rope))
+
+    @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler on a CPU")
+    def test_trains_through_inductor(self) -> None:
+        module, x, rope = PerformerAttention(48, 3), torch.randn(2, 10, 48), rope_1d(10, 16)
+        compiled = torch.compile(module, fullgraph=True)
+
+        def gradients(function) -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(function(x, rope=rope).square().sum(), tuple(module.parameters()))
+
+        for a, b in zip(gradients(compiled), gradients(module), strict=True):
+            torch.testing.assert_close(a, b)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vix_kernels import Rope, apply_rope, rope_1d
+from vix_kernels import Rope, apply_rope, rope_1d, rope_axial, rope_mixed, rope_mixed_frequencies
 
 
 def test_angles_are_positions_times_frequencies() -> None:
@@ -25,6 +25,40 @@ def test_angles_of_far_tokens_are_exact() -> None:
     rope = rope_1d(100_001, 4)
     assert rope.cos[0, -1, 1] == pytest.approx(math.cos(100_000 * 10000.0**-0.5), abs=1e-6)
     assert rope.sin[0, -1, 0] == pytest.approx(math.sin(100_000), abs=1e-6)
+
+
+def test_axial_angles_are_columns_then_rows() -> None:
+    rope = rope_axial(2, 3, 8, prefix_tokens=1)
+    assert (rope.tokens, rope.heads, rope.dim) == (7, 1, 8)
+    for token in range(6):
+        column, row = token % 3, token // 3
+        expected = [column, column * 100 ** (-4 / 8), row, row * 100 ** (-4 / 8)]
+        torch.testing.assert_close(rope.sin[0, 1 + token], torch.tensor(expected).sin())
+    assert (rope.cos[:, 0] == 1).all()
+
+
+def test_mixed_angles_contain_the_axial_ones() -> None:
+    """Frequencies along one axis only, the first half of the pairs across, the second down."""
+    frequencies = torch.zeros(2, 1, 4)
+    frequencies[0, 0, :2] = frequencies[1, 0, 2:] = 100.0 ** (-torch.arange(0, 8, 4) / 8)
+    mixed, axial = rope_mixed(2, 3, frequencies, prefix_tokens=1), rope_axial(2, 3, 8, prefix_tokens=1)
+    torch.testing.assert_close(mixed.cos, axial.cos)
+    torch.testing.assert_close(mixed.sin, axial.sin)
+
+
+def test_mixed_frequencies_start_at_right_angles() -> None:
+    across, down = rope_mixed_frequencies(16, 3, seed=0)
+    lengths = 10.0 ** (-torch.arange(0, 16, 4) / 16)
+    torch.testing.assert_close((across.square() + down.square()).sqrt(), lengths.repeat(2).expand(3, -1))
+    products = across[:, :4] * across[:, 4:] + down[:, :4] * down[:, 4:]
+    torch.testing.assert_close(products, torch.zeros(3, 4), atol=1e-6, rtol=0)
+    assert torch.equal(across, rope_mixed_frequencies(16, 3, seed=0)[0])
+    assert len({round(x, 4) for x in across[:, 0].tolist()}) == 3  # every head its own direction
+
+
+def test_low_precision_frequencies_make_float32_angles() -> None:
+    frequencies = rope_mixed_frequencies(8, 2, seed=0).bfloat16()
+    assert torch.equal(rope_mixed(5, 7, frequencies).cos, rope_mixed(5, 7, frequencies.float()).cos)
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "half"])

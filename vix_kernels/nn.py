@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import backends
+from .ops.linear import check_feature_map, linear_attention
 from .ops.performer import orthogonal_projection, performer_attention
 from .ops.rope import Rope, apply_rope
 
@@ -120,8 +121,7 @@ class PerformerAttention(Attention):
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
-        if attn_drop:
-            raise NotImplementedError(f"attn_drop: expected 0 (there are no weights to drop), got {attn_drop}")
+        _refuse_dropout(attn_drop)
         super().__init__(dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer, backend=backend)
         if not 0 <= seed < 4096:
             raise ValueError(f"seed: expected 0 to 4095, got {seed}")
@@ -161,3 +161,44 @@ class PerformerAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
         return performer_attention(q, k, v, self.projection, key_padding_mask=key_padding_mask, rope=rope, backend=self.backend)
+
+
+class LinearAttention(Attention):
+    """Linear attention between timm's linear maps, on the channels of q and k as they are.
+
+    Args:
+        feature_map: "relu" or "elu" (elu + 1).
+        eps: >= 0, added to the denominator.
+        Others as in Attention; attn_drop is refused, there are no weights to drop.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
+        *,
+        feature_map: Literal["relu", "elu"] = "relu",
+        eps: float = 1e-6,
+        backend: str = "auto",
+    ) -> None:
+        _refuse_dropout(attn_drop)
+        super().__init__(dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer, backend=backend)
+        check_feature_map(feature_map, eps)
+        self.feature_map, self.eps = feature_map, eps
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
+        return linear_attention(
+            q, k, v, feature_map=self.feature_map, eps=self.eps, key_padding_mask=key_padding_mask, rope=rope,
+            backend=self.backend,
+        )  # fmt: skip
+
+
+def _refuse_dropout(attn_drop: float) -> None:
+    if attn_drop:
+        raise NotImplementedError(f"attn_drop: expected 0 (there are no weights to drop), got {attn_drop}")

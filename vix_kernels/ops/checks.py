@@ -60,7 +60,7 @@ def check_rope(rope: Rope | None, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"rope: expected q and k of equal lengths, got {q.shape[2]} and {k.shape[2]} tokens")
     if rope.tokens != q.shape[2]:
         raise ValueError(f"rope: expected angles for q's {q.shape[2]} tokens, got {rope.tokens}")
-    if rope.heads not in (1, q.shape[1]):
+    if rope.heads != 1 and rope.heads != q.shape[1]:  # not `in`: the compiler compares dynamic sizes by == only
         raise ValueError(f"rope: expected angles for 1 or q's {q.shape[1]} heads, got {rope.heads}")
     if rope.dim > q.shape[3]:
         raise ValueError(f"rope: expected at most q's head_dim {q.shape[3]} rotated channels, got {rope.dim}")

@@ -59,10 +59,7 @@ def linear_attention(
     check_qkv(q, k, v)
     check_mask(key_padding_mask, k)
     check_rope(rope, q, k)
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map: expected one of {', '.join(map(repr, FEATURE_MAPS))}, got {feature_map!r}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    check_feature_map(feature_map, eps)
     slots = None if projection is None else check_projection(projection, q) * q.shape[3] ** -0.25
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
     if backend == "reference":
@@ -102,3 +99,10 @@ def linear_attention_reference(
     # Means, as a sum over many tokens would leave float16.
     out = (phi_q @ (phi_k.mT @ (v / k.shape[2]))).to(wide) / total.masked_fill(total == 0, 1) * k.shape[2]
     return out.to(q.dtype)
+
+
+def check_feature_map(feature_map: str, eps: float) -> None:
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map: expected one of {', '.join(map(repr, FEATURE_MAPS))}, got {feature_map!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps}")

@@ -160,6 +160,7 @@ def rope_mixed(height: int, width: int, frequencies: Tensor, *, layout: Layout =
         got = tuple(frequencies.shape) if isinstance(frequencies, Tensor) else type(frequencies).__name__
         raise ValueError(f"frequencies: expected shape (2, heads, R / 2), got {got}")
     _check_prefix(prefix_tokens)
+    frequencies = frequencies.to(torch.promote_types(frequencies.dtype, torch.float32))
     x, y = (each.to(frequencies) for each in _grid(height, width))
     across, down = frequencies[:, :, None]  # (heads, 1, R / 2) each
     # The sum of two products, spelled out: a matrix product would round its operands under tf32 or autocast.
