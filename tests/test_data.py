@@ -87,6 +87,7 @@ def test_a_pack_holds_what_was_packed(pack: Path) -> None:
     assert torch.equal(data.train_labels, (torch.arange(48) % 3)[~held_out])
     assert torch.equal(data.test_labels, (torch.arange(48) % 3)[held_out])
     assert (data.name, data.classes) == ("stripes", ("lies", "stands", "leans"))
+    assert data.model_kwargs == {"patch_size": 2}  # 8 x 8 tokens
 
 
 def test_inputs_are_normalised(pack: Path) -> None:

@@ -116,6 +116,7 @@ def pack(path: str | Path) -> Dataset:
     images = _decode(arrays)
     mean, std = pixel_statistics(images[train], max_value=255)
     side = math.gcd(*images.shape[2:])
+    patch_size = max(p for p in range(1, side + 1) if side % p == 0 and p <= max(1, side // 8))  # 8 x 8 tokens or more
     return Dataset(
         name=Path(path).stem,
         classes=classes,
@@ -127,8 +128,7 @@ def pack(path: str | Path) -> Dataset:
         mean=mean,
         std=std,
         augment=lambda x: random_flip_crop(x, shift=0.125),
-        # 8 x 8 tokens, or more where the size has no such divisor
-        model_kwargs={"patch_size": max(p for p in range(1, max(2, side // 8 + 1)) if side % p == 0)},
+        model_kwargs={"patch_size": patch_size},
     )
 
 
