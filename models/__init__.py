@@ -16,7 +16,7 @@ from torch import nn
 
 from vix_kernels.nn import Attention, PerformerAttention
 
-from .vit import ConvStem, VisionTransformer, check_counts
+from .transformer import ConvStem, VisionTransformer, check_counts
 
 __all__ = ["VisionTransformer", "create_model", "list_models"]
 

@@ -1,6 +1,7 @@
 """Tests run on the GPU where there is one, and through Triton's interpreter where there is none."""
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
@@ -28,3 +29,22 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `vix train`, which must refuse in one line; returns that line."""
+    from vix_kernels.__main__ import main
+
+    def refused(*argv: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(["train", *map(str, argv)])
+        captured = capsys.readouterr()
+        assert stop.value.code == 2
+        assert captured.out == ""
+        assert captured.err.startswith("vix train: error: ")
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    return refused

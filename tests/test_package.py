@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pkgutil
 import statistics
 import subprocess
 import sys
+from importlib import import_module
 
 import vix_kernels
+from vix_kernels import models
 
 
 def python(code: str) -> str:
@@ -33,6 +36,11 @@ def test_import_costs_little_beside_torch() -> None:
 def test_public_names() -> None:
     assert all(hasattr(vix_kernels, name) for name in vix_kernels.__all__)
     assert vix_kernels.__version__.count(".") == 2
+
+
+def test_no_model_hides_a_module_of_its_name() -> None:
+    for name in [info.name for info in pkgutil.iter_modules(models.__path__)]:
+        assert getattr(models, name) is import_module(f"vix_kernels.models.{name}")
 
 
 def test_check_names_every_reason(capsys) -> None:

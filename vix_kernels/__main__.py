@@ -29,6 +29,7 @@ TRAIN_EXAMPLES = """\
 examples:
   vix train --model hybrid_vip --dataset digits
   vix train --model vip --model-kwargs depth=2 position=rope_1d --epochs 20 --amp --output runs/small
+  vix train --dataset data/cifar10_jpeg.npz --epochs 6 --warmup-epochs 1
   vix train --resume runs/hybrid_vip-digits
 
 A run leaves args.yaml, summary.csv, learning_curve.png and the checkpoints last.pt and best.pt in its output folder.
@@ -79,7 +80,7 @@ def _train_parser() -> Parser:
 
     add("--model", metavar="NAME", help="a name from `vix models`")
     add("--model-kwargs", nargs="+", action=KeyValues, metavar="K=V", help="arguments of the model (default: none)")
-    add("--dataset", metavar="NAME", help="digits")
+    add("--dataset", metavar="NAME", help="digits, or the path of packed images (.npz)")
     add("--epochs", type=int, metavar="N", help="passes over the training images")
     add("-b", "--batch-size", type=int, metavar="N", help="images a step, at most")
     add("--lr", type=float, metavar="LR", help="highest learning rate")
@@ -88,11 +89,15 @@ def _train_parser() -> Parser:
     add("--min-lr", type=float, metavar="LR", help="learning rate at the end of the cosine")
     add("--smoothing", type=float, metavar="S", help="label smoothing")
     add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm, 0 for no clipping")
-    add("--amp", action="store_true", help="run the model under autocast (default: no)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="run the model under autocast (default: no)")
     add("--amp-dtype", choices=["bfloat16"], help="dtype of autocast")
     add("--seed", type=int, metavar="N", help="of the weights, the batches and the augmentation")
     add("--device", metavar="DEVICE", help="auto takes a GPU if there is one")
-    add("--backend", choices=["auto", "triton", "torch", "reference"], help="of the attention")
+    add(
+        "--backend",
+        choices=["auto", "triton", "torch", "reference"],
+        help="of linear-cost attention and of the rotary embedding; the softmax of vit is always torch's",
+    )
     add("--output", metavar="DIR", help="a folder without a run (default: runs/MODEL-DATASET, numbered)")
     add("--resume", metavar="PATH", help="continue the run in this folder, or from this checkpoint (default: no)")
     parser.set_defaults(**asdict(Config()))

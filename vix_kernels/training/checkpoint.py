@@ -11,7 +11,7 @@ import torch
 
 from .config import UserError
 
-_PARTS = {"config": dict, "model_kwargs": dict, "epoch": int, "history": list, "model": dict, "optimizer": dict}
+_PARTS = {"config": dict, "model_kwargs": dict, "data": dict, "epoch": int, "history": list, "model": dict, "optimizer": dict}
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

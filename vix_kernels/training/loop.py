@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +22,12 @@ from vix_kernels.models import create_model
 
 from .checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from .config import Config, UserError
-from .data import Dataset, load_dataset
+from .data import DATASETS, Dataset, load_dataset
 from .report import draw_learning_curve, write_args, write_summary
 
 History = list[dict[str, Any]]
 EVAL_BATCH = 512
+CURVE_SECONDS = 30  # between two drawings of the learning curve: at 0.3 s each they cost a run at most one per cent
 RUN_FILES = ("args.yaml", "summary.csv", "last.pt", "best.pt", "learning_curve.png")
 
 
@@ -34,31 +39,40 @@ def train(config: Config) -> tuple[History, Path]:
     config.check()
     checkpoint = load_checkpoint(config.resume) if config.resume else None
     output = _output_folder(config)
-    config = replace(config, output=str(output))
     device = _device(config.device)
     torch.backends.cudnn.deterministic = True  # convolutions too give the same bits on every run
     dataset = load_dataset(config.dataset).to(device)
+    if config.dataset not in DATASETS:  # a path, to be found again from wherever the run is resumed
+        config = replace(config, dataset=os.path.abspath(config.dataset))
     model, model_kwargs = _build_model(config, dataset, device)
     optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
     history: History = []
     if checkpoint is not None:
-        _restore(checkpoint, config, model_kwargs, model, optimizer)
+        _restore(checkpoint, config, model_kwargs, dataset, model, optimizer)
         history = checkpoint["history"]
-    new = not (output / "last.pt").exists()
+    new = output is None or not (output / "last.pt").exists()
     reached = _best_of(config.resume, history) if new and history else None
 
     def state() -> dict[str, Any]:
         return {
             "config": asdict(config),
             "model_kwargs": model_kwargs,
+            "data": dataset.description(),
             "epoch": len(history),
             "history": history,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
 
+    def draw() -> None:
+        title = f"{config.model} on {dataset.name}"
+        draw_learning_curve(output / "learning_curve.png", history, best_epoch(history), title)
+
     try:
+        if output is None:
+            output = _claim_folder(f"{config.model}-{dataset.name}")
         output.mkdir(parents=True, exist_ok=True)
+        config = replace(config, output=str(output))
         if new:
             if reached:  # a branch of another run, which takes along what that one has reached
                 save_checkpoint(output / "best.pt", reached)
@@ -71,8 +85,9 @@ def train(config: Config) -> tuple[History, Path]:
 
     parameters = sum(p.numel() for p in model.parameters())
     images = f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} held-out images"
-    print(f"{config.model} on {config.dataset}: {parameters:,} parameters, {images}, {device}, output {output}")
+    print(f"{config.model} on {dataset.name}: {parameters:,} parameters, {images}, {device}, output {output}")
     steps = math.ceil(len(dataset.train_labels) / config.batch_size)
+    drawn = time.perf_counter()
     progress = tqdm(total=config.epochs * steps, initial=len(history) * steps, unit="step", leave=False, disable=None)
     try:
         for epoch in range(len(history), config.epochs):
@@ -85,6 +100,9 @@ def train(config: Config) -> tuple[History, Path]:
                 save_checkpoint(output / "best.pt", state())
             save_checkpoint(output / "last.pt", state())
             write_summary(output / "summary.csv", history)
+            if time.perf_counter() > drawn + CURVE_SECONDS:
+                draw()
+                drawn = time.perf_counter()
             progress.write(
                 f"epoch {row['epoch']:3}/{config.epochs}  train loss {row['train_loss']:.4f}  held-out loss "
                 f"{row['eval_loss']:.4f}  top-1 {row['eval_top1']:6.2f} %  top-5 {row['eval_top5']:6.2f} %  "
@@ -95,8 +113,7 @@ def train(config: Config) -> tuple[History, Path]:
     finally:
         progress.close()
         if history:
-            title = f"{config.model} on {config.dataset}"
-            draw_learning_curve(output / "learning_curve.png", history, best_epoch(history), title)
+            draw()
     return history, output
 
 
@@ -139,7 +156,7 @@ def evaluate(model: nn.Module, dataset: Dataset, config: Config) -> dict[str, fl
         with _autocast(config, labels.device):
             logits.append(model(dataset.inputs(images)).float())
     scores = torch.cat(logits)
-    hits = scores.topk(min(5, dataset.num_classes)).indices == labels[:, None]
+    hits = scores.topk(min(5, len(dataset.classes))).indices == labels[:, None]
     return {
         "eval_loss": F.cross_entropy(scores, labels).item(),
         "eval_top1": 100 * hits[:, 0].sum().item() / len(labels),
@@ -195,13 +212,13 @@ def _device(name: str) -> torch.device:
 def _build_model(config: Config, dataset: Dataset, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     """The model and the arguments that made it, those the user left out taken from the data set."""
     _, channels, height, width = dataset.train_images.shape
-    shape = {"img_size": (height, width), "in_chans": channels, "num_classes": dataset.num_classes}
+    shape = {"img_size": (height, width), "in_chans": channels, "num_classes": len(dataset.classes)}
     kwargs = shape | dataset.model_kwargs | config.model_kwargs
     if "backend" in kwargs:
         raise UserError("--model-kwargs: backend has a flag of its own, --backend")
     for name, value in shape.items():
         if kwargs[name] != value:
-            raise UserError(f"--model-kwargs: {name}: the images of {config.dataset} have {value}, got {kwargs[name]}")
+            raise UserError(f"--model-kwargs: {name}: the images of {dataset.name} have {value}, got {kwargs[name]}")
     torch.manual_seed(config.seed)
     try:
         model = create_model(config.model, **kwargs, backend=config.backend).to(device)
@@ -209,6 +226,13 @@ def _build_model(config: Config, dataset: Dataset, device: torch.device) -> tupl
             model.eval()(dataset.inputs(dataset.test_images[:2]))
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(str(error)) from error
+    images = len(dataset.train_labels)
+    if images // math.ceil(images / config.batch_size) == 1:  # the smallest batch; with one value a channel batch norm fails
+        try:
+            deepcopy(model).train()(dataset.inputs(dataset.train_images[:1]))
+        except ValueError as error:
+            message = f"--batch-size: {config.model} cannot train on a batch of one image: {error}"
+            raise UserError(message) from error
     return model, kwargs
 
 
@@ -216,15 +240,20 @@ def _restore(
     checkpoint: dict[str, Any],
     config: Config,
     model_kwargs: dict[str, Any],
+    dataset: Dataset,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Load the weights and the optimizer of `checkpoint`, which must be of the same model, data and seed."""
     saved = checkpoint["config"] | {"model_kwargs": checkpoint["model_kwargs"]}
-    wanted = {name: getattr(config, name) for name in ("model", "dataset", "seed")} | {"model_kwargs": model_kwargs}
+    wanted = {"model": config.model, "seed": config.seed, "model_kwargs": model_kwargs}
     for name, value in wanted.items():
         if saved.get(name) != value:
             raise UserError(f"--resume: the checkpoint has {name} {saved.get(name)!r}, this run has {value!r}")
+    # Of the data not the path counts, which may have changed, and not the statistics, which follow the JPEG decoder.
+    description = dataset.description()
+    if any(checkpoint["data"].get(name) != description[name] for name in ("classes", "train_images", "test_images")):
+        raise UserError(f"--resume: the checkpoint has other classes or numbers of images than dataset {config.dataset}")
     if config.epochs < len(checkpoint["history"]):
         done = len(checkpoint["history"])
         raise UserError(f"--epochs: expected at least the {done} that the checkpoint has behind it, got {config.epochs}")
@@ -245,8 +274,8 @@ def _best_of(resume: str, history: History) -> dict[str, Any] | None:
     return best if best and best["history"] == history[: best_epoch(history)["epoch"]] else None
 
 
-def _output_folder(config: Config) -> Path:
-    """A folder that holds no run yet, or the one of the run that is continued."""
+def _output_folder(config: Config) -> Path | None:
+    """A folder that holds no run yet, or the one of the run that is continued; None leaves it to `_claim_folder`."""
     if config.resume:
         resumed = checkpoint_path(config.resume)
         folder = Path(config.output) if config.output else resumed.parent
@@ -255,11 +284,18 @@ def _output_folder(config: Config) -> Path:
     elif config.output:
         folder = Path(config.output)
     else:
-        base = folder = Path("runs", f"{config.model}-{config.dataset}")
-        number = 1
-        while folder.exists():
-            number += 1
-            folder = base.with_name(f"{base.name}-{number}")
+        return None
     if any((folder / name).exists() for name in RUN_FILES):
         raise UserError(f"--output: {folder} holds a run already: continue it with --resume {folder}, or name another")
     return folder
+
+
+def _claim_folder(name: str) -> Path:
+    """Make runs/NAME, or the first of NAME-2, NAME-3, ... that is free. Of runs started at once only one can make it."""
+    runs = Path("runs")
+    runs.mkdir(exist_ok=True)
+    for number in count(1):
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder

@@ -1,0 +1,198 @@
+"""The data sets of `vix train`: what is read, how it is augmented, and what is said to files that cannot be read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from vix_kernels.__main__ import main
+from vix_kernels.training.augment import random_affine, random_flip_crop
+from vix_kernels.training.checkpoint import load_checkpoint
+from vix_kernels.training.data import load_dataset
+
+CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10_jpeg.npz"
+TINY_WORDS = ["embed_dim=16", "depth=1", "num_heads=2"]
+
+
+def pictures() -> list[Image.Image]:
+    """48 of 16 x 16 pixels: stripes that lie, stand or lean, by turns, in two colours. The last is grey."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:16, :16]
+    images = []
+    for i in range(48):
+        wave = np.sin((y, x, x + y)[i % 3] + rng.uniform(0, 6))[..., None]
+        pixels = rng.uniform(40, 215, 3) + 40 * wave * rng.uniform(-1, 1, 3)
+        images.append(Image.fromarray(pixels.astype(np.uint8)))
+    return [*images[:-1], images[-1].convert("L")]
+
+
+def jpeg(image: Image.Image) -> bytes:
+    image.save(file := BytesIO(), "JPEG", quality=90)
+    return file.getvalue()
+
+
+def arrays_of(files: list[bytes]) -> dict[str, np.ndarray]:
+    """A pack of three classes, every fourth image held out."""
+    starts = [file.index(b"\xff\xda") for file in files]  # the start of the scan
+    heads = [file[:start] for file, start in zip(files, starts, strict=True)]
+    headers = sorted(set(heads))
+    scans = [file[start:] for file, start in zip(files, starts, strict=True)]
+    return {
+        "headers": np.frombuffer(b"".join(headers), np.uint8),
+        "header_offsets": np.cumsum([0, *map(len, headers)]),
+        "header_id": np.array([headers.index(head) for head in heads], np.uint16),
+        "scans": np.frombuffer(b"".join(scans), np.uint8),
+        "offsets": np.cumsum([0, *map(len, scans)]),
+        "labels": np.arange(len(files), dtype=np.uint8) % 3,
+        "split": (np.arange(len(files)) % 4 == 3).astype(np.uint8),
+        "classes": np.array(["lies", "stands", "leans"]),
+    }
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Path:
+    np.savez(tmp_path / "stripes.npz", **arrays_of([jpeg(image) for image in pictures()]))
+    return tmp_path / "stripes.npz"
+
+
+def test_held_out_digits_are_fixed_and_stratified() -> None:
+    data = load_dataset("digits")
+    assert (len(data.train_labels), len(data.test_labels)) == (1437, 360)
+    held_out = data.test_images.numpy().tobytes() + data.test_labels.numpy().tobytes()
+    assert hashlib.sha256(held_out).hexdigest()[:16] == "3ea49a6c5c1f0810"
+    for digit in range(10):
+        of_class = int((data.train_labels == digit).sum()), int((data.test_labels == digit).sum())
+        assert abs(of_class[1] - 0.2 * sum(of_class)) < 1
+
+
+def test_a_pack_holds_what_was_packed(pack: Path) -> None:
+    data = load_dataset(str(pack))
+    files = [Image.open(BytesIO(jpeg(image))).convert("RGB") for image in pictures()]
+    images = torch.from_numpy(np.stack(files)).permute(0, 3, 1, 2)
+    held_out = torch.arange(48) % 4 == 3
+    assert data.train_images.dtype == torch.uint8
+    assert torch.equal(data.train_images, images[~held_out])
+    assert torch.equal(data.test_images, images[held_out])
+    assert torch.equal(data.train_labels, (torch.arange(48) % 3)[~held_out])
+    assert torch.equal(data.test_labels, (torch.arange(48) % 3)[held_out])
+    assert (data.name, data.classes) == ("stripes", ("lies", "stands", "leans"))
+    assert data.model_kwargs == {"patch_size": 2}  # 8 x 8 tokens
+
+
+def test_inputs_are_normalised(pack: Path) -> None:
+    for data in load_dataset("digits"), load_dataset(str(pack)):
+        x = data.inputs(data.train_images)
+        std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0)
+        torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-4)
+        torch.testing.assert_close(std, torch.ones_like(std), rtol=0, atol=1e-4)
+
+
+def test_affine_augmentation_without_a_draw_is_the_identity() -> None:
+    x = torch.rand(4, 1, 8, 8)
+    torch.testing.assert_close(random_affine(x, degrees=0, scale=0, shift=0), x)
+    assert not torch.allclose(random_affine(x, degrees=15, scale=0, shift=0), x)
+
+
+def test_flip_and_crop_give_every_window_of_the_padded_image() -> None:
+    image = torch.rand(1, 3, 8, 12)
+    padded = torch.nn.functional.pad(image, (3, 3, 2, 2), mode="reflect")[0]  # a quarter of the width and of the height
+    crops = [padded[:, y : y + 8, x : x + 12] for y in range(5) for x in range(7)]
+    windows = {window.numpy().tobytes() for crop in crops for window in (crop, crop.flip(2))}
+    torch.manual_seed(0)
+    drawn = [one.numpy().tobytes() for one in random_flip_crop(image.expand(2000, -1, -1, -1), shift=0.25)]
+    assert len(windows) == 70
+    assert set(drawn) == windows
+
+
+def test_a_run_on_a_pack_goes_on_from_anywhere(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--dataset", "stripes.npz", "--epochs", "1", "--model-kwargs", *TINY_WORDS]) == 0
+    run = tmp_path / "runs" / "hybrid_vip-stripes"
+    assert yaml.safe_load((run / "args.yaml").read_text())["dataset"] == str(pack)
+    assert load_checkpoint(run)["data"]["classes"] == ["lies", "stands", "leans"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["train", "--resume", str(run), "--epochs", "2"]) == 0
+    moved = pack.rename(tmp_path / "moved.npz")
+    assert "stripes.npz" in refused("--resume", run, "--epochs", "3")
+    assert main(["train", "--resume", str(run), "--epochs", "3", "--dataset", os.path.relpath(moved)]) == 0
+    assert [row["epoch"] for row in load_checkpoint(run)["history"]] == [1, 2, 3]
+    arrays = dict(np.load(moved))
+    np.savez(moved, **arrays | {"classes": np.array(["a", "b", "c"])})
+    assert "classes" in refused("--resume", run, "--epochs", "4")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a: a.pop("scans"), ["scans"]),
+        (lambda a: a.update(labels=a["labels"] + 1), ["labels", "3"]),
+        (lambda a: a.update(labels=a["labels"][:-1]), ["labels"]),
+        (lambda a: a.update(split=a["split"] * 0), ["split", "[0]"]),
+        (lambda a: a.update(split=a["split"] * 2), ["split", "[0, 2]"]),
+        (lambda a: a.update(scans=a["scans"][:-20]), ["image 47"]),
+        (lambda a: a.update(headers=a["headers"][::-1]), ["image 0"]),
+        (lambda a: a.update(header_id=a["header_id"] + 9), ["IndexError"]),
+        (lambda a: a.update(labels=np.array([{}] * 48)), ["Object arrays"]),
+        (lambda a: a.update(arrays_of([jpeg(i.resize((8 + 8 * (n < 5), 16))) for n, i in enumerate(pictures())])), ["image 5"]),
+        (lambda a: a.update({name: values[:0] for name, values in a.items()} | {"offsets": np.zeros(1, int)}), ["split", "[]"]),
+    ],
+)
+def test_a_damaged_pack_is_refused(
+    change: Callable[[dict[str, Any]], object], words: list[str], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    arrays = arrays_of([jpeg(image) for image in pictures()])
+    change(arrays)
+    path = tmp_path / "damaged.npz"
+    np.savez(path, **arrays)
+    line = refused("--dataset", path, "--output", tmp_path / "run")
+    assert all(word in line for word in [str(path), *words]), line
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"", b"no pack", b"half", b"array"])
+def test_a_foreign_or_cut_file_is_refused(content: bytes, pack: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    if content == b"half":
+        content = pack.read_bytes()[: pack.stat().st_size // 2]
+    elif content == b"array":
+        np.save(file := BytesIO(), np.zeros(3))
+        content = file.getvalue()
+    pack.write_bytes(content)
+    assert str(pack) in refused("--dataset", pack, "--output", tmp_path / "run")
+    assert list(tmp_path.iterdir()) == [pack]
+
+
+def test_damaged_or_missing_digits_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    def damaged(**kwargs: Any) -> None:
+        raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+
+    monkeypatch.setattr("sklearn.datasets.load_digits", damaged)
+    assert "damaged" in refused("--output", tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert "sklearn" in refused("--output", tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not CIFAR10.is_file(), reason=f"{CIFAR10} is absent")
+def test_cifar10_is_whole() -> None:
+    data = load_dataset(str(CIFAR10))
+    assert data.train_images.shape == (50_000, 3, 32, 32) and data.test_images.shape == (10_000, 3, 32, 32)
+    assert data.train_labels.bincount().tolist() == [5000] * 10 and data.test_labels.bincount().tolist() == [1000] * 10
+    assert (data.classes[0], data.classes[9]) == ("airplane", "truck")
+    published = torch.tensor([[0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]])  # mean and std of the original images
+    torch.testing.assert_close(torch.stack([data.mean.flatten(), data.std.flatten()]), published, rtol=0, atol=3e-3)
