@@ -19,6 +19,8 @@ commands:
   models          list the models
   check           say which backend each op gets here, and every reason why not another
   compile-report  compile every kernel for GPUs that are not there, and weigh the code
+  roofline        predict the time of every op on GPUs that are not there, beside what was measured
+  tune            look for better launch configurations on this GPU
 
 vix COMMAND --help says more.
 """
@@ -56,7 +58,14 @@ class KeyValues(argparse.Action):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    commands = {"train": _train, "models": _models, "check": _check, "compile-report": _compile_report}
+    commands = {
+        "train": _train,
+        "models": _models,
+        "check": _check,
+        "compile-report": _compile_report,
+        "roofline": _roofline,
+        "tune": _tune,
+    }
     parser = Parser(prog="vix", epilog=COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"vix_kernels {__version__}")
     parser.add_argument("command", choices=commands)
@@ -157,6 +166,24 @@ def _compile_report(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         Parser(prog="vix compile-report").error(f"it needs {error.name}, which is not installed")
     return compile_report(argv)
+
+
+def _roofline(argv: list[str]) -> int:
+    from vix_kernels.roofline import main as roofline
+
+    parser = Parser(prog="vix roofline")
+    try:
+        return roofline(argv, Parser)
+    except ModuleNotFoundError as error:
+        parser.error(f"it needs {error.name}, which is not installed")
+
+
+def _tune(argv: list[str]) -> int:
+    try:
+        from vix_kernels._triton.tune import main as tune
+    except ModuleNotFoundError as error:
+        Parser(prog="vix tune").error(f"it needs {error.name}, which is not installed")
+    return tune(argv, Parser)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,12 @@ class OpSpec:
         differentiable: names of the tensors that take gradients.
         batched: names of the tensors and options that have a batch dimension, the first of them always.
         cases: the problems every implementation must solve.
-        flops: multiply-adds times two of a forward at (batch, heads, tokens, width, features).
-        bytes: least traffic of a forward: every input read once, every output written once.
+        flops: multiply-adds times two in the matrix products of a forward (in the rotation, for RoPE), each counted once.
+        exps: exponentials of a forward.
+        backward: flops of a backward over those of a forward. By default 2: of each two products of a move, backward makes
+            the logits again and three gradients; those of random features, which nobody trains, are left out.
+
+    Bytes and launches are counted, not declared: see _triton/costs.py.
     """
 
     name: str
@@ -121,7 +125,8 @@ class OpSpec:
     batched: tuple[str, ...]
     cases: tuple[Case, ...]
     flops: Callable[[Case], int]
-    bytes: Callable[[Case, torch.dtype], int]
+    exps: Callable[[Case], int] = lambda case: 0
+    backward: float = 2.0
 
     def problem(
         self, case: Case, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
@@ -224,13 +229,20 @@ def _apply_rope(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Te
     return {"q": qkv["q"], "k": qkv["k"]}, dict(rope=_rope(case, qkv["q"].device))
 
 
-def _token_bytes(case: Case, dtype: torch.dtype, tensors: int) -> int:
-    return tensors * case.batch * case.heads * case.tokens * case.width * dtype.itemsize
+def _aggregate_exps(case: Case) -> int:
+    return case.batch * case.heads * case.tokens * case.features
 
 
-def _move_flops(case: Case) -> int:
-    value_width = case.value_width or case.width
-    return 2 * case.batch * case.heads * case.tokens * case.features * (case.width + value_width)
+def _broadcast_exps(case: Case) -> int:
+    return case.batch * case.heads * (case.queries or case.tokens) * case.features
+
+
+def _aggregate_flops(case: Case) -> int:
+    return 2 * _aggregate_exps(case) * (case.width + (case.value_width or case.width))
+
+
+def _broadcast_flops(case: Case) -> int:
+    return 2 * _broadcast_exps(case) * (case.width + (case.value_width or case.width))
 
 
 SPECS: dict[str, OpSpec] = {
@@ -244,8 +256,8 @@ SPECS: dict[str, OpSpec] = {
             differentiable=("q", "k", "v", "projection"),
             batched=("q", "k", "v", "key_padding_mask"),
             cases=CASES,
-            flops=lambda case: 2 * _move_flops(case),
-            bytes=lambda case, dtype: _token_bytes(case, dtype, 4) + 4 * case.features * case.width,
+            flops=lambda case: _aggregate_flops(case) + _broadcast_flops(case),
+            exps=lambda case: _aggregate_exps(case) + _broadcast_exps(case),
         ),
         OpSpec(
             name="aggregate",
@@ -255,10 +267,8 @@ SPECS: dict[str, OpSpec] = {
             differentiable=("slots", "k", "v"),
             batched=("k", "v", "slots", "mask"),
             cases=tuple(case for case in CASES if case.queries is None),
-            flops=_move_flops,
-            bytes=lambda case, dtype: (
-                _token_bytes(case, dtype, 2) + 4 * case.features * case.width * (1 + case.batch * case.heads)
-            ),
+            flops=_aggregate_flops,
+            exps=_aggregate_exps,
         ),
         OpSpec(
             name="broadcast",
@@ -268,10 +278,8 @@ SPECS: dict[str, OpSpec] = {
             differentiable=("q", "slots", "values", "slot_bias"),
             batched=("q", "slots", "values", "slot_bias"),
             cases=tuple(case for case in CASES if case.queries is None),
-            flops=_move_flops,
-            bytes=lambda case, dtype: (
-                _token_bytes(case, dtype, 2) + 4 * case.features * case.width * (1 + case.batch * case.heads)
-            ),
+            flops=_broadcast_flops,
+            exps=_broadcast_exps,
         ),
         OpSpec(
             name="apply_rope",
@@ -282,8 +290,8 @@ SPECS: dict[str, OpSpec] = {
             batched=("q", "k"),
             cases=tuple(case for case in CASES if case.rope and not case.masked)
             + (Case("rope_partial", rope="half", rotary=8, prefix=1, width=24),),
-            flops=lambda case: 6 * case.batch * case.heads * case.tokens * case.width,
-            bytes=lambda case, dtype: _token_bytes(case, dtype, 4) + 4 * case.tokens * (case.rotary or case.width),
+            flops=lambda case: 6 * case.batch * case.heads * case.tokens * (case.rotary or case.width),
+            backward=1.0,
         ),
     )
 }

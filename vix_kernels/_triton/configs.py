@@ -146,7 +146,7 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
     """The configuration of `kernel` for the architecture and dtype of `tokens` and the larger head width `width`."""
     arch = architecture(tokens.device)
     key = (kernel, tokens.element_size() * 8, padded(width))
-    tile = INTERPRETER if arch == "interpreter" else OVERRIDES.get(arch, TABLE).get(key) or TABLE[key]
+    tile = OVERRIDES.get(arch, {}).get(key) or (INTERPRETER if arch == "interpreter" else TABLE[key])
     split = slots.element_size() > tokens.element_size()
     return LaunchConfig(tile, accumulator(tokens.dtype), split, _precision(tile, arch))
 
