@@ -1,0 +1,135 @@
+"""bench/on_gpu.sh: the parts one after the other, each in a process with a time limit, then the files of OUT."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from . import report
+from .plan import Row, failed
+from .report import Outcome
+
+ROOT = Path(__file__).resolve().parents[2]
+# Seconds of each on a GPU, in the order they run; what matters most comes first. Their places are bits of the exit status.
+PARTS = {"correctness": 60, "timing": 150, "suite": 90, "models": 60, "training": 45, "sanitizer": 50}
+TOTAL = 465
+USAGE, UNAVAILABLE = 64, 69  # as in sysexits.h
+
+HELP = f"""\
+Takes everything that a GPU has to say about this checkout, in {TOTAL} seconds at most, without installing it:
+  correctness  kernels at real sizes against float64, repeated, in CUDA graphs, on two streams
+  timing       device and wall times of every operator beside plain and compiled PyTorch, FlashAttention and the
+               installed peers; memory
+  suite        the pytest suite, the kernels first
+  models       a training step of every model: images/s, memory
+  training     a short training run on each data set at hand
+  sanitizer    compute-sanitizer over a small call of each operator
+
+OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, pictures.zip and logs.zip. What was left
+out, for lack of time, memory or a package, is named there.
+
+Exit status: 0, or the sum of the parts that failed: {", ".join(f"{2**i} {part}" for i, part in enumerate(PARTS))};
+{USAGE}: wrong arguments; {UNAVAILABLE}: there is no GPU that the kernels run on, and one sentence says why.
+
+To keep a run, copy OUT to bench/results/<gpu-slug>/<YYYY-MM-DD>-<commit>/, such as bench/results/h100-sxm/2026-01-31-1a2b3c4/,
+and commit it: `vix roofline` then prints its times beside the predicted ones.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench/on_gpu.sh", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = lambda message: parser.exit(USAGE, f"bench/on_gpu.sh: error: {message}\n")  # type: ignore[method-assign]
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results; made if it is not there")
+    parser.add_argument("--dry-run", action="store_true", help="every part at tiny sizes in Triton's interpreter, on a CPU")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="run these parts")
+    parser.add_argument("--seconds", type=float, default=TOTAL, help=f"of the whole run (default: {TOTAL})")
+    parser.add_argument("--break", dest="broken", choices=PARTS, metavar="PART", help="crash this part, to see what is left")
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.seconds
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"OUT: {error}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "logs").mkdir()
+        probe = run("machine", 60, work, args.dry_run)
+        if probe.status != "ok":
+            print(f"bench/on_gpu.sh: nothing to measure here: {probe.why}")
+            return UNAVAILABLE
+        outcomes = []
+        for part in (part for part in PARTS if part in args.only):
+            seconds = min(PARTS[part], deadline - time.monotonic())
+            outcomes.append(run(part, seconds, work, args.dry_run, broken=part == args.broken))
+            last = outcomes[-1]
+            print(f"{last.part:12} {last.status:8} {last.seconds:4.0f} s  {last.why}", flush=True)
+        report.write(args.out, probe.rows[0] | dict(commit=commit(), date=time.strftime("%Y-%m-%d")), outcomes, work)
+    bad = [each.part for each in outcomes if each.status == "failed"]
+    print(f"wrote {args.out}/summary.md" + (f"; FAILED: {', '.join(bad)}" if bad else ""))
+    return sum(2**i for i, part in enumerate(PARTS) if part in bad)
+
+
+def run(part: str, seconds: float, work: Path, dry: bool, broken: bool = False) -> Outcome:
+    """One part in its own process; `seconds` are its to plan with, and a little later it is stopped."""
+    if seconds < 5:
+        return Outcome(part, "skipped", "out of time", 0.0, [])
+    rows, log = work / f"{part}.jsonl", work / "logs" / f"{part}.txt"
+    command = [sys.executable, "-m", "bench.gpu.part", part, "--seconds", str(seconds - 3), "--rows", str(rows)]
+    command += ["--dry-run"] * dry + ["--break"] * broken
+    start, late = time.monotonic(), False
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=work, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            late = True
+            os.killpg(process.pid, signal.SIGKILL)  # the processes it has started too
+            process.wait()
+    took = time.monotonic() - start
+    found = read(rows)
+    text = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+    if late:
+        return Outcome(part, "failed", f"stopped after {took:.0f} s; its last line: {text}", took, found)
+    if process.returncode:
+        return Outcome(part, "failed", f"ended with {process.returncode}; its last line: {text}", took, found)
+    wrong = [row for row in found if row["status"] == "failed"]
+    if wrong:
+        return Outcome(part, "failed", f"{len(wrong)} failed, first: {report.label(wrong[0])}: {wrong[0]['why']}", took, found)
+    left = [row for row in found if row["status"] == "skipped"]
+    if len(left) == len(found):
+        return Outcome(part, "skipped", left[0]["why"] if left else "no rows", took, found)
+    return Outcome(part, "ok", f"{len(left)} left out" if left else "", took, found)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows that a part has written; a crash may leave half a line."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            found.append(failed(f"half a row: {line[:80]}"))
+    return found
+
+
+def commit() -> str:
+    try:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
+        ).stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

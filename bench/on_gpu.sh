@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything a GPU has to say about this checkout, into the folder OUT: bench/on_gpu.sh OUT; --help says more.
+# Needs python3 with torch and Triton, no network, no installation; PYTHON chooses another Python.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export PYTHONPATH="$root:$root/bench/gpu/checkout${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+for argument in "$@"; do
+    if [ "$argument" = --dry-run ]; then
+        export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
+    fi
+done
+exec "${PYTHON:-python3}" -m bench.gpu.run "$@"
