@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from vix_kernels import __version__
+from vix_kernels.commands import Parser
 from vix_kernels.training import Config, UserError
 
 COMMANDS = """\
@@ -32,13 +34,6 @@ examples:
 
 A run leaves args.yaml, summary.csv, learning_curve.png and the checkpoints last.pt and best.pt in its output folder.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 class KeyValues(argparse.Action):
@@ -171,19 +166,17 @@ def _compile_report(argv: list[str]) -> int:
 def _roofline(argv: list[str]) -> int:
     from vix_kernels.roofline import main as roofline
 
-    parser = Parser(prog="vix roofline")
-    try:
-        return roofline(argv, Parser)
-    except ModuleNotFoundError as error:
-        parser.error(f"it needs {error.name}, which is not installed")
+    return roofline(argv)
 
 
 def _tune(argv: list[str]) -> int:
+    if "--dry-run" in argv:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
     try:
         from vix_kernels._triton.tune import main as tune
     except ModuleNotFoundError as error:
         Parser(prog="vix tune").error(f"it needs {error.name}, which is not installed")
-    return tune(argv, Parser)
+    return tune(argv)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import argparse
 import csv
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .commands import Parser
 from .testing import SPECS, Case
 
 LAUNCH = 2e-6  # seconds from one kernel of a stream to the next: an assumption, no vendor publishes it
@@ -29,7 +30,7 @@ class GPU:
     """Published peaks, dense.
 
     Attributes:
-        name: as `torch.cuda.get_device_name` has it in part.
+        device: what `torch.cuda.get_device_name` calls it; other models of the name have other peaks.
         matrix: FLOP/s of 16-bit products with float32 accumulators.
         tf32: FLOP/s of TensorFloat32 products.
         float32: FLOP/s of float32 itself.
@@ -38,6 +39,7 @@ class GPU:
     """
 
     name: str
+    device: str
     arch: str
     matrix: float
     tf32: float
@@ -55,11 +57,11 @@ class GPU:
 # the CUDA programming guide (FlashAttention-3, arXiv:2407.08608, gives the same 3.9e12 for H100); CDNA 3 issues
 # transcendentals at a quarter of its 64 lanes.
 GPUS = (
-    GPU("A100", "sm_80", 312e12, 156e12, 19.5e12, 2.039e12, 16 * 108 * 1.41e9),
-    GPU("H100", "sm_90", 989.4e12, 494.7e12, 66.9e12, 3.35e12, 16 * 132 * 1.83e9),
-    GPU("H200", "sm_90", 989.4e12, 494.7e12, 66.9e12, 4.8e12, 16 * 132 * 1.83e9),
-    GPU("RTX 4090", "sm_89", 165.2e12, 82.6e12, 82.6e12, 1.008e12, 16 * 128 * 2.52e9),
-    GPU("MI300X", "gfx942", 1307.4e12, 653.7e12, 163.4e12, 5.3e12, 16 * 304 * 2.1e9),
+    GPU("A100", "NVIDIA A100-SXM4-80GB", "sm_80", 312e12, 156e12, 19.5e12, 2.039e12, 16 * 108 * 1.41e9),
+    GPU("H100", "NVIDIA H100 80GB HBM3", "sm_90", 989.4e12, 494.7e12, 66.9e12, 3.35e12, 16 * 132 * 1.83e9),
+    GPU("H200", "NVIDIA H200", "sm_90", 989.4e12, 494.7e12, 66.9e12, 4.8e12, 16 * 132 * 1.83e9),
+    GPU("RTX 4090", "NVIDIA GeForce RTX 4090", "sm_89", 165.2e12, 82.6e12, 82.6e12, 1.008e12, 16 * 128 * 2.52e9),
+    GPU("MI300X", "AMD Instinct MI300X", "gfx942", 1307.4e12, 653.7e12, 163.4e12, 5.3e12, 16 * 304 * 2.1e9),
 )
 
 
@@ -129,26 +131,26 @@ def rows(ops: Iterable[str], gpus: Iterable[GPU], dtypes: Iterable[str]) -> Iter
                         )  # fmt: skip
 
 
-KEY = ("op", "direction", "dtype", "batch", "heads", "tokens", "width", "features")
+KEY = ("op", "direction", "dtype", "batch", "heads", "tokens", "width", "features", "gpu")
 
 
-def measured(folder: Path) -> dict[tuple[str, ...], tuple[str, float]]:
-    """(KEY, GPU's name) -> (run, microseconds) of our kernels, from the results in `folder`; the newest run counts."""
-    found: dict[tuple[str, ...], tuple[str, float]] = {}
-    for path in sorted(folder.glob("*/*/timing.csv"), key=lambda path: path.parent.name):
+def measured(folder: Path) -> dict[tuple[str, ...], float]:
+    """KEY -> microseconds of our kernels, from the runs in `folder`; the newest counts."""
+    names = {gpu.device: gpu.name for gpu in GPUS}
+    found: dict[tuple[str, ...], float] = {}
+    for path in sorted(folder.glob("*/*/timing.csv"), key=lambda path: path.parent.name):  # <gpu>/<date>-<commit>
         with path.open(newline="") as file:
             for line in csv.DictReader(file):
-                if line["provider"] == "triton" and line["device_ms"] and line["method"] != "host":
-                    found[(*(line[name] for name in KEY), line["gpu"])] = path.parent.name, 1e3 * float(line["device_ms"])
+                if line["provider"] == "triton" and line["device_ms"] and line["gpu"] in names:
+                    line["gpu"] = names[line["gpu"]]
+                    found[tuple(line[name] for name in KEY)] = 1e3 * float(line["device_ms"])
     return found
 
 
 def with_measured(table: Iterable[Row], folder: Path) -> Iterator[Row]:
     times = measured(folder)
     for row in table:
-        key = tuple(str(getattr(row, name)) for name in KEY)
-        times_here = [time for (*at, gpu), (_, time) in times.items() if tuple(at) == key and row.gpu in gpu]
-        yield Row(**{**asdict(row), "measured_us": times_here[-1]}) if times_here else row
+        yield replace(row, measured_us=times.get(tuple(str(getattr(row, name)) for name in KEY)))
 
 
 # The table
@@ -227,9 +229,9 @@ Predictions are floors: they say how far a measured time could still fall, not h
 """
 
 
-def main(argv: list[str], make_parser: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> int:
+def main(argv: list[str]) -> int:
     names = [gpu.name for gpu in GPUS]
-    parser = make_parser(
+    parser = Parser(
         prog="vix roofline",
         description="Predict the time of each operator from published peaks of GPUs; no GPU needed.",
         epilog=EXAMPLES,
@@ -243,8 +245,8 @@ def main(argv: list[str], make_parser: type[argparse.ArgumentParser] = argparse.
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw time against tokens, as a PNG")
     args = parser.parse_args(argv)
-    table = list(with_measured(rows(args.op, [gpu for gpu in GPUS if gpu.name in args.gpu], args.dtype), args.results))
     try:
+        table = list(with_measured(rows(args.op, [gpu for gpu in GPUS if gpu.name in args.gpu], args.dtype), args.results))
         if args.csv:
             write_csv(args.csv, table)
             print(f"wrote {args.csv}")
@@ -259,5 +261,5 @@ def main(argv: list[str], make_parser: type[argparse.ArgumentParser] = argparse.
     except OSError as error:
         parser.error(str(error))
     except ModuleNotFoundError as error:
-        parser.error(f"--plot needs {error.name}: pip install 'vix_kernels[train]'")
+        parser.error(f"it needs {error.name}, which is not installed")
     return 0

@@ -28,6 +28,7 @@ class DeviceTime:
 def device_time(function: Callable[[], Any], *, milliseconds: float = 50.0) -> DeviceTime:
     """The device time of function(), with a cold L2 cache, over about `milliseconds` of repetitions."""
     if not torch.cuda.is_available():
+        function()
         times = sorted(_seconds(function, 1) for _ in range(3))
         return DeviceTime(*(1e3 * times[at] for at in (1, 0, 2)), "host")
     from triton.testing import do_bench
@@ -59,12 +60,12 @@ def captured(function: Callable[[], Any]) -> Callable[[], None] | None:
 
 def wall_time(function: Callable[[], Any], *, calls: int = 20, rounds: int = 3) -> float:
     """Milliseconds a call of function(), one call after the other: the host's overhead, or the device's time if longer."""
+    function()
     return 1e3 * statistics.median(_seconds(function, calls) for _ in range(rounds))
 
 
 def _seconds(function: Callable[[], Any], calls: int) -> float:
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    function()
     wait()
     start = time.perf_counter()
     for _ in range(calls):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -45,9 +44,8 @@ def rows(plan: Plan) -> Iterator[Row]:
                     yield skipped(error, **what)
                 except Exception as error:
                     yield failed(error, **what)
-                gc.collect()
-                if not plan.dry:
-                    torch.cuda.empty_cache()
+                    plan.wait()
+                plan.free()
 
 
 def step_figures(name: str, backend: str, size: Size, plan: Plan) -> dict[str, float | None]:

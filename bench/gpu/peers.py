@@ -6,7 +6,6 @@ Where a peer projects its input, its linear maps are taken out, so that both tim
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -22,11 +21,10 @@ Call = tuple[Callable[..., Tensor | tuple[Tensor, ...]], list[Tensor]]  # a func
 def flash(problem: Problem, case: Case) -> Call:
     """Softmax attention: FlashAttention in 16 bits, torch's memory-efficient kernel in float32."""
     leaves = [problem.tensors[name] for name in "qkv"]
-    on_gpu, narrow = leaves[0].is_cuda, leaves[0].dtype != torch.float32
-    chosen = sdpa_kernel(SDPBackend.FLASH_ATTENTION if narrow else SDPBackend.EFFICIENT_ATTENTION) if on_gpu else nullcontext()
+    kind = SDPBackend.EFFICIENT_ATTENTION if leaves[0].dtype == torch.float32 else SDPBackend.FLASH_ATTENTION
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with chosen:
+        with sdpa_kernel(kind if q.is_cuda else SDPBackend.MATH):
             return scaled_dot_product_attention(q, k, v)
 
     return attention, leaves

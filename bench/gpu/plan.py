@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,17 @@ class Plan:
     @property
     def late(self) -> bool:
         return time.monotonic() > self.deadline
+
+    def wait(self) -> None:
+        """For the device; raises again what it cannot recover from, such as an illegal access."""
+        if not self.dry:
+            torch.cuda.synchronize()
+
+    def free(self) -> None:
+        """What the last measurement held."""
+        gc.collect()
+        if not self.dry:
+            torch.cuda.empty_cache()
 
 
 def ok(**row: Any) -> Row:

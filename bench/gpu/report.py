@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
 from .plan import Row
 
 
@@ -47,7 +46,7 @@ def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> No
     attempt("correctness.csv", lambda path: table(path, checks))
     pictures = work / "pictures"
     pictures.mkdir(exist_ok=True)
-    attempt("pictures.zip", lambda path: (draw(pictures, rows.get("timing", []), folder), archive(path, pictures)))
+    attempt("pictures.zip", lambda path: (draw(pictures, rows.get("timing", [])), archive(path, pictures)))
     attempt("logs.zip", lambda path: archive(path, work / "logs"))
     (folder / "summary.md").write_text(summary(machine, outcomes, problems))
 
@@ -66,14 +65,16 @@ def archive(path: Path, folder: Path) -> None:
             file.write(each, each.name)
 
 
-def draw(folder: Path, rows: list[Row], results: Path) -> None:
+def draw(folder: Path, rows: list[Row]) -> None:
     """Device time against tokens, one picture an operator and dtype, a line a provider."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     timed = [row for row in rows if row.get("device_ms") is not None]
     for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in timed):
-        chosen = [row for row in timed if (row["op"], row["dtype"]) == (op, dtype) and (row["batch"] > 1 or row["tokens"] < 256)]
+        chosen = [
+            row for row in timed if (row["op"], row["dtype"]) == (op, dtype) and (row["batch"] > 1 or row["tokens"] < 256)
+        ]
         figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         for axes, direction in zip(figure.subplots(1, 2), ("forward", "full"), strict=True):
@@ -119,14 +120,19 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
             heading = "What the machine reaches" if part == "timing" else part.capitalize()
             lines += ["", f"## {heading}", "", *markdown(columns, [[text(row.get(c)) for c in columns] for row in chosen])]
     for status in ("failed", "skipped"):
-        named = [f"- {outcome.part}: {label(row)}: {row['why']}" for outcome in outcomes for row in outcome.rows if row["status"] == status]
+        named = [
+            f"- {outcome.part}: {label(row)}: {row['why']}"
+            for outcome in outcomes
+            for row in outcome.rows
+            if row["status"] == status
+        ]
         if named:
             lines += ["", f"## {status.capitalize()}", "", *named]
     return "\n".join(lines) + "\n"
 
 
 def times(rows: Iterable[Row]) -> list[str]:
-    """One line a shape and direction, one column a provider; ours over each other one is left to the reader's eye."""
+    """One line a shape and direction, one column a provider."""
     timed = [row for row in rows if row.get("device_ms") is not None]
     providers = list(dict.fromkeys(row["provider"] for row in timed))
     found = {(*(row[name] for name in TIMES), row["provider"]): row for row in timed}

@@ -17,13 +17,15 @@ from .plan import Row, failed
 from .report import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
-# Seconds of each on a GPU, in the order they run; what matters most comes first. Their places are bits of the exit status.
-PARTS = {"correctness": 60, "timing": 150, "suite": 90, "models": 60, "training": 45, "sanitizer": 50}
-TOTAL = 465
-USAGE, UNAVAILABLE = 64, 69  # as in sysexits.h
+# In the order they run, with their shares of the time. Their places are bits of the exit status.
+PARTS = {"compile": 50, "correctness": 45, "timing": 135, "suite": 75, "models": 55, "training": 35, "sanitizer": 40}
+TOTAL = 455
+GRACE = 10  # to finish what a part has begun when its time is up
+USAGE, UNAVAILABLE = 200, 201
 
 HELP = f"""\
-Takes everything that a GPU has to say about this checkout, in {TOTAL} seconds at most, without installing it:
+Takes everything that a GPU has to say about this checkout, in {TOTAL + GRACE} seconds at most, without installing it:
+  compile      every kernel that the later parts launch, by all cores at once
   correctness  kernels at real sizes against float64, repeated, in CUDA graphs, on two streams
   timing       device and wall times of every operator beside plain and compiled PyTorch, FlashAttention and the
                installed peers; memory
@@ -68,8 +70,10 @@ def main() -> int:
             print(f"bench/on_gpu.sh: nothing to measure here: {probe.why}")
             return UNAVAILABLE
         outcomes = []
-        for part in (part for part in PARTS if part in args.only):
-            seconds = min(PARTS[part], deadline - time.monotonic())
+        chosen = [part for part in PARTS if part in args.only]
+        for at, part in enumerate(chosen):
+            # Its share of what is left: what one part does not need is for those after it.
+            seconds = (deadline - time.monotonic()) * PARTS[part] / sum(PARTS[each] for each in chosen[at:])
             outcomes.append(run(part, seconds, work, args.dry_run, broken=part == args.broken))
             last = outcomes[-1]
             print(f"{last.part:12} {last.status:8} {last.seconds:4.0f} s  {last.why}", flush=True)
@@ -80,17 +84,17 @@ def main() -> int:
 
 
 def run(part: str, seconds: float, work: Path, dry: bool, broken: bool = False) -> Outcome:
-    """One part in its own process; `seconds` are its to plan with, and a little later it is stopped."""
+    """One part in its own process; `seconds` are its to plan with, and GRACE later it is stopped."""
     if seconds < 5:
         return Outcome(part, "skipped", "out of time", 0.0, [])
     rows, log = work / f"{part}.jsonl", work / "logs" / f"{part}.txt"
-    command = [sys.executable, "-m", "bench.gpu.part", part, "--seconds", str(seconds - 3), "--rows", str(rows)]
+    command = [sys.executable, "-m", "bench.gpu.part", part, "--seconds", str(seconds), "--rows", str(rows)]
     command += ["--dry-run"] * dry + ["--break"] * broken
     start, late = time.monotonic(), False
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=work, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            process.wait(timeout=seconds)
+            process.wait(timeout=seconds + GRACE)
         except subprocess.TimeoutExpired:
             late = True
             os.killpg(process.pid, signal.SIGKILL)  # the processes it has started too
@@ -101,7 +105,8 @@ def run(part: str, seconds: float, work: Path, dry: bool, broken: bool = False) 
     if late:
         return Outcome(part, "failed", f"stopped after {took:.0f} s; its last line: {text}", took, found)
     if process.returncode:
-        return Outcome(part, "failed", f"ended with {process.returncode}; its last line: {text}", took, found)
+        end = f"exit status {process.returncode}" if process.returncode > 0 else signal.Signals(-process.returncode).name
+        return Outcome(part, "failed", f"ended with {end}; its last line: {text}", took, found)
     wrong = [row for row in found if row["status"] == "failed"]
     if wrong:
         return Outcome(part, "failed", f"{len(wrong)} failed, first: {report.label(wrong[0])}: {wrong[0]['why']}", took, found)
@@ -124,9 +129,12 @@ def read(path: Path) -> list[Row]:
 
 def commit() -> str:
     try:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
-        ).stdout.strip() or "unknown"
+        return (
+            subprocess.run(
+                ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
+            ).stdout.strip()
+            or "unknown"
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
 

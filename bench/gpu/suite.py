@@ -42,7 +42,9 @@ def run(name: str, selection: tuple[str, ...], seconds: float) -> Iterator[Row]:
         command += ["-n", "8"]
     with tempfile.TemporaryFile("w+") as log:
         try:
-            code: int | None = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds).returncode
+            code: int | None = subprocess.run(
+                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds
+            ).returncode
         except subprocess.TimeoutExpired:
             code = None
         log.seek(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +16,9 @@ from vix_kernels.timing import device_time, wall_time
 from . import peers
 from .plan import Plan, Row, failed, ok, skipped
 
+MOVES = ("aggregate", "broadcast")  # what the attentions are made of
 OURS = ("triton", "torch")
-COMPILED_TOKENS = (1024, 16384)  # torch.compile takes seconds a shape
+COMPILED_TOKENS = 4096  # torch.compile takes many seconds a shape
 WALL_BELOW = 2.0  # milliseconds on the device: the host's overhead shows in short calls
 TINY = Case("tiny", batch=1, heads=1, tokens=20, width=16, features=9)
 
@@ -28,48 +28,46 @@ def rows(plan: Plan) -> Iterator[Row]:
     for name, (module, op, _) in peers.PEERS.items():
         if not peers.installed(module):
             yield skipped(f"{name} is not installed", op=op, provider=name)
-    for dtype, case, op in order(plan):
-        for provider in providers(op, case, dtype):
-            what = dict(
-                op=op, dtype=dtype, batch=case.batch, heads=case.heads, tokens=case.tokens, width=case.width,
-                features=case.features, provider=provider, gpu="" if plan.dry else torch.cuda.get_device_name(),
-            )  # fmt: skip
-            if plan.late:
-                yield skipped("out of time", **what)
-                continue
-            try:
-                yield from (ok(**what, **figures) for figures in measure(op, case, dtype, provider, plan))
-            except torch.OutOfMemoryError as error:
-                yield skipped(error, **what)
-            except Exception as error:
-                yield failed(error, **what) if provider == "triton" else skipped(error, **what)
-                if not plan.dry:
-                    torch.cuda.synchronize()  # an illegal access ends the part here, with its reason
-            gc.collect()
-            if not plan.dry:
-                torch.cuda.empty_cache()
+    for op, dtype, case, provider in order(plan):
+        what = dict(
+            op=op, dtype=dtype, batch=case.batch, heads=case.heads, tokens=case.tokens, width=case.width,
+            features=case.features, provider=provider, gpu="" if plan.dry else torch.cuda.get_device_name(),
+        )  # fmt: skip
+        if plan.late:
+            yield skipped("out of time", **what)
+            continue
+        try:
+            yield from (ok(**what, **figures) for figures in measure(op, case, dtype, provider, plan))
+        except torch.OutOfMemoryError as error:
+            yield skipped(error, **what)
+        except Exception as error:
+            yield failed(error, **what) if provider == "triton" else skipped(error, **what)
+            plan.wait()  # an illegal access ends the part here, with its reason
+        plan.free()
 
 
-def order(plan: Plan) -> Iterator[tuple[str, Case, str]]:
-    """What matters most first: the time may not do for all of it."""
+def order(plan: Plan) -> Iterator[tuple[str, str, Case, str]]:
+    """(operator, dtype, case, provider), what matters most first: the time may not do for all of it."""
+    whole = [op for op in SPECS if op not in MOVES]
     if plan.dry:
-        yield from (("fp32", case_for(op, TINY), op) for op in SPECS)
+        for op in whole:
+            yield from ((op, "fp32", case_for(op, TINY), provider) for provider in (*providers(op), "compiled"))
+        yield from ((op, "fp32", TINY, "triton") for op in MOVES)
         return
-    whole = [op for op in SPECS if op not in ("aggregate", "broadcast")]
     for dtype in DTYPES:
-        for ops in (whole, [op for op in SPECS if op not in whole]):
-            for case in shapes():
-                if dtype == "bf16" or case.tokens in (1024, 16384):
-                    yield from ((dtype, case_for(op, case), op) for op in ops)
+        for case in shapes():
+            if dtype == "bf16" or case.tokens in (1024, 16384):
+                for op in whole:
+                    yield from ((op, dtype, case_for(op, case), provider) for provider in providers(op))
+        for case in shapes():
+            if dtype == "bf16":
+                yield from ((op, dtype, case, "triton") for op in MOVES)
+                if case.tokens == COMPILED_TOKENS and case.batch > 1:
+                    yield from ((op, dtype, case_for(op, case), "compiled") for op in whole)
 
 
-def providers(op: str, case: Case, dtype: str) -> Iterator[str]:
-    if op in ("aggregate", "broadcast"):  # parts of the others
-        yield "triton"
-        return
+def providers(op: str) -> Iterator[str]:
     yield from (*OURS, "reference")
-    if case.tokens in (*COMPILED_TOKENS, TINY.tokens) and case.width != 32 and dtype != "fp32" or case.name == "tiny":
-        yield "compiled"
     yield from (name for name, (module, of, _) in peers.PEERS.items() if of == op and peers.installed(module))
 
 
@@ -95,7 +93,7 @@ def measure(op: str, case: Case, dtype: str, provider: str, plan: Plan) -> Itera
     times = {}
     for direction, timed in (("forward", forward), ("full", full)):
         times[direction] = time = device_time(timed, milliseconds=1 if plan.dry else 40)
-        wall = wall_time(timed, calls=2 if plan.dry else 20) if time.median < WALL_BELOW or plan.dry else None
+        wall = wall_time(timed, calls=1 if plan.dry else 20) if time.median < WALL_BELOW or plan.dry else None
         yield dict(
             direction=direction, device_ms=time.median, low_ms=time.low, high_ms=time.high, method=time.method,
             wall_ms=wall, peak_mib=peak_mib(timed, plan), **extra,
@@ -148,10 +146,9 @@ def ceilings(plan: Plan) -> Iterator[Row]:
     """What this machine reaches: copying memory, and a matrix product by torch's library, on random numbers."""
     size = 2**10 if plan.dry else 2**30
     source = torch.empty(size, device=plan.device, dtype=torch.bfloat16).normal_()
-    target = torch.empty_like(source)
-    seconds = device_time(lambda: target.copy_(source)).median / 1e3
+    seconds = device_time(source.clone).median / 1e3
     yield ok(op="copy", provider="torch", figure=2 * source.nbytes / seconds / 1e9, unit="GB/s, read and written")
-    del source, target
+    del source
     size = 64 if plan.dry else 8192
     for dtype, kind in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         a, b = (torch.empty(size, size, device=plan.device, dtype=kind).normal_() for _ in range(2))

@@ -5,7 +5,7 @@ Nothing is computed and no GPU is needed: the call runs on meta tensors, and its
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,6 @@ from . import launch as door
 from .offline import Driver
 
 DIRECTIONS = ("forward", "backward")
-FIXED = {"projection", "slots"}  # random features: nobody trains them
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,21 @@ def cost(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str, arch: str
     return Cost(flops, spec.exps(case), count.bytes, count.launches)
 
 
-def draw(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> Problem:
-    """The problem of `case` with numbers drawn on the device, and gradients for what is trained.
+def draw(
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str, *, fixed: Collection[str] = ("projection", "slots")
+) -> Problem:
+    """The problem of `case` with numbers drawn on the device; all differentiable tensors but the `fixed` take gradients.
 
-    `spec.problem` draws in float64 on the CPU, the same for every device, which takes seconds at sizes worth timing.
+    Random features are fixed, since nobody trains them. `spec.problem` draws in float64 on the CPU, the same numbers for
+    every device, which takes seconds at sizes worth timing.
     """
 
     def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
         return torch.empty(shape, device=device, dtype=dtype).normal_(0, scale)
 
     tensors, options = spec.build(case, tensor)
-    leaves = {name: x.detach().requires_grad_(name in spec.differentiable and name not in FIXED) for name, x in tensors.items()}
-    return Problem(spec, leaves, options)
+    trained = set(spec.differentiable) - set(fixed)
+    return Problem(spec, {name: x.detach().requires_grad_(name in trained) for name, x in tensors.items()}, options)
 
 
 class _Count(TorchDispatchMode):

@@ -12,16 +12,19 @@ import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import interpreted, reason_against_gpu
+from ..commands import Parser
 from ..testing import SPECS, Case, OpSpec
 from ..timing import device_time
 from . import configs
+from . import launch as door
 from .configs import INTERPRETER, OVERRIDES, TABLE, Tile
 from .costs import DIRECTIONS, draw
 
@@ -94,6 +97,27 @@ def lookups(arch: str) -> Iterator[set[Key]]:
             OVERRIDES[arch] = before
 
 
+@contextmanager
+def spills() -> Iterator[list[int]]:
+    """The registers that each launch inside the block spills; the interpreter has no registers, so there are no entries."""
+    counts: list[int] = []
+    if interpreted():
+        yield counts
+        return
+    observer = door.observer
+
+    def observe(kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
+        with torch.get_device_module(args[0].device).device(args[0].device):
+            compiled = kernel[grid](*args, **meta)
+        counts.append(compiled.n_spills)
+
+    door.observer = observe
+    try:
+        yield counts
+    finally:
+        door.observer = observer
+
+
 def present_tile(arch: str, key: Key) -> Tile:
     return OVERRIDES.get(arch, {}).get(key) or (INTERPRETER if arch == "interpreter" else TABLE[key])
 
@@ -119,9 +143,9 @@ class Bench:
     """One operator and direction at one size: its numbers and its time under whatever configuration holds."""
 
     def __init__(self, spec: OpSpec, direction: str, case: Case, bits: int, device: str) -> None:
-        self.use = f"{spec.name} {direction}"
+        self.use = f"{spec.name}, {'forward' if direction == 'forward' else 'forward and backward'}"
         self.dtype, self.direction, self.device = DTYPES[bits], direction, device
-        self.problem = draw(spec, case, self.dtype, device)
+        self.problem = draw(spec, case, self.dtype, device, fixed=())  # the kernels of all gradients run
         self.wanted = [x for x in self.problem.tensors.values() if x.requires_grad]
         # Unlike random ones, equal cotangents would let mistakes cancel.
         self.cotangents = [torch.randn_like(x) for x in self.problem(backend="triton")]
@@ -141,15 +165,16 @@ class Bench:
         """Equal but for the order of sums: twice one rounding of the result, or of float32 sums over thousands."""
         tolerance = max(2 * torch.finfo(self.dtype).eps, 1e-5)
         return all(
-            (x.double() - y.double()).norm() <= tolerance * y.double().norm()
-            for x, y in zip(self.run(), expected, strict=True)
+            (x.double() - y.double()).norm() <= tolerance * y.double().norm() for x, y in zip(self.run(), expected, strict=True)
         )
 
 
 def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
     """Walk from the present tile of `key` to the fastest neighbour, until none is faster or the time is up."""
     present = present_tile(arch, key)
-    expected = bench.run()
+    with spills() as spilled:
+        expected = bench.run()
+    allowed = max(spilled, default=0)
     time_now = device_time(bench.run).median
     found = Proposal(key, bench.use, present, time_now, present, time_now)
     seen, moved = {present}, True
@@ -162,11 +187,16 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
             found.tried += 1
             try:
                 with trial(arch, key, tile):
-                    if not bench.agrees(expected):
-                        raise ValueError("other numbers")
+                    with spills() as spilled:
+                        if not bench.agrees(expected):
+                            raise ValueError("other numbers")
+                    if max(spilled, default=0) > allowed:
+                        raise ValueError(f"spills {max(spilled)} registers, the present tile {allowed}")
                     milliseconds = device_time(bench.run).median
             except Exception as error:  # whatever Triton, the assembler and the driver raise: out of shared memory, of threads
                 found.refused.append(f"{tile}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+                if bench.device == "cuda":
+                    torch.cuda.synchronize()  # an illegal access stays with the process: stop here, with what was found before
                 continue
             if milliseconds < GAIN * found.best_ms:
                 found.best, found.best_ms, moved = tile, milliseconds, True
@@ -175,11 +205,11 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
 
 def benches(width: int, bits: int, device: str) -> Iterator[Bench]:
     """Every operator and direction: large enough to fill a GPU, tiny in the interpreter."""
-    large = dict(batch=8, heads=8, tokens=4096, features=256) if device == "cuda" else dict(batch=1, heads=1, tokens=20, features=8)
+    large, tiny = Case("tune", 8, 8, 4096, features=256), Case("tune", 1, 1, 20, features=8)
     for spec in SPECS.values():
         rope = "interleaved" if spec.name == "apply_rope" else None
         for direction in DIRECTIONS:
-            yield Bench(spec, direction, Case("tune", width=width, rope=rope, **large), bits, device)
+            yield Bench(spec, direction, replace(large if device == "cuda" else tiny, width=width, rope=rope), bits, device)
 
 
 def tune(keys: Iterable[Key], arch: str, device: str, seconds: float) -> Iterator[Proposal]:
@@ -189,15 +219,11 @@ def tune(keys: Iterable[Key], arch: str, device: str, seconds: float) -> Iterato
     for key in keys:
         by_size.setdefault((key[2], key[1]), []).append(key)
     for (width, bits), wanted in by_size.items():
-        users: dict[Key, Bench] = {}
-        for bench in benches(width, bits, device):
-            asked = bench.keys(arch)
-            for key in asked & set(wanted):
-                if key not in users or len(asked) < len(users[key].keys(arch)):
-                    users[key] = bench
+        users = sorted(((bench.keys(arch), bench) for bench in benches(width, bits, device)), key=lambda user: len(user[0]))
         for key in wanted:
-            if key in users and time.monotonic() < deadline:
-                yield tune_key(users[key], arch, key, deadline)
+            bench = next((bench for asked, bench in users if key in asked), None)
+            if bench is not None and time.monotonic() < deadline:
+                yield tune_key(bench, arch, key, deadline)
 
 
 def snippet(arch: str, proposals: Iterable[Proposal]) -> str:
@@ -222,16 +248,16 @@ EXAMPLES = """\
 examples:
   vix tune --width 64 --bits 16                    the kernels of bfloat16 and float16 at width 64, ten minutes at most
   vix tune --kernel broadcast_tokens --seconds 60
-  TRITON_INTERPRET=1 vix tune --dry-run            one key in Triton's interpreter, to see that it works; its times mean nothing
+  vix tune --dry-run                               one key in Triton's interpreter, to see that it works; its times mean nothing
 
 Prints a line a key and writes PREFIX.json, with everything tried and refused, and PREFIX.py, the entries for
 OVERRIDES in vix_kernels/_triton/configs.py. Read them, run `vix compile-report`, commit them by hand.
 """
 
 
-def main(argv: list[str], make_parser: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> int:
+def main(argv: list[str]) -> int:
     kernels, widths = sorted({key[0] for key in TABLE}), sorted({key[2] for key in TABLE})
-    parser = make_parser(
+    parser = Parser(
         prog="vix tune",
         description="Look for faster launch configurations on this GPU.",
         epilog=EXAMPLES,
@@ -245,8 +271,6 @@ def main(argv: list[str], make_parser: type[argparse.ArgumentParser] = argparse.
     parser.add_argument("--dry-run", action="store_true", help="one key in Triton's interpreter, on a CPU")
     args = parser.parse_args(argv)
     if args.dry_run:
-        if not interpreted():
-            parser.error("--dry-run needs the interpreter: TRITON_INTERPRET=1 vix tune --dry-run")
         arch, gpu, device = "interpreter", "Triton's interpreter", "cpu"
         keys = [("aggregate_forward", 32, 16)]
     else:
