@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,11 @@ def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> No
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     everything = dict(machine=machine, parts=[asdict(outcome) for outcome in outcomes])
     attempt("results.json", lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"))
-    attempt("timing.csv", lambda path: table(path, [row for row in rows.get("timing", []) if "figure" not in row]))
-    attempt("models.csv", lambda path: table(path, rows.get("models", [])))
     checks = [dict(part=part, **row) for part in ("correctness", "suite", "sanitizer") for row in rows.get(part, [])]
-    attempt("correctness.csv", lambda path: table(path, checks))
+    tables = dict(timing=[row for row in rows.get("timing", []) if "figure" not in row], models=rows.get("models", []))
+    for name, lines in (tables | dict(correctness=checks)).items():
+        if lines:
+            attempt(f"{name}.csv", partial(table, rows=lines))
     pictures = work / "pictures"
     pictures.mkdir(exist_ok=True)
     attempt("pictures.zip", lambda path: (draw(pictures, rows.get("timing", [])), archive(path, pictures)))

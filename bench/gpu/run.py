@@ -57,11 +57,6 @@ def main() -> int:
     parser.add_argument("--break", dest="broken", choices=PARTS, metavar="PART", help="crash this part, to see what is left")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"OUT: {error}")
-
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "logs").mkdir()
@@ -69,6 +64,10 @@ def main() -> int:
         if probe.status != "ok":
             print(f"bench/on_gpu.sh: nothing to measure here: {probe.why}")
             return UNAVAILABLE
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"OUT: {error}")
         outcomes = []
         chosen = [part for part in PARTS if part in args.only]
         for at, part in enumerate(chosen):
