@@ -47,7 +47,6 @@ def test_a_part_that_crashes_is_named_and_the_rest_completes(tmp_path: Path) -> 
 
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert "| models | FAILED |" in summary and "graph performer_attention" in summary
-    assert "learning" not in summary or "training" in summary
     with (tmp_path / "out" / "timing.csv").open(newline="") as file:
         timed = [row for row in csv.DictReader(file) if row["op"] == "performer_attention"]
     assert {row["direction"] for row in timed} == {"forward", "full", "backward"}

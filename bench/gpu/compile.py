@@ -18,15 +18,19 @@ from vix_kernels.testing import SPECS, Case
 
 from . import correctness
 from .plan import Plan, Row, failed, ok, skipped
+from .timing import MOVES
 
-WORKERS = 8  # each holds a context of its own on the GPU
+WORKERS = 12  # each holds a context of its own on the GPU
 
 
 def rows(plan: Plan) -> Iterator[Row]:
     # Spawned: CUDA does not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1 if plan.dry else min(WORKERS, os.cpu_count() or 1), context) as pool:
-        running = {pool.submit(run, *each, plan.device): each for each in tasks(plan)}
+        # Whole attentions first: their parts then find most of their kernels in the cache.
+        running = {
+            pool.submit(run, *each, plan.device): each for each in sorted(tasks(plan), key=lambda task: task[0] in MOVES)
+        }
         for done in as_completed(running):
             op, dtype, case = running[done]
             what = dict(op=op, dtype=dtype, case=case.name, width=case.width)

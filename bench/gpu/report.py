@@ -74,9 +74,9 @@ def draw(folder: Path, rows: list[Row]) -> None:
 
     timed = [row for row in rows if row.get("device_ms") is not None]
     for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in timed):
-        chosen = [
-            row for row in timed if (row["op"], row["dtype"]) == (op, dtype) and (row["batch"] > 1 or row["tokens"] < 256)
-        ]
+        chosen = [row for row in timed if (row["op"], row["dtype"]) == (op, dtype) and row["width"] != 32]
+        batches = {tokens: max(r["batch"] for r in chosen if r["tokens"] == tokens) for tokens in {r["tokens"] for r in chosen}}
+        chosen = [row for row in chosen if row["batch"] == batches[row["tokens"]]]
         figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         for axes, direction in zip(figure.subplots(1, 2), ("forward", "full"), strict=True):
@@ -84,14 +84,15 @@ def draw(folder: Path, rows: list[Row]) -> None:
                 points = sorted(
                     (row["tokens"], row["device_ms"])
                     for row in chosen
-                    if (row["provider"], row["direction"]) == (provider, direction) and row["width"] != 32
+                    if (row["provider"], row["direction"]) == (provider, direction)
                 )
                 if points:
                     axes.plot(*zip(*points, strict=True), "o-", label=provider)
             name = "forward" if direction == "forward" else "forward and backward"
-            axes.set(title=f"{op} {dtype}, {name}", xlabel="tokens of one image", ylabel="ms", xscale="log", yscale="log")
+            axes.set(title=name, xlabel="tokens of one image", ylabel="ms", xscale="log", yscale="log")
             axes.grid(alpha=0.25)
         axes.legend(frameon=False)
+        figure.suptitle(f"{op}, {dtype}", fontweight="bold")
         figure.savefig(folder / f"{op}_{dtype}.png")
 
 
@@ -114,6 +115,8 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
     lines += [f"- not written: {problem}" for problem in problems]
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     lines += ["", "## Device time, ms", "", "On random numbers, with a cold L2 cache. `sdpa` is softmax attention.", ""]
+    if any(o.part in ("compile", "correctness", "suite") and o.status == "failed" for o in outcomes):
+        lines += ["**Something gave wrong results or did not run (see Failed): these times are not to be quoted.**", ""]
     lines += times(rows.get("timing", []))
     for part in ("timing", "models", "training", "correctness", "suite", "sanitizer"):
         chosen = [r for r in rows.get(part, []) if r["status"] == "ok" and (part != "timing" or "figure" in r)]
