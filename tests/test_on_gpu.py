@@ -37,7 +37,7 @@ def test_a_part_that_crashes_is_named_and_the_rest_completes(tmp_path: Path) -> 
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     parts = {part["part"]: part for part in results["parts"]}
     assert list(parts) == ["compile", "correctness", "timing", "suite", "models", "training", "sanitizer"]
-    assert parts["models"]["status"] == "failed" and "SIGABRT" in parts["models"]["why"]
+    assert parts["models"]["status"] == "failed" and "killed by SIGABRT" in parts["models"]["why"]
     assert len(parts["models"]["rows"]) == 1  # what it had before the crash
     for name in ("compile", "correctness", "timing", "suite", "training"):
         assert parts[name]["status"] == "ok", parts[name]

@@ -13,12 +13,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from .commands import Parser
 from .testing import SPECS, Case
+
+if TYPE_CHECKING:  # it imports triton
+    from ._triton.costs import Cost
 
 LAUNCH = 2e-6  # seconds from one kernel of a stream to the next: an assumption, no vendor publishes it
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -102,7 +105,7 @@ def case_for(op: str, case: Case) -> Case:
     return Case(**{**vars(case), "rope": "interleaved"}) if op == "apply_rope" else case
 
 
-def predict(cost: Any, gpu: GPU, dtype: str) -> tuple[float, str]:
+def predict(cost: Cost, gpu: GPU, dtype: str) -> tuple[float, str]:
     """Seconds, and what they are spent on: "memory", "matrix", "exp" or "launch"."""
     return max(
         (cost.bytes / gpu.bandwidth, "memory"),

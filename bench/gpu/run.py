@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="every part at tiny sizes in Triton's interpreter, on a CPU")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="run these parts")
     parser.add_argument("--seconds", type=float, default=TOTAL, help=f"of the whole run (default: {TOTAL})")
+    parser.add_argument("--tune", action="store_true", help="spend what time is left on `vix tune`, into OUT/tune.json")
     parser.add_argument("--break", dest="broken", choices=PARTS, metavar="PART", help="crash this part, to see what is left")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
@@ -77,6 +78,8 @@ def main() -> int:
             last = outcomes[-1]
             print(f"{last.part:12} {last.status:8} {last.seconds:4.0f} s  {last.why}", flush=True)
         report.write(args.out, probe.rows[0] | dict(commit=commit(), date=time.strftime("%Y-%m-%d")), outcomes, work)
+    if args.tune:
+        tune(args.out / "tune.json", deadline - time.monotonic(), args.dry_run)
     bad = [each.part for each in outcomes if each.status == "failed"]
     print(f"wrote {args.out}/summary.md" + (f"; FAILED: {', '.join(bad)}" if bad else ""))
     return sum(2**i for i, part in enumerate(PARTS) if part in bad)
@@ -104,8 +107,9 @@ def run(part: str, seconds: float, work: Path, dry: bool, broken: bool = False) 
     if late:
         return Outcome(part, "failed", f"stopped after {took:.0f} s; its last line: {text}", took, found)
     if process.returncode:
-        end = f"exit status {process.returncode}" if process.returncode > 0 else signal.Signals(-process.returncode).name
-        return Outcome(part, "failed", f"ended with {end}; its last line: {text}", took, found)
+        code = process.returncode
+        why = f"exit status {code}: {text}" if code > 0 else f"killed by {signal.Signals(-code).name}, see its log"
+        return Outcome(part, "failed", why, took, found)
     wrong = [row for row in found if row["status"] == "failed"]
     if wrong:
         return Outcome(part, "failed", f"{len(wrong)} failed, first: {report.label(wrong[0])}: {wrong[0]['why']}", took, found)
@@ -113,6 +117,12 @@ def run(part: str, seconds: float, work: Path, dry: bool, broken: bool = False) 
     if len(left) == len(found):
         return Outcome(part, "skipped", left[0]["why"] if left else "no rows", took, found)
     return Outcome(part, "ok", f"{len(left)} left out" if left else "", took, found)
+
+
+def tune(path: Path, seconds: float, dry: bool) -> None:
+    """Not a part: it proposes, and what it prints is for whoever asked."""
+    command = [sys.executable, "-m", "vix_kernels", "tune", "--seconds", str(seconds), "--output", str(path)]
+    subprocess.run(command + (["--dry-run"] if dry else ["--bits", "16", "--width", "64", "32"]), timeout=seconds + 60)
 
 
 def read(path: Path) -> list[Row]:
