@@ -22,11 +22,11 @@ pytestmark = pytest.mark.skipif(not backends.triton_installed(), reason="no trit
 def on_gpu(*arguments: str | Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHON": sys.executable}
     command = ["bash", str(ROOT / "bench" / "on_gpu.sh"), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
 
 
 def test_a_part_that_crashes_is_named_and_the_rest_completes(tmp_path: Path) -> None:
-    done = on_gpu(tmp_path / "out", "--dry-run", "--break", "models")
+    done = on_gpu(tmp_path / "out", "--dry-run", "--break", "models", "--seconds", "1200")
     assert done.returncode == 16, done.stdout + done.stderr  # what --help says of models
     assert "FAILED: models" in done.stdout.splitlines()[-1]
     names = {path.name for path in (tmp_path / "out").iterdir()}

@@ -78,7 +78,7 @@ def main() -> int:
             last = outcomes[-1]
             print(f"{last.part:12} {last.status:8} {last.seconds:4.0f} s  {last.why}", flush=True)
         report.write(args.out, probe.rows[0] | dict(commit=commit(), date=time.strftime("%Y-%m-%d")), outcomes, work)
-    if args.tune:
+    if args.tune and deadline > time.monotonic():
         tune(args.out / "tune.json", deadline - time.monotonic(), args.dry_run)
     bad = [each.part for each in outcomes if each.status == "failed"]
     print(f"wrote {args.out}/summary.md" + (f"; FAILED: {', '.join(bad)}" if bad else ""))
@@ -122,7 +122,10 @@ def run(part: str, seconds: float, work: Path, dry: bool, broken: bool = False) 
 def tune(path: Path, seconds: float, dry: bool) -> None:
     """Not a part: it proposes, and what it prints is for whoever asked."""
     command = [sys.executable, "-m", "vix_kernels", "tune", "--seconds", str(seconds), "--output", str(path)]
-    subprocess.run(command + (["--dry-run"] if dry else ["--bits", "16", "--width", "64", "32"]), timeout=seconds + 60)
+    try:
+        subprocess.run(command + (["--dry-run"] if dry else ["--bits", "16", "--width", "64", "32"]), timeout=seconds + GRACE)
+    except subprocess.TimeoutExpired:
+        print(f"tune: stopped after {seconds + GRACE:.0f} s; {path} has what it found before")
 
 
 def read(path: Path) -> list[Row]:
@@ -137,14 +140,10 @@ def read(path: Path) -> list[Row]:
 
 
 def commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
-        return (
-            subprocess.run(
-                ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
-            ).stdout.strip()
-            or "unknown"
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a copy of the tree without its history
         return "unknown"
 
 

@@ -67,7 +67,8 @@ def draw(
     """
 
     def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
-        return torch.empty(shape, device=device, dtype=dtype).normal_(0, scale)
+        x = torch.empty(shape, device=device, dtype=dtype)
+        return x if x.is_meta else x.normal_(0, scale)
 
     tensors, options = spec.build(case, tensor)
     trained = set(spec.differentiable) - set(fixed)
