@@ -7,12 +7,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.gpu import sanitizer, suite, timing
+from bench.gpu.plan import Plan
 from vix_kernels import backends
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,3 +92,62 @@ print(type(create_model("vit", depth=1)).__module__)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'bench' / 'gpu' / 'checkout'}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd="/")
     assert done.stdout.startswith("vix_kernels.models."), done.stderr
+
+
+@pytest.mark.parametrize(
+    "tool, status, why",
+    [
+        ('"$@"; echo "========= ERROR SUMMARY: 0 errors"', "ok", ""),
+        ('"$@"; echo "========= ERROR SUMMARY: 2 errors"', "failed", "ERROR SUMMARY: 2 errors"),
+        (
+            '"$@"; echo "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"',
+            "failed",
+            "RACECHECK SUMMARY: 1",
+        ),
+        ('echo "========= Error: Device not supported"; exit 1', "skipped", "does not support this device"),
+        ('echo "Segmentation fault"; exit 139', "failed", "Segmentation fault"),
+    ],
+)
+def test_what_the_sanitizer_says(tmp_path: Path, monkeypatch, tool: str, status: str, why: str) -> None:
+    """By stand-ins for it, one of which refuses the option that leaves torch's kernels out, as some releases do."""
+    program = tmp_path / "compute-sanitizer"
+    until_program = f'while [ "$1" != {sys.executable} ]; do [ "$1" != --kernel-name ] || exit 2; shift; done'
+    program.write_text(f"#!/bin/bash\n{until_program}\n{tool}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sanitizer, "SMALL", (sys.executable, "-c", f"print('{sanitizer.RAN}')"))
+    rows = list(sanitizer.rows(Plan(dry=False, deadline=time.monotonic() + 60)))
+    assert [row["check"] for row in rows] == ["memcheck", "racecheck"]
+    assert all(row["status"] == status and why in row["why"] for row in rows), rows
+
+
+def test_outcomes_of_pytest_with_and_without_workers() -> None:
+    text = """
+tests/test_ops.py::test_a[triton-x] PASSED                    [ 10%]
+[gw3] [ 20%] FAILED tests/test_ops.py::test_b[triton-y]
+tests/test_ops.py::test_c SKIPPED (no triton)                 [ 30%]
+tests/test_ops.py::test_d
+FAILED tests/test_ops.py::test_b[triton-y] - AssertionError: dk: 2.0 > 1.0
+"""
+    expected = {"test_a[triton-x]": "PASSED", "test_b[triton-y]": "FAILED", "test_c": "SKIPPED"}
+    assert dict(suite._outcomes(text)) == {f"tests/test_ops.py::{name}": outcome for name, outcome in expected.items()}
+
+
+def test_what_does_not_fit_is_left_out_and_what_fails_is_not(monkeypatch) -> None:
+    """Ours failing fails the part; a peer's failure, and memory that does not do, are named and left out."""
+    errors = {"triton": ValueError("wrong"), "reference": torch.OutOfMemoryError("no"), "sdpa": RuntimeError("no kernel")}
+
+    def measure(op, case, dtype, provider, plan):
+        raise errors.get(provider, RuntimeError("other"))
+        yield
+
+    monkeypatch.setattr(timing, "measure", measure)
+    rows = [
+        row for row in timing.rows(Plan(dry=True, deadline=time.monotonic() + 60)) if row.get("op") == "performer_attention"
+    ]
+    said = {row["provider"]: (row["status"], row["why"]) for row in rows}
+    assert said["triton"] == ("failed", "ValueError: wrong")
+    assert said["reference"] == ("skipped", "does not fit into the GPU's memory")
+    assert said["sdpa"] == ("skipped", "RuntimeError: no kernel")
+    late = [row for row in timing.rows(Plan(dry=True, deadline=0.0)) if "dtype" in row and "figure" not in row]
+    assert late and {(row["status"], row["why"]) for row in late} == {("skipped", "out of time")}

@@ -13,10 +13,8 @@ from collections.abc import Iterator
 from .plan import Plan, Row, failed, ok, skipped
 
 TOOLS = {
-    "memcheck": (
-        "--report-api-errors",
-        "no",
-    ),  # accesses out of bounds and misaligned; torch's probing of the driver is no error
+    # Accesses out of bounds and misaligned; that torch probes the driver for what it may lack is no error.
+    "memcheck": ("--report-api-errors", "no"),
     "racecheck": (),  # races in shared memory
 }
 RAN = "every operator ran"  # what the program below prints last
