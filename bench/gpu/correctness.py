@@ -18,6 +18,7 @@ LARGE = (
     Case("long", batch=1, heads=1, tokens=65536, width=32, features=64),
 )
 TINY = (Case("packed", batch=1, heads=1, tokens=20, features=9, packed=True),)
+RAN = "every operator ran"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -141,7 +142,7 @@ def smallest() -> None:
     for spec in SPECS.values():
         case = case_for(spec.name, Case("small", batch=1, heads=1, tokens=37, width=24, features=20))
         results(spec.problem(case, dtype=torch.bfloat16, device=device), backend="triton")
-    print("every operator ran")
+    print(RAN)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+from .correctness import RAN
 from .plan import Plan, Row, failed, ok, skipped
 
 TOOLS = {
@@ -17,8 +18,7 @@ TOOLS = {
     "memcheck": ("--report-api-errors", "no"),
     "racecheck": (),  # races in shared memory
 }
-RAN = "every operator ran"  # what the program below prints last
-SMALL = (sys.executable, "-m", "bench.gpu.correctness")
+SMALL = (sys.executable, "-m", "bench.gpu.correctness")  # prints RAN last
 
 
 def rows(plan: Plan) -> Iterator[Row]:
