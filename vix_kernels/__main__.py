@@ -22,6 +22,8 @@ commands:
   check           say which backend each op gets here, and every reason why not another
   compile-report  compile every kernel for GPUs that are not there, and weigh the code
   traffic         count the bytes that the kernels move, over the least that they could
+  roofline        predict the time of every op on GPUs that are not there, beside what was measured
+  tune            look for better launch configurations on this GPU
 
 vix COMMAND --help says more.
 """
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "check": _check,
         "compile-report": _compile_report,
         "traffic": _traffic,
+        "roofline": _roofline,
+        "tune": _tune,
     }
     parser = Parser(prog="vix", epilog=COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"vix_kernels {__version__}")
@@ -173,6 +177,22 @@ def _traffic(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         Parser(prog="vix traffic").error(f"it needs {error.name}, which is not installed")
     return traffic(argv)
+
+
+def _roofline(argv: list[str]) -> int:
+    from vix_kernels.roofline import main as roofline
+
+    return roofline(argv)
+
+
+def _tune(argv: list[str]) -> int:
+    if "--dry-run" in argv:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+    try:
+        from vix_kernels._triton.tune import main as tune
+    except ModuleNotFoundError as error:
+        Parser(prog="vix tune").error(f"it needs {error.name}, which is not installed")
+    return tune(argv)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,20 @@ def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int)
     return reasons
 
 
+def reason_against_gpu() -> str | None:
+    """Why the kernels cannot run on this machine's GPU, in one sentence; None if they can."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return "torch sees no GPU" + ("" if built else f": torch {torch.__version__} is built without CUDA and ROCm")
+    if reasons := reasons_against_triton(torch.device("cuda"), torch.bfloat16, 64):
+        return "; ".join(reasons)
+    try:
+        torch.ones(1, device="cuda").add_(1).item()
+    except RuntimeError as error:  # no code for this GPU, a driver too old, memory that others hold
+        return f"torch cannot use the GPU: {str(error).partition(chr(10))[0]}"
+    return None
+
+
 @cache
 def gpu_architecture(index: int) -> str:
     """The name of a GPU's instruction set, such as "sm_90" or "gfx942"."""

@@ -138,8 +138,12 @@ class OpSpec:
         differentiable: names of the tensors that take gradients.
         batched: names of the tensors and options that have a batch dimension, the first of them always.
         cases: the problems every implementation must solve.
-        flops: multiply-adds times two of a forward at (batch, heads, tokens, width, features).
-        bytes: least traffic of a forward: every input read once, every output written once.
+        flops: multiply-adds times two in the matrix products of a forward (in the rotation, for RoPE), each counted once.
+        exps: exponentials of a forward.
+        backward: flops of a backward over those of a forward. By default 2: of each two products of a move, backward makes
+            the logits again and three gradients; those of random features, which nobody trains, are left out.
+
+    Bytes and launches are counted, not declared: see _triton/costs.py.
     """
 
     name: str
@@ -150,7 +154,8 @@ class OpSpec:
     batched: tuple[str, ...]
     cases: tuple[Case, ...]
     flops: Callable[[Case], int]
-    bytes: Callable[[Case, torch.dtype], int]
+    exps: Callable[[Case], int] = lambda case: 0
+    backward: float = 2.0
 
     def problem(
         self, case: Case, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
@@ -272,7 +277,7 @@ def _with_frequencies(build: Callable) -> Callable:
         wide = torch.promote_types(tensors["q"].dtype, torch.float32)
         tensors["frequencies"] = tensor(2, case.heads, (case.rotary or case.width) // 2, dtype=wide, scale=0.3)
         del options["rope"]
-        return tensors, options | dict(rows=4, layout=case.rope, prefix=case.prefix)
+        return tensors, options | dict(rows=4, layout=case.rope or "interleaved", prefix=case.prefix)
 
     return mixed
 
@@ -289,13 +294,25 @@ def _mixed(function: Callable) -> Callable:
     return mixed
 
 
-def _token_bytes(case: Case, dtype: torch.dtype, tensors: int) -> int:
-    return tensors * case.batch * case.heads * case.tokens * case.width * dtype.itemsize
+def _aggregate_exps(case: Case) -> int:
+    return case.batch * case.heads * case.tokens * case.features
 
 
-def _move_flops(case: Case) -> int:
-    value_width = case.value_width or case.width
-    return 2 * case.batch * case.heads * case.tokens * case.features * (case.width + value_width)
+def _broadcast_exps(case: Case) -> int:
+    return case.batch * case.heads * (case.queries or case.tokens) * case.features
+
+
+def _aggregate_flops(case: Case) -> int:
+    return 2 * _aggregate_exps(case) * (case.width + (case.value_width or case.width))
+
+
+def _broadcast_flops(case: Case) -> int:
+    return 2 * _broadcast_exps(case) * (case.width + (case.value_width or case.width))
+
+
+def _channels(case: Case) -> int:
+    """Of queries and keys."""
+    return case.batch * case.heads * (case.tokens + (case.queries or case.tokens)) * case.width
 
 
 _PERFORMER = OpSpec(
@@ -306,8 +323,8 @@ _PERFORMER = OpSpec(
     differentiable=("q", "k", "v", "projection"),
     batched=("q", "k", "v", "key_padding_mask"),
     cases=CASES,
-    flops=lambda case: 2 * _move_flops(case),
-    bytes=lambda case, dtype: _token_bytes(case, dtype, 4) + 4 * case.features * case.width,
+    flops=lambda case: _aggregate_flops(case) + _broadcast_flops(case),
+    exps=lambda case: _aggregate_exps(case) + _broadcast_exps(case),
 )
 _LINEAR = OpSpec(
     name="linear_attention",
@@ -317,8 +334,8 @@ _LINEAR = OpSpec(
     differentiable=("q", "k", "v"),
     batched=("q", "k", "v", "key_padding_mask"),
     cases=LINEAR_CASES,
-    flops=lambda case: 2 * _move_flops(replace(case, features=case.width // 2)),
-    bytes=lambda case, dtype: _token_bytes(case, dtype, 4),
+    flops=lambda case: 2 * _channels(case) * (case.value_width or case.width),
+    exps=lambda case: _channels(case) * (case.feature_map == "elu"),
 )
 _ROPE = OpSpec(
     name="apply_rope",
@@ -329,8 +346,8 @@ _ROPE = OpSpec(
     batched=("q", "k"),
     cases=tuple(case for case in CASES if case.rope and not case.masked)
     + (Case("rope_partial", rope="half", rotary=8, prefix=1, width=24),),
-    flops=lambda case: 6 * case.batch * case.heads * case.tokens * case.width,
-    bytes=lambda case, dtype: _token_bytes(case, dtype, 4) + 4 * case.tokens * (case.rotary or case.width),
+    flops=lambda case: 6 * case.batch * case.heads * case.tokens * (case.rotary or case.width),
+    backward=1.0,
 )
 SPECS: dict[str, OpSpec] = {
     spec.name: spec
@@ -347,8 +364,8 @@ SPECS: dict[str, OpSpec] = {
             differentiable=("q", "k", "v", "projection"),
             batched=("q", "k", "v", "key_padding_mask"),
             cases=PROJECTED_CASES,
-            flops=lambda case: 2 * _move_flops(case),
-            bytes=lambda case, dtype: _token_bytes(case, dtype, 4) + 4 * case.features * case.width,
+            flops=lambda case: _aggregate_flops(case) + _broadcast_flops(case),
+            exps=lambda case: (_aggregate_exps(case) + _broadcast_exps(case)) * (case.feature_map == "elu"),
         ),
         OpSpec(
             name="aggregate",
@@ -358,10 +375,8 @@ SPECS: dict[str, OpSpec] = {
             differentiable=("slots", "k", "v"),
             batched=("k", "v", "slots", "mask"),
             cases=tuple(case for case in CASES if case.queries is None),
-            flops=_move_flops,
-            bytes=lambda case, dtype: (
-                _token_bytes(case, dtype, 2) + 4 * case.features * case.width * (1 + case.batch * case.heads)
-            ),
+            flops=_aggregate_flops,
+            exps=_aggregate_exps,
         ),
         OpSpec(
             name="broadcast",
@@ -371,10 +386,8 @@ SPECS: dict[str, OpSpec] = {
             differentiable=("q", "slots", "values", "slot_bias"),
             batched=("q", "slots", "values", "slot_bias"),
             cases=tuple(case for case in CASES if case.queries is None),
-            flops=_move_flops,
-            bytes=lambda case, dtype: (
-                _token_bytes(case, dtype, 2) + 4 * case.features * case.width * (1 + case.batch * case.heads)
-            ),
+            flops=_broadcast_flops,
+            exps=_broadcast_exps,
         ),
         _ROPE,
         *(

@@ -195,7 +195,7 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
     """The configuration of `kernel` for the architecture and dtype of `tokens` and the larger head width `width`."""
     arch = architecture(tokens.device)
     key = (kernel, tokens.element_size() * 8, padded(width))
-    tile = INTERPRETER if arch == "interpreter" else OVERRIDES.get(arch, TABLE).get(key) or TABLE[key]
+    tile = OVERRIDES.get(arch, {}).get(key) or (INTERPRETER if arch == "interpreter" else TABLE[key])
     step = tile.tokens
     if assumed:
         tile = tile._replace(tokens=max(tile.tokens, min(ASSUMED_TOKENS, triton.next_power_of_2(tokens.shape[2]))))

@@ -1,0 +1,22 @@
+"""On PYTHONPATH, makes `vix_kernels.models` importable from a checkout that is not installed, in subprocesses too.
+
+`models/` lies at the top of the repository and installs as `vix_kernels.models`.
+"""
+
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
+from pathlib import Path
+
+MODELS = Path(__file__).resolve().parents[3] / "models"
+
+
+class ModelsFinder(MetaPathFinder):
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name != "vix_kernels.models":
+            return None
+        return spec_from_file_location(name, MODELS / "__init__.py", submodule_search_locations=[str(MODELS)])
+
+
+sys.meta_path.insert(0, ModelsFinder())

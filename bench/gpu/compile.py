@@ -1,0 +1,63 @@
+"""Compiles what the later parts launch, on all cores at once, into Triton's cache: one after the other it takes minutes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from itertools import product
+
+import torch
+
+from vix_kernels._triton.costs import draw
+from vix_kernels.roofline import DTYPES, case_for, shapes
+from vix_kernels.testing import SPECS, Case
+
+from . import correctness
+from .plan import Plan, Row, failed, ok, skipped
+from .timing import MOVES
+
+WORKERS = 12  # each holds a context of its own on the GPU
+
+
+def rows(plan: Plan) -> Iterator[Row]:
+    # Spawned: CUDA does not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1 if plan.dry else min(WORKERS, os.cpu_count() or 1), context) as pool:
+        # Whole attentions first: their parts then find most of their kernels in the cache.
+        running = {
+            pool.submit(run, *each, plan.device): each for each in sorted(tasks(plan), key=lambda task: task[0] in MOVES)
+        }
+        for done in as_completed(running):
+            op, dtype, case = running[done]
+            what = dict(op=op, dtype=dtype, case=case.name, width=case.width)
+            if plan.late:
+                pool.shutdown(cancel_futures=True)
+                yield skipped("out of time", **what)
+                return
+            error = done.exception()
+            yield failed(error, **what) if error else ok(**what, seconds=done.result())
+
+
+def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
+    """One call a specialisation of the kernels: lengths do not make one, so a small batch stands for all."""
+    for check, spec, dtype, case in correctness.order(plan):
+        if check is correctness.against_float64:
+            yield spec.name, dtype, case
+    narrow_and_wide = {shape.width: replace(shape, name="timing", batch=2, tokens=256) for shape in shapes()}
+    for dtype, case, op in product(() if plan.dry else DTYPES, narrow_and_wide.values(), SPECS):
+        yield op, dtype, case
+
+
+def run(op: str, dtype: str, case: Case, device: str) -> float:
+    """Seconds of the first forward and backward. Timing leaves the random features' gradients out."""
+    start = time.perf_counter()
+    fixed = ("projection", "slots") if case.name == "timing" else ()
+    problem = draw(SPECS[op], case_for(op, case), correctness.DTYPES[dtype], device, fixed=fixed)
+    outputs = problem(backend="triton")
+    wanted = [x for x in problem.tensors.values() if x.requires_grad]
+    torch.autograd.grad(outputs, wanted, [torch.ones_like(x) for x in outputs])
+    return time.perf_counter() - start

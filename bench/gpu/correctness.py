@@ -1,0 +1,149 @@
+"""The kernels at sizes worth timing: against float64, repeated, captured in a CUDA graph, on two streams at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from vix_kernels.roofline import case_for
+from vix_kernels.testing import SPECS, Case, OpSpec, Problem
+
+from .plan import Plan, Row, failed, ok, skipped
+
+LARGE = (
+    Case("packed", batch=2, heads=4, tokens=4096, width=64, features=256, packed=True),
+    Case("masked_odd", batch=2, heads=3, tokens=1001, width=80, features=110, masked=True),
+    Case("long", batch=1, heads=1, tokens=65536, width=32, features=64),
+)
+TINY = (Case("packed", batch=1, heads=1, tokens=20, features=9, packed=True),)
+RAN = "every operator ran"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
+def rows(plan: Plan) -> Iterator[Row]:
+    for check, spec, dtype, case in order(plan):
+        what = dict(check=check.__name__, op=spec.name, case=case.name, dtype=dtype)
+        if plan.dry and check in (graph, streams):
+            yield skipped("needs CUDA", **what)
+        elif plan.late:
+            yield skipped("out of time", **what)
+        else:
+            try:
+                problem = spec.problem(case_for(spec.name, case), dtype=DTYPES[dtype], device=plan.device)
+                wrong, figure = check(problem)
+            except Exception as error:
+                yield failed(error, **what)
+                plan.wait()
+            else:
+                yield failed(wrong, **what, figure=figure) if wrong else ok(**what, figure=figure)
+            plan.free()
+
+
+def order(plan: Plan) -> Iterator[tuple[Callable, OpSpec, str, Case]]:
+    """(check, operator, dtype, case), what matters most first."""
+    for dtype in ("bf16",) if plan.dry else DTYPES:
+        for check in (against_float64, repeats, graph, streams) if dtype == "bf16" else (against_float64,):
+            for spec in SPECS.values():
+                for case in cases(spec, plan) if check is against_float64 else cases(spec, plan)[:2]:
+                    yield check, spec, dtype, case
+
+
+def cases(spec: OpSpec, plan: Plan) -> list[Case]:
+    masks = spec.name != "apply_rope"
+    return list(TINY) if plan.dry else [case for case in LARGE if masks or not case.masked]
+
+
+def results(problem: Problem, **how: object) -> list[Tensor]:
+    """Outputs, then gradients for cotangents that depend on nothing but their shape."""
+    leaves = {name: x.detach().requires_grad_(name in problem.spec.differentiable) for name, x in problem.tensors.items()}
+    outputs = Problem(problem.spec, leaves, problem.options)(**how)
+    wanted = [x for x in leaves.values() if x.requires_grad]
+    cotangents = []
+    for at, out in enumerate(outputs):
+        # Not drawn: a capture forbids a generator's copy to the device.
+        wave = torch.arange(out.numel(), device=out.device, dtype=torch.float32).mul_(0.7).add_(at).sin_().view(out.shape)
+        cotangents.append(wave.masked_fill_(out.detach() == float("-inf"), 0).to(out.dtype))
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, wanted, cotangents)]
+
+
+def against_float64(problem: Problem) -> tuple[str, float]:
+    """At most twice the error of plain PyTorch in the same precision; the figure is the largest share of that budget."""
+    exact = results(problem.double(), reference=True)
+    plain = results(problem, reference=True)
+    ours = results(problem, backend="triton")
+    rounding = max(torch.finfo(x.dtype).eps for x in problem.tensors.values())
+    worst = 0.0
+    for x, reference, truth in zip(ours, plain, exact, strict=True):
+        x, reference, truth = (torch.where(y == float("-inf"), -1e3, y.double()) for y in (x, reference, truth))
+        budget = 2 * ((reference - truth).norm() + rounding * truth.norm())
+        share = ((x - truth).norm() / budget.clamp_min(1e-300)).item()
+        if not share <= 1:
+            return f"{share:.3g} of the error budget", share
+        worst = max(worst, share)
+    return "", worst
+
+
+def repeats(problem: Problem) -> tuple[str, float]:
+    """The same bits again and again; the figure counts the repetitions that differ."""
+    first = results(problem, backend="triton")
+    repetitions = 10 if first[0].is_cuda else 1
+    different = sum(not _equal(first, results(problem, backend="triton")) for _ in range(repetitions))
+    return f"{different} of {repetitions} repetitions differ" if different else "", different
+
+
+def graph(problem: Problem) -> tuple[str, float]:
+    """Forward and backward captured on some inputs and replayed on others equal eager, to the bit."""
+
+    def run() -> list[Tensor]:
+        return results(problem, backend="triton")
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        replayed = run()
+    for x in problem.tensors.values():
+        x.mul_(0.75)
+    captured.replay()
+    torch.cuda.synchronize()
+    same = _equal(replayed, run())
+    return "" if same else "a replay differs from eager", float(not same)
+
+
+def streams(problem: Problem) -> tuple[str, float]:
+    """Two streams at once give what each gives alone, ten times."""
+    other = problem.map(lambda x: x * 0.75)
+    alone = [results(each, backend="triton") for each in (problem, other)]
+    torch.cuda.synchronize()
+    both = [torch.cuda.Stream(), torch.cuda.Stream()]
+    different = 0
+    for _ in range(10):
+        together = []
+        for stream, each in zip(both, (problem, other), strict=True):
+            with torch.cuda.stream(stream):
+                together.append(results(each, backend="triton"))
+        torch.cuda.synchronize()
+        different += not all(map(_equal, alone, together))
+    return f"{different} of 10 differ" if different else "", different
+
+
+def _equal(xs: list[Tensor], ys: list[Tensor]) -> bool:
+    return all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(xs, ys, strict=True))
+
+
+def smallest() -> None:
+    """Each operator once, forward and backward, on a small problem: for a memory checker, which is slow."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for spec in SPECS.values():
+        case = case_for(spec.name, Case("small", batch=1, heads=1, tokens=37, width=24, features=20))
+        results(spec.problem(case, dtype=torch.bfloat16, device=device), backend="triton")
+    print(RAN)
+
+
+if __name__ == "__main__":
+    smallest()

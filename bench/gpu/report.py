@@ -1,0 +1,161 @@
+"""From rows to the files of OUT: a summary, everything as JSON, tables as CSV, pictures and logs each in one archive."""
+
+from __future__ import annotations
+
+import csv
+import json
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .plan import Row
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a part went. why: of a failure, or what was left out."""
+
+    part: str
+    status: str  # "ok" | "failed" | "skipped"
+    why: str
+    seconds: float
+    rows: list[Row]
+
+    def count(self, status: str) -> int:
+        return sum(row["status"] == status for row in self.rows)
+
+
+def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> None:
+    """Every file on its own: what cannot be written is named in the summary, the rest is there."""
+    problems = []
+
+    def attempt(name: str, make: Callable[[Path], Any]) -> None:
+        try:
+            make(folder / name)
+        except Exception as error:  # a missing plotting library must not cost the numbers
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+
+    rows = {outcome.part: outcome.rows for outcome in outcomes}
+    everything = dict(machine=machine, parts=[asdict(outcome) for outcome in outcomes])
+    attempt("results.json", lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"))
+    checks = [dict(part=part, **row) for part in ("correctness", "suite", "sanitizer") for row in rows.get(part, [])]
+    tables = dict(timing=[row for row in rows.get("timing", []) if "figure" not in row], models=rows.get("models", []))
+    for name, lines in (tables | dict(correctness=checks)).items():
+        if lines:
+            attempt(f"{name}.csv", partial(table, rows=lines))
+    pictures = work / "pictures"
+    pictures.mkdir(exist_ok=True)
+    attempt("pictures.zip", lambda path: (draw(pictures, rows.get("timing", [])), archive(path, pictures)))
+    attempt("logs.zip", lambda path: archive(path, work / "logs"))
+    (folder / "summary.md").write_text(summary(machine, outcomes, problems))
+
+
+def table(path: Path, rows: list[Row]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def archive(path: Path, folder: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for each in sorted(folder.iterdir()):
+            file.write(each, each.name)
+
+
+def draw(folder: Path, rows: list[Row]) -> None:
+    """Device time against tokens, one picture an operator and dtype, a line a provider."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    timed = [row for row in rows if row.get("device_ms") is not None]
+    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in timed):
+        chosen = [row for row in timed if (row["op"], row["dtype"]) == (op, dtype) and row["width"] != 32]
+        batches = {tokens: max(r["batch"] for r in chosen if r["tokens"] == tokens) for tokens in {r["tokens"] for r in chosen}}
+        chosen = [row for row in chosen if row["batch"] == batches[row["tokens"]]]
+        figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, direction in zip(figure.subplots(1, 2), ("forward", "full"), strict=True):
+            for provider in dict.fromkeys(row["provider"] for row in chosen):
+                points = sorted(
+                    (row["tokens"], row["device_ms"])
+                    for row in chosen
+                    if (row["provider"], row["direction"]) == (provider, direction)
+                )
+                if points:
+                    axes.plot(*zip(*points, strict=True), "o-", label=provider)
+            name = "forward" if direction == "forward" else "forward and backward"
+            axes.set(title=name, xlabel="tokens of one image", ylabel="ms", xscale="log", yscale="log")
+            axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+        figure.suptitle(f"{op}, {dtype}", fontweight="bold")
+        figure.savefig(folder / f"{op}_{dtype}.png")
+
+
+# The summary
+
+TIMES = ("op", "dtype", "batch", "tokens", "width", "direction")
+
+
+def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
+    facts = ", ".join(f"{name} {value}" for name, value in machine.items() if name not in ("gpu", "status", "why"))
+    lines = [f"# {machine['gpu']}", "", facts, "", "## Parts", ""]
+    lines += markdown(
+        ["part", "status", "seconds", "ok", "failed", "skipped", "why"],
+        [
+            [o.part, o.status.upper() if o.status == "failed" else o.status, f"{o.seconds:.0f}",
+             *(str(o.count(s)) for s in ("ok", "failed", "skipped")), o.why]
+            for o in outcomes
+        ],
+    )  # fmt: skip
+    lines += [f"- not written: {problem}" for problem in problems]
+    rows = {outcome.part: outcome.rows for outcome in outcomes}
+    lines += ["", "## Device time, ms", "", "On random numbers, with a cold L2 cache. `sdpa` is softmax attention.", ""]
+    if any(o.part in ("compile", "correctness", "suite") and o.status == "failed" for o in outcomes):
+        lines += ["**Something gave wrong results or did not run (see Failed): these times are not to be quoted.**", ""]
+    lines += times(rows.get("timing", []))
+    for part in ("timing", "models", "training", "correctness", "suite", "sanitizer"):
+        chosen = [r for r in rows.get(part, []) if r["status"] == "ok" and (part != "timing" or "figure" in r)]
+        if chosen:
+            columns = [c for c in dict.fromkeys(name for row in chosen for name in row) if c not in ("status", "why")]
+            heading = "What the machine reaches" if part == "timing" else part.capitalize()
+            lines += ["", f"## {heading}", "", *markdown(columns, [[text(row.get(c)) for c in columns] for row in chosen])]
+    for status in ("failed", "skipped"):
+        named = [
+            f"- {outcome.part}: {label(row)}: {row['why']}"
+            for outcome in outcomes
+            for row in outcome.rows
+            if row["status"] == status
+        ]
+        if named:
+            lines += ["", f"## {status.capitalize()}", "", *named]
+    return "\n".join(lines) + "\n"
+
+
+def times(rows: Iterable[Row]) -> list[str]:
+    """One line a shape and direction, one column a provider."""
+    timed = [row for row in rows if row.get("device_ms") is not None]
+    providers = list(dict.fromkeys(row["provider"] for row in timed))
+    found = {(*(row[name] for name in TIMES), row["provider"]): row for row in timed}
+    shapes = dict.fromkeys(tuple(row[name] for name in TIMES) for row in timed)
+    body = [
+        [*map(str, shape), *(text(found.get((*shape, provider), {}).get("device_ms")) for provider in providers)]
+        for shape in shapes
+    ]
+    return markdown([*TIMES, *providers], body) if body else ["none"]
+
+
+def markdown(columns: list[str], body: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *body)]
+
+
+def text(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def label(row: Row) -> str:
+    return " ".join(str(v) for k, v in row.items() if k not in ("status", "why") and v not in ("", None)) or "all of it"

@@ -1,0 +1,205 @@
+"""What a call costs, what that predicts, and launch configurations from measurements; no GPU needed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vix_kernels import backends, roofline
+from vix_kernels.__main__ import main
+from vix_kernels.roofline import GPUS, KEY, Row, predict
+from vix_kernels.testing import SPECS, Case
+
+pytestmark = pytest.mark.skipif(not backends.triton_installed(), reason="no triton")
+
+CASE = Case("costs", batch=2, heads=3, tokens=40, queries=10, width=16, value_width=24, features=9)
+H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
+
+
+def cost(op: str, direction: str = "forward", case: Case = CASE, dtype: torch.dtype = torch.bfloat16):
+    from vix_kernels._triton.costs import cost
+
+    return cost(SPECS[op], case, dtype, direction, "sm_90")
+
+
+def test_bytes_of_a_forward_are_inputs_and_outputs() -> None:
+    """Counted by hand: queries and keys of different number, values of another width, the statistics of each row."""
+    k, v, q, out = 2 * 3 * 40 * 16 * 2, 2 * 3 * 40 * 24 * 2, 2 * 3 * 10 * 16 * 2, 2 * 3 * 10 * 24 * 2
+    slots, values, lse, rows = 9 * 16 * 4, 2 * 3 * 9 * 24 * 4, 2 * 3 * 9 * 4, 2 * 3 * 10 * 4
+    assert cost("aggregate").bytes == slots + k + v + values + lse
+    assert cost("performer_attention").bytes == (slots + k + v + values + lse) + (q + slots + values + lse + out + rows)
+
+
+def test_a_mask_and_tables_are_read_and_a_shared_projection_once() -> None:
+    square = replace(CASE, queries=None)
+    plain, masked = cost("aggregate", case=square).bytes, cost("aggregate", case=replace(square, masked=True)).bytes
+    assert masked == plain + 2 * 40
+    rotated = cost("aggregate", case=replace(square, rope="half")).bytes
+    assert rotated == plain + 2 * 40 * 8 * 4
+    assert cost("aggregate", case=replace(square, batch=4)).bytes - plain == plain - 9 * 16 * 4
+
+
+def test_flops_and_exponentials_follow_queries_and_tokens() -> None:
+    each = 2 * 3 * 9
+    forward, backward = cost("performer_attention"), cost("performer_attention", "backward")
+    assert forward.exps == backward.exps == each * (40 + 10)
+    assert forward.flops == 2 * each * (40 + 10) * (16 + 24) and backward.flops == 2 * forward.flops
+
+
+def test_launches_are_those_that_a_call_makes(monkeypatch) -> None:
+    from vix_kernels._triton import launch as door
+
+    counted = [cost("performer_attention", direction).launches for direction in ("forward", "backward")]
+    problem = SPECS["performer_attention"].problem(CASE)
+    leaves = {name: x.requires_grad_(name != "projection") for name, x in problem.tensors.items()}
+    made, run = [], door.launch
+    for module in ("aggregate", "broadcast"):
+        monkeypatch.setattr(f"vix_kernels._triton.{module}.launch", lambda *args, **meta: (made.append(1), run(*args, **meta)))
+    outputs = replace(problem, tensors=leaves)(backend="triton")
+    forward = len(made)
+    torch.autograd.grad(outputs[0].sum(), [x for x in leaves.values() if x.requires_grad])
+    assert counted == [forward, len(made) - forward]
+
+
+def test_counting_leaves_the_door_and_the_driver_as_they_were() -> None:
+    from triton.runtime.driver import driver
+
+    from vix_kernels._triton import launch as door
+
+    active = driver._active
+    cost("apply_rope", case=replace(CASE, queries=None, rope="half"))
+    assert door.observer is None and driver._active is active
+
+
+@pytest.mark.parametrize(
+    "change, bound",
+    [
+        (dict(bytes=10**12), "memory"),
+        (dict(flops=10**15), "matrix"),
+        (dict(exps=10**13), "exp"),
+        (dict(launches=10**6), "launch"),
+    ],
+)
+def test_the_longest_time_is_predicted(change: dict, bound: str) -> None:
+    seconds, on = predict(replace(cost("aggregate"), **change), H100, "bf16")
+    rates = dict(memory=H100.bandwidth, matrix=H100.matrix, exp=H100.exps, launch=1 / roofline.LAUNCH)
+    assert on == bound and seconds == pytest.approx(next(iter(change.values())) / rates[bound])
+
+
+def test_float32_takes_the_faster_way() -> None:
+    rates = {gpu.name: gpu.flops("fp32") for gpu in GPUS}
+    assert rates["A100"] == 156e12 / 3 and rates["RTX 4090"] == 82.6e12
+
+
+def test_measured_times_stand_beside_predictions(tmp_path, capsys) -> None:
+    """Those of the newest run, of our kernels, on the very same GPU, shape and direction."""
+    first = roofline.cells(next(roofline.rows(["apply_rope"], [H100], ["bf16"])))
+    line = dict(zip(roofline.headings(), first, strict=True))
+    line = {name: line[name] for name in KEY} | dict(gpu="NVIDIA H100 80GB HBM3", provider="triton", device_ms="")
+    for run, milliseconds in (("2026-01-02-aaa", 0.25), ("2026-01-03-bbb", 0.5)):
+        folder = tmp_path / "results" / "h100-sxm" / run
+        folder.mkdir(parents=True)
+        with (folder / "timing.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, line)
+            writer.writeheader()
+            writer.writerow(line | dict(device_ms=milliseconds))
+            writer.writerow(line | dict(device_ms=9, provider="torch"))
+            writer.writerow(line | dict(device_ms=9, gpu="NVIDIA H100 PCIe"))
+            writer.writerow(line | dict(device_ms=9, tokens=7))
+            writer.writerow(line)  # a row that was skipped
+    table = tmp_path / "roofline.csv"
+    arguments = ["--op", "apply_rope", "--results", str(tmp_path / "results"), "--csv", str(table), "--plot", f"{table}.png"]
+    assert main(["roofline", *arguments]) == 0
+    assert f"wrote {table}" in capsys.readouterr().out and (tmp_path / "roofline.csv.png").stat().st_size
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == roofline.headings() and {row["gpu"] for row in rows} == {gpu.name for gpu in GPUS}
+    assert [row["measured_us"] for row in rows if row["measured_us"]] == ["500"]
+    assert next(row for row in rows if row["measured_us"])["gpu"] == "H100"
+
+
+def test_the_table_says_that_it_predicts(capsys) -> None:
+    assert main(["roofline", "--op", "apply_rope", "--gpu", "H100", "--results", "/nowhere"]) == 0
+    out = capsys.readouterr().out
+    assert "predicted_us" in out and "not from a GPU" in out
+    assert isinstance(next(roofline.rows(["aggregate"], [H100], ["fp32"])), Row)
+
+
+class TestTune:
+    """In the interpreter: its times mean nothing, its numbers do."""
+
+    KEY = ("aggregate_forward", 32, 16)
+
+    def test_dry_run_writes_a_proposal_and_changes_nothing(self, tmp_path, capsys) -> None:
+        from vix_kernels._triton import configs
+
+        before = dict(configs.OVERRIDES)
+        assert main(["tune", "--dry-run", "--seconds", "4", "--output", str(tmp_path / "found.json")]) == 0
+        assert configs.OVERRIDES == before
+        (row,) = json.loads((tmp_path / "found.json").read_text())["proposals"]
+        assert (row["kernel"], row["bits"], row["width"]) == self.KEY and row["tried"] > 0
+        assert row["present"] == configs.INTERPRETER._asdict() and row["best_ms"] <= row["present_ms"]
+        counted, entries = capsys.readouterr().out.split("\n\n")
+        found = {"interpreter": {}}
+        exec(entries, {"OVERRIDES": found, "Tile": configs.Tile})
+        wanted = {} if row["best"] == row["present"] else {self.KEY: configs.Tile(**row["best"])}
+        assert found == {"interpreter": wanted}
+        assert "1 of 1 keys" in counted
+
+    def test_a_trial_reaches_the_launches_and_ends(self) -> None:
+        from vix_kernels._triton import tune
+
+        bench = tune.Bench(SPECS["aggregate"], "backward", Case("tune", 1, 1, 20, features=8), 32, "cpu")
+        keys = bench.keys("interpreter")
+        assert {key[0] for key in keys} >= {"aggregate_forward", "aggregate_tokens", "aggregate_slots"}
+        tile = tune.present_tile("interpreter", self.KEY)._replace(slots=16)
+        with tune.trial("interpreter", self.KEY, tile):
+            assert tune.present_tile("interpreter", self.KEY) == tile
+        assert tune.present_tile("interpreter", self.KEY) != tile
+
+    def test_what_is_wrong_or_does_not_launch_is_refused(self, monkeypatch) -> None:
+        import time
+
+        from vix_kernels._triton import tune
+
+        bench = tune.Bench(SPECS["aggregate"], "forward", Case("tune", 1, 1, 20, features=8), 32, "cpu")
+        run, wrong = bench.run, tune.present_tile("interpreter", self.KEY)._replace(slots=64)
+
+        def other_numbers():
+            tile = tune.present_tile("interpreter", self.KEY)
+            if tile.slots == 16:
+                raise RuntimeError("out of resource: shared memory")
+            return tuple(2 * x for x in run()) if tile == wrong else run()
+
+        monkeypatch.setattr(bench, "run", other_numbers)
+        monkeypatch.setattr(tune, "device_time", lambda function: tune_time(tune))
+        found = tune.tune_key(bench, "interpreter", self.KEY, time.monotonic() + 60)
+        reasons = " ".join(found.refused)
+        assert "out of resource" in reasons and f"{wrong}: ValueError: other numbers" in reasons
+        assert found.best.tokens == 256 and found.best.slots != 16
+
+    def test_every_integer_and_truth_value_of_a_tile_is_varied(self) -> None:
+        from vix_kernels._triton.configs import Tile
+        from vix_kernels._triton.tune import neighbours
+
+        tile = Tile(slots=0, tokens=64, num_warps=4, num_stages=2)
+        changed = [name for each in neighbours(tile) for name in Tile._fields if getattr(each, name) != getattr(tile, name)]
+        assert sorted(changed) == ["apart", *["num_stages"] * 2, *["num_warps"] * 2, *["tokens"] * 2]
+
+    def test_without_a_gpu_one_sentence(self, capsys) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        assert main(["tune"]) == 0
+        assert capsys.readouterr().out.startswith("vix tune: nothing to measure here: torch sees no GPU")
+
+
+def tune_time(tune):
+    """A GPU on which more tokens a tile are faster."""
+    from vix_kernels.timing import DeviceTime
+
+    tokens = tune.present_tile("interpreter", TestTune.KEY).tokens
+    return DeviceTime(1 / tokens, 1 / tokens, 1 / tokens, "host")

@@ -1,0 +1,116 @@
+"""What a call must do: arithmetic as its specification states it, bytes and launches as its operators show them.
+
+Nothing is computed and no GPU is needed: the call runs on meta tensors, and its launches are counted, not made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from ..primitives.registry import implementations
+from ..testing import Case, OpSpec, Problem
+from . import launch as door
+from .offline import Driver
+
+DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One call of an operator.
+
+    Attributes:
+        flops: multiply-adds times two in products of the tokens' dtype.
+        exps: exponentials.
+        bytes: least traffic: each registered operator in the call reads its inputs once and writes its outputs once.
+        launches: kernels, torch's fills, casts and sums included.
+    """
+
+    flops: int
+    exps: int
+    bytes: int
+    launches: int
+
+
+def cost(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str, arch: str) -> Cost:
+    """The cost of a forward, or of the backward that follows it, with the launch configurations of `arch` ("sm_90")."""
+    problem = draw(spec, case, dtype, "meta")
+    with _counting(arch) as count:
+        outputs = problem(backend="triton")
+    flops = spec.flops(case)
+    if direction == "backward":
+        wanted = [x for x in problem.tensors.values() if x.requires_grad]
+        cotangents = [torch.empty_like(x) for x in outputs]
+        with _counting(arch) as count:
+            torch.autograd.grad(outputs, wanted, cotangents)
+        flops = round(spec.backward * flops)
+    return Cost(flops, spec.exps(case), count.bytes, count.launches)
+
+
+def draw(
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str, *, fixed: Collection[str] = ("projection", "slots")
+) -> Problem:
+    """The problem of `case` with numbers drawn on the device; all differentiable tensors but the `fixed` take gradients.
+
+    Random features are fixed, since nobody trains them. `spec.problem` draws in float64 on the CPU, the same numbers for
+    every device, which takes seconds at sizes worth timing.
+    """
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        x = torch.empty(shape, device=device, dtype=dtype)
+        return x if x.is_meta else x.normal_(0, scale)
+
+    tensors, options = spec.build(case, tensor)
+    trained = set(spec.differentiable) - set(fixed)
+    return Problem(spec, {name: x.detach().requires_grad_(name in trained) for name, x in tensors.items()}, options)
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.launches = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function.namespace == "vix_kernels":
+            with self:  # torch's own kernels inside an operator count too
+                out = implementations[function._schema.name.split("::")[1]](*args)
+            touched = {id(x): x for x in (*args, *tree_leaves(out)) if isinstance(x, Tensor)}
+            # What is shared or expanded counts as often as it lies in memory, once.
+            self.bytes += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in touched.values())
+            return out
+        if not function.is_view and "empty" not in function._schema.name:
+            self.launches += 1
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _counting(arch: str) -> Iterator[_Count]:
+    """Count what happens in the block, as on a GPU of `arch`; no kernel is compiled or run."""
+    count = _Count()
+
+    def observe(*launch: Any) -> None:
+        count.launches += 1
+
+    observer, active = door.observer, driver._active
+    door.observer = observe
+    driver.set_active(Driver(_target(arch)))
+    try:
+        with count:
+            yield count
+    finally:
+        door.observer = observer
+        driver.set_active(active)
+
+
+def _target(arch: str) -> GPUTarget:
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)

@@ -1,0 +1,298 @@
+"""`vix tune`: measure launch configurations on this GPU and propose better ones, as data for configs.py.
+
+From the present tile of a key it changes one field at a time, keeps what is faster, and goes on until nothing is. Every
+candidate must give the present configuration's numbers; what does not launch, or is wrong, is left out. Nothing is
+installed: the proposal is written for someone to read and to commit into OVERRIDES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..backends import interpreted, reason_against_gpu
+from ..commands import Parser
+from ..testing import SPECS, Case, OpSpec
+from ..timing import device_time
+from . import configs
+from . import launch as door
+from .configs import INTERPRETER, OVERRIDES, TABLE, Tile
+from .costs import DIRECTIONS, draw
+
+Key = tuple[str, int, int]  # kernel, bits of the tokens' dtype, padded width: the keys of configs.TABLE
+
+DTYPES = {16: torch.bfloat16, 32: torch.float32}
+LIMITS = {"slots": (16, 128), "tokens": (8, 256), "num_warps": (1, 8), "num_stages": (1, 4)}
+GAIN = 0.98  # of the best time so far: less is noise
+
+
+@dataclass
+class Proposal:
+    """What was found for one key. Times in milliseconds, of the operator and direction that launch the kernel."""
+
+    key: Key
+    use: str
+    present: Tile
+    present_ms: float
+    best: Tile
+    best_ms: float
+    tried: int = 0
+    refused: list[str] = field(default_factory=list)  # candidates that did not launch or gave other numbers, and why
+
+    def __str__(self) -> str:
+        kernel, bits, width = self.key
+        found = f"{self.best_ms:.4f} ms with {self.best}" if self.best != self.present else "nothing faster"
+        return (
+            f"{kernel} {bits} bits width {width} ({self.use}): {self.present_ms:.4f} ms, {found}, "
+            f"ratio {self.best_ms / self.present_ms:.3f}, {self.tried} tried, {len(self.refused)} refused"
+        )
+
+
+@contextmanager
+def trial(arch: str, key: Key, tile: Tile) -> Iterator[None]:
+    """Inside the block, launches of `key` on `arch` take `tile`."""
+    before = OVERRIDES.get(arch)
+    OVERRIDES[arch] = {**(before or {}), key: tile}
+    try:
+        yield
+    finally:
+        if before is None:
+            del OVERRIDES[arch]
+        else:
+            OVERRIDES[arch] = before
+
+
+class _Lookups(dict):
+    """An OVERRIDES entry that notes the keys it is asked for."""
+
+    def __init__(self, entries: dict[Key, Tile]) -> None:
+        super().__init__(entries)
+        self.asked: set[Key] = set()
+
+    def get(self, key: Key, default: Tile | None = None) -> Tile | None:
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+@contextmanager
+def lookups(arch: str) -> Iterator[set[Key]]:
+    """The keys that launches on `arch` inside the block look up."""
+    before = OVERRIDES.get(arch)
+    noting = OVERRIDES[arch] = _Lookups(before or {})
+    try:
+        yield noting.asked
+    finally:
+        if before is None:
+            del OVERRIDES[arch]
+        else:
+            OVERRIDES[arch] = before
+
+
+@contextmanager
+def spills() -> Iterator[list[int]]:
+    """The registers that each launch inside the block spills; the interpreter has no registers, so there are no entries."""
+    counts: list[int] = []
+    if interpreted():
+        yield counts
+        return
+    observer = door.observer
+
+    def observe(kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
+        with torch.get_device_module(args[0].device).device(args[0].device):
+            compiled = kernel[grid](*args, **meta)
+        counts.append(compiled.n_spills)
+
+    door.observer = observe
+    try:
+        yield counts
+    finally:
+        door.observer = observer
+
+
+def present_tile(arch: str, key: Key) -> Tile:
+    return OVERRIDES.get(arch, {}).get(key) or (INTERPRETER if arch == "interpreter" else TABLE[key])
+
+
+def neighbours(tile: Tile) -> Iterator[Tile]:
+    """Tiles that differ from `tile` in one field: half and double, one more and one less (stages), the other truth value.
+
+    A field that is 0 or text is left alone: the kernel has no such thing, or it would give other numbers.
+    """
+    for name, value in tile._asdict().items():
+        if isinstance(value, bool):
+            choices: tuple = (not value,)
+        elif isinstance(value, int) and value:
+            choices = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
+            low, high = LIMITS.get(name, (1, 1024))
+            choices = tuple(choice for choice in choices if low <= choice <= high)
+        else:
+            choices = ()
+        yield from (tile._replace(**{name: choice}) for choice in choices)
+
+
+class Bench:
+    """One operator and direction at one size: its numbers and its time under whatever configuration holds."""
+
+    def __init__(self, spec: OpSpec, direction: str, case: Case, bits: int, device: str) -> None:
+        self.use = f"{spec.name}, {'forward' if direction == 'forward' else 'forward and backward'}"
+        self.dtype, self.direction, self.device = DTYPES[bits], direction, device
+        self.problem = draw(spec, case, self.dtype, device, fixed=())  # the kernels of all gradients run
+        self.wanted = [x for x in self.problem.tensors.values() if x.requires_grad]
+        # Random: mistakes could cancel under equal ones.
+        self.cotangents = [torch.randn_like(x) for x in self.problem(backend="triton")]
+
+    def run(self) -> tuple[Tensor, ...]:
+        if self.direction == "forward":
+            with torch.no_grad():
+                return self.problem(backend="triton")
+        return torch.autograd.grad(self.problem(backend="triton"), self.wanted, self.cotangents)
+
+    def keys(self, arch: str) -> set[Key]:
+        with lookups(arch) as asked:
+            self.run()
+        return set(asked)
+
+    def agrees(self, expected: Iterable[Tensor]) -> bool:
+        """Equal but for the order of sums: twice one rounding of the result, or of float32 sums over thousands."""
+        tolerance = max(2 * torch.finfo(self.dtype).eps, 1e-5)
+        return all(
+            (x.double() - y.double()).norm() <= tolerance * y.double().norm() for x, y in zip(self.run(), expected, strict=True)
+        )
+
+
+def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
+    """Walk from the present tile of `key` to the fastest neighbour, until none is faster or the time is up."""
+    present = present_tile(arch, key)
+    with spills() as spilled:
+        expected = bench.run()
+    allowed = max(spilled, default=0)
+    time_now = device_time(bench.run).median
+    found = Proposal(key, bench.use, present, time_now, present, time_now)
+    seen, moved = {present}, True
+    while moved:
+        moved = False
+        for tile in neighbours(found.best):
+            if tile in seen or time.monotonic() > deadline:
+                continue
+            seen.add(tile)
+            found.tried += 1
+            try:
+                with trial(arch, key, tile):
+                    with spills() as spilled:
+                        if not bench.agrees(expected):
+                            raise ValueError("other numbers")
+                    if max(spilled, default=0) > allowed:
+                        raise ValueError(f"spills {max(spilled)} registers, the present tile {allowed}")
+                    milliseconds = device_time(bench.run).median
+            except Exception as error:  # whatever Triton, the assembler and the driver raise: out of shared memory, of threads
+                found.refused.append(f"{tile}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+                if bench.device == "cuda":
+                    torch.cuda.synchronize()  # an illegal access stays with the process: stop here, with what was found before
+                continue
+            if milliseconds < GAIN * found.best_ms:
+                found.best, found.best_ms, moved = tile, milliseconds, True
+    if found.best != present:  # both once more, next to each other: a clock that drifts must not make a winner
+        found.present_ms = device_time(bench.run).median
+        with trial(arch, key, found.best):
+            found.best_ms = device_time(bench.run).median
+        if found.best_ms >= GAIN * found.present_ms:
+            found.best, found.best_ms = present, found.present_ms
+    return found
+
+
+def benches(width: int, bits: int, device: str) -> Iterator[Bench]:
+    """Every operator and direction: large enough to fill a GPU, tiny in the interpreter."""
+    large, tiny = Case("tune", 8, 8, 4096, features=256), Case("tune", 1, 1, 20, features=8)
+    for spec in SPECS.values():
+        rope = "interleaved" if spec.name == "apply_rope" else None
+        for direction in DIRECTIONS:
+            yield Bench(spec, direction, replace(large if device == "cuda" else tiny, width=width, rope=rope), bits, device)
+
+
+def tune(keys: Iterable[Key], arch: str, device: str, seconds: float) -> Iterator[Proposal]:
+    """A proposal for each key, as long as time lasts; a kernel is timed in the smallest use that launches it."""
+    deadline = time.monotonic() + seconds
+    by_size: dict[tuple[int, int], list[Key]] = {}
+    for key in keys:
+        by_size.setdefault((key[2], key[1]), []).append(key)
+    for (width, bits), wanted in by_size.items():
+        users = sorted(((bench.keys(arch), bench) for bench in benches(width, bits, device)), key=lambda user: len(user[0]))
+        for key in wanted:
+            bench = next((bench for asked, bench in users if key in asked), None)
+            if bench is not None and time.monotonic() < deadline:
+                yield tune_key(bench, arch, key, deadline)
+
+
+def snippet(arch: str, proposals: Iterable[Proposal]) -> str:
+    """What to put into configs.OVERRIDES[arch]."""
+    better = [each for each in proposals if each.best != each.present]
+    lines = [f"    {each.key!r}: {each.best!r},  # {each.best_ms / each.present_ms:.2f} of {each.present!r}" for each in better]
+    return "\n".join([f'OVERRIDES["{arch}"] |= {{', *lines, "}"])
+
+
+def report(arch: str, gpu: str, proposals: Iterable[Proposal]) -> dict:
+    rows = [
+        dict(
+            kernel=each.key[0], bits=each.key[1], width=each.key[2], use=each.use, present=each.present._asdict(),
+            present_ms=each.present_ms, best=each.best._asdict(), best_ms=each.best_ms, tried=each.tried, refused=each.refused,
+        )
+        for each in proposals
+    ]  # fmt: skip
+    return dict(arch=arch, gpu=gpu, torch=torch.__version__, triton=triton.__version__, proposals=rows)
+
+
+EXAMPLES = """\
+examples:
+  vix tune --width 64 --bits 16                    the kernels of bfloat16 and float16 at width 64, ten minutes at most
+  vix tune --kernel broadcast_tokens --seconds 60
+  vix tune --dry-run                               one key in Triton's interpreter, to see that it works; its times mean nothing
+
+Prints a line a key and, last, the entries for OVERRIDES in vix_kernels/_triton/configs.py: read them, run
+`vix compile-report`, commit them by hand. The file holds all that was found and refused, after every key.
+"""
+
+
+def main(argv: list[str]) -> int:
+    kernels, widths = sorted({key[0] for key in TABLE}), sorted({key[2] for key in TABLE})
+    parser = Parser(
+        prog="vix tune",
+        description="Look for faster launch configurations on this GPU.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--kernel", nargs="+", choices=kernels, default=kernels, metavar="KERNEL", help=", ".join(kernels))
+    parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=[16, 32], help="of the tokens (default: both)")
+    parser.add_argument("--width", nargs="+", type=int, choices=widths, default=widths, help="head width (default: all)")
+    parser.add_argument("--seconds", type=float, default=600, help="stop after this time (default: 600)")
+    parser.add_argument("--output", type=Path, default=Path("tune.json"), metavar="PATH", help="default: tune.json")
+    parser.add_argument("--dry-run", action="store_true", help="one key in Triton's interpreter, on a CPU")
+    args = parser.parse_args(argv)
+    if args.dry_run:
+        arch, gpu, device = "interpreter", "Triton's interpreter", "cpu"
+        keys = [("aggregate_forward", 32, 16)]
+    else:
+        if reason := reason_against_gpu():
+            print(f"vix tune: nothing to measure here: {reason}")
+            return 0
+        arch, gpu, device = configs.architecture(torch.device("cuda", 0)), torch.cuda.get_device_name(), "cuda"
+        sizes = product(args.width, args.bits)  # in the order asked for: the time may not do for all
+        keys = [key for width, bits in sizes for key in TABLE if key[0] in args.kernel and key[1:] == (bits, width)]
+
+    proposals = []
+    for proposal in tune(keys, arch, device, args.seconds):
+        proposals.append(proposal)
+        print(proposal, flush=True)
+        args.output.write_text(json.dumps(report(arch, gpu, proposals), indent=1) + "\n")
+    print(f"{len(proposals)} of {len(keys)} keys on {gpu}\n\n{snippet(arch, proposals)}")
+    return 0

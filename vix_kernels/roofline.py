@@ -1,0 +1,268 @@
+"""`vix roofline`: how long each operator has to take on a GPU, from published peaks; measured times beside them.
+
+A prediction is the longest of three times, as if they overlapped perfectly: the bytes over the bandwidth of memory, the
+operations over the rate of the matrix units, the exponentials over the rate of the special-function units; it is never less
+than the launches, one after the other. No version of the operator runs much faster; the distance to it is room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .commands import Parser
+from .testing import SPECS, Case
+
+if TYPE_CHECKING:  # it imports triton
+    from ._triton.costs import Cost
+
+LAUNCH = 2e-6  # seconds from one kernel of a stream to the next: an assumption, no vendor publishes it
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+RESULTS = Path("bench", "results")
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Published peaks, dense.
+
+    Attributes:
+        device: what `torch.cuda.get_device_name` calls it; other models of the name have other peaks.
+        matrix: FLOP/s of 16-bit products with float32 accumulators.
+        tf32: FLOP/s of TensorFloat32 products.
+        float32: FLOP/s of float32 itself.
+        bandwidth: bytes/s of memory.
+        exps: exponentials/s: 16 a clock and multiprocessor (compute unit).
+    """
+
+    name: str
+    device: str
+    arch: str
+    matrix: float
+    tf32: float
+    float32: float
+    bandwidth: float
+    exps: float
+
+    def flops(self, dtype: str) -> float:
+        """The rate of products of `dtype`; exact float32 takes three TensorFloat32 products where that is faster."""
+        return self.matrix if dtype != "fp32" else max(self.tf32 / 3, self.float32)
+
+
+# Matrix rates, bandwidths: NVIDIA's data sheets of A100 (80 GB SXM), H100 (SXM) and H200 (SXM), the Ada white paper
+# (RTX 4090), AMD's data sheet of MI300X. Exponentials: 16 x multiprocessors x boost clock, by the throughput table of
+# the CUDA programming guide (FlashAttention-3, arXiv:2407.08608, gives the same 3.9e12 for H100); CDNA 3 issues
+# transcendentals at a quarter of its 64 lanes.
+GPUS = (
+    GPU("A100", "NVIDIA A100-SXM4-80GB", "sm_80", 312e12, 156e12, 19.5e12, 2.039e12, 16 * 108 * 1.41e9),
+    GPU("H100", "NVIDIA H100 80GB HBM3", "sm_90", 989.4e12, 494.7e12, 66.9e12, 3.35e12, 16 * 132 * 1.83e9),
+    GPU("H200", "NVIDIA H200", "sm_90", 989.4e12, 494.7e12, 66.9e12, 4.8e12, 16 * 132 * 1.83e9),
+    GPU("RTX 4090", "NVIDIA GeForce RTX 4090", "sm_89", 165.2e12, 82.6e12, 82.6e12, 1.008e12, 16 * 128 * 2.52e9),
+    GPU("MI300X", "AMD Instinct MI300X", "gfx942", 1307.4e12, 653.7e12, 163.4e12, 5.3e12, 16 * 304 * 2.1e9),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operator, shape and GPU. Times in microseconds; `measured` is None until a results file has the same shape."""
+
+    op: str
+    direction: str
+    dtype: str
+    batch: int
+    heads: int
+    tokens: int
+    width: int
+    features: int
+    gpu: str
+    gflop: float
+    mexp: float
+    mbyte: float
+    launches: int
+    predicted_us: float
+    bound_by: str
+    measured_us: float | None = None
+
+
+def shapes() -> Iterator[Case]:
+    """The shapes that are predicted and measured: 131,072 tokens however they are cut, and one image on its own."""
+    for tokens in (256, 1024, 4096, 16384, 65536):
+        yield Case(f"{tokens}", batch=131072 // tokens, heads=8, tokens=tokens, width=64, features=256)
+    for tokens in (1024, 16384):
+        yield Case(f"{tokens}_narrow", batch=131072 // tokens, heads=4, tokens=tokens, width=32, features=110)
+    for tokens in (256, 4096, 65536):
+        yield Case(f"{tokens}_single", batch=1, heads=8, tokens=tokens, width=64, features=256)
+
+
+def case_for(op: str, case: Case) -> Case:
+    """`case`, rotated where the operator is a rotation."""
+    return Case(**{**vars(case), "rope": "interleaved"}) if op == "apply_rope" else case
+
+
+def predict(cost: Cost, gpu: GPU, dtype: str) -> tuple[float, str]:
+    """Seconds, and what they are spent on: "memory", "matrix", "exp" or "launch"."""
+    return max(
+        (cost.bytes / gpu.bandwidth, "memory"),
+        (cost.flops / gpu.flops(dtype), "matrix"),
+        (cost.exps / gpu.exps, "exp"),
+        (cost.launches * LAUNCH, "launch"),
+    )
+
+
+def rows(ops: Iterable[str], gpus: Iterable[GPU], dtypes: Iterable[str]) -> Iterator[Row]:
+    from ._triton.costs import DIRECTIONS, cost
+
+    gpus = tuple(gpus)
+    for op in ops:
+        for dtype in dtypes:
+            for shape in shapes():
+                case = case_for(op, shape)
+                for direction in DIRECTIONS:
+                    costs = {arch: cost(SPECS[op], case, DTYPES[dtype], direction, arch) for arch in {g.arch for g in gpus}}
+                    for gpu in gpus:
+                        each = costs[gpu.arch]
+                        seconds, bound = predict(each, gpu, dtype)
+                        yield Row(
+                            op, direction, dtype, case.batch, case.heads, case.tokens, case.width, case.features, gpu.name,
+                            each.flops / 1e9, each.exps / 1e6, each.bytes / 1e6, each.launches, 1e6 * seconds, bound,
+                        )  # fmt: skip
+
+
+KEY = ("op", "direction", "dtype", "batch", "heads", "tokens", "width", "features", "gpu")
+
+
+def measured(folder: Path) -> dict[tuple[str, ...], float]:
+    """KEY -> microseconds of our kernels, from the runs in `folder`; the newest counts."""
+    names = {gpu.device: gpu.name for gpu in GPUS}
+    found: dict[tuple[str, ...], float] = {}
+    for path in sorted(folder.glob("*/*/timing.csv"), key=lambda path: path.parent.name):  # <gpu>/<date>-<commit>
+        with path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                if line["provider"] == "triton" and line["device_ms"] and line["gpu"] in names:
+                    line["gpu"] = names[line["gpu"]]
+                    found[tuple(line[name] for name in KEY)] = 1e3 * float(line["device_ms"])
+    return found
+
+
+def with_measured(table: Iterable[Row], folder: Path) -> Iterator[Row]:
+    times = measured(folder)
+    for row in table:
+        yield replace(row, measured_us=times.get(tuple(str(getattr(row, name)) for name in KEY)))
+
+
+# The table
+
+
+def cells(row: Row) -> list[str]:
+    texts = []
+    for each in fields(Row):
+        value = getattr(row, each.name)
+        texts.append("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
+    return texts
+
+
+def headings() -> list[str]:
+    return [each.name for each in fields(Row)]
+
+
+def print_table(table: list[Row]) -> None:
+    lines = [headings(), *map(cells, table)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def write_csv(path: Path, table: list[Row]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(headings())
+        writer.writerows(map(cells, table))
+
+
+def markdown(table: list[Row]) -> str:
+    lines = [headings(), ["---"] * len(headings()), *map(cells, table)]
+    return "Predicted times come from published peaks, not from a GPU.\n\n" + "".join(f"| {' | '.join(x)} |\n" for x in lines)
+
+
+def plot(path: Path, table: list[Row]) -> None:
+    """Time against tokens, a panel an operator and direction, a line a GPU: dashed predicted, dots measured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    chosen = [row for row in table if row.width == 64 and row.batch * row.tokens == 131072]
+    dtypes = list(dict.fromkeys(row.dtype for row in chosen))
+    panels = list(dict.fromkeys((row.op, row.direction) for row in chosen))
+    figure = Figure(figsize=(4 * len(panels) / 2, 8), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"131,072 tokens, 8 heads, width 64, 256 features, {dtypes[0]}: predicted (dashed), measured (dots)", fontweight="bold"
+    )
+    axes = figure.subplots(2, -(-len(panels) // 2), squeeze=False).T.flatten()
+    for panel, (op, direction) in zip(axes, panels, strict=False):
+        for at, gpu in enumerate(dict.fromkeys(row.gpu for row in chosen)):
+            line = [r for r in chosen if (r.op, r.direction, r.gpu, r.dtype) == (op, direction, gpu, dtypes[0])]
+            panel.plot([r.tokens for r in line], [r.predicted_us for r in line], "--", color=f"C{at}", label=gpu)
+            dots = [(r.tokens, r.measured_us) for r in line if r.measured_us is not None]
+            if dots:
+                panel.plot(*zip(*dots, strict=True), "o", color=f"C{at}")
+        panel.set(title=f"{op} {direction}", xlabel="tokens of one image", ylabel="µs", xscale="log", yscale="log")
+        panel.grid(alpha=0.25)
+    axes[0].legend(frameon=False)
+    figure.savefig(path)
+
+
+# The command
+
+EXAMPLES = """\
+examples:
+  vix roofline                                        every operator, bfloat16, all GPUs
+  vix roofline --op performer_attention --gpu H100    one line a shape
+  vix roofline --csv roofline.csv --plot roofline.png
+
+Columns: gflop, mexp and mbyte are what the call must do at least (10^9 operations, 10^6 exponentials, 10^6 bytes);
+predicted_us is the longest of their times at published peaks, and bound_by says which it is; measured_us comes from
+the newest run of bench/on_gpu.sh in the results folder, and is empty where there is none.
+Predictions are floors: they say how far a measured time could still fall, not how long a call takes.
+"""
+
+
+def main(argv: list[str]) -> int:
+    names = [gpu.name for gpu in GPUS]
+    parser = Parser(
+        prog="vix roofline",
+        description="Predict the time of each operator from published peaks of GPUs; no GPU needed.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--op", nargs="+", choices=list(SPECS), default=list(SPECS), metavar="OP", help=", ".join(SPECS))
+    parser.add_argument("--gpu", nargs="+", choices=names, default=names, metavar="GPU", help=", ".join(names))
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16"], help="default: bf16")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"measured runs (default: {RESULTS})")
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table as CSV instead of printing it")
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw time against tokens, as a PNG")
+    args = parser.parse_args(argv)
+    try:
+        table = list(with_measured(rows(args.op, [gpu for gpu in GPUS if gpu.name in args.gpu], args.dtype), args.results))
+        if args.csv:
+            write_csv(args.csv, table)
+            print(f"wrote {args.csv}")
+        elif args.markdown:
+            print(markdown(table), end="")
+        else:
+            print_table(table)
+            print("\nPredicted times come from published peaks, not from a GPU.")
+        if args.plot:
+            plot(args.plot, table)
+            print(f"wrote {args.plot}", file=sys.stderr)
+    except OSError as error:
+        parser.error(str(error))
+    except ModuleNotFoundError as error:
+        parser.error(f"it needs {error.name}, which is not installed")
+    return 0
