@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST_TRITON := 3.6.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint clean
+.PHONY: help train test lint report clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -22,6 +23,11 @@ test: $(READY)  ## run the tests; some of them: make test ARGS="-k models"
 lint: $(READY)  ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# All of the grid with the installed Triton, sm_90 alone with the oldest that is supported, which lies in a folder of its own.
+report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile every kernel for GPUs that are not there, and weigh the code
+	$(BIN)/vix compile-report $(ARGS)
+	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/vix compile-report --arch sm_90 $(ARGS)
 
 clean:  ## remove the environment and all caches, keep runs/
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .benchmarks *.egg-info
@@ -51,4 +57,9 @@ $(READY): pyproject.toml constraints/cpu.txt
 			echo "no CPU build of torch found: point pip to an index that has one, such as $(CPU_INDEX)" >&2; exit 1; }; \
 	fi; \
 	$(BIN)/python -m pip install --quiet $$constraint --editable '.[train,test]'
+	@touch $@
+
+$(VENV)/triton-$(OLDEST_TRITON)/.ready: $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) triton==$(OLDEST_TRITON)
 	@touch $@

@@ -271,7 +271,7 @@ def main(argv: list[str]) -> int:
     failures = report.errors + violations(report.rows)
     if args.write and not report.errors:
         compiled = {(triton.__version__, *cell[:3]) for cell in cells}
-        kept = [row for row in args.committed if (row.triton, row.arch, row.dtype, row.width) not in compiled]
+        kept = [row for row in args.committed if row.cell not in compiled]
         write_table(args.csv, kept + report.rows)
         print(f"wrote {args.csv}")
     else:

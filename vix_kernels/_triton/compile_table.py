@@ -161,8 +161,11 @@ def matrix_kinds(rows: Iterable[Row]) -> list[str]:
 
 
 def matrix_rank(kind: str) -> tuple[bool, bool]:
-    """HMMA, of one warp, is what a product falls back to from HGMMA and UTCHMMA; tf32 has half the speed."""
-    return not kind.startswith("HMMA"), not kind.endswith(".TF32")
+    """HMMA, of one warp, is what a product falls back to from HGMMA and UTCHMMA; tf32 has half the speed of 16 bits.
+
+    On AMD float32 operands have an eighth of it.
+    """
+    return not kind.startswith("HMMA"), not kind.endswith((".TF32", "_f32"))
 
 
 def wide_share(rows: Iterable[Row], name: str) -> float:

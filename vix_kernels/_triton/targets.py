@@ -6,7 +6,6 @@ A multiprocessor is an SM, or a compute unit on AMD, whose wavefronts are called
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 
 from triton.backends.compiler import GPUTarget
 
@@ -36,18 +35,17 @@ class Target:
         A block of the kernel has `warps` warps, of `registers` registers a thread, `shared` bytes of shared memory and
         `tensor_memory` columns.
         """
-        asked = round_up(shared + self.shared_memory_reserved, self.shared_memory_unit)
         held = PARTS * (PART_REGISTERS // round_up(registers, REGISTER_UNIT))
-        limits = [self.warps // warps, self.blocks, held // warps]
-        if asked:
-            limits.append(self.shared_memory_total // asked)
+        taken = round_up(shared + self.shared_memory_reserved, self.shared_memory_unit)
+        blocks = min(self.warps // warps, self.blocks, held // warps, self.shared_memory_total // taken)
         if tensor_memory:
-            limits.append(TENSOR_MEMORY // tensor_memory)
-        return 100 * min(limits) * warps // self.warps
+            blocks = min(blocks, TENSOR_MEMORY // tensor_memory)
+        return 100 * blocks * warps // self.warps
 
 
 def round_up(amount: int, unit: int) -> int:
-    return ceil(amount / unit) * unit
+    """The least multiple of `unit`, at least one, that holds `amount`."""
+    return max(1, -(-amount // unit)) * unit
 
 
 def nvidia(arch: int, *, warps: int, blocks: int, shared_memory: int) -> Target:
@@ -55,13 +53,14 @@ def nvidia(arch: int, *, warps: int, blocks: int, shared_memory: int) -> Target:
 
 
 def amd(arch: str, *, shared_memory: int, unit: int) -> Target:
-    """Eight wavefronts on each of four SIMDs; sixteen workgroups, for that many barriers."""
+    """Eight wavefronts on each of four SIMDs; sixteen workgroups of several, for that many barriers."""
     return Target(GPUTarget("hip", arch, 64), 32, 16, shared_memory * 1024, unit, 0)
 
 
-# NVIDIA: CUDA Programming Guide, "Compute Capabilities", tables 30 and 31; shared memory in KiB of an SM. Units of
-# allocation: cuda_occupancy.h of the CUDA toolkit.
-# AMD: "AMD Instinct MI300" and "CDNA4" instruction set references; units and barriers: AMDGPUBaseInfo.cpp of LLVM.
+# Shared memory in KiB of a multiprocessor.
+# NVIDIA: CUDA Programming Guide, "Compute Capabilities", tables 30 and 31; what is reserved: cuda::arch_traits of CCCL;
+# units: CUDA's occupancy calculator.
+# AMD: ROCm, "AMD GPU specifications"; registers, wavefronts, units and barriers: AMDGPUBaseInfo.cpp of LLVM.
 TARGETS = {
     "sm_80": nvidia(80, warps=64, blocks=32, shared_memory=164),
     "sm_86": nvidia(86, warps=48, blocks=16, shared_memory=100),
