@@ -223,13 +223,15 @@ def within(least: int, most: int) -> Callable[[str], int]:
 
 @contextmanager
 def worker_environment() -> Iterator[None]:
-    """What the workers inherit: kernels that compile, an empty cache unless the user chose one, a silent profiler."""
+    """What the workers inherit: kernels that compile, an empty cache unless the user chose one, a silent profiler.
+
+    Line information stays on, although nothing here reads it: without it ptxas makes other code, with other registers.
+    """
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as cache:
         os.environ.pop("TRITON_INTERPRET", None)
         os.environ["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR") or cache
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # a tenth of the time, and nothing here reads them
         try:
             yield
         finally:
