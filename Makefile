@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST_TRITON := 3.6.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test traffic lint clean
+.PHONY: help train test traffic report lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -25,6 +26,12 @@ traffic: $(READY)  ## count the bytes that the kernels move; one op: make traffi
 lint: $(READY)  ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The whole grid with the installed Triton, sm_90 alone with the oldest that is supported, which lies in a folder of its own:
+# 630 specialisations, about 12 minutes of CPU time on two processes.
+report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile every kernel for GPUs that are not there, and weigh the code
+	$(BIN)/vix compile-report $(ARGS)
+	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/vix compile-report --arch sm_90 $(ARGS)
 
 clean:  ## remove the environment and all caches, keep runs/
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .benchmarks *.egg-info
@@ -54,4 +61,9 @@ $(READY): pyproject.toml constraints/cpu.txt
 			echo "no CPU build of torch found: point pip to an index that has one, such as $(CPU_INDEX)" >&2; exit 1; }; \
 	fi; \
 	$(BIN)/python -m pip install --quiet $$constraint --editable '.[train,test]'
+	@touch $@
+
+$(VENV)/triton-$(OLDEST_TRITON)/.ready: $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) triton==$(OLDEST_TRITON)
 	@touch $@

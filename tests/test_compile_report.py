@@ -17,16 +17,20 @@ import triton
 import triton.language as tl
 
 import vix_kernels
-from vix_kernels._triton import compile_report, offline
+from vix_kernels._triton import compile_report, machine_code, offline
 from vix_kernels._triton import launch as door
-from vix_kernels._triton.compile_report import Row, regressions, violations
+from vix_kernels._triton.compile_table import Row, read_table, regressions, violations, write_table
 from vix_kernels._triton.launch import launch
+from vix_kernels._triton.targets import TARGETS
 
 SM90_16_BIT = Row(
     triton="3.9.0", arch="sm_90", dtype="bf16", width=64, kernel="broadcast_kernel", blocks="N:64", warps=4,
-    stages=2, registers=168, spilled=0, shared=40960, tensor_memory=0, matrix="HGMMA:16", loads="32:2 128:12",
-    stores="128:4", uses="performer forward 16,110; performer+rope forward 16",
+    stages=2, registers=168, spilled=0, shared=40960, tensor_memory=0, occupancy=18, matrix="HGMMA:16",
+    loads="32:2 128:12", stores="128:4", uses="performer forward 16,110; performer+rope forward 16",
 )  # fmt: skip
+GFX942 = replace(
+    SM90_16_BIT, arch="gfx942", spilled=52, matrix="v_mfma_f32_32x32x8_bf16:80", loads="32:80 128:6", stores="64:4"
+)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -43,28 +47,28 @@ def attention_kernel(q, k, out, stride, N, D: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(out + o_n[:, None] * stride + o_d[None, :], b_out.to(out.dtype.element_ty), mask=inside)
 
 
-def compile_toy() -> list[offline.CompiledLaunch]:
+def compile_toy(target: str) -> list[offline.CompiledLaunch]:
     """Twice on aligned rows, of two lengths, and once on a view that starts one element further on."""
     x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
     shifted = torch.empty(1024 * 64 + 1, dtype=torch.bfloat16, device="meta")[1:].view(1024, 64)
     meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-    with offline.target("sm_90") as launches:
+    with offline.target(target) as launches:
         launch(attention_kernel, (16,), x, x, x, x.stride(0), 1024, **meta)
         launch(attention_kernel, (1,), x, x, x, x.stride(0), 63, **meta)
         launch(attention_kernel, (16,), shifted, shifted, x, x.stride(0), 1024, **meta)
     return launches
 
 
-def compile_performer() -> list[offline.CompiledLaunch]:
+def compile_performer(target: str) -> list[offline.CompiledLaunch]:
     q = torch.empty(2, 4, 1024, 64, dtype=torch.bfloat16)
     projection = torch.empty(110, 64)
-    return offline.compile_launches("sm_90", lambda: vix_kernels.performer_attention(q, q, q, projection, backend="triton"))
+    return offline.compile_launches(target, lambda: vix_kernels.performer_attention(q, q, q, projection, backend="triton"))
 
 
-def in_own_process(function: str) -> list[dict]:
+def in_own_process(function: str, target: str) -> list[dict]:
     """What a function of this file returns where nothing is interpreted."""
     with compile_report.worker_environment():
-        command = [sys.executable, __file__, function]
+        command = [sys.executable, __file__, function, target]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -72,7 +76,7 @@ def in_own_process(function: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def toy() -> list[dict]:
-    return in_own_process("compile_toy")
+    return in_own_process("compile_toy", "sm_90")
 
 
 def test_equal_specialisations_are_compiled_once(toy):
@@ -87,7 +91,7 @@ def test_resources_come_from_the_machine_code(toy):
     assert used["spilled"] == 0
     assert used["matrix"].keys() == {"HGMMA"}
     assert used["loads"]["128"] > 0 and used["stores"]["128"] > 0
-    assert 0 < toy[0]["shared"] <= offline.TARGETS["sm_90"].shared_memory
+    assert 0 < toy[0]["shared"] <= TARGETS["sm_90"].shared_memory
 
 
 def test_a_view_off_alignment_is_seen(toy):
@@ -95,9 +99,39 @@ def test_a_view_off_alignment_is_seen(toy):
     assert "128" in toy[1]["resources"]["stores"]
 
 
+def test_resources_come_from_the_machine_code_of_amd_too():
+    aligned, shifted = in_own_process("compile_toy", "gfx942")
+    used = aligned["resources"]
+    assert 0 < used["registers"] <= 512
+    assert used["spilled"] == 0
+    assert used["matrix"] and all(kind.startswith("v_mfma_") and kind.endswith("bf16") for kind in used["matrix"])
+    assert used["loads"]["128"] > 0 and "128" not in shifted["resources"]["loads"]
+    assert 0 < aligned["shared"] <= 65_536
+
+
+def test_amd_assembly():
+    used = machine_code.read_amdgcn("""
+\tbuffer_load_dwordx4 v[10:13], v6, s[4:7], 0 offen
+\tglobal_load_lds_dwordx4 v[0:1], off
+\tbuffer_load_ushort v1, v2, s[4:7], 0 offen
+\tglobal_load_short_d16_hi v1, v[2:3], off
+\tbuffer_store_dwordx2 v[0:1], v2, s[8:11], 0 offen
+\tglobal_store_byte v[0:1], v2, off
+\tscratch_load_dword v1, off, off offset:4
+\tds_read_b128 v[0:3], v4
+\ts_load_dwordx4 s[0:3], s[4:5], 0x0
+\tv_mfma_f32_16x16x16_f16 a[0:3], v[0:1], v[2:3], a[0:3]
+    .private_segment_fixed_size: 8
+  - .agpr_count:     4
+    .vgpr_count:     76
+    .vgpr_spill_count: 2
+""")
+    assert used == machine_code.Resources(76, 8, {"v_mfma_f32_16x16x16_f16": 1}, {16: 2, 128: 2}, {8: 1, 64: 1})
+
+
 def test_a_public_call_is_compiled():
     """And is what the design promises of the forward moves at this width."""
-    launches = in_own_process("compile_performer")
+    launches = in_own_process("compile_performer", "sm_90")
     assert [each["kernel"] for each in launches] == ["aggregate_forward_kernel", "broadcast_forward_kernel"]
     for each in launches:
         used = each["resources"]
@@ -144,16 +178,32 @@ def test_better_is_not_worse():
 
 def test_another_configuration_of_the_same_use_is_compared():
     slower = replace(SM90_16_BIT, blocks="N:32", matrix="HMMA:64", uses="performer forward 110")
-    assert len(regressions([slower], [SM90_16_BIT])) == 1
-    elsewhere = replace(slower, uses="performer backward 110")
-    assert regressions([elsewhere], [SM90_16_BIT]) == []
+    others = replace(SM90_16_BIT, uses="performer forward 16; performer+rope forward 16")
+    assert len(regressions([slower, others], [SM90_16_BIT])) == 1
     assert regressions([replace(slower, triton="3.6.0")], [SM90_16_BIT]) == []
+    assert regressions([replace(slower, width=32)], [SM90_16_BIT]) == []
+
+
+def test_uses_that_come_and_go_are_named():
+    renamed = regressions([replace(SM90_16_BIT, kernel="spread_kernel", spilled=8)], [SM90_16_BIT])
+    where = "sm_90 bf16 width 64, 16 slots"
+    assert renamed == [
+        f"performer forward no longer launches broadcast_kernel: {where} and 1 more",
+        f"performer+rope forward no longer launches broadcast_kernel: {where}",
+        f"performer forward launches, new to the table, spread_kernel: {where} and 1 more",
+        f"performer+rope forward launches, new to the table, spread_kernel: {where}",
+    ]
+    fewer = replace(SM90_16_BIT, uses="performer forward 16; performer+rope forward 16")
+    vanished = "performer forward no longer launches broadcast_kernel: sm_90 bf16 width 64, 110 slots"
+    assert regressions([fewer], [SM90_16_BIT]) == [vanished]
+    assert regressions([fewer], [SM90_16_BIT], left_out={110}) == []
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"spilled": 4}, "spills 4 bytes a thread, 0 allowed"),
+        ({"arch": "gfx942", "shared": 65_537}, "65537 bytes of shared memory, gfx942 has 65536"),
         ({"width": 256, "spilled": 68}, "spills 68 bytes a thread, 64 allowed"),
         ({"arch": "sm_86", "shared": 101_377}, "101377 bytes of shared memory, sm_86 has 101376"),
         ({"arch": "sm_100", "tensor_memory": 640}, "640 columns of tensor memory"),
@@ -168,11 +218,40 @@ def test_within_limits():
     assert violations([replace(SM90_16_BIT, width=256, spilled=64), replace(SM90_16_BIT, shared=101_377)]) == []
 
 
+def test_amd_may_not_become_worse():
+    assert violations([GFX942]) == []
+    assert regressions([replace(GFX942, spilled=48)], [GFX942]) == []
+    (found,) = regressions([replace(GFX942, spilled=56)], [GFX942])
+    assert found.endswith("spills 56 bytes, was 52")
+    (found,) = regressions([replace(GFX942, matrix="v_mfma_f32_32x32x2_f32:160")], [GFX942])
+    assert found.endswith("multiplies by v_mfma_f32_32x32x2_f32, was v_mfma_f32_32x32x8_bf16")
+
+
+@pytest.mark.parametrize(
+    ("arch", "kernel", "percent"),
+    [
+        ("sm_80", (4, 32, 0), 100),  # 16 blocks
+        ("sm_90", (4, 168, 40_960), 18),  # three warps on each quarter of the registers
+        ("sm_90", (4, 169, 40_960), 12),  # registers come in eights
+        ("sm_86", (4, 64, 50_176), 16),  # with the reserved KiB exactly half of the shared memory
+        ("sm_86", (4, 64, 50_177), 8),
+        ("sm_86", (1, 32, 0), 33),  # 16 blocks
+        ("sm_100", (8, 32, 0, 256), 25),  # two blocks share the tensor memory
+        ("gfx942", (4, 129, 0), 37),  # three wavefronts on each SIMD
+        ("gfx942", (8, 256, 16_384), 25),
+        ("gfx942", (4, 64, 16_384), 50),  # four workgroups
+        ("gfx950", (4, 64, 16_384), 100),  # the registers hold eight workgroups, the LDS nine
+    ],
+)
+def test_occupancy(arch, kernel, percent):
+    assert TARGETS[arch].occupancy(*kernel) == percent
+
+
 def test_table_is_stable_text(tmp_path):
     rows = [replace(SM90_16_BIT, arch=arch, dtype=dtype) for arch in ("sm_100", "sm_80") for dtype in ("fp32", "fp16")]
-    compile_report.write_table(tmp_path / "a.csv", rows)
-    back = compile_report.read_table(tmp_path / "a.csv")
-    compile_report.write_table(tmp_path / "b.csv", reversed(back))
+    write_table(tmp_path / "a.csv", rows)
+    back = read_table(tmp_path / "a.csv")
+    write_table(tmp_path / "b.csv", reversed(back))
     assert [(row.arch, row.dtype) for row in back] == [
         ("sm_80", "fp16"), ("sm_80", "fp32"), ("sm_100", "fp16"), ("sm_100", "fp32"),
     ]  # fmt: skip
@@ -180,11 +259,12 @@ def test_table_is_stable_text(tmp_path):
 
 
 def test_a_row_out_of_place_does_not_cost_the_old_table(tmp_path):
-    compile_report.write_table(tmp_path / "a.csv", [SM90_16_BIT])
+    write_table(tmp_path / "a.csv", [SM90_16_BIT])
     before = (tmp_path / "a.csv").read_text()
     with pytest.raises(ValueError):
-        compile_report.write_table(tmp_path / "a.csv", [replace(SM90_16_BIT, dtype="fp8")])
+        write_table(tmp_path / "a.csv", [replace(SM90_16_BIT, dtype="fp8")])
     assert (tmp_path / "a.csv").read_text() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["a.csv"]
 
 
 def test_a_damaged_table_is_refused(tmp_path, capsys):
@@ -210,7 +290,8 @@ def test_bad_arguments(argv, message, capsys):
     with pytest.raises(SystemExit) as exit:
         compile_report.main(argv)
     assert exit.value.code == 2
-    assert message in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_unknown_target():
@@ -226,4 +307,4 @@ def test_a_failure_leaves_launches_as_they_were():
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(each) for each in globals()[sys.argv[1]]()], default=str))
+    print(json.dumps([asdict(each) for each in globals()[sys.argv[1]](sys.argv[2])], default=str))

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from . import __version__, backends
+from .commands import Parser
 from .testing import SPECS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="vix check", description="Show which backend each operator gets on this machine, and why not another."
-    )
+    parser = Parser(prog="vix check", description="Show which backend each operator gets on this machine, and why not another.")
     parser.add_argument("--width", type=int, default=64, help="head width to ask for (default: 64)")
     width = parser.parse_args(argv).width
 

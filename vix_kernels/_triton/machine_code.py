@@ -1,0 +1,133 @@
+"""What compiled kernels use, read out of their machine code."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel uses."""
+
+    registers: int  # a thread; on AMD architectural and accumulation registers together
+    spilled: int  # bytes of stack (on AMD: of private segment) a thread
+    matrix: dict[str, int] = field(default_factory=dict)  # instruction -> how many
+    loads: dict[int, int] = field(default_factory=dict)  # bits a thread -> how many, from global memory
+    stores: dict[int, int] = field(default_factory=dict)
+
+
+def read(gpu: GPUTarget, kernels: Iterable[Mapping[str, str | bytes]]) -> list[Resources]:
+    """What each kernel uses, from what Triton compiled it to (the `asm` of a CompiledKernel)."""
+    if gpu.backend == "cuda":
+        return read_cubins(gpu.arch, [each["cubin"] for each in kernels])
+    return [read_amdgcn(each["amdgcn"]) for each in kernels]
+
+
+# NVIDIA
+
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+MATRIX = re.compile(r"(?:UTC)?[A-Z]{1,2}MMA")  # HMMA, IMMA, DMMA; HGMMA (sm_90); UTCHMMA (sm_100)
+LOADS = {"LDG", "LDGSTS", "UTMALDG", "UBLKCP"}
+STORES = {"STG", "UTMASTG"}
+
+
+def read_cubins(arch: int, cubins: list[bytes]) -> list[Resources]:
+    """By the tools of the Triton wheel.
+
+    The disassembler takes a quarter of a second to start, so it gets the code of all kernels as one piece.
+    """
+    codes = [machine_code(each) for each in cubins]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "code")
+        usages = []
+        for cubin in cubins:
+            path.write_bytes(cubin)
+            usages.append(run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path))
+        path.write_bytes(b"".join(codes))
+        sass = run(knobs.nvidia.nvdisasm.path, "--binary", f"SM{arch}{'a' * (arch >= 90)}", path) if cubins else ""
+    instructions = iter(INSTRUCTION.findall(sass))
+    instruction = next(instructions, None)
+    result, end = [], 0
+    for code, usage in zip(codes, usages, strict=True):
+        end += len(code)
+        opcodes = []
+        while instruction is not None and int(instruction[0], 16) < end:
+            opcodes.append(instruction[1])
+            instruction = next(instructions, None)
+        result.append(count_sass(opcodes, dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))))
+    return result
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The .text sections of a cubin, an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, sections, names = struct.unpack_from("<3H", cubin, 58)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + at * size) for at in range(sections)]
+    start = headers[names][4]
+    return b"".join(
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in headers
+        if cubin.startswith(b".text.", start + name)
+    )
+
+
+def run(tool: str, *arguments: str | Path) -> str:
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def count_sass(opcodes: Iterable[str], usage: dict[str, str]) -> Resources:
+    matrix: Counter[str] = Counter()
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
+    for opcode in opcodes:
+        kind, *modifiers = opcode.split(".")
+        if MATRIX.fullmatch(kind):
+            matrix[kind + ".TF32" * ("TF32" in modifiers)] += 1
+        elif kind in LOADS:
+            loads[access_bits(kind, modifiers)] += 1
+        elif kind in STORES:
+            stores[access_bits(kind, modifiers)] += 1
+    spilled = int(usage["STACK"]) + int(usage["LOCAL"])
+    return Resources(int(usage["REG"]), spilled, in_order(matrix), in_order(loads), in_order(stores))
+
+
+def access_bits(kind: str, modifiers: list[str]) -> int:
+    if kind.startswith("U"):  # the copy engine moves whole tiles, at least as wide as the widest load
+        return 128
+    widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+    return next((widths[each] for each in modifiers if each in widths), 32)
+
+
+# AMD
+
+AMD_USAGE = re.compile(r"^[\s-]+\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", re.MULTILINE)
+AMD_MATRIX = re.compile(r"^\s+(v_s?mfma\w+)", re.MULTILINE)
+AMD_ACCESS = re.compile(r"^\s+(?:buffer|global|flat)_(load|store)_(?:lds_)?[us]?(byte|short|dword)(?:x(\d))?", re.MULTILINE)
+AMD_BITS = {"byte": 8, "short": 16, "dword": 32}
+
+
+def read_amdgcn(assembly: str) -> Resources:
+    usage = dict(AMD_USAGE.findall(assembly))
+    accesses = [(kind, AMD_BITS[unit] * int(units or 1)) for kind, unit, units in AMD_ACCESS.findall(assembly)]
+    loads, stores = (Counter(bits for kind, bits in accesses if kind == each) for each in ("load", "store"))
+    return Resources(
+        registers=int(usage["vgpr_count"]),
+        spilled=int(usage["private_segment_fixed_size"]),
+        matrix=in_order(Counter(AMD_MATRIX.findall(assembly))),
+        loads=in_order(loads),
+        stores=in_order(stores),
+    )
+
+
+def in_order(counts: Counter) -> dict:
+    return dict(sorted(counts.items()))
