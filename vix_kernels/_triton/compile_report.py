@@ -37,7 +37,8 @@ TABLE = Path(__file__).with_name("compile_report.csv")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 WIDTHS = (32, 64, 80, 128, 256)
 FEATURES = (16, 110, 266)
-ROPE = {(torch.bfloat16, 32), (torch.bfloat16, 64)}  # dtypes and widths that are rotated as well
+# Dtypes and widths that the variants are compiled for as well: rotated, learned, projected.
+VARIANTS = {(torch.bfloat16, 32), (torch.bfloat16, 64)}
 BATCH, HEADS, TOKENS = 2, 4, 1024
 NO_KERNEL = re.compile("empty|_unsafe_view")  # allocations, and a view that does not say so
 
@@ -79,14 +80,25 @@ def calls(width: int, dtype: torch.dtype, features: Iterable[int]) -> Iterator[C
     import vix_kernels as vix
 
     qkv = [torch.empty(BATCH, HEADS, TOKENS, width, dtype=dtype, requires_grad=True) for _ in range(3)]
-    rope = vix.rope_1d(TOKENS, width) if (dtype, width) in ROPE else None
+    performer, linear, rotated = (
+        partial(each, backend="triton") for each in (vix.performer_attention, vix.linear_attention, vix.apply_rope)
+    )
     for count in features:
-        performer = partial(vix.performer_attention, projection=torch.empty(count, width), backend="triton")
-        yield Call("performer", count, performer, qkv)
-        if rope is not None:
-            yield Call("performer+rope", count, partial(performer, rope=rope), qkv)
-    if rope is not None:
-        yield Call("apply_rope", 0, partial(vix.apply_rope, rope=rope, backend="triton"), qkv[:2])
+        yield Call("performer", count, partial(performer, projection=torch.empty(count, width)), qkv)
+    yield Call("linear", 0, linear, qkv)
+    if (dtype, width) not in VARIANTS:
+        return
+    rope = vix.rope_1d(TOKENS, width)
+    for count in features:
+        yield Call("performer+rope", count, partial(performer, projection=torch.empty(count, width), rope=rope), qkv)
+    learned = [torch.empty(max(features), width, requires_grad=True)]
+    yield Call("performer+learned", max(features), performer, qkv + learned)
+    yield Call("linear+elu+rope", 0, partial(linear, feature_map="elu", rope=rope), qkv)
+    yield Call("linear+learned", max(features), lambda q, k, v, w: linear(q, k, v, projection=w), qkv + learned)
+    yield Call("apply_rope", 0, partial(rotated, rope=rope), qkv[:2])
+    frequencies = [torch.empty(2, HEADS, width // 2, requires_grad=True)]
+    rows = TOKENS // 32
+    yield Call("apply_rope+mixed", 0, lambda q, k, w: rotated(q, k, vix.rope_mixed(rows, 32, w)), qkv[:2] + frequencies)
 
 
 def compile_cell(arch: str, dtype: str, width: int, features: tuple[int, ...]) -> Report:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backends import gpu_architecture, interpreted
 from ..primitives.layout import accumulator
 from .layout import padded
+from .targets import TARGETS
 
 
 class Tile(NamedTuple):
@@ -243,24 +244,10 @@ def architecture(device: torch.device) -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
-# For launches that are compiled or counted and not run.
-MULTIPROCESSORS = {
-    "sm_80": 108,
-    "sm_86": 84,
-    "sm_89": 128,
-    "sm_90": 132,
-    "sm_100": 148,
-    "sm_120": 170,
-    "gfx90a": 104,
-    "gfx942": 304,
-    "gfx950": 256,
-}
-
-
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors (compute units) the device has; 0 for the interpreter."""
     if interpreted():
-        return MULTIPROCESSORS[assumed] if assumed else 0
+        return TARGETS[assumed].multiprocessors if assumed else 0
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return MULTIPROCESSORS[architecture(device)]
+    return TARGETS[architecture(device)].multiprocessors  # compiled or counted, not run

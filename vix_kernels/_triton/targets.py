@@ -18,6 +18,7 @@ TENSOR_MEMORY = 512  # columns of a multiprocessor, sm_100
 @dataclass(frozen=True)
 class Target:
     gpu: GPUTarget
+    multiprocessors: int  # of the full GPU: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI210, MI300X, MI355X
     warps: int  # that a multiprocessor holds at most
     blocks: int
     shared_memory_total: int  # bytes of a multiprocessor
@@ -48,13 +49,13 @@ def round_up(amount: int, unit: int) -> int:
     return max(1, -(-amount // unit)) * unit
 
 
-def nvidia(arch: int, *, warps: int, blocks: int, shared_memory: int) -> Target:
-    return Target(GPUTarget("cuda", arch, 32), warps, blocks, shared_memory * 1024, 128, 1024)
+def nvidia(arch: int, *, multiprocessors: int, warps: int, blocks: int, shared_memory: int) -> Target:
+    return Target(GPUTarget("cuda", arch, 32), multiprocessors, warps, blocks, shared_memory * 1024, 128, 1024)
 
 
-def amd(arch: str, *, shared_memory: int, unit: int) -> Target:
+def amd(arch: str, *, multiprocessors: int, shared_memory: int, unit: int) -> Target:
     """Eight wavefronts on each of four SIMDs; sixteen workgroups of several, for that many barriers."""
-    return Target(GPUTarget("hip", arch, 64), 32, 16, shared_memory * 1024, unit, 0)
+    return Target(GPUTarget("hip", arch, 64), multiprocessors, 32, 16, shared_memory * 1024, unit, 0)
 
 
 # Shared memory in KiB of a multiprocessor.
@@ -62,13 +63,13 @@ def amd(arch: str, *, shared_memory: int, unit: int) -> Target:
 # units: CUDA's occupancy calculator.
 # AMD: ROCm, "AMD GPU specifications"; registers, wavefronts, units and barriers: AMDGPUBaseInfo.cpp of LLVM.
 TARGETS = {
-    "sm_80": nvidia(80, warps=64, blocks=32, shared_memory=164),
-    "sm_86": nvidia(86, warps=48, blocks=16, shared_memory=100),
-    "sm_89": nvidia(89, warps=48, blocks=24, shared_memory=100),
-    "sm_90": nvidia(90, warps=64, blocks=32, shared_memory=228),
-    "sm_100": nvidia(100, warps=64, blocks=32, shared_memory=228),
-    "sm_120": nvidia(120, warps=48, blocks=24, shared_memory=100),
-    "gfx90a": amd("gfx90a", shared_memory=64, unit=512),
-    "gfx942": amd("gfx942", shared_memory=64, unit=512),
-    "gfx950": amd("gfx950", shared_memory=160, unit=1280),
+    "sm_80": nvidia(80, multiprocessors=108, warps=64, blocks=32, shared_memory=164),
+    "sm_86": nvidia(86, multiprocessors=82, warps=48, blocks=16, shared_memory=100),
+    "sm_89": nvidia(89, multiprocessors=128, warps=48, blocks=24, shared_memory=100),
+    "sm_90": nvidia(90, multiprocessors=132, warps=64, blocks=32, shared_memory=228),
+    "sm_100": nvidia(100, multiprocessors=148, warps=64, blocks=32, shared_memory=228),
+    "sm_120": nvidia(120, multiprocessors=170, warps=48, blocks=24, shared_memory=100),
+    "gfx90a": amd("gfx90a", multiprocessors=104, shared_memory=64, unit=512),
+    "gfx942": amd("gfx942", multiprocessors=304, shared_memory=64, unit=512),
+    "gfx950": amd("gfx950", multiprocessors=256, shared_memory=160, unit=1280),
 }
