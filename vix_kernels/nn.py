@@ -140,7 +140,8 @@ class PerformerAttention(Attention):
     def redraw_projection(self) -> None:
         """Draw new random features; every rank that calls it as often holds the same ones.
 
-        Never between a forward and its backward: recomputation (checkpointing) would see other features.
+        Never between a forward and its backward: recomputation (checkpointing) would see other features. A captured CUDA
+        graph keeps those it was captured with.
         """
         self.redraws += 1
         self.projection = self._draw().to(self.projection.device)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rope import Rope
-
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -48,26 +46,6 @@ def check_mask(mask: Tensor | None, k: Tensor) -> None:
         raise ValueError(f"key_padding_mask: expected shape (batch, key tokens) = {expected}, got {tuple(mask.shape)}")
     if mask.device != k.device:
         raise ValueError(f"key_padding_mask: expected k's device {k.device}, got {mask.device}")
-
-
-def check_rope(rope: Rope | None, q: Tensor, k: Tensor) -> None:
-    """One row of angles a token, for q and k alike."""
-    if rope is None:
-        return
-    if not isinstance(rope, Rope):
-        raise TypeError(f"rope: expected a Rope (see rope_1d), got {type(rope).__name__}")
-    if q.shape[2] != k.shape[2]:
-        raise ValueError(f"rope: expected q and k of equal lengths, got {q.shape[2]} and {k.shape[2]} tokens")
-    if rope.tokens != q.shape[2]:
-        raise ValueError(f"rope: expected angles for q's {q.shape[2]} tokens, got {rope.tokens}")
-    if rope.heads != 1 and rope.heads != q.shape[1]:  # not `in`: the compiler compares dynamic sizes by == only
-        raise ValueError(f"rope: expected angles for 1 or q's {q.shape[1]} heads, got {rope.heads}")
-    if rope.dim > q.shape[3]:
-        raise ValueError(f"rope: expected at most q's head_dim {q.shape[3]} rotated channels, got {rope.dim}")
-    if rope.cos.dtype == torch.float64 and q.dtype != torch.float64:
-        raise TypeError(f"rope: expected float32 tables for q's {dtype_name(q.dtype)}, got float64")
-    if rope.cos.device != q.device:
-        raise ValueError(f"rope: expected q's device {q.device}, got {rope.cos.device} (see Rope.to)")
 
 
 def check_projection(projection: Tensor, q: Tensor) -> Tensor:

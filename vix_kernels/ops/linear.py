@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from .. import backends
 from ..primitives.linear import FEATURE_MAPS, linear_aggregate, linear_broadcast
-from .checks import autocast, check_mask, check_projection, check_qkv, check_rope
-from .rope import Rope, apply_rope_reference
+from .checks import autocast, check_mask, check_projection, check_qkv
+from .rope import Rope, apply_rope_reference, check_rope
 
 
 def linear_attention(

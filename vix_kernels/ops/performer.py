@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .. import backends
 from ..primitives import aggregate, broadcast
-from .checks import autocast, check_mask, check_projection, check_qkv, check_rope, check_scale
-from .rope import Rope, apply_rope_reference
+from .checks import autocast, check_mask, check_projection, check_qkv, check_scale
+from .rope import Rope, apply_rope_reference, check_rope
 
 
 def performer_attention(

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import backends
 from ..primitives import rotate
 from ..primitives.rotate import rotate_reference
+from .checks import check_qkv, dtype_name
 
 Layout = Literal["interleaved", "half"]
 LAYOUTS = ("interleaved", "half")
@@ -228,8 +229,6 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
     Returns:
         The rotated q and k, in their own dtype.
     """
-    from .checks import check_qkv, check_rope
-
     check_qkv(q, k, k)
     check_rope(rope, q, k)
     backend = backends.resolve(backend, q, q.shape[3])
@@ -242,3 +241,23 @@ def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tens
     """The equations in plain PyTorch; any device, any transform."""
     cos, sin = (rope.cos, rope.sin) if rope.angles is None else (rope.angles.cos(), rope.angles.sin())
     return tuple(rotate_reference(x, cos, sin, rope.interleaved) for x in (q, k))
+
+
+def check_rope(rope: Rope | None, q: Tensor, k: Tensor) -> None:
+    """One row of angles a token, for q and k alike."""
+    if rope is None:
+        return
+    if not isinstance(rope, Rope):
+        raise TypeError(f"rope: expected a Rope (see rope_1d), got {type(rope).__name__}")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"rope: expected q and k of equal lengths, got {q.shape[2]} and {k.shape[2]} tokens")
+    if rope.tokens != q.shape[2]:
+        raise ValueError(f"rope: expected angles for q's {q.shape[2]} tokens, got {rope.tokens}")
+    if rope.heads != 1 and rope.heads != q.shape[1]:  # not `in`: the compiler compares dynamic sizes by == only
+        raise ValueError(f"rope: expected angles for 1 or q's {q.shape[1]} heads, got {rope.heads}")
+    if rope.dim > q.shape[3]:
+        raise ValueError(f"rope: expected at most q's head_dim {q.shape[3]} rotated channels, got {rope.dim}")
+    if rope.cos.dtype == torch.float64 and q.dtype != torch.float64:
+        raise TypeError(f"rope: expected float32 tables for q's {dtype_name(q.dtype)}, got float64")
+    if rope.cos.device != q.device:
+        raise ValueError(f"rope: expected q's device {q.device}, got {rope.cos.device} (see Rope.to)")

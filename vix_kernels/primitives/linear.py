@@ -163,26 +163,26 @@ def _fake_broadcast_backward(
 linear_aggregate_forward = register(
     f"linear_aggregate_forward({_KEYS}, str backend) -> (Tensor values, Tensor mass)",
     tiled=tiled_linear.linear_aggregate_forward,
-    triton="linear.linear_aggregate_forward",
+    triton="linear_aggregate.linear_aggregate_forward",
     fake=_fake_aggregate_forward,
 )
 linear_aggregate_backward = register(
     f"linear_aggregate_backward(Tensor dvalues, Tensor dmass, {_KEYS}, bool need_slots, bool need_k, bool need_v, "
     "str backend) -> (Tensor dslots, Tensor dk, Tensor dv)",
     tiled=tiled_linear.linear_aggregate_backward,
-    triton="linear.linear_aggregate_backward",
+    triton="linear_aggregate.linear_aggregate_backward",
     fake=_fake_aggregate_backward,
 )
 linear_broadcast_forward = register(
     f"linear_broadcast_forward({_QUERIES}, float eps, SymInt keys, str backend) -> (Tensor out, Tensor total)",
     tiled=tiled_linear.linear_broadcast_forward,
-    triton="linear.linear_broadcast_forward",
+    triton="linear_broadcast.linear_broadcast_forward",
     fake=_fake_broadcast_forward,
 )
 linear_broadcast_backward = register(
     f"linear_broadcast_backward(Tensor dout, {_QUERIES}, Tensor out, Tensor total, bool need_slots, bool need_values, "
     "str backend) -> (Tensor dq, Tensor dslots, Tensor dvalues, Tensor dmass)",
     tiled=tiled_linear.linear_broadcast_backward,
-    triton="linear.linear_broadcast_backward",
+    triton="linear_broadcast.linear_broadcast_backward",
     fake=_fake_broadcast_backward,
 )

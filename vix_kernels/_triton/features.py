@@ -1,0 +1,115 @@
+"""Feature maps, and tiles of features: what the kernels of the linear moves share.
+
+With slots a tile of features is a product; without, it is a tile of the tokens' own channels, so that no head is ever held as a
+whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import LaunchConfig, launch_config
+from .layout import padded, slot_strides
+from .tiles import LOG2E, load_rotated, load_slots, row_products, slot_channels, slot_program
+
+
+@triton.jit
+def feature_program(M, N, chunk, BLOCK_M: tl.constexpr):
+    """slot_program, with the first slot of the tile in the place of all of them."""
+    i_bh, part, _, first, last = slot_program(M, N, chunk, BLOCK_M)
+    return i_bh, part, tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M, first, last
+
+
+@triton.jit
+def apply_map(logits, ELU: tl.constexpr):
+    """elu + 1, or relu; NaN stays NaN."""
+    if ELU:
+        features = tl.where(logits > 0, logits + 1.0, tl.exp2(logits * LOG2E))
+    else:
+        features = tl.where(logits <= 0, 0.0, logits)
+    return features
+
+
+@triton.jit
+def slope(logits, ELU: tl.constexpr):
+    """The derivative of the map."""
+    if ELU:
+        slopes = tl.where(logits > 0, 1.0, tl.exp2(logits * LOG2E))
+    else:
+        slopes = tl.where(logits <= 0, 0.0, 1.0)
+    return slopes
+
+
+@triton.jit
+def load_logits(
+    x, o_n, x_n, valid, slots, slots_m, first_slot, cos, sin, M,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PROJECTED: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the map is applied to (tokens, BLOCK_M): products of tokens and slots, or channels of the tokens."""
+    if PROJECTED:
+        b_x = load_rotated(x, o_n, x_n, valid, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+        o_m = first_slot + tl.arange(0, BLOCK_M)
+        b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+        b_l = row_products(b_x, b_slots, tl.zeros((o_n.shape[0], BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
+    else:
+        b_l = load_rotated(x, o_n, x_n, valid, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot).to(COMPUTE)
+    return b_l
+
+
+@triton.jit
+def slot_rows(
+    first_slot, D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PROJECTED: tl.constexpr,
+):  # fmt: skip
+    """The slots that stand in the columns of a tile of logits."""
+    if PROJECTED:
+        o_m = first_slot + tl.arange(0, BLOCK_M)
+    else:
+        o_m = slot_channels(D, BLOCK_M, ROTARY, INTERLEAVED, first_slot)
+    return o_m
+
+
+@triton.jit
+def load_state(values, mass, values_m, mass_m, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """values (slots, BLOCK_E) and mass (slots), 0 beyond M."""
+    o_e = tl.arange(0, BLOCK_E)
+    at = o_m.to(tl.int64)
+    inside = (o_m < M)[:, None] & (o_e < E)[None, :]
+    b_values = tl.load(values + at[:, None] * values_m + o_e[None, :], mask=inside, other=0.0)
+    return b_values, tl.load(mass + at * mass_m, mask=o_m < M, other=0.0)
+
+
+@triton.jit
+def store_state(b_values, b_mass, values, mass, part, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    o_e = tl.arange(0, BLOCK_E)
+    rows = part * M + o_m
+    tl.store(mass + rows, b_mass, mask=o_m < M)
+    tl.store(values + rows[:, None] * E + o_e[None, :], b_values, mask=(o_m < M)[:, None] & (o_e < E)[None, :])
+
+
+@triton.jit
+def store_slots(
+    b_dslots, dslots, part, o_m, M,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    channels = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
+    inside = (o_m < M)[:, None] & (channels < D)[None, :]
+    tl.store(dslots + (part * M + o_m)[:, None] * D + channels[None, :], b_dslots, mask=inside)
+
+
+def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | None) -> LaunchConfig:
+    """launch_config, without slots too."""
+    config = launch_config(kernel, tokens, max(tokens.shape[3], values.shape[3]), tokens if slots is None else slots)
+    if slots is None:  # never more columns than a head has
+        config = replace(config, tile=config.tile._replace(slots=min(config.tile.slots, padded(tokens.shape[3]))))
+    return config
+
+
+def feature_strides(slots: Tensor | None) -> tuple[int, int, int]:
+    """slot_strides, without slots too."""
+    return (0, 0, 0) if slots is None else slot_strides(slots)

@@ -1,0 +1,244 @@
+"""Kernels of `linear_broadcast`: tokens read slots by their features (primitives/linear.py states the equations).
+
+They walk as those of `broadcast` do, without a maximum or a normaliser to carry along.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..primitives.layout import empty_like_tokens, unit_last_stride
+from .features import (
+    apply_map,
+    feature_config,
+    feature_program,
+    feature_strides,
+    load_logits,
+    load_state,
+    slope,
+    slot_rows,
+    store_slots,
+    store_state,
+)
+from .launch import launch
+from .layout import rotary_arguments, slot_strides, token_strides
+from .merge import merge, sum_slots
+from .tiles import cast, dot, load_rotated, load_slots, load_tile, row_products, store_tile, store_unrotated
+
+
+@triton.jit(do_not_specialize=["N", "M", "values_b", "values_h", "mass_b", "mass_h", "angle_h", "keys", "eps"])
+def linear_broadcast_forward_kernel(
+    q, slots, values, mass, cos, sin, out, total,
+    q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, mass_b, mass_h, mass_m, angle_h,
+    out_b, out_h, out_n,
+    H, N, M, keys, eps,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out and total, the denominator, of a tile of tokens."""
+    token_tiles = tl.cdiv(N, BLOCK_N)
+    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = o_n < N
+    angles = i_h * angle_h
+    q += i_b * q_b + i_h * q_h
+    slots += i_b * slots_b + i_h * slots_h
+
+    b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
+    b_total = tl.zeros((BLOCK_N,), COMPUTE)
+    for first_slot in range(0, M, BLOCK_M):
+        b_l = load_logits(
+            q, o_n, q_n, valid, slots, slots_m, first_slot, cos + angles, sin + angles, M,
+            D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
+        )  # fmt: skip
+        o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
+        b_values, b_mass = load_state(
+            values + i_b * values_b + i_h * values_h, mass + i_b * mass_b + i_h * mass_h, values_m, mass_m,
+            o_m, M, E, BLOCK_E,
+        )  # fmt: skip
+        b_f = cast(apply_map(b_l, ELU), q.dtype.element_ty)  # rounded in numerator and denominator alike
+        b_total += tl.sum(b_f.to(COMPUTE) * b_mass[None, :], 1)
+        b_out = dot(b_f, cast(b_values, q.dtype.element_ty), b_out, PRECISION)
+
+    b_total += (tl.zeros((BLOCK_N,), COMPUTE) + eps) / keys
+    tl.store(total + i_bh * N + o_n, b_total, mask=valid)
+    # A query without features meets no mass: 0 / 0 without a guard.
+    b_out = b_out / tl.where(b_total == 0, 1.0, b_total)[:, None]
+    store_tile(b_out, out + i_b * out_b + i_h * out_h, o_n, out_n, valid, E, BLOCK_E, 0, True)
+
+
+@triton.jit(do_not_specialize=["N", "M", "values_b", "values_h", "mass_b", "mass_h", "angle_h"])
+def linear_broadcast_tokens_kernel(
+    dout, q, slots, values, mass, cos, sin, out, total, delta, dq,
+    d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, mass_b, mass_h, mass_m,
+    angle_h, out_b, out_h, out_n, dq_b, dq_h, dq_n,
+    H, N, M,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of tokens, and delta = <dout, out> for the slot gradients."""
+    token_tiles = tl.cdiv(N, BLOCK_N)
+    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = o_n < N
+    angles = i_h * angle_h
+    q += i_b * q_b + i_h * q_h
+    slots += i_b * slots_b + i_h * slots_h
+    dq += i_b * dq_b + i_h * dq_h
+    b_dout = load_tile(dout + i_b * d_b + i_h * d_h, o_n, d_n, valid, E, BLOCK_E, 0, True)
+    b_out = load_tile(out + i_b * out_b + i_h * out_h, o_n, out_n, valid, E, BLOCK_E, 0, True)
+    b_delta = tl.sum(b_dout.to(COMPUTE) * b_out.to(COMPUTE), 1)
+    tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
+    b_total = tl.load(total + i_bh * N + o_n, mask=valid, other=1.0)
+    b_total = tl.where(b_total == 0, 1.0, b_total)
+
+    b_dq = tl.zeros((BLOCK_N, BLOCK_D if PROJECTED else 1), COMPUTE)
+    for first_slot in range(0, M, BLOCK_M):
+        b_l = load_logits(
+            q, o_n, q_n, valid, slots, slots_m, first_slot, cos + angles, sin + angles, M,
+            D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
+        )  # fmt: skip
+        o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
+        b_values, b_mass = load_state(
+            values + i_b * values_b + i_h * values_h, mass + i_b * mass_b + i_h * mass_h, values_m, mass_m,
+            o_m, M, E, BLOCK_E,
+        )  # fmt: skip
+        b_values = cast(b_values, b_dout.dtype)
+        b_df = row_products(b_dout, b_values, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
+        b_dl = (b_df - b_delta[:, None] * b_mass[None, :]) / b_total[:, None] * slope(b_l, ELU)
+        if PROJECTED:
+            b_slots = cast(load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED), b_dout.dtype)
+            b_dq = dot(cast(b_dl, b_dout.dtype), b_slots, b_dq, PRECISION)
+        else:
+            store_unrotated(
+                b_dl, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_M, ROTARY, INTERLEAVED, first_slot
+            )  # fmt: skip
+    if PROJECTED:
+        store_unrotated(b_dq, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
+
+
+@triton.jit(do_not_specialize=["N", "M", "values_b", "values_h", "mass_b", "mass_h", "angle_h", "chunk"])
+def linear_broadcast_slots_kernel(
+    dout, q, slots, values, mass, cos, sin, total, delta, dslots, dvalues, dmass,
+    d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, mass_b, mass_h, mass_m,
+    angle_h,
+    H, N, M, chunk,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
+    NEED_SLOTS: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dvalues, dmass and, if asked for, dslots of a tile of slots over a chunk of tokens, for each batch and head."""
+    i_bh, part, first_slot, first, last = feature_program(M, N, chunk, BLOCK_M)
+    i_b, i_h = i_bh // H, i_bh % H
+    angles = i_h * angle_h
+    q += i_b * q_b + i_h * q_h
+    dout += i_b * d_b + i_h * d_h
+    slots += i_b * slots_b + i_h * slots_h
+    o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
+
+    b_dslots = tl.zeros((BLOCK_M, BLOCK_D if NEED_SLOTS else 1), COMPUTE)
+    b_dvalues = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
+    b_dmass = tl.zeros((BLOCK_M,), COMPUTE)
+    for start in range(first, last, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        valid = o_n < last
+        b_l = load_logits(
+            q, o_n, q_n, valid, slots, slots_m, first_slot, cos + angles, sin + angles, M,
+            D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
+        )  # fmt: skip
+        b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
+        b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
+        b_total = tl.load(total + i_bh * N + o_n, mask=valid, other=1.0)
+        b_total = tl.where(b_total == 0, 1.0, b_total)
+        b_f = apply_map(b_l, ELU) / b_total[:, None]
+        b_dmass -= tl.sum(b_f * b_delta[:, None], 0)
+        b_dvalues = dot(tl.trans(cast(b_f, b_dout.dtype)), b_dout, b_dvalues, PRECISION)
+        if NEED_SLOTS:
+            b_values, b_mass = load_state(
+                values + i_b * values_b + i_h * values_h, mass + i_b * mass_b + i_h * mass_h, values_m, mass_m,
+                o_m, M, E, BLOCK_E,
+            )  # fmt: skip
+            b_values = cast(b_values, b_dout.dtype)
+            b_df = row_products(b_dout, b_values, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
+            b_dl = (b_df - b_delta[:, None] * b_mass[None, :]) / b_total[:, None] * slope(b_l, ELU)
+            b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+            b_dslots = dot(tl.trans(cast(b_dl, b_q.dtype)), b_q, b_dslots, PRECISION)
+
+    store_state(b_dvalues, b_dmass, dvalues, dmass, part, o_m, M, E, BLOCK_E)
+    if NEED_SLOTS:
+        store_slots(b_dslots, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+
+
+def linear_broadcast_forward(
+    q: Tensor, slots: Tensor | None, values: Tensor, mass: Tensor, cos: Tensor | None, sin: Tensor | None,
+    interleaved: bool, feature_map: str, eps: float, keys: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, num_heads, tokens, width = q.shape
+    num_slots, value_width = values.shape[2:]
+    config = feature_config("linear_broadcast_forward", q, values, slots)
+    out = empty_like_tokens(q, value_width)
+    total = q.new_empty(batch, num_heads, tokens, dtype=config.compute)
+    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
+    launch(
+        linear_broadcast_forward_kernel,
+        (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
+        q, q if slots is None else slots, values, mass, cos, sin, out, total,
+        *token_strides(q), *feature_strides(slots), *slot_strides(values), *mass.stride(), angle_h, *token_strides(out),
+        num_heads, tokens, num_slots, keys, eps,
+        ROTARY=rotary, INTERLEAVED=interleaved, PROJECTED=slots is not None, ELU=feature_map == "elu",
+        **config.meta(width, value_width),
+    )  # fmt: skip
+    return out, total
+
+
+def linear_broadcast_backward(
+    dout: Tensor, q: Tensor, slots: Tensor | None, values: Tensor, mass: Tensor, cos: Tensor | None, sin: Tensor | None,
+    interleaved: bool, feature_map: str, out: Tensor, total: Tensor, need_slots: bool, need_values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, num_heads, tokens, width = q.shape
+    num_slots, value_width = values.shape[2:]
+    dout = unit_last_stride(dout)
+    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
+    inputs = (dout, q, q if slots is None else slots, values, mass, cos, sin)
+    strides = (
+        *token_strides(dout), *token_strides(q), *feature_strides(slots), *slot_strides(values), *mass.stride(), angle_h,
+    )  # fmt: skip
+    variant = dict(
+        ROTARY=rotary, INTERLEAVED=interleaved, PROJECTED=slots is not None, ELU=feature_map == "elu"
+    )  # fmt: skip
+
+    config = feature_config("linear_broadcast_tokens", q, values, slots)
+    dq, delta = empty_like_tokens(q, width), total.new_empty(total.shape)
+    launch(
+        linear_broadcast_tokens_kernel,
+        (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
+        *inputs, out, total, delta, dq, *strides, *token_strides(out), *token_strides(dq), num_heads, tokens, num_slots,
+        **variant, **config.meta(width, value_width),
+    )  # fmt: skip
+    need_slots = need_slots and slots is not None
+    if not (need_slots or need_values):
+        return dq, q.new_empty(0), values.new_empty(0), values.new_empty(0)
+
+    config = feature_config("linear_broadcast_slots", q, values, slots)
+    programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
+    chunk, chunks = config.chunk(programs, tokens)
+    dvalues = q.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
+    dmass = q.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
+    dslots = q.new_empty((batch, num_heads, chunks, num_slots, width) if need_slots else (0,), dtype=config.compute)
+    launch(
+        linear_broadcast_slots_kernel,
+        (programs * chunks,),
+        *inputs, total, delta, dslots, dvalues, dmass, *strides, num_heads, tokens, num_slots, chunk,
+        NEED_SLOTS=need_slots, **variant, **config.meta(width, value_width),
+    )  # fmt: skip
+    dslots = sum_slots(dslots, slots) if need_slots else q.new_empty(0)
+    return dq, dslots, *(merge(dvalues, dmass, softmax=False) if need_values else (values.new_empty(0), values.new_empty(0)))
