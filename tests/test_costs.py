@@ -135,18 +135,18 @@ class TestTune:
     KEY = ("aggregate_forward", 32, 16)
 
     def test_dry_run_writes_a_proposal_and_changes_nothing(self, tmp_path, capsys) -> None:
-        from vix_kernels._triton import configs
+        from vix_kernels._triton import launch_table
 
-        before = dict(configs.OVERRIDES)
+        before = dict(launch_table.OVERRIDES)
         assert main(["tune", "--dry-run", "--seconds", "4", "--output", str(tmp_path / "found.json")]) == 0
-        assert configs.OVERRIDES == before
+        assert launch_table.OVERRIDES == before
         (row,) = json.loads((tmp_path / "found.json").read_text())["proposals"]
         assert (row["kernel"], row["bits"], row["width"]) == self.KEY and row["tried"] > 0
-        assert row["present"] == configs.INTERPRETER._asdict() and row["best_ms"] <= row["present_ms"]
+        assert row["present"] == launch_table.INTERPRETER._asdict() and row["best_ms"] <= row["present_ms"]
         counted, entries = capsys.readouterr().out.split("\n\n")
         found = {"interpreter": {}}
-        exec(entries, {"OVERRIDES": found, "Tile": configs.Tile})
-        wanted = {} if row["best"] == row["present"] else {self.KEY: configs.Tile(**row["best"])}
+        exec(entries, {"OVERRIDES": found, "Tile": launch_table.Tile})
+        wanted = {} if row["best"] == row["present"] else {self.KEY: launch_table.Tile(**row["best"])}
         assert found == {"interpreter": wanted}
         assert "1 of 1 keys" in counted
 
@@ -183,7 +183,7 @@ class TestTune:
         assert found.best.tokens == 256 and found.best.slots != 16
 
     def test_every_integer_and_truth_value_of_a_tile_is_varied(self) -> None:
-        from vix_kernels._triton.configs import Tile
+        from vix_kernels._triton.launch_table import Tile
         from vix_kernels._triton.tune import neighbours
 
         tile = Tile(slots=0, tokens=64, num_warps=4, num_stages=2)

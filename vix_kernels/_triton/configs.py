@@ -1,9 +1,9 @@
-"""Launch configurations as data: tile sizes, warps and stages of each kernel."""
+"""The configuration that a launch takes: of the table, for the GPU at hand."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -12,20 +12,9 @@ from torch import Tensor
 
 from ..backends import gpu_architecture, interpreted
 from ..primitives.layout import accumulator
+from .launch_table import INTERPRETER, OVERRIDES, TABLE, Tile
 from .layout import padded
 from .targets import TARGETS
-
-
-class Tile(NamedTuple):
-    """What one program holds, and with how many threads."""
-
-    slots: int
-    tokens: int
-    num_warps: int
-    num_stages: int
-    # How float32 tiles multiply: three TensorFloat32 products, or fused multiply-adds where those need too many registers.
-    precision: str = "tf32x3"
-    apart: bool = False  # dk and dv in launches of their own, where both accumulators do not fit the registers
 
 
 @dataclass(frozen=True)
@@ -68,141 +57,8 @@ class LaunchConfig:
         )  # fmt: skip
 
 
-# The linear moves hold less than those with a softmax: one shape for all of them, but where another is named below.
-_LINEAR = {
-    (f"linear_{kernel}", bits, width): tile
-    for kernel in (
-        "aggregate_forward", "aggregate_tokens", "aggregate_slots",
-        "broadcast_forward", "broadcast_tokens", "broadcast_slots",
-    )
-    for (bits, width), tile in {
-        (16, 16): Tile(64, 64, 4, 2),
-        (16, 32): Tile(64, 64, 4, 2),
-        (16, 64): Tile(64, 64, 4, 2),
-        (16, 128): Tile(64, 64, 8, 2),
-        (16, 256): Tile(32, 32, 8, 1),
-        (32, 16): Tile(64, 32, 4, 1),
-        (32, 32): Tile(64, 32, 4, 1),
-        (32, 64): Tile(32, 32, 4, 1),
-        (32, 128): Tile(32, 32, 8, 1),
-        (32, 256): Tile(16, 16, 8, 1, "ieee"),
-    }.items()
-} | {
-    ("linear_aggregate_tokens", 16, 64): Tile(64, 64, 8, 2),
-}  # fmt: skip
-# By kernel, bits of the tokens' dtype and padded width.
-TABLE: dict[tuple[str, int, int], Tile] = {
-    ("aggregate_forward", 16, 16): Tile(64, 64, 4, 3),
-    ("aggregate_forward", 16, 32): Tile(64, 64, 4, 3),
-    ("aggregate_forward", 16, 64): Tile(64, 32, 4, 3),
-    ("aggregate_forward", 16, 128): Tile(64, 32, 4, 2),
-    ("aggregate_forward", 16, 256): Tile(16, 32, 8, 1),
-    ("broadcast_forward", 16, 16): Tile(64, 128, 8, 2),
-    ("broadcast_forward", 16, 32): Tile(64, 128, 8, 2),
-    ("broadcast_forward", 16, 64): Tile(64, 128, 8, 2),
-    ("broadcast_forward", 16, 128): Tile(32, 64, 8, 2),
-    ("broadcast_forward", 16, 256): Tile(32, 16, 8, 1),
-    ("aggregate_tokens", 16, 16): Tile(32, 128, 8, 2),
-    ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 2),
-    ("aggregate_tokens", 16, 64): Tile(32, 32, 4, 2),
-    ("aggregate_tokens", 16, 128): Tile(32, 32, 8, 1),
-    ("aggregate_tokens", 16, 256): Tile(32, 16, 8, 1),
-    ("broadcast_tokens", 16, 16): Tile(64, 128, 8, 2),
-    ("broadcast_tokens", 16, 32): Tile(64, 128, 8, 2),
-    ("broadcast_tokens", 16, 64): Tile(32, 32, 4, 2),
-    ("broadcast_tokens", 16, 128): Tile(32, 64, 8, 2),
-    ("broadcast_tokens", 16, 256): Tile(32, 16, 8, 1),
-    ("broadcast_slots", 16, 16): Tile(64, 64, 4, 2),
-    ("broadcast_slots", 16, 32): Tile(64, 64, 4, 2),
-    ("broadcast_slots", 16, 64): Tile(32, 64, 4, 2),
-    ("broadcast_slots", 16, 128): Tile(32, 64, 8, 1),
-    ("broadcast_slots", 16, 256): Tile(16, 32, 8, 1),
-    ("aggregate_slots", 16, 16): Tile(64, 64, 4, 2),
-    ("aggregate_slots", 16, 32): Tile(64, 64, 4, 2),
-    ("aggregate_slots", 16, 64): Tile(64, 64, 4, 1),
-    ("aggregate_slots", 16, 128): Tile(64, 64, 4, 2),
-    ("aggregate_slots", 16, 256): Tile(16, 32, 8, 1),
-    ("aggregate_forward", 32, 16): Tile(64, 32, 8, 1),
-    ("aggregate_forward", 32, 32): Tile(64, 32, 8, 1),
-    ("aggregate_forward", 32, 64): Tile(64, 32, 8, 1),
-    ("aggregate_forward", 32, 128): Tile(32, 16, 8, 1),
-    ("aggregate_forward", 32, 256): Tile(16, 16, 8, 1, "ieee"),
-    ("broadcast_forward", 32, 16): Tile(64, 64, 8, 1),
-    ("broadcast_forward", 32, 32): Tile(64, 64, 8, 1),
-    ("broadcast_forward", 32, 64): Tile(32, 64, 8, 1),
-    ("broadcast_forward", 32, 128): Tile(32, 32, 8, 1),
-    ("broadcast_forward", 32, 256): Tile(16, 16, 8, 1, "ieee"),
-    ("aggregate_tokens", 32, 16): Tile(32, 32, 8, 1),
-    ("aggregate_tokens", 32, 32): Tile(16, 64, 8, 1),
-    ("aggregate_tokens", 32, 64): Tile(32, 32, 8, 1),
-    ("aggregate_tokens", 32, 128): Tile(32, 16, 8, 1),
-    ("aggregate_tokens", 32, 256): Tile(16, 16, 8, 1, "ieee", apart=True),
-    ("broadcast_tokens", 32, 16): Tile(32, 64, 8, 1),
-    ("broadcast_tokens", 32, 32): Tile(32, 64, 8, 1),
-    ("broadcast_tokens", 32, 64): Tile(32, 32, 8, 1),
-    ("broadcast_tokens", 32, 128): Tile(32, 16, 8, 1),
-    ("broadcast_tokens", 32, 256): Tile(16, 16, 8, 1, "ieee"),
-    ("broadcast_slots", 32, 16): Tile(64, 32, 8, 1),
-    ("broadcast_slots", 32, 32): Tile(64, 32, 8, 1),
-    ("broadcast_slots", 32, 64): Tile(64, 16, 8, 1),
-    ("broadcast_slots", 32, 128): Tile(16, 16, 4, 1, "ieee"),
-    ("broadcast_slots", 32, 256): Tile(16, 16, 8, 1, "ieee"),
-    ("aggregate_slots", 32, 16): Tile(64, 32, 8, 1),
-    ("aggregate_slots", 32, 32): Tile(64, 32, 8, 1),
-    ("aggregate_slots", 32, 64): Tile(32, 32, 8, 1),
-    ("aggregate_slots", 32, 128): Tile(16, 16, 4, 1, "ieee"),
-    ("aggregate_slots", 32, 256): Tile(16, 16, 8, 1, "ieee"),
-    **_LINEAR,
-    ("rotate", 16, 16): Tile(0, 128, 4, 1),
-    ("rotate", 16, 32): Tile(0, 128, 4, 1),
-    ("rotate", 16, 64): Tile(0, 64, 4, 1),
-    ("rotate", 16, 128): Tile(0, 32, 4, 1),
-    ("rotate", 16, 256): Tile(0, 16, 4, 1),
-    ("rotate", 32, 16): Tile(0, 128, 4, 1),
-    ("rotate", 32, 32): Tile(0, 64, 4, 1),
-    ("rotate", 32, 64): Tile(0, 32, 4, 1),
-    ("rotate", 32, 128): Tile(0, 16, 4, 1),
-    ("rotate", 32, 256): Tile(0, 8, 4, 1),
-}
-_WARP_GROUP = {  # 64 tokens or slots and more a product: warp-group instructions, whose operands need fewer registers
-    ("aggregate_forward", 16, 64): Tile(64, 64, 4, 3),
-    ("aggregate_tokens", 16, 32): Tile(64, 128, 8, 2),
-    ("aggregate_tokens", 16, 64): Tile(64, 64, 8, 2),
-    ("aggregate_slots", 16, 64): Tile(64, 64, 4, 2),
-    ("broadcast_tokens", 16, 64): Tile(64, 128, 8, 2),
-    ("broadcast_slots", 16, 64): Tile(64, 64, 4, 2),
-    ("aggregate_forward", 16, 128): Tile(64, 64, 4, 3),
-    ("broadcast_forward", 16, 128): Tile(64, 128, 8, 2),
-    ("broadcast_tokens", 16, 128): Tile(64, 128, 8, 2),
-    ("broadcast_slots", 16, 128): Tile(64, 64, 4, 2),
-}
-_CDNA = {  # one stage and smaller tiles where the pipeline does not fit the registers
-    ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 1),
-    ("broadcast_tokens", 16, 32): Tile(32, 128, 4, 1),
-    ("broadcast_forward", 16, 64): Tile(64, 128, 8, 1),
-    ("aggregate_tokens", 16, 128): Tile(16, 64, 8, 1),
-    ("broadcast_tokens", 16, 128): Tile(16, 64, 4, 1),
-    ("broadcast_slots", 16, 128): Tile(16, 32, 4, 1),
-    ("aggregate_tokens", 32, 128): Tile(16, 32, 8, 1),
-}
-# What an architecture does better with. The table above is for all others.
-OVERRIDES: dict[str, dict[tuple[str, int, int], Tile]] = {
-    "sm_90": _WARP_GROUP
-    | {
-        ("aggregate_tokens", 16, 128): Tile(32, 64, 8, 2),
-        # Smaller than the registers allow now: Triton 3.6 spills a few bytes more at width 80.
-        ("broadcast_tokens", 16, 128): Tile(32, 128, 8, 2),
-        ("aggregate_forward", 32, 128): Tile(16, 32, 8, 1),
-        ("broadcast_forward", 32, 128): Tile(32, 16, 8, 1),
-    },
-    "sm_100": _WARP_GROUP | {("aggregate_tokens", 16, 128): Tile(64, 64, 8, 1)},
-    "gfx90a": _CDNA,
-    "gfx942": _CDNA,
-    "gfx950": _CDNA,
-}
 PROGRAMS_A_MULTIPROCESSOR = 2  # what their registers let stand on one at the same time
 LEAST_CHUNK = 256  # tokens; fewer do not earn back the merge
-INTERPRETER = Tile(32, 16, 1, 1)  # small tiles: every loop runs more than once on small inputs
 # The traffic meter sets this: the interpreter then launches what an architecture would, but with this many tokens a tile. It
 # takes a fifth of the time, and the distinct bytes of a launch do not depend on them, as long as whatever splits the tokens
 # over programs looks at the architecture's own tile.

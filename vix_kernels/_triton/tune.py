@@ -1,4 +1,4 @@
-"""`vix tune`: measure launch configurations on this GPU and propose better ones, as data for configs.py.
+"""`vix tune`: measure launch configurations on this GPU and propose better ones, as data for launch_table.py.
 
 From the present tile of a key it changes one field at a time, keeps what is faster, and goes on until nothing is. Every
 candidate must give the present configuration's numbers; what does not launch, or is wrong, is left out. Nothing is
@@ -27,10 +27,10 @@ from ..testing import SPECS, Case, OpSpec
 from ..timing import device_time
 from . import configs
 from . import launch as door
-from .configs import INTERPRETER, OVERRIDES, TABLE, Tile
 from .costs import DIRECTIONS, draw
+from .launch_table import INTERPRETER, OVERRIDES, TABLE, Tile
 
-Key = tuple[str, int, int]  # kernel, bits of the tokens' dtype, padded width: the keys of configs.TABLE
+Key = tuple[str, int, int]  # kernel, bits of the tokens' dtype, padded width: the keys of TABLE
 
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 LIMITS = {"slots": (16, 128), "tokens": (8, 256), "num_warps": (1, 8), "num_stages": (1, 4)}
@@ -235,7 +235,7 @@ def tune(keys: Iterable[Key], arch: str, device: str, seconds: float) -> Iterato
 
 
 def snippet(arch: str, proposals: Iterable[Proposal]) -> str:
-    """What to put into configs.OVERRIDES[arch]."""
+    """What to put into OVERRIDES[arch]."""
     better = [each for each in proposals if each.best != each.present]
     lines = [f"    {each.key!r}: {each.best!r},  # {each.best_ms / each.present_ms:.2f} of {each.present!r}" for each in better]
     return "\n".join([f'OVERRIDES["{arch}"] |= {{', *lines, "}"])
@@ -258,7 +258,7 @@ examples:
   vix tune --kernel broadcast_tokens --seconds 60
   vix tune --dry-run                               one key in Triton's interpreter, to see that it works; its times mean nothing
 
-Prints a line a key and, last, the entries for OVERRIDES in vix_kernels/_triton/configs.py: read them, run
+Prints a line a key and, last, the entries for OVERRIDES in vix_kernels/_triton/launch_table.py: read them, run
 `vix compile-report`, commit them by hand. The file holds all that was found and refused, after every key.
 """
 
