@@ -91,6 +91,14 @@ class MixedRotaryPosition(nn.Module):
         start = [rope_mixed_frequencies(head_dim, num_heads, seed=layer) for layer in range(depth)]
         self.frequencies = nn.Parameter(torch.stack(start))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixedRotaryPosition:
+        before = self.frequencies.detach()
+        super()._apply(fn, recurse)
+        # Rounded frequencies turn far tokens by wrong angles: move them, do not cast them.
+        if self.frequencies.dtype != torch.float32:
+            self.frequencies.data = before.to(self.frequencies.device)
+        return self
+
     def forward(self, layer: int) -> Rope:
         return rope_mixed(*self.grid, self.frequencies[layer], prefix_tokens=self.prefix_tokens)
 

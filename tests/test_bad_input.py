@@ -99,7 +99,9 @@ CONSTRUCTORS = {
     "module backend": (lambda: Attention(64, 4, backend="gpu"), ValueError, "backend: expected one of .*, got 'gpu'"),
     "unknown feature map": (
         lambda: LinearAttention(64, 4, feature_map="tanh"), ValueError, "feature_map: expected .*, got 'tanh'"),
-    "negative eps": (lambda: LinearAttention(64, 4, eps=-1.0), ValueError, "eps: expected a number >= 0, got -1.0"),
+    "negative eps": (lambda: LinearAttention(64, 4, eps=-1.0), ValueError, "eps: expected a finite number >= 0, got -1.0"),
+    "eps as a tensor": (
+        lambda: LinearAttention(64, 4, eps=torch.tensor(1e-6)), TypeError, "eps: expected a Python number, got a Tensor"),
     "attention dropout": (
         lambda: PerformerAttention(64, 4, attn_drop=0.1), NotImplementedError, r"attn_drop: expected 0 .*, got 0.1"),
 }  # fmt: skip

@@ -124,6 +124,7 @@ def test_axial_and_mixed_positions_know_the_grid() -> None:
     assert torch.equal(model.rope.cos, vix_kernels.rope_axial(4, 8, 8, prefix_tokens=1).cos)
     model = create_model("vip", **SMALL | {"img_size": (8, 16)}, position="rope_mixed")
     assert model.rope.frequencies.shape == (2, 2, 2, 4) and "rope.frequencies" in model.no_weight_decay()
+    assert model.bfloat16().rope.frequencies.dtype == torch.float32
     first, second = model.rope(0), model.rope(1)
     assert first.tokens == 33 and first.heads == 2 and not torch.equal(first.cos, second.cos)
 

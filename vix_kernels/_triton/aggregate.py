@@ -26,8 +26,9 @@ from .tiles import (
     load_tile,
     rotate_pairs,
     row_products,
-    slot_channels,
     slot_program,
+    store_slots,
+    store_state,
     store_tile,
     store_unrotated,
 )
@@ -54,8 +55,9 @@ def aggregate_forward_kernel(
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """values and lse of a tile of slots over a chunk of tokens."""
-    i_bh, part, o_m, first, last = slot_program(M, N, chunk, BLOCK_M)
+    i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
+    o_m = first_slot + tl.arange(0, BLOCK_M)
     k += i_b * k_b + i_h * k_h
     v += i_b * v_b + i_h * v_h
     angles = i_h * angle_h
@@ -84,10 +86,7 @@ def aggregate_forward_kernel(
         b_max = new_max
 
     b_values = b_values / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
-    rows = part * M + o_m
-    o_e = tl.arange(0, BLOCK_E)
-    tl.store(lse + rows, b_max + tl.log2(b_sum), mask=o_m < M)
-    tl.store(values + rows[:, None] * E + o_e[None, :], b_values, mask=(o_m < M)[:, None] & (o_e < E)[None, :])
+    store_state(b_values, b_max + tl.log2(b_sum), values, lse, part, o_m, M, E, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["M", "d_b", "d_h", "dlse_b", "dlse_h"])
@@ -201,8 +200,9 @@ def aggregate_slots_kernel(
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dslots of a tile of slots over a chunk of tokens, for each batch and head."""
-    i_bh, part, o_m, first, last = slot_program(M, N, chunk, BLOCK_M)
+    i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
+    o_m = first_slot + tl.arange(0, BLOCK_M)
     rows = i_bh * M + o_m
     k += i_b * k_b + i_h * k_h
     v += i_b * v_b + i_h * v_h
@@ -230,12 +230,7 @@ def aggregate_slots_kernel(
         b_dl = b_p * (b_dp * b_size[:, None] - b_delta[:, None])
         b_dslots = dot(cast(b_dl, b_k.dtype), b_k, b_dslots, PRECISION)
 
-    channels = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
-    tl.store(
-        dslots + (part * M + o_m)[:, None] * D + channels[None, :],
-        b_dslots * scale,
-        mask=(o_m < M)[:, None] & (channels < D)[None, :],
-    )
+    store_slots(b_dslots * scale, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
 def aggregate_forward(
@@ -262,6 +257,24 @@ def aggregate_forward(
     return merge(values, lse, softmax=True)
 
 
+def prepare(dvalues: Tensor, dlse: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """delta and size (batch, heads, M), and unit (batch, heads, M, E) in the tokens' dtype; see the kernel."""
+    batch, num_heads, num_slots, width = values.shape
+    dvalues = unit_last_stride(dvalues)
+    delta, size = (values.new_empty(values.shape[:3]) for _ in range(2))
+    unit = torch.empty_like(values, dtype=dtype)
+    block = 16
+    launch(
+        aggregate_prepare_kernel,
+        (batch * num_heads * triton.cdiv(num_slots, block),),
+        dvalues, dlse, values, delta, size, unit, *slot_strides(dvalues), *dlse.stride(), num_heads, num_slots,
+        E=width, BLOCK_E=padded(width), BLOCK_M=block,
+        COMPUTE=tl.float64 if values.dtype == torch.float64 else tl.float32,
+        num_warps=4, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return delta, size, unit
+
+
 def aggregate_backward(
     dvalues: Tensor, dlse: Tensor, slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, interleaved: bool, scale: float, gaussian: bool, values: Tensor, lse: Tensor,
@@ -269,21 +282,10 @@ def aggregate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = k.shape
     num_slots, value_width = slots.shape[2], v.shape[3]
-    dvalues = unit_last_stride(dvalues)
     config = launch_config("aggregate_tokens", k, max(width, value_width), slots)
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
 
-    delta, size = torch.empty_like(lse), torch.empty_like(lse)
-    unit = torch.empty_like(values, dtype=v.dtype)
-    block = 16
-    launch(
-        aggregate_prepare_kernel,
-        (batch * num_heads * triton.cdiv(num_slots, block),),
-        dvalues, dlse, values, delta, size, unit, *slot_strides(dvalues), *dlse.stride(), num_heads, num_slots,
-        E=value_width, BLOCK_E=padded(value_width), BLOCK_M=block, COMPUTE=config.triton_compute,
-        num_warps=4, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
-
+    delta, size, unit = prepare(dvalues, dlse, values, v.dtype)
     inputs = (slots, k, v, k if mask is None else mask, cos, sin, lse, delta, size, unit)
     strides = (*slot_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h)
     variant = dict(ROTARY=rotary, INTERLEAVED=interleaved, GAUSSIAN=gaussian, MASKED=mask is not None)

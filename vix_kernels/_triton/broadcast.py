@@ -25,8 +25,9 @@ from .tiles import (
     load_slots,
     load_tile,
     row_products,
-    slot_channels,
     slot_program,
+    store_slots,
+    store_state,
     store_tile,
     store_unrotated,
 )
@@ -150,8 +151,9 @@ def broadcast_slots_kernel(
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dvalues, dbias and, if asked for, dslots of a tile of slots over a chunk of tokens, for each batch and head."""
-    i_bh, part, o_m, first, last = slot_program(M, N, chunk, BLOCK_M)
+    i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
+    o_m = first_slot + tl.arange(0, BLOCK_M)
     angles = i_h * angle_h
     q += i_b * q_b + i_h * q_h
     dout += i_b * d_b + i_h * d_h
@@ -181,14 +183,9 @@ def broadcast_slots_kernel(
         if NEED_SLOTS:
             b_dslots = dot(cast(b_dg, b_q.dtype), b_q, b_dslots, PRECISION)
 
-    rows = part * M + o_m
-    o_e = tl.arange(0, BLOCK_E)
-    tl.store(dbias + rows, b_dbias * LN2, mask=o_m < M)
-    tl.store(dvalues + rows[:, None] * E + o_e[None, :], b_dvalues, mask=(o_m < M)[:, None] & (o_e < E)[None, :])
+    store_state(b_dvalues, b_dbias * LN2, dvalues, dbias, part, o_m, M, E, BLOCK_E)
     if NEED_SLOTS:
-        channels = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
-        inside = (o_m < M)[:, None] & (channels < D)[None, :]
-        tl.store(dslots + rows[:, None] * D + channels[None, :], b_dslots * scale, mask=inside)
+        store_slots(b_dslots * scale, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
 def broadcast_forward(

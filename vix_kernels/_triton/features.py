@@ -14,14 +14,7 @@ from torch import Tensor
 
 from .configs import LaunchConfig, launch_config
 from .layout import padded, slot_strides
-from .tiles import LOG2E, load_rotated, load_slots, row_products, slot_channels, slot_program
-
-
-@triton.jit
-def feature_program(M, N, chunk, BLOCK_M: tl.constexpr):
-    """slot_program, with the first slot of the tile in the place of all of them."""
-    i_bh, part, _, first, last = slot_program(M, N, chunk, BLOCK_M)
-    return i_bh, part, tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M, first, last
+from .tiles import LOG2E, load_rotated, load_slots, row_products, slot_channels
 
 
 @triton.jit
@@ -75,31 +68,24 @@ def slot_rows(
 
 
 @triton.jit
-def load_state(values, mass, values_m, mass_m, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """values (slots, BLOCK_E) and mass (slots), 0 beyond M."""
+def load_state(values, lse, values_m, lse_m, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """values (slots, BLOCK_E), and the sums of features exp2(lse); 0 beyond M."""
     o_e = tl.arange(0, BLOCK_E)
     at = o_m.to(tl.int64)
     inside = (o_m < M)[:, None] & (o_e < E)[None, :]
     b_values = tl.load(values + at[:, None] * values_m + o_e[None, :], mask=inside, other=0.0)
-    return b_values, tl.load(mass + at * mass_m, mask=o_m < M, other=0.0)
+    return b_values, tl.exp2(tl.load(lse + at * lse_m, mask=o_m < M, other=float("-inf")))
 
 
 @triton.jit
-def store_state(b_values, b_mass, values, mass, part, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
+def load_unit(unit, size, delta, lse, rows, inside, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """What `prepare` made of the gradient of slots, and the inverse sums of their features; 0 where there are none."""
     o_e = tl.arange(0, BLOCK_E)
-    rows = part * M + o_m
-    tl.store(mass + rows, b_mass, mask=o_m < M)
-    tl.store(values + rows[:, None] * E + o_e[None, :], b_values, mask=(o_m < M)[:, None] & (o_e < E)[None, :])
-
-
-@triton.jit
-def store_slots(
-    b_dslots, dslots, part, o_m, M,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
-    channels = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
-    inside = (o_m < M)[:, None] & (channels < D)[None, :]
-    tl.store(dslots + (part * M + o_m)[:, None] * D + channels[None, :], b_dslots, mask=inside)
+    b_unit = tl.load(unit + rows[:, None] * E + o_e[None, :], mask=inside[:, None] & (o_e < E)[None, :], other=0.0)
+    b_size = tl.load(size + rows, mask=inside, other=0.0)
+    b_delta = tl.load(delta + rows, mask=inside, other=0.0)
+    b_lse = tl.load(lse + rows, mask=inside, other=float("inf"))
+    return b_unit, b_size, b_delta, tl.exp2(-tl.where(b_lse == float("-inf"), float("inf"), b_lse))
 
 
 def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | None) -> LaunchConfig:

@@ -9,28 +9,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.layout import empty_like_tokens, unit_last_stride
-from .features import (
-    apply_map,
-    feature_config,
-    feature_program,
-    feature_strides,
-    load_logits,
-    load_state,
-    slope,
-    slot_rows,
-    store_slots,
-    store_state,
-)
+from ..primitives.layout import empty_like_tokens
+from .aggregate import prepare
+from .features import apply_map, feature_config, feature_strides, load_logits, load_unit, slope, slot_rows
 from .launch import launch
 from .layout import mask_strides, output_strides, rotary_arguments, token_strides
 from .merge import merge, sum_slots
-from .tiles import cast, dot, load_rotated, load_slots, load_tile, row_products, store_tile, store_unrotated
+from .tiles import (
+    cast,
+    dot,
+    load_rotated,
+    load_slots,
+    load_tile,
+    row_products,
+    slot_program,
+    store_slots,
+    store_state,
+    store_tile,
+    store_unrotated,
+)
 
 
 @triton.jit(do_not_specialize=["N", "M", "mask_b", "angle_h", "chunk"])
 def linear_aggregate_forward_kernel(
-    slots, k, v, mask, cos, sin, values, mass,
+    slots, k, v, mask, cos, sin, values, lse,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
     H, N, M, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -38,8 +40,8 @@ def linear_aggregate_forward_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """values and mass of a tile of slots over a chunk of tokens."""
-    i_bh, part, first_slot, first, last = feature_program(M, N, chunk, BLOCK_M)
+    """values and lse of a tile of slots over a chunk of tokens."""
+    i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
     k += i_b * k_b + i_h * k_h
@@ -47,7 +49,7 @@ def linear_aggregate_forward_kernel(
     slots += i_b * slots_b + i_h * slots_h
 
     b_values = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
-    b_mass = tl.zeros((BLOCK_M,), COMPUTE)
+    b_sum = tl.zeros((BLOCK_M,), COMPUTE)
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         valid = o_n < last
@@ -59,18 +61,19 @@ def linear_aggregate_forward_kernel(
         )  # fmt: skip
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_f = cast(tl.where(valid[:, None], apply_map(b_l, ELU), 0.0), b_v.dtype)
-        b_mass += tl.sum(b_f.to(COMPUTE), 0)
+        b_sum += tl.sum(b_f.to(COMPUTE), 0)  # rounded in numerator and denominator alike
         b_values = dot(tl.trans(b_f), b_v, b_values, PRECISION)
 
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-    store_state(b_values / N, b_mass / N, values, mass, part, o_m, M, E, BLOCK_E)
+    b_values = b_values / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
+    store_state(b_values, tl.log2(b_sum), values, lse, part, o_m, M, E, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["N", "M", "mask_b", "angle_h"])
 def linear_aggregate_tokens_kernel(
-    slots, k, v, mask, cos, sin, dvalues, dmass, dk, dv,
+    slots, k, v, mask, cos, sin, lse, delta, size, unit, dk, dv,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
-    dvalues_b, dvalues_h, dvalues_m, dmass_b, dmass_h, dmass_m, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
+    dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     H, N, M,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -101,17 +104,14 @@ def linear_aggregate_tokens_kernel(
             D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
         o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-        b_dvalues, b_dmass = load_state(
-            dvalues + i_b * dvalues_b + i_h * dvalues_h, dmass + i_b * dmass_b + i_h * dmass_h, dvalues_m, dmass_m,
-            o_m, M, E, BLOCK_E,
-        )  # fmt: skip
-        b_dvalues = cast(b_dvalues / N, b_v.dtype)
+        b_unit, b_size, b_delta, b_inverse = load_unit(unit, size, delta, lse, i_bh * M + o_m, o_m < M, E, BLOCK_E)
         if VALUES:
-            b_f = cast(tl.where(valid[:, None], apply_map(b_l, ELU), 0.0), b_v.dtype)
-            b_dv = dot(b_f, b_dvalues, b_dv, PRECISION)
+            b_p = apply_map(b_l, ELU) * b_inverse[None, :]
+            b_dv = dot(cast(b_p * b_size[None, :], b_v.dtype), b_unit, b_dv, PRECISION)
         if KEYS:
-            b_df = row_products(b_v, b_dvalues, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
-            b_dl = tl.where(valid[:, None], (b_df + (b_dmass / N)[None, :]) * slope(b_l, ELU), 0.0)
+            b_dp = row_products(b_v, b_unit, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
+            b_dl = slope(b_l, ELU) * b_inverse[None, :] * (b_dp * b_size[None, :] - b_delta[None, :])
+            b_dl = tl.where(valid[:, None], b_dl, 0.0)
             if PROJECTED:
                 b_slots = cast(load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED), b_v.dtype)
                 b_dk = dot(cast(b_dl, b_v.dtype), b_slots, b_dk, PRECISION)
@@ -122,15 +122,14 @@ def linear_aggregate_tokens_kernel(
     if KEYS and PROJECTED:
         store_unrotated(b_dk, dk, o_n, dk_n, inside, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
     if VALUES:
-        b_dv = tl.where(valid[:, None], b_dv, 0.0)  # even where a slot's gradient is infinite
+        b_dv = tl.where(valid[:, None], b_dv, 0.0)
         store_tile(b_dv, dv + i_b * dv_b + i_h * dv_h, o_n, dv_n, inside, E, BLOCK_E, 0, True)
 
 
 @triton.jit(do_not_specialize=["N", "M", "mask_b", "angle_h", "chunk"])
 def linear_aggregate_slots_kernel(
-    slots, k, v, mask, cos, sin, dvalues, dmass, dslots,
+    slots, k, v, mask, cos, sin, lse, delta, size, unit, dslots,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
-    dvalues_b, dvalues_h, dvalues_m, dmass_b, dmass_h, dmass_m,
     H, N, M, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -138,18 +137,14 @@ def linear_aggregate_slots_kernel(
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dslots of a tile of slots over a chunk of tokens, for each batch and head."""
-    i_bh, part, first_slot, first, last = feature_program(M, N, chunk, BLOCK_M)
+    i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
     k += i_b * k_b + i_h * k_h
     v += i_b * v_b + i_h * v_h
     slots += i_b * slots_b + i_h * slots_h
     o_m = first_slot + tl.arange(0, BLOCK_M)
-    b_dvalues, b_dmass = load_state(
-        dvalues + i_b * dvalues_b + i_h * dvalues_h, dmass + i_b * dmass_b + i_h * dmass_h, dvalues_m, dmass_m,
-        o_m, M, E, BLOCK_E,
-    )  # fmt: skip
-    b_dvalues = cast(b_dvalues / N, v.dtype.element_ty)
+    b_unit, b_size, b_delta, b_inverse = load_unit(unit, size, delta, lse, i_bh * M + o_m, o_m < M, E, BLOCK_E)
 
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
     for start in range(first, last, BLOCK_N):
@@ -163,8 +158,9 @@ def linear_aggregate_slots_kernel(
         )  # fmt: skip
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
-        b_df = row_products(b_v, b_dvalues, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
-        b_dl = tl.where(valid[:, None], (b_df + (b_dmass / N)[None, :]) * slope(b_l, ELU), 0.0)
+        b_dp = row_products(b_v, b_unit, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
+        b_dl = slope(b_l, ELU) * b_inverse[None, :] * (b_dp * b_size[None, :] - b_delta[None, :])
+        b_dl = tl.where(valid[:, None], b_dl, 0.0)
         b_dslots = dot(tl.trans(cast(b_dl, b_k.dtype)), b_k, b_dslots, PRECISION)
 
     store_slots(b_dslots, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
@@ -181,34 +177,32 @@ def linear_aggregate_forward(
     programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
     chunk, chunks = config.chunk(programs, tokens)
     values = k.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
-    mass = k.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
+    lse = k.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
     launch(
         linear_aggregate_forward_kernel,
         (programs * chunks,),
-        k if slots is None else slots, k, v, k if mask is None else mask, cos, sin, values, mass,
+        k if slots is None else slots, k, v, k if mask is None else mask, cos, sin, values, lse,
         *feature_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h,
         num_heads, tokens, num_slots, chunk,
         ROTARY=rotary, INTERLEAVED=interleaved, MASKED=mask is not None, PROJECTED=slots is not None,
         ELU=feature_map == "elu", **config.meta(width, value_width),
     )  # fmt: skip
-    return merge(values, mass, softmax=False)
+    return merge(values, lse, softmax=True)
 
 
 def linear_aggregate_backward(
-    dvalues: Tensor, dmass: Tensor, slots: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool, feature_map: str, need_slots: bool, need_k: bool, need_v: bool,
+    dvalues: Tensor, dlse: Tensor, slots: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, interleaved: bool, feature_map: str, values: Tensor, lse: Tensor,
+    need_slots: bool, need_k: bool, need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = k.shape
     value_width = v.shape[3]
     num_slots = width if slots is None else slots.shape[2]
-    dvalues = unit_last_stride(dvalues)
+    delta, size, unit = prepare(dvalues, dlse, values, v.dtype)
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
-    inputs = (k if slots is None else slots, k, v, k if mask is None else mask, cos, sin, dvalues, dmass)
-    strides = (
-        *feature_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h,
-        *token_strides(dvalues), *dmass.stride(),
-    )  # fmt: skip
+    inputs = (k if slots is None else slots, k, v, k if mask is None else mask, cos, sin, lse, delta, size, unit)
+    strides = (*feature_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h)
     variant = dict(
         ROTARY=rotary, INTERLEAVED=interleaved, MASKED=mask is not None, PROJECTED=slots is not None,
         ELU=feature_map == "elu",

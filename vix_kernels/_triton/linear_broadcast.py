@@ -10,30 +10,32 @@ import triton.language as tl
 from torch import Tensor
 
 from ..primitives.layout import empty_like_tokens, unit_last_stride
-from .features import (
-    apply_map,
-    feature_config,
-    feature_program,
-    feature_strides,
-    load_logits,
-    load_state,
-    slope,
-    slot_rows,
-    store_slots,
-    store_state,
-)
+from .features import apply_map, feature_config, feature_strides, load_logits, load_state, slope, slot_rows
 from .launch import launch
 from .layout import rotary_arguments, slot_strides, token_strides
 from .merge import merge, sum_slots
-from .tiles import cast, dot, load_rotated, load_slots, load_tile, row_products, store_tile, store_unrotated
+from .tiles import (
+    LN2,
+    cast,
+    dot,
+    load_rotated,
+    load_slots,
+    load_tile,
+    row_products,
+    slot_program,
+    store_slots,
+    store_state,
+    store_tile,
+    store_unrotated,
+)
 
 
-@triton.jit(do_not_specialize=["N", "M", "values_b", "values_h", "mass_b", "mass_h", "angle_h", "keys", "eps"])
+@triton.jit(do_not_specialize=["N", "M", "values_b", "values_h", "lse_b", "lse_h", "angle_h", "eps"])
 def linear_broadcast_forward_kernel(
-    q, slots, values, mass, cos, sin, out, total,
-    q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, mass_b, mass_h, mass_m, angle_h,
+    q, slots, values, lse, cos, sin, out, total,
+    q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, lse_b, lse_h, lse_m, angle_h,
     out_b, out_h, out_n,
-    H, N, M, keys, eps,
+    H, N, M, eps,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
@@ -49,41 +51,71 @@ def linear_broadcast_forward_kernel(
     q += i_b * q_b + i_h * q_h
     slots += i_b * slots_b + i_h * slots_h
 
-    b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
+    # As in a softmax: weights and what they add up to are kept over the largest weight so far, which 16 bits can hold.
+    b_max = tl.zeros((BLOCK_N,), COMPUTE)
     b_total = tl.zeros((BLOCK_N,), COMPUTE)
+    b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
     for first_slot in range(0, M, BLOCK_M):
         b_l = load_logits(
             q, o_n, q_n, valid, slots, slots_m, first_slot, cos + angles, sin + angles, M,
             D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
         o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-        b_values, b_mass = load_state(
-            values + i_b * values_b + i_h * values_h, mass + i_b * mass_b + i_h * mass_h, values_m, mass_m,
+        b_values, b_sums = load_state(
+            values + i_b * values_b + i_h * values_h, lse + i_b * lse_b + i_h * lse_h, values_m, lse_m,
             o_m, M, E, BLOCK_E,
         )  # fmt: skip
-        b_f = cast(apply_map(b_l, ELU), q.dtype.element_ty)  # rounded in numerator and denominator alike
-        b_total += tl.sum(b_f.to(COMPUTE) * b_mass[None, :], 1)
-        b_out = dot(b_f, cast(b_values, q.dtype.element_ty), b_out, PRECISION)
+        b_w = apply_map(b_l, ELU) * b_sums[None, :]
+        new_max = tl.maximum(b_max, tl.max(b_w, 1))
+        over = 1.0 / tl.where(new_max == 0, 1.0, new_max)
+        b_p = cast(b_w * over[:, None], q.dtype.element_ty)  # rounded in numerator and denominator alike
+        b_total = b_total * (b_max * over) + tl.sum(b_p.to(COMPUTE), 1)
+        b_out = dot(b_p, cast(b_values, q.dtype.element_ty), b_out * (b_max * over)[:, None], PRECISION)
+        b_max = new_max
 
-    b_total += (tl.zeros((BLOCK_N,), COMPUTE) + eps) / keys
-    tl.store(total + i_bh * N + o_n, b_total, mask=valid)
-    # A query without features meets no mass: 0 / 0 without a guard.
+    guard = tl.zeros((BLOCK_N,), COMPUTE) + eps
+    tl.store(total + i_bh * N + o_n, b_total * b_max + guard, mask=valid)
+    # A query that no slot answers has out 0, whatever the guard.
+    b_total = b_total + guard / tl.where(b_max == 0, 1.0, b_max)
     b_out = b_out / tl.where(b_total == 0, 1.0, b_total)[:, None]
     store_tile(b_out, out + i_b * out_b + i_h * out_h, o_n, out_n, valid, E, BLOCK_E, 0, True)
 
 
-@triton.jit(do_not_specialize=["N", "M", "values_b", "values_h", "mass_b", "mass_h", "angle_h"])
+@triton.jit
+def load_shares(
+    b_dout, b_total, q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m, first_slot, cos, sin, M,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of tokens and slots (tokens, BLOCK_M): logits, shares of a feature in the result, <dout, values>."""
+    b_l = load_logits(
+        q, o_n, q_n, valid, slots, slots_m, first_slot, cos, sin, M,
+        D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
+    )  # fmt: skip
+    o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
+    b_values, b_sums = load_state(values, lse, values_m, lse_m, o_m, M, E, BLOCK_E)
+    # Whole values, in two halves if need be: what is left of these products without their mean may be small.
+    WIDE: tl.constexpr = b_values.dtype != b_dout.dtype
+    b_dp = row_products(b_dout, b_values, tl.zeros((o_n.shape[0], BLOCK_M), COMPUTE), False, WIDE, PRECISION)
+    return b_l, b_sums[None, :] / b_total[:, None], b_dp
+
+
+@triton.jit(do_not_specialize=["N", "M", "values_b", "values_h", "lse_b", "lse_h", "angle_h"])
 def linear_broadcast_tokens_kernel(
-    dout, q, slots, values, mass, cos, sin, out, total, delta, dq,
-    d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, mass_b, mass_h, mass_m,
-    angle_h, out_b, out_h, out_n, dq_b, dq_h, dq_n,
+    dout, q, slots, values, lse, cos, sin, total, delta, dq,
+    d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, lse_b, lse_h, lse_m,
+    angle_h, dq_b, dq_h, dq_n,
     H, N, M,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of tokens, and delta = <dout, out> for the slot gradients."""
+    """dq of a tile of tokens, and delta = <dout, out> for the slot gradients.
+
+    delta is summed again from the shares: `out` may have been rounded, and what is left of <dout, values> without it is small.
+    """
     token_tiles = tl.cdiv(N, BLOCK_N)
     i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -92,29 +124,33 @@ def linear_broadcast_tokens_kernel(
     angles = i_h * angle_h
     q += i_b * q_b + i_h * q_h
     slots += i_b * slots_b + i_h * slots_h
+    values += i_b * values_b + i_h * values_h
+    lse += i_b * lse_b + i_h * lse_h
     dq += i_b * dq_b + i_h * dq_h
     b_dout = load_tile(dout + i_b * d_b + i_h * d_h, o_n, d_n, valid, E, BLOCK_E, 0, True)
-    b_out = load_tile(out + i_b * out_b + i_h * out_h, o_n, out_n, valid, E, BLOCK_E, 0, True)
-    b_delta = tl.sum(b_dout.to(COMPUTE) * b_out.to(COMPUTE), 1)
-    tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
     b_total = tl.load(total + i_bh * N + o_n, mask=valid, other=1.0)
     b_total = tl.where(b_total == 0, 1.0, b_total)
 
+    b_delta = tl.zeros((BLOCK_N,), COMPUTE)
+    for first_slot in range(0, M, BLOCK_M):
+        b_l, b_share, b_dp = load_shares(
+            b_dout, b_total, q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m, first_slot,
+            cos + angles, sin + angles, M,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
+        )  # fmt: skip
+        b_delta += tl.sum(apply_map(b_l, ELU) * b_share * b_dp, 1)
+    tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
+
     b_dq = tl.zeros((BLOCK_N, BLOCK_D if PROJECTED else 1), COMPUTE)
     for first_slot in range(0, M, BLOCK_M):
-        b_l = load_logits(
-            q, o_n, q_n, valid, slots, slots_m, first_slot, cos + angles, sin + angles, M,
-            D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
+        b_l, b_share, b_dp = load_shares(
+            b_dout, b_total, q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m, first_slot,
+            cos + angles, sin + angles, M,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
-        o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-        b_values, b_mass = load_state(
-            values + i_b * values_b + i_h * values_h, mass + i_b * mass_b + i_h * mass_h, values_m, mass_m,
-            o_m, M, E, BLOCK_E,
-        )  # fmt: skip
-        b_values = cast(b_values, b_dout.dtype)
-        b_df = row_products(b_dout, b_values, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
-        b_dl = (b_df - b_delta[:, None] * b_mass[None, :]) / b_total[:, None] * slope(b_l, ELU)
+        b_dl = slope(b_l, ELU) * b_share * (b_dp - b_delta[:, None])
         if PROJECTED:
+            o_m = first_slot + tl.arange(0, BLOCK_M)
             b_slots = cast(load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED), b_dout.dtype)
             b_dq = dot(cast(b_dl, b_dout.dtype), b_slots, b_dq, PRECISION)
         else:
@@ -125,10 +161,10 @@ def linear_broadcast_tokens_kernel(
         store_unrotated(b_dq, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
-@triton.jit(do_not_specialize=["N", "M", "values_b", "values_h", "mass_b", "mass_h", "angle_h", "chunk"])
+@triton.jit(do_not_specialize=["N", "M", "values_b", "values_h", "lse_b", "lse_h", "angle_h", "chunk"])
 def linear_broadcast_slots_kernel(
-    dout, q, slots, values, mass, cos, sin, total, delta, dslots, dvalues, dmass,
-    d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, mass_b, mass_h, mass_m,
+    dout, q, slots, values, lse, cos, sin, total, delta, dslots, dvalues, dlse,
+    d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, lse_b, lse_h, lse_m,
     angle_h,
     H, N, M, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -136,51 +172,47 @@ def linear_broadcast_slots_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     NEED_SLOTS: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dvalues, dmass and, if asked for, dslots of a tile of slots over a chunk of tokens, for each batch and head."""
-    i_bh, part, first_slot, first, last = feature_program(M, N, chunk, BLOCK_M)
+    """dvalues, dlse and, if asked for, dslots of a tile of slots over a chunk of tokens, for each batch and head."""
+    i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
     q += i_b * q_b + i_h * q_h
     dout += i_b * d_b + i_h * d_h
     slots += i_b * slots_b + i_h * slots_h
-    o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
+    values += i_b * values_b + i_h * values_h
+    lse += i_b * lse_b + i_h * lse_h
 
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D if NEED_SLOTS else 1), COMPUTE)
     b_dvalues = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
-    b_dmass = tl.zeros((BLOCK_M,), COMPUTE)
+    b_dlse = tl.zeros((BLOCK_M,), COMPUTE)
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         valid = o_n < last
-        b_l = load_logits(
-            q, o_n, q_n, valid, slots, slots_m, first_slot, cos + angles, sin + angles, M,
-            D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
-        )  # fmt: skip
         b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
         b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
-        b_total = tl.load(total + i_bh * N + o_n, mask=valid, other=1.0)
-        b_total = tl.where(b_total == 0, 1.0, b_total)
-        b_f = apply_map(b_l, ELU) / b_total[:, None]
-        b_dmass -= tl.sum(b_f * b_delta[:, None], 0)
-        b_dvalues = dot(tl.trans(cast(b_f, b_dout.dtype)), b_dout, b_dvalues, PRECISION)
+        b_total = tl.load(total + i_bh * N + o_n, mask=valid, other=float("inf"))  # a share of 0 beyond the last token
+        b_l, b_share, b_dp = load_shares(
+            b_dout, tl.where(b_total == 0, 1.0, b_total), q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m,
+            first_slot, cos + angles, sin + angles, M,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
+        )  # fmt: skip
+        b_p = apply_map(b_l, ELU) * b_share
+        b_dvalues = dot(tl.trans(cast(b_p, b_dout.dtype)), b_dout, b_dvalues, PRECISION)
+        b_dlse += tl.sum(b_p * (b_dp - b_delta[:, None]), 0)
         if NEED_SLOTS:
-            b_values, b_mass = load_state(
-                values + i_b * values_b + i_h * values_h, mass + i_b * mass_b + i_h * mass_h, values_m, mass_m,
-                o_m, M, E, BLOCK_E,
-            )  # fmt: skip
-            b_values = cast(b_values, b_dout.dtype)
-            b_df = row_products(b_dout, b_values, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
-            b_dl = (b_df - b_delta[:, None] * b_mass[None, :]) / b_total[:, None] * slope(b_l, ELU)
+            b_dl = slope(b_l, ELU) * b_share * (b_dp - b_delta[:, None])
             b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
             b_dslots = dot(tl.trans(cast(b_dl, b_q.dtype)), b_q, b_dslots, PRECISION)
 
-    store_state(b_dvalues, b_dmass, dvalues, dmass, part, o_m, M, E, BLOCK_E)
+    o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
+    store_state(b_dvalues, b_dlse * LN2, dvalues, dlse, part, o_m, M, E, BLOCK_E)
     if NEED_SLOTS:
         store_slots(b_dslots, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
 def linear_broadcast_forward(
-    q: Tensor, slots: Tensor | None, values: Tensor, mass: Tensor, cos: Tensor | None, sin: Tensor | None,
-    interleaved: bool, feature_map: str, eps: float, keys: int,
+    q: Tensor, slots: Tensor | None, values: Tensor, lse: Tensor, cos: Tensor | None, sin: Tensor | None,
+    interleaved: bool, feature_map: str, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = values.shape[2:]
@@ -191,9 +223,9 @@ def linear_broadcast_forward(
     launch(
         linear_broadcast_forward_kernel,
         (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-        q, q if slots is None else slots, values, mass, cos, sin, out, total,
-        *token_strides(q), *feature_strides(slots), *slot_strides(values), *mass.stride(), angle_h, *token_strides(out),
-        num_heads, tokens, num_slots, keys, eps,
+        q, q if slots is None else slots, values, lse, cos, sin, out, total,
+        *token_strides(q), *feature_strides(slots), *slot_strides(values), *lse.stride(), angle_h, *token_strides(out),
+        num_heads, tokens, num_slots, eps,
         ROTARY=rotary, INTERLEAVED=interleaved, PROJECTED=slots is not None, ELU=feature_map == "elu",
         **config.meta(width, value_width),
     )  # fmt: skip
@@ -201,16 +233,16 @@ def linear_broadcast_forward(
 
 
 def linear_broadcast_backward(
-    dout: Tensor, q: Tensor, slots: Tensor | None, values: Tensor, mass: Tensor, cos: Tensor | None, sin: Tensor | None,
-    interleaved: bool, feature_map: str, out: Tensor, total: Tensor, need_slots: bool, need_values: bool,
+    dout: Tensor, q: Tensor, slots: Tensor | None, values: Tensor, lse: Tensor, cos: Tensor | None, sin: Tensor | None,
+    interleaved: bool, feature_map: str, total: Tensor, need_slots: bool, need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = values.shape[2:]
     dout = unit_last_stride(dout)
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
-    inputs = (dout, q, q if slots is None else slots, values, mass, cos, sin)
+    inputs = (dout, q, q if slots is None else slots, values, lse, cos, sin)
     strides = (
-        *token_strides(dout), *token_strides(q), *feature_strides(slots), *slot_strides(values), *mass.stride(), angle_h,
+        *token_strides(dout), *token_strides(q), *feature_strides(slots), *slot_strides(values), *lse.stride(), angle_h,
     )  # fmt: skip
     variant = dict(
         ROTARY=rotary, INTERLEAVED=interleaved, PROJECTED=slots is not None, ELU=feature_map == "elu"
@@ -221,7 +253,7 @@ def linear_broadcast_backward(
     launch(
         linear_broadcast_tokens_kernel,
         (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-        *inputs, out, total, delta, dq, *strides, *token_strides(out), *token_strides(dq), num_heads, tokens, num_slots,
+        *inputs, total, delta, dq, *strides, *token_strides(dq), num_heads, tokens, num_slots,
         **variant, **config.meta(width, value_width),
     )  # fmt: skip
     need_slots = need_slots and slots is not None
@@ -232,13 +264,13 @@ def linear_broadcast_backward(
     programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
     chunk, chunks = config.chunk(programs, tokens)
     dvalues = q.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
-    dmass = q.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
+    dlse = q.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
     dslots = q.new_empty((batch, num_heads, chunks, num_slots, width) if need_slots else (0,), dtype=config.compute)
     launch(
         linear_broadcast_slots_kernel,
         (programs * chunks,),
-        *inputs, total, delta, dslots, dvalues, dmass, *strides, num_heads, tokens, num_slots, chunk,
+        *inputs, total, delta, dslots, dvalues, dlse, *strides, num_heads, tokens, num_slots, chunk,
         NEED_SLOTS=need_slots, **variant, **config.meta(width, value_width),
     )  # fmt: skip
     dslots = sum_slots(dslots, slots) if need_slots else q.new_empty(0)
-    return dq, dslots, *(merge(dvalues, dmass, softmax=False) if need_values else (values.new_empty(0), values.new_empty(0)))
+    return dq, dslots, *(merge(dvalues, dlse, softmax=False) if need_values else (values.new_empty(0), values.new_empty(0)))

@@ -56,7 +56,7 @@ def angle_gradient_kernel(
     b_dangles = tl.zeros((BLOCK_N, BLOCK_D // 2), COMPUTE)
     for i in range(B * heads):
         i_b = (i // heads).to(tl.int64)
-        j_h = i % heads
+        j_h = (i % heads).to(tl.int64)
         valid = inside
         if MASKED:
             valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0

@@ -1,9 +1,9 @@
 """What the kernels share: products of stated precision, and tiles of tokens and slots.
 
-A tile holds rows of tokens (or slots) and BLOCK_D columns, the head width D padded with zeros, or BLOCK_D columns of it
-from `column` on. Under RoPE its columns stand
-in pair order: columns 2i and 2i + 1 hold the pair that angle i rotates, whichever channels of memory these are. Logits are
-sums over columns, so the order is free as long as the slots are loaded in it too; loads and stores translate.
+A tile holds rows of tokens (or slots) and BLOCK_D columns, the head width D padded with zeros, or those from `column` on.
+Under RoPE its columns stand in pair order: columns 2i and 2i + 1 hold the pair that angle i rotates, whichever channels of
+memory these are. Logits are sums over columns, so the order is free as long as the slots are loaded in it too; loads and
+stores translate.
 """
 
 import triton
@@ -32,7 +32,7 @@ def cast(x, DTYPE: tl.constexpr):
     """x rounded to DTYPE, to nearest even."""
     if INTERPRETED and DTYPE == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000, bits)  # nothing is left to truncate
         x = bits.to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
@@ -46,7 +46,7 @@ def split(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def slot_program(M, N, chunk, BLOCK_M: tl.constexpr):
-    """What a program that holds slots works on: sample and head, chunk among all, slots, first and last + 1 token.
+    """What a program that holds slots works on: sample and head, chunk among all, first slot, first and last + 1 token.
 
     The tokens are cut into chunks for the sake of devices that batch and heads alone would not fill; the results of the
     chunks stand side by side, (batch x heads, chunks, M).
@@ -54,9 +54,8 @@ def slot_program(M, N, chunk, BLOCK_M: tl.constexpr):
     slot_tiles = tl.cdiv(M, BLOCK_M)
     chunks = tl.cdiv(N, chunk)
     part = (tl.program_id(0) // slot_tiles).to(tl.int64)
-    o_m = tl.program_id(0) % slot_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     first = (part % chunks).to(tl.int32) * chunk
-    return part // chunks, part, o_m, first, tl.minimum(first + chunk, N)
+    return part // chunks, part, tl.program_id(0) % slot_tiles * BLOCK_M, first, tl.minimum(first + chunk, N)
 
 
 @triton.jit
@@ -184,6 +183,26 @@ def load_slots(
     columns = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
     return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_slots(
+    x, base, part, o_m, M,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Rows of a chunk's slot gradients, in the column order of the tokens."""
+    columns = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
+    inside = (o_m < M)[:, None] & (columns < D)[None, :]
+    tl.store(base + (part * M + o_m)[:, None] * D + columns[None, :], x, mask=inside)
+
+
+@triton.jit
+def store_state(b_values, b_level, values, level, part, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """What a chunk has to say of its slots: rows of values, and a number each."""
+    rows = part * M + o_m
+    o_e = tl.arange(0, BLOCK_E)
+    tl.store(level + rows, b_level, mask=o_m < M)
+    tl.store(values + rows[:, None] * E + o_e[None, :], b_values, mask=(o_m < M)[:, None] & (o_e < E)[None, :])
 
 
 @triton.jit

@@ -4,11 +4,13 @@
     S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
 
 phi(x) = relu(x) (EfficientViT, arXiv 2205.14756) or elu(x) + 1 (the paper's), channel by channel, or of a projection:
-phi_j(x) = relu(w_j . x / D^(1/4)), the generalised features of Performer (arXiv 2009.14794).
+phi_j(x) = relu(w_j . x / D^(1/4)), the generalised features of Performer (arXiv 2009.14794). As there, the means S_j / z_j
+and log z_j stand between two moves, linear_aggregate and linear_broadcast: they keep to the range of v.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -48,7 +50,8 @@ def linear_attention(
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
-        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v and projection. A query that no feature
+        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, projection and
+        rope.angles. A query that no feature
         answers (relu) returns 0.
 
     Raises:
@@ -67,8 +70,8 @@ def linear_attention(
             q, k, v, feature_map=feature_map, projection=projection, eps=eps, key_padding_mask=key_padding_mask, rope=rope
         )
     options = dict(feature_map=feature_map, backend=backend) | ({} if rope is None else rope.tables)
-    values, mass = linear_aggregate(slots, k, v, mask=key_padding_mask, **options)
-    return linear_broadcast(q, slots, values, mass, eps=eps, keys=k.shape[2], **options)
+    values, lse = linear_aggregate(slots, k, v, mask=key_padding_mask, **options)
+    return linear_broadcast(q, slots, values, lse, eps=eps, **options)
 
 
 def linear_attention_reference(
@@ -95,14 +98,18 @@ def linear_attention_reference(
     if key_padding_mask is not None:
         phi_k = torch.where(taken, phi_k, 0.0)
     wide = torch.promote_types(q.dtype, torch.float32)
-    total = (phi_q.to(wide) @ phi_k.sum(-2, dtype=wide)[..., None]) + eps
-    # Means, as a sum over many tokens would leave float16.
-    out = (phi_q @ (phi_k.mT @ (v / k.shape[2]))).to(wide) / total.masked_fill(total == 0, 1) * k.shape[2]
-    return out.to(q.dtype)
+    z = phi_k.sum(-2, keepdim=True, dtype=wide)
+    weights = phi_q * z
+    total = weights.sum(-1, keepdim=True) + eps
+    # Means and shares: the sums of the equations leave float16 when there are many tokens.
+    values = (phi_k / z.masked_fill(z == 0, 1)).to(v.dtype).mT @ v
+    return (weights / total.masked_fill(total == 0, 1)).to(v.dtype) @ values
 
 
 def check_feature_map(feature_map: str, eps: float) -> None:
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map: expected one of {', '.join(map(repr, FEATURE_MAPS))}, got {feature_map!r}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    if isinstance(eps, Tensor):
+        raise TypeError("eps: expected a Python number, got a Tensor (reading it would wait for the device)")
+    if not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")

@@ -49,7 +49,8 @@ def performer_attention(
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
-        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v and projection.
+        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, projection and
+        rope.angles.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what was expected and what came.

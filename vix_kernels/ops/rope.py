@@ -49,12 +49,21 @@ class Rope:
                 raise ValueError(
                     f"{name}: expected shape (heads or 1, tokens, R / 2), equal for cos and sin, got {tuple(table.shape)}"
                 )
+            if table.dtype != self.cos.dtype or table.device != self.cos.device:
+                raise ValueError(
+                    f"{name}: expected cos' {self.cos.dtype} on {self.cos.device}, got {table.dtype} on {table.device}"
+                )
             if table.requires_grad:
                 raise ValueError(f"{name}: expected a table without gradient; learned angles enter by Rope.of(angles)")
+        if self.angles is not None and self.angles.shape != self.cos.shape:
+            raise ValueError(f"angles: expected cos' shape {tuple(self.cos.shape)}, got {tuple(self.angles.shape)}")
 
     @staticmethod
     def of(angles: Tensor, layout: Layout = "interleaved") -> Rope:
         """The rotation by `angles`, float32 (heads or 1, tokens, R / 2), which get their gradient if they require one."""
+        if not isinstance(angles, Tensor) or angles.dtype not in (torch.float32, torch.float64) or angles.dim() != 3:
+            got = f"{angles.dtype} {tuple(angles.shape)}" if isinstance(angles, Tensor) else type(angles).__name__
+            raise TypeError(f"angles: expected float32 (heads or 1, tokens, R / 2), got {got}")
         fixed = angles.detach()
         return Rope(fixed.cos(), fixed.sin(), layout, angles if angles.requires_grad else None)
 
@@ -162,7 +171,7 @@ def rope_mixed(height: int, width: int, frequencies: Tensor, *, layout: Layout =
         raise ValueError(f"frequencies: expected shape (2, heads, R / 2), got {got}")
     _check_prefix(prefix_tokens)
     frequencies = frequencies.to(torch.promote_types(frequencies.dtype, torch.float32))
-    x, y = (each.to(frequencies) for each in _grid(height, width))
+    x, y = (each.to(frequencies.dtype) for each in _grid(height, width, frequencies.device))  # no copy from the host
     across, down = frequencies[:, :, None]  # (heads, 1, R / 2) each
     # The sum of two products, spelled out: a matrix product would round its operands under tf32 or autocast.
     return Rope.of(torch.nn.functional.pad(x * across + y * down, (0, 0, prefix_tokens, 0)), layout)
@@ -197,12 +206,12 @@ def _frequencies(dim: int, divisor: int, base: float) -> Tensor:
     return base ** (-torch.arange(0, dim, divisor, dtype=torch.float64) / dim)
 
 
-def _grid(height: int, width: int) -> tuple[Tensor, Tensor]:
+def _grid(height: int, width: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Column and row of every token in raster order, (tokens, 1) each."""
     for name, size in (("height", height), ("width", width)):
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
-    at = torch.arange(height * width)[:, None]
+    at = torch.arange(height * width, device=device)[:, None]
     return (at % width).double(), (at // width).double()
 
 
@@ -219,7 +228,7 @@ def _table(angles: Tensor, layout: Layout, prefix_tokens: int, device: torch.dev
 
 
 def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Rotate q and k; one kernel, nothing kept for backward but the tables.
+    """Rotate q and k by one kernel; nothing is kept for backward but the tables (and q and k, where angles are learned).
 
     Args:
         q, k: (batch, heads, tokens, head_dim), of one shape and dtype. Any strides with a unit last one.
@@ -227,7 +236,10 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
-        The rotated q and k, in their own dtype.
+        The rotated q and k, in their own dtype. Differentiable in q, k and rope.angles.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as performer_attention.
     """
     check_qkv(q, k, k)
     check_rope(rope, q, k)

@@ -1,10 +1,10 @@
-"""linear_aggregate and linear_broadcast: the two moves with a feature map in the place of the softmax.
+"""linear_aggregate and linear_broadcast: the two moves with a feature map in the place of the exponential.
 
-    f_jn = phi(p_j . k_n)     values_j = sum_n f_jn v_n / N     mass_j = sum_n f_jn / N
-    f_nj = phi(p_j . q_n)     out_n = sum_j f_nj values_j / (sum_j f_nj mass_j + eps / N)
+    f_jn = phi(p_j . k_n)      values_j = sum_n f_jn v_n / sum_n f_jn      lse_j = log2 sum_n f_jn
+    f_nj = phi(p_j . q_n)      w_nj = f_nj 2^lse_j      out_n = sum_j w_nj values_j / (sum_j w_nj + eps)
 
-phi is relu or elu + 1. Without slots the features of a token are phi of its own channels. N is the number of keys, those
-that are masked included: means, in the place of sums, stay in the range of float16 however many tokens there are.
+phi is relu or elu + 1; without slots the features of a token are phi of its own channels. The contract is that of `aggregate`
+and `broadcast`: means of v, which stay in v's range, and the logarithm of the weight that each of them has.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .rotate import angle_gradient
 FEATURE_MAPS = ("relu", "elu")
 
 _KEYS = "Tensor? slots, Tensor k, Tensor v, Tensor? mask, Tensor? cos, Tensor? sin, bool interleaved, str feature_map"
-_QUERIES = "Tensor q, Tensor? slots, Tensor values, Tensor mass, Tensor? cos, Tensor? sin, bool interleaved, str feature_map"
+_QUERIES = "Tensor q, Tensor? slots, Tensor values, Tensor lse, Tensor? cos, Tensor? sin, bool interleaved, str feature_map"
 
 
 def linear_aggregate(
@@ -51,7 +51,7 @@ def linear_aggregate(
         backend: "torch" or "triton".
 
     Returns:
-        values (batch, heads, M, E) and mass (batch, heads, M), in float32 (float64 for float64 inputs). Differentiable in
+        values (batch, heads, M, E) and lse (batch, heads, M), in float32 (float64 for float64 inputs). Differentiable in
         slots, k, v and angles.
     """
     refuse_transforms()
@@ -63,11 +63,10 @@ def linear_broadcast(
     q: Tensor,
     slots: Tensor | None,
     values: Tensor,
-    mass: Tensor,
+    lse: Tensor,
     *,
     feature_map: str,
     eps: float,
-    keys: int,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     angles: Tensor | None = None,
@@ -79,33 +78,36 @@ def linear_broadcast(
     Args:
         q: (batch, heads, queries, D). Any strides with a unit last one.
         slots, feature_map, interleaved, backend: as in linear_aggregate.
-        values, mass: what linear_aggregate returned.
-        eps, keys: eps / keys is added to the denominator; a denominator of 0 counts as 1.
+        values, lse: what linear_aggregate returned.
+        eps: added to the denominator; a denominator of 0 counts as 1.
         cos, sin: float32 (heads or 1, queries, R / 2), rotary tables for the first R channels of q.
         angles: as in linear_aggregate.
 
     Returns:
-        out (batch, heads, queries, E) in q's dtype. Differentiable in q, slots, values, mass and angles.
+        out (batch, heads, queries, E) in q's dtype. Differentiable in q, slots, values, lse and angles.
     """
     refuse_transforms()
     q, slots, values = unit_last_stride(q), None if slots is None else unit_last_stride(slots), unit_last_stride(values)
-    return _LinearBroadcast.apply(q, slots, values, mass, cos, sin, angles, interleaved, feature_map, eps, keys, backend)
+    return _LinearBroadcast.apply(q, slots, values, lse, cos, sin, angles, interleaved, feature_map, eps, backend)
 
 
 class _LinearAggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, slots, k, v, mask, cos, sin, angles, interleaved, feature_map, backend):
-        ctx.save_for_backward(slots, k, v, mask, cos, sin)
+        values, lse = linear_aggregate_forward(slots, k, v, mask, cos, sin, interleaved, feature_map, backend)
+        ctx.save_for_backward(slots, k, v, mask, cos, sin, values, lse)
         ctx.options, ctx.backend = (interleaved, feature_map), backend
-        return linear_aggregate_forward(slots, k, v, mask, cos, sin, interleaved, feature_map, backend)
+        return values, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dvalues, dmass):
-        slots, k, v, mask, cos, sin = ctx.saved_tensors
+    def backward(ctx, dvalues, dlse):
+        slots, k, v, mask, cos, sin, values, lse = ctx.saved_tensors
         need_slots, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
         needs = need_slots, need_k or need_angles, need_v
-        grads = linear_aggregate_backward(dvalues, dmass, slots, k, v, mask, cos, sin, *ctx.options, *needs, ctx.backend)
+        grads = linear_aggregate_backward(
+            dvalues, dlse, slots, k, v, mask, cos, sin, *ctx.options, values, lse, *needs, ctx.backend
+        )
         dslots, dk, dv = (x if need else None for x, need in zip(grads, needs, strict=True))
         dangles = angle_gradient(k, dk, mask, cos, ctx.options[0], ctx.backend) if need_angles else None
         return dslots, dk, dv, None, None, None, dangles, None, None, None
@@ -113,24 +115,24 @@ class _LinearAggregate(torch.autograd.Function):
 
 class _LinearBroadcast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, slots, values, mass, cos, sin, angles, interleaved, feature_map, eps, keys, backend):
-        out, total = linear_broadcast_forward(q, slots, values, mass, cos, sin, interleaved, feature_map, eps, keys, backend)
-        ctx.save_for_backward(q, slots, values, mass, cos, sin, out, total)
+    def forward(ctx, q, slots, values, lse, cos, sin, angles, interleaved, feature_map, eps, backend):
+        out, total = linear_broadcast_forward(q, slots, values, lse, cos, sin, interleaved, feature_map, eps, backend)
+        ctx.save_for_backward(q, slots, values, lse, cos, sin, total)
         ctx.options, ctx.backend = (interleaved, feature_map), backend
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, slots, values, mass, cos, sin, out, total = ctx.saved_tensors
+        q, slots, values, lse, cos, sin, total = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         need_values = needs[2] or needs[3]
         grads = linear_broadcast_backward(
-            dout, q, slots, values, mass, cos, sin, *ctx.options, out, total, needs[1], need_values, ctx.backend
+            dout, q, slots, values, lse, cos, sin, *ctx.options, total, needs[1], need_values, ctx.backend
         )
         dangles = angle_gradient(q, grads[0], None, cos, ctx.options[0], ctx.backend) if ctx.needs_input_grad[6] else None
         grads = (x if need else None for x, need in zip(grads, needs, strict=True))
-        return *grads, None, None, dangles, None, None, None, None, None
+        return *grads, None, None, dangles, None, None, None, None
 
 
 def _fake_aggregate_forward(slots, k, v, mask, cos, sin, interleaved, feature_map, backend):
@@ -141,47 +143,48 @@ def _fake_aggregate_forward(slots, k, v, mask, cos, sin, interleaved, feature_ma
 
 
 def _fake_aggregate_backward(
-    dvalues, dmass, slots, k, v, mask, cos, sin, interleaved, feature_map, need_slots, need_k, need_v, backend
+    dvalues, dlse, slots, k, v, mask, cos, sin, interleaved, feature_map, values, lse,
+    need_slots, need_k, need_v, backend,
 ):  # fmt: skip
     dslots = slots.new_empty(slots.shape) if need_slots and slots is not None else k.new_empty(0)
     dk = empty_output(k, k.shape[3], backend) if need_k else k.new_empty(0)
     return dslots, dk, empty_output(v, v.shape[3], backend) if need_v else v.new_empty(0)
 
 
-def _fake_broadcast_forward(q, slots, values, mass, cos, sin, interleaved, feature_map, eps, keys, backend):
+def _fake_broadcast_forward(q, slots, values, lse, cos, sin, interleaved, feature_map, eps, backend):
     return empty_output(q, values.shape[3], backend), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 def _fake_broadcast_backward(
-    dout, q, slots, values, mass, cos, sin, interleaved, feature_map, out, total, need_slots, need_values, backend
+    dout, q, slots, values, lse, cos, sin, interleaved, feature_map, total, need_slots, need_values, backend
 ):  # fmt: skip
     dslots = slots.new_empty(slots.shape) if need_slots and slots is not None else q.new_empty(0)
-    dvalues, dmass = (values.new_empty(shape if need_values else (0,)) for shape in (values.shape, values.shape[:3]))
-    return empty_output(q, q.shape[3], backend), dslots, dvalues, dmass
+    dvalues, dlse = (values.new_empty(shape if need_values else (0,)) for shape in (values.shape, values.shape[:3]))
+    return empty_output(q, q.shape[3], backend), dslots, dvalues, dlse
 
 
 linear_aggregate_forward = register(
-    f"linear_aggregate_forward({_KEYS}, str backend) -> (Tensor values, Tensor mass)",
+    f"linear_aggregate_forward({_KEYS}, str backend) -> (Tensor values, Tensor lse)",
     tiled=tiled_linear.linear_aggregate_forward,
     triton="linear_aggregate.linear_aggregate_forward",
     fake=_fake_aggregate_forward,
 )
 linear_aggregate_backward = register(
-    f"linear_aggregate_backward(Tensor dvalues, Tensor dmass, {_KEYS}, bool need_slots, bool need_k, bool need_v, "
-    "str backend) -> (Tensor dslots, Tensor dk, Tensor dv)",
+    f"linear_aggregate_backward(Tensor dvalues, Tensor dlse, {_KEYS}, Tensor values, Tensor lse, bool need_slots, "
+    "bool need_k, bool need_v, str backend) -> (Tensor dslots, Tensor dk, Tensor dv)",
     tiled=tiled_linear.linear_aggregate_backward,
     triton="linear_aggregate.linear_aggregate_backward",
     fake=_fake_aggregate_backward,
 )
 linear_broadcast_forward = register(
-    f"linear_broadcast_forward({_QUERIES}, float eps, SymInt keys, str backend) -> (Tensor out, Tensor total)",
+    f"linear_broadcast_forward({_QUERIES}, float eps, str backend) -> (Tensor out, Tensor total)",
     tiled=tiled_linear.linear_broadcast_forward,
     triton="linear_broadcast.linear_broadcast_forward",
     fake=_fake_broadcast_forward,
 )
 linear_broadcast_backward = register(
-    f"linear_broadcast_backward(Tensor dout, {_QUERIES}, Tensor out, Tensor total, bool need_slots, bool need_values, "
-    "str backend) -> (Tensor dq, Tensor dslots, Tensor dvalues, Tensor dmass)",
+    f"linear_broadcast_backward(Tensor dout, {_QUERIES}, Tensor total, bool need_slots, bool need_values, "
+    "str backend) -> (Tensor dq, Tensor dslots, Tensor dvalues, Tensor dlse)",
     tiled=tiled_linear.linear_broadcast_backward,
     triton="linear_broadcast.linear_broadcast_backward",
     fake=_fake_broadcast_backward,

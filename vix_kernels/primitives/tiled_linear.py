@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tiled import Group, _flat, _groups, _points, _read, _Rope, _Scratch, _slots_grad, _wide, _window, _write
+from .tiled import LOG2E, Group, _flat, _groups, _level, _points, _read, _Rope, _Scratch, _slots_grad, _wide, _window, _write
 
 
 def linear_aggregate_forward(
@@ -22,26 +22,25 @@ def linear_aggregate_forward(
     interleaved: bool,
     feature_map: str,
 ) -> tuple[Tensor, Tensor]:
-    """values (B, H, M, E) and mass (B, H, M)."""
+    """values (B, H, M, E) and lse (B, H, M)."""
     move = _Move(slots, k, cos, sin, interleaved, feature_map)
-    tokens = k.shape[2]
     values = move.empty(*k.shape[:2], move.num_slots, v.shape[3]).zero_()
-    mass = move.empty(*values.shape[:3]).zero_()
+    sums = move.empty(*values.shape[:3], 1).zero_()
     for group, tiles in _groups(k, move.num_slots):
         keys, contents = _read(k, group, mask, move.rope), _read(v, group, mask)
-        state, sums = _flat(values, group), _flat(mass, group)
+        state, total = _flat(values, group), _flat(sums, group)
         for tile in tiles:
             features = move.features(move.logits(keys[:, tile], group))
             if mask is not None:
                 features.mul_(_takes_part(mask, group, tile, features))
             state.baddbmm_(features.mT, contents[:, tile])
-            sums.add_(features.sum(1))
-    return values.div_(tokens), mass.div_(tokens)
+            total.add_(features.sum(1).unsqueeze(2))
+    return values.div_(_divisor(sums)), sums.log2_().squeeze(3)
 
 
 def linear_aggregate_backward(
     dvalues: Tensor,
-    dmass: Tensor,
+    dlse: Tensor,
     slots: Tensor | None,
     k: Tensor,
     v: Tensor,
@@ -50,29 +49,33 @@ def linear_aggregate_backward(
     sin: Tensor | None,
     interleaved: bool,
     feature_map: str,
+    values: Tensor,
+    lse: Tensor,
     need_slots: bool,
     need_k: bool,
     need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dslots, dk and dv, each empty unless needed.
 
-    dl_jn = phi'(l_jn) (dvalues_j . v_n + dmass_j) / N      dv_n = sum_j f_jn dvalues_j / N
-    dk_n = sum_j dl_jn p_j      dp_j = sum_n dl_jn k_n
+    With z_j = 2^lse_j: dl_jn = phi'(l_jn) / z_j (dvalues_j . (v_n - values_j) + dlse_j / ln 2)
+    dv_n = sum_j f_jn / z_j dvalues_j      dk_n = sum_j dl_jn p_j      dp_j = sum_n dl_jn k_n
     """
     move = _Move(slots, k, cos, sin, interleaved, feature_map)
-    dvalues, dmass = _wide(dvalues) / k.shape[2], _wide(dmass) / k.shape[2]
+    inverse = _level(lse).neg_().exp2_().unsqueeze(3)  # a slot without features is not read
+    rows = _wide(dvalues) * inverse
+    lift = (dlse.unsqueeze(3) * LOG2E - (dvalues * values).sum(-1, keepdim=True)) * inverse
     dk, dv = k.new_empty(k.shape if need_k else (0,)), v.new_empty(v.shape if need_v else (0,))
     dslots = move.slot_sums(k) if need_slots and slots is not None else None
     for group, tiles in _groups(k, move.num_slots):
         keys, contents = _read(k, group, mask, move.rope), _read(v, group, mask)
-        dstate, dsums = _flat(dvalues, group), _flat(dmass, group).unsqueeze(1)
+        dstate, offset = _flat(rows, group), _flat(lift, group).mT
         dkeys = _window(dk, group) if need_k else None
         dcontents = _window(dv, group) if need_v else None
         for tile in tiles:
             kt = keys[:, tile]
             logits = move.logits(kt, group)
             if need_k or dslots is not None:
-                dlogits = torch.baddbmm(dsums, contents[:, tile], dstate.mT, out=move.other(*logits.shape))
+                dlogits = torch.baddbmm(offset, contents[:, tile], dstate.mT, out=move.other(*logits.shape))
                 move.times_slope(dlogits, logits)
                 if mask is not None:
                     dlogits.mul_(_takes_part(mask, group, tile, dlogits))
@@ -86,7 +89,7 @@ def linear_aggregate_backward(
             _write(dk, group, dkeys, move.rope)
         if need_v:
             _write(dv, group, dcontents)
-    if mask is not None:  # even where a slot's gradient is not finite
+    if mask is not None:  # even where a slot's gradient is NaN
         hidden = ~mask[:, None, :, None]
         dk, dv = (x.masked_fill_(hidden, 0) if need else x for x, need in ((dk, need_k), (dv, need_v)))
     return k.new_empty(0) if dslots is None else _slots_grad(dslots, slots), dk, dv
@@ -96,26 +99,27 @@ def linear_broadcast_forward(
     q: Tensor,
     slots: Tensor | None,
     values: Tensor,
-    mass: Tensor,
+    lse: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
     feature_map: str,
     eps: float,
-    keys: int,
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, N, E) in q's dtype, and total (B, H, N), its denominator."""
     move = _Move(slots, q, cos, sin, interleaved, feature_map)
+    weights = lse.exp2().unsqueeze(3)
+    weighted = values * weights
     out, total = q.new_empty((*q.shape[:3], values.shape[3])), move.empty(*q.shape[:3])
     for group, tiles in _groups(q, move.num_slots):
         queries, result = _read(q, group, None, move.rope), _window(out, group)
-        state, weights = _flat(values, group), _flat(mass, group).unsqueeze(2)
+        state, each = _flat(weighted, group), _flat(weights, group)
         sums = queries.new_empty((*queries.shape[:2], 1))
         for tile in tiles:
             features = move.features(move.logits(queries[:, tile], group))
-            torch.bmm(features, weights, out=sums[:, tile])
+            torch.bmm(features, each, out=sums[:, tile])
             torch.bmm(features, state, out=result[:, tile])
-        sums.add_(eps / keys)
+        sums.add_(eps)
         _write(total, group, sums)
         _write(out, group, result.div_(_divisor(sums)))
     return out, total
@@ -126,48 +130,51 @@ def linear_broadcast_backward(
     q: Tensor,
     slots: Tensor | None,
     values: Tensor,
-    mass: Tensor,
+    lse: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
     feature_map: str,
-    out: Tensor,
     total: Tensor,
     need_slots: bool,
     need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dslots (empty unless needed), dvalues and dmass (both empty unless need_values).
+    """dq, dslots (empty unless needed), dvalues and dlse (both empty unless need_values).
 
-    With t_n the denominator and D_n = dout_n . out_n:
-    dl_nj = phi'(l_nj) (dout_n . values_j - D_n mass_j) / t_n      dq_n = sum_j dl_nj p_j      dp_j = sum_n dl_nj q_n
-    dvalues_j = sum_n f_nj dout_n / t_n      dmass_j = - sum_n f_nj D_n / t_n
+    With t_n the denominator and P_nj = f_nj z_j / t_n:
+    dg_nj = dout_n . (values_j - out_n)      dl_nj = phi'(l_nj) z_j / t_n dg_nj      dvalues_j = sum_n P_nj dout_n
+    dq_n = sum_j dl_nj p_j      dp_j = sum_n dl_nj q_n      dlse_j = ln 2 sum_n P_nj dg_nj
+
+    dout_n . out_n is sum_j P_nj dout_n . values_j again, because `out` may have been rounded to a narrow dtype.
     """
     move = _Move(slots, q, cos, sin, interleaved, feature_map)
+    values, weights = _wide(values), lse.exp2().unsqueeze(2)
     dq = q.new_empty(q.shape)
     dslots = move.slot_sums(q) if need_slots and slots is not None else None
     # Transposed: E x tokens times tokens x M is the faster order.
     dvalues = move.empty(*q.shape[:2], values.shape[3], move.num_slots).zero_()
-    dmass = move.empty(*q.shape[:2], 1, move.num_slots).zero_()
+    dlse = move.empty(*q.shape[:2], move.num_slots).zero_()
     for group, tiles in _groups(q, move.num_slots):
         queries, dqueries = _read(q, group, None, move.rope), _window(dq, group)
-        state, weights = _flat(values, group), _flat(mass, group).unsqueeze(1)
-        dresult = _flat(dout, group) / _divisor(_flat(total, group).unsqueeze(2))
-        delta = (dresult * _flat(out, group)).sum(-1, keepdim=True).neg_()
-        dstate, dsums = _flat(dvalues, group), _flat(dmass, group)
+        state, each = _flat(values, group), _flat(weights, group)
+        dresult, divisor = _flat(dout, group), _divisor(_flat(total, group).unsqueeze(2))
+        dstate, da = _flat(dvalues, group), _flat(dlse, group)
         for tile in tiles:
-            qt, dt, lift = queries[:, tile], dresult[:, tile], delta[:, tile]
+            qt, dt = queries[:, tile], dresult[:, tile]
             logits = move.logits(qt, group)
-            dlogits = torch.bmm(dt, state.mT, out=move.other(*logits.shape)).addcmul_(lift, weights)
-            move.times_slope(dlogits, logits)
+            shares = torch.div(each, divisor[:, tile], out=move.shares(*logits.shape))
+            probs = move.features(logits).mul_(shares)
+            dlogits = torch.bmm(dt, state.mT, out=move.other(*logits.shape))
+            dlogits.sub_((probs * dlogits).sum(-1, keepdim=True))
+            if need_values:
+                dstate.baddbmm_(dt.mT, probs)
+                da.add_((probs * dlogits).sum(1))
+            move.times_slope(dlogits.mul_(shares), logits)
             move.to_tokens(dlogits, group, out=dqueries[:, tile])
             if dslots is not None:
                 _flat(dslots, group).baddbmm_(qt.mT, dlogits)
-            if need_values:
-                features = move.features(logits)
-                dstate.baddbmm_(dt.mT, features)
-                dsums.baddbmm_(lift.mT, features)
         _write(dq, group, dqueries, move.rope)
-    grads = (dvalues.mT.contiguous(), dmass.squeeze(2)) if need_values else (values.new_empty(0), values.new_empty(0))
+    grads = (dvalues.mT.contiguous(), dlse.div_(LOG2E)) if need_values else (values.new_empty(0), values.new_empty(0))
     return dq, q.new_empty(0) if dslots is None else _slots_grad(dslots, slots), *grads
 
 
@@ -182,7 +189,7 @@ class _Move:
         self.num_slots = x.shape[3] if slots is None else slots.shape[2]
         self.rope = _Rope(cos, sin, interleaved, self.like.dtype)
         self.elu = feature_map == "elu"
-        self.square, self.other, self.third = (_Scratch(self.like) for _ in range(3))
+        self.square, self.other, self.third, self.shares = (_Scratch(self.like) for _ in range(4))
 
     def empty(self, *shape: int) -> Tensor:
         return self.like.new_empty(shape)
@@ -223,5 +230,5 @@ def _takes_part(mask: Tensor, group: Group, tile: slice, like: Tensor) -> Tensor
 
 
 def _divisor(total: Tensor) -> Tensor:
-    """The denominator; without features and guard the numerator is 0, and so is the result."""
+    """The denominator; without features the numerator is 0, and so is the result."""
     return total.masked_fill(total == 0, 1)
