@@ -83,7 +83,7 @@ def linear_broadcast_forward_kernel(
 
 @triton.jit
 def load_shares(
-    b_dout, b_total, q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m, first_slot, cos, sin, M,
+    dout, d_n, b_total, q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m, first_slot, cos, sin, M,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
@@ -95,6 +95,7 @@ def load_shares(
     )  # fmt: skip
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
     b_values, b_sums = load_state(values, lse, values_m, lse_m, o_m, M, E, BLOCK_E)
+    b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
     # Whole values, in two halves if need be: what is left of these products without their mean may be small.
     WIDE: tl.constexpr = b_values.dtype != b_dout.dtype
     b_dp = row_products(b_dout, b_values, tl.zeros((o_n.shape[0], BLOCK_M), COMPUTE), False, WIDE, PRECISION)
@@ -127,14 +128,14 @@ def linear_broadcast_tokens_kernel(
     values += i_b * values_b + i_h * values_h
     lse += i_b * lse_b + i_h * lse_h
     dq += i_b * dq_b + i_h * dq_h
-    b_dout = load_tile(dout + i_b * d_b + i_h * d_h, o_n, d_n, valid, E, BLOCK_E, 0, True)
+    dout += i_b * d_b + i_h * d_h
     b_total = tl.load(total + i_bh * N + o_n, mask=valid, other=1.0)
     b_total = tl.where(b_total == 0, 1.0, b_total)
 
     b_delta = tl.zeros((BLOCK_N,), COMPUTE)
     for first_slot in range(0, M, BLOCK_M):
         b_l, b_share, b_dp = load_shares(
-            b_dout, b_total, q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m, first_slot,
+            dout, d_n, b_total, q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m, first_slot,
             cos + angles, sin + angles, M,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
@@ -144,15 +145,15 @@ def linear_broadcast_tokens_kernel(
     b_dq = tl.zeros((BLOCK_N, BLOCK_D if PROJECTED else 1), COMPUTE)
     for first_slot in range(0, M, BLOCK_M):
         b_l, b_share, b_dp = load_shares(
-            b_dout, b_total, q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m, first_slot,
+            dout, d_n, b_total, q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m, first_slot,
             cos + angles, sin + angles, M,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
         b_dl = slope(b_l, ELU) * b_share * (b_dp - b_delta[:, None])
         if PROJECTED:
             o_m = first_slot + tl.arange(0, BLOCK_M)
-            b_slots = cast(load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED), b_dout.dtype)
-            b_dq = dot(cast(b_dl, b_dout.dtype), b_slots, b_dq, PRECISION)
+            b_slots = cast(load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED), dout.dtype.element_ty)
+            b_dq = dot(cast(b_dl, dout.dtype.element_ty), b_slots, b_dq, PRECISION)
         else:
             store_unrotated(
                 b_dl, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_M, ROTARY, INTERLEAVED, first_slot
@@ -192,7 +193,7 @@ def linear_broadcast_slots_kernel(
         b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
         b_total = tl.load(total + i_bh * N + o_n, mask=valid, other=float("inf"))  # a share of 0 beyond the last token
         b_l, b_share, b_dp = load_shares(
-            b_dout, tl.where(b_total == 0, 1.0, b_total), q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m,
+            dout, d_n, tl.where(b_total == 0, 1.0, b_total), q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m,
             first_slot, cos + angles, sin + angles, M,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
