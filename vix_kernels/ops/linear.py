@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import backends
-from ..primitives.linear import FEATURE_MAPS, linear_aggregate, linear_broadcast
+from ..primitives import linear_aggregate, linear_broadcast
+from ..primitives.linear import FEATURE_MAPS
 from .checks import autocast, check_mask, check_projection, check_qkv
 from .rope import Rope, apply_rope_reference, check_rope
 

@@ -2,6 +2,7 @@
 
 from .aggregate import aggregate
 from .broadcast import broadcast
+from .linear import linear_aggregate, linear_broadcast
 from .rotate import rotate
 
-__all__ = ["aggregate", "broadcast", "rotate"]
+__all__ = ["aggregate", "broadcast", "linear_aggregate", "linear_broadcast", "rotate"]
