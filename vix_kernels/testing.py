@@ -288,8 +288,8 @@ def _mixed(function: Callable) -> Callable:
 
     def mixed(q: Tensor, *tensors: Tensor, rows: int, layout: str, prefix: int, **options: Any) -> Any:
         *tensors, frequencies = tensors
-        columns = (q.shape[2] - prefix) // rows
-        rope = rope_mixed(rows, columns, frequencies, layout=layout, prefix_tokens=prefix)
+        columns = (q.shape[2] - prefix) // rows  # what the grid leaves over stands in front of it too
+        rope = rope_mixed(rows, columns, frequencies, layout=layout, prefix_tokens=q.shape[2] - rows * columns)
         return function(q, *tensors, rope=rope, **options)
 
     return mixed
