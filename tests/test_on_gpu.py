@@ -51,7 +51,8 @@ def test_a_part_that_crashes_is_named_and_the_rest_completes(tmp_path: Path) -> 
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert "| models | FAILED |" in summary and "graph performer_attention" in summary
     with (tmp_path / "out" / "timing.csv").open(newline="") as file:
-        timed = [row for row in csv.DictReader(file) if row["op"] == "performer_attention"]
+        # Peers that are not installed have a row too: skipped, without a time.
+        timed = [row for row in csv.DictReader(file) if row["op"] == "performer_attention" and row["status"] == "ok"]
     assert {row["direction"] for row in timed} == {"forward", "full", "backward"}
     assert {"triton", "torch", "reference", "compiled", "sdpa"} <= {row["provider"] for row in timed}
     ours = [row for row in timed if row["provider"] == "triton"]
