@@ -25,11 +25,6 @@ FEW = [
 ]
 
 
-def small_case(spec: OpSpec, name: str, **sizes) -> Case:
-    """A problem that every operator has: rotated only if it is about rotation (behind one token, on a grid)."""
-    return Case(name, **sizes, **(dict(rope="half", prefix=1) if all(case.rope for case in spec.cases) else {}))
-
-
 @pytest.fixture(params=["torch", "triton"])
 def backend(request) -> str:
     if request.param == "triton" and not backends.triton_installed():
@@ -185,7 +180,7 @@ def test_layout_of_memory_does_not_matter(spec: OpSpec, case: Case, backend: str
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_empty_batch(spec: OpSpec, backend: str) -> None:
-    problem = spec.problem(small_case(spec, "empty", batch=0), device=DEVICE)
+    problem = spec.problem(spec.fit(Case("empty", batch=0)), device=DEVICE)
     outputs, grads = run(problem, backend=backend)
     assert all(out.shape[0] == 0 for out in outputs)
     assert all(grad.abs().sum() == 0 for grad in grads)
@@ -260,7 +255,7 @@ def test_compiles_without_graph_breaks(spec: OpSpec, backend: str) -> None:
         backend="aot_eager",
     )
     for tokens, stance in ((37, "default"), (45, "fail_on_recompile")):
-        case = small_case(spec, "compiled", tokens=tokens, packed=True)
+        case = spec.fit(Case("compiled", tokens=tokens, packed=True))
         problem = spec.problem(case, device=DEVICE)
         leaves = [x.detach().requires_grad_(name in spec.differentiable) for name, x in problem.tensors.items()]
         with torch.compiler.set_stance(stance):
@@ -279,7 +274,7 @@ def test_compiles_without_graph_breaks(spec: OpSpec, backend: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_exports(spec: OpSpec, backend: str) -> None:
-    problem = spec.problem(small_case(spec, "exported"), device=DEVICE)
+    problem = spec.problem(spec.fit(Case("exported")), device=DEVICE)
 
     class Module(torch.nn.Module):
         def forward(self, *tensors: Tensor):
@@ -294,7 +289,7 @@ def test_exports(spec: OpSpec, backend: str) -> None:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_checkpointing(spec: OpSpec, backend: str) -> None:
     """Recomputation gives the same gradients."""
-    problem = spec.problem(small_case(spec, "checkpointed"), device=DEVICE)
+    problem = spec.problem(spec.fit(Case("checkpointed")), device=DEVICE)
     leaves = [x.detach().requires_grad_(name in spec.differentiable) for name, x in problem.tensors.items()]
 
     def loss(*tensors: Tensor) -> Tensor:
@@ -311,7 +306,7 @@ def test_checkpointing(spec: OpSpec, backend: str) -> None:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_refusals(spec: OpSpec, backend: str) -> None:
     """Second derivatives, function transforms and direct calls of the operator are refused, not wrong."""
-    problem = spec.problem(small_case(spec, "refused"), device=DEVICE)
+    problem = spec.problem(spec.fit(Case("refused")), device=DEVICE)
     leaves = [x.detach().requires_grad_(name in spec.differentiable) for name, x in problem.tensors.items()]
 
     def first(*tensors: Tensor) -> Tensor:

@@ -100,11 +100,6 @@ def shapes() -> Iterator[Case]:
         yield Case(f"{tokens}_single", batch=1, heads=8, tokens=tokens, width=64, features=256)
 
 
-def case_for(op: str, case: Case) -> Case:
-    """`case`, rotated where the operator is a rotation."""
-    return Case(**{**vars(case), "rope": "interleaved"}) if op == "apply_rope" else case
-
-
 def predict(cost: Cost, gpu: GPU, dtype: str) -> tuple[float, str]:
     """Seconds, and what they are spent on: "memory", "matrix", "exp" or "launch"."""
     return max(
@@ -122,7 +117,7 @@ def rows(ops: Iterable[str], gpus: Iterable[GPU], dtypes: Iterable[str]) -> Iter
     for op in ops:
         for dtype in dtypes:
             for shape in shapes():
-                case = case_for(op, shape)
+                case = SPECS[op].fit(shape)
                 for direction in DIRECTIONS:
                     costs = {arch: cost(SPECS[op], case, DTYPES[dtype], direction, arch) for arch in {g.arch for g in gpus}}
                     for gpu in gpus:

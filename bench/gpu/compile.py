@@ -13,7 +13,7 @@ from itertools import product
 import torch
 
 from vix_kernels._triton.costs import draw
-from vix_kernels.roofline import DTYPES, case_for, shapes
+from vix_kernels.roofline import DTYPES, shapes
 from vix_kernels.testing import SPECS, Case
 
 from . import correctness
@@ -56,7 +56,7 @@ def run(op: str, dtype: str, case: Case, device: str) -> float:
     """Seconds of the first forward and backward. Timing leaves the random features' gradients out."""
     start = time.perf_counter()
     fixed = ("projection", "slots") if case.name == "timing" else ()
-    problem = draw(SPECS[op], case_for(op, case), correctness.DTYPES[dtype], device, fixed=fixed)
+    problem = draw(SPECS[op], SPECS[op].fit(case), correctness.DTYPES[dtype], device, fixed=fixed)
     outputs = problem(backend="triton")
     wanted = [x for x in problem.tensors.values() if x.requires_grad]
     torch.autograd.grad(outputs, wanted, [torch.ones_like(x) for x in outputs])

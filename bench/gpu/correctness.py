@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from vix_kernels.roofline import case_for
 from vix_kernels.testing import SPECS, Case, OpSpec, Problem
 
 from .plan import Plan, Row, failed, ok, skipped
@@ -31,7 +30,7 @@ def rows(plan: Plan) -> Iterator[Row]:
             yield skipped("out of time", **what)
         else:
             try:
-                problem = spec.problem(case_for(spec.name, case), dtype=DTYPES[dtype], device=plan.device)
+                problem = spec.problem(spec.fit(case), dtype=DTYPES[dtype], device=plan.device)
                 wrong, figure = check(problem)
             except Exception as error:
                 yield failed(error, **what)
@@ -51,8 +50,7 @@ def order(plan: Plan) -> Iterator[tuple[Callable, OpSpec, str, Case]]:
 
 
 def cases(spec: OpSpec, plan: Plan) -> list[Case]:
-    masks = spec.name != "apply_rope"
-    return list(TINY) if plan.dry else [case for case in LARGE if masks or not case.masked]
+    return list(TINY if plan.dry else LARGE)
 
 
 def results(problem: Problem, **how: object) -> list[Tensor]:
@@ -140,7 +138,7 @@ def smallest() -> None:
     """Each operator once, forward and backward, on a small problem: for a memory checker, which is slow."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for spec in SPECS.values():
-        case = case_for(spec.name, Case("small", batch=1, heads=1, tokens=37, width=24, features=20))
+        case = spec.fit(Case("small", batch=1, heads=1, tokens=37, width=24, features=20))
         results(spec.problem(case, dtype=torch.bfloat16, device=device), backend="triton")
     print(RAN)
 

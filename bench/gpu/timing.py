@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vix_kernels._triton.costs import draw
-from vix_kernels.roofline import DTYPES, case_for, shapes
+from vix_kernels.roofline import DTYPES, shapes
 from vix_kernels.testing import SPECS, Case, Problem
 from vix_kernels.timing import device_time, wall_time
 
@@ -51,19 +51,19 @@ def order(plan: Plan) -> Iterator[tuple[str, str, Case, str]]:
     whole = [op for op in SPECS if op not in MOVES]
     if plan.dry:
         for op in whole:
-            yield from ((op, "fp32", case_for(op, TINY), provider) for provider in (*providers(op), "compiled"))
+            yield from ((op, "fp32", SPECS[op].fit(TINY), provider) for provider in (*providers(op), "compiled"))
         yield from ((op, "fp32", TINY, "triton") for op in MOVES)
         return
     for dtype in DTYPES:
         for case in shapes():
             if dtype == "bf16" or case.tokens in (1024, 16384):
                 for op in whole:
-                    yield from ((op, dtype, case_for(op, case), provider) for provider in providers(op))
+                    yield from ((op, dtype, SPECS[op].fit(case), provider) for provider in providers(op))
         for case in shapes():
             if dtype == "bf16":
                 yield from ((op, dtype, case, "triton") for op in MOVES)
                 if case.tokens == COMPILED_TOKENS and case.batch > 1:
-                    yield from ((op, dtype, case_for(op, case), "compiled") for op in whole)
+                    yield from ((op, dtype, SPECS[op].fit(case), "compiled") for op in whole)
 
 
 def providers(op: str) -> Iterator[str]:

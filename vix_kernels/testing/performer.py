@@ -1,0 +1,121 @@
+"""Performer attention, and the two moves that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.performer import performer_attention, performer_attention_reference
+from ..primitives.aggregate import aggregate, aggregate_reference
+from ..primitives.broadcast import broadcast, broadcast_reference
+from .problem import (
+    Case,
+    OpSpec,
+    aggregate_exps,
+    aggregate_flops,
+    broadcast_exps,
+    broadcast_flops,
+    exact_scale,
+    make_mask,
+    make_projection,
+    make_qkv,
+    make_rope,
+    make_tables,
+)
+
+CASES = (
+    Case("plain"),
+    Case("packed", packed=True),
+    Case("one_token", tokens=1),
+    Case("one_feature", features=1, tokens=20),
+    Case("narrowest", width=8, features=17, tokens=19),
+    Case("odd_width", width=24, value_width=40),
+    Case("narrow_values", width=40, value_width=8),
+    Case("widest", batch=1, heads=1, width=256, tokens=18, features=18),
+    Case("fewer_queries", queries=19),
+    Case("more_queries", queries=53, tokens=20),
+    Case("masked", masked=True),
+    Case("sharp", spread=3.0),
+    Case("per_head", per_head=True),
+    Case("rope", rope="interleaved", packed=True),
+    Case("rope_half", rope="half"),
+    Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, masked=True),
+    Case("rope_odd_width", rope="interleaved", width=40, rotary=24, prefix=2),
+)
+
+
+def _performer(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    qkv = make_qkv(case, tensor)
+    device = qkv["q"].device
+    options = dict(scale=exact_scale(case), key_padding_mask=make_mask(case, qkv["k"], qkv["v"]), rope=make_rope(case, device))
+    return qkv | {"projection": make_projection(case, qkv["q"])}, options
+
+
+def _aggregate(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    qkv = make_qkv(case, tensor)
+    k, v = qkv["k"], qkv["v"]
+    slots = _slots(case, tensor, k)
+    options = dict(
+        scale=exact_scale(case) ** 0.5, gaussian=not case.per_head, mask=make_mask(case, k, v), **make_tables(case, k.device)
+    )
+    return {"slots": slots, "k": k, "v": v}, options
+
+
+def _broadcast(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    q = make_qkv(case, tensor)["q"]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    slots = _slots(case, tensor, q)
+    values = tensor(case.batch, case.heads, case.features, case.value_width or case.width, dtype=wide)
+    bias = tensor(case.batch, case.heads, case.features, dtype=wide)
+    if case.masked:  # slots that no key has reached
+        bias[:, :, ::3] = float("-inf")
+        bias[-1] = float("-inf")
+    return {"q": q, "slots": slots, "values": values, "slot_bias": bias}, dict(
+        scale=exact_scale(case) ** 0.5, **make_tables(case, q.device)
+    )
+
+
+def _slots(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+    """Pooled slots have the tokens' dtype, random features are float32."""
+    if case.per_head:
+        return tensor(case.batch, case.heads, case.features, case.width)
+    return make_projection(case, tokens)[None, None]
+
+
+PERFORMER = OpSpec(
+    name="performer_attention",
+    function=performer_attention,
+    reference=performer_attention_reference,
+    build=_performer,
+    differentiable=("q", "k", "v", "projection"),
+    batched=("q", "k", "v", "key_padding_mask"),
+    cases=CASES,
+    flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
+    exps=lambda case: aggregate_exps(case) + broadcast_exps(case),
+)
+AGGREGATE = OpSpec(
+    name="aggregate",
+    function=aggregate,
+    reference=aggregate_reference,
+    build=_aggregate,
+    differentiable=("slots", "k", "v"),
+    batched=("k", "v", "slots", "mask"),
+    cases=tuple(case for case in CASES if case.queries is None),
+    flops=aggregate_flops,
+    exps=aggregate_exps,
+)
+BROADCAST = OpSpec(
+    name="broadcast",
+    function=broadcast,
+    reference=broadcast_reference,
+    build=_broadcast,
+    differentiable=("q", "slots", "values", "slot_bias"),
+    batched=("q", "slots", "values", "slot_bias"),
+    cases=tuple(case for case in CASES if case.queries is None),
+    flops=broadcast_flops,
+    exps=broadcast_exps,
+)
+SPECS = (PERFORMER, AGGREGATE, BROADCAST)

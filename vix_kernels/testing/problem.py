@@ -1,0 +1,185 @@
+"""Problems: their sizes, their inputs, and what tests and benchmarks need to know of the operator that solves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.performer import orthogonal_projection
+from ..ops.rope import rope_1d
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and options of one problem. Small by default: Triton's interpreter runs them on a CPU."""
+
+    name: str
+    batch: int = 2
+    heads: int = 2
+    tokens: int = 37
+    queries: int | None = None  # as many as tokens
+    width: int = 16
+    value_width: int | None = None  # the width of q
+    features: int = 40
+    masked: bool = False  # some keys, and all keys of the last sample; what is masked holds NaN and inf
+    rope: str | None = None  # "interleaved" | "half"
+    rotary: int | None = None  # rotated channels; all
+    prefix: int = 0  # tokens in front that are not rotated
+    per_head: bool = False  # a projection, or slots, for each head
+    packed: bool = False  # q, k, v are views of one (batch, tokens, 3, heads, width) projection
+    spread: float = 1.0  # standard deviation of q and k
+    feature_map: str = "relu"  # of linear attention; "elu"
+    eps: float = 0.125  # of linear attention: large enough to show, and exact in the float32 that kernels take it in
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of an operator. Calling it gives a tuple of outputs."""
+
+    spec: OpSpec
+    tensors: dict[str, Tensor]  # positional, in order
+    options: dict[str, Any]
+
+    def __call__(self, *, backend: str = "auto", reference: bool = False) -> tuple[Tensor, ...]:
+        if reference:
+            out = self.spec.reference(*self.tensors.values(), **self.options)
+        else:
+            out = self.spec.function(*self.tensors.values(), **self.options, backend=backend)
+        return out if isinstance(out, tuple) else (out,)
+
+    def double(self) -> Problem:
+        """The same numbers in float64."""
+        return self.map(lambda x: x.detach().double())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        return replace(self, tensors={name: change(x) for name, x in self.tensors.items()})
+
+    def sample(self, index: int) -> Problem:
+        """One sample of the batch on its own."""
+        size = self.tensors[self.spec.batched[0]].shape[0]
+
+        def one(name: str, x: Any) -> Any:
+            return x[index : index + 1] if name in self.spec.batched and x is not None and x.shape[0] == size else x
+
+        tensors = {name: one(name, x) for name, x in self.tensors.items()}
+        return replace(self, tensors=tensors, options={name: one(name, x) for name, x in self.options.items()})
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What tests and benchmarks need to know of an operator.
+
+    Attributes:
+        function: takes the tensors of a problem, its options and `backend`.
+        reference: the same in plain PyTorch, without `backend`.
+        build: (case, tensor) -> (tensors, options); tensor(*shape) draws a normal tensor of the problem's dtype.
+        differentiable: names of the tensors that take gradients.
+        batched: names of the tensors and options that have a batch dimension, the first of them always.
+        cases: the problems every implementation must solve.
+        flops: multiply-adds times two in the matrix products of a forward (in the rotation, for RoPE), each counted once.
+        exps: exponentials of a forward.
+        rotates: it is about rotation: every problem has angles.
+        backward: flops of a backward over those of a forward. By default 2: of each two products of a move, backward makes
+            the logits again and three gradients; those of random features, which nobody trains, are left out.
+
+    Bytes and launches are counted, not declared: see _triton/costs.py.
+    """
+
+    name: str
+    function: Callable
+    reference: Callable
+    build: Callable[[Case, Callable[..., Tensor]], tuple[dict[str, Tensor], dict[str, Any]]]
+    differentiable: tuple[str, ...]
+    batched: tuple[str, ...]
+    cases: tuple[Case, ...]
+    flops: Callable[[Case], int]
+    exps: Callable[[Case], int] = lambda case: 0
+    backward: float = 2.0
+    rotates: bool = False
+
+    def fit(self, case: Case) -> Case:
+        """`case` as this operator can have it: with angles if it is about them, without a mask if it takes none."""
+        rope = case.rope or ("interleaved" if self.rotates else None)
+        return replace(case, rope=rope, masked=case.masked and any(each.masked for each in self.cases))
+
+    def problem(
+        self, case: Case, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
+    ) -> Problem:
+        """The inputs of `case`: the same numbers for every dtype and device, rounded."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
+
+        tensors, options = self.build(case, tensor)
+        return Problem(self, tensors, options)
+
+
+# What builders share
+
+
+def make_qkv(case: Case, tensor: Callable[..., Tensor]) -> dict[str, Tensor]:
+    queries, value_width = case.queries or case.tokens, case.value_width or case.width
+    if case.packed:
+        packed = tensor(case.batch, case.tokens, 3, case.heads, case.width, scale=case.spread)
+        return dict(zip("qkv", packed.permute(2, 0, 3, 1, 4), strict=True))
+    return {
+        "q": tensor(case.batch, case.heads, queries, case.width, scale=case.spread),
+        "k": tensor(case.batch, case.heads, case.tokens, case.width, scale=case.spread),
+        "v": tensor(case.batch, case.heads, case.tokens, value_width),
+    }
+
+
+def make_mask(case: Case, k: Tensor, v: Tensor) -> Tensor | None:
+    """A mask that leaves the last sample without keys; NaN and infinity lie under it."""
+    if not case.masked:
+        return None
+    mask = torch.rand(case.batch, case.tokens, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[:, 0], mask[-1] = True, False
+    mask = mask.to(k.device)
+    k.masked_fill_(~mask[:, None, :, None], float("nan"))
+    v.masked_fill_(~mask[:, None, :, None], float("inf"))
+    return mask
+
+
+def make_rope(case: Case, device: torch.device) -> Any:
+    if case.rope is None:
+        return None
+    tokens = case.tokens - case.prefix
+    return rope_1d(tokens, case.rotary or case.width, layout=case.rope, prefix_tokens=case.prefix, device=device)
+
+
+def make_tables(case: Case, device: torch.device) -> dict[str, Any]:
+    rope = make_rope(case, device)
+    return {} if rope is None else dict(cos=rope.cos, sin=rope.sin, interleaved=rope.interleaved)
+
+
+def make_projection(case: Case, tokens: Tensor) -> Tensor:
+    heads = case.heads if case.per_head else None
+    projection = orthogonal_projection(case.features, case.width, seed=2, num_heads=heads)
+    return projection.to(tokens.device, torch.promote_types(tokens.dtype, torch.float32))
+
+
+def exact_scale(case: Case) -> float:
+    """About width ** -0.5. Its root is exact in the float32 that kernels take it in, so that float64 runs are exact too."""
+    return 0.25 if case.width < 64 else 0.0625
+
+
+def aggregate_exps(case: Case) -> int:
+    return case.batch * case.heads * case.tokens * case.features
+
+
+def broadcast_exps(case: Case) -> int:
+    return case.batch * case.heads * (case.queries or case.tokens) * case.features
+
+
+def aggregate_flops(case: Case) -> int:
+    return 2 * aggregate_exps(case) * (case.width + (case.value_width or case.width))
+
+
+def broadcast_flops(case: Case) -> int:
+    return 2 * broadcast_exps(case) * (case.width + (case.value_width or case.width))
