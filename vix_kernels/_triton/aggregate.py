@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..primitives.layout import empty_like_tokens, unit_last_stride
-from .configs import launch_config
+from .configs import launch_config, triton_dtype
 from .launch import launch
 from .layout import mask_strides, output_strides, padded, rotary_arguments, slot_strides, token_strides
-from .merge import merge, sum_slots
+from .merge import empty_slots, merge, sum_slots
 from .tiles import (
     LOG2E,
     cast,
@@ -24,6 +24,7 @@ from .tiles import (
     load_rotated,
     load_slots,
     load_tile,
+    load_unit,
     rotate_pairs,
     row_products,
     slot_program,
@@ -31,6 +32,7 @@ from .tiles import (
     store_state,
     store_tile,
     store_unrotated,
+    token_program,
 )
 
 
@@ -93,9 +95,9 @@ def aggregate_forward_kernel(
 def aggregate_prepare_kernel(
     dvalues, dlse, values, delta, size, unit,
     d_b, d_h, d_m, dlse_b, dlse_h, dlse_m, H, M,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, LEVELS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """delta = <dvalues, values> - dlse / ln 2, and dvalues = size * unit with unit in the tokens' dtype.
+    """delta = <dvalues, values> - dlse / ln 2 (the second if LEVELS), and dvalues = size * unit with unit in the tokens' dtype.
 
     dvalues sums the gradients of all tokens and can leave float16's range although dk and dv do not; the power of two
     `size` keeps its rows within [-1, 1].
@@ -109,12 +111,14 @@ def aggregate_prepare_kernel(
     at = o_m.to(tl.int64)
     d = tl.load(dvalues + i_b * d_b + i_h * d_h + at[:, None] * d_m + o_e[None, :], mask=inside, other=0.0).to(COMPUTE)
     x = tl.load(values + rows[:, None] * E + o_e[None, :], mask=inside, other=0.0)
-    b_dlse = tl.load(dlse + i_b * dlse_b + i_h * dlse_h + at * dlse_m, mask=o_m < M, other=0.0)
+    b_delta = tl.sum(d * x, 1)
+    if LEVELS:
+        b_delta -= tl.load(dlse + i_b * dlse_b + i_h * dlse_h + at * dlse_m, mask=o_m < M, other=0.0) * LOG2E
     largest = tl.max(tl.abs(d), 1)
     # Within the normal range of float32, where 1 / size exists: smaller rows stay small, infinite ones infinite.
     exponent = tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0)))
     b_size = tl.exp2(tl.minimum(tl.maximum(exponent, -126.0), 126.0))
-    tl.store(delta + rows, tl.sum(d * x, 1) - b_dlse * LOG2E, mask=o_m < M)
+    tl.store(delta + rows, b_delta, mask=o_m < M)
     tl.store(size + rows, b_size, mask=o_m < M)
     tl.store(unit + rows[:, None] * E + o_e[None, :], cast(d / b_size[:, None], unit.dtype.element_ty), mask=inside)
 
@@ -131,15 +135,11 @@ def aggregate_tokens_kernel(
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """dk (if KEYS) and dv (if VALUES) of a tile of tokens."""
-    token_tiles = tl.cdiv(N, BLOCK_N)
-    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    i_bh, o_n, inside = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
-    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     angles = i_h * angle_h
     slots += i_b * slots_b + i_h * slots_h
-    o_e = tl.arange(0, BLOCK_E)
 
-    inside = o_n < N
     valid = inside
     if MASKED:
         valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
@@ -154,13 +154,8 @@ def aggregate_tokens_kernel(
     b_db = tl.zeros((BLOCK_N,), COMPUTE)
     for start in range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
-        rows = i_bh * M + o_m
         b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-        b_unit = tl.load(unit + rows[:, None] * E + o_e[None, :], mask=(o_m < M)[:, None] & (o_e < E)[None, :], other=0.0)
-        b_size = tl.load(size + rows, mask=o_m < M, other=0.0)
-        b_delta = tl.load(delta + rows, mask=o_m < M, other=0.0)
-        b_lse = tl.load(lse + rows, mask=o_m < M, other=float("inf"))
-        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # a slot without a key: p = 0
+        b_unit, b_size, b_delta, b_lse = load_unit(unit, size, delta, lse, i_bh * M + o_m, o_m < M, E, BLOCK_E)
 
         b_l = row_products(b_k, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
         b_p = tl.exp2(b_l * (scale * LOG2E) + b_bias[:, None] - b_lse[None, :])
@@ -203,17 +198,11 @@ def aggregate_slots_kernel(
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     o_m = first_slot + tl.arange(0, BLOCK_M)
-    rows = i_bh * M + o_m
     k += i_b * k_b + i_h * k_h
     v += i_b * v_b + i_h * v_h
     angles = i_h * angle_h
-    o_e = tl.arange(0, BLOCK_E)
     b_slots = load_slots(slots + i_b * slots_b + i_h * slots_h, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-    b_unit = tl.load(unit + rows[:, None] * E + o_e[None, :], mask=(o_m < M)[:, None] & (o_e < E)[None, :], other=0.0)
-    b_size = tl.load(size + rows, mask=o_m < M, other=0.0)
-    b_delta = tl.load(delta + rows, mask=o_m < M, other=0.0)
-    b_lse = tl.load(lse + rows, mask=o_m < M, other=float("inf"))
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    b_unit, b_size, b_delta, b_lse = load_unit(unit, size, delta, lse, i_bh * M + o_m, o_m < M, E, BLOCK_E)
 
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
     for start in range(first, last, BLOCK_N):
@@ -257,7 +246,7 @@ def aggregate_forward(
     return merge(values, lse, softmax=True)
 
 
-def prepare(dvalues: Tensor, dlse: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def prepare(dvalues: Tensor, dlse: Tensor | None, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """delta and size (batch, heads, M), and unit (batch, heads, M, E) in the tokens' dtype; see the kernel."""
     batch, num_heads, num_slots, width = values.shape
     dvalues = unit_last_stride(dvalues)
@@ -267,16 +256,17 @@ def prepare(dvalues: Tensor, dlse: Tensor, values: Tensor, dtype: torch.dtype) -
     launch(
         aggregate_prepare_kernel,
         (batch * num_heads * triton.cdiv(num_slots, block),),
-        dvalues, dlse, values, delta, size, unit, *slot_strides(dvalues), *dlse.stride(), num_heads, num_slots,
-        E=width, BLOCK_E=padded(width), BLOCK_M=block,
-        COMPUTE=tl.float64 if values.dtype == torch.float64 else tl.float32,
+        dvalues, values if dlse is None else dlse, values, delta, size, unit,
+        *slot_strides(dvalues), *((0, 0, 0) if dlse is None else dlse.stride()), num_heads, num_slots,
+        E=width, BLOCK_E=padded(width), BLOCK_M=block, LEVELS=dlse is not None,
+        COMPUTE=triton_dtype(values.dtype),
         num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return delta, size, unit
 
 
 def aggregate_backward(
-    dvalues: Tensor, dlse: Tensor, slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None,
+    dvalues: Tensor, dlse: Tensor | None, slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, interleaved: bool, scale: float, gaussian: bool, values: Tensor, lse: Tensor,
     need_slots: bool, need_k: bool, need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -305,7 +295,7 @@ def aggregate_backward(
     config = launch_config("aggregate_slots", k, max(width, value_width), slots)
     programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
     chunk, chunks = config.chunk(programs, tokens)
-    dslots = k.new_empty(batch, num_heads, chunks, num_slots, width, dtype=config.compute)
+    dslots = empty_slots(slots, batch, num_heads, chunks, config.compute)
     launch(
         aggregate_slots_kernel,
         (programs * chunks,),

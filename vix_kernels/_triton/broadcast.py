@@ -15,7 +15,7 @@ from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .configs import launch_config
 from .launch import launch
 from .layout import rotary_arguments, slot_strides, token_strides
-from .merge import merge, sum_slots
+from .merge import empty_slots, merge, sum_slots
 from .tiles import (
     LN2,
     LOG2E,
@@ -30,6 +30,7 @@ from .tiles import (
     store_state,
     store_tile,
     store_unrotated,
+    token_program,
 )
 
 
@@ -44,11 +45,8 @@ def broadcast_forward_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    token_tiles = tl.cdiv(N, BLOCK_N)
-    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
-    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = o_n < N
     angles = i_h * angle_h
     slots += i_b * slots_b + i_h * slots_h
     values += i_b * values_b + i_h * values_h
@@ -91,6 +89,24 @@ def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr)
     return b_bias
 
 
+@triton.jit
+def shares(
+    b_q, b_dout, b_lse, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of slots, the tokens' shares in them, and the gradient of the shares."""
+    o_m = start + tl.arange(0, BLOCK_M)
+    b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+    b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), b_q.dtype)
+    b_bias = slot_bias(bias, o_m, bias_m, M, BIASED, COMPUTE)
+    b_g = row_products(b_q, b_slots, tl.zeros((b_q.shape[0], BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
+    b_p = tl.exp2(b_g * (scale * LOG2E) + b_bias[None, :] - b_lse[:, None])
+    b_dp = row_products(b_dout, b_values, tl.zeros((b_q.shape[0], BLOCK_M), COMPUTE), False, False, PRECISION)
+    return b_slots, b_p, b_dp
+
+
 @triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h"])
 def broadcast_tokens_kernel(
     dout, q, slots, values, bias, cos, sin, out, lse, delta, dq,
@@ -100,38 +116,40 @@ def broadcast_tokens_kernel(
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
-    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    KNOWN: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of tokens, and delta = <dout, out> for the slot gradients."""
-    token_tiles = tl.cdiv(N, BLOCK_N)
-    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    """dq of a tile of tokens, and delta = <dout, out> for the slot gradients; `out` is summed again unless it is KNOWN."""
+    i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
-    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = o_n < N
     angles = i_h * angle_h
     slots += i_b * slots_b + i_h * slots_h
     values += i_b * values_b + i_h * values_h
     bias += i_b * bias_b + i_h * bias_h
     q += i_b * q_b + i_h * q_h
     dout += i_b * d_b + i_h * d_h
-    out += i_b * out_b + i_h * out_h
     b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
     b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
-    b_out = load_tile(out, o_n, out_n, valid, E, BLOCK_E, 0, True)
-    b_delta = tl.sum(b_dout.to(COMPUTE) * b_out.to(COMPUTE), 1)
-    tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
     b_lse = tl.load(lse + i_bh * N + o_n, mask=valid, other=float("inf"))
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # a token without a slot: p = 0
+    if KNOWN:
+        b_out = load_tile(out + i_b * out_b + i_h * out_h, o_n, out_n, valid, E, BLOCK_E, 0, True)
+        b_delta = tl.sum(b_dout.to(COMPUTE) * b_out.to(COMPUTE), 1)
+    else:
+        b_delta = tl.zeros((BLOCK_N,), COMPUTE)
+        for start in range(0, M, BLOCK_M):
+            b_slots, b_p, b_dp = shares(
+                b_q, b_dout, b_lse, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
+                D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE, PRECISION,
+            )  # fmt: skip
+            b_delta += tl.sum(b_p * b_dp, 1)
+    tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
 
     b_dq = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
     for start in range(0, M, BLOCK_M):
-        o_m = start + tl.arange(0, BLOCK_M)
-        b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-        b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), b_q.dtype)
-        b_bias = slot_bias(bias, o_m, bias_m, M, BIASED, COMPUTE)
-        b_g = row_products(b_q, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
-        b_p = tl.exp2(b_g * (scale * LOG2E) + b_bias[None, :] - b_lse[:, None])
-        b_dp = row_products(b_dout, b_values, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
+        b_slots, b_p, b_dp = shares(
+            b_q, b_dout, b_lse, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE, PRECISION,
+        )  # fmt: skip
         b_dg = b_p * (b_dp - b_delta[:, None])
         b_dq = dot(cast(b_dg, b_q.dtype), cast(b_slots, b_q.dtype), b_dq, PRECISION)
 
@@ -212,7 +230,7 @@ def broadcast_forward(
 
 def broadcast_backward(
     dout: Tensor, q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool, scale: float, out: Tensor, lse: Tensor,
+    sin: Tensor | None, interleaved: bool, scale: float, out: Tensor | None, lse: Tensor,
     need_slots: bool, need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
@@ -231,8 +249,9 @@ def broadcast_backward(
     launch(
         broadcast_tokens_kernel,
         (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-        *inputs, out, lse, delta, dq, *strides, *token_strides(out), *token_strides(dq),
-        num_heads, tokens, num_slots, scale, **variant, **config.meta(width, value_width),
+        *inputs, q if out is None else out, lse, delta, dq,
+        *strides, *token_strides(q if out is None else out), *token_strides(dq), num_heads, tokens, num_slots, scale,
+        KNOWN=out is not None, **variant, **config.meta(width, value_width),
     )  # fmt: skip
 
     if not (need_slots or need_values):
@@ -242,7 +261,7 @@ def broadcast_backward(
     chunk, chunks = config.chunk(programs, tokens)
     dvalues = q.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
     dbias = q.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
-    dslots = q.new_empty((batch, num_heads, chunks, num_slots, width) if need_slots else (0,), dtype=config.compute)
+    dslots = empty_slots(slots, batch, num_heads, chunks, config.compute) if need_slots else q.new_empty(0)
     launch(
         broadcast_slots_kernel,
         (programs * chunks,),

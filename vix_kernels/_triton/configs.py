@@ -44,7 +44,7 @@ class LaunchConfig:
 
     @property
     def triton_compute(self) -> Any:
-        return tl.float64 if self.compute == torch.float64 else tl.float32
+        return triton_dtype(self.compute)
 
     def meta(self, width: int, value_width: int) -> dict[str, Any]:
         """The constexprs and options that every kernel of the two moves takes."""
@@ -84,6 +84,11 @@ def _precision(tile: Tile, arch: str) -> str:
     if arch.startswith("gfx"):  # matrix cores that take float32 itself; only gfx942 has tf32
         return "tf32" if tf32_allowed() and arch == "gfx942" else "ieee"
     return "tf32" if tf32_allowed() else tile.precision
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Of sums and statistics."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def tf32_allowed() -> bool:

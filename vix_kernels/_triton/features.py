@@ -77,17 +77,6 @@ def load_state(values, lse, values_m, lse_m, o_m, M, E: tl.constexpr, BLOCK_E: t
     return b_values, tl.exp2(tl.load(lse + at * lse_m, mask=o_m < M, other=float("-inf")))
 
 
-@triton.jit
-def load_unit(unit, size, delta, lse, rows, inside, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """What `prepare` made of the gradient of slots, and the inverse sums of their features; 0 where there are none."""
-    o_e = tl.arange(0, BLOCK_E)
-    b_unit = tl.load(unit + rows[:, None] * E + o_e[None, :], mask=inside[:, None] & (o_e < E)[None, :], other=0.0)
-    b_size = tl.load(size + rows, mask=inside, other=0.0)
-    b_delta = tl.load(delta + rows, mask=inside, other=0.0)
-    b_lse = tl.load(lse + rows, mask=inside, other=float("inf"))
-    return b_unit, b_size, b_delta, tl.exp2(-tl.where(b_lse == float("-inf"), float("inf"), b_lse))
-
-
 def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | None) -> LaunchConfig:
     """launch_config, without slots too."""
     config = launch_config(kernel, tokens, max(tokens.shape[3], values.shape[3]), tokens if slots is None else slots)

@@ -11,22 +11,24 @@ from torch import Tensor
 
 from ..primitives.layout import empty_like_tokens
 from .aggregate import prepare
-from .features import apply_map, feature_config, feature_strides, load_logits, load_unit, slope, slot_rows
+from .features import apply_map, feature_config, feature_strides, load_logits, slope, slot_rows
 from .launch import launch
 from .layout import mask_strides, output_strides, rotary_arguments, token_strides
-from .merge import merge, sum_slots
+from .merge import empty_slots, merge, sum_slots
 from .tiles import (
     cast,
     dot,
     load_rotated,
     load_slots,
     load_tile,
+    load_unit,
     row_products,
     slot_program,
     store_slots,
     store_state,
     store_tile,
     store_unrotated,
+    token_program,
 )
 
 
@@ -81,16 +83,13 @@ def linear_aggregate_tokens_kernel(
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of tokens."""
-    token_tiles = tl.cdiv(N, BLOCK_N)
-    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    i_bh, o_n, inside = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
-    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     angles = i_h * angle_h
     k += i_b * k_b + i_h * k_h
     v += i_b * v_b + i_h * v_h
     slots += i_b * slots_b + i_h * slots_h
     dk += i_b * dk_b + i_h * dk_h
-    inside = o_n < N
     valid = inside
     if MASKED:
         valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
@@ -104,13 +103,13 @@ def linear_aggregate_tokens_kernel(
             D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
         o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-        b_unit, b_size, b_delta, b_inverse = load_unit(unit, size, delta, lse, i_bh * M + o_m, o_m < M, E, BLOCK_E)
+        b_unit, b_size, b_delta, b_lse = load_unit(unit, size, delta, lse, i_bh * M + o_m, o_m < M, E, BLOCK_E)
         if VALUES:
-            b_p = apply_map(b_l, ELU) * b_inverse[None, :]
+            b_p = apply_map(b_l, ELU) * tl.exp2(-b_lse)[None, :]
             b_dv = dot(cast(b_p * b_size[None, :], b_v.dtype), b_unit, b_dv, PRECISION)
         if KEYS:
             b_dp = row_products(b_v, b_unit, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
-            b_dl = slope(b_l, ELU) * b_inverse[None, :] * (b_dp * b_size[None, :] - b_delta[None, :])
+            b_dl = slope(b_l, ELU) * tl.exp2(-b_lse)[None, :] * (b_dp * b_size[None, :] - b_delta[None, :])
             b_dl = tl.where(valid[:, None], b_dl, 0.0)
             if PROJECTED:
                 b_slots = cast(load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED), b_v.dtype)
@@ -144,7 +143,7 @@ def linear_aggregate_slots_kernel(
     v += i_b * v_b + i_h * v_h
     slots += i_b * slots_b + i_h * slots_h
     o_m = first_slot + tl.arange(0, BLOCK_M)
-    b_unit, b_size, b_delta, b_inverse = load_unit(unit, size, delta, lse, i_bh * M + o_m, o_m < M, E, BLOCK_E)
+    b_unit, b_size, b_delta, b_lse = load_unit(unit, size, delta, lse, i_bh * M + o_m, o_m < M, E, BLOCK_E)
 
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
     for start in range(first, last, BLOCK_N):
@@ -159,7 +158,7 @@ def linear_aggregate_slots_kernel(
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_dp = row_products(b_v, b_unit, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
-        b_dl = slope(b_l, ELU) * b_inverse[None, :] * (b_dp * b_size[None, :] - b_delta[None, :])
+        b_dl = slope(b_l, ELU) * tl.exp2(-b_lse)[None, :] * (b_dp * b_size[None, :] - b_delta[None, :])
         b_dl = tl.where(valid[:, None], b_dl, 0.0)
         b_dslots = dot(tl.trans(cast(b_dl, b_k.dtype)), b_k, b_dslots, PRECISION)
 
@@ -224,7 +223,7 @@ def linear_aggregate_backward(
     config = feature_config("linear_aggregate_slots", k, v, slots)
     programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
     chunk, chunks = config.chunk(programs, tokens)
-    dslots = k.new_empty(batch, num_heads, chunks, num_slots, width, dtype=config.compute)
+    dslots = empty_slots(slots, batch, num_heads, chunks, config.compute)
     launch(
         linear_aggregate_slots_kernel,
         (programs * chunks,),

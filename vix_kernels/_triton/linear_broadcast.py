@@ -1,6 +1,6 @@
 """Kernels of `linear_broadcast`: tokens read slots by their features (primitives/linear.py states the equations).
 
-They walk as those of `broadcast` do, without a maximum or a normaliser to carry along.
+They walk as those of `broadcast` do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .features import apply_map, feature_config, feature_strides, load_logits, load_state, slope, slot_rows
 from .launch import launch
 from .layout import rotary_arguments, slot_strides, token_strides
-from .merge import merge, sum_slots
+from .merge import empty_slots, merge, sum_slots
 from .tiles import (
     LN2,
     cast,
@@ -27,6 +27,7 @@ from .tiles import (
     store_state,
     store_tile,
     store_unrotated,
+    token_program,
 )
 
 
@@ -42,11 +43,8 @@ def linear_broadcast_forward_kernel(
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and total, the denominator, of a tile of tokens."""
-    token_tiles = tl.cdiv(N, BLOCK_N)
-    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
-    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = o_n < N
     angles = i_h * angle_h
     q += i_b * q_b + i_h * q_h
     slots += i_b * slots_b + i_h * slots_h
@@ -117,11 +115,8 @@ def linear_broadcast_tokens_kernel(
 
     delta is summed again from the shares: `out` may have been rounded, and what is left of <dout, values> without it is small.
     """
-    token_tiles = tl.cdiv(N, BLOCK_N)
-    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
-    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = o_n < N
     angles = i_h * angle_h
     q += i_b * q_b + i_h * q_h
     slots += i_b * slots_b + i_h * slots_h
@@ -266,7 +261,7 @@ def linear_broadcast_backward(
     chunk, chunks = config.chunk(programs, tokens)
     dvalues = q.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
     dlse = q.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
-    dslots = q.new_empty((batch, num_heads, chunks, num_slots, width) if need_slots else (0,), dtype=config.compute)
+    dslots = empty_slots(slots, batch, num_heads, chunks, config.compute) if need_slots else q.new_empty(0)
     launch(
         linear_broadcast_slots_kernel,
         (programs * chunks,),

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import triton_dtype
 from .launch import launch
 from .layout import padded
 
@@ -61,13 +62,19 @@ def merge(parts: Tensor, part_levels: Tensor, *, softmax: bool) -> tuple[Tensor,
         (batch * num_heads * triton.cdiv(num_slots, block),),
         parts, part_levels, state, levels, chunks, num_slots,
         E=width, BLOCK_E=padded(width), BLOCK_M=block, SOFTMAX=softmax,
-        COMPUTE=tl.float64 if parts.dtype == torch.float64 else tl.float32,
+        COMPUTE=triton_dtype(parts.dtype),
         num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return state, levels
 
 
+def empty_slots(slots: Tensor, batch: int, num_heads: int, chunks: int, dtype: torch.dtype) -> Tensor:
+    """Where a kernel writes gradients of `slots`, (batch, heads, chunks, M, D): in `dtype`, unless nothing is left to sum."""
+    alone = chunks == 1 and slots.shape[:2] == (batch, num_heads)
+    return slots.new_empty(batch, num_heads, chunks, *slots.shape[2:], dtype=slots.dtype if alone else dtype)
+
+
 def sum_slots(parts: Tensor, slots: Tensor) -> Tensor:
-    """The gradient of `slots` from (batch, heads, chunks, M, D), in one reduction also over shared samples and heads."""
+    """The gradient of `slots` from those of `empty_slots`, in one reduction also over shared samples and heads."""
     batch, num_heads, num_slots, width = slots.shape
     return parts.sum_to_size(batch, num_heads, 1, num_slots, width).view(slots.shape).to(slots.dtype)

@@ -10,7 +10,7 @@ from ..primitives.layout import empty_like_tokens
 from .configs import launch_config
 from .launch import launch
 from .layout import mask_strides, padded, rotary_arguments, token_strides
-from .tiles import load_tile, rotate_pairs, store_tile
+from .tiles import load_tile, rotate_pairs, store_tile, token_program
 
 
 @triton.jit(do_not_specialize=["N", "angle_h"])
@@ -21,11 +21,8 @@ def rotate_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    token_tiles = tl.cdiv(N, BLOCK_N)
-    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
-    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = o_n < N
     cos += i_h * angle_h
     sin += i_h * angle_h
     b_q = load_tile(q + i_b * q_b + i_h * q_h, o_n, q_n, valid, D, BLOCK_D, ROTARY, INTERLEAVED).to(COMPUTE)
@@ -47,10 +44,7 @@ def angle_gradient_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One row of angles a token, for `heads` heads; samples and heads are added in their order."""
-    token_tiles = tl.cdiv(N, BLOCK_N)
-    i_h = (tl.program_id(0) // token_tiles).to(tl.int64)
-    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = o_n < N
+    i_h, o_n, inside = token_program(N, BLOCK_N)
     x += i_h * x_h
     dx += i_h * dx_h
     b_dangles = tl.zeros((BLOCK_N, BLOCK_D // 2), COMPUTE)

@@ -59,6 +59,14 @@ def slot_program(M, N, chunk, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def token_program(N, BLOCK_N: tl.constexpr):
+    """What a program that holds tokens works on: sample and head among all, its tokens, and which of them exist."""
+    token_tiles = tl.cdiv(N, BLOCK_N)
+    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    return (tl.program_id(0) // token_tiles).to(tl.int64), o_n, o_n < N
+
+
+@triton.jit
 def rotate_pairs(
     x, angles, valid, cos, sin, ROTARY: tl.constexpr, INVERSE: tl.constexpr, AGAIN: tl.constexpr = False, column=0
 ):  # fmt: skip
@@ -186,6 +194,17 @@ def load_slots(
 
 
 @triton.jit
+def load_unit(unit, size, delta, lse, rows, inside, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """What `prepare` made of the gradient of slots, and their lse: +inf, hence shares of 0, where no key has reached them."""
+    o_e = tl.arange(0, BLOCK_E)
+    b_unit = tl.load(unit + rows[:, None] * E + o_e[None, :], mask=inside[:, None] & (o_e < E)[None, :], other=0.0)
+    b_size = tl.load(size + rows, mask=inside, other=0.0)
+    b_delta = tl.load(delta + rows, mask=inside, other=0.0)
+    b_lse = tl.load(lse + rows, mask=inside, other=float("inf"))
+    return b_unit, b_size, b_delta, tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+
+
+@triton.jit
 def store_slots(
     x, base, part, o_m, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -193,7 +212,7 @@ def store_slots(
     """Rows of a chunk's slot gradients, in the column order of the tokens."""
     columns = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
     inside = (o_m < M)[:, None] & (columns < D)[None, :]
-    tl.store(base + (part * M + o_m)[:, None] * D + columns[None, :], x, mask=inside)
+    tl.store(base + (part * M + o_m)[:, None] * D + columns[None, :], cast(x, base.dtype.element_ty), mask=inside)
 
 
 @triton.jit

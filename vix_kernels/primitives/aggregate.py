@@ -103,12 +103,14 @@ class _Aggregate(torch.autograd.Function):
         ctx.save_for_backward(slots, k, v, mask, cos, sin, values, lse)
         ctx.options = interleaved, scale, gaussian
         ctx.backend = backend
+        ctx.set_materialize_grads(False)  # lse is often not used
         return values, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dvalues, dlse):
         slots, k, v, mask, cos, sin, values, lse = ctx.saved_tensors
+        dvalues = torch.zeros_like(values) if dvalues is None else dvalues
         need_slots, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
         needs = need_slots, need_k or need_angles, need_v
         grads = aggregate_backward(dvalues, dlse, slots, k, v, mask, cos, sin, *ctx.options, values, lse, *needs, ctx.backend)
@@ -140,7 +142,7 @@ aggregate_forward = register(
     fake=_fake_forward,
 )
 aggregate_backward = register(
-    f"aggregate_backward(Tensor dvalues, Tensor dlse, {_PROBLEM}, Tensor values, Tensor lse, bool need_slots, "
+    f"aggregate_backward(Tensor dvalues, Tensor? dlse, {_PROBLEM}, Tensor values, Tensor lse, bool need_slots, "
     "bool need_k, bool need_v, str backend)"
     " -> (Tensor dslots, Tensor dk, Tensor dv)",
     tiled=tiled.aggregate_backward,

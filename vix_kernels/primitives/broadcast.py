@@ -120,7 +120,7 @@ broadcast_forward = register(
     fake=_fake_forward,
 )
 broadcast_backward = register(
-    f"broadcast_backward(Tensor dout, {_PROBLEM}, Tensor out, Tensor lse, bool need_slots, bool need_values, "
+    f"broadcast_backward(Tensor dout, {_PROBLEM}, Tensor? out, Tensor lse, bool need_slots, bool need_values, "
     "str backend)"
     " -> (Tensor dq, Tensor dslots, Tensor dvalues, Tensor dbias)",
     tiled=tiled.broadcast_backward,

@@ -77,7 +77,7 @@ def aggregate_forward(
 
 def aggregate_backward(
     dvalues: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     slots: Tensor,
     k: Tensor,
     v: Tensor,
@@ -100,7 +100,9 @@ def aggregate_backward(
     """
     points, scaled = _points(slots, k, scale * LOG2E), _points(slots, k, scale)
     rope = _Rope(cos, sin, interleaved, points.dtype)
-    offset = dlse * LOG2E - (dvalues * values).sum(-1)
+    offset = -(dvalues * values).sum(-1)
+    if dlse is not None:
+        offset.add_(dlse, alpha=LOG2E)
     level = _level(lse)
     dk, dv = k.new_empty(k.shape if need_k else (0,)), v.new_empty(v.shape if need_v else (0,))
     dslots = points.new_zeros((*k.shape[:2], k.shape[3], slots.shape[2])) if need_slots else None
@@ -184,7 +186,7 @@ def broadcast_backward(
     sin: Tensor | None,
     interleaved: bool,
     scale: float,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     need_slots: bool,
     need_values: bool,
