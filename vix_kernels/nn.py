@@ -24,10 +24,13 @@ class Attention(nn.Module):
         num_heads: heads.
         qkv_bias, proj_bias: biases of the two linear maps.
         qk_norm: normalise q and k of each head with norm_layer(head_dim).
-        attn_drop, proj_drop: dropout of the attention weights and of the output.
+        attn_drop, proj_drop: dropout of the attention weights and of the output. Linear-cost attentions have no weights to
+            drop and refuse attn_drop.
         norm_layer: for qk_norm; default torch.nn.LayerNorm.
         backend: of the rotary embedding and, in subclasses, of the attention.
     """
+
+    has_weights = True  # the attention forms its weights, so that some of them can be dropped
 
     def __init__(
         self,
@@ -43,6 +46,8 @@ class Attention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if attn_drop and not self.has_weights:
+            raise NotImplementedError(f"attn_drop: expected 0 (there are no weights to drop), got {attn_drop}")
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
         if backend not in backends.BACKENDS:
@@ -100,29 +105,18 @@ class PerformerAttention(Attention):
     Args:
         num_features: M; default int(head_dim * ln(head_dim)), as published.
         seed: of the random features, 0 to 4095. Layers should differ in it, ranks must not.
-        Others as in Attention; attn_drop is refused, there are no weights to drop.
+        Others as in Attention.
 
     The features are the persistent float32 buffer `projection` (M, head_dim), which stays float32 when the module is cast.
     They change only by `redraw_projection`.
     """
 
+    has_weights = False
+
     def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = False,
-        qk_norm: bool = False,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        norm_layer: type[nn.Module] | None = None,
-        *,
-        num_features: int | None = None,
-        seed: int = 0,
-        backend: str = "auto",
+        self, dim: int, num_heads: int = 8, *args: Any, num_features: int | None = None, seed: int = 0, **options: Any
     ) -> None:
-        _refuse_dropout(attn_drop)
-        super().__init__(dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer, backend=backend)
+        super().__init__(dim, num_heads, *args, **options)
         if not 0 <= seed < 4096:
             raise ValueError(f"seed: expected 0 to 4095, got {seed}")
         if num_features is None:
@@ -170,26 +164,21 @@ class LinearAttention(Attention):
     Args:
         feature_map: "relu" or "elu" (elu + 1).
         eps: >= 0, added to the denominator.
-        Others as in Attention; attn_drop is refused, there are no weights to drop.
+        Others as in Attention.
     """
+
+    has_weights = False
 
     def __init__(
         self,
         dim: int,
         num_heads: int = 8,
-        qkv_bias: bool = False,
-        qk_norm: bool = False,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        norm_layer: type[nn.Module] | None = None,
-        *,
+        *args: Any,
         feature_map: Literal["relu", "elu"] = "relu",
         eps: float = 1e-6,
-        backend: str = "auto",
+        **options: Any,
     ) -> None:
-        _refuse_dropout(attn_drop)
-        super().__init__(dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer, backend=backend)
+        super().__init__(dim, num_heads, *args, **options)
         check_feature_map(feature_map, eps)
         self.feature_map, self.eps = feature_map, eps
 
@@ -198,8 +187,3 @@ class LinearAttention(Attention):
             q, k, v, feature_map=self.feature_map, eps=self.eps, key_padding_mask=key_padding_mask, rope=rope,
             backend=self.backend,
         )  # fmt: skip
-
-
-def _refuse_dropout(attn_drop: float) -> None:
-    if attn_drop:
-        raise NotImplementedError(f"attn_drop: expected 0 (there are no weights to drop), got {attn_drop}")
