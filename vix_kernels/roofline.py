@@ -15,16 +15,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from .commands import Parser
+from .commands import DTYPES, Parser, print_table, write_atomically
 from .testing import SPECS, Case
 
 if TYPE_CHECKING:  # it imports triton
     from ._triton.costs import Cost
 
 LAUNCH = 2e-6  # seconds from one kernel of a stream to the next: an assumption, no vendor publishes it
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RESULTS = Path("bench", "results")
 
 
@@ -166,13 +163,6 @@ def headings() -> list[str]:
     return [each.name for each in fields(Row)]
 
 
-def print_table(table: list[Row]) -> None:
-    lines = [headings(), *map(cells, table)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
 def write_csv(path: Path, table: list[Row]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -185,7 +175,7 @@ def markdown(table: list[Row]) -> str:
     return "Predicted times come from published peaks, not from a GPU.\n\n" + "".join(f"| {' | '.join(x)} |\n" for x in lines)
 
 
-def plot(path: Path, table: list[Row]) -> None:
+def plot(path: Path, table: list[Row], format: str) -> None:
     """Time against tokens, a panel an operator and direction, a line a GPU: dashed predicted, dots measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -193,12 +183,14 @@ def plot(path: Path, table: list[Row]) -> None:
     chosen = [row for row in table if row.width == 64 and row.batch * row.tokens == 131072]
     dtypes = list(dict.fromkeys(row.dtype for row in chosen))
     panels = list(dict.fromkeys((row.op, row.direction) for row in chosen))
-    figure = Figure(figsize=(4 * len(panels) / 2, 8), dpi=120, layout="constrained")
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(7, 3.5 * columns), 3.2 * lines + 1), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(
-        f"131,072 tokens, 8 heads, width 64, 256 features, {dtypes[0]}: predicted (dashed), measured (dots)", fontweight="bold"
-    )
-    axes = figure.subplots(2, -(-len(panels) // 2), squeeze=False).T.flatten()
+    figure.suptitle(f"131,072 tokens, 8 heads, width 64, 256 features, {dtypes[0]}\npredicted (dashed), measured (dots)")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for panel in axes[len(panels) :]:
+        panel.set_axis_off()
     for panel, (op, direction) in zip(axes, panels, strict=False):
         for at, gpu in enumerate(dict.fromkeys(row.gpu for row in chosen)):
             line = [r for r in chosen if (r.op, r.direction, r.gpu, r.dtype) == (op, direction, gpu, dtypes[0])]
@@ -207,9 +199,11 @@ def plot(path: Path, table: list[Row]) -> None:
             if dots:
                 panel.plot(*zip(*dots, strict=True), "o", color=f"C{at}")
         panel.set(title=f"{op} {direction}", xlabel="tokens of one image", ylabel="µs", xscale="log", yscale="log")
+        low, high = panel.get_ylim()
+        panel.set_ylim(min(low, high / 30), high * 2)  # a flat line looks flat
         panel.grid(alpha=0.25)
-    axes[0].legend(frameon=False)
-    figure.savefig(path)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, format=format)
 
 
 # The command
@@ -241,20 +235,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"measured runs (default: {RESULTS})")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table as CSV instead of printing it")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw time against tokens, as a PNG")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw time against tokens, as a PNG or SVG")
     args = parser.parse_args(argv)
     try:
         table = list(with_measured(rows(args.op, [gpu for gpu in GPUS if gpu.name in args.gpu], args.dtype), args.results))
         if args.csv:
-            write_csv(args.csv, table)
+            write_atomically(args.csv, lambda path: write_csv(path, table))
             print(f"wrote {args.csv}")
         elif args.markdown:
             print(markdown(table), end="")
         else:
-            print_table(table)
+            print_table(headings(), map(cells, table))
             print("\nPredicted times come from published peaks, not from a GPU.")
         if args.plot:
-            plot(args.plot, table)
+            write_atomically(args.plot, lambda path: plot(path, table, args.plot.suffix[1:] or "png"))
             print(f"wrote {args.plot}", file=sys.stderr)
     except OSError as error:
         parser.error(str(error))

@@ -35,10 +35,10 @@ from . import __all__ as public
 from . import backends
 from ._triton import configs
 from ._triton import launch as door
-from ._triton.compile_report import DTYPES, within
+from ._triton.compile_report import within
 from ._triton.interpreter import patched_once_a_launch, watched
 from ._triton.offline import TARGETS
-from .commands import Parser
+from .commands import DTYPES, Parser
 from .primitives.registry import implementations
 from .testing import SPECS, Case
 

@@ -13,12 +13,13 @@ from itertools import product
 import torch
 
 from vix_kernels._triton.costs import draw
-from vix_kernels.roofline import DTYPES, shapes
+from vix_kernels.commands import DTYPES
+from vix_kernels.roofline import shapes
 from vix_kernels.testing import SPECS, Case
 
 from . import correctness
 from .plan import Plan, Row, failed, ok, skipped
-from .timing import MOVES
+from .timing import MOVES, TIMED
 
 WORKERS = 12  # each holds a context of its own on the GPU
 
@@ -48,7 +49,7 @@ def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
         if check is correctness.against_float64:
             yield spec.name, dtype, case
     narrow_and_wide = {shape.width: replace(shape, name="timing", batch=2, tokens=256) for shape in shapes()}
-    for dtype, case, op in product(() if plan.dry else DTYPES, narrow_and_wide.values(), SPECS):
+    for dtype, case, op in product(() if plan.dry else TIMED, narrow_and_wide.values(), SPECS):
         yield op, dtype, case
 
 
@@ -56,7 +57,7 @@ def run(op: str, dtype: str, case: Case, device: str) -> float:
     """Seconds of the first forward and backward. Timing leaves the random features' gradients out."""
     start = time.perf_counter()
     fixed = ("projection", "slots") if case.name == "timing" else ()
-    problem = draw(SPECS[op], SPECS[op].fit(case), correctness.DTYPES[dtype], device, fixed=fixed)
+    problem = draw(SPECS[op], SPECS[op].fit(case), DTYPES[dtype], device, fixed=fixed)
     outputs = problem(backend="triton")
     wanted = [x for x in problem.tensors.values() if x.requires_grad]
     torch.autograd.grad(outputs, wanted, [torch.ones_like(x) for x in outputs])

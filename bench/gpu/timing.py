@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vix_kernels._triton.costs import draw
-from vix_kernels.roofline import DTYPES, shapes
+from vix_kernels.commands import DTYPES
+from vix_kernels.roofline import shapes
 from vix_kernels.testing import SPECS, Case, Problem
 from vix_kernels.timing import device_time, wall_time
 
@@ -18,6 +19,7 @@ from .plan import Plan, Row, failed, ok, skipped
 
 MOVES = ("aggregate", "broadcast")  # what the attentions are made of
 OURS = ("triton", "torch")
+TIMED = ("bf16", "fp32")
 COMPILED_TOKENS = 4096  # torch.compile takes many seconds a shape
 WALL_BELOW = 2.0  # milliseconds on the device: the host's overhead shows in short calls
 TINY = Case("tiny", batch=1, heads=1, tokens=20, width=16, features=9)
@@ -54,7 +56,7 @@ def order(plan: Plan) -> Iterator[tuple[str, str, Case, str]]:
             yield from ((op, "fp32", SPECS[op].fit(TINY), provider) for provider in (*providers(op), "compiled"))
         yield from ((op, "fp32", TINY, "triton") for op in MOVES)
         return
-    for dtype in DTYPES:
+    for dtype in TIMED:
         for case in shapes():
             if dtype == "bf16" or case.tokens in (1024, 16384):
                 for op in whole:

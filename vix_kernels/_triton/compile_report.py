@@ -28,9 +28,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..commands import Parser
+from ..commands import DTYPES, Parser
 from . import offline
-from .compile_table import DTYPES, Row, count_text, order, print_table, read_table, regressions, violations, write_table
+from .compile_table import Row, count_text, order, read_table, regressions, show_table, violations, write_table
 from .targets import TARGETS
 
 TABLE = Path(__file__).with_name("compile_report.csv")
@@ -278,7 +278,7 @@ def main(argv: list[str]) -> int:
     start = time.perf_counter()
     cells = [(*cell, tuple(args.features)) for cell in product(args.arch, args.dtype, args.width)]
     report = compile_grid(list(dict.fromkeys(cells)), args.jobs)
-    print_table(report.rows)
+    show_table(report.rows)
     print_summary(report, time.perf_counter() - start)
 
     worse = regressions(report.rows, args.committed, left_out=set(FEATURES) ^ set(args.features))

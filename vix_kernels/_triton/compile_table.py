@@ -13,12 +13,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-import torch
-
-from ..commands import write_atomically
+from ..commands import DTYPES, print_table, write_atomically
 from .targets import TARGETS, TENSOR_MEMORY
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WIDE = 128  # bits, the widest access of a thread before sm_100
 KEPT_WIDE = 0.9  # of the share of bytes that the committed row moves by wide accesses; scheduling moves it a little
 
@@ -203,9 +200,6 @@ def order(row: Row) -> tuple:
     return version, list(TARGETS).index(row.arch), list(DTYPES).index(row.dtype), row.width, row
 
 
-def print_table(rows: list[Row]) -> None:
+def show_table(rows: list[Row]) -> None:
     names = [each.name for each in fields(Row) if each.name != "triton"]
-    lines = [names, *([str(getattr(row, name)) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print_table(names, ([str(getattr(row, name)) for name in names] for row in rows))
