@@ -72,7 +72,7 @@ def token_conv_forward_kernel(
     store_tile(b_out, out + i_b * out_b + i_h * out_h, o_n, out_n, o_n < N, E, BLOCK_E, 0, True)
 
 
-@triton.jit(do_not_specialize=["N", "chunk", "mask_b", "other_b", "other_h"])
+@triton.jit(do_not_specialize=["N", "chunk", "mask_b"])
 def token_conv_backward_kernel(
     dout, v, weight, mask, dv_other, dv, dweight,
     d_b, d_h, d_n, v_b, v_h, v_n, mask_b, mask_n, other_b, other_h, other_n, dv_b, dv_h, dv_n, H, N, chunk,
