@@ -33,6 +33,7 @@ class Case:
     packed: bool = False  # q, k, v are views of one (batch, tokens, 3, heads, width) projection
     spread: float = 1.0  # standard deviation of q and k
     feature_map: str = "relu"  # of linear attention; "elu"
+    taps: int = 3  # of a convolution over tokens
     eps: float = 0.125  # of linear attention: large enough to show, and exact in the float32 that kernels take it in
 
 

@@ -1,0 +1,180 @@
+"""Kernels of `token_conv`: tiles of tokens times a banded matrix (primitives/token_conv.py states the equation).
+
+BLOCK_N tokens read a window of BLOCK_N + TAPS - 1, BLOCK_K of them a product. The gradient of v is the same with the filter
+turned round, and that of the filter stands on the diagonals of the products between tokens and the window of their gradients.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..primitives.layout import empty_like_tokens, unit_last_stride
+from .configs import LaunchConfig, launch_config
+from .launch import launch
+from .layout import mask_strides, output_strides, padded, token_strides
+from .tiles import cast, dot, load_tile, row_products, store_tile
+
+
+@triton.jit
+def taking_part(rows, first, last, mask, mask_n, MASKED: tl.constexpr):
+    """Which rows are tokens from first to last - 1, and not masked."""
+    valid = (rows >= first) & (rows < last)
+    if MASKED:
+        valid &= tl.load(mask + rows.to(tl.int64) * mask_n, mask=valid, other=0) != 0
+    return valid
+
+
+@triton.jit
+def banded(
+    acc, x, weight, mask, first, N, x_n, mask_n,
+    TAPS: tl.constexpr, FLIP: tl.constexpr, MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc (tokens, BLOCK_E) + the convolution of x at the tokens from `first` on, by the filter, or by it turned round.
+
+    x, weight (contiguous) and mask point to the sample and head; x_n and mask_n are their strides between tokens.
+    """
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    o_n = tl.arange(0, BLOCK_N)
+    for offset in range(0, BLOCK_N + TAPS - 1, BLOCK_K):
+        o_k = offset + tl.arange(0, BLOCK_K)
+        rows = first - TAPS // 2 + o_k
+        valid = taking_part(rows, 0, N, mask, mask_n, MASKED) & (o_k < BLOCK_N + TAPS - 1)
+        b_x = load_tile(x, rows, x_n, valid, E, BLOCK_E, 0, True)
+        taps = o_k[None, :] - o_n[:, None]
+        inside = (taps >= 0) & (taps < TAPS)
+        if FLIP:
+            taps = TAPS - 1 - taps
+        b_band = tl.load(weight + taps, mask=inside, other=0.0)
+        acc = dot(cast(b_band, b_x.dtype), b_x, acc, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["N", "mask_b"])
+def token_conv_forward_kernel(
+    v, weight, mask, out,
+    v_b, v_h, v_n, mask_b, mask_n, out_b, out_h, out_n, H, N,
+    TAPS: tl.constexpr, MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens."""
+    token_tiles = tl.cdiv(N, BLOCK_N)
+    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    first = tl.program_id(0) % token_tiles * BLOCK_N
+    b_out = banded(
+        tl.zeros((BLOCK_N, BLOCK_E), COMPUTE), v + i_b * v_b + i_h * v_h, weight + i_h * TAPS, mask + i_b * mask_b,
+        first, N, v_n, mask_n, TAPS, False, MASKED, E, BLOCK_E, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    o_n = first + tl.arange(0, BLOCK_N)
+    store_tile(b_out, out + i_b * out_b + i_h * out_h, o_n, out_n, o_n < N, E, BLOCK_E, 0, True)
+
+
+@triton.jit(do_not_specialize=["N", "chunk", "mask_b"])
+def token_conv_backward_kernel(
+    dout, v, weight, mask, dv_other, dv, dweight,
+    d_b, d_h, d_n, v_b, v_h, v_n, mask_b, mask_n, other_b, other_h, other_n, dv_b, dv_h, dv_n, H, N, chunk,
+    TAPS: tl.constexpr, MASKED: tl.constexpr, ADD: tl.constexpr, NEED_V: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv of a chunk of tokens, and what they add to dweight."""
+    chunks = tl.cdiv(N, chunk)
+    part = tl.program_id(0).to(tl.int64)
+    i_bh = part // chunks
+    i_b, i_h = i_bh // H, i_bh % H
+    begin = (part % chunks).to(tl.int32) * chunk
+    end = tl.minimum(begin + chunk, N)
+    dout += i_b * d_b + i_h * d_h
+    v += i_b * v_b + i_h * v_h
+    mask += i_b * mask_b
+    o_n = tl.arange(0, BLOCK_N)
+
+    if NEED_V:
+        dv_other += i_b * other_b + i_h * other_h
+        dv += i_b * dv_b + i_h * dv_h
+        for first in range(begin, end, BLOCK_N):
+            inside = first + o_n < end
+            valid = taking_part(first + o_n, begin, end, mask, mask_n, MASKED)
+            b_dv = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
+            if ADD:
+                b_dv = load_tile(dv_other, first + o_n, other_n, valid, E, BLOCK_E, 0, True).to(COMPUTE)
+            b_dv = banded(
+                b_dv, dout, weight + i_h * TAPS, mask, first, N, d_n, mask_n,
+                TAPS, True, False, E, BLOCK_E, BLOCK_K, PRECISION,
+            )  # fmt: skip
+            b_dv = tl.where(valid[:, None], b_dv, 0.0)
+            store_tile(b_dv, dv, first + o_n, dv_n, inside, E, BLOCK_E, 0, True)
+
+    if NEED_WEIGHT:
+        o_t = tl.arange(0, BLOCK_T)
+        b_dweight = tl.zeros((BLOCK_T,), COMPUTE)
+        for offset in range(0, BLOCK_N + TAPS - 1, BLOCK_K):
+            b_products = tl.zeros((BLOCK_N, BLOCK_K), COMPUTE)
+            for first in range(begin, end, BLOCK_N):
+                valid = taking_part(first + o_n, begin, end, mask, mask_n, MASKED)
+                b_v = load_tile(v, first + o_n, v_n, valid, E, BLOCK_E, 0, True)
+                rows = first - TAPS // 2 + offset + tl.arange(0, BLOCK_K)
+                b_dout = load_tile(dout, rows, d_n, (rows >= 0) & (rows < N), E, BLOCK_E, 0, True)
+                b_products = row_products(b_v, b_dout, b_products, False, False, PRECISION)
+            column = o_n[:, None] + o_t[None, :] - offset
+            inside = (column >= 0) & (column < BLOCK_K)
+            b_diagonals = tl.gather(b_products, tl.where(inside, column, 0), 1)
+            b_dweight += tl.sum(tl.where(inside, b_diagonals, 0.0), 0)
+        # As a convolution of the gradients, the taps come in reverse.
+        tl.store(dweight + part * TAPS + TAPS - 1 - o_t, b_dweight, mask=o_t < TAPS)
+
+
+def token_conv_forward(v: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+    batch, num_heads, tokens, width = v.shape
+    config = launch_config("token_conv_forward", v, width, weight)
+    out = empty_like_tokens(v, width)
+    launch(
+        token_conv_forward_kernel,
+        (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
+        v, weight.contiguous(), v if mask is None else mask, out,
+        *token_strides(v), *mask_strides(mask), *token_strides(out), num_heads, tokens,
+        **_meta(config, v, weight, mask),
+    )  # fmt: skip
+    return out
+
+
+def token_conv_backward(
+    dout: Tensor, v: Tensor, weight: Tensor, mask: Tensor | None, dv_other: Tensor | None, need_v: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, num_heads, tokens, width = v.shape
+    taps = weight.shape[2]
+    dout = unit_last_stride(dout)
+    add = need_v and dv_other is not None
+    other = unit_last_stride(dv_other) if add else v
+    config = launch_config("token_conv_backward", v, width, weight)
+    # Long chunks only spare partial sums.
+    chunk, chunks = config.chunk(batch * num_heads, tokens)
+    if not need_weight:
+        chunk, chunks = config.tile.tokens, triton.cdiv(tokens, config.tile.tokens)
+    dv = empty_like_tokens(v, width) if need_v else v.new_empty(0)
+    dweight = v.new_empty((batch, num_heads, chunks, taps) if need_weight else (0,), dtype=config.compute)
+    launch(
+        token_conv_backward_kernel,
+        (batch * num_heads * chunks,),
+        dout, v, weight.contiguous(), v if mask is None else mask, other, dv, dweight,
+        *token_strides(dout), *token_strides(v), *mask_strides(mask), *token_strides(other), *output_strides(dv),
+        num_heads, tokens, chunk,
+        ADD=add, NEED_V=need_v, NEED_WEIGHT=need_weight, BLOCK_T=padded(taps),
+        **_meta(config, v, weight, mask),
+    )  # fmt: skip
+    if not need_weight:
+        return dv, weight.new_empty(0)
+    return dv, dweight.sum_to_size(1, num_heads, 1, taps).view(weight.shape).to(weight.dtype)
+
+
+def _meta(config: LaunchConfig, v: Tensor, weight: Tensor, mask: Tensor | None) -> dict:
+    """The constexprs and options of both kernels."""
+    width = v.shape[3]
+    return dict(
+        TAPS=weight.shape[2], MASKED=mask is not None, E=width, BLOCK_E=padded(width),
+        BLOCK_N=config.tile.tokens, BLOCK_K=config.tile.slots, COMPUTE=config.triton_compute, PRECISION=config.precision,
+        num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip

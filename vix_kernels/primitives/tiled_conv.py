@@ -1,0 +1,130 @@
+"""The depthwise convolution over tokens in plain PyTorch: blocks of tokens times a banded matrix.
+
+BLOCK tokens need the BLOCK + taps - 1 tokens of their window: one batched product with a Toeplitz matrix for all blocks of a
+head, in as many samples as fit the caches. Products and sums run in fp32 (fp64 for fp64 inputs).
+
+Shapes: v (B, H, N, E); weight (H, 1, taps, 1) with odd taps; mask bool (B, N). Results are contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .layout import accumulator
+
+BLOCK = 32  # wider blocks multiply more zeros of the band, narrower ones share less of their windows
+ROOM = 2**18  # numbers in the rows that are worked on together
+
+# The samples, and the head, that are worked on together.
+Group = tuple[slice, int]
+
+
+def token_conv_forward(v: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+    """out_t = sum_u w_u v_{t + u - taps // 2}, where masked tokens and those beyond the ends are 0."""
+    out = v.new_empty(v.shape)
+    for group, rows in _convolved(v, weight, mask):
+        out[group] = rows
+    return out
+
+
+def token_conv_add(out: Tensor, v: Tensor, weight: Tensor, mask: Tensor | None) -> None:
+    """Add the convolution to `out` (B, H, N, E), in place."""
+    for group, rows in _convolved(v, weight, mask):
+        out[group] += rows
+
+
+def token_conv_backward(
+    dout: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    dv_other: Tensor | None,
+    need_v: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """dv + dv_other, 0 under the mask, and dweight; empty unless needed.
+
+    dv_s = sum_u w_{taps - 1 - u} dout_{s + u - taps // 2}    dw_{taps - 1 - u} = sum_s v_s . dout_{s + u - taps // 2}
+    """
+    dv = v.new_empty(v.shape if need_v else (0,))
+    if need_v:
+        for group, rows in _convolved(dout, weight.flip(2), None):
+            dv[group] = rows if dv_other is None else rows.add_(dv_other[group])
+        if mask is not None:
+            dv.masked_fill_(~mask[:, None, :, None], 0)
+    return dv, _weight_gradient(dout, v, weight, mask) if need_weight else weight.new_empty(0)
+
+
+def _convolved(x: Tensor, weight: Tensor, mask: Tensor | None) -> Iterator[tuple[Group, Tensor]]:
+    """The convolution of x, (samples, N, E) a group; overwritten by the next."""
+    rows = _Rows(x, weight.shape[2])
+    bands = _bands(weight.to(rows.memory.dtype))
+    memory = torch.empty_like(rows.blocks)
+    for group in rows.groups():
+        used = rows.fill(x, group, mask)
+        product = torch.bmm(bands[group[1]].expand(used, -1, -1), rows.windows[:used], out=memory[:used])
+        yield group, rows.tokens_of(product)
+
+
+def _weight_gradient(dout: Tensor, v: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+    taps = weight.shape[2]
+    rows, others = _Rows(v, taps), _Rows(dout, taps)
+    # Products of token i of a block and token j of its window: those of one tap stand on the diagonal j - i.
+    memory = rows.memory.new_empty(len(rows.blocks), BLOCK, BLOCK + taps - 1)
+    products = memory.new_zeros(v.shape[1], BLOCK, BLOCK + taps - 1)
+    for group in rows.groups():
+        used = rows.fill(v, group, mask)
+        others.fill(dout, group, None)
+        products[group[1]] += torch.bmm(rows.blocks[:used], others.windows[:used].mT, out=memory[:used]).sum(0)
+    head, row, column = products.stride()
+    diagonals = products.as_strided((len(products), taps, BLOCK), (head, column, row + column))
+    return diagonals.sum(2).flip(1).view(weight.shape).to(weight.dtype)
+
+
+def _bands(weight: Tensor) -> Tensor:
+    """The Toeplitz matrix of each head, (H, BLOCK, BLOCK + taps - 1): w_u at column i + u of row i."""
+    num_heads, _, taps, _ = weight.shape
+    bands = weight.new_zeros(num_heads, BLOCK, BLOCK + taps - 1)
+    head, row, column = bands.stride()
+    bands.as_strided((num_heads, BLOCK, taps), (head, row + column, column)).copy_(weight.view(num_heads, 1, taps))
+    return bands
+
+
+class _Rows:
+    """Room for a head's tokens in some samples, one after the other with zeros in between.
+
+    Attributes:
+        blocks: (blocks, BLOCK, E). Those beyond the tokens of a sample keep it out of the windows of its neighbours.
+        windows: (blocks, BLOCK + taps - 1, E), each from taps // 2 tokens before its block; a view of the same memory.
+    """
+
+    def __init__(self, x: Tensor, taps: int) -> None:
+        self.batch, self.heads, self.tokens, width = x.shape
+        reach = taps // 2
+        self.count = -(-self.tokens // BLOCK) + -(-reach // BLOCK)  # blocks a sample
+        self.samples = min(max(1, self.batch), max(1, ROOM // (self.count * BLOCK * width)))
+        total = self.samples * self.count
+        self.memory = x.new_zeros(total * BLOCK + 2 * reach, width, dtype=accumulator(x.dtype))
+        self.blocks = self.memory[reach : reach + total * BLOCK].view(total, BLOCK, width)
+        self.windows = self.memory.as_strided((total, BLOCK + 2 * reach, width), (BLOCK * width, width, 1))
+
+    def groups(self) -> Iterator[Group]:
+        for head in range(self.heads):
+            for first in range(0, self.batch, self.samples):
+                yield slice(first, first + self.samples), head
+
+    def tokens_of(self, blocks: Tensor) -> Tensor:
+        """(samples, N, E) of whole samples' blocks."""
+        return blocks.view(-1, self.count * BLOCK, blocks.shape[2])[:, : self.tokens]
+
+    def fill(self, x: Tensor, group: Group, mask: Tensor | None) -> int:
+        """Read a group of x (B, H, N, E), masked tokens as 0; returns how many blocks it takes."""
+        part = x[group]
+        used = len(part) * self.count
+        rows = self.tokens_of(self.blocks[:used]).copy_(part)
+        if mask is not None:
+            rows.masked_fill_(~mask[group[0], :, None], 0)
+        return used

@@ -1,0 +1,88 @@
+"""token_conv: a depthwise convolution over tokens, the value residual of Nystrom attention.
+
+    out_t = sum_u w_u v_{t + u - taps // 2}
+
+One filter a head, shared by its channels; v is 0 beyond its ends, and a masked token is read as 0, whatever it holds. Tokens
+are multiplied in tiles by a banded matrix, so that a NaN or an infinity in v reaches somewhat farther than the taps do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from . import tiled_conv
+from .layout import empty_output, unit_last_stride
+from .registry import refuse_transforms, register
+
+
+def token_conv(v: Tensor, weight: Tensor, *, mask: Tensor | None = None, backend: str = "torch") -> Tensor:
+    """Correlate the tokens of each head with its filter.
+
+    Args:
+        v: (batch, heads, N, E). Any strides with a unit last one.
+        weight: (heads, 1, taps, 1) as Conv2d has it, float32 or v's dtype, with an odd number of taps.
+        mask: bool (batch, N), True = the token takes part.
+        backend: "torch" or "triton".
+
+    Returns:
+        (batch, heads, N, E) in v's dtype. Differentiable in v and weight.
+
+    Raises:
+        ValueError: weight has another shape, or an even number of taps.
+    """
+    refuse_transforms()
+    heads, taps = v.shape[1], weight.shape[2] if weight.dim() == 4 else 0
+    if tuple(weight.shape) != (heads, 1, taps, 1) or taps % 2 == 0:
+        raise ValueError(f"weight: expected shape ({heads}, 1, taps, 1) with odd taps, got {tuple(weight.shape)}")
+    return _TokenConv.apply(unit_last_stride(v), weight, mask, backend)
+
+
+def token_conv_reference(v: Tensor, weight: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """The same by Conv2d."""
+    if mask is not None:
+        v = torch.where(mask[:, None, :, None], v, 0.0)
+    return F.conv2d(v, weight.to(v.dtype), padding=(weight.shape[2] // 2, 0), groups=v.shape[1])
+
+
+class _TokenConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, weight, mask, backend):
+        ctx.save_for_backward(v, weight, mask)
+        ctx.backend = backend
+        return token_conv_forward(v, weight, mask, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        v, weight, mask = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        grads = token_conv_backward(dout, v, weight, mask, None, *needs, ctx.backend)
+        dv, dweight = (x if need else None for x, need in zip(grads, needs, strict=True))
+        return dv, dweight, None, None
+
+
+def _fake_forward(v, weight, mask, backend):
+    return empty_output(v, v.shape[3], backend)
+
+
+def _fake_backward(dout, v, weight, mask, dv_other, need_v, need_weight, backend):
+    dv = empty_output(v, v.shape[3], backend) if need_v else v.new_empty(0)
+    return dv, weight.new_empty(weight.shape if need_weight else (0,))
+
+
+token_conv_forward = register(
+    "token_conv_forward(Tensor v, Tensor weight, Tensor? mask, str backend) -> Tensor",
+    tiled=tiled_conv.token_conv_forward,
+    triton="token_conv.token_conv_forward",
+    fake=_fake_forward,
+)
+token_conv_backward = register(
+    "token_conv_backward(Tensor dout, Tensor v, Tensor weight, Tensor? mask, Tensor? dv_other, bool need_v, "
+    "bool need_weight, str backend) -> (Tensor dv, Tensor dweight)",
+    tiled=tiled_conv.token_conv_backward,
+    triton="token_conv.token_conv_backward",
+    fake=_fake_backward,
+)
