@@ -1,6 +1,6 @@
 """The pseudo-inverse in PyTorch, on any device: matrix products over batch and heads (primitives/pinv.py has the equations).
 
-A step is written without identities: W = 7 X - X X, Y = 15 X - X W, Z' = 1/4 (13 Z - Z Y).
+A step is written without identities: W = X X - 7 X, Y = 15 X + X W, Z' = 1/4 (13 Z - Z Y).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def pinv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq_marks, dk_marks and dvalues, each empty unless needed.
 
-        G = dZ'    dY = -1/4 Z^T G    dW = -X^T dY    dX = 15 dY - dY W^T + 7 dW - dW X^T - X^T dW
+        G = dZ'    dY = -1/4 Z^T G    dW = X^T dY    dX = 15 dY - 7 dW + dY W^T + dW X^T + X^T dW
         dA += dX Z^T    dZ = 1/4 (13 G - G Y^T) + A^T dX
 
     X, W and Y are symmetric but for their rounding, which is why they are transposed all the same.
@@ -66,9 +66,8 @@ def pinv_backward(
         z = history.pop()
         x, w, y = _polynomial(a, z)
         dy = torch.bmm(z.mT, dz).mul_(-1 / 4)
-        dw = torch.bmm(x.mT, dy).neg_()
-        dx = torch.baddbmm(dy, dy, w.mT, beta=15, alpha=-1).add_(dw, alpha=7)
-        dx.baddbmm_(dw, x.mT, alpha=-1).baddbmm_(x.mT, dw, alpha=-1)
+        dw = torch.bmm(x.mT, dy)
+        dx = torch.baddbmm(dy, dy, w.mT, beta=15).sub_(dw, alpha=7).baddbmm_(dw, x.mT).baddbmm_(x.mT, dw)
         dz = torch.baddbmm(dz, dz, y.mT, beta=13 / 4, alpha=-1 / 4).baddbmm_(a.mT, dx)
         da.baddbmm_(dx, z.mT)
     da.addcdiv_(dz.mT, s)
@@ -107,8 +106,8 @@ def _start(a: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
 def _polynomial(a: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """X, W and Y of a step."""
     x = torch.bmm(a, z)
-    w = torch.baddbmm(x, x, x, beta=7, alpha=-1)
-    return x, w, torch.baddbmm(x, x, w, beta=15, alpha=-1)
+    w = torch.baddbmm(x, x, x, beta=-7)
+    return x, w, torch.baddbmm(x, x, w, beta=15)
 
 
 def _advance(z: Tensor, y: Tensor) -> Tensor:

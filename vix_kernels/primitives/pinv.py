@@ -24,7 +24,8 @@ from .registry import refuse_transforms, register
 INITS = ("exact", "original")
 
 _PROBLEM = (
-    "Tensor q_marks, Tensor k_marks, Tensor values, Tensor? q_counts, Tensor? k_counts, float scale, SymInt iterations, str init"
+    "Tensor q_marks, Tensor k_marks, Tensor values, Tensor? q_counts, Tensor? k_counts, "
+    "float scale, SymInt iterations, str init"
 )
 
 

@@ -20,7 +20,6 @@ CASES = (
     Case("masked", features=20, masked=True),
     Case("wide", batch=1, heads=1, features=64, width=40),
     Case("many", batch=1, heads=2, features=70, masked=True),
-    Case("too_many", batch=1, heads=1, features=130),
 )
 
 
@@ -60,6 +59,6 @@ PINV = OpSpec(
     cases=CASES,
     flops=_flops,
     exps=lambda case: case.batch * case.heads * case.features**2,
-    backward=4.25,  # every step one and a half times more than twice, TODO, and eleven products of its own where it has four
+    backward=3.0,  # the four products of a step again, and eight for its gradient
 )
 SPECS = (PINV,)
