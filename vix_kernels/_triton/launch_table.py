@@ -152,6 +152,23 @@ TABLE: dict[tuple[str, int, int], Tile] = {
     ("rotate", 32, 64): Tile(0, 32, 4, 1),
     ("rotate", 32, 128): Tile(0, 16, 4, 1),
     ("rotate", 32, 256): Tile(0, 8, 4, 1),
+    # By the landmarks instead of the width; tokens: columns of a product that are taken at a time.
+    ("pinv_forward", 16, 16): Tile(0, 16, 4, 1, "tf32"),
+    ("pinv_forward", 16, 32): Tile(0, 32, 4, 1, "tf32"),
+    ("pinv_forward", 16, 64): Tile(0, 32, 8, 1, "tf32"),
+    ("pinv_forward", 16, 128): Tile(0, 32, 8, 1, "tf32"),
+    ("pinv_forward", 32, 16): Tile(0, 16, 4, 1),
+    ("pinv_forward", 32, 32): Tile(0, 32, 4, 1),
+    ("pinv_forward", 32, 64): Tile(0, 32, 8, 1),
+    ("pinv_forward", 32, 128): Tile(0, 32, 8, 1),
+    ("pinv_backward", 16, 16): Tile(0, 16, 4, 1, "tf32"),
+    ("pinv_backward", 16, 32): Tile(0, 32, 4, 1, "tf32"),
+    ("pinv_backward", 16, 64): Tile(0, 32, 8, 1, "tf32"),
+    ("pinv_backward", 16, 128): Tile(0, 32, 8, 1, "tf32"),
+    ("pinv_backward", 32, 16): Tile(0, 16, 4, 1),
+    ("pinv_backward", 32, 32): Tile(0, 32, 4, 1),
+    ("pinv_backward", 32, 64): Tile(0, 32, 8, 1),
+    ("pinv_backward", 32, 128): Tile(0, 32, 8, 1),
 }
 _WARP_GROUP = {  # 64 tokens or slots and more a product: warp-group instructions, whose operands need fewer registers
     ("aggregate_forward", 16, 64): Tile(64, 64, 4, 3),

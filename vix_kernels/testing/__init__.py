@@ -10,10 +10,11 @@ for case in spec.cases:
 
 from __future__ import annotations
 
-from . import conv, linear, performer, rope
+from . import conv, linear, performer, pinv, rope
 from .memory import kept_for_backward
 from .problem import Case, OpSpec, Problem
 
 __all__ = ["SPECS", "Case", "OpSpec", "Problem", "kept_for_backward"]
 
-SPECS: dict[str, OpSpec] = {spec.name: spec for file in (performer, linear, rope, conv) for spec in file.SPECS}
+_FILES = (performer, linear, rope, pinv, conv)
+SPECS: dict[str, OpSpec] = {spec.name: spec for file in _FILES for spec in file.SPECS}

@@ -1,0 +1,130 @@
+"""The pseudo-inverse in PyTorch, on any device: matrix products over batch and heads (primitives/pinv.py has the equations).
+
+A step is written without identities: W = X X - 7 X, Y = 15 X + X W, Z' = 1/4 (13 Z - Z Y).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import accumulator
+
+
+def pinv_forward(
+    q_marks: Tensor,
+    k_marks: Tensor,
+    values: Tensor,
+    q_counts: Tensor | None,
+    k_counts: Tensor | None,
+    scale: float,
+    iterations: int,
+    init: str,
+) -> Tensor:
+    a = _attention(_read(q_marks, q_counts), _read(k_marks, k_counts), q_counts, k_counts, scale)
+    z = _start(a, init)[0]
+    for _ in range(iterations):
+        z = _advance(z, _polynomial(a, z)[2])
+    return _split(torch.bmm(z, _read(values, q_counts)), values)
+
+
+def pinv_backward(
+    dout: Tensor,
+    q_marks: Tensor,
+    k_marks: Tensor,
+    values: Tensor,
+    q_counts: Tensor | None,
+    k_counts: Tensor | None,
+    scale: float,
+    iterations: int,
+    init: str,
+    need_q: bool,
+    need_k: bool,
+    need_values: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq_marks, dk_marks and dvalues, each empty unless needed.
+
+        G = dZ'    dY = -1/4 Z^T G    dW = X^T dY    dX = 15 dY - 7 dW + dY W^T + dW X^T + X^T dW
+        dA += dX Z^T    dZ = 1/4 (13 G - G Y^T) + A^T dX
+
+    X, W and Y are symmetric but for their rounding, which is why they are transposed all the same.
+    """
+    q, k, contents = _read(q_marks, q_counts), _read(k_marks, k_counts), _read(values, q_counts)
+    a = _attention(q, k, q_counts, k_counts, scale)
+    z, s, sums = _start(a, init)
+    dresult = _read(dout, k_counts)
+    history = []
+    for _ in range(iterations):
+        history.append(z)
+        z = _advance(z, _polynomial(a, z)[2])
+    dvalues = _split(torch.bmm(z.mT, dresult), values) if need_values else values.new_empty(0)
+    if not (need_q or need_k):
+        return q_marks.new_empty(0), k_marks.new_empty(0), dvalues
+
+    dz, da = torch.bmm(dresult, contents.mT), torch.zeros_like(a)
+    while history:
+        z = history.pop()
+        x, w, y = _polynomial(a, z)
+        dy = torch.bmm(z.mT, dz).mul_(-1 / 4)
+        dw = torch.bmm(x.mT, dy)
+        dx = torch.baddbmm(dy, dy, w.mT, beta=15).sub_(dw, alpha=7).baddbmm_(dw, x.mT).baddbmm_(x.mT, dw)
+        dz = torch.baddbmm(dz, dz, y.mT, beta=13 / 4, alpha=-1 / 4).baddbmm_(a.mT, dx)
+        da.baddbmm_(dx, z.mT)
+    da.addcdiv_(dz.mT, s)
+    ds = (dz * a.mT).sum((1, 2), keepdim=True).div_(-s * s)
+    largest = (sums == s).to(a.dtype)  # equal ones share the gradient
+    if init == "original":
+        ds, count = ds.sum(0, keepdim=True), largest.sum()
+    else:
+        count = largest.sum(-1, keepdim=True)
+    da.addcmul_(ds, largest / count.clamp_(min=1))
+    dlogits = da.sub_((da * a).sum(-1, keepdim=True)).mul_(a).mul_(scale)
+    dq = _split(torch.bmm(dlogits, k), q_marks) if need_q else q_marks.new_empty(0)
+    dk = _split(torch.bmm(dlogits.mT, q), k_marks) if need_k else k_marks.new_empty(0)
+    return dq, dk, dvalues
+
+
+def _attention(q: Tensor, k: Tensor, q_counts: Tensor | None, k_counts: Tensor | None, scale: float) -> Tensor:
+    """A (pairs, L, L) of landmarks (pairs, L, D), 0 where one takes no part."""
+    a = torch.bmm(q, k.mT).mul_(scale)
+    if k_counts is not None:
+        absent = _absent(k_counts, len(a)).unsqueeze(1)
+        a = a.masked_fill_(absent, -torch.inf).softmax(-1).masked_fill_(absent, 0)  # of no column at all NaN, which goes too
+    else:
+        a = a.softmax(-1)
+    return a if q_counts is None else a.masked_fill_(_absent(q_counts, len(a)).unsqueeze(2), 0)
+
+
+def _start(a: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Z_0, its scale s and the column sums of which s is the largest, (pairs or 1, 1, 1) and (pairs, 1, L)."""
+    sums = a.sum(1, keepdim=True)
+    s = sums.amax() if init == "original" and len(a) else sums.amax(-1, keepdim=True)
+    s = s.masked_fill(s == 0, 1)  # no landmark takes part
+    return a.mT / s, s, sums
+
+
+def _polynomial(a: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """X, W and Y of a step."""
+    x = torch.bmm(a, z)
+    w = torch.baddbmm(x, x, x, beta=-7)
+    return x, w, torch.baddbmm(x, x, w, beta=15)
+
+
+def _advance(z: Tensor, y: Tensor) -> Tensor:
+    return torch.baddbmm(z, z, y, beta=13 / 4, alpha=-1 / 4)
+
+
+def _absent(counts: Tensor, pairs: int) -> Tensor:
+    """Which landmarks take no part, (pairs, L)."""
+    return (counts <= 0).repeat_interleave(pairs // max(1, len(counts)), 0)
+
+
+def _read(x: Tensor, counts: Tensor | None) -> Tensor:
+    """(batch, heads, L, width) as (pairs, L, width), wide, and 0 where a landmark takes no part."""
+    x = x.to(accumulator(x.dtype))
+    return (x if counts is None else x.masked_fill((counts <= 0)[:, None, :, None], 0)).flatten(0, 1)
+
+
+def _split(x: Tensor, like: Tensor) -> Tensor:
+    """Pairs as batch and heads again, in the dtype of `like`."""
+    return x.view(like.shape).to(like.dtype)

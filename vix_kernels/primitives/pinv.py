@@ -1,0 +1,135 @@
+"""pinv: the pseudo-inverse of Nystrom attention, applied to what its landmarks have read.
+
+    A = softmax(scale q~ k~^T)        Z_0 = A^T / s        out = Z_T values
+    X_t = A Z_t        Z_{t+1} = 1/4 Z_t (13 I - X_t (15 I - X_t (7 I - X_t)))
+
+A landmark that averages no token takes no part: it is read as 0, whatever it holds, and its row (of q~) or column (of k~) of A
+is 0. Z then has zeros there at every step, so that the others' results are those of a smaller A.
+
+The start scale s is the largest column sum of A, which bounds its spectral norm because its rows sum to 1. From there the
+steps are of order three, and T of them are a part of the model: directions with singular values far below
+sqrt(s 3.25^-T) are not inverted, which keeps Z small. Gradients are those of the steps, of s and of the softmax.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import batched_pinv
+from .layout import unit_last_stride
+from .registry import refuse_transforms, register
+
+INITS = ("exact", "original")
+
+_PROBLEM = (
+    "Tensor q_marks, Tensor k_marks, Tensor values, Tensor? q_counts, Tensor? k_counts, "
+    "float scale, SymInt iterations, str init"
+)
+
+
+def pinv(
+    q_marks: Tensor,
+    k_marks: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    q_counts: Tensor | None = None,
+    k_counts: Tensor | None = None,
+    iterations: int = 6,
+    init: str = "exact",
+    backend: str = "torch",
+) -> Tensor:
+    """`iterations` steps towards the pseudo-inverse of the landmarks' attention, times values.
+
+    Args:
+        q_marks: (batch, heads, L, D), landmarks of the queries. Any strides with a unit last one.
+        k_marks: (batch, heads, L, D), landmarks of the keys, in q_marks' dtype.
+        values: (batch, heads, L, E), float32 (float64 for float64 landmarks), one row for each landmark of the queries.
+        scale: factor of the logits.
+        q_counts, k_counts: float32 (batch, L), how many tokens a landmark averages; None: all take part.
+        iterations: T.
+        init: "exact", s is the maximum of each matrix, or "original", one maximum over the whole batch and its heads, as in
+            published code: there a sample's result depends on its batch mates.
+        backend: "torch" or "triton". Kernels serve "exact" with at most 128 landmarks, batched products the rest.
+
+    Returns:
+        (batch, heads, L, E), one row for each landmark of the keys, in values' dtype. Differentiable in q_marks, k_marks and
+        values.
+    """
+    refuse_transforms()
+    q_marks, k_marks, values = unit_last_stride(q_marks), unit_last_stride(k_marks), unit_last_stride(values)
+    return _Pinv.apply(q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init, backend)
+
+
+def pinv_reference(
+    q_marks: Tensor,
+    k_marks: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    q_counts: Tensor | None = None,
+    k_counts: Tensor | None = None,
+    iterations: int = 6,
+    init: str = "exact",
+) -> Tensor:
+    """The equations, in values' dtype."""
+    batch, _, landmarks, _ = q_marks.shape
+    everyone = torch.ones(batch, landmarks, dtype=torch.bool, device=values.device)
+    rows = (everyone if q_counts is None else q_counts > 0)[:, None, :, None]
+    columns = (everyone if k_counts is None else k_counts > 0)[:, None, :, None]
+    q, values = (torch.where(rows, x, 0.0).to(values.dtype) for x in (q_marks, values))
+    k = torch.where(columns, k_marks, 0.0).to(values.dtype)
+    taken = rows & columns.mT
+    logits = torch.where(columns.mT | ~columns.any(-2, keepdim=True), scale * q @ k.mT, float("-inf"))
+    a = torch.where(taken, logits.softmax(-1), 0.0)
+    sums = a.sum(-2, keepdim=True)
+    s = sums.amax() if init == "original" else sums.amax(-1, keepdim=True)
+    z = a.mT / torch.where(s == 0, 1.0, s)
+    eye = torch.eye(landmarks, dtype=values.dtype, device=values.device)
+    for _ in range(iterations):
+        x = a @ z
+        z = z @ (13 * eye - x @ (15 * eye - x @ (7 * eye - x))) / 4
+    return z @ values
+
+
+class _Pinv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init, backend):
+        ctx.save_for_backward(q_marks, k_marks, values, q_counts, k_counts)
+        ctx.options, ctx.backend = (scale, iterations, init), backend
+        return pinv_forward(q_marks, k_marks, values, q_counts, k_counts, *ctx.options, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        needs = ctx.needs_input_grad[:3]
+        grads = pinv_backward(unit_last_stride(dout), *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
+        return *(x if need else None for x, need in zip(grads, needs, strict=True)), None, None, None, None, None, None
+
+
+def _fake_forward(q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init, backend):
+    return values.new_empty(values.shape)
+
+
+def _fake_backward(
+    dout, q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init, need_q, need_k, need_values, backend
+):  # fmt: skip
+    needs = (q_marks, need_q), (k_marks, need_k), (values, need_values)
+    return tuple(x.new_empty(x.shape if need else (0,)) for x, need in needs)
+
+
+pinv_forward = register(
+    f"pinv_forward({_PROBLEM}, str backend) -> Tensor",
+    tiled=batched_pinv.pinv_forward,
+    triton="pinv.pinv_forward",
+    fake=_fake_forward,
+)
+pinv_backward = register(
+    f"pinv_backward(Tensor dout, {_PROBLEM}, bool need_q, bool need_k, bool need_values, str backend)"
+    " -> (Tensor dq_marks, Tensor dk_marks, Tensor dvalues)",
+    tiled=batched_pinv.pinv_backward,
+    triton="pinv.pinv_backward",
+    fake=_fake_backward,
+)
