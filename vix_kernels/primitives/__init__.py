@@ -2,7 +2,8 @@
 
 from .aggregate import aggregate
 from .broadcast import broadcast
+from .landmarks import landmarks
 from .linear import linear_aggregate, linear_broadcast
 from .rotate import rotate
 
-__all__ = ["aggregate", "broadcast", "linear_aggregate", "linear_broadcast", "rotate"]
+__all__ = ["aggregate", "broadcast", "landmarks", "linear_aggregate", "linear_broadcast", "rotate"]

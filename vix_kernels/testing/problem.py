@@ -33,6 +33,9 @@ class Case:
     packed: bool = False  # q, k, v are views of one (batch, tokens, 3, heads, width) projection
     spread: float = 1.0  # standard deviation of q and k
     feature_map: str = "relu"  # of linear attention; "elu"
+    rows: int = 1  # of the grid that the tokens behind the prefix form
+    mark_rows: int = 1  # rows of landmarks, `features` in each
+    adaptive: bool = False  # landmarks of overlapping windows
     eps: float = 0.125  # of linear attention: large enough to show, and exact in the float32 that kernels take it in
 
 
