@@ -159,14 +159,11 @@ def _fake_backward(
     dq_other, dk_other, dq_marks, dq_marks_2, dk_marks, dk_marks_2, q, k, q_mask, k_mask, cos, sin, interleaved,
     prefix, rows, mark_rows, mark_columns, adaptive, q_counts, k_counts, need_q, need_k, backend,
 ):  # fmt: skip
-    return tuple(
-        empty_output(x, x.shape[3], backend) if need else q.new_empty(0) for x, need in ((q, need_q), (k, need_k))
-    )
+    return tuple(empty_output(x, x.shape[3], backend) if need else q.new_empty(0) for x, need in ((q, need_q), (k, need_k)))
 
 
 landmarks_forward = register(
-    f"landmarks_forward({_PROBLEM}, str backend)"
-    " -> (Tensor q_marks, Tensor k_marks, Tensor q_counts, Tensor k_counts)",
+    f"landmarks_forward({_PROBLEM}, str backend) -> (Tensor q_marks, Tensor k_marks, Tensor q_counts, Tensor k_counts)",
     tiled=tiled_landmarks.landmarks_forward,
     triton="landmarks.landmarks_forward",
     fake=_fake_forward,
