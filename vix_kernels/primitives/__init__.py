@@ -2,8 +2,10 @@
 
 from .aggregate import aggregate
 from .broadcast import broadcast
+from .landmarks import landmarks
 from .linear import linear_aggregate, linear_broadcast
 from .pinv import pinv
 from .rotate import rotate
 
 __all__ = ["aggregate", "broadcast", "linear_aggregate", "linear_broadcast", "pinv", "rotate"]
+__all__ = ["aggregate", "broadcast", "landmarks", "linear_aggregate", "linear_broadcast", "rotate"]

@@ -34,6 +34,9 @@ class Case:
     spread: float = 1.0  # standard deviation of q and k
     feature_map: str = "relu"  # of linear attention; "elu"
     taps: int = 3  # of a convolution over tokens
+    rows: int = 1  # of the grid that the tokens behind the prefix form
+    mark_rows: int = 1  # rows of landmarks, `features` in each
+    adaptive: bool = False  # landmarks of overlapping windows
     eps: float = 0.125  # of linear attention: large enough to show, and exact in the float32 that kernels take it in
 
 

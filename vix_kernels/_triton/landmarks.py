@@ -1,0 +1,282 @@
+"""Kernels of `landmarks`: means of q and of k in one launch, and one for their gradient.
+
+The forward holds a tile of landmarks and walks over their windows, as many tokens of each at a time as fit; the backward
+holds a tile of tokens, and each gathers from the one landmark that it belongs to, or the up to four.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..primitives.layout import empty_like_tokens
+from ..primitives.tiled_landmarks import longest_window
+from .configs import launch_config
+from .launch import launch
+from .layout import mask_strides, output_strides, padded, rotary_arguments, token_strides
+from .tiles import load_rotated, load_tile, rotate_pairs, store_tile
+
+
+@triton.jit
+def window(j, size, count, ADAPTIVE: tl.constexpr):
+    """The first of the tokens of window j of `count` along an axis of `size`, and how many they are."""
+    if ADAPTIVE:
+        j = j.to(tl.int64)
+        first = j * size // count
+        length = ((j + 1) * size + count - 1) // count - first
+        first, length = first.to(tl.int32), length.to(tl.int32)
+    else:
+        longer = j - (count - size % count)  # how many of the longer windows lie before j
+        first = j * (size // count) + tl.maximum(longer, 0)
+        length = size // count + (longer >= 0).to(tl.int32)
+    return first, length
+
+
+@triton.jit
+def windows_of(token, size, count, ADAPTIVE: tl.constexpr):
+    """The first and the last of the windows that a token lies in."""
+    if ADAPTIVE:
+        token = token.to(tl.int64)
+        first = (token * count // size).to(tl.int32)
+        last = (((token + 1) * count - 1) // size).to(tl.int32)
+    else:
+        short = size // count
+        split = count - size % count
+        first = tl.where(token < split * short, token // short, split + (token - split * short) // (short + 1))
+        last = first
+    return first, last
+
+
+@triton.jit
+def mean(
+    x, mask, marks, counts, x_b, x_h, x_n, mask_b, mask_n, columns, longest, cos, sin, angle_h,
+    H, prefix, rows, mark_rows, mark_columns,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """A tile of landmarks of x."""
+    L = prefix + mark_rows * mark_columns
+    i_bh = (tl.program_id(0) // tl.cdiv(L, BLOCK_M)).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    first_mark = tl.program_id(0) % tl.cdiv(L, BLOCK_M) * BLOCK_M
+    x += i_b * x_b + i_h * x_h
+    angles = i_h * angle_h
+
+    # Token by token a row for each landmark: what a thread has to add up then lies in its own registers.
+    o_row = tl.arange(0, BLOCK_N * BLOCK_M)
+    o_token, o_mark = o_row // BLOCK_M, first_mark + o_row % BLOCK_M
+    on_grid = tl.maximum(o_mark - prefix, 0)
+    up, height = window(on_grid // mark_columns, rows, mark_rows, ADAPTIVE)
+    along, breadth = window(on_grid % mark_columns, columns, mark_columns, ADAPTIVE)
+    own = o_mark < prefix
+    corner = tl.where(own, o_mark, prefix + up * columns + along)
+    size = tl.where(o_mark < L, tl.where(own, 1, height * breadth), 0)
+
+    b_sum = tl.zeros((BLOCK_N * BLOCK_M, BLOCK_D), COMPUTE)
+    b_count = tl.zeros((BLOCK_N * BLOCK_M,), tl.float32)
+    for start in range(0, longest, BLOCK_N):
+        step = start + o_token
+        valid = step < size
+        o_n = corner + step // breadth * columns + step % breadth
+        if MASKED:
+            valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=valid, other=0) != 0
+        b_x = load_rotated(x, o_n, x_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+        b_sum += b_x.to(COMPUTE)
+        b_count += valid.to(tl.float32)
+
+    b_sum = tl.sum(tl.reshape(b_sum, (BLOCK_N, BLOCK_M, BLOCK_D)), 0)
+    b_count = tl.sum(tl.reshape(b_count, (BLOCK_N, BLOCK_M)), 0)
+    b_mean = b_sum / tl.maximum(b_count, 1.0).to(COMPUTE)[:, None]
+    o_m = first_mark + tl.arange(0, BLOCK_M)
+    store_tile(b_mean, marks + i_bh * L * D, o_m, D, o_m < L, D, BLOCK_D, ROTARY, INTERLEAVED)
+    if i_h == 0:  # all heads of a sample count the same
+        tl.store(counts + i_b * L + o_m, b_count, mask=o_m < L)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "prefix", "rows", "mark_rows", "mark_columns", "angle_h",
+        "q_mask_b", "q_columns", "q_longest", "k_mask_b", "k_columns", "k_longest",
+    ]
+)  # fmt: skip
+def landmarks_kernel(
+    q, q_mask, q_marks, q_counts, q_b, q_h, q_n, q_mask_b, q_mask_n, q_columns, q_longest,
+    k, k_mask, k_marks, k_counts, k_b, k_h, k_n, k_mask_b, k_mask_n, k_columns, k_longest,
+    cos, sin, angle_h, H, prefix, rows, mark_rows, mark_columns,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr,
+    Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """A tile of landmarks, of q or of k by the second grid dimension."""
+    if tl.program_id(1) == 0:
+        mean(
+            q, q_mask, q_marks, q_counts, q_b, q_h, q_n, q_mask_b, q_mask_n, q_columns, q_longest, cos, sin, angle_h,
+            H, prefix, rows, mark_rows, mark_columns,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, ROTARY, INTERLEAVED, ADAPTIVE, Q_MASKED, COMPUTE,
+        )  # fmt: skip
+    else:
+        mean(
+            k, k_mask, k_marks, k_counts, k_b, k_h, k_n, k_mask_b, k_mask_n, k_columns, k_longest, cos, sin, angle_h,
+            H, prefix, rows, mark_rows, mark_columns,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, ROTARY, INTERLEAVED, ADAPTIVE, K_MASKED, COMPUTE,
+        )  # fmt: skip
+
+
+@triton.jit
+def token_gradient(
+    other, dmarks, more, counts, mask, dx, other_b, other_h, other_n, mask_b, mask_n, dx_b, dx_h, dx_n, columns, token_tiles,
+    cos, sin, angle_h, H, prefix, rows, mark_rows, mark_columns,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr,
+    OTHER: tl.constexpr, MORE: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens: dx = other (if OTHER) + the shares of their landmarks' gradients, dmarks + more (if MORE)."""
+    L = prefix + mark_rows * mark_columns
+    N = prefix + rows * columns
+    i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = o_n < N
+    valid = inside
+    if MASKED:
+        valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
+    own = o_n < prefix
+    on_grid = tl.maximum(o_n - prefix, 0)
+    first_row, last_row = windows_of(on_grid // columns, rows, mark_rows, ADAPTIVE)
+    first_column, last_column = windows_of(on_grid % columns, columns, mark_columns, ADAPTIVE)
+
+    b_dx = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
+    for i in tl.static_range(4 if ADAPTIVE else 1):
+        row, column = first_row + i // 2, first_column + i % 2
+        o_m = tl.where(own, o_n, prefix + row * mark_columns + column)
+        reached = valid & (row <= last_row) & (column <= last_column)
+        if i > 0:
+            reached &= o_n >= prefix
+        b_count = tl.load(counts + i_b * L + o_m, mask=reached, other=1.0).to(COMPUTE)
+        b_d = load_tile(dmarks + i_bh * L * D, o_m, D, reached, D, BLOCK_D, ROTARY, INTERLEAVED).to(COMPUTE)
+        if MORE:
+            b_d += load_tile(more + i_bh * L * D, o_m, D, reached, D, BLOCK_D, ROTARY, INTERLEAVED).to(COMPUTE)
+        b_dx += b_d * (1.0 / b_count)[:, None]
+
+    if ROTARY > 0:
+        b_dx = rotate_pairs(b_dx, o_n, inside, cos + i_h * angle_h, sin + i_h * angle_h, ROTARY, True)
+    if OTHER:
+        b_dx += load_tile(
+            other + i_b * other_b + i_h * other_h, o_n, other_n, inside, D, BLOCK_D, ROTARY, INTERLEAVED
+        ).to(COMPUTE)  # fmt: skip
+    store_tile(b_dx, dx + i_b * dx_b + i_h * dx_h, o_n, dx_n, inside, D, BLOCK_D, ROTARY, INTERLEAVED)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "prefix", "rows", "mark_rows", "mark_columns", "angle_h", "token_tiles",
+        "q_mask_b", "q_columns", "k_mask_b", "k_columns",
+    ]
+)  # fmt: skip
+def landmarks_backward_kernel(
+    q_other, dq_marks, q_more, q_counts, q_mask, dq,
+    q_other_b, q_other_h, q_other_n, q_mask_b, q_mask_n, dq_b, dq_h, dq_n, q_columns,
+    k_other, dk_marks, k_more, k_counts, k_mask, dk,
+    k_other_b, k_other_h, k_other_n, k_mask_b, k_mask_n, dk_b, dk_h, dk_n, k_columns,
+    token_tiles, cos, sin, angle_h, H, prefix, rows, mark_rows, mark_columns,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr,
+    Q_OTHER: tl.constexpr, Q_MORE: tl.constexpr, Q_MASKED: tl.constexpr,
+    K_OTHER: tl.constexpr, K_MORE: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens, of q or of k by the second grid dimension."""
+    if tl.program_id(1) == 0:
+        token_gradient(
+            q_other, dq_marks, q_more, q_counts, q_mask, dq,
+            q_other_b, q_other_h, q_other_n, q_mask_b, q_mask_n, dq_b, dq_h, dq_n, q_columns,
+            token_tiles, cos, sin, angle_h, H, prefix, rows, mark_rows, mark_columns,
+            D, BLOCK_D, BLOCK_N, ROTARY, INTERLEAVED, ADAPTIVE, Q_OTHER, Q_MORE, Q_MASKED, COMPUTE,
+        )  # fmt: skip
+    else:
+        token_gradient(
+            k_other, dk_marks, k_more, k_counts, k_mask, dk,
+            k_other_b, k_other_h, k_other_n, k_mask_b, k_mask_n, dk_b, dk_h, dk_n, k_columns,
+            token_tiles, cos, sin, angle_h, H, prefix, rows, mark_rows, mark_columns,
+            D, BLOCK_D, BLOCK_N, ROTARY, INTERLEAVED, ADAPTIVE, K_OTHER, K_MORE, K_MASKED, COMPUTE,
+        )  # fmt: skip
+
+
+def landmarks_forward(
+    q: Tensor, k: Tensor | None, q_mask: Tensor | None, k_mask: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    interleaved: bool, prefix: int, rows: int, mark_rows: int, mark_columns: int, adaptive: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, num_heads, _, width = q.shape
+    num_marks = prefix + mark_rows * mark_columns
+    config = launch_config("landmarks", q, width, q)
+    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
+    results, sides, masked = [], [], []
+    for x, mask in ((q, q_mask), (k, k_mask)):
+        if x is None:
+            continue
+        columns = (x.shape[2] - prefix) // rows
+        longest = longest_window(rows, mark_rows, adaptive) * longest_window(columns, mark_columns, adaptive)
+        marks = x.new_empty(batch, num_heads, num_marks, width)
+        counts = x.new_empty(batch, num_marks, dtype=torch.float32)
+        results.append((marks, counts))
+        sides.append((x, x if mask is None else mask, marks, counts, *token_strides(x), *mask_strides(mask), columns, longest))
+        masked.append(mask is not None)
+    launch(
+        landmarks_kernel,
+        (batch * num_heads * triton.cdiv(num_marks, config.tile.slots), len(sides)),
+        *sides[0], *sides[-1], cos, sin, angle_h, num_heads, prefix, rows, mark_rows, mark_columns,
+        D=width, BLOCK_D=padded(width), BLOCK_M=config.tile.slots, BLOCK_N=config.tile.tokens,
+        ROTARY=rotary, INTERLEAVED=interleaved, ADAPTIVE=adaptive, Q_MASKED=masked[0], K_MASKED=masked[-1],
+        COMPUTE=config.triton_compute,
+        num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if k is None:
+        ((q_marks, q_counts),) = results
+        return q_marks, q_marks.new_empty(0), q_counts, q_counts.new_empty(0)
+    (q_marks, q_counts), (k_marks, k_counts) = results
+    return q_marks, k_marks, q_counts, k_counts
+
+
+def landmarks_backward(
+    dq_other: Tensor | None, dk_other: Tensor | None, dq_marks: Tensor, dq_marks_2: Tensor | None,
+    dk_marks: Tensor | None, dk_marks_2: Tensor | None, q: Tensor, k: Tensor | None, q_mask: Tensor | None,
+    k_mask: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, prefix: int, rows: int,
+    mark_rows: int, mark_columns: int, adaptive: bool, q_counts: Tensor, k_counts: Tensor | None,
+    need_q: bool, need_k: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, num_heads, _, width = q.shape
+    config = launch_config("landmarks_backward", q, width, q)
+    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
+    results, sides, flags, tokens = [], [], [], 0
+    for need, x, other, dmarks, more, counts, mask in (
+        (need_q, q, dq_other, dq_marks, dq_marks_2, q_counts, q_mask),
+        (need_k, k, dk_other, dk_marks, dk_marks_2, k_counts, k_mask),
+    ):
+        if not need:
+            results.append(q.new_empty(0))
+            continue
+        dx = empty_like_tokens(x, width)
+        dmarks = dmarks.contiguous()
+        results.append(dx)
+        sides.append((
+            dx if other is None else other, dmarks, dmarks if more is None else more.contiguous(), counts,
+            dx if mask is None else mask, dx, *token_strides(dx if other is None else other), *mask_strides(mask),
+            *token_strides(dx), (x.shape[2] - prefix) // rows,
+        ))  # fmt: skip
+        flags.append((other is not None, more is not None, mask is not None))
+        tokens = max(tokens, x.shape[2])
+    if sides:
+        token_tiles = triton.cdiv(tokens, config.tile.tokens)
+        launch(
+            landmarks_backward_kernel,
+            (batch * num_heads * token_tiles, len(sides)),
+            *sides[0], *sides[-1], token_tiles, cos, sin, angle_h, num_heads, prefix, rows, mark_rows, mark_columns,
+            D=width, BLOCK_D=padded(width), BLOCK_N=config.tile.tokens,
+            ROTARY=rotary, INTERLEAVED=interleaved, ADAPTIVE=adaptive,
+            **{f"{side}_{name}": flag for side, of in zip("QK", (flags[0], flags[-1]), strict=True)
+               for name, flag in zip(("OTHER", "MORE", "MASKED"), of, strict=True)},
+            COMPUTE=config.triton_compute,
+            num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return tuple(results)

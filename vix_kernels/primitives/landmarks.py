@@ -1,0 +1,179 @@
+"""landmarks: means of the tokens, by which Nystrom and agent attention stand for all of them.
+
+    marks_j = 1 / counts_j  sum_{n in window j, n takes part} x_n            counts_j = how many of them take part
+
+The first `prefix` tokens are landmarks of their own; the others lie on a grid, in raster order, and so do their landmarks.
+A window is the product of one along the columns and one along the rows; along an axis of `size` tokens with `count` windows
+
+    segments    the first count - size % count windows have size // count tokens, the others one more: a partition
+    adaptive    window j = [floor(j size / count), ceil((j + 1) size / count)), torch's adaptive pooling: neighbours share a
+                token where count does not divide size
+
+A token that does not take part is read as 0, whatever it holds; a landmark without tokens is 0. Under RoPE the means are
+those of rotated tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import tiled_landmarks
+from .layout import empty_output, unit_last_stride
+from .registry import refuse_transforms, register
+from .rotate import angle_gradient, rotate_reference
+
+_PROBLEM = (
+    "Tensor q, Tensor? k, Tensor? q_mask, Tensor? k_mask, Tensor? cos, Tensor? sin, bool interleaved, "
+    "SymInt prefix, SymInt rows, SymInt mark_rows, SymInt mark_columns, bool adaptive"
+)
+
+
+def landmarks(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    prefix: int = 0,
+    rows: int = 1,
+    mark_rows: int = 1,
+    mark_columns: int,
+    adaptive: bool = False,
+    q_mask: Tensor | None = None,
+    k_mask: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    angles: Tensor | None = None,
+    interleaved: bool = True,
+    backend: str = "torch",
+) -> tuple[Tensor, ...]:
+    """Landmarks of q, and of k in the same launch.
+
+    Args:
+        q: (batch, heads, N, D). Any strides with a unit last one.
+        k: (batch, heads, N', D) in q's dtype, or None; N' = N unless rows = 1 and there are no angles.
+        prefix: tokens in front that are landmarks of their own.
+        rows: of the grid that the other tokens form; 1 for a plain sequence. The columns follow from the tokens.
+        mark_rows, mark_columns: of the grid of landmarks, not more than those of the tokens.
+        adaptive: windows of adaptive pooling, else segments.
+        q_mask, k_mask: bool (batch, N), True = the token takes part.
+        cos, sin: float32 (heads or 1, N, R / 2), rotary tables for the first R channels of q and k.
+        angles: what cos and sin are of, where it takes a gradient.
+        interleaved: the rotary pairs are channels (2i, 2i + 1), else (i, i + R / 2).
+        backend: "torch" or "triton".
+
+    Returns:
+        q_marks and q_counts, or with k q_marks, k_marks, q_counts and k_counts: marks (batch, heads, L, D) in q's dtype with
+        L = prefix + mark_rows * mark_columns, counts float32 (batch, L). Marks are differentiable in q, k and angles.
+    """
+    refuse_transforms()
+    q, k = unit_last_stride(q), None if k is None else unit_last_stride(k)
+    return _Landmarks.apply(
+        q, k, q_mask, k_mask, cos, sin, angles, interleaved, prefix, rows, mark_rows, mark_columns, adaptive, backend
+    )
+
+
+def landmarks_reference(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    prefix: int = 0,
+    rows: int = 1,
+    mark_rows: int = 1,
+    mark_columns: int,
+    adaptive: bool = False,
+    q_mask: Tensor | None = None,
+    k_mask: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = True,
+) -> tuple[Tensor, ...]:
+    """The equation, one window after the other."""
+
+    def windows(size: int, count: int) -> list[slice]:
+        if adaptive:
+            return [slice(j * size // count, -(-(j + 1) * size // count)) for j in range(count)]
+        ends = [j * (size // count) + max(0, j - count + size % count) for j in range(count + 1)]
+        return [slice(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)]
+
+    def means(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        valid = x.new_ones(len(x), x.shape[2], dtype=torch.bool) if mask is None else mask
+        x = torch.where(valid[:, None, :, None], x, 0.0)
+        if cos is not None:
+            x = rotate_reference(x, cos, sin, interleaved)
+        grid, on_grid = x[:, :, prefix:].unflatten(2, (rows, -1)), valid[:, prefix:].unflatten(1, (rows, -1))
+        pairs = [(up, along) for up in windows(rows, mark_rows) for along in windows(grid.shape[3], mark_columns)]
+        sums = torch.stack([grid[:, :, up, along].sum((2, 3)) for up, along in pairs], 2)
+        counts = torch.stack([on_grid[:, up, along].sum((1, 2)) for up, along in pairs], 1)
+        sums, counts = torch.cat([x[:, :, :prefix], sums], 2), torch.cat([valid[:, :prefix], counts], 1)
+        return sums / counts.clamp(min=1)[:, None, :, None], counts.float()
+
+    q_marks, q_counts = means(q, q_mask)
+    if k is None:
+        return q_marks, q_counts
+    k_marks, k_counts = means(k, k_mask)
+    return q_marks, k_marks, q_counts, k_counts
+
+
+class _Landmarks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, q, k, q_mask, k_mask, cos, sin, angles, interleaved, prefix, rows, mark_rows, mark_columns, adaptive, backend
+    ):
+        ctx.options = interleaved, prefix, rows, mark_rows, mark_columns, adaptive
+        ctx.backend = backend
+        q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, k_mask, cos, sin, *ctx.options, backend)
+        ctx.save_for_backward(q, k, q_mask, k_mask, cos, sin, q_counts, k_counts)
+        ctx.mark_non_differentiable(q_counts, k_counts)
+        return (q_marks, q_counts) if k is None else (q_marks, k_marks, q_counts, k_counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq_marks, dk_marks, *_):
+        q, k, q_mask, k_mask, cos, sin, q_counts, k_counts = ctx.saved_tensors
+        need_q, need_k, _, _, _, _, need_angles, *_ = ctx.needs_input_grad
+        needs = need_q or need_angles, k is not None and (need_k or need_angles)
+        dq, dk = landmarks_backward(
+            None, None, dq_marks, None, None if k is None else dk_marks, None, q, k, q_mask, k_mask, cos, sin,
+            *ctx.options, q_counts, k_counts, *needs, ctx.backend,
+        )  # fmt: skip
+        dangles = None
+        if need_angles:
+            dangles = angle_gradient(q, dq, q_mask, cos, ctx.options[0], ctx.backend)
+            if k is not None:
+                dangles += angle_gradient(k, dk, k_mask, cos, ctx.options[0], ctx.backend)
+        return dq if need_q else None, dk if need_k else None, None, None, None, None, dangles, *[None] * 7
+
+
+def _fake_forward(
+    q, k, q_mask, k_mask, cos, sin, interleaved, prefix, rows, mark_rows, mark_columns, adaptive, backend
+):  # fmt: skip
+    batch, heads, _, width = q.shape
+    num_marks = prefix + mark_rows * mark_columns
+    marks = [q.new_empty(batch, heads, num_marks, width) if x is not None else q.new_empty(0) for x in (q, k)]
+    counts = [q.new_empty((batch, num_marks) if x is not None else (0,), dtype=torch.float32) for x in (q, k)]
+    return *marks, *counts
+
+
+def _fake_backward(
+    dq_other, dk_other, dq_marks, dq_marks_2, dk_marks, dk_marks_2, q, k, q_mask, k_mask, cos, sin, interleaved,
+    prefix, rows, mark_rows, mark_columns, adaptive, q_counts, k_counts, need_q, need_k, backend,
+):  # fmt: skip
+    return tuple(empty_output(x, x.shape[3], backend) if need else q.new_empty(0) for x, need in ((q, need_q), (k, need_k)))
+
+
+landmarks_forward = register(
+    f"landmarks_forward({_PROBLEM}, str backend) -> (Tensor q_marks, Tensor k_marks, Tensor q_counts, Tensor k_counts)",
+    tiled=tiled_landmarks.landmarks_forward,
+    triton="landmarks.landmarks_forward",
+    fake=_fake_forward,
+)
+# The gradients of the landmarks may come in two parts, whose sum counts; dq_other and dk_other are added to those of the tokens.
+landmarks_backward = register(
+    "landmarks_backward(Tensor? dq_other, Tensor? dk_other, Tensor dq_marks, Tensor? dq_marks_2, Tensor? dk_marks, "
+    f"Tensor? dk_marks_2, {_PROBLEM}, Tensor q_counts, Tensor? k_counts, bool need_q, bool need_k, str backend)"
+    " -> (Tensor dq, Tensor dk)",
+    tiled=tiled_landmarks.landmarks_backward,
+    triton="landmarks.landmarks_backward",
+    fake=_fake_backward,
+)

@@ -1,0 +1,177 @@
+"""Landmark means and their gradient in plain PyTorch, one axis of the grid at a time.
+
+As in `tiled`: pure functions without autograd, sums in fp32 (fp64 for fp64 inputs), narrower inputs widened head by head.
+A window of `segments` is a reshape; only windows that overlap are gathered. Nothing is multiplied by zero, so a NaN stays
+in its window.
+
+Shapes: q (B, H, Nq, D); k (B, H, Nk, D); marks (B, H, L, D); masks bool (B, N); counts fp32 (B, L); cos, sin fp32
+(1 or H, N, R / 2). Results are contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import accumulator
+from .tiled import _groups, _read, _Rope, _wide
+
+
+def longest_window(size: int, count: int, adaptive: bool) -> int:
+    """The most tokens that one of `count` windows has along an axis of `size` tokens."""
+    rest = size % count
+    return -(-size // count) + int(adaptive and rest > 0 and count % rest > 0)
+
+
+def landmarks_forward(
+    q: Tensor,
+    k: Tensor | None,
+    q_mask: Tensor | None,
+    k_mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    prefix: int,
+    rows: int,
+    mark_rows: int,
+    mark_columns: int,
+    adaptive: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Marks of q and k in their dtype, and how many tokens each averages; those of k are empty without k."""
+    grid = Grid(prefix, rows, mark_rows, mark_columns, adaptive)
+    rope = _Rope(cos, sin, interleaved, accumulator(q.dtype))
+    q_marks, q_counts = _means(q, q_mask, rope, grid)
+    if k is None:
+        return q_marks, q_marks.new_empty(0), q_counts, q_counts.new_empty(0)
+    k_marks, k_counts = _means(k, k_mask, rope, grid)
+    return q_marks, k_marks, q_counts, k_counts
+
+
+def landmarks_backward(
+    dq_other: Tensor | None,
+    dk_other: Tensor | None,
+    dq_marks: Tensor,
+    dq_marks_2: Tensor | None,
+    dk_marks: Tensor | None,
+    dk_marks_2: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    q_mask: Tensor | None,
+    k_mask: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    prefix: int,
+    rows: int,
+    mark_rows: int,
+    mark_columns: int,
+    adaptive: bool,
+    q_counts: Tensor,
+    k_counts: Tensor | None,
+    need_q: bool,
+    need_k: bool,
+) -> tuple[Tensor, Tensor]:
+    """dq and dk, each empty unless needed: dx_n = dx_other_n + sum over its windows of (dmarks + dmarks_2)_j / counts_j."""
+    grid = Grid(prefix, rows, mark_rows, mark_columns, adaptive)
+    rope = _Rope(cos, sin, interleaved, accumulator(q.dtype))
+    dq = _token_gradient(dq_other, dq_marks, dq_marks_2, q, q_mask, q_counts, rope, grid) if need_q else q.new_empty(0)
+    dk = _token_gradient(dk_other, dk_marks, dk_marks_2, k, k_mask, k_counts, rope, grid) if need_k else q.new_empty(0)
+    return dq, dk
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which tokens each landmark averages."""
+
+    prefix: int
+    rows: int
+    mark_rows: int
+    mark_columns: int
+    adaptive: bool
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Tokens (..., N, D) to sums over windows (..., L, D)."""
+        grid = x[..., self.prefix :, :].unflatten(-2, (self.rows, -1))
+        grid = _window_sums(_window_sums(grid, -2, self.mark_columns, self.adaptive), -3, self.mark_rows, self.adaptive)
+        return torch.cat([x[..., : self.prefix, :], grid.flatten(-3, -2)], -2)
+
+    def spread(self, marks: Tensor, tokens: int) -> Tensor:
+        """The transpose: (..., L, D) to what each token receives of its windows, (..., N, D)."""
+        x = marks.new_empty(*marks.shape[:-2], tokens, marks.shape[-1])
+        x[..., : self.prefix, :] = marks[..., : self.prefix, :]
+        coarse = marks[..., self.prefix :, :].unflatten(-2, (self.mark_rows, -1))
+        lines = coarse.new_empty(*coarse.shape[:-3], self.rows, *coarse.shape[-2:])
+        _spread(coarse, -3, self.adaptive, lines)
+        _spread(lines, -2, self.adaptive, x[..., self.prefix :, :].unflatten(-2, (self.rows, -1)))
+        return x
+
+
+def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
+    """Sums over `count` windows along a (negative) axis of x."""
+    size = x.shape[axis]
+    if size == count:
+        return x
+    short, longer = divmod(size, count)
+    if adaptive and longer:
+        window = torch.arange(count, device=x.device)[:, None]
+        at = window * size // count + torch.arange(longest_window(size, count, True), device=x.device)
+        beyond = at >= ((window + 1) * size + count - 1) // count
+        taken = x.index_select(axis, at.clamp(max=size - 1).flatten()).unflatten(axis, tuple(at.shape))
+        return taken.masked_fill_(beyond.view(*at.shape, *[1] * (-1 - axis)), 0).sum(axis)
+    split = (count - longer) * short
+    sums = x.narrow(axis, 0, split).unflatten(axis, (-1, short)).sum(axis)
+    if not longer:
+        return sums
+    return torch.cat([sums, x.narrow(axis, split, size - split).unflatten(axis, (-1, short + 1)).sum(axis)], axis)
+
+
+def _spread(marks: Tensor, axis: int, adaptive: bool, out: Tensor) -> None:
+    """To each token along a (negative) axis of out the sum of the windows that it lies in."""
+    size, count = out.shape[axis], marks.shape[axis]
+    short, longer = divmod(size, count)
+    if adaptive and longer:
+        token = torch.arange(size, device=marks.device)
+        first, last = token * count // size, ((token + 1) * count - 1) // size
+        single = (first == last).view(-1, *[1] * (-1 - axis))
+        torch.add(marks.index_select(axis, first), marks.index_select(axis, last).masked_fill_(single, 0), out=out)
+        return
+    split = (count - longer) * short
+    for start, length, windows in (
+        (0, short, marks.narrow(axis, 0, count - longer)),
+        (split, short + 1, marks.narrow(axis, count - longer, longer)),
+    ):
+        number = windows.shape[axis]
+        out.narrow(axis, start, number * length).unflatten(axis, (number, length)).copy_(windows.unsqueeze(axis))
+
+
+def _means(x: Tensor, mask: Tensor | None, rope: _Rope, grid: Grid) -> tuple[Tensor, Tensor]:
+    """marks and counts of x."""
+    valid = torch.ones(1, x.shape[2], device=x.device) if mask is None else mask.float()
+    counts = grid.sums(valid[..., None]).squeeze(-1).expand(len(x), -1).contiguous()
+    divisor = counts.clamp(min=1)[:, None, :, None]
+    marks = x.new_empty(*x.shape[:2], counts.shape[1], x.shape[3])
+    for group, _ in _groups(x, x.shape[3]):
+        part = marks[group]
+        part.copy_(grid.sums(_read(x, group, mask, rope)).view(part.shape).div_(divisor[group[0]]))
+    return marks, counts
+
+
+def _token_gradient(
+    other: Tensor | None, dmarks: Tensor, dmarks_2: Tensor | None, x: Tensor, mask: Tensor | None, counts: Tensor,
+    rope: _Rope, grid: Grid,
+) -> Tensor:  # fmt: skip
+    """The gradient of tokens x from the parts of that of their landmarks."""
+    share = dmarks.to(accumulator(x.dtype))
+    share = (share if dmarks_2 is None else share + dmarks_2) / counts.clamp(min=1)[:, None, :, None]
+    dx = x.new_empty(x.shape)
+    for group, _ in _groups(x, x.shape[3]):
+        rows = rope(grid.spread(share[group], x.shape[2]), group, inverse=True)
+        if mask is not None:
+            rows.masked_fill_(~mask[group[0], None, :, None], 0)
+        if other is None:
+            dx[group] = rows
+        else:
+            torch.add(rows, _wide(other[group]), out=dx[group])
+    return dx
