@@ -2,16 +2,20 @@
 
 from . import nn
 from .ops.linear import linear_attention
+from .ops.nystrom import nystrom_attention
 from .ops.performer import orthogonal_projection, performer_attention
 from .ops.rope import Rope, apply_rope, rope_1d, rope_axial, rope_mixed, rope_mixed_frequencies
+from .ops.weights import attention_weights
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Rope",
     "apply_rope",
+    "attention_weights",
     "linear_attention",
     "nn",
+    "nystrom_attention",
     "orthogonal_projection",
     "performer_attention",
     "rope_1d",

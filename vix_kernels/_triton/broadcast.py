@@ -14,7 +14,7 @@ from torch import Tensor
 from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .configs import launch_config
 from .launch import launch
-from .layout import rotary_arguments, slot_strides, token_strides
+from .layout import mask_strides, rotary_arguments, slot_strides, token_strides
 from .merge import empty_slots, merge, sum_slots
 from .tiles import (
     LN2,
@@ -32,19 +32,22 @@ from .tiles import (
     store_unrotated,
     token_program,
 )
+from .token_conv import banded
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h", "mask_b"])
 def broadcast_forward_kernel(
-    q, slots, values, bias, cos, sin, out, lse,
+    q, slots, values, bias, cos, sin, v, weight, mask, out, lse,
     q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m, angle_h,
-    out_b, out_h, out_n,
+    v_b, v_h, v_n, mask_b, mask_n, out_b, out_h, out_n,
     H, N, M, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """out, with the convolution of v unless TAPS is 0, and lse of a tile of tokens."""
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
@@ -75,6 +78,12 @@ def broadcast_forward_kernel(
 
     b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
     tl.store(lse + i_bh * N + o_n, b_max + tl.log2(b_sum), mask=valid)
+    if TAPS > 0:
+        first = tl.program_id(0) % tl.cdiv(N, BLOCK_N) * BLOCK_N
+        b_out = banded(
+            b_out, v + i_b * v_b + i_h * v_h, weight + i_h * TAPS, mask + i_b * mask_b, first, N, v_n, mask_n,
+            TAPS, False, MASKED, E, BLOCK_E, BLOCK_K, PRECISION,
+        )  # fmt: skip
     out += i_b * out_b + i_h * out_h
     store_tile(b_out, out, o_n, out_n, valid, E, BLOCK_E, 0, True)
 
@@ -208,7 +217,7 @@ def broadcast_slots_kernel(
 
 def broadcast_forward(
     q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    interleaved: bool, scale: float,
+    interleaved: bool, scale: float, v: Tensor | None, conv_weight: Tensor | None, mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = values.shape[2:]
@@ -217,13 +226,16 @@ def broadcast_forward(
     lse = q.new_empty(batch, num_heads, tokens, dtype=config.compute)
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
     bias = values if slot_bias is None else slot_bias
+    residual = (q, q, q) if v is None else (v, conv_weight.contiguous(), v if mask is None else mask)
     launch(
         broadcast_forward_kernel,
         (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-        q, slots, values, bias, cos, sin, out, lse,
+        q, slots, values, bias, cos, sin, *residual, out, lse,
         *token_strides(q), *slot_strides(slots), *slot_strides(values), *bias.stride()[:3], angle_h,
-        *token_strides(out), num_heads, tokens, num_slots, scale,
-        ROTARY=rotary, INTERLEAVED=interleaved, BIASED=slot_bias is not None, **config.meta(width, value_width),
+        *token_strides(residual[0]), *mask_strides(mask), *token_strides(out), num_heads, tokens, num_slots, scale,
+        ROTARY=rotary, INTERLEAVED=interleaved, BIASED=slot_bias is not None,
+        TAPS=0 if conv_weight is None else conv_weight.shape[2], BLOCK_K=config.tile.slots, MASKED=mask is not None,
+        **config.meta(width, value_width),
     )  # fmt: skip
     return out, lse
 

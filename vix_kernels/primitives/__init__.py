@@ -6,6 +6,6 @@ from .landmarks import landmarks
 from .linear import linear_aggregate, linear_broadcast
 from .pinv import pinv
 from .rotate import rotate
+from .token_conv import token_conv
 
-__all__ = ["aggregate", "broadcast", "linear_aggregate", "linear_broadcast", "pinv", "rotate"]
-__all__ = ["aggregate", "broadcast", "landmarks", "linear_aggregate", "linear_broadcast", "rotate"]
+__all__ = ["aggregate", "broadcast", "landmarks", "linear_aggregate", "linear_broadcast", "pinv", "rotate", "token_conv"]

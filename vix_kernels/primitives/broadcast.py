@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import tiled
+from . import tiled, tiled_conv
 from .layout import accumulator, empty_output, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
@@ -81,7 +81,8 @@ def broadcast_reference(
 class _Broadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, slots, values, slot_bias, cos, sin, angles, interleaved, scale, backend):
-        out, lse = broadcast_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, backend)
+        residual = None, None, None
+        out, lse = broadcast_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, *residual, backend)
         ctx.save_for_backward(q, slots, values, slot_bias, cos, sin, out, lse)
         ctx.options = interleaved, scale
         ctx.backend = backend
@@ -101,7 +102,7 @@ class _Broadcast(torch.autograd.Function):
         return *grads, None, None, dangles, None, None, None
 
 
-def _fake_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, backend):
+def _fake_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, v, conv_weight, mask, backend):
     return empty_output(q, values.shape[3], backend), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
@@ -113,9 +114,18 @@ def _fake_backward(
     return empty_output(q, q.shape[3], backend), dslots, dvalues, dbias
 
 
+def _tiled_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, v, conv_weight, mask):
+    out, lse = tiled.broadcast_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale)
+    if v is not None:
+        tiled_conv.token_conv_add(out, v, conv_weight, mask)
+    return out, lse
+
+
+# With v and conv_weight the convolution of primitives/token_conv.py is added to out, while it is in registers. The backward is
+# that of the attention alone, which then needs out summed again: it takes None for it.
 broadcast_forward = register(
-    f"broadcast_forward({_PROBLEM}, str backend) -> (Tensor out, Tensor lse)",
-    tiled=tiled.broadcast_forward,
+    f"broadcast_forward({_PROBLEM}, Tensor? v, Tensor? conv_weight, Tensor? mask, str backend) -> (Tensor out, Tensor lse)",
+    tiled=_tiled_forward,
     triton="broadcast.broadcast_forward",
     fake=_fake_forward,
 )
