@@ -12,10 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..primitives.layout import empty_like_tokens
-from ..primitives.tiled_landmarks import longest_window
 from .configs import launch_config
 from .launch import launch
-from .layout import mask_strides, output_strides, padded, rotary_arguments, token_strides
+from .layout import mask_strides, padded, rotary_arguments, token_strides
 from .tiles import load_rotated, load_tile, rotate_pairs, store_tile
 
 
@@ -201,6 +200,12 @@ def landmarks_backward_kernel(
             token_tiles, cos, sin, angle_h, H, prefix, rows, mark_rows, mark_columns,
             D, BLOCK_D, BLOCK_N, ROTARY, INTERLEAVED, ADAPTIVE, K_OTHER, K_MORE, K_MASKED, COMPUTE,
         )  # fmt: skip
+
+
+def longest_window(size: int, count: int, adaptive: bool) -> int:
+    """The most tokens that one of `count` windows has along an axis of `size` tokens."""
+    rest = size % count
+    return -(-size // count) + int(adaptive and rest > 0 and count % rest > 0)
 
 
 def landmarks_forward(
