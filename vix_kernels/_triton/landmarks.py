@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..primitives.layout import empty_like_tokens
-from ..primitives.tiled_landmarks import longest_window
 from .configs import launch_config
 from .launch import launch
 from .layout import mask_strides, output_strides, padded, rotary_arguments, token_strides
@@ -51,7 +50,7 @@ def windows_of(token, size, count, ADAPTIVE: tl.constexpr):
 
 @triton.jit
 def mean(
-    x, mask, marks, counts, x_b, x_h, x_n, mask_b, mask_n, columns, longest, cos, sin, angle_h,
+    marks, counts, x, mask, x_b, x_h, x_n, mask_b, mask_n, columns, longest, cos, sin, angle_h,
     H, prefix, rows, mark_rows, mark_columns,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
@@ -102,8 +101,8 @@ def mean(
     ]
 )  # fmt: skip
 def landmarks_kernel(
-    q, q_mask, q_marks, q_counts, q_b, q_h, q_n, q_mask_b, q_mask_n, q_columns, q_longest,
-    k, k_mask, k_marks, k_counts, k_b, k_h, k_n, k_mask_b, k_mask_n, k_columns, k_longest,
+    q_marks, q_counts, q, q_mask, q_b, q_h, q_n, q_mask_b, q_mask_n, q_columns, q_longest,
+    k_marks, k_counts, k, k_mask, k_b, k_h, k_n, k_mask_b, k_mask_n, k_columns, k_longest,
     cos, sin, angle_h, H, prefix, rows, mark_rows, mark_columns,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr,
@@ -112,13 +111,13 @@ def landmarks_kernel(
     """A tile of landmarks, of q or of k by the second grid dimension."""
     if tl.program_id(1) == 0:
         mean(
-            q, q_mask, q_marks, q_counts, q_b, q_h, q_n, q_mask_b, q_mask_n, q_columns, q_longest, cos, sin, angle_h,
+            q_marks, q_counts, q, q_mask, q_b, q_h, q_n, q_mask_b, q_mask_n, q_columns, q_longest, cos, sin, angle_h,
             H, prefix, rows, mark_rows, mark_columns,
             D, BLOCK_D, BLOCK_M, BLOCK_N, ROTARY, INTERLEAVED, ADAPTIVE, Q_MASKED, COMPUTE,
         )  # fmt: skip
     else:
         mean(
-            k, k_mask, k_marks, k_counts, k_b, k_h, k_n, k_mask_b, k_mask_n, k_columns, k_longest, cos, sin, angle_h,
+            k_marks, k_counts, k, k_mask, k_b, k_h, k_n, k_mask_b, k_mask_n, k_columns, k_longest, cos, sin, angle_h,
             H, prefix, rows, mark_rows, mark_columns,
             D, BLOCK_D, BLOCK_M, BLOCK_N, ROTARY, INTERLEAVED, ADAPTIVE, K_MASKED, COMPUTE,
         )  # fmt: skip
@@ -126,7 +125,7 @@ def landmarks_kernel(
 
 @triton.jit
 def token_gradient(
-    other, dmarks, more, counts, mask, dx, other_b, other_h, other_n, mask_b, mask_n, dx_b, dx_h, dx_n, columns, token_tiles,
+    dx, other, dmarks, more, counts, mask, dx_b, dx_h, dx_n, other_b, other_h, other_n, mask_b, mask_n, columns, token_tiles,
     cos, sin, angle_h, H, prefix, rows, mark_rows, mark_columns,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr,
@@ -171,36 +170,42 @@ def token_gradient(
 
 @triton.jit(
     do_not_specialize=[
-        "prefix", "rows", "mark_rows", "mark_columns", "angle_h", "token_tiles",
+        "prefix", "rows", "mark_rows", "mark_columns", "angle_h", "first", "token_tiles",
         "q_mask_b", "q_columns", "k_mask_b", "k_columns",
     ]
 )  # fmt: skip
 def landmarks_backward_kernel(
-    q_other, dq_marks, q_more, q_counts, q_mask, dq,
-    q_other_b, q_other_h, q_other_n, q_mask_b, q_mask_n, dq_b, dq_h, dq_n, q_columns,
-    k_other, dk_marks, k_more, k_counts, k_mask, dk,
-    k_other_b, k_other_h, k_other_n, k_mask_b, k_mask_n, dk_b, dk_h, dk_n, k_columns,
-    token_tiles, cos, sin, angle_h, H, prefix, rows, mark_rows, mark_columns,
+    dq, q_other, dq_marks, q_more, q_counts, q_mask,
+    dq_b, dq_h, dq_n, q_other_b, q_other_h, q_other_n, q_mask_b, q_mask_n, q_columns,
+    dk, k_other, dk_marks, k_more, k_counts, k_mask,
+    dk_b, dk_h, dk_n, k_other_b, k_other_h, k_other_n, k_mask_b, k_mask_n, k_columns,
+    first, token_tiles, cos, sin, angle_h, H, prefix, rows, mark_rows, mark_columns,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr,
     Q_OTHER: tl.constexpr, Q_MORE: tl.constexpr, Q_MASKED: tl.constexpr,
     K_OTHER: tl.constexpr, K_MORE: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens, of q or of k by the second grid dimension."""
-    if tl.program_id(1) == 0:
+    """A tile of tokens, of q (0) or of k (1) by `first` and the second grid dimension."""
+    if first + tl.program_id(1) == 0:
         token_gradient(
-            q_other, dq_marks, q_more, q_counts, q_mask, dq,
-            q_other_b, q_other_h, q_other_n, q_mask_b, q_mask_n, dq_b, dq_h, dq_n, q_columns,
+            dq, q_other, dq_marks, q_more, q_counts, q_mask,
+            dq_b, dq_h, dq_n, q_other_b, q_other_h, q_other_n, q_mask_b, q_mask_n, q_columns,
             token_tiles, cos, sin, angle_h, H, prefix, rows, mark_rows, mark_columns,
             D, BLOCK_D, BLOCK_N, ROTARY, INTERLEAVED, ADAPTIVE, Q_OTHER, Q_MORE, Q_MASKED, COMPUTE,
         )  # fmt: skip
     else:
         token_gradient(
-            k_other, dk_marks, k_more, k_counts, k_mask, dk,
-            k_other_b, k_other_h, k_other_n, k_mask_b, k_mask_n, dk_b, dk_h, dk_n, k_columns,
+            dk, k_other, dk_marks, k_more, k_counts, k_mask,
+            dk_b, dk_h, dk_n, k_other_b, k_other_h, k_other_n, k_mask_b, k_mask_n, k_columns,
             token_tiles, cos, sin, angle_h, H, prefix, rows, mark_rows, mark_columns,
             D, BLOCK_D, BLOCK_N, ROTARY, INTERLEAVED, ADAPTIVE, K_OTHER, K_MORE, K_MASKED, COMPUTE,
         )  # fmt: skip
+
+
+def longest_window(size: int, count: int, adaptive: bool) -> int:
+    """The most tokens that one of `count` windows has along an axis of `size` tokens."""
+    rest = size % count
+    return -(-size // count) + int(adaptive and rest > 0 and count % rest > 0)
 
 
 def landmarks_forward(
@@ -211,30 +216,27 @@ def landmarks_forward(
     num_marks = prefix + mark_rows * mark_columns
     config = launch_config("landmarks", q, width, q)
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
-    results, sides, masked = [], [], []
-    for x, mask in ((q, q_mask), (k, k_mask)):
-        if x is None:
-            continue
-        columns = (x.shape[2] - prefix) // rows
-        longest = longest_window(rows, mark_rows, adaptive) * longest_window(columns, mark_columns, adaptive)
+
+    def side(x: Tensor, mask: Tensor | None) -> tuple[Tensor | int, ...]:
         marks = x.new_empty(batch, num_heads, num_marks, width)
         counts = x.new_empty(batch, num_marks, dtype=torch.float32)
-        results.append((marks, counts))
-        sides.append((x, x if mask is None else mask, marks, counts, *token_strides(x), *mask_strides(mask), columns, longest))
-        masked.append(mask is not None)
+        columns = (x.shape[2] - prefix) // rows
+        longest = longest_window(rows, mark_rows, adaptive) * longest_window(columns, mark_columns, adaptive)
+        return marks, counts, x, x if mask is None else mask, *token_strides(x), *mask_strides(mask), columns, longest
+
+    of_q = side(q, q_mask)
+    of_k = of_q if k is None else side(k, k_mask)
     launch(
         landmarks_kernel,
-        (batch * num_heads * triton.cdiv(num_marks, config.tile.slots), len(sides)),
-        *sides[0], *sides[-1], cos, sin, angle_h, num_heads, prefix, rows, mark_rows, mark_columns,
+        (batch * num_heads * triton.cdiv(num_marks, config.tile.slots), 1 if k is None else 2),
+        *of_q, *of_k, cos, sin, angle_h, num_heads, prefix, rows, mark_rows, mark_columns,
         D=width, BLOCK_D=padded(width), BLOCK_M=config.tile.slots, BLOCK_N=config.tile.tokens,
-        ROTARY=rotary, INTERLEAVED=interleaved, ADAPTIVE=adaptive, Q_MASKED=masked[0], K_MASKED=masked[-1],
-        COMPUTE=config.triton_compute,
+        ROTARY=rotary, INTERLEAVED=interleaved, ADAPTIVE=adaptive,
+        Q_MASKED=q_mask is not None, K_MASKED=k_mask is not None, COMPUTE=config.triton_compute,
         num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    if k is None:
-        ((q_marks, q_counts),) = results
-        return q_marks, q_marks.new_empty(0), q_counts, q_counts.new_empty(0)
-    (q_marks, q_counts), (k_marks, k_counts) = results
+    q_marks, q_counts, *_ = of_q
+    k_marks, k_counts, *_ = of_k if k is not None else (q_marks.new_empty(0), q_counts.new_empty(0))
     return q_marks, k_marks, q_counts, k_counts
 
 
@@ -246,37 +248,33 @@ def landmarks_backward(
     need_q: bool, need_k: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, num_heads, _, width = q.shape
+    dq = empty_like_tokens(q, width) if need_q else q.new_empty(0)
+    dk = empty_like_tokens(k, width) if need_k else q.new_empty(0)
     config = launch_config("landmarks_backward", q, width, q)
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
-    results, sides, flags, tokens = [], [], [], 0
-    for need, x, other, dmarks, more, counts, mask in (
-        (need_q, q, dq_other, dq_marks, dq_marks_2, q_counts, q_mask),
-        (need_k, k, dk_other, dk_marks, dk_marks_2, k_counts, k_mask),
-    ):
-        if not need:
-            results.append(q.new_empty(0))
-            continue
-        dx = empty_like_tokens(x, width)
-        dmarks = dmarks.contiguous()
-        results.append(dx)
-        sides.append((
-            dx if other is None else other, dmarks, dmarks if more is None else more.contiguous(), counts,
-            dx if mask is None else mask, dx, *token_strides(dx if other is None else other), *mask_strides(mask),
-            *token_strides(dx), (x.shape[2] - prefix) // rows,
-        ))  # fmt: skip
-        flags.append((other is not None, more is not None, mask is not None))
-        tokens = max(tokens, x.shape[2])
-    if sides:
-        token_tiles = triton.cdiv(tokens, config.tile.tokens)
-        launch(
-            landmarks_backward_kernel,
-            (batch * num_heads * token_tiles, len(sides)),
-            *sides[0], *sides[-1], token_tiles, cos, sin, angle_h, num_heads, prefix, rows, mark_rows, mark_columns,
-            D=width, BLOCK_D=padded(width), BLOCK_N=config.tile.tokens,
-            ROTARY=rotary, INTERLEAVED=interleaved, ADAPTIVE=adaptive,
-            **{f"{side}_{name}": flag for side, of in zip("QK", (flags[0], flags[-1]), strict=True)
-               for name, flag in zip(("OTHER", "MORE", "MASKED"), of, strict=True)},
-            COMPUTE=config.triton_compute,
-            num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
+    token_tiles = triton.cdiv(max(x.shape[2] for x in (q, k) if x is not None), config.tile.tokens)
+
+    def side(
+        x: Tensor, dx: Tensor, other: Tensor | None, dmarks: Tensor, more: Tensor | None, counts: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor | int, ...]:
+        dmarks, columns = dmarks.contiguous(), (x.shape[2] - prefix) // rows
+        more, other, mask_bn = dmarks if more is None else more.contiguous(), dx if other is None else other, mask_strides(mask)
+        return (
+            dx, other, dmarks, more, counts, dx if mask is None else mask,
+            *output_strides(dx), *output_strides(other), *mask_bn, columns,
         )  # fmt: skip
-    return tuple(results)
+
+    of_q = side(q, dq, dq_other, dq_marks, dq_marks_2, q_counts, q_mask)
+    of_k = side(k, dk, dk_other, dk_marks, dk_marks_2, k_counts, k_mask) if need_k else of_q
+    launch(
+        landmarks_backward_kernel,
+        (batch * num_heads * token_tiles, need_q + need_k),
+        *of_q, *of_k, 0 if need_q else 1, token_tiles, cos, sin, angle_h, num_heads, prefix, rows, mark_rows, mark_columns,
+        D=width, BLOCK_D=padded(width), BLOCK_N=config.tile.tokens,
+        ROTARY=rotary, INTERLEAVED=interleaved, ADAPTIVE=adaptive,
+        Q_OTHER=dq_other is not None, Q_MORE=dq_marks_2 is not None, Q_MASKED=q_mask is not None,
+        K_OTHER=dk_other is not None, K_MORE=dk_marks_2 is not None, K_MASKED=k_mask is not None,
+        COMPUTE=config.triton_compute,
+        num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return dq, dk

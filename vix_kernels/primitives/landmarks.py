@@ -168,7 +168,8 @@ landmarks_forward = register(
     triton="landmarks.landmarks_forward",
     fake=_fake_forward,
 )
-# The gradients of the landmarks may come in two parts, whose sum counts; dq_other and dk_other are added to those of the tokens.
+# What an attention adds up anyway is added here, on the way: the gradients of landmarks may come in two parts, and those that
+# tokens have from elsewhere are dq_other and dk_other.
 landmarks_backward = register(
     "landmarks_backward(Tensor? dq_other, Tensor? dk_other, Tensor dq_marks, Tensor? dq_marks_2, Tensor? dk_marks, "
     f"Tensor? dk_marks_2, {_PROBLEM}, Tensor q_counts, Tensor? k_counts, bool need_q, bool need_k, str backend)"

@@ -19,12 +19,6 @@ from .layout import accumulator
 from .tiled import _groups, _read, _Rope, _wide
 
 
-def longest_window(size: int, count: int, adaptive: bool) -> int:
-    """The most tokens that one of `count` windows has along an axis of `size` tokens."""
-    rest = size % count
-    return -(-size // count) + int(adaptive and rest > 0 and count % rest > 0)
-
-
 def landmarks_forward(
     q: Tensor,
     k: Tensor | None,
@@ -114,12 +108,13 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
     if size == count:
         return x
     short, longer = divmod(size, count)
-    if adaptive and longer:
-        window = torch.arange(count, device=x.device)[:, None]
-        at = window * size // count + torch.arange(longest_window(size, count, True), device=x.device)
-        beyond = at >= ((window + 1) * size + count - 1) // count
-        taken = x.index_select(axis, at.clamp(max=size - 1).flatten()).unflatten(axis, tuple(at.shape))
-        return taken.masked_fill_(beyond.view(*at.shape, *[1] * (-1 - axis)), 0).sum(axis)
+    if adaptive and longer:  # short + 1 tokens in each window, and one more in some
+        window = torch.arange(count, device=x.device)
+        first, last = window * size // count, ((window + 1) * size - 1) // count
+        common = first[:, None] + torch.arange(short + 1, device=x.device)
+        sums = x.index_select(axis, common.flatten()).unflatten(axis, tuple(common.shape)).sum(axis)
+        no_more = (last < first + short + 1).view(-1, *[1] * (-1 - axis))
+        return sums.add_(x.index_select(axis, last).masked_fill_(no_more, 0))
     split = (count - longer) * short
     sums = x.narrow(axis, 0, split).unflatten(axis, (-1, short)).sum(axis)
     if not longer:
@@ -131,11 +126,12 @@ def _spread(marks: Tensor, axis: int, adaptive: bool, out: Tensor) -> None:
     """To each token along a (negative) axis of out the sum of the windows that it lies in."""
     size, count = out.shape[axis], marks.shape[axis]
     short, longer = divmod(size, count)
-    if adaptive and longer:
-        token = torch.arange(size, device=marks.device)
-        first, last = token * count // size, ((token + 1) * count - 1) // size
-        single = (first == last).view(-1, *[1] * (-1 - axis))
-        torch.add(marks.index_select(axis, first), marks.index_select(axis, last).masked_fill_(single, 0), out=out)
+    if adaptive and longer:  # the last window of each token, and the one before of those that end one and begin the next
+        token, window = (torch.arange(each, device=marks.device) for each in (size, count))
+        out.copy_(marks.index_select(axis, ((token + 1) * count - 1) // size))
+        end = ((window + 1) * size - 1) // count
+        single = (((end + 1) * count - 1) // size == window).view(-1, *[1] * (-1 - axis))
+        out.index_copy_(axis, end, out.index_select(axis, end).add_(marks.masked_fill(single, 0)))
         return
     split = (count - longer) * short
     for start, length, windows in (

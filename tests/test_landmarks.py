@@ -1,0 +1,157 @@
+"""What is particular to landmark means; the registry's suite covers the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import DEVICE
+from vix_kernels import backends, rope_axial, rope_mixed
+from vix_kernels.primitives.landmarks import landmarks, landmarks_backward, landmarks_reference
+from vix_kernels.primitives.rotate import rotate_reference
+
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not backends.triton_installed(), reason="no triton"))]
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("size, count", [(12, 4), (13, 4), (11, 4), (7, 7), (9, 5), (5, 1), (40, 2)])
+def test_segments_are_a_partition(backend: str, size: int, count: int) -> None:
+    """A loop over the tokens, by the formula of the published code: each adds to one segment."""
+    x = tokens(1, 2, size, 8, dtype=torch.float32)
+    sums, members = torch.zeros(1, 2, count, 8, device=DEVICE), [0] * count
+    short = size // count
+    split = (count * (short + 1) - size) * short
+    for token in range(size):
+        of = token // short if token < split else split // short + (token - split) // (short + 1)
+        sums[:, :, of] += x[:, :, token]
+        members[of] += 1
+    marks, counts = landmarks(x, mark_columns=count, backend=backend)
+    assert counts.tolist() == [members] and sum(members) == size and {short, short + 1} >= set(members)
+    assert members == sorted(members)
+    torch.testing.assert_close(marks, sums / torch.tensor(members, device=DEVICE)[:, None])
+
+
+@pytest.mark.parametrize("rows, columns, mark_rows, mark_columns", [(5, 7, 3, 4), (6, 6, 3, 2), (7, 5, 7, 3), (1, 23, 1, 9)])
+def test_adaptive_windows_are_those_of_torch(backend: str, rows: int, columns: int, mark_rows: int, mark_columns: int) -> None:
+    """Outputs and gradients, with two tokens in front."""
+    x, cotangent = tokens(2, 2, 2 + rows * columns, 8, dtype=torch.float32), tokens(2, 2, 2 + mark_rows * mark_columns, 8)
+    x.requires_grad_()
+    images = x[:, :, 2:].mT.unflatten(-1, (rows, columns)).flatten(0, 1)
+    pooled = torch.nn.functional.adaptive_avg_pool2d(images, (mark_rows, mark_columns))
+    expected = torch.cat([x[:, :, :2], pooled.flatten(-2).unflatten(0, (2, 2)).mT], 2)
+    grid = dict(prefix=2, rows=rows, mark_rows=mark_rows, mark_columns=mark_columns)
+    marks, _ = landmarks(x, **grid, adaptive=True, backend=backend)
+    torch.testing.assert_close(marks, expected)
+    (dx,) = torch.autograd.grad(marks, x, cotangent.float())
+    torch.testing.assert_close(dx, *torch.autograd.grad(expected, x, cotangent.float()))
+
+
+def test_segments_of_a_grid_are_those_of_its_axes(backend: str) -> None:
+    x = tokens(1, 1, 1 + 5 * 7, 8, dtype=torch.float32)
+    marks, counts = landmarks(x, prefix=1, rows=5, mark_rows=2, mark_columns=3, backend=backend)
+    image = x[0, 0, 1:].unflatten(0, (5, 7))
+    cells = [image[up, along] for up in (slice(2), slice(2, 5)) for along in (slice(2), slice(2, 4), slice(4, 7))]
+    torch.testing.assert_close(marks[0, 0], torch.stack([x[0, 0, 0], *(cell.mean((0, 1)) for cell in cells)]))
+    assert counts.tolist() == [[1, *(cell[..., 0].numel() for cell in cells)]]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_masked_tokens_do_not_count(backend: str, adaptive: bool) -> None:
+    """Masks of q and k differ, tokens that take no part hold NaN, and one landmark has none that does."""
+    q, k = (tokens(2, 2, 13, 8, dtype=torch.float32) + i for i in range(2))
+    q_mask = torch.tensor([[1, 0, 1, 1, 0, 0, 0, 0, 0, 1, 0, 1, 1], [1] * 13], dtype=torch.bool, device=DEVICE)
+    k_mask = q_mask.flip(0, 1)
+    for x, mask in ((q, q_mask), (k, k_mask)):
+        x.masked_fill_(~mask[:, None, :, None], float("nan")).requires_grad_()
+    q_marks, k_marks, q_counts, k_counts = landmarks(
+        q, k, mark_columns=5, adaptive=adaptive, q_mask=q_mask, k_mask=k_mask, backend=backend
+    )
+    spans = [(0, 3), (2, 6), (5, 8), (7, 11), (10, 13)] if adaptive else [(0, 2), (2, 4), (4, 7), (7, 10), (10, 13)]
+    assert q_counts[0, 2] == 0
+    ones = [torch.ones_like(q_marks)] * 2
+    dq, dk = torch.autograd.grad((q_marks, k_marks), (q, k), ones)
+    for x, mask, marks, counts, dx in ((q, q_mask, q_marks, q_counts, dq), (k, k_mask, k_marks, k_counts, dk)):
+        shares = torch.zeros(2, 13, device=DEVICE)
+        for j, (first, last) in enumerate(spans):
+            for sample in range(2):
+                taken = [token for token in range(first, last) if mask[sample, token]]
+                assert counts[sample, j] == len(taken)
+                expected = x[sample, :, taken].mean(1) if taken else torch.zeros(2, 8, device=DEVICE)
+                torch.testing.assert_close(marks[sample, :, j], expected)
+                shares[sample, taken] += 1 / max(1, len(taken))
+        torch.testing.assert_close(dx, shares[:, None, :, None].expand_as(dx))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_nan_stays_in_its_window(backend: str, adaptive: bool) -> None:
+    x = tokens(1, 1, 1 + 5 * 7, 8, dtype=torch.float32)
+    x[0, 0, 1 + 2 * 7 + 2, 3] = float("nan")  # row 2, column 2
+    marks, _ = landmarks(x, prefix=1, rows=5, mark_rows=2, mark_columns=3, adaptive=adaptive, backend=backend)
+    hit = marks.isnan()
+    assert not hit[..., [0, 1, 2, 4, 5, 6, 7]].any()
+    reached = [1 + 3 * up + along for up in ([0, 1] if adaptive else [1]) for along in ([0, 1] if adaptive else [1])]
+    assert hit[0, 0, :, 3].nonzero().flatten().tolist() == reached
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_means_are_those_of_rotated_tokens(backend: str, layout: str) -> None:
+    q, k = (tokens(1, 2, 1 + 4 * 6, 16, dtype=torch.float32) * (1 + i) for i in range(2))
+    rope = rope_axial(4, 6, 16, layout=layout, prefix_tokens=1, device=DEVICE)
+    grid = dict(prefix=1, rows=4, mark_rows=2, mark_columns=3)
+    marks = landmarks(q, k, **grid, **rope.tables, backend=backend)
+    rotated = (rotate_reference(x, rope.cos, rope.sin, rope.interleaved) for x in (q, k))
+    torch.testing.assert_close(marks, landmarks(*rotated, **grid, backend=backend))
+
+
+def test_learned_angles_take_the_gradient_of_both(backend: str) -> None:
+    dtype = torch.float32 if backend == "triton" and DEVICE == "cuda" else torch.float64
+    frequencies = tokens(2, 2, 8, dtype=dtype).requires_grad_()
+    q, k = (tokens(2, 2, 1 + 4 * 6, 16, dtype=dtype) * (1 + i) for i in range(2))
+    q_mask = torch.rand(2, 25, generator=torch.Generator().manual_seed(0)).to(DEVICE) > 0.3
+    rope = rope_mixed(4, 6, frequencies, prefix_tokens=1)
+    options = dict(prefix=1, rows=4, mark_rows=2, mark_columns=3, q_mask=q_mask)
+
+    def gradient(marks: tuple[Tensor, ...]) -> Tensor:
+        (grad,) = torch.autograd.grad(marks[0].square().sum() + marks[1].pow(3).sum(), frequencies, retain_graph=True)
+        return grad
+
+    expected = gradient(landmarks_reference(q, k, cos=rope.angles.cos(), sin=rope.angles.sin(), **options))
+    torch.testing.assert_close(gradient(landmarks(q, k, **rope.tables, **options, backend=backend)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_adds_parts_and_what_came_before(backend: str, dtype: torch.dtype) -> None:
+    """The operator, as an attention calls it: two parts in two dtypes, on top of the gradients of other paths."""
+    q, k = tokens(2, 2, 19, 16, dtype=dtype), tokens(2, 2, 30, 16, dtype=dtype)
+    dq_other, dk_other = tokens(2, 19, 2, 16, dtype=dtype).transpose(1, 2), tokens(2, 2, 30, 16, dtype=dtype)
+    parts = tokens(2, 2, 6, 16, dtype=torch.float32), tokens(2, 2, 6, 16, dtype=dtype)
+    grid = False, 1, 1, 1, 5, False
+    counts = landmarks(q, k, prefix=1, mark_columns=5, backend=backend)[2:]
+
+    def call(*, q_parts: tuple, k_parts: tuple, others: tuple = (None, None), need_q: bool = True) -> tuple[Tensor, Tensor]:
+        return landmarks_backward(
+            *others, *q_parts, *k_parts, q, k, None, None, None, None, *grid, *counts, need_q, True, backend
+        )
+
+    whole = (parts[0] + parts[1], None)
+    alone = [call(q_parts=whole, k_parts=whole)[side].float() for side in range(2)]
+    dq, dk = call(q_parts=parts, k_parts=parts[::-1], others=(dq_other, dk_other))
+    assert dq.dtype == dk.dtype == dtype
+    tolerance = dict(atol=2 * torch.finfo(dtype).eps, rtol=2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(dq.float(), alone[0] + dq_other.float(), **tolerance)
+    torch.testing.assert_close(dk.float(), alone[1] + dk_other.float(), **tolerance)
+    none, only = call(q_parts=parts, k_parts=parts[::-1], others=(dq_other, dk_other), need_q=False)
+    assert none.numel() == 0 and torch.equal(only, dk)
+
+
+def test_long_windows_are_summed_in_float32(backend: str) -> None:
+    """A thousand tokens in bfloat16 each: a running sum in 16 bits would stop growing."""
+    x = torch.full((1, 1, 2001, 16), 1.0, device=DEVICE, dtype=torch.bfloat16)
+    marks, counts = landmarks(x, mark_columns=2, backend=backend)
+    assert counts.tolist() == [[1000, 1001]] and (marks == 1).all()
