@@ -90,11 +90,13 @@ class _Project(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dkeys, dvalues):
-        _, _, k, _, mask, cos, _ = ctx.saved_tensors
+        key_projection, value_projection, k, v, mask, cos, sin = ctx.saved_tensors
         need_key_projection, need_value_projection, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
         needs = need_key_projection, need_value_projection, need_k or need_angles, need_v
         dkeys, dvalues = unit_last_stride(dkeys), unit_last_stride(dvalues)
-        grads = project_backward(dkeys, dvalues, *ctx.saved_tensors, ctx.interleaved, *needs, ctx.backend)
+        grads = project_backward(
+            dkeys, dvalues, key_projection, value_projection, k, v, mask, cos, sin, ctx.interleaved, *needs, ctx.backend
+        )
         grads = [x if need else None for x, need in zip(grads, needs, strict=True)]
         dangles = angle_gradient(k, grads[2], mask, cos, ctx.interleaved, ctx.backend) if need_angles else None
         return *grads, None, None, None, dangles, None, None
@@ -186,9 +188,7 @@ def _add_products(total: Tensor, rows: Tensor, grads: Tensor, group: Group) -> N
 def _fake_forward(key_projection, value_projection, k, v, mask, cos, sin, interleaved, backend):
     batch, heads, _, width = k.shape
     slots = key_projection.shape[2]
-    return k.new_empty(batch, heads, slots, width), v.new_empty(
-        batch, heads, slots, v.shape[3], dtype=accumulator(v.dtype)
-    )
+    return k.new_empty(batch, heads, slots, width), v.new_empty(batch, heads, slots, v.shape[3], dtype=accumulator(v.dtype))
 
 
 def _fake_backward(
@@ -196,7 +196,8 @@ def _fake_backward(
     need_key_projection, need_value_projection, need_k, need_v, backend,
 ):  # fmt: skip
     de, df = (
-        key_projection.new_empty(key_projection.shape if need else (0,)) for need in (need_key_projection, need_value_projection)
+        key_projection.new_empty(key_projection.shape if need else (0,))
+        for need in (need_key_projection, need_value_projection)
     )
     dk = empty_output(k, k.shape[3], backend) if need_k else k.new_empty(0)
     return de, df, dk, empty_output(v, v.shape[3], backend) if need_v else v.new_empty(0)

@@ -44,7 +44,7 @@ CASES = (
 
 def _token_projection(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
     """As the module draws it, give or take: float32, entries of about K^-0.5, and rows that a shorter sequence leaves over."""
-    shape = (case.heads,) * case.per_head + (case.tokens + 3, case.features)
+    shape = (case.heads,) * case.per_head + (case.tokens + 2, case.features)
     return tensor(*shape, dtype=torch.promote_types(tokens.dtype, torch.float32), scale=case.features**-0.5)
 
 
