@@ -33,7 +33,7 @@ MOVE_CASES = (
 CASES = (
     Case("plain"),
     Case("packed", packed=True),
-    Case("one_slot", features=1, tokens=20),
+    Case("two_slots", features=2, tokens=20),
     Case("widest", batch=1, heads=1, width=256, tokens=18, features=18),
     Case("fewer_queries", queries=19),
     Case("masked", masked=True),
