@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import backends
+from .ops.agent import agent_attention
 from .ops.checks import autocast
 from .ops.linear import check_feature_map, linear_attention
 from .ops.nystrom import check_nystrom, nystrom_attention

@@ -5,7 +5,18 @@ from .broadcast import broadcast
 from .landmarks import landmarks
 from .linear import linear_aggregate, linear_broadcast
 from .pinv import pinv
+from .project import project
 from .rotate import rotate
 from .token_conv import token_conv
 
-__all__ = ["aggregate", "broadcast", "landmarks", "linear_aggregate", "linear_broadcast", "pinv", "rotate", "token_conv"]
+__all__ = [
+    "aggregate",
+    "broadcast",
+    "landmarks",
+    "linear_aggregate",
+    "linear_broadcast",
+    "pinv",
+    "project",
+    "rotate",
+    "token_conv",
+]

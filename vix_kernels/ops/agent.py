@@ -1,0 +1,119 @@
+"""Agent attention (Han et al., Agent Attention, arXiv 2312.08874).
+
+    out = softmax(scale q a^T) softmax(scale a k^T) v                                            equation 4 of the paper
+
+The agents are slots that first read the tokens and then answer the queries, with equal shares for all of them:
+
+    values, _ = aggregate(a, k, v)        out = broadcast(q, a, values)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..primitives import aggregate, broadcast
+from .checks import autocast, check_mask, check_qkv, check_scale, dtype_name
+from .rope import Rope, apply_rope_reference, check_rope
+
+
+def agent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    *,
+    scale: float | None = None,
+    agent_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    rope: Rope | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention in two steps, through agents between the queries and the keys.
+
+    Args:
+        q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Any strides with a unit last one.
+        k: (batch, heads, tokens, head_dim).
+        v: (batch, heads, tokens, value_dim).
+        agents: (batch, heads, A, head_dim) in q's dtype, such as pooled queries. They are never rotated.
+        scale: > 0, default head_dim ** -0.5; of both softmaxes.
+        agent_mask: bool (batch, A), True = the agent takes part. A query without any agent returns 0.
+        key_padding_mask: bool (batch, tokens), True = the token takes part. A query without any valid key returns 0.
+        rope: rotary embedding of q and k, applied inside the kernels; needs as many queries as tokens.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, agents and rope.angles.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what was expected and what came.
+        RuntimeError: backend="triton" cannot run here; the message lists every reason.
+    """
+    q, k, v, agents = autocast(q, k, v, agents)
+    check_qkv(q, k, v)
+    check_mask(key_padding_mask, k)
+    check_rope(rope, q, k)
+    check_agents(agents, agent_mask, q)
+    scale = check_scale(scale, q.shape[3])
+    backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
+    options = dict(scale=scale, agent_mask=agent_mask, key_padding_mask=key_padding_mask, rope=rope)
+    if backend == "reference":
+        return agent_attention_reference(q, k, v, agents, **options)
+    rotary = {} if rope is None else rope.tables
+    values, _ = aggregate(agents, k, v, scale=scale, mask=key_padding_mask, backend=backend, **rotary)
+    bias = None
+    if agent_mask is not None:
+        bias = torch.where(agent_mask, 0.0, float("-inf")).to(values.dtype)[:, None].expand(values.shape[:3])
+    return broadcast(q, agents, values, bias, scale=scale, backend=backend, **rotary)
+
+
+def agent_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    *,
+    scale: float,
+    agent_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    rope: Rope | None = None,
+) -> Tensor:
+    """The equation with both matrices of weights in memory, in plain PyTorch; any device, any transform."""
+    if key_padding_mask is not None:
+        taken = key_padding_mask[:, None, :, None]
+        k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
+    if rope is not None:
+        q, k = apply_rope_reference(q, k, rope)
+    values = _softmax(scale * agents @ k.mT, key_padding_mask) @ v
+    return _softmax(scale * q @ agents.mT, agent_mask) @ values
+
+
+def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Over the columns (batch, M) that take part; zeros where none does."""
+    if mask is None:
+        return logits.softmax(-1)
+    taken, some = mask[:, None, None], mask.any(-1)[:, None, None, None]
+    return torch.where(some, torch.where(taken | ~some, logits, float("-inf")).softmax(-1), 0.0)
+
+
+def check_agents(agents: Tensor, mask: Tensor | None, q: Tensor) -> None:
+    """agents (B, H, A, D) of q's dtype, and bool (B, A) which of them take part."""
+    batch, heads, _, width = q.shape
+    if not isinstance(agents, Tensor):
+        raise TypeError(f"agents: expected a Tensor, got {type(agents).__name__}")
+    if agents.dim() != 4 or agents.shape[2] == 0 or (*agents.shape[:2], agents.shape[3]) != (batch, heads, width):
+        expected = f"({batch}, {heads}, A, {width})"
+        raise ValueError(f"agents: expected shape (batch, heads, A, head_dim) = {expected}, got {tuple(agents.shape)}")
+    if agents.dtype != q.dtype:
+        raise TypeError(f"agents: expected q's dtype {dtype_name(q.dtype)}, got {dtype_name(agents.dtype)}")
+    if agents.device != q.device:
+        raise ValueError(f"agents: expected q's device {q.device}, got {agents.device}")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"agent_mask: expected dtype bool (True = takes part), got {dtype_name(mask.dtype)}")
+    if tuple(mask.shape) != (batch, agents.shape[2]):
+        raise ValueError(f"agent_mask: expected shape (batch, A) = {(batch, agents.shape[2])}, got {tuple(mask.shape)}")
+    if mask.device != q.device:
+        raise ValueError(f"agent_mask: expected q's device {q.device}, got {mask.device}")

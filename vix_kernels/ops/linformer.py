@@ -1,0 +1,115 @@
+"""Linformer attention (Wang et al., Linformer: Self-Attention with Linear Complexity, arXiv 2006.04768).
+
+    out = softmax(scale q K^T) V,    K = E^T k,    V = F^T v                                    equation 7 of the paper
+
+The learned projections E and F take the N tokens to K slots, which the queries then read:
+
+    keys, values = project(k, v, E, F)        out = broadcast(q, keys, values)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..primitives import broadcast, project
+from .checks import autocast, check_mask, check_qkv, check_scale, dtype_name
+from .rope import Rope, apply_rope_reference, check_rope
+
+
+def linformer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_projection: Tensor,
+    value_projection: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    rope: Rope | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention to K learned combinations of the tokens.
+
+    Args:
+        q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Any strides with a unit last one.
+        k: (batch, heads, tokens, head_dim).
+        v: (batch, heads, tokens, value_dim).
+        key_projection: E, (tokens, K), or (heads, tokens, K), float32 or in q's dtype. It may have more rows than there are
+            tokens: the first ones serve a shorter sequence.
+        value_projection: F, of key_projection's shape and dtype; None: the key projection.
+        scale: > 0, default head_dim ** -0.5.
+        key_padding_mask: bool (batch, tokens), True = the token takes part: the others are left out of the sums, as if the
+            sequence had zeros there. A query without any valid key returns 0.
+        rope: rotary embedding of q, and of k before it is projected, applied inside the kernels; needs as many queries as
+            tokens.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, both projections and rope.angles.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what was expected and what came.
+        RuntimeError: backend="triton" cannot run here; the message lists every reason.
+    """
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v)
+    check_mask(key_padding_mask, k)
+    check_rope(rope, q, k)
+    key_projection = check_token_projection("key_projection", key_projection, k)
+    if value_projection is not None:
+        value_projection = check_token_projection("value_projection", value_projection, k)
+        for name in ("shape", "dtype"):
+            ours, theirs = getattr(value_projection, name), getattr(key_projection, name)
+            if ours != theirs:
+                raise ValueError(f"value_projection: expected key_projection's {name} {theirs}, got {ours}")
+    scale = check_scale(scale, q.shape[3])
+    backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
+    if backend == "reference":
+        return linformer_attention_reference(
+            q, k, v, key_projection, value_projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope
+        )
+    rotary = {} if rope is None else rope.tables
+    keys, values = project(k, v, key_projection, value_projection, mask=key_padding_mask, backend=backend, **rotary)
+    return broadcast(q, keys, values, scale=scale, backend=backend, **rotary)
+
+
+def linformer_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_projection: Tensor,
+    value_projection: Tensor | None = None,
+    *,
+    scale: float,
+    key_padding_mask: Tensor | None = None,
+    rope: Rope | None = None,
+) -> Tensor:
+    """The equation with all N x K weights in memory, in plain PyTorch; any device, any transform."""
+    if key_padding_mask is not None:
+        taken = key_padding_mask[:, None, :, None]
+        k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
+    if rope is not None:
+        q, k = apply_rope_reference(q, k, rope)
+    e = key_projection[..., : k.shape[2], :].to(k.dtype)
+    f = e if value_projection is None else value_projection[..., : v.shape[2], :].to(v.dtype)
+    return (scale * q @ (e.mT @ k).mT).softmax(-1) @ (f.mT @ v)
+
+
+def check_token_projection(name: str, projection: Tensor, k: Tensor) -> Tensor:
+    """A projection of k's tokens as (heads or 1, tokens, K)."""
+    if not isinstance(projection, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(projection).__name__}")
+    if projection.dim() not in (2, 3) or projection.shape[-1] == 0:
+        raise ValueError(f"{name}: expected shape (tokens, K) or (heads, tokens, K), got {tuple(projection.shape)}")
+    if projection.dtype not in (torch.float32, k.dtype):
+        raise TypeError(f"{name}: expected float32 or q's dtype {dtype_name(k.dtype)}, got {dtype_name(projection.dtype)}")
+    if projection.dim() == 3 and projection.shape[0] != k.shape[1]:
+        raise ValueError(f"{name}: expected q's {k.shape[1]} heads, got {projection.shape[0]}")
+    if projection.shape[-2] < k.shape[2]:
+        raise ValueError(f"{name}: expected at least k's {k.shape[2]} rows, got {projection.shape[-2]}")
+    if projection.device != k.device:
+        raise ValueError(f"{name}: expected q's device {k.device}, got {projection.device}")
+    projection = projection[..., : k.shape[2], :].to(torch.promote_types(projection.dtype, k.dtype))
+    return projection[None] if projection.dim() == 2 else projection

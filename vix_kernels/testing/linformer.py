@@ -1,0 +1,87 @@
+"""Linformer attention, with two projections, and its linear move, with one for both keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.linformer import linformer_attention, linformer_attention_reference
+from ..primitives.project import project, project_reference
+from .problem import (
+    Case,
+    OpSpec,
+    aggregate_flops,
+    broadcast_exps,
+    broadcast_flops,
+    exact_scale,
+    make_mask,
+    make_qkv,
+    make_rope,
+    make_tables,
+)
+
+MOVE_CASES = (
+    Case("plain"),
+    Case("one_token", tokens=1),
+    Case("odd_width", width=24, value_width=40),
+    Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, masked=True),
+)
+CASES = (
+    Case("plain"),
+    Case("packed", packed=True),
+    Case("two_slots", features=2, tokens=20),
+    Case("widest", batch=1, heads=1, width=256, tokens=18, features=18),
+    Case("fewer_queries", queries=19),
+    Case("masked", masked=True),
+    Case("per_head", per_head=True, value_width=8),
+    Case("rope_half", rope="half"),
+)
+
+
+def _token_projection(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+    """As the module draws it, give or take: float32, entries of about K^-0.5, and rows that a shorter sequence leaves over."""
+    shape = (case.heads,) * case.per_head + (case.tokens + 2, case.features)
+    return tensor(*shape, dtype=torch.promote_types(tokens.dtype, torch.float32), scale=case.features**-0.5)
+
+
+def _linformer(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    qkv = make_qkv(case, tensor)
+    projections = {f"{name}_projection": _token_projection(case, tensor, qkv["k"]) for name in ("key", "value")}
+    mask, rope = make_mask(case, qkv["k"], qkv["v"]), make_rope(case, qkv["k"].device)
+    return qkv | projections, dict(scale=exact_scale(case), key_padding_mask=mask, rope=rope)
+
+
+def _project(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    qkv = make_qkv(case, tensor)
+    k, v = qkv["k"], qkv["v"]
+    projection = _token_projection(replace(case, per_head=True), tensor, k)[:1, : case.tokens]
+    return {"k": k, "v": v, "key_projection": projection}, dict(mask=make_mask(case, k, v), **make_tables(case, k.device))
+
+
+LINFORMER = OpSpec(
+    name="linformer_attention",
+    function=linformer_attention,
+    reference=linformer_attention_reference,
+    build=_linformer,
+    differentiable=("q", "k", "v", "key_projection", "value_projection"),
+    batched=("q", "k", "v", "key_padding_mask"),
+    cases=CASES,
+    flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
+    exps=broadcast_exps,
+    backward=2.25,  # each product of the linear move makes two, those of the softmax the logits again and four gradients
+)
+PROJECT = OpSpec(
+    name="project",
+    function=project,
+    reference=project_reference,
+    build=_project,
+    differentiable=("k", "v", "key_projection"),
+    batched=("k", "v", "mask"),
+    cases=MOVE_CASES,
+    flops=aggregate_flops,
+)
+SPECS = (LINFORMER, PROJECT)
