@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from vix_kernels.nn import Attention, PerformerAttention
+from vix_kernels.nn import Attention, FourierMixing, LinformerAttention, NystromAttention, PerformerAttention
 
 from .transformer import ConvStem, VisionTransformer, check_counts
 
@@ -23,26 +23,72 @@ __all__ = ["VisionTransformer", "create_model", "list_models"]
 
 def vit(**kwargs: Any) -> VisionTransformer:
     """Softmax attention."""
-    return VisionTransformer(lambda layer, *args, **kw: Attention(*args, **kw), **kwargs)
+    return VisionTransformer(_mixer(Attention), **kwargs)
 
 
 def vip(*, num_features: int | None = None, qkv_bias: bool = True, **kwargs: Any) -> VisionTransformer:
     """Performer: FAVOR+ attention with `num_features` random features, drawn anew for each layer."""
-
     if num_features is not None:
         check_counts(num_features=num_features)
 
-    def attention(layer: int, *args: Any, **kw: Any) -> nn.Module:
-        return PerformerAttention(*args, num_features=num_features, seed=layer, **kw)
+    def attention(layer: int, dim: int, grid: tuple[int, int], prefix_tokens: int, **options: Any) -> nn.Module:
+        return PerformerAttention(dim, num_features=num_features, seed=layer, **options)
 
     return VisionTransformer(attention, qkv_bias=qkv_bias, **kwargs)
 
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {
-    "vit": vit,
-    "vip": vip,
-    "hybrid_vit": partial(vit, stem=ConvStem),
-    "hybrid_vip": partial(vip, stem=ConvStem),
+def vin(
+    *, num_landmarks: int = 64, landmarks: str = "segment", residual_conv_kernel: int = 33, **kwargs: Any
+) -> VisionTransformer:
+    """Nystromformer: attention through `num_landmarks` means of segments, or of cells of the "grid", and a convolution of v.
+
+    On the grid the class token is a landmark of its own.
+    """
+    check_counts(num_landmarks=num_landmarks)
+
+    def attention(layer: int, dim: int, grid: tuple[int, int], prefix_tokens: int, **options: Any) -> nn.Module:
+        cells = dict(grid_size=grid, prefix_tokens=prefix_tokens) if landmarks == "grid" else {}
+        return NystromAttention(
+            dim, num_landmarks=num_landmarks, landmarks=landmarks, residual_conv_kernel=residual_conv_kernel, **cells, **options
+        )
+
+    return VisionTransformer(attention, **kwargs)
+
+
+def vil(*, num_landmarks: int = 64, share_kv: bool = True, **kwargs: Any) -> VisionTransformer:
+    """Linformer: keys and values are projected along the tokens to `num_landmarks`, by one projection or, not share_kv, two."""
+    check_counts(num_landmarks=num_landmarks)
+
+    def attention(layer: int, dim: int, grid: tuple[int, int], prefix_tokens: int, **options: Any) -> nn.Module:
+        seq_len = prefix_tokens + grid[0] * grid[1]
+        return LinformerAttention(dim, seq_len=seq_len, num_landmarks=num_landmarks, share_kv=share_kv, **options)
+
+    return VisionTransformer(attention, **kwargs)
+
+
+def fnet(*, position: str = "learned", **kwargs: Any) -> VisionTransformer:
+    """FNet: Fourier mixing, scaled to keep the size of the tokens, which the published sums exceed some hundred times.
+
+    A rotary position has nothing to rotate and is refused.
+    """
+    if position.startswith("rope"):
+        raise ValueError(f"position: expected 'learned' or 'none' (the transform has no queries and keys), got {position!r}")
+
+    return VisionTransformer(_mixer(FourierMixing, norm="ortho"), position=position, **kwargs)
+
+
+def _mixer(kind: Callable[..., nn.Module], **fixed: Any) -> Callable[..., nn.Module]:
+    """One that neither its layer nor the token map changes."""
+
+    def mixer(layer: int, dim: int, grid: tuple[int, int], prefix_tokens: int, **options: Any) -> nn.Module:
+        return kind(dim, **fixed, **options)
+
+    return mixer
+
+
+_PLAIN: tuple[Callable[..., nn.Module], ...] = (vit, vip, vin, vil, fnet)
+_MODELS = {model.__name__: model for model in _PLAIN} | {
+    f"hybrid_{model.__name__}": partial(model, stem=ConvStem) for model in _PLAIN
 }
 
 

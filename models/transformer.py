@@ -132,8 +132,9 @@ class VisionTransformer(nn.Module):
     """A vision transformer; `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
     Args:
-        attention: makes the token mixer of one layer: `attention(layer, embed_dim, num_heads=, qkv_bias=, proj_drop=,
-            backend=)` returns a module that is called as `module(x, rope=rope)` with x (B, tokens, embed_dim).
+        attention: makes the token mixer of one layer: `attention(layer, embed_dim, grid, prefix_tokens, num_heads=,
+            qkv_bias=, proj_drop=, backend=)`, with the rows and columns of the token map and the tokens in front of it,
+            returns a module that is called as `module(x, rope=rope)` with x (B, tokens, embed_dim).
         stem: `PatchStem` or `ConvStem`.
         img_size: height and width, or one number for both; a multiple of `patch_size`.
         num_classes: 0 returns the pooled features.
@@ -209,7 +210,8 @@ class VisionTransformer(nn.Module):
 
         make = partial(attention, num_heads=num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop_rate, backend=backend)
         self.blocks = nn.ModuleList(
-            Block(embed_dim, make(layer, embed_dim), mlp_ratio, proj_drop_rate) for layer in range(depth)
+            Block(embed_dim, make(layer, embed_dim, grid, self.num_prefix_tokens), mlp_ratio, proj_drop_rate)
+            for layer in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim)
         self.head_drop = nn.Dropout(drop_rate)

@@ -61,7 +61,7 @@ def linformer(problem: Problem, case: Case) -> Call:
     from linformer import LinformerSelfAttention
 
     q, k = problem.tensors["q"], problem.tensors["k"]
-    peer = LinformerSelfAttention(case.heads * case.width, case.tokens, k=256, heads=case.heads).to(q.device)
+    peer = LinformerSelfAttention(case.heads * case.width, case.tokens, k=case.features, heads=case.heads).to(q.device)
     peer.to_q = peer.to_k = peer.to_v = peer.to_out = nn.Identity()  # its values are its keys: the arithmetic is the same
     return _autocast(peer, q), [_merged(x).detach().requires_grad_() for x in (q, k)]
 

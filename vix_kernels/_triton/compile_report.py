@@ -37,6 +37,7 @@ TABLE = Path(__file__).with_name("compile_report.csv")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 WIDTHS = (32, 64, 80, 128, 256)
 FEATURES = (16, 110, 266)
+LANDMARKS = (64, 128)  # at most 64 are inverted in registers
 # Dtypes and widths that the variants are compiled for as well: rotated, learned, projected.
 VARIANTS = {(torch.bfloat16, 32), (torch.bfloat16, 64)}
 BATCH, HEADS, TOKENS = 2, 4, 1024
@@ -80,17 +81,26 @@ def calls(width: int, dtype: torch.dtype, features: Iterable[int]) -> Iterator[C
     import vix_kernels as vix
 
     qkv = [torch.empty(BATCH, HEADS, TOKENS, width, dtype=dtype, requires_grad=True) for _ in range(3)]
-    performer, linear, rotated = (
-        partial(each, backend="triton") for each in (vix.performer_attention, vix.linear_attention, vix.apply_rope)
+    performer, linear, nystrom, rotated = (
+        partial(each, backend="triton")
+        for each in (vix.performer_attention, vix.linear_attention, vix.nystrom_attention, vix.apply_rope)
     )
+    weight = [torch.empty(HEADS, 1, 33, 1, requires_grad=True)]
+
+    def with_residual(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        return nystrom(q, k, v, conv_weight=weight, **options)
+
     for count in features:
         yield Call("performer", count, partial(performer, projection=torch.empty(count, width)), qkv)
     yield Call("linear", 0, linear, qkv)
+    for count in LANDMARKS:
+        yield Call("nystrom", count, partial(with_residual, num_landmarks=count), qkv + weight)
     if (dtype, width) not in VARIANTS:
         return
     rope = vix.rope_1d(TOKENS, width)
     for count in features:
         yield Call("performer+rope", count, partial(performer, projection=torch.empty(count, width), rope=rope), qkv)
+    yield Call("nystrom+rope", 64, partial(with_residual, rope=rope), qkv + weight)
     learned = [torch.empty(max(features), width, requires_grad=True)]
     yield Call("performer+learned", max(features), performer, qkv + learned)
     yield Call("linear+elu+rope", 0, partial(linear, feature_map="elu", rope=rope), qkv)

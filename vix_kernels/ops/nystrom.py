@@ -108,7 +108,7 @@ def nystrom_attention(
         q, k, v, pool=pool, pinv_iterations=pinv_iterations, pinv_init=pinv_init, conv_weight=conv_weight, scale=scale,
         key_padding_mask=mask, rope=rope, **({} if backend == "reference" else {"backend": backend}),
     )  # fmt: skip
-    return out[:, :, -queries:]
+    return out[:, :, -queries:] if landmarks == "pad_front" else out
 
 
 def nystrom_attention_reference(
