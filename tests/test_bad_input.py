@@ -9,6 +9,7 @@ from vix_kernels import (
     apply_rope,
     backends,
     linear_attention,
+    nystrom_attention,
     orthogonal_projection,
     performer_attention,
     rope_1d,
@@ -75,6 +76,61 @@ def test_linear_attention(wrong, kind, message) -> None:
     positional = [arguments.pop(name) for name in "qkv"]
     with pytest.raises(kind, match=message):
         linear_attention(*positional, **arguments)
+
+
+NYSTROM = {
+    "more landmarks than tokens": ({"num_landmarks": 9}, "num_landmarks: expected 1 to the 8 tokens, got 9"),
+    "more landmarks than tokens behind the prefix": (
+        {"num_landmarks": 7, "prefix_tokens": 2}, "num_landmarks: expected 1 to the 6 tokens behind the prefix, got 7"),
+    "no landmarks": ({"num_landmarks": 0}, "num_landmarks: expected 1 to the 8 tokens, got 0"),
+    "unknown landmarks": ({"landmarks": "random"}, "landmarks: expected one of 'segment', 'grid', 'pad_front', got 'random'"),
+    "grid without its size": (
+        {"landmarks": "grid"}, r"grid_size: expected \(height, width\) for landmarks='grid' and None else, got None"),
+    "size without a grid": ({"grid_size": (2, 4)}, r"grid_size: expected .*None else, got \(2, 4\)"),
+    "grid of other tokens": (
+        {"landmarks": "grid", "grid_size": (3, 3)}, r"grid_size: expected height \* width = 8 tokens, got \(3, 3\)"),
+    "grid of the prefix too": (
+        {"landmarks": "grid", "grid_size": (2, 4), "prefix_tokens": 1, "num_landmarks": 2},
+        r"grid_size: expected height \* width = 7 tokens behind the prefix, got \(2, 4\)"),
+    "landmarks that do not fit the grid": (
+        {"landmarks": "grid", "grid_size": (2, 4), "num_landmarks": 5},
+        "num_landmarks: expected a product of at most 2 rows and 4 columns of grid_size, got 5"),
+    "prefix of all tokens": ({"prefix_tokens": 8}, "prefix_tokens: expected 0 to 7 of 8 tokens, got 8"),
+    "prefix that is padded": (
+        {"landmarks": "pad_front", "prefix_tokens": 1}, "prefix_tokens: expected 0 for landmarks='pad_front', got 1"),
+    "negative iterations": ({"pinv_iterations": -1}, "pinv_iterations: expected an integer >= 0, got -1"),
+    "unknown start": ({"pinv_init": "newton"}, "pinv_init: expected one of 'exact', 'original', got 'newton'"),
+    "convolution of rank 2": (
+        {"conv_weight": torch.ones(2, 3)}, r"conv_weight: expected shape \(heads, 1, taps, 1\), got \(2, 3\)"),
+    "convolution of other heads": (
+        {"conv_weight": torch.ones(3, 1, 3, 1)}, "conv_weight: expected q's 2 heads, got 3"),
+    "even taps": ({"conv_weight": torch.ones(2, 1, 4, 1)}, "conv_weight: expected an odd number of taps, got 4"),
+    "convolution of integers": (
+        {"conv_weight": torch.ones(2, 1, 3, 1, dtype=torch.int64)}, "conv_weight: expected a floating dtype .*, got int64"),
+    "convolution and unequal lengths": (
+        {"conv_weight": torch.ones(2, 1, 3, 1), "q": torch.randn(2, 2, 5, 16)},
+        "conv_weight: expected as many queries as tokens, got 5 and 8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong, message", NYSTROM.values(), ids=NYSTROM)
+def test_nystrom_attention_of_landmarks(wrong, message) -> None:
+    arguments = tensors() | dict(num_landmarks=4) | wrong
+    del arguments["projection"]
+    positional = [arguments.pop(name) for name in "qkv"]
+    with pytest.raises(ValueError, match=message):
+        nystrom_attention(*positional, **arguments)
+
+
+@pytest.mark.parametrize("wrong, kind, message", PERFORMER.values(), ids=PERFORMER)
+def test_nystrom_attention(wrong, kind, message) -> None:
+    if "projection" in wrong:
+        pytest.skip("Nystrom attention has no projection")
+    arguments = tensors() | dict(num_landmarks=4) | wrong
+    del arguments["projection"]
+    positional = [arguments.pop(name) for name in "qkv"]
+    with pytest.raises(kind, match=message):
+        nystrom_attention(*positional, **arguments)
 
 
 def test_an_unknown_option_is_refused() -> None:
