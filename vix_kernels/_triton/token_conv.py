@@ -14,7 +14,7 @@ from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .configs import LaunchConfig, launch_config
 from .launch import launch
 from .layout import mask_strides, output_strides, padded, token_strides
-from .tiles import cast, dot, load_tile, row_products, store_tile
+from .tiles import cast, dot, load_tile, store_tile
 
 
 @triton.jit
@@ -109,19 +109,22 @@ def token_conv_backward_kernel(
             store_tile(b_dv, dv, first + o_n, dv_n, inside, E, BLOCK_E, 0, True)
 
     if NEED_WEIGHT:
+        COLUMNS: tl.constexpr = min(BLOCK_E, 64)
         o_t = tl.arange(0, BLOCK_T)
         b_dweight = tl.zeros((BLOCK_T,), COMPUTE)
         for offset in range(0, BLOCK_N + TAPS - 1, BLOCK_K):
             b_products = tl.zeros((BLOCK_N, BLOCK_K), COMPUTE)
             for first in range(begin, end, BLOCK_N):
                 valid = taking_part(first + o_n, begin, end, mask, mask_n, MASKED)
-                b_v = load_tile(v, first + o_n, v_n, valid, E, BLOCK_E, 0, True)
                 rows = first - TAPS // 2 + offset + tl.arange(0, BLOCK_K)
-                b_dout = load_tile(dout, rows, d_n, (rows >= 0) & (rows < N), E, BLOCK_E, 0, True)
-                b_products = row_products(b_v, b_dout, b_products, False, False, PRECISION)
-            column = o_n[:, None] + o_t[None, :] - offset
-            inside = (column >= 0) & (column < BLOCK_K)
-            b_diagonals = tl.gather(b_products, tl.where(inside, column, 0), 1)
+                exists = (rows >= 0) & (rows < N)
+                for column in range(0, E, COLUMNS):
+                    b_v = load_tile(v, first + o_n, v_n, valid, E, COLUMNS, 0, True, False, column)
+                    b_dout = load_tile(dout, rows, d_n, exists, E, COLUMNS, 0, True, False, column)
+                    b_products = dot(b_v, tl.trans(b_dout), b_products, PRECISION)
+            o_k = o_n[:, None] + o_t[None, :] - offset
+            inside = (o_k >= 0) & (o_k < BLOCK_K)
+            b_diagonals = tl.gather(b_products, tl.where(inside, o_k, 0), 1)
             b_dweight += tl.sum(tl.where(inside, b_diagonals, 0.0), 0)
         # As a convolution of the gradients, the taps come in reverse.
         tl.store(dweight + part * TAPS + TAPS - 1 - o_t, b_dweight, mask=o_t < TAPS)
