@@ -161,7 +161,7 @@ TABLE: dict[tuple[str, int, int], Tile] = {
     ("token_conv_backward", 16, 16): Tile(64, 64, 4, 1),
     ("token_conv_backward", 16, 32): Tile(64, 64, 8, 1),
     ("token_conv_backward", 16, 64): Tile(64, 64, 4, 1),
-    ("token_conv_backward", 16, 128): Tile(32, 64, 8, 1),
+    ("token_conv_backward", 16, 128): Tile(64, 64, 8, 1),
     ("token_conv_backward", 16, 256): Tile(64, 64, 8, 1),
     ("token_conv_forward", 32, 16): Tile(32, 32, 4, 1),
     ("token_conv_forward", 32, 32): Tile(32, 32, 4, 1),
@@ -197,6 +197,7 @@ _CDNA = {  # one stage and smaller tiles where the pipeline does not fit the reg
 }
 # What an architecture does better with. The table above is for all others.
 OVERRIDES: dict[str, dict[tuple[str, int, int], Tile]] = {
+    "sm_86": {("token_conv_backward", 16, 128): Tile(32, 64, 8, 1)},
     "sm_90": _WARP_GROUP
     | {
         ("aggregate_tokens", 16, 128): Tile(32, 64, 8, 2),

@@ -6,6 +6,8 @@ turned round, and that of the filter stands on the diagonals of the products bet
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -109,7 +111,7 @@ def token_conv_backward_kernel(
             store_tile(b_dv, dv, first + o_n, dv_n, inside, E, BLOCK_E, 0, True)
 
     if NEED_WEIGHT:
-        COLUMNS: tl.constexpr = min(BLOCK_E, 64)
+        COLUMNS: tl.constexpr = min(BLOCK_E, 64)  # whole float32 rows do not fit the registers
         o_t = tl.arange(0, BLOCK_T)
         b_dweight = tl.zeros((BLOCK_T,), COMPUTE)
         for offset in range(0, BLOCK_N + TAPS - 1, BLOCK_K):
@@ -153,9 +155,9 @@ def token_conv_backward(
     add = need_v and dv_other is not None
     other = unit_last_stride(dv_other) if add else v
     config = launch_config("token_conv_backward", v, width, weight)
-    # Long chunks only spare partial sums.
-    chunk, chunks = config.chunk(batch * num_heads, tokens)
-    if not need_weight:
+    if need_weight:
+        chunk, chunks = config.chunk(batch * num_heads, tokens)
+    else:  # nothing to sum over a chunk
         chunk, chunks = config.tile.tokens, triton.cdiv(tokens, config.tile.tokens)
     dv = empty_like_tokens(v, width) if need_v else v.new_empty(0)
     dweight = v.new_empty((batch, num_heads, chunks, taps) if need_weight else (0,), dtype=config.compute)
@@ -173,7 +175,7 @@ def token_conv_backward(
     return dv, dweight.sum_to_size(1, num_heads, 1, taps).view(weight.shape).to(weight.dtype)
 
 
-def _meta(config: LaunchConfig, v: Tensor, weight: Tensor, mask: Tensor | None) -> dict:
+def _meta(config: LaunchConfig, v: Tensor, weight: Tensor, mask: Tensor | None) -> dict[str, Any]:
     """The constexprs and options of both kernels."""
     width = v.shape[3]
     return dict(
