@@ -189,6 +189,27 @@ TABLE: dict[tuple[str, int, int], Tile] = {
     ("landmarks_backward", 32, 64): Tile(0, 32, 4, 1),
     ("landmarks_backward", 32, 128): Tile(0, 16, 4, 1),
     ("landmarks_backward", 32, 256): Tile(0, 8, 4, 1),
+    # What stands for slots is the part of a tile's window that one product takes.
+    ("token_conv_forward", 16, 16): Tile(64, 64, 4, 1),
+    ("token_conv_forward", 16, 32): Tile(64, 64, 4, 1),
+    ("token_conv_forward", 16, 64): Tile(64, 64, 4, 1),
+    ("token_conv_forward", 16, 128): Tile(64, 64, 8, 1),
+    ("token_conv_forward", 16, 256): Tile(64, 64, 8, 1),
+    ("token_conv_backward", 16, 16): Tile(64, 64, 4, 1),
+    ("token_conv_backward", 16, 32): Tile(64, 64, 8, 1),
+    ("token_conv_backward", 16, 64): Tile(64, 64, 4, 1),
+    ("token_conv_backward", 16, 128): Tile(64, 64, 8, 1),
+    ("token_conv_backward", 16, 256): Tile(64, 64, 8, 1),
+    ("token_conv_forward", 32, 16): Tile(32, 32, 4, 1),
+    ("token_conv_forward", 32, 32): Tile(32, 32, 4, 1),
+    ("token_conv_forward", 32, 64): Tile(32, 32, 4, 1),
+    ("token_conv_forward", 32, 128): Tile(64, 32, 8, 1),
+    ("token_conv_forward", 32, 256): Tile(32, 32, 8, 1),
+    ("token_conv_backward", 32, 16): Tile(32, 32, 4, 1),
+    ("token_conv_backward", 32, 32): Tile(32, 32, 4, 1),
+    ("token_conv_backward", 32, 64): Tile(32, 32, 8, 1),
+    ("token_conv_backward", 32, 128): Tile(32, 32, 8, 1),
+    ("token_conv_backward", 32, 256): Tile(32, 32, 8, 1),
 }
 _WARP_GROUP = {  # 64 tokens or slots and more a product: warp-group instructions, whose operands need fewer registers
     ("aggregate_forward", 16, 64): Tile(64, 64, 4, 3),
@@ -213,6 +234,7 @@ _CDNA = {  # one stage and smaller tiles where the pipeline does not fit the reg
 }
 # What an architecture does better with. The table above is for all others.
 OVERRIDES: dict[str, dict[tuple[str, int, int], Tile]] = {
+    "sm_86": {("token_conv_backward", 16, 128): Tile(32, 64, 8, 1)},
     "sm_90": _WARP_GROUP
     | {
         ("aggregate_tokens", 16, 128): Tile(32, 64, 8, 2),

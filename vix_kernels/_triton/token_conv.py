@@ -6,6 +6,8 @@ turned round, and that of the filter stands on the diagonals of the products bet
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +16,7 @@ from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .configs import LaunchConfig, launch_config
 from .launch import launch
 from .layout import mask_strides, output_strides, padded, token_strides
-from .tiles import cast, dot, load_tile, row_products, store_tile
+from .tiles import cast, dot, load_tile, store_tile
 
 
 @triton.jit
@@ -109,19 +111,22 @@ def token_conv_backward_kernel(
             store_tile(b_dv, dv, first + o_n, dv_n, inside, E, BLOCK_E, 0, True)
 
     if NEED_WEIGHT:
+        COLUMNS: tl.constexpr = min(BLOCK_E, 64)  # whole float32 rows do not fit the registers
         o_t = tl.arange(0, BLOCK_T)
         b_dweight = tl.zeros((BLOCK_T,), COMPUTE)
         for offset in range(0, BLOCK_N + TAPS - 1, BLOCK_K):
             b_products = tl.zeros((BLOCK_N, BLOCK_K), COMPUTE)
             for first in range(begin, end, BLOCK_N):
                 valid = taking_part(first + o_n, begin, end, mask, mask_n, MASKED)
-                b_v = load_tile(v, first + o_n, v_n, valid, E, BLOCK_E, 0, True)
                 rows = first - TAPS // 2 + offset + tl.arange(0, BLOCK_K)
-                b_dout = load_tile(dout, rows, d_n, (rows >= 0) & (rows < N), E, BLOCK_E, 0, True)
-                b_products = row_products(b_v, b_dout, b_products, False, False, PRECISION)
-            column = o_n[:, None] + o_t[None, :] - offset
-            inside = (column >= 0) & (column < BLOCK_K)
-            b_diagonals = tl.gather(b_products, tl.where(inside, column, 0), 1)
+                exists = (rows >= 0) & (rows < N)
+                for column in range(0, E, COLUMNS):
+                    b_v = load_tile(v, first + o_n, v_n, valid, E, COLUMNS, 0, True, False, column)
+                    b_dout = load_tile(dout, rows, d_n, exists, E, COLUMNS, 0, True, False, column)
+                    b_products = dot(b_v, tl.trans(b_dout), b_products, PRECISION)
+            o_k = o_n[:, None] + o_t[None, :] - offset
+            inside = (o_k >= 0) & (o_k < BLOCK_K)
+            b_diagonals = tl.gather(b_products, tl.where(inside, o_k, 0), 1)
             b_dweight += tl.sum(tl.where(inside, b_diagonals, 0.0), 0)
         # As a convolution of the gradients, the taps come in reverse.
         tl.store(dweight + part * TAPS + TAPS - 1 - o_t, b_dweight, mask=o_t < TAPS)
@@ -150,9 +155,9 @@ def token_conv_backward(
     add = need_v and dv_other is not None
     other = unit_last_stride(dv_other) if add else v
     config = launch_config("token_conv_backward", v, width, weight)
-    # Long chunks only spare partial sums.
-    chunk, chunks = config.chunk(batch * num_heads, tokens)
-    if not need_weight:
+    if need_weight:
+        chunk, chunks = config.chunk(batch * num_heads, tokens)
+    else:  # nothing to sum over a chunk
         chunk, chunks = config.tile.tokens, triton.cdiv(tokens, config.tile.tokens)
     dv = empty_like_tokens(v, width) if need_v else v.new_empty(0)
     dweight = v.new_empty((batch, num_heads, chunks, taps) if need_weight else (0,), dtype=config.compute)
@@ -170,7 +175,7 @@ def token_conv_backward(
     return dv, dweight.sum_to_size(1, num_heads, 1, taps).view(weight.shape).to(weight.dtype)
 
 
-def _meta(config: LaunchConfig, v: Tensor, weight: Tensor, mask: Tensor | None) -> dict:
+def _meta(config: LaunchConfig, v: Tensor, weight: Tensor, mask: Tensor | None) -> dict[str, Any]:
     """The constexprs and options of both kernels."""
     width = v.shape[3]
     return dict(

@@ -20,3 +20,4 @@ __all__ = [
     "rotate",
     "token_conv",
 ]
+__all__ = ["aggregate", "broadcast", "linear_aggregate", "linear_broadcast", "rotate", "token_conv"]
