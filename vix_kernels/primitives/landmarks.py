@@ -134,7 +134,7 @@ class _Landmarks(torch.autograd.Function):
         q, k, q_mask, k_mask, cos, sin, q_counts, k_counts = ctx.saved_tensors
         need_q, need_k, _, _, _, _, need_angles, *_ = ctx.needs_input_grad
         need_q = dq_marks is not None and (need_q or need_angles)  # None: nothing depends on these landmarks
-        need_k = dk_marks is not None and (need_k or need_angles)
+        need_k = k is not None and dk_marks is not None and (need_k or need_angles)
         dq, dk = landmarks_backward(
             None, None, dq_marks, None, dk_marks, None, q, k, q_mask, k_mask, cos, sin, *ctx.options, q_counts, k_counts,
             need_q, need_k, ctx.backend,
