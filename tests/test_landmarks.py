@@ -11,8 +11,12 @@ from vix_kernels import backends, rope_axial, rope_mixed
 from vix_kernels.primitives.landmarks import landmarks, landmarks_backward, landmarks_reference
 from vix_kernels.primitives.rotate import rotate_reference
 
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not backends.triton_installed(), reason="no triton"))]
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request) -> str:
+    if request.param == "triton" and not backends.triton_installed():
+        pytest.skip("triton is not installed")
+    return request.param
 
 
 def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -155,3 +159,34 @@ def test_long_windows_are_summed_in_float32(backend: str) -> None:
     x = torch.full((1, 1, 2001, 16), 1.0, device=DEVICE, dtype=torch.bfloat16)
     marks, counts = landmarks(x, mark_columns=2, backend=backend)
     assert counts.tolist() == [[1000, 1001]] and (marks == 1).all()
+
+
+def test_landmarks_that_nobody_uses_have_no_gradient(backend: str) -> None:
+    q, k = (tokens(1, 2, 12, 16, dtype=torch.float32).requires_grad_() for _ in range(2))
+    q_marks, k_marks, *_ = landmarks(q, k, mark_columns=3, backend=backend)
+    assert torch.autograd.grad(q_marks.sum(), k, allow_unused=True, retain_graph=True) == (None,)
+    dq, dk = torch.autograd.grad(k_marks.sum(), (q, k), allow_unused=True)
+    assert dq is None and (dk == 0.25).all()
+
+
+@pytest.mark.skipif(not backends.triton_installed(), reason="no triton")
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_kernels_walk_as_far_as_the_longest_window(adaptive: bool) -> None:
+    from vix_kernels._triton.landmarks import longest_window
+
+    for size in range(1, 30):
+        for count in range(1, size + 1):
+            _, counts = landmarks_reference(torch.zeros(1, 1, size, 1), mark_columns=count, adaptive=adaptive)
+            assert longest_window(size, count, adaptive) == counts.max(), (size, count)
+
+
+@pytest.mark.skipif(not backends.interpreted(), reason="traffic is counted in Triton's interpreter")
+def test_every_byte_moves_once() -> None:
+    """One launch that reads q and k and writes the landmarks, and one back."""
+    from vix_kernels.traffic import measure
+
+    q, k = (torch.randn(1, 2, 530, 32, dtype=torch.float16, requires_grad=True) for _ in range(2))
+    traffic = measure(landmarks, q, k, mark_columns=32, backend="triton")
+    assert [each.kernel for each in traffic.forward.launches] == ["landmarks_kernel"] and traffic.forward.ratio == 1.0
+    assert [each.kernel for each in traffic.backward.launches] == ["landmarks_backward_kernel"]
+    assert traffic.backward.ratio < 1.002  # the counts

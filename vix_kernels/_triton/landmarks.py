@@ -241,7 +241,7 @@ def landmarks_forward(
 
 
 def landmarks_backward(
-    dq_other: Tensor | None, dk_other: Tensor | None, dq_marks: Tensor, dq_marks_2: Tensor | None,
+    dq_other: Tensor | None, dk_other: Tensor | None, dq_marks: Tensor | None, dq_marks_2: Tensor | None,
     dk_marks: Tensor | None, dk_marks_2: Tensor | None, q: Tensor, k: Tensor | None, q_mask: Tensor | None,
     k_mask: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, prefix: int, rows: int,
     mark_rows: int, mark_columns: int, adaptive: bool, q_counts: Tensor, k_counts: Tensor | None,
@@ -264,12 +264,15 @@ def landmarks_backward(
             *output_strides(dx), *output_strides(other), *mask_bn, columns,
         )  # fmt: skip
 
-    of_q = side(q, dq, dq_other, dq_marks, dq_marks_2, q_counts, q_mask)
+    if not (need_q or need_k):
+        return dq, dk
+    of_q = side(q, dq, dq_other, dq_marks, dq_marks_2, q_counts, q_mask) if need_q else ()
     of_k = side(k, dk, dk_other, dk_marks, dk_marks_2, k_counts, k_mask) if need_k else of_q
     launch(
         landmarks_backward_kernel,
         (batch * num_heads * token_tiles, need_q + need_k),
-        *of_q, *of_k, 0 if need_q else 1, token_tiles, cos, sin, angle_h, num_heads, prefix, rows, mark_rows, mark_columns,
+        *(of_q or of_k), *of_k, 0 if need_q else 1, token_tiles, cos, sin, angle_h, num_heads,
+        prefix, rows, mark_rows, mark_columns,
         D=width, BLOCK_D=padded(width), BLOCK_N=config.tile.tokens,
         ROTARY=rotary, INTERLEAVED=interleaved, ADAPTIVE=adaptive,
         Q_OTHER=dq_other is not None, Q_MORE=dq_marks_2 is not None, Q_MASKED=q_mask is not None,

@@ -125,6 +125,7 @@ class _Landmarks(torch.autograd.Function):
         q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, k_mask, cos, sin, *ctx.options, backend)
         ctx.save_for_backward(q, k, q_mask, k_mask, cos, sin, q_counts, k_counts)
         ctx.mark_non_differentiable(q_counts, k_counts)
+        ctx.set_materialize_grads(False)
         return (q_marks, q_counts) if k is None else (q_marks, k_marks, q_counts, k_counts)
 
     @staticmethod
@@ -132,16 +133,16 @@ class _Landmarks(torch.autograd.Function):
     def backward(ctx, dq_marks, dk_marks, *_):
         q, k, q_mask, k_mask, cos, sin, q_counts, k_counts = ctx.saved_tensors
         need_q, need_k, _, _, _, _, need_angles, *_ = ctx.needs_input_grad
-        needs = need_q or need_angles, k is not None and (need_k or need_angles)
+        need_q = dq_marks is not None and (need_q or need_angles)  # None: nothing depends on these landmarks
+        need_k = k is not None and dk_marks is not None and (need_k or need_angles)
         dq, dk = landmarks_backward(
-            None, None, dq_marks, None, None if k is None else dk_marks, None, q, k, q_mask, k_mask, cos, sin,
-            *ctx.options, q_counts, k_counts, *needs, ctx.backend,
+            None, None, dq_marks, None, dk_marks, None, q, k, q_mask, k_mask, cos, sin, *ctx.options, q_counts, k_counts,
+            need_q, need_k, ctx.backend,
         )  # fmt: skip
         dangles = None
         if need_angles:
-            dangles = angle_gradient(q, dq, q_mask, cos, ctx.options[0], ctx.backend)
-            if k is not None:
-                dangles += angle_gradient(k, dk, k_mask, cos, ctx.options[0], ctx.backend)
+            turned = [(q, dq, q_mask)] * need_q + [(k, dk, k_mask)] * need_k
+            dangles = sum(angle_gradient(*each, cos, ctx.options[0], ctx.backend) for each in turned)
         return dq if need_q else None, dk if need_k else None, None, None, None, None, dangles, *[None] * 7
 
 
@@ -171,7 +172,7 @@ landmarks_forward = register(
 # What an attention adds up anyway is added here, on the way: the gradients of landmarks may come in two parts, and those that
 # tokens have from elsewhere are dq_other and dk_other.
 landmarks_backward = register(
-    "landmarks_backward(Tensor? dq_other, Tensor? dk_other, Tensor dq_marks, Tensor? dq_marks_2, Tensor? dk_marks, "
+    "landmarks_backward(Tensor? dq_other, Tensor? dk_other, Tensor? dq_marks, Tensor? dq_marks_2, Tensor? dk_marks, "
     f"Tensor? dk_marks_2, {_PROBLEM}, Tensor q_counts, Tensor? k_counts, bool need_q, bool need_k, str backend)"
     " -> (Tensor dq, Tensor dk)",
     tiled=tiled_landmarks.landmarks_backward,

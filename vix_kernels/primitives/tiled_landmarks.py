@@ -46,7 +46,7 @@ def landmarks_forward(
 def landmarks_backward(
     dq_other: Tensor | None,
     dk_other: Tensor | None,
-    dq_marks: Tensor,
+    dq_marks: Tensor | None,
     dq_marks_2: Tensor | None,
     dk_marks: Tensor | None,
     dk_marks_2: Tensor | None,

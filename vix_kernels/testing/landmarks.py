@@ -12,12 +12,11 @@ from .problem import Case, OpSpec, make_mask, make_qkv, make_tables
 
 CASES = (
     Case("plain", tokens=36, features=2),
-    Case("more_queries", queries=53, features=9),
+    Case("more_queries", queries=53, features=9, width=24),
     Case("packed", packed=True, rows=4, mark_rows=2, features=3, prefix=1),
-    Case("overlapping", tokens=36, rows=5, mark_rows=3, features=4, adaptive=True, width=24, prefix=1),
     Case("masked", features=12, masked=True, prefix=2),
     Case("rope_half", rows=5, mark_rows=2, features=3, rope="half", prefix=2, adaptive=True),
-    Case("rope_partial", features=5, rope="half", rotary=8, prefix=1, width=24, masked=True),
+    Case("partly_rotated", features=5, rope="half", rotary=8, prefix=1, width=24, masked=True),
 )
 
 
