@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import backends
+from .ops.checks import check_mask
 from .ops.linear import check_feature_map, linear_attention
+from .ops.linformer import attend_to_slots, check_token_projection, linformer_attention
 from .ops.performer import orthogonal_projection, performer_attention
 from .ops.rope import Rope, apply_rope
 
@@ -80,10 +82,14 @@ class Attention(nn.Module):
             raise NotImplementedError("attn_mask: expected None, got a mask; use key_padding_mask (batch, tokens)")
         if is_causal:
             raise NotImplementedError("is_causal: expected False; causal attention is not supported")
+        out = self.mix(x, key_padding_mask, rope)
+        return self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
+
+    def mix(self, x: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
+        """All but the last linear map: (batch, tokens, dim) to (batch, heads, tokens, head_dim)."""
         q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        out = self.attend(q, k, v, key_padding_mask, rope)
-        return self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
+        return self.attend(q, k, v, key_padding_mask, rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
         """The attention between the linear maps: (batch, heads, tokens, head_dim) to the same."""
@@ -196,6 +202,85 @@ class LinearAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
         return linear_attention(
             q, k, v, feature_map=self.feature_map, eps=self.eps, key_padding_mask=key_padding_mask, rope=rope,
+            backend=self.backend,
+        )  # fmt: skip
+
+
+class LinformerAttention(Attention):
+    """Linformer attention between timm's linear maps.
+
+    Args:
+        seq_len: the longest sequence; shorter ones use the first rows of the projections.
+        num_landmarks: K, the slots that the tokens are projected to; more of them than tokens are fine.
+        share_kv: one projection for keys and values.
+        per_head: projections of each head's own instead of one for all.
+        Others as in Attention; attn_drop is refused, since the weights are never formed.
+
+    The projections are the parameters `key_projection` and `value_projection` (None if shared), (seq_len, K) or
+    (num_heads, seq_len, K). E^T (x W) = (E^T x) W: keys and values of the tokens are made only where rope or qk_norm needs
+    them, or each head has its own E, which would take num_heads products with x.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
+        *,
+        seq_len: int,
+        num_landmarks: int = 256,
+        share_kv: bool = False,
+        per_head: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        _refuse_dropout(attn_drop)
+        super().__init__(dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer, backend=backend)
+        for name, count in (("seq_len", seq_len), ("num_landmarks", num_landmarks)):
+            if count < 1:
+                raise ValueError(f"{name}: expected at least 1, got {count}")
+        self.through_keys = qk_norm or per_head
+        shape = (num_heads,) * per_head + (seq_len, num_landmarks)
+        self.key_projection = nn.Parameter(torch.empty(shape))
+        self.value_projection = None if share_kv else nn.Parameter(torch.empty(shape))
+        bound = num_landmarks**-0.5
+        for projection in (self.key_projection, self.value_projection):
+            if projection is not None:
+                nn.init.uniform_(projection, -bound, bound)
+
+    def mix(self, x: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
+        if self.through_keys or rope is not None:
+            return super().mix(x, key_padding_mask, rope)
+        weights = self.qkv.weight.chunk(3)
+        biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        q = rearrange(F.linear(x, weights[0], biases[0]), "b n (h d) -> b h n d", h=self.num_heads)
+        check_mask(key_padding_mask, q)
+        if key_padding_mask is not None:
+            x = torch.where(key_padding_mask[..., None], x, 0.0)
+
+        def project(name: str) -> tuple[Tensor, Tensor]:
+            """E^T x (batch, K, dim) and E^T 1 (batch or 1, K, 1), of the tokens that take part."""
+            projection = check_token_projection(name, getattr(self, name), q)[0]
+            if key_padding_mask is None:
+                return projection.mT @ x, projection.sum(0)[None, :, None]
+            return projection.mT @ x, (key_padding_mask.to(projection.dtype) @ projection)[..., None]
+
+        def slots(projected: Tensor, ones: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y = F.linear(projected, weight)
+            return rearrange(y if bias is None else y + ones * bias, "b k (h d) -> b h k d", h=self.num_heads)
+
+        of_keys = project("key_projection")
+        of_values = of_keys if self.value_projection is None else project("value_projection")
+        keys, values = slots(*of_keys, weights[1], biases[1]), slots(*of_values, weights[2], biases[2])
+        return attend_to_slots(q, keys.to(q.dtype), values, scale=self.scale, backend=self.backend)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
+        return linformer_attention(
+            q, k, v, self.key_projection, self.value_projection, key_padding_mask=key_padding_mask, rope=rope,
             backend=self.backend,
         )  # fmt: skip
 
