@@ -157,13 +157,12 @@ def test_agents_that_take_no_part_might_as_well_be_missing(backend: str) -> None
 
 @NO_TRITON
 @pytest.mark.skipif(DEVICE != "cpu", reason="traffic is counted in the interpreter")
-@pytest.mark.parametrize("width, slots", [(32, 64), (64, 256)])
-def test_traffic_of_a_forward(width: int, slots: int) -> None:
-    """As launched on sm_90, its chunks and their sum included."""
+def test_traffic_of_a_forward() -> None:
+    """As launched on sm_90, its chunks and their sum included; more slots or wider heads have fewer chunks."""
     from vix_kernels.traffic import measure
 
     spec = SPECS["linformer_attention"]
-    case = Case("traffic", batch=4, heads=4, tokens=4096, width=width, features=slots)
+    case = Case("traffic", batch=4, heads=4, tokens=4096, width=32, features=64)
     tensors = list(spec.problem(case, dtype=torch.float16).tensors.values())  # moves what bfloat16 does, interpreted faster
     traffic = measure(linformer_attention, *tensors, backend="triton")
     assert 1 <= traffic.forward.ratio <= 1.2, f"\n{traffic.forward}"

@@ -16,7 +16,7 @@ from vix_kernels.timing import device_time, wall_time
 from . import peers
 from .plan import Plan, Row, failed, ok, skipped
 
-MOVES = ("aggregate", "broadcast")  # what the attentions are made of
+MOVES = ("aggregate", "broadcast", "project")  # what the attentions are made of
 OURS = ("triton", "torch")
 COMPILED_TOKENS = 4096  # torch.compile takes many seconds a shape
 WALL_BELOW = 2.0  # milliseconds on the device: the host's overhead shows in short calls
