@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from vix_kernels import (
+    agent_attention,
     apply_rope,
     backends,
     linear_attention,
+    linformer_attention,
     nystrom_attention,
     orthogonal_projection,
     performer_attention,
@@ -16,7 +18,7 @@ from vix_kernels import (
     rope_axial,
     rope_mixed,
 )
-from vix_kernels.nn import Attention, LinearAttention, PerformerAttention
+from vix_kernels.nn import Attention, LinearAttention, LinformerAttention, PerformerAttention
 
 
 def tensors(batch=2, heads=2, tokens=8, width=16, features=12):
@@ -194,3 +196,69 @@ def test_apply_rope_names_its_arguments() -> None:
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match="k: expected q's head_dim 8, got 6"):
         apply_rope(q, q[..., :6], rope_1d(4, 6))
+
+
+SHARED = {name: each for name, each in PERFORMER.items() if "projection" not in name}
+LINFORMER = SHARED | {
+    "projection is no tensor": (
+        {"key_projection": 3}, TypeError, "key_projection: expected a Tensor, got int"),
+    "projection of rank 1": (
+        {"key_projection": torch.ones(8)}, ValueError, r"key_projection: expected shape \(tokens, K\) .*, got \(8,\)"),
+    "projection without slots": (
+        {"key_projection": torch.ones(8, 0)}, ValueError, r"key_projection: expected shape .*, got \(8, 0\)"),
+    "projection in float16": (
+        {"value_projection": torch.ones(8, 5).half()}, TypeError, "value_projection: expected float32 or .*, got float16"),
+    "projection for other heads": (
+        {"key_projection": torch.ones(3, 8, 5)}, ValueError, "key_projection: expected q's 2 heads, got 3"),
+    "projection of a shorter sequence": (
+        {"value_projection": torch.ones(7, 5)}, ValueError, "value_projection: expected at least k's 8 rows, got 7"),
+    "projection on another device": (
+        {"key_projection": torch.ones(8, 5, device="meta")}, ValueError, "key_projection: expected q's device cpu, got meta"),
+    "projections to other slots": (
+        {"value_projection": torch.ones(8, 6)}, ValueError, "value_projection: expected key_projection's shape .*5.*6"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong, kind, message", LINFORMER.values(), ids=LINFORMER)
+def test_linformer_attention(wrong, kind, message) -> None:
+    arguments = {name: torch.randn(2, 2, 8, 16) for name in "qkv"}
+    arguments |= {"key_projection": torch.ones(9, 5), "value_projection": torch.ones(9, 5)} | wrong
+    positional = [arguments.pop(name) for name in ("q", "k", "v", "key_projection", "value_projection")]
+    with pytest.raises(kind, match=message):
+        linformer_attention(*positional, **arguments)
+
+
+AGENT = SHARED | {
+    "agents are no tensor": ({"agents": 3}, TypeError, "agents: expected a Tensor, got int"),
+    "agents of another width": (
+        {"agents": torch.ones(2, 2, 5, 8)}, ValueError, r"agents: .* = \(2, 2, A, 16\), got \(2, 2, 5, 8\)"),
+    "agents for other heads": (
+        {"agents": torch.ones(2, 1, 5, 16)}, ValueError, r"agents: .* = \(2, 2, A, 16\), got \(2, 1, 5, 16\)"),
+    "no agents": ({"agents": torch.ones(2, 2, 0, 16)}, ValueError, r"agents: .*, got \(2, 2, 0, 16\)"),
+    "agents of another dtype": (
+        {"agents": torch.ones(2, 2, 5, 16).half()}, TypeError, "agents: expected q's dtype float32, got float16"),
+    "agents on another device": (
+        {"agents": torch.ones(2, 2, 5, 16, device="meta")}, ValueError, "agents: expected q's device cpu, got meta"),
+    "agent mask of floats": (
+        {"agent_mask": torch.ones(2, 5)}, TypeError, "agent_mask: expected dtype bool .*, got float32"),
+    "agent mask of another shape": (
+        {"agent_mask": MASK}, ValueError, r"agent_mask: expected shape \(batch, A\) = \(2, 5\), got \(2, 8\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong, kind, message", AGENT.values(), ids=AGENT)
+def test_agent_attention(wrong, kind, message) -> None:
+    arguments = {name: torch.randn(2, 2, 8, 16) for name in "qkv"} | {"agents": torch.randn(2, 2, 5, 16)} | wrong
+    positional = [arguments.pop(name) for name in ("q", "k", "v", "agents")]
+    with pytest.raises(kind, match=message):
+        agent_attention(*positional, **arguments)
+
+
+def test_a_linformer_is_made_for_sequences() -> None:
+    with pytest.raises(ValueError, match="seq_len: expected at least 1, got 0"):
+        LinformerAttention(32, 2, seq_len=0)
+    module = LinformerAttention(32, 2, seq_len=4, num_landmarks=6)
+    with pytest.raises(ValueError, match="key_projection: expected at least k's 5 rows, got 4"):
+        module(torch.randn(1, 5, 32))
+    with pytest.raises(ValueError, match=r"key_padding_mask: .*\(1, 4\), got \(1, 3\)"):
+        module(torch.randn(1, 4, 32), key_padding_mask=torch.ones(1, 3, dtype=torch.bool))

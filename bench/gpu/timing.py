@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vix_kernels import primitives
 from vix_kernels._triton.costs import draw
 from vix_kernels.commands import DTYPES
 from vix_kernels.roofline import shapes
@@ -17,7 +18,7 @@ from vix_kernels.timing import device_time, wall_time
 from . import peers
 from .plan import Plan, Row, failed, ok, skipped
 
-MOVES = ("aggregate", "broadcast")  # what the attentions are made of
+MOVES = tuple(op for op in SPECS if op in primitives.__all__)  # what the attentions are made of
 OURS = ("triton", "torch")
 TIMED = ("bf16", "fp32")
 COMPILED_TOKENS = 4096  # torch.compile takes many seconds a shape

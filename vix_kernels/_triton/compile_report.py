@@ -41,6 +41,7 @@ LANDMARKS = (64, 128)  # at most 64 are inverted in registers
 # Dtypes and widths that the variants are compiled for as well: rotated, learned, projected.
 VARIANTS = {(torch.bfloat16, 32), (torch.bfloat16, 64)}
 BATCH, HEADS, TOKENS = 2, 4, 1024
+SLOTS, AGENTS = 256, 49  # of Linformer and agent attention, as published
 NO_KERNEL = re.compile("empty|_unsafe_view")  # allocations, and a view that does not say so
 
 
@@ -95,6 +96,11 @@ def calls(width: int, dtype: torch.dtype, features: Iterable[int]) -> Iterator[C
     yield Call("linear", 0, linear, qkv)
     for count in LANDMARKS:
         yield Call("nystrom", count, partial(with_residual, num_landmarks=count), qkv + weight)
+    linformer, agent = (partial(each, backend="triton") for each in (vix.linformer_attention, vix.agent_attention))
+    projections = [torch.empty(TOKENS, SLOTS, requires_grad=True) for _ in range(2)]
+    agents = torch.empty(BATCH, HEADS, AGENTS, width, dtype=dtype, requires_grad=True)
+    yield Call("linformer", SLOTS, linformer, qkv + projections)
+    yield Call("agent", AGENTS, agent, [*qkv, agents])
     if (dtype, width) not in VARIANTS:
         return
     rope = vix.rope_1d(TOKENS, width)
@@ -102,6 +108,7 @@ def calls(width: int, dtype: torch.dtype, features: Iterable[int]) -> Iterator[C
         yield Call("performer+rope", count, partial(performer, projection=torch.empty(count, width), rope=rope), qkv)
     yield Call("nystrom+rope", 64, partial(with_residual, rope=rope), qkv + weight)
     learned = [torch.empty(max(features), width, requires_grad=True)]
+    yield Call("linformer+rope", SLOTS, partial(linformer, rope=rope), qkv + projections[:1])
     yield Call("performer+learned", max(features), performer, qkv + learned)
     yield Call("linear+elu+rope", 0, partial(linear, feature_map="elu", rope=rope), qkv)
     yield Call("linear+learned", max(features), lambda q, k, v, w: linear(q, k, v, projection=w), qkv + learned)

@@ -2,6 +2,8 @@
 
 Keys and values are two independent sums. The second axis of each grid tells them apart, so that a program holds one tile
 of accumulators and a tile of slots can be as large as a matrix instruction likes.
+
+The number of slots is specialised, unlike that of tokens: what is known to be a multiple of 16 is read in 128 bits.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def load_weights(base, o_n, stride, valid, o_m, M, DTYPE: tl.constexpr):
     return cast(tl.load(at, mask=valid[:, None] & (o_m < M)[None, :], other=0.0), DTYPE)
 
 
-@triton.jit(do_not_specialize=["N", "M", "mask_b", "angle_h", "chunk"])
+@triton.jit(do_not_specialize=["N", "mask_b", "angle_h", "chunk"])
 def project_forward_kernel(
     key_weights, value_weights, k, v, mask, cos, sin, keys, values,
     e_h, e_n, f_h, f_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
@@ -103,7 +105,7 @@ def sum_chunks_kernel(
         tl.store(values + i_bh * value_size + at, total, mask=at < value_size)
 
 
-@triton.jit(do_not_specialize=["N", "M", "mask_b", "angle_h", "first_side"])
+@triton.jit(do_not_specialize=["N", "mask_b", "angle_h", "first_side"])
 def project_tokens_kernel(
     dkeys, dvalues, key_weights, value_weights, mask, cos, sin, dk, dv,
     dkeys_b, dkeys_h, dkeys_m, dvalues_b, dvalues_h, dvalues_m, e_h, e_n, f_h, f_n, mask_b, mask_n, angle_h,
@@ -171,7 +173,7 @@ def token_products(
     return acc
 
 
-@triton.jit(do_not_specialize=["B", "N", "M", "mask_b", "angle_h", "first_side"])
+@triton.jit(do_not_specialize=["B", "N", "mask_b", "angle_h", "first_side"])
 def project_weights_kernel(
     dkeys, dvalues, k, v, mask, cos, sin, de, df,
     dkeys_b, dkeys_h, dkeys_m, dvalues_b, dvalues_h, dvalues_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .. import backends
 from ..primitives import broadcast, project
+from ..primitives.broadcast import broadcast_reference
+from ..primitives.layout import accumulator
 from .checks import autocast, check_mask, check_qkv, check_scale, dtype_name
 from .rope import Rope, apply_rope_reference, check_rope
 
@@ -73,6 +75,15 @@ def linformer_attention(
     rotary = {} if rope is None else rope.tables
     keys, values = project(k, v, key_projection, value_projection, mask=key_padding_mask, backend=backend, **rotary)
     return broadcast(q, keys, values, scale=scale, backend=backend, **rotary)
+
+
+def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, backend: str) -> Tensor:
+    """softmax(scale q keys^T) values of slots made elsewhere: keys (batch, heads, K, head_dim) in q's dtype, values in any."""
+    backend = backends.resolve(backend, q, max(q.shape[3], values.shape[3]))
+    values = values.to(accumulator(q.dtype))
+    if backend == "reference":
+        return broadcast_reference(q, keys, values, scale=scale)
+    return broadcast(q, keys, values, scale=scale, backend=backend)
 
 
 def linformer_attention_reference(

@@ -23,13 +23,9 @@ from .problem import (
 )
 
 CASES = (
-    Case("plain"),
-    Case("packed", packed=True),
-    Case("one_token", tokens=1),
-    Case("odd_width", width=24, value_width=40, features=9),
-    Case("fewer_queries", queries=19),
+    Case("odd_width", width=24, value_width=40, features=9, queries=19),
     Case("masked", masked=True),
-    Case("rope_half", rope="half"),
+    Case("rope_half", rope="half", packed=True),
 )
 
 

@@ -25,20 +25,15 @@ from .problem import (
 )
 
 MOVE_CASES = (
-    Case("plain"),
-    Case("one_token", tokens=1),
     Case("odd_width", width=24, value_width=40),
+    Case("one_token", tokens=1, features=3),
     Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, masked=True),
 )
 CASES = (
     Case("plain"),
-    Case("packed", packed=True),
-    Case("two_slots", features=2, tokens=20),
-    Case("widest", batch=1, heads=1, width=256, tokens=18, features=18),
-    Case("fewer_queries", queries=19),
     Case("masked", masked=True),
-    Case("per_head", per_head=True, value_width=8),
-    Case("rope_half", rope="half"),
+    Case("per_head", per_head=True, width=24, value_width=8, queries=19),
+    Case("rope_half", rope="half", packed=True),
 )
 
 

@@ -1,0 +1,10 @@
+"""Attention modules with timm's signature: x (batch, tokens, dim) in, the same shape out; one a file."""
+
+from .agent import AgentAttention
+from .attention import Attention
+from .linear import LinearAttention
+from .linformer import LinformerAttention
+from .nystrom import NystromAttention
+from .performer import PerformerAttention
+
+__all__ = ["AgentAttention", "Attention", "LinearAttention", "LinformerAttention", "NystromAttention", "PerformerAttention"]

@@ -1,0 +1,97 @@
+"""Softmax attention with timm's signature, and what all attention modules share."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import backends
+from ..ops.rope import Rope, apply_rope
+
+
+class Attention(nn.Module):
+    """Multi-head softmax attention; the parameters, names and order of arguments of timm's `Attention`.
+
+    Args:
+        dim: width of the tokens; num_heads must divide it.
+        num_heads: heads.
+        qkv_bias, proj_bias: biases of the two linear maps.
+        qk_norm: normalise q and k of each head with norm_layer(head_dim).
+        attn_drop, proj_drop: dropout of the attention weights and of the output. Linear-cost attentions have no weights to
+            drop and refuse attn_drop.
+        norm_layer: for qk_norm; default torch.nn.LayerNorm.
+        backend: of the rotary embedding and, in subclasses, of the attention.
+    """
+
+    has_weights = True  # the attention forms its weights, so that some of them can be dropped
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if attn_drop and not self.has_weights:
+            raise NotImplementedError(f"attn_drop: expected 0 (there are no weights to drop), got {attn_drop}")
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
+        if backend not in backends.BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(map(repr, backends.BACKENDS))}, got {backend!r}")
+        norm_layer = norm_layer or nn.LayerNorm
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.backend = backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = norm_layer(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        key_padding_mask: Tensor | None = None,
+        rope: Rope | None = None,
+    ) -> Tensor:
+        """Mix the tokens.
+
+        Args:
+            x: (batch, tokens, dim).
+            attn_mask, is_causal: timm's; refused, since linear-cost attention never forms the weights they act on.
+            key_padding_mask: bool (batch, tokens), True = the token takes part.
+            rope: rotary embedding of q and k.
+        """
+        if attn_mask is not None:
+            raise NotImplementedError("attn_mask: expected None, got a mask; use key_padding_mask (batch, tokens)")
+        if is_causal:
+            raise NotImplementedError("is_causal: expected False; causal attention is not supported")
+        out = self.mix(x, key_padding_mask, rope)
+        return self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
+
+    def mix(self, x: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
+        """All but the last linear map: (batch, tokens, dim) to (batch, heads, tokens, head_dim)."""
+        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        return self.attend(q, k, v, key_padding_mask, rope)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
+        """The attention between the linear maps: (batch, heads, tokens, head_dim) to the same."""
+        if rope is not None:
+            q, k = apply_rope(q, k, rope, backend=self.backend)
+        mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+        dropout = self.attn_drop.p if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
