@@ -10,10 +10,10 @@ for case in spec.cases:
 
 from __future__ import annotations
 
-from . import linear, performer, rope
+from . import fourier, linear, performer, rope
 from .memory import kept_for_backward
 from .problem import Case, OpSpec, Problem
 
 __all__ = ["SPECS", "Case", "OpSpec", "Problem", "kept_for_backward"]
 
-SPECS: dict[str, OpSpec] = {spec.name: spec for file in (performer, linear, rope) for spec in file.SPECS}
+SPECS: dict[str, OpSpec] = {spec.name: spec for file in (performer, linear, rope, fourier) for spec in file.SPECS}
