@@ -152,6 +152,11 @@ TABLE: dict[tuple[str, int, int], Tile] = {
     ("rotate", 32, 64): Tile(0, 32, 4, 1),
     ("rotate", 32, 128): Tile(0, 16, 4, 1),
     ("rotate", 32, 256): Tile(0, 8, 4, 1),
+    # Of any number of channels; `slots` are columns here.
+    ("dft_channels", 16, 64): Tile(64, 64, 4, 2),
+    ("dft_tokens", 16, 64): Tile(64, 64, 4, 3),
+    ("dft_channels", 32, 64): Tile(32, 32, 4, 1),
+    ("dft_tokens", 32, 64): Tile(32, 32, 4, 1),
 }
 _WARP_GROUP = {  # 64 tokens or slots and more a product: warp-group instructions, whose operands need fewer registers
     ("aggregate_forward", 16, 64): Tile(64, 64, 4, 3),
