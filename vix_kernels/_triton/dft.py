@@ -152,8 +152,8 @@ def dft(x: Tensor, ortho: bool) -> Tensor:
     block = max(over_channels.tile.slots, over_tokens.tile.slots)
     half, columns = tokens // 2 + 1, triton.cdiv(width // 2 + 1, block) * block
     folded, y = x.new_empty(batch, 2, half, columns), x.new_empty(x.shape)
-    # Between the kernels numbers are about as large as in x, for float16's sake; a power of two rounds nothing.
-    sizes = dict(D=width, COLUMNS=columns, SHRINK=2.0 ** -(width.bit_length() // 2))
+    # Between the kernels numbers are about an eighth of those in x, for float16's sake; a power of two rounds nothing.
+    sizes = dict(D=width, COLUMNS=columns, SHRINK=2.0 ** -(width.bit_length() // 2 + 2))
     launch(
         dft_channels_kernel, _grid(over_channels, batch, half, columns),
         x, folded, x.stride(0), x.stride(1), tokens, **sizes, **_meta(over_channels),
