@@ -21,9 +21,9 @@ from .configs import LaunchConfig, launch_config
 from .launch import launch
 from .tiles import cast, dot, load_tile
 
-# Multiply-adds an element of x, tokens / 2 + channels, up to which the products are taken; beyond, fast Fourier transforms.
-# Counted, not measured: what those move more (34 bytes an element, in about twenty launches) takes as long as the products
-# on an H100 at half of its peak rates.
+# Floating-point operations an element of x, tokens / 2 + channels, up to which the products are taken; beyond, fast Fourier
+# transforms. Counted, not measured: what those move more (32 to 34 bytes an element) takes as long as the products on an H100
+# at half of its peak rates. It also keeps the products of indices within 32 bits.
 MOST_WORK = {16: 4096, 32: 768, 64: 768}
 WIDTH = 64  # of the launch table's entries: tiles do not depend on the channels
 BLOCK_K = 32  # tokens or channels of a step

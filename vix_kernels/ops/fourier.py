@@ -4,8 +4,8 @@
     y_ab = sum_nd x_nd cos(2 pi (an / N + bd / D))
 
 with the discrete Fourier transform F and no parameters. The complex transforms cost four times what this sum needs: x is
-real, and so is the part of the result that is used. Fast transforms of half the length, or products with folded cosines and
-sines, give the same.
+real, and of the result only the real part counts. Fast transforms of folded halves, or their products with cosines and sines,
+give the same.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: 
     """
     check_tokens(x)
     check_norm(norm)
-    if not torch.is_autocast_enabled(x.device.type) or torch.get_autocast_dtype(x.device.type) != torch.float16:
-        (x,) = autocast(x)
+    (cast,) = autocast(x)
+    x = x if cast.dtype == torch.float16 else cast
     backend = backends.resolve(backend, x, backends.TRITON_WIDTHS[0])  # no head width: any number of channels is served
     if backend == "reference":
         return fourier_mixing_reference(x, norm=norm)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from .layout import accumulator, unit_last_stride
 from .registry import refuse_transforms, register
 
-GROUP_CPU = 1 << 18  # elements that are transformed together: they and what is made of them stay in a cache
+GROUP_CPU = 1 << 19  # elements that are transformed together: they and what is made of them stay in a cache
 
 
 def dft(x: Tensor, *, ortho: bool = False, backend: str = "torch") -> Tensor:
@@ -47,7 +47,7 @@ class _DFT(torch.autograd.Function):
 
 
 def fft(x: Tensor, ortho: bool) -> Tensor:
-    """By fast Fourier transforms of a quarter of the complex ones' length, in float32 for 16-bit inputs.
+    """By fast Fourier transforms, a quarter of the complex one of all x, in float32 for 16-bit inputs.
 
     w_nd = x_nd + x at (-n, -d) is its own mirror image: its transform over the channels is Hermitian in n, and that over the
     tokens then real. So half of the rows of w suffice for the one, and half of the columns for the other.

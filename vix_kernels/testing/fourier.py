@@ -15,8 +15,8 @@ CASES = (  # one tile and several, in rows and columns; even and odd lengths
     Case("packed", tokens=36, heads=3, packed=True),
     Case("one_token", tokens=1),
     Case("one_channel", heads=1, width=1, tokens=19),
-    Case("odd", tokens=35, heads=3, width=7),
-    Case("even", tokens=40, heads=3, width=26),
+    Case("odd", batch=1, tokens=35, heads=3, width=7),
+    Case("even", batch=1, tokens=40, heads=5, width=14),
     Case("image", batch=1, tokens=197, heads=3, width=8),
 )
 
