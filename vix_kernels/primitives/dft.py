@@ -65,7 +65,9 @@ def fft(x: Tensor, ortho: bool) -> Tensor:
         torch.add(part[:, 0, 1:], part[:, 0, 1:].flip(1), out=w[:, 0, 1:])
         torch.add(part[:, 1:rows, 0], mirror[:, :, 0].flip(1), out=w[:, 1:, 0])
         torch.add(part[:, 1:rows, 1:], mirror[:, :, 1:].flip(1, 2), out=w[:, 1:, 1:])
-        half = torch.fft.hfft(torch.fft.rfft(w, dim=2), n=tokens, dim=1)
+        half = torch.fft.rfft(w, dim=2)
+        half.imag.neg_()  # in place, where hfft would copy
+        half = torch.fft.irfft(half, n=tokens, dim=1, norm="forward")
         # Its columns stand one behind the other in memory; transposing is fast in two dimensions only.
         half = half.mT.flatten(0, 1).t().contiguous().unflatten(1, (-1, columns)).transpose(0, 1)
         torch.mul(half, scale, out=out[:, :, :columns])
