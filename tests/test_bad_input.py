@@ -9,6 +9,7 @@ from vix_kernels import (
     agent_attention,
     apply_rope,
     backends,
+    fourier_mixing,
     linear_attention,
     linformer_attention,
     nystrom_attention,
@@ -18,7 +19,7 @@ from vix_kernels import (
     rope_axial,
     rope_mixed,
 )
-from vix_kernels.nn import Attention, LinearAttention, LinformerAttention, PerformerAttention
+from vix_kernels.nn import Attention, FourierMixing, LinearAttention, LinformerAttention, PerformerAttention
 
 
 def tensors(batch=2, heads=2, tokens=8, width=16, features=12):
@@ -262,3 +263,26 @@ def test_a_linformer_is_made_for_sequences() -> None:
         module(torch.randn(1, 5, 32))
     with pytest.raises(ValueError, match=r"key_padding_mask: .*\(1, 4\), got \(1, 3\)"):
         module(torch.randn(1, 4, 32), key_padding_mask=torch.ones(1, 3, dtype=torch.bool))
+
+
+FOURIER = {
+    "x is no tensor": (3, {}, TypeError, "x: expected a Tensor, got int"),
+    "x of rank 4": (torch.ones(1, 2, 3, 4), {}, ValueError, r"x: expected 3 dimensions .* got shape \(1, 2, 3, 4\)"),
+    "x of integers": (torch.ones(1, 2, 3, dtype=torch.int64), {}, TypeError, "x: expected a floating dtype, got int64"),
+    "no tokens": (torch.ones(1, 0, 3), {}, ValueError, r"x: expected at least one token and channel, got shape \(1, 0, 3\)"),
+    "unknown norm": (torch.ones(1, 2, 3), {"norm": "forward"}, ValueError, "norm: expected None or 'ortho', got 'forward'"),
+    "unknown backend": (torch.ones(1, 2, 3), {"backend": "fft"}, ValueError, "backend: expected one of .*, got 'fft'"),
+}
+
+
+@pytest.mark.parametrize("x, options, kind, message", FOURIER.values(), ids=FOURIER)
+def test_fourier_mixing(x, options, kind, message) -> None:
+    with pytest.raises(kind, match=message):
+        fourier_mixing(x, **options)
+
+
+def test_fourier_mixing_as_a_module() -> None:
+    with pytest.raises(ValueError, match="norm: expected None or 'ortho', got 'backward'"):
+        FourierMixing(8, norm="backward")
+    with pytest.raises(NotImplementedError, match="attn_drop: expected 0 .*, got 0.1"):
+        FourierMixing(8, attn_drop=0.1)

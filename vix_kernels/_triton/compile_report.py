@@ -116,6 +116,8 @@ def calls(width: int, dtype: torch.dtype, features: Iterable[int]) -> Iterator[C
     frequencies = [torch.empty(2, HEADS, width // 2, requires_grad=True)]
     rows = TOKENS // 32
     yield Call("apply_rope+mixed", 0, lambda q, k, w: rotated(q, k, vix.rope_mixed(rows, 32, w)), qkv[:2] + frequencies)
+    x = torch.empty(BATCH, TOKENS, HEADS * width, dtype=dtype, requires_grad=True)
+    yield Call("fourier_mixing", 0, partial(vix.fourier_mixing, backend="triton"), [x])
 
 
 def compile_cell(arch: str, dtype: str, width: int, features: tuple[int, ...]) -> Report:

@@ -240,6 +240,11 @@ TABLE: dict[tuple[str, int, int], Tile] = {
     ("token_conv_backward", 32, 64): Tile(32, 32, 8, 1),
     ("token_conv_backward", 32, 128): Tile(32, 32, 8, 1),
     ("token_conv_backward", 32, 256): Tile(32, 32, 8, 1),
+    # Of any number of channels; `slots` are columns here.
+    ("dft_channels", 16, 64): Tile(64, 64, 4, 2),
+    ("dft_tokens", 16, 64): Tile(64, 64, 4, 3),
+    ("dft_channels", 32, 64): Tile(64, 32, 8, 1),
+    ("dft_tokens", 32, 64): Tile(64, 32, 8, 1),
 }
 _WARP_GROUP = {  # 64 tokens or slots and more a product: warp-group instructions, whose operands need fewer registers
     ("aggregate_forward", 16, 64): Tile(64, 64, 4, 3),
@@ -252,6 +257,8 @@ _WARP_GROUP = {  # 64 tokens or slots and more a product: warp-group instruction
     ("broadcast_forward", 16, 128): Tile(64, 128, 8, 2),
     ("broadcast_tokens", 16, 128): Tile(64, 128, 8, 2),
     ("broadcast_slots", 16, 128): Tile(64, 64, 4, 2),
+    ("dft_channels", 16, 64): Tile(64, 64, 8, 3),
+    ("dft_tokens", 16, 64): Tile(64, 64, 8, 3),
 }
 _CDNA = {  # one stage and smaller tiles where the pipeline does not fit the registers
     ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 1),
@@ -272,6 +279,8 @@ OVERRIDES: dict[str, dict[tuple[str, int, int], Tile]] = {
         ("broadcast_tokens", 16, 128): Tile(32, 128, 8, 2),
         ("aggregate_forward", 32, 128): Tile(16, 32, 8, 1),
         ("broadcast_forward", 32, 128): Tile(32, 16, 8, 1),
+        ("dft_channels", 32, 64): Tile(32, 64, 8, 1),
+        ("dft_tokens", 32, 64): Tile(32, 64, 8, 1),
     },
     "sm_100": _WARP_GROUP | {("aggregate_tokens", 16, 128): Tile(64, 64, 8, 1)},
     "gfx90a": _CDNA,

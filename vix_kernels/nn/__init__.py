@@ -2,9 +2,18 @@
 
 from .agent import AgentAttention
 from .attention import Attention
+from .fourier import FourierMixing
 from .linear import LinearAttention
 from .linformer import LinformerAttention
 from .nystrom import NystromAttention
 from .performer import PerformerAttention
 
-__all__ = ["AgentAttention", "Attention", "LinearAttention", "LinformerAttention", "NystromAttention", "PerformerAttention"]
+__all__ = [
+    "AgentAttention",
+    "Attention",
+    "FourierMixing",
+    "LinearAttention",
+    "LinformerAttention",
+    "NystromAttention",
+    "PerformerAttention",
+]

@@ -2,6 +2,7 @@
 
 from .aggregate import aggregate
 from .broadcast import broadcast
+from .dft import dft
 from .landmarks import landmarks
 from .linear import linear_aggregate, linear_broadcast
 from .pinv import pinv
@@ -12,6 +13,7 @@ from .token_conv import token_conv
 __all__ = [
     "aggregate",
     "broadcast",
+    "dft",
     "landmarks",
     "linear_aggregate",
     "linear_broadcast",
@@ -20,4 +22,3 @@ __all__ = [
     "rotate",
     "token_conv",
 ]
-__all__ = ["aggregate", "broadcast", "linear_aggregate", "linear_broadcast", "rotate", "token_conv"]

@@ -1,0 +1,177 @@
+"""Kernels of `dft`: products with cosines and sines, folded along both axes (primitives/dft.py states the equation).
+
+With C_N[a, n] = cos(2 pi an / N), S_N likewise, and E, O the sum and the difference of the tokens n and -n,
+
+    P = C_N (E C_D)        R = S_N (O S_D)        y at (a, b) and (-a, -b) is P - R        y at (-a, b) and (a, -b) is P + R
+
+so half of the tokens, of the rows a and of the columns b suffice. Two kernels: over channels, then over tokens. Cosines and
+sines are made where they are used and never stored: a tile of them is turned by an angle a row from step to step of a loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..primitives.dft import fft
+from .configs import LaunchConfig, launch_config
+from .launch import launch
+from .tiles import cast, dot, load_tile
+
+# Floating-point operations an element of x, tokens / 2 + channels, up to which the products are taken; beyond, fast Fourier
+# transforms. Counted, not measured: what those move more (32 to 34 bytes an element) takes as long as the products on an H100
+# at half of its peak rates. It also keeps the products of indices within 32 bits.
+MOST_WORK = {16: 4096, 32: 768, 64: 768}
+WIDTH = 64  # of the launch table's entries: tiles do not depend on the channels
+BLOCK_K = 32  # tokens or channels of a step
+HALF_PI = tl.constexpr(1.5707963267948966)
+
+
+@triton.jit
+def turn(index, length, COMPUTE: tl.constexpr):
+    """cos and sin of 2 pi index / length, for 0 <= index < length."""
+    quarter = (4 * index + length // 2) // length
+    rest = (4 * index - quarter * length).to(COMPUTE) / length * HALF_PI  # within pi / 4 of a quarter turn
+    square = rest * rest
+    c = tl.full(index.shape, 1.0, COMPUTE)
+    s = tl.full(index.shape, 1.0, COMPUTE)
+    TERMS: tl.constexpr = 9 if COMPUTE == tl.float64 else 5
+    for i in tl.static_range(TERMS, 0, -1):
+        c = 1.0 - c * square * (1.0 / (2 * i * (2 * i - 1)))
+        s = 1.0 - s * square * (1.0 / (2 * i * (2 * i + 1)))
+    s *= rest
+    odd = quarter % 2 == 1
+    cos, sin = tl.where(odd, s, c), tl.where(odd, c, s)
+    cos = tl.where((quarter + 1) & 2 != 0, -cos, cos)
+    return cos, tl.where(quarter & 2 != 0, -sin, sin)
+
+
+@triton.jit
+def turned(c, s, turn_c, turn_s):
+    """cos and sin of the sum of two angles."""
+    return c * turn_c - s * turn_s, s * turn_c + c * turn_s
+
+
+@triton.jit(do_not_specialize=["N"])
+def dft_channels_kernel(
+    x, folded, x_b, x_n, N,
+    D: tl.constexpr, COLUMNS: tl.constexpr, SHRINK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """E C_D and O S_D times SHRINK / 2, (N // 2 + 1, COLUMNS) each, for a tile of tokens and columns."""
+    half = N // 2 + 1
+    row_tiles = tl.cdiv(half, BLOCK_N)
+    column_tiles = COLUMNS // BLOCK_C
+    i_b = (tl.program_id(0) // (row_tiles * column_tiles)).to(tl.int64)
+    o_n = tl.program_id(0) // column_tiles % row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(0) % column_tiles * BLOCK_C
+    o_c = column + tl.arange(0, BLOCK_C)
+    valid = o_n < half
+    mirror = tl.where(o_n == 0, 0, N - o_n)
+    # A half, so that the sum keeps to x's range; a quarter for the tokens that are their own mirror image.
+    weight = tl.where(o_n == mirror, 0.25, 0.5).to(COMPUTE)[:, None]
+    x += i_b * x_b
+
+    dtype = x.dtype.element_ty
+    o_k = tl.arange(0, BLOCK_K)
+    b_c, b_s = turn(o_k[:, None] * o_c[None, :] % D, D, COMPUTE)
+    b_even = tl.zeros((BLOCK_N, BLOCK_C), COMPUTE)
+    b_odd = tl.zeros((BLOCK_N, BLOCK_C), COMPUTE)
+    for start in range(0, D, BLOCK_K):
+        b_x = load_tile(x, o_n, x_n, valid, D, BLOCK_K, 0, True, False, start).to(COMPUTE) * weight
+        b_y = load_tile(x, mirror, x_n, valid, D, BLOCK_K, 0, True, False, start).to(COMPUTE) * weight
+        turn_c, turn_s = turn(start * o_c % D, D, COMPUTE)
+        cos, sin = turned(b_c, b_s, turn_c[None, :], turn_s[None, :])
+        b_even = dot(cast(b_x + b_y, dtype), cast(cos, dtype), b_even, PRECISION)
+        b_odd = dot(cast(b_x - b_y, dtype), cast(sin, dtype), b_odd, PRECISION)
+
+    folded += i_b * 2 * half * COLUMNS
+    at = o_n[:, None] * COLUMNS + o_c[None, :]
+    tl.store(folded + at, cast(b_even * SHRINK, dtype), mask=valid[:, None])
+    tl.store(folded + half * COLUMNS + at, cast(b_odd * SHRINK, dtype), mask=valid[:, None])
+
+
+@triton.jit(do_not_specialize=["N"])
+def dft_tokens_kernel(
+    folded, y, N,
+    D: tl.constexpr, COLUMNS: tl.constexpr, SHRINK: tl.constexpr, ORTHO: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y for a tile of rows a <= N / 2 and columns b < COLUMNS, and for the mirror images of what lies beyond."""
+    half = N // 2 + 1
+    row_tiles = tl.cdiv(half, BLOCK_N)
+    column_tiles = COLUMNS // BLOCK_C
+    i_b = (tl.program_id(0) // (row_tiles * column_tiles)).to(tl.int64)
+    column = tl.program_id(0) // row_tiles % column_tiles * BLOCK_C
+    o_c = column + tl.arange(0, BLOCK_C)
+    o_a = tl.program_id(0) % row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    folded += i_b * 2 * half * COLUMNS
+
+    dtype = y.dtype.element_ty
+    o_k = tl.arange(0, BLOCK_K)
+    b_c, b_s = turn(o_a[:, None] * o_k[None, :] % N, N, COMPUTE)
+    b_p = tl.zeros((BLOCK_N, BLOCK_C), COMPUTE)
+    b_r = tl.zeros((BLOCK_N, BLOCK_C), COMPUTE)
+    for start in range(0, half, BLOCK_K):
+        o_n = start + o_k
+        at = o_n[:, None] * COLUMNS + o_c[None, :]
+        b_even = tl.load(folded + at, mask=(o_n < half)[:, None], other=0.0)
+        b_odd = tl.load(folded + half * COLUMNS + at, mask=(o_n < half)[:, None], other=0.0)
+        turn_c, turn_s = turn(o_a * start % N, N, COMPUTE)
+        cos, sin = turned(b_c, b_s, turn_c[:, None], turn_s[:, None])
+        b_p = dot(cast(cos, dtype), b_even, b_p, PRECISION)
+        b_r = dot(cast(sin, dtype), b_odd, b_r, PRECISION)
+
+    scale = tl.full((1, 1), 2 / SHRINK, COMPUTE)
+    if ORTHO:
+        scale /= tl.sqrt((N * D).to(COMPUTE))
+    minus, plus = cast((b_p - b_r) * scale, dtype), cast((b_p + b_r) * scale, dtype)
+    y += i_b * N * D
+    here = y + o_a[:, None] * D
+    there = y + (N - o_a)[:, None] * D
+    rows = (o_a < half)[:, None]
+    mirrored = ((o_a >= 1) & (o_a < N - N // 2))[:, None]
+    columns = (o_c < D)[None, :]
+    tl.store(here + o_c[None, :], minus, mask=rows & columns)
+    tl.store(there + o_c[None, :], plus, mask=mirrored & columns)
+    if COLUMNS < D:
+        columns = ((o_c >= 1) & (o_c <= D - COLUMNS))[None, :]
+        tl.store(here + (D - o_c)[None, :], plus, mask=rows & columns)
+        tl.store(there + (D - o_c)[None, :], minus, mask=mirrored & columns)
+
+
+def dft(x: Tensor, ortho: bool) -> Tensor:
+    batch, tokens, width = x.shape
+    if tokens // 2 + width > MOST_WORK[8 * x.element_size()]:
+        return fft(x, ortho)
+    over_channels, over_tokens = (launch_config(kernel, x, WIDTH, x) for kernel in ("dft_channels", "dft_tokens"))
+    # All columns that the tiles cover are made, one half and more: mirror images are stored an element at a time.
+    block = max(over_channels.tile.slots, over_tokens.tile.slots)
+    half, columns = tokens // 2 + 1, triton.cdiv(width // 2 + 1, block) * block
+    folded, y = x.new_empty(batch, 2, half, columns), x.new_empty(x.shape)
+    # Between the kernels numbers are about an eighth of those in x, for float16's sake; a power of two rounds nothing.
+    sizes = dict(D=width, COLUMNS=columns, SHRINK=2.0 ** -(width.bit_length() // 2 + 2))
+    launch(
+        dft_channels_kernel, _grid(over_channels, batch, half, columns),
+        x, folded, x.stride(0), x.stride(1), tokens, **sizes, **_meta(over_channels),
+    )  # fmt: skip
+    launch(
+        dft_tokens_kernel, _grid(over_tokens, batch, half, columns),
+        folded, y, tokens, ORTHO=ortho, **sizes, **_meta(over_tokens),
+    )  # fmt: skip
+    return y
+
+
+def _grid(config: LaunchConfig, batch: int, rows: int, columns: int) -> tuple[int]:
+    return (batch * triton.cdiv(rows, config.tile.tokens) * (columns // config.tile.slots),)
+
+
+def _meta(config: LaunchConfig) -> dict[str, Any]:
+    tile = config.tile
+    return dict(
+        BLOCK_N=tile.tokens, BLOCK_C=tile.slots, BLOCK_K=BLOCK_K, COMPUTE=config.triton_compute, PRECISION=config.precision,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""Fourier mixing as a module."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .. import backends
+from ..ops.fourier import check_norm, fourier_mixing
+from ..ops.rope import Rope
+
+
+class FourierMixing(nn.Module):
+    """Fourier mixing (FNet) where attention would stand; it has no parameters.
+
+    Args:
+        norm: None, the plain sums of the paper, or "ortho", which keeps the size of the tokens.
+        proj_drop: dropout of the output.
+        backend: as in fourier_mixing.
+        Others, dim included, are accepted for the sake of timm's blocks, and without effect: there are neither heads nor
+            linear maps. attn_drop is refused, there are no weights to drop.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
+        *,
+        norm: Literal["ortho"] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if attn_drop:
+            raise NotImplementedError(f"attn_drop: expected 0 (there are no weights to drop), got {attn_drop}")
+        check_norm(norm)
+        if backend not in backends.BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(map(repr, backends.BACKENDS))}, got {backend!r}")
+        self.norm, self.backend = norm, backend
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        key_padding_mask: Tensor | None = None,
+        rope: Rope | None = None,
+    ) -> Tensor:
+        """Mix the tokens and the channels.
+
+        Args:
+            x: (batch, tokens, dim).
+            Others are refused: every frequency is a sum over all tokens.
+        """
+        for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+            if mask is not None:
+                raise NotImplementedError(f"{name}: expected None, got a mask; every frequency is a sum over all tokens")
+        if is_causal:
+            raise NotImplementedError("is_causal: expected False; every frequency is a sum over all tokens")
+        if rope is not None:
+            raise NotImplementedError("rope: expected None; there are no queries and keys to rotate")
+        return self.proj_drop(fourier_mixing(x, norm=self.norm, backend=self.backend))
+
+    def extra_repr(self) -> str:
+        return f"norm={self.norm!r}"

@@ -1,0 +1,48 @@
+"""Fourier mixing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..ops.fourier import fourier_mixing, fourier_mixing_reference
+from .problem import Case, OpSpec
+
+CASES = (  # one tile and several, in rows and columns; even and odd lengths
+    Case("plain"),
+    Case("packed", tokens=36, heads=3, packed=True),
+    Case("one_token", tokens=1),
+    Case("one_channel", heads=1, width=1, tokens=19),
+    Case("odd", batch=1, tokens=35, heads=3, width=7),
+    Case("even", batch=1, tokens=40, heads=5, width=14),
+    Case("image", batch=1, tokens=197, heads=3, width=8),
+)
+
+
+def _fourier(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    channels = case.heads * case.width
+    if case.packed:  # x as a view of a wider tensor, normalised
+        return {"x": tensor(case.batch, case.tokens, 3, channels)[:, :, 1]}, dict(norm="ortho")
+    return {"x": tensor(case.batch, case.tokens, channels)}, {}
+
+
+def _flops(case: Case) -> int:
+    """Those of the products with folded matrices, fewest where both axes are folded."""
+    channels = case.heads * case.width
+    return case.batch * case.tokens * channels * (case.tokens + channels) // 2
+
+
+FOURIER = OpSpec(
+    name="fourier_mixing",
+    function=fourier_mixing,
+    reference=fourier_mixing_reference,
+    build=_fourier,
+    differentiable=("x",),
+    batched=("x",),
+    cases=CASES,
+    flops=_flops,
+    backward=1.0,
+)
+SPECS = (FOURIER,)
