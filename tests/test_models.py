@@ -72,8 +72,7 @@ def test_timm_contract(name: str) -> None:
     assert model(x).shape == (2, 16)
 
 
-@every_model
-@pytest.mark.parametrize("position", ["rope_1d", "rope_mixed"])
+@every_model_and_position
 def test_gradient_checkpointing_changes_nothing(name: str, position: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = create_model(name, **SMALL, position=position)
     x = images(2, 3, 8, 8)
