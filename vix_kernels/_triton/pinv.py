@@ -21,6 +21,12 @@ from .tiles import LOG2E, dot, load_tile, row_products, store_tile
 
 MOST_LANDMARKS = 128
 
+# Places of the matrices in a program's memory: forward has the first four. dW takes that of Y when it has been read, and dX
+# that of dY.
+A, Z, X, W = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+Y, DY, DZ, DA, MIDDLE = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+DW, DX = Y, DY
+
 
 @triton.jit
 def places(memory, SIZE: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
@@ -48,21 +54,51 @@ def put(x, whole, PLACE: tl.constexpr):
 
 @triton.jit
 def product(
-    tall, wide, X: tl.constexpr, Y: tl.constexpr, acc, PRECISION: tl.constexpr,
-    X_TURNED: tl.constexpr = False, Y_TURNED: tl.constexpr = False,
+    tall, wide, L, LEFT: tl.constexpr, RIGHT: tl.constexpr, acc, PRECISION: tl.constexpr,
+    LEFT_TURNED: tl.constexpr = False, RIGHT_TURNED: tl.constexpr = False,
 ):  # fmt: skip
     """acc + x @ y of the matrices at two places, transposed where TURNED."""
     SIZE: tl.constexpr = tall.shape[0]
-    for start in tl.static_range(0, SIZE, tall.shape[1]):
-        if X_TURNED:
-            x = tl.trans(tl.load(wide + (X * SIZE + start) * SIZE))
+    for start in range(0, L, tall.shape[1]):
+        if LEFT_TURNED:
+            x = tl.trans(tl.load(wide + (LEFT * SIZE + start) * SIZE))
         else:
-            x = tl.load(tall + (X * SIZE * SIZE + start))
-        if Y_TURNED:
-            y = tl.trans(tl.load(tall + (Y * SIZE * SIZE + start)))
+            x = tl.load(tall + (LEFT * SIZE * SIZE + start))
+        if RIGHT_TURNED:
+            y = tl.trans(tl.load(tall + (RIGHT * SIZE * SIZE + start)))
         else:
-            y = tl.load(wide + (Y * SIZE + start) * SIZE)
+            y = tl.load(wide + (RIGHT * SIZE + start) * SIZE)
         acc = dot(x, y, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def load_rows(
+    base, stride, rows, column, counts, i_b, counts_b, counts_l, L,
+    WIDTH: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """STEP columns of some landmarks, 0 where one takes no part."""
+    valid = takes_part(counts, i_b, counts_b, counts_l, rows, L, MASKED)
+    return load_tile(base, rows, stride, valid, WIDTH, STEP, 0, True, False, column)
+
+
+@triton.jit
+def apply(
+    tall, wide, PLACE: tl.constexpr, TURNED: tl.constexpr, base, stride, column, counts, i_b, counts_b, counts_l, L,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The matrix at a place, transposed if TURNED, times STEP columns of landmarks."""
+    SIZE: tl.constexpr = tall.shape[0]
+    STEP: tl.constexpr = tall.shape[1]
+    acc = tl.zeros((SIZE, STEP), tall.dtype.element_ty)
+    for start in range(0, L, STEP):
+        rows = start + tl.arange(0, STEP)
+        y = load_rows(base, stride, rows, column, counts, i_b, counts_b, counts_l, L, WIDTH, STEP, MASKED)
+        if TURNED:
+            x = tl.trans(tl.load(wide + (PLACE * SIZE + start) * SIZE))
+        else:
+            x = tl.load(tall + (PLACE * SIZE * SIZE + start))
+        acc = dot(x, y.to(acc.dtype), acc, PRECISION)
     return acc
 
 
@@ -77,51 +113,98 @@ def takes_part(counts, i_b, counts_b, counts_l, landmarks, L, MASKED: tl.constex
 
 @triton.jit
 def attention(
-    q, k, q_l, k_l, rows, columns, scale,
-    D: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, q_l, k_l, rows, columns, has_row, has_column, scale,
+    D: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A, 0 outside of `rows` and `columns`."""
-    landmarks = tl.arange(0, SIZE)
-    logits = tl.zeros((SIZE, SIZE), COMPUTE)
+    """Rows of A, 0 where a landmark takes no part."""
+    logits = tl.zeros((rows.shape[0], columns.shape[0]), COMPUTE)
     for column in range(0, D, STEP):
-        b_q = load_tile(q, landmarks, q_l, rows, D, STEP, 0, True, False, column)
-        b_k = load_tile(k, landmarks, k_l, columns, D, STEP, 0, True, False, column)
+        b_q = load_tile(q, rows, q_l, has_row, D, STEP, 0, True, False, column)
+        b_k = load_tile(k, columns, k_l, has_column, D, STEP, 0, True, False, column)
         logits = row_products(b_q, b_k, logits, False, False, PRECISION)
-    logits = tl.where(columns[None, :], logits * (scale * LOG2E), float("-inf"))
+    logits = tl.where(has_column[None, :], logits * (scale * LOG2E), float("-inf"))
     top = tl.max(logits, 1)
     a = tl.exp2(logits - tl.where(top == float("-inf"), 0.0, top)[:, None])
     total = tl.sum(a, 1)
-    return tl.where(rows[:, None], a / tl.where(total == 0, 1.0, total)[:, None], 0.0)
+    return tl.where(has_row[:, None], a / tl.where(total == 0, 1.0, total)[:, None], 0.0)
 
 
 @triton.jit
-def start_scale(a):
+def start_scale(sums):
     """The largest column sum of A, or 1 if it is 0, and what share of its gradient each column takes."""
-    sums = tl.sum(a, 0)
     s = tl.max(sums, 0)
-    largest = (sums == s).to(a.dtype)
+    largest = (sums == s).to(sums.dtype)
     return tl.where(s == 0, 1.0, s), largest / tl.sum(largest, 0)
 
 
-# Places of the matrices. dW takes that of Y, and dX that of dY, when these have been read.
-A, Z, X, W = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-Y, DY, DZ, DA, MIDDLE = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+@triton.jit
+def start(
+    tall, wide, q, k, q_l, k_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l, k_counts_b, k_counts_l, L, scale,
+    D: tl.constexpr, Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Brings A to its place, some rows at a time, and returns what start_scale does."""
+    SIZE: tl.constexpr = tall.shape[0]
+    STEP: tl.constexpr = tall.shape[1]
+    columns = tl.arange(0, SIZE)
+    has_column = takes_part(k_counts, i_b, k_counts_b, k_counts_l, columns, L, K_MASKED)
+    sums = tl.zeros((SIZE,), COMPUTE)
+    tl.debug_barrier()  # the head before has been read
+    for first in range(0, SIZE, STEP):
+        rows = first + tl.arange(0, STEP)
+        has_row = takes_part(q_counts, i_b, q_counts_b, q_counts_l, rows, L, Q_MASKED)
+        a = attention(q, k, q_l, k_l, rows, columns, has_row, has_column, scale, D, STEP, COMPUTE, PRECISION)
+        sums += tl.sum(a, 0)
+        tl.store(wide + (A * SIZE + first) * SIZE, a)
+    tl.debug_barrier()
+    return start_scale(sums)
 
 
 @triton.jit
-def polynomial(whole, tall, wide, zeros, Y: tl.constexpr, PRECISION: tl.constexpr):
-    """Brings X, W and Y of a step to their places."""
-    b_x = product(tall, wide, A, Z, zeros, PRECISION)
-    put(b_x, whole, X)
-    put(product(tall, wide, X, X, fetch(whole, X) * -7, PRECISION), whole, W)
-    put(product(tall, wide, X, W, fetch(whole, X) * 15, PRECISION), whole, Y)
+def restart(tall, wide, s, late):
+    """Brings Z to its place as it was in the middle, if `late`, or at the start."""
+    SIZE: tl.constexpr = tall.shape[0]
+    tl.debug_barrier()
+    for first in range(0, SIZE, tall.shape[1]):
+        z = tl.trans(tl.load(tall + (A * SIZE * SIZE + first))) / s
+        if late:
+            z = tl.load(wide + (MIDDLE * SIZE + first) * SIZE)
+        tl.store(wide + (Z * SIZE + first) * SIZE, z)
+    tl.debug_barrier()
 
 
 @triton.jit
-def advance(whole, tall, wide, zeros, PRECISION: tl.constexpr):
+def logit_gradient(tall, wide, s, share, scale, COMPUTE: tl.constexpr):
+    """Brings the gradient of the unscaled logits to the place of dY."""
+    SIZE: tl.constexpr = tall.shape[0]
+    STEP: tl.constexpr = tall.shape[1]
+    sums = tl.zeros((STEP,), COMPUTE)
+    for first in range(0, SIZE, STEP):
+        a = tl.load(wide + (A * SIZE + first) * SIZE)
+        dz = tl.trans(tl.load(tall + (DZ * SIZE * SIZE + first)))
+        sums += tl.sum(a * dz, 1)
+    ds = -tl.sum(sums, 0) / (s * s)
+    tl.debug_barrier()
+    for first in range(0, SIZE, STEP):
+        a = tl.load(wide + (A * SIZE + first) * SIZE)
+        dz = tl.trans(tl.load(tall + (DZ * SIZE * SIZE + first)))
+        da = tl.load(wide + (DA * SIZE + first) * SIZE) + dz / s + (ds * share)[None, :]
+        tl.store(wide + (DY * SIZE + first) * SIZE, a * (da - tl.sum(da * a, 1)[:, None]) * scale)
+    tl.debug_barrier()
+
+
+@triton.jit
+def polynomial(whole, tall, wide, L, zeros, LAST: tl.constexpr, PRECISION: tl.constexpr):
+    """Brings X, W and Y of a step to their places, that of Y is LAST."""
+    put(product(tall, wide, L, A, Z, zeros, PRECISION), whole, X)
+    put(product(tall, wide, L, X, X, fetch(whole, X) * -7, PRECISION), whole, W)
+    put(product(tall, wide, L, X, W, fetch(whole, X) * 15, PRECISION), whole, LAST)
+
+
+@triton.jit
+def advance(whole, tall, wide, L, zeros, PRECISION: tl.constexpr):
     """Brings Z of the next step to its place."""
-    polynomial(whole, tall, wide, zeros, W, PRECISION)
-    put(product(tall, wide, Z, W, fetch(whole, Z) * -13, PRECISION) * -0.25, whole, Z)
+    polynomial(whole, tall, wide, L, zeros, W, PRECISION)
+    put(product(tall, wide, L, Z, W, fetch(whole, Z) * -13, PRECISION) * -0.25, whole, Z)
 
 
 @triton.jit(do_not_specialize=["pairs", "L", "iterations", "scale", "q_counts_b", "k_counts_b"])
@@ -139,31 +222,38 @@ def pinv_forward_kernel(
         whole, tall, wide = places(memory, SIZE, STEP, 4)
     for i_bh in range(tl.program_id(0), pairs, tl.num_programs(0)):
         i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-        rows = takes_part(q_counts, i_b, q_counts_b, q_counts_l, landmarks, L, Q_MASKED)
-        columns = takes_part(k_counts, i_b, k_counts_b, k_counts_l, landmarks, L, K_MASKED)
-        b_a = attention(
-            q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h, q_l, k_l, rows, columns, scale,
-            D, SIZE, STEP, COMPUTE, PRECISION,
-        )  # fmt: skip
-        s, _ = start_scale(b_a)
-        b_z = tl.trans(b_a) / s
+        p_q, p_k = q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h
+        p_values, p_out = values + i_b * values_b + i_h * values_h, out + i_b * out_b + i_h * out_h
         if IN_MEMORY:
-            put(b_a, whole, A)
-            put(b_z, whole, Z)
+            s, _ = start(
+                tall, wide, p_q, p_k, q_l, k_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l, k_counts_b, k_counts_l,
+                L, scale, D, Q_MASKED, K_MASKED, COMPUTE, PRECISION,
+            )  # fmt: skip
+            restart(tall, wide, s, False)
             for _ in range(iterations):
-                advance(whole, tall, wide, zeros, PRECISION)
-            b_z = fetch(whole, Z)
+                advance(whole, tall, wide, L, zeros, PRECISION)
+            for column in range(0, E, STEP):
+                b_out = apply(
+                    tall, wide, Z, False, p_values, values_l, column, q_counts, i_b, q_counts_b, q_counts_l, L,
+                    E, Q_MASKED, PRECISION,
+                )  # fmt: skip
+                store_tile(b_out, p_out, landmarks, out_l, landmarks < L, E, STEP, 0, True, column)
         else:
+            has_row = takes_part(q_counts, i_b, q_counts_b, q_counts_l, landmarks, L, Q_MASKED)
+            has_column = takes_part(k_counts, i_b, k_counts_b, k_counts_l, landmarks, L, K_MASKED)
+            b_a = attention(
+                p_q, p_k, q_l, k_l, landmarks, landmarks, has_row, has_column, scale, D, STEP, COMPUTE, PRECISION
+            )  # fmt: skip
+            s, _ = start_scale(tl.sum(b_a, 0))
+            b_z = tl.trans(b_a) / s
             for _ in range(iterations):
                 b_x = dot(b_a, b_z, zeros, PRECISION)
                 b_y = dot(b_x, dot(b_x, b_x, b_x * -7, PRECISION), b_x * 15, PRECISION)
                 b_z = dot(b_z, b_y, b_z * -13, PRECISION) * -0.25
-        for column in range(0, E, STEP):
-            b_v = load_tile(
-                values + i_b * values_b + i_h * values_h, landmarks, values_l, rows, E, STEP, 0, True, False, column
-            )  # fmt: skip
-            b_out = dot(b_z, b_v, tl.zeros((SIZE, STEP), COMPUTE), PRECISION)
-            store_tile(b_out, out + i_b * out_b + i_h * out_h, landmarks, out_l, landmarks < L, E, STEP, 0, True, column)
+            for column in range(0, E, STEP):
+                b_v = load_tile(p_values, landmarks, values_l, has_row, E, STEP, 0, True, False, column)
+                b_out = dot(b_z, b_v, tl.zeros((SIZE, STEP), COMPUTE), PRECISION)
+                store_tile(b_out, p_out, landmarks, out_l, landmarks < L, E, STEP, 0, True, column)
 
 
 @triton.jit(do_not_specialize=["pairs", "L", "iterations", "scale", "q_counts_b", "k_counts_b"])
@@ -184,63 +274,66 @@ def pinv_backward_kernel(
     half = iterations // 2
     for i_bh in range(tl.program_id(0), pairs, tl.num_programs(0)):
         i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-        rows = takes_part(q_counts, i_b, q_counts_b, q_counts_l, landmarks, L, Q_MASKED)
-        columns = takes_part(k_counts, i_b, k_counts_b, k_counts_l, landmarks, L, K_MASKED)
         p_q, p_k = q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h
         p_values, p_dout = values + i_b * values_b + i_h * values_h, dout + i_b * dout_b + i_h * dout_h
-        b_a = attention(p_q, p_k, q_l, k_l, rows, columns, scale, D, SIZE, STEP, COMPUTE, PRECISION)
-        s, share = start_scale(b_a)
-        put(b_a, whole, A)
-        put(tl.trans(b_a) / s, whole, Z)
+        s, share = start(
+            tall, wide, p_q, p_k, q_l, k_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l, k_counts_b, k_counts_l,
+            L, scale, D, Q_MASKED, K_MASKED, COMPUTE, PRECISION,
+        )  # fmt: skip
+        restart(tall, wide, s, False)
         for t in range(iterations):
             if t == half:
                 put(fetch(whole, Z), whole, MIDDLE)
-            advance(whole, tall, wide, zeros, PRECISION)
+            advance(whole, tall, wide, L, zeros, PRECISION)
         if NEED_VALUES:
             for column in range(0, E, STEP):
-                b_dout = load_tile(p_dout, landmarks, dout_l, columns, E, STEP, 0, True, False, column)
-                b_dv = dot(tl.trans(fetch(whole, Z)), b_dout, tl.zeros((SIZE, STEP), COMPUTE), PRECISION)
-                store_tile(
-                    b_dv, dvalues + i_b * dvalues_b + i_h * dvalues_h, landmarks, dvalues_l, inside, E, STEP, 0, True, column
+                b_dv = apply(
+                    tall, wide, Z, True, p_dout, dout_l, column, k_counts, i_b, k_counts_b, k_counts_l, L,
+                    E, K_MASKED, PRECISION,
                 )  # fmt: skip
+                p_dvalues = dvalues + i_b * dvalues_b + i_h * dvalues_h
+                store_tile(b_dv, p_dvalues, landmarks, dvalues_l, inside, E, STEP, 0, True, column)
         if NEED_Q or NEED_K:
             b_dz = zeros
             for column in range(0, E, STEP):
-                b_dout = load_tile(p_dout, landmarks, dout_l, columns, E, STEP, 0, True, False, column)
-                b_v = load_tile(p_values, landmarks, values_l, rows, E, STEP, 0, True, False, column)
+                b_dout = load_rows(
+                    p_dout, dout_l, landmarks, column, k_counts, i_b, k_counts_b, k_counts_l, L, E, STEP, K_MASKED
+                )  # fmt: skip
+                b_v = load_rows(
+                    p_values, values_l, landmarks, column, q_counts, i_b, q_counts_b, q_counts_l, L, E, STEP, Q_MASKED
+                )  # fmt: skip
                 b_dz = row_products(b_dout, b_v, b_dz, False, False, PRECISION)
             put(b_dz, whole, DZ)
             put(zeros, whole, DA)
             for t in range(iterations - 1, -1, -1):
                 late = t >= half
-                put(tl.where(late, fetch(whole, MIDDLE), tl.trans(fetch(whole, A)) / s), whole, Z)
+                restart(tall, wide, s, late)
                 for _ in range(tl.where(late, t - half, t)):
-                    advance(whole, tall, wide, zeros, PRECISION)
-                polynomial(whole, tall, wide, zeros, Y, PRECISION)
-                put(product(tall, wide, Z, DZ, zeros, PRECISION, X_TURNED=True) * -0.25, whole, DY)
-                b_dz = product(tall, wide, DZ, Y, fetch(whole, DZ) * -13, PRECISION, Y_TURNED=True) * -0.25
+                    advance(whole, tall, wide, L, zeros, PRECISION)
+                polynomial(whole, tall, wide, L, zeros, Y, PRECISION)
+                put(product(tall, wide, L, Z, DZ, zeros, PRECISION, LEFT_TURNED=True) * -0.25, whole, DY)
+                b_dz = product(tall, wide, L, DZ, Y, fetch(whole, DZ) * -13, PRECISION, RIGHT_TURNED=True) * -0.25
                 put(b_dz, whole, DZ)
-                b_dw = product(tall, wide, X, DY, zeros, PRECISION, X_TURNED=True)
-                put(b_dw, whole, Y)
-                b_dx = product(tall, wide, DY, W, fetch(whole, DY) * 15 - fetch(whole, Y) * 7, PRECISION, Y_TURNED=True)
-                b_dx = product(tall, wide, Y, X, b_dx, PRECISION, Y_TURNED=True)
-                b_dx = product(tall, wide, X, Y, b_dx, PRECISION, X_TURNED=True)
-                put(b_dx, whole, DY)
-                put(product(tall, wide, DY, Z, fetch(whole, DA), PRECISION, Y_TURNED=True), whole, DA)
-                put(product(tall, wide, A, DY, fetch(whole, DZ), PRECISION, X_TURNED=True), whole, DZ)
+                put(product(tall, wide, L, X, DY, zeros, PRECISION, LEFT_TURNED=True), whole, DW)
+                b_dx = product(tall, wide, L, DY, W, fetch(whole, DY) * 15, PRECISION, RIGHT_TURNED=True)
+                b_dx = product(tall, wide, L, DW, X, b_dx - fetch(whole, DW) * 7, PRECISION, RIGHT_TURNED=True)
+                put(product(tall, wide, L, X, DW, b_dx, PRECISION, LEFT_TURNED=True), whole, DX)
+                put(product(tall, wide, L, DX, Z, fetch(whole, DA), PRECISION, RIGHT_TURNED=True), whole, DA)
+                put(product(tall, wide, L, A, DX, fetch(whole, DZ), PRECISION, LEFT_TURNED=True), whole, DZ)
 
-            b_a, b_dz = fetch(whole, A), tl.trans(fetch(whole, DZ))
-            ds = -tl.sum(tl.sum(b_dz * b_a, 1), 0) / (s * s)
-            b_da = fetch(whole, DA) + b_dz / s + (ds * share)[None, :]
-            b_dl = b_a * (b_da - tl.sum(b_da * b_a, 1)[:, None]) * scale
+            logit_gradient(tall, wide, s, share, scale, COMPUTE)
             for column in range(0, D, STEP):
                 if NEED_Q:
-                    b_k = load_tile(p_k, landmarks, k_l, columns, D, STEP, 0, True, False, column).to(COMPUTE)
-                    b_dq = dot(b_dl, b_k, tl.zeros((SIZE, STEP), COMPUTE), PRECISION)
+                    b_dq = apply(
+                        tall, wide, DY, False, p_k, k_l, column, k_counts, i_b, k_counts_b, k_counts_l, L,
+                        D, K_MASKED, PRECISION,
+                    )  # fmt: skip
                     store_tile(b_dq, dq + i_b * dq_b + i_h * dq_h, landmarks, dq_l, inside, D, STEP, 0, True, column)
                 if NEED_K:
-                    b_q = load_tile(p_q, landmarks, q_l, rows, D, STEP, 0, True, False, column).to(COMPUTE)
-                    b_dk = dot(tl.trans(b_dl), b_q, tl.zeros((SIZE, STEP), COMPUTE), PRECISION)
+                    b_dk = apply(
+                        tall, wide, DY, True, p_q, q_l, column, q_counts, i_b, q_counts_b, q_counts_l, L,
+                        D, Q_MASKED, PRECISION,
+                    )  # fmt: skip
                     store_tile(b_dk, dk + i_b * dk_b + i_h * dk_h, landmarks, dk_l, inside, D, STEP, 0, True, column)
 
 
