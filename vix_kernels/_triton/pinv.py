@@ -20,61 +20,85 @@ from .layout import mask_strides, output_strides, padded, token_strides
 from .tiles import LOG2E, dot, load_tile, row_products, store_tile
 
 MOST_LANDMARKS = 128
-IN_REGISTERS = 64
-FORWARD_PLACES, BACKWARD_PLACES = 4, 9  # matrices of a program in memory
+
+# Places of the matrices in a program's memory: forward has the first four. dW takes that of Y when it has been read, and dX
+# that of dY.
+A, Z, X, W = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+Y, DY, DZ, DA, MIDDLE = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+DW, DX = Y, DY
 
 
 @triton.jit
-def square(place, SIZE: tl.constexpr):
-    """Pointers to a matrix in memory."""
-    rows = tl.arange(0, SIZE)
-    return place + rows[:, None] * SIZE + rows[None, :]
+def places(memory, SIZE: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """Pointers to the first of a program's matrices in memory: to all of it, to its first columns, to its first rows.
+
+    Every other address is one of these and a constant, so that addresses need few registers.
+    """
+    memory += tl.program_id(0).to(tl.int64) * (COUNT * SIZE * SIZE)
+    line, part = tl.arange(0, SIZE), tl.arange(0, STEP)
+    whole = memory + (line[:, None] * SIZE + line[None, :])
+    return whole, memory + (line[:, None] * SIZE + part[None, :]), memory + (part[:, None] * SIZE + line[None, :])
 
 
 @triton.jit
-def hold(x, place, IN_MEMORY: tl.constexpr):
-    """The matrix x as `product` takes it: x itself, or its place in memory."""
-    if IN_MEMORY:
-        tl.debug_barrier()  # threads have read what stood there
-        tl.store(square(place, x.shape[0]), x)
-        tl.debug_barrier()  # and may read what others wrote
-        held = place
-    else:
-        held = x
-    return held
+def fetch(whole, PLACE: tl.constexpr):
+    return tl.load(whole + PLACE * whole.shape[0] * whole.shape[0])
 
 
 @triton.jit
-def read(held, SIZE: tl.constexpr):
-    """A matrix that is held."""
-    if held.dtype.is_ptr():
-        x = tl.load(square(held, SIZE))
-    else:
-        x = held
-    return x
+def put(x, whole, PLACE: tl.constexpr):
+    tl.debug_barrier()  # threads have read what stood there
+    tl.store(whole + PLACE * whole.shape[0] * whole.shape[0], x)
+    tl.debug_barrier()  # and may read what others wrote
 
 
 @triton.jit
 def product(
-    x, y, acc, STEP: tl.constexpr, PRECISION: tl.constexpr, X_TURNED: tl.constexpr = False, Y_TURNED: tl.constexpr = False
+    tall, wide, L, LEFT: tl.constexpr, RIGHT: tl.constexpr, acc, PRECISION: tl.constexpr,
+    LEFT_TURNED: tl.constexpr = False, RIGHT_TURNED: tl.constexpr = False,
 ):  # fmt: skip
-    """acc + x @ y of matrices that are held, transposed where TURNED."""
-    if x.dtype.is_ptr():
-        SIZE: tl.constexpr = acc.shape[0]
-        rows = tl.arange(0, SIZE)
-        for start in range(0, SIZE, STEP):
-            slice = start + tl.arange(0, STEP)
-            if X_TURNED:
-                b_x = tl.trans(tl.load(x + slice[:, None] * SIZE + rows[None, :]))
-            else:
-                b_x = tl.load(x + rows[:, None] * SIZE + slice[None, :])
-            if Y_TURNED:
-                b_y = tl.trans(tl.load(y + rows[:, None] * SIZE + slice[None, :]))
-            else:
-                b_y = tl.load(y + slice[:, None] * SIZE + rows[None, :])
-            acc = dot(b_x, b_y, acc, PRECISION)
-    else:
-        acc = dot(tl.trans(x) if X_TURNED else x, tl.trans(y) if Y_TURNED else y, acc, PRECISION)
+    """acc + x @ y of the matrices at two places, transposed where TURNED."""
+    SIZE: tl.constexpr = tall.shape[0]
+    for start in range(0, L, tall.shape[1]):
+        if LEFT_TURNED:
+            x = tl.trans(tl.load(wide + (LEFT * SIZE + start) * SIZE))
+        else:
+            x = tl.load(tall + (LEFT * SIZE * SIZE + start))
+        if RIGHT_TURNED:
+            y = tl.trans(tl.load(tall + (RIGHT * SIZE * SIZE + start)))
+        else:
+            y = tl.load(wide + (RIGHT * SIZE + start) * SIZE)
+        acc = dot(x, y, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def load_rows(
+    base, stride, rows, column, counts, i_b, counts_b, counts_l, L,
+    WIDTH: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """STEP columns of some landmarks, 0 where one takes no part."""
+    valid = takes_part(counts, i_b, counts_b, counts_l, rows, L, MASKED)
+    return load_tile(base, rows, stride, valid, WIDTH, STEP, 0, True, False, column)
+
+
+@triton.jit
+def apply(
+    tall, wide, PLACE: tl.constexpr, TURNED: tl.constexpr, base, stride, column, counts, i_b, counts_b, counts_l, L,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The matrix at a place, transposed if TURNED, times STEP columns of landmarks."""
+    SIZE: tl.constexpr = tall.shape[0]
+    STEP: tl.constexpr = tall.shape[1]
+    acc = tl.zeros((SIZE, STEP), tall.dtype.element_ty)
+    for start in range(0, L, STEP):
+        rows = start + tl.arange(0, STEP)
+        y = load_rows(base, stride, rows, column, counts, i_b, counts_b, counts_l, L, WIDTH, STEP, MASKED)
+        if TURNED:
+            x = tl.trans(tl.load(wide + (PLACE * SIZE + start) * SIZE))
+        else:
+            x = tl.load(tall + (PLACE * SIZE * SIZE + start))
+        acc = dot(x, y.to(acc.dtype), acc, PRECISION)
     return acc
 
 
@@ -89,168 +113,227 @@ def takes_part(counts, i_b, counts_b, counts_l, landmarks, L, MASKED: tl.constex
 
 @triton.jit
 def attention(
-    q, k, q_l, k_l, rows, columns, scale,
-    D: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, q_l, k_l, rows, columns, has_row, has_column, scale,
+    D: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A, 0 outside of `rows` and `columns`."""
-    landmarks = tl.arange(0, SIZE)
-    logits = tl.zeros((SIZE, SIZE), COMPUTE)
+    """Rows of A, 0 where a landmark takes no part."""
+    logits = tl.zeros((rows.shape[0], columns.shape[0]), COMPUTE)
     for column in range(0, D, STEP):
-        b_q = load_tile(q, landmarks, q_l, rows, D, STEP, 0, True, False, column)
-        b_k = load_tile(k, landmarks, k_l, columns, D, STEP, 0, True, False, column)
+        b_q = load_tile(q, rows, q_l, has_row, D, STEP, 0, True, False, column)
+        b_k = load_tile(k, columns, k_l, has_column, D, STEP, 0, True, False, column)
         logits = row_products(b_q, b_k, logits, False, False, PRECISION)
-    logits = tl.where(columns[None, :], logits * (scale * LOG2E), float("-inf"))
+    logits = tl.where(has_column[None, :], logits * (scale * LOG2E), float("-inf"))
     top = tl.max(logits, 1)
     a = tl.exp2(logits - tl.where(top == float("-inf"), 0.0, top)[:, None])
     total = tl.sum(a, 1)
-    return tl.where(rows[:, None], a / tl.where(total == 0, 1.0, total)[:, None], 0.0)
+    return tl.where(has_row[:, None], a / tl.where(total == 0, 1.0, total)[:, None], 0.0)
 
 
 @triton.jit
-def start_scale(a):
+def start_scale(sums):
     """The largest column sum of A, or 1 if it is 0, and what share of its gradient each column takes."""
-    sums = tl.sum(a, 0)
     s = tl.max(sums, 0)
-    largest = (sums == s).to(a.dtype)
+    largest = (sums == s).to(sums.dtype)
     return tl.where(s == 0, 1.0, s), largest / tl.sum(largest, 0)
 
 
 @triton.jit
-def polynomial(
-    a, z, x_place, w_place, y_place, SIZE: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr, IN_MEMORY: tl.constexpr,
+def start(
+    tall, wide, q, k, q_l, k_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l, k_counts_b, k_counts_l, L, scale,
+    D: tl.constexpr, Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X, W and Y of a step."""
-    x = hold(product(a, z, tl.zeros((SIZE, SIZE), COMPUTE), STEP, PRECISION), x_place, IN_MEMORY)
-    w = hold(product(x, x, read(x, SIZE) * -7, STEP, PRECISION), w_place, IN_MEMORY)
-    y = hold(product(x, w, read(x, SIZE) * 15, STEP, PRECISION), y_place, IN_MEMORY)
-    return x, w, y
+    """Brings A to its place, some rows at a time, and returns what start_scale does."""
+    SIZE: tl.constexpr = tall.shape[0]
+    STEP: tl.constexpr = tall.shape[1]
+    columns = tl.arange(0, SIZE)
+    has_column = takes_part(k_counts, i_b, k_counts_b, k_counts_l, columns, L, K_MASKED)
+    sums = tl.zeros((SIZE,), COMPUTE)
+    tl.debug_barrier()  # the head before has been read
+    for first in range(0, SIZE, STEP):
+        rows = first + tl.arange(0, STEP)
+        has_row = takes_part(q_counts, i_b, q_counts_b, q_counts_l, rows, L, Q_MASKED)
+        a = attention(q, k, q_l, k_l, rows, columns, has_row, has_column, scale, D, STEP, COMPUTE, PRECISION)
+        sums += tl.sum(a, 0)
+        tl.store(wide + (A * SIZE + first) * SIZE, a)
+    tl.debug_barrier()
+    return start_scale(sums)
 
 
 @triton.jit
-def walk(
-    a, z, steps, z_place, x_place, w_place, SIZE: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr, IN_MEMORY: tl.constexpr,
-):  # fmt: skip
-    """Z after some steps more."""
-    for _ in range(steps):
-        x, w, y = polynomial(a, z, x_place, w_place, w_place, SIZE, STEP, COMPUTE, PRECISION, IN_MEMORY)
-        z = hold(product(z, y, read(z, SIZE) * -13, STEP, PRECISION) * -0.25, z_place, IN_MEMORY)
-    return z
+def restart(tall, wide, s, late):
+    """Brings Z to its place as it was in the middle, if `late`, or at the start."""
+    SIZE: tl.constexpr = tall.shape[0]
+    tl.debug_barrier()
+    for first in range(0, SIZE, tall.shape[1]):
+        z = tl.trans(tl.load(tall + (A * SIZE * SIZE + first))) / s
+        if late:
+            z = tl.load(wide + (MIDDLE * SIZE + first) * SIZE)
+        tl.store(wide + (Z * SIZE + first) * SIZE, z)
+    tl.debug_barrier()
+
+
+@triton.jit
+def logit_gradient(tall, wide, s, share, scale, COMPUTE: tl.constexpr):
+    """Brings the gradient of the unscaled logits to the place of dY."""
+    SIZE: tl.constexpr = tall.shape[0]
+    STEP: tl.constexpr = tall.shape[1]
+    sums = tl.zeros((STEP,), COMPUTE)
+    for first in range(0, SIZE, STEP):
+        a = tl.load(wide + (A * SIZE + first) * SIZE)
+        dz = tl.trans(tl.load(tall + (DZ * SIZE * SIZE + first)))
+        sums += tl.sum(a * dz, 1)
+    ds = -tl.sum(sums, 0) / (s * s)
+    tl.debug_barrier()
+    for first in range(0, SIZE, STEP):
+        a = tl.load(wide + (A * SIZE + first) * SIZE)
+        dz = tl.trans(tl.load(tall + (DZ * SIZE * SIZE + first)))
+        da = tl.load(wide + (DA * SIZE + first) * SIZE) + dz / s + (ds * share)[None, :]
+        tl.store(wide + (DY * SIZE + first) * SIZE, a * (da - tl.sum(da * a, 1)[:, None]) * scale)
+    tl.debug_barrier()
+
+
+@triton.jit
+def polynomial(whole, tall, wide, L, zeros, LAST: tl.constexpr, PRECISION: tl.constexpr):
+    """Brings X, W and Y of a step to their places, that of Y is LAST."""
+    put(product(tall, wide, L, A, Z, zeros, PRECISION), whole, X)
+    put(product(tall, wide, L, X, X, fetch(whole, X) * -7, PRECISION), whole, W)
+    put(product(tall, wide, L, X, W, fetch(whole, X) * 15, PRECISION), whole, LAST)
+
+
+@triton.jit
+def advance(whole, tall, wide, L, zeros, PRECISION: tl.constexpr):
+    """Brings Z of the next step to its place."""
+    polynomial(whole, tall, wide, L, zeros, W, PRECISION)
+    put(product(tall, wide, L, Z, W, fetch(whole, Z) * -13, PRECISION) * -0.25, whole, Z)
 
 
 @triton.jit(do_not_specialize=["pairs", "L", "iterations", "scale", "q_counts_b", "k_counts_b"])
 def pinv_forward_kernel(
-    q, k, values, q_counts, k_counts, out, places,
+    q, k, values, q_counts, k_counts, out, memory,
     q_b, q_h, q_l, k_b, k_h, k_l, values_b, values_h, values_l, q_counts_b, q_counts_l, k_counts_b, k_counts_l,
     out_b, out_h, out_l, pairs, H, L, iterations, scale,
     D: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
     Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, IN_MEMORY: tl.constexpr,
 ):  # fmt: skip
     """out of the heads of all samples, (batch x heads) `pairs`."""
-    MATRIX: tl.constexpr = SIZE * SIZE
     landmarks = tl.arange(0, SIZE)
-    places += tl.program_id(0).to(tl.int64) * (4 * MATRIX)
+    zeros = tl.zeros((SIZE, SIZE), COMPUTE)
+    if IN_MEMORY:
+        whole, tall, wide = places(memory, SIZE, STEP, 4)
     for i_bh in range(tl.program_id(0), pairs, tl.num_programs(0)):
         i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-        rows = takes_part(q_counts, i_b, q_counts_b, q_counts_l, landmarks, L, Q_MASKED)
-        columns = takes_part(k_counts, i_b, k_counts_b, k_counts_l, landmarks, L, K_MASKED)
-        b_a = attention(
-            q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h, q_l, k_l, rows, columns, scale,
-            D, SIZE, STEP, COMPUTE, PRECISION,
-        )  # fmt: skip
-        s, _ = start_scale(b_a)
-        a = hold(b_a, places, IN_MEMORY)
-        z = hold(tl.trans(b_a) / s, places + MATRIX, IN_MEMORY)
-        z = walk(
-            a, z, iterations, places + MATRIX, places + 2 * MATRIX, places + 3 * MATRIX,
-            SIZE, STEP, COMPUTE, PRECISION, IN_MEMORY,
-        )  # fmt: skip
-        for column in range(0, E, STEP):
-            b_v = load_tile(
-                values + i_b * values_b + i_h * values_h, landmarks, values_l, rows, E, STEP, 0, True, False, column
+        p_q, p_k = q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h
+        p_values, p_out = values + i_b * values_b + i_h * values_h, out + i_b * out_b + i_h * out_h
+        if IN_MEMORY:
+            s, _ = start(
+                tall, wide, p_q, p_k, q_l, k_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l, k_counts_b, k_counts_l,
+                L, scale, D, Q_MASKED, K_MASKED, COMPUTE, PRECISION,
             )  # fmt: skip
-            b_out = dot(read(z, SIZE), b_v, tl.zeros((SIZE, STEP), COMPUTE), PRECISION)
-            store_tile(b_out, out + i_b * out_b + i_h * out_h, landmarks, out_l, landmarks < L, E, STEP, 0, True, column)
+            restart(tall, wide, s, False)
+            for _ in range(iterations):
+                advance(whole, tall, wide, L, zeros, PRECISION)
+            for column in range(0, E, STEP):
+                b_out = apply(
+                    tall, wide, Z, False, p_values, values_l, column, q_counts, i_b, q_counts_b, q_counts_l, L,
+                    E, Q_MASKED, PRECISION,
+                )  # fmt: skip
+                store_tile(b_out, p_out, landmarks, out_l, landmarks < L, E, STEP, 0, True, column)
+        else:
+            has_row = takes_part(q_counts, i_b, q_counts_b, q_counts_l, landmarks, L, Q_MASKED)
+            has_column = takes_part(k_counts, i_b, k_counts_b, k_counts_l, landmarks, L, K_MASKED)
+            b_a = attention(
+                p_q, p_k, q_l, k_l, landmarks, landmarks, has_row, has_column, scale, D, STEP, COMPUTE, PRECISION
+            )  # fmt: skip
+            s, _ = start_scale(tl.sum(b_a, 0))
+            b_z = tl.trans(b_a) / s
+            for _ in range(iterations):
+                b_x = dot(b_a, b_z, zeros, PRECISION)
+                b_y = dot(b_x, dot(b_x, b_x, b_x * -7, PRECISION), b_x * 15, PRECISION)
+                b_z = dot(b_z, b_y, b_z * -13, PRECISION) * -0.25
+            for column in range(0, E, STEP):
+                b_v = load_tile(p_values, landmarks, values_l, has_row, E, STEP, 0, True, False, column)
+                b_out = dot(b_z, b_v, tl.zeros((SIZE, STEP), COMPUTE), PRECISION)
+                store_tile(b_out, p_out, landmarks, out_l, landmarks < L, E, STEP, 0, True, column)
 
 
 @triton.jit(do_not_specialize=["pairs", "L", "iterations", "scale", "q_counts_b", "k_counts_b"])
 def pinv_backward_kernel(
-    dout, q, k, values, q_counts, k_counts, dq, dk, dvalues, places,
+    dout, q, k, values, q_counts, k_counts, dq, dk, dvalues, memory,
     dout_b, dout_h, dout_l, q_b, q_h, q_l, k_b, k_h, k_l, values_b, values_h, values_l,
     q_counts_b, q_counts_l, k_counts_b, k_counts_l,
     dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dvalues_b, dvalues_h, dvalues_l, pairs, H, L, iterations, scale,
     D: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
     Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_VALUES: tl.constexpr,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, IN_MEMORY: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dvalues of the heads of all samples; steps are walked again, from the start or from the middle one."""
-    MATRIX: tl.constexpr = SIZE * SIZE
     landmarks = tl.arange(0, SIZE)
     inside = landmarks < L
-    places += tl.program_id(0).to(tl.int64) * (9 * MATRIX)
-    z_place, x_place, w_place = places + MATRIX, places + 2 * MATRIX, places + 3 * MATRIX
-    y_place, dy_place, dz_place = places + 4 * MATRIX, places + 5 * MATRIX, places + 6 * MATRIX
-    half = iterations // 2
     zeros = tl.zeros((SIZE, SIZE), COMPUTE)
+    whole, tall, wide = places(memory, SIZE, STEP, 9)
+    half = iterations // 2
     for i_bh in range(tl.program_id(0), pairs, tl.num_programs(0)):
         i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-        rows = takes_part(q_counts, i_b, q_counts_b, q_counts_l, landmarks, L, Q_MASKED)
-        columns = takes_part(k_counts, i_b, k_counts_b, k_counts_l, landmarks, L, K_MASKED)
         p_q, p_k = q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h
         p_values, p_dout = values + i_b * values_b + i_h * values_h, dout + i_b * dout_b + i_h * dout_h
-        b_a = attention(p_q, p_k, q_l, k_l, rows, columns, scale, D, SIZE, STEP, COMPUTE, PRECISION)
-        s, share = start_scale(b_a)
-        a = hold(b_a, places, IN_MEMORY)
-        z = hold(tl.trans(b_a) / s, z_place, IN_MEMORY)
-        z = walk(a, z, half, z_place, x_place, w_place, SIZE, STEP, COMPUTE, PRECISION, IN_MEMORY)
-        if NEED_Q or NEED_K:
-            middle = hold(read(z, SIZE), places + 7 * MATRIX, IN_MEMORY)
+        s, share = start(
+            tall, wide, p_q, p_k, q_l, k_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l, k_counts_b, k_counts_l,
+            L, scale, D, Q_MASKED, K_MASKED, COMPUTE, PRECISION,
+        )  # fmt: skip
+        restart(tall, wide, s, False)
+        for t in range(iterations):
+            if t == half:
+                put(fetch(whole, Z), whole, MIDDLE)
+            advance(whole, tall, wide, L, zeros, PRECISION)
         if NEED_VALUES:
-            z = walk(a, z, iterations - half, z_place, x_place, w_place, SIZE, STEP, COMPUTE, PRECISION, IN_MEMORY)
             for column in range(0, E, STEP):
-                b_dout = load_tile(p_dout, landmarks, dout_l, columns, E, STEP, 0, True, False, column)
-                b_dv = dot(tl.trans(read(z, SIZE)), b_dout, tl.zeros((SIZE, STEP), COMPUTE), PRECISION)
-                store_tile(
-                    b_dv, dvalues + i_b * dvalues_b + i_h * dvalues_h, landmarks, dvalues_l, inside, E, STEP, 0, True, column
+                b_dv = apply(
+                    tall, wide, Z, True, p_dout, dout_l, column, k_counts, i_b, k_counts_b, k_counts_l, L,
+                    E, K_MASKED, PRECISION,
                 )  # fmt: skip
+                p_dvalues = dvalues + i_b * dvalues_b + i_h * dvalues_h
+                store_tile(b_dv, p_dvalues, landmarks, dvalues_l, inside, E, STEP, 0, True, column)
         if NEED_Q or NEED_K:
             b_dz = zeros
             for column in range(0, E, STEP):
-                b_dout = load_tile(p_dout, landmarks, dout_l, columns, E, STEP, 0, True, False, column)
-                b_v = load_tile(p_values, landmarks, values_l, rows, E, STEP, 0, True, False, column)
+                b_dout = load_rows(
+                    p_dout, dout_l, landmarks, column, k_counts, i_b, k_counts_b, k_counts_l, L, E, STEP, K_MASKED
+                )  # fmt: skip
+                b_v = load_rows(
+                    p_values, values_l, landmarks, column, q_counts, i_b, q_counts_b, q_counts_l, L, E, STEP, Q_MASKED
+                )  # fmt: skip
                 b_dz = row_products(b_dout, b_v, b_dz, False, False, PRECISION)
-            dz = hold(b_dz, dz_place, IN_MEMORY)
-            da = hold(zeros, places + 8 * MATRIX, IN_MEMORY)
+            put(b_dz, whole, DZ)
+            put(zeros, whole, DA)
             for t in range(iterations - 1, -1, -1):
                 late = t >= half
-                z = hold(tl.where(late, read(middle, SIZE), tl.trans(read(a, SIZE)) / s), z_place, IN_MEMORY)
-                steps = tl.where(late, t - half, t)
-                z = walk(a, z, steps, z_place, x_place, w_place, SIZE, STEP, COMPUTE, PRECISION, IN_MEMORY)
-                x, w, y = polynomial(a, z, x_place, w_place, y_place, SIZE, STEP, COMPUTE, PRECISION, IN_MEMORY)
-                dy = hold(product(z, dz, zeros, STEP, PRECISION, X_TURNED=True) * -0.25, dy_place, IN_MEMORY)
-                b_dz = product(dz, y, read(dz, SIZE) * -13, STEP, PRECISION, Y_TURNED=True) * -0.25
-                dz = hold(b_dz, dz_place, IN_MEMORY)
-                dw = hold(product(x, dy, zeros, STEP, PRECISION, X_TURNED=True), y_place, IN_MEMORY)
-                b_dx = product(dy, w, read(dy, SIZE) * 15 - read(dw, SIZE) * 7, STEP, PRECISION, Y_TURNED=True)
-                b_dx = product(dw, x, b_dx, STEP, PRECISION, Y_TURNED=True)
-                b_dx = product(x, dw, b_dx, STEP, PRECISION, X_TURNED=True)
-                dx = hold(b_dx, dy_place, IN_MEMORY)
-                da = hold(product(dx, z, read(da, SIZE), STEP, PRECISION, Y_TURNED=True), places + 8 * MATRIX, IN_MEMORY)
-                dz = hold(product(a, dx, read(dz, SIZE), STEP, PRECISION, X_TURNED=True), dz_place, IN_MEMORY)
+                restart(tall, wide, s, late)
+                for _ in range(tl.where(late, t - half, t)):
+                    advance(whole, tall, wide, L, zeros, PRECISION)
+                polynomial(whole, tall, wide, L, zeros, Y, PRECISION)
+                put(product(tall, wide, L, Z, DZ, zeros, PRECISION, LEFT_TURNED=True) * -0.25, whole, DY)
+                b_dz = product(tall, wide, L, DZ, Y, fetch(whole, DZ) * -13, PRECISION, RIGHT_TURNED=True) * -0.25
+                put(b_dz, whole, DZ)
+                put(product(tall, wide, L, X, DY, zeros, PRECISION, LEFT_TURNED=True), whole, DW)
+                b_dx = product(tall, wide, L, DY, W, fetch(whole, DY) * 15, PRECISION, RIGHT_TURNED=True)
+                b_dx = product(tall, wide, L, DW, X, b_dx - fetch(whole, DW) * 7, PRECISION, RIGHT_TURNED=True)
+                put(product(tall, wide, L, X, DW, b_dx, PRECISION, LEFT_TURNED=True), whole, DX)
+                put(product(tall, wide, L, DX, Z, fetch(whole, DA), PRECISION, RIGHT_TURNED=True), whole, DA)
+                put(product(tall, wide, L, A, DX, fetch(whole, DZ), PRECISION, LEFT_TURNED=True), whole, DZ)
 
-            b_a, b_dz = read(a, SIZE), tl.trans(read(dz, SIZE))
-            ds = -tl.sum(tl.sum(b_dz * b_a, 1), 0) / (s * s)
-            b_da = read(da, SIZE) + b_dz / s + (ds * share)[None, :]
-            b_dl = b_a * (b_da - tl.sum(b_da * b_a, 1)[:, None]) * scale
+            logit_gradient(tall, wide, s, share, scale, COMPUTE)
             for column in range(0, D, STEP):
                 if NEED_Q:
-                    b_k = load_tile(p_k, landmarks, k_l, columns, D, STEP, 0, True, False, column).to(COMPUTE)
-                    b_dq = dot(b_dl, b_k, tl.zeros((SIZE, STEP), COMPUTE), PRECISION)
+                    b_dq = apply(
+                        tall, wide, DY, False, p_k, k_l, column, k_counts, i_b, k_counts_b, k_counts_l, L,
+                        D, K_MASKED, PRECISION,
+                    )  # fmt: skip
                     store_tile(b_dq, dq + i_b * dq_b + i_h * dq_h, landmarks, dq_l, inside, D, STEP, 0, True, column)
                 if NEED_K:
-                    b_q = load_tile(p_q, landmarks, q_l, rows, D, STEP, 0, True, False, column).to(COMPUTE)
-                    b_dk = dot(tl.trans(b_dl), b_q, tl.zeros((SIZE, STEP), COMPUTE), PRECISION)
+                    b_dk = apply(
+                        tall, wide, DY, True, p_q, q_l, column, q_counts, i_b, q_counts_b, q_counts_l, L,
+                        D, Q_MASKED, PRECISION,
+                    )  # fmt: skip
                     store_tile(b_dk, dk + i_b * dk_b + i_h * dk_h, landmarks, dk_l, inside, D, STEP, 0, True, column)
 
 
@@ -261,11 +344,11 @@ def pinv_forward(
     if init == "original" or q_marks.shape[2] > MOST_LANDMARKS:
         return batched_pinv.pinv_forward(q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init)
     out = values.new_empty(values.shape)
-    programs, places, meta = _configure("pinv_forward", FORWARD_PLACES, q_marks, values)
+    programs, memory, meta = _configure("pinv_forward", 4, q_marks, values)
     launch(
         pinv_forward_kernel,
         (programs,),
-        q_marks, k_marks, values, *_counts(q_counts, k_counts, values), out, places,
+        q_marks, k_marks, values, *_counts(q_counts, k_counts, values), out, memory,
         *token_strides(q_marks), *token_strides(k_marks), *token_strides(values),
         *mask_strides(q_counts), *mask_strides(k_counts), *token_strides(out),
         *_sizes(q_marks), iterations, scale,
@@ -284,11 +367,11 @@ def pinv_backward(
         )
     needs = (q_marks, need_q), (k_marks, need_k), (values, need_values)
     dq, dk, dvalues = (x.new_empty(x.shape if need else (0,)) for x, need in needs)
-    programs, places, meta = _configure("pinv_backward", BACKWARD_PLACES, q_marks, values)
+    programs, memory, meta = _configure("pinv_backward", 9, q_marks, values)
     launch(
         pinv_backward_kernel,
         (programs,),
-        dout, q_marks, k_marks, values, *_counts(q_counts, k_counts, values), dq, dk, dvalues, places,
+        dout, q_marks, k_marks, values, *_counts(q_counts, k_counts, values), dq, dk, dvalues, memory,
         *token_strides(dout), *token_strides(q_marks), *token_strides(k_marks), *token_strides(values),
         *mask_strides(q_counts), *mask_strides(k_counts),
         *output_strides(dq), *output_strides(dk), *output_strides(dvalues), *_sizes(q_marks), iterations, scale,
@@ -298,19 +381,22 @@ def pinv_backward(
     return dq, dk, dvalues
 
 
-def _configure(kernel: str, places: int, q_marks: Tensor, values: Tensor) -> tuple[int, Tensor, dict[str, Any]]:
+def _configure(kernel: str, matrices: int, q_marks: Tensor, values: Tensor) -> tuple[int, Tensor, dict[str, Any]]:
     """How many programs, the places of their matrices, and the constexprs and options of the launch."""
     pairs, _, landmarks = _sizes(q_marks)
     config = launch_config(kernel, q_marks, landmarks, values)
     size = padded(landmarks)
-    in_memory = size > IN_REGISTERS
-    programs = min(pairs, max(1, config.multiprocessors)) if in_memory else pairs
-    memory = values.new_empty(programs * places * size * size if in_memory else 0)
-    return programs, memory, dict(
+    meta = dict(
         D=q_marks.shape[3], E=values.shape[3], SIZE=size, STEP=config.tile.tokens,
-        COMPUTE=config.triton_compute, PRECISION=config.precision, IN_MEMORY=in_memory,
+        COMPUTE=config.triton_compute, PRECISION=config.precision,
         num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
+    if kernel == "pinv_forward":
+        meta["IN_MEMORY"] = size > config.tile.slots
+        if not meta["IN_MEMORY"]:
+            return pairs, values, meta
+    programs = min(pairs, max(1, config.multiprocessors * MOST_LANDMARKS // size))
+    return programs, values.new_empty(programs * matrices * size * size), meta
 
 
 def _sizes(q_marks: Tensor) -> tuple[int, int, int]:
