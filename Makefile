@@ -8,7 +8,7 @@ OLDEST_TRITON := 3.6.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help train test traffic report lint clean
+.PHONY: help train test traffic quality report lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -22,6 +22,9 @@ test: $(READY)  ## run the tests; some of them: make test ARGS="-k models"
 
 traffic: $(READY)  ## count the bytes that the kernels move; one op: make traffic ARGS="--op apply_rope"
 	OMP_NUM_THREADS=1 $(BIN)/vix traffic $(ARGS)
+
+quality: $(READY)  ## measure how close each attention comes to softmax attention; draws docs/quality.png
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.quality --output docs/quality.png $(ARGS)
 
 lint: $(READY)  ## check the style
 	$(BIN)/ruff check .

@@ -1,0 +1,242 @@
+"""How close linear-cost attentions come to softmax attention, by the slots they are given: a picture and its numbers.
+
+The tokens are those of a small softmax transformer, trained here, on held-out digits, and random fields with a known
+correlation length. Nothing is trained for an approximation: the question is what each makes of given q, k and v.
+
+linformer_attention is left out. Its projections are parameters: untrained ones say nothing of trained ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from vix_kernels import agent_attention, nystrom_attention, orthogonal_projection, performer_attention
+from vix_kernels.commands import Parser, write_atomically
+from vix_kernels.models import create_model
+from vix_kernels.ops.pooling import pooled_queries
+from vix_kernels.training import Config, UserError
+
+WIDTH = 32  # of a head
+FIELD = 64  # tokens a side
+FIELDS = {"smooth field": 8.0, "rough field": 2.0}  # standard deviation, in tokens, of the Gaussian that smooths the noise
+MEAN = "mean of v"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the study."""
+
+    slots: tuple[int, ...]
+    epochs: int
+    images: int  # held-out ones whose tokens are taken
+    fields: int  # random ones of each kind
+
+
+FULL = Size(slots=(16, 32, 64, 128, 256), epochs=8, images=32, fields=16)
+QUICK = Size(slots=(16, 64), epochs=0, images=2, fields=2)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """q, k and v are (1, heads, height * width, WIDTH), of a map of `grid` = (height, width); images are heads too."""
+
+    name: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Quartiles over heads of |out - exact| / |exact|, Frobenius norms over tokens and channels."""
+
+    tokens: str
+    method: str
+    slots: int
+    median: float
+    low: float
+    high: float
+
+
+def performer(x: Tokens, slots: int, seed: int) -> Tensor:
+    # A draw for each head, so that the quartiles show what the draw does.
+    projection = orthogonal_projection(slots, WIDTH, seed=seed, num_heads=x.q.shape[1])
+    return performer_attention(x.q, x.k, x.v, projection)
+
+
+def nystrom_segments(x: Tokens, slots: int, seed: int) -> Tensor:
+    return nystrom_attention(x.q, x.k, x.v, num_landmarks=slots)
+
+
+def nystrom_grid(x: Tokens, slots: int, seed: int) -> Tensor:
+    return nystrom_attention(x.q, x.k, x.v, num_landmarks=slots, landmarks="grid", grid_size=x.grid)
+
+
+def agent_grid(x: Tokens, slots: int, seed: int) -> Tensor:
+    agents, _ = pooled_queries(x.q, slots, grid_size=x.grid, prefix_tokens=0, mask=None, backend="auto")
+    return agent_attention(x.q, x.k, x.v, agents)
+
+
+METHODS: dict[str, Callable[[Tokens, int, int], Tensor]] = {
+    "Performer": performer,
+    "Nystrom, segments": nystrom_segments,
+    "Nystrom, grid": nystrom_grid,
+    "agents, grid": agent_grid,
+}
+
+
+def errors(x: Tokens, size: Size, seed: int) -> Iterator[Row]:
+    exact = F.scaled_dot_product_attention(x.q, x.k, x.v)
+
+    def row(method: str, slots: int, out: Tensor) -> Row:
+        error = (out - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3))
+        low, median, high = error.flatten().quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        return Row(x.name, method, slots, median, low, high)
+
+    yield row(MEAN, 0, x.v.mean(2, keepdim=True))
+    for method, function in METHODS.items():
+        for slots in size.slots:
+            yield row(method, slots, function(x, slots, seed))
+
+
+def random_field(name: str, size: Size, seed: int) -> Tokens:
+    """Gaussian noise on a torus, smoothed by a Gaussian and brought back to a standard deviation of 1; q, k, v independent."""
+    noise = torch.randn(3, 1, size.fields, WIDTH, FIELD, FIELD, generator=torch.Generator().manual_seed(seed))
+    square = torch.fft.fftfreq(FIELD).square()
+    response = torch.exp(-2 * (torch.pi * FIELDS[name]) ** 2 * (square[:, None] + square))
+    field = torch.fft.ifft2(torch.fft.fft2(noise) * response).real
+    field = field / field.std(dim=(-2, -1), keepdim=True)
+    return Tokens(name, *rearrange(field, "qkv b h d y x -> qkv b h (y x) d").contiguous(), (FIELD, FIELD))
+
+
+def trained_tokens(size: Size, seed: int) -> Tokens:
+    """Those of every layer and head of a softmax transformer on held-out digits of 16 x 16 pixels, each a token."""
+    from tqdm import tqdm
+
+    from vix_kernels.training.data import load_dataset, pixel_statistics
+    from vix_kernels.training.loop import evaluate, train_epoch
+
+    def enlarged(images: Tensor) -> Tensor:
+        return F.interpolate(images * (255 / 16), size=16, mode="bilinear").round().to(torch.uint8)
+
+    digits = load_dataset("digits")
+    train, test = enlarged(digits.train_images), enlarged(digits.test_images)
+    mean, std = pixel_statistics(train, max_value=255)
+    digits = replace(digits, train_images=train, test_images=test, max_value=255, mean=mean, std=std)
+
+    config = Config(model="hybrid_vit", epochs=size.epochs, batch_size=16, lr=1e-3, warmup_epochs=1, seed=seed)
+    torch.manual_seed(seed)
+    model = create_model(
+        config.model, img_size=16, in_chans=1, embed_dim=2 * WIDTH, num_heads=2, class_token=False, global_pool="avg"
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    steps = -(-len(train) // config.batch_size)
+    with tqdm(total=size.epochs * steps, desc="training", unit="step", leave=False, disable=None) as progress:
+        for epoch in range(size.epochs):
+            train_epoch(model, optimizer, digits, config, epoch, progress)
+    top1 = evaluate(model, digits, config)["eval_top1"]
+    print(f"trained a softmax transformer on digits: top-1 {top1:.1f} % of {len(test)} held-out images", file=sys.stderr)
+
+    layers: list[Tensor] = []
+    for block in model.blocks:
+        block.attn.qkv.register_forward_hook(lambda module, inputs, output: layers.append(output))
+    with torch.no_grad():
+        model(digits.inputs(test[: size.images]))
+    qkv = rearrange(torch.stack(layers), "l b n (qkv h d) -> qkv 1 (b l h) n d", qkv=3, d=WIDTH)
+    return Tokens("trained tokens", *qkv.contiguous(), (16, 16))
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(each.name for each in fields(Row))
+        writer.writerows([f"{x:.3g}" if isinstance(x, float) else x for x in astuple(row)] for row in rows)
+
+
+def draw(path: Path, rows: list[Row]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row.tokens for row in rows))
+    figure = Figure(figsize=(10, 3.9), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(names), sharey=True)
+    for panel, name in zip(panels, names, strict=True):
+        for method in METHODS:
+            line = [row for row in rows if (row.tokens, row.method) == (name, method)]
+            slots = [row.slots for row in line]
+            (drawn,) = panel.plot(slots, [row.median for row in line], "o-", markersize=4, label=method)
+            panel.fill_between(
+                slots, [row.low for row in line], [row.high for row in line], color=drawn.get_color(), alpha=0.15, linewidth=0
+            )
+        (mean,) = [row for row in rows if (row.tokens, row.method) == (name, MEAN)]
+        panel.axhline(mean.median, color="black", linestyle="--", linewidth=1, label=MEAN)
+        panel.set_xscale("log", base=2)
+        panel.set(title=name, xlabel="features, landmarks or agents", yscale="log")
+        panel.set_xticks(slots, slots)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("relative error")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, format="png")
+
+
+HELP = """\
+How close linear-cost attentions come to softmax attention as their slots grow: random features, segment and grid
+landmarks, pooled agents, beside the mean of v, which is what doing nothing costs.
+"""
+EXAMPLES = """\
+examples:
+  python -m bench.quality --output docs/quality.png    and docs/quality.csv; two minutes on a core of its own
+  python -m bench.quality --output quality.png --quick
+
+The tokens are those of a softmax transformer trained here on digits (16 x 16 tokens), and random fields, smooth and
+rough (64 x 64 tokens). The error is |out - exact| / |exact| of one head on one image, or of one field; lines are the
+medians, bands the quartiles. It runs on the CPU and needs the extra train: pip install -e '.[train]'.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(
+        prog="bench.quality", description=HELP, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH.png", help="the picture; numbers go to PATH.csv")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the model, fields and features (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="seconds: the model stays untrained; to see that it works")
+    args = parser.parse_args(argv)
+    if args.output.suffix != ".png":
+        parser.error(f"--output: expected a path that ends in .png, got {args.output}")
+    if not os.access(args.output.parent, os.W_OK) or not args.output.parent.is_dir():  # not after minutes of work
+        parser.error(f"--output: cannot write to the folder {args.output.parent}")
+    size = QUICK if args.quick else FULL
+    rows: list[Row] = []
+    try:
+        Config(seed=args.seed).check()
+        for tokens in (trained_tokens(size, args.seed), *(random_field(name, size, args.seed) for name in FIELDS)):
+            print(f"{tokens.name}: {tokens.grid[0]} x {tokens.grid[1]}", file=sys.stderr)
+            rows += errors(tokens, size, args.seed)
+        for path, write in {args.output: draw, args.output.with_suffix(".csv"): write_csv}.items():
+            write_atomically(path, lambda temporary, write=write: write(temporary, rows))
+            print(f"wrote {path}")
+    except (UserError, OSError) as error:
+        parser.error(str(error))
+    except ModuleNotFoundError as error:
+        parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
