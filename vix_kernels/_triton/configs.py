@@ -70,12 +70,18 @@ ASSUMED_TOKENS = 1024
 def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> LaunchConfig:
     """The configuration of `kernel` for the architecture and dtype of `tokens` and the larger head width `width`."""
     arch = architecture(tokens.device)
-    key = (kernel, tokens.element_size() * 8, padded(width))
-    tile = OVERRIDES.get(arch, {}).get(key) or (INTERPRETER if arch == "interpreter" else TABLE[key])
+    size, split = (tokens.element_size() * 8, padded(width)), slots.element_size() > tokens.element_size()
+    if arch == "interpreter":
+        tile = INTERPRETER
+    else:  # slots in 16 bits, pooled from tokens, need other registers than random features
+        names = (f"{kernel}_pooled", kernel) if size[0] == 16 and not split else (kernel,)
+        found = (table.get((name, *size)) for name in names for table in (OVERRIDES.get(arch, {}), TABLE))
+        tile = next((each for each in found if each), None)
+        if tile is None:
+            raise KeyError(f"the launch table has no {kernel} of {size[0]} bits and width {size[1]}")
     step = tile.tokens
     if assumed:
         tile = tile._replace(tokens=max(tile.tokens, min(ASSUMED_TOKENS, triton.next_power_of_2(tokens.shape[2]))))
-    split = slots.element_size() > tokens.element_size()
     return LaunchConfig(tile, accumulator(tokens.dtype), split, _precision(tile, arch), multiprocessors(tokens.device), step)
 
 

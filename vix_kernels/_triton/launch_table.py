@@ -20,7 +20,8 @@ class Tile(NamedTuple):
     apart: bool = False  # dk and dv in launches of their own, where both accumulators do not fit the registers
 
 
-# By kernel, bits of the tokens' dtype and padded width.
+# By kernel, bits of the tokens' dtype and padded width. A kernel called "_pooled" is that of slots which are pooled from tokens,
+# in their 16 bits, where it needs other tiles than that of random features.
 TABLE: dict[tuple[str, int, int], Tile] = {
     ("aggregate_forward", 16, 16): Tile(64, 64, 4, 3),
     ("aggregate_forward", 16, 32): Tile(64, 64, 4, 3),
@@ -69,7 +70,7 @@ TABLE: dict[tuple[str, int, int], Tile] = {
     ("aggregate_tokens", 32, 256): Tile(16, 16, 8, 1, "ieee", apart=True),
     ("broadcast_tokens", 32, 16): Tile(32, 64, 8, 1),
     ("broadcast_tokens", 32, 32): Tile(32, 64, 8, 1),
-    ("broadcast_tokens", 32, 64): Tile(32, 32, 8, 1),
+    ("broadcast_tokens", 32, 64): Tile(32, 16, 8, 1),
     ("broadcast_tokens", 32, 128): Tile(32, 16, 8, 1),
     ("broadcast_tokens", 32, 256): Tile(16, 16, 8, 1, "ieee"),
     ("broadcast_slots", 32, 16): Tile(64, 32, 8, 1),
@@ -271,9 +272,20 @@ _CDNA = {  # one stage and smaller tiles where the pipeline does not fit the reg
 }
 # What an architecture does better with. The table above is for all others.
 OVERRIDES: dict[str, dict[tuple[str, int, int], Tile]] = {
-    "sm_86": {("token_conv_backward", 16, 128): Tile(32, 64, 8, 1)},
+    "sm_80": {
+        ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 8, 3),
+        ("broadcast_tokens_pooled", 16, 128): Tile(32, 64, 8, 1),
+    },
+    "sm_86": {
+        ("broadcast_forward_pooled", 16, 64): Tile(64, 64, 4, 2),
+        ("broadcast_tokens_pooled", 16, 128): Tile(32, 64, 8, 1),
+        ("token_conv_backward", 16, 128): Tile(32, 64, 8, 1),
+        ("broadcast_slots", 32, 32): Tile(64, 16, 8, 1),
+        ("aggregate_slots", 32, 128): Tile(16, 16, 8, 1, "ieee"),
+    },
     "sm_90": _WARP_GROUP
     | {
+        ("broadcast_slots_pooled", 16, 128): Tile(64, 64, 8, 2),
         ("aggregate_tokens", 16, 128): Tile(32, 64, 8, 2),
         # Smaller than the registers allow now: Triton 3.6 spills a few bytes more at width 80.
         ("broadcast_tokens", 16, 128): Tile(32, 128, 8, 2),
