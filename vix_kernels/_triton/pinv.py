@@ -1,8 +1,8 @@
 """Kernels of `pinv` (primitives/pinv.py states the equations, primitives/batched_pinv.py the steps): a program a head.
 
-The L x L matrices of a head stand in registers up to L = 64. Larger ones fit neither there nor in shared memory: each has a
-place in global memory, from which products take them in slices. That memory is a program's own, so as many programs as there
-are multiprocessors walk over the heads, and what they write stays in the second-level cache.
+Up to 64 landmarks, forward has its L x L matrices in registers, where they fit. Otherwise they stand in memory that a program
+has to itself (pinv_steps.py). That memory is small, so that it stays in the second-level cache: no more programs than there
+are multiprocessors at 128 landmarks, twice as many at 64, walk over the heads of all samples.
 """
 
 from __future__ import annotations
@@ -17,59 +17,10 @@ from ..primitives import batched_pinv
 from .configs import launch_config
 from .launch import launch
 from .layout import mask_strides, output_strides, padded, token_strides
+from .pinv_steps import BACKWARD, DA, DY, DZ, FORWARD, A, Z, advance, differentiate, keep_middle, part, restart
 from .tiles import LOG2E, dot, load_tile, row_products, store_tile
 
 MOST_LANDMARKS = 128
-
-# Places of the matrices in a program's memory: forward has the first four. dW takes that of Y when it has been read, and dX
-# that of dY.
-A, Z, X, W = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-Y, DY, DZ, DA, MIDDLE = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
-DW, DX = Y, DY
-
-
-@triton.jit
-def places(memory, SIZE: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
-    """Pointers to the first of a program's matrices in memory: to all of it, to its first columns, to its first rows.
-
-    Every other address is one of these and a constant, so that addresses need few registers.
-    """
-    memory += tl.program_id(0).to(tl.int64) * (COUNT * SIZE * SIZE)
-    line, part = tl.arange(0, SIZE), tl.arange(0, STEP)
-    whole = memory + (line[:, None] * SIZE + line[None, :])
-    return whole, memory + (line[:, None] * SIZE + part[None, :]), memory + (part[:, None] * SIZE + line[None, :])
-
-
-@triton.jit
-def fetch(whole, PLACE: tl.constexpr):
-    return tl.load(whole + PLACE * whole.shape[0] * whole.shape[0])
-
-
-@triton.jit
-def put(x, whole, PLACE: tl.constexpr):
-    tl.debug_barrier()  # threads have read what stood there
-    tl.store(whole + PLACE * whole.shape[0] * whole.shape[0], x)
-    tl.debug_barrier()  # and may read what others wrote
-
-
-@triton.jit
-def product(
-    tall, wide, L, LEFT: tl.constexpr, RIGHT: tl.constexpr, acc, PRECISION: tl.constexpr,
-    LEFT_TURNED: tl.constexpr = False, RIGHT_TURNED: tl.constexpr = False,
-):  # fmt: skip
-    """acc + x @ y of the matrices at two places, transposed where TURNED."""
-    SIZE: tl.constexpr = tall.shape[0]
-    for start in range(0, L, tall.shape[1]):
-        if LEFT_TURNED:
-            x = tl.trans(tl.load(wide + (LEFT * SIZE + start) * SIZE))
-        else:
-            x = tl.load(tall + (LEFT * SIZE * SIZE + start))
-        if RIGHT_TURNED:
-            y = tl.trans(tl.load(tall + (RIGHT * SIZE * SIZE + start)))
-        else:
-            y = tl.load(wide + (RIGHT * SIZE + start) * SIZE)
-        acc = dot(x, y, acc, PRECISION)
-    return acc
 
 
 @triton.jit
@@ -84,20 +35,18 @@ def load_rows(
 
 @triton.jit
 def apply(
-    tall, wide, PLACE: tl.constexpr, TURNED: tl.constexpr, base, stride, column, counts, i_b, counts_b, counts_l, L,
-    WIDTH: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    memory, PLACE: tl.constexpr, TURNED: tl.constexpr, base, stride, column, counts, i_b, counts_b, counts_l, L,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The matrix at a place, transposed if TURNED, times STEP columns of landmarks."""
-    SIZE: tl.constexpr = tall.shape[0]
-    STEP: tl.constexpr = tall.shape[1]
-    acc = tl.zeros((SIZE, STEP), tall.dtype.element_ty)
+    acc = tl.zeros((SIZE, STEP), memory.dtype.element_ty)
     for start in range(0, L, STEP):
         rows = start + tl.arange(0, STEP)
         y = load_rows(base, stride, rows, column, counts, i_b, counts_b, counts_l, L, WIDTH, STEP, MASKED)
         if TURNED:
-            x = tl.trans(tl.load(wide + (PLACE * SIZE + start) * SIZE))
+            x = tl.trans(tl.load(part(memory, PLACE, start, 0, STEP, SIZE, SIZE)))
         else:
-            x = tl.load(tall + (PLACE * SIZE * SIZE + start))
+            x = tl.load(part(memory, PLACE, 0, start, SIZE, STEP, SIZE))
         acc = dot(x, y.to(acc.dtype), acc, PRECISION)
     return acc
 
@@ -139,72 +88,62 @@ def start_scale(sums):
 
 @triton.jit
 def start(
-    tall, wide, q, k, q_l, k_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l, k_counts_b, k_counts_l, L, scale,
-    D: tl.constexpr, Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    memory, q, k, q_l, k_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l, k_counts_b, k_counts_l, L, scale,
+    D: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Brings A to its place, some rows at a time, and returns what start_scale does."""
-    SIZE: tl.constexpr = tall.shape[0]
-    STEP: tl.constexpr = tall.shape[1]
+    """Brings A and the first Z to their places, and returns what start_scale does."""
     columns = tl.arange(0, SIZE)
     has_column = takes_part(k_counts, i_b, k_counts_b, k_counts_l, columns, L, K_MASKED)
     sums = tl.zeros((SIZE,), COMPUTE)
-    tl.debug_barrier()  # the head before has been read
-    for first in range(0, SIZE, STEP):
-        rows = first + tl.arange(0, STEP)
+    tl.debug_barrier()  # threads have read what the head before left
+    for row in range(0, SIZE, STEP):
+        rows = row + tl.arange(0, STEP)
         has_row = takes_part(q_counts, i_b, q_counts_b, q_counts_l, rows, L, Q_MASKED)
         a = attention(q, k, q_l, k_l, rows, columns, has_row, has_column, scale, D, STEP, COMPUTE, PRECISION)
         sums += tl.sum(a, 0)
-        tl.store(wide + (A * SIZE + first) * SIZE, a)
+        tl.store(part(memory, A, row, 0, STEP, SIZE, SIZE), a)
     tl.debug_barrier()
-    return start_scale(sums)
+    s, share = start_scale(sums)
+    restart(memory, s, False, SIZE, STEP)
+    return s, share
 
 
 @triton.jit
-def restart(tall, wide, s, late):
-    """Brings Z to its place as it was in the middle, if `late`, or at the start."""
-    SIZE: tl.constexpr = tall.shape[0]
-    tl.debug_barrier()
-    for first in range(0, SIZE, tall.shape[1]):
-        z = tl.trans(tl.load(tall + (A * SIZE * SIZE + first))) / s
-        if late:
-            z = tl.load(wide + (MIDDLE * SIZE + first) * SIZE)
-        tl.store(wide + (Z * SIZE + first) * SIZE, z)
+def start_gradient(
+    memory, dout, values, dout_l, values_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l, k_counts_b, k_counts_l, L,
+    E: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Brings dZ of the last step and a dA of zeros to their places."""
+    columns = tl.arange(0, SIZE)
+    for row in range(0, SIZE, STEP):
+        rows = row + tl.arange(0, STEP)
+        dz = tl.zeros((STEP, SIZE), COMPUTE)
+        for column in range(0, E, STEP):
+            b_dout = load_rows(dout, dout_l, rows, column, k_counts, i_b, k_counts_b, k_counts_l, L, E, STEP, K_MASKED)
+            b_v = load_rows(values, values_l, columns, column, q_counts, i_b, q_counts_b, q_counts_l, L, E, STEP, Q_MASKED)
+            dz = row_products(b_dout, b_v, dz, False, False, PRECISION)
+        tl.store(part(memory, DZ, row, 0, STEP, SIZE, SIZE), dz)
+        tl.store(part(memory, DA, row, 0, STEP, SIZE, SIZE), tl.zeros((STEP, SIZE), COMPUTE))
     tl.debug_barrier()
 
 
 @triton.jit
-def logit_gradient(tall, wide, s, share, scale, COMPUTE: tl.constexpr):
-    """Brings the gradient of the unscaled logits to the place of dY."""
-    SIZE: tl.constexpr = tall.shape[0]
-    STEP: tl.constexpr = tall.shape[1]
+def end_gradient(memory, s, share, scale, SIZE: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr):
+    """Brings the gradient of q k^T to the place of dY: through the start scale and the softmax."""
     sums = tl.zeros((STEP,), COMPUTE)
-    for first in range(0, SIZE, STEP):
-        a = tl.load(wide + (A * SIZE + first) * SIZE)
-        dz = tl.trans(tl.load(tall + (DZ * SIZE * SIZE + first)))
+    for row in range(0, SIZE, STEP):
+        a = tl.load(part(memory, A, row, 0, STEP, SIZE, SIZE))
+        dz = tl.trans(tl.load(part(memory, DZ, 0, row, SIZE, STEP, SIZE)))
         sums += tl.sum(a * dz, 1)
     ds = -tl.sum(sums, 0) / (s * s)
+    for row in range(0, SIZE, STEP):
+        a = tl.load(part(memory, A, row, 0, STEP, SIZE, SIZE))
+        dz = tl.trans(tl.load(part(memory, DZ, 0, row, SIZE, STEP, SIZE)))
+        da = tl.load(part(memory, DA, row, 0, STEP, SIZE, SIZE)) + dz / s + (ds * share)[None, :]
+        tl.store(part(memory, DY, row, 0, STEP, SIZE, SIZE), a * (da - tl.sum(da * a, 1)[:, None]) * scale)
     tl.debug_barrier()
-    for first in range(0, SIZE, STEP):
-        a = tl.load(wide + (A * SIZE + first) * SIZE)
-        dz = tl.trans(tl.load(tall + (DZ * SIZE * SIZE + first)))
-        da = tl.load(wide + (DA * SIZE + first) * SIZE) + dz / s + (ds * share)[None, :]
-        tl.store(wide + (DY * SIZE + first) * SIZE, a * (da - tl.sum(da * a, 1)[:, None]) * scale)
-    tl.debug_barrier()
-
-
-@triton.jit
-def polynomial(whole, tall, wide, L, zeros, LAST: tl.constexpr, PRECISION: tl.constexpr):
-    """Brings X, W and Y of a step to their places, that of Y is LAST."""
-    put(product(tall, wide, L, A, Z, zeros, PRECISION), whole, X)
-    put(product(tall, wide, L, X, X, fetch(whole, X) * -7, PRECISION), whole, W)
-    put(product(tall, wide, L, X, W, fetch(whole, X) * 15, PRECISION), whole, LAST)
-
-
-@triton.jit
-def advance(whole, tall, wide, L, zeros, PRECISION: tl.constexpr):
-    """Brings Z of the next step to its place."""
-    polynomial(whole, tall, wide, L, zeros, W, PRECISION)
-    put(product(tall, wide, L, Z, W, fetch(whole, Z) * -13, PRECISION) * -0.25, whole, Z)
 
 
 @triton.jit(do_not_specialize=["pairs", "L", "iterations", "scale", "q_counts_b", "k_counts_b"])
@@ -218,24 +157,22 @@ def pinv_forward_kernel(
     """out of the heads of all samples, (batch x heads) `pairs`."""
     landmarks = tl.arange(0, SIZE)
     zeros = tl.zeros((SIZE, SIZE), COMPUTE)
-    if IN_MEMORY:
-        whole, tall, wide = places(memory, SIZE, STEP, 4)
+    memory += tl.program_id(0).to(tl.int64) * (FORWARD * SIZE * SIZE)
     for i_bh in range(tl.program_id(0), pairs, tl.num_programs(0)):
         i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
         p_q, p_k = q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h
         p_values, p_out = values + i_b * values_b + i_h * values_h, out + i_b * out_b + i_h * out_h
         if IN_MEMORY:
             s, _ = start(
-                tall, wide, p_q, p_k, q_l, k_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l, k_counts_b, k_counts_l,
-                L, scale, D, Q_MASKED, K_MASKED, COMPUTE, PRECISION,
+                memory, p_q, p_k, q_l, k_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l, k_counts_b, k_counts_l,
+                L, scale, D, SIZE, STEP, Q_MASKED, K_MASKED, COMPUTE, PRECISION,
             )  # fmt: skip
-            restart(tall, wide, s, False)
             for _ in range(iterations):
-                advance(whole, tall, wide, L, zeros, PRECISION)
+                advance(memory, L, SIZE, STEP, PRECISION)
             for column in range(0, E, STEP):
                 b_out = apply(
-                    tall, wide, Z, False, p_values, values_l, column, q_counts, i_b, q_counts_b, q_counts_l, L,
-                    E, Q_MASKED, PRECISION,
+                    memory, Z, False, p_values, values_l, column, q_counts, i_b, q_counts_b, q_counts_l, L,
+                    E, SIZE, STEP, Q_MASKED, PRECISION,
                 )  # fmt: skip
                 store_tile(b_out, p_out, landmarks, out_l, landmarks < L, E, STEP, 0, True, column)
         else:
@@ -269,70 +206,51 @@ def pinv_backward_kernel(
     """dq, dk and dvalues of the heads of all samples; steps are walked again, from the start or from the middle one."""
     landmarks = tl.arange(0, SIZE)
     inside = landmarks < L
-    zeros = tl.zeros((SIZE, SIZE), COMPUTE)
-    whole, tall, wide = places(memory, SIZE, STEP, 9)
+    memory += tl.program_id(0).to(tl.int64) * (BACKWARD * SIZE * SIZE)
     half = iterations // 2
     for i_bh in range(tl.program_id(0), pairs, tl.num_programs(0)):
         i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
         p_q, p_k = q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h
         p_values, p_dout = values + i_b * values_b + i_h * values_h, dout + i_b * dout_b + i_h * dout_h
         s, share = start(
-            tall, wide, p_q, p_k, q_l, k_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l, k_counts_b, k_counts_l,
-            L, scale, D, Q_MASKED, K_MASKED, COMPUTE, PRECISION,
+            memory, p_q, p_k, q_l, k_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l, k_counts_b, k_counts_l,
+            L, scale, D, SIZE, STEP, Q_MASKED, K_MASKED, COMPUTE, PRECISION,
         )  # fmt: skip
-        restart(tall, wide, s, False)
         for t in range(iterations):
             if t == half:
-                put(fetch(whole, Z), whole, MIDDLE)
-            advance(whole, tall, wide, L, zeros, PRECISION)
+                keep_middle(memory, SIZE, STEP)
+            advance(memory, L, SIZE, STEP, PRECISION)
         if NEED_VALUES:
             for column in range(0, E, STEP):
                 b_dv = apply(
-                    tall, wide, Z, True, p_dout, dout_l, column, k_counts, i_b, k_counts_b, k_counts_l, L,
-                    E, K_MASKED, PRECISION,
+                    memory, Z, True, p_dout, dout_l, column, k_counts, i_b, k_counts_b, k_counts_l, L,
+                    E, SIZE, STEP, K_MASKED, PRECISION,
                 )  # fmt: skip
                 p_dvalues = dvalues + i_b * dvalues_b + i_h * dvalues_h
                 store_tile(b_dv, p_dvalues, landmarks, dvalues_l, inside, E, STEP, 0, True, column)
         if NEED_Q or NEED_K:
-            b_dz = zeros
-            for column in range(0, E, STEP):
-                b_dout = load_rows(
-                    p_dout, dout_l, landmarks, column, k_counts, i_b, k_counts_b, k_counts_l, L, E, STEP, K_MASKED
-                )  # fmt: skip
-                b_v = load_rows(
-                    p_values, values_l, landmarks, column, q_counts, i_b, q_counts_b, q_counts_l, L, E, STEP, Q_MASKED
-                )  # fmt: skip
-                b_dz = row_products(b_dout, b_v, b_dz, False, False, PRECISION)
-            put(b_dz, whole, DZ)
-            put(zeros, whole, DA)
+            start_gradient(
+                memory, p_dout, p_values, dout_l, values_l, q_counts, k_counts, i_b, q_counts_b, q_counts_l,
+                k_counts_b, k_counts_l, L, E, SIZE, STEP, Q_MASKED, K_MASKED, COMPUTE, PRECISION,
+            )  # fmt: skip
             for t in range(iterations - 1, -1, -1):
                 late = t >= half
-                restart(tall, wide, s, late)
+                restart(memory, s, late, SIZE, STEP)
                 for _ in range(tl.where(late, t - half, t)):
-                    advance(whole, tall, wide, L, zeros, PRECISION)
-                polynomial(whole, tall, wide, L, zeros, Y, PRECISION)
-                put(product(tall, wide, L, Z, DZ, zeros, PRECISION, LEFT_TURNED=True) * -0.25, whole, DY)
-                b_dz = product(tall, wide, L, DZ, Y, fetch(whole, DZ) * -13, PRECISION, RIGHT_TURNED=True) * -0.25
-                put(b_dz, whole, DZ)
-                put(product(tall, wide, L, X, DY, zeros, PRECISION, LEFT_TURNED=True), whole, DW)
-                b_dx = product(tall, wide, L, DY, W, fetch(whole, DY) * 15, PRECISION, RIGHT_TURNED=True)
-                b_dx = product(tall, wide, L, DW, X, b_dx - fetch(whole, DW) * 7, PRECISION, RIGHT_TURNED=True)
-                put(product(tall, wide, L, X, DW, b_dx, PRECISION, LEFT_TURNED=True), whole, DX)
-                put(product(tall, wide, L, DX, Z, fetch(whole, DA), PRECISION, RIGHT_TURNED=True), whole, DA)
-                put(product(tall, wide, L, A, DX, fetch(whole, DZ), PRECISION, LEFT_TURNED=True), whole, DZ)
-
-            logit_gradient(tall, wide, s, share, scale, COMPUTE)
+                    advance(memory, L, SIZE, STEP, PRECISION)
+                differentiate(memory, L, SIZE, STEP, PRECISION)
+            end_gradient(memory, s, share, scale, SIZE, STEP, COMPUTE)
             for column in range(0, D, STEP):
                 if NEED_Q:
                     b_dq = apply(
-                        tall, wide, DY, False, p_k, k_l, column, k_counts, i_b, k_counts_b, k_counts_l, L,
-                        D, K_MASKED, PRECISION,
+                        memory, DY, False, p_k, k_l, column, k_counts, i_b, k_counts_b, k_counts_l, L,
+                        D, SIZE, STEP, K_MASKED, PRECISION,
                     )  # fmt: skip
                     store_tile(b_dq, dq + i_b * dq_b + i_h * dq_h, landmarks, dq_l, inside, D, STEP, 0, True, column)
                 if NEED_K:
                     b_dk = apply(
-                        tall, wide, DY, True, p_q, q_l, column, q_counts, i_b, q_counts_b, q_counts_l, L,
-                        D, Q_MASKED, PRECISION,
+                        memory, DY, True, p_q, q_l, column, q_counts, i_b, q_counts_b, q_counts_l, L,
+                        D, SIZE, STEP, Q_MASKED, PRECISION,
                     )  # fmt: skip
                     store_tile(b_dk, dk + i_b * dk_b + i_h * dk_h, landmarks, dk_l, inside, D, STEP, 0, True, column)
 
@@ -344,7 +262,7 @@ def pinv_forward(
     if init == "original" or q_marks.shape[2] > MOST_LANDMARKS:
         return batched_pinv.pinv_forward(q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init)
     out = values.new_empty(values.shape)
-    programs, memory, meta = _configure("pinv_forward", 4, q_marks, values)
+    programs, memory, meta = _configure("pinv_forward", FORWARD.value, q_marks, values)
     launch(
         pinv_forward_kernel,
         (programs,),
@@ -367,7 +285,7 @@ def pinv_backward(
         )
     needs = (q_marks, need_q), (k_marks, need_k), (values, need_values)
     dq, dk, dvalues = (x.new_empty(x.shape if need else (0,)) for x, need in needs)
-    programs, memory, meta = _configure("pinv_backward", 9, q_marks, values)
+    programs, memory, meta = _configure("pinv_backward", BACKWARD.value, q_marks, values)
     launch(
         pinv_backward_kernel,
         (programs,),

@@ -1,0 +1,106 @@
+"""Steps of the pseudo-inverse on matrices in memory (primitives/batched_pinv.py states them).
+
+The matrices of a head, SIZE x SIZE with zeros beyond its landmarks, stand side by side in global memory that one program has
+to itself. Products take them STEP columns and ROWS rows at a time, so that few registers are needed. Threads exchange what
+they have stored, hence the barriers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import dot
+
+# Places in that memory; forward has the first FORWARD. dW takes that of Y when it has been read, and dX that of dY.
+A, Z, X, W, Y = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+DY, DZ, DA, MIDDLE = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+DW, DX = Y, DY
+FORWARD, BACKWARD = tl.constexpr(5), tl.constexpr(9)
+
+
+@triton.jit
+def part(memory, PLACE: tl.constexpr, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
+    """Pointers to a part of a matrix. They differ from those of other places by a constant, which needs no register."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    return memory + (rows[:, None] * SIZE + columns[None, :]) + (PLACE * SIZE * SIZE + row * SIZE + column)
+
+
+@triton.jit
+def multiply(
+    memory, LEFT: tl.constexpr, RIGHT: tl.constexpr, OUT: tl.constexpr, L,
+    SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT_TURNED: tl.constexpr = False, RIGHT_TURNED: tl.constexpr = False, FACTOR: tl.constexpr = 1,
+    OTHER: tl.constexpr = 0, WEIGHT: tl.constexpr = 0, ADD: tl.constexpr = False,
+):  # fmt: skip
+    """OUT = FACTOR (LEFT @ RIGHT + WEIGHT OTHER), plus OUT if ADD; OUT may be LEFT unless that is transposed (TURNED)."""
+    ROWS: tl.constexpr = min(SIZE, 64)
+    for row in range(0, SIZE, ROWS):
+        if WEIGHT == 0:
+            acc = tl.zeros((ROWS, SIZE), memory.dtype.element_ty)
+        else:
+            acc = tl.load(part(memory, OTHER, row, 0, ROWS, SIZE, SIZE)) * WEIGHT
+        if ADD:
+            acc += tl.load(part(memory, OUT, row, 0, ROWS, SIZE, SIZE))
+        for start in range(0, L, STEP):
+            if LEFT_TURNED:
+                x = tl.trans(tl.load(part(memory, LEFT, start, row, STEP, ROWS, SIZE)))
+            else:
+                x = tl.load(part(memory, LEFT, row, start, ROWS, STEP, SIZE))
+            if RIGHT_TURNED:
+                y = tl.trans(tl.load(part(memory, RIGHT, 0, start, SIZE, STEP, SIZE)))
+            else:
+                y = tl.load(part(memory, RIGHT, start, 0, STEP, SIZE, SIZE))
+            acc = dot(x, y, acc, PRECISION)
+        tl.debug_barrier()  # threads have read what stood there
+        tl.store(part(memory, OUT, row, 0, ROWS, SIZE, SIZE), acc * FACTOR)
+    tl.debug_barrier()  # and may read what others wrote
+
+
+@triton.jit
+def polynomial(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
+    """X, W and Y of a step."""
+    multiply(memory, A, Z, X, L, SIZE, STEP, PRECISION)
+    multiply(memory, X, X, W, L, SIZE, STEP, PRECISION, OTHER=X, WEIGHT=-7)
+    multiply(memory, X, W, Y, L, SIZE, STEP, PRECISION, OTHER=X, WEIGHT=15)
+
+
+@triton.jit
+def advance(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
+    """Z of the next step."""
+    polynomial(memory, L, SIZE, STEP, PRECISION)
+    multiply(memory, Z, Y, Z, L, SIZE, STEP, PRECISION, OTHER=Z, WEIGHT=-13, FACTOR=-0.25)
+
+
+@triton.jit
+def differentiate(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
+    """dZ of a step from that of the next one, and what it adds to dA."""
+    polynomial(memory, L, SIZE, STEP, PRECISION)
+    multiply(memory, Z, DZ, DY, L, SIZE, STEP, PRECISION, LEFT_TURNED=True, FACTOR=-0.25)
+    multiply(memory, DZ, Y, DZ, L, SIZE, STEP, PRECISION, RIGHT_TURNED=True, OTHER=DZ, WEIGHT=-13, FACTOR=-0.25)
+    multiply(memory, X, DY, DW, L, SIZE, STEP, PRECISION, LEFT_TURNED=True)
+    multiply(memory, DY, W, DX, L, SIZE, STEP, PRECISION, RIGHT_TURNED=True, OTHER=DY, WEIGHT=15)
+    multiply(memory, DW, X, DX, L, SIZE, STEP, PRECISION, RIGHT_TURNED=True, OTHER=DW, WEIGHT=-7, ADD=True)
+    multiply(memory, X, DW, DX, L, SIZE, STEP, PRECISION, LEFT_TURNED=True, ADD=True)
+    multiply(memory, DX, Z, DA, L, SIZE, STEP, PRECISION, RIGHT_TURNED=True, ADD=True)
+    multiply(memory, A, DX, DZ, L, SIZE, STEP, PRECISION, LEFT_TURNED=True, ADD=True)
+
+
+@triton.jit
+def restart(memory, s, late, SIZE: tl.constexpr, STEP: tl.constexpr):
+    """Z as it was in the middle, if `late`, or A^T / s, where it starts."""
+    for row in range(0, SIZE, STEP):
+        z = tl.trans(tl.load(part(memory, A, 0, row, SIZE, STEP, SIZE))) / s
+        if late:
+            z = tl.load(part(memory, MIDDLE, row, 0, STEP, SIZE, SIZE))
+        tl.store(part(memory, Z, row, 0, STEP, SIZE, SIZE), z)
+    tl.debug_barrier()
+
+
+@triton.jit
+def keep_middle(memory, SIZE: tl.constexpr, STEP: tl.constexpr):
+    """Z as it is, for `restart`."""
+    for row in range(0, SIZE, STEP):
+        z = tl.load(part(memory, Z, row, 0, STEP, SIZE, SIZE))
+        tl.store(part(memory, MIDDLE, row, 0, STEP, SIZE, SIZE), z)
+    tl.debug_barrier()
