@@ -151,6 +151,11 @@ def broadcast_tokens_kernel(
                 D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE, PRECISION,
             )  # fmt: skip
             b_delta += tl.sum(b_p * b_dp, 1)
+        # Once more from memory: held from one loop to the other, in two layouts, they would cost the registers of both.
+        b_q = load_rotated(
+            q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE, AGAIN=True
+        )  # fmt: skip
+        b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True, AGAIN=True)
     tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
 
     b_dq = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)

@@ -20,8 +20,8 @@ class Tile(NamedTuple):
     apart: bool = False  # dk and dv in launches of their own, where both accumulators do not fit the registers
 
 
-# By kernel, bits of the tokens' dtype and padded width. A kernel called "_pooled" is that of slots which are pooled from tokens,
-# in their 16 bits, where it needs other tiles than that of random features.
+# By kernel, bits of the tokens' dtype and padded width. A kernel "..._pooled" reads slots that are pooled from tokens, in 16
+# bits as these are, where it needs other tiles than with random features.
 TABLE: dict[tuple[str, int, int], Tile] = {
     ("aggregate_forward", 16, 16): Tile(64, 64, 4, 3),
     ("aggregate_forward", 16, 32): Tile(64, 64, 4, 3),

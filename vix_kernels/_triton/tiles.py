@@ -153,12 +153,12 @@ def store_tile(
 def load_rotated(
     base, rows, stride, valid, cos, sin,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
-    column=0,
+    column=0, AGAIN: tl.constexpr = False,
 ):  # fmt: skip
     """A tile of tokens, rotated if ROTARY, in the dtype of memory."""
-    x = load_tile(base, rows, stride, valid, D, BLOCK_D, ROTARY, INTERLEAVED, False, column)
+    x = load_tile(base, rows, stride, valid, D, BLOCK_D, ROTARY, INTERLEAVED, AGAIN, column)
     if ROTARY > 0:
-        x = cast(rotate_pairs(x.to(COMPUTE), rows, valid, cos, sin, ROTARY, False, False, column), x.dtype)
+        x = cast(rotate_pairs(x.to(COMPUTE), rows, valid, cos, sin, ROTARY, False, AGAIN, column), x.dtype)
     return x
 
 
