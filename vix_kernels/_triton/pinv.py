@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..primitives import batched_pinv
-from .configs import launch_config
+from .configs import architecture, launch_config
 from .launch import launch
 from .layout import mask_strides, output_strides, padded, token_strides
 from .pinv_steps import BACKWARD, DA, DY, DZ, FORWARD, A, Z, advance, differentiate, keep_middle, part, restart
@@ -309,6 +309,8 @@ def _configure(kernel: str, matrices: int, q_marks: Tensor, values: Tensor) -> t
         COMPUTE=config.triton_compute, PRECISION=config.precision,
         num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
+    if not architecture(q_marks.device).startswith("gfx"):
+        meta["maxnreg"] = 255  # ptxas would rather spill than have one program less on a multiprocessor
     if kernel == "pinv_forward":
         meta["IN_MEMORY"] = size > config.tile.slots
         if not meta["IN_MEMORY"]:

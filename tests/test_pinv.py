@@ -1,0 +1,147 @@
+"""The pseudo-inverse of Nystrom attention."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from nystrom_attention.nystrom_attention import moore_penrose_iter_pinv
+from torch import Tensor
+
+from conftest import DEVICE
+from vix_kernels import backends
+from vix_kernels.primitives import pinv
+from vix_kernels.primitives.pinv import pinv_reference
+
+SCALE = 0.25
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request) -> str:
+    if request.param == "triton" and not backends.triton_installed():
+        pytest.skip("triton is not installed")
+    return request.param
+
+
+def problem(landmarks: int, *, batch: int = 2, heads: int = 2, seed: int = 0, dtype=torch.float64) -> list[Tensor]:
+    """Landmarks of queries and keys, and values."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = batch, heads, landmarks, 16
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
+
+
+def attention(q: Tensor, k: Tensor) -> Tensor:
+    return (SCALE * q @ k.mT).softmax(-1)
+
+
+def gradients(function, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """An output and its gradients for a fixed cotangent."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = function(*leaves)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(out)
+    return out.detach(), *torch.autograd.grad(out, leaves, cotangent)
+
+
+def test_converges_to_the_inverse_with_order_three() -> None:
+    """1 - x of every singular direction becomes x^3 (3 + x) / 4: once small, it is cubed by a step."""
+    q = problem(8)[0]  # each landmark reads itself most: a well conditioned softmax
+    a, eye = attention(q, q), torch.eye(8, dtype=torch.float64).expand(2, 2, 8, 8)
+    inverses = [pinv(q, q, eye, scale=SCALE, iterations=t) for t in range(1, 13)]
+    errors = [torch.linalg.matrix_norm(eye - a @ z, 2) for z in inverses]
+    for before, after in zip(errors[:-1], errors[1:], strict=True):
+        torch.testing.assert_close(after, before**3 * (3 + before) / 4, rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(inverses[-1], torch.linalg.pinv(a), rtol=1e-11, atol=1e-11)
+
+
+def test_is_a_filter_of_singular_values(backend: str) -> None:
+    """Z = V diag(p^(T)(sigma^2 / s) / sigma) U^T."""
+    q, k, values = problem(20)
+    a = attention(q, k)
+    u, sigma, vt = torch.linalg.svd(a)
+    x = sigma**2 / a.sum(-2).amax(-1)[..., None]
+    for _ in range(6):
+        x = x * (13 - x * (15 - x * (7 - x))) / 4
+    expected = vt.mT @ ((x / sigma)[..., None] * (u.mT @ values))
+    kinds = (torch.float32,) if backend == "triton" and DEVICE == "cuda" else (torch.float64, torch.float32)
+    for dtype in kinds:
+        out = pinv(*(each.to(DEVICE, dtype) for each in (q, k, values)), scale=SCALE, backend=backend)
+        tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+        torch.testing.assert_close(out.cpu().double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("which", ["rows", "columns", "both"])
+def test_a_landmark_without_tokens_is_as_if_dropped(which: str, backend: str) -> None:
+    """Rows and columns independently: what is left of A is then not square."""
+    landmarks, keep = 12, torch.arange(12) % 3 != 1
+    everyone = torch.ones(landmarks, dtype=torch.bool)
+    rows, columns = keep if which != "columns" else everyone, keep.roll(1) if which != "rows" else everyone
+    tensors = [x.to(DEVICE, torch.float32) for x in problem(landmarks, batch=1)]
+    counts = [None if each is everyone else each[None].to(DEVICE, torch.float32) * 3 for each in (rows, columns)]
+    out, dq, dk, dvalues = gradients(
+        lambda q, k, v: pinv(q, k, v, scale=SCALE, q_counts=counts[0], k_counts=counts[1], backend=backend), tensors
+    )
+    rows, columns = rows.to(DEVICE), columns.to(DEVICE)
+    exact = [x.double() for x in tensors]
+
+    def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a = attention(q[:, :, rows], k[:, :, columns])
+        z, eye = a.mT / a.sum(-2).amax(-1)[..., None, None], torch.eye(a.shape[-2], dtype=a.dtype, device=DEVICE)
+        for _ in range(6):
+            x = a @ z
+            z = z @ (13 * eye - x @ (15 * eye - x @ (7 * eye - x))) / 4
+        full = torch.zeros_like(v)
+        full[:, :, columns] = z @ v[:, :, rows]
+        return full
+
+    for x, expected in zip((out, dq, dk, dvalues), gradients(dropped, exact), strict=True):
+        torch.testing.assert_close(x.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    for x, taken in ((out, columns), (dq, rows), (dk, columns), (dvalues, rows)):
+        assert (x[:, :, ~taken] == 0).all()
+
+
+def test_the_original_start_is_that_of_nystrom_attention(backend: str) -> None:
+    """nystrom-attention 0.0.14 in outputs and gradients; one maximum for the batch, so that samples are coupled."""
+    tensors = [x.to(DEVICE, torch.float32) for x in problem(20)]
+    ours = gradients(lambda q, k, v: pinv(q, k, v, scale=SCALE, init="original", backend=backend), tensors)
+    theirs = gradients(lambda q, k, v: moore_penrose_iter_pinv(attention(q, k)) @ v, tensors)
+    for x, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    alone = pinv(*(x[:1] for x in tensors), scale=SCALE, init="original", backend=backend)
+    exact = pinv(*(x[:1] for x in tensors), scale=SCALE, backend=backend)
+    coupled = [(ours[0][:1] - each).norm() / each.norm() for each in (alone, exact)]
+    assert max(coupled) > 1e-4
+
+
+@pytest.mark.parametrize("init", ["exact", "original"])
+def test_equal_columns_share_the_gradient_of_the_start(init: str, backend: str) -> None:
+    """Two keys alike, which all queries prefer: their column sums are the largest ones."""
+    q, k, values = (x.to(DEVICE, torch.float32) for x in problem(6))
+    q[..., 0], k[..., :2, :] = 2.0, 0.0
+    k[..., :2, 0] = 4.0
+    tensors = [q, k, values]
+    options = dict(scale=SCALE, init=init)
+    ours = gradients(lambda *x: pinv(*x, **options, backend=backend), tensors)
+    expected = gradients(lambda *x: pinv_reference(*x, **options), [x.double() for x in tensors])
+    for x, truth in zip(ours, expected, strict=True):
+        torch.testing.assert_close(x.double(), truth, rtol=1e-5, atol=1e-5 * truth.abs().max().item())
+
+
+def test_nobody_takes_part(backend: str) -> None:
+    """Zeros, and no gradient, whatever is there."""
+    tensors = [torch.full((1, 1, 5, 16), float("nan"), device=DEVICE) for _ in range(3)]
+    nobody = torch.zeros(1, 5, device=DEVICE)
+    function = partial(pinv, scale=SCALE, q_counts=nobody, k_counts=nobody, backend=backend)
+    for x in gradients(function, tensors):
+        assert (x == 0).all()
+
+
+@pytest.mark.parametrize("landmarks", [128, 130])
+def test_many_landmarks(landmarks: int, backend: str) -> None:
+    """The most that the kernels take, and more: batched products."""
+    tensors = [x.to(DEVICE, torch.float32) for x in problem(landmarks, batch=1, heads=1)]
+    options = dict(scale=SCALE, iterations=2)
+    ours = gradients(lambda *x: pinv(*x, **options, backend=backend), tensors)
+    expected = gradients(lambda *x: pinv_reference(*x, **options), [x.double() for x in tensors])
+    for x, truth in zip(ours, expected, strict=True):
+        assert ((x - truth).norm() / truth.norm()).item() < 2e-6
