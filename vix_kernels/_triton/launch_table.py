@@ -183,7 +183,8 @@ TABLE: dict[tuple[str, int, int], Tile] = {
     ("rotate", 32, 64): Tile(0, 32, 4, 1),
     ("rotate", 32, 128): Tile(0, 16, 4, 1),
     ("rotate", 32, 256): Tile(0, 8, 4, 1),
-    # By the landmarks instead of the width; tokens: columns of a product that are taken at a time.
+    # By the landmarks instead of the width. slots: how many of them at most have their matrices in registers; tokens: how much
+    # of a product is taken at a time.
     ("pinv_forward", 16, 16): Tile(16, 16, 4, 1, "tf32"),
     ("pinv_forward", 16, 32): Tile(32, 16, 4, 1, "tf32"),
     ("pinv_forward", 16, 64): Tile(64, 32, 8, 1, "tf32"),

@@ -1,8 +1,8 @@
 """Kernels of `pinv` (primitives/pinv.py states the equations, primitives/batched_pinv.py the steps): a program a head.
 
 Up to 64 landmarks, forward has its L x L matrices in registers, where they fit. Otherwise they stand in memory that a program
-has to itself (pinv_steps.py). That memory is small, so that it stays in the second-level cache: no more programs than there
-are multiprocessors at 128 landmarks, twice as many at 64, walk over the heads of all samples.
+has to itself (pinv_steps.py). To keep that in the second-level cache, there are then no more programs than run at a time, and
+they walk over the heads of all samples.
 """
 
 from __future__ import annotations
@@ -14,13 +14,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ..primitives import batched_pinv
-from .configs import architecture, launch_config
+from .configs import LaunchConfig, architecture, launch_config
 from .launch import launch
 from .layout import mask_strides, output_strides, padded, token_strides
 from .pinv_steps import BACKWARD, DA, DY, DZ, FORWARD, A, Z, advance, differentiate, keep_middle, part, restart
 from .tiles import LOG2E, dot, load_tile, row_products, store_tile
 
 MOST_LANDMARKS = 128
+WARPS_A_MULTIPROCESSOR = 8  # with 255 registers a thread
+
+
+@triton.jit
+def takes_part(counts, i_b, counts_b, counts_l, landmarks, L, MASKED: tl.constexpr):
+    """Which landmarks there are, of those that average tokens."""
+    valid = landmarks < L
+    if MASKED:
+        valid &= tl.load(counts + i_b * counts_b + landmarks.to(tl.int64) * counts_l, mask=valid, other=0.0) > 0
+    return valid
 
 
 @triton.jit
@@ -49,15 +59,6 @@ def apply(
             x = tl.load(part(memory, PLACE, 0, start, SIZE, STEP, SIZE))
         acc = dot(x, y.to(acc.dtype), acc, PRECISION)
     return acc
-
-
-@triton.jit
-def takes_part(counts, i_b, counts_b, counts_l, landmarks, L, MASKED: tl.constexpr):
-    """Which landmarks there are, of those that average tokens."""
-    valid = landmarks < L
-    if MASKED:
-        valid &= tl.load(counts + i_b * counts_b + landmarks.to(tl.int64) * counts_l, mask=valid, other=0.0) > 0
-    return valid
 
 
 @triton.jit
@@ -262,7 +263,9 @@ def pinv_forward(
     if init == "original" or q_marks.shape[2] > MOST_LANDMARKS:
         return batched_pinv.pinv_forward(q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init)
     out = values.new_empty(values.shape)
-    programs, memory, meta = _configure("pinv_forward", FORWARD.value, q_marks, values)
+    config = launch_config("pinv_forward", q_marks, q_marks.shape[2], values)
+    in_memory = padded(q_marks.shape[2]) > config.tile.slots
+    programs, memory = _memory(config, FORWARD.value, q_marks, values) if in_memory else (_sizes(q_marks)[0], values)
     launch(
         pinv_forward_kernel,
         (programs,),
@@ -270,7 +273,7 @@ def pinv_forward(
         *token_strides(q_marks), *token_strides(k_marks), *token_strides(values),
         *mask_strides(q_counts), *mask_strides(k_counts), *token_strides(out),
         *_sizes(q_marks), iterations, scale,
-        Q_MASKED=q_counts is not None, K_MASKED=k_counts is not None, **meta,
+        Q_MASKED=q_counts is not None, K_MASKED=k_counts is not None, IN_MEMORY=in_memory, **_meta(config, q_marks, values),
     )  # fmt: skip
     return out
 
@@ -285,7 +288,8 @@ def pinv_backward(
         )
     needs = (q_marks, need_q), (k_marks, need_k), (values, need_values)
     dq, dk, dvalues = (x.new_empty(x.shape if need else (0,)) for x, need in needs)
-    programs, memory, meta = _configure("pinv_backward", BACKWARD.value, q_marks, values)
+    config = launch_config("pinv_backward", q_marks, q_marks.shape[2], values)
+    programs, memory = _memory(config, BACKWARD.value, q_marks, values)
     launch(
         pinv_backward_kernel,
         (programs,),
@@ -294,29 +298,27 @@ def pinv_backward(
         *mask_strides(q_counts), *mask_strides(k_counts),
         *output_strides(dq), *output_strides(dk), *output_strides(dvalues), *_sizes(q_marks), iterations, scale,
         Q_MASKED=q_counts is not None, K_MASKED=k_counts is not None,
-        NEED_Q=need_q, NEED_K=need_k, NEED_VALUES=need_values, **meta,
+        NEED_Q=need_q, NEED_K=need_k, NEED_VALUES=need_values, **_meta(config, q_marks, values),
     )  # fmt: skip
     return dq, dk, dvalues
 
 
-def _configure(kernel: str, matrices: int, q_marks: Tensor, values: Tensor) -> tuple[int, Tensor, dict[str, Any]]:
-    """How many programs, the places of their matrices, and the constexprs and options of the launch."""
+def _memory(config: LaunchConfig, matrices: int, q_marks: Tensor, values: Tensor) -> tuple[int, Tensor]:
+    """How many programs walk over the heads, and memory for the matrices of each."""
     pairs, _, landmarks = _sizes(q_marks)
-    config = launch_config(kernel, q_marks, landmarks, values)
-    size = padded(landmarks)
+    programs = min(pairs, max(1, config.multiprocessors * WARPS_A_MULTIPROCESSOR // config.tile.num_warps))
+    return programs, values.new_empty(programs * matrices * padded(landmarks) ** 2)
+
+
+def _meta(config: LaunchConfig, q_marks: Tensor, values: Tensor) -> dict[str, Any]:
+    """The constexprs and options that both launches take."""
     meta = dict(
-        D=q_marks.shape[3], E=values.shape[3], SIZE=size, STEP=config.tile.tokens,
+        D=q_marks.shape[3], E=values.shape[3], SIZE=padded(q_marks.shape[2]), STEP=config.tile.tokens,
         COMPUTE=config.triton_compute, PRECISION=config.precision,
         num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    if not architecture(q_marks.device).startswith("gfx"):
-        meta["maxnreg"] = 255  # ptxas would rather spill than have one program less on a multiprocessor
-    if kernel == "pinv_forward":
-        meta["IN_MEMORY"] = size > config.tile.slots
-        if not meta["IN_MEMORY"]:
-            return pairs, values, meta
-    programs = min(pairs, max(1, config.multiprocessors * MOST_LANDMARKS // size))
-    return programs, values.new_empty(programs * matrices * size * size), meta
+    # ptxas would rather spill than have a program less on a multiprocessor.
+    return meta if architecture(q_marks.device).startswith("gfx") else meta | dict(maxnreg=255)
 
 
 def _sizes(q_marks: Tensor) -> tuple[int, int, int]:
