@@ -23,9 +23,9 @@ from .problem import (
 )
 
 CASES = (
-    Case("odd_width", width=24, value_width=40, features=9, queries=19),
-    Case("masked", masked=True),
-    Case("rope_half", rope="half", packed=True),
+    Case("odd_width", width=24, value_width=40, features=36, tokens=21, queries=19),
+    Case("masked", masked=True, features=9, tokens=21),
+    Case("rope_half", rope="half", packed=True, features=9, tokens=21),
 )
 
 

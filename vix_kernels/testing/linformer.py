@@ -27,13 +27,13 @@ from .problem import (
 MOVE_CASES = (
     Case("odd_width", width=24, value_width=40),
     Case("one_token", tokens=1, features=3),
-    Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, masked=True),
+    Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, features=12, tokens=35, masked=True),
 )
 CASES = (
     Case("plain"),
-    Case("masked", masked=True),
-    Case("per_head", per_head=True, width=24, value_width=8, queries=19),
-    Case("rope_half", rope="half", packed=True),
+    Case("masked", masked=True, features=12, tokens=35),
+    Case("per_head", per_head=True, width=24, value_width=8, features=12, queries=19, tokens=20),
+    Case("rope_half", rope="half", packed=True, features=12, tokens=20),
 )
 
 
