@@ -29,7 +29,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 def peer_module(share_kv: bool, tokens: int = 20):
     """linformer's attention of 20 tokens at most and 12 slots, and ours with its weights."""
-    peer = pytest.importorskip("linformer", reason="linformer is not installed (extra: bench)")
+    peer = pytest.importorskip("linformer", reason="linformer is not installed (extra: test)")
     torch.manual_seed(0)
     theirs = peer.LinformerSelfAttention(48, tokens, k=12, heads=3, share_kv=share_kv).to(DEVICE)
     ours = LinformerAttention(48, 3, seq_len=tokens, num_landmarks=12, share_kv=share_kv).to(DEVICE)
