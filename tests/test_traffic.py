@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import interpreter_builder
 
-from vix_kernels import apply_rope, backends, orthogonal_projection, performer_attention, rope_1d
+from vix_kernels import apply_rope, backends, nystrom_attention, orthogonal_projection, performer_attention, rope_1d
 from vix_kernels._triton import configs
 from vix_kernels._triton import launch as door
 from vix_kernels._triton.launch import launch
@@ -159,6 +159,17 @@ def test_performer_forward() -> None:
 
 def test_performer_backward(long: Traffic) -> None:
     assert 1 <= long.backward.ratio <= 1.5, f"\n{long.backward}"
+
+
+def test_nystrom_forward() -> None:
+    """The two phases read q, k and v (for the residual) twice and write the output: 4 launches, or 5 with a merge."""
+    q, k, v = torch.randn(3, 1, 1, 4096, 32, dtype=torch.bfloat16)
+    weight, phases = torch.randn(1, 1, 33, 1), 7 * q.nbytes
+    for split, launches in ((False, 4), (True, 5)):
+        options = dict(num_landmarks=64, conv_weight=weight, backend="triton")
+        traffic = measure(nystrom_attention, q, k, v, **options, split=split).forward
+        assert len(traffic.launches) == launches
+        assert 1 <= traffic.bytes / phases <= 1.25, f"\n{traffic}"
 
 
 def test_rope() -> None:
