@@ -18,10 +18,14 @@ from .plan import Plan, Row, failed, ok, skipped
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = "triton or out_of_bounds"
 NOT_HERE = "offsets_beyond"  # runs in the interpreter, whatever the device
+OPERATORS = tuple(
+    f"tests/test_{name}.py"
+    for name in ("ops", "performer", "linear", "nystrom", "linformer", "fourier", "landmarks", "pinv", "token_conv")
+)
 SELECTIONS = {
-    "kernels": ("tests/test_ops.py", "tests/test_performer.py", "-k", KERNELS),
+    "kernels": (*OPERATORS, "-k", KERNELS),
     "everything else": (
-        "tests/test_ops.py", "tests/test_performer.py", "tests/test_rope.py", "tests/test_models.py", "tests/test_bad_input.py",
+        *OPERATORS, "tests/test_rope.py", "tests/test_models.py", "tests/test_bad_input.py",
         "-k", f"not ({KERNELS} or {NOT_HERE})",
     ),
 }  # fmt: skip
