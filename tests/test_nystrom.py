@@ -63,6 +63,38 @@ def test_equals_nystrom_attention(count: int, backend: str) -> None:
         assert error(x, truth) < 1e-5, name
 
 
+def paper(q: Tensor, k: Tensor, v: Tensor, q_marks: Tensor, k_marks: Tensor) -> Tensor:
+    """Equation 13, with the iteration of equation 11 from the start of its lemma."""
+    scale = q.shape[-1] ** -0.5
+    f, a, b = ((scale * x @ y.mT).softmax(-1) for x, y in ((q, k_marks), (q_marks, k_marks), (q_marks, k)))
+    z = a.mT / a.sum(-2).amax(-1)[..., None, None]
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    for _ in range(6):
+        x = a @ z
+        z = z @ (13 * eye - x @ (15 * eye - x @ (7 * eye - x))) / 4
+    return f @ z @ b @ v
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("landmarks", ["segment", "grid"])
+def test_equals_the_paper(landmarks: str, backend: str) -> None:
+    """Of queries from another sequence than the keys, too; on a grid landmarks are torch's adaptive pooling."""
+    q, k, v = tokens(35)
+    if landmarks == "grid":  # 5 rows, 7 columns
+        options = dict(grid_size=(5, 7))
+        marks = [nn.functional.adaptive_avg_pool2d(x.double().mT.unflatten(3, (5, 7)).flatten(0, 1), (2, 3)) for x in (q, k)]
+        marks = [x.unflatten(0, (BATCH, HEADS)).flatten(3).mT for x in marks]
+    else:
+        options, q = {}, q[:, :, :18]
+        marks = [
+            q.double().unflatten(2, (6, 3)).mean(3),
+            torch.stack([x.mean(2) for x in k.double().split([5] + 5 * [6], 2)], 2),
+        ]
+    expected = paper(*(x.double() for x in (q, k, v)), *marks)
+    out = nystrom_attention(q, k, v, num_landmarks=6, landmarks=landmarks, backend=backend, **options)
+    assert error(out.double(), expected) < 1e-5
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_nystrom_attention_under_a_mask(backend: str) -> None:
     """Where every landmark has a token left; the rows of masked queries are not compared."""
