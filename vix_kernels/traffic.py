@@ -295,7 +295,7 @@ def command_parser() -> Parser:
         ("heads", 4, "heads of a sample"),
         ("tokens", 1024, "tokens of a sample"),
         ("width", 32, "head width"),
-        ("features", 110, "random features of the Performer"),
+        ("features", 110, "random features or projected tokens; landmarks are 64 at most"),
     ):
         parser.add_argument(
             f"--{name}", type=within(1, 1 << 20), default=default, metavar="N", help=f"{help} (default: {default})"
@@ -319,8 +319,8 @@ def main(argv: list[str]) -> int:
     print(f"{args.dtype}, {', '.join(f'{name} {size}' for name, size in shape.items())}, launched as on {args.arch}")
     for name in args.op:
         spec = SPECS[name]
-        rotated = args.rope or all(case.rope for case in spec.cases)
-        problem = spec.problem(Case(name, **shape, rope="interleaved" if rotated else None), dtype=DTYPES[args.dtype])
+        case = Case(name, **shape, rope="interleaved" if args.rope else None)
+        problem = spec.problem(spec.fit(case), dtype=DTYPES[args.dtype])
         for each in spec.differentiable:
             problem.tensors[each].requires_grad_(args.all_gradients or each in spec.batched)
         try:
