@@ -78,7 +78,7 @@ def test_a_landmark_without_tokens_is_as_if_dropped(which: str, backend: str) ->
     tensors = [x.to(DEVICE, torch.float32) for x in problem(landmarks, batch=1)]
     counts = [None if each is everyone else each[None].to(DEVICE, torch.float32) * 3 for each in (rows, columns)]
     out, dq, dk, dvalues = gradients(
-        lambda q, k, v: pinv(q, k, v, scale=SCALE, q_counts=counts[0], k_counts=counts[1], backend=backend), tensors
+        partial(pinv, scale=SCALE, q_counts=counts[0], k_counts=counts[1], iterations=3, backend=backend), tensors
     )
     rows, columns = rows.to(DEVICE), columns.to(DEVICE)
     exact = [x.double() for x in tensors]
@@ -86,7 +86,7 @@ def test_a_landmark_without_tokens_is_as_if_dropped(which: str, backend: str) ->
     def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         a = attention(q[:, :, rows], k[:, :, columns])
         z, eye = a.mT / a.sum(-2).amax(-1)[..., None, None], torch.eye(a.shape[-2], dtype=a.dtype, device=DEVICE)
-        for _ in range(6):
+        for _ in range(3):
             x = a @ z
             z = z @ (13 * eye - x @ (15 * eye - x @ (7 * eye - x))) / 4
         full = torch.zeros_like(v)
@@ -124,7 +124,7 @@ def test_only_the_original_start_depends_on_the_batch(backend: str) -> None:
 
 def test_a_head_does_not_see_what_another_left(backend: str) -> None:
     """Programs go from head to head with the same memory."""
-    tensors = [x.to(DEVICE, torch.float32) for x in problem(40, batch=1)]
+    tensors = [x.to(DEVICE, torch.float32) for x in problem(20, batch=1)]
     function = partial(pinv, scale=SCALE, iterations=2, backend=backend)
     expected = gradients(function, tensors)
     for each in tensors:
@@ -140,7 +140,7 @@ def test_equal_columns_share_the_gradient_of_the_start(init: str, backend: str) 
     q[..., 0], k[..., :2, :] = 2.0, 0.0
     k[..., :2, 0] = 4.0
     tensors = [q, k, values]
-    options = dict(scale=SCALE, init=init)
+    options = dict(scale=SCALE, init=init, iterations=3)
     ours = gradients(lambda *x: pinv(*x, **options, backend=backend), tensors)
     expected = gradients(lambda *x: pinv_reference(*x, **options), [x.double() for x in tensors])
     for x, truth in zip(ours, expected, strict=True):
@@ -160,7 +160,7 @@ def test_nobody_takes_part(backend: str) -> None:
 def test_many_landmarks(landmarks: int, backend: str) -> None:
     """The most that the kernels take, and more: batched products."""
     tensors = [x.to(DEVICE, torch.float32) for x in problem(landmarks, batch=1, heads=1)]
-    options = dict(scale=SCALE, iterations=2)
+    options = dict(scale=SCALE, iterations=1)
     ours = gradients(lambda *x: pinv(*x, **options, backend=backend), tensors)
     expected = gradients(lambda *x: pinv_reference(*x, **options), [x.double() for x in tensors])
     for x, truth in zip(ours, expected, strict=True):

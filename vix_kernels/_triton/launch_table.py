@@ -270,6 +270,7 @@ _CDNA = {  # one stage and smaller tiles where the pipeline does not fit the reg
     ("broadcast_tokens", 16, 128): Tile(16, 64, 4, 1),
     ("broadcast_slots", 16, 128): Tile(16, 32, 4, 1),
     ("aggregate_tokens", 32, 128): Tile(16, 32, 8, 1),
+    ("pinv_forward", 16, 64): Tile(0, 16, 8, 1, "tf32"),
 }
 # What an architecture does better with. The table above is for all others.
 OVERRIDES: dict[str, dict[tuple[str, int, int], Tile]] = {

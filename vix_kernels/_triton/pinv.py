@@ -209,7 +209,8 @@ def pinv_backward_kernel(
     inside = landmarks < L
     memory += tl.program_id(0).to(tl.int64) * (BACKWARD * SIZE * SIZE)
     half = iterations // 2
-    for i_bh in range(tl.program_id(0), pairs, tl.num_programs(0)):
+    # What could be computed once for all heads would hold registers that the products need.
+    for i_bh in tl.range(tl.program_id(0), pairs, tl.num_programs(0), disable_licm=True):
         i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
         p_q, p_k = q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h
         p_values, p_dout = values + i_b * values_b + i_h * values_h, dout + i_b * dout_b + i_h * dout_h
