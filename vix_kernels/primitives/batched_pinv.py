@@ -96,7 +96,7 @@ def _attention(q: Tensor, k: Tensor, q_counts: Tensor | None, k_counts: Tensor |
 
 
 def _start(a: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Z_0, its scale s, (pairs, 1, 1) or for "original" a single one, and the column sums (pairs, 1, L) it is the largest of."""
+    """Z_0, its scale s (pairs, 1, 1), or one number for "original", and the column sums (pairs, 1, L) of A."""
     sums = a.sum(1, keepdim=True)
     s = sums.amax() if init == "original" and len(a) else sums.amax(-1, keepdim=True)
     s = s.masked_fill(s == 0, 1)  # no landmark takes part
