@@ -89,14 +89,14 @@ def _attention(q: Tensor, k: Tensor, q_counts: Tensor | None, k_counts: Tensor |
     a = torch.bmm(q, k.mT).mul_(scale)
     if k_counts is not None:
         absent = _absent(k_counts, len(a)).unsqueeze(1)
-        a = a.masked_fill_(absent, -torch.inf).softmax(-1).masked_fill_(absent, 0)  # of no column at all NaN, which goes too
+        a = a.masked_fill_(absent, -torch.inf).softmax(-1).masked_fill_(absent, 0)  # without any column NaN, which goes too
     else:
         a = a.softmax(-1)
     return a if q_counts is None else a.masked_fill_(_absent(q_counts, len(a)).unsqueeze(2), 0)
 
 
 def _start(a: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Z_0, its scale s and the column sums of which s is the largest, (pairs or 1, 1, 1) and (pairs, 1, L)."""
+    """Z_0, its scale s (pairs, 1, 1), or one number for "original", and the column sums (pairs, 1, L) of A."""
     sums = a.sum(1, keepdim=True)
     s = sums.amax() if init == "original" and len(a) else sums.amax(-1, keepdim=True)
     s = s.masked_fill(s == 0, 1)  # no landmark takes part
