@@ -297,5 +297,5 @@ def test_learning_rate_schedule() -> None:
 
 
 def test_models_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["models", "v*"]) == 0
+    assert main(["models", "vi[pt]"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [f"{'vip':<16}{'663,306':>12}", f"{'vit':<16}{'661,770':>12}"]

@@ -71,14 +71,13 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
     """The configuration of `kernel` for the architecture and dtype of `tokens` and the larger head width `width`."""
     arch = architecture(tokens.device)
     size, split = (tokens.element_size() * 8, padded(width)), slots.element_size() > tokens.element_size()
-    if arch == "interpreter":
-        tile = INTERPRETER
-    else:  # slots in 16 bits, pooled from tokens, need other registers than random features
-        names = (f"{kernel}_pooled", kernel) if size[0] == 16 and not split else (kernel,)
-        found = (table.get((name, *size)) for name in names for table in (OVERRIDES.get(arch, {}), TABLE))
-        tile = next((each for each in found if each), None)
-        if tile is None:
-            raise KeyError(f"the launch table has no {kernel} of {size[0]} bits and width {size[1]}")
+    # Slots in 16 bits, pooled from tokens, need other registers than random features.
+    names = (f"{kernel}_pooled", kernel) if size[0] == 16 and not split else (kernel,)
+    tables = OVERRIDES.get(arch, {}), {} if arch == "interpreter" else TABLE
+    found = (table.get((name, *size)) for name in names for table in tables)
+    tile = next((each for each in found if each), INTERPRETER if arch == "interpreter" else None)
+    if tile is None:
+        raise KeyError(f"the launch table has no {kernel} of {size[0]} bits and width {size[1]}")
     step = tile.tokens
     if assumed:
         tile = tile._replace(tokens=max(tile.tokens, min(ASSUMED_TOKENS, triton.next_power_of_2(tokens.shape[2]))))

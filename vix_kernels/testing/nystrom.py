@@ -26,7 +26,7 @@ CASES = (  # few: interpreted, they take long, and the moves have cases of their
     Case("plain", batch=1, taps=5, features=6, packed=True),
     Case("one_token", tokens=1, features=1),
     Case("odd_width", batch=1, width=24, value_width=40, features=5, tokens=20),
-    Case("masked", heads=1, masked=True, rope="half", rotary=8, prefix=1, width=24, tokens=25, features=6),
+    Case("masked", heads=1, masked=True, rope="half", rotary=8, prefix=1, width=24, tokens=26, features=6),
     Case("grid", batch=1, tokens=20, rows=4, features=6, adaptive=True),
 )
 
