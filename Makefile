@@ -31,7 +31,7 @@ lint: $(READY)  ## check the style
 	$(BIN)/ruff format --check .
 
 # The whole grid with the installed Triton, sm_90 alone with the oldest that is supported, which lies in a folder of its own:
-# 630 specialisations, about 12 minutes of CPU time on two processes.
+# bfloat16 alone is 1,135 specialisations with the first, 22 minutes of CPU time on two processes.
 report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile every kernel for GPUs that are not there, and weigh the code
 	$(BIN)/vix compile-report $(ARGS)
 	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/vix compile-report --arch sm_90 $(ARGS)

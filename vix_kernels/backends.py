@@ -73,13 +73,17 @@ def gpu_architecture(index: int) -> str:
     return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
+def check(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+
+
 def resolve(backend: str, x: Tensor, width: int) -> str:
     """The implementation that serves `x`: "triton", "torch" or "reference".
 
     auto takes Triton on a GPU where it can and PyTorch elsewhere; an explicit choice is kept or refused.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    check(backend)
     if backend == "auto":
         return "triton" if x.device.type == "cuda" and not reasons_against_triton(x.device, x.dtype, width) else "torch"
     if backend == "triton" and (reasons := reasons_against_triton(x.device, x.dtype, width)):

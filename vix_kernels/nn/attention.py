@@ -44,8 +44,7 @@ class Attention(nn.Module):
             raise NotImplementedError(f"attn_drop: expected 0 (there are no weights to drop), got {attn_drop}")
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
-        if backend not in backends.BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(map(repr, backends.BACKENDS))}, got {backend!r}")
+        backends.check(backend)
         norm_layer = norm_layer or nn.LayerNorm
         self.num_heads = num_heads
         self.head_dim = dim // num_heads

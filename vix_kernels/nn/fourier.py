@@ -40,8 +40,7 @@ class FourierMixing(nn.Module):
         if attn_drop:
             raise NotImplementedError(f"attn_drop: expected 0 (there are no weights to drop), got {attn_drop}")
         check_norm(norm)
-        if backend not in backends.BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(map(repr, backends.BACKENDS))}, got {backend!r}")
+        backends.check(backend)
         self.norm, self.backend = norm, backend
         self.proj_drop = nn.Dropout(proj_drop)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import backends
 from ..primitives import aggregate, broadcast
+from ..primitives.broadcast import bias_of_taking_part
 from .checks import autocast, check_mask, check_qkv, check_scale, dtype_name
 from .rope import Rope, apply_rope_reference, check_rope
 
@@ -64,7 +65,7 @@ def agent_attention(
     values, _ = aggregate(agents, k, v, scale=scale, mask=key_padding_mask, backend=backend, **rotary)
     bias = None
     if agent_mask is not None:
-        bias = torch.where(agent_mask, 0.0, float("-inf")).to(values.dtype)[:, None].expand(values.shape[:3])
+        bias = bias_of_taking_part(agent_mask, values)
     return broadcast(q, agents, values, bias, scale=scale, backend=backend, **rotary)
 
 

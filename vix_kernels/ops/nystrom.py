@@ -23,10 +23,10 @@ from torch.nn import functional as F
 
 from .. import backends
 from ..primitives.aggregate import aggregate_backward, aggregate_forward, aggregate_reference
-from ..primitives.broadcast import broadcast_backward, broadcast_forward, broadcast_reference
+from ..primitives.broadcast import bias_of_taking_part, broadcast_backward, broadcast_forward, broadcast_reference
 from ..primitives.landmarks import landmarks_backward, landmarks_forward, landmarks_reference
 from ..primitives.layout import unit_last_stride
-from ..primitives.pinv import pinv_backward, pinv_forward, pinv_reference
+from ..primitives.pinv import INITS, pinv_backward, pinv_forward, pinv_reference
 from ..primitives.registry import refuse_transforms
 from ..primitives.rotate import angle_gradient
 from ..primitives.token_conv import token_conv_backward, token_conv_reference
@@ -35,7 +35,6 @@ from .pooling import pooling
 from .rope import Rope, check_rope
 
 LANDMARKS = ("segment", "grid", "pad_front")
-PINV_INITS = ("exact", "original")
 
 
 def nystrom_attention(
@@ -126,12 +125,12 @@ def nystrom_attention_reference(
 ) -> Tensor:
     """The equations with all N x L shares in memory, in plain PyTorch; any device, any transform."""
     mask, q_mask = key_padding_mask, _query_mask(key_padding_mask, q)
-    turns = {} if rope is None else _turns(rope)
+    turns = {} if rope is None else rope.differentiable_tables
     q_marks, k_marks, q_counts, k_counts = landmarks_reference(q, k, q_mask=q_mask, k_mask=mask, **pool, **turns)
     counts = {} if mask is None else dict(q_counts=q_counts, k_counts=k_counts)
     values, _ = aggregate_reference(q_marks, k, v, scale=scale, mask=mask, **turns)
     values = pinv_reference(q_marks, k_marks, values, scale=scale, iterations=pinv_iterations, init=pinv_init, **counts)
-    bias = None if mask is None else _slot_bias(k_counts, values)
+    bias = None if mask is None else bias_of_taking_part(k_counts > 0, values)
     out = broadcast_reference(q, k_marks, values, bias, scale=scale, **turns)
     return out if conv_weight is None else out + token_conv_reference(v, conv_weight, mask=mask)
 
@@ -158,7 +157,7 @@ class _Nystrom(torch.autograd.Function):
         values, lse = aggregate_forward(q_marks, k, v, mask, *rotation, scale, False, backend)
         counts = (None, None) if mask is None else (q_counts, k_counts)
         weighted = pinv_forward(q_marks, k_marks, values, *counts, scale, iterations, init, backend)
-        bias = None if mask is None else _slot_bias(k_counts, weighted)
+        bias = None if mask is None else bias_of_taking_part(k_counts > 0, weighted)
         residual = (None, None, None) if weight is None else (v, weight, mask)
         out, out_lse = broadcast_forward(q, k_marks, weighted, bias, *rotation, scale, *residual, backend)
         ctx.save_for_backward(
@@ -180,7 +179,7 @@ class _Nystrom(torch.autograd.Function):
         (scale, *iteration), backend = ctx.options, ctx.backend
         q_mask, rotation = _query_mask(mask, q), (cos, sin, ctx.interleaved)
         counts = (None, None) if mask is None else (q_counts, k_counts)
-        bias = None if mask is None else _slot_bias(k_counts, weighted)
+        bias = None if mask is None else bias_of_taking_part(k_counts > 0, weighted)
 
         # The tokens' own parts of dq, dk and dv, and two parts each of the gradients of the landmarks
         dq, dk_marks, dweighted, _ = broadcast_backward(
@@ -229,18 +228,6 @@ def _query_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return mask if mask is not None and mask.shape[1] == q.shape[2] else None
 
 
-def _slot_bias(counts: Tensor, values: Tensor) -> Tensor:
-    """-inf for landmarks without tokens, (batch, heads, landmarks)."""
-    bias = torch.where(counts > 0, 0.0, float("-inf")).to(values.dtype)
-    return bias[:, None].expand(values.shape[:3])
-
-
-def _turns(rope: Rope) -> dict[str, Any]:
-    """The tables as references take them: made of the angles where these are differentiated."""
-    cos, sin = (rope.cos, rope.sin) if rope.angles is None else (rope.angles.cos(), rope.angles.sin())
-    return dict(cos=cos, sin=sin, interleaved=rope.interleaved)
-
-
 def _check_conv(weight: Tensor | None, q: Tensor, k: Tensor) -> None:
     if weight is None:
         return
@@ -263,5 +250,5 @@ def check_nystrom(landmarks: str, pinv_iterations: int, pinv_init: str) -> None:
         raise ValueError(f"landmarks: expected one of {', '.join(map(repr, LANDMARKS))}, got {landmarks!r}")
     if isinstance(pinv_iterations, bool) or not isinstance(pinv_iterations, int) or pinv_iterations < 0:
         raise ValueError(f"pinv_iterations: expected an integer >= 0, got {pinv_iterations!r}")
-    if pinv_init not in PINV_INITS:
-        raise ValueError(f"pinv_init: expected one of {', '.join(map(repr, PINV_INITS))}, got {pinv_init!r}")
+    if pinv_init not in INITS:
+        raise ValueError(f"pinv_init: expected one of {', '.join(map(repr, INITS))}, got {pinv_init!r}")

@@ -89,6 +89,12 @@ class Rope:
         """As the primitives take them."""
         return dict(cos=self.cos, sin=self.sin, angles=self.angles, interleaved=self.interleaved)
 
+    @property
+    def differentiable_tables(self) -> dict[str, Any]:
+        """As references take them: made of the angles where these take a gradient."""
+        cos, sin = (self.cos, self.sin) if self.angles is None else (self.angles.cos(), self.angles.sin())
+        return dict(cos=cos, sin=sin, interleaved=self.interleaved)
+
     def to(self, device: torch.device | str) -> Rope:
         """The same rotation on another device; the tables stay float32."""
         angles = None if self.angles is None else self.angles.to(device)
@@ -251,8 +257,8 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
 
 def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     """The equations in plain PyTorch; any device, any transform."""
-    cos, sin = (rope.cos, rope.sin) if rope.angles is None else (rope.angles.cos(), rope.angles.sin())
-    return tuple(rotate_reference(x, cos, sin, rope.interleaved) for x in (q, k))
+    tables = rope.differentiable_tables
+    return tuple(rotate_reference(x, **tables) for x in (q, k))
 
 
 def check_rope(rope: Rope | None, q: Tensor, k: Tensor) -> None:

@@ -56,6 +56,12 @@ def broadcast(
     return _Broadcast.apply(q, slots, values, slot_bias, cos, sin, angles, interleaved, scale, backend)
 
 
+def bias_of_taking_part(taken: Tensor, values: Tensor) -> Tensor:
+    """The slot bias (batch, heads, M) by which slots that are not `taken`, bool (batch, M), have no share."""
+    bias = torch.where(taken, 0.0, float("-inf")).to(values.dtype)
+    return bias[:, None].expand(values.shape[:3])
+
+
 def broadcast_reference(
     q: Tensor,
     slots: Tensor,
