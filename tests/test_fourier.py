@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from conftest import DEVICE
-from vix_kernels import fourier_mixing
+from vix_kernels import apply_rope, fourier_mixing, rope_axial
 from vix_kernels._triton import dft, launch
 from vix_kernels.nn import FourierMixing
 from vix_kernels.testing import kept_for_backward
@@ -129,15 +129,22 @@ def test_the_module_stands_where_timm_has_attention() -> None:
     assert torch.equal(module.eval()(x, attn_mask=None, is_causal=False), fourier_mixing(x, norm="ortho"))
 
 
+def test_the_module_rotates_the_heads_of_its_tokens() -> None:
+    x, rope = draw(2, 9, 16), rope_axial(3, 3, 4)
+    heads = x.view(2, 9, 4, 4).transpose(1, 2)
+    rotated = apply_rope(heads, heads, rope)[0].transpose(1, 2).flatten(2)
+    assert not torch.equal(rotated, x)
+    torch.testing.assert_close(FourierMixing(16, num_heads=4)(x, rope=rope), fourier_mixing(rotated))
+
+
 @pytest.mark.parametrize(
     "refused, message",
     [
         ({"attn_mask": torch.zeros(9, 9)}, "attn_mask: expected None"),
         ({"key_padding_mask": torch.ones(2, 9, dtype=torch.bool)}, "key_padding_mask: expected None"),
         ({"is_causal": True}, "is_causal: expected False"),
-        ({"rope": object()}, "rope: expected None"),
     ],
 )
-def test_the_module_refuses_masks_and_angles(refused: dict, message: str) -> None:
+def test_the_module_refuses_masks(refused: dict, message: str) -> None:
     with pytest.raises(NotImplementedError, match=message):
         FourierMixing(16)(draw(2, 9, 16), **refused)

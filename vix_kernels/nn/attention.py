@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,27 +73,43 @@ class Attention(nn.Module):
 
         Args:
             x: (batch, tokens, dim).
-            attn_mask, is_causal: timm's; refused, since linear-cost attention never forms the weights they act on.
+            attn_mask: (tokens, tokens), with leading dimensions or not: bool, True = may be looked at, or added to the
+                logits. Linear-cost attention never forms the weights that it acts on, and refuses it.
+            is_causal: timm's; refused.
             key_padding_mask: bool (batch, tokens), True = the token takes part.
             rope: rotary embedding of q and k.
         """
-        if attn_mask is not None:
+        if attn_mask is not None and not self.has_weights:
             raise NotImplementedError("attn_mask: expected None, got a mask; use key_padding_mask (batch, tokens)")
         if is_causal:
             raise NotImplementedError("is_causal: expected False; causal attention is not supported")
-        out = self.mix(x, key_padding_mask, rope)
+        out = self.mix(x, key_padding_mask, rope, **({} if attn_mask is None else {"attn_mask": attn_mask}))
         return self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
 
-    def mix(self, x: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
+    def mix(self, x: Tensor, key_padding_mask: Tensor | None, rope: Rope | None, **masks: Tensor) -> Tensor:
         """All but the last linear map: (batch, tokens, dim) to (batch, heads, tokens, head_dim)."""
         q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.attend(q, k, v, key_padding_mask, rope)
+        return self.attend(q, k, v, key_padding_mask, rope, **masks)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding_mask: Tensor | None,
+        rope: Rope | None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
         """The attention between the linear maps: (batch, heads, tokens, head_dim) to the same."""
         if rope is not None:
             q, k = apply_rope(q, k, rope, backend=self.backend)
-        mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
+        mask = attn_mask
+        if key_padding_mask is not None:
+            valid = key_padding_mask[:, None, None, :]
+            if attn_mask is None:
+                mask = valid
+            else:
+                mask = attn_mask & valid if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~valid, -math.inf)
         dropout = self.attn_drop.p if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)

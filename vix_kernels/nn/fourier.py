@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from typing import Literal
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from .. import backends
 from ..ops.fourier import check_norm, fourier_mixing
-from ..ops.rope import Rope
+from ..ops.rope import Rope, apply_rope
 
 
 class FourierMixing(nn.Module):
     """Fourier mixing (FNet) where attention would stand; it has no parameters.
 
     Args:
+        dim: width of the tokens; num_heads must divide it.
+        num_heads: the heads that a rotary embedding turns; the transform has none.
         norm: None, the plain sums of the paper, or "ortho", which keeps the size of the tokens.
         proj_drop: dropout of the output.
         backend: as in fourier_mixing.
-        Others, dim included, are accepted for the sake of timm's blocks, and without effect: there are neither heads nor
-            linear maps. attn_drop is refused, there are no weights to drop.
+        Others are accepted for the sake of timm's blocks, and without effect: there are no linear maps. attn_drop is refused,
+            there are no weights to drop.
     """
 
     def __init__(
@@ -39,8 +42,11 @@ class FourierMixing(nn.Module):
         super().__init__()
         if attn_drop:
             raise NotImplementedError(f"attn_drop: expected 0 (there are no weights to drop), got {attn_drop}")
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
         check_norm(norm)
         backends.check(backend)
+        self.num_heads = num_heads
         self.norm, self.backend = norm, backend
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -57,7 +63,8 @@ class FourierMixing(nn.Module):
 
         Args:
             x: (batch, tokens, dim).
-            Others are refused: every frequency is a sum over all tokens.
+            rope: rotary embedding. There are no queries and keys: it turns the heads of the tokens themselves.
+            Masks are refused: every frequency is a sum over all tokens.
         """
         for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
             if mask is not None:
@@ -65,7 +72,8 @@ class FourierMixing(nn.Module):
         if is_causal:
             raise NotImplementedError("is_causal: expected False; every frequency is a sum over all tokens")
         if rope is not None:
-            raise NotImplementedError("rope: expected None; there are no queries and keys to rotate")
+            heads = rearrange(x, "b n (h d) -> b h n d", h=self.num_heads)
+            x = rearrange(apply_rope(heads, heads, rope, backend=self.backend)[0], "b h n d -> b n (h d)")
         return self.proj_drop(fourier_mixing(x, norm=self.norm, backend=self.backend))
 
     def extra_repr(self) -> str:

@@ -1,0 +1,59 @@
+"""Checks of the arguments that several models take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+
+def check_counts(**counts: Any) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")
+
+
+def check_rates(**rates: Any) -> None:
+    for name, rate in rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+            raise ValueError(f"{name}: expected a number from 0 to 1, got {rate!r}")
+
+
+def check_flags(**flags: Any) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):  # the string "false" would be true
+            raise ValueError(f"{name}: expected True or False, got {flag!r}")
+
+
+def check_choice(choices: Iterable[str], **chosen: Any) -> None:
+    choices = tuple(choices)
+    for name, choice in chosen.items():
+        if choice not in choices:
+            raise ValueError(f"{name}: expected one of {choices}, got {choice!r}")
+
+
+def pair(name: str, size: Any) -> tuple[int, int]:
+    """Height and width, from both or from one number for both."""
+    both = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
+    if len(both) != 2 or not all(isinstance(side, int) and side > 0 for side in both):
+        raise ValueError(f"{name}: expected a positive integer or two of them, got {size!r}")
+    return both
+
+
+def per_stage(stages: int, **values: Any) -> list[tuple[int, ...]]:
+    """Each value as one positive integer a stage; a single number stands for all stages."""
+    rows = []
+    for name, value in values.items():
+        row = (value,) * stages if isinstance(value, int) else tuple(value) if isinstance(value, tuple | list) else ()
+        if len(row) != stages:
+            raise ValueError(f"{name}: expected an integer or one for each of {stages} stages, got {value!r}")
+        for count in row:
+            check_counts(**{name: count})
+        rows.append(row)
+    return rows
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """What a typing error may have meant, to be put behind it."""
+    match = get_close_matches(word, list(words), n=3)
+    return f" (did you mean {' or '.join(map(repr, match))}?)" if match else ""

@@ -1,0 +1,102 @@
+"""What every model shares: timm's contract around `forward_features`, and the head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .arguments import check_choice, check_counts, check_rates, pair
+from .layers import init_linear
+
+
+class Backbone(nn.Module):
+    """Images (B, in_chans, *img_size) to logits (B, num_classes).
+
+    A model makes `forward_features`, tokens (B, num_prefix_tokens + patches, num_features), and calls `finish` last.
+    """
+
+    pools = ("avg",)  # of the tokens: "token", the class token; "avg", the mean of the patches; "seq", a learned mean
+
+    def __init__(self, *, img_size: int | tuple[int, int], in_chans: int, drop_rate: float) -> None:
+        super().__init__()
+        check_counts(in_chans=in_chans)
+        check_rates(drop_rate=drop_rate)
+        self.img_size = pair("img_size", img_size)
+        self.in_chans = in_chans
+        self.num_prefix_tokens = 0
+        self.grad_checkpointing = False
+        self.head_drop = nn.Dropout(drop_rate)
+
+    def finish(self, num_features: int, num_classes: int, global_pool: str) -> None:
+        """Make the head and initialise all linear maps."""
+        self.num_features, self.global_pool = num_features, global_pool
+        self.reset_classifier(num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module)
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of the parameters that stand for tokens or positions; biases and norms are left to the optimiser."""
+        exempt = ("cls_token", "pos_embed", "rope.frequencies", "attention_bias")
+        return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks for backward."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new head in place; `num_classes` 0 removes it."""
+        global_pool = self.global_pool if global_pool is None else global_pool
+        check_choice(self.pools, global_pool=global_pool)
+        if global_pool == "token" and not self.num_prefix_tokens:
+            raise ValueError('global_pool: expected "avg" with class_token=False, got "token"')
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes: expected an integer >= 0, got {num_classes!r}")
+        self.num_classes, self.global_pool = num_classes, global_pool
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        like = next(self.parameters())
+        self.head.to(like.device, like.dtype)
+        if num_classes:
+            init_linear(self.head)
+
+    def check_images(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1:] != (self.in_chans, *self.img_size):
+            expected = f"(batch, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]})"
+            raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, *img_size) to normalised tokens (B, num_prefix_tokens + patches, num_features)."""
+        raise NotImplementedError
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Tokens to one vector an image."""
+        return x[:, 0] if self.global_pool == "token" else x[:, self.num_prefix_tokens :].mean(dim=1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens to logits (B, num_classes), or to the pooled features."""
+        x = self.head_drop(self.pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
+        """The map (rows, columns) and the prefix of every module that holds tables over tokens, by its name ("": all)."""
+        raise NotImplementedError
+
+
+def grid_of(img_size: tuple[int, int], patch_size: Any) -> tuple[int, int]:
+    """Rows and columns of the token map."""
+    patch_size = pair("patch_size", patch_size)
+    if any(size % patch for size, patch in zip(img_size, patch_size, strict=True)):
+        raise ValueError(f"img_size: expected multiples of patch_size {patch_size}, got {img_size}")
+    return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
+
+
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    if embed_dim % num_heads:
+        raise ValueError(f"embed_dim: expected a multiple of num_heads {num_heads}, got {embed_dim}")

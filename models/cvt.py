@@ -1,0 +1,118 @@
+"""The convolutional vision transformer (CvT, arXiv:2103.15808), and with other mixers the CvN and CvP of Vision Xformers.
+
+image -> stages of convolution -> norm -> depth x [x + attention(convolution(norm(x))), x + mlp(norm(x))]
+      -> norm -> mean -> head
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+from torch import Tensor, nn
+
+from vix_kernels import Rope
+
+from .arguments import check_flags, check_rates, per_stage
+from .backbone import Backbone
+from .layers import Block, check_mlp_ratio, drop_path_rates, to_maps, to_tokens
+from .mixers import Mixer, Place
+from .stages import Stage, run_stages, shrinking
+
+
+class CvT(Backbone):
+    """A convolutional vision transformer; `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+
+    Repaired against the originals: the convolutional projection, which they leave out, is there; layer norms have their eps
+    under the root, where the gradient of equal channels is finite; the map may have any size, and all heads are used.
+
+    One depthwise convolution of 3 x 3 serves q, k and v alike, where CvT has one for each, so that every mixer can stand
+    behind it, also those without queries. It tells the tokens their place, as in CvT, which has no embedding of positions.
+
+    Args:
+        mixer: makes the token mixer of one layer, see models/mixers.py.
+        embed_kernel, embed_stride: of the convolution that cuts the tokens of each stage; kernels are odd.
+        embed_dim, depth, num_heads: of each stage, or one number for all.
+        position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", of each stage.
+        drop_path_rate: stochastic depth of the last layer, rising from 0 in the first.
+        Others as in VisionTransformer.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        *,
+        img_size: int | tuple[int, int] = 64,
+        in_chans: int = 3,
+        num_classes: int = 200,
+        embed_kernel: tuple[int, ...] = (3, 3, 3),
+        embed_stride: tuple[int, ...] = (2, 1, 1),
+        embed_dim: int | tuple[int, ...] = 128,
+        depth: int | tuple[int, ...] = (1, 1, 2),
+        num_heads: int | tuple[int, ...] = 4,
+        mlp_ratio: float = 2.0,
+        qkv_bias: bool = False,
+        position: str = "none",
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(img_size=img_size, in_chans=in_chans, drop_rate=drop_rate)
+        check_flags(qkv_bias=qkv_bias)
+        check_rates(proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
+        if not isinstance(embed_stride, tuple | list) or not embed_stride:
+            raise ValueError(f"embed_stride: expected one integer a stage, got {embed_stride!r}")
+        kernels, strides, widths, depths, heads = per_stage(
+            len(embed_stride), embed_kernel=embed_kernel, embed_stride=embed_stride, embed_dim=embed_dim, depth=depth,
+            num_heads=num_heads,
+        )  # fmt: skip
+        if not all(kernel % 2 for kernel in kernels):
+            raise ValueError(f"embed_kernel: expected odd numbers, got {embed_kernel!r}")
+        for width in widths:
+            check_mlp_ratio(mlp_ratio, width)
+        self.embed_dim = widths[-1]
+        rates = drop_path_rates(drop_path_rate, sum(depths))
+
+        self.stages = nn.ModuleList()
+        rows = zip(
+            (in_chans, *widths), widths, kernels, strides, shrinking(self.img_size, strides), heads, depths,
+            accumulate(depths, initial=0), strict=False,
+        )  # fmt: skip
+        for before, width, kernel, stride, grid, count, layers, first_layer in rows:
+            options = dict(num_heads=count, qkv_bias=qkv_bias, proj_drop=proj_drop_rate, backend=backend)
+
+            def block(place: Place, width: int = width, options: dict = options) -> nn.Module:
+                attention = ConvProjection(mixer(width, place, **options), width, place.grid)
+                return Block(width, attention, mlp_ratio, drop=proj_drop_rate, drop_path=rates[place.layer])
+
+            embed = nn.Conv2d(before, width, kernel, stride, padding=kernel // 2)
+            self.stages.append(
+                Stage(
+                    embed, nn.LayerNorm(width), block, grid=grid, dim=width, num_heads=count, depth=layers,
+                    first_layer=first_layer, position=position,
+                )
+            )  # fmt: skip
+        self.norm = nn.LayerNorm(widths[-1])
+        self.finish(widths[-1], num_classes, global_pool)
+
+    def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
+        return {f"stages.{number}": (stage.grid, 0) for number, stage in enumerate(self.stages)}
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        self.check_images(x)
+        return self.norm(run_stages(self.stages, x, self.grad_checkpointing))
+
+
+class ConvProjection(nn.Module):
+    """A depthwise convolution of the token map, batch-normalised, in front of the linear maps of a mixer."""
+
+    def __init__(self, attention: nn.Module, dim: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.norm = nn.BatchNorm2d(dim)
+        self.attention = attention
+
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+        return self.attention(to_tokens(self.norm(self.conv(to_maps(x, self.grid)))), rope=rope)

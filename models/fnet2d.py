@@ -1,0 +1,102 @@
+"""FNet in two dimensions, from the Vision Xformers package.
+
+    image -> convolutions -> depth x [x + mlp(norm(F(x)))] -> mean -> head
+
+F is the real part of the discrete Fourier transform over rows, columns and channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .arguments import check_choice, check_counts, check_rates, pair
+from .backbone import Backbone, grid_of
+from .feed_forward import Mlp
+from .layers import ConvStem, DropPath, TokenBatchNorm, check_mlp_ratio, drop_path_rates, run_blocks
+
+
+class FNet2D(Backbone):
+    """An FNet on the token map; `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+
+    Repaired against the originals: the transform is scaled to keep the size of the tokens, which its sums exceed some hundred
+    times; the stem has normalisation and activations in between; the tokens are normalised before they are pooled.
+
+    Args:
+        backend: "auto" | "torch" | "reference", which are all torch.fft: the transform has no kernel.
+        Others as in VisionTransformer; there is neither attention nor class token, and the transform knows the places.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 32,
+        patch_size: int | tuple[int, int] = 1,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        embed_dim: int = 128,
+        depth: int = 5,
+        mlp_ratio: float = 2.0,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        # An explicit choice never falls back.
+        check_choice(("auto", "torch", "reference"), backend=backend)
+        super().__init__(img_size=img_size, in_chans=in_chans, drop_rate=drop_rate)
+        check_counts(embed_dim=embed_dim, depth=depth)
+        check_rates(proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
+        check_mlp_ratio(mlp_ratio, embed_dim)
+        self.embed_dim = embed_dim
+        self.patch_size = pair("patch_size", patch_size)
+        self.grid = grid_of(self.img_size, patch_size)
+        self.patch_embed = ConvStem(in_chans, embed_dim, self.patch_size)
+        self.blocks = nn.ModuleList(
+            _Block(embed_dim, self.grid, mlp_ratio, proj_drop_rate, rate) for rate in drop_path_rates(drop_path_rate, depth)
+        )
+        self.norm = TokenBatchNorm(embed_dim)
+        self.finish(embed_dim, num_classes, global_pool)
+
+    def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
+        return {}
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        self.check_images(x)
+        return self.norm(run_blocks(self.blocks, self.patch_embed(x), None, self.grad_checkpointing))
+
+
+class _Block(nn.Module):
+    def __init__(self, dim: int, grid: tuple[int, int], mlp_ratio: float, drop: float, drop_path: float) -> None:
+        super().__init__()
+        self.grid = grid
+        self.norm = TokenBatchNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, rope: None) -> Tensor:
+        mixed = _RealTransform.apply(x.unflatten(1, self.grid)).flatten(1, 2)
+        return x + self.drop_path(self.mlp(self.norm(mixed)))
+
+
+class _RealTransform(torch.autograd.Function):
+    """Of maps (B, H, W, C), scaled by 1 / sqrt(H W C). Its matrix is symmetric: the gradient is the map itself."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return real_transform(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> Tensor:
+        return real_transform(dy)
+
+
+def real_transform(x: Tensor) -> Tensor:
+    """From the transform of real input: the channels that it leaves out mirror those that it has, y_-h,-w,-c = y_hwc."""
+    width = x.shape[-1]
+    half = torch.fft.rfftn(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=(1, 2, 3), norm="ortho").real
+    rest = half[..., 1 : width - width // 2].flip(1, 2, 3).roll((1, 1), (1, 2))
+    return torch.cat([half, rest], -1).to(x.dtype)

@@ -1,0 +1,156 @@
+"""What the models are built from: stems, feed-forward networks, blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vix_kernels import Rope
+
+from .feed_forward import Mlp, feed_forward
+
+
+class PatchStem(nn.Module):
+    """One patch, one token: (B, in_chans, H, W) -> (B, tokens, embed_dim)."""
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_tokens(self.proj(x))
+
+
+class ConvStem(nn.Sequential):
+    """Three convolutions with a total stride of one patch: (B, in_chans, H, W) -> (B, tokens, embed_dim)."""
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> None:
+        widths = in_chans, -(-embed_dim // 4), -(-embed_dim // 2), embed_dim
+        # Small patches are cut late, where the maps have been looked at.
+        strides = zip(*(reversed(_three_strides(size)) for size in patch_size), strict=True)
+        super().__init__(*conv_layers(widths, strides, nn.GELU))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_tokens(super().forward(x))
+
+
+def conv_layers(widths: Iterable[int], strides: Iterable[tuple[int, int]], activation: type[nn.Module]) -> list[nn.Module]:
+    """Convolutions with batch normalisation and activations in between: the blocks start from a normalised sum, not from a
+    rectified one."""
+    widths = tuple(widths)
+    layers: list[nn.Module] = []
+    for before, after, stride in zip(widths, widths[1:], strides, strict=False):
+        # A kernel of stride + 2 overlaps its neighbours by a pixel on each side, whatever the stride.
+        kernel = stride[0] + 2, stride[1] + 2
+        layers += [nn.Conv2d(before, after, kernel, stride, padding=1, bias=False), nn.BatchNorm2d(after), activation()]
+    return layers[:-1]
+
+
+def _three_strides(size: int) -> tuple[int, int, int]:
+    """Their product is `size`, the twos in front: 2 = 2*1*1, 8 = 2*2*2, 12 = 2*2*3, 16 = 2*2*4."""
+    first = 2 if size % 2 == 0 else 1
+    second = 2 if size % 4 == 0 else 1
+    return first, second, size // (first * second)
+
+
+def to_tokens(maps: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H * W, C)."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def to_maps(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, H * W, C) -> (B, C, H, W)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of the channels of (B, tokens, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).view_as(x)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv:1603.09382): leave out the branch of a sample with probability `rate`, scale up the others."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        mask = x.new_empty(x.shape[0], *(1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * (mask / keep if keep else mask)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """From 0 in the first layer to `rate` in the last."""
+    return [rate * layer / max(1, depth - 1) for layer in range(depth)]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        attention: the token mixer, called as `attention(x, rope=rope)`.
+        mlp_ratio: hidden width of the MLP over `dim`.
+        drop: dropout in the MLP.
+        drop_path: rate of stochastic depth.
+        norm, activation: modules made as norm(dim) and activation().
+        renormalise: the second residual starts from the normalised tokens, n + mlp(n) with n = norm(x).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attention: nn.Module,
+        mlp_ratio: float,
+        *,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        activation: type[nn.Module] = nn.GELU,
+        renormalise: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm(dim)
+        self.attn = attention
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = norm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop, activation)
+        self.renormalise = renormalise
+
+    def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), rope=rope))
+        return feed_forward(x, self.norm2, self.mlp, self.drop_path, self.renormalise)
+
+
+def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
+    if not isinstance(mlp_ratio, int | float) or not 1 <= embed_dim * mlp_ratio < math.inf:
+        raise ValueError(f"mlp_ratio: expected a number that leaves the MLP a width of 1 or more, got {mlp_ratio!r}")
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, rope: nn.Module | None, checkpointing: bool) -> Tensor:
+    """The blocks in turn, each with the table of its layer; checkpointing keeps their inputs only."""
+    for layer, block in enumerate(blocks):
+        table = rope(layer) if rope is not None else None
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, table, use_reentrant=False)
+        else:
+            x = block(x, table)
+    return x
+
+
+def init_linear(linear: nn.Linear) -> None:
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)

@@ -1,0 +1,156 @@
+"""LeViT (arXiv:2104.01136), and with other mixers the LeViN and LeViP of Vision Xformers.
+
+    image -> convolutions -> stages of depth x [x + attention(norm(x)), x + mlp(norm(x))], halved in between
+          -> norm -> mean -> head
+
+Its signs are a convolutional stem, batch normalisation, hardswish, and a learned bias of the attention weights in place of an
+embedding of positions.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from vix_kernels import Rope
+
+from .arguments import check_flags, check_rates, pair, per_stage
+from .backbone import Backbone, grid_of
+from .layers import Block, TokenBatchNorm, check_mlp_ratio, conv_layers, drop_path_rates
+from .mixers import Mixer, Place
+from .stages import Stage, run_stages, shrinking
+
+
+class LeViT(Backbone):
+    """A LeViT; `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+
+    Repaired against the originals, which have no normalisation anywhere: batch norms and hardswish stand where LeViT has
+    them; softmax attention has its bias, and mixers that never form weights get rotary positions instead; stages shrink the
+    map and change the width; the map may have any size, and all heads are used as given.
+
+    Args:
+        mixer: makes the token mixer of one layer, see models/mixers.py.
+        patch_size: total stride of the stem, which has as many convolutions of stride 2 as its factors of 2, at least three in
+            all.
+        embed_dim, depth, num_heads: of each stage, or one number for all.
+        stages: how many; each behind the first halves the rows and columns.
+        mlp_ratio: hidden width of the MLP over that of the tokens.
+        position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", of each stage, beside the attention bias.
+        drop_path_rate: stochastic depth of the last layer, rising from 0 in the first.
+        Others as in VisionTransformer.
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        *,
+        img_size: int | tuple[int, int] = 64,
+        patch_size: int | tuple[int, int] = 2,
+        in_chans: int = 3,
+        num_classes: int = 200,
+        stages: int = 1,
+        embed_dim: int | tuple[int, ...] = 128,
+        depth: int | tuple[int, ...] = 4,
+        num_heads: int | tuple[int, ...] = 4,
+        mlp_ratio: float = 2.0,
+        qkv_bias: bool = False,
+        position: str = "none",
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(img_size=img_size, in_chans=in_chans, drop_rate=drop_rate)
+        check_flags(qkv_bias=qkv_bias)
+        check_rates(proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
+        if not isinstance(stages, int) or stages < 1:
+            raise ValueError(f"stages: expected an integer >= 1, got {stages!r}")
+        widths, depths, heads = per_stage(stages, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        for width in widths:
+            check_mlp_ratio(mlp_ratio, width)
+        self.embed_dim = widths[-1]
+        self.patch_size = pair("patch_size", patch_size)
+        first = grid_of(self.img_size, patch_size)
+        grids = first, *shrinking(first, (2,) * (stages - 1))
+        rates = drop_path_rates(drop_path_rate, sum(depths))
+
+        self.stages = nn.ModuleList()
+        for number, (grid, width, count, layer) in enumerate(
+            zip(grids, widths, heads, accumulate(depths, initial=0), strict=False)
+        ):
+            options = dict(num_heads=count, qkv_bias=qkv_bias, proj_drop=proj_drop_rate, backend=backend)
+
+            def block(place: Place, width: int = width, options: dict = options) -> nn.Module:
+                return _Block(width, mixer, options, place, mlp_ratio, proj_drop_rate, rates[place.layer])
+
+            embed = _stem(in_chans, width, self.patch_size) if number == 0 else _halving(widths[number - 1], width)
+            self.stages.append(
+                Stage(
+                    embed, nn.Identity(), block, grid=grid, dim=width, num_heads=count, depth=depths[number],
+                    first_layer=layer, position=position,
+                )
+            )  # fmt: skip
+        self.norm = TokenBatchNorm(widths[-1])
+        self.finish(widths[-1], num_classes, global_pool)
+
+    def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
+        return {f"stages.{number}": (stage.grid, 0) for number, stage in enumerate(self.stages)}
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        self.check_images(x)
+        return self.norm(run_stages(self.stages, x, self.grad_checkpointing))
+
+
+def _stem(in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> nn.Module:
+    """Strides of 2 in front, as LeViT has them; the width doubles from one convolution to the next."""
+    strides = [_strides(size) for size in patch_size]
+    length = max(map(len, strides))
+    strides = [row + [1] * (length - len(row)) for row in strides]
+    widths = [in_chans, *(-(-embed_dim // 2**back) for back in range(length - 1, -1, -1))]
+    return nn.Sequential(*conv_layers(widths, zip(*strides, strict=True), nn.Hardswish))
+
+
+def _strides(size: int) -> list[int]:
+    """2 = 2*1*1, 6 = 2*3*1, 16 = 2*2*2*2."""
+    twos = (size & -size).bit_length() - 1
+    row = [2] * twos + [size >> twos] * (size >> twos > 1)
+    return row + [1] * (3 - len(row))
+
+
+def _halving(before: int, after: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after))
+
+
+class _Block(Block):
+    """With batch norm and hardswish, and a bias of the attention weights where the mixer forms them."""
+
+    def __init__(
+        self, dim: int, mixer: Mixer, options: dict, place: Place, mlp_ratio: float, drop: float, drop_path: float
+    ) -> None:
+        attention = mixer(dim, place, **options)
+        if getattr(attention, "has_weights", False):
+            attention = _BiasedAttention(attention, place.grid)
+        super().__init__(
+            dim, attention, mlp_ratio, drop=drop, drop_path=drop_path, norm=TokenBatchNorm, activation=nn.Hardswish
+        )
+
+
+class _BiasedAttention(nn.Module):
+    """softmax(q k^T + b) v: b of a query and a key is learned for each head and distance in rows and columns."""
+
+    def __init__(self, attention: nn.Module, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attention_bias = nn.Parameter(torch.zeros(attention.num_heads, math.prod(grid)))
+        rows, columns = (torch.arange(side).repeat_interleave(grid[1]) if axis == 0 else torch.arange(side).repeat(grid[0])
+                         for axis, side in enumerate(grid))  # fmt: skip
+        distance = (rows[:, None] - rows).abs() * grid[1] + (columns[:, None] - columns).abs()
+        self.register_buffer("distance", distance, persistent=False)
+
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+        bias = self.attention_bias[:, self.distance].to(x.dtype)
+        return self.attention(x, attn_mask=bias, rope=rope)

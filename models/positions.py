@@ -1,0 +1,95 @@
+"""Where the tokens of a map stand: learned embeddings and rotary tables (RoFormer, arXiv:2104.09864; along both axes and in
+learned directions, arXiv:2403.13298)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vix_kernels import Rope, rope_1d, rope_axial, rope_mixed, rope_mixed_frequencies
+
+POSITIONS = ("learned", "rope_1d", "rope_axial", "rope_mixed", "none")
+
+
+def learned_position(position: str, tokens: int, dim: int) -> nn.Parameter | None:
+    """The embedding that is added to the tokens, (1, tokens, dim)."""
+    if position != "learned":
+        return None
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, dim), std=0.02))
+
+
+def rotary_position(
+    position: str, grid: tuple[int, int], dim: int, num_heads: int, depth: int, prefix_tokens: int = 0
+) -> nn.Module | None:
+    """The module that gives each layer its rotary table, called as `module(layer)`; tokens of the prefix are not rotated."""
+    if not position.startswith("rope"):
+        return None
+    head_dim, multiple = dim // num_heads, 2 if position == "rope_1d" else 4
+    if head_dim % multiple:
+        raise ValueError(f"embed_dim: expected a multiple of {multiple} per head for {position}, got {head_dim}")
+    if position == "rope_1d":
+        return RotaryPosition(partial(rope_1d, grid[0] * grid[1], head_dim, prefix_tokens=prefix_tokens))
+    if position == "rope_axial":
+        return RotaryPosition(partial(rope_axial, *grid, head_dim, prefix_tokens=prefix_tokens))
+    return MixedRotaryPosition(grid, head_dim, num_heads, depth, prefix_tokens)
+
+
+class RotaryPosition(nn.Module):
+    """A fixed table: derived, so never saved, and in fp32 whatever the model is cast to."""
+
+    def __init__(self, make: Callable[..., Rope]) -> None:
+        super().__init__()
+        self._make = make
+        self._set(make())
+
+    def _set(self, rope: Rope) -> None:
+        self.register_buffer("cos", rope.cos, persistent=False)
+        self.register_buffer("sin", rope.sin, persistent=False)
+        self.layout = rope.layout
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPosition:
+        super()._apply(fn, recurse)
+        # `fn` may have rounded the table to bf16, or moved it off the meta device without its values.
+        self._set(self._make(device=self.cos.device))
+        return self
+
+    def forward(self, layer: int) -> Rope:
+        return Rope(self.cos, self.sin, self.layout)
+
+
+class MixedRotaryPosition(nn.Module):
+    """Learned frequencies for each layer and head."""
+
+    def __init__(self, grid: tuple[int, int], head_dim: int, num_heads: int, depth: int, prefix_tokens: int) -> None:
+        super().__init__()
+        self.grid, self.prefix_tokens = grid, prefix_tokens
+        start = [rope_mixed_frequencies(head_dim, num_heads, seed=layer) for layer in range(depth)]
+        self.frequencies = nn.Parameter(torch.stack(start))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixedRotaryPosition:
+        before = self.frequencies.detach()
+        super()._apply(fn, recurse)
+        # Rounded frequencies turn far tokens by wrong angles: move them, do not cast them.
+        if self.frequencies.dtype != torch.float32:
+            self.frequencies.data = before.to(self.frequencies.device)
+        return self
+
+    def forward(self, layer: int) -> Rope:
+        return rope_mixed(*self.grid, self.frequencies[layer], prefix_tokens=self.prefix_tokens)
+
+
+def resample_tokens(table: Tensor, dim: int, old: tuple[int, int], new: tuple[int, int], prefix_tokens: int) -> Tensor:
+    """`table` for a token map of another size: bicubic along its dimension `dim`, which runs over the prefix, then the map.
+
+    The prefix is kept. float32 inside, the dtype of `table` outside.
+    """
+    rows = table.movedim(dim, 0)
+    prefix, cells = rows[:prefix_tokens], rows[prefix_tokens:]
+    maps = cells.float().reshape(*old, -1).permute(2, 0, 1)[None]
+    maps = F.interpolate(maps, size=new, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    cells = maps.reshape(new[0] * new[1], *cells.shape[1:]).to(table.dtype)
+    return torch.cat([prefix, cells]).movedim(0, dim).contiguous()

@@ -1,0 +1,67 @@
+"""A pyramid of token maps, one stage each, as LeViT and CvT have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from .arguments import check_choice
+from .backbone import check_heads
+from .layers import run_blocks, to_maps, to_tokens
+from .mixers import Place
+from .positions import POSITIONS, learned_position, rotary_position
+
+
+class Stage(nn.Module):
+    """Blocks on a token map that is cut from the map before: (B, C, H, W) -> tokens (B, grid[0] * grid[1], dim).
+
+    Args:
+        embed: cuts the tokens, (B, C, H, W) -> (B, dim, *grid).
+        norm: of the tokens before the blocks.
+        make_block: called with the Place of each block.
+        first_layer: how many blocks the stages before have.
+        position: as in VisionTransformer; each stage has its own.
+    """
+
+    def __init__(
+        self,
+        embed: nn.Module,
+        norm: nn.Module,
+        make_block: Callable[[Place], nn.Module],
+        *,
+        grid: tuple[int, int],
+        dim: int,
+        num_heads: int,
+        depth: int,
+        first_layer: int,
+        position: str,
+    ) -> None:
+        super().__init__()
+        check_choice(POSITIONS, position=position)
+        check_heads(dim, num_heads)
+        self.grid = grid
+        self.embed, self.norm = embed, norm
+        self.pos_embed = learned_position(position, grid[0] * grid[1], dim)
+        self.rope = rotary_position(position, grid, dim, num_heads, depth)
+        self.blocks = nn.ModuleList(make_block(Place(first_layer + layer, grid, 0)) for layer in range(depth))
+
+    def forward(self, maps: Tensor, checkpointing: bool) -> Tensor:
+        x = self.norm(to_tokens(self.embed(maps)))
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        return run_blocks(self.blocks, x, self.rope, checkpointing)
+
+
+def run_stages(stages: nn.ModuleList, x: Tensor, checkpointing: bool) -> Tensor:
+    """Images (B, in_chans, H, W) to the tokens of the last stage."""
+    for number, stage in enumerate(stages):
+        x = stage(x if number == 0 else to_maps(x, stages[number - 1].grid), checkpointing)
+    return x
+
+
+def shrinking(img_size: tuple[int, int], strides: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Rows and columns behind each stride, of convolutions that pad by half of their window."""
+    for stride in strides:
+        img_size = tuple((side - 1) // stride + 1 for side in img_size)
+        yield img_size

@@ -1,0 +1,108 @@
+"""The vision transformer.
+
+    image -> stem -> class token, position -> depth x [x + attention(norm(x)), x + mlp(norm(x))] -> norm -> pool -> head
+
+The stem is one strided convolution (ViT, arXiv:2010.11929) or three of them (the hybrids of Vision Xformers,
+arXiv:2107.02239). Arguments, methods and parameter names are timm's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import check_choice, check_counts, check_flags, check_rates, pair
+from .backbone import Backbone, check_heads, grid_of
+from .layers import Block, PatchStem, check_mlp_ratio, drop_path_rates, run_blocks
+from .mixers import Mixer, Place
+from .positions import POSITIONS, learned_position, rotary_position
+
+
+class VisionTransformer(Backbone):
+    """A vision transformer; `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+
+    Repaired against the originals: the hybrids' convolutions have normalisation and activations in between (there they are one
+    linear map); a patch of a single pixel is not layer-normed (the wheel thereby loses its brightness); all heads are
+    used as given; positions follow the image size, and rotary models carry no unused embedding; class token and embedding
+    start at a standard deviation of 0.02 instead of 1, and the tokens are normalised before they are pooled.
+
+    Args:
+        mixer: makes the token mixer of one layer, see models/mixers.py.
+        stem: `PatchStem` or `ConvStem`.
+        img_size: height and width, or one number for both; a multiple of `patch_size`.
+        num_classes: 0 returns the pooled features.
+        mlp_ratio: hidden width of the MLP over `embed_dim`.
+        position: "learned" | "rope_1d" (in raster order) | "rope_axial" (rows and columns) | "rope_mixed" (learned directions
+            for each layer and head) | "none". The class token is not rotated.
+        class_token: put a learned token before the patches.
+        global_pool: the head reads the class "token" or the mean of the patches, "avg".
+        drop_rate: dropout before the head.
+        proj_drop_rate: dropout after the projection of the attention and in the MLP.
+        drop_path_rate: stochastic depth of the last layer, rising from 0 in the first.
+        backend: "auto" | "triton" | "torch" | "reference", for the attention.
+    """
+
+    pools = ("token", "avg")
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        stem: Callable[[int, int, tuple[int, int]], nn.Module] = PatchStem,
+        *,
+        img_size: int | tuple[int, int] = 32,
+        patch_size: int | tuple[int, int] = 1,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        embed_dim: int = 128,
+        depth: int = 4,
+        num_heads: int = 4,
+        mlp_ratio: float = 2.0,
+        qkv_bias: bool = False,
+        position: str = "learned",
+        class_token: bool = True,
+        global_pool: str = "token",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(img_size=img_size, in_chans=in_chans, drop_rate=drop_rate)
+        check_counts(embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        check_flags(qkv_bias=qkv_bias, class_token=class_token)
+        check_rates(proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
+        check_mlp_ratio(mlp_ratio, embed_dim)
+        check_choice(POSITIONS, position=position)
+        self.patch_size = pair("patch_size", patch_size)
+        self.grid = grid_of(self.img_size, patch_size)
+        check_heads(embed_dim, num_heads)
+        self.embed_dim, self.num_prefix_tokens = embed_dim, int(class_token)
+        prefix = self.num_prefix_tokens
+
+        self.patch_embed = stem(in_chans, embed_dim, self.patch_size)
+        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02)) if class_token else None
+        self.pos_embed = learned_position(position, prefix + self.grid[0] * self.grid[1], embed_dim)
+        self.rope = rotary_position(position, self.grid, embed_dim, num_heads, depth, prefix)
+        options = dict(num_heads=num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop_rate, backend=backend)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim, mixer(embed_dim, Place(layer, self.grid, prefix), **options), mlp_ratio,
+                drop=proj_drop_rate, drop_path=rate,
+            )
+            for layer, rate in enumerate(drop_path_rates(drop_path_rate, depth))
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(embed_dim)
+        self.finish(embed_dim, num_classes, global_pool)
+
+    def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
+        return {"": (self.grid, self.num_prefix_tokens)}
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        self.check_images(x)
+        x = self.patch_embed(x)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        return self.norm(run_blocks(self.blocks, x, self.rope, self.grad_checkpointing))

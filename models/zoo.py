@@ -1,0 +1,161 @@
+"""The models by name: an architecture, the mixer that it is known with, and arguments.
+
+Plain names are the published configurations: vit to fnet_2d for 32 x 32 pixels (CIFAR-10), one token a pixel; levit to ccp for
+64 x 64 (Tiny ImageNet), 32 x 32 tokens. Suffixes are sizes for other images: _tiny for 32 x 32 pixels, _small for 64 x 64,
+_base for 224 x 224, with the widths that timm and the papers of the architectures give these names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from fnmatch import fnmatch
+from functools import partial
+from typing import Any, NamedTuple
+
+from .arguments import nearest
+from .backbone import Backbone
+from .cct import CCT
+from .cvt import CvT
+from .fnet2d import FNet2D
+from .layers import ConvStem
+from .levit import LeViT
+from .mixers import make_mixer, mixer_options
+from .vit import VisionTransformer
+
+HybridTransformer = partial(VisionTransformer, stem=ConvStem)
+
+
+class Entry(NamedTuple):
+    architecture: Callable[..., Backbone]
+    mixer: str | None  # None where the architecture has its own
+    arguments: dict[str, Any]
+
+
+# timm's widths; a sixteenth or an eighth of the side a patch.
+_TRANSFORMERS = {
+    "": {},
+    "_tiny": dict(img_size=32, patch_size=2, embed_dim=192, depth=12, num_heads=3, mlp_ratio=4.0, qkv_bias=True),
+    "_small": dict(img_size=64, patch_size=4, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0, qkv_bias=True),
+    "_base": dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, qkv_bias=True),
+}
+# Widths and depths of LeViT-128S, -192 and -384, heads of 32 channels.
+_LEVITS = {
+    "": {},
+    "_tiny": dict(img_size=32, patch_size=2, stages=3, embed_dim=(128, 256, 384), depth=(2, 3, 4), num_heads=(4, 8, 12)),
+    "_small": dict(img_size=64, patch_size=4, stages=3, embed_dim=(192, 288, 384), depth=4, num_heads=(6, 9, 12)),
+    "_base": dict(img_size=224, patch_size=16, stages=3, embed_dim=(384, 512, 768), depth=4, num_heads=(12, 16, 24)),
+}
+# The last is CvT-13; the others have its heads of 64 channels and fewer of them.
+_CVTS = {
+    "": {},
+    "_tiny": dict(
+        img_size=32, embed_kernel=(3, 3, 3), embed_stride=(2, 2, 2), embed_dim=(64, 128, 256), depth=(1, 2, 4),
+        num_heads=(1, 2, 4), mlp_ratio=4.0, qkv_bias=True,
+    ),
+    "_small": dict(
+        img_size=64, embed_kernel=(7, 3, 3), embed_stride=(4, 2, 2), embed_dim=(64, 192, 384), depth=(1, 2, 6),
+        num_heads=(1, 3, 6), mlp_ratio=4.0, qkv_bias=True,
+    ),
+    "_base": dict(
+        img_size=224, embed_kernel=(7, 3, 3), embed_stride=(4, 2, 2), embed_dim=(64, 192, 384), depth=(1, 2, 10),
+        num_heads=(1, 3, 6), mlp_ratio=4.0, qkv_bias=True,
+    ),
+}  # fmt: skip
+# CCT-6/3x1, CCT-7/3x2 and CCT-14/7x2.
+_CCTS = {
+    "": {},
+    "_tiny": dict(img_size=32, embed_dim=256, depth=6, num_heads=4, mlp_ratio=2.0, strides=(1,), pool_stride=2),
+    "_small": dict(img_size=64, embed_dim=256, depth=7, num_heads=4, mlp_ratio=2.0, strides=(1, 1), pool_stride=2),
+    "_base": dict(
+        img_size=224, embed_dim=384, depth=14, num_heads=6, mlp_ratio=3.0, kernel_size=7, strides=(2, 2), pool_stride=2
+    ),
+}
+_FNETS_2D = {
+    "": {},
+    "_tiny": dict(img_size=32, patch_size=2, embed_dim=192, depth=12, mlp_ratio=4.0),
+    "_small": dict(img_size=64, patch_size=4, embed_dim=384, depth=12, mlp_ratio=4.0),
+    "_base": dict(img_size=224, patch_size=16, embed_dim=768, depth=12, mlp_ratio=4.0),
+}
+_CLASSES = {"_tiny": 10, "_small": 200, "_base": 1000}  # CIFAR-10, Tiny ImageNet, ImageNet
+# (architecture, names with their mixers, arguments by suffix)
+_FAMILIES: tuple[tuple[Callable[..., Backbone], dict[str, str | None], dict[str, dict[str, Any]]], ...] = (
+    (
+        VisionTransformer,
+        dict(vit="softmax", vil="linformer", vip="performer", vin="nystrom", fnet="fourier"),
+        _TRANSFORMERS,
+    ),
+    (
+        HybridTransformer,
+        dict(hybrid_vit="softmax", hybrid_vil="linformer", hybrid_vip="performer", hybrid_vin="nystrom", hybrid_fnet="fourier"),
+        _TRANSFORMERS,
+    ),
+    (LeViT, dict(levit="softmax", levin="nystrom", levip="performer"), _LEVITS),
+    (CvT, dict(cvt="softmax", cvn="nystrom", cvp="performer"), _CVTS),
+    (CCT, dict(cct="softmax", ccn="nystrom", ccp="performer"), _CCTS),
+    (FNet2D, dict(fnet_2d=None), _FNETS_2D),
+)
+# What a mixer asks of every architecture that has such an argument.
+_WITH_MIXER = {"performer": dict(qkv_bias=True)}  # as published
+# LeViT knows places by a bias of the attention weights; mixers without weights by rotation.
+_ROTATED = {LeViT: dict(position="rope_axial")}
+
+
+def _entries() -> dict[str, Entry]:
+    entries = {}
+    for architecture, names, sizes in _FAMILIES:
+        for name, mixer in names.items():
+            fixed = _WITH_MIXER.get(mixer, {}) | (_ROTATED.get(architecture, {}) if mixer != "softmax" else {})
+            for suffix, arguments in sizes.items():
+                classes = {"num_classes": _CLASSES[suffix]} if suffix else {}
+                entries[name + suffix] = Entry(architecture, mixer, fixed | classes | arguments)
+    # The published ImageNet model; its twelve heads are used, of which the original leaves eight out.
+    entries["hybrid_vin_imagenet"] = Entry(
+        HybridTransformer,
+        "nystrom",
+        dict(img_size=224, patch_size=16, num_classes=1000, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0)
+        | dict(num_landmarks=32),
+    )
+    return entries
+
+
+_MODELS = _entries()
+
+
+def list_models(pattern: str | None = None) -> list[str]:
+    """The names that `create_model` knows, or those that match `pattern`, such as "hybrid_*"."""
+    return sorted(name for name in _MODELS if pattern is None or fnmatch(name, pattern))
+
+
+def create_model(name: str, **overrides: Any) -> Backbone:
+    """Build the model `name` with freshly initialised weights.
+
+    Overrides are keyword arguments of its architecture (`VisionTransformer`, `LeViT`, `CvT`, `CCT`, `FNet2D`), with
+    mixer="softmax" | "performer" | "linear" | "nystrom" | "linformer" | "agent" | "fourier" another token mixer than the one
+    that the name stands for, and the options of that mixer, see models/mixers.py.
+
+    Raises:
+        ValueError: an unknown name or argument (the message has the nearest ones), or one that does not fit.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}{nearest(name, _MODELS)}; the models are {', '.join(list_models())}")
+    architecture, mixer, arguments = _MODELS[name]
+    arguments = arguments | overrides
+    signature = inspect.signature(architecture).parameters.values()
+    own = {each.name for each in signature if each.kind is each.KEYWORD_ONLY} - {"stem"}
+    options: set[str] = set()
+    if mixer is not None:
+        mixer = arguments.pop("mixer", mixer)
+        options = mixer_options(mixer)
+        # An option of the mixer that was replaced goes with it.
+        arguments = {key: value for key, value in arguments.items() if key in overrides or key in own | options}
+    valid = own | options | ({"mixer"} if mixer is not None else set())
+    for key in arguments:
+        if key not in valid:
+            raise ValueError(
+                f"model {name!r} has no argument {key!r}{nearest(key, valid)}; it takes {', '.join(sorted(valid))}"
+            )
+    if mixer is None:
+        return architecture(**arguments)
+    chosen = make_mixer(mixer, **{key: arguments.pop(key) for key in options & arguments.keys()})
+    return architecture(chosen, **arguments)

@@ -1,0 +1,115 @@
+"""The tiled feed-forward network against the plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vix_kernels.models import feed_forward as module
+from vix_kernels.models.feed_forward import Mlp, feed_forward
+from vix_kernels.models.layers import DropPath, TokenBatchNorm
+from vix_kernels.testing import kept_for_backward
+
+
+class PlainMlp(Mlp):
+    """Of another type, so that nothing is tiled."""
+
+
+def half(norm: type = nn.LayerNorm, activation: type = nn.GELU, mlp: type = Mlp) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    modules = nn.ModuleDict({"norm": norm(8), "mlp": mlp(8, 24, 0.0, activation), "drop_path": DropPath(0.0)})
+    nn.init.normal_(modules["norm"].weight)
+    nn.init.normal_(modules["norm"].bias)
+    return modules
+
+
+def run(half: nn.ModuleDict, x: Tensor, renormalise: bool) -> Tensor:
+    return feed_forward(x, half["norm"], half["mlp"], half["drop_path"], renormalise)
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, 7, 8, generator=generator).mul_(2).add_(1).to(dtype).requires_grad_()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list:
+    """What goes through tiles, of 4 tokens here: six tiles, the last of a single token."""
+    monkeypatch.setattr(module, "TILE_CPU", 4)
+    calls, apply = [], module._TiledMlp.apply
+    monkeypatch.setattr(module._TiledMlp, "apply", lambda *args: calls.append(args) or apply(*args))
+    return calls
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("activation", [nn.GELU, nn.Hardswish])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, TokenBatchNorm])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equals_the_plain_form(calls: list, norm: type, activation: type, renormalise: bool, dtype: torch.dtype) -> None:
+    results = []
+    for kind, wide in ((Mlp, False), (PlainMlp, False), (PlainMlp, True)):
+        modules, x = half(norm, activation, kind).to(dtype), tokens(dtype)
+        if wide:
+            modules, x = modules.double(), x.detach().double().requires_grad_()
+        y = run(modules, x, renormalise)
+        y.backward(torch.cos(torch.arange(y.numel())).view_as(y).to(y.dtype))
+        results.append([each.double() for each in (y, x.grad, *(p.grad for p in modules.parameters()))])
+    assert len(calls) == 1
+    for ours, plain, exact in zip(*results, strict=True):
+        error, theirs = ((each - exact).norm() / exact.norm() for each in (ours, plain))
+        assert error <= 2 * theirs + 4 * torch.finfo(dtype).eps * (dtype != torch.bfloat16)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_autocast(calls: list, renormalise: bool) -> None:
+    results = []
+    for kind in (Mlp, PlainMlp):
+        modules, x = half(mlp=kind), tokens()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = run(modules, x, renormalise)
+        y.square().sum().backward()
+        assert y.dtype == torch.float32
+        results.append((y, x.grad, *(p.grad for p in modules.parameters())))
+    assert len(calls) == 1
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2 * plain.abs().max().item())
+
+
+def test_keeps_the_tokens_alone() -> None:
+    modules, x = half(), tokens()
+    names, parameters = zip(*modules.named_parameters(), strict=True)
+
+    def call(x: Tensor, *weights: Tensor) -> Tensor:
+        return run(modules, x, False)
+
+    assert kept_for_backward(call, (x, *parameters)) == 0
+
+
+def dropout(modules: nn.ModuleDict) -> None:
+    modules["mlp"].drop.p = 0.5
+
+
+def stochastic_depth(modules: nn.ModuleDict) -> None:
+    modules["drop_path"].rate = 0.5
+
+
+def hook(modules: nn.ModuleDict) -> None:
+    modules["mlp"].fc1.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def exchange(modules: nn.ModuleDict) -> None:
+    modules["mlp"].fc2 = nn.Sequential(modules["mlp"].fc2, nn.Tanh())
+
+
+@pytest.mark.parametrize("change", [dropout, stochastic_depth, hook, exchange])
+def test_leaves_to_the_plain_form_what_it_cannot_know(calls: list, change: Callable) -> None:
+    modules = half()
+    plain = run(modules, tokens(), False)
+    assert len(calls) == 1
+    change(modules)
+    torch.manual_seed(0)
+    assert not torch.allclose(run(modules, tokens(), False), plain)
+    assert len(calls) == 1
