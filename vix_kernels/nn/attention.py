@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
     def mix(self, x: Tensor, key_padding_mask: Tensor | None, rope: Rope | None, **masks: Tensor) -> Tensor:
         """All but the last linear map: (batch, tokens, dim) to (batch, heads, tokens, head_dim)."""
-        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in self.qkv(x).chunk(3, -1))
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return self.attend(q, k, v, key_padding_mask, rope, **masks)
 

@@ -69,9 +69,11 @@ class LinformerAttention(Attention):
         def project(name: str) -> tuple[Tensor, Tensor]:
             """E^T x (batch, K, dim) and E^T 1 (batch or 1, K, 1), of the tokens that take part."""
             projection = check_token_projection(name, getattr(self, name), q)[0]
+            # bmm, since matmul would transpose x in memory.
+            projected = torch.bmm(projection.mT.expand(len(x), -1, -1), x)
             if key_padding_mask is None:
-                return projection.mT @ x, projection.sum(0)[None, :, None]
-            return projection.mT @ x, (key_padding_mask.to(projection.dtype) @ projection)[..., None]
+                return projected, projection.sum(0)[None, :, None]
+            return projected, (key_padding_mask.to(projection.dtype) @ projection)[..., None]
 
         def slots(projected: Tensor, ones: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             y = F.linear(projected, weight)

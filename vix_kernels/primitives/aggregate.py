@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import tiled
-from .layout import accumulator, empty_output, unit_last_stride
+from .layout import accumulator, empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
 
@@ -131,8 +131,8 @@ def _fake_backward(
     need_slots, need_k, need_v, backend,
 ):  # fmt: skip
     dslots = slots.new_empty(slots.shape if need_slots else (0,))
-    dk = empty_output(k, k.shape[3], backend) if need_k else k.new_empty(0)
-    return dslots, dk, empty_output(v, v.shape[3], backend) if need_v else v.new_empty(0)
+    dk = empty_like_tokens(k, k.shape[3]) if need_k else k.new_empty(0)
+    return dslots, dk, empty_like_tokens(v, v.shape[3]) if need_v else v.new_empty(0)
 
 
 aggregate_forward = register(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import tiled, tiled_conv
-from .layout import accumulator, empty_output, unit_last_stride
+from .layout import accumulator, empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
 
@@ -109,7 +109,7 @@ class _Broadcast(torch.autograd.Function):
 
 
 def _fake_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, v, conv_weight, mask, backend):
-    return empty_output(q, values.shape[3], backend), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+    return empty_like_tokens(q, values.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 def _fake_backward(
@@ -117,7 +117,7 @@ def _fake_backward(
 ):  # fmt: skip
     dslots = slots.new_empty(slots.shape if need_slots else (0,))
     dvalues, dbias = (values.new_empty(shape if need_values else (0,)) for shape in (values.shape, values.shape[:3]))
-    return empty_output(q, q.shape[3], backend), dslots, dvalues, dbias
+    return empty_like_tokens(q, q.shape[3]), dslots, dvalues, dbias
 
 
 def _tiled_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, v, conv_weight, mask):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import tiled_landmarks
-from .layout import empty_output, unit_last_stride
+from .layout import empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
 
@@ -160,7 +160,7 @@ def _fake_backward(
     dq_other, dk_other, dq_marks, dq_marks_2, dk_marks, dk_marks_2, q, k, q_mask, k_mask, cos, sin, interleaved,
     prefix, rows, mark_rows, mark_columns, adaptive, q_counts, k_counts, need_q, need_k, backend,
 ):  # fmt: skip
-    return tuple(empty_output(x, x.shape[3], backend) if need else q.new_empty(0) for x, need in ((q, need_q), (k, need_k)))
+    return tuple(empty_like_tokens(x, x.shape[3]) if need else q.new_empty(0) for x, need in ((q, need_q), (k, need_k)))
 
 
 landmarks_forward = register(

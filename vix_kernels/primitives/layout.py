@@ -11,13 +11,11 @@ def unit_last_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def empty_output(x: Tensor, width: int, backend: str) -> Tensor:
-    """What `backend` makes for tokens like `x`: kernels write any layout, tiled PyTorch is fastest into a dense one."""
-    return empty_like_tokens(x, width) if backend == "triton" else x.new_empty(*x.shape[:3], width)
-
-
 def empty_like_tokens(x: Tensor, width: int) -> Tensor:
-    """An empty (batch, heads, tokens, width) whose heads and tokens follow each other in memory as they do in `x`."""
+    """An empty (batch, heads, tokens, width) whose heads and tokens follow each other in memory as they do in `x`.
+
+    So what is made of the views of a linear map's result goes into the next one as a view.
+    """
     batch, heads, tokens, _ = x.shape
     if x.stride(1) < x.stride(2):
         return x.new_empty(batch, tokens, heads, width).transpose(1, 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import tiled_linear
-from .layout import accumulator, empty_output, unit_last_stride
+from .layout import accumulator, empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient
 
@@ -147,12 +147,12 @@ def _fake_aggregate_backward(
     need_slots, need_k, need_v, backend,
 ):  # fmt: skip
     dslots = slots.new_empty(slots.shape) if need_slots and slots is not None else k.new_empty(0)
-    dk = empty_output(k, k.shape[3], backend) if need_k else k.new_empty(0)
-    return dslots, dk, empty_output(v, v.shape[3], backend) if need_v else v.new_empty(0)
+    dk = empty_like_tokens(k, k.shape[3]) if need_k else k.new_empty(0)
+    return dslots, dk, empty_like_tokens(v, v.shape[3]) if need_v else v.new_empty(0)
 
 
 def _fake_broadcast_forward(q, slots, values, lse, cos, sin, interleaved, feature_map, eps, backend):
-    return empty_output(q, values.shape[3], backend), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+    return empty_like_tokens(q, values.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 def _fake_broadcast_backward(
@@ -160,7 +160,7 @@ def _fake_broadcast_backward(
 ):  # fmt: skip
     dslots = slots.new_empty(slots.shape) if need_slots and slots is not None else q.new_empty(0)
     dvalues, dlse = (values.new_empty(shape if need_values else (0,)) for shape in (values.shape, values.shape[:3]))
-    return empty_output(q, q.shape[3], backend), dslots, dvalues, dlse
+    return empty_like_tokens(q, q.shape[3]), dslots, dvalues, dlse
 
 
 linear_aggregate_forward = register(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import accumulator, empty_output, unit_last_stride
+from .layout import accumulator, empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
 from .tiled import Group, _flat, _groups, _read, _Rope, _window, _write
@@ -149,7 +149,7 @@ def _tiled_backward(
     """
     rope = _Rope(cos, sin, interleaved, accumulator(k.dtype))
     e, f = _weights(key_projection, value_projection, k)
-    dk, dv = k.new_empty(k.shape if need_k else (0,)), v.new_empty(v.shape if need_v else (0,))
+    dk, dv = (empty_like_tokens(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((k, need_k), (v, need_v)))
     de = key_projection.new_zeros(key_projection.shape if need_key_projection else (0,), dtype=e.dtype)
     df = key_projection.new_zeros(value_projection.shape if need_value_projection else (0,), dtype=e.dtype)
     shared = value_projection is None
@@ -199,8 +199,8 @@ def _fake_backward(
         key_projection.new_empty(key_projection.shape if need else (0,))
         for need in (need_key_projection, need_value_projection)
     )
-    dk = empty_output(k, k.shape[3], backend) if need_k else k.new_empty(0)
-    return de, df, dk, empty_output(v, v.shape[3], backend) if need_v else v.new_empty(0)
+    dk = empty_like_tokens(k, k.shape[3]) if need_k else k.new_empty(0)
+    return de, df, dk, empty_like_tokens(v, v.shape[3]) if need_v else v.new_empty(0)
 
 
 project_forward = register(

@@ -12,7 +12,7 @@ added to, which is nearly free.
 
 Shapes: slots (Bs, Hs, M, D) with Bs in {1, B} and Hs in {1, H}; q, k (B, H, N, D); v (B, H, N, E); values (B, H, M, E);
 mask bool (B, N); cos, sin fp32 (1 or H, N, R / 2) with R <= D: the rotary embedding of q (broadcast) or k (aggregate),
-on the first R channels. Results are contiguous, but for `rotate`, which keeps the layout of its input.
+on the first R channels. What is made of tokens has their layout, all else is contiguous.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def aggregate_backward(
     if dlse is not None:
         offset.add_(dlse, alpha=LOG2E)
     level = _level(lse)
-    dk, dv = k.new_empty(k.shape if need_k else (0,)), v.new_empty(v.shape if need_v else (0,))
+    dk, dv = (empty_like_tokens(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((k, need_k), (v, need_v)))
     dslots = points.new_zeros((*k.shape[:2], k.shape[3], slots.shape[2])) if need_slots else None
     square, other, rows = _Scratch(points), _Scratch(points), _Scratch(points)
     for group, tiles in _groups(k, slots.shape[2]):
@@ -158,7 +158,7 @@ def broadcast_forward(
     """
     points, values, biases = _points(slots, q, scale * LOG2E), _wide(values), _slot_bias(slot_bias, slots, q)
     rope = _Rope(cos, sin, interleaved, points.dtype)
-    out, lse = q.new_empty((*q.shape[:3], values.shape[3])), points.new_empty(q.shape[:3])
+    out, lse = empty_like_tokens(q, values.shape[3]), points.new_empty(q.shape[:3])
     square = _Scratch(points)
     for group, tiles in _groups(q, slots.shape[2]):
         pt, state, bias = _flat(points, group).mT, _flat(values, group), _flat(biases, group).unsqueeze(1)
@@ -203,7 +203,7 @@ def broadcast_backward(
     values, biases = _wide(values), _slot_bias(slot_bias, slots, q)
     rope = _Rope(cos, sin, interleaved, points.dtype)
     level = _level(lse)
-    dq = q.new_empty(q.shape)
+    dq = empty_like_tokens(q, q.shape[3])
     # Sums over tokens are kept transposed: E x tokens times tokens x M is the faster order.
     dvalues = points.new_zeros((*q.shape[:2], values.shape[3], slots.shape[2]))
     dbias = points.new_zeros((*q.shape[:2], slots.shape[2]))
@@ -357,17 +357,20 @@ def _read(x: Tensor, group: Group, mask: Tensor | None, rope: _Rope | None = Non
 
 
 def _window(x: Tensor, group: Group) -> Tensor:
-    """Where to compute a group of x, which is contiguous: in x itself if it is wide, else in a buffer."""
-    rows = x[group].flatten(0, 1)
-    return rows if rows.dtype == accumulator(x.dtype) else torch.empty_like(rows, dtype=accumulator(x.dtype))
+    """Where to compute a group of x: in x itself if it is wide and its heads lie apart, else in a buffer."""
+    part = x[group]
+    if part.dtype == accumulator(x.dtype) and part.is_contiguous():
+        return part.flatten(0, 1)
+    return x.new_empty((part.shape[0] * part.shape[1], *part.shape[2:]), dtype=accumulator(x.dtype))
 
 
 def _write(x: Tensor, group: Group, rows: Tensor, rope: _Rope | None = None) -> None:
     """Bring computed rows to x, turned back."""
     part = x[group]
     rows = rows.view(part.shape)
-    if rope is not None:
-        rows = rope(rows, group, inverse=True)
+    if rope is not None and rope.cos is not None:
+        elsewhere = rows.data_ptr() != part.data_ptr() and rows.dtype == part.dtype
+        rows = rope(rows, group, inverse=True, out=part if elsewhere else None)
     if rows.data_ptr() != part.data_ptr():
         part.copy_(rows)
 

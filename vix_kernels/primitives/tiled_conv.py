@@ -3,7 +3,7 @@
 BLOCK tokens need the BLOCK + taps - 1 tokens of their window: one batched product with a Toeplitz matrix for all blocks of a
 head, in as many samples as fit the caches. Products and sums run in fp32 (fp64 for fp64 inputs).
 
-Shapes: v (B, H, N, E); weight (H, 1, taps, 1) with odd taps; mask bool (B, N). Results are contiguous.
+Shapes: v (B, H, N, E); weight (H, 1, taps, 1) with odd taps; mask bool (B, N). What is made of tokens has their layout.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .layout import accumulator
+from .layout import accumulator, empty_like_tokens
 
 BLOCK = 32  # wider blocks multiply more zeros of the band, narrower ones share less of their windows
 ROOM = 2**18  # numbers in the rows that are worked on together
@@ -24,7 +24,7 @@ Group = tuple[slice, int]
 
 def token_conv_forward(v: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
     """out_t = sum_u w_u v_{t + u - taps // 2}, where masked tokens and those beyond the ends are 0."""
-    out = v.new_empty(v.shape)
+    out = empty_like_tokens(v, v.shape[3])
     for group, rows in _convolved(v, weight, mask):
         out[group] = rows
     return out
@@ -49,7 +49,7 @@ def token_conv_backward(
 
     dv_s = sum_u w_{taps - 1 - u} dout_{s + u - taps // 2}    dw_{taps - 1 - u} = sum_s v_s . dout_{s + u - taps // 2}
     """
-    dv = v.new_empty(v.shape if need_v else (0,))
+    dv = empty_like_tokens(v, v.shape[3]) if need_v else v.new_empty(0)
     if need_v:
         for group, rows in _convolved(dout, weight.flip(2), None):
             dv[group] = rows if dv_other is None else rows.add_(dv_other[group])

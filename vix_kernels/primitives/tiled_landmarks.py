@@ -5,7 +5,7 @@ A window of `segments` is a reshape; only windows that overlap are gathered. Not
 in its window.
 
 Shapes: q (B, H, Nq, D); k (B, H, Nk, D); marks (B, H, L, D); masks bool (B, N); counts fp32 (B, L); cos, sin fp32
-(1 or H, N, R / 2). Results are contiguous.
+(1 or H, N, R / 2). Gradients of tokens have their layout, all else is contiguous.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import accumulator
+from .layout import accumulator, empty_like_tokens
 from .tiled import _groups, _read, _Rope, _wide
 
 
@@ -161,7 +161,7 @@ def _token_gradient(
     """The gradient of tokens x from the parts of that of their landmarks."""
     share = dmarks.to(accumulator(x.dtype))
     share = (share if dmarks_2 is None else share + dmarks_2) / counts.clamp(min=1)[:, None, :, None]
-    dx = x.new_empty(x.shape)
+    dx = empty_like_tokens(x, x.shape[3])
     for group, _ in _groups(x, x.shape[3]):
         rows = rope(grid.spread(share[group], x.shape[2]), group, inverse=True)
         if mask is not None:

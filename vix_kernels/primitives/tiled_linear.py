@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .layout import empty_like_tokens
 from .tiled import LOG2E, Group, _flat, _groups, _level, _points, _read, _Rope, _Scratch, _slots_grad, _wide, _window, _write
 
 
@@ -64,7 +65,7 @@ def linear_aggregate_backward(
     inverse = _level(lse).neg_().exp2_().unsqueeze(3)  # a slot without features is not read
     rows = _wide(dvalues) * inverse
     lift = (dlse.unsqueeze(3) * LOG2E - (dvalues * values).sum(-1, keepdim=True)) * inverse
-    dk, dv = k.new_empty(k.shape if need_k else (0,)), v.new_empty(v.shape if need_v else (0,))
+    dk, dv = (empty_like_tokens(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((k, need_k), (v, need_v)))
     dslots = move.slot_sums(k) if need_slots and slots is not None else None
     for group, tiles in _groups(k, move.num_slots):
         keys, contents = _read(k, group, mask, move.rope), _read(v, group, mask)
@@ -110,7 +111,7 @@ def linear_broadcast_forward(
     move = _Move(slots, q, cos, sin, interleaved, feature_map)
     weights = lse.exp2().unsqueeze(3)
     weighted = values * weights
-    out, total = q.new_empty((*q.shape[:3], values.shape[3])), move.empty(*q.shape[:3])
+    out, total = empty_like_tokens(q, values.shape[3]), move.empty(*q.shape[:3])
     for group, tiles in _groups(q, move.num_slots):
         queries, result = _read(q, group, None, move.rope), _window(out, group)
         state, each = _flat(weighted, group), _flat(weights, group)
@@ -149,7 +150,7 @@ def linear_broadcast_backward(
     """
     move = _Move(slots, q, cos, sin, interleaved, feature_map)
     values, weights = _wide(values), lse.exp2().unsqueeze(2)
-    dq = q.new_empty(q.shape)
+    dq = empty_like_tokens(q, q.shape[3])
     dslots = move.slot_sums(q) if need_slots and slots is not None else None
     # Transposed: E x tokens times tokens x M is the faster order.
     dvalues = move.empty(*q.shape[:2], values.shape[3], move.num_slots).zero_()

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import tiled_conv
-from .layout import empty_output, unit_last_stride
+from .layout import empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 
 
@@ -67,11 +67,11 @@ class _TokenConv(torch.autograd.Function):
 
 
 def _fake_forward(v, weight, mask, backend):
-    return empty_output(v, v.shape[3], backend)
+    return empty_like_tokens(v, v.shape[3])
 
 
 def _fake_backward(dout, v, weight, mask, dv_other, need_v, need_weight, backend):
-    dv = empty_output(v, v.shape[3], backend) if need_v else v.new_empty(0)
+    dv = empty_like_tokens(v, v.shape[3]) if need_v else v.new_empty(0)
     return dv, weight.new_empty(weight.shape if need_weight else (0,))
 
 
