@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vix_kernels.nn.plain import is_plain
+
 TILE_CPU = 512  # tokens a thread: three tiles of a hidden width of 256 fill 1.5 MiB
 
 
@@ -34,7 +36,7 @@ def feed_forward(x: Tensor, norm: nn.Module, mlp: nn.Module, drop_path: nn.Modul
         return (n if renormalise else x) + drop_path(mlp(n))
     weights = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
     options = _ACTIVATIONS[type(mlp.act)], torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if type(norm) is nn.LayerNorm and not _hooked(norm):
+    if is_plain(norm, nn.LayerNorm):
         return _TiledMlp.apply(x, None if renormalise else x, norm.weight, norm.bias, norm.eps, *weights, *options)
     n = norm(x)
     return _TiledMlp.apply(n, None if renormalise else x, None, None, 0.0, *weights, *options)
@@ -48,22 +50,12 @@ _ACTIVATIONS = {
 
 def _serves_tiles(x: Tensor, mlp: nn.Module, drop_path: nn.Module) -> bool:
     """On a CPU, where nothing is random and no module was exchanged or hooked; compilers fuse the plain form themselves."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if x.device.type != "cpu" or type(mlp) is not Mlp or type(mlp.act) not in _ACTIVATIONS:
         return False
     if mlp.training and mlp.drop.p > 0 or drop_path.training and drop_path.rate > 0:
         return False
-    if (
-        type(mlp) is not Mlp
-        or type(mlp.fc1) is not nn.Linear
-        or type(mlp.fc2) is not nn.Linear
-        or type(mlp.act) not in _ACTIVATIONS
-    ):
-        return False
-    return not any(map(_hooked, (mlp, mlp.fc1, mlp.act, mlp.fc2)))
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    kinds = (mlp, Mlp), (mlp.fc1, nn.Linear), (mlp.act, type(mlp.act)), (mlp.fc2, nn.Linear)
+    return all(is_plain(module, kind) for module, kind in kinds)
 
 
 class _TiledMlp(torch.autograd.Function):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .. import backends
 from ..ops.rope import Rope, apply_rope
+from .packed_linear import packed_linear
 
 
 class Attention(nn.Module):
@@ -88,7 +89,7 @@ class Attention(nn.Module):
 
     def mix(self, x: Tensor, key_padding_mask: Tensor | None, rope: Rope | None, **masks: Tensor) -> Tensor:
         """All but the last linear map: (batch, tokens, dim) to (batch, heads, tokens, head_dim)."""
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in self.qkv(x).chunk(3, -1))
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in packed_linear(self.qkv, x))
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return self.attend(q, k, v, key_padding_mask, rope, **masks)
 
