@@ -7,7 +7,19 @@ from .cct import CCT
 from .cvt import CvT
 from .fnet2d import FNet2D
 from .levit import LeViT
+from .pretrained import load_model, save_model
 from .vit import VisionTransformer
 from .zoo import create_model, list_models
 
-__all__ = ["CCT", "Backbone", "CvT", "FNet2D", "LeViT", "VisionTransformer", "create_model", "list_models"]
+__all__ = [
+    "CCT",
+    "Backbone",
+    "CvT",
+    "FNet2D",
+    "LeViT",
+    "VisionTransformer",
+    "create_model",
+    "list_models",
+    "load_model",
+    "save_model",
+]

@@ -16,6 +16,7 @@ class Backbone(nn.Module):
     A model makes `forward_features`, tokens (B, num_prefix_tokens + patches, num_features), and calls `finish` last.
     """
 
+    config: dict[str, Any]  # what `create_model` was called with
     pools = ("avg",)  # of the tokens: "token", the class token; "avg", the mean of the patches; "seq", a learned mean
 
     def __init__(self, *, img_size: int | tuple[int, int], in_chans: int, drop_rate: float) -> None:

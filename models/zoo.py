@@ -155,7 +155,9 @@ def create_model(name: str, **overrides: Any) -> Backbone:
             raise ValueError(
                 f"model {name!r} has no argument {key!r}{nearest(key, valid)}; it takes {', '.join(sorted(valid))}"
             )
-    if mixer is None:
-        return architecture(**arguments)
-    chosen = make_mixer(mixer, **{key: arguments.pop(key) for key in options & arguments.keys()})
-    return architecture(chosen, **arguments)
+    mixers = []
+    if mixer is not None:
+        mixers.append(make_mixer(mixer, **{key: arguments.pop(key) for key in options & arguments.keys()}))
+    model = architecture(*mixers, **arguments)
+    model.config = {"name": name, "arguments": overrides}
+    return model

@@ -1,0 +1,137 @@
+"""Models on disk: a folder with model.safetensors, config.json and README.md, the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vix_kernels import __version__
+from vix_kernels.commands import write_atomically
+
+from .backbone import Backbone
+from .positions import resample_tokens
+from .state import load_state
+from .zoo import create_model
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+# What runs along the tokens, and in which dimension.
+_OVER_TOKENS = {"pos_embed": 1, "key_projection": -2, "value_projection": -2, "attention_bias": 1}
+
+
+def save_model(model: nn.Module, folder: str | Path) -> None:
+    """Write `model`, made by `create_model` or `from_original`, to `folder`, each file in one piece.
+
+    A model card that is there already is left alone: its blanks are to be filled in by hand.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, extra = {}, {}
+    for key, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            tensors[key] = value.contiguous()
+        else:  # how often a Performer has redrawn its features
+            extra[key] = json.dumps(value)
+    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt", **extra}))
+    config = json.dumps(model.config | {"vix_kernels": __version__}, indent=2) + "\n"
+    write_atomically(folder / CONFIG, lambda path: path.write_text(config))
+    if not (folder / CARD).exists():
+        write_atomically(folder / CARD, lambda path: path.write_text(model_card(model)))
+
+
+def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
+    """The model that `save_model` wrote to `folder`, in evaluation mode.
+
+    Args:
+        overrides: arguments of `create_model` to change. With another img_size, position tables, token projections and
+            attention biases are resampled; with another in_chans the first convolution sums or repeats its channels; with
+            another num_classes or global_pool the head is new.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the weights do not fit: lists all that are missing, unexpected or of another shape.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / CONFIG).read_text())
+    state = _read_state(folder / WEIGHTS)
+    arguments = config["arguments"]
+    if "original" in config:
+        if overrides:
+            raise ValueError(f"an original takes no overrides, got {', '.join(overrides)}")
+        from .originals import from_original
+
+        return from_original(config["original"], arguments, state).eval()
+    model = create_model(config["name"], **arguments | overrides)
+    if overrides:
+        with torch.device("meta"):
+            source = create_model(config["name"], **arguments)
+        state = _adapt(state, source, model)
+    load_state(
+        model, state, f"{config['name']} as described in {folder / CONFIG}", lambda key: _is_head(key) and bool(overrides)
+    )
+    return model.eval()
+
+
+def model_card(model: nn.Module) -> str:
+    """A card for the model, with what the model itself knows filled in."""
+    config = model.config
+    name = config.get("name") or config["original"]
+    arguments = ", ".join(f"{key}={value!r}" for key, value in config["arguments"].items())
+    return Template((files(__package__) / "card.md").read_text()).substitute(
+        name=name,
+        made_by=f"create_model({name!r}{', ' if arguments else ''}{arguments})"
+        if "name" in config
+        else f"from_original({name!r})",
+        parameters=f"{sum(p.numel() for p in model.parameters()):,}",
+        version=__version__,
+    )
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        extra = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key.endswith("_extra_state")}
+        return {key: file.get_tensor(key) for key in file.keys()} | extra
+
+
+def _adapt(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[str, Any]:
+    """`state` of `source` for a `model` with another image size, other channels or another head."""
+    state, expected = dict(state), model.state_dict()
+    maps = model.token_maps()
+    for prefix, (old, tokens) in source.token_maps().items():
+        new = maps[prefix][0]
+        for key in [key for key in state if key.startswith(prefix) and key.rpartition(".")[2] in _OVER_TOKENS]:
+            if old != new:
+                state[key] = resample_tokens(state[key], _OVER_TOKENS[key.rpartition(".")[2]], old, new, _prefix(key, tokens))
+    first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)) + ".weight"
+    if source.in_chans != model.in_chans:
+        state[first] = _other_channels(state[first], model.in_chans)
+    for key in [key for key in state if _is_head(key)]:
+        if key not in expected or expected[key].shape != state[key].shape:
+            del state[key]
+    return state
+
+
+def _prefix(key: str, tokens: int) -> int:
+    return 0 if key.endswith("attention_bias") else tokens
+
+
+def _other_channels(weight: Tensor, channels: int) -> Tensor:
+    """For grey images the sum over the channels; for others they are repeated, and scaled to keep the size of the sums."""
+    before = weight.shape[1]
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-channels // before), 1, 1)[:, :channels] * (before / channels)
+
+
+def _is_head(key: str) -> bool:
+    return key.startswith(("head.", "attention_pool."))

@@ -1,0 +1,111 @@
+"""Models on disk and on the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_models import PLAIN, images, small
+
+from vix_kernels.models import create_model, load_model, save_model
+from vix_kernels.models.positions import resample_tokens
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    model = create_model(name, **small(name)).eval()
+    save_model(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    again = load_model(tmp_path)
+    x = images(2, 3, 8, 8)
+    assert torch.equal(again(x), model(x)) and not again.training
+    assert again.config == json.loads(json.dumps(model.config))
+
+
+def test_redrawn_features_are_counted(tmp_path: Path) -> None:
+    model = create_model("vip", **small("vip"))
+    attention = model.blocks[0].attn
+    attention.redraw_projection()
+    save_model(model, tmp_path)
+    again = load_model(tmp_path).blocks[0].attn
+    assert again.redraws == 1 and torch.equal(again.projection, attention.projection)
+    attention.redraw_projection()
+    again.redraw_projection()
+    assert torch.equal(again.projection, attention.projection)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("vip", {}), ("hybrid_vil", {"share_kv": False}), ("cct", {}), ("levit", {}), ("cvp", {"position": "learned"})],
+)
+def test_another_image_size(name: str, options: dict, tmp_path: Path) -> None:
+    model = create_model(name, **small(name), **options).eval()
+    save_model(model, tmp_path)
+    larger = load_model(tmp_path, img_size=(16, 12))
+    assert larger.img_size == (16, 12) and larger(images(2, 3, 16, 12)).shape == (2, 5)
+    before, after = model.state_dict(), larger.state_dict()
+    resampled = {key for key in before if before[key] is not None and before[key].shape != after[key].shape}
+    assert resampled and all(
+        torch.equal(before[key], after[key]) for key in before.keys() - resampled if before[key] is not None
+    )
+    same = load_model(tmp_path, img_size=8)
+    x = images(2, 3, 8, 8)
+    assert torch.equal(same(x), model(x))
+
+
+def test_resampling_keeps_the_prefix_and_a_smooth_map() -> None:
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, 8), torch.linspace(0, 1, 6), indexing="ij")
+    table = torch.cat([torch.full((1, 2), 9.0), torch.stack([rows, columns], -1).flatten(0, 1)])[None]
+    finer = resample_tokens(table, 1, (8, 6), (16, 12), 1)
+    assert finer.shape == (1, 1 + 16 * 12, 2) and torch.equal(finer[0, 0], table[0, 0])
+    rows, columns = finer[0, 1:].view(16, 12, 2).unbind(-1)
+    assert (rows.diff(dim=0)[2:-2] > 0).all() and rows.std(dim=1).max() < 1e-5
+    assert (columns.diff(dim=1)[:, 2:-2] > 0).all()
+
+
+def test_another_head_and_other_channels(tmp_path: Path) -> None:
+    model = create_model("cct", **small("cct")).eval()
+    save_model(model, tmp_path)
+    other = load_model(tmp_path, num_classes=7, in_chans=1, global_pool="avg")
+    assert other(images(2, 1, 8, 8)).shape == (2, 7)
+    grey = images(2, 1, 8, 8)
+    colours = model.forward_features(grey.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(other.forward_features(grey), colours, rtol=1e-4, atol=1e-5)
+    more = load_model(tmp_path, in_chans=6)
+    twice = more.forward_features(images(2, 3, 8, 8).repeat(1, 2, 1, 1))
+    torch.testing.assert_close(twice, model.forward_features(images(2, 3, 8, 8)), rtol=1e-4, atol=1e-5)
+
+
+def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
+    save_model(create_model("vit", **small("vit")), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["norm.bias"], state["cls_token"]
+    state |= {"surplus": torch.zeros(1), "head.weight": torch.zeros(5, 3)}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        load_model(tmp_path)
+    for words in ("missing: cls_token, norm.bias", "unexpected: surplus", "head.weight (expected (5, 16), got (5, 3))"):
+        assert words in str(error.value)
+
+
+def test_the_card_is_written_once(tmp_path: Path) -> None:
+    model = create_model("vin", **small("vin"))
+    save_model(model, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "create_model('vin', img_size=8" in card and f"{sum(p.numel() for p in model.parameters()):,} parameters" in card
+    (tmp_path / "README.md").write_text("mine")
+    save_model(model, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_hub_has_the_same_files(tmp_path: Path) -> None:
+    hub = pytest.importorskip("vix_kernels.models.hub", reason="huggingface_hub is not installed (extra: hub)")
+    model = create_model("vip", **small("vip")).eval()
+    hub.HubModel(model).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["name"] == "vip"
+    x = images(2, 3, 8, 8)
+    assert torch.equal(hub.HubModel.from_pretrained(str(tmp_path))(x), model(x))
+    assert hub.HubModel.from_pretrained(str(tmp_path), num_classes=3)(x).shape == (2, 3)
