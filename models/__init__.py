@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import partial
 from typing import Any
@@ -16,9 +15,11 @@ from torch import nn
 
 from vix_kernels.nn import Attention, FourierMixing, LinformerAttention, NystromAttention, PerformerAttention
 
+from .names import nearest
+from .originals import from_original
 from .transformer import ConvStem, VisionTransformer, check_counts
 
-__all__ = ["VisionTransformer", "create_model", "list_models"]
+__all__ = ["VisionTransformer", "create_model", "from_original", "list_models"]
 
 
 def vit(**kwargs: Any) -> VisionTransformer:
@@ -103,16 +104,11 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     Overrides are the keyword arguments of `VisionTransformer`; the Performers also take `num_features`.
     """
     if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}{_nearest(name, _MODELS)}; the models are {', '.join(list_models())}")
+        raise ValueError(f"unknown model {name!r}{nearest(name, _MODELS)}; the models are {', '.join(list_models())}")
     signatures = inspect.signature(VisionTransformer), inspect.signature(_MODELS[name])
     valid = {p.name for s in signatures for p in s.parameters.values() if p.kind is p.KEYWORD_ONLY} - {"stem"}
     for key in overrides:
         if key not in valid:
-            hint = _nearest(key, valid)
+            hint = nearest(key, valid)
             raise ValueError(f"model {name!r} has no argument {key!r}{hint}; it takes {', '.join(sorted(valid))}")
     return _MODELS[name](**overrides)
-
-
-def _nearest(word: str, words: Any) -> str:
-    match = get_close_matches(word, words, n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
