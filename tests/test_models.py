@@ -188,6 +188,10 @@ def test_every_package_is_installed() -> None:
     tomllib = pytest.importorskip("tomllib")
     root = Path(__file__).parent.parent
     listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = [path.parent for path in (root / "vix_kernels").rglob("__init__.py")]
-    found = {".".join(folder.relative_to(root).parts) for folder in folders} | {"vix_kernels.models"}
+    folders = [("vix_kernels", root / "vix_kernels"), ("vix_kernels.models", root / "models")]
+    found = {
+        ".".join([package, *path.parent.relative_to(folder).parts])
+        for package, folder in folders
+        for path in folder.rglob("__init__.py")
+    }
     assert set(listed) == found

@@ -111,8 +111,8 @@ def from_original(
         The module, float32, in training mode, where the dropout of `config` is at work: see the docstrings of the classes.
 
     Raises:
-        ValueError: `name` or an argument in `config` is unknown, or one is missing or out of range; or `state_dict` does not fit,
-            with all entries that are missing, unexpected or of another shape.
+        ValueError: `name` or an argument in `config` is unknown, or one is missing or not served; or `state_dict` does not fit:
+            the message lists all entries that are missing, unexpected or of another shape.
     """
     if name not in _ORIGINALS:
         raise ValueError(f"unknown original {name!r}{nearest(name, _ORIGINALS)}; the originals are {', '.join(_ORIGINALS)}")

@@ -76,7 +76,7 @@ class ViX(nn.Module):
         tokens = (height // patch[0]) * (width // patch[1]) + 1
         if rotary_rows is not None and tokens > rotary_rows:
             raise ValueError(f"image_size: expected at most the {rotary_rows} tokens of the rotary table, got {tokens}")
-        self.image_shape, self.pool, self.trunk = (channels, height, width), pool, trunk
+        self.image_size, self.pool, self.trunk = (height, width), pool, trunk
         self.to_patch_embedding = stem(channels, *patch, dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         if rotary_rows is None:
@@ -97,8 +97,9 @@ class ViX(nn.Module):
         self.mlp_head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1:] != self.image_shape:
-            raise ValueError(f"x: expected shape (batch, {', '.join(map(str, self.image_shape))}), got {tuple(x.shape)}")
+        if x.dim() != 4 or x.shape[2:] != self.image_size:
+            height, width = self.image_size
+            raise ValueError(f"x: expected shape (batch, channels, {height}, {width}), got {tuple(x.shape)}")
         x = self.to_patch_embedding(x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         if self.pos_embedding is not None:
