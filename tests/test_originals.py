@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import golden
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from tests import golden
+from conftest import DEVICE
 from vix_kernels.models import from_original
 
 SOURCE = Path(__file__).parents[2] / "shared" / "golden"
@@ -57,24 +59,47 @@ def test_equals_the_original(name: str, backend: str) -> None:
     assert norms == pytest.approx({key: live[key] for key in norms}, rel=1e-3)
 
 
+# Of an image, measured on the originals: millions of multiply-adds without transforms, and MiB kept for backward in training
+# without parameters.
+WORK = {
+    "ViT": (1614, 96.7),
+    "HybridViT": (1708, 89.1),
+    "ViL": (504, 25.8),
+    "HybridViL": (700, 29.2),
+    "ViP": (771, 61.5),
+    "ViN": (889, 60.2),
+    "FNet": (269, 16.6),
+    "FNet2D": (413, 25.3),
+    "CCT": (1994, 228.6),
+    "CCN": (1242, 64.5),
+    "LeViP": (865, 58.3),
+    "CvN": (1164, 65.5),
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_the_reference_form_does_the_published_work(name: str) -> None:
+    """What makes it a baseline of speed, whatever the machine."""
+    it = golden.load(name)
+    model = from_original(name, it.config, it.state, backend="reference")
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = model(it.x)
+    mib = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in parameters) / 2**20
+    assert len(out) == len(it.x)  # the graph, and with it what is kept, is alive until here
+    assert (round(counter.get_total_flops() / 2 / len(it.x) / 1e6), round(mib / len(it.x), 1)) == WORK[name]
+
+
 def test_the_condensed_golden_files_are_up_to_date() -> None:
     if not SOURCE.is_dir():
         pytest.skip(f"the full golden files are not at {SOURCE}")
     assert golden.condense(SOURCE) == json.loads(golden.CONDENSED.read_text())
-
-
-@pytest.mark.parametrize("backend", FORMS)
-@pytest.mark.parametrize("name,config", [(name, config) for name, configs in WHEEL.items() for config in configs])
-def test_equals_the_wheel(name: str, config: dict[str, Any], backend: str) -> None:
-    wheel = pytest.importorskip("vision_xformer")
-    torch.manual_seed(0)
-    live = getattr(wheel, name)(**config).eval()
-    ours = from_original(f"wheel_{name}", config, live.state_dict(), backend=backend).eval()
-    x = images(config)
-    assert_close(ours(x), live(x))
-    assert ours.state_dict().keys() == live.state_dict().keys()
-    dropouts = [{n: m.p for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p} for model in (ours, live)]
-    assert dropouts[0] == dropouts[1]
 
 
 def images(config: dict[str, Any]) -> Tensor:
@@ -82,8 +107,20 @@ def images(config: dict[str, Any]) -> Tensor:
     return torch.randn(3, config.get("channels", 3), *(size if isinstance(size, tuple) else (size, size)))
 
 
-def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+@torch.no_grad()
+@pytest.mark.parametrize("backend", [*FORMS, "triton"])
+@pytest.mark.parametrize("name,config", [(name, config) for name, configs in WHEEL.items() for config in configs])
+def test_equals_the_wheel(name: str, config: dict[str, Any], backend: str) -> None:
+    wheel = pytest.importorskip("vision_xformer")
+    torch.manual_seed(0)
+    live = getattr(wheel, name)(**config).to(DEVICE).eval()
+    ours = from_original(f"wheel_{name}", config, live.state_dict(), backend=backend).to(DEVICE).eval()
+    x = images(config).to(DEVICE)
+    expected = live(x)
+    assert (ours(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert ours.state_dict().keys() == live.state_dict().keys()
+    dropouts = [{n: m.p for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p} for model in (ours, live)]
+    assert dropouts[0] == dropouts[1]
 
 
 @torch.no_grad()

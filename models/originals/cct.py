@@ -67,13 +67,13 @@ class CompactBlock(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Images to maps; `side` of a square image is that of the map in the end."""
+    """Images to maps; `side` is that of the map of a square image."""
 
     def __init__(
         self, channels: int, dim: int, layers: int, conv: tuple[int, int], strides: Sequence[int], pooling: tuple[int, int, int]
     ) -> None:
         super().__init__()
-        (kernel, padding), self._pooling = conv, pooling
+        kernel, padding = conv
         widths = channels, *[64] * (layers - 1), dim
         self.conv_layers = nn.Sequential(
             *(

@@ -163,6 +163,7 @@ def _check_1025(tokens: int) -> None:
 
 
 def fourier(dim: int, tokens: int, dropout: float, backend: str) -> nn.Module:
+    """The repository's FNets take `heads` and `dim_head` and make nothing of them."""
     return FourierMixing(backend)
 
 
