@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_TRITON := 3.6.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+# The published wheel, whose models the tests compare with, and what importing it takes beside the test extra. Without their
+# dependencies, which would bring torchvision.
+ORIGINALS := vision_xformer==0.2.0 performer-pytorch==1.1.4 local-attention==1.4.4 axial-positional-embedding==0.3.12
 
 .DEFAULT_GOAL := help
 .PHONY: help train test traffic quality report lint clean
@@ -63,7 +66,8 @@ $(READY): pyproject.toml constraints/cpu.txt
 		$(BIN)/python -m pip install --quiet $$index $$constraint torch || { \
 			echo "no CPU build of torch found: point pip to an index that has one, such as $(CPU_INDEX)" >&2; exit 1; }; \
 	fi; \
-	$(BIN)/python -m pip install --quiet $$constraint --editable '.[train,test]'
+	$(BIN)/python -m pip install --quiet $$constraint --editable '.[train,test]'; \
+	$(BIN)/python -m pip install --quiet --no-deps $(ORIGINALS)
 	@touch $@
 
 $(VENV)/triton-$(OLDEST_TRITON)/.ready: $(READY)

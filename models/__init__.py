@@ -7,6 +7,7 @@ from .cct import CCT
 from .cvt import CvT
 from .fnet2d import FNet2D
 from .levit import LeViT
+from .originals import from_original
 from .pretrained import load_model, save_model
 from .vit import VisionTransformer
 from .zoo import create_model, list_models
@@ -19,6 +20,7 @@ __all__ = [
     "LeViT",
     "VisionTransformer",
     "create_model",
+    "from_original",
     "list_models",
     "load_model",
     "save_model",

@@ -1,0 +1,146 @@
+"""The published Vision Xformers (arXiv:2107.02239), quirks included, for weights that were trained with them.
+
+A plain label is the class of that name in the repository pranavphoenix/VisionXformer at commit 7ee52ee, where CCN and CCP are
+classes called CCT, LeViN and LeViP LeViT, CvN and CvP CvT; "wheel_" in front is that of the package vision_xformer 0.2.0.
+For anything new take create_model, whose models have neither the quirks nor their costs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from vix_kernels import backends
+
+from ..arguments import nearest
+from ..state import load_state
+from . import cct, levit, vix
+from .cct import CCT
+from .cvt import CvT
+from .fnet2d import EarlierFNet2D, FNet2D
+from .levit import LeViT
+from .vix import ViX
+
+__all__ = ["from_original"]
+
+# Computed at construction (the rotary table), or counted in training and never read (by batch norm).
+_DERIVED = ("layer_pos_emb.emb", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class Original:
+    """One label.
+
+    Attributes:
+        model: its class; keyword-only parameters are the original's constructor arguments.
+        parts: positional arguments of the class; a callable's keyword-only parameters are constructor arguments too.
+        defaults: those that differ from the signatures.
+        ignored: constructor arguments that the original takes and makes nothing of.
+        only: constructor arguments with the one value that works.
+        dead: entries of the state_dict that the original makes nothing of.
+    """
+
+    model: type[nn.Module]
+    parts: tuple[Any, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    only: Mapping[str, Any] = field(default_factory=dict)
+    dead: tuple[str, ...] = ()
+
+
+_DEAD = ("pos_embedding",)
+_ROTARY = {"rotary_position_emb": True}
+_HEADS = ("heads", "dim_head")
+_CCT = ("mlp_radio", "stochastic_depth")
+_LEVIT = ("image_size", "dim_key", "dim_value")
+_CVT = tuple(f"s{stage}_{name}" for stage in (1, 2, 3) for name in ("proj_kernel", "kv_proj_stride"))
+_FNET = vix.fourier, vix.normed_patches, None, "token_mixer"
+
+_ORIGINALS = {
+    "ViT": Original(ViX, (vix.softmax, vix.patches)),
+    "ViTRoPE": Original(ViX, (vix.softmax, vix.patches, 1025), only=_ROTARY, dead=_DEAD),
+    "HybridViT": Original(ViX, (vix.softmax, vix.convolutions)),
+    "HybridViTRoPE": Original(ViX, (vix.softmax, vix.convolutions, 1025), only=_ROTARY, dead=_DEAD),
+    "ViL": Original(ViX, (vix.linformer_of_one_head, vix.patches)),
+    "ViLRoPE": Original(ViX, (vix.linformer_of_all_heads, vix.patches, 1025), only=_ROTARY, dead=_DEAD),
+    "HybridViL": Original(ViX, (vix.linformer_of_all_heads, vix.convolutions)),
+    "HybridViLRoPE": Original(ViX, (vix.linformer_of_all_heads, vix.convolutions, 1025), only=_ROTARY, dead=_DEAD),
+    "ViP": Original(ViX, (vix.performer, vix.patches)),
+    "ViPRoPE": Original(ViX, (vix.performer, vix.patches, 1025), only=_ROTARY),
+    "HybridViP": Original(ViX, (vix.performer, vix.convolutions)),
+    "HybridViPRoPE": Original(ViX, (vix.performer, vix.convolutions, 1025), only=_ROTARY),
+    "ViN": Original(ViX, (vix.nystrom_of_four_heads, vix.patches)),
+    "ViNRoPE": Original(ViX, (vix.nystrom_of_four_heads, vix.patches, 1088), {"emb_dropout": 0.5}, only=_ROTARY),
+    "HybridViN": Original(ViX, (vix.nystrom_of_64, vix.convolutions)),
+    "HybridViNRoPE": Original(ViX, (vix.nystrom_of_four_heads, vix.convolutions, 1088), {"emb_dropout": 0.5}, only=_ROTARY),
+    "FNet": Original(ViX, (vix.fourier, vix.patches), {"emb_dropout": 0.5}, ignored=_HEADS),
+    "HybridFNet": Original(ViX, (vix.fourier, vix.convolutions), ignored=_HEADS),
+    "FNet2D": Original(EarlierFNet2D),
+    "CCT": Original(CCT, (cct.CompactAttention,), ignored=_CCT),
+    "CCN": Original(CCT, (cct.nystrom,), ignored=_CCT),
+    "CCP": Original(CCT, (cct.performer,), ignored=_CCT),
+    "LeViN": Original(LeViT, (levit.nystrom,), ignored=_LEVIT),
+    "LeViP": Original(LeViT, (levit.performer,), ignored=_LEVIT),
+    "CvN": Original(CvT, (levit.nystrom,), ignored=_CVT),
+    "CvP": Original(CvT, (levit.performer,), ignored=_CVT),
+    "wheel_ViL": Original(ViX, (vix.linformer, vix.normed_patches)),
+    "wheel_ViP": Original(ViX, (vix.performer, vix.normed_patches)),
+    "wheel_ViN": Original(ViX, (vix.nystrom, vix.normed_patches)),
+    "wheel_FNet": Original(ViX, _FNET),
+    "wheel_FNet2D": Original(FNet2D),
+}
+
+
+def from_original(
+    name: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, backend: str = "auto"
+) -> nn.Module:
+    """A model of the original Vision Xformers with its weights: the same logits, gradients and parameter names.
+
+    Args:
+        name: the label, such as "ViP" or "wheel_ViP".
+        config: the original's constructor arguments. Those that it makes nothing of may be given or left out.
+        state_dict: the original's. The rotary table and batch norm's counts may be missing; a `pos_embedding` that takes no
+            part (ViT, ViL and their hybrids, rotary) may be there, and is dropped.
+        backend: "reference" runs the published arithmetic, for comparison; "auto", "triton" and "torch" run this package's ops
+            where they compute the same, see mixers.py.
+
+    Returns:
+        The module, float32, in training mode, where the dropout of `config` is at work: see the docstrings of the classes.
+
+    Raises:
+        ValueError: `name` or an argument in `config` is unknown, or one is missing or not served; or `state_dict` does not fit:
+            the message lists all entries that are missing, unexpected or of another shape.
+    """
+    if name not in _ORIGINALS:
+        raise ValueError(f"unknown original {name!r}{nearest(name, _ORIGINALS)}; the originals are {', '.join(_ORIGINALS)}")
+    backends.check(backend)
+    original = _ORIGINALS[name]
+    model = original.model(*original.parts, **_arguments(name, original, config), backend=backend)
+    state = {key: value for key, value in state_dict.items() if key not in original.dead}
+    load_state(model, state, f"the original {name!r} of this config", lambda key: key.endswith(_DERIVED))
+    model.config = {"original": name, "arguments": dict(config)}
+    return model
+
+
+def _arguments(name: str, original: Original, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments out of `config`, with the label's own defaults."""
+    callables: list[Callable[..., Any]] = [original.model, *filter(callable, original.parts)]
+    parameters = [p for each in callables for p in inspect.signature(each).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    taken = {p.name: p.default for p in parameters if p.name != "backend"} | original.defaults
+    known = sorted({*taken, *original.ignored, *original.only})
+    for key in config:
+        if key not in known:
+            raise ValueError(
+                f"config: original {name!r} has no argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}"
+            )
+    missing = [key for key, default in taken.items() if default is inspect.Parameter.empty and key not in config]
+    if missing:
+        raise ValueError(f"config: original {name!r} needs {', '.join(missing)}")
+    for key, value in original.only.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{key}: expected {value!r}, without which the original {name!r} fails, got {config[key]!r}")
+    return {key: config.get(key, default) for key, default in taken.items()}

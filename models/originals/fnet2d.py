@@ -1,0 +1,51 @@
+"""FNet2D: Fourier mixing of whole maps, over channels, rows and columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import FeedForward, pointwise
+
+
+class FourierBlock(nn.Module):
+    """x plus what batch norm and a feed-forward network make of the real part of x's transform.
+
+    The transform over three axes is plain PyTorch whatever the backend: fourier_mixing has two.
+    """
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.ff = nn.Sequential(nn.BatchNorm2d(dim), FeedForward(pointwise, dim, hidden, dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff(torch.fft.fft(torch.fft.fft2(x), dim=1).real) + x
+
+
+class FNet2D(nn.Module):
+    """The wheel's FNet2D: images (batch, 3, height, width) to logits. Two convolutions with nothing between them, no tokens.
+
+    The transform is not normalised. `dropout` sits in the feed-forward networks.
+    """
+
+    def __init__(self, *, num_classes: int, dim: int, depth: int, mlp_dim: int, dropout: float = 0.0, backend: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(FourierBlock(dim, mlp_dim, dropout) for _ in range(depth))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(dim, num_classes))
+        self.conv = nn.Sequential(nn.Conv2d(3, dim // 2, 3, padding=1), nn.Conv2d(dim // 2, dim, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.pool(x)
+
+
+class EarlierFNet2D(FNet2D):
+    """The repository's: `final_dim` for dim, and mlp_dim as `mlp_mult` times it. `image_size` has no effect."""
+
+    def __init__(
+        self, *, num_classes: int, depth: int, image_size: int, final_dim: int, dropout: float, mlp_mult: int, backend: str
+    ) -> None:
+        mlp_dim = final_dim * mlp_mult
+        super().__init__(num_classes=num_classes, dim=final_dim, depth=depth, mlp_dim=mlp_dim, dropout=dropout, backend=backend)

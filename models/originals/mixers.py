@@ -1,0 +1,242 @@
+"""The originals' attentions and their Fourier transform, each in two forms with one set of parameters.
+
+backend="reference" is the published arithmetic in eager PyTorch, no less work and no more: all scores, shares, copies and
+complex numbers lie in memory. Any other backend is that of this package's ops (and of PyTorch's
+scaled_dot_product_attention), where they compute the same. They do not for the Performer, whose eps and batch-wide maximum no
+kernel serves: one form is all it has.
+
+A rotary `table` is (positions, dim_head), sines in the first half of the columns and cosines in the second, made by
+vix.RotaryTable. It rotates queries and keys, interleaved, token t by row t.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, einsum, nn
+from torch.nn import functional as F
+
+from vix_kernels import Rope, apply_rope, fourier_mixing, linformer_attention, nystrom_attention
+
+from .blocks import Mixer
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    return rearrange(x, "b h n d -> b n (h d)")
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, backend: str) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of (batch, heads, tokens, d), with `dropout` of the shares."""
+    if backend != "reference":
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    scores = einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
+    return einsum("bhij,bhjd->bhid", F.dropout(scores.softmax(-1), dropout), v)
+
+
+def rope_of(table: Tensor) -> Rope:
+    """The same rotation for the ops, which take float32 tables at least."""
+    sin, cos = table.to(torch.promote_types(table.dtype, torch.float32))[None].chunk(2, -1)
+    return Rope(cos.contiguous(), sin.contiguous())
+
+
+def rotate_pairs(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels (2i, 2i + 1) of token t turned by the angle of table[t], plainly."""
+    sin, cos = (repeat(half, "n i -> n (i two)", two=2) for half in table[: q.shape[2]].chunk(2, -1))
+
+    def rotated(x: Tensor) -> Tensor:
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return x * cos + torch.stack((-odd, even), -1).flatten(-2) * sin
+
+    return rotated(q), rotated(k)
+
+
+def rotate(q: Tensor, k: Tensor, table: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    if table is None:
+        return q, k
+    if backend == "reference":
+        return rotate_pairs(q, k, table)
+    return apply_rope(q, k, rope_of(table[: q.shape[2]]), backend=backend)
+
+
+class SoftmaxAttention(Mixer):
+    """ViT's. Dropout after the output projection, none of the shares; a single head as wide as the tokens has no projection."""
+
+    def __init__(self, dim: int, *, heads: int, dim_head: int, dropout: float, backend: str) -> None:
+        super().__init__()
+        self.heads, self.backend = heads, backend
+        inner = heads * dim_head
+        self.to_qkv = nn.Linear(dim, 3 * inner, bias=False)
+        projected = heads > 1 or dim_head != dim
+        self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(dropout)) if projected else nn.Identity()
+
+    def mix(self, x: Tensor, table: Tensor | None) -> Tensor:
+        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))
+        q, k = rotate(q, k, table, self.backend)
+        return self.to_out(merge_heads(softmax_attention(q, k, v, 0.0, self.backend)))
+
+
+class NystromAttention(Mixer):
+    """ViN's: six steps to the pseudo-inverse, 33 taps of convolution over the values, no dropout.
+
+    The sequence is padded with zero tokens in front to a multiple of the landmarks, and they take part like any other: in the
+    softmaxes, in the means, and in the positions, so that a class token before 1024 pixels is rotated as the 64th. The
+    pseudo-inverse starts from a maximum over the batch: logits depend on the batch mates.
+
+    Fewer tokens than landmarks are more than nystrom_attention serves and take the plain form.
+    """
+
+    def __init__(self, dim: int, *, heads: int, dim_head: int, backend: str, num_landmarks: int = 64) -> None:
+        super().__init__()
+        self.heads, self.num_landmarks, self.backend = heads, num_landmarks, backend
+        inner = heads * dim_head
+        self.to_qkv = nn.Linear(dim, 3 * inner, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(0.0))
+        self.res_conv = nn.Conv2d(heads, heads, (33, 1), padding=(16, 0), groups=heads, bias=False)
+
+    def mix(self, x: Tensor, table: Tensor | None) -> Tensor:
+        tokens = x.shape[1]
+        padding = -tokens % self.num_landmarks
+        if self.backend == "reference" or tokens < self.num_landmarks:
+            return self.mix_plainly(F.pad(x, (0, 0, padding, 0)) if padding else x, table)[:, padding:]
+        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))
+        out = nystrom_attention(
+            q, k, v, num_landmarks=self.num_landmarks, landmarks="pad_front", pinv_init="original",
+            conv_weight=self.res_conv.weight, backend=self.backend,
+            rope=None if table is None else rope_of(table[padding : padding + tokens]),
+        )  # fmt: skip
+        return self.to_out(merge_heads(out))
+
+    def mix_plainly(self, x: Tensor, table: Tensor | None) -> Tensor:
+        q, k, v = (split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, -1))
+        q, k = rotate(q, k, table, "reference")
+        q = q * q.shape[-1] ** -0.5
+        length = q.shape[2] // self.num_landmarks
+        q_marks, k_marks = (part.unflatten(2, (-1, length)).sum(3) / length for part in (q, k))
+        from_marks = einsum("bhid,bhjd->bhij", q, k_marks).softmax(-1)
+        between = einsum("bhid,bhjd->bhij", q_marks, k_marks).softmax(-1)
+        to_marks = einsum("bhid,bhjd->bhij", q_marks, k).softmax(-1)
+        out = (from_marks @ self.pseudo_inverse(between)) @ (to_marks @ v) + self.res_conv(v)
+        return self.to_out(merge_heads(out))
+
+    @staticmethod
+    def pseudo_inverse(a: Tensor) -> Tensor:
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+        z = a.mT / (a.sum(-1).max() * a.sum(-2).max())
+        for _ in range(6):
+            az = a @ z
+            z = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))
+        return z
+
+
+class LinformerAttention(Mixer):
+    """ViL's: keys and values projected along the tokens to k slots.
+
+    With `share_kv` the values are the keys, before their rotation, and the same projection takes both to the slots; with
+    `one_kv_head` every head reads the same ones. Dropout of the shares, none after the output projection: as long as it is
+    at work the plain form runs, which linformer_attention has no dropout for.
+    """
+
+    def __init__(
+        self, dim: int, *, tokens: int, heads: int, dim_head: int, dropout: float, backend: str,
+        one_kv_head: bool, share_kv: bool = True, k: int = 64,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.heads, self.dim_head, self.share_kv, self.backend = heads, dim_head, share_kv, backend
+        width = dim_head if one_kv_head else heads * dim_head
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_k = nn.Linear(dim, width, bias=False)
+        self.proj_k = nn.Parameter(torch.empty(tokens, k))
+        if not share_kv:
+            self.to_v = nn.Linear(dim, width, bias=False)
+            self.proj_v = nn.Parameter(torch.empty(tokens, k))
+        self.dropout = nn.Dropout(dropout)
+        self.to_out = nn.Linear(heads * dim_head, dim)
+
+    def mix(self, x: Tensor, table: Tensor | None) -> Tensor:
+        q, k = self.to_q(x), self.to_k(x)
+        v = k if self.share_kv else self.to_v(x)
+        proj_v = self.proj_k if self.share_kv else self.proj_v
+        kv_heads = k.shape[-1] // self.dim_head
+        if self.backend == "reference" or (self.training and self.dropout.p):
+            if table is not None:
+                turned = rotate_pairs(split_heads(q, self.heads), split_heads(k, kv_heads), table)
+                q, k = (merge_heads(x) for x in turned)
+            return self.to_out(self.attend_plainly(q, k, v, proj_v, kv_heads))
+        # Heads that read one head of keys are as many more queries to it.
+        q = rearrange(q, "b n (h g d) -> b h (n g) d", h=kv_heads, d=self.dim_head)
+        out = linformer_attention(
+            q, split_heads(k, kv_heads), split_heads(v, kv_heads), self.proj_k, None if self.share_kv else proj_v,
+            rope=None if table is None else rope_of(table[: x.shape[1]]), backend=self.backend,
+        )  # fmt: skip
+        return self.to_out(rearrange(out, "b h (n g) d -> b n (h g d)", n=x.shape[1]))
+
+    def attend_plainly(self, q: Tensor, k: Tensor, v: Tensor, proj_v: Tensor, kv_heads: int) -> Tensor:
+        keys, values = (einsum("bnd,nk->bkd", x, projection) for x, projection in ((k, self.proj_k), (v, proj_v)))
+        q = split_heads(q, self.heads)
+        keys, values = (split_heads(x, kv_heads).expand(-1, self.heads, -1, -1) for x in (keys, values))
+        shares = (einsum("bhnd,bhkd->bhnk", q, keys) * self.dim_head**-0.5).softmax(-1)
+        return merge_heads(einsum("bhnk,bhkd->bhnd", self.dropout(shares), values))
+
+
+class PerformerAttention(Mixer):
+    """ViP's: d ln d random features, biased q, k and v, no dropout. Plain PyTorch whatever the backend, see RandomFeatures."""
+
+    def __init__(self, dim: int, *, heads: int, dim_head: int) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = heads * dim_head
+        self.fast_attention = RandomFeatures(dim_head)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner) for _ in range(3))
+        self.to_out = nn.Linear(inner, dim)
+
+    def mix(self, x: Tensor, table: Tensor | None) -> Tensor:
+        q, k, v = (split_heads(linear(x), self.heads) for linear in (self.to_q, self.to_k, self.to_v))
+        q, k = rotate(q, k, table, "reference")
+        return self.to_out(merge_heads(self.fast_attention(q, k, v)))
+
+
+class RandomFeatures(nn.Module):
+    """FAVOR+ with a maximum and an eps that differ from the paper's sums.
+
+    phi(x) = exp(w x - |x|^2 / 2 - maximum) + 1e-4, where the maximum of a query is that over its features, but that of a key is
+    over all keys, heads and samples: logits depend on the batch mates. Both maxima take part in the gradient. Features are
+    never drawn anew; they belong to the weights.
+    """
+
+    def __init__(self, dim_head: int) -> None:
+        super().__init__()
+        self.register_buffer("projection_matrix", torch.empty(int(dim_head * math.log(dim_head)), dim_head))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = self.features(q, of_keys=False), self.features(k, of_keys=True)
+        weight = 1.0 / einsum("bhnm,bhm->bhn", q, k.sum(2))
+        context = einsum("bhnm,bhnd->bhmd", k, v)
+        return einsum("bhmd,bhnm,bhn->bhnd", context, q, weight)
+
+    def features(self, x: Tensor, *, of_keys: bool) -> Tensor:
+        normalizer = x.shape[-1] ** -0.25
+        projection = repeat(self.projection_matrix.to(x.dtype), "m d -> b h m d", b=x.shape[0], h=x.shape[1])
+        logits = einsum("bhnd,bhmd->bhnm", normalizer * x, projection)
+        half_square = (x**2).sum(-1, keepdim=True) / 2 * normalizer**2
+        # Not amax, which would share the gradient of a maximum among equals.
+        maximum = logits.max() if of_keys else logits.max(-1, keepdim=True).values
+        return len(self.projection_matrix) ** -0.5 * ((logits - half_square - maximum).exp() + 1e-4)
+
+
+class FourierMixing(Mixer):
+    """FNet's: the real part of the transform of channels and tokens, class token included, not normalised."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def mix(self, x: Tensor, table: Tensor | None) -> Tensor:
+        if self.backend == "reference":
+            return torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real
+        return fourier_mixing(x, backend=self.backend)

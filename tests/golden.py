@@ -1,0 +1,120 @@
+"""Golden outputs of the original models: `python -m tests.golden SOURCE` condenses its files, one a model, to golden.json.
+
+No weights are stored. The field "rule" of golden.json says how every weight, input and cotangent is made from a seed; a row of
+"state" gives shape, base and scale of one entry of the state_dict and, of a parameter, the norm of its gradient. "*" in its key
+stands for 0 .. layers - 1. Entries that the original computes at construction are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CONDENSED = Path(__file__).with_name("golden.json")
+COPIED = ("config", "image_size", "seed", "batch", "parameters", "logits", "logits_alone", "tolerance_note")
+# Its float32 norms are off by 1e-4 already.
+NORMS_OF = {"HybridViPRoPE": "grad_norms_float64"}
+
+
+def condense(source: Path) -> dict[str, Any]:
+    """What golden.json holds, from the folder of the full files."""
+    files = {path.stem: json.loads(path.read_text()) for path in sorted(source.glob("*.json"))}
+    (rule,) = {model["rule"] for model in files.values()}
+    models = {
+        name: {key: model[key] for key in COPIED} | {"state": _rows(model["state"], model[NORMS_OF.get(name, "grad_norms")])}
+        for name, model in files.items()
+    }
+    return {"rule": rule, "models": models}
+
+
+def _rows(state: dict[str, dict[str, Any]], norms: dict[str, float | None]) -> list[dict[str, Any]]:
+    """One row for entries that differ in the number of their layer alone."""
+    alike = defaultdict(list)
+    for key, entry in state.items():
+        if not entry.get("derived"):
+            alike[re.sub(r"^(.*(?:layers|blocks))\.\d+\.", r"\1.*.", key)].append(key)
+    rows = []
+    for pattern, keys in alike.items():
+        equal = all(state[key] == state[keys[0]] for key in keys)
+        complete = keys == [pattern.replace("*", str(layer)) for layer in range(len(keys))]
+        for key, members in [(pattern, keys)] if equal and complete else [(key, [key]) for key in keys]:
+            row = {"key": key, "layers": len(members)} | state[members[0]]
+            if members[0] in norms:
+                row["norms"] = [None if norms[m] is None else float(f"{norms[m]:.7g}") for m in members]
+            rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One original: its constructor arguments, weights and inputs, and what came out.
+
+    Attributes:
+        config: constructor arguments.
+        state: the state_dict without derived entries, float32.
+        x: images (batch, 3, image_size, image_size).
+        logits: (batch, classes); alone: (1, classes), those of the first image without the others.
+        cotangent: (batch, classes); the loss is (logits * cotangent).sum().
+        norms: of the gradient of each parameter; None where it has none.
+        parameters: how many numbers are parameters.
+        tolerance: of logits: 20 times what float32 cost the original, or a ten thousandth of the largest where that is more.
+    """
+
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    x: Tensor
+    logits: Tensor
+    alone: Tensor
+    cotangent: Tensor
+    norms: dict[str, float | None]
+    parameters: int
+    tolerance: float
+
+
+def load(name: str) -> Golden:
+    model = json.loads(CONDENSED.read_text())["models"][name]
+
+    def normal(what: str, shape: Iterable[int]) -> np.ndarray:
+        return np.random.default_rng(zlib.crc32(f"{model['seed']}:{what}".encode())).standard_normal(tuple(shape))
+
+    state, norms = {}, {}
+    for row in model["state"]:
+        for layer in range(row["layers"]):
+            key = row["key"].replace("*", str(layer))
+            weight = row["base"] + row["scale"] * normal(key, row["shape"])
+            state[key] = _float(np.abs(weight) if row.get("abs") else weight)
+            if "norms" in row:
+                norms[key] = row["norms"][layer]
+    logits = torch.tensor(model["logits"])
+    return Golden(
+        config=model["config"],
+        state=state,
+        x=_float(normal("input", (model["batch"], 3, model["image_size"], model["image_size"]))),
+        logits=logits,
+        alone=torch.tensor([model["logits_alone"]]),
+        cotangent=_float(normal("cotangent", logits.shape)),
+        norms=norms,
+        parameters=model["parameters"],
+        tolerance=max(1e-4 * logits.abs().max().item(), 20 * model["tolerance_note"]),
+    )
+
+
+def _float(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(x.astype(np.float32))
+
+
+if __name__ == "__main__":
+    golden = condense(Path(sys.argv[1]))
+    models = ",\n".join(f"{json.dumps(name)}: {json.dumps(model)}" for name, model in golden["models"].items())
+    CONDENSED.write_text(f'{{"rule": {json.dumps(golden["rule"])},\n"models": {{\n{models}\n}}}}\n')
