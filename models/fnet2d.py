@@ -61,7 +61,7 @@ class FNet2D(Backbone):
         self.finish(embed_dim, num_classes, global_pool)
 
     def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
-        return {}
+        return {"": (self.grid, 0)}
 
     def forward_features(self, x: Tensor) -> Tensor:
         self.check_images(x)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
+import golden
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_models import PLAIN, images, small
 
+from vix_kernels.__main__ import main
 from vix_kernels.models import create_model, load_model, save_model
 from vix_kernels.models.positions import resample_tokens
 
@@ -109,3 +112,44 @@ def test_the_hub_has_the_same_files(tmp_path: Path) -> None:
     x = images(2, 3, 8, 8)
     assert torch.equal(hub.HubModel.from_pretrained(str(tmp_path))(x), model(x))
     assert hub.HubModel.from_pretrained(str(tmp_path), num_classes=3)(x).shape == (2, 3)
+
+
+def test_an_original_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    it = golden.load("ViP")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in it.state.items()}}, tmp_path / "vip.pth")
+    config = [f"{key}={value!r}" for key, value in it.config.items()]
+    command = ["convert", str(tmp_path / "vip.pth"), str(tmp_path / "out"), "--original"]
+    assert main([*command, "ViP", "--config", *config]) == 0
+    assert "parameters" in capsys.readouterr().out
+    model = load_model(tmp_path / "out")
+    with torch.no_grad():
+        assert (model(it.x) - it.logits).abs().max() <= it.tolerance
+
+    for arguments, words in {
+        ("ViP", "--config", *config): "is not empty",
+        ("Vip", "--config", *config): "did you mean",
+        ("ViT", "--config", *config): "missing: transformer.layers.0.0.fn.to_qkv.weight",
+        ("ViP",): "needs image_size",
+    }.items():
+        if words != "is not empty":
+            command[2] = str(tmp_path / "other")
+        with pytest.raises(SystemExit):
+            main([*command, *arguments])
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+
+
+def test_converting_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(print))
+    for name in ("evil.pth", "none.pth"):
+        with pytest.raises(SystemExit):
+            main(["convert", str(tmp_path / name), str(tmp_path / "out"), "--original", "ViP"])
+        assert name in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_table_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "v[ip][tp]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["model", "image", "tokens", "parameters", "MACs"]
+    # originals: 661,770 parameters and 1614 million multiply-adds
+    assert lines[2].split() == ["vit", "32", "x", "32", "1,025", "661,770", "1,614", "M"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import sys
 from collections.abc import Sequence
@@ -12,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from vix_kernels import __version__
-from vix_kernels.commands import Parser
+from vix_kernels.commands import KeyValues, Parser
 from vix_kernels.training import Config, UserError
 
 COMMANDS = """\
 commands:
   train           train a model
-  models          list the models
+  models          list the models, with their sizes and costs
+  convert         turn the weights of an original Vision Xformers model into safetensors
   check           say which backend each op gets here, and every reason why not another
   compile-report  compile every kernel for GPUs that are not there, and weigh the code
   traffic         count the bytes that the kernels move, over the least that they could
@@ -38,26 +38,11 @@ A run leaves args.yaml, summary.csv, learning_curve.png and the checkpoints last
 """
 
 
-class KeyValues(argparse.Action):
-    """Collects `key=value` words into a dict; values are Python literals, or else strings."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        pairs = dict(getattr(namespace, self.dest) or {})
-        for word in values:
-            key, separator, value = word.partition("=")
-            if not separator or not key:
-                parser.error(f"{option_string}: expected key=value, got {word!r}")
-            try:
-                pairs[key] = ast.literal_eval(value)
-            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval may raise
-                pairs[key] = value
-        setattr(namespace, self.dest, pairs)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "train": _train,
         "models": _models,
+        "convert": _convert,
         "check": _check,
         "compile-report": _compile_report,
         "traffic": _traffic,
@@ -142,18 +127,19 @@ def _train(argv: list[str]) -> int:
 
 
 def _models(argv: list[str]) -> int:
-    from vix_kernels.models import create_model, list_models
+    from vix_kernels.models.commands import models
 
-    parser = Parser(prog="vix models", description="List the models and their number of parameters.")
-    parser.add_argument("pattern", nargs="?", help='only names like this, such as "hybrid_*"')
-    pattern = parser.parse_args(argv).pattern
-    names = list_models(pattern)
-    if not names:
-        parser.error(f"no model is called like {pattern!r}; all are {', '.join(list_models())}")
-    print(f"{'model':<16}{'parameters':>12}")
-    for name in names:
-        print(f"{name:<16}{sum(p.numel() for p in create_model(name).parameters()):>12,}")
-    return 0
+    return models(argv)
+
+
+def _convert(argv: list[str]) -> int:
+    try:
+        import safetensors  # noqa: F401
+    except ModuleNotFoundError:
+        Parser(prog="vix convert").error("it needs safetensors: pip install 'vix_kernels[hub]'")
+    from vix_kernels.models.commands import convert
+
+    return convert(argv)
 
 
 def _check(argv: list[str]) -> int:

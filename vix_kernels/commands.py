@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -18,6 +19,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+class KeyValues(argparse.Action):
+    """Collects `key=value` words into a dict; values are Python literals, or else strings."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        pairs = dict(getattr(namespace, self.dest) or {})
+        for word in values:
+            key, separator, value = word.partition("=")
+            if not separator or not key:
+                parser.error(f"{option_string}: expected key=value, got {word!r}")
+            try:
+                pairs[key] = ast.literal_eval(value)
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval may raise
+                pairs[key] = value
+        setattr(namespace, self.dest, pairs)
 
 
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

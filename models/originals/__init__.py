@@ -25,7 +25,7 @@ from .fnet2d import EarlierFNet2D, FNet2D
 from .levit import LeViT
 from .vix import ViX
 
-__all__ = ["from_original"]
+__all__ = ["ORIGINALS", "from_original"]
 
 # Computed at construction (the rotary table), or counted in training and never read (by batch norm).
 _DERIVED = ("layer_pos_emb.emb", "num_batches_tracked")
@@ -60,7 +60,7 @@ _LEVIT = ("image_size", "dim_key", "dim_value")
 _CVT = tuple(f"s{stage}_{name}" for stage in (1, 2, 3) for name in ("proj_kernel", "kv_proj_stride"))
 _FNET = vix.fourier, vix.normed_patches, None, "token_mixer"
 
-_ORIGINALS = {
+ORIGINALS = {
     "ViT": Original(ViX, (vix.softmax, vix.patches)),
     "ViTRoPE": Original(ViX, (vix.softmax, vix.patches, 1025), only=_ROTARY, dead=_DEAD),
     "HybridViT": Original(ViX, (vix.softmax, vix.convolutions)),
@@ -115,10 +115,10 @@ def from_original(
         ValueError: `name` or an argument in `config` is unknown, or one is missing or not served; or `state_dict` does not fit:
             the message lists all entries that are missing, unexpected or of another shape.
     """
-    if name not in _ORIGINALS:
-        raise ValueError(f"unknown original {name!r}{nearest(name, _ORIGINALS)}; the originals are {', '.join(_ORIGINALS)}")
+    if name not in ORIGINALS:
+        raise ValueError(f"unknown original {name!r}{nearest(name, ORIGINALS)}; the originals are {', '.join(ORIGINALS)}")
     backends.check(backend)
-    original = _ORIGINALS[name]
+    original = ORIGINALS[name]
     model = original.model(*original.parts, **_arguments(name, original, config), backend=backend)
     state = {key: value for key, value in state_dict.items() if key not in original.dead}
     load_state(model, state, f"the original {name!r} of this config", lambda key: key.endswith(_DERIVED))
