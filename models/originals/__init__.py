@@ -115,15 +115,21 @@ def from_original(
         ValueError: `name` or an argument in `config` is unknown, or one is missing or not served; or `state_dict` does not fit:
             the message lists all entries that are missing, unexpected or of another shape.
     """
-    if name not in ORIGINALS:
-        raise ValueError(f"unknown original {name!r}{nearest(name, ORIGINALS)}; the originals are {', '.join(ORIGINALS)}")
-    backends.check(backend)
+    model = build(name, config, backend=backend)
     original = ORIGINALS[name]
-    model = original.model(*original.parts, **_arguments(name, original, config), backend=backend)
     state = {key: value for key, value in state_dict.items() if key not in original.dead}
     load_state(model, state, f"the original {name!r} of this config", lambda key: key.endswith(_DERIVED))
     model.config = {"original": name, "arguments": dict(config)}
     return model
+
+
+def build(name: str, config: Mapping[str, Any], *, backend: str = "auto") -> nn.Module:
+    """The module of `from_original` with fresh weights."""
+    if name not in ORIGINALS:
+        raise ValueError(f"unknown original {name!r}{nearest(name, ORIGINALS)}; the originals are {', '.join(ORIGINALS)}")
+    backends.check(backend)
+    original = ORIGINALS[name]
+    return original.model(*original.parts, **_arguments(name, original, config), backend=backend)
 
 
 def _arguments(name: str, original: Original, config: Mapping[str, Any]) -> dict[str, Any]:
