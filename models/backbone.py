@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vix_kernels.nn.dropout import Dropout
+
 from .arguments import check_choice, check_counts, check_rates, pair
 from .layers import init_linear
 
@@ -27,7 +29,7 @@ class Backbone(nn.Module):
         self.in_chans = in_chans
         self.num_prefix_tokens = 0
         self.grad_checkpointing = False
-        self.head_drop = nn.Dropout(drop_rate)
+        self.head_drop = Dropout(drop_rate)
 
     def finish(self, num_features: int, num_classes: int, global_pool: str) -> None:
         """Make the head and initialise all linear maps."""

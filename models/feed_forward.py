@@ -1,17 +1,21 @@
 """The feed-forward half of a block: x + mlp(norm(x)).
 
 Everything in it is done token by token. On a CPU the tokens therefore pass through all of it in tiles that stay in the
-cache, where plain PyTorch writes six maps of all tokens to fresh memory; and nothing but x is kept for backward, which does
-the normalisation, the first linear map and the activation once more.
+cache, where plain PyTorch writes six maps of all tokens to fresh memory; and nothing but x (and what dropout kept) is kept for
+backward, which does the normalisation, the first linear map and the activation once more.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vix_kernels.nn.dropout import Dropout, draw_kept, scale_of_kept
 from vix_kernels.nn.plain import is_plain
 
 TILE_CPU = 512  # tokens a thread: three tiles of a hidden width of 256 fill 1.5 MiB
@@ -23,7 +27,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = activation()
         self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
@@ -31,11 +35,14 @@ class Mlp(nn.Module):
 
 def feed_forward(x: Tensor, norm: nn.Module, mlp: nn.Module, drop_path: nn.Module, renormalise: bool = False) -> Tensor:
     """x + drop_path(mlp(norm(x))), or, `renormalise`, n + drop_path(mlp(n)) with n = norm(x). x (B, tokens, dim)."""
-    if not _serves_tiles(x, mlp, drop_path):
+    if not _serves_tiles(x, mlp):
         n = norm(x)
         return (n if renormalise else x) + drop_path(mlp(n))
     weights = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
-    options = _ACTIVATIONS[type(mlp.act)], torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    shares = drop_path.shares(x)
+    shares = None if shares is None else shares.expand(*x.shape[:-1], 1)
+    options = _ACTIVATIONS[type(mlp.act)], mlp.drop.p if mlp.drop.active else 0.0, shares, dtype
     if is_plain(norm, nn.LayerNorm):
         return _TiledMlp.apply(x, None if renormalise else x, norm.weight, norm.bias, norm.eps, *weights, *options)
     n = norm(x)
@@ -48,58 +55,76 @@ _ACTIVATIONS = {
 }
 
 
-def _serves_tiles(x: Tensor, mlp: nn.Module, drop_path: nn.Module) -> bool:
-    """On a CPU, where nothing is random and no module was exchanged or hooked; compilers fuse the plain form themselves."""
+def _serves_tiles(x: Tensor, mlp: nn.Module) -> bool:
+    """On a CPU, where no module was exchanged or hooked; compilers fuse the plain form themselves."""
     if x.device.type != "cpu" or type(mlp) is not Mlp or type(mlp.act) not in _ACTIVATIONS:
         return False
-    if mlp.training and mlp.drop.p > 0 or drop_path.training and drop_path.rate > 0:
-        return False
-    kinds = (mlp, Mlp), (mlp.fc1, nn.Linear), (mlp.act, type(mlp.act)), (mlp.fc2, nn.Linear)
+    kinds = (mlp, Mlp), (mlp.fc1, nn.Linear), (mlp.act, type(mlp.act)), (mlp.fc2, nn.Linear), (mlp.drop, Dropout)
     return all(is_plain(module, kind) for module, kind in kinds)
 
 
 class _TiledMlp(torch.autograd.Function):
-    """y = residual + W2 act(W1 n + b1) + b2, linear maps in `dtype`, the rest in that of x.
+    """y = residual + shares drop(W2 drop(act(W1 n + b1)) + b2), linear maps in `dtype`, the rest in that of x.
 
-    n is norm(x), or x itself where `gamma` is None. Where `residual` is None, n stands for it.
+    n is norm(x), or x itself where `gamma` is None. Where `residual` is None, n stands for it. `shares` (..., 1) is a factor of
+    each token, or None. What dropout keeps is scaled by scaling the weights behind it.
     """
 
     @staticmethod
-    def forward(ctx, x, residual, gamma, beta, eps, w1, b1, w2, b2, activation, dtype):
-        ctx.save_for_backward(x, gamma, beta, w1, b1, w2, b2)
-        ctx.options = eps, activation, dtype
+    def forward(ctx, x, residual, gamma, beta, eps, w1, b1, w2, b2, activation, p, shares, dtype):
+        rows, scale = x.shape[:-1].numel(), scale_of_kept(p)
+        inner, outer = (torch.empty(rows, len(b), dtype=torch.uint8) if p else None for b in (b1, b2))
+        ctx.save_for_backward(x, gamma, beta, w1, b1, w2, b2, inner, outer, shares)
+        ctx.options = eps, activation, scale, dtype
         # A residual that is x itself shares its gradient.
         ctx.start = "n" if residual is None else "x" if residual is x else "residual"
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         starts = _tiles(x if residual is None else residual)
         with torch.autocast("cpu", enabled=False):
-            v1, c1, v2, c2 = (each.to(dtype) for each in (w1, b1, w2, b2))
-            for tile, start, out in zip(_tiles(x), starts, _tiles(y), strict=True):
+            v1, c1, v2, c2 = (each.to(dtype) for each in (w1, b1, w2 * scale**2, b2 * scale))
+            for tile, start, out, some, others, share in zip(
+                _tiles(x), starts, _tiles(y), _tiles(inner), _tiles(outer), _tiles(shares), strict=False
+            ):
                 n = tile if gamma is None else torch.layer_norm(tile, gamma.shape, gamma, beta, eps)
                 a = activation[0](torch.addmm(c1, n.to(dtype), v1.T))
-                torch.add(n if residual is None else start, torch.addmm(c2, a, v2.T), out=out)
+                if p:
+                    a *= draw_kept(some, p).to(dtype)
+                branch = torch.addmm(c2, a, v2.T)
+                if p:
+                    branch *= draw_kept(others, p).to(dtype)
+                if share is not None:
+                    branch = branch * share
+                torch.add(n if residual is None else start, branch, out=out)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, gamma, beta, w1, b1, w2, b2 = ctx.saved_tensors
-        eps, activation, dtype = ctx.options
+        x, gamma, beta, w1, b1, w2, b2, inner, outer, shares = ctx.saved_tensors
+        eps, activation, scale, dtype = ctx.options
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         dw1, db1, dw2, db2 = (torch.zeros_like(each) for each in (w1, b1, w2, b2))
         dgamma, dbeta = (None, None) if gamma is None else (torch.zeros_like(gamma), torch.zeros_like(beta))
         with torch.autocast("cpu", enabled=False):
-            v1, c1, v2 = (each.to(dtype) for each in (w1, b1, w2))
-            for tile, grad, out in zip(_tiles(x), _tiles(dy), _tiles(dx), strict=True):
+            v1, c1, v2 = (each.to(dtype) for each in (w1, b1, w2 * scale**2))
+            for tile, grad, out, some, others, share in zip(
+                _tiles(x), _tiles(dy), _tiles(dx), _tiles(inner), _tiles(outer), _tiles(shares), strict=False
+            ):
                 n = tile
                 if gamma is not None:
                     n, mean, rstd = torch.native_layer_norm(tile, gamma.shape, gamma, beta, eps)
-                n, d = n.to(dtype), grad.to(dtype)
+                d = grad if share is None else grad * share
+                n, d = n.to(dtype), (d if others is None else others.to(d.dtype).mul_(d)).to(dtype)
                 h = torch.addmm(c1, n, v1.T)
-                _add_product(dw2, d.T, activation[0](h))
-                dh = activation[1](d @ v2, h)
+                a, da = activation[0](h), d @ v2
+                if some is not None:
+                    kept = some.to(dtype)
+                    a *= kept
+                    da *= kept
+                dh = activation[1](da, h)
+                _add_product(dw2, d.T, a)
                 _add_product(dw1, dh.T, n)
-                db2 += grad.sum(0)
+                db2 += d.sum(0, dtype=db2.dtype)
                 db1 += dh.sum(0, dtype=db1.dtype)
                 dn = (dh @ v1).to(grad.dtype)
                 if ctx.start == "n":
@@ -114,11 +139,13 @@ class _TiledMlp(torch.autograd.Function):
                     torch.add(dn, grad, out=out)
                 else:
                     out.copy_(dn)
-        return dx, dy if ctx.start == "residual" else None, dgamma, dbeta, None, dw1, db1, dw2, db2, None, None
+        dw2, db2 = dw2.mul_(scale**2), db2.mul_(scale)
+        return dx, dy if ctx.start == "residual" else None, dgamma, dbeta, None, dw1, db1, dw2, db2, None, None, None, None
 
 
-def _tiles(x: Tensor) -> tuple[Tensor, ...]:
-    return x.flatten(0, 1).split(TILE_CPU * torch.get_num_threads())
+def _tiles(x: Tensor | None) -> Iterable[Tensor | None]:
+    """Tiles of tokens; without x none for every tile."""
+    return repeat(None) if x is None else x.flatten(0, -2).split(TILE_CPU * torch.get_num_threads())
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -82,11 +82,16 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        shares = self.shares(x)
+        return x if shares is None else x * shares
+
+    def shares(self, x: Tensor) -> Tensor | None:
+        """The factor of each sample, (batch, 1, ...); None for 1."""
         if not self.training or self.rate == 0:
-            return x
+            return None
         keep = 1 - self.rate
         mask = x.new_empty(x.shape[0], *(1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * (mask / keep if keep else mask)
+        return mask / keep if keep else mask
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

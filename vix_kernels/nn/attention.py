@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .. import backends
 from ..ops.rope import Rope, apply_rope
+from .dropout import Dropout
 from .packed_linear import packed_linear
 
 
@@ -59,7 +60,7 @@ class Attention(nn.Module):
         self.k_norm = norm_layer(self.head_dim) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..ops.fourier import check_norm, fourier_mixing
 from ..ops.rope import Rope, apply_rope
+from .dropout import Dropout
 
 
 class FourierMixing(nn.Module):
@@ -48,7 +49,7 @@ class FourierMixing(nn.Module):
         backends.check(backend)
         self.num_heads = num_heads
         self.norm, self.backend = norm, backend
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
 
     def forward(
         self,
