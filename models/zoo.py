@@ -120,6 +120,7 @@ def _entries() -> dict[str, Entry]:
 
 
 _MODELS = _entries()
+PUBLISHED = tuple(name for _, names, _ in _FAMILIES for name in names)  # at the sizes of the publications
 
 
 def list_models(pattern: str | None = None) -> list[str]:
@@ -137,27 +138,37 @@ def create_model(name: str, **overrides: Any) -> Backbone:
     Raises:
         ValueError: an unknown name or argument (the message has the nearest ones), or one that does not fit.
     """
-    if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}{nearest(name, _MODELS)}; the models are {', '.join(list_models())}")
-    architecture, mixer, arguments = _MODELS[name]
-    arguments = arguments | overrides
-    signature = inspect.signature(architecture).parameters.values()
-    own = {each.name for each in signature if each.kind is each.KEYWORD_ONLY} - {"stem"}
-    options: set[str] = set()
-    if mixer is not None:
-        mixer = arguments.pop("mixer", mixer)
-        options = mixer_options(mixer)
-        # An option of the mixer that was replaced goes with it.
-        arguments = {key: value for key, value in arguments.items() if key in overrides or key in own | options}
-    valid = own | options | ({"mixer"} if mixer is not None else set())
-    for key in arguments:
+    valid = takes(name, overrides.get("mixer"))
+    for key in overrides:
         if key not in valid:
-            raise ValueError(
-                f"model {name!r} has no argument {key!r}{nearest(key, valid)}; it takes {', '.join(sorted(valid))}"
-            )
+            hint = nearest(key, valid)
+            raise ValueError(f"model {name!r} has no argument {key!r}{hint}; it takes {', '.join(sorted(valid))}")
+    architecture, mixer, _ = _MODELS[name]
+    # An option of the mixer that was replaced goes with it.
+    arguments = {key: value for key, value in preset(name).items() if key in valid} | overrides
     mixers = []
     if mixer is not None:
-        mixers.append(make_mixer(mixer, **{key: arguments.pop(key) for key in options & arguments.keys()}))
+        mixer = arguments.pop("mixer", mixer)
+        mixers.append(make_mixer(mixer, **{key: arguments.pop(key) for key in mixer_options(mixer) & arguments.keys()}))
     model = architecture(*mixers, **arguments)
     model.config = {"name": name, "arguments": overrides}
     return model
+
+
+def takes(name: str, mixer: str | None = None) -> set[str]:
+    """The names of the arguments of the model `name`, with its own or another mixer."""
+    entry = _entry(name)
+    signature = inspect.signature(entry.architecture).parameters.values()
+    names = {each.name for each in signature if each.kind is each.KEYWORD_ONLY} - {"stem"}
+    return names if entry.mixer is None else names | {"mixer"} | mixer_options(mixer or entry.mixer)
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The arguments of the model `name` that differ from the defaults of its architecture."""
+    return dict(_entry(name).arguments)
+
+
+def _entry(name: str) -> Entry:
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}{nearest(name, _MODELS)}; the models are {', '.join(list_models())}")
+    return _MODELS[name]

@@ -12,26 +12,13 @@ import vix_kernels
 from vix_kernels.models import create_model, list_models
 from vix_kernels.models.mixers import MIXERS
 from vix_kernels.models.positions import POSITIONS
+from vix_kernels.models.zoo import PUBLISHED
+from vix_kernels.testing.models import small_model
 
-SIZES = ("tiny", "small", "base", "imagenet")
-PLAIN = [name for name in list_models() if not name.endswith(SIZES)]
+SIZES = ("tiny", "small", "base")
 BACKBONES = ("vit", "hybrid_vit", "levit", "cvt", "cct")
-every_model = pytest.mark.parametrize("name", PLAIN)
+every_model = pytest.mark.parametrize("name", PUBLISHED)
 one_of_each_family = pytest.mark.parametrize("name", ["vip", "hybrid_vin", "levit", "cvp", "ccn", "fnet_2d"])
-
-
-def small(name: str, **overrides: object) -> dict:
-    """Arguments that leave the model `name` 16 tokens of 16 channels, and nothing to chance."""
-    arguments = {"img_size": 8, "embed_dim": 16, "num_classes": 5, "drop_path_rate": 0.0}
-    if not name.startswith("fnet_2d"):
-        arguments |= {"num_heads": 2}
-    if name.startswith("cc"):
-        arguments |= {"strides": (2,), "depth": 2}
-    elif name.startswith("cv"):
-        arguments |= {"embed_kernel": (3, 3), "embed_stride": (2, 1), "depth": 1}
-    else:
-        arguments |= {"patch_size": 2, "depth": 2}
-    return arguments | overrides
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -47,7 +34,7 @@ def without_gradient(model: torch.nn.Module, x: torch.Tensor) -> list[str]:
 
 @every_model
 def test_every_parameter_gets_a_gradient(name: str) -> None:
-    assert not without_gradient(create_model(name, **small(name)), images(3, 3, 8, 8))
+    assert not without_gradient(create_model(name, **small_model(name)), images(3, 3, 8, 8))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -56,7 +43,7 @@ def test_any_mixer_in_any_backbone_with_any_position(name: str, mixer: str) -> N
     x = images(2, 3, 8, 8)
     for position in POSITIONS:
         torch.manual_seed(0)
-        model = create_model(name, **small(name, depth=1), mixer=mixer, position=position)
+        model = create_model(name, **small_model(name, depth=1), mixer=mixer, position=position)
         assert model.forward_features(x).shape[1] == 16 + model.num_prefix_tokens
         assert not without_gradient(model, x), position
         rotary = [key for key in model.state_dict() if "rope" in key]
@@ -67,7 +54,7 @@ def test_any_mixer_in_any_backbone_with_any_position(name: str, mixer: str) -> N
 
 @every_model
 def test_state_dict_round_trip(name: str) -> None:
-    first, second = (create_model(name, **small(name)).eval() for _ in range(2))
+    first, second = (create_model(name, **small_model(name)).eval() for _ in range(2))
     x = images(2, 3, 8, 8)
     assert not torch.equal(first(x), second(x))
     second.load_state_dict(first.state_dict())
@@ -79,7 +66,7 @@ def test_state_dict_round_trip(name: str) -> None:
     ("img_size", "patch_size"), [((4, 10), 2), ((8, 12), (8, 4)), (14, 14), (16, 8), (5, 1), (12, 6), (11, None)]
 )
 def test_any_image_and_patch_size(name: str, img_size: object, patch_size: object) -> None:
-    arguments = small(name, img_size=img_size)
+    arguments = small_model(name, img_size=img_size)
     if "patch_size" not in arguments:
         patch_size = None
     elif patch_size is None:
@@ -97,7 +84,7 @@ def test_any_image_and_patch_size(name: str, img_size: object, patch_size: objec
 
 @every_model
 def test_timm_contract(name: str) -> None:
-    model = create_model(name, **small(name), in_chans=1, drop_rate=0.1).eval()
+    model = create_model(name, **small_model(name), in_chans=1, drop_rate=0.1).eval()
     assert (model.num_classes, model.num_features, model.embed_dim) == (5, 16, 16)
     x = images(2, 1, 8, 8)
     features = model.forward_features(x)
@@ -116,7 +103,7 @@ def test_timm_contract(name: str) -> None:
 
 @every_model
 def test_samples_do_not_depend_on_their_batch_mates(name: str) -> None:
-    model = create_model(name, **small(name)).eval()
+    model = create_model(name, **small_model(name)).eval()
     x = images(3, 3, 8, 8)
     other = torch.cat([x[:1], 30 * images(5, 3, 8, 8)])
     torch.testing.assert_close(model(x)[0], model(other)[0], rtol=1e-5, atol=1e-5)
@@ -125,7 +112,7 @@ def test_samples_do_not_depend_on_their_batch_mates(name: str) -> None:
 
 @every_model
 def test_bf16_autocast(name: str) -> None:
-    model = create_model(name, **small(name))
+    model = create_model(name, **small_model(name))
     x = images(4, 3, 8, 8)
     full = model(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -138,7 +125,7 @@ def test_bf16_autocast(name: str) -> None:
 
 @every_model
 def test_gradient_checkpointing_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = create_model(name, **small(name, drop_path_rate=0.5))
+    model = create_model(name, **small_model(name, drop_path_rate=0.5))
     x = images(2, 3, 8, 8)
 
     def gradients() -> list[torch.Tensor]:
@@ -160,7 +147,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, monkeypatch: pytest.M
 @every_model
 def test_compiles_without_graph_breaks(name: str) -> None:
     torch.compiler.reset()
-    model = create_model(name, **small(name))
+    model = create_model(name, **small_model(name))
     x = images(2, 3, 8, 8)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
@@ -171,7 +158,7 @@ def test_compiles_without_graph_breaks(name: str) -> None:
 @one_of_each_family
 def test_exports_with_a_dynamic_batch_and_runs_compiled(name: str) -> None:
     torch.compiler.reset()
-    model = create_model(name, **small(name)).eval()
+    model = create_model(name, **small_model(name)).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (images(2, 3, 8, 8),), dynamic_shapes={"x": {0: batch}})
     x = images(5, 3, 8, 8)
@@ -191,9 +178,9 @@ def test_224_pixels(name: str) -> None:
 
 
 def test_sizes_differ_and_stand_for_images() -> None:
-    for name in PLAIN:
+    for name in PUBLISHED:
         with torch.device("meta"):
-            models = [create_model(f"{name}_{size}") for size in SIZES[:3]]
+            models = [create_model(f"{name}_{size}") for size in SIZES]
         assert [model.img_size[0] for model in models] == [32, 64, 224]
         assert [model.num_classes for model in models] == [10, 200, 1000]
         counts = [sum(p.numel() for p in model.parameters()) for model in models]
@@ -203,7 +190,7 @@ def test_sizes_differ_and_stand_for_images() -> None:
 def test_heads_and_features_are_honoured() -> None:
     x = images(2, 3, 8, 8)
     for overrides in ({"num_heads": 4}, {"num_features": 8}):
-        first, second = (create_model("vip", **small("vip") | extra).eval() for extra in ({}, overrides))
+        first, second = (create_model("vip", **small_model("vip") | extra).eval() for extra in ({}, overrides))
         weights = {key: value for key, value in first.state_dict().items() if value is not None and "attn." not in key}
         second.load_state_dict(weights, strict=False)
         for one, other in zip(first.blocks, second.blocks, strict=True):
@@ -214,35 +201,35 @@ def test_heads_and_features_are_honoured() -> None:
 
 def test_every_layer_draws_its_own_features() -> None:
     for name in ("vip", "cvp", "levip_tiny"):
-        model = create_model(name, **small(name) if name != "levip_tiny" else {})
+        model = create_model(name, **small_model(name) if name != "levip_tiny" else {})
         drawn = [module.projection for module in model.modules() if hasattr(module, "projection")]
         assert len(drawn) > 1 and len({each.double().sum().item() for each in drawn}) == len(drawn)
 
 
 def test_rotary_table_stays_exact() -> None:
     expected = vix_kernels.rope_1d(16, 8, prefix_tokens=1)
-    model = create_model("hybrid_vip", **small("vip"), position="rope_1d").to(torch.bfloat16)
+    model = create_model("hybrid_vip", **small_model("vip"), position="rope_1d").to(torch.bfloat16)
     assert torch.equal(model.rope.cos, expected.cos)
     assert model(images(2, 3, 8, 8).bfloat16()).dtype == torch.bfloat16
     with torch.device("meta"):
-        model = create_model("hybrid_vip", **small("vip"), position="rope_1d")
+        model = create_model("hybrid_vip", **small_model("vip"), position="rope_1d")
     assert torch.equal(model.to_empty(device="cpu").rope.sin, expected.sin)
 
 
 def test_axial_and_mixed_positions_know_the_grid() -> None:
-    model = create_model("vip", **small("vip", img_size=(8, 16)), position="rope_axial")
+    model = create_model("vip", **small_model("vip", img_size=(8, 16)), position="rope_axial")
     assert torch.equal(model.rope.cos, vix_kernels.rope_axial(4, 8, 8, prefix_tokens=1).cos)
-    model = create_model("vip", **small("vip", img_size=(8, 16)), position="rope_mixed")
+    model = create_model("vip", **small_model("vip", img_size=(8, 16)), position="rope_mixed")
     assert model.rope.frequencies.shape == (2, 2, 2, 4) and "rope.frequencies" in model.no_weight_decay()
     assert model.bfloat16().rope.frequencies.dtype == torch.float32
     first, second = model.rope(0), model.rope(1)
     assert first.tokens == 33 and first.heads == 2 and not torch.equal(first.cos, second.cos)
-    model = create_model("cvp", **small("cvp", img_size=(8, 16), embed_stride=(2, 2)), position="rope_axial")
+    model = create_model("cvp", **small_model("cvp", img_size=(8, 16), embed_stride=(2, 2)), position="rope_axial")
     assert [stage.rope.cos.shape for stage in model.stages] == [(1, 32, 4), (1, 8, 4)]
 
 
 def test_attention_bias_follows_distance() -> None:
-    model = create_model("levit", **small("levit", img_size=(4, 6)), qkv_bias=True).eval()
+    model = create_model("levit", **small_model("levit", img_size=(4, 6)), qkv_bias=True).eval()
     attention = model.stages[0].blocks[0].attn
     x = images(1, 6, 16)
     even = attention(x)
@@ -252,7 +239,7 @@ def test_attention_bias_follows_distance() -> None:
     torch.testing.assert_close(attention(x), attention.attention.proj(v))
     assert not torch.allclose(attention(x), even)
     # Mixers without weights are rotated instead.
-    assert create_model("levip", **small("levip")).stages[0].rope is not None
+    assert create_model("levip", **small_model("levip")).stages[0].rope is not None
 
 
 def test_published_configuration() -> None:
@@ -321,7 +308,7 @@ def test_bad_arguments_are_named(name: str, overrides: dict, words: list[str]) -
 
 @every_model
 def test_wrong_images_are_named(name: str) -> None:
-    model = create_model(name, **small(name))
+    model = create_model(name, **small_model(name))
     for shape in [(3, 8, 8), (2, 1, 8, 8), (2, 3, 8, 9)]:
         with pytest.raises(ValueError, match=r"x: expected shape \(batch, 3, 8, 8\)"):
             model(torch.zeros(shape))

@@ -10,16 +10,18 @@ import golden
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_models import PLAIN, images, small
+from test_models import images
 
 from vix_kernels.__main__ import main
 from vix_kernels.models import create_model, load_model, save_model
 from vix_kernels.models.positions import resample_tokens
+from vix_kernels.models.zoo import PUBLISHED
+from vix_kernels.testing.models import small_model
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_round_trip(name: str, tmp_path: Path) -> None:
-    model = create_model(name, **small(name)).eval()
+    model = create_model(name, **small_model(name)).eval()
     save_model(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "README.md"}
     again = load_model(tmp_path)
@@ -29,7 +31,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
 
 
 def test_redrawn_features_are_counted(tmp_path: Path) -> None:
-    model = create_model("vip", **small("vip"))
+    model = create_model("vip", **small_model("vip"))
     attention = model.blocks[0].attn
     attention.redraw_projection()
     save_model(model, tmp_path)
@@ -45,7 +47,7 @@ def test_redrawn_features_are_counted(tmp_path: Path) -> None:
     [("vip", {}), ("hybrid_vil", {"share_kv": False}), ("cct", {}), ("levit", {}), ("cvp", {"position": "learned"})],
 )
 def test_another_image_size(name: str, options: dict, tmp_path: Path) -> None:
-    model = create_model(name, **small(name), **options).eval()
+    model = create_model(name, **small_model(name), **options).eval()
     save_model(model, tmp_path)
     larger = load_model(tmp_path, img_size=(16, 12))
     assert larger.img_size == (16, 12) and larger(images(2, 3, 16, 12)).shape == (2, 5)
@@ -70,7 +72,7 @@ def test_resampling_keeps_the_prefix_and_a_smooth_map() -> None:
 
 
 def test_another_head_and_other_channels(tmp_path: Path) -> None:
-    model = create_model("cct", **small("cct")).eval()
+    model = create_model("cct", **small_model("cct")).eval()
     save_model(model, tmp_path)
     other = load_model(tmp_path, num_classes=7, in_chans=1, global_pool="avg")
     assert other(images(2, 1, 8, 8)).shape == (2, 7)
@@ -83,7 +85,7 @@ def test_another_head_and_other_channels(tmp_path: Path) -> None:
 
 
 def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
-    save_model(create_model("vit", **small("vit")), tmp_path)
+    save_model(create_model("vit", **small_model("vit")), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     del state["norm.bias"], state["cls_token"]
     state |= {"surplus": torch.zeros(1), "head.weight": torch.zeros(5, 3)}
@@ -95,7 +97,7 @@ def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
 
 
 def test_the_card_is_written_once(tmp_path: Path) -> None:
-    model = create_model("vin", **small("vin"))
+    model = create_model("vin", **small_model("vin"))
     save_model(model, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "create_model('vin', img_size=8" in card and f"{sum(p.numel() for p in model.parameters()):,} parameters" in card
@@ -106,7 +108,7 @@ def test_the_card_is_written_once(tmp_path: Path) -> None:
 
 def test_the_hub_has_the_same_files(tmp_path: Path) -> None:
     hub = pytest.importorskip("vix_kernels.models.hub", reason="huggingface_hub is not installed (extra: hub)")
-    model = create_model("vip", **small("vip")).eval()
+    model = create_model("vip", **small_model("vip")).eval()
     hub.HubModel(model).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["name"] == "vip"
     x = images(2, 3, 8, 8)

@@ -16,6 +16,7 @@ import yaml
 from vix_kernels import backends
 from vix_kernels.__main__ import main
 from vix_kernels.models import create_model
+from vix_kernels.models.zoo import PUBLISHED
 from vix_kernels.training import Config, UserError, loop
 from vix_kernels.training.checkpoint import load_checkpoint, write_atomically
 from vix_kernels.training.data import load_dataset
@@ -296,6 +297,7 @@ def test_learning_rate_schedule() -> None:
     assert 0.1 < rates[-1] < 0.11
 
 
-def test_models_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["models", "vi[pt]"]) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == [f"{'vip':<16}{'663,306':>12}", f"{'vit':<16}{'661,770':>12}"]
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_model_takes_the_digits(name: str) -> None:
+    model, kwargs = loop._build_model(Config(model=name), load_dataset("digits"), torch.device("cpu"))
+    assert model.img_size == (8, 8) and ("patch_size" in kwargs) == hasattr(model, "patch_size")

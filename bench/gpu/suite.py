@@ -25,7 +25,7 @@ OPERATORS = tuple(
 SELECTIONS = {
     "kernels": (*OPERATORS, "-k", KERNELS),
     "everything else": (
-        *OPERATORS, "tests/test_rope.py", "tests/test_models.py", "tests/test_bad_input.py",
+        *OPERATORS, "tests/test_rope.py", "tests/test_bad_input.py",
         "-k", f"not ({KERNELS} or {NOT_HERE})",
     ),
 }  # fmt: skip

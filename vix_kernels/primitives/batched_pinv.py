@@ -55,16 +55,15 @@ def pinv_backward(
     dresult = _read(dout, k_counts)
     history = []
     for _ in range(iterations):
-        history.append(z)
-        z = _advance(z, _polynomial(a, z)[2])
+        history.append((z, *_polynomial(a, z)))
+        z = _advance(z, history[-1][3])
     dvalues = _split(torch.bmm(z.mT, dresult), values) if need_values else values.new_empty(0)
     if not (need_q or need_k):
         return q_marks.new_empty(0), k_marks.new_empty(0), dvalues
 
     dz, da = torch.bmm(dresult, contents.mT), torch.zeros_like(a)
     while history:
-        z = history.pop()
-        x, w, y = _polynomial(a, z)
+        z, x, w, y = history.pop()
         dy = torch.bmm(z.mT, dz).mul_(-1 / 4)
         dw = torch.bmm(x.mT, dy)
         dx = torch.baddbmm(dy, dy, w.mT, beta=15).sub_(dw, alpha=7).baddbmm_(dw, x.mT).baddbmm_(x.mT, dw)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vix_kernels.models import create_model
+from vix_kernels.models.zoo import preset, takes
 
 from .checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from .config import Config, UserError
@@ -213,9 +214,13 @@ def _build_model(config: Config, dataset: Dataset, device: torch.device) -> tupl
     """The model and the arguments that made it, those the user left out taken from the data set."""
     _, channels, height, width = dataset.train_images.shape
     shape = {"img_size": (height, width), "in_chans": channels, "num_classes": len(dataset.classes)}
-    kwargs = shape | dataset.model_kwargs | config.model_kwargs
-    if "backend" in kwargs:
+    if "backend" in config.model_kwargs:
         raise UserError("--model-kwargs: backend has a flag of its own, --backend")
+    try:  # the patches that suit the images, unless the model has none, or is a preset with its own
+        suited = dataset.model_kwargs.keys() & takes(config.model) - preset(config.model).keys()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    kwargs = shape | {key: dataset.model_kwargs[key] for key in suited} | config.model_kwargs
     for name, value in shape.items():
         if kwargs[name] != value:
             raise UserError(f"--model-kwargs: {name}: the images of {dataset.name} have {value}, got {kwargs[name]}")
