@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,14 +16,26 @@ from vix_kernels import backends
 from vix_kernels.primitives.registry import implementations
 from vix_kernels.testing import SPECS, Case, OpSpec, Problem
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EVERY = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS.values() for case in spec.cases]
+FEW_CASES = ("packed", "masked", "per_head", "rope_half", "rope_partial")
 FEW = [
     pytest.param(spec, case, id=f"{spec.name}-{case.name}")
     for spec in SPECS.values()
     for case in spec.cases
-    if case.name in ("packed", "masked", "per_head", "rope_half", "rope_partial")
+    if case.name in FEW_CASES
 ]
+
+
+def on_each_backend(interpreted: Callable[[OpSpec, Case], bool]) -> pytest.MarkDecorator:
+    """Every case on both backends; in the interpreter, where one takes seconds, those that are `interpreted`."""
+    grid = [
+        pytest.param(backend, spec, case, id=f"{backend}-{spec.name}-{case.name}")
+        for backend in ("torch", "triton")
+        for spec in SPECS.values()
+        for case in spec.cases
+        if backend == "torch" or DEVICE == "cuda" or interpreted(spec, case)
+    ]
+    return pytest.mark.parametrize("backend, spec, case", grid, indirect=["backend"])
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -63,9 +76,18 @@ def error(x: Tensor, exact: Tensor) -> float:
     return ((x - exact).norm() / exact.norm().clamp_min(1e-30)).item() if exact.norm() > 0 else x.norm().item()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("spec, case", EVERY)
 def test_error_budget(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, poisoned: None) -> None:
+    check_error(spec, case, dtype, backend)
+
+
+@on_each_backend(interpreted=lambda spec, case: case.name in FEW_CASES)  # a kernel treats it as it does bfloat16
+def test_error_budget_of_float16(spec: OpSpec, case: Case, backend: str, poisoned: None) -> None:
+    check_error(spec, case, torch.float16, backend)
+
+
+def check_error(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str) -> None:
     """At most twice the error of plain PyTorch in the same precision, both against float64, and no element left unwritten.
 
     The reference is never counted as better than one rounding of its result.
@@ -121,7 +143,7 @@ def test_a_gradient_asked_for_alone_is_the_same(spec: OpSpec, backend: str) -> N
         assert torch.equal(grad, expected), name
 
 
-@pytest.mark.parametrize("spec, case", EVERY)
+@on_each_backend(interpreted=lambda spec, case: case.name in FEW_CASES)
 def test_inputs_unchanged_and_repeats_bitwise(spec: OpSpec, case: Case, backend: str) -> None:
     problem = spec.problem(case, device=DEVICE)
     before = {name: x.clone() for name, x in problem.tensors.items()}
@@ -233,7 +255,7 @@ class Record(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("spec, case", FEW)
+@on_each_backend(interpreted=lambda spec, case: case is spec.cases[-1])
 def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
     """The registered operators behind the functions: schema, fake kernels, dynamic shapes."""
     with Record() as calls:

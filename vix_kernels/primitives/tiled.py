@@ -284,7 +284,8 @@ class _Rope:
         y[..., width:] = x[..., width:]
         if self.interleaved and _is_complex(x) and _is_complex(y):
             turns = self.turns[heads]
-            turns = turns.conj() if inverse else turns
+            # Not the lazy conj(): inside a compiled graph its mark is overlooked.
+            turns = turns.conj_physical() if inverse else turns
             torch.mul(_complex(x[..., :width]), turns, out=_complex(y[..., :width]))
             return y
         sin, sign = self.sin[heads], -1 if inverse else 1
