@@ -53,7 +53,8 @@ class Pair(NamedTuple):
 
 HEADS = dict(dim_head=32)
 DROP, DROPOUT = dict(proj_drop_rate=0.25), dict(dropout=0.25)
-# The original CCN and CCP have MLPs of ratio 4, whatever they are asked for; so that both do the same work, ours has too.
+# So that both do the same work: the original CCN and CCP have MLPs of ratio 4, whatever they are asked for, and LeViN
+# and LeViP know nothing of positions.
 PAIRS = {
     "vip": Pair(DROP, "ViP", VIX | HEADS | DROPOUT, wheel=True),
     "vin": Pair({}, "ViN", VIX | HEADS | dict(num_landmarks=64), wheel=True),
@@ -63,8 +64,8 @@ PAIRS = {
     "hybrid_vin": Pair(DROP, "HybridViN", VIX | HEADS | DROPOUT),
     "hybrid_vil": Pair({}, "HybridViL", VIX | HEADS, slow=True),
     "hybrid_fnet": Pair({}, "HybridFNet", VIX),
-    "levin": Pair({}, "LeViN", LEVIT),
-    "levip": Pair({}, "LeViP", LEVIT),
+    "levin": Pair(dict(position="none"), "LeViN", LEVIT),
+    "levip": Pair(dict(position="none"), "LeViP", LEVIT),
     "cvn": Pair({}, "CvN", CVT),
     "cvp": Pair({}, "CvP", CVT),
     "ccn": Pair(dict(mlp_ratio=4.0), "CCN", CCT),

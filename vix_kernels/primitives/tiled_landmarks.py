@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .layout import accumulator, empty_like_tokens
-from .tiled import _groups, _read, _Rope
+from .tiled import _groups, _read, _Rope, _Scratch
 
 
 def landmarks_forward(
@@ -91,14 +91,13 @@ class Grid:
         grid = _window_sums(_window_sums(grid, -2, self.mark_columns, self.adaptive), -3, self.mark_rows, self.adaptive)
         return torch.cat([x[..., : self.prefix, :], grid.flatten(-3, -2)], -2)
 
-    def spread(self, marks: Tensor, x: Tensor, *, onto: bool) -> None:
-        """The transpose: (..., L, D) to what each token receives of its windows, written or added `onto` x (..., N, D)."""
-        prefix = x[..., : self.prefix, :]
-        prefix.copy_(prefix + marks[..., : self.prefix, :] if onto else marks[..., : self.prefix, :])
+    def spread(self, marks: Tensor, x: Tensor) -> None:
+        """The transpose: (..., L, D) to what each token receives of its windows, written to x (..., N, D)."""
+        x[..., : self.prefix, :] = marks[..., : self.prefix, :]
         coarse = marks[..., self.prefix :, :].unflatten(-2, (self.mark_rows, -1))
         lines = coarse.new_empty(*coarse.shape[:-3], self.rows, *coarse.shape[-2:])
-        _spread(coarse, -3, self.adaptive, lines, onto=False)
-        _spread(lines, -2, self.adaptive, x[..., self.prefix :, :].unflatten(-2, (self.rows, -1)), onto=onto)
+        _spread(coarse, -3, self.adaptive, lines)
+        _spread(lines, -2, self.adaptive, x[..., self.prefix :, :].unflatten(-2, (self.rows, -1)))
 
 
 def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
@@ -121,28 +120,24 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
     return torch.cat([sums, x.narrow(axis, split, size - split).unflatten(axis, (-1, short + 1)).sum(axis)], axis)
 
 
-def _spread(marks: Tensor, axis: int, adaptive: bool, out: Tensor, *, onto: bool) -> None:
-    """To each token along a (negative) axis of out the sum of the windows that it lies in, written or added."""
+def _spread(marks: Tensor, axis: int, adaptive: bool, out: Tensor) -> None:
+    """To each token along a (negative) axis of out the sum of the windows that it lies in."""
     size, count = out.shape[axis], marks.shape[axis]
     short, longer = divmod(size, count)
     if adaptive and longer:  # the last window of each token, and the one before of those that end one and begin the next
         token, window = (torch.arange(each, device=marks.device) for each in (size, count))
-        received = marks.index_select(axis, ((token + 1) * count - 1) // size)
+        out.copy_(marks.index_select(axis, ((token + 1) * count - 1) // size))
         end = ((window + 1) * size - 1) // count
         single = (((end + 1) * count - 1) // size == window).view(-1, *[1] * (-1 - axis))
-        received.index_copy_(axis, end, received.index_select(axis, end).add_(marks.masked_fill(single, 0)))
-        out.copy_(out + received if onto else received)
+        out.index_copy_(axis, end, out.index_select(axis, end).add_(marks.masked_fill(single, 0)))
         return
     split = (count - longer) * short
     for start, length, windows in (
         (0, short, marks.narrow(axis, 0, count - longer)),
         (split, short + 1, marks.narrow(axis, count - longer, longer)),
     ):
-        tokens = out.narrow(axis, start, windows.shape[axis] * length).unflatten(axis, (-1, length))
-        if onto:
-            tokens.add_(windows.unsqueeze(axis))
-        else:
-            tokens.copy_(windows.unsqueeze(axis))
+        number = windows.shape[axis]
+        out.narrow(axis, start, number * length).unflatten(axis, (number, length)).copy_(windows.unsqueeze(axis))
 
 
 def _means(x: Tensor, mask: Tensor | None, rope: _Rope, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -165,20 +160,18 @@ def _token_gradient(
     share = dmarks.to(accumulator(x.dtype))
     share = (share if dmarks_2 is None else share + dmarks_2) / counts.clamp(min=1)[:, None, :, None]
     dx = empty_like_tokens(x, x.shape[3])
-    # Neither a turn, nor a mask, nor a rounding lies between the sum over windows and dx.
-    direct = rope.cos is None and mask is None and dx.dtype == share.dtype
+    buffer, turned = _Scratch(share), rope.cos is not None
     for group, _ in _groups(x, x.shape[3]):
         part, marks = dx[group], share[group]
-        if direct and other is not None:
-            grid.spread(marks, part.copy_(other[group]), onto=True)
-            continue
-        rows = part if direct else marks.new_empty(part.shape)
-        grid.spread(marks, rows, onto=False)
-        rows = rope(rows, group, inverse=True)
+        wide = dx.dtype == share.dtype  # dx itself has room for sums
+        rows = part if wide and not turned else buffer(*part.shape)
+        grid.spread(marks, rows)
+        if turned:
+            rows = rope(rows, group, inverse=True, out=part if wide else None)
         if mask is not None:
             rows.masked_fill_(~mask[group[0], None, :, None], 0)
         if other is not None:
             rows += other[group]
-        if rows is not part:
+        if not wide:
             part.copy_(rows)
     return dx
