@@ -10,6 +10,7 @@ embedding of positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -144,12 +145,20 @@ class _BiasedAttention(nn.Module):
 
     def __init__(self, attention: nn.Module, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.attention = attention
+        self.attention, self.grid = attention, grid
         self.attention_bias = nn.Parameter(torch.zeros(attention.num_heads, math.prod(grid)))
-        rows, columns = (torch.arange(side).repeat_interleave(grid[1]) if axis == 0 else torch.arange(side).repeat(grid[0])
-                         for axis, side in enumerate(grid))  # fmt: skip
-        distance = (rows[:, None] - rows).abs() * grid[1] + (columns[:, None] - columns).abs()
-        self.register_buffer("distance", distance, persistent=False)
+        self.register_buffer("distance", self._distance(None), persistent=False)
+
+    def _distance(self, device: torch.device | None) -> Tensor:
+        """Which bias each pair of tokens has: (tokens, tokens)."""
+        rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in self.grid), indexing="ij")
+        rows, columns = ((x.flatten()[:, None] - x.flatten()).abs() for x in (rows, columns))
+        return rows * self.grid[1] + columns
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BiasedAttention:
+        super()._apply(fn, recurse)
+        self.distance = self._distance(self.distance.device)  # `fn` may have moved it off the meta device without its values
+        return self
 
     def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
         bias = self.attention_bias[:, self.distance].to(x.dtype)

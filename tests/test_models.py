@@ -238,6 +238,9 @@ def test_attention_bias_follows_distance() -> None:
     v = attention.attention.qkv(x)[..., 32:]
     torch.testing.assert_close(attention(x), attention.attention.proj(v))
     assert not torch.allclose(attention(x), even)
+    with torch.device("meta"):
+        moved = create_model("levit", **small_model("levit", img_size=(4, 6))).to_empty(device="cpu")
+    assert torch.equal(moved.stages[0].blocks[0].attn.distance, attention.distance)
     # Mixers without weights are rotated instead.
     assert create_model("levip", **small_model("levip")).stages[0].rope is not None
 
