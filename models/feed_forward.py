@@ -1,8 +1,9 @@
 """The feed-forward half of a block: x + mlp(norm(x)).
 
-Everything in it is done token by token. On a CPU the tokens therefore pass through all of it in tiles that stay in the
+Everything in it is done token by token. On a CPU many tokens therefore pass through all of it in tiles that stay in the
 cache, where plain PyTorch writes six maps of all tokens to fresh memory; and nothing but x (and what dropout kept) is kept for
-backward, which does the normalisation, the first linear map and the activation once more.
+backward, which does the normalisation, the first linear map and the activation once more. Few tokens stay in the cache
+anyway, and take the plain form, which does nothing twice.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from vix_kernels.nn.dropout import Dropout, draw_kept, scale_of_kept
 from vix_kernels.nn.plain import is_plain
 
+MANY_CPU = 2**22  # numbers in the hidden map: 16 MiB in float32
 TILE_CPU = 512  # tokens a thread: three tiles of a hidden width of 256 fill 1.5 MiB
 
 
@@ -56,11 +58,13 @@ _ACTIVATIONS = {
 
 
 def _serves_tiles(x: Tensor, mlp: nn.Module) -> bool:
-    """On a CPU, where no module was exchanged or hooked; compilers fuse the plain form themselves."""
+    """Many tokens on a CPU, where no module was exchanged or hooked; compilers fuse the plain form themselves."""
     if x.device.type != "cpu" or type(mlp) is not Mlp or type(mlp.act) not in _ACTIVATIONS:
         return False
     kinds = (mlp, Mlp), (mlp.fc1, nn.Linear), (mlp.act, type(mlp.act)), (mlp.fc2, nn.Linear), (mlp.drop, Dropout)
-    return all(is_plain(module, kind) for module, kind in kinds)
+    if not all(is_plain(module, kind) for module, kind in kinds):
+        return False
+    return x.shape[:-1].numel() * mlp.fc1.out_features >= MANY_CPU
 
 
 class _TiledMlp(torch.autograd.Function):

@@ -39,6 +39,7 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
     """What goes through tiles, of 4 tokens here: six tiles, the last of a single token."""
     monkeypatch.setattr(module, "TILE_CPU", 4)
+    monkeypatch.setattr(module, "MANY_CPU", 0)
     calls, apply = [], module._TiledMlp.apply
     monkeypatch.setattr(module._TiledMlp, "apply", lambda *args: calls.append(args) or apply(*args))
     return calls
@@ -78,7 +79,17 @@ def test_autocast(calls: list, renormalise: bool) -> None:
         torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2 * plain.abs().max().item())
 
 
-def test_keeps_the_tokens_alone() -> None:
+def test_few_tokens_take_the_plain_form(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = run(half(mlp=PlainMlp), tokens(), False)
+    monkeypatch.setattr(module, "MANY_CPU", 3 * 7 * 24 + 1)
+    torch.testing.assert_close(run(half(), tokens(), False), plain)
+    assert not calls
+    monkeypatch.setattr(module, "MANY_CPU", 3 * 7 * 24)
+    run(half(), tokens(), False)
+    assert len(calls) == 1
+
+
+def test_keeps_the_tokens_alone(calls: list) -> None:
     modules, x = half(), tokens()
     names, parameters = zip(*modules.named_parameters(), strict=True)
 
