@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -30,6 +31,16 @@ def check_choice(choices: Iterable[str], **chosen: Any) -> None:
     for name, choice in chosen.items():
         if choice not in choices:
             raise ValueError(f"{name}: expected one of {choices}, got {choice!r}")
+
+
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    if embed_dim % num_heads:
+        raise ValueError(f"embed_dim: expected a multiple of num_heads {num_heads}, got {embed_dim}")
+
+
+def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
+    if not isinstance(mlp_ratio, int | float) or not 1 <= embed_dim * mlp_ratio < math.inf:
+        raise ValueError(f"mlp_ratio: expected a number that leaves the MLP a width of 1 or more, got {mlp_ratio!r}")
 
 
 def pair(name: str, size: Any) -> tuple[int, int]:

@@ -98,8 +98,3 @@ def grid_of(img_size: tuple[int, int], patch_size: Any) -> tuple[int, int]:
     if any(size % patch for size, patch in zip(img_size, patch_size, strict=True)):
         raise ValueError(f"img_size: expected multiples of patch_size {patch_size}, got {img_size}")
     return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
-
-
-def check_heads(embed_dim: int, num_heads: int) -> None:
-    if embed_dim % num_heads:
-        raise ValueError(f"embed_dim: expected a multiple of num_heads {num_heads}, got {embed_dim}")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .arguments import check_choice, check_counts, check_flags, check_rates
-from .backbone import Backbone, check_heads
-from .layers import Block, check_mlp_ratio, drop_path_rates, init_linear, run_blocks, to_tokens
+from .arguments import check_choice, check_counts, check_flags, check_heads, check_mlp_ratio, check_rates
+from .backbone import Backbone
+from .layers import Block, drop_path_rates, init_linear, run_blocks, to_tokens
 from .mixers import Mixer, Place
 from .positions import POSITIONS, learned_position, rotary_position
 

@@ -95,6 +95,8 @@ def convert(argv: list[str]) -> int:
         save_model(model, output)
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
+    except ModuleNotFoundError as error:
+        parser.error(f"it needs {error.name}: pip install 'vix_kernels[hub]'")
     print(f"{args.original}: {sum(p.numel() for p in model.parameters()):,} parameters, {output}")
     return 0
 

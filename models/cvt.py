@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from vix_kernels import Rope
 
-from .arguments import check_flags, check_rates, per_stage
-from .backbone import Backbone
-from .layers import Block, check_mlp_ratio, drop_path_rates, to_maps, to_tokens
+from .arguments import check_flags, check_mlp_ratio, check_rates, per_stage
+from .layers import Block, drop_path_rates, to_maps, to_tokens
 from .mixers import Mixer, Place
-from .stages import Stage, run_stages, shrinking
+from .stages import Pyramid, Stage, shrinking
 
 
-class CvT(Backbone):
+class CvT(Pyramid):
     """A convolutional vision transformer; `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
     Repaired against the originals: the convolutional projection, which they leave out, is there; layer norms have their eps
@@ -95,13 +94,6 @@ class CvT(Backbone):
             )  # fmt: skip
         self.norm = nn.LayerNorm(widths[-1])
         self.finish(widths[-1], num_classes, global_pool)
-
-    def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
-        return {f"stages.{number}": (stage.grid, 0) for number, stage in enumerate(self.stages)}
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        self.check_images(x)
-        return self.norm(run_stages(self.stages, x, self.grad_checkpointing))
 
 
 class ConvProjection(nn.Module):

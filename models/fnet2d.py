@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .arguments import check_choice, check_counts, check_rates, pair
+from .arguments import check_choice, check_counts, check_mlp_ratio, check_rates, pair
 from .backbone import Backbone, grid_of
 from .feed_forward import Mlp
-from .layers import ConvStem, DropPath, TokenBatchNorm, check_mlp_ratio, drop_path_rates, run_blocks
+from .layers import ConvStem, DropPath, TokenBatchNorm, drop_path_rates, run_blocks
 
 
 class FNet2D(Backbone):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -137,11 +136,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: Rope | None) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), rope=rope))
         return feed_forward(x, self.norm2, self.mlp, self.drop_path, self.renormalise)
-
-
-def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
-    if not isinstance(mlp_ratio, int | float) or not 1 <= embed_dim * mlp_ratio < math.inf:
-        raise ValueError(f"mlp_ratio: expected a number that leaves the MLP a width of 1 or more, got {mlp_ratio!r}")
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, rope: nn.Module | None, checkpointing: bool) -> Tensor:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from vix_kernels import Rope
 
-from .arguments import check_flags, check_rates, pair, per_stage
-from .backbone import Backbone, grid_of
-from .layers import Block, TokenBatchNorm, check_mlp_ratio, conv_layers, drop_path_rates
+from .arguments import check_flags, check_mlp_ratio, check_rates, pair, per_stage
+from .backbone import grid_of
+from .layers import Block, TokenBatchNorm, conv_layers, drop_path_rates
 from .mixers import Mixer, Place
-from .stages import Stage, run_stages, shrinking
+from .stages import Pyramid, Stage, shrinking
 
 
-class LeViT(Backbone):
+class LeViT(Pyramid):
     """A LeViT; `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
     Repaired against the originals, which have no normalisation anywhere: batch norms and hardswish stand where LeViT has
@@ -97,13 +97,6 @@ class LeViT(Backbone):
             )  # fmt: skip
         self.norm = TokenBatchNorm(widths[-1])
         self.finish(widths[-1], num_classes, global_pool)
-
-    def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
-        return {f"stages.{number}": (stage.grid, 0) for number, stage in enumerate(self.stages)}
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        self.check_images(x)
-        return self.norm(run_stages(self.stages, x, self.grad_checkpointing))
 
 
 def _stem(in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> nn.Module:

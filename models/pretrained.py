@@ -21,8 +21,13 @@ from .state import load_state
 from .zoo import create_model
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-# What runs along the tokens, and in which dimension.
-_OVER_TOKENS = {"pos_embed": 1, "key_projection": -2, "value_projection": -2, "attention_bias": 1}
+# What runs along the tokens: in which dimension, and whether the prefix is part of it.
+_OVER_TOKENS = {
+    "pos_embed": (1, True),
+    "key_projection": (-2, True),
+    "value_projection": (-2, True),
+    "attention_bias": (1, False),
+}
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
@@ -107,11 +112,13 @@ def _adapt(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[
     """`state` of `source` for a `model` with another image size, other channels or another head."""
     state, expected = dict(state), model.state_dict()
     maps = model.token_maps()
-    for prefix, (old, tokens) in source.token_maps().items():
-        new = maps[prefix][0]
-        for key in [key for key in state if key.startswith(prefix) and key.rpartition(".")[2] in _OVER_TOKENS]:
-            if old != new:
-                state[key] = resample_tokens(state[key], _OVER_TOKENS[key.rpartition(".")[2]], old, new, _prefix(key, tokens))
+    for module, (old, tokens) in source.token_maps().items():
+        new = maps[module][0]
+        for key in state if old != new else ():
+            name = key.rpartition(".")[2]
+            if name in _OVER_TOKENS and key.startswith(f"{module}." if module else ""):
+                dim, with_prefix = _OVER_TOKENS[name]
+                state[key] = resample_tokens(state[key], dim, old, new, tokens if with_prefix else 0)
     first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)) + ".weight"
     if source.in_chans != model.in_chans:
         state[first] = _other_channels(state[first], model.in_chans)
@@ -119,10 +126,6 @@ def _adapt(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[
         if key not in expected or expected[key].shape != state[key].shape:
             del state[key]
     return state
-
-
-def _prefix(key: str, tokens: int) -> int:
-    return 0 if key.endswith("attention_bias") else tokens
 
 
 def _other_channels(weight: Tensor, channels: int) -> Tensor:

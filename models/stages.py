@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from .arguments import check_choice
-from .backbone import check_heads
+from .arguments import check_choice, check_heads
+from .backbone import Backbone
 from .layers import run_blocks, to_maps, to_tokens
 from .mixers import Place
 from .positions import POSITIONS, learned_position, rotary_position
@@ -53,11 +53,20 @@ class Stage(nn.Module):
         return run_blocks(self.blocks, x, self.rope, checkpointing)
 
 
-def run_stages(stages: nn.ModuleList, x: Tensor, checkpointing: bool) -> Tensor:
-    """Images (B, in_chans, H, W) to the tokens of the last stage."""
-    for number, stage in enumerate(stages):
-        x = stage(x if number == 0 else to_maps(x, stages[number - 1].grid), checkpointing)
-    return x
+class Pyramid(Backbone):
+    """A model of `stages`, whose last tokens go through `norm`."""
+
+    stages: nn.ModuleList
+    norm: nn.Module
+
+    def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
+        return {f"stages.{number}": (stage.grid, 0) for number, stage in enumerate(self.stages)}
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        self.check_images(x)
+        for number, stage in enumerate(self.stages):
+            x = stage(x if number == 0 else to_maps(x, self.stages[number - 1].grid), self.grad_checkpointing)
+        return self.norm(x)
 
 
 def shrinking(img_size: tuple[int, int], strides: tuple[int, ...]) -> Iterator[tuple[int, int]]:

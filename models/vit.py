@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_choice, check_counts, check_flags, check_rates, pair
-from .backbone import Backbone, check_heads, grid_of
-from .layers import Block, PatchStem, check_mlp_ratio, drop_path_rates, run_blocks
+from .arguments import check_choice, check_counts, check_flags, check_heads, check_mlp_ratio, check_rates, pair
+from .backbone import Backbone, grid_of
+from .layers import Block, PatchStem, drop_path_rates, run_blocks
 from .mixers import Mixer, Place
 from .positions import POSITIONS, learned_position, rotary_position
 

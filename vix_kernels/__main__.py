@@ -133,10 +133,6 @@ def _models(argv: list[str]) -> int:
 
 
 def _convert(argv: list[str]) -> int:
-    try:
-        import safetensors  # noqa: F401
-    except ModuleNotFoundError:
-        Parser(prog="vix convert").error("it needs safetensors: pip install 'vix_kernels[hub]'")
     from vix_kernels.models.commands import convert
 
     return convert(argv)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..primitives.registry import in_transform
+
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of `module` is nothing but the function of a `kind`: no other class, hook, compiler or transform."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    transformed = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-    return type(module) is kind and not hooked and not transformed
+    return type(module) is kind and not hooked and not torch.compiler.is_compiling() and not in_transform()

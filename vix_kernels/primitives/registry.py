@@ -49,9 +49,14 @@ def register(schema: str, *, tiled: Callable, triton: str, fake: Callable) -> Ca
     return operator
 
 
+def in_transform() -> bool:
+    """Whether vmap or torch.func is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def refuse_transforms() -> None:
     """One named error under vmap and torch.func, whose rules these operators do not have."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and in_transform():
         raise NotImplementedError(
             "vix_kernels: torch.func transforms (vmap, grad, jvp, ...) are not supported; use backend='reference' inside them"
         )
