@@ -10,6 +10,8 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton; it holds for the life of the process
+NO_TRITON = pytest.mark.skipif(not find_spec("triton"), reason="no triton")
+BACKENDS = ["torch", pytest.param("triton", marks=NO_TRITON)]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vix_kernels import backends, roofline
+from conftest import NO_TRITON
+from vix_kernels import roofline
 from vix_kernels.__main__ import main
 from vix_kernels.roofline import GPUS, KEY, Row, predict
 from vix_kernels.testing import SPECS, Case
 
-pytestmark = pytest.mark.skipif(not backends.triton_installed(), reason="no triton")
+pytestmark = NO_TRITON
 
 CASE = Case("costs", batch=2, heads=3, tokens=40, queries=10, width=16, value_width=24, features=9)
 H100 = next(gpu for gpu in GPUS if gpu.name == "H100")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import DEVICE
+from conftest import DEVICE, NO_TRITON
 from vix_kernels import backends, rope_axial, rope_mixed
 from vix_kernels.primitives.landmarks import landmarks, landmarks_backward, landmarks_reference
 from vix_kernels.primitives.rotate import rotate_reference
@@ -169,7 +169,7 @@ def test_landmarks_that_nobody_uses_have_no_gradient(backend: str) -> None:
     assert dq is None and (dk == 0.25).all()
 
 
-@pytest.mark.skipif(not backends.triton_installed(), reason="no triton")
+@NO_TRITON
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_kernels_walk_as_far_as_the_longest_window(adaptive: bool) -> None:
     from vix_kernels._triton.landmarks import longest_window

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import DEVICE
-from vix_kernels import backends, linear_attention, orthogonal_projection
+from conftest import BACKENDS, DEVICE
+from vix_kernels import linear_attention, orthogonal_projection
 from vix_kernels.nn import LinearAttention
-
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not backends.triton_installed(), reason="no triton"))]
 
 
 def exact(tensors, dout=None, **options):

@@ -6,13 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import DEVICE
-from vix_kernels import agent_attention, backends, linformer_attention, rope_1d
+from conftest import BACKENDS, DEVICE, NO_TRITON
+from vix_kernels import agent_attention, linformer_attention, rope_1d
 from vix_kernels.nn import LinformerAttention
 from vix_kernels.testing import SPECS, Case
-
-NO_TRITON = pytest.mark.skipif(not backends.triton_installed(), reason="no triton")
-BACKENDS = ["torch", pytest.param("triton", marks=NO_TRITON)]
 
 
 def problem(*sizes: int, slots: int = 12) -> list[Tensor]:

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import DEVICE
-from vix_kernels import attention_weights, backends, nystrom_attention, rope_1d, rope_mixed
+from conftest import BACKENDS, DEVICE
+from vix_kernels import attention_weights, nystrom_attention, rope_1d, rope_mixed
 from vix_kernels.nn import AgentAttention, NystromAttention
 
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not backends.triton_installed(), reason="no triton"))]
 BATCH, HEADS, WIDTH = 2, 3, 16
 COMPAT = dict(landmarks="pad_front", pinv_init="original")
 

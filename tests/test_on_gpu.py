@@ -16,10 +16,11 @@ import torch
 
 from bench.gpu import sanitizer, suite, timing
 from bench.gpu.plan import Plan
+from conftest import NO_TRITON
 from vix_kernels import backends
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.skipif(not backends.triton_installed(), reason="no triton")
+pytestmark = NO_TRITON
 
 
 def on_gpu(*arguments: str | Path) -> subprocess.CompletedProcess:

@@ -11,11 +11,9 @@ import sys
 import pytest
 import torch
 
-from conftest import DEVICE
-from vix_kernels import backends, orthogonal_projection, performer_attention, rope_1d
+from conftest import BACKENDS, DEVICE, NO_TRITON
+from vix_kernels import orthogonal_projection, performer_attention, rope_1d
 from vix_kernels.nn import Attention, PerformerAttention
-
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not backends.triton_installed(), reason="no triton"))]
 
 
 def favor(q, k, v, w):
@@ -97,7 +95,7 @@ def test_nan_reaches_only_where_it_must(backend: str) -> None:
     assert not hit[0, 0].any() and not hit[1, 1].any()
 
 
-@pytest.mark.skipif(not backends.triton_installed(), reason="no triton")
+@NO_TRITON
 def test_offsets_beyond_two_to_the_31() -> None:
     """Token strides of 2^30 elements: a 32-bit offset would wrap. The memory is mapped, hardly any of it touched."""
     code = """

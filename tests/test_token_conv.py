@@ -6,12 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import DEVICE
-from vix_kernels import backends
+from conftest import BACKENDS, DEVICE
 from vix_kernels.primitives.tiled_conv import token_conv_add
 from vix_kernels.primitives.token_conv import token_conv, token_conv_backward, token_conv_reference
-
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not backends.triton_installed(), reason="no triton"))]
 
 
 def problem(taps: int, tokens: int = 70, *, dtype: torch.dtype = torch.float32):
