@@ -17,9 +17,9 @@ BACKENDS = ["torch", pytest.param("triton", marks=NO_TRITON)]
 @pytest.fixture(scope="session", autouse=True)
 def fast_interpreter():
     if DEVICE == "cpu" and find_spec("triton"):
-        from vix_kernels._triton.interpreter import patched_once_a_launch
+        from vix_kernels._triton.interpreter import hastened
 
-        with patched_once_a_launch():
+        with hastened():
             yield
     else:
         yield

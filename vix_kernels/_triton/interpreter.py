@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,15 +18,17 @@ Observer = Callable[[np.ndarray, int], None]
 
 
 @contextmanager
-def patched_once_a_launch() -> Iterator[None]:
-    """Kernels run several times faster inside.
+def hastened() -> Iterator[None]:
+    """Kernels run several times faster inside, with the same results.
 
     The interpreter patches triton.language again in every call of a device function, 2 ms each, although the launch of the
-    kernel around it has done so. Inside, a launch patches all of it and the calls patch nothing.
+    kernel around it has done so; inside, a launch patches all of it and the calls patch nothing. It also makes every sum and
+    product of integers once more in 64 bits, to see whether 32 were enough; inside it does not.
     """
     patch_language, everything = _get(interpreter, "_patch_lang"), SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     nothing = _get(interpreter, "_LangPatchScope")()
-    patched = False
+    builder = _get(interpreter, "interpreter_builder")
+    options, patched = _get(builder, "options"), False
 
     def patch_once(fn: Any) -> Any:
         nonlocal patched
@@ -43,10 +46,11 @@ def patched_once_a_launch() -> Iterator[None]:
         return scope
 
     interpreter._patch_lang = patch_once
+    builder.options = replace(options, sanitize_overflow=False)
     try:
         yield
     finally:
-        interpreter._patch_lang = patch_language
+        interpreter._patch_lang, builder.options = patch_language, options
 
 
 @contextmanager

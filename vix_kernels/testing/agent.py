@@ -23,7 +23,7 @@ from .problem import (
 )
 
 CASES = (
-    Case("odd_width", width=24, value_width=40, features=36, tokens=21, queries=19),
+    Case("odd_width", batch=1, width=24, value_width=40, features=36, tokens=21, queries=19),
     Case("masked", masked=True, features=9, tokens=21),
     Case("rope_half", rope="half", packed=True, features=9, tokens=21),
 )

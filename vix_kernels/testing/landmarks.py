@@ -12,10 +12,10 @@ from .problem import Case, OpSpec, make_mask, make_qkv, make_tables
 
 CASES = (
     Case("plain", tokens=36, features=2),
-    Case("more_queries", queries=53, features=9, width=24),
+    Case("more_queries", batch=1, queries=53, features=9, width=24),
     Case("packed", packed=True, rows=4, mark_rows=2, features=3, prefix=1),
     Case("masked", features=12, masked=True, prefix=2),
-    Case("rope_half", rows=5, mark_rows=2, features=3, rope="half", prefix=2, adaptive=True),
+    Case("rope_half", batch=1, rows=5, mark_rows=2, features=3, rope="half", prefix=2, adaptive=True),
     Case("partly_rotated", features=5, rope="half", rotary=8, prefix=1, width=24, masked=True),
 )
 

@@ -25,16 +25,16 @@ LINEAR_CASES = (
     Case("plain"),
     Case("packed", packed=True, feature_map="elu"),
     Case("one_token", tokens=1, feature_map="elu", eps=0.0),
-    Case("narrowest", width=8, tokens=19),
-    Case("odd_width", width=24, value_width=40, feature_map="elu"),
-    Case("narrow_values", width=40, value_width=8),
+    Case("narrowest", batch=1, width=8, tokens=19),
+    Case("odd_width", batch=1, width=24, value_width=40, feature_map="elu"),
+    Case("narrow_values", batch=1, width=40, value_width=8),
     Case("widest", batch=1, heads=1, width=256, tokens=18),
-    Case("fewer_queries", queries=19, feature_map="elu"),
-    Case("more_queries", queries=53, tokens=20),
+    Case("fewer_queries", batch=1, queries=19, feature_map="elu"),
+    Case("more_queries", batch=1, queries=53, tokens=20),
     Case("masked", masked=True, feature_map="elu"),
     Case("masked_relu", masked=True),
-    Case("rope", rope="interleaved", packed=True),
-    Case("rope_half", rope="half", width=40, feature_map="elu"),
+    Case("rope", batch=1, rope="interleaved", packed=True),
+    Case("rope_half", batch=1, rope="half", width=40, feature_map="elu"),
     Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, masked=True, feature_map="elu"),
 )
 PROJECTED_CASES = (
@@ -42,7 +42,7 @@ PROJECTED_CASES = (
     Case("widest", batch=1, heads=1, width=256, tokens=18, features=18, feature_map="elu"),
     Case("masked", masked=True, feature_map="elu"),
     Case("per_head", per_head=True),
-    Case("rope_half", rope="half"),
+    Case("rope_half", batch=1, rope="half"),
 )
 
 

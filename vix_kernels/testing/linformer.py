@@ -25,7 +25,7 @@ from .problem import (
 )
 
 MOVE_CASES = (
-    Case("odd_width", width=24, value_width=40),
+    Case("odd_width", batch=1, width=24, value_width=40),
     Case("one_token", tokens=1, features=3),
     Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, features=12, tokens=35, masked=True),
 )

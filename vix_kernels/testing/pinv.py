@@ -13,9 +13,9 @@ from .problem import Case, OpSpec
 
 ITERATIONS = 3  # every loop of the kernels runs more than once
 CASES = (
-    Case("plain", heads=1, features=20),
+    Case("plain", batch=1, features=20),
     Case("one_landmark", features=1),
-    Case("odd_width", heads=1, features=18, width=24, value_width=40),
+    Case("odd_width", batch=1, heads=1, features=18, width=24, value_width=40),
     Case("packed", features=12, packed=True),
     Case("masked", heads=1, features=20, masked=True),
     Case("wide", batch=1, heads=1, features=64, width=40),
