@@ -100,7 +100,7 @@ def test_measured_times_stand_beside_predictions(tmp_path, capsys) -> None:
     """Those of the newest run, of our kernels, on the very same GPU, shape and direction."""
     first = roofline.cells(next(roofline.rows(["apply_rope"], [H100], ["bf16"])))
     line = dict(zip(roofline.headings(), first, strict=True))
-    line = {name: line[name] for name in KEY} | dict(gpu="NVIDIA H100 80GB HBM3", provider="triton", device_ms="")
+    line = {name: line[name] for name in KEY} | dict(device="NVIDIA H100 80GB HBM3", provider="triton", device_ms="")
     for run, milliseconds in (("2026-01-02-aaa", 0.25), ("2026-01-03-bbb", 0.5)):
         folder = tmp_path / "results" / "h100-sxm" / run
         folder.mkdir(parents=True)
@@ -109,7 +109,7 @@ def test_measured_times_stand_beside_predictions(tmp_path, capsys) -> None:
             writer.writeheader()
             writer.writerow(line | dict(device_ms=milliseconds))
             writer.writerow(line | dict(device_ms=9, provider="torch"))
-            writer.writerow(line | dict(device_ms=9, gpu="NVIDIA H100 PCIe"))
+            writer.writerow(line | dict(device_ms=9, device="NVIDIA H100 PCIe"))
             writer.writerow(line | dict(device_ms=9, tokens=7))
             writer.writerow(line)  # a row that was skipped
     table = tmp_path / "roofline.csv"
@@ -203,4 +203,4 @@ def tune_time(tune):
     from vix_kernels.timing import DeviceTime
 
     tokens = tune.present_tile("interpreter", TestTune.KEY).tokens
-    return DeviceTime(1 / tokens, 1 / tokens, 1 / tokens, "host")
+    return DeviceTime((1 / tokens,), "cpu")

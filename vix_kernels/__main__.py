@@ -23,6 +23,7 @@ commands:
   compile-report  compile every kernel for GPUs that are not there, and weigh the code
   traffic         count the bytes that the kernels move, over the least that they could
   roofline        predict the time of every op on GPUs that are not there, beside what was measured
+  bench           measure every op beside its peers, or the models, with tables and pictures
   tune            look for better launch configurations on this GPU
 
 vix COMMAND --help says more.
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compile-report": _compile_report,
         "traffic": _traffic,
         "roofline": _roofline,
+        "bench": _bench,
         "tune": _tune,
     }
     parser = Parser(prog="vix", epilog=COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,6 +167,12 @@ def _roofline(argv: list[str]) -> int:
     from vix_kernels.roofline import main as roofline
 
     return roofline(argv)
+
+
+def _bench(argv: list[str]) -> int:
+    from vix_kernels.bench.sweep import main as bench
+
+    return bench(argv)
 
 
 def _tune(argv: list[str]) -> int:

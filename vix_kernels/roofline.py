@@ -26,8 +26,8 @@ RESULTS = Path("bench", "results")
 
 
 @dataclass(frozen=True)
-class GPU:
-    """Published peaks, dense.
+class Device:
+    """Peaks: published ones of a GPU, dense.
 
     Attributes:
         device: what `torch.cuda.get_device_name` calls it; other models of the name have other peaks.
@@ -57,11 +57,11 @@ class GPU:
 # the CUDA programming guide (FlashAttention-3, arXiv:2407.08608, gives the same 3.9e12 for H100); CDNA 3 issues
 # transcendentals at a quarter of its 64 lanes.
 GPUS = (
-    GPU("A100", "NVIDIA A100-SXM4-80GB", "sm_80", 312e12, 156e12, 19.5e12, 2.039e12, 16 * 108 * 1.41e9),
-    GPU("H100", "NVIDIA H100 80GB HBM3", "sm_90", 989.4e12, 494.7e12, 66.9e12, 3.35e12, 16 * 132 * 1.83e9),
-    GPU("H200", "NVIDIA H200", "sm_90", 989.4e12, 494.7e12, 66.9e12, 4.8e12, 16 * 132 * 1.83e9),
-    GPU("RTX 4090", "NVIDIA GeForce RTX 4090", "sm_89", 165.2e12, 82.6e12, 82.6e12, 1.008e12, 16 * 128 * 2.52e9),
-    GPU("MI300X", "AMD Instinct MI300X", "gfx942", 1307.4e12, 653.7e12, 163.4e12, 5.3e12, 16 * 304 * 2.1e9),
+    Device("A100", "NVIDIA A100-SXM4-80GB", "sm_80", 312e12, 156e12, 19.5e12, 2.039e12, 16 * 108 * 1.41e9),
+    Device("H100", "NVIDIA H100 80GB HBM3", "sm_90", 989.4e12, 494.7e12, 66.9e12, 3.35e12, 16 * 132 * 1.83e9),
+    Device("H200", "NVIDIA H200", "sm_90", 989.4e12, 494.7e12, 66.9e12, 4.8e12, 16 * 132 * 1.83e9),
+    Device("RTX 4090", "NVIDIA GeForce RTX 4090", "sm_89", 165.2e12, 82.6e12, 82.6e12, 1.008e12, 16 * 128 * 2.52e9),
+    Device("MI300X", "AMD Instinct MI300X", "gfx942", 1307.4e12, 653.7e12, 163.4e12, 5.3e12, 16 * 304 * 2.1e9),
 )
 
 
@@ -97,7 +97,7 @@ def shapes() -> Iterator[Case]:
         yield Case(f"{tokens}_single", batch=1, heads=8, tokens=tokens, width=64, features=256)
 
 
-def predict(cost: Cost, gpu: GPU, dtype: str) -> tuple[float, str]:
+def predict(cost: Cost, gpu: Device, dtype: str) -> tuple[float, str]:
     """Seconds, and what they are spent on: "memory", "matrix", "exp" or "launch"."""
     return max(
         (cost.bytes / gpu.bandwidth, "memory"),
@@ -107,7 +107,7 @@ def predict(cost: Cost, gpu: GPU, dtype: str) -> tuple[float, str]:
     )
 
 
-def rows(ops: Iterable[str], gpus: Iterable[GPU], dtypes: Iterable[str]) -> Iterator[Row]:
+def rows(ops: Iterable[str], gpus: Iterable[Device], dtypes: Iterable[str]) -> Iterator[Row]:
     from ._triton.costs import DIRECTIONS, cost
 
     gpus = tuple(gpus)
@@ -136,8 +136,8 @@ def measured(folder: Path) -> dict[tuple[str, ...], float]:
     for path in sorted(folder.glob("*/*/timing.csv"), key=lambda path: path.parent.name):  # <gpu>/<date>-<commit>
         with path.open(newline="") as file:
             for line in csv.DictReader(file):
-                if line["provider"] == "triton" and line["device_ms"] and line["gpu"] in names:
-                    line["gpu"] = names[line["gpu"]]
+                if line["provider"] == "triton" and line["device_ms"] and line["device"] in names:
+                    line["gpu"] = names[line["device"]]
                     found[tuple(line[name] for name in KEY)] = 1e3 * float(line["device_ms"])
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,30 +13,53 @@ import torch
 
 @dataclass(frozen=True)
 class DeviceTime:
-    """Milliseconds of one call: the median, and the fifths below and above it.
+    """Milliseconds of one call, repeated.
 
     method: "graph", events around the replay of a CUDA graph, free of the gaps between launches; "events", events around
-    the call, where it cannot be captured; "host", the CPU's clock, where there is no GPU.
+    the call, where it cannot be captured; "cpu", the process's CPU time, where there is no GPU.
     """
 
-    median: float
-    low: float
-    high: float
+    samples: tuple[float, ...]
     method: str
 
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
 
-def device_time(function: Callable[[], Any], *, milliseconds: float = 50.0) -> DeviceTime:
-    """The device time of function(), with a cold L2 cache, over about `milliseconds` of repetitions."""
-    if not torch.cuda.is_available():
-        function()
-        times = sorted(_seconds(function, 1) for _ in range(3))
-        return DeviceTime(*(1e3 * times[at] for at in (1, 0, 2)), "host")
+    @property
+    def low(self) -> float:
+        """A fifth of the calls took less."""
+        return sorted(self.samples)[len(self.samples) // 5]
+
+    @property
+    def high(self) -> float:
+        """A fifth of the calls took more."""
+        return sorted(self.samples)[-1 - len(self.samples) // 5]
+
+
+def device_time(function: Callable[[], Any], *, device: str | None = None, milliseconds: float = 50.0) -> DeviceTime:
+    """The time of function() on "cuda" or "cpu", by default the GPU if there is one.
+
+    On a GPU with a cold L2 cache, over about `milliseconds` of repetitions; on a CPU of 3.
+    """
+    if device == "cpu" or not torch.cuda.is_available():
+        return in_turns({"": function}, rounds=3)[""]
     from triton.testing import do_bench
 
     replay = captured(function)
-    timed = replay or function
-    median, low, high = do_bench(timed, warmup=milliseconds / 4, rep=milliseconds, quantiles=(0.5, 0.2, 0.8))
-    return DeviceTime(median, low, high, "graph" if replay else "events")
+    samples = do_bench(replay or function, warmup=milliseconds / 4, rep=milliseconds, return_mode="all")
+    return DeviceTime(tuple(samples), "graph" if replay else "events")
+
+
+def in_turns(functions: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, DeviceTime]:
+    """CPU times, each function once a round, so that a drift of the machine hits all; one round before them warms up."""
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            samples[name].append(1e3 * (time.process_time() - start))
+    return {name: DeviceTime(tuple(each[1:]), "cpu") for name, each in samples.items()}
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], None] | None:

@@ -12,13 +12,13 @@ from itertools import product
 
 import torch
 
-from vix_kernels._triton.costs import draw
+from vix_kernels.bench.measure import Row, failed, ok, skipped
 from vix_kernels.commands import DTYPES
 from vix_kernels.roofline import shapes
-from vix_kernels.testing import SPECS, Case
+from vix_kernels.testing import SPECS, Case, draw
 
 from . import correctness
-from .plan import Plan, Row, failed, ok, skipped
+from .plan import Plan
 from .timing import MOVES, TIMED
 
 WORKERS = 12  # each holds a context of its own on the GPU

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from vix_kernels.bench.measure import Row, failed, ok, skipped
 from vix_kernels.commands import DTYPES
 from vix_kernels.testing import SPECS, Case, OpSpec, Problem
 
-from .plan import Plan, Row, failed, ok, skipped
+from .plan import Plan
 
 LARGE = (
     Case("packed", batch=2, heads=4, tokens=4096, width=64, features=256, packed=True),

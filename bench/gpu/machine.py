@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 
 from vix_kernels.backends import gpu_architecture, reason_against_gpu
+from vix_kernels.bench.machine import facts
+from vix_kernels.bench.measure import Row, ok, skipped
 
-from .plan import Plan, Row, ok, skipped
+from .plan import Plan
 
 LEAST_MEMORY = 8 * 2**30
-PACKAGES = ("torch", "triton", "numpy", "performer-pytorch", "nystrom-attention", "linformer", "rotary-embedding-torch")
 
 
 def rows(plan: Plan) -> Iterator[Row]:
-    facts: dict[str, Any] = dict(python=platform.python_version(), platform=platform.platform(), cores=os.cpu_count())
-    facts |= {package: _version(package) for package in PACKAGES}
     if plan.dry:
-        yield ok(gpu="none (dry run)", arch="interpreter", **facts)
+        yield ok(gpu="none (dry run)", arch="interpreter", **facts())
         return
     if reason := reason_against_gpu():
         yield skipped(reason)
@@ -40,7 +35,7 @@ def rows(plan: Plan) -> Iterator[Row]:
         multiprocessors=properties.multi_processor_count,
         cuda=torch.version.cuda or f"hip {torch.version.hip}",
         driver=_driver(),
-        **facts,
+        **facts(),
     )
 
 
@@ -51,10 +46,3 @@ def _driver() -> str:
     query = "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
     result = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
     return result.stdout.strip().partition("\n")[0] or "unknown"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"

@@ -1,15 +1,12 @@
-"""What a part is told, and how rows say how they went."""
+"""What a part is told."""
 
 from __future__ import annotations
 
 import gc
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,24 +34,3 @@ class Plan:
         gc.collect()
         if not self.dry:
             torch.cuda.empty_cache()
-
-
-def ok(**row: Any) -> Row:
-    return {**row, "status": "ok", "why": ""}
-
-
-def failed(why: str | BaseException, **row: Any) -> Row:
-    return {**row, "status": "failed", "why": brief(why)}
-
-
-def skipped(why: str | BaseException, **row: Any) -> Row:
-    return {**row, "status": "skipped", "why": brief(why)}
-
-
-def brief(why: str | BaseException) -> str:
-    if isinstance(why, torch.OutOfMemoryError):
-        return "does not fit into the GPU's memory"
-    if isinstance(why, BaseException):
-        lines = str(why).strip().splitlines() or [""]
-        why = f"{type(why).__name__}: {lines[0].strip()}"
-    return why[:300]

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .plan import Row
+from vix_kernels.bench.draw import draw
+from vix_kernels.bench.measure import Row
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> No
             attempt(f"{name}.csv", partial(table, rows=lines))
     pictures = work / "pictures"
     pictures.mkdir(exist_ok=True)
-    attempt("pictures.zip", lambda path: (draw(pictures, rows.get("timing", [])), archive(path, pictures)))
+    attempt("pictures.zip", lambda path: (draw_times(pictures, rows.get("timing", [])), archive(path, pictures)))
     attempt("logs.zip", lambda path: archive(path, work / "logs"))
     (folder / "summary.md").write_text(summary(machine, outcomes, problems))
 
@@ -67,33 +68,11 @@ def archive(path: Path, folder: Path) -> None:
             file.write(each, each.name)
 
 
-def draw(folder: Path, rows: list[Row]) -> None:
-    """Device time against tokens, one picture an operator and dtype, a line a provider."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    timed = [row for row in rows if row.get("device_ms") is not None]
-    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in timed):
-        chosen = [row for row in timed if (row["op"], row["dtype"]) == (op, dtype) and row["width"] != 32]
-        batches = {tokens: max(r["batch"] for r in chosen if r["tokens"] == tokens) for tokens in {r["tokens"] for r in chosen}}
-        chosen = [row for row in chosen if row["batch"] == batches[row["tokens"]]]
-        figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
-        for axes, direction in zip(figure.subplots(1, 2), ("forward", "full"), strict=True):
-            for provider in dict.fromkeys(row["provider"] for row in chosen):
-                points = sorted(
-                    (row["tokens"], row["device_ms"])
-                    for row in chosen
-                    if (row["provider"], row["direction"]) == (provider, direction)
-                )
-                if points:
-                    axes.plot(*zip(*points, strict=True), "o-", label=provider)
-            name = "forward" if direction == "forward" else "forward and backward"
-            axes.set(title=name, xlabel="tokens of one image", ylabel="ms", xscale="log", yscale="log")
-            axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
-        figure.suptitle(f"{op}, {dtype}", fontweight="bold")
-        figure.savefig(folder / f"{op}_{dtype}.png")
+def draw_times(folder: Path, rows: list[Row]) -> None:
+    """Of the widest and the fullest calls at each length: one curve a provider."""
+    timed = [row for row in rows if row.get("device_ms") is not None and row["width"] != 32]
+    fullest = {tokens: max(row["batch"] for row in timed if row["tokens"] == tokens) for tokens in {r["tokens"] for r in timed}}
+    draw(folder, [row for row in timed if row["batch"] == fullest[row["tokens"]]], "tokens", formats=("png",))
 
 
 # The summary

@@ -12,8 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from vix_kernels.bench.machine import commit
+from vix_kernels.bench.measure import Row, failed
+
 from . import report
-from .plan import Row, failed
 from .report import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,14 +139,6 @@ def read(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             found.append(failed(f"half a row: {line[:80]}"))
     return found
-
-
-def commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):  # no git, or a copy of the tree without its history
-        return "unknown"
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Iterator
 
+from vix_kernels.bench.measure import Row, failed, ok, skipped
+
 from .correctness import RAN
-from .plan import Plan, Row, failed, ok, skipped
+from .plan import Plan
 
 TOOLS = {
     # Accesses out of bounds and misaligned; that torch probes the driver for what it may lack is no error.

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from .plan import Plan, Row, failed, ok, skipped
+from vix_kernels.bench.measure import Row, failed, ok, skipped
+
+from .plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = "triton or out_of_bounds"

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from .plan import Plan, Row, failed, ok, skipped
+from vix_kernels.bench.measure import Row, failed, ok, skipped
+
+from .plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = Path("pictures")  # in the working folder of the part

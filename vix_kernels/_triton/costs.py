@@ -5,7 +5,7 @@ Nothing is computed and no GPU is needed: the call runs on meta tensors, and its
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from ..primitives.registry import implementations
-from ..testing import Case, OpSpec, Problem
+from ..testing import Case, OpSpec, draw
 from . import launch as door
 from .offline import Driver
 
@@ -55,24 +55,6 @@ def cost(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str, arch: str
             torch.autograd.grad(outputs, wanted, cotangents)
         flops = round(spec.backward * flops)
     return Cost(flops, spec.exps(case), count.bytes, count.launches)
-
-
-def draw(
-    spec: OpSpec, case: Case, dtype: torch.dtype, device: str, *, fixed: Collection[str] = ("projection", "slots")
-) -> Problem:
-    """The problem of `case` with numbers drawn on the device; all differentiable tensors but the `fixed` take gradients.
-
-    Random features are fixed, since nobody trains them. `spec.problem` draws in float64 on the CPU, the same numbers for
-    every device, which takes seconds at sizes worth timing.
-    """
-
-    def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
-        x = torch.empty(shape, device=device, dtype=dtype)
-        return x if x.is_meta else x.normal_(0, scale)
-
-    tensors, options = spec.build(case, tensor)
-    trained = set(spec.differentiable) - set(fixed)
-    return Problem(spec, {name: x.detach().requires_grad_(name in trained) for name, x in tensors.items()}, options)
 
 
 class _Count(TorchDispatchMode):

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ..backends import interpreted, reason_against_gpu
 from ..commands import Parser
-from ..testing import SPECS, Case, OpSpec
+from ..testing import SPECS, Case, OpSpec, draw
 from ..timing import device_time
 from . import configs
 from . import launch as door
-from .costs import DIRECTIONS, draw
+from .costs import DIRECTIONS
 from .launch_table import INTERPRETER, OVERRIDES, TABLE, Tile
 
 Key = tuple[str, int, int]  # kernel, bits of the tokens' dtype, padded width: the keys of TABLE

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from . import agent, conv, fourier, landmarks, linear, linformer, nystrom, performer, pinv, rope
 from .memory import kept_for_backward
-from .problem import Case, OpSpec, Problem
+from .problem import Case, OpSpec, Problem, draw
 
-__all__ = ["SPECS", "Case", "OpSpec", "Problem", "kept_for_backward"]
+__all__ = ["SPECS", "Case", "OpSpec", "Problem", "draw", "kept_for_backward"]
 
 _FILES = (performer, linear, rope, nystrom, linformer, agent, fourier, conv, landmarks, pinv)
 SPECS: dict[str, OpSpec] = {spec.name: spec for file in _FILES for spec in file.SPECS}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,6 +121,24 @@ class OpSpec:
 
         tensors, options = self.build(case, tensor)
         return Problem(self, tensors, options)
+
+
+def draw(
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str, *, fixed: Collection[str] = ("projection", "slots")
+) -> Problem:
+    """The problem of `case` with numbers drawn on the device; all differentiable tensors but the `fixed` take gradients.
+
+    Random features are fixed, since nobody trains them. `spec.problem` draws in float64 on the CPU, the same numbers for
+    every device, which takes seconds at sizes worth timing.
+    """
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
+        x = torch.empty(shape, device=device, dtype=dtype)
+        return x if x.is_meta else x.normal_(0, scale)
+
+    tensors, options = spec.build(case, tensor)
+    trained = set(spec.differentiable) - set(fixed)
+    return Problem(spec, {name: x.detach().requires_grad_(name in trained) for name, x in tensors.items()}, options)
 
 
 # What builders share

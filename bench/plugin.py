@@ -1,0 +1,148 @@
+"""What `pytest --benchmark` adds to pytest-benchmark: a device's clock, so that its statistics, JSON and comparisons hold
+device time, or CPU time where there is no GPU.
+
+All providers of an operator are measured together (vix_kernels/bench/measure.py), checked and in turns, when the first of
+their rows is asked for; each row then replays its own times to pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench import table
+from vix_kernels import backends
+from vix_kernels.bench.machine import commit, device_name, facts
+from vix_kernels.bench.measure import Effort, Result, measure_alone
+from vix_kernels.bench.providers import OURS, PUBLIC, providers
+from vix_kernels.testing import Case
+
+DEVICE = "cpu" if backends.reason_against_gpu() else "cuda"
+# The CPU's is the shape of the budgets in table.py.
+DTYPE, BATCH, HEADS = ("fp32", 2, 4) if DEVICE == "cpu" else ("bf16", 8, 8)
+TOKENS = (1024, 4096)
+DIRECTIONS = ("forward", "full")
+Race = dict[tuple[str, str], Result]  # by provider and direction
+
+
+class Recorded:
+    """A clock that stands still but for the times it is given."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def replay(self, milliseconds: tuple[float, ...]) -> Callable[[], None]:
+        """A function whose n-th call takes the n-th of these times."""
+        left = iter(milliseconds)
+
+        def call() -> None:
+            self.now += next(left) / 1e3
+
+        return call
+
+
+CLOCK = Recorded()
+
+
+def contenders(op: str, config: pytest.Config) -> list[str]:
+    """SDPA is the same for all attentions of a length: the first one measures it."""
+    left_out = {"compiled"} if not config.getoption("--compiled") else set()
+    if op != PUBLIC[0]:
+        left_out.add("sdpa")
+    return [provider for provider in providers(op, DEVICE) if provider not in left_out]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "provider" not in metafunc.fixturenames:
+        return
+    grid = [
+        (op, tokens, direction, provider)
+        for op in PUBLIC
+        for tokens in TOKENS
+        for direction in DIRECTIONS
+        for provider in contenders(op, metafunc.config)
+    ]
+    metafunc.parametrize("op, tokens, direction, provider", grid, ids=["-".join(map(str, each)) for each in grid])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+@pytest.fixture(scope="session")
+def race(pytestconfig: pytest.Config) -> Callable[[str, int], Race]:
+    """race(op, tokens): everyone's results, measured at the first call."""
+    found: dict[tuple[str, int], Race] = {}
+    if DEVICE == "cpu":
+        torch.set_num_threads(1)  # shared cores make more threads a lottery
+    rounds = 1 if pytestconfig.getoption("--benchmark-disable") else int(pytestconfig.getoption("--benchmark-min-rounds"))
+
+    def race(op: str, tokens: int) -> Race:
+        if (op, tokens) not in found:
+            case = Case("suite", batch=BATCH, heads=HEADS, tokens=tokens, width=64, features=256, taps=33)
+            results = measure_alone(
+                op, case, DTYPE, contenders(op, pytestconfig), DEVICE, directions=DIRECTIONS, effort=Effort(rounds=rounds)
+            )
+            found[op, tokens] = {(each.row["provider"], each.row["direction"]): each for each in results}
+        return found[op, tokens]
+
+    return race
+
+
+@pytest.fixture
+def report(benchmark: Any, race: Callable[[str, int], Race]) -> Callable[[str, int, str, str], None]:
+    """report(op, tokens, direction, provider): a row of pytest-benchmark's, or a failure that shows no speed."""
+
+    def report(op: str, tokens: int, direction: str, provider: str) -> None:
+        results = race(op, tokens)
+        row = results[provider, direction].row
+        if row["status"] == "skipped":
+            pytest.skip(row["why"])
+        assert row["status"] == "ok", row["why"]
+        benchmark.group = f"{op}, {tokens} tokens, {'forward' if direction == 'forward' else 'forward and backward'}"
+        benchmark.extra_info.update({name: value for name, value in row.items() if name not in ("status", "why")})
+        benchmark.extra_info.update(commit=commit(), **{name: facts()[name] for name in ("torch", "triton", "python")})
+        if provider in OURS:
+            others = {name: each for (name, way), each in results.items() if way == direction and name != provider}
+            benchmark.extra_info["ours_over_theirs"] = {
+                name: table.ratio(results[provider, direction].samples, other.samples)
+                for name, other in others.items()
+                if other.row["status"] == "ok"
+            }
+            benchmark.extra_info["left_out"] = {
+                name: other.row["why"] for name, other in others.items() if other.row["status"] != "ok"
+            }
+        samples = results[provider, direction].samples
+        benchmark.pedantic(CLOCK.replay(samples), rounds=len(samples))
+
+    return report
+
+
+@pytest.hookimpl(optionalhook=True)  # of a plugin that may be missing
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    if DEVICE == "cpu":
+        torch.set_num_threads(1)
+    machine_info.update(device=device_name(DEVICE), **facts())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
+    here, there = machine_info["device"], compared_benchmark["machine_info"].get("device", "another suite's device")
+    if here != there:
+        raise pytest.UsageError(f"--benchmark-compare: those results are of {there}, these of {here}")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    session = getattr(terminalreporter.config, "_benchmarksession", None)
+    rows = [each.extra_info for each in getattr(session, "benchmarks", []) if "provider" in each.extra_info]
+    if rows:
+        terminalreporter.section(f"ours over theirs, {rows[0]['device']}, in this run")
+        for line in table.lines(rows):
+            terminalreporter.line(line)

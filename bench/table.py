@@ -1,0 +1,128 @@
+"""One table of a run of `pytest --benchmark`: ours over theirs, with the budgets of the design.
+
+pytest --benchmark --benchmark-json run.json
+python -m bench.table run.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vix_kernels.bench.providers import OURS, PEERS, PUBLIC
+from vix_kernels.commands import Parser
+
+Row = dict[str, Any]
+
+
+class Budget(NamedTuple):
+    """Ours over theirs, at most: time of a forward, of forward and backward; memory kept for backward."""
+
+    forward: float | None
+    full: float | None
+    kept: float | None = None
+
+
+# Of a CPU, one thread, float32, batch 2, 4 heads, width 64, 256 features or slots, 64 landmarks, 33 taps.
+BUDGETS = {
+    ("performer_attention", 1024): Budget(0.4, 0.6, 0.1),
+    ("performer_attention", 4096): Budget(0.22, 0.33, 0.1),
+    ("linear_attention", 4096): Budget(1.0, None, 0.3),
+    ("apply_rope", 4096): Budget(0.15, 0.25),
+    ("nystrom_attention", 4096): Budget(0.42, 0.6, 0.1),
+    ("linformer_attention", 4096): Budget(0.45, 0.55, 0.1),
+    ("fourier_mixing", 4096): Budget(0.6, 0.6),
+}
+COLUMNS = (
+    "operator / peer", "tokens", "ms", "of the peer's", "of plain PyTorch's", "of torch.compile's", "of SDPA's",
+    "kept, MiB", "of the peer's",
+)  # fmt: skip
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median of the rounds, in each of which both had their turn; of the medians where rounds are not shared."""
+    if len(ours) == len(theirs):
+        return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return statistics.median(ours) / statistics.median(theirs)
+
+
+def peer(op: str) -> str:
+    """The one its budgets are about: a library, or a plain form that people write."""
+    return next((name for name in PEERS.get(op, ()) if name != "sdpa"), "reference")
+
+
+def lines(rows: Iterable[Row]) -> list[str]:
+    """In Markdown: a line an operator and length, cells "forward / forward and backward"."""
+    found = {(row["op"], row["tokens"], row["direction"], row["provider"]): row for row in rows}
+    cpu = any(row["method"] == "cpu" for row in found.values())
+    body = []
+    for op in PUBLIC:
+        for tokens in sorted({tokens for name, tokens, *_ in found if name == op}):
+            budget = BUDGETS.get((op, tokens), Budget(None, None)) if cpu else Budget(None, None)
+            ours = [_first(found, op, tokens, direction, OURS) for direction in ("forward", "full")]
+            cells = {}
+            for name in dict.fromkeys((peer(op), "reference", "compiled", "sdpa")):
+                limits = (budget.forward, budget.full) if name == peer(op) else (None, None)
+                both = [_against(row, name, found, limit) for row, limit in zip(ours, limits, strict=True)]
+                cells[name] = " / ".join(both) if any(both) and both != ["not installed"] * 2 else both[0]
+            theirs = found.get((op, tokens, "full", peer(op)))
+            kept = ours[1].get("kept_mib") if ours[1] else None
+            of_theirs = kept / theirs["kept_mib"] if kept is not None and theirs and theirs["kept_mib"] else None
+            body.append((
+                f"`{op}` / {'torch.fft' if op == 'fourier_mixing' else peer(op)}", str(tokens),
+                " / ".join(f"{row['device_ms']:.3g}" if row else "wrong" for row in ours), cells[peer(op)],
+                cells["reference"], cells["compiled"], cells["sdpa"],
+                "" if kept is None else f"{kept:.2f}" if kept else "nothing",
+                "" if of_theirs is None else _judged(of_theirs, budget.kept),
+            ))  # fmt: skip
+    return [f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *body)]
+
+
+def _first(found: dict[tuple, Row], op: str, tokens: int, direction: str, providers: Iterable[str]) -> Row | None:
+    return next((found[key] for name in providers if (key := (op, tokens, direction, name)) in found), None)
+
+
+def _against(ours: Row | None, name: str, found: dict[tuple, Row], budget: float | None) -> str:
+    if ours is None:
+        return "wrong"
+    value = ours["ours_over_theirs"].get(name)
+    if (
+        value is None and name == "sdpa" and ours["op"] not in ("apply_rope", "fourier_mixing")
+    ):  # measured with another operator
+        other = _first(found, PUBLIC[0], ours["tokens"], ours["direction"], ("sdpa",))
+        value = ours["device_ms"] / other["device_ms"] if other else None
+    if value is None:
+        return "not installed" if "not installed" in ours["left_out"].get(name, "") else ""
+    return _judged(value, budget)
+
+
+def _judged(value: float, budget: float | None) -> str:
+    text = f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+    return text if budget is None or value <= budget else f"{text} (missed {budget:g})"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="bench.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN.json", help="what --benchmark-json wrote")
+    args = parser.parse_args(argv)
+    try:
+        run = json.loads(args.run.read_text())
+        rows = [each["extra_info"] for each in run["benchmarks"] if "provider" in each["extra_info"]]
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{args.run}: {error}")
+    if not rows:
+        parser.error(f"{args.run}: expected rows of this suite, got none")
+    machine = run["machine_info"]
+    what = machine["device"], f"torch {machine['torch']}", rows[0]["dtype"], run["datetime"][:10]
+    print(f"{', '.join(what)}, commit {rows[0]['commit']}\n")
+    print("\n".join(lines(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""Measuring: what is wrong, does not fit or is not there has no time, and says why."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import table
+from vix_kernels.__main__ import main
+from vix_kernels.bench import measure as measuring
+from vix_kernels.bench import models, providers, sweep
+from vix_kernels.bench.measure import Effort, alone, measure, peak_memory
+from vix_kernels.testing import SPECS, Case
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = Case("tiny", batch=2, heads=2, tokens=40, width=16, features=8)
+QUICK = Effort(rounds=2, memory=False)
+
+
+def rows(op: str, names: tuple[str, ...], **how) -> dict[tuple[str, str], dict]:
+    results = measure(op, how.pop("case", TINY), "fp32", names, "cpu", effort=how.pop("effort", QUICK), **how)
+    return {(each.row["provider"], each.row["direction"]): each.row for each in results}
+
+
+@pytest.mark.parametrize("op", providers.PUBLIC)
+def test_everyone_who_serves_an_operator_is_right(op: str) -> None:
+    names = tuple(name for name in providers.providers(op, "cpu") if name != "compiled")
+    found = rows(op, names, effort=Effort(rounds=2))
+    for (name, direction), row in found.items():
+        if row["status"] == "skipped":  # the peers that this installation has not
+            assert row["why"] in (f"{name} is not installed", f"{name} needs a GPU")
+            continue
+        assert row["status"] == "ok", row
+        assert row["device_ms"] > 0
+        if direction != "backward":
+            assert row["gbps"] > 0 and row["tflops"] > 0 and row["roofline"] > 0 and row["peak_mib"] > 0
+        if direction == "full":
+            assert row["kept_mib"] >= 0
+    assert found["torch", "forward"]["error"] < 1e-5 and found["torch", "full"]["error"] < 1e-5
+    assert found["torch", "full"]["kept_mib"] <= found["reference", "full"]["kept_mib"]
+
+
+def test_work_is_counted_by_hand() -> None:
+    (result,) = measure("apply_rope", TINY, "fp32", ["torch"], "cpu", directions=["forward"], effort=QUICK)
+    row, elements = result.row, 2 * 2 * 40 * 16
+    seconds = row["device_ms"] / 1e3
+    assert row["gbps"] == pytest.approx(4 * 4 * elements / seconds / 1e9)  # q and k in, q and k out; no tensor of angles
+    assert row["tflops"] == pytest.approx(6 * elements / seconds / 1e12)
+    assert result.samples and row["device_ms"] == pytest.approx(sum(result.samples) / 2)
+
+
+@pytest.mark.parametrize("part", ["output", "gradient"])
+def test_what_is_wrong_has_no_time(monkeypatch, part: str) -> None:
+    spec = SPECS["apply_rope"]
+
+    def broken(q, k, *, backend, **options):
+        a, b = spec.function(q, k, **options, backend=backend)
+        return (a * 1.001, b) if part == "output" else (a + 0.001 * (q - q.detach()), b)
+
+    monkeypatch.setitem(SPECS, "apply_rope", replace(spec, function=broken))
+    found = rows("apply_rope", ("torch", "reference"))
+    wrong = found["torch", "forward" if part == "output" else "full"]
+    assert wrong["status"] == "failed" and f"wrong: {part} 0" in wrong["why"] and "device_ms" not in wrong
+    assert found["torch", "backward"]["status"] == "failed"
+    assert found["reference", "full"]["status"] == "ok"
+
+
+def test_a_peer_that_is_wrong_is_left_out(monkeypatch) -> None:
+    def enter(provider, problem, honest=providers.enter):
+        contender = honest(provider, problem)
+        return replace(contender, function=lambda *x: contender.function(*x) * 2) if provider == "plain" else contender
+
+    monkeypatch.setattr(measuring, "enter", enter)
+    found = rows("linear_attention", ("torch", "plain"))
+    assert found["plain", "forward"]["status"] == "skipped" and "wrong: output" in found["plain", "forward"]["why"]
+    assert found["torch", "forward"]["status"] == "ok"
+
+
+def test_memory_that_does_not_do_is_named_and_the_rest_goes_on(monkeypatch) -> None:
+    errors = {"torch": ValueError("bad"), "reference": torch.OutOfMemoryError("no"), "sdpa": RuntimeError("no kernel")}
+
+    def enter(provider, problem, honest=providers.enter):
+        if provider in errors:
+            raise errors[provider]
+        return honest(provider, problem)
+
+    monkeypatch.setattr(measuring, "enter", enter)
+    found = rows("linear_attention", ("torch", "reference", "sdpa", "plain"), directions=("forward",))
+    said = {name: (row["status"], row["why"]) for (name, _), row in found.items()}
+    assert said["torch"] == ("failed", "ValueError: bad")
+    assert said["reference"] == ("skipped", "out of memory")
+    assert said["sdpa"] == ("skipped", "RuntimeError: no kernel")
+    assert said["plain"][0] == "ok"
+    real = rows("linear_attention", ("torch",), case=replace(TINY, tokens=2**44), directions=("forward",))
+    assert real["torch", "forward"]["why"] == "out of memory"
+
+
+def test_late_providers_are_skipped() -> None:
+    assert {row["why"] for row in rows("apply_rope", ("torch",), late=lambda: True).values()} == {"out of time"}
+
+
+def test_a_process_that_is_killed_costs_its_rows_alone() -> None:
+    assert alone(os.abort, lost=lambda why: why) == "the process was killed, for lack of memory perhaps"
+    assert alone(max, 1, 2, lost=lambda why: why) == 2
+
+
+def test_peak_memory_is_that_of_the_call() -> None:
+    x = torch.ones(2**18)  # 1 MiB
+    assert peak_memory(lambda: (x * 2 + 1).sum(), "cpu") == pytest.approx(2 * 2**20, rel=0.01)
+
+
+class TestSuite:
+    """`pytest --benchmark` in a process of its own, on the smallest of its operators."""
+
+    def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "pytest", "--benchmark", "-p", "no:cacheprovider", "-k", "apply_rope-1024", *arguments]
+        settings = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))}
+        return subprocess.run(
+            list(map(str, command)), cwd=ROOT, env=settings | environment, capture_output=True, text=True, timeout=300
+        )
+
+    def test_rows_hold_what_a_sceptic_asks_for(self, tmp_path: Path) -> None:
+        pytest.importorskip("pytest_benchmark")
+        done = self.run("--benchmark-json", tmp_path / "run.json")
+        assert done.returncode == 0, done.stdout
+        run = json.loads((tmp_path / "run.json").read_text())
+        assert run["machine_info"]["device"] and run["machine_info"]["torch"] == torch.__version__
+        ours = {row["extra_info"]["direction"]: row for row in run["benchmarks"] if row["extra_info"]["provider"] == "torch"}
+        assert set(ours) == {"forward", "full"}
+        for row in ours.values():
+            info = row["extra_info"]
+            names = {"gbps", "tflops", "roofline", "peak_mib", "device", "torch", "triton", "python", "commit", "error"}
+            assert names <= set(info) and info["ours_over_theirs"]["reference"] > 0
+            assert row["stats"]["median"] == pytest.approx(info["device_ms"] / 1e3)  # pytest-benchmark's is the device's time
+        assert ours["full"]["extra_info"]["kept_mib"] == 0.25
+        assert "| `apply_rope` / rotary-embedding-torch | 1024 |" in done.stdout
+
+        # Another device's results are refused; the same device's are compared.
+        run["machine_info"]["device"] = "another"
+        (tmp_path / "other.json").write_text(json.dumps(run))
+        done = self.run("--benchmark-compare", tmp_path / "other.json")
+        assert done.returncode and "those results are of another" in done.stdout + done.stderr
+        done = self.run("--benchmark-compare", tmp_path / "run.json")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_a_broken_op_is_red_and_has_no_speed(self, tmp_path: Path) -> None:
+        pytest.importorskip("pytest_benchmark")
+        (tmp_path / "breaks_rope.py").write_text("""
+from dataclasses import replace
+from vix_kernels.testing import SPECS
+honest = SPECS["apply_rope"]
+
+def broken(q, k, **options):
+    q, k = honest.function(q, k, **options)
+    return q * 1.001, k
+
+SPECS["apply_rope"] = replace(honest, function=broken)
+""")
+        done = self.run("-p", "breaks_rope", "--benchmark-json", tmp_path / "run.json", PYTHONPATH=f"{tmp_path}:{ROOT}")
+        assert done.returncode == 1
+        assert "FAILED bench/test_ops.py::test_speed[apply_rope-1024-forward-torch]" in done.stdout
+        assert "AssertionError: wrong: output 0" in done.stdout
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith("| `apply_rope`"))
+        assert [cell.strip() for cell in line.split("|")][3:5] == ["wrong / wrong", "wrong / wrong"]
+        run = json.loads((tmp_path / "run.json").read_text())
+        assert {row["extra_info"]["provider"] for row in run["benchmarks"]} >= {"reference"}
+        assert not any("ours_over_theirs" in row["extra_info"] for row in run["benchmarks"])
+
+
+def benchmark_row(provider: str, direction: str, **more) -> dict:
+    common = dict(op="apply_rope", tokens=4096, method="cpu", device_ms=2.0, kept_mib=1.0)
+    return common | dict(provider=provider, direction=direction, left_out={}) | more
+
+
+def test_the_table_marks_what_is_missed_and_what_is_not_installed() -> None:
+    name = "rotary-embedding-torch"
+    ours = [
+        benchmark_row("torch", "forward", ours_over_theirs={name: 0.2, "reference": 0.5}),
+        benchmark_row("torch", "full", ours_over_theirs={name: 0.25}),
+    ]
+    line = table.lines([*ours, benchmark_row(name, "full", kept_mib=4.0)])[2]
+    assert "| 2 / 2 | 0.20 (missed 0.15) / 0.25 | 0.50 /" in line and "| 1.00 | 0.25 |" in line
+    absent = [row | dict(ours_over_theirs={}, left_out={name: f"{name} is not installed"}) for row in ours]
+    assert "| not installed |" in table.lines(absent)[2]
+    assert "(missed" not in table.lines([row | dict(method="graph") for row in ours])[2]  # the budgets are a CPU's
+
+
+def test_ratios_are_of_rounds() -> None:
+    assert table.ratio([1.0, 2.0, 9.0], [2.0, 4.0, 3.0]) == 0.5
+    assert table.ratio([1.0], [2.0, 4.0, 6.0]) == 0.25
+
+
+def test_the_command_leaves_tables_and_pictures(tmp_path: Path, capsys) -> None:
+    arguments = (
+        "bench --op linear_attention apply_rope --values 16 32 --mode fwd bwd full --rounds 1 --provider torch sdpa reference"
+    )
+    assert main([*arguments.split(), "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "linear_attention, forward" in said.out and "SDPA" in said.out
+    assert "apply_rope, tokens 32" in said.err  # progress
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"bench.csv", "bench.json"} | {
+        f"{op}_fp32.{kind}" for op in ("linear_attention", "apply_rope") for kind in ("png", "svg")
+    }
+    with (tmp_path / "out" / "bench.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["tokens"], line["direction"]) for line in lines} == {
+        (tokens, direction) for tokens in ("16", "32") for direction in ("forward", "backward", "full")
+    }
+    assert len(json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]) == len(lines)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--provider nobody", "--provider: expected some of"),
+        ("--values 0", "argument --values: expected a whole number above 0, got '0'"),
+        ("--models nothing*", "--models: no model is called like 'nothing*'; there are vit,"),
+        ("--models vip --provider sdpa", "--provider: expected some of ours, compiled, plain, original, got sdpa"),
+    ],
+)
+def test_bad_arguments_in_one_line(arguments: str, message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *arguments.split()])
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and message in said.err and said.err.count("\n") == 1
+
+
+def test_from_where_on_ours_is_faster() -> None:
+    def row(provider: str, tokens: int, ms: float) -> dict:
+        return dict(op="x", direction="forward", provider=provider, tokens=tokens, device_ms=ms, status="ok")
+
+    theirs = [row("sdpa", tokens, 2.0) for tokens in (16, 32, 64)]
+
+    def said(*times: float) -> str:
+        return next(sweep.crossings([*theirs, *map(row, ["torch"] * 3, (16, 32, 64), times)], "tokens"))
+
+    assert said(3, 1, 1) == "x, forward: faster than SDPA from 32 tokens on, not at 16"
+    assert said(1, 3, 1) == "x, forward: faster than SDPA from 64 tokens on, not at 32"
+    assert said(1, 1, 1) == "x, forward: faster than SDPA at all of 16, 32, 64 tokens"
+    assert said(1, 1, 3) == "x, forward: not faster than SDPA at 64 tokens, the most of 16, 32, 64"
+
+
+def test_models_beside_their_originals() -> None:
+    found = {
+        (row["provider"], row["dtype"], row["direction"]): row
+        for row in models.measure("hybrid_vip", models.FORMS["cpu"][:3], "cpu", batch=1, rounds=1)
+    }
+    for direction in ("inference", "training"):
+        for form in models.FORMS["cpu"][:3]:
+            row = found[(*form, direction)]
+            assert row["status"] == "ok", row
+            assert row["images_per_second"] > 0 and row["peak_mib"] > 0
+    assert found["ours", "fp32", "training"]["kept_mib"] < found["original", "fp32", "training"]["kept_mib"]
+    (left_out, _) = models.measure("levit", [("original", "fp32")], "cpu", batch=1, rounds=1)
+    assert (left_out["status"], left_out["why"]) == ("skipped", "there is no original of it")
+
+
+@pytest.mark.parametrize("name", models.PAIRS)
+def test_originals_of_the_comparison_take_our_images(name: str) -> None:
+    ours, theirs = (models.make(name, provider, {}, "cpu").to("meta") for provider in ("ours", "original"))
+    images = torch.empty(2, ours.in_chans, *ours.img_size, device="meta")
+    assert theirs.eval()(images).shape == ours.eval()(images).shape

@@ -1,0 +1,264 @@
+"""`vix bench --models`: inference and training steps of the models, beside the originals they repair.
+
+Theirs is the model of the vision_xformer 0.2.0 wheel where it has one and is installed, else the plain form of
+`from_original`, which does the published work. The originals' training scripts wrap autocast around the loss alone, so that
+they train in float32 ("as shipped"); their bf16 rows have it around the model. Dropout is that of the published
+configuration.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vix_kernels.commands import print_table
+from vix_kernels.models import create_model
+from vix_kernels.models.originals import build
+from vix_kernels.models.zoo import PUBLISHED
+from vix_kernels.testing import kept_for_backward
+from vix_kernels.timing import in_turns, wall_time
+
+from .machine import device_name
+from .measure import Row, alone, brief, failed, ok, out_of_memory, peak_memory, skipped
+from .providers import LeftOut
+
+VIX = dict(image_size=32, patch_size=1, num_classes=10, dim=128, depth=4, mlp_dim=256)
+CCT = dict(
+    img_size=64, embedding_dim=128, n_conv_layers=3, kernel_size=3, stride=(2, 1, 1), padding=1, pooling_kernel_size=3,
+    pooling_stride=1, pooling_padding=1, num_layers=4, num_heads=4, num_classes=200, positional_embedding="learnable",
+)  # fmt: skip
+LEVIT = dict(image_size=32, stages=1, num_classes=200, dim=128, depth=4, heads=4, mlp_mult=2)
+CVT = dict(num_classes=200)
+for stage, (stride, depth) in enumerate(((2, 1), (1, 1), (1, 2)), start=1):
+    sizes = dict(
+        emb_dim=128, emb_kernel=3, emb_stride=stride, proj_kernel=3, kv_proj_stride=1, heads=4, depth=depth, mlp_mult=2
+    )
+    CVT |= {f"s{stage}_{key}": value for key, value in sizes.items()}
+
+
+class Pair(NamedTuple):
+    """Ours by arguments; theirs by label and arguments, from the wheel or from `originals`."""
+
+    ours: dict[str, Any]
+    label: str
+    theirs: dict[str, Any]
+    wheel: bool = False
+
+
+HEADS = dict(heads=4, dim_head=32)
+DROP, DROPOUT = dict(proj_drop_rate=0.25), dict(dropout=0.25)
+# So that both do the same work: the original CCT, CCN and CCP have MLPs of ratio 4, whatever they are asked for, and LeViN
+# and LeViP know nothing of positions. Of levit and cvt there is no original.
+PAIRS = {
+    "vit": Pair({}, "ViT", VIX | HEADS),
+    "vil": Pair(DROP, "ViL", VIX | HEADS | DROPOUT, wheel=True),
+    "vip": Pair(DROP, "ViP", VIX | HEADS | DROPOUT, wheel=True),
+    "vin": Pair({}, "ViN", VIX | HEADS | dict(num_landmarks=64), wheel=True),
+    "fnet": Pair({}, "FNet", VIX, wheel=True),
+    "hybrid_vit": Pair({}, "HybridViT", VIX | HEADS),
+    "hybrid_vil": Pair({}, "HybridViL", VIX | HEADS),
+    "hybrid_vip": Pair({}, "HybridViP", VIX | HEADS),
+    "hybrid_vin": Pair(DROP, "HybridViN", VIX | HEADS | DROPOUT),
+    "hybrid_fnet": Pair({}, "HybridFNet", VIX | dict(heads=4)),
+    "levin": Pair(dict(position="none"), "LeViN", LEVIT),
+    "levip": Pair(dict(position="none"), "LeViP", LEVIT),
+    "cvn": Pair({}, "CvN", CVT),
+    "cvp": Pair({}, "CvP", CVT),
+    "cct": Pair(dict(mlp_ratio=4.0), "CCT", CCT),
+    "ccn": Pair(dict(mlp_ratio=4.0), "CCN", CCT),
+    "ccp": Pair(dict(mlp_ratio=4.0), "CCP", CCT),
+    "fnet_2d": Pair({}, "wheel_FNet2D", dict(num_classes=10, dim=128, depth=4, mlp_dim=256)),
+}
+# Provider and dtype: "plain" is ours in plain PyTorch.
+FORMS = {
+    "cpu": (("ours", "fp32"), ("ours", "bf16"), ("original", "fp32"), ("original", "bf16")),
+    "cuda": (("ours", "bf16"), ("compiled", "bf16"), ("original", "fp32"), ("original", "bf16")),
+}
+PROVIDERS = ("ours", "compiled", "plain", "original")
+BATCH = {"cpu": 16, "cuda": 128}
+Form = tuple[str, str]
+
+
+def theirs_of(name: str) -> str:
+    """Where the original of a model comes from."""
+    pair = PAIRS.get(name)
+    if pair is None:
+        return ""
+    return f"{pair.label}, vision_xformer 0.2.0" if _from_wheel(pair) else f"{pair.label}, plain form"
+
+
+def _from_wheel(pair: Pair) -> bool:
+    return pair.wheel and find_spec("vision_xformer") is not None
+
+
+def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn.Module:
+    """The model of a provider, with `arguments` over the published ones (ours alone has them)."""
+    if provider != "original":
+        ours = (PAIRS[name].ours if name in PAIRS else {}) | arguments
+        model = create_model(name, **ours, backend="reference" if provider == "plain" else "auto").to(device)
+        return torch.compile(model) if provider == "compiled" else model
+    if name not in PAIRS:
+        raise LeftOut("there is no original of it")
+    if arguments:
+        raise LeftOut("the original is compared in its published size only")
+    pair = PAIRS[name]
+    if _from_wheel(pair):
+        return getattr(importlib.import_module("vision_xformer"), pair.label)(**pair.theirs).to(device)
+    return _drawn(build(pair.label, pair.theirs, backend="reference")).to(device)
+
+
+# What `originals` leaves to a state_dict, and the standard deviation that its package draws it with, give or take.
+_SPREAD = {
+    "cls_token": 1.0, "pos_embedding": 1.0, "positional_emb": 0.2, "proj_k": 0.06, "proj_v": 0.06, "projection_matrix": 1.0,
+    "g": 0.0, "b": 0.0,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def _drawn(model: nn.Module) -> nn.Module:
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        last = name.rpartition(".")[2]
+        if last in _SPREAD:
+            x.normal_(0, _SPREAD[last]).add_(1.0 if last == "g" else 0.0)
+    return model
+
+
+def measure(
+    name: str, forms: Sequence[Form], device: str, *, batch: int, rounds: int, arguments: dict[str, Any] | None = None
+) -> list[Row]:
+    """Rows of inference and of a training step (forward, loss, backward, AdamW) of one model, a form (provider, dtype) each.
+
+    On one batch of noise, again and again, so that a loss that does not stay finite shows.
+    """
+    arguments = arguments or {}
+    ours = create_model(name, **arguments)
+    images = torch.randn(batch, ours.in_chans, *ours.img_size, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.arange(batch, device=device) % ours.num_classes
+    rows, steps = [], {}
+    for provider, dtype in forms:
+        what = dict(
+            model=name, provider=provider, dtype=dtype, batch=batch, device=device_name(device),
+            theirs=theirs_of(name) if provider == "original" else "", **arguments,
+        )  # fmt: skip
+        try:
+            torch.manual_seed(0)
+            step = Step(make(name, provider, arguments, device), images, labels, dtype)
+            if device == "cpu":
+                steps[provider, dtype] = step, what
+                step.train(), step.infer()  # what cannot run is out of the race
+            else:
+                rows += _figures(step, what, *(wall_time(each, calls=rounds) for each in (step.infer, step.train)))
+                del step
+                torch.cuda.empty_cache()
+        except Exception as error:
+            steps.pop((provider, dtype), None)
+            lost = provider == "original" or isinstance(error, LeftOut) or out_of_memory(error)
+            rows += [(skipped if lost else failed)(error, **what, direction=each) for each in ("inference", "training")]
+    for each in ("infer", "train") if steps else ():
+        times = in_turns({form: getattr(step, each) for form, (step, _) in steps.items()}, rounds=rounds)
+        for form, (step, _) in steps.items():
+            step.times[each] = times[form].median
+    for step, what in steps.values():
+        rows += _figures(step, what, step.times["infer"], step.times["train"])
+    return rows
+
+
+class Step:
+    """One model at work on one batch."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> None:
+        self.model, self.images, self.labels, self.dtype = model, images, labels, dtype
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        self.losses: list[Tensor] = []
+        self.times: dict[str, float] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
+            return self.model(images)
+
+    def train(self) -> None:
+        self.model.train()
+        loss = F.cross_entropy(self.forward(self.images).float(), self.labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.detach())
+
+    def infer(self) -> None:
+        self.model.eval()
+        with torch.no_grad():
+            self.forward(self.images)
+
+    def kept(self) -> int:
+        self.model.train()
+        return kept_for_backward(self.forward, (self.images,))
+
+
+def _figures(step: Step, what: Row, inference: float, training: float) -> Iterator[Row]:
+    device, batch = step.images.device.type, what["batch"]
+    for direction, function, milliseconds in (("inference", step.infer, inference), ("training", step.train, training)):
+        figures = dict(
+            direction=direction, ms=milliseconds, images_per_second=1e3 * batch / milliseconds,
+            peak_mib=peak_memory(function, device) / 2**20,
+        )  # fmt: skip
+        if direction == "training":
+            first, last = step.losses[0].item(), step.losses[-1].item()
+            if not last < float("inf"):
+                yield failed(f"the loss went from {first:.4g} to {last:.4g}", **what, direction=direction)
+                continue
+            figures |= dict(kept_mib=step.kept() / 2**20, loss_before=first, loss_after=last)
+        yield ok(**what, **figures)
+
+
+# The command's part
+
+
+def run(args: Namespace, device: str, parser: ArgumentParser) -> Iterator[list[Row]]:
+    """The rows of one model after the other."""
+    names = [name for name in PUBLISHED if fnmatch(name, args.models)]
+    if not names:
+        parser.error(f"--models: no model is called like {args.models!r}; there are {', '.join(PUBLISHED)}")
+    if unknown := sorted(set(args.provider or ()) - set(PROVIDERS)):
+        parser.error(f"--provider: expected some of {', '.join(PROVIDERS)}, got {', '.join(unknown)}")
+    forms = FORMS[device]
+    if args.provider:
+        dtypes = ("fp32", "bf16") if device == "cpu" else ("bf16",)
+        forms = tuple(
+            (provider, dtype)
+            for provider in args.provider
+            for dtype in (dtypes if provider != "original" else ("fp32", "bf16"))
+        )
+    for name in names:
+        start = time.perf_counter()
+        yield alone(
+            measure, name, forms, device, batch=args.batch or BATCH[device], rounds=args.rounds,
+            lost=lambda why, name=name: [skipped(why, model=name, provider=p, dtype=d, direction="") for p, d in forms],
+        )  # fmt: skip
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def report(rows: list[Row]) -> None:
+    headings = ("model", "provider", "dtype", "", "images/s", "peak MiB", "kept MiB")
+    cell: Callable[[Any], str] = lambda value: "" if value is None else f"{value:.4g}"  # noqa: E731
+    print_table(
+        headings,
+        (
+            [row["model"], row["theirs"] or row["provider"], row["dtype"], row["direction"]]
+            + (
+                [cell(row.get(name)) for name in ("images_per_second", "peak_mib", "kept_mib")]
+                if row["status"] == "ok"
+                else [brief(row["why"]), "", ""]
+            )
+            for row in rows
+        ),
+    )

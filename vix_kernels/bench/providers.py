@@ -1,0 +1,240 @@
+"""Who can do an operator's work, and what counts as having done it right.
+
+Where a peer projects its input, its linear maps are taken out, so that all do the attention alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from vix_kernels.testing import SPECS, Problem
+
+Outputs = tuple[Tensor, ...]
+OURS = ("triton", "torch")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One provider on one problem.
+
+    Attributes:
+        function: takes the leaves, returns a tensor or a tuple.
+        leaves: its tensors, in its own layout; those that are trained require gradients.
+        exact: what it should give, from the problem in float64; the operator's reference, unless it does something else.
+        shown: brings its outputs to the layout of `exact`.
+        tolerance: relative distance from `exact` that counts as right, in float32; None: a few times plain PyTorch's error.
+    """
+
+    function: Callable[..., Any]
+    leaves: list[Tensor]
+    exact: Callable[[Problem], Outputs] = lambda problem: problem(reference=True)
+    shown: Callable[[Outputs], Outputs] = lambda outputs: outputs
+    tolerance: float | None = None
+
+
+class LeftOut(Exception):
+    """Why a provider does not take part, in a sentence."""
+
+
+def enter(provider: str, problem: Problem) -> Contender:
+    """`provider` on `problem`.
+
+    Raises:
+        LeftOut: its package is not installed.
+        KeyError: nobody of that name serves the operator.
+    """
+    spec, leaves = problem.spec, list(problem.tensors.values())
+    if provider in OURS:
+        return Contender(lambda *tensors: spec.function(*tensors, **problem.options, backend=provider), leaves)
+
+    def reference(*tensors: Tensor) -> Any:
+        return spec.reference(*tensors, **problem.options)
+
+    if provider == "reference":
+        return Contender(reference, leaves)
+    if provider == "compiled":
+        torch._dynamo.reset()
+        # The interpreter's dry run has no compiler to generate code with.
+        return Contender(torch.compile(reference, dynamic=False, backend=COMPILER), leaves)
+    module, make = PEERS[spec.name][provider]
+    if find_spec(module) is None:
+        raise LeftOut(f"{provider} is not installed")
+    return make(problem)
+
+
+COMPILER = "inductor"
+
+
+def providers(op: str, device: str) -> list[str]:
+    """All that may serve `op` on "cpu" or "cuda", ours first."""
+    ours = ("torch",) if device == "cpu" else OURS
+    return [*ours, "reference", "compiled", *PEERS.get(op, {})]
+
+
+# The peers
+
+
+def sdpa(problem: Problem) -> Contender:
+    """Softmax attention: FlashAttention in 16 bits, torch's memory-efficient kernel in float32, its flash kernel on a CPU."""
+    leaves, scale = [problem.tensors[name] for name in "qkv"], problem.options.get("scale")
+    kind = SDPBackend.FLASH_ATTENTION
+    if leaves[0].is_cuda and leaves[0].dtype == torch.float32:
+        kind = SDPBackend.EFFICIENT_ATTENTION
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kind):
+            return scaled_dot_product_attention(q, k, v, scale=scale)
+
+    def first_queries(outputs: Outputs) -> Outputs:
+        return tuple(x[:, :, :256] for x in outputs)
+
+    def exact(problem: Problem) -> Outputs:
+        q, k, v = (problem.tensors[name] for name in "qkv")
+        (q,) = first_queries((q,))
+        return ((q @ k.mT * (scale or q.shape[3] ** -0.5)).softmax(-1) @ v,)
+
+    return Contender(attention, leaves, exact, first_queries, tolerance=1e-4)
+
+
+def performer(problem: Problem) -> Contender:
+    from performer_pytorch import FastAttention
+
+    q, k, v, projection = (problem.tensors[name] for name in ("q", "k", "v", "projection"))
+    peer = FastAttention(dim_heads=q.shape[3], nb_features=len(projection)).to(q.device)
+    peer.projection_matrix.copy_(projection)
+
+    def exact(problem: Problem) -> Outputs:
+        tensors = problem.tensors | {name: problem.tensors[name] / 4 for name in "qk"}
+        return replace(problem, tensors=tensors)(reference=True)
+
+    # Its eps of 1e-4 drowns the features of tokens as long as ours, and moves those of shorter ones.
+    return Contender(_autocast(peer, q), [_leaf(q / 4), _leaf(k / 4), v], exact, tolerance=0.3)
+
+
+def plain_linear(problem: Problem) -> Contender:
+    """relu linear attention as EfficientViT and SANA write it, in two matrix products."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = q.relu(), k.relu()
+        return q @ (k.mT @ v) / (q @ k.sum(-2, keepdim=True).mT + 1e-6)
+
+    return Contender(attention, [problem.tensors[name] for name in "qkv"], tolerance=1e-4)
+
+
+def fla(problem: Problem) -> Contender:
+    """Causal, which nothing of ours is: its last token has read all, as ours have, and is what gets checked."""
+    if not problem.tensors["q"].is_cuda:
+        raise LeftOut("flash-linear-attention needs a GPU")
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return chunk_linear_attn(q.relu(), k.relu(), v, normalize=True)[0]
+
+    leaves = [_leaf(problem.tensors[name].transpose(1, 2)) for name in "qkv"]
+    return Contender(
+        attention,
+        leaves,
+        exact=lambda problem: tuple(x[:, :, -1:] for x in problem(reference=True)),
+        shown=lambda outputs: tuple(x[:, -1:].transpose(1, 2) for x in outputs),
+        tolerance=1e-3,
+    )
+
+
+def nystrom(problem: Problem) -> Contender:
+    from nystrom_attention import NystromAttention
+
+    q, k, v, weight = (problem.tensors[name] for name in ("q", "k", "v", "conv_weight"))
+    heads, width = q.shape[1], q.shape[3]
+    landmarks, taps = problem.options["num_landmarks"], weight.shape[2]
+    peer = NystromAttention(
+        heads * width, dim_head=width, heads=heads, num_landmarks=landmarks, residual_conv_kernel=taps
+    ).to(q.device)  # fmt: skip
+    peer.to_qkv, peer.to_out = nn.Identity(), nn.Identity()
+    with torch.no_grad():
+        peer.res_conv.weight.copy_(weight)
+    packed = _leaf(torch.cat([_merged(x) for x in (q, k, v)], -1))
+    parameters = [peer.res_conv.weight]
+
+    def exact(problem: Problem) -> Outputs:
+        options = problem.options | dict(landmarks="pad_front", pinv_init="original")
+        return tuple(_merged(x) for x in replace(problem, options=options)(reference=True))
+
+    # It starts its inverse from a maximum over the whole batch, of which one sample is checked.
+    return Contender(_autocast(lambda x, *_: peer(x), q), [packed, *parameters], exact, tolerance=1e-2)
+
+
+def linformer(problem: Problem) -> Contender:
+    """Its values are its keys here: the arithmetic is the same."""
+    from linformer import LinformerSelfAttention
+
+    q, k, key_projection, value_projection = (
+        problem.tensors[name] for name in ("q", "k", "key_projection", "value_projection")
+    )
+    heads, tokens, width = k.shape[1:]
+    peer = LinformerSelfAttention(heads * width, tokens, k=key_projection.shape[1], heads=heads).to(q.device)
+    peer.to_q = peer.to_k = peer.to_v = peer.to_out = nn.Identity()
+    with torch.no_grad():
+        peer.proj_k.copy_(key_projection[:tokens])
+        peer.proj_v.copy_(value_projection[:tokens])
+
+    def exact(problem: Problem) -> Outputs:
+        tensors = problem.tensors | {"v": problem.tensors["k"]}
+        return tuple(_merged(x) for x in replace(problem, tensors=tensors)(reference=True))
+
+    leaves = [_leaf(_merged(x)) for x in (q, k)]
+    return Contender(_autocast(lambda q, k, *_: peer(q, k), q), [*leaves, peer.proj_k, peer.proj_v], exact, tolerance=1e-4)
+
+
+def rotary(problem: Problem) -> Contender:
+    from rotary_embedding_torch import RotaryEmbedding
+
+    q, k = problem.tensors["q"], problem.tensors["k"]
+    peer = RotaryEmbedding(dim=q.shape[3]).to(q.device)
+
+    def rotate(q: Tensor, k: Tensor) -> Outputs:
+        return peer.rotate_queries_or_keys(q), peer.rotate_queries_or_keys(k)
+
+    return Contender(rotate, [q, k], tolerance=2e-3)  # its angles are products in float32
+
+
+def _merged(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().contiguous().requires_grad_()
+
+
+def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
+    """The peers are written for autocast: cast to 16 bits as a whole they fail or lose their float32 sums."""
+    enabled = like.dtype != torch.float32
+
+    def call(*inputs: Tensor) -> Tensor:
+        with torch.autocast(like.device.type, like.dtype if enabled else torch.bfloat16, enabled=enabled):
+            return peer(*inputs)
+
+    return call
+
+
+Maker = Callable[[Problem], Contender]
+SOFTMAX: tuple[str, Maker] = ("torch", sdpa)
+# operator -> provider -> (module that must be importable, maker)
+PEERS: dict[str, dict[str, tuple[str, Maker]]] = {
+    "performer_attention": {"sdpa": SOFTMAX, "performer-pytorch": ("performer_pytorch", performer)},
+    "linear_attention": {
+        "sdpa": SOFTMAX, "plain": ("torch", plain_linear), "flash-linear-attention": ("fla", fla),
+    },
+    "nystrom_attention": {"sdpa": SOFTMAX, "nystrom-attention": ("nystrom_attention", nystrom)},
+    "linformer_attention": {"sdpa": SOFTMAX, "linformer": ("linformer", linformer)},
+    "agent_attention": {"sdpa": SOFTMAX},
+    "apply_rope": {"rotary-embedding-torch": ("rotary_embedding_torch", rotary)},
+}  # fmt: skip
+PUBLIC = [op for op in SPECS if op in (*PEERS, "fourier_mixing")]  # what people compare; the rest are parts and variants

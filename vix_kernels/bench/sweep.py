@@ -1,0 +1,209 @@
+"""`vix bench`: operators over a range of sizes, beside everyone who does the same work; or the models."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vix_kernels import backends
+from vix_kernels.commands import DTYPES, Parser, print_table, write_atomically
+from vix_kernels.testing import Case
+
+from . import models
+from .draw import NAMES, draw
+from .machine import commit, facts
+from .measure import Effort, Row, measure_alone
+from .providers import OURS, PUBLIC, providers
+
+MODES = {"fwd": "forward", "bwd": "backward", "full": "full"}
+SWEEPS = {
+    "tokens": {"cpu": (256, 512, 1024, 2048, 4096, 8192), "cuda": (256, 1024, 4096, 16384, 65536)},
+    "width": {"cpu": (16, 32, 64, 128), "cuda": (16, 32, 64, 128, 256)},
+    "features": {"cpu": (16, 64, 256), "cuda": (16, 32, 64, 128, 256, 512)},
+    "batch": {"cpu": (1, 2, 4), "cuda": (1, 2, 4, 8, 16, 32)},
+}
+BASE = {  # what is not swept; the CPU's are the sizes of its budgets
+    "cpu": Case("sweep", batch=2, heads=4, tokens=1024, width=64, features=256, taps=33),
+    "cuda": Case("sweep", batch=8, heads=8, tokens=4096, width=64, features=256, taps=33),
+}
+EXAMPLES = """\
+examples:
+  vix bench                                                      every operator over the tokens, forward and both
+  vix bench --op nystrom_attention --sweep tokens --mode fwd bwd full --dtype bf16 --output results
+  vix bench --op performer_attention --sweep features --values 16 32 64 128 --tokens 4096
+  vix bench --models                                             images/s of every model, inference and training
+  vix bench --models "hybrid_*" --batch 32
+
+Rows are checked against float64 before they are timed; one that is wrong, does not fit or is not installed says so and has no
+time. The output folder gets bench.csv, bench.json and a picture an operator (time and memory, PNG and SVG), after every size,
+so that an interrupted sweep leaves what it has. Times are device times, of the process on a CPU; backward is full less forward.
+"""
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(
+        prog="vix bench",
+        description="Measure operators beside plain and compiled PyTorch, SDPA and the installed peers.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--op", nargs="+", choices=PUBLIC, default=PUBLIC, metavar="OP", help=", ".join(PUBLIC))
+    parser.add_argument("--models", nargs="?", const="*", metavar="PATTERN", help="measure models instead, those like PATTERN")
+    parser.add_argument("--sweep", choices=SWEEPS, default="tokens", help="what changes (default: tokens)")
+    parser.add_argument("--values", nargs="+", type=_positive, metavar="N", help="its values (default: a range for the device)")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["fwd", "full"], help="default: fwd full")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--provider", nargs="+", metavar="NAME", help="only these, such as torch sdpa (default: all)")
+    for name in ("batch", "heads", "tokens", "width", "features"):
+        of = ", ".join(f"{getattr(case, name)} on {device}" for device, case in BASE.items())
+        parser.add_argument(f"--{name}", type=_positive, metavar="N", help=f"where it is not swept (default: {of})")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if the kernels run on it")
+    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="of a CPU (default: 1, the least noisy)")
+    parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="calls of each (default: 5)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the tables and pictures (default: only print)")
+    args = parser.parse_args(argv)
+    reason = backends.reason_against_gpu()
+    if args.device == "cuda" and reason:
+        parser.error(f"--device cuda: {reason}")
+    device = args.device or ("cpu" if reason else "cuda")
+    args.dtype = args.dtype or ("fp32" if device == "cpu" else "bf16")
+    if device == "cpu":
+        torch.set_num_threads(args.threads)
+    known = sorted({name for op in args.op for name in providers(op, device)})
+    if unknown := sorted(set(args.provider or ()) - set(known)):
+        parser.error(f"--provider: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    try:
+        if args.output:
+            args.output.mkdir(parents=True, exist_ok=True)
+        run = models.run(args, device, parser) if args.models else sweep(args, device)
+        rows: list[Row] = []
+        for some in run:
+            rows += some
+            if args.output:
+                save(args.output, rows)
+        report(rows, args)
+        if args.output:
+            if not args.models:
+                draw(args.output, rows, args.sweep)
+            print(f"wrote {args.output}")
+    except OSError as error:
+        parser.error(str(error))
+    except ModuleNotFoundError as error:
+        parser.error(f"it needs {error.name}, which is not installed")
+    except KeyboardInterrupt:
+        print("vix bench: interrupted" + (f"; {args.output} has what was measured" if args.output else ""), file=sys.stderr)
+        return 130
+    return int(any(row["status"] == "failed" for row in rows))
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def sweep(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
+    """The rows of one operator and value after the other."""
+    base = BASE[device]
+    given = {name: getattr(args, name) for name in ("batch", "heads", "tokens", "width", "features")}
+    base = replace(base, **{name: value for name, value in given.items() if value})
+    values = args.values or SWEEPS[args.sweep][device]
+    directions = tuple(MODES[mode] for mode in MODES if mode in args.mode)
+    for op in args.op:
+        chosen = [name for name in providers(op, device) if not args.provider or name in args.provider]
+        for value in values:
+            start = time.perf_counter()
+            case = replace(base, **{args.sweep: value})
+            results = measure_alone(
+                op, case, args.dtype, chosen, device, directions=directions, effort=Effort(rounds=args.rounds)
+            )
+            print(f"{op}, {args.sweep} {value:,}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+            yield [result.row for result in results]
+
+
+def save(folder: Path, rows: list[Row]) -> None:
+    """bench.csv and bench.json, each with the machine and the commit."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def table(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*columns, "commit"], lineterminator="\n")
+            writer.writeheader()
+            for row in rows:
+                line = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+                writer.writerow(line | {"commit": commit()})
+
+    everything = dict(commit=commit(), date=time.strftime("%Y-%m-%d"), **facts(), rows=rows)
+    write_atomically(folder / "bench.csv", table)
+    write_atomically(folder / "bench.json", lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"))
+
+
+def report(rows: list[Row], args: argparse.Namespace) -> None:
+    """What was measured, as a table, and from where on ours is the faster one."""
+    if args.models:
+        models.report(rows)
+        return
+    headings = (
+        "operator",
+        args.sweep,
+        "mode",
+        "provider",
+        "ms",
+        "GB/s",
+        "TFLOP/s",
+        "of the roofline",
+        "peak MiB",
+        "kept MiB",
+        "error",
+    )
+    names = ("device_ms", "gbps", "tflops", "roofline", "peak_mib", "kept_mib", "error")
+    print(f"{rows[0]['device']}, {args.dtype}, commit {commit()}\n")
+    print_table(
+        headings,
+        (
+            [row["op"], f"{row[args.sweep]:,}", row["direction"], row["provider"]]
+            + ([_cell(row.get(name)) for name in names] if row["status"] == "ok" else [row["why"], *[""] * 6])
+            for row in rows
+        ),
+    )
+    print()
+    for line in crossings(rows, args.sweep):
+        print(line)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def crossings(rows: Iterable[Row], sweep: str) -> Iterator[str]:
+    """From which value on ours beats softmax attention, and where it does not, a line an operator and direction."""
+    timed = {
+        (row["op"], row["direction"], row["provider"], row[sweep]): row["device_ms"] for row in rows if row["status"] == "ok"
+    }
+    for op, direction in dict.fromkeys((op, direction) for op, direction, *_ in timed):
+        values = sorted({value for o, d, _, value in timed if (o, d) == (op, direction)})
+        ours = {}
+        for value in values:
+            times = [timed[key] for name in OURS if (key := (op, direction, name, value)) in timed]
+            if times and (op, direction, "sdpa", value) in timed:
+                ours[value] = min(times) < timed[op, direction, "sdpa", value]
+        if not ours:
+            continue
+        losing = [value for value, faster in ours.items() if not faster]
+        winning = [value for value in ours if not losing or value > max(losing)]
+        where = f"{op}, {NAMES[direction]}: "
+        measured = ", ".join(f"{value:,}" for value in ours)
+        if not winning:
+            yield where + f"not faster than SDPA at {losing[-1]:,} {sweep}, the most of {measured}"
+        elif not losing:
+            yield where + f"faster than SDPA at all of {measured} {sweep}"
+        else:
+            yield where + f"faster than SDPA from {winning[0]:,} {sweep} on, not at {', '.join(f'{v:,}' for v in losing)}"
