@@ -106,21 +106,67 @@ def _judged(value: float, budget: float | None) -> str:
     return text if budget is None or value <= budget else f"{text} (missed {budget:g})"
 
 
+# The models
+
+MODEL_COLUMNS = (
+    "model / theirs", "training step, images/s", "of theirs", "bf16, of theirs in fp32", "bf16, of theirs in bf16",
+    "inference, of theirs", "kept, of theirs", "peak, of theirs",
+)  # fmt: skip
+
+
+def model_budget(name: str) -> Budget:
+    """Of a training step in float32; of the memory kept for it."""
+    return Budget(None, 0.85 if name in ("vil", "hybrid_vil") else 0.7, 0.4)
+
+
+BF16_BUDGET = 0.45  # ours in bf16 over theirs in float32, of a CPU that multiplies bf16 in tiles (AMX)
+
+
+def model_lines(rows: Iterable[Row]) -> list[str]:
+    """In Markdown: a line a model; ratios of times, ours over theirs."""
+    found = {(row["model"], row["provider"], row["dtype"], row["direction"]): row for row in rows if row["status"] == "ok"}
+
+    def ratio(name: str, figure: str, ours: str, theirs: str, direction: str = "training") -> float | None:
+        pair = (found.get((name, "ours", ours, direction)), found.get((name, "original", theirs, direction)))
+        return pair[0][figure] / pair[1][figure] if all(pair) else None
+
+    body = []
+    for name in dict.fromkeys(model for model, *_ in found):
+        ours, theirs = (found.get((name, provider, "fp32", "training")) for provider in ("ours", "original"))
+        budget = model_budget(name)
+        speeds = [f"{row['images_per_second']:.3g}" for row in (ours, theirs) if row]
+        cells = (
+            (ratio(name, "ms", "fp32", "fp32"), budget.full),
+            (ratio(name, "ms", "bf16", "fp32"), BF16_BUDGET),
+            (ratio(name, "ms", "bf16", "bf16"), None),
+            (ratio(name, "ms", "fp32", "fp32", "inference"), None),
+            (ratio(name, "kept_mib", "fp32", "fp32"), budget.kept),
+            (ratio(name, "peak_mib", "fp32", "fp32"), None),
+        )
+        body.append((
+            f"`{name}` / {theirs['theirs'] if theirs else 'no original'}", " / ".join(speeds),
+            *("" if value is None else _judged(value, limit) for value, limit in cells),
+        ))  # fmt: skip
+    return [f"| {' | '.join(line)} |" for line in (MODEL_COLUMNS, ["---"] * len(MODEL_COLUMNS), *body)]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="bench.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN.json", help="what --benchmark-json wrote")
+    parser.add_argument("run", type=Path, metavar="RUN.json", help="what --benchmark-json or vix bench --models wrote")
     args = parser.parse_args(argv)
     try:
         run = json.loads(args.run.read_text())
-        rows = [each["extra_info"] for each in run["benchmarks"] if "provider" in each["extra_info"]]
-    except (OSError, ValueError, KeyError) as error:
-        parser.error(f"{args.run}: {error}")
-    if not rows:
-        parser.error(f"{args.run}: expected rows of this suite, got none")
-    machine = run["machine_info"]
-    what = machine["device"], f"torch {machine['torch']}", rows[0]["dtype"], run["datetime"][:10]
-    print(f"{', '.join(what)}, commit {rows[0]['commit']}\n")
-    print("\n".join(lines(rows)))
+        models = "rows" in run
+        rows = run["rows"] if models else [each["extra_info"] for each in run["benchmarks"] if "provider" in each["extra_info"]]
+        made = model_lines(rows) if models else lines(rows)
+        machine, date = (run, run["date"]) if models else (run["machine_info"], run["datetime"][:10])
+        first, commit = rows[0], (run if models else rows[0])["commit"]
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        parser.error(
+            f"{args.run}: expected a run of pytest --benchmark or of vix bench --models ({type(error).__name__}: {error})"
+        )
+    print(f"{first['device']}, torch {machine['torch']}, {'' if models else first['dtype'] + ', '}{date}, commit {commit}\n")
+    print("\n".join(made))
     return 0
 
 

@@ -193,6 +193,24 @@ def test_the_table_marks_what_is_missed_and_what_is_not_installed() -> None:
     assert "(missed" not in table.lines([row | dict(method="graph") for row in ours])[2]  # the budgets are a CPU's
 
 
+def test_the_table_of_models(tmp_path: Path, capsys) -> None:
+    def row(provider: str, dtype: str, direction: str, ms: float, kept: float) -> dict:
+        figures = dict(ms=ms, images_per_second=16e3 / ms, peak_mib=2 * kept, kept_mib=kept, theirs="ViP", device="x")
+        return dict(model="vip", provider=provider, dtype=dtype, direction=direction, status="ok", why="") | figures
+
+    rows = [row("ours", "fp32", "training", 600, 30), row("original", "fp32", "training", 800, 100)]
+    rows += [row("ours", "bf16", "training", 360, 20), row("ours", "fp32", "inference", 100, 0)]
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(dict(commit="c", date="d", torch="t", rows=rows)))
+    assert table.main([str(path)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == "| `vip` / ViP | 26.7 / 20 | 0.75 (missed 0.7) | 0.45 |  |  | 0.30 | 0.30 |"
+    path.write_text("{}")
+    with pytest.raises(SystemExit):
+        table.main([str(path)])
+    assert "expected a run of pytest --benchmark or of vix bench --models" in capsys.readouterr().err
+
+
 def test_ratios_are_of_rounds() -> None:
     assert table.ratio([1.0, 2.0, 9.0], [2.0, 4.0, 3.0]) == 0.5
     assert table.ratio([1.0], [2.0, 4.0, 6.0]) == 0.25
@@ -208,7 +226,7 @@ def test_the_command_leaves_tables_and_pictures(tmp_path: Path, capsys) -> None:
     assert "apply_rope, tokens 32" in said.err  # progress
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"bench.csv", "bench.json"} | {
-        f"{op}_fp32.{kind}" for op in ("linear_attention", "apply_rope") for kind in ("png", "svg")
+        f"{name}_fp32.{kind}" for name in ("linear_attention", "apply_rope", "all") for kind in ("png", "svg")
     }
     with (tmp_path / "out" / "bench.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))

@@ -54,3 +54,10 @@ def test_check_names_every_reason(capsys) -> None:
     assert "performer_attention" in out and "apply_rope" in out
     assert main(["check", "--width", "300"]) == 0
     assert "not triton: the kernels serve head widths 8 to 256, not 300" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    code = "import sys; from vix_kernels.__main__ import main; sys.exit(main(['models']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1

@@ -55,7 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"vix_kernels {__version__}")
     parser.add_argument("command", choices=commands)
     argv = list(sys.argv[1:] if argv is None else argv)
-    return commands[parser.parse_args(argv[:1]).command](argv[1:])
+    command = commands[parser.parse_args(argv[:1]).command]
+    try:
+        status = command(argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `vix models | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more on its way out
+        return 1
+    return status
 
 
 def _train_parser() -> Parser:
