@@ -108,8 +108,8 @@ def test_late_providers_are_skipped() -> None:
 
 
 def test_a_process_that_is_killed_costs_its_rows_alone() -> None:
-    assert alone(os.abort, lost=lambda why: why) == "the process was killed, for lack of memory perhaps"
-    assert alone(max, 1, 2, lost=lambda why: why) == 2
+    assert alone("cpu", lambda why: why, os.abort) == "the process was killed, for lack of memory perhaps"
+    assert alone("cpu", lambda why: why, max, 1, 2) == 2
 
 
 def test_peak_memory_is_that_of_the_call() -> None:

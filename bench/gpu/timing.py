@@ -24,7 +24,7 @@ Job = tuple[str, str, Case, tuple[str, ...]]  # operator, dtype, sizes, provider
 
 def rows(plan: Plan) -> Iterator[Row]:
     yield from ceilings(plan)
-    effort = Effort(rounds=1, memory=False) if plan.dry else Effort()
+    effort = Effort(rounds=1, memory=False) if plan.dry else Effort(milliseconds=25)
     if plan.dry:
         providers.COMPILER = "aot_eager"  # the interpreter's machine may have no compiler
     for op, dtype, case, names in order(plan):

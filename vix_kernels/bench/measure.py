@@ -12,9 +12,10 @@ import gc
 import importlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from .providers import OURS, Contender, LeftOut, enter
 
 Row = dict[str, Any]
 DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward; backward: the difference
+WALL_BELOW = 2.0  # milliseconds on a GPU: the host's overhead shows in short calls
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,6 @@ class Effort:
 
     rounds: int = 5
     milliseconds: float = 40.0
-    wall_calls: int = 20
     memory: bool = True
 
 
@@ -77,14 +78,14 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: " in str(error)
 
 
-def alone(function: Callable[..., Any], *args: Any, lost: Callable[[str], Any], **kwargs: Any) -> Any:
+def alone(device: str, lost: Callable[[str], Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """function(*args, **kwargs) in a process of its own, so that no result depends on what was measured before it.
 
     What an allocator has learned from one operator changes the times of the next, by up to a half. A process that the system
     kills, for lack of memory say, gives lost(why). On a GPU, which knows nothing of that, and where processes cannot fork, it
     is a plain call.
     """
-    if "cuda" in args or "fork" not in multiprocessing.get_all_start_methods():
+    if device == "cuda" or "fork" not in multiprocessing.get_all_start_methods():
         return function(*args, **kwargs)
     importlib.import_module("torch._dynamo")  # here once, not in every process: the profiler takes two seconds to import it
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
@@ -102,7 +103,7 @@ def measure_alone(op: str, case: Case, dtype: str, providers: Iterable[str], dev
         what, directions = _sizes(op, SPECS[op].fit(case), dtype, device), how.get("directions", DIRECTIONS)
         return [Result(skipped(why, **what, provider=name, direction=x)) for name in providers for x in directions]
 
-    return alone(measure, op, case, dtype, providers, device, lost=lost, **how)
+    return alone(device, lost, measure, op, case, dtype, providers, device, **how)
 
 
 def measure(
@@ -169,28 +170,35 @@ class Race:
             if self.late():
                 results[name] = Result(skipped("out of time", **label))
                 continue
-            try:
+            with self.noting(results, label):
                 call = self.prepare(name, direction)
                 error, why = self.check(call)
                 if why:
                     results[name] = Result((failed if name in OURS else skipped)(why, **label, error=error))
                 elif self.device == "cpu":
-                    calls[name] = call, error
+                    calls[name] = call, label | dict(error=error)
                 else:
                     time = device_time(call.run, milliseconds=self.effort.milliseconds)
-                    results[name] = self.result(label, call, time, error)
-            except Exception as problem:
-                ours = name in OURS and not out_of_memory(problem)
-                results[name] = Result((failed if ours else skipped)(problem, **label))
-                if self.device == "cuda":
-                    torch.cuda.synchronize()  # an illegal access ends it all here, with its reason
+                    results[name] = self.result(call, time, label | dict(error=error))
             if self.device == "cuda":
                 self.contenders.pop(name, None)  # what it holds is in the next one's way
                 _free(self.device)
         times = in_turns({name: call.run for name, (call, _) in calls.items()}, rounds=self.effort.rounds)
-        for name, (call, error) in calls.items():
-            results[name] = self.result(what | dict(provider=name, direction=direction), call, times[name], error)
+        for name, (call, label) in calls.items():
+            with self.noting(results, label):
+                results[name] = self.result(call, times[name], label)
         return results
+
+    @contextmanager
+    def noting(self, results: dict[str, Result], label: Row) -> Iterator[None]:
+        """What goes wrong inside becomes the provider's result."""
+        try:
+            yield
+        except Exception as problem:
+            ours = label["provider"] in OURS and not out_of_memory(problem)
+            results[label["provider"]] = Result((failed if ours else skipped)(problem, **label))
+            if self.device == "cuda":
+                torch.cuda.synchronize()  # an illegal access ends it all here, with its reason
 
     def prepare(self, name: str, direction: str) -> Call:
         if name not in self.contenders:
@@ -243,16 +251,17 @@ class Race:
             worst = max(worst, error)
         return worst, ""
 
-    def result(self, label: Row, call: Call, time: DeviceTime, error: float | None) -> Result:
-        seconds, direction, effort = time.median / 1e3, label["direction"], self.effort
+    def result(self, call: Call, time: DeviceTime, label: Row) -> Result:
+        seconds, direction = time.median / 1e3, label["direction"]
         work = self.work(direction)
+        short = self.device == "cuda" and time.median < WALL_BELOW
         figures = dict(
             device_ms=time.median, low_ms=time.low, high_ms=time.high, method=time.method,
-            wall_ms=wall_time(call.run, calls=effort.wall_calls) if effort.wall_calls and self.device == "cuda" else None,
+            wall_ms=wall_time(call.run) if short else None,
             gbps=work.bytes / seconds / 1e9, tflops=work.flops / seconds / 1e12,
-            roofline=predict(work, peaks(self.device), self.dtype)[0] / seconds, error=error,
+            roofline=predict(work, peaks(self.device), self.dtype)[0] / seconds,
         )  # fmt: skip
-        if effort.memory:
+        if self.effort.memory:
             figures["peak_mib"] = peak_memory(call.run, self.device) / 2**20
             if direction == "full":
                 contender = call.contender
@@ -340,9 +349,9 @@ def _difference(full: Result, forward: Result) -> Result:
     row = full.row | dict(direction="backward")
     if row["status"] != "ok" or forward.row["status"] != "ok":
         return Result(row if row["status"] != "ok" else forward.row | dict(direction="backward"))
-    times = {name: full.row[name] - forward.row[name] for name in ("device_ms",)}
     left = ("op", "dtype", "batch", "heads", "tokens", "width", "features", "device", "provider", "method", "error")
-    return Result(ok(**{name: row[name] for name in left}, direction="backward", **times))
+    milliseconds = full.row["device_ms"] - forward.row["device_ms"]
+    return Result(ok(**{name: row[name] for name in left}, direction="backward", device_ms=milliseconds))
 
 
 def peak_memory(function: Callable[[], Any], device: str) -> int:

@@ -240,10 +240,11 @@ def run(args: Namespace, device: str, parser: ArgumentParser) -> Iterator[list[R
         )
     for name in names:
         start = time.perf_counter()
-        yield alone(
-            measure, name, forms, device, batch=args.batch or BATCH[device], rounds=args.rounds,
-            lost=lambda why, name=name: [skipped(why, model=name, provider=p, dtype=d, direction="") for p, d in forms],
-        )  # fmt: skip
+
+        def lost(why: str, name: str = name) -> list[Row]:
+            return [skipped(why, model=name, provider=p, dtype=d, direction="", theirs="") for p, d in forms]
+
+        yield alone(device, lost, measure, name, forms, device, batch=args.batch or BATCH[device], rounds=args.rounds)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
 

@@ -19,6 +19,7 @@ from vix_kernels.testing import SPECS, Problem
 
 Outputs = tuple[Tensor, ...]
 OURS = ("triton", "torch")
+COMPILER = "inductor"  # of torch.compile
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,11 @@ def enter(provider: str, problem: Problem) -> Contender:
         return Contender(reference, leaves)
     if provider == "compiled":
         torch._dynamo.reset()
-        # The interpreter's dry run has no compiler to generate code with.
         return Contender(torch.compile(reference, dynamic=False, backend=COMPILER), leaves)
     module, make = PEERS[spec.name][provider]
     if find_spec(module) is None:
         raise LeftOut(f"{provider} is not installed")
     return make(problem)
-
-
-COMPILER = "inductor"
 
 
 def providers(op: str, device: str) -> list[str]:
