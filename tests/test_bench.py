@@ -218,7 +218,7 @@ def test_ratios_are_of_rounds() -> None:
 
 def test_the_command_leaves_tables_and_pictures(tmp_path: Path, capsys) -> None:
     arguments = (
-        "bench --op linear_attention apply_rope --values 16 32 --mode fwd bwd full --rounds 1 --provider torch sdpa reference"
+        "bench --op linear_attention apply_rope --values 16 32 --mode fwd,bwd,full --rounds 1 --provider torch sdpa reference"
     )
     assert main([*arguments.split(), "--output", str(tmp_path / "out")]) == 0
     said = capsys.readouterr()
@@ -240,6 +240,7 @@ def test_the_command_leaves_tables_and_pictures(tmp_path: Path, capsys) -> None:
     "arguments, message",
     [
         ("--provider nobody", "--provider: expected some of"),
+        ("--mode fwd,both", "argument --mode: expected some of fwd,bwd,full, got 'both'"),
         ("--values 0", "argument --values: expected a whole number above 0, got '0'"),
         ("--models nothing*", "--models: no model is called like 'nothing*'; there are vit,"),
         ("--models vip --provider sdpa", "--provider: expected some of ours, compiled, plain, original, got sdpa"),
@@ -265,6 +266,15 @@ def test_from_where_on_ours_is_faster() -> None:
     assert said(1, 3, 1) == "x, forward: faster than SDPA from 64 tokens on, not at 32"
     assert said(1, 1, 1) == "x, forward: faster than SDPA at all of 16, 32, 64 tokens"
     assert said(1, 1, 3) == "x, forward: not faster than SDPA at 64 tokens, the most of 16, 32, 64"
+
+
+def test_the_command_measures_models(tmp_path: Path, capsys) -> None:
+    what = "--models vip_tiny --provider ours original --batch 1 --rounds 1 --output"
+    assert main(["bench", *what.split(), str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("vip_tiny  ours" in line for line in lines) == 4
+    assert sum("there is no original of it" in line for line in lines) == 4
+    assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 8
 
 
 def test_models_beside_their_originals() -> None:

@@ -13,7 +13,6 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatch
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vix_kernels.commands import print_table
-from vix_kernels.models import create_model
+from vix_kernels.models import create_model, list_models
 from vix_kernels.models.originals import build
 from vix_kernels.models.zoo import PUBLISHED
 from vix_kernels.testing import kept_for_backward
@@ -225,11 +224,9 @@ def _figures(step: Step, what: Row, inference: float, training: float) -> Iterat
 
 def run(args: Namespace, device: str, parser: ArgumentParser) -> Iterator[list[Row]]:
     """The rows of one model after the other."""
-    names = [name for name in PUBLISHED if fnmatch(name, args.models)]
+    names = PUBLISHED if args.models == "*" else list_models(args.models)
     if not names:
-        parser.error(f"--models: no model is called like {args.models!r}; there are {', '.join(PUBLISHED)}")
-    if unknown := sorted(set(args.provider or ()) - set(PROVIDERS)):
-        parser.error(f"--provider: expected some of {', '.join(PROVIDERS)}, got {', '.join(unknown)}")
+        parser.error(f"--models: no model is called like {args.models!r}; there are {', '.join(PUBLISHED)} and their sizes")
     forms = FORMS[device]
     if args.provider:
         dtypes = ("fp32", "bf16") if device == "cpu" else ("bf16",)

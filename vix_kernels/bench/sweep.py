@@ -37,7 +37,7 @@ BASE = {  # what is not swept; the CPU's are the sizes of its budgets
 EXAMPLES = """\
 examples:
   vix bench                                                      every operator over the tokens, forward and both
-  vix bench --op nystrom_attention --sweep tokens --mode fwd bwd full --dtype bf16 --output results
+  vix bench --op nystrom_attention --sweep tokens --mode fwd,bwd,full --dtype bf16 --output results
   vix bench --op performer_attention --sweep features --values 16 32 64 128 --tokens 4096
   vix bench --models                                             images/s of every model, inference and training
   vix bench --models "hybrid_*" --batch 32
@@ -59,7 +59,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--models", nargs="?", const="*", metavar="PATTERN", help="measure models instead, those like PATTERN")
     parser.add_argument("--sweep", choices=SWEEPS, default="tokens", help="what changes (default: tokens)")
     parser.add_argument("--values", nargs="+", type=_positive, metavar="N", help="its values (default: a range for the device)")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=["fwd", "full"], help="default: fwd full")
+    parser.add_argument(
+        "--mode", type=_modes, default="fwd,full", metavar="LIST", help=f"of {','.join(MODES)} (default: fwd,full)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--provider", nargs="+", metavar="NAME", help="only these, such as torch sdpa (default: all)")
     for name in ("batch", "heads", "tokens", "width", "features"):
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> int:
     args.dtype = args.dtype or ("fp32" if device == "cpu" else "bf16")
     if device == "cpu":
         torch.set_num_threads(args.threads)
-    known = sorted({name for op in args.op for name in providers(op, device)})
+    known = models.PROVIDERS if args.models else sorted({name for op in args.op for name in providers(op, device)})
     if unknown := sorted(set(args.provider or ()) - set(known)):
         parser.error(f"--provider: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     try:
@@ -104,6 +106,13 @@ def main(argv: list[str]) -> int:
     return int(any(row["status"] == "failed" for row in rows))
 
 
+def _modes(text: str) -> tuple[str, ...]:
+    words = text.split(",")
+    if unknown := [word for word in words if word not in MODES]:
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(MODES)}, got {','.join(unknown)!r}")
+    return tuple(MODES[word] for word in MODES if word in words)
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
@@ -116,14 +125,13 @@ def sweep(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
     given = {name: getattr(args, name) for name in ("batch", "heads", "tokens", "width", "features")}
     base = replace(base, **{name: value for name, value in given.items() if value})
     values = args.values or SWEEPS[args.sweep][device]
-    directions = tuple(MODES[mode] for mode in MODES if mode in args.mode)
     for op in args.op:
         chosen = [name for name in providers(op, device) if not args.provider or name in args.provider]
         for value in values:
             start = time.perf_counter()
             case = replace(base, **{args.sweep: value})
             results = measure_alone(
-                op, case, args.dtype, chosen, device, directions=directions, effort=Effort(rounds=args.rounds)
+                op, case, args.dtype, chosen, device, directions=args.mode, effort=Effort(rounds=args.rounds)
             )
             print(f"{op}, {args.sweep} {value:,}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
             yield [result.row for result in results]
