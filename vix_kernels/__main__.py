@@ -33,6 +33,7 @@ examples:
   vix train --model hybrid_vip --dataset digits
   vix train --model vip --model-kwargs depth=2 position=rope_1d --epochs 20 --amp --output runs/small
   vix train --dataset data/cifar10_jpeg.npz --epochs 6 --warmup-epochs 1
+  vix train --dataset data/my_photos --img-size 64              # train/CLASS/*.jpg and val/CLASS/*.jpg
   vix train --resume runs/hybrid_vip-digits
 
 A run leaves args.yaml, summary.csv, learning_curve.png and the checkpoints last.pt and best.pt in its output folder.
@@ -78,7 +79,12 @@ def _train_parser() -> Parser:
 
     add("--model", metavar="NAME", help="a name from `vix models`")
     add("--model-kwargs", nargs="+", action=KeyValues, metavar="K=V", help="arguments of the model (default: none)")
-    add("--dataset", metavar="NAME", help="digits, or the path of packed images (.npz)")
+    add(
+        "--dataset",
+        metavar="NAME",
+        help="digits, or the path of a pack (.npz) or of a folder: CIFAR, idx files, train/ and val/",
+    )
+    add("--img-size", type=int, metavar="N", help="side that images in folders are resized to (default: as they are)")
     add("--epochs", type=int, metavar="N", help="passes over the training images")
     add("-b", "--batch-size", type=int, metavar="N", help="images a step, at most")
     add("--lr", type=float, metavar="LR", help="highest learning rate")

@@ -16,6 +16,7 @@ class Config:
     model: str = "hybrid_vip"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     dataset: str = "digits"
+    img_size: int | None = None
     epochs: int = 20
     batch_size: int = 64
     lr: float = 2e-3
@@ -39,6 +40,8 @@ class Config:
         for name in ("weight_decay", "warmup_epochs", "min_lr", "clip_grad", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')}: expected a finite number of 0 or more, got {getattr(self, name)}")
+        if self.img_size is not None and self.img_size < 1:
+            raise UserError(f"--img-size: expected a whole number above 0, got {self.img_size}")
         if self.seed >= 2**63:
             raise UserError(f"--seed: expected less than 2**63, got {self.seed}")
         if not 0 <= self.smoothing < 1:

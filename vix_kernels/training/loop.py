@@ -42,7 +42,7 @@ def train(config: Config) -> tuple[History, Path]:
     output = _output_folder(config)
     device = _device(config.device)
     torch.backends.cudnn.deterministic = True  # convolutions too give the same bits on every run
-    dataset = load_dataset(config.dataset).to(device)
+    dataset = load_dataset(config.dataset, config.img_size).to(device)
     if config.dataset not in DATASETS:  # a path, to be found again from wherever the run is resumed
         config = replace(config, dataset=os.path.abspath(config.dataset))
     model, model_kwargs = _build_model(config, dataset, device)
@@ -87,6 +87,9 @@ def train(config: Config) -> tuple[History, Path]:
     parameters = sum(p.numel() for p in model.parameters())
     images = f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} held-out images"
     print(f"{config.model} on {dataset.name}: {parameters:,} parameters, {images}, {device}, output {output}")
+    if dataset.unreadable:
+        names = ", ".join(dataset.unreadable[:3]) + ", ..." * (len(dataset.unreadable) > 3)
+        print(f"left out, because they cannot be decoded: {len(dataset.unreadable)} images: {names}")
     steps = math.ceil(len(dataset.train_labels) / config.batch_size)
     drawn = time.perf_counter()
     progress = tqdm(total=config.epochs * steps, initial=len(history) * steps, unit="step", leave=False, disable=None)

@@ -1,0 +1,214 @@
+"""The formats that `vix train --dataset FOLDER` reads, made here at the smallest size, and what is said to damaged ones."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vix_kernels.__main__ import main
+from vix_kernels.training import UserError
+from vix_kernels.training.data import load_dataset
+
+RNG = np.random.default_rng(0)
+CIFAR = RNG.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
+
+
+def cifar_python(folder: Path) -> Path:
+    folder = folder / "cifar-10-batches-py"
+    folder.mkdir()
+    for at, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        batch = {b"data": CIFAR[2 * at : 2 * at + 2].reshape(2, -1), b"labels": [0, 1]}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"cat", b"dog"]}, protocol=2))
+    return folder.parent
+
+
+def cifar_binary(folder: Path) -> Path:
+    for at, name in enumerate([*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]):
+        rows = CIFAR[2 * at : 2 * at + 2].reshape(2, -1)
+        (folder / name).write_bytes(np.hstack([np.array([[0], [1]], np.uint8), rows]).tobytes())
+    (folder / "batches.meta.txt").write_text("cat\ndog\n")
+    return folder
+
+
+def cifar100_binary(folder: Path) -> Path:
+    rows = np.hstack([np.array([[9, 0], [9, 1]] * 5, np.uint8), CIFAR[:10].reshape(10, -1)])
+    (folder / "train.bin").write_bytes(rows.tobytes())
+    rows = np.hstack([np.array([[9, 0], [9, 1]], np.uint8), CIFAR[10:].reshape(2, -1)])
+    (folder / "test.bin").write_bytes(rows.tobytes())
+    (folder / "fine_label_names.txt").write_text("cat\ndog\n")
+    return folder
+
+
+@pytest.mark.parametrize("make", [cifar_python, cifar_binary, cifar100_binary])
+def test_cifar(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    data = load_dataset(str(make(tmp_path)))
+    assert data.name == ("cifar100" if "100" in make.__name__ else "cifar10") and data.classes == ("cat", "dog")
+    assert np.array_equal(data.train_images.numpy(), CIFAR[:10]) and np.array_equal(data.test_images.numpy(), CIFAR[10:])
+    assert data.train_labels.tolist() == [0, 1] * 5 and data.model_kwargs == {"patch_size": 4}
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    folder = cifar_python(tmp_path)
+
+    class Evil:
+        def __reduce__(self):
+            return print, ("run",)
+
+    (folder / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({b"data": Evil()}))
+    with pytest.raises(UserError, match="it asks for builtins.print, which no data set needs"):
+        load_dataset(str(folder))
+
+
+def idx_files(folder: Path, compressed: bool = True) -> Path:
+    for part, size in (("train", 6), ("t10k", 4)):
+        images = RNG.integers(0, 256, (size, 28, 28), dtype=np.uint8)
+        for kind, values in (("images-idx3", images), ("labels-idx1", np.arange(size, dtype=np.uint8) % 2)):
+            header = np.array([0x0800 + values.ndim, *values.shape], ">u4").tobytes()
+            name = f"{part}-{kind}-ubyte"
+            if compressed:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(header + values.tobytes()))
+            else:
+                (folder / name).write_bytes(header + values.tobytes())
+    return folder
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_idx(compressed: bool, tmp_path: Path) -> None:
+    data = load_dataset(str(idx_files(tmp_path, compressed)))
+    assert data.train_images.shape == (6, 1, 28, 28) and data.test_images.shape == (4, 1, 28, 28)
+    assert data.classes == ("0", "1") and data.test_labels.tolist() == [0, 1, 0, 1]
+
+
+def picture(path: Path, size: tuple[int, int] = (16, 16)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+
+
+def image_folder(folder: Path) -> Path:
+    for part, count in (("train", 4), ("val", 2)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                picture(folder / part / name / f"{i}.png")
+    return folder
+
+
+def tiny_imagenet(folder: Path) -> Path:
+    lines = []
+    for at, name in enumerate(("n01", "n02")):
+        for i in range(4):
+            picture(folder / "train" / name / "images" / f"{name}_{i}.png")
+        picture(folder / "val" / "images" / f"val_{at}.png")
+        lines.append(f"val_{at}.png\t{name}\t0\t0\t15\t15")
+    (folder / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_folders_of_classes(tmp_path: Path) -> None:
+    data = load_dataset(str(image_folder(tmp_path)))
+    assert data.classes == ("cat", "dog") and data.train_labels.tolist() == [0] * 4 + [1] * 4
+    expected = np.asarray(Image.open(tmp_path / "train" / "dog" / "1.png")).transpose(2, 0, 1)
+    assert np.array_equal(data.train_images[5].numpy(), expected)
+    assert load_dataset(str(tmp_path), img_size=8).test_images.shape == (4, 3, 8, 8)
+
+
+def test_tiny_imagenet(tmp_path: Path) -> None:
+    data = load_dataset(str(tiny_imagenet(tmp_path)))
+    assert data.classes == ("n01", "n02") and data.test_labels.tolist() == [0, 1]
+    expected = np.asarray(Image.open(tmp_path / "val" / "images" / "val_1.png")).transpose(2, 0, 1)
+    assert np.array_equal(data.test_images[1].numpy(), expected)
+
+
+def test_longer_sides_lose_their_ends(tmp_path: Path) -> None:
+    image_folder(tmp_path)
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 255  # what is left is white
+    Image.fromarray(wide).save(tmp_path / "train" / "cat" / "0.png")
+    assert load_dataset(str(tmp_path), img_size=8).train_images[0].float().mean() > 250
+
+
+def test_a_few_unreadable_images_are_left_out_and_named(tmp_path: Path, capsys) -> None:
+    image_folder(tmp_path / "data")
+    broken = tmp_path / "data" / "train" / "cat" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    data = load_dataset(str(tmp_path / "data"))
+    assert data.unreadable == (str(broken),)
+    assert data.train_labels.tolist() == [0] * 3 + [1] * 4 and data.test_labels.tolist() == [0, 0, 1, 1]
+    small = ["--model-kwargs", "depth=1", "embed_dim=16", "num_heads=2", "--epochs", "1", "--warmup-epochs", "0"]
+    assert main(["train", "--dataset", str(tmp_path / "data"), *small, "--output", str(tmp_path / "run")]) == 0
+    assert f"left out, because they cannot be decoded: 1 images: {broken}" in capsys.readouterr().out
+
+
+def damage_many(folder: Path) -> None:
+    for path in sorted((folder / "train" / "cat").iterdir())[:3]:
+        path.write_bytes(b"no image")
+
+
+def other_size(folder: Path) -> None:
+    picture(folder / "val" / "dog" / "1.png", (20, 16))
+
+
+def no_class(folder: Path) -> None:
+    for path in (folder / "val" / "dog").iterdir():
+        path.unlink()
+
+
+def no_val(folder: Path) -> None:
+    (folder / "val").rename(folder / "other")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damage_many, "3 of 12 images cannot be decoded, such as"),
+        (other_size, "1.png is 20 x 16 pixels, the first image 16 x 16 pixels: --img-size N makes them one size"),
+        (no_class, "expected images"),
+        (no_val, "expected a folder val, valid, validation or test beside train"),
+    ],
+)
+def test_damaged_folders_are_refused(damage: Callable, message: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    damage(image_folder(tmp_path / "data"))
+    assert message in refused("--dataset", tmp_path / "data", "--output", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "make, name, content, message",
+    [
+        (cifar_binary, "data_batch_2.bin", b"short", "data_batch_2.bin: expected a multiple of 3073 bytes, got 5"),
+        (cifar_binary, "test_batch.bin", bytes([7]) + bytes(3072), "expected labels from 0 to 1, got 7 to 7"),
+        (idx_files, "train-images-idx3-ubyte.gz", gzip.compress(b"1234567890123456"), "expected the magic number 0x0803"),
+        (idx_files, "t10k-labels-idx1-ubyte.gz", b"", "expected the magic number 0x0801"),
+        (tiny_imagenet, "val/val_annotations.txt", b"val_0.png\tn09\t0\t0\t1\t1\n", "val_annotations.txt, line 1: expected"),
+        (idx_files, "nothing", b"", None),
+    ],
+)
+def test_damaged_files_are_refused(
+    make: Callable, name: str, content: bytes, message: str | None, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    folder = make(tmp_path)
+    (folder / name).write_bytes(content)
+    if message is None:  # a stranger among the files does not matter
+        load_dataset(str(folder))
+    else:
+        assert message in refused("--dataset", folder)
+
+
+def test_a_folder_of_something_else(tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert "holds nothing that is known; expected a pack (.npz) or a folder with CIFAR" in refused("--dataset", tmp_path)
+    assert "--img-size: expected a whole number above 0" in refused("--img-size", 0)
+
+
+def test_an_empty_class_is_refused(tmp_path: Path) -> None:
+    folder = cifar_binary(tmp_path)
+    for i in range(1, 6):
+        path = folder / f"data_batch_{i}.bin"
+        path.write_bytes(path.read_bytes()[:3073])
+    with pytest.raises(UserError, match="expected training images of every class, got none of dog"):
+        load_dataset(str(folder))

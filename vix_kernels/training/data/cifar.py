@@ -1,0 +1,94 @@
+"""CIFAR-10 and CIFAR-100 as their authors publish them, for Python or as binary files."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dataset import Dataset, make_dataset
+
+PIXELS = 3 * 32 * 32
+Part = tuple[Tensor, Tensor]
+# Name: files that train, the one that tests, the one that names the classes; in Python's format the key of the labels and of
+# the names, in binary the bytes in front of an image, the last of which is the label.
+PYTHON = {
+    "cifar10": ([f"data_batch_{i}" for i in range(1, 6)], "test_batch", "batches.meta", b"labels", b"label_names"),
+    "cifar100": (["train"], "test", "meta", b"fine_labels", b"fine_label_names"),
+}
+BINARY = {
+    "cifar10": ([f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", "batches.meta.txt", 1),
+    "cifar100": (["train.bin"], "test.bin", "fine_label_names.txt", 2),
+}
+FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")  # of the archives
+
+
+def find_cifar(folder: Path) -> Path | None:
+    """The folder itself or the one of the archive in it, if the names file of a CIFAR lies there."""
+    for inner in FOLDERS:
+        if any((folder / inner / files[2]).is_file() for files in (*PYTHON.values(), *BINARY.values())):
+            return folder / inner
+    return None
+
+
+def cifar(folder: Path) -> Dataset:
+    """The CIFAR of a folder, in either format."""
+    for name, (train, test, meta, labels, names) in PYTHON.items():
+        if (folder / meta).is_file():
+            classes = tuple(each.decode() for each in _unpickled(folder / meta)[names])
+            parts = [_python(folder / file, labels) for file in (*train, test)]
+            return _dataset(name, classes, parts)
+    for name, (train, test, meta, header) in BINARY.items():
+        if (folder / meta).is_file():
+            classes = tuple((folder / meta).read_text().split())
+            return _dataset(name, classes, [_binary(folder / file, header) for file in (*train, test)])
+    raise ValueError(f"expected one of {', '.join(files[2] for files in (*PYTHON.values(), *BINARY.values()))}")
+
+
+def _dataset(name: str, classes: tuple[str, ...], parts: list[Part]) -> Dataset:
+    *train, test = parts
+    images, labels = (torch.cat(each) for each in zip(*train, strict=True))
+    return make_dataset(name, classes, (images, labels), test)
+
+
+def _python(path: Path, key: bytes) -> Part:
+    content = _unpickled(path)
+    pixels = np.asarray(content[b"data"], np.uint8)
+    return _images(path, pixels), torch.tensor(content[key], dtype=torch.int64)
+
+
+def _binary(path: Path, header: int) -> Part:
+    content = np.fromfile(path, np.uint8)
+    if not len(content) or len(content) % (header + PIXELS):
+        raise ValueError(f"{path.name}: expected a multiple of {header + PIXELS} bytes, got {len(content)}")
+    rows = content.reshape(-1, header + PIXELS)
+    return _images(path, rows[:, header:]), torch.from_numpy(rows[:, header - 1].astype(np.int64))
+
+
+def _images(path: Path, pixels: np.ndarray) -> Tensor:
+    if pixels.ndim != 2 or pixels.shape[1] != PIXELS:
+        raise ValueError(f"{path.name}: expected images of {PIXELS} bytes, got an array of shape {pixels.shape}")
+    return torch.from_numpy(np.ascontiguousarray(pixels)).view(-1, 3, 32, 32)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads arrays and plain containers; anything else, which could run code, is refused."""
+
+    ALLOWED = {
+        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
+        ("numpy", "dtype"), ("_codecs", "encode"),
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data set needs")
+        return super().find_class(module, name)
+
+
+def _unpickled(path: Path) -> dict[bytes, Any]:
+    with path.open("rb") as file:
+        return _Unpickler(file, encoding="bytes").load()

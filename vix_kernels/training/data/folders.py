@@ -1,0 +1,127 @@
+"""Images in folders: one a class, or as Tiny ImageNet has them. All are decoded at once, to one size, into memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .dataset import Dataset, make_dataset
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+HELD_OUT = ("val", "valid", "validation", "test")
+MOST_UNREADABLE = 0.01  # of all images; more is a damaged copy, not a few bad files
+Files = list[tuple[Path, int]]  # images and their labels
+
+
+def is_folder(folder: Path) -> bool:
+    return (folder / "train").is_dir()
+
+
+def folders(folder: Path, img_size: int | None) -> Dataset:
+    """train/CLASS/IMAGE and val/CLASS/IMAGE (or valid, validation, test), at any depth below the class.
+
+    Tiny ImageNet has val/images and val/val_annotations.txt instead. Images that cannot be decoded are left out, up to one in
+    a hundred.
+
+    Args:
+        img_size: side of the squares that images are resized and cropped to; None: all have one size already.
+    """
+    train = folder / "train"
+    classes = tuple(sorted(each.name for each in train.iterdir() if each.is_dir()))
+    if not classes:
+        raise ValueError(f"{train}: expected a folder for each class, got none")
+    held_out = next((folder / name for name in HELD_OUT if (folder / name).is_dir()), None)
+    if held_out is None:
+        raise FileNotFoundError(f"{folder}: expected a folder {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]} beside train")
+    annotations = held_out / "val_annotations.txt"
+    train_files = _of_classes(train, classes)
+    test_files = _annotated(annotations, classes) if annotations.is_file() else _of_classes(held_out, classes)
+    images, labels, unreadable = _decode([*train_files, *test_files], img_size)
+    cut = sum(1 for path, _ in train_files if str(path) not in set(unreadable)) if unreadable else len(train_files)
+    return make_dataset(
+        folder.resolve().name,
+        classes,
+        (images[:cut], labels[:cut]),
+        (images[cut:], labels[cut:]),
+        unreadable=unreadable,
+    )
+
+
+def _of_classes(folder: Path, classes: Sequence[str]) -> Files:
+    files = []
+    for label, name in enumerate(classes):
+        if not (folder / name).is_dir():
+            raise ValueError(f"{folder}: expected a folder for the class {name}")
+        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not found:
+            raise ValueError(f"{folder / name}: expected images ({' '.join(sorted(SUFFIXES))}), got none")
+        files += [(path, label) for path in found]
+    return files
+
+
+def _annotated(path: Path, classes: Sequence[str]) -> Files:
+    """The lines of val_annotations.txt: file, class and a box, which is not read."""
+    labels = {name: label for label, name in enumerate(classes)}
+    files = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        name, _, rest = line.partition("\t")
+        label = labels.get(rest.partition("\t")[0])
+        if label is None:
+            raise ValueError(f"{path.name}, line {number}: expected an image and its class, got {line[:60]!r}")
+        files.append((path.parent / "images" / Path(name).name, label))
+    return files
+
+
+def _decode(files: Files, img_size: int | None) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """uint8 images (n, 3, height, width), their labels, and the files that could not be read."""
+    first = next((pixels for path, _ in files if not isinstance(pixels := _open(path, img_size), Exception)), None)
+    if first is None:
+        raise ValueError("none of the images can be decoded")
+    images = np.empty((len(files), *first.shape), np.uint8)
+    unreadable: dict[str, str] = {}
+
+    def decode(at: int) -> None:
+        pixels = _open(files[at][0], img_size)
+        if isinstance(pixels, Exception):
+            unreadable[str(files[at][0])] = str(pixels)
+        elif pixels.shape != first.shape:
+            raise ValueError(
+                f"{files[at][0]} is {_size(pixels)}, the first image {_size(first)}: --img-size N makes them one size"
+            )
+        else:
+            images[at] = pixels
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow decodes outside of Python's lock
+        for _ in tqdm(pool.map(decode, range(len(files))), "decoding", len(files), unit="image", leave=False, disable=None):
+            pass
+    if len(unreadable) > max(1, MOST_UNREADABLE * len(files)):
+        path, why = next(iter(unreadable.items()))
+        raise ValueError(f"{len(unreadable)} of {len(files)} images cannot be decoded, such as {path}: {why}")
+    kept = [at for at, (path, _) in enumerate(files) if str(path) not in unreadable]
+    labels = torch.tensor([files[at][1] for at in kept])
+    return torch.from_numpy(images[kept] if unreadable else images), labels, tuple(sorted(unreadable))
+
+
+def _open(path: Path, img_size: int | None) -> np.ndarray | Exception:
+    """RGB (3, height, width): the shorter side resized to img_size, the middle of the longer one kept."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+        if img_size:
+            image = ImageOps.fit(image, (img_size, img_size), Image.Resampling.BICUBIC)
+        return np.asarray(image).transpose(2, 0, 1)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a damaged PNG is a SyntaxError
+        return error
+
+
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[2]} x {pixels.shape[1]} pixels"
