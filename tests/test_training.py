@@ -24,11 +24,12 @@ from vix_kernels.training.report import write_summary
 
 TINY = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
 TINY_WORDS = [f"{key}={value}" for key, value in TINY.items()]
+MIXED = {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.25}
 
 
 def tiny(output: Path, **kwargs: Any) -> Config:
-    """Dropout is on, so that a continued run needs every kind of randomness to agree."""
-    kwargs = {"model": "hybrid_vip", "model_kwargs": TINY | {"proj_drop_rate": 0.1}, "batch_size": 256} | kwargs
+    """Dropout and mixing are on, so that a continued run needs every kind of randomness to agree."""
+    kwargs = {"model": "hybrid_vip", "model_kwargs": TINY | {"proj_drop_rate": 0.1}, "batch_size": 256} | MIXED | kwargs
     return Config(epochs=2, warmup_epochs=1, output=str(output), **kwargs)
 
 
@@ -77,7 +78,8 @@ def test_a_continued_run_equals_the_straight_one(
 
     output = tmp_path / "run"
     words = [*TINY_WORDS, "proj_drop_rate=0.1"]
-    argv = ["train", "--epochs", "2", "--warmup-epochs", "1", "-b", "256", "--model-kwargs", *words]
+    mixed = [word for name, value in MIXED.items() for word in (f"--{name}", str(value))]
+    argv = ["train", "--epochs", "2", "--warmup-epochs", "1", "-b", "256", *mixed, "--model-kwargs", *words]
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_epoch", interrupted)
         assert main([*argv, "--output", str(output)]) == 130
@@ -275,7 +277,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_an_interruption_before_the_first_epoch_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(name: str) -> None:
+    def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "load_dataset", interrupted)

@@ -42,3 +42,53 @@ def _shifted(size: int, shift: float, batch: int) -> Tensor:
     most = int(shift * size)
     source = (torch.arange(size) + torch.randint(-most, most + 1, (batch, 1))).abs()
     return size - 1 - (size - 1 - source).abs()
+
+
+def random_erasing(images: Tensor, probability: float) -> Tensor:
+    """Set a rectangle of some images to 0, which is their mean once they are normalised (arXiv:1708.04896).
+
+    Of 2 to 33 per cent of the image, up to 3.3 times as long as wide, anywhere.
+    """
+    batch, _, height, width = images.shape
+    area = torch.empty(batch).uniform_(0.02, 0.33) * height * width
+    aspect = torch.empty(batch).uniform_(-math.log(3.3), math.log(3.3)).exp()
+    rows = _interval(height, (area * aspect).sqrt(), torch.rand(batch))
+    columns = _interval(width, (area / aspect).sqrt(), torch.rand(batch))
+    chosen = (torch.rand(batch) < probability)[:, None, None]
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :] & chosen).unsqueeze(1).to(images.device), 0)
+
+
+def _interval(size: int, length: Tensor, place: Tensor) -> Tensor:
+    """(batch, size), true on `length` pixels, rounded, at least one; `place` in [0, 1) says where they start."""
+    length = length.round().clamp(1, size)
+    start = (place * (size - length + 1)).floor()
+    at = torch.arange(size)
+    return (at >= start[:, None]) & (at < (start + length)[:, None])
+
+
+def mix(images: Tensor, labels: Tensor, classes: int, *, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+    """Every image with the one at its place from the end, by one draw for the batch; and the shares of the classes.
+
+    mixup (arXiv:1710.09412) blends them, cutmix (arXiv:1905.04899) puts a rectangle of the other in, the share of either drawn
+    from Beta(a, a) with its `mixup` or `cutmix`, 0 for never; with both, each half of the time.
+
+    Returns:
+        Images of the same shape, and targets (batch, classes), which sum to 1.
+    """
+    cut = bool(cutmix) and (not mixup or torch.rand(()).item() < 0.5)
+    strength = torch.tensor(cutmix if cut else mixup, dtype=torch.float64)
+    share = torch.distributions.Beta(strength, strength).sample().item()
+    others = images.flip(0)
+    if cut:
+        height, width = images.shape[2:]
+        side = math.sqrt(1 - share)
+        (top, left), (tall, wide) = torch.rand(2).tolist(), (round(side * height), round(side * width))
+        top, left = int(top * (height - tall + 1)), int(left * (width - wide + 1))
+        box = (..., slice(top, top + tall), slice(left, left + wide))
+        images = images.clone()
+        images[box] = others[box]
+        share = 1 - tall * wide / (height * width)  # of whole pixels
+    else:
+        images = share * images + (1 - share) * others
+    targets = F.one_hot(labels, classes).to(images.dtype)
+    return images, share * targets + (1 - share) * targets.flip(0)

@@ -24,6 +24,9 @@ class Config:
     warmup_epochs: int = 3
     min_lr: float = 1e-5
     smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    reprob: float = 0.0
     clip_grad: float = 1.0
     amp: bool = False
     amp_dtype: str = "bfloat16"
@@ -37,7 +40,7 @@ class Config:
         for name in ("epochs", "batch_size", "lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')}: expected a finite number above 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_epochs", "min_lr", "clip_grad", "seed"):
+        for name in ("weight_decay", "warmup_epochs", "min_lr", "clip_grad", "seed", "mixup", "cutmix"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')}: expected a finite number of 0 or more, got {getattr(self, name)}")
         if self.img_size is not None and self.img_size < 1:
@@ -46,3 +49,5 @@ class Config:
             raise UserError(f"--seed: expected less than 2**63, got {self.seed}")
         if not 0 <= self.smoothing < 1:
             raise UserError(f"--smoothing: expected a number in [0, 1), got {self.smoothing}")
+        if not 0 <= self.reprob <= 1:
+            raise UserError(f"--reprob: expected a probability, got {self.reprob}")

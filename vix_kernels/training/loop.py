@@ -21,6 +21,7 @@ from tqdm import tqdm
 from vix_kernels.models import create_model
 from vix_kernels.models.zoo import preset, takes
 
+from .augment import mix, random_erasing
 from .checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from .config import Config, UserError
 from .data import DATASETS, Dataset, load_dataset
@@ -136,9 +137,14 @@ def train_epoch(
         lr = learning_rate(step, len(batches), config)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        inputs, targets = dataset.inputs(images[index], augment=True), labels[index]
+        if config.reprob:
+            inputs = random_erasing(inputs, config.reprob)
+        if config.mixup or config.cutmix:
+            inputs, targets = mix(inputs, targets, len(dataset.classes), mixup=config.mixup, cutmix=config.cutmix)
         with _autocast(config, labels.device):
-            logits = model(dataset.inputs(images[index], augment=True))
-        loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=config.smoothing)
+            logits = model(inputs)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=config.smoothing)
         optimizer.zero_grad()
         loss.backward()
         if config.clip_grad:

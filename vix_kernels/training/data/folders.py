@@ -44,7 +44,8 @@ def folders(folder: Path, img_size: int | None) -> Dataset:
     train_files = _of_classes(train, classes)
     test_files = _annotated(annotations, classes) if annotations.is_file() else _of_classes(held_out, classes)
     images, labels, unreadable = _decode([*train_files, *test_files], img_size)
-    cut = sum(1 for path, _ in train_files if str(path) not in set(unreadable)) if unreadable else len(train_files)
+    lost = set(unreadable)
+    cut = sum(str(path) not in lost for path, _ in train_files)
     return make_dataset(
         folder.resolve().name,
         classes,
