@@ -62,6 +62,8 @@ def test_both_take_turns() -> None:
     assert 15 < sum(whole) < 45
 
 
-@pytest.mark.parametrize("flag, value", [("--mixup", "-1"), ("--cutmix", "nan"), ("--reprob", "1.5")])
+@pytest.mark.parametrize(
+    "flag, value", [("--mixup", "-1"), ("--cutmix", "nan"), ("--reprob", "1.5"), ("--model-ema-decay", "1")]
+)
 def test_bad_strengths_are_refused(flag: str, value: str, refused: Callable[..., str]) -> None:
     assert flag in refused(f"{flag}={value}")

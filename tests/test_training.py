@@ -20,11 +20,12 @@ from vix_kernels.models.zoo import PUBLISHED
 from vix_kernels.training import Config, UserError, loop
 from vix_kernels.training.checkpoint import load_checkpoint, write_atomically
 from vix_kernels.training.data import load_dataset
+from vix_kernels.training.ema import Ema
 from vix_kernels.training.report import write_summary
 
 TINY = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
 TINY_WORDS = [f"{key}={value}" for key, value in TINY.items()]
-MIXED = {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.25}
+MIXED = {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.25, "model_ema": True}
 
 
 def tiny(output: Path, **kwargs: Any) -> Config:
@@ -54,7 +55,7 @@ def test_a_run_leaves_its_files(run: Path) -> None:
 def test_best_checkpoint_gives_the_reported_accuracy(run: Path) -> None:
     checkpoint = load_checkpoint(run / "best.pt")
     model = create_model(checkpoint["config"]["model"], **checkpoint["model_kwargs"])
-    model.load_state_dict(checkpoint["model"])
+    model.load_state_dict(checkpoint["ema"]["model"])
     result = loop.evaluate(model, load_dataset("digits"), Config())
     best = loop.best_epoch(checkpoint["history"])
     assert best["epoch"] == checkpoint["epoch"]
@@ -78,7 +79,7 @@ def test_a_continued_run_equals_the_straight_one(
 
     output = tmp_path / "run"
     words = [*TINY_WORDS, "proj_drop_rate=0.1"]
-    mixed = [word for name, value in MIXED.items() for word in (f"--{name}", str(value))]
+    mixed = ["--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25", "--model-ema"]
     argv = ["train", "--epochs", "2", "--warmup-epochs", "1", "-b", "256", *mixed, "--model-kwargs", *words]
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_epoch", interrupted)
@@ -87,7 +88,7 @@ def test_a_continued_run_equals_the_straight_one(
     assert main(["train", "--resume", str(output)]) == 0
 
     straight, continued = load_checkpoint(run), load_checkpoint(output)
-    for key in ("model", "optimizer"):
+    for key in ("model", "optimizer", "ema"):
         torch.testing.assert_close(continued[key], straight[key], rtol=0, atol=0)
     for row in straight["history"] + continued["history"]:
         del row["images_per_second"]
@@ -303,3 +304,21 @@ def test_learning_rate_schedule() -> None:
 def test_every_model_takes_the_digits(name: str) -> None:
     model, kwargs = loop._build_model(Config(model=name), load_dataset("digits"), torch.device("cpu"))
     assert model.img_size == (8, 8) and ("patch_size" in kwargs) == hasattr(model, "patch_size")
+
+
+def test_the_average_is_the_average_and_copies_what_cannot_be_averaged() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.BatchNorm1d(1, affine=False))
+    ema = Ema(model, decay=0.5)
+    start = model[0].weight.detach().clone()
+    expected = start.clone()
+    for step in range(4):
+        with torch.no_grad():
+            model[0].weight += 1
+            model[1].running_mean.fill_(step)
+        expected += (1 - min(0.5, (1 + step) / (10 + step))) * (start + step + 1 - expected)
+        ema.update(model)
+    torch.testing.assert_close(ema.model[0].weight, expected)
+    assert ema.model[1].running_mean.item() == 3 and not ema.model[0].weight.requires_grad
+    other = Ema(model, decay=0.5)
+    other.load_state_dict(ema.state_dict())
+    assert other.updates == 4 and torch.equal(other.model[0].weight, ema.model[0].weight)

@@ -96,6 +96,12 @@ def _train_parser() -> Parser:
     add("--cutmix", type=float, metavar="A", help="put a part of one image into another, shares from Beta(A, A); 0 for never")
     add("--reprob", type=float, metavar="P", help="probability to erase a rectangle of an image")
     add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm, 0 for no clipping")
+    add(
+        "--model-ema",
+        action=argparse.BooleanOptionalAction,
+        help="test a moving average of the weights, kept too (default: no)",
+    )
+    add("--model-ema-decay", type=float, metavar="D", help="share of the old average at every step, once it has settled")
     add("--amp", action=argparse.BooleanOptionalAction, help="run the model under autocast (default: no)")
     add("--amp-dtype", choices=["bfloat16"], help="dtype of autocast")
     add("--seed", type=int, metavar="N", help="of the weights, the batches and the augmentation")

@@ -28,6 +28,8 @@ class Config:
     cutmix: float = 0.0
     reprob: float = 0.0
     clip_grad: float = 1.0
+    model_ema: bool = False
+    model_ema_decay: float = 0.999
     amp: bool = False
     amp_dtype: str = "bfloat16"
     seed: int = 0
@@ -49,5 +51,7 @@ class Config:
             raise UserError(f"--seed: expected less than 2**63, got {self.seed}")
         if not 0 <= self.smoothing < 1:
             raise UserError(f"--smoothing: expected a number in [0, 1), got {self.smoothing}")
+        if not 0 <= self.model_ema_decay < 1:
+            raise UserError(f"--model-ema-decay: expected a number in [0, 1), got {self.model_ema_decay}")
         if not 0 <= self.reprob <= 1:
             raise UserError(f"--reprob: expected a probability, got {self.reprob}")

@@ -25,6 +25,7 @@ from .augment import mix, random_erasing
 from .checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from .config import Config, UserError
 from .data import DATASETS, Dataset, load_dataset
+from .ema import Ema
 from .report import draw_learning_curve, write_args, write_summary
 
 History = list[dict[str, Any]]
@@ -48,9 +49,10 @@ def train(config: Config) -> tuple[History, Path]:
         config = replace(config, dataset=os.path.abspath(config.dataset))
     model, model_kwargs = _build_model(config, dataset, device)
     optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
+    ema = Ema(model, config.model_ema_decay) if config.model_ema else None
     history: History = []
     if checkpoint is not None:
-        _restore(checkpoint, config, model_kwargs, dataset, model, optimizer)
+        _restore(checkpoint, config, model_kwargs, dataset, model, optimizer, ema)
         history = checkpoint["history"]
     new = output is None or not (output / "last.pt").exists()
     reached = _best_of(config.resume, history) if new and history else None
@@ -64,6 +66,7 @@ def train(config: Config) -> tuple[History, Path]:
             "history": history,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "ema": ema and ema.state_dict(),
         }
 
     def draw() -> None:
@@ -96,10 +99,10 @@ def train(config: Config) -> tuple[History, Path]:
     progress = tqdm(total=config.epochs * steps, initial=len(history) * steps, unit="step", leave=False, disable=None)
     try:
         for epoch in range(len(history), config.epochs):
-            row = {"epoch": epoch + 1} | train_epoch(model, optimizer, dataset, config, epoch, progress)
+            row = {"epoch": epoch + 1} | train_epoch(model, optimizer, dataset, config, epoch, progress, ema)
             if not math.isfinite(row["train_loss"]):
                 raise UserError(f"the loss is {row['train_loss']} in epoch {epoch + 1}: try a lower --lr")
-            row |= evaluate(model, dataset, config)
+            row |= evaluate(ema.model if ema else model, dataset, config)
             history.append(row)
             if best_epoch(history) is row:
                 save_checkpoint(output / "best.pt", state())
@@ -123,7 +126,13 @@ def train(config: Config) -> tuple[History, Path]:
 
 
 def train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, dataset: Dataset, config: Config, epoch: int, progress: tqdm
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dataset: Dataset,
+    config: Config,
+    epoch: int,
+    progress: tqdm,
+    ema: Ema | None = None,
 ) -> dict[str, float]:
     # All that is random in an epoch follows from the seed and its number: a resumed run repeats the straight one to
     # the bit without a saved generator state, on any device.
@@ -150,6 +159,8 @@ def train_epoch(
         if config.clip_grad:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
         optimizer.step()
+        if ema:
+            ema.update(model)
         loss_sum += loss.detach() * len(index)
         progress.update()
     train_loss = loss_sum.item() / len(labels)
@@ -257,8 +268,9 @@ def _restore(
     dataset: Dataset,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
 ) -> None:
-    """Load the weights and the optimizer of `checkpoint`, which must be of the same model, data and seed."""
+    """Load the weights, the optimizer and the average of `checkpoint`, which must be of the same model, data and seed."""
     saved = checkpoint["config"] | {"model_kwargs": checkpoint["model_kwargs"]}
     wanted = {"model": config.model, "seed": config.seed, "model_kwargs": model_kwargs}
     for name, value in wanted.items():
@@ -274,6 +286,10 @@ def _restore(
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        if ema and checkpoint.get("ema"):
+            ema.load_state_dict(checkpoint["ema"])
+        elif ema:  # from here on
+            ema.model.load_state_dict(checkpoint["model"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"--resume: the checkpoint does not fit the model: {error}") from error
 
