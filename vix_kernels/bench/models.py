@@ -76,7 +76,7 @@ PAIRS = {
     "cct": Pair(dict(mlp_ratio=4.0), "CCT", CCT),
     "ccn": Pair(dict(mlp_ratio=4.0), "CCN", CCT),
     "ccp": Pair(dict(mlp_ratio=4.0), "CCP", CCT),
-    "fnet_2d": Pair({}, "wheel_FNet2D", dict(num_classes=10, dim=128, depth=4, mlp_dim=256)),
+    "fnet_2d": Pair({}, "wheel_FNet2D", dict(num_classes=10, dim=128, depth=5, mlp_dim=256)),
 }
 # Provider and dtype: "plain" is ours in plain PyTorch.
 FORMS = {
