@@ -8,6 +8,7 @@ their rows is asked for; each row then replays its own times to pytest-benchmark
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,14 +16,12 @@ import torch
 
 from bench import table
 from vix_kernels import backends
+from vix_kernels.bench.draw import NAMES
 from vix_kernels.bench.machine import commit, device_name, facts
-from vix_kernels.bench.measure import Effort, Result, measure_alone
+from vix_kernels.bench.measure import USUAL, USUAL_DTYPE, Effort, Result, measure_alone
 from vix_kernels.bench.providers import OURS, PUBLIC, providers
-from vix_kernels.testing import Case
 
 DEVICE = "cpu" if backends.reason_against_gpu() else "cuda"
-# The CPU's is the shape of the budgets in table.py.
-DTYPE, BATCH, HEADS = ("fp32", 2, 4) if DEVICE == "cpu" else ("bf16", 8, 8)
 TOKENS = (1024, 4096)
 DIRECTIONS = ("forward", "full")
 Race = dict[tuple[str, str], Result]  # by provider and direction
@@ -86,9 +85,9 @@ def race(pytestconfig: pytest.Config) -> Callable[[str, int], Race]:
 
     def race(op: str, tokens: int) -> Race:
         if (op, tokens) not in found:
-            case = Case("suite", batch=BATCH, heads=HEADS, tokens=tokens, width=64, features=256, taps=33)
+            case, dtype = replace(USUAL[DEVICE], tokens=tokens), USUAL_DTYPE[DEVICE]
             results = measure_alone(
-                op, case, DTYPE, contenders(op, pytestconfig), DEVICE, directions=DIRECTIONS, effort=Effort(rounds=rounds)
+                op, case, dtype, contenders(op, pytestconfig), DEVICE, directions=DIRECTIONS, effort=Effort(rounds=rounds)
             )
             found[op, tokens] = {(each.row["provider"], each.row["direction"]): each for each in results}
         return found[op, tokens]
@@ -106,7 +105,7 @@ def report(benchmark: Any, race: Callable[[str, int], Race]) -> Callable[[str, i
         if row["status"] == "skipped":
             pytest.skip(row["why"])
         assert row["status"] == "ok", row["why"]
-        benchmark.group = f"{op}, {tokens} tokens, {'forward' if direction == 'forward' else 'forward and backward'}"
+        benchmark.group = f"{op}, {tokens} tokens, {NAMES[direction]}"
         benchmark.extra_info.update({name: value for name, value in row.items() if name not in ("status", "why")})
         benchmark.extra_info.update(commit=commit(), **{name: facts()[name] for name in ("torch", "triton", "python")})
         if provider in OURS:

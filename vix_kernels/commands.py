@@ -37,6 +37,11 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+def figure(value: float | None, digits: int = 3) -> str:
+    """For a cell of a table; nothing where there is no value."""
+    return "" if value is None else f"{value:.{digits}g}"
+
+
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """In columns as wide as their widest cell."""
     lines = [list(headings), *map(list, rows)]

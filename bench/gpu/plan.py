@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from dataclasses import dataclass
 
 import torch
+
+from vix_kernels.bench.measure import free
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,4 @@ class Plan:
 
     def free(self) -> None:
         """What the last measurement held."""
-        gc.collect()
-        if not self.dry:
-            torch.cuda.empty_cache()
+        free(self.device)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from vix_kernels import primitives
 from vix_kernels.bench import providers
 from vix_kernels.bench.machine import copy_bandwidth, matrix_rate
@@ -63,5 +61,4 @@ def ceilings(plan: Plan) -> Iterator[Row]:
     for dtype in ("bf16", "fp32"):
         rate = matrix_rate(plan.device, dtype, 64 if plan.dry else 8192)
         yield ok(op="matmul", dtype=dtype, provider="torch", figure=rate / 1e12, unit="TFLOP/s")
-    if not plan.dry:
-        torch.cuda.empty_cache()
+    plan.free()

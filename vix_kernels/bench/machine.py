@@ -39,6 +39,7 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+@functools.cache
 def facts() -> dict[str, str | int | None]:
     """Versions and the machine around the device."""
     packages = {package: _version(package) for package in PACKAGES}
@@ -52,6 +53,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+@functools.cache
 def commit() -> str:
     """Of the checkout, "-dirty" where files differ from it; "unknown" outside of one."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]

@@ -33,6 +33,12 @@ from .providers import OURS, Contender, LeftOut, enter
 
 Row = dict[str, Any]
 DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward; backward: the difference
+# What is measured where nothing else is asked for; the CPU's are the dtype and the sizes of its budgets.
+USUAL_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
+USUAL = {
+    "cpu": Case("usual", batch=2, heads=4, tokens=1024, width=64, features=256, taps=33),
+    "cuda": Case("usual", batch=8, heads=8, tokens=4096, width=64, features=256, taps=33),
+}
 WALL_BELOW = 2.0  # milliseconds on a GPU: the host's overhead shows in short calls
 
 
@@ -128,9 +134,10 @@ def measure(
     providers = tuple(providers)
     try:
         race = Race(draw_problem(op, case, dtype, device), case, dtype, device, effort, late)
-    except Exception as error:  # the inputs alone are too large
-        _free(device)
-        return [Result(skipped(error, **what, provider=name, direction=x)) for name in providers for x in directions]
+    except Exception as error:  # before any provider has its turn: too large, or no inputs of these sizes
+        free(device)
+        outcome = skipped if out_of_memory(error) else failed
+        return [Result(outcome(error, **what, provider=name, direction=x)) for name in providers for x in directions]
     timed = ["forward"] * ("forward" in directions or "backward" in directions) + ["full"] * (set(directions) != {"forward"})
     found: dict[tuple[str, str], Result] = {}
     for direction in timed:
@@ -182,7 +189,7 @@ class Race:
                     results[name] = self.result(call, time, label | dict(error=error))
             if self.device == "cuda":
                 self.contenders.pop(name, None)  # what it holds is in the next one's way
-                _free(self.device)
+                free(self.device)
         times = in_turns({name: call.run for name, (call, _) in calls.items()}, rounds=self.effort.rounds)
         for name, (call, label) in calls.items():
             with self.noting(results, label):
@@ -372,7 +379,8 @@ def peak_memory(function: Callable[[], Any], device: str) -> int:
     return highest
 
 
-def _free(device: str) -> None:
+def free(device: str) -> None:
+    """What the last measurement held."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

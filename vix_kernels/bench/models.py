@@ -12,7 +12,7 @@ import importlib
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix_kernels.commands import print_table
+from vix_kernels.commands import figure, print_table
 from vix_kernels.models import create_model, list_models
 from vix_kernels.models.originals import build
 from vix_kernels.models.zoo import PUBLISHED
@@ -28,7 +28,7 @@ from vix_kernels.testing import kept_for_backward
 from vix_kernels.timing import in_turns, wall_time
 
 from .machine import device_name
-from .measure import Row, alone, brief, failed, ok, out_of_memory, peak_memory, skipped
+from .measure import Row, alone, failed, free, ok, out_of_memory, peak_memory, skipped
 from .providers import LeftOut
 
 VIX = dict(image_size=32, patch_size=1, num_classes=10, dim=128, depth=4, mlp_dim=256)
@@ -158,17 +158,17 @@ def measure(
             else:
                 rows += _figures(step, what, *(wall_time(each, calls=rounds) for each in (step.infer, step.train)))
                 del step
-                torch.cuda.empty_cache()
+                free(device)
         except Exception as error:
             steps.pop((provider, dtype), None)
             lost = provider == "original" or isinstance(error, LeftOut) or out_of_memory(error)
             rows += [(skipped if lost else failed)(error, **what, direction=each) for each in ("inference", "training")]
-    for each in ("infer", "train") if steps else ():
-        times = in_turns({form: getattr(step, each) for form, (step, _) in steps.items()}, rounds=rounds)
-        for form, (step, _) in steps.items():
-            step.times[each] = times[form].median
-    for step, what in steps.values():
-        rows += _figures(step, what, step.times["infer"], step.times["train"])
+            if device == "cuda":
+                torch.cuda.synchronize()  # an illegal access ends it all here, with its reason
+    inference = in_turns({form: step.infer for form, (step, _) in steps.items()}, rounds=rounds)
+    training = in_turns({form: step.train for form, (step, _) in steps.items()}, rounds=rounds)
+    for form, (step, what) in steps.items():
+        rows += _figures(step, what, inference[form].median, training[form].median)
     return rows
 
 
@@ -179,7 +179,6 @@ class Step:
         self.model, self.images, self.labels, self.dtype = model, images, labels, dtype
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         self.losses: list[Tensor] = []
-        self.times: dict[str, float] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
@@ -247,15 +246,14 @@ def run(args: Namespace, device: str, parser: ArgumentParser) -> Iterator[list[R
 
 def report(rows: list[Row]) -> None:
     headings = ("model", "provider", "dtype", "", "images/s", "peak MiB", "kept MiB")
-    cell: Callable[[Any], str] = lambda value: "" if value is None else f"{value:.4g}"  # noqa: E731
     print_table(
         headings,
         (
             [row["model"], row["theirs"] or row["provider"], row["dtype"], row["direction"]]
             + (
-                [cell(row.get(name)) for name in ("images_per_second", "peak_mib", "kept_mib")]
+                [figure(row.get(name), 4) for name in ("images_per_second", "peak_mib", "kept_mib")]
                 if row["status"] == "ok"
-                else [brief(row["why"]), "", ""]
+                else [row["why"], "", ""]
             )
             for row in rows
         ),

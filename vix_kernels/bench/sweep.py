@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 
 from vix_kernels import backends
-from vix_kernels.commands import DTYPES, Parser, print_table, write_atomically
-from vix_kernels.testing import Case
+from vix_kernels.commands import DTYPES, Parser, figure, print_table, write_atomically
 
 from . import models
 from .draw import NAMES, draw
 from .machine import commit, facts
-from .measure import Effort, Row, measure_alone
+from .measure import USUAL, USUAL_DTYPE, Effort, Row, measure_alone
 from .providers import OURS, PUBLIC, providers
 
 MODES = {"fwd": "forward", "bwd": "backward", "full": "full"}
@@ -29,10 +28,6 @@ SWEEPS = {
     "width": {"cpu": (16, 32, 64, 128), "cuda": (16, 32, 64, 128, 256)},
     "features": {"cpu": (16, 64, 256), "cuda": (16, 32, 64, 128, 256, 512)},
     "batch": {"cpu": (1, 2, 4), "cuda": (1, 2, 4, 8, 16, 32)},
-}
-BASE = {  # what is not swept; the CPU's are the sizes of its budgets
-    "cpu": Case("sweep", batch=2, heads=4, tokens=1024, width=64, features=256, taps=33),
-    "cuda": Case("sweep", batch=8, heads=8, tokens=4096, width=64, features=256, taps=33),
 }
 EXAMPLES = """\
 examples:
@@ -43,8 +38,9 @@ examples:
   vix bench --models "hybrid_*" --batch 32
 
 Rows are checked against float64 before they are timed; one that is wrong, does not fit or is not installed says so and has no
-time. The output folder gets bench.csv, bench.json and a picture an operator (time and memory, PNG and SVG), after every size,
-so that an interrupted sweep leaves what it has. Times are device times, of the process on a CPU; backward is full less forward.
+time. The output folder gets bench.csv and bench.json after every size, so that an interrupted sweep leaves what it has, and in
+the end a picture an operator (time and memory, PNG and SVG). Times are device times, of the process on a CPU; backward is full
+less forward.
 """
 
 
@@ -65,7 +61,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--provider", nargs="+", metavar="NAME", help="only these, such as torch sdpa (default: all)")
     for name in ("batch", "heads", "tokens", "width", "features"):
-        of = ", ".join(f"{getattr(case, name)} on {device}" for device, case in BASE.items())
+        of = ", ".join(f"{getattr(case, name)} on {device}" for device, case in USUAL.items())
         parser.add_argument(f"--{name}", type=_positive, metavar="N", help=f"where it is not swept (default: {of})")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if the kernels run on it")
     parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="of a CPU (default: 1, the least noisy)")
@@ -76,7 +72,7 @@ def main(argv: list[str]) -> int:
     if args.device == "cuda" and reason:
         parser.error(f"--device cuda: {reason}")
     device = args.device or ("cpu" if reason else "cuda")
-    args.dtype = args.dtype or ("fp32" if device == "cpu" else "bf16")
+    args.dtype = args.dtype or USUAL_DTYPE[device]
     if device == "cpu":
         torch.set_num_threads(args.threads)
     known = models.PROVIDERS if args.models else sorted({name for op in args.op for name in providers(op, device)})
@@ -121,7 +117,7 @@ def _positive(text: str) -> int:
 
 def sweep(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
     """The rows of one operator and value after the other."""
-    base = BASE[device]
+    base = USUAL[device]
     given = {name: getattr(args, name) for name in ("batch", "heads", "tokens", "width", "features")}
     base = replace(base, **{name: value for name, value in given.items() if value})
     values = args.values or SWEEPS[args.sweep][device]
@@ -178,17 +174,13 @@ def report(rows: list[Row], args: argparse.Namespace) -> None:
         headings,
         (
             [row["op"], f"{row[args.sweep]:,}", row["direction"], row["provider"]]
-            + ([_cell(row.get(name)) for name in names] if row["status"] == "ok" else [row["why"], *[""] * 6])
+            + ([figure(row.get(name)) for name in names] if row["status"] == "ok" else [row["why"], *[""] * 6])
             for row in rows
         ),
     )
     print()
     for line in crossings(rows, args.sweep):
         print(line)
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
 
 
 def crossings(rows: Iterable[Row], sweep: str) -> Iterator[str]:
