@@ -125,27 +125,30 @@ def trained_tokens(size: Size, seed: int) -> Tokens:
     """Those of every layer and head of a softmax transformer on held-out digits of 16 x 16 pixels, each a token."""
     from tqdm import tqdm
 
-    from vix_kernels.training.data import load_dataset, pixel_statistics
+    from vix_kernels.training.data import HeldImages, load_dataset, pixel_statistics
     from vix_kernels.training.loop import evaluate, train_epoch
+    from vix_kernels.training.parallel import Ranks
+    from vix_kernels.training.state import State
 
     def enlarged(images: Tensor) -> Tensor:
         return F.interpolate(images * (255 / 16), size=16, mode="bilinear").round().to(torch.uint8)
 
     digits = load_dataset("digits")
-    train, test = enlarged(digits.train_images), enlarged(digits.test_images)
-    mean, std = pixel_statistics(train, max_value=255)
-    digits = replace(digits, train_images=train, test_images=test, max_value=255, mean=mean, std=std)
+    train, test = (HeldImages(enlarged(part.images), part.labels) for part in (digits.train, digits.test))
+    mean, std = pixel_statistics(train.images, max_value=255)
+    digits = replace(digits, train=train, test=test, max_value=255, mean=mean, std=std)
 
     config = Config(model="hybrid_vit", epochs=size.epochs, batch_size=16, lr=1e-3, warmup_epochs=1, seed=seed)
     torch.manual_seed(seed)
     model = create_model(
         config.model, img_size=16, in_chans=1, embed_dim=2 * WIDTH, num_heads=2, class_token=False, global_pool="avg"
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    state = State(config, model, torch.device("cpu"), Ranks())
     steps = -(-len(train) // config.batch_size)
     with tqdm(total=size.epochs * steps, desc="training", unit="step", leave=False, disable=None) as progress:
-        for epoch in range(size.epochs):
-            train_epoch(model, optimizer, digits, config, epoch, progress)
+        for _ in range(size.epochs):
+            state.history.append(train_epoch(state, digits, progress.update))
+            state.start_epoch()
     top1 = evaluate(model, digits, config)["eval_top1"]
     print(f"trained a softmax transformer on digits: top-1 {top1:.1f} % of {len(test)} held-out images", file=sys.stderr)
 
@@ -153,7 +156,7 @@ def trained_tokens(size: Size, seed: int) -> Tokens:
     for block in model.blocks:
         block.attn.qkv.register_forward_hook(lambda module, inputs, output: layers.append(output))
     with torch.no_grad():
-        model(digits.inputs(test[: size.images]))
+        model(digits.inputs(test.images[: size.images]))
     qkv = rearrange(torch.stack(layers), "l b n (qkv h d) -> qkv 1 (b l h) n d", qkv=3, d=WIDTH)
     return Tokens("trained tokens", *qkv.contiguous(), (16, 16))
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageEnhance, ImageOps
 
-from vix_kernels.training.augment import mix, random_erasing
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
+from vix_kernels.training.augment import mix, random_erasing, random_flip_crop
+from vix_kernels.training.draws import Draws
+from vix_kernels.training.parallel import Ranks
+from vix_kernels.training.trivial import OPERATIONS, Operation, trivial_augment
 
 
 def test_erasing_sets_one_rectangle_of_the_drawn_size() -> None:
     images = torch.ones(400, 3, 24, 16)
-    erased = random_erasing(images, 1.0) == 0
+    draws = Draws(0, images=400)
+    erased = random_erasing(images, draws, 1.0) == 0
     assert torch.equal(erased.any(1), erased.all(1))  # all channels
     area = erased[:, 0].flatten(1).float().mean(1)
     assert 0.005 < area.min() and area.max() < 0.36 and 0.1 < area.mean() < 0.2
@@ -25,14 +26,14 @@ def test_erasing_sets_one_rectangle_of_the_drawn_size() -> None:
     assert torch.equal(rows * columns, erased[:, 0].flatten(1).sum(1))  # a rectangle
     assert erased[:, 0].any(0).all()  # anywhere
     assert torch.equal(images, torch.ones_like(images))
-    some = (random_erasing(images, 0.25) == 0).flatten(1).any(1).float().mean()
+    some = (random_erasing(images, draws, 0.25) == 0).flatten(1).any(1).float().mean()
     assert 0.15 < some < 0.35
-    assert torch.equal(random_erasing(images, 0.0), images)
+    assert torch.equal(random_erasing(images, draws, 0.0), images)
 
 
 def test_mixup_blends_images_as_it_blends_targets() -> None:
     images, labels = torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
-    mixed, targets = mix(images, labels, 4, mixup=1.0, cutmix=0.0)
+    mixed, targets = mix(images, labels, Draws(0, images=6), classes=4, mixup=1.0, cutmix=0.0)
     share = targets[0, 0].item()
     assert 0 < share < 1 and targets[0, 2].item() == pytest.approx(1 - share)
     torch.testing.assert_close(mixed, share * images + (1 - share) * images.flip(0))
@@ -42,8 +43,9 @@ def test_mixup_blends_images_as_it_blends_targets() -> None:
 def test_cutmix_takes_as_many_pixels_as_it_takes_of_the_target() -> None:
     images = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 16, 8).contiguous()
     seen = set()
-    for _ in range(50):
-        mixed, targets = mix(images, torch.tensor([0, 1]), 2, mixup=0.0, cutmix=1.0)
+    for step in range(50):
+        draws = Draws(step, images=2)
+        mixed, targets = mix(images, torch.tensor([0, 1]), draws, classes=2, mixup=0.0, cutmix=1.0)
         taken = mixed[0, 0]  # 1 where it comes from the other
         assert taken.mean().item() == pytest.approx(targets[0, 1].item())
         rows, columns = taken.any(1).sum(), taken.any(0).sum()
@@ -55,11 +57,94 @@ def test_cutmix_takes_as_many_pixels_as_it_takes_of_the_target() -> None:
 
 def test_both_take_turns() -> None:
     images = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 8, 8).contiguous()
-    whole = [
-        bool(((mixed == 0) | (mixed == 1)).all())
-        for mixed, _ in (mix(images, torch.tensor([0, 1]), 2, mixup=1.0, cutmix=1.0) for _ in range(60))
-    ]
-    assert 15 < sum(whole) < 45
+    whole = 0
+    for step in range(60):
+        mixed, _ = mix(images, torch.tensor([0, 1]), Draws(step, images=2), classes=2, mixup=1.0, cutmix=1.0)
+        whole += bool(((mixed == 0) | (mixed == 1)).all())
+    assert 15 < whole < 45
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("batch", [12, 13])
+def test_processes_see_together_what_one_alone_sees(world: int, batch: int) -> None:
+    """Every image is changed and mixed alike, whoever has it."""
+    images, labels = torch.rand(batch, 3, 8, 8), torch.arange(batch) % 5
+
+    def changed(share: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        draws = Draws(1, 2, 3, images=batch, rows=share)
+        mine = slice(None) if share is None else share
+        x = random_flip_crop(images[mine], draws, shift=0.25)
+        x = random_erasing(trivial_augment(x, draws), draws, 0.5)
+        return mix(x, labels[mine], draws, classes=5, mixup=0.8, cutmix=0.0)
+
+    whole = changed(None)
+    shares = [Ranks(rank, world).share(batch) for rank in range(world)]
+    assert sorted(torch.cat(shares).tolist()) == list(range(batch))
+    for share in shares:
+        for ours, alone in zip(changed(share), whole, strict=True):
+            torch.testing.assert_close(ours, alone[share], rtol=0, atol=1e-6)
+
+
+def picture(size: tuple[int, int] = (24, 16)) -> Image.Image:
+    y, x = np.mgrid[: size[0], : size[1]]
+    pixels = np.stack([4 * x + 2 * y, 200 - 3 * y, 90 + 40 * np.sin(x / 2)], -1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+# What Pillow makes of an image for the strength 0.5, and by how many of 255 ours may differ, because Pillow rounds: once to
+# below, and before that half to even the grey, the mean or the smooth image that it blends with.
+PILLOW = {
+    "autocontrast": (lambda x, s: ImageOps.autocontrast(x), 1),
+    "equalize": (lambda x, s: ImageOps.equalize(x), 0),
+    "solarize": (lambda x, s: ImageOps.solarize(x, 128), 0),
+    "posterize": (lambda x, s: ImageOps.posterize(x, 5), 0),
+    "brightness": (lambda x, s: ImageEnhance.Brightness(x).enhance(1 + 0.495 * s), 1),
+    "color": (lambda x, s: ImageEnhance.Color(x).enhance(1 + 0.495 * s), 1.5),
+    "contrast": (lambda x, s: ImageEnhance.Contrast(x).enhance(1 + 0.495 * s), 1.5),
+    "sharpness": (lambda x, s: ImageEnhance.Sharpness(x).enhance(1 + 0.495 * s), 1.5),
+    "rotate": (lambda x, s: x.rotate(s * 67.5, Image.Resampling.BILINEAR), None),
+    "translate_x": (lambda x, s: x.transform(x.size, Image.Transform.AFFINE, (1, 0, s * x.width / 4, 0, 1, 0)), 1),
+    "translate_y": (lambda x, s: x.transform(x.size, Image.Transform.AFFINE, (1, 0, 0, 0, 1, s * x.height / 4)), 1),
+}
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("name", PILLOW)
+def test_operations_are_pillow_s(name: str, sign: int) -> None:
+    image = picture()
+    reference, tolerance = PILLOW[name]
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    operation = next(each for each in OPERATIONS if each.__name__ == name)
+    ours = operation(x, torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), float(sign)))
+    theirs = torch.from_numpy(np.asarray(reference(image, sign)).copy()).permute(2, 0, 1)[None].float()
+    difference = (255 * ours - theirs).abs()
+    if tolerance is None:  # Pillow's turns are of the corner's pixels, too
+        assert difference.median() < 3
+    else:
+        assert difference.max() <= tolerance + 1e-3
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: each.__name__)
+def test_operations_change_more_with_their_strength(operation: Operation) -> None:
+    x = torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None].float() / 255
+
+    def distance(strength: float) -> float:
+        return float((operation(x, torch.full((1, 1, 1, 1), strength), torch.ones(1, 1, 1, 1)) - x).abs().mean())
+
+    weak, strong = distance(0.0), distance(0.9)
+    if operation.__name__ in ("identity", "autocontrast", "equalize"):  # have no strength
+        assert weak == strong
+    else:
+        assert weak < 1e-5 and strong > 0.001
+
+
+def test_every_image_gets_an_operation_of_its_own() -> None:
+    x = torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None].float().expand(200, -1, -1, -1) / 255
+    changed = trivial_augment(x, Draws(0, images=200))
+    assert changed.min() >= 0 and changed.max() <= 1
+    assert len({each.numpy().tobytes() for each in changed}) > 150
+    assert torch.equal(trivial_augment(x, Draws(0, images=200)), changed)
+    assert trivial_augment(x[:, :1], Draws(0, images=200)).shape == (200, 1, 24, 16)  # grey ones too
 
 
 @pytest.mark.parametrize(

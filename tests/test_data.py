@@ -20,6 +20,7 @@ from vix_kernels.__main__ import main
 from vix_kernels.training.augment import random_affine, random_flip_crop
 from vix_kernels.training.checkpoint import load_checkpoint
 from vix_kernels.training.data import load_dataset
+from vix_kernels.training.draws import Draws
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10_jpeg.npz"
 TINY_WORDS = ["embed_dim=16", "depth=1", "num_heads=2"]
@@ -68,11 +69,11 @@ def pack(tmp_path: Path) -> Path:
 
 def test_held_out_digits_are_fixed_and_stratified() -> None:
     data = load_dataset("digits")
-    assert (len(data.train_labels), len(data.test_labels)) == (1437, 360)
-    held_out = data.test_images.numpy().tobytes() + data.test_labels.numpy().tobytes()
+    assert (len(data.train.labels), len(data.test.labels)) == (1437, 360)
+    held_out = data.test.images.numpy().tobytes() + data.test.labels.numpy().tobytes()
     assert hashlib.sha256(held_out).hexdigest()[:16] == "3ea49a6c5c1f0810"
     for digit in range(10):
-        of_class = int((data.train_labels == digit).sum()), int((data.test_labels == digit).sum())
+        of_class = int((data.train.labels == digit).sum()), int((data.test.labels == digit).sum())
         assert abs(of_class[1] - 0.2 * sum(of_class)) < 1
 
 
@@ -81,18 +82,18 @@ def test_a_pack_holds_what_was_packed(pack: Path) -> None:
     files = [Image.open(BytesIO(jpeg(image))).convert("RGB") for image in pictures()]
     images = torch.from_numpy(np.stack(files)).permute(0, 3, 1, 2)
     held_out = torch.arange(48) % 4 == 3
-    assert data.train_images.dtype == torch.uint8
-    assert torch.equal(data.train_images, images[~held_out])
-    assert torch.equal(data.test_images, images[held_out])
-    assert torch.equal(data.train_labels, (torch.arange(48) % 3)[~held_out])
-    assert torch.equal(data.test_labels, (torch.arange(48) % 3)[held_out])
+    assert data.train.images.dtype == torch.uint8
+    assert torch.equal(data.train.images, images[~held_out])
+    assert torch.equal(data.test.images, images[held_out])
+    assert torch.equal(data.train.labels, (torch.arange(48) % 3)[~held_out])
+    assert torch.equal(data.test.labels, (torch.arange(48) % 3)[held_out])
     assert (data.name, data.classes) == ("stripes", ("lies", "stands", "leans"))
     assert data.model_kwargs == {"patch_size": 2}  # 8 x 8 tokens
 
 
 def test_inputs_are_normalised(pack: Path) -> None:
     for data in load_dataset("digits"), load_dataset(str(pack)):
-        x = data.inputs(data.train_images)
+        x = data.inputs(data.train.images)
         std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0)
         torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-4)
         torch.testing.assert_close(std, torch.ones_like(std), rtol=0, atol=1e-4)
@@ -100,8 +101,8 @@ def test_inputs_are_normalised(pack: Path) -> None:
 
 def test_affine_augmentation_without_a_draw_is_the_identity() -> None:
     x = torch.rand(4, 1, 8, 8)
-    torch.testing.assert_close(random_affine(x, degrees=0, scale=0, shift=0), x)
-    assert not torch.allclose(random_affine(x, degrees=15, scale=0, shift=0), x)
+    torch.testing.assert_close(random_affine(x, Draws(0, images=4), degrees=0, scale=0, shift=0), x)
+    assert not torch.allclose(random_affine(x, Draws(0, images=4), degrees=15, scale=0, shift=0), x)
 
 
 def test_flip_and_crop_give_every_window_of_the_padded_image() -> None:
@@ -109,8 +110,9 @@ def test_flip_and_crop_give_every_window_of_the_padded_image() -> None:
     padded = torch.nn.functional.pad(image, (3, 3, 2, 2), mode="reflect")[0]  # a quarter of the width and of the height
     crops = [padded[:, y : y + 8, x : x + 12] for y in range(5) for x in range(7)]
     windows = {window.numpy().tobytes() for crop in crops for window in (crop, crop.flip(2))}
-    torch.manual_seed(0)
-    drawn = [one.numpy().tobytes() for one in random_flip_crop(image.expand(2000, -1, -1, -1), shift=0.25)]
+    drawn = [
+        one.numpy().tobytes() for one in random_flip_crop(image.expand(2000, -1, -1, -1), Draws(0, images=2000), shift=0.25)
+    ]
     assert len(windows) == 70
     assert set(drawn) == windows
 
@@ -191,8 +193,8 @@ def test_damaged_or_missing_digits_are_refused(
 @pytest.mark.skipif(not CIFAR10.is_file(), reason=f"{CIFAR10} is absent")
 def test_cifar10_is_whole() -> None:
     data = load_dataset(str(CIFAR10))
-    assert data.train_images.shape == (50_000, 3, 32, 32) and data.test_images.shape == (10_000, 3, 32, 32)
-    assert data.train_labels.bincount().tolist() == [5000] * 10 and data.test_labels.bincount().tolist() == [1000] * 10
+    assert data.train.images.shape == (50_000, 3, 32, 32) and data.test.images.shape == (10_000, 3, 32, 32)
+    assert data.train.labels.bincount().tolist() == [5000] * 10 and data.test.labels.bincount().tolist() == [1000] * 10
     assert (data.classes[0], data.classes[9]) == ("airplane", "truck")
     published = torch.tensor([[0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]])  # mean and std of the original images
     torch.testing.assert_close(torch.stack([data.mean.flatten(), data.std.flatten()]), published, rtol=0, atol=3e-3)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vix_kernels.__main__ import main
 from vix_kernels.training import UserError
-from vix_kernels.training.data import load_dataset
+from vix_kernels.training.checkpoint import load_checkpoint
+from vix_kernels.training.data import Dataset, load_dataset
 
 RNG = np.random.default_rng(0)
 CIFAR = RNG.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
@@ -50,8 +52,8 @@ def cifar100_binary(folder: Path) -> Path:
 def test_cifar(make: Callable[[Path], Path], tmp_path: Path) -> None:
     data = load_dataset(str(make(tmp_path)))
     assert data.name == ("cifar100" if "100" in make.__name__ else "cifar10") and data.classes == ("cat", "dog")
-    assert np.array_equal(data.train_images.numpy(), CIFAR[:10]) and np.array_equal(data.test_images.numpy(), CIFAR[10:])
-    assert data.train_labels.tolist() == [0, 1] * 5 and data.model_kwargs == {"patch_size": 4}
+    assert np.array_equal(data.train.images.numpy(), CIFAR[:10]) and np.array_equal(data.test.images.numpy(), CIFAR[10:])
+    assert data.train.labels.tolist() == [0, 1] * 5 and data.model_kwargs == {"patch_size": 4}
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -62,7 +64,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
             return print, ("run",)
 
     (folder / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({b"data": Evil()}))
-    with pytest.raises(UserError, match="it asks for builtins.print, which no data set needs"):
+    with pytest.raises(UserError, match="it asks for builtins.print, which is not needed here"):
         load_dataset(str(folder))
 
 
@@ -82,8 +84,8 @@ def idx_files(folder: Path, compressed: bool = True) -> Path:
 @pytest.mark.parametrize("compressed", [True, False])
 def test_idx(compressed: bool, tmp_path: Path) -> None:
     data = load_dataset(str(idx_files(tmp_path, compressed)))
-    assert data.train_images.shape == (6, 1, 28, 28) and data.test_images.shape == (4, 1, 28, 28)
-    assert data.classes == ("0", "1") and data.test_labels.tolist() == [0, 1, 0, 1]
+    assert data.train.images.shape == (6, 1, 28, 28) and data.test.images.shape == (4, 1, 28, 28)
+    assert data.classes == ("0", "1") and data.test.labels.tolist() == [0, 1, 0, 1]
 
 
 def picture(path: Path, size: tuple[int, int] = (16, 16)) -> None:
@@ -112,17 +114,17 @@ def tiny_imagenet(folder: Path) -> Path:
 
 def test_folders_of_classes(tmp_path: Path) -> None:
     data = load_dataset(str(image_folder(tmp_path)))
-    assert data.classes == ("cat", "dog") and data.train_labels.tolist() == [0] * 4 + [1] * 4
+    assert data.classes == ("cat", "dog") and data.train.labels.tolist() == [0] * 4 + [1] * 4
     expected = np.asarray(Image.open(tmp_path / "train" / "dog" / "1.png")).transpose(2, 0, 1)
-    assert np.array_equal(data.train_images[5].numpy(), expected)
-    assert load_dataset(str(tmp_path), img_size=8).test_images.shape == (4, 3, 8, 8)
+    assert np.array_equal(data.train.images[5].numpy(), expected)
+    assert load_dataset(str(tmp_path), img_size=8).test.images.shape == (4, 3, 8, 8)
 
 
 def test_tiny_imagenet(tmp_path: Path) -> None:
     data = load_dataset(str(tiny_imagenet(tmp_path)))
-    assert data.classes == ("n01", "n02") and data.test_labels.tolist() == [0, 1]
+    assert data.classes == ("n01", "n02") and data.test.labels.tolist() == [0, 1]
     expected = np.asarray(Image.open(tmp_path / "val" / "images" / "val_1.png")).transpose(2, 0, 1)
-    assert np.array_equal(data.test_images[1].numpy(), expected)
+    assert np.array_equal(data.test.images[1].numpy(), expected)
 
 
 def test_longer_sides_lose_their_ends(tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_longer_sides_lose_their_ends(tmp_path: Path) -> None:
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = 255  # what is left is white
     Image.fromarray(wide).save(tmp_path / "train" / "cat" / "0.png")
-    assert load_dataset(str(tmp_path), img_size=8).train_images[0].float().mean() > 250
+    assert load_dataset(str(tmp_path), img_size=8).train.images[0].float().mean() > 250
 
 
 def test_a_few_unreadable_images_are_left_out_and_named(tmp_path: Path, capsys) -> None:
@@ -139,7 +141,7 @@ def test_a_few_unreadable_images_are_left_out_and_named(tmp_path: Path, capsys) 
     broken.write_bytes(broken.read_bytes()[:60])
     data = load_dataset(str(tmp_path / "data"))
     assert data.unreadable == (str(broken),)
-    assert data.train_labels.tolist() == [0] * 3 + [1] * 4 and data.test_labels.tolist() == [0, 0, 1, 1]
+    assert data.train.labels.tolist() == [0] * 3 + [1] * 4 and data.test.labels.tolist() == [0, 0, 1, 1]
     small = ["--model-kwargs", "depth=1", "embed_dim=16", "num_heads=2", "--epochs", "1", "--warmup-epochs", "0"]
     assert main(["train", "--dataset", str(tmp_path / "data"), *small, "--output", str(tmp_path / "run")]) == 0
     assert f"left out, because they cannot be decoded: 1 images: {broken}" in capsys.readouterr().out
@@ -202,7 +204,7 @@ def test_damaged_files_are_refused(
 
 def test_a_folder_of_something_else(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "holds nothing that is known; expected a pack (.npz) or a folder with CIFAR" in refused("--dataset", tmp_path)
-    assert "--img-size: expected a whole number above 0" in refused("--img-size", 0)
+    assert "--img-size: expected a finite number above 0" in refused("--img-size", 0)
 
 
 def test_an_empty_class_is_refused(tmp_path: Path) -> None:
@@ -212,3 +214,64 @@ def test_an_empty_class_is_refused(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:3073])
     with pytest.raises(UserError, match="expected training images of every class, got none of dog"):
         load_dataset(str(folder))
+
+
+def streamed(folder: Path, **options) -> Dataset:
+    return load_dataset(str(folder), img_size=8, stream=True, **options)
+
+
+def fed(data: Dataset, place: tuple[int, ...] | None, crop: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    order = torch.arange(len(data.train)).flip(0).tensor_split(3)
+    return list(data.train.batches(order, place, crop))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_images_are_those_in_memory(tmp_path: Path, workers: int) -> None:
+    image_folder(tmp_path)
+    held, data = load_dataset(str(tmp_path), img_size=8), streamed(tmp_path, workers=workers)
+    assert (data.classes, data.train.shape) == (held.classes, held.train.shape)
+    torch.testing.assert_close((data.mean, data.std), (held.mean, held.std))
+    for ours, theirs in zip(fed(data, None, False), fed(held, None, False), strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_streamed_images_are_cut_by_their_place_whoever_decodes_them(tmp_path: Path) -> None:
+    image_folder(tmp_path)
+    first = torch.cat([images for images, _ in fed(streamed(tmp_path, workers=0), (1, 2), True)])
+    again = torch.cat([images for images, _ in fed(streamed(tmp_path, workers=2), (1, 2), True)])
+    later = torch.cat([images for images, _ in fed(streamed(tmp_path, workers=0), (1, 3), True)])
+    whole = torch.cat([images for images, _ in fed(streamed(tmp_path, workers=0), (1, 2), False)])
+    assert torch.equal(first, again)
+    assert all((first != other).flatten(1).any(1).all() for other in (later, whole))
+
+
+def test_a_damaged_file_of_a_stream_is_named_and_replaced(tmp_path: Path) -> None:
+    image_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "1.png").write_text("no image")
+    data = streamed(tmp_path, workers=0)
+    images, labels = (torch.cat(each) for each in zip(*fed(data, (0, 0), False), strict=True))
+    assert len(images) == 8 and labels.tolist() == [1] * 4 + [0] * 4
+    assert torch.equal(images[6], images[5])  # places 1 and 2, in reversed order
+    assert [Path(name).name for name in data.train.unreadable] == ["1.png"]
+    assert sum(len(labels) for _, labels in fed(data, None, False)) == 7  # to test, it is left out
+    for name in ("0.png", "2.png"):
+        (tmp_path / "train" / "cat" / name).write_text("no image")
+    with pytest.raises(UserError, match="of 8 images cannot be decoded, such as"):
+        fed(data, (0, 0), False)
+
+
+def test_a_run_on_streamed_images_goes_on_exactly(tmp_path: Path) -> None:
+    image_folder(tmp_path / "data")
+    words = ["train", "--dataset", str(tmp_path / "data"), "--img-size", "8", "--stream", "--workers", "1", "--batch-size", "4"]
+    words += ["--warmup-epochs", "0", "--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2", "patch_size=2"]
+    for name, steps in (("straight", [2]), ("in two", [1, 2])):
+        for epochs in steps:
+            where = ["--output", str(tmp_path / name)] if epochs == steps[0] else ["--resume", str(tmp_path / name)]
+            assert main([*words, "--epochs", str(epochs), "--sched", "constant", *where]) == 0
+    ours, theirs = load_checkpoint(tmp_path / "in two"), load_checkpoint(tmp_path / "straight")
+    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
+
+
+def test_streams_need_one_size(tmp_path: Path, refused: Callable[..., str]) -> None:
+    image_folder(tmp_path / "data")
+    assert "--img-size N" in refused("--dataset", tmp_path / "data", "--stream", "--output", tmp_path / "run")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,15 +19,17 @@ from vix_kernels import backends
 from vix_kernels.__main__ import main
 from vix_kernels.models import create_model
 from vix_kernels.models.zoo import PUBLISHED
-from vix_kernels.training import Config, UserError, loop
+from vix_kernels.training import Config, UserError, loop, run, setup
 from vix_kernels.training.checkpoint import load_checkpoint, write_atomically
 from vix_kernels.training.data import load_dataset
 from vix_kernels.training.ema import Ema
-from vix_kernels.training.report import write_summary
+from vix_kernels.training.optim import learning_rate
+from vix_kernels.training.report import best_epoch, write_summary
 
 TINY = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
 TINY_WORDS = [f"{key}={value}" for key, value in TINY.items()]
-MIXED = {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.25, "model_ema": True}
+MIXED = {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.25, "model_ema": True, "redraw_interval": 4, "aa": "trivial"}
+TIMES = ("seconds", "images_per_second", "peak_memory_mb")  # of a row, are never the same
 
 
 def tiny(output: Path, **kwargs: Any) -> Config:
@@ -35,98 +39,106 @@ def tiny(output: Path, **kwargs: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return loop.train(tiny(tmp_path_factory.mktemp("straight")))[1]
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run.train(tiny(tmp_path_factory.mktemp("straight")))[1]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_run_leaves_its_files(run: Path) -> None:
-    assert set(contents(run)) == set(loop.RUN_FILES)
-    assert yaml.safe_load((run / "args.yaml").read_text())["model_kwargs"]["embed_dim"] == 16
-    rows = list(csv.DictReader((run / "summary.csv").read_text().splitlines()))
+def test_a_run_leaves_its_files(straight: Path) -> None:
+    assert set(contents(straight)) == set(setup.RUN_FILES)
+    assert yaml.safe_load((straight / "args.yaml").read_text())["model_kwargs"]["embed_dim"] == 16
+    rows = list(csv.DictReader((straight / "summary.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"train_loss", "eval_loss", "eval_top1", "eval_top5", "lr", "images_per_second"} <= rows[0].keys()
-    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (straight / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_best_checkpoint_gives_the_reported_accuracy(run: Path) -> None:
-    checkpoint = load_checkpoint(run / "best.pt")
+def test_best_checkpoint_gives_the_reported_accuracy(straight: Path) -> None:
+    checkpoint = load_checkpoint(straight / "best.pt")
     model = create_model(checkpoint["config"]["model"], **checkpoint["model_kwargs"])
-    model.load_state_dict(checkpoint["ema"]["model"])
+    model.load_state_dict(checkpoint["ema"])
     result = loop.evaluate(model, load_dataset("digits"), Config())
-    best = loop.best_epoch(checkpoint["history"])
+    best = best_epoch(checkpoint["history"])
     assert best["epoch"] == checkpoint["epoch"]
     assert result["eval_top1"] == best["eval_top1"]
 
 
-@pytest.mark.parametrize("interrupted_epoch", [0, 1])
-def test_a_continued_run_equals_the_straight_one(
-    run: Path,
+@pytest.mark.parametrize(
+    ("number", "steps"), [(signal.SIGINT, 0), (signal.SIGTERM, 2), (signal.SIGTERM, 6), (signal.SIGINT, 8)]
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    straight: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    interrupted_epoch: int,
+    number: int,
+    steps: int,
 ) -> None:
-    train_epoch = loop.train_epoch
+    """Stopped in either epoch, or behind the last step of one (6 steps each)."""
+    train_step, seen = loop.train_step, []
 
-    def interrupted(*args: Any) -> dict[str, float]:
-        if args[4] == interrupted_epoch:
-            raise KeyboardInterrupt
-        return train_epoch(*args)
+    def stopped(*args: Any) -> torch.Tensor:
+        if len(seen) == steps:
+            os.kill(os.getpid(), number)
+        seen.append(None)
+        return train_step(*args)
 
     output = tmp_path / "run"
     words = [*TINY_WORDS, "proj_drop_rate=0.1"]
-    mixed = ["--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25", "--model-ema"]
+    mixed = ["--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25", "--model-ema", "--redraw-interval", "4", "--aa", "trivial"]
     argv = ["train", "--epochs", "2", "--warmup-epochs", "1", "-b", "256", *mixed, "--model-kwargs", *words]
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_epoch", interrupted)
-        assert main([*argv, "--output", str(output)]) == 130
-    assert capsys.readouterr().err.count("\n") == 1
+        patch.setattr(loop, "train_step", stopped)
+        assert main([*argv, "--output", str(output)]) == 128 + number
+    assert len(seen) == steps + 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and signal.Signals(number).name in said and f"--resume {output}" in said
     assert main(["train", "--resume", str(output)]) == 0
 
-    straight, continued = load_checkpoint(run), load_checkpoint(output)
+    ours, theirs = load_checkpoint(output), load_checkpoint(straight)
     for key in ("model", "optimizer", "ema"):
-        torch.testing.assert_close(continued[key], straight[key], rtol=0, atol=0)
-    for row in straight["history"] + continued["history"]:
-        del row["images_per_second"]
-    assert straight["history"] == continued["history"]
-    assert contents(run).keys() == contents(output).keys()
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
+    for row in ours["history"] + theirs["history"]:
+        for name in TIMES:
+            del row[name]
+    assert ours["history"] == theirs["history"]
+    assert contents(straight).keys() == contents(output).keys()
 
 
-def test_a_run_can_branch_off_another(run: Path, tmp_path: Path) -> None:
-    before = contents(run)
-    assert main(["train", "--resume", str(run / "best.pt"), "--output", str(tmp_path), "--epochs", "3"]) == 0
+def test_a_run_can_branch_off_another(straight: Path, tmp_path: Path) -> None:
+    before = contents(straight)
+    assert main(["train", "--resume", str(straight / "best.pt"), "--output", str(tmp_path), "--epochs", "3"]) == 0
     assert [row["epoch"] for row in load_checkpoint(tmp_path)["history"]] == [1, 2, 3]
     assert contents(tmp_path).keys() == before.keys()
-    assert contents(run) == before
+    assert contents(straight) == before
 
 
-def test_a_branch_leaves_out_a_best_checkpoint_of_later_epochs(run: Path, tmp_path: Path) -> None:
+def test_a_branch_leaves_out_a_best_checkpoint_of_later_epochs(straight: Path, tmp_path: Path) -> None:
     """And of other runs: best.pt must be what the history calls best."""
-    start = load_checkpoint(run)
+    start = load_checkpoint(straight)
     start["history"], start["epoch"] = start["history"][:1], 1
-    best = load_checkpoint(run / "best.pt")
-    best["history"] = load_checkpoint(run)["history"]
+    best = load_checkpoint(straight / "best.pt")
+    best["history"] = load_checkpoint(straight)["history"]
     (tmp_path / "old").mkdir()
     torch.save(start, tmp_path / "old" / "epoch-1.pt")
     torch.save(best, tmp_path / "old" / "best.pt")
-    assert loop._best_of(str(tmp_path / "old" / "epoch-1.pt"), start["history"]) is None
+    assert setup.best_of(str(tmp_path / "old" / "epoch-1.pt"), start["history"]) is None
     best["history"] = start["history"]
     torch.save(best, tmp_path / "old" / "best.pt")
-    assert loop._best_of(str(tmp_path / "old" / "epoch-1.pt"), start["history"]) is not None
+    assert setup.best_of(str(tmp_path / "old" / "epoch-1.pt"), start["history"]) is not None
 
 
-def test_bf16_autocast_trains(run: Path, tmp_path: Path) -> None:
-    history, _ = loop.train(tiny(tmp_path, amp=True))
+def test_bf16_autocast_trains(straight: Path, tmp_path: Path) -> None:
+    history, _ = run.train(tiny(tmp_path, amp=True))
     assert history[1]["train_loss"] < history[0]["train_loss"]
-    assert history[0]["train_loss"] != load_checkpoint(run)["history"][0]["train_loss"]  # the flag was not ignored
+    assert history[0]["train_loss"] != load_checkpoint(straight)["history"][0]["train_loss"]  # the flag was not ignored
 
 
 def test_a_continued_run_can_leave_autocast(tmp_path: Path) -> None:
-    start = loop.train(tiny(tmp_path / "run", amp=True))[1]
+    start = run.train(tiny(tmp_path / "run", amp=True))[1]
     for flags, amp in ([], True), (["--no-amp"], False):
         branch = tmp_path / f"amp-{amp}"
         assert main(["train", "--resume", str(start / "last.pt"), "--output", str(branch), "--epochs", "3", *flags]) == 0
@@ -151,7 +163,7 @@ def test_default_output_never_meets_an_older_run(tmp_path: Path, monkeypatch: py
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(loop._claim_folder, ["name"] * 64))
+        folders = list(pool.map(setup.claim_folder, ["name"] * 64))
     assert len(set(folders)) == len(folders)
 
 
@@ -160,9 +172,9 @@ def test_the_learning_curve_grows_with_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, drawn: list[int]
 ) -> None:
     epochs = []
-    monkeypatch.setattr(loop, "CURVE_SECONDS", seconds)
-    monkeypatch.setattr(loop, "draw_learning_curve", lambda path, history, best, title: epochs.append(len(history)))
-    loop.train(tiny(tmp_path))
+    monkeypatch.setattr(run, "CURVE_SECONDS", seconds)
+    monkeypatch.setattr(run, "draw_learning_curve", lambda path, history, best, title: epochs.append(len(history)))
+    run.train(tiny(tmp_path))
     assert epochs == drawn
 
 
@@ -208,11 +220,11 @@ def test_a_backend_that_cannot_run_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_with_a_run_is_left_alone(run: Path, refused: Callable[..., str]) -> None:
-    before = contents(run)
-    assert "--resume" in refused("--output", run)
-    assert "holds a run" in refused("--resume", run / "best.pt")
-    assert contents(run) == before
+def test_a_folder_with_a_run_is_left_alone(straight: Path, refused: Callable[..., str]) -> None:
+    before = contents(straight)
+    assert "--resume" in refused("--output", straight)
+    assert "holds a run" in refused("--resume", straight / "best.pt")
+    assert contents(straight) == before
 
 
 @pytest.mark.parametrize(
@@ -224,23 +236,23 @@ def test_a_folder_with_a_run_is_left_alone(run: Path, refused: Callable[..., str
         ["--epochs", "1"],
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(run: Path, argv: list[str], refused: Callable[..., str]) -> None:
-    before = contents(run)
-    assert argv[0].strip("-").replace("-", "_") in refused("--resume", run, *argv)
-    assert contents(run) == before
+def test_a_checkpoint_of_another_run_is_refused(straight: Path, argv: list[str], refused: Callable[..., str]) -> None:
+    before = contents(straight)
+    assert argv[0].strip("-").replace("-", "_") in refused("--resume", straight, *argv)
+    assert contents(straight) == before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "other", "empty"])
-def test_a_damaged_checkpoint_is_refused(run: Path, tmp_path: Path, damage: str, refused: Callable[..., str]) -> None:
+def test_a_damaged_checkpoint_is_refused(straight: Path, tmp_path: Path, damage: str, refused: Callable[..., str]) -> None:
     path = tmp_path / "last.pt"
     if damage == "truncated":
-        path.write_bytes((run / "last.pt").read_bytes()[:20_000])
+        path.write_bytes((straight / "last.pt").read_bytes()[:20_000])
     elif damage == "text":
         path.write_text("not a checkpoint")
     elif damage == "other":
         torch.save({"model": {}}, path)
     else:
-        torch.save(dict.fromkeys(load_checkpoint(run), {}), path)
+        torch.save(dict.fromkeys(load_checkpoint(straight), {}), path)
     before = contents(tmp_path)
     assert str(path) in refused("--resume", path)
     assert contents(tmp_path) == before
@@ -248,7 +260,7 @@ def test_a_damaged_checkpoint_is_refused(run: Path, tmp_path: Path, damage: str,
 
 def test_a_diverged_run_stops(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--lr"):
-        loop.train(tiny(tmp_path, lr=1e30, clip_grad=0))
+        run.train(tiny(tmp_path, lr=1e30, clip_grad=0))
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
@@ -268,7 +280,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop, "write_summary", full)
+    monkeypatch.setattr(run, "write_summary", full)
     with pytest.raises(SystemExit) as stop:
         main(["train", "--epochs", "1", "-b", "512", "--output", str(tmp_path), "--model-kwargs", *TINY_WORDS])
     assert stop.value.code == 2
@@ -278,10 +290,10 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_an_interruption_before_the_first_epoch_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "load_dataset", interrupted)
+    monkeypatch.setattr(run, "load_dataset", interrupted)
     assert main(["train", "--output", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().err == "vix train: interrupted\n"
 
@@ -293,7 +305,7 @@ def test_summary_keeps_small_numbers(tmp_path: Path) -> None:
 
 def test_learning_rate_schedule() -> None:
     config = Config(epochs=10, warmup_epochs=2, lr=1.0, min_lr=0.1)
-    rates = [loop.learning_rate(step, 5, config) for step in range(50)]
+    rates = [learning_rate(step, 5, config) for step in range(50)]
     assert rates[:3] == [0.1, 0.2, pytest.approx(0.3)]
     assert max(rates) == rates[9] == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
@@ -302,7 +314,7 @@ def test_learning_rate_schedule() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_model_takes_the_digits(name: str) -> None:
-    model, kwargs = loop._build_model(Config(model=name), load_dataset("digits"), torch.device("cpu"))
+    model, kwargs = setup.build_model(Config(model=name), load_dataset("digits"), torch.device("cpu"))
     assert model.img_size == (8, 8) and ("patch_size" in kwargs) == hasattr(model, "patch_size")
 
 
@@ -318,7 +330,4 @@ def test_the_average_is_the_average_and_copies_what_cannot_be_averaged() -> None
         expected += (1 - min(0.5, (1 + step) / (10 + step))) * (start + step + 1 - expected)
         ema.update(model)
     torch.testing.assert_close(ema.model[0].weight, expected)
-    assert ema.model[1].running_mean.item() == 3 and not ema.model[0].weight.requires_grad
-    other = Ema(model, decay=0.5)
-    other.load_state_dict(ema.state_dict())
-    assert other.updates == 4 and torch.equal(other.model[0].weight, ema.model[0].weight)
+    assert ema.model[1].running_mean.item() == 3 and not ema.model[0].weight.requires_grad and ema.updates == 4

@@ -6,17 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 from vix_kernels import __version__
-from vix_kernels.commands import KeyValues, Parser
-from vix_kernels.training import Config, UserError
+from vix_kernels.commands import Parser
 
 COMMANDS = """\
 commands:
   train           train a model
+  validate        test a trained model on held-out images
+  predict         say what is on images
   models          list the models, with their sizes and costs
   convert         turn the weights of an original Vision Xformers model into safetensors
   check           say which backend each op gets here, and every reason why not another
@@ -28,21 +26,13 @@ commands:
 
 vix COMMAND --help says more.
 """
-TRAIN_EXAMPLES = """\
-examples:
-  vix train --model hybrid_vip --dataset digits
-  vix train --model vip --model-kwargs depth=2 position=rope_1d --epochs 20 --amp --output runs/small
-  vix train --dataset data/cifar10_jpeg.npz --epochs 6 --warmup-epochs 1
-  vix train --dataset data/my_photos --img-size 64              # train/CLASS/*.jpg and val/CLASS/*.jpg
-  vix train --resume runs/hybrid_vip-digits
-
-A run leaves args.yaml, summary.csv, learning_curve.png and the checkpoints last.pt and best.pt in its output folder.
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "train": _train,
+        "validate": _validate,
+        "predict": _predict,
         "models": _models,
         "convert": _convert,
         "check": _check,
@@ -66,88 +56,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _train_parser() -> Parser:
-    parser = Parser(
-        prog="vix train",
-        description="Train a ViX model and test it on held-out images after every epoch.",
-        epilog=TRAIN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    def add(*flags: str, help: str, **kwargs: Any) -> None:
-        parser.add_argument(*flags, help=help if "default" in help else f"{help} (default: %(default)s)", **kwargs)
-
-    add("--model", metavar="NAME", help="a name from `vix models`")
-    add("--model-kwargs", nargs="+", action=KeyValues, metavar="K=V", help="arguments of the model (default: none)")
-    add(
-        "--dataset",
-        metavar="NAME",
-        help="digits, or the path of a pack (.npz) or of a folder: CIFAR, idx files, train/ and val/",
-    )
-    add("--img-size", type=int, metavar="N", help="side that images in folders are resized to (default: as they are)")
-    add("--epochs", type=int, metavar="N", help="passes over the training images")
-    add("-b", "--batch-size", type=int, metavar="N", help="images a step, at most")
-    add("--lr", type=float, metavar="LR", help="highest learning rate")
-    add("--weight-decay", type=float, metavar="W", help="of AdamW; biases and norms are left out")
-    add("--warmup-epochs", type=int, metavar="N", help="epochs of linear warm-up")
-    add("--min-lr", type=float, metavar="LR", help="learning rate at the end of the cosine")
-    add("--smoothing", type=float, metavar="S", help="label smoothing")
-    add("--mixup", type=float, metavar="A", help="blend pairs of images, shares from Beta(A, A); 0 for never")
-    add("--cutmix", type=float, metavar="A", help="put a part of one image into another, shares from Beta(A, A); 0 for never")
-    add("--reprob", type=float, metavar="P", help="probability to erase a rectangle of an image")
-    add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm, 0 for no clipping")
-    add(
-        "--model-ema",
-        action=argparse.BooleanOptionalAction,
-        help="test a moving average of the weights, kept too (default: no)",
-    )
-    add("--model-ema-decay", type=float, metavar="D", help="share of the old average at every step, once it has settled")
-    add("--amp", action=argparse.BooleanOptionalAction, help="run the model under autocast (default: no)")
-    add("--amp-dtype", choices=["bfloat16"], help="dtype of autocast")
-    add("--seed", type=int, metavar="N", help="of the weights, the batches and the augmentation")
-    add("--device", metavar="DEVICE", help="auto takes a GPU if there is one")
-    add(
-        "--backend",
-        choices=["auto", "triton", "torch", "reference"],
-        help="of linear-cost attention and of the rotary embedding; the softmax of vit is always torch's",
-    )
-    add("--output", metavar="DIR", help="a folder without a run (default: runs/MODEL-DATASET, numbered)")
-    add("--resume", metavar="PATH", help="continue the run in this folder, or from this checkpoint (default: no)")
-    parser.set_defaults(**asdict(Config()))
-    return parser
-
-
 def _train(argv: list[str]) -> int:
-    parser = _train_parser()
+    from vix_kernels.training.commands import train_command
 
-    def parse() -> Config:
-        return Config(**vars(parser.parse_args(argv)))
+    return train_command(argv)
 
-    config = parse()
-    try:
-        from vix_kernels.training.checkpoint import load_checkpoint
-        from vix_kernels.training.loop import best_epoch, train
-    except ModuleNotFoundError as error:
-        parser.error(f"training needs {error.name}: pip install 'vix_kernels[train]'")
-    try:
-        if config.resume:
-            # What the command line leaves out is as it was in the run that goes on; where it runs may have changed.
-            saved = load_checkpoint(config.resume)["config"]
-            names = vars(config).keys() - {"device", "backend", "output", "resume"}
-            parser.set_defaults(**{name: saved[name] for name in names & saved.keys()})
-            config = parse()
-        history, output = train(config)
-    except (UserError, OSError) as error:  # a path that cannot be read, a disk that is full
-        parser.error(str(error))
-    except KeyboardInterrupt as stop:
-        print(f"vix train: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
-    best, last = best_epoch(history), history[-1]
-    print(
-        f"top-1 {best['eval_top1']:.2f} % (best, epoch {best['epoch']}; last {last['eval_top1']:.2f} %), "
-        f"top-5 {best['eval_top5']:.2f} %, {last['images_per_second']:,.0f} images/s, {Path(output)}"
-    )
-    return 0
+
+def _validate(argv: list[str]) -> int:
+    from vix_kernels.training.commands import validate_command
+
+    return validate_command(argv)
+
+
+def _predict(argv: list[str]) -> int:
+    from vix_kernels.training.commands import predict_command
+
+    return predict_command(argv)
 
 
 def _models(argv: list[str]) -> int:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .. import backends
 from ..ops.rope import Rope, apply_rope
+from ..ops.weights import attention_weights
 from .dropout import Dropout
 from .packed_linear import packed_linear
 
@@ -90,9 +91,17 @@ class Attention(nn.Module):
 
     def mix(self, x: Tensor, key_padding_mask: Tensor | None, rope: Rope | None, **masks: Tensor) -> Tensor:
         """All but the last linear map: (batch, tokens, dim) to (batch, heads, tokens, head_dim)."""
+        return self.attend(*self.heads(x), key_padding_mask, rope, **masks)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of (batch, tokens, dim), each (batch, heads, tokens, head_dim)."""
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in packed_linear(self.qkv, x))
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.attend(q, k, v, key_padding_mask, rope, **masks)
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+
+    def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None) -> Tensor:
+        """What `token` of x (batch, tokens, dim) looks at: its row of the attention matrix, (batch, heads, tokens)."""
+        q, k, _ = self.heads(x)
+        return attention_weights(self.attend, q, k, None, rope, token=token)
 
     def attend(
         self,

@@ -54,6 +54,14 @@ class NystromAttention(Attention):
             nn.Conv2d(num_heads, num_heads, (taps, 1), padding=(taps // 2, 0), groups=num_heads, bias=False) if taps else None
         )
 
+    def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None) -> Tensor:
+        """As that of Attention; the residual has no part in it."""
+        residual, self.res_conv = self.res_conv, None
+        try:
+            return super().attention_of(x, token, rope=rope)
+        finally:
+            self.res_conv = residual
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
         return nystrom_attention(
             q, k, v, num_landmarks=min(self.num_landmarks, q.shape[2] - self.prefix_tokens), landmarks=self.landmarks,

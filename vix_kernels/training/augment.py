@@ -1,6 +1,7 @@
-"""Random changes of float images (batch, channels, height, width), each image by a draw of its own.
+"""Random changes of float images (batch, channels, height, width), each image by draws of its own, whole batches at once.
 
-The draws are made on the CPU, so that every device sees the same images.
+Of the libraries, torchvision and kornia apply one operation of an automatic augmentation to a whole batch, and timm changes one
+PIL image at a time.
 """
 
 from __future__ import annotations
@@ -11,50 +12,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .draws import Draws
 
-def random_affine(images: Tensor, *, degrees: float, scale: float, shift: float) -> Tensor:
+
+def random_affine(images: Tensor, draws: Draws, *, degrees: float, scale: float, shift: float) -> Tensor:
     """Turn, zoom and shift by uniform draws, filling with zeros.
 
     `scale` is the largest relative change of size, `shift` the largest shift as a part of the image.
     """
-    turn, zoom, dx, dy = torch.rand(4, len(images)).mul(2).sub(1)
+    turn, zoom, dx, dy = (draws.uniform(-1, 1) for _ in range(4))
     angle, zoom = turn * math.radians(degrees), 1 + scale * zoom
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    rows = torch.stack([cos, -sin, 2 * shift * dx, sin, cos, 2 * shift * dy], dim=1)
-    grid = F.affine_grid(rows.view(-1, 2, 3).to(images.device), list(images.shape), align_corners=False)
+    return warp(images, [[cos, -sin, 2 * shift * dx], [sin, cos, 2 * shift * dy]])
+
+
+def warp(images: Tensor, matrix: list[list[Tensor | float]]) -> Tensor:
+    """Look every pixel (x, y), from -1 to 1, up at matrix @ (x, y, 1); nothing lies outside. Entries: a number an image."""
+    entries = [torch.as_tensor(entry).expand(len(images)) for row in matrix for entry in row]
+    theta = torch.stack(entries, dim=1).view(-1, 2, 3).to(images)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def random_flip_crop(images: Tensor, *, shift: float) -> Tensor:
+def random_flip_crop(images: Tensor, draws: Draws, *, shift: float) -> Tensor:
     """Mirror left and right half of the time, then crop at random from the image padded by its own reflection.
 
     `shift` is the padding on each side as a part of the image; whole pixels, at most one less than the image has.
     """
     batch, channels, height, width = images.shape
-    rows, columns = _shifted(height, shift, batch), _shifted(width, shift, batch)
-    columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)
+    rows, columns = _shifted(height, shift, draws), _shifted(width, shift, draws)
+    columns = torch.where(draws.chance(0.5)[:, None], columns.flip(1), columns)
     index = torch.arange(batch)[:, None, None, None], torch.arange(channels)[:, None, None], rows[:, None, :, None]
     return images[tuple(i.to(images.device) for i in (*index, columns[:, None, None, :]))]
 
 
-def _shifted(size: int, shift: float, batch: int) -> Tensor:
+def _shifted(size: int, shift: float, draws: Draws) -> Tensor:
     """(batch, size): for each pixel of a shifted line the pixel it comes from, reflected at the borders."""
     most = int(shift * size)
-    source = (torch.arange(size) + torch.randint(-most, most + 1, (batch, 1))).abs()
+    source = (torch.arange(size) + draws.integers(-most, most + 1)[:, None]).abs()
     return size - 1 - (size - 1 - source).abs()
 
 
-def random_erasing(images: Tensor, probability: float) -> Tensor:
+def random_erasing(images: Tensor, draws: Draws, probability: float) -> Tensor:
     """Set a rectangle of some images to 0, which is their mean once they are normalised (arXiv:1708.04896).
 
     Of 2 to 33 per cent of the image, up to 3.3 times as long as wide, anywhere.
     """
-    batch, _, height, width = images.shape
-    area = torch.empty(batch).uniform_(0.02, 0.33) * height * width
-    aspect = torch.empty(batch).uniform_(-math.log(3.3), math.log(3.3)).exp()
-    rows = _interval(height, (area * aspect).sqrt(), torch.rand(batch))
-    columns = _interval(width, (area / aspect).sqrt(), torch.rand(batch))
-    chosen = (torch.rand(batch) < probability)[:, None, None]
+    height, width = images.shape[2:]
+    area = draws.uniform(0.02, 0.33) * height * width
+    aspect = draws.uniform(-math.log(3.3), math.log(3.3)).exp()
+    rows = _interval(height, (area * aspect).sqrt(), draws.uniform())
+    columns = _interval(width, (area / aspect).sqrt(), draws.uniform())
+    chosen = draws.chance(probability)[:, None, None]
     return images.masked_fill((rows[:, :, None] & columns[:, None, :] & chosen).unsqueeze(1).to(images.device), 0)
 
 
@@ -66,7 +75,7 @@ def _interval(size: int, length: Tensor, place: Tensor) -> Tensor:
     return (at >= start[:, None]) & (at < (start + length)[:, None])
 
 
-def mix(images: Tensor, labels: Tensor, classes: int, *, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+def mix(images: Tensor, labels: Tensor, draws: Draws, *, classes: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
     """Every image with the one at its place from the end, by one draw for the batch; and the shares of the classes.
 
     mixup (arXiv:1710.09412) blends them, cutmix (arXiv:1905.04899) puts a rectangle of the other in, the share of either drawn
@@ -75,14 +84,14 @@ def mix(images: Tensor, labels: Tensor, classes: int, *, mixup: float, cutmix: f
     Returns:
         Images of the same shape, and targets (batch, classes), which sum to 1.
     """
-    cut = bool(cutmix) and (not mixup or torch.rand(()).item() < 0.5)
-    strength = torch.tensor(cutmix if cut else mixup, dtype=torch.float64)
-    share = torch.distributions.Beta(strength, strength).sample().item()
+    cut = bool(cutmix) and (not mixup or draws.batch.random() < 0.5)
+    strength = cutmix if cut else mixup
+    share = draws.batch.beta(strength, strength)
     others = images.flip(0)
     if cut:
         height, width = images.shape[2:]
         side = math.sqrt(1 - share)
-        (top, left), (tall, wide) = torch.rand(2).tolist(), (round(side * height), round(side * width))
+        (top, left), (tall, wide) = draws.batch.random(2), (round(side * height), round(side * width))
         top, left = int(top * (height - tall + 1)), int(left * (width - wide + 1))
         box = (..., slice(top, top + tall), slice(left, left + wide))
         images = images.clone()

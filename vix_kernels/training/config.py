@@ -15,43 +15,70 @@ class UserError(Exception):
 class Config:
     model: str = "hybrid_vip"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    drop_path: float = 0.0
     dataset: str = "digits"
+    data_dir: str | None = None
     img_size: int | None = None
+    stream: bool | None = None
+    workers: int = 4
+    recipe: str | None = None
     epochs: int = 20
     batch_size: int = 64
+    grad_accum_steps: int = 1
+    opt: str = "adamw"
     lr: float = 2e-3
     weight_decay: float = 0.05
+    sched: str = "cosine"
     warmup_epochs: int = 3
+    cooldown_epochs: int = 0
     min_lr: float = 1e-5
     smoothing: float = 0.1
+    aug: bool = True
+    aa: str = "none"
     mixup: float = 0.0
     cutmix: float = 0.0
+    mixup_off_epoch: int = 0
     reprob: float = 0.0
     clip_grad: float = 1.0
+    redraw_interval: int = 0
     model_ema: bool = False
     model_ema_decay: float = 0.999
     amp: bool = False
     amp_dtype: str = "bfloat16"
+    compile: bool = False
+    channels_last: bool = False
+    grad_checkpointing: bool = False
+    fsdp: bool = False
     seed: int = 0
     device: str = "auto"
     backend: str = "auto"
     output: str | None = None
     resume: str | None = None
+    checkpoint_hist: int = 0
+    recovery_interval: int = 0
+    time_to: float | None = None
+    log_tensorboard: bool = False
+    progress: bool | None = None
 
     def check(self) -> None:
-        for name in ("epochs", "batch_size", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')}: expected a finite number above 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_epochs", "min_lr", "clip_grad", "seed", "mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')}: expected a finite number of 0 or more, got {getattr(self, name)}")
-        if self.img_size is not None and self.img_size < 1:
-            raise UserError(f"--img-size: expected a whole number above 0, got {self.img_size}")
-        if self.seed >= 2**63:
-            raise UserError(f"--seed: expected less than 2**63, got {self.seed}")
-        if not 0 <= self.smoothing < 1:
-            raise UserError(f"--smoothing: expected a number in [0, 1), got {self.smoothing}")
-        if not 0 <= self.model_ema_decay < 1:
-            raise UserError(f"--model-ema-decay: expected a number in [0, 1), got {self.model_ema_decay}")
-        if not 0 <= self.reprob <= 1:
-            raise UserError(f"--reprob: expected a probability, got {self.reprob}")
+        """Raises `UserError` for the first value that makes no sense."""
+        positive = ("epochs", "batch_size", "grad_accum_steps", "lr", "img_size")
+        not_negative = (
+            "weight_decay", "warmup_epochs", "cooldown_epochs", "min_lr", "clip_grad", "seed", "mixup", "cutmix",
+            "mixup_off_epoch", "redraw_interval", "checkpoint_hist", "recovery_interval", "workers",
+        )  # fmt: skip
+        for name in positive:
+            self._expect(name, "a finite number above 0", lambda x: 0 < x < math.inf)
+        for name in not_negative:
+            self._expect(name, "a finite number of 0 or more", lambda x: 0 <= x < math.inf)
+        for name in ("smoothing", "model_ema_decay", "drop_path"):
+            self._expect(name, "a number in [0, 1)", lambda x: 0 <= x < 1)
+        self._expect("reprob", "a probability", lambda x: 0 <= x <= 1)
+        self._expect("time_to", "a percentage", lambda x: 0 < x <= 100)
+        self._expect("seed", "less than 2**63", lambda x: x < 2**63)
+        self._expect("grad_accum_steps", f"at most --batch-size {self.batch_size}", lambda x: x <= self.batch_size)
+
+    def _expect(self, name: str, expected: str, holds: Any) -> None:
+        value = getattr(self, name)
+        if value is not None and not holds(value):
+            raise UserError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")

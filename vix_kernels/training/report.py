@@ -1,19 +1,73 @@
-"""What a run leaves for its reader: args.yaml, summary.csv and learning_curve.png."""
+"""What a run leaves for its reader, beside its checkpoints."""
 
 from __future__ import annotations
 
 import csv
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from ..commands import write_atomically
-from .config import Config
+from .config import Config, UserError
+
+if TYPE_CHECKING:
+    from .data import Dataset
+    from .trained import Judgement, Trained
+
+
+def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first row with the highest top-1; among equals, the one with the lowest loss."""
+    return max(history, key=lambda row: (row["eval_top1"], -row["eval_loss"]))
+
+
+def left_out(unreadable: Sequence[str]) -> str:
+    names = ", ".join(unreadable[:3]) + ", ..." * (len(unreadable) > 3)
+    return f"left out, because they cannot be decoded: {len(unreadable)} images: {names}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use so far: of the GPU by tensors, of a CPU by the process; 0 where nobody counts them."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Board:
+    """The history in TensorBoard's files, one point an epoch."""
+
+    TAGS = {
+        "train_loss": "loss/training", "eval_loss": "loss/held out", "eval_top1": "accuracy/top-1",
+        "eval_top5": "accuracy/top-5", "lr": "learning rate", "images_per_second": "images per second",
+        "peak_memory_mb": "peak memory (MiB)",
+    }  # fmt: skip
+
+    def __init__(self, folder: Path, epochs: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise UserError("--log-tensorboard: it is not installed: pip install tensorboard") from error
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=epochs + 1)
+
+    def add(self, row: dict[str, Any]) -> None:
+        for name, tag in self.TAGS.items():
+            self.writer.add_scalar(tag, row[name], row["epoch"])
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 def write_args(path: Path, config: Config) -> None:
@@ -56,3 +110,76 @@ def draw_learning_curve(path: Path, history: list[dict[str, Any]], best: dict[st
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw_judgement(folder: Path, trained: Trained, judgement: Judgement, dataset: Dataset) -> None:
+    """confusion.png and mistakes.png in `folder`."""
+    title = f"{trained.config.model} on {dataset.name}, top-1 {judgement.top1:.2f} %"
+    draw_confusion(folder / "confusion.png", judgement.confusion, dataset.classes, title)
+    draw_mistakes(folder / "mistakes.png", judgement, dataset.classes, dataset.max_value, title)
+
+
+def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title: str) -> None:
+    """The share of every class (row) that is taken for each class (column)."""
+    few = len(classes) <= 20
+    side = max(5.0, 0.4 * len(classes) + 2.5) if few else 9.0
+    figure = Figure(figsize=(side, side), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    axes = figure.subplots()
+    share = 100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    drawn = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
+    axes.set(xlabel="taken for", ylabel="class")
+    if few:
+        axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
+        axes.set_yticks(range(len(classes)), classes)
+        for row in range(len(classes)):
+            for column in range(len(classes)):
+                if value := int(confusion[row, column]):
+                    color = "white" if share[row, column] > 60 else "black"
+                    axes.text(column, row, str(value), ha="center", va="center", fontsize=7, color=color)
+    else:
+        figure.colorbar(drawn, label="of the class (%)", shrink=0.7)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw_mistakes(path: Path, judgement: Judgement, classes: Sequence[str], max_value: int, title: str) -> None:
+    """The mistakes that the model was surest of."""
+    number = len(judgement.mistakes)
+    columns, rows = 6, max(1, -(-number // 6))
+    figure = Figure(figsize=(9, 1.85 * rows + 0.6), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title if number else f"{title}: no mistakes", fontsize=12, fontweight="bold")
+    for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.axis("off")
+        if place < number:
+            _show(axes, judgement.mistakes[place].float() / max_value)
+            label, said = classes[judgement.labels[place]], classes[judgement.said[place]]
+            axes.set_title(f"{label}, taken for\n{said} ({100 * judgement.probability[place]:.0f} %)", fontsize=7.5)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw_attention(path: Path, image: Tensor, weights: Tensor, title: str) -> None:
+    """What the class token looks at, beside the image and over it."""
+    figure = Figure(figsize=(8, 4.2), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    plain, over = figure.subplots(1, 2)
+    height, width = image.shape[1:]
+    for axes in (plain, over):
+        _show(axes, image)
+        axes.axis("off")
+    weights = (weights - weights.min()) / (weights.max() - weights.min()).clamp(min=1e-12)
+    over.imshow(
+        weights.numpy(), cmap="inferno", alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear"
+    )
+    over.set_title("what the class token looks at", fontsize=9)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _show(axes: Axes, image: Tensor) -> None:
+    """Of floats in [0, 1] (channels, height, width)."""
+    if image.shape[0] == 3:
+        axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
+    else:
+        axes.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)

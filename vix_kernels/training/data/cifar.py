@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..unpickle import Unpickler
 from .dataset import Dataset, make_dataset
+from .images import HeldImages
 
 PIXELS = 3 * 32 * 32
-Part = tuple[Tensor, Tensor]
 # Name: files that train, the one that tests, the one that names the classes; in Python's format the key of the labels and of
 # the names, in binary the bytes in front of an image, the last of which is the label.
 PYTHON = {
@@ -49,24 +49,24 @@ def cifar(folder: Path) -> Dataset:
     raise ValueError(f"expected one of {', '.join(files[2] for files in (*PYTHON.values(), *BINARY.values()))}")
 
 
-def _dataset(name: str, classes: tuple[str, ...], parts: list[Part]) -> Dataset:
+def _dataset(name: str, classes: tuple[str, ...], parts: list[HeldImages]) -> Dataset:
     *train, test = parts
-    images, labels = (torch.cat(each) for each in zip(*train, strict=True))
-    return make_dataset(name, classes, (images, labels), test)
+    joined = HeldImages(torch.cat([part.images for part in train]), torch.cat([part.labels for part in train]))
+    return make_dataset(name, classes, joined, test)
 
 
-def _python(path: Path, key: bytes) -> Part:
+def _python(path: Path, key: bytes) -> HeldImages:
     content = _unpickled(path)
     pixels = np.asarray(content[b"data"], np.uint8)
-    return _images(path, pixels), torch.tensor(content[key], dtype=torch.int64)
+    return HeldImages(_images(path, pixels), torch.tensor(content[key], dtype=torch.int64))
 
 
-def _binary(path: Path, header: int) -> Part:
+def _binary(path: Path, header: int) -> HeldImages:
     content = np.fromfile(path, np.uint8)
     if not len(content) or len(content) % (header + PIXELS):
         raise ValueError(f"{path.name}: expected a multiple of {header + PIXELS} bytes, got {len(content)}")
     rows = content.reshape(-1, header + PIXELS)
-    return _images(path, rows[:, header:]), torch.from_numpy(rows[:, header - 1].astype(np.int64))
+    return HeldImages(_images(path, rows[:, header:]), torch.from_numpy(rows[:, header - 1].astype(np.int64)))
 
 
 def _images(path: Path, pixels: np.ndarray) -> Tensor:
@@ -75,20 +75,12 @@ def _images(path: Path, pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels)).view(-1, 3, 32, 32)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads arrays and plain containers; anything else, which could run code, is refused."""
-
-    ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
-        ("numpy", "dtype"), ("_codecs", "encode"),
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data set needs")
-        return super().find_class(module, name)
+_ARRAYS = {
+    ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"),
+    ("numpy", "dtype"), ("_codecs", "encode"),
+}  # fmt: skip
 
 
 def _unpickled(path: Path) -> dict[bytes, Any]:
     with path.open("rb") as file:
-        return _Unpickler(file, encoding="bytes").load()
+        return Unpickler(file, _ARRAYS, encoding="bytes").load()

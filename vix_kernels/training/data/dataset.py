@@ -1,4 +1,4 @@
-"""A data set in memory, and what its readers share."""
+"""A data set, and what its readers share."""
 
 from __future__ import annotations
 
@@ -11,77 +11,92 @@ import torch
 from torch import Tensor
 
 from ..augment import random_flip_crop
+from ..draws import Draws
+from .images import HeldImages, Images
+
+Augmentation = Callable[[Tensor, Draws], Tensor]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images are uint8 (n, channels, height, width), labels int64 (n,); `augment` sees float images in [0, 1]."""
-
     name: str
     classes: tuple[str, ...]
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    max_value: int
+    train: Images
+    test: Images
+    max_value: int  # of the uint8 images
     mean: Tensor  # of each channel, (channels, 1, 1), over the training images as floats in [0, 1]; std likewise
     std: Tensor
-    augment: Callable[[Tensor], Tensor]
+    augment: Augmentation  # of float images in [0, 1]
     model_kwargs: dict[str, Any] = field(default_factory=dict)  # what suits these images, beside their shape
     unreadable: tuple[str, ...] = ()  # files that were left out
 
     def to(self, device: torch.device) -> Dataset:
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        return replace(self, **{name: getattr(self, name).to(device) for name in ("train", "test", "mean", "std")})
 
     def description(self) -> dict[str, Any]:
         """For the checkpoint: what its reader needs to feed it and to name its classes, and to know the data again."""
         return {
+            "name": self.name,
             "classes": list(self.classes),
-            "train_images": len(self.train_labels),
-            "test_images": len(self.test_labels),
+            "train_images": len(self.train),
+            "test_images": len(self.test),
             "max_value": self.max_value,
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
         }
 
-    def inputs(self, images: Tensor, augment: bool = False) -> Tensor:
-        """uint8 images to what a model reads: augmented if asked, zero mean and unit variance."""
-        x = images.float() / self.max_value
-        return ((self.augment(x) if augment else x) - self.mean) / self.std
+    def normalised(self, images: Tensor) -> Tensor:
+        """Floats in [0, 1] to what a model reads: zero mean and unit variance."""
+        return (images - self.mean) / self.std
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """uint8 images to what a model reads."""
+        return self.normalised(images.float() / self.max_value)
+
+
+def photographs(images: Tensor, draws: Draws) -> Tensor:
+    """As small photographs are augmented: mirrored, and shifted by up to an eighth of their side."""
+    return random_flip_crop(images, draws, shift=0.125)
 
 
 def make_dataset(
     name: str,
     classes: tuple[str, ...],
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+    train: Images,
+    test: Images,
     *,
     max_value: int = 255,
-    augment: Callable[[Tensor], Tensor] = lambda x: random_flip_crop(x, shift=0.125),
+    augment: Augmentation = photographs,
     patch_size: int | None = None,
+    statistics: Tensor | None = None,
     unreadable: tuple[str, ...] = (),
 ) -> Dataset:
-    """A data set of (images, labels) for training and testing.
+    """A data set, by default augmented as photographs, and in as large patches as leave 8 x 8 tokens or more.
 
-    By default as photographs are augmented, and in as large patches as leave 8 x 8 tokens or more.
+    Args:
+        statistics: uint8 images whose mean and deviation stand for all; default the training images, which are in memory then.
 
     Raises:
         ValueError: labels are out of range, or a class has no image to learn from.
     """
-    for part, (images, labels) in {"training": train, "test": test}.items():
+    for part, images in {"training": train, "test": test}.items():
+        labels = images.labels
         if len(images) != len(labels) or not len(labels):
             raise ValueError(f"expected as many {part} labels as images, and some; got {len(labels)} and {len(images)}")
         if labels.min() < 0 or labels.max() >= len(classes):
             raise ValueError(f"expected labels from 0 to {len(classes) - 1}, got {labels.min()} to {labels.max()}")
-    counts = train[1].bincount(minlength=len(classes))
+    counts = train.labels.bincount(minlength=len(classes))
     if empty := [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]:
         raise ValueError(f"expected training images of every class, got none of {', '.join(empty[:5])}")
     if patch_size is None:
-        side = math.gcd(*train[0].shape[2:])
+        side = math.gcd(*train.shape[1:])
         patch_size = max(p for p in range(1, side + 1) if side % p == 0 and p <= max(1, side // 8))
-    mean, std = pixel_statistics(train[0], max_value=max_value)
+    if statistics is None:
+        assert isinstance(train, HeldImages)
+        statistics = train.images
+    mean, std = pixel_statistics(statistics, max_value=max_value)
     return Dataset(
-        name, classes, *train, *test, max_value, mean, std, augment, {"patch_size": patch_size}, unreadable
+        name, classes, train, test, max_value, mean, std, augment, {"patch_size": patch_size}, unreadable
     )  # fmt: skip
 
 

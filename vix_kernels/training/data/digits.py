@@ -6,6 +6,7 @@ import torch
 
 from ..augment import random_affine
 from .dataset import Dataset, make_dataset
+from .images import HeldImages
 
 
 def digits() -> Dataset:
@@ -21,9 +22,9 @@ def digits() -> Dataset:
     return make_dataset(
         "digits",
         tuple("0123456789"),
-        (images[train], labels[train]),
-        (images[test], labels[test]),
+        HeldImages(images[train], labels[train]),
+        HeldImages(images[test], labels[test]),
         max_value=16,
-        augment=lambda x: random_affine(x, degrees=15, scale=0.1, shift=0.125),
+        augment=lambda x, draws: random_affine(x, draws, degrees=15, scale=0.1, shift=0.125),
         patch_size=2,
     )

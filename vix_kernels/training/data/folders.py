@@ -1,4 +1,4 @@
-"""Images in folders: one a class, or as Tiny ImageNet has them. All are decoded at once, to one size, into memory."""
+"""Images in folders: one a class, or as Tiny ImageNet has them. Decoded at once, into memory, or while they are needed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .dataset import Dataset, make_dataset
+from .images import MOST_UNREADABLE, HeldImages, StreamedImages, decode
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 HELD_OUT = ("val", "valid", "validation", "test")
-MOST_UNREADABLE = 0.01  # of all images; more is a damaged copy, not a few bad files
+HELD_BYTES = 2**32  # of decoded images; more are streamed
+SAMPLE = 512  # images that the statistics of streamed ones are taken from
 Files = list[tuple[Path, int]]  # images and their labels
 
 
@@ -24,7 +26,7 @@ def is_folder(folder: Path) -> bool:
     return (folder / "train").is_dir()
 
 
-def folders(folder: Path, img_size: int | None) -> Dataset:
+def folders(folder: Path, img_size: int | None, stream: bool | None, workers: int) -> Dataset:
     """train/CLASS/IMAGE and val/CLASS/IMAGE (or valid, validation, test), at any depth below the class.
 
     Tiny ImageNet has val/images and val/val_annotations.txt instead. Images that cannot be decoded are left out, up to one in
@@ -32,6 +34,7 @@ def folders(folder: Path, img_size: int | None) -> Dataset:
 
     Args:
         img_size: side of the squares that images are resized and cropped to; None: all have one size already.
+        stream: read them when they are needed, by so many `workers`; None: if they would take more than HELD_BYTES.
     """
     train = folder / "train"
     classes = tuple(sorted(each.name for each in train.iterdir() if each.is_dir()))
@@ -43,16 +46,29 @@ def folders(folder: Path, img_size: int | None) -> Dataset:
     annotations = held_out / "val_annotations.txt"
     train_files = _of_classes(train, classes)
     test_files = _annotated(annotations, classes) if annotations.is_file() else _of_classes(held_out, classes)
-    images, labels, unreadable = _decode([*train_files, *test_files], img_size)
+    name, files = folder.resolve().name, [*train_files, *test_files]
+    if stream is None:
+        stream = img_size is not None and len(files) * 3 * img_size**2 > HELD_BYTES
+    if stream:
+        return _streamed(name, classes, train_files, test_files, img_size, workers)
+    images, labels, unreadable = _decoded(files, img_size)
     lost = set(unreadable)
     cut = sum(str(path) not in lost for path, _ in train_files)
-    return make_dataset(
-        folder.resolve().name,
-        classes,
-        (images[:cut], labels[:cut]),
-        (images[cut:], labels[cut:]),
-        unreadable=unreadable,
+    train, test = HeldImages(images[:cut], labels[:cut]), HeldImages(images[cut:], labels[cut:])
+    return make_dataset(name, classes, train, test, unreadable=unreadable)
+
+
+def _streamed(
+    name: str, classes: Sequence[str], train_files: Files, test_files: Files, img_size: int | None, workers: int
+) -> Dataset:
+    if img_size is None:
+        raise ValueError("images that are streamed need one size: name it by --img-size N")
+    train, test = (
+        StreamedImages(tuple(path for path, _ in files), torch.tensor([label for _, label in files]), img_size, workers)
+        for files in (train_files, test_files)
     )
+    spread = train_files[:: max(1, len(train_files) // SAMPLE)]
+    return make_dataset(name, tuple(classes), train, test, statistics=_decoded(spread, img_size)[0])
 
 
 def _of_classes(folder: Path, classes: Sequence[str]) -> Files:
@@ -80,16 +96,16 @@ def _annotated(path: Path, classes: Sequence[str]) -> Files:
     return files
 
 
-def _decode(files: Files, img_size: int | None) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def _decoded(files: Files, img_size: int | None) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """uint8 images (n, 3, height, width), their labels, and the files that could not be read."""
-    first = next((pixels for path, _ in files if not isinstance(pixels := _open(path, img_size), Exception)), None)
+    first = next((pixels for path, _ in files if not isinstance(pixels := decode(path, img_size), Exception)), None)
     if first is None:
         raise ValueError("none of the images can be decoded")
     images = np.empty((len(files), *first.shape), np.uint8)
     unreadable: dict[str, str] = {}
 
-    def decode(at: int) -> None:
-        pixels = _open(files[at][0], img_size)
+    def fill(at: int) -> None:
+        pixels = decode(files[at][0], img_size)
         if isinstance(pixels, Exception):
             unreadable[str(files[at][0])] = str(pixels)
         elif pixels.shape != first.shape:
@@ -100,7 +116,7 @@ def _decode(files: Files, img_size: int | None) -> tuple[Tensor, Tensor, tuple[s
             images[at] = pixels
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow decodes outside of Python's lock
-        for _ in tqdm(pool.map(decode, range(len(files))), "decoding", len(files), unit="image", leave=False, disable=None):
+        for _ in tqdm(pool.map(fill, range(len(files))), "decoding", len(files), unit="image", leave=False, disable=None):
             pass
     if len(unreadable) > max(1, MOST_UNREADABLE * len(files)):
         path, why = next(iter(unreadable.items()))
@@ -108,20 +124,6 @@ def _decode(files: Files, img_size: int | None) -> tuple[Tensor, Tensor, tuple[s
     kept = [at for at, (path, _) in enumerate(files) if str(path) not in unreadable]
     labels = torch.tensor([files[at][1] for at in kept])
     return torch.from_numpy(images[kept] if unreadable else images), labels, tuple(sorted(unreadable))
-
-
-def _open(path: Path, img_size: int | None) -> np.ndarray | Exception:
-    """RGB (3, height, width): the shorter side resized to img_size, the middle of the longer one kept."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-        if img_size:
-            image = ImageOps.fit(image, (img_size, img_size), Image.Resampling.BICUBIC)
-        return np.asarray(image).transpose(2, 0, 1)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a damaged PNG is a SyntaxError
-        return error
 
 
 def _size(pixels: np.ndarray) -> str:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..augment import random_affine
+from ..draws import Draws
 from .dataset import Dataset, make_dataset
+from .images import HeldImages
 
 IMAGES, LABELS = 0x0803, 0x0801  # unsigned bytes in three dimensions, in one
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -37,12 +40,14 @@ def idx(folder: Path) -> Dataset:
                 raise FileNotFoundError(f"{part}-{kind}-ubyte.gz")
             arrays.append(_read(path, magic))
         images, labels = arrays
-        parts.append((torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))))
+        parts.append(HeldImages(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))))
     fashion = "fashion" in folder.resolve().name.lower()
-    classes = FASHION if fashion else tuple(map(str, range(int(parts[0][1].max()) + 1)))
-    return make_dataset(
-        folder.resolve().name, classes, *parts, augment=lambda x: random_affine(x, degrees=10, scale=0.1, shift=0.1)
-    )
+    classes = FASHION if fashion else tuple(map(str, range(int(parts[0].labels.max()) + 1)))
+    return make_dataset(folder.resolve().name, classes, *parts, augment=drawings)
+
+
+def drawings(images: Tensor, draws: Draws) -> Tensor:
+    return random_affine(images, draws, degrees=10, scale=0.1, shift=0.1)
 
 
 def _read(path: Path, magic: int) -> np.ndarray:

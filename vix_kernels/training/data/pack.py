@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .dataset import Dataset, make_dataset
+from .images import HeldImages
 
 
 def pack(path: str | Path) -> Dataset:
@@ -30,7 +31,8 @@ def pack(path: str | Path) -> Dataset:
     if not (train.any() and test.any() and (train | test).all()):
         raise ValueError(f"expected a split of 0 and 1, got {split.unique().tolist()}")
     images = _decode(arrays)
-    return make_dataset(Path(path).stem, classes, (images[train], labels[train]), (images[test], labels[test]))
+    parts = (HeldImages(images[part], labels[part]) for part in (train, test))
+    return make_dataset(Path(path).stem, classes, *parts)
 
 
 def _decode(arrays: dict[str, np.ndarray]) -> Tensor:

@@ -1,0 +1,138 @@
+"""Checkpoints survive what happens to a run: kills, full disks, damage."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import struct
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vix_kernels.__main__ import main
+from vix_kernels.training import UserError, checkpoint, run
+from vix_kernels.training.checkpoint import load_checkpoint, save_checkpoint
+from vix_kernels.training.parallel import Ranks
+
+TINY = ["--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2", "patch_size=4"]
+
+
+def numbered(step: int) -> dict[str, Any]:
+    """A checkpoint whose every tensor holds its step."""
+    weights = {f"layer{i}": torch.full((64, 256), float(step)) for i in range(4)}
+    moments = {f"{name}:exp_avg": value for name, value in weights.items()}
+    rest = {"config": {}, "model_kwargs": {}, "data": {}, "epoch": 0, "step": step, "history": []}
+    return rest | {"model": weights, "optimizer": moments, "ema": {}}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path: Path, sharded: bool) -> None:
+    path, moments = tmp_path / "last.pt", random.Random(0)
+    warnings.simplefilter("ignore")
+    save_checkpoint(path, numbered(0), Ranks(), sharded)
+    begun = 0
+    for _ in range(20):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            for step in range(begun + 1, begun + 1000):
+                save_checkpoint(path, numbered(step), Ranks(), sharded)
+                os.write(writing, struct.pack("i", step))
+            os._exit(0)
+        os.close(writing)
+        time.sleep(moments.uniform(0.002, 0.15))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        said = os.read(reading, 1 << 16)
+        os.close(reading)
+        complete = struct.unpack(f"{len(said) // 4}i", said)[-1] if said else begun
+        found = load_checkpoint(path)
+        assert found["step"] in (complete, complete + 1)  # killed between the write and the word of it
+        for part in ("model", "optimizer"):
+            assert found[part] and all((value == found["step"]).all() for value in found[part].values())
+        begun = found["step"]
+    assert begun > 20
+
+
+def test_a_full_disk_in_the_middle_of_a_write_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, numbered(1), Ranks())
+
+    def half(content: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, numbered(2), Ranks())
+    assert load_checkpoint(path)["step"] == 1 and [each.name for each in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_full_disk_for_the_shards_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "shards").write_text("a file where the folder should be")
+    with warnings.catch_warnings(), pytest.raises(OSError, match="shards"):
+        warnings.simplefilter("ignore")
+        save_checkpoint(tmp_path / "last.pt", numbered(1), Ranks(), sharded=True)
+
+
+def test_the_best_epochs_are_kept(tmp_path: Path) -> None:
+    argv = ["train", "--epochs", "4", "-b", "256", "--checkpoint-hist", "2", "--output", str(tmp_path), *TINY]
+    assert main(argv) == 0
+    history = load_checkpoint(tmp_path)["history"]
+    best = sorted(history, key=lambda row: (-row["eval_top1"], row["eval_loss"]))[:2]
+    assert {path.name for path in tmp_path.glob("epoch-*.pt")} == {f"epoch-{row['epoch']}.pt" for row in best}
+    for row in best:
+        assert load_checkpoint(tmp_path / f"epoch-{row['epoch']}.pt")["history"][-1] == row
+
+
+def test_a_recovery_checkpoint_inside_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as asked, and before the first epoch ends."""
+    saved = []
+    save = run.Run.save
+    monkeypatch.setattr(run.Run, "save", lambda self, name: (saved.append((name, self.steps_behind)), save(self, name)))
+    argv = ["train", "--epochs", "1", "-b", "256", "--recovery-interval", "2", "--output", str(tmp_path), *TINY]
+    assert main(argv) == 0
+    assert saved == [("last.pt", 0), ("last.pt", 2), ("last.pt", 4), ("last.pt", 6), ("best.pt", 6), ("last.pt", 6)]
+
+
+def test_a_diverged_run_names_the_step_and_keeps_the_state_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "--epochs", "3", "-b", "256", "--output", str(tmp_path), *TINY]
+    assert main(argv) == 0
+    good = load_checkpoint(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--resume", str(tmp_path), "--epochs", "5", "--lr", "1e30", "--clip-grad", "0"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "the loss of step" in said and "of epoch 4 is not finite" in said and "--lr" in said
+    kept = load_checkpoint(tmp_path)
+    torch.testing.assert_close(kept["model"], good["model"], rtol=0, atol=0)
+
+
+def test_the_first_step_that_is_not_finite_is_the_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vix_kernels.training import Config, loop
+
+    augmented, steps = loop.augmented, []
+
+    def poisoned(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        steps.append(None)
+        inputs, targets = augmented(*args)
+        return inputs + (torch.nan if len(steps) == 4 else 0), targets
+
+    monkeypatch.setattr(loop, "augmented", poisoned)
+    with pytest.raises(UserError, match="the loss of step 4 of epoch 1 is not finite"):
+        run.train(Config(epochs=1, batch_size=200, output=str(tmp_path), model_kwargs={"embed_dim": 16, "depth": 1}))
+
+
+def test_no_pickle_is_run(tmp_path: Path, refused) -> None:
+    class Evil:
+        def __reduce__(self):
+            return print, ("run",)
+
+    torch.save(numbered(1) | {"config": Evil()}, tmp_path / "last.pt")
+    assert "damaged" in refused("--resume", tmp_path)

@@ -1,0 +1,159 @@
+"""Runs of several processes: as one alone, and on after a process was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vix_kernels.__main__ import main
+from vix_kernels.training.checkpoint import Checkpoint, load_checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+
+# 60 steps of a model without batch norm, whose statistics every process takes of its own images.
+RUN = [
+    "train", "--model", "vip", "--epochs", "3", "--warmup-epochs", "1", "-b", "72", "--lr", "0.004", "--no-aug",
+    "--mixup", "0.2", "--model-ema", "--redraw-interval", "25", "--device", "cpu",
+    "--model-kwargs", "embed_dim=32", "depth=2", "num_heads=2",
+]  # fmt: skip
+# Runs one after the other in the same processes; each leaves the gradients of its first step beside its checkpoints.
+RUNS = """
+import json, os, sys, torch
+from pathlib import Path
+from torch.distributed.tensor import DTensor
+from vix_kernels.__main__ import main
+from vix_kernels.training.optim import Optimizer
+step = Optimizer.step
+def noted(self, *args):
+    if not gradients:
+        for parameter, name in self.names.items():
+            whole = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            gradients[name] = whole.clone()
+    step(self, *args)
+Optimizer.step = noted
+torch.distributed.init_process_group("gloo")
+for argv in json.loads(sys.argv[1]):
+    gradients = {}
+    assert main(argv) == 0
+    if os.environ["RANK"] == "0":
+        torch.save(gradients, Path(argv[argv.index("--output") + 1]) / "gradients.pt")
+torch.distributed.destroy_process_group()
+"""
+# The process with rank 1 ends itself, as kill -9 does, in front of step 31; the restarted one does not.
+KILLED = """
+import os, signal, sys
+from vix_kernels.__main__ import main
+from vix_kernels.training import loop
+train_step, steps = loop.train_step, []
+def step(*args):
+    steps.append(None)
+    if len(steps) == 31 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(*args)
+loop.train_step = step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def torchrun(*words: object, processes: int = 2, restarts: int = 0) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher += [f"--max-restarts={restarts}", "--monitor-interval=0.2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*launcher, *map(str, words)], capture_output=True, text=True, env=environment, timeout=120)
+
+
+def run_all(runs: list[list[str]], folder: Path, processes: int) -> None:
+    (folder / "runs.py").write_text(RUNS)
+    done = torchrun(folder / "runs.py", json.dumps(runs), processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert done.stdout.count("(best, epoch ") == len(runs)  # only one of the processes speaks
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, alone and in two processes; and another, in two, with Muon."""
+    folder = tmp_path_factory.mktemp("runs")
+    together = [
+        [*RUN, "--output", str(folder / "ddp")],
+        [*RUN, "--output", str(folder / "fsdp"), "--fsdp", "--grad-accum-steps", "2"],
+        [*RUN, "--output", str(folder / "muon"), "--fsdp", "--opt", "muon", "--epochs", "1"],
+    ]
+    run_all(together, folder, processes=2)
+    run_all([[*RUN, "--output", str(folder / "alone")]], folder, processes=1)
+    return folder
+
+
+def assert_close(ours: Checkpoint, theirs: Checkpoint) -> None:
+    for row, other in zip(ours["history"], theirs["history"], strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], abs=1e-3)
+        assert row["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-3)
+    for part in ("model", "ema", "optimizer"):
+        assert ours[part].keys() == theirs[part].keys()
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_processes_are_one(runs: Path, name: str) -> None:
+    """FSDP2 with every step in two parts."""
+    alone = load_checkpoint(runs / "alone")
+    assert alone["history"][-1]["train_loss"] < alone["history"][0]["train_loss"] - 0.1
+    assert_close(load_checkpoint(runs / name), alone)
+    ours, theirs = (torch.load(runs / each / "gradients.pt") for each in (name, "alone"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_old_shards_go(runs: Path) -> None:
+    assert sorted(folder.name.partition("-")[0] for folder in (runs / "fsdp" / "shards").iterdir()) == ["best", "last"]
+
+
+def test_a_killed_process_leaves_no_trace(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = torchrun(tmp_path / "killed.py", *RUN, "--output", tmp_path / "run", "--recovery-interval", 7, restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
+    ours, theirs = load_checkpoint(tmp_path / "run"), load_checkpoint(runs / "ddp")
+    for part in ("model", "optimizer", "ema"):
+        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
+    assert [row["train_loss"] for row in ours["history"]] == [row["train_loss"] for row in theirs["history"]]
+
+
+def test_a_run_goes_on_in_another_number_of_processes(runs: Path, tmp_path: Path) -> None:
+    """Divided among two, then one alone, and three with DDP and FSDP2."""
+    branch = ["train", "--resume", str(runs / "muon" / "last.pt"), "--epochs", "2"]
+    assert main([*branch, "--no-fsdp", "--output", str(tmp_path / "one")]) == 0
+    run_all([[*branch, flag, "--output", str(tmp_path / flag)] for flag in ("--fsdp", "--no-fsdp")], tmp_path, processes=3)
+    one = load_checkpoint(tmp_path / "one")
+    for flag in ("--fsdp", "--no-fsdp"):
+        three = load_checkpoint(tmp_path / flag)
+        assert_close(three, one)
+        assert three["optimizer"].keys() == one["optimizer"].keys()
+    assert any(name.endswith(":momentum_buffer") for name in one["optimizer"])
+
+
+def test_what_several_processes_cannot_do_is_one_line(tmp_path: Path) -> None:
+    done = torchrun("-m", "vix_kernels", *RUN, "--batch-size", 1, "--output", tmp_path / "run")
+    assert done.returncode != 0 and "--batch-size: 2 processes" in done.stderr and not (tmp_path / "run").exists()
+    assert done.stderr.count("vix train: error") == 1
+
+
+def test_shards_that_would_run_code_are_refused(runs: Path, tmp_path: Path, refused) -> None:
+    class Evil:
+        def __reduce__(self):
+            return print, ("run",)
+
+    shutil.copytree(runs / "fsdp", tmp_path / "run")
+    name = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["shards"]
+    (tmp_path / "run" / "shards" / name / ".metadata").write_bytes(pickle.dumps(Evil()))
+    assert "damaged" in refused("--resume", tmp_path / "run")
+
+
+def test_one_process_has_nothing_to_divide(tmp_path: Path, refused) -> None:
+    assert "--fsdp" in refused("--fsdp", "--output", tmp_path / "run")

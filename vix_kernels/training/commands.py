@@ -1,0 +1,287 @@
+"""`vix train`, `vix validate` and `vix predict`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from ..commands import KeyValues, Parser
+from .config import Config, UserError
+from .recipes import RECIPES
+
+TRAIN_EXAMPLES = """\
+examples:
+  vix train --model hybrid_vip --dataset digits
+  vix train --model hybrid_vin --dataset cifar10 --recipe fast --epochs 30     # downloads it
+  vix train --model vip --model-kwargs depth=2 position=rope_1d --epochs 20 --amp --output runs/small
+  vix train --dataset data/cifar10_jpeg.npz --epochs 6 --warmup-epochs 1
+  vix train --dataset data/my_photos --img-size 64              # train/CLASS/*.jpg and val/CLASS/*.jpg
+  vix train --resume runs/hybrid_vip-digits
+  torchrun --nproc-per-node 8 -m vix_kernels train --output runs/eight ...     # the same batches, on 8 GPUs
+
+A run leaves args.yaml, summary.csv, learning_curve.png, confusion.png, mistakes.png and the checkpoints last.pt and best.pt.
+Ctrl-C and SIGTERM end it with a checkpoint of the step that was reached. A flag comes before a --config file, a file before a
+--recipe, a recipe before the defaults.
+
+recipes:
+"""
+
+
+def train_parser() -> Parser:
+    recipes = "".join(
+        f"  {name:9} " + " ".join(f"{_flag(key, value)}" for key, value in recipe.items()) + "\n"
+        for name, recipe in RECIPES.items()
+    )
+    parser = Parser(
+        prog="vix train",
+        description="Train a ViX model and test it on held-out images after every epoch.",
+        epilog=TRAIN_EXAMPLES + recipes,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group: Any = parser
+
+    def add(*flags: str, help: str, **kwargs: Any) -> None:
+        group.add_argument(*flags, help=help if "default" in help else f"{help} (default: %(default)s)", **kwargs)
+
+    def switch(flag: str, help: str) -> None:
+        add(flag, action=argparse.BooleanOptionalAction, help=help if "default" in help else f"{help} (default: no)")
+
+    group = parser.add_argument_group("model")
+    add("--model", metavar="NAME", help="a name from `vix models`")
+    add("--model-kwargs", nargs="+", action=KeyValues, metavar="K=V", help="arguments of the model (default: none)")
+    add("--drop-path", type=float, metavar="P", help="stochastic depth: rate at which the last block is left out")
+    add(
+        "--backend",
+        choices=["auto", "triton", "torch", "reference"],
+        help="of linear-cost attention and of the rotary embedding; the softmax of vit is always torch's",
+    )
+    group = parser.add_argument_group("data")
+    add(
+        "--dataset",
+        metavar="NAME",
+        help="digits; cifar10, cifar100, mnist, fashion-mnist or tiny-imagenet, which are downloaded; or the path of a pack "
+        "(.npz) or of a folder: CIFAR, idx files, train/ and val/",
+    )
+    add("--data-dir", metavar="DIR", help="where data sets with a name lie, or are downloaded to (default: the user's cache)")
+    add("--img-size", type=int, metavar="N", help="side that images in folders are resized to (default: as they are)")
+    switch("--stream", "read images in folders when they are needed (default: if they take more than 4 GiB)")
+    add("-j", "--workers", type=int, metavar="N", help="processes that decode what is streamed")
+    switch("--aug", "mirror and shift the images, turn digits (default: yes)")
+    add("--aa", choices=["none", "trivial"], help="automatic augmentation: TrivialAugment")
+    add("--mixup", type=float, metavar="A", help="blend pairs of images, shares from Beta(A, A); 0 for never")
+    add("--cutmix", type=float, metavar="A", help="put a part of one image into another, shares from Beta(A, A); 0 for never")
+    add("--mixup-off-epoch", type=int, metavar="N", help="neither from this epoch on; 0 for to the end")
+    add("--reprob", type=float, metavar="P", help="probability to erase a rectangle of an image")
+
+    group = parser.add_argument_group("training")
+    add("--recipe", choices=RECIPES, help="settings that belong together, below (default: none)")
+    add("-c", "--config", metavar="FILE", help="YAML with settings, such as the args.yaml of a run (default: none)")
+    add("--epochs", type=int, metavar="N", help="passes over the training images")
+    add("-b", "--batch-size", type=int, metavar="N", help="images a step, at most, over all processes")
+    add("--grad-accum-steps", type=int, metavar="N", help="parts that a step's batch is computed in, for less memory")
+    add("--opt", choices=["adamw", "muon"], help="muon: for the matrices, AdamW for the rest")
+    add("--lr", type=float, metavar="LR", help="highest learning rate")
+    add("--weight-decay", type=float, metavar="W", help="biases and norms are left out")
+    add("--sched", choices=["cosine", "constant"], help="learning rate after the warm-up")
+    add("--warmup-epochs", type=int, metavar="N", help="epochs of linear warm-up")
+    add("--cooldown-epochs", type=int, metavar="N", help="of the epochs, so many at the end stay at --min-lr")
+    add("--min-lr", type=float, metavar="LR", help="learning rate at the end of the cosine")
+    add("--smoothing", type=float, metavar="S", help="label smoothing")
+    add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm, 0 for no clipping")
+    add("--redraw-interval", type=int, metavar="N", help="steps between new random features of Performers, 0 for never")
+    switch("--model-ema", "test a moving average of the weights, kept too")
+    add("--model-ema-decay", type=float, metavar="D", help="share of the old average at every step, once it has settled")
+    add("--seed", type=int, metavar="N", help="of the weights, the batches and the augmentation")
+    add("--time-to", type=float, metavar="ACC", help="end once held-out top-1 is ACC %% or more (default: no)")
+
+    group = parser.add_argument_group("speed and memory")
+    add("--device", metavar="DEVICE", help="auto takes a GPU if there is one")
+    switch("--amp", "run the model under autocast")
+    add("--amp-dtype", choices=["bfloat16", "float16"], help="dtype of autocast")
+    switch("--compile", "torch.compile the model")
+    switch("--channels-last", "images and convolutions in channels-last layout")
+    switch("--grad-checkpointing", "keep only the inputs of the blocks, compute the rest again in backward")
+    switch("--fsdp", "under torchrun: divide model and optimizer among the processes (default: DDP, each has all)")
+
+    group = parser.add_argument_group("output")
+    add("--output", metavar="DIR", help="a folder without a run (default: runs/MODEL-DATASET, numbered)")
+    add("--resume", metavar="PATH", help="continue the run in this folder, or from this checkpoint (default: no)")
+    add("--checkpoint-hist", type=int, metavar="N", help="keep the checkpoints of the N best epochs too")
+    add("--recovery-interval", type=int, metavar="N", help="steps between checkpoints inside an epoch, 0 for none")
+    switch("--log-tensorboard", "write TensorBoard's files too")
+    switch("--progress", "show the progress bar (default: on a terminal)")
+    parser.set_defaults(**asdict(Config()))
+    return parser
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}"
+
+
+def parse_train(parser: Parser, argv: list[str]) -> Config:
+    """Flags before a file, a file before a recipe, a recipe before the settings of a resumed run or the defaults."""
+    first = parser.parse_args(argv)
+    if first.resume:
+        from .checkpoint import load_checkpoint
+
+        # Where a run goes on may have changed; all else is as it was.
+        saved = load_checkpoint(first.resume)["config"]
+        elsewhere = {"device", "backend", "output", "resume", "data_dir", "workers", "progress"}
+        parser.set_defaults(**{name: value for name, value in saved.items() if name not in elsewhere})
+    settings = _read_settings(first.config) if first.config else {}
+    parser.set_defaults(**RECIPES.get(first.recipe or settings.get("recipe"), {}) | settings)
+    values = vars(parser.parse_args(argv))
+    del values["config"]
+    return Config(**values)
+
+
+def _read_settings(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config: cannot read {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--config: {path}: expected settings as in args.yaml, got {settings!r}")
+    if strange := settings.keys() - {each.name for each in fields(Config)}:
+        raise UserError(f"--config: {path}: expected settings as in args.yaml, got {', '.join(map(str, strange))}")
+    return {name: value for name, value in settings.items() if name not in ("output", "resume")}  # of that run
+
+
+def train_command(argv: list[str]) -> int:
+    parser = train_parser()
+    parser.parse_args(argv)  # refuses wrong arguments before torch is loaded any further
+    try:
+        from .report import best_epoch
+        from .run import Stopped, train
+    except ModuleNotFoundError as error:
+        parser.error(f"training needs {error.name}: pip install 'vix_kernels[train]'")
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        history, output = train(parse_train(parser, argv))
+    except (UserError, OSError) as error:  # a path that cannot be read, a disk that is full
+        if first:
+            parser.error(str(error))
+        return 2
+    except Stopped as stop:
+        if first:
+            print(f"vix train: {stop}", file=sys.stderr)
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        print("vix train: interrupted", file=sys.stderr)
+        return 130
+    best, last = best_epoch(history), history[-1]
+    if first:
+        print(
+            f"top-1 {best['eval_top1']:.2f} % (best, epoch {best['epoch']}; last {last['eval_top1']:.2f} %), top-5 "
+            f"{best['eval_top5']:.2f} %, {last['images_per_second']:,.0f} images/s, {last['seconds']:,.0f} s, {output}"
+        )
+    return 0
+
+
+VALIDATE_EXAMPLES = """\
+examples:
+  vix validate --checkpoint runs/hybrid_vip-digits
+  vix validate --checkpoint runs/hybrid_vin-cifar10/epoch-12.pt --dataset data/cifar10_jpeg.npz --output pictures
+"""
+PREDICT_EXAMPLES = """\
+examples:
+  vix predict --checkpoint runs/vip-photos cat.jpg dog.png
+  vix predict --checkpoint runs/vip-photos --attention maps photos/*.jpg    # maps/cat.png: what the class token looks at
+"""
+
+
+def validate_command(argv: list[str]) -> int:
+    description = "Test a trained model on held-out images; draws confusion.png and mistakes.png."
+    parser = _user_parser("validate", description, VALIDATE_EXAMPLES)
+    parser.add_argument("--dataset", metavar="NAME", help="as for vix train (default: the one it was trained on)")
+    parser.add_argument("--data-dir", metavar="DIR", help="as for vix train (default: as in training)")
+    parser.add_argument("--output", metavar="DIR", help="folder of the pictures (default: that of the checkpoint)")
+    options = parser.parse_args(argv)
+    try:
+        from .data import load_dataset
+        from .report import draw_judgement
+        from .setup import device_of
+        from .trained import judge, load_trained
+    except ModuleNotFoundError as error:
+        parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
+    try:
+        device = device_of(options.device)
+        trained = load_trained(options.checkpoint, device)
+        config = trained.config
+        source = dict(data_dir=options.data_dir or config.data_dir, stream=config.stream, workers=config.workers)
+        dataset = load_dataset(options.dataset or config.dataset, config.img_size, **source).to(device)
+        start = time.perf_counter()
+        judgement = judge(trained, dataset)
+        seconds = time.perf_counter() - start
+        folder = Path(options.output) if options.output else trained.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_judgement(folder, trained, judgement, dataset)
+    except (UserError, OSError) as error:
+        parser.error(str(error))
+    classes, totals = dataset.classes, judgement.confusion.sum(dim=1)
+    for images, label, said in judgement.worst_pairs(5):
+        print(f"{images} of {totals[label]} {classes[label]} taken for {classes[said]}")
+    images = len(dataset.test)
+    print(
+        f"top-1 {judgement.top1:.2f} %, top-5 {judgement.top5:.2f} %, loss {judgement.loss:.4f} of {images:,} held-out images, "
+        f"{images / seconds:,.0f} images/s, {folder / 'confusion.png'}, {folder / 'mistakes.png'}"
+    )
+    return 0
+
+
+def predict_command(argv: list[str]) -> int:
+    description = "Say what is on images, with the probabilities of the likeliest classes."
+    parser = _user_parser("predict", description, PREDICT_EXAMPLES)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="file of an image")
+    parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to name (default: %(default)s)")
+    parser.add_argument("--attention", metavar="DIR", type=Path, help="draw to DIR what the class token looks at")
+    options = parser.parse_args(argv)
+    if options.topk < 1:
+        parser.error(f"--topk: expected 1 or more, got {options.topk}")
+    try:
+        from .report import draw_attention
+        from .setup import device_of
+        from .trained import attention_map, load_trained, predict
+    except ModuleNotFoundError as error:
+        parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
+    unreadable = 0
+    try:
+        trained = load_trained(options.checkpoint, device_of(options.device))
+        if options.attention:
+            options.attention.mkdir(parents=True, exist_ok=True)
+        for path, image, shares in predict(trained, options.images):
+            if isinstance(image, Exception):
+                unreadable += 1
+                print(f"{path}: cannot be decoded: {image}", file=sys.stderr)
+                continue
+            values, places = shares.topk(min(options.topk, len(shares)))
+            named = [f"{trained.classes[at]} {100 * value:.1f} %" for value, at in zip(values.tolist(), places, strict=True)]
+            print(f"{path}: {', '.join(named)}")
+            if options.attention:
+                picture = options.attention / f"{path.stem}.png"
+                draw_attention(picture, image.cpu(), attention_map(trained, image).cpu(), f"{path.name}: {named[0]}")
+    except (UserError, OSError) as error:
+        parser.error(str(error))
+    return 2 if unreadable else 0
+
+
+def _user_parser(command: str, description: str, examples: str) -> Parser:
+    parser = Parser(
+        prog=f"vix {command}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, or a run's folder for its best one")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto takes a GPU if there is one (default: auto)")
+    return parser

@@ -1,0 +1,88 @@
+"""Data sets that are fetched by their name, checked, and unpacked once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..config import UserError
+
+# Where the files lie, and their checksums as their publishers state them.
+_CIFAR = "https://www.cs.toronto.edu/~kriz"
+SOURCES: dict[str, tuple[str, dict[str, str]]] = {
+    "cifar10": (_CIFAR, {"cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a"}),
+    "cifar100": (_CIFAR, {"cifar-100-python.tar.gz": "md5:eb9058c3a382ffc7106e4002c42a8d85"}),
+    "tiny-imagenet": (
+        "http://cs231n.stanford.edu",
+        {"tiny-imagenet-200.zip": "md5:90528d7ca1a48142e341f4ef8d21d0de"},
+    ),
+    "mnist": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist",
+        {
+            "train-images-idx3-ubyte.gz": "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "train-labels-idx1-ubyte.gz": "md5:d53e105ee54ea40749a09fcbcd1e9432",
+            "t10k-images-idx3-ubyte.gz": "md5:9fb629c4189551a2d022fa330f9573f3",
+            "t10k-labels-idx1-ubyte.gz": "md5:ec29112dd5afa0611ce80d1b7f02629c",
+        },
+    ),
+    "fashion-mnist": (
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+        {
+            "train-images-idx3-ubyte.gz": "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "train-labels-idx1-ubyte.gz": "md5:25c81989df183df01b3e8a0aad5dffbe",
+            "t10k-images-idx3-ubyte.gz": "md5:bef4ecab320f06d8554ea6380940ec79",
+            "t10k-labels-idx1-ubyte.gz": "md5:bb300cfdad3c16e7a12a480ee83cd310",
+        },
+    ),
+}
+
+
+def fetched(name: str, data_dir: str | None) -> Path:
+    """The folder of this data set in `data_dir`, or else in the user's cache; downloaded if it is not there.
+
+    Files that were put into `data_dir` by hand are taken as they are.
+
+    Raises:
+        UserError: there is no network, or what came is not what was published.
+    """
+    import pooch
+
+    home = Path(data_dir) if data_dir else Path(pooch.os_cache("vix_kernels"))
+    folder = home / name
+    if folder.is_dir():
+        return folder
+    address, files = SOURCES[name]
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home, prefix=f".{name}-") as temporary:
+        content = Path(temporary) / name
+        content.mkdir()
+        for file, checksum in files.items():
+            archive = _is_archive(file)
+            url = f"{address}/{file}"
+            try:
+                path = pooch.retrieve(url, checksum, file, home if archive else content, progressbar=os.isatty(2))
+            except ValueError as error:  # another checksum
+                raise UserError(f"--dataset: {url} is not what was published: {error}") from error
+            except OSError as error:  # what requests raises is one, too
+                where = home if archive else folder
+                raise UserError(
+                    f"--dataset: cannot download {url} ({type(error).__name__}); without a network, put that file into {where}"
+                ) from error
+            if archive:
+                content = _unpacked(Path(path), content)
+        os.replace(content, folder)
+    return folder
+
+
+def _is_archive(file: str) -> bool:
+    return file.endswith((".tar.gz", ".zip"))
+
+
+def _unpacked(archive: Path, folder: Path) -> Path:
+    """`folder` with what is in `archive`, or the only folder in it. Nothing is written anywhere else, whatever it says."""
+    safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # shutil passes over such names in a zip file itself
+    shutil.unpack_archive(archive, folder, **safe)
+    inside = list(folder.iterdir())
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder

@@ -1,0 +1,260 @@
+"""A run from its `Config` to its files: epochs, checkpoints, and what is said and drawn on the way."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from .config import Config, UserError
+from .data import NAMES, load_dataset
+from .loop import check_finite, evaluate, train_epoch
+from .parallel import Ranks, connected
+from .report import (
+    Board,
+    best_epoch,
+    draw_judgement,
+    draw_learning_curve,
+    left_out,
+    peak_memory,
+    write_args,
+    write_summary,
+)
+from .setup import (
+    best_of,
+    build_model,
+    check_combinations,
+    check_same_run,
+    check_smallest_batch,
+    claim_folder,
+    device_of,
+    output_folder,
+    resumed_from,
+)
+from .state import History, State
+from .trained import judge, load_trained
+
+CURVE_SECONDS = 30  # between two drawings of the learning curve: at 0.3 s each they cost a run at most one per cent
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to end by a signal, and has saved its state."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+def train(config: Config) -> tuple[History, Path]:
+    """Train, or continue, the run that `config` describes; returns one row an epoch and the folder of the run.
+
+    Under torchrun all processes call it. Nothing is written before every input has been checked.
+
+    Raises:
+        UserError: for what the user can put right.
+        Stopped: after SIGINT or SIGTERM; `last.pt` holds the step that was reached.
+    """
+    config.check()
+    with connected() as ranks:
+        run = Run(config, ranks)
+        run.open()
+        run.go()
+        ended = run.state.history, run.output
+        del run  # what holds connections, before they are closed, by all at once
+        ranks.wait()
+    return ended
+
+
+class Run:
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.resume = resumed_from(config)
+        checkpoint = load_checkpoint(self.resume) if self.resume else None
+        self.output = output_folder(config, self.resume)
+        device = device_of(config.device)
+        torch.backends.cudnn.deterministic = True  # convolutions too give the same bits on every run
+        with ranks.first_alone():
+            source = dict(data_dir=config.data_dir, stream=config.stream, workers=config.workers)
+            self.dataset = load_dataset(config.dataset, config.img_size, **source).to(device)
+        if config.dataset not in NAMES:  # a path, to be found again from wherever the run is resumed
+            config = replace(config, dataset=os.path.abspath(config.dataset))
+        images = len(self.dataset.train)
+        check_combinations(config, device, ranks, images)
+        model, self.model_kwargs = build_model(config, self.dataset, device)
+        check_smallest_batch(config, model, ranks, images)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.steps = math.ceil(images / config.batch_size)
+        if checkpoint:
+            check_same_run(checkpoint, config, self.model_kwargs, self.dataset)
+        self.state = State(config, model, device, ranks)
+        if checkpoint:
+            self.state.restore(checkpoint)
+        self.title = f"{config.model} on {self.dataset.name}"
+        ranks.wait()  # until all have seen what lies in the folder
+
+    @property
+    def config(self) -> Config:
+        return self.state.config
+
+    def open(self) -> None:
+        """Make the folder, if it is a new one, with a first checkpoint."""
+        history = self.state.history
+        new = self.output is None or not (self.output / "last.pt").exists()
+        reached = best_of(self.resume, history) if new and history else None
+        try:
+            if self.output is None:
+                self.output = claim_folder(f"{self.config.model}-{self.dataset.name}")
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.state.config = replace(self.config, output=str(self.output))
+            if self.ranks.first:
+                for left in self.output.glob(".*.tmp"):  # by a run that was killed while it wrote
+                    left.unlink()
+                if reached:  # a branch of another run, which takes along what that one has reached
+                    save_checkpoint(self.output / "best.pt", reached, Ranks())
+                if new and history:
+                    write_summary(self.output / "summary.csv", history)
+                write_args(self.output / "args.yaml", self.config)
+            if new:
+                self.save("last.pt")
+        except OSError as error:
+            raise UserError(f"--output: cannot start {self.output}: {error}") from error
+
+    def go(self) -> None:
+        """Train to the last epoch, or until a signal comes."""
+        config, history = self.config, self.state.history
+        shown = None if config.progress is None else not config.progress  # None: on a terminal
+        self.progress = tqdm(
+            total=config.epochs * self.steps,
+            initial=self.steps_behind,
+            unit="step",
+            leave=False,
+            disable=shown if self.ranks.first else True,
+        )
+        self.board = Board(self.output, len(history)) if config.log_tensorboard and self.ranks.first else None
+        self.drawn = time.perf_counter()
+        self.say(self.description())
+        if self.dataset.unreadable:
+            self.say(left_out(self.dataset.unreadable))
+        try:
+            with stop_signals() as self.stop:
+                while len(history) < config.epochs:
+                    row = {"epoch": len(history) + 1} | train_epoch(self.state, self.dataset, self.after_step)
+                    start = time.perf_counter()
+                    row |= evaluate(self.state.tested, self.dataset, config, self.ranks)
+                    passed = self.state.seconds + time.perf_counter() - start
+                    row["seconds"] = passed + (history[-1]["seconds"] if history else 0.0)
+                    row["peak_memory_mb"] = peak_memory(self.state.device) / 2**20
+                    history.append(row)
+                    self.state.start_epoch()
+                    self.after_epoch()
+                    if config.time_to and row["eval_top1"] >= config.time_to:
+                        break
+        finally:
+            self.progress.close()
+            if self.board:
+                self.board.close()
+            if history and self.ranks.first:
+                self.draw()
+        if self.ranks.first:
+            self.draw_best()
+
+    @property
+    def steps_behind(self) -> int:
+        return len(self.state.history) * self.steps + self.state.step
+
+    def after_step(self) -> None:
+        self.progress.update()
+        number, interval = self.ranks.largest(self.stop.number), self.config.recovery_interval
+        if number or (interval and self.steps_behind % interval == 0):
+            check_finite(self.state)
+            self.save("last.pt")
+        if number:
+            epoch, name = len(self.state.history) + 1, signal.Signals(number).name
+            raise Stopped(number, f"stopped by {name} in epoch {epoch}, go on with --resume {self.output}")
+
+    def after_epoch(self) -> None:
+        history, config = self.state.history, self.config
+        row = history[-1]
+        if best_epoch(history) is row:
+            self.save("best.pt")
+        if config.checkpoint_hist:
+            self.save(f"epoch-{row['epoch']}.pt")
+            ranked = sorted(history, key=lambda each: (-each["eval_top1"], each["eval_loss"]))
+            for worse in ranked[config.checkpoint_hist :] if self.ranks.first else ():
+                remove_checkpoint(self.output / f"epoch-{worse['epoch']}.pt")
+        self.save("last.pt")
+        self.say(
+            f"epoch {row['epoch']:3}/{config.epochs}  train loss {row['train_loss']:.4f}  held-out loss "
+            f"{row['eval_loss']:.4f}  top-1 {row['eval_top1']:6.2f} %  top-5 {row['eval_top5']:6.2f} %  "
+            f"{row['images_per_second']:,.0f} images/s"
+        )
+        if self.ranks.first:
+            write_summary(self.output / "summary.csv", history)
+            if self.board:
+                self.board.add(row)
+            if time.perf_counter() > self.drawn + CURVE_SECONDS:
+                self.draw()
+                self.drawn = time.perf_counter()
+
+    def save(self, name: str) -> None:
+        checkpoint = self.state.checkpoint(self.model_kwargs, self.dataset.description())
+        save_checkpoint(self.output / name, checkpoint, self.ranks, self.config.fsdp)
+
+    def draw(self) -> None:
+        history = self.state.history
+        draw_learning_curve(self.output / "learning_curve.png", history, best_epoch(history), self.title)
+
+    def draw_best(self) -> None:
+        """What the best checkpoint takes for what."""
+        trained = load_trained(self.output / "best.pt", self.state.device)
+        draw_judgement(self.output, trained, judge(trained, self.dataset), self.dataset)
+
+    def say(self, line: str) -> None:
+        if self.ranks.first:
+            self.progress.write(line)
+
+    def description(self) -> str:
+        device = str(self.state.device)
+        if self.ranks.world > 1:
+            device = f"{self.ranks.world} processes ({'FSDP2' if self.config.fsdp else 'DDP'}) on {self.state.device.type}"
+        images = f"{len(self.dataset.train):,} training and {len(self.dataset.test):,} held-out images"
+        return f"{self.title}: {self.parameters:,} parameters, {images}, {device}, output {self.output}"
+
+
+class Stop:
+    """The `number` of the signal that has come, 0 for none."""
+
+    number = 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """SIGINT and SIGTERM are noted in the block, for the loop to end by itself; the second one ends it at once."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # Python lets no other thread have them
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        stop.number = number
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

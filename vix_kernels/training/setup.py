@@ -1,0 +1,155 @@
+"""From a `Config` to the device, the model and the folder of a run, all checked before anything is written."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import suppress
+from copy import deepcopy
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vix_kernels.models import create_model
+from vix_kernels.models.zoo import preset, takes
+
+from .checkpoint import Checkpoint, checkpoint_path, load_checkpoint
+from .config import Config, UserError
+from .data import Dataset
+from .draws import seed_torch
+from .parallel import Ranks
+from .report import best_epoch
+
+RUN_FILES = ("args.yaml", "summary.csv", "last.pt", "best.pt", "learning_curve.png", "confusion.png", "mistakes.png")
+
+
+def resumed_from(config: Config) -> str | None:
+    """What to go on from: --resume, unless torchrun has started this run again, which has a checkpoint of its own then."""
+    if config.output and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (Path(config.output) / "last.pt").exists():
+        return config.output
+    return config.resume
+
+
+def device_of(name: str) -> torch.device:
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]  # torch goes on with all the devices there are, or with CUDA's advice
+        raise UserError(f"--device: cannot use {name!r}: {reason}") from error
+    if device.type == "meta":
+        raise UserError("--device: cannot use 'meta': its tensors hold no values")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def check_combinations(config: Config, device: torch.device, ranks: Ranks, images: int) -> None:
+    """What only several settings together, or the number of processes, make impossible."""
+    if config.fsdp and ranks.world == 1:
+        raise UserError("--fsdp: divides a model among processes, and there is one: torchrun --nproc-per-node N -m vix_kernels")
+    if config.fsdp and config.amp and config.amp_dtype == "float16":
+        raise UserError("--fsdp: float16 needs a loss scale that divided models do not have: use --amp-dtype bfloat16")
+    if ranks.world > 1 and not config.output and not config.resume:
+        raise UserError("--output: name it, so that all processes, and those of a restart, have the same folder")
+    smallest = images // math.ceil(images / config.batch_size)
+    if smallest < ranks.world * config.grad_accum_steps:
+        parts = f"{ranks.world} processes and --grad-accum-steps {config.grad_accum_steps}"
+        raise UserError(f"--batch-size: {parts} divide a batch, the smallest of which has {smallest} images")
+
+
+def build_model(config: Config, dataset: Dataset, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and the arguments that made it, those the user left out taken from the data set."""
+    channels, height, width = dataset.train.shape
+    shape = {"img_size": (height, width), "in_chans": channels, "num_classes": len(dataset.classes)}
+    for name, flag in {"backend": "--backend", "drop_path_rate": "--drop-path"}.items():
+        if name in config.model_kwargs:
+            raise UserError(f"--model-kwargs: {name} has a flag of its own, {flag}")
+    try:  # the patches that suit the images, unless the model has none, or is a preset with its own
+        suited = dataset.model_kwargs.keys() & takes(config.model) - preset(config.model).keys()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    kwargs = shape | {key: dataset.model_kwargs[key] for key in suited} | config.model_kwargs
+    if config.drop_path:
+        kwargs["drop_path_rate"] = config.drop_path
+    for name, value in shape.items():
+        if kwargs[name] != value:
+            raise UserError(f"--model-kwargs: {name}: the images of {dataset.name} have {value}, got {kwargs[name]}")
+    seed_torch(config.seed)
+    try:
+        model = create_model(config.model, **kwargs, backend=config.backend).to(device)
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, channels, height, width, device=device))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+    return model, kwargs
+
+
+def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images: int) -> None:
+    """Where a process may get a batch of one image: with one value a channel, batch norm fails."""
+    if images // math.ceil(images / config.batch_size) // (ranks.world * config.grad_accum_steps) > 1:
+        return
+    one = torch.zeros(1, model.in_chans, *model.img_size, device=next(model.parameters()).device)
+    try:
+        deepcopy(model).train()(one)
+    except ValueError as error:
+        raise UserError(f"--batch-size: {config.model} cannot train on a batch of one image: {error}") from error
+
+
+def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], dataset: Dataset) -> None:
+    """That `checkpoint` is of the same model, data and seed, and at a place that this run passes."""
+    saved = checkpoint["config"] | {"model_kwargs": checkpoint["model_kwargs"]}
+    wanted = {"model": config.model, "seed": config.seed, "model_kwargs": model_kwargs}
+    if checkpoint["step"]:  # in the middle of an epoch
+        wanted["batch_size"] = config.batch_size
+    for name, value in wanted.items():
+        if saved.get(name) != value:
+            raise UserError(f"--resume: the checkpoint has {name} {saved.get(name)!r}, this run has {value!r}")
+    # Of the data not the path counts, which may have changed, and not the statistics, which follow the JPEG decoder.
+    description = dataset.description()
+    if any(checkpoint["data"].get(name) != description[name] for name in ("classes", "train_images", "test_images")):
+        raise UserError(f"--resume: the checkpoint has other classes or numbers of images than dataset {config.dataset}")
+    begun = len(checkpoint["history"]) + bool(checkpoint["step"])
+    if config.epochs < begun:
+        raise UserError(f"--epochs: expected at least the {begun} that the checkpoint has behind it, got {config.epochs}")
+
+
+def best_of(resume: str, history: list[dict[str, Any]]) -> Checkpoint | None:
+    """The checkpoint of the best epoch in `history`, if it lies beside the one that is resumed.
+
+    The run may have gone on since, or be another one: a best.pt with another history is left out.
+    """
+    path = checkpoint_path(resume).with_name("best.pt")
+    best = load_checkpoint(path) if path.is_file() else None
+    return best if best and best["history"] == history[: best_epoch(history)["epoch"]] else None
+
+
+def output_folder(config: Config, resume: str | None) -> Path | None:
+    """A folder that holds no run yet, or the one of the run that is continued; None leaves it to `claim_folder`."""
+    if resume:
+        resumed = checkpoint_path(resume)
+        folder = Path(config.output) if config.output else resumed.parent
+        if resumed.resolve() == (folder / "last.pt").resolve():
+            return folder
+    elif config.output:
+        folder = Path(config.output)
+    else:
+        return None
+    if any((folder / name).exists() for name in RUN_FILES):
+        raise UserError(f"--output: {folder} holds a run already: continue it with --resume {folder}, or name another")
+    return folder
+
+
+def claim_folder(name: str) -> Path:
+    """Make runs/NAME, or the first of NAME-2, NAME-3, ... that is free. Of runs started at once only one can make it."""
+    runs = Path("runs")
+    runs.mkdir(exist_ok=True)
+    for number in count(1):
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder

@@ -1,0 +1,97 @@
+"""What training changes, and what a checkpoint therefore holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import Checkpoint
+from .config import Config, UserError
+from .ema import Ema
+from .optim import Optimizer
+from .parallel import Ranks, load_placed, replicate, shard
+
+History = list[dict[str, Any]]
+
+
+class State:
+    """The model with all that its training has brought about so far.
+
+    Nothing else has to be kept: whatever is random follows from the seed and from `place`.
+
+    Attributes:
+        model: the module itself; `call` is what to call, which sums the gradients over the processes.
+        history: one row for each epoch that is behind.
+        step: steps of the epoch under way that are behind; `loss_sum` and `seconds` are of this part of it.
+        diverged: the step of this epoch whose loss was the first that is not finite, or -1; kept on the device.
+    """
+
+    def __init__(self, config: Config, model: nn.Module, device: torch.device, ranks: Ranks) -> None:
+        self.config, self.model, self.device, self.ranks = config, model, device, ranks
+        self.ema = Ema(model, config.model_ema_decay) if config.model_ema else None
+        for module in filter(None, (model, self.ema and self.ema.model)):
+            if config.channels_last:
+                module.to(memory_format=torch.channels_last)
+            if config.compile:
+                module.compile()
+            if config.fsdp:
+                shard(module)
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing()
+        self.call = replicate(model, device) if ranks.world > 1 and not config.fsdp else model
+        self.optimizer = Optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
+        self.history: History = []
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        self.step, self.seconds = 0, 0.0
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.diverged = torch.full((), -1, device=self.device)
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Seed, epoch and step: what is drawn next follows from them."""
+        return self.config.seed, len(self.history), self.step
+
+    @property
+    def tested(self) -> nn.Module:
+        """The weights that are tested: their average where there is one."""
+        return self.ema.model if self.ema else self.model
+
+    def checkpoint(self, model_kwargs: dict[str, Any], data: dict[str, Any]) -> Checkpoint:
+        """Called by all processes."""
+        return {
+            "config": asdict(self.config),
+            "model_kwargs": model_kwargs,
+            "data": data,
+            "epoch": len(self.history),
+            "step": self.step,
+            "loss_sum": self.ranks.sum(self.loss_sum).item(),
+            "seconds": self.seconds,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.model.state_dict() if self.ema else {},
+            "ema_updates": self.ema.updates if self.ema else 0,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from `checkpoint`; an average that it does not have starts from its weights."""
+        try:
+            load_placed(self.model, checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            if checkpoint["scaler"] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            if self.ema:
+                load_placed(self.ema.model, checkpoint["ema"] or checkpoint["model"])
+                self.ema.updates = checkpoint["ema_updates"]
+            self.history, self.step, self.seconds = checkpoint["history"], checkpoint["step"], checkpoint["seconds"]
+            if self.ranks.first:  # the sum over all processes
+                self.loss_sum += checkpoint["loss_sum"]
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--resume: the checkpoint does not fit the model: {error}") from error

@@ -1,0 +1,128 @@
+"""TrivialAugment (Müller and Hutter, arXiv:2103.10158): one operation an image, of a strength drawn uniformly.
+
+The operations and their strongest forms are those of the paper's wide space, except that an image moves by at most half of its
+side, where the paper has 32 pixels. Images are float (batch, channels, height, width) in [0, 1]; `strength` (batch, 1, 1, 1)
+runs from 0, no change, to 1, and `sign` is -1 or 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .augment import warp
+from .draws import Draws
+
+Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def trivial_augment(images: Tensor, draws: Draws) -> Tensor:
+    """Change each image by one of OPERATIONS."""
+    chosen, strength = draws.integers(0, len(OPERATIONS)), draws.uniform()
+    sign = torch.where(draws.chance(0.5), 1.0, -1.0)
+    out = images.clone()
+    for number, operation in enumerate(OPERATIONS):
+        at = (chosen == number).nonzero()[:, 0]
+        if len(at):
+            here = at.to(images.device)
+            strengths, signs = (each[at].to(images.device)[:, None, None, None] for each in (strength, sign))
+            out[here] = operation(images[here], strengths, signs)
+    return out
+
+
+def identity(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    return x
+
+
+def shear_x(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    return warp(x, [[1.0, _numbers(0.99 * sign * strength), 0.0], [0.0, 1.0, 0.0]])
+
+
+def shear_y(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    return warp(x, [[1.0, 0.0, 0.0], [_numbers(0.99 * sign * strength), 1.0, 0.0]])
+
+
+def translate_x(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    return warp(x, [[1.0, 0.0, _numbers(sign * strength)], [0.0, 1.0, 0.0]])
+
+
+def translate_y(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    return warp(x, [[1.0, 0.0, 0.0], [0.0, 1.0, _numbers(sign * strength)]])
+
+
+def rotate(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    angle = _numbers(sign * strength) * math.radians(135)
+    tall = x.shape[2] / x.shape[3]  # the angle is one of pixels, the places run from -1 to 1 along either side
+    return warp(x, [[angle.cos(), -angle.sin() * tall, 0.0], [angle.sin() / tall, angle.cos(), 0.0]])
+
+
+def brightness(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    return _away_from(torch.zeros_like(x), x, strength, sign)
+
+
+def color(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    return _away_from(_grey(x), x, strength, sign)
+
+
+def contrast(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    return _away_from(_grey(x).mean(dim=(2, 3), keepdim=True), x, strength, sign)
+
+
+def sharpness(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    kernel = x.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    smooth = x.clone()  # the border stays
+    inner = F.conv2d(x.flatten(0, 1).unsqueeze(1), kernel[None, None])
+    smooth[:, :, 1:-1, 1:-1] = inner.view(*x.shape[:2], *inner.shape[2:])
+    return _away_from(smooth, x, strength, sign)
+
+
+def posterize(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    step = 2 ** (6 * strength).round()  # of 255: 8 to 2 bits
+    return ((255 * x).round() / step).floor() * step / 255
+
+
+def solarize(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    return torch.where(x <= 1 - strength, x, 1 - x)
+
+
+def autocontrast(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
+    return torch.where(high > low, (x - low) / (high - low), x)
+
+
+def equalize(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Each channel by its histogram, rounded as Pillow does."""
+    values = (255 * x).round().long().flatten(2)
+    counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=x.device)
+    counts.scatter_add_(2, values, torch.ones_like(values))
+    last = counts.gather(2, values.amax(dim=2, keepdim=True))
+    step = (values.shape[2] - last) // 255
+    below = counts.cumsum(2) - counts
+    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
+    return torch.where(step > 0, table.gather(2, values), values).view_as(x).to(x.dtype) / 255
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    identity, autocontrast, equalize, rotate, solarize, color, posterize, contrast, brightness, sharpness,
+    shear_x, shear_y, translate_x, translate_y,
+)  # fmt: skip
+
+
+def _numbers(x: Tensor) -> Tensor:
+    """(batch, 1, 1, 1) to (batch,)."""
+    return x.flatten()
+
+
+def _grey(x: Tensor) -> Tensor:
+    if x.shape[1] != 3:
+        return x.mean(dim=1, keepdim=True)
+    return (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
+
+
+def _away_from(other: Tensor, x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """From x nearly to `other`, or as far to the other side."""
+    return torch.lerp(other.expand_as(x), x, 1 + 0.99 * sign * strength).clamp(0, 1)
