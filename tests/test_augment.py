@@ -80,6 +80,7 @@ def test_processes_see_together_what_one_alone_sees(world: int, batch: int) -> N
     whole = changed(None)
     shares = [Ranks(rank, world).share(batch) for rank in range(world)]
     assert sorted(torch.cat(shares).tolist()) == list(range(batch))
+    assert min(map(len, shares)) >= Ranks(0, world).least(batch) > 0
     for share in shares:
         for ours, alone in zip(changed(share), whole, strict=True):
             torch.testing.assert_close(ours, alone[share], rtol=0, atol=1e-6)

@@ -272,6 +272,11 @@ def test_a_run_on_streamed_images_goes_on_exactly(tmp_path: Path) -> None:
     torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
 
 
+def test_only_folders_are_resized_and_streamed(tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert "--img-size: digits has 8 x 8 pixels" in refused("--img-size", 16, "--output", tmp_path / "run")
+    assert "--stream: digits is read into memory" in refused("--stream", "--output", tmp_path / "run")
+
+
 def test_streams_need_one_size(tmp_path: Path, refused: Callable[..., str]) -> None:
     image_folder(tmp_path / "data")
     assert "--img-size N" in refused("--dataset", tmp_path / "data", "--stream", "--output", tmp_path / "run")

@@ -116,6 +116,8 @@ def test_float16_keeps_its_loss_scale(tmp_path: Path) -> None:
 def test_time_to_an_accuracy_ends_the_run(tmp_path: Path) -> None:
     history = trained(tmp_path, "--epochs", "5", "--time-to", "1")["history"]
     assert len(history) == 1 and history[0]["seconds"] > 0 and history[0]["peak_memory_mb"] > 50
+    assert main(["train", "--resume", str(tmp_path)]) == 0  # which is there already
+    assert load_checkpoint(tmp_path)["history"] == history
 
 
 def test_tensorboard_has_the_history(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn
     pair = PAIRS[name]
     if _from_wheel(pair):
         return getattr(importlib.import_module("vision_xformer"), pair.label)(**pair.theirs).to(device)
-    return _drawn(build(pair.label, pair.theirs, backend="reference")).to(device)
+    return drawn(build(pair.label, pair.theirs, backend="reference")).to(device)
 
 
 # What `originals` leaves to a state_dict, and the standard deviation that its package draws it with, give or take.
@@ -124,7 +124,7 @@ _SPREAD = {
 
 
 @torch.no_grad()
-def _drawn(model: nn.Module) -> nn.Module:
+def drawn(model: nn.Module) -> nn.Module:
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         last = name.rpartition(".")[2]
         if last in _SPREAD:

@@ -88,8 +88,8 @@ def train_parser() -> Parser:
     add("--lr", type=float, metavar="LR", help="highest learning rate")
     add("--weight-decay", type=float, metavar="W", help="biases and norms are left out")
     add("--sched", choices=["cosine", "constant"], help="learning rate after the warm-up")
-    add("--warmup-epochs", type=int, metavar="N", help="epochs of linear warm-up")
-    add("--cooldown-epochs", type=int, metavar="N", help="of the epochs, so many at the end stay at --min-lr")
+    add("--warmup-epochs", type=number, metavar="N", help="epochs of linear warm-up, or a part of one")
+    add("--cooldown-epochs", type=number, metavar="N", help="of the epochs, so many at the end stay at --min-lr")
     add("--min-lr", type=float, metavar="LR", help="learning rate at the end of the cosine")
     add("--smoothing", type=float, metavar="S", help="label smoothing")
     add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm, 0 for no clipping")
@@ -117,6 +117,12 @@ def train_parser() -> Parser:
     switch("--progress", "show the progress bar (default: on a terminal)")
     parser.set_defaults(**asdict(Config()))
     return parser
+
+
+def number(text: str) -> float:
+    """Whole where it is, so that args.yaml reads as it was written."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _flag(name: str, value: Any) -> str:

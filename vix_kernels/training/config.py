@@ -29,8 +29,8 @@ class Config:
     lr: float = 2e-3
     weight_decay: float = 0.05
     sched: str = "cosine"
-    warmup_epochs: int = 3
-    cooldown_epochs: int = 0
+    warmup_epochs: float = 3
+    cooldown_epochs: float = 0
     min_lr: float = 1e-5
     smoothing: float = 0.1
     aug: bool = True

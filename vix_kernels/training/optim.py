@@ -80,7 +80,7 @@ class Optimizer:
 
 def learning_rate(step: int, steps_per_epoch: int, config: Config) -> float:
     """Linear from 0 to `lr` over the warm-up; then constant, or half a cosine to `min_lr`, where the cool-down stays."""
-    warmup, end = (n * steps_per_epoch for n in (config.warmup_epochs, config.epochs - config.cooldown_epochs))
+    warmup, end = (round(n * steps_per_epoch) for n in (config.warmup_epochs, config.epochs - config.cooldown_epochs))
     if step < warmup:
         return config.lr * (step + 1) / warmup
     if config.sched == "constant":

@@ -45,6 +45,10 @@ class Ranks:
         middle = [batch // 2] if batch % 2 and self.rank == self.world - 1 else []
         return torch.cat([front, torch.tensor(middle, dtype=torch.long), batch - 1 - front.flip(0)])
 
+    def least(self, batch: int) -> int:
+        """Images of such a batch that every process gets at least."""
+        return batch if self.world == 1 else 2 * (batch // 2 // self.world)
+
     def sum(self, values: Tensor) -> Tensor:
         """Over all processes."""
         if self.world > 1:
@@ -128,6 +132,7 @@ def gradients_stay(model: nn.Module) -> Iterator[None]:
             yield
 
 
+@torch.no_grad()
 def average_batch_norm(model: nn.Module, ranks: Ranks) -> None:
     """Give the running statistics of batch norm, which every process takes of its own images, their mean over all."""
     if ranks.world == 1:

@@ -93,8 +93,9 @@ def draw_learning_curve(path: Path, history: list[dict[str, Any]], best: dict[st
     loss, accuracy = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
 
-    loss.plot(epochs, [row["train_loss"] for row in history], color="tab:gray", label="training (augmented, smoothed)")
-    loss.plot(epochs, [row["eval_loss"] for row in history], color="tab:blue", label="held out")
+    marker = "o" if len(history) == 1 else ""  # a line needs two points
+    loss.plot(epochs, [row["train_loss"] for row in history], marker, color="tab:gray", label="training (augmented, smoothed)")
+    loss.plot(epochs, [row["eval_loss"] for row in history], marker, color="tab:blue", label="held out")
     loss.set(ylabel="cross-entropy", ylim=(0, None))
     loss.legend(frameon=False)
 

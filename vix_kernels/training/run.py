@@ -147,7 +147,7 @@ class Run:
             self.say(left_out(self.dataset.unreadable))
         try:
             with stop_signals() as self.stop:
-                while len(history) < config.epochs:
+                while len(history) < config.epochs and not self.reached():
                     row = {"epoch": len(history) + 1} | train_epoch(self.state, self.dataset, self.after_step)
                     start = time.perf_counter()
                     row |= evaluate(self.state.tested, self.dataset, config, self.ranks)
@@ -157,8 +157,6 @@ class Run:
                     history.append(row)
                     self.state.start_epoch()
                     self.after_epoch()
-                    if config.time_to and row["eval_top1"] >= config.time_to:
-                        break
         finally:
             self.progress.close()
             if self.board:
@@ -167,6 +165,11 @@ class Run:
                 self.draw()
         if self.ranks.first:
             self.draw_best()
+
+    def reached(self) -> bool:
+        """Whether the accuracy is reached that the run was to end at."""
+        history, aim = self.state.history, self.config.time_to
+        return bool(aim and history) and history[-1]["eval_top1"] >= aim
 
     @property
     def steps_behind(self) -> int:

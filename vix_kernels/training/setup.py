@@ -57,7 +57,7 @@ def check_combinations(config: Config, device: torch.device, ranks: Ranks, image
     if ranks.world > 1 and not config.output and not config.resume:
         raise UserError("--output: name it, so that all processes, and those of a restart, have the same folder")
     smallest = images // math.ceil(images / config.batch_size)
-    if smallest < ranks.world * config.grad_accum_steps:
+    if ranks.least(smallest) < config.grad_accum_steps:
         parts = f"{ranks.world} processes and --grad-accum-steps {config.grad_accum_steps}"
         raise UserError(f"--batch-size: {parts} divide a batch, the smallest of which has {smallest} images")
 
@@ -91,7 +91,7 @@ def build_model(config: Config, dataset: Dataset, device: torch.device) -> tuple
 
 def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images: int) -> None:
     """Where a process may get a batch of one image: with one value a channel, batch norm fails."""
-    if images // math.ceil(images / config.batch_size) // (ranks.world * config.grad_accum_steps) > 1:
+    if ranks.least(images // math.ceil(images / config.batch_size)) // config.grad_accum_steps > 1:
         return
     one = torch.zeros(1, model.in_chans, *model.img_size, device=next(model.parameters()).device)
     try:

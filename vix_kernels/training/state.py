@@ -12,7 +12,7 @@ from .checkpoint import Checkpoint
 from .config import Config, UserError
 from .ema import Ema
 from .optim import Optimizer
-from .parallel import Ranks, load_placed, replicate, shard
+from .parallel import Ranks, average_batch_norm, load_placed, replicate, shard
 
 History = list[dict[str, Any]]
 
@@ -64,6 +64,7 @@ class State:
 
     def checkpoint(self, model_kwargs: dict[str, Any], data: dict[str, Any]) -> Checkpoint:
         """Called by all processes."""
+        average_batch_norm(self.model, self.ranks)  # so that they go on alike, whoever reads it
         return {
             "config": asdict(self.config),
             "model_kwargs": model_kwargs,

@@ -34,6 +34,18 @@ def load_dataset(
     Raises:
         UserError: it is not there, damaged, or of another format.
     """
+    data = _loaded(name, img_size, data_dir, stream, workers)
+    if img_size and data.train.shape[1:] != (img_size, img_size):
+        height, width = data.train.shape[1:]
+        raise UserError(
+            f"--img-size: {data.name} has {width} x {height} pixels; only images in folders are resized, got {img_size}"
+        )
+    if stream and isinstance(data.train, HeldImages):
+        raise UserError(f"--stream: {data.name} is read into memory; only images in folders are streamed")
+    return data
+
+
+def _loaded(name: str, img_size: int | None, data_dir: str | None, stream: bool | None, workers: int) -> Dataset:
     path = Path(name)
     if name not in NAMES and path.suffix != ".npz" and not path.is_dir():
         raise UserError(f"--dataset: expected {', '.join(NAMES)} or the path of {FORMATS}, got {name!r}")

@@ -1,0 +1,174 @@
+"""How good a model is after a few minutes on one CPU core: ours with the fast recipe, beside the originals with theirs.
+
+    python -m bench.training cifar10_jpeg.npz --output DIR
+
+Both have the same architecture and nearly as many parameters. Theirs is the plain form of the published arithmetic in float32,
+as its scripts train it, on the same loop and without their data loading; ours runs in bfloat16 with `--recipe fast`. The two of
+a row run at once, each on a core of its own, so that whatever disturbs one disturbs the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vix_kernels.bench.machine import commit, device_name
+from vix_kernels.bench.models import CCT, VIX, drawn
+from vix_kernels.commands import print_table, write_atomically
+from vix_kernels.models import create_model
+from vix_kernels.models.originals import build
+from vix_kernels.training import Config
+from vix_kernels.training.data import Dataset, HeldImages, load_dataset
+from vix_kernels.training.draws import seed_torch
+from vix_kernels.training.loop import evaluate, train_epoch
+from vix_kernels.training.parallel import Ranks
+from vix_kernels.training.recipes import RECIPES
+from vix_kernels.training.state import State
+
+HYBRID = VIX | dict(dim=64, depth=3, mlp_dim=128, heads=2, dim_head=32)
+SMALL_CCT = CCT | dict(img_size=32, num_classes=10, embedding_dim=64, num_layers=2, num_heads=2)
+OURS = dict(img_size=32, num_classes=10, embed_dim=64, num_heads=2)
+# Ours, and the label and the arguments of the original: about 0.2 million parameters each.
+PAIRS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "hybrid_vip": (OURS | dict(depth=3), "HybridViP", HYBRID),
+    "hybrid_vin": (OURS | dict(depth=3), "HybridViN", HYBRID),
+    "ccn": (OURS | dict(depth=2, mlp_ratio=4.0), "CCN", SMALL_CCT),
+}
+CORES = (0, 1)
+TRIAL = 0.05  # of the time, to learn how many images fit into it
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class Result:
+    model: str
+    provider: str
+    parameters: int
+    minutes: float
+    images: int
+    images_per_second: float
+    top1: float
+    top5: float
+    eval_loss: float
+    device: str = ""
+    commit: str = ""
+
+
+class Original(nn.Module):
+    """An original with the words that the loop asks a model for; its scripts decay every parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)
+
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    def get_classifier(self) -> nn.Module:
+        return nn.Identity()
+
+
+class TimeUp(Exception):
+    pass
+
+
+def trained(name: str, provider: str, path: str, minutes: float, core: int) -> Result:
+    """One run, on one core."""
+    if hasattr(os, "sched_setaffinity") and core in os.sched_getaffinity(0):
+        os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+    dataset = load_dataset(path)
+    seed_torch(0)
+    ours, label, theirs = PAIRS[name]
+    if provider == "ours":
+        model: nn.Module = create_model(name, **ours)
+        config = Config(model=name, batch_size=BATCH, **{k: v for k, v in RECIPES["fast"].items() if k != "batch_size"})
+    else:
+        model = Original(drawn(build(label, theirs, backend="reference")))
+        config = Config(model=label, batch_size=BATCH, **RECIPES["original"])
+    trial, _ = run(config, model, dataset, TRIAL * 60 * minutes)
+    fitting = int(trial / TRIAL)  # a schedule has to know where it ends
+    epochs = -(-fitting // len(dataset.train))
+    part = dataset.train.images[: fitting // epochs], dataset.train.labels[: fitting // epochs]
+    if provider == "ours":
+        model, config = create_model(name, **ours), replace(config, epochs=epochs, warmup_epochs=0.1 * epochs)
+        data = replace(dataset, train=HeldImages(*part))
+    else:
+        model, data = Original(drawn(build(label, theirs, backend="reference"))), dataset
+    start = time.perf_counter()
+    images, state = run(config, model, data, 60 * minutes)
+    seconds = time.perf_counter() - start
+    result = evaluate(state.tested, dataset, config)
+    return Result(
+        name, provider, sum(p.numel() for p in model.parameters()), seconds / 60, images, images / seconds,
+        result["eval_top1"], result["eval_top5"], result["eval_loss"], device_name("cpu"), commit() or "",
+    )  # fmt: skip
+
+
+def run(config: Config, model: nn.Module, dataset: Dataset, seconds: float) -> tuple[int, State]:
+    """Train for so long, or until the schedule ends; returns how many images were seen."""
+    state = State(config, model, torch.device("cpu"), Ranks())
+    end, images, steps = time.perf_counter() + seconds, 0, -(-len(dataset.train) // config.batch_size)
+
+    def count() -> None:
+        nonlocal images
+        images += len(dataset.train) // steps
+        if time.perf_counter() > end:
+            raise TimeUp
+
+    try:
+        while len(state.history) < config.epochs:
+            state.history.append(train_epoch(state, dataset, count))
+            state.start_epoch()
+    except TimeUp:
+        pass
+    return images, state
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", help="path of CIFAR-10")
+    parser.add_argument("--models", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="NAME", help="default: all")
+    parser.add_argument("--minutes", type=float, default=8.0, metavar="M", help="of a run (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write training.csv there (default: nothing)")
+    options = parser.parse_args(argv)
+    results: list[Result] = []
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for name in options.models:
+            forms = zip(("ours", "original"), CORES, strict=True)
+            runs = [pool.submit(trained, name, form, options.dataset, options.minutes, core) for form, core in forms]
+            results += [each.result() for each in runs]
+            print(f"{name}: {results[-2].top1:.2f} % and {results[-1].top1:.2f} %", file=sys.stderr)
+    rows = [{k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in asdict(each).items()} for each in results]
+    print_table(rows[0], [row.values() for row in rows])
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+
+        def write(path: Path) -> None:
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_atomically(options.output / "training.csv", write)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
