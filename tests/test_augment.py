@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from vix_kernels.training.augment import mix, random_erasing, random_flip_crop
+from vix_kernels.training.augment import mix, random_affine, random_erasing, random_flip_crop
 from vix_kernels.training.draws import Draws
 from vix_kernels.training.parallel import Ranks
 from vix_kernels.training.trivial import OPERATIONS, Operation, trivial_augment
@@ -139,11 +139,29 @@ def test_operations_change_more_with_their_strength(operation: Operation) -> Non
         assert weak < 1e-5 and strong > 0.001
 
 
+def test_everything_comes_to_the_device_of_the_images() -> None:
+    """Tensors of the meta device stand for those of a GPU: no operation takes one together with a tensor of the CPU."""
+    x, labels = torch.empty(28, 3, 16, 16, device="meta"), torch.zeros(28, dtype=torch.long, device="meta")
+    draws, strength = Draws(0, images=28), torch.empty(28, 1, 1, 1, device="meta")
+    for operation in OPERATIONS:
+        assert operation(x, strength, strength).is_meta
+    for changed in (
+        trivial_augment(x, draws),
+        random_affine(x, draws, degrees=10, scale=0.1, shift=0.1),
+        random_flip_crop(x, draws, shift=0.25),
+        random_erasing(x, draws, 0.5),
+        mix(x, labels, draws, classes=3, mixup=1.0, cutmix=0.0)[0],
+    ):
+        assert changed.is_meta and changed.shape == x.shape
+
+
 def test_every_image_gets_an_operation_of_its_own() -> None:
     x = torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None].float().expand(200, -1, -1, -1) / 255
     changed = trivial_augment(x, Draws(0, images=200))
     assert changed.min() >= 0 and changed.max() <= 1
-    assert len({each.numpy().tobytes() for each in changed}) > 150
+    assert (
+        len({each.numpy().tobytes() for each in changed}) > 120
+    )  # three of 14 operations have one outcome, posterize has seven
     assert torch.equal(trivial_augment(x, Draws(0, images=200)), changed)
     assert trivial_augment(x[:, :1], Draws(0, images=200)).shape == (200, 1, 24, 16)  # grey ones too
 

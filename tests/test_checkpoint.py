@@ -17,6 +17,7 @@ import torch
 from vix_kernels.__main__ import main
 from vix_kernels.training import UserError, checkpoint, run
 from vix_kernels.training.checkpoint import load_checkpoint, save_checkpoint
+from vix_kernels.training.optim import Optimizer
 from vix_kernels.training.parallel import Ranks
 
 TINY = ["--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2", "patch_size=4"]
@@ -127,6 +128,54 @@ def test_the_first_step_that_is_not_finite_is_the_one_that_is_named(tmp_path: Pa
     monkeypatch.setattr(loop, "augmented", poisoned)
     with pytest.raises(UserError, match="the loss of step 4 of epoch 1 is not finite"):
         run.train(Config(epochs=1, batch_size=200, output=str(tmp_path), model_kwargs={"embed_dim": 16, "depth": 1}))
+
+
+def test_broken_weights_are_never_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss of a step is from before its update."""
+    step, steps = Optimizer.step, []
+
+    def broken(self: Optimizer, *args: Any) -> None:
+        step(self, *args)
+        steps.append(None)
+        if len(steps) == 3:
+            next(iter(self.names)).data.fill_(torch.inf)
+
+    monkeypatch.setattr(Optimizer, "step", broken)
+    argv = ["train", "--epochs", "1", "-b", "256", "--recovery-interval", "1", "--output", str(tmp_path), *TINY]
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert "a weight behind step 3 of epoch 1 is not finite" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path)["step"] == 2
+    assert all(x.isfinite().all() for x in load_checkpoint(tmp_path)["model"].values() if isinstance(x, torch.Tensor))
+
+
+def test_damaged_shards_are_one_line(tmp_path: Path, refused) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save_checkpoint(tmp_path / "last.pt", numbered(1), Ranks(), sharded=True)
+    (shard,) = (tmp_path / "shards").glob("*/*.distcp")
+    shard.write_bytes(shard.read_bytes()[:1000])
+    assert "is damaged" in refused("--resume", tmp_path)
+    shard.unlink()
+    assert "is damaged" in refused("--resume", tmp_path)
+
+
+def test_a_restart_before_the_first_checkpoint_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "args.yaml").write_text("")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(["train", "--epochs", "1", "-b", "512", "--output", str(tmp_path), *TINY]) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert main(["train", "--epochs", "2", "-b", "512", "--output", str(tmp_path), *TINY]) == 0  # goes on by itself
+    assert len(load_checkpoint(tmp_path)["history"]) == 2
+
+
+def test_a_branch_without_a_best_checkpoint_ends_well(tmp_path: Path) -> None:
+    assert main(["train", "--epochs", "2", "-b", "256", "--output", str(tmp_path / "run"), *TINY]) == 0
+    (tmp_path / "run" / "best.pt").unlink()
+    argv = ["--epochs", "3", "--lr", "1e-9", "--output", str(tmp_path / "branch")]
+    assert main(["train", "--resume", str(tmp_path / "run" / "last.pt"), *argv]) == 0
 
 
 def test_no_pickle_is_run(tmp_path: Path, refused) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import os
 import pickle
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,7 +79,7 @@ def idx_files(folder: Path, compressed: bool = True) -> Path:
             header = np.array([0x0800 + values.ndim, *values.shape], ">u4").tobytes()
             name = f"{part}-{kind}-ubyte"
             if compressed:
-                (folder / f"{name}.gz").write_bytes(gzip.compress(header + values.tobytes()))
+                (folder / f"{name}.gz").write_bytes(gzip.compress(header + values.tobytes(), mtime=0))
             else:
                 (folder / name).write_bytes(header + values.tobytes())
     return folder
@@ -185,7 +189,12 @@ def test_damaged_folders_are_refused(damage: Callable, message: str, tmp_path: P
     [
         (cifar_binary, "data_batch_2.bin", b"short", "data_batch_2.bin: expected a multiple of 3073 bytes, got 5"),
         (cifar_binary, "test_batch.bin", bytes([7]) + bytes(3072), "expected labels from 0 to 1, got 7 to 7"),
-        (idx_files, "train-images-idx3-ubyte.gz", gzip.compress(b"1234567890123456"), "expected the magic number 0x0803"),
+        (
+            idx_files,
+            "train-images-idx3-ubyte.gz",
+            gzip.compress(b"1234567890123456", mtime=0),
+            "expected the magic number 0x0803",
+        ),
         (idx_files, "t10k-labels-idx1-ubyte.gz", b"", "expected the magic number 0x0801"),
         (tiny_imagenet, "val/val_annotations.txt", b"val_0.png\tn09\t0\t0\t1\t1\n", "val_annotations.txt, line 1: expected"),
         (idx_files, "nothing", b"", None),
@@ -270,6 +279,44 @@ def test_a_run_on_streamed_images_goes_on_exactly(tmp_path: Path) -> None:
             assert main([*words, "--epochs", str(epochs), "--sched", "constant", *where]) == 0
     ours, theirs = load_checkpoint(tmp_path / "in two"), load_checkpoint(tmp_path / "straight")
     torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
+
+
+def test_damaged_files_that_a_run_meets_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image_folder(tmp_path / "data")
+    (tmp_path / "data" / "train" / "cat" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\x01IHDR")
+    words = ["train", "--dataset", str(tmp_path / "data"), "--img-size", "8", "--stream", "--workers", "0", "--epochs", "2"]
+    words += ["-b", "4", "--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2", "patch_size=2"]
+    assert main([*words, "--output", str(tmp_path / "run")]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "cannot be decoded" in line]
+    assert len(said) == 1 and "1 images" in said[0] and "1.png" in said[0]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no process groups on this system")
+def test_a_signal_to_the_whole_group_leaves_the_workers_alone(tmp_path: Path) -> None:
+    """As torchrun and the schedulers of clusters send it."""
+    image_folder(tmp_path / "data")
+    words = ["train", "--dataset", tmp_path / "data", "--img-size", "8", "--stream", "--workers", "2", "--epochs", "100000"]
+    words += [
+        "-b",
+        "2",
+        "--output",
+        tmp_path / "run",
+        "--model-kwargs",
+        "embed_dim=16",
+        "depth=1",
+        "num_heads=2",
+        "patch_size=2",
+    ]
+    command = [sys.executable, "-m", "vix_kernels", *map(str, words)]
+    with subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                break
+        os.killpg(process.pid, signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "go on with --resume" in said, said
 
 
 def test_only_folders_are_resized_and_streamed(tmp_path: Path, refused: Callable[..., str]) -> None:

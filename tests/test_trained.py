@@ -108,27 +108,10 @@ def test_the_map_is_the_row_of_the_class_token(mixer: str) -> None:
 
 def test_what_has_no_map_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
-    for model, words, missing in (
-        ("vip", ["class_token=False", "global_pool=avg"], "a class token"),
-        ("fnet", [], "attention"),
-    ):
+    pooled = ["--model-kwargs", "class_token=False", "global_pool=avg"]
+    for model, words, missing in (("vip", pooled, "a class token"), ("fnet", [], "attention")):
         folder = tmp_path / model
-        words = [word for word in words]
-        assert (
-            main(
-                [
-                    "train",
-                    "--model",
-                    model,
-                    "--epochs",
-                    "1",
-                    "--output",
-                    str(folder),
-                    *(["--model-kwargs", *words] if words else []),
-                ]
-            )
-            == 0
-        )
+        assert main(["train", "--model", model, "--epochs", "1", "--output", str(folder), *words]) == 0
         with pytest.raises(SystemExit) as stop:
             main(["predict", "--checkpoint", str(folder), "--attention", str(tmp_path / "maps"), str(tmp_path / "image.png")])
         assert stop.value.code == 2 and f"has no {missing}" in capsys.readouterr().err
@@ -143,6 +126,16 @@ def test_bad_checkpoints_are_one_line(command: str, tmp_path: Path, capsys: pyte
             main([command, "--checkpoint", str(path), *more])
         said = capsys.readouterr().err
         assert stop.value.code == 2 and said.count("\n") == 1 and "--checkpoint: " in said and words in said
+
+
+def test_images_of_another_shape_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "val"):
+        for name in "0123456789":
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (12, 12)).save(tmp_path / part / name / "1.png")
+    with pytest.raises(SystemExit):
+        main(["validate", "--checkpoint", str(run), "--dataset", str(tmp_path)])
+    assert "reads images of shape (1, 8, 8)" in capsys.readouterr().err
 
 
 def test_other_classes_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..ops.nystrom import check_nystrom, nystrom_attention
 from ..ops.rope import Rope
+from ..ops.weights import attention_weights
 from .attention import Attention
 
 
@@ -56,16 +57,21 @@ class NystromAttention(Attention):
 
     def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None) -> Tensor:
         """As that of Attention; the residual has no part in it."""
-        residual, self.res_conv = self.res_conv, None
-        try:
-            return super().attention_of(x, token, rope=rope)
-        finally:
-            self.res_conv = residual
+        q, k, _ = self.heads(x)
+        return attention_weights(self.attend, q, k, None, rope, token=token, residual=False)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding_mask: Tensor | None,
+        rope: Rope | None,
+        residual: bool = True,
+    ) -> Tensor:
         return nystrom_attention(
             q, k, v, num_landmarks=min(self.num_landmarks, q.shape[2] - self.prefix_tokens), landmarks=self.landmarks,
             grid_size=self.grid_size, prefix_tokens=self.prefix_tokens, pinv_iterations=self.pinv_iterations,
-            pinv_init=self.pinv_init, conv_weight=None if self.res_conv is None else self.res_conv.weight,
+            pinv_init=self.pinv_init, conv_weight=self.res_conv.weight if residual and self.res_conv is not None else None,
             key_padding_mask=key_padding_mask, rope=rope, backend=self.backend,
         )  # fmt: skip

@@ -7,12 +7,13 @@ PIL image at a time.
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .draws import Draws
+from .draws import Draws, sent
 
 
 def random_affine(images: Tensor, draws: Draws, *, degrees: float, scale: float, shift: float) -> Tensor:
@@ -28,8 +29,10 @@ def random_affine(images: Tensor, draws: Draws, *, degrees: float, scale: float,
 
 def warp(images: Tensor, matrix: list[list[Tensor | float]]) -> Tensor:
     """Look every pixel (x, y), from -1 to 1, up at matrix @ (x, y, 1); nothing lies outside. Entries: a number an image."""
-    entries = [torch.as_tensor(entry).expand(len(images)) for row in matrix for entry in row]
-    theta = torch.stack(entries, dim=1).view(-1, 2, 3).to(images)
+    theta = images.new_empty(len(images), 2, 3)
+    for row, column in product(range(2), range(3)):
+        entry, place = matrix[row][column], theta[:, row, column]
+        place.copy_(sent(entry, images.device)) if isinstance(entry, Tensor) else place.fill_(entry)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
@@ -43,7 +46,7 @@ def random_flip_crop(images: Tensor, draws: Draws, *, shift: float) -> Tensor:
     rows, columns = _shifted(height, shift, draws), _shifted(width, shift, draws)
     columns = torch.where(draws.chance(0.5)[:, None], columns.flip(1), columns)
     index = torch.arange(batch)[:, None, None, None], torch.arange(channels)[:, None, None], rows[:, None, :, None]
-    return images[tuple(i.to(images.device) for i in (*index, columns[:, None, None, :]))]
+    return images[tuple(sent(i, images.device) for i in (*index, columns[:, None, None, :]))]
 
 
 def _shifted(size: int, shift: float, draws: Draws) -> Tensor:
@@ -64,7 +67,7 @@ def random_erasing(images: Tensor, draws: Draws, probability: float) -> Tensor:
     rows = _interval(height, (area * aspect).sqrt(), draws.uniform())
     columns = _interval(width, (area / aspect).sqrt(), draws.uniform())
     chosen = draws.chance(probability)[:, None, None]
-    return images.masked_fill((rows[:, :, None] & columns[:, None, :] & chosen).unsqueeze(1).to(images.device), 0)
+    return images.masked_fill(sent((rows[:, :, None] & columns[:, None, :] & chosen).unsqueeze(1), images.device), 0)
 
 
 def _interval(size: int, length: Tensor, place: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ a folder beside it, by torch.distributed.checkpoint, and the file, written last,
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 import warnings
@@ -41,6 +42,13 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, ranks: Ranks, sharded: b
         write_atomically(path, lambda temporary: _write(temporary, checkpoint))
         if sharded:
             _remove_shards(path, besides=shards)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What runs have left that were killed while they wrote to `folder`."""
+    for left in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.(pt|csv|yaml|png)\.\d+\.tmp", left.name):
+            left.unlink()
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -81,7 +89,7 @@ def load_checkpoint(path: str | Path, flag: str = "--resume") -> Checkpoint:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(checkpoint, dict) and "shards" in checkpoint:
             _read_shards(path.parent / SHARDS / Path(checkpoint.pop("shards")).name, checkpoint)
-    except Exception as error:  # pickle, zip and torch each have their own word for a damaged file
+    except (Exception, CheckpointException) as error:  # pickle, zip and torch each have their own word for a damaged file
         raise UserError(f"{flag}: {path} is damaged, or no checkpoint of vix train ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind) for name, kind in _PARTS.items()):
         raise UserError(f"{flag}: {path} is no checkpoint of vix train")
@@ -123,6 +131,7 @@ _METADATA = {
     *((Metadata.__module__, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
     *((Metadata.__module__, name) for name in ("TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata")),
     *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
-    ("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"),
+    ("torch", "Size"), ("torch.serialization", "_get_layout"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
 }  # fmt: skip

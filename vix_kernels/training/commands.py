@@ -6,12 +6,13 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import asdict, fields
+from collections import Counter
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..commands import KeyValues, Parser
-from .config import Config, UserError
+from .config import CHOICES, Config, UserError
 from .recipes import RECIPES
 
 TRAIN_EXAMPLES = """\
@@ -25,8 +26,8 @@ examples:
   torchrun --nproc-per-node 8 -m vix_kernels train --output runs/eight ...     # the same batches, on 8 GPUs
 
 A run leaves args.yaml, summary.csv, learning_curve.png, confusion.png, mistakes.png and the checkpoints last.pt and best.pt.
-Ctrl-C and SIGTERM end it with a checkpoint of the step that was reached. A flag comes before a --config file, a file before a
---recipe, a recipe before the defaults.
+Ctrl-C and SIGTERM end it with a checkpoint of the step that was reached. A flag comes before a --recipe, a recipe before a
+--config file, a file before the defaults.
 
 recipes:
 """
@@ -54,10 +55,15 @@ def train_parser() -> Parser:
     group = parser.add_argument_group("model")
     add("--model", metavar="NAME", help="a name from `vix models`")
     add("--model-kwargs", nargs="+", action=KeyValues, metavar="K=V", help="arguments of the model (default: none)")
-    add("--drop-path", type=float, metavar="P", help="stochastic depth: rate at which the last block is left out")
+    add(
+        "--drop-path",
+        type=float,
+        metavar="P",
+        help="stochastic depth: how often the last block is left out (default: the model's)",
+    )
     add(
         "--backend",
-        choices=["auto", "triton", "torch", "reference"],
+        choices=CHOICES["backend"],
         help="of linear-cost attention and of the rotary embedding; the softmax of vit is always torch's",
     )
     group = parser.add_argument_group("data")
@@ -69,25 +75,28 @@ def train_parser() -> Parser:
     )
     add("--data-dir", metavar="DIR", help="where data sets with a name lie, or are downloaded to (default: the user's cache)")
     add("--img-size", type=int, metavar="N", help="side that images in folders are resized to (default: as they are)")
-    switch("--stream", "read images in folders when they are needed (default: if they take more than 4 GiB)")
+    switch(
+        "--stream",
+        "read images in folders when they are needed, and cut them at random (default: beyond 4 GiB)",
+    )
     add("-j", "--workers", type=int, metavar="N", help="processes that decode what is streamed")
     switch("--aug", "mirror and shift the images, turn digits (default: yes)")
-    add("--aa", choices=["none", "trivial"], help="automatic augmentation: TrivialAugment")
+    add("--aa", choices=CHOICES["aa"], help="automatic augmentation: TrivialAugment")
     add("--mixup", type=float, metavar="A", help="blend pairs of images, shares from Beta(A, A); 0 for never")
     add("--cutmix", type=float, metavar="A", help="put a part of one image into another, shares from Beta(A, A); 0 for never")
     add("--mixup-off-epoch", type=int, metavar="N", help="neither from this epoch on; 0 for to the end")
     add("--reprob", type=float, metavar="P", help="probability to erase a rectangle of an image")
 
     group = parser.add_argument_group("training")
-    add("--recipe", choices=RECIPES, help="settings that belong together, below (default: none)")
+    add("--recipe", choices=CHOICES["recipe"], help="settings that belong together, below (default: none)")
     add("-c", "--config", metavar="FILE", help="YAML with settings, such as the args.yaml of a run (default: none)")
     add("--epochs", type=int, metavar="N", help="passes over the training images")
     add("-b", "--batch-size", type=int, metavar="N", help="images a step, at most, over all processes")
     add("--grad-accum-steps", type=int, metavar="N", help="parts that a step's batch is computed in, for less memory")
-    add("--opt", choices=["adamw", "muon"], help="muon: for the matrices, AdamW for the rest")
+    add("--opt", choices=CHOICES["opt"], help="muon: for the matrices, AdamW for the rest")
     add("--lr", type=float, metavar="LR", help="highest learning rate")
     add("--weight-decay", type=float, metavar="W", help="biases and norms are left out")
-    add("--sched", choices=["cosine", "constant"], help="learning rate after the warm-up")
+    add("--sched", choices=CHOICES["sched"], help="learning rate after the warm-up")
     add("--warmup-epochs", type=number, metavar="N", help="epochs of linear warm-up, or a part of one")
     add("--cooldown-epochs", type=number, metavar="N", help="of the epochs, so many at the end stay at --min-lr")
     add("--min-lr", type=float, metavar="LR", help="learning rate at the end of the cosine")
@@ -102,7 +111,7 @@ def train_parser() -> Parser:
     group = parser.add_argument_group("speed and memory")
     add("--device", metavar="DEVICE", help="auto takes a GPU if there is one")
     switch("--amp", "run the model under autocast")
-    add("--amp-dtype", choices=["bfloat16", "float16"], help="dtype of autocast")
+    add("--amp-dtype", choices=CHOICES["amp_dtype"], help="dtype of autocast")
     switch("--compile", "torch.compile the model")
     switch("--channels-last", "images and convolutions in channels-last layout")
     switch("--grad-checkpointing", "keep only the inputs of the blocks, compute the rest again in backward")
@@ -133,7 +142,7 @@ def _flag(name: str, value: Any) -> str:
 
 
 def parse_train(parser: Parser, argv: list[str]) -> Config:
-    """Flags before a file, a file before a recipe, a recipe before the settings of a resumed run or the defaults."""
+    """Flags before a recipe, a recipe before a file, a file before the settings of a resumed run or the defaults."""
     first = parser.parse_args(argv)
     if first.resume:
         from .checkpoint import load_checkpoint
@@ -143,7 +152,8 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
         elsewhere = {"device", "backend", "output", "resume", "data_dir", "workers", "progress"}
         parser.set_defaults(**{name: value for name, value in saved.items() if name not in elsewhere})
     settings = _read_settings(first.config) if first.config else {}
-    parser.set_defaults(**RECIPES.get(first.recipe or settings.get("recipe"), {}) | settings)
+    named = settings.get("recipe")  # in a file of a few lines; in an args.yaml all else is said, too
+    parser.set_defaults(**(RECIPES[named] if named in CHOICES["recipe"] else {}) | settings | RECIPES.get(first.recipe, {}))
     values = vars(parser.parse_args(argv))
     del values["config"]
     return Config(**values)
@@ -173,7 +183,8 @@ def train_command(argv: list[str]) -> int:
         parser.error(f"training needs {error.name}: pip install 'vix_kernels[train]'")
     first = os.environ.get("RANK", "0") == "0"
     try:
-        history, output = train(parse_train(parser, argv))
+        config = parse_train(parser, argv)
+        history, output = train(config)
     except (UserError, OSError) as error:  # a path that cannot be read, a disk that is full
         if first:
             parser.error(str(error))
@@ -187,9 +198,14 @@ def train_command(argv: list[str]) -> int:
         return 130
     best, last = best_epoch(history), history[-1]
     if first:
+        if config.time_to:
+            there = last["eval_top1"] >= config.time_to
+            when = f"reached after {last['seconds']:,.0f} s" if there else f"not reached in {len(history)} epochs"
+            print(f"--time-to {config.time_to:g} %: {when}")
         print(
             f"top-1 {best['eval_top1']:.2f} % (best, epoch {best['epoch']}; last {last['eval_top1']:.2f} %), top-5 "
-            f"{best['eval_top5']:.2f} %, {last['images_per_second']:,.0f} images/s, {last['seconds']:,.0f} s, {output}"
+            f"{best['eval_top5']:.2f} %, {last['images_per_second']:,.0f} images/s, {last['seconds']:,.0f} s, "
+            f"{last['peak_memory_mb']:,.0f} MiB at most, {output}"
         )
     return 0
 
@@ -211,10 +227,11 @@ def validate_command(argv: list[str]) -> int:
     parser = _user_parser("validate", description, VALIDATE_EXAMPLES)
     parser.add_argument("--dataset", metavar="NAME", help="as for vix train (default: the one it was trained on)")
     parser.add_argument("--data-dir", metavar="DIR", help="as for vix train (default: as in training)")
-    parser.add_argument("--output", metavar="DIR", help="folder of the pictures (default: that of the checkpoint)")
+    parser.add_argument("--output", metavar="DIR", help="folder of the pictures (default: validate-NAME beside the checkpoint)")
     options = parser.parse_args(argv)
     try:
         from .data import load_dataset
+        from .data.folders import is_folder
         from .report import draw_judgement
         from .setup import device_of
         from .trained import judge, load_trained
@@ -223,13 +240,15 @@ def validate_command(argv: list[str]) -> int:
     try:
         device = device_of(options.device)
         trained = load_trained(options.checkpoint, device)
-        config = trained.config
+        config, name = trained.config, options.dataset or trained.config.dataset
+        if options.dataset and is_folder(Path(name)):  # of whatever size
+            config = replace(config, img_size=trained.model.img_size[0])
         source = dict(data_dir=options.data_dir or config.data_dir, stream=config.stream, workers=config.workers)
-        dataset = load_dataset(options.dataset or config.dataset, config.img_size, **source).to(device)
+        dataset = load_dataset(name, config.img_size, **source).to(device)
         start = time.perf_counter()
         judgement = judge(trained, dataset)
         seconds = time.perf_counter() - start
-        folder = Path(options.output) if options.output else trained.path.parent
+        folder = Path(options.output) if options.output else trained.path.parent / f"validate-{dataset.name}"
         folder.mkdir(parents=True, exist_ok=True)
         draw_judgement(folder, trained, judgement, dataset)
     except (UserError, OSError) as error:
@@ -260,7 +279,7 @@ def predict_command(argv: list[str]) -> int:
         from .trained import attention_map, load_trained, predict
     except ModuleNotFoundError as error:
         parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
-    unreadable = 0
+    unreadable, drawn = 0, Counter[str]()
     try:
         trained = load_trained(options.checkpoint, device_of(options.device))
         if options.attention:
@@ -274,7 +293,9 @@ def predict_command(argv: list[str]) -> int:
             named = [f"{trained.classes[at]} {100 * value:.1f} %" for value, at in zip(values.tolist(), places, strict=True)]
             print(f"{path}: {', '.join(named)}")
             if options.attention:
-                picture = options.attention / f"{path.stem}.png"
+                drawn[path.stem] += 1
+                number = f"-{drawn[path.stem]}" if drawn[path.stem] > 1 else ""  # of one name in several folders
+                picture = options.attention / f"{path.stem}{number}.png"
                 draw_attention(picture, image.cpu(), attention_map(trained, image).cpu(), f"{path.name}: {named[0]}")
     except (UserError, OSError) as error:
         parser.error(str(error))

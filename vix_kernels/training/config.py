@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from .recipes import RECIPES
 
 
 class UserError(Exception):
     """Something that the user can put right: one line, shown without a traceback."""
 
 
+CHOICES = {
+    "backend": ("auto", "triton", "torch", "reference"),
+    "aa": ("none", "trivial"),
+    "recipe": tuple(RECIPES),
+    "opt": ("adamw", "muon"),
+    "sched": ("cosine", "constant"),
+    "amp_dtype": ("bfloat16", "float16"),
+}
+_KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict[str, Any]": dict}
+
+
 @dataclass
 class Config:
     model: str = "hybrid_vip"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    drop_path: float = 0.0
+    drop_path: float | None = None
     dataset: str = "digits"
     data_dir: str | None = None
     img_size: int | None = None
@@ -62,6 +75,14 @@ class Config:
 
     def check(self) -> None:
         """Raises `UserError` for the first value that makes no sense."""
+        for each in fields(self):  # not of a flag: of a file
+            kinds, value = [_KINDS[kind] for kind in each.type.split(" | ") if kind != "None"], getattr(self, each.name)
+            if value is None and "None" in each.type:
+                continue
+            if not isinstance(value, kinds[0]) or (isinstance(value, bool) and kinds[0] is not bool):
+                raise UserError(f"--{each.name.replace('_', '-')}: expected {each.type}, got {value!r}")
+        for name, choices in CHOICES.items():
+            self._expect(name, f"one of {', '.join(choices)}", lambda x, choices=choices: x in choices)
         positive = ("epochs", "batch_size", "grad_accum_steps", "lr", "img_size")
         not_negative = (
             "weight_decay", "warmup_epochs", "cooldown_epochs", "min_lr", "clip_grad", "seed", "mixup", "cutmix",
@@ -75,6 +96,10 @@ class Config:
             self._expect(name, "a number in [0, 1)", lambda x: 0 <= x < 1)
         self._expect("reprob", "a probability", lambda x: 0 <= x <= 1)
         self._expect("time_to", "a percentage", lambda x: 0 < x <= 100)
+        if self.opt == "muon" and self.amp and self.amp_dtype == "float16":
+            raise UserError("--opt: muon has no loss scale in common with AdamW, which float16 needs: use --amp-dtype bfloat16")
+        if self.fsdp and self.amp and self.amp_dtype == "float16":
+            raise UserError("--fsdp: divided models have no loss scale, which float16 needs: use --amp-dtype bfloat16")
         self._expect("seed", "less than 2**63", lambda x: x < 2**63)
         self._expect("grad_accum_steps", f"at most --batch-size {self.batch_size}", lambda x: x <= self.batch_size)
 

@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# In front of a place, so that no two uses of one place see the same numbers.
+ORDER, IMAGES, CROPS, TORCH = range(1, 5)
+
 
 class Draws:
     """Random numbers for the images of one batch: the same on every device, and however many processes share the batch.
@@ -19,7 +22,7 @@ class Draws:
     """
 
     def __init__(self, *place: int, images: int, rows: Tensor | None = None) -> None:
-        self.batch = np.random.default_rng(place)  # for what is drawn once for all images
+        self.batch = np.random.default_rng((IMAGES, *place))  # for what is drawn once for all images
         self.images, self.rows = images, rows
 
     def __len__(self) -> int:
@@ -42,11 +45,18 @@ class Draws:
         return values if self.rows is None else values[self.rows]
 
 
+def sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """To where it is needed, without waiting for what a GPU has still to do."""
+    if device.type == "cuda" and drawn.device.type == "cpu":
+        drawn = drawn.pin_memory()
+    return drawn.to(device, non_blocking=True)
+
+
 def shuffled(*place: int, images: int) -> Tensor:
     """The numbers of all images, in random order."""
-    return torch.from_numpy(np.random.default_rng(place).permutation(images))
+    return torch.from_numpy(np.random.default_rng((ORDER, *place)).permutation(images))
 
 
 def seed_torch(*place: int) -> None:
     """For what torch draws itself, on any device: dropout and stochastic depth."""
-    torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]) >> 1)
+    torch.manual_seed(int(np.random.SeedSequence((TORCH, *place)).generate_state(1, np.uint64)[0]) >> 1)

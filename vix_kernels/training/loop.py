@@ -16,8 +16,8 @@ from .config import Config, UserError
 from .data import Dataset
 from .draws import Draws, seed_torch, shuffled
 from .optim import learning_rate
-from .parallel import Ranks, average_batch_norm, gradients_stay
-from .state import State
+from .parallel import Ranks, average_batch_norm, gradients_stay, local_parameters
+from .state import NEVER, State
 from .trivial import trivial_augment
 
 EVAL_BATCH = 512
@@ -87,8 +87,7 @@ def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: 
             # The gradients of the processes are averaged: theirs together is then that of the mean loss of the batch.
             state.scaler.scale(loss * (ranks.world / batch)).backward()
         total += loss.detach()
-    first = (state.diverged < 0) & ~total.isfinite()
-    state.diverged = torch.where(first, state.step + 1, state.diverged)
+    state.diverged = torch.where(total.isfinite(), state.diverged, state.diverged.clamp(max=state.step + 1))
     state.optimizer.step(lr, state.scaler, config.clip_grad)
     if state.ema:
         state.ema.update(state.model)
@@ -103,13 +102,17 @@ def redraw_features(state: State) -> None:
                 module.redraw_projection()
 
 
-def check_finite(state: State) -> None:
-    """Raises `UserError` where the loss of a step of this epoch was not."""
-    if (step := state.ranks.largest(int(state.diverged))) >= 0:
-        raise UserError(
-            f"the loss of step {step} of epoch {len(state.history) + 1} is not finite: try a lower --lr; the last checkpoint "
-            "is from before"
-        )
+def check_finite(state: State, eval_loss: float = 0.0) -> None:
+    """Raises `UserError` where the loss of a step of this epoch was not, or `eval_loss`, or a weight is not."""
+    what, step = "", -state.ranks.largest(-int(state.diverged))
+    if step < NEVER:
+        what = f"the loss of step {step} of epoch {len(state.history) + 1}"
+    elif not math.isfinite(eval_loss):
+        what = f"the held-out loss of epoch {len(state.history) + 1}"
+    elif state.ranks.largest(not all(norm.isfinite() for norm in torch._foreach_norm(local_parameters(state.model)))):
+        what = f"a weight behind step {state.step} of epoch {len(state.history) + 1}"
+    if what:
+        raise UserError(f"{what} is not finite: try a lower --lr; the last checkpoint is from before")
 
 
 @torch.no_grad()

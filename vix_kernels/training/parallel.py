@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -64,6 +65,14 @@ class Ranks:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
+    def union(self, names: set[str]) -> set[str]:
+        """Of all processes."""
+        if self.world == 1:
+            return names
+        gathered: list[set[str]] = [set()] * self.world
+        dist.all_gather_object(gathered, names)
+        return set().union(*gathered)
+
     def wait(self) -> None:
         """Until all are here."""
         if self.world > 1:
@@ -83,7 +92,10 @@ class Ranks:
 
 @contextmanager
 def connected() -> Iterator[Ranks]:
-    """Those that the caller has connected, or torchrun has started, for the time of the block; else this process alone."""
+    """Those that the caller has connected, or torchrun has started, for the time of the block; else this process alone.
+
+    A caller's connection has to serve tensors of the CPU, too.
+    """
     if dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size())
         return
@@ -91,7 +103,7 @@ def connected() -> Iterator[Ranks]:
         yield Ranks()
         return
     # torchrun's store outlives a restart. Without a place of their own in it, the new processes may find the addresses of the
-    # dead, and wait for them.
+    # dead, and wait for them. Nodes that come and go (--nnodes 1:2) change no count: they are not supported.
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -102,13 +114,14 @@ def connected() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def shard(model: nn.Module) -> None:
+def shard(model: nn.Module, device: torch.device) -> None:
     """Divide the parameters among the processes (FSDP2); each gathers those of one block at a time."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in reversed(list(model.modules())):  # inner blocks first
         if isinstance(module, nn.ModuleList):
             for block in module:
-                fully_shard(block)
-    fully_shard(model)
+                fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
@@ -130,6 +143,11 @@ def gradients_stay(model: nn.Module) -> Iterator[None]:
     else:
         with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
             yield
+
+
+def local_parameters(model: nn.Module) -> list[Tensor]:
+    """The parameters, or what this process has of them."""
+    return [p.to_local() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, remove_checkpoint, remove_leftovers, save_checkpoint
 from .config import Config, UserError
 from .data import NAMES, load_dataset
 from .loop import check_finite, evaluate, train_epoch
@@ -33,7 +34,8 @@ from .report import (
 from .setup import (
     best_of,
     build_model,
-    check_combinations,
+    check_batches,
+    check_processes,
     check_same_run,
     check_smallest_batch,
     claim_folder,
@@ -68,7 +70,12 @@ def train(config: Config) -> tuple[History, Path]:
     with connected() as ranks:
         run = Run(config, ranks)
         run.open()
-        run.go()
+        try:
+            run.go()
+        except UserError as error:
+            if not ranks.first:  # the others may have met nothing
+                print(f"vix train: error in process {ranks.rank}: {error}", file=sys.stderr, flush=True)
+            raise
         ended = run.state.history, run.output
         del run  # what holds connections, before they are closed, by all at once
         ranks.wait()
@@ -76,12 +83,15 @@ def train(config: Config) -> tuple[History, Path]:
 
 
 class Run:
+    """One process's part of a run: everything that it is made of, then `open`, then `go`."""
+
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.ranks = ranks
         self.resume = resumed_from(config)
         checkpoint = load_checkpoint(self.resume) if self.resume else None
         self.output = output_folder(config, self.resume)
         device = device_of(config.device)
+        check_processes(config, ranks)
         torch.backends.cudnn.deterministic = True  # convolutions too give the same bits on every run
         with ranks.first_alone():
             source = dict(data_dir=config.data_dir, stream=config.stream, workers=config.workers)
@@ -89,7 +99,7 @@ class Run:
         if config.dataset not in NAMES:  # a path, to be found again from wherever the run is resumed
             config = replace(config, dataset=os.path.abspath(config.dataset))
         images = len(self.dataset.train)
-        check_combinations(config, device, ranks, images)
+        check_batches(config, ranks, images)
         model, self.model_kwargs = build_model(config, self.dataset, device)
         check_smallest_batch(config, model, ranks, images)
         self.parameters = sum(p.numel() for p in model.parameters())
@@ -100,6 +110,17 @@ class Run:
         if checkpoint:
             self.state.restore(checkpoint)
         self.title = f"{config.model} on {self.dataset.name}"
+        self.unreadable = 0  # images that have been named so far
+        self.stop, self.board = Stop(), None
+        self.drawn = time.perf_counter()
+        hidden = None if config.progress is None else not config.progress  # None: but on a terminal
+        self.progress = tqdm(
+            total=config.epochs * self.steps,
+            initial=self.steps_behind,
+            unit="step",
+            leave=False,
+            disable=hidden if ranks.first else True,
+        )
         ranks.wait()  # until all have seen what lies in the folder
 
     @property
@@ -107,7 +128,7 @@ class Run:
         return self.state.config
 
     def open(self) -> None:
-        """Make the folder, if it is a new one, with a first checkpoint."""
+        """Make the folder, if it is a new one: first the checkpoint, without which it would be nobody's."""
         history = self.state.history
         new = self.output is None or not (self.output / "last.pt").exists()
         reached = best_of(self.resume, history) if new and history else None
@@ -116,37 +137,29 @@ class Run:
                 self.output = claim_folder(f"{self.config.model}-{self.dataset.name}")
             self.output.mkdir(parents=True, exist_ok=True)
             self.state.config = replace(self.config, output=str(self.output))
+            if new:
+                self.save("last.pt")
             if self.ranks.first:
-                for left in self.output.glob(".*.tmp"):  # by a run that was killed while it wrote
-                    left.unlink()
+                remove_leftovers(self.output)
                 if reached:  # a branch of another run, which takes along what that one has reached
                     save_checkpoint(self.output / "best.pt", reached, Ranks())
                 if new and history:
                     write_summary(self.output / "summary.csv", history)
                 write_args(self.output / "args.yaml", self.config)
-            if new:
-                self.save("last.pt")
+                if self.config.log_tensorboard:
+                    self.board = Board(self.output, len(history))
         except OSError as error:
             raise UserError(f"--output: cannot start {self.output}: {error}") from error
 
     def go(self) -> None:
         """Train to the last epoch, or until a signal comes."""
         config, history = self.config, self.state.history
-        shown = None if config.progress is None else not config.progress  # None: on a terminal
-        self.progress = tqdm(
-            total=config.epochs * self.steps,
-            initial=self.steps_behind,
-            unit="step",
-            leave=False,
-            disable=shown if self.ranks.first else True,
-        )
-        self.board = Board(self.output, len(history)) if config.log_tensorboard and self.ranks.first else None
-        self.drawn = time.perf_counter()
         self.say(self.description())
-        if self.dataset.unreadable:
-            self.say(left_out(self.dataset.unreadable))
+        if config.warmup_epochs + config.cooldown_epochs >= config.epochs > 1:
+            rest = f"--warmup-epochs {config.warmup_epochs} and --cooldown-epochs {config.cooldown_epochs}"
+            self.say(f"note: {rest} leave nothing of --epochs {config.epochs} between them")
         try:
-            with stop_signals() as self.stop:
+            with stop_signals(self.stop):
                 while len(history) < config.epochs and not self.reached():
                     row = {"epoch": len(history) + 1} | train_epoch(self.state, self.dataset, self.after_step)
                     start = time.perf_counter()
@@ -154,6 +167,7 @@ class Run:
                     passed = self.state.seconds + time.perf_counter() - start
                     row["seconds"] = passed + (history[-1]["seconds"] if history else 0.0)
                     row["peak_memory_mb"] = peak_memory(self.state.device) / 2**20
+                    check_finite(self.state, row["eval_loss"])
                     history.append(row)
                     self.state.start_epoch()
                     self.after_epoch()
@@ -183,6 +197,7 @@ class Run:
             self.save("last.pt")
         if number:
             epoch, name = len(self.state.history) + 1, signal.Signals(number).name
+            self.ranks.wait()  # until it is written: the first process that ends makes torchrun end the others
             raise Stopped(number, f"stopped by {name} in epoch {epoch}, go on with --resume {self.output}")
 
     def after_epoch(self) -> None:
@@ -190,12 +205,16 @@ class Run:
         row = history[-1]
         if best_epoch(history) is row:
             self.save("best.pt")
-        if config.checkpoint_hist:
+        ranked = sorted(history, key=lambda each: (-each["eval_top1"], each["eval_loss"]))
+        if row in ranked[: config.checkpoint_hist]:
             self.save(f"epoch-{row['epoch']}.pt")
-            ranked = sorted(history, key=lambda each: (-each["eval_top1"], each["eval_loss"]))
             for worse in ranked[config.checkpoint_hist :] if self.ranks.first else ():
                 remove_checkpoint(self.output / f"epoch-{worse['epoch']}.pt")
         self.save("last.pt")
+        unreadable = sorted(self.ranks.union(self.dataset.all_unreadable()))
+        if len(unreadable) > self.unreadable:
+            self.say(left_out(unreadable))
+            self.unreadable = len(unreadable)
         self.say(
             f"epoch {row['epoch']:3}/{config.epochs}  train loss {row['train_loss']:.4f}  held-out loss "
             f"{row['eval_loss']:.4f}  top-1 {row['eval_top1']:6.2f} %  top-5 {row['eval_top5']:6.2f} %  "
@@ -219,7 +238,7 @@ class Run:
 
     def draw_best(self) -> None:
         """What the best checkpoint takes for what."""
-        trained = load_trained(self.output / "best.pt", self.state.device)
+        trained = load_trained(self.output, self.state.device)
         draw_judgement(self.output, trained, judge(trained, self.dataset), self.dataset)
 
     def say(self, line: str) -> None:
@@ -241,23 +260,24 @@ class Stop:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """SIGINT and SIGTERM are noted in the block, for the loop to end by itself; the second one ends it at once."""
-    stop = Stop()
+def stop_signals(stop: Stop) -> Iterator[None]:
+    """SIGINT and SIGTERM are noted in the block, for the loop to end by itself.
+
+    A second Ctrl-C ends it at once. A second SIGTERM does not: torchrun sends one to each process beside the system's.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # Python lets no other thread have them
+        yield  # Python lets no other thread have them
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: object) -> None:
         stop.number = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     for number in before:
         signal.signal(number, note)
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

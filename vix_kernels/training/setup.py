@@ -35,7 +35,9 @@ def resumed_from(config: Config) -> str | None:
 
 def device_of(name: str) -> torch.device:
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":  # of several processes on a machine, each has its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -48,18 +50,21 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def check_combinations(config: Config, device: torch.device, ranks: Ranks, images: int) -> None:
-    """What only several settings together, or the number of processes, make impossible."""
+def check_processes(config: Config, ranks: Ranks) -> None:
+    """What the number of processes makes impossible."""
     if config.fsdp and ranks.world == 1:
-        raise UserError("--fsdp: divides a model among processes, and there is one: torchrun --nproc-per-node N -m vix_kernels")
-    if config.fsdp and config.amp and config.amp_dtype == "float16":
-        raise UserError("--fsdp: float16 needs a loss scale that divided models do not have: use --amp-dtype bfloat16")
+        alone = "--no-fsdp goes on in one" if config.resume else "torchrun --nproc-per-node N -m vix_kernels starts N"
+        raise UserError(f"--fsdp: divides a model among processes, and there is one: {alone}")
     if ranks.world > 1 and not config.output and not config.resume:
         raise UserError("--output: name it, so that all processes, and those of a restart, have the same folder")
+
+
+def check_batches(config: Config, ranks: Ranks, images: int) -> None:
+    """That every process has an image for each part of every batch."""
     smallest = images // math.ceil(images / config.batch_size)
     if ranks.least(smallest) < config.grad_accum_steps:
-        parts = f"{ranks.world} processes and --grad-accum-steps {config.grad_accum_steps}"
-        raise UserError(f"--batch-size: {parts} divide a batch, the smallest of which has {smallest} images")
+        parts = f"{ranks.world} processes, which get images by pairs, and --grad-accum-steps {config.grad_accum_steps}"
+        raise UserError(f"--batch-size: {parts} divide a batch, the smallest of which has {smallest} images: too few")
 
 
 def build_model(config: Config, dataset: Dataset, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
@@ -74,7 +79,7 @@ def build_model(config: Config, dataset: Dataset, device: torch.device) -> tuple
     except ValueError as error:
         raise UserError(str(error)) from error
     kwargs = shape | {key: dataset.model_kwargs[key] for key in suited} | config.model_kwargs
-    if config.drop_path:
+    if config.drop_path is not None:
         kwargs["drop_path_rate"] = config.drop_path
     for name, value in shape.items():
         if kwargs[name] != value:
@@ -139,7 +144,8 @@ def output_folder(config: Config, resume: str | None) -> Path | None:
         folder = Path(config.output)
     else:
         return None
-    if any((folder / name).exists() for name in RUN_FILES):
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # before it had a checkpoint
+    if any((folder / name).exists() for name in RUN_FILES) and not restarted:
         raise UserError(f"--output: {folder} holds a run already: continue it with --resume {folder}, or name another")
     return folder
 

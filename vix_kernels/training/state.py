@@ -14,6 +14,7 @@ from .ema import Ema
 from .optim import Optimizer
 from .parallel import Ranks, average_batch_norm, load_placed, replicate, shard
 
+NEVER = 2**31
 History = list[dict[str, Any]]
 
 
@@ -26,7 +27,7 @@ class State:
         model: the module itself; `call` is what to call, which sums the gradients over the processes.
         history: one row for each epoch that is behind.
         step: steps of the epoch under way that are behind; `loss_sum` and `seconds` are of this part of it.
-        diverged: the step of this epoch whose loss was the first that is not finite, or -1; kept on the device.
+        diverged: the step of this epoch whose loss was the first that is not finite, else NEVER; kept on the device.
     """
 
     def __init__(self, config: Config, model: nn.Module, device: torch.device, ranks: Ranks) -> None:
@@ -36,9 +37,9 @@ class State:
             if config.channels_last:
                 module.to(memory_format=torch.channels_last)
             if config.compile:
-                module.compile()
+                module.compile(dynamic=True)  # batches have two lengths
             if config.fsdp:
-                shard(module)
+                shard(module, device)
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
         self.call = replicate(model, device) if ranks.world > 1 and not config.fsdp else model
@@ -50,7 +51,7 @@ class State:
     def start_epoch(self) -> None:
         self.step, self.seconds = 0, 0.0
         self.loss_sum = torch.zeros((), device=self.device)
-        self.diverged = torch.full((), -1, device=self.device)
+        self.diverged = torch.full((), NEVER, device=self.device)
 
     @property
     def place(self) -> tuple[int, int, int]:

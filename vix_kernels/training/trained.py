@@ -94,6 +94,9 @@ def judge(trained: Trained, dataset: Dataset) -> Judgement:
     if dataset.classes != trained.classes:
         ours, theirs = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (trained.classes, dataset.classes))
         raise UserError(f"--dataset: the model knows {ours}, {dataset.name} has {theirs}")
+    shape = (trained.model.in_chans, *trained.model.img_size)
+    if dataset.test.shape != shape:
+        raise UserError(f"--dataset: the model reads images of shape {shape}, {dataset.name} has {dataset.test.shape}")
     dataset = replace(dataset, mean=trained.mean, std=trained.std)
     confusion = torch.zeros(len(trained.classes), len(trained.classes), dtype=torch.long)
     loss, hits, images = 0.0, 0, 0

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import warp
-from .draws import Draws
+from .draws import Draws, sent
 
 Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -28,8 +28,8 @@ def trivial_augment(images: Tensor, draws: Draws) -> Tensor:
     for number, operation in enumerate(OPERATIONS):
         at = (chosen == number).nonzero()[:, 0]
         if len(at):
-            here = at.to(images.device)
-            strengths, signs = (each[at].to(images.device)[:, None, None, None] for each in (strength, sign))
+            here = sent(at, images.device)
+            strengths, signs = (sent(each[at], images.device)[:, None, None, None] for each in (strength, sign))
             out[here] = operation(images[here], strengths, signs)
     return out
 
@@ -73,10 +73,8 @@ def contrast(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
 
 
 def sharpness(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    kernel = x.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
     smooth = x.clone()  # the border stays
-    inner = F.conv2d(x.flatten(0, 1).unsqueeze(1), kernel[None, None])
-    smooth[:, :, 1:-1, 1:-1] = inner.view(*x.shape[:2], *inner.shape[2:])
+    smooth[:, :, 1:-1, 1:-1] = (9 * F.avg_pool2d(x, 3, stride=1) + 4 * x[:, :, 1:-1, 1:-1]) / 13
     return _away_from(smooth, x, strength, sign)
 
 
@@ -120,7 +118,7 @@ def _numbers(x: Tensor) -> Tensor:
 def _grey(x: Tensor) -> Tensor:
     if x.shape[1] != 3:
         return x.mean(dim=1, keepdim=True)
-    return (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
 def _away_from(other: Tensor, x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:

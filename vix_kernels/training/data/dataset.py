@@ -33,6 +33,10 @@ class Dataset:
     def to(self, device: torch.device) -> Dataset:
         return replace(self, **{name: getattr(self, name).to(device) for name in ("train", "test", "mean", "std")})
 
+    def all_unreadable(self) -> set[str]:
+        """Those that were left out, and those that have been met since."""
+        return {*self.unreadable, *self.train.unreadable, *self.test.unreadable}
+
     def description(self) -> dict[str, Any]:
         """For the checkpoint: what its reader needs to feed it and to name its classes, and to know the data again."""
         return {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -72,7 +74,11 @@ def fetched(name: str, data_dir: str | None) -> Path:
                 ) from error
             if archive:
                 content = _unpacked(Path(path), content)
-        os.replace(content, folder)
+        try:
+            os.replace(content, folder)
+        except OSError:  # another run was first
+            if not folder.is_dir():
+                raise
     return folder
 
 
@@ -82,7 +88,12 @@ def _is_archive(file: str) -> bool:
 
 def _unpacked(archive: Path, folder: Path) -> Path:
     """`folder` with what is in `archive`, or the only folder in it. Nothing is written anywhere else, whatever it says."""
-    safe = {} if archive.suffix == ".zip" else {"filter": "data"}  # shutil passes over such names in a zip file itself
+    safe = {}
+    if archive.suffix != ".zip":  # there shutil passes over such names itself
+        if not hasattr(tarfile, "data_filter"):
+            version = sys.version.partition(" ")[0]
+            raise UserError(f"--dataset: Python {version} cannot unpack {archive} safely: it takes 3.10.12, 3.11.4, or newer")
+        safe["filter"] = "data"
     shutil.unpack_archive(archive, folder, **safe)
     inside = list(folder.iterdir())
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .dataset import Dataset, make_dataset
-from .images import MOST_UNREADABLE, HeldImages, StreamedImages, decode
+from .images import MOST_UNREADABLE, HeldImages, StreamedImages, decode, hidden
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 HELD_OUT = ("val", "valid", "validation", "test")
@@ -37,7 +37,7 @@ def folders(folder: Path, img_size: int | None, stream: bool | None, workers: in
         stream: read them when they are needed, by so many `workers`; None: if they would take more than HELD_BYTES.
     """
     train = folder / "train"
-    classes = tuple(sorted(each.name for each in train.iterdir() if each.is_dir()))
+    classes = _folders_in(train)
     if not classes:
         raise ValueError(f"{train}: expected a folder for each class, got none")
     held_out = next((folder / name for name in HELD_OUT if (folder / name).is_dir()), None)
@@ -48,7 +48,7 @@ def folders(folder: Path, img_size: int | None, stream: bool | None, workers: in
     test_files = _annotated(annotations, classes) if annotations.is_file() else _of_classes(held_out, classes)
     name, files = folder.resolve().name, [*train_files, *test_files]
     if stream is None:
-        stream = img_size is not None and len(files) * 3 * img_size**2 > HELD_BYTES
+        stream = _bytes(files, img_size) > HELD_BYTES
     if stream:
         return _streamed(name, classes, train_files, test_files, img_size, workers)
     images, labels, unreadable = _decoded(files, img_size)
@@ -58,20 +58,35 @@ def folders(folder: Path, img_size: int | None, stream: bool | None, workers: in
     return make_dataset(name, classes, train, test, unreadable=unreadable)
 
 
+def _bytes(files: Files, img_size: int | None) -> int:
+    """Of all images, decoded; those without a common size are taken to be as large as the first."""
+    if img_size is None:
+        opened = (decode(path, None) for path, _ in files)
+        return next((len(files) * pixels.size for pixels in opened if not isinstance(pixels, Exception)), 0)
+    return len(files) * 3 * img_size**2
+
+
 def _streamed(
     name: str, classes: Sequence[str], train_files: Files, test_files: Files, img_size: int | None, workers: int
 ) -> Dataset:
     if img_size is None:
-        raise ValueError("images that are streamed need one size: name it by --img-size N")
+        raise ValueError("these are too many to hold, and images that are streamed need one size: name it by --img-size N")
     train, test = (
         StreamedImages(tuple(path for path, _ in files), torch.tensor([label for _, label in files]), img_size, workers)
         for files in (train_files, test_files)
     )
-    spread = train_files[:: max(1, len(train_files) // SAMPLE)]
-    return make_dataset(name, tuple(classes), train, test, statistics=_decoded(spread, img_size)[0])
+    sample, _, unreadable = _decoded(train_files[:: max(1, len(train_files) // SAMPLE)], img_size)
+    return make_dataset(name, tuple(classes), train, test, statistics=sample, unreadable=unreadable)
+
+
+def _folders_in(folder: Path) -> tuple[str, ...]:
+    """Their names; a dot in front hides one."""
+    return tuple(sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")))
 
 
 def _of_classes(folder: Path, classes: Sequence[str]) -> Files:
+    if strange := set(_folders_in(folder)) - set(classes):
+        raise ValueError(f"{folder}: expected the classes of the training images, got {', '.join(sorted(strange))} too")
     files = []
     for label, name in enumerate(classes):
         if not (folder / name).is_dir():
@@ -115,8 +130,9 @@ def _decoded(files: Files, img_size: int | None) -> tuple[Tensor, Tensor, tuple[
         else:
             images[at] = pixels
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow decodes outside of Python's lock
-        for _ in tqdm(pool.map(fill, range(len(files))), "decoding", len(files), unit="image", leave=False, disable=None):
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with ThreadPoolExecutor(threads) as pool:  # Pillow decodes outside of Python's lock
+        for _ in tqdm(pool.map(fill, range(len(files))), "decoding", len(files), unit="image", leave=False, disable=hidden()):
             pass
     if len(unreadable) > max(1, MOST_UNREADABLE * len(files)):
         path, why = next(iter(unreadable.items()))

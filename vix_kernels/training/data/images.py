@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import signal
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import UserError
+from ..draws import CROPS, sent
 
 Place = tuple[int, ...] | None
 MOST_UNREADABLE = 0.01  # of all images; more is a damaged copy, not a few bad files
@@ -22,6 +25,7 @@ class Images(Protocol):
 
     labels: Tensor
     shape: tuple[int, int, int]
+    unreadable: Set[str]  # files that could not be decoded so far
 
     def __len__(self) -> int: ...
 
@@ -41,6 +45,7 @@ class HeldImages:
 
     images: Tensor
     labels: Tensor
+    unreadable = frozenset()  # `folders` leaves them out
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,7 +59,7 @@ class HeldImages:
 
     def batches(self, order: Sequence[Tensor], place: Place = None, crop: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         for index in order:
-            index = index.to(self.labels.device)
+            index = sent(index, self.labels.device)
             yield self.images[index], self.labels[index]
 
 
@@ -91,6 +96,7 @@ class StreamedImages:
             num_workers=self.workers,
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_ignore_signals,
         )
         for images, index, unreadable in loader:
             self.unreadable.update(unreadable)
@@ -111,7 +117,7 @@ class _Decoder(torch.utils.data.Dataset):
         unreadable = []
         for at in (*range(index, len(self.images)), *range(index)):
             path = self.images.files[at]
-            draws = np.random.default_rng((*self.place, at)) if self.crop else None
+            draws = np.random.default_rng((CROPS, *self.place, at)) if self.crop else None
             pixels = decode(path, self.images.img_size, draws)
             if not isinstance(pixels, Exception):
                 return pixels, at, unreadable
@@ -121,10 +127,21 @@ class _Decoder(torch.utils.data.Dataset):
         return None, index, unreadable
 
 
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole group is for the loop, which ends the workers when it has saved its state."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _stack(items: list[tuple[np.ndarray | None, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
     kept = [(pixels, at) for pixels, at, _ in items if pixels is not None]
     images = torch.from_numpy(np.stack([pixels for pixels, _ in kept])) if kept else torch.empty(0)
     return images, torch.tensor([at for _, at in kept], dtype=torch.long), [name for *_, names in items for name in names]
+
+
+def hidden() -> bool | None:
+    """Whether to hide a progress bar, as tqdm asks: of several processes one shows it, on a terminal."""
+    return True if int(os.environ.get("RANK", 0)) else None
 
 
 def decode(
@@ -149,7 +166,7 @@ def decode(
         elif size:
             image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
         return np.asarray(image).transpose(2, 0, 1)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a damaged PNG is a SyntaxError
+    except Exception as error:  # Pillow has a kind of its own for every format: OSError, SyntaxError, ValueError, ...
         return error
 
 

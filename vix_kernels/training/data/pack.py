@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .dataset import Dataset, make_dataset
-from .images import HeldImages
+from .images import HeldImages, hidden
 
 
 def pack(path: str | Path) -> Dataset:
@@ -42,7 +42,7 @@ def _decode(arrays: dict[str, np.ndarray]) -> Tensor:
     headers, scans = arrays["headers"].tobytes(), arrays["scans"].tobytes()
     header_offsets, offsets = arrays["header_offsets"].tolist(), arrays["offsets"].tolist()
     images = None
-    for i, h in enumerate(tqdm(arrays["header_id"].tolist(), "decoding", unit="image", leave=False, disable=None)):
+    for i, h in enumerate(tqdm(arrays["header_id"].tolist(), "decoding", unit="image", leave=False, disable=hidden())):
         jpeg = headers[header_offsets[h] : header_offsets[h + 1]] + scans[offsets[i] : offsets[i + 1]]
         try:
             pixels = np.asarray(Image.open(BytesIO(jpeg), formats=["JPEG"]).convert("RGB"))
