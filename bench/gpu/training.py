@@ -20,13 +20,15 @@ PICTURES = Path("pictures")  # in the working folder of the part
 def rows(plan: Plan) -> Iterator[Row]:
     try:
         from vix_kernels.training import Config, UserError
+        from vix_kernels.training.recipes import RECIPES
         from vix_kernels.training.report import best_epoch
         from vix_kernels.training.run import train
     except ModuleNotFoundError as error:
         yield skipped(f"training needs {error.name}, which is not installed")
         return
     configs = [Config(amp=True)]  # on digits
-    configs += [Config(dataset=str(path), amp=True, epochs=10, batch_size=512) for path in sorted(ROOT.glob("data/*.npz"))]
+    fast = Config(**RECIPES["fast"] | dict(epochs=10, batch_size=512))
+    configs += [replace(fast, dataset=str(path)) for path in sorted(ROOT.glob("data/*.npz"))]
     for config in configs:
         if plan.dry:
             tiny = dict(depth=1, embed_dim=16, num_heads=2, patch_size=4)
