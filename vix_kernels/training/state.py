@@ -34,7 +34,7 @@ class State:
         self.config, self.model, self.device, self.ranks = config, model, device, ranks
         self.ema = Ema(model, config.model_ema_decay) if config.model_ema else None
         for module in filter(None, (model, self.ema and self.ema.model)):
-            if config.channels_last:
+            if config.channels_last and not config.fsdp:  # FSDP2 takes contiguous weights only; the images are enough
                 module.to(memory_format=torch.channels_last)
             if config.compile:
                 module.compile(dynamic=True)  # batches have two lengths
