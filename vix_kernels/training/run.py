@@ -121,6 +121,7 @@ class Run:
             leave=False,
             disable=hidden if ranks.first else True,
         )
+        self.new = self.output is None or not (self.output / "last.pt").exists()
         ranks.wait()  # until all have seen what lies in the folder
 
     @property
@@ -130,20 +131,19 @@ class Run:
     def open(self) -> None:
         """Make the folder, if it is a new one: first the checkpoint, without which it would be nobody's."""
         history = self.state.history
-        new = self.output is None or not (self.output / "last.pt").exists()
-        reached = best_of(self.resume, history) if new and history else None
+        reached = best_of(self.resume, history) if self.new and history else None
         try:
             if self.output is None:
                 self.output = claim_folder(f"{self.config.model}-{self.dataset.name}")
             self.output.mkdir(parents=True, exist_ok=True)
             self.state.config = replace(self.config, output=str(self.output))
-            if new:
+            if self.new:
                 self.save("last.pt")
             if self.ranks.first:
                 remove_leftovers(self.output)
                 if reached:  # a branch of another run, which takes along what that one has reached
                     save_checkpoint(self.output / "best.pt", reached, Ranks())
-                if new and history:
+                if self.new and history:
                     write_summary(self.output / "summary.csv", history)
                 write_args(self.output / "args.yaml", self.config)
                 if self.config.log_tensorboard:
