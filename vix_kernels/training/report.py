@@ -148,15 +148,20 @@ def draw_mistakes(path: Path, judgement: Judgement, classes: Sequence[str], max_
     """The mistakes that the model was surest of."""
     number = len(judgement.mistakes)
     columns, rows = 6, max(1, -(-number // 6))
-    figure = Figure(figsize=(9, 1.85 * rows + 0.6), dpi=144, layout="constrained")
+    width, height, top = 9.0, 1.9 * rows + 0.5, 0.5  # inches
+    figure = Figure(figsize=(width, height), dpi=144)
     FigureCanvasAgg(figure)
-    figure.suptitle(title if number else f"{title}: no mistakes", fontsize=12, fontweight="bold")
-    for place, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        axes.axis("off")
-        if place < number:
-            _show(axes, judgement.mistakes[place].float() / max_value)
-            label, said = classes[judgement.labels[place]], classes[judgement.said[place]]
-            axes.set_title(f"{label}, taken for\n{said} ({100 * judgement.probability[place]:.0f} %)", fontsize=7.5)
+    figure.suptitle(title if number else f"{title}: no mistakes", y=1 - 0.15 / height, va="top", fontsize=12, fontweight="bold")
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all: they take 40 ms each
+    axes.axis("off")
+    for place in range(number):
+        row, column = divmod(place, columns)
+        left, bottom = column * width / columns + 0.1, height - top - (row + 1) * 1.9 + 0.1
+        _show(axes, judgement.mistakes[place].float() / max_value, extent=(left, left + 1.3, bottom, bottom + 1.3))
+        label, said = classes[judgement.labels[place]], classes[judgement.said[place]]
+        text = f"{label}, taken for\n{said} ({100 * judgement.probability[place]:.0f} %)"
+        axes.text(left + 0.65, bottom + 1.36, text, ha="center", fontsize=7.5)
+    axes.set(xlim=(0, width), ylim=(0, height), aspect="auto")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
@@ -178,9 +183,9 @@ def draw_attention(path: Path, image: Tensor, weights: Tensor, title: str) -> No
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def _show(axes: Axes, image: Tensor) -> None:
+def _show(axes: Axes, image: Tensor, extent: tuple[float, float, float, float] | None = None) -> None:
     """Of floats in [0, 1] (channels, height, width)."""
     if image.shape[0] == 3:
-        axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
+        axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), extent=extent)
     else:
-        axes.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1, extent=extent)
