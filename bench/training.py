@@ -10,7 +10,6 @@ a row run at once, each on a core of its own, so that whatever disturbs one dist
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import sys
@@ -25,7 +24,7 @@ from torch import nn
 
 from vix_kernels.bench.machine import commit, device_name
 from vix_kernels.bench.models import CCT, VIX, drawn
-from vix_kernels.commands import print_table, write_atomically
+from vix_kernels.commands import print_table
 from vix_kernels.models import create_model
 from vix_kernels.models.originals import build
 from vix_kernels.training import Config
@@ -34,6 +33,7 @@ from vix_kernels.training.draws import seed_torch
 from vix_kernels.training.loop import evaluate, train_epoch
 from vix_kernels.training.parallel import Ranks
 from vix_kernels.training.recipes import RECIPES
+from vix_kernels.training.report import write_summary
 from vix_kernels.training.state import State
 
 HYBRID = VIX | dict(dim=64, depth=3, mlp_dim=128, heads=2, dim_head=32)
@@ -61,8 +61,8 @@ class Result:
     top1: float
     top5: float
     eval_loss: float
-    device: str = ""
-    commit: str = ""
+    device: str
+    commit: str
 
 
 class Original(nn.Module):
@@ -96,7 +96,7 @@ def trained(name: str, provider: str, path: str, minutes: float, core: int) -> R
     ours, label, theirs = PAIRS[name]
     if provider == "ours":
         model: nn.Module = create_model(name, **ours)
-        config = Config(model=name, batch_size=BATCH, **{k: v for k, v in RECIPES["fast"].items() if k != "batch_size"})
+        config = Config(model=name, **RECIPES["fast"] | dict(batch_size=BATCH))
     else:
         model = Original(drawn(build(label, theirs, backend="reference")))
         config = Config(model=label, batch_size=BATCH, **RECIPES["original"])
@@ -160,13 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
 
-        def write(path: Path) -> None:
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
-
-        write_atomically(options.output / "training.csv", write)
+        write_summary(options.output / "training.csv", [asdict(each) for each in results])
     return 0
 
 

@@ -99,12 +99,13 @@ def test_without_a_network_it_says_what_to_put_where(
     assert len(load_dataset("cifar10", data_dir=str(home)).train) == 10
 
 
-@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped-from-an-archive"])
+@pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("kind", ["tar.gz", "zip"])
 def test_archives_write_nothing_outside(
-    kind: str, name: str, server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, absolute: bool, server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, published = server
+    name = str(tmp_path / "escaped") if absolute else "../escaped"
     if kind == "zip":
         with zipfile.ZipFile(published / "data.zip", "w") as archive:
             archive.writestr(name, "escaped")
@@ -117,6 +118,4 @@ def test_archives_write_nothing_outside(
     with pytest.raises(UserError):
         load_dataset("cifar10", data_dir=str(tmp_path / "home"))
     home = tmp_path / "home" / "cifar10"
-    assert (
-        all(home in path.parents for path in tmp_path.rglob("escaped*")) and not Path("/tmp/escaped-from-an-archive").exists()
-    )
+    assert all(home in path.parents for path in tmp_path.rglob("escaped"))

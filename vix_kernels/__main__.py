@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from vix_kernels import __version__
 from vix_kernels.commands import Parser
@@ -30,16 +31,16 @@ vix COMMAND --help says more.
 
 def main(argv: Sequence[str] | None = None) -> int:
     commands = {
-        "train": _train,
-        "validate": _validate,
-        "predict": _predict,
-        "models": _models,
-        "convert": _convert,
-        "check": _check,
+        "train": _command("vix_kernels.training.commands", "train_command"),
+        "validate": _command("vix_kernels.training.commands", "validate_command"),
+        "predict": _command("vix_kernels.training.commands", "predict_command"),
+        "models": _command("vix_kernels.models.commands", "models"),
+        "convert": _command("vix_kernels.models.commands", "convert"),
+        "check": _command("vix_kernels.check", "main"),
         "compile-report": _compile_report,
         "traffic": _traffic,
-        "roofline": _roofline,
-        "bench": _bench,
+        "roofline": _command("vix_kernels.roofline", "main"),
+        "bench": _command("vix_kernels.bench.sweep", "main"),
         "tune": _tune,
     }
     parser = Parser(prog="vix", epilog=COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,40 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _train(argv: list[str]) -> int:
-    from vix_kernels.training.commands import train_command
-
-    return train_command(argv)
-
-
-def _validate(argv: list[str]) -> int:
-    from vix_kernels.training.commands import validate_command
-
-    return validate_command(argv)
-
-
-def _predict(argv: list[str]) -> int:
-    from vix_kernels.training.commands import predict_command
-
-    return predict_command(argv)
-
-
-def _models(argv: list[str]) -> int:
-    from vix_kernels.models.commands import models
-
-    return models(argv)
-
-
-def _convert(argv: list[str]) -> int:
-    from vix_kernels.models.commands import convert
-
-    return convert(argv)
-
-
-def _check(argv: list[str]) -> int:
-    from vix_kernels.check import main as check
-
-    return check(argv)
+def _command(module: str, name: str) -> Callable[[list[str]], int]:
+    """The function `name` of `module`, which is imported when it is called: `vix --help` waits for none of them."""
+    return lambda argv: getattr(import_module(module), name)(argv)
 
 
 def _compile_report(argv: list[str]) -> int:
@@ -107,18 +77,6 @@ def _traffic(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         Parser(prog="vix traffic").error(f"it needs {error.name}, which is not installed")
     return traffic(argv)
-
-
-def _roofline(argv: list[str]) -> int:
-    from vix_kernels.roofline import main as roofline
-
-    return roofline(argv)
-
-
-def _bench(argv: list[str]) -> int:
-    from vix_kernels.bench.sweep import main as bench
-
-    return bench(argv)
 
 
 def _tune(argv: list[str]) -> int:

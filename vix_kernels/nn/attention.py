@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -98,10 +99,13 @@ class Attention(nn.Module):
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in packed_linear(self.qkv, x))
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
 
-    def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None) -> Tensor:
-        """What `token` of x (batch, tokens, dim) looks at: its row of the attention matrix, (batch, heads, tokens)."""
+    def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None, **options: Any) -> Tensor:
+        """What `token` of x (batch, tokens, dim) looks at: its row of the attention matrix, (batch, heads, tokens).
+
+        `options` are those of `attend`.
+        """
         q, k, _ = self.heads(x)
-        return attention_weights(self.attend, q, k, None, rope, token=token)
+        return attention_weights(self.attend, q, k, None, rope, token=token, **options)
 
     def attend(
         self,

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ..ops.nystrom import check_nystrom, nystrom_attention
 from ..ops.rope import Rope
-from ..ops.weights import attention_weights
 from .attention import Attention
 
 
@@ -55,10 +54,9 @@ class NystromAttention(Attention):
             nn.Conv2d(num_heads, num_heads, (taps, 1), padding=(taps // 2, 0), groups=num_heads, bias=False) if taps else None
         )
 
-    def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None) -> Tensor:
-        """As that of Attention; the residual has no part in it."""
-        q, k, _ = self.heads(x)
-        return attention_weights(self.attend, q, k, None, rope, token=token, residual=False)
+    def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None, residual: bool = False) -> Tensor:
+        """As that of Attention; the residual, which is no attention, has no part in it."""
+        return super().attention_of(x, token, rope=rope, residual=residual)
 
     def attend(
         self,

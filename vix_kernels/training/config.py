@@ -73,13 +73,17 @@ class Config:
     log_tensorboard: bool = False
     progress: bool | None = None
 
+    def steps(self, images: int) -> int:
+        """Of an epoch. Its batches are of nearly equal length, so that batch norm never meets a last batch of one image."""
+        return math.ceil(images / self.batch_size)
+
     def check(self) -> None:
         """Raises `UserError` for the first value that makes no sense."""
         for each in fields(self):  # not of a flag: of a file
-            kinds, value = [_KINDS[kind] for kind in each.type.split(" | ") if kind != "None"], getattr(self, each.name)
-            if value is None and "None" in each.type:
+            kind, value = _KINDS[each.type.removesuffix(" | None")], getattr(self, each.name)
+            if value is None and each.type.endswith(" | None"):
                 continue
-            if not isinstance(value, kinds[0]) or (isinstance(value, bool) and kinds[0] is not bool):
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise UserError(f"--{each.name.replace('_', '-')}: expected {each.type}, got {value!r}")
         for name, choices in CHOICES.items():
             self._expect(name, f"one of {', '.join(choices)}", lambda x, choices=choices: x in choices)

@@ -28,8 +28,7 @@ def train_epoch(state: State, dataset: Dataset, after_step: Callable[[], None] =
     """Train on every image once, or on those of the epoch under way that are left."""
     config, ranks, images = state.config, state.ranks, len(dataset.train)
     seed, epoch, _ = state.place
-    steps = math.ceil(images / config.batch_size)
-    # Batches of nearly equal length, so that batch norm never meets a last batch of one image.
+    steps = config.steps(images)
     batches = shuffled(seed, epoch, images=images).tensor_split(steps)[state.step :]
     shares = [ranks.share(len(batch)) for batch in batches]
     own = [batch if share is None else batch[share] for batch, share in zip(batches, shares, strict=True)]

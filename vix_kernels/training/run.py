@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -103,7 +102,7 @@ class Run:
         model, self.model_kwargs = build_model(config, self.dataset, device)
         check_smallest_batch(config, model, ranks, images)
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.steps = math.ceil(images / config.batch_size)
+        self.steps = config.steps(images)
         if checkpoint:
             check_same_run(checkpoint, config, self.model_kwargs, self.dataset)
         self.state = State(config, model, device, ranks)

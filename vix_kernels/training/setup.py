@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from contextlib import suppress
 from copy import deepcopy
@@ -61,7 +60,7 @@ def check_processes(config: Config, ranks: Ranks) -> None:
 
 def check_batches(config: Config, ranks: Ranks, images: int) -> None:
     """That every process has an image for each part of every batch."""
-    smallest = images // math.ceil(images / config.batch_size)
+    smallest = images // config.steps(images)
     if ranks.least(smallest) < config.grad_accum_steps:
         parts = f"{ranks.world} processes, which get images by pairs, and --grad-accum-steps {config.grad_accum_steps}"
         raise UserError(f"--batch-size: {parts} divide a batch, the smallest of which has {smallest} images: too few")
@@ -96,7 +95,7 @@ def build_model(config: Config, dataset: Dataset, device: torch.device) -> tuple
 
 def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images: int) -> None:
     """Where a process may get a batch of one image: with one value a channel, batch norm fails."""
-    if ranks.least(images // math.ceil(images / config.batch_size)) // config.grad_accum_steps > 1:
+    if ranks.least(images // config.steps(images)) // config.grad_accum_steps > 1:
         return
     one = torch.zeros(1, model.in_chans, *model.img_size, device=next(model.parameters()).device)
     try:
