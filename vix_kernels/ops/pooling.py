@@ -34,6 +34,11 @@ def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tok
     )  # fmt: skip
 
 
+def at_most(count: int, tokens: int) -> int:
+    """min(count, tokens), of which torch.export would make a symbol where the tokens are dynamic."""
+    return count if count <= tokens else tokens
+
+
 def _split(name: str, count: int, rows: int, columns: int) -> tuple[int, int]:
     pairs = [(a, count // a) for a in range(1, count + 1) if count % a == 0]
     pairs = [(a, b) for a, b in pairs if a <= rows and b <= columns]

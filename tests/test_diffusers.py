@@ -1,0 +1,68 @@
+"""The door to diffusers, on its transformer and its U-Net."""
+
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+from vix_kernels.integrations import diffusers as door  # noqa: E402
+
+
+def dit():
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, patch_size=2,
+        num_embeds_ada_norm=10, norm_num_groups=4,
+    )  # fmt: skip
+    return model.eval(), (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.tensor([1]))
+
+
+def test_a_diffusion_transformer_with_all_landmarks_gives_its_own_answers():
+    model, inputs = dit()
+    expected = model(*inputs).sample
+    assert expected.abs().max() > 0.1
+    report = door.replace_attention(model, "nystrom", num_landmarks=16, pinv_iterations=16)
+    assert report.replaced == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"] and not report.refused
+    out = model(*inputs).sample
+    torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
+    out.square().sum().backward()
+    assert model.transformer_blocks[0].attn1.to_q.weight.grad.any()
+
+
+def test_compiles():
+    model, inputs = dit()
+    door.replace_attention(model, "performer", retrain=True)
+    expected = model(*inputs).sample
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(*inputs).sample, expected)
+    seeds = [block.attn1.processor.attention.options["seed"] for block in model.transformer_blocks]
+    assert seeds == [0, 1]
+
+
+def test_a_unet_with_text():
+    """Maps instead of tokens, group norms and residuals around the attention, and cross-attention, which stays."""
+    torch.manual_seed(0)
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12, attention_head_dim=4,
+    ).eval()  # fmt: skip
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 12)
+    expected = model(*inputs).sample
+    report = door.replace_attention(model, "nystrom", num_landmarks=64, pinv_iterations=16)
+    assert any("attn1" in name for name in report.replaced) and any("attentions.0" in name for name in report.replaced)
+    assert report.refused and set(report.refused.values()) == {"cross-attention"}
+    torch.testing.assert_close(model(*inputs).sample, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_what_cannot_be_honoured_raises():
+    model, _ = dit()
+    door.replace_attention(model, "nystrom")
+    attention, x = model.transformer_blocks[0].attn1, torch.randn(1, 16, 16)
+    with pytest.raises(NotImplementedError, match="encoder_hidden_states: expected None"):
+        attention(x, encoder_hidden_states=x)
+    with pytest.raises(NotImplementedError, match="attn_mask: expected dtype bool"):
+        attention(x, attention_mask=torch.zeros(1, 16))
+    with pytest.raises(ValueError, match="retrain"):
+        door.replace_attention(model, "linear")
+    with pytest.raises(ValueError, match="got a model without any attention"):
+        door.replace_attention(torch.nn.Linear(2, 2), "nystrom")

@@ -1,0 +1,192 @@
+"""The attention behind every door: what it serves, and what it refuses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from vix_kernels import agent_attention, linear_attention, nystrom_attention, orthogonal_projection, performer_attention
+from vix_kernels.integrations.drop_in import OPS, DropIn, padding_of, random_features, taking_part
+from vix_kernels.integrations.hosts import Report, require
+
+
+def qkv(batch=2, heads=3, tokens=24, width=16):
+    torch.manual_seed(0)
+    return torch.randn(3, batch, heads, tokens, width, dtype=torch.float64).unbind()
+
+
+def test_every_op_is_the_public_function():
+    q, k, v = qkv()
+    mask = torch.rand(2, 24) < 0.7
+    options = dict(scale=0.3, key_padding_mask=mask)
+    nystrom = nystrom_attention(q, k, v, num_landmarks=8, **options)
+    assert torch.equal(DropIn("nystrom", num_landmarks=8)(q, k, v, **options), nystrom)
+    projection = orthogonal_projection(20, 16, seed=5)
+    performer = performer_attention(q, k, v, projection, **options)
+    assert torch.equal(DropIn("performer", retrain=True, num_features=20, seed=5)(q, k, v, **options), performer)
+    linear = linear_attention(q, k, v, feature_map="elu", key_padding_mask=mask)
+    assert torch.equal(DropIn("linear", retrain=True, feature_map="elu")(q, k, v, **options), linear)
+    agents = q.unflatten(2, (6, 4)).mean(3)
+    agent = agent_attention(q, k, v, agents, scale=0.3)
+    torch.testing.assert_close(DropIn("agent", retrain=True, num_agents=6)(q, k, v, scale=0.3), agent)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_masks_in_the_form_of_sdpa(op):
+    q, k, v = qkv()
+    attention = DropIn(op, retrain=True)
+    mask = torch.rand(2, 24) < 0.7
+    expected = attention(q, k, v, key_padding_mask=mask)
+    for form in (mask[:, None, None], mask[:, None, None].expand(2, 3, 24, 24)):
+        assert torch.equal(attention(q, k, v, form), expected)
+    shared = attention(q, k, v, key_padding_mask=mask[:1].expand(2, -1))
+    for form in (mask[0], mask[:1], mask[:1, None], mask[0].expand(24, 24)):
+        assert torch.equal(attention(q, k, v, form), shared)
+
+
+def test_of_padding():
+    key = torch.empty(2, 3, 5, 4)
+    for shape in [(5, 5), (2, 1, 5, 5), (3, 1, 5), (1, 1, 1, 1, 5)]:
+        with pytest.raises(NotImplementedError, match="attn_mask: expected dtype bool and one row"):
+            padding_of(torch.ones(shape, dtype=torch.bool), key)
+    with pytest.raises(NotImplementedError, match=r"got float32 \(2, 1, 1, 5\)"):
+        padding_of(torch.zeros(2, 1, 1, 5), key)
+
+
+def test_taking_part():
+    lowest = torch.finfo(torch.float32).min
+    additive = torch.tensor([0.0, lowest, float("-inf"), -0.0])
+    assert taking_part(additive).tolist() == [True, False, False, True]
+    with pytest.raises(RuntimeError, match="biases are not supported"):
+        taking_part(torch.tensor([0.0, -1.0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (dict(is_causal=True), "is_causal"),
+        (dict(dropout_p=0.1), "dropout_p"),
+        (dict(enable_gqa=True), "key"),
+        (dict(attn_mask=torch.ones(24, dtype=torch.bool), key_padding_mask=torch.ones(2, 24, dtype=torch.bool)), "attn_mask"),
+    ],
+)  # fmt: skip
+def test_refuses(arguments, name):
+    with pytest.raises(NotImplementedError, match=f"^{name}: expected"):
+        DropIn("nystrom")(*qkv(), **arguments)
+
+
+def test_refuses_shapes():
+    q, k, v = qkv()
+    with pytest.raises(NotImplementedError, match="4 dimensions"):
+        DropIn("nystrom")(q[0], k[0], v[0])
+    with pytest.raises(NotImplementedError, match=r"\(3, 1, 1\); no grouped heads"):
+        DropIn("nystrom")(q, k[:, :1], v[:, :1])
+
+
+def test_what_has_to_be_trained_is_asked_for():
+    for op in ("performer", "linear", "agent"):
+        with pytest.raises(ValueError, match=f"retrain: expected True for '{op}'"):
+            DropIn(op)
+        DropIn(op, retrain=True)
+    DropIn("nystrom")
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="op: expected one of 'nystrom', 'performer', 'linear', 'agent', got 'linformer' .its"):
+        DropIn("linformer")
+    with pytest.raises(ValueError, match="got 'softmax'$"):
+        DropIn("softmax")
+    with pytest.raises(TypeError, match="num_agents: expected an option of 'nystrom' .num_landmarks, landmarks"):
+        DropIn("nystrom", num_agents=3)
+    with pytest.raises(ValueError, match="backend"):
+        DropIn("nystrom", backend="cuda")
+
+
+def test_all_landmarks_are_softmax_attention():
+    q, k, v = qkv()
+    exact = F.scaled_dot_product_attention(q, k, v)
+    close = DropIn("nystrom", num_landmarks=24, pinv_iterations=16)(q, k, v)
+    torch.testing.assert_close(close, exact, atol=1e-3, rtol=1e-3)
+    # Fewer tokens than landmarks: every token is one.
+    assert torch.equal(DropIn("nystrom", num_landmarks=64, pinv_iterations=16)(q, k, v), close)
+
+
+def test_queries_and_keys_of_two_lengths():
+    q, k, v = qkv()
+    mask = torch.rand(2, 24) < 0.7
+    for op in OPS:
+        out = DropIn(op, retrain=True)(q[:, :, :10], k, v, key_padding_mask=mask)
+        assert out.shape == (2, 3, 10, 16) and out.isfinite().all()
+
+
+def test_layers_have_random_features_of_their_own():
+    performer = DropIn("performer", retrain=True, seed=7)
+    assert [performer.of_layer(n).options["seed"] for n in range(3)] == [7, 8, 9]
+    nystrom = DropIn("nystrom")
+    assert nystrom.of_layer(3) is nystrom
+
+
+def test_random_features_outlive_the_modes_they_were_drawn_in():
+    q = torch.empty(1, 1, 1, 4)
+    with torch.inference_mode():
+        first = random_features(q, 9, 1234)
+    assert not first.is_inference() and random_features(q, 9, 1234) is first
+    assert torch.equal(first, orthogonal_projection(9, 4, seed=1234))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        second = random_features(q, 9, 1235)
+    assert torch.equal(second, orthogonal_projection(9, 4, seed=1235))
+    of_compilers = torch.ops.vix_kernels.random_features(q, 9, 1235)
+    assert torch.equal(of_compilers, second) and of_compilers.data_ptr() != second.data_ptr()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_exports(op):
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return DropIn(op, retrain=True)(q, k, v)
+
+    tokens = torch.export.Dim("tokens", min=64)
+    dynamic = ({0: torch.export.Dim.DYNAMIC, 2: tokens},) * 3
+    program = torch.export.export(Model(), qkv(tokens=100), dynamic_shapes=dynamic)
+    for batch, count in ((2, 100), (5, 70)):
+        inputs = qkv(batch, tokens=count)
+        torch.testing.assert_close(program.module()(*inputs), Model()(*inputs))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_a_break(op):
+    q, k, v = (x.float().requires_grad_() for x in qkv())
+    attention = DropIn(op, retrain=True)
+    twice = DropIn(op, retrain=True).of_layer(1)
+    compiled = torch.compile(lambda *qkv: attention(*qkv) + twice(*qkv), fullgraph=True, backend="aot_eager", dynamic=True)
+    out = compiled(q, k, v)
+    torch.testing.assert_close(out, attention(q, k, v) + twice(q, k, v))
+    out.sum().backward()
+    assert q.grad.isfinite().all()
+
+
+def test_copies():
+    attention = DropIn("performer", retrain=True, num_features=8)
+    for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
+        assert torch.equal(other(*qkv()), attention(*qkv()))
+
+
+def test_versions():
+    require("torch", "2.11")
+    with pytest.raises(ImportError, match=r"torch: expected version 99 or newer, got 2\."):
+        require("torch", "99")
+    with pytest.raises(ImportError, match="pip install no-such-package"):
+        require("no-such-package", "1")
+
+
+def test_reports():
+    report = Report("nystrom()", ["a"], {"b": "a Swin"})
+    assert str(report) == "nystrom(): 1 replaced, 1 left\n  a\n  b left: a Swin"
+    assert report.checked("an attention") is report
+    with pytest.raises(ValueError, match="model: expected an attention, got 2 times a Swin"):
+        Report("nystrom()", [], {"b": "a Swin", "c": "a Swin"}).checked("an attention")
+    with pytest.raises(ValueError, match="got a model without any attention"):
+        Report("nystrom()").checked("an attention")

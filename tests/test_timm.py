@@ -1,0 +1,197 @@
+"""The door to timm, on models of timm built from their names."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from vix_kernels.models import create_model, list_models
+
+timm = pytest.importorskip("timm", reason="timm is not installed")
+
+from vix_kernels.integrations import timm as door  # noqa: E402
+
+EXACT = dict(num_landmarks=16, pinv_iterations=16)  # as many landmarks as the grid has tokens
+
+
+def vit(name="vit_tiny_patch16_224", **arguments):
+    torch.manual_seed(0)
+    return timm.create_model(name, img_size=64, num_classes=5, depth=2, **arguments).eval()
+
+
+def images():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        dict(qk_norm=True),
+        dict(scale_attn_norm=True),
+        dict(reg_tokens=4, no_embed_class=True, init_values=0.1),
+        dict(class_token=False, global_pool="avg"),
+        dict(dynamic_img_size=True),
+    ],
+    ids=repr,
+)
+def test_with_all_landmarks_a_vit_gives_its_own_answers(arguments):
+    model, x = vit(**arguments), images()
+    expected = model.forward_features(x)
+    keys = list(model.state_dict())
+    report = door.replace_attention(model, "nystrom", **EXACT)
+    assert report.replaced == ["blocks.0.attn", "blocks.1.attn"] and not report.refused
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model.forward_features(x), expected, atol=1e-3, rtol=1e-3)
+    options = model.blocks[0].attn.attention.options
+    assert options["prefix_tokens"] == model.num_prefix_tokens
+    assert ("grid_size" in options) != arguments.get("dynamic_img_size", False)
+
+
+def test_gates_are_honoured():
+    torch.manual_seed(0)
+    host = timm.layers.Attention(32, num_heads=2, gated=True, qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm).eval()
+    model, x = nn.Sequential(host), torch.randn(2, 16, 32)
+    expected = model(x)
+    door.replace_attention(model, "nystrom", **EXACT)
+    torch.testing.assert_close(model(x), expected, atol=1e-3, rtol=1e-3)
+
+
+EVAS = {
+    "eva02_tiny_patch14_224": {},  # sines interleaved, q, k and v of their own
+    "vit_small_patch16_rope_224": {},
+    "vit_small_patch16_rope_mixed_224": {},  # learned angles, one table for each layer and head
+    "vit_small_patch16_dinov3": {},  # halves, registers
+}
+
+
+@pytest.mark.parametrize("name", EVAS)
+def test_rotary_tables_of_timm(name):
+    torch.manual_seed(0)
+    side = 56 if "patch14" in name else 64
+    model = timm.create_model(name, img_size=side, num_classes=5, depth=2).eval()
+    x = images()[..., :side, :side]
+    learned = [n for n, p in model.named_parameters() if "rope" in n]
+    expected = model.forward_features(x)
+    expected.square().sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    door.replace_attention(model, "nystrom", **EXACT)
+    out = model.forward_features(x)
+    torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
+    out.square().sum().backward()
+    for parameter in [*learned, "blocks.0.attn.proj.weight"]:
+        ours, theirs = model.get_parameter(parameter).grad, gradients[parameter]
+        assert theirs.norm() > 0 and (ours - theirs).norm() < 1e-2 * theirs.norm(), parameter
+    assert ("mixed" in name) == bool(learned)
+
+
+def test_rotations_are_exactly_those_of_timm():
+    """What the op is given, not what it makes of it: one table for all heads and one for each, both layouts."""
+    from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+
+    from vix_kernels import apply_rope
+
+    torch.manual_seed(0)
+    angles = torch.randn(3, 10, 8)
+    q, k = torch.randn(2, 2, 3, 12, 16).unbind()
+    for half in (False, True):
+        twice = torch.cat([angles, angles], -1) if half else angles.repeat_interleave(2, -1)
+        for table in (torch.cat([twice.sin(), twice.cos()], -1), torch.cat([twice[0].sin(), twice[0].cos()], -1)):
+            for ours, x in zip(apply_rope(q, k, door.rope_of(table, 2, 3, half)), (q, k), strict=True):
+                theirs = torch.cat([x[:, :, :2], apply_rot_embed_cat(x[:, :, 2:], table, half=half)], 2)
+                torch.testing.assert_close(ours, theirs)
+    with pytest.raises(NotImplementedError, match=r"rope: expected a table .*got \(2, 1, 10, 32\)"):
+        door.rope_of(torch.zeros(2, 1, 10, 32), 2, 3, False)
+
+
+@pytest.mark.parametrize("op", door.OPS)
+def test_trains(op):
+    model = vit(proj_drop_rate=0.1, drop_path_rate=0.1).train()
+    door.replace_attention(model, op, retrain=True)
+    model(images()).square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    seeds = [block.attn.attention.options.get("seed") for block in model.blocks]
+    assert op != "performer" or seeds == [0, 1]
+    copied = copy.deepcopy(model).eval()
+    assert torch.equal(copied(images()), model.eval()(images()))
+
+
+def test_compiles():
+    model = vit("vit_small_patch16_rope_224")
+    door.replace_attention(model, "performer", retrain=True)
+    expected = model(images())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images()), expected)
+
+
+def test_the_second_replacement_counts():
+    model = vit()
+    door.replace_attention(model, "nystrom")
+    door.replace_attention(model, "linear", retrain=True)
+    assert [block.attn.attention.op for block in model.blocks] == ["linear", "linear"]
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224"])
+def test_models_without_such_an_attention_are_refused(name):
+    with pytest.raises(ValueError, match=r"model: expected an attention that .*, got \d+ times a \w+, none of Attention, "):
+        door.replace_attention(timm.create_model(name, img_size=224), "nystrom")
+
+
+def test_a_silent_swap_is_refused():
+    model = vit()
+    expected = model(images())
+    with pytest.raises(ValueError, match="retrain: expected True for 'performer'"):
+        door.replace_attention(model, "performer")
+    assert torch.equal(model(images()), expected)
+
+
+def test_what_cannot_be_honoured_raises():
+    model = vit(attn_drop_rate=0.1)
+    door.replace_attention(model, "nystrom")
+    model(images())
+    with pytest.raises(NotImplementedError, match="dropout_p: expected 0"):
+        model.train()(images())
+    block, tokens = model.eval().blocks[0], torch.randn(2, 17, 192)
+    padding = torch.ones(2, 1, 1, 17, dtype=torch.bool)
+    padding[1, ..., 12:] = False
+    assert not torch.equal(block(tokens, attn_mask=padding)[1], block(tokens)[1])
+    with pytest.raises(NotImplementedError, match="attn_mask: expected dtype bool and one row"):
+        block(tokens, attn_mask=torch.zeros(17, 17))
+    with pytest.raises(NotImplementedError, match="is_causal"):
+        block(tokens, is_causal=True)
+
+
+def test_layers_for_models_being_built():
+    classes = door.NystromAttention, door.PerformerAttention, door.LinearAttention, door.AgentAttention
+    assert [each.attention.op for each in classes] == list(door.OPS)
+    layer = door.attention_layer("nystrom", num_landmarks=4, prefix_tokens=1)
+    model = vit(attn_layer=layer)
+    assert list(model.state_dict()) == list(vit().state_dict())
+    assert model.blocks[1].attn.attention.options == dict(num_landmarks=4, prefix_tokens=1)
+    by_name = vit(attn_layer="vix_linear")
+    assert by_name.blocks[0].attn.attention.op == "linear"
+    by_name(images()).sum().backward()
+
+
+def test_the_zoo_is_registered():
+    assert timm.list_models("vix_*") == sorted(f"vix_{name}" for name in list_models())
+    torch.manual_seed(0)
+    model = timm.create_model("vix_vin_tiny", num_classes=7, in_chans=1, drop_path_rate=0.1, depth=2)
+    torch.manual_seed(0)
+    ours = create_model("vin_tiny", num_classes=7, in_chans=1, drop_path_rate=0.1, depth=2)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), ours.state_dict().values(), strict=True))
+    data = timm.data.resolve_data_config({}, model=model)
+    assert data["input_size"] == (1, 32, 32) and len(data["mean"]) == 1
+    with pytest.raises(RuntimeError, match="vix_vin_tiny has no published weights"):
+        timm.create_model("vix_vin_tiny", pretrained=True)
+
+
+def test_an_old_timm_is_named(monkeypatch):
+    from vix_kernels.integrations import hosts
+
+    monkeypatch.setattr(hosts, "version", lambda package: "0.9.16")
+    with pytest.raises(ImportError, match=re.escape("timm: expected version 1.0.31 or newer, got 0.9.16")):
+        hosts.require("timm", "1.0.31")

@@ -1,0 +1,197 @@
+"""The door to transformers, on its models built from their configurations."""
+
+import copy
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from vix_kernels.integrations import transformers as door  # noqa: E402
+
+BERT = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50, initializer_range=0.1
+)
+EXACT = dict(num_landmarks=64, pinv_iterations=16)  # as many landmarks as there are tokens, or more
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    door.register(retrain=True, nystrom=EXACT, performer=dict(num_features=8))
+
+
+def bert(**options):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**BERT | options)
+    return transformers.BertModel(config).eval()
+
+
+def text(tokens=24):
+    ids = torch.randint(0, 50, (2, tokens), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, tokens, dtype=torch.long)
+    mask[1, 15:] = 0
+    return ids, mask
+
+
+def test_with_all_landmarks_bert_gives_its_own_answers():
+    """Padding included, which transformers drops in silence for an attention without a mask function."""
+    model, (ids, mask) = bert(), text()
+    expected = model(ids, attention_mask=mask).last_hidden_state
+    padded = model(ids).last_hidden_state
+    model.set_attn_implementation("vix_nystrom")
+    out = model(ids, attention_mask=mask).last_hidden_state
+    valid = mask.bool()
+    torch.testing.assert_close(out[valid], expected[valid], atol=1e-3, rtol=1e-3)
+    assert (out - padded)[1].abs().max() > 0.01
+    out[valid].square().sum().backward()
+    assert all(p.grad.isfinite().all() for n, p in model.named_parameters() if "attention" in n)
+
+
+def test_a_prepared_mask():
+    model, (ids, mask) = bert(), text()
+    model.set_attn_implementation("vix_nystrom")
+    expected = model(ids, attention_mask=mask).last_hidden_state
+    four = mask.bool()[:, None, None]
+    assert torch.equal(model(ids, attention_mask=four).last_hidden_state, expected)
+    with pytest.raises(NotImplementedError, match="attn_mask: expected dtype bool and one row"):
+        model(ids, attention_mask=four.expand(2, 1, 24, 24).tril())
+
+
+@pytest.mark.parametrize("op", door.OPS)
+def test_vit(op):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images).last_hidden_state
+    model.set_attn_implementation(f"vix_{op}")
+    out = model(images).last_hidden_state
+    assert out.shape == expected.shape and not torch.equal(out, expected)
+    if op == "nystrom":
+        torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
+    out.square().sum().backward()
+    assert model.get_parameter("embeddings.patch_embeddings.projection.weight").grad.any()
+
+
+def test_compiles():
+    model, (ids, mask) = bert(), text()
+    for op in ("nystrom", "performer"):
+        model.set_attn_implementation(f"vix_{op}")
+        expected = model(ids, attention_mask=mask).last_hidden_state
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(ids, attention_mask=mask).last_hidden_state, expected)
+        torch._dynamo.reset()
+
+
+def test_what_cannot_be_honoured_raises():
+    ids, mask = text()
+    model = bert()
+    model.set_attn_implementation("vix_nystrom")
+    with pytest.raises(NotImplementedError, match="dropout_p: expected 0"):
+        model.train()(ids)
+    config = dict(n_embd=32, n_layer=1, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0)
+    causal = transformers.GPT2Model(transformers.GPT2Config(**config))
+    causal.set_attn_implementation("vix_nystrom")
+    with pytest.raises(NotImplementedError, match="mask_function: expected the bidirectional one"):
+        causal(ids, attention_mask=mask)
+    q, module = torch.randn(1, 2, 8, 4), torch.nn.Module()
+    attend = door.AttentionInterface()["vix_nystrom"]
+    with pytest.raises(NotImplementedError, match="is_causal: expected False"):  # what transformers assumes of a module
+        attend(module, q, q, q, None)
+    with pytest.raises(NotImplementedError, match="softcap: expected None, got 30"):
+        attend(module, q, q, q, None, is_causal=False, softcap=30)
+    with pytest.raises(NotImplementedError, match="no grouped heads"):
+        attend(module, q, q[:, :1], q[:, :1], None, is_causal=False)
+
+
+def test_a_silent_swap_is_refused():
+    door.register()
+    model, (ids, _) = bert(), text()
+    model.set_attn_implementation("vix_nystrom")
+    model(ids)
+    for op in ("performer", "linear", "agent"):
+        model.set_attn_implementation(f"vix_{op}")
+        with pytest.raises(ValueError, match=f"retrain: expected True for '{op}'"):
+            model(ids)
+
+
+def test_unknown_options():
+    with pytest.raises(TypeError, match="linformer: expected options of 'nystrom', 'performer'"):
+        door.register(linformer={})
+    with pytest.raises(TypeError, match="num_features: expected an option of 'nystrom'"):
+        door.register(nystrom=dict(num_features=3))
+
+
+def nystromformer(**options):
+    torch.manual_seed(0)
+    sizes = dict(segment_means_seq_len=32, num_landmarks=8, max_position_embeddings=64, pad_token_id=1)
+    conv = options.pop("conv_kernel_size", 9)
+    config = transformers.NystromformerConfig(**BERT | sizes | options)
+    vars(config)["conv_kernel_size"] = conv  # the configuration refuses None, which the model knows
+    return transformers.NystromformerModel(config).eval()
+
+
+@pytest.mark.parametrize("conv", [9, None])
+@pytest.mark.parametrize("landmarks", [8, 32])
+def test_a_patched_nystromformer_gives_the_same_answers(conv, landmarks):
+    model = nystromformer(conv_kernel_size=conv, num_landmarks=landmarks)
+    patched, (ids, _) = copy.deepcopy(model), text(32)
+    report = door.patch(patched)
+    assert len(report.replaced) == 2 and list(patched.state_dict()) == list(model.state_dict())
+    ours, theirs = patched(ids).last_hidden_state, model(ids).last_hidden_state
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for out in (ours, theirs):
+        out.square().sum().backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(patched.get_parameter(name).grad, p.grad, atol=1e-4, rtol=1e-3)
+    assert len(door.patch(patched).replaced) == 2  # and once more is no harm
+
+
+@pytest.mark.parametrize("landmarks", [8, 32])
+def test_a_patched_nystromformer_with_padding(landmarks):
+    """Sharp attention, so that the start of the inverse counts; transformers' own mask of one row for each query, too."""
+    host = nystromformer(num_landmarks=landmarks).encoder.layer[0].attention.self
+    patched = copy.deepcopy(host)
+    door.patch(patched)
+    x = 20 * torch.randn(2, 32, 32)
+    mask = torch.zeros(2, 1, 1, 32)
+    mask[1, ..., 20:] = torch.finfo(torch.float32).min
+    expected = host(x, mask)[0]
+    assert (expected - host(x)[0]).abs().max() > 0.01
+    for form in (mask, mask.expand(2, 1, 32, 32)):
+        torch.testing.assert_close(patched(x, form)[0], expected, atol=1e-4, rtol=1e-4)
+    if landmarks == 8:
+        with pytest.raises(RuntimeError, match="biases are not supported"):
+            patched(x, mask / 1e38)
+        with pytest.raises(RuntimeError, match="the same row for all heads and queries"):
+            patched(x, mask.expand(2, 1, 32, 32).tril())
+
+
+def test_what_a_patched_nystromformer_leaves_to_transformers():
+    model = nystromformer()
+    patched, (ids, _) = copy.deepcopy(model), text(32)
+    door.patch(patched)
+    for ours, theirs in zip(
+        patched(ids, output_attentions=True).attentions, model(ids, output_attentions=True).attentions, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="hidden_states: expected segment_means_seq_len = 32 tokens, got 24"):
+        patched(ids[:, :24])
+
+
+def test_a_patched_fnet_gives_the_same_answers():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=32, vocab_size=50, max_position_embeddings=64)
+    model = transformers.FNetModel(transformers.FNetConfig(**sizes)).eval()
+    patched, (ids, _) = copy.deepcopy(model), text(30)
+    assert len(door.patch(patched).replaced) == 2
+    ours, theirs = patched(ids).last_hidden_state, model(ids).last_hidden_state
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    ours.square().sum().backward()
+    assert patched.get_parameter("embeddings.projection.weight").grad.any()
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    tpu = dict(use_tpu_fourier_optimizations=True, tpu_short_seq_length=32)
+    model = transformers.FNetModel(transformers.FNetConfig(**sizes, **tpu))
+    with pytest.raises(ValueError, match="2 times it has matrices of its own"):
+        door.patch(model)

@@ -1,0 +1,70 @@
+"""diffusers: another attention in the self-attentions of its models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .drop_in import DropIn
+from .hosts import Report, attentions, require
+from .sdpa import SdpaReplacement
+
+require("diffusers", "0.38")
+
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0  # noqa: E402
+
+
+class VixAttnProcessor(AttnProcessor2_0):
+    """diffusers' own processor, with its norms, projections and residuals, around the attention `attention`."""
+
+    def __init__(self, attention: DropIn) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **others: Any
+    ) -> Tensor:
+        """As AttnProcessor2_0; raises NotImplementedError for cross-attention and masks."""
+        if encoder_hidden_states is not None:
+            raise NotImplementedError("encoder_hidden_states: expected None; cross-attention is not supported")
+        with SdpaReplacement(self.attention, fall_back=False):
+            return super().__call__(attn, hidden_states, None, *args, **others)
+
+
+def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
+    """Put another attention into the self-attentions of a diffusers model, by its processors; parameters and names stay.
+
+        report = replace_attention(pipeline.transformer, "nystrom", num_landmarks=64)
+
+    Cross-attention and models with processors of their own (Flux, SD3: several streams of tokens) are left as they are.
+
+    Args:
+        model: a diffusers model with diffusers.models.attention_processor.Attention.
+        op, retrain, options: as in DropIn. Each layer has random features of its own.
+
+    Returns:
+        what was replaced, and what was left for which reason.
+
+    Raises:
+        ValueError: nothing could be replaced, or `op` needs retrain=True.
+    """
+    attention = DropIn(op, retrain=retrain, **options)
+    report = Report(repr(attention))
+    for name, module in attentions(model):
+        if reason := _reason_against(module):
+            report.refused[name] = reason
+            continue
+        module.set_processor(VixAttnProcessor(attention.of_layer(len(report.replaced))))
+        report.replaced.append(name)
+    return report.checked("an Attention of diffusers that attends to its own tokens")
+
+
+def _reason_against(module: nn.Module) -> str:
+    if type(module) is not Attention:
+        return f"a {type(module).__name__}, not the Attention of diffusers.models.attention_processor"
+    if module.is_cross_attention:
+        return "cross-attention"
+    if type(module.processor) not in (AttnProcessor, AttnProcessor2_0, VixAttnProcessor):
+        return f"its processor is a {type(module.processor).__name__}"
+    return ""

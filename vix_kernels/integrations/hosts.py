@@ -1,0 +1,62 @@
+"""What the doors have in common: which versions of a host they know, and the account of what was replaced."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+
+from torch import nn
+
+
+def require(package: str, oldest: str) -> None:
+    """Raises ImportError unless `package` is installed in version `oldest` or newer."""
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        raise ImportError(f"this needs {package} {oldest} or newer: pip install {package}") from None
+    if _numbers(found) < _numbers(oldest):
+        raise ImportError(f"{package}: expected version {oldest} or newer, got {found}: pip install --upgrade {package}")
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
+@dataclass
+class Report:
+    """What became of the attentions of a model.
+
+    Attributes:
+        attention: what stands in for them.
+        replaced: names of the modules that were replaced.
+        refused: names of those that were left as they are, each with the reason.
+    """
+
+    attention: str
+    replaced: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.attention}: {len(self.replaced)} replaced, {len(self.refused)} left"]
+        lines += [f"  {name}" for name in self.replaced]
+        lines += [f"  {name} left: {reason}" for name, reason in self.refused.items()]
+        return "\n".join(lines)
+
+    def checked(self, expected: str) -> Report:
+        """This report, or ValueError where nothing was replaced: a model that goes on as it was is no success."""
+        if self.replaced:
+            return self
+        reasons = Counter(self.refused.values())
+        found = ", ".join(f"{count} times {reason}" for reason, count in reasons.items()) or "a model without any attention"
+        raise ValueError(f"model: expected {expected}, got {found}")
+
+
+def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of `model` whose class calls itself an attention, with their names."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if re.search("Attention|Attn", kind) and "Block" not in kind:
+            yield name or "(the model itself)", module

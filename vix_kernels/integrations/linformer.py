@@ -1,0 +1,102 @@
+"""linformer's `LinformerSelfAttention`: its name, arguments, weights and outputs.
+
+    from vix_kernels.integrations.linformer import LinformerSelfAttention
+
+Unlike the package's, its forward refuses arguments that it does not know.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .. import backends
+from ..nn.dropout import Dropout
+from ..ops.checks import check_mask
+from ..ops.linformer import attend_to_slots
+
+
+class LinformerSelfAttention(nn.Module):
+    """Linformer attention between linear maps, as linformer 0.2.3 has it.
+
+    Args:
+        dim: width of the tokens; heads must divide it.
+        seq_len: the longest sequence of keys; shorter ones use the first rows of the projections.
+        k: slots that the tokens are projected to.
+        heads: heads.
+        dim_head: their width; default dim // heads.
+        one_kv_head: all heads of q read the same keys and values.
+        share_kv: the values are the keys.
+        dropout: of the shares; as long as it is at work they lie in memory, in plain PyTorch.
+        backend: as in linformer_attention.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        seq_len: int,
+        k: int = 256,
+        heads: int = 8,
+        dim_head: int | None = None,
+        one_kv_head: bool = False,
+        share_kv: bool = False,
+        dropout: float = 0.0,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"heads: expected a divisor of dim {dim}, got {heads}")
+        backends.check(backend)
+        self.seq_len, self.k, self.heads, self.share_kv, self.backend = seq_len, k, heads, share_kv, backend
+        self.dim_head = dim // heads if dim_head is None else dim_head
+        kv_dim = self.dim_head * (1 if one_kv_head else heads)
+        self.to_q = nn.Linear(dim, self.dim_head * heads, bias=False)
+        self.to_k = nn.Linear(dim, kv_dim, bias=False)
+        self.proj_k = self._projection()
+        if not share_kv:
+            self.to_v = nn.Linear(dim, kv_dim, bias=False)
+            self.proj_v = self._projection()
+        self.dropout = Dropout(dropout)
+        self.to_out = nn.Linear(self.dim_head * heads, dim)
+
+    def _projection(self) -> nn.Parameter:
+        bound = self.k**-0.5
+        return nn.Parameter(torch.empty(self.seq_len, self.k).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Mix the tokens.
+
+        Args:
+            x: (batch, tokens, dim).
+            context: (batch, up to seq_len tokens, dim), what keys and values are made of; default x.
+            key_padding_mask: bool (batch, tokens of it), True = the token takes part.
+        """
+        name, context = ("x", x) if context is None else ("context", context)
+        if context.shape[1] > self.seq_len:
+            raise ValueError(f"{name}: expected at most seq_len = {self.seq_len} tokens, got {context.shape[1]}")
+        check_mask(key_padding_mask, context[:, None])
+        if key_padding_mask is not None:
+            context = context.masked_fill(~key_padding_mask[..., None], 0.0)
+        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
+        keys = self._slots(context, self.to_k, self.proj_k)
+        values = keys if self.share_kv else self._slots(context, self.to_v, self.proj_v)
+        scale = self.dim_head**-0.5
+        # The shares of fewer queries are smaller than the slots.
+        few = self.backend == "auto" and q.device.type != "cuda" and q.shape[2] <= self.k
+        if few or (self.training and self.dropout.p):
+            out = self.dropout((scale * q @ keys.mT).softmax(-1)) @ values
+        else:
+            out = attend_to_slots(q, keys.to(q.dtype), values, scale=scale, backend=self.backend)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+    def _slots(self, x: Tensor, linear: nn.Linear, projection: Tensor) -> Tensor:
+        """E^T (x W) = (E^T x) W in the order that multiplies less, (batch, heads, k, dim_head)."""
+        tokens, dim, width = x.shape[1], linear.in_features, linear.out_features
+        projection = projection[:tokens].T.expand(len(x), -1, -1)
+        if self.k * dim * (tokens + width) < tokens * width * (dim + self.k):
+            slots = linear(torch.bmm(projection, x))
+        else:
+            slots = torch.bmm(projection, linear(x))
+        return rearrange(slots, "b k (h d) -> b h k d", d=self.dim_head).expand(-1, self.heads, -1, -1)

@@ -1,0 +1,201 @@
+"""timm: another attention in its vision transformers, and the models of this library in its registry.
+
+Importing this registers; nothing changes until a name is used:
+
+    timm.create_model("vix_vin_tiny", num_classes=10)                              every model of vix_kernels.models
+    timm.create_model("vit_tiny_patch16_224", attn_layer="vix_nystrom")            a timm model built with an attention
+    train.py DIR --device-modules vix_kernels.integrations.timm --model vix_vin_tiny
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .. import models
+from ..nn.packed_linear import packed_linear
+from ..ops.rope import Rope
+from .drop_in import OPS, DropIn, options_of
+from .hosts import Report, attentions, require
+
+require("timm", "1.0.31")
+
+from timm.layers import Attention, AttentionRope  # noqa: E402
+from timm.models import register_model  # noqa: E402
+from timm.models.eva import EvaAttention  # noqa: E402
+from timm.models.vision_transformer import ATTN_LAYERS  # noqa: E402
+
+
+class _Replaced:
+    """What the three attentions of timm share: parameters and all that surrounds the attention are theirs."""
+
+    attention: DropIn
+
+    def finish(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        dropout = self.attn_drop.p if self.training else 0.0
+        out = self.norm(rearrange(self.attention(q, k, v, attn_mask, dropout, is_causal, rope=rope), "b h n d -> b n (h d)"))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+    def split(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h d) -> b h n d", d=self.head_dim)
+
+
+class ReplacedAttention(_Replaced, Attention):
+    """timm.layers.Attention with another attention between its linear maps."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x (batch, tokens, dim) to the same."""
+        q, k, v = map(self.split, packed_linear(self.qkv, x))
+        return self.finish(x, q, k, v, None, attn_mask, is_causal)
+
+
+class _ReplacedRope(_Replaced):
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """x (batch, tokens, dim) to the same; rope is timm's table of the tokens behind the prefix, sines and cosines."""
+        q, k, v = map(self.split, self.projected(x))
+        if k.shape[1] != q.shape[1]:
+            k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
+        turn = None if rope is None else rope_of(rope, self.num_prefix_tokens, self.num_heads, self.rotate_half)
+        return self.finish(x, q, k, v, turn, attn_mask, is_causal)
+
+
+class ReplacedAttentionRope(_ReplacedRope, AttentionRope):
+    """timm.layers.AttentionRope with another attention."""
+
+    def projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        return packed_linear(self.qkv, x) if self.qkv is not None else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+
+
+class ReplacedEvaAttention(_ReplacedRope, EvaAttention):
+    """The attention of timm's EVA with another attention."""
+
+    def projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.qkv is None:
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_bias is None:
+            return packed_linear(self.qkv, x)
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        return F.linear(x, self.qkv.weight, bias).chunk(3, -1)
+
+
+_REPLACED = {Attention: ReplacedAttention, AttentionRope: ReplacedAttentionRope, EvaAttention: ReplacedEvaAttention}
+
+
+def rope_of(table: Tensor, prefix_tokens: int, num_heads: int, half: bool) -> Rope:
+    """timm's table (tokens, 2 R) or (heads, tokens, 2 R), sines beside cosines, each angle twice, as a Rope."""
+    if table.dim() == 2:
+        table = table[None]
+    if table.dim() != 3 or table.shape[0] not in (1, num_heads):
+        raise NotImplementedError(
+            f"rope: expected a table (tokens, 2 R) or ({num_heads} heads, tokens, 2 R), got {tuple(table.shape)}; tables of "
+            "their own for each sample (patch dropout) are not supported"
+        )
+    once = slice(table.shape[2] // 4) if half else slice(None, None, 2)
+    sin, cos = (part[..., once].float() for part in table.chunk(2, -1))
+    layout = "half" if half else "interleaved"
+    if table.requires_grad:  # the tables of learned angles; along the circle is the only way they move
+        return Rope.of(F.pad(torch.atan2(sin, cos), (0, 0, prefix_tokens, 0)), layout)
+    sin, cos = F.pad(sin, (0, 0, prefix_tokens, 0)), F.pad(cos, (0, 0, prefix_tokens, 0), value=1.0)
+    return Rope(cos, sin, layout)
+
+
+def attention_layer(op: str, **options: Any) -> type[Attention]:
+    """A class for timm's attn_layer: its Attention, with its parameters and another attention.
+
+        timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("nystrom", num_landmarks=49, prefix_tokens=1))
+
+    Args:
+        op, options: as in DropIn; the model is to be trained with it. All layers share the random features.
+    """
+    fixed = DropIn(op, retrain=True, **options)
+    return type(f"{op.capitalize()}Attention", (ReplacedAttention,), {"attention": fixed, "__module__": __name__})
+
+
+NystromAttention, PerformerAttention, LinearAttention, AgentAttention = map(attention_layer, OPS)
+ATTN_LAYERS.update({f"vix_{op}": layer for op, layer in zip(OPS, map(attention_layer, OPS), strict=True)})
+
+
+def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
+    """Put another attention into a timm model, in place; parameters and their names stay.
+
+        report = replace_attention(timm.create_model("vit_base_patch16_224", pretrained=True), "nystrom")
+
+    Serves Attention (vision_transformer), AttentionRope and EvaAttention (EVA, DINOv3; timm's rotary tables included), with
+    their norms of q and k, gates and dropout of the output. Landmarks and agents stand on the grid of the patches unless the
+    model takes images of any size, and prefix tokens (class, registers) are their own; `options` may say otherwise.
+
+    Args:
+        model: a timm model.
+        op, retrain, options: as in DropIn. Each layer has random features of its own.
+
+    Returns:
+        what was replaced, and what was left for which reason.
+
+    Raises:
+        ValueError: nothing could be replaced, or `op` needs retrain=True.
+    """
+    attention = DropIn(op, retrain=retrain, **placed(model, op) | options)
+    report = Report(repr(attention))
+    for name, module in attentions(model):
+        if type(module) in _REPLACED:
+            module.__class__ = _REPLACED[type(module)]
+        elif not isinstance(module, _Replaced):
+            names = ", ".join(kind.__name__ for kind in _REPLACED)
+            report.refused[name] = f"a {type(module).__name__}, none of {names}"
+            continue
+        module.attention = attention.of_layer(len(report.replaced))
+        report.replaced.append(name)
+    return report.checked("an attention that timm's vision transformers or EVA have")
+
+
+def placed(model: nn.Module, op: str) -> dict[str, Any]:
+    """Where landmarks and agents stand in the tokens of `model`."""
+    if "prefix_tokens" not in options_of(op):
+        return {}
+    options: dict[str, Any] = {"prefix_tokens": getattr(model, "num_prefix_tokens", 0)}
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is not None and not getattr(model, "dynamic_img_size", False):
+        options["grid_size"] = tuple(grid)
+        if op == "nystrom":
+            options["landmarks"] = "grid"
+    return options
+
+
+def _register_models() -> None:
+    """Every model of the zoo as vix_NAME, with timm's words for its arguments."""
+
+    def entry(name: str) -> Any:
+        def build(pretrained: bool = False, **arguments: Any) -> nn.Module:
+            for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm's, about weights to load
+                arguments.pop(key, None)
+            if pretrained:
+                raise RuntimeError(f"pretrained: expected False, got True: vix_{name} has no published weights")
+            model = models.create_model(name, **arguments)
+            model.default_cfg = model.pretrained_cfg = dict(
+                architecture=f"vix_{name}", num_classes=model.num_classes, input_size=(model.in_chans, *model.img_size),
+                mean=(0.5,) * model.in_chans, std=(0.5,) * model.in_chans, interpolation="bicubic", crop_pct=1.0,
+                classifier="head",
+            )  # fmt: skip
+            return model
+
+        build.__name__ = build.__qualname__ = f"vix_{name}"
+        build.__doc__ = f"The model {name!r} of vix_kernels.models, with its arguments."
+        return build
+
+    for name in models.list_models():
+        setattr(sys.modules[__name__], f"vix_{name}", register_model(entry(name)))
+
+
+_register_models()

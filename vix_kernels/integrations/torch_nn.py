@@ -1,0 +1,115 @@
+"""torch.nn: another attention in nn.MultiheadAttention, and so in PyTorch's encoder and decoder layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .drop_in import DropIn, taking_part
+from .hosts import Report, attentions
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention with the attention `attention`; `replace_mha` makes one of the other, with its parameters."""
+
+    attention: DropIn
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """False, which keeps PyTorch's fast path for inference away: it takes the parameters and bypasses this module."""
+        return False
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """As nn.MultiheadAttention with need_weights=False.
+
+        Args:
+            query, key, value: (batch, tokens, embed_dim) with batch_first, else (tokens, batch, embed_dim); or without batch.
+            key_padding_mask: torch's: bool, True = the token takes no part, or float with -inf in its place.
+
+        Raises:
+            NotImplementedError: need_weights, attn_mask, is_causal, or dropout in training.
+        """
+        if need_weights:
+            raise NotImplementedError("need_weights: expected False (no weights are formed), got True")
+        if attn_mask is not None:
+            raise NotImplementedError("attn_mask: expected None; use key_padding_mask (batch, tokens)")
+        if query.is_nested:
+            raise NotImplementedError("query: expected a strided tensor and a key_padding_mask, got a nested tensor")
+        if not query.dim() == key.dim() == value.dim() or query.dim() not in (2, 3):
+            raise ValueError(f"query, key, value: expected 2 or 3 dimensions, got {query.dim()}, {key.dim()}, {value.dim()}")
+        layout = "n c" if query.dim() == 2 else "b n c" if self.batch_first else "n b c"
+        q, k, v = (
+            rearrange(x, f"{layout.replace('c', '(h d)')} -> {'b' if 'b' in layout else '1'} h n d", h=self.num_heads)
+            for x in self._projected(query, key, value)
+        )
+        if key_padding_mask is not None:
+            taken = ~key_padding_mask if key_padding_mask.dtype == torch.bool else taking_part(key_padding_mask)
+            key_padding_mask = taken[None] if query.dim() == 2 else taken
+        dropout = self.dropout if self.training else 0.0
+        out = self.attention(q, k, v, dropout_p=dropout, is_causal=is_causal, key_padding_mask=key_padding_mask)
+        out = self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
+        return rearrange(out, f"{'b' if 'b' in layout else '1'} n c -> {layout}"), None
+
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        if query is key and key is value:
+            return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return tuple(map(F.linear, (query, key, value), self.in_proj_weight.chunk(3), biases))
+
+
+def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
+    """Put another attention into every nn.MultiheadAttention of `model`, in place; parameters and their names stay.
+
+        report = replace_mha(model, "performer", retrain=True, num_features=128)
+
+    Encoder and decoder layers are served too, without PyTorch's fast path for inference, which would bypass what was replaced.
+    Whoever asks a replaced module for its weights (need_weights=True, the default of its forward) gets an error.
+
+    Args:
+        model: holds nn.MultiheadAttention.
+        op, retrain, options: as in DropIn. Each layer has random features of its own.
+
+    Returns:
+        what was replaced, and what was left for which reason.
+
+    Raises:
+        ValueError: nothing could be replaced, or `op` needs retrain=True.
+    """
+    attention = DropIn(op, retrain=retrain, **options)
+    report = Report(repr(attention))
+    for name, module in attentions(model):
+        if reason := _reason_against(module):
+            report.refused[name] = reason
+            continue
+        module.__class__ = MultiheadAttention
+        module.attention = attention.of_layer(len(report.replaced))
+        report.replaced.append(name)
+    report.checked("nn.MultiheadAttention")
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):  # it would hand nested tensors to its layers
+            module.use_nested_tensor = False
+    return report
+
+
+def _reason_against(module: nn.Module) -> str:
+    if type(module) not in (nn.MultiheadAttention, MultiheadAttention):
+        return f"a {type(module).__name__}, not an nn.MultiheadAttention"
+    if module.in_proj_weight is None:
+        return "keys and values have widths of their own (kdim, vdim)"
+    if module.bias_k is not None or module.add_zero_attn:
+        return "it adds keys of its own (add_bias_kv, add_zero_attn)"
+    return ""

@@ -1,0 +1,188 @@
+"""Hugging Face transformers: attentions by name for any model with attn_implementation, and fast Nystromformers and FNets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .. import backends
+from ..ops.fourier import fourier_mixing
+from ..ops.nystrom import nystrom_attention
+from ..ops.pooling import pooling
+from ..primitives import aggregate, broadcast, landmarks, pinv, token_conv
+from .drop_in import OPS, DropIn, check_trained, taking_part
+from .hosts import Report, require
+
+require("transformers", "5.17")
+
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers.masking_utils import bidirectional_mask_function  # noqa: E402
+from transformers.models.fnet import modeling_fnet  # noqa: E402
+from transformers.models.nystromformer import modeling_nystromformer  # noqa: E402
+
+_UNSERVED = ("softcap", "position_bias", "s_aux", "sliding_window", "output_attentions")  # what else an attention is asked for
+
+
+def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
+    """Make "vix_nystrom", "vix_performer", "vix_linear" and "vix_agent" known to transformers.
+
+        register(nystrom=dict(num_landmarks=64))
+        model.set_attn_implementation("vix_nystrom")  # or from_pretrained(..., attn_implementation="vix_nystrom")
+
+    Padding masks are honoured; causal and windowed masks, dropout of the attention in training, grouped heads and a request for
+    the weights raise NotImplementedError. The name is not saved with a model: give it each time one is loaded. Calling this
+    again changes the options of all models that use the name.
+
+    Args:
+        retrain: serve "vix_performer", "vix_linear" and "vix_agent", which a model has to be trained with; otherwise these
+            raise ValueError where they are used.
+        options: of each op by its name, as in DropIn. All layers share the random features.
+    """
+    for op in options:
+        if op not in OPS:
+            raise TypeError(f"{op}: expected options of {', '.join(map(repr, OPS))}")
+    for op in OPS:
+        attention = DropIn(op, retrain=True, **options.get(op, {}))
+        AttentionInterface.register(f"vix_{op}", _attention_function(attention, retrain))
+        AttentionMaskInterface.register(f"vix_{op}", padding_mask)
+
+
+def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple[Tensor, None]]:
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """q, k, v (batch, heads, tokens, head_dim) to (batch, tokens, heads, head_dim), as transformers calls it."""
+        check_trained(attention.op, retrain)
+        for name in _UNSERVED:
+            if others.get(name) not in (None, False):
+                raise NotImplementedError(f"{name}: expected None, got {others[name]!r}; {attention!r} has no such thing")
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal  # the default of transformers
+        padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        out = attention(
+            query, key, value, None if padding is not None else attention_mask, dropout, causal, scaling,
+            key_padding_mask=padding,
+        )  # fmt: skip
+        return out.transpose(1, 2), None
+
+    return attend
+
+
+def padding_mask(
+    *args: Any,
+    mask_function: Callable = bidirectional_mask_function,
+    attention_mask: Tensor | None = None,
+    **others: Any,
+) -> Tensor | None:
+    """The mask that these attentions are given: bool (batch, tokens), True = the token takes part; None: all do."""
+    if mask_function is not bidirectional_mask_function:
+        raise NotImplementedError("mask_function: expected the bidirectional one; causal and windowed masks are not supported")
+    return attention_mask
+
+
+def patch(model: nn.Module) -> Report:
+    """Give the same answers faster: the attention of every Nystromformer and the transform of every FNet in `model`, in place.
+
+        report = patch(NystromformerModel.from_pretrained(...))
+
+    Parameters and their names stay. A sequence of padding only, on which softmax attention spreads evenly, gets zeros. A
+    request for the weights (output_attentions) is answered by transformers itself.
+
+    Returns:
+        what was replaced, and what was left for which reason.
+
+    Raises:
+        ValueError: there was nothing to replace.
+    """
+    report = Report("Nystromformer and FNet")
+    for name, module in model.named_modules():
+        if type(module) is modeling_nystromformer.NystromformerSelfAttention:
+            module.__class__ = NystromformerSelfAttention
+        elif type(module) is modeling_fnet.FNetBasicFourierTransform:
+            if own_matrices(module):
+                report.refused[name] = "it has matrices of its own (use_tpu_fourier_optimizations)"
+                continue
+            module.__class__ = FNetBasicFourierTransform
+        elif not isinstance(module, NystromformerSelfAttention | FNetBasicFourierTransform):
+            continue
+        report.replaced.append(name)
+    return report.checked("a Nystromformer or an FNet of transformers")
+
+
+def nystromformer_attention(
+    module: modeling_nystromformer.NystromformerSelfAttention,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+) -> tuple[Tensor, ...]:
+    """The forward of a NystromformerSelfAttention without its N x L matrices.
+
+    The semantics are those of transformers: padding is left out of one softmax only, the one that reads the tokens, and with
+    init_option "original" the start of the inverse is shared by the batch.
+
+    Args:
+        hidden_states: (batch, tokens, channels).
+        attention_mask: additive (batch, 1, 1 or tokens, tokens), 0 or the lowest number, the same row for all queries.
+        output_attentions: leave the call to transformers.
+    """
+    if output_attentions:
+        host = modeling_nystromformer.NystromformerSelfAttention
+        return host.forward(module, hidden_states, attention_mask, output_attentions)
+    linears = module.query, module.key, module.value
+    q, k, v = (rearrange(linear(hidden_states), "b n (h d) -> b h n d", h=module.num_attention_heads) for linear in linears)
+    if module.num_landmarks == module.seq_len:  # the default: softmax attention
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        if module.conv_kernel_size is not None:
+            out = out + module.conv(v)
+    else:
+        out = _through_landmarks(module, q, k, v, attention_mask)
+    return (rearrange(out, "b h n d -> b n (h d)"),)
+
+
+def _through_landmarks(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+    if q.shape[2] != module.seq_len:
+        raise ValueError(f"hidden_states: expected segment_means_seq_len = {module.seq_len} tokens, got {q.shape[2]}")
+    weight = None if module.conv_kernel_size is None else module.conv.weight
+    if attention_mask is None:
+        return nystrom_attention(
+            q, k, v, num_landmarks=module.num_landmarks, pinv_init=module.init_option, conv_weight=weight
+        )  # fmt: skip
+    row = attention_mask[:, :1, :1]  # transformers since 5.2x repeats it for every query, and fails on its own mask
+    torch._assert_async((attention_mask == row).all(), "attention_mask: expected the same row for all heads and queries")
+    taken = taking_part(row[:, 0, 0]).expand(k.shape[0], -1)
+    pool = pooling("num_landmarks", module.num_landmarks, None, 0, q.shape[2])
+    options = dict(scale=q.shape[3] ** -0.5, backend=backends.resolve("auto", q, q.shape[3]))
+    q_marks, k_marks, _, _ = landmarks(q, k, **pool, backend=options["backend"])
+    values, _ = aggregate(q_marks, k, v, mask=taken, **options)
+    out = broadcast(q, k_marks, pinv(q_marks, k_marks, values, init=module.init_option, **options), **options)
+    return out if weight is None else out + token_conv(v, weight, backend=options["backend"])
+
+
+def fnet_transform(module: modeling_fnet.FNetBasicFourierTransform, hidden_states: Tensor) -> tuple[Tensor]:
+    """The forward of a FNetBasicFourierTransform, (batch, tokens, channels), without its complex numbers."""
+    return (fourier_mixing(hidden_states),)
+
+
+class NystromformerSelfAttention(modeling_nystromformer.NystromformerSelfAttention):
+    forward = nystromformer_attention
+
+
+class FNetBasicFourierTransform(modeling_fnet.FNetBasicFourierTransform):
+    forward = fnet_transform
+
+
+def own_matrices(module: modeling_fnet.FNetBasicFourierTransform) -> bool:
+    """Whether an FNet multiplies by slices of matrices, which are no Fourier transform of shorter texts."""
+    return hasattr(module, "dft_mat_seq")
