@@ -11,7 +11,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 ORIGINALS := vision_xformer==0.2.0 performer-pytorch==1.1.4 local-attention==1.4.4 axial-positional-embedding==0.3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench traffic quality report lint clean
+.PHONY: help train test bench traffic quality docs report lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -33,6 +33,10 @@ traffic: $(READY)  ## count the bytes that the kernels move; one op: make traffi
 quality: $(READY)  ## measure how close each attention comes to softmax attention; draws docs/quality.png
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.quality --output docs/quality.png $(ARGS)
 
+docs: $(READY)  ## build the documentation site into site/
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
 lint: $(READY)  ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,7 +48,7 @@ report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile every kernel
 	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/vix compile-report --arch sm_90 $(ARGS)
 
 clean:  ## remove the environment and all caches, keep runs/
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .benchmarks *.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .benchmarks *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # With an NVIDIA driver torch is the user's business: the system's CUDA build if it has one, else pip's choice.

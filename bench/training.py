@@ -103,7 +103,9 @@ def trained(name: str, provider: str, path: str, minutes: float, core: int) -> R
     trial, _ = run(config, model, dataset, TRIAL * 60 * minutes)
     fitting = int(trial / TRIAL)  # a schedule has to know where it ends
     epochs = -(-fitting // len(dataset.train))
-    part = dataset.train.images[: fitting // epochs], dataset.train.labels[: fitting // epochs]
+    # Any of them, not the first: data sets may lie sorted by class.
+    some = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))[: fitting // epochs]
+    part = dataset.train.images[some], dataset.train.labels[some]
     if provider == "ours":
         model, config = create_model(name, **ours), replace(config, epochs=epochs, warmup_epochs=0.1 * epochs)
         data = replace(dataset, train=HeldImages(*part))

@@ -53,6 +53,7 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new head in place; `num_classes` 0 removes it."""
+        chosen = {} if global_pool is None or len(self.pools) == 1 else {"global_pool": global_pool}
         global_pool = self.global_pool if global_pool is None else global_pool
         check_choice(self.pools, global_pool=global_pool)
         if global_pool == "token" and not self.num_prefix_tokens:
@@ -61,6 +62,8 @@ class Backbone(nn.Module):
             raise ValueError(f"num_classes: expected an integer >= 0, got {num_classes!r}")
         self.num_classes, self.global_pool = num_classes, global_pool
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        if hasattr(self, "config"):  # which save_model writes
+            self.config["arguments"] = self.config["arguments"] | {"num_classes": num_classes} | chosen
         like = next(self.parameters())
         self.head.to(like.device, like.dtype)
         if num_classes:

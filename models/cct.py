@@ -56,7 +56,8 @@ class CCT(Backbone):
         position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", as in VisionTransformer.
         global_pool: "seq", a mean with learned weights, softmax(w^T x); or "avg".
         drop_path_rate: stochastic depth of the last layer, rising from 0 in the first.
-        Others as in VisionTransformer.
+
+    Others as in VisionTransformer.
     """
 
     pools = ("seq", "avg")

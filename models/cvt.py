@@ -33,7 +33,8 @@ class CvT(Pyramid):
         embed_dim, depth, num_heads: of each stage, or one number for all.
         position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", of each stage.
         drop_path_rate: stochastic depth of the last layer, rising from 0 in the first.
-        Others as in VisionTransformer.
+
+    Others as in VisionTransformer.
     """
 
     def __init__(

@@ -25,7 +25,8 @@ class FNet2D(Backbone):
 
     Args:
         backend: "auto" | "torch" | "reference", which are all torch.fft: the transform has no kernel.
-        Others as in VisionTransformer; there is neither attention nor class token, and the transform knows the places.
+
+    Others as in VisionTransformer; there is neither attention nor class token, and the transform knows the places.
     """
 
     def __init__(

@@ -41,7 +41,8 @@ class LeViT(Pyramid):
         mlp_ratio: hidden width of the MLP over that of the tokens.
         position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", of each stage, beside the attention bias.
         drop_path_rate: stochastic depth of the last layer, rising from 0 in the first.
-        Others as in VisionTransformer.
+
+    Others as in VisionTransformer.
     """
 
     def __init__(

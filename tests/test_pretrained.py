@@ -30,6 +30,15 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert again.config == json.loads(json.dumps(model.config))
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_new_head_is_saved(name: str, tmp_path: Path) -> None:
+    model = create_model(name, **small_model(name)).eval()
+    model.reset_classifier(3, global_pool=model.pools[-1])
+    save_model(model, tmp_path)
+    x = images(2, 3, 8, 8)
+    assert torch.equal(load_model(tmp_path)(x), model(x))
+
+
 def test_redrawn_features_are_counted(tmp_path: Path) -> None:
     model = create_model("vip", **small_model("vip"))
     attention = model.blocks[0].attn

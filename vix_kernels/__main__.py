@@ -16,6 +16,7 @@ commands:
   train           train a model
   validate        test a trained model on held-out images
   predict         say what is on images
+  export          write a trained model to an ONNX file
   models          list the models, with their sizes and costs
   convert         turn the weights of an original Vision Xformers model into safetensors
   check           say which backend each op gets here, and every reason why not another
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _command("vix_kernels.training.commands", "train_command"),
         "validate": _command("vix_kernels.training.commands", "validate_command"),
         "predict": _command("vix_kernels.training.commands", "predict_command"),
+        "export": _command("vix_kernels.training.commands", "export_command"),
         "models": _command("vix_kernels.models.commands", "models"),
         "convert": _command("vix_kernels.models.commands", "convert"),
         "check": _command("vix_kernels.check", "main"),

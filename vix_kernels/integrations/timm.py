@@ -23,7 +23,7 @@ from ..ops.rope import Rope
 from .drop_in import OPS, DropIn, options_of
 from .hosts import Report, attentions, require
 
-require("timm", "1.0.31")
+require("timm", "1.0.28")
 
 from timm.layers import Attention, AttentionRope  # noqa: E402
 from timm.models import register_model  # noqa: E402

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops.agent import agent_attention
 from ..ops.checks import autocast
-from ..ops.pooling import pooled_queries
+from ..ops.pooling import at_most, pooled_queries
 from ..ops.rope import Rope
 from .attention import Attention
 
@@ -20,7 +20,8 @@ class AgentAttention(Attention):
         num_agents: of the tokens behind the prefix; fewer where there are fewer tokens.
         grid_size: height and width of the token map behind the prefix: agents pool its cells. None: segments of the sequence.
         prefix_tokens: tokens in front (class, registers) that are agents of their own.
-        Others as in Attention.
+
+    Others as in Attention.
 
     The agents are not rotated, and neither are the queries that they pool.
     """
@@ -43,7 +44,7 @@ class AgentAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
         q, k, v = autocast(q, k, v)
         agents, counts = pooled_queries(
-            q, min(self.num_agents, q.shape[2] - self.prefix_tokens), grid_size=self.grid_size,
+            q, at_most(self.num_agents, q.shape[2] - self.prefix_tokens), grid_size=self.grid_size,
             prefix_tokens=self.prefix_tokens, mask=key_padding_mask, backend=self.backend,
         )  # fmt: skip
         return agent_attention(

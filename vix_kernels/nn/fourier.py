@@ -22,8 +22,9 @@ class FourierMixing(nn.Module):
         norm: None, the plain sums of the paper, or "ortho", which keeps the size of the tokens.
         proj_drop: dropout of the output.
         backend: as in fourier_mixing.
-        Others are accepted for the sake of timm's blocks, and without effect: there are no linear maps. attn_drop is refused,
-            there are no weights to drop.
+
+    Others are accepted for the sake of timm's blocks, and without effect: there are no linear maps. attn_drop is refused, there
+    are no weights to drop.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class FourierMixing(nn.Module):
         Args:
             x: (batch, tokens, dim).
             rope: rotary embedding. There are no queries and keys: it turns the heads of the tokens themselves.
-            Masks are refused: every frequency is a sum over all tokens.
+
+        Masks are refused: every frequency is a sum over all tokens.
         """
         for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
             if mask is not None:

@@ -16,8 +16,9 @@ class LinearAttention(Attention):
 
     Args:
         feature_map: "relu" or "elu" (elu + 1).
-        eps: >= 0, added to the denominator.
-        Others as in Attention.
+        eps: a number >= 0, added to the denominator.
+
+    Others as in Attention.
     """
 
     has_weights = False

@@ -23,7 +23,8 @@ class LinformerAttention(Attention):
         num_landmarks: K, the slots that the tokens are projected to; more of them than tokens are fine.
         share_kv: one projection for keys and values.
         per_head: projections of each head's own instead of one for all.
-        Others as in Attention.
+
+    Others as in Attention.
 
     The projections are the parameters `key_projection` and `value_projection` (None if shared), (seq_len, K) or
     (num_heads, seq_len, K). E^T (x W) = (E^T x) W: keys and values of the tokens are made only where rope or qk_norm needs
@@ -70,7 +71,7 @@ class LinformerAttention(Attention):
             """E^T x (batch, K, dim) and E^T 1 (batch or 1, K, 1), of the tokens that take part."""
             projection = check_token_projection(name, getattr(self, name), q)[0]
             # bmm, since matmul would transpose x in memory.
-            projected = torch.bmm(projection.mT.expand(len(x), -1, -1), x)
+            projected = torch.bmm(projection.mT.expand(x.shape[0], -1, -1), x)
             if key_padding_mask is None:
                 return projected, projection.sum(0)[None, :, None]
             return projected, (key_padding_mask.to(projection.dtype) @ projection)[..., None]

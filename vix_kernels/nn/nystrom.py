@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..ops.nystrom import check_nystrom, nystrom_attention
+from ..ops.pooling import at_most
 from ..ops.rope import Rope
 from .attention import Attention
 
@@ -21,7 +22,8 @@ class NystromAttention(Attention):
         prefix_tokens: tokens in front (class, registers) that are landmarks of their own.
         pinv_iterations, pinv_init: as in nystrom_attention.
         residual_conv_kernel: taps of the depthwise convolution over the tokens of v that is added, odd; 0 for none.
-        Others as in Attention.
+
+    Others as in Attention.
     """
 
     has_weights = False
@@ -68,7 +70,7 @@ class NystromAttention(Attention):
         residual: bool = True,
     ) -> Tensor:
         return nystrom_attention(
-            q, k, v, num_landmarks=min(self.num_landmarks, q.shape[2] - self.prefix_tokens), landmarks=self.landmarks,
+            q, k, v, num_landmarks=at_most(self.num_landmarks, q.shape[2] - self.prefix_tokens), landmarks=self.landmarks,
             grid_size=self.grid_size, prefix_tokens=self.prefix_tokens, pinv_iterations=self.pinv_iterations,
             pinv_init=self.pinv_init, conv_weight=self.res_conv.weight if residual and self.res_conv is not None else None,
             key_padding_mask=key_padding_mask, rope=rope, backend=self.backend,

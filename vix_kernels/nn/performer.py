@@ -19,7 +19,8 @@ class PerformerAttention(Attention):
     Args:
         num_features: M; default int(head_dim * ln(head_dim)), as published.
         seed: of the random features, 0 to 4095. Layers should differ in it, ranks must not.
-        Others as in Attention.
+
+    Others as in Attention.
 
     The features are the persistent float32 buffer `projection` (M, head_dim), which stays float32 when the module is cast.
     They change only by `redraw_projection`.

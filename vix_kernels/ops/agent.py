@@ -38,7 +38,7 @@ def agent_attention(
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
         agents: (batch, heads, A, head_dim) in q's dtype, such as pooled queries. They are never rotated.
-        scale: > 0, default head_dim ** -0.5; of both softmaxes.
+        scale: a number > 0, default head_dim ** -0.5; of both softmaxes.
         agent_mask: bool (batch, A), True = the agent takes part. A query without any agent returns 0.
         key_padding_mask: bool (batch, tokens), True = the token takes part. A query without any valid key returns 0.
         rope: rotary embedding of q and k, applied inside the kernels; needs as many queries as tokens.

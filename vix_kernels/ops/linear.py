@@ -45,7 +45,7 @@ def linear_attention(
         feature_map: phi, "relu" or "elu" (elu + 1).
         projection: float32 (M, head_dim), or (heads, M, head_dim): phi sees head_dim ** -0.25 times the products with its
             rows; None: the channels of q and k as they are.
-        eps: >= 0, added to the float32 denominator.
+        eps: a number >= 0, added to the float32 denominator.
         key_padding_mask: bool (batch, tokens), True = the token takes part. A query without any valid key returns 0.
         rope: rotary embedding of q and k before phi, applied inside the kernels; needs as many queries as tokens.
         backend: "auto", "triton", "torch" or "reference".

@@ -41,7 +41,7 @@ def linformer_attention(
         key_projection: E, (tokens, K), or (heads, tokens, K), float32 or in q's dtype. It may have more rows than there are
             tokens: the first ones serve a shorter sequence.
         value_projection: F, of key_projection's shape and dtype; None: the key projection.
-        scale: > 0, default head_dim ** -0.5.
+        scale: a number > 0, default head_dim ** -0.5.
         key_padding_mask: bool (batch, tokens), True = the token takes part: the others are left out of the sums, as if the
             sequence had zeros there. A query without any valid key returns 0.
         rope: rotary embedding of q, and of k before it is projected, applied inside the kernels; needs as many queries as

@@ -72,7 +72,7 @@ def nystrom_attention(
         pinv_init: what the iteration starts from: "exact", each matrix over its own norm, or "original", over the largest of
             the batch as in the published code, so that samples depend on their batch mates; for its weights.
         conv_weight: (heads, 1, taps, 1), the weight of a depthwise Conv2d over the tokens of v whose result is added; odd taps.
-        scale: > 0, default head_dim ** -0.5.
+        scale: a number > 0, default head_dim ** -0.5.
         key_padding_mask: bool (batch, tokens), True = the token takes part. With as many queries as tokens it also leaves
             padding out of the landmarks of q. A sample without any valid key returns 0.
         rope: rotary embedding of q and k, applied inside the kernels, landmarks included; needs as many queries as tokens.

@@ -43,7 +43,7 @@ def performer_attention(
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
         projection: random features, float32 (M, head_dim), or (heads, M, head_dim); see orthogonal_projection.
-        scale: > 0, default head_dim ** -0.5; features see sqrt(scale) q and sqrt(scale) k.
+        scale: a number > 0, default head_dim ** -0.5; features see sqrt(scale) q and sqrt(scale) k.
         key_padding_mask: bool (batch, tokens), True = the token takes part. A query without any valid key returns 0.
         rope: rotary embedding of q and k, applied inside the kernels; needs as many queries as tokens.
         backend: "auto", "triton", "torch" or "reference".

@@ -29,7 +29,8 @@ class Rope:
     """The rotation of every token: one row of cosines and sines each.
 
     Attributes:
-        cos, sin: float32 (heads or 1, tokens, R / 2); float64 only for float64 tokens.
+        cos: float32 (heads or 1, tokens, R / 2); float64 only for float64 tokens.
+        sin: as cos.
         layout: "interleaved", the pairs are channels (2i, 2i + 1), or "half", channels (i, i + R / 2).
         angles: what cos and sin are of, if it takes a gradient; see Rope.of.
     """

@@ -74,14 +74,38 @@ def broadcast_reference(
     interleaved: bool = True,
 ) -> Tensor:
     """The equation with all N x M logits in memory."""
+    logits, some = _logits_reference(q, slots, slot_bias, scale, cos, sin, interleaved)
+    out = logits.softmax(-1) @ values.to(q.dtype)
+    return out if some is None else torch.where(some, out, 0.0)
+
+
+def broadcast_lse_reference(
+    q: Tensor,
+    slots: Tensor,
+    slot_bias: Tensor | None = None,
+    *,
+    scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = True,
+) -> Tensor:
+    """log2 of what the softmax divides by, (batch, heads, N), as the operator keeps it; -inf for a token without slots."""
+    logits, some = _logits_reference(q, slots, slot_bias, scale, cos, sin, interleaved)
+    lse = (logits.logsumexp(-1) / math.log(2)).to(accumulator(q.dtype))
+    return lse if some is None else torch.where(some[..., 0], lse, float("-inf"))
+
+
+def _logits_reference(
+    q: Tensor, slots: Tensor, slot_bias: Tensor | None, scale: float, cos: Tensor | None, sin: Tensor | None, interleaved: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(batch, heads, N, M), and where there is any slot, (batch, heads, 1, 1); elsewhere, to stay finite, without the bias."""
     if cos is not None:
         q = rotate_reference(q, cos, sin, interleaved)
     logits = scale * q @ slots.to(q.dtype).mT
-    if slot_bias is not None:
-        some = (slot_bias > float("-inf")).any(-1)[..., None, None]
-        logits = logits + torch.where(some, slot_bias[:, :, None] * math.log(2), 0.0).to(q.dtype)
-    out = logits.softmax(-1) @ values.to(q.dtype)
-    return out if slot_bias is None else torch.where(some, out, 0.0)
+    if slot_bias is None:
+        return logits, None
+    some = (slot_bias > float("-inf")).any(-1)[..., None, None]
+    return logits + torch.where(some, slot_bias[:, :, None] * math.log(2), 0.0).to(q.dtype), some
 
 
 class _Broadcast(torch.autograd.Function):

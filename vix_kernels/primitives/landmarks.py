@@ -97,7 +97,7 @@ def landmarks_reference(
         return [slice(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)]
 
     def means(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        valid = x.new_ones(len(x), x.shape[2], dtype=torch.bool) if mask is None else mask
+        valid = x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if mask is None else mask
         x = torch.where(valid[:, None, :, None], x, 0.0)
         if cos is not None:
             x = rotate_reference(x, cos, sin, interleaved)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from . import tiled_linear
 from .layout import accumulator, empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
-from .rotate import angle_gradient
+from .rotate import angle_gradient, rotate_reference
 
 FEATURE_MAPS = ("relu", "elu")
 
@@ -89,6 +90,63 @@ def linear_broadcast(
     refuse_transforms()
     q, slots, values = unit_last_stride(q), None if slots is None else unit_last_stride(slots), unit_last_stride(values)
     return _LinearBroadcast.apply(q, slots, values, lse, cos, sin, angles, interleaved, feature_map, eps, backend)
+
+
+def linear_aggregate_reference(
+    slots: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: str,
+    mask: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The equations with all N x M features in memory."""
+    taken = None if mask is None else mask[:, None, :, None]
+    if taken is not None:
+        k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
+    features = _features_reference(k, slots, feature_map, cos, sin, interleaved)
+    if taken is not None:
+        features = torch.where(taken, features, 0.0)
+    sums = features.sum(-2)
+    values = features.mT @ v.to(features.dtype) / _divisor(sums)[..., None]
+    return values, sums.log2()
+
+
+def linear_broadcast_reference(
+    q: Tensor,
+    slots: Tensor | None,
+    values: Tensor,
+    lse: Tensor,
+    *,
+    feature_map: str,
+    eps: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """out as that of linear_broadcast, and its denominator (batch, heads, queries)."""
+    weights = _features_reference(q, slots, feature_map, cos, sin, interleaved) * lse.exp2()[:, :, None]
+    total = weights.sum(-1) + eps
+    return (weights @ values / _divisor(total)[..., None]).to(q.dtype), total
+
+
+def _features_reference(
+    x: Tensor, slots: Tensor | None, feature_map: str, cos: Tensor | None, sin: Tensor | None, interleaved: bool
+) -> Tensor:
+    x = x.to(accumulator(x.dtype))
+    if cos is not None:
+        x = rotate_reference(x, cos, sin, interleaved)
+    if slots is not None:
+        x = x @ slots.to(x.dtype).mT
+    return F.relu(x) if feature_map == "relu" else F.elu(x) + 1
+
+
+def _divisor(total: Tensor) -> Tensor:
+    """Where it is 0, so is what it divides."""
+    return torch.where(total == 0, 1.0, total)
 
 
 class _LinearAggregate(torch.autograd.Function):

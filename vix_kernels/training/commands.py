@@ -1,4 +1,4 @@
-"""`vix train`, `vix validate` and `vix predict`."""
+"""`vix train`, `vix validate`, `vix predict` and `vix export`."""
 
 from __future__ import annotations
 
@@ -300,6 +300,42 @@ def predict_command(argv: list[str]) -> int:
     except (UserError, OSError) as error:
         parser.error(str(error))
     return 2 if unreadable else 0
+
+
+def export_command(argv: list[str]) -> int:
+    parser = Parser(
+        prog="vix export",
+        description="Write a trained model to an ONNX file, for batches of any size, and compare what onnxruntime makes of it. "
+        "That of a run takes images of numbers in [0, 1]; that of save_model what the model takes.",
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="a run's folder, a checkpoint, or what save_model wrote"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file, such as model.onnx")
+    parser.add_argument("--opset", type=int, metavar="N", help="version of ONNX's operators (default: what torch recommends)")
+    options = parser.parse_args(argv)
+    try:
+        import torch
+
+        from ..export import to_onnx
+        from ..models.pretrained import CONFIG, load_model
+        from .trained import FromPixels, load_trained
+    except ModuleNotFoundError as error:
+        parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
+    try:
+        if (Path(options.checkpoint) / CONFIG).is_file():
+            model = whole = load_model(options.checkpoint)
+        else:
+            trained = load_trained(options.checkpoint, torch.device("cpu"))
+            model, whole = trained.model, FromPixels(trained)
+        images = torch.rand(2, model.in_chans, *model.img_size)
+        error = to_onnx(whole, images, options.output, opset=options.opset)
+    except (UserError, OSError, ImportError, ValueError, RuntimeError) as problem:
+        parser.error(str(problem))
+    shape = "x".join(map(str, (model.in_chans, *model.img_size)))
+    how = "not compared: onnxruntime is not installed" if error is None else f"relative error {error:.1e} in onnxruntime"
+    print(f"{options.output}: images of {shape} to {model.num_classes} logits, {how}")
+    return 0
 
 
 def _user_parser(command: str, description: str, examples: str) -> Parser:

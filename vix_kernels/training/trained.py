@@ -38,6 +38,17 @@ class Trained:
         return (images - self.mean) / self.std
 
 
+class FromPixels(nn.Module):
+    """The model behind its normalisation: float images in [0, 1] to logits."""
+
+    def __init__(self, trained: Trained) -> None:
+        super().__init__()
+        self.trained, self.model = trained, trained.model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(self.trained.inputs(x))
+
+
 def load_trained(path: str | Path, device: torch.device) -> Trained:
     """From a checkpoint, or from the folder of a run: its best one.
 
