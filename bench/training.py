@@ -103,12 +103,9 @@ def trained(name: str, provider: str, path: str, minutes: float, core: int) -> R
     trial, _ = run(config, model, dataset, TRIAL * 60 * minutes)
     fitting = int(trial / TRIAL)  # a schedule has to know where it ends
     epochs = -(-fitting // len(dataset.train))
-    # Any of them, not the first: data sets may lie sorted by class.
-    some = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))[: fitting // epochs]
-    part = dataset.train.images[some], dataset.train.labels[some]
     if provider == "ours":
         model, config = create_model(name, **ours), replace(config, epochs=epochs, warmup_epochs=0.1 * epochs)
-        data = replace(dataset, train=HeldImages(*part))
+        data = replace(dataset, train=some_of(dataset.train, fitting // epochs))
     else:
         model, data = Original(drawn(build(label, theirs, backend="reference"))), dataset
     start = time.perf_counter()
@@ -119,6 +116,12 @@ def trained(name: str, provider: str, path: str, minutes: float, core: int) -> R
         name, provider, sum(p.numel() for p in model.parameters()), seconds / 60, images, images / seconds,
         result["eval_top1"], result["eval_top5"], result["eval_loss"], device_name("cpu"), commit() or "",
     )  # fmt: skip
+
+
+def some_of(images: HeldImages, count: int) -> HeldImages:
+    """Any of them, not the first: data sets may lie sorted by class."""
+    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+    return HeldImages(images.images[drawn], images.labels[drawn])
 
 
 def run(config: Config, model: nn.Module, dataset: Dataset, seconds: float) -> tuple[int, State]:

@@ -300,3 +300,13 @@ def test_both_of_a_comparison_are_the_same_model(name: str) -> None:
     assert 0.99 < sizes[0] / sizes[1] < (1.15 if name in ("vil", "hybrid_vil") else 1.05)
     images = torch.empty(2, ours.in_chans, *ours.img_size, device="meta")
     assert theirs.eval()(images).shape == ours.eval()(images).shape
+
+
+def test_a_part_of_a_sorted_data_set_has_all_classes() -> None:
+    from bench.training import some_of
+    from vix_kernels.training.data import HeldImages
+
+    sorted_labels = torch.arange(10).repeat_interleave(100)
+    part = some_of(HeldImages(sorted_labels[:, None], sorted_labels), 300)
+    assert len(part) == 300 and torch.equal(part.images[:, 0], part.labels)
+    assert part.labels.bincount(minlength=10).min() > 10

@@ -54,13 +54,35 @@ def test_a_unet_with_text():
     torch.testing.assert_close(model(*inputs).sample, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_unet_without_text():
+    """Its middle passes on the embedding of the time step, and Attention only what its processor names."""
+    torch.manual_seed(0)
+    model = diffusers.UNet2DModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    ).eval()  # fmt: skip
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([3])
+    expected = model(*inputs).sample
+    report = door.replace_attention(model, "nystrom", num_landmarks=64, pinv_iterations=16)
+    assert "mid_block.attentions.0" in report.replaced
+    torch.testing.assert_close(model(*inputs).sample, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_scale_of_its_own_is_left():
+    attention = diffusers.models.attention_processor.Attention(32, heads=2, dim_head=16, scale_qk=False)
+    with pytest.raises(ValueError, match="its processor is a AttnProcessor"):
+        door.replace_attention(torch.nn.Sequential(attention), "nystrom")
+
+
 def test_what_cannot_be_honoured_raises():
     model, _ = dit()
     door.replace_attention(model, "nystrom")
     attention, x = model.transformer_blocks[0].attn1, torch.randn(1, 16, 16)
     with pytest.raises(NotImplementedError, match="encoder_hidden_states: expected None"):
         attention(x, encoder_hidden_states=x)
-    with pytest.raises(NotImplementedError, match="attn_mask: expected dtype bool"):
+    with pytest.raises(NotImplementedError, match="attn_mask: expected one row"):
         attention(x, attention_mask=torch.zeros(1, 16))
     with pytest.raises(ValueError, match="retrain"):
         door.replace_attention(model, "linear")

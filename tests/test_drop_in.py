@@ -50,17 +50,22 @@ def test_masks_in_the_form_of_sdpa(op):
 def test_of_padding():
     key = torch.empty(2, 3, 5, 4)
     for shape in [(5, 5), (2, 1, 5, 5), (3, 1, 5), (1, 1, 1, 1, 5)]:
-        with pytest.raises(NotImplementedError, match="attn_mask: expected dtype bool and one row"):
+        with pytest.raises(NotImplementedError, match="attn_mask: expected one row"):
             padding_of(torch.ones(shape, dtype=torch.bool), key)
-    with pytest.raises(NotImplementedError, match=r"got float32 \(2, 1, 1, 5\)"):
-        padding_of(torch.zeros(2, 1, 1, 5), key)
+    with pytest.raises(NotImplementedError, match=r"got int64 \(2, 1, 1, 5\)"):
+        padding_of(torch.ones(2, 1, 1, 5, dtype=torch.long), key)
+    additive = torch.zeros(2, 1, 1, 5)
+    additive[1, ..., 3:] = float("-inf")
+    assert torch.equal(padding_of(additive, key), additive[:, 0, 0] == 0)
+    with pytest.raises(NotImplementedError, match="biases are not supported"):
+        padding_of(additive + 1, key)
 
 
 def test_taking_part():
     lowest = torch.finfo(torch.float32).min
     additive = torch.tensor([0.0, lowest, float("-inf"), -0.0])
     assert taking_part(additive).tolist() == [True, False, False, True]
-    with pytest.raises(RuntimeError, match="biases are not supported"):
+    with pytest.raises(NotImplementedError, match="biases are not supported"):
         taking_part(torch.tensor([0.0, -1.0]))
 
 
@@ -84,6 +89,12 @@ def test_refuses_shapes():
         DropIn("nystrom")(q[0], k[0], v[0])
     with pytest.raises(NotImplementedError, match=r"\(3, 1, 1\); no grouped heads"):
         DropIn("nystrom")(q, k[:, :1], v[:, :1])
+    with pytest.raises(NotImplementedError, match=r"\(1, 2, 2\); samples are not broadcast"):
+        DropIn("nystrom")(q[:1], k, v)
+    with pytest.raises(NotImplementedError, match="prefix_tokens: expected fewer than the 1 tokens, got 1"):
+        DropIn("agent", retrain=True, prefix_tokens=1)(q[:, :, :1], k, v)
+    with pytest.raises(NotImplementedError, match=r"grid_size: expected height \* width = 23 tokens behind 1 of the prefix"):
+        DropIn("nystrom", landmarks="grid", grid_size=(4, 6), prefix_tokens=1)(q, k, v)
 
 
 def test_what_has_to_be_trained_is_asked_for():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vix_kernels import nystrom_attention
 from vix_kernels.integrations.sdpa import replace_sdpa
 from vix_kernels.integrations.torch_nn import replace_mha
 
@@ -118,7 +119,7 @@ def test_what_cannot_be_honoured_raises():
         mha(x, x, x, attn_mask=torch.zeros(16, 16), need_weights=False)
     with pytest.raises(NotImplementedError, match="is_causal: expected False"):
         mha(x, x, x, is_causal=True, need_weights=False)
-    with pytest.raises(RuntimeError, match="biases are not supported"):
+    with pytest.raises(NotImplementedError, match="biases are not supported"):
         mha(x, x, x, key_padding_mask=torch.ones(2, 16), need_weights=False)
     with pytest.raises(ValueError, match="expected 2 or 3 dimensions"):
         mha(x[None], x[None], x[None], need_weights=False)
@@ -144,7 +145,8 @@ def test_sdpa_is_replaced_within_the_context_only():
     expected = F.scaled_dot_product_attention(q, k, v)
     with replace_sdpa("nystrom", num_landmarks=4) as swap:
         assert not torch.equal(F.scaled_dot_product_attention(q, k, v), expected)
-        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, scale=0.1).shape, expected.shape)
+        scaled = F.scaled_dot_product_attention(q, k, v, scale=0.1)
+    torch.testing.assert_close(scaled, nystrom_attention(q, k, v, num_landmarks=4, scale=0.1))
     assert torch.equal(F.scaled_dot_product_attention(q, k, v), expected)
     assert swap.served == 2 and not swap.fell_back
 
@@ -160,8 +162,9 @@ def test_sdpa_falls_back_and_counts():
             assert torch.equal(F.scaled_dot_product_attention(q, k, v, **options), theirs)
         F.scaled_dot_product_attention(q[:, :1], k[:, :1], v[:, :1], dropout_p=0.5)
         assert F.scaled_dot_product_attention(q[0], k[0], v[0]).shape == (2, 16, 8)
-    assert swap.served == 0 and sorted(swap.fell_back.values()) == [1, 1, 1, 2]
-    assert str(swap).startswith("nystrom(): 0 calls served, 5 fell back to softmax attention\n  2 times: is_causal: expected")
+        assert F.scaled_dot_product_attention(q[:1], k, v).shape == (2, 2, 16, 8)
+    assert swap.served == 0 and sorted(swap.fell_back.values()) == [1, 1, 1, 1, 2]
+    assert str(swap).startswith("nystrom(): 0 calls served, 6 fell back to softmax attention\n  2 times: is_causal: expected")
     with pytest.raises(ValueError, match="retrain"):
         replace_sdpa("performer")
 

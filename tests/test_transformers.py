@@ -53,7 +53,7 @@ def test_a_prepared_mask():
     expected = model(ids, attention_mask=mask).last_hidden_state
     four = mask.bool()[:, None, None]
     assert torch.equal(model(ids, attention_mask=four).last_hidden_state, expected)
-    with pytest.raises(NotImplementedError, match="attn_mask: expected dtype bool and one row"):
+    with pytest.raises(NotImplementedError, match="attn_mask: expected one row"):
         model(ids, attention_mask=four.expand(2, 1, 24, 24).tril())
 
 
@@ -71,6 +71,16 @@ def test_vit(op):
         torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
     out.square().sum().backward()
     assert model.get_parameter("embeddings.patch_embeddings.projection.weight").grad.any()
+
+
+def test_models_that_ignore_the_interface_get_a_mask_that_they_can_add():
+    config = dict(BERT, max_position_embeddings=64, pad_token_id=1)
+    torch.manual_seed(0)
+    model = transformers.MPNetModel(transformers.MPNetConfig(**config)).eval()
+    ids, mask = text()
+    expected = model(ids[1:], attention_mask=mask[1:]).last_hidden_state
+    model.config._attn_implementation = "vix_nystrom"  # what from_pretrained(attn_implementation=...) does
+    assert torch.equal(model(ids[1:], attention_mask=mask[1:]).last_hidden_state, expected)
 
 
 def test_compiles():
@@ -98,8 +108,11 @@ def test_what_cannot_be_honoured_raises():
     attend = door.AttentionInterface()["vix_nystrom"]
     with pytest.raises(NotImplementedError, match="is_causal: expected False"):  # what transformers assumes of a module
         attend(module, q, q, q, None)
-    with pytest.raises(NotImplementedError, match="softcap: expected None, got 30"):
+    with pytest.raises(NotImplementedError, match="softcap: expected None, got a int"):
         attend(module, q, q, q, None, is_causal=False, softcap=30)
+    with pytest.raises(NotImplementedError, match="position_bias: expected None, got a Tensor"):
+        attend(module, q, q, q, None, is_causal=False, position_bias=torch.zeros(1, 2, 8, 8))
+    assert attend(module, q, q, q, torch.zeros(1, 1, 1, 8))[0].shape == (1, 8, 2, 4)  # a mask says all
     with pytest.raises(NotImplementedError, match="no grouped heads"):
         attend(module, q, q[:, :1], q[:, :1], None, is_causal=False)
 
@@ -162,9 +175,9 @@ def test_a_patched_nystromformer_with_padding(landmarks):
     for form in (mask, mask.expand(2, 1, 32, 32)):
         torch.testing.assert_close(patched(x, form)[0], expected, atol=1e-4, rtol=1e-4)
     if landmarks == 8:
-        with pytest.raises(RuntimeError, match="biases are not supported"):
+        with pytest.raises(NotImplementedError, match="biases are not supported"):
             patched(x, mask / 1e38)
-        with pytest.raises(RuntimeError, match="the same row for all heads and queries"):
+        with pytest.raises(NotImplementedError, match="the same row for all heads and queries"):
             patched(x, mask.expand(2, 1, 32, 32).tril())
 
 

@@ -12,7 +12,7 @@ from .sdpa import SdpaReplacement
 
 require("diffusers", "0.38")
 
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0  # noqa: E402
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0  # noqa: E402
 
 
 class VixAttnProcessor(AttnProcessor2_0):
@@ -22,14 +22,19 @@ class VixAttnProcessor(AttnProcessor2_0):
         super().__init__()
         self.attention = attention
 
-    def __call__(
-        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **others: Any
+    def __call__(  # Attention passes on what is named here only
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
     ) -> Tensor:
         """As AttnProcessor2_0; raises NotImplementedError for cross-attention and masks."""
         if encoder_hidden_states is not None:
             raise NotImplementedError("encoder_hidden_states: expected None; cross-attention is not supported")
         with SdpaReplacement(self.attention, fall_back=False):
-            return super().__call__(attn, hidden_states, None, *args, **others)
+            return super().__call__(attn, hidden_states, None, attention_mask, temb)
 
 
 def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
@@ -65,6 +70,6 @@ def _reason_against(module: nn.Module) -> str:
         return f"a {type(module).__name__}, not the Attention of diffusers.models.attention_processor"
     if module.is_cross_attention:
         return "cross-attention"
-    if type(module.processor) not in (AttnProcessor, AttnProcessor2_0, VixAttnProcessor):
+    if type(module.processor) not in (AttnProcessor2_0, VixAttnProcessor):  # AttnProcessor is that of a scale of 1
         return f"its processor is a {type(module.processor).__name__}"
     return ""

@@ -77,7 +77,8 @@ class DropIn:
         """(batch, heads, tokens, head_dim) to the same, as `scaled_dot_product_attention`.
 
         Args:
-            attn_mask: bool, True = may be looked at, the same for all heads and queries, as (batch, 1, 1, tokens).
+            attn_mask: one row for all heads and queries, such as (batch, 1, 1, tokens): bool, True = may be looked at, or added
+                to the logits, 0 or the lowest number.
             key_padding_mask: bool (batch, tokens), True = the token takes part.
             rope: rotary embedding of query and key.
 
@@ -87,17 +88,33 @@ class DropIn:
         if is_causal:
             raise NotImplementedError("is_causal: expected False; causal attention is not supported")
         if dropout_p:
-            raise NotImplementedError(f"dropout_p: expected 0 (there are no weights to drop), got {dropout_p}")
+            raise NotImplementedError(
+                f"dropout_p: expected 0, got {dropout_p}: there are no weights to drop; set the attention's dropout to 0"
+            )
         if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
             raise NotImplementedError(f"query, key, value: expected 4 dimensions each, got a query of {tuple(query.shape)}")
         if enable_gqa or not query.shape[1] == key.shape[1] == value.shape[1]:
             heads = query.shape[1], key.shape[1], value.shape[1]
             raise NotImplementedError(f"key: expected as many heads as query has, got {heads}; no grouped heads")
+        if not query.shape[0] == key.shape[0] == value.shape[0]:
+            batches = query.shape[0], key.shape[0], value.shape[0]
+            raise NotImplementedError(f"key: expected query's batch, got {batches}; samples are not broadcast")
+        self._check_places(query.shape[2], key.shape[2])
         if attn_mask is not None:
             if key_padding_mask is not None:
                 raise NotImplementedError("attn_mask: expected None beside a key_padding_mask")
             key_padding_mask = padding_of(attn_mask, key)
         return OPS[self.op](query, key, value, scale=scale, key_padding_mask=key_padding_mask, rope=rope, **self.options)
+
+    def _check_places(self, *lengths: int) -> None:
+        """Whether prefix and grid are those of sequences of these lengths."""
+        prefix, grid = self.options.get("prefix_tokens", 0), self.options.get("grid_size")
+        for tokens in lengths:
+            if tokens <= prefix:
+                raise NotImplementedError(f"prefix_tokens: expected fewer than the {tokens} tokens, got {prefix}")
+            if grid is not None and tokens - prefix != grid[0] * grid[1]:
+                behind = f"{tokens - prefix} tokens behind {prefix} of the prefix"
+                raise NotImplementedError(f"grid_size: expected height * width = {behind}, got {grid}")
 
 
 def check_trained(op: str, retrain: bool) -> None:
@@ -113,26 +130,36 @@ def padding_of(attn_mask: Tensor, key: Tensor) -> Tensor:
     """`attn_mask`, broadcastable to (batch, heads, queries, tokens), as bool (batch, tokens): only its keys may differ."""
     per_row = (-2, -3)  # queries and heads; a stride of 0 repeats one value
     same = all(attn_mask.shape[d] == 1 or attn_mask.stride(d) == 0 for d in per_row if attn_mask.dim() >= -d)
-    if attn_mask.dtype != torch.bool or not 1 <= attn_mask.dim() <= 4 or not same:
+    readable = attn_mask.dtype == torch.bool or attn_mask.is_floating_point()
+    if not readable or not 1 <= attn_mask.dim() <= 4 or not same:
         raise NotImplementedError(
-            "attn_mask: expected dtype bool and one row for all heads and queries, such as (batch, 1, 1, tokens), got "
+            "attn_mask: expected one row for all heads and queries, such as (batch, 1, 1, tokens), got "
             f"{dtype_name(attn_mask.dtype)} {tuple(attn_mask.shape)}"
         )
     while attn_mask.dim() < 4:
         attn_mask = attn_mask[None]
-    return attn_mask[:, 0, 0].expand(key.shape[0], key.shape[2])
+    row = attn_mask[:, 0, 0]
+    return (row if row.dtype == torch.bool else taking_part(row)).expand(key.shape[0], key.shape[2])
 
 
 def taking_part(additive: Tensor) -> Tensor:
     """Which tokens an additive mask leaves, bool: those with 0. All others must be far below any logit, or -inf.
 
-    A mask with other values is a bias, which would change in silence: it raises, on a GPU as a device-side assertion, because
-    reading the values would wait for the device.
+    A mask with other values is a bias, which would be lost in silence: it raises NotImplementedError, on a GPU and in compiled
+    code an assertion of the device, which ends the process's work there, because reading the values would wait for it.
     """
     taken = additive == 0
     barred = additive <= torch.finfo(additive.dtype).min / 2
-    torch._assert_async((taken | barred).all(), "additive mask: expected 0 or the lowest number; biases are not supported")
+    require_all(taken | barred, "additive mask: expected 0 or the lowest number; biases are not supported")
     return taken
+
+
+def require_all(condition: Tensor, message: str) -> None:
+    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not condition.all():
+            raise NotImplementedError(message)
+    elif condition.device.type != "meta":
+        torch._assert_async(condition.all(), message)
 
 
 def options_of(op: str) -> list[str]:
@@ -159,7 +186,9 @@ def _performer(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, key_padding_mask: Tensor | None, rope: Rope | None,
     num_features: int | None = None, seed: int = 0, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    projection = random_features(q, num_features or max(1, int(q.shape[3] * math.log(q.shape[3]))), seed)
+    if num_features is None:
+        num_features = max(1, int(q.shape[3] * math.log(q.shape[3])))
+    projection = random_features(q, num_features, seed)
     return performer_attention(
         q, k, v, projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope, backend=backend
     )  # fmt: skip

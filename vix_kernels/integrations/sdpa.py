@@ -54,7 +54,8 @@ def replace_sdpa(op: str, *, retrain: bool = False, **options: Any) -> SdpaRepla
 
     Calls that the attention cannot serve (a mask that is not padding, causal, dropout, grouped heads) fall back to softmax
     attention and are counted with their reason. Models that multiply matrices themselves, and nn.MultiheadAttention, never
-    call the function: see replace_mha. Compiled code counts once, when it is traced, and keeps what it was traced with.
+    call the function: see replace_mha. Only the thread that entered is served. Where a model computes again in backward
+    (gradient checkpointing), that has to be inside of the context, too.
 
     Args:
         op, retrain, options: as in DropIn.

@@ -25,7 +25,7 @@ from .hosts import Report, attentions, require
 
 require("timm", "1.0.28")
 
-from timm.layers import Attention, AttentionRope  # noqa: E402
+from timm.layers import Attention, AttentionRope, PatchDropout  # noqa: E402
 from timm.models import register_model  # noqa: E402
 from timm.models.eva import EvaAttention  # noqa: E402
 from timm.models.vision_transformer import ATTN_LAYERS  # noqa: E402
@@ -111,20 +111,22 @@ def rope_of(table: Tensor, prefix_tokens: int, num_heads: int, half: bool) -> Ro
     return Rope(cos, sin, layout)
 
 
-def attention_layer(op: str, **options: Any) -> type[Attention]:
+def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[Attention]:
     """A class for timm's attn_layer: its Attention, with its parameters and another attention.
 
         timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("nystrom", num_landmarks=49, prefix_tokens=1))
 
     Args:
-        op, options: as in DropIn; the model is to be trained with it. All layers share the random features.
+        op, retrain, options: as in DropIn. All layers share the random features.
     """
-    fixed = DropIn(op, retrain=True, **options)
+    fixed = DropIn(op, retrain=retrain, **options)
     return type(f"{op.capitalize()}Attention", (ReplacedAttention,), {"attention": fixed, "__module__": __name__})
 
 
-NystromAttention, PerformerAttention, LinearAttention, AgentAttention = map(attention_layer, OPS)
-ATTN_LAYERS.update({f"vix_{op}": layer for op, layer in zip(OPS, map(attention_layer, OPS), strict=True)})
+# Whoever names one knows what the model has to be trained with.
+NystromAttention, PerformerAttention, LinearAttention, AgentAttention = (attention_layer(op, retrain=True) for op in OPS)
+LAYERS = NystromAttention, PerformerAttention, LinearAttention, AgentAttention
+ATTN_LAYERS.update({f"vix_{layer.attention.op}": layer for layer in LAYERS})
 
 
 def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
@@ -146,31 +148,40 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
     """
-    attention = DropIn(op, retrain=retrain, **placed(model, op) | options)
+    attention = DropIn(op, retrain=retrain, **placed(model, op, options))
     report = Report(repr(attention))
     for name, module in attentions(model):
         if type(module) in _REPLACED:
             module.__class__ = _REPLACED[type(module)]
         elif not isinstance(module, _Replaced):
-            names = ", ".join(kind.__name__ for kind in _REPLACED)
-            report.refused[name] = f"a {type(module).__name__}, none of {names}"
+            kind, names = type(module), ", ".join(kind.__name__ for kind in _REPLACED)
+            report.refused[name] = f"{kind.__module__}.{kind.__name__}, none of timm's {names}"
             continue
         module.attention = attention.of_layer(len(report.replaced))
         report.replaced.append(name)
     return report.checked("an attention that timm's vision transformers or EVA have")
 
 
-def placed(model: nn.Module, op: str) -> dict[str, Any]:
-    """Where landmarks and agents stand in the tokens of `model`."""
+def placed(model: nn.Module, op: str, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, and where they do not say it, where landmarks and agents stand in the tokens of `model`."""
     if "prefix_tokens" not in options_of(op):
-        return {}
-    options: dict[str, Any] = {"prefix_tokens": getattr(model, "num_prefix_tokens", 0)}
-    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if grid is not None and not getattr(model, "dynamic_img_size", False):
-        options["grid_size"] = tuple(grid)
-        if op == "nystrom":
-            options["landmarks"] = "grid"
-    return options
+        return options
+    vit = next((each for each in model.modules() if hasattr(each, "num_prefix_tokens")), model)
+    options = {"prefix_tokens": getattr(vit, "num_prefix_tokens", 0)} | options
+    grid = getattr(getattr(vit, "patch_embed", None), "grid_size", None)
+    any_size = getattr(vit, "dynamic_img_size", False) or isinstance(getattr(vit, "patch_drop", None), PatchDropout)
+    if grid is None or any_size or "grid_size" in options or options.get("landmarks", "grid") != "grid":
+        return options
+    if op == "nystrom":
+        options["landmarks"] = "grid"
+    count, default = ("num_landmarks", 64) if op == "nystrom" else ("num_agents", 49)
+    return {count: most_cells(grid, default)} | options | {"grid_size": tuple(grid)}
+
+
+def most_cells(grid: tuple[int, int], most: int) -> int:
+    """The largest number up to `most` that is a product of at most the rows and at most the columns of the grid."""
+    rows, columns = grid
+    return max(a * min(most // a, columns) for a in range(1, min(rows, most) + 1))
 
 
 def _register_models() -> None:

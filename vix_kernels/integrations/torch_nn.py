@@ -76,7 +76,8 @@ def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: 
 
         report = replace_mha(model, "performer", retrain=True, num_features=128)
 
-    Encoder and decoder layers are served too, without PyTorch's fast path for inference, which would bypass what was replaced.
+    Encoder and decoder layers are served too, without PyTorch's fast path for inference, which would bypass what was replaced
+    (and which leaves zeros where tokens are padding). Their dropout, 0.1 unless given, has to be 0 in training.
     Whoever asks a replaced module for its weights (need_weights=True, the default of its forward) gets an error.
 
     Args:
@@ -100,8 +101,8 @@ def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: 
         report.replaced.append(name)
     report.checked("nn.MultiheadAttention")
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):  # it would hand nested tensors to its layers
-            module.use_nested_tensor = False
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, MultiheadAttention) for m in module.modules()):
+            module.use_nested_tensor = False  # it would hand nested tensors to its layers
     return report
 
 

@@ -15,7 +15,7 @@ from ..ops.fourier import fourier_mixing
 from ..ops.nystrom import nystrom_attention
 from ..ops.pooling import pooling
 from ..primitives import aggregate, broadcast, landmarks, pinv, token_conv
-from .drop_in import OPS, DropIn, check_trained, taking_part
+from .drop_in import OPS, DropIn, check_trained, require_all, taking_part
 from .hosts import Report, require
 
 require("transformers", "5.17")
@@ -25,7 +25,11 @@ from transformers.masking_utils import bidirectional_mask_function  # noqa: E402
 from transformers.models.fnet import modeling_fnet  # noqa: E402
 from transformers.models.nystromformer import modeling_nystromformer  # noqa: E402
 
-_UNSERVED = ("softcap", "position_bias", "s_aux", "sliding_window", "output_attentions")  # what else an attention is asked for
+# What else an attention is asked for, by one model or another
+_UNSERVED = (
+    "softcap", "position_bias", "s_aux", "sinks", "sliding_window", "block_indices", "indices", "cu_seq_lens_q",
+    "cu_seq_lens_k", "output_attentions",
+)  # fmt: skip
 
 
 def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
@@ -67,29 +71,37 @@ def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple
         """q, k, v (batch, heads, tokens, head_dim) to (batch, tokens, heads, head_dim), as transformers calls it."""
         check_trained(attention.op, retrain)
         for name in _UNSERVED:
-            if others.get(name) not in (None, False):
-                raise NotImplementedError(f"{name}: expected None, got {others[name]!r}; {attention!r} has no such thing")
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal  # the default of transformers
-        padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        out = attention(
-            query, key, value, None if padding is not None else attention_mask, dropout, causal, scaling,
-            key_padding_mask=padding,
-        )  # fmt: skip
-        return out.transpose(1, 2), None
+            value_of = others.get(name)
+            if value_of is not None and value_of is not False:
+                raise NotImplementedError(
+                    f"{name}: expected None, got a {type(value_of).__name__}; {attention!r} has no such thing"
+                )
+        # As transformers decides: a mask says all, and a module that says nothing is causal.
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = causal and attention_mask is None and query.shape[2] > 1
+        return attention(query, key, value, attention_mask, dropout, causal, scaling).transpose(1, 2), None
 
     return attend
 
 
 def padding_mask(
     *args: Any,
-    mask_function: Callable = bidirectional_mask_function,
+    mask_function: Callable,
     attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
     **others: Any,
 ) -> Tensor | None:
-    """The mask that these attentions are given: bool (batch, tokens), True = the token takes part; None: all do."""
+    """The mask that these attentions are given: additive (batch, 1, 1, tokens), or None where all tokens take part.
+
+    Additive, as for transformers' own eager attention: about 35 of its models make a mask for the attention that was asked for
+    and then add it to their logits, whatever that attention is.
+    """
     if mask_function is not bidirectional_mask_function:
         raise NotImplementedError("mask_function: expected the bidirectional one; causal and windowed masks are not supported")
-    return attention_mask
+    if attention_mask is None:
+        return None
+    additive = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
+    return additive.masked_fill_(~attention_mask.bool(), torch.finfo(dtype).min)[:, None, None]
 
 
 def patch(model: nn.Module) -> Report:
@@ -159,8 +171,8 @@ def _through_landmarks(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, atten
         return nystrom_attention(
             q, k, v, num_landmarks=module.num_landmarks, pinv_init=module.init_option, conv_weight=weight
         )  # fmt: skip
-    row = attention_mask[:, :1, :1]  # transformers since 5.2x repeats it for every query, and fails on its own mask
-    torch._assert_async((attention_mask == row).all(), "attention_mask: expected the same row for all heads and queries")
+    row = attention_mask[:, :1, :1]  # newer versions of transformers repeat it for every query
+    require_all(attention_mask == row, "attention_mask: expected the same row for all heads and queries")
     taken = taking_part(row[:, 0, 0]).expand(k.shape[0], -1)
     pool = pooling("num_landmarks", module.num_landmarks, None, 0, q.shape[2])
     options = dict(scale=q.shape[3] ** -0.5, backend=backends.resolve("auto", q, q.shape[3]))

@@ -1,0 +1,177 @@
+"""What the doors to other libraries gain: the host's own attention, or model, beside the same one with ours put in.
+
+    python -m bench.doors --output DIR
+
+CPU time of one thread, in turns, in one run. Before that the answers are compared: all but timm's, where landmarks approximate
+softmax attention, have to be those of the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vix_kernels.bench.machine import commit, device_name
+from vix_kernels.commands import print_table
+from vix_kernels.timing import in_turns
+from vix_kernels.training.report import write_summary
+
+SAME = 1e-4  # relative error of answers that are the same in float32
+Pair = tuple[nn.Module, nn.Module, tuple[Tensor, ...]]  # ours, theirs, and their arguments
+
+
+def timm_vit() -> Pair:
+    import timm
+
+    from vix_kernels.integrations.timm import replace_attention
+
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=512)
+    ours = copy.deepcopy(theirs)
+    replace_attention(ours, "nystrom")
+    return ours, theirs, (torch.randn(4, 3, 512, 512),)
+
+
+def transformers_nystromformer() -> Pair:
+    from transformers import NystromformerConfig
+    from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
+
+    from vix_kernels.integrations.transformers import patch
+
+    theirs = NystromformerSelfAttention(NystromformerConfig(segment_means_seq_len=4096))
+    ours = copy.deepcopy(theirs)
+    patch(ours)
+    return ours, theirs, (torch.randn(1, 4096, 768),)
+
+
+def transformers_fnet() -> Pair:
+    from transformers import FNetConfig
+    from transformers.models.fnet.modeling_fnet import FNetBasicFourierTransform
+
+    from vix_kernels.integrations.transformers import patch
+
+    theirs = FNetBasicFourierTransform(FNetConfig())
+    ours = copy.deepcopy(theirs)
+    patch(ours)
+    return ours, theirs, (torch.randn(4, 512, 768),)
+
+
+def performer_pytorch() -> Pair:
+    from performer_pytorch import FastAttention as Theirs
+
+    from vix_kernels.integrations.performer_pytorch import FastAttention
+
+    return *_same(FastAttention, Theirs, 64, 256), tuple(torch.randn(3, 2, 4, 4096, 64).unbind())
+
+
+def nystrom_attention() -> Pair:
+    from nystrom_attention import NystromAttention as Theirs
+
+    from vix_kernels.integrations.nystrom_attention import NystromAttention
+
+    return *_same(NystromAttention, Theirs, 256, heads=4, num_landmarks=64), (torch.randn(2, 4096, 256),)
+
+
+def linformer() -> Pair:
+    from linformer import LinformerSelfAttention as Theirs
+
+    from vix_kernels.integrations.linformer import LinformerSelfAttention
+
+    return *_same(LinformerSelfAttention, Theirs, 256, seq_len=4096, heads=4), (torch.randn(2, 4096, 256),)
+
+
+def _same(ours: type[nn.Module], theirs: type[nn.Module], *args: Any, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """Both classes with the same weights."""
+    mine, other = ours(*args, **options), theirs(*args, **options)
+    mine.load_state_dict(other.state_dict())
+    return mine, other
+
+
+DOORS: dict[str, tuple[Callable[[], Pair], str]] = {
+    "timm": (timm_vit, "vit_tiny_patch16_224, 512 pixels, batch 4, Nystrom"),
+    "transformers": (transformers_nystromformer, "NystromformerSelfAttention, base size, 4,096 tokens"),
+    "fnet": (transformers_fnet, "transformers' FNetBasicFourierTransform, base size, 512 tokens, batch 4"),
+    "performer-pytorch": (performer_pytorch, "FastAttention, 256 features, 4,096 tokens"),
+    "nystrom-attention": (nystrom_attention, "NystromAttention, 64 landmarks, 4,096 tokens"),
+    "linformer": (linformer, "LinformerSelfAttention, k 256, 4,096 tokens"),
+}
+
+
+def measured(door: str, rounds: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    build, what = DOORS[door]
+    ours, theirs, args = build()
+    with torch.no_grad():
+        out, exact = (_first(module.eval()(*args)) for module in (ours, theirs))
+    error = ((out - exact).norm() / exact.norm()).item()
+    if door != "timm" and not error < SAME:
+        raise RuntimeError(f"{door}: expected the host's answers, got a relative error of {error:.1e}")
+    row: dict[str, Any] = dict(door=door, what=what, relative_error=error)
+    for direction, call in (("forward", _forward), ("full", _full)):
+        times = in_turns({"ours": call(ours, args), "theirs": call(theirs, args)}, rounds=rounds)
+        pairs = zip(times["ours"].samples, times["theirs"].samples, strict=True)
+        row |= {f"{direction}_ms": times["ours"].median, f"{direction}_ratio": statistics.median(a / b for a, b in pairs)}
+    return row
+
+
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _forward(module: nn.Module, args: tuple[Tensor, ...]) -> Callable[[], None]:
+    @torch.no_grad()
+    def call() -> None:
+        module(*args)
+
+    return call
+
+
+def _full(module: nn.Module, args: tuple[Tensor, ...]) -> Callable[[], None]:
+    args = tuple(each.clone().requires_grad_() for each in args)
+
+    def call() -> None:
+        _first(module(*args)).sum().backward()
+        for each in (*module.parameters(), *args):
+            each.grad = None
+
+    return call
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.doors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--doors", nargs="+", choices=DOORS, default=list(DOORS), metavar="NAME", help=", ".join(DOORS))
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write doors.csv there (default: nothing)")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rows = []
+    for door in options.doors:
+        rows.append(measured(door, options.rounds) | dict(device=device_name("cpu"), commit=commit()))
+        print(f"{door}: {rows[-1]['forward_ratio']:.2f} / {rows[-1]['full_ratio']:.2f}", file=sys.stderr, flush=True)
+    print_table(
+        ("door", "what", "ms", "forward, of theirs", "with backward", "relative error"),
+        (
+            (
+                row["door"], row["what"], f"{row['forward_ms']:.0f} / {row['full_ms']:.0f}", f"{row['forward_ratio']:.2f}",
+                f"{row['full_ratio']:.2f}", f"{row['relative_error']:.1e}",
+            )
+            for row in rows
+        ),
+    )  # fmt: skip
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        write_summary(options.output / "doors.csv", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
