@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .drop_in import DropIn
-from .hosts import Report, attentions, require
+from .hosts import Report, replace_each, require
 from .sdpa import SdpaReplacement
 
 require("diffusers", "0.38")
@@ -54,15 +54,13 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
     """
-    attention = DropIn(op, retrain=retrain, **options)
-    report = Report(repr(attention))
-    for name, module in attentions(model):
-        if reason := _reason_against(module):
-            report.refused[name] = reason
-            continue
-        module.set_processor(VixAttnProcessor(attention.of_layer(len(report.replaced))))
-        report.replaced.append(name)
-    return report.checked("an Attention of diffusers that attends to its own tokens")
+    return replace_each(
+        model,
+        DropIn(op, retrain=retrain, **options),
+        reason_against=_reason_against,
+        put=lambda module, attention: module.set_processor(VixAttnProcessor(attention)),
+        expected="an Attention of diffusers that attends to its own tokens",
+    )
 
 
 def _reason_against(module: nn.Module) -> str:

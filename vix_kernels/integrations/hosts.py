@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 from torch import nn
+
+from .drop_in import DropIn
 
 
 def require(package: str, oldest: str) -> None:
@@ -52,6 +54,29 @@ class Report:
         reasons = Counter(self.refused.values())
         found = ", ".join(f"{count} times {reason}" for reason, count in reasons.items()) or "a model without any attention"
         raise ValueError(f"model: expected {expected}, got {found}")
+
+
+def replace_each(
+    model: nn.Module,
+    attention: DropIn,
+    *,
+    reason_against: Callable[[nn.Module], str],
+    put: Callable[[nn.Module, DropIn], None],
+    expected: str,
+) -> Report:
+    """Put `attention` into every attention of `model` that there is no reason against, each layer with features of its own.
+
+    Raises:
+        ValueError: there was none; `expected` says what was looked for.
+    """
+    report = Report(repr(attention))
+    for name, module in attentions(model):
+        if reason := reason_against(module):
+            report.refused[name] = reason
+            continue
+        put(module, attention.of_layer(len(report.replaced)))
+        report.replaced.append(name)
+    return report.checked(expected)
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

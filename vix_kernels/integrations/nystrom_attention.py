@@ -19,6 +19,7 @@ from ..nn.dropout import Dropout
 from ..nn.packed_linear import packed_linear
 from ..ops.nystrom import nystrom_attention
 from ..primitives.layout import accumulator
+from ..primitives.pinv import inverse_reference
 from ..primitives.token_conv import token_conv, token_conv_reference
 
 
@@ -146,13 +147,9 @@ class NystromAttention(nn.Module):
         return out, from_marks, inverse, to_marks
 
     def _inverse(self, a: Tensor) -> Tensor:
-        """Steps towards the pseudo-inverse of a (batch, heads, landmarks, landmarks), as in primitives/pinv.py."""
+        """Steps towards the pseudo-inverse of a (batch, heads, landmarks, landmarks)."""
         if self.compat:
             start = a.sum(-1).amax() * a.sum(-2).amax()
         else:
             start = a.sum(-2, keepdim=True).amax(-1, keepdim=True).clamp(min=1.0)
-        z, eye = a.mT / start, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-        for _ in range(self.pinv_iterations):
-            x = a @ z
-            z = z @ (13 * eye - x @ (15 * eye - x @ (7 * eye - x))) / 4
-        return z
+        return inverse_reference(a, a.mT / start, self.pinv_iterations)

@@ -21,7 +21,7 @@ from .. import models
 from ..nn.packed_linear import packed_linear
 from ..ops.rope import Rope
 from .drop_in import OPS, DropIn, options_of
-from .hosts import Report, attentions, require
+from .hosts import Report, replace_each, require
 
 require("timm", "1.0.28")
 
@@ -148,18 +148,25 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
     """
-    attention = DropIn(op, retrain=retrain, **placed(model, op, options))
-    report = Report(repr(attention))
-    for name, module in attentions(model):
-        if type(module) in _REPLACED:
-            module.__class__ = _REPLACED[type(module)]
-        elif not isinstance(module, _Replaced):
-            kind, names = type(module), ", ".join(kind.__name__ for kind in _REPLACED)
-            report.refused[name] = f"{kind.__module__}.{kind.__name__}, none of timm's {names}"
-            continue
-        module.attention = attention.of_layer(len(report.replaced))
-        report.replaced.append(name)
-    return report.checked("an attention that timm's vision transformers or EVA have")
+
+    def put(module: nn.Module, attention: DropIn) -> None:
+        module.__class__ = _REPLACED.get(type(module), type(module))  # one that was replaced stays what it is
+        module.attention = attention
+
+    return replace_each(
+        model,
+        DropIn(op, retrain=retrain, **placed(model, op, options)),
+        reason_against=_reason_against,
+        put=put,
+        expected="an attention that timm's vision transformers or EVA have",
+    )
+
+
+def _reason_against(module: nn.Module) -> str:
+    if type(module) in _REPLACED or isinstance(module, _Replaced):
+        return ""
+    kind, names = type(module), ", ".join(kind.__name__ for kind in _REPLACED)
+    return f"{kind.__module__}.{kind.__name__}, none of timm's {names}"
 
 
 def placed(model: nn.Module, op: str, options: dict[str, Any]) -> dict[str, Any]:

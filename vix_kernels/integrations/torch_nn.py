@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .drop_in import DropIn, taking_part
-from .hosts import Report, attentions
+from .hosts import Report, replace_each
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -90,16 +90,13 @@ def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: 
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
     """
-    attention = DropIn(op, retrain=retrain, **options)
-    report = Report(repr(attention))
-    for name, module in attentions(model):
-        if reason := _reason_against(module):
-            report.refused[name] = reason
-            continue
+
+    def put(module: nn.Module, attention: DropIn) -> None:
         module.__class__ = MultiheadAttention
-        module.attention = attention.of_layer(len(report.replaced))
-        report.replaced.append(name)
-    report.checked("nn.MultiheadAttention")
+        module.attention = attention
+
+    attention = DropIn(op, retrain=retrain, **options)
+    report = replace_each(model, attention, reason_against=_reason_against, put=put, expected="nn.MultiheadAttention")
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, MultiheadAttention) for m in module.modules()):
             module.use_nested_tensor = False  # it would hand nested tensors to its layers

@@ -86,12 +86,16 @@ def pinv_reference(
     a = torch.where(taken, logits.softmax(-1), 0.0)
     sums = a.sum(-2, keepdim=True)
     s = sums.amax((0, 1, 2, 3) if init == "original" else -1, keepdim=True)
-    z = a.mT / torch.where(s == 0, 1.0, s)
-    eye = torch.eye(landmarks, dtype=values.dtype, device=values.device)
+    return inverse_reference(a, a.mT / torch.where(s == 0, 1.0, s), iterations) @ values
+
+
+def inverse_reference(a: Tensor, z: Tensor, iterations: int) -> Tensor:
+    """Z_T from Z_0 = z; both (..., L, L)."""
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(iterations):
         x = a @ z
         z = z @ (13 * eye - x @ (15 * eye - x @ (7 * eye - x))) / 4
-    return z @ values
+    return z
 
 
 class _Pinv(torch.autograd.Function):
