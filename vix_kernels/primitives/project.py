@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from .layout import accumulator, empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
-from .tiled import Group, _flat, _groups, _read, _Rope, _window, _write
+from .tiled import Tile, _flat, _groups, _read, _Rope, _Scratch, _window, _write
 
 _PROBLEM = (
     "Tensor key_projection, Tensor? value_projection, Tensor k, Tensor v, Tensor? mask, Tensor? cos, Tensor? sin, "
@@ -117,14 +117,13 @@ def _tiled_forward(
 ) -> tuple[Tensor, Tensor]:
     rope = _Rope(cos, sin, interleaved, accumulator(k.dtype))
     slots = key_projection.shape[2]
-    keys = k.new_empty(*k.shape[:2], slots, k.shape[3])
-    values = v.new_empty(*v.shape[:2], slots, v.shape[3], dtype=accumulator(v.dtype))
+    keys, values = (x.new_zeros(*x.shape[:2], slots, x.shape[3], dtype=rope.dtype) for x in (k, v))
     e, f = _weights(key_projection, value_projection, k)
-    for group, _ in _groups(k, slots):
-        for out, weights, rows in ((keys, e, _read(k, group, mask, rope)), (values, f, _read(v, group, mask))):
-            window = _window(out, group)
-            _write(out, group, torch.bmm(_flat(weights, group).mT, rows, out=window))
-    return keys, values
+    for group, tiles in _groups(k, slots):
+        for tile in tiles:
+            _flat(keys, group).baddbmm_(_flat(e, tile).mT, _read(k, tile, mask, rope))
+            _flat(values, group).baddbmm_(_flat(f, tile).mT, _read(v, tile, mask))
+    return keys.to(k.dtype), values
 
 
 def _tiled_backward(
@@ -153,16 +152,18 @@ def _tiled_backward(
     de = key_projection.new_zeros(key_projection.shape if need_key_projection else (0,), dtype=e.dtype)
     df = key_projection.new_zeros(value_projection.shape if need_value_projection else (0,), dtype=e.dtype)
     shared = value_projection is None
-    for group, _ in _groups(k, key_projection.shape[2]):
+    room = _Scratch(e)
+    for group, tiles in _groups(k, key_projection.shape[2]):
         grads, contents = _flat(dkeys, group), _flat(dvalues, group)
-        if need_key_projection:
-            _add_products(de, _read(k, group, mask, rope), grads, group)
-        if need_value_projection or (shared and need_key_projection):
-            _add_products(de if shared else df, _read(v, group, mask), contents, group)
-        if need_k:
-            _write(dk, group, torch.bmm(_flat(e, group), grads, out=_window(dk, group)), rope)
-        if need_v:
-            _write(dv, group, torch.bmm(_flat(f, group), contents, out=_window(dv, group)))
+        for tile in tiles:
+            if need_key_projection:
+                _add_products(de, _read(k, tile, mask, rope), grads, tile)
+            if need_value_projection or (shared and need_key_projection):
+                _add_products(de if shared else df, _read(v, tile, mask), contents, tile)
+            if need_k:
+                _write(dk, tile, torch.bmm(_flat(e, tile), grads, out=_window(dk, tile, room)), rope)
+            if need_v:
+                _write(dv, tile, torch.bmm(_flat(f, tile), contents, out=_window(dv, tile, room)))
     if mask is not None:
         hidden = ~mask[:, None, :, None]
         dk, dv = (x.masked_fill_(hidden, 0) if need else x for x, need in ((dk, need_k), (dv, need_v)))
@@ -175,14 +176,15 @@ def _weights(key_projection: Tensor, value_projection: Tensor | None, k: Tensor)
     return [x.to(accumulator(k.dtype)).expand(*k.shape[:2], -1, -1) for x in both]
 
 
-def _add_products(total: Tensor, rows: Tensor, grads: Tensor, group: Group) -> None:
-    """Add rows_n . grads_j of a group's (pairs, N, width) and (pairs, K, width) to total (heads or 1, N, K)."""
+def _add_products(total: Tensor, rows: Tensor, grads: Tensor, tile: Tile) -> None:
+    """Add rows_n . grads_j of a tile's (pairs, tokens, width) and (pairs, K, width) to total (heads or 1, N, K)."""
+    _, heads, tokens = tile
     if len(total) == 1:
-        total[0].addbmm_(rows, grads.mT)
+        total[0, tokens].addbmm_(rows, grads.mT)
         return
-    heads = total[group[1]]
-    for x, dx in zip(rows.split(len(heads)), grads.split(len(heads)), strict=True):
-        heads.baddbmm_(x, dx.mT)
+    part = total[heads, tokens]
+    for x, dx in zip(rows.split(len(part)), grads.split(len(part)), strict=True):
+        part.baddbmm_(x, dx.mT)
 
 
 def _fake_forward(key_projection, value_projection, k, v, mask, cos, sin, interleaved, backend):

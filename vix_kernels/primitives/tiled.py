@@ -29,8 +29,9 @@ LOG2E = 1 / math.log(2)
 # Logits in a tile. Small enough for the caches of a CPU core, large enough to hide what calls and launches cost.
 TILE_CPU, TILE_GPU = 2**19, 2**24
 
-# The samples and heads that are worked on together.
+# The samples and heads that are worked on together, and a tile of their tokens: indices of (B, H, ...) and (B, H, N, ...).
 Group = tuple[slice, slice]
+Tile = tuple[slice, slice, slice]
 
 
 def aggregate_forward(
@@ -55,19 +56,18 @@ def aggregate_forward(
     square, rows = _Scratch(points), _Scratch(points)
     for group, tiles in _groups(k, slots.shape[2]):
         p, state = _flat(points, group), _flat(values, group)
-        keys, contents = _read(k, group, mask, rope), _read(v, group, mask)
-        bias = _key_bias(keys, group, mask, scale, gaussian, rows).unsqueeze(1)
         # The lowest number, not -inf: a slot that has seen no key yet must not compute inf - inf.
         top = p.new_full((*p.shape[:2], 1), torch.finfo(p.dtype).min)
         total = torch.zeros_like(top)
         for tile in tiles:
-            kt = keys[:, tile].mT
-            logits = torch.baddbmm(bias[..., tile], p, kt, out=square(*p.shape[:2], kt.shape[2]))
+            keys, contents = _read(k, tile, mask, rope), _read(v, tile, mask)
+            bias = _key_bias(keys, tile, mask, scale, gaussian, rows).unsqueeze(1)
+            logits = torch.baddbmm(bias, p, keys.mT, out=square(*p.shape[:2], keys.shape[1]))
             shift = torch.maximum(top, logits.amax(-1, keepdim=True))
             probs = logits.sub_(shift).exp2_()
             decay = top.sub_(shift).exp2_()
             total = torch.addcmul(probs.sum(-1, keepdim=True), total, decay)
-            state.mul_(decay).baddbmm_(probs, contents[:, tile])
+            state.mul_(decay).baddbmm_(probs, contents)
             top = shift
         # The largest logit of a slot adds exactly 1: only an empty slot has a smaller total.
         state.div_(total.clamp(min=1))
@@ -106,36 +106,27 @@ def aggregate_backward(
     level = _level(lse)
     dk, dv = (empty_like_tokens(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((k, need_k), (v, need_v)))
     dslots = points.new_zeros((*k.shape[:2], k.shape[3], slots.shape[2])) if need_slots else None
-    square, other, rows = _Scratch(points), _Scratch(points), _Scratch(points)
+    square, other, rows, key_room, value_room = (_Scratch(points) for _ in range(5))
     for group, tiles in _groups(k, slots.shape[2]):
         p, arms, dstate, lift, base = (_flat(x, group) for x in (points, scaled, dvalues, offset, level))
         pt, dstate_t, lift, base = p.mT, dstate.mT, lift.unsqueeze(1), base.unsqueeze(1)
-        keys, contents = _read(k, group, mask, rope), _read(v, group, mask)
-        bias = _key_bias(keys, group, mask, scale, gaussian, rows).unsqueeze(2)
-        dkeys = _window(dk, group) if need_k else None
-        dcontents = _window(dv, group) if need_v else None
-        dbias = torch.empty_like(bias)
         for tile in tiles:
-            kt, vt = keys[:, tile], contents[:, tile]
-            shape = (*kt.shape[:2], p.shape[1])
-            probs = torch.sub(bias[:, tile], base, out=square(*shape)).baddbmm_(kt, pt).exp2_()
+            keys, contents = _read(k, tile, mask, rope), _read(v, tile, mask)
+            bias = _key_bias(keys, tile, mask, scale, gaussian, rows).unsqueeze(2)
+            shape = (*keys.shape[:2], p.shape[1])
+            probs = torch.sub(bias, base, out=square(*shape)).baddbmm_(keys, pt).exp2_()
             if need_v:
-                torch.bmm(probs, dstate, out=dcontents[:, tile])
+                _write(dv, tile, torch.bmm(probs, dstate, out=_window(dv, tile, value_room)))
             if not (need_k or need_slots):
                 continue
-            dlogits = torch.baddbmm(lift, vt, dstate_t, out=other(*shape)).mul_(probs)
+            dlogits = torch.baddbmm(lift, contents, dstate_t, out=other(*shape)).mul_(probs)
             if need_k:
-                torch.bmm(dlogits, arms, out=dkeys[:, tile])
+                dkeys = torch.bmm(dlogits, arms, out=_window(dk, tile, key_room))
                 if gaussian:
-                    torch.sum(dlogits, -1, keepdim=True, out=dbias[:, tile])
+                    dkeys.addcmul_(keys, dlogits.sum(-1, keepdim=True), value=-(scale**2))
+                _write(dk, tile, dkeys, rope)
             if need_slots:
-                _flat(dslots, group).baddbmm_(kt.mT, dlogits, alpha=scale)
-        if need_k:
-            if gaussian:
-                dkeys.addcmul_(keys, dbias, value=-(scale**2))
-            _write(dk, group, dkeys, rope)
-        if need_v:
-            _write(dv, group, dcontents)
+                _flat(dslots, group).baddbmm_(keys.mT, dlogits, alpha=scale)
     if mask is not None:  # even where a slot's gradient is NaN
         hidden = ~mask[:, None, :, None]
         dk, dv = (x.masked_fill_(hidden, 0) if need else x for x, need in ((dk, need_k), (dv, need_v)))
@@ -159,20 +150,18 @@ def broadcast_forward(
     points, values, biases = _points(slots, q, scale * LOG2E), _wide(values), _slot_bias(slot_bias, slots, q)
     rope = _Rope(cos, sin, interleaved, points.dtype)
     out, lse = empty_like_tokens(q, values.shape[3]), points.new_empty(q.shape[:3])
-    square = _Scratch(points)
+    square, room = _Scratch(points), _Scratch(points)
     for group, tiles in _groups(q, slots.shape[2]):
         pt, state, bias = _flat(points, group).mT, _flat(values, group), _flat(biases, group).unsqueeze(1)
-        queries, result = _read(q, group, None, rope), _window(out, group)
-        top, total = queries.new_empty((2, *queries.shape[:2], 1))
         for tile in tiles:
-            qt = queries[:, tile]
-            logits = torch.baddbmm(bias, qt, pt, out=square(*qt.shape[:2], pt.shape[2]))
-            shift = torch.amax(logits, -1, keepdim=True, out=top[:, tile])
-            probs = logits.sub_(shift.clamp_(min=torch.finfo(shift.dtype).min)).exp2_()
-            torch.sum(probs, -1, keepdim=True, out=total[:, tile])
-            torch.bmm(probs, state, out=result[:, tile])
-        _write(lse, group, top.add_(total.log2()))
-        _write(out, group, result.div_(total.clamp_(min=1)))
+            queries = _read(q, tile, None, rope)
+            logits = torch.baddbmm(bias, queries, pt, out=square(*queries.shape[:2], pt.shape[2]))
+            top = logits.amax(-1, keepdim=True)
+            probs = logits.sub_(top.clamp_(min=torch.finfo(top.dtype).min)).exp2_()
+            total = probs.sum(-1, keepdim=True)
+            result = torch.bmm(probs, state, out=_window(out, tile, room))
+            _write(lse, tile, top.add_(total.log2()))
+            _write(out, tile, result.div_(total.clamp_(min=1)))
     return out, lse
 
 
@@ -208,28 +197,25 @@ def broadcast_backward(
     dvalues = points.new_zeros((*q.shape[:2], values.shape[3], slots.shape[2]))
     dbias = points.new_zeros((*q.shape[:2], slots.shape[2]))
     dslots = points.new_zeros((*q.shape[:2], q.shape[3], slots.shape[2])) if need_slots else None
-    square, other = _Scratch(points), _Scratch(points)
+    square, other, room = _Scratch(points), _Scratch(points), _Scratch(points)
     for group, tiles in _groups(q, slots.shape[2]):
         pt, state_t = _flat(points, group).mT, _flat(values, group).mT
         arms, bias = _flat(scaled, group), _flat(biases, group).unsqueeze(1)
         dstate, da = _flat(dvalues, group), _flat(dbias, group)
-        queries, dresult = _read(q, group, None, rope), _flat(dout, group)
-        base, dqueries = _flat(level, group).unsqueeze(2), _window(dq, group)
         for tile in tiles:
-            qt, dt = queries[:, tile], dresult[:, tile]
-            shape = (*qt.shape[:2], pt.shape[2])
-            probs = torch.sub(bias, base[:, tile], out=square(*shape)).baddbmm_(qt, pt).exp2_()
+            queries, dresult, base = _read(q, tile, None, rope), _flat(dout, tile), _flat(level, tile).unsqueeze(2)
+            shape = (*queries.shape[:2], pt.shape[2])
+            probs = torch.sub(bias, base, out=square(*shape)).baddbmm_(queries, pt).exp2_()
             if need_values:
-                dstate.baddbmm_(dt.mT, probs)
-            dlogits = torch.bmm(dt, state_t, out=other(*shape)).mul_(probs)
+                dstate.baddbmm_(dresult.mT, probs)
+            dlogits = torch.bmm(dresult, state_t, out=other(*shape)).mul_(probs)
             total = probs.sum(-1, keepdim=True).clamp_(min=0.5)
             dlogits.addcmul_(probs, dlogits.sum(-1, keepdim=True).div_(total), value=-1)
-            torch.bmm(dlogits, arms, out=dqueries[:, tile])
+            _write(dq, tile, torch.bmm(dlogits, arms, out=_window(dq, tile, room)), rope)
             if need_values:
                 da.add_(dlogits.sum(1))
             if need_slots:
-                _flat(dslots, group).baddbmm_(qt.mT, dlogits, alpha=scale)
-        _write(dq, group, dqueries, rope)
+                _flat(dslots, group).baddbmm_(queries.mT, dlogits, alpha=scale)
     if not need_values:
         return dq, _slots_grad(dslots, slots), values.new_empty(0), values.new_empty(0)
     return dq, _slots_grad(dslots, slots), dvalues.mT.contiguous(), dbias.div_(LOG2E)
@@ -274,27 +260,27 @@ class _Rope:
         self.turns = torch.complex(self.cos, self.sin) if interleaved and cos is not None else None
         self.cos_of_both = None if cos is None or interleaved else self.cos.repeat(1, 1, 2)
 
-    def __call__(self, x: Tensor, group: Group, inverse: bool = False, out: Tensor | None = None) -> Tensor:
-        """x (b, h, N, D), the wide rows of a group."""
+    def __call__(self, x: Tensor, where: Group | Tile, inverse: bool = False, out: Tensor | None = None) -> Tensor:
+        """x (b, h, tokens, D), the wide rows of a group or a tile."""
         if self.cos is None:
             return x
-        heads = slice(None) if len(self.cos) == 1 else group[1]
+        part = (slice(None) if len(self.cos) == 1 else where[1], *where[2:])
         width = 2 * self.cos.shape[-1]
         y = torch.empty_like(x) if out is None else out
         y[..., width:] = x[..., width:]
         if self.interleaved and _is_complex(x) and _is_complex(y):
-            turns = self.turns[heads]
+            turns = self.turns[part]
             # Not the lazy conj(): inside a compiled graph its mark is overlooked.
             turns = turns.conj_physical() if inverse else turns
             torch.mul(_complex(x[..., :width]), turns, out=_complex(y[..., :width]))
             return y
-        sin, sign = self.sin[heads], -1 if inverse else 1
+        sin, sign = self.sin[part], -1 if inverse else 1
         (u, v), (yu, yv) = self._halves(x, width), self._halves(y, width)
         if self.interleaved:
-            torch.mul(u, self.cos[heads], out=yu)
-            torch.mul(v, self.cos[heads], out=yv)
+            torch.mul(u, self.cos[part], out=yu)
+            torch.mul(v, self.cos[part], out=yv)
         else:
-            torch.mul(x[..., :width], self.cos_of_both[heads], out=y[..., :width])
+            torch.mul(x[..., :width], self.cos_of_both[part], out=y[..., :width])
         yu.addcmul_(v, sin, value=-sign)
         yv.addcmul_(u, sin, value=sign)
         return y
@@ -329,61 +315,74 @@ class _Scratch:
         return self.view
 
 
-def _groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[slice]]]:
-    """Cut (batch, heads, tokens) into tiles: long sequences head by head, short ones with several heads or samples."""
+def _groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
+    """Cut (batch, heads, tokens) into tiles: several samples or heads of short sequences, runs of tokens of long ones.
+
+    A tile is a stretch of memory where it can be. Where the heads of a token are neighbours, as behind a linear map, it has all
+    heads of some tokens: one head alone is a few cache lines of every page, and waits for each of them.
+    """
     batch, heads, tokens, _ = x.shape
     room = max(1, (TILE_CPU if x.device.type == "cpu" else TILE_GPU) // slots)
-    step = max(16, room // 16 * 16)
-    tiles = [slice(start, start + step) for start in range(0, tokens, step)]
-    pairs = max(1, room // tokens)
+    pairs = max(1, room // max(1, tokens))
+    if x.stride(1) < x.stride(2) and 4 * heads > pairs:  # and one sample, whose heads are a view
+        pairs = heads
     b_step, h_step = max(1, pairs // max(1, heads)), max(1, min(heads, pairs))
+    n_step = room // (b_step * h_step)
+    if n_step < tokens:
+        n_step = max(16, n_step // 16 * 16)
     for b in range(0, batch, b_step):
         for h in range(0, heads, h_step):
-            yield (slice(b, b + b_step), slice(h, h + h_step)), tiles
+            group = slice(b, b + b_step), slice(h, h + h_step)
+            yield group, [(*group, slice(n, n + n_step)) for n in range(0, tokens, n_step)]
 
 
-def _flat(x: Tensor, group: Group) -> Tensor:
-    """A group of x as (sample-head pairs, ...), wide. A view if x is wide, and contiguous or the group one sample."""
-    return _wide(x[group].flatten(0, 1))
+def _flat(x: Tensor, where: Group | Tile) -> Tensor:
+    """A group or a tile of x as (sample-head pairs, ...), wide. A view if x is wide, and contiguous or the group one sample."""
+    return _wide(x[where].flatten(0, 1))
 
 
-def _read(x: Tensor, group: Group, mask: Tensor | None, rope: _Rope | None = None) -> Tensor:
-    """The tokens of a group, (pairs, N, width), with masked ones 0, and turned."""
-    rows = _wide(x[group])
+def _read(x: Tensor, where: Group | Tile, mask: Tensor | None, rope: _Rope | None = None) -> Tensor:
+    """The tokens of a group or a tile, (pairs, tokens, width), with masked ones 0, and turned."""
+    rows = _wide(x[where])
     if mask is not None:
-        rows = rows.masked_fill(~mask[group[0], None, :, None], 0.0)
+        rows = rows.masked_fill(_hidden(mask, where)[..., None], 0.0)
     if rope is not None and rope.cos is not None:
-        rows = _wide(rope(rows, group).to(x.dtype))
+        rows = _wide(rope(rows, where).to(x.dtype))
     return rows.flatten(0, 1)
 
 
-def _window(x: Tensor, group: Group) -> Tensor:
-    """Where to compute a group of x: in x itself if it is wide and its heads lie apart, else in a buffer."""
-    part = x[group]
-    if part.dtype == accumulator(x.dtype) and part.is_contiguous():
+def _hidden(mask: Tensor, where: Group | Tile) -> Tensor:
+    """Which tokens do not take part, (samples, 1, tokens)."""
+    return ~mask[(where[0], *where[2:])][:, None]
+
+
+def _window(x: Tensor, where: Group | Tile, room: _Scratch) -> Tensor:
+    """Where to compute a group or a tile of x, (pairs, tokens, width): in x itself if it is wide and pairs are a view of it."""
+    part = x[where]
+    if part.dtype == room.memory.dtype and (len(part) == 1 or part.is_contiguous()):
         return part.flatten(0, 1)
-    return x.new_empty((part.shape[0] * part.shape[1], *part.shape[2:]), dtype=accumulator(x.dtype))
+    return room(part.shape[0] * part.shape[1], *part.shape[2:])
 
 
-def _write(x: Tensor, group: Group, rows: Tensor, rope: _Rope | None = None) -> None:
+def _write(x: Tensor, where: Group | Tile, rows: Tensor, rope: _Rope | None = None) -> None:
     """Bring computed rows to x, turned back."""
-    part = x[group]
+    part = x[where]
     rows = rows.view(part.shape)
     if rope is not None and rope.cos is not None:
         elsewhere = rows.data_ptr() != part.data_ptr() and rows.dtype == part.dtype
-        rows = rope(rows, group, inverse=True, out=part if elsewhere else None)
+        rows = rope(rows, where, inverse=True, out=part if elsewhere else None)
     if rows.data_ptr() != part.data_ptr():
         part.copy_(rows)
 
 
-def _key_bias(keys: Tensor, group: Group, mask: Tensor | None, scale: float, gaussian: bool, rows: _Scratch) -> Tensor:
-    """b_n of a group, (pairs, N), in units of log 2."""
+def _key_bias(keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gaussian: bool, rows: _Scratch) -> Tensor:
+    """b_n of a tile, (pairs, tokens), in units of log 2."""
     if gaussian:
         bias = torch.mul(keys, keys, out=rows(*keys.shape)).sum(-1).mul_(-0.5 * scale**2 * LOG2E)
     else:
         bias = keys.new_zeros(keys.shape[:2])
     if mask is not None:
-        hidden = ~mask[group[0], None]
+        hidden = _hidden(mask, tile)
         bias.view(len(hidden), -1, bias.shape[1]).masked_fill_(hidden, -torch.inf)
     return bias
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .layout import accumulator, empty_like_tokens
-from .tiled import _groups, _read, _Rope, _Scratch
+from .tiled import _groups, _hidden, _read, _Rope, _Scratch
 
 
 def landmarks_forward(
@@ -91,13 +91,19 @@ class Grid:
         grid = _window_sums(_window_sums(grid, -2, self.mark_columns, self.adaptive), -3, self.mark_rows, self.adaptive)
         return torch.cat([x[..., : self.prefix, :], grid.flatten(-3, -2)], -2)
 
-    def spread(self, marks: Tensor, x: Tensor) -> None:
-        """The transpose: (..., L, D) to what each token receives of its windows, written to x (..., N, D)."""
-        x[..., : self.prefix, :] = marks[..., : self.prefix, :]
+    def spread(self, marks: Tensor, other: Tensor | None, x: Tensor) -> None:
+        """The transpose: (..., L, D) to what each token receives of its windows, and `other`, to x (..., N, D)."""
+        prefix, rest = (None, None) if other is None else (other[..., : self.prefix, :], self._lines(other))
+        _plus(marks[..., : self.prefix, :], prefix, x[..., : self.prefix, :])
         coarse = marks[..., self.prefix :, :].unflatten(-2, (self.mark_rows, -1))
-        lines = coarse.new_empty(*coarse.shape[:-3], self.rows, *coarse.shape[-2:])
-        _spread(coarse, -3, self.adaptive, lines)
-        _spread(lines, -2, self.adaptive, x[..., self.prefix :, :].unflatten(-2, (self.rows, -1)))
+        lines = coarse
+        if self.rows != self.mark_rows:
+            lines = coarse.new_empty(*coarse.shape[:-3], self.rows, *coarse.shape[-2:])
+            _spread(coarse, -3, self.adaptive, None, lines)
+        _spread(lines, -2, self.adaptive, rest, self._lines(x))
+
+    def _lines(self, x: Tensor) -> Tensor:
+        return x[..., self.prefix :, :].unflatten(-2, (self.rows, -1))
 
 
 def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
@@ -120,16 +126,16 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
     return torch.cat([sums, x.narrow(axis, split, size - split).unflatten(axis, (-1, short + 1)).sum(axis)], axis)
 
 
-def _spread(marks: Tensor, axis: int, adaptive: bool, out: Tensor) -> None:
-    """To each token along a (negative) axis of out the sum of the windows that it lies in."""
+def _spread(marks: Tensor, axis: int, adaptive: bool, other: Tensor | None, out: Tensor) -> None:
+    """To each token along a (negative) axis of out the sum of the windows that it lies in, and `other`."""
     size, count = out.shape[axis], marks.shape[axis]
     short, longer = divmod(size, count)
     if adaptive and longer:  # the last window of each token, and the one before of those that end one and begin the next
         token, window = (torch.arange(each, device=marks.device) for each in (size, count))
-        out.copy_(marks.index_select(axis, ((token + 1) * count - 1) // size))
+        _plus(marks.index_select(axis, ((token + 1) * count - 1) // size), other, out)
         end = ((window + 1) * size - 1) // count
         single = (((end + 1) * count - 1) // size == window).view(-1, *[1] * (-1 - axis))
-        out.index_copy_(axis, end, out.index_select(axis, end).add_(marks.masked_fill(single, 0)))
+        out.index_add_(axis, end, marks.masked_fill(single, 0))
         return
     split = (count - longer) * short
     for start, length, windows in (
@@ -137,7 +143,17 @@ def _spread(marks: Tensor, axis: int, adaptive: bool, out: Tensor) -> None:
         (split, short + 1, marks.narrow(axis, count - longer, longer)),
     ):
         number = windows.shape[axis]
-        out.narrow(axis, start, number * length).unflatten(axis, (number, length)).copy_(windows.unsqueeze(axis))
+        parts = (None if x is None else _windows(x, axis, start, number, length) for x in (other, out))
+        _plus(windows.unsqueeze(axis), *parts)
+
+
+def _windows(x: Tensor, axis: int, start: int, number: int, length: int) -> Tensor:
+    return x.narrow(axis, start, number * length).unflatten(axis, (number, length))
+
+
+def _plus(x: Tensor, other: Tensor | None, out: Tensor) -> None:
+    """out = x + other, in one pass over the tokens."""
+    out.copy_(x) if other is None else torch.add(x, other, out=out)
 
 
 def _means(x: Tensor, mask: Tensor | None, rope: _Rope, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -161,16 +177,17 @@ def _token_gradient(
     share = (share if dmarks_2 is None else share + dmarks_2) / counts.clamp(min=1)[:, None, :, None]
     dx = empty_like_tokens(x, x.shape[3])
     buffer, turned = _Scratch(share), rope.cos is not None
+    direct = other is not None and not turned and mask is None
     for group, _ in _groups(x, x.shape[3]):
         part, marks = dx[group], share[group]
         wide = dx.dtype == share.dtype  # dx itself has room for sums
         rows = part if wide and not turned else buffer(*part.shape)
-        grid.spread(marks, rows)
+        grid.spread(marks, other[group] if direct else None, rows)
         if turned:
             rows = rope(rows, group, inverse=True, out=part if wide else None)
         if mask is not None:
-            rows.masked_fill_(~mask[group[0], None, :, None], 0)
-        if other is not None:
+            rows.masked_fill_(_hidden(mask, group)[..., None], 0)
+        if other is not None and not direct:
             rows += other[group]
         if not wide:
             part.copy_(rows)

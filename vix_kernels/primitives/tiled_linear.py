@@ -10,7 +10,23 @@ import torch
 from torch import Tensor
 
 from .layout import empty_like_tokens
-from .tiled import LOG2E, Group, _flat, _groups, _level, _points, _read, _Rope, _Scratch, _slots_grad, _wide, _window, _write
+from .tiled import (
+    LOG2E,
+    Group,
+    Tile,
+    _flat,
+    _groups,
+    _hidden,
+    _level,
+    _points,
+    _read,
+    _Rope,
+    _Scratch,
+    _slots_grad,
+    _wide,
+    _window,
+    _write,
+)
 
 
 def linear_aggregate_forward(
@@ -28,13 +44,12 @@ def linear_aggregate_forward(
     values = move.empty(*k.shape[:2], move.num_slots, v.shape[3]).zero_()
     sums = move.empty(*values.shape[:3], 1).zero_()
     for group, tiles in _groups(k, move.num_slots):
-        keys, contents = _read(k, group, mask, move.rope), _read(v, group, mask)
         state, total = _flat(values, group), _flat(sums, group)
         for tile in tiles:
-            features = move.features(move.logits(keys[:, tile], group))
+            features = move.features(move.logits(_read(k, tile, mask, move.rope), group))
             if mask is not None:
-                features.mul_(_takes_part(mask, group, tile, features))
-            state.baddbmm_(features.mT, contents[:, tile])
+                features.mul_(_takes_part(mask, tile, features))
+            state.baddbmm_(features.mT, _read(v, tile, mask))
             total.add_(features.sum(1).unsqueeze(2))
     return values.div_(_divisor(sums)), sums.log2_().squeeze(3)
 
@@ -68,28 +83,21 @@ def linear_aggregate_backward(
     dk, dv = (empty_like_tokens(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((k, need_k), (v, need_v)))
     dslots = move.slot_sums(k) if need_slots and slots is not None else None
     for group, tiles in _groups(k, move.num_slots):
-        keys, contents = _read(k, group, mask, move.rope), _read(v, group, mask)
         dstate, offset = _flat(rows, group), _flat(lift, group).mT
-        dkeys = _window(dk, group) if need_k else None
-        dcontents = _window(dv, group) if need_v else None
         for tile in tiles:
-            kt = keys[:, tile]
-            logits = move.logits(kt, group)
+            keys = _read(k, tile, mask, move.rope)
+            logits = move.logits(keys, group)
             if need_k or dslots is not None:
-                dlogits = torch.baddbmm(offset, contents[:, tile], dstate.mT, out=move.other(*logits.shape))
+                dlogits = torch.baddbmm(offset, _read(v, tile, mask), dstate.mT, out=move.other(*logits.shape))
                 move.times_slope(dlogits, logits)
                 if mask is not None:
-                    dlogits.mul_(_takes_part(mask, group, tile, dlogits))
+                    dlogits.mul_(_takes_part(mask, tile, dlogits))
                 if need_k:
-                    move.to_tokens(dlogits, group, out=dkeys[:, tile])
+                    _write(dk, tile, move.to_tokens(dlogits, dk, tile), move.rope)
                 if dslots is not None:
-                    _flat(dslots, group).baddbmm_(kt.mT, dlogits)
+                    _flat(dslots, group).baddbmm_(keys.mT, dlogits)
             if need_v:
-                torch.bmm(move.features(logits), dstate, out=dcontents[:, tile])
-        if need_k:
-            _write(dk, group, dkeys, move.rope)
-        if need_v:
-            _write(dv, group, dcontents)
+                _write(dv, tile, torch.bmm(move.features(logits), dstate, out=_window(dv, tile, move.room)))
     if mask is not None:  # even where a slot's gradient is NaN
         hidden = ~mask[:, None, :, None]
         dk, dv = (x.masked_fill_(hidden, 0) if need else x for x, need in ((dk, need_k), (dv, need_v)))
@@ -113,16 +121,13 @@ def linear_broadcast_forward(
     weighted = values * weights
     out, total = empty_like_tokens(q, values.shape[3]), move.empty(*q.shape[:3])
     for group, tiles in _groups(q, move.num_slots):
-        queries, result = _read(q, group, None, move.rope), _window(out, group)
         state, each = _flat(weighted, group), _flat(weights, group)
-        sums = queries.new_empty((*queries.shape[:2], 1))
         for tile in tiles:
-            features = move.features(move.logits(queries[:, tile], group))
-            torch.bmm(features, each, out=sums[:, tile])
-            torch.bmm(features, state, out=result[:, tile])
-        sums.add_(eps)
-        _write(total, group, sums)
-        _write(out, group, result.div_(_divisor(sums)))
+            features = move.features(move.logits(_read(q, tile, None, move.rope), group))
+            sums = torch.bmm(features, each).add_(eps)
+            result = torch.bmm(features, state, out=_window(out, tile, move.room))
+            _write(total, tile, sums)
+            _write(out, tile, result.div_(_divisor(sums)))
     return out, total
 
 
@@ -156,25 +161,22 @@ def linear_broadcast_backward(
     dvalues = move.empty(*q.shape[:2], values.shape[3], move.num_slots).zero_()
     dlse = move.empty(*q.shape[:2], move.num_slots).zero_()
     for group, tiles in _groups(q, move.num_slots):
-        queries, dqueries = _read(q, group, None, move.rope), _window(dq, group)
         state, each = _flat(values, group), _flat(weights, group)
-        dresult, divisor = _flat(dout, group), _divisor(_flat(total, group).unsqueeze(2))
         dstate, da = _flat(dvalues, group), _flat(dlse, group)
         for tile in tiles:
-            qt, dt = queries[:, tile], dresult[:, tile]
-            logits = move.logits(qt, group)
-            shares = torch.div(each, divisor[:, tile], out=move.shares(*logits.shape))
+            queries, dresult, divisor = _read(q, tile, None, move.rope), _flat(dout, tile), _divisor(_flat(total, tile))
+            logits = move.logits(queries, group)
+            shares = torch.div(each, divisor.unsqueeze(2), out=move.shares(*logits.shape))
             probs = move.features(logits).mul_(shares)
-            dlogits = torch.bmm(dt, state.mT, out=move.other(*logits.shape))
+            dlogits = torch.bmm(dresult, state.mT, out=move.other(*logits.shape))
             dlogits.sub_((probs * dlogits).sum(-1, keepdim=True))
             if need_values:
-                dstate.baddbmm_(dt.mT, probs)
+                dstate.baddbmm_(dresult.mT, probs)
                 da.add_((probs * dlogits).sum(1))
             move.times_slope(dlogits.mul_(shares), logits)
-            move.to_tokens(dlogits, group, out=dqueries[:, tile])
+            _write(dq, tile, move.to_tokens(dlogits, dq, tile), move.rope)
             if dslots is not None:
-                _flat(dslots, group).baddbmm_(qt.mT, dlogits)
-        _write(dq, group, dqueries, move.rope)
+                _flat(dslots, group).baddbmm_(queries.mT, dlogits)
     grads = (dvalues.mT.contiguous(), dlse.div_(LOG2E)) if need_values else (values.new_empty(0), values.new_empty(0))
     return dq, q.new_empty(0) if dslots is None else _slots_grad(dslots, slots), *grads
 
@@ -190,7 +192,7 @@ class _Move:
         self.num_slots = x.shape[3] if slots is None else slots.shape[2]
         self.rope = _Rope(cos, sin, interleaved, self.like.dtype)
         self.elu = feature_map == "elu"
-        self.square, self.other, self.third, self.shares = (_Scratch(self.like) for _ in range(4))
+        self.square, self.other, self.third, self.shares, self.room = (_Scratch(self.like) for _ in range(5))
 
     def empty(self, *shape: int) -> Tensor:
         return self.like.new_empty(shape)
@@ -217,16 +219,16 @@ class _Move:
             return dlogits.mul_(torch.clamp(logits, max=0, out=self.third(*logits.shape)).exp_())
         return dlogits.mul_(logits > 0)
 
-    def to_tokens(self, dlogits: Tensor, group: Group, out: Tensor) -> None:
+    def to_tokens(self, dlogits: Tensor, dx: Tensor, tile: Tile) -> Tensor:
+        """The rows of a tile of dx."""
         if self.points is None:
-            out.copy_(dlogits)
-        else:
-            torch.bmm(dlogits, _flat(self.points, group), out=out)
+            return dlogits
+        return torch.bmm(dlogits, _flat(self.points, tile[:2]), out=_window(dx, tile, self.room))
 
 
-def _takes_part(mask: Tensor, group: Group, tile: slice, like: Tensor) -> Tensor:
+def _takes_part(mask: Tensor, tile: Tile, like: Tensor) -> Tensor:
     """1 for keys that take part, else 0: (pairs, tokens of the tile, 1)."""
-    rows = mask[group[0], None, tile].to(like.dtype)
+    rows = (~_hidden(mask, tile)).to(like.dtype)
     return rows.expand(-1, like.shape[0] // len(rows), -1).flatten(0, 1).unsqueeze(2)
 
 
