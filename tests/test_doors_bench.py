@@ -1,0 +1,29 @@
+"""bench/doors.py: what the doors gain over the hosts' own."""
+
+import pytest
+import torch
+
+from bench import doors
+
+
+def test_times_of_both_and_the_same_answers():
+    pytest.importorskip("linformer", reason="the package linformer is not installed")
+    error, times = doors.measured("linformer", rounds=1)
+    row = doors.summary("linformer", [(error, times)] * 2)
+    assert error < doors.SAME and row["what"].startswith("Linformer")
+    for direction in ("forward", "full"):
+        assert row[f"{direction}_ms"] == times[direction]["ours"][0] > 0
+        assert row[f"{direction}_ratio"] == times[direction]["ours"][0] / times[direction]["theirs"][0]
+
+
+def test_other_answers_are_an_error(monkeypatch: pytest.MonkeyPatch):
+    pair = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), (torch.randn(2, 4),)
+    monkeypatch.setitem(doors.DOORS, "linformer", (lambda: pair, "two layers with other weights"))
+    with pytest.raises(RuntimeError, match="linformer: expected the host's answers, got a relative error"):
+        doors.measured("linformer", rounds=1)
+
+
+def test_the_command_teaches(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        doors.main(["--help"])
+    assert "fresh processes" in capsys.readouterr().out
