@@ -2,8 +2,8 @@
 
     python -m bench.doors --output DIR
 
-CPU time of one thread, in turns, in fresh processes: how much a large buffer costs depends on what the allocator has kept from
-calls before, so that the ratios of a process that has run other doors are other ratios. Before that the answers are compared:
+CPU time of one thread, in turns, in processes of their own: what a large buffer costs depends on what the allocator has kept
+from calls before, so that a process that has run other doors gives other ratios. Before that the answers are compared:
 all but timm's, where landmarks approximate softmax attention, have to be those of the host.
 """
 
@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from vix_kernels.bench.machine import commit, device_name
+from vix_kernels.bench.measure import alone
 from vix_kernels.commands import print_table
 from vix_kernels.timing import in_turns
 from vix_kernels.training.report import write_summary
@@ -141,6 +140,10 @@ def summary(door: str, runs: list[tuple[float, dict[str, Times]]]) -> dict[str, 
     return row
 
 
+def _lost(why: str) -> NoReturn:
+    raise RuntimeError(why)
+
+
 def _first(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
@@ -175,8 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     rows = []
     for door in options.doors:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as fresh:
-            runs = [fresh.submit(measured, door, options.rounds).result() for _ in range(options.processes)]
+        runs = [alone("cpu", _lost, measured, door, options.rounds) for _ in range(options.processes)]
         rows.append(summary(door, runs) | dict(device=device_name("cpu"), commit=commit()))
         print(f"{door}: {rows[-1]['forward_ratio']:.2f} / {rows[-1]['full_ratio']:.2f}", file=sys.stderr, flush=True)
     print_table(

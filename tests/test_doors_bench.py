@@ -26,4 +26,4 @@ def test_other_answers_are_an_error(monkeypatch: pytest.MonkeyPatch):
 def test_the_command_teaches(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         doors.main(["--help"])
-    assert "fresh processes" in capsys.readouterr().out
+    assert "processes of their own" in capsys.readouterr().out

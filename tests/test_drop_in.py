@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vix_kernels import agent_attention, linear_attention, nystrom_attention, orthogonal_projection, performer_attention
 from vix_kernels.integrations.drop_in import OPS, DropIn, padding_of, random_features, taking_part
-from vix_kernels.integrations.hosts import Report, require
+from vix_kernels.integrations.hosts import Report, require, require_call
 
 
 def qkv(batch=2, heads=3, tokens=24, width=16):
@@ -191,6 +191,20 @@ def test_versions():
         require("torch", "99")
     with pytest.raises(ImportError, match="pip install no-such-package"):
         require("no-such-package", "1")
+
+
+def test_a_host_that_calls_otherwise_is_named():
+    class Theirs(torch.nn.Module):
+        def forward(self, x, cache=None):
+            return x
+
+    class Ours(Theirs):
+        def forward(self, x):
+            return x
+
+    require_call("torch", Theirs, Ours)
+    with pytest.raises(ImportError, match=r"torch 2\..*: Theirs is called with \(x, cache\), expected \(x\)"):
+        require_call("torch", Ours, Theirs)
 
 
 def test_reports():

@@ -350,5 +350,5 @@ def test_a_backward_is_refused() -> None:
             return angle_gradient(x, x, None, AXIAL.cos, True, "torch")
 
     program = torch.export.export(Gradient(), (drawn(2, HEADS, 1 + ROWS * COLUMNS, WIDTH),))
-    with pytest.raises(ValueError, match="program: expected one for inference, got vix_kernels.angle_gradient"):
+    with pytest.raises(ValueError, match="program: expected one for inference, .* got vix_kernels.angle_gradient"):
         decomposed(program)

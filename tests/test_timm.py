@@ -1,6 +1,7 @@
 """The door to timm, on models of timm built from their names."""
 
 import copy
+import importlib
 import pickle
 import re
 
@@ -12,6 +13,7 @@ from vix_kernels.models import create_model, list_models
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 
+from vix_kernels.integrations import hosts  # noqa: E402
 from vix_kernels.integrations import timm as door  # noqa: E402
 
 EXACT = dict(num_landmarks=16, pinv_iterations=16)  # as many landmarks as the grid has tokens
@@ -213,6 +215,8 @@ def test_layers_for_models_being_built():
     by_name = vit(attn_layer="vix_linear")
     assert by_name.blocks[0].attn.attention.op == "linear"
     by_name(images()).sum().backward()
+    again = pickle.loads(pickle.dumps(model.eval()))
+    assert torch.equal(again(images()), model(images()))
 
 
 def test_the_zoo_is_registered():
@@ -228,9 +232,37 @@ def test_the_zoo_is_registered():
         timm.create_model("vix_vin_tiny", pretrained=True)
 
 
-def test_an_old_timm_is_named(monkeypatch):
-    from vix_kernels.integrations import hosts
+def test_a_timm_that_is_too_old_or_too_new_is_named(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, "version", lambda package: "0.9.16")
+        with pytest.raises(ImportError, match=re.escape("timm: expected version 1.0.28 or newer, got 0.9.16")):
+            importlib.reload(door)
+    monkeypatch.delattr("timm.models.vision_transformer.ATTN_LAYERS")
+    moved = rf"timm {re.escape(timm.__version__)}: cannot import what vix_kernels builds on, .*ATTN_LAYERS"
+    with pytest.raises(ImportError, match=moved):
+        importlib.reload(door)
 
-    monkeypatch.setattr(hosts, "version", lambda package: "0.9.16")
-    with pytest.raises(ImportError, match=re.escape("timm: expected version 1.0.31 or newer, got 0.9.16")):
-        hosts.require("timm", "1.0.31")
+
+@pytest.mark.parametrize("maps", [{}, dict(qkv_fused=False), dict(qkv_fused=False, num_kv_heads=2)], ids=repr)
+def test_linear_maps_in_one_or_three_and_grouped_heads(maps):
+    torch.manual_seed(0)
+    options = dict(num_prefix_tokens=1, rotate_half=True, qk_norm=True, norm_layer=nn.LayerNorm)
+    theirs = timm.layers.AttentionRope(64, num_heads=4, **options, **maps)
+    ours = nn.Sequential(copy.deepcopy(theirs))
+    door.replace_attention(ours, "nystrom", num_landmarks=16, pinv_iterations=16, prefix_tokens=1)
+    x = torch.randn(2, 17, 64)
+    rope = timm.layers.RotaryEmbeddingCat(16, in_pixels=False, feat_shape=[4, 4], rotate_half=True).get_embed()
+    torch.testing.assert_close(ours[0](x, rope=rope), theirs(x, rope=rope), rtol=1e-3, atol=1e-3)
+
+
+def test_checkpointing_recomputes_the_same():
+    torch.manual_seed(0)
+    model = vit()
+    door.replace_attention(model, "performer", retrain=True, num_features=16)
+    grads = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        model.train()(images()).square().sum().backward()
+        grads.append([each.grad.clone() for each in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -60,7 +60,8 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
         program: what torch.export.export returned. Sizes that are dynamic stay so.
 
     Raises:
-        ValueError: it holds an operator of a backward; lists them.
+        ValueError: it holds an operator of a backward, or one that only strict export keeps (the drawing of random features);
+            lists them.
     """
     return _replaced(program, REFERENCES)
 
@@ -181,7 +182,7 @@ def _replaced(program: ExportedProgram, references: dict[Callable, Callable]) ->
         str(node.target) for graph in graphs for node in graph.nodes if getattr(node.target, "namespace", "") == "vix_kernels"
     }
     if left:
-        raise ValueError(f"program: expected one for inference, got {', '.join(sorted(left))}")
+        raise ValueError(f"program: expected one for inference, exported with strict=False, got {', '.join(sorted(left))}")
     return program
 
 

@@ -7,12 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .drop_in import DropIn
-from .hosts import Report, replace_each, require
+from .hosts import Report, host, replace_each
 from .sdpa import SdpaReplacement
 
-require("diffusers", "0.38")
-
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0  # noqa: E402
+with host("diffusers", "0.38"):
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 
 class VixAttnProcessor(AttnProcessor2_0):

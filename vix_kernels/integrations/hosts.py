@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
@@ -21,6 +23,32 @@ def require(package: str, oldest: str) -> None:
         raise ImportError(f"this needs {package} {oldest} or newer: pip install {package}") from None
     if _numbers(found) < _numbers(oldest):
         raise ImportError(f"{package}: expected version {oldest} or newer, got {found}: pip install --upgrade {package}")
+
+
+@contextmanager
+def host(package: str, oldest: str) -> Iterator[None]:
+    """Around the imports from a host: what a version does not have is an error that names the version.
+
+    Raises:
+        ImportError: it is not installed, older than `oldest`, or so much newer that what a door builds on has moved.
+    """
+    require(package, oldest)
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"{package} {version(package)}: cannot import what vix_kernels builds on, which may have moved: {error}"
+        ) from error
+
+
+def require_call(package: str, kind: type[nn.Module], host: type[nn.Module]) -> None:
+    """Raises ImportError unless `kind` takes all arguments of the `host` module that it stands in for."""
+    ours, theirs = (list(inspect.signature(each.forward).parameters)[1:] for each in (kind, host))
+    if not set(theirs) <= set(ours):
+        raise ImportError(
+            f"{package} {version(package)}: vix_kernels does not support this version: {host.__name__} is called with "
+            f"({', '.join(theirs)}), expected ({', '.join(ours)})"
+        )
 
 
 def _numbers(version: str) -> list[int]:

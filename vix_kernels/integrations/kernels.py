@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .hosts import require
+from .hosts import host
 from .transformers import fnet_transform, modeling_fnet, modeling_nystromformer, nystromformer_attention, own_matrices
 
-require("kernels", "0.17")
-
-from kernels import register_kernel_mapping, replace_kernel_forward_from_hub  # noqa: E402
+with host("kernels", "0.17"):
+    from kernels import register_kernel_mapping, replace_kernel_forward_from_hub
 
 DEVICES = ("cuda", "rocm", "cpu")
 

@@ -9,6 +9,7 @@ Importing this registers; nothing changes until a name is used:
 
 from __future__ import annotations
 
+import copyreg
 import sys
 from typing import Any
 
@@ -21,14 +22,13 @@ from .. import models
 from ..nn.packed_linear import packed_linear
 from ..ops.rope import Rope
 from .drop_in import OPS, DropIn, options_of
-from .hosts import Report, replace_each, require
+from .hosts import Report, host, replace_each, require_call
 
-require("timm", "1.0.28")
-
-from timm.layers import Attention, AttentionRope, PatchDropout  # noqa: E402
-from timm.models import register_model  # noqa: E402
-from timm.models.eva import EvaAttention  # noqa: E402
-from timm.models.vision_transformer import ATTN_LAYERS  # noqa: E402
+with host("timm", "1.0.28"):
+    from timm.layers import Attention, AttentionRope, PatchDropout
+    from timm.models import register_model
+    from timm.models.eva import EvaAttention
+    from timm.models.vision_transformer import ATTN_LAYERS
 
 
 class _Replaced:
@@ -91,6 +91,8 @@ class ReplacedEvaAttention(_ReplacedRope, EvaAttention):
 
 
 _REPLACED = {Attention: ReplacedAttention, AttentionRope: ReplacedAttentionRope, EvaAttention: ReplacedEvaAttention}
+for _theirs, _ours in _REPLACED.items():
+    require_call("timm", _ours, _theirs)
 
 
 def rope_of(table: Tensor, prefix_tokens: int, num_heads: int, half: bool) -> Rope:
@@ -119,8 +121,19 @@ def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[A
     Args:
         op, retrain, options: as in DropIn. All layers share the random features.
     """
-    fixed = DropIn(op, retrain=retrain, **options)
-    return type(f"{op.capitalize()}Attention", (ReplacedAttention,), {"attention": fixed, "__module__": __name__})
+    return _class_with(DropIn(op, retrain=retrain, **options))
+
+
+class _WithAttention(type):
+    """The kind of these classes: pickle, which looks for others by their name, makes them again."""
+
+
+def _class_with(attention: DropIn) -> type[Attention]:
+    name, contents = f"{attention.op.capitalize()}Attention", {"attention": attention, "__module__": __name__}
+    return _WithAttention(name, (ReplacedAttention,), contents)
+
+
+copyreg.pickle(_WithAttention, lambda layer: (_class_with, (layer.attention,)))
 
 
 # Whoever names one knows what the model has to be trained with.

@@ -16,14 +16,13 @@ from ..ops.nystrom import nystrom_attention
 from ..ops.pooling import pooling
 from ..primitives import aggregate, broadcast, landmarks, pinv, token_conv
 from .drop_in import OPS, DropIn, check_trained, require_all, taking_part
-from .hosts import Report, require
+from .hosts import Report, host, require_call
 
-require("transformers", "5.17")
-
-from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
-from transformers.masking_utils import bidirectional_mask_function  # noqa: E402
-from transformers.models.fnet import modeling_fnet  # noqa: E402
-from transformers.models.nystromformer import modeling_nystromformer  # noqa: E402
+with host("transformers", "5.17"):
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import bidirectional_mask_function
+    from transformers.models.fnet import modeling_fnet
+    from transformers.models.nystromformer import modeling_nystromformer
 
 # What else an attention is asked for, by one model or another
 _UNSERVED = (
@@ -193,6 +192,10 @@ class NystromformerSelfAttention(modeling_nystromformer.NystromformerSelfAttenti
 
 class FNetBasicFourierTransform(modeling_fnet.FNetBasicFourierTransform):
     forward = fnet_transform
+
+
+require_call("transformers", NystromformerSelfAttention, modeling_nystromformer.NystromformerSelfAttention)
+require_call("transformers", FNetBasicFourierTransform, modeling_fnet.FNetBasicFourierTransform)
 
 
 def own_matrices(module: modeling_fnet.FNetBasicFourierTransform) -> bool:
