@@ -15,6 +15,7 @@ timm = pytest.importorskip("timm", reason="timm is not installed")
 
 from vix_kernels.integrations import hosts  # noqa: E402
 from vix_kernels.integrations import timm as door  # noqa: E402
+from vix_kernels.integrations.sdpa import replace_sdpa  # noqa: E402
 
 EXACT = dict(num_landmarks=16, pinv_iterations=16)  # as many landmarks as the grid has tokens
 
@@ -253,6 +254,14 @@ def test_linear_maps_in_one_or_three_and_grouped_heads(maps):
     x = torch.randn(2, 17, 64)
     rope = timm.layers.RotaryEmbeddingCat(16, in_pixels=False, feat_shape=[4, 4], rotate_half=True).get_embed()
     torch.testing.assert_close(ours[0](x, rope=rope), theirs(x, rope=rope), rtol=1e-3, atol=1e-3)
+
+
+def test_replace_sdpa_reaches_timm():
+    model = vit()
+    expected = model(images())
+    with replace_sdpa("nystrom", num_landmarks=17, pinv_iterations=16) as swap:
+        torch.testing.assert_close(model(images()), expected, atol=1e-3, rtol=1e-3)
+    assert swap.served == 2 and not swap.fell_back
 
 
 def test_checkpointing_recomputes_the_same():

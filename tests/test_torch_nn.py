@@ -151,6 +151,19 @@ def test_sdpa_is_replaced_within_the_context_only():
     assert swap.served == 2 and not swap.fell_back
 
 
+def test_sdpa_is_replaced_in_compiled_code():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 16, 8).unbind()
+
+    @torch.compile(backend="eager")
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+    with replace_sdpa("nystrom", num_landmarks=4):
+        torch.testing.assert_close(attend(q, k, v), nystrom_attention(q, k, v, num_landmarks=4))
+    torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
 def test_sdpa_falls_back_and_counts():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 16, 8).unbind()

@@ -8,6 +8,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from vix_kernels.integrations import transformers as door  # noqa: E402
+from vix_kernels.integrations.sdpa import replace_sdpa  # noqa: E402
 
 BERT = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50, initializer_range=0.1
@@ -91,6 +92,29 @@ def test_compiles():
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(ids, attention_mask=mask).last_hidden_state, expected)
         torch._dynamo.reset()
+
+
+def test_checkpointing_recomputes_the_same():
+    model, (ids, mask) = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), text()
+    model.set_attn_implementation("vix_performer")
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model.train()(ids, attention_mask=mask).last_hidden_state.square().sum().backward()
+        grads.append([each.grad.clone() for each in model.parameters() if each.grad is not None])
+    assert grads[0] and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_replace_sdpa_reaches_transformers():
+    model, (ids, mask) = bert(attn_implementation="sdpa"), text()
+    expected = model(ids).last_hidden_state
+    with replace_sdpa("nystrom", **EXACT) as swap:
+        torch.testing.assert_close(model(ids).last_hidden_state, expected, atol=1e-3, rtol=1e-3)
+        assert swap.served == 2 and not swap.fell_back
+        model(ids, attention_mask=mask)  # its mask has a row for every query
+    assert swap.fell_back.total() == 2
 
 
 def test_what_cannot_be_honoured_raises():
