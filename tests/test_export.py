@@ -240,6 +240,17 @@ def test_a_decomposed_program_runs_without_the_library(tmp_path: Path) -> None:
     exported.check(lambda *args: torch.load(tmp_path / "out.pt"))
 
 
+def test_a_decomposed_program_has_gradients() -> None:
+    some = {name: f for name, f in ANY_TOKENS.items() if "masked" not in name}
+    exported, gradients = Exported(some, [(2, 37)]), []
+    for run in (decomposed(exported.program).module(), exported.module):
+        *qkv, mask = exported.example
+        qkv = [x.clone().requires_grad_() for x in qkv]
+        sum(x.square().sum() for x in run(*qkv, mask)).backward()
+        gradients.append([x.grad for x in qkv])
+    assert all(error(x, wanted) < BOUND for x, wanted in zip(*gradients, strict=True))
+
+
 @pytest.mark.skipif(not which("g++"), reason="no C++ compiler")
 @pytest.mark.parametrize("plain", [False, True], ids=["as_it_is", "decomposed"])
 def test_compiled_ahead_of_time(plain: bool, tmp_path: Path) -> None:
