@@ -45,14 +45,14 @@ lint: $(READY)  ## check the style
 # bfloat16 alone is 1,135 specialisations with the first, 22 minutes of CPU time on two processes.
 report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile every kernel for GPUs that are not there, and weigh the code
 	$(BIN)/vix compile-report $(ARGS)
-	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/vix compile-report --arch sm_90 $(ARGS)
+	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/vix compile-report $(ARGS) --arch sm_90
 
 clean:  ## remove the environment and all caches, keep runs/
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .benchmarks *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # With an NVIDIA driver torch is the user's business: the system's CUDA build if it has one, else pip's choice.
-# Without one it is the CPU build of constraints/cpu.txt, from PyTorch's own index where that answers within seconds,
+# Without one it is the CPU build of constraints/cpu.txt, with the torchvision that belongs to it (timm needs one), from PyTorch's own index where that answers within seconds,
 # otherwise from the index that pip is configured for.
 $(READY): pyproject.toml constraints/cpu.txt
 	@set -e; \
@@ -71,7 +71,7 @@ $(READY): pyproject.toml constraints/cpu.txt
 			index="--index-url $(CPU_INDEX)"; \
 		fi; \
 		echo "no NVIDIA driver: installing the CPU build of torch $$index"; \
-		$(BIN)/python -m pip install --quiet $$index $$constraint torch || { \
+		$(BIN)/python -m pip install --quiet $$index $$constraint torch torchvision || { \
 			echo "no CPU build of torch found: point pip to an index that has one, such as $(CPU_INDEX)" >&2; exit 1; }; \
 	fi; \
 	$(BIN)/python -m pip install --quiet $$constraint --editable '.[train,test]'; \

@@ -243,10 +243,10 @@ def test_a_decomposed_program_runs_without_the_library(tmp_path: Path) -> None:
 def test_a_decomposed_program_has_gradients() -> None:
     some = {name: f for name, f in ANY_TOKENS.items() if "masked" not in name}
     exported, gradients = Exported(some, [(2, 37)]), []
-    for run in (decomposed(exported.program).module(), exported.module):
+    for program in (decomposed(exported.program).module(), exported.module):
         *qkv, mask = exported.example
         qkv = [x.clone().requires_grad_() for x in qkv]
-        sum(x.square().sum() for x in run(*qkv, mask)).backward()
+        sum(x.square().sum() for x in program(*qkv, mask)).backward()
         gradients.append([x.grad for x in qkv])
     assert all(error(x, wanted) < BOUND for x, wanted in zip(*gradients, strict=True))
 

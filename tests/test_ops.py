@@ -262,16 +262,20 @@ class Record(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+SCHEMA_AND_FAKE = "test_schema", "test_autograd_registration", "test_faketensor"
+DYNAMIC_TOO = *SCHEMA_AND_FAKE, "test_aot_dispatch_dynamic"
+
+
 # One call of each kernel in the interpreter: variants launch the same ones.
 @on_each_backend(interpreted=lambda spec, case: case is spec.cases[-1] and not spec.name.endswith(("_mixed", "_projected")))
 def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
-    """The registered operators behind the functions: schema, fake kernels, dynamic shapes."""
+    """The registered operators behind the functions: schema and fake kernels; of an op's last case dynamic shapes, too."""
     with Record() as calls:
         run(spec.problem(case, device=DEVICE), backend=backend)
     assert len(calls) >= 2  # a forward and a backward
     for function, args in calls:
         args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
-        torch.library.opcheck(function, args)
+        torch.library.opcheck(function, args, test_utils=DYNAMIC_TOO if case is spec.cases[-1] else SCHEMA_AND_FAKE)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
