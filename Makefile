@@ -52,8 +52,8 @@ clean:  ## remove the environment and all caches, keep runs/
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # With an NVIDIA driver torch is the user's business: the system's CUDA build if it has one, else pip's choice.
-# Without one it is the CPU build of constraints/cpu.txt, with the torchvision that belongs to it (timm needs one), from PyTorch's own index where that answers within seconds,
-# otherwise from the index that pip is configured for.
+# Without one it is the CPU build of constraints/cpu.txt, with the torchvision that belongs to it (timm needs one), from PyTorch's
+# own index where that answers within seconds, otherwise from the index that pip is configured for.
 $(READY): pyproject.toml constraints/cpu.txt
 	@set -e; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

@@ -345,15 +345,15 @@ def _read(x: Tensor, where: Group | Tile, mask: Tensor | None, rope: _Rope | Non
     """The tokens of a group or a tile, (pairs, tokens, width), with masked ones 0, and turned."""
     rows = _wide(x[where])
     if mask is not None:
-        rows = rows.masked_fill(_hidden(mask, where)[..., None], 0.0)
+        rows = rows.masked_fill(~_taken(mask, where)[..., None], 0.0)
     if rope is not None and rope.cos is not None:
         rows = _wide(rope(rows, where).to(x.dtype))
     return rows.flatten(0, 1)
 
 
-def _hidden(mask: Tensor, where: Group | Tile) -> Tensor:
-    """Which tokens do not take part, (samples, 1, tokens)."""
-    return ~mask[(where[0], *where[2:])][:, None]
+def _taken(mask: Tensor, where: Group | Tile) -> Tensor:
+    """Which tokens take part, (samples, 1, tokens)."""
+    return mask[(where[0], *where[2:])][:, None]
 
 
 def _window(x: Tensor, where: Group | Tile, room: _Scratch) -> Tensor:
@@ -382,7 +382,7 @@ def _key_bias(keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gauss
     else:
         bias = keys.new_zeros(keys.shape[:2])
     if mask is not None:
-        hidden = _hidden(mask, tile)
+        hidden = ~_taken(mask, tile)
         bias.view(len(hidden), -1, bias.shape[1]).masked_fill_(hidden, -torch.inf)
     return bias
 

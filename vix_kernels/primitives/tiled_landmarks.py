@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .layout import accumulator, empty_like_tokens
-from .tiled import _groups, _hidden, _read, _Rope, _Scratch
+from .tiled import _groups, _read, _Rope, _Scratch, _taken
 
 
 def landmarks_forward(
@@ -186,7 +186,7 @@ def _token_gradient(
         if turned:
             rows = rope(rows, group, inverse=True, out=part if wide else None)
         if mask is not None:
-            rows.masked_fill_(_hidden(mask, group)[..., None], 0)
+            rows.masked_fill_(~_taken(mask, group)[..., None], 0)
         if other is not None and not direct:
             rows += other[group]
         if not wide:

@@ -16,13 +16,13 @@ from .tiled import (
     Tile,
     _flat,
     _groups,
-    _hidden,
     _level,
     _points,
     _read,
     _Rope,
     _Scratch,
     _slots_grad,
+    _taken,
     _wide,
     _window,
     _write,
@@ -228,7 +228,7 @@ class _Move:
 
 def _takes_part(mask: Tensor, tile: Tile, like: Tensor) -> Tensor:
     """1 for keys that take part, else 0: (pairs, tokens of the tile, 1)."""
-    rows = (~_hidden(mask, tile)).to(like.dtype)
+    rows = _taken(mask, tile).to(like.dtype)
     return rows.expand(-1, like.shape[0] // len(rows), -1).flatten(0, 1).unsqueeze(2)
 
 
