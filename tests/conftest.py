@@ -33,6 +33,11 @@ def fast_interpreter():
         yield
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture
 def poisoned():
     """Fresh memory holds NaN: an element that a kernel forgets to write shows."""

@@ -12,13 +12,6 @@ from vix_kernels.primitives.landmarks import landmarks, landmarks_backward, land
 from vix_kernels.primitives.rotate import rotate_reference
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request) -> str:
-    if request.param == "triton" and not backends.triton_installed():
-        pytest.skip("triton is not installed")
-    return request.param
-
-
 def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)

@@ -9,18 +9,10 @@ import torch
 from torch import Tensor
 
 from conftest import DEVICE
-from vix_kernels import backends
 from vix_kernels.primitives import pinv
 from vix_kernels.primitives.pinv import pinv_reference
 
 SCALE = 0.25
-
-
-@pytest.fixture(params=["torch", "triton"])
-def backend(request) -> str:
-    if request.param == "triton" and not backends.triton_installed():
-        pytest.skip("triton is not installed")
-    return request.param
 
 
 def problem(landmarks: int, *, batch: int = 2, heads: int = 2, seed: int = 0, dtype=torch.float64) -> list[Tensor]:

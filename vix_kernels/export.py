@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from .commands import write_atomically
 from .ops.fourier import fourier_mixing_reference
 from .primitives.aggregate import aggregate_forward, aggregate_reference
-from .primitives.broadcast import broadcast_forward, broadcast_lse_reference, broadcast_reference
+from .primitives.broadcast import broadcast_forward, broadcast_reference
 from .primitives.dft import dft_forward
 from .primitives.landmarks import landmarks_forward
 from .primitives.layout import accumulator
@@ -193,9 +193,15 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(accumulator(x.dtype))
 
 
+def _unused(like: Tensor, count: int) -> list[Tensor]:
+    """Outputs that only a backward reads."""
+    return [like.new_empty(0) for _ in range(count)]
+
+
 def _aggregate(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend):
     turn = dict(cos=cos, sin=sin, interleaved=interleaved)
-    return aggregate_reference(slots, _wide(k), _wide(v), scale=scale, gaussian=gaussian, mask=mask, **turn)
+    values, lse = aggregate_reference(slots, _wide(k), _wide(v), scale=scale, gaussian=gaussian, mask=mask, **turn)
+    return values, lse, *_unused(values, 2)
 
 
 def _broadcast(q, slots, values, slot_bias, cos, sin, interleaved, scale, v, conv_weight, mask, backend):
@@ -203,7 +209,7 @@ def _broadcast(q, slots, values, slot_bias, cos, sin, interleaved, scale, v, con
     out = broadcast_reference(_wide(q), slots, values, slot_bias, **options)
     if v is not None:
         out = out + _token_conv(_wide(v), conv_weight, mask, backend)
-    return out.to(q.dtype), broadcast_lse_reference(_wide(q), slots, slot_bias, **options)
+    return out.to(q.dtype), *_unused(values, 2)
 
 
 def _linear_aggregate(slots, k, v, mask, cos, sin, interleaved, feature_map, backend):
@@ -211,9 +217,9 @@ def _linear_aggregate(slots, k, v, mask, cos, sin, interleaved, feature_map, bac
     return linear_aggregate_reference(slots, k, v, feature_map=feature_map, mask=mask, **turn)
 
 
-def _linear_broadcast(q, slots, values, lse, cos, sin, interleaved, feature_map, eps, backend):
+def _linear_broadcast(q, slots, sums, norms, cos, sin, interleaved, feature_map, eps, backend):
     turn = dict(cos=cos, sin=sin, interleaved=interleaved)
-    return linear_broadcast_reference(q, slots, values, lse, feature_map=feature_map, eps=eps, **turn)
+    return linear_broadcast_reference(q, slots, sums, norms, feature_map=feature_map, eps=eps, **turn)
 
 
 def _landmarks(

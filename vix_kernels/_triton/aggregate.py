@@ -16,11 +16,12 @@ from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .configs import launch_config, triton_dtype
 from .launch import launch
 from .layout import mask_strides, output_strides, padded, rotary_arguments, slot_strides, token_strides
-from .merge import empty_slots, merge, sum_slots
+from .merge import empty_slots, merge_softmax, sum_slots
 from .tiles import (
     LOG2E,
     cast,
     dot,
+    exps_below,
     load_rotated,
     load_slots,
     load_tile,
@@ -38,17 +39,18 @@ from .tiles import (
 
 @triton.jit
 def key_bias(k, valid, scale, GAUSSIAN: tl.constexpr, COMPUTE: tl.constexpr):
-    """Base-2 bias of a tile of keys: -|scale k|^2 / 2 for Gaussian slots, -inf where a key does not take part."""
+    """Base-2 bias of a tile of keys: -|scale k|^2 / 2 for Gaussian slots, -inf for masked keys."""
     bias = tl.zeros((k.shape[0],), COMPUTE)
     if GAUSSIAN:
         x = k.to(COMPUTE)
         bias -= tl.sum(x * x, 1) * (0.5 * LOG2E * scale * scale)
+        bias += bias - bias  # NaN where the square overflows; -inf would say that there is no key
     return tl.where(valid, bias, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "mask_b", "angle_h", "chunk"])
 def aggregate_forward_kernel(
-    slots, k, v, mask, cos, sin, values, lse,
+    slots, k, v, mask, cos, sin, values, lse, top, total,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
     H, N, M, scale, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -56,7 +58,7 @@ def aggregate_forward_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """values and lse of a tile of slots over a chunk of tokens."""
+    """values, lse, top and total of a tile of slots over a chunk of tokens."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -89,18 +91,24 @@ def aggregate_forward_kernel(
 
     b_values = b_values / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
     store_state(b_values, b_max + tl.log2(b_sum), values, lse, part, o_m, M, E, BLOCK_E)
+    rows = part * M + o_m
+    tl.store(top + rows, tl.where(b_max == float("-inf"), 0.0, b_max), mask=o_m < M)
+    tl.store(total + rows, b_sum, mask=o_m < M)
 
 
-@triton.jit(do_not_specialize=["M", "d_b", "d_h", "dlse_b", "dlse_h"])
+@triton.jit(do_not_specialize=["M", "d_b", "d_h", "dnumber_b", "dnumber_h"])
 def aggregate_prepare_kernel(
-    dvalues, dlse, values, delta, size, unit,
-    d_b, d_h, d_m, dlse_b, dlse_h, dlse_m, H, M,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, LEVELS: tl.constexpr, COMPUTE: tl.constexpr,
+    dvalues, dnumber, values, total, delta, size, unit,
+    d_b, d_h, d_m, dnumber_b, dnumber_h, dnumber_m, H, M,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    SOFTMAX: tl.constexpr, NUMBERS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """delta = <dvalues, values> - dlse / ln 2 (the second if LEVELS), and dvalues = size * unit with unit in the tokens' dtype.
+    """dvalues / total = size * unit with unit in the tokens' dtype, and delta, what <dvalues / total, v> is reduced by.
 
-    dvalues sums the gradients of all tokens and can leave float16's range although dk and dv do not; the power of two
-    `size` keeps its rows within [-1, 1].
+    SOFTMAX: delta = (<size unit, values> - dlse / ln 2) / total, and kernels multiply by exponentials over the largest one. The
+    product is computed as kernels compute <unit, v>: where a slot attends to one token, the two cancel. Else there is no total,
+    and delta = -dnumber, of a sum of features. dvalues sums the gradients of all tokens and can leave
+    float16's range although dk and dv do not; the power of two in `size` keeps the rows of unit within [-1, 1].
     """
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -110,22 +118,32 @@ def aggregate_prepare_kernel(
     rows = i_bh * M + o_m
     at = o_m.to(tl.int64)
     d = tl.load(dvalues + i_b * d_b + i_h * d_h + at[:, None] * d_m + o_e[None, :], mask=inside, other=0.0).to(COMPUTE)
-    x = tl.load(values + rows[:, None] * E + o_e[None, :], mask=inside, other=0.0)
-    b_delta = tl.sum(d * x, 1)
-    if LEVELS:
-        b_delta -= tl.load(dlse + i_b * dlse_b + i_h * dlse_h + at * dlse_m, mask=o_m < M, other=0.0) * LOG2E
     largest = tl.max(tl.abs(d), 1)
     # Within the normal range of float32, where 1 / size exists: smaller rows stay small, infinite ones infinite.
     exponent = tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0)))
     b_size = tl.exp2(tl.minimum(tl.maximum(exponent, -126.0), 126.0))
-    tl.store(delta + rows, b_delta, mask=o_m < M)
-    tl.store(size + rows, b_size, mask=o_m < M)
-    tl.store(unit + rows[:, None] * E + o_e[None, :], cast(d / b_size[:, None], unit.dtype.element_ty), mask=inside)
+    b_unit = cast(d / b_size[:, None], unit.dtype.element_ty)
+    b_delta = tl.zeros((BLOCK_M,), COMPUTE)
+    inverse = tl.full((BLOCK_M,), 1.0, COMPUTE)
+    if SOFTMAX:
+        b_values = tl.load(values + rows[:, None] * E + o_e[None, :], mask=inside, other=0.0)
+        WIDE: tl.constexpr = b_values.dtype != b_unit.dtype
+        products = row_products(b_unit, b_values, tl.zeros((BLOCK_M, BLOCK_M), COMPUTE), False, WIDE, PRECISION)
+        own = tl.arange(0, BLOCK_M)
+        b_delta += tl.sum(tl.where(own[:, None] == own[None, :], products, 0.0), 1) * b_size
+        b_total = tl.load(total + rows, mask=o_m < M, other=1.0)
+        inverse = 1.0 / tl.where(b_total == 0, 1.0, b_total)
+    if NUMBERS:
+        b_number = tl.load(dnumber + i_b * dnumber_b + i_h * dnumber_h + at * dnumber_m, mask=o_m < M, other=0.0)
+        b_delta -= b_number * LOG2E if SOFTMAX else b_number
+    tl.store(delta + rows, b_delta * inverse, mask=o_m < M)
+    tl.store(size + rows, b_size * inverse, mask=o_m < M)
+    tl.store(unit + rows[:, None] * E + o_e[None, :], b_unit, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "mask_b", "angle_h"])
 def aggregate_tokens_kernel(
-    slots, k, v, mask, cos, sin, lse, delta, size, unit, dk, dv,
+    slots, k, v, mask, cos, sin, top, delta, size, unit, dk, dv,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
     dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     H, N, M, scale,
@@ -155,14 +173,15 @@ def aggregate_tokens_kernel(
     for start in range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
         b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-        b_unit, b_size, b_delta, b_lse = load_unit(unit, size, delta, lse, i_bh * M + o_m, o_m < M, E, BLOCK_E)
+        b_unit, b_size, b_delta = load_unit(unit, size, delta, i_bh * M + o_m, o_m < M, E, BLOCK_E)
+        b_top = tl.load(top + i_bh * M + o_m, mask=o_m < M, other=0.0)
 
-        b_l = row_products(b_k, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
-        b_p = tl.exp2(b_l * (scale * LOG2E) + b_bias[:, None] - b_lse[None, :])
+        b_l = row_products(b_k, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION, SWAPPED=True)
+        b_p = exps_below(b_l * (scale * LOG2E) + b_bias[:, None], b_top[None, :])
         if VALUES:
             b_dv = dot(cast(b_p * b_size[None, :], b_v.dtype), b_unit, b_dv, PRECISION)
         if KEYS:
-            b_dp = row_products(b_v, b_unit, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
+            b_dp = row_products(b_v, b_unit, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION, SWAPPED=True)
             b_dl = b_p * (b_dp * b_size[None, :] - b_delta[None, :])
             b_dk = dot(cast(b_dl, b_k.dtype), cast(b_slots, b_k.dtype), b_dk, PRECISION)
             b_db += tl.sum(b_dl, 1)
@@ -186,7 +205,7 @@ def aggregate_tokens_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "mask_b", "angle_h", "chunk"])
 def aggregate_slots_kernel(
-    slots, k, v, mask, cos, sin, lse, delta, size, unit, dslots,
+    slots, k, v, mask, cos, sin, top, delta, size, unit, dslots,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
     H, N, M, scale, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -202,7 +221,8 @@ def aggregate_slots_kernel(
     v += i_b * v_b + i_h * v_h
     angles = i_h * angle_h
     b_slots = load_slots(slots + i_b * slots_b + i_h * slots_h, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-    b_unit, b_size, b_delta, b_lse = load_unit(unit, size, delta, lse, i_bh * M + o_m, o_m < M, E, BLOCK_E)
+    b_unit, b_size, b_delta = load_unit(unit, size, delta, i_bh * M + o_m, o_m < M, E, BLOCK_E)
+    b_top = tl.load(top + i_bh * M + o_m, mask=o_m < M, other=0.0)
 
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
     for start in range(first, last, BLOCK_N):
@@ -214,8 +234,8 @@ def aggregate_slots_kernel(
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_bias = key_bias(b_k, valid, scale, GAUSSIAN, COMPUTE)
         b_l = row_products(b_slots, b_k, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION)
-        b_p = tl.exp2(b_l * (scale * LOG2E) + b_bias[None, :] - b_lse[:, None])
-        b_dp = dot(b_unit, tl.trans(b_v), tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
+        b_p = exps_below(b_l * (scale * LOG2E) + b_bias[None, :], b_top[:, None])
+        b_dp = row_products(b_unit, b_v, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), False, False, PRECISION)
         b_dl = b_p * (b_dp * b_size[:, None] - b_delta[:, None])
         b_dslots = dot(cast(b_dl, b_k.dtype), b_k, b_dslots, PRECISION)
 
@@ -225,41 +245,46 @@ def aggregate_slots_kernel(
 def aggregate_forward(
     slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None,
     interleaved: bool, scale: float, gaussian: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = k.shape
     num_slots, value_width = slots.shape[2], v.shape[3]
     config = launch_config("aggregate_forward", k, max(width, value_width), slots)
     programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
     chunk, chunks = config.chunk(programs, tokens)
     values = k.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
-    lse = k.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
+    lse, top, total = (k.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute) for _ in range(3))
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
     launch(
         aggregate_forward_kernel,
         (programs * chunks,),
-        slots, k, v, k if mask is None else mask, cos, sin, values, lse,
+        slots, k, v, k if mask is None else mask, cos, sin, values, lse, top, total,
         *slot_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h,
         num_heads, tokens, num_slots, scale, chunk,
         ROTARY=rotary, INTERLEAVED=interleaved, GAUSSIAN=gaussian, MASKED=mask is not None,
         **config.meta(width, value_width),
     )  # fmt: skip
-    return merge(values, lse, softmax=True)
+    return merge_softmax(values, lse, top, total)
 
 
-def prepare(dvalues: Tensor, dlse: Tensor | None, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """delta and size (batch, heads, M), and unit (batch, heads, M, E) in the tokens' dtype; see the kernel."""
-    batch, num_heads, num_slots, width = values.shape
+def prepare(
+    dvalues: Tensor, dnumber: Tensor | None, values: Tensor | None, total: Tensor | None, dtype: torch.dtype, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """delta and size (batch, heads, M), and unit (batch, heads, M, E) in the tokens' dtype; see the kernel.
+
+    values and total are those of a softmax, None of sums of features; dnumber is the gradient of lse, or of the sums.
+    """
+    batch, num_heads, num_slots, width = dvalues.shape
     dvalues = unit_last_stride(dvalues)
-    delta, size = (values.new_empty(values.shape[:3]) for _ in range(2))
-    unit = torch.empty_like(values, dtype=dtype)
+    delta, size = (dvalues.new_empty(dvalues.shape[:3]) for _ in range(2))
+    unit = dvalues.new_empty(dvalues.shape, dtype=dtype)
     block = 16
     launch(
         aggregate_prepare_kernel,
         (batch * num_heads * triton.cdiv(num_slots, block),),
-        dvalues, values if dlse is None else dlse, values, delta, size, unit,
-        *slot_strides(dvalues), *((0, 0, 0) if dlse is None else dlse.stride()), num_heads, num_slots,
-        E=width, BLOCK_E=padded(width), BLOCK_M=block, LEVELS=dlse is not None,
-        COMPUTE=triton_dtype(values.dtype),
+        dvalues, *(dvalues if x is None else x for x in (dnumber, values, total)), delta, size, unit,
+        *slot_strides(dvalues), *((0, 0, 0) if dnumber is None else dnumber.stride()), num_heads, num_slots,
+        E=width, BLOCK_E=padded(width), BLOCK_M=block, SOFTMAX=total is not None, NUMBERS=dnumber is not None,
+        COMPUTE=triton_dtype(dvalues.dtype), PRECISION=precision,
         num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return delta, size, unit
@@ -267,7 +292,7 @@ def prepare(dvalues: Tensor, dlse: Tensor | None, values: Tensor, dtype: torch.d
 
 def aggregate_backward(
     dvalues: Tensor, dlse: Tensor | None, slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool, scale: float, gaussian: bool, values: Tensor, lse: Tensor,
+    sin: Tensor | None, interleaved: bool, scale: float, gaussian: bool, values: Tensor, top: Tensor, total: Tensor,
     need_slots: bool, need_k: bool, need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = k.shape
@@ -275,8 +300,8 @@ def aggregate_backward(
     config = launch_config("aggregate_tokens", k, max(width, value_width), slots)
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
 
-    delta, size, unit = prepare(dvalues, dlse, values, v.dtype)
-    inputs = (slots, k, v, k if mask is None else mask, cos, sin, lse, delta, size, unit)
+    delta, size, unit = prepare(dvalues, dlse, values, total, v.dtype, config.precision)
+    inputs = (slots, k, v, k if mask is None else mask, cos, sin, top, delta, size, unit)
     strides = (*slot_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h)
     variant = dict(ROTARY=rotary, INTERLEAVED=interleaved, GAUSSIAN=gaussian, MASKED=mask is not None)
     dk = empty_like_tokens(k, width) if need_k else k.new_empty(0)

@@ -15,12 +15,13 @@ from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .configs import launch_config
 from .launch import launch
 from .layout import mask_strides, rotary_arguments, slot_strides, token_strides
-from .merge import empty_slots, merge, sum_slots
+from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
     LN2,
     LOG2E,
     cast,
     dot,
+    exps_below,
     load_rotated,
     load_slots,
     load_tile,
@@ -37,7 +38,7 @@ from .token_conv import banded
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h", "mask_b"])
 def broadcast_forward_kernel(
-    q, slots, values, bias, cos, sin, v, weight, mask, out, lse,
+    q, slots, values, bias, cos, sin, v, weight, mask, out, top, total,
     q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m, angle_h,
     v_b, v_h, v_n, mask_b, mask_n, out_b, out_h, out_n,
     H, N, M, scale,
@@ -47,7 +48,7 @@ def broadcast_forward_kernel(
     TAPS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out, with the convolution of v unless TAPS is 0, and lse of a tile of tokens."""
+    """out, with the convolution of v unless TAPS is 0, and top and total of a tile of tokens."""
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
@@ -77,7 +78,8 @@ def broadcast_forward_kernel(
         b_max = new_max
 
     b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
-    tl.store(lse + i_bh * N + o_n, b_max + tl.log2(b_sum), mask=valid)
+    tl.store(top + i_bh * N + o_n, tl.where(b_max == float("-inf"), 0.0, b_max), mask=valid)
+    tl.store(total + i_bh * N + o_n, b_sum, mask=valid)
     if TAPS > 0:
         first = tl.program_id(0) % tl.cdiv(N, BLOCK_N) * BLOCK_N
         b_out = banded(
@@ -90,7 +92,7 @@ def broadcast_forward_kernel(
 
 @triton.jit
 def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr):
-    """Base-2 bias of a tile of slots; -inf, that is no share, beyond M."""
+    """Base-2 bias of a tile of slots; -inf, that is probability 0, beyond M."""
     if BIASED:
         b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=float("-inf"))
     else:
@@ -99,26 +101,26 @@ def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr)
 
 
 @triton.jit
-def shares(
-    b_q, b_dout, b_lse, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
+def exps_and_gradient(
+    b_q, b_dout, b_top, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of slots, the tokens' shares in them, and the gradient of the shares."""
+    """A tile of slots, the exponentials of the tokens' logits over their largest one, and the gradient of the probabilities."""
     o_m = start + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
     b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), b_q.dtype)
     b_bias = slot_bias(bias, o_m, bias_m, M, BIASED, COMPUTE)
     b_g = row_products(b_q, b_slots, tl.zeros((b_q.shape[0], BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
-    b_p = tl.exp2(b_g * (scale * LOG2E) + b_bias[None, :] - b_lse[:, None])
+    b_e = exps_below(b_g * (scale * LOG2E) + b_bias[None, :], b_top[:, None])
     b_dp = row_products(b_dout, b_values, tl.zeros((b_q.shape[0], BLOCK_M), COMPUTE), False, False, PRECISION)
-    return b_slots, b_p, b_dp
+    return b_slots, b_e, b_dp
 
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h"])
 def broadcast_tokens_kernel(
-    dout, q, slots, values, bias, cos, sin, out, lse, delta, dq,
+    dout, q, slots, values, bias, cos, sin, out, top, total, delta, inverse, dq,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
     angle_h, out_b, out_h, out_n, dq_b, dq_h, dq_n,
     H, N, M, scale,
@@ -127,7 +129,11 @@ def broadcast_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     KNOWN: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of tokens, and delta = <dout, out> for the slot gradients; `out` is summed again unless it is KNOWN."""
+    """dq of a tile of tokens, and for the slot gradients delta = <dout, out> and inverse = 1 / total.
+
+    `out` is summed again unless it is KNOWN. A token whose dout is 0 has no part in any gradient, even if it holds NaN, as
+    padding may: its query counts as 0, and so does its inverse.
+    """
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
@@ -136,35 +142,40 @@ def broadcast_tokens_kernel(
     bias += i_b * bias_b + i_h * bias_h
     q += i_b * q_b + i_h * q_h
     dout += i_b * d_b + i_h * d_h
-    b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
     b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
-    b_lse = tl.load(lse + i_bh * N + o_n, mask=valid, other=float("inf"))
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # a token without a slot: p = 0
+    used = tl.max((b_dout != 0).to(tl.int32), 1) > 0
+    b_q = load_rotated(q, o_n, q_n, used, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+    b_top = tl.load(top + i_bh * N + o_n, mask=used, other=0.0)
+    b_total = tl.load(total + i_bh * N + o_n, mask=used, other=1.0)
+    b_inverse = tl.where(used, 1.0 / tl.where(b_total == 0, 1.0, b_total), 0.0)
+    tl.store(inverse + i_bh * N + o_n, b_inverse, mask=valid)
     if KNOWN:
-        b_out = load_tile(out + i_b * out_b + i_h * out_h, o_n, out_n, valid, E, BLOCK_E, 0, True)
+        b_out = load_tile(out + i_b * out_b + i_h * out_h, o_n, out_n, used, E, BLOCK_E, 0, True)
         b_delta = tl.sum(b_dout.to(COMPUTE) * b_out.to(COMPUTE), 1)
     else:
         b_delta = tl.zeros((BLOCK_N,), COMPUTE)
         for start in range(0, M, BLOCK_M):
-            b_slots, b_p, b_dp = shares(
-                b_q, b_dout, b_lse, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
+            b_slots, b_e, b_dp = exps_and_gradient(
+                b_q, b_dout, b_top, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
                 D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE, PRECISION,
             )  # fmt: skip
-            b_delta += tl.sum(b_p * b_dp, 1)
+            b_delta += tl.sum(b_e * b_dp, 1)
+        b_delta *= b_inverse
         # Once more from memory: held from one loop to the other, in two layouts, they would cost the registers of both.
         b_q = load_rotated(
-            q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE, AGAIN=True
+            q, o_n, q_n, used, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE, AGAIN=True
         )  # fmt: skip
         b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True, AGAIN=True)
     tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
 
+    b_scaled_delta = b_delta * b_inverse
     b_dq = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
     for start in range(0, M, BLOCK_M):
-        b_slots, b_p, b_dp = shares(
-            b_q, b_dout, b_lse, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
+        b_slots, b_e, b_dp = exps_and_gradient(
+            b_q, b_dout, b_top, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
-        b_dg = b_p * (b_dp - b_delta[:, None])
+        b_dg = b_e * (b_dp * b_inverse[:, None] - b_scaled_delta[:, None])
         b_dq = dot(cast(b_dg, b_q.dtype), cast(b_slots, b_q.dtype), b_dq, PRECISION)
 
     dq += i_b * dq_b + i_h * dq_h
@@ -173,7 +184,7 @@ def broadcast_tokens_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h", "chunk"])
 def broadcast_slots_kernel(
-    dout, q, slots, values, bias, cos, sin, lse, delta, dslots, dvalues, dbias,
+    dout, q, slots, values, bias, cos, sin, top, delta, inverse, dslots, dvalues, dbias,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
     angle_h,
     H, N, M, scale, chunk,
@@ -200,16 +211,17 @@ def broadcast_slots_kernel(
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         valid = o_n < last
-        b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+        b_inverse = tl.load(inverse + i_bh * N + o_n, mask=valid, other=0.0)
+        used = b_inverse != 0
+        b_q = load_rotated(q, o_n, q_n, used, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
         b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
-        b_lse = tl.load(lse + i_bh * N + o_n, mask=valid, other=float("inf"))
-        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+        b_top = tl.load(top + i_bh * N + o_n, mask=used, other=0.0)
 
-        b_g = row_products(b_slots, b_q, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION)
-        b_p = tl.exp2(b_g * (scale * LOG2E) + b_bias[:, None] - b_lse[None, :])
+        b_g = row_products(b_slots, b_q, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION, SWAPPED=True)
+        b_p = exps_below(b_g * (scale * LOG2E) + b_bias[:, None], b_top[None, :]) * b_inverse[None, :]
         b_dvalues = dot(cast(b_p, b_dout.dtype), b_dout, b_dvalues, PRECISION)
-        b_dp = dot(b_values, tl.trans(b_dout), tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
+        b_dp = row_products(b_values, b_dout, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), False, False, PRECISION, SWAPPED=True)
         b_dg = b_p * (b_dp - b_delta[None, :])
         b_dbias += tl.sum(b_dg, 1)
         if NEED_SLOTS:
@@ -223,31 +235,31 @@ def broadcast_slots_kernel(
 def broadcast_forward(
     q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None,
     interleaved: bool, scale: float, v: Tensor | None, conv_weight: Tensor | None, mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = values.shape[2:]
     config = launch_config("broadcast_forward", q, max(width, value_width), slots)
     out = empty_like_tokens(q, value_width)
-    lse = q.new_empty(batch, num_heads, tokens, dtype=config.compute)
+    top, total = (q.new_empty(batch, num_heads, tokens, dtype=config.compute) for _ in range(2))
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
     bias = values if slot_bias is None else slot_bias
     residual = (q, q, q) if v is None else (v, conv_weight.contiguous(), v if mask is None else mask)
     launch(
         broadcast_forward_kernel,
         (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-        q, slots, values, bias, cos, sin, *residual, out, lse,
+        q, slots, values, bias, cos, sin, *residual, out, top, total,
         *token_strides(q), *slot_strides(slots), *slot_strides(values), *bias.stride()[:3], angle_h,
         *token_strides(residual[0]), *mask_strides(mask), *token_strides(out), num_heads, tokens, num_slots, scale,
         ROTARY=rotary, INTERLEAVED=interleaved, BIASED=slot_bias is not None,
         TAPS=0 if conv_weight is None else conv_weight.shape[2], BLOCK_K=config.tile.slots, MASKED=mask is not None,
         **config.meta(width, value_width),
     )  # fmt: skip
-    return out, lse
+    return out, top, total
 
 
 def broadcast_backward(
     dout: Tensor, q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool, scale: float, out: Tensor | None, lse: Tensor,
+    sin: Tensor | None, interleaved: bool, scale: float, out: Tensor | None, top: Tensor, total: Tensor,
     need_slots: bool, need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
@@ -262,11 +274,11 @@ def broadcast_backward(
     variant = dict(ROTARY=rotary, INTERLEAVED=interleaved, BIASED=slot_bias is not None)
 
     config = launch_config("broadcast_tokens", q, max(width, value_width), slots)
-    dq, delta = empty_like_tokens(q, width), torch.empty_like(lse)
+    dq, delta, inverse = empty_like_tokens(q, width), torch.empty_like(top), torch.empty_like(top)
     launch(
         broadcast_tokens_kernel,
         (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-        *inputs, q if out is None else out, lse, delta, dq,
+        *inputs, q if out is None else out, top, total, delta, inverse, dq,
         *strides, *token_strides(q if out is None else out), *token_strides(dq), num_heads, tokens, num_slots, scale,
         KNOWN=out is not None, **variant, **config.meta(width, value_width),
     )  # fmt: skip
@@ -282,8 +294,8 @@ def broadcast_backward(
     launch(
         broadcast_slots_kernel,
         (programs * chunks,),
-        *inputs, lse, delta, dslots, dvalues, dbias, *strides, num_heads, tokens, num_slots, scale, chunk,
+        *inputs, top, delta, inverse, dslots, dvalues, dbias, *strides, num_heads, tokens, num_slots, scale, chunk,
         NEED_SLOTS=need_slots, **variant, **config.meta(width, value_width),
     )  # fmt: skip
     dslots = sum_slots(dslots, slots) if need_slots else slots.new_empty(0)
-    return dq, dslots, *(merge(dvalues, dbias, softmax=False) if need_values else (values.new_empty(0), values.new_empty(0)))
+    return dq, dslots, *(merge_sums(dvalues, dbias) if need_values else (values.new_empty(0), values.new_empty(0)))

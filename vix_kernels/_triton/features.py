@@ -68,13 +68,14 @@ def slot_rows(
 
 
 @triton.jit
-def load_state(values, lse, values_m, lse_m, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """values (slots, BLOCK_E), and the sums of features exp2(lse); 0 beyond M."""
+def load_state(sums, norms, sums_m, norms_m, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Means of the values, S / z (slots, BLOCK_E), which are in the range of v, and the norms z; 0 beyond M."""
     o_e = tl.arange(0, BLOCK_E)
     at = o_m.to(tl.int64)
     inside = (o_m < M)[:, None] & (o_e < E)[None, :]
-    b_values = tl.load(values + at[:, None] * values_m + o_e[None, :], mask=inside, other=0.0)
-    return b_values, tl.exp2(tl.load(lse + at * lse_m, mask=o_m < M, other=float("-inf")))
+    b_sums = tl.load(sums + at[:, None] * sums_m + o_e[None, :], mask=inside, other=0.0)
+    b_norms = tl.load(norms + at * norms_m, mask=o_m < M, other=0.0)
+    return b_sums / tl.where(b_norms == 0, 1.0, b_norms)[:, None], b_norms
 
 
 def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | None) -> LaunchConfig:

@@ -1,6 +1,6 @@
-"""Kernels of `linear_aggregate`: slots read tokens by their features (primitives/linear.py states the equations).
+"""Kernels of `linear_aggregate`: slots sum tokens by their features (primitives/linear.py states the equations).
 
-They walk as those of `aggregate` do, without a maximum or a normaliser to carry along.
+Their loops are those of `aggregate`, without a maximum or a normalizer to carry along.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .aggregate import prepare
 from .features import apply_map, feature_config, feature_strides, load_logits, slope, slot_rows
 from .launch import launch
 from .layout import mask_strides, output_strides, rotary_arguments, token_strides
-from .merge import empty_slots, merge, sum_slots
+from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
     cast,
     dot,
@@ -34,7 +34,7 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["N", "M", "mask_b", "angle_h", "chunk"])
 def linear_aggregate_forward_kernel(
-    slots, k, v, mask, cos, sin, values, lse,
+    slots, k, v, mask, cos, sin, sums, norms,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
     H, N, M, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -42,7 +42,7 @@ def linear_aggregate_forward_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """values and lse of a tile of slots over a chunk of tokens."""
+    """sums and norms of a tile of slots over a chunk of tokens."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
@@ -50,8 +50,8 @@ def linear_aggregate_forward_kernel(
     v += i_b * v_b + i_h * v_h
     slots += i_b * slots_b + i_h * slots_h
 
-    b_values = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
-    b_sum = tl.zeros((BLOCK_M,), COMPUTE)
+    b_sums = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
+    b_norms = tl.zeros((BLOCK_M,), COMPUTE)
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         valid = o_n < last
@@ -63,17 +63,16 @@ def linear_aggregate_forward_kernel(
         )  # fmt: skip
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_f = cast(tl.where(valid[:, None], apply_map(b_l, ELU), 0.0), b_v.dtype)
-        b_sum += tl.sum(b_f.to(COMPUTE), 0)  # rounded in numerator and denominator alike
-        b_values = dot(tl.trans(b_f), b_v, b_values, PRECISION)
+        b_norms += tl.sum(b_f.to(COMPUTE), 0)  # rounded in numerator and denominator alike
+        b_sums = dot(tl.trans(b_f), b_v, b_sums, PRECISION)
 
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-    b_values = b_values / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
-    store_state(b_values, tl.log2(b_sum), values, lse, part, o_m, M, E, BLOCK_E)
+    store_state(b_sums, b_norms, sums, norms, part, o_m, M, E, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["N", "M", "mask_b", "angle_h"])
 def linear_aggregate_tokens_kernel(
-    slots, k, v, mask, cos, sin, lse, delta, size, unit, dk, dv,
+    slots, k, v, mask, cos, sin, delta, size, unit, dk, dv,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
     dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     H, N, M,
@@ -103,13 +102,12 @@ def linear_aggregate_tokens_kernel(
             D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
         o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-        b_unit, b_size, b_delta, b_lse = load_unit(unit, size, delta, lse, i_bh * M + o_m, o_m < M, E, BLOCK_E)
+        b_unit, b_size, b_delta = load_unit(unit, size, delta, i_bh * M + o_m, o_m < M, E, BLOCK_E)
         if VALUES:
-            b_p = apply_map(b_l, ELU) * tl.exp2(-b_lse)[None, :]
-            b_dv = dot(cast(b_p * b_size[None, :], b_v.dtype), b_unit, b_dv, PRECISION)
+            b_dv = dot(cast(apply_map(b_l, ELU) * b_size[None, :], b_v.dtype), b_unit, b_dv, PRECISION)
         if KEYS:
             b_dp = row_products(b_v, b_unit, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
-            b_dl = slope(b_l, ELU) * tl.exp2(-b_lse)[None, :] * (b_dp * b_size[None, :] - b_delta[None, :])
+            b_dl = slope(b_l, ELU) * (b_dp * b_size[None, :] - b_delta[None, :])
             b_dl = tl.where(valid[:, None], b_dl, 0.0)
             if PROJECTED:
                 b_slots = cast(load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED), b_v.dtype)
@@ -127,7 +125,7 @@ def linear_aggregate_tokens_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "mask_b", "angle_h", "chunk"])
 def linear_aggregate_slots_kernel(
-    slots, k, v, mask, cos, sin, lse, delta, size, unit, dslots,
+    slots, k, v, mask, cos, sin, delta, size, unit, dslots,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
     H, N, M, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -143,7 +141,7 @@ def linear_aggregate_slots_kernel(
     v += i_b * v_b + i_h * v_h
     slots += i_b * slots_b + i_h * slots_h
     o_m = first_slot + tl.arange(0, BLOCK_M)
-    b_unit, b_size, b_delta, b_lse = load_unit(unit, size, delta, lse, i_bh * M + o_m, o_m < M, E, BLOCK_E)
+    b_unit, b_size, b_delta = load_unit(unit, size, delta, i_bh * M + o_m, o_m < M, E, BLOCK_E)
 
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
     for start in range(first, last, BLOCK_N):
@@ -158,7 +156,7 @@ def linear_aggregate_slots_kernel(
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_dp = row_products(b_v, b_unit, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
-        b_dl = slope(b_l, ELU) * tl.exp2(-b_lse)[None, :] * (b_dp * b_size[None, :] - b_delta[None, :])
+        b_dl = slope(b_l, ELU) * (b_dp * b_size[None, :] - b_delta[None, :])
         b_dl = tl.where(valid[:, None], b_dl, 0.0)
         b_dslots = dot(tl.trans(cast(b_dl, b_k.dtype)), b_k, b_dslots, PRECISION)
 
@@ -175,32 +173,33 @@ def linear_aggregate_forward(
     num_slots = width if slots is None else slots.shape[2]
     programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
     chunk, chunks = config.chunk(programs, tokens)
-    values = k.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
-    lse = k.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
+    sums = k.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
+    norms = k.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
     launch(
         linear_aggregate_forward_kernel,
         (programs * chunks,),
-        k if slots is None else slots, k, v, k if mask is None else mask, cos, sin, values, lse,
+        k if slots is None else slots, k, v, k if mask is None else mask, cos, sin, sums, norms,
         *feature_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h,
         num_heads, tokens, num_slots, chunk,
         ROTARY=rotary, INTERLEAVED=interleaved, MASKED=mask is not None, PROJECTED=slots is not None,
         ELU=feature_map == "elu", **config.meta(width, value_width),
     )  # fmt: skip
-    return merge(values, lse, softmax=True)
+    return merge_sums(sums, norms)
 
 
 def linear_aggregate_backward(
-    dvalues: Tensor, dlse: Tensor, slots: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool, feature_map: str, values: Tensor, lse: Tensor,
+    dsums: Tensor, dnorms: Tensor, slots: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, interleaved: bool, feature_map: str,
     need_slots: bool, need_k: bool, need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = k.shape
     value_width = v.shape[3]
     num_slots = width if slots is None else slots.shape[2]
-    delta, size, unit = prepare(dvalues, dlse, values, v.dtype)
+    config = feature_config("linear_aggregate_tokens", k, v, slots)
+    delta, size, unit = prepare(dsums, dnorms, None, None, v.dtype, config.precision)
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
-    inputs = (k if slots is None else slots, k, v, k if mask is None else mask, cos, sin, lse, delta, size, unit)
+    inputs = (k if slots is None else slots, k, v, k if mask is None else mask, cos, sin, delta, size, unit)
     strides = (*feature_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h)
     variant = dict(
         ROTARY=rotary, INTERLEAVED=interleaved, MASKED=mask is not None, PROJECTED=slots is not None,
@@ -210,7 +209,6 @@ def linear_aggregate_backward(
     dk = empty_like_tokens(k, width) if need_k else k.new_empty(0)
     dv = empty_like_tokens(v, value_width) if need_v else v.new_empty(0)
     if need_k or need_v:
-        config = feature_config("linear_aggregate_tokens", k, v, slots)
         launch(
             linear_aggregate_tokens_kernel,
             (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),

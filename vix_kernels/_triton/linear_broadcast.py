@@ -1,10 +1,11 @@
-"""Kernels of `linear_broadcast`: tokens read slots by their features (primitives/linear.py states the equations).
+"""Kernels of `linear_broadcast`: tokens average slots by their features (primitives/linear.py states the equations).
 
-They walk as those of `broadcast` do.
+Their loops are those of `broadcast`.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,9 +14,8 @@ from ..primitives.layout import empty_like_tokens, unit_last_stride
 from .features import apply_map, feature_config, feature_strides, load_logits, load_state, slope, slot_rows
 from .launch import launch
 from .layout import rotary_arguments, slot_strides, token_strides
-from .merge import empty_slots, merge, sum_slots
+from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
-    LN2,
     cast,
     dot,
     load_rotated,
@@ -30,11 +30,13 @@ from .tiles import (
     token_program,
 )
 
+SMALLEST = tl.constexpr(2.0**-100)  # of what weights are divided by: the inverse must be finite
 
-@triton.jit(do_not_specialize=["N", "M", "values_b", "values_h", "lse_b", "lse_h", "angle_h", "eps"])
+
+@triton.jit(do_not_specialize=["N", "M", "sums_b", "sums_h", "norms_b", "norms_h", "angle_h", "eps"])
 def linear_broadcast_forward_kernel(
-    q, slots, values, lse, cos, sin, out, total,
-    q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, lse_b, lse_h, lse_m, angle_h,
+    q, slots, sums, norms, cos, sin, out, total,
+    q_b, q_h, q_n, slots_b, slots_h, slots_m, sums_b, sums_h, sums_m, norms_b, norms_h, norms_m, angle_h,
     out_b, out_h, out_n,
     H, N, M, eps,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -49,8 +51,8 @@ def linear_broadcast_forward_kernel(
     q += i_b * q_b + i_h * q_h
     slots += i_b * slots_b + i_h * slots_h
 
-    # As in a softmax: weights and what they add up to are kept over the largest weight so far, which 16 bits can hold.
-    b_max = tl.zeros((BLOCK_N,), COMPUTE)
+    # As in a softmax: weights and their sum are kept over the largest weight so far, which 16 bits can hold.
+    b_max = tl.full((BLOCK_N,), SMALLEST, COMPUTE)
     b_total = tl.zeros((BLOCK_N,), COMPUTE)
     b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
     for first_slot in range(0, M, BLOCK_M):
@@ -59,13 +61,13 @@ def linear_broadcast_forward_kernel(
             D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
         o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-        b_values, b_sums = load_state(
-            values + i_b * values_b + i_h * values_h, lse + i_b * lse_b + i_h * lse_h, values_m, lse_m,
+        b_values, b_norms = load_state(
+            sums + i_b * sums_b + i_h * sums_h, norms + i_b * norms_b + i_h * norms_h, sums_m, norms_m,
             o_m, M, E, BLOCK_E,
         )  # fmt: skip
-        b_w = apply_map(b_l, ELU) * b_sums[None, :]
+        b_w = apply_map(b_l, ELU) * b_norms[None, :]
         new_max = tl.maximum(b_max, tl.max(b_w, 1))
-        over = 1.0 / tl.where(new_max == 0, 1.0, new_max)
+        over = 1.0 / new_max
         b_p = cast(b_w * over[:, None], q.dtype.element_ty)  # rounded in numerator and denominator alike
         b_total = b_total * (b_max * over) + tl.sum(b_p.to(COMPUTE), 1)
         b_out = dot(b_p, cast(b_values, q.dtype.element_ty), b_out * (b_max * over)[:, None], PRECISION)
@@ -73,37 +75,36 @@ def linear_broadcast_forward_kernel(
 
     guard = tl.zeros((BLOCK_N,), COMPUTE) + eps
     tl.store(total + i_bh * N + o_n, b_total * b_max + guard, mask=valid)
-    # A query that no slot answers has out 0, whatever the guard.
-    b_total = b_total + guard / tl.where(b_max == 0, 1.0, b_max)
+    b_total = b_total + guard / b_max
     b_out = b_out / tl.where(b_total == 0, 1.0, b_total)[:, None]
     store_tile(b_out, out + i_b * out_b + i_h * out_h, o_n, out_n, valid, E, BLOCK_E, 0, True)
 
 
 @triton.jit
-def load_shares(
-    dout, d_n, b_total, q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m, first_slot, cos, sin, M,
+def load_terms(
+    dout, d_n, q, o_n, q_n, used, slots, slots_m, sums, norms, sums_m, norms_m, first_slot, cos, sin, M,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of tokens and slots (tokens, BLOCK_M): logits, shares of a feature in the result, <dout, values>."""
+    """Of tokens and slots (tokens, BLOCK_M): logits and <dout, values>; and the norms of the slots."""
     b_l = load_logits(
-        q, o_n, q_n, valid, slots, slots_m, first_slot, cos, sin, M,
+        q, o_n, q_n, used, slots, slots_m, first_slot, cos, sin, M,
         D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
     )  # fmt: skip
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-    b_values, b_sums = load_state(values, lse, values_m, lse_m, o_m, M, E, BLOCK_E)
-    b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
+    b_values, b_norms = load_state(sums, norms, sums_m, norms_m, o_m, M, E, BLOCK_E)
+    b_dout = load_tile(dout, o_n, d_n, used, E, BLOCK_E, 0, True)
     # Whole values, in two halves if need be: what is left of these products without their mean may be small.
     WIDE: tl.constexpr = b_values.dtype != b_dout.dtype
     b_dp = row_products(b_dout, b_values, tl.zeros((o_n.shape[0], BLOCK_M), COMPUTE), False, WIDE, PRECISION)
-    return b_l, b_sums[None, :] / b_total[:, None], b_dp
+    return b_l, b_dp, b_norms
 
 
-@triton.jit(do_not_specialize=["N", "M", "values_b", "values_h", "lse_b", "lse_h", "angle_h"])
+@triton.jit(do_not_specialize=["N", "M", "sums_b", "sums_h", "norms_b", "norms_h", "angle_h"])
 def linear_broadcast_tokens_kernel(
-    dout, q, slots, values, lse, cos, sin, total, delta, dq,
-    d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, lse_b, lse_h, lse_m,
+    dout, q, slots, sums, norms, cos, sin, total, delta, used, dq,
+    d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, sums_b, sums_h, sums_m, norms_b, norms_h, norms_m,
     angle_h, dq_b, dq_h, dq_n,
     H, N, M,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -111,40 +112,43 @@ def linear_broadcast_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of tokens, and delta = <dout, out> for the slot gradients.
+    """dq of a tile of tokens, and for the slot gradients delta = <dout, out> and whether a token is used.
 
-    delta is summed again from the shares: `out` may have been rounded, and what is left of <dout, values> without it is small.
+    delta is summed again from the features: `out` may have been rounded, and <dout, values> - delta may be small. A token whose
+    dout is 0 has no part in any gradient, even if it holds NaN, as padding may: it counts as 0.
     """
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
     q += i_b * q_b + i_h * q_h
     slots += i_b * slots_b + i_h * slots_h
-    values += i_b * values_b + i_h * values_h
-    lse += i_b * lse_b + i_h * lse_h
+    sums += i_b * sums_b + i_h * sums_h
+    norms += i_b * norms_b + i_h * norms_h
     dq += i_b * dq_b + i_h * dq_h
     dout += i_b * d_b + i_h * d_h
-    b_total = tl.load(total + i_bh * N + o_n, mask=valid, other=1.0)
+    b_used = tl.max((load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True) != 0).to(tl.int32), 1) > 0
+    tl.store(used + i_bh * N + o_n, b_used.to(tl.uint8), mask=valid)
+    b_total = tl.load(total + i_bh * N + o_n, mask=b_used, other=1.0)
     b_total = tl.where(b_total == 0, 1.0, b_total)
 
     b_delta = tl.zeros((BLOCK_N,), COMPUTE)
     for first_slot in range(0, M, BLOCK_M):
-        b_l, b_share, b_dp = load_shares(
-            dout, d_n, b_total, q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m, first_slot,
+        b_l, b_dp, b_norms = load_terms(
+            dout, d_n, q, o_n, q_n, b_used, slots, slots_m, sums, norms, sums_m, norms_m, first_slot,
             cos + angles, sin + angles, M,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
-        b_delta += tl.sum(apply_map(b_l, ELU) * b_share * b_dp, 1)
+        b_delta += tl.sum(apply_map(b_l, ELU) * (b_norms[None, :] / b_total[:, None]) * b_dp, 1)
     tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
 
     b_dq = tl.zeros((BLOCK_N, BLOCK_D if PROJECTED else 1), COMPUTE)
     for first_slot in range(0, M, BLOCK_M):
-        b_l, b_share, b_dp = load_shares(
-            dout, d_n, b_total, q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m, first_slot,
+        b_l, b_dp, b_norms = load_terms(
+            dout, d_n, q, o_n, q_n, b_used, slots, slots_m, sums, norms, sums_m, norms_m, first_slot,
             cos + angles, sin + angles, M,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
-        b_dl = slope(b_l, ELU) * b_share * (b_dp - b_delta[:, None])
+        b_dl = slope(b_l, ELU) * (b_norms[None, :] / b_total[:, None]) * (b_dp - b_delta[:, None])
         if PROJECTED:
             o_m = first_slot + tl.arange(0, BLOCK_M)
             b_slots = cast(load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED), dout.dtype.element_ty)
@@ -157,10 +161,10 @@ def linear_broadcast_tokens_kernel(
         store_unrotated(b_dq, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
-@triton.jit(do_not_specialize=["N", "M", "values_b", "values_h", "lse_b", "lse_h", "angle_h", "chunk"])
+@triton.jit(do_not_specialize=["N", "M", "sums_b", "sums_h", "norms_b", "norms_h", "angle_h", "chunk"])
 def linear_broadcast_slots_kernel(
-    dout, q, slots, values, lse, cos, sin, total, delta, dslots, dvalues, dlse,
-    d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, lse_b, lse_h, lse_m,
+    dout, q, slots, sums, norms, cos, sin, total, delta, used, dslots, dsums, dnorms,
+    d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, sums_b, sums_h, sums_m, norms_b, norms_h, norms_m,
     angle_h,
     H, N, M, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -168,59 +172,63 @@ def linear_broadcast_slots_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     NEED_SLOTS: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dvalues, dlse and, if asked for, dslots of a tile of slots over a chunk of tokens, for each batch and head."""
+    """dsums, dnorms and, if asked for, dslots of a tile of slots over a chunk of tokens, for each batch and head."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
     q += i_b * q_b + i_h * q_h
     dout += i_b * d_b + i_h * d_h
     slots += i_b * slots_b + i_h * slots_h
-    values += i_b * values_b + i_h * values_h
-    lse += i_b * lse_b + i_h * lse_h
+    sums += i_b * sums_b + i_h * sums_h
+    norms += i_b * norms_b + i_h * norms_h
 
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D if NEED_SLOTS else 1), COMPUTE)
-    b_dvalues = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
-    b_dlse = tl.zeros((BLOCK_M,), COMPUTE)
+    b_dsums = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
+    b_dnorms = tl.zeros((BLOCK_M,), COMPUTE)
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         valid = o_n < last
         b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
         b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
-        b_total = tl.load(total + i_bh * N + o_n, mask=valid, other=float("inf"))  # a share of 0 beyond the last token
-        b_l, b_share, b_dp = load_shares(
-            dout, d_n, tl.where(b_total == 0, 1.0, b_total), q, o_n, q_n, valid, slots, slots_m, values, lse, values_m, lse_m,
+        b_used = tl.load(used + i_bh * N + o_n, mask=valid, other=0) != 0
+        b_total = tl.load(total + i_bh * N + o_n, mask=b_used, other=float("inf"))  # a weight of 0
+        b_total = tl.where(b_total == 0, 1.0, b_total)
+        b_l, b_dp, b_norms = load_terms(
+            dout, d_n, q, o_n, q_n, b_used, slots, slots_m, sums, norms, sums_m, norms_m,
             first_slot, cos + angles, sin + angles, M,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
-        b_p = apply_map(b_l, ELU) * b_share
-        b_dvalues = dot(tl.trans(cast(b_p, b_dout.dtype)), b_dout, b_dvalues, PRECISION)
-        b_dlse += tl.sum(b_p * (b_dp - b_delta[:, None]), 0)
+        b_size = tl.maximum(b_norms, SMALLEST)  # keeps the weights in float16's range
+        b_p = cast(apply_map(b_l, ELU) * (b_size[None, :] / b_total[:, None]), b_dout.dtype)
+        b_dsums = dot(tl.trans(b_p), b_dout, b_dsums, PRECISION)
+        b_dnorms -= tl.sum(b_p.to(COMPUTE) * b_delta[:, None], 0)
         if NEED_SLOTS:
-            b_dl = slope(b_l, ELU) * b_share * (b_dp - b_delta[:, None])
+            b_dl = slope(b_l, ELU) * (b_norms[None, :] / b_total[:, None]) * (b_dp - b_delta[:, None])
             b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
             b_dslots = dot(tl.trans(cast(b_dl, b_q.dtype)), b_q, b_dslots, PRECISION)
 
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-    store_state(b_dvalues, b_dlse * LN2, dvalues, dlse, part, o_m, M, E, BLOCK_E)
+    b_size = tl.maximum(tl.load(norms + o_m.to(tl.int64) * norms_m, mask=o_m < M, other=1.0), SMALLEST)
+    store_state(b_dsums / b_size[:, None], b_dnorms / b_size, dsums, dnorms, part, o_m, M, E, BLOCK_E)
     if NEED_SLOTS:
         store_slots(b_dslots, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
 def linear_broadcast_forward(
-    q: Tensor, slots: Tensor | None, values: Tensor, lse: Tensor, cos: Tensor | None, sin: Tensor | None,
+    q: Tensor, slots: Tensor | None, sums: Tensor, norms: Tensor, cos: Tensor | None, sin: Tensor | None,
     interleaved: bool, feature_map: str, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
-    num_slots, value_width = values.shape[2:]
-    config = feature_config("linear_broadcast_forward", q, values, slots)
+    num_slots, value_width = sums.shape[2:]
+    config = feature_config("linear_broadcast_forward", q, sums, slots)
     out = empty_like_tokens(q, value_width)
     total = q.new_empty(batch, num_heads, tokens, dtype=config.compute)
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
     launch(
         linear_broadcast_forward_kernel,
         (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-        q, q if slots is None else slots, values, lse, cos, sin, out, total,
-        *token_strides(q), *feature_strides(slots), *slot_strides(values), *lse.stride(), angle_h, *token_strides(out),
+        q, q if slots is None else slots, sums, norms, cos, sin, out, total,
+        *token_strides(q), *feature_strides(slots), *slot_strides(sums), *norms.stride(), angle_h, *token_strides(out),
         num_heads, tokens, num_slots, eps,
         ROTARY=rotary, INTERLEAVED=interleaved, PROJECTED=slots is not None, ELU=feature_map == "elu",
         **config.meta(width, value_width),
@@ -229,44 +237,45 @@ def linear_broadcast_forward(
 
 
 def linear_broadcast_backward(
-    dout: Tensor, q: Tensor, slots: Tensor | None, values: Tensor, lse: Tensor, cos: Tensor | None, sin: Tensor | None,
-    interleaved: bool, feature_map: str, total: Tensor, need_slots: bool, need_values: bool,
+    dout: Tensor, q: Tensor, slots: Tensor | None, sums: Tensor, norms: Tensor, cos: Tensor | None, sin: Tensor | None,
+    interleaved: bool, feature_map: str, total: Tensor, need_slots: bool, need_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
-    num_slots, value_width = values.shape[2:]
+    num_slots, value_width = sums.shape[2:]
     dout = unit_last_stride(dout)
     cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
-    inputs = (dout, q, q if slots is None else slots, values, lse, cos, sin)
+    inputs = (dout, q, q if slots is None else slots, sums, norms, cos, sin)
     strides = (
-        *token_strides(dout), *token_strides(q), *feature_strides(slots), *slot_strides(values), *lse.stride(), angle_h,
+        *token_strides(dout), *token_strides(q), *feature_strides(slots), *slot_strides(sums), *norms.stride(), angle_h,
     )  # fmt: skip
     variant = dict(
         ROTARY=rotary, INTERLEAVED=interleaved, PROJECTED=slots is not None, ELU=feature_map == "elu"
     )  # fmt: skip
 
-    config = feature_config("linear_broadcast_tokens", q, values, slots)
+    config = feature_config("linear_broadcast_tokens", q, sums, slots)
     dq, delta = empty_like_tokens(q, width), total.new_empty(total.shape)
+    used = total.new_empty(total.shape, dtype=torch.uint8)
     launch(
         linear_broadcast_tokens_kernel,
         (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-        *inputs, total, delta, dq, *strides, *token_strides(dq), num_heads, tokens, num_slots,
+        *inputs, total, delta, used, dq, *strides, *token_strides(dq), num_heads, tokens, num_slots,
         **variant, **config.meta(width, value_width),
     )  # fmt: skip
     need_slots = need_slots and slots is not None
-    if not (need_slots or need_values):
-        return dq, q.new_empty(0), values.new_empty(0), values.new_empty(0)
+    if not (need_slots or need_sums):
+        return dq, q.new_empty(0), sums.new_empty(0), sums.new_empty(0)
 
-    config = feature_config("linear_broadcast_slots", q, values, slots)
+    config = feature_config("linear_broadcast_slots", q, sums, slots)
     programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
     chunk, chunks = config.chunk(programs, tokens)
-    dvalues = q.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
-    dlse = q.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
+    dsums = q.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
+    dnorms = q.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
     dslots = empty_slots(slots, batch, num_heads, chunks, config.compute) if need_slots else q.new_empty(0)
     launch(
         linear_broadcast_slots_kernel,
         (programs * chunks,),
-        *inputs, total, delta, dslots, dvalues, dlse, *strides, num_heads, tokens, num_slots, chunk,
+        *inputs, total, delta, used, dslots, dsums, dnorms, *strides, num_heads, tokens, num_slots, chunk,
         NEED_SLOTS=need_slots, **variant, **config.meta(width, value_width),
     )  # fmt: skip
     dslots = sum_slots(dslots, slots) if need_slots else q.new_empty(0)
-    return dq, dslots, *(merge(dvalues, dlse, softmax=False) if need_values else (values.new_empty(0), values.new_empty(0)))
+    return dq, dslots, *(merge_sums(dsums, dnorms) if need_sums else (sums.new_empty(0), sums.new_empty(0)))

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..primitives.layout import empty_like_tokens
 from .configs import launch_config
 from .launch import launch
-from .layout import mask_strides, padded, rotary_arguments, token_strides
+from .layout import padded, rotary_arguments, token_strides
 from .tiles import load_tile, rotate_pairs, store_tile, token_program
 
 
@@ -37,11 +37,11 @@ def rotate_kernel(
 
 @triton.jit(do_not_specialize=["N", "B", "heads", "mask_b"])
 def angle_gradient_kernel(
-    x, dx, mask, dangles,
-    x_b, x_h, x_n, dx_b, dx_h, dx_n, mask_b, mask_n,
+    x, dx, dangles,
+    x_b, x_h, x_n, dx_b, dx_h, dx_n,
     B, heads, N,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """One row of angles a token, for `heads` heads; samples and heads are added in their order."""
     i_h, o_n, inside = token_program(N, BLOCK_N)
@@ -51,20 +51,17 @@ def angle_gradient_kernel(
     for i in range(B * heads):
         i_b = (i // heads).to(tl.int64)
         j_h = (i % heads).to(tl.int64)
-        valid = inside
-        if MASKED:
-            valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
-        b_x = load_tile(x + i_b * x_b + j_h * x_h, o_n, x_n, valid, ROTARY, BLOCK_D, ROTARY, INTERLEAVED)
-        b_dx = load_tile(dx + i_b * dx_b + j_h * dx_h, o_n, dx_n, valid, ROTARY, BLOCK_D, ROTARY, INTERLEAVED)
+        b_x = load_tile(x + i_b * x_b + j_h * x_h, o_n, x_n, inside, ROTARY, BLOCK_D, ROTARY, INTERLEAVED)
+        b_dx = load_tile(dx + i_b * dx_b + j_h * dx_h, o_n, dx_n, inside, ROTARY, BLOCK_D, ROTARY, INTERLEAVED)
         u, v = tl.split(tl.reshape(b_x.to(COMPUTE), (BLOCK_N, BLOCK_D // 2, 2)))
         du, dv = tl.split(tl.reshape(b_dx.to(COMPUTE), (BLOCK_N, BLOCK_D // 2, 2)))
-        b_dangles += u * dv - v * du
+        b_dangles += tl.where(dv == 0, 0.0, u * dv) - tl.where(du == 0, 0.0, v * du)  # padding may hold NaN
     pairs = tl.arange(0, BLOCK_D // 2)
     at = (i_h * N + o_n)[:, None] * (ROTARY // 2) + pairs[None, :]
     tl.store(dangles + at, b_dangles, mask=inside[:, None] & (pairs < ROTARY // 2)[None, :])
 
 
-def angle_gradient(x: Tensor, dx: Tensor, mask: Tensor | None, angles: Tensor, interleaved: bool) -> Tensor:
+def angle_gradient(x: Tensor, dx: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
     batch, num_heads, tokens, _ = x.shape
     rows, _, half = angles.shape  # a row for each head, or one for all
     dangles = angles.new_empty(angles.shape)
@@ -72,10 +69,10 @@ def angle_gradient(x: Tensor, dx: Tensor, mask: Tensor | None, angles: Tensor, i
     launch(
         angle_gradient_kernel,
         (rows * triton.cdiv(tokens, config.tile.tokens),),
-        x, dx, x if mask is None else mask, dangles,
-        *token_strides(x), *token_strides(dx), *mask_strides(mask), batch, num_heads // rows, tokens,
+        x, dx, dangles,
+        *token_strides(x), *token_strides(dx), batch, num_heads // rows, tokens,
         BLOCK_D=padded(2 * half), BLOCK_N=config.tile.tokens,
-        ROTARY=2 * half, INTERLEAVED=interleaved, MASKED=mask is not None, COMPUTE=config.triton_compute,
+        ROTARY=2 * half, INTERLEAVED=interleaved, COMPUTE=config.triton_compute,
         num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return dangles if batch else dangles.zero_()

@@ -20,11 +20,16 @@ INTERPRETED = tl.constexpr(interpreted())
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b, accumulated in acc's dtype."""
+    """acc + a @ b, accumulated in acc's dtype.
+
+    On a GPU each element of the result depends on its row and its column alone. The interpreter's matrix product also rounds by
+    the shape of the tile; in float64 it does not show.
+    """
     if INTERPRETED:
-        a = a.to(acc.dtype)
-        b = b.to(acc.dtype)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        x = tl.dot(a.to(tl.float64), b.to(tl.float64), acc.to(tl.float64), out_dtype=tl.float64).to(acc.dtype)
+    else:
+        x = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    return x
 
 
 @triton.jit
@@ -194,14 +199,13 @@ def load_slots(
 
 
 @triton.jit
-def load_unit(unit, size, delta, lse, rows, inside, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """What `prepare` made of the gradient of slots, and their lse: +inf, hence shares of 0, where no key has reached them."""
+def load_unit(unit, size, delta, rows, inside, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """What `prepare` made of the gradient of slots; 0 where there is no slot."""
     o_e = tl.arange(0, BLOCK_E)
     b_unit = tl.load(unit + rows[:, None] * E + o_e[None, :], mask=inside[:, None] & (o_e < E)[None, :], other=0.0)
     b_size = tl.load(size + rows, mask=inside, other=0.0)
     b_delta = tl.load(delta + rows, mask=inside, other=0.0)
-    b_lse = tl.load(lse + rows, mask=inside, other=float("inf"))
-    return b_unit, b_size, b_delta, tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    return b_unit, b_size, b_delta
 
 
 @triton.jit
@@ -216,12 +220,18 @@ def store_slots(
 
 
 @triton.jit
-def store_state(b_values, b_level, values, level, part, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """What a chunk has to say of its slots: rows of values, and a number each."""
+def store_state(b_values, b_number, values, number, part, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """What a chunk contributes to its slots: rows of values, and a number each."""
     rows = part * M + o_m
     o_e = tl.arange(0, BLOCK_E)
-    tl.store(level + rows, b_level, mask=o_m < M)
+    tl.store(number + rows, b_number, mask=o_m < M)
     tl.store(values + rows[:, None] * E + o_e[None, :], b_values, mask=(o_m < M)[:, None] & (o_e < E)[None, :])
+
+
+@triton.jit
+def exps_below(logits, top):
+    """exp2(logits - top), at most 1: `top` is the largest logit of a softmax, which another product may have rounded down."""
+    return tl.exp2(tl.minimum(logits - top, 0.0))
 
 
 @triton.jit
@@ -239,18 +249,34 @@ def halved_products(x, y, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def row_products(x, y, acc, SPLIT_X: tl.constexpr, SPLIT_Y: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x @ y^T; the operand that is SPLIT (float32 against 16-bit) enters as the sum of two 16-bit ones."""
+def whole_products(x, y, acc, PRECISION: tl.constexpr):
+    """acc + x @ y^T of operands in one dtype."""
+    if x.dtype == tl.float32 and x.shape[1] > 128:  # in quarters: whole float32 rows of 256 do not fit the registers
+        left_x, right_x = halves(x)
+        left_y, right_y = halves(y)
+        acc = halved_products(right_x, right_y, halved_products(left_x, left_y, acc, PRECISION), PRECISION)
+    else:
+        acc = dot(x, tl.trans(y), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def row_products(
+    x, y, acc, SPLIT_X: tl.constexpr, SPLIT_Y: tl.constexpr, PRECISION: tl.constexpr, SWAPPED: tl.constexpr = False
+):  # fmt: skip
+    """acc + x @ y^T; the operand that is SPLIT (float32 against 16-bit) enters as the sum of two 16-bit ones.
+
+    A product of float32 in three of tf32 depends on which operand is the left one. SWAPPED, y is: backward gets the bits that
+    forward had from row_products(y, x).
+    """
     if SPLIT_X:
         high, low = split(x, y.dtype)
         acc = dot(high, tl.trans(y), dot(low, tl.trans(y), acc, PRECISION), PRECISION)
     elif SPLIT_Y:
         high, low = split(y, x.dtype)
         acc = dot(x, tl.trans(high), dot(x, tl.trans(low), acc, PRECISION), PRECISION)
-    elif x.dtype == tl.float32 and x.shape[1] > 128:  # in quarters: whole float32 rows of 256 do not fit the registers
-        left_x, right_x = halves(x)
-        left_y, right_y = halves(y)
-        acc = halved_products(right_x, right_y, halved_products(left_x, left_y, acc, PRECISION), PRECISION)
+    elif SWAPPED and x.dtype == tl.float32:
+        acc = tl.trans(whole_products(y, x, tl.trans(acc), PRECISION))
     else:
-        acc = dot(x, tl.trans(y), acc, PRECISION)
+        acc = whole_products(x, y, acc, PRECISION)
     return acc

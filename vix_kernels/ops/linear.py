@@ -4,8 +4,8 @@
     S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
 
 phi(x) = relu(x) (EfficientViT, arXiv 2205.14756) or elu(x) + 1 (the paper's), channel by channel, or of a projection:
-phi_j(x) = relu(w_j . x / D^(1/4)), the generalised features of Performer (arXiv 2009.14794). As there, the means S_j / z_j
-and log z_j stand between two moves, linear_aggregate and linear_broadcast: they keep to the range of v.
+phi_j(x) = relu(w_j . x / D^(1/4)), the generalised features of Performer (arXiv 2009.14794). Two passes compute it:
+linear_aggregate gives S and z, linear_broadcast the output.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def linear_attention(
             q, k, v, feature_map=feature_map, projection=projection, eps=eps, key_padding_mask=key_padding_mask, rope=rope
         )
     options = dict(feature_map=feature_map, backend=backend) | ({} if rope is None else rope.tables)
-    values, lse = linear_aggregate(slots, k, v, mask=key_padding_mask, **options)
-    return linear_broadcast(q, slots, values, lse, eps=eps, **options)
+    sums, norms = linear_aggregate(slots, k, v, mask=key_padding_mask, **options)
+    return linear_broadcast(q, slots, sums, norms, eps=eps, **options)
 
 
 def linear_attention_reference(

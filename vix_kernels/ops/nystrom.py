@@ -18,12 +18,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .. import backends
 from ..primitives.aggregate import aggregate_backward, aggregate_forward, aggregate_reference
-from ..primitives.broadcast import bias_of_taking_part, broadcast_backward, broadcast_forward, broadcast_reference
+from ..primitives.autograd import once_differentiable
+from ..primitives.broadcast import (
+    bias_of_taking_part,
+    broadcast_backward,
+    broadcast_forward,
+    broadcast_reference,
+    reads_out,
+)
 from ..primitives.landmarks import landmarks_backward, landmarks_forward, landmarks_reference
 from ..primitives.layout import unit_last_stride
 from ..primitives.pinv import INITS, pinv_backward, pinv_forward, pinv_reference
@@ -154,25 +160,26 @@ class _Nystrom(torch.autograd.Function):
     def forward(ctx, q, k, v, weight, mask, cos, sin, angles, interleaved, pool, scale, iterations, init, backend):
         q_mask, rotation = _query_mask(mask, q), (cos, sin, interleaved)
         q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, mask, *rotation, *pool, backend)
-        values, lse = aggregate_forward(q_marks, k, v, mask, *rotation, scale, False, backend)
+        values, _, top, total = aggregate_forward(q_marks, k, v, mask, *rotation, scale, False, backend)
         counts = (None, None) if mask is None else (q_counts, k_counts)
         weighted = pinv_forward(q_marks, k_marks, values, *counts, scale, iterations, init, backend)
         bias = None if mask is None else bias_of_taking_part(k_counts > 0, weighted)
         residual = (None, None, None) if weight is None else (v, weight, mask)
-        out, out_lse = broadcast_forward(q, k_marks, weighted, bias, *rotation, scale, *residual, backend)
+        out, out_top, out_total = broadcast_forward(q, k_marks, weighted, bias, *rotation, scale, *residual, backend)
         ctx.save_for_backward(
-            q, k, v, weight, mask, cos, sin, q_marks, k_marks, q_counts, k_counts, values, lse, weighted,
-            out if weight is None else None, out_lse,
+            q, k, v, weight, mask, cos, sin, angles, q_marks, k_marks, q_counts, k_counts, values, top, total, weighted,
+            out if weight is None and reads_out(q, backend) else None, out_top, out_total,
         )  # fmt: skip
         ctx.interleaved, ctx.pool, ctx.options, ctx.backend = interleaved, pool, (scale, iterations, init), backend
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx, saved, dout):
         (
-            q, k, v, weight, mask, cos, sin, q_marks, k_marks, q_counts, k_counts, values, lse, weighted, out, out_lse,
-        ) = ctx.saved_tensors  # fmt: skip
+            q, k, v, weight, mask, cos, sin, _, q_marks, k_marks, q_counts, k_counts, values, top, total, weighted,
+            out, out_top, out_total,
+        ) = saved  # fmt: skip
         need_q, need_k, need_v, need_weight = ctx.needs_input_grad[:4]
         need_angles = ctx.needs_input_grad[7]
         need_q, need_k = need_q or need_angles, need_k or need_angles
@@ -183,13 +190,13 @@ class _Nystrom(torch.autograd.Function):
 
         # The tokens' own parts of dq, dk and dv, and two parts each of the gradients of the landmarks
         dq, dk_marks, dweighted, _ = broadcast_backward(
-            dout, q, k_marks, weighted, bias, *rotation, scale, out, out_lse, need_k, True, backend
+            dout, q, k_marks, weighted, bias, *rotation, scale, out, out_top, out_total, need_k, True, backend
         )
         dq_marks, dk_marks_2, dvalues = pinv_backward(
             dweighted, q_marks, k_marks, values, *counts, scale, *iteration, need_q, need_k, True, backend
         )
         dq_marks_2, dk, dv = aggregate_backward(
-            dvalues, None, q_marks, k, v, mask, *rotation, scale, False, values, lse, need_q, need_k, need_v, backend
+            dvalues, None, q_marks, k, v, mask, *rotation, scale, False, values, top, total, need_q, need_k, need_v, backend
         )
         dq, dk = landmarks_backward(
             dq, dk, dq_marks, dq_marks_2, dk_marks, dk_marks_2, q, k, q_mask, mask, *rotation, *ctx.pool, q_counts, k_counts,
@@ -200,8 +207,8 @@ class _Nystrom(torch.autograd.Function):
             dv, dweight = token_conv_backward(dout, v, weight, mask, dv if need_v else None, need_v, need_weight, backend)
         dangles = None
         if need_angles:
-            dangles = angle_gradient(q, dq, None, cos, ctx.interleaved, backend)
-            dangles = dangles + angle_gradient(k, dk, mask, cos, ctx.interleaved, backend)
+            dangles = angle_gradient(q, dq, cos, ctx.interleaved, backend)
+            dangles = dangles + angle_gradient(k, dk, cos, ctx.interleaved, backend)
         grads = (x if need else None for x, need in zip((dq, dk, dv, dweight), ctx.needs_input_grad, strict=False))
         return *grads, None, None, None, dangles, *(None,) * 6
 

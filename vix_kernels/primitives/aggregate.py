@@ -6,7 +6,9 @@ With Gaussian slots the bias of a key is b_n = -|scale k_n|^2 / 2, so that exp(l
 keys; otherwise it is 0. A key that does not take part has b_n = -inf and is read as 0, whatever it holds; a slot without
 keys has values 0 and lse -inf. Under RoPE keys are rotated first.
 
-lse is in base 2, the unit of the kernels, because a change of base costs half a digit: backward exponentiates it again.
+lse is in base 2, the unit of the kernels. The operator also returns the two numbers that it is made of, the largest logit of a
+slot, top_j, and total_j = sum_n 2^(l_jn - top_j), from which backward recomputes the probabilities: of a large lse, float32
+keeps no fraction.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import tiled
+from .autograd import once_differentiable
 from .layout import accumulator, empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
@@ -99,8 +101,8 @@ def aggregate_reference(
 class _Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, slots, k, v, mask, cos, sin, angles, interleaved, scale, gaussian, backend):
-        values, lse = aggregate_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend)
-        ctx.save_for_backward(slots, k, v, mask, cos, sin, values, lse)
+        values, lse, top, total = aggregate_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend)
+        ctx.save_for_backward(slots, k, v, mask, cos, sin, angles, values, top, total)
         ctx.options = interleaved, scale, gaussian
         ctx.backend = backend
         ctx.set_materialize_grads(False)  # lse is often not used
@@ -108,26 +110,28 @@ class _Aggregate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dvalues, dlse):
-        slots, k, v, mask, cos, sin, values, lse = ctx.saved_tensors
+    def backward(ctx, saved, dvalues, dlse):
+        slots, k, v, mask, cos, sin, _, values, top, total = saved
         dvalues = torch.zeros_like(values) if dvalues is None else dvalues
         need_slots, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
         needs = need_slots, need_k or need_angles, need_v
-        grads = aggregate_backward(dvalues, dlse, slots, k, v, mask, cos, sin, *ctx.options, values, lse, *needs, ctx.backend)
-        dslots, dk, dv = (x if need else None for x, need in zip(grads, needs, strict=True))
-        dangles = angle_gradient(k, dk, mask, cos, ctx.options[0], ctx.backend) if need_angles else None
+        grads = aggregate_backward(
+            dvalues, dlse, slots, k, v, mask, cos, sin, *ctx.options, values, top, total, *needs, ctx.backend
+        )
+        dangles = angle_gradient(k, grads[1], cos, ctx.options[0], ctx.backend) if need_angles else None
+        dslots, dk, dv = (x if need else None for x, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
         return dslots, dk, dv, None, None, None, dangles, None, None, None, None
 
 
 def _fake_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend):
     batch, heads, _, _ = k.shape
-    dtype = accumulator(k.dtype)
-    num_slots = slots.shape[2]
-    return k.new_empty(batch, heads, num_slots, v.shape[3], dtype=dtype), k.new_empty(batch, heads, num_slots, dtype=dtype)
+    dtype, num_slots = accumulator(k.dtype), slots.shape[2]
+    values = k.new_empty(batch, heads, num_slots, v.shape[3], dtype=dtype)
+    return values, *(k.new_empty(batch, heads, num_slots, dtype=dtype) for _ in range(3))
 
 
 def _fake_backward(
-    dvalues, dlse, slots, k, v, mask, cos, sin, interleaved, scale, gaussian, values, lse,
+    dvalues, dlse, slots, k, v, mask, cos, sin, interleaved, scale, gaussian, values, top, total,
     need_slots, need_k, need_v, backend,
 ):  # fmt: skip
     dslots = slots.new_empty(slots.shape if need_slots else (0,))
@@ -136,14 +140,14 @@ def _fake_backward(
 
 
 aggregate_forward = register(
-    f"aggregate_forward({_PROBLEM}, str backend) -> (Tensor values, Tensor lse)",
+    f"aggregate_forward({_PROBLEM}, str backend) -> (Tensor values, Tensor lse, Tensor top, Tensor total)",
     tiled=tiled.aggregate_forward,
     triton="aggregate.aggregate_forward",
     fake=_fake_forward,
 )
 aggregate_backward = register(
-    f"aggregate_backward(Tensor dvalues, Tensor? dlse, {_PROBLEM}, Tensor values, Tensor lse, bool need_slots, "
-    "bool need_k, bool need_v, str backend)"
+    f"aggregate_backward(Tensor dvalues, Tensor? dlse, {_PROBLEM}, Tensor values, Tensor top, Tensor total, "
+    "bool need_slots, bool need_k, bool need_v, str backend)"
     " -> (Tensor dslots, Tensor dk, Tensor dv)",
     tiled=tiled.aggregate_backward,
     triton="aggregate.aggregate_backward",

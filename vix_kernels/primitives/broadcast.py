@@ -12,9 +12,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import tiled, tiled_conv
+from .autograd import once_differentiable
 from .layout import accumulator, empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
@@ -56,6 +56,11 @@ def broadcast(
     return _Broadcast.apply(q, slots, values, slot_bias, cos, sin, angles, interleaved, scale, backend)
 
 
+def reads_out(q: Tensor, backend: str) -> bool:
+    """Whether backward reads the output. Else it is summed again: of float32, only the same products cancel to the last bit."""
+    return backend == "triton" and q.element_size() == 2
+
+
 def bias_of_taking_part(taken: Tensor, values: Tensor) -> Tensor:
     """The slot bias (batch, heads, M) by which slots that are not `taken`, bool (batch, M), have no share."""
     bias = torch.where(taken, 0.0, float("-inf")).to(values.dtype)
@@ -74,70 +79,49 @@ def broadcast_reference(
     interleaved: bool = True,
 ) -> Tensor:
     """The equation with all N x M logits in memory."""
-    logits, some = _logits_reference(q, slots, slot_bias, scale, cos, sin, interleaved)
-    out = logits.softmax(-1) @ values.to(q.dtype)
-    return out if some is None else torch.where(some, out, 0.0)
-
-
-def broadcast_lse_reference(
-    q: Tensor,
-    slots: Tensor,
-    slot_bias: Tensor | None = None,
-    *,
-    scale: float,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = True,
-) -> Tensor:
-    """log2 of what the softmax divides by, (batch, heads, N), as the operator keeps it; -inf for a token without slots."""
-    logits, some = _logits_reference(q, slots, slot_bias, scale, cos, sin, interleaved)
-    lse = (logits.logsumexp(-1) / math.log(2)).to(accumulator(q.dtype))
-    return lse if some is None else torch.where(some[..., 0], lse, float("-inf"))
-
-
-def _logits_reference(
-    q: Tensor, slots: Tensor, slot_bias: Tensor | None, scale: float, cos: Tensor | None, sin: Tensor | None, interleaved: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(batch, heads, N, M), and where there is any slot, (batch, heads, 1, 1); elsewhere, to stay finite, without the bias."""
     if cos is not None:
         q = rotate_reference(q, cos, sin, interleaved)
     logits = scale * q @ slots.to(q.dtype).mT
     if slot_bias is None:
-        return logits, None
-    some = (slot_bias > float("-inf")).any(-1)[..., None, None]
-    return logits + torch.where(some, slot_bias[:, :, None] * math.log(2), 0.0).to(q.dtype), some
+        return logits.softmax(-1) @ values.to(q.dtype)
+    has_slot = (slot_bias > float("-inf")).any(-1)[..., None, None]  # elsewhere, to stay finite, without the bias
+    logits = logits + torch.where(has_slot, slot_bias[:, :, None] * math.log(2), 0.0).to(q.dtype)
+    return torch.where(has_slot, logits.softmax(-1) @ values.to(q.dtype), 0.0)
 
 
 class _Broadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, slots, values, slot_bias, cos, sin, angles, interleaved, scale, backend):
         residual = None, None, None
-        out, lse = broadcast_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, *residual, backend)
-        ctx.save_for_backward(q, slots, values, slot_bias, cos, sin, out, lse)
+        out, top, total = broadcast_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, *residual, backend)
+        ctx.save_for_backward(
+            q, slots, values, slot_bias, cos, sin, angles, out if reads_out(q, backend) else None, top, total
+        )  # fmt: skip
         ctx.options = interleaved, scale
         ctx.backend = backend
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
-        q, slots, values, slot_bias, cos, sin, out, lse = ctx.saved_tensors
+    def backward(ctx, saved, dout):
+        q, slots, values, slot_bias, cos, sin, _, out, top, total = saved
         needs = ctx.needs_input_grad[:4]
         need_values = needs[2] or needs[3]
         grads = broadcast_backward(
-            dout, q, slots, values, slot_bias, cos, sin, *ctx.options, out, lse, needs[1], need_values, ctx.backend
+            dout, q, slots, values, slot_bias, cos, sin, *ctx.options, out, top, total, needs[1], need_values, ctx.backend
         )
-        dangles = angle_gradient(q, grads[0], None, cos, ctx.options[0], ctx.backend) if ctx.needs_input_grad[6] else None
+        dangles = angle_gradient(q, grads[0], cos, ctx.options[0], ctx.backend) if ctx.needs_input_grad[6] else None
         grads = (x if need else None for x, need in zip(grads, needs, strict=True))
         return *grads, None, None, dangles, None, None, None
 
 
 def _fake_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, v, conv_weight, mask, backend):
-    return empty_like_tokens(q, values.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+    sizes = q.shape[:3] if backend == "triton" else (0,)
+    return empty_like_tokens(q, values.shape[3]), *(q.new_empty(sizes, dtype=accumulator(q.dtype)) for _ in range(2))
 
 
 def _fake_backward(
-    dout, q, slots, values, slot_bias, cos, sin, interleaved, scale, out, lse, need_slots, need_values, backend
+    dout, q, slots, values, slot_bias, cos, sin, interleaved, scale, out, top, total, need_slots, need_values, backend
 ):  # fmt: skip
     dslots = slots.new_empty(slots.shape if need_slots else (0,))
     dvalues, dbias = (values.new_empty(shape if need_values else (0,)) for shape in (values.shape, values.shape[:3]))
@@ -145,25 +129,36 @@ def _fake_backward(
 
 
 def _tiled_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, v, conv_weight, mask):
-    out, lse = tiled.broadcast_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale)
+    out = tiled.broadcast_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale)
     if v is not None:
         tiled_conv.token_conv_add(out, v, conv_weight, mask)
-    return out, lse
+    return out, *(q.new_empty(0, dtype=accumulator(q.dtype)) for _ in range(2))
 
 
-# With v and conv_weight the convolution of primitives/token_conv.py is added to out, while it is in registers. The backward is
-# that of the attention alone, which then needs out summed again: it takes None for it.
+def _tiled_backward(
+    dout, q, slots, values, slot_bias, cos, sin, interleaved, scale, out, top, total, need_slots, need_values
+):  # fmt: skip
+    return tiled.broadcast_backward(
+        dout, q, slots, values, slot_bias, cos, sin, interleaved, scale, need_slots, need_values
+    )  # fmt: skip
+
+
+# top and total (batch, heads, N): the largest logit of a token, in base 2, and the sum of the exponentials above it, for the
+# backward kernels; the PyTorch implementation leaves them empty. With v and conv_weight the convolution of
+# primitives/token_conv.py is added to out, while it is in registers. The backward is that of the attention alone, which then
+# needs out summed again: it receives None for it.
 broadcast_forward = register(
-    f"broadcast_forward({_PROBLEM}, Tensor? v, Tensor? conv_weight, Tensor? mask, str backend) -> (Tensor out, Tensor lse)",
+    f"broadcast_forward({_PROBLEM}, Tensor? v, Tensor? conv_weight, Tensor? mask, str backend)"
+    " -> (Tensor out, Tensor top, Tensor total)",
     tiled=_tiled_forward,
     triton="broadcast.broadcast_forward",
     fake=_fake_forward,
 )
 broadcast_backward = register(
-    f"broadcast_backward(Tensor dout, {_PROBLEM}, Tensor? out, Tensor lse, bool need_slots, bool need_values, "
-    "str backend)"
+    f"broadcast_backward(Tensor dout, {_PROBLEM}, Tensor? out, Tensor? top, Tensor? total, bool need_slots, "
+    "bool need_values, str backend)"
     " -> (Tensor dq, Tensor dslots, Tensor dvalues, Tensor dbias)",
-    tiled=tiled.broadcast_backward,
+    tiled=_tiled_backward,
     triton="broadcast.broadcast_backward",
     fake=_fake_backward,
 )

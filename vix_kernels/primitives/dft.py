@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .autograd import once_differentiable
 from .layout import accumulator, unit_last_stride
 from .registry import refuse_transforms, register
 
@@ -42,7 +42,7 @@ class _DFT(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, saved, dy):
         return dft_forward(unit_last_stride(dy), *ctx.options), None, None
 
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import tiled_landmarks
+from .autograd import once_differentiable
 from .layout import empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
@@ -123,15 +123,15 @@ class _Landmarks(torch.autograd.Function):
         ctx.options = interleaved, prefix, rows, mark_rows, mark_columns, adaptive
         ctx.backend = backend
         q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, k_mask, cos, sin, *ctx.options, backend)
-        ctx.save_for_backward(q, k, q_mask, k_mask, cos, sin, q_counts, k_counts)
+        ctx.save_for_backward(q, k, q_mask, k_mask, cos, sin, angles, q_counts, k_counts)
         ctx.mark_non_differentiable(q_counts, k_counts)
         ctx.set_materialize_grads(False)
         return (q_marks, q_counts) if k is None else (q_marks, k_marks, q_counts, k_counts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dq_marks, dk_marks, *_):
-        q, k, q_mask, k_mask, cos, sin, q_counts, k_counts = ctx.saved_tensors
+    def backward(ctx, saved, dq_marks, dk_marks, *_):
+        q, k, q_mask, k_mask, cos, sin, _, q_counts, k_counts = saved
         need_q, need_k, _, _, _, _, need_angles, *_ = ctx.needs_input_grad
         need_q = dq_marks is not None and (need_q or need_angles)  # None: nothing depends on these landmarks
         need_k = k is not None and dk_marks is not None and (need_k or need_angles)
@@ -141,7 +141,7 @@ class _Landmarks(torch.autograd.Function):
         )  # fmt: skip
         dangles = None
         if need_angles:
-            turned = [(q, dq, q_mask)] * need_q + [(k, dk, k_mask)] * need_k
+            turned = [(q, dq)] * need_q + [(k, dk)] * need_k
             dangles = sum(angle_gradient(*each, cos, ctx.options[0], ctx.backend) for each in turned)
         return dq if need_q else None, dk if need_k else None, None, None, None, None, dangles, *[None] * 7
 

@@ -17,8 +17,8 @@ def empty_like_tokens(x: Tensor, width: int) -> Tensor:
     So what is made of the views of a linear map's result goes into the next one as a view.
     """
     batch, heads, tokens, _ = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
+    if x.stride(1) < x.stride(2):  # not a transposed view: autograd refuses to change views of a function's output in place
+        return x.new_empty_strided((batch, heads, tokens, width), (tokens * heads * width, width, heads * width, 1))
     return x.new_empty(batch, heads, tokens, width)
 
 

@@ -1,20 +1,20 @@
-"""linear_aggregate and linear_broadcast: the two moves with a feature map in the place of the exponential.
+"""linear_aggregate and linear_broadcast: the two passes with a feature map in place of the exponential.
 
-    f_jn = phi(p_j . k_n)      values_j = sum_n f_jn v_n / sum_n f_jn      lse_j = log2 sum_n f_jn
-    f_nj = phi(p_j . q_n)      w_nj = f_nj 2^lse_j      out_n = sum_j w_nj values_j / (sum_j w_nj + eps)
+    f_jn = phi(p_j . k_n)      S_j = sum_n f_jn v_n      z_j = sum_n f_jn
+    f_nj = phi(p_j . q_n)      out_n = sum_j f_nj S_j / (sum_j f_nj z_j + eps)
 
-phi is relu or elu + 1; without slots the features of a token are phi of its own channels. The contract is that of `aggregate`
-and `broadcast`: means of v, which stay in v's range, and the logarithm of the weight that each of them has.
+phi is relu or elu + 1; without slots the features of a token are phi of its own channels. Gradients of S and z pass from one
+to the other: unlike those of means S / z, they stay finite where z is as small as float32 can hold.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import tiled_linear
+from .autograd import once_differentiable
 from .layout import accumulator, empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
@@ -22,7 +22,7 @@ from .rotate import angle_gradient, rotate_reference
 FEATURE_MAPS = ("relu", "elu")
 
 _KEYS = "Tensor? slots, Tensor k, Tensor v, Tensor? mask, Tensor? cos, Tensor? sin, bool interleaved, str feature_map"
-_QUERIES = "Tensor q, Tensor? slots, Tensor values, Tensor lse, Tensor? cos, Tensor? sin, bool interleaved, str feature_map"
+_QUERIES = "Tensor q, Tensor? slots, Tensor sums, Tensor norms, Tensor? cos, Tensor? sin, bool interleaved, str feature_map"
 
 
 def linear_aggregate(
@@ -38,7 +38,7 @@ def linear_aggregate(
     interleaved: bool = True,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Feature-weighted means of the tokens.
+    """Feature-weighted sums of the tokens.
 
     Args:
         slots: (batch or 1, heads or 1, M, D), in k's dtype or float32; None for the channels themselves, M = D.
@@ -52,7 +52,7 @@ def linear_aggregate(
         backend: "torch" or "triton".
 
     Returns:
-        values (batch, heads, M, E) and lse (batch, heads, M), in float32 (float64 for float64 inputs). Differentiable in
+        sums S (batch, heads, M, E) and norms z (batch, heads, M), in float32 (float64 for float64 inputs). Differentiable in
         slots, k, v and angles.
     """
     refuse_transforms()
@@ -63,8 +63,8 @@ def linear_aggregate(
 def linear_broadcast(
     q: Tensor,
     slots: Tensor | None,
-    values: Tensor,
-    lse: Tensor,
+    sums: Tensor,
+    norms: Tensor,
     *,
     feature_map: str,
     eps: float,
@@ -74,22 +74,22 @@ def linear_broadcast(
     interleaved: bool = True,
     backend: str = "torch",
 ) -> Tensor:
-    """What the tokens read from the means.
+    """Means of the sums, weighted by the features of the tokens.
 
     Args:
         q: (batch, heads, queries, D). Any strides with a unit last one.
         slots, feature_map, interleaved, backend: as in linear_aggregate.
-        values, lse: what linear_aggregate returned.
+        sums, norms: what linear_aggregate returned.
         eps: added to the denominator; a denominator of 0 counts as 1.
         cos, sin: float32 (heads or 1, queries, R / 2), rotary tables for the first R channels of q.
         angles: as in linear_aggregate.
 
     Returns:
-        out (batch, heads, queries, E) in q's dtype. Differentiable in q, slots, values, lse and angles.
+        out (batch, heads, queries, E) in q's dtype. Differentiable in q, slots, sums, norms and angles.
     """
     refuse_transforms()
-    q, slots, values = unit_last_stride(q), None if slots is None else unit_last_stride(slots), unit_last_stride(values)
-    return _LinearBroadcast.apply(q, slots, values, lse, cos, sin, angles, interleaved, feature_map, eps, backend)
+    q, slots, sums = unit_last_stride(q), None if slots is None else unit_last_stride(slots), unit_last_stride(sums)
+    return _LinearBroadcast.apply(q, slots, sums, norms, cos, sin, angles, interleaved, feature_map, eps, backend)
 
 
 def linear_aggregate_reference(
@@ -104,22 +104,20 @@ def linear_aggregate_reference(
     interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The equations with all N x M features in memory."""
-    taken = None if mask is None else mask[:, None, :, None]
-    if taken is not None:
-        k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
+    valid = None if mask is None else mask[:, None, :, None]
+    if valid is not None:
+        k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
     features = _features_reference(k, slots, feature_map, cos, sin, interleaved)
-    if taken is not None:
-        features = torch.where(taken, features, 0.0)
-    sums = features.sum(-2)
-    values = features.mT @ v.to(features.dtype) / _divisor(sums)[..., None]
-    return values, sums.log2()
+    if valid is not None:
+        features = torch.where(valid, features, 0.0)
+    return features.mT @ v.to(features.dtype), features.sum(-2)
 
 
 def linear_broadcast_reference(
     q: Tensor,
     slots: Tensor | None,
-    values: Tensor,
-    lse: Tensor,
+    sums: Tensor,
+    norms: Tensor,
     *,
     feature_map: str,
     eps: float,
@@ -128,9 +126,9 @@ def linear_broadcast_reference(
     interleaved: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """out as that of linear_broadcast, and its denominator (batch, heads, queries)."""
-    weights = _features_reference(q, slots, feature_map, cos, sin, interleaved) * lse.exp2()[:, :, None]
-    total = weights.sum(-1) + eps
-    return (weights @ values / _divisor(total)[..., None]).to(q.dtype), total
+    features = _features_reference(q, slots, feature_map, cos, sin, interleaved)
+    total = (features @ norms[..., None]).squeeze(-1) + eps
+    return (features @ sums / torch.where(total == 0, 1.0, total)[..., None]).to(q.dtype), total
 
 
 def _features_reference(
@@ -144,51 +142,43 @@ def _features_reference(
     return F.relu(x) if feature_map == "relu" else F.elu(x) + 1
 
 
-def _divisor(total: Tensor) -> Tensor:
-    """Where it is 0, so is what it divides."""
-    return torch.where(total == 0, 1.0, total)
-
-
 class _LinearAggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, slots, k, v, mask, cos, sin, angles, interleaved, feature_map, backend):
-        values, lse = linear_aggregate_forward(slots, k, v, mask, cos, sin, interleaved, feature_map, backend)
-        ctx.save_for_backward(slots, k, v, mask, cos, sin, values, lse)
+        ctx.save_for_backward(slots, k, v, mask, cos, sin, angles)
         ctx.options, ctx.backend = (interleaved, feature_map), backend
-        return values, lse
+        return linear_aggregate_forward(slots, k, v, mask, cos, sin, *ctx.options, backend)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dvalues, dlse):
-        slots, k, v, mask, cos, sin, values, lse = ctx.saved_tensors
+    def backward(ctx, saved, dsums, dnorms):
+        slots, k, v, mask, cos, sin, _ = saved
         need_slots, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
         needs = need_slots, need_k or need_angles, need_v
-        grads = linear_aggregate_backward(
-            dvalues, dlse, slots, k, v, mask, cos, sin, *ctx.options, values, lse, *needs, ctx.backend
-        )
-        dslots, dk, dv = (x if need else None for x, need in zip(grads, needs, strict=True))
-        dangles = angle_gradient(k, dk, mask, cos, ctx.options[0], ctx.backend) if need_angles else None
+        grads = linear_aggregate_backward(dsums, dnorms, slots, k, v, mask, cos, sin, *ctx.options, *needs, ctx.backend)
+        dangles = angle_gradient(k, grads[1], cos, ctx.options[0], ctx.backend) if need_angles else None
+        dslots, dk, dv = (x if need else None for x, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
         return dslots, dk, dv, None, None, None, dangles, None, None, None
 
 
 class _LinearBroadcast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, slots, values, lse, cos, sin, angles, interleaved, feature_map, eps, backend):
-        out, total = linear_broadcast_forward(q, slots, values, lse, cos, sin, interleaved, feature_map, eps, backend)
-        ctx.save_for_backward(q, slots, values, lse, cos, sin, total)
+    def forward(ctx, q, slots, sums, norms, cos, sin, angles, interleaved, feature_map, eps, backend):
+        out, total = linear_broadcast_forward(q, slots, sums, norms, cos, sin, interleaved, feature_map, eps, backend)
+        ctx.save_for_backward(q, slots, sums, norms, cos, sin, angles, total)
         ctx.options, ctx.backend = (interleaved, feature_map), backend
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
-        q, slots, values, lse, cos, sin, total = ctx.saved_tensors
+    def backward(ctx, saved, dout):
+        q, slots, sums, norms, cos, sin, _, total = saved
         needs = ctx.needs_input_grad[:4]
-        need_values = needs[2] or needs[3]
+        need_sums = needs[2] or needs[3]
         grads = linear_broadcast_backward(
-            dout, q, slots, values, lse, cos, sin, *ctx.options, total, needs[1], need_values, ctx.backend
+            dout, q, slots, sums, norms, cos, sin, *ctx.options, total, needs[1], need_sums, ctx.backend
         )
-        dangles = angle_gradient(q, grads[0], None, cos, ctx.options[0], ctx.backend) if ctx.needs_input_grad[6] else None
+        dangles = angle_gradient(q, grads[0], cos, ctx.options[0], ctx.backend) if ctx.needs_input_grad[6] else None
         grads = (x if need else None for x, need in zip(grads, needs, strict=True))
         return *grads, None, None, dangles, None, None, None, None
 
@@ -201,7 +191,7 @@ def _fake_aggregate_forward(slots, k, v, mask, cos, sin, interleaved, feature_ma
 
 
 def _fake_aggregate_backward(
-    dvalues, dlse, slots, k, v, mask, cos, sin, interleaved, feature_map, values, lse,
+    dsums, dnorms, slots, k, v, mask, cos, sin, interleaved, feature_map,
     need_slots, need_k, need_v, backend,
 ):  # fmt: skip
     dslots = slots.new_empty(slots.shape) if need_slots and slots is not None else k.new_empty(0)
@@ -209,27 +199,27 @@ def _fake_aggregate_backward(
     return dslots, dk, empty_like_tokens(v, v.shape[3]) if need_v else v.new_empty(0)
 
 
-def _fake_broadcast_forward(q, slots, values, lse, cos, sin, interleaved, feature_map, eps, backend):
-    return empty_like_tokens(q, values.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+def _fake_broadcast_forward(q, slots, sums, norms, cos, sin, interleaved, feature_map, eps, backend):
+    return empty_like_tokens(q, sums.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
 def _fake_broadcast_backward(
-    dout, q, slots, values, lse, cos, sin, interleaved, feature_map, total, need_slots, need_values, backend
+    dout, q, slots, sums, norms, cos, sin, interleaved, feature_map, total, need_slots, need_sums, backend
 ):  # fmt: skip
     dslots = slots.new_empty(slots.shape) if need_slots and slots is not None else q.new_empty(0)
-    dvalues, dlse = (values.new_empty(shape if need_values else (0,)) for shape in (values.shape, values.shape[:3]))
-    return empty_like_tokens(q, q.shape[3]), dslots, dvalues, dlse
+    dsums, dnorms = (sums.new_empty(shape if need_sums else (0,)) for shape in (sums.shape, sums.shape[:3]))
+    return empty_like_tokens(q, q.shape[3]), dslots, dsums, dnorms
 
 
 linear_aggregate_forward = register(
-    f"linear_aggregate_forward({_KEYS}, str backend) -> (Tensor values, Tensor lse)",
+    f"linear_aggregate_forward({_KEYS}, str backend) -> (Tensor sums, Tensor norms)",
     tiled=tiled_linear.linear_aggregate_forward,
     triton="linear_aggregate.linear_aggregate_forward",
     fake=_fake_aggregate_forward,
 )
 linear_aggregate_backward = register(
-    f"linear_aggregate_backward(Tensor dvalues, Tensor dlse, {_KEYS}, Tensor values, Tensor lse, bool need_slots, "
-    "bool need_k, bool need_v, str backend) -> (Tensor dslots, Tensor dk, Tensor dv)",
+    f"linear_aggregate_backward(Tensor dsums, Tensor dnorms, {_KEYS}, bool need_slots, bool need_k, bool need_v, str backend)"
+    " -> (Tensor dslots, Tensor dk, Tensor dv)",
     tiled=tiled_linear.linear_aggregate_backward,
     triton="linear_aggregate.linear_aggregate_backward",
     fake=_fake_aggregate_backward,
@@ -241,8 +231,8 @@ linear_broadcast_forward = register(
     fake=_fake_broadcast_forward,
 )
 linear_broadcast_backward = register(
-    f"linear_broadcast_backward(Tensor dout, {_QUERIES}, Tensor total, bool need_slots, bool need_values, "
-    "str backend) -> (Tensor dq, Tensor dslots, Tensor dvalues, Tensor dlse)",
+    f"linear_broadcast_backward(Tensor dout, {_QUERIES}, Tensor total, bool need_slots, bool need_sums, "
+    "str backend) -> (Tensor dq, Tensor dslots, Tensor dsums, Tensor dnorms)",
     tiled=tiled_linear.linear_broadcast_backward,
     triton="linear_broadcast.linear_broadcast_backward",
     fake=_fake_broadcast_backward,

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import batched_pinv
+from .autograd import once_differentiable
 from .layout import unit_last_stride
 from .registry import refuse_transforms, register
 
@@ -107,9 +107,9 @@ class _Pinv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx, saved, dout):
         needs = ctx.needs_input_grad[:3]
-        grads = pinv_backward(unit_last_stride(dout), *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
+        grads = pinv_backward(unit_last_stride(dout), *saved, *ctx.options, *needs, ctx.backend)
         return *(x if need else None for x, need in zip(grads, needs, strict=True)), None, None, None, None, None, None
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .autograd import once_differentiable
 from .layout import accumulator, empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
@@ -83,22 +83,22 @@ def project_reference(
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx, key_projection, value_projection, k, v, mask, cos, sin, angles, interleaved, backend):
-        ctx.save_for_backward(key_projection, value_projection, k, v, mask, cos, sin)
+        ctx.save_for_backward(key_projection, value_projection, k, v, mask, cos, sin, angles)
         ctx.interleaved, ctx.backend = interleaved, backend
         return project_forward(key_projection, value_projection, k, v, mask, cos, sin, interleaved, backend)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dkeys, dvalues):
-        key_projection, value_projection, k, v, mask, cos, sin = ctx.saved_tensors
+    def backward(ctx, saved, dkeys, dvalues):
+        key_projection, value_projection, k, v, mask, cos, sin, _ = saved
         need_key_projection, need_value_projection, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
         needs = need_key_projection, need_value_projection, need_k or need_angles, need_v
         dkeys, dvalues = unit_last_stride(dkeys), unit_last_stride(dvalues)
         grads = project_backward(
             dkeys, dvalues, key_projection, value_projection, k, v, mask, cos, sin, ctx.interleaved, *needs, ctx.backend
         )
-        grads = [x if need else None for x, need in zip(grads, needs, strict=True)]
-        dangles = angle_gradient(k, grads[2], mask, cos, ctx.interleaved, ctx.backend) if need_angles else None
+        dangles = angle_gradient(k, grads[2], cos, ctx.interleaved, ctx.backend) if need_angles else None
+        grads = [x if need else None for x, need in zip(grads, ctx.needs_input_grad[:4], strict=True)]
         return *grads, None, None, None, dangles, None, None
 
 

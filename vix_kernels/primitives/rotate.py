@@ -3,16 +3,17 @@
     u' = u cos - v sin            v' = u sin + v cos            for the pairs (u, v) of the first R channels
 
 The gradient is the rotation by -angle, so nothing but the tables is kept for it. That of an angle is the cross product of a
-pair and its gradient, u dv - v du, summed over all tokens that the angle turns: the same before the rotation as after it.
+pair and its gradient, u dv - v du, summed over all tokens that the angle turns: the same before the rotation as after it. What
+has a gradient of 0 adds 0, whatever it holds: padding.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import tiled
+from .autograd import once_differentiable
 from .layout import empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 
@@ -57,19 +58,19 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin, angles, interleaved, backend):
         learned = ctx.needs_input_grad[4]
-        ctx.save_for_backward(cos, sin, *((q, k) if learned else (None, None)))
+        ctx.save_for_backward(cos, sin, *((angles, q, k) if learned else (None, None, None)))
         ctx.interleaved, ctx.backend = interleaved, backend
         return rotate_forward(q, k, cos, sin, interleaved, False, backend)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dq, dk):
-        cos, sin, q, k = ctx.saved_tensors
+    def backward(ctx, saved, dq, dk):
+        cos, sin, _, q, k = saved
         dq, dk = unit_last_stride(dq), unit_last_stride(dk)
         dq, dk = rotate_forward(dq, dk, cos, sin, ctx.interleaved, True, ctx.backend)
         dangles = None
         if q is not None:
-            dangles = sum(angle_gradient(x, dx, None, cos, ctx.interleaved, ctx.backend) for x, dx in ((q, dq), (k, dk)))
+            dangles = sum(angle_gradient(x, dx, cos, ctx.interleaved, ctx.backend) for x, dx in ((q, dq), (k, dk)))
         return dq, dk, None, None, dangles, None, None
 
 
@@ -89,8 +90,8 @@ rotate_forward = register(
     fake=_fake,
 )
 angle_gradient = register(
-    "angle_gradient(Tensor x, Tensor dx, Tensor? mask, Tensor angles, bool interleaved, str backend) -> Tensor dangles",
+    "angle_gradient(Tensor x, Tensor dx, Tensor angles, bool interleaved, str backend) -> Tensor dangles",
     tiled=tiled.angle_gradient,
     triton="rotate.angle_gradient",
-    fake=lambda x, dx, mask, angles, interleaved, backend: angles.new_empty(angles.shape),
+    fake=lambda x, dx, angles, interleaved, backend: angles.new_empty(angles.shape),
 )

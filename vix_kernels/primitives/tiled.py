@@ -1,7 +1,7 @@
-"""The two moves and the rotation in plain PyTorch, one tile of tokens at a time.
+"""The two passes and the rotation in plain PyTorch, one tile of tokens at a time.
 
     aggregate   l_jn = s p_j . k_n + b_n    values_j = sum_n softmax_n(l_jn) v_n       lse_j = logsumexp_n l_jn
-    broadcast   g_nj = s p_j . q_n + a_j    out_n    = sum_j softmax_j(g_nj) values_j  lse_n = logsumexp_j g_nj
+    broadcast   g_nj = s p_j . q_n + a_j    out_n    = sum_j softmax_j(g_nj) values_j
 
 Pure functions without autograd: they are the bodies of registered ops, so backward is spelled out and recomputes what
 forward did not keep. Tokens x slots never exist at once, only a tile of them, in a buffer that all tiles share.
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .layout import accumulator, empty_like_tokens
 
@@ -44,15 +45,16 @@ def aggregate_forward(
     interleaved: bool,
     scale: float,
     gaussian: bool,
-) -> tuple[Tensor, Tensor]:
-    """Slots read tokens: values (B, H, M, E) and lse (B, H, M), with b_n = -|s k_n|^2 / 2 if gaussian, else 0.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Slots attend to tokens: values (B, H, M, E); lse, top and total (B, H, M). b_n = -|s k_n|^2 / 2 if gaussian, else 0.
 
-    A masked key has b_n = -inf and is read as 0, whatever it holds. A slot without any key gets values 0 and lse -inf.
+    top_j is the largest logit of a slot, total_j = sum_n exp(l_jn - top_j), and lse_j = top_j + log total_j. A masked key has
+    b_n = -inf and is read as 0, whatever it holds. A slot without any key gets values 0, lse -inf and total 0.
     """
-    points = _points(slots, k, scale * LOG2E)
+    points = _points(slots, k)
     rope = _Rope(cos, sin, interleaved, points.dtype)
     values = points.new_zeros((*k.shape[:2], slots.shape[2], v.shape[3]))
-    lse = points.new_empty(values.shape[:3])
+    lse, tops, totals = (points.new_empty(values.shape[:3]) for _ in range(3))
     square, rows = _Scratch(points), _Scratch(points)
     for group, tiles in _groups(k, slots.shape[2]):
         p, state = _flat(points, group), _flat(values, group)
@@ -61,18 +63,17 @@ def aggregate_forward(
         total = torch.zeros_like(top)
         for tile in tiles:
             keys, contents = _read(k, tile, mask, rope), _read(v, tile, mask)
-            bias = _key_bias(keys, tile, mask, scale, gaussian, rows).unsqueeze(1)
-            logits = torch.baddbmm(bias, p, keys.mT, out=square(*p.shape[:2], keys.shape[1]))
-            shift = torch.maximum(top, logits.amax(-1, keepdim=True))
-            probs = logits.sub_(shift).exp2_()
-            decay = top.sub_(shift).exp2_()
-            total = torch.addcmul(probs.sum(-1, keepdim=True), total, decay)
-            state.mul_(decay).baddbmm_(probs, contents)
-            top = shift
-        # The largest logit of a slot adds exactly 1: only an empty slot has a smaller total.
-        state.div_(total.clamp(min=1))
-        _write(lse, group, top.add_(total.log2_()))
-    return values, lse
+            logits = _key_logits(p, keys, tile, mask, scale, gaussian, square, rows)
+            running_max = torch.maximum(top, logits.amax(-1, keepdim=True))
+            exps = logits.sub_(running_max).exp2_()
+            decay = top.sub_(running_max).exp2_()
+            total = torch.addcmul(exps.sum(-1, keepdim=True), total, decay)
+            state.mul_(decay).baddbmm_(exps, contents)
+            top = running_max
+        state.div_(_at_least_one(total))
+        for x, result in ((tops, top), (totals, total), (lse, top + total.log2())):
+            _write(x, group, result)
+    return values, lse, tops, totals
 
 
 def aggregate_backward(
@@ -88,7 +89,8 @@ def aggregate_backward(
     scale: float,
     gaussian: bool,
     values: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    total: Tensor,
     need_slots: bool,
     need_k: bool,
     need_v: bool,
@@ -97,36 +99,42 @@ def aggregate_backward(
 
     dl_jn = P_jn (dvalues_j . (v_n - values_j) + dlse_j)    dv_n = sum_j P_jn dvalues_j
     dk_n = s sum_j dl_jn p_j - s^2 k_n sum_j dl_jn (the second if gaussian)    dp_j = s sum_n dl_jn k_n
+
+    The logits are those of forward, bit for bit: the same products of the same operands. So the probabilities
+    P_jn = exp(l_jn - top_j) / total_j sum to 1 however large the logits are; rows of slots carry the 1 / total_j.
     """
-    points, scaled = _points(slots, k, scale * LOG2E), _points(slots, k, scale)
-    rope = _Rope(cos, sin, interleaved, points.dtype)
-    offset = -(dvalues * values).sum(-1)
-    if dlse is not None:
-        offset.add_(dlse, alpha=LOG2E)
-    level = _level(lse)
+    points = _points(slots, k)
+    scaled, rope = points * scale, _Rope(cos, sin, interleaved, points.dtype)
+    total = _at_least_one(total)
+    weighted = dvalues / total.unsqueeze(3)
+    dlogit = torch.zeros_like(total) if dlse is None else dlse * LOG2E / total
+    offset = dlogit - _row_products(weighted, values)
     dk, dv = (empty_like_tokens(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((k, need_k), (v, need_v)))
-    dslots = points.new_zeros((*k.shape[:2], k.shape[3], slots.shape[2])) if need_slots else None
+    dslots = points.new_zeros((*k.shape[:2], *slots.shape[2:])) if need_slots else None
     square, other, rows, key_room, value_room = (_Scratch(points) for _ in range(5))
     for group, tiles in _groups(k, slots.shape[2]):
-        p, arms, dstate, lift, base = (_flat(x, group) for x in (points, scaled, dvalues, offset, level))
-        pt, dstate_t, lift, base = p.mT, dstate.mT, lift.unsqueeze(1), base.unsqueeze(1)
+        p, scaled_slots, dstate = (_flat(x, group) for x in (points, scaled, weighted))
+        shift, extra, tops, sums = (_flat(x, group).unsqueeze(2) for x in (offset, dlogit, top, total))
         for tile in tiles:
             keys, contents = _read(k, tile, mask, rope), _read(v, tile, mask)
-            bias = _key_bias(keys, tile, mask, scale, gaussian, rows).unsqueeze(2)
-            shape = (*keys.shape[:2], p.shape[1])
-            probs = torch.sub(bias, base, out=square(*shape)).baddbmm_(keys, pt).exp2_()
+            logits = _key_logits(p, keys, tile, mask, scale, gaussian, square, rows)
+            exps = logits.sub_(tops).clamp_(max=0).exp2_()  # a matrix product on other threads may round differently
             if need_v:
-                _write(dv, tile, torch.bmm(probs, dstate, out=_window(dv, tile, value_room)))
+                _write(dv, tile, torch.bmm(exps.mT, dstate, out=_window(dv, tile, value_room)))
             if not (need_k or need_slots):
                 continue
-            dlogits = torch.baddbmm(lift, contents, dstate_t, out=other(*shape)).mul_(probs)
+            if len(tiles) == 1:  # sums over all tokens are at hand
+                dlogits = torch.bmm(dstate, contents.mT, out=other(*exps.shape)).mul_(exps)
+                dlogits.addcmul_(exps, extra - dlogits.sum(-1, keepdim=True) / sums)
+            else:
+                dlogits = torch.baddbmm(shift, dstate, contents.mT, out=other(*exps.shape)).mul_(exps)
             if need_k:
-                dkeys = torch.bmm(dlogits, arms, out=_window(dk, tile, key_room))
+                dkeys = torch.bmm(dlogits.mT, scaled_slots, out=_window(dk, tile, key_room))
                 if gaussian:
-                    dkeys.addcmul_(keys, dlogits.sum(-1, keepdim=True), value=-(scale**2))
+                    dkeys.addcmul_(keys, dlogits.sum(1).unsqueeze(2), value=-(scale**2))
                 _write(dk, tile, dkeys, rope)
             if need_slots:
-                _flat(dslots, group).baddbmm_(keys.mT, dlogits, alpha=scale)
+                _flat(dslots, group).baddbmm_(dlogits, keys, alpha=scale)
     if mask is not None:  # even where a slot's gradient is NaN
         hidden = ~mask[:, None, :, None]
         dk, dv = (x.masked_fill_(hidden, 0) if need else x for x, need in ((dk, need_k), (dv, need_v)))
@@ -142,27 +150,22 @@ def broadcast_forward(
     sin: Tensor | None,
     interleaved: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Tokens read slots: out (B, H, N, E) in q's dtype and lse (B, H, N), with a_j = slot_bias (B, H, M) or 0.
+) -> Tensor:
+    """Tokens attend to slots: out (B, H, N, E) in q's dtype, with a_j = slot_bias (B, H, M) or 0.
 
-    A slot of bias -inf is not read; a token that may read none gets out 0 and lse -inf.
+    A slot of bias -inf has probability 0; a token without any slot gets out 0.
     """
-    points, values, biases = _points(slots, q, scale * LOG2E), _wide(values), _slot_bias(slot_bias, slots, q)
+    points, values, biases = _points(slots, q), _wide(values), _slot_bias(slot_bias, slots, q)
     rope = _Rope(cos, sin, interleaved, points.dtype)
-    out, lse = empty_like_tokens(q, values.shape[3]), points.new_empty(q.shape[:3])
+    out = empty_like_tokens(q, values.shape[3])
     square, room = _Scratch(points), _Scratch(points)
     for group, tiles in _groups(q, slots.shape[2]):
         pt, state, bias = _flat(points, group).mT, _flat(values, group), _flat(biases, group).unsqueeze(1)
         for tile in tiles:
-            queries = _read(q, tile, None, rope)
-            logits = torch.baddbmm(bias, queries, pt, out=square(*queries.shape[:2], pt.shape[2]))
-            top = logits.amax(-1, keepdim=True)
-            probs = logits.sub_(top.clamp_(min=torch.finfo(top.dtype).min)).exp2_()
-            total = probs.sum(-1, keepdim=True)
-            result = torch.bmm(probs, state, out=_window(out, tile, room))
-            _write(lse, tile, top.add_(total.log2()))
-            _write(out, tile, result.div_(total.clamp_(min=1)))
-    return out, lse
+            exps, total = _query_exps(_read(q, tile, None, rope), pt, bias, scale, square)
+            result = torch.bmm(exps, state, out=_window(out, tile, room))
+            _write(out, tile, result.div_(total))
+    return out
 
 
 def broadcast_backward(
@@ -175,8 +178,6 @@ def broadcast_backward(
     sin: Tensor | None,
     interleaved: bool,
     scale: float,
-    out: Tensor | None,
-    lse: Tensor,
     need_slots: bool,
     need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -185,13 +186,13 @@ def broadcast_backward(
     dg_nj = P_nj dout_n . (values_j - out_n)    dvalues_j = sum_n P_nj dout_n
     dq_n = s sum_j dg_nj p_j    dp_j = s sum_n dg_nj q_n    da_j = sum_n dg_nj
 
-    dout_n . out_n is sum_j P_nj dout_n . values_j again, because `out` may have been rounded to a narrow dtype. Divided
-    by the sum of P, which is 1 but for rounding (or 0), it makes dg_n sum to 0: slots with a common mean keep dq exact.
+    The softmax is computed again, so nothing but the inputs is kept. dout_n . out_n is sum_j P_nj dout_n . values_j, because
+    `out` may have been rounded to a narrow dtype: dg_n sums to 0, and slots with a common mean keep dq exact.
     """
-    points, scaled = _points(slots, q, scale * LOG2E), _points(slots, q, scale)
+    points = _points(slots, q)
+    scaled = points * scale
     values, biases = _wide(values), _slot_bias(slot_bias, slots, q)
     rope = _Rope(cos, sin, interleaved, points.dtype)
-    level = _level(lse)
     dq = empty_like_tokens(q, q.shape[3])
     # Sums over tokens are kept transposed: E x tokens times tokens x M is the faster order.
     dvalues = points.new_zeros((*q.shape[:2], values.shape[3], slots.shape[2]))
@@ -200,25 +201,28 @@ def broadcast_backward(
     square, other, room = _Scratch(points), _Scratch(points), _Scratch(points)
     for group, tiles in _groups(q, slots.shape[2]):
         pt, state_t = _flat(points, group).mT, _flat(values, group).mT
-        arms, bias = _flat(scaled, group), _flat(biases, group).unsqueeze(1)
+        scaled_slots, bias = _flat(scaled, group), _flat(biases, group).unsqueeze(1)
         dstate, da = _flat(dvalues, group), _flat(dbias, group)
         for tile in tiles:
-            queries, dresult, base = _read(q, tile, None, rope), _flat(dout, tile), _flat(level, tile).unsqueeze(2)
-            shape = (*queries.shape[:2], pt.shape[2])
-            probs = torch.sub(bias, base, out=square(*shape)).baddbmm_(queries, pt).exp2_()
+            queries, dresult = _read(q, tile, None, rope), _flat(dout, tile)
+            exps, total = _query_exps(queries, pt, bias, scale, square)
+            if (unused := _unused_rows(total, dresult)) is not None:
+                queries, exps = queries.masked_fill(unused, 0), exps.masked_fill_(unused, 0)
+                total = total.masked_fill(unused, 1)
+            dresult = dresult / total  # carries the 1 / total of the probabilities
             if need_values:
-                dstate.baddbmm_(dresult.mT, probs)
-            dlogits = torch.bmm(dresult, state_t, out=other(*shape)).mul_(probs)
-            total = probs.sum(-1, keepdim=True).clamp_(min=0.5)
-            dlogits.addcmul_(probs, dlogits.sum(-1, keepdim=True).div_(total), value=-1)
-            _write(dq, tile, torch.bmm(dlogits, arms, out=_window(dq, tile, room)), rope)
+                dstate.baddbmm_(dresult.mT, exps)
+            dlogits = torch.bmm(dresult, state_t, out=other(*exps.shape)).mul_(exps)
+            dlogits.addcmul_(exps, dlogits.sum(-1, keepdim=True).div_(total), value=-1)
+            _write(dq, tile, torch.bmm(dlogits, scaled_slots, out=_window(dq, tile, room)), rope)
             if need_values:
                 da.add_(dlogits.sum(1))
             if need_slots:
                 _flat(dslots, group).baddbmm_(queries.mT, dlogits, alpha=scale)
+    dslots = slots.new_empty(0) if dslots is None else _slots_grad(dslots.mT, slots)
     if not need_values:
-        return dq, _slots_grad(dslots, slots), values.new_empty(0), values.new_empty(0)
-    return dq, _slots_grad(dslots, slots), dvalues.mT.contiguous(), dbias.div_(LOG2E)
+        return dq, dslots, values.new_empty(0), values.new_empty(0)
+    return dq, dslots, dvalues.mT.contiguous(), dbias.div_(LOG2E)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
@@ -233,16 +237,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
     return y
 
 
-def angle_gradient(x: Tensor, dx: Tensor, mask: Tensor | None, angles: Tensor, interleaved: bool) -> Tensor:
-    """u dv - v du of the pairs of x and dx (B, H, N, D), summed over samples, and over heads where they share the angles."""
+def angle_gradient(x: Tensor, dx: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    """u dv - v du of the pairs of x and dx (B, H, N, D), summed over samples, and over heads where they share the angles.
+
+    Where dx is 0, x counts as 0, whatever it holds.
+    """
     width = 2 * angles.shape[2]
     total = angles.new_zeros(angles.shape)
     for sample in range(len(x)):
         rows, grads = (each[sample, ..., :width].to(angles.dtype) for each in (x, dx))
-        if mask is not None:
-            rows = rows.masked_fill(~mask[sample, None, :, None], 0)
         rows, grads = (each.unflatten(-1, (-1, 2) if interleaved else (2, -1)) for each in (rows, grads))
         (u, v), (du, dv) = (each.unbind(-1 if interleaved else -2) for each in (rows, grads))
+        u, v = u.masked_fill(dv == 0, 0), v.masked_fill(du == 0, 0)
         total += (u * dv - v * du).sum_to_size(total.shape)
     return total
 
@@ -375,16 +381,51 @@ def _write(x: Tensor, where: Group | Tile, rows: Tensor, rope: _Rope | None = No
         part.copy_(rows)
 
 
+def _key_logits(
+    p: Tensor, keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gaussian: bool, square: _Scratch, rows: _Scratch
+) -> Tensor:
+    """l_jn of a tile, (pairs, M, tokens), in units of log 2. Forward and backward must get the same bits."""
+    bias = _key_bias(keys, tile, mask, scale, gaussian, rows).unsqueeze(1)
+    return torch.baddbmm(bias, p, keys.mT, alpha=scale * LOG2E, out=square(*p.shape[:2], keys.shape[1]))
+
+
 def _key_bias(keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gaussian: bool, rows: _Scratch) -> Tensor:
     """b_n of a tile, (pairs, tokens), in units of log 2."""
     if gaussian:
         bias = torch.mul(keys, keys, out=rows(*keys.shape)).sum(-1).mul_(-0.5 * scale**2 * LOG2E)
+        bias += bias - bias  # NaN where the square overflows; -inf would say that there is no key
     else:
         bias = keys.new_zeros(keys.shape[:2])
     if mask is not None:
         hidden = ~_taken(mask, tile)
         bias.view(len(hidden), -1, bias.shape[1]).masked_fill_(hidden, -torch.inf)
     return bias
+
+
+def _row_products(x: Tensor, y: Tensor) -> Tensor:
+    """x_j . y_j of rows (B, H, M, E), rounded as in larger products: where a slot attends to one token, x_j . v_n cancels."""
+    rows = x.shape[2]
+    x, y = (F.pad(each, (0, 0, 0, -rows % 16)).unflatten(2, (-1, 16)) for each in (x, y))
+    return (x @ y.mT).diagonal(dim1=-2, dim2=-1).flatten(2)[..., :rows].contiguous()
+
+
+def _query_exps(queries: Tensor, pt: Tensor, bias: Tensor, scale: float, square: _Scratch) -> tuple[Tensor, Tensor]:
+    """exp(g_nj - max_j g_nj) of a tile, (pairs, tokens, M), and their sums over the slots, 1 for a token without slots."""
+    logits = torch.baddbmm(bias, queries, pt, alpha=scale * LOG2E, out=square(*queries.shape[:2], pt.shape[2]))
+    top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # no inf - inf for a token without slots
+    exps = logits.sub_(top).exp2_()
+    return exps, _at_least_one(exps.sum(-1, keepdim=True))
+
+
+def _unused_rows(total: Tensor, dresult: Tensor) -> Tensor | None:
+    """Which tokens of a tile, (pairs, tokens, 1), hold NaN and have outputs that the loss does not use: padding.
+
+    Their gradients are 0, but 0 times NaN is NaN. None if no token holds NaN, which a CPU can ask without waiting.
+    """
+    broken = ~total.isfinite()
+    if total.device.type == "cpu" and not broken.any():
+        return None
+    return broken & (dresult == 0).all(-1, keepdim=True)
 
 
 def _slot_bias(slot_bias: Tensor | None, slots: Tensor, q: Tensor) -> Tensor:
@@ -394,19 +435,19 @@ def _slot_bias(slot_bias: Tensor | None, slots: Tensor, q: Tensor) -> Tensor:
     return _wide(slot_bias)
 
 
-def _points(slots: Tensor, x: Tensor, scale: float) -> Tensor:
-    """The scaled slots of every sample and head."""
-    return (slots.to(accumulator(x.dtype)) * scale).expand(*x.shape[:2], -1, -1)
+def _points(slots: Tensor, x: Tensor) -> Tensor:
+    """The slots of every sample and head, wide."""
+    return slots.to(accumulator(x.dtype)).expand(*x.shape[:2], -1, -1)
 
 
-def _level(lse: Tensor) -> Tensor:
-    """What to subtract from logits. Where nothing was read, +inf makes every probability 0."""
-    return lse.masked_fill(lse == -torch.inf, torch.inf)
+def _at_least_one(total: Tensor) -> Tensor:
+    """Sums of exponentials, of which the largest is exactly 1: only one without any term is smaller."""
+    return total.clamp(min=1)
 
 
 def _slots_grad(sums: Tensor | None, slots: Tensor) -> Tensor:
-    """The gradient of the slots from the transposed sums of all samples and heads."""
-    return slots.new_empty(0) if sums is None else sums.mT.sum_to_size(slots.shape).to(slots.dtype).contiguous()
+    """The gradient of the slots from the sums over the tokens of every sample and head."""
+    return slots.new_empty(0) if sums is None else sums.sum_to_size(slots.shape).to(slots.dtype).contiguous()
 
 
 def _wide(x: Tensor) -> Tensor:

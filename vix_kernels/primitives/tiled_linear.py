@@ -1,4 +1,4 @@
-"""The linear moves in plain PyTorch, one tile of tokens at a time (primitives/linear.py states the equations).
+"""The linear passes in plain PyTorch, one tile of tokens at a time (primitives/linear.py states the equations).
 
 As in tiled.py: pure functions without autograd, in fp32 (fp64 for fp64 inputs), that keep no features: backward makes them
 again. Without slots the features are as wide as the head, and a tile of tokens is a tile of logits.
@@ -11,22 +11,23 @@ from torch import Tensor
 
 from .layout import empty_like_tokens
 from .tiled import (
-    LOG2E,
     Group,
     Tile,
     _flat,
     _groups,
-    _level,
     _points,
     _read,
     _Rope,
     _Scratch,
     _slots_grad,
     _taken,
+    _unused_rows,
     _wide,
     _window,
     _write,
 )
+
+SMALLEST = 1e-30  # a norm below it is not scaled to 1: eps over it must stay finite
 
 
 def linear_aggregate_forward(
@@ -39,24 +40,24 @@ def linear_aggregate_forward(
     interleaved: bool,
     feature_map: str,
 ) -> tuple[Tensor, Tensor]:
-    """values (B, H, M, E) and lse (B, H, M)."""
-    move = _Move(slots, k, cos, sin, interleaved, feature_map)
-    values = move.empty(*k.shape[:2], move.num_slots, v.shape[3]).zero_()
-    sums = move.empty(*values.shape[:3], 1).zero_()
-    for group, tiles in _groups(k, move.num_slots):
-        state, total = _flat(values, group), _flat(sums, group)
+    """sums (B, H, M, E) and norms (B, H, M)."""
+    features_of = _Features(slots, k, cos, sin, interleaved, feature_map)
+    sums = features_of.empty(*k.shape[:2], features_of.num_slots, v.shape[3]).zero_()
+    norms = features_of.empty(*sums.shape[:3]).zero_()
+    for group, tiles in _groups(k, features_of.num_slots):
+        state, total = _flat(sums, group), _flat(norms, group)
         for tile in tiles:
-            features = move.features(move.logits(_read(k, tile, mask, move.rope), group))
+            features = features_of(features_of.logits(_read(k, tile, mask, features_of.rope), group))
             if mask is not None:
-                features.mul_(_takes_part(mask, tile, features))
+                features.mul_(_valid_factor(mask, tile, features))
             state.baddbmm_(features.mT, _read(v, tile, mask))
-            total.add_(features.sum(1).unsqueeze(2))
-    return values.div_(_divisor(sums)), sums.log2_().squeeze(3)
+            total.add_(features.sum(1))
+    return sums, norms
 
 
 def linear_aggregate_backward(
-    dvalues: Tensor,
-    dlse: Tensor,
+    dsums: Tensor,
+    dnorms: Tensor,
     slots: Tensor | None,
     k: Tensor,
     v: Tensor,
@@ -65,50 +66,44 @@ def linear_aggregate_backward(
     sin: Tensor | None,
     interleaved: bool,
     feature_map: str,
-    values: Tensor,
-    lse: Tensor,
     need_slots: bool,
     need_k: bool,
     need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dslots, dk and dv, each empty unless needed.
 
-    With z_j = 2^lse_j: dl_jn = phi'(l_jn) / z_j (dvalues_j . (v_n - values_j) + dlse_j / ln 2)
-    dv_n = sum_j f_jn / z_j dvalues_j      dk_n = sum_j dl_jn p_j      dp_j = sum_n dl_jn k_n
+    dl_jn = phi'(l_jn) (dS_j . v_n + dz_j)      dv_n = sum_j f_jn dS_j      dk_n = sum_j dl_jn p_j      dp_j = sum_n dl_jn k_n
     """
-    move = _Move(slots, k, cos, sin, interleaved, feature_map)
-    inverse = _level(lse).neg_().exp2_().unsqueeze(3)  # a slot without features is not read
-    rows = _wide(dvalues) * inverse
-    lift = (dlse.unsqueeze(3) * LOG2E - (dvalues * values).sum(-1, keepdim=True)) * inverse
+    features_of = _Features(slots, k, cos, sin, interleaved, feature_map)
     dk, dv = (empty_like_tokens(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((k, need_k), (v, need_v)))
-    dslots = move.slot_sums(k) if need_slots and slots is not None else None
-    for group, tiles in _groups(k, move.num_slots):
-        dstate, offset = _flat(rows, group), _flat(lift, group).mT
+    dslots = features_of.slot_sums(k) if need_slots and slots is not None else None
+    for group, tiles in _groups(k, features_of.num_slots):
+        dstate, dtotal = _flat(dsums, group), _flat(dnorms, group).unsqueeze(1)
         for tile in tiles:
-            keys = _read(k, tile, mask, move.rope)
-            logits = move.logits(keys, group)
+            keys = _read(k, tile, mask, features_of.rope)
+            logits = features_of.logits(keys, group)
             if need_k or dslots is not None:
-                dlogits = torch.baddbmm(offset, _read(v, tile, mask), dstate.mT, out=move.other(*logits.shape))
-                move.times_slope(dlogits, logits)
+                dlogits = torch.baddbmm(dtotal, _read(v, tile, mask), dstate.mT, out=features_of.other(*logits.shape))
+                features_of.times_slope(dlogits, logits)
                 if mask is not None:
-                    dlogits.mul_(_takes_part(mask, tile, dlogits))
+                    dlogits.mul_(_valid_factor(mask, tile, dlogits))
                 if need_k:
-                    _write(dk, tile, move.to_tokens(dlogits, dk, tile), move.rope)
+                    _write(dk, tile, features_of.to_tokens(dlogits, dk, tile), features_of.rope)
                 if dslots is not None:
                     _flat(dslots, group).baddbmm_(keys.mT, dlogits)
             if need_v:
-                _write(dv, tile, torch.bmm(move.features(logits), dstate, out=_window(dv, tile, move.room)))
+                _write(dv, tile, torch.bmm(features_of(logits), dstate, out=_window(dv, tile, features_of.room)))
     if mask is not None:  # even where a slot's gradient is NaN
         hidden = ~mask[:, None, :, None]
         dk, dv = (x.masked_fill_(hidden, 0) if need else x for x, need in ((dk, need_k), (dv, need_v)))
-    return k.new_empty(0) if dslots is None else _slots_grad(dslots, slots), dk, dv
+    return k.new_empty(0) if dslots is None else _slots_grad(dslots.mT, slots), dk, dv
 
 
 def linear_broadcast_forward(
     q: Tensor,
     slots: Tensor | None,
-    values: Tensor,
-    lse: Tensor,
+    sums: Tensor,
+    norms: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
@@ -116,18 +111,16 @@ def linear_broadcast_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, N, E) in q's dtype, and total (B, H, N), its denominator."""
-    move = _Move(slots, q, cos, sin, interleaved, feature_map)
-    weights = lse.exp2().unsqueeze(3)
-    weighted = values * weights
-    out, total = empty_like_tokens(q, values.shape[3]), move.empty(*q.shape[:3])
-    for group, tiles in _groups(q, move.num_slots):
-        state, each = _flat(weighted, group), _flat(weights, group)
+    features_of = _Features(slots, q, cos, sin, interleaved, feature_map)
+    out, total = empty_like_tokens(q, sums.shape[3]), features_of.empty(*q.shape[:3])
+    for group, tiles in _groups(q, features_of.num_slots):
+        state, norm = _flat(sums, group), _flat(norms, group).unsqueeze(2)
         for tile in tiles:
-            features = move.features(move.logits(_read(q, tile, None, move.rope), group))
-            sums = torch.bmm(features, each).add_(eps)
-            result = torch.bmm(features, state, out=_window(out, tile, move.room))
-            _write(total, tile, sums)
-            _write(out, tile, result.div_(_divisor(sums)))
+            features = features_of(features_of.logits(_read(q, tile, None, features_of.rope), group))
+            divisor = torch.bmm(features, norm).add_(eps)
+            result = torch.bmm(features, state, out=_window(out, tile, features_of.room))
+            _write(total, tile, divisor)
+            _write(out, tile, result.div_(_divisor(divisor)))
     return out, total
 
 
@@ -135,64 +128,71 @@ def linear_broadcast_backward(
     dout: Tensor,
     q: Tensor,
     slots: Tensor | None,
-    values: Tensor,
-    lse: Tensor,
+    sums: Tensor,
+    norms: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
     feature_map: str,
     total: Tensor,
     need_slots: bool,
-    need_values: bool,
+    need_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dslots (empty unless needed), dvalues and dlse (both empty unless need_values).
+    """dq, dslots (empty unless needed), dsums and dnorms (both empty unless need_sums).
 
-    With t_n the denominator and P_nj = f_nj z_j / t_n:
-    dg_nj = dout_n . (values_j - out_n)      dl_nj = phi'(l_nj) z_j / t_n dg_nj      dvalues_j = sum_n P_nj dout_n
-    dq_n = sum_j dl_nj p_j      dp_j = sum_n dl_nj q_n      dlse_j = ln 2 sum_n P_nj dg_nj
+    With t_n the denominator and d_n = dout_n / t_n:
+    dl_nj = phi'(l_nj) (d_n . S_j - z_j d_n . out_n)      dq_n = sum_j dl_nj p_j      dp_j = sum_n dl_nj q_n
+    dS_j = sum_n f_nj d_n      dz_j = -sum_n f_nj d_n . out_n
 
-    dout_n . out_n is sum_j P_nj dout_n . values_j again, because `out` may have been rounded to a narrow dtype.
+    d_n . out_n is sum_j f_nj d_n . S_j / t_n, because `out` may have been rounded to a narrow dtype. S, z and t are scaled to a
+    largest z of 1 in each head, so that d_n stays finite where all features are small.
     """
-    move = _Move(slots, q, cos, sin, interleaved, feature_map)
-    values, weights = _wide(values), lse.exp2().unsqueeze(2)
+    features_of = _Features(slots, q, cos, sin, interleaved, feature_map)
+    size = norms.amax(-1, keepdim=True).clamp(min=SMALLEST)  # (B, H, 1)
+    sums, norms, total = _wide(sums) / size.unsqueeze(3), norms / size, total / size
     dq = empty_like_tokens(q, q.shape[3])
-    dslots = move.slot_sums(q) if need_slots and slots is not None else None
+    dslots = features_of.slot_sums(q) if need_slots and slots is not None else None
     # Transposed: E x tokens times tokens x M is the faster order.
-    dvalues = move.empty(*q.shape[:2], values.shape[3], move.num_slots).zero_()
-    dlse = move.empty(*q.shape[:2], move.num_slots).zero_()
-    for group, tiles in _groups(q, move.num_slots):
-        state, each = _flat(values, group), _flat(weights, group)
-        dstate, da = _flat(dvalues, group), _flat(dlse, group)
+    dsums = features_of.empty(*q.shape[:2], sums.shape[3], features_of.num_slots).zero_()
+    dnorms = features_of.empty(*q.shape[:2], features_of.num_slots).zero_()
+    for group, tiles in _groups(q, features_of.num_slots):
+        state, norm = _flat(sums, group), _flat(norms, group).unsqueeze(1)
+        dstate, dnorm = _flat(dsums, group), _flat(dnorms, group)
         for tile in tiles:
-            queries, dresult, divisor = _read(q, tile, None, move.rope), _flat(dout, tile), _divisor(_flat(total, tile))
-            logits = move.logits(queries, group)
-            shares = torch.div(each, divisor.unsqueeze(2), out=move.shares(*logits.shape))
-            probs = move.features(logits).mul_(shares)
-            dlogits = torch.bmm(dresult, state.mT, out=move.other(*logits.shape))
-            dlogits.sub_((probs * dlogits).sum(-1, keepdim=True))
-            if need_values:
-                dstate.baddbmm_(dresult.mT, probs)
-                da.add_((probs * dlogits).sum(1))
-            move.times_slope(dlogits.mul_(shares), logits)
-            _write(dq, tile, move.to_tokens(dlogits, dq, tile), move.rope)
+            queries, dresult = _read(q, tile, None, features_of.rope), _flat(dout, tile)
+            divisor = _divisor(_flat(total, tile).unsqueeze(2))
+            if (unused := _unused_rows(divisor, dresult)) is not None:
+                queries, divisor = queries.masked_fill(unused, 0), divisor.masked_fill(unused, 1)
+            dresult = dresult / divisor
+            logits = features_of.logits(queries, group)
+            features = features_of(logits)
+            dlogits = torch.bmm(dresult, state.mT, out=features_of.other(*logits.shape))
+            delta = (features * dlogits).sum(-1, keepdim=True).div_(divisor)  # d_n . out_n
+            if need_sums:
+                dstate.baddbmm_(dresult.mT, features)
+                dnorm.sub_(torch.bmm(delta.mT, features).squeeze(1))
+            features_of.times_slope(dlogits.addcmul_(delta, norm, value=-1), logits)
+            _write(dq, tile, features_of.to_tokens(dlogits, dq, tile), features_of.rope)
             if dslots is not None:
                 _flat(dslots, group).baddbmm_(queries.mT, dlogits)
-    grads = (dvalues.mT.contiguous(), dlse.div_(LOG2E)) if need_values else (values.new_empty(0), values.new_empty(0))
-    return dq, q.new_empty(0) if dslots is None else _slots_grad(dslots, slots), *grads
+    dslots = q.new_empty(0) if dslots is None else _slots_grad(dslots.mT, slots)
+    if not need_sums:
+        return dq, dslots, sums.new_empty(0), sums.new_empty(0)
+    return dq, dslots, (dsums.mT / size.unsqueeze(3)).contiguous(), dnorms / size
 
 
-class _Move:
-    """What both moves do with their tokens: turn them, project them, map them."""
+class _Features:
+    """What both passes do with their tokens: rotate them, project them, map them."""
 
     def __init__(
         self, slots: Tensor | None, x: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, feature_map: str
     ) -> None:
         self.like = x.new_empty(0, dtype=_wide(x[:0]).dtype)
-        self.points = None if slots is None else _points(slots, x, 1.0)
+        self.points = None if slots is None else _points(slots, x)
         self.num_slots = x.shape[3] if slots is None else slots.shape[2]
         self.rope = _Rope(cos, sin, interleaved, self.like.dtype)
         self.elu = feature_map == "elu"
-        self.square, self.other, self.third, self.shares, self.room = (_Scratch(self.like) for _ in range(5))
+        self.square, self.other, self.third, self.room = (_Scratch(self.like) for _ in range(4))
 
     def empty(self, *shape: int) -> Tensor:
         return self.like.new_empty(shape)
@@ -206,7 +206,7 @@ class _Move:
             return x
         return torch.bmm(x, _flat(self.points, group).mT, out=self.square(*x.shape[:2], self.num_slots))
 
-    def features(self, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor) -> Tensor:
         """phi(logits), in a buffer of its own."""
         features = torch.clamp(logits, max=0, out=self.third(*logits.shape)) if self.elu else None
         if self.elu:
@@ -226,8 +226,8 @@ class _Move:
         return torch.bmm(dlogits, _flat(self.points, tile[:2]), out=_window(dx, tile, self.room))
 
 
-def _takes_part(mask: Tensor, tile: Tile, like: Tensor) -> Tensor:
-    """1 for keys that take part, else 0: (pairs, tokens of the tile, 1)."""
+def _valid_factor(mask: Tensor, tile: Tile, like: Tensor) -> Tensor:
+    """1 for valid keys, else 0: (pairs, tokens of the tile, 1)."""
     rows = _taken(mask, tile).to(like.dtype)
     return rows.expand(-1, like.shape[0] // len(rows), -1).flatten(0, 1).unsqueeze(2)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import tiled_conv
+from .autograd import once_differentiable
 from .layout import empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 
@@ -58,8 +58,8 @@ class _TokenConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
-        v, weight, mask = ctx.saved_tensors
+    def backward(ctx, saved, dout):
+        v, weight, mask = saved
         needs = ctx.needs_input_grad[:2]
         grads = token_conv_backward(dout, v, weight, mask, None, *needs, ctx.backend)
         dv, dweight = (x if need else None for x, need in zip(grads, needs, strict=True))

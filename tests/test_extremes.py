@@ -1,0 +1,191 @@
+"""Inputs at the ends of what a dtype can hold, padding that holds NaN, and second derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_ops import check_budget, dtypes
+from torch import Tensor
+
+from conftest import DEVICE
+from vix_kernels import (
+    agent_attention,
+    apply_rope,
+    fourier_mixing,
+    linear_attention,
+    linformer_attention,
+    nystrom_attention,
+    orthogonal_projection,
+    performer_attention,
+    rope_mixed,
+    rope_mixed_frequencies,
+)
+from vix_kernels.primitives.rotate import angle_gradient
+from vix_kernels.testing import SPECS, Case, Problem
+
+
+def constant(x: Tensor) -> Tensor:
+    return x[..., :1, :].expand_as(x).contiguous()
+
+
+def problem_of(name: str, dtype: torch.dtype, **tokens) -> Problem:
+    spec = SPECS[name]
+    return spec.problem(
+        spec.fit(Case("extreme", **{"batch": 1, "tokens": 40, "features": 16} | tokens)), dtype=dtype, device=DEVICE
+    )
+
+
+SOFTMAX = "performer_attention", "nystrom_attention", "linformer_attention", "agent_attention"
+
+
+@dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("name", SOFTMAX)
+@pytest.mark.parametrize("spread", [16.0, 1e4, 3e4], ids=lambda spread: f"std{spread:g}")
+def test_large_logits_keep_to_the_error_budget(name: str, spread: float, dtype: torch.dtype, backend: str) -> None:
+    """Probabilities that backward recomputes are at most 1 and sum to 1, however large the logits are."""
+    check_budget(problem_of(name, dtype, spread=spread), backend)
+
+
+@dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_constant_tokens_keep_to_the_error_budget(name: str, dtype: torch.dtype, backend: str) -> None:
+    problem = problem_of(name, dtype, width=255, heads=1, spread=0.75)
+    for each in ("k", "agents"):
+        if each in problem.tensors:
+            problem.tensors[each] = constant(problem.tensors[each])
+    check_budget(problem, backend)
+
+
+@pytest.mark.parametrize("name", ("performer_attention", "nystrom_attention", "agent_attention"))
+@pytest.mark.parametrize("spread", [1.0, 1e4])
+def test_one_key_has_probability_one(name: str, spread: float, backend: str) -> None:
+    check_budget(problem_of(name, torch.float32, tokens=1, features=1, spread=spread), backend)
+
+
+@pytest.mark.parametrize(
+    "feature_map, level", [("elu", -92.0), ("elu", -104.0), ("relu", 1e-39), ("relu", 1e-44), ("relu", 1e-30)]
+)
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+def test_small_features_have_finite_gradients(feature_map: str, level: float, eps: float, backend: str) -> None:
+    """A channel of k whose features nearly vanish for all tokens."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 24, 16, device=DEVICE) for _ in range(3))
+    k[..., 3] = level * (1 + torch.rand(24, device=DEVICE) / 8)
+
+    def grads(dtype: torch.dtype, **how: str) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = linear_attention(*leaves, feature_map=feature_map, eps=eps, **how)
+        return list(torch.autograd.grad(out.square().sum(), leaves))
+
+    for x, exact in zip(grads(torch.float32, backend=backend), grads(torch.float64, backend="reference"), strict=True):
+        assert (x - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_all_features_small(backend: str) -> None:
+    q, k, v = (torch.rand(1, 1, 24, 16, device=DEVICE).mul_(1e-20).requires_grad_() for _ in range(3))
+    grads = torch.autograd.grad(linear_attention(q, k, v, eps=0.0, backend=backend).sum(), (q, k, v))
+    assert all(x.isfinite().all() for x in grads)
+
+
+@pytest.mark.parametrize("size", [1e18, 3e19, 1e30])
+def test_keys_whose_square_overflows_are_not_taken_for_masked_ones(size: float, backend: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 12, 16, device=DEVICE) for _ in range(3))
+    projection = orthogonal_projection(20, 16, seed=0).to(DEVICE)
+    for big in (k * size, torch.cat([k[:, :, :6] * size, k[:, :, 6:]], 2)):
+        out = performer_attention(q, big, v, projection, backend=backend)
+        exact = performer_attention(*(x.double() for x in (q, big, v, projection)), backend="reference")
+        assert out.isnan().all() or torch.allclose(out.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def calls(mask: Tensor | None, backend: str) -> dict:
+    """Every attention as a function of q, k and v (2, 2, 12, 16)."""
+    options = dict(key_padding_mask=mask, backend=backend)
+    projection = orthogonal_projection(20, 16, seed=0).to(DEVICE)
+    tokens = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    agents = torch.randn(2, 2, 5, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    rope = rope_mixed(3, 4, rope_mixed_frequencies(16, 2, seed=0).to(DEVICE).requires_grad_())
+    return {
+        "performer": lambda q, k, v: performer_attention(q, k, v, projection, **options),
+        "performer_rope": lambda q, k, v: performer_attention(q, k, v, projection, rope=rope, **options),
+        "relu": lambda q, k, v: linear_attention(q, k, v, **options),
+        "elu": lambda q, k, v: linear_attention(q, k, v, feature_map="elu", **options),
+        "linear_projected": lambda q, k, v: linear_attention(q, k, v, projection=projection, rope=rope, **options),
+        "nystrom": lambda q, k, v: nystrom_attention(q, k, v, num_landmarks=4, rope=rope, **options),
+        "linformer": lambda q, k, v: linformer_attention(q, k, v, tokens, **options),
+        "agent": lambda q, k, v: agent_attention(q, k, v, agents, **options),
+    }
+
+
+@pytest.mark.parametrize("name", calls(None, "torch"))
+def test_nan_in_padding_reaches_no_gradient(name: str, backend: str) -> None:
+    """Queries, keys and values of masked tokens may hold anything: a loss of valid tokens has the same gradients."""
+    torch.manual_seed(0)
+    mask = torch.rand(2, 12, device=DEVICE) > 0.4
+    mask[:, 0] = True
+    hidden = ~mask[:, None, :, None]
+    clean = [torch.randn(2, 2, 12, 16, device=DEVICE) for _ in range(3)]
+    attend = calls(mask, backend)[name]
+    weight = torch.randn(2, 2, 12, 16, device=DEVICE)
+
+    def grads(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = attend(*leaves)
+        return out.masked_fill(hidden, 0), *torch.autograd.grad((out.masked_fill(hidden, 0) * weight).sum(), leaves)
+
+    expected = grads([x.masked_fill(hidden, 0.5) for x in clean])
+    for fill in (float("nan"), float("inf")):
+        for x, y in zip(grads([x.masked_fill(hidden, fill) for x in clean]), expected, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_nan_in_padding_reaches_no_gradient_of_angles(backend: str) -> None:
+    x, dx, angles = (torch.randn(1, 2, 6, 8, device=DEVICE) for _ in range(3))
+    clean = angle_gradient(x, dx * (torch.arange(6, device=DEVICE) < 4)[:, None], angles[0, :, :, :4].clone(), True, backend)
+    x[:, :, 4:] = float("nan")
+    dx[:, :, 4:] = 0
+    assert torch.equal(angle_gradient(x, dx, angles[0, :, :, :4].clone(), True, backend), clean)
+
+
+@pytest.mark.parametrize("name", [*calls(None, "torch"), "rope"])
+def test_a_gradient_cannot_be_differentiated_again(name: str, backend: str) -> None:
+    """Even where the gradient that comes in is a constant; the reference can, and so can functions that are linear."""
+    x, k, v = (torch.randn(2, 2, 12, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    rope = rope_mixed(3, 4, rope_mixed_frequencies(16, 2, seed=0).to(DEVICE).requires_grad_())
+
+    def loss(backend: str) -> Tensor:
+        if name == "rope":
+            return apply_rope(x, k, rope, backend=backend)[0].square().sum()
+        return calls(None, backend)[name](x, k, v).sum()
+
+    (grad,) = torch.autograd.grad(loss(backend), x, create_graph=True)
+    for wanted in (x, (rope.angles if name == "rope" else k)):
+        with pytest.raises(RuntimeError, match="backend='reference' supports second derivatives"):
+            torch.autograd.grad(x.sum() + k.sum() + grad.square().sum() + rope.angles.sum(), wanted, retain_graph=True)
+    (grad,) = torch.autograd.grad(loss("reference"), x, create_graph=True)
+    grad.square().sum().backward()
+
+
+def test_the_gradient_of_a_linear_map_is_a_constant(backend: str) -> None:
+    x = torch.randn(2, 6, 8, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(fourier_mixing(x, backend=backend).sum(), x, create_graph=True)
+    assert not grad.requires_grad
+    (grad,) = torch.autograd.grad(fourier_mixing(x, backend=backend).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", calls(None, "torch"))
+@pytest.mark.parametrize("packed", [False, True], ids=["contiguous", "packed"])
+def test_outputs_can_be_changed_in_place(name: str, packed: bool) -> None:
+    if packed:
+        x = torch.randn(2, 12, 3, 2, 16, device=DEVICE, requires_grad=True)
+        q, k, v = x.permute(2, 0, 3, 1, 4)
+    else:
+        q, k, v = x = [torch.randn(2, 2, 12, 16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    attend = calls(None, "torch")[name]
+    out = attend(q, k, v)
+    out += q
+    expected = torch.autograd.grad((attend(q, k, v) + q).square().sum(), x)
+    for a, b in zip(torch.autograd.grad(out.square().sum(), x), expected, strict=True):
+        assert torch.equal(a, b)
