@@ -18,7 +18,7 @@ on the first R channels. What is made of tokens has their layout, all else is co
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from .layout import accumulator, empty_like_tokens
 LOG2E = 1 / math.log(2)
 # Logits in a tile. Small enough for the caches of a CPU core, large enough to hide what calls and launches cost.
 TILE_CPU, TILE_GPU = 2**19, 2**24
+GRAIN, VECTORS = 2**15, 64  # elements from which on PyTorch uses another thread, and two vectors of any CPU
 
 # The samples and heads that are worked on together, and a tile of their tokens: indices of (B, H, ...) and (B, H, N, ...).
 Group = tuple[slice, slice]
@@ -65,7 +66,8 @@ def aggregate_forward(
             keys, contents = _read(k, tile, mask, rope), _read(v, tile, mask)
             logits = _key_logits(p, keys, tile, mask, scale, gaussian, square, rows)
             running_max = torch.maximum(top, logits.amax(-1, keepdim=True))
-            exps = logits.sub_(running_max).exp2_()
+            logits.sub_(running_max)
+            exps = square.apply(torch.exp2)
             decay = top.sub_(running_max).exp2_()
             total = torch.addcmul(exps.sum(-1, keepdim=True), total, decay)
             state.mul_(decay).baddbmm_(exps, contents)
@@ -118,7 +120,8 @@ def aggregate_backward(
         for tile in tiles:
             keys, contents = _read(k, tile, mask, rope), _read(v, tile, mask)
             logits = _key_logits(p, keys, tile, mask, scale, gaussian, square, rows)
-            exps = logits.sub_(tops).clamp_(max=0).exp2_()  # a matrix product on other threads may round differently
+            logits.sub_(tops).clamp_(max=0)  # a matrix product on other threads may round differently
+            exps = square.apply(torch.exp2)
             if need_v:
                 _write(dv, tile, torch.bmm(exps.mT, dstate, out=_window(dv, tile, value_room)))
             if not (need_k or need_slots):
@@ -310,14 +313,25 @@ class _Scratch:
     """A buffer that all tiles share: fresh memory for each would cost more in page faults than the arithmetic in it."""
 
     def __init__(self, like: Tensor) -> None:
-        self.memory = self.view = like.new_empty(0)
+        self.memory = self.view = self.padded = like.new_empty(0)
 
     def __call__(self, *shape: int) -> Tensor:
         if self.view.shape != shape:
             size = math.prod(shape)
-            if self.memory.numel() < size:
-                self.memory = self.memory.new_empty(size)
-            self.view = self.memory[:size].view(shape)
+            threads = min(torch.get_num_threads(), -(-size // GRAIN))
+            padded = -(-size // (VECTORS * max(1, threads))) * VECTORS * max(1, threads)
+            if self.memory.numel() < padded:
+                self.memory = self.memory.new_zeros(padded)
+            self.view, self.padded = self.memory[:size].view(shape), self.memory[:padded]
+        return self.view
+
+    def apply(self, function: Callable[..., Tensor]) -> Tensor:
+        """function(x, out=x) of the buffer in use, rounded alike in every place.
+
+        PyTorch computes the last elements of each thread one by one, which of exp2 gives other bits than vectors do. Those are
+        elements beyond the buffer, so that no sample's bits depend on how many samples there are.
+        """
+        function(self.padded, out=self.padded)
         return self.view
 
 
@@ -413,7 +427,8 @@ def _query_exps(queries: Tensor, pt: Tensor, bias: Tensor, scale: float, square:
     """exp(g_nj - max_j g_nj) of a tile, (pairs, tokens, M), and their sums over the slots, 1 for a token without slots."""
     logits = torch.baddbmm(bias, queries, pt, alpha=scale * LOG2E, out=square(*queries.shape[:2], pt.shape[2]))
     top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # no inf - inf for a token without slots
-    exps = logits.sub_(top).exp2_()
+    logits.sub_(top)
+    exps = square.apply(torch.exp2)
     return exps, _at_least_one(exps.sum(-1, keepdim=True))
 
 

@@ -208,16 +208,18 @@ class _Features:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """phi(logits), in a buffer of its own."""
-        features = torch.clamp(logits, max=0, out=self.third(*logits.shape)) if self.elu else None
         if self.elu:
-            return features.exp_().add_(logits.clamp(min=0))
+            return self._exp(logits).add_(logits.clamp(min=0))
         return torch.clamp(logits, min=0, out=self.third(*logits.shape))
 
     def times_slope(self, dlogits: Tensor, logits: Tensor) -> Tensor:
         """dlogits times phi'(logits), in place."""
-        if self.elu:
-            return dlogits.mul_(torch.clamp(logits, max=0, out=self.third(*logits.shape)).exp_())
-        return dlogits.mul_(logits > 0)
+        return dlogits.mul_(self._exp(logits) if self.elu else logits > 0)
+
+    def _exp(self, logits: Tensor) -> Tensor:
+        """exp(min(logits, 0))."""
+        torch.clamp(logits, max=0, out=self.third(*logits.shape))
+        return self.third.apply(torch.exp)
 
     def to_tokens(self, dlogits: Tensor, dx: Tensor, tile: Tile) -> Tensor:
         """The rows of a tile of dx."""
