@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from test_ops import check_budget, dtypes
@@ -189,3 +192,40 @@ def test_outputs_can_be_changed_in_place(name: str, packed: bool) -> None:
     expected = torch.autograd.grad((attend(q, k, v) + q).square().sum(), x)
     for a, b in zip(torch.autograd.grad(out.square().sum(), x), expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_changing_an_output_that_backward_reads_is_refused() -> None:
+    q, k, v = (torch.randn(1, 2, 12, 16, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    out = calls(None, "triton")["performer"](q, k, v)
+    out += q
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("tokens", [37, 197, 1024])
+@pytest.mark.parametrize("name", SPECS)
+@dtypes(torch.float32, torch.bfloat16)
+def test_bits_do_not_depend_on_the_batch_size_on_a_cpu(name: str, tokens: int, dtype: torch.dtype) -> None:
+    spec = SPECS[name]
+    problem = spec.problem(spec.fit(Case("batch", batch=7, tokens=tokens, heads=3, width=32, features=20)), dtype=dtype)
+
+    def results(batch: int) -> dict[str, Tensor]:
+        def part(x: Any) -> Any:
+            return x[:batch] if isinstance(x, Tensor) and x.dim() and x.shape[0] == 7 else x
+
+        tensors = {name: part(x).detach() for name, x in problem.tensors.items()}
+        options = {name: part(x) for name, x in problem.options.items()}
+        leaves = {name: tensors[name].requires_grad_() for name in spec.differentiable if problem.tensors[name].shape[0] == 7}
+        outputs = replace(problem, tensors=tensors, options=options)(backend="torch")
+        generators = [torch.Generator().manual_seed(i) for i in range(len(outputs))]
+        cotangents = [
+            torch.randn(out.shape[1:], generator=generator).to(out.dtype).expand_as(out)
+            for out, generator in zip(outputs, generators, strict=True)
+        ]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+        return dict(enumerate(outputs)) | dict(zip(leaves, grads, strict=True))
+
+    whole = results(7)
+    for batch in (1, 2):
+        for key, x in results(batch).items():
+            assert torch.equal(x, whole[key][:batch]), key

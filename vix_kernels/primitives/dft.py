@@ -67,9 +67,9 @@ def fft(x: Tensor, ortho: bool) -> Tensor:
         torch.add(part[:, 1:rows, 1:], mirror[:, :, 1:].flip(1, 2), out=w[:, 1:, 1:])
         half = torch.fft.rfft(w, dim=2)
         half.imag.neg_()  # in place, where hfft would copy
-        half = torch.fft.irfft(half, n=tokens, dim=1, norm="forward")
-        # Its columns stand one behind the other in memory; transposing is fast in two dimensions only.
-        half = half.mT.flatten(0, 1).t().contiguous().unflatten(1, (-1, columns)).transpose(0, 1)
+        # One row a column and sample: a single sample is transformed as several are, to the same bits.
+        half = torch.fft.irfft(half.mT.contiguous().flatten(0, 1), n=tokens, norm="forward")
+        half = half.t().contiguous().unflatten(1, (-1, columns)).transpose(0, 1)  # transposing is fast in two dimensions only
         torch.mul(half, scale, out=out[:, :, :columns])
         mirror = out[:, :, 1 : width - columns + 1]  # channels -b of b = width - 1 to columns
         out[:, 0, columns:] = mirror[:, 0].flip(1)
