@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vix_kernels import (
+    Rope,
     agent_attention,
     apply_rope,
     backends,
@@ -49,8 +50,19 @@ PERFORMER = {
     "mask of floats": (
         {"key_padding_mask": torch.ones(2, 8)}, TypeError, "key_padding_mask: expected dtype bool .*, got float32"),
     "mask of another shape": ({"key_padding_mask": MASK[:, :7]}, ValueError, r"key_padding_mask: .*\(2, 8\), got \(2, 7\)"),
-    "scale of zero": ({"scale": 0.0}, ValueError, "scale: expected a number > 0, got 0.0"),
-    "scale that is not a number": ({"scale": float("nan")}, ValueError, "scale: expected a number > 0, got nan"),
+    "mask as a list": ({"key_padding_mask": [[True] * 8] * 2}, TypeError, "key_padding_mask: expected a Tensor, got list"),
+    "mask as a bool": ({"key_padding_mask": True}, TypeError, "key_padding_mask: expected a Tensor, got bool"),
+    "tokens that are sparse": ({"k": torch.ones(2, 2, 8, 16).to_sparse()}, TypeError, "k: expected a dense .*sparse_coo"),
+    "tokens that are nested": (
+        {"v": torch.nested.nested_tensor([torch.ones(2, 8, 16)] * 2)}, TypeError, "v: expected a dense .*, got a nested one"),
+    "tokens in float8": (
+        {each: torch.ones(2, 2, 8, 16).to(torch.float8_e4m3fn) for each in "qkv"}, TypeError, "q: expected .* float8_e4m3"),
+    "scale as text": ({"scale": "0.5"}, TypeError, "scale: expected a finite number > 0, got '0.5'"),
+    "scale as a list": ({"scale": [0.5]}, TypeError, r"scale: expected a finite number > 0, got \[0.5\]"),
+    "scale that is infinite": ({"scale": float("inf")}, ValueError, "scale: expected a finite number > 0, got inf"),
+    "rope as text": ({"rope": "axial"}, TypeError, "rope: expected a Rope .*, got str"),
+    "scale of zero": ({"scale": 0.0}, ValueError, "scale: expected a finite number > 0, got 0.0"),
+    "scale that is not a number": ({"scale": float("nan")}, ValueError, "scale: expected a finite number > 0, got nan"),
     "scale as a tensor": ({"scale": torch.tensor(0.5)}, TypeError, "scale: expected a Python number, got a Tensor"),
     "rope of another length": ({"rope": rope_1d(9, 16)}, ValueError, "rope: expected angles for q's 8 tokens, got 9"),
     "rope too wide": ({"rope": rope_1d(8, 32)}, ValueError, "rope: expected at most q's head_dim 16 rotated channels, got 32"),
@@ -86,6 +98,12 @@ NYSTROM = {
     "more landmarks than tokens behind the prefix": (
         {"num_landmarks": 7, "prefix_tokens": 2}, "num_landmarks: expected 1 to the 6 tokens behind the prefix, got 7"),
     "no landmarks": ({"num_landmarks": 0}, "num_landmarks: expected 1 to the 8 tokens, got 0"),
+    "landmarks as text": ({"num_landmarks": "a"}, "num_landmarks: expected an integer, got 'a'"),
+    "landmarks as a float": ({"num_landmarks": 4.0}, "num_landmarks: expected an integer, got 4.0"),
+    "grid as a number": ({"landmarks": "grid", "grid_size": 4}, r"grid_size: expected \(height, width\), got 4"),
+    "grid as text": ({"landmarks": "grid", "grid_size": "24"}, r"grid_size: expected \(height, width\), got '24'"),
+    "grid of floats": ({"landmarks": "grid", "grid_size": (2.0, 4.0)}, "grid_size: expected an integer, got 2.0"),
+    "prefix as a bool": ({"prefix_tokens": True}, "prefix_tokens: expected an integer, got True"),
     "unknown landmarks": ({"landmarks": "random"}, "landmarks: expected one of 'segment', 'grid', 'pad_front', got 'random'"),
     "grid without its size": (
         {"landmarks": "grid"}, r"grid_size: expected \(height, width\) for landmarks='grid' and None else, got None"),
@@ -109,7 +127,7 @@ NYSTROM = {
         {"conv_weight": torch.ones(3, 1, 3, 1)}, "conv_weight: expected q's 2 heads, got 3"),
     "even taps": ({"conv_weight": torch.ones(2, 1, 4, 1)}, "conv_weight: expected an odd number of taps, got 4"),
     "convolution of integers": (
-        {"conv_weight": torch.ones(2, 1, 3, 1, dtype=torch.int64)}, "conv_weight: expected a floating dtype .*, got int64"),
+        {"conv_weight": torch.ones(2, 1, 3, 1, dtype=torch.int64)}, "conv_weight: expected a floating dtype, got int64"),
     "convolution and unequal lengths": (
         {"conv_weight": torch.ones(2, 1, 3, 1), "q": torch.randn(2, 2, 5, 16)},
         "conv_weight: expected as many queries as tokens, got 5 and 8"),
@@ -121,7 +139,7 @@ def test_nystrom_attention_of_landmarks(wrong, message) -> None:
     arguments = tensors() | dict(num_landmarks=4) | wrong
     del arguments["projection"]
     positional = [arguments.pop(name) for name in "qkv"]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         nystrom_attention(*positional, **arguments)
 
 
@@ -142,18 +160,24 @@ def test_an_unknown_option_is_refused() -> None:
 
 
 CONSTRUCTORS = {
-    "no features": (lambda: orthogonal_projection(0, 8, seed=0), ValueError, "num_features: expected at least 1, got 0"),
+    "no features": (lambda: orthogonal_projection(0, 8, seed=0), ValueError, "num_features: expected an integer >= 1, got 0"),
+    "seed of a half": (lambda: orthogonal_projection(4, 8, seed=0.5), TypeError, "seed: expected an integer, got 0.5"),
+    "features that are no integer": (
+        lambda: orthogonal_projection(4.0, 8, seed=0), TypeError, "num_features: expected an integer >= 1, got 4.0"),
+    "rope of a length as text": (lambda: rope_1d("8", 8), TypeError, "tokens: expected an integer >= 1, got '8'"),
+    "rope of a base as text": (lambda: rope_1d(8, 8, base="1"), TypeError, "base: expected a finite number > 0, got '1'"),
+    "rope of a list": (lambda: Rope([0.0], [1.0]), TypeError, "cos: expected a Tensor, got list"),
     "unknown scaling": (
         lambda: orthogonal_projection(4, 8, seed=0, scaling="one"), ValueError, "scaling: expected 'chi' or 'sqrt', got 'one'"),
     "odd rope": (lambda: rope_1d(8, 7), ValueError, "dim: expected a multiple of 2 channels, got 7"),
     "axial rope of half pairs": (lambda: rope_axial(2, 2, 6), ValueError, "dim: expected a multiple of 4 channels, got 6"),
-    "axial rope without rows": (lambda: rope_axial(0, 2, 8), ValueError, "height: expected at least 1, got 0"),
+    "axial rope without rows": (lambda: rope_axial(0, 2, 8), ValueError, "height: expected an integer >= 1, got 0"),
     "mixed rope of rank 2": (
         lambda: rope_mixed(2, 2, torch.ones(2, 4)), ValueError, r"frequencies: expected shape \(2, heads, .*got \(2, 4\)"),
-    "rope without tokens": (lambda: rope_1d(0, 8), ValueError, "tokens: expected at least 1, got 0"),
+    "rope without tokens": (lambda: rope_1d(0, 8), ValueError, "tokens: expected an integer >= 1, got 0"),
     "unknown layout": (
         lambda: rope_1d(4, 8, layout="neox"), ValueError, "layout: expected 'interleaved' or 'half', got 'neox'"),
-    "negative prefix": (lambda: rope_1d(4, 8, prefix_tokens=-1), ValueError, "prefix_tokens: expected at least 0, got -1"),
+    "negative prefix": (lambda: rope_1d(4, 8, prefix_tokens=-1), ValueError, "prefix_tokens: expected an integer >= 0, got -1"),
     "heads that do not divide": (lambda: Attention(64, 5), ValueError, "num_heads: expected a divisor of dim 64, got 5"),
     "module backend": (lambda: Attention(64, 4, backend="gpu"), ValueError, "backend: expected one of .*, got 'gpu'"),
     "unknown feature map": (
@@ -170,6 +194,15 @@ CONSTRUCTORS = {
 def test_constructors(make, kind, message) -> None:
     with pytest.raises(kind, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", [Attention, PerformerAttention, LinformerAttention], ids=lambda kind: kind.__name__)
+def test_modules_refuse_masks_that_are_not_bool(kind) -> None:
+    module = kind(32, 2, **({"seq_len": 4} if kind is LinformerAttention else {}))
+    with pytest.raises(TypeError, match=r"key_padding_mask: expected dtype bool \(True = valid\), got float32"):
+        module(torch.randn(1, 4, 32), key_padding_mask=torch.zeros(1, 4))
+    with pytest.raises(ValueError, match=r"key_padding_mask: expected shape \(batch, tokens\) = \(1, 4\), got \(1, 3\)"):
+        module(torch.randn(1, 4, 32), key_padding_mask=torch.ones(1, 3, dtype=torch.bool))
 
 
 def test_modules_refuse_what_linear_attention_has_not() -> None:

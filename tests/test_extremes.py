@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +20,7 @@ from vix_kernels import (
     fourier_mixing,
     linear_attention,
     linformer_attention,
+    nn,
     nystrom_attention,
     orthogonal_projection,
     performer_attention,
@@ -229,3 +233,54 @@ def test_bits_do_not_depend_on_the_batch_size_on_a_cpu(name: str, tokens: int, d
     for batch in (1, 2):
         for key, x in results(batch).items():
             assert torch.equal(x, whole[key][:batch]), key
+
+
+@pytest.mark.parametrize("kind", ["attention", "performer", "linear", "nystrom", "linformer", "agent"])
+def test_modules_read_padding_as_zeros(kind: str) -> None:
+    """NaN in padded tokens reaches no valid row and no gradient, those of the weights included."""
+    torch.manual_seed(0)
+    options = {"nystrom": dict(num_landmarks=4), "linformer": dict(seq_len=12), "agent": dict(num_agents=4)}.get(kind, {})
+    module = getattr(nn, "Attention" if kind == "attention" else f"{kind.title()}Attention")(32, 2, **options)
+    mask = torch.arange(12) < torch.tensor([[7], [12]])
+    clean = torch.randn(2, 12, 32)
+
+    def results(fill: float) -> list[Tensor]:
+        x = clean.masked_fill(~mask[..., None], fill).requires_grad_()
+        out = module(x, key_padding_mask=mask)[mask]
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
+
+    for x, y in zip(results(float("nan")), results(0.0), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_reference_takes_an_empty_batch(name: str) -> None:
+    spec = SPECS[name]
+    problem = spec.problem(spec.fit(Case("empty", batch=0)))
+    leaves = {each: x.requires_grad_() for each, x in problem.tensors.items() if each in spec.differentiable}
+    outputs = problem(reference=True)
+    assert all(out.shape[0] == 0 for out in outputs)
+    torch.autograd.grad([out.sum() for out in outputs], list(leaves.values()))
+
+
+def test_a_mixed_rope_can_be_copied_and_pickled() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frequencies = torch.nn.Parameter(rope_mixed_frequencies(16, 2, seed=0))
+            self.rope = rope_mixed(3, 4, self.frequencies)
+
+    model = Model()
+    buffer = io.BytesIO()
+    torch.save(model.rope, buffer)
+    loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    for rope, frequencies in (
+        ((copied := copy.deepcopy(model)).rope, copied.frequencies),
+        ((again := pickle.loads(pickle.dumps(model.rope))), again.remake.args[2]),
+        (loaded, loaded.remake.args[2]),
+        (copy.copy(model.rope), model.frequencies),
+    ):
+        assert torch.equal(rope.cos, model.rope.cos) and torch.equal(rope.sin, model.rope.sin)
+        q, k = torch.randn(2, 1, 2, 12, 16).unbind()
+        (grad,) = torch.autograd.grad(apply_rope(q, k, rope)[0].square().mul(q).sum(), frequencies)
+        assert grad.abs().sum() > 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import backends
+from ..ops.checks import check_mask
 from ..ops.rope import Rope, apply_rope
 from ..ops.weights import attention_weights
 from .dropout import Dropout
@@ -80,9 +81,12 @@ class Attention(nn.Module):
             attn_mask: (tokens, tokens), with leading dimensions or not: bool, True = may be looked at, or added to the
                 logits. Linear-cost attention never forms the weights that it acts on, and refuses it.
             is_causal: timm's; refused.
-            key_padding_mask: bool (batch, tokens), True = the token takes part.
+            key_padding_mask: bool (batch, tokens), True = valid. Other tokens are read as 0, whatever they hold.
             rope: rotary embedding of q and k.
         """
+        if key_padding_mask is not None:
+            check_mask(key_padding_mask, x[:, None], columns="tokens")
+            x = x.masked_fill(~key_padding_mask[..., None], 0)
         if attn_mask is not None and not self.has_weights:
             raise NotImplementedError("attn_mask: expected None, got a mask; use key_padding_mask (batch, tokens)")
         if is_causal:

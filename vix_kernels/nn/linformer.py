@@ -9,7 +9,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.checks import check_mask
 from ..ops.linformer import attend_to_slots, check_token_projection, linformer_attention
 from ..ops.rope import Rope
 from .attention import Attention
@@ -63,12 +62,9 @@ class LinformerAttention(Attention):
         weights = self.qkv.weight.chunk(3)
         biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
         q = rearrange(F.linear(x, weights[0], biases[0]), "b n (h d) -> b h n d", h=self.num_heads)
-        check_mask(key_padding_mask, q)
-        if key_padding_mask is not None:
-            x = torch.where(key_padding_mask[..., None], x, 0.0)
 
         def project(name: str) -> tuple[Tensor, Tensor]:
-            """E^T x (batch, K, dim) and E^T 1 (batch or 1, K, 1), of the tokens that take part."""
+            """E^T x (batch, K, dim) and E^T 1 (batch or 1, K, 1), of the valid tokens; others are 0 in x."""
             projection = check_token_projection(name, getattr(self, name), q)[0]
             # bmm, since matmul would transpose x in memory.
             projected = torch.bmm(projection.mT.expand(x.shape[0], -1, -1), x)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import backends
 from ..primitives import aggregate, broadcast
 from ..primitives.broadcast import bias_of_taking_part
-from .checks import autocast, check_mask, check_qkv, check_scale, dtype_name
+from .checks import autocast, check_mask, check_qkv, check_scale, check_tensor, dtype_name
 from .rope import Rope, apply_rope_reference, check_rope
 
 
@@ -101,8 +101,7 @@ def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
 def check_agents(agents: Tensor, mask: Tensor | None, q: Tensor) -> None:
     """agents (B, H, A, D) of q's dtype, and bool (B, A) which of them take part."""
     batch, heads, _, width = q.shape
-    if not isinstance(agents, Tensor):
-        raise TypeError(f"agents: expected a Tensor, got {type(agents).__name__}")
+    check_tensor("agents", agents)
     if agents.dim() != 4 or agents.shape[2] == 0 or (*agents.shape[:2], agents.shape[3]) != (batch, heads, width):
         expected = f"({batch}, {heads}, A, {width})"
         raise ValueError(f"agents: expected shape (batch, heads, A, head_dim) = {expected}, got {tuple(agents.shape)}")
@@ -110,11 +109,4 @@ def check_agents(agents: Tensor, mask: Tensor | None, q: Tensor) -> None:
         raise TypeError(f"agents: expected q's dtype {dtype_name(q.dtype)}, got {dtype_name(agents.dtype)}")
     if agents.device != q.device:
         raise ValueError(f"agents: expected q's device {q.device}, got {agents.device}")
-    if mask is None:
-        return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"agent_mask: expected dtype bool (True = takes part), got {dtype_name(mask.dtype)}")
-    if tuple(mask.shape) != (batch, agents.shape[2]):
-        raise ValueError(f"agent_mask: expected shape (batch, A) = {(batch, agents.shape[2])}, got {tuple(mask.shape)}")
-    if mask.device != q.device:
-        raise ValueError(f"agent_mask: expected q's device {q.device}, got {mask.device}")
+    check_mask(mask, agents, "agent_mask", "A")

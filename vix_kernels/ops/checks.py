@@ -2,23 +2,66 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+from typing import Any
+
 import torch
 from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def check_tensor(name: str, x: Any) -> None:
+    """A dense Tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a dense Tensor, got a {layout} one")
+
+
+def check_floating(name: str, x: Any) -> None:
+    """A dense Tensor in one of DTYPES."""
+    check_tensor(name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {dtype_name(x.dtype)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype_name(x.dtype)}")
+
+
+def check_integer(name: str, value: Any, least: int | None = None) -> int:
+    """An integer of at least `least`; neither a bool nor a float that happens to be whole."""
+    integer = isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
+    if not integer or (least is not None and value < least):
+        kind = f"an integer >= {least}" if least is not None else "an integer"
+        raise (ValueError if integer else TypeError)(f"{name}: expected {kind}, got {value!r}")
+    return value
+
+
+def check_number(name: str, value: Any, *, zero: bool = False) -> float:
+    """A finite Python number > 0, or >= 0 where `zero` is allowed."""
+    kind = f"a finite number {'>=' if zero else '>'} 0"
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Python number, got a Tensor (reading it would wait for the device)")
+    if not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {kind}, got {value!r}")
+    if not (0 <= value < math.inf) or (value == 0 and not zero):
+        raise ValueError(f"{name}: expected {kind}, got {value}")
+    return float(value)
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q (B, H, N, D), k (B, H, N', D), v (B, H, N', E) of one floating dtype on one device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+        check_tensor(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions (batch, heads, tokens, head_dim), got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {dtype_name(x.dtype)}")
+        check_floating(name, x)
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected q's dtype {dtype_name(q.dtype)}, got {dtype_name(x.dtype)}")
         if x.device != q.device:
@@ -35,23 +78,23 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v: expected k's {k.shape[2]} tokens, got {v.shape[2]}")
 
 
-def check_mask(mask: Tensor | None, k: Tensor) -> None:
-    """key_padding_mask: bool (B, N')."""
+def check_mask(mask: Tensor | None, k: Tensor, name: str = "key_padding_mask", columns: str = "key tokens") -> None:
+    """A mask over the tokens of k (B, H, N', D): bool (B, N'), True = valid."""
     if mask is None:
         return
+    check_tensor(name, mask)
     if mask.dtype != torch.bool:
-        raise TypeError(f"key_padding_mask: expected dtype bool (True = takes part), got {dtype_name(mask.dtype)}")
+        raise TypeError(f"{name}: expected dtype bool (True = valid), got {dtype_name(mask.dtype)}")
     expected = (k.shape[0], k.shape[2])
     if tuple(mask.shape) != expected:
-        raise ValueError(f"key_padding_mask: expected shape (batch, key tokens) = {expected}, got {tuple(mask.shape)}")
+        raise ValueError(f"{name}: expected shape (batch, {columns}) = {expected}, got {tuple(mask.shape)}")
     if mask.device != k.device:
-        raise ValueError(f"key_padding_mask: expected k's device {k.device}, got {mask.device}")
+        raise ValueError(f"{name}: expected device {k.device}, got {mask.device}")
 
 
 def check_projection(projection: Tensor, q: Tensor) -> Tensor:
     """The projection as slots (1, heads or 1, M, D), in float32 (float64 for float64 tokens)."""
-    if not isinstance(projection, Tensor):
-        raise TypeError(f"projection: expected a Tensor, got {type(projection).__name__}")
+    check_tensor("projection", projection)
     if projection.dim() not in (2, 3):
         raise ValueError(f"projection: expected shape (M, head_dim) or (heads, M, head_dim), got {tuple(projection.shape)}")
     if projection.dtype not in (torch.float32, torch.float64):
@@ -70,13 +113,7 @@ def check_projection(projection: Tensor, q: Tensor) -> Tensor:
 
 def check_scale(scale: float | None, head_dim: int) -> float:
     """A positive number; head_dim ** -0.5 unless given."""
-    if scale is None:
-        return head_dim**-0.5
-    if isinstance(scale, Tensor):
-        raise TypeError("scale: expected a Python number, got a Tensor (reading it would wait for the device)")
-    if not scale > 0:
-        raise ValueError(f"scale: expected a number > 0, got {scale}")
-    return float(scale)
+    return head_dim**-0.5 if scale is None else check_number("scale", scale)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -84,7 +121,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not all(isinstance(x, Tensor) for x in tensors):
         return tensors  # check_qkv will say so
     device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if any(x.layout != torch.strided for x in tensors) or device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

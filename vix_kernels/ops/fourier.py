@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import backends
 from ..primitives import dft
-from .checks import autocast, dtype_name
+from .checks import autocast, check_floating, check_tensor
 
 NORMS = (None, "ortho")
 
@@ -56,18 +56,18 @@ def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: 
 
 def fourier_mixing_reference(x: Tensor, *, norm: str | None = None) -> Tensor:
     """The complex transform of all of x, in plain PyTorch; any device, any transform."""
+    if x.shape[0] == 0:  # torch.fft refuses it
+        return x.clone()
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.fft.fft2(wide, norm=norm).real.to(x.dtype)
 
 
 def check_tokens(x: Tensor) -> None:
     """x (B, N, D), floating."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    check_tensor("x", x)
     if x.dim() != 3:
         raise ValueError(f"x: expected 3 dimensions (batch, tokens, channels), got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating dtype, got {dtype_name(x.dtype)}")
+    check_floating("x", x)
     if x.shape[1] == 0 or x.shape[2] == 0:
         raise ValueError(f"x: expected at least one token and channel, got shape {tuple(x.shape)}")
 

@@ -10,7 +10,6 @@ linear_aggregate gives S and z, linear_broadcast the output.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from .. import backends
 from ..primitives import linear_aggregate, linear_broadcast
 from ..primitives.linear import FEATURE_MAPS
-from .checks import autocast, check_mask, check_projection, check_qkv
+from .checks import autocast, check_mask, check_number, check_projection, check_qkv
 from .rope import Rope, apply_rope_reference, check_rope
 
 
@@ -110,7 +109,4 @@ def linear_attention_reference(
 def check_feature_map(feature_map: str, eps: float) -> None:
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map: expected one of {', '.join(map(repr, FEATURE_MAPS))}, got {feature_map!r}")
-    if isinstance(eps, Tensor):
-        raise TypeError("eps: expected a Python number, got a Tensor (reading it would wait for the device)")
-    if not isinstance(eps, int | float) or not 0 <= eps < math.inf:
-        raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
+    check_number("eps", eps, zero=True)

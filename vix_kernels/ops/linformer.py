@@ -16,7 +16,7 @@ from .. import backends
 from ..primitives import broadcast, project
 from ..primitives.broadcast import broadcast_reference
 from ..primitives.layout import accumulator
-from .checks import autocast, check_mask, check_qkv, check_scale, dtype_name
+from .checks import autocast, check_mask, check_qkv, check_scale, check_tensor, dtype_name
 from .rope import Rope, apply_rope_reference, check_rope
 
 
@@ -110,8 +110,7 @@ def linformer_attention_reference(
 
 def check_token_projection(name: str, projection: Tensor, k: Tensor) -> Tensor:
     """A projection of k's tokens as (heads or 1, tokens, K)."""
-    if not isinstance(projection, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(projection).__name__}")
+    check_tensor(name, projection)
     if projection.dim() not in (2, 3) or projection.shape[-1] == 0:
         raise ValueError(f"{name}: expected shape (tokens, K) or (heads, tokens, K), got {tuple(projection.shape)}")
     if projection.dtype not in (torch.float32, k.dtype):

@@ -36,7 +36,7 @@ from ..primitives.pinv import INITS, pinv_backward, pinv_forward, pinv_reference
 from ..primitives.registry import refuse_transforms
 from ..primitives.rotate import angle_gradient
 from ..primitives.token_conv import token_conv_backward, token_conv_reference
-from .checks import autocast, check_mask, check_qkv, check_scale, dtype_name
+from .checks import autocast, check_floating, check_integer, check_mask, check_qkv, check_scale
 from .pooling import pooling
 from .rope import Rope, check_rope
 
@@ -238,16 +238,15 @@ def _query_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
 def _check_conv(weight: Tensor | None, q: Tensor, k: Tensor) -> None:
     if weight is None:
         return
-    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[3] != 1:
-        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"conv_weight: expected shape (heads, 1, taps, 1), got {got}")
+    check_floating("conv_weight", weight)
+    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[3] != 1:
+        raise ValueError(f"conv_weight: expected shape (heads, 1, taps, 1), got {tuple(weight.shape)}")
     if weight.shape[0] != q.shape[1]:
         raise ValueError(f"conv_weight: expected q's {q.shape[1]} heads, got {weight.shape[0]}")
     if weight.shape[2] % 2 == 0:
         raise ValueError(f"conv_weight: expected an odd number of taps, got {weight.shape[2]}")
-    if not weight.is_floating_point() or weight.device != q.device:
-        got = f"{dtype_name(weight.dtype)} on {weight.device}"
-        raise ValueError(f"conv_weight: expected a floating dtype on q's device {q.device}, got {got}")
+    if weight.device != q.device:
+        raise ValueError(f"conv_weight: expected q's device {q.device}, got {weight.device}")
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"conv_weight: expected as many queries as tokens, got {q.shape[2]} and {k.shape[2]}")
 
@@ -255,7 +254,6 @@ def _check_conv(weight: Tensor | None, q: Tensor, k: Tensor) -> None:
 def check_nystrom(landmarks: str, pinv_iterations: int, pinv_init: str) -> None:
     if landmarks not in LANDMARKS:
         raise ValueError(f"landmarks: expected one of {', '.join(map(repr, LANDMARKS))}, got {landmarks!r}")
-    if isinstance(pinv_iterations, bool) or not isinstance(pinv_iterations, int) or pinv_iterations < 0:
-        raise ValueError(f"pinv_iterations: expected an integer >= 0, got {pinv_iterations!r}")
+    check_integer("pinv_iterations", pinv_iterations, 0)
     if pinv_init not in INITS:
         raise ValueError(f"pinv_init: expected one of {', '.join(map(repr, INITS))}, got {pinv_init!r}")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import backends
 from ..primitives import aggregate, broadcast
-from .checks import autocast, check_mask, check_projection, check_qkv, check_scale
+from .checks import autocast, check_integer, check_mask, check_projection, check_qkv, check_scale
 from .rope import Rope, apply_rope_reference, check_rope
 
 
@@ -119,12 +119,11 @@ def orthogonal_projection(
     Returns:
         float32 (M, D), or (num_heads, M, D), on the CPU.
     """
-    if num_features < 1:
-        raise ValueError(f"num_features: expected at least 1, got {num_features}")
-    if head_dim < 1:
-        raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
-    if num_heads is not None and num_heads < 1:
-        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+    check_integer("num_features", num_features, 1)
+    check_integer("head_dim", head_dim, 1)
+    check_integer("seed", seed)
+    if num_heads is not None:
+        check_integer("num_heads", num_heads, 1)
     if scaling not in ("chi", "sqrt"):
         raise ValueError(f"scaling: expected 'chi' or 'sqrt', got {scaling!r}")
     generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..primitives.landmarks import landmarks, landmarks_reference
+from .checks import check_integer
 
 
 def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tokens: int, tokens: int) -> dict[str, Any]:
@@ -17,21 +18,29 @@ def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tok
     Tokens of the prefix stand for themselves, beyond that number. Without a grid_size (height, width) the others are pooled
     in segments of their sequence, with one in the cells of rows x columns = count that are nearest to squares.
     """
-    if isinstance(prefix_tokens, bool) or not isinstance(prefix_tokens, int) or not 0 <= prefix_tokens < tokens:
+    if not 0 <= check_integer("prefix_tokens", prefix_tokens) < tokens:
         raise ValueError(f"prefix_tokens: expected 0 to {tokens - 1} of {tokens} tokens, got {prefix_tokens!r}")
     tokens = tokens - prefix_tokens
     behind = " behind the prefix" if prefix_tokens else ""
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= tokens:
+    if not 1 <= check_integer(name, count) <= tokens:
         raise ValueError(f"{name}: expected 1 to the {tokens} tokens{behind}, got {count!r}")
     rows, mark_rows, mark_columns = 1, 1, count
     if grid_size is not None:
-        rows, columns = grid_size
+        rows, columns = check_grid(grid_size)
         if rows < 1 or columns < 1 or rows * columns != tokens:
             raise ValueError(f"grid_size: expected height * width = {tokens} tokens{behind}, got {grid_size}")
         mark_rows, mark_columns = _split(name, count, rows, columns)
     return dict(
         prefix=prefix_tokens, rows=rows, mark_rows=mark_rows, mark_columns=mark_columns, adaptive=grid_size is not None
     )  # fmt: skip
+
+
+def check_grid(grid_size: Any) -> tuple[int, int]:
+    """grid_size: two integers."""
+    if not isinstance(grid_size, tuple | list) or len(grid_size) != 2:
+        raise TypeError(f"grid_size: expected (height, width), got {grid_size!r}")
+    height, width = (check_integer("grid_size", size) for size in grid_size)
+    return height, width
 
 
 def at_most(count: int, tokens: int) -> int:

@@ -9,7 +9,9 @@ own. Angles, cosines and sines are float32 (fixed ones made in float64) whatever
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from .. import backends
 from ..primitives import rotate
 from ..primitives.rotate import rotate_reference
-from .checks import check_qkv, dtype_name
+from .checks import check_floating, check_integer, check_number, check_qkv, check_tensor, dtype_name
 
 Layout = Literal["interleaved", "half"]
 LAYOUTS = ("interleaved", "half")
@@ -33,17 +35,21 @@ class Rope:
         sin: as cos.
         layout: "interleaved", the pairs are channels (2i, 2i + 1), or "half", channels (i, i + R / 2).
         angles: what cos and sin are of, if it takes a gradient; see Rope.of.
+        remake: makes this Rope again, of what the angles depend on. Copies and pickles hold it instead of the angles, which
+            are part of a graph.
     """
 
     cos: Tensor
     sin: Tensor
     layout: Layout = "interleaved"
     angles: Tensor | None = None
+    remake: Callable[[], Rope] | None = None
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout: expected 'interleaved' or 'half', got {self.layout!r}")
         for name, table in (("cos", self.cos), ("sin", self.sin)):
+            check_tensor(name, table)
             if table.dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"{name}: expected float32 (low precision loses the position), got {table.dtype}")
             if table.dim() != 3 or table.shape != self.cos.shape:
@@ -67,6 +73,11 @@ class Rope:
             raise TypeError(f"angles: expected float32 (heads or 1, tokens, R / 2), got {got}")
         fixed = angles.detach()
         return Rope(fixed.cos(), fixed.sin(), layout, angles if angles.requires_grad else None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.remake is not None:
+            return _remade, (self.remake,)
+        return Rope, (self.cos, self.sin, self.layout, self.angles)
 
     @property
     def heads(self) -> int:
@@ -124,8 +135,7 @@ def rope_1d(
     Returns:
         A Rope of prefix_tokens + tokens rows, shared by all heads.
     """
-    if tokens < 1:
-        raise ValueError(f"tokens: expected at least 1, got {tokens}")
+    check_integer("tokens", tokens, 1)
     frequencies = _frequencies(dim, 2, base)
     angles = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies
     return _table(angles[None], layout, prefix_tokens, device)
@@ -173,15 +183,19 @@ def rope_mixed(height: int, width: int, frequencies: Tensor, *, layout: Layout =
     Returns:
         A Rope of prefix_tokens + height * width rows for each head, differentiable in frequencies, on their device.
     """
-    if not isinstance(frequencies, Tensor) or frequencies.dim() != 3 or frequencies.shape[0] != 2:
-        got = tuple(frequencies.shape) if isinstance(frequencies, Tensor) else type(frequencies).__name__
-        raise ValueError(f"frequencies: expected shape (2, heads, R / 2), got {got}")
+    check_floating("frequencies", frequencies)
+    if frequencies.dim() != 3 or frequencies.shape[0] != 2:
+        raise ValueError(f"frequencies: expected shape (2, heads, R / 2), got {tuple(frequencies.shape)}")
     _check_prefix(prefix_tokens)
-    frequencies = frequencies.to(torch.promote_types(frequencies.dtype, torch.float32))
-    x, y = (each.to(frequencies.dtype) for each in _grid(height, width, frequencies.device))  # no copy from the host
-    across, down = frequencies[:, :, None]  # (heads, 1, R / 2) each
+    wide = frequencies.to(torch.promote_types(frequencies.dtype, torch.float32))
+    x, y = (each.to(wide.dtype) for each in _grid(height, width, wide.device))  # no copy from the host
+    across, down = wide[:, :, None]  # (heads, 1, R / 2) each
     # The sum of two products, spelled out: a matrix product would round its operands under tf32 or autocast.
-    return Rope.of(torch.nn.functional.pad(x * across + y * down, (0, 0, prefix_tokens, 0)), layout)
+    rope = Rope.of(torch.nn.functional.pad(x * across + y * down, (0, 0, prefix_tokens, 0)), layout)
+    if rope.angles is None:
+        return rope
+    remake = partial(rope_mixed, height, width, frequencies, layout=layout, prefix_tokens=prefix_tokens)
+    return Rope(rope.cos, rope.sin, rope.layout, rope.angles, remake)
 
 
 def rope_mixed_frequencies(dim: int, num_heads: int, *, seed: int, base: float = 10.0) -> Tensor:
@@ -196,35 +210,36 @@ def rope_mixed_frequencies(dim: int, num_heads: int, *, seed: int, base: float =
     Returns:
         float32 (2, num_heads, dim / 2), on the CPU.
     """
-    if num_heads < 1:
-        raise ValueError(f"num_heads: expected at least 1, got {num_heads}")
+    check_integer("num_heads", num_heads, 1)
+    check_integer("seed", seed)
     lengths = _frequencies(dim, 4, base)
     turn = 2 * math.pi * torch.rand(num_heads, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     turns = torch.cat([turn.expand(-1, len(lengths)), turn.expand(-1, len(lengths)) + math.pi / 2], -1)
     return (lengths.repeat(2) * torch.stack([turns.cos(), turns.sin()])).float()
 
 
+def _remade(remake: Callable[[], Rope]) -> Rope:
+    return remake()
+
+
 def _frequencies(dim: int, divisor: int, base: float) -> Tensor:
     """base^(-divisor i / dim), i < dim / divisor, in float64."""
-    if dim < divisor or dim % divisor:
+    if check_integer("dim", dim) < divisor or dim % divisor:
         raise ValueError(f"dim: expected a multiple of {divisor} channels, got {dim}")
-    if not base > 0:
-        raise ValueError(f"base: expected a number > 0, got {base}")
+    check_number("base", base)
     return base ** (-torch.arange(0, dim, divisor, dtype=torch.float64) / dim)
 
 
 def _grid(height: int, width: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Column and row of every token in raster order, (tokens, 1) each."""
     for name, size in (("height", height), ("width", width)):
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
+        check_integer(name, size, 1)
     at = torch.arange(height * width, device=device)[:, None]
     return (at % width).double(), (at // width).double()
 
 
 def _check_prefix(prefix_tokens: int) -> None:
-    if prefix_tokens < 0:
-        raise ValueError(f"prefix_tokens: expected at least 0, got {prefix_tokens}")
+    check_integer("prefix_tokens", prefix_tokens, 0)
 
 
 def _table(angles: Tensor, layout: Layout, prefix_tokens: int, device: torch.device | str | None) -> Rope:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_integer, check_qkv
+
 
 def attention_weights(
     attention: Callable[..., Tensor], q: Tensor, k: Tensor, *args: Any, token: int = 0, **options: Any
@@ -28,6 +30,8 @@ def attention_weights(
         (batch, heads, tokens) in q's dtype, without a gradient. Rows of a softmax add up to 1; the approximations' need not,
         and can be negative.
     """
+    check_qkv(q, k, k)
+    check_integer("token", token)
     queries = q.shape[2]
     if not -queries <= token < queries:
         raise ValueError(f"token: expected {-queries} to {queries - 1}, got {token}")

@@ -85,7 +85,7 @@ def pinv_reference(
     logits = torch.where(columns.mT | ~columns.any(-2, keepdim=True), scale * q @ k.mT, float("-inf"))
     a = torch.where(taken, logits.softmax(-1), 0.0)
     sums = a.sum(-2, keepdim=True)
-    s = sums.amax((0, 1, 2, 3) if init == "original" else -1, keepdim=True)
+    s = sums.amax((0, 1, 2, 3) if init == "original" and batch else -1, keepdim=True)
     return inverse_reference(a, a.mT / torch.where(s == 0, 1.0, s), iterations) @ values
 
 
