@@ -14,7 +14,6 @@ from itertools import repeat
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from vix_kernels.nn.dropout import Dropout, draw_kept, scale_of_kept
 from vix_kernels.nn.plain import is_plain
@@ -102,8 +101,9 @@ class _TiledMlp(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx, dy)
         x, gamma, beta, w1, b1, w2, b2, inner, outer, shares = ctx.saved_tensors
         eps, activation, scale, dtype = ctx.options
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -145,6 +145,31 @@ class _TiledMlp(torch.autograd.Function):
                     out.copy_(dn)
         dw2, db2 = dw2.mul_(scale**2), db2.mul_(scale)
         return dx, dy if ctx.start == "residual" else None, dgamma, dbeta, None, dw1, db1, dw2, db2, None, None, None, None
+
+
+def _differentiable_gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """What backward of _TiledMlp returns, by autograd from the plain form: for second derivatives."""
+    x, gamma, beta, w1, b1, w2, b2, inner, outer, shares = ctx.saved_tensors
+    eps, activation, scale, dtype = ctx.options
+    with torch.autocast("cpu", enabled=False):
+        n = x if gamma is None else torch.layer_norm(x, gamma.shape, gamma, beta, eps)
+        a = activation[0](F.linear(n.to(dtype), w1.to(dtype), b1.to(dtype)))
+        if inner is not None:
+            a = a * inner.view(a.shape).to(dtype) * scale
+        branch = F.linear(a, w2.to(dtype), b2.to(dtype))
+        if outer is not None:
+            branch = branch * outer.view(branch.shape).to(dtype) * scale
+        if shares is not None:
+            branch = branch * shares
+        y = {"n": n, "x": x, "residual": 0}[ctx.start] + branch
+    inputs = (x, None, gamma, beta, None, w1, b1, w2, b2)
+    wanted = [i for i, each in enumerate(inputs) if each is not None and ctx.needs_input_grad[i]]
+    grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy.to(y.dtype), create_graph=True)
+    results: list[Tensor | None] = [None] * 13
+    for i, grad in zip(wanted, grads, strict=True):
+        results[i] = grad
+    results[1] = dy if ctx.start == "residual" else None
+    return tuple(results)
 
 
 def _tiles(x: Tensor | None) -> Iterable[Tensor | None]:

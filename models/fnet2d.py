@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .arguments import check_choice, check_counts, check_mlp_ratio, check_rates, pair
 from .backbone import Backbone, grid_of
@@ -90,9 +89,8 @@ class _RealTransform(torch.autograd.Function):
         return real_transform(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
-        return real_transform(dy)
+        return _RealTransform.apply(dy)
 
 
 def real_transform(x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from vix_kernels.models import feed_forward as module
 from vix_kernels.models.feed_forward import Mlp, feed_forward
 from vix_kernels.models.layers import DropPath, TokenBatchNorm
+from vix_kernels.nn.dropout import Dropout
+from vix_kernels.nn.packed_linear import packed_linear
 from vix_kernels.testing import kept_for_backward
 
 
@@ -62,6 +64,35 @@ def test_equals_the_plain_form(calls: list, norm: type, activation: type, renorm
     for ours, plain, exact in zip(*results, strict=True):
         error, theirs = ((each - exact).norm() / exact.norm() for each in (ours, plain))
         assert error <= 2 * theirs + 4 * torch.finfo(dtype).eps * (dtype != torch.bfloat16)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, TokenBatchNorm])
+def test_second_derivatives_are_those_of_the_plain_form(calls: list, norm: type, renormalise: bool) -> None:
+    results = []
+    for kind in (Mlp, PlainMlp):
+        modules, x = half(norm, mlp=kind).double().eval(), tokens(torch.float64)
+        (grad,) = torch.autograd.grad(run(modules, x, renormalise).square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), [x, *modules.parameters()]))
+    assert len(calls) == 1
+    torch.testing.assert_close(*results)
+
+
+def test_second_derivatives_of_linear_layers_and_dropout() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(6, 12).double(), torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda *args: packed_linear(linear, *args), (x,))
+
+    def gradients(forward: Callable) -> tuple[Tensor, ...]:
+        parts = torch.cat(forward(x), -1).pow(3).sum()
+        first = torch.autograd.grad(parts, [x, *linear.parameters()], create_graph=True)
+        return torch.autograd.grad(sum(each.square().sum() for each in first), [x, *linear.parameters()])
+
+    torch.testing.assert_close(gradients(lambda x: packed_linear(linear, x)), gradients(lambda x: linear(x).chunk(3, -1)))
+    y = Dropout(0.5)(x)
+    (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    torch.testing.assert_close(second, 6 * y.detach() * 2 * (y != 0) * 2)
 
 
 @pytest.mark.parametrize("renormalise", [False, True])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .plain import is_plain
 
@@ -44,10 +43,9 @@ class _Dropout(torch.autograd.Function):
         return kept.to(x.dtype).mul_(x).mul_(ctx.scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        return kept.to(dy.dtype).mul_(dy).mul_(ctx.scale), None
+        return kept.to(dy.dtype).mul_(dy).mul_(ctx.scale), None  # autograd can differentiate it
 
 
 def scale_of_kept(p: float) -> float:
