@@ -107,11 +107,13 @@ def make_dataset(
 def pixel_statistics(images: Tensor, *, max_value: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of uint8 images (n, channels, height, width), as (channels, 1, 1).
 
-    Counted, not summed up: exact, and without a float copy of the images.
+    From counts of the pixel values: exact, and without a float copy of the images. The deviation of a constant channel is given
+    as 1, so that images can be divided by it.
     """
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
     share = counts.double() / counts.sum(1, keepdim=True)
     values = torch.arange(256).double() / max_value
     mean = share @ values
-    std = (share @ values.square() - mean.square()).sqrt()
+    std = (share * (values - mean[:, None]).square()).sum(1).sqrt()
+    std = torch.where(counts.amax(1) == counts.sum(1), 1.0, std)
     return mean.float().view(-1, 1, 1), std.float().view(-1, 1, 1)
