@@ -110,6 +110,14 @@ def test_a_constant_channel_has_deviation_1(max_value: int) -> None:
     assert torch.equal(std[:-1], torch.ones(max_value)) and std[-1] == pytest.approx(3**0.5 / 4 / max_value)
 
 
+def test_a_pack_of_another_size_is_refused_before_it_is_decoded(pack: Path, refused: Callable[..., str]) -> None:
+    arrays = dict(np.load(pack))
+    np.savez(pack, **arrays | {"scans": arrays["scans"][:-20]})  # the last image is truncated
+    assert "--img-size: stripes has 16 x 16 pixels" in refused("--dataset", pack, "--img-size", 32)
+    assert "--stream: stripes is read into memory" in refused("--dataset", pack, "--stream")
+    assert "mixer: expected" in refused("--dataset", pack, "--model-kwargs", "mixer=none")
+
+
 def test_affine_augmentation_without_a_draw_is_the_identity() -> None:
     x = torch.rand(4, 1, 8, 8)
     torch.testing.assert_close(random_affine(x, Draws(0, images=4), degrees=0, scale=0, shift=0), x)

@@ -32,7 +32,7 @@ def train_epoch(state: State, dataset: Dataset, after_step: Callable[[], None] =
     batches = shuffled(seed, epoch, images=images).tensor_split(steps)[state.step :]
     shares = [ranks.share(len(batch)) for batch in batches]
     own = [batch if share is None else batch[share] for batch, share in zip(batches, shares, strict=True)]
-    feed = dataset.train.batches(own, place=(seed, epoch), crop=config.aug)
+    feed = dataset.train.batches(own, replace_unreadable=True)
     start = time.perf_counter() - state.seconds
     state.call.train()
     for batch, share, (pixels, labels) in zip(batches, shares, feed, strict=True):

@@ -32,9 +32,10 @@ def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
     return max(history, key=lambda row: (row["eval_top1"], -row["eval_loss"]))
 
 
-def left_out(unreadable: Sequence[str]) -> str:
-    names = ", ".join(unreadable[:3]) + ", ..." * (len(unreadable) > 3)
-    return f"left out, because they cannot be decoded: {len(unreadable)} images: {names}"
+def skipped(unreadable: Sequence[str]) -> str:
+    """One line on the files that cannot be decoded."""
+    more = f"; and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
+    return f"skipped {len(unreadable)} images that cannot be decoded: {'; '.join(unreadable[:3])}{more}"
 
 
 def peak_memory(device: torch.device) -> int:
