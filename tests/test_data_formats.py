@@ -265,7 +265,7 @@ def test_a_damaged_file_of_a_stream_is_named_and_replaced(tmp_path: Path) -> Non
 def test_a_run_on_streamed_images_goes_on_exactly_and_equals_one_on_held_images(tmp_path: Path) -> None:
     image_folder(tmp_path / "data")
     words = ["train", "--dataset", str(tmp_path / "data"), "--img-size", "8", "--workers", "1", "--batch-size", "4"]
-    words += ["--warmup-epochs", "0", "--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2", "patch_size=2"]
+    words += ["--crop-scale", "0.35", "--warmup-epochs", "0", "--model-kwargs", *TINY, "patch_size=2"]
     for name, steps, stream in (("held", [2], "--no-stream"), ("straight", [2], "--stream"), ("in two", [1, 2], "--stream")):
         for epochs in steps:
             where = ["--output", str(tmp_path / name)] if epochs == steps[0] else ["--resume", str(tmp_path / name)]

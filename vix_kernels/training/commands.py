@@ -81,6 +81,7 @@ def train_parser() -> Parser:
     )
     add("-j", "--workers", type=int, metavar="N", help="processes that decode what is streamed")
     switch("--aug", "mirror and shift the images, turn digits (default: yes)")
+    add("--crop-scale", type=float, metavar="A", help="enlarge a random part of at least A of the image's area; 1 for never")
     add("--aa", choices=CHOICES["aa"], help="automatic augmentation: TrivialAugment")
     add("--mixup", type=float, metavar="A", help="blend pairs of images, shares from Beta(A, A); 0 for never")
     add("--cutmix", type=float, metavar="A", help="put a part of one image into another, shares from Beta(A, A); 0 for never")
