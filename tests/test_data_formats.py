@@ -150,7 +150,10 @@ def test_a_few_unreadable_images_are_skipped_and_named(tmp_path: Path, capsys) -
     assert data.train.labels.tolist() == [0] * 3 + [1] * 4 and data.test.labels.tolist() == [0, 0, 1, 1]
     small = ["--model-kwargs", "depth=1", "embed_dim=16", "num_heads=2", "--epochs", "1", "--warmup-epochs", "0"]
     assert main(["train", "--dataset", str(tmp_path / "data"), *small, "--output", str(tmp_path / "run")]) == 0
-    assert f"skipped 1 images that cannot be decoded: {broken}: image file is truncated" in capsys.readouterr().out
+    message = f"skipped, because they cannot be decoded: 1\n  {broken}: image file is truncated\n"
+    assert message in capsys.readouterr().out
+    assert main(["validate", "--checkpoint", str(tmp_path / "run")]) == 0
+    assert message in capsys.readouterr().out
 
 
 def damage_many(folder: Path) -> None:
@@ -281,8 +284,8 @@ def test_damaged_files_that_a_run_meets_are_named(tmp_path: Path, capsys: pytest
     words = ["train", "--dataset", str(tmp_path / "data"), "--img-size", "8", "--stream", "--workers", "0", "--epochs", "2"]
     words += ["-b", "4", "--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2", "patch_size=2"]
     assert main([*words, "--output", str(tmp_path / "run")]) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "cannot be decoded" in line]
-    assert len(said) == 1 and "1 images" in said[0] and "1.png" in said[0]
+    said = capsys.readouterr().out
+    assert said.count("skipped, because they cannot be decoded: 1\n") == 1 and said.count("1.png: ") == 1
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no process groups on this system")

@@ -233,7 +233,7 @@ def validate_command(argv: list[str]) -> int:
     try:
         from .data import open_dataset
         from .data.folders import is_folder
-        from .report import draw_judgement
+        from .report import draw_judgement, skipped
         from .setup import device_of
         from .trained import check_fits, judge, load_trained
     except ModuleNotFoundError as error:
@@ -256,6 +256,8 @@ def validate_command(argv: list[str]) -> int:
         draw_judgement(folder, trained, judgement, dataset)
     except (UserError, OSError) as error:
         parser.error(str(error))
+    if unreadable := sorted(dataset.all_unreadable()):
+        print(skipped(unreadable))
     classes, totals = dataset.classes, judgement.confusion.sum(dim=1)
     for images, label, said in judgement.worst_pairs(5):
         print(f"{images} of {totals[label]} {classes[label]} taken for {classes[said]}")

@@ -33,9 +33,9 @@ def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def skipped(unreadable: Sequence[str]) -> str:
-    """One line on the files that cannot be decoded."""
-    more = f"; and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
-    return f"skipped {len(unreadable)} images that cannot be decoded: {'; '.join(unreadable[:3])}{more}"
+    """A line for each file that cannot be decoded; for 20, if there are more."""
+    more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
+    return "\n  ".join([f"skipped, because they cannot be decoded: {len(unreadable)}", *unreadable[:20], *more])
 
 
 def peak_memory(device: torch.device) -> int:
