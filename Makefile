@@ -52,8 +52,9 @@ clean:  ## remove the environment and all caches, keep runs/
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # With an NVIDIA driver torch is the user's business: the system's CUDA build if it has one, else pip's choice.
-# Without one it is the CPU build of constraints/cpu.txt, with the torchvision that belongs to it (timm needs one), from PyTorch's
-# own index where that answers within seconds, otherwise from the index that pip is configured for.
+# Without one it is the CPU build of constraints/cpu.txt and its torchvision, which timm needs for the tests: from PyTorch's own
+# index where that answers within seconds, otherwise from the index that pip is configured for. PyPI's torchvision does not match
+# a CPU build; the last line says so.
 $(READY): pyproject.toml constraints/cpu.txt
 	@set -e; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -76,6 +77,7 @@ $(READY): pyproject.toml constraints/cpu.txt
 	fi; \
 	$(BIN)/python -m pip install --quiet $$constraint --editable '.[train,test]'; \
 	$(BIN)/python -m pip install --quiet --no-deps $(ORIGINALS)
+	@$(BIN)/python tests/torchvision_operators.py
 	@touch $@
 
 $(VENV)/triton-$(OLDEST_TRITON)/.ready: $(READY)

@@ -46,7 +46,7 @@ def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
 def pair(name: str, size: Any) -> tuple[int, int]:
     """Height and width, from both or from one number for both."""
     both = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
-    if len(both) != 2 or not all(isinstance(side, int) and side > 0 for side in both):
+    if len(both) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in both):
         raise ValueError(f"{name}: expected a positive integer or two of them, got {size!r}")
     return both
 

@@ -1,25 +1,24 @@
 """Tests run on the GPU where there is one, and through Triton's interpreter where there is none."""
 
 import os
-import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from importlib.util import find_spec
 
 import pytest
 import torch
+import torchvision_operators
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton; it holds for the life of the process
 NO_TRITON = pytest.mark.skipif(not find_spec("triton"), reason="no triton")
-if sys.platform == "linux" and torch.version.cuda is None and find_spec("torchvision") and "+" not in version("torchvision"):
-    # PyPI's torchvision is built for CUDA. Beside a CPU build of torch it imports (for timm and transformers) once it finds
-    # these two, which nothing here calls.
-    torchvision = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        torchvision.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
 BACKENDS = ["torch", pytest.param("triton", marks=NO_TRITON)]
+MISMATCH = torchvision_operators.mismatch()
+DECLARED = torchvision_operators.declare() if MISMATCH else None
+
+
+def pytest_report_header() -> str | None:
+    return MISMATCH and f"{MISMATCH}\nin the tests it can: torchvision's operators are declared without an implementation"
 
 
 @pytest.fixture(scope="session", autouse=True)

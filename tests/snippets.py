@@ -130,7 +130,7 @@ def _failed(page: Path, line: int, message: str) -> int:
 if __name__ == "__main__":
     page = Path(sys.argv[1]).resolve()
     if any("import torch" in block.text for block in parse(page)):
-        import conftest  # noqa: F401  what the tests do to torch: a GPU or the interpreter, a torchvision that imports
+        import conftest  # noqa: F401  what the tests do to torch: a GPU or the interpreter, torchvision's operators
     here = Path(__file__).resolve().parent
     sys.path = [each for each in sys.path if Path(each).resolve() != here]  # the tests are not what a page imports
     sys.exit(run(page))

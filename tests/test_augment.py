@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from vix_kernels.training.augment import mix, random_affine, random_erasing, random_flip_crop
+from vix_kernels.training.augment import mix, random_affine, random_erasing, random_flip_crop, random_resized_crop
 from vix_kernels.training.draws import Draws
 from vix_kernels.training.parallel import Ranks
 from vix_kernels.training.trivial import OPERATIONS, Operation, trivial_augment
@@ -29,6 +29,21 @@ def test_erasing_sets_one_rectangle_of_the_drawn_size() -> None:
     some = (random_erasing(images, draws, 0.25) == 0).flatten(1).any(1).float().mean()
     assert 0.15 < some < 0.35
     assert torch.equal(random_erasing(images, draws, 0.0), images)
+
+
+def test_crops_are_parts_of_the_drawn_size_anywhere() -> None:
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 33), torch.linspace(-1, 1, 17), indexing="ij")
+    images = torch.stack([x, y]).expand(500, 2, 33, 17)  # a pixel says where it is
+    cropped = random_resized_crop(images, Draws(0, images=500), scale=0.35)
+    first, last = cropped[:, :, 2, 2], cropped[:, :, -3, -3]  # within the border, where pixels are repeated
+    width, height = ((last - first) / torch.tensor([x[0, -3] - x[0, 2], y[-3, 0] - y[2, 0]])).unbind(1)
+    area, aspect = width * height, width / height
+    assert 0.35 <= area.min() < 0.4 and 0.95 < area.max() <= 1 + 1e-5
+    assert 0.75 - 1e-5 <= aspect.min() < 0.8 and 1.25 < aspect.max() <= 4 / 3 + 1e-5
+    middle = (first + last) / 2
+    assert (middle.abs() <= 1 - torch.stack([width, height], 1) + 0.07).all()
+    assert cropped.min() >= -1 and cropped.max() <= 1
+    assert middle.min() < -0.25 and middle.max() > 0.25
 
 
 def test_mixup_blends_images_as_it_blends_targets() -> None:
@@ -73,7 +88,7 @@ def test_processes_see_together_what_one_alone_sees(world: int, batch: int) -> N
     def changed(share: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         draws = Draws(1, 2, 3, images=batch, rows=share)
         mine = slice(None) if share is None else share
-        x = random_flip_crop(images[mine], draws, shift=0.25)
+        x = random_resized_crop(random_flip_crop(images[mine], draws, shift=0.25), draws, scale=0.5)
         x = random_erasing(trivial_augment(x, draws), draws, 0.5)
         return mix(x, labels[mine], draws, classes=5, mixup=0.8, cutmix=0.0)
 
@@ -148,6 +163,7 @@ def test_everything_comes_to_the_device_of_the_images() -> None:
     for changed in (
         trivial_augment(x, draws),
         random_affine(x, draws, degrees=10, scale=0.1, shift=0.1),
+        random_resized_crop(x, draws, scale=0.5),
         random_flip_crop(x, draws, shift=0.25),
         random_erasing(x, draws, 0.5),
         mix(x, labels, draws, classes=3, mixup=1.0, cutmix=0.0)[0],
@@ -167,7 +183,8 @@ def test_every_image_gets_an_operation_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "flag, value", [("--mixup", "-1"), ("--cutmix", "nan"), ("--reprob", "1.5"), ("--model-ema-decay", "1")]
+    "flag, value",
+    [("--mixup", "-1"), ("--cutmix", "nan"), ("--crop-scale", "0"), ("--reprob", "1.5"), ("--model-ema-decay", "1")],
 )
 def test_bad_strengths_are_refused(flag: str, value: str, refused: Callable[..., str]) -> None:
     assert flag in refused(f"{flag}={value}")

@@ -19,7 +19,7 @@ from PIL import Image
 from vix_kernels.__main__ import main
 from vix_kernels.training.augment import random_affine, random_flip_crop
 from vix_kernels.training.checkpoint import load_checkpoint
-from vix_kernels.training.data import load_dataset
+from vix_kernels.training.data import load_dataset, pixel_statistics
 from vix_kernels.training.draws import Draws
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10_jpeg.npz"
@@ -97,6 +97,25 @@ def test_inputs_are_normalised(pack: Path) -> None:
         std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0)
         torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-4)
         torch.testing.assert_close(std, torch.ones_like(std), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("max_value", [16, 255])
+def test_a_constant_channel_has_deviation_1(max_value: int) -> None:
+    values = torch.arange(max_value + 1, dtype=torch.uint8).view(1, -1, 1, 1).expand(3, -1, 4, 4)
+    mean, std = pixel_statistics(values, max_value=max_value)
+    torch.testing.assert_close(mean.flatten(), torch.arange(max_value + 1) / max_value)
+    assert torch.equal(std, torch.ones_like(std))
+    values = torch.cat([values, values[:1].clip(max=max_value - 1)])  # the last channel has two values
+    std = pixel_statistics(values, max_value=max_value)[1].flatten()
+    assert torch.equal(std[:-1], torch.ones(max_value)) and std[-1] == pytest.approx(3**0.5 / 4 / max_value)
+
+
+def test_a_pack_of_another_size_is_refused_before_it_is_decoded(pack: Path, refused: Callable[..., str]) -> None:
+    arrays = dict(np.load(pack))
+    np.savez(pack, **arrays | {"scans": arrays["scans"][:-20]})  # the last image is truncated
+    assert "--img-size: stripes has 16 x 16 pixels" in refused("--dataset", pack, "--img-size", 32)
+    assert "--stream: stripes is read into memory" in refused("--dataset", pack, "--stream")
+    assert "mixer: expected" in refused("--dataset", pack, "--model-kwargs", "mixer=none")
 
 
 def test_affine_augmentation_without_a_draw_is_the_identity() -> None:

@@ -19,8 +19,10 @@ from PIL import Image
 from vix_kernels.__main__ import main
 from vix_kernels.training import UserError
 from vix_kernels.training.checkpoint import load_checkpoint
-from vix_kernels.training.data import Dataset, load_dataset
+from vix_kernels.training.data import Dataset, folders, load_dataset
+from vix_kernels.training.data.images import decode
 
+TINY = ["depth=1", "embed_dim=16", "num_heads=2"]
 RNG = np.random.default_rng(0)
 CIFAR = RNG.integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
 
@@ -97,11 +99,11 @@ def picture(path: Path, size: tuple[int, int] = (16, 16)) -> None:
     Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
 
 
-def image_folder(folder: Path) -> Path:
+def image_folder(folder: Path, size: tuple[int, int] = (16, 16)) -> Path:
     for part, count in (("train", 4), ("val", 2)):
         for name in ("cat", "dog"):
             for i in range(count):
-                picture(folder / part / name / f"{i}.png")
+                picture(folder / part / name / f"{i}.png", size)
     return folder
 
 
@@ -139,16 +141,19 @@ def test_longer_sides_lose_their_ends(tmp_path: Path) -> None:
     assert load_dataset(str(tmp_path), img_size=8).train.images[0].float().mean() > 250
 
 
-def test_a_few_unreadable_images_are_left_out_and_named(tmp_path: Path, capsys) -> None:
+def test_a_few_unreadable_images_are_skipped_and_named(tmp_path: Path, capsys) -> None:
     image_folder(tmp_path / "data")
     broken = tmp_path / "data" / "train" / "cat" / "2.png"
     broken.write_bytes(broken.read_bytes()[:60])
     data = load_dataset(str(tmp_path / "data"))
-    assert data.unreadable == (str(broken),)
+    assert data.unreadable == (f"{broken}: image file is truncated",)
     assert data.train.labels.tolist() == [0] * 3 + [1] * 4 and data.test.labels.tolist() == [0, 0, 1, 1]
     small = ["--model-kwargs", "depth=1", "embed_dim=16", "num_heads=2", "--epochs", "1", "--warmup-epochs", "0"]
     assert main(["train", "--dataset", str(tmp_path / "data"), *small, "--output", str(tmp_path / "run")]) == 0
-    assert f"left out, because they cannot be decoded: 1 images: {broken}" in capsys.readouterr().out
+    message = f"skipped, because they cannot be decoded: 1\n  {broken}: image file is truncated\n"
+    assert message in capsys.readouterr().out
+    assert main(["validate", "--checkpoint", str(tmp_path / "run")]) == 0
+    assert message in capsys.readouterr().out
 
 
 def damage_many(folder: Path) -> None:
@@ -229,9 +234,9 @@ def streamed(folder: Path, **options) -> Dataset:
     return load_dataset(str(folder), img_size=8, stream=True, **options)
 
 
-def fed(data: Dataset, place: tuple[int, ...] | None, crop: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def fed(data: Dataset, replace_unreadable: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
     order = torch.arange(len(data.train)).flip(0).tensor_split(3)
-    return list(data.train.batches(order, place, crop))
+    return list(data.train.batches(order, replace_unreadable=replace_unreadable))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -240,45 +245,37 @@ def test_streamed_images_are_those_in_memory(tmp_path: Path, workers: int) -> No
     held, data = load_dataset(str(tmp_path), img_size=8), streamed(tmp_path, workers=workers)
     assert (data.classes, data.train.shape) == (held.classes, held.train.shape)
     torch.testing.assert_close((data.mean, data.std), (held.mean, held.std))
-    for ours, theirs in zip(fed(data, None, False), fed(held, None, False), strict=True):
+    for ours, theirs in zip(fed(data), fed(held), strict=True):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
-
-
-def test_streamed_images_are_cut_by_their_place_whoever_decodes_them(tmp_path: Path) -> None:
-    image_folder(tmp_path)
-    first = torch.cat([images for images, _ in fed(streamed(tmp_path, workers=0), (1, 2), True)])
-    again = torch.cat([images for images, _ in fed(streamed(tmp_path, workers=2), (1, 2), True)])
-    later = torch.cat([images for images, _ in fed(streamed(tmp_path, workers=0), (1, 3), True)])
-    whole = torch.cat([images for images, _ in fed(streamed(tmp_path, workers=0), (1, 2), False)])
-    assert torch.equal(first, again)
-    assert all((first != other).flatten(1).any(1).all() for other in (later, whole))
 
 
 def test_a_damaged_file_of_a_stream_is_named_and_replaced(tmp_path: Path) -> None:
     image_folder(tmp_path)
     (tmp_path / "train" / "cat" / "1.png").write_text("no image")
     data = streamed(tmp_path, workers=0)
-    images, labels = (torch.cat(each) for each in zip(*fed(data, (0, 0), False), strict=True))
+    images, labels = (torch.cat(each) for each in zip(*fed(data, replace_unreadable=True), strict=True))
     assert len(images) == 8 and labels.tolist() == [1] * 4 + [0] * 4
     assert torch.equal(images[6], images[5])  # places 1 and 2, in reversed order
-    assert [Path(name).name for name in data.train.unreadable] == ["1.png"]
-    assert sum(len(labels) for _, labels in fed(data, None, False)) == 7  # to test, it is left out
+    (message,) = data.train.unreadable
+    assert message.startswith(f"{tmp_path / 'train' / 'cat' / '1.png'}: cannot identify image file")
+    assert sum(len(labels) for _, labels in fed(data)) == 7
     for name in ("0.png", "2.png"):
         (tmp_path / "train" / "cat" / name).write_text("no image")
     with pytest.raises(UserError, match="of 8 images cannot be decoded, such as"):
-        fed(data, (0, 0), False)
+        fed(data, replace_unreadable=True)
 
 
-def test_a_run_on_streamed_images_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_run_on_streamed_images_goes_on_exactly_and_equals_one_on_held_images(tmp_path: Path) -> None:
     image_folder(tmp_path / "data")
-    words = ["train", "--dataset", str(tmp_path / "data"), "--img-size", "8", "--stream", "--workers", "1", "--batch-size", "4"]
-    words += ["--warmup-epochs", "0", "--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2", "patch_size=2"]
-    for name, steps in (("straight", [2]), ("in two", [1, 2])):
+    words = ["train", "--dataset", str(tmp_path / "data"), "--img-size", "8", "--workers", "1", "--batch-size", "4"]
+    words += ["--crop-scale", "0.35", "--warmup-epochs", "0", "--model-kwargs", *TINY, "patch_size=2"]
+    for name, steps, stream in (("held", [2], "--no-stream"), ("straight", [2], "--stream"), ("in two", [1, 2], "--stream")):
         for epochs in steps:
             where = ["--output", str(tmp_path / name)] if epochs == steps[0] else ["--resume", str(tmp_path / name)]
-            assert main([*words, "--epochs", str(epochs), "--sched", "constant", *where]) == 0
-    ours, theirs = load_checkpoint(tmp_path / "in two"), load_checkpoint(tmp_path / "straight")
-    torch.testing.assert_close(ours["model"], theirs["model"], rtol=0, atol=0)
+            assert main([*words, "--epochs", str(epochs), "--sched", "constant", stream, *where]) == 0
+    held, straight, in_two = (load_checkpoint(tmp_path / name)["model"] for name in ("held", "straight", "in two"))
+    torch.testing.assert_close(in_two, straight, rtol=0, atol=0)
+    torch.testing.assert_close(held, straight, rtol=0, atol=0)
 
 
 def test_damaged_files_that_a_run_meets_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,8 +284,8 @@ def test_damaged_files_that_a_run_meets_are_named(tmp_path: Path, capsys: pytest
     words = ["train", "--dataset", str(tmp_path / "data"), "--img-size", "8", "--stream", "--workers", "0", "--epochs", "2"]
     words += ["-b", "4", "--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2", "patch_size=2"]
     assert main([*words, "--output", str(tmp_path / "run")]) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if "cannot be decoded" in line]
-    assert len(said) == 1 and "1 images" in said[0] and "1.png" in said[0]
+    said = capsys.readouterr().out
+    assert said.count("skipped, because they cannot be decoded: 1\n") == 1 and said.count("1.png: ") == 1
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no process groups on this system")
@@ -327,3 +324,127 @@ def test_only_folders_are_resized_and_streamed(tmp_path: Path, refused: Callable
 def test_streams_need_one_size(tmp_path: Path, refused: Callable[..., str]) -> None:
     image_folder(tmp_path / "data")
     assert "--img-size N" in refused("--dataset", tmp_path / "data", "--stream", "--output", tmp_path / "run")
+
+
+WIDE = np.array([[0, 256, 25_700], [12_850, 65_534, 65_535]], np.uint16)
+
+
+@pytest.mark.parametrize("name", ["png", "tif", "pgm"])
+def test_16_bits_are_scaled_to_8(name: str, tmp_path: Path) -> None:
+    Image.fromarray(WIDE).save(tmp_path / f"wide.{name}")
+    assert np.array_equal(decode(tmp_path / f"wide.{name}", None), np.stack([WIDE >> 8] * 3))
+
+
+@pytest.mark.parametrize("dtype, kind", [(np.int32, "integers (mode I)"), (np.float32, "floats (mode F)")])
+def test_pixels_without_a_known_range_are_refused(dtype: type, kind: str, tmp_path: Path) -> None:
+    Image.fromarray(WIDE.astype(dtype)).save(tmp_path / "wide.tif")
+    assert str(decode(tmp_path / "wide.tif", None)).startswith(f"expected pixels of 8 or 16 bits, got 32-bit {kind}")
+
+
+def test_hidden_files_are_ignored(tmp_path: Path) -> None:
+    """macOS writes a file of metadata, `._NAME`, for every file on a foreign disk."""
+    image_folder(tmp_path)
+    for path in list(tmp_path.rglob("*.png")):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    picture(tmp_path / "train" / "cat" / ".thumbnails" / "0.png")
+    data = load_dataset(str(tmp_path))
+    assert (len(data.train), len(data.test), data.unreadable) == (8, 4, ())
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def bomb(path: Path) -> None:
+    """A whole file, a little above the size that Pillow warns of."""
+    Image.new("1", (9_500, 9_500)).save(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no FIFOs, and no links without rights")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "name, make, reason",
+    [
+        ("x.png", fifo, "expected a regular file, got a FIFO"),
+        ("x.png", lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+        ("x.png", lambda path: path.symlink_to("nothing.png"), "No such file or directory"),
+        ("more", lambda path: path.symlink_to(path.parent.parent), "got a folder through a symbolic link to {train}"),
+        ("x.png", bomb, "expected at most 89,478,485 pixels, got 9500 x 9500"),
+    ],
+    ids=["FIFO", "link to itself", "dangling link", "link to a folder around it", "decompression bomb"],
+)
+def test_what_cannot_be_opened_is_named(
+    name: str, make: Callable[[Path], object], reason: str, stream: bool, tmp_path: Path
+) -> None:
+    path = image_folder(tmp_path) / "train" / "cat" / name
+    make(path)
+    data = load_dataset(str(tmp_path), img_size=8, stream=stream, workers=0)
+    if stream:
+        list(data.train.batches([torch.arange(9)]))
+    (message,) = data.all_unreadable()
+    assert message.startswith(f"{path}: ") and reason.format(train=tmp_path / "train") in message
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no links without rights")
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    image_folder(tmp_path / "data")
+    picture(tmp_path / "elsewhere" / "deep" / "7.png")
+    (tmp_path / "data" / "train" / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    assert load_dataset(str(tmp_path / "data")).train.labels.tolist() == [0] * 5 + [1] * 4
+    (tmp_path / "data" / "train" / "cow").symlink_to("nowhere")
+    with pytest.raises(UserError, match="cow: expected a folder, got a symbolic link that leads nowhere"):
+        load_dataset(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--model", "vpi"], "vpi"),
+        (["--model-kwargs", "depth=0"], "depth: expected an integer >= 1, got 0"),
+        (["--model-kwargs", "img_size=16"], "img_size: the images of data have (8, 8), got (16, 16)"),
+        (["-b", "5", "--grad-accum-steps", "5"], "divide a batch, the smallest of which has 4 images: too few"),
+        (["--resume", "{run}", "--seed", "7"], "--resume: the checkpoint has seed 0, this run has 7"),
+        (["--resume", "{run}", "--dataset", "{other}"], "--resume: the checkpoint has other classes"),
+        (["--resume", "{run}", "--epochs", "1"], "--epochs: expected at least the 2"),
+    ],
+)
+def test_everything_else_is_checked_before_images_are_decoded(
+    words: list[str], message: str, two_epochs: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.setitem(folders.__globals__, "decode", None)  # would be reported as a damaged data set
+    places = dict(run=two_epochs / "run", other=two_epochs / "other")
+    if "--resume" not in words:
+        words = ["--output", str(two_epochs / "new"), "--dataset", str(two_epochs / "data"), "--img-size", "8", *words]
+    assert message in refused(*(word.format(**places) for word in words))
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in `run` on the images of `data`, and `other` images."""
+    folder = tmp_path_factory.mktemp("two_epochs")
+    image_folder(folder / "data")
+    image_folder(folder / "other").joinpath("train", "dog").rename(folder / "other" / "train" / "cow")
+    folder.joinpath("other", "val", "dog").rename(folder / "other" / "val" / "cow")
+    words = ["--img-size", "8", "-b", "8", "--epochs", "2", "--model", "vip", "--model-kwargs", *TINY]
+    assert main(["train", "--dataset", str(folder / "data"), "--output", str(folder / "run"), *words]) == 0
+    return folder
+
+
+def test_validate_checks_before_images_are_decoded(
+    two_epochs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(folders.__globals__, "decode", None)
+    with pytest.raises(SystemExit):
+        main(["validate", "--checkpoint", str(two_epochs / "run"), "--dataset", str(two_epochs / "other")])
+    assert "the model knows 2 classes (cat, dog, ...), other has 2 classes (cat, cow, ...)" in capsys.readouterr().err
+
+
+def test_validate_resizes_to_images_that_are_no_squares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image_folder(tmp_path / "data", (24, 16))
+    image_folder(tmp_path / "larger", (50, 40))
+    words = ["--epochs", "1", "--warmup-epochs", "0", "--model", "vip", "--model-kwargs", *TINY]
+    assert main(["train", "--dataset", str(tmp_path / "data"), "--output", str(tmp_path / "run"), *words]) == 0
+    assert load_checkpoint(tmp_path / "run")["model_kwargs"]["img_size"] == (16, 24)
+    assert main(["validate", "--checkpoint", str(tmp_path / "run"), "--dataset", str(tmp_path / "larger")]) == 0
+    assert "of 4 held-out images" in capsys.readouterr().out

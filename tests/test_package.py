@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import pkgutil
+import shutil
 import statistics
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import requires, version
 from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torchvision_operators
+from packaging.requirements import Requirement
 
 import vix_kernels
 from vix_kernels import models
+
+ROOT = Path(__file__).parents[1]
 
 
 def python(code: str) -> str:
@@ -54,6 +63,44 @@ def test_check_names_every_reason(capsys) -> None:
     assert "performer_attention" in out and "apply_rope" in out
     assert main(["check", "--width", "300"]) == 0
     assert "not triton: the kernels serve head widths 8 to 256, not 300" in capsys.readouterr().out
+
+
+def test_the_trainer_requires_neither_timm_nor_torchvision() -> None:
+    """timm imports torchvision, which is hard to match where PyTorch is not from PyPI."""
+    found, open_requirements = set(), [Requirement("vix_kernels[train]")]
+    while open_requirements:
+        requirement = open_requirements.pop()
+        for line in requires(requirement.name) or ():
+            each = Requirement(line)
+            wanted = each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in {"", *requirement.extras})
+            if wanted and each.name not in found:
+                found.add(each.name)
+                open_requirements.append(each)
+    assert {"torch", "scikit-learn", "scipy"} <= found and not {"timm", "torchvision"} & found
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not find_spec("torchvision"), reason="looks at torchvision on Linux")
+@pytest.mark.parametrize("matches", [True, False])
+def test_a_torchvision_that_does_not_match_is_reported(matches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: Path) -> None:
+        assert path.name.startswith("_C") and path.is_file()
+        if not matches:
+            raise OSError("libtorch_cuda.so: cannot open shared object file")
+
+    monkeypatch.setattr("torch.ops.load_library", load)
+    line = torchvision_operators.mismatch()
+    if matches:
+        assert line is None
+    else:
+        assert line.startswith(f"torchvision {version('torchvision')} does not match torch") and "\n" not in line
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_make_reports_a_torchvision_that_does_not_match(tmp_path: Path) -> None:
+    """The last commands of the setup, which are not run here."""
+    command = ["make", "--dry-run", f"VENV={tmp_path}", f"{tmp_path}/.ready"]
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert lines[-2:] == [f"{tmp_path}/bin/python tests/torchvision_operators.py", f"touch {tmp_path}/.ready"]
 
 
 def test_a_reader_that_has_seen_enough_is_no_error() -> None:

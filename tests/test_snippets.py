@@ -14,6 +14,7 @@ import snippets
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TIMM = ROOT / "docs" / "integrations.md"
 SECONDS = 300  # of a page; they take some seconds each
 
 
@@ -22,9 +23,17 @@ def name(page: Path) -> str:
 
 
 def run(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, in `folder`, with the commands of this environment; conftest.py chose GPU or interpreter."""
+    """In a process of its own, in `folder`, with the commands of this environment; conftest.py chose GPU or interpreter.
+
+    A page that does not show timm runs where timm cannot be imported.
+    """
     commands = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     environment = os.environ | {"PATH": commands, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    if page != TIMM:
+        (folder / "broken").mkdir()
+        (folder / "broken" / "timm.py").write_text("raise ImportError('this page must not import timm')\n")
+        paths = [str(folder / "broken"), os.environ.get("PYTHONPATH")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return subprocess.run(
         [sys.executable, snippets.__file__, page], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS,

@@ -13,7 +13,8 @@ from vix_kernels import attention_weights
 from vix_kernels.__main__ import main
 from vix_kernels.training.checkpoint import load_checkpoint
 from vix_kernels.training.data import load_dataset
-from vix_kernels.training.trained import judge, load_trained
+from vix_kernels.training.report import draw_attention, draw_confusion, draw_learning_curve, draw_mistakes
+from vix_kernels.training.trained import Judgement, judge, load_trained
 
 CPU = torch.device("cpu")
 
@@ -66,6 +67,19 @@ def test_validate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert lines[-1].startswith(f"top-1 {top1:.2f} %") and " taken for " in lines[0]
     for name in ("confusion.png", "mistakes.png"):
         assert Image.open(tmp_path / "pictures" / name).width > 500
+
+
+def test_names_with_dollars_are_drawn(tmp_path: Path) -> None:
+    """They are no formulas of matplotlib's, which cannot parse these."""
+    title, classes = r"model on $\prices$", ("$1_$", r"$\2$")
+    row = {"epoch": 1, "train_loss": 1.0, "eval_loss": 1.0, "eval_top1": 50.0}
+    draw_learning_curve(tmp_path / "curve.png", [row], row, title)
+    draw_confusion(tmp_path / "confusion.png", torch.ones(2, 2, dtype=torch.long), classes, title)
+    image, one = torch.zeros(3, 8, 8), torch.ones(1, dtype=torch.long)
+    mistakes = Judgement(1.0, 50.0, 100.0, torch.ones(2, 2), image[None].byte(), one, 0 * one, one / 2)
+    draw_mistakes(tmp_path / "mistakes.png", mistakes, classes, 255, title)
+    draw_attention(tmp_path / "attention.png", image, torch.rand(2, 2), title)
+    assert all(Image.open(path).width > 500 for path in tmp_path.iterdir()) and len(list(tmp_path.iterdir())) == 4
 
 
 def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -293,7 +293,7 @@ def test_an_interruption_before_the_first_epoch_is_named(
     def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "load_dataset", interrupted)
+    monkeypatch.setattr(run, "open_dataset", interrupted)
     assert main(["train", "--output", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().err == "vix train: interrupted\n"
 
@@ -314,8 +314,15 @@ def test_learning_rate_schedule() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_model_takes_the_digits(name: str) -> None:
-    model, kwargs = setup.build_model(Config(model=name), load_dataset("digits"), torch.device("cpu"))
+    model, kwargs = setup.build_model(Config(model=name), load_dataset("digits").source(), torch.device("cpu"))
     assert model.img_size == (8, 8) and ("patch_size" in kwargs) == hasattr(model, "patch_size")
+
+
+@pytest.mark.parametrize("img_size", [8, (8, 8), [8, 8]])
+def test_a_square_is_named_by_its_side(img_size: int | tuple[int, int] | list[int]) -> None:
+    config = Config(model="vip_tiny", model_kwargs={"img_size": img_size})
+    _, kwargs = setup.build_model(config, load_dataset("digits").source(), torch.device("cpu"))
+    assert kwargs["img_size"] == (8, 8)
 
 
 def test_the_average_is_the_average_and_copies_what_cannot_be_averaged() -> None:

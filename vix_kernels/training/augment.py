@@ -27,14 +27,29 @@ def random_affine(images: Tensor, draws: Draws, *, degrees: float, scale: float,
     return warp(images, [[cos, -sin, 2 * shift * dx], [sin, cos, 2 * shift * dy]])
 
 
-def warp(images: Tensor, matrix: list[list[Tensor | float]]) -> Tensor:
-    """Look every pixel (x, y), from -1 to 1, up at matrix @ (x, y, 1); nothing lies outside. Entries: a number an image."""
+def random_resized_crop(images: Tensor, draws: Draws, *, scale: float) -> Tensor:
+    """Enlarge a random part of each image to the size of the image (arXiv:1409.4842).
+
+    The part has at least `scale` of the area, and 3/4 to 4/3 of the aspect ratio.
+    """
+    area = draws.uniform(scale, 1)
+    aspect = (draws.uniform(-1, 1) * (-area.log()).clamp(max=math.log(4 / 3))).exp()  # no side is longer than the image's
+    width, height = (area * aspect).sqrt(), (area / aspect).sqrt()
+    x, y = (1 - width) * draws.uniform(-1, 1), (1 - height) * draws.uniform(-1, 1)
+    return warp(images, [[width, 0.0, x], [0.0, height, y]], outside="border")
+
+
+def warp(images: Tensor, matrix: list[list[Tensor | float]], outside: str = "zeros") -> Tensor:
+    """Look every pixel (x, y), from -1 to 1, up at matrix @ (x, y, 1), beyond the image as `outside` says: zeros or border.
+
+    Entries of the matrix: a number an image.
+    """
     theta = images.new_empty(len(images), 2, 3)
     for row, column in product(range(2), range(3)):
         entry, place = matrix[row][column], theta[:, row, column]
         place.copy_(sent(entry, images.device)) if isinstance(entry, Tensor) else place.fill_(entry)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode=outside, align_corners=False)
 
 
 def random_flip_crop(images: Tensor, draws: Draws, *, shift: float) -> Tensor:

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,11 @@ def train_parser() -> Parser:
     add("--img-size", type=int, metavar="N", help="side that images in folders are resized to (default: as they are)")
     switch(
         "--stream",
-        "read images in folders when they are needed, and cut them at random (default: beyond 4 GiB)",
+        "read images in folders when they are needed (default: beyond 4 GiB)",
     )
     add("-j", "--workers", type=int, metavar="N", help="processes that decode what is streamed")
     switch("--aug", "mirror and shift the images, turn digits (default: yes)")
+    add("--crop-scale", type=float, metavar="A", help="enlarge a random part of at least A of the image's area; 1 for never")
     add("--aa", choices=CHOICES["aa"], help="automatic augmentation: TrivialAugment")
     add("--mixup", type=float, metavar="A", help="blend pairs of images, shares from Beta(A, A); 0 for never")
     add("--cutmix", type=float, metavar="A", help="put a part of one image into another, shares from Beta(A, A); 0 for never")
@@ -230,21 +231,23 @@ def validate_command(argv: list[str]) -> int:
     parser.add_argument("--output", metavar="DIR", help="folder of the pictures (default: validate-NAME beside the checkpoint)")
     options = parser.parse_args(argv)
     try:
-        from .data import load_dataset
+        from .data import open_dataset
         from .data.folders import is_folder
-        from .report import draw_judgement
+        from .report import draw_judgement, skipped
         from .setup import device_of
-        from .trained import judge, load_trained
+        from .trained import check_fits, judge, load_trained
     except ModuleNotFoundError as error:
         parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
     try:
         device = device_of(options.device)
         trained = load_trained(options.checkpoint, device)
         config, name = trained.config, options.dataset or trained.config.dataset
-        if options.dataset and is_folder(Path(name)):  # of whatever size
-            config = replace(config, img_size=trained.model.img_size[0])
-        source = dict(data_dir=options.data_dir or config.data_dir, stream=config.stream, workers=config.workers)
-        dataset = load_dataset(name, config.img_size, **source).to(device)
+        resized = options.dataset and is_folder(Path(name))  # its images may have any size
+        size = tuple(trained.model.img_size) if resized else config.img_size
+        reading = dict(data_dir=options.data_dir or config.data_dir, stream=config.stream, workers=config.workers)
+        source = open_dataset(name, size, **reading)
+        check_fits(trained, source)
+        dataset = source.load().to(device)
         start = time.perf_counter()
         judgement = judge(trained, dataset)
         seconds = time.perf_counter() - start
@@ -253,6 +256,8 @@ def validate_command(argv: list[str]) -> int:
         draw_judgement(folder, trained, judgement, dataset)
     except (UserError, OSError) as error:
         parser.error(str(error))
+    if unreadable := sorted(dataset.all_unreadable()):
+        print(skipped(unreadable))
     classes, totals = dataset.classes, judgement.confusion.sum(dim=1)
     for images, label, said in judgement.worst_pairs(5):
         print(f"{images} of {totals[label]} {classes[label]} taken for {classes[said]}")

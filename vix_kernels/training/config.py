@@ -47,6 +47,7 @@ class Config:
     min_lr: float = 1e-5
     smoothing: float = 0.1
     aug: bool = True
+    crop_scale: float = 1.0
     aa: str = "none"
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -98,6 +99,7 @@ class Config:
             self._expect(name, "a finite number of 0 or more", lambda x: 0 <= x < math.inf)
         for name in ("smoothing", "model_ema_decay", "drop_path"):
             self._expect(name, "a number in [0, 1)", lambda x: 0 <= x < 1)
+        self._expect("crop_scale", "a number in (0, 1]", lambda x: 0 < x <= 1)
         self._expect("reprob", "a probability", lambda x: 0 <= x <= 1)
         self._expect("time_to", "a percentage", lambda x: 0 < x <= 100)
         if self.opt == "muon" and self.amp and self.amp_dtype == "float16":

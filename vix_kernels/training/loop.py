@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import mix, random_erasing
+from .augment import mix, random_erasing, random_resized_crop
 from .config import Config, UserError
 from .data import Dataset
 from .draws import Draws, seed_torch, shuffled
@@ -32,7 +32,7 @@ def train_epoch(state: State, dataset: Dataset, after_step: Callable[[], None] =
     batches = shuffled(seed, epoch, images=images).tensor_split(steps)[state.step :]
     shares = [ranks.share(len(batch)) for batch in batches]
     own = [batch if share is None else batch[share] for batch, share in zip(batches, shares, strict=True)]
-    feed = dataset.train.batches(own, place=(seed, epoch), crop=config.aug)
+    feed = dataset.train.batches(own, replace_unreadable=True)
     start = time.perf_counter() - state.seconds
     state.call.train()
     for batch, share, (pixels, labels) in zip(batches, shares, feed, strict=True):
@@ -60,6 +60,8 @@ def augmented(
 ) -> tuple[Tensor, Tensor]:
     """uint8 images to what the model reads, and their labels or, of mixed images, the shares of the classes."""
     images = pixels.float() / dataset.max_value
+    if config.crop_scale < 1:
+        images = random_resized_crop(images, draws, scale=config.crop_scale)
     if config.aug:
         images = dataset.augment(images, draws)
     if config.aa == "trivial":

@@ -24,15 +24,18 @@ if TYPE_CHECKING:
     from .data import Dataset
     from .trained import Judgement, Trained
 
+PLAIN = {"parse_math": False}  # of text with names in it, whose $ does not start a formula
+
 
 def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
     """The first row with the highest top-1; among equals, the one with the lowest loss."""
     return max(history, key=lambda row: (row["eval_top1"], -row["eval_loss"]))
 
 
-def left_out(unreadable: Sequence[str]) -> str:
-    names = ", ".join(unreadable[:3]) + ", ..." * (len(unreadable) > 3)
-    return f"left out, because they cannot be decoded: {len(unreadable)} images: {names}"
+def skipped(unreadable: Sequence[str]) -> str:
+    """A line for each file that cannot be decoded; for 20, if there are more."""
+    more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
+    return "\n  ".join([f"skipped, because they cannot be decoded: {len(unreadable)}", *unreadable[:20], *more])
 
 
 def peak_memory(device: torch.device) -> int:
@@ -87,9 +90,7 @@ def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
 
 
 def draw_learning_curve(path: Path, history: list[dict[str, Any]], best: dict[str, Any], title: str) -> None:
-    figure = Figure(figsize=(10, 4), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure = _titled(title, 10, 4, layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
 
@@ -124,16 +125,14 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
     """The share of every class (row) that is taken for each class (column)."""
     few = len(classes) <= 20
     side = max(5.0, 0.4 * len(classes) + 2.5) if few else 9.0
-    figure = Figure(figsize=(side, side), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure = _titled(title, side, side, layout="constrained")
     axes = figure.subplots()
     share = 100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     drawn = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
     axes.set(xlabel="taken for", ylabel="class")
     if few:
-        axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
-        axes.set_yticks(range(len(classes)), classes)
+        axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0, **PLAIN)
+        axes.set_yticks(range(len(classes)), classes, **PLAIN)
         for row in range(len(classes)):
             for column in range(len(classes)):
                 if value := int(confusion[row, column]):
@@ -149,9 +148,7 @@ def draw_mistakes(path: Path, judgement: Judgement, classes: Sequence[str], max_
     number = len(judgement.mistakes)
     columns, rows = 6, max(1, -(-number // 6))
     width, height, top = 9.0, 1.9 * rows + 0.5, 0.5  # inches
-    figure = Figure(figsize=(width, height), dpi=144)
-    FigureCanvasAgg(figure)
-    figure.suptitle(title if number else f"{title}: no mistakes", y=1 - 0.15 / height, va="top", fontsize=12, fontweight="bold")
+    figure = _titled(title if number else f"{title}: no mistakes", width, height, y=1 - 0.15 / height)
     axes = figure.add_axes((0, 0, 1, 1))  # one for all: they take 40 ms each
     axes.axis("off")
     for place in range(number):
@@ -160,16 +157,14 @@ def draw_mistakes(path: Path, judgement: Judgement, classes: Sequence[str], max_
         _show(axes, judgement.mistakes[place].float() / max_value, extent=(left, left + 1.3, bottom, bottom + 1.3))
         label, said = classes[judgement.labels[place]], classes[judgement.said[place]]
         text = f"{label}, taken for\n{said} ({100 * judgement.probability[place]:.0f} %)"
-        axes.text(left + 0.65, bottom + 1.36, text, ha="center", fontsize=7.5)
+        axes.text(left + 0.65, bottom + 1.36, text, ha="center", fontsize=7.5, **PLAIN)
     axes.set(xlim=(0, width), ylim=(0, height), aspect="auto")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def draw_attention(path: Path, image: Tensor, weights: Tensor, title: str) -> None:
     """What the class token looks at, beside the image and over it."""
-    figure = Figure(figsize=(8, 4.2), dpi=144, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure = _titled(title, 8, 4.2, layout="constrained")
     plain, over = figure.subplots(1, 2)
     height, width = image.shape[1:]
     for axes in (plain, over):
@@ -181,6 +176,14 @@ def draw_attention(path: Path, image: Tensor, weights: Tensor, title: str) -> No
     )
     over.set_title("what the class token looks at", fontsize=9)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _titled(title: str, width: float, height: float, *, y: float | None = None, layout: str | None = None) -> Figure:
+    """A figure of this size in inches."""
+    figure = Figure(figsize=(width, height), dpi=144, layout=layout)
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, y=y, va="top", fontsize=12, fontweight="bold", **PLAIN)
+    return figure
 
 
 def _show(axes: Axes, image: Tensor, extent: tuple[float, float, float, float] | None = None) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .checkpoint import load_checkpoint, remove_checkpoint, remove_leftovers, save_checkpoint
 from .config import Config, UserError
-from .data import NAMES, load_dataset
+from .data import NAMES, open_dataset
 from .loop import check_finite, evaluate, train_epoch
 from .parallel import Ranks, connected
 from .report import (
@@ -25,8 +25,8 @@ from .report import (
     best_epoch,
     draw_judgement,
     draw_learning_curve,
-    left_out,
     peak_memory,
+    skipped,
     write_args,
     write_summary,
 )
@@ -35,6 +35,7 @@ from .setup import (
     build_model,
     check_batches,
     check_processes,
+    check_same_data,
     check_same_run,
     check_smallest_batch,
     claim_folder,
@@ -93,18 +94,24 @@ class Run:
         check_processes(config, ranks)
         torch.backends.cudnn.deterministic = True  # convolutions too give the same bits on every run
         with ranks.first_alone():
-            source = dict(data_dir=config.data_dir, stream=config.stream, workers=config.workers)
-            self.dataset = load_dataset(config.dataset, config.img_size, **source).to(device)
+            options = dict(data_dir=config.data_dir, stream=config.stream, workers=config.workers)
+            source = open_dataset(config.dataset, config.img_size, **options)
         if config.dataset not in NAMES:  # a path, to be found again from wherever the run is resumed
             config = replace(config, dataset=os.path.abspath(config.dataset))
+        check_batches(config, ranks, source.train_images)
+        model, self.model_kwargs = build_model(config, source, device)
+        check_smallest_batch(config, model, ranks, source.train_images)
+        if checkpoint:
+            check_same_run(checkpoint, config, self.model_kwargs, source)
+        self.dataset = source.load().to(device)
         images = len(self.dataset.train)
-        check_batches(config, ranks, images)
-        model, self.model_kwargs = build_model(config, self.dataset, device)
-        check_smallest_batch(config, model, ranks, images)
+        if images < source.train_images:  # some cannot be decoded
+            check_batches(config, ranks, images)
+            check_smallest_batch(config, model, ranks, images)
+        if checkpoint:
+            check_same_data(checkpoint, config, self.dataset)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.steps = config.steps(images)
-        if checkpoint:
-            check_same_run(checkpoint, config, self.model_kwargs, self.dataset)
         self.state = State(config, model, device, ranks)
         if checkpoint:
             self.state.restore(checkpoint)
@@ -212,7 +219,7 @@ class Run:
         self.save("last.pt")
         unreadable = sorted(self.ranks.union(self.dataset.all_unreadable()))
         if len(unreadable) > self.unreadable:
-            self.say(left_out(unreadable))
+            self.say(skipped(unreadable))
             self.unreadable = len(unreadable)
         self.say(
             f"epoch {row['epoch']:3}/{config.epochs}  train loss {row['train_loss']:.4f}  held-out loss "

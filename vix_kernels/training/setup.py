@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from vix_kernels.models import create_model
+from vix_kernels.models.arguments import pair
 from vix_kernels.models.zoo import preset, takes
 
 from .checkpoint import Checkpoint, checkpoint_path, load_checkpoint
 from .config import Config, UserError
-from .data import Dataset
+from .data import Dataset, Source
 from .draws import seed_torch
 from .parallel import Ranks
 from .report import best_epoch
@@ -66,23 +67,24 @@ def check_batches(config: Config, ranks: Ranks, images: int) -> None:
         raise UserError(f"--batch-size: {parts} divide a batch, the smallest of which has {smallest} images: too few")
 
 
-def build_model(config: Config, dataset: Dataset, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """The model and the arguments that made it, those the user left out taken from the data set."""
-    channels, height, width = dataset.train.shape
-    shape = {"img_size": (height, width), "in_chans": channels, "num_classes": len(dataset.classes)}
+def build_model(config: Config, source: Source, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and its arguments: the data set's where --model-kwargs names none."""
+    channels, height, width = source.shape
+    shape = {"img_size": (height, width), "in_chans": channels, "num_classes": len(source.classes)}
     for name, flag in {"backend": "--backend", "drop_path_rate": "--drop-path"}.items():
         if name in config.model_kwargs:
             raise UserError(f"--model-kwargs: {name} has a flag of its own, {flag}")
     try:  # the patches that suit the images, unless the model has none, or is a preset with its own
-        suited = dataset.model_kwargs.keys() & takes(config.model) - preset(config.model).keys()
+        suited = source.model_kwargs.keys() & takes(config.model) - preset(config.model).keys()
+        kwargs = shape | {key: source.model_kwargs[key] for key in suited} | config.model_kwargs
+        kwargs["img_size"] = pair("img_size", kwargs["img_size"])
     except ValueError as error:
         raise UserError(str(error)) from error
-    kwargs = shape | {key: dataset.model_kwargs[key] for key in suited} | config.model_kwargs
     if config.drop_path is not None:
         kwargs["drop_path_rate"] = config.drop_path
     for name, value in shape.items():
         if kwargs[name] != value:
-            raise UserError(f"--model-kwargs: {name}: the images of {dataset.name} have {value}, got {kwargs[name]}")
+            raise UserError(f"--model-kwargs: {name}: the images of {source.name} have {value}, got {kwargs[name]}")
     seed_torch(config.seed)
     try:
         model = create_model(config.model, **kwargs, backend=config.backend).to(device)
@@ -104,8 +106,8 @@ def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images:
         raise UserError(f"--batch-size: {config.model} cannot train on a batch of one image: {error}") from error
 
 
-def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], dataset: Dataset) -> None:
-    """That `checkpoint` is of the same model, data and seed, and at a place that this run passes."""
+def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], source: Source) -> None:
+    """That `checkpoint` is of the same model, classes and seed, and at a place that this run passes."""
     saved = checkpoint["config"] | {"model_kwargs": checkpoint["model_kwargs"]}
     wanted = {"model": config.model, "seed": config.seed, "model_kwargs": model_kwargs}
     if checkpoint["step"]:  # in the middle of an epoch
@@ -113,13 +115,18 @@ def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[st
     for name, value in wanted.items():
         if saved.get(name) != value:
             raise UserError(f"--resume: the checkpoint has {name} {saved.get(name)!r}, this run has {value!r}")
-    # Of the data not the path counts, which may have changed, and not the statistics, which follow the JPEG decoder.
-    description = dataset.description()
-    if any(checkpoint["data"].get(name) != description[name] for name in ("classes", "train_images", "test_images")):
-        raise UserError(f"--resume: the checkpoint has other classes or numbers of images than dataset {config.dataset}")
+    if checkpoint["data"].get("classes") != list(source.classes):
+        raise UserError(f"--resume: the checkpoint has other classes than dataset {config.dataset}")
     begun = len(checkpoint["history"]) + bool(checkpoint["step"])
     if config.epochs < begun:
         raise UserError(f"--epochs: expected at least the {begun} that the checkpoint has behind it, got {config.epochs}")
+
+
+def check_same_data(checkpoint: Checkpoint, config: Config, dataset: Dataset) -> None:
+    """That `checkpoint` is of as many images. The path may have changed, and the statistics depend on the JPEG decoder."""
+    description = dataset.description()
+    if any(checkpoint["data"].get(name) != description[name] for name in ("train_images", "test_images")):
+        raise UserError(f"--resume: the checkpoint has other numbers of images than dataset {config.dataset}")
 
 
 def best_of(resume: str, history: list[dict[str, Any]]) -> Checkpoint | None:

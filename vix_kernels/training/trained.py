@@ -15,7 +15,7 @@ from vix_kernels.nn import Attention
 
 from .checkpoint import load_checkpoint
 from .config import Config, UserError
-from .data import Dataset
+from .data import Dataset, Source
 from .data.images import decode
 from .loop import tested
 
@@ -96,18 +96,23 @@ class Judgement:
         return [(int(n), *divmod(int(place), len(wrong))) for n, place in zip(counts, places, strict=True) if n]
 
 
+def check_fits(trained: Trained, source: Source) -> None:
+    """Raises `UserError` for images of another shape or other classes than the model's."""
+    if source.classes != trained.classes:
+        ours, theirs = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (trained.classes, source.classes))
+        raise UserError(f"--dataset: the model knows {ours}, {source.name} has {theirs}")
+    shape = (trained.model.in_chans, *trained.model.img_size)
+    if source.shape != shape:
+        raise UserError(f"--dataset: the model reads images of shape {shape}, {source.name} has {source.shape}")
+
+
 def judge(trained: Trained, dataset: Dataset) -> Judgement:
     """Test the model on the held-out images of `dataset`, which are normalised as those were that it was trained on.
 
     Raises:
-        UserError: the classes are others.
+        UserError: they have other classes or another shape.
     """
-    if dataset.classes != trained.classes:
-        ours, theirs = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (trained.classes, dataset.classes))
-        raise UserError(f"--dataset: the model knows {ours}, {dataset.name} has {theirs}")
-    shape = (trained.model.in_chans, *trained.model.img_size)
-    if dataset.test.shape != shape:
-        raise UserError(f"--dataset: the model reads images of shape {shape}, {dataset.name} has {dataset.test.shape}")
+    check_fits(trained, dataset.source())
     dataset = replace(dataset, mean=trained.mean, std=trained.std)
     confusion = torch.zeros(len(trained.classes), len(trained.classes), dtype=torch.long)
     loss, hits, images = 0.0, 0, 0

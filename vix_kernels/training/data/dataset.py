@@ -18,6 +18,19 @@ Augmentation = Callable[[Tensor, Draws], Tensor]
 
 
 @dataclass(frozen=True)
+class Source:
+    """A data set whose images are not decoded yet: what a model and a run can be checked against before."""
+
+    name: str
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]  # of an image: channels, height, width
+    train_images: int  # those that cannot be decoded included
+    model_kwargs: dict[str, Any]
+    load: Callable[[], Dataset]
+    streams: bool = False  # images are decoded when they are needed
+
+
+@dataclass(frozen=True)
 class Dataset:
     name: str
     classes: tuple[str, ...]
@@ -28,13 +41,16 @@ class Dataset:
     std: Tensor
     augment: Augmentation  # of float images in [0, 1]
     model_kwargs: dict[str, Any] = field(default_factory=dict)  # what suits these images, beside their shape
-    unreadable: tuple[str, ...] = ()  # files that were left out
+    unreadable: tuple[str, ...] = ()  # files that were skipped, each with the reason
+
+    def source(self) -> Source:
+        return Source(self.name, self.classes, self.train.shape, len(self.train), self.model_kwargs, lambda: self)
 
     def to(self, device: torch.device) -> Dataset:
         return replace(self, **{name: getattr(self, name).to(device) for name in ("train", "test", "mean", "std")})
 
     def all_unreadable(self) -> set[str]:
-        """Those that were left out, and those that have been met since."""
+        """Files that were skipped so far, each with the reason."""
         return {*self.unreadable, *self.train.unreadable, *self.test.unreadable}
 
     def description(self) -> dict[str, Any]:
@@ -75,7 +91,7 @@ def make_dataset(
     statistics: Tensor | None = None,
     unreadable: tuple[str, ...] = (),
 ) -> Dataset:
-    """A data set, by default augmented as photographs, and in as large patches as leave 8 x 8 tokens or more.
+    """A data set, by default augmented as photographs and with the patches of `suited_patch_size`.
 
     Args:
         statistics: uint8 images whose mean and deviation stand for all; default the training images, which are in memory then.
@@ -84,17 +100,11 @@ def make_dataset(
         ValueError: labels are out of range, or a class has no image to learn from.
     """
     for part, images in {"training": train, "test": test}.items():
-        labels = images.labels
-        if len(images) != len(labels) or not len(labels):
-            raise ValueError(f"expected as many {part} labels as images, and some; got {len(labels)} and {len(images)}")
-        if labels.min() < 0 or labels.max() >= len(classes):
-            raise ValueError(f"expected labels from 0 to {len(classes) - 1}, got {labels.min()} to {labels.max()}")
-    counts = train.labels.bincount(minlength=len(classes))
-    if empty := [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]:
-        raise ValueError(f"expected training images of every class, got none of {', '.join(empty[:5])}")
+        if len(images) != len(images.labels):
+            raise ValueError(f"expected as many {part} labels as images, got {len(images.labels)} and {len(images)}")
+    check_labels(classes, train.labels, test.labels)
     if patch_size is None:
-        side = math.gcd(*train.shape[1:])
-        patch_size = max(p for p in range(1, side + 1) if side % p == 0 and p <= max(1, side // 8))
+        patch_size = suited_patch_size(train.shape)
     if statistics is None:
         assert isinstance(train, HeldImages)
         statistics = train.images
@@ -104,14 +114,34 @@ def make_dataset(
     )  # fmt: skip
 
 
+def check_labels(classes: tuple[str, ...], train: Tensor, test: Tensor) -> None:
+    """Raises `ValueError` for labels that are out of range, and for a class without a training image."""
+    for part, labels in {"training": train, "test": test}.items():
+        if not len(labels):
+            raise ValueError(f"expected at least one {part} image, got none")
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise ValueError(f"expected labels from 0 to {len(classes) - 1}, got {labels.min()} to {labels.max()}")
+    counts = train.bincount(minlength=len(classes))
+    if empty := [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]:
+        raise ValueError(f"expected training images of every class, got none of {', '.join(empty[:5])}")
+
+
+def suited_patch_size(shape: tuple[int, int, int]) -> int:
+    """The largest that divides images of this shape into at least 8 x 8 tokens."""
+    side = math.gcd(*shape[1:])
+    return max(p for p in range(1, side + 1) if side % p == 0 and p <= max(1, side // 8))
+
+
 def pixel_statistics(images: Tensor, *, max_value: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of uint8 images (n, channels, height, width), as (channels, 1, 1).
 
-    Counted, not summed up: exact, and without a float copy of the images.
+    From counts of the pixel values: exact, and without a float copy of the images. The deviation of a constant channel is given
+    as 1, so that images can be divided by it.
     """
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
     share = counts.double() / counts.sum(1, keepdim=True)
     values = torch.arange(256).double() / max_value
     mean = share @ values
-    std = (share @ values.square() - mean.square()).sqrt()
+    std = (share * (values - mean[:, None]).square()).sum(1).sqrt()
+    std = torch.where(counts.amax(1) == counts.sum(1), 1.0, std)
     return mean.float().view(-1, 1, 1), std.float().view(-1, 1, 1)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import UserError
-from ..draws import CROPS, sent
+from ..draws import sent
 
-Place = tuple[int, ...] | None
+if TYPE_CHECKING:
+    from PIL import Image
+
 MOST_UNREADABLE = 0.01  # of all images; more is a damaged copy, not a few bad files
 
 
@@ -25,16 +28,16 @@ class Images(Protocol):
 
     labels: Tensor
     shape: tuple[int, int, int]
-    unreadable: Set[str]  # files that could not be decoded so far
+    unreadable: Set[str]  # files that could not be decoded so far, each with the reason
 
     def __len__(self) -> int: ...
 
     def to(self, device: torch.device) -> Images: ...
 
-    def batches(self, order: Sequence[Tensor], place: Place = None, crop: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, order: Sequence[Tensor], *, replace_unreadable: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """The images at the places that each item of `order` lists, and their labels.
 
-        To train with if there is a `place`, which decides what is drawn for them; `crop` allows to cut them at random.
+        An image that cannot be decoded is skipped, or with `replace_unreadable` replaced by the next one.
         """
         ...
 
@@ -45,7 +48,7 @@ class HeldImages:
 
     images: Tensor
     labels: Tensor
-    unreadable = frozenset()  # `folders` leaves them out
+    unreadable = frozenset()  # `folders` skips them
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -57,7 +60,7 @@ class HeldImages:
     def to(self, device: torch.device) -> HeldImages:
         return HeldImages(self.images.to(device), self.labels.to(device))
 
-    def batches(self, order: Sequence[Tensor], place: Place = None, crop: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, order: Sequence[Tensor], *, replace_unreadable: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         for index in order:
             index = sent(index, self.labels.device)
             yield self.images[index], self.labels[index]
@@ -65,21 +68,18 @@ class HeldImages:
 
 @dataclass(frozen=True)
 class StreamedImages:
-    """Files that worker processes decode, cut at random (arXiv:1409.4842) or as `decode` does.
-
-    A damaged file is left out of its batch; to train with, the next file takes its place.
-    """
+    """Files that worker processes decode when they are needed."""
 
     files: tuple[Path, ...]
     labels: Tensor
-    img_size: int
+    size: tuple[int, int]  # height and width
     workers: int
     device: torch.device = torch.device("cpu")
     unreadable: set[str] = field(default_factory=set)  # as far as they have been met
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return 3, self.img_size, self.img_size
+        return 3, *self.size
 
     def __len__(self) -> int:
         return len(self.files)
@@ -87,11 +87,11 @@ class StreamedImages:
     def to(self, device: torch.device) -> StreamedImages:
         return replace(self, device=device)
 
-    def batches(self, order: Sequence[Tensor], place: Place = None, crop: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, order: Sequence[Tensor], *, replace_unreadable: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         from torch.utils.data import DataLoader
 
         loader = DataLoader(
-            _Decoder(self, place, crop),
+            _Decoder(self, replace_unreadable),
             batch_sampler=[index.tolist() for index in order],
             num_workers=self.workers,
             collate_fn=_stack,
@@ -101,8 +101,8 @@ class StreamedImages:
         for images, index, unreadable in loader:
             self.unreadable.update(unreadable)
             if len(self.unreadable) > max(1, MOST_UNREADABLE * len(self)):
-                names = ", ".join(sorted(self.unreadable)[:3])
-                raise UserError(f"--dataset: {len(self.unreadable)} of {len(self)} images cannot be decoded, such as {names}")
+                example = min(self.unreadable)
+                raise UserError(f"--dataset: {len(self.unreadable)} of {len(self)} images cannot be decoded, such as {example}")
             if len(index):
                 yield images.to(self.device, non_blocking=True), self.labels[index].to(self.device, non_blocking=True)
 
@@ -110,19 +110,17 @@ class StreamedImages:
 @dataclass(frozen=True)
 class _Decoder(torch.utils.data.Dataset):
     images: StreamedImages
-    place: Place
-    crop: bool
+    replace_unreadable: bool
 
     def __getitem__(self, index: int) -> tuple[np.ndarray | None, int, list[str]]:
         unreadable = []
         for at in (*range(index, len(self.images)), *range(index)):
             path = self.images.files[at]
-            draws = np.random.default_rng((CROPS, *self.place, at)) if self.crop else None
-            pixels = decode(path, self.images.img_size, draws)
+            pixels = decode(path, self.images.size)
             if not isinstance(pixels, Exception):
                 return pixels, at, unreadable
-            unreadable.append(str(path))
-            if self.place is None:
+            unreadable.append(with_reason(path, pixels))
+            if not self.replace_unreadable:
                 break
         return None, index, unreadable
 
@@ -144,35 +142,52 @@ def hidden() -> bool | None:
     return True if int(os.environ.get("RANK", 0)) else None
 
 
-def decode(
-    path: Path, img_size: int | tuple[int, int] | None, draws: np.random.Generator | None = None
-) -> np.ndarray | Exception:
+def decode(path: Path, size: tuple[int, int] | None) -> np.ndarray | Exception:
     """RGB (3, height, width), or why it cannot be read.
 
     Args:
-        img_size: height and width to resize to, or the side of a square; None leaves the size.
-        draws: cut a random part of 35 to 100 per cent of the area first, up to a third longer than wide. None: the middle.
+        size: height and width to resize to, after cutting what is too long or too wide; None keeps the size of the file.
     """
     from PIL import Image, ImageOps
 
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size and img_size[::-1]  # width first
     try:
-        with Image.open(path) as file:
+        check_regular(path)
+        with Image.open(path) as file:  # raises for more than twice the limit of pixels, only warns below
+            if Image.MAX_IMAGE_PIXELS and file.width * file.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(
+                    f"expected at most {Image.MAX_IMAGE_PIXELS:,} pixels, got {file.width} x {file.height}"
+                )
             if size:
-                file.draft("RGB", (2 * size[0], 2 * size[1]))  # JPEG alone: decodes no finer than is needed
-            image = ImageOps.exif_transpose(file).convert("RGB")
-        if size and draws is not None:
-            image = image.resize(size, Image.Resampling.BICUBIC, _random_part(image.size, draws))
-        elif size:
-            image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+                file.draft("RGB", (2 * size[1], 2 * size[0]))  # JPEG alone: decodes no finer than is needed
+            image = _rgb(ImageOps.exif_transpose(file), file.format)
+        if size:
+            image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
         return np.asarray(image).transpose(2, 0, 1)
     except Exception as error:  # Pillow has a kind of its own for every format: OSError, SyntaxError, ValueError, ...
         return error
 
 
-def _random_part(size: tuple[int, int], draws: np.random.Generator) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom."""
-    area, aspect = draws.uniform(0.35, 1) * size[0] * size[1], np.exp(draws.uniform(-1, 1) * np.log(4 / 3))
-    width, height = min(size[0], (area * aspect) ** 0.5), min(size[1], (area / aspect) ** 0.5)
-    left, top = draws.uniform(0, size[0] - width), draws.uniform(0, size[1] - height)
-    return left, top, left + width, top + height
+def with_reason(path: Path, error: Exception) -> str:
+    """A file and why it cannot be decoded."""
+    return f"{path}: {str(error) or repr(error)}"
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what `open` would wait for, such as a FIFO."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "a device or a socket"
+        link = f" through a symbolic link to {path.resolve()}" if path.is_symlink() else ""
+        raise OSError(f"expected a regular file, got {kind}{link}")
+
+
+def _rgb(image: Image.Image, format: str | None) -> Image.Image:
+    """In 8 bits a channel. Pillow's own conversion clips pixels of 16 and 32 bits to 255."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):  # both from 0 to 65535
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # the high byte, as Pillow reads 16-bit colours
+    elif image.mode in ("I", "F"):
+        kind = "integers" if image.mode == "I" else "floats"
+        raise ValueError(f"expected pixels of 8 or 16 bits, got 32-bit {kind} (mode {image.mode}), whose range is unknown")
+    return image.convert("RGB")

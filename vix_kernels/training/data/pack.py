@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from .dataset import Dataset, make_dataset
-from .images import HeldImages, hidden
+from .dataset import Dataset, Source, check_labels, make_dataset, suited_patch_size
+from .images import HeldImages, check_regular, hidden
 
 
-def pack(path: str | Path) -> Dataset:
+def pack(path: Path) -> Source:
     """JPEG images of one size, decoded to RGB, from one .npz file; those of split 0 train, those of split 1 are held out.
 
     Image i is the JPEG file `headers[header_offsets[h] : header_offsets[h + 1]] + scans[offsets[i] : offsets[i + 1]]` of
     bytes, h = header_id[i]: small images share the headers that would outweigh them. `labels[i]` is a place in `classes`.
     """
+    check_regular(path)
     with np.load(path) as file:
         names = ("headers", "header_offsets", "header_id", "scans", "offsets", "labels", "split", "classes")
         arrays = {name: file[name] for name in names}
@@ -30,27 +31,32 @@ def pack(path: str | Path) -> Dataset:
     train, test = split == 0, split == 1
     if not (train.any() and test.any() and (train | test).all()):
         raise ValueError(f"expected a split of 0 and 1, got {split.unique().tolist()}")
-    images = _decode(arrays)
-    parts = (HeldImages(images[part], labels[part]) for part in (train, test))
-    return make_dataset(Path(path).stem, classes, *parts)
+    check_labels(classes, labels[train], labels[test])
+    (first,) = _decoded(arrays, 1)
+    shape = (3, *first.shape[:2])
+
+    def load() -> Dataset:
+        images = np.empty((len(labels), *shape), np.uint8)
+        progress = tqdm(_decoded(arrays, len(labels)), "decoding", len(labels), unit="image", leave=False, disable=hidden())
+        for i, pixels in enumerate(progress):
+            if pixels.shape != first.shape:
+                raise ValueError(f"image {i}: expected the shape of image 0, {first.shape[:2]}, got {pixels.shape[:2]}")
+            images[i] = pixels.transpose(2, 0, 1)
+        tensor = torch.from_numpy(images)
+        return make_dataset(path.stem, classes, *(HeldImages(tensor[part], labels[part]) for part in (train, test)))
+
+    return Source(path.stem, classes, shape, int(train.sum()), {"patch_size": suited_patch_size(shape)}, load)
 
 
-def _decode(arrays: dict[str, np.ndarray]) -> Tensor:
-    """The images of a pack, uint8 (n, 3, height, width)."""
+def _decoded(arrays: dict[str, np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """The first images of a pack, uint8 (height, width, 3)."""
     from PIL import Image
 
-    headers, scans = arrays["headers"].tobytes(), arrays["scans"].tobytes()
+    headers, scans = arrays["headers"], arrays["scans"]
     header_offsets, offsets = arrays["header_offsets"].tolist(), arrays["offsets"].tolist()
-    images = None
-    for i, h in enumerate(tqdm(arrays["header_id"].tolist(), "decoding", unit="image", leave=False, disable=hidden())):
-        jpeg = headers[header_offsets[h] : header_offsets[h + 1]] + scans[offsets[i] : offsets[i + 1]]
+    for i, h in enumerate(arrays["header_id"].tolist()[:count]):
+        header, scan = headers[header_offsets[h] : header_offsets[h + 1]], scans[offsets[i] : offsets[i + 1]]
         try:
-            pixels = np.asarray(Image.open(BytesIO(jpeg), formats=["JPEG"]).convert("RGB"))
-        except OSError as error:
+            yield np.asarray(Image.open(BytesIO(header.tobytes() + scan.tobytes()), formats=["JPEG"]).convert("RGB"))
+        except (OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"image {i} is no whole JPEG image") from error
-        if images is None:
-            images = np.empty((len(offsets) - 1, 3, *pixels.shape[:2]), np.uint8)
-        if pixels.shape[:2] != images.shape[2:]:
-            raise ValueError(f"image {i}: expected the shape of image 0, {images.shape[2:]}, got {pixels.shape[:2]}")
-        images[i] = pixels.transpose(2, 0, 1)
-    return torch.from_numpy(images)

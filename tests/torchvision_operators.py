@@ -1,0 +1,42 @@
+"""Reports a torchvision that was built for another PyTorch, such as PyPI's for Linux next to a CPU build of PyTorch.
+
+Its operators cannot be loaded, and `import timm`, which imports torchvision, raises "operator torchvision::nms does not exist".
+`make` runs this file after setting up, to say so in one line. With `declare` the tests of timm and transformers run
+nevertheless: they call no operator of torchvision.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+
+def mismatch() -> str | None:
+    """One line on why torchvision cannot be imported; None if it can, or is not installed. Looks on Linux only."""
+    spec = find_spec("torchvision")
+    if sys.platform != "linux" or spec is None:
+        return None
+    try:
+        for library in Path(spec.origin).parent.glob("_C*.so"):
+            torch.ops.load_library(library)
+            return None
+    except OSError:
+        pass
+    versions = f"torchvision {version('torchvision')} does not match torch {torch.__version__}"
+    return f"{versions}, so timm cannot be imported: docs/integrations.md says how to install one that does"
+
+
+def declare() -> torch.library.Library:
+    """Declare the operators that `import torchvision` looks up, without an implementation, while the returned object lives."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+if __name__ == "__main__" and (line := mismatch()):
+    print(line)
