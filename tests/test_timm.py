@@ -16,6 +16,7 @@ timm = pytest.importorskip("timm", reason="timm is not installed")
 
 from vix_kernels.integrations import hosts  # noqa: E402
 from vix_kernels.integrations import timm as door  # noqa: E402
+from vix_kernels.integrations.drop_in import most_cells  # noqa: E402
 from vix_kernels.integrations.sdpa import replace_sdpa  # noqa: E402
 
 EXACT = dict(num_landmarks=16, pinv_iterations=16)  # as many landmarks as the grid has tokens
@@ -50,9 +51,9 @@ def test_with_all_landmarks_a_vit_gives_its_own_answers(arguments):
     assert report.replaced == ["blocks.0.attn", "blocks.1.attn"] and not report.refused
     assert list(model.state_dict()) == keys
     torch.testing.assert_close(model.forward_features(x), expected, atol=1e-3, rtol=1e-3)
-    options = model.blocks[0].attn.attention.options
+    options = model.blocks[0].attn.attention.placed()
     assert options["prefix_tokens"] == model.num_prefix_tokens
-    assert ("grid_size" in options) != arguments.get("dynamic_img_size", False)
+    assert options["grid_size"] == (4, 4) and options["landmarks"] == "grid"
 
 
 def test_gates_are_honoured():
@@ -125,21 +126,102 @@ def test_trains(op):
     assert torch.equal(copied(images()), model.eval()(images()))
 
 
-def test_where_landmarks_stand():
+def test_where_landmarks_are_placed():
     model = timm.create_model("vit_tiny_patch16_224", img_size=(96, 192), depth=1, num_classes=5)
     door.replace_attention(nn.Sequential(model), "nystrom")  # also of a model within another
-    options = model.blocks[0].attn.attention.options
+    options = model.blocks[0].attn.attention.placed()
     assert options == dict(num_landmarks=60, landmarks="grid", grid_size=(6, 12), prefix_tokens=1)
     model(torch.randn(1, 3, 96, 192))
     door.replace_attention(model, "agent", retrain=True)
-    assert model.blocks[0].attn.attention.options == dict(num_agents=48, grid_size=(6, 12), prefix_tokens=1)
+    assert model.blocks[0].attn.attention.placed() == dict(num_agents=48, grid_size=(6, 12), prefix_tokens=1)
+    assert len(model.patch_embed._forward_hooks) == 1
     door.replace_attention(model, "nystrom", landmarks="segment")
-    assert model.blocks[0].attn.attention.options == dict(landmarks="segment", prefix_tokens=1)
+    assert model.blocks[0].attn.attention.placed() == dict(landmarks="segment", prefix_tokens=1)
     model(torch.randn(1, 3, 96, 192))
     dropping = vit(patch_drop_rate=0.25).train()
-    door.replace_attention(dropping, "nystrom", num_landmarks=4)
+    assert "4 landmarks in segments" in str(door.replace_attention(dropping, "nystrom", num_landmarks=4))
     dropping(images())
-    assert [door.most_cells(grid, 64) for grid in ((14, 14), (32, 32), (7, 10), (1, 9), (100, 100))] == [64, 64, 63, 9, 64]
+    assert [most_cells(grid, 64) for grid in ((14, 14), (32, 32), (7, 10), (1, 9), (100, 100))] == [64, 64, 63, 9, 64]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_landmarks_are_placed_on_the_grid_of_the_call(name):
+    """Of images of any size: the same answers as those of a model built for that size."""
+    torch.manual_seed(0)
+    arguments = {} if "dinov3" in name else dict(dynamic_img_size=True)
+    model = timm.create_model(name, img_size=64, depth=2, num_classes=5, **arguments).eval()
+    report = door.replace_attention(model, "nystrom", num_landmarks=8)
+    prefix = model.num_prefix_tokens
+    words = f"nystrom, 8 landmarks on the grid 4 x 4, {prefix} prefix token"
+    assert words in str(report) and words in repr(model) and words in report.attentions["blocks.1.attn"]
+    for height, width in ((64, 64), (32, 96), (96, 32)):
+        x = torch.randn(2, 3, height, width)
+        fixed = copy.deepcopy(model)
+        for block in fixed.blocks:
+            block.attn.attention.grid = None
+            block.attn.attention.options |= dict(landmarks="grid", grid_size=(height // 16, width // 16))
+            block.attn.attention.options["num_landmarks"] = most_cells((height // 16, width // 16), 8)
+        assert torch.equal(model(x), fixed(x))
+        assert "on the grid 4 x 4" in repr(copy.deepcopy(model)) or (height, width) != (64, 64)
+    again = copy.deepcopy(model)  # with a grid of its own
+    again(torch.randn(1, 3, 64, 64))
+    assert model.blocks[0].attn.attention.grid.size == (6, 2) and again.blocks[0].attn.attention.grid.size == (4, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = torch.randn(2, 3, 96, 32)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_the_grid_follows_the_input_size_of_the_model():
+    model = vit()
+    door.replace_attention(model, "nystrom", num_landmarks=16)
+    model.set_input_size((96, 32))
+    model(torch.randn(2, 3, 96, 32))
+    assert model.blocks[0].attn.attention.placed()["grid_size"] == (6, 2)
+    assert "12 landmarks on the grid 6 x 2" in repr(model)
+
+
+def test_restoring_gives_back_the_model():
+    model = vit()
+    expected, parameters, words = model(images()), list(model.parameters()), repr(model)
+    door.replace_attention(model, "nystrom", num_landmarks=4)
+    door.replace_attention(model, "linear", retrain=True)
+    assert not torch.equal(model(images()), expected)
+    assert door.restore_attention(model) == ["blocks.0.attn", "blocks.1.attn"]
+    assert torch.equal(model(images()), expected) and repr(model) == words
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert not model.patch_embed._forward_hooks and type(model.blocks[0].attn) is timm.layers.Attention
+    with pytest.raises(ValueError, match="model: expected one whose attention was replaced, got none"):
+        door.restore_attention(model)
+    built = vit(attn_layer="vix_linear")
+    expected = built(images())
+    door.replace_attention(built, "nystrom", num_landmarks=4)
+    door.restore_attention(built)
+    assert torch.equal(built(images()), expected)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_replacement_leaves_the_model_as_it_was(error, monkeypatch):
+    model = vit()
+    expected, words = model(images()), repr(model)
+    setattr_, calls = nn.Module.__setattr__, []
+
+    def interrupt(self, name, value):
+        if name == "attention":
+            calls.append(name)
+            if len(calls) == 2:
+                raise error
+        setattr_(self, name, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "__setattr__", interrupt)
+        with pytest.raises(error):
+            door.replace_attention(model, "nystrom", num_landmarks=4)
+    assert torch.equal(model(images()), expected) and repr(model) == words and not model.patch_embed._forward_hooks
+
+
+def test_an_unknown_op_is_named():
+    with pytest.raises(ValueError, match="op: expected one of 'nystrom', .*, got 'nystrm'"):
+        door.replace_attention(vit(), "nystrm")
 
 
 def test_a_replaced_model_is_pickled():

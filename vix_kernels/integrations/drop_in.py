@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import backends
@@ -39,9 +39,10 @@ class DropIn:
         options: of the op: num_landmarks, landmarks, grid_size, prefix_tokens, pinv_iterations, pinv_init; num_features, seed;
             feature_map, eps; num_agents, grid_size, prefix_tokens; and backend. Landmarks and agents are fewer where there are
             fewer tokens. Random features are drawn from `seed` and kept outside of the model.
+        grid: the grid of the tokens in the current call, on which landmarks and agents are then placed.
     """
 
-    def __init__(self, op: str, *, retrain: bool = False, **options: Any) -> None:
+    def __init__(self, op: str, *, retrain: bool = False, grid: TokenGrid | None = None, **options: Any) -> None:
         if op not in OPS:
             raise ValueError(f"op: expected one of {', '.join(map(repr, OPS))}, got {op!r}{_why_not(op)}")
         for option in options:
@@ -49,13 +50,36 @@ class DropIn:
                 raise TypeError(f"{option}: expected an option of {op!r} ({', '.join(options_of(op))})")
         backends.check(options.get("backend", "auto"))
         check_trained(op, retrain)
-        self.op, self.options = op, options
+        self.op, self.options, self.grid = op, options, grid
 
     def of_layer(self, layer: int) -> DropIn:
         """This attention for one of several layers, which should not share their random features."""
         if self.op != "performer":
             return self
         return DropIn(self.op, retrain=True, **self.options | {"seed": self.options.get("seed", 0) + layer})
+
+    def placed(self) -> dict[str, Any]:
+        """The options of the current call: landmarks or agents on its grid, if there is one."""
+        if self.grid is None or self.grid.size is None:
+            return self.options
+        name, default = COUNTS[self.op]
+        options = self.options | {"grid_size": self.grid.size}
+        options[name] = most_cells(self.grid.size, self.options.get(name, default))
+        return options | {"landmarks": "grid"} if self.op == "nystrom" else options
+
+    def describe(self) -> str:
+        """What it is, in words: the op, and how many landmarks, agents or features where."""
+        options = self.placed()
+        if self.op in COUNTS:
+            name, default = COUNTS[self.op]
+            grid = options.get("grid_size")
+            where = "in segments" if grid is None else f"on the grid {grid[0]} x {grid[1]}"
+            prefix = options.get("prefix_tokens", 0)
+            behind = f", {prefix} prefix token{'s' * (prefix > 1)}" if prefix else ""
+            return f"{self.op}, {options.get(name, default)} {name.removeprefix('num_')} {where}{behind}"
+        if self.op == "performer":
+            return f"performer, {options.get('num_features') or 'd ln d'} features, seed {options.get('seed', 0)}"
+        return f"linear, {options.get('feature_map', 'relu')} of the channels"
 
     def __repr__(self) -> str:
         return f"{self.op}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
@@ -99,22 +123,43 @@ class DropIn:
         if not query.shape[0] == key.shape[0] == value.shape[0]:
             batches = query.shape[0], key.shape[0], value.shape[0]
             raise NotImplementedError(f"key: expected query's batch, got {batches}; samples are not broadcast")
-        self._check_places(query.shape[2], key.shape[2])
+        options = self.placed()
+        _check_places(options, query.shape[2], key.shape[2])
         if attn_mask is not None:
             if key_padding_mask is not None:
                 raise NotImplementedError("attn_mask: expected None beside a key_padding_mask")
             key_padding_mask = padding_of(attn_mask, key)
-        return OPS[self.op](query, key, value, scale=scale, key_padding_mask=key_padding_mask, rope=rope, **self.options)
+        return OPS[self.op](query, key, value, scale=scale, key_padding_mask=key_padding_mask, rope=rope, **options)
 
-    def _check_places(self, *lengths: int) -> None:
-        """Whether prefix and grid are those of sequences of these lengths."""
-        prefix, grid = self.options.get("prefix_tokens", 0), self.options.get("grid_size")
-        for tokens in lengths:
-            if tokens <= prefix:
-                raise NotImplementedError(f"prefix_tokens: expected fewer than the {tokens} tokens, got {prefix}")
-            if grid is not None and tokens - prefix != grid[0] * grid[1]:
-                behind = f"{tokens - prefix} tokens behind {prefix} of the prefix"
-                raise NotImplementedError(f"grid_size: expected height * width = {behind}, got {grid}")
+
+class TokenGrid:
+    """The grid (rows, columns) of a vision transformer's tokens in its current call, None if it has none.
+
+    It is a forward hook of the patch embedding, which is the one module that sees the size of the images.
+    """
+
+    def __init__(self, size: tuple[int, int] | None) -> None:
+        self.size = size
+
+    def __call__(self, embedding: nn.Module, args: tuple[Any, ...], tokens: Tensor) -> None:
+        self.size = tuple(embedding.dynamic_feat_size(tuple(args[0].shape[-2:])))
+
+
+def most_cells(grid: tuple[int, int], most: int) -> int:
+    """The largest number up to `most` that is a product of at most the rows and at most the columns of the grid."""
+    rows, columns = grid
+    return max(a * min(most // a, columns) for a in range(1, min(rows, most) + 1))
+
+
+def _check_places(options: dict[str, Any], *lengths: int) -> None:
+    """Whether prefix and grid are those of sequences of these lengths."""
+    prefix, grid = options.get("prefix_tokens", 0), options.get("grid_size")
+    for tokens in lengths:
+        if tokens <= prefix:
+            raise NotImplementedError(f"prefix_tokens: expected fewer than the {tokens} tokens, got {prefix}")
+        if grid is not None and tokens - prefix != grid[0] * grid[1]:
+            after = f"{tokens - prefix} tokens after {prefix} of the prefix"
+            raise NotImplementedError(f"grid_size: expected height * width = {after}, got {grid}")
 
 
 def check_trained(op: str, retrain: bool) -> None:
@@ -220,6 +265,7 @@ def _agent(
     )  # fmt: skip
 
 
+COUNTS = {"nystrom": ("num_landmarks", 64), "agent": ("num_agents", 49)}  # what is placed on a grid, and how many by default
 OPS: dict[str, Callable[..., Tensor]] = {
     "nystrom": _nystrom, "performer": _performer, "linear": _linear, "agent": _agent,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the doors have in common: which versions of a host they know, and the account of what was replaced."""
+"""What the integrations have in common: which versions of a host they know, and the report of what was replaced."""
 
 from __future__ import annotations
 
@@ -57,21 +57,26 @@ def _numbers(version: str) -> list[int]:
 
 @dataclass
 class Report:
-    """What became of the attentions of a model.
+    """Report of which attention layers were replaced.
 
     Attributes:
-        attention: what stands in for them.
-        replaced: names of the modules that were replaced.
-        refused: names of those that were left as they are, each with the reason.
+        attention: the attention that replaces them.
+        attentions: by the name of each module that was replaced, what its attention is now, in words.
+        refused: by the name of each that was left as it is, the reason.
     """
 
     attention: str
-    replaced: list[str] = field(default_factory=list)
+    attentions: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def replaced(self) -> list[str]:
+        """Names of the modules that were replaced."""
+        return list(self.attentions)
 
     def __str__(self) -> str:
         lines = [f"{self.attention}: {len(self.replaced)} replaced, {len(self.refused)} left"]
-        lines += [f"  {name}" for name in self.replaced]
+        lines += [f"  {name}: {attention}" for name, attention in self.attentions.items()]
         lines += [f"  {name} left: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
 
@@ -91,20 +96,37 @@ def replace_each(
     reason_against: Callable[[nn.Module], str],
     put: Callable[[nn.Module, DropIn], None],
     expected: str,
+    attention_at: Callable[[str], DropIn] | None = None,
 ) -> Report:
     """Put `attention` into every attention of `model` that there is no reason against, each layer with features of its own.
+
+    `attention_at` gives the one for the module of a name, where they differ. If anything fails or the user interrupts, the
+    model is as it was.
 
     Raises:
         ValueError: there was none; `expected` says what was looked for.
     """
-    report = Report(repr(attention))
+    report, chosen = Report(repr(attention)), []
     for name, module in attentions(model):
         if reason := reason_against(module):
             report.refused[name] = reason
             continue
-        put(module, attention.of_layer(len(report.replaced)))
-        report.replaced.append(name)
-    return report.checked(expected)
+        each = (attention if attention_at is None else attention_at(name)).of_layer(len(chosen))
+        chosen.append((module, each))
+        report.attentions[name] = each.describe()
+    report.checked(expected)
+    before: list[tuple[nn.Module, type, dict]] = []
+    try:
+        for module, each in chosen:
+            before.append((module, type(module), dict(vars(module))))
+            put(module, each)
+    except BaseException:
+        for module, kind, state in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(state)
+        raise
+    return report
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import models
 from ..nn.packed_linear import packed_linear
 from ..ops.rope import Rope
-from .drop_in import OPS, DropIn, options_of
+from .drop_in import OPS, DropIn, TokenGrid, options_of
 from .hosts import Report, host, replace_each, require_call
 
 with host("timm", "1.0.28"):
@@ -35,6 +35,9 @@ class _Replaced:
     """What the three attentions of timm share: parameters and all that surrounds the attention are theirs."""
 
     attention: DropIn
+
+    def extra_repr(self) -> str:
+        return self.attention.describe()
 
     def finish(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None, attn_mask: Tensor | None, is_causal: bool
@@ -148,31 +151,96 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
         report = replace_attention(timm.create_model("vit_base_patch16_224", pretrained=True), "nystrom")
 
     Serves Attention (vision_transformer), AttentionRope and EvaAttention (EVA, DINOv3; timm's rotary tables included), with
-    their norms of q and k, gates and dropout of the output. Landmarks and agents stand on the grid of the patches unless the
-    model takes images of any size, and prefix tokens (class, registers) are their own; `options` may say otherwise.
+    their norms of q and k, gates and dropout of the output. Landmarks and agents are placed on the grid of the patches, that of
+    each call where images have any size, and prefix tokens (class, registers) are their own; `options` may say otherwise. In a
+    model with patch dropout, whose tokens form no grid, they are segments: the report says which.
 
     Args:
         model: a timm model.
         op, retrain, options: as in DropIn. Each layer has random features of its own.
 
     Returns:
-        what was replaced, and what was left for which reason.
+        what was replaced, and what was left for which reason. `restore_attention` undoes it.
 
     Raises:
-        ValueError: nothing could be replaced, or `op` needs retrain=True.
+        ValueError: nothing could be replaced, or `op` needs retrain=True. The model is as it was.
     """
+    attention = DropIn(op, retrain=retrain, **options)
+    transformers = _vision_transformers(model)
+    embeddings = {id(each): each.patch_embed for each in transformers.values() if hasattr(each, "patch_embed")}
+    grids = {key: _grid_of(embedding) or TokenGrid(None) for key, embedding in embeddings.items()}
+
+    def attention_at(name: str) -> DropIn:
+        inside = [path for path in transformers if not path or name.startswith(f"{path}.")]
+        if not inside or "prefix_tokens" not in options_of(op):
+            return attention
+        vit = transformers[max(inside, key=len)]
+        here = {"prefix_tokens": vit.num_prefix_tokens} | options
+        fixed = "grid_size" in options or options.get("landmarks", "grid") != "grid"
+        if fixed or id(vit) not in grids or isinstance(getattr(vit, "patch_drop", None), PatchDropout):
+            return DropIn(op, retrain=retrain, **here)
+        return DropIn(op, retrain=retrain, grid=grids[id(vit)], **here)
 
     def put(module: nn.Module, attention: DropIn) -> None:
         module.__class__ = _REPLACED.get(type(module), type(module))  # one that was replaced stays what it is
         module.attention = attention
 
-    return replace_each(
-        model,
-        DropIn(op, retrain=retrain, **placed(model, op, options)),
-        reason_against=_reason_against,
-        put=put,
-        expected="an attention that timm's vision transformers or EVA have",
-    )
+    hooks = []
+    try:
+        for key, embedding in embeddings.items():
+            if grids[key].size is None:
+                grids[key].size = getattr(embedding, "grid_size", None)
+            if _grid_of(embedding) is None:
+                hooks.append(embedding.register_forward_hook(grids[key]))
+        return replace_each(
+            model,
+            attention,
+            reason_against=_reason_against,
+            put=put,
+            expected="an attention that timm's vision transformers or EVA have",
+            attention_at=attention_at,
+        )
+    except BaseException:
+        for hook in hooks:
+            hook.remove()
+        raise
+
+
+def restore_attention(model: nn.Module) -> list[str]:
+    """Undo `replace_attention`, in place: every attention is timm's again, with the same Parameter objects.
+
+    Returns:
+        the names of the modules that were restored.
+
+    Raises:
+        ValueError: there is none.
+    """
+    restored = []
+    for name, module in model.named_modules():
+        if isinstance(module, _Replaced) and vars(module).pop("attention", None) is not None:
+            if type(module) in _REPLACED.values():  # one that was built with another attention has that one again
+                module.__class__ = next(theirs for theirs, ours in _REPLACED.items() if ours is type(module))
+            restored.append(name or "(the model itself)")
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, TokenGrid):
+                del module._forward_hooks[key]
+    if not restored:
+        raise ValueError("model: expected one whose attention was replaced, got none")
+    return restored
+
+
+def _vision_transformers(model: nn.Module) -> dict[str, nn.Module]:
+    """The vision transformers in `model` by their names: what has blocks and knows how many tokens are its prefix."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "num_prefix_tokens") and hasattr(module, "blocks")
+    }
+
+
+def _grid_of(embedding: nn.Module) -> TokenGrid | None:
+    """The hook that an earlier replacement left."""
+    return next((hook for hook in embedding._forward_hooks.values() if isinstance(hook, TokenGrid)), None)
 
 
 def _reason_against(module: nn.Module) -> str:
@@ -180,28 +248,6 @@ def _reason_against(module: nn.Module) -> str:
         return ""
     kind, names = type(module), ", ".join(kind.__name__ for kind in _REPLACED)
     return f"{kind.__module__}.{kind.__name__}, none of timm's {names}"
-
-
-def placed(model: nn.Module, op: str, options: dict[str, Any]) -> dict[str, Any]:
-    """`options`, and where they do not say it, where landmarks and agents stand in the tokens of `model`."""
-    if "prefix_tokens" not in options_of(op):
-        return options
-    vit = next((each for each in model.modules() if hasattr(each, "num_prefix_tokens")), model)
-    options = {"prefix_tokens": getattr(vit, "num_prefix_tokens", 0)} | options
-    grid = getattr(getattr(vit, "patch_embed", None), "grid_size", None)
-    any_size = getattr(vit, "dynamic_img_size", False) or isinstance(getattr(vit, "patch_drop", None), PatchDropout)
-    if grid is None or any_size or "grid_size" in options or options.get("landmarks", "grid") != "grid":
-        return options
-    if op == "nystrom":
-        options["landmarks"] = "grid"
-    count, default = ("num_landmarks", 64) if op == "nystrom" else ("num_agents", 49)
-    return {count: most_cells(grid, default)} | options | {"grid_size": tuple(grid)}
-
-
-def most_cells(grid: tuple[int, int], most: int) -> int:
-    """The largest number up to `most` that is a product of at most the rows and at most the columns of the grid."""
-    rows, columns = grid
-    return max(a * min(most // a, columns) for a in range(1, min(rows, most) + 1))
 
 
 def _register_models() -> None:

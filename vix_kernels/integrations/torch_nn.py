@@ -18,6 +18,9 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     attention: DropIn
 
+    def extra_repr(self) -> str:
+        return self.attention.describe()
+
     @property
     def _qkv_same_embed_dim(self) -> bool:
         """False, which keeps PyTorch's fast path for inference away: it takes the parameters and bypasses this module."""

@@ -128,7 +128,7 @@ def patch(model: nn.Module) -> Report:
             module.__class__ = FNetBasicFourierTransform
         elif not isinstance(module, NystromformerSelfAttention | FNetBasicFourierTransform):
             continue
-        report.replaced.append(name)
+        report.attentions[name] = type(module).__name__
     return report.checked("a Nystromformer or an FNet of transformers")
 
 
