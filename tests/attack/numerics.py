@@ -1,0 +1,703 @@
+"""One random case of an op against its float64 definition: outputs, and the gradients of everything that takes one.
+
+`check(case)` lists what is wrong with a `Case`; `cases(op, backend)` is the hypothesis strategy that draws them. The error
+budget is DESIGN.md's: at most twice the error of plain PyTorch in the same precision. Where that is lucky, such as 0, these
+are forgiven: one rounding of the result, and a few roundings of what is computed (in float32 at least), be it of the terms that
+cancel in a result or of the inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import vix_kernels
+from vix_kernels.testing import SPECS
+
+from . import definitions
+
+ROUNDINGS = 8  # of what is computed
+LARGEST = 3_000_000  # numbers in the largest tensor of a definition
+MODULES = ("Attention", "PerformerAttention", "LinearAttention", "NystromAttention", "LinformerAttention", "AgentAttention")
+ATTENTIONS = (
+    "performer_attention", "linear_attention", "nystrom_attention", "linformer_attention", "agent_attention",
+)  # fmt: skip
+OPS = (*ATTENTIONS, "fourier_mixing", "apply_rope", "attention_weights", *MODULES)
+PUBLIC = {spec.function.__name__ for spec in SPECS.values()} & set(vix_kernels.__all__)  # tests hold this to be in OPS
+
+
+@dataclass(frozen=True, repr=False)
+class Case:
+    """Everything that a problem is drawn from. Its repr is the call that makes it again."""
+
+    op: str
+    backend: str = "torch"
+    dtype: str = "float32"
+    seed: int = 0
+    batch: int = 1
+    heads: int = 1
+    tokens: int = 8
+    queries: int | None = None  # as many as tokens
+    width: int = 16
+    value_width: int | None = None  # the width of q
+    features: int = 4  # random features, landmarks, agents, or tokens after projection
+    pattern: str = "normal"  # of q and k
+    magnitude: float = 1.0
+    value_magnitude: float = 1.0
+    memory: str = "dense"
+    mask: str | None = None
+    junk: float | None = None  # what masked tokens contain
+    rope: str | None = None
+    layout: str = "interleaved"
+    rotary: int | None = None  # rotated channels; all that can be
+    prefix: int = 0
+    rows: int = 1  # of the grid behind the prefix
+    scale: float | None = None
+    autocast: str | None = None
+    checkpoint: bool = False
+    threads: int = 1
+    projected: bool = False  # linear attention of random features
+    per_head: bool = False
+    shared: bool = False  # Linformer: one projection for keys and values
+    feature_map: str = "relu"
+    eps: float = 1e-6
+    landmarks: str = "segment"
+    iterations: int = 6
+    start: str = "exact"
+    taps: int = 0
+    norm: str | None = None
+    of: str = "performer_attention"  # the op behind attention_weights
+
+    def __repr__(self) -> str:
+        defaults = {field.name: field.default for field in fields(self)}
+        given = (f"{name}={value!r}" for name, value in vars(self).items() if value != defaults[name])
+        return f"Case({', '.join(given)})"
+
+    @property
+    def self_attention(self) -> bool:
+        return self.queries in (None, self.tokens)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a case is drawn to.
+
+    Attributes:
+        tensors: inputs with gradients; what is masked is 0.
+        run: (tensors, backend) to the library's output.
+        define: (float64 tensors, fixed_totals) to the exact one.
+        hidden: for the names of some tensors, and "out", which elements are masked; junk goes there.
+        ignored: names among those whose masked elements are not compared.
+        cast: names of the tensors that autocast rounds.
+    """
+
+    tensors: dict[str, Tensor]
+    run: Callable[[dict[str, Tensor], str], Tensor]
+    define: Callable[[dict[str, Tensor], bool], Tensor]
+    hidden: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ("q", "k", "v", "agents", "x")
+
+
+# Inputs
+
+
+class Draw:
+    def __init__(self, case: Case) -> None:
+        self.case, self.dtype = case, getattr(torch, case.dtype)
+        self.generator = torch.Generator().manual_seed(case.seed)
+        self.wide = torch.promote_types(self.dtype, torch.float32)
+
+    def normal(self, *shape: int, size: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        largest = torch.finfo(dtype).max / 2
+        return (torch.randn(shape, generator=self.generator, dtype=torch.float64) * size).clamp(-largest, largest).to(dtype)
+
+    def tokens(self, *shape: int, name: str = "") -> Tensor:
+        """q, k or agents in the pattern of the case."""
+        x, size, pattern = self.normal(*shape, dtype=torch.float64), self.case.magnitude, self.case.pattern
+        if pattern == "constant":  # one token, the same for q and k
+            x = torch.randn(shape[-1], generator=torch.Generator().manual_seed(self.case.seed), dtype=torch.float64).expand(
+                shape
+            )
+        elif pattern == "negative":
+            x = -x.abs()
+        elif pattern == "dead_channel":
+            x = torch.cat([-x[..., :1].abs() - 1, x[..., 1:]], -1)
+        elif pattern == "uneven":  # each token has a magnitude of its own
+            x = x * 10 ** (-6 * torch.rand(*shape[:-1], 1, generator=self.generator, dtype=torch.float64))
+        elif pattern == "zeros":
+            x = x * (torch.rand(*shape[:-1], 1, generator=self.generator) < 0.5)
+        largest = torch.finfo(self.dtype).max / 2
+        return (x * size).clamp(-largest, largest).to(self.dtype)
+
+    def mask(self, kind: str | None, batch: int, tokens: int) -> Tensor | None:
+        if kind is None:
+            return None
+        mask = torch.rand(batch, tokens, generator=self.generator) < 0.6
+        if kind == "all_valid":
+            mask[:] = True
+        elif kind == "one_valid":
+            mask[:] = False
+            mask[:, int(torch.randint(tokens, (), generator=self.generator))] = True
+        elif kind == "empty_sample":
+            mask[-1:] = False
+        return mask
+
+    def projection(self, shape: tuple[int, ...], size: float = 1.0) -> Tensor:
+        return self.normal(*shape, size=size, dtype=self.wide)
+
+
+def problem(case: Case) -> Problem:
+    if case.op == "fourier_mixing":
+        return fourier_problem(case)
+    if case.op in MODULES:
+        return module_problem(case)
+    draw, queries = Draw(case), case.queries or case.tokens
+    shape = (case.batch, case.heads)
+    tensors = {
+        "q": draw.tokens(*shape, queries, case.width),
+        "k": draw.tokens(*shape, case.tokens, case.width),
+        "v": draw.normal(*shape, case.tokens, case.value_width or case.width, size=case.value_magnitude),
+    }
+    mask = draw.mask(case.mask, case.batch, case.tokens)
+    add_rope, run_rope, define_rope = rotation(case, draw)
+    if case.op == "apply_rope":
+        del tensors["v"]
+        tensors |= add_rope
+
+        def run(x: dict[str, Tensor], backend: str) -> Tensor:
+            return torch.cat(vix_kernels.apply_rope(x["q"], x["k"], run_rope(x), backend=backend), 2)
+
+        return Problem(tensors, run, lambda x, _: torch.cat([define_rope(x, x[name]) for name in "qk"], 2), cast=())
+    op = case.of if case.op == "attention_weights" else case.op
+    extra, options, attend = attention(op, case, draw, mask)
+    tensors |= extra | add_rope
+    hidden, ignored = {}, ()
+    if mask is not None:
+        masked = ~mask[:, None, :, None]
+        hidden = {"k": masked, "v": masked}
+        if case.self_attention:
+            hidden |= {"q": masked, "out": masked}
+            ignored = ("q", "out") if case.junk is not None else ()
+        if "agent_mask" in options:
+            hidden["agents"] = ~options["agent_mask"][:, None, :, None]
+    for name, where in hidden.items():
+        if name in tensors:
+            # Queries that are masked may still attend: they are part of the problem unless there is junk in them.
+            if name != "q" or case.junk is not None:
+                tensors[name] = tensors[name].masked_fill(where, 0.0)
+    function, positional = getattr(vix_kernels, op), [name for name in ("q", "k", "v", *extra) if name != "conv_weight"]
+
+    def call(x: dict[str, Tensor], backend: str) -> tuple[list[Tensor], dict[str, Any]]:
+        keywords = options | {"key_padding_mask": mask, "rope": run_rope(x), "backend": backend}
+        names = list(positional)
+        if op == "linear_attention" and "projection" in x:
+            names.remove("projection")
+            keywords["projection"] = x["projection"]
+        if "conv_weight" in x:
+            keywords["conv_weight"] = x["conv_weight"]
+        return [x[name] for name in names], keywords
+
+    def run(x: dict[str, Tensor], backend: str) -> Tensor:
+        arguments, keywords = call(x, backend)
+        return function(*arguments, **keywords)
+
+    def define(x: dict[str, Tensor], fixed_totals: bool) -> Tensor:
+        turned = x | {name: define_rope(x, x[name]) for name in "qk"}
+        return attend(turned, fixed_totals)
+
+    if case.op != "attention_weights":
+        return Problem(tensors, run, define, hidden, ignored)
+    del tensors["v"]
+    token = case.seed % queries
+
+    def run_row(x: dict[str, Tensor], backend: str) -> Tensor:
+        (q, k, _, *others), keywords = call(x | {"v": x["k"]}, backend)
+        return vix_kernels.attention_weights(function, q, k, *others, token=token, **keywords)
+
+    def define_row(x: dict[str, Tensor], fixed_totals: bool) -> Tensor:
+        unit = torch.eye(case.tokens, dtype=torch.float64).expand(*shape, -1, -1)
+        return define(x | {"v": unit}, fixed_totals)[:, :, token]
+
+    return Problem(tensors, run_row, define_row)
+
+
+def rotation(case: Case, draw: Draw) -> tuple[dict[str, Tensor], Callable, Callable]:
+    """Tensors of learned angles; how the library makes its Rope of them; how the definition rotates."""
+    if case.rope is None:
+        return {}, lambda x: None, lambda x, tokens: tokens
+    behind = case.tokens - case.prefix
+    columns, options = behind // case.rows, dict(layout=case.layout, prefix_tokens=case.prefix)
+    dim = case.rotary or case.width // 4 * 4
+    if case.rope == "mixed":
+        frequencies = draw.normal(2, case.heads, dim // 2, size=0.5, dtype=draw.wide)
+
+        def run(x: dict[str, Tensor]) -> Any:
+            return vix_kernels.rope_mixed(case.rows, columns, x["frequencies"], **options)
+
+        def define(x: dict[str, Tensor], tokens: Tensor) -> Tensor:
+            angles = definitions.angles_mixed(case.rows, columns, x["frequencies"])
+            return definitions.rotated(tokens, angles.cos(), angles.sin(), case.layout)
+
+        return {"frequencies": frequencies}, run, define
+    if case.rope == "1d":
+        rope, angles = vix_kernels.rope_1d(behind, dim, **options), definitions.angles_1d(behind, dim, 10000.0)
+    else:
+        rope = vix_kernels.rope_axial(case.rows, columns, dim, **options)
+        angles = definitions.angles_axial(case.rows, columns, dim, 100.0)
+    cos, sin = (x.float().double() for x in (angles.cos(), angles.sin()))  # tables are float32 by contract
+    return {}, lambda x: rope, lambda x, tokens: definitions.rotated(tokens, cos, sin, case.layout)
+
+
+def attention(
+    op: str, case: Case, draw: Draw, mask: Tensor | None
+) -> tuple[dict[str, Tensor], dict[str, Any], Callable[[dict[str, Tensor], bool], Tensor]]:
+    """Tensors beside q, k and v; options of the library; the definition, of rotated q and k."""
+    scale = case.scale or case.width**-0.5
+    scaled = {} if case.scale is None else {"scale": case.scale}
+    per_head = (case.heads,) if case.per_head else ()
+    if op == "performer_attention":
+        return (
+            {"projection": draw.projection((*per_head, case.features, case.width))},
+            scaled,
+            lambda x, fixed: definitions.performer_attention(
+                x["q"], x["k"], x["v"], x["projection"], scale=scale, valid=mask, fixed_totals=fixed
+            ),
+        )
+    if op == "linear_attention":
+        extra = {"projection": draw.projection((*per_head, case.features, case.width))} if case.projected else {}
+        options = dict(feature_map=case.feature_map, eps=case.eps)
+        return (
+            extra,
+            options,
+            lambda x, fixed: definitions.linear_attention(
+                x["q"], x["k"], x["v"], x.get("projection"), valid=mask, fixed_totals=fixed, **options
+            ),
+        )
+    if op == "linformer_attention":
+        shape = (*per_head, case.tokens + case.seed % 3, case.features)
+        names = ("key_projection",) if case.shared else ("key_projection", "value_projection")
+        extra = {name: draw.projection(shape, size=case.features**-0.5) for name in names}
+        return (
+            extra,
+            scaled,
+            lambda x, fixed: definitions.linformer_attention(
+                x["q"], x["k"], x["v"], *(x[name] for name in names), scale=scale, valid=mask, fixed_totals=fixed
+            ),
+        )
+    if op == "agent_attention":
+        agents = draw.tokens(case.batch, case.heads, case.features, case.width)
+        agents_valid = draw.mask(case.mask, case.batch, case.features)
+        return (
+            {"agents": agents},
+            scaled | ({} if agents_valid is None else {"agent_mask": agents_valid}),
+            lambda x, fixed: definitions.agent_attention(
+                x["q"], x["k"], x["v"], x["agents"], scale=scale, valid=mask, agents_valid=agents_valid, fixed_totals=fixed
+            ),
+        )
+    grid = (case.rows, (case.tokens - case.prefix) // case.rows) if case.landmarks == "grid" else None
+    extra = {"conv_weight": draw.projection((case.heads, 1, case.taps, 1), size=case.taps**-0.5)} if case.taps else {}
+    options = scaled | dict(
+        num_landmarks=case.features, landmarks=case.landmarks, grid_size=grid, prefix_tokens=case.prefix,
+        pinv_iterations=case.iterations, pinv_init=case.start,
+    )  # fmt: skip
+    return (
+        extra,
+        options,
+        lambda x, fixed: definitions.nystrom_attention(
+            x["q"], x["k"], x["v"], x.get("conv_weight"), scale=scale, count=case.features, iterations=case.iterations,
+            start=case.start, landmarks=case.landmarks, grid=grid, prefix=case.prefix, valid=mask, fixed_totals=fixed,
+        ),
+    )  # fmt: skip
+
+
+def fourier_problem(case: Case) -> Problem:
+    x = Draw(case).tokens(case.batch, case.tokens, case.width)
+    return Problem(
+        {"x": x},
+        lambda x, backend: vix_kernels.fourier_mixing(x["x"], norm=case.norm, backend=backend),
+        lambda x, _: definitions.fourier_mixing(x["x"], norm=case.norm),
+        cast=() if case.autocast == "float16" else ("x",),
+    )
+
+
+def module_problem(case: Case) -> Problem:
+    """A module of vix_kernels.nn on its tokens, with the gradients of its linear maps."""
+    draw, dim = Draw(case), case.heads * case.width
+    op = {"Attention": None, "AgentAttention": "agent_attention"}.get(
+        case.op, case.op[: -len("Attention")].lower() + "_attention"
+    )
+    options = {
+        "PerformerAttention": dict(num_features=case.features),
+        "LinearAttention": dict(feature_map=case.feature_map, eps=case.eps),
+        "NystromAttention": dict(num_landmarks=case.features, residual_conv_kernel=case.taps, prefix_tokens=case.prefix),
+        "LinformerAttention": dict(seq_len=case.tokens, num_landmarks=case.features),
+        "AgentAttention": dict(num_agents=case.features, prefix_tokens=case.prefix),
+    }.get(case.op, {})
+    torch.manual_seed(case.seed)
+    made = {
+        backend: getattr(vix_kernels.nn, case.op)(dim, case.heads, qkv_bias=True, backend=backend, **options).to(draw.dtype)
+        for backend in (case.backend, "reference")
+    }
+    module, shape = made[case.backend], (case.batch, case.tokens, dim)
+    made["reference"].load_state_dict(module.state_dict())
+    mask = draw.mask(case.mask, case.batch, case.tokens)
+    tensors = {"x": draw.tokens(*shape)}
+    names = [name for name, _ in module.named_parameters()]
+    if case.junk is None:
+        tensors |= {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    state = {name: x.detach().double() for name, x in module.state_dict().items() if isinstance(x, Tensor)}
+    add_rope, run_rope, define_rope = rotation(case, draw)
+    tensors |= add_rope
+    _, _, attend = attention(op, case, draw, mask) if op not in (None, "agent_attention") else (0, 0, None)
+
+    def run(x: dict[str, Tensor], backend: str) -> Tensor:
+        parameters = {name: x[name] for name in names if name in x}
+        keywords = {"key_padding_mask": mask, "rope": run_rope(x)}
+        module = copy.deepcopy(made[backend])  # threads put their own parameters into it
+        return torch.func.functional_call(module, parameters, (x["x"],), keywords)
+
+    def define(x: dict[str, Tensor], fixed: bool) -> Tensor:
+        weights = state | x
+        packed = torch.nn.functional.linear(x["x"], weights["qkv.weight"], weights["qkv.bias"])
+        q, k, v = packed.unflatten(-1, (3, case.heads, case.width)).permute(2, 0, 3, 1, 4)
+        turned = {"q": define_rope(x, q), "k": define_rope(x, k), "v": v}
+        if op is None:
+            out = definitions.softmax_attention(*turned.values(), scale=case.width**-0.5, valid=mask, fixed_totals=fixed)
+        elif op == "agent_attention":
+            out = pooled_agents(case, q, turned, mask, fixed)
+        else:
+            names = {"res_conv.weight": "conv_weight"}
+            out = attend(turned | {names.get(name, name): value for name, value in weights.items()}, fixed)
+        out = out.transpose(1, 2).flatten(2)
+        return torch.nn.functional.linear(out, weights["proj.weight"], weights["proj.bias"])
+
+    hidden, ignored = {}, ()
+    if mask is not None:
+        hidden = {"x": ~mask[..., None], "out": ~mask[..., None]}
+        if case.junk is not None:
+            tensors["x"] = tensors["x"].masked_fill(hidden["x"], 0.0)
+            ignored = ("x", "out")
+    return Problem(tensors, run, define, hidden, ignored)
+
+
+def op_of_module(module: str) -> str | None:
+    """None for softmax attention."""
+    return None if module == "Attention" else module.removesuffix("Attention").lower() + "_attention"
+
+
+def pooled_agents(case: Case, q: Tensor, turned: dict[str, Tensor], mask: Tensor | None, fixed: bool) -> Tensor:
+    """Agents are means of the queries, sample by sample: those without a valid token do not exist."""
+    windows, outputs = definitions.windows_of(case.tokens, case.features, prefix=case.prefix), []
+    for b in range(q.shape[0]):
+        agents = definitions.averages(q[b], windows, None if mask is None else mask[b])[None]
+        one = {name: x[b : b + 1] for name, x in turned.items()}
+        valid = None if mask is None else mask[b : b + 1]
+        if agents.shape[2]:
+            out = definitions.agent_attention(*one.values(), agents, scale=case.width**-0.5, valid=valid, fixed_totals=fixed)
+        else:
+            out = one["q"] * 0
+        outputs.append(out)
+    return torch.cat(outputs) if outputs else turned["q"]
+
+
+# Memory
+
+
+def placed(x: Tensor, memory: str, junk: float = float("nan")) -> Tensor:
+    """The same numbers elsewhere in memory."""
+    if memory == "transposed":  # tokens before heads, as linear maps leave them
+        return x.transpose(-3, -2).contiguous().transpose(-3, -2) if x.dim() > 2 else x.mT.contiguous().mT
+    if memory == "last_stride":  # channels are not neighbours
+        return x.mT.contiguous().mT if x.dim() > 1 else x
+    if memory == "sliced":  # an offset, and gaps in every dimension
+        room = x.new_full([size + 3 for size in x.shape[:-1]] + [x.shape[-1] + 5], junk)
+        view = room[tuple(slice(2, 2 + size) for size in x.shape)]
+        return view.copy_(x)
+    if memory == "offset":
+        return torch.cat([x.new_full((1,), junk), x.flatten()])[1:].view(x.shape)
+    if memory == "expanded":
+        for dim in range(x.dim() - 1):
+            if x.shape[dim] > 1 and torch.equal(x.narrow(dim, 0, 1).expand_as(x), x):
+                x = x.narrow(dim, 0, 1).clone().expand_as(x)
+        return x
+    return x.contiguous()
+
+
+# The check
+
+
+def check(case: Case) -> list[str]:
+    """What is wrong with `case`, one line each."""
+    try:
+        this = problem(case)
+    except Exception as error:  # nothing that is drawn is invalid
+        return [f"building raises {type(error).__name__}: {error}"]
+    if case.memory == "expanded":  # needs equal heads
+        equal = {n: x[:, :1].expand_as(x).contiguous() for n, x in this.tensors.items() if n in "qkv" and x.dim() == 4}
+        this = replace(this, tensors=this.tensors | equal)
+    dtype = getattr(torch, case.dtype)
+    cast = getattr(torch, case.autocast) if case.autocast else dtype
+    exact_inputs = {
+        name: (x.to(cast) if name in this.cast and dtype != torch.float64 else x).double() for name, x in this.tensors.items()
+    }
+    exact_out = this.define(exact_inputs, False).detach()
+    computed = cast if this.cast or not case.autocast else dtype
+    out_dtype = dtype if case.op == "attention_weights" else computed
+    cotangent = torch.randn(exact_out.shape, generator=torch.Generator().manual_seed(case.seed + 1), dtype=torch.float64)
+    if "out" in this.ignored:
+        cotangent = cotangent.masked_fill(this.hidden["out"], 0.0)
+    cotangent = cotangent.to(out_dtype)
+    differentiable = case.op != "attention_weights"
+
+    def define(fixed_totals: bool, noise: torch.Generator | None = None) -> dict[str, Tensor]:
+        weights = cotangent.double()
+        leaves, size = exact_inputs, torch.finfo(torch.promote_types(computed, torch.float32)).eps
+        if noise is not None:
+
+            def rounded(x: Tensor) -> Tensor:
+                return x * (1 + size * (2 * torch.rand(x.shape, generator=noise, dtype=torch.float64) - 1))
+
+            leaves, weights = {name: rounded(x) for name, x in leaves.items()}, rounded(weights)
+        leaves = {name: x.detach().requires_grad_(differentiable) for name, x in leaves.items()}
+        return results(leaves, this.define(leaves, fixed_totals), weights)
+
+    def attempt(backend: str, junk: float | None) -> dict[str, Tensor]:
+        leaves = {}
+        for name, x in this.tensors.items():
+            if junk is not None and name in this.hidden:
+                x = x.masked_fill(this.hidden[name], junk)
+            leaves[name] = placed(x, case.memory).detach().requires_grad_(differentiable)
+        before = {name: x.detach().clone() for name, x in leaves.items()}
+        context = torch.autocast("cpu", cast) if case.autocast else nullcontext()
+        with context:
+            if case.checkpoint and differentiable:
+                out = checkpoint(
+                    lambda *x: this.run(dict(zip(leaves, x, strict=True)), backend), *leaves.values(), use_reentrant=False
+                )
+            else:
+                out = this.run(leaves, backend)
+        found = results(leaves, out, placed(cotangent, case.memory) if out.shape == cotangent.shape else torch.ones_like(out))
+        for name, x in leaves.items():
+            if not torch.equal(x.nan_to_num(), before[name].nan_to_num()):
+                raise AssertionError(f"{name} was written to")
+        return found
+
+    try:
+        if case.threads > 1:
+            with ThreadPoolExecutor(case.threads) as pool:
+                ours, *others = pool.map(lambda _: attempt(case.backend, case.junk), range(case.threads))
+        else:
+            ours, others = attempt(case.backend, case.junk), []
+    except Exception as error:
+        return [f"raises {type(error).__name__}: {error}"]
+    wrong = [f"{name} differs between threads" for other in others for name in ours if not same(ours[name], other[name])]
+    out = ours["out"]
+    if out.shape != exact_out.shape or out.dtype != out_dtype:
+        return [f"out: expected {tuple(exact_out.shape)} in {out_dtype}, got {tuple(out.shape)} in {out.dtype}"]
+    try:
+        plain = attempt("reference", None)
+    except Exception as error:
+        return [f"backend='reference' raises {type(error).__name__}: {error}"]
+    if not exact_out.numel():
+        return wrong
+    noise = torch.Generator().manual_seed(2)
+    exact, terms = define(False), define(True)
+    rounded = [define(False, noise) for _ in range(2)]
+    for name, truth in exact.items():
+        skip = this.hidden[name] if name in this.ignored else None
+        wrong += compared(name, skip, ours[name], plain[name], truth, terms[name], [each[name] for each in rounded], computed)
+    return wrong
+
+
+def results(leaves: dict[str, Tensor], out: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
+    found = {"out": out.detach()}
+    if any(x.requires_grad for x in leaves.values()):
+        grads = torch.autograd.grad(out, list(leaves.values()), cotangent, allow_unused=True)
+        found |= {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), grads, strict=True)}
+    return found
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+def compared(
+    name: str, skip: Tensor | None, ours: Tensor, plain: Tensor, truth: Tensor, terms: Tensor, rounded: list[Tensor],
+    computed: torch.dtype,
+) -> list[str]:  # fmt: skip
+    """What is wrong with one result, sample by sample where it has samples."""
+    label = "out" if name == "out" else f"gradient of {name}"
+    samples, dtype = name in ("out", "q", "k", "v", "agents", "x"), ours.dtype
+
+    def each(x: Tensor) -> Tensor:
+        x = x.double() if skip is None else x.double().masked_fill(skip, 0.0)
+        return x.reshape(x.shape[0], -1) if samples else x.reshape(1, -1)
+
+    truth, terms, ours, plain, *rounded = map(each, (truth, terms, ours, plain, *rounded))
+    stored = max(torch.finfo(computed).eps, torch.finfo(dtype).eps)
+    precision = torch.finfo(torch.promote_types(computed, torch.float32)).eps
+    largest = min(torch.finfo(computed).max, torch.finfo(dtype).max)
+    least = max(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, torch.finfo(torch.float32).smallest_normal)
+    wrong = []
+    for b in range(len(truth)):
+        if not truth[b].isfinite().all() or truth[b].abs().max() > largest / 4:
+            continue  # not representable
+        where = f"{label}[{b}]" if len(truth) > 1 else label
+        if not ours[b].isfinite().all():
+            count = int((~ours[b].isfinite()).sum())
+            wrong.append(f"{where}: {count} of {ours[b].numel()} not finite, exact ones up to {truth[b].abs().max():.1e}")
+            continue
+        if not plain[b].isfinite().all():
+            continue  # plain PyTorch has no error to compare with
+        size = max(truth[b].norm().item(), terms[b].nan_to_num(0.0, 0.0, 0.0).norm().item())
+        sensitivity = max((each[b] - truth[b]).nan_to_num(0.0, 0.0, 0.0).norm().item() for each in rounded)
+        error, reference = (ours[b] - truth[b]).norm().item(), (plain[b] - truth[b]).norm().item()
+        forgiven = 2 * stored * size + ROUNDINGS * (precision * size + sensitivity + least * math.sqrt(truth[b].numel()))
+        if not error <= 2 * reference + forgiven:
+            wrong.append(
+                f"{where}: error {error:.1e} > {2 * reference + forgiven:.1e} (reference {reference:.1e}, terms {size:.1e}, "
+                f"exact {truth[b].norm():.1e})"
+            )
+    return wrong
+
+
+# Strategies
+
+SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 196, 197, 200)
+WIDTHS = (1, 2, 3, 4, 7, 8, 9, 12, 16, 17, 24, 31, 32, 33, 40, 48, 64, 65, 80, 96, 127, 128, 129, 160, 192, 255, 256, 257, 300)
+MAGNITUDES = (1e-30, 1e-10, 1e-3, 0.1, 1.0, 1.0, 1.0, 3.0, 16.0, 100.0, 1e3, 1e4)
+
+
+@st.composite
+def cases(draw: st.DrawFn, op: str, backend: str = "torch") -> Case:
+    """Any case of `op` that its contract covers. Small ones for Triton's interpreter."""
+    small = backend == "triton"
+
+    def one_of(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    def up_to(limit: int, sizes: tuple[int, ...] = SIZES) -> int:
+        return one_of(*(size for size in sizes if size <= limit) or (limit,))
+
+    def now_and_then(value: Any, other: Any = None) -> Any:
+        return one_of(other, other, other, value)
+
+    names: dict[str, Any] = dict(op=op, backend=backend, seed=draw(st.integers(0, 2**20)))
+    names["dtype"] = one_of("float32", "float32", "bfloat16", "float16", *(() if small else ("float64",)))
+    names["batch"] = draw(st.integers(0, 2 if small else 3))
+    names["heads"] = draw(st.integers(1, 2 if small else 4))
+    names["pattern"] = one_of("normal", "normal", "normal", "constant", "negative", "dead_channel", "uneven", "zeros")
+    names["magnitude"] = one_of(*MAGNITUDES)
+    names["memory"] = one_of("dense", "dense", "transposed", "sliced", "offset", "expanded", "last_stride")
+    names["tokens"] = up_to(24 if small else 200)
+    if small:
+        widths = tuple(width for width in WIDTHS if 8 <= width <= (64 if names["tokens"] <= 9 else 33))
+        widths += (255, 256) if names["tokens"] <= 4 and op != "nystrom_attention" else ()
+    else:
+        widths = WIDTHS
+    names["width"] = one_of(*widths)
+    names["checkpoint"], names["threads"] = now_and_then(True, False), 1 if small else now_and_then(3, 1)
+    if names["dtype"] == "float32" and op not in MODULES:
+        names["autocast"] = now_and_then(one_of("bfloat16", "float16"))
+    if op == "fourier_mixing":
+        return Case(**names, norm=one_of(None, "ortho"))
+    if op in MODULES:
+        names["width"] = one_of(*(width for width in widths if width <= 64))
+        names["magnitude"] = min(names["magnitude"], 100.0)  # the linear maps make large numbers of them
+        names["memory"] = one_of("dense", "sliced", "offset")
+        names["dtype"] = one_of("float32", "float32", "float64") if not small else "float32"
+    else:
+        names["value_width"] = now_and_then(one_of(*widths))
+        names["value_magnitude"] = one_of(1.0, 1.0, 1.0, 1e-30, 1e-5, 1e3)
+    attention = {name: name for name in ATTENTIONS}.get(op)
+    if op == "attention_weights":
+        attention = names["of"] = one_of(*ATTENTIONS)
+        names["memory"], names["value_width"] = "dense", None
+    elif op in MODULES:
+        attention = op_of_module(op)
+    tokens, width = names["tokens"], names["width"]
+    if op in ATTENTIONS or op == "attention_weights":
+        names["scale"] = now_and_then(one_of(1.0, 0.01, 3.0))
+    if attention == "linear_attention":
+        names.pop("scale", None)
+        names |= dict(feature_map=one_of("relu", "elu"), eps=one_of(1e-6, 1e-6, 0.0, 0.125))
+        names["projected"] = now_and_then(True, False) if op not in MODULES else False
+    names["features"] = up_to(9 if small else 64)
+    names["per_head"], names["shared"] = now_and_then(True, False), now_and_then(True, False)
+    if op in MODULES:
+        names["per_head"] = names["shared"] = False
+    # Self-attention has rotations, grids and the residual; cross-attention other lengths.
+    alone = op in MODULES or op == "apply_rope" or one_of(True, True, False)
+    if not alone:
+        names["queries"] = up_to(24 if small else 200)
+    queries = names.get("queries") or tokens
+    alone = queries == tokens
+    if alone and (attention == "nystrom_attention" or op == "AgentAttention" or one_of(True, False)):
+        names["prefix"] = one_of(0, 0, min(1, tokens - 1), min(3, tokens - 1))
+    behind = min(tokens, queries) - names.get("prefix", 0)
+    divisors = [n for n in range(1, behind + 1) if behind % n == 0]
+    names["rows"] = one_of(*divisors) if alone else 1
+    rotates = alone and width >= 2 and attention != "fourier_mixing"
+    if op == "apply_rope" or (rotates and one_of(True, False)):
+        kinds = [kind for kind, least in (("1d", 2), ("axial", 4), ("mixed", 2)) if width >= least]
+        if not kinds:
+            names["width"] = width = 8
+            kinds = ["1d"]
+        names["rope"], names["layout"] = one_of(*kinds), one_of("interleaved", "half")
+        step = 4 if names["rope"] == "axial" else 2
+        names["rotary"] = one_of(step, width // step * step)
+    elif attention != "nystrom_attention" and op != "AgentAttention":
+        names["prefix"] = 0
+    if op != "apply_rope" and one_of(True, False):
+        names["mask"] = one_of("random", "all_valid", "empty_sample", "one_valid")
+        if names["mask"] == "empty_sample" and op == "Attention":
+            names["mask"] = "random"  # torch's contract for a row without keys differs
+        if op != "attention_weights":
+            names["junk"] = one_of(None, float("nan"), float("inf"))
+    if attention == "nystrom_attention" or op == "AgentAttention":
+        names["features"] = min(names["features"], behind)
+    if attention == "nystrom_attention":
+        # The other dimensions pay for the steps of the pseudo-inverse in the interpreter.
+        names["iterations"] = one_of(6, 6, 1, 3) if op not in MODULES else 6
+        if op not in MODULES:
+            names["start"] = one_of("exact", "exact", "original")
+            names["landmarks"] = one_of("segment", "grid", "pad_front") if alone else one_of("segment", "pad_front")
+        if names.get("landmarks") == "pad_front":
+            names["prefix"] = 0 if not names.get("rope") else names["prefix"]
+            if names["prefix"]:
+                names["landmarks"] = "segment"
+        if names.get("landmarks") == "grid":
+            columns = behind // names["rows"]
+            if definitions.nearest_grid(names["features"], names["rows"], columns) is None:
+                names["features"] = names["rows"]
+        if alone and op != "attention_weights":
+            names["taps"] = one_of(0, 1, 3, 5, 33)
+    # What the definition keeps: weights of all pairs, and all features of them.
+    inner = names["features"] if attention == "performer_attention" or names.get("projected") else width
+    inner = inner if attention in ("performer_attention", "linear_attention") else 1
+    while names["batch"] * names["heads"] * queries * tokens * inner > LARGEST:
+        if names["batch"] > 1:
+            names["batch"] -= 1
+        elif names["heads"] > 1:
+            names["heads"] -= 1
+        elif attention == "performer_attention" or names.get("projected"):
+            names["features"] = inner = inner // 2
+        else:
+            names["width"] = width = inner = inner // 2
+            names["rotary"] = None if width >= 4 else names.get("rotary")
+            if names.get("rope"):
+                names["rope"], names["rotary"] = ("1d", 2) if width >= 2 else (None, None)
+    return Case(**names)
