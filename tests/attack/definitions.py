@@ -3,13 +3,13 @@
 Each definition forms the whole queries x keys matrix of attention weights. All tensors are float64; a mask is bool, True =
 valid. What masked tokens contain must be finite here: callers put zeros there.
 
-`fixed_totals=True` treats the denominators of all normalizations as constants. Outputs stay the same; gradients then lack
-their subtractions, so that their size is that of the terms which cancel.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +17,24 @@ from torch import Tensor
 INFINITY = float("inf")
 
 
-def normalized(log_weights: Tensor, valid: Tensor | None = None, *, fixed_totals: bool, log_extra: float = -INFINITY) -> Tensor:
+@dataclass(frozen=True)
+class How:
+    """What else than the exact result is asked for.
+
+    Attributes:
+        fixed_totals: treat the denominators of all normalizations as constants. Outputs stay the same; gradients then lack
+            their subtractions, so that their size is that of the terms which cancel.
+        stored: applied to rotated tokens, landmarks and projected keys, which the library keeps in the tokens' dtype.
+    """
+
+    fixed_totals: bool = False
+    stored: Callable[[Tensor], Tensor] = lambda x: x
+
+
+EXACT = How()
+
+
+def normalized(log_weights: Tensor, valid: Tensor | None = None, *, how: How, log_extra: float = -INFINITY) -> Tensor:
     """exp(log_weights) over their sum plus exp(log_extra), along the last dimension; zeros in a row without a valid entry."""
     if valid is not None:
         log_weights = log_weights.masked_fill(~valid, -INFINITY)
@@ -27,7 +44,7 @@ def normalized(log_weights: Tensor, valid: Tensor | None = None, *, fixed_totals
     total = weights.sum(-1, keepdim=True)
     if log_extra > -INFINITY:
         total = total + (log_extra - largest).exp()
-    if fixed_totals:
+    if how.fixed_totals:
         total = total.detach()
     return weights / total.masked_fill(total == 0, 1.0)
 
@@ -75,21 +92,21 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
 # Attentions: (batch, heads, queries, D), (batch, heads, keys, D), (batch, heads, keys, E) to (batch, heads, queries, E)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, valid: Tensor | None = None, fixed_totals=False):
-    return normalized(scale * q @ k.mT, pairs(valid), fixed_totals=fixed_totals) @ v
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, valid: Tensor | None = None, how=EXACT):
+    return normalized(scale * q @ k.mT, pairs(valid), how=how) @ v
 
 
-def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, scale: float, valid=None, fixed_totals=False) -> Tensor:
+def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, scale: float, valid=None, how=EXACT) -> Tensor:
     """FAVOR+: the kernel sum_j exp(c w_j q - c^2 |q|^2 / 2) exp(c w_j k - c^2 |k|^2 / 2) in place of exp(scale q k)."""
     c = math.sqrt(scale)
     of_queries = c * q @ w.mT - c**2 / 2 * (q * q).sum(-1, keepdim=True)
     of_keys = c * k @ w.mT - c**2 / 2 * (k * k).sum(-1, keepdim=True)
     log_kernel = torch.logsumexp(of_queries[:, :, :, None] + of_keys[:, :, None], -1)
-    return normalized(log_kernel, pairs(valid), fixed_totals=fixed_totals) @ v
+    return normalized(log_kernel, pairs(valid), how=how) @ v
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None = None, *, feature_map: str, eps: float, valid=None, fixed_totals=False
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None = None, *, feature_map: str, eps: float, valid=None, how=EXACT
 ) -> Tensor:
     """phi(q) phi(k) for weights, over their sum plus eps; phi of the channels, or of D^(-1/4) W x."""
     if w is not None:
@@ -99,28 +116,28 @@ def linear_attention(
         if valid is not None:
             weights = weights * pairs(valid)
         total = weights.sum(-1, keepdim=True) + eps
-        if fixed_totals:
+        if how.fixed_totals:
             total = total.detach()
         return weights / total.masked_fill(total == 0, 1.0) @ v
     # elu(x) + 1 = exp(x) below 0: in the log space nothing underflows.
     log_q, log_k = (torch.where(x > 0, x.clamp(min=0).log1p(), x) for x in (q, k))
     log_kernel = torch.logsumexp(log_q[:, :, :, None] + log_k[:, :, None], -1)
     log_eps = math.log(eps) if eps else -INFINITY
-    return normalized(log_kernel, pairs(valid), fixed_totals=fixed_totals, log_extra=log_eps) @ v
+    return normalized(log_kernel, pairs(valid), how=how, log_extra=log_eps) @ v
 
 
-def linformer_attention(q, k, v, e: Tensor, f: Tensor | None = None, *, scale: float, valid=None, fixed_totals=False) -> Tensor:
+def linformer_attention(q, k, v, e: Tensor, f: Tensor | None = None, *, scale: float, valid=None, how=EXACT) -> Tensor:
     """Softmax attention to E^T k and F^T v; E and F (heads or 1, tokens or more, K)."""
     if valid is not None:
         k, v = k * valid[:, None, :, None], v * valid[:, None, :, None]
     e, f = (x[..., : k.shape[2], :] for x in (e, e if f is None else f))
-    return softmax_attention(q, e.mT @ k, f.mT @ v, scale=scale, fixed_totals=fixed_totals)
+    return softmax_attention(q, how.stored(e.mT @ k), f.mT @ v, scale=scale, how=how)
 
 
-def agent_attention(q, k, v, agents, *, scale: float, valid=None, agents_valid=None, agents_k=None, fixed_totals=False):
+def agent_attention(q, k, v, agents, *, scale: float, valid=None, agents_valid=None, agents_k=None, how=EXACT):
     """Agents attend to the keys, then queries to the agents."""
-    values = softmax_attention(agents, k, v, scale=scale, valid=valid, fixed_totals=fixed_totals)
-    return softmax_attention(q, agents, values, scale=scale, valid=agents_valid, fixed_totals=fixed_totals)
+    values = softmax_attention(agents, k, v, scale=scale, valid=valid, how=how)
+    return softmax_attention(q, agents, values, scale=scale, valid=agents_valid, how=how)
 
 
 def segments(tokens: int, count: int) -> list[range]:
@@ -166,7 +183,7 @@ def averages(x: Tensor, windows: list[list[int]], valid: Tensor | None) -> Tenso
 
 def nystrom_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None, *, scale: float, count: int, iterations: int = 6,
-    start: str = "exact", landmarks: str = "segment", grid=None, prefix: int = 0, valid=None, fixed_totals=False,
+    start: str = "exact", landmarks: str = "segment", grid=None, prefix: int = 0, valid=None, how=EXACT,
 ) -> Tensor:  # fmt: skip
     """softmax(q k~) Z softmax(q~ k) v, Z the pseudo-inverse of softmax(q~ k~) after some steps; plus a convolution of v.
 
@@ -183,9 +200,9 @@ def nystrom_attention(
     samples = []
     for b in range(q.shape[0]):
         mask = None if valid is None else valid[b]
-        q_marks = averages(q[b], of_queries, mask if shared else None)
-        k_marks = averages(k[b], of_keys, mask)
-        a = normalized(scale * q_marks @ k_marks.mT, fixed_totals=fixed_totals) if k_marks.shape[1] else None
+        q_marks = how.stored(averages(q[b], of_queries, mask if shared else None))
+        k_marks = how.stored(averages(k[b], of_keys, mask))
+        a = normalized(scale * q_marks @ k_marks.mT, how=how) if k_marks.shape[1] else None
         samples.append((q_marks, k_marks, a))
     sums = [a.sum(-2).amax(-1) for *_, a in samples if a is not None]
     outputs = []
@@ -200,8 +217,8 @@ def nystrom_attention(
         for _ in range(iterations):
             x = a @ z
             z = z @ (13 * one - x @ (15 * one - x @ (7 * one - x))) / 4
-        first = normalized(scale * q[b] @ k_marks.mT, fixed_totals=fixed_totals)
-        last = normalized(scale * q_marks @ k[b].mT, mask, fixed_totals=fixed_totals)
+        first = normalized(scale * q[b] @ k_marks.mT, how=how)
+        last = normalized(scale * q_marks @ k[b].mT, mask, how=how)
         outputs.append(first @ (z @ (last @ v[b])))
     out = torch.stack(outputs) if outputs else q[..., :1].expand(*q.shape[:3], v.shape[3])
     if weight is not None:
