@@ -31,6 +31,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=10, help="how long (default: 10)")
     parser.add_argument("--backend", choices=("torch", "triton"), default="torch", help="which is attacked (default: torch)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: cuda for triton where there is one)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="ops, modules, readers, or 'calls' (default: all)")
     parser.add_argument("--seed", type=int, default=None, help="of the first examples (default: the time)")
     parser.add_argument("--case", metavar="REPR", help="run this Case or Damage alone")
@@ -39,11 +40,12 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    if options.backend == "triton":
+    if options.device is None:
         import torch
 
-        if not torch.cuda.is_available():
-            os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+        options.device = "cuda" if options.backend == "triton" and torch.cuda.is_available() else "cpu"
+    if options.backend == "triton" and options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
     warnings.simplefilter("ignore")
     with ExitStack() as stack:
         if os.environ.get("TRITON_INTERPRET") == "1":
@@ -62,7 +64,7 @@ def attack(options: argparse.Namespace) -> int:
         print("\n".join(found) or "nothing is wrong")
         return int(bool(found))
     strategies: dict[str, tuple[Any, Callable[[Any], list[str]]]] = {
-        op: (numerics.cases(op, options.backend), numerics.check) for op in numerics.OPS
+        op: (numerics.cases(op, options.backend, options.device), numerics.check) for op in numerics.OPS
     }
     strategies["nystrom_attention again"] = strategies["nystrom_attention"]  # the most can go wrong there
     if sys.platform == "linux":

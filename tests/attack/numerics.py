@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import vix_kernels
-from vix_kernels.testing import SPECS
 
 from . import definitions
 from .definitions import EXACT, How
@@ -36,7 +35,6 @@ ATTENTIONS = (
     "performer_attention", "linear_attention", "nystrom_attention", "linformer_attention", "agent_attention",
 )  # fmt: skip
 OPS = (*ATTENTIONS, "fourier_mixing", "apply_rope", "attention_weights", *MODULES)
-PUBLIC = {spec.function.__name__ for spec in SPECS.values()} & set(vix_kernels.__all__)  # tests hold this to be in OPS
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,6 +43,7 @@ class Case:
 
     op: str
     backend: str = "torch"
+    device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
     batch: int = 1
@@ -180,7 +179,8 @@ def problem(case: Case) -> Problem:
         tensors |= add_rope
 
         def run(x: dict[str, Tensor], backend: str) -> Tensor:
-            return torch.cat(vix_kernels.apply_rope(x["q"], x["k"], run_rope(x), backend=backend), 2)
+            keywords = on(x["q"].device, {"rope": run_rope(x)}) | {"backend": backend}
+            return torch.cat(vix_kernels.apply_rope(x["q"], x["k"], **keywords), 2)
 
         return Problem(tensors, run, lambda x, how: torch.cat(turn(x, x["q"], x["k"], EXACT), 2), cast=())
     op = case.of if case.op == "attention_weights" else case.op
@@ -203,7 +203,7 @@ def problem(case: Case) -> Problem:
     function, positional = getattr(vix_kernels, op), [name for name in ("q", "k", "v", *extra) if name != "conv_weight"]
 
     def call(x: dict[str, Tensor], backend: str) -> tuple[list[Tensor], dict[str, Any]]:
-        keywords = options | {"key_padding_mask": mask, "rope": run_rope(x), "backend": backend}
+        keywords = on(x["q"].device, options | {"key_padding_mask": mask, "rope": run_rope(x)}) | {"backend": backend}
         names = list(positional)
         if op == "linear_attention" and "projection" in x:
             names.remove("projection")
@@ -233,6 +233,10 @@ def problem(case: Case) -> Problem:
         return define(x | {"v": unit}, how)[:, :, token]
 
     return Problem(tensors, run_row, define_row)
+
+
+def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.to(device) if isinstance(x, (Tensor, vix_kernels.Rope)) else x for name, x in options.items()}
 
 
 def rotation(case: Case, draw: Draw) -> tuple[dict[str, Tensor], Callable, Callable]:
@@ -371,8 +375,8 @@ def module_problem(case: Case) -> Problem:
 
     def run(x: dict[str, Tensor], backend: str) -> Tensor:
         parameters = {name: x[name] for name in names if name in x}
-        keywords = {"key_padding_mask": mask, "rope": run_rope(x)}
-        module = copy.deepcopy(made[backend])  # threads put their own parameters into it
+        keywords = on(x["x"].device, {"key_padding_mask": mask, "rope": run_rope(x)})
+        module = copy.deepcopy(made[backend]).to(x["x"].device)  # threads put their own parameters into it
         return torch.func.functional_call(module, parameters, (x["x"],), keywords)
 
     def define(x: dict[str, Tensor], how: How) -> Tensor:
@@ -477,9 +481,9 @@ def check(case: Case) -> list[str]:
         for name, x in this.tensors.items():
             if junk is not None and name in this.hidden:
                 x = x.masked_fill(this.hidden[name], junk)
-            leaves[name] = placed(x, case.memory).detach().requires_grad_(differentiable)
+            leaves[name] = placed(x.to(case.device), case.memory).detach().requires_grad_(differentiable)
         before = {name: x.detach().clone() for name, x in leaves.items()}
-        context = torch.autocast("cpu", cast) if case.autocast else nullcontext()
+        context = torch.autocast(case.device, cast) if case.autocast else nullcontext()
         with context:
             if case.checkpoint and differentiable:
                 out = checkpoint(
@@ -487,11 +491,12 @@ def check(case: Case) -> list[str]:
                 )
             else:
                 out = this.run(leaves, backend)
-        found = results(leaves, out, placed(cotangent, case.memory) if out.shape == cotangent.shape else torch.ones_like(out))
+        right = out.shape == cotangent.shape
+        found = results(leaves, out, placed(cotangent.to(case.device), case.memory) if right else torch.ones_like(out))
         for name, x in leaves.items():
             if not torch.equal(x.nan_to_num(), before[name].nan_to_num()):
                 raise AssertionError(f"{name} was written to")
-        return found
+        return {name: x.cpu() for name, x in found.items()}
 
     try:
         if case.threads > 1:
@@ -601,9 +606,10 @@ MAGNITUDES = (1e-30, 1e-10, 1e-3, 0.1, 1.0, 1.0, 1.0, 3.0, 16.0, 100.0, 1e3, 1e4
 
 
 @st.composite
-def cases(draw: st.DrawFn, op: str, backend: str = "torch") -> Case:
+def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu") -> Case:
     """Any case of `op` that its contract covers. Small ones for Triton's interpreter."""
-    small = backend == "triton"
+    kernels = backend == "triton"
+    small = kernels and device == "cpu"
 
     def one_of(*values: Any) -> Any:
         return draw(st.sampled_from(values))
@@ -614,8 +620,8 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch") -> Case:
     def now_and_then(value: Any, other: Any = None) -> Any:
         return one_of(other, other, other, value)
 
-    names: dict[str, Any] = dict(op=op, backend=backend, seed=draw(st.integers(0, 2**20)))
-    names["dtype"] = one_of("float32", "float32", "bfloat16", "float16", *(() if small else ("float64",)))
+    names: dict[str, Any] = dict(op=op, backend=backend, device=device, seed=draw(st.integers(0, 2**20)))
+    names["dtype"] = one_of("float32", "float32", "bfloat16", "float16", *(() if kernels else ("float64",)))
     names["batch"] = draw(st.integers(0, 2 if small else 3))
     names["heads"] = draw(st.integers(1, 2 if small else 4))
     names["pattern"] = one_of("normal", "normal", "normal", "constant", "negative", "dead_channel", "uneven", "zeros")
@@ -626,7 +632,7 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch") -> Case:
         widths = tuple(width for width in WIDTHS if 8 <= width <= (64 if names["tokens"] <= 9 else 33))
         widths += (255, 256) if names["tokens"] <= 4 and op != "nystrom_attention" else ()
     else:
-        widths = WIDTHS
+        widths = tuple(width for width in WIDTHS if 8 <= width <= 256) if kernels else WIDTHS
     names["width"] = one_of(*widths)
     names["checkpoint"], names["threads"] = now_and_then(True, False), 1 if small else now_and_then(3, 1)
     if names["dtype"] == "float32" and op not in MODULES:
@@ -637,7 +643,7 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch") -> Case:
         names["width"] = one_of(*(width for width in widths if width <= 64))
         names["magnitude"] = min(names["magnitude"], 100.0)  # the linear maps make large numbers of them
         names["memory"] = one_of("dense", "sliced", "offset")
-        names["dtype"] = one_of("float32", "float32", "float64") if not small else "float32"
+        names["dtype"] = one_of("float32", "float32", "float64") if not kernels else "float32"
     else:
         names["value_width"] = now_and_then(one_of(*widths))
         names["value_magnitude"] = one_of(1.0, 1.0, 1.0, 1e-30, 1e-5, 1e3)
