@@ -25,10 +25,12 @@ class How:
         fixed_totals: treat the denominators of all normalizations as constants. Outputs stay the same; gradients then lack
             their subtractions, so that their size is that of the terms which cancel.
         stored: applied to rotated tokens, landmarks and projected keys, which the library keeps in the tokens' dtype.
+        logits: applied to the logits of each softmax, which are rounded one by one.
     """
 
     fixed_totals: bool = False
     stored: Callable[[Tensor], Tensor] = lambda x: x
+    logits: Callable[[Tensor], Tensor] = lambda x: x
 
 
 EXACT = How()
@@ -36,6 +38,7 @@ EXACT = How()
 
 def normalized(log_weights: Tensor, valid: Tensor | None = None, *, how: How, log_extra: float = -INFINITY) -> Tensor:
     """exp(log_weights) over their sum plus exp(log_extra), along the last dimension; zeros in a row without a valid entry."""
+    log_weights = how.logits(log_weights)
     if valid is not None:
         log_weights = log_weights.masked_fill(~valid, -INFINITY)
     largest = log_weights.detach().amax(-1, keepdim=True)
@@ -81,12 +84,11 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     before, half = x.shape[2] - cos.shape[1], cos.shape[2]
     firsts = [2 * i if layout == "interleaved" else i for i in range(half)]
     seconds = [2 * i + 1 if layout == "interleaved" else i + half for i in range(half)]
-    u, v = x[:, :, before:, firsts], x[:, :, before:, seconds]
-    columns = list(x[:, :, before:].unbind(-1))
-    for i, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
-        columns[first] = u[..., i] * cos[..., i] - v[..., i] * sin[..., i]
-        columns[second] = u[..., i] * sin[..., i] + v[..., i] * cos[..., i]
-    return torch.cat([x[:, :, :before], torch.stack(columns, -1)], 2)
+    others = [i for i in range(x.shape[3]) if i >= 2 * half]
+    u, v, rest = (x[:, :, before:, channels] for channels in (firsts, seconds, others))
+    turned = torch.cat([u * cos - v * sin, u * sin + v * cos, rest], -1)
+    places = torch.tensor([*firsts, *seconds, *others]).argsort()
+    return torch.cat([x[:, :, :before], turned[..., places]], 2)
 
 
 # Attentions: (batch, heads, queries, D), (batch, heads, keys, D), (batch, heads, keys, E) to (batch, heads, queries, E)
