@@ -11,7 +11,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 ORIGINALS := vision_xformer==0.2.0 performer-pytorch==1.1.4 local-attention==1.4.4 axial-positional-embedding==0.3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench traffic quality docs report lint clean
+.PHONY: help train test attack bench traffic quality docs report lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -22,6 +22,9 @@ train: $(READY)  ## train hybrid_vip on the digits; other arguments: make train 
 
 test: $(READY)  ## run the tests; some of them: make test ARGS="-k models"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+
+attack: $(READY)  ## attack the ops, their arguments and the readers of files: make attack ARGS="--minutes 20 --backend triton"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack $(ARGS)
 
 bench: $(READY)  ## time every operator beside its peers; with torch.compile too: make bench ARGS=--compiled
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

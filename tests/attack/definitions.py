@@ -1,0 +1,250 @@
+"""Every public op in float64, written from the papers and sharing no code with the library.
+
+Each definition forms the whole queries x keys matrix of attention weights. All tensors are float64; a mask is bool, True =
+valid. What masked tokens contain must be finite here: callers put zeros there.
+
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INFINITY = float("inf")
+
+
+@dataclass(frozen=True)
+class How:
+    """What else than the exact result is asked for.
+
+    Attributes:
+        fixed_totals: treat the denominators of all normalizations as constants. Outputs stay the same; gradients then lack
+            their subtractions, so that their size is that of the terms which cancel.
+        stored: applied to rotated tokens, landmarks and projected keys, which the library keeps in the tokens' dtype.
+        logits: applied to the logits of each softmax, which are rounded one by one.
+    """
+
+    fixed_totals: bool = False
+    stored: Callable[[Tensor], Tensor] = lambda x: x
+    logits: Callable[[Tensor], Tensor] = lambda x: x
+
+
+EXACT = How()
+
+
+def normalized(log_weights: Tensor, valid: Tensor | None = None, *, how: How, log_extra: float = -INFINITY) -> Tensor:
+    """exp(log_weights) over their sum plus exp(log_extra), along the last dimension; zeros in a row without a valid entry."""
+    log_weights = how.logits(log_weights)
+    if valid is not None:
+        log_weights = log_weights.masked_fill(~valid, -INFINITY)
+    largest = log_weights.detach().amax(-1, keepdim=True)
+    largest = largest.masked_fill(largest == -INFINITY, 0.0)
+    weights = (log_weights - largest).exp()
+    total = weights.sum(-1, keepdim=True)
+    if log_extra > -INFINITY:
+        total = total + (log_extra - largest).exp()
+    if how.fixed_totals:
+        total = total.detach()
+    return weights / total.masked_fill(total == 0, 1.0)
+
+
+def pairs(valid: Tensor | None) -> Tensor | None:
+    """A mask (batch, keys) for the weights (batch, heads, queries, keys)."""
+    return None if valid is None else valid[:, None, None, :]
+
+
+# Rotary embedding
+
+
+def angles_1d(tokens: int, dim: int, base: float) -> Tensor:
+    """theta_{t,i} = t base^(-2i / dim); (1, tokens, dim / 2)."""
+    return torch.tensor([[[t * base ** (-2 * i / dim) for i in range(dim // 2)] for t in range(tokens)]], dtype=torch.float64)
+
+
+def angles_axial(height: int, width: int, dim: int, base: float) -> Tensor:
+    """Columns turn the first half of the pairs, rows the second; (1, height * width, dim / 2)."""
+    frequencies = [base ** (-4 * i / dim) for i in range(dim // 4)]
+    rows = [[x * f for f in frequencies] + [y * f for f in frequencies] for y in range(height) for x in range(width)]
+    return torch.tensor([rows], dtype=torch.float64)
+
+
+def angles_mixed(height: int, width: int, frequencies: Tensor) -> Tensor:
+    """theta_{h,t,i} = x w^x_{h,i} + y w^y_{h,i}; (heads, height * width, R / 2)."""
+    x = torch.tensor([float(x) for _ in range(height) for x in range(width)], dtype=torch.float64)
+    y = torch.tensor([float(y) for y in range(height) for _ in range(width)], dtype=torch.float64)
+    return torch.einsum("t,hi->hti", x, frequencies[0]) + torch.einsum("t,hi->hti", y, frequencies[1])
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Rotate the last tokens of x by tables (heads or 1, tokens, R / 2); tokens before them and channels from R on stay."""
+    before, half = x.shape[2] - cos.shape[1], cos.shape[2]
+    firsts = [2 * i if layout == "interleaved" else i for i in range(half)]
+    seconds = [2 * i + 1 if layout == "interleaved" else i + half for i in range(half)]
+    others = [i for i in range(x.shape[3]) if i >= 2 * half]
+    u, v, rest = (x[:, :, before:, channels] for channels in (firsts, seconds, others))
+    turned = torch.cat([u * cos - v * sin, u * sin + v * cos, rest], -1)
+    places = torch.tensor([*firsts, *seconds, *others]).argsort()
+    return torch.cat([x[:, :, :before], turned[..., places]], 2)
+
+
+# Attentions: (batch, heads, queries, D), (batch, heads, keys, D), (batch, heads, keys, E) to (batch, heads, queries, E)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, valid: Tensor | None = None, how=EXACT):
+    return normalized(scale * q @ k.mT, pairs(valid), how=how) @ v
+
+
+def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, scale: float, valid=None, how=EXACT) -> Tensor:
+    """FAVOR+: the kernel sum_j exp(c w_j q - c^2 |q|^2 / 2) exp(c w_j k - c^2 |k|^2 / 2) in place of exp(scale q k)."""
+    c = math.sqrt(scale)
+    of_queries = c * q @ w.mT - c**2 / 2 * (q * q).sum(-1, keepdim=True)
+    of_keys = c * k @ w.mT - c**2 / 2 * (k * k).sum(-1, keepdim=True)
+    log_kernel = torch.logsumexp(of_queries[:, :, :, None] + of_keys[:, :, None], -1)
+    return normalized(log_kernel, pairs(valid), how=how) @ v
+
+
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None = None, *, feature_map: str, eps: float, valid=None, how=EXACT
+) -> Tensor:
+    """phi(q) phi(k) for weights, over their sum plus eps; phi of the channels, or of D^(-1/4) W x."""
+    if w is not None:
+        q, k = (x.shape[-1] ** -0.25 * x @ w.mT for x in (q, k))
+    if feature_map == "relu":
+        weights = q.clamp(min=0) @ k.clamp(min=0).mT
+        if valid is not None:
+            weights = weights * pairs(valid)
+        total = weights.sum(-1, keepdim=True) + eps
+        if how.fixed_totals:
+            total = total.detach()
+        return weights / total.masked_fill(total == 0, 1.0) @ v
+    # elu(x) + 1 = exp(x) below 0: in the log space nothing underflows.
+    log_q, log_k = (torch.where(x > 0, x.clamp(min=0).log1p(), x) for x in (q, k))
+    log_kernel = torch.logsumexp(log_q[:, :, :, None] + log_k[:, :, None], -1)
+    log_eps = math.log(eps) if eps else -INFINITY
+    return normalized(log_kernel, pairs(valid), how=how, log_extra=log_eps) @ v
+
+
+def linformer_attention(q, k, v, e: Tensor, f: Tensor | None = None, *, scale: float, valid=None, how=EXACT) -> Tensor:
+    """Softmax attention to E^T k and F^T v; E and F (heads or 1, tokens or more, K)."""
+    if valid is not None:
+        k, v = k * valid[:, None, :, None], v * valid[:, None, :, None]
+    e, f = (x[..., : k.shape[2], :] for x in (e, e if f is None else f))
+    return softmax_attention(q, how.stored(e.mT @ k), f.mT @ v, scale=scale, how=how)
+
+
+def agent_attention(q, k, v, agents, *, scale: float, valid=None, agents_valid=None, agents_k=None, how=EXACT):
+    """Agents attend to the keys, then queries to the agents."""
+    values = softmax_attention(agents, k, v, scale=scale, valid=valid, how=how)
+    return softmax_attention(q, agents, values, scale=scale, valid=agents_valid, how=how)
+
+
+def segments(tokens: int, count: int) -> list[range]:
+    """The first count - tokens % count have tokens // count tokens, the others one more."""
+    windows, start = [], 0
+    for j in range(count):
+        end = start + tokens // count + (j >= count - tokens % count)
+        windows.append(range(start, end))
+        start = end
+    return windows
+
+
+def adaptive(size: int, count: int) -> list[range]:
+    return [range(j * size // count, -((-(j + 1) * size) // count)) for j in range(count)]
+
+
+def nearest_grid(count: int, rows: int, columns: int) -> tuple[int, int] | None:
+    """The factors of `count` whose cells of a grid are nearest to squares."""
+    fits = [(a, count // a) for a in range(1, rows + 1) if count % a == 0 and count // a <= columns]
+    return min(fits, key=lambda fit: abs(math.log((rows / fit[0]) / (columns / fit[1]))), default=None)
+
+
+def windows_of(tokens: int, count: int, *, prefix: int = 0, grid: tuple[int, int] | None = None) -> list[list[int]]:
+    """The tokens that each landmark averages."""
+    own = [[t] for t in range(prefix)]
+    if grid is None:
+        return own + [[prefix + t for t in window] for window in segments(tokens - prefix, count)]
+    rows, columns = grid
+    up, along = nearest_grid(count, rows, columns)
+    return own + [
+        [prefix + y * columns + x for y in window_y for x in window_x]
+        for window_y in adaptive(rows, up)
+        for window_x in adaptive(columns, along)
+    ]
+
+
+def averages(x: Tensor, windows: list[list[int]], valid: Tensor | None) -> Tensor:
+    """Means of one sample (heads, tokens, D) over the valid tokens of the windows that have one."""
+    kept = [[t for t in window if valid is None or valid[t]] for window in windows]
+    marks = [x[:, window].mean(1) for window in kept if window]
+    return torch.stack(marks, 1) if marks else x[:, :0]
+
+
+def nystrom_attention(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None, *, scale: float, count: int, iterations: int = 6,
+    start: str = "exact", landmarks: str = "segment", grid=None, prefix: int = 0, valid=None, how=EXACT,
+) -> Tensor:  # fmt: skip
+    """softmax(q k~) Z softmax(q~ k) v, Z the pseudo-inverse of softmax(q~ k~) after some steps; plus a convolution of v.
+
+    A landmark without a valid token does not exist. pad_front puts zero tokens first, which are keys unless there is a mask.
+    """
+    queries = q.shape[2]
+    if landmarks == "pad_front":
+        q, k, v = (torch.nn.functional.pad(x, (0, 0, -x.shape[2] % count, 0)) for x in (q, k, v))
+        if valid is not None:
+            valid = torch.nn.functional.pad(valid, (-valid.shape[1] % count, 0), value=False)
+    of_queries = windows_of(q.shape[2], count, prefix=prefix, grid=grid)
+    of_keys = windows_of(k.shape[2], count, prefix=prefix, grid=grid)
+    shared = valid is not None and q.shape[2] == k.shape[2]
+    samples = []
+    for b in range(q.shape[0]):
+        mask = None if valid is None else valid[b]
+        q_marks = how.stored(averages(q[b], of_queries, mask if shared else None))
+        k_marks = how.stored(averages(k[b], of_keys, mask))
+        a = normalized(scale * q_marks @ k_marks.mT, how=how) if k_marks.shape[1] else None
+        samples.append((q_marks, k_marks, a))
+    sums = [a.sum(-2).amax(-1) for *_, a in samples if a is not None]
+    outputs = []
+    for b, (q_marks, k_marks, a) in enumerate(samples):
+        mask = None if valid is None else valid[b]
+        if a is None:
+            outputs.append(q[b] @ k[b].mT @ v[b] * 0)
+            continue
+        largest = torch.cat(sums).amax().expand(a.shape[0]) if start == "original" else a.sum(-2).amax(-1)
+        z = a.mT / largest[:, None, None]
+        one = torch.eye(a.shape[1], dtype=torch.float64)
+        for _ in range(iterations):
+            x = a @ z
+            z = z @ (13 * one - x @ (15 * one - x @ (7 * one - x))) / 4
+        first = normalized(scale * q[b] @ k_marks.mT, how=how)
+        last = normalized(scale * q_marks @ k[b].mT, mask, how=how)
+        outputs.append(first @ (z @ (last @ v[b])))
+    out = torch.stack(outputs) if outputs else q[..., :1].expand(*q.shape[:3], v.shape[3])
+    if weight is not None:
+        if valid is not None:
+            v = v * valid[:, None, :, None]
+        taps = weight.shape[2]
+        for u in range(taps):
+            shift = u - taps // 2  # out_t += w_u v_{t + shift}
+            moved = torch.zeros_like(v)
+            low, high = max(0, -shift), min(v.shape[2], v.shape[2] - shift)
+            if low < high:
+                moved = torch.nn.functional.pad(v[:, :, low + shift : high + shift], (0, 0, low, v.shape[2] - high))
+            out = out + weight[None, :, 0, u, 0, None, None] * moved
+    return out[:, :, out.shape[2] - queries :]
+
+
+def fourier_mixing(x: Tensor, *, norm: str | None) -> Tensor:
+    """y_ab = sum_nd x_nd cos(2 pi (a n / N + b d / D)), over sqrt(N D) for "ortho"."""
+
+    def tables(size: int) -> tuple[Tensor, Tensor]:
+        angles = [[2 * math.pi * (a * n % size) / size for n in range(size)] for a in range(size)]
+        angles = torch.tensor(angles, dtype=torch.float64)
+        return angles.cos(), angles.sin()
+
+    (cos_n, sin_n), (cos_d, sin_d) = tables(x.shape[1]), tables(x.shape[2])
+    y = cos_n @ x @ cos_d - sin_n @ x @ sin_d
+    return y / math.sqrt(x.shape[1] * x.shape[2]) if norm == "ortho" else y

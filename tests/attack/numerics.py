@@ -1,0 +1,748 @@
+"""One random case of an op against its float64 definition: outputs, and the gradients of everything that takes one.
+
+`check(case)` lists what is wrong with a `Case`; `cases(op, backend)` is the hypothesis strategy that draws them. The error
+budget is DESIGN.md's: at most twice the error of plain PyTorch in the same precision. Where that is lucky, such as 0, these
+are forgiven: one rounding of the result, and a few roundings of what is computed (in float32 at least), be it of the terms that
+cancel in a result or of the inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import vix_kernels
+
+from . import definitions
+from .definitions import EXACT, How
+
+ROUNDINGS = 4  # of what is computed
+FEW_RUNS, MANY_RUNS = 2, 32  # of the definition, with other roundings
+LARGEST = 3_000_000  # numbers in the largest tensor of a definition
+MODULES = ("Attention", "PerformerAttention", "LinearAttention", "NystromAttention", "LinformerAttention", "AgentAttention")
+ATTENTIONS = (
+    "performer_attention", "linear_attention", "nystrom_attention", "linformer_attention", "agent_attention",
+)  # fmt: skip
+OPS = (*ATTENTIONS, "fourier_mixing", "apply_rope", "attention_weights", *MODULES)
+
+
+@dataclass(frozen=True, repr=False)
+class Case:
+    """Everything that a problem is drawn from. Its repr is the call that makes it again."""
+
+    op: str
+    backend: str = "torch"
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+    batch: int = 1
+    heads: int = 1
+    tokens: int = 8
+    queries: int | None = None  # as many as tokens
+    width: int = 16
+    value_width: int | None = None  # the width of q
+    features: int = 4  # random features, landmarks, agents, or tokens after projection
+    pattern: str = "normal"  # of q and k
+    magnitude: float = 1.0
+    value_magnitude: float = 1.0
+    memory: str = "dense"
+    mask: str | None = None
+    junk: float | None = None  # what masked tokens contain
+    rope: str | None = None
+    layout: str = "interleaved"
+    rotary: int | None = None  # rotated channels; all that can be
+    prefix: int = 0
+    rows: int = 1  # of the grid behind the prefix
+    scale: float | None = None
+    autocast: str | None = None
+    checkpoint: bool = False
+    threads: int = 1
+    projected: bool = False  # linear attention of random features
+    per_head: bool = False
+    shared: bool = False  # Linformer: one projection for keys and values
+    feature_map: str = "relu"
+    eps: float = 1e-6
+    landmarks: str = "segment"
+    iterations: int = 6
+    start: str = "exact"
+    taps: int = 0
+    norm: str | None = None
+    of: str = "performer_attention"  # the op behind attention_weights
+
+    def __repr__(self) -> str:
+        defaults = {field.name: field.default for field in fields(self)}
+        given = (f"{name}={value!r}" for name, value in vars(self).items() if value != defaults[name])
+        return f"Case({', '.join(given)})"
+
+    @property
+    def self_attention(self) -> bool:
+        return self.queries in (None, self.tokens)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a case is drawn to.
+
+    Attributes:
+        tensors: inputs with gradients; what is masked is 0.
+        run: (tensors, backend) to the library's output.
+        define: (float64 tensors, how) to the exact one.
+        hidden: for the names of some tensors, and "out", which elements are masked; junk goes there.
+        ignored: names among those whose masked elements are not compared.
+        cast: names of the tensors that autocast rounds.
+    """
+
+    tensors: dict[str, Tensor]
+    run: Callable[[dict[str, Tensor], str], Tensor]
+    define: Callable[[dict[str, Tensor], How], Tensor]
+    hidden: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ("q", "k", "v", "agents", "x")
+
+
+# Inputs
+
+
+class Draw:
+    def __init__(self, case: Case) -> None:
+        self.case, self.dtype = case, getattr(torch, case.dtype)
+        self.generator = torch.Generator().manual_seed(case.seed)
+        self.wide = torch.promote_types(self.dtype, torch.float32)
+
+    def normal(self, *shape: int, size: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        largest = torch.finfo(dtype).max / 2
+        return (torch.randn(shape, generator=self.generator, dtype=torch.float64) * size).clamp(-largest, largest).to(dtype)
+
+    def tokens(self, *shape: int, name: str = "") -> Tensor:
+        """q, k or agents in the pattern of the case."""
+        x, size, pattern = self.normal(*shape, dtype=torch.float64), self.case.magnitude, self.case.pattern
+        if pattern == "constant":  # one token, the same for q and k
+            x = torch.randn(shape[-1], generator=torch.Generator().manual_seed(self.case.seed), dtype=torch.float64).expand(
+                shape
+            )
+        elif pattern == "negative":
+            x = -x.abs()
+        elif pattern == "dead_channel":
+            x = torch.cat([-x[..., :1].abs() - 1, x[..., 1:]], -1)
+        elif pattern == "uneven":  # each token has a magnitude of its own
+            x = x * 10 ** (-6 * torch.rand(*shape[:-1], 1, generator=self.generator, dtype=torch.float64))
+        elif pattern == "zeros":
+            x = x * (torch.rand(*shape[:-1], 1, generator=self.generator) < 0.5)
+        largest = torch.finfo(self.dtype).max / 2
+        return (x * size).clamp(-largest, largest).to(self.dtype)
+
+    def mask(self, kind: str | None, batch: int, tokens: int) -> Tensor | None:
+        if kind is None:
+            return None
+        mask = torch.rand(batch, tokens, generator=self.generator) < 0.6
+        if kind == "all_valid":
+            mask[:] = True
+        elif kind == "one_valid":
+            mask[:] = False
+            mask[:, int(torch.randint(tokens, (), generator=self.generator))] = True
+        elif kind == "empty_sample":
+            mask[-1:] = False
+        return mask
+
+    def projection(self, shape: tuple[int, ...], size: float = 1.0) -> Tensor:
+        return self.normal(*shape, size=size, dtype=self.wide)
+
+
+def problem(case: Case) -> Problem:
+    if case.op == "fourier_mixing":
+        return fourier_problem(case)
+    if case.op in MODULES:
+        return module_problem(case)
+    draw, queries = Draw(case), case.queries or case.tokens
+    shape = (case.batch, case.heads)
+    tensors = {
+        "q": draw.tokens(*shape, queries, case.width),
+        "k": draw.tokens(*shape, case.tokens, case.width),
+        "v": draw.normal(*shape, case.tokens, case.value_width or case.width, size=case.value_magnitude),
+    }
+    mask = draw.mask(case.mask, case.batch, case.tokens)
+    add_rope, run_rope, turn = rotation(case, draw)
+    if case.op == "apply_rope":
+        del tensors["v"]
+        tensors |= add_rope
+
+        def run(x: dict[str, Tensor], backend: str) -> Tensor:
+            keywords = on(x["q"].device, {"rope": run_rope(x)}) | {"backend": backend}
+            return torch.cat(vix_kernels.apply_rope(x["q"], x["k"], **keywords), 2)
+
+        return Problem(tensors, run, lambda x, how: torch.cat(turn(x, x["q"], x["k"], EXACT), 2), cast=())
+    op = case.of if case.op == "attention_weights" else case.op
+    extra, options, attend = attention(op, case, draw, mask)
+    tensors |= extra | add_rope
+    hidden, ignored = {}, ()
+    if mask is not None:
+        masked = ~mask[:, None, :, None]
+        hidden = {"k": masked, "v": masked}
+        if case.self_attention:
+            hidden |= {"q": masked, "out": masked}
+            ignored = ("q", "out") if case.junk is not None else ()
+        if "agent_mask" in options:
+            hidden["agents"] = ~options["agent_mask"][:, None, :, None]
+    for name, where in hidden.items():
+        if name in tensors:
+            # Queries that are masked may still attend: they are part of the problem unless there is junk in them.
+            if name != "q" or case.junk is not None:
+                tensors[name] = tensors[name].masked_fill(where, 0.0)
+    function, positional = getattr(vix_kernels, op), [name for name in ("q", "k", "v", *extra) if name != "conv_weight"]
+
+    def call(x: dict[str, Tensor], backend: str) -> tuple[list[Tensor], dict[str, Any]]:
+        keywords = on(x["q"].device, options | {"key_padding_mask": mask, "rope": run_rope(x)}) | {"backend": backend}
+        names = list(positional)
+        if op == "linear_attention" and "projection" in x:
+            names.remove("projection")
+            keywords["projection"] = x["projection"]
+        if "conv_weight" in x:
+            keywords["conv_weight"] = x["conv_weight"]
+        return [x[name] for name in names], keywords
+
+    def run(x: dict[str, Tensor], backend: str) -> Tensor:
+        arguments, keywords = call(x, backend)
+        return function(*arguments, **keywords)
+
+    def define(x: dict[str, Tensor], how: How) -> Tensor:
+        return attend(x | dict(zip("qk", turn(x, x["q"], x["k"], how), strict=True)), how)
+
+    if case.op != "attention_weights":
+        return Problem(tensors, run, define, hidden, ignored)
+    del tensors["v"]
+    token = case.seed % queries
+
+    def run_row(x: dict[str, Tensor], backend: str) -> Tensor:
+        (q, k, _, *others), keywords = call(x | {"v": x["k"]}, backend)
+        return vix_kernels.attention_weights(function, q, k, *others, token=token, **keywords)
+
+    def define_row(x: dict[str, Tensor], how: How) -> Tensor:
+        unit = torch.eye(case.tokens, dtype=torch.float64).expand(*shape, -1, -1)
+        return define(x | {"v": unit}, how)[:, :, token]
+
+    return Problem(tensors, run_row, define_row)
+
+
+def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.to(device) if isinstance(x, (Tensor, vix_kernels.Rope)) else x for name, x in options.items()}
+
+
+def rotation(case: Case, draw: Draw) -> tuple[dict[str, Tensor], Callable, Callable]:
+    """Tensors of learned angles; how the library makes its Rope of them; how the definition rotates q and k."""
+    if case.rope is None:
+        return {}, lambda x: None, lambda x, q, k, how: (q, k)
+    behind = case.tokens - case.prefix
+    columns, options = behind // case.rows, dict(layout=case.layout, prefix_tokens=case.prefix)
+    dim = case.rotary or case.width // 4 * 4
+
+    def rotated(tokens: Tensor, cos: Tensor, sin: Tensor, how: How) -> Tensor:
+        return how.stored(definitions.rotated(tokens, cos, sin, case.layout))
+
+    if case.rope == "mixed":
+        frequencies = draw.normal(2, case.heads, dim // 2, size=0.5, dtype=draw.wide)
+
+        def run(x: dict[str, Tensor]) -> Any:
+            return vix_kernels.rope_mixed(case.rows, columns, x["frequencies"], **options)
+
+        def turn(x: dict[str, Tensor], q: Tensor, k: Tensor, how: How) -> tuple[Tensor, Tensor]:
+            angles = definitions.angles_mixed(case.rows, columns, x["frequencies"])
+            others = angles.detach() if how.fixed_totals else angles  # the gradients by q and by k cancel, too
+            return rotated(q, angles.cos(), angles.sin(), how), rotated(k, others.cos(), others.sin(), how)
+
+        return {"frequencies": frequencies}, run, turn
+    if case.rope == "1d":
+        rope, angles = vix_kernels.rope_1d(behind, dim, **options), definitions.angles_1d(behind, dim, 10000.0)
+    else:
+        rope = vix_kernels.rope_axial(case.rows, columns, dim, **options)
+        angles = definitions.angles_axial(case.rows, columns, dim, 100.0)
+    cos, sin = (x.float().double() for x in (angles.cos(), angles.sin()))  # tables are float32 by contract
+    return {}, lambda x: rope, lambda x, q, k, how: (rotated(q, cos, sin, how), rotated(k, cos, sin, how))
+
+
+def attention(
+    op: str, case: Case, draw: Draw, mask: Tensor | None
+) -> tuple[dict[str, Tensor], dict[str, Any], Callable[[dict[str, Tensor], How], Tensor]]:
+    """Tensors beside q, k and v; options of the library; the definition, of rotated q and k."""
+    scale = case.scale or case.width**-0.5
+    scaled = {} if case.scale is None else {"scale": case.scale}
+    per_head = (case.heads,) if case.per_head else ()
+    if op == "performer_attention":
+        return (
+            {"projection": draw.projection((*per_head, case.features, case.width))},
+            scaled,
+            lambda x, how: definitions.performer_attention(
+                x["q"], x["k"], x["v"], x["projection"], scale=scale, valid=mask, how=how
+            ),
+        )
+    if op == "linear_attention":
+        extra = {"projection": draw.projection((*per_head, case.features, case.width))} if case.projected else {}
+        options = dict(feature_map=case.feature_map, eps=case.eps)
+        return (
+            extra,
+            options,
+            lambda x, how: definitions.linear_attention(
+                x["q"], x["k"], x["v"], x.get("projection"), valid=mask, how=how, **options
+            ),
+        )
+    if op == "linformer_attention":
+        shape = (*per_head, case.tokens + case.seed % 3, case.features)
+        names = ("key_projection",) if case.shared else ("key_projection", "value_projection")
+        extra = {name: draw.projection(shape, size=case.features**-0.5) for name in names}
+        return (
+            extra,
+            scaled,
+            lambda x, how: definitions.linformer_attention(
+                x["q"], x["k"], x["v"], *(x[name] for name in names), scale=scale, valid=mask, how=how
+            ),
+        )
+    if op == "agent_attention":
+        agents = draw.tokens(case.batch, case.heads, case.features, case.width)
+        agents_valid = draw.mask(case.mask, case.batch, case.features)
+        return (
+            {"agents": agents},
+            scaled | ({} if agents_valid is None else {"agent_mask": agents_valid}),
+            lambda x, how: definitions.agent_attention(
+                x["q"], x["k"], x["v"], x["agents"], scale=scale, valid=mask, agents_valid=agents_valid, how=how
+            ),
+        )
+    grid = (case.rows, (case.tokens - case.prefix) // case.rows) if case.landmarks == "grid" else None
+    extra = {"conv_weight": draw.projection((case.heads, 1, case.taps, 1), size=case.taps**-0.5)} if case.taps else {}
+    options = scaled | dict(
+        num_landmarks=case.features, landmarks=case.landmarks, grid_size=grid, prefix_tokens=case.prefix,
+        pinv_iterations=case.iterations, pinv_init=case.start,
+    )  # fmt: skip
+    return (
+        extra,
+        options,
+        lambda x, how: definitions.nystrom_attention(
+            x["q"], x["k"], x["v"], x.get("conv_weight"), scale=scale, count=case.features, iterations=case.iterations,
+            start=case.start, landmarks=case.landmarks, grid=grid, prefix=case.prefix, valid=mask, how=how,
+        ),
+    )  # fmt: skip
+
+
+def fourier_problem(case: Case) -> Problem:
+    x = Draw(case).tokens(case.batch, case.tokens, case.width)
+    return Problem(
+        {"x": x},
+        lambda x, backend: vix_kernels.fourier_mixing(x["x"], norm=case.norm, backend=backend),
+        lambda x, _: definitions.fourier_mixing(x["x"], norm=case.norm),
+        cast=() if case.autocast == "float16" else ("x",),
+    )
+
+
+def module_problem(case: Case) -> Problem:
+    """A module of vix_kernels.nn on its tokens, with the gradients of its linear maps."""
+    draw, dim = Draw(case), case.heads * case.width
+    op = {"Attention": None, "AgentAttention": "agent_attention"}.get(
+        case.op, case.op[: -len("Attention")].lower() + "_attention"
+    )
+    options = {
+        "PerformerAttention": dict(num_features=case.features),
+        "LinearAttention": dict(feature_map=case.feature_map, eps=case.eps),
+        "NystromAttention": dict(num_landmarks=case.features, residual_conv_kernel=case.taps, prefix_tokens=case.prefix),
+        "LinformerAttention": dict(seq_len=case.tokens, num_landmarks=case.features),
+        "AgentAttention": dict(num_agents=case.features, prefix_tokens=case.prefix),
+    }.get(case.op, {})
+    torch.manual_seed(case.seed)
+    made = {
+        backend: getattr(vix_kernels.nn, case.op)(dim, case.heads, qkv_bias=True, backend=backend, **options).to(draw.dtype)
+        for backend in (case.backend, "reference")
+    }
+    module, shape = made[case.backend], (case.batch, case.tokens, dim)
+    made["reference"].load_state_dict(module.state_dict())
+    mask = draw.mask(case.mask, case.batch, case.tokens)
+    tensors = {"x": draw.tokens(*shape)}
+    names = [name for name, _ in module.named_parameters()]
+    if case.junk is None:
+        tensors |= {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    state = {name: x.detach().double() for name, x in module.state_dict().items() if isinstance(x, Tensor)}
+    add_rope, run_rope, turn = rotation(case, draw)
+    tensors |= add_rope
+    _, _, attend = attention(op, case, draw, mask) if op not in (None, "agent_attention") else (0, 0, None)
+
+    def run(x: dict[str, Tensor], backend: str) -> Tensor:
+        parameters = {name: x[name] for name in names if name in x}
+        keywords = on(x["x"].device, {"key_padding_mask": mask, "rope": run_rope(x)})
+        module = copy.deepcopy(made[backend]).to(x["x"].device)  # threads put their own parameters into it
+        return torch.func.functional_call(module, parameters, (x["x"],), keywords)
+
+    def define(x: dict[str, Tensor], how: How) -> Tensor:
+        weights = state | x
+        packed = torch.nn.functional.linear(x["x"], weights["qkv.weight"], weights["qkv.bias"])
+        q, k, v = packed.unflatten(-1, (3, case.heads, case.width)).permute(2, 0, 3, 1, 4)
+        turned = dict(zip("qkv", (*turn(x, q, k, how), v), strict=True))
+        if op is None:
+            out = definitions.softmax_attention(*turned.values(), scale=case.width**-0.5, valid=mask, how=how)
+        elif op == "agent_attention":
+            out = pooled_agents(case, q, turned, mask, how)
+        else:
+            names = {"res_conv.weight": "conv_weight"}
+            out = attend(turned | {names.get(name, name): value for name, value in weights.items()}, how)
+        out = out.transpose(1, 2).flatten(2)
+        return torch.nn.functional.linear(out, weights["proj.weight"], weights["proj.bias"])
+
+    hidden, ignored = {}, ()
+    if mask is not None:
+        hidden = {"x": ~mask[..., None], "out": ~mask[..., None]}
+        if case.junk is not None:
+            tensors["x"] = tensors["x"].masked_fill(hidden["x"], 0.0)
+            ignored = ("x", "out")
+    return Problem(tensors, run, define, hidden, ignored)
+
+
+def op_of_module(module: str) -> str | None:
+    """None for softmax attention."""
+    return None if module == "Attention" else module.removesuffix("Attention").lower() + "_attention"
+
+
+def pooled_agents(case: Case, q: Tensor, turned: dict[str, Tensor], mask: Tensor | None, how: How) -> Tensor:
+    """Agents are means of the queries, sample by sample: those without a valid token do not exist."""
+    windows, outputs = definitions.windows_of(case.tokens, case.features, prefix=case.prefix), []
+    for b in range(q.shape[0]):
+        agents = definitions.averages(q[b], windows, None if mask is None else mask[b])[None]
+        one = {name: x[b : b + 1] for name, x in turned.items()}
+        valid = None if mask is None else mask[b : b + 1]
+        if agents.shape[2]:
+            out = definitions.agent_attention(*one.values(), agents, scale=case.width**-0.5, valid=valid, how=how)
+        else:
+            out = one["q"] * 0
+        outputs.append(out)
+    return torch.cat(outputs) if outputs else turned["q"]
+
+
+# Memory
+
+
+def placed(x: Tensor, memory: str, junk: float = float("nan")) -> Tensor:
+    """The same numbers elsewhere in memory."""
+    if memory == "transposed":  # tokens before heads, as linear maps leave them
+        return x.transpose(-3, -2).contiguous().transpose(-3, -2) if x.dim() > 2 else x.mT.contiguous().mT
+    if memory == "last_stride":  # channels are not neighbours
+        return x.mT.contiguous().mT if x.dim() > 1 else x
+    if memory == "sliced":  # an offset, and gaps in every dimension
+        room = x.new_full([size + 3 for size in x.shape[:-1]] + [x.shape[-1] + 5], junk)
+        view = room[tuple(slice(2, 2 + size) for size in x.shape)]
+        return view.copy_(x)
+    if memory == "offset":
+        return torch.cat([x.new_full((1,), junk), x.flatten()])[1:].view(x.shape)
+    if memory == "expanded":
+        for dim in range(x.dim() - 1):
+            if x.shape[dim] > 1 and torch.equal(x.narrow(dim, 0, 1).expand_as(x), x):
+                x = x.narrow(dim, 0, 1).clone().expand_as(x)
+        return x
+    return x.contiguous()
+
+
+# The check
+
+Results = dict[str, Tensor]  # "out", and gradients by the names of their tensors
+Noise = Callable[[Tensor], Tensor]
+
+
+class Trial:
+    """A case on its numbers: what the library makes of it, and what is exact."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.problem, dtype = case, problem(case), getattr(torch, case.dtype)
+        self.tensors = self.problem.tensors
+        if case.memory == "expanded":  # needs equal heads
+            self.tensors = self.tensors | {
+                name: x[:, :1].expand_as(x).contiguous() for name, x in self.tensors.items() if name in "qkv" and x.dim() == 4
+            }
+        self.cast = getattr(torch, case.autocast) if case.autocast else dtype
+        self.computed = self.cast if self.problem.cast else dtype  # the dtype of the computation
+        self.stored = dtype if case.op == "attention_weights" else self.computed  # that of the output
+        self.differentiable = case.op != "attention_weights"
+        shape = self.problem.define(self.doubles(self.tensors), EXACT).shape
+        cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(case.seed + 1), dtype=torch.float64)
+        if "out" in self.problem.ignored:
+            cotangent = cotangent.masked_fill(self.problem.hidden["out"], 0.0)
+        self.cotangent = cotangent.to(self.stored)
+
+    def doubles(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """float64, after the rounding by autocast."""
+        rounds = {name for name, x in tensors.items() if name in self.problem.cast and x.dtype != torch.float64}
+        return {name: (x.to(self.cast) if name in rounds else x).double() for name, x in tensors.items()}
+
+    def exact(self, tensors: dict[str, Tensor], how: How = EXACT, noise: Noise = lambda x: x, signs: Tensor | None = None):
+        """Results in float64, for inputs and cotangents with `noise`; `signs` of the cotangents' channels."""
+        leaves = {name: noise(x).detach().requires_grad_(self.differentiable) for name, x in self.doubles(tensors).items()}
+        cotangent = noise(self.cotangent.double())
+        return results(leaves, self.problem.define(leaves, how), cotangent if signs is None else cotangent * signs)
+
+    def attempt(self, backend: str, tensors: dict[str, Tensor], junk: float | None = None) -> Results:
+        """What the library makes of `tensors`, with `junk` in masked places."""
+        case, leaves = self.case, {}
+        for name, x in tensors.items():
+            if junk is not None and name in self.problem.hidden:
+                x = x.masked_fill(self.problem.hidden[name], junk)
+            leaves[name] = placed(x.to(case.device), case.memory).detach().requires_grad_(self.differentiable)
+        before = {name: x.detach().clone() for name, x in leaves.items()}
+
+        def run(*values: Tensor) -> Tensor:
+            return self.problem.run(dict(zip(leaves, values, strict=True)), backend)
+
+        with torch.autocast(case.device, self.cast) if case.autocast else nullcontext():
+            if case.checkpoint and self.differentiable:
+                out = checkpoint(run, *leaves.values(), use_reentrant=False)
+            else:
+                out = run(*leaves.values())
+        if out.shape != self.cotangent.shape or out.dtype != self.stored:
+            expected = f"{tuple(self.cotangent.shape)} in {self.stored}"
+            raise AssertionError(f"out: expected {expected}, got {tuple(out.shape)} in {out.dtype}")
+        found = results(leaves, out, placed(self.cotangent.to(case.device), case.memory))
+        for name, x in leaves.items():
+            if not same(x, before[name]):
+                raise AssertionError(f"{name} was written to")
+        return {name: x.cpu() for name, x in found.items()}
+
+
+def results(leaves: dict[str, Tensor], out: Tensor, cotangent: Tensor) -> Results:
+    found = {"out": out.detach()}
+    if any(x.requires_grad for x in leaves.values()):
+        grads = torch.autograd.grad(out, list(leaves.values()), cotangent, allow_unused=True)
+        found |= {name: torch.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), grads, strict=True)}
+    return found
+
+
+def same(x: Tensor, y: Tensor) -> bool:
+    return torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+def rounding(eps: float, alike: bool = False) -> Noise:
+    """Changes every number by up to `eps` of it; if `alike` those of a column equally: equal tokens stay equal."""
+    generator = torch.Generator().manual_seed(2)
+
+    def rounded(x: Tensor) -> Tensor:
+        shape = (*x.shape[:-2], 1, x.shape[-1]) if alike else x.shape
+        return x * (1 + eps * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1))
+
+    return rounded
+
+
+def check(case: Case) -> list[str]:
+    """What is wrong with `case`, one line each."""
+    try:
+        trial = Trial(case)
+    except Exception as error:  # nothing that is drawn is invalid
+        return [f"building raises {type(error).__name__}: {error}"]
+    try:
+        with ThreadPoolExecutor(case.threads) as pool:
+            ours, *others = pool.map(lambda _: trial.attempt(case.backend, trial.tensors, case.junk), range(case.threads))
+    except Exception as error:
+        return [f"raises {type(error).__name__}: {error}"]
+    wrong = [f"{name} differs between threads" for other in others for name in ours if not same(ours[name], other[name])]
+    try:
+        plain = trial.attempt("reference", trial.tensors)
+    except Exception as error:
+        return [*wrong, f"backend='reference' raises {type(error).__name__}: {error}"]
+    return wrong + compared(trial, ours, plain) if trial.cotangent.numel() else wrong
+
+
+def compared(trial: Trial, ours: Results, plain: Results) -> list[str]:
+    """What is beyond the error budget.
+
+    A comparison that fails is repeated with more roundings, and with the reference's errors for inputs that are a rounding
+    away: where large logits are nearly equal, one rounding changes everything, and the reference may have been lucky.
+    """
+    exact = trial.exact(trial.tensors)
+    eps = torch.finfo(torch.promote_types(trial.computed, torch.float32)).eps
+    inputs, neighbour = rounding(ROUNDINGS * eps), rounding(torch.finfo(trial.computed).eps, alike=True)
+    how = How(stored=rounding(torch.finfo(trial.computed).eps), logits=rounding(eps, alike=True))
+    signs = torch.Generator().manual_seed(3)
+    terms, rounded, references = [], [], [(plain, exact)]
+    for runs in FEW_RUNS, MANY_RUNS:
+        for _ in range(runs):
+            flips = torch.randint(2, trial.cotangent.shape[-1:], generator=signs) * 2.0 - 1
+            terms.append(trial.exact(trial.tensors, How(fixed_totals=True), signs=flips if terms else None))
+            rounded.append(trial.exact(trial.tensors, how, inputs))
+        found = [line for name in exact for line in beyond(trial, name, ours[name], exact[name], terms, rounded, references)]
+        if not found:
+            break
+        for _ in range(MANY_RUNS // 4):
+            near = {name: neighbour(x.double()).to(x.dtype) for name, x in trial.tensors.items()}
+            references.append((trial.attempt("reference", near), trial.exact(near)))
+    return found
+
+
+def beyond(
+    trial: Trial, name: str, ours: Tensor, exact: Tensor, terms: list[Results], rounded: list[Results],
+    references: list[tuple[Results, Results]],
+) -> list[str]:  # fmt: skip
+    """What is beyond the error budget of one result, sample by sample where it has samples."""
+    skip = trial.problem.hidden[name] if name in trial.problem.ignored else None
+
+    def rows(x: Tensor) -> Tensor:
+        x = x.double() if skip is None else x.double().masked_fill(skip, 0.0)
+        return x.reshape(x.shape[0], -1) if name in ("out", "q", "k", "v", "agents", "x") else x.reshape(1, -1)
+
+    def largest(*many: Tensor) -> list[float]:
+        """Of the norms of every sample; infinite ones do not count."""
+        return torch.stack([rows(x).norm(dim=1).nan_to_num(0.0, posinf=0.0) for x in many]).amax(0).tolist()
+
+    stored, computed = torch.finfo(ours.dtype), torch.finfo(trial.computed)
+    precision = torch.finfo(torch.promote_types(trial.computed, torch.float32)).eps
+    least = max(stored.smallest_normal * stored.eps, torch.finfo(torch.float32).smallest_normal)
+    sizes, changes = largest(exact, *(each[name] for each in terms)), largest(*(each[name] - exact for each in rounded))
+    errors = largest(*(plain[name].double() - truth[name] for plain, truth in references))
+    found, label = [], "out" if name == "out" else f"gradient of {name}"
+    for b, (x, truth, plain) in enumerate(zip(rows(ours), rows(exact), rows(references[0][0][name]), strict=True)):
+        where = f"{label}[{b}]" if len(rows(exact)) > 1 else label
+        if not truth.isfinite().all() or truth.abs().max() > min(stored.max, computed.max) / 4:
+            continue  # not representable
+        if not x.isfinite().all():
+            count = int((~x.isfinite()).sum())
+            found.append(f"{where}: {count} of {x.numel()} not finite, exact ones up to {truth.abs().max():.1e}")
+        elif plain.isfinite().all():  # else there is no error to compare with
+            forgiven = 2 * max(stored.eps, computed.eps) * sizes[b] + changes[b]
+            forgiven += ROUNDINGS * (precision * sizes[b] + least * math.sqrt(x.numel()))
+            error, budget = (x - truth).norm().item(), 2 * errors[b] + forgiven
+            if not error <= budget:
+                found.append(
+                    f"{where}: error {error:.1e} > {budget:.1e} (reference {errors[b]:.1e}, terms {sizes[b]:.1e}, exact "
+                    f"{truth.norm():.1e})"
+                )
+    return found
+
+
+# Strategies
+
+SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 196, 197, 200)
+WIDTHS = (1, 2, 3, 4, 7, 8, 9, 12, 16, 17, 24, 31, 32, 33, 40, 48, 64, 65, 80, 96, 127, 128, 129, 160, 192, 255, 256, 257, 300)
+MAGNITUDES = (1e-30, 1e-10, 1e-3, 0.1, 1.0, 1.0, 1.0, 3.0, 16.0, 100.0, 1e3, 1e4)
+
+
+@st.composite
+def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu") -> Case:
+    """Any case of `op` that its contract covers. Small ones for Triton's interpreter."""
+    kernels = backend == "triton"
+    small = kernels and device == "cpu"
+
+    def one_of(*values: Any) -> Any:
+        return draw(st.sampled_from(values))
+
+    def up_to(limit: int, sizes: tuple[int, ...] = SIZES) -> int:
+        return one_of(*(size for size in sizes if size <= limit) or (limit,))
+
+    def now_and_then(value: Any, other: Any = None) -> Any:
+        return one_of(other, other, other, value)
+
+    names: dict[str, Any] = dict(op=op, backend=backend, device=device, seed=draw(st.integers(0, 2**20)))
+    names["dtype"] = one_of("float32", "float32", "bfloat16", "float16", *(() if kernels else ("float64",)))
+    names["batch"] = draw(st.integers(0, 2 if small else 3))
+    names["heads"] = draw(st.integers(1, 2 if small else 4))
+    names["pattern"] = one_of("normal", "normal", "normal", "constant", "negative", "dead_channel", "uneven", "zeros")
+    names["magnitude"] = one_of(*MAGNITUDES)
+    names["memory"] = one_of("dense", "dense", "transposed", "sliced", "offset", "expanded", "last_stride")
+    names["tokens"] = up_to(24 if small else 200)
+    if small:
+        widths = tuple(width for width in WIDTHS if 8 <= width <= (64 if names["tokens"] <= 9 else 33))
+        widths += (255, 256) if names["tokens"] <= 4 and op != "nystrom_attention" else ()
+    else:
+        widths = tuple(width for width in WIDTHS if 8 <= width <= 256) if kernels else WIDTHS
+    names["width"] = one_of(*widths)
+    names["checkpoint"], names["threads"] = now_and_then(True, False), 1 if small else now_and_then(3, 1)
+    if names["dtype"] == "float32" and op not in MODULES:
+        names["autocast"] = now_and_then(one_of("bfloat16", "float16"))
+    if op == "fourier_mixing":
+        return Case(**names, norm=one_of(None, "ortho"))
+    if op in MODULES:
+        names["width"] = one_of(*(width for width in widths if width <= 64))
+        names["magnitude"] = min(names["magnitude"], 100.0)  # the linear maps make large numbers of them
+        names["memory"] = one_of("dense", "sliced", "offset")
+        names["dtype"] = one_of("float32", "float32", "float64") if not kernels else "float32"
+    else:
+        names["value_width"] = now_and_then(one_of(*widths))
+        names["value_magnitude"] = one_of(1.0, 1.0, 1.0, 1e-30, 1e-5, 1e3)
+    attention = {name: name for name in ATTENTIONS}.get(op)
+    if op == "attention_weights":
+        attention = names["of"] = one_of(*ATTENTIONS)
+        names["memory"], names["value_width"] = "dense", None
+    elif op in MODULES:
+        attention = op_of_module(op)
+    tokens, width = names["tokens"], names["width"]
+    if op in ATTENTIONS or op == "attention_weights":
+        names["scale"] = now_and_then(one_of(1.0, 0.01, 3.0))
+    if attention == "linear_attention":
+        names.pop("scale", None)
+        names |= dict(feature_map=one_of("relu", "elu"), eps=one_of(1e-6, 1e-6, 0.0, 0.125))
+        names["projected"] = now_and_then(True, False) if op not in MODULES else False
+    names["features"] = up_to(9 if small else 64)
+    names["per_head"], names["shared"] = now_and_then(True, False), now_and_then(True, False)
+    if op in MODULES:
+        names["per_head"] = names["shared"] = False
+    # Self-attention has rotations, grids and the residual; cross-attention other lengths.
+    alone = op in MODULES or op == "apply_rope" or one_of(True, True, False)
+    if not alone:
+        names["queries"] = up_to(24 if small else 200)
+    queries = names.get("queries") or tokens
+    alone = queries == tokens
+    if alone and (attention == "nystrom_attention" or op == "AgentAttention" or one_of(True, False)):
+        names["prefix"] = one_of(0, 0, min(1, tokens - 1), min(3, tokens - 1))
+    behind = min(tokens, queries) - names.get("prefix", 0)
+    divisors = [n for n in range(1, behind + 1) if behind % n == 0]
+    names["rows"] = one_of(*divisors) if alone else 1
+    rotates = alone and width >= 2 and attention != "fourier_mixing"
+    if op == "apply_rope" or (rotates and one_of(True, False)):
+        kinds = [kind for kind, least in (("1d", 2), ("axial", 4), ("mixed", 2)) if width >= least]
+        if not kinds:
+            names["width"] = width = 8
+            kinds = ["1d"]
+        names["rope"], names["layout"] = one_of(*kinds), one_of("interleaved", "half")
+        step = 4 if names["rope"] == "axial" else 2
+        names["rotary"] = one_of(step, width // step * step)
+    elif attention != "nystrom_attention" and op != "AgentAttention":
+        names["prefix"] = 0
+    if op != "apply_rope" and one_of(True, False):
+        names["mask"] = one_of("random", "all_valid", "empty_sample", "one_valid")
+        if names["mask"] == "empty_sample" and op == "Attention":
+            names["mask"] = "random"  # torch's contract for a row without keys differs
+        if op != "attention_weights":
+            names["junk"] = one_of(None, float("nan"), float("inf"))
+    if attention == "nystrom_attention" or op == "AgentAttention":
+        names["features"] = min(names["features"], behind)
+    if attention == "nystrom_attention":
+        # The other dimensions pay for the steps of the pseudo-inverse in the interpreter.
+        names["iterations"] = one_of(6, 6, 1, 3) if op not in MODULES else 6
+        if op not in MODULES:
+            names["start"] = one_of("exact", "exact", "original")
+            names["landmarks"] = one_of("segment", "grid", "pad_front") if alone else one_of("segment", "pad_front")
+        if names.get("landmarks") == "pad_front":
+            names["prefix"] = 0 if not names.get("rope") else names["prefix"]
+            if names["prefix"]:
+                names["landmarks"] = "segment"
+        if names.get("landmarks") == "grid":
+            columns = behind // names["rows"]
+            if definitions.nearest_grid(names["features"], names["rows"], columns) is None:
+                names["features"] = names["rows"]
+        if alone and op != "attention_weights":
+            names["taps"] = one_of(0, 1, 3, 5, 33)
+    # What the definition keeps: weights of all pairs, and all features of them.
+    inner = names["features"] if attention == "performer_attention" or names.get("projected") else width
+    inner = inner if attention in ("performer_attention", "linear_attention") else 1
+    while names["batch"] * names["heads"] * queries * tokens * inner > LARGEST:
+        if names["batch"] > 1:
+            names["batch"] -= 1
+        elif names["heads"] > 1:
+            names["heads"] -= 1
+        elif attention == "performer_attention" or names.get("projected"):
+            names["features"] = inner = inner // 2
+        else:
+            names["width"] = width = inner = inner // 2
+            names["rotary"] = None if width >= 4 else names.get("rotary")
+            if names.get("rope"):
+                names["rope"], names["rotary"] = ("1d", 2) if width >= 2 else (None, None)
+    return Case(**names)
