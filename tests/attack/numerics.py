@@ -2,7 +2,7 @@
 
 `check(case)` lists what is wrong with a `Case`; `cases(op, backend)` is the hypothesis strategy that draws them. The error
 budget is DESIGN.md's: at most twice the error of plain PyTorch in the same precision. Where that is lucky, such as 0, these
-are forgiven: one rounding of the result, and a few roundings of what is computed (in float32 at least), be it of the terms that
+are forgiven: a rounding of the result, and a few roundings of what is computed (in float32 at least), be it of the terms that
 cancel in a result or of the inputs.
 """
 
@@ -27,7 +27,7 @@ import vix_kernels
 from . import definitions
 from .definitions import EXACT, How
 
-ROUNDINGS = 4  # of what is computed
+ROUNDINGS = 6  # of what is computed
 FEW_RUNS, MANY_RUNS = 2, 32  # of the definition, with other roundings
 LARGEST = 3_000_000  # numbers in the largest tensor of a definition
 MODULES = ("Attention", "PerformerAttention", "LinearAttention", "NystromAttention", "LinformerAttention", "AgentAttention")
@@ -466,11 +466,14 @@ class Trial:
         self.computed = self.cast if self.problem.cast else dtype  # the dtype of the computation
         self.stored = dtype if case.op == "attention_weights" else self.computed  # that of the output
         self.differentiable = case.op != "attention_weights"
-        shape = self.problem.define(self.doubles(self.tensors), EXACT).shape
-        cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(case.seed + 1), dtype=torch.float64)
+        exact = self.problem.define(self.doubles(self.tensors), EXACT).detach()
+        cotangent = torch.randn(exact.shape, generator=torch.Generator().manual_seed(case.seed + 1), dtype=torch.float64)
         if "out" in self.problem.ignored:
             cotangent = cotangent.masked_fill(self.problem.hidden["out"], 0.0)
         self.cotangent = cotangent.to(self.stored)
+        # Of a cotangent and a value or an output: in float16 it overflows before its softmax makes it small.
+        values = [x for x in (self.tensors.get("v"), exact) if x is not None and x.numel()]
+        self.products = max((rows(x) * rows(self.cotangent) for x in values), default=0.0)
 
     def doubles(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """float64, after the rounding by autocast."""
@@ -510,6 +513,11 @@ class Trial:
         return {name: x.cpu() for name, x in found.items()}
 
 
+def rows(x: Tensor) -> float:
+    """The largest norm of a row."""
+    return x.double().norm(dim=-1).max().item()
+
+
 def results(leaves: dict[str, Tensor], out: Tensor, cotangent: Tensor) -> Results:
     found = {"out": out.detach()}
     if any(x.requires_grad for x in leaves.values()):
@@ -527,7 +535,7 @@ def rounding(eps: float, alike: bool = False) -> Noise:
     generator = torch.Generator().manual_seed(2)
 
     def rounded(x: Tensor) -> Tensor:
-        shape = (*x.shape[:-2], 1, x.shape[-1]) if alike else x.shape
+        shape = (*x.shape[:-2], 1, x.shape[-1]) if alike and x.dim() > 1 else x.shape
         return x * (1 + eps * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1))
 
     return rounded
@@ -559,8 +567,11 @@ def compared(trial: Trial, ours: Results, plain: Results) -> list[str]:
     away: where large logits are nearly equal, one rounding changes everything, and the reference may have been lucky.
     """
     exact = trial.exact(trial.tensors)
+    names, most = list(exact), torch.finfo(trial.computed).max / 4
+    if "frequencies" in exact and any(exact[name].abs().max() > most for name in "qk" if name in exact):
+        names.remove("frequencies")  # the gradient of angles is made of those of q and k, which are not representable
     eps = torch.finfo(torch.promote_types(trial.computed, torch.float32)).eps
-    inputs, neighbour = rounding(ROUNDINGS * eps), rounding(torch.finfo(trial.computed).eps, alike=True)
+    inputs, neighbour = rounding(2 * eps), rounding(torch.finfo(trial.computed).eps, alike=True)
     how = How(stored=rounding(torch.finfo(trial.computed).eps), logits=rounding(eps, alike=True))
     signs = torch.Generator().manual_seed(3)
     terms, rounded, references = [], [], [(plain, exact)]
@@ -569,7 +580,7 @@ def compared(trial: Trial, ours: Results, plain: Results) -> list[str]:
             flips = torch.randint(2, trial.cotangent.shape[-1:], generator=signs) * 2.0 - 1
             terms.append(trial.exact(trial.tensors, How(fixed_totals=True), signs=flips if terms else None))
             rounded.append(trial.exact(trial.tensors, how, inputs))
-        found = [line for name in exact for line in beyond(trial, name, ours[name], exact[name], terms, rounded, references)]
+        found = [line for name in names for line in beyond(trial, name, ours[name], exact[name], terms, rounded, references)]
         if not found:
             break
         for _ in range(MANY_RUNS // 4):
@@ -585,29 +596,34 @@ def beyond(
     """What is beyond the error budget of one result, sample by sample where it has samples."""
     skip = trial.problem.hidden[name] if name in trial.problem.ignored else None
 
-    def rows(x: Tensor) -> Tensor:
+    def samples(x: Tensor) -> Tensor:
         x = x.double() if skip is None else x.double().masked_fill(skip, 0.0)
         return x.reshape(x.shape[0], -1) if name in ("out", "q", "k", "v", "agents", "x") else x.reshape(1, -1)
 
     def largest(*many: Tensor) -> list[float]:
         """Of the norms of every sample; infinite ones do not count."""
-        return torch.stack([rows(x).norm(dim=1).nan_to_num(0.0, posinf=0.0) for x in many]).amax(0).tolist()
+        return torch.stack([samples(x).norm(dim=1).nan_to_num(0.0, posinf=0.0) for x in many]).amax(0).tolist()
 
     stored, computed = torch.finfo(ours.dtype), torch.finfo(trial.computed)
+    most = min(stored.max, computed.max) / 4
     precision = torch.finfo(torch.promote_types(trial.computed, torch.float32)).eps
+    if trial.computed == torch.float64:
+        precision *= 16  # the definition itself is rounded
     least = max(stored.smallest_normal * stored.eps, torch.finfo(torch.float32).smallest_normal)
     sizes, changes = largest(exact, *(each[name] for each in terms)), largest(*(each[name] - exact for each in rounded))
     errors = largest(*(plain[name].double() - truth[name] for plain, truth in references))
     found, label = [], "out" if name == "out" else f"gradient of {name}"
-    for b, (x, truth, plain) in enumerate(zip(rows(ours), rows(exact), rows(references[0][0][name]), strict=True)):
-        where = f"{label}[{b}]" if len(rows(exact)) > 1 else label
-        if not truth.isfinite().all() or truth.abs().max() > min(stored.max, computed.max) / 4:
+    for b, (x, truth, plain) in enumerate(zip(samples(ours), samples(exact), samples(references[0][0][name]), strict=True)):
+        where = f"{label}[{b}]" if len(samples(exact)) > 1 else label
+        if not truth.isfinite().all() or truth.abs().max() > most:
             continue  # not representable
+        if trial.computed == torch.float16 and name != "out" and trial.products > most:
+            continue
         if not x.isfinite().all():
             count = int((~x.isfinite()).sum())
             found.append(f"{where}: {count} of {x.numel()} not finite, exact ones up to {truth.abs().max():.1e}")
         elif plain.isfinite().all():  # else there is no error to compare with
-            forgiven = 2 * max(stored.eps, computed.eps) * sizes[b] + changes[b]
+            forgiven = 3 * max(stored.eps, computed.eps) * sizes[b] + changes[b]
             forgiven += ROUNDINGS * (precision * sizes[b] + least * math.sqrt(x.numel()))
             error, budget = (x - truth).norm().item(), 2 * errors[b] + forgiven
             if not error <= budget:
@@ -622,7 +638,7 @@ def beyond(
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 196, 197, 200)
 WIDTHS = (1, 2, 3, 4, 7, 8, 9, 12, 16, 17, 24, 31, 32, 33, 40, 48, 64, 65, 80, 96, 127, 128, 129, 160, 192, 255, 256, 257, 300)
-MAGNITUDES = (1e-30, 1e-10, 1e-3, 0.1, 1.0, 1.0, 1.0, 3.0, 16.0, 100.0, 1e3, 1e4)
+MAGNITUDES = (1e-38, 1e-30, 1e-10, 1e-3, 0.1, 1.0, 1.0, 1.0, 3.0, 16.0, 90.0, 1e3, 1e4)
 
 
 @st.composite
@@ -645,7 +661,9 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
     names["batch"] = draw(st.integers(0, 2 if small else 3))
     names["heads"] = draw(st.integers(1, 2 if small else 4))
     names["pattern"] = one_of("normal", "normal", "normal", "constant", "negative", "dead_channel", "uneven", "zeros")
-    names["magnitude"] = one_of(*MAGNITUDES)
+    names["magnitude"] = one_of(*MAGNITUDES, float(f"{10 ** draw(st.floats(-2, 4)):.2g}"))
+    if kernels:
+        names["magnitude"] = max(names["magnitude"], 1e-30)  # GPUs and the interpreter may flush what is not normal
     names["memory"] = one_of("dense", "dense", "transposed", "sliced", "offset", "expanded", "last_stride")
     names["tokens"] = up_to(24 if small else 200)
     if small:
