@@ -204,7 +204,7 @@ def linear_broadcast_slots_kernel(
         b_dnorms -= tl.sum(b_p.to(COMPUTE) * b_delta[:, None], 0)
         if NEED_SLOTS:
             b_dl = slope(b_l, ELU) * (b_norms[None, :] / b_total[:, None]) * (b_dp - b_delta[:, None])
-            b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+            b_q = load_rotated(q, o_n, q_n, b_used, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
             b_dslots = dot(tl.trans(cast(b_dl, b_q.dtype)), b_q, b_dslots, PRECISION)
 
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)

@@ -39,7 +39,7 @@ def agent_attention(
         v: (batch, heads, tokens, value_dim).
         agents: (batch, heads, A, head_dim) in q's dtype, such as pooled queries. They are never rotated.
         scale: a number > 0, default head_dim ** -0.5; of both softmaxes.
-        agent_mask: bool (batch, A), True = the agent takes part. A query without any agent returns 0.
+        agent_mask: bool (batch, A), True = valid; what other agents hold does not matter. A query without any agent returns 0.
         key_padding_mask: bool (batch, tokens), True = the token takes part. A query without any valid key returns 0.
         rope: rotary embedding of q and k, applied inside the kernels; needs as many queries as tokens.
         backend: "auto", "triton", "torch" or "reference".
@@ -56,6 +56,8 @@ def agent_attention(
     check_mask(key_padding_mask, k)
     check_rope(rope, q, k)
     check_agents(agents, agent_mask, q)
+    if agent_mask is not None:  # what they hold must not matter: 0 times NaN is NaN
+        agents = agents.masked_fill(~agent_mask[:, None, :, None], 0)
     scale = check_scale(scale, q.shape[3])
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
     options = dict(scale=scale, agent_mask=agent_mask, key_padding_mask=key_padding_mask, rope=rope)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class Rope:
     sin: Tensor
     layout: Layout = "interleaved"
     angles: Tensor | None = None
-    remake: Callable[[], Rope] | None = None
+    remake: Callable[[], Rope] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
@@ -62,14 +62,21 @@ class Rope:
                 )
             if table.requires_grad:
                 raise ValueError(f"{name}: expected a table without gradient; learned angles enter by Rope.of(angles)")
-        if self.angles is not None and self.angles.shape != self.cos.shape:
-            raise ValueError(f"angles: expected cos' shape {tuple(self.cos.shape)}, got {tuple(self.angles.shape)}")
+        if self.angles is None:
+            return
+        check_tensor("angles", self.angles)
+        if self.angles.shape != self.cos.shape or self.angles.dtype != self.cos.dtype or self.angles.device != self.cos.device:
+            expected, got = (
+                f"{dtype_name(x.dtype)} {tuple(x.shape)} on {x.device}" for x in (self.cos, self.angles)
+            )  # fmt: skip
+            raise ValueError(f"angles: expected those of cos, {expected}, got {got}")
 
     @staticmethod
     def of(angles: Tensor, layout: Layout = "interleaved") -> Rope:
         """The rotation by `angles`, float32 (heads or 1, tokens, R / 2), which get their gradient if they require one."""
-        if not isinstance(angles, Tensor) or angles.dtype not in (torch.float32, torch.float64) or angles.dim() != 3:
-            got = f"{angles.dtype} {tuple(angles.shape)}" if isinstance(angles, Tensor) else type(angles).__name__
+        check_floating("angles", angles)
+        if angles.dtype not in (torch.float32, torch.float64) or angles.dim() != 3:
+            got = f"{dtype_name(angles.dtype)} {tuple(angles.shape)}"
             raise TypeError(f"angles: expected float32 (heads or 1, tokens, R / 2), got {got}")
         fixed = angles.detach()
         return Rope(fixed.cos(), fixed.sin(), layout, angles if angles.requires_grad else None)
@@ -184,7 +191,7 @@ def rope_mixed(height: int, width: int, frequencies: Tensor, *, layout: Layout =
         A Rope of prefix_tokens + height * width rows for each head, differentiable in frequencies, on their device.
     """
     check_floating("frequencies", frequencies)
-    if frequencies.dim() != 3 or frequencies.shape[0] != 2:
+    if frequencies.dim() != 3 or frequencies.shape[0] != 2 or frequencies.numel() == 0:
         raise ValueError(f"frequencies: expected shape (2, heads, R / 2), got {tuple(frequencies.shape)}")
     _check_prefix(prefix_tokens)
     wide = frequencies.to(torch.promote_types(frequencies.dtype, torch.float32))
@@ -195,7 +202,8 @@ def rope_mixed(height: int, width: int, frequencies: Tensor, *, layout: Layout =
     if rope.angles is None:
         return rope
     remake = partial(rope_mixed, height, width, frequencies, layout=layout, prefix_tokens=prefix_tokens)
-    return Rope(rope.cos, rope.sin, rope.layout, rope.angles, remake)
+    object.__setattr__(rope, "remake", remake)  # frozen for everybody else
+    return rope
 
 
 def rope_mixed_frequencies(dim: int, num_heads: int, *, seed: int, base: float = 10.0) -> Tensor:
@@ -264,6 +272,8 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
         ValueError, TypeError, RuntimeError: as performer_attention.
     """
     check_qkv(q, k, k)
+    if rope is None:
+        raise TypeError("rope: expected a Rope (see rope_1d), got NoneType")
     check_rope(rope, q, k)
     backend = backends.resolve(backend, q, q.shape[3])
     if backend == "reference":

@@ -30,6 +30,8 @@ def attention_weights(
         (batch, heads, tokens) in q's dtype, without a gradient. Rows of a softmax add up to 1; the approximations' need not,
         and can be negative.
     """
+    if not callable(attention):
+        raise TypeError(f"attention: expected a function of q, k and v, got {type(attention).__name__}")
     check_qkv(q, k, k)
     check_integer("token", token)
     queries = q.shape[2]
