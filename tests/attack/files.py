@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gzip
 import io
@@ -344,7 +345,10 @@ def damages(draw: st.DrawFn, reader: str) -> Damage:
 @cache
 def whole(reader: str) -> Path:
     """A folder with undamaged files, made once."""
-    folder = Path(tempfile.mkdtemp(prefix="vix-attack-"))
+    room = tempfile.mkdtemp(prefix="vix-attack-")
+    atexit.register(shutil.rmtree, room, ignore_errors=True)
+    folder = Path(room) / "files"
+    folder.mkdir()
     READERS[reader].make(folder)
     return folder
 
