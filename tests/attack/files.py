@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gzip
 import io
@@ -194,6 +195,7 @@ def dataset_at(name: str = "") -> Callable[[Path], Any]:
     return lambda folder: load_dataset(str(folder / name))
 
 
+SLOW = ("run", "resumed run")
 READERS = {
     "folder": Reader(make_folder, dataset_at()),
     "tiny imagenet": Reader(make_tiny_imagenet, dataset_at()),
@@ -343,7 +345,10 @@ def damages(draw: st.DrawFn, reader: str) -> Damage:
 @cache
 def whole(reader: str) -> Path:
     """A folder with undamaged files, made once."""
-    folder = Path(tempfile.mkdtemp(prefix="vix-attack-"))
+    room = tempfile.mkdtemp(prefix="vix-attack-")
+    atexit.register(shutil.rmtree, room, ignore_errors=True)
+    folder = Path(room) / "files"
+    folder.mkdir()
     READERS[reader].make(folder)
     return folder
 
@@ -399,8 +404,8 @@ def check(damage: Damage) -> list[str]:
             elif "MemoryError" in str(error) or "allocate" in str(error):
                 found.append(f"{name}: a huge allocation: {error}")
         else:
-            left_out = isinstance(result, Dataset) and str(path) in result.unreadable
-            if damage.kind in ("empty", "evil pickle", "evil member", "text") and path.suffix not in UNREAD and not left_out:
+            skipped = isinstance(result, Dataset) and any(str(path) in line for line in result.unreadable)
+            if damage.kind in ("empty", "evil pickle", "evil member", "text") and path.suffix not in UNREAD and not skipped:
                 found.append(f"{name}: accepted")
         if marker.exists():
             found.append(f"{name}: its code was executed")

@@ -66,12 +66,26 @@ def test_double_backward(backend: str) -> None:
     assert not calls.check_double_backward(backend)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits its own memory, which Linux alone keeps")
-@pytest.mark.parametrize("reader", files.READERS)
-@share(25)
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits its own memory, which Linux alone keeps")
+
+
+@LINUX
+@pytest.mark.parametrize("reader", [reader for reader in files.READERS if reader not in files.SLOW])
+@share(30)
 @given(data=st.data())
 def test_corrupted_files(reader: str, data: st.DataObject) -> None:
-    damage = data.draw(files.damages(reader))
+    attack_reader(data.draw(files.damages(reader)))
+
+
+@LINUX
+@pytest.mark.parametrize("reader", files.SLOW)
+@share(6)
+@given(data=st.data())
+def test_corrupted_runs(reader: str, data: st.DataObject) -> None:
+    attack_reader(data.draw(files.damages(reader)))
+
+
+def attack_reader(damage: files.Damage) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrong = files.check(damage)
