@@ -21,6 +21,8 @@ from vix_kernels import export
 from vix_kernels.__main__ import main
 from vix_kernels.export import REFERENCES, decomposed, to_onnx
 from vix_kernels.models import create_model, load_model, save_model
+from vix_kernels.primitives.aggregate import aggregate_forward
+from vix_kernels.primitives.broadcast import broadcast_forward
 from vix_kernels.primitives.dft import dft_forward
 from vix_kernels.primitives.registry import implementations
 from vix_kernels.primitives.rotate import angle_gradient
@@ -45,7 +47,7 @@ def onnx() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("spec, case", EVERY)
 def test_references_are_the_operators(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    """In every output, also those that only a backward reads."""
+    """In every output but those that only the backward of a kernel reads, which stay empty."""
     with Record() as calls:
         run(spec.problem(case, dtype=dtype), backend="torch")
     calls = [(operator, args) for operator, args in calls if operator in REFERENCES]
@@ -54,6 +56,8 @@ def test_references_are_the_operators(spec: OpSpec, case: Case, dtype: torch.dty
         with torch.no_grad():
             ours, theirs = REFERENCES[operator](*args), operator(*args)
         for x, exact in zip(*(each if isinstance(each, tuple) else (each,) for each in (ours, theirs)), strict=True):
+            if x.shape == (0,) and operator in (aggregate_forward, broadcast_forward):
+                continue
             assert x.shape == exact.shape and x.dtype == exact.dtype
             # The operators round what they have rotated to its dtype.
             assert error(x, exact) < (BOUND if dtype == torch.float32 else torch.finfo(dtype).eps), operator

@@ -81,6 +81,16 @@ def linear_broadcast_forward_kernel(
 
 
 @triton.jit
+def weight_scale(norms, HALF: tl.constexpr):
+    """What the weights f / t of a slot are multiplied by: float16 does not hold them, but it does hold f z / t <= 1."""
+    if HALF:
+        scale = tl.where(norms == 0, 1.0, norms)
+    else:
+        scale = tl.full(norms.shape, 1.0, norms.dtype)
+    return scale
+
+
+@triton.jit
 def load_terms(
     dout, d_n, q, o_n, q_n, used, slots, slots_m, sums, norms, sums_m, norms_m, first_slot, cos, sin, M,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -182,6 +192,7 @@ def linear_broadcast_slots_kernel(
     sums += i_b * sums_b + i_h * sums_h
     norms += i_b * norms_b + i_h * norms_h
 
+    HALF: tl.constexpr = dout.dtype.element_ty == tl.float16
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D if NEED_SLOTS else 1), COMPUTE)
     b_dsums = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
     b_dnorms = tl.zeros((BLOCK_M,), COMPUTE)
@@ -198,7 +209,7 @@ def linear_broadcast_slots_kernel(
             first_slot, cos + angles, sin + angles, M,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
-        b_size = tl.maximum(b_norms, SMALLEST)  # keeps the weights in float16's range
+        b_size = weight_scale(b_norms, HALF)
         b_p = cast(apply_map(b_l, ELU) * (b_size[None, :] / b_total[:, None]), b_dout.dtype)
         b_dsums = dot(tl.trans(b_p), b_dout, b_dsums, PRECISION)
         b_dnorms -= tl.sum(b_p.to(COMPUTE) * b_delta[:, None], 0)
@@ -208,7 +219,7 @@ def linear_broadcast_slots_kernel(
             b_dslots = dot(tl.trans(cast(b_dl, b_q.dtype)), b_q, b_dslots, PRECISION)
 
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-    b_size = tl.maximum(tl.load(norms + o_m.to(tl.int64) * norms_m, mask=o_m < M, other=1.0), SMALLEST)
+    b_size = weight_scale(tl.load(norms + o_m.to(tl.int64) * norms_m, mask=o_m < M, other=1.0), HALF)
     store_state(b_dsums / b_size[:, None], b_dnorms / b_size, dsums, dnorms, part, o_m, M, E, BLOCK_E)
     if NEED_SLOTS:
         store_slots(b_dslots, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)

@@ -27,8 +27,6 @@ from .tiled import (
     _write,
 )
 
-SMALLEST = 1e-30  # a norm below it is not scaled to 1: eps over it must stay finite
-
 
 def linear_aggregate_forward(
     slots: Tensor | None,
@@ -145,10 +143,12 @@ def linear_broadcast_backward(
     dS_j = sum_n f_nj d_n      dz_j = -sum_n f_nj d_n . out_n
 
     d_n . out_n is sum_j f_nj d_n . S_j / t_n, because `out` may have been rounded to a narrow dtype. S, z and t are scaled to a
-    largest z of 1 in each head, so that d_n stays finite where all features are small.
+    largest t of 1 in each head, so that d_n stays finite where all features are small.
     """
     features_of = _Features(slots, q, cos, sin, interleaved, feature_map)
-    size = norms.amax(-1, keepdim=True).clamp(min=SMALLEST)  # (B, H, 1)
+    size = torch.where(total.isfinite(), total, 0).amax(-1, keepdim=True)  # (B, H, 1)
+    size = size.masked_fill(size == 0, 1)
+    least = 1e8 * torch.finfo(total.dtype).tiny  # tokens that no feature reaches, or hardly, have no gradient
     sums, norms, total = _wide(sums) / size.unsqueeze(3), norms / size, total / size
     dq = empty_like_tokens(q, q.shape[3])
     dslots = features_of.slot_sums(q) if need_slots and slots is not None else None
@@ -160,7 +160,8 @@ def linear_broadcast_backward(
         dstate, dnorm = _flat(dsums, group), _flat(dnorms, group)
         for tile in tiles:
             queries, dresult = _read(q, tile, None, features_of.rope), _flat(dout, tile)
-            divisor = _divisor(_flat(total, tile).unsqueeze(2))
+            divisor = _flat(total, tile).unsqueeze(2)
+            divisor = divisor.masked_fill(divisor < least, torch.inf)
             if (unused := _unused_rows(divisor, dresult)) is not None:
                 queries, divisor = queries.masked_fill(unused, 0), divisor.masked_fill(unused, 1)
             dresult = dresult / divisor
