@@ -362,7 +362,7 @@ def test_the_opset_and_the_names_are_those_asked_for(onnx: None, tmp_path: Path)
 def test_a_backward_is_refused() -> None:
     class Gradient(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return angle_gradient(x, x, None, AXIAL.cos, True, "torch")
+            return angle_gradient(x, x, AXIAL.cos, True, "torch")
 
     program = torch.export.export(Gradient(), (drawn(2, HEADS, 1 + ROWS * COLUMNS, WIDTH),))
     with pytest.raises(ValueError, match="program: expected one for inference, .* got vix_kernels.angle_gradient"):
