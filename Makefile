@@ -48,6 +48,7 @@ lint: $(READY)  ## check the style
 # bfloat16 alone is 1,135 specialisations with the first, 22 minutes of CPU time on two processes.
 report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile every kernel for GPUs that are not there, and weigh the code
 	$(BIN)/vix compile-report $(ARGS)
+	$(BIN)/vix compile-report --shared $(ARGS)
 	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/vix compile-report $(ARGS) --arch sm_90
 
 clean:  ## remove the environment and all caches, keep runs/

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ import triton
 import triton.language as tl
 
 import vix_kernels
-from vix_kernels._triton import compile_report, machine_code, offline
+from vix_kernels._triton import compile_report, machine_code, offline, shared_memory
 from vix_kernels._triton import launch as door
 from vix_kernels._triton.compile_table import Row, read_table, regressions, violations, write_table
+from vix_kernels._triton.configs import find_tile
 from vix_kernels._triton.launch import launch
+from vix_kernels._triton.launch_table import OVERRIDES
 from vix_kernels._triton.targets import TARGETS
 
 SM90_16_BIT = Row(
@@ -63,6 +66,18 @@ def compile_performer(target: str) -> list[offline.CompiledLaunch]:
     q = torch.empty(2, 4, 1024, 64, dtype=torch.bfloat16)
     projection = torch.empty(110, 64)
     return offline.compile_launches(target, lambda: vix_kernels.performer_attention(q, q, q, projection, backend="triton"))
+
+
+def shared_both_ways(target: str) -> list[int]:
+    """Bytes of the toy, stopped after the allocation and compiled to the end."""
+    x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
+    meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    arguments = x, x, x, x.stride(0), 1024
+    with offline.capture(target):
+        with shared_memory.allocation_only(), pytest.raises(shared_memory.Allocated) as stopped:
+            attention_kernel.warmup(*arguments, grid=(16,), **meta)
+        whole = attention_kernel.warmup(*arguments, grid=(16,), **meta)
+    return [stopped.value.args[0], whole.metadata.shared]
 
 
 def in_own_process(function: str, target: str) -> list[dict]:
@@ -148,6 +163,38 @@ def test_launches_of_torch_are_counted():
         x.contiguous().to(torch.bfloat16).reshape(24)
     roots = [event for event in profile.function_events if event.cpu_parent is None]
     assert sum(map(compile_report.torch_launches, roots)) == 5  # contiguous, float, sum, zeros, add
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_every_launch_fits_its_shared_memory(arch):
+    """Everything that the launch table can serve, by the committed table, which has to be of these tiles and kernels."""
+    rows = shared_memory.read_rows()
+    served = shared_memory.entries(arch)
+    assert {(entry.bits, entry.width) for entry in served} == set(product((16, 32), (16, 32, 64, 128, 256)))
+    missing = shared_memory.missing(rows, arch)
+    assert not missing, f"`vix compile-report --shared --write` has to measure {len(missing)} entries, first {missing[0]}"
+    assert shared_memory.excesses(rows, arch) == []
+
+
+def test_what_a_table_of_shared_memory_lacks_is_named(monkeypatch):
+    entry = shared_memory.Entry("sm_86", "aggregate_slots", 16, 128, find_tile("sm_86", "aggregate_slots", 16, 128, False)[1])
+    row = shared_memory.Row.of(entry, 101_377)
+    assert row.entry == entry and entry not in shared_memory.missing([row], "sm_86")
+    (found,) = shared_memory.excesses([row], "sm_86")
+    assert found.startswith("aggregate_slots 16 bits width 128") and found.endswith("sm_86 has 101376")
+    assert shared_memory.excesses([replace(row, shared=101_376)], "sm_86") == []
+    assert shared_memory.excesses([row], "sm_80") == []  # it has more, and other tiles
+    for stale in (replace(row, source="another"), replace(row, tile="64 64 4 1 tf32x3 False")):
+        assert entry in shared_memory.missing([stale], "sm_86") and shared_memory.excesses([stale], "sm_86") == []
+    assert entry in shared_memory.missing([row, replace(row, triton="3.6.0", kernel="rotate")], "sm_86")  # each version
+    monkeypatch.setitem(OVERRIDES["sm_86"], ("aggregate_slots", 16, 128), entry.tile._replace(num_stages=4))
+    assert entry not in shared_memory.entries("sm_86")
+
+
+def test_shared_memory_is_what_the_compiler_allocates():
+    """Stopping before the machine code changes nothing."""
+    (stopped, whole) = in_own_process("shared_both_ways", "sm_86")
+    assert stopped == whole > 0
 
 
 def test_equal_rows_pass():
@@ -308,4 +355,5 @@ def test_a_failure_leaves_launches_as_they_were():
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(each) for each in globals()[sys.argv[1]](sys.argv[2])], default=str))
+    found = globals()[sys.argv[1]](sys.argv[2])
+    print(json.dumps([each if isinstance(each, int) else asdict(each) for each in found], default=str))

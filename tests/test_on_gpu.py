@@ -5,61 +5,236 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.gpu import sanitizer, suite, timing
+from bench.gpu import correctness, machine, part, report, run, sanitizer, suite, timing
 from bench.gpu.plan import Plan
 from conftest import NO_TRITON
 from vix_kernels import backends
+from vix_kernels import timing as times
+from vix_kernels.testing import OpSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = NO_TRITON
 
 
 def on_gpu(*arguments: str | Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHON": sys.executable}
-    command = ["bash", str(ROOT / "bench" / "on_gpu.sh"), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=1200)
 
 
-def test_a_part_that_crashes_is_named_and_the_rest_completes(tmp_path: Path) -> None:
-    done = on_gpu(tmp_path / "out", "--dry-run", "--break", "models", "--seconds", "1200")
-    assert done.returncode == 16, done.stdout + done.stderr  # what --help says of models
-    assert "FAILED: models" in done.stdout.splitlines()[-1]
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {
-        "summary.md", "results.json", "timing.csv", "models.csv", "correctness.csv", "pictures.zip", "logs.zip",
+def command(*arguments: str | Path) -> list[str]:
+    return ["bash", str(ROOT / "bench" / "on_gpu.sh"), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHON": sys.executable}
+
+
+def parts(out: Path) -> dict[str, dict]:
+    return {part["part"]: part for part in json.loads((out / "results.json").read_text())["parts"]}
+
+
+def test_a_job_that_dies_loses_only_itself(tmp_path: Path) -> None:
+    """A failed capture is measured again without a graph, a crash is named; both parts complete."""
+    out = tmp_path / "out"
+    done = on_gpu(out, "--dry-run", "--only", "timing", "tune", "models", "--inject", "timing=capture", "models=crash")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == f"wrote {out}/summary.md; FAILED: models"
+    assert {path.name for path in out.iterdir()} == {
+        "summary.md", "results.json", "timing.csv", "models.csv", "tune.csv", "pictures.zip", "logs.zip",
     }  # fmt: skip
 
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    parts = {part["part"]: part for part in results["parts"]}
-    assert list(parts) == ["compile", "correctness", "timing", "suite", "models", "training", "sanitizer"]
-    assert parts["models"]["status"] == "failed" and "killed by SIGABRT" in parts["models"]["why"]
-    assert len(parts["models"]["rows"]) == 1  # what it had before the crash
-    for name in ("compile", "correctness", "timing", "suite", "training"):
-        assert parts[name]["status"] == "ok", parts[name]
-        assert any(row["status"] == "ok" for row in parts[name]["rows"])
-    left_out = [row for part in parts.values() for row in part["rows"] if row["status"] == "skipped"]
-    assert left_out and all(row["why"] for row in left_out)
+    found = parts(out)
+    assert list(found) == ["timing", "tune", "models"]
+    assert found["timing"]["status"] == found["tune"]["status"] == "ok", found
+    (died,) = (row for row in found["models"]["rows"] if row["status"] == "failed")
+    assert "killed by SIGABRT" in died["why"] and died["job"] == "vil ours bf16 batch 2"
+    survived = {row["model"] for row in found["models"]["rows"] if row["status"] == "ok"}
+    assert {"vit", "vip", "hybrid_fnet", "fnet_2d"} <= survived and "vil" not in survived  # before and after it
+    (tuned,) = found["tune"]["rows"]
+    assert tuned["kernel"] == "aggregate_forward" and tuned["tried"] > 0
 
-    summary = (tmp_path / "out" / "summary.md").read_text()
-    assert "| models | FAILED |" in summary and "graph performer_attention" in summary
-    with (tmp_path / "out" / "timing.csv").open(newline="") as file:
+    summary = (out / "summary.md").read_text()
+    assert summary in done.stdout and "| models | FAILED |" in summary and "## Tuning" in summary
+    with (out / "timing.csv").open(newline="") as file:
         # Peers that are not installed have a row too: skipped, without a time.
         timed = [row for row in csv.DictReader(file) if row["op"] == "performer_attention" and row["status"] == "ok"]
     assert {row["direction"] for row in timed} == {"forward", "full", "backward"}
     assert {"triton", "torch", "reference", "compiled", "sdpa"} <= {row["provider"] for row in timed}
     ours = [row for row in timed if row["provider"] == "triton"]
     assert all(float(row["error"]) < 1e-4 for row in ours if row["direction"] != "backward")
-    with zipfile.ZipFile(tmp_path / "out" / "pictures.zip") as pictures:
-        assert {"performer_attention_fp32.png", "training_digits.png"} <= set(pictures.namelist())
+    with zipfile.ZipFile(out / "pictures.zip") as pictures:
+        assert "performer_attention_fp32.png" in pictures.namelist()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_killed_leaves_what_it_has(tmp_path: Path, number: int) -> None:
+    """While the second job of a part hangs, OUT already has the first one's rows."""
+    out = tmp_path / "out"
+    arguments = ("--dry-run", "--only", "models", "training", "--inject", "models=hang")
+    with subprocess.Popen(command(out, *arguments), env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 120
+        while not ((out / "results.json").exists() and parts(out)["models"]["rows"]):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.2)
+        process.send_signal(number)
+        text = process.stdout.read()
+        assert process.wait() == (1 if number == signal.SIGTERM else -number)
+    assert list(parts(out)) == ["models"]  # the next part does not start
+    assert {row["model"] for row in parts(out)["models"]["rows"]} == {"vit"}
+    assert "| models | FAILED |" in (out / "summary.md").read_text()
+    if number == signal.SIGTERM:
+        assert "stopped by SIGTERM" in text and text.splitlines()[-1].endswith("FAILED: models")
+
+
+def test_a_part_that_hangs_is_stopped_and_the_next_one_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(run, "GRACE", 0)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(run, "PARTS", {"models": 25, "tune": 200})
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert run.main([str(tmp_path), "--dry-run", "--seconds", "225", "--inject", "models=hang"]) == 1
+    found = parts(tmp_path)
+    assert found["models"]["status"] == "failed" and found["models"]["why"].startswith("stopped at the end of its time")
+    assert [row["model"] for row in found["models"]["rows"]][:1] == ["vit"]
+    assert found["tune"]["status"] == "ok", found["tune"]
+    assert capsys.readouterr().out.endswith("FAILED: models\n")
+
+
+def test_without_time_everything_is_skipped_and_named(tmp_path: Path) -> None:
+    done = on_gpu(tmp_path, "--dry-run", "--seconds", "1")
+    assert done.returncode == 0, done.stderr
+    assert {(each["status"], each["why"]) for each in parts(tmp_path).values()} == {("skipped", "out of time")}
+    assert list(parts(tmp_path)) == list(run.PARTS) and "| timing | skipped |" in done.stdout
+
+
+def test_tuning_has_its_time_reserved() -> None:
+    """Whatever the parts before it take, within their limits."""
+    parts = list(run.PARTS)
+    before, deadline = parts[: parts.index("tune")], float(run.TOTAL)
+    for at, name in enumerate(before):  # each takes its share and all of its grace
+        deadline -= deadline * run.PARTS[name] / sum(run.PARTS[each] for each in parts[at:]) + run.GRACE
+    assert deadline * run.PARTS["tune"] / sum(run.PARTS[each] for each in parts[parts.index("tune") :]) >= 60
+    assert run.TOTAL + len(parts) * run.GRACE <= 600  # a lent machine's limit of one command
+
+
+class TestRestart:
+    """What `run` makes of the processes of a part, which are played here."""
+
+    @staticmethod
+    def play(tmp_path: Path, monkeypatch, script: list[tuple[list, int | None]]) -> tuple[run.Outcome, list[tuple[int, bool]]]:
+        """Each process writes records and ends with a status; returns the outcome and (first, eager) of each process."""
+        started = []
+
+        def process(command: list[str], log: Path, work: Path, seconds: float, look: object) -> int | None:
+            started.append((int(command[command.index("--first") + 1]), "--eager" in command))
+            records, code = script[len(started) - 1]
+            with Path(command[command.index("--rows") + 1]).open("a") as file:
+                file.write("\n" + "".join(each if isinstance(each, str) else json.dumps(each) + "\n" for each in records))
+            log.write_text("its last words\n")
+            return code
+
+        monkeypatch.setattr(run, "process", process)
+        (tmp_path / "logs").mkdir()
+        return run.run("timing", 100, tmp_path, dry=True), started
+
+    ROW = dict(status="ok", why="")
+
+    def test_a_spoiled_process_repeats_its_job_without_a_graph(self, tmp_path: Path, monkeypatch) -> None:
+        script = [
+            ([dict(job=0, name="a"), self.ROW, dict(job=1, name="b")], part.SPOILED),
+            ([dict(job=1, name="b"), self.ROW, dict(job=2, name="c"), self.ROW], 0),
+        ]
+        outcome, started = self.play(tmp_path, monkeypatch, script)
+        assert started == [(0, False), (1, True)]
+        assert outcome.status == "ok" and outcome.count("ok") == 3
+
+    def test_a_job_that_spoils_its_process_twice_is_given_up(self, tmp_path: Path, monkeypatch) -> None:
+        script = [
+            ([dict(job=0, name="a")], part.SPOILED),
+            ([dict(job=0, name="a")], part.SPOILED),
+            ([dict(job=1, name="b"), self.ROW], 0),
+        ]
+        outcome, started = self.play(tmp_path, monkeypatch, script)
+        assert started == [(0, False), (0, True), (1, False)]
+        assert outcome.status == "failed" and [(row["status"], row.get("job")) for row in outcome.rows] == [
+            ("failed", "a"), ("ok", None),
+        ]  # fmt: skip
+
+    def test_a_row_cut_short_does_not_swallow_the_next(self, tmp_path: Path, monkeypatch) -> None:
+        script = [
+            ([dict(job=0, name="a"), '{"status": "o'], -11),
+            ([dict(job=1, name="b"), self.ROW], 0),
+        ]
+        outcome, _ = self.play(tmp_path, monkeypatch, script)
+        assert [row["status"] for row in outcome.rows] == ["failed", "failed", "ok"]
+        assert "half a row" in outcome.rows[0]["why"] and "killed by SIGSEGV" in outcome.rows[1]["why"]
+
+    def test_a_dead_gpu_does_not_take_all_the_time(self, tmp_path: Path, monkeypatch) -> None:
+        script = [([dict(job=number, name=str(number))], 1) for number in range(9)]
+        outcome, started = self.play(tmp_path, monkeypatch, script)
+        assert len(started) == run.BARREN and outcome.status == "failed" and "its last words" in outcome.why
+
+    def test_what_dies_before_its_first_job_is_not_repeated(self, tmp_path: Path, monkeypatch) -> None:
+        outcome, started = self.play(tmp_path, monkeypatch, [([], 1)])
+        assert len(started) == 1 and outcome.why == "exit status 1: its last words"
+
+
+class FakeCapture:
+    """CUDA's part of a capture, as torch 2.11 has it: what fails at its end leaves the pool's allocations under way."""
+
+    def __init__(self, monkeypatch, healed: bool = True) -> None:
+        self.calls: list[str] = []
+        stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+        nothing = contextmanager(lambda *args, **kwargs: (yield))
+
+        def allocating(*args: object) -> None:
+            if "end" not in self.calls or not healed:
+                raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+        @contextmanager
+        def graph(*args: object, **kwargs: object):
+            yield
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+        replaced = dict(
+            current_stream=stream, Stream=stream, stream=nothing, CUDAGraph=object, graph=graph, synchronize=lambda: None,
+            graph_pool_handle=lambda: (0, 1), current_device=lambda: 0, empty_cache=allocating,
+            default_generators=[type("Generator", (), {"graphsafe_set_state": lambda self, state: self})()],
+        )  # fmt: skip
+        for name, value in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *args: self.calls.append("end"), raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *args: self.calls.append("release"), raising=False)
+        monkeypatch.setattr(torch, "Generator", lambda device: type("G", (), {"graphsafe_get_state": lambda self: 0})())
+        monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: type("X", (), {"item": lambda self: 0.5})())
+
+
+def test_a_failed_capture_ends_its_allocations(monkeypatch) -> None:
+    fake = FakeCapture(monkeypatch)
+    assert times.captured(lambda: None) is None
+    assert fake.calls == ["end", "release"]
+
+
+def test_a_process_that_a_capture_has_spoiled_says_so(monkeypatch) -> None:
+    FakeCapture(monkeypatch, healed=False)
+    with pytest.raises(times.Spoiled, match="unusable after a failed capture: captures_underway"):
+        times.captured(lambda: None)
+
+
+def test_correctness_draws_on_the_device(monkeypatch) -> None:
+    """Not by `spec.problem`, whose float64 numbers are drawn on the CPU."""
+    monkeypatch.setattr(OpSpec, "problem", lambda *args, **kwargs: pytest.fail("drawn on the CPU"))
+    first, *_ = correctness.rows(Plan(dry=True, deadline=time.monotonic() + 60))
+    assert first["check"] == "against_float64" and first["status"] == "ok", first
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -67,6 +242,47 @@ def test_without_a_gpu_one_sentence(tmp_path: Path) -> None:
     done = on_gpu(tmp_path / "out")
     assert done.returncode == 201 and not (tmp_path / "out").exists()
     assert done.stdout.count("\n") == 1 and "nothing to measure here: torch sees no GPU" in done.stdout and not done.stderr
+
+
+def test_a_probe_that_fails_says_why_in_one_line(tmp_path: Path, monkeypatch) -> None:
+    def probe(inject: str) -> dict:
+        (row,) = machine.rows(Plan(dry=True, deadline=0.0, inject=inject))
+        return row
+
+    assert probe("")["status"] == "ok"
+    assert probe("compiler")["why"] == "Triton needs a C compiler for its launcher: install gcc or clang, or set CC"
+    assert probe("kernel")["why"].endswith("RuntimeError: a kernel that doubles its input gave other numbers")
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert f"Triton needs Python.h for its launcher, and {tmp_path}/Python.h does not exist" in probe("kernel")["why"]
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    assert probe("")["lacking"].startswith("the test suite without pytest, training on digits without sklearn")
+    done = on_gpu(tmp_path / "out", "--dry-run", "--inject", "probe=compiler")
+    assert done.returncode == 201 and done.stdout.count("\n") == 1 and "install gcc or clang" in done.stdout
+
+
+def test_missing_packages_are_named_in_one_line(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # without site-packages
+    python.chmod(0o755)
+    done = subprocess.run(command(tmp_path / "out"), env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
+    assert done.returncode == 201 and not done.stderr
+    assert f"{python} lacks torch, triton, numpy, einops (PYTHON chooses another)" in done.stdout
+
+
+def test_results_do_not_need_a_plotting_library(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    row = dict(op="x", dtype="bf16", batch=1, tokens=4, width=16, direction="forward", provider="triton", device_ms=1.0)
+    outcomes = [report.Outcome("timing", "ok", "", 1.0, [row | dict(status="ok", why="")])]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "long.txt").write_bytes(b"x" * (3 * report.KEPT))
+    out = tmp_path / "out"
+    out.mkdir()
+    assert "| x | bf16 |" in report.write(out, dict(gpu="none"), outcomes, tmp_path)
+    assert "pictures.zip: ModuleNotFoundError" in report.write_pictures(out, outcomes, tmp_path)
+    assert {path.name for path in out.iterdir()} == {"summary.md", "results.json", "timing.csv", "logs.zip"}
+    with zipfile.ZipFile(out / "logs.zip") as logs:
+        assert logs.getinfo("long.txt").file_size < 2.1 * report.KEPT
 
 
 def test_an_unsupported_gpu_is_named(monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,19 @@ def test_page_runs(page: Path, tmp_path: Path) -> None:
 
 
 LEFT_OUT = {f"{name(page)}:{block.line}": block.left_out for page in PAGES for block in snippets.parse(page) if block.left_out}
+
+
+def test_no_address_is_a_placeholder() -> None:
+    """There is no public address of this repository yet: pages tell how to install from a checkout."""
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        found = re.search(
+            r"REPOSITORY|<owner>|your-org|example\.com|git clone (?!https://)|git\+(?!https://)", page.read_text()
+        )
+        assert not found, f"{page.name}: {found[0]}"
+
+
+def test_the_first_paragraph_says_that_no_gpu_has_measured_this() -> None:
+    assert "No GPU has measured this yet" in (ROOT / "README.md").read_text().split("\n\n")[1]
 
 
 @pytest.mark.parametrize("where", LEFT_OUT)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+use_graphs = True  # False: device_time captures nothing
+
 
 @dataclass(frozen=True)
 class DeviceTime:
@@ -46,7 +48,7 @@ def device_time(function: Callable[[], Any], *, device: str | None = None, milli
         return in_turns({"": function}, rounds=3)[""]
     from triton.testing import do_bench
 
-    replay = captured(function)
+    replay = captured(function) if use_graphs else None
     samples = do_bench(replay or function, warmup=milliseconds / 4, rep=milliseconds, return_mode="all")
     return DeviceTime(tuple(samples), "graph" if replay else "events")
 
@@ -64,21 +66,69 @@ def in_turns(functions: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict
 
 def captured(function: Callable[[], Any]) -> Callable[[], None] | None:
     """The replay of function() as a CUDA graph, or None where it cannot be captured."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        graph, _ = capture(function)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # a wait for the device, say
+        return None
+    return graph.replay
+
+
+def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """function() as a CUDA graph, and what it returned.
+
+    Raises:
+        RuntimeError: it cannot be captured; the process can go on.
+        Spoiled: the capture failed and left the process unusable.
+    """
+    here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(here)
     with torch.cuda.stream(stream):
         for _ in range(2):  # kernels compile and libraries make their workspaces before the capture, which forbids both
             function()
-    torch.cuda.current_stream().wait_stream(stream)
+    here.wait_stream(stream)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph):
-            function()
-    except torch.OutOfMemoryError:
+        # The outer context restores the stream: torch.cuda.graph does not where the capture cannot be ended.
+        with torch.cuda.stream(here), torch.cuda.graph(graph, pool=pool):
+            result = function()
+    except BaseException:
+        _failed.append(graph)
+        clean_up(pool)
         raise
-    except RuntimeError:  # a wait for the device, say; the error belongs to the capture alone and does not stick
+    return graph, result
+
+
+_failed: list[torch.cuda.CUDAGraph] = []  # kept: torch's allocator of pinned memory may still ask them about streams
+
+
+def clean_up(pool: tuple[int, int]) -> None:
+    """After a failed capture into `pool`, let the process go on.
+
+    Where cudaStreamEndCapture fails, torch's capture_end raises before it ends the pool's allocations, and the next
+    empty_cache asserts that no capture is under way. The generator of random numbers stays in its state of a capture, too.
+
+    Raises:
+        Spoiled: the process is still unusable.
+    """
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    except RuntimeError:  # capture_end has ended them, or the capture has not begun
+        pass
+    try:
+        torch.cuda.default_generators[device].graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
         torch.cuda.synchronize()
-        return None
-    return graph.replay
+        torch.cuda.empty_cache()
+        torch.rand(1, device="cuda").item()
+    except Exception as error:
+        raise Spoiled(f"the process is unusable after a failed capture: {error}") from error
+
+
+class Spoiled(BaseException):
+    """This process can measure no more. Not an Exception: whoever notes errors and goes on must not catch it."""
 
 
 def wall_time(function: Callable[[], Any], *, calls: int = 20, rounds: int = 3) -> float:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vix_kernels.bench.measure import Row, failed, ok, skipped
 from vix_kernels.commands import DTYPES
-from vix_kernels.testing import SPECS, Case, OpSpec, Problem
+from vix_kernels.testing import SPECS, Case, OpSpec, Problem, draw
+from vix_kernels.timing import Spoiled, capture
 
 from .plan import Plan
 
@@ -20,10 +21,13 @@ LARGE = (
 )
 TINY = (Case("packed", batch=1, heads=1, tokens=20, features=9, packed=True),)
 RAN = "every operator ran"
+Job = tuple[Callable, OpSpec, str, Case]  # check, operator, dtype, case
 
 
 def rows(plan: Plan) -> Iterator[Row]:
-    for check, spec, dtype, case in order(plan):
+    for check, spec, dtype, case in plan.jobs(
+        order(plan), lambda job: f"{job[0].__name__} {job[1].name} {job[3].name} {job[2]}"
+    ):
         what = dict(check=check.__name__, op=spec.name, case=case.name, dtype=dtype)
         if plan.dry and check in (graph, streams):
             yield skipped("needs CUDA", **what)
@@ -31,8 +35,13 @@ def rows(plan: Plan) -> Iterator[Row]:
             yield skipped("out of time", **what)
         else:
             try:
-                problem = spec.problem(spec.fit(case), dtype=DTYPES[dtype], device=plan.device)
+                torch.manual_seed(0)
+                # On the device: float64 numbers drawn on a CPU take seconds at these sizes.
+                problem = draw(spec, spec.fit(case), DTYPES[dtype], plan.device, fixed=())
                 wrong, figure = check(problem)
+            except Spoiled as error:
+                yield failed(error, **what)
+                raise
             except Exception as error:
                 yield failed(error, **what)
                 plan.wait()
@@ -41,8 +50,13 @@ def rows(plan: Plan) -> Iterator[Row]:
             plan.free()
 
 
-def order(plan: Plan) -> Iterator[tuple[Callable, OpSpec, str, Case]]:
-    """(check, operator, dtype, case), what matters most first."""
+def named(job: Job) -> str:
+    check, spec, dtype, case = job
+    return f"{check.__name__} {spec.name} {case.name} {dtype}"
+
+
+def order(plan: Plan) -> Iterator[Job]:
+    """What matters most first."""
     for dtype in ("bf16",) if plan.dry else ("bf16", "fp32", "fp16"):
         for check in (against_float64, repeats, graph, streams) if dtype == "bf16" else (against_float64,):
             for spec in SPECS.values():
@@ -98,16 +112,9 @@ def graph(problem: Problem) -> tuple[str, float]:
     def run() -> list[Tensor]:
         return results(problem, backend="triton")
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        replayed = run()
+    captured, replayed = capture(run)
     for x in problem.tensors.values():
-        x.mul_(0.75)
+        x.detach().mul_(0.75)
     captured.replay()
     torch.cuda.synchronize()
     same = _equal(replayed, run())
@@ -116,7 +123,7 @@ def graph(problem: Problem) -> tuple[str, float]:
 
 def streams(problem: Problem) -> tuple[str, float]:
     """Two streams at once give what each gives alone, ten times."""
-    other = problem.map(lambda x: x * 0.75)
+    other = problem.map(lambda x: x.detach() * 0.75)
     alone = [results(each, backend="triton") for each in (problem, other)]
     torch.cuda.synchronize()
     both = [torch.cuda.Stream(), torch.cuda.Stream()]

@@ -1,28 +1,42 @@
-"""What the numbers were taken on; stops a run where there is no GPU for the kernels."""
+"""The probe: what the numbers are measured on, what is missing here, and whether a kernel runs at all."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+import triton
+import triton.language as tl
 
 from vix_kernels.backends import gpu_architecture, reason_against_gpu
 from vix_kernels.bench.machine import facts
-from vix_kernels.bench.measure import Row, ok, skipped
+from vix_kernels.bench.measure import Row, brief, ok, skipped
 
 from .plan import Plan
 
 LEAST_MEMORY = 8 * 2**30
+# What the parts need beyond what vix_kernels needs, and what is skipped without it.
+WANTED = {"pytest": "the test suite", "sklearn": "training on digits", "matplotlib": "the pictures"}
 
 
 def rows(plan: Plan) -> Iterator[Row]:
-    if plan.dry:
-        yield ok(gpu="none (dry run)", arch="interpreter", **facts())
-        return
-    if reason := reason_against_gpu():
+    if reason := None if plan.dry else reason_against_gpu():
         yield skipped(reason)
+        return
+    try:
+        launch(plan)
+    except Exception as error:  # whatever Triton, the C compiler and the driver raise
+        yield skipped(why_not_compiled(error))
+        return
+    lacking = ", ".join(f"{what} without {name}" for name, what in WANTED.items() if not find_spec(name))
+    if plan.dry:
+        yield ok(gpu="none (dry run)", arch="interpreter", lacking=lacking, **facts())
         return
     properties = torch.cuda.get_device_properties(0)
     if properties.total_memory < LEAST_MEMORY:
@@ -35,8 +49,36 @@ def rows(plan: Plan) -> Iterator[Row]:
         multiprocessors=properties.multi_processor_count,
         cuda=torch.version.cuda or f"hip {torch.version.hip}",
         driver=_driver(),
+        lacking=lacking,
         **facts(),
     )
+
+
+@triton.jit
+def double_kernel(x, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(x + at, tl.load(x + at) * 2)
+
+
+def launch(plan: Plan) -> None:
+    """Run a tiny kernel: the first launch builds Triton's launcher with a C compiler and Python.h."""
+    if plan.inject == "compiler":
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+    x = torch.ones(32, device=plan.device)
+    double_kernel[(1,)](x, SIZE=32)
+    if plan.inject == "kernel" or x.tolist() != [2.0] * 32:
+        raise RuntimeError("a kernel that doubles its input gave other numbers")
+
+
+def why_not_compiled(error: Exception) -> str:
+    """Why a tiny kernel did not run, in one sentence."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if "C compiler" in str(error) or not compiler:
+        return "Triton needs a C compiler for its launcher: install gcc or clang, or set CC"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        return f"Triton needs Python.h for its launcher, and {header} does not exist: install Python's development files"
+    return f"a tiny Triton kernel does not run: {brief(error)}"
 
 
 def _driver() -> str:

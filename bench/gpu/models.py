@@ -19,7 +19,7 @@ LARGER = ("vit", "vil", "vip", "vin")  # 4,096 tokens, where linear cost should 
 
 
 def rows(plan: Plan) -> Iterator[Row]:
-    for name, form, batch, arguments in order(plan):
+    for name, form, batch, arguments in plan.jobs(order(plan), lambda job: f"{job[0]} {' '.join(job[1])} batch {job[2]}"):
         if plan.late:
             yield skipped("out of time", model=name, provider=form[0], dtype=form[1], batch=batch, **arguments)
             continue

@@ -13,6 +13,9 @@ from typing import Any
 
 from vix_kernels.bench.draw import draw
 from vix_kernels.bench.measure import Row
+from vix_kernels.commands import write_atomically
+
+KEPT = 2**20  # bytes at either end of a log
 
 
 @dataclass(frozen=True)
@@ -29,29 +32,45 @@ class Outcome:
         return sum(row["status"] == status for row in self.rows)
 
 
-def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> None:
-    """Every file on its own: what cannot be written is named in the summary, the rest is there."""
-    problems = []
-
-    def attempt(name: str, make: Callable[[Path], Any]) -> None:
-        try:
-            make(folder / name)
-        except Exception as error:  # a missing plotting library must not cost the numbers
-            problems.append(f"{name}: {type(error).__name__}: {error}")
-
+def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> str:
+    """Write every file but the pictures and return the summary. A file that cannot be written does not cost the others."""
+    problems: list[str] = []
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     everything = dict(machine=machine, parts=[asdict(outcome) for outcome in outcomes])
-    attempt("results.json", lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"))
+    attempt(folder / "results.json", lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"), problems)
     checks = [dict(part=part, **row) for part in ("correctness", "suite", "sanitizer") for row in rows.get(part, [])]
     tables = dict(timing=[row for row in rows.get("timing", []) if "figure" not in row], models=rows.get("models", []))
-    for name, lines in (tables | dict(correctness=checks)).items():
+    for name, lines in (tables | dict(correctness=checks, tune=rows.get("tune", []))).items():
         if lines:
-            attempt(f"{name}.csv", partial(table, rows=lines))
-    pictures = work / "pictures"
-    pictures.mkdir(exist_ok=True)
-    attempt("pictures.zip", lambda path: (draw_times(pictures, rows.get("timing", [])), archive(path, pictures)))
-    attempt("logs.zip", lambda path: archive(path, work / "logs"))
-    (folder / "summary.md").write_text(summary(machine, outcomes, problems))
+            attempt(folder / f"{name}.csv", partial(table, rows=lines), problems)
+    attempt(folder / "logs.zip", lambda path: archive(path, work / "logs"), problems)
+    try:
+        text = summary(machine, outcomes, problems)
+    except Exception as error:  # whatever rows a part has written, the run goes on
+        text = f"the summary failed: {type(error).__name__}: {error}; see results.json\n"
+    attempt(folder / "summary.md", lambda path: path.write_text(text), problems)
+    return text
+
+
+def write_pictures(folder: Path, outcomes: list[Outcome], work: Path) -> str:
+    """Write pictures.zip and return why not, or ""."""
+    problems: list[str] = []
+
+    def draw_and_archive(path: Path) -> None:
+        pictures = work / "pictures"
+        pictures.mkdir(exist_ok=True)
+        draw_times(pictures, [row for outcome in outcomes if outcome.part == "timing" for row in outcome.rows])
+        archive(path, pictures)
+
+    attempt(folder / "pictures.zip", draw_and_archive, problems)
+    return "".join(problems)
+
+
+def attempt(path: Path, make: Callable[[Path], Any], problems: list[str]) -> None:
+    try:
+        write_atomically(path, make)
+    except Exception as error:  # a full disk, a missing library: what could be written stays
+        problems.append(f"{path.name}: {type(error).__name__}: {error}")
 
 
 def table(path: Path, rows: list[Row]) -> None:
@@ -63,9 +82,13 @@ def table(path: Path, rows: list[Row]) -> None:
 
 
 def archive(path: Path, folder: Path) -> None:
+    """The files of a folder; of long ones the beginning and the end."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for each in sorted(folder.iterdir()):
-            file.write(each, each.name)
+            data = each.read_bytes()
+            if len(data) > 2 * KEPT:
+                data = data[:KEPT] + f"\n... {len(data) - 2 * KEPT} bytes ...\n".encode() + data[-KEPT:]
+            file.writestr(each.name, data)
 
 
 def draw_times(folder: Path, rows: list[Row]) -> None:
@@ -97,6 +120,7 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
     if any(o.part in ("compile", "correctness", "suite") and o.status == "failed" for o in outcomes):
         lines += ["**Something gave wrong results or did not run (see Failed): these times are not to be quoted.**", ""]
     lines += times(rows.get("timing", []))
+    lines += tuned(rows.get("tune", []))
     for part in ("timing", "models", "training", "correctness", "suite", "sanitizer"):
         chosen = [r for r in rows.get(part, []) if r["status"] == "ok" and (part != "timing" or "figure" in r)]
         if chosen:
@@ -113,6 +137,18 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
         if named:
             lines += ["", f"## {status.capitalize()}", "", *named]
     return "\n".join(lines) + "\n"
+
+
+def tuned(rows: list[Row]) -> list[str]:
+    """One line a key; the entries for OVERRIDES follow from `best`."""
+    body = [
+        [f"{row['kernel']} {row['bits']} {row['width']}", text(row["present_ms"]), text(row["best_ms"]), str(row["tried"]),
+         " ".join(f"{name}={value}" for name, value in row["best"].items()) if row["best"] != row["present"] else ""]
+        for row in rows
+        if row["status"] == "ok"
+    ]  # fmt: skip
+    headings = ["kernel, bits, width", "present ms", "best ms", "tried", "better tile"]
+    return ["", "## Tuning", "", *markdown(headings, body)] if body else []
 
 
 def times(rows: Iterable[Row]) -> list[str]:

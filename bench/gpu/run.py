@@ -1,4 +1,4 @@
-"""bench/on_gpu.sh: the parts one after the other, each in a process with a time limit, then the files of OUT."""
+"""bench/on_gpu.sh: the parts one after the other, each in a process with a time limit; OUT is written after every part."""
 
 from __future__ import annotations
 
@@ -10,136 +10,270 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vix_kernels.bench.machine import commit
 from vix_kernels.bench.measure import Row, failed
 
 from . import report
+from .part import SPOILED
 from .report import Outcome
 
-ROOT = Path(__file__).resolve().parents[2]
-# In the order they run, with their shares of the time. Their places are bits of the exit status.
-PARTS = {"compile": 50, "correctness": 45, "timing": 135, "suite": 75, "models": 55, "training": 35, "sanitizer": 40}
-TOTAL = 455
+# In the order they run, with their shares of the time.
+PARTS = {
+    "compile": 50, "correctness": 45, "timing": 130, "tune": 80, "suite": 70, "models": 55, "training": 35, "sanitizer": 40,
+}  # fmt: skip
+TOTAL = 520
 GRACE = 10  # to finish what a part has begun when its time is up
-USAGE, UNAVAILABLE = 200, 201
+NOTED = 10  # seconds between two looks at the rows of a part that runs: at most these are lost with this process
+FEWEST = 5  # seconds; with less left nothing is started
+BARREN = 3  # processes of a part that end early without one good row: it is given up
+INJECTED = ("crash", "kill", "capture", "hang", "error")
+FAILED, USAGE, UNAVAILABLE = 1, 200, 201
 
 HELP = f"""\
-Takes everything that a GPU has to say about this checkout, in {TOTAL + GRACE} seconds at most, without installing it:
+Collects all GPU measurements of this checkout, in {TOTAL + GRACE} seconds at most, without installing it:
   compile      every kernel that the later parts launch, by all cores at once
   correctness  kernels at real sizes against float64, repeated, in CUDA graphs, on two streams
-  timing       device and wall times of every operator beside plain and compiled PyTorch, FlashAttention and the
+  timing       device and wall times of every operator, plain and compiled PyTorch, FlashAttention and the
                installed peers; memory
+  tune         faster launch configurations
   suite        the pytest suite, the kernels first
   models       a training step of every model: images/s, memory
-  training     a short training run on each data set at hand
+  training     a short training run on each available data set
   sanitizer    compute-sanitizer over a small call of each operator
 
-OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, pictures.zip and logs.zip. What was left
-out, for lack of time, memory or a package, is named there.
+OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip. They are
+written after every part, and every {NOTED} seconds while one runs; the pictures come last. What was skipped, for lack of time,
+memory or a package, is named there. A job that ends its process (a crash, a CUDA graph that cannot be captured) is named, and
+its part continues with the next one.
 
-Exit status: 0, or the sum of the parts that failed: {", ".join(f"{2**i} {part}" for i, part in enumerate(PARTS))};
-{USAGE}: wrong arguments; {UNAVAILABLE}: there is no GPU that the kernels run on, and one sentence says why.
+Exit status: 0; {FAILED}: a part failed or the run was stopped; {USAGE}: wrong arguments; {UNAVAILABLE}: the kernels cannot run
+here, and one sentence says why.
 
 To keep a run, copy OUT to bench/results/<gpu-slug>/<YYYY-MM-DD>-<commit>/, such as bench/results/h100-sxm/2026-01-31-1a2b3c4/,
-and commit it: `vix roofline` then prints its times beside the predicted ones.
+and commit it: `vix roofline` then prints its times next to the predicted ones.
 """
 
 
-def main() -> int:
+class Stopped(BaseException):
+    """The run was told to end: by Ctrl-C or SIGTERM."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    deadline = time.monotonic() + args.seconds
+    with tempfile.TemporaryDirectory() as folder, stopping():
+        work = Path(folder)
+        (work / "logs").mkdir()
+        probe = run("machine", 60, work, args.dry_run, args.inject.get("probe", ""))
+        if probe.status != "ok":
+            print(f"bench/on_gpu.sh: nothing to measure here: {probe.why}")
+            return UNAVAILABLE
+        if lacking := probe.rows[0]["lacking"]:
+            print(f"bench/on_gpu.sh: skipped: {lacking}", flush=True)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "summary.md").write_text("nothing yet\n")
+        except OSError as error:
+            print(f"bench/on_gpu.sh: error: OUT: {error}", file=sys.stderr)
+            return USAGE
+        machine = probe.rows[0] | dict(commit=commit(), date=time.strftime("%Y-%m-%d"))
+        outcomes: list[Outcome] = []
+        stopped = False
+        try:
+            measure(args, deadline, machine, outcomes, work)
+        except Stopped as signalled:
+            stopped = True
+            print(f"stopped by {signalled}", flush=True)
+        finally:
+            print(report.write(args.out, machine, outcomes, work))
+            bad = [each.part for each in outcomes if each.status == "failed"]
+            for each in outcomes:
+                print(f"{each.part:12} {each.status:8} {each.seconds:4.0f} s  {each.why}")
+            print(f"wrote {args.out}/summary.md" + (f"; FAILED: {', '.join(bad)}" if bad else ""), flush=True)
+        if why := report.write_pictures(args.out, outcomes, work):
+            print(f"not written: {why}")
+    return FAILED if bad or stopped else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench/on_gpu.sh", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.error = lambda message: parser.exit(USAGE, f"bench/on_gpu.sh: error: {message}\n")  # type: ignore[method-assign]
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results; made if it is not there")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results; created if missing")
     parser.add_argument("--dry-run", action="store_true", help="every part at tiny sizes in Triton's interpreter, on a CPU")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="run these parts")
     parser.add_argument("--seconds", type=float, default=TOTAL, help=f"of the whole run (default: {TOTAL})")
-    parser.add_argument("--tune", action="store_true", help="spend what time is left on `vix tune`, into OUT/tune.json")
-    parser.add_argument("--break", dest="broken", choices=PARTS, metavar="PART", help="crash this part, to see what is left")
-    args = parser.parse_args()
-    deadline = time.monotonic() + args.seconds
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        (work / "logs").mkdir()
-        probe = run("machine", 60, work, args.dry_run)
-        if probe.status != "ok":
-            print(f"bench/on_gpu.sh: nothing to measure here: {probe.why}")
-            return UNAVAILABLE
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            parser.error(f"OUT: {error}")
-        outcomes = []
-        chosen = [part for part in PARTS if part in args.only]
-        for at, part in enumerate(chosen):
-            # Its share of what is left: what one part does not need is for those after it.
-            seconds = (deadline - time.monotonic()) * PARTS[part] / sum(PARTS[each] for each in chosen[at:])
-            outcomes.append(run(part, seconds, work, args.dry_run, broken=part == args.broken))
-            last = outcomes[-1]
-            print(f"{last.part:12} {last.status:8} {last.seconds:4.0f} s  {last.why}", flush=True)
-        report.write(args.out, probe.rows[0] | dict(commit=commit(), date=time.strftime("%Y-%m-%d")), outcomes, work)
-    if args.tune and deadline > time.monotonic():
-        tune(args.out / "tune.json", deadline - time.monotonic(), args.dry_run)
-    bad = [each.part for each in outcomes if each.status == "failed"]
-    print(f"wrote {args.out}/summary.md" + (f"; FAILED: {', '.join(bad)}" if bad else ""))
-    return sum(2**i for i, part in enumerate(PARTS) if part in bad)
+    parser.add_argument(
+        "--inject", nargs="+", type=injection, default=[], metavar="PART=FAILURE",
+        help=f"let the second job of a part meet a failure ({', '.join(INJECTED)}), or the probe (probe=compiler, "
+        "probe=kernel), to see which results survive",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    args.inject = dict(args.inject)
+    return args
 
 
-def run(part: str, seconds: float, work: Path, dry: bool, broken: bool = False) -> Outcome:
-    """One part in its own process; `seconds` are its to plan with, and GRACE later it is stopped."""
-    if seconds < 5:
-        return Outcome(part, "skipped", "out of time", 0.0, [])
-    rows, log = work / f"{part}.jsonl", work / "logs" / f"{part}.txt"
-    command = [sys.executable, "-m", "bench.gpu.part", part, "--seconds", str(seconds), "--rows", str(rows)]
-    command += ["--dry-run"] * dry + ["--break"] * broken
-    start, late = time.monotonic(), False
-    with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=work, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            process.wait(timeout=seconds + GRACE)
-        except subprocess.TimeoutExpired:
-            late = True
-            os.killpg(process.pid, signal.SIGKILL)  # the processes it has started too
-            process.wait()
-    took = time.monotonic() - start
-    found = read(rows)
-    text = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-    if late:
-        return Outcome(part, "failed", f"stopped after {took:.0f} s; its last line: {text}", took, found)
-    if process.returncode:
-        code = process.returncode
-        why = f"exit status {code}: {text}" if code > 0 else f"killed by {signal.Signals(-code).name}, see its log"
-        return Outcome(part, "failed", why, took, found)
-    wrong = [row for row in found if row["status"] == "failed"]
-    if wrong:
-        return Outcome(part, "failed", f"{len(wrong)} failed, first: {report.label(wrong[0])}: {wrong[0]['why']}", took, found)
-    left = [row for row in found if row["status"] == "skipped"]
-    if len(left) == len(found):
-        return Outcome(part, "skipped", left[0]["why"] if left else "no rows", took, found)
-    return Outcome(part, "ok", f"{len(left)} left out" if left else "", took, found)
+def injection(text: str) -> tuple[str, str]:
+    part, _, failure = text.partition("=")
+    if part == "probe" and failure in ("compiler", "kernel") or part in PARTS and failure in INJECTED:
+        return part, failure
+    raise argparse.ArgumentTypeError(f"expected PART=FAILURE, got {text!r}")
 
 
-def tune(path: Path, seconds: float, dry: bool) -> None:
-    """Not a part: it proposes, and what it prints is for whoever asked."""
-    command = [sys.executable, "-m", "vix_kernels", "tune", "--seconds", str(seconds), "--output", str(path)]
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Turns SIGTERM and Ctrl-C into Stopped, so that what was measured is written."""
+
+    def stop(number: int, frame: Any) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)  # what is written now is not interrupted again
+        raise Stopped(signal.Signals(number).name)
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
-        subprocess.run(command + (["--dry-run"] if dry else ["--bits", "16", "--width", "64", "32"]), timeout=seconds + GRACE)
-    except subprocess.TimeoutExpired:
-        print(f"tune: stopped after {seconds + GRACE:.0f} s; {path} has what it found before")
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
-def read(path: Path) -> list[Row]:
-    """The rows that a part has written; a crash may leave half a line."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+def measure(args: argparse.Namespace, deadline: float, machine: Row, outcomes: list[Outcome], work: Path) -> None:
+    """Run the parts; outcomes grow, and OUT with them."""
+    chosen = [part for part in PARTS if part in args.only]
+    for at, part in enumerate(chosen):
+        # Its share of what is left: what one part does not need is for those after it.
+        seconds = (deadline - time.monotonic()) * PARTS[part] / sum(PARTS[each] for each in chosen[at:])
+
+        def note(so_far: Outcome, done: int = at) -> None:
+            outcomes[done:] = [so_far]
+            report.write(args.out, machine, outcomes, work)
+
         try:
-            found.append(json.loads(line))
+            note(run(part, seconds, work, args.dry_run, args.inject.get(part, ""), note))
+        except Exception as error:  # of this process: the part is lost, the others are not
+            note(Outcome(part, "failed", f"{type(error).__name__}: {error}", 0.0, read(work / f"{part}.jsonl")[0]))
+        last = outcomes[-1]
+        print(f"{last.part:12} {last.status:8} {last.seconds:4.0f} s  {last.why}", flush=True)
+
+
+def run(
+    part: str, seconds: float, work: Path, dry: bool, inject: str = "", note: Callable[[Outcome], None] = lambda so_far: None
+) -> Outcome:
+    """One part; after a job that ends its process, a new process continues with the next job.
+
+    `seconds` are the part's to plan with; GRACE later it is stopped. `note` receives what there is while it runs.
+    """
+    if seconds < FEWEST:
+        return Outcome(part, "skipped", "out of time", 0.0, [])
+    start = time.monotonic()
+    path, log = work / f"{part}.jsonl", work / "logs" / f"{part}.txt"
+    first, eager, barren, ended = 0, False, 0, ""
+    while True:
+        left = start + seconds - time.monotonic()
+        command = [sys.executable, "-m", "bench.gpu.part", part, "--seconds", str(left), "--rows", str(path)]
+        command += ["--first", str(first)] + ["--eager"] * eager + ["--dry-run"] * dry + ["--inject", inject] * bool(inject)
+        before = len(read(path)[0])
+
+        def look() -> None:
+            note(Outcome(part, "failed", "it was still running", time.monotonic() - start, read(path)[0]))
+
+        try:
+            code = process(command, log, work, left + GRACE, look)
+        except Stopped:
+            look()
+            raise
+        rows, job, fresh = read(path)
+        if code == 0:
+            break
+        ended = how(code, log)
+        if code is None or job is None:  # out of time, or before its first job: a new process would do the same
+            break
+        number, name = job
+        if code == SPOILED and not fresh and not eager:
+            first, eager = number, True  # the same job once more, without a CUDA graph
+        else:
+            if not fresh or code != SPOILED:
+                append(path, failed(ended, job=name))
+            first, eager = number + 1, False
+        barren = 0 if any(row["status"] == "ok" for row in rows[before:]) else barren + 1
+        if barren == BARREN or start + seconds - time.monotonic() < FEWEST:
+            break
+        ended = ""
+    return replace(judged(part, read(path)[0], ended), seconds=time.monotonic() - start)
+
+
+def process(command: list[str], log: Path, work: Path, seconds: float, look: Callable[[], None]) -> int | None:
+    """The exit status of a command, None where it was killed at the end of its time; `look` is called while it runs."""
+    end = time.monotonic() + seconds
+    with log.open("a") as file:
+        child = subprocess.Popen(command, cwd=work, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            while (left := end - time.monotonic()) > 0:
+                try:
+                    return child.wait(timeout=min(NOTED, left))
+                except subprocess.TimeoutExpired:
+                    look()
+            return None
+        finally:
+            try:
+                os.killpg(child.pid, signal.SIGKILL)  # the processes it has started too
+            except ProcessLookupError:
+                pass
+            child.wait()
+
+
+def how(code: int | None, log: Path) -> str:
+    """How a process ended."""
+    text = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+    if code is None:
+        return f"stopped at the end of its time; its last line: {text}"
+    return f"exit status {code}: {text}" if code > 0 else f"killed by {signal.Signals(-code).name}, see its log"
+
+
+def judged(part: str, rows: list[Row], ended: str) -> Outcome:
+    """The outcome of a part with these rows; ended: how its last process ended, if not as it should."""
+    wrong = [row for row in rows if row["status"] == "failed"]
+    if ended or wrong:
+        first = f"{len(wrong)} failed, first: {report.label(wrong[0])}: {wrong[0]['why']}" if wrong else ""
+        return Outcome(part, "failed", "; ".join(filter(None, (ended, first))), 0.0, rows)
+    left = [row for row in rows if row["status"] == "skipped"]
+    if len(left) == len(rows):
+        return Outcome(part, "skipped", left[0]["why"] if left else "no rows", 0.0, rows)
+    return Outcome(part, "ok", f"{len(left)} skipped" if left else "", 0.0, rows)
+
+
+def append(path: Path, row: Row) -> None:
+    with path.open("a") as file:
+        print(f"\n{json.dumps(row)}", file=file)  # on a line of its own, after a half one too
+
+
+def read(path: Path) -> tuple[list[Row], tuple[int, str] | None, bool]:
+    """The rows that a part has written, its last job, and whether that job has rows. A crash may leave half a line."""
+    rows: list[Row] = []
+    job, fresh = None, False
+    for line in filter(None, path.read_text().splitlines() if path.exists() else ()):
+        try:
+            record = json.loads(line)
         except json.JSONDecodeError:
-            found.append(failed(f"half a row: {line[:80]}"))
-    return found
+            rows.append(failed(f"half a row: {line[:80]}"))
+            continue
+        if "status" in record:
+            rows.append(record)
+            fresh = True
+        else:
+            job, fresh = (record["job"], record["name"]), False
+    return rows, job, fresh
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except Stopped as signalled:  # before the first part
+        sys.exit(f"bench/on_gpu.sh: stopped by {signalled}")

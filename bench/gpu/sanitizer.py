@@ -33,7 +33,7 @@ def rows(plan: Plan) -> Iterator[Row]:
         else:
             yield failed(_last_line(text), check="small call of each operator")
         return
-    for tool, options in TOOLS.items():
+    for tool, options in plan.jobs(TOOLS.items(), lambda job: job[0]):
         # Instrumenting torch's kernels too takes longer; releases of the tool differ in how they are told to leave them out.
         for only_ours in (("--kernel-name", "kns=_kernel"), ()):
             code, text = _run((program, "--tool", tool, *options, *only_ours, *SMALL), plan)

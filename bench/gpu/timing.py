@@ -21,11 +21,15 @@ Job = tuple[str, str, Case, tuple[str, ...]]  # operator, dtype, sizes, provider
 
 
 def rows(plan: Plan) -> Iterator[Row]:
-    yield from ceilings(plan)
     effort = Effort(rounds=1, memory=False) if plan.dry else Effort(milliseconds=25)
     if plan.dry:
         providers.COMPILER = "aot_eager"  # the interpreter's machine may have no compiler
-    for op, dtype, case, names in order(plan):
+    jobs = [None, *order(plan)]  # None: the machine's ceilings
+    for job in plan.jobs(jobs, lambda job: f"{job[0]} {job[2].name} {job[1]} {' '.join(job[3])}" if job else "ceilings"):
+        if job is None:
+            yield from ceilings(plan)
+            continue
+        op, dtype, case, names = job
         for result in measure(op, case, dtype, names, plan.device, effort=effort, late=lambda: plan.late):
             yield result.row
         plan.free()

@@ -29,7 +29,7 @@ def rows(plan: Plan) -> Iterator[Row]:
     configs = [Config(amp=True)]  # on digits
     fast = Config(**RECIPES["fast"] | dict(epochs=10, batch_size=512))
     configs += [replace(fast, dataset=str(path)) for path in sorted(ROOT.glob("data/*.npz"))]
-    for config in configs:
+    for config in plan.jobs(configs, lambda config: f"{config.model} {Path(config.dataset).stem}"):
         if plan.dry:
             tiny = dict(depth=1, embed_dim=16, num_heads=2, patch_size=4)
             config = replace(config, epochs=1, warmup_epochs=0, model_kwargs=tiny)

@@ -29,12 +29,14 @@ import triton
 from torch import Tensor
 
 from ..commands import DTYPES, Parser
-from . import offline
+from . import offline, shared_memory
 from .compile_table import Row, count_text, order, read_table, regressions, show_table, violations, write_table
+from .launch_table import TABLE as LAUNCH_TABLE
+from .layout import padded
 from .targets import TARGETS
 
 TABLE = Path(__file__).with_name("compile_report.csv")
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 WIDTHS = (32, 64, 80, 128, 256)
 FEATURES = (16, 110, 266)
 LANDMARKS = (64, 128)  # at most 64 are inverted in registers; 128 at one width, which hardly matters to the inverse
@@ -224,6 +226,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--features", nargs="+", type=within(1, 65536), default=FEATURES, metavar="M")
     parser.add_argument("--jobs", type=within(1, 1024), default=2, help="worker processes (default: 2)")
     parser.add_argument("--write", action="store_true", help="refresh the committed table for what was compiled")
+    parser.add_argument(
+        "--shared", action="store_true",
+        help="only the shared memory of every entry of the launch table; --write measures what its table lacks",
+    )  # fmt: skip
     parser.add_argument("--csv", type=Path, default=TABLE, metavar="PATH", help="the table to compare with or to write")
     args = parser.parse_args(argv)
     if args.write and set(args.features) != set(FEATURES):
@@ -287,6 +293,42 @@ def compile_grid(cells: list[tuple], jobs: int) -> Report:
     return report
 
 
+def shared_memory_table(args: argparse.Namespace) -> int:
+    """The shared memory of every entry of the launch table: measured again and compared, or refreshed where it is missing."""
+    bits = {8 * DTYPES[dtype].itemsize for dtype in args.dtype}
+    widths = set(map(padded, args.width)) | {key[2] for key in LAUNCH_TABLE if args.width == WIDTHS}
+    committed = shared_memory.read_rows() if shared_memory.COMMITTED.is_file() else []
+    mine = [row for row in committed if row.triton == triton.__version__]
+    cells, asked = [], set()
+    for arch in dict.fromkeys(args.arch):  # GPUs of one generation have entries in common
+        wanted = set(shared_memory.missing(mine, arch) if args.write else shared_memory.entries(arch)) - asked
+        wanted = {entry for entry in wanted if entry.bits in bits and entry.width in widths}
+        asked |= wanted
+        cells += shared_memory.cells(wanted, arch)
+    rows: list[shared_memory.Row] = []
+    context = multiprocessing.get_context("spawn")
+    with worker_environment(), ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,)) as pool:
+        for done, each in enumerate(as_completed([pool.submit(shared_memory.measure, *cell) for cell in cells]), start=1):
+            rows += each.result()
+            progress(f"[{done}/{len(cells)}] {len(rows)} entries")
+    progress("")
+    unmeasured = asked - {row.entry for row in rows}
+    failures = [f"{entry}: no call launches it" for entry in sorted(unmeasured)]
+    if args.write:
+        served = {entry for arch in TARGETS for entry in shared_memory.entries(arch)}
+        current = {(row.triton, row.entry): row for row in committed + rows if row.entry in served}  # the new ones last
+        rows = list(current.values())
+        shared_memory.write_rows(rows)
+        print(f"wrote {shared_memory.COMMITTED}")
+    else:
+        failures += [f"{row}: differs from {shared_memory.COMMITTED.name}" for row in sorted(set(rows) - set(committed))]
+    failures += [text for arch in args.arch for text in shared_memory.excesses(rows, arch)]
+    for text in failures:
+        print(f"FAILED {text}", file=sys.stderr)
+    print(f"shared memory of {len(rows)} entries: " + ("FAILED" if failures else "passed"))
+    return 1 if failures else 0
+
+
 def progress(text: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
@@ -294,6 +336,8 @@ def progress(text: str) -> None:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
+    if args.shared:
+        return shared_memory_table(args)
     start = time.perf_counter()
     cells = [(*cell, tuple(args.features)) for cell in product(args.arch, args.dtype, args.width)]
     report = compile_grid(list(dict.fromkeys(cells)), args.jobs)

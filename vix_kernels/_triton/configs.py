@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends import gpu_architecture, interpreted
 from ..primitives.layout import accumulator
-from .launch_table import INTERPRETER, OVERRIDES, TABLE, Tile
+from .launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
 from .layout import padded
 from .targets import TARGETS
 
@@ -70,18 +70,26 @@ ASSUMED_TOKENS = 1024
 def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> LaunchConfig:
     """The configuration of `kernel` for the architecture and dtype of `tokens` and the larger head width `width`."""
     arch = architecture(tokens.device)
-    size, split = (tokens.element_size() * 8, padded(width)), slots.element_size() > tokens.element_size()
-    # Slots in 16 bits, pooled from tokens, need other registers than random features.
-    names = (f"{kernel}_pooled", kernel) if size[0] == 16 and not split else (kernel,)
-    tables = OVERRIDES.get(arch, {}), {} if arch == "interpreter" else TABLE
-    found = (table.get((name, *size)) for name in names for table in tables)
-    tile = next((each for each in found if each), INTERPRETER if arch == "interpreter" else None)
-    if tile is None:
-        raise KeyError(f"the launch table has no {kernel} of {size[0]} bits and width {size[1]}")
+    split = slots.element_size() > tokens.element_size()
+    _, tile = find_tile(arch, kernel, tokens.element_size() * 8, padded(width), pooled=not split)
     step = tile.tokens
     if assumed:
         tile = tile._replace(tokens=max(tile.tokens, min(ASSUMED_TOKENS, triton.next_power_of_2(tokens.shape[2]))))
     return LaunchConfig(tile, accumulator(tokens.dtype), split, _precision(tile, arch), multiprocessors(tokens.device), step)
+
+
+def find_tile(arch: str, kernel: str, bits: int, width: int, pooled: bool) -> tuple[Key, Tile]:
+    """The key that serves a launch of `kernel` on `arch`, and its tile; pooled: the slots have the tokens' dtype."""
+    # Slots in 16 bits, pooled from tokens, need other registers than random features.
+    names = (f"{kernel}_pooled", kernel) if bits == 16 and pooled else (kernel,)
+    keys = [(name, bits, width) for name in names]
+    for key in keys:
+        for table in (OVERRIDES.get(arch, {}), {} if arch == "interpreter" else TABLE):
+            if tile := table.get(key):
+                return key, tile
+    if arch == "interpreter":
+        return keys[-1], INTERPRETER
+    raise KeyError(f"the launch table has no {kernel} of {bits} bits and width {width}")
 
 
 def _precision(tile: Tile, arch: str) -> str:

@@ -20,9 +20,11 @@ class Tile(NamedTuple):
     apart: bool = False  # dk and dv in launches of their own, where both accumulators do not fit the registers
 
 
-# By kernel, bits of the tokens' dtype and padded width. A kernel "..._pooled" reads slots that are pooled from tokens, in 16
-# bits as these are, where it needs other tiles than with random features.
-TABLE: dict[tuple[str, int, int], Tile] = {
+Key = tuple[str, int, int]  # kernel, bits of the tokens' dtype, padded width
+
+# A kernel "..._pooled" reads slots that are pooled from tokens, in 16 bits as these are, where it needs other tiles than with
+# random features.
+TABLE: dict[Key, Tile] = {
     ("aggregate_forward", 16, 16): Tile(64, 64, 4, 3),
     ("aggregate_forward", 16, 32): Tile(64, 64, 4, 3),
     ("aggregate_forward", 16, 64): Tile(64, 32, 4, 3),
@@ -262,6 +264,16 @@ _WARP_GROUP = {  # 64 tokens or slots and more a product: warp-group instruction
     ("dft_channels", 16, 64): Tile(64, 64, 8, 3),
     ("dft_tokens", 16, 64): Tile(64, 64, 8, 3),
 }
+_SMALL = {  # 99 KiB of shared memory
+    ("aggregate_slots", 16, 128): Tile(64, 32, 8, 2),
+    ("linear_aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
+    ("linear_broadcast_slots", 32, 256): Tile(16, 16, 8, 1, "ieee"),
+    ("broadcast_forward_pooled", 16, 64): Tile(64, 64, 4, 2),
+    ("broadcast_tokens_pooled", 16, 128): Tile(32, 64, 8, 1),
+    ("token_conv_backward", 16, 128): Tile(32, 64, 8, 1),
+    ("broadcast_slots", 32, 32): Tile(64, 16, 8, 1),
+    ("aggregate_slots", 32, 128): Tile(16, 16, 8, 1, "ieee"),
+}
 _CDNA = {  # one stage and smaller tiles where the pipeline does not fit the registers
     ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 1),
     ("broadcast_tokens", 16, 32): Tile(32, 128, 4, 1),
@@ -273,17 +285,17 @@ _CDNA = {  # one stage and smaller tiles where the pipeline does not fit the reg
     ("pinv_forward", 16, 64): Tile(0, 16, 8, 1, "tf32"),
 }
 # What an architecture does better with. The table above is for all others.
-OVERRIDES: dict[str, dict[tuple[str, int, int], Tile]] = {
+OVERRIDES: dict[str, dict[Key, Tile]] = {
     "sm_80": {
         ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 8, 3),
         ("broadcast_tokens_pooled", 16, 128): Tile(32, 64, 8, 1),
     },
-    "sm_86": {
-        ("broadcast_forward_pooled", 16, 64): Tile(64, 64, 4, 2),
-        ("broadcast_tokens_pooled", 16, 128): Tile(32, 64, 8, 1),
-        ("token_conv_backward", 16, 128): Tile(32, 64, 8, 1),
-        ("broadcast_slots", 32, 32): Tile(64, 16, 8, 1),
-        ("aggregate_slots", 32, 128): Tile(16, 16, 8, 1, "ieee"),
+    "sm_86": _SMALL,
+    "sm_89": _SMALL,
+    "sm_120": _SMALL
+    | {
+        ("token_conv_backward", 16, 64): Tile(64, 64, 8, 1),
+        ("pinv_backward", 16, 128): Tile(0, 32, 4, 1, "tf32"),
     },
     "sm_90": _WARP_GROUP
     | {

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,7 @@ from ..timing import device_time
 from . import configs
 from . import launch as door
 from .costs import DIRECTIONS
-from .launch_table import INTERPRETER, OVERRIDES, TABLE, Tile
-
-Key = tuple[str, int, int]  # kernel, bits of the tokens' dtype, padded width: the keys of TABLE
+from .launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
 
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 LIMITS = {"slots": (16, 128), "tokens": (8, 256), "num_warps": (1, 8), "num_stages": (1, 4)}
@@ -78,16 +78,17 @@ class _Lookups(dict):
 
     def __init__(self, entries: dict[Key, Tile]) -> None:
         super().__init__(entries)
-        self.asked: set[Key] = set()
+        self.asked: dict[Key, None] = {}  # in order, the latest last
 
     def get(self, key: Key, default: Tile | None = None) -> Tile | None:
-        self.asked.add(key)
+        self.asked.pop(key, None)
+        self.asked[key] = None
         return super().get(key, default)
 
 
 @contextmanager
-def lookups(arch: str) -> Iterator[set[Key]]:
-    """The keys that launches on `arch` inside the block look up."""
+def lookups(arch: str) -> Iterator[dict[Key, None]]:
+    """The keys that launches on `arch` look up inside the block, the latest last."""
     before = OVERRIDES.get(arch)
     noting = OVERRIDES[arch] = _Lookups(before or {})
     try:
@@ -211,27 +212,38 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
     return found
 
 
-def benches(width: int, bits: int, device: str) -> Iterator[Bench]:
-    """Every operator and direction: large enough to fill a GPU, tiny in the interpreter."""
+@lru_cache(maxsize=1)  # their tensors fill memory
+def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key], Bench]]:
+    """Every operator and direction with the keys that it looks up, those with few keys first.
+
+    Sizes are large enough to fill a GPU, tiny in the interpreter. An operator that does not run is named and skipped.
+    """
     large, tiny = Case("tune", 8, 8, 4096, features=256), Case("tune", 1, 1, 20, features=8)
-    for spec in SPECS.values():
+    found = []
+    for spec, direction in product(SPECS.values(), DIRECTIONS):
         rope = "interleaved" if spec.name == "apply_rope" else None
-        for direction in DIRECTIONS:
-            yield Bench(spec, direction, replace(large if device == "cuda" else tiny, width=width, rope=rope), bits, device)
+        try:
+            bench = Bench(spec, direction, replace(large if device == "cuda" else tiny, width=width, rope=rope), bits, device)
+            found.append((bench.keys(arch), bench))
+        except Exception as error:
+            print(f"vix tune: {spec.name} {direction} does not run: {type(error).__name__}: {error}", file=sys.stderr)
+            if device == "cuda":
+                torch.cuda.synchronize()  # raises again what the process cannot recover from
+    return sorted(found, key=lambda user: len(user[0]))
 
 
-def tune(keys: Iterable[Key], arch: str, device: str, seconds: float) -> Iterator[Proposal]:
+def tune(keys: Iterable[Key], arch: str, device: str, deadline: float) -> Iterator[Proposal]:
     """A proposal for each key, as long as time lasts; a kernel is timed in the smallest use that launches it."""
-    deadline = time.monotonic() + seconds
-    by_size: dict[tuple[int, int], list[Key]] = {}
     for key in keys:
-        by_size.setdefault((key[2], key[1]), []).append(key)
-    for (width, bits), wanted in by_size.items():
-        users = sorted(((bench.keys(arch), bench) for bench in benches(width, bits, device)), key=lambda user: len(user[0]))
-        for key in wanted:
-            bench = next((bench for asked, bench in users if key in asked), None)
-            if bench is not None and time.monotonic() < deadline:
-                yield tune_key(bench, arch, key, deadline)
+        _, bits, width = key
+        if time.monotonic() > deadline:
+            return
+        bench = next((bench for asked, bench in users(arch, width, bits, device) if key in asked), None)
+        if bench is not None:
+            yield tune_key(bench, arch, key, deadline)
+
+
+DRY = [("aggregate_forward", 32, 16)]  # in the interpreter
 
 
 def snippet(arch: str, proposals: Iterable[Proposal]) -> str:
@@ -241,14 +253,17 @@ def snippet(arch: str, proposals: Iterable[Proposal]) -> str:
     return "\n".join([f'OVERRIDES["{arch}"] |= {{', *lines, "}"])
 
 
+def row(proposal: Proposal) -> dict[str, Any]:
+    kernel, bits, width = proposal.key
+    return dict(
+        kernel=kernel, bits=bits, width=width, use=proposal.use,
+        present=proposal.present._asdict(), present_ms=proposal.present_ms,
+        best=proposal.best._asdict(), best_ms=proposal.best_ms, tried=proposal.tried, refused=proposal.refused,
+    )  # fmt: skip
+
+
 def report(arch: str, gpu: str, proposals: Iterable[Proposal]) -> dict:
-    rows = [
-        dict(
-            kernel=each.key[0], bits=each.key[1], width=each.key[2], use=each.use, present=each.present._asdict(),
-            present_ms=each.present_ms, best=each.best._asdict(), best_ms=each.best_ms, tried=each.tried, refused=each.refused,
-        )
-        for each in proposals
-    ]  # fmt: skip
+    rows = [row(each) for each in proposals]
     return dict(arch=arch, gpu=gpu, torch=torch.__version__, triton=triton.__version__, proposals=rows)
 
 
@@ -280,7 +295,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.dry_run:
         arch, gpu, device = "interpreter", "Triton's interpreter", "cpu"
-        keys = [("aggregate_forward", 32, 16)]
+        keys = DRY
     else:
         if reason := reason_against_gpu():
             print(f"vix tune: nothing to measure here: {reason}")
@@ -290,7 +305,7 @@ def main(argv: list[str]) -> int:
         keys = [key for width, bits in sizes for key in TABLE if key[0] in args.kernel and key[1:] == (bits, width)]
 
     proposals = []
-    for proposal in tune(keys, arch, device, args.seconds):
+    for proposal in tune(keys, arch, device, time.monotonic() + args.seconds):
         proposals.append(proposal)
         print(proposal, flush=True)
         args.output.write_text(json.dumps(report(arch, gpu, proposals), indent=1) + "\n")

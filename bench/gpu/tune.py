@@ -1,0 +1,47 @@
+"""Launch configurations that are faster on this GPU: a few seconds of `vix tune` for each of the kernels that matter most."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from vix_kernels._triton import tune
+from vix_kernels._triton.configs import architecture
+from vix_kernels._triton.launch_table import TABLE
+from vix_kernels.bench.measure import Row, failed, ok, skipped
+
+from .plan import Plan
+
+# Softmax attention first: most operators are made of it.
+KERNELS = (
+    "broadcast_forward", "aggregate_forward", "aggregate_tokens", "broadcast_tokens", "broadcast_slots", "aggregate_slots",
+    "pinv_backward", "linear_aggregate_forward", "linear_broadcast_forward", "linear_aggregate_tokens",
+    "linear_broadcast_tokens", "linear_broadcast_slots", "project_forward", "project_tokens", "project_weights", "pinv_forward",
+)  # fmt: skip
+SECONDS = 12  # for one key: several keys improved a little say more than one improved fully
+
+
+def rows(plan: Plan) -> Iterator[Row]:
+    arch = architecture(torch.device(plan.device))
+    keys = tune.DRY if plan.dry else sorted(
+        (key for key in TABLE if key[0] in KERNELS and key[1] == 16 and key[2] in (32, 64)),
+        key=lambda key: (-key[2], KERNELS.index(key[0])),
+    )  # fmt: skip
+    for key in plan.jobs(keys, lambda key: " ".join(map(str, key))):
+        what = dict(kernel=key[0], bits=key[1], width=key[2])
+        if plan.late:
+            yield skipped("out of time", **what)
+            continue
+        try:
+            tune.users(arch, key[2], key[1], plan.device)  # prepared, and kept: not in the key's own time
+            found = list(tune.tune([key], arch, plan.device, min(plan.deadline, time.monotonic() + SECONDS)))
+        except Exception as error:
+            yield failed(error, **what)
+            plan.wait()
+            continue
+        for proposal in found:
+            yield ok(**tune.row(proposal), arch=arch)
+        if not found:
+            yield skipped("no operator launches it", **what)

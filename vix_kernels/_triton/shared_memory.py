@@ -1,0 +1,271 @@
+"""The shared memory that every entry of the launch table needs, as a committed table; `vix compile-report --shared` checks it.
+
+Triton allocates shared memory before it generates machine code. Compilation stops there, which is three times faster than
+compiling to the end, so every entry can be measured in all its variants: RoPE in both layouts, trained and pooled slots,
+masks, the residual convolution. A row holds the most that any of them needs.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..commands import write_atomically
+from . import launch as door
+from . import offline
+from .configs import find_tile
+from .launch_table import OVERRIDES, TABLE, Tile
+from .targets import TARGETS
+from .tune import lookups
+
+COMMITTED = Path(__file__).with_name("shared_memory.csv")
+BATCH, HEADS, TOKENS, SLOTS = 2, 4, 1024, 256
+DTYPES = {16: torch.bfloat16, 32: torch.float32}
+# GPUs for which Triton chooses the same layouts and pipelines, by the one that is compiled for.
+GENERATION = {
+    "sm_80": "sm_86", "sm_86": "sm_86", "sm_89": "sm_86", "sm_90": "sm_90", "sm_100": "sm_100", "sm_120": "sm_120",
+    "gfx90a": "gfx90a", "gfx942": "gfx942", "gfx950": "gfx950",
+}  # fmt: skip
+
+
+class Entry(NamedTuple):
+    """A key of the launch table and the tile that serves it on GPUs of a generation."""
+
+    generation: str
+    kernel: str
+    bits: int
+    width: int
+    tile: Tile
+
+
+@dataclass(frozen=True, order=True)
+class Row:
+    """The most shared memory, in bytes, that an entry needs. source: hash of the kernel and of what it calls."""
+
+    triton: str
+    generation: str
+    kernel: str
+    bits: int
+    width: int
+    tile: str
+    source: str
+    shared: int
+
+    @property
+    def entry(self) -> Entry:
+        slots, tokens, warps, stages, precision, apart = self.tile.split()
+        tile = Tile(int(slots), int(tokens), int(warps), int(stages), precision, apart == "True")
+        return Entry(self.generation, self.kernel, self.bits, self.width, tile)
+
+    @staticmethod
+    def of(entry: Entry, shared: int) -> Row:
+        *key, tile = entry
+        return Row(triton.__version__, *key, " ".join(map(str, tile)), source(entry.kernel), shared)
+
+
+def entries(arch: str) -> set[Entry]:
+    """Everything that a launch on `arch` can look up."""
+    keys = ((name.removesuffix("_pooled"), bits, width) for name, bits, width in (*TABLE, *OVERRIDES.get(arch, {})))
+    served = (find_tile(arch, *key, pooled) for key in keys for pooled in (False, True))
+    return {Entry(GENERATION[arch], *key, tile) for key, tile in served}
+
+
+def missing(rows: Iterable[Row], arch: str) -> list[Entry]:
+    """The entries of `arch` without a row of their tile and their source, in one of the versions of Triton that have rows."""
+    measured = {replace(row, shared=0) for row in rows}
+    versions = {row.triton for row in measured} or {triton.__version__}
+    return sorted(
+        entry
+        for entry in entries(arch)
+        if any(replace(Row.of(entry, 0), triton=version) not in measured for version in versions)
+    )
+
+
+def excesses(rows: Iterable[Row], arch: str) -> list[str]:
+    """The entries of `arch` that need more shared memory than it has."""
+    served = {replace(Row.of(entry, 0), triton="") for entry in entries(arch)}
+    limit = TARGETS[arch].shared_memory
+    return [
+        f"{row.kernel} {row.bits} bits width {row.width} with tile {row.tile}: {row.shared} bytes of shared memory by Triton "
+        f"{row.triton}, {arch} has {limit}"
+        for row in sorted(rows)
+        if row.shared > limit and replace(row, triton="", shared=0) in served
+    ]
+
+
+@cache
+def source(kernel: str) -> str:
+    """A hash of the kernel of a key and of the device functions it calls, without comments and docstrings."""
+    names = ["rotate_kernel", "angle_gradient_kernel"] if kernel == "rotate" else [kernel.removesuffix("_pooled") + "_kernel"]
+    reached: dict[str, str] = {}
+    while names:
+        name = names.pop()
+        if name in reached:
+            continue
+        found = functions()[name]
+        reached[name] = "".join(map(ast.dump, found))
+        names += {each.id for node in found for each in ast.walk(node) if isinstance(each, ast.Name)} & functions().keys()
+    return hashlib.sha256("".join(reached[name] for name in sorted(reached)).encode()).hexdigest()[:12]
+
+
+@cache
+def functions() -> dict[str, list[ast.FunctionDef]]:
+    """The device functions of this folder by name; the same name may be defined in several files."""
+    found: dict[str, list[ast.FunctionDef]] = defaultdict(list)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list):
+                if ast.get_docstring(node) is not None:
+                    node.body = node.body[1:]
+                found[node.name].append(node)
+    return dict(found)
+
+
+# What is compiled
+
+
+def calls(bits: int, width: int) -> Iterator[tuple[Callable[..., Any], list[Tensor]]]:
+    """Calls, with CPU tensors, that launch every kernel in the variants that the launch table does not tell apart.
+
+    Slots and filters take gradients: without them the kernels do less, with no more memory.
+    """
+    import vix_kernels as vix
+    from vix_kernels.primitives import token_conv
+
+    dtype = DTYPES[bits]
+    q, k, v = (torch.empty(BATCH, HEADS, TOKENS, width, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
+    half, interleaved = (vix.rope_1d(TOKENS, width, layout=layout) for layout in ("half", "interleaved"))
+    variants = dict(), dict(rope=half, key_padding_mask=mask), dict(rope=interleaved)
+    slots = torch.empty(SLOTS, width, requires_grad=True)
+    agents = torch.empty(BATCH, HEADS, 49, width, dtype=dtype, requires_grad=True)
+    taps = torch.empty(HEADS, 1, 33, 1, requires_grad=True)
+    projections = [torch.empty(TOKENS, SLOTS, requires_grad=True) for _ in range(2)]
+    landmarks = min(width, 128)
+
+    def nystrom(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        return vix.nystrom_attention(q, k, v, num_landmarks=landmarks, conv_weight=weight, **options)
+
+    def linear(q: Tensor, k: Tensor, v: Tensor, projection: Tensor | None = None, **options: Any) -> Tensor:
+        return vix.linear_attention(q, k, v, projection=projection, **options)
+
+    for options in variants:
+        options = options | dict(backend="triton")
+        yield partial(vix.performer_attention, **options), [q, k, v, slots]
+        yield partial(vix.agent_attention, **options), [q, k, v, agents]
+        yield partial(nystrom, **options), [q, k, v, taps]
+        yield partial(token_conv, mask=options.get("key_padding_mask"), backend="triton"), [v, taps]
+        yield partial(vix.linformer_attention, **options), [q, k, v, *projections]
+        yield partial(linear, feature_map="elu", **options), [q, k, v]
+        yield partial(linear, **options), [q, k, v, slots]
+    for rope in (half, interleaved):
+        yield partial(vix.apply_rope, rope=rope, backend="triton"), [q, k]
+    frequencies = torch.empty(2, HEADS, width // 2, requires_grad=True)
+    yield lambda q, k, w: vix.apply_rope(q, k, vix.rope_mixed(TOKENS // 32, 32, w), backend="triton"), [q, k, frequencies]
+    if width == 64:  # one entry serves all widths
+        x = torch.empty(BATCH, TOKENS, 4 * width, dtype=dtype, requires_grad=True)
+        yield partial(vix.fourier_mixing, backend="triton"), [x]
+
+
+class Allocated(Exception):
+    """Carries the bytes out of a compilation."""
+
+
+@contextmanager
+def allocation_only() -> Iterator[None]:
+    """Inside the block, compiling a kernel raises Allocated instead of generating machine code."""
+    from triton._C.libtriton import ir, nvidia, passes
+    from triton.backends.amd.compiler import HIPBackend
+    from triton.backends.nvidia.compiler import CUDABackend, get_ptx_version_from_options
+
+    def cuda(self: Any, module: Any, metadata: dict, options: Any, capability: int) -> None:
+        version = get_ptx_version_from_options(options, self.target.arch)
+        manager = ir.pass_manager(module.context)
+        passes.convert.add_scf_to_cf(manager)
+        passes.gluon.add_inliner(manager)
+        nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, capability, version)
+        manager.run(module, "allocate_shared_memory")
+        raise Allocated(module.get_int_attr("ttg.shared"))
+
+    def hip(module: Any, metadata: dict, options: Any) -> None:  # a step later: the passes differ between versions of Triton
+        raise Allocated(metadata["shared"])
+
+    before = CUDABackend.make_llir, HIPBackend.__dict__["make_amdgcn"]
+    CUDABackend.make_llir, HIPBackend.make_amdgcn = cuda, staticmethod(hip)
+    try:
+        yield
+    finally:
+        CUDABackend.make_llir, HIPBackend.make_amdgcn = before
+
+
+def measure(arch: str, bits: int, width: int, wanted: Iterable[Entry]) -> list[Row]:
+    """Rows of the wanted entries of these bits and this width."""
+    by_key = {(each.kernel, each.bits, each.width): each for each in wanted}
+    most: dict[Entry, int] = {}
+    seen = set()
+
+    def observe(kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
+        name = "rotate" if kernel.__name__ == "angle_gradient_kernel" else kernel.__name__.removesuffix("_kernel")
+        key = next((each for each in reversed(asked) if each[0].removesuffix("_pooled") == name), None)
+        entry = by_key.get(key)
+        dtypes = tuple(str(each.dtype) for each in args if isinstance(each, Tensor))
+        variant = entry, kernel.__name__, dtypes, tuple(sorted((name, str(value)) for name, value in meta.items()))
+        if entry is None or variant in seen:
+            return
+        seen.add(variant)
+        try:
+            kernel.warmup(*args, grid=grid, **meta)
+        except Allocated as allocated:
+            most[entry] = max(most.get(entry, 0), allocated.args[0])
+
+    with offline.capture(arch), allocation_only(), lookups(arch) as asked:
+        door.observer = observe
+        for function, inputs in calls(bits, width):
+            outputs = function(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            leaves = [each for each in inputs if each.requires_grad]
+            torch.autograd.grad(outputs, leaves, [torch.empty_like(each) for each in outputs])
+    return [Row.of(entry, shared) for entry, shared in most.items()]
+
+
+def cells(wanted: Iterable[Entry], arch: str) -> Iterator[tuple[str, int, int, list[Entry]]]:
+    """The arguments of `measure` for these entries."""
+    by_size: dict[tuple[int, int], list[Entry]] = defaultdict(list)
+    for entry in wanted:
+        by_size[entry.bits, entry.width].append(entry)
+    for (bits, width), group in by_size.items():
+        yield arch, bits, width, group
+
+
+# The file
+
+
+def read_rows(path: Path = COMMITTED) -> list[Row]:
+    with path.open(newline="") as file:
+        header, *lines = csv.reader(file)
+    if header != [each.name for each in fields(Row)]:
+        raise ValueError(f"{path}: unexpected columns {', '.join(header)}")
+    convert = [int if each.type == "int" else str for each in fields(Row)]
+    return [Row(*(kind(cell) for kind, cell in zip(convert, line, strict=True))) for line in lines]
+
+
+def write_rows(rows: Iterable[Row], path: Path = COMMITTED) -> None:
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(each.name for each in fields(Row))
+            writer.writerows(astuple(row) for row in sorted(rows))
+
+    write_atomically(path, write)
