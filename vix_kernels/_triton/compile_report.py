@@ -295,12 +295,13 @@ def compile_grid(cells: list[tuple], jobs: int) -> Report:
 
 def shared_memory_table(args: argparse.Namespace) -> int:
     """The shared memory of every entry of the launch table: measured again and compared, or refreshed where it is missing."""
+    archs = tuple(TARGETS if args.arch == ARCHITECTURES else dict.fromkeys(args.arch))  # by default all
     bits = {8 * DTYPES[dtype].itemsize for dtype in args.dtype}
     widths = set(map(padded, args.width)) | {key[2] for key in LAUNCH_TABLE if args.width == WIDTHS}
     committed = shared_memory.read_rows() if shared_memory.COMMITTED.is_file() else []
     mine = [row for row in committed if row.triton == triton.__version__]
     cells, asked = [], set()
-    for arch in dict.fromkeys(args.arch):  # GPUs of one generation have entries in common
+    for arch in archs:  # GPUs of one generation have entries in common
         wanted = set(shared_memory.missing(mine, arch) if args.write else shared_memory.entries(arch)) - asked
         wanted = {entry for entry in wanted if entry.bits in bits and entry.width in widths}
         asked |= wanted
@@ -322,7 +323,7 @@ def shared_memory_table(args: argparse.Namespace) -> int:
         print(f"wrote {shared_memory.COMMITTED}")
     else:
         failures += [f"{row}: differs from {shared_memory.COMMITTED.name}" for row in sorted(set(rows) - set(committed))]
-    failures += [text for arch in args.arch for text in shared_memory.excesses(rows, arch)]
+    failures += [text for arch in archs for text in shared_memory.excesses(rows, arch)]
     for text in failures:
         print(f"FAILED {text}", file=sys.stderr)
     print(f"shared memory of {len(rows)} entries: " + ("FAILED" if failures else "passed"))
