@@ -64,6 +64,15 @@ def per_stage(stages: int, **values: Any) -> list[tuple[int, ...]]:
     return rows
 
 
+def check_name(name: Any, known: Iterable[str], kind: str) -> None:
+    """The name of a model or an original, the `kind`, that is `known`."""
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected the name of a known {kind}, got {name!r}")
+    known = tuple(known)
+    if name not in known:
+        raise ValueError(f"name: unknown {kind} {name!r}{nearest(name, known)}; the {kind}s are {', '.join(known)}")
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """What a typing error may have meant, to be put behind it."""
     match = get_close_matches(word, list(words), n=3)

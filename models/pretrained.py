@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from importlib.resources import files
+from os import PathLike
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -37,7 +38,9 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    folder = Path(folder)
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), dict):
+        raise TypeError(f"model: expected one of create_model or from_original, got a {type(model).__name__}")
+    folder = _path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors, extra = {}, {}
     for key, value in model.state_dict().items():
@@ -61,10 +64,12 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
             another num_classes or global_pool the head is new.
 
     Raises:
-        FileNotFoundError: a file is missing.
+        FileNotFoundError: the folder or a file is missing.
         ValueError: the weights do not fit: lists all that are missing, unexpected or of another shape.
     """
-    folder = Path(folder)
+    folder = _path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder: expected one that save_model wrote, got {str(folder)!r}, which is no folder")
     config = json.loads((folder / CONFIG).read_text())
     state = _read_state(folder / WEIGHTS)
     arguments = config["arguments"]
@@ -98,6 +103,12 @@ def model_card(model: nn.Module) -> str:
         parameters=f"{sum(p.numel() for p in model.parameters()):,}",
         version=__version__,
     )
+
+
+def _path(folder: Any) -> Path:
+    if not isinstance(folder, str | PathLike):
+        raise TypeError(f"folder: expected a path, got {folder!r}")
+    return Path(folder)
 
 
 def _read_state(path: Path) -> dict[str, Any]:

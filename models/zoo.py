@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from functools import partial
 from typing import Any, NamedTuple
 
-from .arguments import nearest
+from .arguments import check_name, nearest
 from .backbone import Backbone
 from .cct import CCT
 from .cvt import CvT
@@ -125,6 +125,8 @@ PUBLISHED = tuple(name for _, names, _ in _FAMILIES for name in names)  # at the
 
 def list_models(pattern: str | None = None) -> list[str]:
     """The names that `create_model` knows, or those that match `pattern`, such as "hybrid_*"."""
+    if pattern is not None and not isinstance(pattern, str):
+        raise TypeError(f"pattern: expected text such as 'hybrid_*', got {pattern!r}")
     return sorted(name for name in _MODELS if pattern is None or fnmatch(name, pattern))
 
 
@@ -169,6 +171,5 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def _entry(name: str) -> Entry:
-    if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}{nearest(name, _MODELS)}; the models are {', '.join(list_models())}")
+    check_name(name, list_models(), "model")
     return _MODELS[name]

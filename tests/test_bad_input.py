@@ -20,7 +20,15 @@ from vix_kernels import (
     rope_axial,
     rope_mixed,
 )
-from vix_kernels.nn import Attention, FourierMixing, LinearAttention, LinformerAttention, PerformerAttention
+from vix_kernels.nn import (
+    AgentAttention,
+    Attention,
+    FourierMixing,
+    LinearAttention,
+    LinformerAttention,
+    NystromAttention,
+    PerformerAttention,
+)
 
 
 def tensors(batch=2, heads=2, tokens=8, width=16, features=12):
@@ -187,6 +195,30 @@ CONSTRUCTORS = {
         lambda: LinearAttention(64, 4, eps=torch.tensor(1e-6)), TypeError, "eps: expected a Python number, got a Tensor"),
     "attention dropout": (
         lambda: PerformerAttention(64, 4, attn_drop=0.1), NotImplementedError, r"attn_drop: expected 0 .*, got 0.1"),
+    "width as text": (lambda: Attention("64"), TypeError, "dim: expected an integer >= 1, got '64'"),
+    "no width": (lambda: FourierMixing(0), ValueError, "dim: expected an integer >= 1, got 0"),
+    "heads as a float": (lambda: Attention(64, 4.0), TypeError, "num_heads: expected an integer >= 1, got 4.0"),
+    "dropout that is not a number": (
+        lambda: Attention(64, proj_drop=float("nan")), ValueError, "proj_drop: expected a number from 0 to 1, got nan"),
+    "dropout as text": (lambda: FourierMixing(64, proj_drop="a"), TypeError, "proj_drop: expected a number .*, got 'a'"),
+    "dropout of None": (lambda: Attention(64, attn_drop=None), TypeError, "attn_drop: expected a number from 0 to 1, got None"),
+    "seed as a float": (lambda: PerformerAttention(64, seed=1.0), TypeError, "seed: expected an integer, got 1.0"),
+    "seed as text": (lambda: PerformerAttention(64, seed="1"), TypeError, "seed: expected an integer, got '1'"),
+    "landmarks as text": (
+        lambda: NystromAttention(64, num_landmarks="a"), TypeError, "num_landmarks: expected an integer >= 1, got 'a'"),
+    "no landmarks": (lambda: NystromAttention(64, num_landmarks=0), ValueError, "num_landmarks: .* >= 1, got 0"),
+    "grid of floats": (
+        lambda: NystromAttention(64, grid_size=(2.0, 2)), TypeError, "grid_size: expected an integer, got 2.0"),
+    "grid as text": (
+        lambda: AgentAttention(64, grid_size="24"), TypeError, r"grid_size: expected \(height, width\), got '24'"),
+    "grid without rows": (
+        lambda: AgentAttention(64, grid_size=(0, 8)), ValueError, r"grid_size: expected two integers >= 1, got \(0, 8\)"),
+    "prefix of a module": (
+        lambda: AgentAttention(64, prefix_tokens=-1), ValueError, "prefix_tokens: expected an integer >= 0, got -1"),
+    "agents as a bool": (lambda: AgentAttention(64, num_agents=True), TypeError, "num_agents: .* >= 1, got True"),
+    "even taps": (lambda: NystromAttention(64, residual_conv_kernel=4), ValueError, "residual_conv_kernel: expected an odd"),
+    "taps of None": (lambda: NystromAttention(64, residual_conv_kernel=None), TypeError, "residual_conv_kernel: .*, got None"),
+    "length as a float": (lambda: LinformerAttention(64, seq_len=8.0), TypeError, "seq_len: expected an integer >= 1, got 8.0"),
 }  # fmt: skip
 
 
@@ -203,6 +235,34 @@ def test_modules_refuse_masks_that_are_not_bool(kind) -> None:
         module(torch.randn(1, 4, 32), key_padding_mask=torch.zeros(1, 4))
     with pytest.raises(ValueError, match=r"key_padding_mask: expected shape \(batch, tokens\) = \(1, 4\), got \(1, 3\)"):
         module(torch.randn(1, 4, 32), key_padding_mask=torch.ones(1, 3, dtype=torch.bool))
+
+
+TOKENS = {
+    "no tensor": ([[1.0]], TypeError, "x: expected a Tensor, got list"),
+    "another width": (torch.ones(1, 4, 31), ValueError, r"x: expected \(batch, tokens, 32\), got shape \(1, 4, 31\)"),
+    "rank 2": (torch.ones(4, 32), ValueError, r"x: expected \(batch, tokens, 32\), got shape \(4, 32\)"),
+    "rank 4": (torch.ones(1, 1, 4, 32), ValueError, r"x: expected \(batch, tokens, 32\), got shape \(1, 1, 4, 32\)"),
+    "integers": (torch.ones(1, 4, 32, dtype=torch.int64), TypeError, "x: expected a floating dtype, got int64"),
+    "sparse": (torch.ones(1, 4, 32).to_sparse(), TypeError, "x: expected a dense Tensor, got a sparse_coo one"),
+}
+
+
+@pytest.mark.parametrize("x, error, message", TOKENS.values(), ids=TOKENS)
+def test_modules_name_wrong_tokens(x, error, message) -> None:
+    for kind in (Attention, PerformerAttention, FourierMixing):
+        with pytest.raises(error, match=message):
+            kind(32, 2)(x)
+
+
+def test_modules_name_tokens_of_another_dtype() -> None:
+    module, x = Attention(32, 2), torch.ones(1, 4, 32, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="x: expected the module's dtype float32, got bfloat16"):
+        module(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module(x)
+    module.qkv = torch.nn.Sequential(module.qkv)  # another map may read another dtype than that of its weight
+    with pytest.raises(RuntimeError, match="dtype"):
+        module(x)
 
 
 def test_modules_refuse_what_linear_attention_has_not() -> None:
@@ -289,7 +349,7 @@ def test_agent_attention(wrong, kind, message) -> None:
 
 
 def test_a_linformer_is_made_for_sequences() -> None:
-    with pytest.raises(ValueError, match="seq_len: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="seq_len: expected an integer >= 1, got 0"):
         LinformerAttention(32, 2, seq_len=0)
     module = LinformerAttention(32, 2, seq_len=4, num_landmarks=6)
     with pytest.raises(ValueError, match="key_projection: expected at least k's 5 rows, got 4"):

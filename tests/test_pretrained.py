@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_models import images
 
 from vix_kernels.__main__ import main
-from vix_kernels.models import create_model, load_model, save_model
+from vix_kernels.models import create_model, from_original, list_models, load_model, save_model
 from vix_kernels.models.positions import resample_tokens
 from vix_kernels.models.zoo import PUBLISHED
 from vix_kernels.testing.models import small_model
@@ -103,6 +103,22 @@ def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
         load_model(tmp_path)
     for words in ("missing: cls_token, norm.bias", "unexpected: surplus", "head.weight (expected (5, 16), got (5, 3))"):
         assert words in str(error.value)
+
+
+def test_wrong_arguments_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="folder: expected one that save_model wrote, got 'nope', which is no folder"):
+        load_model("nope")
+    for wrong, message in (
+        (lambda: load_model(3), "folder: expected a path, got 3"),
+        (lambda: save_model(torch.nn.Linear(1, 1), tmp_path / "new"), "model: expected one of create_model .*, got a Linear"),
+        (lambda: create_model(3), "name: expected the name of a known model, got 3"),
+        (lambda: list_models(3), "pattern: expected text such as 'hybrid_.', got 3"),
+        (lambda: from_original(["ViP"], {}, {}), "name: expected the name of a known original"),
+        (lambda: from_original("ViP", 3, {}), "config: expected a mapping of constructor arguments, got int"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            wrong()
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_card_is_written_once(tmp_path: Path) -> None:

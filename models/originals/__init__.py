@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vix_kernels import backends
 
-from ..arguments import nearest
+from ..arguments import check_name, nearest
 from ..state import load_state
 from . import cct, levit, vix
 from .cct import CCT
@@ -125,8 +125,9 @@ def from_original(
 
 def build(name: str, config: Mapping[str, Any], *, backend: str = "auto") -> nn.Module:
     """The module of `from_original` with fresh weights."""
-    if name not in ORIGINALS:
-        raise ValueError(f"unknown original {name!r}{nearest(name, ORIGINALS)}; the originals are {', '.join(ORIGINALS)}")
+    check_name(name, ORIGINALS, "original")
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config: expected a mapping of constructor arguments, got {type(config).__name__}")
     backends.check(backend)
     original = ORIGINALS[name]
     return original.model(*original.parts, **_arguments(name, original, config), backend=backend)

@@ -11,6 +11,7 @@ from ..ops.checks import autocast
 from ..ops.pooling import at_most, pooled_queries
 from ..ops.rope import Rope
 from .attention import Attention
+from .checks import check_placement
 
 
 class AgentAttention(Attention):
@@ -39,6 +40,7 @@ class AgentAttention(Attention):
         **options: Any,
     ) -> None:
         super().__init__(dim, num_heads, *args, **options)
+        check_placement("num_agents", num_agents, grid_size, prefix_tokens)
         self.num_agents, self.grid_size, self.prefix_tokens = num_agents, grid_size, prefix_tokens
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:

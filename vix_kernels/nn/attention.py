@@ -14,6 +14,7 @@ from .. import backends
 from ..ops.checks import check_mask
 from ..ops.rope import Rope, apply_rope
 from ..ops.weights import attention_weights
+from .checks import check_heads, check_rate, check_tokens
 from .dropout import Dropout
 from .packed_linear import packed_linear
 
@@ -48,10 +49,11 @@ class Attention(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
+        check_rate("attn_drop", attn_drop)
+        check_rate("proj_drop", proj_drop)
         if attn_drop and not self.has_weights:
             raise NotImplementedError(f"attn_drop: expected 0 (there are no weights to drop), got {attn_drop}")
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
         backends.check(backend)
         norm_layer = norm_layer or nn.LayerNorm
         self.num_heads = num_heads
@@ -84,6 +86,7 @@ class Attention(nn.Module):
             key_padding_mask: bool (batch, tokens), True = valid. Other tokens are read as 0, whatever they hold.
             rope: rotary embedding of q and k.
         """
+        check_tokens(x, self.num_heads * self.head_dim, self.qkv)
         if key_padding_mask is not None:
             check_mask(key_padding_mask, x[:, None], columns="tokens")
             x = x.masked_fill(~key_padding_mask[..., None], 0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..ops.fourier import check_norm, fourier_mixing
 from ..ops.rope import Rope, apply_rope
+from .checks import check_heads, check_rate, check_tokens
 from .dropout import Dropout
 
 
@@ -42,13 +43,14 @@ class FourierMixing(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
+        check_rate("attn_drop", attn_drop)
+        check_rate("proj_drop", proj_drop)
         if attn_drop:
             raise NotImplementedError(f"attn_drop: expected 0 (there are no weights to drop), got {attn_drop}")
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
         check_norm(norm)
         backends.check(backend)
-        self.num_heads = num_heads
+        self.dim, self.num_heads = dim, num_heads
         self.norm, self.backend = norm, backend
         self.proj_drop = Dropout(proj_drop)
 
@@ -69,6 +71,7 @@ class FourierMixing(nn.Module):
 
         Masks are refused: every frequency is a sum over all tokens.
         """
+        check_tokens(x, self.dim)
         for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
             if mask is not None:
                 raise NotImplementedError(f"{name}: expected None, got a mask; every frequency is a sum over all tokens")

@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.checks import check_integer
 from ..ops.linformer import attend_to_slots, check_token_projection, linformer_attention
 from ..ops.rope import Rope
 from .attention import Attention
@@ -45,8 +46,7 @@ class LinformerAttention(Attention):
     ) -> None:
         super().__init__(dim, num_heads, *args, **options)
         for name, count in (("seq_len", seq_len), ("num_landmarks", num_landmarks)):
-            if count < 1:
-                raise ValueError(f"{name}: expected at least 1, got {count}")
+            check_integer(name, count, 1)
         self.through_keys = per_head or not isinstance(self.k_norm, nn.Identity)
         shape = (num_heads,) * per_head + (seq_len, num_landmarks)
         self.key_projection = nn.Parameter(torch.empty(shape))

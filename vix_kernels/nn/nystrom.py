@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ..ops.checks import check_integer
 from ..ops.nystrom import check_nystrom, nystrom_attention
 from ..ops.pooling import at_most
 from ..ops.rope import Rope
 from .attention import Attention
+from .checks import check_placement
 
 
 class NystromAttention(Attention):
@@ -44,8 +46,9 @@ class NystromAttention(Attention):
     ) -> None:
         super().__init__(dim, num_heads, *args, **options)
         check_nystrom(landmarks, pinv_iterations, pinv_init)
-        taps = residual_conv_kernel
-        if taps and (taps < 0 or taps % 2 == 0):
+        check_placement("num_landmarks", num_landmarks, grid_size, prefix_tokens)
+        taps = check_integer("residual_conv_kernel", residual_conv_kernel, 0)
+        if taps and taps % 2 == 0:
             raise ValueError(f"residual_conv_kernel: expected an odd number of taps, or 0, got {taps}")
         self.num_landmarks, self.landmarks, self.grid_size, self.prefix_tokens = (
             num_landmarks, landmarks, grid_size, prefix_tokens,

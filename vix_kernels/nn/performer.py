@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.checks import check_integer
 from ..ops.performer import orthogonal_projection, performer_attention
 from ..ops.rope import Rope
 from .attention import Attention
@@ -32,7 +33,7 @@ class PerformerAttention(Attention):
         self, dim: int, num_heads: int = 8, *args: Any, num_features: int | None = None, seed: int = 0, **options: Any
     ) -> None:
         super().__init__(dim, num_heads, *args, **options)
-        if not 0 <= seed < 4096:
+        if not 0 <= check_integer("seed", seed) < 4096:
             raise ValueError(f"seed: expected 0 to 4095, got {seed}")
         if num_features is None:
             num_features = max(1, int(self.head_dim * math.log(self.head_dim)))

@@ -1,0 +1,45 @@
+"""What the modules ask of their arguments. An error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.checks import check_floating, check_integer, dtype_name
+from ..ops.pooling import check_grid
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    check_integer("dim", dim, 1)
+    check_integer("num_heads", num_heads, 1)
+    if dim % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of dim {dim}, got {num_heads}")
+
+
+def check_rate(name: str, rate: Any) -> None:
+    """A number from 0 to 1."""
+    if not isinstance(rate, numbers.Real) or isinstance(rate, bool):
+        raise TypeError(f"{name}: expected a number from 0 to 1, got {rate!r}")
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {rate!r}")
+
+
+def check_placement(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tokens: int) -> None:
+    """How many landmarks or agents, an argument called `name`, and where. Each call checks that they fit its tokens."""
+    check_integer(name, count, 1)
+    check_integer("prefix_tokens", prefix_tokens, 0)
+    if grid_size is not None and min(check_grid(grid_size)) < 1:
+        raise ValueError(f"grid_size: expected two integers >= 1, got {grid_size!r}")
+
+
+def check_tokens(x: Tensor, dim: int, first: nn.Module | None = None) -> None:
+    """x (batch, tokens, dim), in the dtype of `first`, the linear map that reads it, or under autocast in any."""
+    check_floating("x", x)
+    if x.dim() != 3 or x.shape[2] != dim:
+        raise ValueError(f"x: expected (batch, tokens, {dim}), got shape {tuple(x.shape)}")
+    # A quantised map, or another that replaced it, may read other dtypes than that of its weight.
+    if type(first) is nn.Linear and x.dtype != first.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x: expected the module's dtype {dtype_name(first.weight.dtype)}, got {dtype_name(x.dtype)}")
