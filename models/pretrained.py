@@ -42,13 +42,8 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
         raise TypeError(f"model: expected one of create_model or from_original, got a {type(model).__name__}")
     folder = _path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, extra = {}, {}
-    for key, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            tensors[key] = value.contiguous()
-        else:  # how often a Performer has redrawn its features
-            extra[key] = json.dumps(value)
-    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt", **extra}))
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     config = json.dumps(model.config | {"vix_kernels": __version__}, indent=2) + "\n"
     write_atomically(folder / CONFIG, lambda path: path.write_text(config))
     if not (folder / CARD).exists():
@@ -115,6 +110,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
+        # Earlier versions wrote how often a Performer had redrawn its features there.
         extra = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key.endswith("_extra_state")}
         return {key: file.get_tensor(key) for key in file.keys()} | extra
 

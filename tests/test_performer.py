@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -213,6 +214,22 @@ class TestModule:
         resumed.redraw_projection()
         module.redraw_projection()
         assert torch.equal(resumed.projection, module.projection)
+
+    def test_the_extra_state_is_a_tensor_and_those_of_earlier_commits_load(self) -> None:
+        module = PerformerAttention(48, 3)
+        for _ in range(3):
+            module.redraw_projection()
+        with torch.device("meta"):
+            state = module.get_extra_state()
+        assert isinstance(state, torch.Tensor) and not state.is_meta and int(state) == 3
+        for extra in ({"redraws": 3}, state, state.half(), state * 0.9999 + state * 0.0001):
+            other = PerformerAttention(48, 3)
+            other.load_state_dict(module.state_dict() | {"_extra_state": extra})
+            assert other.redraws == 3
+        shapes = {key: value.to("meta") for key, value in module.state_dict().items()}
+        other.load_state_dict(shapes, assign=True)
+        assert other.redraws == 3
+        assert copy.deepcopy(module).half().redraws == 3
 
     def test_layers_of_other_seeds_have_other_features(self) -> None:
         assert not torch.equal(PerformerAttention(48, 3, seed=0).projection, PerformerAttention(48, 3, seed=1).projection)

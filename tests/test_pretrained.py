@@ -51,6 +51,15 @@ def test_redrawn_features_are_counted(tmp_path: Path) -> None:
     assert torch.equal(again.projection, attention.projection)
 
 
+def test_weights_of_earlier_commits_load(tmp_path: Path) -> None:
+    """They have the number of redraws in the metadata, as JSON."""
+    save_model(create_model("vip", **small_model("vip")), tmp_path)
+    tensors = {key: x for key, x in load_file(tmp_path / "model.safetensors").items() if not key.endswith("_extra_state")}
+    keys = [key for key in load_file(tmp_path / "model.safetensors") if key.endswith("_extra_state")]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={key: '{"redraws": 2}' for key in keys})
+    assert keys and load_model(tmp_path).blocks[0].attn.redraws == 2
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [("vip", {}), ("hybrid_vil", {"share_kv": False}), ("cct", {}), ("levit", {}), ("cvp", {"position": "learned"})],

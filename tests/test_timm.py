@@ -290,8 +290,6 @@ def test_what_cannot_be_honoured_raises():
 def test_layers_for_models_being_built():
     classes = door.NystromAttention, door.PerformerAttention, door.LinearAttention, door.AgentAttention
     assert [each.attention.op for each in classes] == list(door.OPS)
-    with pytest.raises(ValueError, match="retrain: expected True for 'linear'"):
-        door.attention_layer("linear")
     layer = door.attention_layer("nystrom", num_landmarks=4, prefix_tokens=1)
     model = vit(attn_layer=layer)
     assert list(model.state_dict()) == list(vit().state_dict())
@@ -301,6 +299,139 @@ def test_layers_for_models_being_built():
     by_name(images()).sum().backward()
     again = pickle.loads(pickle.dumps(model.eval()))
     assert torch.equal(again(images()), model(images()))
+
+
+REFUSED = r"attn_layer: expected weights trained with 'performer' .*blocks\.0\.attn\._extra_state.*, got weights trained with "
+
+
+def test_weights_of_another_attention_are_refused(tmp_path):
+    model, softmax, linear = vit(attn_layer="vix_performer"), vit().state_dict(), vit(attn_layer="vix_linear").state_dict()
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    assert len(own) == len(softmax) + 2
+    model.load_state_dict(own)
+    attention = {key: value for key, value in softmax.items() if ".attn." in key}
+    for state, strict in ((softmax, True), (softmax, False), (attention, False)):
+        with pytest.raises(
+            RuntimeError, match=REFUSED + r"'softmax' \(no mark\).*attention_layer\('performer', retrain=True\)"
+        ):
+            model.load_state_dict(state, strict=strict)
+        assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items() if ".attn." in key)
+    with pytest.raises(RuntimeError, match=REFUSED + "'linear'; to train"):
+        model.load_state_dict(linear)
+    prefixed = nn.ModuleDict({"module": model})
+    with pytest.raises(RuntimeError, match="module.blocks.0.attn._extra_state"):
+        prefixed.load_state_dict({f"module.{key}": value for key, value in softmax.items()})
+    prefixed.load_state_dict({f"module.{key}": value for key, value in own.items()})
+    shapes = {key: value.to("meta") for key, value in own.items()}
+    copy.deepcopy(model).load_state_dict(shapes, assign=True)
+    with pytest.raises(RuntimeError, match=REFUSED + r"'\{\}'"):
+        model.load_state_dict(own | {"blocks.0.attn._extra_state": {}})
+    others = {key: value for key, value in softmax.items() if "attn" not in key}  # none of these
+    assert len(model.load_state_dict(others, strict=False).missing_keys) == len(own) - len(others)
+    file = tmp_path / "softmax.pth"
+    torch.save(softmax, file)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        vit(attn_layer="vix_performer", pretrained=True, pretrained_cfg_overlay=dict(file=str(file), num_classes=5))
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*_extra_state"):
+        vit().load_state_dict(own)
+    vit(attn_layer="vix_nystrom").load_state_dict(softmax)  # an approximation
+
+
+def test_retraining_takes_any_weights_and_marks_them():
+    softmax, layer = vit().state_dict(), door.attention_layer("performer", retrain=True, num_features=8)
+    model = pickle.loads(pickle.dumps(vit(attn_layer=layer)))
+    for state in (softmax, vit(attn_layer="vix_linear").state_dict()):
+        assert not any(model.load_state_dict(state))
+    assert torch.equal(model.blocks[1].attn.qkv.weight, softmax["blocks.1.attn.qkv.weight"])
+    vit(attn_layer=door.attention_layer("performer", num_features=8)).load_state_dict(model.state_dict())
+    replaced = vit(attn_layer="vix_performer")
+    door.replace_attention(replaced, "linear", retrain=True)
+    replaced.load_state_dict(softmax)
+    averaged = {
+        key: (value.double() / 3 + value.double() / 3 + value.double() / 3).float()
+        for key, value in replaced.state_dict().items()
+    }
+    vit(attn_layer="vix_linear").load_state_dict(averaged)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vix_vip_tiny"])
+def test_hosts_average_and_save_the_weights(name, tmp_path):
+    from safetensors.torch import load_model, save_model
+    from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
+
+    def build():
+        if name == "vix_vip_tiny":
+            return timm.create_model(name, num_classes=5, depth=2).eval()
+        return vit(name, attn_layer="vix_performer")
+
+    model, x = build(), torch.randn(2, 3, 32, 32) if name == "vix_vip_tiny" else images()
+    if name == "vix_vip_tiny":
+        model.blocks[1].attn.redraws = 3
+    expected = model(x)
+    for average in (ModelEma(model), ModelEmaV2(model), ModelEmaV3(model), ModelEmaV3(model, foreach=False)):
+        for _ in range(3):
+            average.update(model)
+        inner = average.ema if isinstance(average, ModelEma) else average.module
+        state, own = inner.state_dict(), model.state_dict()
+        assert all(torch.equal(state[key], own[key]) for key in own if key.endswith("_extra_state"))
+        torch.testing.assert_close(inner(x), expected)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    load_model(again := build(), tmp_path / "model.safetensors")
+    assert torch.equal(again(x), expected)
+    assert name != "vix_vip_tiny" or again.blocks[1].attn.redraws == 3
+    timm.models.save_for_hf(model, tmp_path / "hub", model_config=dict(num_classes=5), safe_serialization=True)
+    weights = timm.models.load_state_dict(tmp_path / "hub" / "model.safetensors")
+    again = build()
+    again.load_state_dict(weights)
+    assert torch.equal(again(x), expected)
+
+
+def test_saved_models_are_created_from_their_folder(tmp_path):
+    options = dict(img_size=64, depth=2, num_classes=5, attn_layer="vix_agent")
+    model = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    timm.models.save_for_hf(model, tmp_path, model_config=dict(num_classes=5), model_args=options)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(images()), model(images()))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "prefix"),
+    [
+        ("vit_tiny_patch16_224", {}, 1),
+        ("vit_tiny_patch16_224", dict(dynamic_img_size=True, reg_tokens=4), 5),
+        ("deit_tiny_distilled_patch16_224", {}, 2),  # has a second prefix token after its blocks
+        ("vit_tiny_patch16_224", dict(class_token=False, global_pool="avg"), 0),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("op", ["nystrom", "agent"])
+def test_layers_are_placed_as_replacements_are(name, arguments, prefix, op):
+    built, replaced = vit(name, **arguments, attn_layer=f"vix_{op}"), vit(name, **arguments)
+    door.replace_attention(replaced, op, retrain=True)
+    replaced.load_state_dict({key: value for key, value in built.state_dict().items() if "_extra_state" not in key})
+    built = pickle.loads(pickle.dumps(copy.deepcopy(built)))
+    for size in ((64, 64), (64, 96))[: 1 + ("dynamic_img_size" in arguments)]:
+        x = torch.randn(2, 3, *size)
+        assert torch.equal(built(x), replaced(x))
+        options = built.blocks[1].attn.attention.placed()
+        assert options == replaced.blocks[1].attn.attention.placed()
+        assert options["grid_size"] == (4, size[1] // 16) and options["prefix_tokens"] == prefix
+    assert "on the grid 4 x" in repr(built)
+    built.reset_classifier(3)
+    door.replace_attention(built, "linear", retrain=True)
+    assert door.restore_attention(built) == ["blocks.0.attn", "blocks.1.attn"]
+    assert built.blocks[1].attn.attention.placed() == options
+    built(x)
+    with pytest.raises(ValueError, match="got none"):
+        door.restore_attention(built)
+
+
+def test_options_say_where_layers_are_placed():
+    model = vit(attn_layer=door.attention_layer("nystrom", num_landmarks=4, landmarks="segment"))
+    assert model.blocks[0].attn.attention.placed() == dict(num_landmarks=4, landmarks="segment", prefix_tokens=1)
+    assert "in segments" in repr(vit(attn_layer="vix_nystrom", patch_drop_rate=0.25))
+    alone = door.NystromAttention(32, num_heads=2)
+    assert alone(torch.randn(1, 9, 32)).shape == (1, 9, 32)
 
 
 def test_the_zoo_is_registered():

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import copyreg
 import sys
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from .. import models
 from ..nn.packed_linear import packed_linear
 from ..ops.rope import Rope
-from .drop_in import OPS, DropIn, TokenGrid, options_of
+from .drop_in import APPROXIMATIONS, OPS, DropIn, TokenGrid, options_of
 from .hosts import Report, host, replace_each, require_call
 
 with host("timm", "1.0.28"):
@@ -116,33 +118,124 @@ def rope_of(table: Tensor, prefix_tokens: int, num_heads: int, half: bool) -> Ro
     return Rope(cos, sin, layout)
 
 
+class BuiltAttention(ReplacedAttention):
+    """What `attention_layer` makes. In a vision transformer its landmarks and agents are placed as `replace_attention` does.
+
+    Attributes:
+        attention: of the class, what it was made with; of a layer, its own, or the one that has replaced it.
+        built: the layer's own.
+        retrain: weights that were trained with another attention may be loaded.
+    """
+
+    built: DropIn
+    retrain: bool
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.attention = self.built = type(self).attention
+        _place_while_built()
+
+
+class MarkedAttention(BuiltAttention):
+    """One that is no approximation of softmax attention. Its state has a mark, by which its own weights are known."""
+
+    def get_extra_state(self) -> Tensor:
+        """The mark: the name of the op as bytes, in a tensor that safetensors and averages of state dicts can read."""
+        return torch.tensor(list(self.attention.op.encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: `_load_from_state_dict` reads the mark before it loads any weight."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        op, key = self.attention.op, f"{prefix}_extra_state"
+        weights = [x for name, x in state_dict.items() if name.startswith(prefix) and name != key]
+        has_values = any(not getattr(x, "is_meta", False) for x in weights)
+        trained_with = _op_of(state_dict.get(key)) if has_values else op
+        may_differ = self.retrain or self.attention is not self.built  # replace_attention has asked for retrain, too
+        if trained_with != op and not may_differ:
+            if not any(message.startswith(_REFUSED) for message in error_msgs):  # once is enough
+                error_msgs.append(
+                    f"{_REFUSED} trained with {op!r} attention (marked by {key}), got weights trained with {trained_with!r}"
+                    f"{'' if key in state_dict else ' (no mark)'}; to train them further, build the model with "
+                    f"attn_layer=attention_layer({op!r}, retrain=True)"
+                )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )  # fmt: skip
+        if may_differ and key in missing_keys:
+            missing_keys.remove(key)
+
+
+_REFUSED = "attn_layer: expected weights"
+
+
+def _op_of(mark: Any) -> str:
+    """The attention that weights with this mark were trained with. An average of equal marks may be off by a rounding."""
+    if not isinstance(mark, Tensor):
+        return "softmax" if mark is None else repr(mark)
+    return bytes(mark.round().to(torch.uint8).flatten().tolist()).decode(errors="replace")
+
+
 def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[Attention]:
     """A class for timm's attn_layer: its Attention, with its parameters and another attention.
 
-        timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("nystrom", num_landmarks=49, prefix_tokens=1))
+        timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("nystrom", num_landmarks=49))
+
+    Landmarks, agents and prefix tokens are placed as in `replace_attention`. The weights of all but "nystrom" are marked: their
+    state dicts have an entry `_extra_state` for each layer.
 
     Args:
-        op, retrain, options: as in DropIn. All layers share the random features.
+        op, options: as in DropIn. All layers share the random features.
+        retrain: the model is trained further with this attention. Otherwise load_state_dict refuses, for all but "nystrom",
+            weights without the mark of `op`, which were trained with another attention.
     """
-    return _class_with(DropIn(op, retrain=retrain, **options))
+    return _class_with(DropIn(op, retrain=True, **options), retrain)
 
 
 class _WithAttention(type):
     """The kind of these classes: pickle, which looks for others by their name, makes them again."""
 
 
-def _class_with(attention: DropIn) -> type[Attention]:
-    name, contents = f"{attention.op.capitalize()}Attention", {"attention": attention, "__module__": __name__}
-    return _WithAttention(name, (ReplacedAttention,), contents)
+def _class_with(attention: DropIn, retrain: bool) -> type[Attention]:
+    kind = BuiltAttention if attention.op in APPROXIMATIONS else MarkedAttention
+    contents = {"attention": attention, "retrain": retrain, "__module__": __name__}
+    return _WithAttention(f"{attention.op.capitalize()}Attention", (kind,), contents)
 
 
-copyreg.pickle(_WithAttention, lambda layer: (_class_with, (layer.attention,)))
+copyreg.pickle(_WithAttention, lambda layer: (_class_with, (layer.attention, layer.retrain)))
 
 
-# Whoever names one knows what the model has to be trained with.
-NystromAttention, PerformerAttention, LinearAttention, AgentAttention = (attention_layer(op, retrain=True) for op in OPS)
-LAYERS = NystromAttention, PerformerAttention, LinearAttention, AgentAttention
+LAYERS = NystromAttention, PerformerAttention, LinearAttention, AgentAttention = tuple(attention_layer(op) for op in OPS)
 ATTN_LAYERS.update({f"vix_{layer.attention.op}": layer for layer in LAYERS})
+
+
+@cache
+def _place_while_built() -> None:
+    """From the first layer on, look at every module that any module is given.
+
+    timm's transformers tell their layers nothing about the tokens.
+    """
+    register_module_module_registration_hook(_place_in)
+
+
+def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
+    """Place the layers in the blocks of `vit`, which is given `module`: its blocks, or one that comes after them.
+
+    Some transformers change their number of prefix tokens when they have their blocks.
+    """
+    blocks = module if name == "blocks" else vit._modules.get("blocks")
+    if blocks is None or "num_prefix_tokens" not in vars(vit):
+        return
+    for layer in blocks.modules():
+        if isinstance(layer, BuiltAttention) and "prefix_tokens" in options_of(layer.built.op):
+            placed = _placed(type(layer).attention, vit, _follow(vit.patch_embed) if _has_grid(vit) else None)
+            if layer.attention is layer.built:
+                layer.attention = placed
+            layer.built = placed
 
 
 def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
@@ -167,31 +260,23 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
     """
     attention = DropIn(op, retrain=retrain, **options)
     transformers = _vision_transformers(model)
-    embeddings = {id(each): each.patch_embed for each in transformers.values() if hasattr(each, "patch_embed")}
-    grids = {key: _grid_of(embedding) or TokenGrid(None) for key, embedding in embeddings.items()}
+    embeddings = {id(each): each.patch_embed for each in transformers.values() if _has_grid(each)}
+    new = [each for each in embeddings.values() if _grid_of(each) is None]
+    grids: dict[int, TokenGrid] = {}
 
     def attention_at(name: str) -> DropIn:
         inside = [path for path in transformers if not path or name.startswith(f"{path}.")]
-        if not inside or "prefix_tokens" not in options_of(op):
+        if not inside:
             return attention
         vit = transformers[max(inside, key=len)]
-        here = {"prefix_tokens": vit.num_prefix_tokens} | options
-        fixed = "grid_size" in options or options.get("landmarks", "grid") != "grid"
-        if fixed or id(vit) not in grids or isinstance(getattr(vit, "patch_drop", None), PatchDropout):
-            return DropIn(op, retrain=retrain, **here)
-        return DropIn(op, retrain=retrain, grid=grids[id(vit)], **here)
+        return _placed(attention, vit, grids.get(id(vit)))
 
     def put(module: nn.Module, attention: DropIn) -> None:
         module.__class__ = _REPLACED.get(type(module), type(module))  # one that was replaced stays what it is
         module.attention = attention
 
-    hooks = []
     try:
-        for key, embedding in embeddings.items():
-            if grids[key].size is None:
-                grids[key].size = getattr(embedding, "grid_size", None)
-            if _grid_of(embedding) is None:
-                hooks.append(embedding.register_forward_hook(grids[key]))
+        grids.update({key: _follow(each) for key, each in embeddings.items()})
         return replace_each(
             model,
             attention,
@@ -201,8 +286,8 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
             attention_at=attention_at,
         )
     except BaseException:
-        for hook in hooks:
-            hook.remove()
+        for each in new:
+            _unfollow(each)
         raise
 
 
@@ -215,15 +300,22 @@ def restore_attention(model: nn.Module) -> list[str]:
     Raises:
         ValueError: there is none.
     """
-    restored = []
+    restored, kept = [], set()
     for name, module in model.named_modules():
-        if isinstance(module, _Replaced) and vars(module).pop("attention", None) is not None:
-            if type(module) in _REPLACED.values():  # one that was built with another attention has that one again
-                module.__class__ = next(theirs for theirs, ours in _REPLACED.items() if ours is type(module))
-            restored.append(name or "(the model itself)")
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, TokenGrid):
-                del module._forward_hooks[key]
+        if not isinstance(module, _Replaced):
+            continue
+        if isinstance(module, BuiltAttention):
+            kept.add(id(module.built.grid))
+            if module.attention is module.built:
+                continue
+            module.attention = module.built
+        else:
+            del module.attention
+            module.__class__ = next(theirs for theirs, ours in _REPLACED.items() if ours is type(module))
+        restored.append(name or "(the model itself)")
+    for module in model.modules():
+        if id(_grid_of(module)) not in kept:
+            _unfollow(module)
     if not restored:
         raise ValueError("model: expected one whose attention was replaced, got none")
     return restored
@@ -238,9 +330,40 @@ def _vision_transformers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _grid_of(embedding: nn.Module) -> TokenGrid | None:
-    """The hook that an earlier replacement left."""
-    return next((hook for hook in embedding._forward_hooks.values() if isinstance(hook, TokenGrid)), None)
+def _placed(attention: DropIn, vit: nn.Module, grid: TokenGrid | None) -> DropIn:
+    """`attention` for the tokens of `vit`: with its prefix and on its grid, unless the options or patch dropout rule it out."""
+    op, options = attention.op, attention.options
+    if "prefix_tokens" not in options_of(op):
+        return attention
+    fixed = "grid_size" in options or options.get("landmarks", "grid") != "grid"
+    if fixed or isinstance(getattr(vit, "patch_drop", None), PatchDropout):
+        grid = None
+    return DropIn(op, retrain=True, grid=grid, **{"prefix_tokens": vit.num_prefix_tokens} | options)
+
+
+def _has_grid(vit: nn.Module) -> bool:
+    return hasattr(getattr(vit, "patch_embed", None), "dynamic_feat_size")
+
+
+def _follow(embedding: nn.Module) -> TokenGrid:
+    """The grid of `embedding` in each call: the hook that an earlier replacement left, or a new one."""
+    grid = _grid_of(embedding)
+    if grid is None:
+        grid = TokenGrid(None)
+        embedding.register_forward_hook(grid)
+    if grid.size is None:
+        grid.size = getattr(embedding, "grid_size", None)
+    return grid
+
+
+def _unfollow(module: nn.Module) -> None:
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, TokenGrid):
+            del module._forward_hooks[key]
+
+
+def _grid_of(module: nn.Module) -> TokenGrid | None:
+    return next((hook for hook in module._forward_hooks.values() if isinstance(hook, TokenGrid)), None)
 
 
 def _reason_against(module: nn.Module) -> str:

@@ -56,11 +56,18 @@ class PerformerAttention(Attention):
         self.redraws += 1
         self.projection = self._draw().to(self.projection.device)
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"redraws": self.redraws}
+    def get_extra_state(self) -> Tensor:
+        """`redraws` as a tensor on the CPU, which safetensors and averages of state dicts (timm's ModelEma) can read."""
+        return torch.tensor(self.redraws, device="cpu")
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.redraws = state["redraws"]
+    def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
+        """`state` as get_extra_state returns it, an average of such tensors, or the dictionary of earlier checkpoints."""
+        redraws = state["redraws"] if isinstance(state, dict) else state
+        if isinstance(redraws, Tensor):
+            if redraws.is_meta:  # a state dict of shapes
+                return
+            redraws = redraws.item()
+        self.redraws = round(redraws)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PerformerAttention:
         projection = self.projection
