@@ -32,10 +32,13 @@ _OVER_TOKENS = {
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
-    """Write `model`, made by `create_model` or `from_original`, to `folder`, each file in one piece.
+    """Write `model`, made by `create_model` or `from_original`, to `folder`, each file atomically.
 
+    `model.config["data"]`, if present, describes the images that the model was trained on: the names of the "classes", and the
+    "mean" and "std" of every channel of images in [0, 1]. `vix predict` reads it; models that `vix train` trained have it.
     A model card that is there already is left alone: its blanks are to be filled in by hand.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), dict):
@@ -43,7 +46,14 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     folder = _path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
-    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+    def write(path: Path) -> None:
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, too
+            raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
+
+    write_atomically(folder / WEIGHTS, write)
     config = json.dumps(model.config | {"vix_kernels": __version__}, indent=2) + "\n"
     write_atomically(folder / CONFIG, lambda path: path.write_text(config))
     if not (folder / CARD).exists():
@@ -60,12 +70,12 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
-        ValueError: the weights do not fit: lists all that are missing, unexpected or of another shape.
+        ValueError: a file is damaged, or the weights do not fit: lists all that are missing, unexpected or of another shape.
     """
     folder = _path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: expected one that save_model wrote, got {str(folder)!r}, which is no folder")
-    config = json.loads((folder / CONFIG).read_text())
+    config = _read_config(folder / CONFIG)
     state = _read_state(folder / WEIGHTS)
     arguments = config["arguments"]
     if "original" in config:
@@ -75,6 +85,8 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
 
         return from_original(config["original"], arguments, state).eval()
     model = create_model(config["name"], **arguments | overrides)
+    if data := _still_true(config.get("data"), overrides):
+        model.config["data"] = data
     if overrides:
         with torch.device("meta"):
             source = create_model(config["name"], **arguments)
@@ -106,13 +118,38 @@ def _path(folder: Any) -> Path:
     return Path(folder)
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, as save_model writes it, got {error}") from error
+    if (
+        not isinstance(config, dict)
+        or not isinstance(config.get("original", config.get("name")), str)
+        or not isinstance(config.get("arguments"), dict)
+        or not isinstance(config.get("data", {}), dict)
+    ):
+        raise ValueError(f"{path}: expected the name and the arguments of a model, as save_model writes them")
+    return config
 
-    with safe_open(path, framework="pt") as file:
-        # Earlier versions wrote how often a Performer had redrawn its features there.
-        extra = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key.endswith("_extra_state")}
-        return {key: file.get_tensor(key) for key in file.keys()} | extra
+
+def _read_state(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Earlier versions wrote how often a Performer had redrawn its features there.
+            extra = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key.endswith("_extra_state")}
+            return {key: file.get_tensor(key) for key in file.keys()} | extra
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _still_true(data: dict[str, Any] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model knows of its training images, without what `overrides` change."""
+    gone = {"num_classes": {"classes"}, "in_chans": {"mean", "std"}}
+    changed = set().union(*(gone.get(name, set()) for name in overrides))
+    return {name: value for name, value in (data or {}).items() if name not in changed}
 
 
 def _adapt(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[str, Any]:

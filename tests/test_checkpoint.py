@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vix_kernels.__main__ import main
-from vix_kernels.training import UserError, checkpoint, run
+from vix_kernels.training import UserError, run
 from vix_kernels.training.checkpoint import load_checkpoint, save_checkpoint
 from vix_kernels.training.optim import Optimizer
 from vix_kernels.training.parallel import Ranks
@@ -61,18 +61,41 @@ def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path: Path, s
     assert begun > 20
 
 
-def test_a_full_disk_in_the_middle_of_a_write_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_full_disk_at_any_byte_keeps_the_old_one(tmp_path: Path, sharded: bool) -> None:
+    """By the system's limit on the size of files. Torch raises a RuntimeError for most sizes, an OSError for the last bytes."""
+    resource = pytest.importorskip("resource")
     path = tmp_path / "last.pt"
-    save_checkpoint(path, numbered(1), Ranks())
+    warnings.simplefilter("ignore")
+    save_checkpoint(path, numbered(1), Ranks(), sharded)
+    before = {each for each in tmp_path.rglob("*")}
+    size = max(each.stat().st_size for each in before)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for limit in (0, 1000, size // 3, size - 20_000, size - 1000, size - 30, size - 1):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            with pytest.raises(OSError, match="File too large|inline_container"):
+                save_checkpoint(path, numbered(2), Ranks(), sharded)
+            assert load_checkpoint(path)["step"] == 1 and {each for each in tmp_path.rglob("*")} == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    save_checkpoint(path, numbered(2), Ranks(), sharded)
+    assert load_checkpoint(path)["step"] == 2
 
-    def half(content: Any, file: Any) -> None:
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.torch, "save", half)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, numbered(2), Ranks())
-    assert load_checkpoint(path)["step"] == 1 and [each.name for each in tmp_path.iterdir()] == ["last.pt"]
+def test_a_full_disk_for_a_checkpoint_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def full(path: Path, *args: Any) -> None:
+        if path.exists():
+            raise OSError(28, "No space left on device")
+        save_checkpoint(path, *args)
+
+    monkeypatch.setattr(run, "save_checkpoint", full)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--epochs", "1", "-b", "512", "--output", str(tmp_path), *TINY])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert f"{tmp_path / 'last.pt'}: [Errno 28] No space left on device; the one before is still there" in said
+    assert load_checkpoint(tmp_path)["epoch"] == 0
 
 
 def test_a_full_disk_for_the_shards_is_an_os_error(tmp_path: Path) -> None:
@@ -149,6 +172,17 @@ def test_broken_weights_are_never_saved(
     assert "a weight behind step 3 of epoch 1 is not finite" in capsys.readouterr().err
     assert load_checkpoint(tmp_path)["step"] == 2
     assert all(x.isfinite().all() for x in load_checkpoint(tmp_path)["model"].values() if isinstance(x, torch.Tensor))
+
+
+@pytest.mark.parametrize("row", [1.5, {"epoch": 1}, {"epoch": 1, "eval_top1": {}, "eval_loss": 1.0, "seconds": 1.0}])
+def test_a_history_of_other_values_is_refused(row: Any, tmp_path: Path, refused) -> None:
+    torch.save(numbered(1) | {"history": [row]}, tmp_path / "last.pt")
+    assert "is no checkpoint of vix train" in refused("--resume", tmp_path)
+
+
+def test_settings_of_other_types_are_refused(tmp_path: Path, refused) -> None:
+    torch.save(numbered(1) | {"config": {"time_to": [], "min_lr": {}, "lr": None}}, tmp_path / "last.pt")
+    assert "--lr: expected float, got None" in refused("--resume", tmp_path, "--epochs", "3")
 
 
 def test_damaged_shards_are_one_line(tmp_path: Path, refused) -> None:

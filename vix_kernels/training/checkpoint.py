@@ -37,11 +37,17 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, ranks: Ranks, sharded: b
     """Called by all processes. Whoever reads `path` meanwhile, or after a crash, finds the old checkpoint or the new one."""
     if sharded:
         shards = path.parent / SHARDS / f"{path.stem}-{ranks.largest(time.time_ns())}"
-        checkpoint = _write_shards(shards, checkpoint) | {"shards": shards.name}
-    if ranks.first:
-        write_atomically(path, lambda temporary: _write(temporary, checkpoint))
+    try:
         if sharded:
-            _remove_shards(path, besides=shards)
+            checkpoint = _write_shards(shards, checkpoint) | {"shards": shards.name}
+        if ranks.first:
+            write_atomically(path, lambda temporary: _write(temporary, checkpoint))
+    except OSError:
+        if sharded and ranks.first:  # a part of them would fill the disk, and no file names them
+            shutil.rmtree(shards, ignore_errors=True)
+        raise
+    if sharded and ranks.first:
+        _remove_shards(path, besides=shards)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -76,29 +82,51 @@ def _write_shards(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _write(path: Path, checkpoint: Checkpoint) -> None:
-    with open(path, "wb") as file:  # given a path, torch turns a full disk into a RuntimeError
-        torch.save(checkpoint, file)
+    try:
+        with open(path, "wb") as file:  # given a path, torch turns a full disk into a RuntimeError
+            torch.save(checkpoint, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # after a write that failed, torch cannot end its archive either
+            raise error.__context__ from None
+        raise
 
 
 def load_checkpoint(path: str | Path, flag: str = "--resume") -> Checkpoint:
     """Read a checkpoint, or the `last.pt` of a run's folder, whole, onto the CPU. Errors speak of `flag`."""
-    path = checkpoint_path(path)
-    if not path.is_file():
-        raise UserError(f"{flag}: no checkpoint at {path}")
+    path = existing_checkpoint(path, flag)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(checkpoint, dict) and "shards" in checkpoint:
             _read_shards(path.parent / SHARDS / Path(checkpoint.pop("shards")).name, checkpoint)
     except (Exception, CheckpointException) as error:  # pickle, zip and torch each have their own word for a damaged file
         raise UserError(f"{flag}: {path} is damaged, or no checkpoint of vix train ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind) for name, kind in _PARTS.items()):
+    if (
+        not isinstance(checkpoint, dict)
+        or not all(isinstance(checkpoint.get(name), kind) for name, kind in _PARTS.items())
+        or not all(map(_is_row, checkpoint["history"]))
+    ):
         raise UserError(f"{flag}: {path} is no checkpoint of vix train")
     return checkpoint
+
+
+def _is_row(row: Any) -> bool:
+    """Of a history."""
+    if not isinstance(row, dict) or not row.keys() >= {"epoch", "eval_top1", "eval_loss", "seconds"}:
+        return False
+    return all(isinstance(name, str) and isinstance(value, (int, float)) for name, value in row.items())
 
 
 def checkpoint_path(path: str | Path) -> Path:
     path = Path(path)
     return path / "last.pt" if path.is_dir() else path
+
+
+def existing_checkpoint(path: str | Path, flag: str = "--resume") -> Path:
+    """Raises `UserError` where there is none."""
+    path = checkpoint_path(path)
+    if not path.is_file():
+        raise UserError(f"{flag}: no checkpoint at {path}")
+    return path
 
 
 def _read_shards(folder: Path, checkpoint: Checkpoint) -> None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..commands import KeyValues, Parser
-from .config import CHOICES, Config, UserError
+from .config import CHOICES, DEFAULT_MIN_LR, Config, SharedError, UserError, is_reached
 from .recipes import RECIPES
 
+if TYPE_CHECKING:
+    from .parallel import Ranks
+    from .state import History
+
+CHECKPOINT = "a checkpoint, a run's folder for its best one, or a folder that save_model wrote"
 TRAIN_EXAMPLES = """\
 examples:
   vix train --model hybrid_vip --dataset digits
@@ -100,7 +106,8 @@ def train_parser() -> Parser:
     add("--sched", choices=CHOICES["sched"], help="learning rate after the warm-up")
     add("--warmup-epochs", type=number, metavar="N", help="epochs of linear warm-up, or a part of one")
     add("--cooldown-epochs", type=number, metavar="N", help="of the epochs, so many at the end stay at --min-lr")
-    add("--min-lr", type=float, metavar="LR", help="learning rate at the end of the cosine")
+    ends = f"learning rate at the end of the cosine (default: {DEFAULT_MIN_LR:g}, or --lr if that is lower)"
+    add("--min-lr", type=float, metavar="LR", help=ends)
     add("--smoothing", type=float, metavar="S", help="label smoothing")
     add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm, 0 for no clipping")
     add("--redraw-interval", type=int, metavar="N", help="steps between new random features of Performers, 0 for never")
@@ -144,15 +151,21 @@ def _flag(name: str, value: Any) -> str:
 
 def parse_train(parser: Parser, argv: list[str]) -> Config:
     """Flags before a recipe, a recipe before a file, a file before the settings of a resumed run or the defaults."""
-    first = parser.parse_args(argv)
+    first = parser.parse_args(argv, argparse.Namespace(epochs=None))  # instead of the default
+    settings = _read_settings(first.config) if first.config else {}
     if first.resume:
         from .checkpoint import load_checkpoint
 
+        checkpoint = load_checkpoint(first.resume)
         # Where a run goes on may have changed; all else is as it was.
-        saved = load_checkpoint(first.resume)["config"]
-        elsewhere = {"device", "backend", "output", "resume", "data_dir", "workers", "progress"}
-        parser.set_defaults(**{name: value for name, value in saved.items() if name not in elsewhere})
-    settings = _read_settings(first.config) if first.config else {}
+        changed = {"device", "backend", "output", "resume", "data_dir", "workers", "progress"}
+        saved = {name: value for name, value in checkpoint["config"].items() if name not in changed}
+        numbers = {name: value for name, value in saved.items() if isinstance(value, (int, float))}  # of a whole file
+        if (first.epochs or "epochs" in settings) and is_reached(numbers.get("time_to"), checkpoint["history"]):
+            del saved["time_to"]  # more epochs are wanted than those to an accuracy that is reached
+        if numbers.get("min_lr", 0) > numbers.get("lr", math.inf):  # of a version whose default was above a small --lr
+            del saved["min_lr"]
+        parser.set_defaults(**saved)
     named = settings.get("recipe")  # in a file of a few lines; in an args.yaml all else is said, too
     parser.set_defaults(**(RECIPES[named] if named in CHOICES["recipe"] else {}) | settings | RECIPES.get(first.recipe, {}))
     values = vars(parser.parse_args(argv))
@@ -176,39 +189,62 @@ def _read_settings(path: str) -> dict[str, Any]:
 
 def train_command(argv: list[str]) -> int:
     parser = train_parser()
-    parser.parse_args(argv)  # refuses wrong arguments before torch is loaded any further
+    if os.environ.get("RANK", "0") == "0":  # all processes of torchrun have the same arguments
+        parser.parse_args(argv)  # refuses wrong ones before torch is loaded any further
     try:
-        from .report import best_epoch
+        from .parallel import connected
         from .run import Stopped, train
     except ModuleNotFoundError as error:
         parser.error(f"training needs {error.name}: pip install 'vix_kernels[train]'")
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        config = parse_train(parser, argv)
-        history, output = train(config)
-    except (UserError, OSError) as error:  # a path that cannot be read, a disk that is full
-        if first:
-            parser.error(str(error))
-        return 2
-    except Stopped as stop:
-        if first:
-            print(f"vix train: {stop}", file=sys.stderr)
-        return 128 + stop.number
-    except KeyboardInterrupt:
-        print("vix train: interrupted", file=sys.stderr)
-        return 130
-    best, last = best_epoch(history), history[-1]
-    if first:
-        if config.time_to:
-            there = last["eval_top1"] >= config.time_to
-            when = f"reached after {last['seconds']:,.0f} s" if there else f"not reached in {len(history)} epochs"
-            print(f"--time-to {config.time_to:g} %: {when}")
-        print(
-            f"top-1 {best['eval_top1']:.2f} % (best, epoch {best['epoch']}; last {last['eval_top1']:.2f} %), top-5 "
-            f"{best['eval_top5']:.2f} %, {last['images_per_second']:,.0f} images/s, {last['seconds']:,.0f} s, "
-            f"{last['peak_memory_mb']:,.0f} MiB at most, {output}"
-        )
+    with connected() as ranks:
+        try:
+            config = ranks.decided(lambda: parse_train(parser, argv))
+            history, output = train(config)
+        except (UserError, OSError) as error:  # a path that cannot be read, a disk that is full
+            return _failed(parser, ranks, error)
+        except Stopped as stop:
+            if ranks.first:
+                print(f"vix train: {stop}", file=sys.stderr)
+            return 128 + stop.number
+        except KeyboardInterrupt:
+            if ranks.first:
+                print("vix train: interrupted", file=sys.stderr)
+            return 130
+        except Exception:
+            if not ranks.fails_first():
+                return 1
+            if ranks.world > 1:
+                print(f"vix train: process {ranks.rank} failed:", file=sys.stderr)
+            raise
+        if ranks.first:
+            _print_end(config, history, output)
     return 0
+
+
+def _failed(parser: Parser, ranks: Ranks, error: Exception) -> int:
+    """Say once what went wrong; returns the exit code."""
+    try:
+        if ranks.first if isinstance(error, SharedError) else ranks.fails_first():
+            parser.error(str(error) if ranks.first else f"process {ranks.rank}: {error}")
+    finally:
+        if isinstance(error, SharedError):
+            ranks.wait()  # until it is said: the first process that ends makes torchrun end the others
+    return 2
+
+
+def _print_end(config: Config, history: History, output: Path) -> None:
+    from .report import best_epoch
+
+    best, last = best_epoch(history), history[-1]
+    if config.time_to:
+        there = is_reached(config.time_to, history)
+        when = f"reached after {last['seconds']:,.0f} s" if there else f"not reached in {len(history)} epochs"
+        print(f"--time-to {config.time_to:g} %: {when}")
+    print(
+        f"top-1 {best['eval_top1']:.2f} % (best, epoch {best['epoch']}; last {last['eval_top1']:.2f} %), top-5 "
+        f"{best['eval_top5']:.2f} %, {last['images_per_second']:,.0f} images/s, {last['seconds']:,.0f} s, "
+        f"{last['peak_memory_mb']:,.0f} MiB at most, {output}"
+    )
 
 
 VALIDATE_EXAMPLES = """\
@@ -242,6 +278,10 @@ def validate_command(argv: list[str]) -> int:
         device = device_of(options.device)
         trained = load_trained(options.checkpoint, device)
         config, name = trained.config, options.dataset or trained.config.dataset
+        if not name:
+            raise UserError(f"--dataset: expected a name, since {options.checkpoint} does not know what it was trained on")
+        if trained.mean is None:
+            print(f"note: {options.checkpoint} has no mean and std: the images have those of {name}", file=sys.stderr)
         resized = options.dataset and is_folder(Path(name))  # its images may have any size
         size = tuple(trained.model.img_size) if resized else config.img_size
         reading = dict(data_dir=options.data_dir or config.data_dir, stream=config.stream, workers=config.workers)
@@ -275,6 +315,7 @@ def predict_command(argv: list[str]) -> int:
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="file of an image")
     parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to name (default: %(default)s)")
     parser.add_argument("--attention", metavar="DIR", type=Path, help="draw to DIR what the class token looks at")
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures that exist")
     options = parser.parse_args(argv)
     if options.topk < 1:
         parser.error(f"--topk: expected 1 or more, got {options.topk}")
@@ -284,62 +325,81 @@ def predict_command(argv: list[str]) -> int:
         from .trained import attention_map, load_trained, predict
     except ModuleNotFoundError as error:
         parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
-    unreadable, drawn = 0, Counter[str]()
+    unreadable = 0
     try:
         trained = load_trained(options.checkpoint, device_of(options.device))
-        if options.attention:
-            options.attention.mkdir(parents=True, exist_ok=True)
-        for path, image, shares in predict(trained, options.images):
+        if trained.mean is None:
+            print(f"note: {options.checkpoint} has no mean and std: it reads the images as they are", file=sys.stderr)
+        if not trained.model.num_classes:
+            raise UserError(f"--checkpoint: {options.checkpoint} has a model without a head, which knows no classes")
+        pictures = _pictures(options.images, options.attention, options.overwrite)
+        for picture, (path, image, shares) in zip(pictures, predict(trained, options.images), strict=True):
             if isinstance(image, Exception):
                 unreadable += 1
                 print(f"{path}: cannot be decoded: {image}", file=sys.stderr)
                 continue
-            values, places = shares.topk(min(options.topk, len(shares)))
-            named = [f"{trained.classes[at]} {100 * value:.1f} %" for value, at in zip(values.tolist(), places, strict=True)]
+            values, places = (each.tolist() for each in shares.topk(min(options.topk, len(shares))))
+            named = [f"{trained.name(at)} {100 * value:.1f} %" for value, at in zip(values, places, strict=True)]
             print(f"{path}: {', '.join(named)}")
-            if options.attention:
-                drawn[path.stem] += 1
-                number = f"-{drawn[path.stem]}" if drawn[path.stem] > 1 else ""  # of one name in several folders
-                picture = options.attention / f"{path.stem}{number}.png"
-                draw_attention(picture, image.cpu(), attention_map(trained, image).cpu(), f"{path.name}: {named[0]}")
+            if picture:
+                title = f"{path.name.encode(errors='backslashreplace').decode()}: {named[0]}"
+                draw_attention(picture, image.cpu(), attention_map(trained, image).cpu(), title)
     except (UserError, OSError) as error:
         parser.error(str(error))
     return 2 if unreadable else 0
+
+
+def _pictures(images: list[Path], folder: Path | None, overwrite: bool) -> list[Path | None]:
+    """Where to draw the attention map of each image: in `folder`, which is made. Images of one name get numbers.
+
+    Raises:
+        UserError: one of the pictures exists.
+    """
+    if folder is None:
+        return [None] * len(images)
+    pictures: dict[Path, None] = {}  # in order
+    drawn = Counter[str]()
+    for image in images:
+        picture = folder / f"{image.stem}.png"
+        while picture in pictures:
+            drawn[image.stem] += 1
+            picture = folder / f"{image.stem}-{drawn[image.stem] + 1}.png"
+        pictures[picture] = None
+    if existing := [picture for picture in pictures if picture.exists() and not overwrite]:
+        raise UserError(f"--attention: {existing[0]} exists: name another folder, or give --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
+    return list(pictures)
 
 
 def export_command(argv: list[str]) -> int:
     parser = Parser(
         prog="vix export",
         description="Write a trained model to an ONNX file, for batches of any size, and compare what onnxruntime makes of it. "
-        "That of a run takes images of numbers in [0, 1]; that of save_model what the model takes.",
+        "It reads images in [0, 1] if the mean and std of the training images are known, as they are of a run; else what the "
+        "model reads.",
     )
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a run's folder, a checkpoint, or what save_model wrote"
-    )
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
     parser.add_argument("--output", required=True, metavar="FILE", help="the file, such as model.onnx")
     parser.add_argument("--opset", type=int, metavar="N", help="version of ONNX's operators (default: what torch recommends)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     options = parser.parse_args(argv)
+    if Path(options.output).exists() and not options.overwrite:
+        parser.error(f"--output: {options.output} exists: name another file, or give --overwrite")
     try:
         import torch
 
         from ..export import to_onnx
-        from ..models.pretrained import CONFIG, load_model
         from .trained import FromPixels, load_trained
     except ModuleNotFoundError as error:
         parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
     try:
-        if (Path(options.checkpoint) / CONFIG).is_file():
-            model = whole = load_model(options.checkpoint)
-        else:
-            trained = load_trained(options.checkpoint, torch.device("cpu"))
-            model, whole = trained.model, FromPixels(trained)
-        images = torch.rand(2, model.in_chans, *model.img_size)
-        error = to_onnx(whole, images, options.output, opset=options.opset)
-    except (UserError, OSError, ImportError, ValueError, RuntimeError) as problem:
+        trained = load_trained(options.checkpoint, torch.device("cpu"))
+        error = to_onnx(FromPixels(trained), torch.rand(2, *trained.shape), options.output, opset=options.opset)
+    except (UserError, OSError, ImportError, TypeError, ValueError, RuntimeError) as problem:
         parser.error(str(problem))
-    shape = "x".join(map(str, (model.in_chans, *model.img_size)))
+    shape = "x".join(map(str, trained.shape))
     how = "not compared: onnxruntime is not installed" if error is None else f"relative error {error:.1e} in onnxruntime"
-    print(f"{options.output}: images of {shape} to {model.num_classes} logits, {how}")
+    print(f"{options.output}: images of {shape} to {trained.model.num_classes} logits, {how}")
     return 0
 
 
@@ -350,6 +410,6 @@ def _user_parser(command: str, description: str, examples: str) -> Parser:
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, or a run's folder for its best one")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto takes a GPU if there is one (default: auto)")
     return parser

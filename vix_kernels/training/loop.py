@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import mix, random_erasing, random_resized_crop
-from .config import Config, UserError
+from .config import Config, SharedError
 from .data import Dataset
 from .draws import Draws, seed_torch, shuffled
 from .optim import learning_rate
@@ -32,7 +32,7 @@ def train_epoch(state: State, dataset: Dataset, after_step: Callable[[], None] =
     batches = shuffled(seed, epoch, images=images).tensor_split(steps)[state.step :]
     shares = [ranks.share(len(batch)) for batch in batches]
     own = [batch if share is None else batch[share] for batch, share in zip(batches, shares, strict=True)]
-    feed = dataset.train.batches(own, replace_unreadable=True)
+    feed = ranks.each(dataset.train.batches(own, replace_unreadable=True))
     start = time.perf_counter() - state.seconds
     state.call.train()
     for batch, share, (pixels, labels) in zip(batches, shares, feed, strict=True):
@@ -104,7 +104,7 @@ def redraw_features(state: State) -> None:
 
 
 def check_finite(state: State, eval_loss: float = 0.0) -> None:
-    """Raises `UserError` where the loss of a step of this epoch was not, or `eval_loss`, or a weight is not."""
+    """Raises `SharedError` where the loss of a step of this epoch was not, or `eval_loss`, or a weight is not."""
     what, step = "", -state.ranks.largest(-int(state.diverged))
     if step < NEVER:
         what = f"the loss of step {step} of epoch {len(state.history) + 1}"
@@ -113,7 +113,7 @@ def check_finite(state: State, eval_loss: float = 0.0) -> None:
     elif state.ranks.largest(not all(norm.isfinite() for norm in torch._foreach_norm(local_parameters(state.model)))):
         what = f"a weight behind step {state.step} of epoch {len(state.history) + 1}"
     if what:
-        raise UserError(f"{what} is not finite: try a lower --lr; the last checkpoint is from before")
+        raise SharedError(f"{what} is not finite: try a lower --lr; the last checkpoint is from before")
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def tested(
     images = len(dataset.test)
     batches = torch.arange(images).tensor_split(math.ceil(images / (EVAL_BATCH * ranks.world)))
     own = [batch.tensor_split(ranks.world)[ranks.rank] for batch in batches]
-    for pixels, labels in dataset.test.batches(own):
+    for pixels, labels in ranks.each(dataset.test.batches(own)):
         with autocast(config, labels.device):
             scores = model(as_laid_out(dataset.inputs(pixels), config))
         yield pixels, labels, scores.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..unpickle import Unpickler
-from .dataset import Dataset, make_dataset
+from .dataset import Dataset, integer_labels, make_dataset
 from .images import HeldImages
 
 PIXELS = 3 * 32 * 32
@@ -58,7 +59,7 @@ def _dataset(name: str, classes: tuple[str, ...], parts: list[HeldImages]) -> Da
 def _python(path: Path, key: bytes) -> HeldImages:
     content = _unpickled(path)
     pixels = np.asarray(content[b"data"], np.uint8)
-    return HeldImages(_images(path, pixels), torch.tensor(content[key], dtype=torch.int64))
+    return HeldImages(_images(path, pixels), integer_labels(content[key]))
 
 
 def _binary(path: Path, header: int) -> HeldImages:
@@ -82,5 +83,5 @@ _ARRAYS = {
 
 
 def _unpickled(path: Path) -> dict[bytes, Any]:
-    with path.open("rb") as file:
-        return Unpickler(file, _ARRAYS, encoding="bytes").load()
+    content = io.BytesIO(path.read_bytes())  # which ends a read at its end; a file allocates whatever a damaged length says
+    return Unpickler(content, _ARRAYS, encoding="bytes").load()

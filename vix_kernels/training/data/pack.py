@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .dataset import Dataset, Source, check_labels, make_dataset, suited_patch_size
+from .dataset import Dataset, Source, check_labels, integer_labels, make_dataset, suited_patch_size
 from .images import HeldImages, check_regular, hidden
 
 
@@ -24,7 +24,7 @@ def pack(path: Path) -> Source:
     with np.load(path) as file:
         names = ("headers", "header_offsets", "header_id", "scans", "offsets", "labels", "split", "classes")
         arrays = {name: file[name] for name in names}
-    labels, split = (torch.from_numpy(arrays[name].astype(np.int64)) for name in ("labels", "split"))
+    labels, split = (integer_labels(arrays[name]) for name in ("labels", "split"))
     classes = tuple(map(str, arrays["classes"]))
     if not len(labels) == len(split) == len(arrays["header_id"]) == len(arrays["offsets"]) - 1:
         raise ValueError("labels, split, header_id and offsets speak of different numbers of images")
