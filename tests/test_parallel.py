@@ -95,21 +95,30 @@ def fault(name, module, attribute, where, error, condition=lambda: True):
 
 full = OSError(28, "No space left on device")
 fault("model", run, "build_model", 1, UserError("no such model"))
-fault("data", run, "load_dataset", 1, UserError("no such data"))
+fault("data", run, "open_dataset", 1, UserError("no such data"))
 fault("checkpoint", run, "save_checkpoint", 0, full, condition=(Path("run") / "args.yaml").exists)
 fault("curve", run, "draw_learning_curve", 0, full)
-whole, load_dataset = HeldImages.batches, run.load_dataset
-def torn(self, order, *args, **options):
-    for number, batch in enumerate(whole(self, order, *args, **options)):
-        if rank == 1 and number == 2:
-            raise UserError("cannot be decoded")
-        yield batch
-def shorter(*args, **options):
-    data = load_dataset(*args, **options)
-    return replace(data, test=HeldImages(data.test.images[1:], data.test.labels[1:])) if rank else data
-with patch.object(HeldImages, "batches", torn):
+open_dataset = run.open_dataset
+class Files:
+    def __init__(self, held):
+        self.held, self.to = held, lambda device: self
+    def __getattr__(self, name):
+        return getattr(self.held, name)
+    def __len__(self):
+        return len(self.held)
+    def batches(self, *args, **options):
+        for number, batch in enumerate(self.held.batches(*args, **options)):
+            if rank == 1 and number == 2:
+                raise UserError("cannot be decoded")
+            yield batch
+def changed(change):
+    def opened(*args, **options):
+        source = open_dataset(*args, **options)
+        return replace(source, load=lambda: change(source.load()))
+    return patch.object(run, "open_dataset", opened)
+with changed(lambda data: replace(data, train=Files(data.train))):
     fail("batch")
-with patch.object(run, "load_dataset", shorter):
+with changed(lambda data: replace(data, test=HeldImages(data.test.images[1:], data.test.labels[1:])) if rank else data):
     fail("other data")
 fail("diverged", "--lr", "1e30", "--clip-grad", "0")
 if rank:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from .augment import mix, random_erasing, random_resized_crop
 from .config import Config, SharedError
-from .data import Dataset
+from .data import Dataset, HeldImages, Images
 from .draws import Draws, seed_torch, shuffled
 from .optim import learning_rate
 from .parallel import Ranks, average_batch_norm, gradients_stay, local_parameters
 from .state import NEVER, State
 from .trivial import trivial_augment
 
+Batch = tuple[Tensor, Tensor]
 EVAL_BATCH = 512
 WATCH_STEPS = 50  # between two looks at whether the loss is finite, each of which waits for the device
 
@@ -32,10 +33,10 @@ def train_epoch(state: State, dataset: Dataset, after_step: Callable[[], None] =
     batches = shuffled(seed, epoch, images=images).tensor_split(steps)[state.step :]
     shares = [ranks.share(len(batch)) for batch in batches]
     own = [batch if share is None else batch[share] for batch, share in zip(batches, shares, strict=True)]
-    feed = ranks.each(dataset.train.batches(own, replace_unreadable=True))
+    feed = dataset.train.batches(own, replace_unreadable=True)
     start = time.perf_counter() - state.seconds
     state.call.train()
-    for batch, share, (pixels, labels) in zip(batches, shares, feed, strict=True):
+    for batch, share, (pixels, labels) in zip(batches, shares, together(feed, dataset.train, ranks), strict=True):
         lr = learning_rate(epoch * steps + state.step, steps, config)
         draws = Draws(*state.place, images=len(batch), rows=share)
         seed_torch(*state.place, ranks.rank)
@@ -140,10 +141,15 @@ def tested(
     images = len(dataset.test)
     batches = torch.arange(images).tensor_split(math.ceil(images / (EVAL_BATCH * ranks.world)))
     own = [batch.tensor_split(ranks.world)[ranks.rank] for batch in batches]
-    for pixels, labels in ranks.each(dataset.test.batches(own)):
+    for pixels, labels in together(dataset.test.batches(own), dataset.test, ranks):
         with autocast(config, labels.device):
             scores = model(as_laid_out(dataset.inputs(pixels), config))
         yield pixels, labels, scores.float()
+
+
+def together(batches: Iterator[Batch], images: Images, ranks: Ranks) -> Iterator[Batch]:
+    """The batches of this process; an error of one process is raised in all. Images in memory raise none, and need no check."""
+    return batches if isinstance(images, HeldImages) else ranks.each(batches)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:

@@ -79,7 +79,7 @@ class Ranks:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """All processes run the block, without a collective after what may fail. The error of one is raised in all.
+        """Run the block in all processes, and raise the error of one in all. In the block, no collective follows what may fail.
 
         Raises:
             SharedError: one or more processes raised a UserError or an OSError. Alone, a process raises its own error.
@@ -95,7 +95,7 @@ class Ranks:
             self._raise_shared(error)
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """`items` of this process. All processes iterate until the last has none left; the error of one is raised in all."""
+        """Iterate over `items` in all processes until none has any left, and raise the error of one in all."""
         if self.world == 1:
             yield from items
             return

@@ -253,8 +253,10 @@ class Run:
         if best_epoch(history) is row:
             self.save("best.pt")
         ranked = sorted(history, key=lambda each: (-each["eval_top1"], each["eval_loss"]))
+        worse = []
         if row in ranked[: config.checkpoint_hist]:
             self.save(f"epoch-{row['epoch']}.pt")
+            worse = ranked[config.checkpoint_hist :]
         self.save("last.pt")
         unreadable = sorted(self.ranks.union(self.dataset.all_unreadable()))
         if len(unreadable) > self.unreadable:
@@ -267,8 +269,8 @@ class Run:
         )
         with self.ranks.agreed():
             if self.ranks.first:
-                for worse in ranked[config.checkpoint_hist :]:
-                    remove_checkpoint(self.output / f"epoch-{worse['epoch']}.pt")
+                for each in worse:
+                    remove_checkpoint(self.output / f"epoch-{each['epoch']}.pt")
                 write_summary(self.output / "summary.csv", history)
                 if self.board:
                     self.board.add(row)
