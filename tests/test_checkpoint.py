@@ -113,6 +113,9 @@ def test_the_best_epochs_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("epoch-*.pt")} == {f"epoch-{row['epoch']}.pt" for row in best}
     for row in best:
         assert load_checkpoint(tmp_path / f"epoch-{row['epoch']}.pt")["history"][-1] == row
+    kept = set(tmp_path.glob("epoch-*.pt"))
+    assert main(["train", "--resume", str(tmp_path), "--epochs", "5", "--checkpoint-hist", "0"]) == 0
+    assert set(tmp_path.glob("epoch-*.pt")) == kept
 
 
 def test_a_recovery_checkpoint_inside_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,81 @@ for argv in json.loads(sys.argv[1]):
 if together:
     torch.distributed.destroy_process_group()
 """
+# Runs that fail, most in one of two processes, which both go on to the next run. No process foresees the last error.
+FAULTS = """
+import os, sys, torch
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+from vix_kernels.__main__ import main
+from vix_kernels.training import UserError, loop, run
+from vix_kernels.training.data import HeldImages
+rank = int(os.environ["RANK"])
+torch.distributed.init_process_group("gloo")
+
+def fail(name, *more):
+    torch.distributed.barrier()
+    if rank == 0:
+        print(f"\\nrun {name}", file=sys.stderr, flush=True)
+    torch.distributed.barrier()
+    try:
+        code = main([*sys.argv[1:], "--output", "run", *more])
+    except SystemExit as stop:
+        code = stop.code
+    if code != 2:
+        sys.exit(code)
+    torch.distributed.barrier()
+    if rank == 0 and Path("run").exists():
+        for path in Path("run").iterdir():
+            print(path.name, file=sys.stderr, flush=True)
+            path.unlink()
+
+def fault(name, module, attribute, where, error, condition=lambda: True):
+    original = getattr(module, attribute)
+    def called(*args, **options):
+        if rank == where and condition():
+            raise error
+        return original(*args, **options)
+    with patch.object(module, attribute, called):
+        fail(name)
+
+full = OSError(28, "No space left on device")
+fault("model", run, "build_model", 1, UserError("no such model"))
+fault("data", run, "load_dataset", 1, UserError("no such data"))
+fault("checkpoint", run, "save_checkpoint", 0, full, condition=(Path("run") / "args.yaml").exists)
+fault("curve", run, "draw_learning_curve", 0, full)
+load_dataset = run.load_dataset
+class Files:
+    def __init__(self, held):
+        self.held, self.to = held, lambda device: self
+    def __getattr__(self, name):
+        return getattr(self.held, name)
+    def __len__(self):
+        return len(self.held)
+    def batches(self, *args, **options):
+        for number, batch in enumerate(self.held.batches(*args, **options)):
+            if rank == 1 and number == 2:
+                raise UserError("cannot be decoded")
+            yield batch
+def from_files(*args, **options):
+    data = load_dataset(*args, **options)
+    return replace(data, train=Files(data.train))
+def shorter(*args, **options):
+    data = load_dataset(*args, **options)
+    return replace(data, test=HeldImages(data.test.images[1:], data.test.labels[1:])) if rank else data
+with patch.object(run, "load_dataset", from_files):
+    fail("batch")
+with patch.object(run, "load_dataset", shorter):
+    fail("other data")
+fail("diverged", "--lr", "1e30", "--clip-grad", "0")
+if rank:
+    os.makedirs("node/run")
+    os.chdir("node")
+fail("not shared")
+if rank:
+    os.chdir("..")
+fault("bug", loop, "train_step", 1, KeyError("a bug"))
+"""
 # The process with rank 1 ends itself, as kill -9 does, in front of step 31; the restarted one does not.
 KILLED = """
 import os, signal, sys
@@ -71,14 +146,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def started(*words: object, processes: int = 2, restarts: int = 0) -> subprocess.CompletedProcess:
+def started(*words: object, processes: int = 2, restarts: int = 0, folder: Path | None = None) -> subprocess.CompletedProcess:
     """By torchrun, or one process without it."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         launcher += [f"--max-restarts={restarts}", "--monitor-interval=0.2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*launcher, *map(str, words)], capture_output=True, text=True, env=environment, timeout=240)
+    command = [*launcher, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, cwd=folder)
 
 
 def run_all(runs: list[list[str]], folder: Path, processes: int) -> None:
@@ -143,6 +219,36 @@ def test_a_killed_process_leaves_no_trace(runs: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
     losses = [[row["train_loss"] for row in each["history"]] for each in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # a sum that was cut in two
+
+
+def test_an_error_of_any_process_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "faults.py").write_text(FAULTS)
+    small = [*RUN[:3], "--epochs", "1", *RUN[5:-3], "depth=1"]
+    _, *runs = started("faults.py", *small, folder=tmp_path).stderr.split("\nrun ")
+    said = {name: [line for line in lines if line] for name, *lines in map(str.splitlines, runs)}
+    bug = said.pop("bug")
+    full, started_files = "[Errno 28] No space left on device", ["args.yaml", "last.pt"]
+    wanted = {
+        "model": ("process 1: no such model", []),
+        "data": ("process 1: no such data", []),
+        "checkpoint": (f"process 0: cannot write the checkpoint run/best.pt: {full}", [*started_files, "learning_curve.png"]),
+        "curve": (f"process 0: {full}", [*started_files, "best.pt", "summary.csv"]),
+        "batch": ("process 1: cannot be decoded", started_files),
+        "other data": (
+            "process 1: --dataset: digits differs from that of process 0 in its held-out images, held-out labels",
+            [],
+        ),
+        "diverged": (
+            "the loss of step 2 of epoch 1 is not finite: try a lower --lr; the last checkpoint is from before",
+            started_files,
+        ),
+        "not shared": ("process 1: --output: run is not the folder that process 0 writes to: name a shared one", []),
+    }
+    for name, (line, files) in wanted.items():
+        assert sorted(said[name]) == sorted([f"vix train: error: {line}", *files])
+    assert said.keys() == wanted.keys()
+    assert bug[0] == "vix train: process 1 failed:" and "[rank1]: KeyError: 'a bug'" in bug
+    assert not any(line.startswith("[rank0]") for line in bug)
 
 
 def test_a_run_goes_on_in_another_number_of_processes(runs: Path, tmp_path: Path) -> None:

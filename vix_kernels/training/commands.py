@@ -9,11 +9,15 @@ import time
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..commands import KeyValues, Parser
-from .config import CHOICES, Config, UserError
+from .config import CHOICES, Config, SharedError, UserError
 from .recipes import RECIPES
+
+if TYPE_CHECKING:
+    from .parallel import Ranks
+    from .state import History
 
 TRAIN_EXAMPLES = """\
 examples:
@@ -175,39 +179,62 @@ def _read_settings(path: str) -> dict[str, Any]:
 
 def train_command(argv: list[str]) -> int:
     parser = train_parser()
-    parser.parse_args(argv)  # refuses wrong arguments before torch is loaded any further
+    if os.environ.get("RANK", "0") == "0":  # all processes of torchrun have the same arguments
+        parser.parse_args(argv)  # refuses wrong ones before torch is loaded any further
     try:
-        from .report import best_epoch
+        from .parallel import connected
         from .run import Stopped, train
     except ModuleNotFoundError as error:
         parser.error(f"training needs {error.name}: pip install 'vix_kernels[train]'")
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        config = parse_train(parser, argv)
-        history, output = train(config)
-    except (UserError, OSError) as error:  # a path that cannot be read, a disk that is full
-        if first:
-            parser.error(str(error))
-        return 2
-    except Stopped as stop:
-        if first:
-            print(f"vix train: {stop}", file=sys.stderr)
-        return 128 + stop.number
-    except KeyboardInterrupt:
-        print("vix train: interrupted", file=sys.stderr)
-        return 130
-    best, last = best_epoch(history), history[-1]
-    if first:
-        if config.time_to:
-            there = last["eval_top1"] >= config.time_to
-            when = f"reached after {last['seconds']:,.0f} s" if there else f"not reached in {len(history)} epochs"
-            print(f"--time-to {config.time_to:g} %: {when}")
-        print(
-            f"top-1 {best['eval_top1']:.2f} % (best, epoch {best['epoch']}; last {last['eval_top1']:.2f} %), top-5 "
-            f"{best['eval_top5']:.2f} %, {last['images_per_second']:,.0f} images/s, {last['seconds']:,.0f} s, "
-            f"{last['peak_memory_mb']:,.0f} MiB at most, {output}"
-        )
+    with connected() as ranks:
+        try:
+            config = ranks.decided(lambda: parse_train(parser, argv))
+            history, output = train(config)
+        except (UserError, OSError) as error:  # a path that cannot be read, a disk that is full
+            return _failed(parser, ranks, error)
+        except Stopped as stop:
+            if ranks.first:
+                print(f"vix train: {stop}", file=sys.stderr)
+            return 128 + stop.number
+        except KeyboardInterrupt:
+            if ranks.first:
+                print("vix train: interrupted", file=sys.stderr)
+            return 130
+        except Exception:
+            if not ranks.fails_first():
+                return 1
+            if ranks.world > 1:
+                print(f"vix train: process {ranks.rank} failed:", file=sys.stderr)
+            raise
+        if ranks.first:
+            _print_end(config, history, output)
     return 0
+
+
+def _failed(parser: Parser, ranks: Ranks, error: Exception) -> int:
+    """Say once what went wrong; returns the exit code."""
+    try:
+        if ranks.first if isinstance(error, SharedError) else ranks.fails_first():
+            parser.error(str(error) if ranks.first else f"process {ranks.rank}: {error}")
+    finally:
+        if isinstance(error, SharedError):
+            ranks.wait()  # until it is said: the first process that ends makes torchrun end the others
+    return 2
+
+
+def _print_end(config: Config, history: History, output: Path) -> None:
+    from .report import best_epoch
+
+    best, last = best_epoch(history), history[-1]
+    if config.time_to:
+        there = last["eval_top1"] >= config.time_to
+        when = f"reached after {last['seconds']:,.0f} s" if there else f"not reached in {len(history)} epochs"
+        print(f"--time-to {config.time_to:g} %: {when}")
+    print(
+        f"top-1 {best['eval_top1']:.2f} % (best, epoch {best['epoch']}; last {last['eval_top1']:.2f} %), top-5 "
+        f"{best['eval_top5']:.2f} %, {last['images_per_second']:,.0f} images/s, {last['seconds']:,.0f} s, "
+        f"{last['peak_memory_mb']:,.0f} MiB at most, {output}"
+    )
 
 
 VALIDATE_EXAMPLES = """\

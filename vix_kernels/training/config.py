@@ -13,6 +13,10 @@ class UserError(Exception):
     """Something that the user can put right: one line, shown without a traceback."""
 
 
+class SharedError(UserError):
+    """A `UserError` that is raised in all processes of a run, whichever of them met it."""
+
+
 CHOICES = {
     "backend": ("auto", "triton", "torch", "reference"),
     "aa": ("none", "trivial"),

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .augment import mix, random_erasing
-from .config import Config, UserError
-from .data import Dataset
+from .config import Config, SharedError
+from .data import Dataset, HeldImages, Images
 from .draws import Draws, seed_torch, shuffled
 from .optim import learning_rate
 from .parallel import Ranks, average_batch_norm, gradients_stay, local_parameters
 from .state import NEVER, State
 from .trivial import trivial_augment
 
+Batch = tuple[Tensor, Tensor]
 EVAL_BATCH = 512
 WATCH_STEPS = 50  # between two looks at whether the loss is finite, each of which waits for the device
 
@@ -35,7 +36,7 @@ def train_epoch(state: State, dataset: Dataset, after_step: Callable[[], None] =
     feed = dataset.train.batches(own, place=(seed, epoch), crop=config.aug)
     start = time.perf_counter() - state.seconds
     state.call.train()
-    for batch, share, (pixels, labels) in zip(batches, shares, feed, strict=True):
+    for batch, share, (pixels, labels) in zip(batches, shares, together(feed, dataset.train, ranks), strict=True):
         lr = learning_rate(epoch * steps + state.step, steps, config)
         draws = Draws(*state.place, images=len(batch), rows=share)
         seed_torch(*state.place, ranks.rank)
@@ -102,7 +103,7 @@ def redraw_features(state: State) -> None:
 
 
 def check_finite(state: State, eval_loss: float = 0.0) -> None:
-    """Raises `UserError` where the loss of a step of this epoch was not, or `eval_loss`, or a weight is not."""
+    """Raises `SharedError` where the loss of a step of this epoch was not, or `eval_loss`, or a weight is not."""
     what, step = "", -state.ranks.largest(-int(state.diverged))
     if step < NEVER:
         what = f"the loss of step {step} of epoch {len(state.history) + 1}"
@@ -111,7 +112,7 @@ def check_finite(state: State, eval_loss: float = 0.0) -> None:
     elif state.ranks.largest(not all(norm.isfinite() for norm in torch._foreach_norm(local_parameters(state.model)))):
         what = f"a weight behind step {state.step} of epoch {len(state.history) + 1}"
     if what:
-        raise UserError(f"{what} is not finite: try a lower --lr; the last checkpoint is from before")
+        raise SharedError(f"{what} is not finite: try a lower --lr; the last checkpoint is from before")
 
 
 @torch.no_grad()
@@ -138,10 +139,15 @@ def tested(
     images = len(dataset.test)
     batches = torch.arange(images).tensor_split(math.ceil(images / (EVAL_BATCH * ranks.world)))
     own = [batch.tensor_split(ranks.world)[ranks.rank] for batch in batches]
-    for pixels, labels in dataset.test.batches(own):
+    for pixels, labels in together(dataset.test.batches(own), dataset.test, ranks):
         with autocast(config, labels.device):
             scores = model(as_laid_out(dataset.inputs(pixels), config))
         yield pixels, labels, scores.float()
+
+
+def together(batches: Iterator[Batch], images: Images, ranks: Ranks) -> Iterator[Batch]:
+    """The batches of this process; an error of one process is raised in all. Images in memory raise none, and need no check."""
+    return batches if isinstance(images, HeldImages) else ranks.each(batches)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:

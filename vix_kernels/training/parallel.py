@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from .config import SharedError, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,71 @@ class Ranks:
         gathered: list[set[str]] = [set()] * self.world
         dist.all_gather_object(gathered, names)
         return set().union(*gathered)
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Run the block in all processes, and raise the error of one in all. In the block, no collective follows what may fail.
+
+        Raises:
+            SharedError: one or more processes raised a UserError or an OSError. Alone, a process raises its own error.
+        """
+        error = None
+        try:
+            yield
+        except (UserError, OSError) as caught:
+            if self.world == 1:
+                raise
+            error = caught
+        if self.largest(error is not None):
+            self._raise_shared(error)
+
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """Iterate over `items` in all processes until none has any left, and raise the error of one in all."""
+        if self.world == 1:
+            yield from items
+            return
+        items = iter(items)
+        ended, ready, failed = range(3)
+        while True:
+            error, state = None, ready
+            try:
+                item = next(items)
+            except StopIteration:
+                state = ended
+            except (UserError, OSError) as caught:
+                error, state = caught, failed
+            together = self.largest(state)
+            if together == failed:
+                self._raise_shared(error)
+            if together == ended:
+                return
+            if state == ready:
+                yield item
+
+    def _raise_shared(self, error: Exception | None) -> None:
+        texts: list[str | None] = [None] * self.world
+        dist.all_gather_object(texts, error and str(error))
+        rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
+        raise SharedError(text if texts.count(text) == self.world else f"process {rank}: {text}") from error
+
+    def decided(self, decide: Callable[[], T]) -> T:
+        """What `decide` returns in the first process, the only one that calls it. It has to be picklable."""
+        result: list[Any] = [None]
+        with self.agreed():
+            if self.first:
+                result = [decide()]
+        if self.world > 1:
+            dist.broadcast_object_list(result, src=0, device=torch.device("cpu"))
+        return result[0]
+
+    def fails_first(self) -> bool:
+        """Whether no other process has called this. A process that ends breaks its connections, and so all others fail."""
+        if self.world == 1:
+            return True
+        try:
+            return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+        except RuntimeError:  # the process that keeps the store has ended
+            return False
 
     def wait(self) -> None:
         """Until all are here."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from .checkpoint import load_checkpoint, remove_checkpoint, remove_leftovers, save_checkpoint
 from .config import Config, UserError
 from .data import NAMES, load_dataset
+from .lock import lock_owner, locked
 from .loop import check_finite, evaluate, train_epoch
 from .parallel import Ranks, connected
 from .report import (
@@ -35,12 +35,13 @@ from .setup import (
     build_model,
     check_batches,
     check_processes,
+    check_same_data,
     check_same_run,
     check_smallest_batch,
     claim_folder,
     device_of,
-    output_folder,
-    resumed_from,
+    goes_on,
+    located,
 )
 from .state import History, State
 from .trained import judge, load_trained
@@ -66,15 +67,10 @@ def train(config: Config) -> tuple[History, Path]:
         Stopped: after SIGINT or SIGTERM; `last.pt` holds the step that was reached.
     """
     config.check()
-    with connected() as ranks:
-        run = Run(config, ranks)
+    with connected() as ranks, ExitStack() as held:
+        run = Run(config, ranks, held)
         run.open()
-        try:
-            run.go()
-        except UserError as error:
-            if not ranks.first:  # the others may have met nothing
-                print(f"vix train: error in process {ranks.rank}: {error}", file=sys.stderr, flush=True)
-            raise
+        run.go()
         ended = run.state.history, run.output
         del run  # what holds connections, before they are closed, by all at once
         ranks.wait()
@@ -82,32 +78,45 @@ def train(config: Config) -> tuple[History, Path]:
 
 
 class Run:
-    """One process's part of a run: everything that it is made of, then `open`, then `go`."""
+    """One process's part of a run: everything that it is made of, then `open`, then `go`.
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.resume = resumed_from(config)
-        checkpoint = load_checkpoint(self.resume) if self.resume else None
-        self.output = output_folder(config, self.resume)
-        device = device_of(config.device)
+    The first process decides what is on the disk, and tells the others.
+
+    Args:
+        held: what the run has to give back when it ends, such as the lock on its folder.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, held: ExitStack) -> None:
+        self.ranks, self.held = ranks, held
         check_processes(config, ranks)
+        self.resume, self.output = ranks.decided(lambda: located(config))
+        self.new = True
+        self.is_locked = ranks.decided(lambda: self.output is not None and self.output.is_dir())
+        if self.is_locked:
+            self.lock()
+        with ranks.agreed():
+            checkpoint = load_checkpoint(self.resume) if self.resume else None
+            device = device_of(config.device)
         torch.backends.cudnn.deterministic = True  # convolutions too give the same bits on every run
-        with ranks.first_alone():
+        with ranks.agreed(), ranks.first_alone():
             source = dict(data_dir=config.data_dir, stream=config.stream, workers=config.workers)
             self.dataset = load_dataset(config.dataset, config.img_size, **source).to(device)
+        check_same_data(self.dataset, ranks)
         if config.dataset not in NAMES:  # a path, to be found again from wherever the run is resumed
             config = replace(config, dataset=os.path.abspath(config.dataset))
         images = len(self.dataset.train)
-        check_batches(config, ranks, images)
-        model, self.model_kwargs = build_model(config, self.dataset, device)
-        check_smallest_batch(config, model, ranks, images)
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.steps = config.steps(images)
-        if checkpoint:
-            check_same_run(checkpoint, config, self.model_kwargs, self.dataset)
+        with ranks.agreed():
+            check_batches(config, ranks, images)
+            model, self.model_kwargs = build_model(config, self.dataset, device)
+            check_smallest_batch(config, model, ranks, images)
+            self.parameters = sum(p.numel() for p in model.parameters())
+            self.steps = config.steps(images)
+            if checkpoint:
+                check_same_run(checkpoint, config, self.model_kwargs, self.dataset)
         self.state = State(config, model, device, ranks)
         if checkpoint:
-            self.state.restore(checkpoint)
+            with ranks.agreed():
+                self.state.restore(checkpoint)
         self.title = f"{config.model} on {self.dataset.name}"
         self.unreadable = 0  # images that have been named so far
         self.stop, self.board = Stop(), None
@@ -120,35 +129,52 @@ class Run:
             leave=False,
             disable=hidden if ranks.first else True,
         )
-        self.new = self.output is None or not (self.output / "last.pt").exists()
-        ranks.wait()  # until all have seen what lies in the folder
 
     @property
     def config(self) -> Config:
         return self.state.config
 
+    def lock(self) -> None:
+        """Keep other runs out of the folder from here on."""
+        owner = self.ranks.decided(lambda: self.held.enter_context(locked(self.output)))
+        with self.ranks.agreed():
+            if lock_owner(self.output) != owner:
+                raise UserError(f"--output: {self.output} is not the folder that process 0 writes to: name a shared one")
+        self.new = self.ranks.decided(lambda: not goes_on(self.output, self.resume))
+
     def open(self) -> None:
-        """Make the folder, if it is a new one: first the checkpoint, without which it would be nobody's."""
+        """Make and lock the folder, if it is not there yet, and write the first files."""
         history = self.state.history
-        reached = best_of(self.resume, history) if self.new and history else None
-        try:
-            if self.output is None:
-                self.output = claim_folder(f"{self.config.model}-{self.dataset.name}")
-            self.output.mkdir(parents=True, exist_ok=True)
-            self.state.config = replace(self.config, output=str(self.output))
-            if self.new:
-                self.save("last.pt")
+        branches = self.new and bool(history)  # off another run, whose best checkpoint belongs to it too
+        with self.ranks.agreed(), output_errors(self.output):
+            reached = best_of(self.resume, history) if branches and self.ranks.first else None
+            if self.ranks.first and not self.is_locked:
+                self.output = self.made_folder()
+        if not self.is_locked:
+            self.lock()
+        self.state.config = replace(self.config, output=str(self.output))
+        if self.new:
+            self.save("last.pt")  # before all other files, which are of use only beside it
+        with self.ranks.agreed(), output_errors(self.output):
             if self.ranks.first:
                 remove_leftovers(self.output)
-                if reached:  # a branch of another run, which takes along what that one has reached
+                if reached:
                     save_checkpoint(self.output / "best.pt", reached, Ranks())
-                if self.new and history:
+                if branches:
                     write_summary(self.output / "summary.csv", history)
                 write_args(self.output / "args.yaml", self.config)
                 if self.config.log_tensorboard:
                     self.board = Board(self.output, len(history))
-        except OSError as error:
-            raise UserError(f"--output: cannot start {self.output}: {error}") from error
+
+    def made_folder(self) -> Path:
+        """The folder of a new run. If nothing is written to it, it is removed in the end."""
+        if self.output is None:
+            folder = claim_folder(f"{self.config.model}-{self.dataset.name}")
+        else:
+            folder = self.output
+            folder.mkdir(parents=True, exist_ok=True)  # two runs may make it at once: the lock says whose it is
+        self.held.callback(remove_empty, folder)
+        return folder
 
     def go(self) -> None:
         """Train to the last epoch, or until a signal comes."""
@@ -170,14 +196,18 @@ class Run:
                     history.append(row)
                     self.state.start_epoch()
                     self.after_epoch()
+        except BaseException:
+            with suppress(OSError):  # what ended the run is what has to be said
+                self.draw()
+            raise
         finally:
             self.progress.close()
             if self.board:
                 self.board.close()
-            if history and self.ranks.first:
-                self.draw()
-        if self.ranks.first:
-            self.draw_best()
+        with self.ranks.agreed():
+            self.draw()
+            if self.ranks.first:
+                self.draw_best()
 
     def reached(self) -> bool:
         """Whether the accuracy is reached that the run was to end at."""
@@ -205,10 +235,10 @@ class Run:
         if best_epoch(history) is row:
             self.save("best.pt")
         ranked = sorted(history, key=lambda each: (-each["eval_top1"], each["eval_loss"]))
+        worse = []
         if row in ranked[: config.checkpoint_hist]:
             self.save(f"epoch-{row['epoch']}.pt")
-            for worse in ranked[config.checkpoint_hist :] if self.ranks.first else ():
-                remove_checkpoint(self.output / f"epoch-{worse['epoch']}.pt")
+            worse = ranked[config.checkpoint_hist :]
         self.save("last.pt")
         unreadable = sorted(self.ranks.union(self.dataset.all_unreadable()))
         if len(unreadable) > self.unreadable:
@@ -219,21 +249,30 @@ class Run:
             f"{row['eval_loss']:.4f}  top-1 {row['eval_top1']:6.2f} %  top-5 {row['eval_top5']:6.2f} %  "
             f"{row['images_per_second']:,.0f} images/s"
         )
-        if self.ranks.first:
-            write_summary(self.output / "summary.csv", history)
-            if self.board:
-                self.board.add(row)
-            if time.perf_counter() > self.drawn + CURVE_SECONDS:
-                self.draw()
-                self.drawn = time.perf_counter()
+        with self.ranks.agreed():
+            if self.ranks.first:
+                for each in worse:
+                    remove_checkpoint(self.output / f"epoch-{each['epoch']}.pt")
+                write_summary(self.output / "summary.csv", history)
+                if self.board:
+                    self.board.add(row)
+                if time.perf_counter() > self.drawn + CURVE_SECONDS:
+                    self.draw()
+                    self.drawn = time.perf_counter()
 
     def save(self, name: str) -> None:
-        checkpoint = self.state.checkpoint(self.model_kwargs, self.dataset.description())
-        save_checkpoint(self.output / name, checkpoint, self.ranks, self.config.fsdp)
+        checkpoint, path = self.state.checkpoint(self.model_kwargs, self.dataset.description()), self.output / name
+        with self.ranks.agreed():
+            try:
+                save_checkpoint(path, checkpoint, self.ranks, self.config.fsdp)
+            except OSError as error:
+                kept = "; the one before is still there" if path.exists() else ""
+                raise UserError(f"cannot write the checkpoint {path}: {error}{kept}") from error
 
     def draw(self) -> None:
         history = self.state.history
-        draw_learning_curve(self.output / "learning_curve.png", history, best_epoch(history), self.title)
+        if history and self.ranks.first:
+            draw_learning_curve(self.output / "learning_curve.png", history, best_epoch(history), self.title)
 
     def draw_best(self) -> None:
         """What the best checkpoint takes for what."""
@@ -250,6 +289,19 @@ class Run:
             device = f"{self.ranks.world} processes ({'FSDP2' if self.config.fsdp else 'DDP'}) on {self.state.device.type}"
         images = f"{len(self.dataset.train):,} training and {len(self.dataset.test):,} held-out images"
         return f"{self.title}: {self.parameters:,} parameters, {images}, {device}, output {self.output}"
+
+
+@contextmanager
+def output_errors(folder: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output: cannot start {folder or 'a run in runs'}: {error}") from error
+
+
+def remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 class Stop:

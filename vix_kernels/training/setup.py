@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from contextlib import suppress
 from copy import deepcopy
 from itertools import count
@@ -15,7 +16,7 @@ from torch import nn
 from vix_kernels.models import create_model
 from vix_kernels.models.zoo import preset, takes
 
-from .checkpoint import Checkpoint, checkpoint_path, load_checkpoint
+from .checkpoint import Checkpoint, checkpoint_path, existing_checkpoint, load_checkpoint
 from .config import Config, UserError
 from .data import Dataset
 from .draws import seed_torch
@@ -25,11 +26,29 @@ from .report import best_epoch
 RUN_FILES = ("args.yaml", "summary.csv", "last.pt", "best.pt", "learning_curve.png", "confusion.png", "mistakes.png")
 
 
-def resumed_from(config: Config) -> str | None:
-    """What to go on from: --resume, unless torchrun has started this run again, which has a checkpoint of its own then."""
-    if config.output and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (Path(config.output) / "last.pt").exists():
-        return config.output
-    return config.resume
+def located(config: Config) -> tuple[str | None, Path | None]:
+    """The checkpoint to go on from, if any, and the folder to write to; None leaves that to `claim_folder`.
+
+    The checkpoint is that of --resume, unless torchrun has restarted this run and it has one of its own.
+    """
+    if config.output and _restarted() and (Path(config.output) / "last.pt").exists():
+        return config.output, Path(config.output)
+    resumed = existing_checkpoint(config.resume).parent if config.resume else None
+    return config.resume, Path(config.output) if config.output else resumed
+
+
+def goes_on(folder: Path, resume: str | None) -> bool:
+    """Whether the run in `folder` is the one that is resumed. Raises `UserError` where `folder` holds another run."""
+    if resume and checkpoint_path(resume).resolve() == (folder / "last.pt").resolve():
+        return True
+    if any((folder / name).exists() for name in RUN_FILES) and not _restarted():  # before it had a checkpoint
+        raise UserError(f"--output: {folder} holds a run already: continue it with --resume {folder}, or name another")
+    return False
+
+
+def _restarted() -> bool:
+    """By torchrun, after a process failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def device_of(name: str) -> torch.device:
@@ -56,6 +75,20 @@ def check_processes(config: Config, ranks: Ranks) -> None:
         raise UserError(f"--fsdp: divides a model among processes, and there is one: {alone}")
     if ranks.world > 1 and not config.output and not config.resume:
         raise UserError("--output: name it, so that all processes, and those of a restart, have the same folder")
+
+
+def check_same_data(dataset: Dataset, ranks: Ranks) -> None:
+    """That all processes have the images that the first one has, as far as their labels tell."""
+
+    def contents() -> dict[str, Any]:
+        parts = {"training": dataset.train, "held-out": dataset.test}
+        checksums = {f"{name} labels": zlib.crc32(part.labels.cpu().numpy().tobytes()) for name, part in parts.items()}
+        return {"classes": dataset.classes} | {f"{name} images": len(part) for name, part in parts.items()} | checksums
+
+    first = ranks.decided(contents)
+    with ranks.agreed():
+        if others := [name for name, value in contents().items() if value != first[name]]:
+            raise UserError(f"--dataset: {dataset.name} differs from that of process 0 in its {', '.join(others)}")
 
 
 def check_batches(config: Config, ranks: Ranks, images: int) -> None:
@@ -130,23 +163,6 @@ def best_of(resume: str, history: list[dict[str, Any]]) -> Checkpoint | None:
     path = checkpoint_path(resume).with_name("best.pt")
     best = load_checkpoint(path) if path.is_file() else None
     return best if best and best["history"] == history[: best_epoch(history)["epoch"]] else None
-
-
-def output_folder(config: Config, resume: str | None) -> Path | None:
-    """A folder that holds no run yet, or the one of the run that is continued; None leaves it to `claim_folder`."""
-    if resume:
-        resumed = checkpoint_path(resume)
-        folder = Path(config.output) if config.output else resumed.parent
-        if resumed.resolve() == (folder / "last.pt").resolve():
-            return folder
-    elif config.output:
-        folder = Path(config.output)
-    else:
-        return None
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # before it had a checkpoint
-    if any((folder / name).exists() for name in RUN_FILES) and not restarted:
-        raise UserError(f"--output: {folder} holds a run already: continue it with --resume {folder}, or name another")
-    return folder
 
 
 def claim_folder(name: str) -> Path:
