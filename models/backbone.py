@@ -18,7 +18,7 @@ class Backbone(nn.Module):
     A model makes `forward_features`, tokens (B, num_prefix_tokens + patches, num_features), and calls `finish` last.
     """
 
-    config: dict[str, Any]  # what `create_model` was called with
+    config: dict[str, Any]  # what `create_model` was called with, and what `save_model` documents
     pools = ("avg",)  # of the tokens: "token", the class token; "avg", the mean of the patches; "seq", a learned mean
 
     def __init__(self, *, img_size: int | tuple[int, int], in_chans: int, drop_rate: float) -> None:
@@ -64,6 +64,8 @@ class Backbone(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         if hasattr(self, "config"):  # which save_model writes
             self.config["arguments"] = self.config["arguments"] | {"num_classes": num_classes} | chosen
+            if "data" in self.config:
+                self.config["data"] = {k: value for k, value in self.config["data"].items() if k != "classes"}
         like = next(self.parameters())
         self.head.to(like.device, like.dtype)
         if num_classes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,14 +106,18 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"no file {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
+        with warnings.catch_warnings():  # of a pickle that it may not understand
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch have many kinds for a damaged file
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged, or holds more than tensors ({reason}); save model.state_dict() alone") from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise ValueError(f"{path} holds no state_dict")
     # What DataParallel puts in front of every name
     return {key.removeprefix("module."): value for key, value in state.items()}

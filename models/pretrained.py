@@ -31,10 +31,13 @@ _OVER_TOKENS = {
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
-    """Write `model`, made by `create_model` or `from_original`, to `folder`, each file in one piece.
+    """Write `model`, made by `create_model` or `from_original`, to `folder`, each file atomically.
 
+    `model.config["data"]`, if present, describes the images that the model was trained on: the names of the "classes", and the
+    "mean" and "std" of every channel of images in [0, 1]. `vix predict` reads it; models that `vix train` trained have it.
     A model card that is there already is left alone: its blanks are to be filled in by hand.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -45,7 +48,14 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
             tensors[key] = value.contiguous()
         else:  # how often a Performer has redrawn its features
             extra[key] = json.dumps(value)
-    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt", **extra}))
+
+    def write(path: Path) -> None:
+        try:
+            save_file(tensors, path, metadata={"format": "pt", **extra})
+        except SafetensorError as error:  # a full disk, too
+            raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
+
+    write_atomically(folder / WEIGHTS, write)
     config = json.dumps(model.config | {"vix_kernels": __version__}, indent=2) + "\n"
     write_atomically(folder / CONFIG, lambda path: path.write_text(config))
     if not (folder / CARD).exists():
@@ -62,10 +72,10 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the weights do not fit: lists all that are missing, unexpected or of another shape.
+        ValueError: a file is damaged, or the weights do not fit: lists all that are missing, unexpected or of another shape.
     """
     folder = Path(folder)
-    config = json.loads((folder / CONFIG).read_text())
+    config = _read_config(folder / CONFIG)
     state = _read_state(folder / WEIGHTS)
     arguments = config["arguments"]
     if "original" in config:
@@ -75,6 +85,8 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
 
         return from_original(config["original"], arguments, state).eval()
     model = create_model(config["name"], **arguments | overrides)
+    if data := _still_true(config.get("data"), overrides):
+        model.config["data"] = data
     if overrides:
         with torch.device("meta"):
             source = create_model(config["name"], **arguments)
@@ -100,12 +112,37 @@ def model_card(model: nn.Module) -> str:
     )
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, as save_model writes it, got {error}") from error
+    if (
+        not isinstance(config, dict)
+        or not isinstance(config.get("original", config.get("name")), str)
+        or not isinstance(config.get("arguments"), dict)
+        or not isinstance(config.get("data", {}), dict)
+    ):
+        raise ValueError(f"{path}: expected the name and the arguments of a model, as save_model writes them")
+    return config
 
-    with safe_open(path, framework="pt") as file:
-        extra = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key.endswith("_extra_state")}
-        return {key: file.get_tensor(key) for key in file.keys()} | extra
+
+def _read_state(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            extra = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key.endswith("_extra_state")}
+            return {key: file.get_tensor(key) for key in file.keys()} | extra
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _still_true(data: dict[str, Any] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model knows of its training images, without what `overrides` change."""
+    gone = {"num_classes": {"classes"}, "in_chans": {"mean", "std"}}
+    changed = set().union(*(gone.get(name, set()) for name in overrides))
+    return {name: value for name, value in (data or {}).items() if name not in changed}
 
 
 def _adapt(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[str, Any]:

@@ -158,6 +158,37 @@ def test_converting_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert name in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps({1: 2}), pickle.dumps([[]]), b"PK\x03\x04" + bytes(50), None])
+def test_junk_is_not_converted(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "junk.pth"
+    torch.save({1: torch.zeros(2)}, path) if content is None else path.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", str(path), str(tmp_path / "out"), "--original", "ViP"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and str(path) in said and not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        with pytest.raises(OSError, match="cannot write .*model.safetensors"):
+            save_model(create_model("vip", **small_model("vip")), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_of_zero_are_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    it = golden.load("ViP")
+    torch.save(it.state, tmp_path / "vip.pth")
+    config = [f"{key}={value!r}" for key, value in (it.config | {"patch_size": 0}).items()]
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", str(tmp_path / "vip.pth"), str(tmp_path / "out"), "--original", "ViP", "--config", *config])
+    assert stop.value.code == 2 and "patch_size: expected a positive integer" in capsys.readouterr().err
+
+
 def test_the_table_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "v[ip][tp]"]) == 0
     lines = capsys.readouterr().out.splitlines()

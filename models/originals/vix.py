@@ -15,6 +15,7 @@ import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
+from ..arguments import pair
 from .blocks import FeedForward, PreNorm, Residuals
 from .mixers import FourierMixing, LinformerAttention, NystromAttention, PerformerAttention, SoftmaxAttention
 
@@ -68,7 +69,7 @@ class ViX(nn.Module):
         **of_mixer: Any,
     ) -> None:
         super().__init__()
-        (height, width), patch = _pair(image_size), _pair(patch_size)
+        (height, width), patch = pair("image_size", image_size), pair("patch_size", patch_size)
         if height % patch[0] or width % patch[1]:
             raise ValueError(f"image_size: expected multiples of patch_size {patch}, got {(height, width)}")
         if pool not in POOLS:
@@ -190,7 +191,3 @@ def convolutions(channels: int, height: int, width: int, dim: int) -> nn.Module:
 
 def _cut(height: int, width: int) -> nn.Module:
     return Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=height, p2=width)
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
