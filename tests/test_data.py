@@ -142,6 +142,8 @@ def test_a_run_on_a_pack_goes_on_from_anywhere(
     [
         (lambda a: a.pop("scans"), ["scans"]),
         (lambda a: a.update(labels=a["labels"] + 1), ["labels", "3"]),
+        (lambda a: a.update(labels=a["labels"] * 1.0), ["expected labels that are integers, got float64"]),
+        (lambda a: a.update(labels=a["labels"] * 0, classes=a["classes"][:1]), ["expected 2 classes or more, got lies"]),
         (lambda a: a.update(labels=a["labels"][:-1]), ["labels"]),
         (lambda a: a.update(split=a["split"] * 0), ["split", "[0]"]),
         (lambda a: a.update(split=a["split"] * 2), ["split", "[0, 2]"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,13 @@ def test_cifar(make: Callable[[Path], Path], tmp_path: Path) -> None:
     assert data.name == ("cifar100" if "100" in make.__name__ else "cifar10") and data.classes == ("cat", "dog")
     assert np.array_equal(data.train.images.numpy(), CIFAR[:10]) and np.array_equal(data.test.images.numpy(), CIFAR[10:])
     assert data.train.labels.tolist() == [0, 1] * 5 and data.model_kwargs == {"patch_size": 4}
+
+
+def test_labels_that_are_not_integers_are_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    folder = cifar_python(tmp_path)
+    batch = {b"data": CIFAR[:2].reshape(2, -1), b"labels": [0.5, 1.0]}
+    (folder / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(batch, protocol=2))
+    assert "expected labels that are integers, got float64" in refused("--dataset", folder)
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -165,6 +173,16 @@ def no_class(folder: Path) -> None:
         path.unlink()
 
 
+def one_class(folder: Path) -> None:
+    shutil.rmtree(folder / "train" / "dog")
+    shutil.rmtree(folder / "val" / "dog")
+
+
+def undecodable_class(folder: Path) -> None:
+    for part in ("train", "val"):
+        (folder / part / "dog").rename(folder / part / os.fsdecode(b"d\xff\xf6g"))
+
+
 def no_val(folder: Path) -> None:
     (folder / "val").rename(folder / "other")
 
@@ -175,6 +193,12 @@ def no_val(folder: Path) -> None:
         (damage_many, "3 of 12 images cannot be decoded, such as"),
         (other_size, "1.png is 20 x 16 pixels, the first image 16 x 16 pixels: --img-size N makes them one size"),
         (no_class, "expected images"),
+        (one_class, "expected 2 classes or more, got cat"),
+        pytest.param(
+            undecodable_class,
+            r"expected names in UTF-8, got 'd\\udcff\\udcf6g': rename its folder",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="file names are text on this system"),
+        ),
         (no_val, "expected a folder val, valid, validation or test beside train"),
     ],
 )

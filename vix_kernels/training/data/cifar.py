@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..unpickle import Unpickler
-from .dataset import Dataset, make_dataset
+from .dataset import Dataset, integer_labels, make_dataset
 from .images import HeldImages
 
 PIXELS = 3 * 32 * 32
@@ -58,7 +58,7 @@ def _dataset(name: str, classes: tuple[str, ...], parts: list[HeldImages]) -> Da
 def _python(path: Path, key: bytes) -> HeldImages:
     content = _unpickled(path)
     pixels = np.asarray(content[b"data"], np.uint8)
-    return HeldImages(_images(path, pixels), torch.tensor(content[key], dtype=torch.int64))
+    return HeldImages(_images(path, pixels), integer_labels(content[key]))
 
 
 def _binary(path: Path, header: int) -> HeldImages:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,8 +82,14 @@ def make_dataset(
         statistics: uint8 images whose mean and deviation stand for all; default the training images, which are in memory then.
 
     Raises:
-        ValueError: labels are out of range, or a class has no image to learn from.
+        ValueError: labels are out of range, a class has no image to learn from, or there is one class, or a name that cannot be
+            shown.
     """
+    for text in (name, *classes):
+        if not _is_text(text):
+            raise ValueError(f"expected names in UTF-8, got {text!r}: rename its folder")
+    if len(classes) < 2:
+        raise ValueError(f"expected 2 classes or more, got {', '.join(classes) or 'none'}")
     for part, images in {"training": train, "test": test}.items():
         labels = images.labels
         if len(images) != len(labels) or not len(labels):
@@ -102,6 +109,23 @@ def make_dataset(
     return Dataset(
         name, classes, train, test, max_value, mean, std, augment, {"patch_size": patch_size}, unreadable
     )  # fmt: skip
+
+
+def integer_labels(values: Any) -> Tensor:
+    """int64 labels of an array or a sequence. Raises `ValueError` for numbers that are not integers."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"expected labels that are integers, got {array.dtype}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _is_text(name: str) -> bool:
+    """File names may hold bytes that no encoding explains."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def pixel_statistics(images: Tensor, *, max_value: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .dataset import Dataset, make_dataset
+from .dataset import Dataset, integer_labels, make_dataset
 from .images import HeldImages, hidden
 
 
@@ -23,7 +23,7 @@ def pack(path: str | Path) -> Dataset:
     with np.load(path) as file:
         names = ("headers", "header_offsets", "header_id", "scans", "offsets", "labels", "split", "classes")
         arrays = {name: file[name] for name in names}
-    labels, split = (torch.from_numpy(arrays[name].astype(np.int64)) for name in ("labels", "split"))
+    labels, split = (integer_labels(arrays[name]) for name in ("labels", "split"))
     classes = tuple(map(str, arrays["classes"]))
     if not len(labels) == len(split) == len(arrays["header_id"]) == len(arrays["offsets"]) - 1:
         raise ValueError("labels, split, header_id and offsets speak of different numbers of images")
