@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from test_checkpoint import numbered
 
 from vix_kernels.__main__ import main
 from vix_kernels.models import create_model
 from vix_kernels.nn import PerformerAttention
 from vix_kernels.training import Config, run
-from vix_kernels.training.checkpoint import load_checkpoint
+from vix_kernels.training.checkpoint import load_checkpoint, save_checkpoint
 from vix_kernels.training.commands import parse_train, train_parser
 from vix_kernels.training.optim import Optimizer, learning_rate
+from vix_kernels.training.parallel import Ranks
 from vix_kernels.training.recipes import RECIPES
 from vix_kernels.training.state import State
 
@@ -118,6 +121,22 @@ def test_time_to_an_accuracy_ends_the_run(tmp_path: Path) -> None:
     assert len(history) == 1 and history[0]["seconds"] > 0 and history[0]["peak_memory_mb"] > 50
     assert main(["train", "--resume", str(tmp_path)]) == 0  # which is there already
     assert load_checkpoint(tmp_path)["history"] == history
+    assert parsed("--resume", str(tmp_path), "--epochs", "2", "--time-to", "1").time_to == 1
+    assert main(["train", "--resume", str(tmp_path), "--epochs", "2"]) == 0
+    assert load_checkpoint(tmp_path)["history"][:1] == history and load_checkpoint(tmp_path)["epoch"] == 2
+
+
+def test_more_epochs_keep_an_accuracy_that_is_not_reached(tmp_path: Path) -> None:
+    trained(tmp_path, "--time-to", "100")
+    assert parsed("--resume", str(tmp_path), "--epochs", "2").time_to == 100
+
+
+def test_without_tensorboard_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "--log-tensorboard: " in refused("--log-tensorboard", "--output", tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_tensorboard_has_the_history(tmp_path: Path) -> None:
@@ -136,6 +155,26 @@ def test_learning_rates() -> None:
     assert rates[35:] == [pytest.approx(0.1)] * 15 and rates[34] > 0.101
     config.sched = "constant"
     assert [learning_rate(step, 5, config) for step in (9, 10, 49)] == [1.0] * 3
+
+
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+def test_no_default_raises_a_small_rate(recipe: str | None) -> None:
+    config = parsed("--lr", "1e-6", "--epochs", "30", *(["--recipe", recipe] if recipe else []))
+    config.check()
+    rates = [learning_rate(step, 5, config) for step in range(150)]
+    assert max(rates) == 1e-6 and rates[-1] <= 1e-6
+    assert Config(lr=1e-3).end_lr == 1e-5 and Config(lr=1e-3, min_lr=0.0).end_lr == 0
+
+
+def test_a_run_of_an_earlier_version_with_a_lowest_rate_above_the_highest_goes_on(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "last.pt", numbered(1) | {"config": {"lr": 1e-6, "min_lr": 1e-5}}, Ranks())
+    parsed("--resume", str(tmp_path)).check()
+
+
+def test_a_warm_up_longer_than_the_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(tmp_path, "--warmup-epochs", "3")
+    note = "note: --warmup-epochs 3 is longer than --epochs 1: the learning rate ends at 0.00067, below --lr 0.002"
+    assert note in capsys.readouterr().out
 
 
 def parsed(*words: str) -> Config:
@@ -222,8 +261,6 @@ def test_help_shows_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_states_of_one_seed_start_alike() -> None:
-    from vix_kernels.training.parallel import Ranks
-
     model = create_model("vip", img_size=8, in_chans=1, patch_size=2)
     state = State(Config(model_ema=True), model, torch.device("cpu"), Ranks())
     assert state.place == (0, 0, 0) and state.tested is state.ema.model and state.call is model

@@ -196,6 +196,7 @@ def test_the_learning_curve_grows_with_the_run(
         (["--epochs", "0"], ["--epochs", "0"]),
         (["--epochs", "many"], ["--epochs", "many"]),
         (["--lr", "inf"], ["--lr", "inf"]),
+        (["--lr", "1e-6", "--min-lr", "1e-5"], ["--min-lr: expected at most --lr 1e-06, got 1e-05"]),
         (["--seed", str(2**64)], ["--seed", str(2**64)]),
         (["--smoothing", "1.5"], ["--smoothing", "1.5"]),
         (["--device", "abacus"], ["--device", "abacus"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..commands import KeyValues, Parser
-from .config import CHOICES, Config, SharedError, UserError
+from .config import CHOICES, DEFAULT_MIN_LR, Config, SharedError, UserError, is_reached
 from .recipes import RECIPES
 
 if TYPE_CHECKING:
     from .parallel import Ranks
     from .state import History
 
+CHECKPOINT = "a checkpoint, a run's folder for its best one, or a folder that save_model wrote"
 TRAIN_EXAMPLES = """\
 examples:
   vix train --model hybrid_vip --dataset digits
@@ -103,7 +105,8 @@ def train_parser() -> Parser:
     add("--sched", choices=CHOICES["sched"], help="learning rate after the warm-up")
     add("--warmup-epochs", type=number, metavar="N", help="epochs of linear warm-up, or a part of one")
     add("--cooldown-epochs", type=number, metavar="N", help="of the epochs, so many at the end stay at --min-lr")
-    add("--min-lr", type=float, metavar="LR", help="learning rate at the end of the cosine")
+    ends = f"learning rate at the end of the cosine (default: {DEFAULT_MIN_LR:g}, or --lr if that is lower)"
+    add("--min-lr", type=float, metavar="LR", help=ends)
     add("--smoothing", type=float, metavar="S", help="label smoothing")
     add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm, 0 for no clipping")
     add("--redraw-interval", type=int, metavar="N", help="steps between new random features of Performers, 0 for never")
@@ -147,15 +150,20 @@ def _flag(name: str, value: Any) -> str:
 
 def parse_train(parser: Parser, argv: list[str]) -> Config:
     """Flags before a recipe, a recipe before a file, a file before the settings of a resumed run or the defaults."""
-    first = parser.parse_args(argv)
+    first = parser.parse_args(argv, argparse.Namespace(epochs=None))  # instead of the default
+    settings = _read_settings(first.config) if first.config else {}
     if first.resume:
         from .checkpoint import load_checkpoint
 
+        checkpoint = load_checkpoint(first.resume)
         # Where a run goes on may have changed; all else is as it was.
-        saved = load_checkpoint(first.resume)["config"]
-        elsewhere = {"device", "backend", "output", "resume", "data_dir", "workers", "progress"}
-        parser.set_defaults(**{name: value for name, value in saved.items() if name not in elsewhere})
-    settings = _read_settings(first.config) if first.config else {}
+        changed = {"device", "backend", "output", "resume", "data_dir", "workers", "progress"}
+        saved = {name: value for name, value in checkpoint["config"].items() if name not in changed}
+        if (first.epochs or "epochs" in settings) and is_reached(saved.get("time_to"), checkpoint["history"]):
+            del saved["time_to"]  # more epochs are wanted than those to an accuracy that is reached
+        if (saved.get("min_lr") or 0) > saved.get("lr", math.inf):  # of a version whose default was above a small --lr
+            del saved["min_lr"]
+        parser.set_defaults(**saved)
     named = settings.get("recipe")  # in a file of a few lines; in an args.yaml all else is said, too
     parser.set_defaults(**(RECIPES[named] if named in CHOICES["recipe"] else {}) | settings | RECIPES.get(first.recipe, {}))
     values = vars(parser.parse_args(argv))
@@ -227,7 +235,7 @@ def _print_end(config: Config, history: History, output: Path) -> None:
 
     best, last = best_epoch(history), history[-1]
     if config.time_to:
-        there = last["eval_top1"] >= config.time_to
+        there = is_reached(config.time_to, history)
         when = f"reached after {last['seconds']:,.0f} s" if there else f"not reached in {len(history)} epochs"
         print(f"--time-to {config.time_to:g} %: {when}")
     print(

@@ -25,7 +25,13 @@ CHOICES = {
     "sched": ("cosine", "constant"),
     "amp_dtype": ("bfloat16", "float16"),
 }
+DEFAULT_MIN_LR = 1e-5
 _KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict[str, Any]": dict}
+
+
+def is_reached(time_to: float | None, history: list[dict[str, Any]]) -> bool:
+    """Whether the last epoch has the accuracy that a run is to end at."""
+    return bool(time_to and history) and history[-1]["eval_top1"] >= time_to
 
 
 @dataclass
@@ -48,7 +54,7 @@ class Config:
     sched: str = "cosine"
     warmup_epochs: float = 3
     cooldown_epochs: float = 0
-    min_lr: float = 1e-5
+    min_lr: float | None = None
     smoothing: float = 0.1
     aug: bool = True
     aa: str = "none"
@@ -81,6 +87,11 @@ class Config:
         """Of an epoch. Its batches are of nearly equal length, so that batch norm never meets a last batch of one image."""
         return math.ceil(images / self.batch_size)
 
+    @property
+    def end_lr(self) -> float:
+        """Learning rate at the end of the cosine."""
+        return min(DEFAULT_MIN_LR, self.lr) if self.min_lr is None else self.min_lr
+
     def check(self) -> None:
         """Raises `UserError` for the first value that makes no sense."""
         for each in fields(self):  # not of a flag: of a file
@@ -108,6 +119,7 @@ class Config:
             raise UserError("--opt: muon has no loss scale in common with AdamW, which float16 needs: use --amp-dtype bfloat16")
         if self.fsdp and self.amp and self.amp_dtype == "float16":
             raise UserError("--fsdp: divided models have no loss scale, which float16 needs: use --amp-dtype bfloat16")
+        self._expect("min_lr", f"at most --lr {self.lr:g}", lambda x: x <= self.lr)
         self._expect("seed", "less than 2**63", lambda x: x < 2**63)
         self._expect("grad_accum_steps", f"at most --batch-size {self.batch_size}", lambda x: x <= self.batch_size)
 

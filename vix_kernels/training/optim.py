@@ -79,11 +79,11 @@ class Optimizer:
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: Config) -> float:
-    """Linear from 0 to `lr` over the warm-up; then constant, or half a cosine to `min_lr`, where the cool-down stays."""
+    """Linear from 0 to `lr` over the warm-up; then constant, or half a cosine to `end_lr`, where the cool-down stays."""
     warmup, end = (round(n * steps_per_epoch) for n in (config.warmup_epochs, config.epochs - config.cooldown_epochs))
     if step < warmup:
         return config.lr * (step + 1) / warmup
     if config.sched == "constant":
         return config.lr
     done = min(1.0, (step - warmup) / max(1, end - warmup))
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
+    return config.end_lr + (config.lr - config.end_lr) * (1 + math.cos(math.pi * done)) / 2

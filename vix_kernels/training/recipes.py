@@ -11,7 +11,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
     # The Compact Convolutional Transformers' 300 epochs on CIFAR-10, with TrivialAugment in the place of RandAugment.
     "cct": dict(
-        epochs=300, batch_size=128, lr=5.5e-4, weight_decay=0.06, warmup_epochs=10, cooldown_epochs=10, min_lr=1e-5,
+        epochs=300, batch_size=128, lr=5.5e-4, weight_decay=0.06, warmup_epochs=10, cooldown_epochs=10,
         smoothing=0.1, clip_grad=0.0, aa="trivial", mixup=0.8, cutmix=1.0, mixup_off_epoch=175, amp=True, channels_last=True,
     ),
     # The best model in a given short time.

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..commands import write_atomically
-from .config import Config, UserError
+from .config import Config
 
 if TYPE_CHECKING:
     from .data import Dataset
@@ -56,10 +56,8 @@ class Board:
     }  # fmt: skip
 
     def __init__(self, folder: Path, epochs: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise UserError("--log-tensorboard: it is not installed: pip install tensorboard") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=epochs + 1)
 
     def add(self, row: dict[str, Any]) -> None:

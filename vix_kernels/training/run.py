@@ -15,10 +15,11 @@ import torch
 from tqdm import tqdm
 
 from .checkpoint import load_checkpoint, remove_checkpoint, remove_leftovers, save_checkpoint
-from .config import Config, UserError
+from .config import Config, UserError, is_reached
 from .data import NAMES, load_dataset
 from .lock import lock_owner, locked
 from .loop import check_finite, evaluate, train_epoch
+from .optim import learning_rate
 from .parallel import Ranks, connected
 from .report import (
     Board,
@@ -38,6 +39,7 @@ from .setup import (
     check_same_data,
     check_same_run,
     check_smallest_batch,
+    check_tensorboard,
     claim_folder,
     device_of,
     goes_on,
@@ -91,6 +93,9 @@ class Run:
         check_processes(config, ranks)
         self.resume, self.output = ranks.decided(lambda: located(config))
         self.new = True
+        with ranks.agreed():
+            if config.log_tensorboard and ranks.first:
+                check_tensorboard()
         self.is_locked = ranks.decided(lambda: self.output is not None and self.output.is_dir())
         if self.is_locked:
             self.lock()
@@ -180,12 +185,16 @@ class Run:
         """Train to the last epoch, or until a signal comes."""
         config, history = self.config, self.state.history
         self.say(self.description())
-        if config.warmup_epochs + config.cooldown_epochs >= config.epochs > 1:
+        if config.warmup_epochs > config.epochs:
+            last = learning_rate(config.epochs * self.steps - 1, self.steps, config)
+            rest = f"--warmup-epochs {config.warmup_epochs} is longer than --epochs {config.epochs}"
+            self.say(f"note: {rest}: the learning rate ends at {last:.2g}, below --lr {config.lr:g}")
+        elif config.warmup_epochs + config.cooldown_epochs >= config.epochs > 1:
             rest = f"--warmup-epochs {config.warmup_epochs} and --cooldown-epochs {config.cooldown_epochs}"
             self.say(f"note: {rest} leave nothing of --epochs {config.epochs} between them")
         try:
             with stop_signals(self.stop):
-                while len(history) < config.epochs and not self.reached():
+                while len(history) < config.epochs and not is_reached(config.time_to, history):
                     row = {"epoch": len(history) + 1} | train_epoch(self.state, self.dataset, self.after_step)
                     start = time.perf_counter()
                     row |= evaluate(self.state.tested, self.dataset, config, self.ranks)
@@ -208,11 +217,6 @@ class Run:
             self.draw()
             if self.ranks.first:
                 self.draw_best()
-
-    def reached(self) -> bool:
-        """Whether the accuracy is reached that the run was to end at."""
-        history, aim = self.state.history, self.config.time_to
-        return bool(aim and history) and history[-1]["eval_top1"] >= aim
 
     @property
     def steps_behind(self) -> int:

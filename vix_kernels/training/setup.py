@@ -6,6 +6,7 @@ import os
 import zlib
 from contextlib import suppress
 from copy import deepcopy
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,14 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def check_tensorboard() -> None:
+    """Whether it can be imported, which takes a second."""
+    try:
+        import_module("torch.utils.tensorboard")
+    except ImportError as error:
+        raise UserError(f"--log-tensorboard: tensorboard is missing ({error}): pip install tensorboard") from error
 
 
 def check_processes(config: Config, ranks: Ranks) -> None:
