@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,8 @@ from PIL import Image
 
 from vix_kernels import attention_weights
 from vix_kernels.__main__ import main
+from vix_kernels.models import create_model, load_model, save_model
+from vix_kernels.training import commands
 from vix_kernels.training.checkpoint import load_checkpoint
 from vix_kernels.training.data import load_dataset
 from vix_kernels.training.trained import judge, load_trained
@@ -85,11 +91,107 @@ def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert trained.classes[label] == str(label)
 
 
+def test_what_save_model_writes_is_read(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the classes, mean and std of the run. They are forgotten with the head or the channels that they belong to."""
+    save_model(load_trained(run, CPU).model, tmp_path / "saved")
+    Image.new("L", (8, 8), 99).save(tmp_path / "image.png")
+    outputs = []
+    for folder in (run, tmp_path / "saved"):
+        assert main(["validate", "--checkpoint", str(folder), "--dataset", "digits", "--output", str(tmp_path / "drawn")]) == 0
+        assert main(["predict", "--checkpoint", str(folder), str(tmp_path / "image.png")]) == 0
+        captured = capsys.readouterr()
+        assert not captured.err
+        outputs.append([re.sub(r", [\d,]+ images/s", "", line) for line in captured.out.splitlines()])
+    assert outputs[0] == outputs[1]
+    with pytest.raises(SystemExit):
+        main(["validate", "--checkpoint", str(tmp_path / "saved")])
+    assert "--dataset: expected a name" in capsys.readouterr().err
+    assert load_model(tmp_path / "saved", num_classes=3).config["data"].keys() == {"mean", "std"}
+    assert load_model(tmp_path / "saved", in_chans=3).config["data"].keys() == {"classes"}
+    model = load_model(tmp_path / "saved")
+    model.reset_classifier(3)
+    assert model.config["data"].keys() == {"mean", "std"}
+
+
+def test_a_saved_model_of_another_trainer_is_read_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(create_model("vip", img_size=8, in_chans=1, patch_size=4, embed_dim=16, depth=1, num_heads=2), tmp_path)
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    assert main(["predict", "--checkpoint", str(tmp_path), "--topk", "10", str(tmp_path / "image.png")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"note: {tmp_path} has no mean and std: it reads the images as they are\n"
+    assert re.search(r"image.png: \d \d+.\d %, ", captured.out)
+    assert main(["validate", "--checkpoint", str(tmp_path), "--dataset", "digits"]) == 0
+    assert capsys.readouterr().err == f"note: {tmp_path} has no mean and std: the images have those of digits\n"
+
+
+@pytest.mark.parametrize("command", ["predict", "export"])
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model.safetensors", None, "model.safetensors is damaged"),
+        ("model.safetensors", b"", "model.safetensors is damaged"),
+        ("config.json", b"", "config.json: expected JSON"),
+        ("config.json", b"\xff\xfe\x00", "config.json: expected JSON"),
+        ("config.json", b"[]", "config.json: expected the name and the arguments of a model"),
+        ("config.json", b'{"name": "vip", "arguments": {"img_size": "x"}}', "img_size: expected"),
+        ("config.json", b'{"name": "nope", "arguments": {}}', "unknown model 'nope'"),
+        ("config.json", b'{"original": "FNet2D", "arguments": {}}', "needs num_classes"),
+    ],
+)
+def test_damaged_files_of_save_model_are_one_line(
+    command: str, file: str, content: bytes | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(create_model("vip", img_size=8, in_chans=1, patch_size=4, embed_dim=16, depth=1, num_heads=2), tmp_path)
+    path = tmp_path / file
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    more = ["image.png"] if command == "predict" else ["--output", str(tmp_path / "model.onnx")]
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--checkpoint", str(tmp_path), *more])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and str(tmp_path) in said and words in said
+
+
+def test_existing_outputs_are_kept(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    for path in (tmp_path / "model.onnx", tmp_path / "maps" / "image.png"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("the old one")
+    predict = ["predict", "--checkpoint", str(run), "--attention", str(tmp_path / "maps"), str(tmp_path / "image.png")]
+    for argv in (predict, ["export", "--checkpoint", str(run), "--output", str(tmp_path / "model.onnx")]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        captured = capsys.readouterr()
+        assert stop.value.code == 2 and "exists: name another" in captured.err and captured.err.count("\n") == 1
+        assert not captured.out
+    assert (tmp_path / "model.onnx").read_text() == (tmp_path / "maps" / "image.png").read_text() == "the old one"
+    assert main([*predict, "--overwrite"]) == 0
+    assert Image.open(tmp_path / "maps" / "image.png").width > 500
+
+
+def test_pictures_of_images_of_one_name_are_told_apart() -> None:
+    images = [Path("a.png"), Path("a-2.png"), Path("b/a.png"), Path("c/a.jpg")]
+    names = [path.name for path in commands._pictures(images, Path("/tmp"), overwrite=True)]
+    assert names == ["a.png", "a-2.png", "a-3.png", "a-4.png"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text on this system")
+def test_file_names_that_are_no_text_are_shown(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = (tmp_path / os.fsdecode(name) for name in (b"d\xffg.png", b"\xfe.png"))
+    Image.new("L", (8, 8)).save(good)
+    bad.write_text("no image")
+    out, err = io.BytesIO(), io.BytesIO()
+    for name, stream in (("stdout", out), ("stderr", err)):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, "utf-8", errors="strict", write_through=True))
+    argv = ["predict", "--checkpoint", run, "--attention", tmp_path / "maps", good, bad]
+    assert main([*map(str, argv)]) == 2
+    assert out.getvalue().count(b"\n") == 1 and rb"d\udcffg.png: " in out.getvalue()
+    assert err.getvalue().count(b"\n") == 1 and rb"\udcfe.png: cannot be decoded" in err.getvalue()
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == [os.fsdecode(b"d\xffg.png")]
+
+
 @pytest.mark.parametrize("mixer", ["vit", "vip", "vin", "vil"])
 def test_the_map_is_the_row_of_the_class_token(mixer: str) -> None:
     """Against the plain equation of softmax attention; for the others, what the op itself says of a token's share."""
-    from vix_kernels.models import create_model
-
     torch.manual_seed(0)
     model = create_model(mixer, img_size=8, in_chans=1, patch_size=2, embed_dim=32, depth=1, num_heads=2).eval()
     module, x = model.blocks[0].attn, torch.randn(2, 17, 32)

@@ -276,6 +276,10 @@ def validate_command(argv: list[str]) -> int:
         device = device_of(options.device)
         trained = load_trained(options.checkpoint, device)
         config, name = trained.config, options.dataset or trained.config.dataset
+        if not name:
+            raise UserError(f"--dataset: expected a name, since {options.checkpoint} does not know what it was trained on")
+        if trained.mean is None:
+            print(f"note: {options.checkpoint} has no mean and std: the images have those of {name}", file=sys.stderr)
         if options.dataset and is_folder(Path(name)):  # of whatever size
             config = replace(config, img_size=trained.model.img_size[0])
         source = dict(data_dir=options.data_dir or config.data_dir, stream=config.stream, workers=config.workers)
@@ -305,6 +309,7 @@ def predict_command(argv: list[str]) -> int:
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="file of an image")
     parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to name (default: %(default)s)")
     parser.add_argument("--attention", metavar="DIR", type=Path, help="draw to DIR what the class token looks at")
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures that exist")
     options = parser.parse_args(argv)
     if options.topk < 1:
         parser.error(f"--topk: expected 1 or more, got {options.topk}")
@@ -314,62 +319,81 @@ def predict_command(argv: list[str]) -> int:
         from .trained import attention_map, load_trained, predict
     except ModuleNotFoundError as error:
         parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
-    unreadable, drawn = 0, Counter[str]()
+    unreadable = 0
     try:
         trained = load_trained(options.checkpoint, device_of(options.device))
-        if options.attention:
-            options.attention.mkdir(parents=True, exist_ok=True)
-        for path, image, shares in predict(trained, options.images):
+        if trained.mean is None:
+            print(f"note: {options.checkpoint} has no mean and std: it reads the images as they are", file=sys.stderr)
+        if not trained.model.num_classes:
+            raise UserError(f"--checkpoint: {options.checkpoint} has a model without a head, which knows no classes")
+        pictures = _pictures(options.images, options.attention, options.overwrite)
+        for picture, (path, image, shares) in zip(pictures, predict(trained, options.images), strict=True):
             if isinstance(image, Exception):
                 unreadable += 1
                 print(f"{path}: cannot be decoded: {image}", file=sys.stderr)
                 continue
-            values, places = shares.topk(min(options.topk, len(shares)))
-            named = [f"{trained.classes[at]} {100 * value:.1f} %" for value, at in zip(values.tolist(), places, strict=True)]
+            values, places = (each.tolist() for each in shares.topk(min(options.topk, len(shares))))
+            named = [f"{trained.name(at)} {100 * value:.1f} %" for value, at in zip(values, places, strict=True)]
             print(f"{path}: {', '.join(named)}")
-            if options.attention:
-                drawn[path.stem] += 1
-                number = f"-{drawn[path.stem]}" if drawn[path.stem] > 1 else ""  # of one name in several folders
-                picture = options.attention / f"{path.stem}{number}.png"
-                draw_attention(picture, image.cpu(), attention_map(trained, image).cpu(), f"{path.name}: {named[0]}")
+            if picture:
+                title = f"{path.name.encode(errors='backslashreplace').decode()}: {named[0]}"
+                draw_attention(picture, image.cpu(), attention_map(trained, image).cpu(), title)
     except (UserError, OSError) as error:
         parser.error(str(error))
     return 2 if unreadable else 0
+
+
+def _pictures(images: list[Path], folder: Path | None, overwrite: bool) -> list[Path | None]:
+    """Where to draw the attention map of each image: in `folder`, which is made. Images of one name get numbers.
+
+    Raises:
+        UserError: one of the pictures exists.
+    """
+    if folder is None:
+        return [None] * len(images)
+    pictures: dict[Path, None] = {}  # in order
+    drawn = Counter[str]()
+    for image in images:
+        picture = folder / f"{image.stem}.png"
+        while picture in pictures:
+            drawn[image.stem] += 1
+            picture = folder / f"{image.stem}-{drawn[image.stem] + 1}.png"
+        pictures[picture] = None
+    if existing := [picture for picture in pictures if picture.exists() and not overwrite]:
+        raise UserError(f"--attention: {existing[0]} exists: name another folder, or give --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
+    return list(pictures)
 
 
 def export_command(argv: list[str]) -> int:
     parser = Parser(
         prog="vix export",
         description="Write a trained model to an ONNX file, for batches of any size, and compare what onnxruntime makes of it. "
-        "That of a run takes images of numbers in [0, 1]; that of save_model what the model takes.",
+        "It reads images in [0, 1] if the mean and std of the training images are known, as they are of a run; else what the "
+        "model reads.",
     )
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a run's folder, a checkpoint, or what save_model wrote"
-    )
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
     parser.add_argument("--output", required=True, metavar="FILE", help="the file, such as model.onnx")
     parser.add_argument("--opset", type=int, metavar="N", help="version of ONNX's operators (default: what torch recommends)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     options = parser.parse_args(argv)
+    if Path(options.output).exists() and not options.overwrite:
+        parser.error(f"--output: {options.output} exists: name another file, or give --overwrite")
     try:
         import torch
 
         from ..export import to_onnx
-        from ..models.pretrained import CONFIG, load_model
         from .trained import FromPixels, load_trained
     except ModuleNotFoundError as error:
         parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
     try:
-        if (Path(options.checkpoint) / CONFIG).is_file():
-            model = whole = load_model(options.checkpoint)
-        else:
-            trained = load_trained(options.checkpoint, torch.device("cpu"))
-            model, whole = trained.model, FromPixels(trained)
-        images = torch.rand(2, model.in_chans, *model.img_size)
-        error = to_onnx(whole, images, options.output, opset=options.opset)
-    except (UserError, OSError, ImportError, ValueError, RuntimeError) as problem:
+        trained = load_trained(options.checkpoint, torch.device("cpu"))
+        error = to_onnx(FromPixels(trained), torch.rand(2, *trained.shape), options.output, opset=options.opset)
+    except (UserError, OSError, ImportError, TypeError, ValueError, RuntimeError) as problem:
         parser.error(str(problem))
-    shape = "x".join(map(str, (model.in_chans, *model.img_size)))
+    shape = "x".join(map(str, trained.shape))
     how = "not compared: onnxruntime is not installed" if error is None else f"relative error {error:.1e} in onnxruntime"
-    print(f"{options.output}: images of {shape} to {model.num_classes} logits, {how}")
+    print(f"{options.output}: images of {shape} to {trained.model.num_classes} logits, {how}")
     return 0
 
 
@@ -380,6 +404,6 @@ def _user_parser(command: str, description: str, examples: str) -> Parser:
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a checkpoint, or a run's folder for its best one")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto takes a GPU if there is one (default: auto)")
     return parser

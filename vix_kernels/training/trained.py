@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix_kernels.models import create_model
+from vix_kernels.models import create_model, load_model
+from vix_kernels.models.backbone import Backbone
+from vix_kernels.models.pretrained import CONFIG
 from vix_kernels.nn import Attention
 
 from .checkpoint import load_checkpoint
@@ -24,18 +26,31 @@ SHOWN_MISTAKES = 24
 
 @dataclass(frozen=True)
 class Trained:
-    """A model from a checkpoint: the average of its weights where there is one, in evaluation mode."""
+    """A model in evaluation mode: the average of its weights if the checkpoint has one.
+
+    Attributes:
+        config: of its training. A model from `save_model` has the defaults, and no dataset.
+        classes: None if `save_model` was not told their names; so are mean and std, (channels, 1, 1), of images in [0, 1].
+    """
 
     path: Path
     config: Config
     model: nn.Module
-    classes: tuple[str, ...]
-    mean: Tensor  # (channels, 1, 1), of images in [0, 1]
-    std: Tensor
+    classes: tuple[str, ...] | None
+    mean: Tensor | None
+    std: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images that the model reads."""
+        return self.model.in_chans, *self.model.img_size
+
+    def name(self, label: int) -> str:
+        return self.classes[label] if self.classes else str(label)
 
     def inputs(self, images: Tensor) -> Tensor:
         """Float images in [0, 1] to what the model reads."""
-        return (images - self.mean) / self.std
+        return images if self.mean is None else (images - self.mean) / self.std
 
 
 class FromPixels(nn.Module):
@@ -50,14 +65,19 @@ class FromPixels(nn.Module):
 
 
 def load_trained(path: str | Path, device: torch.device) -> Trained:
-    """From a checkpoint, or from the folder of a run: its best one.
+    """From a checkpoint, from the folder of a run (its best one), or from what `save_model` wrote.
+
+    Its config["data"] says what it was trained on, for `save_model`.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
     path = Path(path)
     if path.is_dir():
-        path = next((path / name for name in ("best.pt", "last.pt") if (path / name).is_file()), path / "best.pt")
+        found = next((path / name for name in ("best.pt", "last.pt", CONFIG) if (path / name).is_file()), path / "best.pt")
+        if found.name == CONFIG:
+            return _load_saved(path, device)
+        path = found
     checkpoint = load_checkpoint(path, flag="--checkpoint")
     known = {each.name for each in fields(Config)}
     config = Config(**{name: value for name, value in checkpoint["config"].items() if name in known})
@@ -65,11 +85,36 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
     try:
         model = create_model(config.model, **checkpoint["model_kwargs"]).to(device).eval()
         model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
-        mean, std = (torch.tensor(data[name], device=device).view(-1, 1, 1) for name in ("mean", "std"))
-        classes = tuple(data["classes"])
+        model.config["data"] = {name: data[name] for name in ("classes", "mean", "std")}
+        return Trained(path, config, model, *_training_images(model, device))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--checkpoint: {path} does not fit this version: {error}") from error
-    return Trained(path, config, model, classes, mean, std)
+
+
+def _load_saved(folder: Path, device: torch.device) -> Trained:
+    try:
+        model = load_model(folder).to(device)
+        if not isinstance(model, Backbone):
+            raise ValueError("it is an original, of which the image size is not known; to_onnx and load_model read it")
+        return Trained(folder / CONFIG, Config(model=model.config["name"], dataset=""), model, *_training_images(model, device))
+    except ModuleNotFoundError as error:
+        raise UserError(f"--checkpoint: {folder} needs {error.name}: pip install 'vix_kernels[hub]'") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"--checkpoint: cannot load {folder}: {error}") from error
+
+
+def _training_images(model: nn.Module, device: torch.device) -> tuple[tuple[str, ...] | None, Tensor | None, Tensor | None]:
+    """Classes, mean and std out of the model's config."""
+    data = model.config.get("data", {})
+    classes = tuple(map(str, data["classes"])) if "classes" in data else None
+    if classes and len(classes) != model.num_classes:
+        raise ValueError(f"data: expected the names of {model.num_classes} classes, got {len(classes)}")
+    if "mean" not in data and "std" not in data:
+        return classes, None, None
+    mean, std = (torch.tensor(data[name], dtype=torch.float32, device=device).view(-1, 1, 1) for name in ("mean", "std"))
+    if not len(mean) == len(std) == model.in_chans:
+        raise ValueError(f"data: expected mean and std of {model.in_chans} channels, got {len(mean)} and {len(std)}")
+    return classes, mean, std
 
 
 @dataclass(frozen=True)
@@ -97,19 +142,22 @@ class Judgement:
 
 
 def judge(trained: Trained, dataset: Dataset) -> Judgement:
-    """Test the model on the held-out images of `dataset`, which are normalised as those were that it was trained on.
+    """Test the model on the held-out images of `dataset`, normalised as the training images were.
+
+    If mean and std of those are not known, the images are normalised by those of `dataset`.
 
     Raises:
         UserError: the classes are others.
     """
-    if dataset.classes != trained.classes:
-        ours, theirs = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (trained.classes, dataset.classes))
+    known = trained.classes or tuple(map(str, range(trained.model.num_classes)))
+    if dataset.classes != known and (trained.classes or len(dataset.classes) != len(known)):
+        ours, theirs = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (known, dataset.classes))
         raise UserError(f"--dataset: the model knows {ours}, {dataset.name} has {theirs}")
-    shape = (trained.model.in_chans, *trained.model.img_size)
-    if dataset.test.shape != shape:
-        raise UserError(f"--dataset: the model reads images of shape {shape}, {dataset.name} has {dataset.test.shape}")
-    dataset = replace(dataset, mean=trained.mean, std=trained.std)
-    confusion = torch.zeros(len(trained.classes), len(trained.classes), dtype=torch.long)
+    if dataset.test.shape != trained.shape:
+        raise UserError(f"--dataset: the model reads images of shape {trained.shape}, {dataset.name} has {dataset.test.shape}")
+    if trained.mean is not None:
+        dataset = replace(dataset, mean=trained.mean, std=trained.std)
+    confusion = torch.zeros(len(known), len(known), dtype=torch.long)
     loss, hits, images = 0.0, 0, 0
     wrong: list[tuple[Tensor, ...]] = []
     for pixels, labels, scores in tested(trained.model, dataset, trained.config):
@@ -136,7 +184,7 @@ def predict(trained: Trained, files: list[Path]) -> Iterator[tuple[Path, Tensor 
 
     Instead of an image that cannot be read there is the reason.
     """
-    device = trained.mean.device
+    device = next(trained.model.parameters()).device
     for path in files:
         pixels = decode(path, trained.model.img_size)
         if isinstance(pixels, Exception):
