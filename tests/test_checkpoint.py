@@ -177,6 +177,17 @@ def test_broken_weights_are_never_saved(
     assert all(x.isfinite().all() for x in load_checkpoint(tmp_path)["model"].values() if isinstance(x, torch.Tensor))
 
 
+@pytest.mark.parametrize("row", [1.5, {"epoch": 1}, {"epoch": 1, "eval_top1": {}, "eval_loss": 1.0, "seconds": 1.0}])
+def test_a_history_of_other_values_is_refused(row: Any, tmp_path: Path, refused) -> None:
+    torch.save(numbered(1) | {"history": [row]}, tmp_path / "last.pt")
+    assert "is no checkpoint of vix train" in refused("--resume", tmp_path)
+
+
+def test_settings_of_other_types_are_refused(tmp_path: Path, refused) -> None:
+    torch.save(numbered(1) | {"config": {"time_to": [], "min_lr": {}, "lr": None}}, tmp_path / "last.pt")
+    assert "--lr: expected float, got None" in refused("--resume", tmp_path, "--epochs", "3")
+
+
 def test_damaged_shards_are_one_line(tmp_path: Path, refused) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

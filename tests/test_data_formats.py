@@ -68,6 +68,13 @@ def test_labels_that_are_not_integers_are_refused(tmp_path: Path, refused: Calla
     assert "expected labels that are integers, got float64" in refused("--dataset", folder)
 
 
+def test_a_damaged_length_allocates_nothing(tmp_path: Path, refused: Callable[..., str]) -> None:
+    folder = cifar_python(tmp_path)
+    path = folder / "cifar-10-batches-py" / "test_batch"
+    path.write_bytes(b"\x80\x04\x95" + (2**50).to_bytes(8, "little") + b"N.")  # a frame of a petabyte
+    assert "UnpicklingError('pickle data was truncated')" in refused("--dataset", folder)
+
+
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     folder = cifar_python(tmp_path)
 

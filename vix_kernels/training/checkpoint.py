@@ -100,9 +100,20 @@ def load_checkpoint(path: str | Path, flag: str = "--resume") -> Checkpoint:
             _read_shards(path.parent / SHARDS / Path(checkpoint.pop("shards")).name, checkpoint)
     except (Exception, CheckpointException) as error:  # pickle, zip and torch each have their own word for a damaged file
         raise UserError(f"{flag}: {path} is damaged, or no checkpoint of vix train ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(name), kind) for name, kind in _PARTS.items()):
+    if (
+        not isinstance(checkpoint, dict)
+        or not all(isinstance(checkpoint.get(name), kind) for name, kind in _PARTS.items())
+        or not all(map(_is_row, checkpoint["history"]))
+    ):
         raise UserError(f"{flag}: {path} is no checkpoint of vix train")
     return checkpoint
+
+
+def _is_row(row: Any) -> bool:
+    """Of a history."""
+    if not isinstance(row, dict) or not row.keys() >= {"epoch", "eval_top1", "eval_loss", "seconds"}:
+        return False
+    return all(isinstance(name, str) and isinstance(value, (int, float)) for name, value in row.items())
 
 
 def checkpoint_path(path: str | Path) -> Path:

@@ -159,9 +159,10 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
         # Where a run goes on may have changed; all else is as it was.
         changed = {"device", "backend", "output", "resume", "data_dir", "workers", "progress"}
         saved = {name: value for name, value in checkpoint["config"].items() if name not in changed}
-        if (first.epochs or "epochs" in settings) and is_reached(saved.get("time_to"), checkpoint["history"]):
+        numbers = {name: value for name, value in saved.items() if isinstance(value, (int, float))}  # of a whole file
+        if (first.epochs or "epochs" in settings) and is_reached(numbers.get("time_to"), checkpoint["history"]):
             del saved["time_to"]  # more epochs are wanted than those to an accuracy that is reached
-        if (saved.get("min_lr") or 0) > saved.get("lr", math.inf):  # of a version whose default was above a small --lr
+        if numbers.get("min_lr", 0) > numbers.get("lr", math.inf):  # of a version whose default was above a small --lr
             del saved["min_lr"]
         parser.set_defaults(**saved)
     named = settings.get("recipe")  # in a file of a few lines; in an args.yaml all else is said, too

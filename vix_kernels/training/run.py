@@ -141,7 +141,12 @@ class Run:
 
     def lock(self) -> None:
         """Keep other runs out of the folder from here on."""
-        owner = self.ranks.decided(lambda: self.held.enter_context(locked(self.output)))
+
+        def take() -> str:
+            with output_errors(self.output):
+                return self.held.enter_context(locked(self.output))
+
+        owner = self.ranks.decided(take)
         with self.ranks.agreed():
             if lock_owner(self.output) != owner:
                 raise UserError(f"--output: {self.output} is not the folder that process 0 writes to: name a shared one")

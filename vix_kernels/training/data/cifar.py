@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -82,5 +83,5 @@ _ARRAYS = {
 
 
 def _unpickled(path: Path) -> dict[bytes, Any]:
-    with path.open("rb") as file:
-        return Unpickler(file, _ARRAYS, encoding="bytes").load()
+    content = io.BytesIO(path.read_bytes())  # which ends a read at its end; a file allocates whatever a damaged length says
+    return Unpickler(content, _ARRAYS, encoding="bytes").load()
