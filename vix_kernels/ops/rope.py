@@ -75,7 +75,7 @@ class Rope:
     def of(angles: Tensor, layout: Layout = "interleaved") -> Rope:
         """The rotation by `angles`, float32 (heads or 1, tokens, R / 2), which get their gradient if they require one."""
         check_floating("angles", angles)
-        if angles.dtype not in (torch.float32, torch.float64) or angles.dim() != 3:
+        if angles.dtype not in (torch.float32, torch.float64) or angles.dim() != 3 or 0 in angles.shape:
             got = f"{dtype_name(angles.dtype)} {tuple(angles.shape)}"
             raise TypeError(f"angles: expected float32 (heads or 1, tokens, R / 2), got {got}")
         fixed = angles.detach()
