@@ -93,8 +93,25 @@ def test_refuses_shapes():
         DropIn("nystrom")(q[:1], k, v)
     with pytest.raises(NotImplementedError, match="prefix_tokens: expected fewer than the 1 tokens, got 1"):
         DropIn("agent", retrain=True, prefix_tokens=1)(q[:, :, :1], k, v)
-    with pytest.raises(NotImplementedError, match=r"grid_size: expected height \* width = 23 tokens behind 1 of the prefix"):
+    with pytest.raises(NotImplementedError, match=r"grid_size: expected height \* width = 23 tokens after 1 of the prefix"):
         DropIn("nystrom", landmarks="grid", grid_size=(4, 6), prefix_tokens=1)(q, k, v)
+
+
+OPTIONS = {
+    "num_landmarks": ("nystrom", dict(num_landmarks="a"), TypeError, "num_landmarks: expected an integer >= 1, got 'a'"),
+    "grid_size": ("agent", dict(grid_size=4), TypeError, r"grid_size: expected \(height, width\), got 4"),
+    "seed": ("performer", dict(seed=0.5), TypeError, "seed: expected an integer >= 0, got 0.5"),
+    "num_features": ("performer", dict(num_features=0), ValueError, "num_features: expected an integer >= 1, got 0"),
+    "feature_map": ("linear", dict(feature_map="tanh"), ValueError, "feature_map: expected .*, got 'tanh'"),
+    "landmarks": ("nystrom", dict(landmarks="random"), ValueError, "landmarks: expected .*, got 'random'"),
+    "op": (["nystrom"], {}, ValueError, r"op: expected one of 'nystrom', .*, got \['nystrom'\]"),
+}
+
+
+@pytest.mark.parametrize("op, options, kind, message", OPTIONS.values(), ids=OPTIONS)
+def test_wrong_options_are_named(op, options, kind, message):
+    with pytest.raises(kind, match=message):
+        DropIn(op, retrain=True, **options)
 
 
 def test_what_has_to_be_trained_is_asked_for():
@@ -208,10 +225,11 @@ def test_a_host_that_calls_otherwise_is_named():
 
 
 def test_reports():
-    report = Report("nystrom()", ["a"], {"b": "a Swin"})
-    assert str(report) == "nystrom(): 1 replaced, 1 left\n  a\n  b left: a Swin"
+    report = Report("nystrom()", {"a": "nystrom, 64 landmarks in segments"}, {"b": "a Swin"})
+    assert str(report) == "nystrom(): 1 replaced, 1 left\n  a: nystrom, 64 landmarks in segments\n  b left: a Swin"
+    assert report.replaced == ["a"]
     assert report.checked("an attention") is report
     with pytest.raises(ValueError, match="model: expected an attention, got 2 times a Swin"):
-        Report("nystrom()", [], {"b": "a Swin", "c": "a Swin"}).checked("an attention")
+        Report("nystrom()", {}, {"b": "a Swin", "c": "a Swin"}).checked("an attention")
     with pytest.raises(ValueError, match="got a model without any attention"):
         Report("nystrom()").checked("an attention")

@@ -165,10 +165,26 @@ def test_landmarks_are_placed_on_the_grid_of_the_call(name):
         assert "on the grid 4 x 4" in repr(copy.deepcopy(model)) or (height, width) != (64, 64)
     again = copy.deepcopy(model)  # with a grid of its own
     again(torch.randn(1, 3, 64, 64))
-    assert model.blocks[0].attn.attention.grid.size == (6, 2) and again.blocks[0].attn.attention.grid.size == (4, 4)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    x = torch.randn(2, 3, 96, 32)
-    torch.testing.assert_close(compiled(x), model(x))
+    assert model.blocks[0].attn.attention.grid.size_of() == (6, 2)
+    assert again.blocks[0].attn.attention.grid.size_of() == (4, 4)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for height, width in ((96, 32), (64, 64)):
+        x = torch.randn(2, 3, height, width)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_checkpointing_after_calls_of_several_sizes():
+    torch.manual_seed(0)
+    model = vit(dynamic_img_size=True).train()
+    door.replace_attention(model, "nystrom", num_landmarks=4)
+    sizes, grads = ((64, 64), (32, 96)), []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        generator = torch.Generator().manual_seed(1)
+        sum(model(torch.randn(2, 3, *size, generator=generator)).square().sum() for size in sizes).backward()
+        grads.append([each.grad.clone() for each in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_the_grid_follows_the_input_size_of_the_model():

@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from operator import index
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import backends
+from ..nn.checks import check_placement
 from ..ops.agent import agent_attention
-from ..ops.checks import autocast, dtype_name
-from ..ops.linear import linear_attention
-from ..ops.nystrom import nystrom_attention
+from ..ops.checks import autocast, check_integer, dtype_name
+from ..ops.linear import check_feature_map, linear_attention
+from ..ops.nystrom import check_nystrom, nystrom_attention
 from ..ops.performer import orthogonal_projection, performer_attention
 from ..ops.pooling import at_most, pooled_queries
 from ..ops.rope import Rope
@@ -43,12 +45,9 @@ class DropIn:
     """
 
     def __init__(self, op: str, *, retrain: bool = False, grid: TokenGrid | None = None, **options: Any) -> None:
-        if op not in OPS:
+        if not isinstance(op, str) or op not in OPS:
             raise ValueError(f"op: expected one of {', '.join(map(repr, OPS))}, got {op!r}{_why_not(op)}")
-        for option in options:
-            if option not in options_of(op):
-                raise TypeError(f"{option}: expected an option of {op!r} ({', '.join(options_of(op))})")
-        backends.check(options.get("backend", "auto"))
+        check_options(op, options)
         check_trained(op, retrain)
         self.op, self.options, self.grid = op, options, grid
 
@@ -58,13 +57,14 @@ class DropIn:
             return self
         return DropIn(self.op, retrain=True, **self.options | {"seed": self.options.get("seed", 0) + layer})
 
-    def placed(self) -> dict[str, Any]:
-        """The options of the current call: landmarks or agents on its grid, if there is one."""
-        if self.grid is None or self.grid.size is None:
+    def placed(self, tokens: int | None = None) -> dict[str, Any]:
+        """The options of a call with so many tokens, by default of the latest: landmarks or agents on its grid, if any."""
+        cells = None if tokens is None else tokens - self.options.get("prefix_tokens", 0)
+        size = None if self.grid is None else self.grid.size_of(cells)
+        if size is None:
             return self.options
         name, default = COUNTS[self.op]
-        options = self.options | {"grid_size": self.grid.size}
-        options[name] = most_cells(self.grid.size, self.options.get(name, default))
+        options = self.options | {"grid_size": size, name: most_cells(size, self.options.get(name, default))}
         return options | {"landmarks": "grid"} if self.op == "nystrom" else options
 
     def describe(self) -> str:
@@ -123,7 +123,7 @@ class DropIn:
         if not query.shape[0] == key.shape[0] == value.shape[0]:
             batches = query.shape[0], key.shape[0], value.shape[0]
             raise NotImplementedError(f"key: expected query's batch, got {batches}; samples are not broadcast")
-        options = self.placed()
+        options = self.placed(query.shape[2])
         _check_places(options, query.shape[2], key.shape[2])
         if attn_mask is not None:
             if key_padding_mask is not None:
@@ -133,16 +133,26 @@ class DropIn:
 
 
 class TokenGrid:
-    """The grid (rows, columns) of a vision transformer's tokens in its current call, None if it has none.
+    """The grids (rows, columns) of a vision transformer's tokens, by their number, the latest last.
 
-    It is a forward hook of the patch embedding, which is the one module that sees the size of the images.
+    It is a forward hook of the patch embedding, which is the one module that sees the size of the images. Several grids are
+    kept because activation checkpointing computes attention again after later calls.
     """
 
-    def __init__(self, size: tuple[int, int] | None) -> None:
-        self.size = size
+    def __init__(self) -> None:
+        self.sizes: dict[int, tuple[int, int]] = {}
 
     def __call__(self, embedding: nn.Module, args: tuple[Any, ...], tokens: Tensor) -> None:
-        self.size = tuple(embedding.dynamic_feat_size(tuple(args[0].shape[-2:])))
+        self.add(embedding.dynamic_feat_size(tuple(args[0].shape[-2:])))
+
+    def add(self, size: tuple[int, int]) -> None:
+        rows, columns = map(index, size)  # numbers to compilers too, since the cells of landmarks follow from them
+        self.sizes.pop(rows * columns, None)
+        self.sizes[rows * columns] = rows, columns
+
+    def size_of(self, tokens: int | None = None) -> tuple[int, int] | None:
+        """The grid of so many tokens, or else the latest; None before the first."""
+        return self.sizes.get(tokens) or (list(self.sizes.values())[-1] if self.sizes else None)
 
 
 def most_cells(grid: tuple[int, int], most: int) -> int:
@@ -205,6 +215,26 @@ def require_all(condition: Tensor, message: str) -> None:
             raise NotImplementedError(message)
     elif condition.device.type != "meta":
         torch._assert_async(condition.all(), message)
+
+
+def check_options(op: str, options: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for an option that `op` does not have, or that can fit no call."""
+    for option in options:
+        if option not in options_of(op):
+            raise TypeError(f"{option}: expected an option of {op!r} ({', '.join(options_of(op))})")
+    backends.check(options.get("backend", "auto"))
+    if op in COUNTS:
+        name, default = COUNTS[op]
+        check_placement(name, options.get(name, default), options.get("grid_size"), options.get("prefix_tokens", 0))
+    if op == "nystrom":
+        iterations, init = options.get("pinv_iterations", 6), options.get("pinv_init", "exact")
+        check_nystrom(options.get("landmarks", "segment"), iterations, init)
+    elif op == "linear":
+        check_feature_map(options.get("feature_map", "relu"), options.get("eps", 1e-6))
+    elif op == "performer":
+        check_integer("seed", options.get("seed", 0), 0)
+        if options.get("num_features") is not None:
+            check_integer("num_features", options["num_features"], 1)
 
 
 def options_of(op: str) -> list[str]:
@@ -276,7 +306,7 @@ def _why_not(op: str) -> str:
         "linformer": "its projections are parameters for one number of tokens: build the model with nn.LinformerAttention",
         "fourier": "it mixes tokens without q, k and v: build the model with nn.FourierMixing",
     }
-    return f" ({reasons[op]})" if op in reasons else ""
+    return f" ({reasons[op]})" if isinstance(op, str) and op in reasons else ""
 
 
 def random_features(q: Tensor, num_features: int, seed: int) -> Tensor:

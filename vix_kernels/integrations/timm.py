@@ -27,7 +27,7 @@ from .drop_in import APPROXIMATIONS, OPS, DropIn, TokenGrid, options_of
 from .hosts import Report, host, replace_each, require_call
 
 with host("timm", "1.0.28"):
-    from timm.layers import Attention, AttentionRope, PatchDropout
+    from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
     from timm.models import register_model
     from timm.models.eva import EvaAttention
     from timm.models.vision_transformer import ATTN_LAYERS
@@ -336,7 +336,7 @@ def _placed(attention: DropIn, vit: nn.Module, grid: TokenGrid | None) -> DropIn
     if "prefix_tokens" not in options_of(op):
         return attention
     fixed = "grid_size" in options or options.get("landmarks", "grid") != "grid"
-    if fixed or isinstance(getattr(vit, "patch_drop", None), PatchDropout):
+    if fixed or isinstance(getattr(vit, "patch_drop", None), PatchDropout | PatchDropoutWithIndices):
         grid = None
     return DropIn(op, retrain=True, grid=grid, **{"prefix_tokens": vit.num_prefix_tokens} | options)
 
@@ -349,10 +349,10 @@ def _follow(embedding: nn.Module) -> TokenGrid:
     """The grid of `embedding` in each call: the hook that an earlier replacement left, or a new one."""
     grid = _grid_of(embedding)
     if grid is None:
-        grid = TokenGrid(None)
+        grid = TokenGrid()
         embedding.register_forward_hook(grid)
-    if grid.size is None:
-        grid.size = getattr(embedding, "grid_size", None)
+    if not grid.sizes and getattr(embedding, "grid_size", None) is not None:
+        grid.add(embedding.grid_size)
     return grid
 
 
