@@ -152,9 +152,9 @@ def test_performer_forward() -> None:
     assert 1 <= traffic.forward.ratio <= 1.15, f"\n{traffic.forward}"
     split = measure(performer_attention, q, k, v, projection, backend="triton")
     assert len(split.forward.launches) == 3
-    # Each of the 4 chunks writes its values and lse, which the merge reads and writes once more.
-    state = 4 * 4 * 110 * (32 + 1) * 4
-    assert split.forward.bytes - traffic.forward.bytes == (4 + 4) * state
+    # Each of the 4 chunks writes its values, lse, top and total; the merge reads all but lse and writes all once more.
+    rows = 4 * 4 * 110 * 4  # bytes of one number per slot
+    assert split.forward.bytes - traffic.forward.bytes == 4 * rows * (32 + 3) + 4 * rows * (32 + 2)
 
 
 def test_performer_backward(long: Traffic) -> None:

@@ -129,8 +129,14 @@ def replace_each(
     return report
 
 
+def check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of `model` whose class calls itself an attention, with their names."""
+    check_model(model)
     for name, module in model.named_modules():
         kind = type(module).__name__
         if re.search("Attention|Attn", kind) and "Block" not in kind:

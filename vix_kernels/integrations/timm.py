@@ -24,7 +24,7 @@ from .. import models
 from ..nn.packed_linear import packed_linear
 from ..ops.rope import Rope
 from .drop_in import APPROXIMATIONS, OPS, DropIn, TokenGrid, options_of
-from .hosts import Report, host, replace_each, require_call
+from .hosts import Report, check_model, host, replace_each, require_call
 
 with host("timm", "1.0.28"):
     from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
@@ -258,6 +258,7 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True. The model is as it was.
     """
+    check_model(model)
     attention = DropIn(op, retrain=retrain, **options)
     transformers = _vision_transformers(model)
     embeddings = {id(each): each.patch_embed for each in transformers.values() if _has_grid(each)}
