@@ -287,6 +287,9 @@ _CDNA = {  # one stage and smaller tiles where the pipeline does not fit the reg
 # What an architecture does better with. The table above is for all others.
 OVERRIDES: dict[str, dict[Key, Tile]] = {
     "sm_80": {
+        ("broadcast_forward_pooled", 16, 64): Tile(64, 64, 4, 2),
+        ("aggregate_tokens_pooled", 16, 64): Tile(32, 32, 8, 2),
+        ("broadcast_slots", 16, 64): Tile(32, 64, 8, 2),
         ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 8, 3),
         ("broadcast_tokens_pooled", 16, 128): Tile(32, 64, 8, 1),
     },

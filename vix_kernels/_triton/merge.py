@@ -98,7 +98,7 @@ def _merge(kernel: Any, parts: Tensor, numbers: tuple[Tensor, ...], *, outputs: 
         parts, *numbers, merged, *results, chunks, num_slots,
         E=width, BLOCK_E=padded(width), BLOCK_M=block,
         COMPUTE=triton_dtype(parts.dtype),
-        num_warps=4, num_stages=1, enable_fp_fusion=True,
+        num_warps=8, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return merged, *results
 
