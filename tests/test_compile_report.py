@@ -148,7 +148,11 @@ def test_a_public_call_is_compiled():
     """And is what the design promises of the forward moves at this width."""
     launches = in_own_process("compile_performer", "sm_90")
     # Batch and heads of this call leave most of the GPU idle: the tokens are split.
-    assert [each["kernel"] for each in launches] == ["aggregate_forward_kernel", "merge_softmax_kernel", "broadcast_forward_kernel"]
+    assert [each["kernel"] for each in launches] == [
+        "aggregate_forward_kernel",
+        "merge_softmax_kernel",
+        "broadcast_forward_kernel",
+    ]
     for each in launches[::2]:
         used = each["resources"]
         assert used["spilled"] == 0
