@@ -143,11 +143,11 @@ def linear_broadcast_backward(
     dS_j = sum_n f_nj d_n      dz_j = -sum_n f_nj d_n . out_n
 
     d_n . out_n is sum_j f_nj d_n . S_j / t_n, because `out` may have been rounded to a narrow dtype. S, z and t are scaled to a
-    largest t of 1 in each head, so that d_n stays finite where all features are small.
+    largest t of about 1 in each head, so that d_n stays finite where all features are small.
     """
     features_of = _Features(slots, q, cos, sin, interleaved, feature_map)
     size = torch.where(total.isfinite(), total, 0).amax(-1, keepdim=True)  # (B, H, 1)
-    size = size.masked_fill(size == 0, 1)
+    size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)  # a power of two changes no other bits; 1 for 0
     least = 1e8 * torch.finfo(total.dtype).tiny  # tokens that no feature reaches, or hardly, have no gradient
     sums, norms, total = _wide(sums) / size.unsqueeze(3), norms / size, total / size
     dq = empty_like_tokens(q, q.shape[3])
