@@ -110,13 +110,15 @@ def aggregate_backward(
     total = _at_least_one(total)
     weighted = dvalues / total.unsqueeze(3)
     dlogit = torch.zeros_like(total) if dlse is None else dlse * LOG2E / total
-    offset = dlogit - _row_products(weighted, values)
     dk, dv = (empty_like_tokens(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((k, need_k), (v, need_v)))
     dslots = points.new_zeros((*k.shape[:2], *slots.shape[2:])) if need_slots else None
     square, other, rows, key_room, value_room = (_Scratch(points) for _ in range(5))
     for group, tiles in _groups(k, slots.shape[2]):
         p, scaled_slots, dstate = (_flat(x, group) for x in (points, scaled, weighted))
-        shift, extra, tops, sums = (_flat(x, group).unsqueeze(2) for x in (offset, dlogit, top, total))
+        shift, tops, sums = (_flat(x, group).unsqueeze(2) for x in (dlogit, top, total))
+        alone = len(tiles) == 1  # a tile has all tokens, and so their sums
+        if not alone:
+            shift = shift - _row_products(dstate, _flat(values, group))
         for tile in tiles:
             keys, contents = _read(k, tile, mask, rope), _read(v, tile, mask)
             logits = _key_logits(p, keys, tile, mask, scale, gaussian, square, rows)
@@ -126,9 +128,9 @@ def aggregate_backward(
                 _write(dv, tile, torch.bmm(exps.mT, dstate, out=_window(dv, tile, value_room)))
             if not (need_k or need_slots):
                 continue
-            if len(tiles) == 1:  # sums over all tokens are at hand
+            if alone:
                 dlogits = torch.bmm(dstate, contents.mT, out=other(*exps.shape)).mul_(exps)
-                dlogits.addcmul_(exps, extra - dlogits.sum(-1, keepdim=True) / sums)
+                dlogits.addcmul_(exps, shift - dlogits.sum(-1, keepdim=True) / sums)
             else:
                 dlogits = torch.baddbmm(shift, dstate, contents.mT, out=other(*exps.shape)).mul_(exps)
             if need_k:
@@ -417,10 +419,10 @@ def _key_bias(keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gauss
 
 
 def _row_products(x: Tensor, y: Tensor) -> Tensor:
-    """x_j . y_j of rows (B, H, M, E), rounded as in larger products: where a slot attends to one token, x_j . v_n cancels."""
-    rows = x.shape[2]
-    x, y = (F.pad(each, (0, 0, 0, -rows % 16)).unflatten(2, (-1, 16)) for each in (x, y))
-    return (x @ y.mT).diagonal(dim1=-2, dim2=-1).flatten(2)[..., :rows].contiguous()
+    """x_j . y_j (pairs, M, 1) of rows, rounded as in larger products: where a slot attends to one token, x_j . v_n cancels."""
+    rows = x.shape[1]
+    x, y = (F.pad(each, (0, 0, 0, -rows % 16)).unflatten(1, (-1, 16)) for each in (x, y))
+    return (x @ y.mT).diagonal(dim1=-2, dim2=-1).flatten(1)[:, :rows].unsqueeze(2)
 
 
 def _query_exps(queries: Tensor, pt: Tensor, bias: Tensor, scale: float, square: _Scratch) -> tuple[Tensor, Tensor]:
