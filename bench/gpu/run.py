@@ -23,7 +23,7 @@ from . import report
 from .part import SPOILED
 from .report import Outcome
 
-# In the order they run, with their shares of the time.
+# In the order they run, each with its fraction of the time.
 PARTS = {
     "compile": 50, "correctness": 45, "timing": 130, "tune": 80, "suite": 70, "models": 55, "training": 35, "sanitizer": 40,
 }  # fmt: skip
@@ -148,7 +148,7 @@ def measure(args: argparse.Namespace, deadline: float, machine: Row, outcomes: l
     """Run the parts; outcomes grow, and OUT with them."""
     chosen = [part for part in PARTS if part in args.only]
     for at, part in enumerate(chosen):
-        # Its share of what is left: what one part does not need is for those after it.
+        # Its fraction of the remaining time: later parts get what one part does not need.
         seconds = (deadline - time.monotonic()) * PARTS[part] / sum(PARTS[each] for each in chosen[at:])
 
         def note(so_far: Outcome, done: int = at) -> None:
@@ -251,7 +251,7 @@ def judged(part: str, rows: list[Row], ended: str) -> Outcome:
 
 def append(path: Path, row: Row) -> None:
     with path.open("a") as file:
-        print(f"\n{json.dumps(row)}", file=file)  # on a line of its own, after a half one too
+        print(f"\n{json.dumps(row)}", file=file)  # starts a new line, even after a line that was cut off
 
 
 def read(path: Path) -> tuple[list[Row], tuple[int, str] | None, bool]:

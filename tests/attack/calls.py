@@ -283,7 +283,7 @@ def check(label: str, target: Target) -> list[str]:
 
 
 def alone(label: str, name: str) -> bool:
-    """Whether this tensor may have a floating dtype and a device of its own."""
+    """Return True if this tensor may differ from the others in floating dtype and device."""
     return label in ("fourier_mixing", "FourierMixing.forward", "Rope.of", "rope_mixed") or name == "conv_weight"
 
 

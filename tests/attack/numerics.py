@@ -136,7 +136,7 @@ class Draw:
             x = -x.abs()
         elif pattern == "dead_channel":
             x = torch.cat([-x[..., :1].abs() - 1, x[..., 1:]], -1)
-        elif pattern == "uneven":  # each token has a magnitude of its own
+        elif pattern == "uneven":  # each token has another magnitude
             x = x * 10 ** (-6 * torch.rand(*shape[:-1], 1, generator=self.generator, dtype=torch.float64))
         elif pattern == "zeros":
             x = x * (torch.rand(*shape[:-1], 1, generator=self.generator) < 0.5)
