@@ -26,11 +26,13 @@ class How:
             their subtractions, so that their size is that of the terms which cancel.
         stored: applied to rotated tokens, landmarks and projected keys, which the library keeps in the tokens' dtype.
         logits: applied to the logits of each softmax, which are rounded one by one.
+        products: applied to the matrix products in the steps to a pseudo-inverse.
     """
 
     fixed_totals: bool = False
     stored: Callable[[Tensor], Tensor] = lambda x: x
     logits: Callable[[Tensor], Tensor] = lambda x: x
+    products: Callable[[Tensor], Tensor] = lambda x: x
 
 
 EXACT = How()
@@ -217,8 +219,9 @@ def nystrom_attention(
         z = a.mT / largest[:, None, None]
         one = torch.eye(a.shape[1], dtype=torch.float64)
         for _ in range(iterations):
-            x = a @ z
-            z = z @ (13 * one - x @ (15 * one - x @ (7 * one - x))) / 4
+            x = how.products(a @ z)
+            y = how.products(x @ (15 * one - how.products(x @ (7 * one - x))))
+            z = how.products(z @ (13 * one - y)) / 4
         first = normalized(scale * q[b] @ k_marks.mT, how=how)
         last = normalized(scale * q_marks @ k[b].mT, mask, how=how)
         outputs.append(first @ (z @ (last @ v[b])))

@@ -28,6 +28,7 @@ from . import definitions
 from .definitions import EXACT, How
 
 ROUNDINGS = 6  # of what is computed
+PRODUCTS = 8  # roundings of a sum of up to 64 products, which is what they add up to at random; equal terms round alike
 FEW_RUNS, MANY_RUNS = 2, 32  # of the definition, with other roundings
 LARGEST = 3_000_000  # numbers in the largest tensor of a definition
 MODULES = ("Attention", "PerformerAttention", "LinearAttention", "NystromAttention", "LinformerAttention", "AgentAttention")
@@ -530,12 +531,14 @@ def same(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
-def rounding(eps: float, alike: bool = False) -> Noise:
-    """Changes every number by up to `eps` of it; if `alike` those of a column equally: equal tokens stay equal."""
+def rounding(eps: float, alike: tuple[int, ...] = ()) -> Noise:
+    """Changes every number by up to `eps` of it, those along the dimensions `alike` equally: equal tokens stay equal."""
     generator = torch.Generator().manual_seed(2)
 
     def rounded(x: Tensor) -> Tensor:
-        shape = (*x.shape[:-2], 1, x.shape[-1]) if alike and x.dim() > 1 else x.shape
+        shape = list(x.shape)
+        for dim in alike if x.dim() > 1 else ():
+            shape[dim] = 1
         return x * (1 + eps * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1))
 
     return rounded
@@ -571,8 +574,14 @@ def compared(trial: Trial, ours: Results, plain: Results) -> list[str]:
     if "frequencies" in exact and any(exact[name].abs().max() > most for name in "qk" if name in exact):
         names.remove("frequencies")  # the gradient of angles is made of those of q and k, which are not representable
     eps = torch.finfo(torch.promote_types(trial.computed, torch.float32)).eps
-    inputs, neighbour = rounding(2 * eps), rounding(torch.finfo(trial.computed).eps, alike=True)
-    how = How(stored=rounding(torch.finfo(trial.computed).eps), logits=rounding(eps, alike=True))
+    if trial.computed == torch.float64:
+        eps *= 2  # the definition itself is rounded
+    inputs, neighbour = rounding(2 * eps), rounding(torch.finfo(trial.computed).eps, alike=(-2,))
+    how = How(
+        stored=rounding(torch.finfo(trial.computed).eps),
+        logits=rounding(eps, alike=(-2,)),
+        products=rounding(PRODUCTS * eps, alike=(-2, -1)),
+    )
     signs = torch.Generator().manual_seed(3)
     terms, rounded, references = [], [], [(plain, exact)]
     for runs in FEW_RUNS, MANY_RUNS:
@@ -700,6 +709,8 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
         names["projected"] = now_and_then(True, False) if op not in MODULES else False
         if not names["eps"] and "value_magnitude" in names:  # sums of small features and such values leave float32
             names["value_magnitude"] = max(names["value_magnitude"], 1e-5)
+        if not names["eps"] and names["feature_map"] == "elu":  # as do inverses of denominators: exp(-x) of large x
+            names["magnitude"] = min(names["magnitude"], 3.0)
     if attention == "linformer_attention" and "float16" in (names["dtype"], names.get("autocast")):
         names["magnitude"] = min(names["magnitude"], 100.0)  # projected keys are stored in float16
     names["features"] = up_to(9 if small else 64)
