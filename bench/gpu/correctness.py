@@ -18,6 +18,7 @@ LARGE = (
     Case("packed", batch=2, heads=4, tokens=4096, width=64, features=256, packed=True),
     Case("masked_odd", batch=2, heads=3, tokens=1001, width=80, features=110, masked=True),
     Case("long", batch=1, heads=1, tokens=65536, width=32, features=64),
+    Case("large_logits", batch=2, heads=4, tokens=4096, width=64, features=128, spread=16.0),
 )
 TINY = (Case("packed", batch=1, heads=1, tokens=20, features=9, packed=True),)
 RAN = "every operator ran"
