@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -42,12 +43,15 @@ def figure(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}g}"
 
 
-def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """In columns as wide as their widest cell."""
-    lines = [list(headings), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], widths: Iterable[int] | None = None) -> None:
+    """In columns as wide as their widest cell; or of at least these widths, then each row as soon as it is known."""
+    lines = itertools.chain([list(headings)], map(list, rows))
+    if widths is None:
+        lines = list(lines)
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = tuple(widths)
     for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), flush=True)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
