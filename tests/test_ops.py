@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -15,26 +15,45 @@ from conftest import DEVICE
 from vix_kernels.primitives.registry import implementations
 from vix_kernels.testing import SPECS, Case, OpSpec, Problem
 
-EVERY = [pytest.param(spec, case, id=f"{spec.name}-{case.name}") for spec in SPECS.values() for case in spec.cases]
-FEW_CASES = ("packed", "masked", "per_head", "rope_half", "rope_partial")
-FEW = [
-    pytest.param(spec, case, id=f"{spec.name}-{case.name}")
-    for spec in SPECS.values()
-    for case in spec.cases
-    if case.name in FEW_CASES
-]
+Cases = list[tuple[OpSpec, Case]]
+EVERY_CASE: Cases = [(spec, case) for spec in SPECS.values() for case in spec.cases]
 
 
-def on_each_backend(interpreted: Callable[[OpSpec, Case], bool]) -> pytest.MarkDecorator:
-    """Every case on both backends; in the interpreter, where one takes seconds, those that are `interpreted`."""
-    grid = [
-        pytest.param(backend, spec, case, id=f"{backend}-{spec.name}-{case.name}")
-        for backend in ("torch", "triton")
-        for spec in SPECS.values()
-        for case in spec.cases
-        if backend == "torch" or DEVICE == "cuda" or interpreted(spec, case)
-    ]
+def few(*names: str) -> Cases:
+    """The cases with these names, and the last one of an operator that has none of them."""
+    found: Cases = []
+    for spec in SPECS.values():
+        found += [(spec, case) for case in spec.cases if case.name in names] or [(spec, spec.cases[-1])]
+    return found
+
+
+VARIANTS = [name for name in SPECS if name.endswith(("_mixed", "_projected"))]  # they launch the kernels of others
+FEW = few("packed", "masked", "per_head", "rope_half", "rope_partial")
+VARIED = few("masked", "rope_partial")
+
+
+def params(cases: Cases, prefix: str = "", *before: str) -> list:
+    return [pytest.param(*before, spec, case, id=f"{prefix}{spec.name}-{case.name}") for spec, case in cases]
+
+
+EVERY = params(EVERY_CASE)
+
+
+def on_each_backend(cases: Cases, interpreted: Cases) -> pytest.MarkDecorator:
+    """`cases` on both backends; in the interpreter, where one takes a second, those that are `interpreted`."""
+    grid = params(cases, "torch-", "torch") + params(cases if DEVICE == "cuda" else interpreted, "triton-", "triton")
     return pytest.mark.parametrize("backend, spec, case", grid, indirect=["backend"])
+
+
+def each_operator() -> pytest.MarkDecorator:
+    """Every operator on both backends; in the interpreter those that launch kernels of their own."""
+    grid = [
+        pytest.param(backend, spec, id=f"{backend}-{name}")
+        for backend in ("torch", "triton")
+        for name, spec in SPECS.items()
+        if backend == "torch" or DEVICE == "cuda" or name not in VARIANTS
+    ]
+    return pytest.mark.parametrize("backend, spec", grid, indirect=["backend"])
 
 
 def run(problem: Problem, **how) -> tuple[list[Tensor], list[Tensor]]:
@@ -72,26 +91,7 @@ def dtypes(*chosen: torch.dtype) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("dtype", chosen, ids=lambda dtype: str(dtype)[6:])
 
 
-@dtypes(torch.bfloat16, torch.float64)
-@pytest.mark.parametrize("spec, case", EVERY)
-def test_error_budget(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, poisoned: None) -> None:
-    check_error(spec, case, dtype, backend)
-
-
-# The interpreter has no tensor cores: there a kernel does the same for float32 as for float64, for float16 as for bfloat16.
-@dtypes(torch.float16, torch.float32)
-@on_each_backend(interpreted=lambda spec, case: case.name in FEW_CASES)
-def test_error_budget_of_like_dtypes(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, poisoned: None) -> None:
-    check_error(spec, case, dtype, backend)
-
-
-def check_error(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str) -> None:
-    if dtype == torch.float64 and backend == "triton" and DEVICE == "cuda":
-        pytest.skip("the kernels take float64 only in the interpreter")
-    check_budget(spec.problem(case, dtype=dtype, device=DEVICE), backend)
-
-
-def check_budget(problem: Problem, backend: str) -> None:
+def check_budget(problem: Problem, backend: str, during: AbstractContextManager | None = None) -> None:
     """At most twice the error of plain PyTorch in the same precision, both against float64, and no element left unwritten.
 
     The reference is never counted as better than one rounding of its result.
@@ -101,7 +101,8 @@ def check_budget(problem: Problem, backend: str) -> None:
     spec = problem.spec
     exact = run(problem.double(), reference=True)
     plain = run(problem, reference=True)
-    ours = run(problem, backend=backend)
+    with during or nullcontext():
+        ours = run(problem, backend=backend)
     dtype = problem.tensors[spec.batched[0]].dtype
     names = [f"output {i}" for i in range(len(exact[0]))] + [f"d{name}" for name in spec.differentiable]
     for name, x, reference, truth in zip(names, sum(ours, []), sum(plain, []), sum(exact, []), strict=True):
@@ -115,7 +116,61 @@ def check_budget(problem: Problem, backend: str) -> None:
         assert distance(x, truth) <= budget, f"{name}: {distance(x, truth) / size:.2e} > {budget / size:.2e}"
 
 
-@pytest.mark.parametrize("spec, case", FEW)
+@pytest.mark.parametrize("spec, case", EVERY)
+def test_error_budget(spec: OpSpec, case: Case, backend: str, poisoned: None) -> None:
+    check_budget(spec.problem(case, dtype=torch.bfloat16, device=DEVICE), backend)
+
+
+@pytest.mark.parametrize("spec, case", EVERY)
+def test_error_budget_in_float64(spec: OpSpec, case: Case, poisoned: None) -> None:
+    """Of PyTorch; of the kernels below."""
+    check_budget(spec.problem(case, dtype=torch.float64, device=DEVICE), "torch")
+
+
+# The interpreter has no tensor cores: there a kernel does the same for float32 as for float64, for float16 as for bfloat16.
+@dtypes(torch.float16, torch.float32)
+@on_each_backend(EVERY_CASE, interpreted=VARIED)
+def test_error_budget_of_like_dtypes(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, poisoned: None) -> None:
+    check_budget(spec.problem(case, dtype=dtype, device=DEVICE), backend)
+
+
+class Canaries(TorchDispatchMode):
+    """Every new tensor holds NaN, in a border of known numbers."""
+
+    BORDER, VALUE = 512, 123.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rooms: list[tuple[Tensor, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "vix_kernels":
+            with self:  # the body of the operator allocates
+                return implementations[function._schema.name.split("::")[1]](*args)
+        out = function(*args, **(kwargs or {}))
+        if function._schema.name.split("::")[1] in ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"):
+            room = torch.full((out.numel() + 2 * self.BORDER,), self.VALUE, dtype=out.dtype, device=out.device)
+            self.rooms.append((room, out.numel()))
+            inside = room[self.BORDER : self.BORDER + out.numel()]
+            if out.is_floating_point():
+                inside.fill_(torch.nan)
+            return inside.as_strided(out.shape, out.stride(), self.BORDER)
+        return out
+
+
+@pytest.mark.parametrize("spec, case", EVERY)
+def test_kernels_write_their_outputs_and_nothing_beside_them(spec: OpSpec, case: Case) -> None:
+    """Within the error budget, in float64; on a GPU, where they do not take it, in float32."""
+    dtype = torch.float32 if DEVICE == "cuda" else torch.float64
+    with Canaries() as canaries:
+        check_budget(spec.problem(case, dtype=dtype, device=DEVICE), "triton", canaries)
+    assert canaries.rooms
+    for room, size in canaries.rooms:
+        beside = torch.cat([room[: Canaries.BORDER], room[Canaries.BORDER + size :]])
+        assert (beside == torch.full_like(beside, Canaries.VALUE)).all()
+
+
+@on_each_backend(FEW, interpreted=VARIED)
 def test_gradcheck(spec: OpSpec, case: Case, backend: str) -> None:
     """Numerical derivatives in float64."""
     if backend == "triton" and DEVICE == "cuda":
@@ -136,7 +191,7 @@ def test_gradcheck(spec: OpSpec, case: Case, backend: str) -> None:
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@each_operator()
 def test_a_gradient_asked_for_alone_is_the_same(spec: OpSpec, backend: str) -> None:
     """Whatever else is not computed then."""
     problem = spec.problem(spec.fit(Case("alone", batch=1)), device=DEVICE)
@@ -147,7 +202,7 @@ def test_a_gradient_asked_for_alone_is_the_same(spec: OpSpec, backend: str) -> N
         assert torch.equal(grad, expected), name
 
 
-@on_each_backend(interpreted=lambda spec, case: case.name in FEW_CASES)
+@on_each_backend(EVERY_CASE, interpreted=VARIED)
 def test_inputs_unchanged_and_repeats_bitwise(spec: OpSpec, case: Case, backend: str) -> None:
     problem = spec.problem(case, device=DEVICE)
     before = {name: x.clone() for name, x in problem.tensors.items()}
@@ -158,7 +213,7 @@ def test_inputs_unchanged_and_repeats_bitwise(spec: OpSpec, case: Case, backend:
         assert torch.equal(x.nan_to_num(), before[name].nan_to_num()), f"{name} was written to"
 
 
-@pytest.mark.parametrize("spec, case", [param for param in FEW if param.values[1].batch > 1])
+@on_each_backend(*([(spec, case) for spec, case in cases if case.batch > 1] for cases in (FEW, VARIED)))
 def test_batch_independence(spec: OpSpec, case: Case, backend: str) -> None:
     """A sample's outputs and gradients do not depend on its batch mates."""
     problem = spec.problem(case, device=DEVICE)
@@ -174,7 +229,7 @@ def test_batch_independence(spec: OpSpec, case: Case, backend: str) -> None:
             assert error(a[:1], b[:1]) < 1e-6
 
 
-@pytest.mark.parametrize("spec, case", FEW)
+@on_each_backend(FEW, interpreted=few("packed", "rope_partial"))
 def test_layout_of_memory_does_not_matter(spec: OpSpec, case: Case, backend: str) -> None:
     """Any strides with a unit last one, and gradients that are expanded, give the same numbers."""
     problem = spec.problem(case, device=DEVICE)
@@ -212,39 +267,6 @@ def test_empty_batch(spec: OpSpec, backend: str) -> None:
     assert all(grad.abs().sum() == 0 for grad in grads)
 
 
-class Canaries(TorchDispatchMode):
-    """Every new tensor gets a border of known numbers in front and behind."""
-
-    BORDER, VALUE = 512, 123.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rooms: list[tuple[Tensor, int]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "vix_kernels":
-            with self:  # the body of the operator allocates
-                return implementations[function._schema.name.split("::")[1]](*args)
-        out = function(*args, **(kwargs or {}))
-        if function._schema.name.split("::")[1] in ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"):
-            room = torch.full((out.numel() + 2 * self.BORDER,), self.VALUE, dtype=out.dtype, device=out.device)
-            self.rooms.append((room, out.numel()))
-            return room[self.BORDER : self.BORDER + out.numel()].as_strided(out.shape, out.stride(), self.BORDER)
-        return out
-
-
-@pytest.mark.parametrize("spec, case", EVERY)
-def test_nothing_is_written_out_of_bounds(spec: OpSpec, case: Case) -> None:
-    """Kernels write their outputs and nothing beside them."""
-    problem = spec.problem(case, device=DEVICE)
-    with Canaries() as canaries:
-        run(problem, backend="triton")
-    assert canaries.rooms
-    for room, size in canaries.rooms:
-        beside = torch.cat([room[: Canaries.BORDER], room[Canaries.BORDER + size :]])
-        assert (beside == torch.full_like(beside, Canaries.VALUE)).all()
-
-
 class Record(TorchDispatchMode):
     """`with Record() as calls` lists the calls of registered operators and their arguments."""
 
@@ -264,7 +286,7 @@ DYNAMIC_TOO = *SCHEMA_AND_FAKE, "test_aot_dispatch_dynamic"
 
 
 # One call of each kernel in the interpreter: variants launch the same ones.
-@on_each_backend(interpreted=lambda spec, case: case is spec.cases[-1] and not spec.name.endswith(("_mixed", "_projected")))
+@on_each_backend(EVERY_CASE, interpreted=[(spec, spec.cases[-1]) for spec in SPECS.values() if spec.name not in VARIANTS])
 def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
     """The registered operators behind the functions: schema and fake kernels; of an op's last case dynamic shapes, too."""
     with Record() as calls:
@@ -275,7 +297,7 @@ def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
         torch.library.opcheck(function, args, test_utils=DYNAMIC_TOO if case is spec.cases[-1] else SCHEMA_AND_FAKE)
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@each_operator()
 def test_compiles_without_graph_breaks(spec: OpSpec, backend: str) -> None:
     """Forward and backward, with lengths that change."""
     torch._dynamo.reset()
@@ -317,7 +339,7 @@ def test_exports(spec: OpSpec, backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@each_operator()
 def test_checkpointing(spec: OpSpec, backend: str) -> None:
     """Recomputation gives the same gradients."""
     problem = spec.problem(spec.fit(Case("checkpointed", heads=1)), device=DEVICE)
