@@ -146,6 +146,39 @@ def test_nan_in_padding_reaches_no_gradient(name: str, backend: str) -> None:
             assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", ("agent", "performer", "linear_projected"))
+def test_infinity_in_padding_reaches_no_gradient_of_the_slots(name: str, sign: int, backend: str) -> None:
+    """With slots of one sign all logits of a padded token are -inf, or all its features 0, as if it had no slots."""
+    torch.manual_seed(0)
+    q, k, v, slots = (torch.rand(1, 2, tokens, 16, device=DEVICE) for tokens in (12, 12, 12, 5))
+    mask = torch.arange(12, device=DEVICE)[None] < 9
+
+    def grad(fill: float) -> Tensor:
+        tokens = [x.masked_fill(~mask[:, None, :, None], fill) for x in (q, k, v)]
+        options = dict(key_padding_mask=mask, backend=backend)
+        leaf = slots.clone().requires_grad_()
+        if name == "agent":
+            out = agent_attention(*tokens, leaf, **options)
+        elif name == "performer":
+            out = performer_attention(*tokens, leaf[0], **options)
+        else:
+            out = linear_attention(*tokens, projection=leaf[0], **options)
+        return torch.autograd.grad(out[:, :, :9].square().sum(), leaf)[0]
+
+    assert torch.equal(grad(sign * torch.inf), grad(0.5))
+
+
+def test_features_that_no_key_has_do_not_overflow_float16(backend: str) -> None:
+    """A query that shares no feature with any key has a denominator of eps."""
+    q, k = (torch.zeros(1, 1, 16, 16, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    q[..., :8], k[..., 8:] = 3, 1
+    q[:, :, ::2, 8:] = 1
+    leaves = [x.requires_grad_() for x in (q, k, torch.ones_like(k))]
+    out = linear_attention(*leaves, backend=backend)
+    assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.sum(), leaves)))
+
+
 def test_nan_in_padding_reaches_no_gradient_of_angles(backend: str) -> None:
     x, dx, angles = (torch.randn(1, 2, 6, 8, device=DEVICE) for _ in range(3))
     clean = angle_gradient(x, dx * (torch.arange(6, device=DEVICE) < 4)[:, None], angles[0, :, :, :4].clone(), True, backend)

@@ -211,7 +211,7 @@ def broadcast_backward(
         for tile in tiles:
             queries, dresult = _read(q, tile, None, rope), _flat(dout, tile)
             exps, total = _query_exps(queries, pt, bias, scale, square)
-            if (unused := _unused_rows(total, dresult)) is not None:
+            if (unused := _unused_rows(queries, total, dresult)) is not None:
                 queries, exps = queries.masked_fill(unused, 0), exps.masked_fill_(unused, 0)
                 total = total.masked_fill(unused, 1)
             dresult = dresult / total  # carries the 1 / total of the probabilities
@@ -434,12 +434,13 @@ def _query_exps(queries: Tensor, pt: Tensor, bias: Tensor, scale: float, square:
     return exps, _at_least_one(exps.sum(-1, keepdim=True))
 
 
-def _unused_rows(total: Tensor, dresult: Tensor) -> Tensor | None:
-    """Which tokens of a tile, (pairs, tokens, 1), hold NaN and have outputs that the loss does not use: padding.
+def _unused_rows(queries: Tensor, total: Tensor, dresult: Tensor) -> Tensor | None:
+    """Which tokens of a tile, (pairs, tokens, 1), hold NaN or inf and have outputs that the loss does not use: padding.
 
-    Their gradients are 0, but 0 times NaN is NaN. None if no token holds NaN, which a CPU can ask without waiting.
+    Their gradients are 0, but 0 times NaN is NaN. None if no token holds one, which a CPU can ask without waiting. `total` does
+    not tell alone: logits that are all -inf are those of a token without slots.
     """
-    broken = ~total.isfinite()
+    broken = ~(queries.sum(-1, keepdim=True) + total).isfinite()
     if total.device.type == "cpu" and not broken.any():
         return None
     return broken & (dresult == 0).all(-1, keepdim=True)

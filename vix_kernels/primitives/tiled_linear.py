@@ -162,7 +162,7 @@ def linear_broadcast_backward(
             queries, dresult = _read(q, tile, None, features_of.rope), _flat(dout, tile)
             divisor = _flat(total, tile).unsqueeze(2)
             divisor = divisor.masked_fill(divisor < least, torch.inf)
-            if (unused := _unused_rows(divisor, dresult)) is not None:
+            if (unused := _unused_rows(queries, divisor, dresult)) is not None:
                 queries, divisor = queries.masked_fill(unused, 0), divisor.masked_fill(unused, 1)
             dresult = dresult / divisor
             logits = features_of.logits(queries, group)
