@@ -30,6 +30,7 @@ from .tiles import (
     token_program,
 )
 
+HALF_MAX = tl.constexpr(65504.0)
 SMALLEST = tl.constexpr(2.0**-100)  # of what weights are divided by: the inverse must be finite
 
 
@@ -210,7 +211,10 @@ def linear_broadcast_slots_kernel(
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
         b_size = weight_scale(b_norms, HALF)
-        b_p = cast(apply_map(b_l, ELU) * (b_size[None, :] / b_total[:, None]), b_dout.dtype)
+        b_w = apply_map(b_l, ELU) * (b_size[None, :] / b_total[:, None])
+        if HALF:  # of a slot without any key, whose sums are multiplied by 0 in the end, not by 0 times inf
+            b_w = tl.where(b_w > HALF_MAX, HALF_MAX, b_w)
+        b_p = cast(b_w, b_dout.dtype)
         b_dsums = dot(tl.trans(b_p), b_dout, b_dsums, PRECISION)
         b_dnorms -= tl.sum(b_p.to(COMPUTE) * b_delta[:, None], 0)
         if NEED_SLOTS:
