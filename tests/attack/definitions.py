@@ -27,12 +27,14 @@ class How:
         stored: applied to rotated tokens, landmarks and projected keys, which the library keeps in the tokens' dtype.
         logits: applied to the logits of each softmax, which are rounded one by one.
         products: applied to the matrix products in the steps to a pseudo-inverse.
+        sums: applied to the column sums of which they start from the largest: the gradient jumps where two of them are equal.
     """
 
     fixed_totals: bool = False
     stored: Callable[[Tensor], Tensor] = lambda x: x
     logits: Callable[[Tensor], Tensor] = lambda x: x
     products: Callable[[Tensor], Tensor] = lambda x: x
+    sums: Callable[[Tensor], Tensor] = lambda x: x
 
 
 EXACT = How()
@@ -208,14 +210,14 @@ def nystrom_attention(
         k_marks = how.stored(averages(k[b], of_keys, mask))
         a = normalized(scale * q_marks @ k_marks.mT, how=how) if k_marks.shape[1] else None
         samples.append((q_marks, k_marks, a))
-    sums = [a.sum(-2).amax(-1) for *_, a in samples if a is not None]
+    sums = [how.sums(a.sum(-2)).amax(-1) for *_, a in samples if a is not None]
     outputs = []
     for b, (q_marks, k_marks, a) in enumerate(samples):
         mask = None if valid is None else valid[b]
         if a is None:
             outputs.append(q[b] @ k[b].mT @ v[b] * 0)
             continue
-        largest = torch.cat(sums).amax().expand(a.shape[0]) if start == "original" else a.sum(-2).amax(-1)
+        largest = torch.cat(sums).amax().expand(a.shape[0]) if start == "original" else how.sums(a.sum(-2)).amax(-1)
         z = a.mT / largest[:, None, None]
         one = torch.eye(a.shape[1], dtype=torch.float64)
         for _ in range(iterations):
