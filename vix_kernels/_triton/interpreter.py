@@ -23,7 +23,8 @@ def hastened() -> Iterator[None]:
 
     The interpreter patches triton.language again in every call of a device function, 2 ms each, although the launch of the
     kernel around it has done so; inside, a launch patches all of it and the calls patch nothing. It also makes every sum and
-    product of integers once more in 64 bits, to see whether 32 were enough; inside it does not.
+    product of integers once more in 64 bits, to see whether 32 were enough; inside it does not. And most of its time goes into
+    describing types and shapes, of which there are few; inside each is described once.
     """
     patch_language, everything = _get(interpreter, "_patch_lang"), SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     nothing = _get(interpreter, "_LangPatchScope")()
@@ -45,12 +46,42 @@ def hastened() -> Iterator[None]:
         scope.restore, patched = restore_all, True
         return scope
 
-    interpreter._patch_lang = patch_once
+    numpy_dtype = _get(interpreter, "_get_np_dtype")
+    describe_block, describe_tensor = _get(tl.core.block_type, "__init__"), _get(tl.core.tensor, "__init__")
+    dtypes: dict[str, np.dtype] = {}
+    blocks: dict[tuple, dict[str, Any]] = {}
+    shapes: dict[tuple, dict[str, Any]] = {}
+
+    def known_dtype(kind: Any) -> np.dtype:
+        if (found := dtypes.get(kind.name)) is None:
+            found = dtypes[kind.name] = numpy_dtype(kind)
+        return found
+
+    def known_block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *map(int, shape))
+        if key in blocks:
+            vars(self).update(blocks[key], element_ty=element_ty)
+        else:
+            describe_block(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+
+    def known_tensor(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape.values) if type.is_block() else ()  # of integers: Triton's own tuples are slow to compare
+        if key in shapes:
+            vars(self).update(shapes[key], handle=handle, type=type, dtype=type.scalar)
+        else:
+            describe_tensor(self, handle, type)
+            shapes[key] = dict(vars(self))
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, known_dtype
+    tl.core.block_type.__init__, tl.core.tensor.__init__ = known_block, known_tensor
     builder.options = replace(options, sanitize_overflow=False)
     try:
         yield
     finally:
-        interpreter._patch_lang, builder.options = patch_language, options
+        interpreter._patch_lang, interpreter._get_np_dtype = patch_language, numpy_dtype
+        tl.core.block_type.__init__, tl.core.tensor.__init__ = describe_block, describe_tensor
+        builder.options = options
 
 
 @contextmanager
