@@ -22,6 +22,7 @@ from vix_kernels.training import UserError
 from vix_kernels.training.checkpoint import load_checkpoint
 from vix_kernels.training.data import Dataset, folders, load_dataset
 from vix_kernels.training.data.images import decode
+from vix_kernels.training.unpickle import Unpickler
 
 TINY = ["depth=1", "embed_dim=16", "num_heads=2"]
 RNG = np.random.default_rng(0)
@@ -479,3 +480,8 @@ def test_validate_resizes_to_images_that_are_no_squares(tmp_path: Path, capsys: 
     assert load_checkpoint(tmp_path / "run")["model_kwargs"]["img_size"] == (16, 24)
     assert main(["validate", "--checkpoint", str(tmp_path / "run"), "--dataset", str(tmp_path / "larger")]) == 0
     assert "of 4 held-out images" in capsys.readouterr().out
+
+
+def test_a_damaged_place_in_a_pickle_allocates_nothing() -> None:
+    """Its memo: C's unpickler makes room for two thousand million entries and more."""
+    assert Unpickler(b"\x80\x02K\x01r\xff\xff\xff\x7f.", set()).load() == 1

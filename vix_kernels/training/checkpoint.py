@@ -149,8 +149,7 @@ class _Reader(dcp.FileSystemReader):
     """The original unpickles whatever it finds."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = Unpickler(file, _METADATA).load()
+        metadata = Unpickler((Path(self.path) / ".metadata").read_bytes(), _METADATA).load()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Set
-from typing import Any, BinaryIO
+from typing import Any
 
 
-class Unpickler(pickle.Unpickler):
-    """Loads `file` if it asks only for `allowed`, pairs of a module and a name in it."""
+class Unpickler(pickle._Unpickler):
+    """Loads `content` if it asks only for `allowed`, pairs of a module and a name in it.
 
-    def __init__(self, file: BinaryIO, allowed: Set[tuple[str, str]], **options: Any) -> None:
-        super().__init__(file, **options)
+    The one in Python: that in C allocates, and fills, whatever a damaged length or a damaged place in its memo says.
+    """
+
+    def __init__(self, content: bytes, allowed: Set[tuple[str, str]], **options: Any) -> None:
+        super().__init__(io.BytesIO(content), **options)
         self.allowed = allowed
 
     def find_class(self, module: str, name: str) -> Any:

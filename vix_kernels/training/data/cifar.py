@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -83,5 +82,4 @@ _ARRAYS = {
 
 
 def _unpickled(path: Path) -> dict[bytes, Any]:
-    content = io.BytesIO(path.read_bytes())  # which ends a read at its end; a file allocates whatever a damaged length says
-    return Unpickler(content, _ARRAYS, encoding="bytes").load()
+    return Unpickler(path.read_bytes(), _ARRAYS, encoding="bytes").load()
