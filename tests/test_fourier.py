@@ -11,6 +11,7 @@ from conftest import DEVICE
 from vix_kernels import apply_rope, fourier_mixing, rope_axial
 from vix_kernels._triton import dft, launch
 from vix_kernels.nn import FourierMixing
+from vix_kernels.primitives.dft import MOST_WORK
 from vix_kernels.testing import kept_for_backward
 
 
@@ -93,7 +94,7 @@ def test_triton_takes_fast_transforms_where_products_are_long(monkeypatch) -> No
     def observe(*made: object) -> None:
         raise AssertionError("a kernel was launched")
 
-    x = draw(1, 2 * dft.MOST_WORK[32], 2)
+    x = draw(1, 2 * MOST_WORK[32], 2)
     monkeypatch.setattr(launch, "observer", observe)
     assert torch.equal(fourier_mixing(x, backend="triton"), fourier_mixing(x, backend="torch"))
 

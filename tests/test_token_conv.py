@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from conftest import BACKENDS, DEVICE
-from vix_kernels.primitives.tiled_conv import token_conv_add
+from vix_kernels._torch.token_conv import token_conv_add
 from vix_kernels.primitives.token_conv import token_conv, token_conv_backward, token_conv_reference
 
 

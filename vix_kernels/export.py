@@ -31,12 +31,12 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from .commands import write_atomically
+from .layout import accumulator
 from .ops.fourier import fourier_mixing_reference
 from .primitives.aggregate import aggregate_forward, aggregate_reference
 from .primitives.broadcast import broadcast_forward, broadcast_reference
 from .primitives.dft import dft_forward
 from .primitives.landmarks import landmarks_forward
-from .primitives.layout import accumulator
 from .primitives.linear import (
     linear_aggregate_forward,
     linear_aggregate_reference,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.layout import empty_like_tokens, unit_last_stride
+from ..layout import empty_like_tokens, unit_last_stride
 from .configs import launch_config, triton_dtype
 from .launch import launch
 from .layout import mask_strides, output_strides, padded, rotary_arguments, slot_strides, token_strides

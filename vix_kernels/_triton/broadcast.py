@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.layout import empty_like_tokens, unit_last_stride
+from ..layout import empty_like_tokens, unit_last_stride
 from .configs import launch_config
 from .launch import launch
 from .layout import mask_strides, rotary_arguments, slot_strides, token_strides

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import gpu_architecture, interpreted
-from ..primitives.layout import accumulator
+from ..layout import accumulator
 from .launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
 from .layout import padded
 from .targets import TARGETS

@@ -16,15 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.dft import fft
 from .configs import LaunchConfig, launch_config
 from .launch import launch
 from .tiles import cast, dot, load_tile
 
-# Floating-point operations an element of x, tokens / 2 + channels, up to which the products are taken; beyond, fast Fourier
-# transforms. Counted, not measured: what those move more (32 to 34 bytes an element) takes as long as the products on an H100
-# at half of its peak rates. It also keeps the products of indices within 32 bits.
-MOST_WORK = {16: 4096, 32: 768, 64: 768}
 WIDTH = 64  # of the launch table's entries: tiles do not depend on the channels
 BLOCK_K = 32  # tokens or channels of a step
 HALF_PI = tl.constexpr(1.5707963267948966)
@@ -145,8 +140,6 @@ def dft_tokens_kernel(
 
 def dft(x: Tensor, ortho: bool) -> Tensor:
     batch, tokens, width = x.shape
-    if tokens // 2 + width > MOST_WORK[8 * x.element_size()]:
-        return fft(x, ortho)
     over_channels, over_tokens = (launch_config(kernel, x, WIDTH, x) for kernel in ("dft_channels", "dft_tokens"))
     # All columns that the tiles cover are made, one half and more: mirror images are stored an element at a time.
     block = max(over_channels.tile.slots, over_tokens.tile.slots)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.layout import empty_like_tokens
+from ..layout import empty_like_tokens
 from .configs import launch_config
 from .launch import launch
 from .layout import mask_strides, output_strides, padded, rotary_arguments, token_strides

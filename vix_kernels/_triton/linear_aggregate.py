@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.layout import empty_like_tokens
+from ..layout import empty_like_tokens
 from .aggregate import prepare
 from .features import apply_map, feature_config, feature_strides, load_logits, slope, slot_rows
 from .launch import launch

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.layout import empty_like_tokens, unit_last_stride
+from ..layout import empty_like_tokens, unit_last_stride
 from .features import apply_map, feature_config, feature_strides, load_logits, load_state, slope, slot_rows
 from .launch import launch
 from .layout import rotary_arguments, slot_strides, token_strides

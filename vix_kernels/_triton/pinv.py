@@ -1,4 +1,4 @@
-"""Kernels of `pinv` (primitives/pinv.py states the equations, primitives/batched_pinv.py the steps): a program a head.
+"""Kernels of `pinv` (primitives/pinv.py states the equations, _torch/pinv.py the steps): a program a head.
 
 Up to 64 landmarks, forward has its L x L matrices in registers, where they fit. Otherwise they stand in memory that a program
 has to itself (pinv_steps.py). To keep that in the second-level cache, there are then no more programs than run at a time, and
@@ -13,14 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives import batched_pinv
 from .configs import LaunchConfig, architecture, launch_config
 from .launch import launch
 from .layout import mask_strides, output_strides, padded, token_strides
 from .pinv_steps import BACKWARD, DA, DY, DZ, FORWARD, A, Z, advance, differentiate, keep_middle, part, restart
 from .tiles import LOG2E, dot, load_tile, row_products, store_tile
 
-MOST_LANDMARKS = 128
 WARPS_A_MULTIPROCESSOR = 8  # with 255 registers a thread
 
 
@@ -261,8 +259,6 @@ def pinv_forward(
     q_marks: Tensor, k_marks: Tensor, values: Tensor, q_counts: Tensor | None, k_counts: Tensor | None,
     scale: float, iterations: int, init: str,
 ) -> Tensor:  # fmt: skip
-    if init == "original" or q_marks.shape[2] > MOST_LANDMARKS:
-        return batched_pinv.pinv_forward(q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init)
     out = values.new_empty(values.shape)
     config = launch_config("pinv_forward", q_marks, q_marks.shape[2], values)
     in_memory = padded(q_marks.shape[2]) > config.tile.slots
@@ -283,10 +279,6 @@ def pinv_backward(
     dout: Tensor, q_marks: Tensor, k_marks: Tensor, values: Tensor, q_counts: Tensor | None, k_counts: Tensor | None,
     scale: float, iterations: int, init: str, need_q: bool, need_k: bool, need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if init == "original" or q_marks.shape[2] > MOST_LANDMARKS:
-        return batched_pinv.pinv_backward(
-            dout, q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init, need_q, need_k, need_values
-        )
     needs = (q_marks, need_q), (k_marks, need_k), (values, need_values)
     dq, dk, dvalues = (x.new_empty(x.shape if need else (0,)) for x, need in needs)
     config = launch_config("pinv_backward", q_marks, q_marks.shape[2], values)

@@ -1,4 +1,4 @@
-"""Steps of the pseudo-inverse on matrices in memory (primitives/batched_pinv.py states them).
+"""Steps of the pseudo-inverse on matrices in memory (_torch/pinv.py states them).
 
 The matrices of a head, SIZE x SIZE with zeros beyond its landmarks, stand side by side in global memory that one program has
 to itself. Products take them STEP columns and ROWS rows at a time, so that few registers are needed. Threads exchange what

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.layout import empty_like_tokens, unit_last_stride
+from ..layout import empty_like_tokens, unit_last_stride
 from .configs import LaunchConfig, launch_config
 from .launch import launch
 from .layout import mask_strides, output_strides, padded, token_strides

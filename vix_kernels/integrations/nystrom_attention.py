@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import backends
+from ..layout import accumulator
 from ..nn.dropout import Dropout
 from ..nn.packed_linear import packed_linear
 from ..ops.nystrom import nystrom_attention
-from ..primitives.layout import accumulator
 from ..primitives.pinv import inverse_reference
 from ..primitives.token_conv import token_conv, token_conv_reference
 

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import backends
+from .._torch.tiles import TILE_CPU, TILE_GPU
+from ..layout import accumulator
 from ..ops.checks import autocast, check_mask, check_projection, check_qkv
 from ..ops.performer import orthogonal_projection, performer_attention
 from ..primitives import aggregate, broadcast
-from ..primitives.layout import accumulator
-from ..primitives.tiled import TILE_CPU, TILE_GPU
 
 EPS, KERNEL_EPS = 1e-4, 1e-3
 SCALINGS = ("chi", "sqrt")  # of the lengths of the features, by ortho_scaling

@@ -30,7 +30,7 @@ def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: 
         norm: None, the plain sums, as torch.fft's "backward"; or "ortho", divided by sqrt(tokens * channels).
         backend: "auto", "triton", "torch" or "reference". Where tokens and channels are so many that a fast Fourier
             transform needs less time than matrix products, "triton" too calls torch.fft; see
-            vix_kernels._triton.dft.MOST_WORK.
+            vix_kernels.primitives.dft.MOST_WORK.
 
     Returns:
         (batch, tokens, channels) in x's dtype. Differentiable in x; nothing is kept for backward.

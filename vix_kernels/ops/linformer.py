@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..layout import accumulator
 from ..primitives import broadcast, project
 from ..primitives.broadcast import broadcast_reference
-from ..primitives.layout import accumulator
 from .checks import autocast, check_mask, check_qkv, check_scale, check_tensor, dtype_name
 from .rope import Rope, apply_rope_reference, check_rope
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import backends
+from ..layout import unit_last_stride
 from ..primitives.aggregate import aggregate_backward, aggregate_forward, aggregate_reference
 from ..primitives.autograd import once_differentiable
 from ..primitives.broadcast import (
@@ -31,7 +32,6 @@ from ..primitives.broadcast import (
     reads_out,
 )
 from ..primitives.landmarks import landmarks_backward, landmarks_forward, landmarks_reference
-from ..primitives.layout import unit_last_stride
 from ..primitives.pinv import INITS, pinv_backward, pinv_forward, pinv_reference
 from ..primitives.registry import refuse_transforms
 from ..primitives.rotate import angle_gradient

@@ -18,9 +18,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import tiled
+from ..layout import accumulator, empty_like_tokens, unit_last_stride
 from .autograd import once_differentiable
-from .layout import accumulator, empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
 
@@ -141,15 +140,13 @@ def _fake_backward(
 
 aggregate_forward = register(
     f"aggregate_forward({_PROBLEM}, str backend) -> (Tensor values, Tensor lse, Tensor top, Tensor total)",
-    tiled=tiled.aggregate_forward,
-    triton="aggregate.aggregate_forward",
+    module="aggregate",
     fake=_fake_forward,
 )
 aggregate_backward = register(
     f"aggregate_backward(Tensor dvalues, Tensor? dlse, {_PROBLEM}, Tensor values, Tensor top, Tensor total, "
     "bool need_slots, bool need_k, bool need_v, str backend)"
     " -> (Tensor dslots, Tensor dk, Tensor dv)",
-    tiled=tiled.aggregate_backward,
-    triton="aggregate.aggregate_backward",
+    module="aggregate",
     fake=_fake_backward,
 )

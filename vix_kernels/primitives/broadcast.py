@@ -13,9 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import tiled, tiled_conv
+from ..layout import accumulator, empty_like_tokens, unit_last_stride
 from .autograd import once_differentiable
-from .layout import accumulator, empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
 
@@ -128,21 +127,6 @@ def _fake_backward(
     return empty_like_tokens(q, q.shape[3]), dslots, dvalues, dbias
 
 
-def _tiled_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, v, conv_weight, mask):
-    out = tiled.broadcast_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale)
-    if v is not None:
-        tiled_conv.token_conv_add(out, v, conv_weight, mask)
-    return out, *(q.new_empty(0, dtype=accumulator(q.dtype)) for _ in range(2))
-
-
-def _tiled_backward(
-    dout, q, slots, values, slot_bias, cos, sin, interleaved, scale, out, top, total, need_slots, need_values
-):  # fmt: skip
-    return tiled.broadcast_backward(
-        dout, q, slots, values, slot_bias, cos, sin, interleaved, scale, need_slots, need_values
-    )  # fmt: skip
-
-
 # top and total (batch, heads, N): the largest logit of a token, in base 2, and the sum of the exponentials above it, for the
 # backward kernels; the PyTorch implementation leaves them empty. With v and conv_weight the convolution of
 # primitives/token_conv.py is added to out, while it is in registers. The backward is that of the attention alone, which then
@@ -150,15 +134,13 @@ def _tiled_backward(
 broadcast_forward = register(
     f"broadcast_forward({_PROBLEM}, Tensor? v, Tensor? conv_weight, Tensor? mask, str backend)"
     " -> (Tensor out, Tensor top, Tensor total)",
-    tiled=_tiled_forward,
-    triton="broadcast.broadcast_forward",
+    module="broadcast",
     fake=_fake_forward,
 )
 broadcast_backward = register(
     f"broadcast_backward(Tensor dout, {_PROBLEM}, Tensor? out, Tensor? top, Tensor? total, bool need_slots, "
     "bool need_values, str backend)"
     " -> (Tensor dq, Tensor dslots, Tensor dvalues, Tensor dbias)",
-    tiled=_tiled_backward,
-    triton="broadcast.broadcast_backward",
+    module="broadcast",
     fake=_fake_backward,
 )

@@ -18,9 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import tiled_landmarks
+from ..layout import empty_like_tokens, unit_last_stride
 from .autograd import once_differentiable
-from .layout import empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
 
@@ -165,8 +164,7 @@ def _fake_backward(
 
 landmarks_forward = register(
     f"landmarks_forward({_PROBLEM}, str backend) -> (Tensor q_marks, Tensor k_marks, Tensor q_counts, Tensor k_counts)",
-    tiled=tiled_landmarks.landmarks_forward,
-    triton="landmarks.landmarks_forward",
+    module="landmarks",
     fake=_fake_forward,
 )
 # What an attention adds up anyway is added here, on the way: the gradients of landmarks may come in two parts, and those that
@@ -175,7 +173,6 @@ landmarks_backward = register(
     "landmarks_backward(Tensor? dq_other, Tensor? dk_other, Tensor? dq_marks, Tensor? dq_marks_2, Tensor? dk_marks, "
     f"Tensor? dk_marks_2, {_PROBLEM}, Tensor q_counts, Tensor? k_counts, bool need_q, bool need_k, str backend)"
     " -> (Tensor dq, Tensor dk)",
-    tiled=tiled_landmarks.landmarks_backward,
-    triton="landmarks.landmarks_backward",
+    module="landmarks",
     fake=_fake_backward,
 )

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import tiled_linear
+from ..layout import accumulator, empty_like_tokens, unit_last_stride
 from .autograd import once_differentiable
-from .layout import accumulator, empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
 
@@ -213,27 +212,23 @@ def _fake_broadcast_backward(
 
 linear_aggregate_forward = register(
     f"linear_aggregate_forward({_KEYS}, str backend) -> (Tensor sums, Tensor norms)",
-    tiled=tiled_linear.linear_aggregate_forward,
-    triton="linear_aggregate.linear_aggregate_forward",
+    module="linear_aggregate",
     fake=_fake_aggregate_forward,
 )
 linear_aggregate_backward = register(
     f"linear_aggregate_backward(Tensor dsums, Tensor dnorms, {_KEYS}, bool need_slots, bool need_k, bool need_v, str backend)"
     " -> (Tensor dslots, Tensor dk, Tensor dv)",
-    tiled=tiled_linear.linear_aggregate_backward,
-    triton="linear_aggregate.linear_aggregate_backward",
+    module="linear_aggregate",
     fake=_fake_aggregate_backward,
 )
 linear_broadcast_forward = register(
     f"linear_broadcast_forward({_QUERIES}, float eps, str backend) -> (Tensor out, Tensor total)",
-    tiled=tiled_linear.linear_broadcast_forward,
-    triton="linear_broadcast.linear_broadcast_forward",
+    module="linear_broadcast",
     fake=_fake_broadcast_forward,
 )
 linear_broadcast_backward = register(
     f"linear_broadcast_backward(Tensor dout, {_QUERIES}, Tensor total, bool need_slots, bool need_sums, "
     "str backend) -> (Tensor dq, Tensor dslots, Tensor dsums, Tensor dnorms)",
-    tiled=tiled_linear.linear_broadcast_backward,
-    triton="linear_broadcast.linear_broadcast_backward",
+    module="linear_broadcast",
     fake=_fake_broadcast_backward,
 )

@@ -16,12 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import batched_pinv
+from ..layout import unit_last_stride
 from .autograd import once_differentiable
-from .layout import unit_last_stride
 from .registry import refuse_transforms, register
 
 INITS = ("exact", "original")
+MOST_LANDMARKS = 128  # of the kernels
 
 _PROBLEM = (
     "Tensor q_marks, Tensor k_marks, Tensor values, Tensor? q_counts, Tensor? k_counts, "
@@ -124,16 +124,20 @@ def _fake_backward(
     return tuple(x.new_empty(x.shape if need else (0,)) for x, need in needs)
 
 
+def _has_kernel(q_marks: Tensor, init: str) -> bool:
+    return init == "exact" and q_marks.shape[2] <= MOST_LANDMARKS
+
+
 pinv_forward = register(
     f"pinv_forward({_PROBLEM}, str backend) -> Tensor",
-    tiled=batched_pinv.pinv_forward,
-    triton="pinv.pinv_forward",
+    module="pinv",
     fake=_fake_forward,
+    has_kernel=lambda *inputs: _has_kernel(inputs[0], inputs[7]),
 )
 pinv_backward = register(
     f"pinv_backward(Tensor dout, {_PROBLEM}, bool need_q, bool need_k, bool need_values, str backend)"
     " -> (Tensor dq_marks, Tensor dk_marks, Tensor dvalues)",
-    tiled=batched_pinv.pinv_backward,
-    triton="pinv.pinv_backward",
+    module="pinv",
     fake=_fake_backward,
+    has_kernel=lambda *inputs: _has_kernel(inputs[1], inputs[8]),
 )

@@ -7,6 +7,7 @@ gradient would lose it silently, so it raises.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -17,22 +18,22 @@ library = torch.library.Library("vix_kernels", "DEF")
 implementations: dict[str, Callable] = {}  # the bodies of the operators, by name
 
 
-def register(schema: str, *, tiled: Callable, triton: str, fake: Callable) -> Callable:
+def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[..., bool] = lambda *inputs: True) -> Callable:
     """Register the operator of `schema`, whose last argument is `str backend` ("torch" or "triton").
 
-    `tiled` computes it in PyTorch, the function named `triton` ("module.function" in vix_kernels._triton) by kernels,
-    and `fake` makes outputs of the right shapes, dtypes and strides; all but `fake` go without the backend.
+    The functions of its name in `_torch/<module>.py` and `_triton/<module>.py` compute it; where `has_kernel` is False, which
+    is asked with the same arguments, the one in PyTorch does for both backends. `fake` makes outputs of the right shapes,
+    dtypes and strides; all but `fake` go without the backend.
     """
     name = schema[: schema.index("(")]
-    module, function = triton.split(".")
 
     def implementation(*arguments: Any) -> Any:
         *inputs, backend = arguments
-        run = getattr(import_module(f"vix_kernels._triton.{module}"), function) if backend == "triton" else tiled
+        package = "_triton" if backend == "triton" and has_kernel(*inputs) else "_torch"
         device = next(each.device.type for each in inputs if isinstance(each, Tensor))
         # Dtypes were settled by the public function: autocast must not touch the products inside.
         with torch.autocast(device if device != "meta" else "cpu", enabled=False):
-            return run(*inputs)
+            return _function(package, module, name)(*inputs)
 
     def refuse_gradient(*arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
@@ -47,6 +48,12 @@ def register(schema: str, *, tiled: Callable, triton: str, fake: Callable) -> Ca
     torch.library.register_fake(f"vix_kernels::{name}", fake, lib=library)
     operator = getattr(torch.ops.vix_kernels, name).default
     return operator
+
+
+@cache
+def _function(package: str, module: str, name: str) -> Callable:
+    """Imported when it is called first: Triton may not be installed."""
+    return getattr(import_module(f"vix_kernels.{package}.{module}"), name)
 
 
 def in_transform() -> bool:

@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import tiled
+from ..layout import empty_like_tokens, unit_last_stride
 from .autograd import once_differentiable
-from .layout import empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 
 
@@ -74,10 +73,6 @@ class _Rotate(torch.autograd.Function):
         return dq, dk, None, None, dangles, None, None
 
 
-def _tiled(q, k, cos, sin, interleaved, inverse):
-    return tiled.rotate(q, cos, sin, interleaved, inverse), tiled.rotate(k, cos, sin, interleaved, inverse)
-
-
 def _fake(q, k, cos, sin, interleaved, inverse, backend):
     return empty_like_tokens(q, q.shape[3]), empty_like_tokens(k, k.shape[3])
 
@@ -85,13 +80,11 @@ def _fake(q, k, cos, sin, interleaved, inverse, backend):
 rotate_forward = register(
     "rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse, str backend)"
     " -> (Tensor q_rotated, Tensor k_rotated)",
-    tiled=_tiled,
-    triton="rotate.rotate",
+    module="rotate",
     fake=_fake,
 )
 angle_gradient = register(
     "angle_gradient(Tensor x, Tensor dx, Tensor angles, bool interleaved, str backend) -> Tensor dangles",
-    tiled=tiled.angle_gradient,
-    triton="rotate.angle_gradient",
+    module="rotate",
     fake=lambda x, dx, angles, interleaved, backend: angles.new_empty(angles.shape),
 )

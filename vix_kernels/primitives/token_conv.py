@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import tiled_conv
+from ..layout import empty_like_tokens, unit_last_stride
 from .autograd import once_differentiable
-from .layout import empty_like_tokens, unit_last_stride
 from .registry import refuse_transforms, register
 
 
@@ -77,14 +76,12 @@ def _fake_backward(dout, v, weight, mask, dv_other, need_v, need_weight, backend
 
 token_conv_forward = register(
     "token_conv_forward(Tensor v, Tensor weight, Tensor? mask, str backend) -> Tensor",
-    tiled=tiled_conv.token_conv_forward,
-    triton="token_conv.token_conv_forward",
+    module="token_conv",
     fake=_fake_forward,
 )
 token_conv_backward = register(
     "token_conv_backward(Tensor dout, Tensor v, Tensor weight, Tensor? mask, Tensor? dv_other, bool need_v, "
     "bool need_weight, str backend) -> (Tensor dv, Tensor dweight)",
-    tiled=tiled_conv.token_conv_backward,
-    triton="token_conv.token_conv_backward",
+    module="token_conv",
     fake=_fake_backward,
 )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .layout import accumulator, empty_like_tokens
+from ..layout import accumulator, empty_like_tokens
 
 BLOCK = 32  # wider blocks multiply more zeros of the band, narrower ones share less of their windows
 ROOM = 2**18  # numbers in the rows that are worked on together

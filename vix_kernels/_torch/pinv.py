@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import accumulator
+from ..layout import accumulator
 
 
 def pinv_forward(
@@ -21,11 +21,11 @@ def pinv_forward(
     iterations: int,
     init: str,
 ) -> Tensor:
-    a = _attention(_read(q_marks, q_counts), _read(k_marks, k_counts), q_counts, k_counts, scale)
+    a = _attention(read(q_marks, q_counts), read(k_marks, k_counts), q_counts, k_counts, scale)
     z = _start(a, init)[0]
     for _ in range(iterations):
         z = _advance(z, _polynomial(a, z)[2])
-    return _split(torch.bmm(z, _read(values, q_counts)), values)
+    return _split(torch.bmm(z, read(values, q_counts)), values)
 
 
 def pinv_backward(
@@ -49,10 +49,10 @@ def pinv_backward(
 
     X, W and Y are symmetric but for their rounding, which is why they are transposed all the same.
     """
-    q, k, contents = _read(q_marks, q_counts), _read(k_marks, k_counts), _read(values, q_counts)
+    q, k, contents = read(q_marks, q_counts), read(k_marks, k_counts), read(values, q_counts)
     a = _attention(q, k, q_counts, k_counts, scale)
     z, s, sums = _start(a, init)
-    dresult = _read(dout, k_counts)
+    dresult = read(dout, k_counts)
     history = []
     for _ in range(iterations):
         history.append((z, *_polynomial(a, z)))
@@ -118,7 +118,7 @@ def _absent(counts: Tensor, pairs: int) -> Tensor:
     return (counts <= 0).repeat_interleave(pairs // max(1, len(counts)), 0)
 
 
-def _read(x: Tensor, counts: Tensor | None) -> Tensor:
+def read(x: Tensor, counts: Tensor | None) -> Tensor:
     """(batch, heads, L, width) as (pairs, L, width), wide, and 0 where a landmark takes no part."""
     x = x.to(accumulator(x.dtype))
     return (x if counts is None else x.masked_fill((counts <= 0)[:, None, :, None], 0)).flatten(0, 1)

@@ -1,6 +1,6 @@
 """Landmark means and their gradient in plain PyTorch, one axis of the grid at a time.
 
-As in `tiled`: pure functions without autograd, sums in fp32 (fp64 for fp64 inputs), narrower inputs widened head by head.
+Pure functions without autograd, sums in fp32 (fp64 for fp64 inputs), narrower inputs widened head by head.
 A window of `segments` is a reshape; only windows that overlap are gathered. Nothing is multiplied by zero, so a NaN stays
 in its window.
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import accumulator, empty_like_tokens
-from .tiled import _groups, _read, _Rope, _Scratch, _taken
+from ..layout import accumulator, empty_like_tokens
+from .tiles import Rotation, Scratch, groups, read, taken
 
 
 def landmarks_forward(
@@ -35,7 +35,7 @@ def landmarks_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Marks of q and k in their dtype, and how many tokens each averages; those of k are empty without k."""
     grid = Grid(prefix, rows, mark_rows, mark_columns, adaptive)
-    rope = _Rope(cos, sin, interleaved, accumulator(q.dtype))
+    rope = Rotation(cos, sin, interleaved, accumulator(q.dtype))
     q_marks, q_counts = _means(q, q_mask, rope, grid)
     if k is None:
         return q_marks, q_marks.new_empty(0), q_counts, q_counts.new_empty(0)
@@ -69,7 +69,7 @@ def landmarks_backward(
 ) -> tuple[Tensor, Tensor]:
     """dq and dk, each empty unless needed: dx_n = dx_other_n + sum over its windows of (dmarks + dmarks_2)_j / counts_j."""
     grid = Grid(prefix, rows, mark_rows, mark_columns, adaptive)
-    rope = _Rope(cos, sin, interleaved, accumulator(q.dtype))
+    rope = Rotation(cos, sin, interleaved, accumulator(q.dtype))
     dq = _token_gradient(dq_other, dq_marks, dq_marks_2, q, q_mask, q_counts, rope, grid) if need_q else q.new_empty(0)
     dk = _token_gradient(dk_other, dk_marks, dk_marks_2, k, k_mask, k_counts, rope, grid) if need_k else q.new_empty(0)
     return dq, dk
@@ -156,29 +156,29 @@ def _plus(x: Tensor, other: Tensor | None, out: Tensor) -> None:
     out.copy_(x) if other is None else torch.add(x, other, out=out)
 
 
-def _means(x: Tensor, mask: Tensor | None, rope: _Rope, grid: Grid) -> tuple[Tensor, Tensor]:
+def _means(x: Tensor, mask: Tensor | None, rope: Rotation, grid: Grid) -> tuple[Tensor, Tensor]:
     """marks and counts of x."""
     valid = torch.ones(1, x.shape[2], device=x.device) if mask is None else mask.float()
     counts = grid.sums(valid[..., None]).squeeze(-1).expand(len(x), -1).contiguous()
     divisor = counts.clamp(min=1)[:, None, :, None]
     marks = x.new_empty(*x.shape[:2], counts.shape[1], x.shape[3])
-    for group, _ in _groups(x, x.shape[3]):
+    for group, _ in groups(x, x.shape[3]):
         part = marks[group]
-        part.copy_(grid.sums(_read(x, group, mask, rope)).view(part.shape).div_(divisor[group[0]]))
+        part.copy_(grid.sums(read(x, group, mask, rope)).view(part.shape).div_(divisor[group[0]]))
     return marks, counts
 
 
 def _token_gradient(
     other: Tensor | None, dmarks: Tensor, dmarks_2: Tensor | None, x: Tensor, mask: Tensor | None, counts: Tensor,
-    rope: _Rope, grid: Grid,
+    rope: Rotation, grid: Grid,
 ) -> Tensor:  # fmt: skip
     """The gradient of tokens x from the parts of that of their landmarks."""
     share = dmarks.to(accumulator(x.dtype))
     share = (share if dmarks_2 is None else share + dmarks_2) / counts.clamp(min=1)[:, None, :, None]
     dx = empty_like_tokens(x, x.shape[3])
-    buffer, turned = _Scratch(share), rope.cos is not None
+    buffer, turned = Scratch(share), rope.cos is not None
     direct = other is not None and not turned and mask is None
-    for group, _ in _groups(x, x.shape[3]):
+    for group, _ in groups(x, x.shape[3]):
         part, marks = dx[group], share[group]
         wide = dx.dtype == share.dtype  # dx itself has room for sums
         rows = part if wide and not turned else buffer(*part.shape)
@@ -186,7 +186,7 @@ def _token_gradient(
         if turned:
             rows = rope(rows, group, inverse=True, out=part if wide else None)
         if mask is not None:
-            rows.masked_fill_(~_taken(mask, group)[..., None], 0)
+            rows.masked_fill_(~taken(mask, group)[..., None], 0)
         if other is not None and not direct:
             rows += other[group]
         if not wide:

@@ -1,0 +1,136 @@
+"""Tokens attend to slots, one tile of tokens at a time (primitives/broadcast.py states the equations).
+
+Logits and slot_bias are in units of log 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import accumulator, empty_like_tokens
+from .tiles import (
+    LOG2E,
+    Rotation,
+    Scratch,
+    at_least_one,
+    flat,
+    groups,
+    points_of,
+    read,
+    slots_grad,
+    unused_rows,
+    wide,
+    window,
+    write,
+)
+from .token_conv import token_conv_add
+
+
+def broadcast_forward(
+    q: Tensor,
+    slots: Tensor,
+    values: Tensor,
+    slot_bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    scale: float,
+    v: Tensor | None,
+    conv_weight: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens attend to slots: out (B, H, N, E) in q's dtype, with a_j = slot_bias (B, H, M) or 0; top and total stay empty.
+
+    A slot of bias -inf has probability 0; a token without any slot gets out 0. With v and conv_weight their convolution is
+    added.
+    """
+    points, values, biases = points_of(slots, q), wide(values), _slot_bias(slot_bias, slots, q)
+    rope = Rotation(cos, sin, interleaved, points.dtype)
+    out = empty_like_tokens(q, values.shape[3])
+    square, room = Scratch(points), Scratch(points)
+    for group, tiles in groups(q, slots.shape[2]):
+        pt, state, bias = flat(points, group).mT, flat(values, group), flat(biases, group).unsqueeze(1)
+        for tile in tiles:
+            exps, total = _query_exps(read(q, tile, None, rope), pt, bias, scale, square)
+            result = torch.bmm(exps, state, out=window(out, tile, room))
+            write(out, tile, result.div_(total))
+    if v is not None:
+        token_conv_add(out, v, conv_weight, mask)
+    return out, *(q.new_empty(0, dtype=points.dtype) for _ in range(2))
+
+
+def broadcast_backward(
+    dout: Tensor,
+    q: Tensor,
+    slots: Tensor,
+    values: Tensor,
+    slot_bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    scale: float,
+    out: Tensor | None,
+    top: Tensor | None,
+    total: Tensor | None,
+    need_slots: bool,
+    need_values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dslots (empty unless needed), dvalues and dslot_bias (both empty unless need_values).
+
+    dg_nj = P_nj dout_n . (values_j - out_n)    dvalues_j = sum_n P_nj dout_n
+    dq_n = s sum_j dg_nj p_j    dp_j = s sum_n dg_nj q_n    da_j = sum_n dg_nj
+
+    The softmax is computed again: out, top and total are not read. dout_n . out_n is sum_j P_nj dout_n . values_j, because
+    `out` may have been rounded to a narrow dtype: dg_n sums to 0, and slots with a common mean keep dq exact.
+    """
+    points = points_of(slots, q)
+    scaled = points * scale
+    values, biases = wide(values), _slot_bias(slot_bias, slots, q)
+    rope = Rotation(cos, sin, interleaved, points.dtype)
+    dq = empty_like_tokens(q, q.shape[3])
+    # Sums over tokens are kept transposed: E x tokens times tokens x M is the faster order.
+    dvalues = points.new_zeros((*q.shape[:2], values.shape[3], slots.shape[2]))
+    dbias = points.new_zeros((*q.shape[:2], slots.shape[2]))
+    dslots = points.new_zeros((*q.shape[:2], q.shape[3], slots.shape[2])) if need_slots else None
+    square, other, room = Scratch(points), Scratch(points), Scratch(points)
+    for group, tiles in groups(q, slots.shape[2]):
+        pt, state_t = flat(points, group).mT, flat(values, group).mT
+        scaled_slots, bias = flat(scaled, group), flat(biases, group).unsqueeze(1)
+        dstate, da = flat(dvalues, group), flat(dbias, group)
+        for tile in tiles:
+            queries, dresult = read(q, tile, None, rope), flat(dout, tile)
+            exps, total = _query_exps(queries, pt, bias, scale, square)
+            if (unused := unused_rows(queries, total, dresult)) is not None:
+                queries, exps = queries.masked_fill(unused, 0), exps.masked_fill_(unused, 0)
+                total = total.masked_fill(unused, 1)
+            dresult = dresult / total  # carries the 1 / total of the probabilities
+            if need_values:
+                dstate.baddbmm_(dresult.mT, exps)
+            dlogits = torch.bmm(dresult, state_t, out=other(*exps.shape)).mul_(exps)
+            dlogits.addcmul_(exps, dlogits.sum(-1, keepdim=True).div_(total), value=-1)
+            write(dq, tile, torch.bmm(dlogits, scaled_slots, out=window(dq, tile, room)), rope)
+            if need_values:
+                da.add_(dlogits.sum(1))
+            if need_slots:
+                flat(dslots, group).baddbmm_(queries.mT, dlogits, alpha=scale)
+    dslots = slots.new_empty(0) if dslots is None else slots_grad(dslots.mT, slots)
+    if not need_values:
+        return dq, dslots, values.new_empty(0), values.new_empty(0)
+    return dq, dslots, dvalues.mT.contiguous(), dbias.div_(LOG2E)
+
+
+def _query_exps(queries: Tensor, pt: Tensor, bias: Tensor, scale: float, square: Scratch) -> tuple[Tensor, Tensor]:
+    """exp(g_nj - max_j g_nj) of a tile, (pairs, tokens, M), and their sums over the slots, 1 for a token without slots."""
+    logits = torch.baddbmm(bias, queries, pt, alpha=scale * LOG2E, out=square(*queries.shape[:2], pt.shape[2]))
+    top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # no inf - inf for a token without slots
+    logits.sub_(top)
+    exps = square.apply(torch.exp2)
+    return exps, at_least_one(exps.sum(-1, keepdim=True))
+
+
+def _slot_bias(slot_bias: Tensor | None, slots: Tensor, q: Tensor) -> Tensor:
+    """a_j (B, H, M)."""
+    if slot_bias is None:
+        return q.new_zeros((), dtype=accumulator(q.dtype)).expand(*q.shape[:2], slots.shape[2])
+    return wide(slot_bias)

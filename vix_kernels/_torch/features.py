@@ -1,0 +1,55 @@
+"""What the linear passes do with their tokens: rotate them, project them, map them. Backward makes the features again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .tiles import Group, Rotation, Scratch, Tile, flat, points_of, wide, window
+
+
+class Features:
+    """What both passes do with their tokens: rotate them, project them, map them."""
+
+    def __init__(
+        self, slots: Tensor | None, x: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, feature_map: str
+    ) -> None:
+        self.like = x.new_empty(0, dtype=wide(x[:0]).dtype)
+        self.points = None if slots is None else points_of(slots, x)
+        self.num_slots = x.shape[3] if slots is None else slots.shape[2]
+        self.rope = Rotation(cos, sin, interleaved, self.like.dtype)
+        self.elu = feature_map == "elu"
+        self.square, self.other, self.third, self.room = (Scratch(self.like) for _ in range(4))
+
+    def empty(self, *shape: int) -> Tensor:
+        return self.like.new_empty(shape)
+
+    def slot_sums(self, x: Tensor) -> Tensor:
+        """Sums over tokens for the gradient of the slots, transposed."""
+        return self.empty(*x.shape[:2], x.shape[3], self.num_slots).zero_()
+
+    def logits(self, x: Tensor, group: Group) -> Tensor:
+        if self.points is None:
+            return x
+        return torch.bmm(x, flat(self.points, group).mT, out=self.square(*x.shape[:2], self.num_slots))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """phi(logits), in a buffer of its own."""
+        if self.elu:
+            return self._exp(logits).add_(logits.clamp(min=0))
+        return torch.clamp(logits, min=0, out=self.third(*logits.shape))
+
+    def times_slope(self, dlogits: Tensor, logits: Tensor) -> Tensor:
+        """dlogits times phi'(logits), in place."""
+        return dlogits.mul_(self._exp(logits) if self.elu else logits > 0)
+
+    def _exp(self, logits: Tensor) -> Tensor:
+        """exp(min(logits, 0))."""
+        torch.clamp(logits, max=0, out=self.third(*logits.shape))
+        return self.third.apply(torch.exp)
+
+    def to_tokens(self, dlogits: Tensor, dx: Tensor, tile: Tile) -> Tensor:
+        """The rows of a tile of dx."""
+        if self.points is None:
+            return dlogits
+        return torch.bmm(dlogits, flat(self.points, tile[:2]), out=window(dx, tile, self.room))
