@@ -1,0 +1,102 @@
+"""What is imported from where, and how large files are: the rules of CONTRIBUTING.md, with what still breaks them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# From the top down: a module imports from its own row and from those below it.
+LAYERS = (
+    ("__main__",),
+    ("training",),
+    ("integrations",),
+    ("bench", "check", "roofline", "traffic"),
+    ("export", "testing"),
+    ("models",),
+    ("nn",),
+    ("ops",),
+    ("primitives",),
+    ("_torch",),
+    ("_triton",),
+    ("backends", "commands", "layout", "timing"),
+)
+RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
+
+# To shrink: what measures still lies beside the kernels, or below them.
+UPWARDS = {
+    ("_triton.costs", "primitives"), ("_triton.costs", "testing"),
+    ("_triton.shared_memory", "primitives"),
+    ("_triton.tune", "testing"),
+    ("backends", "_triton"),
+}  # fmt: skip
+TRITON = {"_triton", "timing"}
+LONG = {"vix_kernels/integrations/timm.py": 402, "vix_kernels/training/commands.py": 415}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Names within vix_kernels, and files."""
+    for folder, prefix in ((ROOT / "vix_kernels", ()), (ROOT / "models", ("models",))):
+        for path in sorted(folder.rglob("*.py")):
+            parts = *prefix, *path.relative_to(folder).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+MODULES = dict(modules())
+
+
+def imported(name: str, path: Path) -> Iterator[str]:
+    """What a file imports anywhere: absolute names."""
+    package = ["vix_kernels", *name.split(".")] if name else ["vix_kernels"]
+    if path.name != "__init__.py":
+        package.pop()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            base += node.module.split(".") if node.module else []
+            for each in node.names:  # of a package, its modules
+                whole = ".".join([*base, each.name])
+                yield whole if whole.removeprefix("vix_kernels.") in MODULES else ".".join(base)
+
+
+def layer(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_imports_point_down() -> None:
+    found = set()
+    for name, path in MODULES.items():
+        if not name:  # the package itself lists what is public
+            continue
+        for target in imported(name, path):
+            to = layer(target.removeprefix("vix_kernels."))
+            if target.startswith("vix_kernels.") and RANK[to] > RANK[layer(name)]:
+                found.add((name, to))
+    assert found == UPWARDS
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {layer(name) for name in MODULES if name} == set(RANK)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if layer(name) in ("_torch", "_triton")])
+def test_implementations_do_not_import_each_other(name: str) -> None:
+    other = {"_torch": "vix_kernels._triton", "_triton": "vix_kernels._torch"}[layer(name)]
+    assert not any(target.startswith(other) for target in imported(name, MODULES[name]))
+
+
+def test_triton_is_imported_beside_the_kernels_alone() -> None:
+    importers = {name for name, path in MODULES.items() for target in imported(name, path) if layer(target) == "triton"}
+    assert {layer(name) for name in importers} == TRITON
+
+
+def test_files_are_short() -> None:
+    """Up to 400 lines; tables may be longer."""
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES.values()}
+    assert {name: count for name, count in lines.items() if count > 400} == LONG
