@@ -16,26 +16,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import backends
-from ..layout import unit_last_stride
-from ..primitives.aggregate import aggregate_backward, aggregate_forward, aggregate_reference
-from ..primitives.autograd import once_differentiable
-from ..primitives.broadcast import (
-    bias_of_taking_part,
-    broadcast_backward,
-    broadcast_forward,
-    broadcast_reference,
-    reads_out,
-)
-from ..primitives.landmarks import landmarks_backward, landmarks_forward, landmarks_reference
-from ..primitives.pinv import INITS, pinv_backward, pinv_forward, pinv_reference
-from ..primitives.registry import refuse_transforms
-from ..primitives.rotate import angle_gradient
-from ..primitives.token_conv import token_conv_backward, token_conv_reference
+from ..primitives.aggregate import aggregate_reference
+from ..primitives.broadcast import bias_of_taking_part, broadcast_reference
+from ..primitives.landmarks import landmarks_reference
+from ..primitives.nystrom import mask_of_queries, nystrom
+from ..primitives.pinv import INITS, pinv_reference
+from ..primitives.token_conv import token_conv_reference
 from .checks import autocast, check_floating, check_integer, check_mask, check_qkv, check_scale
 from .pooling import pooling
 from .rope import Rope, check_rope
@@ -108,11 +98,16 @@ def nystrom_attention(
     queries, mask = q.shape[2], key_padding_mask
     if landmarks == "pad_front":
         q, k, v, mask, rope = _pad_front(q, k, v, mask, rope, num_landmarks)
-    attend = nystrom_attention_reference if backend == "reference" else _fused
-    out = attend(
-        q, k, v, pool=pool, pinv_iterations=pinv_iterations, pinv_init=pinv_init, conv_weight=conv_weight, scale=scale,
-        key_padding_mask=mask, rope=rope, **({} if backend == "reference" else {"backend": backend}),
-    )  # fmt: skip
+    if backend == "reference":
+        out = nystrom_attention_reference(
+            q, k, v, pool=pool, pinv_iterations=pinv_iterations, pinv_init=pinv_init, conv_weight=conv_weight, scale=scale,
+            key_padding_mask=mask, rope=rope,
+        )  # fmt: skip
+    else:
+        out = nystrom(
+            q, k, v, conv_weight, mask, scale=scale, iterations=pinv_iterations, init=pinv_init, backend=backend, **pool,
+            **({} if rope is None else rope.tables),
+        )  # fmt: skip
     return out[:, :, -queries:] if landmarks == "pad_front" else out
 
 
@@ -130,7 +125,7 @@ def nystrom_attention_reference(
     rope: Rope | None = None,
 ) -> Tensor:
     """The equations with all N x L shares in memory, in plain PyTorch; any device, any transform."""
-    mask, q_mask = key_padding_mask, _query_mask(key_padding_mask, q)
+    mask, q_mask = key_padding_mask, mask_of_queries(key_padding_mask, q)
     turns = {} if rope is None else rope.differentiable_tables
     q_marks, k_marks, q_counts, k_counts = landmarks_reference(q, k, q_mask=q_mask, k_mask=mask, **pool, **turns)
     counts = {} if mask is None else dict(q_counts=q_counts, k_counts=k_counts)
@@ -139,78 +134,6 @@ def nystrom_attention_reference(
     bias = None if mask is None else bias_of_taking_part(k_counts > 0, values)
     out = broadcast_reference(q, k_marks, values, bias, scale=scale, **turns)
     return out if conv_weight is None else out + token_conv_reference(v, conv_weight, mask=mask)
-
-
-def _fused(
-    q: Tensor, k: Tensor, v: Tensor, *, pool: dict[str, Any], pinv_iterations: int, pinv_init: str,
-    conv_weight: Tensor | None, scale: float, key_padding_mask: Tensor | None, rope: Rope | None, backend: str,
-) -> Tensor:  # fmt: skip
-    refuse_transforms()
-    q, k, v = (unit_last_stride(x) for x in (q, k, v))
-    tables = (None, None, None, True) if rope is None else (rope.cos, rope.sin, rope.angles, rope.interleaved)
-    return _Nystrom.apply(
-        q, k, v, conv_weight, key_padding_mask, *tables, tuple(pool.values()), scale, pinv_iterations, pinv_init, backend
-    )  # fmt: skip
-
-
-class _Nystrom(torch.autograd.Function):
-    """The moves in one piece: tokens gather the parts of their gradients inside the kernels, not by additions between them."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, weight, mask, cos, sin, angles, interleaved, pool, scale, iterations, init, backend):
-        q_mask, rotation = _query_mask(mask, q), (cos, sin, interleaved)
-        q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, mask, *rotation, *pool, backend)
-        values, _, top, total = aggregate_forward(q_marks, k, v, mask, *rotation, scale, False, backend)
-        counts = (None, None) if mask is None else (q_counts, k_counts)
-        weighted = pinv_forward(q_marks, k_marks, values, *counts, scale, iterations, init, backend)
-        bias = None if mask is None else bias_of_taking_part(k_counts > 0, weighted)
-        residual = (None, None, None) if weight is None else (v, weight, mask)
-        out, out_top, out_total = broadcast_forward(q, k_marks, weighted, bias, *rotation, scale, *residual, backend)
-        ctx.save_for_backward(
-            q, k, v, weight, mask, cos, sin, angles, q_marks, k_marks, q_counts, k_counts, values, top, total, weighted,
-            out if weight is None and reads_out(q, backend) else None, out_top, out_total,
-        )  # fmt: skip
-        ctx.interleaved, ctx.pool, ctx.options, ctx.backend = interleaved, pool, (scale, iterations, init), backend
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, saved, dout):
-        (
-            q, k, v, weight, mask, cos, sin, _, q_marks, k_marks, q_counts, k_counts, values, top, total, weighted,
-            out, out_top, out_total,
-        ) = saved  # fmt: skip
-        need_q, need_k, need_v, need_weight = ctx.needs_input_grad[:4]
-        need_angles = ctx.needs_input_grad[7]
-        need_q, need_k = need_q or need_angles, need_k or need_angles
-        (scale, *iteration), backend = ctx.options, ctx.backend
-        q_mask, rotation = _query_mask(mask, q), (cos, sin, ctx.interleaved)
-        counts = (None, None) if mask is None else (q_counts, k_counts)
-        bias = None if mask is None else bias_of_taking_part(k_counts > 0, weighted)
-
-        # The tokens' own parts of dq, dk and dv, and two parts each of the gradients of the landmarks
-        dq, dk_marks, dweighted, _ = broadcast_backward(
-            dout, q, k_marks, weighted, bias, *rotation, scale, out, out_top, out_total, need_k, True, backend
-        )
-        dq_marks, dk_marks_2, dvalues = pinv_backward(
-            dweighted, q_marks, k_marks, values, *counts, scale, *iteration, need_q, need_k, True, backend
-        )
-        dq_marks_2, dk, dv = aggregate_backward(
-            dvalues, None, q_marks, k, v, mask, *rotation, scale, False, values, top, total, need_q, need_k, need_v, backend
-        )
-        dq, dk = landmarks_backward(
-            dq, dk, dq_marks, dq_marks_2, dk_marks, dk_marks_2, q, k, q_mask, mask, *rotation, *ctx.pool, q_counts, k_counts,
-            need_q, need_k, backend,
-        )  # fmt: skip
-        dweight = None
-        if weight is not None and (need_v or need_weight):
-            dv, dweight = token_conv_backward(dout, v, weight, mask, dv if need_v else None, need_v, need_weight, backend)
-        dangles = None
-        if need_angles:
-            dangles = angle_gradient(q, dq, cos, ctx.interleaved, backend)
-            dangles = dangles + angle_gradient(k, dk, cos, ctx.interleaved, backend)
-        grads = (x if need else None for x, need in zip((dq, dk, dv, dweight), ctx.needs_input_grad, strict=False))
-        return *grads, None, None, None, dangles, *(None,) * 6
 
 
 def _pad_front(
@@ -228,11 +151,6 @@ def _pad_front(
     if mask is not None:
         mask = F.pad(mask, (-tokens % num_landmarks, 0), value=False)
     return pad(q, queries), pad(k, tokens), pad(v, tokens), mask, rope
-
-
-def _query_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """Of self-attention, where queries and keys are the same tokens."""
-    return mask if mask is not None and mask.shape[1] == q.shape[2] else None
 
 
 def _check_conv(weight: Tensor | None, q: Tensor, k: Tensor) -> None:

@@ -1,0 +1,118 @@
+"""nystrom: the moves of Nystrom attention as one function, which ops/nystrom.py puts together.
+
+    q~, k~ = landmarks(q), landmarks(k)        values = aggregate(q~, k, v)        out = broadcast(q, k~, pinv(q~, k~) values)
+
+Tokens have parts of their gradients from three moves: these gather them inside of their kernels, where autograd would add them
+up in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import unit_last_stride
+from .aggregate import aggregate_backward, aggregate_forward
+from .autograd import once_differentiable
+from .broadcast import bias_of_taking_part, broadcast_backward, broadcast_forward, reads_out
+from .landmarks import landmarks_backward, landmarks_forward
+from .pinv import pinv_backward, pinv_forward
+from .registry import refuse_transforms
+from .rotate import angle_gradient
+from .token_conv import token_conv_backward
+
+
+def nystrom(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    conv_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    iterations: int,
+    init: str,
+    prefix: int,
+    rows: int,
+    mark_rows: int,
+    mark_columns: int,
+    adaptive: bool,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    angles: Tensor | None = None,
+    interleaved: bool = True,
+    backend: str = "torch",
+) -> Tensor:
+    """Nystrom attention (batch, heads, queries, E) of q, k and v; the arguments are those of the moves.
+
+    Differentiable in q, k, v, conv_weight and angles.
+    """
+    refuse_transforms()
+    q, k, v = (unit_last_stride(x) for x in (q, k, v))
+    pool = prefix, rows, mark_rows, mark_columns, adaptive
+    return _Nystrom.apply(
+        q, k, v, conv_weight, mask, cos, sin, angles, interleaved, pool, scale, iterations, init, backend
+    )  # fmt: skip
+
+
+def mask_of_queries(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """Of self-attention, where queries and keys are the same tokens."""
+    return mask if mask is not None and mask.shape[1] == q.shape[2] else None
+
+
+class _Nystrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, weight, mask, cos, sin, angles, interleaved, pool, scale, iterations, init, backend):
+        q_mask, rotation = mask_of_queries(mask, q), (cos, sin, interleaved)
+        q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, mask, *rotation, *pool, backend)
+        values, _, top, total = aggregate_forward(q_marks, k, v, mask, *rotation, scale, False, backend)
+        counts = (None, None) if mask is None else (q_counts, k_counts)
+        weighted = pinv_forward(q_marks, k_marks, values, *counts, scale, iterations, init, backend)
+        bias = None if mask is None else bias_of_taking_part(k_counts > 0, weighted)
+        residual = (None, None, None) if weight is None else (v, weight, mask)
+        out, out_top, out_total = broadcast_forward(q, k_marks, weighted, bias, *rotation, scale, *residual, backend)
+        ctx.save_for_backward(
+            q, k, v, weight, mask, cos, sin, angles, q_marks, k_marks, q_counts, k_counts, values, top, total, weighted,
+            out if weight is None and reads_out(q, backend) else None, out_top, out_total,
+        )  # fmt: skip
+        ctx.interleaved, ctx.pool, ctx.options, ctx.backend = interleaved, pool, (scale, iterations, init), backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, saved, dout):
+        (
+            q, k, v, weight, mask, cos, sin, _, q_marks, k_marks, q_counts, k_counts, values, top, total, weighted,
+            out, out_top, out_total,
+        ) = saved  # fmt: skip
+        need_q, need_k, need_v, need_weight = ctx.needs_input_grad[:4]
+        need_angles = ctx.needs_input_grad[7]
+        need_q, need_k = need_q or need_angles, need_k or need_angles
+        (scale, *iteration), backend = ctx.options, ctx.backend
+        q_mask, rotation = mask_of_queries(mask, q), (cos, sin, ctx.interleaved)
+        counts = (None, None) if mask is None else (q_counts, k_counts)
+        bias = None if mask is None else bias_of_taking_part(k_counts > 0, weighted)
+
+        # The tokens' own parts of dq, dk and dv, and two parts each of the gradients of the landmarks
+        dq, dk_marks, dweighted, _ = broadcast_backward(
+            dout, q, k_marks, weighted, bias, *rotation, scale, out, out_top, out_total, need_k, True, backend
+        )
+        dq_marks, dk_marks_2, dvalues = pinv_backward(
+            dweighted, q_marks, k_marks, values, *counts, scale, *iteration, need_q, need_k, True, backend
+        )
+        dq_marks_2, dk, dv = aggregate_backward(
+            dvalues, None, q_marks, k, v, mask, *rotation, scale, False, values, top, total, need_q, need_k, need_v, backend
+        )
+        dq, dk = landmarks_backward(
+            dq, dk, dq_marks, dq_marks_2, dk_marks, dk_marks_2, q, k, q_mask, mask, *rotation, *ctx.pool, q_counts, k_counts,
+            need_q, need_k, backend,
+        )  # fmt: skip
+        dweight = None
+        if weight is not None and (need_v or need_weight):
+            dv, dweight = token_conv_backward(dout, v, weight, mask, dv if need_v else None, need_v, need_weight, backend)
+        dangles = None
+        if need_angles:
+            dangles = angle_gradient(q, dq, cos, ctx.interleaved, backend)
+            dangles = dangles + angle_gradient(k, dk, cos, ctx.interleaved, backend)
+        grads = (x if need else None for x, need in zip((dq, dk, dv, dweight), ctx.needs_input_grad, strict=False))
+        return *grads, None, None, None, dangles, *(None,) * 6
