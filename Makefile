@@ -31,7 +31,7 @@ bench: $(READY)  ## time every operator beside its peers; with torch.compile too
 	$(BIN)/python -m pytest --benchmark $(ARGS)
 
 traffic: $(READY)  ## count the bytes that the kernels move; one op: make traffic ARGS="--op apply_rope"
-	OMP_NUM_THREADS=1 $(BIN)/vix traffic $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/vix dev traffic $(ARGS)
 
 quality: $(READY)  ## measure how close each attention comes to softmax attention; draws docs/quality.png
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.quality --output docs/quality.png $(ARGS)
@@ -47,9 +47,9 @@ lint: $(READY)  ## check the style
 # The whole grid with the installed Triton, sm_90 alone with the oldest that is supported, which lies in a folder of its own:
 # bfloat16 alone is 1,135 specialisations with the first, 22 minutes of CPU time on two processes.
 report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile every kernel for GPUs that are not there, and weigh the code
-	$(BIN)/vix compile-report $(ARGS)
-	$(BIN)/vix compile-report --shared $(ARGS)
-	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/vix compile-report $(ARGS) --arch sm_90
+	$(BIN)/vix dev compile-report $(ARGS)
+	$(BIN)/vix dev compile-report --shared $(ARGS)
+	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/vix dev compile-report $(ARGS) --arch sm_90
 
 clean:  ## remove the environment and all caches, keep runs/
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .benchmarks *.egg-info

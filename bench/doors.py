@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from vix_kernels.bench.machine import commit, device_name
-from vix_kernels.bench.measure import alone
 from vix_kernels.commands import print_table
-from vix_kernels.timing import in_turns
+from vix_kernels.measure.machine import commit, device_name
+from vix_kernels.measure.operators import alone
+from vix_kernels.measure.timing import in_turns
 from vix_kernels.training.report import write_summary
 
 SAME = 1e-4  # relative error of answers that are the same in float32

@@ -1,7 +1,7 @@
 """What `pytest --benchmark` adds to pytest-benchmark: a device's clock, so that its statistics, JSON and comparisons hold
 device time, or CPU time where there is no GPU.
 
-All providers of an operator are measured together (vix_kernels/bench/measure.py), checked and in turns, when the first of
+All providers of an operator are measured together (vix_kernels/measure/operators.py), checked and in turns, when the first of
 their rows is asked for; each row then replays its own times to pytest-benchmark.
 """
 
@@ -16,10 +16,10 @@ import torch
 
 from bench import table
 from vix_kernels import backends
-from vix_kernels.bench.draw import NAMES
-from vix_kernels.bench.machine import commit, device_name, facts
-from vix_kernels.bench.measure import USUAL, USUAL_DTYPE, Effort, Result, measure_alone
-from vix_kernels.bench.providers import OURS, PUBLIC, providers
+from vix_kernels.measure.machine import commit, device_name, facts
+from vix_kernels.measure.operators import USUAL, USUAL_DTYPE, Effort, Result, measure_alone
+from vix_kernels.measure.pictures import NAMES
+from vix_kernels.measure.providers import OURS, PUBLIC, providers
 
 DEVICE = "cpu" if backends.reason_against_gpu() else "cuda"
 TOKENS = (1024, 4096)

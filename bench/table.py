@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vix_kernels.bench.providers import OURS, PEERS, PUBLIC
 from vix_kernels.commands import Parser
+from vix_kernels.measure.providers import OURS, PEERS, PUBLIC
 
 Row = dict[str, Any]
 

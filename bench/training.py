@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vix_kernels.bench.machine import commit, device_name
-from vix_kernels.bench.models import CCT, VIX, drawn
 from vix_kernels.commands import print_table
+from vix_kernels.measure.machine import commit, device_name
+from vix_kernels.measure.models import CCT, VIX, drawn
 from vix_kernels.models import create_model
 from vix_kernels.models.originals import build
 from vix_kernels.training import Config

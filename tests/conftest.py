@@ -24,7 +24,7 @@ def pytest_report_header() -> str | None:
 @pytest.fixture(scope="session", autouse=True)
 def fast_interpreter():
     if DEVICE == "cpu" and find_spec("triton"):
-        from vix_kernels._triton.interpreter import hastened
+        from vix_kernels.measure.interpreter import hastened
 
         with hastened():
             yield

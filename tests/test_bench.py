@@ -15,9 +15,9 @@ import torch
 
 from bench import table
 from vix_kernels.__main__ import main
-from vix_kernels.bench import measure as measuring
-from vix_kernels.bench import models, providers, sweep
-from vix_kernels.bench.measure import Effort, alone, measure, peak_memory
+from vix_kernels.measure import models, providers, sweep
+from vix_kernels.measure import operators as measuring
+from vix_kernels.measure.operators import Effort, alone, measure, peak_memory
 from vix_kernels.testing import SPECS, Case
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 
 import vix_kernels
-from vix_kernels._triton import compile_report, machine_code, offline, shared_memory
 from vix_kernels._triton import launch as door
-from vix_kernels._triton.compile_table import Row, read_table, regressions, violations, write_table
 from vix_kernels._triton.configs import find_tile
 from vix_kernels._triton.launch import launch
 from vix_kernels._triton.launch_table import OVERRIDES
 from vix_kernels._triton.targets import TARGETS
+from vix_kernels.measure import compile_report, machine_code, offline, shared_memory
+from vix_kernels.measure.compile_table import Row, read_table, regressions, violations, write_table
 
 SM90_16_BIT = Row(
     triton="3.9.0", arch="sm_90", dtype="bf16", width=64, kernel="broadcast_kernel", blocks="N:64", warps=4,
@@ -179,7 +179,7 @@ def test_every_launch_fits_its_shared_memory(arch):
     served = shared_memory.entries(arch)
     assert {(entry.bits, entry.width) for entry in served} == set(product((16, 32), (16, 32, 64, 128, 256)))
     missing = shared_memory.missing(rows, arch)
-    assert not missing, f"`vix compile-report --shared --write` has to measure {len(missing)} entries, first {missing[0]}"
+    assert not missing, f"`vix dev compile-report --shared --write` has to measure {len(missing)} entries, first {missing[0]}"
     assert shared_memory.excesses(rows, arch) == []
 
 

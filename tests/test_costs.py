@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from conftest import NO_TRITON
-from vix_kernels import roofline
 from vix_kernels.__main__ import main
-from vix_kernels.roofline import GPUS, KEY, Row, predict
+from vix_kernels.measure import roofline
+from vix_kernels.measure.roofline import GPUS, KEY, Row, predict
 from vix_kernels.testing import SPECS, Case
 
 pytestmark = NO_TRITON
@@ -22,7 +22,7 @@ H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
 
 
 def cost(op: str, direction: str = "forward", case: Case = CASE, dtype: torch.dtype = torch.bfloat16):
-    from vix_kernels._triton.costs import cost
+    from vix_kernels.measure.costs import cost
 
     return cost(SPECS[op], case, dtype, direction, "sm_90")
 
@@ -115,7 +115,7 @@ def test_measured_times_stand_beside_predictions(tmp_path, capsys) -> None:
             writer.writerow(line)  # a row that was skipped
     table = tmp_path / "roofline.csv"
     arguments = ["--op", "apply_rope", "--results", str(tmp_path / "results"), "--csv", str(table), "--plot", f"{table}.png"]
-    assert main(["roofline", *arguments]) == 0
+    assert main(["dev", "roofline", *arguments]) == 0
     assert f"wrote {table}" in capsys.readouterr().out and (tmp_path / "roofline.csv.png").stat().st_size
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -125,7 +125,7 @@ def test_measured_times_stand_beside_predictions(tmp_path, capsys) -> None:
 
 
 def test_the_table_says_that_it_predicts(capsys) -> None:
-    assert main(["roofline", "--op", "apply_rope", "--gpu", "H100", "--results", "/nowhere"]) == 0
+    assert main(["dev", "roofline", "--op", "apply_rope", "--gpu", "H100", "--results", "/nowhere"]) == 0
     out = capsys.readouterr().out
     assert "predicted_us" in out and "not from a GPU" in out
     assert isinstance(next(roofline.rows(["aggregate"], [H100], ["fp32"])), Row)
@@ -140,7 +140,7 @@ class TestTune:
         from vix_kernels._triton import launch_table
 
         before = dict(launch_table.OVERRIDES)
-        assert main(["tune", "--dry-run", "--seconds", "200", "--output", str(tmp_path / "found.json")]) == 0
+        assert main(["dev", "tune", "--dry-run", "--seconds", "200", "--output", str(tmp_path / "found.json")]) == 0
         assert launch_table.OVERRIDES == before
         (row,) = json.loads((tmp_path / "found.json").read_text())["proposals"]
         assert (row["kernel"], row["bits"], row["width"]) == self.KEY and row["tried"] > 0
@@ -153,7 +153,7 @@ class TestTune:
         assert "1 of 1 keys" in counted
 
     def test_a_trial_reaches_the_launches_and_ends(self) -> None:
-        from vix_kernels._triton import tune
+        from vix_kernels.measure import tune
 
         bench = tune.Bench(SPECS["aggregate"], "backward", Case("tune", 1, 1, 20, features=8), 32, "cpu")
         keys = bench.keys("interpreter")
@@ -166,7 +166,7 @@ class TestTune:
     def test_what_is_wrong_or_does_not_launch_is_refused(self, monkeypatch) -> None:
         import time
 
-        from vix_kernels._triton import tune
+        from vix_kernels.measure import tune
 
         bench = tune.Bench(SPECS["aggregate"], "forward", Case("tune", 1, 1, 20, features=8), 32, "cpu")
         run, wrong = bench.run, tune.present_tile("interpreter", self.KEY)._replace(slots=64)
@@ -186,7 +186,7 @@ class TestTune:
 
     def test_every_integer_and_truth_value_of_a_tile_is_varied(self) -> None:
         from vix_kernels._triton.launch_table import Tile
-        from vix_kernels._triton.tune import neighbours
+        from vix_kernels.measure.tune import neighbours
 
         tile = Tile(slots=0, tokens=64, num_warps=4, num_stages=2)
         changed = [name for each in neighbours(tile) for name in Tile._fields if getattr(each, name) != getattr(tile, name)]
@@ -195,13 +195,13 @@ class TestTune:
     def test_without_a_gpu_one_sentence(self, capsys) -> None:
         if torch.cuda.is_available():
             pytest.skip("there is a GPU")
-        assert main(["tune"]) == 0
-        assert capsys.readouterr().out.startswith("vix tune: nothing to measure here: torch sees no GPU")
+        assert main(["dev", "tune"]) == 0
+        assert capsys.readouterr().out.startswith("vix dev tune: nothing to measure here: torch sees no GPU")
 
 
 def tune_time(tune):
     """A GPU on which more tokens a tile are faster."""
-    from vix_kernels.timing import DeviceTime
+    from vix_kernels.measure.timing import DeviceTime
 
     tokens = tune.present_tile("interpreter", TestTune.KEY).tokens
     return DeviceTime((1 / tokens,), "cpu")

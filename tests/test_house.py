@@ -15,7 +15,7 @@ LAYERS = (
     ("__main__",),
     ("training",),
     ("integrations",),
-    ("bench", "check", "roofline", "traffic"),
+    ("measure",),
     ("export", "testing"),
     ("models",),
     ("nn",),
@@ -23,18 +23,11 @@ LAYERS = (
     ("primitives",),
     ("_torch",),
     ("_triton",),
-    ("backends", "commands", "layout", "timing"),
+    ("backends", "commands", "layout"),
 )
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
 
-# To shrink: what measures still lies beside the kernels, or below them.
-UPWARDS = {
-    ("_triton.costs", "primitives"), ("_triton.costs", "testing"),
-    ("_triton.shared_memory", "primitives"),
-    ("_triton.tune", "testing"),
-    ("backends", "_triton"),
-}  # fmt: skip
-TRITON = {"_triton", "timing"}
+UPWARDS = {("backends", "_triton")}  # to shrink
 LONG = {"vix_kernels/integrations/timm.py": 402, "vix_kernels/training/commands.py": 415}
 
 
@@ -91,9 +84,9 @@ def test_implementations_do_not_import_each_other(name: str) -> None:
     assert not any(target.startswith(other) for target in imported(name, MODULES[name]))
 
 
-def test_triton_is_imported_beside_the_kernels_alone() -> None:
+def test_triton_is_imported_by_kernels_and_measurements_alone() -> None:
     importers = {name for name, path in MODULES.items() for target in imported(name, path) if layer(target) == "triton"}
-    assert {layer(name) for name in importers} == TRITON
+    assert {layer(name) for name in importers} == {"_triton", "measure"}
 
 
 def test_files_are_short() -> None:

@@ -176,7 +176,7 @@ def test_kernels_walk_as_far_as_the_longest_window(adaptive: bool) -> None:
 @pytest.mark.skipif(not backends.interpreted(), reason="traffic is counted in Triton's interpreter")
 def test_every_byte_moves_once() -> None:
     """One launch that reads q and k and writes the landmarks, and one back."""
-    from vix_kernels.traffic import measure
+    from vix_kernels.measure.traffic import measure
 
     q, k = (torch.randn(1, 2, 530, 32, dtype=torch.float16, requires_grad=True) for _ in range(2))
     traffic = measure(landmarks, q, k, mark_columns=32, backend="triton")

@@ -153,7 +153,7 @@ def test_agents_that_take_no_part_might_as_well_be_missing(backend: str) -> None
 @pytest.mark.skipif(DEVICE != "cpu", reason="traffic is counted in the interpreter")
 def test_traffic_of_a_forward() -> None:
     """As launched on sm_90, its chunks and their sum included; more slots or wider heads have fewer chunks."""
-    from vix_kernels.traffic import measure
+    from vix_kernels.measure.traffic import measure
 
     spec = SPECS["linformer_attention"]
     case = Case("traffic", batch=4, heads=4, tokens=4096, width=32, features=64)

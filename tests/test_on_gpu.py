@@ -20,7 +20,7 @@ from bench.gpu import correctness, machine, part, report, run, sanitizer, suite,
 from bench.gpu.plan import Plan
 from conftest import NO_TRITON
 from vix_kernels import backends
-from vix_kernels import timing as times
+from vix_kernels.measure import timing as times
 from vix_kernels.testing import OpSpec
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,7 @@ from vix_kernels import apply_rope, backends, nystrom_attention, orthogonal_proj
 from vix_kernels._triton import configs
 from vix_kernels._triton import launch as door
 from vix_kernels._triton.launch import launch
-from vix_kernels.traffic import Pass, Traffic, measure
+from vix_kernels.measure.traffic import Pass, Traffic, measure
 
 pytestmark = pytest.mark.skipif(not backends.interpreted(), reason="kernels are compiled in this process, not interpreted")
 
@@ -207,13 +207,13 @@ def test_an_access_outside_the_arguments_raises() -> None:
 def test_the_command(capsys: pytest.CaptureFixture) -> None:
     from vix_kernels.__main__ import main
 
-    assert main(["traffic", "--batch", "1", "--heads", "1", "--tokens", "64", "--all-gradients", "--arch", "sm_80"]) == 0
+    assert main(["dev", "traffic", "--batch", "1", "--heads", "1", "--tokens", "64", "--all-gradients", "--arch", "sm_80"]) == 0
     out = capsys.readouterr().out
     assert "performer_attention backward" in out and "aggregate_slots_kernel" in out and "launched as on sm_80" in out
     assert "in all, 1.000 of the least" in out  # RoPE
     with pytest.raises(SystemExit):
-        main(["traffic", "--width", "300"])
+        main(["dev", "traffic", "--width", "300"])
     assert capsys.readouterr().err == (
-        "vix traffic: error: performer_attention: backend='triton' cannot run here: "
+        "vix dev traffic: error: performer_attention: backend='triton' cannot run here: "
         "the kernels serve head widths 8 to 256, not 300\n"
     )

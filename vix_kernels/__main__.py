@@ -21,30 +21,33 @@ commands:
   models          list the models, with their sizes and costs
   convert         turn the weights of an original Vision Xformers model into safetensors
   check           say which backend each op gets here, and every reason why not another
+  bench           measure every op beside its peers, or the models, with tables and pictures
+  dev             tools for those who write kernels
+
+vix COMMAND --help says more.
+"""
+DEV_COMMANDS = """\
+commands:
   compile-report  compile every kernel for GPUs that are not there, and weigh the code
   traffic         count the bytes that the kernels move, over the least that they could
   roofline        predict the time of every op on GPUs that are not there, beside what was measured
-  bench           measure every op beside its peers, or the models, with tables and pictures
   tune            look for better launch configurations on this GPU
 
-vix COMMAND --help says more.
+vix dev COMMAND --help says more.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     commands = {
-        "train": _command("vix_kernels.training.commands", "train_command"),
-        "validate": _command("vix_kernels.training.commands", "validate_command"),
-        "predict": _command("vix_kernels.training.commands", "predict_command"),
-        "export": _command("vix_kernels.training.commands", "export_command"),
-        "models": _command("vix_kernels.models.commands", "models"),
-        "convert": _command("vix_kernels.models.commands", "convert"),
-        "check": _command("vix_kernels.check", "main"),
-        "compile-report": _compile_report,
-        "traffic": _traffic,
-        "roofline": _command("vix_kernels.roofline", "main"),
-        "bench": _command("vix_kernels.bench.sweep", "main"),
-        "tune": _tune,
+        "train": _command("training.commands", "train_command"),
+        "validate": _command("training.commands", "validate_command"),
+        "predict": _command("training.commands", "predict_command"),
+        "export": _command("training.commands", "export_command"),
+        "models": _command("models.commands", "models"),
+        "convert": _command("models.commands", "convert"),
+        "check": _command("measure.check", "main"),
+        "bench": _command("measure.sweep", "main"),
+        "dev": _dev,
     }
     parser = Parser(prog="vix", epilog=COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"vix_kernels {__version__}")
@@ -63,36 +66,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _command(module: str, name: str) -> Callable[[list[str]], int]:
-    """The function `name` of `module`, which is imported when it is called: `vix --help` waits for none of them."""
-    return lambda argv: getattr(import_module(module), name)(argv)
-
-
-def _compile_report(argv: list[str]) -> int:
-    try:
-        from vix_kernels._triton.compile_report import main as compile_report
-    except ModuleNotFoundError as error:
-        Parser(prog="vix compile-report").error(f"it needs {error.name}, which is not installed")
-    return compile_report(argv)
-
-
-def _traffic(argv: list[str]) -> int:
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
-    try:
-        from vix_kernels.traffic import main as traffic
-    except ModuleNotFoundError as error:
-        Parser(prog="vix traffic").error(f"it needs {error.name}, which is not installed")
-    return traffic(argv)
-
-
-def _tune(argv: list[str]) -> int:
-    if "--dry-run" in argv:
+def _dev(argv: list[str]) -> int:
+    commands = {
+        "compile-report": _command("measure.compile_report", "main"),
+        "traffic": _command("measure.traffic", "main"),
+        "roofline": _command("measure.roofline", "main"),
+        "tune": _command("measure.tune", "main"),
+    }
+    parser = Parser(prog="vix dev", epilog=DEV_COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=commands)
+    name = parser.parse_args(argv[:1]).command
+    if name == "traffic" or (name == "tune" and "--dry-run" in argv):
         os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
     try:
-        from vix_kernels._triton.tune import main as tune
+        return commands[name](argv[1:])
     except ModuleNotFoundError as error:
-        Parser(prog="vix tune").error(f"it needs {error.name}, which is not installed")
-    return tune(argv)
+        if error.name is None or error.name.partition(".")[0] == "vix_kernels":
+            raise
+        Parser(prog=f"vix dev {name}").error(f"it needs {error.name}, which is not installed")
+
+
+def _command(module: str, name: str) -> Callable[[list[str]], int]:
+    """The function `name` of `module`, which is imported when it is called: `vix --help` waits for none of them."""
+    return lambda argv: getattr(import_module(f"vix_kernels.{module}"), name)(argv)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from itertools import product
 
 import torch
 
-from vix_kernels.bench.measure import Row, failed, ok, skipped
 from vix_kernels.commands import DTYPES
-from vix_kernels.roofline import shapes
+from vix_kernels.measure.operators import Row, failed, ok, skipped
+from vix_kernels.measure.roofline import shapes
 from vix_kernels.testing import SPECS, Case, draw
 
 from . import correctness

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from vix_kernels.bench.measure import Row, failed, ok, skipped
 from vix_kernels.commands import DTYPES
+from vix_kernels.measure.operators import Row, failed, ok, skipped
+from vix_kernels.measure.timing import Spoiled, capture
 from vix_kernels.testing import SPECS, Case, OpSpec, Problem, draw
-from vix_kernels.timing import Spoiled, capture
 
 from .plan import Plan
 

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from vix_kernels.backends import gpu_architecture, reason_against_gpu
-from vix_kernels.bench.machine import facts
-from vix_kernels.bench.measure import Row, brief, ok, skipped
+from vix_kernels.measure.machine import facts
+from vix_kernels.measure.operators import Row, brief, ok, skipped
 
 from .plan import Plan
 

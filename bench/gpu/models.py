@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vix_kernels.bench.measure import Row, skipped
-from vix_kernels.bench.models import Form, measure
+from vix_kernels.measure.models import Form, measure
+from vix_kernels.measure.operators import Row, skipped
 from vix_kernels.models.zoo import PUBLISHED
 from vix_kernels.testing.models import small_model
 

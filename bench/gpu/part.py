@@ -11,8 +11,8 @@ import time
 from contextlib import nullcontext
 from importlib import import_module
 
-from vix_kernels._triton.interpreter import hastened
-from vix_kernels.timing import Spoiled
+from vix_kernels.measure.interpreter import hastened
+from vix_kernels.measure.timing import Spoiled
 
 from .plan import Plan
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import torch
 
-from vix_kernels import timing
-from vix_kernels.bench.measure import free
+from vix_kernels.measure import timing
+from vix_kernels.measure.operators import free
 
 Job = TypeVar("Job")
 

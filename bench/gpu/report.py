@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vix_kernels.bench.draw import draw
-from vix_kernels.bench.measure import Row
 from vix_kernels.commands import write_atomically
+from vix_kernels.measure.operators import Row
+from vix_kernels.measure.pictures import draw
 
 KEPT = 2**20  # bytes at either end of a log
 

@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vix_kernels.bench.machine import commit
-from vix_kernels.bench.measure import Row, failed
+from vix_kernels.measure.machine import commit
+from vix_kernels.measure.operators import Row, failed
 
 from . import report
 from .part import SPOILED
@@ -56,7 +56,7 @@ Exit status: 0; {FAILED}: a part failed or the run was stopped; {USAGE}: wrong a
 here, and one sentence says why.
 
 To keep a run, copy OUT to bench/results/<gpu-slug>/<YYYY-MM-DD>-<commit>/, such as bench/results/h100-sxm/2026-01-31-1a2b3c4/,
-and commit it: `vix roofline` then prints its times next to the predicted ones.
+and commit it: `vix dev roofline` then prints its times next to the predicted ones.
 """
 
 

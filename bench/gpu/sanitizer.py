@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from vix_kernels.bench.measure import Row, failed, ok, skipped
+from vix_kernels.measure.operators import Row, failed, ok, skipped
 
 from .correctness import RAN
 from .plan import Plan

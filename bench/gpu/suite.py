@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from vix_kernels.bench.measure import Row, failed, ok, skipped
+from vix_kernels.measure.operators import Row, failed, ok, skipped
 
 from .plan import Plan
 

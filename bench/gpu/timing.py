@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vix_kernels import primitives
-from vix_kernels.bench import providers
-from vix_kernels.bench.machine import copy_bandwidth, matrix_rate
-from vix_kernels.bench.measure import Effort, Row, measure, ok
-from vix_kernels.roofline import shapes
+from vix_kernels.measure import providers
+from vix_kernels.measure.machine import copy_bandwidth, matrix_rate
+from vix_kernels.measure.operators import Effort, Row, measure, ok
+from vix_kernels.measure.roofline import shapes
 from vix_kernels.testing import SPECS, Case
 
 from .plan import Plan

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from vix_kernels.bench.measure import Row, failed, ok, skipped
+from vix_kernels.measure.operators import Row, failed, ok, skipped
 
 from .plan import Plan
 

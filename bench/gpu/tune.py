@@ -1,4 +1,4 @@
-"""Launch configurations that are faster on this GPU: a few seconds of `vix tune` for each of the kernels that matter most."""
+"""Launch configurations that are faster on this GPU: a few seconds of `vix dev tune` for each of the main kernels."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from vix_kernels._triton import tune
 from vix_kernels._triton.configs import architecture
 from vix_kernels._triton.launch_table import TABLE
-from vix_kernels.bench.measure import Row, failed, ok, skipped
+from vix_kernels.measure import tune
+from vix_kernels.measure.operators import Row, failed, ok, skipped
 
 from .plan import Plan
 

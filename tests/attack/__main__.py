@@ -49,7 +49,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     with ExitStack() as stack:
         if os.environ.get("TRITON_INTERPRET") == "1":
-            from vix_kernels._triton.interpreter import hastened
+            from vix_kernels.measure.interpreter import hastened
 
             stack.enter_context(hastened())
         return attack(options)

@@ -1,6 +1,6 @@
 """The launch table: tile sizes, warps and stages of each kernel, as data.
 
-Chosen by what compiles without a spill, since no GPU has measured them yet; `vix tune` proposes better ones.
+Chosen by what compiles without a spill, since no GPU has measured them yet; `vix dev tune` proposes better ones.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class OpSpec:
         backward: flops of a backward over those of a forward. By default 2: of each two products of a move, backward makes
             the logits again and three gradients; those of random features, which nobody trains, are left out.
 
-    Bytes and launches are counted, not declared: see _triton/costs.py.
+    Bytes and launches are counted, not declared: see measure/costs.py.
     """
 
     name: str

@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+from .._triton.targets import TARGETS, TENSOR_MEMORY
 from ..commands import DTYPES, print_table, write_atomically
-from .targets import TARGETS, TENSOR_MEMORY
 
 WIDE = 128  # bits, the widest access of a thread before sm_100
 KEPT_WIDE = 0.9  # of the share of bytes that the committed row moves by wide accesses; scheduling moves it a little

@@ -23,13 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vix_kernels.commands import DTYPES
-from vix_kernels.roofline import predict
-from vix_kernels.testing import SPECS, Case, Problem, draw, kept_for_backward
-from vix_kernels.timing import DeviceTime, device_time, in_turns, wall_time
-
+from ..commands import DTYPES
+from ..testing import SPECS, Case, Problem, draw, kept_for_backward
 from .machine import device_name, peaks
 from .providers import OURS, Contender, LeftOut, enter
+from .roofline import predict
+from .timing import DeviceTime, device_time, in_turns, wall_time
 
 Row = dict[str, Any]
 DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward; backward: the difference

@@ -1,4 +1,4 @@
-"""`vix roofline`: how long each operator has to take on a GPU, from published peaks; measured times beside them.
+"""`vix dev roofline`: how long each operator has to take on a GPU, from published peaks; measured times beside them.
 
 A prediction is the longest of three times, as if they overlapped perfectly: the bytes over the bandwidth of memory, the
 operations over the rate of the matrix units, the exponentials over the rate of the special-function units; it is never less
@@ -15,11 +15,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .commands import DTYPES, Parser, print_table, write_atomically
-from .testing import SPECS, Case
+from ..commands import DTYPES, Parser, print_table, write_atomically
+from ..testing import SPECS, Case
 
 if TYPE_CHECKING:  # it imports triton
-    from ._triton.costs import Cost
+    from .costs import Cost
 
 LAUNCH = 2e-6  # seconds from one kernel of a stream to the next: an assumption, no vendor publishes it
 RESULTS = Path("bench", "results")
@@ -108,7 +108,7 @@ def predict(cost: Cost, gpu: Device, dtype: str) -> tuple[float, str]:
 
 
 def rows(ops: Iterable[str], gpus: Iterable[Device], dtypes: Iterable[str]) -> Iterator[Row]:
-    from ._triton.costs import DIRECTIONS, cost
+    from .costs import DIRECTIONS, cost
 
     gpus = tuple(gpus)
     for op in ops:
@@ -210,9 +210,9 @@ def plot(path: Path, table: list[Row], format: str) -> None:
 
 EXAMPLES = """\
 examples:
-  vix roofline                                        every operator, bfloat16, all GPUs
-  vix roofline --op performer_attention --gpu H100    one line a shape
-  vix roofline --csv roofline.csv --plot roofline.png
+  vix dev roofline                                        every operator, bfloat16, all GPUs
+  vix dev roofline --op performer_attention --gpu H100    one line a shape
+  vix dev roofline --csv roofline.csv --plot roofline.png
 
 Columns: gflop, mexp and mbyte are what the call must do at least (10^9 operations, 10^6 exponentials, 10^6 bytes);
 predicted_us is the longest of their times at published peaks, and bound_by says which it is; measured_us comes from
@@ -224,7 +224,7 @@ Predictions are floors: they say how far a measured time could still fall, not h
 def main(argv: list[str]) -> int:
     names = [gpu.name for gpu in GPUS]
     parser = Parser(
-        prog="vix roofline",
+        prog="vix dev roofline",
         description="Predict the time of each operator from published peaks of GPUs; no GPU needed.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import torch
 
-from vix_kernels import backends
-from vix_kernels.commands import DTYPES, Parser, figure, print_table, write_atomically
-
+from .. import backends
+from ..commands import DTYPES, Parser, figure, print_table, write_atomically
 from . import models
-from .draw import NAMES, draw
 from .machine import commit, facts
-from .measure import USUAL, USUAL_DTYPE, Effort, Row, measure_alone
+from .operators import USUAL, USUAL_DTYPE, Effort, Row, measure_alone
+from .pictures import NAMES, draw
 from .providers import OURS, PUBLIC, providers
 
 MODES = {"fwd": "forward", "bwd": "backward", "full": "full"}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from vix_kernels.testing import SPECS, Problem
+from ..testing import SPECS, Problem
 
 Outputs = tuple[Tensor, ...]
 OURS = ("triton", "torch")

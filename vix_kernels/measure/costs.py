@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from .._triton import launch as door
 from ..primitives.registry import implementations
 from ..testing import Case, OpSpec, draw
-from . import launch as door
 from .offline import Driver
 
 DIRECTIONS = ("forward", "backward")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from vix_kernels.commands import DTYPES
-from vix_kernels.roofline import GPUS, Device
-from vix_kernels.timing import device_time
+from ..commands import DTYPES
+from .roofline import GPUS, Device
+from .timing import device_time
 
 ROOT = Path(__file__).resolve().parents[2]  # of a checkout; an installed package has no commit
 PACKAGES = (

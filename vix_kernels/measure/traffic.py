@@ -31,16 +31,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import __all__ as public
-from . import backends
-from ._triton import configs
-from ._triton import launch as door
-from ._triton.compile_report import within
-from ._triton.interpreter import hastened, watched
-from ._triton.offline import TARGETS
-from .commands import DTYPES, Parser
-from .primitives.registry import implementations
-from .testing import SPECS, Case
+from .. import __all__ as public
+from .. import backends
+from .._triton import configs
+from .._triton import launch as door
+from ..commands import DTYPES, Parser
+from ..primitives.registry import implementations
+from ..testing import SPECS, Case
+from .compile_report import within
+from .interpreter import hastened, watched
+from .offline import TARGETS
 
 OVERWRITING = ("aten::copy_", "aten::fill_", "aten::zero_")  # they do not read what they change
 
@@ -275,16 +275,16 @@ moves beyond the least. Nothing is timed and no GPU is needed: the kernels run i
 OMP_NUM_THREADS=1 where cores are shared.
 
 examples:
-  vix traffic
-  vix traffic --op performer_attention --tokens 4096 --all-gradients --arch sm_80
-  vix traffic --op apply_rope --batch 4 --heads 8 --width 64 --dtype fp32
+  vix dev traffic
+  vix dev traffic --op performer_attention --tokens 4096 --all-gradients --arch sm_80
+  vix dev traffic --op apply_rope --batch 4 --heads 8 --width 64 --dtype fp32
 """
 
 
 def command_parser() -> Parser:
     ops = [name for name in SPECS if name in public]
     parser = Parser(
-        prog="vix traffic",
+        prog="vix dev traffic",
         description="Count the bytes of global memory that the ops move, over the least: each argument once, each result once.",
         epilog=EXPLANATION,
         formatter_class=RawDescriptionHelpFormatter,

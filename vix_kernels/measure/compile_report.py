@@ -1,4 +1,4 @@
-"""`vix compile-report`: compile what the public ops launch, for GPUs that are not there, and hold it to limits.
+"""`vix dev compile-report`: compile what the public ops launch, for GPUs that are not there, and hold it to limits.
 
 A run is compared with the committed table, which --write refreshes.
 """
@@ -28,12 +28,12 @@ import torch
 import triton
 from torch import Tensor
 
+from .._triton.launch_table import TABLE as LAUNCH_TABLE
+from .._triton.layout import padded
+from .._triton.targets import TARGETS
 from ..commands import DTYPES, Parser
 from . import offline, shared_memory
 from .compile_table import Row, count_text, order, read_table, regressions, show_table, violations, write_table
-from .launch_table import TABLE as LAUNCH_TABLE
-from .layout import padded
-from .targets import TARGETS
 
 TABLE = Path(__file__).with_name("compile_report.csv")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -217,7 +217,7 @@ def print_summary(report: Report, seconds: float) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
-        prog="vix compile-report",
+        prog="vix dev compile-report",
         description="Compile the launches of the public ops; exit 1 on a spill, an excess or a regression.",
     )
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=ARCHITECTURES, help="GPUs to compile for")

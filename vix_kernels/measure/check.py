@@ -7,10 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __all__ as public
-from . import __version__, backends
-from .commands import Parser
-from .testing import SPECS
+from .. import __all__ as public
+from .. import __version__, backends
+from ..commands import Parser
+from ..testing import SPECS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

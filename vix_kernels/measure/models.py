@@ -20,16 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix_kernels.commands import figure, print_table
-from vix_kernels.models import create_model, list_models
-from vix_kernels.models.originals import build
-from vix_kernels.models.zoo import PUBLISHED
-from vix_kernels.testing import kept_for_backward
-from vix_kernels.timing import in_turns, wall_time
-
+from ..commands import figure, print_table
+from ..models import create_model, list_models
+from ..models.originals import build
+from ..models.zoo import PUBLISHED
+from ..testing import kept_for_backward
 from .machine import device_name
-from .measure import Row, alone, failed, free, ok, out_of_memory, peak_memory, skipped
+from .operators import Row, alone, failed, free, ok, out_of_memory, peak_memory, skipped
 from .providers import LeftOut
+from .timing import in_turns, wall_time
 
 VIX = dict(image_size=32, patch_size=1, num_classes=10, dim=128, depth=4, mlp_dim=256)
 CCT = dict(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .measure import Row
+from .operators import Row
 from .providers import OURS
 
 NAMES = {"forward": "forward", "full": "forward and backward", "backward": "backward"}

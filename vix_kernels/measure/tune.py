@@ -1,4 +1,4 @@
-"""`vix tune`: measure launch configurations on this GPU and propose better ones, as data for launch_table.py.
+"""`vix dev tune`: measure launch configurations on this GPU and propose better ones, as data for launch_table.py.
 
 From the present tile of a key it changes one field at a time, keeps what is faster, and goes on until nothing is. Every
 candidate must give the present configuration's numbers; what does not launch, or is wrong, is left out. Nothing is
@@ -23,14 +23,14 @@ import torch
 import triton
 from torch import Tensor
 
+from .._triton import configs
+from .._triton import launch as door
+from .._triton.launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
 from ..backends import interpreted, reason_against_gpu
 from ..commands import Parser
 from ..testing import SPECS, Case, OpSpec, draw
-from ..timing import device_time
-from . import configs
-from . import launch as door
 from .costs import DIRECTIONS
-from .launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
+from .timing import device_time
 
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 LIMITS = {"slots": (16, 128), "tokens": (8, 256), "num_warps": (1, 8), "num_stages": (1, 4)}
@@ -226,7 +226,7 @@ def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key],
             bench = Bench(spec, direction, replace(large if device == "cuda" else tiny, width=width, rope=rope), bits, device)
             found.append((bench.keys(arch), bench))
         except Exception as error:
-            print(f"vix tune: {spec.name} {direction} does not run: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"vix dev tune: {spec.name} {direction} does not run: {type(error).__name__}: {error}", file=sys.stderr)
             if device == "cuda":
                 torch.cuda.synchronize()  # raises again what the process cannot recover from
     return sorted(found, key=lambda user: len(user[0]))
@@ -269,19 +269,19 @@ def report(arch: str, gpu: str, proposals: Iterable[Proposal]) -> dict:
 
 EXAMPLES = """\
 examples:
-  vix tune --width 64 --bits 16                    the kernels of bfloat16 and float16 at width 64, ten minutes at most
-  vix tune --kernel broadcast_tokens --seconds 60
-  vix tune --dry-run                               one key in Triton's interpreter, to see that it works; its times mean nothing
+  vix dev tune --width 64 --bits 16                the kernels of bfloat16 and float16 at width 64, ten minutes at most
+  vix dev tune --kernel broadcast_tokens --seconds 60
+  vix dev tune --dry-run                           one key in Triton's interpreter, to see that it works; its times mean nothing
 
 Prints a line a key and, last, the entries for OVERRIDES in vix_kernels/_triton/launch_table.py: read them, run
-`vix compile-report`, commit them by hand. The file holds all that was found and refused, after every key.
+`vix dev compile-report`, commit them by hand. The file holds all that was found and refused, after every key.
 """
 
 
 def main(argv: list[str]) -> int:
     kernels, widths = sorted({key[0] for key in TABLE}), sorted({key[2] for key in TABLE})
     parser = Parser(
-        prog="vix tune",
+        prog="vix dev tune",
         description="Look for faster launch configurations on this GPU.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -298,7 +298,7 @@ def main(argv: list[str]) -> int:
         keys = DRY
     else:
         if reason := reason_against_gpu():
-            print(f"vix tune: nothing to measure here: {reason}")
+            print(f"vix dev tune: nothing to measure here: {reason}")
             return 0
         arch, gpu, device = configs.architecture(torch.device("cuda", 0)), torch.cuda.get_device_name(), "cuda"
         sizes = product(args.width, args.bits)  # in the order asked for: the time may not do for all

@@ -1,6 +1,6 @@
 """Compile launches for GPUs that are not there, and read what they would use out of the machine code.
 
-    from vix_kernels._triton import offline
+    from vix_kernels.measure import offline
     from vix_kernels._triton.launch import launch
 
     x = torch.empty(8, 1024, 64, dtype=torch.bfloat16, device="meta")
@@ -27,10 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
 
-from . import launch as door
+from .._triton import launch as door
+from .._triton.targets import TARGETS
 from . import machine_code
 from .machine_code import Resources
-from .targets import TARGETS
 
 
 @dataclass(frozen=True)

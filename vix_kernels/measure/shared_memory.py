@@ -1,4 +1,4 @@
-"""The shared memory that every entry of the launch table needs, as a committed table; `vix compile-report --shared` checks it.
+"""The shared memory that every entry of the launch table needs, a committed table: `vix dev compile-report --shared` checks it.
 
 Triton allocates shared memory before it generates machine code. Compilation stops there, which is three times faster than
 compiling to the end, so every entry can be measured in all its variants: RoPE in both layouts, trained and pooled slots,
@@ -22,12 +22,12 @@ import torch
 import triton
 from torch import Tensor
 
+from .._triton import launch as door
+from .._triton.configs import find_tile
+from .._triton.launch_table import OVERRIDES, TABLE, Tile
+from .._triton.targets import TARGETS
 from ..commands import write_atomically
-from . import launch as door
 from . import offline
-from .configs import find_tile
-from .launch_table import OVERRIDES, TABLE, Tile
-from .targets import TARGETS
 from .tune import lookups
 
 COMMITTED = Path(__file__).with_name("shared_memory.csv")
@@ -122,9 +122,9 @@ def source(kernel: str) -> str:
 
 @cache
 def functions() -> dict[str, list[ast.FunctionDef]]:
-    """The device functions of this folder by name; the same name may be defined in several files."""
+    """The device functions of _triton by name; the same name may be defined in several files."""
     found: dict[str, list[ast.FunctionDef]] = defaultdict(list)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(door.__file__).parent.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list):
                 if ast.get_docstring(node) is not None:
@@ -142,7 +142,8 @@ def calls(bits: int, width: int) -> Iterator[tuple[Callable[..., Any], list[Tens
     Slots and filters take gradients: without them the kernels do less, with no more memory.
     """
     import vix_kernels as vix
-    from vix_kernels.primitives import token_conv
+
+    from ..primitives import token_conv
 
     dtype = DTYPES[bits]
     q, k, v = (torch.empty(BATCH, HEADS, TOKENS, width, dtype=dtype, requires_grad=True) for _ in range(3))
