@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def load_checkpoint(path: str | Path, flag: str = "--resume") -> Checkpoint:
     """Read a checkpoint, or the `last.pt` of a run's folder, whole, onto the CPU. Errors speak of `flag`."""
     path = existing_checkpoint(path, flag)
     try:
+        if not zipfile.is_zipfile(path):  # torch would take it for a format of its own that is older than this library
+            raise ValueError("not a zip archive")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(checkpoint, dict) and "shards" in checkpoint:
             _read_shards(path.parent / SHARDS / Path(checkpoint.pop("shards")).name, checkpoint)
