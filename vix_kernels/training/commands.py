@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..commands import KeyValues, Parser
-from .config import CHOICES, DEFAULT_MIN_LR, Config, SharedError, UserError, is_reached
+from .config import Config, SharedError, UserError, is_reached
 from .recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -51,87 +51,21 @@ def train_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     group: Any = parser
-
-    def add(*flags: str, help: str, **kwargs: Any) -> None:
-        group.add_argument(*flags, help=help if "default" in help else f"{help} (default: %(default)s)", **kwargs)
-
-    def switch(flag: str, help: str) -> None:
-        add(flag, action=argparse.BooleanOptionalAction, help=help if "default" in help else f"{help} (default: no)")
-
-    group = parser.add_argument_group("model")
-    add("--model", metavar="NAME", help="a name from `vix models`")
-    add("--model-kwargs", nargs="+", action=KeyValues, metavar="K=V", help="arguments of the model (default: none)")
-    add(
-        "--drop-path",
-        type=float,
-        metavar="P",
-        help="stochastic depth: how often the last block is left out (default: the model's)",
-    )
-    add(
-        "--backend",
-        choices=CHOICES["backend"],
-        help="of linear-cost attention and of the rotary embedding; the softmax of vit is always torch's",
-    )
-    group = parser.add_argument_group("data")
-    add(
-        "--dataset",
-        metavar="NAME",
-        help="digits; cifar10, cifar100, mnist, fashion-mnist or tiny-imagenet, which are downloaded; or the path of a pack "
-        "(.npz) or of a folder: CIFAR, idx files, train/ and val/",
-    )
-    add("--data-dir", metavar="DIR", help="where data sets with a name lie, or are downloaded to (default: the user's cache)")
-    add("--img-size", type=int, metavar="N", help="side that images in folders are resized to (default: as they are)")
-    switch(
-        "--stream",
-        "read images in folders when they are needed (default: beyond 4 GiB)",
-    )
-    add("-j", "--workers", type=int, metavar="N", help="processes that decode what is streamed")
-    switch("--aug", "mirror and shift the images, turn digits (default: yes)")
-    add("--crop-scale", type=float, metavar="A", help="enlarge a random part of at least A of the image's area; 1 for never")
-    add("--aa", choices=CHOICES["aa"], help="automatic augmentation: TrivialAugment")
-    add("--mixup", type=float, metavar="A", help="blend pairs of images, shares from Beta(A, A); 0 for never")
-    add("--cutmix", type=float, metavar="A", help="put a part of one image into another, shares from Beta(A, A); 0 for never")
-    add("--mixup-off-epoch", type=int, metavar="N", help="neither from this epoch on; 0 for to the end")
-    add("--reprob", type=float, metavar="P", help="probability to erase a rectangle of an image")
-
-    group = parser.add_argument_group("training")
-    add("--recipe", choices=CHOICES["recipe"], help="settings that belong together, below (default: none)")
-    add("-c", "--config", metavar="FILE", help="YAML with settings, such as the args.yaml of a run (default: none)")
-    add("--epochs", type=int, metavar="N", help="passes over the training images")
-    add("-b", "--batch-size", type=int, metavar="N", help="images a step, at most, over all processes")
-    add("--grad-accum-steps", type=int, metavar="N", help="parts that a step's batch is computed in, for less memory")
-    add("--opt", choices=CHOICES["opt"], help="muon: for the matrices, AdamW for the rest")
-    add("--lr", type=float, metavar="LR", help="highest learning rate")
-    add("--weight-decay", type=float, metavar="W", help="biases and norms are left out")
-    add("--sched", choices=CHOICES["sched"], help="learning rate after the warm-up")
-    add("--warmup-epochs", type=number, metavar="N", help="epochs of linear warm-up, or a part of one")
-    add("--cooldown-epochs", type=number, metavar="N", help="of the epochs, so many at the end stay at --min-lr")
-    ends = f"learning rate at the end of the cosine (default: {DEFAULT_MIN_LR:g}, or --lr if that is lower)"
-    add("--min-lr", type=float, metavar="LR", help=ends)
-    add("--smoothing", type=float, metavar="S", help="label smoothing")
-    add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm, 0 for no clipping")
-    add("--redraw-interval", type=int, metavar="N", help="steps between new random features of Performers, 0 for never")
-    switch("--model-ema", "test a moving average of the weights, kept too")
-    add("--model-ema-decay", type=float, metavar="D", help="share of the old average at every step, once it has settled")
-    add("--seed", type=int, metavar="N", help="of the weights, the batches and the augmentation")
-    add("--time-to", type=float, metavar="ACC", help="end once held-out top-1 is ACC %% or more (default: no)")
-
-    group = parser.add_argument_group("speed and memory")
-    add("--device", metavar="DEVICE", help="auto takes a GPU if there is one")
-    switch("--amp", "run the model under autocast")
-    add("--amp-dtype", choices=CHOICES["amp_dtype"], help="dtype of autocast")
-    switch("--compile", "torch.compile the model")
-    switch("--channels-last", "images and convolutions in channels-last layout")
-    switch("--grad-checkpointing", "keep only the inputs of the blocks, compute the rest again in backward")
-    switch("--fsdp", "under torchrun: divide model and optimizer among the processes (default: DDP, each has all)")
-
-    group = parser.add_argument_group("output")
-    add("--output", metavar="DIR", help="a folder without a run (default: runs/MODEL-DATASET, numbered)")
-    add("--resume", metavar="PATH", help="continue the run in this folder, or from this checkpoint (default: no)")
-    add("--checkpoint-hist", type=int, metavar="N", help="keep the checkpoints of the N best epochs too")
-    add("--recovery-interval", type=int, metavar="N", help="steps between checkpoints inside an epoch, 0 for none")
-    switch("--log-tensorboard", "write TensorBoard's files too")
-    switch("--progress", "show the progress bar (default: on a terminal)")
+    for each, about in Config.settings():
+        if about["group"] is not None:
+            group = parser.add_argument_group(about["group"])
+        flags = [name for name in (about["short"], f"--{each.name.replace('_', '-')}") if name]
+        kind = each.type.removesuffix(" | None")
+        if kind == "bool":
+            kwargs, default = {"action": argparse.BooleanOptionalAction}, "no"
+        else:
+            kwargs, default = {"metavar": about["metavar"], "choices": about["choices"], **_VALUES[kind]}, "%(default)s"
+        help = about["help"] if "default" in about["help"] else f"{about['help']} (default: {default})"
+        group.add_argument(*flags, help=help, **kwargs)
+        if each.name == "recipe":  # what a file says, too
+            group.add_argument(
+                "-c", "--config", metavar="FILE", help="YAML with settings, such as the args.yaml of a run (default: none)"
+            )
     parser.set_defaults(**asdict(Config()))
     return parser
 
@@ -140,6 +74,11 @@ def number(text: str) -> float:
     """Whole where it is, so that args.yaml reads as it was written."""
     value = float(text)
     return int(value) if value.is_integer() else value
+
+
+_VALUES: dict[str, dict[str, Any]] = {
+    "int": {"type": int}, "float": {"type": number}, "str": {}, "dict[str, Any]": {"nargs": "+", "action": KeyValues},
+}  # fmt: skip
 
 
 def _flag(name: str, value: Any) -> str:
@@ -167,7 +106,7 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
             del saved["min_lr"]
         parser.set_defaults(**saved)
     named = settings.get("recipe")  # in a file of a few lines; in an args.yaml all else is said, too
-    parser.set_defaults(**(RECIPES[named] if named in CHOICES["recipe"] else {}) | settings | RECIPES.get(first.recipe, {}))
+    parser.set_defaults(**(RECIPES[named] if named in RECIPES else {}) | settings | RECIPES.get(first.recipe, {}))
     values = vars(parser.parse_args(argv))
     del values["config"]
     return Config(**values)
