@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 import vix_kernels
-from vix_kernels._triton import launch as door
+from vix_kernels._triton import conditions
 from vix_kernels._triton.configs import find_tile
 from vix_kernels._triton.launch import launch
 from vix_kernels._triton.launch_table import OVERRIDES
@@ -356,9 +356,9 @@ def test_unknown_target():
 
 def test_a_failure_leaves_launches_as_they_were():
     with pytest.raises(KeyError), offline.target("sm_90"):
-        assert door.observer is not None
+        assert conditions.current.observer is not None
         raise KeyError
-    assert door.observer is None
+    assert conditions.current.observer is None
 
 
 if __name__ == "__main__":

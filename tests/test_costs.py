@@ -70,11 +70,11 @@ def test_launches_are_those_that_a_call_makes(monkeypatch) -> None:
 def test_counting_leaves_the_door_and_the_driver_as_they_were() -> None:
     from triton.runtime.driver import driver
 
-    from vix_kernels._triton import launch as door
+    from vix_kernels._triton import conditions
 
     active = driver._active
     cost("apply_rope", case=replace(CASE, queries=None, rope="half"))
-    assert door.observer is None and driver._active is active
+    assert conditions.current.observer is None and driver._active is active
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,10 @@ class TestTune:
         from vix_kernels.measure import tune
 
         bench = tune.Bench(SPECS["aggregate"], "backward", Case("tune", 1, 1, 20, features=8), 32, "cpu")
-        keys = bench.keys("interpreter")
+        keys = bench.keys()
         assert {key[0] for key in keys} >= {"aggregate_forward", "aggregate_tokens", "aggregate_slots"}
         tile = tune.present_tile("interpreter", self.KEY)._replace(slots=16)
-        with tune.trial("interpreter", self.KEY, tile):
+        with tune.trial(self.KEY, tile):
             assert tune.present_tile("interpreter", self.KEY) == tile
         assert tune.present_tile("interpreter", self.KEY) != tile
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ._triton import launch
+from ._triton import conditions
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_WIDTHS = (8, 256)
@@ -33,7 +33,7 @@ def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int)
     reasons = []
     if not triton_installed():
         reasons.append("triton is not installed")
-    if device.type == "cpu" and not interpreted() and launch.observer is None:
+    if device.type == "cpu" and not interpreted() and conditions.current.observer is None:
         reasons.append("the tensors are on the CPU (TRITON_INTERPRET=1 runs the kernels there, slowly, for tests)")
     elif device.type not in ("cpu", "cuda", "meta"):
         reasons.append(f"the kernels run on CUDA devices, not on {device.type!r}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends import gpu_architecture, interpreted
 from ..layout import accumulator
+from . import conditions
 from .launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
 from .layout import padded
 from .targets import TARGETS
@@ -32,7 +33,7 @@ class LaunchConfig:
         All of them, unless these programs leave multiprocessors idle. The number follows from sizes alone, never from
         timing: the same call gives the same bits.
         """
-        if not may_split:
+        if not conditions.current.split:
             return tokens, 1
         if self.multiprocessors:
             wanted, least = PROGRAMS_A_MULTIPROCESSOR * self.multiprocessors // max(1, programs), LEAST_CHUNK
@@ -59,11 +60,8 @@ class LaunchConfig:
 
 PROGRAMS_A_MULTIPROCESSOR = 2  # what their registers let stand on one at the same time
 LEAST_CHUNK = 256  # tokens; fewer do not earn back the merge
-# The traffic meter sets this: the interpreter then launches what an architecture would, but with this many tokens a tile. It
-# takes a fifth of the time, and the distinct bytes of a launch do not depend on them, as long as whatever splits the tokens
-# over programs looks at the architecture's own tile.
-assumed: str | None = None
-may_split = True  # the meter's too: False keeps all tokens in one chunk
+# Tokens a tile where the interpreter launches what an architecture would. It takes a fifth of the time, and the distinct bytes
+# of a launch do not depend on them, as long as whatever splits the tokens over programs looks at the architecture's own tile.
 ASSUMED_TOKENS = 1024
 
 
@@ -73,7 +71,7 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
     split = slots.element_size() > tokens.element_size()
     _, tile = find_tile(arch, kernel, tokens.element_size() * 8, padded(width), pooled=not split)
     step = tile.tokens
-    if assumed:
+    if conditions.current.arch:
         tile = tile._replace(tokens=max(tile.tokens, min(ASSUMED_TOKENS, triton.next_power_of_2(tokens.shape[2]))))
     return LaunchConfig(tile, accumulator(tokens.dtype), split, _precision(tile, arch), multiprocessors(tokens.device), step)
 
@@ -84,7 +82,9 @@ def find_tile(arch: str, kernel: str, bits: int, width: int, pooled: bool) -> tu
     names = (f"{kernel}_pooled", kernel) if bits == 16 and pooled else (kernel,)
     keys = [(name, bits, width) for name in names]
     for key in keys:
-        for table in (OVERRIDES.get(arch, {}), {} if arch == "interpreter" else TABLE):
+        if conditions.current.asked is not None:
+            conditions.current.asked(key)
+        for table in (conditions.current.tiles, OVERRIDES.get(arch, {}), {} if arch == "interpreter" else TABLE):
             if tile := table.get(key):
                 return key, tile
     if arch == "interpreter":
@@ -111,7 +111,7 @@ def tf32_allowed() -> bool:
 
 def architecture(device: torch.device) -> str:
     if interpreted():
-        return assumed or "interpreter"
+        return conditions.current.arch or "interpreter"
     if device.type == "cuda":
         return gpu_architecture(device.index or 0)
     target = triton.runtime.driver.active.get_current_target()
@@ -121,7 +121,7 @@ def architecture(device: torch.device) -> str:
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors (compute units) the device has; 0 for the interpreter."""
     if interpreted():
-        return TARGETS[assumed].multiprocessors if assumed else 0
+        return TARGETS[conditions.current.arch].multiprocessors if conditions.current.arch else 0
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return TARGETS[architecture(device)].multiprocessors  # compiled or counted, not run

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-# Is handed every launch instead of its being run: the compile report compiles it, the traffic meter watches it run.
-observer: Callable[[Any, tuple[int, ...], tuple, dict], None] | None = None
+from . import conditions
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -16,7 +14,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
     `meta` holds the constexprs and the launch configuration (num_warps, num_stages).
     """
-    if observer is not None:
+    if (observer := conditions.current.observer) is not None:
         observer(kernel, grid, args, meta)
         return
     if 0 in grid:  # an empty batch

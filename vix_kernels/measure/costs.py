@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from .._triton import launch as door
+from .._triton import conditions
 from ..primitives.registry import implementations
 from ..testing import Case, OpSpec, draw
 from .offline import Driver
@@ -83,14 +83,12 @@ def _counting(arch: str) -> Iterator[_Count]:
     def observe(*launch: Any) -> None:
         count.launches += 1
 
-    observer, active = door.observer, driver._active
-    door.observer = observe
+    active = driver._active
     driver.set_active(Driver(_target(arch)))
     try:
-        with count:
+        with conditions.under(observer=observe), count:
             yield count
     finally:
-        door.observer = observer
         driver.set_active(active)
 
 

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
 
-from .._triton import launch as door
+from .._triton import conditions
 from .._triton.targets import TARGETS
 from . import machine_code
 from .machine_code import Resources
@@ -113,13 +113,12 @@ def capture(name: str) -> Iterator[list[Any]]:
             raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET before importing triton")
         binaries.append(kernel.warmup(*args, grid=grid, **meta))
 
-    observer, active = door.observer, driver._active
-    door.observer = observe
+    active = driver._active
     driver.set_active(Driver(TARGETS[name].gpu))
     try:
-        yield binaries
+        with conditions.under(observer=observe):
+            yield binaries
     finally:
-        door.observer = observer
         # Not reset_active(): it would look for a real driver, and raise where there is none.
         driver.set_active(active)
 

@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._triton import launch as door
+from .._triton import conditions
 from .._triton.configs import find_tile
 from .._triton.launch_table import OVERRIDES, TABLE, Tile
 from .._triton.targets import TARGETS
@@ -124,7 +124,7 @@ def source(kernel: str) -> str:
 def functions() -> dict[str, list[ast.FunctionDef]]:
     """The device functions of _triton by name; the same name may be defined in several files."""
     found: dict[str, list[ast.FunctionDef]] = defaultdict(list)
-    for path in sorted(Path(door.__file__).parent.glob("*.py")):
+    for path in sorted(Path(conditions.__file__).parent.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list):
                 if ast.get_docstring(node) is not None:
@@ -231,8 +231,7 @@ def measure(arch: str, bits: int, width: int, wanted: Iterable[Entry]) -> list[R
         except Allocated as allocated:
             most[entry] = max(most.get(entry, 0), allocated.args[0])
 
-    with offline.capture(arch), allocation_only(), lookups(arch) as asked:
-        door.observer = observe
+    with offline.capture(arch), allocation_only(), lookups() as asked, conditions.under(observer=observe):
         for function, inputs in calls(bits, width):
             outputs = function(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)

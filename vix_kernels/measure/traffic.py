@@ -33,8 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import __all__ as public
 from .. import backends
-from .._triton import configs
-from .._triton import launch as door
+from .._triton import conditions
 from ..commands import DTYPES, Parser
 from ..primitives.registry import implementations
 from ..testing import SPECS, Case
@@ -257,13 +256,9 @@ class Meter(TorchDispatchMode):
 @contextmanager
 def metered(given: list[Tensor], arch: str, split: bool) -> Iterator[Meter]:
     """A meter of what runs inside, which launches what it would on `arch`."""
-    meter, before = Meter(given), (door.observer, configs.assumed, configs.may_split)
-    door.observer, configs.assumed, configs.may_split = meter.launch, arch, split
-    try:
-        with hastened(), meter:
-            yield meter
-    finally:
-        door.observer, configs.assumed, configs.may_split = before
+    meter = Meter(given)
+    with conditions.under(observer=meter.launch, arch=arch, split=split), hastened(), meter:
+        yield meter
 
 
 # The command

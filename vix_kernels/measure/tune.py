@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
@@ -23,8 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._triton import configs
-from .._triton import launch as door
+from .._triton import conditions, configs
 from .._triton.launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
 from ..backends import interpreted, reason_against_gpu
 from ..commands import Parser
@@ -59,45 +58,22 @@ class Proposal:
         )
 
 
-@contextmanager
-def trial(arch: str, key: Key, tile: Tile) -> Iterator[None]:
-    """Inside the block, launches of `key` on `arch` take `tile`."""
-    before = OVERRIDES.get(arch)
-    OVERRIDES[arch] = {**(before or {}), key: tile}
-    try:
-        yield
-    finally:
-        if before is None:
-            del OVERRIDES[arch]
-        else:
-            OVERRIDES[arch] = before
-
-
-class _Lookups(dict):
-    """An OVERRIDES entry that notes the keys it is asked for."""
-
-    def __init__(self, entries: dict[Key, Tile]) -> None:
-        super().__init__(entries)
-        self.asked: dict[Key, None] = {}  # in order, the latest last
-
-    def get(self, key: Key, default: Tile | None = None) -> Tile | None:
-        self.asked.pop(key, None)
-        self.asked[key] = None
-        return super().get(key, default)
+def trial(key: Key, tile: Tile) -> AbstractContextManager[None]:
+    """Inside the block, launches of `key` take `tile`."""
+    return conditions.under(tiles={**conditions.current.tiles, key: tile})
 
 
 @contextmanager
-def lookups(arch: str) -> Iterator[dict[Key, None]]:
-    """The keys that launches on `arch` look up inside the block, the latest last."""
-    before = OVERRIDES.get(arch)
-    noting = OVERRIDES[arch] = _Lookups(before or {})
-    try:
-        yield noting.asked
-    finally:
-        if before is None:
-            del OVERRIDES[arch]
-        else:
-            OVERRIDES[arch] = before
+def lookups() -> Iterator[dict[Key, None]]:
+    """The keys that launches look up inside the block, the latest last."""
+    asked: dict[Key, None] = {}
+
+    def note(key: Key) -> None:
+        asked.pop(key, None)
+        asked[key] = None
+
+    with conditions.under(asked=note):
+        yield asked
 
 
 @contextmanager
@@ -107,22 +83,19 @@ def spills() -> Iterator[list[int]]:
     if interpreted():
         yield counts
         return
-    observer = door.observer
 
     def observe(kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
         with torch.get_device_module(args[0].device).device(args[0].device):
             compiled = kernel[grid](*args, **meta)
         counts.append(compiled.n_spills)
 
-    door.observer = observe
-    try:
+    with conditions.under(observer=observe):
         yield counts
-    finally:
-        door.observer = observer
 
 
 def present_tile(arch: str, key: Key) -> Tile:
-    return OVERRIDES.get(arch, {}).get(key) or (INTERPRETER if arch == "interpreter" else TABLE[key])
+    tried = conditions.current.tiles.get(key) or OVERRIDES.get(arch, {}).get(key)
+    return tried or (INTERPRETER if arch == "interpreter" else TABLE[key])
 
 
 def neighbours(tile: Tile) -> Iterator[Tile]:
@@ -159,8 +132,8 @@ class Bench:
                 return self.problem(backend="triton")
         return torch.autograd.grad(self.problem(backend="triton"), self.wanted, self.cotangents)
 
-    def keys(self, arch: str) -> set[Key]:
-        with lookups(arch) as asked:
+    def keys(self) -> set[Key]:
+        with lookups() as asked:
             self.run()
         return set(asked)
 
@@ -189,7 +162,7 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
             seen.add(tile)
             found.tried += 1
             try:
-                with trial(arch, key, tile):
+                with trial(key, tile):
                     with spills() as spilled:
                         if not bench.agrees(expected):
                             raise ValueError("other numbers")
@@ -205,7 +178,7 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
                 found.best, found.best_ms, moved = tile, milliseconds, True
     if found.best != present:  # both once more, next to each other: a clock that drifts must not make a winner
         found.present_ms = device_time(bench.run).median
-        with trial(arch, key, found.best):
+        with trial(key, found.best):
             found.best_ms = device_time(bench.run).median
         if found.best_ms >= GAIN * found.present_ms:
             found.best, found.best_ms = present, found.present_ms
@@ -224,7 +197,7 @@ def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key],
         rope = "interleaved" if spec.name == "apply_rope" else None
         try:
             bench = Bench(spec, direction, replace(large if device == "cuda" else tiny, width=width, rope=rope), bits, device)
-            found.append((bench.keys(arch), bench))
+            found.append((bench.keys(), bench))
         except Exception as error:
             print(f"vix dev tune: {spec.name} {direction} does not run: {type(error).__name__}: {error}", file=sys.stderr)
             if device == "cuda":
