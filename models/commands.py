@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ examples:
       mlp_dim=256 dim_head=32
   python -c "from vix_kernels.models import load_model; print(load_model('converted'))"
 """
+
+
+OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files begin that are no zip archives
 
 
 class Summary(NamedTuple):
@@ -107,6 +111,10 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"no file {path}")
     try:
+        with path.open("rb") as file:
+            begins = file.read(len(OLD_FORMAT))
+        if begins != OLD_FORMAT and not zipfile.is_zipfile(path):
+            raise ValueError("neither a zip archive nor the format before that")
         with warnings.catch_warnings():  # of a pickle that it may not understand
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -14,6 +14,7 @@ from test_models import images
 
 from vix_kernels.__main__ import main
 from vix_kernels.models import create_model, from_original, list_models, load_model, save_model
+from vix_kernels.models.commands import _read
 from vix_kernels.models.positions import resample_tokens
 from vix_kernels.models.zoo import PUBLISHED
 from vix_kernels.testing.models import small_model
@@ -173,6 +174,12 @@ def test_an_original_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[
             main([*command, *arguments])
         assert words in capsys.readouterr().err
         assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_both_of_torchs_formats_are_converted(old: bool, tmp_path: Path) -> None:
+    torch.save({"module.a": torch.ones(2)}, tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
+    assert torch.equal(_read(tmp_path / "a.pth")["a"], torch.ones(2))
 
 
 def test_converting_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
