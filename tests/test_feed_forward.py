@@ -13,6 +13,7 @@ from vix_kernels.models.feed_forward import Mlp, feed_forward
 from vix_kernels.models.layers import DropPath, TokenBatchNorm
 from vix_kernels.nn.dropout import Dropout
 from vix_kernels.nn.packed_linear import packed_linear
+from vix_kernels.primitives import feed_forward as primitive
 from vix_kernels.testing import kept_for_backward
 
 
@@ -40,10 +41,10 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
     """What goes through tiles, of 4 tokens here: six tiles, the last of a single token."""
-    monkeypatch.setattr(module, "TILE_CPU", 4)
+    monkeypatch.setattr(primitive, "TILE_CPU", 4)
     monkeypatch.setattr(module, "MANY_CPU", 0)
-    calls, apply = [], module._TiledMlp.apply
-    monkeypatch.setattr(module._TiledMlp, "apply", lambda *args: calls.append(args) or apply(*args))
+    calls, run = [], primitive.feed_forward
+    monkeypatch.setattr(primitive, "feed_forward", lambda *args, **options: calls.append(args) or run(*args, **options))
     return calls
 
 

@@ -1,58 +1,17 @@
-"""The linear map to q, k and v, whose gradients it takes apart."""
+"""The linear map to q, k and v, in parts."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..primitives import packed_linear as primitive
 from .plain import is_plain
-
-PARTS = 3
 
 
 def packed_linear(linear: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:
-    """linear(x) (batch, tokens, 3 * width) in its three parts, as views of it.
-
-    On a CPU the gradients of the parts are multiplied where they are. Elsewhere in PyTorch they would first be copied side by
-    side, to fresh memory, which costs a CPU as much as the products.
-    """
+    """linear(x) (batch, tokens, 3 * width) in its three parts, as views of it; on a CPU by the primitive."""
     if x.device.type != "cpu" or not is_plain(linear, nn.Linear):
-        return linear(x).chunk(PARTS, -1)
+        return linear(x).chunk(primitive.PARTS, -1)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    return _PackedLinear.apply(x, linear.weight, linear.bias, dtype)
-
-
-class _PackedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias, ctx.dtype = bias is not None, dtype
-        x, weight = (each if dtype is None else each.to(dtype) for each in (x, weight))
-        with torch.autocast("cpu", enabled=False):
-            return F.linear(x, weight, bias if bias is None else bias.to(x.dtype)).chunk(PARTS, -1)
-
-    @staticmethod
-    def backward(ctx, *dparts: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dtypes = x.dtype, weight.dtype
-        x, weight = (each if ctx.dtype is None else each.to(ctx.dtype) for each in (x, weight))
-        tokens, dx, dweight, dbias = x.flatten(0, -2), None, None, None
-        flat = [part.flatten(0, -2) for part in dparts]
-        with torch.autocast("cpu", enabled=False):
-            if ctx.needs_input_grad[0]:
-                first, *others = weight.chunk(PARTS)
-                dx = flat[0] @ first
-                for part, rows in zip(flat[1:], others, strict=True):
-                    dx.addmm_(part, rows)
-                dx = dx.view(x.shape).to(dtypes[0])
-            if ctx.needs_input_grad[1] and torch.is_grad_enabled():  # for second derivatives
-                dweight = torch.cat([part.T @ tokens for part in flat]).to(dtypes[1])
-            elif ctx.needs_input_grad[1]:
-                dweight = torch.empty_like(weight)
-                for part, rows in zip(flat, dweight.chunk(PARTS), strict=True):
-                    torch.mm(part.T, tokens, out=rows)
-                dweight = dweight.to(dtypes[1])
-            if ctx.has_bias:
-                dbias = torch.cat([part.sum(0, dtype=dtypes[1]) for part in flat])
-        return dx, dweight, dbias, None
+    return primitive.packed_linear(x, linear.weight, linear.bias, dtype)
