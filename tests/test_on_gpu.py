@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import correctness, machine, part, report, run, sanitizer, suite, timing
+from bench.gpu import correctness, part, probe, report, run, sanitizer, suite, timing
 from bench.gpu.plan import Plan
 from conftest import NO_TRITON
 from vix_kernels import backends
@@ -245,18 +245,18 @@ def test_without_a_gpu_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_probe_that_fails_says_why_in_one_line(tmp_path: Path, monkeypatch) -> None:
-    def probe(inject: str) -> dict:
-        (row,) = machine.rows(Plan(dry=True, deadline=0.0, inject=inject))
+    def probed(inject: str) -> dict:
+        (row,) = probe.rows(Plan(dry=True, deadline=0.0, inject=inject))
         return row
 
-    assert probe("")["status"] == "ok"
-    assert probe("compiler")["why"] == "Triton needs a C compiler for its launcher: install gcc or clang, or set CC"
-    assert probe("kernel")["why"].endswith("RuntimeError: a kernel that doubles its input gave other numbers")
+    assert probed("")["status"] == "ok"
+    assert probed("compiler")["why"] == "Triton needs a C compiler for its launcher: install gcc or clang, or set CC"
+    assert probed("kernel")["why"].endswith("RuntimeError: a kernel that doubles its input gave other numbers")
     monkeypatch.setenv("CC", "cc")
-    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert f"Triton needs Python.h for its launcher, and {tmp_path}/Python.h does not exist" in probe("kernel")["why"]
-    monkeypatch.setattr(machine, "find_spec", lambda name: None)
-    assert probe("")["lacking"].startswith("the test suite without pytest, training on digits without sklearn")
+    monkeypatch.setattr(probe.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert f"Triton needs Python.h for its launcher, and {tmp_path}/Python.h does not exist" in probed("kernel")["why"]
+    monkeypatch.setattr(probe, "find_spec", lambda name: None)
+    assert probed("")["lacking"].startswith("the test suite without pytest, training on digits without sklearn")
     done = on_gpu(tmp_path / "out", "--dry-run", "--inject", "probe=compiler")
     assert done.returncode == 201 and done.stdout.count("\n") == 1 and "install gcc or clang" in done.stdout
 

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder, stopping():
         work = Path(folder)
         (work / "logs").mkdir()
-        probe = run("machine", 60, work, args.dry_run, args.inject.get("probe", ""))
+        probe = run("probe", 60, work, args.dry_run, args.inject.get("probe", ""))
         if probe.status != "ok":
             print(f"bench/on_gpu.sh: nothing to measure here: {probe.why}")
             return UNAVAILABLE

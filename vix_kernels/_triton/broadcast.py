@@ -14,7 +14,7 @@ from torch import Tensor
 from ..layout import empty_like_tokens, unit_last_stride
 from .configs import launch_config
 from .launch import launch
-from .layout import mask_strides, rotary_arguments, slot_strides, token_strides
+from .launch_arguments import mask_strides, rotary_arguments, slot_strides, token_strides
 from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
     LN2,

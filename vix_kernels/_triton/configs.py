@@ -13,8 +13,8 @@ from torch import Tensor
 from ..backends import gpu_architecture, interpreted
 from ..layout import accumulator
 from . import conditions
+from .launch_arguments import padded
 from .launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
-from .layout import padded
 from .targets import TARGETS
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import LaunchConfig, launch_config
-from .layout import padded, slot_strides
+from .launch_arguments import padded, slot_strides
 from .tiles import LOG2E, load_rotated, load_slots, row_products, slot_channels
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..layout import empty_like_tokens
 from .configs import launch_config
 from .launch import launch
-from .layout import mask_strides, output_strides, padded, rotary_arguments, token_strides
+from .launch_arguments import mask_strides, output_strides, padded, rotary_arguments, token_strides
 from .tiles import load_rotated, load_tile, rotate_pairs, store_tile
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .configs import triton_dtype
 from .launch import launch
-from .layout import padded
+from .launch_arguments import padded
 
 
 @triton.jit(do_not_specialize=["chunks", "M"])

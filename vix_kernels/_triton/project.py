@@ -17,7 +17,7 @@ from torch import Tensor
 from ..layout import empty_like_tokens
 from .configs import PROGRAMS_A_MULTIPROCESSOR, LaunchConfig, launch_config
 from .launch import launch
-from .layout import mask_strides, output_strides, rotary_arguments, token_strides
+from .launch_arguments import mask_strides, output_strides, rotary_arguments, token_strides
 from .tiles import (
     cast,
     dot,

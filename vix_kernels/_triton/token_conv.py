@@ -15,7 +15,7 @@ from torch import Tensor
 from ..layout import empty_like_tokens, unit_last_stride
 from .configs import LaunchConfig, launch_config
 from .launch import launch
-from .layout import mask_strides, output_strides, padded, token_strides
+from .launch_arguments import mask_strides, output_strides, padded, token_strides
 from .tiles import cast, dot, load_tile, store_tile
 
 

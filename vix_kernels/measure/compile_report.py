@@ -28,8 +28,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .._triton.launch_arguments import padded
 from .._triton.launch_table import TABLE as LAUNCH_TABLE
-from .._triton.layout import padded
 from .._triton.targets import TARGETS
 from ..commands import DTYPES, Parser
 from . import offline, shared_memory
