@@ -33,7 +33,7 @@ def test_every_public_op_is_attacked() -> None:
 
 
 @pytest.mark.parametrize("op", numerics.OPS)
-@share(40)
+@share(25)
 @given(data=st.data())
 def test_torch(op: str, data: st.DataObject) -> None:
     attack(data.draw(numerics.cases(op)))
