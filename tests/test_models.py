@@ -10,9 +10,9 @@ import torch
 
 import vix_kernels
 from vix_kernels.models import create_model, list_models
-from vix_kernels.models.mixers import MIXERS
 from vix_kernels.models.positions import POSITIONS
 from vix_kernels.models.zoo import PUBLISHED
+from vix_kernels.nn.core import CORES
 from vix_kernels.testing.models import small_model
 
 SIZES = ("tiny", "small", "base")
@@ -37,7 +37,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     assert not without_gradient(create_model(name, **small_model(name)), images(3, 3, 8, 8))
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", CORES)
 @pytest.mark.parametrize("name", BACKBONES)
 def test_any_mixer_in_any_backbone_with_any_position(name: str, mixer: str) -> None:
     x = images(2, 3, 8, 8)
@@ -252,7 +252,7 @@ def test_published_configuration() -> None:
     for name, count in published.items():
         assert sum(p.numel() for p in create_model(name).parameters()) == count
     model = create_model("hybrid_vin_imagenet", depth=1)
-    assert model.grid == (14, 14) and model.blocks[0].attn.num_heads == 12 and model.blocks[0].attn.num_landmarks == 32
+    assert model.grid == (14, 14) and model.blocks[0].attn.num_heads == 12 and model.blocks[0].attn.core.num_landmarks == 32
 
 
 def test_list_models() -> None:

@@ -14,7 +14,7 @@ from test_checkpoint import numbered
 
 from vix_kernels.__main__ import main
 from vix_kernels.models import create_model
-from vix_kernels.nn import PerformerAttention
+from vix_kernels.nn.module import RedrawnAttentionModule
 from vix_kernels.training import Config, run
 from vix_kernels.training.checkpoint import load_checkpoint, save_checkpoint
 from vix_kernels.training.commands import parse_train, train_parser
@@ -96,8 +96,8 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
 
 def test_features_are_redrawn_on_schedule_and_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     drawn = []
-    redraw = PerformerAttention.redraw_projection
-    monkeypatch.setattr(PerformerAttention, "redraw_projection", lambda self: (redraw(self), drawn.append(self.redraws)))
+    redraw = RedrawnAttentionModule.redraw_projection
+    monkeypatch.setattr(RedrawnAttentionModule, "redraw_projection", lambda self: (redraw(self), drawn.append(self.redraws)))
     checkpoint = trained(tmp_path, "--model", "vip", "--redraw-interval", "2", "--model-ema")  # 6 steps: before 1, 3 and 5
     assert drawn == [1, 1, 2, 2, 3, 3]  # the model and its average
     name = "blocks.0.attn.projection"

@@ -1,12 +1,12 @@
 """Attention modules with timm's signature: x (batch, tokens, dim) in, the same shape out; one a file."""
 
 from .agent import AgentAttention
-from .attention import Attention
 from .fourier import FourierMixing
 from .linear import LinearAttention
 from .linformer import LinformerAttention
 from .nystrom import NystromAttention
 from .performer import PerformerAttention
+from .softmax import Attention
 
 __all__ = [
     "AgentAttention",

@@ -1,20 +1,67 @@
-"""Agent attention as a module."""
+"""Agent attention: its core, and its module."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.agent import agent_attention
 from ..ops.checks import autocast
 from ..ops.pooling import at_most, pooled_queries
 from ..ops.rope import Rope
-from .attention import Attention
 from .checks import check_placement
+from .core import Core, SdpaArgs, Site, Tokens, register
+from .module import AttentionModule
 
 
-class AgentAttention(Attention):
+@register("agent")
+@dataclass(frozen=True)
+class Agent(Core):
+    """Agents are means of the queries of segments or of cells of a grid (Han et al., arXiv 2312.08874). They are not rotated.
+
+    Attributes:
+        num_agents: of the tokens behind the prefix; fewer where there are fewer tokens.
+        grid_size: height and width of the token map behind the prefix: agents pool its cells. None: segments of the sequence,
+            or in a model the grid and the prefix of the site.
+        prefix_tokens: tokens in front (class, registers) that are agents of their own.
+    """
+
+    num_agents: int = 49
+    grid_size: tuple[int, int] | None = None
+    prefix_tokens: int = 0
+
+    sited = frozenset({"grid_size", "prefix_tokens"})
+
+    def __post_init__(self) -> None:
+        check_placement("num_agents", self.num_agents, self.grid_size, self.prefix_tokens)
+
+    def fit(self, site: Site) -> Agent:
+        if self.grid_size is not None or site.grid_size is None:
+            return self
+        side = next(side for side in range(math.isqrt(self.num_agents), 0, -1) if self.num_agents % side == 0)
+        rows, columns = site.grid_size
+        count = min(side, rows) * min(self.num_agents // side, columns)
+        return replace(self, num_agents=count, grid_size=site.grid_size, prefix_tokens=site.prefix_tokens)
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rope: Rope | None, tokens: Tokens,
+        sdpa: SdpaArgs, backend: str,
+    ) -> Tensor:  # fmt: skip
+        q, k, v = autocast(q, k, v)
+        mask = tokens.key_padding_mask
+        agents, counts = pooled_queries(
+            q, at_most(self.num_agents, q.shape[2] - self.prefix_tokens), grid_size=self.grid_size,
+            prefix_tokens=self.prefix_tokens, mask=mask, backend=backend,
+        )  # fmt: skip
+        return agent_attention(
+            q, k, v, agents, scale=scale, agent_mask=None if mask is None else counts > 0, key_padding_mask=mask, rope=rope,
+            backend=backend,
+        )  # fmt: skip
+
+
+class AgentAttention(AttentionModule):
     """Agent attention between timm's linear maps; its agents are pooled queries (Han et al., arXiv 2312.08874).
 
     Args:
@@ -22,34 +69,28 @@ class AgentAttention(Attention):
         grid_size: height and width of the token map behind the prefix: agents pool its cells. None: segments of the sequence.
         prefix_tokens: tokens in front (class, registers) that are agents of their own.
 
-    Others as in Attention.
+    Others as in AttentionModule.
 
     The agents are not rotated, and neither are the queries that they pool.
     """
-
-    has_weights = False
 
     def __init__(
         self,
         dim: int,
         num_heads: int = 8,
-        *args: Any,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
+        *,
         num_agents: int = 49,
         grid_size: tuple[int, int] | None = None,
         prefix_tokens: int = 0,
-        **options: Any,
+        backend: str = "auto",
     ) -> None:
-        super().__init__(dim, num_heads, *args, **options)
-        check_placement("num_agents", num_agents, grid_size, prefix_tokens)
-        self.num_agents, self.grid_size, self.prefix_tokens = num_agents, grid_size, prefix_tokens
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
-        q, k, v = autocast(q, k, v)
-        agents, counts = pooled_queries(
-            q, at_most(self.num_agents, q.shape[2] - self.prefix_tokens), grid_size=self.grid_size,
-            prefix_tokens=self.prefix_tokens, mask=key_padding_mask, backend=self.backend,
-        )  # fmt: skip
-        return agent_attention(
-            q, k, v, agents, agent_mask=None if key_padding_mask is None else counts > 0, key_padding_mask=key_padding_mask,
-            rope=rope, backend=self.backend,
+        super().__init__(
+            Agent(num_agents, grid_size, prefix_tokens), dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop,
+            norm_layer, backend=backend,
         )  # fmt: skip

@@ -1,43 +1,72 @@
-"""Linear attention as a module."""
+"""Linear attention: its core, and its module."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.linear import check_feature_map, linear_attention
 from ..ops.rope import Rope
-from .attention import Attention
+from .core import Core, SdpaArgs, Tokens, register
+from .module import AttentionModule
 
 
-class LinearAttention(Attention):
+@register("linear")
+@dataclass(frozen=True)
+class Linear(Core):
+    """Linear attention on the channels of q and k as they are.
+
+    It has no scale: that of relu cancels, elu is learned with what it sees.
+
+    Attributes:
+        feature_map: "relu" or "elu" (elu + 1).
+        eps: a number >= 0, added to the denominator.
+    """
+
+    feature_map: Literal["relu", "elu"] = "relu"
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_feature_map(self.feature_map, self.eps)
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rope: Rope | None, tokens: Tokens,
+        sdpa: SdpaArgs, backend: str,
+    ) -> Tensor:  # fmt: skip
+        return linear_attention(
+            q, k, v, feature_map=self.feature_map, eps=self.eps, key_padding_mask=tokens.key_padding_mask, rope=rope,
+            backend=backend,
+        )  # fmt: skip
+
+
+class LinearAttention(AttentionModule):
     """Linear attention between timm's linear maps, on the channels of q and k as they are.
 
     Args:
         feature_map: "relu" or "elu" (elu + 1).
         eps: a number >= 0, added to the denominator.
 
-    Others as in Attention.
+    Others as in AttentionModule.
     """
-
-    has_weights = False
 
     def __init__(
         self,
         dim: int,
         num_heads: int = 8,
-        *args: Any,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
+        *,
         feature_map: Literal["relu", "elu"] = "relu",
         eps: float = 1e-6,
-        **options: Any,
+        backend: str = "auto",
     ) -> None:
-        super().__init__(dim, num_heads, *args, **options)
-        check_feature_map(feature_map, eps)
-        self.feature_map, self.eps = feature_map, eps
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None) -> Tensor:
-        return linear_attention(
-            q, k, v, feature_map=self.feature_map, eps=self.eps, key_padding_mask=key_padding_mask, rope=rope,
-            backend=self.backend,
+        super().__init__(
+            Linear(feature_map, eps), dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer,
+            backend=backend,
         )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Nystrom attention as a module."""
+"""Nystrom attention: its core, and its module."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -10,11 +11,74 @@ from ..ops.checks import check_integer
 from ..ops.nystrom import check_nystrom, nystrom_attention
 from ..ops.pooling import at_most
 from ..ops.rope import Rope
-from .attention import Attention
 from .checks import check_placement
+from .core import Core, SdpaArgs, Site, State, Tokens, register
+from .module import AttentionModule
 
 
-class NystromAttention(Attention):
+@register("nystrom")
+@dataclass(frozen=True)
+class Nystrom(Core):
+    """Nystrom attention through the means of segments or of cells of a grid.
+
+    Attributes:
+        num_landmarks: of the tokens behind the prefix; fewer where there are fewer tokens.
+        landmarks: "segment", "grid" or "pad_front", as in nystrom_attention.
+        grid_size: height and width of the token map behind the prefix, for "grid"; default that of the site.
+        prefix_tokens: tokens in front (class, registers) that are landmarks of their own; on a grid default that of the site.
+        pinv_iterations, pinv_init: as in nystrom_attention.
+        residual_conv_kernel: taps of the depthwise convolution over the tokens of v that is added, odd; 0 for none.
+    """
+
+    num_landmarks: int = 64
+    landmarks: Literal["segment", "grid", "pad_front"] = "segment"
+    grid_size: tuple[int, int] | None = None
+    prefix_tokens: int = 0
+    pinv_iterations: int = 6
+    pinv_init: Literal["exact", "original"] = "exact"
+    residual_conv_kernel: int = 33
+
+    sited = frozenset({"grid_size", "prefix_tokens"})
+
+    def __post_init__(self) -> None:
+        check_nystrom(self.landmarks, self.pinv_iterations, self.pinv_init)
+        check_placement("num_landmarks", self.num_landmarks, self.grid_size, self.prefix_tokens)
+        taps = check_integer("residual_conv_kernel", self.residual_conv_kernel, 0)
+        if taps and taps % 2 == 0:
+            raise ValueError(f"residual_conv_kernel: expected an odd number of taps, or 0, got {taps}")
+
+    def takes_trained_weights(self) -> bool:
+        return not self.residual_conv_kernel
+
+    def weights_only(self) -> Nystrom:
+        return replace(self, residual_conv_kernel=0)
+
+    def fit(self, site: Site) -> Nystrom:
+        if self.landmarks != "grid" or self.grid_size is not None or site.grid_size is None:
+            return self
+        return replace(self, grid_size=site.grid_size, prefix_tokens=site.prefix_tokens)
+
+    def state(self, site: Site) -> State:
+        # Only its weight is used, which has the name and the shape that published weights have.
+        heads, taps = site.num_heads, self.residual_conv_kernel
+        if not taps:
+            return {"res_conv": None}
+        return {"res_conv": nn.Conv2d(heads, heads, (taps, 1), padding=(taps // 2, 0), groups=heads, bias=False)}
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rope: Rope | None, tokens: Tokens,
+        sdpa: SdpaArgs, backend: str,
+    ) -> Tensor:  # fmt: skip
+        residual = module.res_conv if self.residual_conv_kernel else None
+        return nystrom_attention(
+            q, k, v, num_landmarks=at_most(self.num_landmarks, q.shape[2] - self.prefix_tokens), landmarks=self.landmarks,
+            grid_size=self.grid_size, prefix_tokens=self.prefix_tokens, pinv_iterations=self.pinv_iterations,
+            pinv_init=self.pinv_init, conv_weight=None if residual is None else residual.weight, scale=scale,
+            key_padding_mask=tokens.key_padding_mask, rope=rope, backend=backend,
+        )  # fmt: skip
+
+
+class NystromAttention(AttentionModule):
     """Nystrom attention between timm's linear maps.
 
     Args:
@@ -25,16 +89,20 @@ class NystromAttention(Attention):
         pinv_iterations, pinv_init: as in nystrom_attention.
         residual_conv_kernel: taps of the depthwise convolution over the tokens of v that is added, odd; 0 for none.
 
-    Others as in Attention.
+    Others as in AttentionModule. The weight of the convolution is `res_conv.weight`.
     """
-
-    has_weights = False
 
     def __init__(
         self,
         dim: int,
         num_heads: int = 8,
-        *args: Any,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
+        *,
         num_landmarks: int = 64,
         landmarks: Literal["segment", "grid", "pad_front"] = "segment",
         grid_size: tuple[int, int] | None = None,
@@ -42,39 +110,11 @@ class NystromAttention(Attention):
         pinv_iterations: int = 6,
         pinv_init: Literal["exact", "original"] = "exact",
         residual_conv_kernel: int = 33,
-        **options: Any,
+        backend: str = "auto",
     ) -> None:
-        super().__init__(dim, num_heads, *args, **options)
-        check_nystrom(landmarks, pinv_iterations, pinv_init)
-        check_placement("num_landmarks", num_landmarks, grid_size, prefix_tokens)
-        taps = check_integer("residual_conv_kernel", residual_conv_kernel, 0)
-        if taps and taps % 2 == 0:
-            raise ValueError(f"residual_conv_kernel: expected an odd number of taps, or 0, got {taps}")
-        self.num_landmarks, self.landmarks, self.grid_size, self.prefix_tokens = (
-            num_landmarks, landmarks, grid_size, prefix_tokens,
+        core = Nystrom(
+            num_landmarks, landmarks, grid_size, prefix_tokens, pinv_iterations, pinv_init, residual_conv_kernel
         )  # fmt: skip
-        self.pinv_iterations, self.pinv_init = pinv_iterations, pinv_init
-        # Only its weight is used, which has the name and the shape that published weights have.
-        self.res_conv = (
-            nn.Conv2d(num_heads, num_heads, (taps, 1), padding=(taps // 2, 0), groups=num_heads, bias=False) if taps else None
-        )
-
-    def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None, residual: bool = False) -> Tensor:
-        """As that of Attention; the residual, which is no attention, has no part in it."""
-        return super().attention_of(x, token, rope=rope, residual=residual)
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_padding_mask: Tensor | None,
-        rope: Rope | None,
-        residual: bool = True,
-    ) -> Tensor:
-        return nystrom_attention(
-            q, k, v, num_landmarks=at_most(self.num_landmarks, q.shape[2] - self.prefix_tokens), landmarks=self.landmarks,
-            grid_size=self.grid_size, prefix_tokens=self.prefix_tokens, pinv_iterations=self.pinv_iterations,
-            pinv_init=self.pinv_init, conv_weight=self.res_conv.weight if residual and self.res_conv is not None else None,
-            key_padding_mask=key_padding_mask, rope=rope, backend=self.backend,
+        super().__init__(
+            core, dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer, backend=backend
         )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vix_kernels.models import create_model, load_model
 from vix_kernels.models.backbone import Backbone
 from vix_kernels.models.pretrained import CONFIG
-from vix_kernels.nn import Attention
+from vix_kernels.nn.module import AttentionModule
 
 from .checkpoint import load_checkpoint
 from .config import Config, UserError
@@ -210,7 +210,7 @@ def attention_map(trained: Trained, image: Tensor) -> Tensor:
     """
     model = trained.model
     attention = model.blocks[-1].attn if getattr(model, "num_prefix_tokens", 0) else None
-    if not isinstance(attention, Attention):
+    if not isinstance(attention, AttentionModule):
         what = "a class token" if attention is None else "attention"
         raise UserError(f"--attention: {trained.config.model} has no {what}: there is no map of what it looks at")
     seen: list[tuple] = []

@@ -1,0 +1,269 @@
+"""The timm-style modules that hold a core: x (batch, tokens, dim) in, the same shape out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from .. import backends
+from ..ops.checks import check_mask
+from ..ops.rope import Rope
+from ..ops.weights import attention_weights
+from .checks import check_heads, check_rate, check_tokens
+from .core import Core, Mixer, SdpaArgs, Site, Tokens, mount
+from .dropout import Dropout
+from .packed_linear import packed_linear
+
+
+class MixerModule(nn.Module):
+    """What modules of attentions and of other mixers share.
+
+    Attributes:
+        core: the mixer, as it fits its site.
+    """
+
+    def __init__(
+        self, core: Mixer, dim: int, num_heads: int, attn_drop: float, proj_drop: float, backend: str, site: Site | None
+    ) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        check_rate("attn_drop", attn_drop)
+        check_rate("proj_drop", proj_drop)
+        if attn_drop and "dropout" not in core.accepts():
+            raise NotImplementedError(f"attn_drop: expected 0 ({core.reason('dropout')}), got {attn_drop}")
+        backends.check(backend)
+        site = site or Site(dim // num_heads, num_heads)
+        self.core = core.fit(site)
+        self.dim, self.num_heads, self.head_dim, self.backend = dim, num_heads, dim // num_heads, backend
+
+    def refuse(self, attn_mask: Tensor | None, is_causal: bool, key_padding_mask: Tensor | None) -> None:
+        """Raises NotImplementedError for what the core does not accept."""
+        accepted = self.core.accepts()
+        for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
+            if mask is not None and name not in accepted:
+                raise NotImplementedError(f"{name}: expected None, got a mask; {self.core.reason(name)}")
+        if is_causal and "causal" not in accepted:
+            raise NotImplementedError(f"is_causal: expected False; {self.core.reason('causal')}")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MixerModule:
+        before = {name: getattr(self, name) for name in self.kept_dtypes}
+        super()._apply(fn, recurse)
+        # Rounded features would differ between ranks and lose the estimate: move them, do not cast them.
+        for name, value in before.items():
+            if getattr(self, name).dtype != value.dtype:
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
+    def extra_repr(self) -> str:
+        return repr(self.core)
+
+
+class AttentionModule(MixerModule):
+    """An attention between the linear maps of timm's `Attention`: its parameters, names and order of arguments.
+
+    Args:
+        core: the attention.
+        dim: width of the tokens; num_heads must divide it.
+        num_heads: heads.
+        qkv_bias, proj_bias: biases of the two linear maps.
+        qk_norm: normalise q and k of each head with norm_layer(head_dim).
+        attn_drop, proj_drop: dropout of the attention weights and of the output. Linear-cost attentions have no weights to
+            drop and refuse attn_drop.
+        norm_layer: for qk_norm; default torch.nn.LayerNorm.
+        backend: of the attention and of the rotary embedding.
+        site: where it stands in a model.
+    """
+
+    core: Core
+
+    def __init__(
+        self,
+        core: Core,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
+        *,
+        backend: str = "auto",
+        site: Site | None = None,
+    ) -> None:
+        super().__init__(core, dim, num_heads, attn_drop, proj_drop, backend, site)
+        norm_layer = norm_layer or nn.LayerNorm
+        self.scale = self.head_dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = norm_layer(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = Dropout(proj_drop)
+        mount(self, self.core, site or Site(self.head_dim, num_heads))
+
+    @property
+    def has_weights(self) -> bool:
+        """The attention forms its weights, so that some of them can be masked or dropped."""
+        return "attn_mask" in self.core.accepts()
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        key_padding_mask: Tensor | None = None,
+        rope: Rope | None = None,
+    ) -> Tensor:
+        """Mix the tokens.
+
+        Args:
+            x: (batch, tokens, dim).
+            attn_mask: (tokens, tokens), with leading dimensions or not: bool, True = may be looked at, or added to the
+                logits. Linear-cost attention never forms the weights that it acts on, and refuses it.
+            is_causal: timm's; refused.
+            key_padding_mask: bool (batch, tokens), True = valid. Other tokens are read as 0, whatever they hold.
+            rope: rotary embedding of q and k.
+        """
+        check_tokens(x, self.dim, self.qkv)
+        if key_padding_mask is not None:
+            check_mask(key_padding_mask, x[:, None], columns="tokens")
+            x = x.masked_fill(~key_padding_mask[..., None], 0)
+        self.refuse(attn_mask, is_causal, key_padding_mask)
+        out, normalised = None, not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
+        if attn_mask is None and not normalised:
+            out = self.core.attend_tokens(
+                self, x, self.qkv, scale=self.scale, rope=rope, tokens=Tokens(key_padding_mask), backend=self.backend
+            )
+        if out is None:
+            out = self.attend(*self.heads(x), key_padding_mask, rope, attn_mask)
+        return self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of (batch, tokens, dim), each (batch, heads, tokens, head_dim)."""
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in packed_linear(self.qkv, x))
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding_mask: Tensor | None = None,
+        rope: Rope | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The attention between the linear maps: (batch, heads, tokens, head_dim) to the same."""
+        return self._attend(self.core, q, k, v, key_padding_mask, rope, attn_mask)
+
+    def _attend(
+        self, core: Core, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        sdpa = SdpaArgs(attn_mask, self.attn_drop.p if self.training else 0.0)
+        return core.attend(
+            self, q, k, v, scale=self.scale, rope=rope, tokens=Tokens(key_padding_mask), sdpa=sdpa, backend=self.backend
+        )
+
+    def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None) -> Tensor:
+        """What `token` of x (batch, tokens, dim) looks at: its row of the attention matrix, (batch, heads, tokens).
+
+        A residual, which is no attention, has no part in it.
+        """
+        q, k, _ = self.heads(x)
+        core = self.core.weights_only()
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None) -> Tensor:
+            return self._attend(core, q, k, v, mask, rope)
+
+        return attention_weights(attend, q, k, None, rope, token=token)
+
+
+class RedrawnAttentionModule(AttentionModule):
+    """One whose core draws random features, and counts in its extra state how often.
+
+    Attributes:
+        redraws: a Python integer: reading a tensor would wait for the device in every step.
+    """
+
+    redraws = 0
+
+    def redraw_projection(self) -> None:
+        """Draw new random features; every rank that calls it as often holds the same ones.
+
+        Never between a forward and its backward: recomputation (checkpointing) would see other features. A captured CUDA
+        graph keeps those it was captured with.
+        """
+        self.core.redraw(self)
+
+    def get_extra_state(self) -> Tensor:
+        return self.core.extra_state(self)
+
+    def set_extra_state(self, state: Any) -> None:
+        self.core.load_extra_state(self, state)
+
+
+class MixingModule(MixerModule):
+    """A mixer without q, k and v in the place of an attention; it has no linear maps.
+
+    Args:
+        core: the mixer.
+        dim: width of the tokens; num_heads must divide it.
+        num_heads: the heads that a rotary embedding turns.
+        attn_drop, proj_drop: refused, and dropout of the output.
+        backend: of the mixer.
+        site: where it stands in a model.
+
+    Others are accepted for the sake of timm's blocks, and without effect.
+    """
+
+    def __init__(
+        self,
+        core: Mixer,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
+        *,
+        backend: str = "auto",
+        site: Site | None = None,
+    ) -> None:
+        super().__init__(core, dim, num_heads, attn_drop, proj_drop, backend, site)
+        self.proj_drop = Dropout(proj_drop)
+        mount(self, self.core, site or Site(self.head_dim, num_heads))
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        key_padding_mask: Tensor | None = None,
+        rope: Rope | None = None,
+    ) -> Tensor:
+        """Mix the tokens.
+
+        Args:
+            x: (batch, tokens, dim).
+            rope: rotary embedding. There are no queries and keys: it turns the heads of the tokens themselves.
+        """
+        check_tokens(x, self.dim)
+        self.refuse(attn_mask, is_causal, key_padding_mask)
+        out = self.core.mix(
+            self, x, num_heads=self.num_heads, rope=rope, tokens=Tokens(key_padding_mask), backend=self.backend
+        )  # fmt: skip
+        return self.proj_drop(out)
+
+
+def make_module(core: Mixer, dim: int, **options: Any) -> MixerModule:
+    """The module that holds `core`; options as those of AttentionModule."""
+    if not isinstance(core, Core):
+        return MixingModule(core, dim, **options)
+    return (RedrawnAttentionModule if core.has_extra_state else AttentionModule)(core, dim, **options)

@@ -1,0 +1,62 @@
+"""Softmax attention: its core, and timm's `Attention`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.rope import Rope, apply_rope
+from .core import Core, SdpaArgs, Tokens, register
+from .module import AttentionModule
+
+
+@register("softmax")
+@dataclass(frozen=True)
+class Softmax(Core):
+    """softmax(scale q k^T) v, quadratic in the tokens: torch's scaled_dot_product_attention."""
+
+    def accepts(self) -> frozenset[str]:
+        return super().accepts() | {"attn_mask", "dropout", "cross"}
+
+    def takes_trained_weights(self) -> bool:
+        return True
+
+    def attend(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rope: Rope | None, tokens: Tokens,
+        sdpa: SdpaArgs, backend: str,
+    ) -> Tensor:  # fmt: skip
+        if rope is not None:
+            q, k = apply_rope(q, k, rope, backend=backend)
+        mask = sdpa.attn_mask
+        if tokens.key_padding_mask is not None:
+            valid = tokens.key_padding_mask[:, None, None, :]
+            if mask is None:
+                mask = valid
+            else:
+                mask = mask & valid if mask.dtype == torch.bool else mask.masked_fill(~valid, -math.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=sdpa.dropout, scale=scale)
+
+
+class Attention(AttentionModule):
+    """Multi-head softmax attention with timm's signature: see AttentionModule."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            Softmax(), dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer, backend=backend
+        )  # fmt: skip
