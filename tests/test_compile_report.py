@@ -169,10 +169,7 @@ def test_launches_of_torch_are_counted():
     assert sum(map(compile_report.torch_launches, roots)) == 5  # contiguous, float, sum, zeros, add
 
 
-UNMEASURED = "gfx90a", "gfx950"  # their rows of shared_memory.csv are still to be measured
-
-
-@pytest.mark.parametrize("arch", [arch for arch in TARGETS if arch not in UNMEASURED])
+@pytest.mark.parametrize("arch", TARGETS)
 def test_every_launch_fits_its_shared_memory(arch):
     """Everything that the launch table can serve, by the committed table, which has to be of these tiles and kernels."""
     rows = shared_memory.read_rows()
