@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from vix_kernels.models import create_model, list_models
+from vix_kernels.nn.agent import Agent
+from vix_kernels.nn.nystrom import Nystrom
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 
 from vix_kernels.integrations import hosts  # noqa: E402
 from vix_kernels.integrations import timm as door  # noqa: E402
-from vix_kernels.integrations.drop_in import most_cells  # noqa: E402
 from vix_kernels.integrations.sdpa import replace_sdpa  # noqa: E402
+from vix_kernels.ops.pooling import most_cells  # noqa: E402
 
 EXACT = dict(num_landmarks=16, pinv_iterations=16)  # as many landmarks as the grid has tokens
 
@@ -51,9 +53,9 @@ def test_with_all_landmarks_a_vit_gives_its_own_answers(arguments):
     assert report.replaced == ["blocks.0.attn", "blocks.1.attn"] and not report.refused
     assert list(model.state_dict()) == keys
     torch.testing.assert_close(model.forward_features(x), expected, atol=1e-3, rtol=1e-3)
-    options = model.blocks[0].attn.attention.placed()
-    assert options["prefix_tokens"] == model.num_prefix_tokens
-    assert options["grid_size"] == (4, 4) and options["landmarks"] == "grid"
+    core = model.blocks[0].attn.attention.placed()
+    assert core.prefix_tokens == model.num_prefix_tokens
+    assert core.grid_size == (4, 4) and core.landmarks == "grid"
 
 
 def test_gates_are_honoured():
@@ -120,7 +122,7 @@ def test_trains(op):
     door.replace_attention(model, op, retrain=True)
     model(images()).square().sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
-    seeds = [block.attn.attention.options.get("seed") for block in model.blocks]
+    seeds = [getattr(block.attn.attention.core, "seed", None) for block in model.blocks]
     assert op != "performer" or seeds == [0, 1]
     copied = copy.deepcopy(model).eval()
     assert torch.equal(copied(images()), model.eval()(images()))
@@ -129,14 +131,14 @@ def test_trains(op):
 def test_where_landmarks_are_placed():
     model = timm.create_model("vit_tiny_patch16_224", img_size=(96, 192), depth=1, num_classes=5)
     door.replace_attention(nn.Sequential(model), "nystrom")  # also of a model within another
-    options = model.blocks[0].attn.attention.placed()
-    assert options == dict(num_landmarks=60, landmarks="grid", grid_size=(6, 12), prefix_tokens=1)
+    core = model.blocks[0].attn.attention.placed()
+    assert core == Nystrom.made("host", num_landmarks=60, landmarks="grid", grid_size=(6, 12), prefix_tokens=1)
     model(torch.randn(1, 3, 96, 192))
     door.replace_attention(model, "agent", retrain=True)
-    assert model.blocks[0].attn.attention.placed() == dict(num_agents=48, grid_size=(6, 12), prefix_tokens=1)
+    assert model.blocks[0].attn.attention.placed() == Agent(num_agents=48, grid_size=(6, 12), prefix_tokens=1)
     assert len(model.patch_embed._forward_hooks) == 1
     door.replace_attention(model, "nystrom", landmarks="segment")
-    assert model.blocks[0].attn.attention.placed() == dict(landmarks="segment", prefix_tokens=1)
+    assert model.blocks[0].attn.attention.placed() == Nystrom.made("host", landmarks="segment", prefix_tokens=1)
     model(torch.randn(1, 3, 96, 192))
     dropping = vit(patch_drop_rate=0.25).train()
     assert "4 landmarks in segments" in str(door.replace_attention(dropping, "nystrom", num_landmarks=4))
@@ -159,8 +161,7 @@ def test_landmarks_are_placed_on_the_grid_of_the_call(name):
         fixed = copy.deepcopy(model)
         for block in fixed.blocks:
             block.attn.attention.grid = None
-            block.attn.attention.options |= dict(landmarks="grid", grid_size=(height // 16, width // 16))
-            block.attn.attention.options["num_landmarks"] = most_cells((height // 16, width // 16), 8)
+            block.attn.attention.core = block.attn.attention.core.on_grid((height // 16, width // 16))
         assert torch.equal(model(x), fixed(x))
         assert "on the grid 4 x 4" in repr(copy.deepcopy(model)) or (height, width) != (64, 64)
     again = copy.deepcopy(model)  # with a grid of its own
@@ -192,7 +193,7 @@ def test_the_grid_follows_the_input_size_of_the_model():
     door.replace_attention(model, "nystrom", num_landmarks=16)
     model.set_input_size((96, 32))
     model(torch.randn(2, 3, 96, 32))
-    assert model.blocks[0].attn.attention.placed()["grid_size"] == (6, 2)
+    assert model.blocks[0].attn.attention.placed().grid_size == (6, 2)
     assert "12 landmarks on the grid 6 x 2" in repr(model)
 
 
@@ -236,7 +237,7 @@ def test_an_interrupted_replacement_leaves_the_model_as_it_was(error, monkeypatc
 
 
 def test_an_unknown_op_is_named():
-    with pytest.raises(ValueError, match="op: expected one of 'nystrom', .*, got 'nystrm'"):
+    with pytest.raises(ValueError, match="op: expected one of .*, 'nystrom', .*, got 'nystrm'"):
         door.replace_attention(vit(), "nystrm")
 
 
@@ -304,8 +305,8 @@ def test_what_cannot_be_honoured_raises():
 
 
 def test_layers_for_models_being_built():
-    classes = door.NystromAttention, door.PerformerAttention, door.LinearAttention, door.AgentAttention
-    assert [each.attention.op for each in classes] == list(door.OPS)
+    classes = door.AgentAttention, door.LinearAttention, door.NystromAttention, door.PerformerAttention
+    assert [each.attention.op for each in classes] == door.OPS
     layer = door.attention_layer("nystrom", num_landmarks=4, prefix_tokens=1)
     model = vit(attn_layer=layer)
     assert list(model.state_dict()) == list(vit().state_dict())
@@ -429,14 +430,14 @@ def test_layers_are_placed_as_replacements_are(name, arguments, prefix, op):
     for size in ((64, 64), (64, 96))[: 1 + ("dynamic_img_size" in arguments)]:
         x = torch.randn(2, 3, *size)
         assert torch.equal(built(x), replaced(x))
-        options = built.blocks[1].attn.attention.placed()
-        assert options == replaced.blocks[1].attn.attention.placed()
-        assert options["grid_size"] == (4, size[1] // 16) and options["prefix_tokens"] == prefix
+        core = built.blocks[1].attn.attention.placed()
+        assert core == replaced.blocks[1].attn.attention.placed()
+        assert core.grid_size == (4, size[1] // 16) and core.prefix_tokens == prefix
     assert "on the grid 4 x" in repr(built)
     built.reset_classifier(3)
     door.replace_attention(built, "linear", retrain=True)
     assert door.restore_attention(built) == ["blocks.0.attn", "blocks.1.attn"]
-    assert built.blocks[1].attn.attention.placed() == options
+    assert built.blocks[1].attn.attention.placed() == core
     built(x)
     with pytest.raises(ValueError, match="got none"):
         door.restore_attention(built)
@@ -444,7 +445,9 @@ def test_layers_are_placed_as_replacements_are(name, arguments, prefix, op):
 
 def test_options_say_where_layers_are_placed():
     model = vit(attn_layer=door.attention_layer("nystrom", num_landmarks=4, landmarks="segment"))
-    assert model.blocks[0].attn.attention.placed() == dict(num_landmarks=4, landmarks="segment", prefix_tokens=1)
+    assert model.blocks[0].attn.attention.placed() == Nystrom.made(
+        "host", num_landmarks=4, landmarks="segment", prefix_tokens=1
+    )
     assert "in segments" in repr(vit(attn_layer="vix_nystrom", patch_drop_rate=0.25))
     alone = door.NystromAttention(32, num_heads=2)
     assert alone(torch.randn(1, 9, 32)).shape == (1, 9, 32)

@@ -153,7 +153,7 @@ def test_a_silent_swap_is_refused():
 
 
 def test_unknown_options():
-    with pytest.raises(TypeError, match="linformer: expected options of 'nystrom', 'performer'"):
+    with pytest.raises(TypeError, match="linformer: expected options of 'agent', 'linear', 'nystrom', 'performer'"):
         door.register(linformer={})
     with pytest.raises(TypeError, match="num_features: expected an option of 'nystrom'"):
         door.register(nystrom=dict(num_features=3))

@@ -10,7 +10,6 @@ Importing this registers; nothing changes until a name is used:
 from __future__ import annotations
 
 import copyreg
-import sys
 from functools import cache
 from typing import Any
 
@@ -20,15 +19,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .. import models
+from ..nn.core import Mixer, subscribe
 from ..nn.packed_linear import packed_linear
 from ..ops.rope import Rope
-from .drop_in import APPROXIMATIONS, OPS, DropIn, TokenGrid, options_of
+from . import timm_models  # noqa: F401  registers the models of the zoo
+from .drop_in import OPS, DropIn, TokenGrid
 from .hosts import Report, check_model, host, replace_each, require_call
 
 with host("timm", "1.0.28"):
     from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
-    from timm.models import register_model
     from timm.models.eva import EvaAttention
     from timm.models.vision_transformer import ATTN_LAYERS
 
@@ -201,7 +200,7 @@ class _WithAttention(type):
 
 
 def _class_with(attention: DropIn, retrain: bool) -> type[Attention]:
-    kind = BuiltAttention if attention.op in APPROXIMATIONS else MarkedAttention
+    kind = BuiltAttention if attention.core.takes_trained_weights() else MarkedAttention
     contents = {"attention": attention, "retrain": retrain, "__module__": __name__}
     return _WithAttention(f"{attention.op.capitalize()}Attention", (kind,), contents)
 
@@ -209,8 +208,15 @@ def _class_with(attention: DropIn, retrain: bool) -> type[Attention]:
 copyreg.pickle(_WithAttention, lambda layer: (_class_with, (layer.attention, layer.retrain)))
 
 
-LAYERS = NystromAttention, PerformerAttention, LinearAttention, AgentAttention = tuple(attention_layer(op) for op in OPS)
-ATTN_LAYERS.update({f"vix_{layer.attention.op}": layer for layer in LAYERS})
+LAYERS: list[type[Attention]] = []
+
+
+@subscribe
+def _admit(core: type[Mixer]) -> None:
+    """Make an attention known to timm by its name, those that are registered later on too."""
+    if core.name in OPS:
+        LAYERS.append(attention_layer(core.name))
+        ATTN_LAYERS[f"vix_{core.name}"] = globals()[LAYERS[-1].__name__] = LAYERS[-1]
 
 
 @cache
@@ -231,7 +237,7 @@ def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
     if blocks is None or "num_prefix_tokens" not in vars(vit):
         return
     for layer in blocks.modules():
-        if isinstance(layer, BuiltAttention) and "prefix_tokens" in options_of(layer.built.op):
+        if isinstance(layer, BuiltAttention) and "prefix_tokens" in layer.built.core.options():
             placed = _placed(type(layer).attention, vit, _follow(vit.patch_embed) if _has_grid(vit) else None)
             if layer.attention is layer.built:
                 layer.attention = placed
@@ -333,13 +339,15 @@ def _vision_transformers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _placed(attention: DropIn, vit: nn.Module, grid: TokenGrid | None) -> DropIn:
     """`attention` for the tokens of `vit`: with its prefix and on its grid, unless the options or patch dropout rule it out."""
-    op, options = attention.op, attention.options
-    if "prefix_tokens" not in options_of(op):
+    options = attention.options
+    if "prefix_tokens" not in attention.core.options():
         return attention
     fixed = "grid_size" in options or options.get("landmarks", "grid") != "grid"
     if fixed or isinstance(getattr(vit, "patch_drop", None), PatchDropout | PatchDropoutWithIndices):
         grid = None
-    return DropIn(op, retrain=True, grid=grid, **{"prefix_tokens": vit.num_prefix_tokens} | options)
+    return DropIn(
+        attention.op, retrain=True, grid=grid, backend=attention.backend, **{"prefix_tokens": vit.num_prefix_tokens} | options
+    )
 
 
 def _has_grid(vit: nn.Module) -> bool:
@@ -372,31 +380,3 @@ def _reason_against(module: nn.Module) -> str:
         return ""
     kind, names = type(module), ", ".join(kind.__name__ for kind in _REPLACED)
     return f"{kind.__module__}.{kind.__name__}, none of timm's {names}"
-
-
-def _register_models() -> None:
-    """Every model of the zoo as vix_NAME, with timm's words for its arguments."""
-
-    def entry(name: str) -> Any:
-        def build(pretrained: bool = False, **arguments: Any) -> nn.Module:
-            for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm's, about weights to load
-                arguments.pop(key, None)
-            if pretrained:
-                raise RuntimeError(f"pretrained: expected False, got True: vix_{name} has no published weights")
-            model = models.create_model(name, **arguments)
-            model.default_cfg = model.pretrained_cfg = dict(
-                architecture=f"vix_{name}", num_classes=model.num_classes, input_size=(model.in_chans, *model.img_size),
-                mean=(0.5,) * model.in_chans, std=(0.5,) * model.in_chans, interpolation="bicubic", crop_pct=1.0,
-                classifier="head",
-            )  # fmt: skip
-            return model
-
-        build.__name__ = build.__qualname__ = f"vix_{name}"
-        build.__doc__ = f"The model {name!r} of vix_kernels.models, with its arguments."
-        return build
-
-    for name in models.list_models():
-        setattr(sys.modules[__name__], f"vix_{name}", register_model(entry(name)))
-
-
-_register_models()

@@ -63,7 +63,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             taken = ~key_padding_mask if key_padding_mask.dtype == torch.bool else taking_part(key_padding_mask)
             key_padding_mask = taken[None] if query.dim() == 2 else taken
         dropout = self.dropout if self.training else 0.0
-        out = self.attention(q, k, v, dropout_p=dropout, is_causal=is_causal, key_padding_mask=key_padding_mask)
+        out = self.attention(
+            q, k, v, dropout_p=dropout, is_causal=is_causal, key_padding_mask=key_padding_mask,
+            self_attention=query is key,
+        )  # fmt: skip
         out = self.out_proj(rearrange(out, "b h n d -> b n (h d)"))
         return rearrange(out, f"{'b' if 'b' in layout else '1'} n c -> {layout}"), None
 

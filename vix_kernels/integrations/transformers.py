@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import backends
+from ..nn.core import Mixer, subscribe
 from ..ops.fourier import fourier_mixing
 from ..ops.nystrom import nystrom_attention
 from ..ops.pooling import pooling
@@ -50,9 +51,24 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
         if op not in OPS:
             raise TypeError(f"{op}: expected options of {', '.join(map(repr, OPS))}")
     for op in OPS:
-        attention = DropIn(op, retrain=True, **options.get(op, {}))
-        AttentionInterface.register(f"vix_{op}", _attention_function(attention, retrain))
-        AttentionMaskInterface.register(f"vix_{op}", padding_mask)
+        _register(op, retrain, options.get(op, {}))
+    _retrain[:] = [retrain]
+
+
+_retrain: list[bool] = []  # of the latest call of register
+
+
+@subscribe
+def _admit(core: type[Mixer]) -> None:
+    """An attention that is registered after a call of register."""
+    if _retrain and core.name in OPS:
+        _register(core.name, _retrain[0], {})
+
+
+def _register(op: str, retrain: bool, options: Mapping[str, Any]) -> None:
+    attention = DropIn(op, retrain=True, **options)
+    AttentionInterface.register(f"vix_{op}", _attention_function(attention, retrain))
+    AttentionMaskInterface.register(f"vix_{op}", padding_mask)
 
 
 def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple[Tensor, None]]:
@@ -68,7 +84,7 @@ def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple
         **others: Any,
     ) -> tuple[Tensor, None]:
         """q, k, v (batch, heads, tokens, head_dim) to (batch, tokens, heads, head_dim), as transformers calls it."""
-        check_trained(attention.op, retrain)
+        check_trained(attention.core, retrain)
         for name in _UNSERVED:
             value_of = others.get(name)
             if value_of is not None and value_of is not False:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..ops.agent import agent_attention
 from ..ops.checks import autocast
-from ..ops.pooling import at_most, pooled_queries
+from ..ops.pooling import at_most, most_cells, place, pooled_queries
 from ..ops.rope import Rope
 from .checks import check_placement
 from .core import Core, SdpaArgs, Site, Tokens, register
@@ -37,6 +38,12 @@ class Agent(Core):
     def __post_init__(self) -> None:
         check_placement("num_agents", self.num_agents, self.grid_size, self.prefix_tokens)
 
+    def on_grid(self, size: tuple[int, int]) -> Agent:
+        return replace(self, grid_size=size, num_agents=most_cells(size, self.num_agents))
+
+    def describe(self) -> str:
+        return f"agent, {self.num_agents} agents {place(self.grid_size, self.prefix_tokens)}"
+
     def fit(self, site: Site) -> Agent:
         if self.grid_size is not None or site.grid_size is None:
             return self
@@ -46,18 +53,18 @@ class Agent(Core):
         return replace(self, num_agents=count, grid_size=site.grid_size, prefix_tokens=site.prefix_tokens)
 
     def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rope: Rope | None, tokens: Tokens,
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
         q, k, v = autocast(q, k, v)
-        mask = tokens.key_padding_mask
+        of_queries = tokens.key_padding_mask if tokens.self_attention else None
         agents, counts = pooled_queries(
             q, at_most(self.num_agents, q.shape[2] - self.prefix_tokens), grid_size=self.grid_size,
-            prefix_tokens=self.prefix_tokens, mask=mask, backend=backend,
+            prefix_tokens=self.prefix_tokens, mask=of_queries, backend=backend,
         )  # fmt: skip
         return agent_attention(
-            q, k, v, agents, scale=scale, agent_mask=None if mask is None else counts > 0, key_padding_mask=mask, rope=rope,
-            backend=backend,
+            q, k, v, agents, scale=scale, agent_mask=None if of_queries is None else counts > 0,
+            key_padding_mask=tokens.key_padding_mask, rope=rope, backend=backend,
         )  # fmt: skip
 
 

@@ -82,15 +82,19 @@ class Mixer:
 
     Attributes:
         name: it is registered by.
-        presets: options whose default differs in the "zoo".
+        presets: options whose default differs in the "zoo", or in a "host" whose attention it replaces.
         sited: options that follow from the site, so that a model of the zoo does not take them.
         has_extra_state: its modules have what extra_state and load_extra_state speak of.
+        for_hosts: a host can have it in the place of softmax attention.
+        not_for_hosts: why not, to end a sentence with.
     """
 
     name: ClassVar[str]
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     sited: ClassVar[frozenset[str]] = frozenset()
     has_extra_state: ClassVar[bool] = False
+    for_hosts: ClassVar[bool] = False
+    not_for_hosts: ClassVar[str] = ""
 
     @classmethod
     def made(cls: type[Some], preset: str, **options: Any) -> Some:
@@ -117,6 +121,19 @@ class Mixer:
         """This mixer with what follows from its site: its slots on the grid, its layer's seed."""
         return self
 
+    def in_layer(self: Some, layer: int) -> Some:
+        """This mixer for one of several layers: those with random features should not share them."""
+        return self
+
+    def on_grid(self: Some, size: tuple[int, int]) -> Some:
+        """This mixer with its slots on a grid of tokens (rows, columns), as many as fit it, if it has slots of tokens."""
+        return self
+
+    def describe(self) -> str:
+        """What it is, in words, for a report."""
+        options = ", ".join(f"{name} {getattr(self, name)}" for name in self.options())
+        return f"{self.name}{', ' if options else ''}{options}"
+
     def state(self, site: Site) -> State:
         """What a module that holds it has: parameters, buffers, modules, or None for one that these options leave out."""
         return {}
@@ -140,19 +157,31 @@ class Mixer:
 class Core(Mixer):
     """An attention: a mixer of q, k and v."""
 
+    for_hosts = True
+
     def takes_trained_weights(self) -> bool:
         """Whether it is near enough to softmax attention to go on with weights that were trained with that."""
         return False
+
+    def derived(self, q: Tensor) -> Any:
+        """What stands for the module where there is none, for a call with q: an object with the state that is derived.
+
+        Raises:
+            NotImplementedError: it has parameters, which are trained in a module.
+        """
+        if type(self).state is not Mixer.state:
+            raise NotImplementedError(f"{self.name}: it has parameters, and here is no module that could hold them")
+        return None
 
     def weights_only(self: Some) -> Some:
         """Without what is added to the attention: a residual is no attention."""
         return self
 
     def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rope: Rope | None, tokens: Tokens,
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
-        """(batch, heads, tokens, head_dim) to the same; `module` holds the state."""
+        """(batch, heads, tokens, head_dim) to the same; `module` holds the state. scale: default head_dim ** -0.5."""
         raise NotImplementedError
 
     def attend_tokens(

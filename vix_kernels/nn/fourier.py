@@ -26,6 +26,7 @@ class Fourier(Mixer):
 
     norm: Literal["ortho"] | None = None
 
+    not_for_hosts = "it mixes tokens without q, k and v: build the model with nn.FourierMixing"
     presets = {"zoo": {"norm": "ortho"}}
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -28,11 +28,14 @@ class Linear(Core):
     feature_map: Literal["relu", "elu"] = "relu"
     eps: float = 1e-6
 
+    def describe(self) -> str:
+        return f"linear, {self.feature_map} of the channels"
+
     def __post_init__(self) -> None:
         check_feature_map(self.feature_map, self.eps)
 
     def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rope: Rope | None, tokens: Tokens,
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
         return linear_attention(

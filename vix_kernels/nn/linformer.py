@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -33,6 +34,8 @@ class Linformer(Core):
     share_kv: bool = False
     per_head: bool = False
 
+    for_hosts = False
+    not_for_hosts = "its projections are parameters for one number of tokens: build the model with nn.LinformerAttention"
     sited = frozenset({"seq_len"})
     presets = {"zoo": {"num_landmarks": 64, "share_kv": True}}
 
@@ -57,7 +60,7 @@ class Linformer(Core):
         return {"key_projection": projection(), "value_projection": None if self.share_kv else projection()}
 
     def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rope: Rope | None, tokens: Tokens,
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
         return linformer_attention(

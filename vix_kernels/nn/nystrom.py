@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ..ops.checks import check_integer
 from ..ops.nystrom import check_nystrom, nystrom_attention
-from ..ops.pooling import at_most
+from ..ops.pooling import at_most, most_cells, place
 from ..ops.rope import Rope
 from .checks import check_placement
 from .core import Core, SdpaArgs, Site, State, Tokens, register
@@ -38,6 +38,7 @@ class Nystrom(Core):
     pinv_init: Literal["exact", "original"] = "exact"
     residual_conv_kernel: int = 33
 
+    presets = {"host": {"residual_conv_kernel": 0}}
     sited = frozenset({"grid_size", "prefix_tokens"})
 
     def __post_init__(self) -> None:
@@ -49,6 +50,15 @@ class Nystrom(Core):
 
     def takes_trained_weights(self) -> bool:
         return not self.residual_conv_kernel
+
+    def derived(self, q: Tensor) -> Any:
+        return super().derived(q) if self.residual_conv_kernel else None
+
+    def on_grid(self, size: tuple[int, int]) -> Nystrom:
+        return replace(self, landmarks="grid", grid_size=size, num_landmarks=most_cells(size, self.num_landmarks))
+
+    def describe(self) -> str:
+        return f"nystrom, {self.num_landmarks} landmarks {place(self.grid_size, self.prefix_tokens)}"
 
     def weights_only(self) -> Nystrom:
         return replace(self, residual_conv_kernel=0)
@@ -66,12 +76,13 @@ class Nystrom(Core):
         return {"res_conv": nn.Conv2d(heads, heads, (taps, 1), padding=(taps // 2, 0), groups=heads, bias=False)}
 
     def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rope: Rope | None, tokens: Tokens,
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
         residual = module.res_conv if self.residual_conv_kernel else None
+        most = at_most(at_most(self.num_landmarks, q.shape[2] - self.prefix_tokens), k.shape[2] - self.prefix_tokens)
         return nystrom_attention(
-            q, k, v, num_landmarks=at_most(self.num_landmarks, q.shape[2] - self.prefix_tokens), landmarks=self.landmarks,
+            q, k, v, num_landmarks=most, landmarks=self.landmarks,
             grid_size=self.grid_size, prefix_tokens=self.prefix_tokens, pinv_iterations=self.pinv_iterations,
             pinv_init=self.pinv_init, conv_weight=None if residual is None else residual.weight, scale=scale,
             key_padding_mask=tokens.key_padding_mask, rope=rope, backend=backend,

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops.checks import check_integer
 from ..ops.performer import orthogonal_projection, performer_attention
 from ..ops.rope import Rope
+from ..primitives.registry import library
 from .core import Buffer, Core, SdpaArgs, Site, State, Tokens, register
 from .module import RedrawnAttentionModule
+
+
+class Derived(NamedTuple):
+    """What stands for the module of a Performer where there is none."""
+
+    projection: Tensor
 
 
 @register("performer")
@@ -33,16 +42,29 @@ class Performer(Core):
     has_extra_state = True
 
     def __post_init__(self) -> None:
-        if not 0 <= check_integer("seed", self.seed) < 4096:
-            raise ValueError(f"seed: expected 0 to 4095, got {self.seed}")
+        check_integer("seed", self.seed, 0)
+        if self.num_features is not None:
+            check_integer("num_features", self.num_features, 1)
 
     def fit(self, site: Site) -> Performer:
-        features = self.num_features
-        if features is None:
-            features = max(1, int(site.head_dim * math.log(site.head_dim)))
-        return replace(self, num_features=features, seed=self.seed + site.layer)
+        return replace(self.in_layer(site.layer), num_features=self.features_of(site.head_dim))
+
+    def in_layer(self, layer: int) -> Performer:
+        return replace(self, seed=self.seed + layer) if layer else self
+
+    def features_of(self, head_dim: int) -> int:
+        return max(1, int(head_dim * math.log(head_dim))) if self.num_features is None else self.num_features
+
+    def describe(self) -> str:
+        return f"performer, {self.num_features or 'd ln d'} features, seed {self.seed}"
+
+    def derived(self, q: Tensor) -> Any:
+        """Random features are kept outside of the model."""
+        return Derived(random_features(q, self.features_of(q.shape[3]), self.seed))
 
     def state(self, site: Site) -> State:
+        if self.seed >= 4096:
+            raise ValueError(f"seed: expected 0 to 4095, got {self.seed}")
         return {"projection": Buffer(self.draw(site.head_dim, 0), keep_dtype=True)}
 
     def draw(self, head_dim: int, redraws: int) -> Tensor:
@@ -67,7 +89,7 @@ class Performer(Core):
         module.redraws = round(redraws)
 
     def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rope: Rope | None, tokens: Tokens,
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
         return performer_attention(
@@ -107,3 +129,31 @@ class PerformerAttention(RedrawnAttentionModule):
             Performer(num_features, seed), dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer,
             backend=backend,
         )  # fmt: skip
+
+
+def random_features(q: Tensor, num_features: int, seed: int) -> Tensor:
+    """orthogonal_projection for the width of q, on its device, drawn once and kept for the process."""
+    if torch.compiler.is_dynamo_compiling():
+        return torch.ops.vix_kernels.random_features(q.detach(), num_features, seed)
+    return _drawn(num_features, q.shape[3], seed, q.device)
+
+
+@lru_cache(maxsize=256)
+def _drawn(num_features: int, width: int, seed: int, device: torch.device) -> Tensor:
+    # Kept for later calls, which are not under the transforms and modes of this one.
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        return orthogonal_projection(num_features, width, seed=seed).to(device)
+
+
+# What compilers see of it, which cannot trace the drawing. An operator has to return memory of its own.
+library.define("random_features(Tensor q, SymInt num_features, int seed) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+library.impl(
+    "random_features",
+    lambda q, num_features, seed: _drawn(num_features, q.shape[3], seed, q.device).clone(),
+    "CompositeExplicitAutograd",
+)
+torch.library.register_fake(
+    "vix_kernels::random_features",
+    lambda q, num_features, seed: q.new_empty(num_features, q.shape[3], dtype=torch.float32),
+    lib=library,
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from .module import AttentionModule
 class Softmax(Core):
     """softmax(scale q k^T) v, quadratic in the tokens: torch's scaled_dot_product_attention."""
 
+    for_hosts = False  # it is what they have
+
     def accepts(self) -> frozenset[str]:
         return super().accepts() | {"attn_mask", "dropout", "cross"}
 
@@ -26,7 +29,7 @@ class Softmax(Core):
         return True
 
     def attend(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scale: float, rope: Rope | None, tokens: Tokens,
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
         if rope is not None:

@@ -65,3 +65,15 @@ def pooled_queries(
     if backend == "reference":
         return landmarks_reference(q, q_mask=mask, **pool)
     return landmarks(q, q_mask=mask, **pool, backend=backend)
+
+
+def most_cells(grid: tuple[int, int], most: int) -> int:
+    """The largest number up to `most` that is a product of at most the rows and at most the columns of the grid."""
+    rows, columns = grid
+    return max(a * min(most // a, columns) for a in range(1, min(rows, most) + 1))
+
+
+def place(grid_size: tuple[int, int] | None, prefix_tokens: int) -> str:
+    """Where landmarks or agents stand, in words."""
+    where = "in segments" if grid_size is None else f"on the grid {grid_size[0]} x {grid_size[1]}"
+    return where + (f", {prefix_tokens} prefix token{'s' * (prefix_tokens > 1)}" if prefix_tokens else "")

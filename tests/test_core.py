@@ -1,0 +1,98 @@
+"""A core that another package registers is known everywhere, without an edit of anything here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from vix_kernels.nn.core import CORES, register
+from vix_kernels.nn.nystrom import Nystrom
+
+EVEN = '''
+from dataclasses import dataclass
+import torch
+from vix_kernels.nn.core import Core, register
+
+@register("even")
+@dataclass(frozen=True)
+class Even(Core):
+    """Every query gets the mean of the values that take part, times `factor`."""
+
+    factor: float = 1.0
+
+    def attend(self, module, q, k, v, *, scale, rope, tokens, sdpa, backend):
+        mask = tokens.key_padding_mask
+        weights = v.new_ones(v.shape[0], v.shape[2]) if mask is None else mask.to(v.dtype)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+        return self.factor * torch.einsum("bn,bhnd->bhd", weights, v)[:, :, None].expand(-1, -1, q.shape[2], -1)
+'''
+USES = {
+    "zoo": """
+from vix_kernels.models import create_model, list_models
+model = create_model("vit", mixer="even", factor=2.0, img_size=8, patch_size=2, embed_dim=16, depth=2, num_heads=2)
+model(torch.randn(2, 3, 8, 8)).sum().backward()
+assert model.blocks[1].attn.core.factor == 2.0
+""",
+    "timm": """
+import timm
+from vix_kernels.integrations.timm import replace_attention
+sizes = dict(img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=2)
+vit = timm.create_model("vit_tiny_patch16_224", **sizes)
+try:
+    replace_attention(vit, "even")
+except ValueError as error:
+    assert "retrain: expected True for 'even'" in str(error)
+assert len(replace_attention(vit, "even", retrain=True).replaced) == 2
+vit(torch.randn(1, 3, 32, 32)).sum().backward()
+built = timm.create_model("vit_tiny_patch16_224", attn_layer="vix_even", **sizes)
+assert "even, factor 1.0" in repr(built)
+""",
+    "transformers": """
+import transformers
+from vix_kernels.integrations.transformers import register
+register(retrain=True)
+sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)
+model = transformers.ViTModel(transformers.ViTConfig(**sizes))
+model.set_attn_implementation("vix_even")
+model(torch.randn(1, 3, 32, 32)).last_hidden_state.sum().backward()
+""",
+    "torch.nn": """
+from torch import nn
+from torch.nn import functional as F
+from vix_kernels.integrations.sdpa import replace_sdpa
+from vix_kernels.integrations.torch_nn import replace_mha
+encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True), 1)
+assert len(replace_mha(encoder, "even", retrain=True).replaced) == 1
+encoder(torch.randn(1, 6, 32)).sum().backward()
+q, k, v = torch.randn(3, 1, 2, 6, 8).unbind()
+with replace_sdpa("even", retrain=True) as swap:
+    out = F.scaled_dot_product_attention(q, k, v)
+assert swap.served == 1
+torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v))
+""",
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("use", USES)
+def test_a_core_of_another_package_is_everywhere(use: str, late: bool, tmp_path: Path) -> None:
+    """Registered before the integrations are imported, or after."""
+    if not find_spec(use.partition(".")[0]) and use != "zoo":
+        pytest.skip(f"{use} is not installed")
+    (tmp_path / "even.py").write_text(EVEN)
+    modules = {"timm": "timm", "transformers": "transformers", "torch.nn": "torch_nn"}
+    first = f"import vix_kernels.integrations.{modules[use]}\n" if late and use in modules else ""
+    code = "import torchvision_operators, torch\nkept = torchvision_operators.declare()\n" + first + "import even\n" + USES[use]
+    path = [str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{code}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_name_is_given_once() -> None:
+    with pytest.raises(ValueError, match="name: expected one that is free, got 'nystrom', that of Nystrom"):
+        register("nystrom")(type("Other", (Nystrom,), {}))
+    assert CORES["nystrom"] is Nystrom
