@@ -8,8 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
+from vix_kernels import rope_1d
 from vix_kernels.nn.core import CORES, register
+from vix_kernels.nn.module import make_module
 from vix_kernels.nn.nystrom import Nystrom
 
 EVEN = '''
@@ -90,6 +93,29 @@ def test_a_core_of_another_package_is_everywhere(use: str, late: bool, tmp_path:
     path = [str(tmp_path), str(Path(__file__).parent)]
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{code}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_imports_it_first(tmp_path: Path) -> None:
+    (tmp_path / "even.py").write_text(EVEN)
+    command = [sys.executable, "-m", "vix_kernels", "--import", "even", "train", "--model", "vit", "--epochs", "1"]
+    command += ["--warmup-epochs", "0", "--output", "run", "--model-kwargs", "mixer=even", "factor=0.5", "depth=1"]
+    done = subprocess.run([*command, "embed_dim=16", "num_heads=2"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    wrong = subprocess.run([*command[:4], "nothing", "models"], capture_output=True, text=True, cwd=tmp_path)
+    assert wrong.returncode == 2 and wrong.stderr == "vix: error: --import: cannot import nothing: No module named 'nothing'\n"
+
+
+def test_what_a_core_does_not_accept_is_refused() -> None:
+    class Plain(Nystrom):
+        name = "plain"
+
+        def accepts(self) -> frozenset[str]:
+            return frozenset()
+
+    module, x = make_module(Plain(num_landmarks=2), 16, num_heads=2), torch.randn(1, 6, 16)
+    for argument, given in (("rope", rope_1d(6, 8)), ("key_padding_mask", torch.ones(1, 6, dtype=torch.bool))):
+        with pytest.raises(NotImplementedError, match=f"^{argument}: expected None, got .* plain attention does not"):
+            module(x, **{argument: given})
 
 
 def test_a_name_is_given_once() -> None:

@@ -127,6 +127,9 @@ class DropIn:
             if key_padding_mask is not None:
                 raise NotImplementedError("attn_mask: expected None beside a key_padding_mask")
             key_padding_mask = padding_of(attn_mask, key)
+        for name, given in (("rope", rope), ("key_padding_mask", key_padding_mask)):
+            if given is not None and name not in core.accepts():
+                raise NotImplementedError(f"{name}: expected None, got a {type(given).__name__}; {core.reason(name)}")
         if self_attention is None:
             self_attention = query.shape[2] == key.shape[2]
         return core.attend(

@@ -38,9 +38,13 @@ class MixerModule(nn.Module):
         self.core = core.fit(site)
         self.dim, self.num_heads, self.head_dim, self.backend = dim, num_heads, dim // num_heads, backend
 
-    def refuse(self, attn_mask: Tensor | None, is_causal: bool, key_padding_mask: Tensor | None) -> None:
+    def refuse(
+        self, attn_mask: Tensor | None, is_causal: bool, key_padding_mask: Tensor | None, rope: Rope | None
+    ) -> None:  # fmt: skip
         """Raises NotImplementedError for what the core does not accept."""
         accepted = self.core.accepts()
+        if rope is not None and "rope" not in accepted:
+            raise NotImplementedError(f"rope: expected None, got a rotary embedding; {self.core.reason('rope')}")
         for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
             if mask is not None and name not in accepted:
                 raise NotImplementedError(f"{name}: expected None, got a mask; {self.core.reason(name)}")
@@ -132,7 +136,7 @@ class AttentionModule(MixerModule):
         if key_padding_mask is not None:
             check_mask(key_padding_mask, x[:, None], columns="tokens")
             x = x.masked_fill(~key_padding_mask[..., None], 0)
-        self.refuse(attn_mask, is_causal, key_padding_mask)
+        self.refuse(attn_mask, is_causal, key_padding_mask, rope)
         out, normalised = None, not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
         if attn_mask is None and not normalised:
             out = self.core.attend_tokens(
@@ -255,7 +259,7 @@ class MixingModule(MixerModule):
             rope: rotary embedding. There are no queries and keys: it turns the heads of the tokens themselves.
         """
         check_tokens(x, self.dim)
-        self.refuse(attn_mask, is_causal, key_padding_mask)
+        self.refuse(attn_mask, is_causal, key_padding_mask, rope)
         out = self.core.mix(
             self, x, num_heads=self.num_heads, rope=rope, tokens=Tokens(key_padding_mask), backend=self.backend
         )  # fmt: skip
