@@ -369,8 +369,7 @@ def module_problem(case: Case) -> Problem:
     mask = draw.mask(case.mask, case.batch, case.tokens)
     tensors = {"x": draw.tokens(*shape)}
     names = [name for name, _ in module.named_parameters()]
-    if case.junk is None:
-        tensors |= {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    tensors |= {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     state = {name: x.detach().double() for name, x in module.state_dict().items() if isinstance(x, Tensor)}
     add_rope, run_rope, turn = rotation(case, draw)
     tensors |= add_rope
