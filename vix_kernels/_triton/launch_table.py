@@ -274,6 +274,12 @@ _SMALL = {  # 99 KiB of shared memory
     ("broadcast_slots", 32, 32): Tile(64, 16, 8, 1),
     ("aggregate_slots", 32, 128): Tile(16, 16, 8, 1, "ieee"),
 }
+_ADA = {  # what spills with the tiles above on sm_86 and sm_89
+    ("aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
+    ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 4, 2),
+    ("broadcast_slots_pooled", 16, 64): Tile(32, 64, 8, 2),
+    ("linear_broadcast_tokens", 16, 64): Tile(16, 64, 4, 1),
+}
 _CDNA = {  # one stage and smaller tiles where the pipeline does not fit the registers
     ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 1),
     ("broadcast_tokens", 16, 32): Tile(32, 128, 4, 1),
@@ -290,19 +296,31 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
         ("broadcast_forward_pooled", 16, 64): Tile(64, 64, 4, 2),
         ("aggregate_tokens_pooled", 16, 64): Tile(32, 32, 8, 2),
         ("broadcast_slots", 16, 64): Tile(32, 64, 8, 2),
-        ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 8, 3),
-        ("broadcast_tokens_pooled", 16, 128): Tile(32, 64, 8, 1),
+        ("aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
+        ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 4, 3),
+        ("broadcast_tokens_pooled", 16, 128): Tile(32, 32, 8, 1),
     },
-    "sm_86": _SMALL,
-    "sm_89": _SMALL,
+    "sm_86": _SMALL | _ADA,
+    "sm_89": _SMALL | _ADA | {("project_forward", 16, 128): Tile(64, 32, 8, 1)},
     "sm_120": _SMALL
     | {
+        ("aggregate_forward", 16, 64): Tile(64, 32, 8, 3),
+        ("aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
+        ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 1),
+        ("broadcast_forward", 16, 32): Tile(64, 128, 4, 2),
+        ("broadcast_tokens_pooled", 16, 32): Tile(64, 128, 8, 1),
+        ("broadcast_tokens_pooled", 16, 128): Tile(32, 32, 8, 1),
+        ("broadcast_slots_pooled", 16, 32): Tile(64, 64, 8, 2),
+        ("broadcast_slots_pooled", 16, 128): Tile(32, 64, 4, 1),
+        ("linear_broadcast_tokens", 16, 32): Tile(64, 64, 8, 2),
+        ("linear_broadcast_tokens", 16, 64): Tile(32, 32, 4, 1),
+        ("project_forward", 16, 128): Tile(64, 32, 8, 1),
         ("token_conv_backward", 16, 64): Tile(64, 64, 8, 1),
         ("pinv_backward", 16, 128): Tile(0, 32, 4, 1, "tf32"),
     },
     "sm_90": _WARP_GROUP
     | {
-        ("broadcast_slots_pooled", 16, 128): Tile(64, 64, 8, 2),
+        ("broadcast_slots", 16, 128): Tile(64, 64, 8, 2),
         ("aggregate_tokens", 16, 128): Tile(32, 64, 8, 2),
         # Smaller than the registers allow now: Triton 3.6 spills a few bytes more at width 80.
         ("broadcast_tokens", 16, 128): Tile(32, 128, 8, 2),
@@ -311,7 +329,11 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
         ("dft_channels", 32, 64): Tile(32, 64, 8, 1),
         ("dft_tokens", 32, 64): Tile(32, 64, 8, 1),
     },
-    "sm_100": _WARP_GROUP | {("aggregate_tokens", 16, 128): Tile(64, 64, 8, 1)},
+    "sm_100": _WARP_GROUP
+    | {
+        ("aggregate_tokens", 16, 128): Tile(64, 64, 8, 1),
+        ("broadcast_tokens", 16, 64): Tile(64, 128, 8, 1),
+    },
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
     "gfx950": _CDNA,

@@ -91,14 +91,14 @@ def _merge(kernel: Any, parts: Tensor, numbers: tuple[Tensor, ...], *, outputs: 
     batch, num_heads, chunks, num_slots, width = parts.shape
     merged = parts.new_empty(batch, num_heads, num_slots, width)
     results = [parts.new_empty(batch, num_heads, num_slots) for _ in range(outputs)]
-    block = 16
+    block, num_warps = (8 if padded(width) >= 128 else 16), (4 if padded(width) <= 32 else 8)  # four numbers a thread or more
     launch(
         kernel,
         (batch * num_heads * triton.cdiv(num_slots, block),),
         parts, *numbers, merged, *results, chunks, num_slots,
         E=width, BLOCK_E=padded(width), BLOCK_M=block,
         COMPUTE=triton_dtype(parts.dtype),
-        num_warps=8, num_stages=1, enable_fp_fusion=True,
+        num_warps=num_warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return merged, *results
 
