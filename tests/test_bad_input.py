@@ -202,8 +202,8 @@ CONSTRUCTORS = {
         lambda: Attention(64, proj_drop=float("nan")), ValueError, "proj_drop: expected a number from 0 to 1, got nan"),
     "dropout as text": (lambda: FourierMixing(64, proj_drop="a"), TypeError, "proj_drop: expected a number .*, got 'a'"),
     "dropout of None": (lambda: Attention(64, attn_drop=None), TypeError, "attn_drop: expected a number from 0 to 1, got None"),
-    "seed as a float": (lambda: PerformerAttention(64, seed=1.0), TypeError, "seed: expected an integer, got 1.0"),
-    "seed as text": (lambda: PerformerAttention(64, seed="1"), TypeError, "seed: expected an integer, got '1'"),
+    "seed as a float": (lambda: PerformerAttention(64, seed=1.0), TypeError, "seed: expected an integer >= 0, got 1.0"),
+    "seed as text": (lambda: PerformerAttention(64, seed="1"), TypeError, "seed: expected an integer >= 0, got '1'"),
     "landmarks as text": (
         lambda: NystromAttention(64, num_landmarks="a"), TypeError, "num_landmarks: expected an integer >= 1, got 'a'"),
     "no landmarks": (lambda: NystromAttention(64, num_landmarks=0), ValueError, "num_landmarks: .* >= 1, got 0"),
