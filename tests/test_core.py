@@ -33,6 +33,21 @@ class Even(Core):
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
         return self.factor * torch.einsum("bn,bhnd->bhd", weights, v)[:, :, None].expand(-1, -1, q.shape[2], -1)
 '''
+LEARNED = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from vix_kernels.nn.core import Core, register
+
+@register("learned")
+@dataclass(frozen=True)
+class Learned(Core):
+    def state(self, site):
+        return {"gain": nn.Parameter(torch.ones(site.num_heads))}
+
+    def attend(self, module, q, k, v, *, scale, rope, tokens, sdpa, backend):
+        return v.mean(2, keepdim=True).expand_as(q) * module.gain[:, None, None]
+"""
 USES = {
     "zoo": """
 from vix_kernels.models import create_model, list_models
@@ -92,6 +107,27 @@ def test_a_core_of_another_package_is_everywhere(use: str, late: bool, tmp_path:
     code = "import torchvision_operators, torch\nkept = torchvision_operators.declare()\n" + first + "import even\n" + USES[use]
     path = [str(tmp_path), str(Path(__file__).parent)]
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{code}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_core_with_parameters_is_a_mixer_that_hosts_refuse(tmp_path: Path) -> None:
+    (tmp_path / "learned.py").write_text(LEARNED)
+    code = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+import learned, torch
+from vix_kernels.integrations.drop_in import OPS, DropIn
+from vix_kernels.models import create_model
+model = create_model("vit", mixer="learned", img_size=8, patch_size=2, embed_dim=16, depth=1, num_heads=2)
+model(torch.randn(2, 3, 8, 8)).sum().backward()
+assert model.blocks[0].attn.gain.grad is not None and "learned" not in OPS
+try:
+    DropIn("learned", retrain=True)
+except ValueError as error:
+    assert "op: expected one of" in str(error)
+else:
+    raise AssertionError("not refused")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -105,6 +105,7 @@ OPTIONS = {
     "num_features": ("performer", dict(num_features=0), ValueError, "num_features: expected an integer >= 1, got 0"),
     "feature_map": ("linear", dict(feature_map="tanh"), ValueError, "feature_map: expected .*, got 'tanh'"),
     "landmarks": ("nystrom", dict(landmarks="random"), ValueError, "landmarks: expected .*, got 'random'"),
+    "parameters": ("nystrom", dict(residual_conv_kernel=3), ValueError, "residual_conv_kernel: expected .* without parameters"),
     "op": (["nystrom"], {}, ValueError, r"op: expected one of .*, 'nystrom', .*, got \['nystrom'\]"),
 }
 

@@ -23,7 +23,7 @@ OPS: list[str] = []  # what can stand in the place of softmax attention; it grow
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
-    if core.for_hosts and core.name not in OPS:
+    if core.for_hosts and core.name not in OPS and not core.made("host").needs_module():
         OPS.append(core.name)
 
 
@@ -55,6 +55,11 @@ class DropIn:
                 raise TypeError(f"{option}: expected an option of {op!r} ({', '.join((*kind.options(), 'backend'))})")
         backends.check(backend)
         self.core: Core = kind.made("host", **options)
+        if self.core.needs_module():
+            raise ValueError(
+                f"{', '.join(options) or 'op'}: expected an attention without parameters, got {self.core}: here is no module "
+                "that could hold them"
+            )
         check_trained(self.core, retrain)
         self.op, self.options, self.backend, self.grid = op, options, backend, grid
 
@@ -127,9 +132,7 @@ class DropIn:
             if key_padding_mask is not None:
                 raise NotImplementedError("attn_mask: expected None beside a key_padding_mask")
             key_padding_mask = padding_of(attn_mask, key)
-        for name, given in (("rope", rope), ("key_padding_mask", key_padding_mask)):
-            if given is not None and name not in core.accepts():
-                raise NotImplementedError(f"{name}: expected None, got a {type(given).__name__}; {core.reason(name)}")
+        core.refuse(rope=rope, key_padding_mask=key_padding_mask)
         if self_attention is None:
             self_attention = query.shape[2] == key.shape[2]
         return core.attend(

@@ -78,7 +78,7 @@ State = dict[str, nn.Parameter | Buffer | nn.Module | None]
 
 
 class Mixer:
-    """What mixes tokens. The subclasses are frozen dataclasses of their options.
+    """What mixes tokens. The subclasses are frozen dataclasses of their options, which all have defaults.
 
     Attributes:
         name: it is registered by.
@@ -116,6 +116,13 @@ class Mixer:
             "dropout": "there are no weights to drop",
             "causal": "causal attention is not supported",
         }.get(argument, f"{self.name} attention does not support it")
+
+    def refuse(self, **given: Any) -> None:
+        """Raises NotImplementedError for the first of the arguments `given`, masks or rope, that it does not accept."""
+        for name, value in given.items():
+            if value is not None and name not in self.accepts():
+                what = "a rotary embedding" if name == "rope" else "a mask"
+                raise NotImplementedError(f"{name}: expected None, got {what}; {self.reason(name)}")
 
     def fit(self: Some, site: Site) -> Some:
         """This mixer with what follows from its site: its slots on the grid, its layer's seed."""
@@ -163,14 +170,12 @@ class Core(Mixer):
         """Whether it is near enough to softmax attention to go on with weights that were trained with that."""
         return False
 
-    def derived(self, q: Tensor) -> Any:
-        """What stands for the module where there is none, for a call with q: an object with the state that is derived.
+    def needs_module(self) -> bool:
+        """Whether its state is trained, so that a module has to hold it."""
+        return type(self).state is not Mixer.state
 
-        Raises:
-            NotImplementedError: it has parameters, which are trained in a module.
-        """
-        if type(self).state is not Mixer.state:
-            raise NotImplementedError(f"{self.name}: it has parameters, and here is no module that could hold them")
+    def derived(self, q: Tensor) -> Any:
+        """What stands for the module where it needs none, for a call with q: an object with the state that is derived."""
         return None
 
     def weights_only(self: Some) -> Some:

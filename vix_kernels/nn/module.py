@@ -18,10 +18,11 @@ from .packed_linear import packed_linear
 
 
 class MixerModule(nn.Module):
-    """What modules of attentions and of other mixers share.
+    """What modules of attentions and of other mixers share. Subclasses mount the core's state behind their own.
 
     Attributes:
         core: the mixer, as it fits its site.
+        site: where it stands in a model; by default nowhere.
     """
 
     def __init__(
@@ -34,21 +35,16 @@ class MixerModule(nn.Module):
         if attn_drop and "dropout" not in core.accepts():
             raise NotImplementedError(f"attn_drop: expected 0 ({core.reason('dropout')}), got {attn_drop}")
         backends.check(backend)
-        site = site or Site(dim // num_heads, num_heads)
-        self.core = core.fit(site)
+        self.site = site or Site(dim // num_heads, num_heads)
+        self.core = core.fit(self.site)
         self.dim, self.num_heads, self.head_dim, self.backend = dim, num_heads, dim // num_heads, backend
 
     def refuse(
         self, attn_mask: Tensor | None, is_causal: bool, key_padding_mask: Tensor | None, rope: Rope | None
     ) -> None:  # fmt: skip
         """Raises NotImplementedError for what the core does not accept."""
-        accepted = self.core.accepts()
-        if rope is not None and "rope" not in accepted:
-            raise NotImplementedError(f"rope: expected None, got a rotary embedding; {self.core.reason('rope')}")
-        for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
-            if mask is not None and name not in accepted:
-                raise NotImplementedError(f"{name}: expected None, got a mask; {self.core.reason(name)}")
-        if is_causal and "causal" not in accepted:
+        self.core.refuse(rope=rope, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
+        if is_causal and "causal" not in self.core.accepts():
             raise NotImplementedError(f"is_causal: expected False; {self.core.reason('causal')}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> MixerModule:
@@ -106,7 +102,7 @@ class AttentionModule(MixerModule):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop = Dropout(proj_drop)
-        mount(self, self.core, site or Site(self.head_dim, num_heads))
+        mount(self, self.core, self.site)
 
     @property
     def has_weights(self) -> bool:
@@ -241,7 +237,7 @@ class MixingModule(MixerModule):
     ) -> None:
         super().__init__(core, dim, num_heads, attn_drop, proj_drop, backend, site)
         self.proj_drop = Dropout(proj_drop)
-        mount(self, self.core, site or Site(self.head_dim, num_heads))
+        mount(self, self.core, self.site)
 
     def forward(
         self,

@@ -51,8 +51,8 @@ class Nystrom(Core):
     def takes_trained_weights(self) -> bool:
         return not self.residual_conv_kernel
 
-    def derived(self, q: Tensor) -> Any:
-        return super().derived(q) if self.residual_conv_kernel else None
+    def needs_module(self) -> bool:
+        return self.residual_conv_kernel > 0
 
     def on_grid(self, size: tuple[int, int]) -> Nystrom:
         return replace(self, landmarks="grid", grid_size=size, num_landmarks=most_cells(size, self.num_landmarks))

@@ -58,6 +58,9 @@ class Performer(Core):
     def describe(self) -> str:
         return f"performer, {self.num_features or 'd ln d'} features, seed {self.seed}"
 
+    def needs_module(self) -> bool:
+        return False
+
     def derived(self, q: Tensor) -> Any:
         """Random features are kept outside of the model."""
         return Derived(random_features(q, self.features_of(q.shape[3]), self.seed))
