@@ -19,7 +19,8 @@ from vix_kernels import backends
 from vix_kernels.measure.machine import commit, device_name, facts
 from vix_kernels.measure.operators import USUAL, USUAL_DTYPE, Effort, Result, measure_alone
 from vix_kernels.measure.pictures import NAMES
-from vix_kernels.measure.providers import OURS, PUBLIC, providers
+from vix_kernels.measure.providers import OURS, providers, public
+from vix_kernels.testing import SPECS
 
 DEVICE = "cpu" if backends.reason_against_gpu() else "cuda"
 TOKENS = (1024, 4096)
@@ -52,7 +53,7 @@ CLOCK = Recorded()
 def contenders(op: str, config: pytest.Config) -> list[str]:
     """SDPA is the same for all attentions of a length: the first one measures it."""
     left_out = {"compiled"} if not config.getoption("--compiled") else set()
-    if op != PUBLIC[0]:
+    if op != next(name for name in public() if SPECS[name].attends):
         left_out.add("sdpa")
     return [provider for provider in providers(op, DEVICE) if provider not in left_out]
 
@@ -62,7 +63,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     grid = [
         (op, tokens, direction, provider)
-        for op in PUBLIC
+        for op in public()
         for tokens in TOKENS
         for direction in DIRECTIONS
         for provider in contenders(op, metafunc.config)

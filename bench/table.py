@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vix_kernels.commands import Parser
-from vix_kernels.measure.providers import OURS, PEERS, PUBLIC
+from vix_kernels.measure.providers import OURS, PEERS, public
+from vix_kernels.testing import SPECS
 
 Row = dict[str, Any]
 
@@ -53,7 +54,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def peer(op: str) -> str:
     """The one its budgets are about: a library, or a plain form that people write."""
-    return next((name for name in PEERS.get(op, ()) if name != "sdpa"), "reference")
+    return next(iter(PEERS.get(op, ())), "reference")
 
 
 def lines(rows: Iterable[Row]) -> list[str]:
@@ -61,7 +62,7 @@ def lines(rows: Iterable[Row]) -> list[str]:
     found = {(row["op"], row["tokens"], row["direction"], row["provider"]): row for row in rows}
     cpu = any(row["method"] == "cpu" for row in found.values())
     body = []
-    for op in PUBLIC:
+    for op in public():
         for tokens in sorted({tokens for name, tokens, *_ in found if name == op}):
             budget = BUDGETS.get((op, tokens), Budget(None, None)) if cpu else Budget(None, None)
             ours = [_first(found, op, tokens, direction, OURS) for direction in ("forward", "full")]
@@ -91,10 +92,9 @@ def _against(ours: Row | None, name: str, found: dict[tuple, Row], budget: float
     if ours is None:
         return "wrong"
     value = ours["ours_over_theirs"].get(name)
-    if (
-        value is None and name == "sdpa" and ours["op"] not in ("apply_rope", "fourier_mixing")
-    ):  # measured with another operator
-        other = _first(found, PUBLIC[0], ours["tokens"], ours["direction"], ("sdpa",))
+    if value is None and name == "sdpa" and SPECS[ours["op"]].attends:  # measured with another operator
+        key = ours["tokens"], ours["direction"], "sdpa"
+        other = next((row for (_, *rest), row in found.items() if tuple(rest) == key), None)
         value = ours["device_ms"] / other["device_ms"] if other else None
     if value is None:
         return "not installed" if "not installed" in ours["left_out"].get(name, "") else ""

@@ -30,7 +30,7 @@ def rows(op: str, names: tuple[str, ...], **how) -> dict[tuple[str, str], dict]:
     return {(each.row["provider"], each.row["direction"]): each.row for each in results}
 
 
-@pytest.mark.parametrize("op", providers.PUBLIC)
+@pytest.mark.parametrize("op", providers.public())
 def test_everyone_who_serves_an_operator_is_right(op: str) -> None:
     names = tuple(name for name in providers.providers(op, "cpu") if name != "compiled")
     found = rows(op, names, effort=Effort(rounds=2))

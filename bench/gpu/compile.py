@@ -56,8 +56,8 @@ def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
 def run(op: str, dtype: str, case: Case, device: str) -> float:
     """Seconds of the first forward and backward. Timing leaves the random features' gradients out."""
     start = time.perf_counter()
-    fixed = ("projection", "slots") if case.name == "timing" else ()
-    problem = draw(SPECS[op], SPECS[op].fit(case), DTYPES[dtype], device, fixed=fixed)
+    case = replace(SPECS[op].fit(case), learned=case.name != "timing")
+    problem = draw(SPECS[op], case, DTYPES[dtype], device)
     outputs = problem(backend="triton")
     wanted = [x for x in problem.tensors.values() if x.requires_grad]
     torch.autograd.grad(outputs, wanted, [torch.ones_like(x) for x in outputs])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def rows(plan: Plan) -> Iterator[Row]:
             try:
                 torch.manual_seed(0)
                 # On the device: float64 numbers drawn on a CPU take seconds at these sizes.
-                problem = draw(spec, spec.fit(case), DTYPES[dtype], plan.device, fixed=())
+                problem = draw(spec, replace(spec.fit(case), learned=True), DTYPES[dtype], plan.device)
                 wrong, figure = check(problem)
             except Spoiled as error:
                 yield failed(error, **what)

@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .. import __all__ as public
 from .. import __version__, backends
 from ..commands import Parser
 from ..testing import SPECS
@@ -27,7 +26,7 @@ def main(argv: list[str]) -> int:
 
     reasons = {dtype: backends.reasons_against_triton(device, dtype, width) for dtype in DTYPES}
     print("operator".ljust(22) + "".join(str(dtype).removeprefix("torch.").ljust(12) for dtype in DTYPES))
-    for name in (each for each in SPECS if each in public):
+    for name in (spec.name for spec in SPECS.values() if spec.public):
         chosen = (backends.resolve("auto", torch.empty(0, dtype=dtype, device=device), width) for dtype in DTYPES)
         print(name.ljust(22) + "".join(each.ljust(12) for each in chosen))
     for reason in dict.fromkeys(reason for each in reasons.values() for reason in each):

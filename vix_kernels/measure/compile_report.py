@@ -17,8 +17,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
@@ -26,24 +26,21 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from .._triton.launch_arguments import padded
 from .._triton.launch_table import TABLE as LAUNCH_TABLE
 from .._triton.targets import TARGETS
 from ..commands import DTYPES, Parser
+from ..testing import SPECS, Case, OpSpec, draw
 from . import offline, shared_memory
 from .compile_table import Row, count_text, order, read_table, regressions, show_table, violations, write_table
 
 TABLE = Path(__file__).with_name("compile_report.csv")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 WIDTHS = (32, 64, 80, 128, 256)
-FEATURES = (16, 110, 266)
-LANDMARKS = (64, 128)  # at most 64 are inverted in registers; 128 at one width, which hardly matters to the inverse
-# Dtypes and widths that the variants are compiled for as well: rotated, learned, projected.
+# Dtypes and widths at which specifications' variants are compiled as well: rotated, learned, projected.
 VARIANTS = {(torch.bfloat16, 32), (torch.bfloat16, 64)}
 BATCH, HEADS, TOKENS = 2, 4, 1024
-SLOTS, AGENTS = 256, 49  # of Linformer and agent attention, as published
 NO_KERNEL = re.compile("empty|_unsafe_view")  # allocations, and a view that does not say so
 
 
@@ -63,77 +60,30 @@ class Report:
 # What is compiled
 
 
-@dataclass
-class Call:
-    """An ordinary public call, with CPU tensors; forward comes before backward."""
-
-    op: str
-    slots: int  # random features, landmarks and the like; 0 where there are none
-    function: Callable[..., Tensor | tuple[Tensor, ...]]
-    inputs: list[Tensor]
-
-    def forward(self) -> None:
-        result = self.function(*self.inputs)
-        self.outputs = result if isinstance(result, tuple) else (result,)
-
-    def backward(self) -> None:
-        torch.autograd.grad(self.outputs, self.inputs, [torch.empty_like(each) for each in self.outputs])
+def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
+    """What is compiled of an operator: what it is called in the table, and its sizes."""
+    for case in spec.compiled + (spec.variants if (dtype, width) in VARIANTS else ()):
+        named = spec.name.removesuffix("_attention") + case.name
+        yield named, replace(case, batch=BATCH, heads=HEADS, tokens=TOKENS, width=width)
 
 
-def calls(width: int, dtype: torch.dtype, features: Iterable[int]) -> Iterator[Call]:
-    import vix_kernels as vix
-
-    qkv = [torch.empty(BATCH, HEADS, TOKENS, width, dtype=dtype, requires_grad=True) for _ in range(3)]
-    performer, linear, nystrom, rotated = (
-        partial(each, backend="triton")
-        for each in (vix.performer_attention, vix.linear_attention, vix.nystrom_attention, vix.apply_rope)
-    )
-    weight = [torch.empty(HEADS, 1, 33, 1, requires_grad=True)]
-
-    def with_residual(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, **options: Any) -> Tensor:
-        return nystrom(q, k, v, conv_weight=weight, **options)
-
-    for count in features:
-        yield Call("performer", count, partial(performer, projection=torch.empty(count, width)), qkv)
-    yield Call("linear", 0, linear, qkv)
-    for count in LANDMARKS if width == 64 else LANDMARKS[:1]:
-        yield Call("nystrom", count, partial(with_residual, num_landmarks=count), qkv + weight)
-    linformer, agent = (partial(each, backend="triton") for each in (vix.linformer_attention, vix.agent_attention))
-    projections = [torch.empty(TOKENS, SLOTS, requires_grad=True) for _ in range(2)]
-    agents = torch.empty(BATCH, HEADS, AGENTS, width, dtype=dtype, requires_grad=True)
-    yield Call("linformer", SLOTS, linformer, qkv + projections)
-    yield Call("agent", AGENTS, agent, [*qkv, agents])
-    if (dtype, width) not in VARIANTS:
-        return
-    rope = vix.rope_1d(TOKENS, width)
-    for count in features:
-        yield Call("performer+rope", count, partial(performer, projection=torch.empty(count, width), rope=rope), qkv)
-    yield Call("nystrom+rope", 64, partial(with_residual, rope=rope), qkv + weight)
-    learned = [torch.empty(max(features), width, requires_grad=True)]
-    yield Call("linformer+rope", SLOTS, partial(linformer, rope=rope), qkv + projections[:1])
-    yield Call("performer+learned", max(features), performer, qkv + learned)
-    yield Call("linear+elu+rope", 0, partial(linear, feature_map="elu", rope=rope), qkv)
-    yield Call("linear+learned", max(features), lambda q, k, v, w: linear(q, k, v, projection=w), qkv + learned)
-    yield Call("apply_rope", 0, partial(rotated, rope=rope), qkv[:2])
-    frequencies = [torch.empty(2, HEADS, width // 2, requires_grad=True)]
-    rows = TOKENS // 32
-    yield Call("apply_rope+mixed", 0, lambda q, k, w: rotated(q, k, vix.rope_mixed(rows, 32, w)), qkv[:2] + frequencies)
-    x = torch.empty(BATCH, TOKENS, HEADS * width, dtype=dtype, requires_grad=True)
-    yield Call("fourier_mixing", 0, partial(vix.fourier_mixing, backend="triton"), [x])
-
-
-def compile_cell(arch: str, dtype: str, width: int, features: tuple[int, ...]) -> Report:
-    """One cell of the grid: every op, forward and backward, for one architecture, dtype and width."""
+def compile_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...]) -> Report:
+    """One cell of the grid: these ops, forward and backward, for one architecture, dtype and width."""
     report = Report()
     binaries: list[Any] = []
-    uses: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))  # specialisation -> use -> slots
-    for call in calls(width, DTYPES[dtype], features):
-        for step in (call.forward, call.backward):
-            use = f"{call.op} {step.__name__}"
-            where = f"{arch} {dtype} width {width}, {use}" + f", {call.slots} slots" * bool(call.slots)
+    uses: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))  # specialisation -> use -> slots
+    for name, (called, case) in ((op, call) for op in ops for call in calls(SPECS[op], width, DTYPES[dtype])):
+        problem = draw(SPECS[name], case, DTYPES[dtype], "cpu")
+        for direction in ("forward", "backward"):
+            use = f"{called} {direction}"
+            where = f"{arch} {dtype} width {width}, {use}" + f", {case.features} slots" * bool(case.features)
             try:
                 with offline.capture(arch) as launched, torch.autograd.profiler.profile() as profile:
-                    step()
+                    if direction == "forward":
+                        outputs = problem(backend="triton")
+                    else:
+                        wanted = [x for x in problem.tensors.values() if x.requires_grad]
+                        torch.autograd.grad(outputs, wanted, [torch.empty_like(each) for each in outputs])
             except Exception as error:  # one call that fails must not hide the others
                 report.errors.append(f"{where}: {brief(error)}")
                 break
@@ -143,8 +93,8 @@ def compile_cell(arch: str, dtype: str, width: int, features: tuple[int, ...]) -
             launches = len(launched), sum(map(torch_launches, roots))
             report.launches[use] = max(report.launches.get(use, launches), launches)
             binaries += launched
-            for key in {each.hash for each in launched}:
-                uses[key][use].append(call.slots)
+            for each in launched:
+                uses[each.hash][use].add(case.features)
     for launch in offline.describe(arch, binaries):
         used = (
             f"{use} {','.join(map(str, sorted(counts)))}" if any(counts) else use for use, counts in uses[launch.key].items()
@@ -223,7 +173,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=ARCHITECTURES, help="GPUs to compile for")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=tuple(DTYPES))
     parser.add_argument("--width", nargs="+", type=within(8, 256), default=WIDTHS, metavar="D", help="head widths")
-    parser.add_argument("--features", nargs="+", type=within(1, 65536), default=FEATURES, metavar="M")
+    ops = [name for name, spec in SPECS.items() if spec.compiled or spec.variants]
+    parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"{', '.join(ops)} (default: all)")
     parser.add_argument("--jobs", type=within(1, 1024), default=2, help="worker processes (default: 2)")
     parser.add_argument("--write", action="store_true", help="refresh the committed table for what was compiled")
     parser.add_argument(
@@ -232,8 +183,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--csv", type=Path, default=TABLE, metavar="PATH", help="the table to compare with or to write")
     args = parser.parse_args(argv)
-    if args.write and set(args.features) != set(FEATURES):
-        parser.error("argument --features: a table is written with its full set of features; leave --features out")
+    args.some = set(args.op) != set(ops)
+    if args.write and args.some:
+        parser.error("argument --op: a table is written with all ops; leave --op out")
     if args.csv != TABLE and not (args.write or args.csv.is_file()):
         parser.error(f"argument --csv: there is no file {args.csv}; --write makes one")
     if not args.csv.parent.is_dir():
@@ -276,11 +228,19 @@ def worker_environment() -> Iterator[None]:
             os.environ.update(before)
 
 
+def prepare_worker(modules: Iterable[str]) -> None:
+    """`modules` register specifications, of which some may be another package's."""
+    torch.set_num_threads(1)
+    for name in modules:
+        import_module(name)
+
+
 def compile_grid(cells: list[tuple], jobs: int) -> Report:
     report, done = Report(), 0
     # Spawned, not forked: whether a kernel is interpreted is settled when triton is imported.
     context = multiprocessing.get_context("spawn")
-    with worker_environment(), ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+    registering = {spec.build.__module__ for spec in SPECS.values()}
+    with worker_environment(), ProcessPoolExecutor(jobs, context, prepare_worker, (registering,)) as pool:
         # The widest take longest; first, they do not keep one worker busy alone at the end.
         running = {pool.submit(compile_cell, *cell): cell for cell in sorted(cells, key=lambda cell: -cell[2])}
         for each in as_completed(running):
@@ -340,12 +300,12 @@ def main(argv: list[str]) -> int:
     if args.shared:
         return shared_memory_table(args)
     start = time.perf_counter()
-    cells = [(*cell, tuple(args.features)) for cell in product(args.arch, args.dtype, args.width)]
+    cells = [(*cell, tuple(args.op)) for cell in product(args.arch, args.dtype, args.width)]
     report = compile_grid(list(dict.fromkeys(cells)), args.jobs)
     show_table(report.rows)
     print_summary(report, time.perf_counter() - start)
 
-    worse = regressions(report.rows, args.committed, left_out=set(FEATURES) ^ set(args.features))
+    worse = regressions(report.rows, args.committed, complete=not args.some)
     failures = report.errors + violations(report.rows)
     if args.write and not report.errors:
         compiled = {(triton.__version__, *cell[:3]) for cell in cells}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -95,10 +95,10 @@ def nvidia_violations(row: Row) -> list[str]:
     return found
 
 
-def regressions(rows: Collection[Row], committed: Iterable[Row], left_out: Collection[int] = ()) -> list[str]:
+def regressions(rows: Iterable[Row], committed: Iterable[Row], complete: bool = True) -> list[str]:
     """What became worse since the committed table, use by use: a specialisation may come and go, its use stays.
 
-    Only cells that have rows on both sides are compared; uses with a number of slots in `left_out` may come and go.
+    Only cells that have rows on both sides are compared; uses may be missing in rows that are not `complete`.
     """
     now, before = by_use(rows), by_use(committed)
     found: dict[str, None] = {}  # a set in order: several uses of one row say the same
@@ -106,12 +106,11 @@ def regressions(rows: Collection[Row], committed: Iterable[Row], left_out: Colle
         if key in before:
             found.update((f"{now[key][0]}: {text}", None) for text in worse(now[key], before[key]))
     cells = {key[0] for key in now} & {key[0] for key in before}
-    skipped = set(map(str, left_out))
     vanished, appeared = (
-        [key for key in some if key not in others and key[0] in cells and key[-1] not in skipped]
-        for some, others in ((before, now), (now, before))
+        [key for key in some if key not in others and key[0] in cells] for some, others in ((before, now), (now, before))
     )
-    return list(found) + launched(vanished, "no longer launches") + launched(appeared, "launches, new to the table,")
+    new = launched(appeared, "launches, new to the table,")
+    return list(found) + (launched(vanished, "no longer launches") + new if complete else [])
 
 
 def by_use(rows: Iterable[Row]) -> dict[tuple, list[Row]]:

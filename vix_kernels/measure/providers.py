@@ -41,6 +41,9 @@ class Contender:
     tolerance: float | None = None
 
 
+Maker = Callable[[Problem], Contender]
+
+
 class LeftOut(Exception):
     """Why a provider does not take part, in a sentence."""
 
@@ -64,7 +67,7 @@ def enter(provider: str, problem: Problem) -> Contender:
     if provider == "compiled":
         torch._dynamo.reset()
         return Contender(torch.compile(reference, dynamic=False, backend=COMPILER), leaves)
-    module, make = PEERS[spec.name][provider]
+    module, make = peers(spec.name)[provider]
     if find_spec(module) is None:
         raise LeftOut(f"{provider} is not installed")
     return make(problem)
@@ -73,7 +76,18 @@ def enter(provider: str, problem: Problem) -> Contender:
 def providers(op: str, device: str) -> list[str]:
     """All that may serve `op` on "cpu" or "cuda", ours first."""
     ours = ("torch",) if device == "cpu" else OURS
-    return [*ours, "reference", "compiled", *PEERS.get(op, {})]
+    return [*ours, "reference", "compiled", *peers(op)]
+
+
+def peers(op: str) -> dict[str, tuple[str, Maker]]:
+    """Those of `op` by name: the module that must be importable, and the maker."""
+    softmax = {"sdpa": ("torch", sdpa)} if SPECS[op].attends else {}
+    return softmax | PEERS.get(op, {})
+
+
+def public() -> list[str]:
+    """What people compare; the rest are parts and variants."""
+    return [name for name, spec in SPECS.items() if spec.public]
 
 
 # The peers
@@ -221,17 +235,11 @@ def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor
     return call
 
 
-Maker = Callable[[Problem], Contender]
-SOFTMAX: tuple[str, Maker] = ("torch", sdpa)
-# operator -> provider -> (module that must be importable, maker)
+# operator -> provider -> (module that must be importable, maker), beside softmax attention
 PEERS: dict[str, dict[str, tuple[str, Maker]]] = {
-    "performer_attention": {"sdpa": SOFTMAX, "performer-pytorch": ("performer_pytorch", performer)},
-    "linear_attention": {
-        "sdpa": SOFTMAX, "plain": ("torch", plain_linear), "flash-linear-attention": ("fla", fla),
-    },
-    "nystrom_attention": {"sdpa": SOFTMAX, "nystrom-attention": ("nystrom_attention", nystrom)},
-    "linformer_attention": {"sdpa": SOFTMAX, "linformer": ("linformer", linformer)},
-    "agent_attention": {"sdpa": SOFTMAX},
+    "performer_attention": {"performer-pytorch": ("performer_pytorch", performer)},
+    "linear_attention": {"plain": ("torch", plain_linear), "flash-linear-attention": ("fla", fla)},
+    "nystrom_attention": {"nystrom-attention": ("nystrom_attention", nystrom)},
+    "linformer_attention": {"linformer": ("linformer", linformer)},
     "apply_rope": {"rotary-embedding-torch": ("rotary_embedding_torch", rotary)},
-}  # fmt: skip
-PUBLIC = [op for op in SPECS if op in (*PEERS, "fourier_mixing")]  # what people compare; the rest are parts and variants
+}

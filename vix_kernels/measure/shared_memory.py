@@ -11,10 +11,11 @@ import ast
 import csv
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields, replace
-from functools import cache, partial
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +28,12 @@ from .._triton.configs import find_tile
 from .._triton.launch_table import OVERRIDES, TABLE, Tile
 from .._triton.targets import TARGETS
 from ..commands import write_atomically
+from ..testing import SPECS, Case, Problem, draw
 from . import offline
 from .tune import lookups
 
 COMMITTED = Path(__file__).with_name("shared_memory.csv")
-BATCH, HEADS, TOKENS, SLOTS = 2, 4, 1024, 256
+BATCH, HEADS, TOKENS = 2, 4, 1024
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 # GPUs for which Triton chooses the same layouts and pipelines, by the one that is compiled for.
 GENERATION = {
@@ -136,48 +138,15 @@ def functions() -> dict[str, list[ast.FunctionDef]]:
 # What is compiled
 
 
-def calls(bits: int, width: int) -> Iterator[tuple[Callable[..., Any], list[Tensor]]]:
-    """Calls, with CPU tensors, that launch every kernel in the variants that the launch table does not tell apart.
+def problems(bits: int, width: int) -> Iterator[Problem]:
+    """Problems that launch every kernel in the variants that the launch table does not tell apart.
 
-    Slots and filters take gradients: without them the kernels do less, with no more memory.
+    All that can takes gradients: without them the kernels do less, with no more memory.
     """
-    import vix_kernels as vix
-
-    from ..primitives import token_conv
-
-    dtype = DTYPES[bits]
-    q, k, v = (torch.empty(BATCH, HEADS, TOKENS, width, dtype=dtype, requires_grad=True) for _ in range(3))
-    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
-    half, interleaved = (vix.rope_1d(TOKENS, width, layout=layout) for layout in ("half", "interleaved"))
-    variants = dict(), dict(rope=half, key_padding_mask=mask), dict(rope=interleaved)
-    slots = torch.empty(SLOTS, width, requires_grad=True)
-    agents = torch.empty(BATCH, HEADS, 49, width, dtype=dtype, requires_grad=True)
-    taps = torch.empty(HEADS, 1, 33, 1, requires_grad=True)
-    projections = [torch.empty(TOKENS, SLOTS, requires_grad=True) for _ in range(2)]
-    landmarks = min(width, 128)
-
-    def nystrom(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, **options: Any) -> Tensor:
-        return vix.nystrom_attention(q, k, v, num_landmarks=landmarks, conv_weight=weight, **options)
-
-    def linear(q: Tensor, k: Tensor, v: Tensor, projection: Tensor | None = None, **options: Any) -> Tensor:
-        return vix.linear_attention(q, k, v, projection=projection, **options)
-
-    for options in variants:
-        options = options | dict(backend="triton")
-        yield partial(vix.performer_attention, **options), [q, k, v, slots]
-        yield partial(vix.agent_attention, **options), [q, k, v, agents]
-        yield partial(nystrom, **options), [q, k, v, taps]
-        yield partial(token_conv, mask=options.get("key_padding_mask"), backend="triton"), [v, taps]
-        yield partial(vix.linformer_attention, **options), [q, k, v, *projections]
-        yield partial(linear, feature_map="elu", **options), [q, k, v]
-        yield partial(linear, **options), [q, k, v, slots]
-    for rope in (half, interleaved):
-        yield partial(vix.apply_rope, rope=rope, backend="triton"), [q, k]
-    frequencies = torch.empty(2, HEADS, width // 2, requires_grad=True)
-    yield lambda q, k, w: vix.apply_rope(q, k, vix.rope_mixed(TOKENS // 32, 32, w), backend="triton"), [q, k, frequencies]
-    if width == 64:  # one entry serves all widths
-        x = torch.empty(BATCH, TOKENS, 4 * width, dtype=dtype, requires_grad=True)
-        yield partial(vix.fourier_mixing, backend="triton"), [x]
+    variants = dict(), dict(rope="half", masked=True, feature_map="elu"), dict(rope="interleaved")
+    case = Case("", BATCH, HEADS, TOKENS, width=width, features=min(width, 128), taps=33, learned=True)
+    for spec, options in product(SPECS.values(), variants):
+        yield draw(spec, spec.fit(replace(case, **options)), DTYPES[bits], "cpu")
 
 
 class Allocated(Exception):
@@ -232,10 +201,9 @@ def measure(arch: str, bits: int, width: int, wanted: Iterable[Entry]) -> list[R
             most[entry] = max(most.get(entry, 0), allocated.args[0])
 
     with offline.capture(arch), allocation_only(), lookups() as asked, conditions.under(observer=observe):
-        for function, inputs in calls(bits, width):
-            outputs = function(*inputs)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            leaves = [each for each in inputs if each.requires_grad]
+        for problem in problems(bits, width):
+            outputs = problem(backend="triton")
+            leaves = [each for each in problem.tensors.values() if each.requires_grad]
             torch.autograd.grad(outputs, leaves, [torch.empty_like(each) for each in outputs])
     return [Row.of(entry, shared) for entry, shared in most.items()]
 

@@ -19,7 +19,7 @@ from . import models
 from .machine import commit, facts
 from .operators import USUAL, USUAL_DTYPE, Effort, Row, measure_alone
 from .pictures import NAMES, draw
-from .providers import OURS, PUBLIC, providers
+from .providers import OURS, providers, public
 
 MODES = {"fwd": "forward", "bwd": "backward", "full": "full"}
 SWEEPS = {
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--op", nargs="+", choices=PUBLIC, default=PUBLIC, metavar="OP", help=", ".join(PUBLIC))
+    ops = public()
+    parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=", ".join(ops))
     parser.add_argument("--models", nargs="?", const="*", metavar="PATTERN", help="measure models instead, those like PATTERN")
     parser.add_argument("--sweep", choices=SWEEPS, default="tokens", help="what changes (default: tokens)")
     parser.add_argument("--values", nargs="+", type=_positive, metavar="N", help="its values (default: a range for the device)")

@@ -31,7 +31,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import __all__ as public
 from .. import backends
 from .._triton import conditions
 from ..commands import DTYPES, Parser
@@ -277,7 +276,7 @@ examples:
 
 
 def command_parser() -> Parser:
-    ops = [name for name in SPECS if name in public]
+    ops = [spec.name for spec in SPECS.values() if spec.public]
     parser = Parser(
         prog="vix dev traffic",
         description="Count the bytes of global memory that the ops move, over the least: each argument once, each result once.",

@@ -121,7 +121,7 @@ class Bench:
     def __init__(self, spec: OpSpec, direction: str, case: Case, bits: int, device: str) -> None:
         self.use = f"{spec.name}, {'forward' if direction == 'forward' else 'forward and backward'}"
         self.dtype, self.direction, self.device = DTYPES[bits], direction, device
-        self.problem = draw(spec, case, self.dtype, device, fixed=())  # the kernels of all gradients run
+        self.problem = draw(spec, replace(case, learned=True), self.dtype, device)  # the kernels of all gradients run
         self.wanted = [x for x in self.problem.tensors.values() if x.requires_grad]
         # Random: mistakes could cancel under equal ones.
         self.cotangents = [torch.randn_like(x) for x in self.problem(backend="triton")]

@@ -1,5 +1,8 @@
 """Attention modules with timm's signature: x (batch, tokens, dim) in, the same shape out; one a file."""
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .agent import AgentAttention
 from .fourier import FourierMixing
 from .linear import LinearAttention
@@ -17,3 +20,6 @@ __all__ = [
     "NystromAttention",
     "PerformerAttention",
 ]
+
+for _file in iter_modules(__path__):  # each may register a core
+    import_module(f"{__name__}.{_file.name}")

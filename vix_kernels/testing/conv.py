@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..primitives.token_conv import token_conv, token_conv_reference
-from .problem import Case, OpSpec, make_mask, make_qkv
+from .problem import Case, OpSpec, make_mask, make_qkv, register
 
 CONV_CASES = (
     Case("plain", taps=33),
@@ -38,4 +38,4 @@ TOKEN_CONV = OpSpec(
     cases=CONV_CASES,
     flops=lambda case: 2 * case.batch * case.heads * case.tokens * case.taps * (case.value_width or case.width),
 )
-SPECS = (TOKEN_CONV,)
+register(TOKEN_CONV)

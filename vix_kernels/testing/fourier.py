@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ops.fourier import fourier_mixing, fourier_mixing_reference
-from .problem import Case, OpSpec
+from .problem import Case, OpSpec, register
 
 CASES = (  # one tile and several, in rows and columns; even and odd lengths
     Case("plain"),
@@ -46,5 +46,7 @@ FOURIER = OpSpec(
     cases=CASES,
     flops=_flops,
     backward=1.0,
+    public=True,
+    variants=(Case("", features=0),),
 )
-SPECS = (FOURIER,)
+register(FOURIER)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..primitives.landmarks import landmarks, landmarks_reference
-from .problem import Case, OpSpec, make_mask, make_qkv, make_tables
+from .problem import Case, OpSpec, make_mask, make_qkv, make_tables, register
 
 CASES = (
     Case("plain", tokens=36, features=2),
@@ -48,4 +48,4 @@ LANDMARKS = OpSpec(
     flops=lambda case: 2 * case.batch * case.heads * case.tokens * case.width,  # an addition each
     backward=1.0,
 )
-SPECS = (LANDMARKS,)
+register(LANDMARKS)

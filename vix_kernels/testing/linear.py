@@ -19,6 +19,7 @@ from .problem import (
     make_projection,
     make_qkv,
     make_rope,
+    register,
 )
 
 LINEAR_CASES = (
@@ -72,6 +73,9 @@ LINEAR = OpSpec(
     cases=LINEAR_CASES,
     flops=lambda case: 2 * _channels(case) * (case.value_width or case.width),
     exps=lambda case: _channels(case) * (case.feature_map == "elu"),
+    public=True,
+    compiled=(Case("", features=0),),
+    variants=(Case("+elu+rope", features=0, feature_map="elu", rope="interleaved"),),
 )
 PROJECTED = OpSpec(
     name="linear_attention_projected",
@@ -83,5 +87,6 @@ PROJECTED = OpSpec(
     cases=PROJECTED_CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=lambda case: (aggregate_exps(case) + broadcast_exps(case)) * (case.feature_map == "elu"),
+    variants=(Case("+learned", features=266, learned=True),),
 )
-SPECS = (LINEAR, PROJECTED)
+register(LINEAR, PROJECTED)

@@ -22,6 +22,7 @@ from .problem import (
     make_qkv,
     make_rope,
     make_tables,
+    register,
 )
 
 MOVE_CASES = (
@@ -68,6 +69,9 @@ LINFORMER = OpSpec(
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=broadcast_exps,
     backward=2.25,  # each product of the linear move makes two, those of the softmax the logits again and four gradients
+    public=True,
+    compiled=(Case("", features=256),),  # as published
+    variants=(Case("+rope", features=256, rope="interleaved"),),
 )
 PROJECT = OpSpec(
     name="project",
@@ -78,5 +82,6 @@ PROJECT = OpSpec(
     batched=("k", "v", "mask"),
     cases=MOVE_CASES,
     flops=aggregate_flops,
+    variants=(Case("+rope", features=256, rope="interleaved"),),
 )
-SPECS = (LINFORMER, PROJECT)
+register(LINFORMER, PROJECT)

@@ -19,9 +19,9 @@ from .problem import (
     make_mask,
     make_qkv,
     make_rope,
+    register,
 )
 
-MOST_LANDMARKS = 64  # what is published; `features` are as many as an estimate needs, which is more
 CASES = (  # few: interpreted, they take long, and the moves have cases of their own
     Case("plain", batch=1, taps=5, features=6, packed=True),
     Case("one_token", tokens=1, features=1),
@@ -32,7 +32,7 @@ CASES = (  # few: interpreted, they take long, and the moves have cases of their
 
 
 def _landmarks(case: Case) -> int:
-    return min(case.features, MOST_LANDMARKS, case.tokens - case.prefix)
+    return min(case.features, case.tokens - case.prefix)
 
 
 def _nystrom(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -64,5 +64,10 @@ NYSTROM = OpSpec(
     # Of the residual and the inverse nothing: a few per cent where there are many more tokens than landmarks.
     flops=_moves(lambda case: aggregate_flops(case) + broadcast_flops(case)),
     exps=_moves(lambda case: aggregate_exps(case) + broadcast_exps(case)),
+    public=True,
+    compiled=(Case("", features=64, taps=33),),
+    # At most 64 landmarks are inverted in registers.
+    variants=(Case("+rope", features=64, taps=33, rope="interleaved"), Case("+landmarks", features=128, taps=33)),
+    most_features=64,  # what is published; as many features as an estimate needs are more
 )
-SPECS = (NYSTROM,)
+register(NYSTROM)

@@ -24,6 +24,7 @@ from .problem import (
     make_qkv,
     make_rope,
     make_tables,
+    register,
 )
 
 CASES = (
@@ -45,6 +46,7 @@ CASES = (
     Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, masked=True),
     Case("rope_odd_width", batch=1, rope="interleaved", width=40, rotary=24, prefix=2),
 )
+COMPILED_FEATURES = (16, 110, 266)  # fewer than a tile, those of width 32, those of width 64
 
 
 def _performer(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -95,6 +97,12 @@ PERFORMER = OpSpec(
     cases=CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=lambda case: aggregate_exps(case) + broadcast_exps(case),
+    public=True,
+    compiled=tuple(Case("", features=count) for count in COMPILED_FEATURES),
+    variants=(
+        *(Case("+rope", features=count, rope="interleaved") for count in COMPILED_FEATURES),
+        Case("+learned", features=266, learned=True),
+    ),
 )
 AGGREGATE = OpSpec(
     name="aggregate",
@@ -118,4 +126,4 @@ BROADCAST = OpSpec(
     flops=broadcast_flops,
     exps=broadcast_exps,
 )
-SPECS = (PERFORMER, AGGREGATE, BROADCAST)
+register(PERFORMER, AGGREGATE, BROADCAST)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ class Case:
     rows: int = 1  # of the grid that the tokens behind the prefix form
     mark_rows: int = 1  # rows of landmarks, `features` in each
     adaptive: bool = False  # landmarks of overlapping windows
+    learned: bool = False  # random features take gradients
     eps: float = 0.125  # of linear attention: large enough to show, and exact in the float32 that kernels take it in
 
 
@@ -87,6 +88,11 @@ class OpSpec:
         flops: multiply-adds times two in the matrix products of a forward (in the rotation, for RoPE), each counted once.
         exps: exponentials of a forward.
         rotates: it is about rotation: every problem has angles.
+        public: users call it: it is benchmarked, its traffic is counted, and `vix check` lists it.
+        compiled: what the compile report compiles at every head width; batch, heads, tokens and width are the report's, a
+            case without slots has 0 features, and its name ends what the operator is called.
+        variants: what it compiles besides, at fewer widths.
+        most_features: features beyond these make no difference.
         backward: flops of a backward over those of a forward. By default 2: of each two products of a move, backward makes
             the logits again and three gradients; those of random features, which nobody trains, are left out.
 
@@ -104,11 +110,21 @@ class OpSpec:
     exps: Callable[[Case], int] = lambda case: 0
     backward: float = 2.0
     rotates: bool = False
+    public: bool = False
+    compiled: tuple[Case, ...] = ()
+    variants: tuple[Case, ...] = ()
+    most_features: int | None = None
+
+    @property
+    def attends(self) -> bool:
+        """It does what softmax attention does: of queries, keys and values."""
+        return {"q", "k", "v"} <= set(self.differentiable)
 
     def fit(self, case: Case) -> Case:
         """`case` as this operator can have it: with angles if it is about them, without a mask if it takes none."""
         rope = case.rope or ("interleaved" if self.rotates else None)
-        return replace(case, rope=rope, masked=case.masked and any(each.masked for each in self.cases))
+        features = min(case.features, self.most_features or case.features)
+        return replace(case, rope=rope, features=features, masked=case.masked and any(each.masked for each in self.cases))
 
     def problem(
         self, case: Case, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
@@ -123,13 +139,19 @@ class OpSpec:
         return Problem(self, tensors, options)
 
 
-def draw(
-    spec: OpSpec, case: Case, dtype: torch.dtype, device: str, *, fixed: Collection[str] = ("projection", "slots")
-) -> Problem:
-    """The problem of `case` with numbers drawn on the device; all differentiable tensors but the `fixed` take gradients.
+SPECS: dict[str, OpSpec] = {}
 
-    Random features are fixed, since nobody trains them. `spec.problem` draws in float64 on the CPU, the same numbers for
-    every device, which takes seconds at sizes worth timing.
+
+def register(*specs: OpSpec) -> None:
+    """Make operators known by name to tests and measurements; those of another package too."""
+    SPECS.update({spec.name: spec for spec in specs})
+
+
+def draw(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> Problem:
+    """The problem of `case` with numbers drawn on the device; all differentiable tensors take gradients, random features
+    only if the case has them `learned`.
+
+    `spec.problem` draws in float64 on the CPU, the same numbers for every device, which takes seconds at sizes worth timing.
     """
 
     def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
@@ -137,7 +159,7 @@ def draw(
         return x if x.is_meta else x.normal_(0, scale)
 
     tensors, options = spec.build(case, tensor)
-    trained = set(spec.differentiable) - set(fixed)
+    trained = set(spec.differentiable) - (set() if case.learned else {"projection", "slots"})
     return Problem(spec, {name: x.detach().requires_grad_(name in trained) for name, x in tensors.items()}, options)
 
 

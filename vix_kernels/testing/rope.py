@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops.rope import apply_rope, apply_rope_reference, rope_mixed
 from .linear import LINEAR
 from .performer import CASES, PERFORMER
-from .problem import Case, OpSpec, make_qkv, make_rope
+from .problem import Case, OpSpec, make_qkv, make_rope, register
 
 MIXED_CASES = (  # of learned angles: 4 rows of 9 tokens, 1 in front
     Case("rope", rope="interleaved", prefix=1),
@@ -62,8 +62,10 @@ ROPE = OpSpec(
     flops=lambda case: 6 * case.batch * case.heads * case.tokens * (case.rotary or case.width),
     backward=1.0,
     rotates=True,
+    public=True,
+    variants=(Case("", features=0, rope="interleaved"),),
 )
-SPECS = (
+register(
     ROPE,
     *(
         replace(
@@ -75,6 +77,9 @@ SPECS = (
             differentiable=(*spec.differentiable, "frequencies"),
             cases=tuple(case for case in MIXED_CASES if "key_padding_mask" in spec.batched or not case.masked),
             rotates=True,
+            public=False,
+            compiled=(),
+            variants=spec.variants if spec is ROPE else (),
         )
         for spec in (PERFORMER, LINEAR, ROPE)
     ),
