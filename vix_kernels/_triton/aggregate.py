@@ -278,6 +278,7 @@ def prepare(
     delta, size = (dvalues.new_empty(dvalues.shape[:3]) for _ in range(2))
     unit = dvalues.new_empty(dvalues.shape, dtype=dtype)
     block = 16
+    warps = 8 if dtype == torch.float32 and width > 64 else 4  # with 4 it spills
     launch(
         aggregate_prepare_kernel,
         (batch * num_heads * triton.cdiv(num_slots, block),),
@@ -285,7 +286,7 @@ def prepare(
         *slot_strides(dvalues), *((0, 0, 0) if dnumber is None else dnumber.stride()), num_heads, num_slots,
         E=width, BLOCK_E=padded(width), BLOCK_M=block, SOFTMAX=total is not None, NUMBERS=dnumber is not None,
         COMPUTE=triton_dtype(dvalues.dtype), PRECISION=precision,
-        num_warps=4, num_stages=1, enable_fp_fusion=True,
+        num_warps=warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return delta, size, unit
 
