@@ -19,8 +19,7 @@ import triton.language as tl
 
 import vix_kernels
 from vix_kernels._triton import conditions
-from vix_kernels._triton.configs import find_tile
-from vix_kernels._triton.launch import launch
+from vix_kernels._triton.launch import find_tile, launch
 from vix_kernels._triton.launch_table import OVERRIDES
 from vix_kernels._triton.targets import TARGETS
 from vix_kernels.measure import compile_report, machine_code, offline, shared_memory

@@ -21,10 +21,10 @@ from vix_kernels import export
 from vix_kernels.__main__ import main
 from vix_kernels.export import REFERENCES, decomposed, to_onnx
 from vix_kernels.models import create_model, load_model, save_model
+from vix_kernels.primitives import registry
 from vix_kernels.primitives.aggregate import aggregate_forward
 from vix_kernels.primitives.broadcast import broadcast_forward
 from vix_kernels.primitives.dft import dft_forward
-from vix_kernels.primitives.registry import implementations
 from vix_kernels.primitives.rotate import angle_gradient
 from vix_kernels.testing import Case, OpSpec
 from vix_kernels.testing.models import small_model
@@ -56,7 +56,7 @@ def test_references_are_the_operators(spec: OpSpec, case: Case, dtype: torch.dty
         with torch.no_grad():
             ours, theirs = REFERENCES[operator](*args), operator(*args)
         for x, exact in zip(*(each if isinstance(each, tuple) else (each,) for each in (ours, theirs)), strict=True):
-            if x.shape == (0,) and operator in (aggregate_forward, broadcast_forward):
+            if x.shape == (0,) and operator in (aggregate_forward.registered, broadcast_forward.registered):
                 continue
             assert x.shape == exact.shape and x.dtype == exact.dtype
             # The operators round what they have rotated to its dtype.
@@ -65,7 +65,7 @@ def test_references_are_the_operators(spec: OpSpec, case: Case, dtype: torch.dty
 
 def test_every_operator_of_a_forward_has_one() -> None:
     names = {operator._schema.name.partition("::")[2] for operator in REFERENCES}
-    assert names == {name for name in implementations if not name.endswith("_backward")} - {"angle_gradient"}
+    assert names == {name for name in registry.operators if not name.endswith("_backward")} - {"angle_gradient"}
 
 
 # The functions, all in one program, since to export takes seconds
@@ -333,7 +333,7 @@ def test_wrong_arguments_are_named(x: object, kind: type[Exception], words: str,
 def test_a_wrong_file_is_not_left(onnx: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_text("the old one")
-    monkeypatch.setattr(export, "ONNX_REFERENCES", {dft_forward: lambda x, ortho, backend: x})
+    monkeypatch.setattr(export, "ONNX_REFERENCES", {dft_forward.registered: lambda x, ortho, backend: x})
     with pytest.raises(RuntimeError, match=r"output 0: expected the model's within a relative error of 3.5e-04, got one of"):
         to_onnx(vk.nn.FourierMixing(WIDTH), drawn(2, 9, WIDTH), path)
     assert path.read_text() == "the old one" and list(tmp_path.iterdir()) == [path]

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import ast
+import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+import torch
+
+import vix_kernels
+from vix_kernels._triton import conditions
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,3 +101,33 @@ def test_files_are_short() -> None:
     """Up to 400 lines; tables may be longer."""
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES.values()}
     assert {name: count for name, count in lines.items() if count > 400} == LONG
+
+
+def test_a_call_goes_through_few_files() -> None:
+    """Those that docs/kernels.md lists, and at most six functions lie above a launch of a move."""
+    pytest.importorskip("triton", reason="kernels are launched with Triton, which is not installed here")
+    package = str(ROOT / "vix_kernels")
+    files, stacks = set(), {}
+
+    def called(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            files.add(str(Path(frame.f_code.co_filename).relative_to(package)))
+
+    def launched(kernel: Any, *rest: object) -> None:
+        frames = traceback.extract_stack()
+        stacks[kernel.__name__] = [frame.name for frame in frames if frame.filename.startswith(package)]
+
+    q, k, v = torch.randn(3, 1, 2, 80, 16).requires_grad_().unbind()
+    projection = vix_kernels.orthogonal_projection(8, 16, seed=0)
+    with conditions.under(observer=launched):
+        vix_kernels.performer_attention(q, k, v, projection, backend="triton")  # imports what it needs
+        sys.setprofile(called)
+        try:
+            vix_kernels.performer_attention(q, k, v, projection, backend="triton")
+        finally:
+            sys.setprofile(None)
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    listed = page.partition("goes through these files")[2].split("```")[1].splitlines()[1:]
+    assert files == {line.split()[0] for line in listed} and len(files) <= 10
+    assert {"aggregate_forward_kernel", "broadcast_forward_kernel"} <= stacks.keys()
+    assert all(len(names) <= 6 for kernel, names in stacks.items() if not kernel.startswith("merge")), stacks

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vix_kernels  # noqa: F401  registers the operators
 from conftest import DEVICE
-from vix_kernels.primitives.registry import implementations
+from vix_kernels.primitives.registry import operators
 from vix_kernels.testing import SPECS, Case, OpSpec, Problem
 
 Cases = list[tuple[OpSpec, Case]]
@@ -146,7 +146,7 @@ class Canaries(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "vix_kernels":
             with self:  # the body of the operator allocates
-                return implementations[function._schema.name.split("::")[1]](*args)
+                return operators[function._schema.name.split("::")[1]].implementation(*args)
         out = function(*args, **(kwargs or {}))
         if function._schema.name.split("::")[1] in ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"):
             room = torch.full((out.numel() + 2 * self.BORDER,), self.VALUE, dtype=out.dtype, device=out.device)

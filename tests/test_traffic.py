@@ -13,7 +13,8 @@ import triton.language as tl
 from triton.runtime.interpreter import interpreter_builder
 
 from vix_kernels import apply_rope, backends, nystrom_attention, orthogonal_projection, performer_attention, rope_1d
-from vix_kernels._triton import conditions, configs
+from vix_kernels._triton import conditions
+from vix_kernels._triton import launch as launching
 from vix_kernels._triton.launch import launch
 from vix_kernels.measure.traffic import Pass, Traffic, measure
 
@@ -131,7 +132,7 @@ def test_tiles_of_tokens_do_not_matter(arch: str, monkeypatch: pytest.MonkeyPatc
     """Launches and their bytes are those of the architecture's own tiles, where there are enough tokens to split."""
     options = dict(rope=rope_1d(1000, 32), key_padding_mask=torch.rand(1, 1000) > 0.3, arch=arch)
     large = performer(1000, 1, 1, 70, **options)
-    monkeypatch.setattr(configs, "ASSUMED_TOKENS", 0)
+    monkeypatch.setattr(launching, "ASSUMED_TOKENS", 0)
     assert performer(1000, 1, 1, 70, **options) == large
 
 

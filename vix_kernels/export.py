@@ -298,15 +298,15 @@ def _transform_by_products(x: Tensor) -> Tensor:
 
 
 REFERENCES: dict[Callable, Callable] = {
-    aggregate_forward: _aggregate,
-    broadcast_forward: _broadcast,
-    linear_aggregate_forward: _linear_aggregate,
-    linear_broadcast_forward: _linear_broadcast,
-    landmarks_forward: _landmarks,
-    pinv_forward: _pinv,
-    project_forward: _project,
-    rotate_forward: _rotate,
-    token_conv_forward: _token_conv,
-    dft_forward: _dft,
+    aggregate_forward.registered: _aggregate,
+    broadcast_forward.registered: _broadcast,
+    linear_aggregate_forward.registered: _linear_aggregate,
+    linear_broadcast_forward.registered: _linear_broadcast,
+    landmarks_forward.registered: _landmarks,
+    pinv_forward.registered: _pinv,
+    project_forward.registered: _project,
+    rotate_forward.registered: _rotate,
+    token_conv_forward.registered: _token_conv,
+    dft_forward.registered: _dft,
 }
-ONNX_REFERENCES: dict[Callable, Callable] = {dft_forward: partial(_dft, transform=_transform_by_products)}
+ONNX_REFERENCES: dict[Callable, Callable] = {dft_forward.registered: partial(_dft, transform=_transform_by_products)}

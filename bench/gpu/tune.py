@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vix_kernels._triton.configs import architecture
+from vix_kernels._triton.launch import architecture
 from vix_kernels._triton.launch_table import TABLE
 from vix_kernels.measure import tune
 from vix_kernels.measure.operators import Row, failed, ok, skipped

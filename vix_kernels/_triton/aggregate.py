@@ -13,10 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_like_tokens, unit_last_stride
-from .configs import launch_config, triton_dtype
-from .launch import launch
-from .launch_arguments import mask_strides, output_strides, padded, rotary_arguments, slot_strides, token_strides
-from .merge import empty_slots, merge_softmax, sum_slots
+from .launch import (
+    launch,
+    launch_config,
+    mask_strides,
+    merge_chunks,
+    output_strides,
+    padded,
+    rotary_arguments,
+    slot_strides,
+    token_strides,
+    triton_dtype,
+)
+from .merge import empty_slots, sum_slots
 from .tiles import (
     LOG2E,
     cast,
@@ -94,6 +103,43 @@ def aggregate_forward_kernel(
     rows = part * M + o_m
     tl.store(top + rows, tl.where(b_max == float("-inf"), 0.0, b_max), mask=o_m < M)
     tl.store(total + rows, b_sum, mask=o_m < M)
+
+
+@triton.jit(do_not_specialize=["chunks", "M"])
+def merge_softmax_kernel(
+    parts, part_tops, part_totals, values, lse, tops, totals, chunks, M,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The mean of the chunks' values with weights total exp2(top), and the top, total and lse of all chunks."""
+    i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
+    o_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_e = tl.arange(0, BLOCK_E)
+    inside = (o_m < M)[:, None] & (o_e < E)[None, :]
+    part_rows = i_bh * chunks * M + o_m
+
+    b_top = tl.full((BLOCK_M,), float("-inf"), COMPUTE)
+    for i in range(chunks):
+        b_total = tl.load(part_totals + part_rows + i * M, mask=o_m < M, other=0.0)
+        b_part_top = tl.load(part_tops + part_rows + i * M, mask=o_m < M, other=float("-inf"))
+        b_top = tl.maximum(b_top, tl.where(b_total == 0, float("-inf"), b_part_top))  # a chunk without keys has no top
+    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
+    b_sum = tl.zeros((BLOCK_M,), COMPUTE)
+    b_values = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
+    for i in range(chunks):
+        rows = part_rows + i * M
+        b_total = tl.load(part_totals + rows, mask=o_m < M, other=0.0)
+        b_part_top = tl.load(part_tops + rows, mask=o_m < M, other=float("-inf"))
+        weight = tl.where(b_total == 0, 0.0, b_total * tl.exp2(b_part_top - b_top))
+        b_part = tl.load(parts + rows[:, None] * E + o_e[None, :], mask=inside, other=0.0)
+        b_sum += weight
+        b_values += b_part * weight[:, None]
+    b_values = b_values / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
+
+    rows = i_bh * M + o_m
+    tl.store(values + rows[:, None] * E + o_e[None, :], b_values, mask=inside)
+    tl.store(lse + rows, b_top + tl.log2(b_sum), mask=o_m < M)
+    tl.store(tops + rows, b_top, mask=o_m < M)
+    tl.store(totals + rows, b_sum, mask=o_m < M)
 
 
 @triton.jit(do_not_specialize=["M", "d_b", "d_h", "dnumber_b", "dnumber_h"])
@@ -264,6 +310,13 @@ def aggregate_forward(
         **config.meta(width, value_width),
     )  # fmt: skip
     return merge_softmax(values, lse, top, total)
+
+
+def merge_softmax(parts: Tensor, lse: Tensor, tops: Tensor, totals: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(batch, heads, chunks, M, E) and three of (batch, heads, chunks, M) without their chunks; no launch for a single one."""
+    if parts.shape[2] == 1:
+        return parts.squeeze(2), lse.squeeze(2), tops.squeeze(2), totals.squeeze(2)
+    return merge_chunks(merge_softmax_kernel, parts, (tops, totals), outputs=3)
 
 
 def prepare(

@@ -12,9 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_like_tokens, unit_last_stride
-from .configs import launch_config
-from .launch import launch
-from .launch_arguments import mask_strides, rotary_arguments, slot_strides, token_strides
+from .launch import launch, launch_config, mask_strides, rotary_arguments, slot_strides, token_strides
 from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
     LN2,

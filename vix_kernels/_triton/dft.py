@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import LaunchConfig, launch_config
-from .launch import launch
+from .launch import LaunchConfig, launch, launch_config
 from .tiles import cast, dot, load_tile
 
 WIDTH = 64  # of the launch table's entries: tiles do not depend on the channels

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import LaunchConfig, launch_config
-from .launch_arguments import padded, slot_strides
+from .launch import LaunchConfig, launch_config, padded, slot_strides
 from .tiles import LOG2E, load_rotated, load_slots, row_products, slot_channels
 
 

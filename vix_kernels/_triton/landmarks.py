@@ -12,9 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_like_tokens
-from .configs import launch_config
-from .launch import launch
-from .launch_arguments import mask_strides, output_strides, padded, rotary_arguments, token_strides
+from .launch import launch, launch_config, mask_strides, output_strides, padded, rotary_arguments, token_strides
 from .tiles import load_rotated, load_tile, rotate_pairs, store_tile
 
 

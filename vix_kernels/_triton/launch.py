@@ -1,12 +1,20 @@
-"""The one door through which every Triton kernel is launched."""
+"""Launching a kernel: the configuration it takes, the arguments that every launch needs, and the one door."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 
+from ..backends import gpu_architecture, interpreted
+from ..layout import accumulator
 from . import conditions
+from .launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
+from .targets import TARGETS
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -26,3 +34,169 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     # Backward threads do not inherit the caller's current device.
     with torch.get_device_module(device).device(device):
         kernel[grid](*args, **meta)
+
+
+# The configuration
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    tile: Tile
+    compute: torch.dtype  # logits, statistics and accumulators
+    split: bool  # float32 slots against 16-bit tokens: products in two halves
+    precision: str  # of float32 products
+    multiprocessors: int  # of the device, 0 for the interpreter
+    step: int  # tokens in the architecture's own tile: chunks are multiples of it
+
+    def chunk(self, programs: int, tokens: int) -> tuple[int, int]:
+        """How many tokens a program walks over where one tile of slots is one of `programs`, and how many chunks that makes.
+
+        All of them, unless these programs leave multiprocessors idle. The number follows from sizes alone, never from
+        timing: the same call gives the same bits.
+        """
+        if not conditions.current.split:
+            return tokens, 1
+        if self.multiprocessors:
+            wanted, least = PROGRAMS_A_MULTIPROCESSOR * self.multiprocessors // max(1, programs), LEAST_CHUNK
+        else:
+            wanted, least = tokens, 2 * self.step  # always: small inputs must meet the merge too
+        size = max(least, triton.cdiv(tokens, max(1, wanted)))
+        size = triton.cdiv(size, self.step) * self.step
+        return size, triton.cdiv(tokens, size)
+
+    @property
+    def triton_compute(self) -> Any:
+        return triton_dtype(self.compute)
+
+    def meta(self, width: int, value_width: int) -> dict[str, Any]:
+        """The constexprs and options that every kernel of the two moves takes."""
+        return dict(
+            D=width, E=value_width, BLOCK_D=padded(width), BLOCK_E=padded(value_width),
+            BLOCK_M=self.tile.slots, BLOCK_N=self.tile.tokens,
+            SPLIT=self.split, COMPUTE=self.triton_compute,
+            PRECISION=self.precision,
+            num_warps=self.tile.num_warps, num_stages=self.tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+PROGRAMS_A_MULTIPROCESSOR = 2  # what their registers let stand on one at the same time
+LEAST_CHUNK = 256  # tokens; fewer do not earn back the merge
+# Tokens a tile where the interpreter launches what an architecture would. It takes a fifth of the time, and the distinct bytes
+# of a launch do not depend on them, as long as whatever splits the tokens over programs looks at the architecture's own tile.
+ASSUMED_TOKENS = 1024
+
+
+def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> LaunchConfig:
+    """The configuration of `kernel` for the architecture and dtype of `tokens` and the larger head width `width`."""
+    arch = architecture(tokens.device)
+    split = slots.element_size() > tokens.element_size()
+    _, tile = find_tile(arch, kernel, tokens.element_size() * 8, padded(width), pooled=not split)
+    step = tile.tokens
+    if conditions.current.arch:
+        tile = tile._replace(tokens=max(tile.tokens, min(ASSUMED_TOKENS, triton.next_power_of_2(tokens.shape[2]))))
+    return LaunchConfig(tile, accumulator(tokens.dtype), split, _precision(tile, arch), multiprocessors(tokens.device), step)
+
+
+def find_tile(arch: str, kernel: str, bits: int, width: int, pooled: bool) -> tuple[Key, Tile]:
+    """The key that serves a launch of `kernel` on `arch`, and its tile; pooled: the slots have the tokens' dtype."""
+    # Slots in 16 bits, pooled from tokens, need other registers than random features.
+    names = (f"{kernel}_pooled", kernel) if bits == 16 and pooled else (kernel,)
+    keys = [(name, bits, width) for name in names]
+    for key in keys:
+        if conditions.current.asked is not None:
+            conditions.current.asked(key)
+        for table in (conditions.current.tiles, OVERRIDES.get(arch, {}), {} if arch == "interpreter" else TABLE):
+            if tile := table.get(key):
+                return key, tile
+    if arch == "interpreter":
+        return keys[-1], INTERPRETER
+    raise KeyError(f"the launch table has no {kernel} of {bits} bits and width {width}")
+
+
+def _precision(tile: Tile, arch: str) -> str:
+    """How float32 tiles multiply."""
+    if arch.startswith("gfx"):  # matrix cores that take float32 itself; only gfx942 has tf32
+        return "tf32" if tf32_allowed() and arch == "gfx942" else "ieee"
+    return "tf32" if tf32_allowed() else tile.precision
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Of sums and statistics."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def tf32_allowed() -> bool:
+    """tf32 is opt-in, by PyTorch's own switch (the older `allow_tf32` and `set_float32_matmul_precision` set it too)."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def architecture(device: torch.device) -> str:
+    if interpreted():
+        return conditions.current.arch or "interpreter"
+    if device.type == "cuda":
+        return gpu_architecture(device.index or 0)
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors (compute units) the device has; 0 for the interpreter."""
+    if interpreted():
+        return TARGETS[conditions.current.arch].multiprocessors if conditions.current.arch else 0
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return TARGETS[architecture(device)].multiprocessors  # compiled or counted, not run
+
+
+# Arguments
+
+
+def padded(width: int) -> int:
+    """The power of two, at least 16 (the least a matrix instruction takes), that holds `width` columns."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def token_strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride()[:3]
+
+
+def output_strides(x: Tensor) -> tuple[int, int, int]:
+    """Those of tokens; zeros for a gradient that nobody asked for."""
+    return token_strides(x) if x.dim() == 4 else (0, 0, 0)
+
+
+def slot_strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of (batch, heads, slots); a dimension of length 1 is shared, so its stride is 0."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+
+
+def mask_strides(mask: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if mask is None else mask.stride()
+
+
+def rotary_arguments(cos: Tensor | None, sin: Tensor | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """cos, sin, the rotary width (0: no rotation) and the stride between heads (0: one table for all)."""
+    if cos is None or sin is None:
+        return stand_in, stand_in, 0, 0
+    cos, sin = cos.contiguous(), sin.contiguous()
+    return cos, sin, 2 * cos.shape[-1], 0 if cos.shape[0] == 1 else cos.stride(0)
+
+
+def merge_chunks(kernel: Any, parts: Tensor, numbers: tuple[Tensor, ...], *, outputs: int) -> tuple[Tensor, ...]:
+    """Launch a kernel that makes one result from those of the chunks that the tokens were split into.
+
+    parts is (batch, heads, chunks, M, E), `numbers` and the `outputs` behind the merged rows one number a slot.
+    """
+    batch, num_heads, chunks, num_slots, width = parts.shape
+    merged = parts.new_empty(batch, num_heads, num_slots, width)
+    results = [parts.new_empty(batch, num_heads, num_slots) for _ in range(outputs)]
+    block, num_warps = (8 if padded(width) >= 128 else 16), (4 if padded(width) <= 32 else 8)  # four numbers a thread or more
+    launch(
+        kernel,
+        (batch * num_heads * triton.cdiv(num_slots, block),),
+        parts, *numbers, merged, *results, chunks, num_slots,
+        E=width, BLOCK_E=padded(width), BLOCK_M=block,
+        COMPUTE=triton_dtype(parts.dtype),
+        num_warps=num_warps, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return merged, *results

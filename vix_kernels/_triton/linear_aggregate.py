@@ -12,8 +12,7 @@ from torch import Tensor
 from ..layout import empty_like_tokens
 from .aggregate import prepare
 from .features import apply_map, feature_config, feature_strides, load_logits, slope, slot_rows
-from .launch import launch
-from .launch_arguments import mask_strides, output_strides, rotary_arguments, token_strides
+from .launch import launch, mask_strides, output_strides, rotary_arguments, token_strides
 from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
     cast,

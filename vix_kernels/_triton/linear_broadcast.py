@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..layout import empty_like_tokens, unit_last_stride
 from .features import apply_map, feature_config, feature_strides, load_logits, load_state, slope, slot_rows
-from .launch import launch
-from .launch_arguments import rotary_arguments, slot_strides, token_strides
+from .launch import launch, rotary_arguments, slot_strides, token_strides
 from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
     cast,

@@ -13,9 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import LaunchConfig, architecture, launch_config
-from .launch import launch
-from .launch_arguments import mask_strides, output_strides, padded, token_strides
+from .launch import LaunchConfig, architecture, launch, launch_config, mask_strides, output_strides, padded, token_strides
 from .pinv_steps import BACKWARD, DA, DY, DZ, FORWARD, A, Z, advance, differentiate, keep_middle, part, restart
 from .tiles import LOG2E, dot, load_tile, row_products, store_tile
 

@@ -15,9 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_like_tokens
-from .configs import PROGRAMS_A_MULTIPROCESSOR, LaunchConfig, launch_config
-from .launch import launch
-from .launch_arguments import mask_strides, output_strides, rotary_arguments, token_strides
+from .launch import (
+    PROGRAMS_A_MULTIPROCESSOR,
+    LaunchConfig,
+    launch,
+    launch_config,
+    mask_strides,
+    output_strides,
+    rotary_arguments,
+    token_strides,
+)
 from .tiles import (
     cast,
     dot,

@@ -7,9 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_like_tokens
-from .configs import launch_config
-from .launch import launch
-from .launch_arguments import padded, rotary_arguments, token_strides
+from .launch import launch, launch_config, padded, rotary_arguments, token_strides
 from .tiles import load_tile, rotate_pairs, store_tile, token_program
 
 

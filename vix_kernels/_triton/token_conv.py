@@ -13,9 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_like_tokens, unit_last_stride
-from .configs import LaunchConfig, launch_config
-from .launch import launch
-from .launch_arguments import mask_strides, output_strides, padded, token_strides
+from .launch import LaunchConfig, launch, launch_config, mask_strides, output_strides, padded, token_strides
 from .tiles import cast, dot, load_tile, store_tile
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import triton
 
-from .._triton.launch_arguments import padded
+from .._triton.launch import padded
 from .._triton.launch_table import TABLE as LAUNCH_TABLE
 from .._triton.targets import TARGETS
 from ..commands import DTYPES, Parser

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from .._triton import conditions
-from ..primitives.registry import implementations
+from ..primitives.registry import operators
 from ..testing import Case, OpSpec, draw
 from .offline import Driver
 
@@ -65,7 +65,7 @@ class _Count(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function.namespace == "vix_kernels":
             with self:  # torch's own kernels inside an operator count too
-                out = implementations[function._schema.name.split("::")[1]](*args)
+                out = operators[function._schema.name.split("::")[1]].implementation(*args)
             touched = {id(x): x for x in (*args, *tree_leaves(out)) if isinstance(x, Tensor)}
             # What is shared or expanded counts as often as it lies in memory, once.
             self.bytes += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in touched.values())

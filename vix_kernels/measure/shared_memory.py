@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 
 from .._triton import conditions
-from .._triton.configs import find_tile
+from .._triton.launch import find_tile
 from .._triton.launch_table import OVERRIDES, TABLE, Tile
 from .._triton.targets import TARGETS
 from ..commands import write_atomically

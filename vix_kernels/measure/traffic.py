@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from .. import backends
 from .._triton import conditions
 from ..commands import DTYPES, Parser
-from ..primitives.registry import implementations
+from ..primitives.registry import operators
 from ..testing import SPECS, Case
 from .compile_report import within
 from .interpreter import hastened, watched
@@ -219,7 +219,7 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         if op.namespace == "vix_kernels":
             with self:  # the body of the operator
-                return implementations[op._schema.name.split("::")[1]](*args)
+                return operators[op._schema.name.split("::")[1]].implementation(*args)
         with self:  # what it is composed of, if it is
             result = op.decompose(*args, **kwargs)
         if result is not NotImplemented:

@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._triton import conditions, configs
+from .._triton import conditions, launch
 from .._triton.launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
 from ..backends import interpreted, reason_against_gpu
 from ..commands import Parser
@@ -273,7 +273,7 @@ def main(argv: list[str]) -> int:
         if reason := reason_against_gpu():
             print(f"vix dev tune: nothing to measure here: {reason}")
             return 0
-        arch, gpu, device = configs.architecture(torch.device("cuda", 0)), torch.cuda.get_device_name(), "cuda"
+        arch, gpu, device = launch.architecture(torch.device("cuda", 0)), torch.cuda.get_device_name(), "cuda"
         sizes = product(args.width, args.bits)  # in the order asked for: the time may not do for all
         keys = [key for width, bits in sizes for key in TABLE if key[0] in args.kernel and key[1:] == (bits, width)]
 

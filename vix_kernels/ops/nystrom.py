@@ -84,7 +84,8 @@ def nystrom_attention(
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
     check_mask(key_padding_mask, k)
-    check_rope(rope, q, k)
+    if rope is not None:
+        check_rope(rope, q, k)
     scale = check_scale(scale, q.shape[3])
     _check_conv(conv_weight, q, k)
     check_nystrom(landmarks, pinv_iterations, pinv_init)

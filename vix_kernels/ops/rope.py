@@ -272,13 +272,11 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
         ValueError, TypeError, RuntimeError: as performer_attention.
     """
     check_qkv(q, k, k)
-    if rope is None:
-        raise TypeError("rope: expected a Rope (see rope_1d), got NoneType")
-    check_rope(rope, q, k)
+    rotary = check_rope(rope, q, k)
     backend = backends.resolve(backend, q, q.shape[3])
     if backend == "reference":
         return apply_rope_reference(q, k, rope)
-    return rotate(q, k, **rope.tables, backend=backend)
+    return rotate(q, k, **rotary, backend=backend)
 
 
 def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
@@ -287,10 +285,8 @@ def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tens
     return tuple(rotate_reference(x, **tables) for x in (q, k))
 
 
-def check_rope(rope: Rope | None, q: Tensor, k: Tensor) -> None:
-    """One row of angles a token, for q and k alike."""
-    if rope is None:
-        return
+def check_rope(rope: Rope, q: Tensor, k: Tensor) -> dict[str, Any]:
+    """The tables of a rotation that has one row of angles a token, for q and k alike."""
     if not isinstance(rope, Rope):
         raise TypeError(f"rope: expected a Rope (see rope_1d), got {type(rope).__name__}")
     if q.shape[2] != k.shape[2]:
@@ -305,3 +301,4 @@ def check_rope(rope: Rope | None, q: Tensor, k: Tensor) -> None:
         raise TypeError(f"rope: expected float32 tables for q's {dtype_name(q.dtype)}, got float64")
     if rope.cos.device != q.device:
         raise ValueError(f"rope: expected q's device {q.device}, got {rope.cos.device} (see Rope.to)")
+    return rope.tables

@@ -6,7 +6,7 @@ gradient would lose it silently, so it raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -15,39 +15,73 @@ import torch
 from torch import Tensor
 
 library = torch.library.Library("vix_kernels", "DEF")
-implementations: dict[str, Callable] = {}  # the bodies of the operators, by name
+operators: dict[str, Operator] = {}
 
 
-def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[..., bool] = lambda *inputs: True) -> Callable:
+class Operator:
+    """An operator of `torch.library`, which plain eager calls go past.
+
+    What compilers, modes and subclasses of Tensor see is torch.ops.vix_kernels.<name>. Where none of them is at work, its
+    dispatch would only cost time.
+    """
+
+    registered: torch._ops.OpOverload
+
+    def __init__(self, name: str, module: str, has_kernel: Callable[..., bool]) -> None:
+        self.name, self.module, self.has_kernel = name, module, has_kernel
+
+    def __call__(self, *arguments: Any) -> Any:
+        if not plain(arguments):
+            return self.registered(*arguments)
+        *inputs, backend = arguments
+        return self.function(inputs, backend)(*inputs)
+
+    def function(self, inputs: Sequence[Any], backend: str) -> Callable:
+        return _function("_triton" if backend == "triton" and self.has_kernel(*inputs) else "_torch", self.module, self.name)
+
+    def implementation(self, *arguments: Any) -> Any:
+        """The body of the registered operator."""
+        *inputs, backend = arguments
+        device = next(each.device.type for each in inputs if isinstance(each, Tensor))
+        # Dtypes were settled by the public function: autocast must not touch the products inside.
+        with torch.autocast(device if device != "meta" else "cpu", enabled=False):
+            return self.function(inputs, backend)(*inputs)
+
+    def refuse_gradient(self, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
+            raise RuntimeError(f"torch.ops.vix_kernels.{self.name} has no gradient of its own: call vix_kernels' functions")
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.registered(*arguments)
+
+
+def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[..., bool] = lambda *inputs: True) -> Operator:
     """Register the operator of `schema`, whose last argument is `str backend` ("torch" or "triton").
 
     The functions of its name in `_torch/<module>.py` and `_triton/<module>.py` compute it; where `has_kernel` is False, which
     is asked with the same arguments, the one in PyTorch does for both backends. `fake` makes outputs of the right shapes,
     dtypes and strides; all but `fake` go without the backend.
     """
-    name = schema[: schema.index("(")]
-
-    def implementation(*arguments: Any) -> Any:
-        *inputs, backend = arguments
-        package = "_triton" if backend == "triton" and has_kernel(*inputs) else "_torch"
-        device = next(each.device.type for each in inputs if isinstance(each, Tensor))
-        # Dtypes were settled by the public function: autocast must not touch the products inside.
-        with torch.autocast(device if device != "meta" else "cpu", enabled=False):
-            return _function(package, module, name)(*inputs)
-
-    def refuse_gradient(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
-            raise RuntimeError(f"torch.ops.vix_kernels.{name} has no gradient of its own: call vix_kernels' functions")
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
-
-    implementations[name] = implementation
+    operator = Operator(name := schema[: schema.index("(")], module, has_kernel)
+    operators[name] = operator
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    library.impl(name, implementation, "CompositeExplicitAutograd")
-    library.impl(name, refuse_gradient, "Autograd")
+    library.impl(name, operator.implementation, "CompositeExplicitAutograd")
+    library.impl(name, operator.refuse_gradient, "Autograd")
     torch.library.register_fake(f"vix_kernels::{name}", fake, lib=library)
-    operator = getattr(torch.ops.vix_kernels, name).default
+    operator.registered = getattr(torch.ops.vix_kernels, name).default
     return operator
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def plain(arguments: Sequence[Any]) -> bool:
+    """Nobody watches or changes what these tensors take part in: no compiler, no mode, no autocast, no gradient to refuse."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
+        return False
+    tensors = [each for each in arguments if isinstance(each, Tensor)]
+    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+        return False
+    return not in_transform() and all(type(each) in PLAIN and not each.is_meta for each in tensors)
 
 
 @cache
