@@ -278,6 +278,7 @@ _ADA = {  # what spills with the tiles above on sm_86 and sm_89
     ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 4, 2),
     ("broadcast_slots_pooled", 16, 64): Tile(32, 64, 8, 2),
     ("linear_broadcast_tokens", 16, 64): Tile(16, 64, 4, 1),
+    ("broadcast_tokens", 16, 32): Tile(64, 128, 8, 1),
 }
 _CDNA = {  # one stage and smaller tiles where the pipeline does not fit the registers
     ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 1),
@@ -324,6 +325,8 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
         ("aggregate_tokens", 16, 128): Tile(32, 64, 8, 2),
         # Smaller than the registers allow now: Triton 3.6 spills a few bytes more at width 80.
         ("broadcast_tokens", 16, 128): Tile(32, 128, 8, 2),
+        ("linear_broadcast_slots", 16, 128): Tile(32, 32, 4, 1),
+        ("broadcast_tokens", 32, 64): Tile(16, 32, 8, 1),  # Triton 3.6 spills with the one above
         ("aggregate_forward", 32, 128): Tile(16, 32, 8, 1),
         ("broadcast_forward", 32, 128): Tile(32, 16, 8, 1),
         ("broadcast_tokens", 32, 128): Tile(16, 16, 8, 1, "ieee"),
@@ -334,6 +337,7 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
     | {
         ("aggregate_tokens", 16, 128): Tile(64, 64, 8, 1),
         ("broadcast_tokens", 16, 64): Tile(64, 128, 8, 1),
+        ("broadcast_forward_pooled", 16, 64): Tile(64, 128, 4, 2),
     },
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
