@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from vix_kernels import rope_1d
-from vix_kernels.nn.core import CORES, register
+from vix_kernels.integrations.drop_in import OPS, DropIn
+from vix_kernels.nn.core import CORES, Site, register
 from vix_kernels.nn.module import make_module
 from vix_kernels.nn.nystrom import Nystrom
 
@@ -158,3 +159,31 @@ def test_a_name_is_given_once() -> None:
     with pytest.raises(ValueError, match="name: expected one that is free, got 'nystrom', that of Nystrom"):
         register("nystrom")(type("Other", (Nystrom,), {}))
     assert CORES["nystrom"] is Nystrom
+
+
+@pytest.mark.parametrize("argument", ["cu_seqlens", "group"])
+@pytest.mark.parametrize("name", CORES)
+def test_what_is_not_built_yet_is_refused_by_name(name: str, argument: str) -> None:
+    given = {argument: torch.tensor([0, 2, 6], dtype=torch.int32) if argument == "cu_seqlens" else object()}
+    site = Site(8, 2, grid_size=(2, 3), num_tokens=6)
+    with pytest.raises(NotImplementedError, match=f"^{argument}: expected None, got (packed samples|a process group); "):
+        make_module(CORES[name].made("module"), 16, num_heads=2, site=site)(torch.randn(1, 6, 16), **given)
+    if name in OPS:
+        q = torch.randn(1, 2, 6, 8)
+        with pytest.raises(NotImplementedError, match=f"^{argument}: expected None"):
+            DropIn(name, retrain=True)(q, q, q, **given)
+
+
+@pytest.mark.parametrize("name", ["nystrom", "agent"])
+def test_a_grid_of_one_call(name: str) -> None:
+    """Landmarks and agents lie on the grid of the call, not on the one that they were made for."""
+    options = {"nystrom": dict(num_landmarks=4, landmarks="grid"), "agent": dict(num_agents=4)}[name]
+    torch.manual_seed(0)
+    module = make_module(CORES[name](**options, grid_size=(4, 6)), 16, num_heads=2)
+    other = make_module(module.core.on_grid((6, 4)), 16, num_heads=2)
+    other.load_state_dict(module.state_dict())
+    x = torch.randn(2, 24, 16)
+    assert torch.equal(module(x, grid_size=(6, 4)), other(x)) and not torch.allclose(module(x), other(x))
+    q, k, v = torch.randn(3, 2, 2, 24, 8).unbind()
+    hosts = [DropIn(name, retrain=True, **options, grid_size=size) for size in ((4, 6), (6, 4))]
+    assert torch.equal(hosts[0](q, k, v, grid_size=(6, 4)), hosts[1](q, k, v))

@@ -99,6 +99,9 @@ class DropIn:
         key_padding_mask: Tensor | None = None,
         rope: Rope | None = None,
         self_attention: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        group: Any = None,
+        grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """(batch, heads, tokens, head_dim) to the same, as `scaled_dot_product_attention`.
 
@@ -108,6 +111,8 @@ class DropIn:
             key_padding_mask: bool (batch, tokens), True = the token takes part.
             rope: rotary embedding of query and key.
             self_attention: whether they are of the same tokens; None: where they are as many.
+            cu_seqlens, group: packed samples, and a process group that the tokens are spread over; not supported yet.
+            grid_size: (rows, columns) of these tokens, if the caller knows it.
 
         Raises:
             NotImplementedError: a mask, dropout, causal or grouped attention that linear-cost attention cannot honour.
@@ -126,18 +131,18 @@ class DropIn:
         if not query.shape[0] == key.shape[0] == value.shape[0]:
             batches = query.shape[0], key.shape[0], value.shape[0]
             raise NotImplementedError(f"key: expected query's batch, got {batches}; samples are not broadcast")
-        core = self.placed(query.shape[2])
+        core = self.placed(query.shape[2]) if grid_size is None else self.core.on_grid(grid_size)
         _check_places(core, query.shape[2], key.shape[2])
         if attn_mask is not None:
             if key_padding_mask is not None:
                 raise NotImplementedError("attn_mask: expected None beside a key_padding_mask")
             key_padding_mask = padding_of(attn_mask, key)
-        core.refuse(rope=rope, key_padding_mask=key_padding_mask)
+        core.refuse(rope=rope, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, group=group)
         if self_attention is None:
             self_attention = query.shape[2] == key.shape[2]
         return core.attend(
             core.derived(query), query, key, value, scale=scale, rope=rope, sdpa=SdpaArgs(), backend=self.backend,
-            tokens=Tokens(key_padding_mask, self_attention=self_attention),
+            tokens=Tokens(key_padding_mask, cu_seqlens, grid_size, group=group, self_attention=self_attention),
         )  # fmt: skip
 
 

@@ -32,7 +32,8 @@ class Tokens:
 
     Attributes:
         key_padding_mask: bool (batch, tokens), True = the token takes part.
-        cu_seqlens, group: packed samples, and tokens that are spread over processes; no core accepts them yet.
+        cu_seqlens: int32 (samples + 1), where each of the samples begins that are packed into one row. No core accepts it yet.
+        group: the process group that the tokens are spread over. No core accepts it yet.
         grid_size, prefix_tokens: of this call, where they are not those of the site.
         self_attention: queries and keys are the same tokens.
     """
@@ -118,10 +119,12 @@ class Mixer:
         }.get(argument, f"{self.name} attention does not support it")
 
     def refuse(self, **given: Any) -> None:
-        """Raises NotImplementedError for the first of the arguments `given`, masks or rope, that it does not accept."""
+        """Raises NotImplementedError for the first of the arguments `given` that it does not accept."""
         for name, value in given.items():
             if value is not None and name not in self.accepts():
-                what = "a rotary embedding" if name == "rope" else "a mask"
+                what = {"rope": "a rotary embedding", "cu_seqlens": "packed samples", "group": "a process group"}.get(
+                    name, "a mask"
+                )
                 raise NotImplementedError(f"{name}: expected None, got {what}; {self.reason(name)}")
 
     def fit(self: Some, site: Site) -> Some:

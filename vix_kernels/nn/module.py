@@ -39,11 +39,12 @@ class MixerModule(nn.Module):
         self.core = core.fit(self.site)
         self.dim, self.num_heads, self.head_dim, self.backend = dim, num_heads, dim // num_heads, backend
 
-    def refuse(
-        self, attn_mask: Tensor | None, is_causal: bool, key_padding_mask: Tensor | None, rope: Rope | None
-    ) -> None:  # fmt: skip
+    def refuse(self, attn_mask: Tensor | None, is_causal: bool, rope: Rope | None, tokens: Tokens) -> None:
         """Raises NotImplementedError for what the core does not accept."""
-        self.core.refuse(rope=rope, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
+        self.core.refuse(
+            rope=rope, attn_mask=attn_mask, key_padding_mask=tokens.key_padding_mask, cu_seqlens=tokens.cu_seqlens,
+            group=tokens.group,
+        )  # fmt: skip
         if is_causal and "causal" not in self.core.accepts():
             raise NotImplementedError(f"is_causal: expected False; {self.core.reason('causal')}")
 
@@ -117,6 +118,9 @@ class AttentionModule(MixerModule):
         *,
         key_padding_mask: Tensor | None = None,
         rope: Rope | None = None,
+        cu_seqlens: Tensor | None = None,
+        group: Any = None,
+        grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Mix the tokens.
 
@@ -127,19 +131,21 @@ class AttentionModule(MixerModule):
             is_causal: timm's; refused.
             key_padding_mask: bool (batch, tokens), True = valid. Other tokens are read as 0, whatever they hold.
             rope: rotary embedding of q and k.
+            cu_seqlens, group: packed samples, and a process group that the tokens are spread over; not supported yet.
+            grid_size: (rows, columns) of these tokens, where it is not the one that landmarks or agents were placed on.
         """
         check_tokens(x, self.dim, self.qkv)
         if key_padding_mask is not None:
             check_mask(key_padding_mask, x[:, None], columns="tokens")
             x = x.masked_fill(~key_padding_mask[..., None], 0)
-        self.refuse(attn_mask, is_causal, key_padding_mask, rope)
+        tokens = Tokens(key_padding_mask, cu_seqlens, grid_size, group=group)
+        self.refuse(attn_mask, is_causal, rope, tokens)
+        core = self.core if grid_size is None else self.core.on_grid(grid_size)
         out, normalised = None, not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
         if attn_mask is None and not normalised:
-            out = self.core.attend_tokens(
-                self, x, self.qkv, scale=self.scale, rope=rope, tokens=Tokens(key_padding_mask), backend=self.backend
-            )
+            out = core.attend_tokens(self, x, self.qkv, scale=self.scale, rope=rope, tokens=tokens, backend=self.backend)
         if out is None:
-            out = self.attend(*self.heads(x), key_padding_mask, rope, attn_mask)
+            out = self._attend(core, *self.heads(x), tokens, rope, attn_mask)
         return self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,16 +163,14 @@ class AttentionModule(MixerModule):
         attn_mask: Tensor | None = None,
     ) -> Tensor:
         """The attention between the linear maps: (batch, heads, tokens, head_dim) to the same."""
-        return self._attend(self.core, q, k, v, key_padding_mask, rope, attn_mask)
+        return self._attend(self.core, q, k, v, Tokens(key_padding_mask), rope, attn_mask)
 
     def _attend(
-        self, core: Core, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None,
+        self, core: Core, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, rope: Rope | None,
         attn_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         sdpa = SdpaArgs(attn_mask, self.attn_drop.p if self.training else 0.0)
-        return core.attend(
-            self, q, k, v, scale=self.scale, rope=rope, tokens=Tokens(key_padding_mask), sdpa=sdpa, backend=self.backend
-        )
+        return core.attend(self, q, k, v, scale=self.scale, rope=rope, tokens=tokens, sdpa=sdpa, backend=self.backend)
 
     def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None) -> Tensor:
         """What `token` of x (batch, tokens, dim) looks at: its row of the attention matrix, (batch, heads, tokens).
@@ -177,7 +181,7 @@ class AttentionModule(MixerModule):
         core = self.core.weights_only()
 
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None) -> Tensor:
-            return self._attend(core, q, k, v, mask, rope)
+            return self._attend(core, q, k, v, Tokens(mask), rope)
 
         return attention_weights(attend, q, k, None, rope, token=token)
 
@@ -247,18 +251,22 @@ class MixingModule(MixerModule):
         *,
         key_padding_mask: Tensor | None = None,
         rope: Rope | None = None,
+        cu_seqlens: Tensor | None = None,
+        group: Any = None,
+        grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Mix the tokens.
 
         Args:
             x: (batch, tokens, dim).
             rope: rotary embedding. There are no queries and keys: it turns the heads of the tokens themselves.
+
+        Others as in AttentionModule.
         """
         check_tokens(x, self.dim)
-        self.refuse(attn_mask, is_causal, key_padding_mask, rope)
-        out = self.core.mix(
-            self, x, num_heads=self.num_heads, rope=rope, tokens=Tokens(key_padding_mask), backend=self.backend
-        )  # fmt: skip
+        tokens = Tokens(key_padding_mask, cu_seqlens, grid_size, group=group)
+        self.refuse(attn_mask, is_causal, rope, tokens)
+        out = self.core.mix(self, x, num_heads=self.num_heads, rope=rope, tokens=tokens, backend=self.backend)
         return self.proj_drop(out)
 
 
