@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 import vix_kernels
-from vix_kernels._triton import conditions
+from vix_kernels import conditions
 from vix_kernels._triton.launch import find_tile, launch
 from vix_kernels._triton.launch_table import OVERRIDES
 from vix_kernels._triton.targets import TARGETS

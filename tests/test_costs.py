@@ -70,7 +70,7 @@ def test_launches_are_those_that_a_call_makes(monkeypatch) -> None:
 def test_counting_leaves_the_door_and_the_driver_as_they_were() -> None:
     from triton.runtime.driver import driver
 
-    from vix_kernels._triton import conditions
+    from vix_kernels import conditions
 
     active = driver._active
     cost("apply_rope", case=replace(CASE, queries=None, rope="half"))

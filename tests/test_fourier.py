@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from conftest import DEVICE
-from vix_kernels import apply_rope, fourier_mixing, rope_axial
-from vix_kernels._triton import conditions, dft
+from vix_kernels import apply_rope, conditions, fourier_mixing, rope_axial
+from vix_kernels._triton import dft
 from vix_kernels.nn import FourierMixing
 from vix_kernels.primitives.dft import MOST_WORK
 from vix_kernels.testing import kept_for_backward

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import interpreter_builder
 
-from vix_kernels import apply_rope, backends, nystrom_attention, orthogonal_projection, performer_attention, rope_1d
-from vix_kernels._triton import conditions
+from vix_kernels import apply_rope, backends, conditions, nystrom_attention, orthogonal_projection, performer_attention, rope_1d
 from vix_kernels._triton import launch as launching
 from vix_kernels._triton.launch import launch
 from vix_kernels.measure.traffic import Pass, Traffic, measure

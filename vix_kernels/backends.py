@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ._triton import conditions
+from . import conditions
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 TRITON_WIDTHS = (8, 256)

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import conditions
 from ..backends import gpu_architecture, interpreted
 from ..layout import accumulator
-from . import conditions
 from .launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
 from .targets import TARGETS
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from .._triton import conditions
+from .. import conditions
 from ..primitives.registry import operators
 from ..testing import Case, OpSpec, draw
 from .offline import Driver

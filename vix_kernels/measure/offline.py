@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
 
-from .._triton import conditions
+from .. import conditions
 from .._triton.targets import TARGETS
 from . import machine_code
 from .machine_code import Resources

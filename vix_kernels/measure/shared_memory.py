@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._triton import conditions
+from .. import conditions
 from .._triton.launch import find_tile
 from .._triton.launch_table import OVERRIDES, TABLE, Tile
 from .._triton.targets import TARGETS

@@ -31,8 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import backends
-from .._triton import conditions
+from .. import backends, conditions
 from ..commands import DTYPES, Parser
 from ..primitives.registry import operators
 from ..testing import SPECS, Case

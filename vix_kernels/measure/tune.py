@@ -23,7 +23,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .._triton import conditions, launch
+from .. import conditions
+from .._triton import launch
 from .._triton.launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
 from ..backends import interpreted, reason_against_gpu
 from ..commands import Parser
