@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vix_kernels._torch import feed_forward as tiled
 from vix_kernels.models import feed_forward as module
 from vix_kernels.models.feed_forward import Mlp, feed_forward
 from vix_kernels.models.layers import DropPath, TokenBatchNorm
@@ -41,7 +42,7 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
     """What goes through tiles, of 4 tokens here: six tiles, the last of a single token."""
-    monkeypatch.setattr(primitive, "TILE_CPU", 4)
+    monkeypatch.setattr(tiled, "TILE_CPU", 4)
     monkeypatch.setattr(module, "MANY_CPU", 0)
     calls, run = [], primitive.feed_forward
     monkeypatch.setattr(primitive, "feed_forward", lambda *args, **options: calls.append(args) or run(*args, **options))

@@ -97,6 +97,13 @@ def test_triton_is_imported_by_kernels_and_measurements_alone() -> None:
     assert {layer(name) for name in importers} == {"_triton", "measure"}
 
 
+def test_every_primitive_is_computed_in_torch() -> None:
+    """In a file of its name, or in two, of linear attention; `nystrom` is made of others, and two files are no primitives."""
+    primitives = {name.partition(".")[2] for name in MODULES if layer(name) == "primitives"} - {"", "autograd", "registry"}
+    files = {name.partition(".")[2] for name in MODULES if layer(name) == "_torch"}
+    assert {name for name in primitives if not any(file.startswith(name) for file in files)} == {"nystrom"}
+
+
 def test_files_are_short() -> None:
     """Up to 400 lines; tables may be longer."""
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES.values()}

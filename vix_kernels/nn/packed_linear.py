@@ -12,6 +12,6 @@ from .plain import is_plain
 def packed_linear(linear: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:
     """linear(x) (batch, tokens, 3 * width) in its three parts, as views of it; on a CPU by the primitive."""
     if x.device.type != "cpu" or not is_plain(linear, nn.Linear):
-        return linear(x).chunk(primitive.PARTS, -1)
+        return linear(x).chunk(3, -1)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     return primitive.packed_linear(x, linear.weight, linear.bias, dtype)
