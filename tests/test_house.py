@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 import vix_kernels
-from vix_kernels import conditions
+from vix_kernels import conditions, primitives
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,6 +104,35 @@ def test_every_primitive_is_computed_in_torch() -> None:
     primitives = {name.partition(".")[2] for name in MODULES if layer(name) == "primitives"} - {"", "autograd", "registry"}
     files = {name.partition(".")[2] for name in MODULES if layer(name) == "_torch"}
     assert {name for name in primitives if not any(file.startswith(name) for file in files)} == {"nystrom"}
+
+
+SHAPE = re.compile(r"\((batch|heads|num_heads|M|1|2|samples)\b[^)]*,")
+SOURCE = re.compile(r"arXiv|et al\.")
+
+
+@pytest.mark.parametrize("name", [name for name in vix_kernels.__all__ if inspect.isfunction(getattr(vix_kernels, name))])
+def test_public_functions_say_what_they_take(name: str) -> None:
+    """Every argument, shapes, what comes back, errors and a source, the last in the function or at the top of its file."""
+    function = getattr(vix_kernels, name)
+    text = inspect.getdoc(function)
+    arguments, returns, errors = (text.find(f"\n{title}:\n") for title in ("Args", "Returns", "Raises"))
+    assert 0 < arguments < returns < errors
+    for argument in inspect.signature(function).parameters:
+        assert re.search(rf"\b{argument}\b", text[arguments:returns]), argument
+    assert SHAPE.search(text) and re.search(r"\w+Error", text[errors:])
+    assert SOURCE.search(text + inspect.getmodule(function).__doc__)
+
+
+@pytest.mark.parametrize("name", primitives.__all__)
+def test_primitives_say_what_they_take(name: str) -> None:
+    """Every argument, shapes, what comes back; the file begins with the equation, and callers are trusted."""
+    function = getattr(primitives, name)
+    text = inspect.getdoc(function)
+    arguments, returns = text.find("\nArgs:\n"), text.find("\nReturns:\n")
+    assert 0 < arguments < returns and SHAPE.search(text)
+    for argument in inspect.signature(function).parameters:
+        assert re.search(rf"\b{argument}\b", text[arguments:returns]), argument
+    assert " = " in inspect.getmodule(function).__doc__
 
 
 def test_files_are_short() -> None:

@@ -8,10 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from .. import __version__, backends
-from ..commands import Parser
+from ..commands import DTYPES, Parser
 from ..testing import SPECS
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def main(argv: list[str]) -> int:
@@ -24,10 +22,10 @@ def main(argv: list[str]) -> int:
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, head width {width}\n")
 
-    reasons = {dtype: backends.reasons_against_triton(device, dtype, width) for dtype in DTYPES}
-    print("operator".ljust(22) + "".join(str(dtype).removeprefix("torch.").ljust(12) for dtype in DTYPES))
+    reasons = {dtype: backends.reasons_against_triton(device, dtype, width) for dtype in DTYPES.values()}
+    print("operator".ljust(22) + "".join(str(dtype).removeprefix("torch.").ljust(12) for dtype in DTYPES.values()))
     for name in (spec.name for spec in SPECS.values() if spec.public):
-        chosen = (backends.resolve("auto", torch.empty(0, dtype=dtype, device=device), width) for dtype in DTYPES)
+        chosen = (backends.resolve("auto", torch.empty(0, dtype=dtype, device=device), width) for dtype in DTYPES.values())
         print(name.ljust(22) + "".join(each.ljust(12) for each in chosen))
     for reason in dict.fromkeys(reason for each in reasons.values() for reason in each):
         print(f"\nnot triton: {reason}", end="")

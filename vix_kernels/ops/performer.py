@@ -117,6 +117,9 @@ def orthogonal_projection(
 
     Returns:
         float32 (M, D), or (num_heads, M, D), on the CPU.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
     """
     check_integer("num_features", num_features, 1)
     check_integer("head_dim", head_dim, 1)

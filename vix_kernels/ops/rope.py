@@ -140,7 +140,10 @@ def rope_1d(
         device: where the tables live.
 
     Returns:
-        A Rope of prefix_tokens + tokens rows, shared by all heads.
+        A Rope of prefix_tokens + tokens rows, shared by all heads: tables (1, rows, R / 2) in float32.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
     """
     check_integer("tokens", tokens, 1)
     frequencies = _frequencies(dim, 2, base)
@@ -169,7 +172,10 @@ def rope_axial(
         base, layout, prefix_tokens, device: as in rope_1d.
 
     Returns:
-        A Rope of prefix_tokens + height * width rows, shared by all heads.
+        A Rope of prefix_tokens + height * width rows, shared by all heads: tables (1, rows, R / 2) in float32.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
     """
     x, y = _grid(height, width)
     frequencies = _frequencies(dim, 4, base)
@@ -189,6 +195,9 @@ def rope_mixed(height: int, width: int, frequencies: Tensor, *, layout: Layout =
 
     Returns:
         A Rope of prefix_tokens + height * width rows for each head, differentiable in frequencies, on their device.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
     """
     check_floating("frequencies", frequencies)
     if frequencies.dim() != 3 or frequencies.shape[0] != 2 or frequencies.numel() == 0:
@@ -217,6 +226,9 @@ def rope_mixed_frequencies(dim: int, num_heads: int, *, seed: int, base: float =
 
     Returns:
         float32 (2, num_heads, dim / 2), on the CPU.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
     """
     check_integer("num_heads", num_heads, 1)
     check_integer("seed", seed)

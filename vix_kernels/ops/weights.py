@@ -16,8 +16,8 @@ def attention_weights(
 ) -> Tensor:
     """One row of the attention matrix that `attention` never forms: the share of every key in the output of one query.
 
-    out_token = sum_n w_n v_n for any attention, so w is the gradient of one output channel with respect to that channel of v:
-    a forward and a backward of the op, and no more memory than they take.
+    out_token = sum_n w_n v_n for any attention (equation 1 of Vaswani et al., arXiv 1706.03762), so w is the gradient of one
+    output channel with respect to that channel of v: a forward and a backward of the op, and no more memory than they take.
 
     Args:
         attention: an op of this library, or torch's scaled_dot_product_attention.
@@ -29,6 +29,9 @@ def attention_weights(
     Returns:
         (batch, heads, tokens) in q's dtype, without a gradient. Rows of a softmax add up to 1; the approximations' need not,
         and can be negative.
+
+    Raises:
+        ValueError, TypeError: q and k do not fit each other, or there is no such token; the message names the argument.
     """
     if not callable(attention):
         raise TypeError(f"attention: expected a function of q, k and v, got {type(attention).__name__}")
