@@ -101,8 +101,8 @@ def test_means_are_those_of_rotated_tokens(backend: str, layout: str) -> None:
     q, k = (tokens(1, 2, 1 + 4 * 6, 16, dtype=torch.float32) * (1 + i) for i in range(2))
     rope = rope_axial(4, 6, 16, layout=layout, prefix_tokens=1, device=DEVICE)
     grid = dict(prefix=1, rows=4, mark_rows=2, mark_columns=3)
-    marks = landmarks(q, k, **grid, **rope.tables, backend=backend)
-    rotated = (rotate_reference(x, rope.cos, rope.sin, rope.interleaved) for x in (q, k))
+    marks = landmarks(q, k, **grid, rotary=rope.rotary, backend=backend)
+    rotated = (rotate_reference(x, rope.rotary) for x in (q, k))
     torch.testing.assert_close(marks, landmarks(*rotated, **grid, backend=backend))
 
 
@@ -118,8 +118,8 @@ def test_learned_angles_take_the_gradient_of_both(backend: str) -> None:
         (grad,) = torch.autograd.grad(marks[0].square().sum() + marks[1].pow(3).sum(), frequencies, retain_graph=True)
         return grad
 
-    expected = gradient(landmarks_reference(q, k, cos=rope.angles.cos(), sin=rope.angles.sin(), **options))
-    torch.testing.assert_close(gradient(landmarks(q, k, **rope.tables, **options, backend=backend)), expected)
+    expected = gradient(landmarks_reference(q, k, rotary=rope.differentiable, **options))
+    torch.testing.assert_close(gradient(landmarks(q, k, rotary=rope.rotary, **options, backend=backend)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -128,12 +128,12 @@ def test_backward_adds_parts_and_what_came_before(backend: str, dtype: torch.dty
     q, k = tokens(2, 2, 19, 16, dtype=dtype), tokens(2, 2, 30, 16, dtype=dtype)
     dq_other, dk_other = tokens(2, 19, 2, 16, dtype=dtype).transpose(1, 2), tokens(2, 2, 30, 16, dtype=dtype)
     parts = tokens(2, 2, 6, 16, dtype=torch.float32), tokens(2, 2, 6, 16, dtype=dtype)
-    grid = False, 1, 1, 1, 5, False
+    grid = 1, 1, 1, 5, False  # prefix, rows, rows and columns of landmarks, no overlap
     counts = landmarks(q, k, prefix=1, mark_columns=5, backend=backend)[2:]
 
     def call(*, q_parts: tuple, k_parts: tuple, others: tuple = (None, None), need_q: bool = True) -> tuple[Tensor, Tensor]:
         return landmarks_backward(
-            *others, *q_parts, *k_parts, q, k, None, None, None, None, *grid, *counts, need_q, True, backend
+            *others, *q_parts, *k_parts, q, k, None, None, None, *grid, *counts, need_q, True, backend
         )
 
     whole = (parts[0] + parts[1], None)

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from .commands import write_atomically
-from .layout import accumulator
+from .layout import Rotary, accumulator, joined
 from .ops.fourier import fourier_mixing_reference
 from .primitives.aggregate import aggregate_forward, aggregate_reference
 from .primitives.broadcast import broadcast_forward, broadcast_reference
@@ -199,13 +199,13 @@ def _unused(like: Tensor, count: int) -> list[Tensor]:
 
 
 def _aggregate(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend):
-    turn = dict(cos=cos, sin=sin, interleaved=interleaved)
+    turn = dict(rotary=joined(cos, sin, interleaved))
     values, lse = aggregate_reference(slots, _wide(k), _wide(v), scale=scale, gaussian=gaussian, mask=mask, **turn)
     return values, lse, *_unused(values, 2)
 
 
 def _broadcast(q, slots, values, slot_bias, cos, sin, interleaved, scale, v, conv_weight, mask, backend):
-    options = dict(scale=scale, cos=cos, sin=sin, interleaved=interleaved)
+    options = dict(scale=scale, rotary=joined(cos, sin, interleaved))
     out = broadcast_reference(_wide(q), slots, values, slot_bias, **options)
     if v is not None:
         out = out + _token_conv(_wide(v), conv_weight, mask, backend)
@@ -213,12 +213,12 @@ def _broadcast(q, slots, values, slot_bias, cos, sin, interleaved, scale, v, con
 
 
 def _linear_aggregate(slots, k, v, mask, cos, sin, interleaved, feature_map, backend):
-    turn = dict(cos=cos, sin=sin, interleaved=interleaved)
+    turn = dict(rotary=joined(cos, sin, interleaved))
     return linear_aggregate_reference(slots, k, v, feature_map=feature_map, mask=mask, **turn)
 
 
 def _linear_broadcast(q, slots, sums, norms, cos, sin, interleaved, feature_map, eps, backend):
-    turn = dict(cos=cos, sin=sin, interleaved=interleaved)
+    turn = dict(rotary=joined(cos, sin, interleaved))
     return linear_broadcast_reference(q, slots, sums, norms, feature_map=feature_map, eps=eps, **turn)
 
 
@@ -241,7 +241,7 @@ def _landmarks(
         valid = x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if mask is None else mask
         wide = _wide(torch.where(valid[:, None, :, None], x, 0.0))
         if cos is not None:
-            wide = rotate_reference(wide, cos, sin, interleaved)
+            wide = rotate_reference(wide, Rotary(cos, sin, interleaved))
         up, along = windows(rows, mark_rows), windows((x.shape[2] - prefix) // rows, mark_columns)
         cells = (up[:, None, :, None] & along[None, :, None]).flatten(2).flatten(0, 1)
         sums, counts = cells.to(wide.dtype) @ wide[:, :, prefix:], valid[:, prefix:].float() @ cells.float().mT
@@ -259,13 +259,13 @@ def _pinv(q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init,
 
 
 def _project(key_projection, value_projection, k, v, mask, cos, sin, interleaved, backend):
-    turn = dict(cos=cos, sin=sin, interleaved=interleaved)
+    turn = dict(rotary=joined(cos, sin, interleaved))
     keys, values = project_reference(_wide(k), _wide(v), key_projection, value_projection, mask=mask, **turn)
     return keys.to(k.dtype), values
 
 
 def _rotate(q, k, cos, sin, interleaved, inverse, backend):
-    return tuple(rotate_reference(x, cos, -sin if inverse else sin, interleaved) for x in (q, k))
+    return tuple(rotate_reference(x, Rotary(cos, -sin if inverse else sin, interleaved)) for x in (q, k))
 
 
 def _token_conv(v, weight, mask, backend):

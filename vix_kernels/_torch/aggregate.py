@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layout import empty_like_tokens
+from ..layout import Rotary, empty_like_tokens
 from .tiles import LOG2E, Rotation, Scratch, Tile, at_least_one, flat, groups, points_of, read, slots_grad, taken, window, write
 
 
@@ -18,9 +18,7 @@ def aggregate_forward(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
+    rotary: Rotary | None,
     scale: float,
     gaussian: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -30,7 +28,7 @@ def aggregate_forward(
     b_n = -inf and is read as 0, whatever it holds. A slot without any key gets values 0, lse -inf and total 0.
     """
     points = points_of(slots, k)
-    rope = Rotation(cos, sin, interleaved, points.dtype)
+    rope = Rotation(rotary, points.dtype)
     values = points.new_zeros((*k.shape[:2], slots.shape[2], v.shape[3]))
     lse, tops, totals = (points.new_empty(values.shape[:3]) for _ in range(3))
     square, rows = Scratch(points), Scratch(points)
@@ -62,9 +60,7 @@ def aggregate_backward(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
+    rotary: Rotary | None,
     scale: float,
     gaussian: bool,
     values: Tensor,
@@ -83,7 +79,7 @@ def aggregate_backward(
     P_jn = exp(l_jn - top_j) / total_j sum to 1 however large the logits are; rows of slots carry the 1 / total_j.
     """
     points = points_of(slots, k)
-    scaled, rope = points * scale, Rotation(cos, sin, interleaved, points.dtype)
+    scaled, rope = points * scale, Rotation(rotary, points.dtype)
     total = at_least_one(total)
     weighted = dvalues / total.unsqueeze(3)
     dlogit = torch.zeros_like(total) if dlse is None else dlse * LOG2E / total

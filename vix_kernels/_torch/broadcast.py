@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import accumulator, empty_like_tokens
+from ..layout import Rotary, accumulator, empty_like_tokens
 from .tiles import (
     LOG2E,
     Rotation,
@@ -32,9 +32,7 @@ def broadcast_forward(
     slots: Tensor,
     values: Tensor,
     slot_bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
+    rotary: Rotary | None,
     scale: float,
     v: Tensor | None,
     conv_weight: Tensor | None,
@@ -46,7 +44,7 @@ def broadcast_forward(
     added.
     """
     points, values, biases = points_of(slots, q), wide(values), _slot_bias(slot_bias, slots, q)
-    rope = Rotation(cos, sin, interleaved, points.dtype)
+    rope = Rotation(rotary, points.dtype)
     out = empty_like_tokens(q, values.shape[3])
     square, room = Scratch(points), Scratch(points)
     for group, tiles in groups(q, slots.shape[2]):
@@ -66,9 +64,7 @@ def broadcast_backward(
     slots: Tensor,
     values: Tensor,
     slot_bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
+    rotary: Rotary | None,
     scale: float,
     out: Tensor | None,
     top: Tensor | None,
@@ -87,7 +83,7 @@ def broadcast_backward(
     points = points_of(slots, q)
     scaled = points * scale
     values, biases = wide(values), _slot_bias(slot_bias, slots, q)
-    rope = Rotation(cos, sin, interleaved, points.dtype)
+    rope = Rotation(rotary, points.dtype)
     dq = empty_like_tokens(q, q.shape[3])
     # Sums over tokens are kept transposed: E x tokens times tokens x M is the faster order.
     dvalues = points.new_zeros((*q.shape[:2], values.shape[3], slots.shape[2]))

@@ -5,19 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layout import Rotary
 from .tiles import Group, Rotation, Scratch, Tile, flat, points_of, wide, window
 
 
 class Features:
     """What both passes do with their tokens: rotate them, project them, map them."""
 
-    def __init__(
-        self, slots: Tensor | None, x: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, feature_map: str
-    ) -> None:
+    def __init__(self, slots: Tensor | None, x: Tensor, rotary: Rotary | None, feature_map: str) -> None:
         self.like = x.new_empty(0, dtype=wide(x[:0]).dtype)
         self.points = None if slots is None else points_of(slots, x)
         self.num_slots = x.shape[3] if slots is None else slots.shape[2]
-        self.rope = Rotation(cos, sin, interleaved, self.like.dtype)
+        self.rope = Rotation(rotary, self.like.dtype)
         self.elu = feature_map == "elu"
         self.square, self.other, self.third, self.room = (Scratch(self.like) for _ in range(4))
 

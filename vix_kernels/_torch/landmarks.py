@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import accumulator, empty_like_tokens
+from ..layout import Rotary, accumulator, empty_like_tokens
 from .tiles import Rotation, Scratch, groups, read, taken
 
 
@@ -24,9 +24,7 @@ def landmarks_forward(
     k: Tensor | None,
     q_mask: Tensor | None,
     k_mask: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
+    rotary: Rotary | None,
     prefix: int,
     rows: int,
     mark_rows: int,
@@ -35,7 +33,7 @@ def landmarks_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Marks of q and k in their dtype, and how many tokens each averages; those of k are empty without k."""
     grid = Grid(prefix, rows, mark_rows, mark_columns, adaptive)
-    rope = Rotation(cos, sin, interleaved, accumulator(q.dtype))
+    rope = Rotation(rotary, accumulator(q.dtype))
     q_marks, q_counts = _means(q, q_mask, rope, grid)
     if k is None:
         return q_marks, q_marks.new_empty(0), q_counts, q_counts.new_empty(0)
@@ -54,9 +52,7 @@ def landmarks_backward(
     k: Tensor | None,
     q_mask: Tensor | None,
     k_mask: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
+    rotary: Rotary | None,
     prefix: int,
     rows: int,
     mark_rows: int,
@@ -69,7 +65,7 @@ def landmarks_backward(
 ) -> tuple[Tensor, Tensor]:
     """dq and dk, each empty unless needed: dx_n = dx_other_n + sum over its windows of (dmarks + dmarks_2)_j / counts_j."""
     grid = Grid(prefix, rows, mark_rows, mark_columns, adaptive)
-    rope = Rotation(cos, sin, interleaved, accumulator(q.dtype))
+    rope = Rotation(rotary, accumulator(q.dtype))
     dq = _token_gradient(dq_other, dq_marks, dq_marks_2, q, q_mask, q_counts, rope, grid) if need_q else q.new_empty(0)
     dk = _token_gradient(dk_other, dk_marks, dk_marks_2, k, k_mask, k_counts, rope, grid) if need_k else q.new_empty(0)
     return dq, dk

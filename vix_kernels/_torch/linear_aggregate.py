@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import empty_like_tokens
+from ..layout import Rotary, empty_like_tokens
 from .features import Features
 from .tiles import Tile, flat, groups, read, slots_grad, taken, window, write
 
@@ -15,13 +15,11 @@ def linear_aggregate_forward(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
+    rotary: Rotary | None,
     feature_map: str,
 ) -> tuple[Tensor, Tensor]:
     """sums (B, H, M, E) and norms (B, H, M)."""
-    features_of = Features(slots, k, cos, sin, interleaved, feature_map)
+    features_of = Features(slots, k, rotary, feature_map)
     sums = features_of.empty(*k.shape[:2], features_of.num_slots, v.shape[3]).zero_()
     norms = features_of.empty(*sums.shape[:3]).zero_()
     for group, tiles in groups(k, features_of.num_slots):
@@ -42,9 +40,7 @@ def linear_aggregate_backward(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
+    rotary: Rotary | None,
     feature_map: str,
     need_slots: bool,
     need_k: bool,
@@ -54,7 +50,7 @@ def linear_aggregate_backward(
 
     dl_jn = phi'(l_jn) (dS_j . v_n + dz_j)      dv_n = sum_j f_jn dS_j      dk_n = sum_j dl_jn p_j      dp_j = sum_n dl_jn k_n
     """
-    features_of = Features(slots, k, cos, sin, interleaved, feature_map)
+    features_of = Features(slots, k, rotary, feature_map)
     dk, dv = (empty_like_tokens(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((k, need_k), (v, need_v)))
     dslots = features_of.slot_sums(k) if need_slots and slots is not None else None
     for group, tiles in groups(k, features_of.num_slots):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import empty_like_tokens
+from ..layout import Rotary, empty_like_tokens
 from .features import Features
 from .tiles import flat, groups, read, slots_grad, unused_rows, wide, window, write
 
@@ -15,14 +15,12 @@ def linear_broadcast_forward(
     slots: Tensor | None,
     sums: Tensor,
     norms: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
+    rotary: Rotary | None,
     feature_map: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, N, E) in q's dtype, and total (B, H, N), its denominator."""
-    features_of = Features(slots, q, cos, sin, interleaved, feature_map)
+    features_of = Features(slots, q, rotary, feature_map)
     out, total = empty_like_tokens(q, sums.shape[3]), features_of.empty(*q.shape[:3])
     for group, tiles in groups(q, features_of.num_slots):
         state, norm = flat(sums, group), flat(norms, group).unsqueeze(2)
@@ -41,9 +39,7 @@ def linear_broadcast_backward(
     slots: Tensor | None,
     sums: Tensor,
     norms: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
+    rotary: Rotary | None,
     feature_map: str,
     total: Tensor,
     need_slots: bool,
@@ -58,7 +54,7 @@ def linear_broadcast_backward(
     d_n . out_n is sum_j f_nj d_n . S_j / t_n, because `out` may have been rounded to a narrow dtype. S, z and t are scaled to a
     largest t of about 1 in each head, so that d_n stays finite where all features are small.
     """
-    features_of = Features(slots, q, cos, sin, interleaved, feature_map)
+    features_of = Features(slots, q, rotary, feature_map)
     size = torch.where(total.isfinite(), total, 0).amax(-1, keepdim=True)  # (B, H, 1)
     size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)  # a power of two changes no other bits; 1 for 0
     least = 1e8 * torch.finfo(total.dtype).tiny  # tokens that no feature reaches, or hardly, have no gradient

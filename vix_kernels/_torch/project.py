@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import accumulator, empty_like_tokens
+from ..layout import Rotary, accumulator, empty_like_tokens
 from .tiles import Rotation, Scratch, Tile, flat, groups, read, window, write
 
 
@@ -15,11 +15,9 @@ def project_forward(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
+    rotary: Rotary | None,
 ) -> tuple[Tensor, Tensor]:
-    rope = Rotation(cos, sin, interleaved, accumulator(k.dtype))
+    rope = Rotation(rotary, accumulator(k.dtype))
     slots = key_projection.shape[2]
     keys, values = (x.new_zeros(*x.shape[:2], slots, x.shape[3], dtype=rope.dtype) for x in (k, v))
     e, f = _weights(key_projection, value_projection, k)
@@ -38,9 +36,7 @@ def project_backward(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
+    rotary: Rotary | None,
     need_key_projection: bool,
     need_value_projection: bool,
     need_k: bool,
@@ -50,7 +46,7 @@ def project_backward(
 
     dk_n = sum_j E_nj dkeys_j    dE_nj = sum over samples (and heads that share E) of k_n . dkeys_j    dv, dF likewise
     """
-    rope = Rotation(cos, sin, interleaved, accumulator(k.dtype))
+    rope = Rotation(rotary, accumulator(k.dtype))
     e, f = _weights(key_projection, value_projection, k)
     dk, dv = (empty_like_tokens(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((k, need_k), (v, need_v)))
     de = key_projection.new_zeros(key_projection.shape if need_key_projection else (0,), dtype=e.dtype)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..layout import accumulator, empty_like_tokens
+from ..layout import Rotary, accumulator, empty_like_tokens
 from .tiles import Rotation, groups, wide
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
+def rotate(q: Tensor, k: Tensor, rotary: Rotary, inverse: bool) -> tuple[Tensor, Tensor]:
     """Both, as `_rotated`."""
-    return _rotated(q, cos, sin, interleaved, inverse), _rotated(k, cos, sin, interleaved, inverse)
+    return _rotated(q, rotary, inverse), _rotated(k, rotary, inverse)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+def _rotated(x: Tensor, rotary: Rotary, inverse: bool) -> Tensor:
     """x (B, H, N, D) with pair (u, v) of each token turned by its angle; the gradient is the inverse turn."""
-    rope = Rotation(cos, sin, interleaved, accumulator(x.dtype))
+    rope = Rotation(rotary, accumulator(x.dtype))
     y = empty_like_tokens(x, x.shape[3])
     for group, _ in groups(x, x.shape[3]):
         if x.dtype == rope.dtype:

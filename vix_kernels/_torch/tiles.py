@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..layout import accumulator
+from ..layout import Rotary, accumulator, flattened
 
 LOG2E = 1 / math.log(2)  # logits are in units of log 2: exp2 is several times faster than exp on a CPU
 # Logits in a tile. Small enough for the caches of a CPU core, large enough to hide what calls and launches cost.
@@ -35,7 +35,8 @@ class Rotation:
     Pairs (u, v) are channels (2i, 2i + 1) if interleaved, else (i, i + R / 2).
     """
 
-    def __init__(self, cos: Tensor | None, sin: Tensor | None, interleaved: bool, dtype: torch.dtype) -> None:
+    def __init__(self, rotary: Rotary | None, dtype: torch.dtype) -> None:
+        cos, sin, _, interleaved = flattened(rotary)
         self.interleaved, self.dtype = interleaved, dtype
         self.cos, self.sin = (None, None) if cos is None else (cos.to(dtype), sin.to(dtype))
         # A complex product is the fastest turn of neighbours.

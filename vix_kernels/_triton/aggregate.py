@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import empty_like_tokens, unit_last_stride
+from ..layout import Rotary, empty_like_tokens, unit_last_stride
 from .launch import (
     launch,
     launch_config,
@@ -289,8 +289,7 @@ def aggregate_slots_kernel(
 
 
 def aggregate_forward(
-    slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    interleaved: bool, scale: float, gaussian: bool,
+    slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rotary: Rotary | None, scale: float, gaussian: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = k.shape
     num_slots, value_width = slots.shape[2], v.shape[3]
@@ -299,14 +298,14 @@ def aggregate_forward(
     chunk, chunks = config.chunk(programs, tokens)
     values = k.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
     lse, top, total = (k.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute) for _ in range(3))
-    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
+    cos, sin, angle_h, turn = rotary_arguments(rotary, k)
     launch(
         aggregate_forward_kernel,
         (programs * chunks,),
         slots, k, v, k if mask is None else mask, cos, sin, values, lse, top, total,
         *slot_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h,
         num_heads, tokens, num_slots, scale, chunk,
-        ROTARY=rotary, INTERLEAVED=interleaved, GAUSSIAN=gaussian, MASKED=mask is not None,
+        **turn, GAUSSIAN=gaussian, MASKED=mask is not None,
         **config.meta(width, value_width),
     )  # fmt: skip
     return merge_softmax(values, lse, top, total)
@@ -345,19 +344,18 @@ def prepare(
 
 
 def aggregate_backward(
-    dvalues: Tensor, dlse: Tensor | None, slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool, scale: float, gaussian: bool, values: Tensor, top: Tensor, total: Tensor,
-    need_slots: bool, need_k: bool, need_v: bool,
+    dvalues: Tensor, dlse: Tensor | None, slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rotary: Rotary | None,
+    scale: float, gaussian: bool, values: Tensor, top: Tensor, total: Tensor, need_slots: bool, need_k: bool, need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = k.shape
     num_slots, value_width = slots.shape[2], v.shape[3]
     config = launch_config("aggregate_tokens", k, max(width, value_width), slots)
-    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
+    cos, sin, angle_h, turn = rotary_arguments(rotary, k)
 
     delta, size, unit = prepare(dvalues, dlse, values, total, v.dtype, config.precision)
     inputs = (slots, k, v, k if mask is None else mask, cos, sin, top, delta, size, unit)
     strides = (*slot_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h)
-    variant = dict(ROTARY=rotary, INTERLEAVED=interleaved, GAUSSIAN=gaussian, MASKED=mask is not None)
+    variant = dict(**turn, GAUSSIAN=gaussian, MASKED=mask is not None)
     dk = empty_like_tokens(k, width) if need_k else k.new_empty(0)
     dv = empty_like_tokens(v, value_width) if need_v else v.new_empty(0)
     for keys, contents in ((need_k, False), (False, need_v)) if config.tile.apart else ((need_k, need_v),):

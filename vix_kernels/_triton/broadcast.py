@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import empty_like_tokens, unit_last_stride
+from ..layout import Rotary, empty_like_tokens, unit_last_stride
 from .launch import launch, launch_config, mask_strides, rotary_arguments, slot_strides, token_strides
 from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
@@ -231,15 +231,15 @@ def broadcast_slots_kernel(
 
 
 def broadcast_forward(
-    q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    interleaved: bool, scale: float, v: Tensor | None, conv_weight: Tensor | None, mask: Tensor | None,
+    q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, rotary: Rotary | None, scale: float, v: Tensor |
+    None, conv_weight: Tensor | None, mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = values.shape[2:]
     config = launch_config("broadcast_forward", q, max(width, value_width), slots)
     out = empty_like_tokens(q, value_width)
     top, total = (q.new_empty(batch, num_heads, tokens, dtype=config.compute) for _ in range(2))
-    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
+    cos, sin, angle_h, turn = rotary_arguments(rotary, q)
     bias = values if slot_bias is None else slot_bias
     residual = (q, q, q) if v is None else (v, conv_weight.contiguous(), v if mask is None else mask)
     launch(
@@ -248,7 +248,7 @@ def broadcast_forward(
         q, slots, values, bias, cos, sin, *residual, out, top, total,
         *token_strides(q), *slot_strides(slots), *slot_strides(values), *bias.stride()[:3], angle_h,
         *token_strides(residual[0]), *mask_strides(mask), *token_strides(out), num_heads, tokens, num_slots, scale,
-        ROTARY=rotary, INTERLEAVED=interleaved, BIASED=slot_bias is not None,
+        **turn, BIASED=slot_bias is not None,
         TAPS=0 if conv_weight is None else conv_weight.shape[2], BLOCK_K=config.tile.slots, MASKED=mask is not None,
         **config.meta(width, value_width),
     )  # fmt: skip
@@ -256,20 +256,19 @@ def broadcast_forward(
 
 
 def broadcast_backward(
-    dout: Tensor, q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool, scale: float, out: Tensor | None, top: Tensor, total: Tensor,
-    need_slots: bool, need_values: bool,
+    dout: Tensor, q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, rotary: Rotary | None, scale: float,
+    out: Tensor | None, top: Tensor, total: Tensor, need_slots: bool, need_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = values.shape[2:]
     dout = unit_last_stride(dout)
-    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
+    cos, sin, angle_h, turn = rotary_arguments(rotary, q)
     bias = values if slot_bias is None else slot_bias
     inputs = (dout, q, slots, values, bias, cos, sin)
     strides = (
         *token_strides(dout), *token_strides(q), *slot_strides(slots), *slot_strides(values), *bias.stride()[:3], angle_h,
     )  # fmt: skip
-    variant = dict(ROTARY=rotary, INTERLEAVED=interleaved, BIASED=slot_bias is not None)
+    variant = dict(**turn, BIASED=slot_bias is not None)
 
     config = launch_config("broadcast_tokens", q, max(width, value_width), slots)
     dq, delta, inverse = empty_like_tokens(q, width), torch.empty_like(top), torch.empty_like(top)

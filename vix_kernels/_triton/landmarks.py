@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import empty_like_tokens
+from ..layout import Rotary, empty_like_tokens
 from .launch import launch, launch_config, mask_strides, output_strides, padded, rotary_arguments, token_strides
 from .tiles import load_rotated, load_tile, rotate_pairs, store_tile
 
@@ -207,13 +207,13 @@ def longest_window(size: int, count: int, adaptive: bool) -> int:
 
 
 def landmarks_forward(
-    q: Tensor, k: Tensor | None, q_mask: Tensor | None, k_mask: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    interleaved: bool, prefix: int, rows: int, mark_rows: int, mark_columns: int, adaptive: bool,
+    q: Tensor, k: Tensor | None, q_mask: Tensor | None, k_mask: Tensor | None, rotary: Rotary | None, prefix: int, rows:
+    int, mark_rows: int, mark_columns: int, adaptive: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, _, width = q.shape
     num_marks = prefix + mark_rows * mark_columns
     config = launch_config("landmarks", q, width, q)
-    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
+    cos, sin, angle_h, turn = rotary_arguments(rotary, q)
 
     def side(x: Tensor, mask: Tensor | None) -> tuple[Tensor | int, ...]:
         marks = x.new_empty(batch, num_heads, num_marks, width)
@@ -229,7 +229,7 @@ def landmarks_forward(
         (batch * num_heads * triton.cdiv(num_marks, config.tile.slots), 1 if k is None else 2),
         *of_q, *of_k, cos, sin, angle_h, num_heads, prefix, rows, mark_rows, mark_columns,
         D=width, BLOCK_D=padded(width), BLOCK_M=config.tile.slots, BLOCK_N=config.tile.tokens,
-        ROTARY=rotary, INTERLEAVED=interleaved, ADAPTIVE=adaptive,
+        **turn, ADAPTIVE=adaptive,
         Q_MASKED=q_mask is not None, K_MASKED=k_mask is not None, COMPUTE=config.triton_compute,
         num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -239,17 +239,16 @@ def landmarks_forward(
 
 
 def landmarks_backward(
-    dq_other: Tensor | None, dk_other: Tensor | None, dq_marks: Tensor | None, dq_marks_2: Tensor | None,
-    dk_marks: Tensor | None, dk_marks_2: Tensor | None, q: Tensor, k: Tensor | None, q_mask: Tensor | None,
-    k_mask: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool, prefix: int, rows: int,
-    mark_rows: int, mark_columns: int, adaptive: bool, q_counts: Tensor, k_counts: Tensor | None,
-    need_q: bool, need_k: bool,
+    dq_other: Tensor | None, dk_other: Tensor | None, dq_marks: Tensor | None, dq_marks_2: Tensor | None, dk_marks: Tensor |
+    None, dk_marks_2: Tensor | None, q: Tensor, k: Tensor | None, q_mask: Tensor | None, k_mask: Tensor | None, rotary:
+    Rotary | None, prefix: int, rows: int, mark_rows: int, mark_columns: int, adaptive: bool, q_counts: Tensor, k_counts:
+    Tensor | None, need_q: bool, need_k: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, num_heads, _, width = q.shape
     dq = empty_like_tokens(q, width) if need_q else q.new_empty(0)
     dk = empty_like_tokens(k, width) if need_k else q.new_empty(0)
     config = launch_config("landmarks_backward", q, width, q)
-    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
+    cos, sin, angle_h, turn = rotary_arguments(rotary, q)
     token_tiles = triton.cdiv(max(x.shape[2] for x in (q, k) if x is not None), config.tile.tokens)
 
     def side(
@@ -272,7 +271,7 @@ def landmarks_backward(
         *(of_q or of_k), *of_k, 0 if need_q else 1, token_tiles, cos, sin, angle_h, num_heads,
         prefix, rows, mark_rows, mark_columns,
         D=width, BLOCK_D=padded(width), BLOCK_N=config.tile.tokens,
-        ROTARY=rotary, INTERLEAVED=interleaved, ADAPTIVE=adaptive,
+        **turn, ADAPTIVE=adaptive,
         Q_OTHER=dq_other is not None, Q_MORE=dq_marks_2 is not None, Q_MASKED=q_mask is not None,
         K_OTHER=dk_other is not None, K_MORE=dk_marks_2 is not None, K_MASKED=k_mask is not None,
         COMPUTE=config.triton_compute,

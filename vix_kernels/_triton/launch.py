@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import conditions
 from ..backends import gpu_architecture, interpreted
-from ..layout import accumulator
+from ..layout import Rotary, accumulator
 from .launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
 from .targets import TARGETS
 
@@ -174,12 +174,13 @@ def mask_strides(mask: Tensor | None) -> tuple[int, int]:
     return (0, 0) if mask is None else mask.stride()
 
 
-def rotary_arguments(cos: Tensor | None, sin: Tensor | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """cos, sin, the rotary width (0: no rotation) and the stride between heads (0: one table for all)."""
-    if cos is None or sin is None:
-        return stand_in, stand_in, 0, 0
-    cos, sin = cos.contiguous(), sin.contiguous()
-    return cos, sin, 2 * cos.shape[-1], 0 if cos.shape[0] == 1 else cos.stride(0)
+def rotary_arguments(rotary: Rotary | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
+    """cos, sin, the stride between heads (0: one table for all) and the constexprs; ROTARY is the rotated width."""
+    if rotary is None:
+        return stand_in, stand_in, 0, dict(ROTARY=0, INTERLEAVED=True)
+    cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
+    stride = 0 if cos.shape[0] == 1 else cos.stride(0)
+    return cos, sin, stride, dict(ROTARY=2 * cos.shape[-1], INTERLEAVED=rotary.interleaved)
 
 
 def merge_chunks(kernel: Any, parts: Tensor, numbers: tuple[Tensor, ...], *, outputs: int) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import empty_like_tokens
+from ..layout import Rotary, empty_like_tokens
 from .aggregate import prepare
 from .features import apply_map, feature_config, feature_strides, load_logits, slope, slot_rows
 from .launch import launch, mask_strides, output_strides, rotary_arguments, token_strides
@@ -163,8 +163,7 @@ def linear_aggregate_slots_kernel(
 
 
 def linear_aggregate_forward(
-    slots: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    interleaved: bool, feature_map: str,
+    slots: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None, rotary: Rotary | None, feature_map: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = k.shape
     value_width = v.shape[3]
@@ -174,34 +173,33 @@ def linear_aggregate_forward(
     chunk, chunks = config.chunk(programs, tokens)
     sums = k.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
     norms = k.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
-    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
+    cos, sin, angle_h, turn = rotary_arguments(rotary, k)
     launch(
         linear_aggregate_forward_kernel,
         (programs * chunks,),
         k if slots is None else slots, k, v, k if mask is None else mask, cos, sin, sums, norms,
         *feature_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h,
         num_heads, tokens, num_slots, chunk,
-        ROTARY=rotary, INTERLEAVED=interleaved, MASKED=mask is not None, PROJECTED=slots is not None,
+        **turn, MASKED=mask is not None, PROJECTED=slots is not None,
         ELU=feature_map == "elu", **config.meta(width, value_width),
     )  # fmt: skip
     return merge_sums(sums, norms)
 
 
 def linear_aggregate_backward(
-    dsums: Tensor, dnorms: Tensor, slots: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool, feature_map: str,
-    need_slots: bool, need_k: bool, need_v: bool,
+    dsums: Tensor, dnorms: Tensor, slots: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None, rotary: Rotary | None,
+    feature_map: str, need_slots: bool, need_k: bool, need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = k.shape
     value_width = v.shape[3]
     num_slots = width if slots is None else slots.shape[2]
     config = feature_config("linear_aggregate_tokens", k, v, slots)
     delta, size, unit = prepare(dsums, dnorms, None, None, v.dtype, config.precision)
-    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
+    cos, sin, angle_h, turn = rotary_arguments(rotary, k)
     inputs = (k if slots is None else slots, k, v, k if mask is None else mask, cos, sin, delta, size, unit)
     strides = (*feature_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h)
     variant = dict(
-        ROTARY=rotary, INTERLEAVED=interleaved, MASKED=mask is not None, PROJECTED=slots is not None,
+        **turn, MASKED=mask is not None, PROJECTED=slots is not None,
         ELU=feature_map == "elu",
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import empty_like_tokens, unit_last_stride
+from ..layout import Rotary, empty_like_tokens, unit_last_stride
 from .features import apply_map, feature_config, feature_strides, load_logits, load_state, slope, slot_rows
 from .launch import launch, rotary_arguments, slot_strides, token_strides
 from .merge import empty_slots, merge_sums, sum_slots
@@ -229,41 +229,40 @@ def linear_broadcast_slots_kernel(
 
 
 def linear_broadcast_forward(
-    q: Tensor, slots: Tensor | None, sums: Tensor, norms: Tensor, cos: Tensor | None, sin: Tensor | None,
-    interleaved: bool, feature_map: str, eps: float,
+    q: Tensor, slots: Tensor | None, sums: Tensor, norms: Tensor, rotary: Rotary | None, feature_map: str, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = sums.shape[2:]
     config = feature_config("linear_broadcast_forward", q, sums, slots)
     out = empty_like_tokens(q, value_width)
     total = q.new_empty(batch, num_heads, tokens, dtype=config.compute)
-    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
+    cos, sin, angle_h, turn = rotary_arguments(rotary, q)
     launch(
         linear_broadcast_forward_kernel,
         (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
         q, q if slots is None else slots, sums, norms, cos, sin, out, total,
         *token_strides(q), *feature_strides(slots), *slot_strides(sums), *norms.stride(), angle_h, *token_strides(out),
         num_heads, tokens, num_slots, eps,
-        ROTARY=rotary, INTERLEAVED=interleaved, PROJECTED=slots is not None, ELU=feature_map == "elu",
+        **turn, PROJECTED=slots is not None, ELU=feature_map == "elu",
         **config.meta(width, value_width),
     )  # fmt: skip
     return out, total
 
 
 def linear_broadcast_backward(
-    dout: Tensor, q: Tensor, slots: Tensor | None, sums: Tensor, norms: Tensor, cos: Tensor | None, sin: Tensor | None,
-    interleaved: bool, feature_map: str, total: Tensor, need_slots: bool, need_sums: bool,
+    dout: Tensor, q: Tensor, slots: Tensor | None, sums: Tensor, norms: Tensor, rotary: Rotary | None, feature_map: str,
+    total: Tensor, need_slots: bool, need_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = sums.shape[2:]
     dout = unit_last_stride(dout)
-    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
+    cos, sin, angle_h, turn = rotary_arguments(rotary, q)
     inputs = (dout, q, q if slots is None else slots, sums, norms, cos, sin)
     strides = (
         *token_strides(dout), *token_strides(q), *feature_strides(slots), *slot_strides(sums), *norms.stride(), angle_h,
     )  # fmt: skip
     variant = dict(
-        ROTARY=rotary, INTERLEAVED=interleaved, PROJECTED=slots is not None, ELU=feature_map == "elu"
+        **turn, PROJECTED=slots is not None, ELU=feature_map == "elu"
     )  # fmt: skip
 
     config = feature_config("linear_broadcast_tokens", q, sums, slots)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import empty_like_tokens
+from ..layout import Rotary, empty_like_tokens
 from .launch import (
     PROGRAMS_A_MULTIPROCESSOR,
     LaunchConfig,
@@ -230,7 +230,7 @@ def meta(config: LaunchConfig, width: int, value_width: int) -> dict[str, Any]:
 
 def project_forward(
     key_projection: Tensor, value_projection: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None,
-    cos: Tensor | None, sin: Tensor | None, interleaved: bool,
+    rotary: Rotary | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = k.shape
     num_slots, value_width = key_projection.shape[2], v.shape[3]
@@ -244,14 +244,14 @@ def project_forward(
     parts = keys, values
     if chunks > 1:
         parts = [x.new_empty(batch, num_heads, chunks, *x.shape[2:], dtype=config.compute) for x in parts]
-    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
+    cos, sin, angle_h, turn = rotary_arguments(rotary, k)
     launch(
         project_forward_kernel,
         (programs * chunks, 2),
         e, f, k, v, k if mask is None else mask, cos, sin, *parts,
         *weight_strides(e), *weight_strides(f), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h,
         num_heads, tokens, num_slots, chunk,
-        ROTARY=rotary, INTERLEAVED=interleaved, MASKED=mask is not None, **meta(config, width, value_width),
+        **turn, MASKED=mask is not None, **meta(config, width, value_width),
     )  # fmt: skip
     if chunks > 1:
         block = 1024
@@ -266,17 +266,17 @@ def project_forward(
 
 def project_backward(
     dkeys: Tensor, dvalues: Tensor, key_projection: Tensor, value_projection: Tensor | None, k: Tensor, v: Tensor,
-    mask: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
+    mask: Tensor | None, rotary: Rotary | None,
     need_key_projection: bool, need_value_projection: bool, need_k: bool, need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = k.shape
     rows, _, num_slots = key_projection.shape
     value_width = v.shape[3]
     e, f = key_projection, key_projection if value_projection is None else value_projection
-    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, k)
+    cos, sin, angle_h, turn = rotary_arguments(rotary, k)
     mask_pointer = k if mask is None else mask
     slots = (*dkeys.stride()[:3], *dvalues.stride()[:3])
-    variant = dict(ROTARY=rotary, INTERLEAVED=interleaved, MASKED=mask is not None)
+    variant = dict(**turn, MASKED=mask is not None)
 
     dk = empty_like_tokens(k, width) if need_k else k.new_empty(0)
     dv = empty_like_tokens(v, value_width) if need_v else v.new_empty(0)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import empty_like_tokens
+from ..layout import Rotary, empty_like_tokens
 from .launch import launch, launch_config, padded, rotary_arguments, token_strides
 from .tiles import load_tile, rotate_pairs, store_tile, token_program
 
@@ -76,18 +76,18 @@ def angle_gradient(x: Tensor, dx: Tensor, angles: Tensor, interleaved: bool) -> 
     return dangles if batch else dangles.zero_()
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
+def rotate(q: Tensor, k: Tensor, rotary: Rotary, inverse: bool) -> tuple[Tensor, Tensor]:
     batch, num_heads, tokens, width = q.shape
     q_out, k_out = empty_like_tokens(q, width), empty_like_tokens(k, width)
-    config = launch_config("rotate", q, width, cos)
-    cos, sin, rotary, angle_h = rotary_arguments(cos, sin, q)
+    config = launch_config("rotate", q, width, rotary.cos)
+    cos, sin, angle_h, turn = rotary_arguments(rotary, q)
     launch(
         rotate_kernel,
         (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
         q, k, cos, sin, q_out, k_out,
         *token_strides(q), *token_strides(k), *token_strides(q_out), *token_strides(k_out), angle_h, num_heads, tokens,
         D=width, BLOCK_D=padded(width), BLOCK_N=config.tile.tokens,
-        ROTARY=rotary, INTERLEAVED=interleaved, INVERSE=inverse, COMPUTE=config.triton_compute,
+        **turn, INVERSE=inverse, COMPUTE=config.triton_compute,
         num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return q_out, k_out

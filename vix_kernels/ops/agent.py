@@ -54,7 +54,7 @@ def agent_attention(
     q, k, v, agents = autocast(q, k, v, agents)
     check_qkv(q, k, v)
     check_mask(key_padding_mask, k)
-    rotary = {} if rope is None else check_rope(rope, q, k)
+    rotary = None if rope is None else check_rope(rope, q, k)
     check_agents(agents, agent_mask, q)
     if agent_mask is not None:  # what they hold must not matter: 0 times NaN is NaN
         agents = agents.masked_fill(~agent_mask[:, None, :, None], 0)
@@ -63,11 +63,11 @@ def agent_attention(
     options = dict(scale=scale, agent_mask=agent_mask, key_padding_mask=key_padding_mask, rope=rope)
     if backend == "reference":
         return agent_attention_reference(q, k, v, agents, **options)
-    values, _ = aggregate(agents, k, v, scale=scale, mask=key_padding_mask, backend=backend, **rotary)
+    values, _ = aggregate(agents, k, v, scale=scale, mask=key_padding_mask, backend=backend, rotary=rotary)
     bias = None
     if agent_mask is not None:
         bias = bias_of_taking_part(agent_mask, values)
-    return broadcast(q, agents, values, bias, scale=scale, backend=backend, **rotary)
+    return broadcast(q, agents, values, bias, scale=scale, backend=backend, rotary=rotary)
 
 
 def agent_attention_reference(

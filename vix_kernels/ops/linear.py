@@ -61,7 +61,7 @@ def linear_attention(
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
     check_mask(key_padding_mask, k)
-    rotary = {} if rope is None else check_rope(rope, q, k)
+    rotary = None if rope is None else check_rope(rope, q, k)
     check_feature_map(feature_map, eps)
     slots = None if projection is None else check_projection(projection, q) * q.shape[3] ** -0.25
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
@@ -69,7 +69,7 @@ def linear_attention(
         return linear_attention_reference(
             q, k, v, feature_map=feature_map, projection=projection, eps=eps, key_padding_mask=key_padding_mask, rope=rope
         )
-    options = dict(feature_map=feature_map, backend=backend) | rotary
+    options = dict(feature_map=feature_map, backend=backend) | dict(rotary=rotary)
     sums, norms = linear_aggregate(slots, k, v, mask=key_padding_mask, **options)
     return linear_broadcast(q, slots, sums, norms, eps=eps, **options)
 

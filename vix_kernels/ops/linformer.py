@@ -58,7 +58,7 @@ def linformer_attention(
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
     check_mask(key_padding_mask, k)
-    rotary = {} if rope is None else check_rope(rope, q, k)
+    rotary = None if rope is None else check_rope(rope, q, k)
     key_projection = check_token_projection("key_projection", key_projection, k)
     if value_projection is not None:
         value_projection = check_token_projection("value_projection", value_projection, k)
@@ -72,8 +72,8 @@ def linformer_attention(
         return linformer_attention_reference(
             q, k, v, key_projection, value_projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope
         )
-    keys, values = project(k, v, key_projection, value_projection, mask=key_padding_mask, backend=backend, **rotary)
-    return broadcast(q, keys, values, scale=scale, backend=backend, **rotary)
+    keys, values = project(k, v, key_projection, value_projection, mask=key_padding_mask, backend=backend, rotary=rotary)
+    return broadcast(q, keys, values, scale=scale, backend=backend, rotary=rotary)
 
 
 def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, backend: str) -> Tensor:

@@ -107,7 +107,7 @@ def nystrom_attention(
     else:
         out = nystrom(
             q, k, v, conv_weight, mask, scale=scale, iterations=pinv_iterations, init=pinv_init, backend=backend, **pool,
-            **({} if rope is None else rope.tables),
+            rotary=None if rope is None else rope.rotary,
         )  # fmt: skip
     return out[:, :, -queries:] if landmarks == "pad_front" else out
 
@@ -127,13 +127,13 @@ def nystrom_attention_reference(
 ) -> Tensor:
     """The equations with all N x L shares in memory, in plain PyTorch; any device, any transform."""
     mask, q_mask = key_padding_mask, mask_of_queries(key_padding_mask, q)
-    turns = {} if rope is None else rope.differentiable_tables
-    q_marks, k_marks, q_counts, k_counts = landmarks_reference(q, k, q_mask=q_mask, k_mask=mask, **pool, **turns)
+    rotary = None if rope is None else rope.differentiable
+    q_marks, k_marks, q_counts, k_counts = landmarks_reference(q, k, q_mask=q_mask, k_mask=mask, **pool, rotary=rotary)
     counts = {} if mask is None else dict(q_counts=q_counts, k_counts=k_counts)
-    values, _ = aggregate_reference(q_marks, k, v, scale=scale, mask=mask, **turns)
+    values, _ = aggregate_reference(q_marks, k, v, scale=scale, mask=mask, rotary=rotary)
     values = pinv_reference(q_marks, k_marks, values, scale=scale, iterations=pinv_iterations, init=pinv_init, **counts)
     bias = None if mask is None else bias_of_taking_part(k_counts > 0, values)
-    out = broadcast_reference(q, k_marks, values, bias, scale=scale, **turns)
+    out = broadcast_reference(q, k_marks, values, bias, scale=scale, rotary=rotary)
     return out if conv_weight is None else out + token_conv_reference(v, conv_weight, mask=mask)
 
 

@@ -59,15 +59,15 @@ def performer_attention(
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
     check_mask(key_padding_mask, k)
-    rotary = {} if rope is None else check_rope(rope, q, k)
+    rotary = None if rope is None else check_rope(rope, q, k)
     slots = check_projection(projection, q)
     scale = check_scale(scale, q.shape[3])
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
     if backend == "reference":
         return performer_attention_reference(q, k, v, projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope)
     c = math.sqrt(scale)
-    values, lse = aggregate(slots, k, v, scale=c, gaussian=True, mask=key_padding_mask, backend=backend, **rotary)
-    return broadcast(q, slots, values, lse, scale=c, backend=backend, **rotary)
+    values, lse = aggregate(slots, k, v, scale=c, gaussian=True, mask=key_padding_mask, backend=backend, rotary=rotary)
+    return broadcast(q, slots, values, lse, scale=c, backend=backend, rotary=rotary)
 
 
 def performer_attention_reference(

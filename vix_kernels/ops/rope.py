@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..layout import Rotary
 from ..primitives import rotate
 from ..primitives.rotate import rotate_reference
 from .checks import check_floating, check_integer, check_number, check_qkv, check_tensor, dtype_name
@@ -104,15 +105,15 @@ class Rope:
         return self.layout == "interleaved"
 
     @property
-    def tables(self) -> dict[str, Any]:
-        """As the primitives take them."""
-        return dict(cos=self.cos, sin=self.sin, angles=self.angles, interleaved=self.interleaved)
+    def rotary(self) -> Rotary:
+        """As the primitives take it."""
+        return Rotary(self.cos, self.sin, self.interleaved, self.angles)
 
     @property
-    def differentiable_tables(self) -> dict[str, Any]:
-        """As references take them: made of the angles where these take a gradient."""
+    def differentiable(self) -> Rotary:
+        """As references take it: made of the angles where these take a gradient."""
         cos, sin = (self.cos, self.sin) if self.angles is None else (self.angles.cos(), self.angles.sin())
-        return dict(cos=cos, sin=sin, interleaved=self.interleaved)
+        return Rotary(cos, sin, self.interleaved)
 
     def to(self, device: torch.device | str) -> Rope:
         """The same rotation on another device; the tables stay float32."""
@@ -288,17 +289,17 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
     backend = backends.resolve(backend, q, q.shape[3])
     if backend == "reference":
         return apply_rope_reference(q, k, rope)
-    return rotate(q, k, **rotary, backend=backend)
+    return rotate(q, k, rotary, backend=backend)
 
 
 def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     """The equations in plain PyTorch; any device, any transform."""
-    tables = rope.differentiable_tables
-    return tuple(rotate_reference(x, **tables) for x in (q, k))
+    rotary = rope.differentiable
+    return tuple(rotate_reference(x, rotary) for x in (q, k))
 
 
-def check_rope(rope: Rope, q: Tensor, k: Tensor) -> dict[str, Any]:
-    """The tables of a rotation that has one row of angles a token, for q and k alike."""
+def check_rope(rope: Rope, q: Tensor, k: Tensor) -> Rotary:
+    """The rotation of a Rope that has one row of angles a token, for q and k alike."""
     if not isinstance(rope, Rope):
         raise TypeError(f"rope: expected a Rope (see rope_1d), got {type(rope).__name__}")
     if q.shape[2] != k.shape[2]:
@@ -313,4 +314,4 @@ def check_rope(rope: Rope, q: Tensor, k: Tensor) -> dict[str, Any]:
         raise TypeError(f"rope: expected float32 tables for q's {dtype_name(q.dtype)}, got float64")
     if rope.cos.device != q.device:
         raise ValueError(f"rope: expected q's device {q.device}, got {rope.cos.device} (see Rope.to)")
-    return rope.tables
+    return rope.rotary

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..layout import accumulator, empty_like_tokens, unit_last_stride
+from ..layout import Rotary, accumulator, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
@@ -36,10 +36,7 @@ def aggregate(
     scale: float,
     gaussian: bool = False,
     mask: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    angles: Tensor | None = None,
-    interleaved: bool = True,
+    rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of the slots over the tokens.
@@ -51,18 +48,16 @@ def aggregate(
         scale: factor of the logits.
         gaussian: add the key bias of FAVOR+.
         mask: bool (batch, N), True = the key takes part.
-        cos, sin: float32 (heads or 1, N, R / 2), rotary tables for the first R channels of k.
-        angles: what cos and sin are of, where it takes a gradient.
-        interleaved: the rotary pairs are channels (2i, 2i + 1), else (i, i + R / 2).
+        rotary: the rotation of k.
         backend: "torch" or "triton".
 
     Returns:
         values (batch, heads, M, E) and lse (batch, heads, M), in float32 (float64 for float64 inputs). Differentiable in
-        slots, k, v and angles.
+        slots, k, v and rotary.angles.
     """
     refuse_transforms()
     k, v, slots = unit_last_stride(k), unit_last_stride(v), unit_last_stride(slots)
-    return _Aggregate.apply(slots, k, v, mask, cos, sin, angles, interleaved, scale, gaussian, backend)
+    return _Aggregate.apply(slots, k, v, mask, *flattened(rotary), scale, gaussian, backend)
 
 
 def aggregate_reference(
@@ -73,16 +68,14 @@ def aggregate_reference(
     scale: float,
     gaussian: bool = False,
     mask: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = True,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The equations with all N x M logits in memory."""
     if mask is not None:
         taken = mask[:, None, :, None]
         k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
-    if cos is not None:
-        k = rotate_reference(k, cos, sin, interleaved)
+    if rotary is not None:
+        k = rotate_reference(k, rotary)
     slots = slots.to(k.dtype)
     logits = scale * slots @ k.mT
     if gaussian:
@@ -100,9 +93,11 @@ def aggregate_reference(
 class _Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, slots, k, v, mask, cos, sin, angles, interleaved, scale, gaussian, backend):
-        values, lse, top, total = aggregate_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend)
+        values, lse, top, total = aggregate_forward(
+            slots, k, v, mask, joined(cos, sin, interleaved), scale, gaussian, backend
+        )  # fmt: skip
         ctx.save_for_backward(slots, k, v, mask, cos, sin, angles, values, top, total)
-        ctx.options = interleaved, scale, gaussian
+        ctx.interleaved, ctx.options = interleaved, (scale, gaussian)
         ctx.backend = backend
         ctx.set_materialize_grads(False)  # lse is often not used
         return values, lse
@@ -115,9 +110,21 @@ class _Aggregate(torch.autograd.Function):
         need_slots, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
         needs = need_slots, need_k or need_angles, need_v
         grads = aggregate_backward(
-            dvalues, dlse, slots, k, v, mask, cos, sin, *ctx.options, values, top, total, *needs, ctx.backend
+            dvalues,
+            dlse,
+            slots,
+            k,
+            v,
+            mask,
+            joined(cos, sin, ctx.interleaved),
+            *ctx.options,
+            values,
+            top,
+            total,
+            *needs,
+            ctx.backend,
         )
-        dangles = angle_gradient(k, grads[1], cos, ctx.options[0], ctx.backend) if need_angles else None
+        dangles = angle_gradient(k, grads[1], cos, ctx.interleaved, ctx.backend) if need_angles else None
         dslots, dk, dv = (x if need else None for x, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
         return dslots, dk, dv, None, None, None, dangles, None, None, None, None
 

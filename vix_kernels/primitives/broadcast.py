@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..layout import accumulator, empty_like_tokens, unit_last_stride
+from ..layout import Rotary, accumulator, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
@@ -28,10 +28,7 @@ def broadcast(
     slot_bias: Tensor | None = None,
     *,
     scale: float,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    angles: Tensor | None = None,
-    interleaved: bool = True,
+    rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
     """Softmax attention of the tokens over the slots.
@@ -42,9 +39,7 @@ def broadcast(
         values: (batch, heads, M, E), float32 (float64 for float64 queries).
         slot_bias: (batch, heads, M) in values' dtype, or None for 0.
         scale: factor of the logits.
-        cos, sin: float32 (heads or 1, N, R / 2), rotary tables for the first R channels of q.
-        angles: what cos and sin are of, where it takes a gradient.
-        interleaved: the rotary pairs are channels (2i, 2i + 1), else (i, i + R / 2).
+        rotary: the rotation of q.
         backend: "torch" or "triton".
 
     Returns:
@@ -52,7 +47,7 @@ def broadcast(
     """
     refuse_transforms()
     q, slots, values = unit_last_stride(q), unit_last_stride(slots), unit_last_stride(values)
-    return _Broadcast.apply(q, slots, values, slot_bias, cos, sin, angles, interleaved, scale, backend)
+    return _Broadcast.apply(q, slots, values, slot_bias, *flattened(rotary), scale, backend)
 
 
 def reads_out(q: Tensor, backend: str) -> bool:
@@ -73,13 +68,11 @@ def broadcast_reference(
     slot_bias: Tensor | None = None,
     *,
     scale: float,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = True,
+    rotary: Rotary | None = None,
 ) -> Tensor:
     """The equation with all N x M logits in memory."""
-    if cos is not None:
-        q = rotate_reference(q, cos, sin, interleaved)
+    if rotary is not None:
+        q = rotate_reference(q, rotary)
     logits = scale * q @ slots.to(q.dtype).mT
     if slot_bias is None:
         return logits.softmax(-1) @ values.to(q.dtype)
@@ -92,11 +85,13 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, slots, values, slot_bias, cos, sin, angles, interleaved, scale, backend):
         residual = None, None, None
-        out, top, total = broadcast_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, *residual, backend)
+        out, top, total = broadcast_forward(
+            q, slots, values, slot_bias, joined(cos, sin, interleaved), scale, *residual, backend
+        )  # fmt: skip
         ctx.save_for_backward(
             q, slots, values, slot_bias, cos, sin, angles, out if reads_out(q, backend) else None, top, total
         )  # fmt: skip
-        ctx.options = interleaved, scale
+        ctx.interleaved, ctx.scale = interleaved, scale
         ctx.backend = backend
         return out
 
@@ -107,9 +102,21 @@ class _Broadcast(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         need_values = needs[2] or needs[3]
         grads = broadcast_backward(
-            dout, q, slots, values, slot_bias, cos, sin, *ctx.options, out, top, total, needs[1], need_values, ctx.backend
+            dout,
+            q,
+            slots,
+            values,
+            slot_bias,
+            joined(cos, sin, ctx.interleaved),
+            ctx.scale,
+            out,
+            top,
+            total,
+            needs[1],
+            need_values,
+            ctx.backend,
         )
-        dangles = angle_gradient(q, grads[0], cos, ctx.options[0], ctx.backend) if ctx.needs_input_grad[6] else None
+        dangles = angle_gradient(q, grads[0], cos, ctx.interleaved, ctx.backend) if ctx.needs_input_grad[6] else None
         grads = (x if need else None for x, need in zip(grads, needs, strict=True))
         return *grads, None, None, dangles, None, None, None
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import empty_like_tokens, unit_last_stride
+from ..layout import Rotary, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
@@ -40,10 +40,7 @@ def landmarks(
     adaptive: bool = False,
     q_mask: Tensor | None = None,
     k_mask: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    angles: Tensor | None = None,
-    interleaved: bool = True,
+    rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, ...]:
     """Landmarks of q, and of k in the same launch.
@@ -56,9 +53,7 @@ def landmarks(
         mark_rows, mark_columns: of the grid of landmarks, not more than those of the tokens.
         adaptive: windows of adaptive pooling, else segments.
         q_mask, k_mask: bool (batch, N), True = the token takes part.
-        cos, sin: float32 (heads or 1, N, R / 2), rotary tables for the first R channels of q and k.
-        angles: what cos and sin are of, where it takes a gradient.
-        interleaved: the rotary pairs are channels (2i, 2i + 1), else (i, i + R / 2).
+        rotary: the rotation of q and k.
         backend: "torch" or "triton".
 
     Returns:
@@ -67,9 +62,7 @@ def landmarks(
     """
     refuse_transforms()
     q, k = unit_last_stride(q), None if k is None else unit_last_stride(k)
-    return _Landmarks.apply(
-        q, k, q_mask, k_mask, cos, sin, angles, interleaved, prefix, rows, mark_rows, mark_columns, adaptive, backend
-    )
+    return _Landmarks.apply(q, k, q_mask, k_mask, *flattened(rotary), prefix, rows, mark_rows, mark_columns, adaptive, backend)
 
 
 def landmarks_reference(
@@ -83,9 +76,7 @@ def landmarks_reference(
     adaptive: bool = False,
     q_mask: Tensor | None = None,
     k_mask: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = True,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, ...]:
     """The equation, one window after the other."""
 
@@ -98,8 +89,8 @@ def landmarks_reference(
     def means(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         valid = x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if mask is None else mask
         x = torch.where(valid[:, None, :, None], x, 0.0)
-        if cos is not None:
-            x = rotate_reference(x, cos, sin, interleaved)
+        if rotary is not None:
+            x = rotate_reference(x, rotary)
         grid, on_grid = x[:, :, prefix:].unflatten(2, (rows, -1)), valid[:, prefix:].unflatten(1, (rows, -1))
         pairs = [(up, along) for up in windows(rows, mark_rows) for along in windows(grid.shape[3], mark_columns)]
         sums = torch.stack([grid[:, :, up, along].sum((2, 3)) for up, along in pairs], 2)
@@ -119,9 +110,10 @@ class _Landmarks(torch.autograd.Function):
     def forward(
         ctx, q, k, q_mask, k_mask, cos, sin, angles, interleaved, prefix, rows, mark_rows, mark_columns, adaptive, backend
     ):
-        ctx.options = interleaved, prefix, rows, mark_rows, mark_columns, adaptive
+        ctx.interleaved, ctx.options = interleaved, (prefix, rows, mark_rows, mark_columns, adaptive)
+        rotary = joined(cos, sin, interleaved)
         ctx.backend = backend
-        q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, k_mask, cos, sin, *ctx.options, backend)
+        q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, k_mask, rotary, *ctx.options, backend)
         ctx.save_for_backward(q, k, q_mask, k_mask, cos, sin, angles, q_counts, k_counts)
         ctx.mark_non_differentiable(q_counts, k_counts)
         ctx.set_materialize_grads(False)
@@ -135,13 +127,14 @@ class _Landmarks(torch.autograd.Function):
         need_q = dq_marks is not None and (need_q or need_angles)  # None: nothing depends on these landmarks
         need_k = k is not None and dk_marks is not None and (need_k or need_angles)
         dq, dk = landmarks_backward(
-            None, None, dq_marks, None, dk_marks, None, q, k, q_mask, k_mask, cos, sin, *ctx.options, q_counts, k_counts,
+            None, None, dq_marks, None, dk_marks, None, q, k, q_mask, k_mask,
+            joined(cos, sin, ctx.interleaved), *ctx.options, q_counts, k_counts,
             need_q, need_k, ctx.backend,
         )  # fmt: skip
         dangles = None
         if need_angles:
             turned = [(q, dq)] * need_q + [(k, dk)] * need_k
-            dangles = sum(angle_gradient(*each, cos, ctx.options[0], ctx.backend) for each in turned)
+            dangles = sum(angle_gradient(*each, cos, ctx.interleaved, ctx.backend) for each in turned)
         return dq if need_q else None, dk if need_k else None, None, None, None, None, dangles, *[None] * 7
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layout import accumulator, empty_like_tokens, unit_last_stride
+from ..layout import Rotary, accumulator, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
@@ -31,10 +31,7 @@ def linear_aggregate(
     *,
     feature_map: str,
     mask: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    angles: Tensor | None = None,
-    interleaved: bool = True,
+    rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Feature-weighted sums of the tokens.
@@ -45,18 +42,16 @@ def linear_aggregate(
         v: (batch, heads, N, E), in k's dtype.
         feature_map: "relu" or "elu" (elu + 1).
         mask: bool (batch, N), True = the key takes part.
-        cos, sin: float32 (heads or 1, N, R / 2), rotary tables for the first R channels of k.
-        angles: what cos and sin are of, where it takes a gradient.
-        interleaved: the rotary pairs are channels (2i, 2i + 1), else (i, i + R / 2).
+        rotary: the rotation of k.
         backend: "torch" or "triton".
 
     Returns:
         sums S (batch, heads, M, E) and norms z (batch, heads, M), in float32 (float64 for float64 inputs). Differentiable in
-        slots, k, v and angles.
+        slots, k, v and rotary.angles.
     """
     refuse_transforms()
     k, v, slots = unit_last_stride(k), unit_last_stride(v), None if slots is None else unit_last_stride(slots)
-    return _LinearAggregate.apply(slots, k, v, mask, cos, sin, angles, interleaved, feature_map, backend)
+    return _LinearAggregate.apply(slots, k, v, mask, *flattened(rotary), feature_map, backend)
 
 
 def linear_broadcast(
@@ -67,20 +62,17 @@ def linear_broadcast(
     *,
     feature_map: str,
     eps: float,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    angles: Tensor | None = None,
-    interleaved: bool = True,
+    rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
     """Means of the sums, weighted by the features of the tokens.
 
     Args:
         q: (batch, heads, queries, D). Any strides with a unit last one.
-        slots, feature_map, interleaved, backend: as in linear_aggregate.
+        slots, feature_map, backend: as in linear_aggregate.
         sums, norms: what linear_aggregate returned.
         eps: added to the denominator; a denominator of 0 counts as 1.
-        cos, sin: float32 (heads or 1, queries, R / 2), rotary tables for the first R channels of q.
+        rotary: the rotation of q.
         angles: as in linear_aggregate.
 
     Returns:
@@ -88,7 +80,7 @@ def linear_broadcast(
     """
     refuse_transforms()
     q, slots, sums = unit_last_stride(q), None if slots is None else unit_last_stride(slots), unit_last_stride(sums)
-    return _LinearBroadcast.apply(q, slots, sums, norms, cos, sin, angles, interleaved, feature_map, eps, backend)
+    return _LinearBroadcast.apply(q, slots, sums, norms, *flattened(rotary), feature_map, eps, backend)
 
 
 def linear_aggregate_reference(
@@ -98,15 +90,13 @@ def linear_aggregate_reference(
     *,
     feature_map: str,
     mask: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = True,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The equations with all N x M features in memory."""
     valid = None if mask is None else mask[:, None, :, None]
     if valid is not None:
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
-    features = _features_reference(k, slots, feature_map, cos, sin, interleaved)
+    features = _features_reference(k, slots, feature_map, rotary)
     if valid is not None:
         features = torch.where(valid, features, 0.0)
     return features.mT @ v.to(features.dtype), features.sum(-2)
@@ -120,22 +110,18 @@ def linear_broadcast_reference(
     *,
     feature_map: str,
     eps: float,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = True,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out as that of linear_broadcast, and its denominator (batch, heads, queries)."""
-    features = _features_reference(q, slots, feature_map, cos, sin, interleaved)
+    features = _features_reference(q, slots, feature_map, rotary)
     total = (features @ norms[..., None]).squeeze(-1) + eps
     return (features @ sums / torch.where(total == 0, 1.0, total)[..., None]).to(q.dtype), total
 
 
-def _features_reference(
-    x: Tensor, slots: Tensor | None, feature_map: str, cos: Tensor | None, sin: Tensor | None, interleaved: bool
-) -> Tensor:
+def _features_reference(x: Tensor, slots: Tensor | None, feature_map: str, rotary: Rotary | None) -> Tensor:
     x = x.to(accumulator(x.dtype))
-    if cos is not None:
-        x = rotate_reference(x, cos, sin, interleaved)
+    if rotary is not None:
+        x = rotate_reference(x, rotary)
     if slots is not None:
         x = x @ slots.to(x.dtype).mT
     return F.relu(x) if feature_map == "relu" else F.elu(x) + 1
@@ -145,8 +131,8 @@ class _LinearAggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, slots, k, v, mask, cos, sin, angles, interleaved, feature_map, backend):
         ctx.save_for_backward(slots, k, v, mask, cos, sin, angles)
-        ctx.options, ctx.backend = (interleaved, feature_map), backend
-        return linear_aggregate_forward(slots, k, v, mask, cos, sin, *ctx.options, backend)
+        ctx.interleaved, ctx.feature_map, ctx.backend = interleaved, feature_map, backend
+        return linear_aggregate_forward(slots, k, v, mask, joined(cos, sin, interleaved), feature_map, backend)
 
     @staticmethod
     @once_differentiable
@@ -154,8 +140,9 @@ class _LinearAggregate(torch.autograd.Function):
         slots, k, v, mask, cos, sin, _ = saved
         need_slots, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
         needs = need_slots, need_k or need_angles, need_v
-        grads = linear_aggregate_backward(dsums, dnorms, slots, k, v, mask, cos, sin, *ctx.options, *needs, ctx.backend)
-        dangles = angle_gradient(k, grads[1], cos, ctx.options[0], ctx.backend) if need_angles else None
+        rotary = joined(cos, sin, ctx.interleaved)
+        grads = linear_aggregate_backward(dsums, dnorms, slots, k, v, mask, rotary, ctx.feature_map, *needs, ctx.backend)
+        dangles = angle_gradient(k, grads[1], cos, ctx.interleaved, ctx.backend) if need_angles else None
         dslots, dk, dv = (x if need else None for x, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
         return dslots, dk, dv, None, None, None, dangles, None, None, None
 
@@ -163,9 +150,11 @@ class _LinearAggregate(torch.autograd.Function):
 class _LinearBroadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, slots, sums, norms, cos, sin, angles, interleaved, feature_map, eps, backend):
-        out, total = linear_broadcast_forward(q, slots, sums, norms, cos, sin, interleaved, feature_map, eps, backend)
+        out, total = linear_broadcast_forward(
+            q, slots, sums, norms, joined(cos, sin, interleaved), feature_map, eps, backend
+        )  # fmt: skip
         ctx.save_for_backward(q, slots, sums, norms, cos, sin, angles, total)
-        ctx.options, ctx.backend = (interleaved, feature_map), backend
+        ctx.interleaved, ctx.feature_map, ctx.backend = interleaved, feature_map, backend
         return out
 
     @staticmethod
@@ -175,9 +164,19 @@ class _LinearBroadcast(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         need_sums = needs[2] or needs[3]
         grads = linear_broadcast_backward(
-            dout, q, slots, sums, norms, cos, sin, *ctx.options, total, needs[1], need_sums, ctx.backend
+            dout,
+            q,
+            slots,
+            sums,
+            norms,
+            joined(cos, sin, ctx.interleaved),
+            ctx.feature_map,
+            total,
+            needs[1],
+            need_sums,
+            ctx.backend,
         )
-        dangles = angle_gradient(q, grads[0], cos, ctx.options[0], ctx.backend) if ctx.needs_input_grad[6] else None
+        dangles = angle_gradient(q, grads[0], cos, ctx.interleaved, ctx.backend) if ctx.needs_input_grad[6] else None
         grads = (x if need else None for x, need in zip(grads, needs, strict=True))
         return *grads, None, None, dangles, None, None, None, None
 

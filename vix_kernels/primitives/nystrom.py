@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import unit_last_stride
+from ..layout import Rotary, flattened, joined, unit_last_stride
 from .aggregate import aggregate_backward, aggregate_forward
 from .autograd import once_differentiable
 from .broadcast import bias_of_taking_part, broadcast_backward, broadcast_forward, reads_out
@@ -37,10 +37,7 @@ def nystrom(
     mark_rows: int,
     mark_columns: int,
     adaptive: bool,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    angles: Tensor | None = None,
-    interleaved: bool = True,
+    rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
     """Nystrom attention (batch, heads, queries, E) of q, k and v; the arguments are those of the moves.
@@ -51,7 +48,7 @@ def nystrom(
     q, k, v = (unit_last_stride(x) for x in (q, k, v))
     pool = prefix, rows, mark_rows, mark_columns, adaptive
     return _Nystrom.apply(
-        q, k, v, conv_weight, mask, cos, sin, angles, interleaved, pool, scale, iterations, init, backend
+        q, k, v, conv_weight, mask, *flattened(rotary), pool, scale, iterations, init, backend
     )  # fmt: skip
 
 
@@ -63,14 +60,14 @@ def mask_of_queries(mask: Tensor | None, q: Tensor) -> Tensor | None:
 class _Nystrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, weight, mask, cos, sin, angles, interleaved, pool, scale, iterations, init, backend):
-        q_mask, rotation = mask_of_queries(mask, q), (cos, sin, interleaved)
-        q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, mask, *rotation, *pool, backend)
-        values, _, top, total = aggregate_forward(q_marks, k, v, mask, *rotation, scale, False, backend)
+        q_mask, rotary = mask_of_queries(mask, q), joined(cos, sin, interleaved)
+        q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, mask, rotary, *pool, backend)
+        values, _, top, total = aggregate_forward(q_marks, k, v, mask, rotary, scale, False, backend)
         counts = (None, None) if mask is None else (q_counts, k_counts)
         weighted = pinv_forward(q_marks, k_marks, values, *counts, scale, iterations, init, backend)
         bias = None if mask is None else bias_of_taking_part(k_counts > 0, weighted)
         residual = (None, None, None) if weight is None else (v, weight, mask)
-        out, out_top, out_total = broadcast_forward(q, k_marks, weighted, bias, *rotation, scale, *residual, backend)
+        out, out_top, out_total = broadcast_forward(q, k_marks, weighted, bias, rotary, scale, *residual, backend)
         ctx.save_for_backward(
             q, k, v, weight, mask, cos, sin, angles, q_marks, k_marks, q_counts, k_counts, values, top, total, weighted,
             out if weight is None and reads_out(q, backend) else None, out_top, out_total,
@@ -89,22 +86,22 @@ class _Nystrom(torch.autograd.Function):
         need_angles = ctx.needs_input_grad[7]
         need_q, need_k = need_q or need_angles, need_k or need_angles
         (scale, *iteration), backend = ctx.options, ctx.backend
-        q_mask, rotation = mask_of_queries(mask, q), (cos, sin, ctx.interleaved)
+        q_mask, rotary = mask_of_queries(mask, q), joined(cos, sin, ctx.interleaved)
         counts = (None, None) if mask is None else (q_counts, k_counts)
         bias = None if mask is None else bias_of_taking_part(k_counts > 0, weighted)
 
         # The tokens' own parts of dq, dk and dv, and two parts each of the gradients of the landmarks
         dq, dk_marks, dweighted, _ = broadcast_backward(
-            dout, q, k_marks, weighted, bias, *rotation, scale, out, out_top, out_total, need_k, True, backend
+            dout, q, k_marks, weighted, bias, rotary, scale, out, out_top, out_total, need_k, True, backend
         )
         dq_marks, dk_marks_2, dvalues = pinv_backward(
             dweighted, q_marks, k_marks, values, *counts, scale, *iteration, need_q, need_k, True, backend
         )
         dq_marks_2, dk, dv = aggregate_backward(
-            dvalues, None, q_marks, k, v, mask, *rotation, scale, False, values, top, total, need_q, need_k, need_v, backend
+            dvalues, None, q_marks, k, v, mask, rotary, scale, False, values, top, total, need_q, need_k, need_v, backend
         )
         dq, dk = landmarks_backward(
-            dq, dk, dq_marks, dq_marks_2, dk_marks, dk_marks_2, q, k, q_mask, mask, *rotation, *ctx.pool, q_counts, k_counts,
+            dq, dk, dq_marks, dq_marks_2, dk_marks, dk_marks_2, q, k, q_mask, mask, rotary, *ctx.pool, q_counts, k_counts,
             need_q, need_k, backend,
         )  # fmt: skip
         dweight = None

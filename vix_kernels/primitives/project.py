@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import accumulator, empty_like_tokens, unit_last_stride
+from ..layout import Rotary, accumulator, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
 from .registry import refuse_transforms, register
 from .rotate import angle_gradient, rotate_reference
@@ -29,10 +29,7 @@ def project(
     value_projection: Tensor | None = None,
     *,
     mask: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    angles: Tensor | None = None,
-    interleaved: bool = True,
+    rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of the slots, as `broadcast` takes them.
@@ -43,9 +40,7 @@ def project(
         key_projection: E, (heads or 1, N, K), float32 or in k's dtype.
         value_projection: F, like key_projection; None: the key projection.
         mask: bool (batch, N), True = the token takes part.
-        cos, sin: float32 (heads or 1, N, R / 2), rotary tables for the first R channels of k.
-        angles: what cos and sin are of, where it takes a gradient.
-        interleaved: the rotary pairs are channels (2i, 2i + 1), else (i, i + R / 2).
+        rotary: the rotation of k.
         backend: "torch" or "triton".
 
     Returns:
@@ -55,7 +50,7 @@ def project(
     refuse_transforms()
     k, v, key_projection = unit_last_stride(k), unit_last_stride(v), unit_last_stride(key_projection)
     value_projection = None if value_projection is None else unit_last_stride(value_projection)
-    return _Project.apply(key_projection, value_projection, k, v, mask, cos, sin, angles, interleaved, backend)
+    return _Project.apply(key_projection, value_projection, k, v, mask, *flattened(rotary), backend)
 
 
 def project_reference(
@@ -65,16 +60,14 @@ def project_reference(
     value_projection: Tensor | None = None,
     *,
     mask: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = True,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The equations."""
     if mask is not None:
         taken = mask[:, None, :, None]
         k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
-    if cos is not None:
-        k = rotate_reference(k, cos, sin, interleaved)
+    if rotary is not None:
+        k = rotate_reference(k, rotary)
     value_projection = key_projection if value_projection is None else value_projection
     return key_projection.to(k.dtype).mT @ k, (value_projection.to(v.dtype).mT @ v).to(accumulator(v.dtype))
 
@@ -84,7 +77,7 @@ class _Project(torch.autograd.Function):
     def forward(ctx, key_projection, value_projection, k, v, mask, cos, sin, angles, interleaved, backend):
         ctx.save_for_backward(key_projection, value_projection, k, v, mask, cos, sin, angles)
         ctx.interleaved, ctx.backend = interleaved, backend
-        return project_forward(key_projection, value_projection, k, v, mask, cos, sin, interleaved, backend)
+        return project_forward(key_projection, value_projection, k, v, mask, joined(cos, sin, interleaved), backend)
 
     @staticmethod
     @once_differentiable
@@ -94,7 +87,16 @@ class _Project(torch.autograd.Function):
         needs = need_key_projection, need_value_projection, need_k or need_angles, need_v
         dkeys, dvalues = unit_last_stride(dkeys), unit_last_stride(dvalues)
         grads = project_backward(
-            dkeys, dvalues, key_projection, value_projection, k, v, mask, cos, sin, ctx.interleaved, *needs, ctx.backend
+            dkeys,
+            dvalues,
+            key_projection,
+            value_projection,
+            k,
+            v,
+            mask,
+            joined(cos, sin, ctx.interleaved),
+            *needs,
+            ctx.backend,
         )
         dangles = angle_gradient(k, grads[2], cos, ctx.interleaved, ctx.backend) if need_angles else None
         grads = [x if need else None for x, need in zip(grads, ctx.needs_input_grad[:4], strict=True)]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layout import flattened, joined
+
 library = torch.library.Library("vix_kernels", "DEF")
 operators: dict[str, Operator] = {}
 
@@ -27,14 +29,21 @@ class Operator:
 
     registered: torch._ops.OpOverload
 
-    def __init__(self, name: str, module: str, has_kernel: Callable[..., bool]) -> None:
-        self.name, self.module, self.has_kernel = name, module, has_kernel
+    def __init__(self, name: str, module: str, has_kernel: Callable[..., bool], rotary_at: int | None) -> None:
+        self.name, self.module, self.has_kernel, self.rotary_at = name, module, has_kernel, rotary_at
 
     def __call__(self, *arguments: Any) -> Any:
         if not plain(arguments):
-            return self.registered(*arguments)
+            return self.registered(*self.flat(arguments))
         *inputs, backend = arguments
         return self.function(inputs, backend)(*inputs)
+
+    def flat(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """As the registered operator takes them: a Rotary in three."""
+        if (at := self.rotary_at) is None:
+            return arguments
+        cos, sin, _, interleaved = flattened(arguments[at])
+        return *arguments[:at], cos, sin, interleaved, *arguments[at + 1 :]
 
     def function(self, inputs: Sequence[Any], backend: str) -> Callable:
         return _function("_triton" if backend == "triton" and self.has_kernel(*inputs) else "_torch", self.module, self.name)
@@ -42,6 +51,8 @@ class Operator:
     def implementation(self, *arguments: Any) -> Any:
         """The body of the registered operator."""
         *inputs, backend = arguments
+        if (at := self.rotary_at) is not None:
+            inputs[at : at + 3] = [joined(*inputs[at : at + 3])]
         device = next(each.device.type for each in inputs if isinstance(each, Tensor))
         # Dtypes were settled by the public function: autocast must not touch the products inside.
         with torch.autocast(device if device != "meta" else "cpu", enabled=False):
@@ -59,9 +70,12 @@ def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[.
 
     The functions of its name in `_torch/<module>.py` and `_triton/<module>.py` compute it; where `has_kernel` is False, which
     is asked with the same arguments, the one in PyTorch does for both backends. `fake` makes outputs of the right shapes,
-    dtypes and strides; all but `fake` go without the backend.
+    dtypes and strides; all but `fake` go without the backend. "Tensor? cos, Tensor? sin, bool interleaved" in the schema are
+    one argument, a Rotary or None, to all but `fake` and the registered operator.
     """
-    operator = Operator(name := schema[: schema.index("(")], module, has_kernel)
+    name, _, parameters = schema.partition("(")
+    before, has_rotary, _ = parameters.replace("?", "").partition("Tensor cos, Tensor sin, bool interleaved")
+    operator = Operator(name, module, has_kernel, before.count(",") if has_rotary else None)
     operators[name] = operator
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     library.impl(name, operator.implementation, "CompositeExplicitAutograd")

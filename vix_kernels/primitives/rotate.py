@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import empty_like_tokens, unit_last_stride
+from ..layout import Rotary, empty_like_tokens, flattened, unit_last_stride
 from .autograd import once_differentiable
 from .registry import refuse_transforms, register
 
@@ -20,33 +20,29 @@ from .registry import refuse_transforms, register
 def rotate(
     q: Tensor,
     k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    rotary: Rotary,
     *,
-    angles: Tensor | None = None,
-    interleaved: bool = True,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Rotate q and k by the angles of their tokens, in float32.
 
     Args:
         q, k: (batch, heads, N, D), of one shape and dtype. Any strides with a unit last one.
-        cos, sin: float32 (heads or 1, N, R / 2); channels from R on stay as they are.
-        angles: what cos and sin are of, where it takes a gradient.
-        interleaved: the pairs are channels (2i, 2i + 1), else (i, i + R / 2).
+        rotary: the rotation, with tables (heads or 1, N, R / 2); channels from R on stay as they are.
         backend: "torch" or "triton".
 
     Returns:
-        The rotated q and k, in their own dtype. Differentiable in q, k and angles.
+        The rotated q and k, in their own dtype. Differentiable in q, k and rotary.angles.
     """
     refuse_transforms()
-    return _Rotate.apply(unit_last_stride(q), unit_last_stride(k), cos, sin, angles, interleaved, backend)
+    return _Rotate.apply(unit_last_stride(q), unit_last_stride(k), *flattened(rotary), backend)
 
 
-def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotate_reference(x: Tensor, rotary: Rotary) -> Tensor:
     """The equation, for one tensor."""
-    rotary, dtype = 2 * cos.shape[-1], torch.promote_types(x.dtype, torch.float32)
-    rotated, rest = x[..., :rotary].to(dtype), x[..., rotary:]
+    cos, sin, interleaved, _ = rotary
+    width, dtype = 2 * cos.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    rotated, rest = x[..., :width].to(dtype), x[..., width:]
     u, v = rotated.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else rotated.chunk(2, -1)
     pairs = u * cos - v * sin, u * sin + v * cos
     y = torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)
@@ -59,14 +55,14 @@ class _Rotate(torch.autograd.Function):
         learned = ctx.needs_input_grad[4]
         ctx.save_for_backward(cos, sin, *((angles, q, k) if learned else (None, None, None)))
         ctx.interleaved, ctx.backend = interleaved, backend
-        return rotate_forward(q, k, cos, sin, interleaved, False, backend)
+        return rotate_forward(q, k, Rotary(cos, sin, interleaved), False, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, dq, dk):
         cos, sin, _, q, k = saved
         dq, dk = unit_last_stride(dq), unit_last_stride(dk)
-        dq, dk = rotate_forward(dq, dk, cos, sin, ctx.interleaved, True, ctx.backend)
+        dq, dk = rotate_forward(dq, dk, Rotary(cos, sin, ctx.interleaved), True, ctx.backend)
         dangles = None
         if q is not None:
             dangles = sum(angle_gradient(x, dx, cos, ctx.interleaved, ctx.backend) for x, dx in ((q, dq), (k, dk)))

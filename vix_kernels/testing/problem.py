@@ -199,7 +199,7 @@ def make_rope(case: Case, device: torch.device) -> Any:
 
 def make_tables(case: Case, device: torch.device) -> dict[str, Any]:
     rope = make_rope(case, device)
-    return {} if rope is None else dict(cos=rope.cos, sin=rope.sin, interleaved=rope.interleaved)
+    return {} if rope is None else dict(rotary=rope.rotary)
 
 
 def make_projection(case: Case, tokens: Tensor) -> Tensor:
