@@ -22,8 +22,8 @@ from vix_kernels import conditions
 from vix_kernels._triton.launch import find_tile, launch
 from vix_kernels._triton.launch_table import OVERRIDES
 from vix_kernels._triton.targets import TARGETS
-from vix_kernels.measure import compile_report, machine_code, offline, shared_memory
-from vix_kernels.measure.compile_table import Row, read_table, regressions, violations, write_table
+from vix_kernels.measure import compile_report, machine_code, offline, shared_memory, sources
+from vix_kernels.measure.compile_table import Row, outdated, read_table, regressions, violations, write_table
 
 SM90_16_BIT = Row(
     triton="3.9.0", arch="sm_90", dtype="bf16", width=64, kernel="broadcast_kernel", blocks="N:64", warps=4,
@@ -296,6 +296,34 @@ def test_amd_may_not_become_worse():
 )
 def test_occupancy(arch, kernel, percent):
     assert TARGETS[arch].occupancy(*kernel) == percent
+
+
+def test_the_committed_table_is_whole_and_of_these_sources():
+    """Code or tiles that changed since: `make report ARGS=--write`."""
+    rows = read_table(compile_report.TABLE)
+    assert violations(rows) == [] and outdated(rows) == []
+    newest, oldest = {row.triton for row in rows} - {"3.6.0"}, "3.6.0"
+    grid = set(product(compile_report.ARCHITECTURES, compile_report.DTYPES, compile_report.WIDTHS))
+    assert {row.cell for row in rows} == {
+        *((*newest, *cell) for cell in grid),
+        *((oldest, *cell) for cell in grid if cell[0] == "sm_90"),
+    }
+
+
+def test_a_kernel_or_tile_that_changed_makes_its_rows_old(monkeypatch):
+    row = replace(SM90_16_BIT, kernel="broadcast_slots_kernel", source=sources.source_hash("broadcast_slots_kernel", "sm_90"))
+    assert outdated([row]) == [] and outdated([replace(row, arch="sm_80")]) == ["broadcast_slots_kernel sm_80"]  # other tiles
+    functions = {name: [*words] for name, words in sources.device_functions().items()}
+    assert '"""' not in "".join(functions["broadcast_slots_kernel"])
+    functions["exps_below"].append("pass")  # which it calls
+    monkeypatch.setattr(sources, "device_functions", lambda: functions)
+    sources.code_hash.cache_clear()
+    sources.source_hash.cache_clear()
+    try:
+        assert outdated([row]) == ["broadcast_slots_kernel sm_90"]
+    finally:
+        sources.code_hash.cache_clear()
+        sources.source_hash.cache_clear()
 
 
 def test_table_is_stable_text(tmp_path):

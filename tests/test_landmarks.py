@@ -132,9 +132,7 @@ def test_backward_adds_parts_and_what_came_before(backend: str, dtype: torch.dty
     counts = landmarks(q, k, prefix=1, mark_columns=5, backend=backend)[2:]
 
     def call(*, q_parts: tuple, k_parts: tuple, others: tuple = (None, None), need_q: bool = True) -> tuple[Tensor, Tensor]:
-        return landmarks_backward(
-            *others, *q_parts, *k_parts, q, k, None, None, None, *grid, *counts, need_q, True, backend
-        )
+        return landmarks_backward(*others, *q_parts, *k_parts, q, k, None, None, None, *grid, *counts, need_q, True, backend)
 
     whole = (parts[0] + parts[1], None)
     alone = [call(q_parts=whole, k_parts=whole)[side].float() for side in range(2)]

@@ -34,6 +34,7 @@ from ..commands import DTYPES, Parser
 from ..testing import SPECS, Case, OpSpec, draw
 from . import offline, shared_memory
 from .compile_table import Row, count_text, order, read_table, regressions, show_table, violations, write_table
+from .sources import source_hash
 
 TABLE = Path(__file__).with_name("compile_report.csv")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -137,6 +138,7 @@ def make_row(launch: offline.CompiledLaunch, dtype: str, width: int, uses: str) 
         loads=count_text(used.loads),
         stores=count_text(used.stores),
         uses=uses,
+        source=source_hash(launch.kernel, launch.target),
     )
 
 

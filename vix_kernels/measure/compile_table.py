@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .._triton.targets import TARGETS, TENSOR_MEMORY
 from ..commands import DTYPES, print_table, write_atomically
+from .sources import source_hash
 
 WIDE = 128  # bits, the widest access of a thread before sm_100
 KEPT_WIDE = 0.9  # of the share of bytes that the committed row moves by wide accesses; scheduling moves it a little
@@ -41,6 +42,7 @@ class Row:
     loads: str  # bits a thread : instructions
     stores: str
     uses: str  # "op direction slots,slots; ..."
+    source: str = ""  # hash of the kernel and of its tiles
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.where} ({self.blocks}; {self.uses})"
@@ -63,6 +65,11 @@ def parse_counts(text: str) -> dict[str, int]:
 
 
 # What is wrong with it
+
+
+def outdated(rows: Iterable[Row]) -> list[str]:
+    """The kernels whose code or tiles are not those that the rows were made from."""
+    return sorted({f"{row.kernel} {row.arch}" for row in rows if row.source != source_hash(row.kernel, row.arch)})
 
 
 def violations(rows: Iterable[Row]) -> list[str]:

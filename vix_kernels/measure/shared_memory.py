@@ -7,14 +7,11 @@ masks, the residual convolution. A row holds the most that any of them needs.
 
 from __future__ import annotations
 
-import ast
 import csv
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields, replace
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +27,11 @@ from .._triton.targets import TARGETS
 from ..commands import write_atomically
 from ..testing import SPECS, Case, Problem, draw
 from . import offline
-from .tune import lookups
+from .sources import code_hash, table_name
+from .tune import DTYPES, lookups
 
 COMMITTED = Path(__file__).with_name("shared_memory.csv")
 BATCH, HEADS, TOKENS = 2, 4, 1024
-DTYPES = {16: torch.bfloat16, 32: torch.float32}
 # GPUs for which Triton chooses the same layouts and pipelines, by the one that is compiled for.
 GENERATION = {
     "sm_80": "sm_86", "sm_86": "sm_86", "sm_89": "sm_86", "sm_90": "sm_90", "sm_100": "sm_100", "sm_120": "sm_120",
@@ -74,7 +71,7 @@ class Row:
     @staticmethod
     def of(entry: Entry, shared: int) -> Row:
         *key, tile = entry
-        return Row(triton.__version__, *key, " ".join(map(str, tile)), source(entry.kernel), shared)
+        return Row(triton.__version__, *key, " ".join(map(str, tile)), code_hash(entry.kernel), shared)
 
 
 def entries(arch: str) -> set[Entry]:
@@ -105,34 +102,6 @@ def excesses(rows: Iterable[Row], arch: str) -> list[str]:
         for row in sorted(rows)
         if row.shared > limit and replace(row, triton="", shared=0) in served
     ]
-
-
-@cache
-def source(kernel: str) -> str:
-    """A hash of the kernel of a key and of the device functions it calls, without comments and docstrings."""
-    names = ["rotate_kernel", "angle_gradient_kernel"] if kernel == "rotate" else [kernel.removesuffix("_pooled") + "_kernel"]
-    reached: dict[str, str] = {}
-    while names:
-        name = names.pop()
-        if name in reached:
-            continue
-        found = functions()[name]
-        reached[name] = "".join(map(ast.dump, found))
-        names += {each.id for node in found for each in ast.walk(node) if isinstance(each, ast.Name)} & functions().keys()
-    return hashlib.sha256("".join(reached[name] for name in sorted(reached)).encode()).hexdigest()[:12]
-
-
-@cache
-def functions() -> dict[str, list[ast.FunctionDef]]:
-    """The device functions of _triton by name; the same name may be defined in several files."""
-    found: dict[str, list[ast.FunctionDef]] = defaultdict(list)
-    for path in sorted(Path(conditions.__file__).parent.glob("*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list):
-                if ast.get_docstring(node) is not None:
-                    node.body = node.body[1:]
-                found[node.name].append(node)
-    return dict(found)
 
 
 # What is compiled
@@ -187,7 +156,7 @@ def measure(arch: str, bits: int, width: int, wanted: Iterable[Entry]) -> list[R
     seen = set()
 
     def observe(kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
-        name = "rotate" if kernel.__name__ == "angle_gradient_kernel" else kernel.__name__.removesuffix("_kernel")
+        name = table_name(kernel.__name__)
         key = next((each for each in reversed(asked) if each[0].removesuffix("_pooled") == name), None)
         entry = by_key.get(key)
         dtypes = tuple(str(each.dtype) for each in args if isinstance(each, Tensor))
