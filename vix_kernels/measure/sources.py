@@ -1,4 +1,8 @@
-"""Hashes of what a committed figure was made from, without comments and docstrings: a change makes the figure old."""
+"""Hashes of what a committed figure was made from, without comments and docstrings: a change makes the figure old.
+
+They cover a kernel, the device functions and constants that it uses, and its tiles in the launch table. What its host function
+decides besides, such as the warps of the small kernels that have no tile, is not in them.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +26,16 @@ def table_name(kernel: str) -> str:
 
 @cache
 def code_hash(name: str) -> str:
-    """Of the kernels of a name in the launch table and of the device functions they call."""
+    """Of the kernels of a name in the launch table, and of the device functions and constants they use."""
     name = name.removesuffix("_pooled")
     names = [f"{name}_kernel", *(["angle_gradient_kernel"] if name == "rotate" else [])]
     reached: dict[str, str] = {}
     while names:
         name = names.pop()
         if name not in reached:
-            words = device_functions()[name]
-            reached[name] = " ".join(words)
-            names += device_functions().keys() & set(words)
+            used = device_code()[name]
+            reached[name] = " ".join(used)
+            names += device_code().keys() & set(used)
     return short_hash("\n".join(reached[name] for name in sorted(reached)))
 
 
@@ -45,21 +49,29 @@ def source_hash(kernel: str, arch: str) -> str:
 
 
 @cache
-def device_functions() -> dict[str, list[str]]:
-    """The words of the functions of _triton that run on a GPU; the same name may be defined in several files."""
+def device_code() -> dict[str, list[str]]:
+    """The words of _triton's device functions and constants by name; the same name may be defined in several files."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted(Path(launch_table.__file__).parent.glob("*.py")):
         lines = path.read_text().splitlines(keepends=True)
         for node in ast.parse("".join(lines)).body:
-            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found[node.targets[0].id] += words(lines[node.lineno - 1 : node.end_lineno])
+            elif isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list):
                 first = node.decorator_list[0].lineno - 1
-                text = io.StringIO("".join(lines[first : node.end_lineno]))
-                docstring = ast.get_docstring(node, clean=False)
-                for token in tokenize.generate_tokens(text.readline):
-                    is_docstring = token.type == tokenize.STRING and ast.literal_eval(token.string) == docstring
-                    if token.type not in LAYOUT and not is_docstring:
-                        found[node.name].append(token.string.strip() or tokenize.tok_name[token.type])
+                found[node.name] += words(lines[first : node.end_lineno], ast.get_docstring(node, clean=False))
     return dict(found)
+
+
+def words(lines: list[str], docstring: str | None = None) -> list[str]:
+    """The tokens of some source without its comments, line ends and docstring."""
+    tokens = tokenize.generate_tokens(io.StringIO("".join(lines)).readline)
+    return [
+        token.string.strip() or tokenize.tok_name[token.type]
+        for token in tokens
+        if token.type not in LAYOUT
+        and not (docstring and token.type == tokenize.STRING and ast.literal_eval(token.string) == docstring)
+    ]
 
 
 def short_hash(text: str) -> str:
