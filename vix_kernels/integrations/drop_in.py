@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..nn.checks import check_call_grid
 from ..nn.core import CORES, Core, Mixer, SdpaArgs, Tokens, subscribe
 from ..ops.checks import dtype_name
 from ..ops.rope import Rope
@@ -100,7 +101,7 @@ class DropIn:
         rope: Rope | None = None,
         self_attention: bool | None = None,
         cu_seqlens: Tensor | None = None,
-        group: Any = None,
+        group: Any | None = None,
         grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """(batch, heads, tokens, head_dim) to the same, as `scaled_dot_product_attention`.
@@ -112,7 +113,7 @@ class DropIn:
             rope: rotary embedding of query and key.
             self_attention: whether they are of the same tokens; None: where they are as many.
             cu_seqlens, group: packed samples, and a process group that the tokens are spread over; not supported yet.
-            grid_size: (rows, columns) of these tokens, if the caller knows it.
+            grid_size: (rows, columns) of these tokens behind the prefix, on which landmarks and agents are then placed.
 
         Raises:
             NotImplementedError: a mask, dropout, causal or grouped attention that linear-cost attention cannot honour.
@@ -131,7 +132,11 @@ class DropIn:
         if not query.shape[0] == key.shape[0] == value.shape[0]:
             batches = query.shape[0], key.shape[0], value.shape[0]
             raise NotImplementedError(f"key: expected query's batch, got {batches}; samples are not broadcast")
-        core = self.placed(query.shape[2]) if grid_size is None else self.core.on_grid(grid_size)
+        if grid_size is None:
+            core = self.placed(query.shape[2])
+        else:
+            check_call_grid(grid_size, query.shape[2] - getattr(self.core, "prefix_tokens", 0))
+            core = self.core if self.options.get("landmarks", "grid") != "grid" else self.core.on_grid(grid_size)
         _check_places(core, query.shape[2], key.shape[2])
         if attn_mask is not None:
             if key_padding_mask is not None:

@@ -43,3 +43,10 @@ def check_tokens(x: Tensor, dim: int, first: nn.Module | None = None) -> None:
     # A quantised map, or another that replaced it, may read other dtypes than that of its weight.
     if type(first) is nn.Linear and x.dtype != first.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x: expected the module's dtype {dtype_name(first.weight.dtype)}, got {dtype_name(x.dtype)}")
+
+
+def check_call_grid(grid_size: tuple[int, int], tokens: int) -> None:
+    """The grid of a call with so many tokens behind the prefix."""
+    rows, columns = check_grid(grid_size)
+    if rows < 1 or columns < 1 or rows * columns != tokens:
+        raise ValueError(f"grid_size: expected height * width = {tokens} tokens behind the prefix, got {grid_size}")

@@ -11,7 +11,7 @@ from .. import backends
 from ..ops.checks import check_mask
 from ..ops.rope import Rope
 from ..ops.weights import attention_weights
-from .checks import check_heads, check_rate, check_tokens
+from .checks import check_call_grid, check_heads, check_rate, check_tokens
 from .core import Core, Mixer, SdpaArgs, Site, Tokens, mount
 from .dropout import Dropout
 from .packed_linear import packed_linear
@@ -38,6 +38,11 @@ class MixerModule(nn.Module):
         self.site = site or Site(dim // num_heads, num_heads)
         self.core = core.fit(self.site)
         self.dim, self.num_heads, self.head_dim, self.backend = dim, num_heads, dim // num_heads, backend
+
+    def core_on(self, grid_size: tuple[int, int], tokens: int) -> Mixer:
+        """The core for a call with so many tokens on this grid."""
+        check_call_grid(grid_size, tokens - getattr(self.core, "prefix_tokens", 0))
+        return self.core if getattr(self.core, "grid_size", None) is None else self.core.on_grid(grid_size)
 
     def refuse(self, attn_mask: Tensor | None, is_causal: bool, rope: Rope | None, tokens: Tokens) -> None:
         """Raises NotImplementedError for what the core does not accept."""
@@ -119,7 +124,7 @@ class AttentionModule(MixerModule):
         key_padding_mask: Tensor | None = None,
         rope: Rope | None = None,
         cu_seqlens: Tensor | None = None,
-        group: Any = None,
+        group: Any | None = None,
         grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Mix the tokens.
@@ -132,7 +137,8 @@ class AttentionModule(MixerModule):
             key_padding_mask: bool (batch, tokens), True = valid. Other tokens are read as 0, whatever they hold.
             rope: rotary embedding of q and k.
             cu_seqlens, group: packed samples, and a process group that the tokens are spread over; not supported yet.
-            grid_size: (rows, columns) of these tokens, where it is not the one that landmarks or agents were placed on.
+            grid_size: (rows, columns) of these tokens behind the prefix: landmarks or agents that lie on a grid are placed on
+                this one. Without effect on all others.
         """
         check_tokens(x, self.dim, self.qkv)
         if key_padding_mask is not None:
@@ -140,7 +146,7 @@ class AttentionModule(MixerModule):
             x = x.masked_fill(~key_padding_mask[..., None], 0)
         tokens = Tokens(key_padding_mask, cu_seqlens, grid_size, group=group)
         self.refuse(attn_mask, is_causal, rope, tokens)
-        core = self.core if grid_size is None else self.core.on_grid(grid_size)
+        core = self.core if grid_size is None else self.core_on(grid_size, x.shape[1])
         out, normalised = None, not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
         if attn_mask is None and not normalised:
             out = core.attend_tokens(self, x, self.qkv, scale=self.scale, rope=rope, tokens=tokens, backend=self.backend)
@@ -252,7 +258,7 @@ class MixingModule(MixerModule):
         key_padding_mask: Tensor | None = None,
         rope: Rope | None = None,
         cu_seqlens: Tensor | None = None,
-        group: Any = None,
+        group: Any | None = None,
         grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Mix the tokens.
@@ -266,7 +272,8 @@ class MixingModule(MixerModule):
         check_tokens(x, self.dim)
         tokens = Tokens(key_padding_mask, cu_seqlens, grid_size, group=group)
         self.refuse(attn_mask, is_causal, rope, tokens)
-        out = self.core.mix(self, x, num_heads=self.num_heads, rope=rope, tokens=tokens, backend=self.backend)
+        core = self.core if grid_size is None else self.core_on(grid_size, x.shape[1])
+        out = core.mix(self, x, num_heads=self.num_heads, rope=rope, tokens=tokens, backend=self.backend)
         return self.proj_drop(out)
 
 
