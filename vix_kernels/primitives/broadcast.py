@@ -43,7 +43,7 @@ def broadcast(
         backend: "torch" or "triton".
 
     Returns:
-        out (batch, heads, N, E) in q's dtype. Differentiable in q, slots, values, slot_bias and angles.
+        out (batch, heads, N, E) in q's dtype. Differentiable in q, slots, values, slot_bias and rotary.angles.
     """
     refuse_transforms()
     q, slots, values = unit_last_stride(q), unit_last_stride(slots), unit_last_stride(values)

@@ -58,7 +58,7 @@ def landmarks(
 
     Returns:
         q_marks and q_counts, or with k q_marks, k_marks, q_counts and k_counts: marks (batch, heads, L, D) in q's dtype with
-        L = prefix + mark_rows * mark_columns, counts float32 (batch, L). Marks are differentiable in q, k and angles.
+        L = prefix + mark_rows * mark_columns, counts float32 (batch, L). Marks are differentiable in q, k and rotary.angles.
     """
     refuse_transforms()
     q, k = unit_last_stride(q), None if k is None else unit_last_stride(k)

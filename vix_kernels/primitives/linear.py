@@ -73,10 +73,9 @@ def linear_broadcast(
         sums, norms: what linear_aggregate returned.
         eps: added to the denominator; a denominator of 0 counts as 1.
         rotary: the rotation of q.
-        angles: as in linear_aggregate.
 
     Returns:
-        out (batch, heads, queries, E) in q's dtype. Differentiable in q, slots, sums, norms and angles.
+        out (batch, heads, queries, E) in q's dtype. Differentiable in q, slots, sums, norms and rotary.angles.
     """
     refuse_transforms()
     q, slots, sums = unit_last_stride(q), None if slots is None else unit_last_stride(slots), unit_last_stride(sums)

@@ -42,7 +42,7 @@ def nystrom(
 ) -> Tensor:
     """Nystrom attention (batch, heads, queries, E) of q, k and v; the arguments are those of the moves.
 
-    Differentiable in q, k, v, conv_weight and angles.
+    Differentiable in q, k, v, conv_weight and rotary.angles.
     """
     refuse_transforms()
     q, k, v = (unit_last_stride(x) for x in (q, k, v))

@@ -45,7 +45,7 @@ def project(
 
     Returns:
         keys (batch, heads, K, D) in k's dtype and values (batch, heads, K, E) in float32 (float64 for float64 tokens).
-        Differentiable in k, v, both projections and angles.
+        Differentiable in k, v, both projections and rotary.angles.
     """
     refuse_transforms()
     k, v, key_projection = unit_last_stride(k), unit_last_stride(v), unit_last_stride(key_projection)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import flattened, joined
+from ..layout import Rotary, flattened, joined
 
 library = torch.library.Library("vix_kernels", "DEF")
 operators: dict[str, Operator] = {}
@@ -86,16 +86,37 @@ def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[.
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
+# The dispatch keys that a thread includes while no mode, transform, tracer or functionalisation is at work.
+AT_REST = {
+    keys.raw_repr()
+    for keys in (
+        torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect),
+        torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(torch._C.DispatchKey.ADInplaceOrView),
+    )
+}
 
 
 def plain(arguments: Sequence[Any]) -> bool:
-    """Nobody watches or changes what these tensors take part in: no compiler, no mode, no autocast, no gradient to refuse."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
+    """Nobody watches or changes what these tensors take part in, and they are what lies in their memory."""
+    if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in AT_REST:
         return False
-    tensors = [each for each in arguments if isinstance(each, Tensor)]
-    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+    if torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack():
         return False
-    return not in_transform() and all(type(each) in PLAIN and not each.is_meta for each in tensors)
+    has_gradients = torch.is_grad_enabled()
+    for each in arguments:
+        if isinstance(each, Rotary):
+            if not plain(each):
+                return False
+        elif isinstance(each, Tensor) and (
+            type(each) not in PLAIN
+            or each.is_meta
+            or each.is_neg()
+            or each._is_zerotensor()
+            or torch._is_functional_tensor(each)
+            or (has_gradients and each.requires_grad)
+        ):
+            return False
+    return True
 
 
 @cache

@@ -1,0 +1,83 @@
+"""Plain eager calls go past the registered operators; whatever watches or changes them must not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import DEVICE
+from vix_kernels import orthogonal_projection, performer_attention, rope_1d
+from vix_kernels.primitives.aggregate import aggregate_forward
+from vix_kernels.primitives.registry import plain
+
+
+def performer(backend: str) -> Callable[..., Tensor]:
+    projection = orthogonal_projection(8, 16, seed=0).to(DEVICE)
+    return lambda q, k, v: performer_attention(q, k, v, projection, backend=backend)
+
+
+def qkv() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 2, 20, 16, generator=generator).to(DEVICE) for _ in range(3)]
+
+
+def test_what_is_plain() -> None:
+    q = torch.randn(1, 2, 20, 16, device=DEVICE)
+    assert plain([q, None, 1.0]) and plain([torch.nn.Parameter(q, requires_grad=False)])
+    assert not plain([q.clone().requires_grad_()]) and not plain([q.to("meta")])
+    with torch.no_grad():
+        assert plain([q.clone().requires_grad_()])
+    with torch.inference_mode():
+        assert plain([q])
+    for mode in (TorchDispatchMode(), TorchFunctionMode(), torch.autocast(DEVICE, torch.bfloat16)):
+        with mode:
+            assert not plain([q])
+    learned = rope_1d(20, 16, device=DEVICE).rotary._replace(cos=torch.zeros(1, 20, 8, device=DEVICE, requires_grad=True))
+    assert not plain([q, learned])
+
+
+def test_batched_gradients(backend: str) -> None:
+    q, k, v = qkv()
+    out = performer(backend)(q.requires_grad_(), k, v)
+    cotangents = torch.randn(3, *out.shape, device=DEVICE)
+    (batched,) = torch.autograd.grad(out, q, cotangents, is_grads_batched=True, retain_graph=True)
+    for one, cotangent in zip(batched, cotangents, strict=True):
+        assert torch.equal(one, torch.autograd.grad(out, q, cotangent, retain_graph=True)[0])
+
+
+def test_negative_views_are_read_as_what_they_are(backend: str) -> None:
+    q, k, v = qkv()
+    negated = [torch._neg_view(-x) for x in (q, k, v)]
+    assert negated[0].is_neg() and torch.equal(performer(backend)(*negated), performer(backend)(q, k, v))
+    out = performer(backend)(q.requires_grad_(), k, v)
+    cotangent = torch.randn_like(out)
+    plainly, lazily = (
+        torch.autograd.grad(out, q, each, retain_graph=True)[0] for each in (cotangent, torch._neg_view(-cotangent))
+    )
+    assert torch.equal(plainly, lazily)
+
+
+def test_tracers_see_the_operators(backend: str) -> None:
+    q, k, v = qkv()
+    assert torch.equal(torch.jit.trace(performer(backend), (q, k, v), check_trace=False)(q, k, v), performer(backend)(q, k, v))
+    for pre_dispatch in (False, True):
+        graph = make_fx(performer(backend), pre_dispatch=pre_dispatch)(q, k, v).graph
+        assert {"aggregate_forward", "broadcast_forward"} <= {
+            getattr(node.target, "_opname", "") for node in graph.nodes if node.op == "call_function"
+        }
+
+
+def test_a_direct_call_that_would_lose_a_gradient_is_refused(backend: str) -> None:
+    q, k, v = qkv()
+    slots = orthogonal_projection(8, 16, seed=0).to(DEVICE)[None, None]
+    rotary = rope_1d(20, 16, device=DEVICE).rotary
+    learned = rotary._replace(cos=rotary.cos.clone().requires_grad_())
+    for inputs in ((slots, k.clone().requires_grad_(), v, None, rotary), (slots, k, v, None, learned)):
+        with pytest.raises(RuntimeError, match="aggregate_forward has no gradient of its own"):
+            aggregate_forward(*inputs, 0.25, True, backend)
