@@ -32,6 +32,7 @@ from .._triton.launch_table import TABLE as LAUNCH_TABLE
 from .._triton.targets import TARGETS
 from ..commands import DTYPES, Parser
 from ..testing import SPECS, Case, OpSpec, draw
+from ..testing.problem import REGISTERING
 from . import offline, shared_memory
 from .compile_table import Row, count_text, order, read_table, regressions, show_table, violations, write_table
 from .sources import source_hash
@@ -241,8 +242,7 @@ def compile_grid(cells: list[tuple], jobs: int) -> Report:
     report, done = Report(), 0
     # Spawned, not forked: whether a kernel is interpreted is settled when triton is imported.
     context = multiprocessing.get_context("spawn")
-    registering = {spec.build.__module__ for spec in SPECS.values()}
-    with worker_environment(), ProcessPoolExecutor(jobs, context, prepare_worker, (registering,)) as pool:
+    with worker_environment(), ProcessPoolExecutor(jobs, context, prepare_worker, (REGISTERING,)) as pool:
         # The widest take longest; first, they do not keep one worker busy alone at the end.
         running = {pool.submit(compile_cell, *cell): cell for cell in sorted(cells, key=lambda cell: -cell[2])}
         for each in as_completed(running):
@@ -309,6 +309,8 @@ def main(argv: list[str]) -> int:
 
     worse = regressions(report.rows, args.committed, complete=not args.some)
     failures = report.errors + violations(report.rows)
+    if not report.rows:
+        failures.append(f"nothing to compile: {', '.join(args.op)} has no calls at these widths and dtypes")
     if args.write and not report.errors:
         compiled = {(triton.__version__, *cell[:3]) for cell in cells}
         kept = [row for row in args.committed if row.cell not in compiled]

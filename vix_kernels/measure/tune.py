@@ -195,9 +195,9 @@ def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key],
     large, tiny = Case("tune", 8, 8, 4096, features=256), Case("tune", 1, 1, 20, features=8)
     found = []
     for spec, direction in product(SPECS.values(), DIRECTIONS):
-        rope = "interleaved" if spec.name == "apply_rope" else None
         try:
-            bench = Bench(spec, direction, replace(large if device == "cuda" else tiny, width=width, rope=rope), bits, device)
+            case = spec.fit(replace(large if device == "cuda" else tiny, width=width))
+            bench = Bench(spec, direction, case, bits, device)
             found.append((bench.keys(), bench))
         except Exception as error:
             print(f"vix dev tune: {spec.name} {direction} does not run: {type(error).__name__}: {error}", file=sys.stderr)

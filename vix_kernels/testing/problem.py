@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,7 +93,7 @@ class OpSpec:
         compiled: what the compile report compiles at every head width; batch, heads, tokens and width are the report's, a
             case without slots has 0 features, and its name ends what the operator is called.
         variants: what it compiles besides, at fewer widths.
-        most_features: features beyond these make no difference.
+        most_features: more are not measured: `fit` takes so many at most.
         backward: flops of a backward over those of a forward. By default 2: of each two products of a move, backward makes
             the logits again and three gradients; those of random features, which nobody trains, are left out.
 
@@ -121,7 +122,8 @@ class OpSpec:
         return {"q", "k", "v"} <= set(self.differentiable)
 
     def fit(self, case: Case) -> Case:
-        """`case` as this operator can have it: with angles if it is about them, without a mask if it takes none."""
+        """`case` as this operator is measured: with angles if it is about them, without a mask if it takes none, with no more
+        features than it is used with."""
         rope = case.rope or ("interleaved" if self.rotates else None)
         features = min(case.features, self.most_features or case.features)
         return replace(case, rope=rope, features=features, masked=case.masked and any(each.masked for each in self.cases))
@@ -140,11 +142,13 @@ class OpSpec:
 
 
 SPECS: dict[str, OpSpec] = {}
+REGISTERING: set[str] = set()  # the modules whose import fills SPECS, in other processes too
 
 
 def register(*specs: OpSpec) -> None:
     """Make operators known by name to tests and measurements; those of another package too."""
     SPECS.update({spec.name: spec for spec in specs})
+    REGISTERING.add(sys._getframe(1).f_globals["__name__"])
 
 
 def draw(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> Problem:
