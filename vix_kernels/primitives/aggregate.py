@@ -110,20 +110,9 @@ class _Aggregate(torch.autograd.Function):
         need_slots, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
         needs = need_slots, need_k or need_angles, need_v
         grads = aggregate_backward(
-            dvalues,
-            dlse,
-            slots,
-            k,
-            v,
-            mask,
-            joined(cos, sin, ctx.interleaved),
-            *ctx.options,
-            values,
-            top,
-            total,
-            *needs,
-            ctx.backend,
-        )
+            dvalues, dlse, slots, k, v, mask, joined(cos, sin, ctx.interleaved), *ctx.options, values, top, total,
+            *needs, ctx.backend,
+        )  # fmt: skip
         dangles = angle_gradient(k, grads[1], cos, ctx.interleaved, ctx.backend) if need_angles else None
         dslots, dk, dv = (x if need else None for x, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
         return dslots, dk, dv, None, None, None, dangles, None, None, None, None

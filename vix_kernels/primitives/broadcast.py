@@ -102,20 +102,9 @@ class _Broadcast(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         need_values = needs[2] or needs[3]
         grads = broadcast_backward(
-            dout,
-            q,
-            slots,
-            values,
-            slot_bias,
-            joined(cos, sin, ctx.interleaved),
-            ctx.scale,
-            out,
-            top,
-            total,
-            needs[1],
-            need_values,
-            ctx.backend,
-        )
+            dout, q, slots, values, slot_bias, joined(cos, sin, ctx.interleaved), ctx.scale, out, top, total, needs[1],
+            need_values, ctx.backend,
+        )  # fmt: skip
         dangles = angle_gradient(q, grads[0], cos, ctx.interleaved, ctx.backend) if ctx.needs_input_grad[6] else None
         grads = (x if need else None for x, need in zip(grads, needs, strict=True))
         return *grads, None, None, dangles, None, None, None

@@ -163,18 +163,9 @@ class _LinearBroadcast(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         need_sums = needs[2] or needs[3]
         grads = linear_broadcast_backward(
-            dout,
-            q,
-            slots,
-            sums,
-            norms,
-            joined(cos, sin, ctx.interleaved),
-            ctx.feature_map,
-            total,
-            needs[1],
-            need_sums,
+            dout, q, slots, sums, norms, joined(cos, sin, ctx.interleaved), ctx.feature_map, total, needs[1], need_sums,
             ctx.backend,
-        )
+        )  # fmt: skip
         dangles = angle_gradient(q, grads[0], cos, ctx.interleaved, ctx.backend) if ctx.needs_input_grad[6] else None
         grads = (x if need else None for x, need in zip(grads, needs, strict=True))
         return *grads, None, None, dangles, None, None, None, None

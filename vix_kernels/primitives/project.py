@@ -87,17 +87,9 @@ class _Project(torch.autograd.Function):
         needs = need_key_projection, need_value_projection, need_k or need_angles, need_v
         dkeys, dvalues = unit_last_stride(dkeys), unit_last_stride(dvalues)
         grads = project_backward(
-            dkeys,
-            dvalues,
-            key_projection,
-            value_projection,
-            k,
-            v,
-            mask,
-            joined(cos, sin, ctx.interleaved),
-            *needs,
+            dkeys, dvalues, key_projection, value_projection, k, v, mask, joined(cos, sin, ctx.interleaved), *needs,
             ctx.backend,
-        )
+        )  # fmt: skip
         dangles = angle_gradient(k, grads[2], cos, ctx.interleaved, ctx.backend) if need_angles else None
         grads = [x if need else None for x, need in zip(grads, ctx.needs_input_grad[:4], strict=True)]
         return *grads, None, None, None, dangles, None, None
