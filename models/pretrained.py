@@ -84,7 +84,12 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
         from .originals import from_original
 
         return from_original(config["original"], arguments, state).eval()
-    model = create_model(config["name"], **arguments | overrides)
+    try:
+        model = create_model(config["name"], **arguments | overrides)
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        raise ValueError(f"folder: expected a model that fits the memory, got {arguments | overrides} in {folder}") from None
     if data := _still_true(config.get("data"), overrides):
         model.config["data"] = data
     if overrides:

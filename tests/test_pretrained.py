@@ -227,3 +227,9 @@ def test_the_table_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].split() == ["model", "image", "tokens", "parameters", "MACs"]
     # originals: 661,770 parameters and 1614 million multiply-adds
     assert lines[2].split() == ["vit", "32", "x", "32", "1,025", "661,770", "1,614", "M"]
+
+
+def test_a_model_that_fits_no_memory_is_refused(tmp_path: Path) -> None:
+    save_model(create_model("vit", **small_model("vit")), tmp_path)
+    with pytest.raises(ValueError, match="folder: expected a model that fits the memory, got .*'embed_dim': 2000000000000"):
+        load_model(tmp_path, embed_dim=2 * 10**12, depth=1)
