@@ -1,4 +1,4 @@
-"""Launching a kernel: the configuration it takes, the arguments that every launch needs, and the one door."""
+"""Launching a kernel: the configuration it takes, the arguments that every launch needs, and the launch."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def token_strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def output_strides(x: Tensor) -> tuple[int, int, int]:
-    """Those of tokens; zeros for a gradient that nobody asked for."""
+    """Those of tokens; zeros for a gradient that is not needed."""
     return token_strides(x) if x.dim() == 4 else (0, 0, 0)
 
 
