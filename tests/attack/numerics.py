@@ -532,17 +532,36 @@ def same(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
-def rounding(eps: float, alike: tuple[int, ...] = ()) -> Noise:
-    """Changes every number by up to `eps` of it, those along the dimensions `alike` equally: equal tokens stay equal."""
+def rounding(eps: float, alike: tuple[int, ...] = (), step: float = 0.0) -> Noise:
+    """Changes every number by up to `eps` of it and by up to `step`, those along the dimensions `alike` equally: equal tokens
+    stay equal."""
     generator = torch.Generator().manual_seed(2)
 
     def rounded(x: Tensor) -> Tensor:
         shape = list(x.shape)
         for dim in alike if x.dim() > 1 else ():
             shape[dim] = 1
-        return x * (1 + eps * (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1))
+        noise = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
+        return x * (1 + eps * noise) + step * noise if step else x * (1 + eps * noise)
 
     return rounded
+
+
+def stored_as(dtype: torch.dtype) -> Noise:
+    """The roundings of a tensor that is kept in `dtype`, and of its gradient, which is kept in it too.
+
+    Subnormal numbers are a fixed step apart, however small they are.
+    """
+    limits = torch.finfo(dtype)
+    noise = rounding(limits.eps, step=limits.smallest_normal * limits.eps)
+
+    def stored(x: Tensor) -> Tensor:
+        x = noise(x)
+        if x.requires_grad:
+            x.register_hook(noise)
+        return x
+
+    return stored
 
 
 def check(case: Case) -> list[str]:
@@ -580,7 +599,7 @@ def compared(trial: Trial, ours: Results, plain: Results) -> list[str]:
         eps *= 2  # the definition itself is rounded
     inputs, neighbour = rounding(2 * eps), rounding(torch.finfo(trial.computed).eps, alike=(-2,))
     how = How(
-        stored=rounding(torch.finfo(trial.computed).eps),
+        stored=stored_as(trial.computed),
         logits=rounding(eps, alike=(-2,)),
         products=rounding(PRODUCTS * eps, alike=(-2, -1)),
         sums=rounding(eps),
