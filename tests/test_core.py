@@ -111,24 +111,58 @@ def test_a_core_of_another_package_is_everywhere(use: str, late: bool, tmp_path:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_core_with_parameters_is_a_mixer_that_hosts_refuse(tmp_path: Path) -> None:
+def test_a_core_with_parameters_is_a_child_module_of_its_host(tmp_path: Path) -> None:
+    """Its parameters are the host's, under `vix`; without a module to hold them it is refused by name."""
+    pytest.importorskip("timm")
     (tmp_path / "learned.py").write_text(LEARNED)
-    code = f"""
-import sys; sys.path.insert(0, {str(tmp_path)!r})
-import learned, torch
-from vix_kernels.integrations.drop_in import OPS, DropIn
+    code = """
+import torchvision_operators
+kept = torchvision_operators.declare()
+import copy, learned, pytest, timm, torch
+from torch import nn
+from vix_kernels.integrations.drop_in import DropIn
+from vix_kernels.integrations.sdpa import replace_sdpa
+from vix_kernels.integrations.timm import attention_layer, replace_attention, restore_attention
+from vix_kernels.integrations.torch_nn import replace_mha
 from vix_kernels.models import create_model
+
 model = create_model("vit", mixer="learned", img_size=8, patch_size=2, embed_dim=16, depth=1, num_heads=2)
 model(torch.randn(2, 3, 8, 8)).sum().backward()
-assert model.blocks[0].attn.gain.grad is not None and "learned" not in OPS
-try:
-    DropIn("learned", retrain=True)
-except ValueError as error:
-    assert "op: expected one of" in str(error)
-else:
-    raise AssertionError("not refused")
+assert model.blocks[0].attn.gain.grad is not None
+
+sizes = dict(img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=2)
+vit, x = timm.create_model("vit_tiny_patch16_224", **sizes).eval(), torch.randn(1, 3, 32, 32)
+keys, expected = list(vit.state_dict()), vit(x)
+replace_attention(vit, "learned", retrain=True)
+assert set(vit.state_dict()) - set(keys) == {"blocks.0.attn.vix.gain", "blocks.1.attn.vix.gain"}
+vit(x).sum().backward()
+assert all(block.attn.vix.gain.grad is not None for block in vit.blocks)
+other = copy.deepcopy(vit)
+other.blocks[0].attn.vix.gain.data.fill_(3.0)
+other.load_state_dict(vit.state_dict())
+assert torch.equal(other(x), vit(x)) and other.blocks[0].attn.vix.gain is not vit.blocks[0].attn.vix.gain
+restore_attention(vit)
+assert list(vit.state_dict()) == keys and torch.equal(vit(x), expected)
+
+built = timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("learned"), **sizes).eval()
+built.blocks[1].attn.vix.gain.data.fill_(2.0)
+expected = built(x)
+replace_attention(built, "nystrom", num_landmarks=4)
+assert not any(name.endswith("gain") for name in built.state_dict())
+restore_attention(built.double())
+assert built.blocks[1].attn.vix.gain.dtype == torch.float64 and (built(x.double()) - expected).abs().max() < 1e-5
+
+encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True), 2)
+replace_mha(encoder, "nystrom", retrain=True, num_landmarks=2, residual_conv_kernel=3)
+assert encoder.layers[1].self_attn.vix.res_conv.weight.shape == (2, 1, 3, 1)
+encoder(torch.randn(1, 6, 32)).sum().backward()
+
+for make in (replace_sdpa, lambda *args, **options: DropIn(*args, **options)(x, x, x)):
+    with pytest.raises(ValueError, match="op: expected an attention without parameters, got Learned"):
+        make("learned", retrain=True)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    path = [str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{code}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -34,7 +34,7 @@ def test_compiles():
     door.replace_attention(model, "performer", retrain=True)
     expected = model(*inputs).sample
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(*inputs).sample, expected)
-    seeds = [block.attn1.processor.attention.core.seed for block in model.transformer_blocks]
+    seeds = [block.attn1.vix.core.seed for block in model.transformer_blocks]
     assert seeds == [0, 1]
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vix_kernels import agent_attention, linear_attention, nystrom_attention, orthogonal_projection, performer_attention
 from vix_kernels.integrations.drop_in import OPS, DropIn, padding_of, taking_part
 from vix_kernels.integrations.hosts import Report, require, require_call
+from vix_kernels.nn.core import Site
 from vix_kernels.nn.performer import random_features
 
 
@@ -105,7 +106,6 @@ OPTIONS = {
     "num_features": ("performer", dict(num_features=0), ValueError, "num_features: expected an integer >= 1, got 0"),
     "feature_map": ("linear", dict(feature_map="tanh"), ValueError, "feature_map: expected .*, got 'tanh'"),
     "landmarks": ("nystrom", dict(landmarks="random"), ValueError, "landmarks: expected .*, got 'random'"),
-    "parameters": ("nystrom", dict(residual_conv_kernel=3), ValueError, "residual_conv_kernel: expected .* without parameters"),
     "op": (["nystrom"], {}, ValueError, r"op: expected one of .*, 'nystrom', .*, got \['nystrom'\]"),
 }
 
@@ -154,9 +154,17 @@ def test_queries_and_keys_of_two_lengths():
 
 def test_layers_have_random_features_of_their_own():
     performer = DropIn("performer", retrain=True, seed=7)
-    assert [performer.of_layer(n).options["seed"] for n in range(3)] == [7, 8, 9]
-    nystrom = DropIn("nystrom")
-    assert nystrom.of_layer(3) is nystrom
+    assert [performer.mounted(Site(16, 2, layer)).core.seed for layer in range(3)] == [7, 8, 9]
+
+
+def test_an_attention_with_parameters_needs_a_module():
+    attention = DropIn("nystrom", retrain=True, residual_conv_kernel=3)
+    for call in (attention.without_module, lambda: attention(*qkv())):
+        with pytest.raises(ValueError, match="residual_conv_kernel: expected an attention without parameters"):
+            call()
+    q, k, v = qkv()
+    mounted = attention.mounted(Site(q.shape[3], q.shape[1])).to(q.dtype)
+    assert mounted(q, k, v).shape == v.shape and [name for name, _ in mounted.named_parameters()] == ["res_conv.weight"]
 
 
 def test_random_features_outlive_the_modes_they_were_drawn_in():
@@ -190,7 +198,7 @@ def test_exports(op):
 def test_compiles_without_a_break(op):
     q, k, v = (x.float().requires_grad_() for x in qkv())
     attention = DropIn(op, retrain=True)
-    twice = DropIn(op, retrain=True).of_layer(1)
+    twice = DropIn(op, retrain=True).mounted(Site(q.shape[3], q.shape[1], 1))
     compiled = torch.compile(lambda *qkv: attention(*qkv) + twice(*qkv), fullgraph=True, backend="aot_eager", dynamic=True)
     out = compiled(q, k, v)
     torch.testing.assert_close(out, attention(q, k, v) + twice(q, k, v))

@@ -53,7 +53,7 @@ def test_with_all_landmarks_a_vit_gives_its_own_answers(arguments):
     assert report.replaced == ["blocks.0.attn", "blocks.1.attn"] and not report.refused
     assert list(model.state_dict()) == keys
     torch.testing.assert_close(model.forward_features(x), expected, atol=1e-3, rtol=1e-3)
-    core = model.blocks[0].attn.attention.placed()
+    core = model.blocks[0].attn.vix.placed()
     assert core.prefix_tokens == model.num_prefix_tokens
     assert core.grid_size == (4, 4) and core.landmarks == "grid"
 
@@ -122,7 +122,7 @@ def test_trains(op):
     door.replace_attention(model, op, retrain=True)
     model(images()).square().sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
-    seeds = [getattr(block.attn.attention.core, "seed", None) for block in model.blocks]
+    seeds = [getattr(block.attn.vix.core, "seed", None) for block in model.blocks]
     assert op != "performer" or seeds == [0, 1]
     copied = copy.deepcopy(model).eval()
     assert torch.equal(copied(images()), model.eval()(images()))
@@ -131,14 +131,14 @@ def test_trains(op):
 def test_where_landmarks_are_placed():
     model = timm.create_model("vit_tiny_patch16_224", img_size=(96, 192), depth=1, num_classes=5)
     door.replace_attention(nn.Sequential(model), "nystrom")  # also of a model within another
-    core = model.blocks[0].attn.attention.placed()
+    core = model.blocks[0].attn.vix.placed()
     assert core == Nystrom.made("host", num_landmarks=60, landmarks="grid", grid_size=(6, 12), prefix_tokens=1)
     model(torch.randn(1, 3, 96, 192))
     door.replace_attention(model, "agent", retrain=True)
-    assert model.blocks[0].attn.attention.placed() == Agent(num_agents=48, grid_size=(6, 12), prefix_tokens=1)
+    assert model.blocks[0].attn.vix.placed() == Agent(num_agents=48, grid_size=(6, 12), prefix_tokens=1)
     assert len(model.patch_embed._forward_hooks) == 1
     door.replace_attention(model, "nystrom", landmarks="segment")
-    assert model.blocks[0].attn.attention.placed() == Nystrom.made("host", landmarks="segment", prefix_tokens=1)
+    assert model.blocks[0].attn.vix.placed() == Nystrom.made("host", landmarks="segment", prefix_tokens=1)
     model(torch.randn(1, 3, 96, 192))
     dropping = vit(patch_drop_rate=0.25).train()
     assert "4 landmarks in segments" in str(door.replace_attention(dropping, "nystrom", num_landmarks=4))
@@ -160,14 +160,14 @@ def test_landmarks_are_placed_on_the_grid_of_the_call(name):
         x = torch.randn(2, 3, height, width)
         fixed = copy.deepcopy(model)
         for block in fixed.blocks:
-            block.attn.attention.grid = None
-            block.attn.attention.core = block.attn.attention.core.on_grid((height // 16, width // 16))
+            block.attn.vix.grid = None
+            block.attn.vix.core = block.attn.vix.core.on_grid((height // 16, width // 16))
         assert torch.equal(model(x), fixed(x))
         assert "on the grid 4 x 4" in repr(copy.deepcopy(model)) or (height, width) != (64, 64)
     again = copy.deepcopy(model)  # with a grid of its own
     again(torch.randn(1, 3, 64, 64))
-    assert model.blocks[0].attn.attention.grid.size_of() == (6, 2)
-    assert again.blocks[0].attn.attention.grid.size_of() == (4, 4)
+    assert model.blocks[0].attn.vix.grid.size_of() == (6, 2)
+    assert again.blocks[0].attn.vix.grid.size_of() == (4, 4)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     for height, width in ((96, 32), (64, 64)):
         x = torch.randn(2, 3, height, width)
@@ -193,7 +193,7 @@ def test_the_grid_follows_the_input_size_of_the_model():
     door.replace_attention(model, "nystrom", num_landmarks=16)
     model.set_input_size((96, 32))
     model(torch.randn(2, 3, 96, 32))
-    assert model.blocks[0].attn.attention.placed().grid_size == (6, 2)
+    assert model.blocks[0].attn.vix.placed().grid_size == (6, 2)
     assert "12 landmarks on the grid 6 x 2" in repr(model)
 
 
@@ -223,7 +223,7 @@ def test_an_interrupted_replacement_leaves_the_model_as_it_was(error, monkeypatc
     setattr_, calls = nn.Module.__setattr__, []
 
     def interrupt(self, name, value):
-        if name == "attention":
+        if name == "vix":
             calls.append(name)
             if len(calls) == 2:
                 raise error
@@ -246,7 +246,7 @@ def test_a_replaced_model_is_pickled():
     door.replace_attention(model, "nystrom")
     again = pickle.loads(pickle.dumps(vit(attn_layer="vix_performer"))), pickle.loads(pickle.dumps(model))
     assert torch.equal(again[1](images()), model(images()))
-    assert again[0].blocks[0].attn.attention.op == "performer"
+    assert again[0].blocks[0].attn.vix.op == "performer"
 
 
 def test_under_autocast():
@@ -271,7 +271,7 @@ def test_the_second_replacement_counts():
     model = vit()
     door.replace_attention(model, "nystrom")
     door.replace_attention(model, "linear", retrain=True)
-    assert [block.attn.attention.op for block in model.blocks] == ["linear", "linear"]
+    assert [block.attn.vix.op for block in model.blocks] == ["linear", "linear"]
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224"])
@@ -310,9 +310,9 @@ def test_layers_for_models_being_built():
     layer = door.attention_layer("nystrom", num_landmarks=4, prefix_tokens=1)
     model = vit(attn_layer=layer)
     assert list(model.state_dict()) == list(vit().state_dict())
-    assert model.blocks[1].attn.attention.options == dict(num_landmarks=4, prefix_tokens=1)
+    assert model.blocks[1].attn.vix.options == dict(num_landmarks=4, prefix_tokens=1)
     by_name = vit(attn_layer="vix_linear")
-    assert by_name.blocks[0].attn.attention.op == "linear"
+    assert by_name.blocks[0].attn.vix.op == "linear"
     by_name(images()).sum().backward()
     again = pickle.loads(pickle.dumps(model.eval()))
     assert torch.equal(again(images()), model(images()))
@@ -430,14 +430,14 @@ def test_layers_are_placed_as_replacements_are(name, arguments, prefix, op):
     for size in ((64, 64), (64, 96))[: 1 + ("dynamic_img_size" in arguments)]:
         x = torch.randn(2, 3, *size)
         assert torch.equal(built(x), replaced(x))
-        core = built.blocks[1].attn.attention.placed()
-        assert core == replaced.blocks[1].attn.attention.placed()
+        core = built.blocks[1].attn.vix.placed()
+        assert core == replaced.blocks[1].attn.vix.placed()
         assert core.grid_size == (4, size[1] // 16) and core.prefix_tokens == prefix
     assert "on the grid 4 x" in repr(built)
     built.reset_classifier(3)
     door.replace_attention(built, "linear", retrain=True)
     assert door.restore_attention(built) == ["blocks.0.attn", "blocks.1.attn"]
-    assert built.blocks[1].attn.attention.placed() == core
+    assert built.blocks[1].attn.vix.placed() == core
     built(x)
     with pytest.raises(ValueError, match="got none"):
         door.restore_attention(built)
@@ -445,9 +445,7 @@ def test_layers_are_placed_as_replacements_are(name, arguments, prefix, op):
 
 def test_options_say_where_layers_are_placed():
     model = vit(attn_layer=door.attention_layer("nystrom", num_landmarks=4, landmarks="segment"))
-    assert model.blocks[0].attn.attention.placed() == Nystrom.made(
-        "host", num_landmarks=4, landmarks="segment", prefix_tokens=1
-    )
+    assert model.blocks[0].attn.vix.placed() == Nystrom.made("host", num_landmarks=4, landmarks="segment", prefix_tokens=1)
     assert "in segments" in repr(vit(attn_layer="vix_nystrom", patch_drop_rate=0.25))
     alone = door.NystromAttention(32, num_heads=2)
     assert alone(torch.randn(1, 9, 32)).shape == (1, 9, 32)

@@ -92,7 +92,7 @@ def test_cross_attention():
 def test_trains_and_copies():
     model = encoder().train()
     replace_mha(model, "performer", retrain=True, num_features=8)
-    assert [layer.self_attn.attention.core.seed for layer in model.layers] == [0, 1]
+    assert [layer.self_attn.vix.core.seed for layer in model.layers] == [0, 1]
     model(tokens()).square().sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for n, p in model.named_parameters() if "in_proj" in n)
     assert torch.equal(copy.deepcopy(model)(tokens()), model(tokens()))

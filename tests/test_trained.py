@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from vix_kernels import attention_weights
+from vix_kernels import Rope, attention_weights
 from vix_kernels.__main__ import main
 from vix_kernels.models import create_model, load_model, save_model
+from vix_kernels.nn.core import SdpaArgs, Tokens
 from vix_kernels.training import commands
 from vix_kernels.training.checkpoint import load_checkpoint
 from vix_kernels.training.data import load_dataset
@@ -218,8 +220,13 @@ def test_the_map_is_the_row_of_the_class_token(mixer: str) -> None:
     assert (residual is not None) == (mixer == "vin")
     if residual is not None:
         module.res_conv = None
-    torch.testing.assert_close(torch.einsum("bhn,bhnd->bhd", weights, v), module.attend(q, k, v, None, None)[:, :, 0])
-    torch.testing.assert_close(weights, attention_weights(module.attend, q, k, None, None))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None) -> Tensor:
+        options = dict(scale=16**-0.5, rope=rope, tokens=Tokens(mask), sdpa=SdpaArgs(), backend="auto")
+        return module.core.attend(module, q, k, v, **options)
+
+    torch.testing.assert_close(torch.einsum("bhn,bhnd->bhd", weights, v), attend(q, k, v, None, None)[:, :, 0])
+    torch.testing.assert_close(weights, attention_weights(attend, q, k, None, None))
 
 
 def test_what_has_no_map_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

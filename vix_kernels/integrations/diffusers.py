@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn.core import Site
 from .drop_in import DropIn
 from .hosts import Report, host, replace_each
 from .sdpa import SdpaReplacement
@@ -15,11 +16,7 @@ with host("diffusers", "0.38"):
 
 
 class VixAttnProcessor(AttnProcessor2_0):
-    """diffusers' own processor, with its norms, projections and residuals, around the attention `attention`."""
-
-    def __init__(self, attention: DropIn) -> None:
-        super().__init__()
-        self.attention = attention
+    """diffusers' own processor, with its norms, projections and residuals, around the attention `vix` of its module."""
 
     def __call__(  # Attention passes on what is named here only
         self,
@@ -32,7 +29,7 @@ class VixAttnProcessor(AttnProcessor2_0):
         """As AttnProcessor2_0; raises NotImplementedError for cross-attention and masks."""
         if encoder_hidden_states is not None:
             raise NotImplementedError("encoder_hidden_states: expected None; cross-attention is not supported")
-        with SdpaReplacement(self.attention, fall_back=False):
+        with SdpaReplacement(attn.vix, fall_back=False):
             return super().__call__(attn, hidden_states, None, attention_mask, temb)
 
 
@@ -53,11 +50,17 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
     """
+
+    def put(module: nn.Module, attention: DropIn) -> None:
+        module.vix = attention
+        module.set_processor(VixAttnProcessor())
+
     return replace_each(
         model,
         DropIn(op, retrain=retrain, **options),
         reason_against=_reason_against,
-        put=lambda module, attention: module.set_processor(VixAttnProcessor(attention)),
+        site_of=lambda attention: Site(attention.inner_dim // attention.heads, attention.heads),
+        put=put,
         expected="an Attention of diffusers that attends to its own tokens",
     )
 

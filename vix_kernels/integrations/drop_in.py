@@ -6,7 +6,7 @@ NotImplementedError, so that no answer changes in silence.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import replace
 from operator import index
 from typing import Any
 
@@ -15,21 +15,24 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..nn.checks import check_call_grid
-from ..nn.core import CORES, Core, Mixer, SdpaArgs, Tokens, subscribe
+from ..nn.core import CORES, Core, Mixer, Mounted, SdpaArgs, Site, Tokens, subscribe
 from ..ops.checks import dtype_name
 from ..ops.rope import Rope
 
-OPS: list[str] = []  # what can stand in the place of softmax attention; it grows with what is registered
+OPS: list[str] = []  # what can replace softmax attention; it grows with what is registered
 
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
-    if core.for_hosts and core.name not in OPS and not core.made("host").needs_module():
+    if core.for_hosts and core.name not in OPS:
         OPS.append(core.name)
 
 
-class DropIn:
-    """An attention that is called like `scaled_dot_product_attention`; it has no parameters.
+class DropIn(Mounted):
+    """An attention that is called like `scaled_dot_product_attention`.
+
+    Integrations make one from the user's options and mount a copy of it in each attention of a model, as its child module
+    `vix`. Only mounted ones have parameters, and most attentions have none.
 
     Args:
         op: the name of a core: "nystrom", "performer", "linear", "agent", or one that another package has registered.
@@ -38,13 +41,15 @@ class DropIn:
         backend: as in the ops.
         options: of the core: num_landmarks, landmarks, grid_size, prefix_tokens, pinv_iterations, pinv_init; num_features,
             seed; feature_map, eps; num_agents, grid_size, prefix_tokens. Landmarks and agents are fewer where there are fewer
-            tokens. Random features are drawn from `seed` and kept outside of the model.
-        grid: the grid of the tokens in the current call, on which landmarks and agents are then placed.
+            tokens. Random features are drawn from `seed` and are not saved with the model.
+
+    Attributes:
+        core: the attention.
+        grid: the grid of the tokens in the current call, on which landmarks and agents are then placed; None for none.
     """
 
-    def __init__(
-        self, op: str, *, retrain: bool = False, grid: TokenGrid | None = None, backend: str = "auto", **options: Any
-    ) -> None:
+    def __init__(self, op: str, *, retrain: bool = False, backend: str = "auto", **options: Any) -> None:
+        super().__init__()
         if not isinstance(op, str) or op not in OPS:
             reason = CORES[op].not_for_hosts if isinstance(op, str) and op in CORES else ""
             raise ValueError(
@@ -56,27 +61,48 @@ class DropIn:
                 raise TypeError(f"{option}: expected an option of {op!r} ({', '.join((*kind.options(), 'backend'))})")
         backends.check(backend)
         self.core: Core = kind.made("host", **options)
+        check_trained(self.core, retrain)
+        self.op, self.options, self.backend = op, options, backend
+        self.grid: TokenGrid | None = None
+        self.is_mounted = False
+
+    def mounted(self, site: Site) -> DropIn:
+        """A copy for one layer, with random features and parameters of its own."""
+        copy = DropIn(self.op, retrain=True, backend=self.backend, **self.options)
+        copy.core = self.core.fit(site)
+        if copy.core.needs_module():
+            copy.mount(copy.core, site)
+            copy.is_mounted = True
+        return copy
+
+    def without_module(self) -> DropIn:
+        """This attention, for a caller that has no module to mount it in.
+
+        Raises:
+            ValueError: it has parameters.
+        """
         if self.core.needs_module():
             raise ValueError(
-                f"{', '.join(options) or 'op'}: expected an attention without parameters, got {self.core}: here is no module "
-                "that could hold them"
+                f"{', '.join(self.options) or 'op'}: expected an attention without parameters, got {self.core}: here is no "
+                "module that could hold them"
             )
-        check_trained(self.core, retrain)
-        self.op, self.options, self.backend, self.grid = op, options, backend, grid
+        return self
 
-    def of_layer(self, layer: int) -> DropIn:
-        """This attention for one of several layers, which should not share their random features."""
-        core = self.core.in_layer(layer)
-        if core == self.core:
-            return self
-        names = (each.name for each in fields(core))
-        changed = {name: getattr(core, name) for name in names if getattr(core, name) != getattr(self.core, name)}
-        return DropIn(self.op, retrain=True, grid=self.grid, backend=self.backend, **self.options | changed)
+    def place(self, prefix_tokens: int, grid: TokenGrid | None) -> None:
+        """Put landmarks or agents behind `prefix_tokens` and on `grid`, unless the options place them elsewhere."""
+        if "prefix_tokens" not in self.core.options():
+            return
+        if "prefix_tokens" not in self.options:
+            self.core = replace(self.core, prefix_tokens=prefix_tokens)
+        self.grid = grid if self.follows_grid() else None
+
+    def follows_grid(self) -> bool:
+        """Whether its slots go where the tokens of a call are, or its options say otherwise."""
+        return "grid_size" not in self.options and self.options.get("landmarks", "grid") == "grid"
 
     def placed(self, tokens: int | None = None) -> Core:
         """The core of a call with so many tokens, by default of the latest: landmarks or agents on its grid, if any."""
-        cells = None if tokens is None else tokens - getattr(self.core, "prefix_tokens", 0)
-        size = None if self.grid is None else self.grid.size_of(cells)
+        size = None if self.grid is None else self.grid.size_of(None if tokens is None else tokens - self.core.prefix_tokens)
         return self.core if size is None else self.core.on_grid(size)
 
     def describe(self) -> str:
@@ -86,7 +112,7 @@ class DropIn:
     def __repr__(self) -> str:
         return f"{self.op}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
 
-    def __call__(
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -135,8 +161,8 @@ class DropIn:
         if grid_size is None:
             core = self.placed(query.shape[2])
         else:
-            check_call_grid(grid_size, query.shape[2] - getattr(self.core, "prefix_tokens", 0))
-            core = self.core if self.options.get("landmarks", "grid") != "grid" else self.core.on_grid(grid_size)
+            check_call_grid(grid_size, query.shape[2] - self.core.prefix_tokens)
+            core = self.core.on_grid(grid_size) if self.options.get("landmarks", "grid") == "grid" else self.core
         _check_places(core, query.shape[2], key.shape[2])
         if attn_mask is not None:
             if key_padding_mask is not None:
@@ -145,8 +171,9 @@ class DropIn:
         core.refuse(rope=rope, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, group=group)
         if self_attention is None:
             self_attention = query.shape[2] == key.shape[2]
+        module = self if self.is_mounted else self.without_module().core.derived(query)
         return core.attend(
-            core.derived(query), query, key, value, scale=scale, rope=rope, sdpa=SdpaArgs(), backend=self.backend,
+            module, query, key, value, scale=scale, rope=rope, sdpa=SdpaArgs(), backend=self.backend,
             tokens=Tokens(key_padding_mask, cu_seqlens, grid_size, group=group, self_attention=self_attention),
         )  # fmt: skip
 
@@ -176,7 +203,7 @@ class TokenGrid:
 
 def _check_places(core: Core, *lengths: int) -> None:
     """Whether prefix and grid are those of sequences of these lengths."""
-    prefix, grid = getattr(core, "prefix_tokens", 0), getattr(core, "grid_size", None)
+    prefix, grid = core.prefix_tokens, core.grid_size
     for tokens in lengths:
         if tokens <= prefix:
             raise NotImplementedError(f"prefix_tokens: expected fewer than the {tokens} tokens, got {prefix}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from torch import nn
 
+from ..nn.core import Site
 from .drop_in import DropIn
 
 
@@ -94,31 +96,39 @@ def replace_each(
     attention: DropIn,
     *,
     reason_against: Callable[[nn.Module], str],
+    site_of: Callable[[nn.Module], Site],
     put: Callable[[nn.Module, DropIn], None],
     expected: str,
-    attention_at: Callable[[str], DropIn] | None = None,
+    place: Callable[[str, DropIn], None] = lambda name, attention: None,
 ) -> Report:
-    """Put `attention` into every attention of `model` that there is no reason against, each layer with features of its own.
+    """Put a copy of `attention` into every attention of `model`. If anything fails or the user interrupts, undo it all.
 
-    `attention_at` gives the one for the module of a name, where they differ. If anything fails or the user interrupts, the
-    model is as it was.
+    Args:
+        model: the host.
+        attention: what to mount.
+        reason_against: says why a module cannot be replaced; empty where it can.
+        site_of: gives the heads of a module.
+        put: makes the module use its copy.
+        expected: what the model should have had, for the error.
+        place: places the copy for the module of a name among its tokens.
 
     Raises:
-        ValueError: there was none; `expected` says what was looked for.
+        ValueError: nothing could be replaced.
     """
     report, chosen = Report(repr(attention)), []
     for name, module in attentions(model):
         if reason := reason_against(module):
             report.refused[name] = reason
             continue
-        each = (attention if attention_at is None else attention_at(name)).of_layer(len(chosen))
+        each = attention.mounted(dataclasses.replace(site_of(module), layer=len(chosen)))
+        place(name, each)
         chosen.append((module, each))
         report.attentions[name] = each.describe()
     report.checked(expected)
     before: list[tuple[nn.Module, type, dict]] = []
     try:
         for module, each in chosen:
-            before.append((module, type(module), dict(vars(module))))
+            before.append((module, type(module), vars(module) | {"_modules": dict(module._modules)}))
             put(module, each)
     except BaseException:
         for module, kind, state in before:

@@ -60,4 +60,4 @@ def replace_sdpa(op: str, *, retrain: bool = False, **options: Any) -> SdpaRepla
     Args:
         op, retrain, options: as in DropIn.
     """
-    return SdpaReplacement(DropIn(op, retrain=retrain, **options))
+    return SdpaReplacement(DropIn(op, retrain=retrain, **options).without_module())

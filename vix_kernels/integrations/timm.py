@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..nn.core import Mixer, subscribe
+from ..nn.core import Mixer, Site, subscribe
 from ..nn.packed_linear import packed_linear
 from ..ops.rope import Rope
 from . import timm_models  # noqa: F401  registers the models of the zoo
@@ -35,17 +35,17 @@ with host("timm", "1.0.28"):
 class _Replaced:
     """What the three attentions of timm share: parameters and all that surrounds the attention are theirs."""
 
-    attention: DropIn
+    vix: DropIn
 
     def extra_repr(self) -> str:
-        return self.attention.describe()
+        return self.vix.describe()
 
     def finish(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None, attn_mask: Tensor | None, is_causal: bool
     ) -> Tensor:
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         dropout = self.attn_drop.p if self.training else 0.0
-        out = self.norm(rearrange(self.attention(q, k, v, attn_mask, dropout, is_causal, rope=rope), "b h n d -> b n (h d)"))
+        out = self.norm(rearrange(self.vix(q, k, v, attn_mask, dropout, is_causal, rope=rope), "b h n d -> b n (h d)"))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
@@ -121,18 +121,24 @@ class BuiltAttention(ReplacedAttention):
     """What `attention_layer` makes. In a vision transformer its landmarks and agents are placed as `replace_attention` does.
 
     Attributes:
-        attention: of the class, what it was made with; of a layer, its own, or the one that has replaced it.
-        built: the layer's own.
-        retrain: weights that were trained with another attention may be loaded.
+        attention: of the class: what its layers mount.
+        retrain: of the class: weights that were trained with another attention may be loaded.
+        vix: the attention of this layer, or the one that has replaced it.
+        built: this layer's own attention.
     """
 
-    built: DropIn
+    attention: DropIn
     retrain: bool
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.attention = self.built = type(self).attention
+        self.vix = type(self).attention.mounted(Site(self.head_dim, self.num_heads))
+        self.own = (self.vix,)  # in a tuple, which is no child module
         _place_while_built()
+
+    @property
+    def built(self) -> DropIn:
+        return self.own[0]
 
 
 class MarkedAttention(BuiltAttention):
@@ -140,7 +146,7 @@ class MarkedAttention(BuiltAttention):
 
     def get_extra_state(self) -> Tensor:
         """The mark: the name of the op as bytes, in a tensor that safetensors and averages of state dicts can read."""
-        return torch.tensor(list(self.attention.op.encode()), dtype=torch.uint8, device="cpu")
+        return torch.tensor(list(self.vix.op.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing: `_load_from_state_dict` reads the mark before it loads any weight."""
@@ -149,11 +155,11 @@ class MarkedAttention(BuiltAttention):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        op, key = self.attention.op, f"{prefix}_extra_state"
+        op, key = self.vix.op, f"{prefix}_extra_state"
         weights = [x for name, x in state_dict.items() if name.startswith(prefix) and name != key]
         has_values = any(not getattr(x, "is_meta", False) for x in weights)
         trained_with = _op_of(state_dict.get(key)) if has_values else op
-        may_differ = self.retrain or self.attention is not self.built  # replace_attention has asked for retrain, too
+        may_differ = self.retrain or self.vix is not self.built  # replace_attention has asked for retrain, too
         if trained_with != op and not may_differ:
             if not any(message.startswith(_REFUSED) for message in error_msgs):  # once is enough
                 error_msgs.append(
@@ -208,15 +214,15 @@ def _class_with(attention: DropIn, retrain: bool) -> type[Attention]:
 copyreg.pickle(_WithAttention, lambda layer: (_class_with, (layer.attention, layer.retrain)))
 
 
-LAYERS: list[type[Attention]] = []
+LAYERS: dict[str, type[Attention]] = {}  # by the name of their op
 
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
     """Make an attention known to timm by its name, those that are registered later on too."""
     if core.name in OPS:
-        LAYERS.append(attention_layer(core.name))
-        ATTN_LAYERS[f"vix_{core.name}"] = globals()[LAYERS[-1].__name__] = LAYERS[-1]
+        layer = LAYERS[core.name] = attention_layer(core.name)
+        ATTN_LAYERS[f"vix_{core.name}"] = globals()[layer.__name__] = layer
 
 
 @cache
@@ -238,10 +244,7 @@ def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
         return
     for layer in blocks.modules():
         if isinstance(layer, BuiltAttention) and "prefix_tokens" in layer.built.core.options():
-            placed = _placed(type(layer).attention, vit, _follow(vit.patch_embed) if _has_grid(vit) else None)
-            if layer.attention is layer.built:
-                layer.attention = placed
-            layer.built = placed
+            _place(layer.built, vit, _follow(vit.patch_embed) if _has_grid(vit) else None)
 
 
 def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
@@ -271,16 +274,15 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
     new = [each for each in embeddings.values() if _grid_of(each) is None]
     grids: dict[int, TokenGrid] = {}
 
-    def attention_at(name: str) -> DropIn:
+    def place(name: str, attention: DropIn) -> None:
         inside = [path for path in transformers if not path or name.startswith(f"{path}.")]
-        if not inside:
-            return attention
-        vit = transformers[max(inside, key=len)]
-        return _placed(attention, vit, grids.get(id(vit)))
+        if inside:
+            vit = transformers[max(inside, key=len)]
+            _place(attention, vit, grids.get(id(vit)))
 
     def put(module: nn.Module, attention: DropIn) -> None:
         module.__class__ = _REPLACED.get(type(module), type(module))  # one that was replaced stays what it is
-        module.attention = attention
+        module.vix = attention
 
     try:
         grids.update({key: _follow(each) for key, each in embeddings.items()})
@@ -288,9 +290,10 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
             model,
             attention,
             reason_against=_reason_against,
+            site_of=lambda module: Site(module.head_dim, module.num_heads),
             put=put,
             expected="an attention that timm's vision transformers or EVA have",
-            attention_at=attention_at,
+            place=place,
         )
     except BaseException:
         for each in new:
@@ -313,11 +316,11 @@ def restore_attention(model: nn.Module) -> list[str]:
             continue
         if isinstance(module, BuiltAttention):
             kept.add(id(module.built.grid))
-            if module.attention is module.built:
+            if module.vix is module.built:
                 continue
-            module.attention = module.built
+            module.vix = module.built.to(module.proj.weight)
         else:
-            del module.attention
+            del module.vix
             module.__class__ = next(theirs for theirs, ours in _REPLACED.items() if ours is type(module))
         restored.append(name or "(the model itself)")
     for module in model.modules():
@@ -337,17 +340,10 @@ def _vision_transformers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _placed(attention: DropIn, vit: nn.Module, grid: TokenGrid | None) -> DropIn:
-    """`attention` for the tokens of `vit`: with its prefix and on its grid, unless the options or patch dropout rule it out."""
-    options = attention.options
-    if "prefix_tokens" not in attention.core.options():
-        return attention
-    fixed = "grid_size" in options or options.get("landmarks", "grid") != "grid"
-    if fixed or isinstance(getattr(vit, "patch_drop", None), PatchDropout | PatchDropoutWithIndices):
-        grid = None
-    return DropIn(
-        attention.op, retrain=True, grid=grid, backend=attention.backend, **{"prefix_tokens": vit.num_prefix_tokens} | options
-    )
+def _place(attention: DropIn, vit: nn.Module, grid: TokenGrid | None) -> None:
+    """Place `attention` among the tokens of `vit`, which form no grid after patch dropout."""
+    drops_patches = isinstance(getattr(vit, "patch_drop", None), PatchDropout | PatchDropoutWithIndices)
+    attention.place(vit.num_prefix_tokens, None if drops_patches else grid)
 
 
 def _has_grid(vit: nn.Module) -> bool:

@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..nn.core import Site
 from .drop_in import DropIn, taking_part
 from .hosts import Report, replace_each
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention with the attention `attention`; `replace_mha` makes one of the other, with its parameters."""
+    """nn.MultiheadAttention with the attention `vix`; `replace_mha` makes one of the other, with its parameters."""
 
-    attention: DropIn
+    vix: DropIn
 
     def extra_repr(self) -> str:
-        return self.attention.describe()
+        return self.vix.describe()
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
@@ -63,7 +64,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             taken = ~key_padding_mask if key_padding_mask.dtype == torch.bool else taking_part(key_padding_mask)
             key_padding_mask = taken[None] if query.dim() == 2 else taken
         dropout = self.dropout if self.training else 0.0
-        out = self.attention(
+        out = self.vix(
             q, k, v, dropout_p=dropout, is_causal=is_causal, key_padding_mask=key_padding_mask,
             self_attention=query is key,
         )  # fmt: skip
@@ -99,10 +100,17 @@ def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: 
 
     def put(module: nn.Module, attention: DropIn) -> None:
         module.__class__ = MultiheadAttention
-        module.attention = attention
+        module.vix = attention
 
     attention = DropIn(op, retrain=retrain, **options)
-    report = replace_each(model, attention, reason_against=_reason_against, put=put, expected="nn.MultiheadAttention")
+    report = replace_each(
+        model,
+        attention,
+        reason_against=_reason_against,
+        site_of=lambda module: Site(module.head_dim, module.num_heads),
+        put=put,
+        expected="nn.MultiheadAttention",
+    )
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, MultiheadAttention) for m in module.modules()):
             module.use_nested_tensor = False  # it would hand nested tensors to its layers

@@ -66,7 +66,7 @@ def _admit(core: type[Mixer]) -> None:
 
 
 def _register(op: str, retrain: bool, options: Mapping[str, Any]) -> None:
-    attention = DropIn(op, retrain=True, **options)
+    attention = DropIn(op, retrain=True, **options).without_module()
     AttentionInterface.register(f"vix_{op}", _attention_function(attention, retrain))
     AttentionMaskInterface.register(f"vix_{op}", padding_mask)
 

@@ -83,14 +83,17 @@ class Mixer:
 
     Attributes:
         name: it is registered by.
+        prefix_tokens, grid_size: where its slots are, of a mixer that has slots of tokens.
         presets: options whose default differs in the "zoo", or in a "host" whose attention it replaces.
         sited: options that follow from the site, so that a model of the zoo does not take them.
         has_extra_state: its modules have what extra_state and load_extra_state speak of.
-        for_hosts: a host can have it in the place of softmax attention.
+        for_hosts: a host can have it in place of softmax attention.
         not_for_hosts: why not, to end a sentence with.
     """
 
     name: ClassVar[str]
+    prefix_tokens: int = 0
+    grid_size: tuple[int, int] | None = None
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     sited: ClassVar[frozenset[str]] = frozenset()
     has_extra_state: ClassVar[bool] = False
@@ -200,16 +203,30 @@ class Core(Mixer):
         return None
 
 
-def mount(module: nn.Module, mixer: Mixer, site: Site) -> None:
-    """Register the state that `mixer` declares with `module`."""
-    kept = []
-    for name, value in mixer.state(site).items():
-        if isinstance(value, Buffer):
-            module.register_buffer(name, value.value)
-            kept += [name] * value.keep_dtype
-        else:
-            setattr(module, name, value)
-    module.kept_dtypes = tuple(kept)
+class Mounted(nn.Module):
+    """A module that holds the state of a mixer."""
+
+    kept_dtypes: tuple[str, ...] = ()
+
+    def mount(self, mixer: Mixer, site: Site) -> None:
+        """Register the state that `mixer` declares."""
+        kept = []
+        for name, value in mixer.state(site).items():
+            if isinstance(value, Buffer):
+                self.register_buffer(name, value.value)
+                kept += [name] * value.keep_dtype
+            else:
+                setattr(self, name, value)
+        self.kept_dtypes = tuple(kept)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Mounted:
+        before = {name: getattr(self, name) for name in self.kept_dtypes}
+        super()._apply(fn, recurse)
+        # Rounded features would differ between ranks and lose the estimate: move them, do not cast them.
+        for name, value in before.items():
+            if getattr(self, name).dtype != value.dtype:
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
 
 
 CORES: dict[str, type[Mixer]] = {}

@@ -12,12 +12,12 @@ from ..ops.checks import check_mask
 from ..ops.rope import Rope
 from ..ops.weights import attention_weights
 from .checks import check_call_grid, check_heads, check_rate, check_tokens
-from .core import Core, Mixer, SdpaArgs, Site, Tokens, mount
+from .core import Core, Mixer, Mounted, SdpaArgs, Site, Tokens
 from .dropout import Dropout
 from .packed_linear import packed_linear
 
 
-class MixerModule(nn.Module):
+class MixerModule(Mounted):
     """What modules of attentions and of other mixers share. Subclasses mount the core's state behind their own.
 
     Attributes:
@@ -41,8 +41,8 @@ class MixerModule(nn.Module):
 
     def core_on(self, grid_size: tuple[int, int], tokens: int) -> Mixer:
         """The core for a call with so many tokens on this grid."""
-        check_call_grid(grid_size, tokens - getattr(self.core, "prefix_tokens", 0))
-        return self.core if getattr(self.core, "grid_size", None) is None else self.core.on_grid(grid_size)
+        check_call_grid(grid_size, tokens - self.core.prefix_tokens)
+        return self.core if self.core.grid_size is None else self.core.on_grid(grid_size)
 
     def refuse(self, attn_mask: Tensor | None, is_causal: bool, rope: Rope | None, tokens: Tokens) -> None:
         """Raises NotImplementedError for what the core does not accept."""
@@ -52,15 +52,6 @@ class MixerModule(nn.Module):
         )  # fmt: skip
         if is_causal and "causal" not in self.core.accepts():
             raise NotImplementedError(f"is_causal: expected False; {self.core.reason('causal')}")
-
-    def _apply(self, fn: Any, recurse: bool = True) -> MixerModule:
-        before = {name: getattr(self, name) for name in self.kept_dtypes}
-        super()._apply(fn, recurse)
-        # Rounded features would differ between ranks and lose the estimate: move them, do not cast them.
-        for name, value in before.items():
-            if getattr(self, name).dtype != value.dtype:
-                setattr(self, name, value.to(getattr(self, name).device))
-        return self
 
     def extra_repr(self) -> str:
         return repr(self.core)
@@ -108,7 +99,7 @@ class AttentionModule(MixerModule):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop = Dropout(proj_drop)
-        mount(self, self.core, self.site)
+        self.mount(self.core, self.site)
 
     @property
     def has_weights(self) -> bool:
@@ -158,18 +149,6 @@ class AttentionModule(MixerModule):
         """q, k and v of (batch, tokens, dim), each (batch, heads, tokens, head_dim)."""
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in packed_linear(self.qkv, x))
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_padding_mask: Tensor | None = None,
-        rope: Rope | None = None,
-        attn_mask: Tensor | None = None,
-    ) -> Tensor:
-        """The attention between the linear maps: (batch, heads, tokens, head_dim) to the same."""
-        return self._attend(self.core, q, k, v, Tokens(key_padding_mask), rope, attn_mask)
 
     def _attend(
         self, core: Core, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, rope: Rope | None,
@@ -247,7 +226,7 @@ class MixingModule(MixerModule):
     ) -> None:
         super().__init__(core, dim, num_heads, attn_drop, proj_drop, backend, site)
         self.proj_drop = Dropout(proj_drop)
-        mount(self, self.core, self.site)
+        self.mount(self.core, self.site)
 
     def forward(
         self,
