@@ -1,11 +1,11 @@
-"""The door to diffusers, on its transformer and its U-Net."""
+"""The integration to diffusers, on its transformer and its U-Net."""
 
 import pytest
 import torch
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from vix_kernels.integrations import diffusers as door  # noqa: E402
+from vix_kernels.integrations import diffusers as integration  # noqa: E402
 
 
 def dit():
@@ -21,7 +21,7 @@ def test_a_diffusion_transformer_with_all_landmarks_gives_its_own_answers():
     model, inputs = dit()
     expected = model(*inputs).sample
     assert expected.abs().max() > 0.1
-    report = door.replace_attention(model, "nystrom", num_landmarks=16, pinv_iterations=16)
+    report = integration.replace_attention(model, "nystrom", num_landmarks=16, pinv_iterations=16)
     assert report.replaced == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"] and not report.refused
     out = model(*inputs).sample
     torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
@@ -31,7 +31,7 @@ def test_a_diffusion_transformer_with_all_landmarks_gives_its_own_answers():
 
 def test_compiles():
     model, inputs = dit()
-    door.replace_attention(model, "performer", retrain=True)
+    integration.replace_attention(model, "performer", retrain=True)
     expected = model(*inputs).sample
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(*inputs).sample, expected)
     seeds = [block.attn1.vix.core.seed for block in model.transformer_blocks]
@@ -48,7 +48,7 @@ def test_a_unet_with_text():
     ).eval()  # fmt: skip
     inputs = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 12)
     expected = model(*inputs).sample
-    report = door.replace_attention(model, "nystrom", num_landmarks=64, pinv_iterations=16)
+    report = integration.replace_attention(model, "nystrom", num_landmarks=64, pinv_iterations=16)
     assert any("attn1" in name for name in report.replaced) and any("attentions.0" in name for name in report.replaced)
     assert report.refused and set(report.refused.values()) == {"cross-attention"}
     torch.testing.assert_close(model(*inputs).sample, expected, atol=1e-3, rtol=1e-3)
@@ -65,7 +65,7 @@ def test_a_unet_without_text():
     ).eval()  # fmt: skip
     inputs = torch.randn(1, 4, 8, 8), torch.tensor([3])
     expected = model(*inputs).sample
-    report = door.replace_attention(model, "nystrom", num_landmarks=64, pinv_iterations=16)
+    report = integration.replace_attention(model, "nystrom", num_landmarks=64, pinv_iterations=16)
     assert "mid_block.attentions.0" in report.replaced
     torch.testing.assert_close(model(*inputs).sample, expected, atol=1e-3, rtol=1e-3)
 
@@ -73,18 +73,18 @@ def test_a_unet_without_text():
 def test_a_scale_of_its_own_is_left():
     attention = diffusers.models.attention_processor.Attention(32, heads=2, dim_head=16, scale_qk=False)
     with pytest.raises(ValueError, match="its processor is a AttnProcessor"):
-        door.replace_attention(torch.nn.Sequential(attention), "nystrom")
+        integration.replace_attention(torch.nn.Sequential(attention), "nystrom")
 
 
 def test_what_cannot_be_honoured_raises():
     model, _ = dit()
-    door.replace_attention(model, "nystrom")
+    integration.replace_attention(model, "nystrom")
     attention, x = model.transformer_blocks[0].attn1, torch.randn(1, 16, 16)
     with pytest.raises(NotImplementedError, match="encoder_hidden_states: expected None"):
         attention(x, encoder_hidden_states=x)
     with pytest.raises(NotImplementedError, match="attn_mask: expected one row"):
         attention(x, attention_mask=torch.zeros(1, 16))
     with pytest.raises(ValueError, match="retrain"):
-        door.replace_attention(model, "linear")
+        integration.replace_attention(model, "linear")
     with pytest.raises(ValueError, match="got a model without any attention"):
-        door.replace_attention(torch.nn.Linear(2, 2), "nystrom")
+        integration.replace_attention(torch.nn.Linear(2, 2), "nystrom")

@@ -16,7 +16,7 @@ from vix_kernels.__main__ import main
 from vix_kernels.models import create_model, load_model
 from vix_kernels.testing.models import small_model
 from vix_kernels.training.data import load_dataset
-from vix_kernels.training.trained import judge, load_trained
+from vix_kernels.training.trained import evaluate_trained, load_trained
 
 FOLDER = Path(__file__).with_name("earlier")
 STATES = json.loads((FOLDER / "states.json").read_text())
@@ -46,9 +46,9 @@ def test_a_saved_model_loads() -> None:
 def test_a_run_is_read() -> None:
     with open(FOLDER / "run" / "summary.csv") as file:
         (row,) = csv.DictReader(file)
-    judgement = judge(load_trained(FOLDER / "run", torch.device("cpu")), load_dataset("digits"))
-    assert judgement.top1 == pytest.approx(float(row["eval_top1"]), abs=0.6)  # two of 360 images
-    assert judgement.loss == pytest.approx(float(row["eval_loss"]), rel=1e-3)
+    evaluation = evaluate_trained(load_trained(FOLDER / "run", torch.device("cpu")), load_dataset("digits"))
+    assert evaluation.top1 == pytest.approx(float(row["eval_top1"]), abs=0.6)  # two of 360 images
+    assert evaluation.loss == pytest.approx(float(row["eval_loss"]), rel=1e-3)
 
 
 def test_a_run_is_resumed(tmp_path: Path) -> None:

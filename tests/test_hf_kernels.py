@@ -1,4 +1,4 @@
-"""The door to Hugging Face's kernels: layers that its kernelize puts into models of transformers."""
+"""The integration to Hugging Face's kernels: layers that its kernelize puts into models of transformers."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 kernels = pytest.importorskip("kernels", reason="kernels is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from vix_kernels.integrations import kernels as door  # noqa: E402
+from vix_kernels.integrations import kernels as integration  # noqa: E402
 from vix_kernels.integrations import transformers as patched  # noqa: E402
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=32, vocab_size=50, max_position_embeddings=64)
@@ -24,7 +24,7 @@ def test_kernelized_models_give_the_same_answers(name, mode, monkeypatch):
     torch.manual_seed(0)
     model, ids = MODELS[name]().eval(), torch.randint(2, 50, (2, 32))
     expected = model(ids).last_hidden_state
-    door.register()
+    integration.register()
     model = kernels.kernelize(model, mode=kernels.Mode[mode], device="cpu")
     calls, forward = [], {"fnet": "fourier_mixing", "nystromformer": "nystrom_attention"}[name]
     op = getattr(patched, forward)
@@ -38,7 +38,7 @@ def test_kernelized_models_give_the_same_answers(name, mode, monkeypatch):
 
 def test_layers_with_matrices_of_their_own_stay():
     pytest.importorskip("scipy", reason="scipy is not installed")
-    door.register()
+    integration.register()
     tpu = dict(use_tpu_fourier_optimizations=True, tpu_short_seq_length=32)
     model, ids = transformers.FNetModel(transformers.FNetConfig(**SIZES, **tpu)).eval(), torch.randint(2, 50, (2, 32))
     expected = model(ids).last_hidden_state

@@ -19,7 +19,7 @@ from vix_kernels.training.checkpoint import Checkpoint, load_checkpoint
 from vix_kernels.training.data import load_dataset
 from vix_kernels.training.parallel import Ranks
 from vix_kernels.training.setup import check_batches, check_processes
-from vix_kernels.training.trained import judge, load_trained
+from vix_kernels.training.trained import evaluate_trained, load_trained
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
 
@@ -200,8 +200,8 @@ def test_two_processes_are_one(runs: Path, name: str) -> None:
 def test_batch_norm_of_all_is_in_the_checkpoint(runs: Path) -> None:
     """The fast recipe, divided: its checkpoint gives what the run measured, with the statistics of both processes."""
     row = load_checkpoint(runs / "fast")["history"][-1]
-    judgement = judge(load_trained(runs / "fast", torch.device("cpu")), load_dataset("digits"))
-    assert judgement.loss == pytest.approx(row["eval_loss"], abs=0.02) and row["eval_top1"] > 30  # in bfloat16
+    evaluation = evaluate_trained(load_trained(runs / "fast", torch.device("cpu")), load_dataset("digits"))
+    assert evaluation.loss == pytest.approx(row["eval_loss"], abs=0.02) and row["eval_top1"] > 30  # in bfloat16
 
 
 def test_old_shards_go(runs: Path) -> None:

@@ -1,4 +1,4 @@
-"""The door to timm, on models of timm built from their names."""
+"""The integration to timm, on models of timm built from their names."""
 
 import copy
 import importlib
@@ -17,7 +17,7 @@ from vix_kernels.nn.nystrom import Nystrom
 timm = pytest.importorskip("timm", reason="timm is not installed")
 
 from vix_kernels.integrations import hosts  # noqa: E402
-from vix_kernels.integrations import timm as door  # noqa: E402
+from vix_kernels.integrations import timm as integration  # noqa: E402
 from vix_kernels.integrations.sdpa import replace_sdpa  # noqa: E402
 from vix_kernels.ops.pooling import most_cells  # noqa: E402
 
@@ -49,7 +49,7 @@ def test_with_all_landmarks_a_vit_gives_its_own_answers(arguments):
     model, x = vit(**arguments), images()
     expected = model.forward_features(x)
     keys = list(model.state_dict())
-    report = door.replace_attention(model, "nystrom", **EXACT)
+    report = integration.replace_attention(model, "nystrom", **EXACT)
     assert report.replaced == ["blocks.0.attn", "blocks.1.attn"] and not report.refused
     assert list(model.state_dict()) == keys
     torch.testing.assert_close(model.forward_features(x), expected, atol=1e-3, rtol=1e-3)
@@ -63,7 +63,7 @@ def test_gates_are_honoured():
     host = timm.layers.Attention(32, num_heads=2, gated=True, qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm).eval()
     model, x = nn.Sequential(host), torch.randn(2, 16, 32)
     expected = model(x)
-    door.replace_attention(model, "nystrom", **EXACT)
+    integration.replace_attention(model, "nystrom", **EXACT)
     torch.testing.assert_close(model(x), expected, atol=1e-3, rtol=1e-3)
 
 
@@ -87,7 +87,7 @@ def test_rotary_tables_of_timm(name):
     expected.square().sum().backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    door.replace_attention(model, "nystrom", **EXACT)
+    integration.replace_attention(model, "nystrom", **EXACT)
     out = model.forward_features(x)
     torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
     out.square().sum().backward()
@@ -109,17 +109,17 @@ def test_rotations_are_exactly_those_of_timm():
     for half in (False, True):
         twice = torch.cat([angles, angles], -1) if half else angles.repeat_interleave(2, -1)
         for table in (torch.cat([twice.sin(), twice.cos()], -1), torch.cat([twice[0].sin(), twice[0].cos()], -1)):
-            for ours, x in zip(apply_rope(q, k, door.rope_of(table, 2, 3, half)), (q, k), strict=True):
+            for ours, x in zip(apply_rope(q, k, integration.rope_of(table, 2, 3, half)), (q, k), strict=True):
                 theirs = torch.cat([x[:, :, :2], apply_rot_embed_cat(x[:, :, 2:], table, half=half)], 2)
                 torch.testing.assert_close(ours, theirs)
     with pytest.raises(NotImplementedError, match=r"rope: expected a table .*got \(2, 1, 10, 32\)"):
-        door.rope_of(torch.zeros(2, 1, 10, 32), 2, 3, False)
+        integration.rope_of(torch.zeros(2, 1, 10, 32), 2, 3, False)
 
 
-@pytest.mark.parametrize("op", door.OPS)
+@pytest.mark.parametrize("op", integration.OPS)
 def test_trains(op):
     model = vit(proj_drop_rate=0.1, drop_path_rate=0.1).train()
-    door.replace_attention(model, op, retrain=True)
+    integration.replace_attention(model, op, retrain=True)
     model(images()).square().sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
     seeds = [getattr(block.attn.vix.core, "seed", None) for block in model.blocks]
@@ -130,18 +130,18 @@ def test_trains(op):
 
 def test_where_landmarks_are_placed():
     model = timm.create_model("vit_tiny_patch16_224", img_size=(96, 192), depth=1, num_classes=5)
-    door.replace_attention(nn.Sequential(model), "nystrom")  # also of a model within another
+    integration.replace_attention(nn.Sequential(model), "nystrom")  # also of a model within another
     core = model.blocks[0].attn.vix.placed()
     assert core == Nystrom.made("host", num_landmarks=60, landmarks="grid", grid_size=(6, 12), prefix_tokens=1)
     model(torch.randn(1, 3, 96, 192))
-    door.replace_attention(model, "agent", retrain=True)
+    integration.replace_attention(model, "agent", retrain=True)
     assert model.blocks[0].attn.vix.placed() == Agent(num_agents=48, grid_size=(6, 12), prefix_tokens=1)
     assert len(model.patch_embed._forward_hooks) == 1
-    door.replace_attention(model, "nystrom", landmarks="segment")
+    integration.replace_attention(model, "nystrom", landmarks="segment")
     assert model.blocks[0].attn.vix.placed() == Nystrom.made("host", landmarks="segment", prefix_tokens=1)
     model(torch.randn(1, 3, 96, 192))
     dropping = vit(patch_drop_rate=0.25).train()
-    assert "4 landmarks in segments" in str(door.replace_attention(dropping, "nystrom", num_landmarks=4))
+    assert "4 landmarks in segments" in str(integration.replace_attention(dropping, "nystrom", num_landmarks=4))
     dropping(images())
     assert [most_cells(grid, 64) for grid in ((14, 14), (32, 32), (7, 10), (1, 9), (100, 100))] == [64, 64, 63, 9, 64]
 
@@ -152,7 +152,7 @@ def test_landmarks_are_placed_on_the_grid_of_the_call(name):
     torch.manual_seed(0)
     arguments = {} if "dinov3" in name else dict(dynamic_img_size=True)
     model = timm.create_model(name, img_size=64, depth=2, num_classes=5, **arguments).eval()
-    report = door.replace_attention(model, "nystrom", num_landmarks=8)
+    report = integration.replace_attention(model, "nystrom", num_landmarks=8)
     prefix = model.num_prefix_tokens
     words = f"nystrom, 8 landmarks on the grid 4 x 4, {prefix} prefix token"
     assert words in str(report) and words in repr(model) and words in report.attentions["blocks.1.attn"]
@@ -177,7 +177,7 @@ def test_landmarks_are_placed_on_the_grid_of_the_call(name):
 def test_checkpointing_after_calls_of_several_sizes():
     torch.manual_seed(0)
     model = vit(dynamic_img_size=True).train()
-    door.replace_attention(model, "nystrom", num_landmarks=4)
+    integration.replace_attention(model, "nystrom", num_landmarks=4)
     sizes, grads = ((64, 64), (32, 96)), []
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
@@ -190,7 +190,7 @@ def test_checkpointing_after_calls_of_several_sizes():
 
 def test_the_grid_follows_the_input_size_of_the_model():
     model = vit()
-    door.replace_attention(model, "nystrom", num_landmarks=16)
+    integration.replace_attention(model, "nystrom", num_landmarks=16)
     model.set_input_size((96, 32))
     model(torch.randn(2, 3, 96, 32))
     assert model.blocks[0].attn.vix.placed().grid_size == (6, 2)
@@ -200,19 +200,19 @@ def test_the_grid_follows_the_input_size_of_the_model():
 def test_restoring_gives_back_the_model():
     model = vit()
     expected, parameters, words = model(images()), list(model.parameters()), repr(model)
-    door.replace_attention(model, "nystrom", num_landmarks=4)
-    door.replace_attention(model, "linear", retrain=True)
+    integration.replace_attention(model, "nystrom", num_landmarks=4)
+    integration.replace_attention(model, "linear", retrain=True)
     assert not torch.equal(model(images()), expected)
-    assert door.restore_attention(model) == ["blocks.0.attn", "blocks.1.attn"]
+    assert integration.restore_attention(model) == ["blocks.0.attn", "blocks.1.attn"]
     assert torch.equal(model(images()), expected) and repr(model) == words
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert not model.patch_embed._forward_hooks and type(model.blocks[0].attn) is timm.layers.Attention
     with pytest.raises(ValueError, match="model: expected one whose attention was replaced, got none"):
-        door.restore_attention(model)
+        integration.restore_attention(model)
     built = vit(attn_layer="vix_linear")
     expected = built(images())
-    door.replace_attention(built, "nystrom", num_landmarks=4)
-    door.restore_attention(built)
+    integration.replace_attention(built, "nystrom", num_landmarks=4)
+    integration.restore_attention(built)
     assert torch.equal(built(images()), expected)
 
 
@@ -232,18 +232,18 @@ def test_an_interrupted_replacement_leaves_the_model_as_it_was(error, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(nn.Module, "__setattr__", interrupt)
         with pytest.raises(error):
-            door.replace_attention(model, "nystrom", num_landmarks=4)
+            integration.replace_attention(model, "nystrom", num_landmarks=4)
     assert torch.equal(model(images()), expected) and repr(model) == words and not model.patch_embed._forward_hooks
 
 
 def test_an_unknown_op_is_named():
     with pytest.raises(ValueError, match="op: expected one of .*, 'nystrom', .*, got 'nystrm'"):
-        door.replace_attention(vit(), "nystrm")
+        integration.replace_attention(vit(), "nystrm")
 
 
 def test_a_replaced_model_is_pickled():
     model = vit(attn_layer="vix_performer")
-    door.replace_attention(model, "nystrom")
+    integration.replace_attention(model, "nystrom")
     again = pickle.loads(pickle.dumps(vit(attn_layer="vix_performer"))), pickle.loads(pickle.dumps(model))
     assert torch.equal(again[1](images()), model(images()))
     assert again[0].blocks[0].attn.vix.op == "performer"
@@ -251,7 +251,7 @@ def test_a_replaced_model_is_pickled():
 
 def test_under_autocast():
     model = vit()
-    door.replace_attention(model, "nystrom", **EXACT)
+    integration.replace_attention(model, "nystrom", **EXACT)
     expected = model(images())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(images())
@@ -261,7 +261,7 @@ def test_under_autocast():
 
 def test_compiles():
     model = vit("vit_small_patch16_rope_224")
-    door.replace_attention(model, "performer", retrain=True)
+    integration.replace_attention(model, "performer", retrain=True)
     expected = model(images())
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(images()), expected)
@@ -269,28 +269,28 @@ def test_compiles():
 
 def test_the_second_replacement_counts():
     model = vit()
-    door.replace_attention(model, "nystrom")
-    door.replace_attention(model, "linear", retrain=True)
+    integration.replace_attention(model, "nystrom")
+    integration.replace_attention(model, "linear", retrain=True)
     assert [block.attn.vix.op for block in model.blocks] == ["linear", "linear"]
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224"])
 def test_models_without_such_an_attention_are_refused(name):
     with pytest.raises(ValueError, match=r"model: expected an attention that .*, got \d+ times timm\.models\.(swin|beit)"):
-        door.replace_attention(timm.create_model(name, img_size=224), "nystrom")
+        integration.replace_attention(timm.create_model(name, img_size=224), "nystrom")
 
 
 def test_a_silent_swap_is_refused():
     model = vit()
     expected = model(images())
     with pytest.raises(ValueError, match="retrain: expected True for 'performer'"):
-        door.replace_attention(model, "performer")
+        integration.replace_attention(model, "performer")
     assert torch.equal(model(images()), expected)
 
 
 def test_what_cannot_be_honoured_raises():
     model = vit(attn_drop_rate=0.1)
-    door.replace_attention(model, "nystrom")
+    integration.replace_attention(model, "nystrom")
     model(images())
     with pytest.raises(NotImplementedError, match="dropout_p: expected 0"):
         model.train()(images())
@@ -305,9 +305,14 @@ def test_what_cannot_be_honoured_raises():
 
 
 def test_layers_for_models_being_built():
-    classes = door.AgentAttention, door.LinearAttention, door.NystromAttention, door.PerformerAttention
-    assert [each.attention.op for each in classes] == door.OPS
-    layer = door.attention_layer("nystrom", num_landmarks=4, prefix_tokens=1)
+    classes = (
+        integration.AgentAttention,
+        integration.LinearAttention,
+        integration.NystromAttention,
+        integration.PerformerAttention,
+    )
+    assert [each.attention.op for each in classes] == integration.OPS
+    layer = integration.attention_layer("nystrom", num_landmarks=4, prefix_tokens=1)
     model = vit(attn_layer=layer)
     assert list(model.state_dict()) == list(vit().state_dict())
     assert model.blocks[1].attn.vix.options == dict(num_landmarks=4, prefix_tokens=1)
@@ -355,14 +360,14 @@ def test_weights_of_another_attention_are_refused(tmp_path):
 
 
 def test_retraining_takes_any_weights_and_marks_them():
-    softmax, layer = vit().state_dict(), door.attention_layer("performer", retrain=True, num_features=8)
+    softmax, layer = vit().state_dict(), integration.attention_layer("performer", retrain=True, num_features=8)
     model = pickle.loads(pickle.dumps(vit(attn_layer=layer)))
     for state in (softmax, vit(attn_layer="vix_linear").state_dict()):
         assert not any(model.load_state_dict(state))
     assert torch.equal(model.blocks[1].attn.qkv.weight, softmax["blocks.1.attn.qkv.weight"])
-    vit(attn_layer=door.attention_layer("performer", num_features=8)).load_state_dict(model.state_dict())
+    vit(attn_layer=integration.attention_layer("performer", num_features=8)).load_state_dict(model.state_dict())
     replaced = vit(attn_layer="vix_performer")
-    door.replace_attention(replaced, "linear", retrain=True)
+    integration.replace_attention(replaced, "linear", retrain=True)
     replaced.load_state_dict(softmax)
     averaged = {
         key: (value.double() / 3 + value.double() / 3 + value.double() / 3).float()
@@ -424,7 +429,7 @@ def test_saved_models_are_created_from_their_folder(tmp_path):
 @pytest.mark.parametrize("op", ["nystrom", "agent"])
 def test_layers_are_placed_as_replacements_are(name, arguments, prefix, op):
     built, replaced = vit(name, **arguments, attn_layer=f"vix_{op}"), vit(name, **arguments)
-    door.replace_attention(replaced, op, retrain=True)
+    integration.replace_attention(replaced, op, retrain=True)
     replaced.load_state_dict({key: value for key, value in built.state_dict().items() if "_extra_state" not in key})
     built = pickle.loads(pickle.dumps(copy.deepcopy(built)))
     for size in ((64, 64), (64, 96))[: 1 + ("dynamic_img_size" in arguments)]:
@@ -435,19 +440,19 @@ def test_layers_are_placed_as_replacements_are(name, arguments, prefix, op):
         assert core.grid_size == (4, size[1] // 16) and core.prefix_tokens == prefix
     assert "on the grid 4 x" in repr(built)
     built.reset_classifier(3)
-    door.replace_attention(built, "linear", retrain=True)
-    assert door.restore_attention(built) == ["blocks.0.attn", "blocks.1.attn"]
+    integration.replace_attention(built, "linear", retrain=True)
+    assert integration.restore_attention(built) == ["blocks.0.attn", "blocks.1.attn"]
     assert built.blocks[1].attn.vix.placed() == core
     built(x)
     with pytest.raises(ValueError, match="got none"):
-        door.restore_attention(built)
+        integration.restore_attention(built)
 
 
 def test_options_say_where_layers_are_placed():
-    model = vit(attn_layer=door.attention_layer("nystrom", num_landmarks=4, landmarks="segment"))
+    model = vit(attn_layer=integration.attention_layer("nystrom", num_landmarks=4, landmarks="segment"))
     assert model.blocks[0].attn.vix.placed() == Nystrom.made("host", num_landmarks=4, landmarks="segment", prefix_tokens=1)
     assert "in segments" in repr(vit(attn_layer="vix_nystrom", patch_drop_rate=0.25))
-    alone = door.NystromAttention(32, num_heads=2)
+    alone = integration.NystromAttention(32, num_heads=2)
     assert alone(torch.randn(1, 9, 32)).shape == (1, 9, 32)
 
 
@@ -468,11 +473,11 @@ def test_a_timm_that_is_too_old_or_too_new_is_named(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(hosts, "version", lambda package: "0.9.16")
         with pytest.raises(ImportError, match=re.escape("timm: expected version 1.0.28 or newer, got 0.9.16")):
-            importlib.reload(door)
+            importlib.reload(integration)
     monkeypatch.delattr("timm.models.vision_transformer.ATTN_LAYERS")
     moved = rf"timm {re.escape(timm.__version__)}: cannot import what vix_kernels builds on, .*ATTN_LAYERS"
     with pytest.raises(ImportError, match=moved):
-        importlib.reload(door)
+        importlib.reload(integration)
 
 
 @pytest.mark.parametrize("maps", [{}, dict(qkv_fused=False), dict(qkv_fused=False, num_kv_heads=2)], ids=repr)
@@ -483,7 +488,7 @@ def test_linear_maps_in_one_or_three_and_grouped_heads(maps):
     options = dict(num_prefix_tokens=1, qk_norm=True, norm_layer=nn.LayerNorm)
     theirs = timm.layers.AttentionRope(64, num_heads=4, **options, **maps)
     ours = nn.Sequential(copy.deepcopy(theirs))
-    door.replace_attention(ours, "nystrom", num_landmarks=16, pinv_iterations=16, prefix_tokens=1)
+    integration.replace_attention(ours, "nystrom", num_landmarks=16, pinv_iterations=16, prefix_tokens=1)
     x = torch.randn(2, 17, 64)
     rope = timm.layers.RotaryEmbeddingCat(16, in_pixels=False, feat_shape=[4, 4]).get_embed()
     torch.testing.assert_close(ours[0](x, rope=rope), theirs(x, rope=rope), rtol=1e-3, atol=1e-3)
@@ -500,7 +505,7 @@ def test_replace_sdpa_reaches_timm():
 def test_checkpointing_recomputes_the_same():
     torch.manual_seed(0)
     model = vit()
-    door.replace_attention(model, "performer", retrain=True, num_features=16)
+    integration.replace_attention(model, "performer", retrain=True, num_features=16)
     grads = []
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)

@@ -22,7 +22,7 @@ from vix_kernels.training import commands
 from vix_kernels.training.checkpoint import load_checkpoint
 from vix_kernels.training.data import load_dataset
 from vix_kernels.training.report import draw_attention, draw_confusion, draw_learning_curve, draw_mistakes
-from vix_kernels.training.trained import Judgement, judge, load_trained
+from vix_kernels.training.trained import Evaluation, evaluate_trained, load_trained
 
 CPU = torch.device("cpu")
 
@@ -55,17 +55,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_judgement_is_that_of_the_run(run: Path) -> None:
     row = load_checkpoint(run / "best.pt")["history"][-1]
-    judgement = judge(load_trained(run, CPU), load_dataset("digits"))
-    assert judgement.top1 == pytest.approx(row["eval_top1"]) and judgement.top5 == pytest.approx(row["eval_top5"])
-    assert judgement.loss == pytest.approx(row["eval_loss"], rel=1e-5)
+    evaluation = evaluate_trained(load_trained(run, CPU), load_dataset("digits"))
+    assert evaluation.top1 == pytest.approx(row["eval_top1"]) and evaluation.top5 == pytest.approx(row["eval_top5"])
+    assert evaluation.loss == pytest.approx(row["eval_loss"], rel=1e-5)
     labels = load_dataset("digits").test.labels
-    assert torch.equal(judgement.confusion.sum(1), labels.bincount())
-    wrong = int(judgement.confusion.sum() - judgement.confusion.diag().sum())
-    assert len(judgement.mistakes) == min(24, wrong) > 0
-    assert (judgement.labels != judgement.said).all()
-    assert torch.equal(judgement.probability, judgement.probability.sort(descending=True).values)
-    pairs = judgement.worst_pairs(3)
-    assert all(judgement.confusion[label, said] == images for images, label, said in pairs)
+    assert torch.equal(evaluation.confusion.sum(1), labels.bincount())
+    wrong = int(evaluation.confusion.sum() - evaluation.confusion.diag().sum())
+    assert len(evaluation.mistakes) == min(24, wrong) > 0
+    assert (evaluation.labels != evaluation.predicted).all()
+    assert torch.equal(evaluation.probability, evaluation.probability.sort(descending=True).values)
+    pairs = evaluation.worst_pairs(3)
+    assert all(evaluation.confusion[label, said] == images for images, label, said in pairs)
 
 
 def test_validate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,7 +84,7 @@ def test_names_with_dollars_are_drawn(tmp_path: Path) -> None:
     draw_learning_curve(tmp_path / "curve.png", [row], row, title)
     draw_confusion(tmp_path / "confusion.png", torch.ones(2, 2, dtype=torch.long), classes, title)
     image, one = torch.zeros(3, 8, 8), torch.ones(1, dtype=torch.long)
-    mistakes = Judgement(1.0, 50.0, 100.0, torch.ones(2, 2), image[None].byte(), one, 0 * one, one / 2)
+    mistakes = Evaluation(1.0, 50.0, 100.0, torch.ones(2, 2), image[None].byte(), one, 0 * one, one / 2)
     draw_mistakes(tmp_path / "mistakes.png", mistakes, classes, 255, title)
     draw_attention(tmp_path / "attention.png", image, torch.rand(2, 2), title)
     assert all(Image.open(path).width > 500 for path in tmp_path.iterdir()) and len(list(tmp_path.iterdir())) == 4

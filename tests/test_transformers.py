@@ -1,4 +1,4 @@
-"""The door to transformers, on its models built from their configurations."""
+"""The integration to transformers, on its models built from their configurations."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from vix_kernels.integrations import transformers as door  # noqa: E402
+from vix_kernels.integrations import transformers as integration  # noqa: E402
 from vix_kernels.integrations.sdpa import replace_sdpa  # noqa: E402
 
 BERT = dict(
@@ -18,7 +18,7 @@ EXACT = dict(num_landmarks=64, pinv_iterations=16)  # as many landmarks as there
 
 @pytest.fixture(autouse=True)
 def registered():
-    door.register(retrain=True, nystrom=EXACT, performer=dict(num_features=8))
+    integration.register(retrain=True, nystrom=EXACT, performer=dict(num_features=8))
 
 
 def bert(**options):
@@ -58,7 +58,7 @@ def test_a_prepared_mask():
         model(ids, attention_mask=four.expand(2, 1, 24, 24).tril())
 
 
-@pytest.mark.parametrize("op", door.OPS)
+@pytest.mark.parametrize("op", integration.OPS)
 def test_vit(op):
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)
@@ -129,7 +129,7 @@ def test_what_cannot_be_honoured_raises():
     with pytest.raises(NotImplementedError, match="mask_function: expected the bidirectional one"):
         causal(ids, attention_mask=mask)
     q, module = torch.randn(1, 2, 8, 4), torch.nn.Module()
-    attend = door.AttentionInterface()["vix_nystrom"]
+    attend = integration.AttentionInterface()["vix_nystrom"]
     with pytest.raises(NotImplementedError, match="is_causal: expected False"):  # what transformers assumes of a module
         attend(module, q, q, q, None)
     with pytest.raises(NotImplementedError, match="softcap: expected None, got a int"):
@@ -142,7 +142,7 @@ def test_what_cannot_be_honoured_raises():
 
 
 def test_a_silent_swap_is_refused():
-    door.register()
+    integration.register()
     model, (ids, _) = bert(), text()
     model.set_attn_implementation("vix_nystrom")
     model(ids)
@@ -154,9 +154,9 @@ def test_a_silent_swap_is_refused():
 
 def test_unknown_options():
     with pytest.raises(TypeError, match="linformer: expected options of 'agent', 'linear', 'nystrom', 'performer'"):
-        door.register(linformer={})
+        integration.register(linformer={})
     with pytest.raises(TypeError, match="num_features: expected an option of 'nystrom'"):
-        door.register(nystrom=dict(num_features=3))
+        integration.register(nystrom=dict(num_features=3))
 
 
 def nystromformer(**options):
@@ -173,7 +173,7 @@ def nystromformer(**options):
 def test_a_patched_nystromformer_gives_the_same_answers(conv, landmarks):
     model = nystromformer(conv_kernel_size=conv, num_landmarks=landmarks)
     patched, (ids, _) = copy.deepcopy(model), text(32)
-    report = door.patch(patched)
+    report = integration.patch(patched)
     assert len(report.replaced) == 2 and list(patched.state_dict()) == list(model.state_dict())
     ours, theirs = patched(ids).last_hidden_state, model(ids).last_hidden_state
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -182,7 +182,7 @@ def test_a_patched_nystromformer_gives_the_same_answers(conv, landmarks):
     for name, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(patched.get_parameter(name).grad, p.grad, atol=1e-4, rtol=1e-3)
-    assert len(door.patch(patched).replaced) == 2  # and once more is no harm
+    assert len(integration.patch(patched).replaced) == 2  # and once more is no harm
 
 
 @pytest.mark.parametrize("landmarks", [8, 32])
@@ -190,7 +190,7 @@ def test_a_patched_nystromformer_with_padding(landmarks):
     """Sharp attention, so that the start of the inverse counts; transformers' own mask of one row for each query, too."""
     host = nystromformer(num_landmarks=landmarks).encoder.layer[0].attention.self
     patched = copy.deepcopy(host)
-    door.patch(patched)
+    integration.patch(patched)
     x = 20 * torch.randn(2, 32, 32)
     mask = torch.zeros(2, 1, 1, 32)
     mask[1, ..., 20:] = torch.finfo(torch.float32).min
@@ -208,7 +208,7 @@ def test_a_patched_nystromformer_with_padding(landmarks):
 def test_what_a_patched_nystromformer_leaves_to_transformers():
     model = nystromformer()
     patched, (ids, _) = copy.deepcopy(model), text(32)
-    door.patch(patched)
+    integration.patch(patched)
     for ours, theirs in zip(
         patched(ids, output_attentions=True).attentions, model(ids, output_attentions=True).attentions, strict=True
     ):
@@ -222,7 +222,7 @@ def test_a_patched_fnet_gives_the_same_answers():
     sizes = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=32, vocab_size=50, max_position_embeddings=64)
     model = transformers.FNetModel(transformers.FNetConfig(**sizes)).eval()
     patched, (ids, _) = copy.deepcopy(model), text(30)
-    assert len(door.patch(patched).replaced) == 2
+    assert len(integration.patch(patched).replaced) == 2
     ours, theirs = patched(ids).last_hidden_state, model(ids).last_hidden_state
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     ours.square().sum().backward()
@@ -231,4 +231,4 @@ def test_a_patched_fnet_gives_the_same_answers():
     tpu = dict(use_tpu_fourier_optimizations=True, tpu_short_seq_length=32)
     model = transformers.FNetModel(transformers.FNetConfig(**sizes, **tpu))
     with pytest.raises(ValueError, match="2 times it has matrices of its own"):
-        door.patch(model)
+        integration.patch(model)

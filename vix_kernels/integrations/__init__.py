@@ -1,1 +1,1 @@
-"""Doors from other libraries: their names, signatures and weights, this library's attention."""
+"""Integrations from other libraries: their names, signatures and weights, this library's attention."""

@@ -1,6 +1,6 @@
 """One attention in the place of softmax attention: a core of this library behind the signature of torch's own function.
 
-Every door calls it as it would call `torch.nn.functional.scaled_dot_product_attention`. What a core cannot honour raises
+Every integration calls it as it would call `torch.nn.functional.scaled_dot_product_attention`. What a core cannot honour raises
 NotImplementedError, so that no answer changes in silence.
 """
 

@@ -32,7 +32,7 @@ def host(package: str, oldest: str) -> Iterator[None]:
     """Around the imports from a host: what a version does not have is an error that names the version.
 
     Raises:
-        ImportError: it is not installed, older than `oldest`, or so much newer that what a door builds on has moved.
+        ImportError: it is not installed, older than `oldest`, or so much newer that what a integration builds on has moved.
     """
     require(package, oldest)
     try:

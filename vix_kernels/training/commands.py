@@ -208,9 +208,9 @@ def validate_command(argv: list[str]) -> int:
     try:
         from .data import open_dataset
         from .data.folders import is_folder
-        from .report import draw_judgement, skipped
+        from .report import draw_evaluation, skipped
         from .setup import device_of
-        from .trained import check_fits, judge, load_trained
+        from .trained import check_fits, evaluate_trained, load_trained
     except ModuleNotFoundError as error:
         parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
     try:
@@ -228,22 +228,22 @@ def validate_command(argv: list[str]) -> int:
         check_fits(trained, source)
         dataset = source.load().to(device)
         start = time.perf_counter()
-        judgement = judge(trained, dataset)
+        evaluation = evaluate_trained(trained, dataset)
         seconds = time.perf_counter() - start
         folder = Path(options.output) if options.output else trained.path.parent / f"validate-{dataset.name}"
         folder.mkdir(parents=True, exist_ok=True)
-        draw_judgement(folder, trained, judgement, dataset)
+        draw_evaluation(folder, trained, evaluation, dataset)
     except (UserError, OSError) as error:
         parser.error(str(error))
     if unreadable := sorted(dataset.all_unreadable()):
         print(skipped(unreadable))
-    classes, totals = dataset.classes, judgement.confusion.sum(dim=1)
-    for images, label, said in judgement.worst_pairs(5):
+    classes, totals = dataset.classes, evaluation.confusion.sum(dim=1)
+    for images, label, said in evaluation.worst_pairs(5):
         print(f"{images} of {totals[label]} {classes[label]} taken for {classes[said]}")
     images = len(dataset.test)
     print(
-        f"top-1 {judgement.top1:.2f} %, top-5 {judgement.top5:.2f} %, loss {judgement.loss:.4f} of {images:,} held-out images, "
-        f"{images / seconds:,.0f} images/s, {folder / 'confusion.png'}, {folder / 'mistakes.png'}"
+        f"top-1 {evaluation.top1:.2f} %, top-5 {evaluation.top5:.2f} %, loss {evaluation.loss:.4f} of {images:,} held-out "
+        f"images, {images / seconds:,.0f} images/s, {folder / 'confusion.png'}, {folder / 'mistakes.png'}"
     )
     return 0
 

@@ -22,7 +22,7 @@ from .config import Config
 
 if TYPE_CHECKING:
     from .data import Dataset
-    from .trained import Judgement, Trained
+    from .trained import Evaluation, Trained
 
 PLAIN = {"parse_math": False}  # of text with names in it, whose $ does not start a formula
 
@@ -112,11 +112,11 @@ def draw_learning_curve(path: Path, history: list[dict[str, Any]], best: dict[st
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def draw_judgement(folder: Path, trained: Trained, judgement: Judgement, dataset: Dataset) -> None:
+def draw_evaluation(folder: Path, trained: Trained, evaluation: Evaluation, dataset: Dataset) -> None:
     """confusion.png and mistakes.png in `folder`."""
-    title = f"{trained.config.model} on {dataset.name}, top-1 {judgement.top1:.2f} %"
-    draw_confusion(folder / "confusion.png", judgement.confusion, dataset.classes, title)
-    draw_mistakes(folder / "mistakes.png", judgement, dataset.classes, dataset.max_value, title)
+    title = f"{trained.config.model} on {dataset.name}, top-1 {evaluation.top1:.2f} %"
+    draw_confusion(folder / "confusion.png", evaluation.confusion, dataset.classes, title)
+    draw_mistakes(folder / "mistakes.png", evaluation, dataset.classes, dataset.max_value, title)
 
 
 def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title: str) -> None:
@@ -141,9 +141,9 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def draw_mistakes(path: Path, judgement: Judgement, classes: Sequence[str], max_value: int, title: str) -> None:
+def draw_mistakes(path: Path, evaluation: Evaluation, classes: Sequence[str], max_value: int, title: str) -> None:
     """The mistakes that the model was surest of."""
-    number = len(judgement.mistakes)
+    number = len(evaluation.mistakes)
     columns, rows = 6, max(1, -(-number // 6))
     width, height, top = 9.0, 1.9 * rows + 0.5, 0.5  # inches
     figure = _titled(title if number else f"{title}: no mistakes", width, height, y=1 - 0.15 / height)
@@ -152,9 +152,9 @@ def draw_mistakes(path: Path, judgement: Judgement, classes: Sequence[str], max_
     for place in range(number):
         row, column = divmod(place, columns)
         left, bottom = column * width / columns + 0.1, height - top - (row + 1) * 1.9 + 0.1
-        _show(axes, judgement.mistakes[place].float() / max_value, extent=(left, left + 1.3, bottom, bottom + 1.3))
-        label, said = classes[judgement.labels[place]], classes[judgement.said[place]]
-        text = f"{label}, taken for\n{said} ({100 * judgement.probability[place]:.0f} %)"
+        _show(axes, evaluation.mistakes[place].float() / max_value, extent=(left, left + 1.3, bottom, bottom + 1.3))
+        label, said = classes[evaluation.labels[place]], classes[evaluation.predicted[place]]
+        text = f"{label}, taken for\n{said} ({100 * evaluation.probability[place]:.0f} %)"
         axes.text(left + 0.65, bottom + 1.36, text, ha="center", fontsize=7.5, **PLAIN)
     axes.set(xlim=(0, width), ylim=(0, height), aspect="auto")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))

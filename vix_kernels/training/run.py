@@ -24,7 +24,7 @@ from .parallel import Ranks, connected
 from .report import (
     Board,
     best_epoch,
-    draw_judgement,
+    draw_evaluation,
     draw_learning_curve,
     peak_memory,
     skipped,
@@ -47,7 +47,7 @@ from .setup import (
     located,
 )
 from .state import History, State
-from .trained import judge, load_trained
+from .trained import evaluate_trained, load_trained
 
 CURVE_SECONDS = 30  # between two drawings of the learning curve: at 0.3 s each they cost a run at most one per cent
 
@@ -295,7 +295,7 @@ class Run:
     def draw_best(self) -> None:
         """What the best checkpoint takes for what."""
         trained = load_trained(self.output, self.state.device)
-        draw_judgement(self.output, trained, judge(trained, self.dataset), self.dataset)
+        draw_evaluation(self.output, trained, evaluate_trained(trained, self.dataset), self.dataset)
 
     def say(self, line: str) -> None:
         if self.ranks.first:

@@ -118,11 +118,11 @@ def _training_images(model: nn.Module, device: torch.device) -> tuple[tuple[str,
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Evaluation:
     """Of all held-out images. `confusion` counts them, (classes, classes): a row is their own class, a column the model's.
 
     The mistakes are those that the model was surest of: uint8 images (n, channels, height, width), their labels, what the model
-    said, and its probability.
+    predicted, and its probability.
     """
 
     loss: float
@@ -131,11 +131,11 @@ class Judgement:
     confusion: Tensor
     mistakes: Tensor
     labels: Tensor
-    said: Tensor
+    predicted: Tensor
     probability: Tensor
 
     def worst_pairs(self, number: int) -> list[tuple[int, int, int]]:
-        """(images, own class, what the model said) of the commonest mistakes."""
+        """(images, own class, what the model predicted) of the commonest mistakes."""
         wrong = self.confusion - self.confusion.diag().diag()
         counts, places = wrong.flatten().topk(min(number, wrong.numel()))
         return [(int(n), *divmod(int(place), len(wrong))) for n, place in zip(counts, places, strict=True) if n]
@@ -151,7 +151,7 @@ def check_fits(trained: Trained, source: Source) -> None:
         raise UserError(f"--dataset: the model reads images of shape {trained.shape}, {source.name} has {source.shape}")
 
 
-def judge(trained: Trained, dataset: Dataset) -> Judgement:
+def evaluate_trained(trained: Trained, dataset: Dataset) -> Evaluation:
     """Test the model on the held-out images of `dataset`, normalised as the training images were.
 
     If mean and std of those are not known, the images are normalised by those of `dataset`.
@@ -172,16 +172,16 @@ def judge(trained: Trained, dataset: Dataset) -> Judgement:
         best = scores.topk(min(5, scores.shape[1])).indices
         hits += int((best == labels[:, None]).sum())
         images += len(labels)
-        said = best[:, 0]
-        confusion += torch.bincount(labels * len(confusion) + said, minlength=confusion.numel()).view_as(confusion)
+        predicted = best[:, 0]
+        confusion += torch.bincount(labels * len(confusion) + predicted, minlength=confusion.numel()).view_as(confusion)
         probability = scores.softmax(1).amax(1)
-        at = (said != labels).nonzero()[:, 0]
-        wrong.append((pixels[at], labels[at], said[at], probability[at]))
+        at = (predicted != labels).nonzero()[:, 0]
+        wrong.append((pixels[at], labels[at], predicted[at], probability[at]))
         surest = [torch.cat(each) for each in zip(*wrong, strict=True)]
         order = surest[3].argsort(descending=True, stable=True)[:SHOWN_MISTAKES]
         wrong = [tuple(each[order] for each in surest)]
     top1 = 100 * confusion.diag().sum().item() / images
-    return Judgement(loss / images, top1, 100 * hits / images, confusion, *wrong[0])
+    return Evaluation(loss / images, top1, 100 * hits / images, confusion, *wrong[0])
 
 
 @torch.no_grad()
