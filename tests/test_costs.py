@@ -59,7 +59,7 @@ def test_launches_are_those_that_a_call_makes(monkeypatch) -> None:
     problem = SPECS["performer_attention"].problem(CASE)
     leaves = {name: x.requires_grad_(name != "projection") for name, x in problem.tensors.items()}
     made, run = [], door.launch
-    for module in ("aggregate", "broadcast", "launch"):  # the last merges
+    for module in ("aggregate", "broadcast", "merge"):
         monkeypatch.setattr(f"vix_kernels._triton.{module}.launch", lambda *args, **meta: (made.append(1), run(*args, **meta)))
     outputs = replace(problem, tensors=leaves)(backend="triton")
     forward = len(made)

@@ -17,7 +17,7 @@ from .launch import (
     launch,
     launch_config,
     mask_strides,
-    merge_chunks,
+    merge_arguments,
     output_strides,
     padded,
     rotary_arguments,
@@ -308,14 +308,11 @@ def aggregate_forward(
         **turn, GAUSSIAN=gaussian, MASKED=mask is not None,
         **config.meta(width, value_width),
     )  # fmt: skip
-    return merge_softmax(values, lse, top, total)
-
-
-def merge_softmax(parts: Tensor, lse: Tensor, tops: Tensor, totals: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(batch, heads, chunks, M, E) and three of (batch, heads, chunks, M) without their chunks; no launch for a single one."""
-    if parts.shape[2] == 1:
-        return parts.squeeze(2), lse.squeeze(2), tops.squeeze(2), totals.squeeze(2)
-    return merge_chunks(merge_softmax_kernel, parts, (tops, totals), outputs=3)
+    if chunks == 1:
+        return values.squeeze(2), lse.squeeze(2), top.squeeze(2), total.squeeze(2)
+    grid, results, meta = merge_arguments(values, outputs=3)
+    launch(merge_softmax_kernel, grid, values, top, total, *results, chunks, num_slots, **meta)
+    return results
 
 
 def prepare(

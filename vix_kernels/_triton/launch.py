@@ -183,21 +183,17 @@ def rotary_arguments(rotary: Rotary | None, stand_in: Tensor) -> tuple[Tensor, T
     return cos, sin, stride, dict(ROTARY=2 * cos.shape[-1], INTERLEAVED=rotary.interleaved)
 
 
-def merge_chunks(kernel: Any, parts: Tensor, numbers: tuple[Tensor, ...], *, outputs: int) -> tuple[Tensor, ...]:
-    """Launch a kernel that makes one result from those of the chunks that the tokens were split into.
+def merge_arguments(parts: Tensor, *, outputs: int) -> tuple[tuple[int], tuple[Tensor, ...], dict[str, Any]]:
+    """Grid, results and constexprs of a kernel that makes one result from those of the chunks that the tokens were split into.
 
-    parts is (batch, heads, chunks, M, E), `numbers` and the `outputs` behind the merged rows one number a slot.
+    parts is (batch, heads, chunks, M, E); the results are the merged rows and `outputs` tensors of one number a slot.
     """
-    batch, num_heads, chunks, num_slots, width = parts.shape
+    batch, num_heads, _, num_slots, width = parts.shape
     merged = parts.new_empty(batch, num_heads, num_slots, width)
-    results = [parts.new_empty(batch, num_heads, num_slots) for _ in range(outputs)]
+    numbers = [parts.new_empty(batch, num_heads, num_slots) for _ in range(outputs)]
     block, num_warps = (8 if padded(width) >= 128 else 16), (4 if padded(width) <= 32 else 8)  # four numbers a thread or more
-    launch(
-        kernel,
-        (batch * num_heads * triton.cdiv(num_slots, block),),
-        parts, *numbers, merged, *results, chunks, num_slots,
-        E=width, BLOCK_E=padded(width), BLOCK_M=block,
-        COMPUTE=triton_dtype(parts.dtype),
+    meta = dict(
+        E=width, BLOCK_E=padded(width), BLOCK_M=block, COMPUTE=triton_dtype(parts.dtype),
         num_warps=num_warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
-    return merged, *results
+    return (batch * num_heads * triton.cdiv(num_slots, block),), (merged, *numbers), meta

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..layout import Rotary, empty_like_tokens
 from .aggregate import prepare
 from .features import apply_map, feature_config, feature_strides, load_logits, slope, slot_rows
-from .launch import launch, mask_strides, output_strides, rotary_arguments, token_strides
-from .merge import empty_slots, merge_sums, sum_slots
+from .launch import launch, mask_strides, merge_arguments, output_strides, rotary_arguments, token_strides
+from .merge import empty_slots, merge_sums_kernel, sum_slots
 from .tiles import (
     cast,
     dot,
@@ -183,7 +183,11 @@ def linear_aggregate_forward(
         **turn, MASKED=mask is not None, PROJECTED=slots is not None,
         ELU=feature_map == "elu", **config.meta(width, value_width),
     )  # fmt: skip
-    return merge_sums(sums, norms)
+    if chunks == 1:
+        return sums.squeeze(2), norms.squeeze(2)
+    grid, results, meta = merge_arguments(sums, outputs=1)
+    launch(merge_sums_kernel, grid, sums, norms, *results, chunks, num_slots, **meta)
+    return results
 
 
 def linear_aggregate_backward(

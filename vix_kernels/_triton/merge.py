@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import merge_chunks
+from .launch import launch, merge_arguments
 
 
 @triton.jit(do_not_specialize=["chunks", "M"])
@@ -34,9 +34,12 @@ def merge_sums_kernel(
 
 def merge_sums(parts: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """(batch, heads, chunks, M, E) and (batch, heads, chunks, M) summed over chunks; no launch for a single one."""
-    if parts.shape[2] == 1:
+    _, _, chunks, num_slots, _ = parts.shape
+    if chunks == 1:
         return parts.squeeze(2), numbers.squeeze(2)
-    return merge_chunks(merge_sums_kernel, parts, (numbers,), outputs=1)
+    grid, results, meta = merge_arguments(parts, outputs=1)
+    launch(merge_sums_kernel, grid, parts, numbers, *results, chunks, num_slots, **meta)
+    return results
 
 
 def empty_slots(slots: Tensor, batch: int, num_heads: int, chunks: int, dtype: torch.dtype) -> Tensor:
