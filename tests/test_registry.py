@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +17,7 @@ from conftest import DEVICE
 from vix_kernels import orthogonal_projection, performer_attention, rope_1d
 from vix_kernels.primitives.aggregate import aggregate_forward
 from vix_kernels.primitives.registry import plain
+from vix_kernels.testing import SPECS, OpSpec
 
 
 def performer(backend: str) -> Callable[..., Tensor]:
@@ -40,6 +43,53 @@ def test_what_is_plain() -> None:
             assert not plain([q])
     learned = rope_1d(20, 16, device=DEVICE).rotary._replace(cos=torch.zeros(1, 20, 8, device=DEVICE, requires_grad=True))
     assert not plain([q, learned])
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_without_gradients_nothing_is_saved_and_the_bits_are_the_same(spec: OpSpec) -> None:
+    """Only the autograd.Function is skipped; the operators are the same on both backends."""
+    problem = spec.problem(spec.cases[0], device=DEVICE)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        plainly = problem(backend="torch")
+        assert not saved and not any(out.requires_grad for out in plainly)
+        leaves = {name: x.detach().requires_grad_(name in spec.differentiable) for name, x in problem.tensors.items()}
+        problem = replace(problem, tensors=leaves)
+        recorded = problem(backend="torch")
+        assert all(torch.equal(x, y) for x, y in zip(plainly, recorded, strict=True))
+        assert any(out.requires_grad for out in recorded)
+        saved.clear()
+        for mode in (torch.no_grad(), torch.inference_mode()):
+            with mode:
+                assert all(torch.equal(x, y) for x, y in zip(plainly, problem(backend="torch"), strict=True))
+        assert not saved
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("recording", [True, False])
+def test_forward_mode_is_refused(spec: OpSpec, recording: bool) -> None:
+    problem = spec.problem(spec.cases[0], device=DEVICE)
+    name = spec.differentiable[0]
+    with forward_ad.dual_level(), torch.set_grad_enabled(recording):
+        dual = forward_ad.make_dual(problem.tensors[name], torch.ones_like(problem.tensors[name]))
+        with pytest.raises(RuntimeError, match="forward mode AD"):
+            replace(problem, tensors=problem.tensors | {name: dual})(backend="torch")
+        problem(backend="torch")  # without a tangent
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_transforms_are_refused_without_gradients(spec: OpSpec) -> None:
+    problem = spec.problem(spec.cases[0], device=DEVICE)
+    name = spec.differentiable[0]
+    x = problem.tensors[name]
+
+    def call(x: Tensor) -> Tensor:
+        return replace(problem, tensors=problem.tensors | {name: x})(backend="torch")[0]
+
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="torch.func transforms"):
+        torch.func.vmap(call)(torch.stack([x, x]))
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="torch.func transforms"):
+        torch.func.jvp(call, (x,), (x,))
 
 
 def test_batched_gradients(backend: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..layout import Rotary, accumulator, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
-from .registry import refuse_transforms, register
+from .registry import needs_autograd, register
 from .rotate import angle_gradient, rotate_reference
 
 _PROBLEM = (
@@ -55,9 +55,11 @@ def aggregate(
         values (batch, heads, M, E) and lse (batch, heads, M), in float32 (float64 for float64 inputs). Differentiable in
         slots, k, v and rotary.angles.
     """
-    refuse_transforms()
     k, v, slots = unit_last_stride(k), unit_last_stride(v), unit_last_stride(slots)
-    return _Aggregate.apply(slots, k, v, mask, *flattened(rotary), scale, gaussian, backend)
+    inputs = slots, k, v, mask, *flattened(rotary)
+    if needs_autograd(inputs):
+        return _Aggregate.apply(*inputs, scale, gaussian, backend)
+    return aggregate_forward(slots, k, v, mask, rotary, scale, gaussian, backend)[:2]
 
 
 def aggregate_reference(

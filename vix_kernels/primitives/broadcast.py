@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layout import Rotary, accumulator, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
-from .registry import refuse_transforms, register
+from .registry import needs_autograd, register
 from .rotate import angle_gradient, rotate_reference
 
 _PROBLEM = "Tensor q, Tensor slots, Tensor values, Tensor? slot_bias, Tensor? cos, Tensor? sin, bool interleaved, float scale"
@@ -45,9 +45,11 @@ def broadcast(
     Returns:
         out (batch, heads, N, E) in q's dtype. Differentiable in q, slots, values, slot_bias and rotary.angles.
     """
-    refuse_transforms()
     q, slots, values = unit_last_stride(q), unit_last_stride(slots), unit_last_stride(values)
-    return _Broadcast.apply(q, slots, values, slot_bias, *flattened(rotary), scale, backend)
+    inputs = q, slots, values, slot_bias, *flattened(rotary)
+    if needs_autograd(inputs):
+        return _Broadcast.apply(*inputs, scale, backend)
+    return broadcast_forward(q, slots, values, slot_bias, rotary, scale, None, None, None, backend)[0]
 
 
 def reads_out(q: Tensor, backend: str) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layout import unit_last_stride
 from .autograd import once_differentiable
-from .registry import refuse_transforms, register
+from .registry import needs_autograd, register
 
 # Floating-point operations an element of x, tokens / 2 + channels, up to which the products are taken; beyond, fast Fourier
 # transforms. Counted, not measured: what those move more (32 to 34 bytes an element) takes as long as the products on an H100
@@ -33,15 +33,15 @@ def dft(x: Tensor, *, ortho: bool = False, backend: str = "torch") -> Tensor:
     Returns:
         y (batch, N, D) in x's dtype, contiguous. Differentiable in x.
     """
-    refuse_transforms()
-    return _DFT.apply(x, ortho, backend)
+    x = unit_last_stride(x)
+    return _DFT.apply(x, ortho, backend) if needs_autograd((x,)) else dft_forward(x, ortho, backend)
 
 
 class _DFT(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, ortho, backend):
         ctx.options = ortho, backend
-        return dft_forward(unit_last_stride(x), *ctx.options)
+        return dft_forward(x, *ctx.options)
 
     @staticmethod
     @once_differentiable

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..layout import Rotary, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
-from .registry import refuse_transforms, register
+from .registry import needs_autograd, register
 from .rotate import angle_gradient, rotate_reference
 
 _PROBLEM = (
@@ -60,9 +60,12 @@ def landmarks(
         q_marks and q_counts, or with k q_marks, k_marks, q_counts and k_counts: marks (batch, heads, L, D) in q's dtype with
         L = prefix + mark_rows * mark_columns, counts float32 (batch, L). Marks are differentiable in q, k and rotary.angles.
     """
-    refuse_transforms()
     q, k = unit_last_stride(q), None if k is None else unit_last_stride(k)
-    return _Landmarks.apply(q, k, q_mask, k_mask, *flattened(rotary), prefix, rows, mark_rows, mark_columns, adaptive, backend)
+    inputs, pool = (q, k, q_mask, k_mask, *flattened(rotary)), (prefix, rows, mark_rows, mark_columns, adaptive)
+    if needs_autograd(inputs):
+        return _Landmarks.apply(*inputs, *pool, backend)
+    q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, k_mask, rotary, *pool, backend)
+    return (q_marks, q_counts) if k is None else (q_marks, k_marks, q_counts, k_counts)
 
 
 def landmarks_reference(

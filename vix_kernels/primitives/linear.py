@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..layout import Rotary, accumulator, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
-from .registry import refuse_transforms, register
+from .registry import needs_autograd, register
 from .rotate import angle_gradient, rotate_reference
 
 FEATURE_MAPS = ("relu", "elu")
@@ -49,9 +49,11 @@ def linear_aggregate(
         sums S (batch, heads, M, E) and norms z (batch, heads, M), in float32 (float64 for float64 inputs). Differentiable in
         slots, k, v and rotary.angles.
     """
-    refuse_transforms()
     k, v, slots = unit_last_stride(k), unit_last_stride(v), None if slots is None else unit_last_stride(slots)
-    return _LinearAggregate.apply(slots, k, v, mask, *flattened(rotary), feature_map, backend)
+    inputs = slots, k, v, mask, *flattened(rotary)
+    if needs_autograd(inputs):
+        return _LinearAggregate.apply(*inputs, feature_map, backend)
+    return linear_aggregate_forward(slots, k, v, mask, rotary, feature_map, backend)
 
 
 def linear_broadcast(
@@ -77,9 +79,11 @@ def linear_broadcast(
     Returns:
         out (batch, heads, queries, E) in q's dtype. Differentiable in q, slots, sums, norms and rotary.angles.
     """
-    refuse_transforms()
     q, slots, sums = unit_last_stride(q), None if slots is None else unit_last_stride(slots), unit_last_stride(sums)
-    return _LinearBroadcast.apply(q, slots, sums, norms, *flattened(rotary), feature_map, eps, backend)
+    inputs = q, slots, sums, norms, *flattened(rotary)
+    if needs_autograd(inputs):
+        return _LinearBroadcast.apply(*inputs, feature_map, eps, backend)
+    return linear_broadcast_forward(q, slots, sums, norms, rotary, feature_map, eps, backend)[0]
 
 
 def linear_aggregate_reference(

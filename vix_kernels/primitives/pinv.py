@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..layout import unit_last_stride
 from .autograd import once_differentiable
-from .registry import refuse_transforms, register
+from .registry import needs_autograd, register
 
 INITS = ("exact", "original")
 MOST_LANDMARKS = 128  # of the kernels
@@ -58,9 +58,10 @@ def pinv(
         (batch, heads, L, E), one row for each landmark of the keys, in values' dtype. Differentiable in q_marks, k_marks and
         values.
     """
-    refuse_transforms()
     q_marks, k_marks, values = unit_last_stride(q_marks), unit_last_stride(k_marks), unit_last_stride(values)
-    return _Pinv.apply(q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init, backend)
+    inputs = q_marks, k_marks, values, q_counts, k_counts
+    call = _Pinv.apply if needs_autograd(inputs) else pinv_forward
+    return call(*inputs, scale, iterations, init, backend)
 
 
 def pinv_reference(

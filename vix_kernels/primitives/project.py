@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..layout import Rotary, accumulator, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
-from .registry import refuse_transforms, register
+from .registry import needs_autograd, register
 from .rotate import angle_gradient, rotate_reference
 
 _PROBLEM = (
@@ -47,10 +47,12 @@ def project(
         keys (batch, heads, K, D) in k's dtype and values (batch, heads, K, E) in float32 (float64 for float64 tokens).
         Differentiable in k, v, both projections and rotary.angles.
     """
-    refuse_transforms()
     k, v, key_projection = unit_last_stride(k), unit_last_stride(v), unit_last_stride(key_projection)
     value_projection = None if value_projection is None else unit_last_stride(value_projection)
-    return _Project.apply(key_projection, value_projection, k, v, mask, *flattened(rotary), backend)
+    inputs = key_projection, value_projection, k, v, mask, *flattened(rotary)
+    if needs_autograd(inputs):
+        return _Project.apply(*inputs, backend)
+    return project_forward(key_projection, value_projection, k, v, mask, rotary, backend)
 
 
 def project_reference(

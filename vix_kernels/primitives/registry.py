@@ -6,13 +6,14 @@ gradient would lose it silently, so it raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..layout import Rotary, flattened, joined
 
@@ -136,3 +137,15 @@ def refuse_transforms() -> None:
         raise NotImplementedError(
             "vix_kernels: torch.func transforms (vmap, grad, jvp, ...) are not supported; use backend='reference' inside them"
         )
+
+
+def needs_autograd(inputs: Iterable[Any]) -> bool:
+    """Return whether a call on `inputs` has to go through its `autograd.Function`; raise as `refuse_transforms` does.
+
+    It does if one of them requires a gradient, if forward-mode AD is active, which the Function refuses, or if a compiler is at
+    work. Otherwise the operator alone returns the same bits, and nothing is saved.
+    """
+    refuse_transforms()
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in inputs)

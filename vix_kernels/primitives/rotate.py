@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layout import Rotary, empty_like_tokens, flattened, unit_last_stride
 from .autograd import once_differentiable
-from .registry import refuse_transforms, register
+from .registry import needs_autograd, register
 
 
 def rotate(
@@ -34,8 +34,10 @@ def rotate(
     Returns:
         The rotated q and k, in their own dtype. Differentiable in q, k and rotary.angles.
     """
-    refuse_transforms()
-    return _Rotate.apply(unit_last_stride(q), unit_last_stride(k), *flattened(rotary), backend)
+    inputs = unit_last_stride(q), unit_last_stride(k), *flattened(rotary)
+    if needs_autograd(inputs):
+        return _Rotate.apply(*inputs, backend)
+    return rotate_forward(*inputs[:2], rotary, False, backend)
 
 
 def rotate_reference(x: Tensor, rotary: Rotary) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..layout import empty_like_tokens, unit_last_stride
 from .autograd import once_differentiable
-from .registry import refuse_transforms, register
+from .registry import needs_autograd, register
 
 
 def token_conv(v: Tensor, weight: Tensor, *, mask: Tensor | None = None, backend: str = "torch") -> Tensor:
@@ -32,11 +32,12 @@ def token_conv(v: Tensor, weight: Tensor, *, mask: Tensor | None = None, backend
     Raises:
         ValueError: weight has another shape, or an even number of taps.
     """
-    refuse_transforms()
     heads, taps = v.shape[1], weight.shape[2] if weight.dim() == 4 else 0
     if tuple(weight.shape) != (heads, 1, taps, 1) or taps % 2 == 0:
         raise ValueError(f"weight: expected shape ({heads}, 1, taps, 1) with odd taps, got {tuple(weight.shape)}")
-    return _TokenConv.apply(unit_last_stride(v), weight, mask, backend)
+    v = unit_last_stride(v)
+    call = _TokenConv.apply if needs_autograd((v, weight)) else token_conv_forward
+    return call(v, weight, mask, backend)
 
 
 def token_conv_reference(v: Tensor, weight: Tensor, *, mask: Tensor | None = None) -> Tensor:
