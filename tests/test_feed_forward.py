@@ -42,7 +42,7 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
     """What goes through tiles, of 4 tokens here: six tiles, the last of a single token."""
-    monkeypatch.setattr(tiled, "TILE_CPU", 4)
+    monkeypatch.setattr(tiled, "TOKENS_PER_THREAD", 4)
     monkeypatch.setattr(module, "MANY_CPU", 0)
     calls, run = [], primitive.feed_forward
     monkeypatch.setattr(primitive, "feed_forward", lambda *args, **options: calls.append(args) or run(*args, **options))

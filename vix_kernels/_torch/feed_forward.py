@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .dropout import draw_kept
 
-TILE_CPU = 512  # tokens a thread: three tiles of a hidden width of 256 fill 1.5 MiB
+TOKENS_PER_THREAD = 512  # of a tile: three tiles of a hidden width of 256 fill 1.5 MiB
 ACTIVATIONS = {
     "gelu": (F.gelu, torch.ops.aten.gelu_backward),
     "hardswish": (F.hardswish, torch.ops.aten.hardswish_backward),
@@ -96,7 +96,7 @@ def feed_forward_backward(
 
 def _tiles(x: Tensor | None) -> Iterable[Tensor | None]:
     """Tiles of tokens; without x none for every tile."""
-    return repeat(None) if x is None else x.flatten(0, -2).split(TILE_CPU * torch.get_num_threads())
+    return repeat(None) if x is None else x.flatten(0, -2).split(TOKENS_PER_THREAD * torch.get_num_threads())
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
