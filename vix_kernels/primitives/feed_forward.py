@@ -43,12 +43,13 @@ def feed_forward(
         y like x. Differentiable in x, residual, norm and weights, twice too.
     """
     gamma, beta, eps = (None, None, 0.0) if norm is None else norm
-    return _FeedForward.apply(x, residual, gamma, beta, eps, *weights, activation, p, shares, dtype)
+    return _FeedForward.apply(x, residual, gamma, beta, *weights, shares, (eps, activation, p, dtype))
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, gamma, beta, eps, w1, b1, w2, b2, activation, p, shares, dtype):
+    def forward(ctx, x, residual, gamma, beta, w1, b1, w2, b2, shares, options):
+        eps, activation, p, dtype = options
         rows, scale = x.shape[:-1].numel(), scale_of_kept(p)
         inner, outer = (torch.empty(rows, len(b), dtype=torch.uint8) if p else None for b in (b1, b2))
         ctx.save_for_backward(x, gamma, beta, w1, b1, w2, b2, inner, outer, shares)
@@ -68,7 +69,7 @@ class _FeedForward(torch.autograd.Function):
         dx, dgamma, dbeta, *dweights = feed_forward_backward(
             dy, x, ctx.start, (gamma, beta, eps), (w1, b1, w2, b2), activation, scale, (inner, outer), shares, dtype
         )  # fmt: skip
-        return dx, dy if ctx.start == "residual" else None, dgamma, dbeta, None, *dweights, None, None, None, None
+        return dx, dy if ctx.start == "residual" else None, dgamma, dbeta, *dweights, None, None
 
 
 def _differentiable_gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,10 +87,10 @@ def _differentiable_gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         if shares is not None:
             branch = branch * shares
         y = {"n": n, "x": x, "residual": 0}[ctx.start] + branch
-    inputs = (x, None, gamma, beta, None, w1, b1, w2, b2)
+    inputs = (x, None, gamma, beta, w1, b1, w2, b2)
     wanted = [i for i, each in enumerate(inputs) if each is not None and ctx.needs_input_grad[i]]
     grads = torch.autograd.grad(y, [inputs[i] for i in wanted], dy.to(y.dtype), create_graph=True)
-    results: list[Tensor | None] = [None] * 13
+    results: list[Tensor | None] = [None] * 10
     for i, grad in zip(wanted, grads, strict=True):
         results[i] = grad
     results[1] = dy if ctx.start == "residual" else None
