@@ -39,6 +39,7 @@ RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in na
 
 UPWARDS: set[tuple[str, str]] = set()  # to stay empty
 LONG: dict[str, int] = {}
+MANY_ARGUMENTS = {"ops.nystrom.nystrom_attention"}  # a public function: its options are named one by one, as users pass them
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -139,6 +140,19 @@ def test_files_are_short() -> None:
     """Up to 400 lines; tables may be longer."""
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES.values()}
     assert {name: count for name, count in lines.items() if count > 400} == LONG
+
+
+def test_functions_above_the_kernels_take_few_arguments() -> None:
+    """Up to 13, among them the ctx of an autograd.Function or the backend. Kernels and device functions take no objects."""
+    found = set()
+    for name, path in MODULES.items():
+        if layer(name) in ("ops", "primitives", "_torch", "_triton"):
+            functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+            for function in functions:
+                arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+                if len(arguments) > 13 and not any("jit" in ast.unparse(each) for each in function.decorator_list):
+                    found.add(f"{name}.{function.name}")
+    assert found == MANY_ARGUMENTS
 
 
 def test_a_call_goes_through_few_files() -> None:

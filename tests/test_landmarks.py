@@ -8,6 +8,7 @@ from torch import Tensor
 
 from conftest import DEVICE, NO_TRITON
 from vix_kernels import backends, rope_axial, rope_mixed
+from vix_kernels.layout import LandmarkGradients, Pool
 from vix_kernels.primitives.landmarks import landmarks, landmarks_backward, landmarks_reference
 from vix_kernels.primitives.rotate import rotate_reference
 
@@ -128,11 +129,12 @@ def test_backward_adds_parts_and_what_came_before(backend: str, dtype: torch.dty
     q, k = tokens(2, 2, 19, 16, dtype=dtype), tokens(2, 2, 30, 16, dtype=dtype)
     dq_other, dk_other = tokens(2, 19, 2, 16, dtype=dtype).transpose(1, 2), tokens(2, 2, 30, 16, dtype=dtype)
     parts = tokens(2, 2, 6, 16, dtype=torch.float32), tokens(2, 2, 6, 16, dtype=dtype)
-    grid = 1, 1, 1, 5, False  # prefix, rows, rows and columns of landmarks, no overlap
+    pool = Pool(prefix=1, rows=1, mark_rows=1, mark_columns=5, adaptive=False)
     counts = landmarks(q, k, prefix=1, mark_columns=5, backend=backend)[2:]
 
     def call(*, q_parts: tuple, k_parts: tuple, others: tuple = (None, None), need_q: bool = True) -> tuple[Tensor, Tensor]:
-        return landmarks_backward(*others, *q_parts, *k_parts, q, k, None, None, None, *grid, *counts, need_q, True, backend)
+        gradients = LandmarkGradients(*others, *q_parts, *k_parts)
+        return landmarks_backward(gradients, q, k, None, None, None, pool, *counts, (need_q, True), backend)
 
     whole = (parts[0] + parts[1], None)
     alone = [call(q_parts=whole, k_parts=whole)[side].float() for side in range(2)]

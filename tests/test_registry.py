@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import DEVICE
 from vix_kernels import orthogonal_projection, performer_attention, rope_1d
+from vix_kernels.layout import Pool
 from vix_kernels.primitives.aggregate import aggregate_forward
+from vix_kernels.primitives.landmarks import landmarks_forward
 from vix_kernels.primitives.registry import plain
 from vix_kernels.testing import SPECS, OpSpec
 
@@ -121,6 +123,21 @@ def test_tracers_see_the_operators(backend: str) -> None:
         assert {"aggregate_forward", "broadcast_forward"} <= {
             getattr(node.target, "_opname", "") for node in graph.nodes if node.op == "call_function"
         }
+
+
+def test_registered_operators_take_the_fields_of_groups() -> None:
+    """Saved programs hold calls of the registered operators: the schema of a forward is not to change."""
+    q_and_k, masks = "Tensor q, Tensor? k", "Tensor? q_mask, Tensor? k_mask"
+    pool = "SymInt prefix, SymInt rows, SymInt mark_rows, SymInt mark_columns, bool adaptive"
+    schema = str(landmarks_forward.registered._schema)
+    assert f"({q_and_k}, {masks}, Tensor? cos, Tensor? sin, bool interleaved, {pool}, str backend)" in schema
+    q, pool = qkv()[0], Pool(0, 1, 1, 4, False)
+    rotary = rope_1d(20, 16, device=DEVICE).rotary._replace(angles=None)
+    for arguments in ((q, None, None, None, None, pool, "torch"), (q, q, None, None, rotary, pool, "torch")):
+        flat = landmarks_forward.flat(arguments)
+        assert len(flat) == 13 and landmarks_forward.grouped(flat) == arguments
+        results = landmarks_forward(*arguments), landmarks_forward.registered(*flat)
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_a_direct_call_that_would_lose_a_gradient_is_refused(backend: str) -> None:

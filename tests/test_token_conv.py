@@ -45,11 +45,11 @@ def test_another_gradient_is_added(backend: str, dtype: torch.dtype) -> None:
     mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(2)).to(DEVICE) > 0.3
     hidden = ~mask[:, None, :, None]
     v, other = v.masked_fill(hidden, float("nan")), other.masked_fill(hidden, float("inf"))
-    dv, dweight = token_conv_backward(dout, v, weight, mask, other, True, True, backend)
+    dv, dweight = token_conv_backward(dout, v, weight, mask, other, (True, True), backend)
     flipped = weight.to(dtype if backend == "triton" else torch.float64).double().flip(2)
     exact = F.conv2d(dout.double(), flipped, padding=(16, 0), groups=3) + other.double()
     torch.testing.assert_close(dv.double(), exact.masked_fill(hidden, 0), atol=1e-4, rtol=torch.finfo(dtype).eps)
-    alone = token_conv_backward(dout, v, weight, mask, None, False, True, backend)[1]
+    alone = token_conv_backward(dout, v, weight, mask, None, (False, True), backend)[1]
     assert torch.equal(alone, dweight)
 
 

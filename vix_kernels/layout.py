@@ -1,7 +1,8 @@
-"""What an operator, its fake kernel and its implementations agree on: memory layouts, and the rotation of tokens."""
+"""What an operator, its fake kernel and its implementations agree on: memory layouts, and arguments that travel together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+Needs = Sequence[bool]  # which gradients a backward operator computes; the others are empty
+
+
 class Rotary(NamedTuple):
     """The rotation of every token (ops/rope.py), as primitives and their implementations take it.
 
@@ -42,6 +46,54 @@ class Rotary(NamedTuple):
     sin: Tensor
     interleaved: bool = True
     angles: Tensor | None = None
+
+    SCHEMA = "Tensor cos, Tensor sin, bool interleaved"
+
+
+class Pool(NamedTuple):
+    """The tokens that each landmark averages (primitives/landmarks.py).
+
+    Attributes:
+        prefix: leading tokens that are landmarks themselves.
+        rows: of the grid of the other tokens; 1 for a plain sequence.
+        mark_rows, mark_columns: of the grid of landmarks.
+        adaptive: windows of adaptive pooling, else segments.
+    """
+
+    prefix: int
+    rows: int
+    mark_rows: int
+    mark_columns: int
+    adaptive: bool
+
+    SCHEMA = "SymInt prefix, SymInt rows, SymInt mark_rows, SymInt mark_columns, bool adaptive"
+
+
+class Statistics(NamedTuple):
+    """Softmax statistics of each row: the largest logit, in base 2, and the sum of exp2(logit - top)."""
+
+    top: Tensor
+    total: Tensor
+
+    SCHEMA = "Tensor top, Tensor total"
+
+
+class LandmarkGradients(NamedTuple):
+    """The terms of the gradients of tokens. The operator adds them, which saves the sums a way through memory.
+
+    Attributes:
+        dq_other, dk_other: gradients of the tokens from elsewhere, or None for 0.
+        dq_marks, dq_marks_2, dk_marks, dk_marks_2: gradients of the landmarks, which may come in two parts.
+    """
+
+    dq_other: Tensor | None = None
+    dk_other: Tensor | None = None
+    dq_marks: Tensor | None = None
+    dq_marks_2: Tensor | None = None
+    dk_marks: Tensor | None = None
+    dk_marks_2: Tensor | None = None
+
+    SCHEMA = "Tensor? dq_other, Tensor? dk_other, Tensor? dq_marks, Tensor? dq_marks_2, Tensor? dk_marks, Tensor? dk_marks_2"
 
 
 def flattened(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:

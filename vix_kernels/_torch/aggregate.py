@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layout import Rotary, empty_like_tokens
+from ..layout import Needs, Rotary, Statistics, empty_like_tokens
 from .tiles import LOG2E, Rotation, Scratch, Tile, at_least_one, flat, groups, points_of, read, slots_grad, taken, window, write
 
 
@@ -64,13 +64,10 @@ def aggregate_backward(
     scale: float,
     gaussian: bool,
     values: Tensor,
-    top: Tensor,
-    total: Tensor,
-    need_slots: bool,
-    need_k: bool,
-    need_v: bool,
+    statistics: Statistics,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dslots, dk and dv, each empty unless needed.
+    """dslots, dk and dv, each empty unless `needs` asks for it.
 
     dl_jn = P_jn (dvalues_j . (v_n - values_j) + dlse_j)    dv_n = sum_j P_jn dvalues_j
     dk_n = s sum_j dl_jn p_j - s^2 k_n sum_j dl_jn (the second if gaussian)    dp_j = s sum_n dl_jn k_n
@@ -80,6 +77,7 @@ def aggregate_backward(
     """
     points = points_of(slots, k)
     scaled, rope = points * scale, Rotation(rotary, points.dtype)
+    (need_slots, need_k, need_v), (top, total) = needs, statistics
     total = at_least_one(total)
     weighted = dvalues / total.unsqueeze(3)
     dlogit = torch.zeros_like(total) if dlse is None else dlse * LOG2E / total

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Rotary, accumulator, empty_like_tokens
+from ..layout import Needs, Rotary, Statistics, accumulator, empty_like_tokens
 from .tiles import (
     LOG2E,
     Rotation,
@@ -67,19 +67,18 @@ def broadcast_backward(
     rotary: Rotary | None,
     scale: float,
     out: Tensor | None,
-    top: Tensor | None,
-    total: Tensor | None,
-    need_slots: bool,
-    need_values: bool,
+    statistics: Statistics,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dslots (empty unless needed), dvalues and dslot_bias (both empty unless need_values).
+    """dq, dslots, dvalues and dslot_bias; `needs` says whether of the slots, and of values and bias, or they are empty.
 
     dg_nj = P_nj dout_n . (values_j - out_n)    dvalues_j = sum_n P_nj dout_n
     dq_n = s sum_j dg_nj p_j    dp_j = s sum_n dg_nj q_n    da_j = sum_n dg_nj
 
-    The softmax is computed again: out, top and total are not read. dout_n . out_n is sum_j P_nj dout_n . values_j, because
+    The softmax is computed again: out and statistics are not read. dout_n . out_n is sum_j P_nj dout_n . values_j, because
     `out` may have been rounded to a narrow dtype: dg_n sums to 0, and slots with a common mean keep dq exact.
     """
+    need_slots, need_values = needs
     points = points_of(slots, q)
     scaled = points * scale
     values, biases = wide(values), _slot_bias(slot_bias, slots, q)

@@ -10,12 +10,10 @@ Shapes: q (B, H, Nq, D); k (B, H, Nk, D); marks (B, H, L, D); masks bool (B, N);
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from ..layout import Rotary, accumulator, empty_like_tokens
+from ..layout import LandmarkGradients, Needs, Pool, Rotary, accumulator, empty_like_tokens
 from .tiles import Rotation, Scratch, groups, read, taken
 
 
@@ -25,81 +23,61 @@ def landmarks_forward(
     q_mask: Tensor | None,
     k_mask: Tensor | None,
     rotary: Rotary | None,
-    prefix: int,
-    rows: int,
-    mark_rows: int,
-    mark_columns: int,
-    adaptive: bool,
+    pool: Pool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Marks of q and k in their dtype, and how many tokens each averages; those of k are empty without k."""
-    grid = Grid(prefix, rows, mark_rows, mark_columns, adaptive)
     rope = Rotation(rotary, accumulator(q.dtype))
-    q_marks, q_counts = _means(q, q_mask, rope, grid)
+    q_marks, q_counts = _means(q, q_mask, rope, pool)
     if k is None:
         return q_marks, q_marks.new_empty(0), q_counts, q_counts.new_empty(0)
-    k_marks, k_counts = _means(k, k_mask, rope, grid)
+    k_marks, k_counts = _means(k, k_mask, rope, pool)
     return q_marks, k_marks, q_counts, k_counts
 
 
 def landmarks_backward(
-    dq_other: Tensor | None,
-    dk_other: Tensor | None,
-    dq_marks: Tensor | None,
-    dq_marks_2: Tensor | None,
-    dk_marks: Tensor | None,
-    dk_marks_2: Tensor | None,
+    gradients: LandmarkGradients,
     q: Tensor,
     k: Tensor | None,
     q_mask: Tensor | None,
     k_mask: Tensor | None,
     rotary: Rotary | None,
-    prefix: int,
-    rows: int,
-    mark_rows: int,
-    mark_columns: int,
-    adaptive: bool,
+    pool: Pool,
     q_counts: Tensor,
     k_counts: Tensor | None,
-    need_q: bool,
-    need_k: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor]:
-    """dq and dk, each empty unless needed: dx_n = dx_other_n + sum over its windows of (dmarks + dmarks_2)_j / counts_j."""
-    grid = Grid(prefix, rows, mark_rows, mark_columns, adaptive)
-    rope = Rotation(rotary, accumulator(q.dtype))
-    dq = _token_gradient(dq_other, dq_marks, dq_marks_2, q, q_mask, q_counts, rope, grid) if need_q else q.new_empty(0)
-    dk = _token_gradient(dk_other, dk_marks, dk_marks_2, k, k_mask, k_counts, rope, grid) if need_k else q.new_empty(0)
+    """dq and dk, each empty unless `needs` asks for it.
+
+    dx_n = dx_other_n + sum over its windows of (dmarks + dmarks_2)_j / counts_j
+    """
+    rope, (need_q, need_k) = Rotation(rotary, accumulator(q.dtype)), needs
+    dq_other, dk_other, *parts = gradients
+    dq = _token_gradient(dq_other, *parts[:2], q, q_mask, q_counts, rope, pool) if need_q else q.new_empty(0)
+    dk = _token_gradient(dk_other, *parts[2:], k, k_mask, k_counts, rope, pool) if need_k else q.new_empty(0)
     return dq, dk
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Which tokens each landmark averages."""
+def _sums(x: Tensor, pool: Pool) -> Tensor:
+    """Tokens (..., N, D) to sums over windows (..., L, D)."""
+    grid = _window_sums(_window_sums(_lines(x, pool), -2, pool.mark_columns, pool.adaptive), -3, pool.mark_rows, pool.adaptive)
+    return torch.cat([x[..., : pool.prefix, :], grid.flatten(-3, -2)], -2)
 
-    prefix: int
-    rows: int
-    mark_rows: int
-    mark_columns: int
-    adaptive: bool
 
-    def sums(self, x: Tensor) -> Tensor:
-        """Tokens (..., N, D) to sums over windows (..., L, D)."""
-        grid = x[..., self.prefix :, :].unflatten(-2, (self.rows, -1))
-        grid = _window_sums(_window_sums(grid, -2, self.mark_columns, self.adaptive), -3, self.mark_rows, self.adaptive)
-        return torch.cat([x[..., : self.prefix, :], grid.flatten(-3, -2)], -2)
+def _spread_marks(marks: Tensor, other: Tensor | None, x: Tensor, pool: Pool) -> None:
+    """The transpose: (..., L, D) to what each token receives of its windows, and `other`, to x (..., N, D)."""
+    prefix, rest = (None, None) if other is None else (other[..., : pool.prefix, :], _lines(other, pool))
+    _plus(marks[..., : pool.prefix, :], prefix, x[..., : pool.prefix, :])
+    coarse = marks[..., pool.prefix :, :].unflatten(-2, (pool.mark_rows, -1))
+    lines = coarse
+    if pool.rows != pool.mark_rows:
+        lines = coarse.new_empty(*coarse.shape[:-3], pool.rows, *coarse.shape[-2:])
+        _spread(coarse, -3, pool.adaptive, None, lines)
+    _spread(lines, -2, pool.adaptive, rest, _lines(x, pool))
 
-    def spread(self, marks: Tensor, other: Tensor | None, x: Tensor) -> None:
-        """The transpose: (..., L, D) to what each token receives of its windows, and `other`, to x (..., N, D)."""
-        prefix, rest = (None, None) if other is None else (other[..., : self.prefix, :], self._lines(other))
-        _plus(marks[..., : self.prefix, :], prefix, x[..., : self.prefix, :])
-        coarse = marks[..., self.prefix :, :].unflatten(-2, (self.mark_rows, -1))
-        lines = coarse
-        if self.rows != self.mark_rows:
-            lines = coarse.new_empty(*coarse.shape[:-3], self.rows, *coarse.shape[-2:])
-            _spread(coarse, -3, self.adaptive, None, lines)
-        _spread(lines, -2, self.adaptive, rest, self._lines(x))
 
-    def _lines(self, x: Tensor) -> Tensor:
-        return x[..., self.prefix :, :].unflatten(-2, (self.rows, -1))
+def _lines(x: Tensor, pool: Pool) -> Tensor:
+    """The grid (..., rows, columns, D) of tokens (..., N, D)."""
+    return x[..., pool.prefix :, :].unflatten(-2, (pool.rows, -1))
 
 
 def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
@@ -152,21 +130,21 @@ def _plus(x: Tensor, other: Tensor | None, out: Tensor) -> None:
     out.copy_(x) if other is None else torch.add(x, other, out=out)
 
 
-def _means(x: Tensor, mask: Tensor | None, rope: Rotation, grid: Grid) -> tuple[Tensor, Tensor]:
+def _means(x: Tensor, mask: Tensor | None, rope: Rotation, pool: Pool) -> tuple[Tensor, Tensor]:
     """marks and counts of x."""
     valid = torch.ones(1, x.shape[2], device=x.device) if mask is None else mask.float()
-    counts = grid.sums(valid[..., None]).squeeze(-1).expand(len(x), -1).contiguous()
+    counts = _sums(valid[..., None], pool).squeeze(-1).expand(len(x), -1).contiguous()
     divisor = counts.clamp(min=1)[:, None, :, None]
     marks = x.new_empty(*x.shape[:2], counts.shape[1], x.shape[3])
     for group, _ in groups(x, x.shape[3]):
         part = marks[group]
-        part.copy_(grid.sums(read(x, group, mask, rope)).view(part.shape).div_(divisor[group[0]]))
+        part.copy_(_sums(read(x, group, mask, rope), pool).view(part.shape).div_(divisor[group[0]]))
     return marks, counts
 
 
 def _token_gradient(
     other: Tensor | None, dmarks: Tensor, dmarks_2: Tensor | None, x: Tensor, mask: Tensor | None, counts: Tensor,
-    rope: Rotation, grid: Grid,
+    rope: Rotation, pool: Pool,
 ) -> Tensor:  # fmt: skip
     """The gradient of tokens x from the parts of that of their landmarks."""
     share = dmarks.to(accumulator(x.dtype))
@@ -178,7 +156,7 @@ def _token_gradient(
         part, marks = dx[group], share[group]
         wide = dx.dtype == share.dtype  # dx itself has room for sums
         rows = part if wide and not turned else buffer(*part.shape)
-        grid.spread(marks, other[group] if direct else None, rows)
+        _spread_marks(marks, other[group] if direct else None, rows, pool)
         if turned:
             rows = rope(rows, group, inverse=True, out=part if wide else None)
         if mask is not None:

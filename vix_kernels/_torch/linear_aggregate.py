@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Rotary, empty_like_tokens
+from ..layout import Needs, Rotary, empty_like_tokens
 from .features import Features
 from .tiles import Tile, flat, groups, read, slots_grad, taken, window, write
 
@@ -42,14 +42,13 @@ def linear_aggregate_backward(
     mask: Tensor | None,
     rotary: Rotary | None,
     feature_map: str,
-    need_slots: bool,
-    need_k: bool,
-    need_v: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dslots, dk and dv, each empty unless needed.
+    """dslots, dk and dv, each empty unless `needs` asks for it.
 
     dl_jn = phi'(l_jn) (dS_j . v_n + dz_j)      dv_n = sum_j f_jn dS_j      dk_n = sum_j dl_jn p_j      dp_j = sum_n dl_jn k_n
     """
+    need_slots, need_k, need_v = needs
     features_of = Features(slots, k, rotary, feature_map)
     dk, dv = (empty_like_tokens(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((k, need_k), (v, need_v)))
     dslots = features_of.slot_sums(k) if need_slots and slots is not None else None

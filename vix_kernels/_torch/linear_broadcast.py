@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Rotary, empty_like_tokens
+from ..layout import Needs, Rotary, empty_like_tokens
 from .features import Features
 from .tiles import flat, groups, read, slots_grad, unused_rows, wide, window, write
 
@@ -42,10 +42,9 @@ def linear_broadcast_backward(
     rotary: Rotary | None,
     feature_map: str,
     total: Tensor,
-    need_slots: bool,
-    need_sums: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dslots (empty unless needed), dsums and dnorms (both empty unless need_sums).
+    """dq, dslots, dsums and dnorms; `needs` says whether of the slots, and of sums and norms, or they are empty.
 
     With t_n the denominator and d_n = dout_n / t_n:
     dl_nj = phi'(l_nj) (d_n . S_j - z_j d_n . out_n)      dq_n = sum_j dl_nj p_j      dp_j = sum_n dl_nj q_n
@@ -54,6 +53,7 @@ def linear_broadcast_backward(
     d_n . out_n is sum_j f_nj d_n . S_j / t_n, because `out` may have been rounded to a narrow dtype. S, z and t are scaled to a
     largest t of about 1 in each head, so that d_n stays finite where all features are small.
     """
+    need_slots, need_sums = needs
     features_of = Features(slots, q, rotary, feature_map)
     size = torch.where(total.isfinite(), total, 0).amax(-1, keepdim=True)  # (B, H, 1)
     size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)  # a power of two changes no other bits; 1 for 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import accumulator
+from ..layout import Needs, accumulator
 
 
 def pinv_forward(
@@ -38,17 +38,16 @@ def pinv_backward(
     scale: float,
     iterations: int,
     init: str,
-    need_q: bool,
-    need_k: bool,
-    need_values: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq_marks, dk_marks and dvalues, each empty unless needed.
+    """dq_marks, dk_marks and dvalues, each empty unless `needs` asks for it.
 
         G = dZ'    dY = -1/4 Z^T G    dW = X^T dY    dX = 15 dY - 7 dW + dY W^T + dW X^T + X^T dW
         dA += dX Z^T    dZ = 1/4 (13 G - G Y^T) + A^T dX
 
     X, W and Y are symmetric but for their rounding, which is why they are transposed all the same.
     """
+    need_q, need_k, need_values = needs
     q, k, contents = read(q_marks, q_counts), read(k_marks, k_counts), read(values, q_counts)
     a = _attention(q, k, q_counts, k_counts, scale)
     z, s, sums = _start(a, init)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Rotary, accumulator, empty_like_tokens
+from ..layout import Needs, Rotary, accumulator, empty_like_tokens
 from .tiles import Rotation, Scratch, Tile, flat, groups, read, window, write
 
 
@@ -37,15 +37,13 @@ def project_backward(
     v: Tensor,
     mask: Tensor | None,
     rotary: Rotary | None,
-    need_key_projection: bool,
-    need_value_projection: bool,
-    need_k: bool,
-    need_v: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dE, dF, dk and dv, each empty unless needed.
+    """dE, dF, dk and dv, each empty unless `needs` asks for it.
 
     dk_n = sum_j E_nj dkeys_j    dE_nj = sum over samples (and heads that share E) of k_n . dkeys_j    dv, dF likewise
     """
+    need_key_projection, need_value_projection, need_k, need_v = needs
     rope = Rotation(rotary, accumulator(k.dtype))
     e, f = _weights(key_projection, value_projection, k)
     dk, dv = (empty_like_tokens(x, x.shape[3]) if need else x.new_empty(0) for x, need in ((k, need_k), (v, need_v)))

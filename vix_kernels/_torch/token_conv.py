@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..layout import accumulator, empty_like_tokens
+from ..layout import Needs, accumulator, empty_like_tokens
 
 BLOCK = 32  # wider blocks multiply more zeros of the band, narrower ones share less of their windows
 ROOM = 2**18  # numbers in the rows that are worked on together
@@ -42,13 +42,13 @@ def token_conv_backward(
     weight: Tensor,
     mask: Tensor | None,
     dv_other: Tensor | None,
-    need_v: bool,
-    need_weight: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor]:
-    """dv + dv_other, 0 under the mask, and dweight; empty unless needed.
+    """dv + dv_other, 0 under the mask, and dweight, each empty unless `needs` asks for it.
 
     dv_s = sum_u w_{taps - 1 - u} dout_{s + u - taps // 2}    dw_{taps - 1 - u} = sum_s v_s . dout_{s + u - taps // 2}
     """
+    need_v, need_weight = needs
     dv = empty_like_tokens(v, v.shape[3]) if need_v else v.new_empty(0)
     if need_v:
         for group, rows in _convolved(dout, weight.flip(2), None):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import Rotary, empty_like_tokens, unit_last_stride
+from ..layout import Needs, Rotary, Statistics, empty_like_tokens, unit_last_stride
 from .launch import (
     launch,
     launch_config,
@@ -342,8 +342,9 @@ def prepare(
 
 def aggregate_backward(
     dvalues: Tensor, dlse: Tensor | None, slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rotary: Rotary | None,
-    scale: float, gaussian: bool, values: Tensor, top: Tensor, total: Tensor, need_slots: bool, need_k: bool, need_v: bool,
+    scale: float, gaussian: bool, values: Tensor, statistics: Statistics, needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (need_slots, need_k, need_v), (top, total) = needs, statistics
     batch, num_heads, tokens, width = k.shape
     num_slots, value_width = slots.shape[2], v.shape[3]
     config = launch_config("aggregate_tokens", k, max(width, value_width), slots)

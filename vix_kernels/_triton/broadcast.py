@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import Rotary, empty_like_tokens, unit_last_stride
+from ..layout import Needs, Rotary, Statistics, empty_like_tokens, unit_last_stride
 from .launch import launch, launch_config, mask_strides, rotary_arguments, slot_strides, token_strides
 from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
@@ -257,8 +257,9 @@ def broadcast_forward(
 
 def broadcast_backward(
     dout: Tensor, q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, rotary: Rotary | None, scale: float,
-    out: Tensor | None, top: Tensor, total: Tensor, need_slots: bool, need_values: bool,
+    out: Tensor | None, statistics: Statistics, needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (need_slots, need_values), (top, total) = needs, statistics
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = values.shape[2:]
     dout = unit_last_stride(dout)

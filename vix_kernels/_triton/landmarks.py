@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import Rotary, empty_like_tokens
+from ..layout import LandmarkGradients, Needs, Pool, Rotary, empty_like_tokens
 from .launch import launch, launch_config, mask_strides, output_strides, padded, rotary_arguments, token_strides
 from .tiles import load_rotated, load_tile, rotate_pairs, store_tile
 
@@ -207,10 +207,10 @@ def longest_window(size: int, count: int, adaptive: bool) -> int:
 
 
 def landmarks_forward(
-    q: Tensor, k: Tensor | None, q_mask: Tensor | None, k_mask: Tensor | None, rotary: Rotary | None, prefix: int, rows:
-    int, mark_rows: int, mark_columns: int, adaptive: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor | None, q_mask: Tensor | None, k_mask: Tensor | None, rotary: Rotary | None, pool: Pool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, num_heads, _, width = q.shape
+    prefix, rows, mark_rows, mark_columns, adaptive = pool
     num_marks = prefix + mark_rows * mark_columns
     config = launch_config("landmarks", q, width, q)
     cos, sin, angle_h, turn = rotary_arguments(rotary, q)
@@ -239,12 +239,12 @@ def landmarks_forward(
 
 
 def landmarks_backward(
-    dq_other: Tensor | None, dk_other: Tensor | None, dq_marks: Tensor | None, dq_marks_2: Tensor | None, dk_marks: Tensor |
-    None, dk_marks_2: Tensor | None, q: Tensor, k: Tensor | None, q_mask: Tensor | None, k_mask: Tensor | None, rotary:
-    Rotary | None, prefix: int, rows: int, mark_rows: int, mark_columns: int, adaptive: bool, q_counts: Tensor, k_counts:
-    Tensor | None, need_q: bool, need_k: bool,
+    gradients: LandmarkGradients, q: Tensor, k: Tensor | None, q_mask: Tensor | None, k_mask: Tensor | None,
+    rotary: Rotary | None, pool: Pool, q_counts: Tensor, k_counts: Tensor | None, needs: Needs,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, num_heads, _, width = q.shape
+    dq_other, dk_other, dq_marks, dq_marks_2, dk_marks, dk_marks_2 = gradients
+    (need_q, need_k), (prefix, rows, mark_rows, mark_columns, adaptive) = needs, pool
     dq = empty_like_tokens(q, width) if need_q else q.new_empty(0)
     dk = empty_like_tokens(k, width) if need_k else q.new_empty(0)
     config = launch_config("landmarks_backward", q, width, q)

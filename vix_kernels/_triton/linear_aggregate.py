@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import Rotary, empty_like_tokens
+from ..layout import Needs, Rotary, empty_like_tokens
 from .aggregate import prepare
 from .features import apply_map, feature_config, feature_strides, load_logits, slope, slot_rows
 from .launch import launch, mask_strides, merge_arguments, output_strides, rotary_arguments, token_strides
@@ -192,8 +192,9 @@ def linear_aggregate_forward(
 
 def linear_aggregate_backward(
     dsums: Tensor, dnorms: Tensor, slots: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None, rotary: Rotary | None,
-    feature_map: str, need_slots: bool, need_k: bool, need_v: bool,
+    feature_map: str, needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    need_slots, need_k, need_v = needs
     batch, num_heads, tokens, width = k.shape
     value_width = v.shape[3]
     num_slots = width if slots is None else slots.shape[2]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import Rotary, empty_like_tokens, unit_last_stride
+from ..layout import Needs, Rotary, empty_like_tokens, unit_last_stride
 from .features import apply_map, feature_config, feature_strides, load_logits, load_state, slope, slot_rows
 from .launch import launch, rotary_arguments, slot_strides, token_strides
 from .merge import empty_slots, merge_sums, sum_slots
@@ -251,8 +251,9 @@ def linear_broadcast_forward(
 
 def linear_broadcast_backward(
     dout: Tensor, q: Tensor, slots: Tensor | None, sums: Tensor, norms: Tensor, rotary: Rotary | None, feature_map: str,
-    total: Tensor, need_slots: bool, need_sums: bool,
+    total: Tensor, needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    need_slots, need_sums = needs
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = sums.shape[2:]
     dout = unit_last_stride(dout)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import Needs
 from .launch import LaunchConfig, architecture, launch, launch_config, mask_strides, output_strides, padded, token_strides
 from .pinv_steps import BACKWARD, DA, DY, DZ, FORWARD, A, Z, advance, differentiate, keep_middle, part, restart
 from .tiles import LOG2E, dot, load_tile, row_products, store_tile
@@ -275,10 +276,11 @@ def pinv_forward(
 
 def pinv_backward(
     dout: Tensor, q_marks: Tensor, k_marks: Tensor, values: Tensor, q_counts: Tensor | None, k_counts: Tensor | None,
-    scale: float, iterations: int, init: str, need_q: bool, need_k: bool, need_values: bool,
+    scale: float, iterations: int, init: str, needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    needs = (q_marks, need_q), (k_marks, need_k), (values, need_values)
-    dq, dk, dvalues = (x.new_empty(x.shape if need else (0,)) for x, need in needs)
+    need_q, need_k, need_values = needs
+    inputs = (q_marks, k_marks, values)
+    dq, dk, dvalues = (x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True))
     config = launch_config("pinv_backward", q_marks, q_marks.shape[2], values)
     programs, memory = _memory(config, BACKWARD.value, q_marks, values)
     launch(

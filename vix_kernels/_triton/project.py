@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import Rotary, empty_like_tokens
+from ..layout import Needs, Rotary, empty_like_tokens
 from .launch import (
     PROGRAMS_A_MULTIPROCESSOR,
     LaunchConfig,
@@ -266,9 +266,9 @@ def project_forward(
 
 def project_backward(
     dkeys: Tensor, dvalues: Tensor, key_projection: Tensor, value_projection: Tensor | None, k: Tensor, v: Tensor,
-    mask: Tensor | None, rotary: Rotary | None,
-    need_key_projection: bool, need_value_projection: bool, need_k: bool, need_v: bool,
+    mask: Tensor | None, rotary: Rotary | None, needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    need_key_projection, need_value_projection, need_k, need_v = needs
     batch, num_heads, tokens, width = k.shape
     rows, _, num_slots = key_projection.shape
     value_width = v.shape[3]

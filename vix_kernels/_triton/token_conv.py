@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import empty_like_tokens, unit_last_stride
+from ..layout import Needs, empty_like_tokens, unit_last_stride
 from .launch import LaunchConfig, launch, launch_config, mask_strides, output_strides, padded, token_strides
 from .tiles import cast, dot, load_tile, store_tile
 
@@ -145,8 +145,9 @@ def token_conv_forward(v: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor
 
 
 def token_conv_backward(
-    dout: Tensor, v: Tensor, weight: Tensor, mask: Tensor | None, dv_other: Tensor | None, need_v: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dout: Tensor, v: Tensor, weight: Tensor, mask: Tensor | None, dv_other: Tensor | None, needs: Needs
+) -> tuple[Tensor, Tensor]:
+    need_v, need_weight = needs
     batch, num_heads, tokens, width = v.shape
     taps = weight.shape[2]
     dout = unit_last_stride(dout)

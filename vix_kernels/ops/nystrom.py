@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import backends
+from ..layout import Pool
 from ..primitives.aggregate import aggregate_reference
 from ..primitives.broadcast import bias_of_taking_part, broadcast_reference
 from ..primitives.landmarks import landmarks_reference
@@ -106,8 +107,8 @@ def nystrom_attention(
         )  # fmt: skip
     else:
         out = nystrom(
-            q, k, v, conv_weight, mask, scale=scale, iterations=pinv_iterations, init=pinv_init, backend=backend, **pool,
-            rotary=None if rope is None else rope.rotary,
+            q, k, v, conv_weight, mask, scale=scale, iterations=pinv_iterations, init=pinv_init, pool=Pool(**pool),
+            rotary=None if rope is None else rope.rotary, backend=backend,
         )  # fmt: skip
     return out[:, :, -queries:] if landmarks == "pad_front" else out
 

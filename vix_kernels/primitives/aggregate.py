@@ -18,14 +18,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..layout import Rotary, accumulator, empty_like_tokens, flattened, joined, unit_last_stride
+from ..layout import Rotary, Statistics, accumulator, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
 from .registry import needs_autograd, register
 from .rotate import angle_gradient, rotate_reference
 
-_PROBLEM = (
-    "Tensor slots, Tensor k, Tensor v, Tensor? mask, Tensor? cos, Tensor? sin, bool interleaved, float scale, bool gaussian"
-)
+_PROBLEM = "Tensor slots, Tensor k, Tensor v, Tensor? mask, Rotary? rotary, float scale, bool gaussian"
 
 
 def aggregate(
@@ -112,25 +110,23 @@ class _Aggregate(torch.autograd.Function):
         need_slots, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
         needs = need_slots, need_k or need_angles, need_v
         grads = aggregate_backward(
-            dvalues, dlse, slots, k, v, mask, joined(cos, sin, ctx.interleaved), *ctx.options, values, top, total,
-            *needs, ctx.backend,
+            dvalues, dlse, slots, k, v, mask, joined(cos, sin, ctx.interleaved), *ctx.options, values,
+            Statistics(top, total), needs, ctx.backend,
         )  # fmt: skip
         dangles = angle_gradient(k, grads[1], cos, ctx.interleaved, ctx.backend) if need_angles else None
         dslots, dk, dv = (x if need else None for x, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
         return dslots, dk, dv, None, None, None, dangles, None, None, None, None
 
 
-def _fake_forward(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend):
+def _fake_forward(slots, k, v, mask, rotary, scale, gaussian, backend):
     batch, heads, _, _ = k.shape
     dtype, num_slots = accumulator(k.dtype), slots.shape[2]
     values = k.new_empty(batch, heads, num_slots, v.shape[3], dtype=dtype)
     return values, *(k.new_empty(batch, heads, num_slots, dtype=dtype) for _ in range(3))
 
 
-def _fake_backward(
-    dvalues, dlse, slots, k, v, mask, cos, sin, interleaved, scale, gaussian, values, top, total,
-    need_slots, need_k, need_v, backend,
-):  # fmt: skip
+def _fake_backward(dvalues, dlse, slots, k, v, mask, rotary, scale, gaussian, values, statistics, needs, backend):
+    need_slots, need_k, need_v = needs
     dslots = slots.new_empty(slots.shape if need_slots else (0,))
     dk = empty_like_tokens(k, k.shape[3]) if need_k else k.new_empty(0)
     return dslots, dk, empty_like_tokens(v, v.shape[3]) if need_v else v.new_empty(0)
@@ -142,9 +138,8 @@ aggregate_forward = register(
     fake=_fake_forward,
 )
 aggregate_backward = register(
-    f"aggregate_backward(Tensor dvalues, Tensor? dlse, {_PROBLEM}, Tensor values, Tensor top, Tensor total, "
-    "bool need_slots, bool need_k, bool need_v, str backend)"
-    " -> (Tensor dslots, Tensor dk, Tensor dv)",
+    f"aggregate_backward(Tensor dvalues, Tensor? dlse, {_PROBLEM}, Tensor values, Statistics statistics, bool[] needs, "
+    "str backend) -> (Tensor dslots, Tensor dk, Tensor dv)",
     module="aggregate",
     fake=_fake_backward,
 )

@@ -13,12 +13,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..layout import Rotary, accumulator, empty_like_tokens, flattened, joined, unit_last_stride
+from ..layout import Rotary, Statistics, accumulator, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
 from .registry import needs_autograd, register
 from .rotate import angle_gradient, rotate_reference
 
-_PROBLEM = "Tensor q, Tensor slots, Tensor values, Tensor? slot_bias, Tensor? cos, Tensor? sin, bool interleaved, float scale"
+_PROBLEM = "Tensor q, Tensor slots, Tensor values, Tensor? slot_bias, Rotary? rotary, float scale"
 
 
 def broadcast(
@@ -102,24 +102,22 @@ class _Broadcast(torch.autograd.Function):
     def backward(ctx, saved, dout):
         q, slots, values, slot_bias, cos, sin, _, out, top, total = saved
         needs = ctx.needs_input_grad[:4]
-        need_values = needs[2] or needs[3]
         grads = broadcast_backward(
-            dout, q, slots, values, slot_bias, joined(cos, sin, ctx.interleaved), ctx.scale, out, top, total, needs[1],
-            need_values, ctx.backend,
+            dout, q, slots, values, slot_bias, joined(cos, sin, ctx.interleaved), ctx.scale, out, Statistics(top, total),
+            (needs[1], needs[2] or needs[3]), ctx.backend,
         )  # fmt: skip
         dangles = angle_gradient(q, grads[0], cos, ctx.interleaved, ctx.backend) if ctx.needs_input_grad[6] else None
         grads = (x if need else None for x, need in zip(grads, needs, strict=True))
         return *grads, None, None, dangles, None, None, None
 
 
-def _fake_forward(q, slots, values, slot_bias, cos, sin, interleaved, scale, v, conv_weight, mask, backend):
+def _fake_forward(q, slots, values, slot_bias, rotary, scale, v, conv_weight, mask, backend):
     sizes = q.shape[:3] if backend == "triton" else (0,)
     return empty_like_tokens(q, values.shape[3]), *(q.new_empty(sizes, dtype=accumulator(q.dtype)) for _ in range(2))
 
 
-def _fake_backward(
-    dout, q, slots, values, slot_bias, cos, sin, interleaved, scale, out, top, total, need_slots, need_values, backend
-):  # fmt: skip
+def _fake_backward(dout, q, slots, values, slot_bias, rotary, scale, out, statistics, needs, backend):
+    need_slots, need_values = needs
     dslots = slots.new_empty(slots.shape if need_slots else (0,))
     dvalues, dbias = (values.new_empty(shape if need_values else (0,)) for shape in (values.shape, values.shape[:3]))
     return empty_like_tokens(q, q.shape[3]), dslots, dvalues, dbias
@@ -136,8 +134,7 @@ broadcast_forward = register(
     fake=_fake_forward,
 )
 broadcast_backward = register(
-    f"broadcast_backward(Tensor dout, {_PROBLEM}, Tensor? out, Tensor? top, Tensor? total, bool need_slots, "
-    "bool need_values, str backend)"
+    f"broadcast_backward(Tensor dout, {_PROBLEM}, Tensor? out, Statistics statistics, bool[] needs, str backend)"
     " -> (Tensor dq, Tensor dslots, Tensor dvalues, Tensor dbias)",
     module="broadcast",
     fake=_fake_backward,

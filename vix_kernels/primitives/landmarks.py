@@ -18,15 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Rotary, empty_like_tokens, flattened, joined, unit_last_stride
+from ..layout import LandmarkGradients, Pool, Rotary, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
 from .registry import needs_autograd, register
 from .rotate import angle_gradient, rotate_reference
 
-_PROBLEM = (
-    "Tensor q, Tensor? k, Tensor? q_mask, Tensor? k_mask, Tensor? cos, Tensor? sin, bool interleaved, "
-    "SymInt prefix, SymInt rows, SymInt mark_rows, SymInt mark_columns, bool adaptive"
-)
+_PROBLEM = "Tensor q, Tensor? k, Tensor? q_mask, Tensor? k_mask, Rotary? rotary, Pool pool"
 
 
 def landmarks(
@@ -61,10 +58,10 @@ def landmarks(
         L = prefix + mark_rows * mark_columns, counts float32 (batch, L). Marks are differentiable in q, k and rotary.angles.
     """
     q, k = unit_last_stride(q), None if k is None else unit_last_stride(k)
-    inputs, pool = (q, k, q_mask, k_mask, *flattened(rotary)), (prefix, rows, mark_rows, mark_columns, adaptive)
+    inputs, pool = (q, k, q_mask, k_mask, *flattened(rotary)), Pool(prefix, rows, mark_rows, mark_columns, adaptive)
     if needs_autograd(inputs):
-        return _Landmarks.apply(*inputs, *pool, backend)
-    q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, k_mask, rotary, *pool, backend)
+        return _Landmarks.apply(*inputs, pool, backend)
+    q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, k_mask, rotary, pool, backend)
     return (q_marks, q_counts) if k is None else (q_marks, k_marks, q_counts, k_counts)
 
 
@@ -110,13 +107,10 @@ def landmarks_reference(
 
 class _Landmarks(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, q, k, q_mask, k_mask, cos, sin, angles, interleaved, prefix, rows, mark_rows, mark_columns, adaptive, backend
-    ):
-        ctx.interleaved, ctx.options = interleaved, (prefix, rows, mark_rows, mark_columns, adaptive)
+    def forward(ctx, q, k, q_mask, k_mask, cos, sin, angles, interleaved, pool, backend):
+        ctx.interleaved, ctx.pool, ctx.backend = interleaved, pool, backend
         rotary = joined(cos, sin, interleaved)
-        ctx.backend = backend
-        q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, k_mask, rotary, *ctx.options, backend)
+        q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, k_mask, rotary, pool, backend)
         ctx.save_for_backward(q, k, q_mask, k_mask, cos, sin, angles, q_counts, k_counts)
         ctx.mark_non_differentiable(q_counts, k_counts)
         ctx.set_materialize_grads(False)
@@ -130,32 +124,26 @@ class _Landmarks(torch.autograd.Function):
         need_q = dq_marks is not None and (need_q or need_angles)  # None: nothing depends on these landmarks
         need_k = k is not None and dk_marks is not None and (need_k or need_angles)
         dq, dk = landmarks_backward(
-            None, None, dq_marks, None, dk_marks, None, q, k, q_mask, k_mask,
-            joined(cos, sin, ctx.interleaved), *ctx.options, q_counts, k_counts,
-            need_q, need_k, ctx.backend,
+            LandmarkGradients(dq_marks=dq_marks, dk_marks=dk_marks), q, k, q_mask, k_mask,
+            joined(cos, sin, ctx.interleaved), ctx.pool, q_counts, k_counts, (need_q, need_k), ctx.backend,
         )  # fmt: skip
         dangles = None
         if need_angles:
             turned = [(q, dq)] * need_q + [(k, dk)] * need_k
             dangles = sum(angle_gradient(*each, cos, ctx.interleaved, ctx.backend) for each in turned)
-        return dq if need_q else None, dk if need_k else None, None, None, None, None, dangles, *[None] * 7
+        return dq if need_q else None, dk if need_k else None, None, None, None, None, dangles, None, None, None
 
 
-def _fake_forward(
-    q, k, q_mask, k_mask, cos, sin, interleaved, prefix, rows, mark_rows, mark_columns, adaptive, backend
-):  # fmt: skip
+def _fake_forward(q, k, q_mask, k_mask, rotary, pool, backend):
     batch, heads, _, width = q.shape
-    num_marks = prefix + mark_rows * mark_columns
+    num_marks = pool.prefix + pool.mark_rows * pool.mark_columns
     marks = [q.new_empty(batch, heads, num_marks, width) if x is not None else q.new_empty(0) for x in (q, k)]
     counts = [q.new_empty((batch, num_marks) if x is not None else (0,), dtype=torch.float32) for x in (q, k)]
     return *marks, *counts
 
 
-def _fake_backward(
-    dq_other, dk_other, dq_marks, dq_marks_2, dk_marks, dk_marks_2, q, k, q_mask, k_mask, cos, sin, interleaved,
-    prefix, rows, mark_rows, mark_columns, adaptive, q_counts, k_counts, need_q, need_k, backend,
-):  # fmt: skip
-    return tuple(empty_like_tokens(x, x.shape[3]) if need else q.new_empty(0) for x, need in ((q, need_q), (k, need_k)))
+def _fake_backward(gradients, q, k, q_mask, k_mask, rotary, pool, q_counts, k_counts, needs, backend):
+    return tuple(empty_like_tokens(x, x.shape[3]) if need else q.new_empty(0) for x, need in zip((q, k), needs, strict=True))
 
 
 landmarks_forward = register(
@@ -163,12 +151,9 @@ landmarks_forward = register(
     module="landmarks",
     fake=_fake_forward,
 )
-# What an attention adds up anyway is added here, on the way: the gradients of landmarks may come in two parts, and those that
-# tokens have from elsewhere are dq_other and dk_other.
 landmarks_backward = register(
-    "landmarks_backward(Tensor? dq_other, Tensor? dk_other, Tensor? dq_marks, Tensor? dq_marks_2, Tensor? dk_marks, "
-    f"Tensor? dk_marks_2, {_PROBLEM}, Tensor q_counts, Tensor? k_counts, bool need_q, bool need_k, str backend)"
-    " -> (Tensor dq, Tensor dk)",
+    f"landmarks_backward(LandmarkGradients gradients, {_PROBLEM}, Tensor q_counts, Tensor? k_counts, bool[] needs, "
+    "str backend) -> (Tensor dq, Tensor dk)",
     module="landmarks",
     fake=_fake_backward,
 )

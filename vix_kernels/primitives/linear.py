@@ -20,8 +20,8 @@ from .rotate import angle_gradient, rotate_reference
 
 FEATURE_MAPS = ("relu", "elu")
 
-_KEYS = "Tensor? slots, Tensor k, Tensor v, Tensor? mask, Tensor? cos, Tensor? sin, bool interleaved, str feature_map"
-_QUERIES = "Tensor q, Tensor? slots, Tensor sums, Tensor norms, Tensor? cos, Tensor? sin, bool interleaved, str feature_map"
+_KEYS = "Tensor? slots, Tensor k, Tensor v, Tensor? mask, Rotary? rotary, str feature_map"
+_QUERIES = "Tensor q, Tensor? slots, Tensor sums, Tensor norms, Rotary? rotary, str feature_map"
 
 
 def linear_aggregate(
@@ -144,7 +144,7 @@ class _LinearAggregate(torch.autograd.Function):
         need_slots, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
         needs = need_slots, need_k or need_angles, need_v
         rotary = joined(cos, sin, ctx.interleaved)
-        grads = linear_aggregate_backward(dsums, dnorms, slots, k, v, mask, rotary, ctx.feature_map, *needs, ctx.backend)
+        grads = linear_aggregate_backward(dsums, dnorms, slots, k, v, mask, rotary, ctx.feature_map, needs, ctx.backend)
         dangles = angle_gradient(k, grads[1], cos, ctx.interleaved, ctx.backend) if need_angles else None
         dslots, dk, dv = (x if need else None for x, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
         return dslots, dk, dv, None, None, None, dangles, None, None, None
@@ -165,39 +165,35 @@ class _LinearBroadcast(torch.autograd.Function):
     def backward(ctx, saved, dout):
         q, slots, sums, norms, cos, sin, _, total = saved
         needs = ctx.needs_input_grad[:4]
-        need_sums = needs[2] or needs[3]
         grads = linear_broadcast_backward(
-            dout, q, slots, sums, norms, joined(cos, sin, ctx.interleaved), ctx.feature_map, total, needs[1], need_sums,
-            ctx.backend,
+            dout, q, slots, sums, norms, joined(cos, sin, ctx.interleaved), ctx.feature_map, total,
+            (needs[1], needs[2] or needs[3]), ctx.backend,
         )  # fmt: skip
         dangles = angle_gradient(q, grads[0], cos, ctx.interleaved, ctx.backend) if ctx.needs_input_grad[6] else None
         grads = (x if need else None for x, need in zip(grads, needs, strict=True))
         return *grads, None, None, dangles, None, None, None, None
 
 
-def _fake_aggregate_forward(slots, k, v, mask, cos, sin, interleaved, feature_map, backend):
+def _fake_aggregate_forward(slots, k, v, mask, rotary, feature_map, backend):
     batch, heads, _, width = k.shape
     num_slots = width if slots is None else slots.shape[2]
     dtype = accumulator(k.dtype)
     return k.new_empty(batch, heads, num_slots, v.shape[3], dtype=dtype), k.new_empty(batch, heads, num_slots, dtype=dtype)
 
 
-def _fake_aggregate_backward(
-    dsums, dnorms, slots, k, v, mask, cos, sin, interleaved, feature_map,
-    need_slots, need_k, need_v, backend,
-):  # fmt: skip
+def _fake_aggregate_backward(dsums, dnorms, slots, k, v, mask, rotary, feature_map, needs, backend):
+    need_slots, need_k, need_v = needs
     dslots = slots.new_empty(slots.shape) if need_slots and slots is not None else k.new_empty(0)
     dk = empty_like_tokens(k, k.shape[3]) if need_k else k.new_empty(0)
     return dslots, dk, empty_like_tokens(v, v.shape[3]) if need_v else v.new_empty(0)
 
 
-def _fake_broadcast_forward(q, slots, sums, norms, cos, sin, interleaved, feature_map, eps, backend):
+def _fake_broadcast_forward(q, slots, sums, norms, rotary, feature_map, eps, backend):
     return empty_like_tokens(q, sums.shape[3]), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
 
-def _fake_broadcast_backward(
-    dout, q, slots, sums, norms, cos, sin, interleaved, feature_map, total, need_slots, need_sums, backend
-):  # fmt: skip
+def _fake_broadcast_backward(dout, q, slots, sums, norms, rotary, feature_map, total, needs, backend):
+    need_slots, need_sums = needs
     dslots = slots.new_empty(slots.shape) if need_slots and slots is not None else q.new_empty(0)
     dsums, dnorms = (sums.new_empty(shape if need_sums else (0,)) for shape in (sums.shape, sums.shape[:3]))
     return empty_like_tokens(q, q.shape[3]), dslots, dsums, dnorms
@@ -209,7 +205,7 @@ linear_aggregate_forward = register(
     fake=_fake_aggregate_forward,
 )
 linear_aggregate_backward = register(
-    f"linear_aggregate_backward(Tensor dsums, Tensor dnorms, {_KEYS}, bool need_slots, bool need_k, bool need_v, str backend)"
+    f"linear_aggregate_backward(Tensor dsums, Tensor dnorms, {_KEYS}, bool[] needs, str backend)"
     " -> (Tensor dslots, Tensor dk, Tensor dv)",
     module="linear_aggregate",
     fake=_fake_aggregate_backward,
@@ -220,8 +216,8 @@ linear_broadcast_forward = register(
     fake=_fake_broadcast_forward,
 )
 linear_broadcast_backward = register(
-    f"linear_broadcast_backward(Tensor dout, {_QUERIES}, Tensor total, bool need_slots, bool need_sums, "
-    "str backend) -> (Tensor dq, Tensor dslots, Tensor dsums, Tensor dnorms)",
+    f"linear_broadcast_backward(Tensor dout, {_QUERIES}, Tensor total, bool[] needs, str backend)"
+    " -> (Tensor dq, Tensor dslots, Tensor dsums, Tensor dnorms)",
     module="linear_broadcast",
     fake=_fake_broadcast_backward,
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Rotary, flattened, joined, unit_last_stride
+from ..layout import LandmarkGradients, Pool, Rotary, Statistics, flattened, joined, unit_last_stride
 from .aggregate import aggregate_backward, aggregate_forward
 from .autograd import once_differentiable
 from .broadcast import bias_of_taking_part, broadcast_backward, broadcast_forward, reads_out
@@ -32,11 +32,7 @@ def nystrom(
     scale: float,
     iterations: int,
     init: str,
-    prefix: int,
-    rows: int,
-    mark_rows: int,
-    mark_columns: int,
-    adaptive: bool,
+    pool: Pool,
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
@@ -46,10 +42,7 @@ def nystrom(
     """
     refuse_transforms()
     q, k, v = (unit_last_stride(x) for x in (q, k, v))
-    pool = prefix, rows, mark_rows, mark_columns, adaptive
-    return _Nystrom.apply(
-        q, k, v, conv_weight, mask, *flattened(rotary), pool, scale, iterations, init, backend
-    )  # fmt: skip
+    return _Nystrom.apply(q, k, v, conv_weight, mask, *flattened(rotary), pool, (scale, iterations, init), backend)
 
 
 def mask_of_queries(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -59,12 +52,13 @@ def mask_of_queries(mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 class _Nystrom(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, weight, mask, cos, sin, angles, interleaved, pool, scale, iterations, init, backend):
+    def forward(ctx, q, k, v, weight, mask, cos, sin, angles, interleaved, pool, options, backend):
+        scale = options[0]
         q_mask, rotary = mask_of_queries(mask, q), joined(cos, sin, interleaved)
-        q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, mask, rotary, *pool, backend)
+        q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, mask, rotary, pool, backend)
         values, _, top, total = aggregate_forward(q_marks, k, v, mask, rotary, scale, False, backend)
         counts = (None, None) if mask is None else (q_counts, k_counts)
-        weighted = pinv_forward(q_marks, k_marks, values, *counts, scale, iterations, init, backend)
+        weighted = pinv_forward(q_marks, k_marks, values, *counts, *options, backend)
         bias = None if mask is None else bias_of_taking_part(k_counts > 0, weighted)
         residual = (None, None, None) if weight is None else (v, weight, mask)
         out, out_top, out_total = broadcast_forward(q, k_marks, weighted, bias, rotary, scale, *residual, backend)
@@ -72,7 +66,7 @@ class _Nystrom(torch.autograd.Function):
             q, k, v, weight, mask, cos, sin, angles, q_marks, k_marks, q_counts, k_counts, values, top, total, weighted,
             out if weight is None and reads_out(q, backend) else None, out_top, out_total,
         )  # fmt: skip
-        ctx.interleaved, ctx.pool, ctx.options, ctx.backend = interleaved, pool, (scale, iterations, init), backend
+        ctx.interleaved, ctx.pool, ctx.options, ctx.backend = interleaved, pool, options, backend
         return out
 
     @staticmethod
@@ -85,31 +79,32 @@ class _Nystrom(torch.autograd.Function):
         need_q, need_k, need_v, need_weight = ctx.needs_input_grad[:4]
         need_angles = ctx.needs_input_grad[7]
         need_q, need_k = need_q or need_angles, need_k or need_angles
-        (scale, *iteration), backend = ctx.options, ctx.backend
+        scale, backend = ctx.options[0], ctx.backend
         q_mask, rotary = mask_of_queries(mask, q), joined(cos, sin, ctx.interleaved)
         counts = (None, None) if mask is None else (q_counts, k_counts)
         bias = None if mask is None else bias_of_taking_part(k_counts > 0, weighted)
 
         # The tokens' own parts of dq, dk and dv, and two parts each of the gradients of the landmarks
         dq, dk_marks, dweighted, _ = broadcast_backward(
-            dout, q, k_marks, weighted, bias, rotary, scale, out, out_top, out_total, need_k, True, backend
+            dout, q, k_marks, weighted, bias, rotary, scale, out, Statistics(out_top, out_total), (need_k, True), backend
         )
         dq_marks, dk_marks_2, dvalues = pinv_backward(
-            dweighted, q_marks, k_marks, values, *counts, scale, *iteration, need_q, need_k, True, backend
+            dweighted, q_marks, k_marks, values, *counts, *ctx.options, (need_q, need_k, True), backend
         )
         dq_marks_2, dk, dv = aggregate_backward(
-            dvalues, None, q_marks, k, v, mask, rotary, scale, False, values, top, total, need_q, need_k, need_v, backend
-        )
+            dvalues, None, q_marks, k, v, mask, rotary, scale, False, values, Statistics(top, total),
+            (need_q, need_k, need_v), backend,
+        )  # fmt: skip
         dq, dk = landmarks_backward(
-            dq, dk, dq_marks, dq_marks_2, dk_marks, dk_marks_2, q, k, q_mask, mask, rotary, *ctx.pool, q_counts, k_counts,
-            need_q, need_k, backend,
+            LandmarkGradients(dq, dk, dq_marks, dq_marks_2, dk_marks, dk_marks_2), q, k, q_mask, mask, rotary, ctx.pool,
+            q_counts, k_counts, (need_q, need_k), backend,
         )  # fmt: skip
         dweight = None
         if weight is not None and (need_v or need_weight):
-            dv, dweight = token_conv_backward(dout, v, weight, mask, dv if need_v else None, need_v, need_weight, backend)
+            dv, dweight = token_conv_backward(dout, v, weight, mask, dv if need_v else None, (need_v, need_weight), backend)
         dangles = None
         if need_angles:
             dangles = angle_gradient(q, dq, cos, ctx.interleaved, backend)
             dangles = dangles + angle_gradient(k, dk, cos, ctx.interleaved, backend)
         grads = (x if need else None for x, need in zip((dq, dk, dv, dweight), ctx.needs_input_grad, strict=False))
-        return *grads, None, None, None, dangles, *(None,) * 6
+        return *grads, None, None, None, dangles, *(None,) * 4

@@ -110,7 +110,7 @@ class _Pinv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, saved, dout):
         needs = ctx.needs_input_grad[:3]
-        grads = pinv_backward(unit_last_stride(dout), *saved, *ctx.options, *needs, ctx.backend)
+        grads = pinv_backward(unit_last_stride(dout), *saved, *ctx.options, needs, ctx.backend)
         return *(x if need else None for x, need in zip(grads, needs, strict=True)), None, None, None, None, None, None
 
 
@@ -118,11 +118,8 @@ def _fake_forward(q_marks, k_marks, values, q_counts, k_counts, scale, iteration
     return values.new_empty(values.shape)
 
 
-def _fake_backward(
-    dout, q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init, need_q, need_k, need_values, backend
-):  # fmt: skip
-    needs = (q_marks, need_q), (k_marks, need_k), (values, need_values)
-    return tuple(x.new_empty(x.shape if need else (0,)) for x, need in needs)
+def _fake_backward(dout, q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init, needs, backend):
+    return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip((q_marks, k_marks, values), needs, strict=True))
 
 
 def _has_kernel(q_marks: Tensor, init: str) -> bool:
@@ -136,8 +133,7 @@ pinv_forward = register(
     has_kernel=lambda *inputs: _has_kernel(inputs[0], inputs[7]),
 )
 pinv_backward = register(
-    f"pinv_backward(Tensor dout, {_PROBLEM}, bool need_q, bool need_k, bool need_values, str backend)"
-    " -> (Tensor dq_marks, Tensor dk_marks, Tensor dvalues)",
+    f"pinv_backward(Tensor dout, {_PROBLEM}, bool[] needs, str backend) -> (Tensor dq_marks, Tensor dk_marks, Tensor dvalues)",
     module="pinv",
     fake=_fake_backward,
     has_kernel=lambda *inputs: _has_kernel(inputs[1], inputs[8]),

@@ -16,10 +16,7 @@ from .autograd import once_differentiable
 from .registry import needs_autograd, register
 from .rotate import angle_gradient, rotate_reference
 
-_PROBLEM = (
-    "Tensor key_projection, Tensor? value_projection, Tensor k, Tensor v, Tensor? mask, Tensor? cos, Tensor? sin, "
-    "bool interleaved"
-)
+_PROBLEM = "Tensor key_projection, Tensor? value_projection, Tensor k, Tensor v, Tensor? mask, Rotary? rotary"
 
 
 def project(
@@ -89,7 +86,7 @@ class _Project(torch.autograd.Function):
         needs = need_key_projection, need_value_projection, need_k or need_angles, need_v
         dkeys, dvalues = unit_last_stride(dkeys), unit_last_stride(dvalues)
         grads = project_backward(
-            dkeys, dvalues, key_projection, value_projection, k, v, mask, joined(cos, sin, ctx.interleaved), *needs,
+            dkeys, dvalues, key_projection, value_projection, k, v, mask, joined(cos, sin, ctx.interleaved), needs,
             ctx.backend,
         )  # fmt: skip
         dangles = angle_gradient(k, grads[2], cos, ctx.interleaved, ctx.backend) if need_angles else None
@@ -97,20 +94,15 @@ class _Project(torch.autograd.Function):
         return *grads, None, None, None, dangles, None, None
 
 
-def _fake_forward(key_projection, value_projection, k, v, mask, cos, sin, interleaved, backend):
+def _fake_forward(key_projection, value_projection, k, v, mask, rotary, backend):
     batch, heads, _, width = k.shape
     slots = key_projection.shape[2]
     return k.new_empty(batch, heads, slots, width), v.new_empty(batch, heads, slots, v.shape[3], dtype=accumulator(v.dtype))
 
 
-def _fake_backward(
-    dkeys, dvalues, key_projection, value_projection, k, v, mask, cos, sin, interleaved,
-    need_key_projection, need_value_projection, need_k, need_v, backend,
-):  # fmt: skip
-    de, df = (
-        key_projection.new_empty(key_projection.shape if need else (0,))
-        for need in (need_key_projection, need_value_projection)
-    )
+def _fake_backward(dkeys, dvalues, key_projection, value_projection, k, v, mask, rotary, needs, backend):
+    *need_projections, need_k, need_v = needs
+    de, df = (key_projection.new_empty(key_projection.shape if need else (0,)) for need in need_projections)
     dk = empty_like_tokens(k, k.shape[3]) if need_k else k.new_empty(0)
     return de, df, dk, empty_like_tokens(v, v.shape[3]) if need_v else v.new_empty(0)
 
@@ -121,8 +113,8 @@ project_forward = register(
     fake=_fake_forward,
 )
 project_backward = register(
-    f"project_backward(Tensor dkeys, Tensor dvalues, {_PROBLEM}, bool need_key_projection, bool need_value_projection, "
-    "bool need_k, bool need_v, str backend) -> (Tensor dkey_projection, Tensor dvalue_projection, Tensor dk, Tensor dv)",
+    f"project_backward(Tensor dkeys, Tensor dvalues, {_PROBLEM}, bool[] needs, str backend)"
+    " -> (Tensor dkey_projection, Tensor dvalue_projection, Tensor dk, Tensor dv)",
     module="project",
     fake=_fake_backward,
 )

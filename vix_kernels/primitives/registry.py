@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..layout import Rotary, flattened, joined
+from ..layout import LandmarkGradients, Pool, Rotary, Statistics
 
 library = torch.library.Library("vix_kernels", "DEF")
 operators: dict[str, Operator] = {}
+# Types of a schema's arguments that the registered operator takes field by field.
+GROUPS = {each.__name__: each for each in (Rotary, Pool, Statistics, LandmarkGradients)}
 
 
 class Operator:
@@ -30,8 +32,20 @@ class Operator:
 
     registered: torch._ops.OpOverload
 
-    def __init__(self, name: str, module: str, has_kernel: Callable[..., bool], rotary_at: int | None) -> None:
-        self.name, self.module, self.has_kernel, self.rotary_at = name, module, has_kernel, rotary_at
+    def __init__(self, schema: str, module: str, has_kernel: Callable[..., bool]) -> None:
+        self.name, _, rest = schema.partition("(")
+        self.module, self.has_kernel = module, has_kernel
+        parameters, _, returns = rest.partition(")")
+        # Position and type of each group, the number of its fields in the schema, and whether it is optional
+        self.groups: list[tuple[int, Any, int, bool]] = []
+        flat = []
+        for at, parameter in enumerate(parameters.split(", ")):
+            kind, optional, _ = parameter.partition("?")
+            if group := GROUPS.get(kind.split()[0]):
+                parameter = group.SCHEMA.replace("Tensor ", "Tensor? ") if optional else group.SCHEMA
+                self.groups.append((at, group, parameter.count(",") + 1, bool(optional)))
+            flat.append(parameter)
+        self.schema = f"{self.name}({', '.join(flat)}){returns}"
 
     def __call__(self, *arguments: Any) -> Any:
         if not plain(arguments):
@@ -40,20 +54,28 @@ class Operator:
         return self.function(inputs, backend)(*inputs)
 
     def flat(self, arguments: Sequence[Any]) -> Sequence[Any]:
-        """As the registered operator takes them: a Rotary in three."""
-        if (at := self.rotary_at) is None:
-            return arguments
-        cos, sin, _, interleaved = flattened(arguments[at])
-        return *arguments[:at], cos, sin, interleaved, *arguments[at + 1 :]
+        """Arguments as the registered operator takes them: the fields of a group instead of the group."""
+        for at, group, size, _ in reversed(self.groups):
+            fields = arguments[at]
+            if fields is None:
+                fields = [group._field_defaults.get(name) for name in group._fields]
+            arguments = (*arguments[:at], *fields[:size], *arguments[at + 1 :])
+        return arguments
+
+    def grouped(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """The inverse of `flat`."""
+        for at, group, size, optional in self.groups:
+            fields = arguments[at : at + size]
+            whole = None if optional and fields[0] is None else group(*fields)
+            arguments = (*arguments[:at], whole, *arguments[at + size :])
+        return arguments
 
     def function(self, inputs: Sequence[Any], backend: str) -> Callable:
         return _function("_triton" if backend == "triton" and self.has_kernel(*inputs) else "_torch", self.module, self.name)
 
     def implementation(self, *arguments: Any) -> Any:
         """The body of the registered operator."""
-        *inputs, backend = arguments
-        if (at := self.rotary_at) is not None:
-            inputs[at : at + 3] = [joined(*inputs[at : at + 3])]
+        *inputs, backend = self.grouped(arguments)
         device = next(each.device.type for each in inputs if isinstance(each, Tensor))
         # Dtypes were settled by the public function: autocast must not touch the products inside.
         with torch.autocast(device if device != "meta" else "cpu", enabled=False):
@@ -71,18 +93,16 @@ def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[.
 
     The functions of its name in `_torch/<module>.py` and `_triton/<module>.py` compute it; where `has_kernel` is False, which
     is asked with the same arguments, the one in PyTorch does for both backends. `fake` makes outputs of the right shapes,
-    dtypes and strides; all but `fake` go without the backend. "Tensor? cos, Tensor? sin, bool interleaved" in the schema are
-    one argument, a Rotary or None, to all but `fake` and the registered operator.
+    dtypes and strides; all but `fake` go without the backend. A group in the schema ("Rotary? rotary", "Pool pool") is one
+    argument to all of them. Only the registered operator takes its fields.
     """
-    name, _, parameters = schema.partition("(")
-    before, has_rotary, _ = parameters.replace("?", "").partition("Tensor cos, Tensor sin, bool interleaved")
-    operator = Operator(name, module, has_kernel, before.count(",") if has_rotary else None)
-    operators[name] = operator
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    library.impl(name, operator.implementation, "CompositeExplicitAutograd")
-    library.impl(name, operator.refuse_gradient, "Autograd")
-    torch.library.register_fake(f"vix_kernels::{name}", fake, lib=library)
-    operator.registered = getattr(torch.ops.vix_kernels, name).default
+    operator = Operator(schema, module, has_kernel)
+    operators[operator.name] = operator
+    library.define(operator.schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    library.impl(operator.name, operator.implementation, "CompositeExplicitAutograd")
+    library.impl(operator.name, operator.refuse_gradient, "Autograd")
+    torch.library.register_fake(f"vix_kernels::{operator.name}", lambda *flat: fake(*operator.grouped(flat)), lib=library)
+    operator.registered = getattr(torch.ops.vix_kernels, operator.name).default
     return operator
 
 
@@ -104,10 +124,10 @@ def plain(arguments: Sequence[Any]) -> bool:
     if torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack():
         return False
     has_gradients = torch.is_grad_enabled()
-    for each in arguments:
-        if isinstance(each, Rotary):
-            if not plain(each):
-                return False
+    pending = [*arguments]
+    for each in pending:
+        if isinstance(each, tuple):
+            pending += each
         elif isinstance(each, Tensor) and (
             type(each) not in PLAIN
             or each.is_meta

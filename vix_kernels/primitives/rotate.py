@@ -71,13 +71,12 @@ class _Rotate(torch.autograd.Function):
         return dq, dk, None, None, dangles, None, None
 
 
-def _fake(q, k, cos, sin, interleaved, inverse, backend):
+def _fake(q, k, rotary, inverse, backend):
     return empty_like_tokens(q, q.shape[3]), empty_like_tokens(k, k.shape[3])
 
 
 rotate_forward = register(
-    "rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse, str backend)"
-    " -> (Tensor q_rotated, Tensor k_rotated)",
+    "rotate(Tensor q, Tensor k, Rotary rotary, bool inverse, str backend) -> (Tensor q_rotated, Tensor k_rotated)",
     module="rotate",
     fake=_fake,
 )

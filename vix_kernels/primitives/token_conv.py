@@ -61,7 +61,7 @@ class _TokenConv(torch.autograd.Function):
     def backward(ctx, saved, dout):
         v, weight, mask = saved
         needs = ctx.needs_input_grad[:2]
-        grads = token_conv_backward(dout, v, weight, mask, None, *needs, ctx.backend)
+        grads = token_conv_backward(dout, v, weight, mask, None, needs, ctx.backend)
         dv, dweight = (x if need else None for x, need in zip(grads, needs, strict=True))
         return dv, dweight, None, None
 
@@ -70,7 +70,8 @@ def _fake_forward(v, weight, mask, backend):
     return empty_like_tokens(v, v.shape[3])
 
 
-def _fake_backward(dout, v, weight, mask, dv_other, need_v, need_weight, backend):
+def _fake_backward(dout, v, weight, mask, dv_other, needs, backend):
+    need_v, need_weight = needs
     dv = empty_like_tokens(v, v.shape[3]) if need_v else v.new_empty(0)
     return dv, weight.new_empty(weight.shape if need_weight else (0,))
 
@@ -81,8 +82,8 @@ token_conv_forward = register(
     fake=_fake_forward,
 )
 token_conv_backward = register(
-    "token_conv_backward(Tensor dout, Tensor v, Tensor weight, Tensor? mask, Tensor? dv_other, bool need_v, "
-    "bool need_weight, str backend) -> (Tensor dv, Tensor dweight)",
+    "token_conv_backward(Tensor dout, Tensor v, Tensor weight, Tensor? mask, Tensor? dv_other, "
+    "bool[] needs, str backend) -> (Tensor dv, Tensor dweight)",
     module="token_conv",
     fake=_fake_backward,
 )
