@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from vix_kernels.integrations.drop_in import OPS, DropIn
 from vix_kernels.nn.core import CORES, Site, register
 from vix_kernels.nn.module import make_module
 from vix_kernels.nn.nystrom import Nystrom
+from vix_kernels.testing import SPECS, Case, draw
+from vix_kernels.testing import register as register_operator
 
 EVEN = '''
 from dataclasses import dataclass
@@ -172,6 +175,9 @@ def test_the_command_line_imports_it_first(tmp_path: Path) -> None:
     command += ["--warmup-epochs", "0", "--output", "run", "--model-kwargs", "mixer=even", "factor=0.5", "depth=1"]
     done = subprocess.run([*command, "embed_dim=16", "num_heads=2"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    (tmp_path / "train.py").write_text(EVEN)  # a module may have the name of a command
+    named = subprocess.run([*command[:4], "train", "models", "vit_tiny*"], capture_output=True, text=True, cwd=tmp_path)
+    assert named.returncode == 0 and named.stdout.startswith("model"), named.stderr
     wrong = subprocess.run([*command[:4], "nothing", "models"], capture_output=True, text=True, cwd=tmp_path)
     assert wrong.returncode == 2 and wrong.stderr == "vix: error: --import: cannot import nothing: No module named 'nothing'\n"
 
@@ -187,6 +193,21 @@ def test_what_a_core_does_not_accept_is_refused() -> None:
     for argument, given in (("rope", rope_1d(6, 8)), ("key_padding_mask", torch.ones(1, 6, dtype=torch.bool))):
         with pytest.raises(NotImplementedError, match=f"^{argument}: expected None, got .* plain attention does not"):
             module(x, **{argument: given})
+
+
+def test_a_name_of_an_operator_is_given_once() -> None:
+    spec = SPECS["apply_rope"]
+    with pytest.raises(ValueError, match="name: expected one that is free, got 'apply_rope'"):
+        register_operator(replace(spec, reference=spec.function))
+    assert SPECS["apply_rope"] is spec
+
+
+def test_random_features_take_gradients_only_where_they_are_learned() -> None:
+    """The operator's specification says which tensors these are, whatever their names."""
+    spec = replace(SPECS["performer_attention"], fixed=("v",))
+    for learned, trained in ((False, {"q", "k", "projection"}), (True, {"q", "k", "v", "projection"})):
+        problem = draw(spec, Case("small", learned=learned), torch.float32, "cpu")
+        assert {name for name, x in problem.tensors.items() if x.requires_grad} == trained
 
 
 def test_a_name_is_given_once() -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from snippets import parse
 
+pytest.importorskip("triton", reason="the page's files are compiled and metered with Triton, which is not installed here")
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("vix_kernels/ops/efficient.py", "vix_kernels/testing/efficient.py", "vix_kernels/nn/efficient.py")
 SMALL = ["--op", "efficient_attention"]

@@ -53,12 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"vix_kernels {__version__}")
     parser.add_argument("--import", metavar="MODULE", help="first import this module, which registers attentions of its own")
     parser.add_argument("command", choices=commands)
-    argv = list(sys.argv[1:] if argv is None else argv)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
-    known = 1 + next((at for at, word in enumerate(argv) if word in commands), len(argv))
-    args = parser.parse_args(argv[:known])
+    args = parser.parse_args(argv)
     if module := getattr(args, "import"):
         sys.path.insert(0, "")  # from here, as `python -m` would find it
         try:
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--import: cannot import {module}: {error}")
     command = commands[args.command]
     try:
-        status = command(argv[known:])
+        status = command(args.arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # `vix models | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more on its way out

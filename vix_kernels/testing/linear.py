@@ -83,6 +83,7 @@ PROJECTED = OpSpec(
     reference=lambda q, k, v, projection, **options: linear_attention_reference(q, k, v, projection=projection, **options),
     build=_linear_projected,
     differentiable=("q", "k", "v", "projection"),
+    fixed=("projection",),
     batched=("q", "k", "v", "key_padding_mask"),
     cases=PROJECTED_CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),

@@ -84,6 +84,7 @@ class OpSpec:
         reference: the same in plain PyTorch, without `backend`.
         build: (case, tensor) -> (tensors, options); tensor(*shape) draws a normal tensor of the problem's dtype.
         differentiable: names of the tensors that take gradients.
+        fixed: those of them that measurements give no gradient, such as random features, unless the case is `learned`.
         batched: names of the tensors and options that have a batch dimension, the first of them always.
         cases: the problems every implementation must solve.
         flops: multiply-adds times two in the matrix products of a forward (in the rotation, for RoPE), each counted once.
@@ -115,6 +116,7 @@ class OpSpec:
     compiled: tuple[Case, ...] = ()
     variants: tuple[Case, ...] = ()
     most_features: int | None = None
+    fixed: tuple[str, ...] = ()
 
     @property
     def attends(self) -> bool:
@@ -146,14 +148,21 @@ REGISTERING: set[str] = set()  # the modules whose import fills SPECS, in other 
 
 
 def register(*specs: OpSpec) -> None:
-    """Make operators known by name to tests and measurements; those of another package too."""
-    SPECS.update({spec.name: spec for spec in specs})
+    """Make operators known by name to tests and measurements. Another package can register its own.
+
+    Raises:
+        ValueError: another operator has one of the names.
+    """
+    for spec in specs:
+        if spec.name in SPECS:
+            raise ValueError(f"name: expected one that is free, got {spec.name!r}, that of another operator")
+        SPECS[spec.name] = spec
     REGISTERING.add(sys._getframe(1).f_globals["__name__"])
 
 
 def draw(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> Problem:
-    """The problem of `case` with numbers drawn on the device; all differentiable tensors take gradients, random features
-    only if the case has them `learned`.
+    """The problem of `case` with numbers drawn on the device. Differentiable tensors require gradients; those that the
+    operator declares `fixed` only if the case is `learned`.
 
     `spec.problem` draws in float64 on the CPU, the same numbers for every device, which takes seconds at sizes worth timing.
     """
@@ -163,7 +172,7 @@ def draw(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> Problem:
         return x if x.is_meta else x.normal_(0, scale)
 
     tensors, options = spec.build(case, tensor)
-    trained = set(spec.differentiable) - (set() if case.learned else {"projection", "slots"})
+    trained = set(spec.differentiable) - (set() if case.learned else set(spec.fixed))
     return Problem(spec, {name: x.detach().requires_grad_(name in trained) for name, x in tensors.items()}, options)
 
 
