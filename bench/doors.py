@@ -9,7 +9,6 @@ all but timm's, where landmarks approximate softmax attention, have to be those 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import sys
@@ -20,11 +19,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from vix_kernels.commands import print_table
+from vix_kernels.commands import Parser, print_table, write_csv
 from vix_kernels.measure.machine import commit, device_name
 from vix_kernels.measure.operators import alone
 from vix_kernels.measure.timing import in_turns
-from vix_kernels.training.report import write_summary
 
 SAME = 1e-4  # relative error of answers that are the same in float32
 Pair = tuple[nn.Module, nn.Module, tuple[Tensor, ...]]  # ours, theirs, and their arguments
@@ -168,9 +166,7 @@ def _full(module: nn.Module, args: tuple[Tensor, ...]) -> Callable[[], None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.doors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m bench.doors", description=__doc__)
     parser.add_argument("--doors", nargs="+", choices=DOORS, default=list(DOORS), metavar="NAME", help=", ".join(DOORS))
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns in a process; default: %(default)s")
     parser.add_argument("--processes", type=int, default=3, metavar="N", help="one after the other; default: %(default)s")
@@ -191,11 +187,11 @@ def main(argv: list[str] | None = None) -> int:
                 f"{row['relative_error']:.1e}",
             )
             for row in rows
-        ),
+        )
     )  # fmt: skip
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        write_summary(options.output / "doors.csv", rows)
+        write_csv(options.output / "doors.csv", rows)
     return 0
 
 

@@ -18,22 +18,14 @@ ONCE_MEASURING = {  # in vix_kernels/, before measure/
     "_triton/machine_code.py", "_triton/offline.py", "_triton/shared_memory.py", "_triton/costs.py", "_triton/tune.py",
     "_triton/interpreter.py",
 }  # fmt: skip
-NO_CODE = (
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENCODING,
-    tokenize.ENDMARKER,
-)
+NO_CODE = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
 
 
 def lines(source: str) -> int:
     """Lines of `source` that hold code."""
     code: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in NO_CODE:
+        if tokenize.tok_name[token.type] not in NO_CODE:
             code.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:

@@ -8,13 +8,12 @@ linformer_attention is left out. Its projections are parameters: untrained ones 
 
 from __future__ import annotations
 
-import argparse
-import csv
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vix_kernels import agent_attention, nystrom_attention, orthogonal_projection, performer_attention
-from vix_kernels.commands import Parser, write_atomically
+from vix_kernels.commands import Parser, write_atomically, write_csv
 from vix_kernels.models import create_model
 from vix_kernels.ops.pooling import pooled_queries
 from vix_kernels.training import Config, UserError
@@ -76,12 +75,8 @@ def performer(x: Tokens, slots: int, seed: int) -> Tensor:
     return performer_attention(x.q, x.k, x.v, projection)
 
 
-def nystrom_segments(x: Tokens, slots: int, seed: int) -> Tensor:
-    return nystrom_attention(x.q, x.k, x.v, num_landmarks=slots)
-
-
-def nystrom_grid(x: Tokens, slots: int, seed: int) -> Tensor:
-    return nystrom_attention(x.q, x.k, x.v, num_landmarks=slots, landmarks="grid", grid_size=x.grid)
+def nystrom(x: Tokens, slots: int, seed: int, **landmarks: Any) -> Tensor:
+    return nystrom_attention(x.q, x.k, x.v, num_landmarks=slots, **landmarks)
 
 
 def agent_grid(x: Tokens, slots: int, seed: int) -> Tensor:
@@ -91,8 +86,8 @@ def agent_grid(x: Tokens, slots: int, seed: int) -> Tensor:
 
 METHODS: dict[str, Callable[[Tokens, int, int], Tensor]] = {
     "Performer": performer,
-    "Nystrom, segments": nystrom_segments,
-    "Nystrom, grid": nystrom_grid,
+    "Nystrom, segments": nystrom,
+    "Nystrom, grid": lambda x, slots, seed: nystrom(x, slots, seed, landmarks="grid", grid_size=x.grid),
     "agents, grid": agent_grid,
 }
 
@@ -161,20 +156,11 @@ def trained_tokens(size: Size, seed: int) -> Tokens:
     return Tokens("trained tokens", *qkv.contiguous(), (16, 16))
 
 
-def write_csv(path: Path, rows: list[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(each.name for each in fields(Row))
-        writer.writerows([f"{x:.3g}" if isinstance(x, float) else x for x in astuple(row)] for row in rows)
-
-
 def draw(path: Path, rows: list[Row]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row.tokens for row in rows))
     figure = Figure(figsize=(10, 3.9), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(names), sharey=True)
     for panel, name in zip(panels, names, strict=True):
         for method in METHODS:
@@ -213,9 +199,7 @@ medians, bands the quartiles. It runs on the CPU and needs the extra train: pip 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(
-        prog="bench.quality", description=HELP, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="bench.quality", description=HELP, epilog=EXAMPLES)
     parser.add_argument("--output", type=Path, required=True, metavar="PATH.png", help="the picture; numbers go to PATH.csv")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the model, fields and features (default: 0)")
     parser.add_argument("--quick", action="store_true", help="seconds: the model stays untrained; to see that it works")
@@ -231,9 +215,10 @@ def main(argv: list[str] | None = None) -> int:
         for tokens in (trained_tokens(size, args.seed), *(random_field(name, size, args.seed) for name in FIELDS)):
             print(f"{tokens.name}: {tokens.grid[0]} x {tokens.grid[1]}", file=sys.stderr)
             rows += errors(tokens, size, args.seed)
-        for path, write in {args.output: draw, args.output.with_suffix(".csv"): write_csv}.items():
-            write_atomically(path, lambda temporary, write=write: write(temporary, rows))
-            print(f"wrote {path}")
+        table = args.output.with_suffix(".csv")
+        write_atomically(args.output, lambda path: draw(path, rows))
+        write_csv(table, map(asdict, rows), digits=3)
+        print(f"wrote {args.output}\nwrote {table}")
     except (UserError, OSError) as error:
         parser.error(str(error))
     except ModuleNotFoundError as error:

@@ -6,7 +6,6 @@ python -m bench.table run.json
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vix_kernels.commands import Parser
+from vix_kernels.commands import Parser, markdown
 from vix_kernels.measure.providers import OURS, PEERS, public
 from vix_kernels.testing import SPECS
 
@@ -81,7 +80,7 @@ def lines(rows: Iterable[Row]) -> list[str]:
                 "" if kept is None else f"{kept:.2f}" if kept else "nothing",
                 "" if of_theirs is None else _judged(of_theirs, budget.kept),
             ))  # fmt: skip
-    return [f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *body)]
+    return markdown(COLUMNS, body)
 
 
 def _first(found: dict[tuple, Row], op: str, tokens: int, direction: str, providers: Iterable[str]) -> Row | None:
@@ -147,11 +146,11 @@ def model_lines(rows: Iterable[Row]) -> list[str]:
             f"`{name}` / {theirs['theirs'] if theirs else 'no original'}", " / ".join(speeds),
             *("" if value is None else _judged(value, limit) for value, limit in cells),
         ))  # fmt: skip
-    return [f"| {' | '.join(line)} |" for line in (MODEL_COLUMNS, ["---"] * len(MODEL_COLUMNS), *body)]
+    return markdown(MODEL_COLUMNS, body)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="bench.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="bench.table", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN.json", help="what --benchmark-json or vix bench --models wrote")
     args = parser.parse_args(argv)
     try:

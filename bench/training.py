@@ -9,20 +9,19 @@ a row run at once, each on a core of its own, so that whatever disturbs one dist
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vix_kernels.commands import print_table
+from vix_kernels.commands import Parser, figure, print_table, write_csv
 from vix_kernels.measure.machine import commit, device_name
 from vix_kernels.measure.models import CCT, VIX, drawn
 from vix_kernels.models import create_model
@@ -33,7 +32,6 @@ from vix_kernels.training.draws import seed_torch
 from vix_kernels.training.loop import evaluate, train_epoch
 from vix_kernels.training.parallel import Ranks
 from vix_kernels.training.recipes import RECIPES
-from vix_kernels.training.report import write_summary
 from vix_kernels.training.state import State
 
 HYBRID = VIX | dict(dim=64, depth=3, mlp_dim=128, heads=2, dim_head=32)
@@ -48,21 +46,6 @@ PAIRS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 CORES = (0, 1)
 TRIAL = 0.05  # of the time, to learn how many images fit into it
 BATCH = 128
-
-
-@dataclass(frozen=True)
-class Result:
-    model: str
-    provider: str
-    parameters: int
-    minutes: float
-    images: int
-    images_per_second: float
-    top1: float
-    top5: float
-    eval_loss: float
-    device: str
-    commit: str
 
 
 class Original(nn.Module):
@@ -86,35 +69,34 @@ class TimeUp(Exception):
     pass
 
 
-def trained(name: str, provider: str, path: str, minutes: float, core: int) -> Result:
-    """One run, on one core."""
+def make(name: str, provider: str) -> nn.Module:
+    ours, label, theirs = PAIRS[name]
+    return create_model(name, **ours) if provider == "ours" else Original(drawn(build(label, theirs, backend="reference")))
+
+
+def trained(name: str, provider: str, path: str, minutes: float, core: int) -> dict[str, Any]:
+    """The row of one run, on one core."""
     if hasattr(os, "sched_setaffinity") and core in os.sched_getaffinity(0):
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     dataset = load_dataset(path)
     seed_torch(0)
-    ours, label, theirs = PAIRS[name]
-    if provider == "ours":
-        model: nn.Module = create_model(name, **ours)
-        config = Config(model=name, **RECIPES["fast"] | dict(batch_size=BATCH))
-    else:
-        model = Original(drawn(build(label, theirs, backend="reference")))
-        config = Config(model=label, batch_size=BATCH, **RECIPES["original"])
-    trial, _ = run(config, model, dataset, TRIAL * 60 * minutes)
+    config = Config(**RECIPES["fast" if provider == "ours" else "original"] | dict(model=name, batch_size=BATCH))
+    trial, _ = run(config, make(name, provider), dataset, TRIAL * 60 * minutes)
     fitting = int(trial / TRIAL)  # a schedule has to know where it ends
-    epochs = -(-fitting // len(dataset.train))
+    model, data = make(name, provider), dataset
     if provider == "ours":
-        model, config = create_model(name, **ours), replace(config, epochs=epochs, warmup_epochs=0.1 * epochs)
+        epochs = -(-fitting // len(dataset.train))
+        config = replace(config, epochs=epochs, warmup_epochs=0.1 * epochs)
         data = replace(dataset, train=some_of(dataset.train, fitting // epochs))
-    else:
-        model, data = Original(drawn(build(label, theirs, backend="reference"))), dataset
     start = time.perf_counter()
     images, state = run(config, model, data, 60 * minutes)
     seconds = time.perf_counter() - start
     result = evaluate(state.tested, dataset, config)
-    return Result(
-        name, provider, sum(p.numel() for p in model.parameters()), seconds / 60, images, images / seconds,
-        result["eval_top1"], result["eval_top5"], result["eval_loss"], device_name("cpu"), commit() or "",
+    return dict(
+        model=name, provider=provider, parameters=sum(p.numel() for p in model.parameters()), minutes=seconds / 60,
+        images=images, images_per_second=images / seconds, top1=result["eval_top1"], top5=result["eval_top5"],
+        eval_loss=result["eval_loss"], device=device_name("cpu"), commit=commit(),
     )  # fmt: skip
 
 
@@ -145,27 +127,23 @@ def run(config: Config, model: nn.Module, dataset: Dataset, seconds: float) -> t
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m bench.training", description=__doc__)
     parser.add_argument("dataset", help="path of CIFAR-10")
     parser.add_argument("--models", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="NAME", help="default: all")
     parser.add_argument("--minutes", type=float, default=8.0, metavar="M", help="of a run (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write training.csv there (default: nothing)")
     options = parser.parse_args(argv)
-    results: list[Result] = []
+    results: list[dict[str, Any]] = []
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         for name in options.models:
             forms = zip(("ours", "original"), CORES, strict=True)
             runs = [pool.submit(trained, name, form, options.dataset, options.minutes, core) for form, core in forms]
             results += [each.result() for each in runs]
-            print(f"{name}: {results[-2].top1:.2f} % and {results[-1].top1:.2f} %", file=sys.stderr)
-    rows = [{k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in asdict(each).items()} for each in results]
-    print_table(rows[0], [row.values() for row in rows])
+            print(f"{name}: {results[-2]['top1']:.2f} % and {results[-1]['top1']:.2f} %", file=sys.stderr)
+    print_table(results[0], ([figure(value, 4) for value in row.values()] for row in results))
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-
-        write_summary(options.output / "training.csv", [asdict(each) for each in results])
+        write_csv(options.output / "training.csv", results)
     return 0
 
 

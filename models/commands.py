@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -83,7 +82,6 @@ def convert(argv: list[str]) -> int:
         description="Turn the weights of an original Vision Xformers model into a folder that load_model reads: safetensors, "
         "config.json and a model card.",
         epilog=CONVERT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("weights", help="state_dict saved by torch.save (.pth, .pt); read without running any code in it")
     parser.add_argument("output", help="folder to write; it must not hold a model yet")

@@ -241,7 +241,7 @@ def test_the_command_leaves_tables_and_pictures(tmp_path: Path, capsys) -> None:
     [
         ("--provider nobody", "--provider: expected some of"),
         ("--mode fwd,both", "argument --mode: expected some of fwd,bwd,full, got 'both'"),
-        ("--values 0", "argument --values: expected a whole number above 0, got '0'"),
+        ("--values 0", "argument --values: expected an integer from 1 to 1048576, got '0'"),
         ("--models nothing*", "--models: no model is called like 'nothing*'; there are vit,"),
         ("--models vip --provider sdpa", "--provider: expected some of ours, compiled, plain, original, got sdpa"),
     ],

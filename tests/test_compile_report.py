@@ -22,8 +22,9 @@ from vix_kernels import conditions
 from vix_kernels._triton.launch import find_tile, launch
 from vix_kernels._triton.launch_table import OVERRIDES
 from vix_kernels._triton.targets import TARGETS
+from vix_kernels.commands import read_csv
 from vix_kernels.measure import compile_report, machine_code, offline, shared_memory, sources
-from vix_kernels.measure.compile_table import Row, outdated, read_table, regressions, violations, write_table
+from vix_kernels.measure.compile_table import Row, outdated, regressions, violations, write_table
 
 SM90_16_BIT = Row(
     triton="3.9.0", arch="sm_90", dtype="bf16", width=64, kernel="broadcast_kernel", blocks="N:64", warps=4,
@@ -171,7 +172,7 @@ def test_launches_of_torch_are_counted():
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_launch_fits_its_shared_memory(arch):
     """Everything that the launch table can serve, by the committed table, which has to be of these tiles and kernels."""
-    rows = shared_memory.read_rows()
+    rows = read_csv(shared_memory.COMMITTED, shared_memory.Row)
     served = shared_memory.entries(arch)
     assert {(entry.bits, entry.width) for entry in served} == set(product((16, 32), (16, 32, 64, 128, 256)))
     missing = shared_memory.missing(rows, arch)
@@ -180,7 +181,8 @@ def test_every_launch_fits_its_shared_memory(arch):
 
 
 def test_what_a_table_of_shared_memory_lacks_is_named(monkeypatch):
-    entry = shared_memory.Entry("sm_86", "aggregate_slots", 16, 128, find_tile("sm_86", "aggregate_slots", 16, 128, False)[1])
+    tile = find_tile("sm_86", "aggregate_slots", 16, 128, False)[1]
+    entry = shared_memory.Entry("sm_86", "aggregate_slots", 16, 128, " ".join(map(str, tile)))
     row = shared_memory.Row.of(entry, 101_377)
     assert row.entry == entry and entry not in shared_memory.missing([row], "sm_86")
     (found,) = shared_memory.excesses([row], "sm_86")
@@ -190,7 +192,7 @@ def test_what_a_table_of_shared_memory_lacks_is_named(monkeypatch):
     for stale in (replace(row, source="another"), replace(row, tile="64 64 4 1 tf32x3 False")):
         assert entry in shared_memory.missing([stale], "sm_86") and shared_memory.excesses([stale], "sm_86") == []
     assert entry in shared_memory.missing([row, replace(row, triton="3.6.0", kernel="rotate")], "sm_86")  # each version
-    monkeypatch.setitem(OVERRIDES["sm_86"], ("aggregate_slots", 16, 128), entry.tile._replace(num_stages=4))
+    monkeypatch.setitem(OVERRIDES["sm_86"], ("aggregate_slots", 16, 128), tile._replace(num_stages=4))
     assert entry not in shared_memory.entries("sm_86")
 
 
@@ -300,7 +302,7 @@ def test_occupancy(arch, kernel, percent):
 
 def test_the_committed_table_is_whole_and_of_these_sources():
     """Code of a kernel or tiles that changed since: `make report ARGS=--write`."""
-    rows = read_table(compile_report.TABLE)
+    rows = read_csv(compile_report.TABLE, Row)
     assert violations(rows) == [] and outdated(rows) == []
     newest, oldest = {row.triton for row in rows} - {"3.6.0"}, "3.6.0"
     grid = set(product(compile_report.ARCHITECTURES, compile_report.DTYPES, compile_report.WIDTHS))
@@ -330,7 +332,7 @@ def test_a_kernel_or_tile_that_changed_makes_its_rows_old(monkeypatch):
 def test_table_is_stable_text(tmp_path):
     rows = [replace(SM90_16_BIT, arch=arch, dtype=dtype) for arch in ("sm_100", "sm_80") for dtype in ("fp32", "fp16")]
     write_table(tmp_path / "a.csv", rows)
-    back = read_table(tmp_path / "a.csv")
+    back = read_csv(tmp_path / "a.csv", Row)
     write_table(tmp_path / "b.csv", reversed(back))
     assert [(row.arch, row.dtype) for row in back] == [
         ("sm_80", "fp16"), ("sm_80", "fp32"), ("sm_100", "fp16"), ("sm_100", "fp32"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -99,9 +99,8 @@ def test_float32_takes_the_faster_way() -> None:
 
 def test_measured_times_stand_beside_predictions(tmp_path, capsys) -> None:
     """Those of the newest run, of our kernels, on the very same GPU, shape and direction."""
-    first = roofline.cells(next(roofline.rows(["apply_rope"], [H100], ["bf16"])))
-    line = dict(zip(roofline.headings(), first, strict=True))
-    line = {name: line[name] for name in KEY} | dict(device="NVIDIA H100 80GB HBM3", provider="triton", device_ms="")
+    first = asdict(next(roofline.rows(["apply_rope"], [H100], ["bf16"])))
+    line = {name: first[name] for name in KEY} | dict(device="NVIDIA H100 80GB HBM3", provider="triton", device_ms="")
     for run, milliseconds in (("2026-01-02-aaa", 0.25), ("2026-01-03-bbb", 0.5)):
         folder = tmp_path / "results" / "h100-sxm" / run
         folder.mkdir(parents=True)
@@ -119,7 +118,7 @@ def test_measured_times_stand_beside_predictions(tmp_path, capsys) -> None:
     assert f"wrote {table}" in capsys.readouterr().out and (tmp_path / "roofline.csv.png").stat().st_size
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == roofline.headings() and {row["gpu"] for row in rows} == {gpu.name for gpu in GPUS}
+    assert list(rows[0]) == roofline.COLUMNS and {row["gpu"] for row in rows} == {gpu.name for gpu in GPUS}
     assert [row["measured_us"] for row in rows if row["measured_us"]] == ["500"]
     assert next(row for row in rows if row["measured_us"])["gpu"] == "H100"
 

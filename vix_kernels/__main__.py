@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": _command("training.commands", "export_command"),
         "models": _command("models.commands", "models"),
         "convert": _command("models.commands", "convert"),
-        "check": _command("measure.check", "main"),
-        "bench": _command("measure.sweep", "main"),
+        "check": _measurement("check", "check"),
+        "bench": _measurement("bench", "sweep"),
         "dev": _dev,
     }
-    parser = Parser(prog="vix", epilog=COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="vix", epilog=COMMANDS)
     parser.add_argument("--version", action="version", version=f"vix_kernels {__version__}")
     parser.add_argument("--import", metavar="MODULE", help="first import this module, which registers attentions of its own")
     parser.add_argument("command", choices=commands)
@@ -64,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             import_module(module)
         except ImportError as error:
             parser.error(f"--import: cannot import {module}: {error}")
-    command = commands[args.command]
     try:
-        status = command(args.arguments)
+        status = commands[args.command](args.arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # `vix models | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more on its way out
@@ -76,27 +75,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dev(argv: list[str]) -> int:
     commands = {
-        "compile-report": _command("measure.compile_report", "main"),
-        "traffic": _command("measure.traffic", "main"),
-        "roofline": _command("measure.roofline", "main"),
-        "tune": _command("measure.tune", "main"),
+        name: _measurement(f"dev {name}", name.replace("-", "_")) for name in ("compile-report", "traffic", "roofline", "tune")
     }
-    parser = Parser(prog="vix dev", epilog=DEV_COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="vix dev", epilog=DEV_COMMANDS)
     parser.add_argument("command", choices=commands)
     name = parser.parse_args(argv[:1]).command
     if name == "traffic" or (name == "tune" and "--dry-run" in argv):
         os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
-    try:
-        return commands[name](argv[1:])
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "vix_kernels":
-            raise
-        Parser(prog=f"vix dev {name}").error(f"it needs {error.name}, which is not installed")
+    return commands[name](argv[1:])
 
 
 def _command(module: str, name: str) -> Callable[[list[str]], int]:
     """The function `name` of `module`, which is imported when it is called: `vix --help` waits for none of them."""
     return lambda argv: getattr(import_module(f"vix_kernels.{module}"), name)(argv)
+
+
+def _measurement(command: str, module: str) -> Callable[[list[str]], int]:
+    """The `main` of a module in measure/; a package that it lacks is named in one line."""
+
+    def run(argv: list[str]) -> int:
+        try:
+            return _command(f"measure.{module}", "main")(argv)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] == "vix_kernels":
+                raise
+            Parser(prog=f"vix {command}").error(f"it needs {error.name}, which is not installed")
+
+    return run
 
 
 if __name__ == "__main__":

@@ -1,22 +1,36 @@
-"""What the commands of `vix` share: dtypes by name, how arguments are refused, how tables are printed and files written."""
+"""What commands share: dtypes by name, how arguments are refused, how tables are printed, read and written."""
 
 from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+Row = TypeVar("Row")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Wraps a text of one line and keeps the lines of a longer one."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        kind = argparse.RawDescriptionHelpFormatter if "\n" in text else argparse.HelpFormatter
+        return kind._fill_text(self, text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """Says what is wrong in one line, without the usage. A description or epilog of several lines keeps them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=Help, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -38,9 +52,30 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
-def figure(value: float | None, digits: int = 3) -> str:
-    """For a cell of a table; nothing where there is no value."""
-    return "" if value is None else f"{value:.{digits}g}"
+def within(least: int, most: int) -> Callable[[str], int]:
+    """The type of an argument that is an integer in this range."""
+
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected an integer from {least} to {most}, got {text!r}")
+        return value
+
+    return integer
+
+
+def figure(value: Any, digits: int = 3) -> str:
+    """The text of a cell: a float with so many digits, nothing for None."""
+    return "" if value is None else f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    headings = list(headings)
+    return [f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *rows)]
 
 
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], widths: Iterable[int] | None = None) -> None:
@@ -64,3 +99,30 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], digits: int = 6) -> None:
+    """Write the rows atomically, with a column for every name in them."""
+    rows = [{name: figure(value, digits) for name, value in row.items()} for row in rows]
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, dict.fromkeys(itertools.chain(*rows)), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
+
+
+def read_csv(path: Path, kind: type[Row]) -> list[Row]:
+    """The rows of a table whose columns are the fields of the dataclass `kind`, integers and strings.
+
+    Raises:
+        ValueError: the columns are others.
+    """
+    with path.open(newline="") as file:
+        header, *lines = csv.reader(file)
+    if header != [each.name for each in fields(kind)]:
+        raise ValueError(f"unexpected columns {', '.join(header)}")
+    types = [int if each.type == "int" else str for each in fields(kind)]
+    return [kind(*(convert(cell) for convert, cell in zip(types, line, strict=True))) for line in lines]

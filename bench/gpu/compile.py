@@ -10,8 +10,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from itertools import product
 
-import torch
-
 from vix_kernels.commands import DTYPES
 from vix_kernels.measure.operators import Row, failed, ok, skipped
 from vix_kernels.measure.roofline import shapes
@@ -58,7 +56,5 @@ def run(op: str, dtype: str, case: Case, device: str) -> float:
     start = time.perf_counter()
     case = replace(SPECS[op].fit(case), learned=case.name != "timing")
     problem = draw(SPECS[op], case, DTYPES[dtype], device)
-    outputs = problem(backend="triton")
-    wanted = [x for x in problem.tensors.values() if x.requires_grad]
-    torch.autograd.grad(outputs, wanted, [torch.ones_like(x) for x in outputs])
+    problem.gradients(problem(backend="triton"))
     return time.perf_counter() - start

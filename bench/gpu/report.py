@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vix_kernels.commands import write_atomically
+from vix_kernels.commands import figure, markdown, write_atomically, write_csv
 from vix_kernels.measure.operators import Row
 from vix_kernels.measure.pictures import draw
 
@@ -37,18 +35,19 @@ def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> st
     problems: list[str] = []
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     everything = dict(machine=machine, parts=[asdict(outcome) for outcome in outcomes])
-    attempt(folder / "results.json", lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"), problems)
+    results = json.dumps(everything, indent=1) + "\n"
+    attempt(problems, write_atomically, folder / "results.json", lambda path: path.write_text(results))
     checks = [dict(part=part, **row) for part in ("correctness", "suite", "sanitizer") for row in rows.get(part, [])]
     tables = dict(timing=[row for row in rows.get("timing", []) if "figure" not in row], models=rows.get("models", []))
     for name, lines in (tables | dict(correctness=checks, tune=rows.get("tune", []))).items():
         if lines:
-            attempt(folder / f"{name}.csv", partial(table, rows=lines), problems)
-    attempt(folder / "logs.zip", lambda path: archive(path, work / "logs"), problems)
+            attempt(problems, write_csv, folder / f"{name}.csv", lines)
+    attempt(problems, write_atomically, folder / "logs.zip", lambda path: archive(path, work / "logs"))
     try:
         text = summary(machine, outcomes, problems)
     except Exception as error:  # whatever rows a part has written, the run goes on
         text = f"the summary failed: {type(error).__name__}: {error}; see results.json\n"
-    attempt(folder / "summary.md", lambda path: path.write_text(text), problems)
+    attempt(problems, write_atomically, folder / "summary.md", lambda path: path.write_text(text))
     return text
 
 
@@ -62,23 +61,15 @@ def write_pictures(folder: Path, outcomes: list[Outcome], work: Path) -> str:
         draw_times(pictures, [row for outcome in outcomes if outcome.part == "timing" for row in outcome.rows])
         archive(path, pictures)
 
-    attempt(folder / "pictures.zip", draw_and_archive, problems)
+    attempt(problems, write_atomically, folder / "pictures.zip", draw_and_archive)
     return "".join(problems)
 
 
-def attempt(path: Path, make: Callable[[Path], Any], problems: list[str]) -> None:
+def attempt(problems: list[str], write: Callable[[Path, Any], None], path: Path, content: Any) -> None:
     try:
-        write_atomically(path, make)
+        write(path, content)
     except Exception as error:  # a full disk, a missing library: what could be written stays
         problems.append(f"{path.name}: {type(error).__name__}: {error}")
-
-
-def table(path: Path, rows: list[Row]) -> None:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
 def archive(path: Path, folder: Path) -> None:
@@ -126,7 +117,7 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
         if chosen:
             columns = [c for c in dict.fromkeys(name for row in chosen for name in row) if c not in ("status", "why")]
             heading = "What the machine reaches" if part == "timing" else part.capitalize()
-            lines += ["", f"## {heading}", "", *markdown(columns, [[text(row.get(c)) for c in columns] for row in chosen])]
+            lines += ["", f"## {heading}", "", *markdown(columns, [[figure(row.get(c), 4) for c in columns] for row in chosen])]
     for status in ("failed", "skipped"):
         named = [
             f"- {outcome.part}: {label(row)}: {row['why']}"
@@ -141,12 +132,11 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
 
 def tuned(rows: list[Row]) -> list[str]:
     """One line a key; the entries for OVERRIDES follow from `best`."""
-    body = [
-        [f"{row['kernel']} {row['bits']} {row['width']}", text(row["present_ms"]), text(row["best_ms"]), str(row["tried"]),
-         " ".join(f"{name}={value}" for name, value in row["best"].items()) if row["best"] != row["present"] else ""]
-        for row in rows
-        if row["status"] == "ok"
-    ]  # fmt: skip
+    body = []
+    for row in (row for row in rows if row["status"] == "ok"):
+        tile = " ".join(f"{name}={value}" for name, value in row["best"].items()) if row["best"] != row["present"] else ""
+        figures = (figure(row[name], 4) for name in ("present_ms", "best_ms", "tried"))
+        body.append([f"{row['kernel']} {row['bits']} {row['width']}", *figures, tile])
     headings = ["kernel, bits, width", "present ms", "best ms", "tried", "better tile"]
     return ["", "## Tuning", "", *markdown(headings, body)] if body else []
 
@@ -158,18 +148,10 @@ def times(rows: Iterable[Row]) -> list[str]:
     found = {(*(row[name] for name in TIMES), row["provider"]): row for row in timed}
     shapes = dict.fromkeys(tuple(row[name] for name in TIMES) for row in timed)
     body = [
-        [*map(str, shape), *(text(found.get((*shape, provider), {}).get("device_ms")) for provider in providers)]
+        [*map(str, shape), *(figure(found.get((*shape, provider), {}).get("device_ms"), 4) for provider in providers)]
         for shape in shapes
     ]
     return markdown([*TIMES, *providers], body) if body else ["none"]
-
-
-def markdown(columns: list[str], body: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *body)]
-
-
-def text(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def label(row: Row) -> str:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vix_kernels.commands import Parser
 from vix_kernels.measure.machine import commit
 from vix_kernels.measure.operators import Row, failed
 
@@ -102,9 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bench/on_gpu.sh", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="bench/on_gpu.sh", description=HELP)
     parser.error = lambda message: parser.exit(USAGE, f"bench/on_gpu.sh: error: {message}\n")  # type: ignore[method-assign]
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results; created if missing")
     parser.add_argument("--dry-run", action="store_true", help="every part at tiny sizes in Triton's interpreter, on a CPU")
@@ -113,7 +112,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--inject", nargs="+", type=injection, default=[], metavar="PART=FAILURE",
         help=f"let the second job of a part meet a failure ({', '.join(INJECTED)}), or the probe (probe=compiler, "
-        "probe=kernel), to see which results survive",
+        "probe=kernel), to see which results survive"
     )  # fmt: skip
     args = parser.parse_args(argv)
     args.inject = dict(args.inject)

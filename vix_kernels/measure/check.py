@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from .. import __version__, backends
 from ..commands import DTYPES, Parser
 from ..testing import SPECS
+from .machine import version_of
 
 
 def main(argv: list[str]) -> int:
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--width", type=int, default=64, help="head width to ask for (default: 64)")
     width = parser.parse_args(argv).width
 
-    print(f"vix_kernels {__version__}, torch {torch.__version__}, triton {_version('triton')}")
+    print(f"vix_kernels {__version__}, torch {torch.__version__}, triton {version_of('triton')}")
     print(f"Python {platform.python_version()} on {platform.platform()}")
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     print(f"device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, head width {width}\n")
@@ -31,10 +31,3 @@ def main(argv: list[str]) -> int:
         print(f"\nnot triton: {reason}", end="")
     print()
     return 0
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -17,12 +17,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 import triton
@@ -30,14 +31,15 @@ import triton
 from .._triton.launch import padded
 from .._triton.launch_table import TABLE as LAUNCH_TABLE
 from .._triton.targets import TARGETS
-from ..commands import DTYPES, Parser
+from ..commands import DTYPES, Parser, read_csv, within, write_csv
 from ..testing import SPECS, Case, OpSpec, draw
 from ..testing.problem import REGISTERING
 from . import offline, shared_memory
-from .compile_table import Row, count_text, order, read_table, regressions, show_table, violations, write_table
+from .compile_table import Row, count_text, order, regressions, show_table, violations, write_table
 from .sources import source_hash
 
 TABLE = Path(__file__).with_name("compile_report.csv")
+Result = TypeVar("Result")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 WIDTHS = (32, 64, 80, 128, 256)
 # Dtypes and widths at which specifications' variants are compiled as well: rotated, learned, projected.
@@ -84,8 +86,7 @@ def compile_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...]) -> Rep
                     if direction == "forward":
                         outputs = problem(backend="triton")
                     else:
-                        wanted = [x for x in problem.tensors.values() if x.requires_grad]
-                        torch.autograd.grad(outputs, wanted, [torch.empty_like(each) for each in outputs])
+                        problem.gradients(outputs)
             except Exception as error:  # one call that fails must not hide the others
                 report.errors.append(f"{where}: {brief(error)}")
                 break
@@ -194,23 +195,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not args.csv.parent.is_dir():
         parser.error(f"argument --csv: there is no folder {args.csv.parent}")
     try:
-        args.committed = read_table(args.csv) if args.csv.is_file() else []
+        args.committed = read_csv(args.csv, Row) if args.csv.is_file() else []
     except (ValueError, csv.Error) as error:
         parser.error(f"argument --csv: {args.csv} is not a table of this report: {error}")
     return args
-
-
-def within(least: int, most: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"expected an integer from {least} to {most}, got {text!r}")
-        return value
-
-    return integer
 
 
 @contextmanager
@@ -219,16 +207,11 @@ def worker_environment() -> Iterator[None]:
 
     Line information stays on, although nothing here reads it: without it ptxas makes other code, with other registers.
     """
-    before = dict(os.environ)
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ):
         os.environ.pop("TRITON_INTERPRET", None)
         os.environ["TRITON_CACHE_DIR"] = os.environ.get("TRITON_CACHE_DIR") or cache
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        yield
 
 
 def prepare_worker(modules: Iterable[str]) -> None:
@@ -238,21 +221,16 @@ def prepare_worker(modules: Iterable[str]) -> None:
         import_module(name)
 
 
-def compile_grid(cells: list[tuple], jobs: int) -> Report:
-    report, done = Report(), 0
+def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -> Iterator[Result]:
+    """function(*cell) of every cell, as processes finish them; the widest first, so that none is busy alone at the end."""
     # Spawned, not forked: whether a kernel is interpreted is settled when triton is imported.
     context = multiprocessing.get_context("spawn")
     with worker_environment(), ProcessPoolExecutor(jobs, context, prepare_worker, (REGISTERING,)) as pool:
-        # The widest take longest; first, they do not keep one worker busy alone at the end.
-        running = {pool.submit(compile_cell, *cell): cell for cell in sorted(cells, key=lambda cell: -cell[2])}
-        for each in as_completed(running):
-            report.add(each.result())
-            done += 1
-            arch, dtype, width, _ = running[each]
-            progress(f"[{done}/{len(cells)}] {arch} {dtype} width {width}, {len(report.rows)} specialisations")
+        running = {pool.submit(function, *cell): cell for cell in sorted(cells, key=lambda cell: -cell[2])}
+        for done, each in enumerate(as_completed(running), start=1):
+            yield each.result()
+            progress("[{}/{}] {} {} width {}".format(done, len(cells), *running[each]))
     progress("")
-    report.rows.sort(key=order)
-    return report
 
 
 def shared_memory_table(args: argparse.Namespace) -> int:
@@ -260,7 +238,7 @@ def shared_memory_table(args: argparse.Namespace) -> int:
     archs = tuple(TARGETS if args.arch == ARCHITECTURES else dict.fromkeys(args.arch))  # by default all
     bits = {8 * DTYPES[dtype].itemsize for dtype in args.dtype}
     widths = set(map(padded, args.width)) | {key[2] for key in LAUNCH_TABLE if args.width == WIDTHS}
-    committed = shared_memory.read_rows() if shared_memory.COMMITTED.is_file() else []
+    committed = read_csv(shared_memory.COMMITTED, shared_memory.Row) if shared_memory.COMMITTED.is_file() else []
     mine = [row for row in committed if row.triton == triton.__version__]
     cells, asked = [], set()
     for arch in archs:  # GPUs of one generation have entries in common
@@ -268,20 +246,14 @@ def shared_memory_table(args: argparse.Namespace) -> int:
         wanted = {entry for entry in wanted if entry.bits in bits and entry.width in widths}
         asked |= wanted
         cells += shared_memory.cells(wanted, arch)
-    rows: list[shared_memory.Row] = []
-    context = multiprocessing.get_context("spawn")
-    with worker_environment(), ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,)) as pool:
-        for done, each in enumerate(as_completed([pool.submit(shared_memory.measure, *cell) for cell in cells]), start=1):
-            rows += each.result()
-            progress(f"[{done}/{len(cells)}] {len(rows)} entries")
-    progress("")
+    rows = [row for some in by_workers(args.jobs, shared_memory.measure, cells) for row in some]
     unmeasured = asked - {row.entry for row in rows}
     failures = [f"{entry}: no call launches it" for entry in sorted(unmeasured)]
     if args.write:
         served = {entry for arch in TARGETS for entry in shared_memory.entries(arch)}
         current = {(row.triton, row.entry): row for row in committed + rows if row.entry in served}  # the new ones last
         rows = list(current.values())
-        shared_memory.write_rows(rows)
+        write_csv(shared_memory.COMMITTED, map(asdict, sorted(rows)))
         print(f"wrote {shared_memory.COMMITTED}")
     else:
         failures += [f"{row}: differs from {shared_memory.COMMITTED.name}" for row in sorted(set(rows) - set(committed))]
@@ -303,7 +275,10 @@ def main(argv: list[str]) -> int:
         return shared_memory_table(args)
     start = time.perf_counter()
     cells = [(*cell, tuple(args.op)) for cell in product(args.arch, args.dtype, args.width)]
-    report = compile_grid(list(dict.fromkeys(cells)), args.jobs)
+    report = Report()
+    for each in by_workers(args.jobs, compile_cell, list(dict.fromkeys(cells))):
+        report.add(each)
+    report.rows.sort(key=order)
     show_table(report.rows)
     print_summary(report, time.perf_counter() - start)
 

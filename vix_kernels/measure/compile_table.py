@@ -6,15 +6,14 @@ of several Triton versions: a run is compared with those of its own.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 from .._triton.targets import TARGETS, TENSOR_MEMORY
-from ..commands import DTYPES, print_table, write_atomically
+from ..commands import DTYPES, print_table, write_csv
 from .sources import source_hash
 
 WIDE = 128  # bits, the widest access of a thread before sm_100
@@ -181,23 +180,8 @@ def wide_share(rows: Iterable[Row], name: str) -> float:
 # The file
 
 
-def read_table(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        header, *lines = csv.reader(file)
-    if header != [each.name for each in fields(Row)]:
-        raise ValueError(f"unexpected columns {', '.join(header)}")
-    convert = [int if each.type == "int" else str for each in fields(Row)]
-    return [Row(*(kind(cell) for kind, cell in zip(convert, line, strict=True))) for line in lines]
-
-
 def write_table(path: Path, rows: Iterable[Row]) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(each.name for each in fields(Row))
-            writer.writerows(astuple(row) for row in sorted(rows, key=order))
-
-    write_atomically(path, write)
+    write_csv(path, map(asdict, sorted(rows, key=order)))
 
 
 def order(row: Row) -> tuple:
@@ -207,5 +191,5 @@ def order(row: Row) -> tuple:
 
 
 def show_table(rows: list[Row]) -> None:
-    names = [each.name for each in fields(Row) if each.name != "triton"]
-    print_table(names, ([str(getattr(row, name)) for name in names] for row in rows))
+    """Without the version of Triton, which is the same in all rows of a run."""
+    print_table([each.name for each in fields(Row)[1:]], (map(str, astuple(row)[1:]) for row in rows))

@@ -7,39 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
 
 from .. import conditions
 from ..primitives.registry import operators
 from ..testing import Case, OpSpec, draw
-from .offline import Driver
+from .offline import driver_of
+from .roofline import Cost
 
 DIRECTIONS = ("forward", "backward")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One call of an operator.
-
-    Attributes:
-        flops: multiply-adds times two in products of the tokens' dtype.
-        exps: exponentials.
-        bytes: least traffic: each registered operator in the call reads its inputs once and writes its outputs once.
-        launches: kernels, torch's fills, casts and sums included.
-    """
-
-    flops: int
-    exps: int
-    bytes: int
-    launches: int
 
 
 def cost(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str, arch: str) -> Cost:
@@ -49,10 +30,8 @@ def cost(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str, arch: str
         outputs = problem(backend="triton")
     flops = spec.flops(case)
     if direction == "backward":
-        wanted = [x for x in problem.tensors.values() if x.requires_grad]
-        cotangents = [torch.empty_like(x) for x in outputs]
         with _counting(arch) as count:
-            torch.autograd.grad(outputs, wanted, cotangents)
+            problem.gradients(outputs)
         flops = round(spec.backward * flops)
     return Cost(flops, spec.exps(case), count.bytes, count.launches)
 
@@ -83,14 +62,5 @@ def _counting(arch: str) -> Iterator[_Count]:
     def observe(*launch: Any) -> None:
         count.launches += 1
 
-    active = driver._active
-    driver.set_active(Driver(_target(arch)))
-    try:
-        with conditions.under(observer=observe), count:
-            yield count
-    finally:
-        driver.set_active(active)
-
-
-def _target(arch: str) -> GPUTarget:
-    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    with driver_of(arch), conditions.under(observer=observe), count:
+        yield count

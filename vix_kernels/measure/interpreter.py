@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import triton
@@ -29,7 +30,7 @@ def hastened() -> Iterator[None]:
     patch_language, everything = _get(interpreter, "_patch_lang"), SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     nothing = _get(interpreter, "_LangPatchScope")()
     builder = _get(interpreter, "interpreter_builder")
-    options, patched = _get(builder, "options"), False
+    patched = False
 
     def patch_once(fn: Any) -> Any:
         nonlocal patched
@@ -73,15 +74,13 @@ def hastened() -> Iterator[None]:
             describe_tensor(self, handle, type)
             shapes[key] = dict(vars(self))
 
-    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, known_dtype
-    tl.core.block_type.__init__, tl.core.tensor.__init__ = known_block, known_tensor
-    builder.options = replace(options, sanitize_overflow=False)
-    try:
+    with (
+        patch.multiple(interpreter, _patch_lang=patch_once, _get_np_dtype=known_dtype),
+        patch.object(tl.core.block_type, "__init__", known_block),
+        patch.object(tl.core.tensor, "__init__", known_tensor),
+        patch.object(builder, "options", replace(_get(builder, "options"), sanitize_overflow=False)),
+    ):
         yield
-    finally:
-        interpreter._patch_lang, interpreter._get_np_dtype = patch_language, numpy_dtype
-        tl.core.block_type.__init__, tl.core.tensor.__init__ = describe_block, describe_tensor
-        builder.options = options
 
 
 @contextmanager
@@ -107,14 +106,10 @@ def watched(loaded: Observer, stored: Observer) -> Iterator[None]:
         "create_atomic_rmw": refuse,
         "create_atomic_cas": refuse,
     }
-    for name, hook in hooks.items():  # every other way to memory goes through these four
+    for name in hooks:
         _get(builder, name)
-        setattr(builder, name, hook)
-    try:
+    with patch.multiple(builder, **hooks):  # every other way to memory goes through these four
         yield
-    finally:
-        for name in hooks:
-            delattr(builder, name)  # of the instance: the methods of its class show again
 
 
 def _reached(pointers: Any, mask: Any) -> tuple[np.ndarray, int]:

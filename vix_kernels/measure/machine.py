@@ -42,11 +42,12 @@ def _processor() -> str:
 @functools.cache
 def facts() -> dict[str, str | int | None]:
     """Versions and the machine around the device."""
-    packages = {package: _version(package) for package in PACKAGES}
+    packages = {package: version_of(package) for package in PACKAGES}
     return dict(python=platform.python_version(), platform=platform.platform(), cores=os.cpu_count(), **packages)
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:

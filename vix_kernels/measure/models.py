@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..commands import figure, print_table
+from ..commands import print_table
 from ..models import create_model, list_models
 from ..models.originals import build
 from ..models.zoo import PUBLISHED
 from ..testing import kept_for_backward
 from .machine import device_name
-from .operators import Row, alone, failed, free, ok, out_of_memory, peak_memory, skipped
+from .operators import Row, alone, failed, free, ok, out_of_memory, outcome, peak_memory, skipped
 from .providers import LeftOut
 from .timing import in_turns, wall_time
 
@@ -244,16 +244,11 @@ def run(args: Namespace, device: str, parser: ArgumentParser) -> Iterator[list[R
 
 
 def report(rows: list[Row]) -> None:
-    headings = ("model", "provider", "dtype", "", "images/s", "peak MiB", "kept MiB")
+    figures = {"images_per_second": "images/s", "peak_mib": "peak MiB", "kept_mib": "kept MiB"}
     print_table(
-        headings,
+        ("model", "provider", "dtype", "", *figures.values()),
         (
-            [row["model"], row["theirs"] or row["provider"], row["dtype"], row["direction"]]
-            + (
-                [figure(row.get(name), 4) for name in ("images_per_second", "peak_mib", "kept_mib")]
-                if row["status"] == "ok"
-                else [row["why"], "", ""]
-            )
+            [row["model"], row["theirs"] or row["provider"], row["dtype"], row["direction"], *outcome(row, figures, 4)]
             for row in rows
         ),
     )

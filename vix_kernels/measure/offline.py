@@ -21,9 +21,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -68,21 +68,17 @@ class CompiledLaunch:
         )
 
 
-class Driver:
-    """Stands in for Triton's active driver; enough of it to compile, not to run."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> GPUTarget:
-        # Triton keys its in-process cache by this: one entry a target, not one for all of them.
-        return self.target
-
-    def get_current_stream(self, device: GPUTarget) -> int:
-        return 0
+@contextmanager
+def driver_of(name: str) -> Iterator[None]:
+    """Inside the block Triton's driver reports the target `name`; that is enough to compile, not to run."""
+    gpu, active = TARGETS[name].gpu, driver._active
+    # Triton keys its in-process cache by the device: one entry a target, not one for all of them.
+    answers = dict(get_current_target=lambda: gpu, get_current_device=lambda: gpu, get_current_stream=lambda device: 0)
+    driver.set_active(SimpleNamespace(**answers))
+    try:
+        yield
+    finally:
+        driver.set_active(active)  # not reset_active(), which looks for a real driver and raises where there is none
 
 
 @contextmanager
@@ -113,14 +109,8 @@ def capture(name: str) -> Iterator[list[Any]]:
             raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET before importing triton")
         binaries.append(kernel.warmup(*args, grid=grid, **meta))
 
-    active = driver._active
-    driver.set_active(Driver(TARGETS[name].gpu))
-    try:
-        with conditions.under(observer=observe):
-            yield binaries
-    finally:
-        # Not reset_active(): it would look for a real driver, and raise where there is none.
-        driver.set_active(active)
+    with driver_of(name), conditions.under(observer=observe):
+        yield binaries
 
 
 def describe(name: str, binaries: Iterable[Any]) -> list[CompiledLaunch]:

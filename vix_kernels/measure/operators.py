@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..commands import DTYPES
+from ..commands import DTYPES, figure
 from ..testing import SPECS, Case, Problem, draw, kept_for_backward
 from .machine import device_name, peaks
 from .providers import OURS, Contender, LeftOut, enter
-from .roofline import predict
+from .roofline import Cost, predict
 from .timing import DeviceTime, device_time, in_turns, wall_time
 
 Row = dict[str, Any]
@@ -38,6 +38,7 @@ USUAL = {
     "cpu": Case("usual", batch=2, heads=4, tokens=1024, width=64, features=256, taps=33),
     "cuda": Case("usual", batch=8, heads=8, tokens=4096, width=64, features=256, taps=33),
 }
+SIZES = ("batch", "heads", "tokens", "width", "features")
 WALL_BELOW = 2.0  # milliseconds on a GPU: the host's overhead shows in short calls
 
 
@@ -68,6 +69,13 @@ def failed(why: str | BaseException, **row: Any) -> Row:
 
 def skipped(why: str | BaseException, **row: Any) -> Row:
     return {**row, "status": "skipped", "why": brief(why)}
+
+
+def outcome(row: Row, names: Iterable[str], digits: int = 3) -> list[str]:
+    """The cells of these figures, or why there are none."""
+    if row["status"] == "ok":
+        return [figure(row.get(name), digits) for name in names]
+    return [row["why"], *("" for _ in list(names)[1:])]
 
 
 def brief(why: str | BaseException) -> str:
@@ -148,8 +156,7 @@ def measure(
 
 
 def _sizes(op: str, case: Case, dtype: str, device: str) -> Row:
-    sizes = {name: getattr(case, name) for name in ("batch", "heads", "tokens", "width", "features")}
-    return dict(op=op, dtype=dtype, **sizes, device=device_name(device))
+    return dict(op=op, dtype=dtype, **{name: getattr(case, name) for name in SIZES}, device=device_name(device))
 
 
 def draw_problem(op: str, case: Case, dtype: str, device: str) -> Problem:
@@ -274,7 +281,7 @@ class Race:
                 figures["kept_mib"] = kept_for_backward(contender.function, tuple(contender.leaves)) / 2**20
         return Result(ok(**label, **figures), time.samples)
 
-    def work(self, direction: str) -> Work:
+    def work(self, direction: str) -> Cost:
         """What the operator must do at least, whoever does it: every input and every result moves once in a pass."""
         spec, inputs = self.problem.spec, list(self.problem.tensors.values())
         outputs = self.truth.batch * sum(x.nbytes for x in self.truth.plain[0])
@@ -282,7 +289,7 @@ class Race:
         if direction == "full":
             moved = 2 * moved + sum(_bytes(x) for x in inputs if x.requires_grad)
             passes += spec.backward
-        return Work(round(passes * spec.flops(self.case)), round(passes * spec.exps(self.case)), moved, 0)
+        return Cost(round(passes * spec.flops(self.case)), round(passes * spec.exps(self.case)), moved, 0)
 
 
 class Call(NamedTuple):
@@ -291,13 +298,6 @@ class Call(NamedTuple):
     contender: Contender
     run: Callable[[], Any]
     cotangents: list[Tensor] | None = None
-
-
-class Work(NamedTuple):
-    flops: int
-    exps: int
-    bytes: int
-    launches: int
 
 
 class Truth:
@@ -355,7 +355,7 @@ def _difference(full: Result, forward: Result) -> Result:
     row = full.row | dict(direction="backward")
     if row["status"] != "ok" or forward.row["status"] != "ok":
         return Result(row if row["status"] != "ok" else forward.row | dict(direction="backward"))
-    left = ("op", "dtype", "batch", "heads", "tokens", "width", "features", "device", "provider", "method", "error")
+    left = ("op", "dtype", *SIZES, "device", "provider", "method", "error")
     milliseconds = full.row["device_ms"] - forward.row["device_ms"]
     return Result(ok(**{name: row[name] for name in left}, direction="backward", device_ms=milliseconds))
 

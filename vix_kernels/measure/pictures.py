@@ -44,7 +44,6 @@ def draw(folder: Path, rows: Iterable[Row], sweep: str, formats: Iterable[str] =
 
 def _figure(title: str, curves: Mapping[str, list[Row]], sweep: str, looks: Mapping[str, dict[str, Any]]) -> Any:
     """A panel a direction, and one of memory; all logarithmic."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = [row for curve in curves.values() for row in curve]
@@ -52,7 +51,6 @@ def _figure(title: str, curves: Mapping[str, list[Row]], sweep: str, looks: Mapp
     weighed = [each for each in ("full", "forward") if any(row["direction"] == each and row.get("peak_mib") for row in rows)]
     panels += [(each, "peak_mib", f"memory of {NAMES[each]}, MiB") for each in weighed[:1]]
     figure = Figure(figsize=(4.2 * len(panels), 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     values = sorted({row[sweep] for row in rows})
     shown = {}
     for axes, (direction, quantity, heading) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

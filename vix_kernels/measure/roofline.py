@@ -7,19 +7,14 @@ than the launches, one after the other. No version of the operator runs much fas
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..commands import DTYPES, Parser, print_table, write_atomically
+from ..commands import DTYPES, Parser, figure, markdown, print_table, write_atomically, write_csv
 from ..testing import SPECS, Case
-
-if TYPE_CHECKING:  # it imports triton
-    from .costs import Cost
 
 LAUNCH = 2e-6  # seconds from one kernel of a stream to the next: an assumption, no vendor publishes it
 RESULTS = Path("bench", "results")
@@ -87,6 +82,26 @@ class Row:
     measured_us: float | None = None
 
 
+COLUMNS = [each.name for each in fields(Row)]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One call of an operator.
+
+    Attributes:
+        flops: multiply-adds times two in products of the tokens' dtype.
+        exps: exponentials.
+        bytes: least traffic: each registered operator in the call reads its inputs once and writes its outputs once.
+        launches: kernels, torch's fills, casts and sums included.
+    """
+
+    flops: int
+    exps: int
+    bytes: int
+    launches: int
+
+
 def shapes() -> Iterator[Case]:
     """The shapes that are predicted and measured: 131,072 tokens however they are cut, and one image on its own."""
     for tokens in (256, 1024, 4096, 16384, 65536):
@@ -126,7 +141,7 @@ def rows(ops: Iterable[str], gpus: Iterable[Device], dtypes: Iterable[str]) -> I
                         )  # fmt: skip
 
 
-KEY = ("op", "direction", "dtype", "batch", "heads", "tokens", "width", "features", "gpu")
+KEY = COLUMNS[:9]  # up to the GPU
 
 
 def measured(folder: Path) -> dict[tuple[str, ...], float]:
@@ -151,33 +166,11 @@ def with_measured(table: Iterable[Row], folder: Path) -> Iterator[Row]:
 # The table
 
 
-def cells(row: Row) -> list[str]:
-    texts = []
-    for each in fields(Row):
-        value = getattr(row, each.name)
-        texts.append("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
-    return texts
-
-
-def headings() -> list[str]:
-    return [each.name for each in fields(Row)]
-
-
-def write_csv(path: Path, table: list[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(headings())
-        writer.writerows(map(cells, table))
-
-
-def markdown(table: list[Row]) -> str:
-    lines = [headings(), ["---"] * len(headings()), *map(cells, table)]
-    return "Predicted times come from published peaks, not from a GPU.\n\n" + "".join(f"| {' | '.join(x)} |\n" for x in lines)
+NOTE = "Predicted times come from published peaks, not from a GPU."
 
 
 def plot(path: Path, table: list[Row], format: str) -> None:
     """Time against tokens, a panel an operator and direction, a line a GPU: dashed predicted, dots measured."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     chosen = [row for row in table if row.width == 64 and row.batch * row.tokens == 131072]
@@ -186,7 +179,6 @@ def plot(path: Path, table: list[Row], format: str) -> None:
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(max(7, 3.5 * columns), 3.2 * lines + 1), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(f"131,072 tokens, 8 heads, width 64, 256 features, {dtypes[0]}\npredicted (dashed), measured (dots)")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for panel in axes[len(panels) :]:
@@ -227,7 +219,6 @@ def main(argv: list[str]) -> int:
         prog="vix dev roofline",
         description="Predict the time of each operator from published peaks of GPUs; no GPU needed.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--op", nargs="+", choices=list(SPECS), default=list(SPECS), metavar="OP", help=", ".join(SPECS))
     parser.add_argument("--gpu", nargs="+", choices=names, default=names, metavar="GPU", help=", ".join(names))
@@ -239,19 +230,18 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         table = list(with_measured(rows(args.op, [gpu for gpu in GPUS if gpu.name in args.gpu], args.dtype), args.results))
+        cells = [[figure(value, 4) for value in astuple(row)] for row in table]
         if args.csv:
-            write_atomically(args.csv, lambda path: write_csv(path, table))
+            write_csv(args.csv, map(asdict, table), digits=4)
             print(f"wrote {args.csv}")
         elif args.markdown:
-            print(markdown(table), end="")
+            print(NOTE, "", *markdown(COLUMNS, cells), sep="\n")
         else:
-            print_table(headings(), map(cells, table))
-            print("\nPredicted times come from published peaks, not from a GPU.")
+            print_table(COLUMNS, cells)
+            print(f"\n{NOTE}")
         if args.plot:
             write_atomically(args.plot, lambda path: plot(path, table, args.plot.suffix[1:] or "png"))
             print(f"wrote {args.plot}", file=sys.stderr)
     except OSError as error:
         parser.error(str(error))
-    except ModuleNotFoundError as error:
-        parser.error(f"it needs {error.name}, which is not installed")
     return 0

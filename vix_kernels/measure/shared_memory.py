@@ -7,24 +7,22 @@ masks, the residual convolution. A row holds the most that any of them needs.
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
-import torch
 import triton
 from torch import Tensor
 
 from .. import conditions
 from .._triton.launch import find_tile
-from .._triton.launch_table import OVERRIDES, TABLE, Tile
+from .._triton.launch_table import OVERRIDES, TABLE
 from .._triton.targets import TARGETS
-from ..commands import write_atomically
 from ..testing import SPECS, Case, Problem, draw
 from . import offline
 from .sources import code_hash, table_name
@@ -46,7 +44,7 @@ class Entry(NamedTuple):
     kernel: str
     bits: int
     width: int
-    tile: Tile
+    tile: str  # the fields of a Tile
 
 
 @dataclass(frozen=True, order=True)
@@ -64,21 +62,18 @@ class Row:
 
     @property
     def entry(self) -> Entry:
-        slots, tokens, warps, stages, precision, apart = self.tile.split()
-        tile = Tile(int(slots), int(tokens), int(warps), int(stages), precision, apart == "True")
-        return Entry(self.generation, self.kernel, self.bits, self.width, tile)
+        return Entry(self.generation, self.kernel, self.bits, self.width, self.tile)
 
     @staticmethod
     def of(entry: Entry, shared: int) -> Row:
-        *key, tile = entry
-        return Row(triton.__version__, *key, " ".join(map(str, tile)), code_hash(entry.kernel), shared)
+        return Row(triton.__version__, *entry, code_hash(entry.kernel), shared)
 
 
 def entries(arch: str) -> set[Entry]:
     """Everything that a launch on `arch` can look up."""
     keys = ((name.removesuffix("_pooled"), bits, width) for name, bits, width in (*TABLE, *OVERRIDES.get(arch, {})))
     served = (find_tile(arch, *key, pooled) for key in keys for pooled in (False, True))
-    return {Entry(GENERATION[arch], *key, tile) for key, tile in served}
+    return {Entry(GENERATION[arch], *key, " ".join(map(str, tile))) for key, tile in served}
 
 
 def missing(rows: Iterable[Row], arch: str) -> list[Entry]:
@@ -141,12 +136,8 @@ def allocation_only() -> Iterator[None]:
     def hip(module: Any, metadata: dict, options: Any) -> None:  # a step later: the passes differ between versions of Triton
         raise Allocated(metadata["shared"])
 
-    before = CUDABackend.make_llir, HIPBackend.__dict__["make_amdgcn"]
-    CUDABackend.make_llir, HIPBackend.make_amdgcn = cuda, staticmethod(hip)
-    try:
+    with patch.object(CUDABackend, "make_llir", cuda), patch.object(HIPBackend, "make_amdgcn", staticmethod(hip)):
         yield
-    finally:
-        CUDABackend.make_llir, HIPBackend.make_amdgcn = before
 
 
 def measure(arch: str, bits: int, width: int, wanted: Iterable[Entry]) -> list[Row]:
@@ -171,9 +162,7 @@ def measure(arch: str, bits: int, width: int, wanted: Iterable[Entry]) -> list[R
 
     with offline.capture(arch), allocation_only(), lookups() as asked, conditions.under(observer=observe):
         for problem in problems(bits, width):
-            outputs = problem(backend="triton")
-            leaves = [each for each in problem.tensors.values() if each.requires_grad]
-            torch.autograd.grad(outputs, leaves, [torch.empty_like(each) for each in outputs])
+            problem.gradients(problem(backend="triton"))
     return [Row.of(entry, shared) for entry, shared in most.items()]
 
 
@@ -184,25 +173,3 @@ def cells(wanted: Iterable[Entry], arch: str) -> Iterator[tuple[str, int, int, l
         by_size[entry.bits, entry.width].append(entry)
     for (bits, width), group in by_size.items():
         yield arch, bits, width, group
-
-
-# The file
-
-
-def read_rows(path: Path = COMMITTED) -> list[Row]:
-    with path.open(newline="") as file:
-        header, *lines = csv.reader(file)
-    if header != [each.name for each in fields(Row)]:
-        raise ValueError(f"{path}: unexpected columns {', '.join(header)}")
-    convert = [int if each.type == "int" else str for each in fields(Row)]
-    return [Row(*(kind(cell) for kind, cell in zip(convert, line, strict=True))) for line in lines]
-
-
-def write_rows(rows: Iterable[Row], path: Path = COMMITTED) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(each.name for each in fields(Row))
-            writer.writerows(astuple(row) for row in sorted(rows))
-
-    write_atomically(path, write)

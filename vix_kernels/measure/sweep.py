@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 import time
@@ -14,10 +13,10 @@ from pathlib import Path
 import torch
 
 from .. import backends
-from ..commands import DTYPES, Parser, figure, print_table, write_atomically
+from ..commands import DTYPES, Parser, print_table, within, write_atomically, write_csv
 from . import models
 from .machine import commit, facts
-from .operators import USUAL, USUAL_DTYPE, Effort, Row, measure_alone
+from .operators import SIZES, USUAL, USUAL_DTYPE, Effort, Row, measure_alone, outcome
 from .pictures import NAMES, draw
 from .providers import OURS, providers, public
 
@@ -28,6 +27,11 @@ SWEEPS = {
     "features": {"cpu": (16, 64, 256), "cuda": (16, 32, 64, 128, 256, 512)},
     "batch": {"cpu": (1, 2, 4), "cuda": (1, 2, 4, 8, 16, 32)},
 }
+FIGURES = {
+    "device_ms": "ms", "gbps": "GB/s", "tflops": "TFLOP/s", "roofline": "of the roofline", "peak_mib": "peak MiB",
+    "kept_mib": "kept MiB", "error": "error",
+}  # fmt: skip
+POSITIVE = within(1, 1 << 20)
 EXAMPLES = """\
 examples:
   vix bench                                                      every operator over the tokens, forward and both
@@ -48,24 +52,23 @@ def main(argv: list[str]) -> int:
         prog="vix bench",
         description="Measure operators beside plain and compiled PyTorch, SDPA and the installed peers.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ops = public()
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=", ".join(ops))
     parser.add_argument("--models", nargs="?", const="*", metavar="PATTERN", help="measure models instead, those like PATTERN")
     parser.add_argument("--sweep", choices=SWEEPS, default="tokens", help="what changes (default: tokens)")
-    parser.add_argument("--values", nargs="+", type=_positive, metavar="N", help="its values (default: a range for the device)")
+    parser.add_argument("--values", nargs="+", type=POSITIVE, metavar="N", help="its values (default: a range for the device)")
     parser.add_argument(
         "--mode", type=_modes, default="fwd,full", metavar="LIST", help=f"of {','.join(MODES)} (default: fwd,full)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--provider", nargs="+", metavar="NAME", help="only these, such as torch sdpa (default: all)")
-    for name in ("batch", "heads", "tokens", "width", "features"):
+    for name in SIZES:
         of = ", ".join(f"{getattr(case, name)} on {device}" for device, case in USUAL.items())
-        parser.add_argument(f"--{name}", type=_positive, metavar="N", help=f"where it is not swept (default: {of})")
+        parser.add_argument(f"--{name}", type=POSITIVE, metavar="N", help=f"where it is not swept (default: {of})")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if the kernels run on it")
-    parser.add_argument("--threads", type=_positive, default=1, metavar="N", help="of a CPU (default: 1, the least noisy)")
-    parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="calls of each (default: 5)")
+    parser.add_argument("--threads", type=POSITIVE, default=1, metavar="N", help="of a CPU (default: 1, the least noisy)")
+    parser.add_argument("--rounds", type=POSITIVE, default=5, metavar="N", help="calls of each (default: 5)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the tables and pictures (default: only print)")
     args = parser.parse_args(argv)
     reason = backends.reason_against_gpu()
@@ -94,8 +97,6 @@ def main(argv: list[str]) -> int:
             print(f"wrote {args.output}")
     except OSError as error:
         parser.error(str(error))
-    except ModuleNotFoundError as error:
-        parser.error(f"it needs {error.name}, which is not installed")
     except KeyboardInterrupt:
         print("vix bench: interrupted" + (f"; {args.output} has what was measured" if args.output else ""), file=sys.stderr)
         return 130
@@ -109,17 +110,9 @@ def _modes(text: str) -> tuple[str, ...]:
     return tuple(MODES[word] for word in MODES if word in words)
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
-
-
 def sweep(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
     """The rows of one operator and value after the other."""
-    base = USUAL[device]
-    given = {name: getattr(args, name) for name in ("batch", "heads", "tokens", "width", "features")}
-    base = replace(base, **{name: value for name, value in given.items() if value})
+    base = replace(USUAL[device], **{name: value for name in SIZES if (value := getattr(args, name))})
     values = args.values or SWEEPS[args.sweep][device]
     for op in args.op:
         chosen = [name for name in providers(op, device) if not args.provider or name in args.provider]
@@ -135,18 +128,8 @@ def sweep(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
 
 def save(folder: Path, rows: list[Row]) -> None:
     """bench.csv and bench.json, each with the machine and the commit."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-
-    def table(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*columns, "commit"], lineterminator="\n")
-            writer.writeheader()
-            for row in rows:
-                line = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-                writer.writerow(line | {"commit": commit()})
-
     everything = dict(commit=commit(), date=time.strftime("%Y-%m-%d"), **facts(), rows=rows)
-    write_atomically(folder / "bench.csv", table)
+    write_csv(folder / "bench.csv", [row | {"commit": commit()} for row in rows])
     write_atomically(folder / "bench.json", lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"))
 
 
@@ -155,32 +138,12 @@ def report(rows: list[Row], args: argparse.Namespace) -> None:
     if args.models:
         models.report(rows)
         return
-    headings = (
-        "operator",
-        args.sweep,
-        "mode",
-        "provider",
-        "ms",
-        "GB/s",
-        "TFLOP/s",
-        "of the roofline",
-        "peak MiB",
-        "kept MiB",
-        "error",
-    )
-    names = ("device_ms", "gbps", "tflops", "roofline", "peak_mib", "kept_mib", "error")
     print(f"{rows[0]['device']}, {args.dtype}, commit {commit()}\n")
     print_table(
-        headings,
-        (
-            [row["op"], f"{row[args.sweep]:,}", row["direction"], row["provider"]]
-            + ([figure(row.get(name)) for name in names] if row["status"] == "ok" else [row["why"], *[""] * 6])
-            for row in rows
-        ),
+        ("operator", args.sweep, "mode", "provider", *FIGURES.values()),
+        ([row["op"], f"{row[args.sweep]:,}", row["direction"], row["provider"], *outcome(row, FIGURES)] for row in rows),
     )
-    print()
-    for line in crossings(rows, args.sweep):
-        print(line)
+    print("", *crossings(rows, args.sweep), sep="\n")
 
 
 def crossings(rows: Iterable[Row], sweep: str) -> Iterator[str]:

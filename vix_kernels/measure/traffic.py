@@ -17,7 +17,6 @@ statistics that are saved for the backward, is what an implementation adds.
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -32,10 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import backends, conditions
-from ..commands import DTYPES, Parser
+from ..commands import DTYPES, Parser, within
 from ..primitives.registry import operators
 from ..testing import SPECS, Case
-from .compile_report import within
 from .interpreter import hastened, watched
 from .offline import TARGETS
 
@@ -280,7 +278,6 @@ def command_parser() -> Parser:
         prog="vix dev traffic",
         description="Count the bytes of global memory that the ops move, over the least: each argument once, each result once.",
         epilog=EXPLANATION,
-        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"{', '.join(ops)} (default: all)")
     for name, default, help in (

@@ -7,7 +7,6 @@ installed: the proposal is written for someone to read and to commit into OVERRI
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -123,7 +122,6 @@ class Bench:
         self.use = f"{spec.name}, {'forward' if direction == 'forward' else 'forward and backward'}"
         self.dtype, self.direction, self.device = DTYPES[bits], direction, device
         self.problem = draw(spec, replace(case, learned=True), self.dtype, device)  # the kernels of all gradients run
-        self.wanted = [x for x in self.problem.tensors.values() if x.requires_grad]
         # Random: mistakes could cancel under equal ones.
         self.cotangents = [torch.randn_like(x) for x in self.problem(backend="triton")]
 
@@ -131,7 +129,7 @@ class Bench:
         if self.direction == "forward":
             with torch.no_grad():
                 return self.problem(backend="triton")
-        return torch.autograd.grad(self.problem(backend="triton"), self.wanted, self.cotangents)
+        return self.problem.gradients(self.problem(backend="triton"), self.cotangents)
 
     def keys(self) -> set[Key]:
         with lookups() as asked:
@@ -254,12 +252,7 @@ Prints a line a key and, last, the entries for OVERRIDES in vix_kernels/_triton/
 
 def main(argv: list[str]) -> int:
     kernels, widths = sorted({key[0] for key in TABLE}), sorted({key[2] for key in TABLE})
-    parser = Parser(
-        prog="vix dev tune",
-        description="Look for faster launch configurations on this GPU.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="vix dev tune", description="Look for faster launch configurations on this GPU.", epilog=EXAMPLES)
     parser.add_argument("--kernel", nargs="+", choices=kernels, default=kernels, metavar="KERNEL", help=", ".join(kernels))
     parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=[16, 32], help="of the tokens (default: both)")
     parser.add_argument("--width", nargs="+", type=int, choices=widths, default=widths, help="head width (default: all)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +56,11 @@ class Problem:
         else:
             out = self.spec.function(*self.tensors.values(), **self.options, backend=backend)
         return out if isinstance(out, tuple) else (out,)
+
+    def gradients(self, outputs: tuple[Tensor, ...], cotangents: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
+        """Of the tensors that require them; by default from cotangents of arbitrary numbers, to see what a backward runs."""
+        wanted = [x for x in self.tensors.values() if x.requires_grad]
+        return torch.autograd.grad(outputs, wanted, cotangents or [torch.empty_like(x) for x in outputs])
 
     def double(self) -> Problem:
         """The same numbers in float64."""

@@ -48,7 +48,6 @@ def train_parser() -> Parser:
         prog="vix train",
         description="Train a ViX model and test it on held-out images after every epoch.",
         epilog=TRAIN_EXAMPLES + recipes,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     group: Any = parser
     for each, about in Config.settings():
@@ -343,12 +342,7 @@ def export_command(argv: list[str]) -> int:
 
 
 def _user_parser(command: str, description: str, examples: str) -> Parser:
-    parser = Parser(
-        prog=f"vix {command}",
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog=f"vix {command}", description=description, epilog=examples)
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto takes a GPU if there is one (default: auto)")
     return parser

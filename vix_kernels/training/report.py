@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from ..commands import write_atomically
+from ..commands import write_atomically, write_csv
 from .config import Config
 
 if TYPE_CHECKING:
@@ -77,14 +76,7 @@ def write_args(path: Path, config: Config) -> None:
 
 def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
     """One row an epoch. Written from the history in the checkpoint, so that both always tell the same story."""
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as file:
-            rows = csv.DictWriter(file, history[0])
-            rows.writeheader()
-            rows.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in history)
-
-    write_atomically(path, write)
+    write_csv(path, history)
 
 
 def draw_learning_curve(path: Path, history: list[dict[str, Any]], best: dict[str, Any], title: str) -> None:
