@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from vix_kernels.measure.operators import Row, failed, ok, skipped
 from vix_kernels.measure.timing import Spoiled, capture
 from vix_kernels.testing import SPECS, Case, OpSpec, Problem, draw
 
-from .plan import Plan
+from .plan import Job, Plan, by_job
 
 LARGE = (
     Case("packed", batch=2, heads=4, tokens=4096, width=64, features=256, packed=True),
@@ -23,64 +25,50 @@ LARGE = (
 )
 TINY = (Case("packed", batch=1, heads=1, tokens=20, features=9, packed=True),)
 RAN = "every operator ran"
-Job = tuple[Callable, OpSpec, str, Case]  # check, operator, dtype, case
+Check = Callable[[Problem], tuple[str, float]]  # gives what is wrong, or "", and a figure
 
 
-def rows(plan: Plan) -> Iterator[Row]:
-    for check, spec, dtype, case in plan.jobs(
-        order(plan), lambda job: f"{job[0].__name__} {job[1].name} {job[3].name} {job[2]}"
-    ):
+@by_job
+def rows(plan: Plan) -> Iterator[Job]:
+    for check, spec, dtype, case in order(plan):
         what = dict(check=check.__name__, op=spec.name, case=case.name, dtype=dtype)
-        if plan.dry and check in (graph, streams):
-            yield skipped("needs CUDA", **what)
-        elif plan.late:
-            yield skipped("out of time", **what)
-        else:
-            try:
-                torch.manual_seed(0)
-                # On the device: float64 numbers drawn on a CPU take seconds at these sizes.
-                problem = draw(spec, replace(spec.fit(case), learned=True), DTYPES[dtype], plan.device)
-                wrong, figure = check(problem)
-            except Spoiled as error:
-                yield failed(error, **what)
-                raise
-            except Exception as error:
-                yield failed(error, **what)
-                plan.wait()
-            else:
-                yield failed(wrong, **what, figure=figure) if wrong else ok(**what, figure=figure)
-            plan.free()
+        yield Job(what, partial(run, plan, check, spec, dtype, case))
 
 
-def named(job: Job) -> str:
-    check, spec, dtype, case = job
-    return f"{check.__name__} {spec.name} {case.name} {dtype}"
-
-
-def order(plan: Plan) -> Iterator[Job]:
+def order(plan: Plan) -> Iterator[tuple[Check, OpSpec, str, Case]]:
     """What matters most first."""
     for dtype in ("bf16",) if plan.dry else ("bf16", "fp32", "fp16"):
         for check in (against_float64, repeats, graph, streams) if dtype == "bf16" else (against_float64,):
-            for spec in SPECS.values():
-                for case in cases(spec, plan) if check is against_float64 else cases(spec, plan)[:2]:
-                    yield check, spec, dtype, case
+            cases = (TINY if plan.dry else LARGE)[: None if check is against_float64 else 2]
+            yield from ((check, spec, dtype, case) for spec, case in product(SPECS.values(), cases))
 
 
-def cases(spec: OpSpec, plan: Plan) -> list[Case]:
-    return list(TINY if plan.dry else LARGE)
+def run(plan: Plan, check: Check, spec: OpSpec, dtype: str, case: Case) -> Iterator[Row]:
+    if plan.dry and check in (graph, streams):
+        yield skipped("needs CUDA")
+        return
+    torch.manual_seed(0)
+    # On the device: float64 numbers drawn on a CPU take seconds at these sizes.
+    problem = draw(spec, replace(spec.fit(case), learned=True), DTYPES[dtype], plan.device)
+    try:
+        wrong, figure = check(problem)
+    except Spoiled as error:
+        yield failed(error)
+        raise
+    yield failed(wrong, figure=figure) if wrong else ok(figure=figure)
 
 
 def results(problem: Problem, **how: object) -> list[Tensor]:
     """Outputs, then gradients for cotangents that depend on nothing but their shape."""
     leaves = {name: x.detach().requires_grad_(name in problem.spec.differentiable) for name, x in problem.tensors.items()}
-    outputs = Problem(problem.spec, leaves, problem.options)(**how)
-    wanted = [x for x in leaves.values() if x.requires_grad]
+    problem = replace(problem, tensors=leaves)
+    outputs = problem(**how)
     cotangents = []
     for at, out in enumerate(outputs):
         # Not drawn: a capture forbids a generator's copy to the device.
         wave = torch.arange(out.numel(), device=out.device, dtype=torch.float32).mul_(0.7).add_(at).sin_().view(out.shape)
         cotangents.append(wave.masked_fill_(out.detach() == float("-inf"), 0).to(out.dtype))
-    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, wanted, cotangents)]
+    return [*(out.detach() for out in outputs), *problem.gradients(outputs, cotangents)]
 
 
 def against_float64(problem: Problem) -> tuple[str, float]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from vix_kernels.measure.models import Form, measure
-from vix_kernels.measure.operators import Row, skipped
 from vix_kernels.models.zoo import PUBLISHED
 from vix_kernels.testing.models import small_model
 
-from .plan import Plan
+from .plan import Job, Plan, by_job
 
 OURS: Form = ("ours", "bf16")
 # Nothing in them has another backend.
@@ -19,13 +19,12 @@ DRY = ("vit", "vil", "vip", "levin", "cvp", "hybrid_fnet", "fnet_2d")  # every m
 LARGER = ("vit", "vil", "vip", "vin")  # 4,096 tokens, where linear cost should tell
 
 
-def rows(plan: Plan) -> Iterator[Row]:
-    for name, form, batch, arguments in plan.jobs(order(plan), lambda job: f"{job[0]} {' '.join(job[1])} batch {job[2]}"):
-        if plan.late:
-            yield skipped("out of time", model=name, provider=form[0], dtype=form[1], batch=batch, **arguments)
-            continue
-        yield from measure(name, [form], plan.device, batch=batch, rounds=1 if plan.dry else 5, arguments=arguments)
-        plan.free()
+@by_job
+def rows(plan: Plan) -> Iterator[Job]:
+    for name, form, batch, arguments in order(plan):
+        what = dict(model=name, provider=form[0], dtype=form[1], batch=batch)
+        how = dict(batch=batch, rounds=1 if plan.dry else 5, arguments=arguments)
+        yield Job(what | arguments, partial(measure, name, [form], plan.device, **how))
 
 
 def order(plan: Plan) -> Iterator[tuple[str, Form, int, dict[str, Any]]]:

@@ -1,15 +1,18 @@
-"""One part, in this process: `python -m bench.gpu.part timing --seconds 100 --rows timing.jsonl`."""
+"""One part, in a process of its own."""
 
 from __future__ import annotations
 
-import argparse
-import json
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Thread
 
 from vix_kernels.measure.interpreter import hastened
 from vix_kernels.measure.timing import Spoiled
@@ -34,37 +37,30 @@ def inject(failure: str) -> None:
     raise RuntimeError(f"injected: {failure}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("part")
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--rows", required=True)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--inject", default="")
-    args = parser.parse_args()
-    with open(args.rows, "a") as file:
-        print(file=file)  # a process before this one may have left half a line
-
-        def write(record: dict) -> None:
-            print(json.dumps(record), file=file, flush=True)
-
-        def begin(number: int, name: str) -> None:
-            write(dict(job=number, name=name))
-            if args.inject and number == AT and args.first < AT:
-                inject(args.inject)
-
-        plan = Plan(args.dry_run, time.monotonic() + args.seconds, args.first, args.eager, begin, args.inject)
-        try:
-            with hastened() if args.dry_run else nullcontext():
-                for row in import_module(f"bench.gpu.{args.part}").rows(plan):
-                    write(row)
-        except Spoiled as error:
-            print(error, flush=True)
-            return SPOILED
-    return 0
+def end_with_parent() -> None:
+    """A run that is killed leaves no process behind."""
+    multiprocessing.parent_process().join()
+    os.killpg(0, signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def serve(part: str, plan: Plan, records: Connection, log: Path) -> None:
+    """Send the rows of a part, and the number and the name of each of its jobs before it runs."""
+    os.setsid()  # so that it can be killed together with the processes it starts
+    os.chdir(log.parents[1])
+    Thread(target=end_with_parent, daemon=True).start()
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+    def begin(number: int, name: str) -> None:
+        records.send((number, name))
+        if plan.inject and number == AT and plan.first < AT:
+            inject(plan.inject)
+
+    try:
+        with hastened() if plan.dry else nullcontext():
+            for row in import_module(f"bench.gpu.{part}").rows(replace(plan, begin=begin)):
+                records.send(row)
+    except Spoiled as error:
+        print(error, flush=True)
+        sys.exit(SPOILED)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from vix_kernels.measure.machine import commit
 from vix_kernels.measure.operators import Row, failed
 
 from . import report
-from .part import SPOILED
+from .part import SPOILED, serve
+from .plan import Plan
 from .report import Outcome
 
 # In the order they run, each with its fraction of the time.
@@ -112,7 +112,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--inject", nargs="+", type=injection, default=[], metavar="PART=FAILURE",
         help=f"let the second job of a part meet a failure ({', '.join(INJECTED)}), or the probe (probe=compiler, "
-        "probe=kernel), to see which results survive"
+        "probe=kernel), to see which results survive",
     )  # fmt: skip
     args = parser.parse_args(argv)
     args.inject = dict(args.inject)
@@ -157,7 +157,8 @@ def measure(args: argparse.Namespace, deadline: float, machine: Row, outcomes: l
         try:
             note(run(part, seconds, work, args.dry_run, args.inject.get(part, ""), note))
         except Exception as error:  # of this process: the part is lost, the others are not
-            note(Outcome(part, "failed", f"{type(error).__name__}: {error}", 0.0, read(work / f"{part}.jsonl")[0]))
+            rows = [row for outcome in outcomes[at:] for row in outcome.rows]
+            note(Outcome(part, "failed", f"{type(error).__name__}: {error}", 0.0, rows))
         last = outcomes[-1]
         print(f"{last.part:12} {last.status:8} {last.seconds:4.0f} s  {last.why}", flush=True)
 
@@ -172,60 +173,75 @@ def run(
     if seconds < FEWEST:
         return Outcome(part, "skipped", "out of time", 0.0, [])
     start = time.monotonic()
-    path, log = work / f"{part}.jsonl", work / "logs" / f"{part}.txt"
-    first, eager, barren, ended = 0, False, 0, ""
+    log, records = work / "logs" / f"{part}.txt", []
+    plan, barren, ended = Plan(dry, start + seconds, inject=inject), 0, ""
+
+    def rows(first: int = 0) -> list[Row]:
+        return [each for each in records[first:] if isinstance(each, dict)]
+
+    def look() -> None:
+        note(Outcome(part, "failed", "it was still running", time.monotonic() - start, rows()))
+
     while True:
-        left = start + seconds - time.monotonic()
-        command = [sys.executable, "-m", "bench.gpu.part", part, "--seconds", str(left), "--rows", str(path)]
-        command += ["--first", str(first)] + ["--eager"] * eager + ["--dry-run"] * dry + ["--inject", inject] * bool(inject)
-        before = len(read(path)[0])
-
-        def look() -> None:
-            note(Outcome(part, "failed", "it was still running", time.monotonic() - start, read(path)[0]))
-
+        before = len(records)
         try:
-            code = process(command, log, work, left + GRACE, look)
+            code = process(part, plan, log, records.append, look)
         except Stopped:
             look()
             raise
-        rows, job, fresh = read(path)
         if code == 0:
             break
         ended = how(code, log)
-        if code is None or job is None:  # out of time, or before its first job: a new process would do the same
+        jobs = [each for each in records[before:] if not isinstance(each, dict)]
+        if code is None or not jobs:  # out of time, or before its first job: a new process would do the same
             break
-        number, name = job
-        if code == SPOILED and not fresh and not eager:
-            first, eager = number, True  # the same job once more, without a CUDA graph
+        (number, name), bare = jobs[-1], records[-1] is jobs[-1]  # bare: without a row
+        if code == SPOILED and bare and not plan.eager:
+            plan = replace(plan, first=number, eager=True)  # the same job once more, without a CUDA graph
         else:
-            if not fresh or code != SPOILED:
-                append(path, failed(ended, job=name))
-            first, eager = number + 1, False
-        barren = 0 if any(row["status"] == "ok" for row in rows[before:]) else barren + 1
-        if barren == BARREN or start + seconds - time.monotonic() < FEWEST:
+            if bare or code != SPOILED:
+                records.append(failed(ended, job=name))
+            plan = replace(plan, first=number + 1, eager=False)
+        barren = 0 if any(row["status"] == "ok" for row in rows(before)) else barren + 1
+        if barren == BARREN or plan.deadline - time.monotonic() < FEWEST:
             break
         ended = ""
-    return replace(judged(part, read(path)[0], ended), seconds=time.monotonic() - start)
+    return judged(part, rows(), ended, time.monotonic() - start)
 
 
-def process(command: list[str], log: Path, work: Path, seconds: float, look: Callable[[], None]) -> int | None:
-    """The exit status of a command, None where it was killed at the end of its time; `look` is called while it runs."""
-    end = time.monotonic() + seconds
-    with log.open("a") as file:
-        child = subprocess.Popen(command, cwd=work, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            while (left := end - time.monotonic()) > 0:
-                try:
-                    return child.wait(timeout=min(NOTED, left))
-                except subprocess.TimeoutExpired:
-                    look()
-            return None
-        finally:
+def process(part: str, plan: Plan, log: Path, receive: Callable[[Any], None], look: Callable[[], None]) -> int | None:
+    """The exit status of a process for a part, None where it was killed GRACE after its deadline.
+
+    `receive` gets what it sends: rows, and before those of a job its number and name. `look` is called every NOTED seconds
+    while it runs.
+    """
+    end, noted = plan.deadline + GRACE, time.monotonic()
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=serve, args=(part, plan, theirs, log))
+    child.start()
+    theirs.close()
+    try:
+        while (now := time.monotonic()) < end:
+            if now - noted > NOTED:
+                look()
+                noted = now
             try:
-                os.killpg(child.pid, signal.SIGKILL)  # the processes it has started too
-            except ProcessLookupError:
-                pass
-            child.wait()
+                if ours.poll(min(NOTED, end - now)):
+                    receive(ours.recv())
+                elif not child.is_alive() and not ours.poll():
+                    break
+            except EOFError:
+                break
+        else:
+            return None
+        child.join(max(0.0, end - time.monotonic()))
+        return child.exitcode
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # the processes it has started too
+        child.kill()  # also before it leads a group of its own
+        child.join()
 
 
 def how(code: int | None, log: Path) -> str:
@@ -236,39 +252,16 @@ def how(code: int | None, log: Path) -> str:
     return f"exit status {code}: {text}" if code > 0 else f"killed by {signal.Signals(-code).name}, see its log"
 
 
-def judged(part: str, rows: list[Row], ended: str) -> Outcome:
+def judged(part: str, rows: list[Row], ended: str, seconds: float) -> Outcome:
     """The outcome of a part with these rows; ended: how its last process ended, if not as it should."""
     wrong = [row for row in rows if row["status"] == "failed"]
     if ended or wrong:
         first = f"{len(wrong)} failed, first: {report.label(wrong[0])}: {wrong[0]['why']}" if wrong else ""
-        return Outcome(part, "failed", "; ".join(filter(None, (ended, first))), 0.0, rows)
+        return Outcome(part, "failed", "; ".join(filter(None, (ended, first))), seconds, rows)
     left = [row for row in rows if row["status"] == "skipped"]
     if len(left) == len(rows):
-        return Outcome(part, "skipped", left[0]["why"] if left else "no rows", 0.0, rows)
-    return Outcome(part, "ok", f"{len(left)} skipped" if left else "", 0.0, rows)
-
-
-def append(path: Path, row: Row) -> None:
-    with path.open("a") as file:
-        print(f"\n{json.dumps(row)}", file=file)  # starts a new line, even after a line that was cut off
-
-
-def read(path: Path) -> tuple[list[Row], tuple[int, str] | None, bool]:
-    """The rows that a part has written, its last job, and whether that job has rows. A crash may leave half a line."""
-    rows: list[Row] = []
-    job, fresh = None, False
-    for line in filter(None, path.read_text().splitlines() if path.exists() else ()):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            rows.append(failed(f"half a row: {line[:80]}"))
-            continue
-        if "status" in record:
-            rows.append(record)
-            fresh = True
-        else:
-            job, fresh = (record["job"], record["name"]), False
-    return rows, job, fresh
+        return Outcome(part, "skipped", left[0]["why"] if left else "no rows", seconds, rows)
+    return Outcome(part, "ok", f"{len(left)} skipped" if left else "", seconds, rows)
 
 
 if __name__ == "__main__":

@@ -5,63 +5,57 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from functools import partial
 
 from vix_kernels.measure.operators import Row, failed, ok, skipped
 
 from .correctness import RAN
-from .plan import Plan
+from .plan import Job, Plan, by_job
 
 TOOLS = {
     # Accesses out of bounds and misaligned; that torch probes the driver for what it may lack is no error.
     "memcheck": ("--report-api-errors", "no"),
     "racecheck": (),  # races in shared memory
 }
+MISSING = "compute-sanitizer is not installed"
 SMALL = (sys.executable, "-m", "bench.gpu.correctness")  # prints RAN last
 
 
-def rows(plan: Plan) -> Iterator[Row]:
+@by_job
+def rows(plan: Plan) -> Iterator[Job]:
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if plan.dry or not program:
-        # Without the tool the program that it would watch still has to run.
-        code, text = _run(SMALL, plan)
-        if code == 0:
-            yield skipped("compute-sanitizer is not installed" if not program else "needs CUDA", check="memcheck")
-        else:
-            yield failed(_last_line(text), check="small call of each operator")
+        yield Job(dict(check="small call of each operator"), partial(run_small, plan, "needs CUDA" if program else MISSING))
         return
-    for tool, options in plan.jobs(TOOLS.items(), lambda job: job[0]):
-        # Instrumenting torch's kernels too takes longer; releases of the tool differ in how they are told to leave them out.
-        for only_ours in (("--kernel-name", "kns=_kernel"), ()):
-            code, text = _run((program, "--tool", tool, *options, *only_ours, *SMALL), plan)
-            if code is None or RAN in text:
-                break
-        errors = re.search(r"(ERROR|RACECHECK) SUMMARY: (\d+)", text)
-        if code is None:
-            yield skipped("out of time", check=tool)
-        elif errors and RAN in text:
-            yield ok(check=tool) if errors[2] == "0" else failed(errors.string[errors.start() :], check=tool)
-        elif "not supported" in text:
-            yield skipped("compute-sanitizer does not support this device", check=tool)
-        else:
-            yield failed(_last_line(text), check=tool)
+    for tool in TOOLS:
+        yield Job(dict(check=tool), partial(watch, program, tool, plan))
 
 
-def _run(command: tuple[str, ...], plan: Plan) -> tuple[int | None, str]:
-    """Exit status and output; None where the time is up."""
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation with bounds of its own
-    seconds = plan.deadline - time.monotonic()
-    if seconds < 5:
-        return None, ""
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return None, ""
-    print(done.stdout, done.stderr)
-    return done.returncode, done.stdout + done.stderr
+def watch(program: str, tool: str, plan: Plan) -> Iterator[Row]:
+    # Without the cache each tensor is an allocation with bounds of its own.
+    # Instrumenting torch's kernels too takes longer; releases of the tool differ in how they are told to leave them out.
+    for only_ours in (("--kernel-name", "kns=_kernel"), ()):
+        command = (program, "--tool", tool, *TOOLS[tool], *only_ours, *SMALL)
+        code, text = plan.finish(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        if code is None or RAN in text:
+            break
+    errors = re.search(r"(ERROR|RACECHECK) SUMMARY: (\d+)", text)
+    if code is None:
+        yield skipped("out of time")
+    elif errors and RAN in text:
+        yield ok() if errors[2] == "0" else failed(errors.string[errors.start() :])
+    elif "not supported" in text:
+        yield skipped("compute-sanitizer does not support this device")
+    else:
+        yield failed(_last_line(text))
+
+
+def run_small(plan: Plan, why: str) -> Iterator[Row]:
+    """Without the tool the program that it would watch still has to run."""
+    code, text = plan.finish(SMALL)
+    yield skipped(why) if code == 0 else failed(_last_line(text))
 
 
 def _last_line(text: str) -> str:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from vix_kernels.measure.operators import Row, failed, ok, skipped
 
-from .plan import Plan
+from .plan import Job, Plan, by_job
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = "triton or out_of_bounds"
@@ -34,52 +32,39 @@ SELECTIONS = {
 TINY = {"kernels": ("tests/test_ops.py", "-k", "test_error_budget and triton and plain and bfloat16 and not performer")}
 
 
-def rows(plan: Plan) -> Iterator[Row]:
+@by_job
+def rows(plan: Plan) -> Iterator[Job]:
+    for name, selection in (TINY if plan.dry else SELECTIONS).items():
+        yield Job(dict(check=name), partial(run, selection, plan))
+
+
+def run(selection: tuple[str, ...], plan: Plan) -> Iterator[Row]:
+    """One pytest run; the lines it has printed count even where the time ends it."""
     if not find_spec("pytest"):
         yield skipped("pytest is not installed")
         return
-    for name, selection in plan.jobs((TINY if plan.dry else SELECTIONS).items(), lambda job: job[0]):
-        seconds = plan.deadline - time.monotonic()
-        if seconds < 10:
-            yield skipped("out of time", check=name)
-            continue
-        yield from run(name, selection, seconds)
-
-
-def run(name: str, selection: tuple[str, ...], seconds: float) -> Iterator[Row]:
-    """One pytest run; the lines it has printed count even where the time ends it."""
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *selection]
     if find_spec("xdist"):  # compiling the kernels is most of the time, and the CPU's work
         command += ["-n", str(min(12, os.cpu_count() or 1))]
-    with tempfile.TemporaryFile("w+") as log:
-        try:
-            done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            done = None
-        log.seek(0)
-        text = log.read()
-    print(text)
-    outcomes = dict(_outcomes(text))
+    code, text = plan.finish(command, cwd=ROOT)
+    outcomes = outcomes_of(text)
     reasons = dict(re.findall(r"^(?:FAILED|ERROR) (tests/\S+) - (.*)", text, re.MULTILINE))
     counts = Counter(outcomes.values())
-    what = dict(check=name, passed=counts["PASSED"], failed=counts["FAILED"] + counts["ERROR"], skipped=counts["SKIPPED"])
+    what = dict(passed=counts["PASSED"], failed=counts["FAILED"] + counts["ERROR"], skipped=counts["SKIPPED"])
     for test, outcome in outcomes.items():
         if outcome in ("FAILED", "ERROR"):
             yield failed(reasons.get(test, outcome), check=test)
-    if done is None:
+    if code is None:
         yield skipped(f"out of time after {len(outcomes)} tests", **what)
-    elif done.returncode or not counts["PASSED"]:
-        yield failed(f"pytest ended with {done.returncode}", **what)
+    elif code or not counts["PASSED"]:
+        yield failed(f"pytest ended with {code}", **what)
     else:
         yield ok(**what)
 
 
-def _outcomes(text: str) -> Iterator[tuple[str, str]]:
-    """(test, outcome) of `pytest -v`, which puts the outcome after the test, or before it under xdist."""
-    for line in text.splitlines():
-        if "tests/" not in line:
-            continue
-        if match := re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\s+(tests/\S+)", line):
-            yield match[2], match[1]
-        elif match := re.search(r"^(tests/\S+)\s+(PASSED|FAILED|ERROR|SKIPPED)\b", line):
-            yield match[1], match[2]
+def outcomes_of(text: str) -> dict[str, str]:
+    """Test -> outcome of `pytest -v`, which puts the outcome after the test, or before it under xdist."""
+    outcome = "PASSED|FAILED|ERROR|SKIPPED"
+    after = re.findall(rf"^(tests/\S+) +({outcome})\b", text, re.MULTILINE)
+    before = re.findall(rf"\b({outcome}) +(tests/\S+)", text)
+    return dict(after) | {test: said for said, test in before}

@@ -3,40 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 from vix_kernels import primitives
 from vix_kernels.measure import providers
 from vix_kernels.measure.machine import copy_bandwidth, matrix_rate
-from vix_kernels.measure.operators import Effort, Row, measure, ok
+from vix_kernels.measure.operators import Effort, Row, measure, ok, sizes
 from vix_kernels.measure.roofline import shapes
 from vix_kernels.testing import SPECS, Case
 
-from .plan import Plan
+from .plan import Job, Plan, by_job
 
 MOVES = tuple(op for op in SPECS if op in primitives.__all__)  # what the attentions are made of
 TIMED = ("bf16", "fp32")
 COMPILED_TOKENS = 4096  # torch.compile takes many seconds a shape
 TINY = Case("tiny", batch=1, heads=1, tokens=20, width=16, features=9)
-Job = tuple[str, str, Case, tuple[str, ...]]  # operator, dtype, sizes, providers
 
 
-def rows(plan: Plan) -> Iterator[Row]:
+@by_job
+def rows(plan: Plan) -> Iterator[Job]:
     effort = Effort(rounds=1, memory=False) if plan.dry else Effort(milliseconds=25)
     if plan.dry:
         providers.COMPILER = "aot_eager"  # the interpreter's machine may have no compiler
-    jobs = [None, *order(plan)]  # None: the machine's ceilings
-    for job in plan.jobs(jobs, lambda job: f"{job[0]} {job[2].name} {job[1]} {' '.join(job[3])}" if job else "ceilings"):
-        if job is None:
-            yield from ceilings(plan)
-            continue
-        op, dtype, case, names = job
-        for result in measure(op, case, dtype, names, plan.device, effort=effort, late=lambda: plan.late):
-            yield result.row
-        plan.free()
+    yield Job(dict(op="ceilings"), partial(ceilings, plan))
+    for op, dtype, case, names in order(plan):
+        what = sizes(op, SPECS[op].fit(case), dtype, plan.device) | dict(provider=" ".join(names))
+        how = dict(effort=effort, late=lambda: plan.late)
+        yield Job(what, partial(rows_of, op, case, dtype, names, plan.device, **how))
 
 
-def order(plan: Plan) -> Iterator[Job]:
-    """What matters most first: the time may not do for all of it."""
+def rows_of(*args: Any, **how: Any) -> list[Row]:
+    return [result.row for result in measure(*args, **how)]
+
+
+def order(plan: Plan) -> Iterator[tuple[str, str, Case, tuple[str, ...]]]:
+    """Operator, dtype, sizes and providers, what matters most first: the time may not do for all of it."""
     whole = [op for op in SPECS if op not in MOVES]
     if plan.dry:
         yield from ((op, "fp32", TINY, everyone(op)) for op in whole)
@@ -65,4 +67,3 @@ def ceilings(plan: Plan) -> Iterator[Row]:
     for dtype in ("bf16", "fp32"):
         rate = matrix_rate(plan.device, dtype, 64 if plan.dry else 8192)
         yield ok(op="matmul", dtype=dtype, provider="torch", figure=rate / 1e12, unit="TFLOP/s")
-    plan.free()

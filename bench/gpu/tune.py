@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from vix_kernels._triton.launch import architecture
-from vix_kernels._triton.launch_table import TABLE
+from vix_kernels._triton.launch_table import TABLE, Key
 from vix_kernels.measure import tune
-from vix_kernels.measure.operators import Row, failed, ok, skipped
+from vix_kernels.measure.operators import Row, ok, skipped
 
-from .plan import Plan
+from .plan import Job, Plan, by_job
 
 # Softmax attention first: most operators are made of it.
 KERNELS = (
@@ -23,25 +24,20 @@ KERNELS = (
 SECONDS = 12  # for one key: several keys improved a little say more than one improved fully
 
 
-def rows(plan: Plan) -> Iterator[Row]:
-    arch = architecture(torch.device(plan.device))
+@by_job
+def rows(plan: Plan) -> Iterator[Job]:
     keys = tune.DRY if plan.dry else sorted(
         (key for key in TABLE if key[0] in KERNELS and key[1] == 16 and key[2] in (32, 64)),
         key=lambda key: (-key[2], KERNELS.index(key[0])),
     )  # fmt: skip
-    for key in plan.jobs(keys, lambda key: " ".join(map(str, key))):
-        what = dict(kernel=key[0], bits=key[1], width=key[2])
-        if plan.late:
-            yield skipped("out of time", **what)
-            continue
-        try:
-            tune.users(arch, key[2], key[1], plan.device)  # prepared, and kept: not in the key's own time
-            found = list(tune.tune([key], arch, plan.device, min(plan.deadline, time.monotonic() + SECONDS)))
-        except Exception as error:
-            yield failed(error, **what)
-            plan.wait()
-            continue
-        for proposal in found:
-            yield ok(**tune.row(proposal), arch=arch)
-        if not found:
-            yield skipped("no operator launches it", **what)
+    for key in keys:
+        yield Job(dict(zip(("kernel", "bits", "width"), key, strict=True)), partial(tuned, plan, key))
+
+
+def tuned(plan: Plan, key: Key) -> Iterator[Row]:
+    arch = architecture(torch.device(plan.device))
+    tune.users(arch, key[2], key[1], plan.device)  # prepared, and kept: not in the key's own time
+    found = list(tune.tune([key], arch, plan.device, min(plan.deadline, time.monotonic() + SECONDS)))
+    yield from (ok(**tune.row(proposal), arch=arch) for proposal in found)
+    if not found:
+        yield skipped("no operator launches it")

@@ -113,7 +113,7 @@ def measure_alone(op: str, case: Case, dtype: str, providers: Iterable[str], dev
     providers = tuple(providers)
 
     def lost(why: str) -> list[Result]:
-        what, directions = _sizes(op, SPECS[op].fit(case), dtype, device), how.get("directions", DIRECTIONS)
+        what, directions = sizes(op, SPECS[op].fit(case), dtype, device), how.get("directions", DIRECTIONS)
         return [Result(skipped(why, **what, provider=name, direction=x)) for name in providers for x in directions]
 
     return alone(device, lost, measure, op, case, dtype, providers, device, **how)
@@ -137,7 +137,7 @@ def measure(
     """
     spec = SPECS[op]
     case = spec.fit(case)
-    what = _sizes(op, case, dtype, device)
+    what = sizes(op, case, dtype, device)
     providers = tuple(providers)
     try:
         race = Race(draw_problem(op, case, dtype, device), case, dtype, device, effort, late)
@@ -155,7 +155,7 @@ def measure(
     return [found[name, direction] for name in providers for direction in directions]
 
 
-def _sizes(op: str, case: Case, dtype: str, device: str) -> Row:
+def sizes(op: str, case: Case, dtype: str, device: str) -> Row:
     return dict(op=op, dtype=dtype, **{name: getattr(case, name) for name in SIZES}, device=device_name(device))
 
 
