@@ -13,6 +13,7 @@ import copy
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,9 +35,7 @@ def timm_vit() -> Pair:
     from vix_kernels.integrations.timm import replace_attention
 
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=512)
-    ours = copy.deepcopy(theirs)
-    replace_attention(ours, "nystrom")
-    return ours, theirs, (torch.randn(4, 3, 512, 512),)
+    return *_with_ours(partial(replace_attention, op="nystrom"), theirs), (torch.randn(4, 3, 512, 512),)
 
 
 def transformers_nystromformer() -> Pair:
@@ -46,9 +45,7 @@ def transformers_nystromformer() -> Pair:
     from vix_kernels.integrations.transformers import patch
 
     theirs = NystromformerSelfAttention(NystromformerConfig(segment_means_seq_len=4096))
-    ours = copy.deepcopy(theirs)
-    patch(ours)
-    return ours, theirs, (torch.randn(1, 4096, 768),)
+    return *_with_ours(patch, theirs), (torch.randn(1, 4096, 768),)
 
 
 def transformers_fnet() -> Pair:
@@ -57,10 +54,7 @@ def transformers_fnet() -> Pair:
 
     from vix_kernels.integrations.transformers import patch
 
-    theirs = FNetBasicFourierTransform(FNetConfig())
-    ours = copy.deepcopy(theirs)
-    patch(ours)
-    return ours, theirs, (torch.randn(4, 512, 768),)
+    return *_with_ours(patch, FNetBasicFourierTransform(FNetConfig())), (torch.randn(4, 512, 768),)
 
 
 def performer_pytorch() -> Pair:
@@ -87,6 +81,13 @@ def linformer() -> Pair:
     return *_same(LinformerSelfAttention, Theirs, 256, seq_len=4096, heads=4), (torch.randn(2, 4096, 256),)
 
 
+def _with_ours(put: Callable[[nn.Module], object], theirs: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A copy into which ours is put, and the host's own."""
+    ours = copy.deepcopy(theirs)
+    put(ours)
+    return ours, theirs
+
+
 def _same(ours: type[nn.Module], theirs: type[nn.Module], *args: Any, **options: Any) -> tuple[nn.Module, nn.Module]:
     """Both classes with the same weights."""
     mine, other = ours(*args, **options), theirs(*args, **options)
@@ -104,6 +105,10 @@ DOORS: dict[str, tuple[Callable[[], Pair], str]] = {
 }
 
 
+ROW = (
+    "{door} | {what} | {forward_ms:.0f} / {full_ms:.0f} | {forward_ratio:.2f} ({forward_low:.2f} to {forward_high:.2f}) | "
+    "{full_ratio:.2f} ({full_low:.2f} to {full_high:.2f}) | {relative_error:.1e}"
+)
 Times = dict[str, tuple[float, ...]]
 
 
@@ -114,14 +119,14 @@ def measured(door: str, rounds: int) -> tuple[float, dict[str, Times]]:
     build, _ = DOORS[door]
     ours, theirs, args = build()
     with torch.no_grad():
-        out, exact = (_first(module.eval()(*args)) for module in (ours, theirs))
+        out, exact = (_first(module.eval(), args) for module in (ours, theirs))
     error = ((out - exact).norm() / exact.norm()).item()
     if door != "timm" and not error < SAME:
         raise RuntimeError(f"{door}: expected the host's answers, got a relative error of {error:.1e}")
     times = {}
-    for direction, call in (("forward", _forward), ("full", _full)):
-        turns = in_turns({"ours": call(ours, args), "theirs": call(theirs, args)}, rounds=rounds)
-        times[direction] = {name: each.samples for name, each in turns.items()}
+    for direction, call in (("forward", torch.no_grad()(_first)), ("full", _full)):
+        calls = {name: partial(call, module, args) for name, module in (("ours", ours), ("theirs", theirs))}
+        times[direction] = {name: each.samples for name, each in in_turns(calls, rounds=rounds).items()}
     return error, times
 
 
@@ -142,27 +147,16 @@ def _lost(why: str) -> NoReturn:
     raise RuntimeError(why)
 
 
-def _first(out: Any) -> Tensor:
+def _first(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+    """The first output."""
+    out = module(*args)
     return out[0] if isinstance(out, tuple) else out
 
 
-def _forward(module: nn.Module, args: tuple[Tensor, ...]) -> Callable[[], None]:
-    @torch.no_grad()
-    def call() -> None:
-        module(*args)
-
-    return call
-
-
-def _full(module: nn.Module, args: tuple[Tensor, ...]) -> Callable[[], None]:
-    args = tuple(each.clone().requires_grad_() for each in args)
-
-    def call() -> None:
-        _first(module(*args)).sum().backward()
-        for each in (*module.parameters(), *args):
-            each.grad = None
-
-    return call
+def _full(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    args = tuple(each.detach().requires_grad_() for each in args)
+    _first(module, args).sum().backward()
+    module.zero_grad()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,16 +173,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{door}: {rows[-1]['forward_ratio']:.2f} / {rows[-1]['full_ratio']:.2f}", file=sys.stderr, flush=True)
     print_table(
         ("door", "what", "ms", "forward, of theirs", "with backward", "relative error"),
-        (
-            (
-                row["door"], row["what"], f"{row['forward_ms']:.0f} / {row['full_ms']:.0f}",
-                *(f"{row[f'{direction}_ratio']:.2f} ({row[f'{direction}_low']:.2f} to {row[f'{direction}_high']:.2f})"
-                  for direction in ("forward", "full")),
-                f"{row['relative_error']:.1e}",
-            )
-            for row in rows
-        )
-    )  # fmt: skip
+        (ROW.format_map(row).split(" | ") for row in rows),
+    )
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         write_csv(options.output / "doors.csv", rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -79,19 +80,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def race(pytestconfig: pytest.Config) -> Callable[[str, int], Race]:
     """race(op, tokens): everyone's results, measured at the first call."""
-    found: dict[tuple[str, int], Race] = {}
     if DEVICE == "cpu":
         torch.set_num_threads(1)  # shared cores make more threads a lottery
     rounds = 1 if pytestconfig.getoption("--benchmark-disable") else int(pytestconfig.getoption("--benchmark-min-rounds"))
 
+    @cache
     def race(op: str, tokens: int) -> Race:
-        if (op, tokens) not in found:
-            case, dtype = replace(USUAL[DEVICE], tokens=tokens), USUAL_DTYPE[DEVICE]
-            results = measure_alone(
-                op, case, dtype, contenders(op, pytestconfig), DEVICE, directions=DIRECTIONS, effort=Effort(rounds=rounds)
-            )
-            found[op, tokens] = {(each.row["provider"], each.row["direction"]): each for each in results}
-        return found[op, tokens]
+        case, how = replace(USUAL[DEVICE], tokens=tokens), dict(directions=DIRECTIONS, effort=Effort(rounds=rounds))
+        results = measure_alone(op, case, USUAL_DTYPE[DEVICE], contenders(op, pytestconfig), DEVICE, **how)
+        return {(each.row["provider"], each.row["direction"]): each for each in results}
 
     return race
 

@@ -23,9 +23,9 @@ from torch import nn
 
 from vix_kernels.commands import Parser, figure, print_table, write_csv
 from vix_kernels.measure.machine import commit, device_name
-from vix_kernels.measure.models import CCT, VIX, drawn
+from vix_kernels.measure.models import CCT, VIX
 from vix_kernels.models import create_model
-from vix_kernels.models.originals import build
+from vix_kernels.models.originals import build, drawn
 from vix_kernels.training import Config
 from vix_kernels.training.data import Dataset, HeldImages, load_dataset
 from vix_kernels.training.draws import seed_torch

@@ -65,7 +65,9 @@ def compile_toy(target: str) -> list[offline.CompiledLaunch]:
 def compile_performer(target: str) -> list[offline.CompiledLaunch]:
     q = torch.empty(2, 4, 1024, 64, dtype=torch.bfloat16)
     projection = torch.empty(110, 64)
-    return offline.compile_launches(target, lambda: vix_kernels.performer_attention(q, q, q, projection, backend="triton"))
+    with offline.target(target) as launches:
+        vix_kernels.performer_attention(q, q, q, projection, backend="triton")
+    return launches
 
 
 def shared_both_ways(target: str) -> list[int]:
@@ -182,9 +184,10 @@ def test_every_launch_fits_its_shared_memory(arch):
 
 def test_what_a_table_of_shared_memory_lacks_is_named(monkeypatch):
     tile = find_tile("sm_86", "aggregate_slots", 16, 128, False)[1]
-    entry = shared_memory.Entry("sm_86", "aggregate_slots", 16, 128, " ".join(map(str, tile)))
-    row = shared_memory.Row.of(entry, 101_377)
-    assert row.entry == entry and entry not in shared_memory.missing([row], "sm_86")
+    names = "3.9.0", "sm_86", "aggregate_slots", 16, 128, " ".join(map(str, tile)), sources.code_hash("aggregate_slots")
+    row = shared_memory.Row(*names, 101_377)
+    entry = row.entry
+    assert entry not in shared_memory.missing([row], "sm_86")
     (found,) = shared_memory.excesses([row], "sm_86")
     assert found.startswith("aggregate_slots 16 bits width 128") and found.endswith("sm_86 has 101376")
     assert shared_memory.excesses([replace(row, shared=101_376)], "sm_86") == []

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vix_kernels import backends
@@ -131,6 +132,23 @@ def build(name: str, config: Mapping[str, Any], *, backend: str = "auto") -> nn.
     backends.check(backend)
     original = ORIGINALS[name]
     return original.model(*original.parts, **_arguments(name, original, config), backend=backend)
+
+
+# What `build` leaves to a state_dict, and about the standard deviation that the original draws it with.
+_SPREAD = {
+    "cls_token": 1.0, "pos_embedding": 1.0, "positional_emb": 0.2, "proj_k": 0.06, "proj_v": 0.06, "projection_matrix": 1.0,
+    "g": 0.0, "b": 0.0,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def drawn(model: nn.Module) -> nn.Module:
+    """The module of `build` with random numbers in all that it leaves to a state_dict, ready to train."""
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        last = name.rpartition(".")[2]
+        if last in _SPREAD:
+            x.normal_(0, _SPREAD[last]).add_(1.0 if last == "g" else 0.0)
+    return model
 
 
 def _arguments(name: str, original: Original, config: Mapping[str, Any]) -> dict[str, Any]:

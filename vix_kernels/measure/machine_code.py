@@ -6,10 +6,13 @@ import re
 import struct
 import subprocess
 import tempfile
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -55,17 +58,12 @@ def read_cubins(arch: int, cubins: list[bytes]) -> list[Resources]:
             usages.append(run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path))
         path.write_bytes(b"".join(codes))
         sass = run(knobs.nvidia.nvdisasm.path, "--binary", f"SM{arch}{'a' * (arch >= 90)}", path) if cubins else ""
-    instructions = iter(INSTRUCTION.findall(sass))
-    instruction = next(instructions, None)
-    result, end = [], 0
-    for code, usage in zip(codes, usages, strict=True):
-        end += len(code)
-        opcodes = []
-        while instruction is not None and int(instruction[0], 16) < end:
-            opcodes.append(instruction[1])
-            instruction = next(instructions, None)
-        result.append(count_sass(opcodes, dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))))
-    return result
+    instructions = [(int(address, 16), opcode) for address, opcode in INSTRUCTION.findall(sass)]
+    starts = [bisect_left(instructions, (end,)) for end in accumulate(map(len, codes), initial=0)]
+    return [
+        count_sass([opcode for _, opcode in instructions[start:end]], dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)))
+        for (start, end), usage in zip(pairwise(starts), usages, strict=True)
+    ]
 
 
 def machine_code(cubin: bytes) -> bytes:
@@ -86,19 +84,11 @@ def run(tool: str, *arguments: str | Path) -> str:
 
 
 def count_sass(opcodes: Iterable[str], usage: dict[str, str]) -> Resources:
-    matrix: Counter[str] = Counter()
-    loads: Counter[int] = Counter()
-    stores: Counter[int] = Counter()
-    for opcode in opcodes:
-        kind, *modifiers = opcode.split(".")
-        if MATRIX.fullmatch(kind):
-            matrix[kind + ".TF32" * ("TF32" in modifiers)] += 1
-        elif kind in LOADS:
-            loads[access_bits(kind, modifiers)] += 1
-        elif kind in STORES:
-            stores[access_bits(kind, modifiers)] += 1
+    split = [(kind, modifiers) for kind, *modifiers in (opcode.split(".") for opcode in opcodes)]
+    products = (kind + ".TF32" * ("TF32" in modifiers) for kind, modifiers in split if MATRIX.fullmatch(kind))
+    loads, stores = ([access_bits(*each) for each in split if each[0] in kinds] for kinds in (LOADS, STORES))
     spilled = int(usage["STACK"]) + int(usage["LOCAL"])
-    return Resources(int(usage["REG"]), spilled, in_order(matrix), in_order(loads), in_order(stores))
+    return Resources(int(usage["REG"]), spilled, count(products), count(loads), count(stores))
 
 
 def access_bits(kind: str, modifiers: list[str]) -> int:
@@ -119,15 +109,11 @@ AMD_BITS = {"byte": 8, "short": 16, "dword": 32}
 def read_amdgcn(assembly: str) -> Resources:
     usage = dict(AMD_USAGE.findall(assembly))
     accesses = [(kind, AMD_BITS[unit] * int(units or 1)) for kind, unit, units in AMD_ACCESS.findall(assembly)]
-    loads, stores = (Counter(bits for kind, bits in accesses if kind == each) for each in ("load", "store"))
-    return Resources(
-        registers=int(usage["vgpr_count"]),
-        spilled=int(usage["private_segment_fixed_size"]),
-        matrix=in_order(Counter(AMD_MATRIX.findall(assembly))),
-        loads=in_order(loads),
-        stores=in_order(stores),
-    )
+    loads, stores = (count(bits for kind, bits in accesses if kind == each) for each in ("load", "store"))
+    registers, spilled = (int(usage[name]) for name in ("vgpr_count", "private_segment_fixed_size"))
+    return Resources(registers, spilled, count(AMD_MATRIX.findall(assembly)), loads, stores)
 
 
-def in_order(counts: Counter) -> dict:
-    return dict(sorted(counts.items()))
+def count(kinds: Iterable[Any]) -> dict[Any, int]:
+    """How many there are of each, in the order of their names."""
+    return dict(sorted(Counter(kinds).items()))

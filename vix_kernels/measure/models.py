@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..commands import print_table
 from ..models import create_model, list_models
-from ..models.originals import build
+from ..models.originals import build, drawn
 from ..models.zoo import PUBLISHED
 from ..testing import kept_for_backward
 from .machine import device_name
@@ -113,22 +113,6 @@ def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn
     if _from_wheel(pair):
         return getattr(importlib.import_module("vision_xformer"), pair.label)(**pair.theirs).to(device)
     return drawn(build(pair.label, pair.theirs, backend="reference")).to(device)
-
-
-# What `originals` leaves to a state_dict, and the standard deviation that its package draws it with, give or take.
-_SPREAD = {
-    "cls_token": 1.0, "pos_embedding": 1.0, "positional_emb": 0.2, "proj_k": 0.06, "proj_v": 0.06, "projection_matrix": 1.0,
-    "g": 0.0, "b": 0.0,
-}  # fmt: skip
-
-
-@torch.no_grad()
-def drawn(model: nn.Module) -> nn.Module:
-    for name, x in (*model.named_parameters(), *model.named_buffers()):
-        last = name.rpartition(".")[2]
-        if last in _SPREAD:
-            x.normal_(0, _SPREAD[last]).add_(1.0 if last == "g" else 0.0)
-    return model
 
 
 def measure(

@@ -18,7 +18,7 @@ Triton's active driver reports the target. TRITON_INTERPRET must not be set when
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -88,13 +88,6 @@ def target(name: str) -> Iterator[list[CompiledLaunch]]:
     with capture(name) as binaries:
         yield launches
     launches += describe(name, binaries)
-
-
-def compile_launches(name: str, function: Callable[[], Any]) -> list[CompiledLaunch]:
-    """The launches that function() makes, compiled for the target `name`."""
-    with target(name) as launches:
-        function()
-    return launches
 
 
 @contextmanager

@@ -7,13 +7,13 @@ masks, the residual convolution. A row holds the most that any of them needs.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, product
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import triton
@@ -30,26 +30,17 @@ from .tune import DTYPES, lookups
 
 COMMITTED = Path(__file__).with_name("shared_memory.csv")
 BATCH, HEADS, TOKENS = 2, 4, 1024
-# GPUs for which Triton chooses the same layouts and pipelines, by the one that is compiled for.
-GENERATION = {
-    "sm_80": "sm_86", "sm_86": "sm_86", "sm_89": "sm_86", "sm_90": "sm_90", "sm_100": "sm_100", "sm_120": "sm_120",
-    "gfx90a": "gfx90a", "gfx942": "gfx942", "gfx950": "gfx950",
-}  # fmt: skip
-
-
-class Entry(NamedTuple):
-    """A key of the launch table and the tile that serves it on GPUs of a generation."""
-
-    generation: str
-    kernel: str
-    bits: int
-    width: int
-    tile: str  # the fields of a Tile
+SIZE = attrgetter("bits", "width")
+# For these GPUs Triton chooses the same layouts and pipelines as for another one, which is compiled for.
+GENERATION = {"sm_80": "sm_86", "sm_89": "sm_86"}
 
 
 @dataclass(frozen=True, order=True)
 class Row:
-    """The most shared memory, in bytes, that an entry needs. source: hash of the kernel and of what it calls."""
+    """The most shared memory, in bytes, that an entry of the launch table needs on GPUs of a generation.
+
+    tile: the fields of a Tile. source: hash of the kernel and of what it calls.
+    """
 
     triton: str
     generation: str
@@ -61,41 +52,34 @@ class Row:
     shared: int
 
     @property
-    def entry(self) -> Entry:
-        return Entry(self.generation, self.kernel, self.bits, self.width, self.tile)
-
-    @staticmethod
-    def of(entry: Entry, shared: int) -> Row:
-        return Row(triton.__version__, *entry, code_hash(entry.kernel), shared)
+    def entry(self) -> Row:
+        """What is measured: the row without Triton's version and the bytes."""
+        return replace(self, triton="", shared=0)
 
 
-def entries(arch: str) -> set[Entry]:
+def entries(arch: str) -> set[Row]:
     """Everything that a launch on `arch` can look up."""
     keys = ((name.removesuffix("_pooled"), bits, width) for name, bits, width in (*TABLE, *OVERRIDES.get(arch, {})))
     served = (find_tile(arch, *key, pooled) for key in keys for pooled in (False, True))
-    return {Entry(GENERATION[arch], *key, " ".join(map(str, tile))) for key, tile in served}
+    generation = GENERATION.get(arch, arch)
+    return {Row("", generation, *key, " ".join(map(str, tile)), code_hash(key[0]), 0) for key, tile in served}
 
 
-def missing(rows: Iterable[Row], arch: str) -> list[Entry]:
+def missing(rows: Iterable[Row], arch: str) -> list[Row]:
     """The entries of `arch` without a row of their tile and their source, in one of the versions of Triton that have rows."""
-    measured = {replace(row, shared=0) for row in rows}
-    versions = {row.triton for row in measured} or {triton.__version__}
-    return sorted(
-        entry
-        for entry in entries(arch)
-        if any(replace(Row.of(entry, 0), triton=version) not in measured for version in versions)
-    )
+    measured = {(row.triton, row.entry) for row in rows}
+    versions = {version for version, _ in measured} or {triton.__version__}
+    return sorted(entry for entry in entries(arch) if any((version, entry) not in measured for version in versions))
 
 
 def excesses(rows: Iterable[Row], arch: str) -> list[str]:
     """The entries of `arch` that need more shared memory than it has."""
-    served = {replace(Row.of(entry, 0), triton="") for entry in entries(arch)}
-    limit = TARGETS[arch].shared_memory
+    served, limit = entries(arch), TARGETS[arch].shared_memory
     return [
         f"{row.kernel} {row.bits} bits width {row.width} with tile {row.tile}: {row.shared} bytes of shared memory by Triton "
         f"{row.triton}, {arch} has {limit}"
         for row in sorted(rows)
-        if row.shared > limit and replace(row, triton="", shared=0) in served
+        if row.shared > limit and row.entry in served
     ]
 
 
@@ -140,10 +124,10 @@ def allocation_only() -> Iterator[None]:
         yield
 
 
-def measure(arch: str, bits: int, width: int, wanted: Iterable[Entry]) -> list[Row]:
+def measure(arch: str, bits: int, width: int, wanted: Iterable[Row]) -> list[Row]:
     """Rows of the wanted entries of these bits and this width."""
     by_key = {(each.kernel, each.bits, each.width): each for each in wanted}
-    most: dict[Entry, int] = {}
+    most: dict[Row, int] = {}
     seen = set()
 
     def observe(kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
@@ -163,13 +147,10 @@ def measure(arch: str, bits: int, width: int, wanted: Iterable[Entry]) -> list[R
     with offline.capture(arch), allocation_only(), lookups() as asked, conditions.under(observer=observe):
         for problem in problems(bits, width):
             problem.gradients(problem(backend="triton"))
-    return [Row.of(entry, shared) for entry, shared in most.items()]
+    return [replace(entry, triton=triton.__version__, shared=shared) for entry, shared in most.items()]
 
 
-def cells(wanted: Iterable[Entry], arch: str) -> Iterator[tuple[str, int, int, list[Entry]]]:
+def cells(wanted: Iterable[Row], arch: str) -> Iterator[tuple[str, int, int, list[Row]]]:
     """The arguments of `measure` for these entries."""
-    by_size: dict[tuple[int, int], list[Entry]] = defaultdict(list)
-    for entry in wanted:
-        by_size[entry.bits, entry.width].append(entry)
-    for (bits, width), group in by_size.items():
-        yield arch, bits, width, group
+    for size, group in groupby(sorted(wanted, key=SIZE), SIZE):
+        yield arch, *size, list(group)

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -148,16 +149,16 @@ def report(rows: list[Row], args: argparse.Namespace) -> None:
 
 def crossings(rows: Iterable[Row], sweep: str) -> Iterator[str]:
     """From which value on ours beats softmax attention, and where it does not, a line an operator and direction."""
-    timed = {
-        (row["op"], row["direction"], row["provider"], row[sweep]): row["device_ms"] for row in rows if row["status"] == "ok"
-    }
-    for op, direction in dict.fromkeys((op, direction) for op, direction, *_ in timed):
-        values = sorted({value for o, d, _, value in timed if (o, d) == (op, direction)})
-        ours = {}
-        for value in values:
-            times = [timed[key] for name in OURS if (key := (op, direction, name, value)) in timed]
-            if times and (op, direction, "sdpa", value) in timed:
-                ours[value] = min(times) < timed[op, direction, "sdpa", value]
+    timed: dict[tuple[str, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row["status"] == "ok":
+            timed[row["op"], row["direction"]][row[sweep]][row["provider"]] = row["device_ms"]
+    for (op, direction), by_value in timed.items():
+        ours = {
+            value: min(times[name] for name in OURS if name in times) < times["sdpa"]
+            for value, times in sorted(by_value.items())
+            if "sdpa" in times and times.keys() & set(OURS)
+        }
         if not ours:
             continue
         losing = [value for value, faster in ours.items() if not faster]

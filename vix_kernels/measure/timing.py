@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -133,15 +134,13 @@ class Spoiled(BaseException):
 
 def wall_time(function: Callable[[], Any], *, calls: int = 20, rounds: int = 3) -> float:
     """Milliseconds a call of function(), one call after the other: the host's overhead, or the device's time if longer."""
-    function()
-    return 1e3 * statistics.median(_seconds(function, calls) for _ in range(rounds))
-
-
-def _seconds(function: Callable[[], Any], calls: int) -> float:
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+
+    def run() -> None:
+        for _ in range(calls):
+            function()
+        wait()
+
+    function()
     wait()
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    wait()
-    return (time.perf_counter() - start) / calls
+    return 1e3 * statistics.median(timeit.repeat(run, number=1, repeat=rounds)) / calls

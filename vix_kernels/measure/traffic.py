@@ -272,7 +272,16 @@ examples:
 """
 
 
-def command_parser() -> Parser:
+SIZES = {
+    "batch": (4, "samples"),
+    "heads": (4, "heads of a sample"),
+    "tokens": (1024, "tokens of a sample"),
+    "width": (32, "head width"),
+    "features": (110, "random features or projected tokens; landmarks are 64 at most"),
+}
+
+
+def main(argv: list[str]) -> int:
     ops = [spec.name for spec in SPECS.values() if spec.public]
     parser = Parser(
         prog="vix dev traffic",
@@ -280,16 +289,9 @@ def command_parser() -> Parser:
         epilog=EXPLANATION,
     )
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"{', '.join(ops)} (default: all)")
-    for name, default, help in (
-        ("batch", 4, "samples"),
-        ("heads", 4, "heads of a sample"),
-        ("tokens", 1024, "tokens of a sample"),
-        ("width", 32, "head width"),
-        ("features", 110, "random features or projected tokens; landmarks are 64 at most"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=within(1, 1 << 20), default=default, metavar="N", help=f"{help} (default: {default})"
-        )
+    for name, (default, what) in SIZES.items():
+        about = f"{what} (default: {default})"
+        parser.add_argument(f"--{name}", type=within(1, 1 << 20), default=default, metavar="N", help=about)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the tokens (default: bf16)")
     parser.add_argument("--rope", action="store_true", help="rotate queries and keys in the attentions too")
     parser.add_argument(
@@ -299,13 +301,8 @@ def command_parser() -> Parser:
     parser.add_argument(
         "--arch", choices=TARGETS, default="sm_90", help="the GPU whose launch configurations are taken (default: sm_90)"
     )
-    return parser
-
-
-def main(argv: list[str]) -> int:
-    parser = command_parser()
     args = parser.parse_args(argv)
-    shape = dict(batch=args.batch, heads=args.heads, tokens=args.tokens, width=args.width, features=args.features)
+    shape = {name: getattr(args, name) for name in SIZES}
     print(f"{args.dtype}, {', '.join(f'{name} {size}' for name, size in shape.items())}, launched as on {args.arch}")
     for name in args.op:
         spec = SPECS[name]

@@ -49,9 +49,13 @@ class Proposal:
     tried: int = 0
     refused: list[str] = field(default_factory=list)  # candidates that did not launch or gave other numbers, and why
 
+    @property
+    def better(self) -> bool:
+        return self.best != self.present
+
     def __str__(self) -> str:
         kernel, bits, width = self.key
-        found = f"{self.best_ms:.4f} ms with {self.best}" if self.best != self.present else "nothing faster"
+        found = f"{self.best_ms:.4f} ms with {self.best}" if self.better else "nothing faster"
         return (
             f"{kernel} {bits} bits width {width} ({self.use}): {self.present_ms:.4f} ms, {found}, "
             f"ratio {self.best_ms / self.present_ms:.3f}, {self.tried} tried, {len(self.refused)} refused"
@@ -175,7 +179,7 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
                 continue
             if milliseconds < GAIN * found.best_ms:
                 found.best, found.best_ms, moved = tile, milliseconds, True
-    if found.best != present:  # both once more, next to each other: a clock that drifts must not make a winner
+    if found.better:  # both once more, next to each other: a clock that drifts must not make a winner
         found.present_ms = device_time(bench.run).median
         with trial(key, found.best):
             found.best_ms = device_time(bench.run).median
@@ -220,8 +224,7 @@ DRY = [("aggregate_forward", 32, 16)]  # in the interpreter
 
 def snippet(arch: str, proposals: Iterable[Proposal]) -> str:
     """What to put into OVERRIDES[arch]."""
-    better = [each for each in proposals if each.best != each.present]
-    lines = [f"    {each.key!r}: {each.best!r},  # {each.best_ms / each.present_ms:.2f} of {each.present!r}" for each in better]
+    lines = (f"    {p.key!r}: {p.best!r},  # {p.best_ms / p.present_ms:.2f} of {p.present!r}" for p in proposals if p.better)
     return "\n".join([f'OVERRIDES["{arch}"] |= {{', *lines, "}"])
 
 
@@ -232,11 +235,6 @@ def row(proposal: Proposal) -> dict[str, Any]:
         present=proposal.present._asdict(), present_ms=proposal.present_ms,
         best=proposal.best._asdict(), best_ms=proposal.best_ms, tried=proposal.tried, refused=proposal.refused,
     )  # fmt: skip
-
-
-def report(arch: str, gpu: str, proposals: Iterable[Proposal]) -> dict:
-    rows = [row(each) for each in proposals]
-    return dict(arch=arch, gpu=gpu, torch=torch.__version__, triton=triton.__version__, proposals=rows)
 
 
 EXAMPLES = """\
@@ -275,6 +273,9 @@ def main(argv: list[str]) -> int:
     for proposal in tune(keys, arch, device, time.monotonic() + args.seconds):
         proposals.append(proposal)
         print(proposal, flush=True)
-        args.output.write_text(json.dumps(report(arch, gpu, proposals), indent=1) + "\n")
+        found = dict(
+            arch=arch, gpu=gpu, torch=torch.__version__, triton=triton.__version__, proposals=list(map(row, proposals))
+        )
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{len(proposals)} of {len(keys)} keys on {gpu}\n\n{snippet(arch, proposals)}")
     return 0
