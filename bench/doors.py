@@ -160,7 +160,7 @@ def _full(module: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m bench.doors", description=__doc__)
+    parser = Parser.of("python -m bench.doors", __doc__)
     parser.add_argument("--doors", nargs="+", choices=DOORS, default=list(DOORS), metavar="NAME", help=", ".join(DOORS))
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns in a process; default: %(default)s")
     parser.add_argument("--processes", type=int, default=3, metavar="N", help="one after the other; default: %(default)s")

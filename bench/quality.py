@@ -1,9 +1,17 @@
-"""How close linear-cost attentions come to softmax attention, by the slots they are given: a picture and its numbers.
+"""How close linear-cost attentions come to softmax attention as their slots grow: a picture and its numbers.
 
-The tokens are those of a small softmax transformer, trained here, on held-out digits, and random fields with a known
-correlation length. Nothing is trained for an approximation: the question is what each makes of given q, k and v.
+The attentions have random features, segment and grid landmarks, or pooled agents, beside the mean of v, which is what doing
+nothing costs. The tokens are those of a softmax transformer trained here on digits (16 x 16 tokens), on held-out images, and
+random fields with a known correlation length, smooth and rough (64 x 64 tokens). The error is |out - exact| / |exact| of one
+head on one image, or of one field; lines are the medians, bands the quartiles. Nothing is trained for an approximation: the
+question is what each makes of given q, k and v. linformer_attention is left out, because its projections are parameters:
+untrained ones say nothing of trained ones.
 
-linformer_attention is left out. Its projections are parameters: untrained ones say nothing of trained ones.
+examples:
+  python -m bench.quality --output docs/quality.png    and docs/quality.csv; two minutes on a core of its own
+  python -m bench.quality --output quality.png --quick
+
+It runs on the CPU and needs the extra train: pip install -e '.[train]'.
 """
 
 from __future__ import annotations
@@ -183,23 +191,8 @@ def draw(path: Path, rows: list[Row]) -> None:
     figure.savefig(path, format="png")
 
 
-HELP = """\
-How close linear-cost attentions come to softmax attention as their slots grow: random features, segment and grid
-landmarks, pooled agents, beside the mean of v, which is what doing nothing costs.
-"""
-EXAMPLES = """\
-examples:
-  python -m bench.quality --output docs/quality.png    and docs/quality.csv; two minutes on a core of its own
-  python -m bench.quality --output quality.png --quick
-
-The tokens are those of a softmax transformer trained here on digits (16 x 16 tokens), and random fields, smooth and
-rough (64 x 64 tokens). The error is |out - exact| / |exact| of one head on one image, or of one field; lines are the
-medians, bands the quartiles. It runs on the CPU and needs the extra train: pip install -e '.[train]'.
-"""
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="bench.quality", description=HELP, epilog=EXAMPLES)
+    parser = Parser.of("bench.quality", __doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="PATH.png", help="the picture; numbers go to PATH.csv")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the model, fields and features (default: 0)")
     parser.add_argument("--quick", action="store_true", help="seconds: the model stays untrained; to see that it works")

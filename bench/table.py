@@ -150,7 +150,7 @@ def model_lines(rows: Iterable[Row]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="bench.table", description=__doc__)
+    parser = Parser.of("bench.table", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN.json", help="what --benchmark-json or vix bench --models wrote")
     args = parser.parse_args(argv)
     try:

@@ -127,7 +127,7 @@ def run(config: Config, model: nn.Module, dataset: Dataset, seconds: float) -> t
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m bench.training", description=__doc__)
+    parser = Parser.of("python -m bench.training", __doc__)
     parser.add_argument("dataset", help="path of CIFAR-10")
     parser.add_argument("--models", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="NAME", help="default: all")
     parser.add_argument("--minutes", type=float, default=8.0, metavar="M", help="of a run (default: %(default)s)")

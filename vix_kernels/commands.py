@@ -32,6 +32,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=Help, **options)
 
+    @classmethod
+    def of(cls, prog: str, docstring: str | None) -> Parser:
+        """The help is a module's docstring: its first paragraph before the options, the rest after them."""
+        description, _, epilog = (docstring or "").partition("\n\n")
+        return cls(prog=prog, description=description, epilog=epilog)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 

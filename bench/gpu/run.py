@@ -1,4 +1,27 @@
-"""bench/on_gpu.sh: the parts one after the other, each in a process with a time limit; OUT is written after every part."""
+"""Collects all GPU measurements of this checkout, in {seconds} seconds at most, without installing it:
+  compile      every kernel that the later parts launch, by all cores at once
+  correctness  kernels at real sizes against float64, repeated, in CUDA graphs, on two streams
+  timing       device and wall times of every operator, plain and compiled PyTorch, FlashAttention and the
+               installed peers; memory
+  tune         faster launch configurations
+  suite        the pytest suite, the kernels first
+  models       a training step of every model: images/s, memory
+  training     a short training run on each available data set
+  sanitizer    compute-sanitizer over a small call of each operator
+
+OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip. They are
+written after every part, and every {noted} seconds while one runs; the pictures come last. What was skipped, for lack of time,
+memory or a package, is named there. A job that ends its process (a crash, a CUDA graph that cannot be captured) is named, and
+its part continues with the next one.
+
+Exit status: 0; {failed}: a part failed or the run was stopped; {usage}: wrong arguments; {unavailable}: the kernels cannot run
+here, and one sentence says why.
+
+To keep a run, copy OUT to bench/results/<gpu-slug>/<YYYY-MM-DD>-<commit>/, such as bench/results/h100-sxm/2026-01-31-1a2b3c4/,
+and commit it: `vix dev roofline` then prints its times next to the predicted ones.
+
+The parts run one after the other, each in a process with a time limit.
+"""
 
 from __future__ import annotations
 
@@ -35,30 +58,6 @@ FEWEST = 5  # seconds; with less left nothing is started
 BARREN = 3  # processes of a part that end early without one good row: it is given up
 INJECTED = ("crash", "kill", "capture", "hang", "error")
 FAILED, USAGE, UNAVAILABLE = 1, 200, 201
-
-HELP = f"""\
-Collects all GPU measurements of this checkout, in {TOTAL + GRACE} seconds at most, without installing it:
-  compile      every kernel that the later parts launch, by all cores at once
-  correctness  kernels at real sizes against float64, repeated, in CUDA graphs, on two streams
-  timing       device and wall times of every operator, plain and compiled PyTorch, FlashAttention and the
-               installed peers; memory
-  tune         faster launch configurations
-  suite        the pytest suite, the kernels first
-  models       a training step of every model: images/s, memory
-  training     a short training run on each available data set
-  sanitizer    compute-sanitizer over a small call of each operator
-
-OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip. They are
-written after every part, and every {NOTED} seconds while one runs; the pictures come last. What was skipped, for lack of time,
-memory or a package, is named there. A job that ends its process (a crash, a CUDA graph that cannot be captured) is named, and
-its part continues with the next one.
-
-Exit status: 0; {FAILED}: a part failed or the run was stopped; {USAGE}: wrong arguments; {UNAVAILABLE}: the kernels cannot run
-here, and one sentence says why.
-
-To keep a run, copy OUT to bench/results/<gpu-slug>/<YYYY-MM-DD>-<commit>/, such as bench/results/h100-sxm/2026-01-31-1a2b3c4/,
-and commit it: `vix dev roofline` then prints its times next to the predicted ones.
-"""
 
 
 class Stopped(BaseException):
@@ -103,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="bench/on_gpu.sh", description=HELP)
+    numbers = dict(seconds=TOTAL + GRACE, noted=NOTED, failed=FAILED, usage=USAGE, unavailable=UNAVAILABLE)
+    parser = Parser.of("bench/on_gpu.sh", (__doc__ or "").format(**numbers))
     parser.error = lambda message: parser.exit(USAGE, f"bench/on_gpu.sh: error: {message}\n")  # type: ignore[method-assign]
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results; created if missing")
     parser.add_argument("--dry-run", action="store_true", help="every part at tiny sizes in Triton's interpreter, on a CPU")

@@ -1,4 +1,4 @@
-"""`vix check`: what runs here, and every reason why something else does not."""
+"""Show which backend each operator gets on this machine, and why not another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .machine import version_of
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="vix check", description="Show which backend each operator gets on this machine, and why not another.")
+    parser = Parser.of("vix check", __doc__)
     parser.add_argument("--width", type=int, default=64, help="head width to ask for (default: 64)")
     width = parser.parse_args(argv).width
 

@@ -1,4 +1,4 @@
-"""`vix dev compile-report`: compile what the public ops launch, for GPUs that are not there, and hold it to limits.
+"""Compile the launches of the public ops; exit 1 on a spill, an excess or a regression.
 
 A run is compared with the committed table, which --write refreshes.
 """
@@ -170,10 +170,7 @@ def print_summary(report: Report, seconds: float) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="vix dev compile-report",
-        description="Compile the launches of the public ops; exit 1 on a spill, an excess or a regression.",
-    )
+    parser = Parser.of("vix dev compile-report", __doc__)
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=ARCHITECTURES, help="GPUs to compile for")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=tuple(DTYPES))
     parser.add_argument("--width", nargs="+", type=within(8, 256), default=WIDTHS, metavar="D", help="head widths")

@@ -1,8 +1,18 @@
-"""`vix dev roofline`: how long each operator has to take on a GPU, from published peaks; measured times beside them.
+"""Predict the time of each operator from published peaks of GPUs; no GPU needed.
+
+examples:
+  vix dev roofline                                        every operator, bfloat16, all GPUs
+  vix dev roofline --op performer_attention --gpu H100    one line a shape
+  vix dev roofline --csv roofline.csv --plot roofline.png
+
+Columns: gflop, mexp and mbyte are what the call must do at least (10^9 operations, 10^6 exponentials, 10^6 bytes);
+predicted_us is the prediction, and bound_by says which time is the longest; measured_us comes from the newest run of
+bench/on_gpu.sh in the results folder, and is empty where there is none.
 
 A prediction is the longest of three times, as if they overlapped perfectly: the bytes over the bandwidth of memory, the
-operations over the rate of the matrix units, the exponentials over the rate of the special-function units; it is never less
-than the launches, one after the other. No version of the operator runs much faster; the distance to it is room.
+operations over the rate of the matrix units, the exponentials over the rate of the special-function units. It is never less
+than the launches, one after the other. So it is a floor: it says how far a measured time could still fall, not how long a
+call takes.
 """
 
 from __future__ import annotations
@@ -198,28 +208,9 @@ def plot(path: Path, table: list[Row], format: str) -> None:
     figure.savefig(path, format=format)
 
 
-# The command
-
-EXAMPLES = """\
-examples:
-  vix dev roofline                                        every operator, bfloat16, all GPUs
-  vix dev roofline --op performer_attention --gpu H100    one line a shape
-  vix dev roofline --csv roofline.csv --plot roofline.png
-
-Columns: gflop, mexp and mbyte are what the call must do at least (10^9 operations, 10^6 exponentials, 10^6 bytes);
-predicted_us is the longest of their times at published peaks, and bound_by says which it is; measured_us comes from
-the newest run of bench/on_gpu.sh in the results folder, and is empty where there is none.
-Predictions are floors: they say how far a measured time could still fall, not how long a call takes.
-"""
-
-
 def main(argv: list[str]) -> int:
     names = [gpu.name for gpu in GPUS]
-    parser = Parser(
-        prog="vix dev roofline",
-        description="Predict the time of each operator from published peaks of GPUs; no GPU needed.",
-        epilog=EXAMPLES,
-    )
+    parser = Parser.of("vix dev roofline", __doc__)
     parser.add_argument("--op", nargs="+", choices=list(SPECS), default=list(SPECS), metavar="OP", help=", ".join(SPECS))
     parser.add_argument("--gpu", nargs="+", choices=names, default=names, metavar="GPU", help=", ".join(names))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16"], help="default: bf16")

@@ -1,4 +1,17 @@
-"""`vix bench`: operators over a range of sizes, beside everyone who does the same work; or the models."""
+"""Measure operators beside plain and compiled PyTorch, SDPA and the installed peers.
+
+examples:
+  vix bench                                                      every operator over the tokens, forward and both
+  vix bench --op nystrom_attention --sweep tokens --mode fwd,bwd,full --dtype bf16 --output results
+  vix bench --op performer_attention --sweep features --values 16 32 64 128 --tokens 4096
+  vix bench --models                                             images/s of every model, inference and training
+  vix bench --models "hybrid_*" --batch 32
+
+Rows are checked against float64 before they are timed; one that is wrong, does not fit or is not installed says so and has no
+time. The output folder gets bench.csv and bench.json after every size, so that an interrupted sweep leaves what it has, and in
+the end a picture an operator (time and memory, PNG and SVG). Times are device times, of the process on a CPU; backward is full
+less forward.
+"""
 
 from __future__ import annotations
 
@@ -33,27 +46,10 @@ FIGURES = {
     "kept_mib": "kept MiB", "error": "error",
 }  # fmt: skip
 POSITIVE = within(1, 1 << 20)
-EXAMPLES = """\
-examples:
-  vix bench                                                      every operator over the tokens, forward and both
-  vix bench --op nystrom_attention --sweep tokens --mode fwd,bwd,full --dtype bf16 --output results
-  vix bench --op performer_attention --sweep features --values 16 32 64 128 --tokens 4096
-  vix bench --models                                             images/s of every model, inference and training
-  vix bench --models "hybrid_*" --batch 32
-
-Rows are checked against float64 before they are timed; one that is wrong, does not fit or is not installed says so and has no
-time. The output folder gets bench.csv and bench.json after every size, so that an interrupted sweep leaves what it has, and in
-the end a picture an operator (time and memory, PNG and SVG). Times are device times, of the process on a CPU; backward is full
-less forward.
-"""
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        prog="vix bench",
-        description="Measure operators beside plain and compiled PyTorch, SDPA and the installed peers.",
-        epilog=EXAMPLES,
-    )
+    parser = Parser.of("vix bench", __doc__)
     ops = public()
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=", ".join(ops))
     parser.add_argument("--models", nargs="?", const="*", metavar="PATTERN", help="measure models instead, those like PATTERN")

@@ -1,4 +1,4 @@
-"""The traffic meter: the bytes of global memory that an op moves, over the least that it could.
+"""Count the bytes of global memory that the ops move, over the least: each argument once, each result once.
 
     q, k, v = torch.randn(3, 4, 4, 1024, 32, dtype=torch.bfloat16, requires_grad=True).unbind()
     traffic = measure(performer_attention, q, k, v, orthogonal_projection(110, 32, seed=0), backend="triton")
@@ -13,6 +13,16 @@ they are. An operator of PyTorch's counts as a launch that reads its operands an
 The least is every byte of the arguments that the pass reads at all, once, and every byte of its results, once. Arguments of
 the forward are the tensors that the caller gave, those of the backward also the outputs and their gradients. All else, such as
 statistics that are saved for the backward, is what an implementation adds.
+
+Every line of the command is a launch: its KiB, then what it loads | what it stores, by argument. An argument in several lines
+moves several times, and one that is neither an argument nor a result of the op is an intermediate: both are what the op
+moves beyond the least. Nothing is timed and no GPU is needed: the kernels run in Triton's interpreter, fastest with
+OMP_NUM_THREADS=1 where cores are shared.
+
+examples:
+  vix dev traffic
+  vix dev traffic --op performer_attention --tokens 4096 --all-gradients --arch sm_80
+  vix dev traffic --op apply_rope --batch 4 --heads 8 --width 64 --dtype fp32
 """
 
 from __future__ import annotations
@@ -259,18 +269,6 @@ def metered(given: list[Tensor], arch: str, split: bool) -> Iterator[Meter]:
 
 # The command
 
-EXPLANATION = """\
-Every line is a launch: its KiB, then what it loads | what it stores, by argument. An argument that stands in several lines
-moves several times, and one that is neither an argument nor a result of the op is an intermediate: both are what the op
-moves beyond the least. Nothing is timed and no GPU is needed: the kernels run in Triton's interpreter, fastest with
-OMP_NUM_THREADS=1 where cores are shared.
-
-examples:
-  vix dev traffic
-  vix dev traffic --op performer_attention --tokens 4096 --all-gradients --arch sm_80
-  vix dev traffic --op apply_rope --batch 4 --heads 8 --width 64 --dtype fp32
-"""
-
 
 SIZES = {
     "batch": (4, "samples"),
@@ -283,11 +281,7 @@ SIZES = {
 
 def main(argv: list[str]) -> int:
     ops = [spec.name for spec in SPECS.values() if spec.public]
-    parser = Parser(
-        prog="vix dev traffic",
-        description="Count the bytes of global memory that the ops move, over the least: each argument once, each result once.",
-        epilog=EXPLANATION,
-    )
+    parser = Parser.of("vix dev traffic", __doc__)
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"{', '.join(ops)} (default: all)")
     for name, (default, what) in SIZES.items():
         about = f"{what} (default: {default})"

@@ -1,8 +1,15 @@
-"""`vix dev tune`: measure launch configurations on this GPU and propose better ones, as data for launch_table.py.
+"""Look for faster launch configurations on this GPU.
+
+examples:
+  vix dev tune --width 64 --bits 16                the kernels of bfloat16 and float16 at width 64, ten minutes at most
+  vix dev tune --kernel broadcast_tokens --seconds 60
+  vix dev tune --dry-run                           one key in Triton's interpreter, to see that it works; its times mean nothing
 
 From the present tile of a key it changes one field at a time, keeps what is faster, and goes on until nothing is. Every
-candidate must give the present configuration's numbers; what does not launch, or is wrong, is left out. Nothing is
-installed: the proposal is written for someone to read and to commit into OVERRIDES.
+candidate must give the present configuration's numbers; what does not launch, or is wrong, is left out.
+
+Prints a line a key and, last, the entries for OVERRIDES in vix_kernels/_triton/launch_table.py: read them, run
+`vix dev compile-report`, commit them by hand. The file holds all that was found and refused, after every key.
 """
 
 from __future__ import annotations
@@ -237,20 +244,9 @@ def row(proposal: Proposal) -> dict[str, Any]:
     )  # fmt: skip
 
 
-EXAMPLES = """\
-examples:
-  vix dev tune --width 64 --bits 16                the kernels of bfloat16 and float16 at width 64, ten minutes at most
-  vix dev tune --kernel broadcast_tokens --seconds 60
-  vix dev tune --dry-run                           one key in Triton's interpreter, to see that it works; its times mean nothing
-
-Prints a line a key and, last, the entries for OVERRIDES in vix_kernels/_triton/launch_table.py: read them, run
-`vix dev compile-report`, commit them by hand. The file holds all that was found and refused, after every key.
-"""
-
-
 def main(argv: list[str]) -> int:
     kernels, widths = sorted({key[0] for key in TABLE}), sorted({key[2] for key in TABLE})
-    parser = Parser(prog="vix dev tune", description="Look for faster launch configurations on this GPU.", epilog=EXAMPLES)
+    parser = Parser.of("vix dev tune", __doc__)
     parser.add_argument("--kernel", nargs="+", choices=kernels, default=kernels, metavar="KERNEL", help=", ".join(kernels))
     parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=[16, 32], help="of the tokens (default: both)")
     parser.add_argument("--width", nargs="+", type=int, choices=widths, default=widths, help="head width (default: all)")
