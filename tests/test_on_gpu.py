@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from bench.gpu import correctness, part, probe, report, run, sanitizer, suite, timing
-from bench.gpu.plan import Plan
+from bench.gpu.part import Plan
 from conftest import NO_TRITON
 from vix_kernels import backends
 from vix_kernels.measure import timing as times

@@ -16,7 +16,7 @@ from vix_kernels.measure.roofline import shapes
 from vix_kernels.testing import SPECS, Case, draw
 
 from . import correctness
-from .plan import Plan
+from .part import Plan
 from .timing import MOVES, TIMED
 
 WORKERS = 12  # each holds a context of its own on the GPU

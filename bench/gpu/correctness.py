@@ -15,7 +15,7 @@ from vix_kernels.measure.operators import Row, failed, ok, skipped
 from vix_kernels.measure.timing import Spoiled, capture
 from vix_kernels.testing import SPECS, Case, OpSpec, Problem, draw
 
-from .plan import Job, Plan, by_job
+from .part import Job, Plan, by_job
 
 LARGE = (
     Case("packed", batch=2, heads=4, tokens=4096, width=64, features=256, packed=True),

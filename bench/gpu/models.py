@@ -10,7 +10,7 @@ from vix_kernels.measure.models import Form, measure
 from vix_kernels.models.zoo import PUBLISHED
 from vix_kernels.testing.models import small_model
 
-from .plan import Job, Plan, by_job
+from .part import Job, Plan, by_job
 
 OURS: Form = ("ours", "bf16")
 # Nothing in them has another backend.

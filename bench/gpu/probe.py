@@ -18,7 +18,7 @@ from vix_kernels.backends import gpu_architecture, reason_against_gpu
 from vix_kernels.measure.machine import facts
 from vix_kernels.measure.operators import Row, brief, ok, skipped
 
-from .plan import Plan
+from .part import Plan
 
 LEAST_MEMORY = 8 * 2**30
 # What the parts need beyond what vix_kernels needs, and what is skipped without it.

@@ -43,8 +43,7 @@ from vix_kernels.measure.machine import commit
 from vix_kernels.measure.operators import Row, failed
 
 from . import report
-from .part import SPOILED, serve
-from .plan import Plan
+from .part import SPOILED, Plan, serve
 from .report import Outcome
 
 # In the order they run, each with its fraction of the time.

@@ -12,7 +12,7 @@ from functools import partial
 from vix_kernels.measure.operators import Row, failed, ok, skipped
 
 from .correctness import RAN
-from .plan import Job, Plan, by_job
+from .part import Job, Plan, by_job
 
 TOOLS = {
     # Accesses out of bounds and misaligned; that torch probes the driver for what it may lack is no error.

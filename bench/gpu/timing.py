@@ -13,7 +13,7 @@ from vix_kernels.measure.operators import Effort, Row, measure, ok, sizes
 from vix_kernels.measure.roofline import shapes
 from vix_kernels.testing import SPECS, Case
 
-from .plan import Job, Plan, by_job
+from .part import Job, Plan, by_job
 
 MOVES = tuple(op for op in SPECS if op in primitives.__all__)  # what the attentions are made of
 TIMED = ("bf16", "fp32")

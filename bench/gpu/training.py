@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vix_kernels.measure.operators import Row, failed, ok, skipped
 
-from .plan import Job, Plan, by_job
+from .part import Job, Plan, by_job
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = Path("pictures")  # in the working folder of the part

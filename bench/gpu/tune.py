@@ -13,7 +13,7 @@ from vix_kernels._triton.launch_table import TABLE, Key
 from vix_kernels.measure import tune
 from vix_kernels.measure.operators import Row, ok, skipped
 
-from .plan import Job, Plan, by_job
+from .part import Job, Plan, by_job
 
 # Softmax attention first: most operators are made of it.
 KERNELS = (
