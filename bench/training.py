@@ -48,30 +48,17 @@ TRIAL = 0.05  # of the time, to learn how many images fit into it
 BATCH = 128
 
 
-class Original(nn.Module):
-    """An original with the words that the loop asks a model for; its scripts decay every parameter."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x)
-
-    def no_weight_decay(self) -> set[str]:
-        return set()
-
-    def get_classifier(self) -> nn.Module:
-        return nn.Identity()
-
-
 class TimeUp(Exception):
     pass
 
 
 def make(name: str, provider: str) -> nn.Module:
     ours, label, theirs = PAIRS[name]
-    return create_model(name, **ours) if provider == "ours" else Original(drawn(build(label, theirs, backend="reference")))
+    if provider == "ours":
+        return create_model(name, **ours)
+    model = drawn(build(label, theirs, backend="reference"))
+    model.no_weight_decay, model.get_classifier = set, nn.Identity  # the loop asks for them; its scripts decay everything
+    return model
 
 
 def trained(name: str, provider: str, path: str, minutes: float, core: int) -> dict[str, Any]:

@@ -255,9 +255,13 @@ def shared_memory_table(args: argparse.Namespace) -> int:
     else:
         failures += [f"{row}: differs from {shared_memory.COMMITTED.name}" for row in sorted(set(rows) - set(committed))]
     failures += [text for arch in archs for text in shared_memory.excesses(rows, arch)]
+    return verdict(failures, f"shared memory of {len(rows)} entries: ")
+
+
+def verdict(failures: list[str], of: str = "") -> int:
     for text in failures:
         print(f"FAILED {text}", file=sys.stderr)
-    print(f"shared memory of {len(rows)} entries: " + ("FAILED" if failures else "passed"))
+    print(of + ("FAILED" if failures else "passed"))
     return 1 if failures else 0
 
 
@@ -296,7 +300,4 @@ def main(argv: list[str]) -> int:
             print(f"nothing to compare with in {args.csv}: {len(unknown)} of {len(cells)} cells, first Triton {first}")
     for text in worse if args.write else ():
         print(f"accepted: {text}")
-    for text in failures:
-        print(f"FAILED {text}", file=sys.stderr)
-    print("FAILED" if failures else "passed")
-    return 1 if failures else 0
+    return verdict(failures)

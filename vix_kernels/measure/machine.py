@@ -66,12 +66,8 @@ def commit() -> str:
 
 def peaks(device: str) -> Device:
     """Published peaks of a known GPU; of anything else what copies and matrix products reach here."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-        for each in GPUS:
-            if each.device == name:
-                return each
-    return _measured(device, torch.get_num_threads())
+    known = {gpu.device: gpu for gpu in GPUS}
+    return known.get(device_name(device)) or _measured(device, torch.get_num_threads())
 
 
 @functools.cache

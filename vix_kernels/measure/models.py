@@ -14,6 +14,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,10 @@ class Pair(NamedTuple):
     theirs: dict[str, Any]
     wheel: bool = False
 
+    @property
+    def from_wheel(self) -> bool:
+        return self.wheel and find_spec("vision_xformer") is not None
+
 
 HEADS = dict(heads=4, dim_head=32)
 DROP, DROPOUT = dict(proj_drop_rate=0.25), dict(dropout=0.25)
@@ -83,20 +88,16 @@ FORMS = {
     "cuda": (("ours", "bf16"), ("compiled", "bf16"), ("original", "fp32"), ("original", "bf16")),
 }
 PROVIDERS = ("ours", "compiled", "plain", "original")
+GPU_FORMS = {("original", "fp32"), *((provider, "bf16") for provider in PROVIDERS)}
 BATCH = {"cpu": 16, "cuda": 128}
 Form = tuple[str, str]
 
 
 def theirs_of(name: str) -> str:
     """Where the original of a model comes from."""
-    pair = PAIRS.get(name)
-    if pair is None:
+    if name not in PAIRS:
         return ""
-    return f"{pair.label}, vision_xformer 0.2.0" if _from_wheel(pair) else f"{pair.label}, plain form"
-
-
-def _from_wheel(pair: Pair) -> bool:
-    return pair.wheel and find_spec("vision_xformer") is not None
+    return f"{PAIRS[name].label}, " + ("vision_xformer 0.2.0" if PAIRS[name].from_wheel else "plain form")
 
 
 def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn.Module:
@@ -110,7 +111,7 @@ def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn
     if arguments:
         raise LeftOut("the original is compared in its published size only")
     pair = PAIRS[name]
-    if _from_wheel(pair):
+    if pair.from_wheel:
         return getattr(importlib.import_module("vision_xformer"), pair.label)(**pair.theirs).to(device)
     return drawn(build(pair.label, pair.theirs, backend="reference")).to(device)
 
@@ -211,12 +212,7 @@ def run(args: Namespace, device: str, parser: ArgumentParser) -> Iterator[list[R
         parser.error(f"--models: no model is called like {args.models!r}; there are {', '.join(PUBLISHED)} and their sizes")
     forms = FORMS[device]
     if args.provider:
-        dtypes = ("fp32", "bf16") if device == "cpu" else ("bf16",)
-        forms = tuple(
-            (provider, dtype)
-            for provider in args.provider
-            for dtype in (dtypes if provider != "original" else ("fp32", "bf16"))
-        )
+        forms = [each for each in product(args.provider, ("fp32", "bf16")) if device == "cpu" or each in GPU_FORMS]
     for name in names:
         start = time.perf_counter()
 

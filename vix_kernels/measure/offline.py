@@ -110,26 +110,15 @@ def describe(name: str, binaries: Iterable[Any]) -> list[CompiledLaunch]:
     """Each distinct binary of a capture for the target `name`, in the order of its first launch."""
     counts = Counter(each.hash for each in binaries)
     distinct = list({each.hash: each for each in binaries}.values())
-    launches = []
     used = machine_code.read(TARGETS[name].gpu, [each.asm for each in distinct])
-    for binary, resources in zip(distinct, used, strict=True):
-        signature, constexprs = arguments(binary.src)
-        launches.append(
-            CompiledLaunch(
-                kernel=binary.name,
-                target=name,
-                signature=signature,
-                constexprs=constexprs,
-                warps=binary.metadata.num_warps,
-                stages=binary.metadata.num_stages,
-                shared=binary.metadata.shared,
-                tensor_memory=getattr(binary.metadata, "tmem_size", 0) or 0,
-                resources=resources,
-                launches=counts[binary.hash],
-                key=binary.hash,
-            )
-        )
-    return launches
+
+    def launch(binary: Any, resources: Resources) -> CompiledLaunch:
+        meta, memory = binary.metadata, getattr(binary.metadata, "tmem_size", 0) or 0
+        sizes = dict(warps=meta.num_warps, stages=meta.num_stages, shared=meta.shared, tensor_memory=memory)
+        found = dict(resources=resources, launches=counts[binary.hash], key=binary.hash)
+        return CompiledLaunch(binary.name, name, *arguments(binary.src), **sizes, **found)
+
+    return list(map(launch, distinct, used))
 
 
 def arguments(source: Any) -> tuple[dict[str, str], dict[str, Any]]:

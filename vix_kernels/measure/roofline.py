@@ -21,6 +21,7 @@ import csv
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 
 from ..commands import DTYPES, Parser, figure, markdown, print_table, write_atomically, write_csv
@@ -136,19 +137,16 @@ def rows(ops: Iterable[str], gpus: Iterable[Device], dtypes: Iterable[str]) -> I
     from .costs import DIRECTIONS, cost
 
     gpus = tuple(gpus)
-    for op in ops:
-        for dtype in dtypes:
-            for shape in shapes():
-                case = SPECS[op].fit(shape)
-                for direction in DIRECTIONS:
-                    costs = {arch: cost(SPECS[op], case, DTYPES[dtype], direction, arch) for arch in {g.arch for g in gpus}}
-                    for gpu in gpus:
-                        each = costs[gpu.arch]
-                        seconds, bound = predict(each, gpu, dtype)
-                        yield Row(
-                            op, direction, dtype, case.batch, case.heads, case.tokens, case.width, case.features, gpu.name,
-                            each.flops / 1e9, each.exps / 1e6, each.bytes / 1e6, each.launches, 1e6 * seconds, bound,
-                        )  # fmt: skip
+    for op, dtype, shape, direction in product(ops, dtypes, shapes(), DIRECTIONS):
+        case = SPECS[op].fit(shape)
+        costs = {arch: cost(SPECS[op], case, DTYPES[dtype], direction, arch) for arch in {gpu.arch for gpu in gpus}}
+        for gpu in gpus:
+            each = costs[gpu.arch]
+            seconds, bound = predict(each, gpu, dtype)
+            yield Row(
+                op, direction, dtype, case.batch, case.heads, case.tokens, case.width, case.features, gpu.name,
+                each.flops / 1e9, each.exps / 1e6, each.bytes / 1e6, each.launches, 1e6 * seconds, bound,
+            )  # fmt: skip
 
 
 KEY = COLUMNS[:9]  # up to the GPU
