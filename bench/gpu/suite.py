@@ -29,7 +29,7 @@ SELECTIONS = {
         "-k", f"not ({KERNELS} or {NOT_HERE})",
     ),
 }  # fmt: skip
-TINY = {"kernels": ("tests/test_ops.py", "-k", "test_error_budget and triton and plain and bfloat16 and not performer")}
+TINY = {"kernels": ("tests/test_ops.py", "-k", "test_error_budget and triton and plain and not performer")}
 
 
 @by_job
