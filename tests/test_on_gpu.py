@@ -284,7 +284,7 @@ def test_an_unsupported_gpu_is_named(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for architecture, sentence in (
         ("sm_75", "the GPU is sm_75, the kernels need sm_80 (compute capability 8.0) or newer"),
-        ("gfx1100", "the GPU is gfx1100, of AMD's the kernels serve gfx90a, gfx942, gfx950"),
+        ("gfx1100", "the GPU is gfx1100, the kernels support gfx90a, gfx942, gfx950"),
     ):
         monkeypatch.setattr(backends, "gpu_architecture", lambda index, name=architecture: name)
         assert backends.reason_against_gpu() == sentence

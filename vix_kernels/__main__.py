@@ -15,25 +15,25 @@ from vix_kernels.commands import Parser
 COMMANDS = """\
 commands:
   train           train a model
-  validate        test a trained model on held-out images
-  predict         say what is on images
-  export          write a trained model to an ONNX file
-  models          list the models, with their sizes and costs
-  convert         turn the weights of an original Vision Xformers model into safetensors
-  check           say which backend each op gets here, and every reason why not another
-  bench           measure every op beside its peers, or the models, with tables and pictures
-  dev             tools for those who write kernels
+  validate        evaluate a trained model on held-out images
+  predict         classify images with a trained model
+  export          export a trained model to an ONNX file
+  models          list the models with their sizes and costs
+  convert         convert the weights of an original Vision Xformers model to safetensors
+  check           show which backend each op uses on this machine, and why not another
+  bench           benchmark the ops against peer packages, or the models; writes tables and plots
+  dev             tools for kernel developers
 
-vix COMMAND --help says more.
+Run vix COMMAND --help for the options and examples of a command.
 """
 DEV_COMMANDS = """\
 commands:
-  compile-report  compile every kernel for GPUs that are not there, and weigh the code
-  traffic         count the bytes that the kernels move, over the least that they could
-  roofline        predict the time of every op on GPUs that are not there, beside what was measured
-  tune            look for better launch configurations on this GPU
+  compile-report  compile every kernel for several GPU architectures and analyze the code; no GPU needed
+  traffic         count the bytes that the kernels move, relative to the minimum; no GPU needed
+  roofline        predict the time of every op on several GPUs, next to measured times; no GPU needed
+  tune            search for better launch configurations on this GPU
 
-vix dev COMMAND --help says more.
+Run vix dev COMMAND --help for the options of a command.
 """
 
 
@@ -51,15 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     parser = Parser(prog="vix", epilog=COMMANDS)
     parser.add_argument("--version", action="version", version=f"vix_kernels {__version__}")
-    parser.add_argument("--import", metavar="MODULE", help="first import this module, which registers attentions of its own")
+    parser.add_argument("--import", metavar="MODULE", help="import this module first, for example to register attentions")
     parser.add_argument("command", choices=commands)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+            stream.reconfigure(errors="backslashreplace")  # file names may hold undecodable bytes
     args = parser.parse_args(argv)
     if module := getattr(args, "import"):
-        sys.path.insert(0, "")  # from here, as `python -m` would find it
+        sys.path.insert(0, "")  # search the current directory, as `python -m` does
         try:
             import_module(module)
         except ImportError as error:
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = commands[args.command](args.arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # `vix models | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more on its way out
+    except BrokenPipeError:  # the reader closed the pipe, as in `vix models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps Python from reporting the pipe again at exit
         return 1
     return status
 
@@ -86,7 +86,7 @@ def _dev(argv: list[str]) -> int:
 
 
 def _command(module: str, name: str) -> Callable[[list[str]], int]:
-    """The function `name` of `module`, which is imported when it is called: `vix --help` waits for none of them."""
+    """Return a function that imports `module` and calls its `name`. The late import keeps `vix --help` fast."""
     return lambda argv: getattr(import_module(f"vix_kernels.{module}"), name)(argv)
 
 

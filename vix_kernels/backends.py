@@ -1,4 +1,4 @@
-"""Which implementation runs, and every reason why another one cannot."""
+"""Selection of the backend, and the reasons why a backend cannot run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def triton_installed() -> bool:
     return find_spec("triton") is not None
 
 
-@cache  # as triton does: what holds when the kernels are defined holds for the life of the process
+@cache  # Triton reads the variable once, when the kernels are defined
 def interpreted() -> bool:
-    """Triton's interpreter is on: kernels run in NumPy, on CPU tensors."""
+    """Return whether Triton's interpreter is on. It runs the kernels in NumPy, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int) -> list[str]:
-    """Why the Triton kernels cannot serve tensors of this device, dtype and largest head width; empty if they can."""
+    """Return why the Triton kernels cannot serve tensors of this device, dtype and largest head width. Empty if they can."""
     reasons = []
     if not triton_installed():
         reasons.append("triton is not installed")
@@ -42,7 +42,7 @@ def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int)
         if architecture.startswith("sm_") and int(architecture[3:]) < 80:
             reasons.append(f"the GPU is {architecture}, the kernels need sm_80 (compute capability 8.0) or newer")
         elif architecture.startswith("gfx") and architecture not in AMD_ARCHITECTURES:
-            reasons.append(f"the GPU is {architecture}, of AMD's the kernels serve {', '.join(AMD_ARCHITECTURES)}")
+            reasons.append(f"the GPU is {architecture}, the kernels support {', '.join(AMD_ARCHITECTURES)}")
     if dtype not in TRITON_DTYPES and not (dtype == torch.float64 and interpreted()):
         names = ", ".join(str(each).removeprefix("torch.") for each in TRITON_DTYPES)
         reasons.append(f"the kernels take {names}, not {str(dtype).removeprefix('torch.')}")
@@ -53,7 +53,7 @@ def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int)
 
 
 def reason_against_gpu() -> str | None:
-    """Why the kernels cannot run on this machine's GPU, in one sentence; None if they can."""
+    """Return one sentence on why the kernels cannot run on this machine's GPU, or None if they can."""
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return "torch sees no GPU" + ("" if built else f": torch {torch.__version__} is built without CUDA and ROCm")
@@ -61,14 +61,14 @@ def reason_against_gpu() -> str | None:
         return "; ".join(reasons)
     try:
         torch.ones(1, device="cuda").add_(1).item()
-    except RuntimeError as error:  # no code for this GPU, a driver too old, memory that others hold
+    except RuntimeError as error:  # no code for this GPU, an outdated driver, or full memory
         return f"torch cannot use the GPU: {str(error).partition(chr(10))[0]}"
     return None
 
 
 @cache
 def gpu_architecture(index: int) -> str:
-    """The name of a GPU's instruction set, such as "sm_90" or "gfx942"."""
+    """Return the name of a GPU's instruction set, such as "sm_90" or "gfx942"."""
     properties = torch.cuda.get_device_properties(index)
     return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
@@ -79,9 +79,14 @@ def check(backend: str) -> None:
 
 
 def resolve(backend: str, x: Tensor, width: int) -> str:
-    """The implementation that serves `x`: "triton", "torch" or "reference".
+    """Return the implementation that serves `x`: "triton", "torch" or "reference".
 
-    auto takes Triton on a GPU where it can and PyTorch elsewhere; an explicit choice is kept or refused.
+    "auto" selects Triton for tensors on a GPU that the kernels can serve, and PyTorch otherwise. An explicit choice never falls
+    back to another backend.
+
+    Raises:
+        ValueError: `backend` is unknown.
+        RuntimeError: `backend` is "triton" and cannot run; the message lists every reason.
     """
     check(backend)
     if backend == "auto":

@@ -1,4 +1,4 @@
-"""What commands share: dtypes by name, how arguments are refused, how tables are printed, read and written."""
+"""Helpers of the `vix` commands: dtypes by name, argument parsing, tables and atomic file writes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage. A description or epilog of several lines keeps them."""
+    """An ArgumentParser that reports an error in one line, without the usage, and keeps the lines of its help."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=Help, **options)
 
     @classmethod
     def of(cls, prog: str, docstring: str | None) -> Parser:
-        """The help is a module's docstring: its first paragraph before the options, the rest after them."""
+        """Make the help from a module's docstring: the first paragraph before the options, the rest after them."""
         description, _, epilog = (docstring or "").partition("\n\n")
         return cls(prog=prog, description=description, epilog=epilog)
 
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class KeyValues(argparse.Action):
-    """Collects `key=value` words into a dict; values are Python literals, or else strings."""
+    """Collects `key=value` words into a dict. Values are Python literals if they parse as such, otherwise strings."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         pairs = dict(getattr(namespace, self.dest) or {})
@@ -53,13 +53,13 @@ class KeyValues(argparse.Action):
                 parser.error(f"{option_string}: expected key=value, got {word!r}")
             try:
                 pairs[key] = ast.literal_eval(value)
-            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval may raise
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all errors of literal_eval
                 pairs[key] = value
         setattr(namespace, self.dest, pairs)
 
 
 def within(least: int, most: int) -> Callable[[str], int]:
-    """The type of an argument that is an integer in this range."""
+    """Return the type of an argument that is an integer in this range."""
 
     def integer(text: str) -> int:
         try:
@@ -74,18 +74,22 @@ def within(least: int, most: int) -> Callable[[str], int]:
 
 
 def figure(value: Any, digits: int = 3) -> str:
-    """The text of a cell: a float with so many digits, nothing for None."""
+    """Format a value for a table cell: a float with so many digits. None becomes an empty cell."""
     return "" if value is None else f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
 def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """The lines of a table in Markdown."""
+    """Return the lines of a Markdown table."""
     headings = list(headings)
     return [f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *rows)]
 
 
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], widths: Iterable[int] | None = None) -> None:
-    """In columns as wide as their widest cell; or of at least these widths, then each row as soon as it is known."""
+    """Print a table in columns.
+
+    Without `widths`, a column is as wide as its widest cell, so all rows are collected first. With `widths`, the minimum column
+    widths, each row is printed as soon as `rows` yields it.
+    """
     lines = itertools.chain([list(headings)], map(list, rows))
     if widths is None:
         lines = list(lines)
@@ -96,7 +100,7 @@ def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], widths: 
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, then put it in the place of `path`: readers see the old file or the new."""
+    """Let `write` fill a temporary file, then replace `path` with it. Readers see either the old or the new file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

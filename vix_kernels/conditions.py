@@ -1,4 +1,4 @@
-"""The conditions that kernels are launched under: the ordinary ones, or those that a measurement sets for a while."""
+"""Launch conditions of the kernels: the defaults, or temporary changes by a measurement."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Conditions:
-    """
+    """Conditions that every kernel launch reads.
+
     Attributes:
-        observer: is handed every launch, kernel, grid, arguments and options, instead of its being run.
-        arch: the interpreter launches what this architecture would, but with more tokens a tile.
-        split: False keeps all tokens of a sample and head in one chunk.
-        tiles: by their keys, before those of the launch table.
-        asked: is told every key that is looked up in the launch table.
+        observer: if set, receives the kernel, grid, arguments and options of every launch instead of executing it.
+        arch: if set, the interpreter uses the launches of this architecture, but with more tokens per tile.
+        split: whether long sequences may be split into chunks. False keeps all tokens of a sample and head in one chunk.
+        tiles: launch configurations by key. They override the launch table.
+        asked: if set, receives every key that is looked up in the launch table.
     """
 
     observer: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None] | None = None
@@ -31,7 +32,7 @@ current = Conditions()
 
 @contextmanager
 def under(**changes: Any) -> Iterator[None]:
-    """Launches inside the block are under the current conditions with these `changes`."""
+    """Apply `changes` to the current conditions inside the block."""
     global current
     before, current = current, replace(current, **changes)
     try:

@@ -1,17 +1,17 @@
-"""Models as programs for elsewhere: without this library, and as ONNX.
+"""Export models to plain PyTorch programs and to ONNX files.
 
-`torch.export` takes every function and module here, with a batch of any size, and so do torch.export.save and AOTInductor:
+`torch.export`, torch.export.save and AOTInductor support every function and module of this library, with a dynamic batch size:
 
     program = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: Dim("batch")},))
     path = torch._inductor.aoti_compile_and_package(program)
 
-The operators stay what they are, with the backend of the device that the example lies on: the process that runs the program
-imports vix_kernels before it loads it, and asks for no gradient. `decomposed` replaces them by plain PyTorch, for processes
-that have only torch.
+The program keeps this library's operators, with the backend of the example's device. A process that runs it must import
+vix_kernels before it loads the program, and cannot compute gradients. `decomposed` replaces the operators with plain PyTorch,
+for processes that only have torch.
 
-The number of tokens may be dynamic, too, where nothing fixes it as rotary tables, grids and the image size of a model do. Its
-range then begins at the number of landmarks or agents, with the prefix, and ends below the rows of Linformer's projections;
-with landmarks="pad_front" it is either multiples of num_landmarks or all others, as in the example.
+The number of tokens may be dynamic, too, unless rotary tables, a grid or a model's image size fix it. Its range must start at
+the number of landmarks or agents plus the prefix, and end below the number of rows of Linformer's projections. With
+landmarks="pad_front", the program accepts either only multiples of num_landmarks or only other lengths, as in the example.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ from .primitives.project import project_forward, project_reference
 from .primitives.rotate import rotate_forward, rotate_reference
 from .primitives.token_conv import token_conv_forward
 
-LARGEST = 3 * 2**29  # bytes of weights; those of larger models torch writes beside the file
+LARGEST = 3 * 2**29  # bytes of weights; torch writes those of larger models to a separate file
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram:
-    """The same program in plain PyTorch, which runs where this library is not installed, and has gradients.
+    """Return the same program in plain PyTorch. It runs without this library and supports gradients.
 
-    Tokens x slots are in memory then. Sums and statistics stay float32 for narrower tokens.
+    The result stores tokens x slots matrices. Sums and statistics stay float32 for narrower dtypes.
 
     Args:
-        program: what torch.export.export returned. Sizes that are dynamic stay so.
+        program: the result of torch.export.export. Dynamic sizes stay dynamic.
 
     Raises:
-        ValueError: it holds an operator of a backward, or one that only strict export keeps (the drawing of random features);
-            lists them.
+        ValueError: the program contains an operator of a backward pass, or one that only a strict export keeps (drawing random
+            features). The message lists them.
     """
     return _replaced(program, REFERENCES)
 
@@ -69,26 +69,25 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
 def to_onnx(
     model: nn.Module, x: Tensor | tuple[Any, ...], path: str | Path, *, dynamic_shapes: Any = None, opset: int | None = None
 ) -> float | None:
-    """Write `model` in evaluation mode to an ONNX file, and compare what onnxruntime makes of it with the model itself.
+    """Write `model` in evaluation mode to an ONNX file, and compare the outputs of onnxruntime with those of the model.
 
     Args:
-        model: any module with modules or functions of this library in it, in float32 or float16; onnxruntime has few
-            operators for others on a CPU. It is put in evaluation mode, and back.
-        x: an example of its argument, or a tuple of all of them.
-        path: of the file, which is written in one piece.
-        dynamic_shapes: as torch.export.export takes them, such as
-            ({0: Dim("batch"), 1: Dim("tokens", min=64, max=4096)},). Default: dimension 0 of every tensor is the batch, of any
-            size, and all else is as in x.
-        opset: version of ONNX's operators, from 18 on; default: what torch recommends.
+        model: any module that uses modules or functions of this library, in float32 or float16. For other dtypes onnxruntime
+            has few CPU operators. The training mode of every submodule is restored afterwards.
+        x: an example argument of the model, or a tuple of all its arguments.
+        path: the file to write. It is written atomically.
+        dynamic_shapes: as for torch.export.export, such as ({0: Dim("batch"), 1: Dim("tokens", min=64, max=4096)},). By default
+            dimension 0 of every tensor is a batch of any size, and all other sizes are those of x.
+        opset: version of the ONNX operator set, at least 18. By default the version that torch recommends.
 
     Returns:
-        The largest relative error of an output, |onnx - model| / |model|; None where onnxruntime is not installed.
+        The largest relative error of an output, |onnx - model| / |model|. None if onnxruntime is not installed.
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
-        RuntimeError: an output is off by more than half of its dtype's digits, or the model has an operator that torch cannot
-            translate. Nothing is left at `path` then but what was there before.
+        TypeError, ValueError: an argument is invalid. The message names it, what was expected and what came.
+        RuntimeError: an output has less than half of its dtype's digits right, or the model has an operator that torch cannot
+            translate. A previous file at `path` is kept.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -102,23 +101,23 @@ def to_onnx(
         runs = [args, tuple(each[:1] if isinstance(each, Tensor) else each for each in args)]
     path, errors = Path(path), []
     with _evaluating(model), torch.no_grad():
-        wanted = [_tensors(model(*each)) for each in runs]  # says what is wrong with x sooner and plainer than an export
+        expected = [_tensors(model(*each)) for each in runs]  # an invalid x gives a clearer error here than in torch.export
         program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
     size = sum(each.nbytes for each in program.state_dict.values())
     if size > LARGEST:
         raise ValueError(f"model: expected at most {LARGEST / 2**30:.1f} GiB of weights, got {size / 2**30:.1f} GiB")
     program = _replaced(program, REFERENCES | ONNX_REFERENCES)
-    names = ["out"] if len(wanted[0]) == 1 else [f"out_{i}" for i in range(len(wanted[0]))]
+    names = ["out"] if len(expected[0]) == 1 else [f"out_{i}" for i in range(len(expected[0]))]
     onnx = torch.onnx.export(
         program, dynamo=True, output_names=names, dynamic_shapes=dynamic_shapes, opset_version=opset, verbose=False
     )
-    if opset not in (None, onnx.model.opset_imports[""]):  # torch says so in its log, and keeps another
-        raise ValueError(f"opset: expected one that torch can write, such as {onnx.model.opset_imports['']}, got {opset}")
+    if opset not in (None, onnx.model.opset_imports[""]):  # torch only logs that it uses another version
+        raise ValueError(f"opset: expected a version that torch can write, such as {onnx.model.opset_imports['']}, got {opset}")
 
     def write(file: Path) -> None:
         onnx.save(file)
         if find_spec("onnxruntime") is not None:
-            errors.extend(_compared(file, runs, wanted))
+            errors.extend(_compared(file, runs, expected))
 
     write_atomically(path, write)
     return max(errors, default=None)
@@ -136,12 +135,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _any_batch(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """args of at least two samples, since torch.export takes a 1 for a constant, and their dynamic_shapes."""
+    """Return `args` with at least two samples and their dynamic_shapes. torch.export treats a size of 1 as a constant."""
     shapes = [tuple(each.shape) for each in args if isinstance(each, Tensor)]
     if len({shape[:1] for shape in shapes}) > 1 or not shapes[0] or not shapes[0][0]:
-        raise ValueError(
-            f"x: expected tensors with one batch in front, or dynamic_shapes that say what is, got shapes {shapes}"
-        )
+        raise ValueError(f"x: expected tensors whose dimension 0 is one batch, or explicit dynamic_shapes, got shapes {shapes}")
     if shapes[0][0] == 1:
         args = tuple(torch.cat([each, each]) if isinstance(each, Tensor) else each for each in args)
     return args, tuple({0: Dim("batch")} if isinstance(each, Tensor) else None for each in args)
@@ -151,25 +148,25 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf.cpu() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _compared(file: Path, runs: list[tuple[Any, ...]], wanted: list[list[Tensor]]) -> Iterator[float]:
-    """The relative errors of the outputs of every run.
+def _compared(file: Path, runs: list[tuple[Any, ...]], expected: list[list[Tensor]]) -> Iterator[float]:
+    """Yield the relative error of every output of every run.
 
     Raises:
-        RuntimeError: one is too large.
+        RuntimeError: an error is too large.
     """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
-    for args, outputs in zip(runs, wanted, strict=True):
+    for args, outputs in zip(runs, expected, strict=True):
         results = session.run(None, dict(zip(names, (each.numpy() for each in _tensors(args)), strict=True)))
         for i, (out, result) in enumerate(zip(outputs, map(torch.from_numpy, results), strict=True)):
             exact = out.double()
             error = ((result.double() - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
             bound = torch.finfo(out.dtype).eps ** 0.5 if out.is_floating_point() else 0.0
-            if not error <= bound:  # NaN, too
+            if not error <= bound:  # also true for NaN
                 raise RuntimeError(
-                    f"output {i}: expected the model's within a relative error of {bound:.1e}, got one of {error:.1e} from "
+                    f"output {i}: expected a relative error of at most {bound:.1e}, got {error:.1e} from "
                     f"onnxruntime, for arguments of shapes {[tuple(each.shape) for each in _tensors(args)]}"
                 )
             yield error
@@ -178,15 +175,15 @@ def _compared(file: Path, runs: list[tuple[Any, ...]], wanted: list[list[Tensor]
 def _replaced(program: ExportedProgram, references: dict[Callable, Callable]) -> ExportedProgram:
     program = program.run_decompositions(dict(references))
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
-    left = {
+    remaining = {
         str(node.target) for graph in graphs for node in graph.nodes if getattr(node.target, "namespace", "") == "vix_kernels"
     }
-    if left:
-        raise ValueError(f"program: expected one for inference, exported with strict=False, got {', '.join(sorted(left))}")
+    if remaining:
+        raise ValueError(f"program: expected one for inference, exported with strict=False, got {', '.join(sorted(remaining))}")
     return program
 
 
-# What stands for an operator: its arguments, tokens widened as the kernels widen them.
+# Replacements of the operators. They take the operators' arguments and widen tokens as the kernels do.
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -194,13 +191,13 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _unused(like: Tensor, count: int) -> list[Tensor]:
-    """Outputs that only a backward reads."""
+    """Return empty tensors for outputs that only a backward pass reads."""
     return [like.new_empty(0) for _ in range(count)]
 
 
 def _aggregate(slots, k, v, mask, cos, sin, interleaved, scale, gaussian, backend):
-    turn = dict(rotary=joined(cos, sin, interleaved))
-    values, lse = aggregate_reference(slots, _wide(k), _wide(v), scale=scale, gaussian=gaussian, mask=mask, **turn)
+    rotation = dict(rotary=joined(cos, sin, interleaved))
+    values, lse = aggregate_reference(slots, _wide(k), _wide(v), scale=scale, gaussian=gaussian, mask=mask, **rotation)
     return values, lse, *_unused(values, 2)
 
 
@@ -213,23 +210,26 @@ def _broadcast(q, slots, values, slot_bias, cos, sin, interleaved, scale, v, con
 
 
 def _linear_aggregate(slots, k, v, mask, cos, sin, interleaved, feature_map, backend):
-    turn = dict(rotary=joined(cos, sin, interleaved))
-    return linear_aggregate_reference(slots, k, v, feature_map=feature_map, mask=mask, **turn)
+    rotation = dict(rotary=joined(cos, sin, interleaved))
+    return linear_aggregate_reference(slots, k, v, feature_map=feature_map, mask=mask, **rotation)
 
 
 def _linear_broadcast(q, slots, sums, norms, cos, sin, interleaved, feature_map, eps, backend):
-    turn = dict(rotary=joined(cos, sin, interleaved))
-    return linear_broadcast_reference(q, slots, sums, norms, feature_map=feature_map, eps=eps, **turn)
+    rotation = dict(rotary=joined(cos, sin, interleaved))
+    return linear_broadcast_reference(q, slots, sums, norms, feature_map=feature_map, eps=eps, **rotation)
 
 
 def _landmarks(
     q, k, q_mask, k_mask, cos, sin, interleaved, prefix, rows, mark_rows, mark_columns, adaptive, backend
 ):  # fmt: skip
-    """By a product with the windows. landmarks_reference cuts one after the other: hundreds of nodes, and where the number of
-    tokens is dynamic, a graph that is wrong for others."""
+    """Compute landmarks as a matrix product with the windows.
+
+    landmarks_reference slices one window after another. That makes hundreds of graph nodes and, for a dynamic number of tokens,
+    a graph that is wrong for all lengths but the example's.
+    """
 
     def windows(size: int, count: int) -> Tensor:
-        """Which places lie in which window, (count, size)."""
+        """Return the positions that each window covers, bool (count, size)."""
         first, at = (torch.arange(each, device=q.device) for each in (count, size))
         first = first[:, None]
         if adaptive:
@@ -242,14 +242,14 @@ def _landmarks(
         wide = _wide(torch.where(valid[:, None, :, None], x, 0.0))
         if cos is not None:
             wide = rotate_reference(wide, Rotary(cos, sin, interleaved))
-        up, along = windows(rows, mark_rows), windows((x.shape[2] - prefix) // rows, mark_columns)
-        cells = (up[:, None, :, None] & along[None, :, None]).flatten(2).flatten(0, 1)
+        row_windows, column_windows = windows(rows, mark_rows), windows((x.shape[2] - prefix) // rows, mark_columns)
+        cells = (row_windows[:, None, :, None] & column_windows[None, :, None]).flatten(2).flatten(0, 1)
         sums, counts = cells.to(wide.dtype) @ wide[:, :, prefix:], valid[:, prefix:].float() @ cells.float().mT
         sums, counts = torch.cat([wide[:, :, :prefix], sums], 2), torch.cat([valid[:, :prefix].float(), counts], 1)
         return (sums / counts.clamp(min=1)[:, None, :, None]).to(x.dtype), counts
 
-    (q_marks, q_counts), nothing = means(q, q_mask), q.new_empty(0)
-    k_marks, k_counts = (nothing, nothing.float()) if k is None else means(k, k_mask)
+    (q_marks, q_counts), empty = means(q, q_mask), q.new_empty(0)
+    k_marks, k_counts = (empty, empty.float()) if k is None else means(k, k_mask)
     return q_marks, k_marks, q_counts, k_counts
 
 
@@ -259,8 +259,8 @@ def _pinv(q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init,
 
 
 def _project(key_projection, value_projection, k, v, mask, cos, sin, interleaved, backend):
-    turn = dict(rotary=joined(cos, sin, interleaved))
-    keys, values = project_reference(_wide(k), _wide(v), key_projection, value_projection, mask=mask, **turn)
+    rotation = dict(rotary=joined(cos, sin, interleaved))
+    keys, values = project_reference(_wide(k), _wide(v), key_projection, value_projection, mask=mask, **rotation)
     return keys.to(k.dtype), values
 
 
@@ -269,32 +269,32 @@ def _rotate(q, k, cos, sin, interleaved, inverse, backend):
 
 
 def _token_conv(v, weight, mask, backend):
-    # Conv2d, not token_conv_reference's windows, for which onnxruntime needs 15 times as long: its gradient is not asked for.
+    # onnxruntime takes 15 times as long for token_conv_reference's windows as for a Conv2d.
     x = _wide(v if mask is None else torch.where(mask[:, None, :, None], v, 0.0))
     return F.conv2d(x, weight.to(x.dtype), padding=(weight.shape[2] // 2, 0), groups=v.shape[1]).to(v.dtype)
 
 
 def _dft(x, ortho, backend, transform=fourier_mixing_reference):
     y = transform(_wide(x))
-    # norm="ortho" would take the number of tokens for a constant.
+    # norm="ortho" would fix the number of tokens as a constant.
     return (y * (x.shape[1] * x.shape[2]) ** -0.5 if ortho else y).to(x.dtype)
 
 
 def _transform_by_products(x: Tensor) -> Tensor:
-    """C x C' - S x S' with the cosines and sines of the tokens and of the channels.
+    """Compute C x C' - S x S' with the cosine and sine matrices of the tokens (C, S) and of the channels (C', S').
 
-    onnxruntime's DFT needs 40 times as long for most numbers of tokens, and loses two more digits.
+    onnxruntime's DFT takes 40 times as long for most numbers of tokens, and loses two more digits.
     """
 
     def table(size: int) -> tuple[Tensor, Tensor]:
         at = torch.arange(size, device=x.device)
-        count = at[-1] + 1  # a remainder by a dynamic `size` itself is not translated
-        # Whole turns go while they are integers, which costs no digits.
+        count = at[-1] + 1  # torch.onnx cannot translate a remainder by the dynamic `size` itself
+        # Removes full turns in integers, which loses no digits.
         angles = (at[:, None] * at % count).to(x.dtype) * (2 * math.pi) / count
         return angles.cos(), angles.sin()
 
-    (cos, sin), (across_cos, across_sin) = (table(size) for size in x.shape[1:])
-    return cos @ (x @ across_cos) - sin @ (x @ across_sin)
+    (cos, sin), (channel_cos, channel_sin) = (table(size) for size in x.shape[1:])
+    return cos @ (x @ channel_cos) - sin @ (x @ channel_sin)
 
 
 REFERENCES: dict[Callable, Callable] = {

@@ -1,4 +1,4 @@
-"""What an operator, its fake kernel and its implementations agree on: memory layouts, and arguments that travel together."""
+"""What an operator, its fake kernel and its implementations share: memory layouts, and arguments that travel together."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 
 def unit_last_stride(x: Tensor) -> Tensor:
-    """`x`, copied only if neighbouring channels are not neighbours in memory (an expanded gradient, for example)."""
+    """Return `x` with unit stride along the channels. Copies only if needed, for example for an expanded gradient."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def empty_like_tokens(x: Tensor, width: int) -> Tensor:
-    """An empty (batch, heads, tokens, width) whose heads and tokens follow each other in memory as they do in `x`.
+    """Return an empty (batch, heads, tokens, width) tensor with the memory order of heads and tokens in `x`.
 
-    So what is made of the views of a linear map's result goes into the next one as a view.
+    If `x` is a view of a linear layer's output, the result can be viewed as the input of the next linear layer.
     """
     batch, heads, tokens, _ = x.shape
-    if x.stride(1) < x.stride(2):  # not a transposed view: autograd refuses to change views of a function's output in place
+    if x.stride(1) < x.stride(2):  # not a transposed view: autograd forbids in-place changes of views that a function returns
         return x.new_empty_strided((batch, heads, tokens, width), (tokens * heads * width, width, heads * width, 1))
     return x.new_empty(batch, heads, tokens, width)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, statistics and sums for tokens of `dtype`."""
+    """Return the dtype of logits, statistics and sums for tokens of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -34,12 +34,12 @@ Needs = Sequence[bool]  # which gradients a backward operator computes; the othe
 
 
 class Rotary(NamedTuple):
-    """The rotation of every token (ops/rope.py), as primitives and their implementations take it.
+    """Rotary embedding of every token (ops/rope.py), in the form that the primitives take.
 
     Attributes:
-        cos, sin: float32 (heads or 1, tokens, R / 2), of the first R channels; float64 for float64 tokens.
-        interleaved: the pairs are channels (2i, 2i + 1), else (i, i + R / 2).
-        angles: what cos and sin are of, where it takes a gradient.
+        cos, sin: float32 (heads or 1, tokens, R / 2), for the first R channels; float64 for float64 tokens.
+        interleaved: whether channels (2i, 2i + 1) form a pair. Otherwise (i, i + R / 2) do.
+        angles: the angles of cos and sin if they require a gradient, else None.
     """
 
     cos: Tensor
@@ -97,7 +97,7 @@ class LandmarkGradients(NamedTuple):
 
 
 def flattened(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
-    """cos, sin, angles and interleaved, for an `autograd.Function`, which looks for tensors among its arguments only."""
+    """Return cos, sin, angles and interleaved. An `autograd.Function` only tracks tensors that are direct arguments."""
     return (None, None, None, True) if rotary is None else (rotary.cos, rotary.sin, rotary.angles, rotary.interleaved)
 
 
