@@ -180,7 +180,7 @@ def test_broken_weights_are_never_saved(
 @pytest.mark.parametrize("row", [1.5, {"epoch": 1}, {"epoch": 1, "eval_top1": {}, "eval_loss": 1.0, "seconds": 1.0}])
 def test_a_history_of_other_values_is_refused(row: Any, tmp_path: Path, refused) -> None:
     torch.save(numbered(1) | {"history": [row]}, tmp_path / "last.pt")
-    assert "is no checkpoint of vix train" in refused("--resume", tmp_path)
+    assert "is not a checkpoint of vix train" in refused("--resume", tmp_path)
 
 
 def test_settings_of_other_types_are_refused(tmp_path: Path, refused) -> None:

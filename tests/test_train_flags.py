@@ -234,7 +234,7 @@ def test_drop_path_is_the_model_s_unless_it_is_said(tmp_path: Path, monkeypatch:
 
 def test_muon_has_no_loss_scale(tmp_path: Path, refused: Callable[..., str]) -> None:
     words = ["--opt", "muon", "--amp", "--amp-dtype", "float16", "--output", tmp_path]
-    assert "--opt: muon has no loss scale" in refused(*words)
+    assert "--opt: muon does not support float16" in refused(*words)
 
 
 def test_args_of_a_run_repeat_it(tmp_path: Path) -> None:

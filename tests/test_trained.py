@@ -72,7 +72,7 @@ def test_validate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     top1 = load_checkpoint(run / "best.pt")["history"][-1]["eval_top1"]
     assert main(["validate", "--checkpoint", str(run), "--output", str(tmp_path / "pictures")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith(f"top-1 {top1:.2f} %") and " taken for " in lines[0]
+    assert lines[-1].startswith(f"top-1 {top1:.2f} %") and " predicted as " in lines[0]
     for name in ("confusion.png", "mistakes.png"):
         assert Image.open(tmp_path / "pictures" / name).width > 500
 
@@ -134,10 +134,10 @@ def test_a_saved_model_of_another_trainer_is_read_with_a_note(tmp_path: Path, ca
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     assert main(["predict", "--checkpoint", str(tmp_path), "--topk", "10", str(tmp_path / "image.png")]) == 0
     captured = capsys.readouterr()
-    assert captured.err == f"note: {tmp_path} has no mean and std: it reads the images as they are\n"
+    assert captured.err == f"note: {tmp_path} has no mean and std: images are not normalized\n"
     assert re.search(r"image.png: \d \d+.\d %, ", captured.out)
     assert main(["validate", "--checkpoint", str(tmp_path), "--dataset", "digits"]) == 0
-    assert capsys.readouterr().err == f"note: {tmp_path} has no mean and std: the images have those of digits\n"
+    assert capsys.readouterr().err == f"note: {tmp_path} has no mean and std: using those of digits\n"
 
 
 @pytest.mark.parametrize("command", ["predict", "export"])

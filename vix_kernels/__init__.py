@@ -1,4 +1,4 @@
-"""Linear-cost attention for vision: fused Triton kernels, a tiled PyTorch backend, and ViX models on them."""
+"""Linear-cost attention for vision: fused Triton kernels, a tiled PyTorch backend, and ViX models built on them."""
 
 from . import nn
 from .ops.agent import agent_attention

@@ -1,4 +1,4 @@
-"""Training of the ViX models in plain PyTorch; `vix train` is its command line."""
+"""Train ViX models in plain PyTorch. `vix train` is the command line."""
 
 from .config import Config, UserError
 

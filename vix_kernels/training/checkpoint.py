@@ -1,7 +1,7 @@
-"""Checkpoints that a crash cannot damage, that run no code when they are read, and that fit any number of processes.
+"""Checkpoints of a run. A crash cannot damage them, loading executes no code, and they fit any number of processes.
 
-A checkpoint is one file. Where the model is divided among processes (FSDP2), every process writes its shards of the tensors to
-a folder beside it, by torch.distributed.checkpoint, and the file, written last, names that folder.
+A checkpoint is one file. With FSDP2, each process writes its shards of the tensors to a separate folder through
+torch.distributed.checkpoint. The file is written last and names that folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHARDS = "shards"
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, ranks: Ranks, sharded: bool = False) -> None:
-    """Called by all processes. Whoever reads `path` meanwhile, or after a crash, finds the old checkpoint or the new one."""
+    """Replace the checkpoint at `path` atomically: a reader finds either the old or the new one. All processes must call it."""
     if sharded:
         shards = path.parent / SHARDS / f"{path.stem}-{ranks.largest(time.time_ns())}"
     try:
@@ -44,18 +44,18 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, ranks: Ranks, sharded: b
         if ranks.first:
             write_atomically(path, lambda temporary: _write(temporary, checkpoint))
     except OSError:
-        if sharded and ranks.first:  # a part of them would fill the disk, and no file names them
+        if sharded and ranks.first:  # incomplete shards are useless and fill the disk
             shutil.rmtree(shards, ignore_errors=True)
         raise
     if sharded and ranks.first:
-        _remove_shards(path, besides=shards)
+        _remove_shards(path, keep=shards)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What runs have left that were killed while they wrote to `folder`."""
-    for left in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.(pt|csv|yaml|png)\.\d+\.tmp", left.name):
-            left.unlink()
+    """Remove the temporary files of runs that were killed while writing to `folder`."""
+    for file in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.(pt|csv|yaml|png)\.\d+\.tmp", file.name):
+            file.unlink()
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -63,57 +63,61 @@ def remove_checkpoint(path: Path) -> None:
     _remove_shards(path)
 
 
-def _remove_shards(path: Path, besides: Path | None = None) -> None:
+def _remove_shards(path: Path, keep: Path | None = None) -> None:
     for folder in (path.parent / SHARDS).glob(f"{path.stem}-*"):
-        if folder != besides:
+        if folder != keep:
             shutil.rmtree(folder)
 
 
 def _write_shards(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
-    """Write this process's shards of the tensors; returns the checkpoint without them."""
+    """Write this process's shards of the tensors, and return the checkpoint without tensors."""
     tensors, rest = {}, dict(checkpoint)
     for part in _PARTS_WITH_TENSORS:
         rest[part] = {name: x for name, x in checkpoint[part].items() if not isinstance(x, Tensor)}
         tensors |= {f"{part}/{name}": x for name, x in checkpoint[part].items() if isinstance(x, Tensor)}
     try:
         dcp.save(tensors, checkpoint_id=folder)
-    except CheckpointException as error:  # not an Exception to Python, and what all processes met in one
+    except CheckpointException as error:  # a BaseException that collects the errors of all processes
         raise OSError(f"{folder}: {next(iter(error.failures.values()))[0]}") from error
     return rest
 
 
 def _write(path: Path, checkpoint: Checkpoint) -> None:
     try:
-        with open(path, "wb") as file:  # given a path, torch turns a full disk into a RuntimeError
+        with open(path, "wb") as file:  # with a path, torch raises RuntimeError on a full disk
             torch.save(checkpoint, file)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # after a write that failed, torch cannot end its archive either
+        if isinstance(error.__context__, OSError):  # torch fails again while closing the archive
             raise error.__context__ from None
         raise
 
 
 def load_checkpoint(path: str | Path, flag: str = "--resume") -> Checkpoint:
-    """Read a checkpoint, or the `last.pt` of a run's folder, whole, onto the CPU. Errors speak of `flag`."""
+    """Load a complete checkpoint onto the CPU. If `path` is a run folder, load its `last.pt`. Errors name `flag`.
+
+    Raises:
+        UserError: there is no checkpoint at `path`, or it is damaged.
+    """
     path = existing_checkpoint(path, flag)
     try:
-        if not zipfile.is_zipfile(path):  # torch would take it for a format of its own that is older than this library
+        if not zipfile.is_zipfile(path):  # torch would try its legacy format, which this library never writes
             raise ValueError("not a zip archive")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(checkpoint, dict) and "shards" in checkpoint:
             _read_shards(path.parent / SHARDS / Path(checkpoint.pop("shards")).name, checkpoint)
-    except (Exception, CheckpointException) as error:  # pickle, zip and torch each have their own word for a damaged file
-        raise UserError(f"{flag}: {path} is damaged, or no checkpoint of vix train ({type(error).__name__})") from error
+    except (Exception, CheckpointException) as error:  # pickle, zip and torch raise different errors for a damaged file
+        raise UserError(f"{flag}: {path} is damaged or not a checkpoint of vix train ({type(error).__name__})") from error
     if (
         not isinstance(checkpoint, dict)
         or not all(isinstance(checkpoint.get(name), kind) for name, kind in _PARTS.items())
         or not all(map(_is_row, checkpoint["history"]))
     ):
-        raise UserError(f"{flag}: {path} is no checkpoint of vix train")
+        raise UserError(f"{flag}: {path} is not a checkpoint of vix train")
     return checkpoint
 
 
 def _is_row(row: Any) -> bool:
-    """Of a history."""
+    """Return whether `row` is a valid row of a history."""
     if not isinstance(row, dict) or not row.keys() >= {"epoch", "eval_top1", "eval_loss", "seconds"}:
         return False
     return all(isinstance(name, str) and isinstance(value, (int, float)) for name, value in row.items())
@@ -125,7 +129,7 @@ def checkpoint_path(path: str | Path) -> Path:
 
 
 def existing_checkpoint(path: str | Path, flag: str = "--resume") -> Path:
-    """Raises `UserError` where there is none."""
+    """Return the path of an existing checkpoint. Raises `UserError` if there is none."""
     path = checkpoint_path(path)
     if not path.is_file():
         raise UserError(f"{flag}: no checkpoint at {path}")
@@ -133,23 +137,23 @@ def existing_checkpoint(path: str | Path, flag: str = "--resume") -> Path:
 
 
 def _read_shards(folder: Path, checkpoint: Checkpoint) -> None:
-    """Put the tensors of `folder` into the parts of `checkpoint` that they were taken from."""
+    """Load the tensors in `folder` back into the parts of `checkpoint` from which they were written."""
     reader = _Reader(folder)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)  # torch unpickles anything else without a check
+        if isinstance(entry, TensorStorageMetadata)  # torch unpickles other entries without a check
     }
-    with warnings.catch_warnings():  # that this process reads alone
+    with warnings.catch_warnings():  # torch warns that a single process loads the checkpoint
         warnings.simplefilter("ignore", UserWarning)
         dcp.load(tensors, storage_reader=reader, no_dist=True)
-    for place, value in tensors.items():
-        part, _, name = place.partition("/")
+    for key, value in tensors.items():
+        part, _, name = key.partition("/")
         checkpoint[part][name] = value
 
 
 class _Reader(dcp.FileSystemReader):
-    """The original unpickles whatever it finds."""
+    """A FileSystemReader that only unpickles the types that metadata needs."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         metadata = Unpickler((Path(self.path) / ".metadata").read_bytes(), _METADATA).load()

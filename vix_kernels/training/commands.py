@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from .parallel import Ranks
     from .state import History
 
-CHECKPOINT = "a checkpoint, a run's folder for its best one, or a folder that save_model wrote"
+CHECKPOINT = "a checkpoint file, a run folder (uses its best checkpoint), or a folder written by save_model"
 TRAIN_EXAMPLES = """\
 examples:
   vix train --model hybrid_vip --dataset digits
-  vix train --model hybrid_vin --dataset cifar10 --recipe fast --epochs 30     # downloads it
+  vix train --model hybrid_vin --dataset cifar10 --recipe fast --epochs 30     # downloads CIFAR-10
   vix train --model vip --model-kwargs depth=2 position=rope_1d --epochs 20 --amp --output runs/small
   vix train --dataset data/cifar10_jpeg.npz --epochs 6 --warmup-epochs 1
   vix train --dataset data/my_photos --img-size 64              # train/CLASS/*.jpg and val/CLASS/*.jpg
   vix train --resume runs/hybrid_vip-digits
   torchrun --nproc-per-node 8 -m vix_kernels train --output runs/eight ...     # the same batches, on 8 GPUs
 
-A run leaves args.yaml, summary.csv, learning_curve.png, confusion.png, mistakes.png and the checkpoints last.pt and best.pt.
-Ctrl-C and SIGTERM end it with a checkpoint of the step that was reached. A flag comes before a --recipe, a recipe before a
---config file, a file before the defaults.
+A run writes args.yaml, summary.csv, learning_curve.png, confusion.png, mistakes.png and the checkpoints last.pt and best.pt.
+Ctrl-C and SIGTERM save a checkpoint of the current step and end the run. Flags override a --recipe, a recipe overrides a
+--config file, and a file overrides the defaults.
 
 recipes:
 """
@@ -46,7 +46,7 @@ def train_parser() -> Parser:
     )
     parser = Parser(
         prog="vix train",
-        description="Train a ViX model and test it on held-out images after every epoch.",
+        description="Train a ViX model, and evaluate it on held-out images after every epoch.",
         epilog=TRAIN_EXAMPLES + recipes,
     )
     group: Any = parser
@@ -61,16 +61,16 @@ def train_parser() -> Parser:
             kwargs, default = {"metavar": about["metavar"], "choices": about["choices"], **_VALUES[kind]}, "%(default)s"
         help = about["help"] if "default" in about["help"] else f"{about['help']} (default: {default})"
         group.add_argument(*flags, help=help, **kwargs)
-        if each.name == "recipe":  # what a file says, too
+        if each.name == "recipe":  # the other way to select many settings
             group.add_argument(
-                "-c", "--config", metavar="FILE", help="YAML with settings, such as the args.yaml of a run (default: none)"
+                "-c", "--config", metavar="FILE", help="YAML file of settings, such as a run's args.yaml (default: none)"
             )
     parser.set_defaults(**asdict(Config()))
     return parser
 
 
 def number(text: str) -> float:
-    """Whole where it is, so that args.yaml reads as it was written."""
+    """Parse a number. Whole numbers become int, so that args.yaml shows them as the user wrote them."""
     value = float(text)
     return int(value) if value.is_integer() else value
 
@@ -88,23 +88,28 @@ def _flag(name: str, value: Any) -> str:
 
 
 def parse_train(parser: Parser, argv: list[str]) -> Config:
-    """Flags before a recipe, a recipe before a file, a file before the settings of a resumed run or the defaults."""
-    first = parser.parse_args(argv, argparse.Namespace(epochs=None))  # instead of the default
+    """Return the settings of a run.
+
+    Flags override a recipe, a recipe overrides a file, and a file overrides the settings of a resumed run or the defaults.
+    """
+    first = parser.parse_args(argv, argparse.Namespace(epochs=None))  # None unless --epochs is given
     settings = _read_settings(first.config) if first.config else {}
     if first.resume:
         from .checkpoint import load_checkpoint
 
         checkpoint = load_checkpoint(first.resume)
-        # Where a run goes on may have changed; all else is as it was.
+        # A run may resume in another place, so these settings are not restored.
         changed = {"device", "backend", "output", "resume", "data_dir", "workers", "progress"}
         saved = {name: value for name, value in checkpoint["config"].items() if name not in changed}
-        numbers = {name: value for name, value in saved.items() if isinstance(value, (int, float))}  # of a whole file
+        numbers = {
+            name: value for name, value in saved.items() if isinstance(value, (int, float))
+        }  # a damaged file may hold other types
         if (first.epochs or "epochs" in settings) and is_reached(numbers.get("time_to"), checkpoint["history"]):
-            del saved["time_to"]  # more epochs are wanted than those to an accuracy that is reached
-        if numbers.get("min_lr", 0) > numbers.get("lr", math.inf):  # of a version whose default was above a small --lr
+            del saved["time_to"]  # the user asks for more epochs after reaching the accuracy
+        if numbers.get("min_lr", 0) > numbers.get("lr", math.inf):  # an earlier version's default could exceed a small --lr
             del saved["min_lr"]
         parser.set_defaults(**saved)
-    named = settings.get("recipe")  # in a file of a few lines; in an args.yaml all else is said, too
+    named = settings.get("recipe")  # a handwritten file may name only a recipe; an args.yaml lists all settings
     parser.set_defaults(**(RECIPES[named] if named in RECIPES else {}) | settings | RECIPES.get(first.recipe, {}))
     values = vars(parser.parse_args(argv))
     del values["config"]
@@ -120,25 +125,25 @@ def _read_settings(path: str) -> dict[str, Any]:
         raise UserError(f"--config: cannot read {path}: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"--config: {path}: expected settings as in args.yaml, got {settings!r}")
-    if strange := settings.keys() - {each.name for each in fields(Config)}:
-        raise UserError(f"--config: {path}: expected settings as in args.yaml, got {', '.join(map(str, strange))}")
-    return {name: value for name, value in settings.items() if name not in ("output", "resume")}  # of that run
+    if unknown := settings.keys() - {each.name for each in fields(Config)}:
+        raise UserError(f"--config: {path}: expected settings as in args.yaml, got {', '.join(map(str, unknown))}")
+    return {name: value for name, value in settings.items() if name not in ("output", "resume")}  # specific to the old run
 
 
 def train_command(argv: list[str]) -> int:
     parser = train_parser()
-    if os.environ.get("RANK", "0") == "0":  # all processes of torchrun have the same arguments
-        parser.parse_args(argv)  # refuses wrong ones before torch is loaded any further
+    if os.environ.get("RANK", "0") == "0":  # torchrun passes the same arguments to all processes
+        parser.parse_args(argv)  # reports invalid arguments before the slow imports
     try:
         from .parallel import connected
         from .run import Stopped, train
     except ModuleNotFoundError as error:
-        parser.error(f"training needs {error.name}: pip install 'vix_kernels[train]'")
+        parser.error(f"{error.name} is not installed: pip install 'vix_kernels[train]'")
     with connected() as ranks:
         try:
             config = ranks.decided(lambda: parse_train(parser, argv))
             history, output = train(config)
-        except (UserError, OSError) as error:  # a path that cannot be read, a disk that is full
+        except (UserError, OSError) as error:  # such as an unreadable path or a full disk
             return _failed(parser, ranks, error)
         except Stopped as stop:
             if ranks.first:
@@ -160,13 +165,13 @@ def train_command(argv: list[str]) -> int:
 
 
 def _failed(parser: Parser, ranks: Ranks, error: Exception) -> int:
-    """Say once what went wrong; returns the exit code."""
+    """Report an error in one process only, and return the exit code."""
     try:
         if ranks.first if isinstance(error, SharedError) else ranks.fails_first():
             parser.error(str(error) if ranks.first else f"process {ranks.rank}: {error}")
     finally:
         if isinstance(error, SharedError):
-            ranks.wait()  # until it is said: the first process that ends makes torchrun end the others
+            ranks.wait()  # for the message: torchrun ends all processes when the first one exits
     return 2
 
 
@@ -175,13 +180,13 @@ def _print_end(config: Config, history: History, output: Path) -> None:
 
     best, last = best_epoch(history), history[-1]
     if config.time_to:
-        there = is_reached(config.time_to, history)
-        when = f"reached after {last['seconds']:,.0f} s" if there else f"not reached in {len(history)} epochs"
+        reached = is_reached(config.time_to, history)
+        when = f"reached after {last['seconds']:,.0f} s" if reached else f"not reached in {len(history)} epochs"
         print(f"--time-to {config.time_to:g} %: {when}")
     print(
         f"top-1 {best['eval_top1']:.2f} % (best, epoch {best['epoch']}; last {last['eval_top1']:.2f} %), top-5 "
         f"{best['eval_top5']:.2f} %, {last['images_per_second']:,.0f} images/s, {last['seconds']:,.0f} s, "
-        f"{last['peak_memory_mb']:,.0f} MiB at most, {output}"
+        f"{last['peak_memory_mb']:,.0f} MiB peak memory, {output}"
     )
 
 
@@ -193,16 +198,16 @@ examples:
 PREDICT_EXAMPLES = """\
 examples:
   vix predict --checkpoint runs/vip-photos cat.jpg dog.png
-  vix predict --checkpoint runs/vip-photos --attention maps photos/*.jpg    # maps/cat.png: what the class token looks at
+  vix predict --checkpoint runs/vip-photos --attention maps photos/*.jpg    # also draws maps/cat.png, ...
 """
 
 
 def validate_command(argv: list[str]) -> int:
-    description = "Test a trained model on held-out images; draws confusion.png and mistakes.png."
+    description = "Evaluate a trained model on held-out images, and draw confusion.png and mistakes.png."
     parser = _user_parser("validate", description, VALIDATE_EXAMPLES)
-    parser.add_argument("--dataset", metavar="NAME", help="as for vix train (default: the one it was trained on)")
+    parser.add_argument("--dataset", metavar="NAME", help="as for vix train (default: the training data set)")
     parser.add_argument("--data-dir", metavar="DIR", help="as for vix train (default: as in training)")
-    parser.add_argument("--output", metavar="DIR", help="folder of the pictures (default: validate-NAME beside the checkpoint)")
+    parser.add_argument("--output", metavar="DIR", help="folder for the plots (default: validate-NAME next to the checkpoint)")
     options = parser.parse_args(argv)
     try:
         from .data import open_dataset
@@ -211,19 +216,19 @@ def validate_command(argv: list[str]) -> int:
         from .setup import device_of
         from .trained import check_fits, evaluate_trained, load_trained
     except ModuleNotFoundError as error:
-        parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
+        parser.error(f"{error.name} is not installed: pip install 'vix_kernels[train]'")
     try:
         device = device_of(options.device)
         trained = load_trained(options.checkpoint, device)
         config, name = trained.config, options.dataset or trained.config.dataset
         if not name:
-            raise UserError(f"--dataset: expected a name, since {options.checkpoint} does not know what it was trained on")
+            raise UserError(f"--dataset: expected a name, because {options.checkpoint} does not state its training data set")
         if trained.mean is None:
-            print(f"note: {options.checkpoint} has no mean and std: the images have those of {name}", file=sys.stderr)
+            print(f"note: {options.checkpoint} has no mean and std: using those of {name}", file=sys.stderr)
         resized = options.dataset and is_folder(Path(name))  # its images may have any size
         size = tuple(trained.model.img_size) if resized else config.img_size
-        reading = dict(data_dir=options.data_dir or config.data_dir, stream=config.stream, workers=config.workers)
-        source = open_dataset(name, size, **reading)
+        loading = dict(data_dir=options.data_dir or config.data_dir, stream=config.stream, workers=config.workers)
+        source = open_dataset(name, size, **loading)
         check_fits(trained, source)
         dataset = source.load().to(device)
         start = time.perf_counter()
@@ -237,8 +242,8 @@ def validate_command(argv: list[str]) -> int:
     if unreadable := sorted(dataset.all_unreadable()):
         print(skipped(unreadable))
     classes, totals = dataset.classes, evaluation.confusion.sum(dim=1)
-    for images, label, said in evaluation.worst_pairs(5):
-        print(f"{images} of {totals[label]} {classes[label]} taken for {classes[said]}")
+    for images, label, predicted in evaluation.worst_pairs(5):
+        print(f"{images} of {totals[label]} {classes[label]} predicted as {classes[predicted]}")
     images = len(dataset.test)
     print(
         f"top-1 {evaluation.top1:.2f} %, top-5 {evaluation.top5:.2f} %, loss {evaluation.loss:.4f} of {images:,} held-out "
@@ -248,12 +253,12 @@ def validate_command(argv: list[str]) -> int:
 
 
 def predict_command(argv: list[str]) -> int:
-    description = "Say what is on images, with the probabilities of the likeliest classes."
+    description = "Classify images, and print the most likely classes with their probabilities."
     parser = _user_parser("predict", description, PREDICT_EXAMPLES)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="file of an image")
-    parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to name (default: %(default)s)")
-    parser.add_argument("--attention", metavar="DIR", type=Path, help="draw to DIR what the class token looks at")
-    parser.add_argument("--overwrite", action="store_true", help="replace pictures that exist")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="image file")
+    parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to print (default: %(default)s)")
+    parser.add_argument("--attention", metavar="DIR", type=Path, help="draw the class token's attention maps to DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing attention maps")
     options = parser.parse_args(argv)
     if options.topk < 1:
         parser.error(f"--topk: expected 1 or more, got {options.topk}")
@@ -262,25 +267,25 @@ def predict_command(argv: list[str]) -> int:
         from .setup import device_of
         from .trained import attention_map, load_trained, predict
     except ModuleNotFoundError as error:
-        parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
+        parser.error(f"{error.name} is not installed: pip install 'vix_kernels[train]'")
     unreadable = 0
     try:
         trained = load_trained(options.checkpoint, device_of(options.device))
         if trained.mean is None:
-            print(f"note: {options.checkpoint} has no mean and std: it reads the images as they are", file=sys.stderr)
+            print(f"note: {options.checkpoint} has no mean and std: images are not normalized", file=sys.stderr)
         if not trained.model.num_classes:
-            raise UserError(f"--checkpoint: {options.checkpoint} has a model without a head, which knows no classes")
+            raise UserError(f"--checkpoint: expected a model with a classification head, got none in {options.checkpoint}")
         pictures = _pictures(options.images, options.attention, options.overwrite)
-        for picture, (path, image, shares) in zip(pictures, predict(trained, options.images), strict=True):
+        for picture, (path, image, probabilities) in zip(pictures, predict(trained, options.images), strict=True):
             if isinstance(image, Exception):
                 unreadable += 1
                 print(f"{path}: cannot be decoded: {image}", file=sys.stderr)
                 continue
-            values, places = (each.tolist() for each in shares.topk(min(options.topk, len(shares))))
-            named = [f"{trained.name(at)} {100 * value:.1f} %" for value, at in zip(values, places, strict=True)]
-            print(f"{path}: {', '.join(named)}")
+            values, labels = (each.tolist() for each in probabilities.topk(min(options.topk, len(probabilities))))
+            classes = [f"{trained.name(label)} {100 * value:.1f} %" for value, label in zip(values, labels, strict=True)]
+            print(f"{path}: {', '.join(classes)}")
             if picture:
-                title = f"{path.name.encode(errors='backslashreplace').decode()}: {named[0]}"
+                title = f"{path.name.encode(errors='backslashreplace').decode()}: {classes[0]}"
                 draw_attention(picture, image.cpu(), attention_map(trained, image).cpu(), title)
     except (UserError, OSError) as error:
         parser.error(str(error))
@@ -288,14 +293,14 @@ def predict_command(argv: list[str]) -> int:
 
 
 def _pictures(images: list[Path], folder: Path | None, overwrite: bool) -> list[Path | None]:
-    """Where to draw the attention map of each image: in `folder`, which is made. Images of one name get numbers.
+    """Create `folder`, and return the path of each image's attention map in it. Images with the same name get numbers.
 
     Raises:
-        UserError: one of the pictures exists.
+        UserError: a path exists, and `overwrite` is False.
     """
     if folder is None:
         return [None] * len(images)
-    pictures: dict[Path, None] = {}  # in order
+    pictures: dict[Path, None] = {}  # an ordered set
     drawn = Counter[str]()
     for image in images:
         picture = folder / f"{image.stem}.png"
@@ -304,7 +309,7 @@ def _pictures(images: list[Path], folder: Path | None, overwrite: bool) -> list[
             picture = folder / f"{image.stem}-{drawn[image.stem] + 1}.png"
         pictures[picture] = None
     if existing := [picture for picture in pictures if picture.exists() and not overwrite]:
-        raise UserError(f"--attention: {existing[0]} exists: name another folder, or give --overwrite")
+        raise UserError(f"--attention: {existing[0]} exists: name another folder, or pass --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     return list(pictures)
 
@@ -312,24 +317,24 @@ def _pictures(images: list[Path], folder: Path | None, overwrite: bool) -> list[
 def export_command(argv: list[str]) -> int:
     parser = Parser(
         prog="vix export",
-        description="Write a trained model to an ONNX file, for batches of any size, and compare what onnxruntime makes of it. "
-        "It reads images in [0, 1] if the mean and std of the training images are known, as they are of a run; else what the "
-        "model reads.",
+        description="Export a trained model to an ONNX file for batches of any size, and compare its outputs in onnxruntime with "
+        "those in PyTorch. If the checkpoint has the mean and std of the training images, as those of a run do, the exported "
+        "model takes images in [0, 1] and normalizes them. Otherwise it takes the input of the trained model.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
-    parser.add_argument("--output", required=True, metavar="FILE", help="the file, such as model.onnx")
-    parser.add_argument("--opset", type=int, metavar="N", help="version of ONNX's operators (default: what torch recommends)")
+    parser.add_argument("--output", required=True, metavar="FILE", help="file to write, such as model.onnx")
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set version (default: recommended by torch)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     options = parser.parse_args(argv)
     if Path(options.output).exists() and not options.overwrite:
-        parser.error(f"--output: {options.output} exists: name another file, or give --overwrite")
+        parser.error(f"--output: {options.output} exists: name another file, or pass --overwrite")
     try:
         import torch
 
         from ..export import to_onnx
         from .trained import FromPixels, load_trained
     except ModuleNotFoundError as error:
-        parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
+        parser.error(f"{error.name} is not installed: pip install 'vix_kernels[train]'")
     try:
         trained = load_trained(options.checkpoint, torch.device("cpu"))
         error = to_onnx(FromPixels(trained), torch.rand(2, *trained.shape), options.output, opset=options.opset)
@@ -344,5 +349,5 @@ def export_command(argv: list[str]) -> int:
 def _user_parser(command: str, description: str, examples: str) -> Parser:
     parser = Parser(prog=f"vix {command}", description=description, epilog=examples)
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto takes a GPU if there is one (default: auto)")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto selects a GPU if available (default: auto)")
     return parser

@@ -1,4 +1,4 @@
-"""What a run is made of. Each setting is declared once: the command line, the checks and args.yaml follow from here."""
+"""The settings of a run. Each is declared once: its `vix train` flag, its checks and its args.yaml entry follow from it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .recipes import RECIPES
 
 
 class UserError(Exception):
-    """Something that the user can put right: one line, shown without a traceback."""
+    """An error that the user can fix. The command line shows its message in one line, without a traceback."""
 
 
 class SharedError(UserError):
-    """A `UserError` that is raised in all processes of a run, whichever of them met it."""
+    """A `UserError` that all processes of a run raise, even if it occurred in only one of them."""
 
 
 class Bound(NamedTuple):
-    """What a value has to be, in words and as a test."""
+    """A constraint on a value, as words for the error message and as a test."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -37,7 +37,7 @@ _KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict[str
 
 
 def is_reached(time_to: float | None, history: list[dict[str, Any]]) -> bool:
-    """Whether the last epoch has the accuracy that a run is to end at."""
+    """Return whether the last epoch has reached the accuracy at which the run ends."""
     return bool(time_to and history) and history[-1]["eval_top1"] >= time_to
 
 
@@ -51,11 +51,11 @@ def setting(
     short: str | None = None,
     group: str | None = None,
 ) -> Any:
-    """A field of `Config`: its default, and what its flag shows and takes.
+    """Declare a field of `Config`: its default, and the help and constraints of its flag.
 
     Args:
-        short: another name of the flag.
-        group: under which heading of the help it and the ones behind it stand.
+        short: a short name of the flag.
+        group: starts a new group in the help, which this setting and the following ones belong to.
     """
     about = dict(help=help, metavar=metavar, choices=choices, bound=bound, short=short, group=group)
     made = {"default_factory": dict} if default == {} else {"default": default}
@@ -64,96 +64,102 @@ def setting(
 
 @dataclass
 class Config:
-    model: str = setting("hybrid_vip", "a name from `vix models`", metavar="NAME", group="model")
-    model_kwargs: dict[str, Any] = setting({}, "arguments of the model (default: none)", metavar="K=V")
+    """The settings of a run. A field is also a flag of `vix train`, whose help describes it."""
+
+    model: str = setting("hybrid_vip", "model name; `vix models` lists them", metavar="NAME", group="model")
+    model_kwargs: dict[str, Any] = setting({}, "arguments of the model, such as depth=2 (default: none)", metavar="K=V")
     drop_path: float | None = setting(
-        None, "stochastic depth: how often the last block is left out (default: the model's)", metavar="P", bound=BELOW_ONE
+        None, "stochastic depth: probability of skipping the last block (default: the model's)", metavar="P", bound=BELOW_ONE
     )
     backend: str = setting(
-        "auto", "of linear-cost attention and of the rotary embedding; the softmax of vit is always torch's", choices=BACKENDS
+        "auto", "backend of linear-cost attention and rotary embeddings; vit's softmax always runs in torch", choices=BACKENDS
     )
     dataset: str = setting(
         "digits",
-        "digits; cifar10, cifar100, mnist, fashion-mnist or tiny-imagenet, which are downloaded; or the path of a pack "
-        "(.npz) or of a folder: CIFAR, idx files, train/ and val/",
+        "digits; cifar10, cifar100, mnist, fashion-mnist or tiny-imagenet (downloaded if needed); or a path to a pack (.npz) "
+        "or to a folder with CIFAR files, idx files, or train/CLASS/ and val/CLASS/ images",
         metavar="NAME",
         group="data",
     )
     data_dir: str | None = setting(
-        None, "where data sets with a name lie, or are downloaded to (default: the user's cache)", metavar="DIR"
+        None, "folder of the named data sets, also for downloads (default: the user's cache)", metavar="DIR"
     )
     img_size: int | None = setting(
-        None, "side that images in folders are resized to (default: as they are)", metavar="N", bound=POSITIVE
+        None, "resize and crop images in folders to N x N pixels (default: keep their size)", metavar="N", bound=POSITIVE
     )
-    stream: bool | None = setting(None, "read images in folders when they are needed (default: beyond 4 GiB)")
-    workers: int = setting(4, "processes that decode what is streamed", metavar="N", bound=NOT_NEGATIVE, short="-j")
-    aug: bool = setting(True, "mirror and shift the images, turn digits (default: yes)")
+    stream: bool | None = setting(None, "decode images in folders on demand, not in advance (default: if they exceed 4 GiB)")
+    workers: int = setting(4, "processes that decode streamed images", metavar="N", bound=NOT_NEGATIVE, short="-j")
+    aug: bool = setting(True, "mirror and shift images; rotate, zoom and shift digits (default: yes)")
     crop_scale: float = setting(
-        1.0, "enlarge a random part of at least A of the image's area; 1 for never", metavar="A", bound=SHARE
+        1.0, "enlarge a random crop of at least this fraction of the image's area; 1 to disable", metavar="A", bound=SHARE
     )
-    aa: str = setting("none", "automatic augmentation: TrivialAugment", choices=("none", "trivial"))
-    mixup: float = setting(0.0, "blend pairs of images, shares from Beta(A, A); 0 for never", metavar="A", bound=NOT_NEGATIVE)
+    aa: str = setting("none", "automatic augmentation; trivial is TrivialAugment", choices=("none", "trivial"))
+    mixup: float = setting(
+        0.0, "blend pairs of images with weights from Beta(A, A); 0 to disable", metavar="A", bound=NOT_NEGATIVE
+    )
     cutmix: float = setting(
-        0.0, "put a part of one image into another, shares from Beta(A, A); 0 for never", metavar="A", bound=NOT_NEGATIVE
+        0.0, "paste a rectangle of another image, its area from Beta(A, A); 0 to disable", metavar="A", bound=NOT_NEGATIVE
     )
-    mixup_off_epoch: int = setting(0, "neither from this epoch on; 0 for to the end", metavar="N", bound=NOT_NEGATIVE)
-    reprob: float = setting(0.0, "probability to erase a rectangle of an image", metavar="P", bound=PROBABILITY)
+    mixup_off_epoch: int = setting(0, "end mixup and cutmix after N epochs; 0 for never", metavar="N", bound=NOT_NEGATIVE)
+    reprob: float = setting(0.0, "probability of erasing a rectangle of an image", metavar="P", bound=PROBABILITY)
     recipe: str | None = setting(
-        None, "settings that belong together, below (default: none)", choices=tuple(RECIPES), group="training"
+        None, "a set of training flags, listed below (default: none)", choices=tuple(RECIPES), group="training"
     )
     epochs: int = setting(20, "passes over the training images", metavar="N", bound=POSITIVE)
-    batch_size: int = setting(64, "images a step, at most, over all processes", metavar="N", bound=POSITIVE, short="-b")
-    grad_accum_steps: int = setting(1, "parts that a step's batch is computed in, for less memory", metavar="N", bound=POSITIVE)
-    opt: str = setting("adamw", "muon: for the matrices, AdamW for the rest", choices=("adamw", "muon"))
-    lr: float = setting(2e-3, "highest learning rate", metavar="LR", bound=POSITIVE)
-    weight_decay: float = setting(0.05, "biases and norms are left out", metavar="W", bound=NOT_NEGATIVE)
-    sched: str = setting("cosine", "learning rate after the warm-up", choices=("cosine", "constant"))
-    warmup_epochs: float = setting(3, "epochs of linear warm-up, or a part of one", metavar="N", bound=NOT_NEGATIVE)
-    cooldown_epochs: float = setting(0, "of the epochs, so many at the end stay at --min-lr", metavar="N", bound=NOT_NEGATIVE)
+    batch_size: int = setting(64, "maximum images per step, over all processes", metavar="N", bound=POSITIVE, short="-b")
+    grad_accum_steps: int = setting(
+        1, "split each batch into N parts and accumulate their gradients, to save memory", metavar="N", bound=POSITIVE
+    )
+    opt: str = setting("adamw", "optimizer; muon uses Muon for matrices and AdamW for the rest", choices=("adamw", "muon"))
+    lr: float = setting(2e-3, "peak learning rate", metavar="LR", bound=POSITIVE)
+    weight_decay: float = setting(0.05, "weight decay, except for biases and norms", metavar="W", bound=NOT_NEGATIVE)
+    sched: str = setting("cosine", "learning rate schedule after the warm-up", choices=("cosine", "constant"))
+    warmup_epochs: float = setting(3, "epochs of linear warm-up; may be fractional", metavar="N", bound=NOT_NEGATIVE)
+    cooldown_epochs: float = setting(0, "final epochs, part of --epochs, at --min-lr", metavar="N", bound=NOT_NEGATIVE)
     min_lr: float | None = setting(
         None,
-        f"learning rate at the end of the cosine (default: {DEFAULT_MIN_LR:g}, or --lr if that is lower)",
+        f"final learning rate of the cosine schedule (default: {DEFAULT_MIN_LR:g}, or --lr if that is lower)",
         metavar="LR",
         bound=NOT_NEGATIVE,
     )
     smoothing: float = setting(0.1, "label smoothing", metavar="S", bound=BELOW_ONE)
-    clip_grad: float = setting(1.0, "largest gradient norm, 0 for no clipping", metavar="NORM", bound=NOT_NEGATIVE)
+    clip_grad: float = setting(1.0, "maximum gradient norm; 0 to disable clipping", metavar="NORM", bound=NOT_NEGATIVE)
     redraw_interval: int = setting(
-        0, "steps between new random features of Performers, 0 for never", metavar="N", bound=NOT_NEGATIVE
+        0, "steps between redraws of Performer's random features; 0 for never", metavar="N", bound=NOT_NEGATIVE
     )
-    model_ema: bool = setting(False, "test a moving average of the weights, kept too")
+    model_ema: bool = setting(False, "evaluate a moving average of the weights, and save it as well")
     model_ema_decay: float = setting(
-        0.999, "share of the old average at every step, once it has settled", metavar="D", bound=BELOW_ONE
+        0.999, "decay of the moving average per step, after its warm-up", metavar="D", bound=BELOW_ONE
     )
-    seed: int = setting(0, "of the weights, the batches and the augmentation", metavar="N", bound=NOT_NEGATIVE)
+    seed: int = setting(0, "seed of the weights, the batches and the augmentation", metavar="N", bound=NOT_NEGATIVE)
     time_to: float | None = setting(
-        None, "end once held-out top-1 is ACC %% or more (default: no)", metavar="ACC", bound=PERCENTAGE
+        None, "stop once held-out top-1 reaches ACC %% (default: no)", metavar="ACC", bound=PERCENTAGE
     )
-    device: str = setting("auto", "auto takes a GPU if there is one", metavar="DEVICE", group="speed and memory")
-    amp: bool = setting(False, "run the model under autocast")
+    device: str = setting("auto", "auto selects a GPU if available", metavar="DEVICE", group="speed and memory")
+    amp: bool = setting(False, "use automatic mixed precision (autocast)")
     amp_dtype: str = setting("bfloat16", "dtype of autocast", choices=("bfloat16", "float16"))
-    compile: bool = setting(False, "torch.compile the model")
-    channels_last: bool = setting(False, "images and convolutions in channels-last layout")
-    grad_checkpointing: bool = setting(False, "keep only the inputs of the blocks, compute the rest again in backward")
-    fsdp: bool = setting(False, "under torchrun: divide model and optimizer among the processes (default: DDP, each has all)")
+    compile: bool = setting(False, "compile the model with torch.compile")
+    channels_last: bool = setting(False, "use the channels-last memory format for images and convolutions")
+    grad_checkpointing: bool = setting(False, "save only the inputs of the blocks and recompute the rest in backward")
+    fsdp: bool = setting(False, "with torchrun: shard model and optimizer by FSDP2 (default: replicate them by DDP)")
     output: str | None = setting(
-        None, "a folder without a run (default: runs/MODEL-DATASET, numbered)", metavar="DIR", group="output"
+        None, "new folder for the run (default: runs/MODEL-DATASET, numbered)", metavar="DIR", group="output"
     )
     resume: str | None = setting(None, "continue the run in this folder, or from this checkpoint (default: no)", metavar="PATH")
-    checkpoint_hist: int = setting(0, "keep the checkpoints of the N best epochs too", metavar="N", bound=NOT_NEGATIVE)
+    checkpoint_hist: int = setting(0, "also keep the checkpoints of the N best epochs", metavar="N", bound=NOT_NEGATIVE)
     recovery_interval: int = setting(
-        0, "steps between checkpoints inside an epoch, 0 for none", metavar="N", bound=NOT_NEGATIVE
+        0, "steps between checkpoints within an epoch; 0 for none", metavar="N", bound=NOT_NEGATIVE
     )
-    log_tensorboard: bool = setting(False, "write TensorBoard's files too")
+    log_tensorboard: bool = setting(False, "also write TensorBoard files")
     progress: bool | None = setting(None, "show the progress bar (default: on a terminal)")
 
     @classmethod
     def settings(cls) -> Iterator[tuple[Field, dict[str, Any]]]:
-        """Its fields, each with what `setting` was told."""
+        """Yield the fields, each with the arguments of its `setting`."""
         return ((each, dict(each.metadata)) for each in fields(cls))
 
     def steps(self, images: int) -> int:
-        """Of an epoch. Its batches are of nearly equal length, so that batch norm never meets a last batch of one image."""
+        """Return the steps per epoch. Batches have nearly equal sizes: a last batch of one image would fail in batch norm."""
         return math.ceil(images / self.batch_size)
 
     @property
@@ -162,8 +168,8 @@ class Config:
         return min(DEFAULT_MIN_LR, self.lr) if self.min_lr is None else self.min_lr
 
     def check(self) -> None:
-        """Raises `UserError` for the first value that makes no sense."""
-        for each in fields(self):  # not of a flag: of a file
+        """Raise `UserError` for the first invalid value."""
+        for each in fields(self):  # the parser has converted flags, but a file may hold any type
             kind, value = _KINDS[each.type.removesuffix(" | None")], getattr(self, each.name)
             if value is None and each.type.endswith(" | None"):
                 continue
@@ -175,9 +181,11 @@ class Config:
             elif about["bound"] is not None:
                 self._expect(each.name, about["bound"])
         if self.opt == "muon" and self.amp and self.amp_dtype == "float16":
-            raise UserError("--opt: muon has no loss scale in common with AdamW, which float16 needs: use --amp-dtype bfloat16")
+            raise UserError(
+                "--opt: muon does not support float16, which needs a common loss scale with AdamW: use --amp-dtype bfloat16"
+            )
         if self.fsdp and self.amp and self.amp_dtype == "float16":
-            raise UserError("--fsdp: divided models have no loss scale, which float16 needs: use --amp-dtype bfloat16")
+            raise UserError("--fsdp: sharded models do not support float16, which needs a loss scale: use --amp-dtype bfloat16")
         self._expect("min_lr", Bound(f"at most --lr {self.lr:g}", lambda x: x <= self.lr))
         self._expect("seed", Bound("less than 2**63", lambda x: x < 2**63))
         self._expect("grad_accum_steps", Bound(f"at most --batch-size {self.batch_size}", lambda x: x <= self.batch_size))
