@@ -94,7 +94,7 @@ def test_a_full_disk_for_a_checkpoint_is_one_line(tmp_path: Path, monkeypatch: p
         main(["train", "--epochs", "1", "-b", "512", "--output", str(tmp_path), *TINY])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1
-    assert f"{tmp_path / 'last.pt'}: [Errno 28] No space left on device; the one before is still there" in said
+    assert f"{tmp_path / 'last.pt'}: [Errno 28] No space left on device; the previous one is kept" in said
     assert load_checkpoint(tmp_path)["epoch"] == 0
 
 
@@ -122,7 +122,7 @@ def test_a_recovery_checkpoint_inside_an_epoch(tmp_path: Path, monkeypatch: pyte
     """As often as asked, and before the first epoch ends."""
     saved = []
     save = run.Run.save
-    monkeypatch.setattr(run.Run, "save", lambda self, name: (saved.append((name, self.steps_behind)), save(self, name)))
+    monkeypatch.setattr(run.Run, "save", lambda self, name: (saved.append((name, self.steps_done)), save(self, name)))
     argv = ["train", "--epochs", "1", "-b", "256", "--recovery-interval", "2", "--output", str(tmp_path), *TINY]
     assert main(argv) == 0
     assert saved == [("last.pt", 0), ("last.pt", 2), ("last.pt", 4), ("last.pt", 6), ("best.pt", 6), ("last.pt", 6)]
@@ -172,7 +172,7 @@ def test_broken_weights_are_never_saved(
     argv = ["train", "--epochs", "1", "-b", "256", "--recovery-interval", "1", "--output", str(tmp_path), *TINY]
     with pytest.raises(SystemExit):
         main(argv)
-    assert "a weight behind step 3 of epoch 1 is not finite" in capsys.readouterr().err
+    assert "a weight after step 3 of epoch 1 is not finite" in capsys.readouterr().err
     assert load_checkpoint(tmp_path)["step"] == 2
     assert all(x.isfinite().all() for x in load_checkpoint(tmp_path)["model"].values() if isinstance(x, torch.Tensor))
 

@@ -64,7 +64,7 @@ def test_the_loser_of_a_race_for_a_new_folder_leaves_it_alone(
         return build_model(*args)
 
     monkeypatch.setattr(run, "build_model", slow)
-    assert "holds a run already" in refused("--output", folder, *TINY)
+    assert "contains a run" in refused("--output", folder, *TINY)
     assert names(folder) == {"last.pt"} and (folder / "last.pt").read_text() == "the other's"
 
 

@@ -238,10 +238,10 @@ def test_an_error_of_any_process_is_said_once(tmp_path: Path) -> None:
             [],
         ),
         "diverged": (
-            "the loss of step 2 of epoch 1 is not finite: try a lower --lr; the last checkpoint is from before",
+            "the loss of step 2 of epoch 1 is not finite: try a lower --lr; the last checkpoint is from an earlier step",
             started_files,
         ),
-        "not shared": ("process 1: --output: run is not the folder that process 0 writes to: name a shared one", []),
+        "not shared": ("process 1: --output: run is not the folder that process 0 writes to: name a shared folder", []),
     }
     for name, (line, files) in wanted.items():
         assert sorted(said[name]) == sorted([f"vix train: error: {line}", *files])
@@ -262,10 +262,10 @@ def test_a_run_goes_on_in_another_number_of_processes(runs: Path, tmp_path: Path
 
 def test_what_several_processes_cannot_do_is_refused() -> None:
     for config, world, word in (
-        (Config(batch_size=3, output="run"), 2, "--batch-size: 2 processes"),
-        (Config(batch_size=10, grad_accum_steps=5, output="run"), 2, "which get images by pairs, and --grad-accum-steps 5"),
-        (Config(), 2, "--output: name it"),
-        (Config(fsdp=True), 1, "--fsdp: divides a model among processes"),
+        (Config(batch_size=3, output="run"), 2, "--batch-size: the smallest batch has 2 images"),
+        (Config(batch_size=10, grad_accum_steps=5, output="run"), 2, "which get pairs of images, and --grad-accum-steps 5"),
+        (Config(), 2, "--output: expected a folder"),
+        (Config(fsdp=True), 1, "--fsdp: expected several processes, got one"),
     ):
         with pytest.raises(UserError, match=word):
             check_processes(config, Ranks(0, world))

@@ -232,7 +232,7 @@ def test_the_map_is_the_row_of_the_class_token(mixer: str) -> None:
 def test_what_has_no_map_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     pooled = ["--model-kwargs", "class_token=False", "global_pool=avg"]
-    for model, words, missing in (("vip", pooled, "a class token"), ("fnet", [], "attention")):
+    for model, words, missing in (("vip", pooled, "class token"), ("fnet", [], "attention")):
         folder = tmp_path / model
         assert main(["train", "--model", model, "--epochs", "1", "--output", str(folder), *words]) == 0
         with pytest.raises(SystemExit) as stop:
@@ -258,7 +258,7 @@ def test_images_of_another_shape_are_refused(run: Path, tmp_path: Path, capsys: 
             Image.new("RGB", (12, 12)).save(tmp_path / part / name / "1.png")
     with pytest.raises(SystemExit):
         main(["validate", "--checkpoint", str(run), "--dataset", str(tmp_path)])
-    assert "reads images of shape (1, 8, 8)" in capsys.readouterr().err
+    assert "expected images of the model's shape (1, 8, 8)" in capsys.readouterr().err
 
 
 def test_other_classes_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,4 +268,4 @@ def test_other_classes_are_refused(run: Path, tmp_path: Path, capsys: pytest.Cap
             Image.new("RGB", (8, 8)).save(tmp_path / part / name / "1.png")
     with pytest.raises(SystemExit):
         main(["validate", "--checkpoint", str(run), "--dataset", str(tmp_path)])
-    assert "the model knows 10 classes (0, 1, 2, ...)" in capsys.readouterr().err
+    assert "expected the model's 10 classes (0, 1, 2, ...)" in capsys.readouterr().err

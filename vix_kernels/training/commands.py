@@ -317,8 +317,8 @@ def _pictures(images: list[Path], folder: Path | None, overwrite: bool) -> list[
 def export_command(argv: list[str]) -> int:
     parser = Parser(
         prog="vix export",
-        description="Export a trained model to an ONNX file for batches of any size, and compare its outputs in onnxruntime with "
-        "those in PyTorch. If the checkpoint has the mean and std of the training images, as those of a run do, the exported "
+        description="Export a trained model to an ONNX file for batches of any size, and compare its outputs in onnxruntime "
+        "and in PyTorch. If the checkpoint has the mean and std of the training images, as those of a run do, the exported "
         "model takes images in [0, 1] and normalizes them. Otherwise it takes the input of the trained model.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)

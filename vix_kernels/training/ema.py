@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's weights, which is often better than the last ones."""
+"""Exponential moving average of a model's weights. It is often more accurate than the last weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from torch import nn
 
 
 class Ema:
-    """`model` is the average, always in eval mode.
+    """Moving average of a model's weights, as a copy of the model in eval mode.
 
-    After n updates the share of the newest weights is 1 - min(decay, (1 + n) / (10 + n)): young averages forget fast what a
-    model started from. Buffers, such as the statistics of batch norm and random features, are copied: an average of random
-    directions is none.
+    After n updates, the newest weights enter with the factor 1 - min(decay, (1 + n) / (10 + n)). A young average thus forgets
+    the initial weights quickly. Buffers, such as batch-norm statistics and random features, are copied: averages of random
+    features are not random features.
+
+    Attributes:
+        model: the averaged model.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

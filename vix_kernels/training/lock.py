@@ -1,4 +1,4 @@
-"""The lock on the folder of a run: one run at a time writes to it."""
+"""The lock of a run folder. Only one run at a time may write to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _held: set[int] = set()  # file descriptors
 
 
 def _close_inherited() -> None:
-    """A fork has the lock of its parent, and would keep it when the parent is killed."""
+    """Close the lock files in a forked process. It would otherwise keep the lock after its parent is killed."""
     while _held:
         os.close(_held.pop())
 
@@ -33,9 +33,9 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[str]:
-    """Lock `folder` for the time of the block, by flock on a file in it; yields what `lock_owner` reads there.
+    """Lock `folder` inside the block, with flock on a file in it. Yields the text that `lock_owner` reads from the file.
 
-    The operating system ends the lock with the process. A file system without locks gets a warning.
+    The operating system releases the lock when the process ends. Warns if the file system does not support locks.
 
     Raises:
         UserError: another run has the lock.
@@ -47,24 +47,24 @@ def locked(folder: Path) -> Iterator[str]:
     try:
         os.ftruncate(file, 0)
         os.write(file, owner.encode())
-        os.fsync(file)  # other machines read it
+        os.fsync(file)  # makes it visible to other machines
         yield owner
     finally:
-        with suppress(OSError):  # Windows keeps files that are open
+        with suppress(OSError):  # Windows cannot remove open files
             path.unlink()
         _held.discard(file)
         os.close(file)
 
 
 def lock_owner(folder: Path) -> str:
-    """The process that has locked `folder` last, and a unique number; empty without a lock file."""
+    """Return the process that locked `folder` last, with a unique id. Empty if there is no lock file."""
     with suppress(OSError):
         return (folder / LOCK).read_text(errors="replace")
     return ""
 
 
 def _opened(path: Path) -> int:
-    """The lock file at `path`, locked."""
+    """Open and lock the file at `path`, and return its descriptor."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -76,7 +76,7 @@ def _opened(path: Path) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # its last owner has removed it after it was opened here: lock the file that is there now
+        os.close(file)  # the last owner removed the file after it was opened here: lock the new one
 
 
 def _lock(file: int, path: Path) -> None:
@@ -86,7 +86,9 @@ def _lock(file: int, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         owner = lock_owner(path.parent).partition(",")[0] or "another process"
-        raise UserError(f"--output: {owner} is training in {path.parent}: wait for its end, or name another folder") from error
+        raise UserError(
+            f"--output: {owner} is training in {path.parent}: wait until it ends, or name another folder"
+        ) from error
     except OSError as error:
         warnings.warn(
             f"{path.parent} cannot be locked ({error}): do not start a second run in it", RuntimeWarning, stacklevel=2

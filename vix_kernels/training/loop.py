@@ -1,4 +1,4 @@
-"""The training loop, in plain PyTorch: steps, epochs, and the test on held-out images."""
+"""The training loop in plain PyTorch: steps, epochs, and the evaluation on held-out images."""
 
 from __future__ import annotations
 
@@ -16,27 +16,31 @@ from .config import Config, SharedError
 from .data import Dataset, HeldImages, Images
 from .draws import Draws, seed_torch, shuffled
 from .optim import learning_rate
-from .parallel import Ranks, average_batch_norm, gradients_stay, local_parameters
+from .parallel import Ranks, average_batch_norm, local_parameters, no_gradient_sync
 from .state import NEVER, State
 from .trivial import trivial_augment
 
 Batch = tuple[Tensor, Tensor]
 EVAL_BATCH = 512
-WATCH_STEPS = 50  # between two looks at whether the loss is finite, each of which waits for the device
+WATCH_STEPS = 50  # between checks for a finite loss, each of which waits for the device
 
 
 def train_epoch(state: State, dataset: Dataset, after_step: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Train on every image once, or on those of the epoch under way that are left."""
+    """Train for one epoch, or for the rest of an interrupted one.
+
+    Returns:
+        The mean training loss, the last learning rate, and the images per second.
+    """
     config, ranks, images = state.config, state.ranks, len(dataset.train)
     seed, epoch, _ = state.place
     steps = config.steps(images)
     batches = shuffled(seed, epoch, images=images).tensor_split(steps)[state.step :]
     shares = [ranks.share(len(batch)) for batch in batches]
-    own = [batch if share is None else batch[share] for batch, share in zip(batches, shares, strict=True)]
-    feed = dataset.train.batches(own, replace_unreadable=True)
+    local = [batch if share is None else batch[share] for batch, share in zip(batches, shares, strict=True)]
+    loader = dataset.train.batches(local, replace_unreadable=True)
     start = time.perf_counter() - state.seconds
     state.call.train()
-    for batch, share, (pixels, labels) in zip(batches, shares, together(feed, dataset.train, ranks), strict=True):
+    for batch, share, (pixels, labels) in zip(batches, shares, synchronized(loader, dataset.train, ranks), strict=True):
         lr = learning_rate(epoch * steps + state.step, steps, config)
         draws = Draws(*state.place, images=len(batch), rows=share)
         seed_torch(*state.place, ranks.rank)
@@ -59,7 +63,11 @@ def train_epoch(state: State, dataset: Dataset, after_step: Callable[[], None] =
 def augmented(
     dataset: Dataset, pixels: Tensor, labels: Tensor, draws: Draws, config: Config, epoch: int
 ) -> tuple[Tensor, Tensor]:
-    """uint8 images to what the model reads, and their labels or, of mixed images, the shares of the classes."""
+    """Convert uint8 images to augmented, normalized input of the model.
+
+    Returns:
+        The input, and the labels. If images are mixed, class probabilities (batch, classes) instead of the labels.
+    """
     images = pixels.float() / dataset.max_value
     if config.crop_scale < 1:
         images = random_resized_crop(images, draws, scale=config.crop_scale)
@@ -76,17 +84,17 @@ def augmented(
 
 
 def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: int) -> Tensor:
-    """One step on this process's share of a batch of so many images; returns the sum of the losses of the share."""
+    """Train one step on this process's share of a batch of `batch` images. Return the sum of the losses of the share."""
     config, ranks = state.config, state.ranks
     state.optimizer.zero_grad()
     total = torch.zeros((), device=inputs.device)
     parts = list(zip(inputs.tensor_split(config.grad_accum_steps), targets.tensor_split(config.grad_accum_steps), strict=True))
-    for number, (images, aims) in enumerate(parts, start=1):
-        with gradients_stay(state.call) if number < len(parts) else nullcontext():
+    for number, (part_inputs, part_targets) in enumerate(parts, start=1):
+        with no_gradient_sync(state.call) if number < len(parts) else nullcontext():
             with autocast(config, inputs.device):
-                logits = state.call(as_laid_out(images, config))
-            loss = F.cross_entropy(logits.float(), aims, label_smoothing=config.smoothing, reduction="sum")
-            # The gradients of the processes are averaged: theirs together is then that of the mean loss of the batch.
+                logits = state.call(in_memory_format(part_inputs, config))
+            loss = F.cross_entropy(logits.float(), part_targets, label_smoothing=config.smoothing, reduction="sum")
+            # DDP and FSDP2 average gradients over processes. With this factor the average is the gradient of the mean loss.
             state.scaler.scale(loss * (ranks.world / batch)).backward()
         total += loss.detach()
     state.diverged = torch.where(total.isfinite(), state.diverged, state.diverged.clamp(max=state.step + 1))
@@ -97,7 +105,7 @@ def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: 
 
 
 def redraw_features(state: State) -> None:
-    """New random features for every Performer: the same in all processes, which draw them from their seeds."""
+    """Redraw the random features of every Performer. They follow from the modules' seeds, so all processes draw the same."""
     for model in filter(None, (state.model, state.ema and state.ema.model)):
         for module in model.modules():
             if hasattr(module, "redraw_projection"):
@@ -105,21 +113,21 @@ def redraw_features(state: State) -> None:
 
 
 def check_finite(state: State, eval_loss: float = 0.0) -> None:
-    """Raises `SharedError` where the loss of a step of this epoch was not, or `eval_loss`, or a weight is not."""
+    """Raise `SharedError` if `eval_loss`, the loss of a step of this epoch, or a weight is not finite."""
     what, step = "", -state.ranks.largest(-int(state.diverged))
     if step < NEVER:
         what = f"the loss of step {step} of epoch {len(state.history) + 1}"
     elif not math.isfinite(eval_loss):
         what = f"the held-out loss of epoch {len(state.history) + 1}"
     elif state.ranks.largest(not all(norm.isfinite() for norm in torch._foreach_norm(local_parameters(state.model)))):
-        what = f"a weight behind step {state.step} of epoch {len(state.history) + 1}"
+        what = f"a weight after step {state.step} of epoch {len(state.history) + 1}"
     if what:
-        raise SharedError(f"{what} is not finite: try a lower --lr; the last checkpoint is from before")
+        raise SharedError(f"{what} is not finite: try a lower --lr; the last checkpoint is from an earlier step")
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, dataset: Dataset, config: Config, ranks: Ranks | None = None) -> dict[str, float]:
-    """Loss, top-1 and top-5 in per cent, over every held-out image. With several processes, all call it."""
+    """Return loss, top-1 and top-5 (in percent) over all held-out images. All processes must call it."""
     ranks = ranks or Ranks()
     average_batch_norm(model, ranks)
     sums = torch.zeros(4, dtype=torch.float64)
@@ -135,20 +143,20 @@ def evaluate(model: nn.Module, dataset: Dataset, config: Config, ranks: Ranks | 
 def tested(
     model: nn.Module, dataset: Dataset, config: Config, ranks: Ranks | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The held-out images of this process, batch by batch: uint8 images, labels, scores (images, classes)."""
+    """Yield this process's held-out images in batches: uint8 images, labels, logits (images, classes)."""
     ranks = ranks or Ranks()
     model.eval()
     images = len(dataset.test)
     batches = torch.arange(images).tensor_split(math.ceil(images / (EVAL_BATCH * ranks.world)))
-    own = [batch.tensor_split(ranks.world)[ranks.rank] for batch in batches]
-    for pixels, labels in together(dataset.test.batches(own), dataset.test, ranks):
+    local = [batch.tensor_split(ranks.world)[ranks.rank] for batch in batches]
+    for pixels, labels in synchronized(dataset.test.batches(local), dataset.test, ranks):
         with autocast(config, labels.device):
-            scores = model(as_laid_out(dataset.inputs(pixels), config))
+            scores = model(in_memory_format(dataset.inputs(pixels), config))
         yield pixels, labels, scores.float()
 
 
-def together(batches: Iterator[Batch], images: Images, ranks: Ranks) -> Iterator[Batch]:
-    """The batches of this process; an error of one process is raised in all. Images in memory raise none, and need no check."""
+def synchronized(batches: Iterator[Batch], images: Images, ranks: Ranks) -> Iterator[Batch]:
+    """Iterate over this process's batches, and raise an error of one process in all. Images in memory cannot fail."""
     return batches if isinstance(images, HeldImages) else ranks.each(batches)
 
 
@@ -156,5 +164,5 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=getattr(torch, config.amp_dtype), enabled=config.amp)
 
 
-def as_laid_out(images: Tensor, config: Config) -> Tensor:
+def in_memory_format(images: Tensor, config: Config) -> Tensor:
     return images.to(memory_format=torch.channels_last) if config.channels_last else images

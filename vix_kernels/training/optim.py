@@ -1,4 +1,4 @@
-"""The optimizer, and its learning rate over a run."""
+"""The optimizer and its learning rate schedule."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from .parallel import placed_like
 
 
 class Optimizer:
-    """AdamW, with "muon" only where Muon cannot be used: it takes the matrices, except the head.
+    """AdamW for all parameters; with opt="muon", Muon for the matrices except the head, and AdamW for the rest.
 
-    Biases, norms and the model's own exceptions are not decayed. Muon (https://kellerjordan.github.io/posts/muon) is scaled to
-    the size of AdamW's steps (arXiv:2502.16982), so that both have one learning rate.
+    Biases, norms and the parameters in `model.no_weight_decay()` have no weight decay. The updates of Muon
+    (https://kellerjordan.github.io/posts/muon) are scaled to the size of AdamW's (arXiv:2502.16982), so both share one learning
+    rate.
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         exempt = model.no_weight_decay()
         head = {id(parameter) for parameter in model.get_classifier().parameters()}
-        matrices, decayed, free = [], [], []
+        matrices, decayed, not_decayed = [], [], []
         for parameter, name in self.names.items():
             if parameter.ndim <= 1 or name in exempt:
-                free.append(parameter)
+                not_decayed.append(parameter)
             elif config.opt == "muon" and parameter.ndim == 2 and id(parameter) not in head:
                 matrices.append(parameter)
             else:
                 decayed.append(parameter)
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr)]
         if matrices:
             muon = dict(lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -42,7 +43,7 @@ class Optimizer:
             part.zero_grad()
 
     def step(self, lr: float, scaler: torch.amp.GradScaler, clip_grad: float) -> None:
-        """Unscale the gradients, clip their norm (0: do not), and change the weights."""
+        """Unscale the gradients, clip their norm unless `clip_grad` is 0, and update the weights."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr
@@ -54,7 +55,7 @@ class Optimizer:
         scaler.update()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`PARAMETER:NAME` -> tensor. By names, not places, so that it fits any division among processes."""
+        """Return the state as a dict from `PARAMETER:NAME` to a tensor. Names, unlike indices, fit any sharding."""
         return {
             f"{self.names[parameter]}:{key}": value
             for part in self.parts
@@ -63,23 +64,27 @@ class Optimizer:
         }
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
-        """Raises `UserError` where `saved` is of other parameters or of another optimizer."""
+        """Load the result of `state_dict`. Raises `UserError` if it belongs to other parameters or another optimizer."""
         parameters = {name: parameter for parameter, name in self.names.items()}
         owners = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
         for part in self.parts:
             part.state.clear()
-        for place, value in saved.items():
-            name, _, key = place.rpartition(":")
+        for entry, value in saved.items():
+            name, _, key = entry.rpartition(":")
             parameter = parameters.get(name)
             if parameter is None or value.shape not in (parameter.shape, ()):
-                raise UserError(f"--resume: the checkpoint does not fit the model: it has optimizer state for {place}")
+                raise UserError(f"--resume: the checkpoint does not fit the model: it has optimizer state for {entry}")
             if (key == "momentum_buffer") != isinstance(owners[parameter], torch.optim.Muon):
-                raise UserError("--resume: the checkpoint is of a run with another --opt")
+                raise UserError("--resume: the checkpoint is from a run with another --opt")
             owners[parameter].state[parameter][key] = placed_like(parameter, value)
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: Config) -> float:
-    """Linear from 0 to `lr` over the warm-up; then constant, or half a cosine to `end_lr`, where the cool-down stays."""
+    """Return the learning rate of a step.
+
+    It rises linearly from 0 to `lr` during the warm-up. Then it is constant, or follows half a cosine to `end_lr` and stays
+    there during the cool-down.
+    """
     warmup, end = (round(n * steps_per_epoch) for n in (config.warmup_epochs, config.epochs - config.cooldown_epochs))
     if step < warmup:
         return config.lr * (step + 1) / warmup

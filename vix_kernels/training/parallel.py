@@ -1,8 +1,8 @@
-"""Training in several processes, as torchrun starts them: DDP, or FSDP2, over the same batches as in one.
+"""Training in several processes started by torchrun, with DDP or FSDP2, on the same batches as in one process.
 
-A step's batch is divided among the processes. Who gets which images never changes what is drawn for them, so that the number of
-processes may change when a run goes on. Only dropout and the statistics of batch norm, which every process takes of its own
-images, tell runs of different numbers of processes apart.
+The processes divide the batch of a step. Random draws for an image do not depend on its process, so a run may resume with
+another number of processes. Only dropout and the statistics of batch norm, which each process computes from its local images,
+depend on that number.
 """
 
 from __future__ import annotations
@@ -29,20 +29,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank` of `world`. Alone, it sends nothing."""
+    """This process and its communication with the others. A single process sends nothing.
+
+    Attributes:
+        rank: the number of this process, from 0 on.
+        world: the number of processes.
+    """
 
     rank: int = 0
     world: int = 1
 
     @property
     def first(self) -> bool:
-        """The one that speaks and writes."""
+        """Whether this is the process that prints and writes files."""
         return self.rank == 0
 
     def share(self, batch: int) -> Tensor | None:
-        """The places of this process's images in a batch; None for all.
+        """Return the positions of this process's images in a batch of `batch` images. None for all.
 
-        With every place its mirror image, which `augment.mix` pairs it with.
+        A position comes with its mirrored one, since `augment.mix` mixes the two images.
         """
         if self.world == 1:
             return None
@@ -51,18 +56,18 @@ class Ranks:
         return torch.cat([front, torch.tensor(middle, dtype=torch.long), batch - 1 - front.flip(0)])
 
     def least(self, batch: int) -> int:
-        """Images of such a batch that every process gets at least."""
+        """Return the smallest number of images that a process gets from a batch of `batch` images."""
         return batch if self.world == 1 else 2 * (batch // 2 // self.world)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all processes."""
+        """Return the sum of `values` over all processes."""
         if self.world > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def largest(self, number: int) -> int:
-        """Of all processes; sent from CPU to CPU, so that no device has to be waited for."""
+        """Return the maximum of `number` over all processes. It is sent between CPUs, which needs no device synchronization."""
         if self.world == 1:
             return number
         value = torch.tensor(number)
@@ -70,7 +75,7 @@ class Ranks:
         return int(value)
 
     def union(self, names: set[str]) -> set[str]:
-        """Of all processes."""
+        """Return the union of `names` over all processes."""
         if self.world == 1:
             return names
         gathered: list[set[str]] = [set()] * self.world
@@ -79,10 +84,12 @@ class Ranks:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Run the block in all processes, and raise the error of one in all. In the block, no collective follows what may fail.
+        """Run the block in all processes, and raise an error of one process in all.
+
+        The block must not call a collective after an operation that may fail.
 
         Raises:
-            SharedError: one or more processes raised a UserError or an OSError. Alone, a process raises its own error.
+            SharedError: one or more processes raised a UserError or an OSError. A single process raises the original error.
         """
         error = None
         try:
@@ -95,7 +102,7 @@ class Ranks:
             self._raise_shared(error)
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """Iterate over `items` in all processes until none has any left, and raise the error of one in all."""
+        """Iterate over `items` until no process has any left, and raise an error of one process in all."""
         if self.world == 1:
             yield from items
             return
@@ -109,10 +116,10 @@ class Ranks:
                 state = ended
             except (UserError, OSError) as caught:
                 error, state = caught, failed
-            together = self.largest(state)
-            if together == failed:
+            shared_state = self.largest(state)
+            if shared_state == failed:
                 self._raise_shared(error)
-            if together == ended:
+            if shared_state == ended:
                 return
             if state == ready:
                 yield item
@@ -124,7 +131,7 @@ class Ranks:
         raise SharedError(text if texts.count(text) == self.world else f"process {rank}: {text}") from error
 
     def decided(self, decide: Callable[[], T]) -> T:
-        """What `decide` returns in the first process, the only one that calls it. It has to be picklable."""
+        """Call `decide` in the first process, and return its result in all. The result must be picklable."""
         result: list[Any] = [None]
         with self.agreed():
             if self.first:
@@ -134,22 +141,22 @@ class Ranks:
         return result[0]
 
     def fails_first(self) -> bool:
-        """Whether no other process has called this. A process that ends breaks its connections, and so all others fail."""
+        """Return whether this process is the first to call this. The others may only fail because its connections broke."""
         if self.world == 1:
             return True
         try:
             return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-        except RuntimeError:  # the process that keeps the store has ended
+        except RuntimeError:  # the process that hosts the store has ended
             return False
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes call this."""
         if self.world > 1:
             dist.barrier()
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The first process runs the block, then the others: what it has downloaded is there for them."""
+        """Run the block in the first process, then in the others, which can use the files that it downloads."""
         if not self.first:
             self.wait()
         try:
@@ -161,9 +168,10 @@ class Ranks:
 
 @contextmanager
 def connected() -> Iterator[Ranks]:
-    """Those that the caller has connected, or torchrun has started, for the time of the block; else this process alone.
+    """Connect the processes that torchrun has started inside the block, and yield this process's `Ranks`.
 
-    A caller's connection has to serve tensors of the CPU, too.
+    If the caller has initialized torch.distributed, use its process group, which must support CPU tensors. Without torchrun and
+    without a process group, this process runs alone.
     """
     if dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size())
@@ -171,8 +179,8 @@ def connected() -> Iterator[Ranks]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Ranks()
         return
-    # torchrun's store outlives a restart. Without a place of their own in it, the new processes may find the addresses of the
-    # dead, and wait for them. Nodes that come and go (--nnodes 1:2) change no count: they are not supported.
+    # torchrun's store survives a restart. Without a new prefix, the new processes may find the addresses of dead ones and wait
+    # for them. Elastic nodes (--nnodes 1:2) are not supported, because they do not change the restart count.
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -184,7 +192,7 @@ def connected() -> Iterator[Ranks]:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Divide the parameters among the processes (FSDP2); each gathers those of one block at a time."""
+    """Shard the parameters over the processes (FSDP2). Each process gathers the parameters of one block at a time."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in reversed(list(model.modules())):  # inner blocks first
         if isinstance(module, nn.ModuleList):
@@ -194,17 +202,17 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """To be called in the place of `model`: its gradients become the mean over all processes (DDP), as FSDP2's do."""
-    # Nobody else's buffers before every forward; torch 2.13 has a new word for it and complains of the old one.
-    words = inspect.signature(DistributedDataParallel).parameters
-    own_buffers = "forward_sync_buffers" if "forward_sync_buffers" in words else "broadcast_buffers"
+    """Return `model` wrapped in DDP, which averages the gradients over all processes, as FSDP2 does."""
+    # Disables the broadcast of buffers before each forward. torch 2.13 renames this option and warns about the old name.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, **{own_buffers: False})
+    return DistributedDataParallel(model, device_ids=devices, **{option: False})
 
 
 @contextmanager
-def gradients_stay(model: nn.Module) -> Iterator[None]:
-    """In the block gradients are added up here, and not yet over the processes."""
+def no_gradient_sync(model: nn.Module) -> Iterator[None]:
+    """Accumulate gradients locally inside the block, without averaging them over the processes."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(False)
         yield
@@ -215,13 +223,13 @@ def gradients_stay(model: nn.Module) -> Iterator[None]:
 
 
 def local_parameters(model: nn.Module) -> list[Tensor]:
-    """The parameters, or what this process has of them."""
+    """Return the parameters, or this process's shards of them."""
     return [p.to_local() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
 
 
 @torch.no_grad()
 def average_batch_norm(model: nn.Module, ranks: Ranks) -> None:
-    """Give the running statistics of batch norm, which every process takes of its own images, their mean over all."""
+    """Average the running statistics of batch norm over all processes. Each process computes them from its local images."""
     if ranks.world == 1:
         return
     for module in model.modules():
@@ -231,7 +239,7 @@ def average_batch_norm(model: nn.Module, ranks: Ranks) -> None:
 
 
 def placed_like(tensor: Tensor, value: Tensor) -> Tensor:
-    """`value`, whole in every process, on the device and in the division of `tensor`. A number stays on the CPU."""
+    """Return `value`, complete in every process, with the device and sharding of `tensor`. A scalar stays on the CPU."""
     if not value.ndim:
         return value
     if isinstance(tensor, DTensor):
@@ -241,7 +249,7 @@ def placed_like(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 def load_placed(model: nn.Module, saved: dict[str, Any]) -> None:
-    """`model.load_state_dict` of whole tensors, whether `model` is divided or not."""
-    here = model.state_dict()
-    state = {name: placed_like(here[name], x) if isinstance(x, Tensor) and name in here else x for name, x in saved.items()}
+    """Load complete tensors into `model`, which may be sharded, with `model.load_state_dict`."""
+    own = model.state_dict()
+    state = {name: placed_like(own[name], x) if isinstance(x, Tensor) and name in own else x for name, x in saved.items()}
     model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""What a run leaves for its reader, beside its checkpoints."""
+"""The reports of a run: args.yaml, summary.csv, plots and TensorBoard files."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from .data import Dataset
     from .trained import Evaluation, Trained
 
-PLAIN = {"parse_math": False}  # of text with names in it, whose $ does not start a formula
+PLAIN = {"parse_math": False}  # a $ in a name does not start a formula
 
 
 def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first row with the highest top-1; among equals, the one with the lowest loss."""
+    """Return the row with the highest top-1. Ties go to the lowest loss, then to the earliest epoch."""
     return max(history, key=lambda row: (row["eval_top1"], -row["eval_loss"]))
 
 
 def skipped(unreadable: Sequence[str]) -> str:
-    """A line for each file that cannot be decoded; for 20, if there are more."""
+    """Return a message that lists the files that cannot be decoded, at most 20 of them."""
     more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
     return "\n  ".join([f"skipped, because they cannot be decoded: {len(unreadable)}", *unreadable[:20], *more])
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes in use so far: of the GPU by tensors, of a CPU by the process; 0 where nobody counts them."""
+    """Return the peak memory in bytes: of tensors on a GPU, of the process on a CPU. 0 if the system does not count it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -49,7 +49,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Board:
-    """The history in TensorBoard's files, one point an epoch."""
+    """Writer of TensorBoard files, one point per epoch."""
 
     TAGS = {
         "train_loss": "loss/training", "eval_loss": "loss/held out", "eval_top1": "accuracy/top-1",
@@ -75,7 +75,7 @@ def write_args(path: Path, config: Config) -> None:
 
 
 def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
-    """One row an epoch. Written from the history in the checkpoint, so that both always tell the same story."""
+    """Write one row per epoch. `history` is the one in the checkpoint, so both always agree."""
     write_csv(path, history)
 
 
@@ -105,55 +105,55 @@ def draw_learning_curve(path: Path, history: list[dict[str, Any]], best: dict[st
 
 
 def draw_evaluation(folder: Path, trained: Trained, evaluation: Evaluation, dataset: Dataset) -> None:
-    """confusion.png and mistakes.png in `folder`."""
+    """Draw confusion.png and mistakes.png in `folder`."""
     title = f"{trained.config.model} on {dataset.name}, top-1 {evaluation.top1:.2f} %"
     draw_confusion(folder / "confusion.png", evaluation.confusion, dataset.classes, title)
     draw_mistakes(folder / "mistakes.png", evaluation, dataset.classes, dataset.max_value, title)
 
 
 def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title: str) -> None:
-    """The share of every class (row) that is taken for each class (column)."""
+    """Draw the percentage of each class (row) that is predicted as each class (column)."""
     few = len(classes) <= 20
     side = max(5.0, 0.4 * len(classes) + 2.5) if few else 9.0
     figure = _titled(title, side, side, layout="constrained")
     axes = figure.subplots()
-    share = 100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    drawn = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100)
-    axes.set(xlabel="taken for", ylabel="class")
+    percent = 100 * confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    drawn = axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100)
+    axes.set(xlabel="predicted class", ylabel="class")
     if few:
         axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0, **PLAIN)
         axes.set_yticks(range(len(classes)), classes, **PLAIN)
         for row in range(len(classes)):
             for column in range(len(classes)):
                 if value := int(confusion[row, column]):
-                    color = "white" if share[row, column] > 60 else "black"
+                    color = "white" if percent[row, column] > 60 else "black"
                     axes.text(column, row, str(value), ha="center", va="center", fontsize=7, color=color)
     else:
-        figure.colorbar(drawn, label="of the class (%)", shrink=0.7)
+        figure.colorbar(drawn, label="percentage of the class", shrink=0.7)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def draw_mistakes(path: Path, evaluation: Evaluation, classes: Sequence[str], max_value: int, title: str) -> None:
-    """The mistakes that the model was surest of."""
+    """Draw the mistakes with the highest predicted probability."""
     number = len(evaluation.mistakes)
     columns, rows = 6, max(1, -(-number // 6))
     width, height, top = 9.0, 1.9 * rows + 0.5, 0.5  # inches
     figure = _titled(title if number else f"{title}: no mistakes", width, height, y=1 - 0.15 / height)
-    axes = figure.add_axes((0, 0, 1, 1))  # one for all: they take 40 ms each
+    axes = figure.add_axes((0, 0, 1, 1))  # a single one, since each takes 40 ms
     axes.axis("off")
-    for place in range(number):
-        row, column = divmod(place, columns)
+    for index in range(number):
+        row, column = divmod(index, columns)
         left, bottom = column * width / columns + 0.1, height - top - (row + 1) * 1.9 + 0.1
-        _show(axes, evaluation.mistakes[place].float() / max_value, extent=(left, left + 1.3, bottom, bottom + 1.3))
-        label, said = classes[evaluation.labels[place]], classes[evaluation.predicted[place]]
-        text = f"{label}, taken for\n{said} ({100 * evaluation.probability[place]:.0f} %)"
+        _show(axes, evaluation.mistakes[index].float() / max_value, extent=(left, left + 1.3, bottom, bottom + 1.3))
+        label, predicted = classes[evaluation.labels[index]], classes[evaluation.predicted[index]]
+        text = f"{label}, predicted as\n{predicted} ({100 * evaluation.probability[index]:.0f} %)"
         axes.text(left + 0.65, bottom + 1.36, text, ha="center", fontsize=7.5, **PLAIN)
     axes.set(xlim=(0, width), ylim=(0, height), aspect="auto")
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def draw_attention(path: Path, image: Tensor, weights: Tensor, title: str) -> None:
-    """What the class token looks at, beside the image and over it."""
+    """Draw the image, and next to it the image under the class token's attention weights (rows, columns)."""
     figure = _titled(title, 8, 4.2, layout="constrained")
     plain, over = figure.subplots(1, 2)
     height, width = image.shape[1:]
@@ -164,12 +164,12 @@ def draw_attention(path: Path, image: Tensor, weights: Tensor, title: str) -> No
     over.imshow(
         weights.numpy(), cmap="inferno", alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear"
     )
-    over.set_title("what the class token looks at", fontsize=9)
+    over.set_title("attention of the class token", fontsize=9)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def _titled(title: str, width: float, height: float, *, y: float | None = None, layout: str | None = None) -> Figure:
-    """A figure of this size in inches."""
+    """Return a figure with a title. Its size is in inches."""
     figure = Figure(figsize=(width, height), dpi=144, layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(title, y=y, va="top", fontsize=12, fontweight="bold", **PLAIN)
@@ -177,7 +177,7 @@ def _titled(title: str, width: float, height: float, *, y: float | None = None, 
 
 
 def _show(axes: Axes, image: Tensor, extent: tuple[float, float, float, float] | None = None) -> None:
-    """Of floats in [0, 1] (channels, height, width)."""
+    """Draw an image of floats in [0, 1], (channels, height, width)."""
     if image.shape[0] == 3:
         axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), extent=extent)
     else:

@@ -1,4 +1,4 @@
-"""A run from its `Config` to its files: epochs, checkpoints, and what is said and drawn on the way."""
+"""A training run from its `Config` to its files: epochs, checkpoints, messages and plots."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ from .setup import (
     check_tensorboard,
     claim_folder,
     device_of,
-    goes_on,
     located,
+    resumes,
 )
 from .state import History, State
 from .trained import evaluate_trained, load_trained
 
-CURVE_SECONDS = 30  # between two drawings of the learning curve: at 0.3 s each they cost a run at most one per cent
+CURVE_SECONDS = 30  # between updates of the learning curve; one takes 0.3 s, so they cost at most one percent
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to end by a signal, and has saved its state."""
+    """A signal has ended the run, which has saved its state."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -61,32 +61,35 @@ class Stopped(KeyboardInterrupt):
 
 
 def train(config: Config) -> tuple[History, Path]:
-    """Train, or continue, the run that `config` describes; returns one row an epoch and the folder of the run.
+    """Start or resume the run that `config` describes.
 
-    Under torchrun all processes call it. Nothing is written before every input has been checked.
+    Under torchrun all processes call it. Every input is checked before anything is written.
+
+    Returns:
+        One row per epoch, and the folder of the run.
 
     Raises:
-        UserError: for what the user can put right.
-        Stopped: after SIGINT or SIGTERM; `last.pt` holds the step that was reached.
+        UserError: an error that the user can fix.
+        Stopped: SIGINT or SIGTERM has ended the run; `last.pt` holds the last step.
     """
     config.check()
     with connected() as ranks, ExitStack() as held:
         run = Run(config, ranks, held)
         run.open()
         run.go()
-        ended = run.state.history, run.output
-        del run  # what holds connections, before they are closed, by all at once
+        result = run.state.history, run.output
+        del run  # its model holds connections: free it in all processes before they are closed
         ranks.wait()
-    return ended
+    return result
 
 
 class Run:
-    """One process's part of a run: everything that it is made of, then `open`, then `go`.
+    """One process's part of a run. Construct it, then call `open`, then `go`.
 
-    The first process decides what is on the disk, and tells the others.
+    Only the first process decides about files, and it tells the others.
 
     Args:
-        held: what the run has to give back when it ends, such as the lock on its folder.
+        held: contexts to close when the run ends, such as the lock of its folder.
     """
 
     def __init__(self, config: Config, ranks: Ranks, held: ExitStack) -> None:
@@ -103,11 +106,11 @@ class Run:
         with ranks.agreed():
             checkpoint = load_checkpoint(self.resume) if self.resume else None
             device = device_of(config.device)
-        torch.backends.cudnn.deterministic = True  # convolutions too give the same bits on every run
+        torch.backends.cudnn.deterministic = True  # for bit-identical convolutions on every run
         with ranks.agreed(), ranks.first_alone():
             options = dict(data_dir=config.data_dir, stream=config.stream, workers=config.workers)
             source = open_dataset(config.dataset, config.img_size, **options)
-        if config.dataset not in NAMES:  # a path, to be found again from wherever the run is resumed
+        if config.dataset not in NAMES:  # a path: the run may resume in another working directory
             config = replace(config, dataset=os.path.abspath(config.dataset))
         with ranks.agreed():
             check_batches(config, ranks, source.train_images)
@@ -132,13 +135,13 @@ class Run:
             with ranks.agreed():
                 self.state.restore(checkpoint)
         self.title = f"{config.model} on {self.dataset.name}"
-        self.unreadable = 0  # images that have been named so far
+        self.unreadable = 0  # undecodable images reported so far
         self.stop, self.board = Stop(), None
         self.drawn = time.perf_counter()
-        hidden = None if config.progress is None else not config.progress  # None: but on a terminal
+        hidden = None if config.progress is None else not config.progress  # None: shown only on a terminal
         self.progress = tqdm(
             total=config.epochs * self.steps,
-            initial=self.steps_behind,
+            initial=self.steps_done,
             unit="step",
             leave=False,
             disable=hidden if ranks.first else True,
@@ -149,36 +152,36 @@ class Run:
         return self.state.config
 
     def lock(self) -> None:
-        """Keep other runs out of the folder from here on."""
+        """Lock the folder against other runs until this one ends."""
 
-        def take() -> str:
+        def acquire() -> str:
             with output_errors(self.output):
                 return self.held.enter_context(locked(self.output))
 
-        owner = self.ranks.decided(take)
+        owner = self.ranks.decided(acquire)
         with self.ranks.agreed():
             if lock_owner(self.output) != owner:
-                raise UserError(f"--output: {self.output} is not the folder that process 0 writes to: name a shared one")
-        self.new = self.ranks.decided(lambda: not goes_on(self.output, self.resume))
+                raise UserError(f"--output: {self.output} is not the folder that process 0 writes to: name a shared folder")
+        self.new = self.ranks.decided(lambda: not resumes(self.output, self.resume))
 
     def open(self) -> None:
-        """Make and lock the folder, if it is not there yet, and write the first files."""
+        """Create and lock the folder of a new run, and write the first files."""
         history = self.state.history
-        branches = self.new and bool(history)  # off another run, whose best checkpoint belongs to it too
+        branches = self.new and bool(history)  # resumes another run in a new folder, which inherits best.pt
         with self.ranks.agreed(), output_errors(self.output):
-            reached = best_of(self.resume, history) if branches and self.ranks.first else None
+            best = best_of(self.resume, history) if branches and self.ranks.first else None
             if self.ranks.first and not self.is_locked:
                 self.output = self.made_folder()
         if not self.is_locked:
             self.lock()
         self.state.config = replace(self.config, output=str(self.output))
         if self.new:
-            self.save("last.pt")  # before all other files, which are of use only beside it
+            self.save("last.pt")  # first, because the other files are useless without it
         with self.ranks.agreed(), output_errors(self.output):
             if self.ranks.first:
                 remove_leftovers(self.output)
-                if reached:
-                    save_checkpoint(self.output / "best.pt", reached, Ranks())
+                if best:
+                    save_checkpoint(self.output / "best.pt", best, Ranks())
                 if branches:
                     write_summary(self.output / "summary.csv", history)
                 write_args(self.output / "args.yaml", self.config)
@@ -186,41 +189,41 @@ class Run:
                     self.board = Board(self.output, len(history))
 
     def made_folder(self) -> Path:
-        """The folder of a new run. If nothing is written to it, it is removed in the end."""
+        """Create and return the folder of a new run. If it is still empty when the run ends, it is removed."""
         if self.output is None:
             folder = claim_folder(f"{self.config.model}-{self.dataset.name}")
         else:
             folder = self.output
-            folder.mkdir(parents=True, exist_ok=True)  # two runs may make it at once: the lock says whose it is
+            folder.mkdir(parents=True, exist_ok=True)  # two runs may create it at once; the lock decides
         self.held.callback(remove_empty, folder)
         return folder
 
     def go(self) -> None:
-        """Train to the last epoch, or until a signal comes."""
+        """Train to the last epoch or until a signal arrives."""
         config, history = self.config, self.state.history
         self.say(self.description())
         if config.warmup_epochs > config.epochs:
             last = learning_rate(config.epochs * self.steps - 1, self.steps, config)
-            rest = f"--warmup-epochs {config.warmup_epochs} is longer than --epochs {config.epochs}"
-            self.say(f"note: {rest}: the learning rate ends at {last:.2g}, below --lr {config.lr:g}")
+            phases = f"--warmup-epochs {config.warmup_epochs} is longer than --epochs {config.epochs}"
+            self.say(f"note: {phases}: the learning rate ends at {last:.2g}, below --lr {config.lr:g}")
         elif config.warmup_epochs + config.cooldown_epochs >= config.epochs > 1:
-            rest = f"--warmup-epochs {config.warmup_epochs} and --cooldown-epochs {config.cooldown_epochs}"
-            self.say(f"note: {rest} leave nothing of --epochs {config.epochs} between them")
+            phases = f"--warmup-epochs {config.warmup_epochs} and --cooldown-epochs {config.cooldown_epochs}"
+            self.say(f"note: {phases} leave no epochs of --epochs {config.epochs} between them")
         try:
             with stop_signals(self.stop):
                 while len(history) < config.epochs and not is_reached(config.time_to, history):
                     row = {"epoch": len(history) + 1} | train_epoch(self.state, self.dataset, self.after_step)
                     start = time.perf_counter()
                     row |= evaluate(self.state.tested, self.dataset, config, self.ranks)
-                    passed = self.state.seconds + time.perf_counter() - start
-                    row["seconds"] = passed + (history[-1]["seconds"] if history else 0.0)
+                    seconds = self.state.seconds + time.perf_counter() - start
+                    row["seconds"] = seconds + (history[-1]["seconds"] if history else 0.0)
                     row["peak_memory_mb"] = peak_memory(self.state.device) / 2**20
                     check_finite(self.state, row["eval_loss"])
                     history.append(row)
                     self.state.start_epoch()
                     self.after_epoch()
         except BaseException:
-            with suppress(OSError):  # what ended the run is what has to be said
+            with suppress(OSError):  # report the original error
                 self.draw()
             raise
         finally:
@@ -233,19 +236,19 @@ class Run:
                 self.draw_best()
 
     @property
-    def steps_behind(self) -> int:
+    def steps_done(self) -> int:
         return len(self.state.history) * self.steps + self.state.step
 
     def after_step(self) -> None:
         self.progress.update()
         number, interval = self.ranks.largest(self.stop.number), self.config.recovery_interval
-        if number or (interval and self.steps_behind % interval == 0):
+        if number or (interval and self.steps_done % interval == 0):
             check_finite(self.state)
             self.save("last.pt")
         if number:
             epoch, name = len(self.state.history) + 1, signal.Signals(number).name
-            self.ranks.wait()  # until it is written: the first process that ends makes torchrun end the others
-            raise Stopped(number, f"stopped by {name} in epoch {epoch}, go on with --resume {self.output}")
+            self.ranks.wait()  # for the checkpoint: torchrun ends all processes when the first one exits
+            raise Stopped(number, f"stopped by {name} in epoch {epoch}, continue with --resume {self.output}")
 
     def after_epoch(self) -> None:
         history, config = self.state.history, self.config
@@ -284,7 +287,7 @@ class Run:
             try:
                 save_checkpoint(path, checkpoint, self.ranks, self.config.fsdp)
             except OSError as error:
-                kept = "; the one before is still there" if path.exists() else ""
+                kept = "; the previous one is kept" if path.exists() else ""
                 raise UserError(f"cannot write the checkpoint {path}: {error}{kept}") from error
 
     def draw(self) -> None:
@@ -293,7 +296,7 @@ class Run:
             draw_learning_curve(self.output / "learning_curve.png", history, best_epoch(history), self.title)
 
     def draw_best(self) -> None:
-        """What the best checkpoint takes for what."""
+        """Evaluate the best checkpoint, and draw its confusion matrix and mistakes."""
         trained = load_trained(self.output, self.state.device)
         draw_evaluation(self.output, trained, evaluate_trained(trained, self.dataset), self.dataset)
 
@@ -323,19 +326,24 @@ def remove_empty(folder: Path) -> None:
 
 
 class Stop:
-    """The `number` of the signal that has come, 0 for none."""
+    """The last signal received.
+
+    Attributes:
+        number: of the signal, 0 for none.
+    """
 
     number = 0
 
 
 @contextmanager
 def stop_signals(stop: Stop) -> Iterator[None]:
-    """SIGINT and SIGTERM are noted in the block, for the loop to end by itself.
+    """Record SIGINT and SIGTERM in `stop` inside the block. The training loop then saves its state and ends.
 
-    A second Ctrl-C ends it at once. A second SIGTERM does not: torchrun sends one to each process beside the system's.
+    A second Ctrl-C ends the program at once. A second SIGTERM does not: torchrun forwards the signal to processes that the
+    system has already signaled.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets no other thread have them
+        yield  # Python allows signal handlers only in the main thread
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

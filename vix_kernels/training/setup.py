@@ -1,4 +1,4 @@
-"""From a `Config` to the device, the model and the folder of a run, all checked before anything is written."""
+"""Set up the device, the model and the folder of a run. Everything is checked before anything is written."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ RUN_FILES = ("args.yaml", "summary.csv", "last.pt", "best.pt", "learning_curve.p
 
 
 def located(config: Config) -> tuple[str | None, Path | None]:
-    """The checkpoint to go on from, if any, and the folder to write to; None leaves that to `claim_folder`.
+    """Return the checkpoint to resume from, if any, and the folder to write to, or None to let `claim_folder` choose.
 
-    The checkpoint is that of --resume, unless torchrun has restarted this run and it has one of its own.
+    The checkpoint is that of --resume. If torchrun has restarted this run, it is the run's last.pt, if there is one.
     """
     if config.output and _restarted() and (Path(config.output) / "last.pt").exists():
         return config.output, Path(config.output)
@@ -39,29 +39,29 @@ def located(config: Config) -> tuple[str | None, Path | None]:
     return config.resume, Path(config.output) if config.output else resumed
 
 
-def goes_on(folder: Path, resume: str | None) -> bool:
-    """Whether the run in `folder` is the one that is resumed. Raises `UserError` where `folder` holds another run."""
+def resumes(folder: Path, resume: str | None) -> bool:
+    """Return whether the run in `folder` is the one to resume. Raises `UserError` if `folder` contains another run."""
     if resume and checkpoint_path(resume).resolve() == (folder / "last.pt").resolve():
         return True
-    if any((folder / name).exists() for name in RUN_FILES) and not _restarted():  # before it had a checkpoint
-        raise UserError(f"--output: {folder} holds a run already: continue it with --resume {folder}, or name another")
+    if any((folder / name).exists() for name in RUN_FILES) and not _restarted():  # a restarted run may have no checkpoint
+        raise UserError(f"--output: {folder} contains a run: continue it with --resume {folder}, or name another folder")
     return False
 
 
 def _restarted() -> bool:
-    """By torchrun, after a process failed."""
+    """Return whether torchrun has restarted this run after a process failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":  # of several processes on a machine, each has its own
+    if name == "cuda":  # one GPU per process
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]  # torch goes on with all the devices there are, or with CUDA's advice
+        reason = str(error).partition("\n")[0]  # the rest is a list of devices, or advice on CUDA
         raise UserError(f"--device: cannot use {name!r}: {reason}") from error
     if device.type == "meta":
         raise UserError("--device: cannot use 'meta': its tensors hold no values")
@@ -71,24 +71,24 @@ def device_of(name: str) -> torch.device:
 
 
 def check_tensorboard() -> None:
-    """Whether it can be imported, which takes a second."""
+    """Raise `UserError` if TensorBoard cannot be imported. The import takes a second."""
     try:
         import_module("torch.utils.tensorboard")
     except ImportError as error:
-        raise UserError(f"--log-tensorboard: tensorboard is missing ({error}): pip install tensorboard") from error
+        raise UserError(f"--log-tensorboard: cannot import tensorboard ({error}): pip install tensorboard") from error
 
 
 def check_processes(config: Config, ranks: Ranks) -> None:
-    """What the number of processes makes impossible."""
+    """Raise `UserError` if the settings do not fit the number of processes."""
     if config.fsdp and ranks.world == 1:
-        alone = "--no-fsdp goes on in one" if config.resume else "torchrun --nproc-per-node N -m vix_kernels starts N"
-        raise UserError(f"--fsdp: divides a model among processes, and there is one: {alone}")
+        advice = "resume in one with --no-fsdp" if config.resume else "start N with torchrun --nproc-per-node N -m vix_kernels"
+        raise UserError(f"--fsdp: expected several processes, got one: {advice}")
     if ranks.world > 1 and not config.output and not config.resume:
-        raise UserError("--output: name it, so that all processes, and those of a restart, have the same folder")
+        raise UserError("--output: expected a folder, which all processes and a restart share, got none")
 
 
 def check_shared_data(dataset: Dataset, ranks: Ranks) -> None:
-    """That all processes have the images that the first one has, as far as their labels tell."""
+    """Raise `UserError` if a process has other data than the first one. Compares classes, numbers of images, and labels."""
 
     def contents() -> dict[str, Any]:
         parts = {"training": dataset.train, "held-out": dataset.test}
@@ -97,28 +97,32 @@ def check_shared_data(dataset: Dataset, ranks: Ranks) -> None:
 
     first = ranks.decided(contents)
     with ranks.agreed():
-        if others := [name for name, value in contents().items() if value != first[name]]:
-            raise UserError(f"--dataset: {dataset.name} differs from that of process 0 in its {', '.join(others)}")
+        if different := [name for name, value in contents().items() if value != first[name]]:
+            raise UserError(f"--dataset: {dataset.name} differs from that of process 0 in its {', '.join(different)}")
 
 
 def check_batches(config: Config, ranks: Ranks, images: int) -> None:
-    """That every process has an image for each part of every batch."""
+    """Raise `UserError` if a process gets less than one image for each part of the smallest batch."""
     smallest = images // config.steps(images)
     if ranks.least(smallest) < config.grad_accum_steps:
-        parts = f"{ranks.world} processes, which get images by pairs, and --grad-accum-steps {config.grad_accum_steps}"
-        raise UserError(f"--batch-size: {parts} divide a batch, the smallest of which has {smallest} images: too few")
+        parts = f"{ranks.world} processes, which get pairs of images, and --grad-accum-steps {config.grad_accum_steps}"
+        raise UserError(f"--batch-size: the smallest batch has {smallest} images, too few for {parts}")
 
 
 def build_model(config: Config, source: Source, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """The model and its arguments: the data set's where --model-kwargs names none."""
+    """Create the model. Arguments that --model-kwargs does not name follow from the data set.
+
+    Returns:
+        The model and its arguments.
+    """
     channels, height, width = source.shape
     shape = {"img_size": (height, width), "in_chans": channels, "num_classes": len(source.classes)}
     for name, flag in {"backend": "--backend", "drop_path_rate": "--drop-path"}.items():
         if name in config.model_kwargs:
-            raise UserError(f"--model-kwargs: {name} has a flag of its own, {flag}")
-    try:  # the patches that suit the images, unless the model has none, or is a preset with its own
-        suited = source.model_kwargs.keys() & takes(config.model) - preset(config.model).keys()
-        kwargs = shape | {key: source.model_kwargs[key] for key in suited} | config.model_kwargs
+            raise UserError(f"--model-kwargs: {name}: use the flag {flag}")
+    try:  # the data set's patch size, unless the model takes none or its preset sets one
+        applicable = source.model_kwargs.keys() & takes(config.model) - preset(config.model).keys()
+        kwargs = shape | {key: source.model_kwargs[key] for key in applicable} | config.model_kwargs
         kwargs["img_size"] = pair("img_size", kwargs["img_size"])
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -138,7 +142,10 @@ def build_model(config: Config, source: Source, device: torch.device) -> tuple[n
 
 
 def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images: int) -> None:
-    """Where a process may get a batch of one image: with one value a channel, batch norm fails."""
+    """Raise `UserError` if a process may get one image and the model cannot train on it.
+
+    Batch norm fails if a channel has a single value.
+    """
     if ranks.least(images // config.steps(images)) // config.grad_accum_steps > 1:
         return
     one = torch.zeros(1, model.in_chans, *model.img_size, device=next(model.parameters()).device)
@@ -149,7 +156,7 @@ def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images:
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], source: Source) -> None:
-    """That `checkpoint` is of the same model, classes and seed, and at a place that this run passes."""
+    """Raise `UserError` if `checkpoint` has another model, other classes or another seed, or more epochs than this run."""
     saved = checkpoint["config"] | {"model_kwargs": checkpoint["model_kwargs"]}
     wanted = {"model": config.model, "seed": config.seed, "model_kwargs": model_kwargs}
     if checkpoint["step"]:  # in the middle of an epoch
@@ -161,20 +168,23 @@ def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[st
         raise UserError(f"--resume: the checkpoint has other classes than dataset {config.dataset}")
     begun = len(checkpoint["history"]) + bool(checkpoint["step"])
     if config.epochs < begun:
-        raise UserError(f"--epochs: expected at least the {begun} that the checkpoint has behind it, got {config.epochs}")
+        raise UserError(f"--epochs: expected at least the {begun} that the checkpoint has started, got {config.epochs}")
 
 
 def check_same_data(checkpoint: Checkpoint, config: Config, dataset: Dataset) -> None:
-    """That `checkpoint` is of as many images. The path may have changed, and the statistics depend on the JPEG decoder."""
+    """Raise `UserError` if `checkpoint` was trained on another number of images.
+
+    The path may have changed, and the pixel statistics depend on the JPEG decoder, so neither is compared.
+    """
     description = dataset.description()
     if any(checkpoint["data"].get(name) != description[name] for name in ("train_images", "test_images")):
         raise UserError(f"--resume: the checkpoint has other numbers of images than dataset {config.dataset}")
 
 
 def best_of(resume: str, history: list[dict[str, Any]]) -> Checkpoint | None:
-    """The checkpoint of the best epoch in `history`, if it lies beside the one that is resumed.
+    """Return the checkpoint of the best epoch in `history` if it is next to the resumed one.
 
-    The run may have gone on since, or be another one: a best.pt with another history is left out.
+    A best.pt with another history is ignored: the run has continued since, or is another run.
     """
     path = checkpoint_path(resume).with_name("best.pt")
     best = load_checkpoint(path) if path.is_file() else None
@@ -182,7 +192,7 @@ def best_of(resume: str, history: list[dict[str, Any]]) -> Checkpoint | None:
 
 
 def claim_folder(name: str) -> Path:
-    """Make runs/NAME, or the first of NAME-2, NAME-3, ... that is free. Of runs started at once only one can make it."""
+    """Create runs/NAME, or the first of NAME-2, NAME-3, ... that does not exist. Concurrent runs get different folders."""
     runs = Path("runs")
     runs.mkdir(exist_ok=True)
     for number in count(1):

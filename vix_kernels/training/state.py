@@ -1,4 +1,4 @@
-"""What training changes, and what a checkpoint therefore holds."""
+"""The state of training, which checkpoints save and restore."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ History = list[dict[str, Any]]
 
 
 class State:
-    """The model with all that its training has brought about so far.
+    """The model and the rest of the training state: optimizer, loss scaler, moving average and progress.
 
-    Nothing else has to be kept: whatever is random follows from the seed and from `place`.
+    Random numbers need no state, because they follow from the seed and from `place`.
 
     Attributes:
-        model: the module itself; `call` is what to call, which sums the gradients over the processes.
-        history: one row for each epoch that is behind.
-        step: steps of the epoch under way that are behind; `loss_sum` and `seconds` are of this part of it.
-        diverged: the step of this epoch whose loss was the first that is not finite, else NEVER; kept on the device.
+        model: the plain module.
+        call: the module to call for training. It averages the gradients over the processes.
+        history: one row for each completed epoch.
+        step: the completed steps of the current epoch.
+        loss_sum: the sum of the losses in these steps.
+        seconds: the time of these steps.
+        diverged: the first step of the current epoch whose loss is not finite, else NEVER. A tensor on the device.
     """
 
     def __init__(self, config: Config, model: nn.Module, device: torch.device, ranks: Ranks) -> None:
         self.config, self.model, self.device, self.ranks = config, model, device, ranks
         self.ema = Ema(model, config.model_ema_decay) if config.model_ema else None
         for module in filter(None, (model, self.ema and self.ema.model)):
-            if config.channels_last and not config.fsdp:  # FSDP2 takes contiguous weights only; the images are enough
+            if config.channels_last and not config.fsdp:  # FSDP2 needs contiguous weights; only images change
                 module.to(memory_format=torch.channels_last)
             if config.compile:
-                module.compile(dynamic=True)  # batches have two lengths
+                module.compile(dynamic=True)  # batches have two sizes
             if config.fsdp:
                 shard(module, device)
         if config.grad_checkpointing:
@@ -55,17 +58,17 @@ class State:
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """Seed, epoch and step: what is drawn next follows from them."""
+        """Seed, epoch and step. They determine the next random numbers."""
         return self.config.seed, len(self.history), self.step
 
     @property
     def tested(self) -> nn.Module:
-        """The weights that are tested: their average where there is one."""
+        """The model to evaluate: the moving average if there is one."""
         return self.ema.model if self.ema else self.model
 
     def checkpoint(self, model_kwargs: dict[str, Any], data: dict[str, Any]) -> Checkpoint:
-        """Called by all processes."""
-        average_batch_norm(self.model, self.ranks)  # so that they go on alike, whoever reads it
+        """Return the checkpoint of this state. All processes must call it."""
+        average_batch_norm(self.model, self.ranks)  # all processes continue with the statistics that are saved
         return {
             "config": asdict(self.config),
             "model_kwargs": model_kwargs,
@@ -83,7 +86,11 @@ class State:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from `checkpoint`; an average that it does not have starts from its weights."""
+        """Restore the state from `checkpoint`. If it has no moving average, the average starts from its weights.
+
+        Raises:
+            UserError: the checkpoint does not fit the model.
+        """
         try:
             load_placed(self.model, checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])

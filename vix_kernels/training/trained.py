@@ -1,4 +1,4 @@
-"""What a trained model makes of held-out images, and of any."""
+"""Load trained models, evaluate them on held-out images, and predict the classes of image files."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ SHOWN_MISTAKES = 24
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in evaluation mode: the average of its weights if the checkpoint has one.
+    """A trained model in evaluation mode. It has the moving average of the weights if the checkpoint contains one.
 
     Attributes:
-        config: of its training. A model from `save_model` has the defaults, and no dataset.
-        classes: None if `save_model` was not told their names; so are mean and std, (channels, 1, 1), of images in [0, 1].
+        path: the file that the model was loaded from.
+        config: the settings of its training. A model from `save_model` has the default settings and an empty dataset.
+        model: the model.
+        classes: the class names, or None if `save_model` did not get them.
+        mean, std: the statistics of the training images in [0, 1], (channels, 1, 1), or None if `save_model` did not get them.
     """
 
     path: Path
@@ -42,19 +45,19 @@ class Trained:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that the model reads."""
+        """Channels, height and width of the model's input images."""
         return self.model.in_chans, *self.model.img_size
 
     def name(self, label: int) -> str:
         return self.classes[label] if self.classes else str(label)
 
     def inputs(self, images: Tensor) -> Tensor:
-        """Float images in [0, 1] to what the model reads."""
+        """Normalize float images in [0, 1] for the model."""
         return images if self.mean is None else (images - self.mean) / self.std
 
 
 class FromPixels(nn.Module):
-    """The model behind its normalisation: float images in [0, 1] to logits."""
+    """The model with its normalization in front: float images in [0, 1] to logits."""
 
     def __init__(self, trained: Trained) -> None:
         super().__init__()
@@ -65,19 +68,19 @@ class FromPixels(nn.Module):
 
 
 def load_trained(path: str | Path, device: torch.device) -> Trained:
-    """From a checkpoint, from the folder of a run (its best one), or from what `save_model` wrote.
+    """Load a model from a checkpoint file, from the best checkpoint of a run folder, or from a folder that `save_model` wrote.
 
-    Its config["data"] says what it was trained on, for `save_model`.
+    The model's config["data"] holds the classes, mean and std of the training images, which `save_model` writes.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no model at `path`, or it is damaged.
     """
     path = Path(path)
     if path.is_dir():
-        found = next((path / name for name in ("best.pt", "last.pt", CONFIG) if (path / name).is_file()), path / "best.pt")
-        if found.name == CONFIG:
+        file = next((path / name for name in ("best.pt", "last.pt", CONFIG) if (path / name).is_file()), path / "best.pt")
+        if file.name == CONFIG:
             return _load_saved(path, device)
-        path = found
+        path = file
     checkpoint = load_checkpoint(path, flag="--checkpoint")
     known = {each.name for each in fields(Config)}
     config = Config(**{name: value for name, value in checkpoint["config"].items() if name in known})
@@ -95,7 +98,7 @@ def _load_saved(folder: Path, device: torch.device) -> Trained:
     try:
         model = load_model(folder).to(device)
         if not isinstance(model, Backbone):
-            raise ValueError("it is an original, of which the image size is not known; to_onnx and load_model read it")
+            raise ValueError("an original model has no known image size; use load_model and to_onnx")
         return Trained(folder / CONFIG, Config(model=model.config["name"], dataset=""), model, *_training_images(model, device))
     except ModuleNotFoundError as error:
         raise UserError(f"--checkpoint: {folder} needs {error.name}: pip install 'vix_kernels[hub]'") from error
@@ -104,7 +107,7 @@ def _load_saved(folder: Path, device: torch.device) -> Trained:
 
 
 def _training_images(model: nn.Module, device: torch.device) -> tuple[tuple[str, ...] | None, Tensor | None, Tensor | None]:
-    """Classes, mean and std out of the model's config."""
+    """Return the classes, mean and std in the model's config. None if they are missing."""
     data = model.config.get("data", {})
     classes = tuple(map(str, data["classes"])) if "classes" in data else None
     if classes and len(classes) != model.num_classes:
@@ -119,10 +122,14 @@ def _training_images(model: nn.Module, device: torch.device) -> tuple[tuple[str,
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of all held-out images. `confusion` counts them, (classes, classes): a row is their own class, a column the model's.
+    """The results on all held-out images.
 
-    The mistakes are those that the model was surest of: uint8 images (n, channels, height, width), their labels, what the model
-    predicted, and its probability.
+    Attributes:
+        loss: the mean cross-entropy.
+        top1, top5: the accuracies in percent.
+        confusion: the numbers of images, (classes, classes). Rows are true classes, columns are predicted classes.
+        mistakes: the wrongly classified images with the highest predicted probability, uint8 (n, channels, height, width).
+        labels, predicted, probability: the true class, the predicted class and its probability for each mistake, (n,).
     """
 
     loss: float
@@ -135,29 +142,29 @@ class Evaluation:
     probability: Tensor
 
     def worst_pairs(self, number: int) -> list[tuple[int, int, int]]:
-        """(images, own class, what the model predicted) of the commonest mistakes."""
+        """Return (images, true class, predicted class) of the most common mistakes."""
         wrong = self.confusion - self.confusion.diag().diag()
         counts, places = wrong.flatten().topk(min(number, wrong.numel()))
         return [(int(n), *divmod(int(place), len(wrong))) for n, place in zip(counts, places, strict=True) if n]
 
 
 def check_fits(trained: Trained, source: Source) -> None:
-    """Raises `UserError` for images of another shape, or other classes, than the model's."""
+    """Raise `UserError` if the images have another shape or other classes than the model."""
     known = trained.classes or tuple(map(str, range(trained.model.num_classes)))
     if source.classes != known and (trained.classes or len(source.classes) != len(known)):
-        ours, theirs = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (known, source.classes))
-        raise UserError(f"--dataset: the model knows {ours}, {source.name} has {theirs}")
+        expected, actual = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (known, source.classes))
+        raise UserError(f"--dataset: expected the model's {expected}, got {actual} in {source.name}")
     if source.shape != trained.shape:
-        raise UserError(f"--dataset: the model reads images of shape {trained.shape}, {source.name} has {source.shape}")
+        raise UserError(f"--dataset: expected images of the model's shape {trained.shape}, got {source.shape} in {source.name}")
 
 
 def evaluate_trained(trained: Trained, dataset: Dataset) -> Evaluation:
-    """Test the model on the held-out images of `dataset`, normalised as the training images were.
+    """Evaluate the model on the held-out images of `dataset`.
 
-    If mean and std of those are not known, the images are normalised by those of `dataset`.
+    The images are normalized with the mean and std of the training images. If these are unknown, those of `dataset` are used.
 
     Raises:
-        UserError: they have other classes or another shape.
+        UserError: the images have other classes or another shape than the model.
     """
     check_fits(trained, dataset.source())
     if trained.mean is not None:
@@ -177,18 +184,19 @@ def evaluate_trained(trained: Trained, dataset: Dataset) -> Evaluation:
         probability = scores.softmax(1).amax(1)
         at = (predicted != labels).nonzero()[:, 0]
         wrong.append((pixels[at], labels[at], predicted[at], probability[at]))
-        surest = [torch.cat(each) for each in zip(*wrong, strict=True)]
-        order = surest[3].argsort(descending=True, stable=True)[:SHOWN_MISTAKES]
-        wrong = [tuple(each[order] for each in surest)]
+        mistakes = [torch.cat(each) for each in zip(*wrong, strict=True)]
+        order = mistakes[3].argsort(descending=True, stable=True)[:SHOWN_MISTAKES]
+        wrong = [tuple(each[order] for each in mistakes)]
     top1 = 100 * confusion.diag().sum().item() / images
     return Evaluation(loss / images, top1, 100 * hits / images, confusion, *wrong[0])
 
 
 @torch.no_grad()
 def predict(trained: Trained, files: list[Path]) -> Iterator[tuple[Path, Tensor | Exception, Tensor | None]]:
-    """For every file: the image as the model sees it, in [0, 1] (channels, height, width), and its probabilities (classes,).
+    """Yield the path, the image and the class probabilities (classes,) of each file.
 
-    Instead of an image that cannot be read there is the reason.
+    The image has the model's size, (channels, height, width), and values in [0, 1]. If a file cannot be decoded, the image is
+    the error and the probabilities are None.
     """
     device = next(trained.model.parameters()).device
     for path in files:
@@ -203,22 +211,24 @@ def predict(trained: Trained, files: list[Path]) -> Iterator[tuple[Path, Tensor 
 
 
 def attention_map(trained: Trained, image: Tensor) -> Tensor:
-    """What the class token looks at in the last block, averaged over the heads: (rows, columns) of patches.
+    """Return the class token's attention weights in the last block, averaged over the heads: (rows, columns) of patches.
 
     Raises:
-        UserError: the model has no class token, or a mixer that is no attention.
+        UserError: the model has no class token, or its last block has no attention.
     """
     model = trained.model
     attention = model.blocks[-1].attn if getattr(model, "num_prefix_tokens", 0) else None
     if not isinstance(attention, AttentionModule):
-        what = "a class token" if attention is None else "attention"
-        raise UserError(f"--attention: {trained.config.model} has no {what}: there is no map of what it looks at")
-    seen: list[tuple] = []
+        missing = "class token" if attention is None else "attention"
+        raise UserError(
+            f"--attention: expected a model with a class token and attention, {trained.config.model} has no {missing}"
+        )
+    inputs: list[tuple] = []
     hook = attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((args[0], kwargs["rope"])), with_kwargs=True
+        lambda module, args, kwargs: inputs.append((args[0], kwargs["rope"])), with_kwargs=True
     )
     with hook, torch.no_grad():
         model(trained.inputs(image)[None])
-    tokens, rope = seen[0]
+    tokens, rope = inputs[0]
     weights = attention.attention_of(tokens, rope=rope)[0].mean(dim=0)
     return weights[model.num_prefix_tokens :].view(model.grid)

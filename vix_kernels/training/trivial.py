@@ -1,8 +1,8 @@
-"""TrivialAugment (Müller and Hutter, arXiv:2103.10158): one operation an image, of a strength drawn uniformly.
+"""TrivialAugment (Müller and Hutter, arXiv:2103.10158): one random operation per image, with a uniformly drawn strength.
 
-The operations and their strongest forms are those of the paper's wide space, except that an image moves by at most half of its
-side, where the paper has 32 pixels. Images are float (batch, channels, height, width) in [0, 1]; `strength` (batch, 1, 1, 1)
-runs from 0, no change, to 1, and `sign` is -1 or 1.
+The operations and their maximum strengths are those of the paper's wide space, except that translations move an image by at
+most half of its side instead of 32 pixels. Images are float (batch, channels, height, width) in [0, 1]. `strength` and `sign`
+have the shape (batch, 1, 1, 1). `strength` is between 0 (no change) and 1, and `sign` is -1 or 1.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def trivial_augment(images: Tensor, draws: Draws) -> Tensor:
-    """Change each image by one of OPERATIONS."""
-    chosen, strength = draws.integers(0, len(OPERATIONS)), draws.uniform()
+    """Apply a random one of OPERATIONS to each image."""
+    selected, strength = draws.integers(0, len(OPERATIONS)), draws.uniform()
     sign = torch.where(draws.chance(0.5), 1.0, -1.0)
     out = images.clone()
     for number, operation in enumerate(OPERATIONS):
-        at = (chosen == number).nonzero()[:, 0]
+        at = (selected == number).nonzero()[:, 0]
         if len(at):
-            here = sent(at, images.device)
+            index = sent(at, images.device)
             strengths, signs = (sent(each[at], images.device)[:, None, None, None] for each in (strength, sign))
-            out[here] = operation(images[here], strengths, signs)
+            out[index] = operation(images[index], strengths, signs)
     return out
 
 
@@ -56,30 +56,30 @@ def translate_y(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
 
 def rotate(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
     angle = _numbers(sign * strength) * math.radians(135)
-    tall = x.shape[2] / x.shape[3]  # the angle is one of pixels, the places run from -1 to 1 along either side
-    return warp(x, [[angle.cos(), -angle.sin() * tall, 0.0], [angle.sin() / tall, angle.cos(), 0.0]])
+    aspect = x.shape[2] / x.shape[3]  # warp's coordinates run from -1 to 1 along both sides, whatever their lengths
+    return warp(x, [[angle.cos(), -angle.sin() * aspect, 0.0], [angle.sin() / aspect, angle.cos(), 0.0]])
 
 
 def brightness(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    return _away_from(torch.zeros_like(x), x, strength, sign)
+    return _extrapolate(torch.zeros_like(x), x, strength, sign)
 
 
 def color(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    return _away_from(_grey(x), x, strength, sign)
+    return _extrapolate(_gray(x), x, strength, sign)
 
 
 def contrast(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    return _away_from(_grey(x).mean(dim=(2, 3), keepdim=True), x, strength, sign)
+    return _extrapolate(_gray(x).mean(dim=(2, 3), keepdim=True), x, strength, sign)
 
 
 def sharpness(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    smooth = x.clone()  # the border stays
+    smooth = x.clone()  # border pixels are not smoothed
     smooth[:, :, 1:-1, 1:-1] = (9 * F.avg_pool2d(x, 3, stride=1) + 4 * x[:, :, 1:-1, 1:-1]) / 13
-    return _away_from(smooth, x, strength, sign)
+    return _extrapolate(smooth, x, strength, sign)
 
 
 def posterize(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    step = 2 ** (6 * strength).round()  # of 255: 8 to 2 bits
+    step = 2 ** (6 * strength).round()  # in units of 1/255: keeps 8 to 2 bits
     return ((255 * x).round() / step).floor() * step / 255
 
 
@@ -93,7 +93,7 @@ def autocontrast(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
 
 
 def equalize(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    """Each channel by its histogram, rounded as Pillow does."""
+    """Equalize the histogram of each channel, with Pillow's rounding."""
     values = (255 * x).round().long().flatten(2)
     counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=x.device)
     counts.scatter_add_(2, values, torch.ones_like(values))
@@ -111,16 +111,16 @@ OPERATIONS: tuple[Operation, ...] = (
 
 
 def _numbers(x: Tensor) -> Tensor:
-    """(batch, 1, 1, 1) to (batch,)."""
+    """Reshape (batch, 1, 1, 1) to (batch,)."""
     return x.flatten()
 
 
-def _grey(x: Tensor) -> Tensor:
+def _gray(x: Tensor) -> Tensor:
     if x.shape[1] != 3:
         return x.mean(dim=1, keepdim=True)
     return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 
-def _away_from(other: Tensor, x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    """From x nearly to `other`, or as far to the other side."""
+def _extrapolate(other: Tensor, x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
+    """Move x toward `other` (sign -1) or as far away from it (sign 1), by up to 0.99 of their difference."""
     return torch.lerp(other.expand_as(x), x, 1 + 0.99 * sign * strength).clamp(0, 1)

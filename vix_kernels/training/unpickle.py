@@ -1,4 +1,4 @@
-"""Pickles from outside, of which a reader admits what it needs; anything else could run code."""
+"""A restricted unpickler for untrusted files. It only loads the types that its caller allows, since others could run code."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import Any
 
 
 class Unpickler(pickle._Unpickler):
-    """Loads `content` if it asks only for `allowed`, pairs of a module and a name in it.
+    """Unpickler of `content` that refuses names outside `allowed`.
 
-    The one in Python: that in C allocates, and fills, whatever a damaged length or a damaged place in its memo says. So do byte
-    arrays in both; no file that is read has any.
+    It derives from Python's implementation: the one in C allocates and fills as much memory as a damaged length or memo index
+    says. For byte arrays both do, so they are refused; valid files contain none.
+
+    Args:
+        content: the pickle.
+        allowed: pairs of a module and a name in it.
     """
 
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
@@ -23,5 +27,5 @@ class Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not needed here")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in this file")
         return super().find_class(module, name)
