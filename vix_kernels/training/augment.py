@@ -58,7 +58,7 @@ def warp(images: Tensor, matrix: list[list[Tensor | float]], outside: str = "zer
 
 
 def random_flip_crop(images: Tensor, draws: Draws, *, shift: float) -> Tensor:
-    """Flip each image horizontally with probability 0.5, then crop it at random from its reflection-padded version.
+    """Flip each image horizontally with probability 0.5, pad it by reflection, and crop it to its size at random.
 
     `shift` is the padding on each side as a fraction of the image size, less than 1. It is rounded down to whole pixels.
     """

@@ -101,9 +101,7 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
         # A run may resume in another place, so these settings are not restored.
         changed = {"device", "backend", "output", "resume", "data_dir", "workers", "progress"}
         saved = {name: value for name, value in checkpoint["config"].items() if name not in changed}
-        numbers = {
-            name: value for name, value in saved.items() if isinstance(value, (int, float))
-        }  # a damaged file may hold other types
+        numbers = {name: value for name, value in saved.items() if isinstance(value, (int, float))}  # a file may be damaged
         if (first.epochs or "epochs" in settings) and is_reached(numbers.get("time_to"), checkpoint["history"]):
             del saved["time_to"]  # the user asks for more epochs after reaching the accuracy
         if numbers.get("min_lr", 0) > numbers.get("lr", math.inf):  # an earlier version's default could exceed a small --lr

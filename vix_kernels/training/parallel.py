@@ -141,7 +141,7 @@ class Ranks:
         return result[0]
 
     def fails_first(self) -> bool:
-        """Return whether this process is the first to call this. The others may only fail because its connections broke."""
+        """Return whether this process is the first to fail. The others then fail too, because its connections break."""
         if self.world == 1:
             return True
         try:
@@ -168,7 +168,7 @@ class Ranks:
 
 @contextmanager
 def connected() -> Iterator[Ranks]:
-    """Connect the processes that torchrun has started inside the block, and yield this process's `Ranks`.
+    """Connect the processes of torchrun for the duration of the block. Yields the `Ranks` of this process.
 
     If the caller has initialized torch.distributed, use its process group, which must support CPU tensors. Without torchrun and
     without a process group, this process runs alone.

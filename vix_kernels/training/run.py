@@ -53,7 +53,7 @@ CURVE_SECONDS = 30  # between updates of the learning curve; one takes 0.3 s, so
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has ended the run, which has saved its state."""
+    """Raised when a signal ends the run, after its state is saved."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)

@@ -156,7 +156,10 @@ def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images:
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], source: Source) -> None:
-    """Raise `UserError` if `checkpoint` has another model, other classes or another seed, or more epochs than this run."""
+    """Raise `UserError` if `checkpoint` has another model, seed or classes, or more epochs than this run.
+
+    Within an epoch, the batch size must be equal, too.
+    """
     saved = checkpoint["config"] | {"model_kwargs": checkpoint["model_kwargs"]}
     wanted = {"model": config.model, "seed": config.seed, "model_kwargs": model_kwargs}
     if checkpoint["step"]:  # in the middle of an epoch
