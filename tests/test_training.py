@@ -224,7 +224,7 @@ def test_a_backend_that_cannot_run_is_refused(
 def test_a_folder_with_a_run_is_left_alone(straight: Path, refused: Callable[..., str]) -> None:
     before = contents(straight)
     assert "--resume" in refused("--output", straight)
-    assert "holds a run" in refused("--resume", straight / "best.pt")
+    assert "contains a run" in refused("--resume", straight / "best.pt")
     assert contents(straight) == before
 
 
