@@ -211,7 +211,7 @@ def test_random_features_take_gradients_only_where_they_are_learned() -> None:
 
 
 def test_a_name_is_given_once() -> None:
-    with pytest.raises(ValueError, match="name: expected one that is free, got 'nystrom', that of Nystrom"):
+    with pytest.raises(ValueError, match="name: expected an unused name, got 'nystrom', the name of Nystrom"):
         register("nystrom")(type("Other", (Nystrom,), {}))
     assert CORES["nystrom"] is Nystrom
 

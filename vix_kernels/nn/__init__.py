@@ -1,4 +1,4 @@
-"""Attention modules with timm's signature: x (batch, tokens, dim) in, the same shape out; one a file."""
+"""Attention modules with timm's signature, one per file: x (batch, tokens, dim) in, the same shape out."""
 
 from importlib import import_module
 from pkgutil import iter_modules
@@ -21,5 +21,5 @@ __all__ = [
     "PerformerAttention",
 ]
 
-for _file in iter_modules(__path__):  # each may register a core
+for _file in iter_modules(__path__):  # importing a file registers its core
     import_module(f"{__name__}.{_file.name}")

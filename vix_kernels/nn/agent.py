@@ -1,4 +1,4 @@
-"""Agent attention: its core, and its module."""
+"""Agent attention: core and module."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .module import AttentionModule
 @register("agent")
 @dataclass(frozen=True)
 class Agent(Core):
-    """Agents are means of the queries of segments or of cells of a grid (Han et al., arXiv 2312.08874). They are not rotated.
+    """Agent attention (Han et al., arXiv 2312.08874). Agents are queries averaged over segments or grid cells, without rope.
 
     Attributes:
-        num_agents: of the tokens behind the prefix; fewer where there are fewer tokens.
-        grid_size: height and width of the token map behind the prefix: agents pool its cells. None: segments of the sequence,
-            or in a model the grid and the prefix of the site.
-        prefix_tokens: tokens in front (class, registers) that are agents of their own.
+        num_agents: number of agents for the tokens after the prefix; fewer if there are fewer tokens.
+        grid_size: height and width of the token map after the prefix; agents pool its cells. None: agents pool segments of
+            the sequence, or, in a model, cells of the site's grid after the site's prefix.
+        prefix_tokens: number of leading tokens (class, registers); each is a separate agent.
     """
 
     num_agents: int = 49
@@ -57,28 +57,27 @@ class Agent(Core):
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
         q, k, v = autocast(q, k, v)
-        of_queries = tokens.key_padding_mask if tokens.self_attention else None
+        query_mask = tokens.key_padding_mask if tokens.self_attention else None
         agents, counts = pooled_queries(
             q, at_most(self.num_agents, q.shape[2] - self.prefix_tokens), grid_size=self.grid_size,
-            prefix_tokens=self.prefix_tokens, mask=of_queries, backend=backend,
+            prefix_tokens=self.prefix_tokens, mask=query_mask, backend=backend,
         )  # fmt: skip
         return agent_attention(
-            q, k, v, agents, scale=scale, agent_mask=None if of_queries is None else counts > 0,
+            q, k, v, agents, scale=scale, agent_mask=None if query_mask is None else counts > 0,
             key_padding_mask=tokens.key_padding_mask, rope=rope, backend=backend,
         )  # fmt: skip
 
 
 class AgentAttention(AttentionModule):
-    """Agent attention between timm's linear maps; its agents are pooled queries (Han et al., arXiv 2312.08874).
+    """Agent attention (Han et al., arXiv 2312.08874) with timm's linear layers. Agents are pooled queries.
 
     Args:
-        num_agents: of the tokens behind the prefix; fewer where there are fewer tokens.
-        grid_size: height and width of the token map behind the prefix: agents pool its cells. None: segments of the sequence.
-        prefix_tokens: tokens in front (class, registers) that are agents of their own.
+        num_agents: number of agents for the tokens after the prefix; fewer if there are fewer tokens.
+        grid_size: height and width of the token map after the prefix; agents pool its cells. None: agents pool segments of
+            the sequence.
+        prefix_tokens: number of leading tokens (class, registers); each is a separate agent.
 
-    Others as in AttentionModule.
-
-    The agents are not rotated, and neither are the queries that they pool.
+    For the other arguments, see AttentionModule. Agents are pooled from queries without rotary embedding and are not rotated.
     """
 
     def __init__(

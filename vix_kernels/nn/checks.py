@@ -1,4 +1,4 @@
-"""What the modules ask of their arguments. An error names the argument, what was expected and what came."""
+"""Argument checks of the modules. Each error names the argument, the expected value and the given value."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_heads(dim: int, num_heads: int) -> None:
 
 
 def check_rate(name: str, rate: Any) -> None:
-    """A number from 0 to 1."""
+    """Check that `rate` is a number from 0 to 1."""
     if not isinstance(rate, numbers.Real) or isinstance(rate, bool):
         raise TypeError(f"{name}: expected a number from 0 to 1, got {rate!r}")
     if not 0 <= rate <= 1:
@@ -28,7 +28,7 @@ def check_rate(name: str, rate: Any) -> None:
 
 
 def check_placement(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tokens: int) -> None:
-    """How many landmarks or agents, an argument called `name`, and where. Each call checks that they fit its tokens."""
+    """Check the number of landmarks or agents (the argument `name`) and their placement, independently of a sequence."""
     check_integer(name, count, 1)
     check_integer("prefix_tokens", prefix_tokens, 0)
     if grid_size is not None and min(check_grid(grid_size)) < 1:
@@ -36,17 +36,17 @@ def check_placement(name: str, count: int, grid_size: tuple[int, int] | None, pr
 
 
 def check_tokens(x: Tensor, dim: int, first: nn.Module | None = None) -> None:
-    """x (batch, tokens, dim), in the dtype of `first`, the linear map that reads it, or under autocast in any."""
+    """Check that x is (batch, tokens, dim) and, outside autocast, has the dtype of `first`, the linear layer applied to it."""
     check_floating("x", x)
     if x.dim() != 3 or x.shape[2] != dim:
         raise ValueError(f"x: expected (batch, tokens, {dim}), got shape {tuple(x.shape)}")
-    # A quantised map, or another that replaced it, may read other dtypes than that of its weight.
+    # A quantized or otherwise replaced layer may accept other dtypes than its weight's.
     if type(first) is nn.Linear and x.dtype != first.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x: expected the module's dtype {dtype_name(first.weight.dtype)}, got {dtype_name(x.dtype)}")
 
 
 def check_call_grid(grid_size: tuple[int, int], tokens: int) -> None:
-    """The grid of a call with so many tokens behind the prefix."""
+    """Check that `grid_size` is a grid of `tokens`, the number of tokens after the prefix."""
     rows, columns = check_grid(grid_size)
     if rows < 1 or columns < 1 or rows * columns != tokens:
-        raise ValueError(f"grid_size: expected height * width = {tokens} tokens behind the prefix, got {grid_size}")
+        raise ValueError(f"grid_size: expected height * width = {tokens} tokens after the prefix, got {grid_size}")

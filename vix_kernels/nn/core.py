@@ -1,8 +1,8 @@
-"""Cores: what one attention is, apart from where it stands.
+"""Cores: attentions, independent of the modules that use them.
 
-A core is a frozen dataclass of the options of one attention. It declares the state that it needs, and attends. A shell is
-whatever holds one: the timm-style module of nn/module.py, a model of the zoo. Shells take any core and know none by name, so
-that a registered one is everywhere:
+A core is a frozen dataclass with the options of one attention. It declares its state and computes the attention. A shell
+holds a core: examples are the timm-style module of nn/module.py and a model of the zoo. Shells accept any core and name none,
+so a registered core works in all of them:
 
     @register("efficient")
     @dataclass(frozen=True)
@@ -28,14 +28,14 @@ Some = TypeVar("Some", bound="Mixer")
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a call knows of its tokens.
+    """Masks and layout of the tokens of one call.
 
     Attributes:
-        key_padding_mask: bool (batch, tokens), True = the token takes part.
-        cu_seqlens: int32 (samples + 1), where each of the samples begins that are packed into one row. No core accepts it yet.
-        group: the process group that the tokens are spread over. No core accepts it yet.
-        grid_size, prefix_tokens: of this call, where they are not those of the site.
-        self_attention: queries and keys are the same tokens.
+        key_padding_mask: bool (batch, tokens), True = valid.
+        cu_seqlens: int32 (samples + 1), start offsets of samples packed into one row. No core accepts it yet.
+        group: process group that the tokens are sharded over. No core accepts it yet.
+        grid_size, prefix_tokens: layout of this call, if it differs from the site's.
+        self_attention: whether queries and keys are the same tokens.
     """
 
     key_padding_mask: Tensor | None = None
@@ -48,7 +48,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class SdpaArgs:
-    """What only attention that forms its weights can take."""
+    """Arguments that only an attention with explicit attention weights supports."""
 
     attn_mask: Tensor | None = None
     dropout: float = 0.0
@@ -57,7 +57,7 @@ class SdpaArgs:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a core is mounted."""
+    """Where a core is mounted: its heads, its layer index in the model, and the model's token layout."""
 
     head_dim: int
     num_heads: int
@@ -69,7 +69,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A declared buffer. With keep_dtype it is moved, but not cast, with its module."""
+    """A declared buffer. With keep_dtype, it moves with its module but is never cast."""
 
     value: Tensor
     keep_dtype: bool = False
@@ -79,16 +79,16 @@ State = dict[str, nn.Parameter | Buffer | nn.Module | None]
 
 
 class Mixer:
-    """What mixes tokens. The subclasses are frozen dataclasses of their options, which all have defaults.
+    """Base class of token mixers. Subclasses are frozen dataclasses of their options, which all have defaults.
 
     Attributes:
-        name: it is registered by.
-        prefix_tokens, grid_size: where its slots are, of a mixer that has slots of tokens.
-        presets: options whose default differs in the "zoo", or in a "host" whose attention it replaces.
-        sited: options that follow from the site, so that a model of the zoo does not take them.
-        has_extra_state: its modules have what extra_state and load_extra_state speak of.
-        for_hosts: a host can have it in place of softmax attention.
-        not_for_hosts: why not, to end a sentence with.
+        name: the registered name.
+        prefix_tokens, grid_size: placement of the slots, for mixers whose slots are pooled tokens.
+        presets: defaults that differ in the "zoo", or in a "host" model whose attention is replaced.
+        sited: options derived from the site; zoo models do not accept them.
+        has_extra_state: whether its modules have an extra state (extra_state, load_extra_state).
+        for_hosts: whether it can replace softmax attention in a host model.
+        not_for_hosts: the reason if it cannot, as the end of an error message.
     """
 
     name: ClassVar[str]
@@ -102,7 +102,7 @@ class Mixer:
 
     @classmethod
     def made(cls: type[Some], preset: str, **options: Any) -> Some:
-        """With these options and the defaults of a preset."""
+        """Create a mixer from the defaults of a preset, overridden by `options`."""
         return cls(**cls.presets.get(preset, {}) | options)
 
     @classmethod
@@ -110,19 +110,19 @@ class Mixer:
         return [each.name for each in fields(cls)]
 
     def accepts(self) -> frozenset[str]:
-        """Which of rope, key_padding_mask, attn_mask, dropout, causal, cross, cu_seqlens and group it takes."""
+        """Return the supported subset of rope, key_padding_mask, attn_mask, dropout, causal, cross, cu_seqlens and group."""
         return frozenset({"rope", "key_padding_mask"})
 
     def reason(self, argument: str) -> str:
-        """Why it does not take `argument`, to end a sentence with."""
+        """Return why `argument` is not supported, as the end of an error message."""
         return {
             "attn_mask": "use key_padding_mask (batch, tokens)",
-            "dropout": "there are no weights to drop",
+            "dropout": "there are no attention weights to drop",
             "causal": "causal attention is not supported",
         }.get(argument, f"{self.name} attention does not support it")
 
     def refuse(self, **given: Any) -> None:
-        """Raises NotImplementedError for the first of the arguments `given` that it does not accept."""
+        """Raise NotImplementedError for the first argument in `given` that is not None and not supported."""
         for name, value in given.items():
             if value is not None and name not in self.accepts():
                 what = {"rope": "a rotary embedding", "cu_seqlens": "packed samples", "group": "a process group"}.get(
@@ -131,28 +131,28 @@ class Mixer:
                 raise NotImplementedError(f"{name}: expected None, got {what}; {self.reason(name)}")
 
     def fit(self: Some, site: Site) -> Some:
-        """This mixer with what follows from its site: its slots on the grid, its layer's seed."""
+        """Return this mixer adapted to its site: slots on the site's grid, the seed of its layer."""
         return self
 
     def in_layer(self: Some, layer: int) -> Some:
-        """This mixer for one of several layers: those with random features should not share them."""
+        """Return this mixer for the given layer. Random features should differ between layers."""
         return self
 
     def on_grid(self: Some, size: tuple[int, int]) -> Some:
-        """This mixer with its slots on a grid of tokens (rows, columns), as many as fit it, if it has slots of tokens."""
+        """Return this mixer with its slots, if they are pooled tokens, on a grid (rows, columns): as many as fit evenly."""
         return self
 
     def describe(self) -> str:
-        """What it is, in words, for a report."""
+        """Return a description for reports."""
         options = ", ".join(f"{name} {getattr(self, name)}" for name in self.options())
         return f"{self.name}{', ' if options else ''}{options}"
 
     def state(self, site: Site) -> State:
-        """What a module that holds it has: parameters, buffers, modules, or None for one that these options leave out."""
+        """Return the parameters, buffers and submodules that a module must hold, by name. None: not used with these options."""
         return {}
 
     def redraw(self, module: nn.Module) -> None:
-        """Draw what is random anew, if anything is."""
+        """Draw new random features, if there are any."""
 
     def extra_state(self, module: nn.Module) -> Tensor:
         raise NotImplementedError
@@ -163,7 +163,7 @@ class Mixer:
     def mix(
         self, module: nn.Module, x: Tensor, *, num_heads: int, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor:  # fmt: skip
-        """Of one that has no q, k and v: (batch, tokens, dim) to the same."""
+        """Map x (batch, tokens, dim) to the same shape. For mixers without q, k and v."""
         raise NotImplementedError
 
 
@@ -173,33 +173,38 @@ class Core(Mixer):
     for_hosts = True
 
     def takes_trained_weights(self) -> bool:
-        """Whether it is near enough to softmax attention to go on with weights that were trained with that."""
+        """Return whether it approximates softmax attention well enough to run with weights trained for it."""
         return False
 
     def needs_module(self) -> bool:
-        """Whether its state is trained, so that a module has to hold it."""
+        """Return whether a module must hold its state, because the state is trained."""
         return type(self).state is not Mixer.state
 
     def derived(self, q: Tensor) -> Any:
-        """What stands for the module where it needs none, for a call with q: an object with the state that is derived."""
+        """Return an object with the state for a call with q. It replaces the module if no module is needed."""
         return None
 
     def weights_only(self: Some) -> Some:
-        """Without what is added to the attention: a residual is no attention."""
+        """Return this core without residual terms, which have no attention weights."""
         return self
 
     def attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
-        """(batch, heads, tokens, head_dim) to the same; `module` holds the state. scale: default head_dim ** -0.5."""
+        """Attend: q, k and v (batch, heads, tokens, head_dim) to the same shape.
+
+        `module` holds the state. The default scale is head_dim ** -0.5.
+        """
         raise NotImplementedError
 
     def attend_tokens(
         self, module: nn.Module, x: Tensor, maps: nn.Linear, *, scale: float, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor | None:
-        """Attention of the tokens x (batch, tokens, dim) behind the packed maps to q, k and v, where that takes a better
-        way than through all three: (batch, heads, tokens, head_dim); None where it does not."""
+        """Attend from x (batch, tokens, dim) and the packed q, k, v layer `maps`, if that is faster than computing q, k and v.
+
+        Returns (batch, heads, tokens, head_dim), or None if it is not faster.
+        """
         return None
 
 
@@ -222,7 +227,7 @@ class Mounted(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Mounted:
         before = {name: getattr(self, name) for name in self.kept_dtypes}
         super()._apply(fn, recurse)
-        # Rounded features would differ between ranks and lose the estimate: move them, do not cast them.
+        # Move these buffers without a cast. Rounded random features would differ between ranks and degrade the estimate.
         for name, value in before.items():
             if getattr(self, name).dtype != value.dtype:
                 setattr(self, name, value.to(getattr(self, name).device))
@@ -234,15 +239,15 @@ _subscribers: list[Callable[[type[Mixer]], None]] = []
 
 
 def register(name: str) -> Callable[[type[Some]], type[Some]]:
-    """Make a mixer known by `name` to everything that takes names.
+    """Register a mixer under `name`.
 
     Raises:
-        ValueError: another one has this name.
+        ValueError: another mixer has this name.
     """
 
     def decorate(mixer: type[Some]) -> type[Some]:
         if name in CORES and CORES[name].__qualname__ != mixer.__qualname__:
-            raise ValueError(f"name: expected one that is free, got {name!r}, that of {CORES[name].__qualname__}")
+            raise ValueError(f"name: expected an unused name, got {name!r}, the name of {CORES[name].__qualname__}")
         mixer.name, CORES[name] = name, mixer
         for callback in _subscribers:
             callback(mixer)
@@ -252,7 +257,7 @@ def register(name: str) -> Callable[[type[Some]], type[Some]]:
 
 
 def subscribe(callback: Callable[[type[Mixer]], None]) -> None:
-    """Call `callback` with every mixer that is registered, those of later on included."""
+    """Call `callback` with every registered mixer, including those registered later."""
     _subscribers.append(callback)
     for mixer in CORES.values():
         callback(mixer)

@@ -9,7 +9,7 @@ from .plain import is_plain
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU `p` is rounded to a multiple of 2^-16, and one byte an element is kept for backward."""
+    """nn.Dropout. On a CPU, `p` is rounded to a multiple of 2^-16 and backward needs one byte per element."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or self.inplace or not self.active or not is_plain(self, Dropout):

@@ -1,4 +1,4 @@
-"""Fourier mixing: its core, and its module."""
+"""Fourier mixing: core and module."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .module import MixingModule
 @register("fourier")
 @dataclass(frozen=True)
 class Fourier(Mixer):
-    """The Fourier transform over tokens and channels (FNet).
+    """Real part of the Fourier transform over tokens and channels (FNet).
 
     Attributes:
-        norm: None, the plain sums of the paper, or "ortho", which keeps the size of the tokens; the sums exceed it some
-            hundred times.
+        norm: None for the plain sums of the paper, or "ortho", which keeps the magnitude of the tokens. The plain sums are
+            hundreds of times larger.
     """
 
     norm: Literal["ortho"] | None = None
@@ -48,12 +48,12 @@ class Fourier(Mixer):
 
 
 class FourierMixing(MixingModule):
-    """Fourier mixing (FNet) where attention would stand; it has no parameters.
+    """Fourier mixing (FNet) in place of attention. It has no parameters.
 
     Args:
-        norm: None, the plain sums of the paper, or "ortho", which keeps the size of the tokens.
+        norm: None for the plain sums of the paper, or "ortho", which keeps the magnitude of the tokens.
 
-    Others as in MixingModule. Masks are refused: every frequency is a sum over all tokens.
+    For the other arguments, see MixingModule. Masks are not supported, because every frequency is a sum over all tokens.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Linear attention: its core, and its module."""
+"""Linear attention: core and module."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .module import AttentionModule
 @register("linear")
 @dataclass(frozen=True)
 class Linear(Core):
-    """Linear attention on the channels of q and k as they are.
+    """Linear attention with an elementwise feature map of q and k.
 
-    It has no scale: that of relu cancels, elu is learned with what it sees.
+    `scale` is not used. It cancels with relu; with elu, training adapts to the unscaled q and k.
 
     Attributes:
         feature_map: "relu" or "elu" (elu + 1).
@@ -45,13 +45,13 @@ class Linear(Core):
 
 
 class LinearAttention(AttentionModule):
-    """Linear attention between timm's linear maps, on the channels of q and k as they are.
+    """Linear attention with timm's linear layers and an elementwise feature map of q and k.
 
     Args:
         feature_map: "relu" or "elu" (elu + 1).
         eps: a number >= 0, added to the denominator.
 
-    Others as in AttentionModule.
+    For the other arguments, see AttentionModule.
     """
 
     def __init__(

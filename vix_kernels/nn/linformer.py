@@ -1,4 +1,4 @@
-"""Linformer attention: its core, and its module."""
+"""Linformer attention: core and module."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from .module import AttentionModule
 @register("linformer")
 @dataclass(frozen=True)
 class Linformer(Core):
-    """Keys and values are projected along the tokens.
+    """Linformer attention: keys and values are projected along the tokens.
 
     Attributes:
-        seq_len: the longest sequence, by default that of the site; shorter ones use the first rows of the projections.
-        num_landmarks: K, the slots that the tokens are projected to; more of them than tokens are fine.
-        share_kv: one projection for keys and values.
-        per_head: projections of each head's own instead of one for all.
+        seq_len: the maximum sequence length; default the site's number of tokens. Shorter sequences use the first rows of
+            the projections.
+        num_landmarks: K, the number of slots that the tokens are projected to; may exceed the number of tokens.
+        share_kv: whether keys and values share one projection.
+        per_head: whether each head has a separate projection.
     """
 
     seq_len: int | None = None
@@ -71,8 +72,11 @@ class Linformer(Core):
     def attend_tokens(
         self, module: nn.Module, x: Tensor, maps: nn.Linear, *, scale: float, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor | None:
-        """E^T (x W) = (E^T x) W: keys and values of the tokens are made only where they are rotated, or each head has its own
-        E, which would take num_heads products with x."""
+        """Project x before the key and value layers: (E^T x) W = E^T (x W).
+
+        Rotary embedding needs the keys of all tokens, and per-head projections would need num_heads products with x; both
+        return None.
+        """
         if self.per_head or rope is not None:
             return None
         weights, mask = maps.weight.chunk(3), tokens.key_padding_mask
@@ -80,9 +84,9 @@ class Linformer(Core):
         q = rearrange(F.linear(x, weights[0], biases[0]), "b n (h d) -> b h n d", h=module.num_heads)
 
         def project(name: str) -> tuple[Tensor, Tensor]:
-            """E^T x (batch, K, dim) and E^T 1 (batch or 1, K, 1), of the valid tokens; others are 0 in x."""
+            """Return E^T x (batch, K, dim) and E^T 1 (batch or 1, K, 1) over valid tokens. Padded tokens are 0 in x."""
             projection = check_token_projection(name, getattr(module, name), q)[0]
-            # bmm, since matmul would transpose x in memory.
+            # matmul would transpose x in memory; bmm does not.
             projected = torch.bmm(projection.mT.expand(x.shape[0], -1, -1), x)
             if mask is None:
                 return projected, projection.sum(0)[None, :, None]
@@ -92,22 +96,22 @@ class Linformer(Core):
             y = F.linear(projected, weight)
             return rearrange(y if bias is None else y + ones * bias, "b k (h d) -> b h k d", h=module.num_heads)
 
-        of_keys = project("key_projection")
-        of_values = of_keys if module.value_projection is None else project("value_projection")
-        keys, values = slots(*of_keys, weights[1], biases[1]), slots(*of_values, weights[2], biases[2])
+        for_keys = project("key_projection")
+        for_values = for_keys if module.value_projection is None else project("value_projection")
+        keys, values = slots(*for_keys, weights[1], biases[1]), slots(*for_values, weights[2], biases[2])
         return attend_to_slots(q, keys.to(q.dtype), values, scale=scale, backend=backend)
 
 
 class LinformerAttention(AttentionModule):
-    """Linformer attention between timm's linear maps.
+    """Linformer attention with timm's linear layers.
 
     Args:
-        seq_len: the longest sequence; shorter ones use the first rows of the projections.
-        num_landmarks: K, the slots that the tokens are projected to; more of them than tokens are fine.
-        share_kv: one projection for keys and values.
-        per_head: projections of each head's own instead of one for all.
+        seq_len: the maximum sequence length. Shorter sequences use the first rows of the projections.
+        num_landmarks: K, the number of slots that the tokens are projected to; may exceed the number of tokens.
+        share_kv: whether keys and values share one projection.
+        per_head: whether each head has a separate projection.
 
-    Others as in AttentionModule.
+    For the other arguments, see AttentionModule.
 
     The projections are the parameters `key_projection` and `value_projection` (None if shared), (seq_len, K) or
     (num_heads, seq_len, K).

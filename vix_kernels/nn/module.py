@@ -1,4 +1,4 @@
-"""The timm-style modules that hold a core: x (batch, tokens, dim) in, the same shape out."""
+"""Timm-style modules that hold a core: x (batch, tokens, dim) in, the same shape out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .packed_linear import packed_linear
 
 
 class MixerModule(Mounted):
-    """What modules of attentions and of other mixers share. Subclasses mount the core's state behind their own.
+    """Base class of the modules for attentions and other mixers. Subclasses mount the core's state after their parameters.
 
     Attributes:
-        core: the mixer, as it fits its site.
-        site: where it stands in a model; by default nowhere.
+        core: the mixer, adapted to its site.
+        site: where the module is in a model; default a standalone module.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class MixerModule(Mounted):
         self.dim, self.num_heads, self.head_dim, self.backend = dim, num_heads, dim // num_heads, backend
 
     def core_on(self, grid_size: tuple[int, int], tokens: int) -> Mixer:
-        """The core for a call with so many tokens on this grid."""
+        """Return the core for a call with `tokens` tokens, prefix included, on the grid `grid_size`."""
         check_call_grid(grid_size, tokens - self.core.prefix_tokens)
         return self.core if self.core.grid_size is None else self.core.on_grid(grid_size)
 
     def refuse(self, attn_mask: Tensor | None, is_causal: bool, rope: Rope | None, tokens: Tokens) -> None:
-        """Raises NotImplementedError for what the core does not accept."""
+        """Raise NotImplementedError for an argument that the core does not support."""
         self.core.refuse(
             rope=rope, attn_mask=attn_mask, key_padding_mask=tokens.key_padding_mask, cu_seqlens=tokens.cu_seqlens,
             group=tokens.group,
@@ -58,19 +58,19 @@ class MixerModule(Mounted):
 
 
 class AttentionModule(MixerModule):
-    """An attention between the linear maps of timm's `Attention`: its parameters, names and order of arguments.
+    """An attention with the linear layers of timm's `Attention`: same parameters, names and argument order.
 
     Args:
         core: the attention.
         dim: width of the tokens; num_heads must divide it.
-        num_heads: heads.
-        qkv_bias, proj_bias: biases of the two linear maps.
-        qk_norm: normalise q and k of each head with norm_layer(head_dim).
-        attn_drop, proj_drop: dropout of the attention weights and of the output. Linear-cost attentions have no weights to
-            drop and refuse attn_drop.
-        norm_layer: for qk_norm; default torch.nn.LayerNorm.
-        backend: of the attention and of the rotary embedding.
-        site: where it stands in a model.
+        num_heads: number of heads.
+        qkv_bias, proj_bias: whether the two linear layers have a bias.
+        qk_norm: normalize q and k of each head with norm_layer(head_dim).
+        attn_drop, proj_drop: dropout rates of the attention weights and of the output. Linear-cost attentions have no
+            attention weights to drop and require attn_drop=0.
+        norm_layer: the norm of qk_norm; default torch.nn.LayerNorm.
+        backend: backend of the attention and of the rotary embedding.
+        site: where the module is in a model.
     """
 
     core: Core
@@ -103,7 +103,7 @@ class AttentionModule(MixerModule):
 
     @property
     def has_weights(self) -> bool:
-        """The attention forms its weights, so that some of them can be masked or dropped."""
+        """Whether the attention has explicit attention weights, which can be masked or dropped."""
         return "attn_mask" in self.core.accepts()
 
     def forward(
@@ -122,14 +122,14 @@ class AttentionModule(MixerModule):
 
         Args:
             x: (batch, tokens, dim).
-            attn_mask: (tokens, tokens), with leading dimensions or not: bool, True = may be looked at, or added to the
-                logits. Linear-cost attention never forms the weights that it acts on, and refuses it.
-            is_causal: timm's; refused.
-            key_padding_mask: bool (batch, tokens), True = valid. Other tokens are read as 0, whatever they hold.
+            attn_mask: (tokens, tokens), with optional leading dimensions. A bool mask is True where a query may attend to a
+                key; a float mask is added to the logits. Linear-cost attentions have no logits to mask and do not support it.
+            is_causal: an argument of timm's Attention; not supported.
+            key_padding_mask: bool (batch, tokens), True = valid. Padded tokens are replaced by 0.
             rope: rotary embedding of q and k.
-            cu_seqlens, group: packed samples, and a process group that the tokens are spread over; not supported yet.
-            grid_size: (rows, columns) of these tokens behind the prefix: landmarks or agents that lie on a grid are placed on
-                this one. Without effect on all others.
+            cu_seqlens, group: packed samples, and a process group that the tokens are sharded over; not supported yet.
+            grid_size: (rows, columns) of the tokens after the prefix in this call. Landmarks and agents on a grid are placed
+                on this one; other attentions ignore it.
         """
         check_tokens(x, self.dim, self.qkv)
         if key_padding_mask is not None:
@@ -138,15 +138,15 @@ class AttentionModule(MixerModule):
         tokens = Tokens(key_padding_mask, cu_seqlens, grid_size, group=group)
         self.refuse(attn_mask, is_causal, rope, tokens)
         core = self.core if grid_size is None else self.core_on(grid_size, x.shape[1])
-        out, normalised = None, not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
-        if attn_mask is None and not normalised:
+        out, normalized = None, not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
+        if attn_mask is None and not normalized:
             out = core.attend_tokens(self, x, self.qkv, scale=self.scale, rope=rope, tokens=tokens, backend=self.backend)
         if out is None:
             out = self._attend(core, *self.heads(x), tokens, rope, attn_mask)
         return self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v of (batch, tokens, dim), each (batch, heads, tokens, head_dim)."""
+        """Return q, k and v of x (batch, tokens, dim), each (batch, heads, tokens, head_dim)."""
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.num_heads) for y in packed_linear(self.qkv, x))
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
 
@@ -158,9 +158,9 @@ class AttentionModule(MixerModule):
         return core.attend(self, q, k, v, scale=self.scale, rope=rope, tokens=tokens, sdpa=sdpa, backend=self.backend)
 
     def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None) -> Tensor:
-        """What `token` of x (batch, tokens, dim) looks at: its row of the attention matrix, (batch, heads, tokens).
+        """Return the attention weights (batch, heads, tokens) of one token of x (batch, tokens, dim).
 
-        A residual, which is no attention, has no part in it.
+        This is the token's row of the attention matrix. Residual terms are not included.
         """
         q, k, _ = self.heads(x)
         core = self.core.weights_only()
@@ -172,19 +172,19 @@ class AttentionModule(MixerModule):
 
 
 class RedrawnAttentionModule(AttentionModule):
-    """One whose core draws random features, and counts in its extra state how often.
+    """An attention module whose core draws random features. Its extra state counts the redraws.
 
     Attributes:
-        redraws: a Python integer: reading a tensor would wait for the device in every step.
+        redraws: number of redraws, a Python integer because reading a tensor would wait for the device in every step.
     """
 
     redraws = 0
 
     def redraw_projection(self) -> None:
-        """Draw new random features; every rank that calls it as often holds the same ones.
+        """Draw new random features. Ranks that have called this equally often have the same features.
 
-        Never between a forward and its backward: recomputation (checkpointing) would see other features. A captured CUDA
-        graph keeps those it was captured with.
+        Do not call it between a forward and its backward: activation checkpointing would recompute with other features. A
+        CUDA graph keeps the features it was captured with.
         """
         self.core.redraw(self)
 
@@ -196,17 +196,18 @@ class RedrawnAttentionModule(AttentionModule):
 
 
 class MixingModule(MixerModule):
-    """A mixer without q, k and v in the place of an attention; it has no linear maps.
+    """A mixer without q, k and v in place of an attention. It has no linear layers.
 
     Args:
         core: the mixer.
         dim: width of the tokens; num_heads must divide it.
-        num_heads: the heads that a rotary embedding turns.
-        attn_drop, proj_drop: refused, and dropout of the output.
-        backend: of the mixer.
-        site: where it stands in a model.
+        num_heads: number of heads that a rotary embedding rotates.
+        attn_drop: must be 0.
+        proj_drop: dropout rate of the output.
+        backend: backend of the mixer.
+        site: where the module is in a model.
 
-    Others are accepted for the sake of timm's blocks, and without effect.
+    The other arguments are accepted for timm's blocks and have no effect.
     """
 
     def __init__(
@@ -244,9 +245,9 @@ class MixingModule(MixerModule):
 
         Args:
             x: (batch, tokens, dim).
-            rope: rotary embedding. There are no queries and keys: it turns the heads of the tokens themselves.
+            rope: rotary embedding, applied to the heads of the tokens, since there are no queries and keys.
 
-        Others as in AttentionModule.
+        For the other arguments, see AttentionModule.forward.
         """
         check_tokens(x, self.dim)
         tokens = Tokens(key_padding_mask, cu_seqlens, grid_size, group=group)
@@ -257,7 +258,7 @@ class MixingModule(MixerModule):
 
 
 def make_module(core: Mixer, dim: int, **options: Any) -> MixerModule:
-    """The module that holds `core`; options as those of AttentionModule."""
+    """Create the module that holds `core`. Options are those of AttentionModule."""
     if not isinstance(core, Core):
         return MixingModule(core, dim, **options)
     return (RedrawnAttentionModule if core.has_extra_state else AttentionModule)(core, dim, **options)

@@ -1,4 +1,4 @@
-"""Nystrom attention: its core, and its module."""
+"""Nystrom attention: core and module."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from .module import AttentionModule
 @register("nystrom")
 @dataclass(frozen=True)
 class Nystrom(Core):
-    """Nystrom attention through the means of segments or of cells of a grid.
+    """Nystrom attention. Landmarks are means over segments or grid cells.
 
     Attributes:
-        num_landmarks: of the tokens behind the prefix; fewer where there are fewer tokens.
+        num_landmarks: number of landmarks for the tokens after the prefix; fewer if there are fewer tokens.
         landmarks: "segment", "grid" or "pad_front", as in nystrom_attention.
-        grid_size: height and width of the token map behind the prefix, for "grid"; default that of the site.
-        prefix_tokens: tokens in front (class, registers) that are landmarks of their own; on a grid default that of the site.
+        grid_size: height and width of the token map after the prefix, for "grid"; default the site's.
+        prefix_tokens: number of leading tokens (class, registers); each is a separate landmark. If grid_size comes from the
+            site, so does this.
         pinv_iterations, pinv_init: as in nystrom_attention.
-        residual_conv_kernel: taps of the depthwise convolution over the tokens of v that is added, odd; 0 for none.
+        residual_conv_kernel: odd kernel size of the depthwise convolution of v over the tokens, which is added to the output;
+            0 for none.
     """
 
     num_landmarks: int = 64
@@ -69,7 +71,7 @@ class Nystrom(Core):
         return replace(self, grid_size=site.grid_size, prefix_tokens=site.prefix_tokens)
 
     def state(self, site: Site) -> State:
-        # Only its weight is used, which has the name and the shape that published weights have.
+        # Only the weight is used. A Conv2d gives it the name and shape of published checkpoints.
         heads, taps = site.num_heads, self.residual_conv_kernel
         if not taps:
             return {"res_conv": None}
@@ -90,17 +92,18 @@ class Nystrom(Core):
 
 
 class NystromAttention(AttentionModule):
-    """Nystrom attention between timm's linear maps.
+    """Nystrom attention with timm's linear layers.
 
     Args:
-        num_landmarks: of the tokens behind the prefix; fewer where there are fewer tokens.
+        num_landmarks: number of landmarks for the tokens after the prefix; fewer if there are fewer tokens.
         landmarks: "segment", "grid" or "pad_front", as in nystrom_attention.
-        grid_size: height and width of the token map behind the prefix, for "grid".
-        prefix_tokens: tokens in front (class, registers) that are landmarks of their own.
+        grid_size: height and width of the token map after the prefix, for "grid".
+        prefix_tokens: number of leading tokens (class, registers); each is a separate landmark.
         pinv_iterations, pinv_init: as in nystrom_attention.
-        residual_conv_kernel: taps of the depthwise convolution over the tokens of v that is added, odd; 0 for none.
+        residual_conv_kernel: odd kernel size of the depthwise convolution of v over the tokens, which is added to the output;
+            0 for none.
 
-    Others as in AttentionModule. The weight of the convolution is `res_conv.weight`.
+    For the other arguments, see AttentionModule. The convolution's weight is `res_conv.weight`.
     """
 
     def __init__(

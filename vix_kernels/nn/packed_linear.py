@@ -1,4 +1,4 @@
-"""The linear map to q, k and v, in parts."""
+"""The packed linear layer for q, k and v."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .plain import is_plain
 
 
 def packed_linear(linear: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:
-    """linear(x) (batch, tokens, 3 * width) in its three parts, as views of it; on a CPU by the primitive."""
+    """Return linear(x) (batch, tokens, 3 * width) split into three views. On a CPU, the primitive computes it."""
     if x.device.type != "cpu" or not is_plain(linear, nn.Linear):
         return linear(x).chunk(3, -1)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None

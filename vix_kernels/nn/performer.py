@@ -1,4 +1,4 @@
-"""Performer attention: its core, and its module."""
+"""Performer attention: core and module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .module import RedrawnAttentionModule
 
 
 class Derived(NamedTuple):
-    """What stands for the module of a Performer where there is none."""
+    """The state of a Performer without a module."""
 
     projection: Tensor
 
@@ -28,11 +28,11 @@ class Derived(NamedTuple):
 @register("performer")
 @dataclass(frozen=True)
 class Performer(Core):
-    """FAVOR+ through random features.
+    """Performer attention (FAVOR+) with random features.
 
     Attributes:
-        num_features: M; default int(head_dim * ln(head_dim)), as published.
-        seed: of the random features, 0 to 4095; each layer of a model adds its number.
+        num_features: number of random features, M; default int(head_dim * ln(head_dim)), as published.
+        seed: seed of the random features, 0 to 4095. Each layer of a model adds its index.
     """
 
     num_features: int | None = None
@@ -62,7 +62,7 @@ class Performer(Core):
         return False
 
     def derived(self, q: Tensor) -> Any:
-        """Random features are kept outside of the model."""
+        """Return the random features, which are cached outside the model."""
         return Derived(random_features(q, self.features_of(q.shape[3]), self.seed))
 
     def state(self, site: Site) -> State:
@@ -71,7 +71,7 @@ class Performer(Core):
         return {"projection": Buffer(self.draw(site.head_dim, 0), keep_dtype=True)}
 
     def draw(self, head_dim: int, redraws: int) -> Tensor:
-        # Generators take 32 bits of a seed, so layer and redraw share them: 4096 layers, each a million times.
+        # A generator uses 32 bits of its seed: 12 bits for the layer's seed and 20 bits for a million redraws.
         return orthogonal_projection(self.num_features, head_dim, seed=(self.seed << 20) + redraws)
 
     def redraw(self, module: nn.Module) -> None:
@@ -79,11 +79,11 @@ class Performer(Core):
         module.projection = self.draw(module.head_dim, module.redraws).to(module.projection.device)
 
     def extra_state(self, module: nn.Module) -> Tensor:
-        """`redraws` as a tensor on the CPU, which safetensors and averages of state dicts (timm's ModelEma) can read."""
+        """Return `redraws` as a CPU tensor, which safetensors and averages of state dicts (timm's ModelEma) support."""
         return torch.tensor(module.redraws, device="cpu")
 
     def load_extra_state(self, module: nn.Module, extra: Any) -> None:
-        """`extra` as extra_state returns it, an average of such tensors, or the dictionary of earlier checkpoints."""
+        """Load `redraws` from extra_state's tensor, an average of such tensors, or the dictionary of earlier checkpoints."""
         redraws = extra["redraws"] if isinstance(extra, dict) else extra
         if isinstance(redraws, Tensor):
             if redraws.is_meta:  # a state dict of shapes
@@ -101,16 +101,16 @@ class Performer(Core):
 
 
 class PerformerAttention(RedrawnAttentionModule):
-    """Performer attention (FAVOR+) between timm's linear maps.
+    """Performer attention (FAVOR+) with timm's linear layers.
 
     Args:
-        num_features: M; default int(head_dim * ln(head_dim)), as published.
-        seed: of the random features, 0 to 4095. Layers should differ in it, ranks must not.
+        num_features: number of random features, M; default int(head_dim * ln(head_dim)), as published.
+        seed: seed of the random features, 0 to 4095. It should differ between layers and must be the same on all ranks.
 
-    Others as in AttentionModule.
+    For the other arguments, see AttentionModule.
 
-    The features are the persistent float32 buffer `projection` (M, head_dim), which stays float32 when the module is cast.
-    They change only by `redraw_projection`, which `redraws` counts.
+    The features are the persistent buffer `projection` (M, head_dim), which stays float32 when the module is cast. Only
+    `redraw_projection` changes them; `redraws` counts its calls.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class PerformerAttention(RedrawnAttentionModule):
 
 
 def random_features(q: Tensor, num_features: int, seed: int) -> Tensor:
-    """orthogonal_projection for the width of q, on its device, drawn once and kept for the process."""
+    """Return the orthogonal_projection for q's width, on q's device. It is drawn once per process and cached."""
     if torch.compiler.is_dynamo_compiling():
         return torch.ops.vix_kernels.random_features(q.detach(), num_features, seed)
     return _drawn(num_features, q.shape[3], seed, q.device)
@@ -143,12 +143,12 @@ def random_features(q: Tensor, num_features: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _drawn(num_features: int, width: int, seed: int, device: torch.device) -> Tensor:
-    # Kept for later calls, which are not under the transforms and modes of this one.
+    # The cached tensor outlives this call, so it must not depend on the call's transforms and modes.
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         return orthogonal_projection(num_features, width, seed=seed).to(device)
 
 
-# What compilers see of it, which cannot trace the drawing. An operator has to return memory of its own.
+# Compilers cannot trace the drawing, so they see this operator. It clones because operators must not return cached memory.
 library.define("random_features(Tensor q, SymInt num_features, int seed) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 library.impl(
     "random_features",

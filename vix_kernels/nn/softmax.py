@@ -1,4 +1,4 @@
-"""Softmax attention: its core, and timm's `Attention`."""
+"""Softmax attention: core and timm's `Attention`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .module import AttentionModule
 class Softmax(Core):
     """softmax(scale q k^T) v, quadratic in the tokens: torch's scaled_dot_product_attention."""
 
-    for_hosts = False  # it is what they have
+    for_hosts = False  # hosts already use softmax attention
 
     def accepts(self) -> frozenset[str]:
         return super().accepts() | {"attn_mask", "dropout", "cross"}
@@ -45,7 +45,7 @@ class Softmax(Core):
 
 
 class Attention(AttentionModule):
-    """Multi-head softmax attention with timm's signature: see AttentionModule."""
+    """Multi-head softmax attention with timm's signature. See AttentionModule."""
 
     def __init__(
         self,
