@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from vix_kernels import agent_attention, linear_attention, nystrom_attention, orthogonal_projection, performer_attention
-from vix_kernels.integrations.drop_in import OPS, DropIn, padding_of, taking_part
+from vix_kernels.integrations.drop_in import OPS, DropIn, padding_of, valid_tokens
 from vix_kernels.integrations.hosts import Report, require, require_call
 from vix_kernels.nn.core import Site
 from vix_kernels.nn.performer import random_features
@@ -63,12 +63,12 @@ def test_of_padding():
         padding_of(additive + 1, key)
 
 
-def test_taking_part():
+def test_valid_tokens():
     lowest = torch.finfo(torch.float32).min
     additive = torch.tensor([0.0, lowest, float("-inf"), -0.0])
-    assert taking_part(additive).tolist() == [True, False, False, True]
+    assert valid_tokens(additive).tolist() == [True, False, False, True]
     with pytest.raises(NotImplementedError, match="biases are not supported"):
-        taking_part(torch.tensor([0.0, -1.0]))
+        valid_tokens(torch.tensor([0.0, -1.0]))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_refuses_shapes():
         DropIn("nystrom")(q[:1], k, v)
     with pytest.raises(NotImplementedError, match="prefix_tokens: expected fewer than the 1 tokens, got 1"):
         DropIn("agent", retrain=True, prefix_tokens=1)(q[:, :, :1], k, v)
-    with pytest.raises(NotImplementedError, match=r"grid_size: expected height \* width = 23 tokens after 1 of the prefix"):
+    with pytest.raises(NotImplementedError, match=r"grid_size: expected height \* width = 23 tokens after a prefix of 1"):
         DropIn("nystrom", landmarks="grid", grid_size=(4, 6), prefix_tokens=1)(q, k, v)
 
 

@@ -475,7 +475,7 @@ def test_a_timm_that_is_too_old_or_too_new_is_named(monkeypatch):
         with pytest.raises(ImportError, match=re.escape("timm: expected version 1.0.28 or newer, got 0.9.16")):
             importlib.reload(integration)
     monkeypatch.delattr("timm.models.vision_transformer.ATTN_LAYERS")
-    moved = rf"timm {re.escape(timm.__version__)}: cannot import what vix_kernels builds on, .*ATTN_LAYERS"
+    moved = rf"timm {re.escape(timm.__version__)}: cannot import a name that vix_kernels needs; .*ATTN_LAYERS"
     with pytest.raises(ImportError, match=moved):
         importlib.reload(integration)
 

@@ -126,7 +126,7 @@ def test_what_cannot_be_honoured_raises():
     config = dict(n_embd=32, n_layer=1, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0)
     causal = transformers.GPT2Model(transformers.GPT2Config(**config))
     causal.set_attn_implementation("vix_nystrom")
-    with pytest.raises(NotImplementedError, match="mask_function: expected the bidirectional one"):
+    with pytest.raises(NotImplementedError, match="mask_function: expected bidirectional_mask_function"):
         causal(ids, attention_mask=mask)
     q, module = torch.randn(1, 2, 8, 4), torch.nn.Module()
     attend = integration.AttentionInterface()["vix_nystrom"]
@@ -230,5 +230,5 @@ def test_a_patched_fnet_gives_the_same_answers():
     pytest.importorskip("scipy", reason="scipy is not installed")
     tpu = dict(use_tpu_fourier_optimizations=True, tpu_short_seq_length=32)
     model = transformers.FNetModel(transformers.FNetConfig(**sizes, **tpu))
-    with pytest.raises(ValueError, match="2 times it has matrices of its own"):
+    with pytest.raises(ValueError, match="2 times it multiplies by DFT matrices"):
         integration.patch(model)

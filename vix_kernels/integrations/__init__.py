@@ -1,1 +1,1 @@
-"""Integrations from other libraries: their names, signatures and weights, this library's attention."""
+"""Integrations with other libraries: their names, signatures and weights with the attentions of vix_kernels."""

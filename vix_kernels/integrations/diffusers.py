@@ -1,4 +1,4 @@
-"""diffusers: another attention in the self-attentions of its models."""
+"""diffusers: replace the self-attentions of its models."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ with host("diffusers", "0.38"):
 
 
 class VixAttnProcessor(AttnProcessor2_0):
-    """diffusers' own processor, with its norms, projections and residuals, around the attention `vix` of its module."""
+    """diffusers' processor, including its norms, projections and residuals, with the attention `vix` of its module."""
 
-    def __call__(  # Attention passes on what is named here only
+    def __call__(  # Attention only forwards arguments that are named here
         self,
         attn: Attention,
         hidden_states: Tensor,
@@ -26,7 +26,11 @@ class VixAttnProcessor(AttnProcessor2_0):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """As AttnProcessor2_0; raises NotImplementedError for cross-attention and masks."""
+        """Attend like AttnProcessor2_0.
+
+        Raises:
+            NotImplementedError: cross-attention, or a mask that is not padding.
+        """
         if encoder_hidden_states is not None:
             raise NotImplementedError("encoder_hidden_states: expected None; cross-attention is not supported")
         with SdpaReplacement(attn.vix, fall_back=False):
@@ -34,18 +38,18 @@ class VixAttnProcessor(AttnProcessor2_0):
 
 
 def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
-    """Put another attention into the self-attentions of a diffusers model, by its processors; parameters and names stay.
+    """Replace the self-attentions of a diffusers model through its processors. Parameters and their names do not change.
 
         report = replace_attention(pipeline.transformer, "nystrom", num_landmarks=64)
 
-    Cross-attention and models with processors of their own (Flux, SD3: several streams of tokens) are left as they are.
+    Cross-attention is not replaced, nor are attentions with other processors (Flux and SD3, which have several token streams).
 
     Args:
         model: a diffusers model with diffusers.models.attention_processor.Attention.
-        op, retrain, options: as in DropIn. Each layer has random features of its own.
+        op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        what was replaced, and what was left for which reason.
+        a report of the replaced layers, and of the others with the reason.
 
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
@@ -61,7 +65,7 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
         reason_against=_reason_against,
         site_of=lambda attention: Site(attention.inner_dim // attention.heads, attention.heads),
         put=put,
-        expected="an Attention of diffusers that attends to its own tokens",
+        expected="a self-attention of diffusers' class Attention",
     )
 
 
@@ -70,6 +74,6 @@ def _reason_against(module: nn.Module) -> str:
         return f"a {type(module).__name__}, not the Attention of diffusers.models.attention_processor"
     if module.is_cross_attention:
         return "cross-attention"
-    if type(module.processor) not in (AttnProcessor2_0, VixAttnProcessor):  # AttnProcessor is that of a scale of 1
+    if type(module.processor) not in (AttnProcessor2_0, VixAttnProcessor):  # diffusers uses AttnProcessor if the scale is 1
         return f"its processor is a {type(module.processor).__name__}"
     return ""

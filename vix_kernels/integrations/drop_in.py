@@ -1,7 +1,7 @@
-"""One attention in the place of softmax attention: a core of this library behind the signature of torch's own function.
+"""A replacement for softmax attention: a core with the signature of `torch.nn.functional.scaled_dot_product_attention`.
 
-Every integration calls it as it would call `torch.nn.functional.scaled_dot_product_attention`. What a core cannot honour raises
-NotImplementedError, so that no answer changes in silence.
+Every integration calls it like that function. Arguments that a core does not support raise NotImplementedError, so results
+never change silently.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..nn.core import CORES, Core, Mixer, Mounted, SdpaArgs, Site, Tokens, subsc
 from ..ops.checks import dtype_name
 from ..ops.rope import Rope
 
-OPS: list[str] = []  # what can replace softmax attention; it grows with what is registered
+OPS: list[str] = []  # names of the registered cores that can replace softmax attention
 
 
 @subscribe
@@ -31,21 +31,21 @@ def _admit(core: type[Mixer]) -> None:
 class DropIn(Mounted):
     """An attention that is called like `scaled_dot_product_attention`.
 
-    Integrations make one from the user's options and mount a copy of it in each attention of a model, as its child module
-    `vix`. Only mounted ones have parameters, and most attentions have none.
+    Integrations create one from the user's options and mount a copy in each attention of a model, as its child module `vix`.
+    Only mounted copies have parameters, and most attentions have none.
 
     Args:
-        op: the name of a core: "nystrom", "performer", "linear", "agent", or one that another package has registered.
-        retrain: the model is (or was) trained with this attention. All but "nystrom" need it: they do not approximate softmax
-            attention closely, so that a model trained with that would go on with wrong answers.
+        op: the name of a core: "nystrom", "performer", "linear", "agent", or one registered by another package.
+        retrain: whether the model is (or was) trained with this attention. All but "nystrom" require it. They do not closely
+            approximate softmax attention, so a model trained with softmax would give wrong results.
         backend: as in the ops.
-        options: of the core: num_landmarks, landmarks, grid_size, prefix_tokens, pinv_iterations, pinv_init; num_features,
-            seed; feature_map, eps; num_agents, grid_size, prefix_tokens. Landmarks and agents are fewer where there are fewer
-            tokens. Random features are drawn from `seed` and are not saved with the model.
+        options: options of the core: num_landmarks, landmarks, grid_size, prefix_tokens, pinv_iterations, pinv_init;
+            num_features, seed; feature_map, eps; num_agents, grid_size, prefix_tokens. There are fewer landmarks or agents if
+            there are fewer tokens. Random features are drawn from `seed` and are not saved with the model.
 
     Attributes:
         core: the attention.
-        grid: the grid of the tokens in the current call, on which landmarks and agents are then placed; None for none.
+        grid: the token grid of the current call, on which landmarks and agents are placed, or None.
     """
 
     def __init__(self, op: str, *, retrain: bool = False, backend: str = "auto", **options: Any) -> None:
@@ -67,7 +67,7 @@ class DropIn(Mounted):
         self.is_mounted = False
 
     def mounted(self, site: Site) -> DropIn:
-        """A copy for one layer, with random features and parameters of its own."""
+        """Return a copy for one layer, with separate random features and parameters."""
         copy = DropIn(self.op, retrain=True, backend=self.backend, **self.options)
         copy.core = self.core.fit(site)
         if copy.core.needs_module():
@@ -76,20 +76,20 @@ class DropIn(Mounted):
         return copy
 
     def without_module(self) -> DropIn:
-        """This attention, for a caller that has no module to mount it in.
+        """Return this attention for a caller that has no module to mount it in.
 
         Raises:
-            ValueError: it has parameters.
+            ValueError: the attention has parameters.
         """
         if self.core.needs_module():
             raise ValueError(
-                f"{', '.join(self.options) or 'op'}: expected an attention without parameters, got {self.core}: here is no "
-                "module that could hold them"
+                f"{', '.join(self.options) or 'op'}: expected an attention without parameters, got {self.core}: no module can "
+                "hold its parameters here"
             )
         return self
 
     def place(self, prefix_tokens: int, grid: TokenGrid | None) -> None:
-        """Put landmarks or agents behind `prefix_tokens` and on `grid`, unless the options place them elsewhere."""
+        """Place landmarks or agents on `grid` after `prefix_tokens`, unless the options set another placement."""
         if "prefix_tokens" not in self.core.options():
             return
         if "prefix_tokens" not in self.options:
@@ -97,16 +97,16 @@ class DropIn(Mounted):
         self.grid = grid if self.follows_grid() else None
 
     def follows_grid(self) -> bool:
-        """Whether its slots go where the tokens of a call are, or its options say otherwise."""
+        """Return whether the slots are placed on the grid of each call. The options may disable this."""
         return "grid_size" not in self.options and self.options.get("landmarks", "grid") == "grid"
 
     def placed(self, tokens: int | None = None) -> Core:
-        """The core of a call with so many tokens, by default of the latest: landmarks or agents on its grid, if any."""
+        """Return the core for a call with `tokens` tokens (default: the latest call), placed on the call's grid, if any."""
         size = None if self.grid is None else self.grid.size_of(None if tokens is None else tokens - self.core.prefix_tokens)
         return self.core if size is None else self.core.on_grid(size)
 
     def describe(self) -> str:
-        """What it is, in words: the op, and how many landmarks, agents or features where."""
+        """Return a description: the op, and the number and placement of landmarks, agents or features."""
         return self.placed().describe()
 
     def __repr__(self) -> str:
@@ -130,25 +130,26 @@ class DropIn(Mounted):
         group: Any | None = None,
         grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """(batch, heads, tokens, head_dim) to the same, as `scaled_dot_product_attention`.
+        """Attend like `scaled_dot_product_attention`: (batch, heads, tokens, head_dim) to the same shape.
 
         Args:
-            attn_mask: one row for all heads and queries, such as (batch, 1, 1, tokens): bool, True = may be looked at, or added
-                to the logits, 0 or the lowest number.
-            key_padding_mask: bool (batch, tokens), True = the token takes part.
+            attn_mask: a padding mask with one row for all heads and queries, such as (batch, 1, 1, tokens). A bool mask is
+                True for valid keys. A float mask, which is added to the logits, is 0 for valid keys and else the lowest
+                number of its dtype.
+            key_padding_mask: bool (batch, tokens), True = valid.
             rope: rotary embedding of query and key.
-            self_attention: whether they are of the same tokens; None: where they are as many.
-            cu_seqlens, group: packed samples, and a process group that the tokens are spread over; not supported yet.
-            grid_size: (rows, columns) of these tokens behind the prefix, on which landmarks and agents are then placed.
+            self_attention: whether query and key come from the same tokens; None: if there are equally many.
+            cu_seqlens, group: packed samples, and a process group that the tokens are sharded over; not supported yet.
+            grid_size: (rows, columns) of the tokens after the prefix, for the placement of landmarks and agents.
 
         Raises:
-            NotImplementedError: a mask, dropout, causal or grouped attention that linear-cost attention cannot honour.
+            NotImplementedError: a mask, dropout, causal or grouped attention that linear-cost attention does not support.
         """
         if is_causal:
             raise NotImplementedError("is_causal: expected False; causal attention is not supported")
         if dropout_p:
             raise NotImplementedError(
-                f"dropout_p: expected 0, got {dropout_p}: there are no weights to drop; set the attention's dropout to 0"
+                f"dropout_p: expected 0, got {dropout_p}: there are no attention weights to drop; set dropout to 0"
             )
         if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
             raise NotImplementedError(f"query, key, value: expected 4 dimensions each, got a query of {tuple(query.shape)}")
@@ -166,7 +167,7 @@ class DropIn(Mounted):
         _check_places(core, query.shape[2], key.shape[2])
         if attn_mask is not None:
             if key_padding_mask is not None:
-                raise NotImplementedError("attn_mask: expected None beside a key_padding_mask")
+                raise NotImplementedError("attn_mask: expected None with a key_padding_mask")
             key_padding_mask = padding_of(attn_mask, key)
         core.refuse(rope=rope, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, group=group)
         if self_attention is None:
@@ -179,10 +180,10 @@ class DropIn(Mounted):
 
 
 class TokenGrid:
-    """The grids (rows, columns) of a vision transformer's tokens, by their number, the latest last.
+    """The token grids (rows, columns) of a vision transformer, by number of tokens, most recent last.
 
-    It is a forward hook of the patch embedding, which is the one module that sees the size of the images. Several grids are
-    kept because activation checkpointing computes attention again after later calls.
+    A forward hook of the patch embedding, the only module that sees the image size. It keeps several grids because activation
+    checkpointing recomputes attention after later calls.
     """
 
     def __init__(self) -> None:
@@ -192,37 +193,40 @@ class TokenGrid:
         self.add(embedding.dynamic_feat_size(tuple(args[0].shape[-2:])))
 
     def add(self, size: tuple[int, int]) -> None:
-        rows, columns = map(index, size)  # numbers to compilers too, since the cells of landmarks follow from them
+        rows, columns = map(index, size)  # plain integers even for compilers: the landmarks' cells depend on them
         self.sizes.pop(rows * columns, None)
         self.sizes[rows * columns] = rows, columns
 
     def size_of(self, tokens: int | None = None) -> tuple[int, int] | None:
-        """The grid of so many tokens, or else the latest; None before the first."""
+        """Return the grid with `tokens` tokens, else the most recent grid; None if there is none yet."""
         return self.sizes.get(tokens) or (list(self.sizes.values())[-1] if self.sizes else None)
 
 
 def _check_places(core: Core, *lengths: int) -> None:
-    """Whether prefix and grid are those of sequences of these lengths."""
+    """Check that prefix and grid fit sequences of these lengths."""
     prefix, grid = core.prefix_tokens, core.grid_size
     for tokens in lengths:
         if tokens <= prefix:
             raise NotImplementedError(f"prefix_tokens: expected fewer than the {tokens} tokens, got {prefix}")
         if grid is not None and tokens - prefix != grid[0] * grid[1]:
-            after = f"{tokens - prefix} tokens after {prefix} of the prefix"
+            after = f"{tokens - prefix} tokens after a prefix of {prefix}"
             raise NotImplementedError(f"grid_size: expected height * width = {after}, got {grid}")
 
 
 def check_trained(core: Core, retrain: bool) -> None:
-    """Raises ValueError for a core that a model has to be trained with, unless `retrain` says that it is."""
+    """Raise ValueError if the core needs a model trained with it and `retrain` is False."""
     if not core.takes_trained_weights() and not retrain:
         raise ValueError(
-            f"retrain: expected True for {core.name!r}, got False: it is no approximation of softmax attention that trained "
-            "weights could go on with; train the model with it, or choose 'nystrom'"
+            f"retrain: expected True for {core.name!r}, got False: it does not approximate softmax attention closely enough "
+            "for weights trained with softmax; train the model with it, or use 'nystrom'"
         )
 
 
 def padding_of(attn_mask: Tensor, key: Tensor) -> Tensor:
-    """`attn_mask`, broadcastable to (batch, heads, queries, tokens), as bool (batch, tokens): only its keys may differ."""
+    """Convert `attn_mask`, broadcastable to (batch, heads, queries, tokens), to a bool padding mask (batch, tokens).
+
+    The mask must be the same for all heads and queries.
+    """
     per_row = (-2, -3)  # queries and heads; a stride of 0 repeats one value
     same = all(attn_mask.shape[d] == 1 or attn_mask.stride(d) == 0 for d in per_row if attn_mask.dim() >= -d)
     readable = attn_mask.dtype == torch.bool or attn_mask.is_floating_point()
@@ -234,19 +238,20 @@ def padding_of(attn_mask: Tensor, key: Tensor) -> Tensor:
     while attn_mask.dim() < 4:
         attn_mask = attn_mask[None]
     row = attn_mask[:, 0, 0]
-    return (row if row.dtype == torch.bool else taking_part(row)).expand(key.shape[0], key.shape[2])
+    return (row if row.dtype == torch.bool else valid_tokens(row)).expand(key.shape[0], key.shape[2])
 
 
-def taking_part(additive: Tensor) -> Tensor:
-    """Which tokens an additive mask leaves, bool: those with 0. All others must be far below any logit, or -inf.
+def valid_tokens(additive: Tensor) -> Tensor:
+    """Convert an additive mask to bool: 0 is valid. All other values must be far below any logit, or -inf.
 
-    A mask with other values is a bias, which would be lost in silence: it raises NotImplementedError, on a GPU and in compiled
-    code an assertion of the device, which ends the process's work there, because reading the values would wait for it.
+    Other values are a bias, which is not supported. They raise NotImplementedError on a CPU. On a GPU and in compiled code,
+    they trigger a device-side assertion, which makes the device unusable for the process: reading the values would
+    synchronize with the device.
     """
-    taken = additive == 0
-    barred = additive <= torch.finfo(additive.dtype).min / 2
-    require_all(taken | barred, "additive mask: expected 0 or the lowest number; biases are not supported")
-    return taken
+    valid = additive == 0
+    masked = additive <= torch.finfo(additive.dtype).min / 2
+    require_all(valid | masked, "additive mask: expected 0 or the lowest number; biases are not supported")
+    return valid
 
 
 def require_all(condition: Tensor, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What the integrations have in common: which versions of a host they know, and the report of what was replaced."""
+"""Shared by the integrations: version checks of host libraries, and the replacement of attentions with a report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .drop_in import DropIn
 
 
 def require(package: str, oldest: str) -> None:
-    """Raises ImportError unless `package` is installed in version `oldest` or newer."""
+    """Raise ImportError unless `package` is installed in version `oldest` or newer."""
     try:
         found = version(package)
     except PackageNotFoundError:
@@ -29,27 +29,27 @@ def require(package: str, oldest: str) -> None:
 
 @contextmanager
 def host(package: str, oldest: str) -> Iterator[None]:
-    """Around the imports from a host: what a version does not have is an error that names the version.
+    """Context for the imports from a host library. Import errors name the installed version.
 
     Raises:
-        ImportError: it is not installed, older than `oldest`, or so much newer that what a integration builds on has moved.
+        ImportError: the library is not installed, is older than `oldest`, or lacks an imported name.
     """
     require(package, oldest)
     try:
         yield
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"{package} {version(package)}: cannot import what vix_kernels builds on, which may have moved: {error}"
+            f"{package} {version(package)}: cannot import a name that vix_kernels needs; it may have moved: {error}"
         ) from error
 
 
 def require_call(package: str, kind: type[nn.Module], host: type[nn.Module]) -> None:
-    """Raises ImportError unless `kind` takes all arguments of the `host` module that it stands in for."""
-    ours, theirs = (list(inspect.signature(each.forward).parameters)[1:] for each in (kind, host))
-    if not set(theirs) <= set(ours):
+    """Raise ImportError unless the forward of `kind` accepts all arguments of the `host` module that it replaces."""
+    supported, host_arguments = (list(inspect.signature(each.forward).parameters)[1:] for each in (kind, host))
+    if not set(host_arguments) <= set(supported):
         raise ImportError(
             f"{package} {version(package)}: vix_kernels does not support this version: {host.__name__} is called with "
-            f"({', '.join(theirs)}), expected ({', '.join(ours)})"
+            f"({', '.join(host_arguments)}), expected ({', '.join(supported)})"
         )
 
 
@@ -62,9 +62,9 @@ class Report:
     """Report of which attention layers were replaced.
 
     Attributes:
-        attention: the attention that replaces them.
-        attentions: by the name of each module that was replaced, what its attention is now, in words.
-        refused: by the name of each that was left as it is, the reason.
+        attention: the new attention.
+        attentions: a description of the new attention for each replaced module, by module name.
+        refused: the reason for each module that was not replaced, by module name.
     """
 
     attention: str
@@ -83,7 +83,7 @@ class Report:
         return "\n".join(lines)
 
     def checked(self, expected: str) -> Report:
-        """This report, or ValueError where nothing was replaced: a model that goes on as it was is no success."""
+        """Return this report. Raise ValueError if nothing was replaced."""
         if self.replaced:
             return self
         reasons = Counter(self.refused.values())
@@ -101,16 +101,16 @@ def replace_each(
     expected: str,
     place: Callable[[str, DropIn], None] = lambda name, attention: None,
 ) -> Report:
-    """Put a copy of `attention` into every attention of `model`. If anything fails or the user interrupts, undo it all.
+    """Mount a copy of `attention` in every attention of `model`. On an error or interrupt, undo all replacements.
 
     Args:
-        model: the host.
-        attention: what to mount.
-        reason_against: says why a module cannot be replaced; empty where it can.
-        site_of: gives the heads of a module.
-        put: makes the module use its copy.
-        expected: what the model should have had, for the error.
-        place: places the copy for the module of a name among its tokens.
+        model: the host model.
+        attention: the attention to mount.
+        reason_against: returns why a module cannot be replaced, or an empty string if it can.
+        site_of: returns the site of a module, with its heads.
+        put: makes a module use its copy.
+        expected: the expected kind of model or layer, for the error message.
+        place: places the copy's slots among the tokens, given the module's name.
 
     Raises:
         ValueError: nothing could be replaced.
@@ -145,7 +145,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of `model` whose class calls itself an attention, with their names."""
+    """Yield the names and modules of `model` whose class is named like an attention."""
     check_model(model)
     for name, module in model.named_modules():
         kind = type(module).__name__

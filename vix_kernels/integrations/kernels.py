@@ -1,4 +1,4 @@
-"""Hugging Face kernels: layers of this library in its mapping, so that `kernelize` puts them into models of transformers."""
+"""Hugging Face kernels: register layers in its mapping, so `kernelize` can use them in models of transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .hosts import host
-from .transformers import fnet_transform, modeling_fnet, modeling_nystromformer, nystromformer_attention, own_matrices
+from .transformers import fnet_transform, modeling_fnet, modeling_nystromformer, nystromformer_attention, uses_dft_matrices
 
 with host("kernels", "0.17"):
     from kernels import register_kernel_mapping, replace_kernel_forward_from_hub
@@ -16,7 +16,7 @@ DEVICES = ("cuda", "rocm", "cpu")
 
 
 class VixNystromformerSelfAttention(nn.Module):
-    """What kernels puts into a NystromformerSelfAttention: no state, only a forward."""
+    """The layer that kernels substitutes in a NystromformerSelfAttention. It has only a forward and no state."""
 
     can_torch_compile = True
     has_backward = True
@@ -28,7 +28,7 @@ class VixNystromformerSelfAttention(nn.Module):
 
 
 class VixFNetBasicFourierTransform(nn.Module):
-    """What kernels puts into an FNetBasicFourierTransform."""
+    """The layer that kernels substitutes in an FNetBasicFourierTransform."""
 
     can_torch_compile = True
     has_backward = True
@@ -39,7 +39,7 @@ class VixFNetBasicFourierTransform(nn.Module):
 
 @dataclass(frozen=True)
 class InPackage:
-    """A repository for the mapping of kernels that loads nothing: the layer is here."""
+    """A repository entry for kernels' mapping whose layer is in this package, so nothing is downloaded."""
 
     layer: type[nn.Module]
 
@@ -48,12 +48,12 @@ class InPackage:
 
 
 def register() -> None:
-    """Make the attention of Nystromformer and the transform of FNet known to kernels.
+    """Register Nystromformer's attention and FNet's Fourier transform with kernels.
 
         register()
         model = kernelize(model, mode=Mode.TRAINING, device="cuda")
 
-    Outputs and parameters stay those of transformers, see transformers.patch, which does the same without kernels.
+    Outputs and parameters do not change. transformers.patch in this package does the same without kernels.
     """
     layers = {
         "NystromformerSelfAttention": VixNystromformerSelfAttention,
@@ -61,6 +61,6 @@ def register() -> None:
     }
     replace_kernel_forward_from_hub(modeling_nystromformer.NystromformerSelfAttention, "NystromformerSelfAttention")
     replace_kernel_forward_from_hub(
-        modeling_fnet.FNetBasicFourierTransform, "FNetBasicFourierTransform", lambda module: not own_matrices(module)
+        modeling_fnet.FNetBasicFourierTransform, "FNetBasicFourierTransform", lambda module: not uses_dft_matrices(module)
     )  # fmt: skip
     register_kernel_mapping({name: {device: InPackage(layer) for device in DEVICES} for name, layer in layers.items()})

@@ -1,8 +1,8 @@
-"""linformer's `LinformerSelfAttention`: its name, arguments, weights and outputs.
+"""A drop-in for linformer's `LinformerSelfAttention`, with the same name, arguments, weights and outputs.
 
     from vix_kernels.integrations.linformer import LinformerSelfAttention
 
-Unlike the package's, its forward refuses arguments that it does not know.
+Unlike in the package, forward rejects unknown arguments.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ..ops.linformer import attend_to_slots
 
 
 class LinformerSelfAttention(nn.Module):
-    """Linformer attention between linear maps, as linformer 0.2.3 has it.
+    """Linformer attention with linear layers, equivalent to linformer 0.2.3.
 
     Args:
         dim: width of the tokens; heads must divide it.
-        seq_len: the longest sequence of keys; shorter ones use the first rows of the projections.
-        k: slots that the tokens are projected to.
-        heads: heads.
-        dim_head: their width; default dim // heads.
-        one_kv_head: all heads of q read the same keys and values.
-        share_kv: the values are the keys.
-        dropout: of the shares; as long as it is at work they lie in memory, in plain PyTorch.
+        seq_len: the maximum number of keys. Shorter sequences use the first rows of the projections.
+        k: number of slots that the tokens are projected to.
+        heads: number of heads.
+        dim_head: width of a head; default dim // heads.
+        one_kv_head: whether all query heads share one key and value head.
+        share_kv: whether the keys are used as values.
+        dropout: dropout rate of the attention weights. While dropout is active, plain PyTorch stores the attention weights.
         backend: as in linformer_attention.
     """
 
@@ -70,8 +70,8 @@ class LinformerSelfAttention(nn.Module):
 
         Args:
             x: (batch, tokens, dim).
-            context: (batch, up to seq_len tokens, dim), what keys and values are made of; default x.
-            key_padding_mask: bool (batch, tokens of it), True = the token takes part.
+            context: (batch, up to seq_len tokens, dim), the tokens for keys and values; default x.
+            key_padding_mask: bool (batch, tokens of context), True = valid.
         """
         name, context = ("x", x) if context is None else ("context", context)
         if context.shape[1] > self.seq_len:
@@ -83,7 +83,7 @@ class LinformerSelfAttention(nn.Module):
         keys = self._slots(context, self.to_k, self.proj_k)
         values = keys if self.share_kv else self._slots(context, self.to_v, self.proj_v)
         scale = self.dim_head**-0.5
-        # The shares of fewer queries are smaller than the slots.
+        # With at most k queries, the attention weights are small enough to store.
         few = self.backend == "auto" and q.device.type != "cuda" and q.shape[2] <= self.k
         if few or (self.training and self.dropout.p):
             out = self.dropout((scale * q @ keys.mT).softmax(-1)) @ values
@@ -92,7 +92,7 @@ class LinformerSelfAttention(nn.Module):
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
     def _slots(self, x: Tensor, linear: nn.Linear, projection: Tensor) -> Tensor:
-        """E^T (x W) = (E^T x) W in the order that multiplies less, (batch, heads, k, dim_head)."""
+        """Return E^T x W (batch, heads, k, dim_head), multiplied in the cheaper order."""
         tokens, dim, width = x.shape[1], linear.in_features, linear.out_features
         projection = projection[:tokens].T.expand(len(x), -1, -1)
         if self.k * dim * (tokens + width) < tokens * width * (dim + self.k):

@@ -1,10 +1,10 @@
-"""nystrom-attention's `NystromAttention`: its name, arguments, weights and outputs.
+"""A drop-in for nystrom-attention's `NystromAttention`, with the same name, arguments, weights and outputs.
 
     from vix_kernels.integrations.nystrom_attention import NystromAttention
 
-The package pads the sequence with zero tokens in front to a multiple of the landmarks, and starts its pseudo-inverse from a
-maximum over the whole batch. With a mask, a landmark without tokens has equal shares of all others, and so a part in their
-pseudo-inverse.
+The package pads the front of the sequence with zero tokens to a multiple of the landmarks. It initializes its pseudo-inverse
+with a maximum over the whole batch. With a mask, a landmark without valid tokens attends equally to all landmarks, and so
+affects the pseudo-inverse.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from ..primitives.token_conv import token_conv, token_conv_reference
 
 
 class NystromAttention(nn.Module):
-    """Nystrom attention between linear maps, as nystrom-attention 0.0.14 has it.
+    """Nystrom attention with linear layers, equivalent to nystrom-attention 0.0.14.
 
     Args:
         dim: width of the tokens.
         dim_head, heads: width and number of the heads.
-        num_landmarks: segments of the sequence; it may be shorter.
-        pinv_iterations: steps to the pseudo-inverse.
-        residual: add a depthwise convolution over the tokens of v.
-        residual_conv_kernel: its taps, odd.
-        eps: of the divisor of a landmark with a mask.
-        dropout: of the output.
-        compat: True: what the package computes. False: neither padding nor masked tokens have any part, nor have landmarks
-            without tokens, and samples do not depend on their batch mates.
+        num_landmarks: number of segments of the sequence, which may be shorter.
+        pinv_iterations: number of iterations for the pseudo-inverse.
+        residual: add a depthwise convolution of v over the tokens.
+        residual_conv_kernel: odd kernel size of this convolution.
+        eps: added to a landmark's number of valid tokens, if there is a mask.
+        dropout: dropout rate of the output.
+        compat: True: compute what the package computes. False: ignore padding, masked tokens and landmarks without valid
+            tokens, and compute each sample independently of its batch.
         backend: as in nystrom_attention.
 
-    The package's outputs with a mask, and returned matrices, are plain PyTorch whatever the backend.
+    With compat and a mask, or if attention matrices are returned, plain PyTorch runs regardless of the backend.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class NystromAttention(nn.Module):
 
         Args:
             x: (batch, tokens, dim).
-            mask: bool (batch, tokens), True = the token takes part.
-            return_attn: return the attention matrix too, that of the padded sequence.
-            return_attn_matrices: return its three factors instead: tokens to landmarks, the inverse, landmarks to tokens.
+            mask: bool (batch, tokens), True = valid.
+            return_attn: also return the attention matrix of the padded sequence.
+            return_attn_matrices: also return its three factors instead: tokens to landmarks, the inverse, landmarks to tokens.
         """
         tokens = x.shape[1]
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
             expected, got = f"bool {tuple(x.shape[:2])}", f"{mask.dtype} {tuple(mask.shape)}"
-            raise ValueError(f"mask: expected {expected} (batch, tokens), True = takes part, got {got}")
+            raise ValueError(f"mask: expected {expected} (batch, tokens), True = valid, got {got}")
         padding = -tokens % self.num_landmarks
         if padding:
             x = F.pad(x, (0, 0, padding, 0))
@@ -94,10 +94,10 @@ class NystromAttention(nn.Module):
             if mask is not None:
                 mask = F.pad(mask, (padding, 0), value=False)
         if mask is not None:
-            x = x.masked_fill(~mask[..., None], 0.0)  # and so q, k and v, as their maps have no bias
+            x = x.masked_fill(~mask[..., None], 0.0)  # this also zeroes q, k and v, because to_qkv has no bias
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.heads) for part in packed_linear(self.to_qkv, x))
         if return_attn or return_attn_matrices or (self.compat and mask is not None):
-            # In float32, and autocast must not touch the products: 16 bits lose the inverse.
+            # Compute in float32 without autocast: 16-bit products make the pseudo-inverse inaccurate.
             wide = [part.to(accumulator(part.dtype)) for part in (q, k, v)]
             with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
                 out, *factors = self._attend_plainly(*wide, mask)
@@ -117,28 +117,28 @@ class NystromAttention(nn.Module):
         return out
 
     def _attend_plainly(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The output, and the three factors of the attention matrix, in memory."""
+        """Return the output and the three factors of the attention matrix."""
         length = q.shape[2] // self.num_landmarks
-        divisor, taken_tokens, taken_marks = length, None, None
+        divisor, valid_tokens, valid_marks = length, None, None
         if mask is not None:
             counts = mask.unflatten(1, (-1, length)).sum(2)[:, None, :, None]
             divisor = counts + self.eps
-            taken_tokens, taken_marks = mask[:, None, :, None], counts > 0
+            valid_tokens, valid_marks = mask[:, None, :, None], counts > 0
         q = self.scale * q
         q_marks, k_marks = (x.unflatten(2, (-1, length)).sum(3) / divisor for x in (q, k))
 
-        def shares(rows: Tensor, columns: Tensor, taken_rows: Tensor | None, taken_columns: Tensor | None) -> Tensor:
+        def attend(rows: Tensor, columns: Tensor, valid_rows: Tensor | None, valid_columns: Tensor | None) -> Tensor:
             logits = rows @ columns.mT
-            if taken_rows is None:
+            if valid_rows is None:
                 return logits.softmax(-1)
-            taken = taken_rows & taken_columns.mT
-            # A row that takes no part has equal shares in the package.
-            shares = logits.masked_fill(~taken, torch.finfo(logits.dtype).min).softmax(-1)
-            return shares if self.compat else shares.masked_fill(~taken, 0.0)
+            valid = valid_rows & valid_columns.mT
+            # In the package, an invalid row has uniform weights.
+            weights = logits.masked_fill(~valid, torch.finfo(logits.dtype).min).softmax(-1)
+            return weights if self.compat else weights.masked_fill(~valid, 0.0)
 
-        from_marks = shares(q, k_marks, taken_tokens, taken_marks)
-        inverse = self._inverse(shares(q_marks, k_marks, taken_marks, taken_marks))
-        to_marks = shares(q_marks, k, taken_marks, taken_tokens)
+        from_marks = attend(q, k_marks, valid_tokens, valid_marks)
+        inverse = self._inverse(attend(q_marks, k_marks, valid_marks, valid_marks))
+        to_marks = attend(q_marks, k, valid_marks, valid_tokens)
         out = from_marks @ (inverse @ (to_marks @ v))
         if self.residual:
             weight, backend = self.res_conv.weight, backends.resolve(self.backend, v, v.shape[3])
@@ -147,7 +147,7 @@ class NystromAttention(nn.Module):
         return out, from_marks, inverse, to_marks
 
     def _inverse(self, a: Tensor) -> Tensor:
-        """Steps towards the pseudo-inverse of a (batch, heads, landmarks, landmarks)."""
+        """Return the iterative approximation of the pseudo-inverse of a (batch, heads, landmarks, landmarks)."""
         if self.compat:
             start = a.sum(-1).amax() * a.sum(-2).amax()
         else:

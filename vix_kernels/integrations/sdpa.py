@@ -1,4 +1,4 @@
-"""Any model that calls torch's scaled_dot_product_attention: another attention in its place, for the length of a `with`."""
+"""Replace torch's scaled_dot_product_attention inside a `with` block, for any model that calls it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .drop_in import DropIn
 
 
 class SdpaReplacement(TorchFunctionMode):
-    """What `replace_sdpa` returns: a context in which `scaled_dot_product_attention` is `attention`.
+    """The context of `replace_sdpa`, in which `attention` replaces `scaled_dot_product_attention`.
 
     Attributes:
-        served: how many calls the attention served.
-        fell_back: how many went on to softmax attention, by reason.
+        served: number of calls computed by the attention.
+        fell_back: number of calls that fell back to softmax attention, by reason.
     """
 
     def __init__(self, attention: DropIn, *, fall_back: bool = True) -> None:
@@ -46,16 +46,16 @@ class SdpaReplacement(TorchFunctionMode):
 
 
 def replace_sdpa(op: str, *, retrain: bool = False, **options: Any) -> SdpaReplacement:
-    """A context in which `torch.nn.functional.scaled_dot_product_attention` is another attention.
+    """Return a context in which another attention replaces `torch.nn.functional.scaled_dot_product_attention`.
 
         with replace_sdpa("nystrom", num_landmarks=64) as swap:
             y = model(x)
-        print(swap)  # how many calls were served, and why others fell back
+        print(swap)  # number of calls served, and the reasons of those that fell back
 
-    Calls that the attention cannot serve (a mask that is not padding, causal, dropout, grouped heads) fall back to softmax
-    attention and are counted with their reason. Models that multiply matrices themselves, and nn.MultiheadAttention, never
-    call the function: see replace_mha. Only the thread that entered is served. Where a model computes again in backward
-    (gradient checkpointing), that has to be inside of the context, too.
+    Unsupported calls (a mask that is not padding, causal attention, dropout, grouped heads) fall back to softmax attention and
+    are counted by reason. Models that compute attention with matrix products do not call the function, and neither does
+    nn.MultiheadAttention: use replace_mha for it. The context affects only the current thread. If the model recomputes its
+    forward in backward (gradient checkpointing), run backward inside the context too.
 
     Args:
         op, retrain, options: as in DropIn.

@@ -1,6 +1,6 @@
-"""timm: another attention in its vision transformers, and the models of this library in its registry.
+"""timm: replace the attention of its vision transformers, and register the models of vix_kernels.
 
-Importing this registers; nothing changes until a name is used:
+Importing this module only registers names:
 
     timm.create_model("vix_vin_tiny", num_classes=10)                              every model of vix_kernels.models
     timm.create_model("vit_tiny_patch16_224", attn_layer="vix_nystrom")            a timm model built with an attention
@@ -33,7 +33,7 @@ with host("timm", "1.0.28"):
 
 
 class _Replaced:
-    """What the three attentions of timm share: parameters and all that surrounds the attention are theirs."""
+    """Shared by the replacements of timm's three attention classes. They change only the attention itself."""
 
     vix: DropIn
 
@@ -55,10 +55,10 @@ class _Replaced:
 
 
 class ReplacedAttention(_Replaced, Attention):
-    """timm.layers.Attention with another attention between its linear maps."""
+    """timm.layers.Attention with another attention between its linear layers."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x (batch, tokens, dim) to the same."""
+        """Map x (batch, tokens, dim) to the same shape."""
         q, k, v = map(self.split, packed_linear(self.qkv, x))
         return self.finish(x, q, k, v, None, attn_mask, is_causal)
 
@@ -67,12 +67,12 @@ class _ReplacedRope(_Replaced):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """x (batch, tokens, dim) to the same; rope is timm's table of the tokens behind the prefix, sines and cosines."""
+        """Map x (batch, tokens, dim) to the same shape. rope is timm's sine and cosine table of the tokens after the prefix."""
         q, k, v = map(self.split, self.projected(x))
         if k.shape[1] != q.shape[1]:
             k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
-        turn = None if rope is None else rope_of(rope, self.num_prefix_tokens, self.num_heads, self.rotate_half)
-        return self.finish(x, q, k, v, turn, attn_mask, is_causal)
+        rotary = None if rope is None else rope_of(rope, self.num_prefix_tokens, self.num_heads, self.rotate_half)
+        return self.finish(x, q, k, v, rotary, attn_mask, is_causal)
 
 
 class ReplacedAttentionRope(_ReplacedRope, AttentionRope):
@@ -83,7 +83,7 @@ class ReplacedAttentionRope(_ReplacedRope, AttentionRope):
 
 
 class ReplacedEvaAttention(_ReplacedRope, EvaAttention):
-    """The attention of timm's EVA with another attention."""
+    """timm's EvaAttention with another attention."""
 
     def projected(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.qkv is None:
@@ -95,36 +95,36 @@ class ReplacedEvaAttention(_ReplacedRope, EvaAttention):
 
 
 _REPLACED = {Attention: ReplacedAttention, AttentionRope: ReplacedAttentionRope, EvaAttention: ReplacedEvaAttention}
-for _theirs, _ours in _REPLACED.items():
-    require_call("timm", _ours, _theirs)
+for _host, _replacement in _REPLACED.items():
+    require_call("timm", _replacement, _host)
 
 
 def rope_of(table: Tensor, prefix_tokens: int, num_heads: int, half: bool) -> Rope:
-    """timm's table (tokens, 2 R) or (heads, tokens, 2 R), sines beside cosines, each angle twice, as a Rope."""
+    """Convert timm's table (tokens, 2 R) or (heads, tokens, 2 R) to a Rope. It has sines, then cosines, of each angle twice."""
     if table.dim() == 2:
         table = table[None]
     if table.dim() != 3 or table.shape[0] not in (1, num_heads):
         raise NotImplementedError(
-            f"rope: expected a table (tokens, 2 R) or ({num_heads} heads, tokens, 2 R), got {tuple(table.shape)}; tables of "
-            "their own for each sample (patch dropout) are not supported"
+            f"rope: expected a table (tokens, 2 R) or ({num_heads} heads, tokens, 2 R), got {tuple(table.shape)}; a "
+            "separate table for each sample (patch dropout) is not supported"
         )
     once = slice(table.shape[2] // 4) if half else slice(None, None, 2)
     sin, cos = (part[..., once].float() for part in table.chunk(2, -1))
     layout = "half" if half else "interleaved"
-    if table.requires_grad:  # the tables of learned angles; along the circle is the only way they move
+    if table.requires_grad:  # learned angles: only the angle varies, so it carries the whole gradient
         return Rope.of(F.pad(torch.atan2(sin, cos), (0, 0, prefix_tokens, 0)), layout)
     sin, cos = F.pad(sin, (0, 0, prefix_tokens, 0)), F.pad(cos, (0, 0, prefix_tokens, 0), value=1.0)
     return Rope(cos, sin, layout)
 
 
 class BuiltAttention(ReplacedAttention):
-    """What `attention_layer` makes. In a vision transformer its landmarks and agents are placed as `replace_attention` does.
+    """Base class of the classes from `attention_layer`. Landmarks and agents are placed as in `replace_attention`.
 
     Attributes:
-        attention: of the class: what its layers mount.
-        retrain: of the class: weights that were trained with another attention may be loaded.
-        vix: the attention of this layer, or the one that has replaced it.
-        built: this layer's own attention.
+        attention: (class) the attention that the layers mount.
+        retrain: (class) whether weights trained with another attention may be loaded.
+        vix: the current attention of this layer, which `replace_attention` may have set.
+        built: the attention that this layer was built with.
     """
 
     attention: DropIn
@@ -133,7 +133,7 @@ class BuiltAttention(ReplacedAttention):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.vix = type(self).attention.mounted(Site(self.head_dim, self.num_heads))
-        self.own = (self.vix,)  # in a tuple, which is no child module
+        self.own = (self.vix,)  # a tuple, so it is not registered as a child module
         _place_while_built()
 
     @property
@@ -142,14 +142,14 @@ class BuiltAttention(ReplacedAttention):
 
 
 class MarkedAttention(BuiltAttention):
-    """One that is no approximation of softmax attention. Its state has a mark, by which its own weights are known."""
+    """A BuiltAttention that does not approximate softmax attention. A mark in its state dict identifies its weights."""
 
     def get_extra_state(self) -> Tensor:
-        """The mark: the name of the op as bytes, in a tensor that safetensors and averages of state dicts can read."""
+        """Return the mark: the bytes of the op's name, as a tensor, which safetensors and averages of state dicts support."""
         return torch.tensor(list(self.vix.op.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Nothing: `_load_from_state_dict` reads the mark before it loads any weight."""
+        """Do nothing: `_load_from_state_dict` checks the mark before it loads any weights."""
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing_keys: list[str],
@@ -159,9 +159,9 @@ class MarkedAttention(BuiltAttention):
         weights = [x for name, x in state_dict.items() if name.startswith(prefix) and name != key]
         has_values = any(not getattr(x, "is_meta", False) for x in weights)
         trained_with = _op_of(state_dict.get(key)) if has_values else op
-        may_differ = self.retrain or self.vix is not self.built  # replace_attention has asked for retrain, too
+        may_differ = self.retrain or self.vix is not self.built  # replace_attention also requires retrain=True
         if trained_with != op and not may_differ:
-            if not any(message.startswith(_REFUSED) for message in error_msgs):  # once is enough
+            if not any(message.startswith(_REFUSED) for message in error_msgs):  # report it for one layer only
                 error_msgs.append(
                     f"{_REFUSED} trained with {op!r} attention (marked by {key}), got weights trained with {trained_with!r}"
                     f"{'' if key in state_dict else ' (no mark)'}; to train them further, build the model with "
@@ -179,30 +179,30 @@ _REFUSED = "attn_layer: expected weights"
 
 
 def _op_of(mark: Any) -> str:
-    """The attention that weights with this mark were trained with. An average of equal marks may be off by a rounding."""
+    """Return the attention that weights with this mark were trained with. Rounds, since averaged marks can be inexact."""
     if not isinstance(mark, Tensor):
         return "softmax" if mark is None else repr(mark)
     return bytes(mark.round().to(torch.uint8).flatten().tolist()).decode(errors="replace")
 
 
 def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[Attention]:
-    """A class for timm's attn_layer: its Attention, with its parameters and another attention.
+    """Return a class for timm's attn_layer: timm's Attention and its parameters, with another attention.
 
         timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("nystrom", num_landmarks=49))
 
-    Landmarks, agents and prefix tokens are placed as in `replace_attention`. The weights of all but "nystrom" are marked: their
-    state dicts have an entry `_extra_state` for each layer.
+    Landmarks, agents and prefix tokens are placed as in `replace_attention`. The weights of all ops but "nystrom" are marked:
+    their state dicts have an entry `_extra_state` for each layer.
 
     Args:
         op, options: as in DropIn. All layers share the random features.
-        retrain: the model is trained further with this attention. Otherwise load_state_dict refuses, for all but "nystrom",
-            weights without the mark of `op`, which were trained with another attention.
+        retrain: whether the model is trained further with this attention. If False, load_state_dict of all ops but "nystrom"
+            rejects weights without the mark of `op`, which were trained with another attention.
     """
     return _class_with(DropIn(op, retrain=True, **options), retrain)
 
 
 class _WithAttention(type):
-    """The kind of these classes: pickle, which looks for others by their name, makes them again."""
+    """Metaclass of the attn_layer classes. Pickle rebuilds them instead of importing them by name."""
 
 
 def _class_with(attention: DropIn, retrain: bool) -> type[Attention]:
@@ -214,12 +214,12 @@ def _class_with(attention: DropIn, retrain: bool) -> type[Attention]:
 copyreg.pickle(_WithAttention, lambda layer: (_class_with, (layer.attention, layer.retrain)))
 
 
-LAYERS: dict[str, type[Attention]] = {}  # by the name of their op
+LAYERS: dict[str, type[Attention]] = {}  # by op
 
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
-    """Make an attention known to timm by its name, those that are registered later on too."""
+    """Register an attention with timm by name, including attentions that are registered later."""
     if core.name in OPS:
         layer = LAYERS[core.name] = attention_layer(core.name)
         ATTN_LAYERS[f"vix_{core.name}"] = globals()[layer.__name__] = layer
@@ -227,17 +227,17 @@ def _admit(core: type[Mixer]) -> None:
 
 @cache
 def _place_while_built() -> None:
-    """From the first layer on, look at every module that any module is given.
+    """Install a global hook on the registration of child modules, once the first layer exists.
 
-    timm's transformers tell their layers nothing about the tokens.
+    timm's transformers do not pass their layers any information about the tokens.
     """
     register_module_module_registration_hook(_place_in)
 
 
 def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
-    """Place the layers in the blocks of `vit`, which is given `module`: its blocks, or one that comes after them.
+    """Place the layers in the blocks of `vit`. Runs when `vit` registers its blocks, and again for each later child module.
 
-    Some transformers change their number of prefix tokens when they have their blocks.
+    Some transformers change their number of prefix tokens after they register their blocks.
     """
     blocks = module if name == "blocks" else vit._modules.get("blocks")
     if blocks is None or "num_prefix_tokens" not in vars(vit):
@@ -248,24 +248,25 @@ def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
-    """Put another attention into a timm model, in place; parameters and their names stay.
+    """Replace the attention of a timm model, in place. Parameters and their names do not change.
 
         report = replace_attention(timm.create_model("vit_base_patch16_224", pretrained=True), "nystrom")
 
-    Serves Attention (vision_transformer), AttentionRope and EvaAttention (EVA, DINOv3; timm's rotary tables included), with
-    their norms of q and k, gates and dropout of the output. Landmarks and agents are placed on the grid of the patches, that of
-    each call where images have any size, and prefix tokens (class, registers) are their own; `options` may say otherwise. In a
-    model with patch dropout, whose tokens form no grid, they are segments: the report says which.
+    Supports Attention (vision_transformer), AttentionRope and EvaAttention (EVA, DINOv3), including timm's rotary tables, norms
+    of q and k, gates and output dropout. Landmarks and agents are placed on the patch grid, which may differ between calls if
+    the model accepts any image size. Each prefix token (class, register) is a separate landmark or agent. `options` can change
+    this placement. With patch dropout, tokens form no grid, so landmarks and agents pool segments of the sequence. The report
+    states the placement.
 
     Args:
         model: a timm model.
-        op, retrain, options: as in DropIn. Each layer has random features of its own.
+        op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        what was replaced, and what was left for which reason. `restore_attention` undoes it.
+        a report of the replaced layers, and of the others with the reason. `restore_attention` undoes the replacement.
 
     Raises:
-        ValueError: nothing could be replaced, or `op` needs retrain=True. The model is as it was.
+        ValueError: nothing could be replaced, or `op` needs retrain=True. The model is unchanged.
     """
     check_model(model)
     attention = DropIn(op, retrain=retrain, **options)
@@ -281,7 +282,7 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
             _place(attention, vit, grids.get(id(vit)))
 
     def put(module: nn.Module, attention: DropIn) -> None:
-        module.__class__ = _REPLACED.get(type(module), type(module))  # one that was replaced stays what it is
+        module.__class__ = _REPLACED.get(type(module), type(module))  # an already replaced module keeps its class
         module.vix = attention
 
     try:
@@ -292,7 +293,7 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
             reason_against=_reason_against,
             site_of=lambda module: Site(module.head_dim, module.num_heads),
             put=put,
-            expected="an attention that timm's vision transformers or EVA have",
+            expected="an attention class of timm's vision transformers or EVA",
             place=place,
         )
     except BaseException:
@@ -302,13 +303,13 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
 
 
 def restore_attention(model: nn.Module) -> list[str]:
-    """Undo `replace_attention`, in place: every attention is timm's again, with the same Parameter objects.
+    """Undo `replace_attention`, in place. The attentions are timm's again, with the same Parameter objects.
 
     Returns:
-        the names of the modules that were restored.
+        the names of the restored modules.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no attention was replaced.
     """
     restored, kept = [], set()
     for name, module in model.named_modules():
@@ -321,7 +322,7 @@ def restore_attention(model: nn.Module) -> list[str]:
             module.vix = module.built.to(module.proj.weight)
         else:
             del module.vix
-            module.__class__ = next(theirs for theirs, ours in _REPLACED.items() if ours is type(module))
+            module.__class__ = next(host for host, replacement in _REPLACED.items() if replacement is type(module))
         restored.append(name or "(the model itself)")
     for module in model.modules():
         if id(_grid_of(module)) not in kept:
@@ -332,7 +333,7 @@ def restore_attention(model: nn.Module) -> list[str]:
 
 
 def _vision_transformers(model: nn.Module) -> dict[str, nn.Module]:
-    """The vision transformers in `model` by their names: what has blocks and knows how many tokens are its prefix."""
+    """Return the vision transformers in `model` by name: the modules with blocks and a number of prefix tokens."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -341,7 +342,7 @@ def _vision_transformers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _place(attention: DropIn, vit: nn.Module, grid: TokenGrid | None) -> None:
-    """Place `attention` among the tokens of `vit`, which form no grid after patch dropout."""
+    """Place the slots of `attention` among the tokens of `vit`. With patch dropout, the tokens form no grid."""
     drops_patches = isinstance(getattr(vit, "patch_drop", None), PatchDropout | PatchDropoutWithIndices)
     attention.place(vit.num_prefix_tokens, None if drops_patches else grid)
 
@@ -351,7 +352,7 @@ def _has_grid(vit: nn.Module) -> bool:
 
 
 def _follow(embedding: nn.Module) -> TokenGrid:
-    """The grid of `embedding` in each call: the hook that an earlier replacement left, or a new one."""
+    """Return the hook that tracks the grid of `embedding`: the one of an earlier replacement, or a new one."""
     grid = _grid_of(embedding)
     if grid is None:
         grid = TokenGrid()
@@ -375,4 +376,4 @@ def _reason_against(module: nn.Module) -> str:
     if type(module) in _REPLACED or isinstance(module, _Replaced):
         return ""
     kind, names = type(module), ", ".join(kind.__name__ for kind in _REPLACED)
-    return f"{kind.__module__}.{kind.__name__}, none of timm's {names}"
+    return f"{kind.__module__}.{kind.__name__}, which is not one of timm's {names}"

@@ -1,4 +1,4 @@
-"""timm's registry: every model of the zoo as vix_NAME, with timm's words for its arguments. integrations/timm.py imports it."""
+"""Every model of the zoo as vix_NAME in timm's registry, with timm's argument names. integrations/timm.py imports this."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ with host("timm", "1.0.28"):
 
 
 def _entry(name: str) -> Any:
-    """The function that timm calls for vix_NAME."""
+    """Return the function that timm calls for vix_NAME."""
 
     def build(pretrained: bool = False, **arguments: Any) -> nn.Module:
-        for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm's, about weights to load
+        for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm passes these for pretrained weights
             arguments.pop(key, None)
         if pretrained:
             raise RuntimeError(f"pretrained: expected False, got True: vix_{name} has no published weights")

@@ -1,4 +1,4 @@
-"""torch.nn: another attention in nn.MultiheadAttention, and so in PyTorch's encoder and decoder layers."""
+"""torch.nn: replace the attention of nn.MultiheadAttention, also in PyTorch's encoder and decoder layers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..nn.core import Site
-from .drop_in import DropIn, taking_part
+from .drop_in import DropIn, valid_tokens
 from .hosts import Report, replace_each
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention with the attention `vix`; `replace_mha` makes one of the other, with its parameters."""
+    """nn.MultiheadAttention that computes the attention `vix`. `replace_mha` converts modules to it, with their parameters."""
 
     vix: DropIn
 
@@ -24,7 +24,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """False, which keeps PyTorch's fast path for inference away: it takes the parameters and bypasses this module."""
+        """False disables PyTorch's inference fast path, which reads the parameters and bypasses this module."""
         return False
 
     def forward(
@@ -38,17 +38,17 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """As nn.MultiheadAttention with need_weights=False.
+        """Attend like nn.MultiheadAttention with need_weights=False.
 
         Args:
             query, key, value: (batch, tokens, embed_dim) with batch_first, else (tokens, batch, embed_dim); or without batch.
-            key_padding_mask: torch's: bool, True = the token takes no part, or float with -inf in its place.
+            key_padding_mask: torch's convention: bool, True = padded; or float, 0 = valid and -inf = padded.
 
         Raises:
             NotImplementedError: need_weights, attn_mask, is_causal, or dropout in training.
         """
         if need_weights:
-            raise NotImplementedError("need_weights: expected False (no weights are formed), got True")
+            raise NotImplementedError("need_weights: expected False (attention weights are never computed), got True")
         if attn_mask is not None:
             raise NotImplementedError("attn_mask: expected None; use key_padding_mask (batch, tokens)")
         if query.is_nested:
@@ -61,8 +61,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             for x in self._projected(query, key, value)
         )
         if key_padding_mask is not None:
-            taken = ~key_padding_mask if key_padding_mask.dtype == torch.bool else taking_part(key_padding_mask)
-            key_padding_mask = taken[None] if query.dim() == 2 else taken
+            valid = ~key_padding_mask if key_padding_mask.dtype == torch.bool else valid_tokens(key_padding_mask)
+            key_padding_mask = valid[None] if query.dim() == 2 else valid
         dropout = self.dropout if self.training else 0.0
         out = self.vix(
             q, k, v, dropout_p=dropout, is_causal=is_causal, key_padding_mask=key_padding_mask,
@@ -79,20 +79,20 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
-    """Put another attention into every nn.MultiheadAttention of `model`, in place; parameters and their names stay.
+    """Replace the attention of every nn.MultiheadAttention of `model`, in place. Parameters and their names do not change.
 
         report = replace_mha(model, "performer", retrain=True, num_features=128)
 
-    Encoder and decoder layers are served too, without PyTorch's fast path for inference, which would bypass what was replaced
-    (and which leaves zeros where tokens are padding). Their dropout, 0.1 unless given, has to be 0 in training.
-    Whoever asks a replaced module for its weights (need_weights=True, the default of its forward) gets an error.
+    Encoder and decoder layers work too, but without PyTorch's inference fast path, which would bypass the new attention (and
+    which returns zeros for padded tokens). Their dropout, 0.1 by default, must be 0 in training. Calling a replaced module with
+    need_weights=True, the default of its forward, raises an error.
 
     Args:
-        model: holds nn.MultiheadAttention.
-        op, retrain, options: as in DropIn. Each layer has random features of its own.
+        model: a model that contains nn.MultiheadAttention.
+        op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        what was replaced, and what was left for which reason.
+        a report of the replaced layers, and of the others with the reason.
 
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
@@ -113,7 +113,7 @@ def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: 
     )
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, MultiheadAttention) for m in module.modules()):
-            module.use_nested_tensor = False  # it would hand nested tensors to its layers
+            module.use_nested_tensor = False  # otherwise its layers would receive nested tensors
     return report
 
 
@@ -121,7 +121,7 @@ def _reason_against(module: nn.Module) -> str:
     if type(module) not in (nn.MultiheadAttention, MultiheadAttention):
         return f"a {type(module).__name__}, not an nn.MultiheadAttention"
     if module.in_proj_weight is None:
-        return "keys and values have widths of their own (kdim, vdim)"
+        return "keys or values have a different width than queries (kdim, vdim)"
     if module.bias_k is not None or module.add_zero_attn:
-        return "it adds keys of its own (add_bias_kv, add_zero_attn)"
+        return "it adds keys to the given ones (add_bias_kv, add_zero_attn)"
     return ""

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: attentions by name for any model with attn_implementation, and fast Nystromformers and FNets."""
+"""Hugging Face transformers: attentions for any model with attn_implementation, and faster Nystromformers and FNets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..ops.fourier import fourier_mixing
 from ..ops.nystrom import nystrom_attention
 from ..ops.pooling import pooling
 from ..primitives import aggregate, broadcast, landmarks, pinv, token_conv
-from .drop_in import OPS, DropIn, check_trained, require_all, taking_part
+from .drop_in import OPS, DropIn, check_trained, require_all, valid_tokens
 from .hosts import Report, host, require_call
 
 with host("transformers", "5.17"):
@@ -25,7 +25,7 @@ with host("transformers", "5.17"):
     from transformers.models.fnet import modeling_fnet
     from transformers.models.nystromformer import modeling_nystromformer
 
-# What else an attention is asked for, by one model or another
+# Further arguments that some models pass to their attention and that are not supported
 _UNSERVED = (
     "softcap", "position_bias", "s_aux", "sinks", "sliding_window", "block_indices", "indices", "cu_seq_lens_q",
     "cu_seq_lens_k", "output_attentions",
@@ -33,19 +33,19 @@ _UNSERVED = (
 
 
 def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
-    """Make "vix_nystrom", "vix_performer", "vix_linear" and "vix_agent" known to transformers.
+    """Register "vix_nystrom", "vix_performer", "vix_linear" and "vix_agent" with transformers.
 
         register(nystrom=dict(num_landmarks=64))
         model.set_attn_implementation("vix_nystrom")  # or from_pretrained(..., attn_implementation="vix_nystrom")
 
-    Padding masks are honoured; causal and windowed masks, dropout of the attention in training, grouped heads and a request for
-    the weights raise NotImplementedError. The name is not saved with a model: give it each time one is loaded. Calling this
-    again changes the options of all models that use the name.
+    Padding masks are supported. Causal and windowed masks, attention dropout in training, grouped heads and requests for the
+    attention weights raise NotImplementedError. The name is not saved with a model, so set it each time you load one. Another
+    call changes the options of all models that use the names.
 
     Args:
-        retrain: serve "vix_performer", "vix_linear" and "vix_agent", which a model has to be trained with; otherwise these
-            raise ValueError where they are used.
-        options: of each op by its name, as in DropIn. All layers share the random features.
+        retrain: allow "vix_performer", "vix_linear" and "vix_agent", which need a model trained with them. If False, using them
+            raises ValueError.
+        options: the options of each op, by its name, as in DropIn. All layers share the random features.
     """
     for op in options:
         if op not in OPS:
@@ -55,12 +55,12 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
     _retrain[:] = [retrain]
 
 
-_retrain: list[bool] = []  # of the latest call of register
+_retrain: list[bool] = []  # `retrain` of the latest call to register
 
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
-    """An attention that is registered after a call of register."""
+    """Register an attention that was added after the latest call to register."""
     if _retrain and core.name in OPS:
         _register(core.name, _retrain[0], {})
 
@@ -83,15 +83,15 @@ def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple
         is_causal: bool | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        """q, k, v (batch, heads, tokens, head_dim) to (batch, tokens, heads, head_dim), as transformers calls it."""
+        """Map q, k, v (batch, heads, tokens, head_dim) to (batch, tokens, heads, head_dim), as transformers expects."""
         check_trained(attention.core, retrain)
         for name in _UNSERVED:
             value_of = others.get(name)
             if value_of is not None and value_of is not False:
                 raise NotImplementedError(
-                    f"{name}: expected None, got a {type(value_of).__name__}; {attention!r} has no such thing"
+                    f"{name}: expected None, got a {type(value_of).__name__}; {attention!r} does not support it"
                 )
-        # As transformers decides: a mask says all, and a module that says nothing is causal.
+        # The rule of transformers: a mask overrides is_causal, and a module without is_causal is causal.
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = causal and attention_mask is None and query.shape[2] > 1
         return attention(query, key, value, attention_mask, dropout, causal, scaling).transpose(1, 2), None
@@ -106,13 +106,15 @@ def padding_mask(
     dtype: torch.dtype = torch.float32,
     **others: Any,
 ) -> Tensor | None:
-    """The mask that these attentions are given: additive (batch, 1, 1, tokens), or None where all tokens take part.
+    """Return the mask for these attentions: additive (batch, 1, 1, tokens), or None if all tokens are valid.
 
-    Additive, as for transformers' own eager attention: about 35 of its models make a mask for the attention that was asked for
-    and then add it to their logits, whatever that attention is.
+    It is additive, like that of transformers' eager attention, because about 35 models add the mask to their logits whatever
+    attention is selected.
     """
     if mask_function is not bidirectional_mask_function:
-        raise NotImplementedError("mask_function: expected the bidirectional one; causal and windowed masks are not supported")
+        raise NotImplementedError(
+            "mask_function: expected bidirectional_mask_function; causal and windowed masks are not supported"
+        )
     if attention_mask is None:
         return None
     additive = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
@@ -120,15 +122,15 @@ def padding_mask(
 
 
 def patch(model: nn.Module) -> Report:
-    """Give the same answers faster: the attention of every Nystromformer and the transform of every FNet in `model`, in place.
+    """Replace the attention of every Nystromformer and the transform of every FNet in `model` by faster equivalents, in place.
 
         report = patch(NystromformerModel.from_pretrained(...))
 
-    Parameters and their names stay. A sequence of padding only, on which softmax attention spreads evenly, gets zeros. A
-    request for the weights (output_attentions) is answered by transformers itself.
+    Parameters and their names do not change. A sequence of only padding gives zeros, where softmax would give uniform attention
+    weights. Calls that request the attention weights (output_attentions) run the code of transformers.
 
     Returns:
-        what was replaced, and what was left for which reason.
+        a report of the replaced layers, and of the others with the reason.
 
     Raises:
         ValueError: there was nothing to replace.
@@ -138,8 +140,8 @@ def patch(model: nn.Module) -> Report:
         if type(module) is modeling_nystromformer.NystromformerSelfAttention:
             module.__class__ = NystromformerSelfAttention
         elif type(module) is modeling_fnet.FNetBasicFourierTransform:
-            if own_matrices(module):
-                report.refused[name] = "it has matrices of its own (use_tpu_fourier_optimizations)"
+            if uses_dft_matrices(module):
+                report.refused[name] = "it multiplies by DFT matrices (use_tpu_fourier_optimizations)"
                 continue
             module.__class__ = FNetBasicFourierTransform
         elif not isinstance(module, NystromformerSelfAttention | FNetBasicFourierTransform):
@@ -154,15 +156,15 @@ def nystromformer_attention(
     attention_mask: Tensor | None = None,
     output_attentions: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The forward of a NystromformerSelfAttention without its N x L matrices.
+    """Forward of NystromformerSelfAttention that does not store the tokens x landmarks matrices.
 
-    The semantics are those of transformers: padding is left out of one softmax only, the one that reads the tokens, and with
-    init_option "original" the start of the inverse is shared by the batch.
+    It behaves like transformers: padding is masked only in the softmax over tokens, and init_option "original" initializes the
+    pseudo-inverse with a maximum over the batch.
 
     Args:
         hidden_states: (batch, tokens, channels).
         attention_mask: additive (batch, 1, 1 or tokens, tokens), 0 or the lowest number, the same row for all queries.
-        output_attentions: leave the call to transformers.
+        output_attentions: run transformers' forward, which returns the attention weights.
     """
     if output_attentions:
         host = modeling_nystromformer.NystromformerSelfAttention
@@ -186,19 +188,19 @@ def _through_landmarks(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, atten
         return nystrom_attention(
             q, k, v, num_landmarks=module.num_landmarks, pinv_init=module.init_option, conv_weight=weight
         )  # fmt: skip
-    row = attention_mask[:, :1, :1]  # newer versions of transformers repeat it for every query
+    row = attention_mask[:, :1, :1]  # newer versions of transformers repeat the row for every query
     require_all(attention_mask == row, "attention_mask: expected the same row for all heads and queries")
-    taken = taking_part(row[:, 0, 0]).expand(k.shape[0], -1)
+    valid = valid_tokens(row[:, 0, 0]).expand(k.shape[0], -1)
     pool = pooling("num_landmarks", module.num_landmarks, None, 0, q.shape[2])
     options = dict(scale=q.shape[3] ** -0.5, backend=backends.resolve("auto", q, q.shape[3]))
     q_marks, k_marks, _, _ = landmarks(q, k, **pool, backend=options["backend"])
-    values, _ = aggregate(q_marks, k, v, mask=taken, **options)
+    values, _ = aggregate(q_marks, k, v, mask=valid, **options)
     out = broadcast(q, k_marks, pinv(q_marks, k_marks, values, init=module.init_option, **options), **options)
     return out if weight is None else out + token_conv(v, weight, backend=options["backend"])
 
 
 def fnet_transform(module: modeling_fnet.FNetBasicFourierTransform, hidden_states: Tensor) -> tuple[Tensor]:
-    """The forward of a FNetBasicFourierTransform, (batch, tokens, channels), without its complex numbers."""
+    """Forward of FNetBasicFourierTransform on (batch, tokens, channels), without complex numbers."""
     return (fourier_mixing(hidden_states),)
 
 
@@ -214,6 +216,6 @@ require_call("transformers", NystromformerSelfAttention, modeling_nystromformer.
 require_call("transformers", FNetBasicFourierTransform, modeling_fnet.FNetBasicFourierTransform)
 
 
-def own_matrices(module: modeling_fnet.FNetBasicFourierTransform) -> bool:
-    """Whether an FNet multiplies by slices of matrices, which are no Fourier transform of shorter texts."""
+def uses_dft_matrices(module: modeling_fnet.FNetBasicFourierTransform) -> bool:
+    """Return whether the FNet uses truncated DFT matrices, whose result differs from an FFT of a shorter sequence."""
     return hasattr(module, "dft_mat_seq")
