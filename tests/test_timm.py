@@ -276,7 +276,7 @@ def test_the_second_replacement_counts():
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224"])
 def test_models_without_such_an_attention_are_refused(name):
-    with pytest.raises(ValueError, match=r"model: expected an attention that .*, got \d+ times timm\.models\.(swin|beit)"):
+    with pytest.raises(ValueError, match=r"model: expected an attention class .*, got \d+ times timm\.models\.(swin|beit)"):
         integration.replace_attention(timm.create_model(name, img_size=224), "nystrom")
 
 
