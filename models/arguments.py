@@ -1,4 +1,4 @@
-"""Checks of the arguments that several models take."""
+"""Argument checks shared by the models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_rates(**rates: Any) -> None:
 
 def check_flags(**flags: Any) -> None:
     for name, flag in flags.items():
-        if not isinstance(flag, bool):  # the string "false" would be true
+        if not isinstance(flag, bool):  # for example, the string "false" is truthy
             raise ValueError(f"{name}: expected True or False, got {flag!r}")
 
 
@@ -40,11 +40,11 @@ def check_heads(embed_dim: int, num_heads: int) -> None:
 
 def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
     if not isinstance(mlp_ratio, int | float) or not 1 <= embed_dim * mlp_ratio < math.inf:
-        raise ValueError(f"mlp_ratio: expected a number that leaves the MLP a width of 1 or more, got {mlp_ratio!r}")
+        raise ValueError(f"mlp_ratio: expected a number that gives the MLP a width of 1 or more, got {mlp_ratio!r}")
 
 
 def pair(name: str, size: Any) -> tuple[int, int]:
-    """Height and width, from both or from one number for both."""
+    """Return (height, width), given both or one number for both."""
     both = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
     if len(both) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in both):
         raise ValueError(f"{name}: expected a positive integer or two of them, got {size!r}")
@@ -52,7 +52,7 @@ def pair(name: str, size: Any) -> tuple[int, int]:
 
 
 def per_stage(stages: int, **values: Any) -> list[tuple[int, ...]]:
-    """Each value as one positive integer a stage; a single number stands for all stages."""
+    """Return each value as one positive integer per stage. A single number applies to all stages."""
     rows = []
     for name, value in values.items():
         row = (value,) * stages if isinstance(value, int) else tuple(value) if isinstance(value, tuple | list) else ()
@@ -65,7 +65,7 @@ def per_stage(stages: int, **values: Any) -> list[tuple[int, ...]]:
 
 
 def check_name(name: Any, known: Iterable[str], kind: str) -> None:
-    """The name of a model or an original, the `kind`, that is `known`."""
+    """Check that `name` is one of the `known` names. `kind` is "model" or "original"."""
     if not isinstance(name, str):
         raise TypeError(f"name: expected the name of a known {kind}, got {name!r}")
     known = tuple(known)
@@ -74,6 +74,6 @@ def check_name(name: Any, known: Iterable[str], kind: str) -> None:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """What a typing error may have meant, to be put behind it."""
+    """Return a hint with the closest matches of a misspelled word, to append to an error message."""
     match = get_close_matches(word, list(words), n=3)
     return f" (did you mean {' or '.join(map(repr, match))}?)" if match else ""

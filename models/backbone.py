@@ -1,4 +1,4 @@
-"""What every model shares: timm's contract around `forward_features`, and the head."""
+"""Base class of all models: timm's interface around `forward_features`, and the head."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from .layers import init_linear
 
 
 class Backbone(nn.Module):
-    """Images (B, in_chans, *img_size) to logits (B, num_classes).
+    """Base class of models that map images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    A model makes `forward_features`, tokens (B, num_prefix_tokens + patches, num_features), and calls `finish` last.
+    A subclass implements `forward_features`, which returns tokens (B, num_prefix_tokens + patches, num_features), and calls
+    `finish` at the end of its constructor.
     """
 
-    config: dict[str, Any]  # what `create_model` was called with, and what `save_model` documents
-    pools = ("avg",)  # of the tokens: "token", the class token; "avg", the mean of the patches; "seq", a learned mean
+    config: dict[str, Any]  # the arguments of `create_model`, and other entries that `save_model` writes
+    # Supported pooling: "token" = class token, "avg" = mean of the patches, "seq" = mean with learned weights
+    pools = ("avg",)
 
     def __init__(self, *, img_size: int | tuple[int, int], in_chans: int, drop_rate: float) -> None:
         super().__init__()
@@ -32,7 +34,7 @@ class Backbone(nn.Module):
         self.head_drop = Dropout(drop_rate)
 
     def finish(self, num_features: int, num_classes: int, global_pool: str) -> None:
-        """Make the head and initialise all linear maps."""
+        """Create the head and initialize all linear layers."""
         self.num_features, self.global_pool = num_features, global_pool
         self.reset_classifier(num_classes)
         for module in self.modules():
@@ -40,19 +42,19 @@ class Backbone(nn.Module):
                 init_linear(module)
 
     def no_weight_decay(self) -> set[str]:
-        """The names of the parameters that stand for tokens or positions; biases and norms are left to the optimiser."""
+        """Return the names of token and position parameters. Exempting biases and norms is left to the optimizer setup."""
         exempt = ("cls_token", "pos_embed", "rope.frequencies", "attention_bias")
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of the blocks for backward."""
+        """Enable activation checkpointing: save only the inputs of the blocks for backward."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new head in place; `num_classes` 0 removes it."""
+        """Replace the head by a new one. `num_classes` 0 removes it."""
         chosen = {} if global_pool is None or len(self.pools) == 1 else {"global_pool": global_pool}
         global_pool = self.global_pool if global_pool is None else global_pool
         check_choice(self.pools, global_pool=global_pool)
@@ -62,7 +64,7 @@ class Backbone(nn.Module):
             raise ValueError(f"num_classes: expected an integer >= 0, got {num_classes!r}")
         self.num_classes, self.global_pool = num_classes, global_pool
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        if hasattr(self, "config"):  # which save_model writes
+        if hasattr(self, "config"):  # keep it up to date for save_model
             self.config["arguments"] = self.config["arguments"] | {"num_classes": num_classes} | chosen
             if "data" in self.config:
                 self.config["data"] = {k: value for k, value in self.config["data"].items() if k != "classes"}
@@ -77,15 +79,15 @@ class Backbone(nn.Module):
             raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, *img_size) to normalised tokens (B, num_prefix_tokens + patches, num_features)."""
+        """Map images (B, in_chans, *img_size) to normalized tokens (B, num_prefix_tokens + patches, num_features)."""
         raise NotImplementedError
 
     def pool(self, x: Tensor) -> Tensor:
-        """Tokens to one vector an image."""
+        """Pool the tokens to one vector per image."""
         return x[:, 0] if self.global_pool == "token" else x[:, self.num_prefix_tokens :].mean(dim=1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens to logits (B, num_classes), or to the pooled features."""
+        """Map tokens to logits (B, num_classes), or with `pre_logits` to the pooled features."""
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
@@ -93,12 +95,15 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
-        """The map (rows, columns) and the prefix of every module that holds tables over tokens, by its name ("": all)."""
+        """Return the map size (rows, columns) and number of prefix tokens of each module with parameters over tokens, by name.
+
+        The name "" is the whole model.
+        """
         raise NotImplementedError
 
 
 def grid_of(img_size: tuple[int, int], patch_size: Any) -> tuple[int, int]:
-    """Rows and columns of the token map."""
+    """Return the rows and columns of the token map."""
     patch_size = pair("patch_size", patch_size)
     if any(size % patch for size, patch in zip(img_size, patch_size, strict=True)):
         raise ValueError(f"img_size: expected multiples of patch_size {patch_size}, got {img_size}")

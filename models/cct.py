@@ -1,7 +1,7 @@
-"""The compact convolutional transformer (CCT, arXiv:2104.05704), and with other mixers the CCN and CCP of Vision Xformers.
+"""The compact convolutional transformer (CCT, arXiv:2104.05704), and its variants CCN and CCP of Vision Xformers.
 
 image -> n x [convolution, relu, max pooling] -> position
-      -> depth x [x + attention(norm(x)), n + mlp(n) with n = norm(x)] -> norm -> learned mean of the tokens -> head
+      -> depth x [x + attention(norm(x)), n + mlp(n) with n = norm(x)] -> norm -> learned weighted mean of the tokens -> head
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .positions import POSITIONS, learned_position, rotary_position
 
 
 class ConvTokenizer(nn.Sequential):
-    """Convolutions, rectified and pooled: (B, in_chans, H, W) -> (B, tokens, embed_dim).
+    """Convolutions, each with ReLU and max pooling: (B, in_chans, H, W) -> (B, tokens, embed_dim).
 
-    All but the last have 64 channels. Strides are those of the convolutions, one each, and of every pooling.
+    All convolutions but the last have 64 channels. `strides` has one stride per convolution; all poolings use `pool_stride`.
     """
 
     def __init__(self, in_chans: int, embed_dim: int, kernel: int, strides: tuple[int, ...], pool_stride: int) -> None:
@@ -31,7 +31,7 @@ class ConvTokenizer(nn.Sequential):
         super().__init__(*layers)
 
     def grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of the tokens of such an image; every window is padded by half of itself."""
+        """Return the rows and columns of the token map. Every layer pads by half its kernel size."""
         for layer in self:
             if not isinstance(layer, nn.ReLU):
                 stride = layer.stride if isinstance(layer.stride, int) else layer.stride[0]
@@ -43,21 +43,21 @@ class ConvTokenizer(nn.Sequential):
 
 
 class CCT(Backbone):
-    """A compact convolutional transformer; `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+    """A compact convolutional transformer. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Repaired against the originals: the MLP has the ratio that is asked for (there a misspelt argument leaves it at 4), and
-    stochastic depth likewise; width and heads are free; any image size.
+    Fixes relative to the originals: the MLP ratio and stochastic depth follow their arguments (in the originals, misspelled
+    arguments have no effect, and the ratio is always 4); width, heads and image size are free.
 
     Args:
-        mixer: makes the token mixer of one layer, see models/mixers.py.
-        kernel_size: of the tokenizer's convolutions, odd.
-        strides: of its convolutions, one each, which is also how many there are.
-        pool_stride: of the pooling behind each of them.
+        mixer: creates the token mixer of a layer, see models/mixers.py.
+        kernel_size: kernel size of the tokenizer's convolutions, odd.
+        strides: stride of each convolution. The length is the number of convolutions.
+        pool_stride: stride of the pooling after each convolution.
         position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", as in VisionTransformer.
-        global_pool: "seq", a mean with learned weights, softmax(w^T x); or "avg".
-        drop_path_rate: stochastic depth of the last layer, rising from 0 in the first.
+        global_pool: "seq", the mean of the tokens with learned weights softmax(w^T x), or "avg".
+        drop_path_rate: stochastic depth rate of the last layer. Rates increase linearly from 0 in the first.
 
-    Others as in VisionTransformer.
+    For the other arguments, see VisionTransformer.
     """
 
     pools = ("seq", "avg")
@@ -89,7 +89,7 @@ class CCT(Backbone):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
         if not isinstance(strides, tuple | list) or not strides:
-            raise ValueError(f"strides: expected one integer a convolution, got {strides!r}")
+            raise ValueError(f"strides: expected one integer per convolution, got {strides!r}")
         check_counts(**{f"strides[{i}]": stride for i, stride in enumerate(strides)})
         check_flags(qkv_bias=qkv_bias)
         check_rates(proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
@@ -122,7 +122,7 @@ class CCT(Backbone):
         if self.global_pool != "seq":
             self.attention_pool = None
         elif self.attention_pool is None:
-            # Without a bias: one number more for all tokens leaves their softmax as it is.
+            # No bias: adding a constant to all logits does not change their softmax.
             self.attention_pool = nn.Linear(self.embed_dim, 1, bias=False).to(self.norm.weight)
             init_linear(self.attention_pool)
 

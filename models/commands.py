@@ -26,15 +26,17 @@ examples:
 """
 
 
-OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's files begin that are no zip archives
+OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's legacy files, which are not zip archives
 
 
 class Summary(NamedTuple):
-    """Attributes:
-    image: height and width.
-    tokens: of the first attention, with the class token.
-    parameters: learned numbers.
-    macs: multiply-adds of matrix products and convolutions for one image; Fourier transforms are not counted.
+    """The size and cost of a model.
+
+    Attributes:
+        image: height and width.
+        tokens: number of tokens in the first attention, including the class token.
+        parameters: number of learned values.
+        macs: multiply-adds of matrix products and convolutions for one image. Fourier transforms are not counted.
     """
 
     image: tuple[int, int]
@@ -44,7 +46,7 @@ class Summary(NamedTuple):
 
 
 def summarize(name: str, **overrides: Any) -> Summary:
-    """What `create_model(name, **overrides)` is, counted on a run without data."""
+    """Summarize `create_model(name, **overrides)` with a forward on the meta device."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = create_model(name, **overrides, backend="reference").eval()
         model(torch.empty(1, model.in_chans, *model.img_size))
@@ -56,14 +58,14 @@ def summarize(name: str, **overrides: Any) -> Summary:
 def models(argv: list[str]) -> int:
     parser = Parser(
         prog="vix models",
-        description="List the models: image, tokens of the first attention, parameters, and multiply-adds for an image "
-        "(of matrix products and convolutions in plain PyTorch; Fourier transforms are not counted).",
+        description="List the models: image size, tokens of the first attention, parameters, and multiply-adds per image "
+        "(matrix products and convolutions in plain PyTorch, without Fourier transforms).",
     )
-    parser.add_argument("pattern", nargs="?", help='only names like this, such as "hybrid_*"')
+    parser.add_argument("pattern", nargs="?", help='list only names that match, such as "hybrid_*"')
     pattern = parser.parse_args(argv).pattern
     names = list_models(pattern)
     if not names:
-        parser.error(f"no model is called like {pattern!r}; all are {', '.join(list_models())}")
+        parser.error(f"pattern: no model matches {pattern!r}; the models are {', '.join(list_models())}")
     rows = ((name, summarize(name)) for name in names)
     print_table(
         ("model", "image", "tokens", "parameters", "MACs"),
@@ -71,7 +73,8 @@ def models(argv: list[str]) -> int:
             (name, "{} x {}".format(*s.image), f"{s.tokens:,}", f"{s.parameters:,}", f"{s.macs / 1e6:,.0f} M")
             for name, s in rows
         ),
-        widths=(max(map(len, names)), 9, 6, 11, 9),  # all of them take half a minute on a slow machine
+        # Fixed widths, to print each row when it is ready: all rows take half a minute on a slow machine.
+        widths=(max(map(len, names)), 9, 6, 11, 9),
     )
     return 0
 
@@ -79,44 +82,44 @@ def models(argv: list[str]) -> int:
 def convert(argv: list[str]) -> int:
     parser = Parser(
         prog="vix convert",
-        description="Turn the weights of an original Vision Xformers model into a folder that load_model reads: safetensors, "
+        description="Convert the weights of an original Vision Xformers model to a folder for load_model: safetensors, "
         "config.json and a model card.",
         epilog=CONVERT_EXAMPLES,
     )
-    parser.add_argument("weights", help="state_dict saved by torch.save (.pth, .pt); read without running any code in it")
-    parser.add_argument("output", help="folder to write; it must not hold a model yet")
-    parser.add_argument("--original", required=True, metavar="NAME", help=f"its label: {', '.join(ORIGINALS)}")
+    parser.add_argument("weights", help="state_dict saved by torch.save (.pth, .pt); loading it runs no code from the file")
+    parser.add_argument("output", help="folder to write; must be new or empty")
+    parser.add_argument("--original", required=True, metavar="NAME", help=f"name of the original: {', '.join(ORIGINALS)}")
     parser.add_argument(
-        "--config", nargs="+", action=KeyValues, default={}, metavar="K=V", help="arguments that the original was made with"
+        "--config", nargs="+", action=KeyValues, default={}, metavar="K=V", help="constructor arguments of the original"
     )
     args = parser.parse_args(argv)
     output = Path(args.output)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        parser.error(f"{output} exists and is not empty: name another folder")
+        parser.error(f"output: expected a new or empty folder, got {output}, which is not empty")
     try:
         model = from_original(args.original, args.config, _read(Path(args.weights)))
         save_model(model, output)
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     except ModuleNotFoundError as error:
-        parser.error(f"it needs {error.name}: pip install 'vix_kernels[hub]'")
+        parser.error(f"vix convert needs {error.name}: pip install 'vix_kernels[hub]'")
     print(f"{args.original}: {sum(p.numel() for p in model.parameters()):,} parameters, {output}")
     return 0
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    """The state_dict in `path`, alone or as an entry "state_dict" or "model"."""
+    """Read the state_dict in `path`, which may be nested as "state_dict" or "model"."""
     if not path.is_file():
         raise ValueError(f"no file {path}")
     try:
         with path.open("rb") as file:
             begins = file.read(len(OLD_FORMAT))
         if begins != OLD_FORMAT and not zipfile.is_zipfile(path):
-            raise ValueError("neither a zip archive nor the format before that")
-        with warnings.catch_warnings():  # of a pickle that it may not understand
+            raise ValueError("neither a zip archive nor torch's legacy format")
+        with warnings.catch_warnings():  # torch warns about pickle protocols that it may not support
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch have many kinds for a damaged file
+    except Exception as error:  # pickle, zipfile and torch raise many exception types for damaged files
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged, or holds more than tensors ({reason}); save model.state_dict() alone") from error
     for key in ("state_dict", "model"):
@@ -125,6 +128,6 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
-        raise ValueError(f"{path} holds no state_dict")
-    # What DataParallel puts in front of every name
+        raise ValueError(f"{path} does not contain a state_dict")
+    # DataParallel adds this prefix to every name.
     return {key.removeprefix("module."): value for key, value in state.items()}

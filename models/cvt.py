@@ -1,4 +1,4 @@
-"""The convolutional vision transformer (CvT, arXiv:2103.15808), and with other mixers the CvN and CvP of Vision Xformers.
+"""The convolutional vision transformer (CvT, arXiv:2103.15808), and its variants CvN and CvP of Vision Xformers.
 
 image -> stages of convolution -> norm -> depth x [x + attention(convolution(norm(x))), x + mlp(norm(x))]
       -> norm -> mean -> head
@@ -19,22 +19,22 @@ from .stages import Pyramid, Stage, shrinking
 
 
 class CvT(Pyramid):
-    """A convolutional vision transformer; `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+    """A convolutional vision transformer. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Repaired against the originals: the convolutional projection, which they leave out, is there; layer norms have their eps
-    under the root, where the gradient of equal channels is finite; the map may have any size, and all heads are used.
+    Fixes relative to the originals: the convolutional projection, which they omit, is included; layer norms have eps inside
+    the square root, so the gradient is finite if all channels are equal; the map may have any size; all heads are used.
 
-    One depthwise convolution of 3 x 3 serves q, k and v alike, where CvT has one for each, so that every mixer can stand
-    behind it, also those without queries. It tells the tokens their place, as in CvT, which has no embedding of positions.
+    One 3 x 3 depthwise convolution is shared by q, k and v, where CvT has one for each. It therefore works with every mixer,
+    including those without queries. It provides position information, as in CvT, which has no position embedding.
 
     Args:
-        mixer: makes the token mixer of one layer, see models/mixers.py.
-        embed_kernel, embed_stride: of the convolution that cuts the tokens of each stage; kernels are odd.
-        embed_dim, depth, num_heads: of each stage, or one number for all.
-        position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", of each stage.
-        drop_path_rate: stochastic depth of the last layer, rising from 0 in the first.
+        mixer: creates the token mixer of a layer, see models/mixers.py.
+        embed_kernel, embed_stride: kernel size (odd) and stride of the convolution that creates the tokens of each stage.
+        embed_dim, depth, num_heads: one integer per stage, or one for all.
+        position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", for each stage.
+        drop_path_rate: stochastic depth rate of the last layer. Rates increase linearly from 0 in the first.
 
-    Others as in VisionTransformer.
+    For the other arguments, see VisionTransformer.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class CvT(Pyramid):
         check_flags(qkv_bias=qkv_bias)
         check_rates(proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
         if not isinstance(embed_stride, tuple | list) or not embed_stride:
-            raise ValueError(f"embed_stride: expected one integer a stage, got {embed_stride!r}")
+            raise ValueError(f"embed_stride: expected one integer per stage, got {embed_stride!r}")
         kernels, strides, widths, depths, heads = per_stage(
             len(embed_stride), embed_kernel=embed_kernel, embed_stride=embed_stride, embed_dim=embed_dim, depth=depth,
             num_heads=num_heads,
@@ -98,7 +98,7 @@ class CvT(Pyramid):
 
 
 class ConvProjection(nn.Module):
-    """A depthwise convolution of the token map, batch-normalised, in front of the linear maps of a mixer."""
+    """A mixer preceded by a depthwise convolution of the token map and batch normalization."""
 
     def __init__(self, attention: nn.Module, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()

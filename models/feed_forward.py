@@ -9,7 +9,8 @@ from vix_kernels.nn.dropout import Dropout
 from vix_kernels.nn.plain import is_plain
 from vix_kernels.primitives import feed_forward as primitive
 
-# Numbers in the hidden map, 16 MiB in float32. Fewer stay in the cache anyway, and the plain form does nothing twice.
+# Minimum size of the hidden activations, 16 MiB in float32. Smaller ones stay in the cache, where the plain form is faster
+# because it recomputes nothing.
 MANY_CPU = 2**22
 
 
@@ -26,26 +27,29 @@ class Mlp(nn.Module):
 
 
 def feed_forward(x: Tensor, norm: nn.Module, mlp: nn.Module, drop_path: nn.Module, renormalise: bool = False) -> Tensor:
-    """x + drop_path(mlp(norm(x))), or, `renormalise`, n + drop_path(mlp(n)) with n = norm(x). x (B, tokens, dim)."""
-    if not _serves_tiles(x, mlp):
+    """Return x + drop_path(mlp(norm(x))), or with `renormalise` n + drop_path(mlp(n)), n = norm(x). x: (B, tokens, dim)."""
+    if not _use_tiles(x, mlp):
         n = norm(x)
         return (n if renormalise else x) + drop_path(mlp(n))
     weights = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    shares = drop_path.shares(x)
-    shares = None if shares is None else shares.expand(*x.shape[:-1], 1)
+    factors = drop_path.factors(x)
+    factors = None if factors is None else factors.expand(*x.shape[:-1], 1)
     n, layer_norm = (x, (norm.weight, norm.bias, norm.eps)) if is_plain(norm, nn.LayerNorm) else (norm(x), None)
     return primitive.feed_forward(
         n, None if renormalise else x, layer_norm, weights, activation=_ACTIVATIONS[type(mlp.act)],
-        p=mlp.drop.p if mlp.drop.active else 0.0, shares=shares, dtype=dtype,
+        p=mlp.drop.p if mlp.drop.active else 0.0, shares=factors, dtype=dtype,
     )  # fmt: skip
 
 
 _ACTIVATIONS = {nn.GELU: "gelu", nn.Hardswish: "hardswish"}
 
 
-def _serves_tiles(x: Tensor, mlp: nn.Module) -> bool:
-    """Many tokens on a CPU, where no module was exchanged or hooked; compilers fuse the plain form themselves."""
+def _use_tiles(x: Tensor, mlp: nn.Module) -> bool:
+    """Return whether to use the tiled primitive: many tokens on a CPU, no replaced or hooked modules, no compiler.
+
+    Compilers fuse the plain form.
+    """
     if x.device.type != "cpu" or type(mlp) is not Mlp or type(mlp.act) not in _ACTIVATIONS:
         return False
     kinds = (mlp, Mlp), (mlp.fc1, nn.Linear), (mlp.act, type(mlp.act)), (mlp.fc2, nn.Linear), (mlp.drop, Dropout)

@@ -17,15 +17,16 @@ from .layers import ConvStem, DropPath, TokenBatchNorm, drop_path_rates, run_blo
 
 
 class FNet2D(Backbone):
-    """An FNet on the token map; `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+    """An FNet on the token map. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Repaired against the originals: the transform is scaled to keep the size of the tokens, which its sums exceed some hundred
-    times; the stem has normalisation and activations in between; the tokens are normalised before they are pooled.
+    Fixes relative to the originals: the transform is scaled to keep the magnitude of the tokens (unscaled sums are hundreds of
+    times larger); the stem has normalization and activations between its convolutions; tokens are normalized before pooling.
 
     Args:
-        backend: "auto" | "torch" | "reference", which are all torch.fft: the transform has no kernel.
+        backend: "auto" | "torch" | "reference". All use torch.fft, because the transform has no kernel.
 
-    Others as in VisionTransformer; there is neither attention nor class token, and the transform knows the places.
+    For the other arguments, see VisionTransformer. There is no attention and no class token. Positions need no embedding, since
+    the transform depends on them.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class FNet2D(Backbone):
         drop_path_rate: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        # An explicit choice never falls back.
+        # "triton" is an error, because an explicit backend never falls back to another.
         check_choice(("auto", "torch", "reference"), backend=backend)
         super().__init__(img_size=img_size, in_chans=in_chans, drop_rate=drop_rate)
         check_counts(embed_dim=embed_dim, depth=depth)
@@ -82,7 +83,7 @@ class _Block(nn.Module):
 
 
 class _RealTransform(torch.autograd.Function):
-    """Of maps (B, H, W, C), scaled by 1 / sqrt(H W C). Its matrix is symmetric: the gradient is the map itself."""
+    """real_transform of maps (B, H, W, C), scaled by 1 / sqrt(H W C). Its matrix is symmetric, so backward applies it too."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -94,7 +95,10 @@ class _RealTransform(torch.autograd.Function):
 
 
 def real_transform(x: Tensor) -> Tensor:
-    """From the transform of real input: the channels that it leaves out mirror those that it has, y_-h,-w,-c = y_hwc."""
+    """Real part of the Fourier transform over (H, W, C) of maps (B, H, W, C).
+
+    Uses the FFT for real input, which skips almost half of the channels. They follow from y[-h, -w, -c] = y[h, w, c].
+    """
     width = x.shape[-1]
     half = torch.fft.rfftn(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=(1, 2, 3), norm="ortho").real
     rest = half[..., 1 : width - width // 2].flip(1, 2, 3).roll((1, 1), (1, 2))

@@ -12,11 +12,11 @@ from .pretrained import load_model, save_model
 
 
 class HubModel(nn.Module, PyTorchModelHubMixin, library_name="vix_kernels", tags=["image-classification"]):
-    """A model and its place on the Hub.
+    """A model that can be pushed to and loaded from the Hub.
 
     HubModel(model).push_to_hub("me/my-model"), HubModel.from_pretrained("me/my-model", num_classes=5).model
 
-    What lies there is what `save_model` writes; further keyword arguments of from_pretrained are those of `load_model`.
+    The repository contains the files of `save_model`. Additional keyword arguments of from_pretrained go to `load_model`.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What the models are built from: stems, feed-forward networks, blocks."""
+"""Building blocks of the models: stems, stochastic depth, transformer blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .feed_forward import Mlp, feed_forward
 
 
 class PatchStem(nn.Module):
-    """One patch, one token: (B, in_chans, H, W) -> (B, tokens, embed_dim)."""
+    """One token per patch, by a strided convolution: (B, in_chans, H, W) -> (B, tokens, embed_dim)."""
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class ConvStem(nn.Sequential):
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> None:
         widths = in_chans, -(-embed_dim // 4), -(-embed_dim // 2), embed_dim
-        # Small patches are cut late, where the maps have been looked at.
+        # Stride late: the first convolutions then run at the full resolution if patches are small.
         strides = zip(*(reversed(_three_strides(size)) for size in patch_size), strict=True)
         super().__init__(*conv_layers(widths, strides, nn.GELU))
 
@@ -38,19 +38,21 @@ class ConvStem(nn.Sequential):
 
 
 def conv_layers(widths: Iterable[int], strides: Iterable[tuple[int, int]], activation: type[nn.Module]) -> list[nn.Module]:
-    """Convolutions with batch normalisation and activations in between: the blocks start from a normalised sum, not from a
-    rectified one."""
+    """Return convolutions with batch normalization, and activations between them.
+
+    There is no activation at the end, so the blocks start from normalized values rather than rectified ones.
+    """
     widths = tuple(widths)
     layers: list[nn.Module] = []
     for before, after, stride in zip(widths, widths[1:], strides, strict=False):
-        # A kernel of stride + 2 overlaps its neighbours by a pixel on each side, whatever the stride.
+        # With a kernel of stride + 2, each window extends one pixel past its stride on each side.
         kernel = stride[0] + 2, stride[1] + 2
         layers += [nn.Conv2d(before, after, kernel, stride, padding=1, bias=False), nn.BatchNorm2d(after), activation()]
     return layers[:-1]
 
 
 def _three_strides(size: int) -> tuple[int, int, int]:
-    """Their product is `size`, the twos in front: 2 = 2*1*1, 8 = 2*2*2, 12 = 2*2*3, 16 = 2*2*4."""
+    """Factor `size` into three strides, twos first: 2 = 2*1*1, 8 = 2*2*2, 12 = 2*2*3, 16 = 2*2*4."""
     first = 2 if size % 2 == 0 else 1
     second = 2 if size % 4 == 0 else 1
     return first, second, size // (first * second)
@@ -67,25 +69,25 @@ def to_maps(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of the channels of (B, tokens, C)."""
+    """Batch normalization over the channels of (B, tokens, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, 1)).view_as(x)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382): leave out the branch of a sample with probability `rate`, scale up the others."""
+    """Stochastic depth (arXiv:1603.09382): drop the branch of a sample with probability `rate`, and scale up the others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        shares = self.shares(x)
-        return x if shares is None else x * shares
+        factors = self.factors(x)
+        return x if factors is None else x * factors
 
-    def shares(self, x: Tensor) -> Tensor | None:
-        """The factor of each sample, (batch, 1, ...); None for 1."""
+    def factors(self, x: Tensor) -> Tensor | None:
+        """Return the factor of each sample, (batch, 1, ...), or None if all are 1."""
         if not self.training or self.rate == 0:
             return None
         keep = 1 - self.rate
@@ -97,7 +99,7 @@ class DropPath(nn.Module):
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """From 0 in the first layer to `rate` in the last."""
+    """Return one rate per layer, increasing linearly from 0 to `rate`."""
     return [rate * layer / max(1, depth - 1) for layer in range(depth)]
 
 
@@ -106,11 +108,11 @@ class Block(nn.Module):
 
     Args:
         attention: the token mixer, called as `attention(x, rope=rope)`.
-        mlp_ratio: hidden width of the MLP over `dim`.
-        drop: dropout in the MLP.
-        drop_path: rate of stochastic depth.
-        norm, activation: modules made as norm(dim) and activation().
-        renormalise: the second residual starts from the normalised tokens, n + mlp(n) with n = norm(x).
+        mlp_ratio: ratio of the MLP's hidden width to `dim`.
+        drop: dropout rate in the MLP.
+        drop_path: stochastic depth rate.
+        norm, activation: module classes or factories, called as norm(dim) and activation().
+        renormalise: start the second residual from the normalized tokens: n + mlp(n) with n = norm(x).
     """
 
     def __init__(
@@ -139,7 +141,7 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, rope: nn.Module | None, checkpointing: bool) -> Tensor:
-    """The blocks in turn, each with the table of its layer; checkpointing keeps their inputs only."""
+    """Apply the blocks in order, each with the rotary table of its layer. With checkpointing, save only their inputs."""
     for layer, block in enumerate(blocks):
         table = rope(layer) if rope is not None else None
         if checkpointing and torch.is_grad_enabled():

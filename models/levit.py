@@ -1,10 +1,9 @@
-"""LeViT (arXiv:2104.01136), and with other mixers the LeViN and LeViP of Vision Xformers.
+"""LeViT (arXiv:2104.01136), and its variants LeViN and LeViP of Vision Xformers.
 
     image -> convolutions -> stages of depth x [x + attention(norm(x)), x + mlp(norm(x))], halved in between
           -> norm -> mean -> head
 
-Its signs are a convolutional stem, batch normalisation, hardswish, and a learned bias of the attention weights in place of an
-embedding of positions.
+LeViT has a convolutional stem, batch normalization, hardswish, and a learned attention bias instead of a position embedding.
 """
 
 from __future__ import annotations
@@ -26,23 +25,24 @@ from .stages import Pyramid, Stage, shrinking
 
 
 class LeViT(Pyramid):
-    """A LeViT; `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+    """A LeViT. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Repaired against the originals, which have no normalisation anywhere: batch norms and hardswish stand where LeViT has
-    them; softmax attention has its bias, and mixers that never form weights get rotary positions instead; stages shrink the
-    map and change the width; the map may have any size, and all heads are used as given.
+    Fixes relative to the originals, which have no normalization at all: batch norms and hardswish are where LeViT has them;
+    softmax attention has its bias, and in the zoo the mixers without attention weights get rotary positions instead; stages
+    shrink the map and change the width; the map may have any size; all heads are used.
 
     Args:
-        mixer: makes the token mixer of one layer, see models/mixers.py.
-        patch_size: total stride of the stem, which has as many convolutions of stride 2 as its factors of 2, at least three in
-            all.
-        embed_dim, depth, num_heads: of each stage, or one number for all.
-        stages: how many; each behind the first halves the rows and columns.
-        mlp_ratio: hidden width of the MLP over that of the tokens.
-        position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", of each stage, beside the attention bias.
-        drop_path_rate: stochastic depth of the last layer, rising from 0 in the first.
+        mixer: creates the token mixer of a layer, see models/mixers.py.
+        patch_size: total stride of the stem. The stem has one convolution of stride 2 per factor of 2, and at least three
+            convolutions.
+        embed_dim, depth, num_heads: one integer per stage, or one for all.
+        stages: number of stages. Each stage after the first halves the rows and columns.
+        mlp_ratio: ratio of the MLP's hidden width to the width of the tokens.
+        position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", for each stage, in addition to the attention
+            bias.
+        drop_path_rate: stochastic depth rate of the last layer. Rates increase linearly from 0 in the first.
 
-    Others as in VisionTransformer.
+    For the other arguments, see VisionTransformer.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class LeViT(Pyramid):
 
 
 def _stem(in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> nn.Module:
-    """Strides of 2 in front, as LeViT has them; the width doubles from one convolution to the next."""
+    """Return a convolutional stem. As in LeViT, strides of 2 come first and each convolution doubles the width."""
     strides = [_strides(size) for size in patch_size]
     length = max(map(len, strides))
     strides = [row + [1] * (length - len(row)) for row in strides]
@@ -110,7 +110,7 @@ def _stem(in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> nn.Modu
 
 
 def _strides(size: int) -> list[int]:
-    """2 = 2*1*1, 6 = 2*3*1, 16 = 2*2*2*2."""
+    """Factor `size` into at least three strides, twos first: 2 = 2*1*1, 6 = 2*3*1, 16 = 2*2*2*2."""
     twos = (size & -size).bit_length() - 1
     row = [2] * twos + [size >> twos] * (size >> twos > 1)
     return row + [1] * (3 - len(row))
@@ -121,7 +121,7 @@ def _halving(before: int, after: int) -> nn.Module:
 
 
 class _Block(Block):
-    """With batch norm and hardswish, and a bias of the attention weights where the mixer forms them."""
+    """A block with batch norm, hardswish and, if the mixer has attention weights, a learned attention bias."""
 
     def __init__(
         self, dim: int, mixer: Mixer, options: dict, place: Place, mlp_ratio: float, drop: float, drop_path: float
@@ -135,7 +135,7 @@ class _Block(Block):
 
 
 class _BiasedAttention(nn.Module):
-    """softmax(q k^T + b) v: b of a query and a key is learned for each head and distance in rows and columns."""
+    """softmax(q k^T + b) v, with b learned for each head and each distance of query and key in rows and columns."""
 
     def __init__(self, attention: nn.Module, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -144,14 +144,14 @@ class _BiasedAttention(nn.Module):
         self.register_buffer("distance", self._distance(None), persistent=False)
 
     def _distance(self, device: torch.device | None) -> Tensor:
-        """Which bias each pair of tokens has: (tokens, tokens)."""
+        """Return the index of each token pair's bias, (tokens, tokens)."""
         rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in self.grid), indexing="ij")
         rows, columns = ((x.flatten()[:, None] - x.flatten()).abs() for x in (rows, columns))
         return rows * self.grid[1] + columns
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BiasedAttention:
         super()._apply(fn, recurse)
-        self.distance = self._distance(self.distance.device)  # `fn` may have moved it off the meta device without its values
+        self.distance = self._distance(self.distance.device)  # to_empty() moves it off the meta device without its values
         return self
 
     def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Token mixers by name: every core that is registered. A model is given one of them and makes it once a layer.
+"""Token mixers by name, one for every registered core. A model receives a mixer and calls it once per layer.
 
 mixer(dim, place, num_heads=, qkv_bias=, proj_drop=, backend=) -> module(x, rope=rope), x (B, tokens, dim)
 """
@@ -20,11 +20,11 @@ COUNTS = ("num_features", "num_landmarks", "num_agents")
 
 
 class Place(NamedTuple):
-    """Where in a model a mixer stands."""
+    """The position of a mixer in a model."""
 
     layer: int
     grid: tuple[int, int]  # rows and columns of the token map
-    prefix_tokens: int  # tokens in front of the map
+    prefix_tokens: int  # number of tokens before the map
 
     @property
     def tokens(self) -> int:
@@ -32,16 +32,16 @@ class Place(NamedTuple):
 
 
 def mixer_options(name: str) -> set[str]:
-    """The options that the mixer `name` alone takes: all that do not follow from where it stands."""
+    """Return the options of the mixer `name`, without those that follow from its position in the model."""
     check_choice(CORES, mixer=name)
     return set(CORES[name].options()) - CORES[name].sited
 
 
-def make_mixer(name: str, **own: Any) -> Mixer:
-    """The mixer `name` with its own options fixed."""
+def make_mixer(name: str, **core_options: Any) -> Mixer:
+    """Return the mixer `name` with the given options of its core."""
     check_choice(CORES, mixer=name)
-    check_counts(**{key: own[key] for key in COUNTS if own.get(key) is not None})
-    core = CORES[name].made("zoo", **own)
+    check_counts(**{key: core_options[key] for key in COUNTS if core_options.get(key) is not None})
+    core = CORES[name].made("zoo", **core_options)
 
     def mixer(dim: int, place: Place, *, num_heads: int, **options: Any) -> nn.Module:
         site = Site(dim // num_heads, num_heads, place.layer, place.grid, place.prefix_tokens, place.tokens)

@@ -1,5 +1,7 @@
-"""Where the tokens of a map stand: learned embeddings and rotary tables (RoFormer, arXiv:2104.09864; along both axes and in
-learned directions, arXiv:2403.13298)."""
+"""Positions of the tokens of a map: learned embeddings and rotary tables.
+
+Rotary tables are one-dimensional (RoFormer, arXiv:2104.09864), along both axes or in learned directions (arXiv:2403.13298).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ POSITIONS = ("learned", "rope_1d", "rope_axial", "rope_mixed", "none")
 
 
 def learned_position(position: str, tokens: int, dim: int) -> nn.Parameter | None:
-    """The embedding that is added to the tokens, (1, tokens, dim)."""
+    """Return the embedding to add to the tokens, (1, tokens, dim), or None if positions are not learned."""
     if position != "learned":
         return None
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, dim), std=0.02))
@@ -25,7 +27,7 @@ def learned_position(position: str, tokens: int, dim: int) -> nn.Parameter | Non
 def rotary_position(
     position: str, grid: tuple[int, int], dim: int, num_heads: int, depth: int, prefix_tokens: int = 0
 ) -> nn.Module | None:
-    """The module that gives each layer its rotary table, called as `module(layer)`; tokens of the prefix are not rotated."""
+    """Return a module whose `module(layer)` is the rotary table of a layer, or None. Prefix tokens are not rotated."""
     if not position.startswith("rope"):
         return None
     head_dim, multiple = dim // num_heads, 2 if position == "rope_1d" else 4
@@ -39,7 +41,7 @@ def rotary_position(
 
 
 class RotaryPosition(nn.Module):
-    """A fixed table: derived, so never saved, and in fp32 whatever the model is cast to."""
+    """A fixed rotary table. It is not saved with the model, and stays float32 when the model is cast."""
 
     def __init__(self, make: Callable[..., Rope]) -> None:
         super().__init__()
@@ -53,7 +55,7 @@ class RotaryPosition(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPosition:
         super()._apply(fn, recurse)
-        # `fn` may have rounded the table to bf16, or moved it off the meta device without its values.
+        # `fn` may have rounded the table to bfloat16, or moved it off the meta device without its values.
         self._set(self._make(device=self.cos.device))
         return self
 
@@ -62,7 +64,7 @@ class RotaryPosition(nn.Module):
 
 
 class MixedRotaryPosition(nn.Module):
-    """Learned frequencies for each layer and head."""
+    """A rotary table with learned frequencies for each layer and head. They stay float32 when the model is cast."""
 
     def __init__(self, grid: tuple[int, int], head_dim: int, num_heads: int, depth: int, prefix_tokens: int) -> None:
         super().__init__()
@@ -73,7 +75,7 @@ class MixedRotaryPosition(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixedRotaryPosition:
         before = self.frequencies.detach()
         super()._apply(fn, recurse)
-        # Rounded frequencies turn far tokens by wrong angles: move them, do not cast them.
+        # Move the frequencies without a cast. Rounding errors grow with the position, so far tokens would get wrong angles.
         if self.frequencies.dtype != torch.float32:
             self.frequencies.data = before.to(self.frequencies.device)
         return self
@@ -83,9 +85,10 @@ class MixedRotaryPosition(nn.Module):
 
 
 def resample_tokens(table: Tensor, dim: int, old: tuple[int, int], new: tuple[int, int], prefix_tokens: int) -> Tensor:
-    """`table` for a token map of another size: bicubic along its dimension `dim`, which runs over the prefix, then the map.
+    """Resample `table` for a token map of another size, with bicubic interpolation.
 
-    The prefix is kept. float32 inside, the dtype of `table` outside.
+    Dimension `dim` has the prefix tokens, which do not change, and then the map. Computes in float32 and returns the dtype of
+    `table`.
     """
     rows = table.movedim(dim, 0)
     prefix, cells = rows[:prefix_tokens], rows[prefix_tokens:]

@@ -1,4 +1,4 @@
-"""Models on disk: a folder with model.safetensors, config.json and README.md, the model card."""
+"""Saving and loading of models: a folder with model.safetensors, config.json and the model card README.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .state import load_state
 from .zoo import create_model
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-# What runs along the tokens: in which dimension, and whether the prefix is part of it.
+# Entries with a token dimension: that dimension, and whether it includes the prefix.
 _OVER_TOKENS = {
     "pos_embed": (1, True),
     "key_projection": (-2, True),
@@ -32,17 +32,17 @@ _OVER_TOKENS = {
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
-    """Write `model`, made by `create_model` or `from_original`, to `folder`, each file atomically.
+    """Write `model`, created by `create_model` or `from_original`, to `folder`, each file atomically.
 
-    `model.config["data"]`, if present, describes the images that the model was trained on: the names of the "classes", and the
-    "mean" and "std" of every channel of images in [0, 1]. `vix predict` reads it; models that `vix train` trained have it.
-    A model card that is there already is left alone: its blanks are to be filled in by hand.
+    `model.config["data"]`, if present, describes the training images: the names of the "classes", and the "mean" and "std" of
+    every channel of images in [0, 1]. `vix train` sets it and `vix predict` reads it. An existing model card is kept, because
+    its blanks are filled in by hand.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), dict):
-        raise TypeError(f"model: expected one of create_model or from_original, got a {type(model).__name__}")
+        raise TypeError(f"model: expected a model from create_model or from_original, got a {type(model).__name__}")
     folder = _path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
@@ -50,7 +50,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     def write(path: Path) -> None:
         try:
             save_file(tensors, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, too
+        except SafetensorError as error:  # also if the disk is full
             raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
 
     write_atomically(folder / WEIGHTS, write)
@@ -61,26 +61,27 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
-    """The model that `save_model` wrote to `folder`, in evaluation mode.
+    """Load the model that `save_model` wrote to `folder`, in evaluation mode.
 
     Args:
-        overrides: arguments of `create_model` to change. With another img_size, position tables, token projections and
-            attention biases are resampled; with another in_chans the first convolution sums or repeats its channels; with
-            another num_classes or global_pool the head is new.
+        overrides: arguments of `create_model` to change. Another img_size resamples position tables, token projections and
+            attention biases. Another in_chans sums or repeats the channels of the first convolution. Another num_classes or
+            global_pool creates a new head.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
-        ValueError: a file is damaged, or the weights do not fit: lists all that are missing, unexpected or of another shape.
+        ValueError: a file is damaged, or the weights do not fit. The message lists all missing and unexpected entries and those
+            of another shape.
     """
     folder = _path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder: expected one that save_model wrote, got {str(folder)!r}, which is no folder")
+        raise FileNotFoundError(f"folder: expected a folder written by save_model, got {str(folder)!r}, which is not a folder")
     config = _read_config(folder / CONFIG)
     state = _read_state(folder / WEIGHTS)
     arguments = config["arguments"]
     if "original" in config:
         if overrides:
-            raise ValueError(f"an original takes no overrides, got {', '.join(overrides)}")
+            raise ValueError(f"overrides: expected none for an original, got {', '.join(overrides)}")
         from .originals import from_original
 
         return from_original(config["original"], arguments, state).eval()
@@ -89,7 +90,7 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
     except RuntimeError as error:
         if "allocate" not in str(error):
             raise
-        raise ValueError(f"folder: expected a model that fits the memory, got {arguments | overrides} in {folder}") from None
+        raise ValueError(f"folder: expected a model that fits in memory, got {arguments | overrides} in {folder}") from None
     if data := _still_true(config.get("data"), overrides):
         model.config["data"] = data
     if overrides:
@@ -103,7 +104,7 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
 
 
 def model_card(model: nn.Module) -> str:
-    """A card for the model, with what the model itself knows filled in."""
+    """Return a model card, with the fields filled in that are known from the model."""
     config = model.config
     name = config.get("name") or config["original"]
     arguments = ", ".join(f"{key}={value!r}" for key, value in config["arguments"].items())
@@ -143,7 +144,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            # Earlier versions wrote how often a Performer had redrawn its features there.
+            # Earlier versions stored the number of a Performer's redraws in the metadata.
             extra = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key.endswith("_extra_state")}
             return {key: file.get_tensor(key) for key in file.keys()} | extra
     except (SafetensorError, ValueError) as error:
@@ -151,14 +152,14 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _still_true(data: dict[str, Any] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model knows of its training images, without what `overrides` change."""
-    gone = {"num_classes": {"classes"}, "in_chans": {"mean", "std"}}
-    changed = set().union(*(gone.get(name, set()) for name in overrides))
+    """Return the description of the training images without the entries that `overrides` make invalid."""
+    invalidated = {"num_classes": {"classes"}, "in_chans": {"mean", "std"}}
+    changed = set().union(*(invalidated.get(name, set()) for name in overrides))
     return {name: value for name, value in (data or {}).items() if name not in changed}
 
 
 def _adapt(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[str, Any]:
-    """`state` of `source` for a `model` with another image size, other channels or another head."""
+    """Adapt the `state` of `source` to a `model` with another image size, other channels or another head."""
     state, expected = dict(state), model.state_dict()
     maps = model.token_maps()
     for module, (old, tokens) in source.token_maps().items():
@@ -178,7 +179,7 @@ def _adapt(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[
 
 
 def _other_channels(weight: Tensor, channels: int) -> Tensor:
-    """For grey images the sum over the channels; for others they are repeated, and scaled to keep the size of the sums."""
+    """Sum the channels for gray images, else repeat and scale them, to keep the magnitude of the outputs."""
     before = weight.shape[1]
     if channels == 1:
         return weight.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""A pyramid of token maps, one stage each, as LeViT and CvT have them."""
+"""A pyramid of token maps with one stage each, for LeViT and CvT."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .positions import POSITIONS, learned_position, rotary_position
 
 
 class Stage(nn.Module):
-    """Blocks on a token map that is cut from the map before: (B, C, H, W) -> tokens (B, grid[0] * grid[1], dim).
+    """Blocks on a token map created from the previous stage's map: (B, C, H, W) -> tokens (B, grid[0] * grid[1], dim).
 
     Args:
-        embed: cuts the tokens, (B, C, H, W) -> (B, dim, *grid).
-        norm: of the tokens before the blocks.
-        make_block: called with the Place of each block.
-        first_layer: how many blocks the stages before have.
-        position: as in VisionTransformer; each stage has its own.
+        embed: creates the tokens, (B, C, H, W) -> (B, dim, *grid).
+        norm: normalizes the tokens before the blocks.
+        make_block: creates a block, given its Place.
+        first_layer: number of blocks in the previous stages.
+        position: as in VisionTransformer. Each stage has separate positions.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Stage(nn.Module):
 
 
 class Pyramid(Backbone):
-    """A model of `stages`, whose last tokens go through `norm`."""
+    """Base class of models with `stages`, followed by `norm`."""
 
     stages: nn.ModuleList
     norm: nn.Module
@@ -70,7 +70,7 @@ class Pyramid(Backbone):
 
 
 def shrinking(img_size: tuple[int, int], strides: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Rows and columns behind each stride, of convolutions that pad by half of their window."""
+    """Yield the rows and columns after each stride, for convolutions that pad by half their kernel size."""
     for stride in strides:
         img_size = tuple((side - 1) // stride + 1 for side in img_size)
         yield img_size

@@ -1,4 +1,4 @@
-"""Loading of weights, all of them or none."""
+"""Loading of weights, either all or none."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, optional: Callable[[str], bool]) -> None:
-    """Load `state` into `model`, which stays as it was if they do not fit.
+    """Load `state` into `model`. If it does not fit, the model is unchanged.
 
     Args:
-        what: what the state was expected to fit, for the error.
-        optional: whether an entry may be missing, by its name.
+        what: description of the model, for the error message.
+        optional: returns whether an entry, given by name, may be missing.
 
     Raises:
-        ValueError: lists all entries that are missing, unexpected or of another shape.
+        ValueError: the state does not fit. The message lists all missing and unexpected entries and those of another shape.
     """
     expected = model.state_dict()
     problems = {

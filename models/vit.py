@@ -21,27 +21,31 @@ from .positions import POSITIONS, learned_position, rotary_position
 
 
 class VisionTransformer(Backbone):
-    """A vision transformer; `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
+    """A vision transformer. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Repaired against the originals: the hybrids' convolutions have normalisation and activations in between (there they are one
-    linear map); a patch of a single pixel is not layer-normed (the wheel thereby loses its brightness); all heads are
-    used as given; positions follow the image size, and rotary models carry no unused embedding; class token and embedding
-    start at a standard deviation of 0.02 instead of 1, and the tokens are normalised before they are pooled.
+    Fixes relative to the originals:
+
+    - The hybrids have normalization and activations between their convolutions, which otherwise form one linear map.
+    - A patch of a single pixel is not layer-normed. The vision_xformer package does this, which loses the pixel's brightness.
+    - All heads are used.
+    - Positions follow the image size, and rotary models have no unused embedding.
+    - Class token and embedding start with a standard deviation of 0.02 instead of 1.
+    - Tokens are normalized before pooling.
 
     Args:
-        mixer: makes the token mixer of one layer, see models/mixers.py.
+        mixer: creates the token mixer of a layer, see models/mixers.py.
         stem: `PatchStem` or `ConvStem`.
         img_size: height and width, or one number for both; a multiple of `patch_size`.
-        num_classes: 0 returns the pooled features.
-        mlp_ratio: hidden width of the MLP over `embed_dim`.
+        num_classes: number of classes; 0 returns the pooled features.
+        mlp_ratio: ratio of the MLP's hidden width to `embed_dim`.
         position: "learned" | "rope_1d" (in raster order) | "rope_axial" (rows and columns) | "rope_mixed" (learned directions
             for each layer and head) | "none". The class token is not rotated.
-        class_token: put a learned token before the patches.
-        global_pool: the head reads the class "token" or the mean of the patches, "avg".
-        drop_rate: dropout before the head.
-        proj_drop_rate: dropout after the projection of the attention and in the MLP.
-        drop_path_rate: stochastic depth of the last layer, rising from 0 in the first.
-        backend: "auto" | "triton" | "torch" | "reference", for the attention.
+        class_token: whether to prepend a learned token to the patches.
+        global_pool: input of the head: "token", the class token, or "avg", the mean of the patches.
+        drop_rate: dropout rate before the head.
+        proj_drop_rate: dropout rate after the attention's output projection and in the MLP.
+        drop_path_rate: stochastic depth rate of the last layer. Rates increase linearly from 0 in the first.
+        backend: backend of the attention: "auto" | "triton" | "torch" | "reference".
     """
 
     pools = ("token", "avg")

@@ -1,8 +1,8 @@
-"""The models by name: an architecture, the mixer that it is known with, and arguments.
+"""The models by name. Each name is an architecture with a default mixer and arguments.
 
-Plain names are the published configurations: vit to fnet_2d for 32 x 32 pixels (CIFAR-10), one token a pixel; levit to ccp for
-64 x 64 (Tiny ImageNet), 32 x 32 tokens. Suffixes are sizes for other images: _tiny for 32 x 32 pixels, _small for 64 x 64,
-_base for 224 x 224, with the widths that timm and the papers of the architectures give these names.
+Names without a suffix are the published configurations: vit to fnet_2d for 32 x 32 pixels (CIFAR-10) with one token per pixel,
+levit to ccp for 64 x 64 pixels (Tiny ImageNet) with 32 x 32 tokens. Suffixes are other sizes: _tiny for 32 x 32 pixels, _small
+for 64 x 64, _base for 224 x 224. Their widths are those that timm and the papers of the architectures use.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ HybridTransformer = partial(VisionTransformer, stem=ConvStem)
 
 class Entry(NamedTuple):
     architecture: Callable[..., Backbone]
-    mixer: str | None  # None where the architecture has its own
+    mixer: str | None  # None if the architecture has a fixed mixer
     arguments: dict[str, Any]
 
 
-# timm's widths; a sixteenth or an eighth of the side a patch.
+# timm's widths, with 16 x 16 patches per image (14 x 14 for _base).
 _TRANSFORMERS = {
     "": {},
     "_tiny": dict(img_size=32, patch_size=2, embed_dim=192, depth=12, num_heads=3, mlp_ratio=4.0, qkv_bias=True),
     "_small": dict(img_size=64, patch_size=4, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0, qkv_bias=True),
     "_base": dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, qkv_bias=True),
 }
-# Widths and depths of LeViT-128S, -192 and -384, heads of 32 channels.
+# Widths and depths of LeViT-128S, LeViT-192 and LeViT-384, with heads of 32 channels.
 _LEVITS = {
     "": {},
     "_tiny": dict(img_size=32, patch_size=2, stages=3, embed_dim=(128, 256, 384), depth=(2, 3, 4), num_heads=(4, 8, 12)),
     "_small": dict(img_size=64, patch_size=4, stages=3, embed_dim=(192, 288, 384), depth=4, num_heads=(6, 9, 12)),
     "_base": dict(img_size=224, patch_size=16, stages=3, embed_dim=(384, 512, 768), depth=4, num_heads=(12, 16, 24)),
 }
-# The last is CvT-13; the others have its heads of 64 channels and fewer of them.
+# _base is CvT-13. The others also have heads of 64 channels, but smaller depths or widths.
 _CVTS = {
     "": {},
     "_tiny": dict(
@@ -95,9 +95,9 @@ _FAMILIES: tuple[tuple[Callable[..., Backbone], dict[str, str | None], dict[str,
     (CCT, dict(cct="softmax", ccn="nystrom", ccp="performer"), _CCTS),
     (FNet2D, dict(fnet_2d=None), _FNETS_2D),
 )
-# What a mixer asks of every architecture that has such an argument.
+# Arguments that a mixer sets in every architecture.
 _WITH_MIXER = {"performer": dict(qkv_bias=True)}  # as published
-# LeViT knows places by a bias of the attention weights; mixers without weights by rotation.
+# LeViT gets positions from its attention bias. Mixers without attention weights cannot have it and use rotary positions.
 _ROTATED = {LeViT: dict(position="rope_axial")}
 
 
@@ -109,7 +109,7 @@ def _entries() -> dict[str, Entry]:
             for suffix, arguments in sizes.items():
                 classes = {"num_classes": _CLASSES[suffix]} if suffix else {}
                 entries[name + suffix] = Entry(architecture, mixer, fixed | classes | arguments)
-    # The published ImageNet model; its twelve heads are used, of which the original leaves eight out.
+    # The published ImageNet model. It uses all twelve heads; the original ignores eight of them.
     entries["hybrid_vin_imagenet"] = Entry(
         HybridTransformer,
         "nystrom",
@@ -120,25 +120,25 @@ def _entries() -> dict[str, Entry]:
 
 
 _MODELS = _entries()
-PUBLISHED = tuple(name for _, names, _ in _FAMILIES for name in names)  # at the sizes of the publications
+PUBLISHED = tuple(name for _, names, _ in _FAMILIES for name in names)  # in the published sizes
 
 
 def list_models(pattern: str | None = None) -> list[str]:
-    """The names that `create_model` knows, or those that match `pattern`, such as "hybrid_*"."""
+    """Return the model names for `create_model`, optionally only those that match `pattern`, such as "hybrid_*"."""
     if pattern is not None and not isinstance(pattern, str):
         raise TypeError(f"pattern: expected text such as 'hybrid_*', got {pattern!r}")
     return sorted(name for name in _MODELS if pattern is None or fnmatch(name, pattern))
 
 
 def create_model(name: str, **overrides: Any) -> Backbone:
-    """Build the model `name` with freshly initialised weights.
+    """Build the model `name` with newly initialized weights.
 
-    Overrides are keyword arguments of its architecture (`VisionTransformer`, `LeViT`, `CvT`, `CCT`, `FNet2D`), with
-    mixer="softmax" | "performer" | "linear" | "nystrom" | "linformer" | "agent" | "fourier" another token mixer than the one
-    that the name stands for, and the options of that mixer, see models/mixers.py.
+    Overrides are keyword arguments of the architecture (`VisionTransformer`, `LeViT`, `CvT`, `CCT`, `FNet2D`). In addition,
+    mixer="softmax" | "performer" | "linear" | "nystrom" | "linformer" | "agent" | "fourier" selects another token mixer, and
+    the options of the mixer are accepted, see models/mixers.py.
 
     Raises:
-        ValueError: an unknown name or argument (the message has the nearest ones), or one that does not fit.
+        ValueError: a name or argument is unknown (the message suggests similar ones), or a value is invalid.
     """
     valid = takes(name, overrides.get("mixer"))
     for key in overrides:
@@ -146,7 +146,7 @@ def create_model(name: str, **overrides: Any) -> Backbone:
             hint = nearest(key, valid)
             raise ValueError(f"model {name!r} has no argument {key!r}{hint}; it takes {', '.join(sorted(valid))}")
     architecture, mixer, _ = _MODELS[name]
-    # An option of the mixer that was replaced goes with it.
+    # With another mixer, the preset options of the default mixer are dropped.
     arguments = {key: value for key, value in preset(name).items() if key in valid} | overrides
     mixers = []
     if mixer is not None:
@@ -158,7 +158,7 @@ def create_model(name: str, **overrides: Any) -> Backbone:
 
 
 def takes(name: str, mixer: str | None = None) -> set[str]:
-    """The names of the arguments of the model `name`, with its own or another mixer."""
+    """Return the argument names of the model `name`, with its default mixer or `mixer`."""
     entry = _entry(name)
     signature = inspect.signature(entry.architecture).parameters.values()
     names = {each.name for each in signature if each.kind is each.KEYWORD_ONLY} - {"stem"}
@@ -166,7 +166,7 @@ def takes(name: str, mixer: str | None = None) -> set[str]:
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The arguments of the model `name` that differ from the defaults of its architecture."""
+    """Return the arguments of the model `name` that differ from the defaults of its architecture."""
     return dict(_entry(name).arguments)
 
 

@@ -116,11 +116,11 @@ def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
 
 
 def test_wrong_arguments_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="folder: expected one that save_model wrote, got 'nope', which is no folder"):
+    with pytest.raises(FileNotFoundError, match="folder: expected a folder written by save_model, got 'nope', which is not"):
         load_model("nope")
     for wrong, message in (
         (lambda: load_model(3), "folder: expected a path, got 3"),
-        (lambda: save_model(torch.nn.Linear(1, 1), tmp_path / "new"), "model: expected one of create_model .*, got a Linear"),
+        (lambda: save_model(torch.nn.Linear(1, 1), tmp_path / "new"), "model: expected a model from .*, got a Linear"),
         (lambda: create_model(3), "name: expected the name of a known model, got 3"),
         (lambda: list_models(3), "pattern: expected text such as 'hybrid_.', got 3"),
         (lambda: from_original(["ViP"], {}, {}), "name: expected the name of a known original"),
@@ -231,5 +231,5 @@ def test_the_table_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_model_that_fits_no_memory_is_refused(tmp_path: Path) -> None:
     save_model(create_model("vit", **small_model("vit")), tmp_path)
-    with pytest.raises(ValueError, match="folder: expected a model that fits the memory, got .*'embed_dim': 2000000000000"):
+    with pytest.raises(ValueError, match="folder: expected a model that fits in memory, got .*'embed_dim': 2000000000000"):
         load_model(tmp_path, embed_dim=2 * 10**12, depth=1)
