@@ -42,7 +42,7 @@ class Backbone(nn.Module):
                 init_linear(module)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of token and position parameters. Exempting biases and norms is left to the optimizer setup."""
+        """Return the names of the token and position parameters. The optimizer setup must exempt biases and norms itself."""
         exempt = ("cls_token", "pos_embed", "rope.frequencies", "attention_bias")
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
 

@@ -45,8 +45,8 @@ class ConvTokenizer(nn.Sequential):
 class CCT(Backbone):
     """A compact convolutional transformer. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the originals: the MLP ratio and stochastic depth follow their arguments (in the originals, misspelled
-    arguments have no effect, and the ratio is always 4); width, heads and image size are free.
+    Fixes relative to the originals: the MLP ratio and stochastic depth follow their arguments (the originals ignore misspelled
+    arguments, so the ratio stays 4); width, heads and image size are free.
 
     Args:
         mixer: creates the token mixer of a layer, see models/mixers.py.

@@ -29,7 +29,7 @@ class ConvStem(nn.Sequential):
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> None:
         widths = in_chans, -(-embed_dim // 4), -(-embed_dim // 2), embed_dim
-        # Stride late: the first convolutions then run at the full resolution if patches are small.
+        # Strides of small patches come last, so the first convolutions see the full resolution.
         strides = zip(*(reversed(_three_strides(size)) for size in patch_size), strict=True)
         super().__init__(*conv_layers(widths, strides, nn.GELU))
 

@@ -1,8 +1,8 @@
-"""The published Vision Xformers (arXiv:2107.02239), quirks included, for weights that were trained with them.
+"""The published Vision Xformers (arXiv:2107.02239), including their quirks, for weights trained with them.
 
-A plain label is the class of that name in the repository pranavphoenix/VisionXformer at commit 7ee52ee, where CCN and CCP are
-classes called CCT, LeViN and LeViP LeViT, CvN and CvP CvT; "wheel_" in front is that of the package vision_xformer 0.2.0.
-For anything new take create_model, whose models have neither the quirks nor their costs.
+A name without a prefix is the class of that name in the repository pranavphoenix/VisionXformer at commit 7ee52ee. There, the
+classes of CCN and CCP are called CCT, those of LeViN and LeViP LeViT, and those of CvN and CvP CvT. The prefix "wheel_" is the
+class of the package vision_xformer 0.2.0. For new models use create_model, which has neither the quirks nor their costs.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from .vix import ViX
 
 __all__ = ["ORIGINALS", "from_original"]
 
-# Computed at construction (the rotary table), or counted in training and never read (by batch norm).
+# Entries that may be missing: the computed rotary table, and batch norm's counter, which is never used.
 _DERIVED = ("layer_pos_emb.emb", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
 class Original:
-    """One label.
+    """How to build one original.
 
     Attributes:
-        model: its class; keyword-only parameters are the original's constructor arguments.
-        parts: positional arguments of the class; a callable's keyword-only parameters are constructor arguments too.
-        defaults: those that differ from the signatures.
-        ignored: constructor arguments that the original takes and makes nothing of.
-        only: constructor arguments with the one value that works.
-        dead: entries of the state_dict that the original makes nothing of.
+        model: the class. Its keyword-only parameters are the original's constructor arguments.
+        parts: positional arguments of the class. Keyword-only parameters of callables are constructor arguments too.
+        defaults: defaults of constructor arguments that differ from the signatures.
+        ignored: constructor arguments that the original accepts but does not use.
+        only: constructor arguments for which only one value works, with this value.
+        dead: entries of the state_dict that the original does not use.
     """
 
     model: type[nn.Module]
@@ -99,22 +99,23 @@ ORIGINALS = {
 def from_original(
     name: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, backend: str = "auto"
 ) -> nn.Module:
-    """A model of the original Vision Xformers with its weights: the same logits, gradients and parameter names.
+    """Load an original Vision Xformers model, with the same logits, gradients and parameter names.
 
     Args:
-        name: the label, such as "ViP" or "wheel_ViP".
-        config: the original's constructor arguments. Those that it makes nothing of may be given or left out.
-        state_dict: the original's. The rotary table and batch norm's counts may be missing; a `pos_embedding` that takes no
-            part (ViT, ViL and their hybrids, rotary) may be there, and is dropped.
-        backend: "reference" runs the published arithmetic, for comparison; "auto", "triton" and "torch" run this package's ops
-            where they compute the same, see mixers.py.
+        name: the name of the original, such as "ViP" or "wheel_ViP".
+        config: the original's constructor arguments. Those that the original does not use are optional.
+        state_dict: the original's state_dict. The rotary table and batch norm's counters may be missing. An unused
+            `pos_embedding` (rotary ViT, ViL and their hybrids) is dropped.
+        backend: "reference" runs the published arithmetic, for comparison. "auto", "triton" and "torch" run the ops of
+            vix_kernels if they compute the same, see mixers.py.
 
     Returns:
-        The module, float32, in training mode, where the dropout of `config` is at work: see the docstrings of the classes.
+        The module in float32 and in training mode, so the dropout of `config` is active. The docstrings of the classes say
+        where dropout applies.
 
     Raises:
-        ValueError: `name` or an argument in `config` is unknown, or one is missing or not served; or `state_dict` does not fit:
-            the message lists all entries that are missing, unexpected or of another shape.
+        ValueError: `name` or an argument in `config` is unknown; an argument is missing or not supported; or `state_dict` does
+            not fit. The message lists all missing and unexpected entries and those of another shape.
     """
     model = build(name, config, backend=backend)
     original = ORIGINALS[name]
@@ -125,7 +126,7 @@ def from_original(
 
 
 def build(name: str, config: Mapping[str, Any], *, backend: str = "auto") -> nn.Module:
-    """The module of `from_original` with fresh weights."""
+    """Build the module of `from_original` without loading weights."""
     check_name(name, ORIGINALS, "original")
     if not isinstance(config, Mapping):
         raise TypeError(f"config: expected a mapping of constructor arguments, got {type(config).__name__}")
@@ -152,20 +153,20 @@ def drawn(model: nn.Module) -> nn.Module:
 
 
 def _arguments(name: str, original: Original, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments out of `config`, with the label's own defaults."""
+    """Return the constructor's arguments: `config`, completed with the original's defaults."""
     callables: list[Callable[..., Any]] = [original.model, *filter(callable, original.parts)]
     parameters = [p for each in callables for p in inspect.signature(each).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    taken = {p.name: p.default for p in parameters if p.name != "backend"} | original.defaults
-    known = sorted({*taken, *original.ignored, *original.only})
+    defaults = {p.name: p.default for p in parameters if p.name != "backend"} | original.defaults
+    known = sorted({*defaults, *original.ignored, *original.only})
     for key in config:
         if key not in known:
             raise ValueError(
                 f"config: original {name!r} has no argument {key!r}{nearest(key, known)}; it takes {', '.join(known)}"
             )
-    missing = [key for key, default in taken.items() if default is inspect.Parameter.empty and key not in config]
+    missing = [key for key, default in defaults.items() if default is inspect.Parameter.empty and key not in config]
     if missing:
         raise ValueError(f"config: original {name!r} needs {', '.join(missing)}")
     for key, value in original.only.items():
         if config.get(key, value) != value:
-            raise ValueError(f"{key}: expected {value!r}, without which the original {name!r} fails, got {config[key]!r}")
-    return {key: config.get(key, default) for key, default in taken.items()}
+            raise ValueError(f"{key}: expected {value!r}, the only value that works in {name!r}, got {config[key]!r}")
+    return {key: config.get(key, default) for key, default in defaults.items()}

@@ -1,4 +1,4 @@
-"""What the originals share: residual layers, their feed-forward network, and token mixers that serve maps too."""
+"""Shared by the originals: residual layers, the feed-forward network, and the base class of token mixers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ pointwise = partial(nn.Conv2d, kernel_size=1)
 
 
 class Mixer(nn.Module):
-    """A token mixer: `mix` takes and returns tokens (batch, tokens, dim).
+    """Base class of token mixers. `mix` maps tokens (batch, tokens, dim) to the same shape.
 
-    A map (batch, dim, height, width) is read row by row. The originals' reshape back from tokens is fixed to 32 x 32 and fails
-    on any other map; this one is not.
+    A map (batch, dim, height, width) is flattened row by row. The originals reshape tokens back to 32 x 32 and fail on other
+    maps; this class supports any size.
     """
 
     def mix(self, x: Tensor, table: Tensor | None) -> Tensor:
@@ -36,7 +36,10 @@ class PreNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """`linear` is nn.Linear for tokens or `pointwise` for maps; dropout follows the activation and the second of them."""
+    """A feed-forward network. `linear` is nn.Linear for tokens or `pointwise` for maps.
+
+    Dropout follows the activation and the second linear layer.
+    """
 
     def __init__(self, linear: Callable[[int, int], nn.Module], dim: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ class FeedForward(nn.Module):
 
 
 class Residuals(nn.Module):
-    """x + mixer(x), then x + feed_forward(x), for every pair of them."""
+    """x + mixer(x), then x + feed_forward(x), for every pair (mixer, feed_forward)."""
 
     def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""CCT, CCN and CCP: compact transformers, with softmax, Nystrom and Performer attention.
+"""CCT, CCN and CCP: compact transformers with softmax, Nystrom and Performer attention.
 
-image -> n x [convolution, ReLU, max pooling] -> position -> num_layers x block -> norm -> mean by learned shares -> linear
+image -> n x [convolution, ReLU, max pooling] -> position -> num_layers x block -> norm -> learned weighted mean -> linear
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .mixers import NystromAttention, PerformerAttention, merge_heads, softmax_a
 
 
 class CompactAttention(Mixer):
-    """CCT's: a tenth of the shares is dropped in training."""
+    """The attention of CCT. Dropout of the attention weights is 0.1."""
 
     def __init__(self, dim: int, heads: int, backend: str) -> None:
         super().__init__()
@@ -29,17 +29,17 @@ class CompactAttention(Mixer):
 
 
 def nystrom(dim: int, heads: int, backend: str) -> Mixer:
-    """Heads are 32 wide, whatever `dim`."""
+    """Create CCN's attention. The head width is always 32."""
     return NystromAttention(dim, heads=heads, dim_head=32, backend=backend)
 
 
 def performer(dim: int, heads: int, backend: str) -> Mixer:
-    """There are always 4 heads, 32 wide."""
+    """Create CCP's attention. There are always 4 heads of width 32."""
     return PerformerAttention(dim, heads=4, dim_head=32)
 
 
 class DropPath(nn.Module):
-    """Leaves out the branch of a sample with probability `rate` in training."""
+    """Stochastic depth: in training, drops the branch of a sample with probability `rate`."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class DropPath(nn.Module):
 
 
 class CompactBlock(nn.Module):
-    """The feed-forward network's residual starts from the normalised stream."""
+    """A transformer block. The residual of the feed-forward network starts from the normalized tokens."""
 
     def __init__(self, dim: int, hidden: int, attention: Mixer, drop_path: float) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class CompactBlock(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Images to maps; `side` is that of the map of a square image."""
+    """Convolutional tokenizer: images to maps. `side` returns the side of the map of a square image."""
 
     def __init__(
         self, channels: int, dim: int, layers: int, conv: tuple[int, int], strides: Sequence[int], pooling: tuple[int, int, int]
@@ -110,16 +110,15 @@ class CompactClassifier(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        shares = self.attention_pool(x).softmax(1)
-        return self.fc((shares.mT @ x).squeeze(1))
+        weights = self.attention_pool(x).softmax(1)
+        return self.fc((weights.mT @ x).squeeze(1))
 
 
 class CCT(nn.Module):
-    """Images (batch, n_input_channels, img_size, img_size) to logits (batch, num_classes).
+    """The original CCT. Maps images (batch, n_input_channels, img_size, img_size) to logits (batch, num_classes).
 
-    The originals take `mlp_radio` and `stochastic_depth` and do nothing with them: the feed-forward network is mlp_ratio = 4
-    times as wide as the tokens unless it is given by its right name, and in training the blocks are left out at rates that rise
-    from 0 to 0.1. There is no other dropout but CompactAttention's.
+    The originals accept `mlp_radio` and `stochastic_depth` but ignore them. The MLP ratio is 4 unless passed as `mlp_ratio`,
+    and stochastic depth rates always increase from 0 to 0.1. The only dropout is that of CompactAttention.
     """
 
     def __init__(

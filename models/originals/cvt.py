@@ -1,4 +1,4 @@
-"""CvN and CvP: three stages of a convolution, a norm and residual layers on maps."""
+"""CvN and CvP: three stages with a convolution, a norm and residual layers on maps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .blocks import FeedForward, Mixer, PreNorm, Residuals, pointwise
 
 
 class ChannelNorm(nn.Module):
-    """Layer norm of the channels of a map that adds its eps to the standard deviation, not to the variance.
+    """Layer norm over the channels of a map. eps is added to the standard deviation instead of the variance.
 
-    The gradient is not a number where all channels are equal.
+    The gradient is NaN if all channels are equal.
     """
 
     def __init__(self, dim: int) -> None:
@@ -26,10 +26,10 @@ class ChannelNorm(nn.Module):
 
 
 class CvT(nn.Module):
-    """Images (batch, 3, height, width) to logits (batch, num_classes); `attention` is that of levit.py.
+    """The original CvT. Maps images (batch, 3, height, width) to logits (batch, num_classes).
 
-    CvT's convolutions of queries, keys and values are not there: `s*_proj_kernel` and `s*_kv_proj_stride` have no effect.
-    `dropout` sits in the feed-forward networks.
+    `attention` is a function of levit.py. The convolutions of queries, keys and values of the CvT paper are missing, so
+    `s*_proj_kernel` and `s*_kv_proj_stride` have no effect. `dropout` applies in the feed-forward networks.
     """
 
     def __init__(

@@ -9,9 +9,9 @@ from .blocks import FeedForward, pointwise
 
 
 class FourierBlock(nn.Module):
-    """x plus what batch norm and a feed-forward network make of the real part of x's transform.
+    """x + feed_forward(batch_norm(Re(F(x)))), with the Fourier transform F over three axes.
 
-    The transform over three axes is plain PyTorch whatever the backend: fourier_mixing has two.
+    The transform is plain PyTorch for every backend, because fourier_mixing only supports two axes.
     """
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
@@ -23,9 +23,10 @@ class FourierBlock(nn.Module):
 
 
 class FNet2D(nn.Module):
-    """The wheel's FNet2D: images (batch, 3, height, width) to logits. Two convolutions with nothing between them, no tokens.
+    """The FNet2D of the package vision_xformer. Maps images (batch, 3, height, width) to logits.
 
-    The transform is not normalised. `dropout` sits in the feed-forward networks.
+    It has two convolutions without an activation between them, and works on maps. The transform is not normalized. `dropout`
+    applies in the feed-forward networks.
     """
 
     def __init__(self, *, num_classes: int, dim: int, depth: int, mlp_dim: int, dropout: float = 0.0, backend: str) -> None:
@@ -42,7 +43,7 @@ class FNet2D(nn.Module):
 
 
 class EarlierFNet2D(FNet2D):
-    """The repository's: `final_dim` for dim, and mlp_dim as `mlp_mult` times it. `image_size` has no effect."""
+    """The FNet2D of the repository: dim is `final_dim`, mlp_dim is `final_dim * mlp_mult`. `image_size` has no effect."""
 
     def __init__(
         self, *, num_classes: int, depth: int, image_size: int, final_dim: int, dropout: float, mlp_mult: int, backend: str

@@ -1,4 +1,4 @@
-"""LeViN and LeViP: maps through convolutions and residual layers without any norm."""
+"""LeViN and LeViP: convolutions and residual layers on maps, without normalization."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from .mixers import NystromAttention, PerformerAttention
 
 
 def nystrom(dim: int, heads: int, backend: str) -> Mixer:
-    """`heads` is taken and not used: there are always 4, 32 wide."""
+    """Create the attention of LeViN and CvN. `heads` is ignored; there are always 4 heads of width 32."""
     return NystromAttention(dim, heads=4, dim_head=32, backend=backend)
 
 
 def performer(dim: int, heads: int, backend: str) -> Mixer:
-    """Heads are 32 wide, whatever `dim`."""
+    """Create the attention of LeViP and CvP. The head width is always 32."""
     return PerformerAttention(dim, heads=heads, dim_head=32)
 
 
 class LeViT(nn.Module):
-    """Images (batch, 3, height, width) to logits, or, with num_distill_classes, to (logits, logits of the distillation head).
+    """The original LeViT. Maps images (batch, 3, height, width) to logits.
 
-    `dim_key`, `dim_value` and `image_size` have no effect. Only one stage is served, as published: the originals' further
-    stages neither reduce the map nor change its width. `dropout` sits in the feed-forward networks.
+    With num_distill_classes, it returns (logits, logits of the distillation head). `dim_key`, `dim_value` and `image_size` have
+    no effect. Only one stage is supported, as published: the originals' other stages neither reduce the map nor change its
+    width. `dropout` applies in the feed-forward networks.
     """
 
     def __init__(

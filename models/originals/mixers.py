@@ -1,12 +1,12 @@
-"""The originals' attentions and their Fourier transform, each in two forms with one set of parameters.
+"""The originals' attentions and Fourier transform, each in two forms with the same parameters.
 
-backend="reference" is the published arithmetic in eager PyTorch, no less work and no more: all scores, shares, copies and
-complex numbers lie in memory. Any other backend is that of this package's ops (and of PyTorch's
-scaled_dot_product_attention), where they compute the same. They do not for the Performer, whose eps and batch-wide maximum no
-kernel serves: one form is all it has.
+backend="reference" runs the published arithmetic in eager PyTorch, with the same amount of work: it stores all scores,
+attention weights, copies and complex numbers. Other backends run the ops of vix_kernels (and PyTorch's
+scaled_dot_product_attention) if they compute the same. The Performer has only one form, because no kernel supports its eps and
+batch-wide maximum.
 
-A rotary `table` is (positions, dim_head), sines in the first half of the columns and cosines in the second, made by
-vix.RotaryTable. It rotates queries and keys, interleaved, token t by row t.
+A rotary `table` is (positions, dim_head), from vix.RotaryTable. The first half of the columns has sines, the second cosines.
+Row t rotates token t of the queries and keys, in interleaved pairs of channels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, backend: str) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of (batch, heads, tokens, d), with `dropout` of the shares."""
+    """Return softmax(q k^T / sqrt(d)) v for (batch, heads, tokens, d), with `dropout` of the attention weights."""
     if backend != "reference":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     scores = einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
@@ -40,13 +40,13 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, backend: 
 
 
 def rope_of(table: Tensor) -> Rope:
-    """The same rotation for the ops, which take float32 tables at least."""
+    """Convert a table to a Rope. Its tables are float32 or wider."""
     sin, cos = table.to(torch.promote_types(table.dtype, torch.float32))[None].chunk(2, -1)
     return Rope(cos.contiguous(), sin.contiguous())
 
 
 def rotate_pairs(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Channels (2i, 2i + 1) of token t turned by the angle of table[t], plainly."""
+    """Rotate channels (2i, 2i + 1) of token t by angle i of table[t], in plain PyTorch."""
     sin, cos = (repeat(half, "n i -> n (i two)", two=2) for half in table[: q.shape[2]].chunk(2, -1))
 
     def rotated(x: Tensor) -> Tensor:
@@ -65,7 +65,10 @@ def rotate(q: Tensor, k: Tensor, table: Tensor | None, backend: str) -> tuple[Te
 
 
 class SoftmaxAttention(Mixer):
-    """ViT's. Dropout after the output projection, none of the shares; a single head as wide as the tokens has no projection."""
+    """The attention of ViT. Dropout follows the output projection; attention weights are not dropped.
+
+    A single head as wide as the tokens has no output projection.
+    """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, dropout: float, backend: str) -> None:
         super().__init__()
@@ -82,13 +85,13 @@ class SoftmaxAttention(Mixer):
 
 
 class NystromAttention(Mixer):
-    """ViN's: six steps to the pseudo-inverse, 33 taps of convolution over the values, no dropout.
+    """The attention of ViN: six iterations for the pseudo-inverse, a convolution of the values over 33 tokens, no dropout.
 
-    The sequence is padded with zero tokens in front to a multiple of the landmarks, and they take part like any other: in the
-    softmaxes, in the means, and in the positions, so that a class token before 1024 pixels is rotated as the 64th. The
-    pseudo-inverse starts from a maximum over the batch: logits depend on the batch mates.
+    The front of the sequence is padded with zero tokens to a multiple of the landmarks. They count like other tokens in the
+    softmaxes, means and positions: before 1024 pixels, the class token is rotated as the 64th token. The pseudo-inverse is
+    initialized with a maximum over the batch, so the logits of a sample depend on the rest of its batch.
 
-    Fewer tokens than landmarks are more than nystrom_attention serves and take the plain form.
+    nystrom_attention does not support fewer tokens than landmarks; the plain form runs instead.
     """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, backend: str, num_landmarks: int = 64) -> None:
@@ -135,11 +138,11 @@ class NystromAttention(Mixer):
 
 
 class LinformerAttention(Mixer):
-    """ViL's: keys and values projected along the tokens to k slots.
+    """The attention of ViL: keys and values are projected along the tokens to k slots.
 
-    With `share_kv` the values are the keys, before their rotation, and the same projection takes both to the slots; with
-    `one_kv_head` every head reads the same ones. Dropout of the shares, none after the output projection: as long as it is
-    at work the plain form runs, which linformer_attention has no dropout for.
+    With `share_kv`, the unrotated keys are the values, and one projection serves both. With `one_kv_head`, all heads share one
+    key and value head. Dropout applies to the attention weights, not after the output projection. While dropout is active, the
+    plain form runs, because linformer_attention has no dropout.
     """
 
     def __init__(
@@ -165,10 +168,10 @@ class LinformerAttention(Mixer):
         kv_heads = k.shape[-1] // self.dim_head
         if self.backend == "reference" or (self.training and self.dropout.p):
             if table is not None:
-                turned = rotate_pairs(split_heads(q, self.heads), split_heads(k, kv_heads), table)
-                q, k = (merge_heads(x) for x in turned)
+                rotated = rotate_pairs(split_heads(q, self.heads), split_heads(k, kv_heads), table)
+                q, k = (merge_heads(x) for x in rotated)
             return self.to_out(self.attend_plainly(q, k, v, proj_v, kv_heads))
-        # Heads that read one head of keys are as many more queries to it.
+        # Query heads that share one key head become additional queries of it.
         q = rearrange(q, "b n (h g d) -> b h (n g) d", h=kv_heads, d=self.dim_head)
         out = linformer_attention(
             q, split_heads(k, kv_heads), split_heads(v, kv_heads), self.proj_k, None if self.share_kv else proj_v,
@@ -180,12 +183,15 @@ class LinformerAttention(Mixer):
         keys, values = (einsum("bnd,nk->bkd", x, projection) for x, projection in ((k, self.proj_k), (v, proj_v)))
         q = split_heads(q, self.heads)
         keys, values = (split_heads(x, kv_heads).expand(-1, self.heads, -1, -1) for x in (keys, values))
-        shares = (einsum("bhnd,bhkd->bhnk", q, keys) * self.dim_head**-0.5).softmax(-1)
-        return merge_heads(einsum("bhnk,bhkd->bhnd", self.dropout(shares), values))
+        weights = (einsum("bhnd,bhkd->bhnk", q, keys) * self.dim_head**-0.5).softmax(-1)
+        return merge_heads(einsum("bhnk,bhkd->bhnd", self.dropout(weights), values))
 
 
 class PerformerAttention(Mixer):
-    """ViP's: d ln d random features, biased q, k and v, no dropout. Plain PyTorch whatever the backend, see RandomFeatures."""
+    """The attention of ViP: d ln d random features, q, k and v with bias, no dropout.
+
+    Plain PyTorch for every backend, see RandomFeatures.
+    """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int) -> None:
         super().__init__()
@@ -202,11 +208,11 @@ class PerformerAttention(Mixer):
 
 
 class RandomFeatures(nn.Module):
-    """FAVOR+ with a maximum and an eps that differ from the paper's sums.
+    """FAVOR+ with a maximum and an eps, which change the results compared with the paper.
 
-    phi(x) = exp(w x - |x|^2 / 2 - maximum) + 1e-4, where the maximum of a query is that over its features, but that of a key is
-    over all keys, heads and samples: logits depend on the batch mates. Both maxima take part in the gradient. Features are
-    never drawn anew; they belong to the weights.
+    phi(x) = exp(w x - |x|^2 / 2 - maximum) + 1e-4. For a query, the maximum is over its features. For keys, it is over all
+    features, keys, heads and samples, so the logits of a sample depend on the rest of its batch. Gradients flow through both
+    maxima. Features are never redrawn; they are part of the weights.
     """
 
     def __init__(self, dim_head: int) -> None:
@@ -214,23 +220,26 @@ class RandomFeatures(nn.Module):
         self.register_buffer("projection_matrix", torch.empty(int(dim_head * math.log(dim_head)), dim_head))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = self.features(q, of_keys=False), self.features(k, of_keys=True)
+        q, k = self.features(q, is_key=False), self.features(k, is_key=True)
         weight = 1.0 / einsum("bhnm,bhm->bhn", q, k.sum(2))
         context = einsum("bhnm,bhnd->bhmd", k, v)
         return einsum("bhmd,bhnm,bhn->bhnd", context, q, weight)
 
-    def features(self, x: Tensor, *, of_keys: bool) -> Tensor:
+    def features(self, x: Tensor, *, is_key: bool) -> Tensor:
         normalizer = x.shape[-1] ** -0.25
         projection = repeat(self.projection_matrix.to(x.dtype), "m d -> b h m d", b=x.shape[0], h=x.shape[1])
         logits = einsum("bhnd,bhmd->bhnm", normalizer * x, projection)
         half_square = (x**2).sum(-1, keepdim=True) / 2 * normalizer**2
-        # Not amax, which would share the gradient of a maximum among equals.
-        maximum = logits.max() if of_keys else logits.max(-1, keepdim=True).values
+        # Not amax, which distributes the gradient over equal maxima.
+        maximum = logits.max() if is_key else logits.max(-1, keepdim=True).values
         return len(self.projection_matrix) ** -0.5 * ((logits - half_square - maximum).exp() + 1e-4)
 
 
 class FourierMixing(Mixer):
-    """FNet's: the real part of the transform of channels and tokens, class token included, not normalised."""
+    """The mixer of FNet: real part of the Fourier transform over channels and tokens, not normalized.
+
+    The class token is included.
+    """
 
     def __init__(self, backend: str) -> None:
         super().__init__()

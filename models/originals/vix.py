@@ -1,9 +1,9 @@
-"""The originals built as ViT is: ViT, ViL, ViP, ViN and FNet, their hybrids and rotary forms, and those of the wheel.
+"""The originals with the structure of ViT: ViT, ViL, ViP, ViN and FNet, with their hybrid, rotary and "wheel_" variants.
 
     image -> stem -> class token, position -> depth x [x + mixer(norm(x)), x + feed_forward(norm(x))] -> pool -> norm -> linear
 
-`ViX` is the skeleton. The functions below it are its parts: how a mixer is made of the constructor's arguments, and the stems.
-Keyword-only parameters of the skeleton and of its mixer are the original's constructor arguments, by their names.
+`ViX` is the common structure. The functions after it create its parts: mixers and stems. The keyword-only parameters of `ViX`
+and of its mixer are the original's constructor arguments.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POOLS = ("cls", "mean")
 
 
 class RotaryTable(nn.Module):
-    """Row t holds the sines, then the cosines, of t * 10000^(-2i / dim_head); saved with the weights, as the original does."""
+    """Row t has the sines, then the cosines, of t * 10000^(-2i / dim_head). Saved with the weights, as in the original."""
 
     def __init__(self, rows: int, dim_head: int) -> None:
         super().__init__()
@@ -33,19 +33,20 @@ class RotaryTable(nn.Module):
 
 
 class ViX(nn.Module):
-    """The skeleton: images (batch, channels, *image_size) to logits (batch, num_classes).
+    """The common structure. Maps images (batch, channels, *image_size) to logits (batch, num_classes).
 
-    Position 0 is the class token, which the learned position is added to as well. In the rotary models it is the queries and
-    keys that carry the position, of the flattened image and one-dimensional. There is no norm of the tokens but the
-    head's; pool="mean" is the mean of all tokens, the class token's too. Dropout: `emb_dropout` behind the position,
-    `dropout` in the feed-forward networks and, in ViT and ViL, in the attention.
+    The class token is position 0 and also gets a learned position. Rotary models rotate queries and keys with one-dimensional
+    positions in the flattened image. After the layers, the only norm is that of the head. pool="mean" averages all tokens,
+    including the class token. `emb_dropout` applies after the position, `dropout` in the feed-forward networks and, in ViT and
+    ViL, in the attention.
 
     Args:
-        mixer: makes the token mixer of a layer, as `softmax` below.
-        stem: makes the embedding, as `patches` below.
-        rotary_rows: rows of the rotary table, or None for a learned position.
+        mixer: creates the token mixer of a layer, like `softmax` below.
+        stem: creates the embedding, like `patches` below.
+        rotary_rows: number of rows of the rotary table, or None for a learned position.
         trunk: the name of the layers in the state_dict.
-        Others: the original's.
+
+    The other arguments are those of the original.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class ViX(nn.Module):
         dropout: float = 0.0,
         emb_dropout: float = 0.0,
         backend: str,
-        **of_mixer: Any,
+        **mixer_options: Any,
     ) -> None:
         super().__init__()
         (height, width), patch = pair("image_size", image_size), pair("patch_size", patch_size)
@@ -85,11 +86,11 @@ class ViX(nn.Module):
             self.layer_pos_emb = None
         else:
             self.pos_embedding = None
-            self.layer_pos_emb = RotaryTable(rotary_rows, of_mixer["dim_head"])
+            self.layer_pos_emb = RotaryTable(rotary_rows, mixer_options["dim_head"])
         self.dropout = nn.Dropout(emb_dropout)
         pairs = (
             (
-                PreNorm(nn.LayerNorm(dim), mixer(dim, tokens, dropout, backend, **of_mixer)),
+                PreNorm(nn.LayerNorm(dim), mixer(dim, tokens, dropout, backend, **mixer_options)),
                 PreNorm(nn.LayerNorm(dim), FeedForward(nn.Linear, dim, mlp_dim, dropout)),
             )
             for _ in range(depth)
@@ -115,24 +116,24 @@ def softmax(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, 
 
 
 def performer(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """`dropout` does not reach the attention."""
+    """Create the mixer without `dropout`, which the original does not pass to the attention."""
     return PerformerAttention(dim, heads=heads, dim_head=dim_head)
 
 
 def nystrom(
     dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64, num_landmarks: int = 64
 ) -> nn.Module:
-    """`dropout` does not reach the attention."""
+    """Create the mixer without `dropout`, which the original does not pass to the attention."""
     return NystromAttention(dim, heads=heads, dim_head=dim_head, backend=backend, num_landmarks=num_landmarks)
 
 
 def nystrom_of_64(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """HybridViN's: the number of landmarks is no argument."""
+    """Create the mixer of HybridViN. The number of landmarks is fixed to 64."""
     return nystrom(dim, tokens, dropout, backend, heads=heads, dim_head=dim_head)
 
 
 def nystrom_of_four_heads(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """ViN's, and those of the rotary models: `heads` is taken and not used, there are always 4."""
+    """Create the mixer of ViN and of the rotary models. `heads` is ignored; there are always 4."""
     return nystrom(dim, tokens, dropout, backend, heads=4, dim_head=dim_head)
 
 
@@ -147,43 +148,46 @@ def linformer(
 
 
 def linformer_of_one_head(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """ViL's: one head of keys that are the values too, 64 slots, and projections of 1025 tokens whatever the image."""
+    """Create the mixer of ViL: one head of keys, which are also the values, 64 slots, and projections for 1025 tokens."""
     _check_1025(tokens)
     return linformer(dim, tokens, dropout, backend, heads=heads, dim_head=dim_head)
 
 
 def linformer_of_all_heads(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """HybridViL's, and those of the rotary models: as ViL's, but for as many heads of keys as of queries."""
+    """Create the mixer of HybridViL and of the rotary models: as in ViL, but with as many key heads as query heads."""
     _check_1025(tokens)
     return linformer(dim, tokens, dropout, backend, heads=heads, dim_head=dim_head, one_kv_head=False)
 
 
 def _check_1025(tokens: int) -> None:
     if tokens != 1025:
-        raise ValueError(f"image_size: expected 1024 patches, which the original's projections are fixed to, got {tokens - 1}")
+        raise ValueError(f"image_size: expected 1024 patches, the fixed size of the original's projections, got {tokens - 1}")
 
 
 def fourier(dim: int, tokens: int, dropout: float, backend: str) -> nn.Module:
-    """The repository's FNets take `heads` and `dim_head` and make nothing of them."""
+    """Create the mixer of the FNets. Those of the repository accept `heads` and `dim_head` but ignore them."""
     return FourierMixing(backend)
 
 
 def patches(channels: int, height: int, width: int, dim: int) -> nn.Module:
-    """One linear map of each patch."""
+    """Create the stem with one linear layer per patch."""
     return nn.Sequential(_cut(height, width), nn.Linear(height * width * channels, dim))
 
 
 def normed_patches(channels: int, height: int, width: int, dim: int) -> nn.Module:
-    """The wheel's, between two norms. The first is over the values of one patch: with patch_size=1, over the 3 colours of a
-    pixel, so that any two grey images have the same logits."""
+    """Create the stem of the "wheel_" models: a linear layer between two norms.
+
+    The first norm is over the values of one patch. With patch_size=1, these are the 3 colors of a pixel, so all gray images
+    have the same logits.
+    """
     width_in = height * width * channels
     return nn.Sequential(_cut(height, width), nn.LayerNorm(width_in), nn.Linear(width_in, dim), nn.LayerNorm(dim))
 
 
 def convolutions(channels: int, height: int, width: int, dim: int) -> nn.Module:
-    """The hybrids': three 3 x 3 convolutions with nothing between them, for 3 channels whatever `channels` says."""
+    """Create the stem of the hybrids: three 3 x 3 convolutions without activations, always with 3 input channels."""
     if (height, width) != (1, 1):
-        raise ValueError(f"patch_size: expected 1, which the original's widths are fixed to, got {(height, width)}")
+        raise ValueError(f"patch_size: expected 1, the only patch size of the original, got {(height, width)}")
     widths = 3, 32, 64, dim
     layers = (nn.Conv2d(i, o, 3, padding=1) for i, o in zip(widths, widths[1:], strict=False))
     return nn.Sequential(*layers, _cut(1, 1))

@@ -53,7 +53,7 @@ def register() -> None:
         register()
         model = kernelize(model, mode=Mode.TRAINING, device="cuda")
 
-    Outputs and parameters do not change. transformers.patch in this package does the same without kernels.
+    Outputs and parameters do not change. `vix_kernels.integrations.transformers.patch` does the same without kernels.
     """
     layers = {
         "NystromformerSelfAttention": VixNystromformerSelfAttention,

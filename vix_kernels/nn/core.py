@@ -1,8 +1,8 @@
 """Cores: attentions, independent of the modules that use them.
 
 A core is a frozen dataclass with the options of one attention. It declares its state and computes the attention. A shell
-holds a core: examples are the timm-style module of nn/module.py and a model of the zoo. Shells accept any core and name none,
-so a registered core works in all of them:
+holds a core: examples are the timm-style module of nn/module.py and a model of the zoo. Shells accept any core and refer to
+none by name, so a registered core works in all of them:
 
     @register("efficient")
     @dataclass(frozen=True)
