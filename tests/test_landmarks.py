@@ -1,4 +1,4 @@
-"""What is particular to landmark means; the registry's suite covers the rest."""
+"""Tests specific to landmark means; test_ops.py covers what all operators share."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("size, count", [(12, 4), (13, 4), (11, 4), (7, 7), (9, 5), (5, 1), (40, 2)])
 def test_segments_are_a_partition(backend: str, size: int, count: int) -> None:
-    """A loop over the tokens, by the formula of the published code: each adds to one segment."""
+    """Compare with a loop that adds each token to one segment by the published code's formula."""
     x = tokens(1, 2, size, 8, dtype=torch.float32)
     sums, members = torch.zeros(1, 2, count, 8, device=DEVICE), [0] * count
     short = size // count
     split = (count * (short + 1) - size) * short
     for token in range(size):
-        of = token // short if token < split else split // short + (token - split) // (short + 1)
-        sums[:, :, of] += x[:, :, token]
-        members[of] += 1
+        segment = token // short if token < split else split // short + (token - split) // (short + 1)
+        sums[:, :, segment] += x[:, :, token]
+        members[segment] += 1
     marks, counts = landmarks(x, mark_columns=count, backend=backend)
     assert counts.tolist() == [members] and sum(members) == size and {short, short + 1} >= set(members)
     assert members == sorted(members)
@@ -36,8 +36,8 @@ def test_segments_are_a_partition(backend: str, size: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("rows, columns, mark_rows, mark_columns", [(5, 7, 3, 4), (6, 6, 3, 2), (7, 5, 7, 3), (1, 23, 1, 9)])
-def test_adaptive_windows_are_those_of_torch(backend: str, rows: int, columns: int, mark_rows: int, mark_columns: int) -> None:
-    """Outputs and gradients, with two tokens in front."""
+def test_adaptive_windows_match_torch(backend: str, rows: int, columns: int, mark_rows: int, mark_columns: int) -> None:
+    """Compare outputs and gradients, with two prefix tokens."""
     x, cotangent = tokens(2, 2, 2 + rows * columns, 8, dtype=torch.float32), tokens(2, 2, 2 + mark_rows * mark_columns, 8)
     x.requires_grad_()
     images = x[:, :, 2:].mT.unflatten(-1, (rows, columns)).flatten(0, 1)
@@ -50,18 +50,18 @@ def test_adaptive_windows_are_those_of_torch(backend: str, rows: int, columns: i
     torch.testing.assert_close(dx, *torch.autograd.grad(expected, x, cotangent.float()))
 
 
-def test_segments_of_a_grid_are_those_of_its_axes(backend: str) -> None:
+def test_grid_segments_are_products_of_axis_segments(backend: str) -> None:
     x = tokens(1, 1, 1 + 5 * 7, 8, dtype=torch.float32)
     marks, counts = landmarks(x, prefix=1, rows=5, mark_rows=2, mark_columns=3, backend=backend)
     image = x[0, 0, 1:].unflatten(0, (5, 7))
-    cells = [image[up, along] for up in (slice(2), slice(2, 5)) for along in (slice(2), slice(2, 4), slice(4, 7))]
+    cells = [image[rows, columns] for rows in (slice(2), slice(2, 5)) for columns in (slice(2), slice(2, 4), slice(4, 7))]
     torch.testing.assert_close(marks[0, 0], torch.stack([x[0, 0, 0], *(cell.mean((0, 1)) for cell in cells)]))
     assert counts.tolist() == [[1, *(cell[..., 0].numel() for cell in cells)]]
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_masked_tokens_do_not_count(backend: str, adaptive: bool) -> None:
-    """Masks of q and k differ, tokens that take no part hold NaN, and one landmark has none that does."""
+def test_masked_tokens_have_no_influence(backend: str, adaptive: bool) -> None:
+    """q and k have different masks, masked tokens hold NaN, and one landmark has no valid token."""
     q, k = (tokens(2, 2, 13, 8, dtype=torch.float32) + i for i in range(2))
     q_mask = torch.tensor([[1, 0, 1, 1, 0, 0, 0, 0, 0, 1, 0, 1, 1], [1] * 13], dtype=torch.bool, device=DEVICE)
     k_mask = q_mask.flip(0, 1)
@@ -75,30 +75,30 @@ def test_masked_tokens_do_not_count(backend: str, adaptive: bool) -> None:
     ones = [torch.ones_like(q_marks)] * 2
     dq, dk = torch.autograd.grad((q_marks, k_marks), (q, k), ones)
     for x, mask, marks, counts, dx in ((q, q_mask, q_marks, q_counts, dq), (k, k_mask, k_marks, k_counts, dk)):
-        shares = torch.zeros(2, 13, device=DEVICE)
+        weights = torch.zeros(2, 13, device=DEVICE)
         for j, (first, last) in enumerate(spans):
             for sample in range(2):
-                taken = [token for token in range(first, last) if mask[sample, token]]
-                assert counts[sample, j] == len(taken)
-                expected = x[sample, :, taken].mean(1) if taken else torch.zeros(2, 8, device=DEVICE)
+                valid = [token for token in range(first, last) if mask[sample, token]]
+                assert counts[sample, j] == len(valid)
+                expected = x[sample, :, valid].mean(1) if valid else torch.zeros(2, 8, device=DEVICE)
                 torch.testing.assert_close(marks[sample, :, j], expected)
-                shares[sample, taken] += 1 / max(1, len(taken))
-        torch.testing.assert_close(dx, shares[:, None, :, None].expand_as(dx))
+                weights[sample, valid] += 1 / max(1, len(valid))
+        torch.testing.assert_close(dx, weights[:, None, :, None].expand_as(dx))
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_nan_stays_in_its_window(backend: str, adaptive: bool) -> None:
+def test_nan_reaches_only_windows_that_contain_it(backend: str, adaptive: bool) -> None:
     x = tokens(1, 1, 1 + 5 * 7, 8, dtype=torch.float32)
     x[0, 0, 1 + 2 * 7 + 2, 3] = float("nan")  # row 2, column 2
     marks, _ = landmarks(x, prefix=1, rows=5, mark_rows=2, mark_columns=3, adaptive=adaptive, backend=backend)
     hit = marks.isnan()
     assert not hit[..., [0, 1, 2, 4, 5, 6, 7]].any()
-    reached = [1 + 3 * up + along for up in ([0, 1] if adaptive else [1]) for along in ([0, 1] if adaptive else [1])]
+    reached = [1 + 3 * row + column for row in ([0, 1] if adaptive else [1]) for column in ([0, 1] if adaptive else [1])]
     assert hit[0, 0, :, 3].nonzero().flatten().tolist() == reached
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
-def test_means_are_those_of_rotated_tokens(backend: str, layout: str) -> None:
+def test_rope_rotates_tokens_before_averaging(backend: str, layout: str) -> None:
     q, k = (tokens(1, 2, 1 + 4 * 6, 16, dtype=torch.float32) * (1 + i) for i in range(2))
     rope = rope_axial(4, 6, 16, layout=layout, prefix_tokens=1, device=DEVICE)
     grid = dict(prefix=1, rows=4, mark_rows=2, mark_columns=3)
@@ -107,7 +107,7 @@ def test_means_are_those_of_rotated_tokens(backend: str, layout: str) -> None:
     torch.testing.assert_close(marks, landmarks(*rotated, **grid, backend=backend))
 
 
-def test_learned_angles_take_the_gradient_of_both(backend: str) -> None:
+def test_learned_angles_get_gradients_from_q_and_k(backend: str) -> None:
     dtype = torch.float32 if backend == "triton" and DEVICE == "cuda" else torch.float64
     frequencies = tokens(2, 2, 8, dtype=dtype).requires_grad_()
     q, k = (tokens(2, 2, 1 + 4 * 6, 16, dtype=dtype) * (1 + i) for i in range(2))
@@ -124,8 +124,8 @@ def test_learned_angles_take_the_gradient_of_both(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_backward_adds_parts_and_what_came_before(backend: str, dtype: torch.dtype) -> None:
-    """The operator, as an attention calls it: two parts in two dtypes, on top of the gradients of other paths."""
+def test_backward_adds_parts_and_other_gradients(backend: str, dtype: torch.dtype) -> None:
+    """Call the operator as an attention does: two parts in two dtypes, added to gradients from other paths."""
     q, k = tokens(2, 2, 19, 16, dtype=dtype), tokens(2, 2, 30, 16, dtype=dtype)
     dq_other, dk_other = tokens(2, 19, 2, 16, dtype=dtype).transpose(1, 2), tokens(2, 2, 30, 16, dtype=dtype)
     parts = tokens(2, 2, 6, 16, dtype=torch.float32), tokens(2, 2, 6, 16, dtype=dtype)
@@ -136,25 +136,25 @@ def test_backward_adds_parts_and_what_came_before(backend: str, dtype: torch.dty
         gradients = LandmarkGradients(*others, *q_parts, *k_parts)
         return landmarks_backward(gradients, q, k, None, None, None, pool, *counts, (need_q, True), backend)
 
-    whole = (parts[0] + parts[1], None)
-    alone = [call(q_parts=whole, k_parts=whole)[side].float() for side in range(2)]
+    summed = (parts[0] + parts[1], None)
+    parts_only = [call(q_parts=summed, k_parts=summed)[side].float() for side in range(2)]
     dq, dk = call(q_parts=parts, k_parts=parts[::-1], others=(dq_other, dk_other))
     assert dq.dtype == dk.dtype == dtype
     tolerance = dict(atol=2 * torch.finfo(dtype).eps, rtol=2 * torch.finfo(dtype).eps)
-    torch.testing.assert_close(dq.float(), alone[0] + dq_other.float(), **tolerance)
-    torch.testing.assert_close(dk.float(), alone[1] + dk_other.float(), **tolerance)
+    torch.testing.assert_close(dq.float(), parts_only[0] + dq_other.float(), **tolerance)
+    torch.testing.assert_close(dk.float(), parts_only[1] + dk_other.float(), **tolerance)
     none, only = call(q_parts=parts, k_parts=parts[::-1], others=(dq_other, dk_other), need_q=False)
     assert none.numel() == 0 and torch.equal(only, dk)
 
 
 def test_long_windows_are_summed_in_float32(backend: str) -> None:
-    """A thousand tokens in bfloat16 each: a running sum in 16 bits would stop growing."""
+    """Each landmark averages a thousand bfloat16 tokens: a 16-bit running sum would stop growing."""
     x = torch.full((1, 1, 2001, 16), 1.0, device=DEVICE, dtype=torch.bfloat16)
     marks, counts = landmarks(x, mark_columns=2, backend=backend)
     assert counts.tolist() == [[1000, 1001]] and (marks == 1).all()
 
 
-def test_landmarks_that_nobody_uses_have_no_gradient(backend: str) -> None:
+def test_unused_landmarks_have_no_gradient(backend: str) -> None:
     q, k = (tokens(1, 2, 12, 16, dtype=torch.float32).requires_grad_() for _ in range(2))
     q_marks, k_marks, *_ = landmarks(q, k, mark_columns=3, backend=backend)
     assert torch.autograd.grad(q_marks.sum(), k, allow_unused=True, retain_graph=True) == (None,)
@@ -164,7 +164,7 @@ def test_landmarks_that_nobody_uses_have_no_gradient(backend: str) -> None:
 
 @NO_TRITON
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_kernels_walk_as_far_as_the_longest_window(adaptive: bool) -> None:
+def test_longest_window_is_the_largest_count(adaptive: bool) -> None:
     from vix_kernels._triton.landmarks import longest_window
 
     for size in range(1, 30):
@@ -174,12 +174,12 @@ def test_kernels_walk_as_far_as_the_longest_window(adaptive: bool) -> None:
 
 
 @pytest.mark.skipif(not backends.interpreted(), reason="traffic is counted in Triton's interpreter")
-def test_every_byte_moves_once() -> None:
-    """One launch that reads q and k and writes the landmarks, and one back."""
+def test_every_byte_is_transferred_once() -> None:
+    """The forward is one launch that reads q and k and writes the landmarks. The backward is one launch, too."""
     from vix_kernels.measure.traffic import measure
 
     q, k = (torch.randn(1, 2, 530, 32, dtype=torch.float16, requires_grad=True) for _ in range(2))
     traffic = measure(landmarks, q, k, mark_columns=32, backend="triton")
     assert [each.kernel for each in traffic.forward.launches] == ["landmarks_kernel"] and traffic.forward.ratio == 1.0
     assert [each.kernel for each in traffic.backward.launches] == ["landmarks_backward_kernel"]
-    assert traffic.backward.ratio < 1.002  # the counts
+    assert traffic.backward.ratio < 1.002  # the rest is the counts

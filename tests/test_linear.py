@@ -1,4 +1,4 @@
-"""What is particular to linear attention; the registry's suite covers the rest."""
+"""Tests specific to linear attention; test_ops.py covers what all operators share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vix_kernels.nn import LinearAttention
 
 
 def exact(tensors, dout=None, **options):
-    """The reference in float64, and its gradients."""
+    """Return the float64 reference and its gradients."""
     leaves = [x.detach().double().requires_grad_() for x in tensors]
     out = linear_attention(*leaves, backend="reference", **options)
     return out, None if dout is None else torch.autograd.grad(out, leaves, dout.double())
@@ -24,7 +24,7 @@ def error(x, truth) -> float:
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("feature_map", ["relu", "elu"])
 def test_equals_the_paper(backend: str, feature_map: str) -> None:
-    """Equations 4 and 5, sums and not means."""
+    """Compare with equations 4 and 5, which use sums, not means."""
     q, k, v = (torch.randn(2, 3, 21, 16, device=DEVICE) for _ in range(3))
     phi = torch.relu if feature_map == "relu" else lambda x: torch.nn.functional.elu(x) + 1
     phi_q, phi_k = phi(q.double()), phi(k.double())
@@ -35,13 +35,13 @@ def test_equals_the_paper(backend: str, feature_map: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_channels_that_hardly_a_key_feeds(backend: str, dtype: torch.dtype) -> None:
-    """Their queries divide by next to nothing: shares stay in range, and gradients finite."""
+def test_nearly_empty_channels_stay_accurate(backend: str, dtype: torch.dtype) -> None:
+    """Queries of these channels divide by almost zero: weights stay in range and gradients stay finite."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 16, device=DEVICE) for _ in range(3))
     k[..., 8:] = -k[..., 8:].abs()
     k[:, :, 5, 8:] = 1e-4
-    q[:, :, 0, :8], q[:, :, 1] = -1.0, -1.0  # one query that only these channels answer, one that none does
+    q[:, :, 0, :8], q[:, :, 1] = -1.0, -1.0  # query 0 uses only these channels, query 1 uses none
     q, k, v, dout = (x.to(dtype) for x in (q, k, v, torch.randn_like(v)))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = linear_attention(*leaves, backend=backend)
@@ -50,14 +50,14 @@ def test_channels_that_hardly_a_key_feeds(backend: str, dtype: torch.dtype) -> N
     plain = torch.autograd.grad(linear_attention(*leaves, backend="reference"), leaves, dout)
     for name, grad, expected, other in zip(
         "qkv", torch.autograd.grad(out, leaves, dout), gradients, plain, strict=True
-    ):  # the gradient of a key that feeds 1e-4 is rounding times 1e4, in any implementation
+    ):  # the gradient of the key with 1e-4 amplifies rounding by 1e4 in any implementation
         assert grad.isfinite().all() and error(grad, expected) < max(0.02, 2 * error(other, expected)), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size, tokens", [(400.0, 16), (1.0, 3000)])
 def test_means_stay_in_range_where_sums_do_not(backend: str, size: float, tokens: int) -> None:
-    """Sums over keys of features times values leave float16 here."""
+    """Sums of features times values over the keys overflow float16 here."""
     q = k = v = torch.full((1, 1, tokens, 16), size, device=DEVICE, dtype=torch.float16) * 40 ** (size == 1)
     out = linear_attention(q, k, v, backend=backend)
     torch.testing.assert_close(out, v)
@@ -65,19 +65,19 @@ def test_means_stay_in_range_where_sums_do_not(backend: str, size: float, tokens
 
 @pytest.mark.parametrize("feature_map", ["relu", "elu"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_values_with_a_mean_do_not_cost_the_gradient_of_the_queries(backend: str, feature_map: str) -> None:
-    """dq is what is left of <dout, values> without its mean. Plain PyTorch, which rounds in between, loses a fifth and more."""
+def test_mean_of_values_does_not_degrade_query_gradients(backend: str, feature_map: str) -> None:
+    """dq depends on <dout, values> minus its mean. Plain PyTorch rounds in between: its error is a fifth or more."""
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(1, 2, 100, 16, device=DEVICE).bfloat16() for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v + 5)]
     out = linear_attention(*leaves, feature_map=feature_map, backend=backend)
     dq = torch.autograd.grad(out, leaves, dout)[0]
-    # The kernels sum the means from features that were rounded.
+    # The kernels compute the means from rounded features.
     assert error(dq, exact(leaves, dout, feature_map=feature_map)[1][0]) < (0.01 if backend == "torch" else 0.05)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_reaches_only_where_it_must(backend: str) -> None:
+def test_nan_reaches_only_dependent_results(backend: str) -> None:
     q, k, v = (torch.randn(2, 2, 20, 16, device=DEVICE) for _ in range(3))
     q[0, 1, 7, 3] = k[1, 0, 4, 2] = float("nan")
     hit = linear_attention(q, k, v, feature_map="elu", backend=backend).isnan().any(-1)
@@ -91,7 +91,7 @@ def test_module_is_linear_attention_between_linear_maps() -> None:
     torch.testing.assert_close(module(x), module.proj(out))
 
 
-def test_a_projection_is_scaled_by_the_root_of_the_root_of_the_width() -> None:
+def test_projected_features_are_scaled_by_the_fourth_root_of_head_dim() -> None:
     q, k, v = (torch.randn(1, 2, 9, 16, dtype=torch.float64) for _ in range(3))
     w = orthogonal_projection(12, 16, seed=0).double()
     plain = linear_attention(q @ w.mT / 2, k @ w.mT / 2, v)

@@ -1,4 +1,4 @@
-"""The lock on the folder of a run."""
+"""The lock on a run folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
-    """Before it cleans or writes anything: the temporary file may be one that the first run is writing."""
+    """The refusal comes before any cleanup: the first run may still be writing the temporary file."""
     for name in ("new", "old"):
         (tmp_path / name).mkdir()
     save_checkpoint(tmp_path / "old" / "last.pt", numbered(1), Ranks())
@@ -54,7 +54,7 @@ def test_a_run_holds_the_lock_until_it_ends(tmp_path: Path, monkeypatch: pytest.
 def test_the_loser_of_a_race_for_a_new_folder_leaves_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
-    """Another run makes the folder, and ends, while this one loads its data."""
+    """Another run creates the folder and ends while this one loads its data."""
     folder = tmp_path / "run"
     build_model = run.build_model
 
@@ -79,7 +79,7 @@ def test_a_new_folder_that_stays_empty_is_removed(tmp_path: Path, monkeypatch: p
 
 
 def test_a_killed_process_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """Not even while a process that it has forked goes on, as the workers of a DataLoader do for seconds."""
+    """The lock is free even while a forked process runs on, as DataLoader workers do for seconds."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -103,7 +103,7 @@ def test_a_killed_process_does_not_keep_the_lock(tmp_path: Path) -> None:
     assert not names(tmp_path)
 
 
-def test_a_lock_file_that_its_owner_removes_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_file_removed_by_its_owner_is_not_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flock, removed = lock.fcntl.flock, []
 
     def late(file: int, how: int) -> None:
@@ -123,8 +123,8 @@ def test_a_file_system_without_locks_gets_one_warning(tmp_path: Path, monkeypatc
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(lock.fcntl, "flock", flock)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         assert main(["train", "--epochs", "1", "-b", "512", "--output", str(tmp_path), *TINY]) == 0
-    assert [str(each.message) for each in said if "lock" in str(each.message)] == [
+    assert [str(each.message) for each in caught if "lock" in str(each.message)] == [
         f"{tmp_path} cannot be locked ([Errno {errno.ENOLCK}] No locks available): do not start a second run in it"
     ]

@@ -1,4 +1,4 @@
-"""Every model in the registry, on images small enough to be quick."""
+"""Tests of every registered model, on small images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("mixer", CORES)
 @pytest.mark.parametrize("name", BACKBONES)
-def test_any_mixer_in_any_backbone_with_any_position(name: str, mixer: str) -> None:
+def test_every_backbone_trains_with_every_mixer_and_position(name: str, mixer: str) -> None:
     x = images(2, 3, 8, 8)
     for position in POSITIONS:
         torch.manual_seed(0)
@@ -65,12 +65,12 @@ def test_state_dict_round_trip(name: str) -> None:
 @pytest.mark.parametrize(
     ("img_size", "patch_size"), [((4, 10), 2), ((8, 12), (8, 4)), (14, 14), (16, 8), (5, 1), (12, 6), (11, None)]
 )
-def test_any_image_and_patch_size(name: str, img_size: object, patch_size: object) -> None:
+def test_image_and_patch_sizes_set_the_number_of_tokens(name: str, img_size: object, patch_size: object) -> None:
     arguments = small_model(name, img_size=img_size)
     if "patch_size" not in arguments:
         patch_size = None
     elif patch_size is None:
-        return  # images are whole patches
+        return  # 11 pixels are no whole number of patches
     else:
         arguments |= {"patch_size": patch_size}
     model = create_model(name, **arguments).eval()
@@ -146,7 +146,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ["vil", "vip", "hybrid_vin", "hybrid_fnet", "levip", "cvt", "ccn", "fnet_2d"])
 def test_compiles_without_graph_breaks(name: str) -> None:
-    """Every backbone and every mixer."""
+    """The names cover every backbone and every mixer."""
     torch.compiler.reset()
     model = create_model(name, **small_model(name, depth=1))
     x = images(2, 3, 8, 8)
@@ -172,13 +172,13 @@ def test_exports_with_a_dynamic_batch_and_runs_compiled(name: str) -> None:
     "name",
     [name for name in list_models() if name.endswith(("vip_base", "levin_base", "cvp_base", "ccn_base", "fnet_2d_base"))],
 )
-def test_224_pixels(name: str) -> None:
+def test_base_models_run_on_224_pixels(name: str) -> None:
     model = create_model(name, depth=1).eval()
     with torch.no_grad():
         assert model(images(1, 3, 224, 224)).shape == (1, 1000)
 
 
-def test_sizes_differ_and_stand_for_images() -> None:
+def test_sizes_set_images_classes_and_parameter_counts() -> None:
     for name in PUBLISHED:
         with torch.device("meta"):
             models = [create_model(f"{name}_{size}") for size in SIZES]
@@ -188,7 +188,7 @@ def test_sizes_differ_and_stand_for_images() -> None:
         assert counts[0] < counts[1] < counts[2]
 
 
-def test_heads_and_features_are_honoured() -> None:
+def test_num_heads_and_num_features_change_the_output() -> None:
     x = images(2, 3, 8, 8)
     for overrides in ({"num_heads": 4}, {"num_features": 8}):
         first, second = (create_model("vip", **small_model("vip") | extra).eval() for extra in ({}, overrides))
@@ -200,14 +200,14 @@ def test_heads_and_features_are_honoured() -> None:
         assert not torch.equal(first(x), second(x))
 
 
-def test_every_layer_draws_its_own_features() -> None:
+def test_layers_draw_different_features() -> None:
     for name in ("vip", "cvp", "levip_tiny"):
         model = create_model(name, **small_model(name) if name != "levip_tiny" else {})
         drawn = [module.projection for module in model.modules() if hasattr(module, "projection")]
         assert len(drawn) > 1 and len({each.double().sum().item() for each in drawn}) == len(drawn)
 
 
-def test_rotary_table_stays_exact() -> None:
+def test_rotary_table_survives_casts_and_meta_devices() -> None:
     expected = vix_kernels.rope_1d(16, 8, prefix_tokens=1)
     model = create_model("hybrid_vip", **small_model("vip"), position="rope_1d").to(torch.bfloat16)
     assert torch.equal(model.rope.cos, expected.cos)
@@ -217,7 +217,7 @@ def test_rotary_table_stays_exact() -> None:
     assert torch.equal(model.to_empty(device="cpu").rope.sin, expected.sin)
 
 
-def test_axial_and_mixed_positions_know_the_grid() -> None:
+def test_axial_and_mixed_positions_use_the_grid() -> None:
     model = create_model("vip", **small_model("vip", img_size=(8, 16)), position="rope_axial")
     assert torch.equal(model.rope.cos, vix_kernels.rope_axial(4, 8, 8, prefix_tokens=1).cos)
     model = create_model("vip", **small_model("vip", img_size=(8, 16)), position="rope_mixed")
@@ -233,21 +233,21 @@ def test_attention_bias_follows_distance() -> None:
     model = create_model("levit", **small_model("levit", img_size=(4, 6)), qkv_bias=True).eval()
     attention = model.stages[0].blocks[0].attn
     x = images(1, 6, 16)
-    even = attention(x)
+    unbiased = attention(x)
     with torch.no_grad():
-        attention.attention_bias[:, 0] = 100.0  # distance 0: every token sees itself alone
+        attention.attention_bias[:, 0] = 100.0  # distance 0: every token attends only to itself
     v = attention.attention.qkv(x)[..., 32:]
     torch.testing.assert_close(attention(x), attention.attention.proj(v))
-    assert not torch.allclose(attention(x), even)
+    assert not torch.allclose(attention(x), unbiased)
     with torch.device("meta"):
         moved = create_model("levit", **small_model("levit", img_size=(4, 6))).to_empty(device="cpu")
     assert torch.equal(moved.stages[0].blocks[0].attn.distance, attention.distance)
-    # Mixers without weights are rotated instead.
+    # Mixers without attention weights use RoPE instead.
     assert create_model("levip", **small_model("levip")).stages[0].rope is not None
 
 
 def test_published_configuration() -> None:
-    # Learned parameters of the published scripts where this repairs nothing that has any.
+    # Parameter counts of the published scripts, for models whose fixes leave them unchanged.
     published = {"vit": 661_770, "vip": 663_306, "vin": 662_298, "fnet": 399_114}
     for name, count in published.items():
         assert sum(p.numel() for p in create_model(name).parameters()) == count
@@ -304,21 +304,21 @@ def test_list_models() -> None:
         ("cct", {"strides": ()}, ["strides", "()"]),
     ],
 )
-def test_bad_arguments_are_named(name: str, overrides: dict, words: list[str]) -> None:
+def test_errors_name_bad_arguments(name: str, overrides: dict, words: list[str]) -> None:
     with pytest.raises(ValueError) as error:
         create_model(name, **overrides)
     assert all(word in str(error.value) for word in words), error.value
 
 
 @every_model
-def test_wrong_images_are_named(name: str) -> None:
+def test_images_of_wrong_shapes_are_refused(name: str) -> None:
     model = create_model(name, **small_model(name))
     for shape in [(3, 8, 8), (2, 1, 8, 8), (2, 3, 8, 9)]:
         with pytest.raises(ValueError, match=r"x: expected shape \(batch, 3, 8, 8\)"):
             model(torch.zeros(shape))
 
 
-def test_every_package_is_installed() -> None:
+def test_pyproject_lists_every_package() -> None:
     tomllib = pytest.importorskip("tomllib")
     root = Path(__file__).parent.parent
     listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]

@@ -1,4 +1,4 @@
-"""What is particular to Nystrom attention; the registry's suite covers the rest."""
+"""Tests specific to Nystrom attention; test_ops.py covers what all operators share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tokens(count: int, *, spread: float = 1.0, seed: int = 0) -> list[Tensor]:
 
 
 def peer(num_landmarks: int, **options) -> nn.Module:
-    """nystrom-attention without its linear maps: it takes q, k and v side by side."""
+    """Return nystrom-attention's module without its linear maps. Its input is q, k and v, concatenated."""
     package = pytest.importorskip("nystrom_attention", reason="nystrom-attention is not installed (extra: test)")
     module = package.NystromAttention(HEADS * WIDTH, dim_head=WIDTH, heads=HEADS, num_landmarks=num_landmarks, **options).to(
         DEVICE
@@ -30,11 +30,11 @@ def peer(num_landmarks: int, **options) -> nn.Module:
     return module
 
 
-def side_by_side(*qkv: Tensor) -> Tensor:
+def concatenated(*qkv: Tensor) -> Tensor:
     return torch.cat([x.transpose(1, 2).flatten(2) for x in qkv], -1)
 
 
-def apart(out: Tensor) -> Tensor:
+def split_heads(out: Tensor) -> Tensor:
     return out.unflatten(2, (HEADS, WIDTH)).transpose(1, 2)
 
 
@@ -45,11 +45,11 @@ def error(x: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("count", [40, 37, 33])
 def test_equals_nystrom_attention(count: int, backend: str) -> None:
-    """Outputs and gradients, padded or not, with the residual of 33 taps."""
-    theirs, qkv = peer(8, residual=True, residual_conv_kernel=33), tokens(count)
-    weight = theirs.res_conv.weight
+    """Compare outputs and gradients, with and without padding, with a residual of 33 taps."""
+    module, qkv = peer(8, residual=True, residual_conv_kernel=33), tokens(count)
+    weight = module.res_conv.weight
     dout = torch.randn(BATCH, HEADS, count, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    expected = apart(theirs(side_by_side(*qkv)))
+    expected = split_heads(module(concatenated(*qkv)))
     out = nystrom_attention(*qkv, num_landmarks=8, conv_weight=weight, **COMPAT, backend=backend)
     assert error(out, expected) < 1e-5
     leaves = [*qkv, weight]
@@ -63,7 +63,7 @@ def test_equals_nystrom_attention(count: int, backend: str) -> None:
 
 
 def paper(q: Tensor, k: Tensor, v: Tensor, q_marks: Tensor, k_marks: Tensor) -> Tensor:
-    """Equation 13, with the iteration of equation 11 from the start of its lemma."""
+    """Compute equation 13, with the iteration of equation 11 started as in its lemma."""
     scale = q.shape[-1] ** -0.5
     f, a, b = ((scale * x @ y.mT).softmax(-1) for x, y in ((q, k_marks), (q_marks, k_marks), (q_marks, k)))
     z = a.mT / a.sum(-2).amax(-1)[..., None, None]
@@ -77,7 +77,7 @@ def paper(q: Tensor, k: Tensor, v: Tensor, q_marks: Tensor, k_marks: Tensor) -> 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("landmarks", ["segment", "grid"])
 def test_equals_the_paper(landmarks: str, backend: str) -> None:
-    """Of queries from another sequence than the keys, too; on a grid landmarks are torch's adaptive pooling."""
+    """Segments: queries and keys are different sequences. Grid: landmarks are torch's adaptive pooling."""
     q, k, v = tokens(35)
     if landmarks == "grid":  # 5 rows, 7 columns
         options = dict(grid_size=(5, 7))
@@ -96,19 +96,19 @@ def test_equals_the_paper(landmarks: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_nystrom_attention_under_a_mask(backend: str) -> None:
-    """Where every landmark has a token left; the rows of masked queries are not compared."""
-    theirs, qkv = peer(8, residual=False), tokens(40)
+    """Every landmark has a valid token. The rows of masked queries are not compared."""
+    module, qkv = peer(8, residual=False), tokens(40)
     mask = torch.rand(BATCH, 40, generator=torch.Generator().manual_seed(2)) > 0.4
     mask[:, ::5] = True
     mask = mask.to(DEVICE)
-    expected = apart(theirs(side_by_side(*qkv), mask=mask))
+    expected = split_heads(module(concatenated(*qkv), mask=mask))
     out = nystrom_attention(*qkv, num_landmarks=8, key_padding_mask=mask, **COMPAT, backend=backend)
     rows = mask[:, None, :, None]
     assert error(out * rows, expected * rows) < 1e-5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_samples_are_independent_only_with_the_exact_start(backend: str) -> None:
+def test_samples_are_independent_only_with_exact_pinv_init(backend: str) -> None:
     qkv = tokens(24, spread=2.0)
     for init, same in (("exact", True), ("original", False)):
         together, alone = (
@@ -120,8 +120,8 @@ def test_samples_are_independent_only_with_the_exact_start(backend: str) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_as_many_landmarks_as_tokens(backend: str) -> None:
-    """All of A is there, and enough steps invert it: softmax attention itself."""
+def test_as_many_landmarks_as_tokens_give_softmax_attention(backend: str) -> None:
+    """A is then the full matrix, and enough iterations invert it."""
     q, k, v = tokens(12, spread=1.5)
     exact = nn.functional.scaled_dot_product_attention(q, k, v)
     out = nystrom_attention(q, k, v, num_landmarks=12, pinv_iterations=30, backend=backend)
@@ -131,14 +131,14 @@ def test_as_many_landmarks_as_tokens(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_has_no_influence(backend: str) -> None:
-    """Neither as keys nor as the queries that landmarks pool; a landmark without a token is as if it were not there."""
+    """Padded keys and queries change neither results nor landmarks. A landmark without valid tokens is ignored."""
     qkv, mask = tokens(30), torch.ones(BATCH, 30, dtype=torch.bool, device=DEVICE)
-    mask[0, 22:] = False  # the last landmark of five tokens is empty, the one before it has two left
+    mask[0, 22:] = False  # of segments of five tokens, the last is empty, the one before it has two valid tokens
     mask[1] = False
     weight = torch.randn(HEADS, 1, 5, 1, device=DEVICE)
     options = dict(num_landmarks=6, conv_weight=weight, key_padding_mask=mask, backend=backend)
     out = nystrom_attention(*qkv, **options)
-    fillings = 50.0, float("nan"), float("inf")  # padding still asks, and gets an answer of its own
+    fillings = 50.0, float("nan"), float("inf")  # q stays finite: padded queries still have an output
     hostile = [
         x.detach().masked_fill(~mask[:, None, :, None], fill).requires_grad_() for x, fill in zip(qkv, fillings, strict=True)
     ]
@@ -149,14 +149,14 @@ def test_padding_has_no_influence(backend: str) -> None:
     for x, y in zip(torch.autograd.grad(out, qkv, dout), torch.autograd.grad(again, hostile, dout), strict=True):
         assert torch.equal(x[valid], y[valid]) and (y[~valid] == 0).all() and (y[1] == 0).all()
 
-    # Segments of five tokens: 25 of them, masked from 22 on, have the same five landmarks that are not empty.
+    # 25 tokens, masked from 22 on, have the same five nonempty segments of five tokens.
     fewer = [x[:1, :, :25] for x in qkv]
     short = nystrom_attention(*fewer, **options | dict(num_landmarks=5, key_padding_mask=mask[:1, :25]))
     assert error(out[:1, :, :22], short[:, :, :22]) < 1e-5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_reaches_only_where_it_must(backend: str) -> None:
+def test_nan_reaches_only_dependent_results(backend: str) -> None:
     q, k, v = (x.detach() for x in tokens(24))
     v[0, 1, 5, 3] = float("nan")
     hit = nystrom_attention(q, k, v, num_landmarks=4, backend=backend).isnan()
@@ -165,8 +165,8 @@ def test_nan_reaches_only_where_it_must(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_pure_low_precision(backend: str, dtype: torch.dtype) -> None:
-    """What the package raises for. The inverse stays in float32: the error is of the order of the dtype's rounding."""
+def test_float16_and_bfloat16_inputs(backend: str, dtype: torch.dtype) -> None:
+    """nystrom-attention raises here. The inverse stays in float32, so errors are about the dtype's rounding."""
     qkv = [x.detach() for x in tokens(64)]
     exact = nystrom_attention(*(x.to(dtype).double() for x in qkv), num_landmarks=8, backend="reference")
     out = nystrom_attention(*(x.to(dtype) for x in qkv), num_landmarks=8, backend=backend)
@@ -174,8 +174,8 @@ def test_pure_low_precision(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_learned_angles(backend: str) -> None:
-    """Their gradient through tokens and landmarks alike."""
+def test_gradients_of_learned_angles(backend: str) -> None:
+    """The gradient flows through tokens and landmarks."""
     q, k, v = tokens(21)
     frequencies = (torch.randn(2, HEADS, WIDTH // 2) * 0.3).to(DEVICE).requires_grad_()
 
@@ -190,8 +190,8 @@ def test_learned_angles(backend: str) -> None:
 
 
 @pytest.mark.parametrize("landmarks", ["segment", "pad_front"])
-def test_the_attention_of_one_token(landmarks: str) -> None:
-    """Row by row it is the matrix that turns v into the output."""
+def test_attention_weights_of_all_tokens_give_the_output(landmarks: str) -> None:
+    """The rows form the matrix that maps v to the output."""
     q, k, v = (x.detach() for x in tokens(22))
     options = dict(num_landmarks=6, landmarks=landmarks, rope=rope_1d(22, WIDTH, device=DEVICE))
     rows = torch.stack([attention_weights(nystrom_attention, q, k, token=i, **options) for i in range(22)], 2)
@@ -200,8 +200,8 @@ def test_the_attention_of_one_token(landmarks: str) -> None:
         attention_weights(nystrom_attention, q, k, token=22, **options)
 
 
-def test_the_attention_of_one_token_takes_memory_for_one() -> None:
-    """Of 20,000 tokens: all pairs would take 1.6 GB."""
+def test_attention_weights_of_one_token_need_no_quadratic_memory() -> None:
+    """With 20,000 tokens, all pairs would take 1.6 GB."""
     q, k = torch.randn(2, 1, 1, 20_000, 8).unbind()
     weights = attention_weights(nystrom_attention, q, k, num_landmarks=16)
     assert weights.shape == (1, 1, 20_000) and abs(weights.sum().item() - 1) < 0.1
@@ -210,15 +210,15 @@ def test_the_attention_of_one_token_takes_memory_for_one() -> None:
 class TestModule:
     def test_loads_the_weights_of_nystrom_attention(self) -> None:
         package = pytest.importorskip("nystrom_attention", reason="nystrom-attention is not installed (extra: test)")
-        theirs = package.NystromAttention(48, dim_head=16, heads=3, num_landmarks=8)
-        ours = NystromAttention(48, 3, num_landmarks=8, **COMPAT)
-        state = theirs.state_dict()
-        ours.load_state_dict(
+        original = package.NystromAttention(48, dim_head=16, heads=3, num_landmarks=8)
+        module = NystromAttention(48, 3, num_landmarks=8, **COMPAT)
+        state = original.state_dict()
+        module.load_state_dict(
             {"qkv.weight": state["to_qkv.weight"], "proj.weight": state["to_out.0.weight"],
              "proj.bias": state["to_out.0.bias"], "res_conv.weight": state["res_conv.weight"]}
         )  # fmt: skip
         x = torch.randn(2, 30, 48)
-        assert error(ours(x), theirs(x)) < 1e-5
+        assert error(module(x), original(x)) < 1e-5
 
     @pytest.mark.parametrize("kind", [NystromAttention, AgentAttention])
     def test_fewer_tokens_than_landmarks(self, kind) -> None:

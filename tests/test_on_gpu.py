@@ -1,4 +1,4 @@
-"""bench/on_gpu.sh, as far as it goes without a GPU."""
+"""Tests of bench/on_gpu.sh that run without a GPU."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def parts(out: Path) -> dict[str, dict]:
     return {part["part"]: part for part in json.loads((out / "results.json").read_text())["parts"]}
 
 
-def test_a_job_that_dies_loses_only_itself(tmp_path: Path) -> None:
-    """A failed capture is measured again without a graph, a crash is named; both parts complete."""
+def test_a_crashed_job_loses_no_other_results(tmp_path: Path) -> None:
+    """A failed capture is measured again without a graph. A crash is reported. Both parts complete."""
     out = tmp_path / "out"
     done = on_gpu(out, "--dry-run", "--only", "timing", "tune", "models", "--inject", "timing=capture", "models=crash")
     assert done.returncode == 1, done.stdout + done.stderr
@@ -57,10 +57,10 @@ def test_a_job_that_dies_loses_only_itself(tmp_path: Path) -> None:
     found = parts(out)
     assert list(found) == ["timing", "tune", "models"]
     assert found["timing"]["status"] == found["tune"]["status"] == "ok", found
-    (died,) = (row for row in found["models"]["rows"] if row["status"] == "failed")
-    assert "killed by SIGABRT" in died["why"] and died["job"].startswith("vil ours bf16 2")
+    (crashed,) = (row for row in found["models"]["rows"] if row["status"] == "failed")
+    assert "killed by SIGABRT" in crashed["why"] and crashed["job"].startswith("vil ours bf16 2")
     survived = {row["model"] for row in found["models"]["rows"] if row["status"] == "ok"}
-    assert {"vit", "vip", "hybrid_fnet", "fnet_2d"} <= survived and "vil" not in survived  # before and after it
+    assert {"vit", "vip", "hybrid_fnet", "fnet_2d"} <= survived and "vil" not in survived  # jobs before and after it
     (tuned,) = found["tune"]["rows"]
     assert tuned["kernel"] == "aggregate_forward" and tuned["tried"] > 0
 
@@ -71,15 +71,15 @@ def test_a_job_that_dies_loses_only_itself(tmp_path: Path) -> None:
         timed = [row for row in csv.DictReader(file) if row["op"] == "performer_attention" and row["status"] == "ok"]
     assert {row["direction"] for row in timed} == {"forward", "full", "backward"}
     assert {"triton", "torch", "reference", "compiled", "sdpa"} <= {row["provider"] for row in timed}
-    ours = [row for row in timed if row["provider"] == "triton"]
-    assert all(float(row["error"]) < 1e-4 for row in ours if row["direction"] != "backward")
+    triton_rows = [row for row in timed if row["provider"] == "triton"]
+    assert all(float(row["error"]) < 1e-4 for row in triton_rows if row["direction"] != "backward")
     with zipfile.ZipFile(out / "pictures.zip") as pictures:
         assert "performer_attention_fp32.png" in pictures.namelist()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_killed_leaves_what_it_has(tmp_path: Path, number: int) -> None:
-    """While the second job of a part hangs, OUT already has the first one's rows."""
+def test_a_killed_run_keeps_its_results(tmp_path: Path, number: int) -> None:
+    """While the second job of a part hangs, OUT already has the rows of the first."""
     out = tmp_path / "out"
     arguments = ("--dry-run", "--only", "models", "training", "--inject", "models=hang")
     with subprocess.Popen(command(out, *arguments), env=environment(), stdout=subprocess.PIPE, text=True) as process:
@@ -110,7 +110,7 @@ def test_a_part_that_hangs_is_stopped_and_the_next_one_runs(tmp_path: Path, monk
     assert capsys.readouterr().out.endswith("FAILED: models\n")
 
 
-def test_without_time_everything_is_skipped_and_named(tmp_path: Path) -> None:
+def test_without_time_all_parts_are_reported_as_skipped(tmp_path: Path) -> None:
     done = on_gpu(tmp_path, "--dry-run", "--seconds", "1")
     assert done.returncode == 0, done.stderr
     assert {(each["status"], each["why"]) for each in parts(tmp_path).values()} == {("skipped", "out of time")}
@@ -118,21 +118,21 @@ def test_without_time_everything_is_skipped_and_named(tmp_path: Path) -> None:
 
 
 def test_tuning_has_its_time_reserved() -> None:
-    """Whatever the parts before it take, within their limits."""
+    """Tuning gets 60 seconds even if all earlier parts use their full limits."""
     parts = list(run.PARTS)
     before, deadline = parts[: parts.index("tune")], float(run.TOTAL)
-    for at, name in enumerate(before):  # each takes its share and all of its grace
+    for at, name in enumerate(before):  # each uses its share and all of its grace period
         deadline -= deadline * run.PARTS[name] / sum(run.PARTS[each] for each in parts[at:]) + run.GRACE
     assert deadline * run.PARTS["tune"] / sum(run.PARTS[each] for each in parts[parts.index("tune") :]) >= 60
-    assert run.TOTAL + len(parts) * run.GRACE <= 600  # a lent machine's limit of one command
+    assert run.TOTAL + len(parts) * run.GRACE <= 600  # rented machines may limit a command to ten minutes
 
 
 class TestRestart:
-    """What `run` makes of the processes of a part, which are played here."""
+    """Tests of how `run` restarts the processes of a part. The processes are simulated."""
 
     @staticmethod
     def play(tmp_path: Path, monkeypatch, script: list[tuple[list, int | None]]) -> tuple[run.Outcome, list[tuple[int, bool]]]:
-        """Each process sends records and ends with a status; returns the outcome and (first, eager) of each process."""
+        """Let each process write records and exit with a status. Return the outcome and (first, eager) of each."""
         started = []
 
         def process(part: str, plan: Plan, log: Path, receive: Callable, look: Callable) -> int | None:
@@ -158,7 +158,7 @@ class TestRestart:
         assert started == [(0, False), (1, True)]
         assert outcome.status == "ok" and outcome.count("ok") == 3
 
-    def test_a_job_that_spoils_its_process_twice_is_given_up(self, tmp_path: Path, monkeypatch) -> None:
+    def test_a_job_that_spoils_two_processes_fails(self, tmp_path: Path, monkeypatch) -> None:
         script = [([(0, "a")], part.SPOILED), ([(0, "a")], part.SPOILED), ([(1, "b"), self.ROW], 0)]
         outcome, started = self.play(tmp_path, monkeypatch, script)
         assert started == [(0, False), (0, True), (1, False)]
@@ -173,26 +173,26 @@ class TestRestart:
         assert [row["status"] for row in outcome.rows] == ["ok", "failed", "ok"]
         assert "killed by SIGSEGV" in outcome.rows[1]["why"]
 
-    def test_a_dead_gpu_does_not_take_all_the_time(self, tmp_path: Path, monkeypatch) -> None:
+    def test_repeated_failures_end_a_part_early(self, tmp_path: Path, monkeypatch) -> None:
         script = [([(number, str(number))], 1) for number in range(9)]
         outcome, started = self.play(tmp_path, monkeypatch, script)
         assert len(started) == run.BARREN and outcome.status == "failed" and "its last words" in outcome.why
 
-    def test_what_dies_before_its_first_job_is_not_repeated(self, tmp_path: Path, monkeypatch) -> None:
+    def test_a_process_that_fails_before_its_first_job_is_not_restarted(self, tmp_path: Path, monkeypatch) -> None:
         outcome, started = self.play(tmp_path, monkeypatch, [([], 1)])
         assert len(started) == 1 and outcome.why == "exit status 1: its last words"
 
 
 class FakeCapture:
-    """CUDA's part of a capture, as torch 2.11 has it: what fails at its end leaves the pool's allocations under way."""
+    """A fake of CUDA graph capture in torch 2.11: a capture that fails at its end keeps allocating to its pool."""
 
-    def __init__(self, monkeypatch, healed: bool = True) -> None:
+    def __init__(self, monkeypatch, recovers: bool = True) -> None:
         self.calls: list[str] = []
         stream = type("Stream", (), {"wait_stream": lambda self, other: None})
-        nothing = contextmanager(lambda *args, **kwargs: (yield))
+        no_op = contextmanager(lambda *args, **kwargs: (yield))
 
-        def allocating(*args: object) -> None:
-            if "end" not in self.calls or not healed:
+        def empty_cache(*args: object) -> None:
+            if "end" not in self.calls or not recovers:
                 raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
         @contextmanager
@@ -200,12 +200,12 @@ class FakeCapture:
             yield
             raise RuntimeError("operation failed due to a previous error during capture")
 
-        replaced = dict(
-            current_stream=stream, Stream=stream, stream=nothing, CUDAGraph=object, graph=graph, synchronize=lambda: None,
-            graph_pool_handle=lambda: (0, 1), current_device=lambda: 0, empty_cache=allocating,
+        replacements = dict(
+            current_stream=stream, Stream=stream, stream=no_op, CUDAGraph=object, graph=graph, synchronize=lambda: None,
+            graph_pool_handle=lambda: (0, 1), current_device=lambda: 0, empty_cache=empty_cache,
             default_generators=[type("Generator", (), {"graphsafe_set_state": lambda self, state: self})()],
         )  # fmt: skip
-        for name, value in replaced.items():
+        for name, value in replacements.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *args: self.calls.append("end"), raising=False)
         monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *args: self.calls.append("release"), raising=False)
@@ -219,27 +219,27 @@ def test_a_failed_capture_ends_its_allocations(monkeypatch) -> None:
     assert fake.calls == ["end", "release"]
 
 
-def test_a_process_that_a_capture_has_spoiled_says_so(monkeypatch) -> None:
-    FakeCapture(monkeypatch, healed=False)
+def test_a_capture_that_spoils_its_process_raises_spoiled(monkeypatch) -> None:
+    FakeCapture(monkeypatch, recovers=False)
     with pytest.raises(times.Spoiled, match="unusable after a failed capture: captures_underway"):
         times.captured(lambda: None)
 
 
-def test_correctness_draws_on_the_device(monkeypatch) -> None:
-    """Not by `spec.problem`, whose float64 numbers are drawn on the CPU."""
+def test_correctness_draws_inputs_on_the_device(monkeypatch) -> None:
+    """`spec.problem` would draw float64 numbers on the CPU."""
     monkeypatch.setattr(OpSpec, "problem", lambda *args, **kwargs: pytest.fail("drawn on the CPU"))
     first = next(correctness.rows(Plan(dry=True, deadline=time.monotonic() + 60)))
     assert first["check"] == "against_float64" and first["status"] == "ok", first
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_sentence(tmp_path: Path) -> None:
+def test_without_a_gpu_one_sentence_is_printed(tmp_path: Path) -> None:
     done = on_gpu(tmp_path / "out")
     assert done.returncode == 201 and not (tmp_path / "out").exists()
     assert done.stdout.count("\n") == 1 and "nothing to measure here: torch sees no GPU" in done.stdout and not done.stderr
 
 
-def test_a_probe_that_fails_says_why_in_one_line(tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_probe_gives_its_reason_in_one_line(tmp_path: Path, monkeypatch) -> None:
     def probed(inject: str) -> dict:
         (row,) = probe.rows(Plan(dry=True, deadline=0.0, inject=inject))
         return row
@@ -290,7 +290,7 @@ def test_an_unsupported_gpu_is_named(monkeypatch) -> None:
         assert backends.reason_against_gpu() == sentence
 
 
-def test_wrong_arguments_have_a_status_of_their_own(tmp_path: Path) -> None:
+def test_wrong_arguments_exit_with_status_200(tmp_path: Path) -> None:
     done = on_gpu(tmp_path, "--only", "nothing")
     assert done.returncode == 200 and "invalid choice: 'nothing'" in done.stderr
 
@@ -321,8 +321,8 @@ print(type(create_model("vit", depth=1)).__module__)
         ('echo "Segmentation fault"; exit 139', "failed", "Segmentation fault"),
     ],
 )
-def test_what_the_sanitizer_says(tmp_path: Path, monkeypatch, tool: str, status: str, why: str) -> None:
-    """By stand-ins for it, one of which refuses the option that leaves torch's kernels out, as some releases do."""
+def test_sanitizer_output_is_classified(tmp_path: Path, monkeypatch, tool: str, status: str, why: str) -> None:
+    """Scripts replace the sanitizer. Like some releases, they refuse the option that excludes torch's kernels."""
     program = tmp_path / "compute-sanitizer"
     until_program = f'while [ "$1" != {sys.executable} ]; do [ "$1" != --kernel-name ] || exit 2; shift; done'
     program.write_text(f"#!/bin/bash\n{until_program}\n{tool}\n")
@@ -334,7 +334,7 @@ def test_what_the_sanitizer_says(tmp_path: Path, monkeypatch, tool: str, status:
     assert all(row["status"] == status and why in row["why"] for row in rows), rows
 
 
-def test_outcomes_of_pytest_with_and_without_workers() -> None:
+def test_pytest_output_is_parsed_with_and_without_workers() -> None:
     text = """
 tests/test_ops.py::test_a[triton-x] PASSED                    [ 10%]
 [gw3] [ 20%] FAILED tests/test_ops.py::test_b[triton-y]
@@ -346,6 +346,6 @@ FAILED tests/test_ops.py::test_b[triton-y] - AssertionError: dk: 2.0 > 1.0
     assert suite.outcomes_of(text) == {f"tests/test_ops.py::{name}": outcome for name, outcome in expected.items()}
 
 
-def test_what_comes_too_late_is_named() -> None:
+def test_jobs_after_the_deadline_are_reported_as_skipped() -> None:
     late = [row for row in timing.rows(Plan(dry=True, deadline=0.0)) if "figure" not in row]
     assert late and {(row["status"], row["why"]) for row in late} == {("skipped", "out of time")}

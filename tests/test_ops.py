@@ -1,4 +1,4 @@
-"""What every operator must satisfy, on every implementation; one test each, over the registry."""
+"""Requirements that every registered operator must meet on every backend, one test for each."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ EVERY_CASE: Cases = [(spec, case) for spec in SPECS.values() for case in spec.ca
 
 
 def few(*names: str) -> Cases:
-    """The cases with these names, and the last one of an operator that has none of them."""
+    """Return the cases with these names, or the last case of an operator that has none of them."""
     found: Cases = []
     for spec in SPECS.values():
         found += [(spec, case) for case in spec.cases if case.name in names] or [(spec, spec.cases[-1])]
     return found
 
 
-VARIANTS = [name for name in SPECS if name.endswith(("_mixed", "_projected"))]  # they launch the kernels of others
+VARIANTS = [name for name in SPECS if name.endswith(("_mixed", "_projected"))]  # they launch other operators' kernels
 FEW = few("packed", "masked", "per_head", "rope_half", "rope_partial")
 VARIED = few("masked", "rope_partial")
 
@@ -40,13 +40,13 @@ EVERY = params(EVERY_CASE)
 
 
 def on_each_backend(cases: Cases, interpreted: Cases) -> pytest.MarkDecorator:
-    """`cases` on both backends; in the interpreter, where one takes a second, those that are `interpreted`."""
+    """Parametrize over `cases` on both backends. The interpreter takes a second per case: there, use `interpreted`."""
     grid = params(cases, "torch-", "torch") + params(cases if DEVICE == "cuda" else interpreted, "triton-", "triton")
     return pytest.mark.parametrize("backend, spec, case", grid, indirect=["backend"])
 
 
 def each_operator() -> pytest.MarkDecorator:
-    """Every operator on both backends; in the interpreter those that launch kernels of their own."""
+    """Parametrize over all operators on both backends. In the interpreter, skip those without separate kernels."""
     grid = [
         pytest.param(backend, spec, id=f"{backend}-{name}")
         for backend in ("torch", "triton")
@@ -57,7 +57,7 @@ def each_operator() -> pytest.MarkDecorator:
 
 
 def run(problem: Problem, **how) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and gradients for fixed cotangents."""
+    """Return outputs, and gradients for fixed cotangents."""
     leaves = [problem.tensors[name] for name in problem.spec.differentiable]
     leaves = [x.detach().requires_grad_() for x in leaves]
     problem = problem.map(lambda x: x)
@@ -67,14 +67,14 @@ def run(problem: Problem, **how) -> tuple[list[Tensor], list[Tensor]]:
     for i, out in enumerate(outputs):
         generator = torch.Generator().manual_seed(10 + i)
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
-        # An empty slot has lse = -inf: no cotangent reaches it from a finite loss.
+        # An empty slot has lse = -inf: a finite loss gives it no cotangent.
         cotangents.append(cotangent.masked_fill(out.detach() == float("-inf"), 0).to(out.dtype))
     grads = torch.autograd.grad(outputs, leaves, cotangents)
     return [out.detach() for out in outputs], list(grads)
 
 
 def finite(x: Tensor) -> Tensor:
-    """-inf (an empty slot's lse) as a number that must agree exactly."""
+    """Replace -inf (an empty slot's lse) with a number, so that it must agree exactly."""
     return torch.where(x == float("-inf"), -1e3, x.double())
 
 
@@ -92,20 +92,18 @@ def dtypes(*chosen: torch.dtype) -> pytest.MarkDecorator:
 
 
 def check_budget(problem: Problem, backend: str, during: AbstractContextManager | None = None) -> None:
-    """At most twice the error of plain PyTorch in the same precision, both against float64, and no element left unwritten.
+    """Check that errors are at most twice those of plain PyTorch in the same precision, both against float64.
 
-    The reference is never counted as better than one rounding of its result.
-
-    In float64, where the reference is the truth itself, 1e-13.
+    One rounding of the result is added to the reference's error. In float64, where the reference is exact, 1e-13 is added.
     """
     spec = problem.spec
     exact = run(problem.double(), reference=True)
     plain = run(problem, reference=True)
     with during or nullcontext():
-        ours = run(problem, backend=backend)
+        actual = run(problem, backend=backend)
     dtype = problem.tensors[spec.batched[0]].dtype
     names = [f"output {i}" for i in range(len(exact[0]))] + [f"d{name}" for name in spec.differentiable]
-    for name, x, reference, truth in zip(names, sum(ours, []), sum(plain, []), sum(exact, []), strict=True):
+    for name, x, reference, truth in zip(names, sum(actual, []), sum(plain, []), sum(exact, []), strict=True):
         assert x.dtype == reference.dtype and x.shape == truth.shape, name
         # A gradient that is zero in exact arithmetic (one token, one feature) is measured against the outputs.
         size = finite(truth).norm().item()
@@ -123,35 +121,35 @@ def test_error_budget(spec: OpSpec, case: Case, backend: str, poisoned: None) ->
 
 @pytest.mark.parametrize("spec, case", EVERY)
 def test_error_budget_in_float64(spec: OpSpec, case: Case, poisoned: None) -> None:
-    """Of PyTorch; of the kernels below."""
+    """The PyTorch backend only: the test with canaries covers the kernels."""
     check_budget(spec.problem(case, dtype=torch.float64, device=DEVICE), "torch")
 
 
-# The interpreter has no tensor cores: there a kernel does the same for float32 as for float64, for float16 as for bfloat16.
+# The interpreter has no tensor cores: kernels treat float32 like float64, and float16 like bfloat16.
 @dtypes(torch.float16, torch.float32)
 @on_each_backend(EVERY_CASE, interpreted=VARIED)
-def test_error_budget_of_like_dtypes(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, poisoned: None) -> None:
+def test_error_budget_of_other_dtypes(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, poisoned: None) -> None:
     check_budget(spec.problem(case, dtype=dtype, device=DEVICE), backend)
 
 
 class Canaries(TorchDispatchMode):
-    """Every new tensor holds NaN, in a border of known numbers."""
+    """Fill every new tensor with NaN and surround it with a border of known numbers."""
 
     BORDER, VALUE = 512, 123.0
 
     def __init__(self) -> None:
         super().__init__()
-        self.rooms: list[tuple[Tensor, int]] = []
+        self.buffers: list[tuple[Tensor, int]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "vix_kernels":
-            with self:  # the body of the operator allocates
+            with self:  # the operator's implementation allocates
                 return operators[function._schema.name.split("::")[1]].implementation(*args)
         out = function(*args, **(kwargs or {}))
         if function._schema.name.split("::")[1] in ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"):
-            room = torch.full((out.numel() + 2 * self.BORDER,), self.VALUE, dtype=out.dtype, device=out.device)
-            self.rooms.append((room, out.numel()))
-            inside = room[self.BORDER : self.BORDER + out.numel()]
+            buffer = torch.full((out.numel() + 2 * self.BORDER,), self.VALUE, dtype=out.dtype, device=out.device)
+            self.buffers.append((buffer, out.numel()))
+            inside = buffer[self.BORDER : self.BORDER + out.numel()]
             if out.is_floating_point():
                 inside.fill_(torch.nan)
             return inside.as_strided(out.shape, out.stride(), self.BORDER)
@@ -159,26 +157,26 @@ class Canaries(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("spec, case", EVERY)
-def test_kernels_write_their_outputs_and_nothing_beside_them(spec: OpSpec, case: Case) -> None:
-    """Within the error budget, in float64; on a GPU, where they do not take it, in float32."""
+def test_kernels_write_their_outputs_and_nothing_else(spec: OpSpec, case: Case) -> None:
+    """Also checks the error budget in float64, or in float32 on a GPU, where kernels do not support float64."""
     dtype = torch.float32 if DEVICE == "cuda" else torch.float64
     with Canaries() as canaries:
         check_budget(spec.problem(case, dtype=dtype, device=DEVICE), "triton", canaries)
-    assert canaries.rooms
-    for room, size in canaries.rooms:
-        beside = torch.cat([room[: Canaries.BORDER], room[Canaries.BORDER + size :]])
-        assert (beside == torch.full_like(beside, Canaries.VALUE)).all()
+    assert canaries.buffers
+    for buffer, size in canaries.buffers:
+        border = torch.cat([buffer[: Canaries.BORDER], buffer[Canaries.BORDER + size :]])
+        assert (border == torch.full_like(border, Canaries.VALUE)).all()
 
 
 @on_each_backend(FEW, interpreted=VARIED)
 def test_gradcheck(spec: OpSpec, case: Case, backend: str) -> None:
-    """Numerical derivatives in float64."""
+    """Compare with numerical derivatives in float64."""
     if backend == "triton" and DEVICE == "cuda":
-        pytest.skip("the kernels take float64 only in the interpreter")
+        pytest.skip("the kernels support float64 only in the interpreter")
     heads = case.heads if case.per_head else 1
     small = replace(case, tokens=9, heads=heads, features=5, width=max(8, case.rotary or 0))
     problem = spec.problem(small, dtype=torch.float64)
-    # What lies under the mask, and the bias of an empty slot, have no numerical derivative: they stay as they are.
+    # Masked entries and the bias of an empty slot have no numerical derivative: keep them fixed.
     fixed = {name: ~problem.tensors[name].isfinite() for name in spec.differentiable}
     leaves = [torch.nan_to_num(problem.tensors[name], 0.0, 0.0, 0.0).requires_grad_() for name in spec.differentiable]
 
@@ -192,8 +190,8 @@ def test_gradcheck(spec: OpSpec, case: Case, backend: str) -> None:
 
 
 @each_operator()
-def test_a_gradient_asked_for_alone_is_the_same(spec: OpSpec, backend: str) -> None:
-    """Whatever else is not computed then."""
+def test_a_single_gradient_equals_that_of_a_full_backward(spec: OpSpec, backend: str) -> None:
+    """The backward may skip work when only one input requires a gradient."""
     problem = spec.problem(spec.fit(Case("alone", batch=1)), device=DEVICE)
     together = dict(zip(spec.differentiable, run(problem, backend=backend)[1], strict=True))
     for name, expected in together.items():
@@ -203,7 +201,7 @@ def test_a_gradient_asked_for_alone_is_the_same(spec: OpSpec, backend: str) -> N
 
 
 @on_each_backend(EVERY_CASE, interpreted=VARIED)
-def test_inputs_unchanged_and_repeats_bitwise(spec: OpSpec, case: Case, backend: str) -> None:
+def test_inputs_are_unchanged_and_repeats_are_bit_identical(spec: OpSpec, case: Case, backend: str) -> None:
     problem = spec.problem(case, device=DEVICE)
     before = {name: x.clone() for name, x in problem.tensors.items()}
     first, second = run(problem, backend=backend), run(problem, backend=backend)
@@ -225,20 +223,20 @@ def test_batch_independence(spec: OpSpec, case: Case, backend: str) -> None:
     for a, b in zip(together, alone, strict=True):
         if backend == "triton":
             assert torch.equal(a[:1], b[:1])
-        else:  # a library's matrix product may add in another order when it has more rows
+        else:  # a library's matrix product may sum in another order when it has more rows
             assert error(a[:1], b[:1]) < 1e-6
 
 
 @on_each_backend(FEW, interpreted=few("packed", "rope_partial"))
-def test_layout_of_memory_does_not_matter(spec: OpSpec, case: Case, backend: str) -> None:
-    """Any strides with a unit last one, and gradients that are expanded, give the same numbers."""
+def test_memory_layout_does_not_matter(spec: OpSpec, case: Case, backend: str) -> None:
+    """Expanded gradients, and any strides whose last is 1, give the same numbers."""
     problem = spec.problem(case, device=DEVICE)
 
     def spread_out(x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[0] == 1:  # features, biases, masks: no dimension is dense
             return x.new_ones([2 * size + 1 for size in x.shape])[(slice(1, None, 2),) * x.dim()].copy_(x)
-        room = x.new_full((x.shape[2] + 1, x.shape[0], x.shape[1] + 2, x.shape[3] + 3), float("nan"))
-        view = room[1:, :, 1:-1, 2:-1].permute(1, 2, 0, 3)
+        buffer = x.new_full((x.shape[2] + 1, x.shape[0], x.shape[1] + 2, x.shape[3] + 3), float("nan"))
+        view = buffer[1:, :, 1:-1, 2:-1].permute(1, 2, 0, 3)
         return view.copy_(x)
 
     options = {name: spread_out(x) if isinstance(x, Tensor) else x for name, x in problem.options.items()}
@@ -285,10 +283,10 @@ SCHEMA_AND_FAKE = "test_schema", "test_autograd_registration", "test_faketensor"
 DYNAMIC_TOO = *SCHEMA_AND_FAKE, "test_aot_dispatch_dynamic"
 
 
-# One call of each kernel in the interpreter: variants launch the same ones.
+# In the interpreter one case per operator is enough, and variants launch the same kernels.
 @on_each_backend(EVERY_CASE, interpreted=[(spec, spec.cases[-1]) for spec in SPECS.values() if spec.name not in VARIANTS])
 def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
-    """The registered operators behind the functions: schema and fake kernels; of an op's last case dynamic shapes, too."""
+    """Check schemas and fake kernels of the registered operators, and dynamic shapes for each op's last case."""
     with Record() as calls:
         run(spec.problem(case, device=DEVICE), backend=backend)
     assert len(calls) >= 2  # a forward and a backward
@@ -299,7 +297,7 @@ def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
 
 @each_operator()
 def test_compiles_without_graph_breaks(spec: OpSpec, backend: str) -> None:
-    """Forward and backward, with lengths that change."""
+    """Compile forward and backward, with changing lengths."""
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda problem, *leaves: spec.function(*leaves, **problem.options, backend=backend),
@@ -357,8 +355,8 @@ def test_checkpointing(spec: OpSpec, backend: str) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_refusals(spec: OpSpec, backend: str) -> None:
-    """Second derivatives, function transforms and direct calls of the operator are refused, not wrong."""
+def test_unsupported_derivatives_raise(spec: OpSpec, backend: str) -> None:
+    """Second derivatives, function transforms and gradients of the bare operator raise instead of being wrong."""
     problem = spec.problem(spec.fit(Case("refused", heads=1)), device=DEVICE)
     leaves = [x.detach().requires_grad_(name in spec.differentiable) for name, x in problem.tensors.items()]
 

@@ -1,4 +1,4 @@
-"""The original Vision Xformers: equal to their golden outputs, and to the wheel where it is installed."""
+"""Tests of the original Vision Xformers against golden outputs, and against the wheel where it is installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vix_kernels.models import from_original
 
 SOURCE = Path(__file__).parents[2] / "shared" / "golden"
 NAMES = sorted(json.loads(golden.CONDENSED.read_text())["models"])
-FORMS = ("reference", "auto")
+BACKENDS = ("reference", "auto")
 VIX = dict(image_size=8, patch_size=2, num_classes=5, dim=32, depth=2, mlp_dim=24)
 WHEEL: dict[str, list[dict[str, Any]]] = {
     "ViN": [
@@ -38,7 +38,7 @@ WHEEL: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_the_original(name: str, backend: str) -> None:
     expected = golden.load(name)
     model = from_original(name, expected.config, expected.state, backend=backend).eval()
@@ -49,18 +49,18 @@ def test_equals_the_original(name: str, backend: str) -> None:
     assert (logits - expected.logits).abs().max() <= expected.tolerance
     assert (alone - expected.alone).abs().max() <= expected.tolerance
 
-    live = {key: norm for key, norm in expected.norms.items() if norm is not None}
+    used = {key: norm for key, norm in expected.norms.items() if norm is not None}
     parameters = dict(model.named_parameters())
-    assert parameters.keys() == live.keys()
-    dead = sum(expected.state[key].numel() for key in expected.norms.keys() - live.keys())
-    assert sum(p.numel() for p in parameters.values()) + dead == expected.parameters
+    assert parameters.keys() == used.keys()
+    unused = sum(expected.state[key].numel() for key in expected.norms.keys() - used.keys())
+    assert sum(p.numel() for p in parameters.values()) + unused == expected.parameters
     norms = {key: p.grad.norm().item() for key, p in parameters.items()}
-    assert norms.pop("classifier.attention_pool.bias", 0.0) < 1e-4  # 0 in exact arithmetic: softmax does not see it
-    assert norms == pytest.approx({key: live[key] for key in norms}, rel=1e-3)
+    assert norms.pop("classifier.attention_pool.bias", 0.0) < 1e-4  # 0 in exact arithmetic: softmax ignores a constant
+    assert norms == pytest.approx({key: used[key] for key in norms}, rel=1e-3)
 
 
-# Of an image, measured on the originals: millions of multiply-adds without transforms, and MiB kept for backward in training
-# without parameters.
+# Measured on the originals, for one image: millions of multiply-adds without Fourier transforms, and MiB that training keeps
+# for backward, without parameters.
 WORK = {
     "ViT": (1614, 96.7),
     "HybridViT": (1708, 89.1),
@@ -78,10 +78,10 @@ WORK = {
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_the_reference_form_does_the_published_work(name: str) -> None:
-    """What makes it a baseline of speed, whatever the machine."""
-    it = golden.load(name)
-    model = from_original(name, it.config, it.state, backend="reference")
+def test_the_reference_backend_does_as_much_work_as_the_original(name: str) -> None:
+    """Equal work makes it a speed baseline on any machine."""
+    expected = golden.load(name)
+    model = from_original(name, expected.config, expected.state, backend="reference")
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -90,10 +90,10 @@ def test_the_reference_form_does_the_published_work(name: str) -> None:
         return x
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = model(it.x)
+        out = model(expected.x)
     mib = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in parameters) / 2**20
-    assert len(out) == len(it.x)  # the graph, and with it what is kept, is alive until here
-    assert (round(counter.get_total_flops() / 2 / len(it.x) / 1e6), round(mib / len(it.x), 1)) == WORK[name]
+    assert len(out) == len(expected.x)  # keeps the graph and its saved tensors alive until here
+    assert (round(counter.get_total_flops() / 2 / len(expected.x) / 1e6), round(mib / len(expected.x), 1)) == WORK[name]
 
 
 def test_the_condensed_golden_files_are_up_to_date() -> None:
@@ -108,59 +108,61 @@ def images(config: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", [*FORMS, "triton"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 @pytest.mark.parametrize("name,config", [(name, config) for name, configs in WHEEL.items() for config in configs])
 def test_equals_the_wheel(name: str, config: dict[str, Any], backend: str) -> None:
     wheel = pytest.importorskip("vision_xformer")
     torch.manual_seed(0)
-    live = getattr(wheel, name)(**config).to(DEVICE).eval()
-    ours = from_original(f"wheel_{name}", config, live.state_dict(), backend=backend).to(DEVICE).eval()
+    published = getattr(wheel, name)(**config).to(DEVICE).eval()
+    actual = from_original(f"wheel_{name}", config, published.state_dict(), backend=backend).to(DEVICE).eval()
     x = images(config).to(DEVICE)
-    expected = live(x)
-    assert (ours(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert ours.state_dict().keys() == live.state_dict().keys()
-    dropouts = [{n: m.p for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p} for model in (ours, live)]
+    expected = published(x)
+    assert (actual(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert actual.state_dict().keys() == published.state_dict().keys()
+    dropouts = [
+        {n: m.p for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p} for model in (actual, published)
+    ]
     assert dropouts[0] == dropouts[1]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["ViT", "FNet2D", "CCT", "wheel_ViL"])
-def test_dropout_is_at_work_in_training_alone(name: str) -> None:
-    it = golden.load(name)
-    model = from_original(name, it.config, it.state)
+def test_dropout_is_active_only_in_training(name: str) -> None:
+    expected = golden.load(name)
+    model = from_original(name, expected.config, expected.state)
     assert model.training
     torch.manual_seed(0)
-    first, second = model(it.x), model(it.x)
+    first, second = model(expected.x), model(expected.x)
     assert not torch.equal(first, second)
     model.eval()
-    assert torch.equal(model(it.x), model(it.x))
+    assert torch.equal(model(expected.x), model(expected.x))
 
 
-def test_dropout_of_shares_is_the_same_in_both_forms() -> None:
-    it = golden.load("wheel_ViL")
+def test_attention_dropout_is_the_same_in_both_backends() -> None:
+    expected = golden.load("wheel_ViL")
     outs = []
-    for backend in FORMS:
+    for backend in BACKENDS:
         torch.manual_seed(0)
-        outs.append(from_original("wheel_ViL", it.config, it.state, backend=backend)(it.x))
+        outs.append(from_original("wheel_ViL", expected.config, expected.state, backend=backend)(expected.x))
     assert torch.equal(*outs)
 
 
-def test_derived_and_dead_entries_may_be_there_or_missing() -> None:
-    it = golden.load("ViLRoPE")
-    model = from_original("ViLRoPE", it.config, it.state)
+def test_derived_and_unused_entries_are_optional() -> None:
+    expected = golden.load("ViLRoPE")
+    model = from_original("ViLRoPE", expected.config, expected.state)
     saved = model.state_dict()
     assert "layer_pos_emb.emb" in saved and "pos_embedding" not in saved
-    again = from_original("ViLRoPE", it.config, saved).state_dict()
+    again = from_original("ViLRoPE", expected.config, saved).state_dict()
     assert saved.keys() == again.keys() and all(torch.equal(saved[key], again[key]) for key in saved)
 
 
-def test_a_state_that_does_not_fit_is_listed_whole_and_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_dict_that_does_not_fit_is_refused_with_all_mismatches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "load_state_dict", lambda *args, **kwargs: pytest.fail("loaded"))
-    it = golden.load("ViTRoPE")
-    state = it.state | {"extra": torch.zeros(1), "cls_token": torch.zeros(1, 1, 64), "layer_pos_emb.emb": torch.zeros(9, 32)}
+    vit = golden.load("ViTRoPE")
+    state = vit.state | {"extra": torch.zeros(1), "cls_token": torch.zeros(1, 1, 64), "layer_pos_emb.emb": torch.zeros(9, 32)}
     del state["mlp_head.0.bias"], state["transformer.layers.3.0.fn.to_qkv.weight"]
     with pytest.raises(ValueError) as error:
-        from_original("ViTRoPE", it.config, state)
+        from_original("ViTRoPE", vit.config, state)
     assert str(error.value) == (
         "state_dict: does not fit the original 'ViTRoPE' of this config; "
         "missing: transformer.layers.3.0.fn.to_qkv.weight, mlp_head.0.bias; unexpected: extra; "
@@ -193,11 +195,11 @@ def test_a_state_that_does_not_fit_is_listed_whole_and_not_loaded(monkeypatch: p
         ("LeViN", dict(stages=None), "stages: expected 1, as published, got 3"),
     ],
 )
-def test_a_config_that_the_original_does_not_take(name: str, changes: dict[str, Any], message: str) -> None:
-    it = golden.load(name)
-    config = {key: value for key, value in (it.config | changes).items() if value is not None}
+def test_unsupported_configs_are_refused(name: str, changes: dict[str, Any], message: str) -> None:
+    expected = golden.load(name)
+    config = {key: value for key, value in (expected.config | changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        from_original(name, config, it.state)
+        from_original(name, config, expected.state)
 
 
 @pytest.mark.parametrize(
@@ -214,13 +216,13 @@ def test_a_config_that_the_original_does_not_take(name: str, changes: dict[str, 
     ],
 )
 @torch.no_grad()
-def test_arguments_without_effect(name: str, ignored: dict[str, Any]) -> None:
-    it = golden.load(name)
-    model = from_original(name, it.config | ignored, it.state).eval()
-    assert (model(it.x) - it.logits).abs().max() <= it.tolerance
+def test_ignored_arguments_have_no_effect(name: str, ignored: dict[str, Any]) -> None:
+    expected = golden.load(name)
+    model = from_original(name, expected.config | ignored, expected.state).eval()
+    assert (model(expected.x) - expected.logits).abs().max() <= expected.tolerance
 
 
-def test_an_unknown_name_or_backend() -> None:
+def test_unknown_names_and_backends_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"unknown original 'wheel_VIP' \(did you mean 'wheel_ViP' or .*\?\); the originals are ViT, "
     ):
@@ -229,8 +231,8 @@ def test_an_unknown_name_or_backend() -> None:
         from_original("ViP", {}, {}, backend="fast")
 
 
-def test_images_of_another_size() -> None:
-    it = golden.load("ViT")
-    model = from_original("ViT", it.config, it.state)
+def test_images_of_another_size_are_refused() -> None:
+    expected = golden.load("ViT")
+    model = from_original("ViT", expected.config, expected.state)
     with pytest.raises(ValueError, match=r"x: expected shape \(batch, channels, 32, 32\), got \(1, 3, 16, 16\)"):
         model(torch.zeros(1, 3, 16, 16))

@@ -1,4 +1,4 @@
-"""docs/kernels.md adds an attention: its files laid over a copy of the tree, and one import line, are all that it takes."""
+"""Test that the files in docs/kernels.md and one import line are enough to add an attention to a copy of the package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = ["--op", "efficient_attention"]
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package with the page's three files and the export of the function."""
+    """Return a copy of the package with the page's three files and the exported function."""
     folder = tmp_path_factory.mktemp("overlay")
     ignore = shutil.ignore_patterns("__pycache__", "models")
     shutil.copytree(ROOT / "vix_kernels", folder / "vix_kernels", ignore=ignore)
@@ -43,7 +43,7 @@ def run(tree: Path, *command: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_models_and_hosts_know_it(tree: Path) -> None:
+def test_models_and_torch_nn_use_the_new_attention(tree: Path) -> None:
     run(tree, "-c", """
 import torch, vix_kernels
 from vix_kernels.models import create_model
@@ -60,7 +60,7 @@ encoder(torch.randn(1, 6, 32)).sum().backward()
 
 
 @pytest.mark.skipif(not find_spec("timm"), reason="timm is not installed")
-def test_timm_knows_it(tree: Path) -> None:
+def test_timm_uses_the_new_attention(tree: Path) -> None:
     run(tree, "-c", """
 import torchvision_operators
 kept = torchvision_operators.declare()
@@ -73,7 +73,7 @@ vit(torch.randn(1, 3, 32, 32)).sum().backward()
 
 
 @pytest.mark.skipif(not find_spec("transformers"), reason="transformers is not installed")
-def test_transformers_knows_it(tree: Path) -> None:
+def test_transformers_uses_the_new_attention(tree: Path) -> None:
     run(tree, "-c", """
 import torchvision_operators
 kept = torchvision_operators.declare()
@@ -87,8 +87,8 @@ model(torch.randn(1, 3, 32, 32)).last_hidden_state.sum().backward()
 """)  # fmt: skip
 
 
-def test_the_command_line_knows_it(tree: Path) -> None:
-    """Measured beside SDPA, compiled for a GPU, metered, listed."""
+def test_the_command_line_measures_the_new_attention(tree: Path) -> None:
+    """Benchmark it with SDPA, list it, compile it for a GPU and measure its traffic."""
     vix = "-m", "vix_kernels"
     sizes = ["--values", "64", "--batch", "1", "--heads", "2", "--width", "16", "--rounds", "1"]
     table = run(tree, *vix, "bench", *SMALL, *sizes, "--provider", "torch", "reference", "sdpa")
@@ -104,23 +104,23 @@ def test_the_command_line_knows_it(tree: Path) -> None:
     assert "efficient_attention backward" in run(tree, *vix, "dev", "traffic", *SMALL, *sizes)
 
 
-def test_another_package_registers_it(tree: Path, tmp_path: Path) -> None:
-    """The same three files, outside of the package."""
+def test_another_package_can_register_the_attention(tree: Path, tmp_path: Path) -> None:
+    """The three files also work outside the package."""
     for name in FILES:
         text = (tree / name).read_text()
         folder = Path(name).parts[1]
-        for up in ("ops", "primitives", "nn", "testing"):
-            text = text.replace(f"from ..{up}.efficient ", "from .efficient_ops ").replace(
-                f"from ..{up}", f"from vix_kernels.{up}"
+        for package in ("ops", "primitives", "nn", "testing"):
+            text = text.replace(f"from ..{package}.efficient ", "from .efficient_ops ").replace(
+                f"from ..{package}", f"from vix_kernels.{package}"
             )
         text = text.replace("from .. import", "from vix_kernels import").replace("from .checks", "from vix_kernels.ops.checks")
         text = text.replace("from .core", "from vix_kernels.nn.core").replace(
             "from .problem", "from vix_kernels.testing.problem"
         )
-        (tmp_path / "theirs").mkdir(exist_ok=True)
-        (tmp_path / "theirs" / f"efficient_{folder}.py").write_text(text)
-    (tmp_path / "theirs" / "__init__.py").write_text("from . import efficient_nn, efficient_testing\n")
-    vix = "-m", "vix_kernels", "--import", "theirs"
+        (tmp_path / "extension").mkdir(exist_ok=True)
+        (tmp_path / "extension" / f"efficient_{folder}.py").write_text(text)
+    (tmp_path / "extension" / "__init__.py").write_text("from . import efficient_nn, efficient_testing\n")
+    vix = "-m", "vix_kernels", "--import", "extension"
     path = os.pathsep.join([str(tmp_path), str(ROOT / "tests")])
     arguments = "--epochs 1 --warmup-epochs 0 --output run --model-kwargs mixer=efficient depth=1 embed_dim=16 num_heads=2"
     run(tmp_path, *vix, "train", "--model", "vit", *arguments.split(), PYTHONPATH=path)

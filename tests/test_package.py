@@ -1,4 +1,4 @@
-"""What the package does before anybody calls it."""
+"""Tests of the package as a whole: imports, requirements and setup."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_import_loads_neither_triton_nor_cuda() -> None:
     assert loaded.strip() == "[] False"
 
 
-def test_import_costs_little_beside_torch() -> None:
-    """At most a tenth of the CPU time of `import torch`."""
+def test_import_is_fast_compared_with_torch() -> None:
+    """It takes at most a tenth of the CPU time of `import torch`."""
     code = (
         "import time; start = time.process_time(); import torch; middle = time.process_time()\n"
         "import vix_kernels; print((time.process_time() - middle) / (middle - start))"
@@ -49,14 +49,14 @@ def test_public_names() -> None:
     assert vix_kernels.__version__.count(".") == 2
 
 
-def test_no_model_hides_a_module_of_its_name() -> None:
+def test_no_model_function_hides_a_module_of_the_same_name() -> None:
     for name in [info.name for info in pkgutil.iter_modules(models.__path__)]:
         if name != "hub" or find_spec("huggingface_hub"):
             module = import_module(f"vix_kernels.models.{name}")
             assert getattr(models, name) is module
 
 
-def test_check_names_every_reason(capsys) -> None:
+def test_check_prints_every_reason(capsys) -> None:
     from vix_kernels.__main__ import main
 
     assert main(["check"]) == 0
@@ -67,7 +67,7 @@ def test_check_names_every_reason(capsys) -> None:
 
 
 def test_the_trainer_requires_neither_timm_nor_torchvision() -> None:
-    """timm imports torchvision, which is hard to match where PyTorch is not from PyPI."""
+    """timm imports torchvision, whose version is hard to match where PyTorch is not from PyPI."""
     found, open_requirements = set(), [Requirement("vix_kernels[train]")]
     while open_requirements:
         requirement = open_requirements.pop()
@@ -98,15 +98,15 @@ def test_a_torchvision_that_does_not_match_is_reported(matches: bool, monkeypatc
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 def test_make_reports_a_torchvision_that_does_not_match(tmp_path: Path) -> None:
-    """The last commands of the setup, which are not run here."""
+    """Check the last commands of the setup without running them."""
     command = ["make", "--dry-run", "--no-print-directory", f"VENV={tmp_path}", f"{tmp_path}/.ready"]
-    # `make test` passes its own options and level on, with which make also prints the folder that it enters and leaves.
+    # `make test` passes its options and level on. With them, make also prints the folders that it enters and leaves.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
     lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()
     assert lines[-2:] == [f"{tmp_path}/bin/python tests/torchvision_operators.py", f"touch {tmp_path}/.ready"]
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+def test_a_closed_pipe_prints_no_error() -> None:
     code = "import sys; from vix_kernels.__main__ import main; sys.exit(main(['models']))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()

@@ -1,4 +1,4 @@
-"""Runs of several processes: as one alone, and on after a process was killed."""
+"""Tests of training in several processes: results match one process, and runs survive a killed process."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from vix_kernels.training.trained import evaluate_trained, load_trained
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
 
-# 60 steps of a model without batch norm, whose statistics every process takes of its own images.
+# 60 steps of a model without batch norm, because each process computes batch statistics separately.
 RUN = [
     "train", "--model", "vip", "--epochs", "3", "--warmup-epochs", "1", "-b", "72", "--lr", "0.004", "--no-aug",
     "--mixup", "0.2", "--model-ema", "--redraw-interval", "25", "--device", "cpu",
     "--model-kwargs", "embed_dim=32", "depth=2", "num_heads=2",
 ]  # fmt: skip
-# Runs one after the other in the same processes; each leaves the gradients of its first step beside its checkpoints.
+# Train several runs in the same processes. Each run saves the gradients of its first step next to its checkpoints.
 RUNS = """
 import json, os, sys, torch
 from pathlib import Path
@@ -37,25 +37,25 @@ from torch.distributed.tensor import DTensor
 from vix_kernels.__main__ import main
 from vix_kernels.training.optim import Optimizer
 step = Optimizer.step
-def noted(self, *args):
+def recorded(self, *args):
     if not gradients:
         for parameter, name in self.names.items():
             whole = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
             gradients[name] = whole.clone()
     step(self, *args)
-Optimizer.step = noted
-together = "RANK" in os.environ
-if together:
+Optimizer.step = recorded
+distributed = "RANK" in os.environ
+if distributed:
     torch.distributed.init_process_group("gloo")
 for argv in json.loads(sys.argv[1]):
     gradients = {}
     assert main(argv) == 0
     if os.environ.get("RANK", "0") == "0":
         torch.save(gradients, Path(argv[argv.index("--output") + 1]) / "gradients.pt")
-if together:
+if distributed:
     torch.distributed.destroy_process_group()
 """
-# Runs that fail, most in one of two processes, which both go on to the next run. No process foresees the last error.
+# Runs that fail, most of them in one of two processes. Both continue with the next run. The last error is unexpected.
 FAULTS = """
 import os, sys, torch
 from dataclasses import replace
@@ -129,7 +129,7 @@ if rank:
     os.chdir("..")
 fault("bug", loop, "train_step", 1, KeyError("a bug"))
 """
-# The process with rank 1 ends itself, as kill -9 does, in front of step 31; the restarted one does not.
+# The process of rank 1 kills itself before step 31. After the restart it does not.
 KILLED = """
 import os, signal, sys
 from vix_kernels.__main__ import main
@@ -145,8 +145,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def started(*words: object, processes: int = 2, restarts: int = 0, folder: Path | None = None) -> subprocess.CompletedProcess:
-    """By torchrun, or one process without it."""
+def launch(*words: object, processes: int = 2, restarts: int = 0, folder: Path | None = None) -> subprocess.CompletedProcess:
+    """Run a script by torchrun, or directly for one process."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -158,15 +158,15 @@ def started(*words: object, processes: int = 2, restarts: int = 0, folder: Path 
 
 def run_all(runs: list[list[str]], folder: Path, processes: int) -> None:
     (folder / "runs.py").write_text(RUNS)
-    done = started(folder / "runs.py", json.dumps(runs), processes=processes)
+    done = launch(folder / "runs.py", json.dumps(runs), processes=processes)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    assert done.stdout.count("(best, epoch ") == len(runs)  # only one of the processes speaks
+    assert done.stdout.count("(best, epoch ") == len(runs)  # only one process prints
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, alone and in two processes; and another, in two, with Muon."""
+    """Train the same run in one and in two processes, and runs with Muon and the fast recipe in two."""
     folder = tmp_path_factory.mktemp("runs")
     together = [
         [*RUN, "--output", str(folder / "ddp")],
@@ -179,55 +179,55 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_close(ours: Checkpoint, theirs: Checkpoint) -> None:
-    for row, other in zip(ours["history"], theirs["history"], strict=True):
-        assert row["train_loss"] == pytest.approx(other["train_loss"], abs=1e-3)
-        assert row["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-3)
+def assert_close(actual: Checkpoint, expected: Checkpoint) -> None:
+    for actual_row, expected_row in zip(actual["history"], expected["history"], strict=True):
+        assert actual_row["train_loss"] == pytest.approx(expected_row["train_loss"], abs=1e-3)
+        assert actual_row["eval_loss"] == pytest.approx(expected_row["eval_loss"], abs=1e-3)
     for part in ("model", "ema", "optimizer"):
-        assert ours[part].keys() == theirs[part].keys()
+        assert actual[part].keys() == expected[part].keys()
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_two_processes_are_one(runs: Path, name: str) -> None:
-    """FSDP2 with every step in two parts."""
+def test_two_processes_match_one(runs: Path, name: str) -> None:
+    """The FSDP2 run accumulates every step from two parts."""
     alone = load_checkpoint(runs / "alone")
     assert alone["history"][-1]["train_loss"] < alone["history"][0]["train_loss"] - 0.05
     assert_close(load_checkpoint(runs / name), alone)
-    ours, theirs = (torch.load(runs / each / "gradients.pt") for each in (name, "alone"))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    actual, expected = (torch.load(runs / each / "gradients.pt") for each in (name, "alone"))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_batch_norm_of_all_is_in_the_checkpoint(runs: Path) -> None:
-    """The fast recipe, divided: its checkpoint gives what the run measured, with the statistics of both processes."""
+def test_checkpoints_have_batch_norm_statistics_of_all_processes(runs: Path) -> None:
+    """The checkpoint of a run with the fast recipe in two processes reproduces the run's evaluation loss."""
     row = load_checkpoint(runs / "fast")["history"][-1]
     evaluation = evaluate_trained(load_trained(runs / "fast", torch.device("cpu")), load_dataset("digits"))
     assert evaluation.loss == pytest.approx(row["eval_loss"], abs=0.02) and row["eval_top1"] > 30  # in bfloat16
 
 
-def test_old_shards_go(runs: Path) -> None:
+def test_old_shards_are_removed(runs: Path) -> None:
     assert sorted(folder.name.partition("-")[0] for folder in (runs / "fsdp" / "shards").iterdir()) == ["best", "last"]
 
 
-def test_a_killed_process_leaves_no_trace(runs: Path, tmp_path: Path) -> None:
+def test_a_restart_after_a_kill_gives_the_same_results(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
-    done = started(tmp_path / "killed.py", *RUN, "--output", tmp_path / "run", "--recovery-interval", 7, restarts=1)
+    done = launch(tmp_path / "killed.py", *RUN, "--output", tmp_path / "run", "--recovery-interval", 7, restarts=1)
     assert done.returncode == 0, done.stderr
     assert "exitcode: -9" in done.stderr
-    ours, theirs = load_checkpoint(tmp_path / "run"), load_checkpoint(runs / "ddp")
+    actual, expected = load_checkpoint(tmp_path / "run"), load_checkpoint(runs / "ddp")
     for part in ("model", "optimizer", "ema"):
-        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
-    losses = [[row["train_loss"] for row in each["history"]] for each in (ours, theirs)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # a sum that was cut in two
+        torch.testing.assert_close(actual[part], expected[part], rtol=0, atol=0)
+    losses = [[row["train_loss"] for row in each["history"]] for each in (actual, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the restart splits a sum in two
 
 
-def test_an_error_of_any_process_is_said_once(tmp_path: Path) -> None:
+def test_an_error_of_any_process_is_printed_once(tmp_path: Path) -> None:
     (tmp_path / "faults.py").write_text(FAULTS)
     small = [*RUN[:3], "--epochs", "1", *RUN[5:-3], "depth=1"]
-    _, *runs = started("faults.py", *small, folder=tmp_path).stderr.split("\nrun ")
-    said = {name: [line for line in lines if line] for name, *lines in map(str.splitlines, runs)}
-    bug = said.pop("bug")
+    _, *runs = launch("faults.py", *small, folder=tmp_path).stderr.split("\nrun ")
+    printed = {name: [line for line in lines if line] for name, *lines in map(str.splitlines, runs)}
+    bug = printed.pop("bug")
     full, started_files = "[Errno 28] No space left on device", ["args.yaml", "last.pt"]
-    wanted = {
+    expected = {
         "model": ("process 1: no such model", []),
         "data": ("process 1: no such data", []),
         "checkpoint": (f"process 0: cannot write the checkpoint run/best.pt: {full}", [*started_files, "learning_curve.png"]),
@@ -243,15 +243,15 @@ def test_an_error_of_any_process_is_said_once(tmp_path: Path) -> None:
         ),
         "not shared": ("process 1: --output: run is not the folder that process 0 writes to: name a shared folder", []),
     }
-    for name, (line, files) in wanted.items():
-        assert sorted(said[name]) == sorted([f"vix train: error: {line}", *files])
-    assert said.keys() == wanted.keys()
+    for name, (line, files) in expected.items():
+        assert sorted(printed[name]) == sorted([f"vix train: error: {line}", *files])
+    assert printed.keys() == expected.keys()
     assert bug[0] == "vix train: process 1 failed:" and "[rank1]: KeyError: 'a bug'" in bug
     assert not any(line.startswith("[rank0]") for line in bug)
 
 
-def test_a_run_goes_on_in_another_number_of_processes(runs: Path, tmp_path: Path) -> None:
-    """Divided among two, then one alone, and three."""
+def test_a_run_resumes_with_another_number_of_processes(runs: Path, tmp_path: Path) -> None:
+    """A run of two processes resumes in one and in three."""
     branch = ["train", "--resume", str(runs / "muon" / "last.pt"), "--epochs", "2", "--output"]
     assert main([*branch, str(tmp_path / "one"), "--no-fsdp"]) == 0
     run_all([[*branch, str(tmp_path / "three")]], tmp_path, processes=3)
@@ -260,7 +260,7 @@ def test_a_run_goes_on_in_another_number_of_processes(runs: Path, tmp_path: Path
     assert any(name.endswith(":momentum_buffer") for name in one["optimizer"])
 
 
-def test_what_several_processes_cannot_do_is_refused() -> None:
+def test_configs_that_do_not_fit_the_processes_are_refused() -> None:
     for config, world, word in (
         (Config(batch_size=3, output="run"), 2, "--batch-size: the smallest batch has 2 images"),
         (Config(batch_size=10, grad_accum_steps=5, output="run"), 2, "which get pairs of images, and --grad-accum-steps 5"),

@@ -1,5 +1,5 @@
-"""The modules that stand for those of performer-pytorch, nystrom-attention and linformer: the same arguments, weights,
-outputs and gradients."""
+"""Tests that the replacements for the modules of performer-pytorch, nystrom-attention and linformer have the same arguments,
+weights, outputs and gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vix_kernels.integrations.nystrom_attention import NystromAttention
 from vix_kernels.integrations.performer_pytorch import FastAttention
 from vix_kernels.testing.memory import kept_for_backward
 
-OURS = {
+REPLACEMENTS = {
     "performer_pytorch": FastAttention,
     "nystrom_attention": NystromAttention,
     "linformer": LinformerSelfAttention,
@@ -32,16 +32,16 @@ LINFORMER = dict(dim=32, seq_len=40, k=12, heads=4)
 
 
 def peer_class(package: str) -> type[nn.Module]:
-    return getattr(pytest.importorskip(package, reason=f"{package} is not installed"), OURS[package].__name__)
+    return getattr(pytest.importorskip(package, reason=f"{package} is not installed"), REPLACEMENTS[package].__name__)
 
 
-def pair(package: str, options: dict[str, Any], dtype: torch.dtype = torch.float64, **ours: Any) -> tuple[nn.Module, nn.Module]:
-    """Ours and the package's with the same weights."""
+def pair(package: str, options: dict[str, Any], dtype: torch.dtype = torch.float64, **new: Any) -> tuple[nn.Module, nn.Module]:
+    """Return the replacement and the peer's module with the same weights."""
     torch.manual_seed(0)
-    theirs = peer_class(package)(**options).to(DEVICE, dtype)
-    mine = OURS[package](**options, **ours).to(DEVICE, dtype)
-    mine.load_state_dict(theirs.state_dict())
-    return mine, theirs
+    peer = peer_class(package)(**options).to(DEVICE, dtype)
+    replacement = REPLACEMENTS[package](**options, **new).to(DEVICE, dtype)
+    replacement.load_state_dict(peer.state_dict())
+    return replacement, peer
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
@@ -57,14 +57,14 @@ def qkv(queries: int, tokens: int, **options: Any) -> list[Tensor]:
 
 
 def noise(*shape: int) -> Tensor:
-    """The same for the same shape."""
+    """Return the same noise for the same shape."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 def results(
     module: nn.Module, inputs: list[Tensor], *args: Any, dout: Tensor | None = None, **options: Any
 ) -> dict[str, Tensor]:
-    """The output, and the gradients of all inputs and parameters."""
+    """Return the output, and the gradients of all inputs and parameters."""
     out = module(*inputs, *args, **options)
     out = out[0] if isinstance(out, tuple) else out
     leaves = {str(i): x for i, x in enumerate(inputs)} | dict(module.named_parameters())
@@ -72,23 +72,23 @@ def results(
     return {"out": out, **dict(zip(leaves, grads, strict=True))}
 
 
-def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-10) -> None:
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    size = theirs.abs().max()
-    assert size > 0 and (ours - theirs).abs().max() <= tolerance * size
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    size = expected.abs().max()
+    assert size > 0 and (actual - expected).abs().max() <= tolerance * size
 
 
-def same_results(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        close(ours[name], theirs[name], tolerance)
+def same_results(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        close(actual[name], expected[name], tolerance)
 
 
-# What a user sees before anything runs
+# Signatures, state dicts and imports
 
 
-@pytest.mark.parametrize("package", OURS)
-def test_arguments_are_the_packages(package: str) -> None:
+@pytest.mark.parametrize("package", REPLACEMENTS)
+def test_signatures_match_the_peers(package: str) -> None:
     def described(function: Any) -> list[tuple[str, Any]]:
         parameters = inspect.signature(function).parameters.values()
         kept = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -96,7 +96,7 @@ def test_arguments_are_the_packages(package: str) -> None:
 
     peer = peer_class(package)
     for method in ("__init__", "forward"):
-        assert described(getattr(OURS[package], method)) == described(getattr(peer, method))
+        assert described(getattr(REPLACEMENTS[package], method)) == described(getattr(peer, method))
 
 
 @pytest.mark.parametrize(
@@ -112,17 +112,17 @@ def test_arguments_are_the_packages(package: str) -> None:
         ("linformer", LINFORMER | dict(share_kv=True, dropout=0.1)),
     ],
 )
-def test_states_fit_both_ways(package: str, options: dict[str, Any]) -> None:
-    theirs, ours = peer_class(package)(**options), OURS[package](**options)
-    shapes = [[(name, x.shape, x.dtype) for name, x in module.state_dict().items()] for module in (ours, theirs)]
+def test_state_dicts_load_in_both_directions(package: str, options: dict[str, Any]) -> None:
+    peer, replacement = peer_class(package)(**options), REPLACEMENTS[package](**options)
+    shapes = [[(name, x.shape, x.dtype) for name, x in module.state_dict().items()] for module in (replacement, peer)]
     assert sorted(shapes[0], key=str) == sorted(shapes[1], key=str) and shapes[0]
-    ours.load_state_dict(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict())
+    replacement.load_state_dict(peer.state_dict())
+    peer.load_state_dict(replacement.state_dict())
 
 
-def test_the_packages_are_not_imported() -> None:
-    code = f"import sys\nfor name in {list(OURS)}: __import__('vix_kernels.integrations.' + name)\n"
-    code += f"print([name for name in {list(OURS)} if name in sys.modules])"
+def test_the_peers_are_not_imported() -> None:
+    code = f"import sys\nfor name in {list(REPLACEMENTS)}: __import__('vix_kernels.integrations.' + name)\n"
+    code += f"print([name for name in {list(REPLACEMENTS)} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.strip() == "[]"
 
@@ -133,24 +133,24 @@ def test_the_packages_are_not_imported() -> None:
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("scale", [0.3, 1, 3])
 @pytest.mark.parametrize("queries,tokens", [(45, 37), (9, 2), (11, 30)])
-def test_fast_attention(queries: int, tokens: int, scale: float, backend: str) -> None:
-    ours, theirs = pair("performer_pytorch", FAST, backend=backend)
+def test_fast_attention_matches_the_peer(queries: int, tokens: int, scale: float, backend: str) -> None:
+    replacement, peer = pair("performer_pytorch", FAST, backend=backend)
     inputs = qkv(queries, tokens, scale=scale)
-    same_results(results(ours, inputs), results(theirs, inputs), 1e-9)
+    same_results(results(replacement, inputs), results(peer, inputs), 1e-9)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("scale", [1, 3])
 def test_fast_attention_in_float32(scale: float, backend: str) -> None:
-    ours, theirs = pair("performer_pytorch", FAST, backend=backend)
+    replacement, peer = pair("performer_pytorch", FAST, backend=backend)
     inputs = qkv(45, 37, scale=scale)
-    exact = results(theirs, inputs)
+    exact = results(peer, inputs)
     inputs = [x.detach().float().requires_grad_() for x in inputs]
-    found, package = results(ours.float(), inputs), results(theirs.float(), inputs)
+    actual, peer_results = results(replacement.float(), inputs), results(peer.float(), inputs)
     for name, x in exact.items():
-        # Where the eps has nearly all of the weight, the gradient of q is a small difference in the package as well.
-        error, peers = ((each[name] - x).abs().max() / x.abs().max() for each in (found, package))
-        assert error <= max(1e-5, 4 * peers) and peers < 0.1
+        # Where eps has nearly all of the weight, the peer's gradient of q is a small difference of large numbers, too.
+        error, peer_error = ((each[name] - x).abs().max() / x.abs().max() for each in (actual, peer_results))
+        assert error <= max(1e-5, 4 * peer_error) and peer_error < 0.1
 
 
 @pytest.mark.parametrize(
@@ -164,32 +164,32 @@ def test_fast_attention_in_float32(scale: float, backend: str) -> None:
     ],
     ids=str,
 )
-def test_fast_attention_of_other_features(options: dict[str, Any]) -> None:
-    ours, theirs = pair("performer_pytorch", FAST | options)
+def test_fast_attention_with_other_features(options: dict[str, Any]) -> None:
+    replacement, peer = pair("performer_pytorch", FAST | options)
     inputs = qkv(45, 37)
-    same_results(results(ours, inputs), results(theirs, inputs))
+    same_results(results(replacement, inputs), results(peer, inputs))
 
 
-def test_fast_attention_of_a_learned_projection() -> None:
-    ours, theirs = pair("performer_pytorch", FAST)
-    for module in (ours, theirs):
+def test_fast_attention_with_a_learned_projection() -> None:
+    replacement, peer = pair("performer_pytorch", FAST)
+    for module in (replacement, peer):
         module.projection_matrix.requires_grad_()
     inputs = qkv(45, 37)
     dout = torch.randn_like(inputs[0])
-    grads = [torch.autograd.grad(module(*inputs), module.projection_matrix, dout)[0] for module in (ours, theirs)]
+    grads = [torch.autograd.grad(module(*inputs), module.projection_matrix, dout)[0] for module in (replacement, peer)]
     close(*grads)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("options", KINDS, ids=str)
 def test_fast_attention_with_a_mask(options: dict[str, Any], backend: str) -> None:
-    """A padded batch equals the cut sequences, and padding takes no gradient, whatever it holds; nobody gives 0."""
+    """A padded batch equals the shorter sequences. Padding gets no gradient, whatever it holds. All-masked samples give 0."""
     torch.manual_seed(0)
     module = FastAttention(**FAST, **options, backend=backend).double().to(DEVICE)
     module.projection_matrix.abs_()
     inputs, mask = qkv(45, 37), up_to(37, 20, tokens=37)
     with torch.no_grad():
-        inputs[1].abs_().neg_()  # as the features are positive, the zeros of padding would be the maximum
+        inputs[1].abs_().neg_()  # all products with features are negative: zeros as padding would be the maximum
         for x in inputs[1:]:
             x[1, :, 20:] = float("nan")
     padded = results(module, inputs, key_padding_mask=mask)
@@ -197,16 +197,16 @@ def test_fast_attention_with_a_mask(options: dict[str, Any], backend: str) -> No
     for sample, length in ((0, 37), (1, 20)):
         ends = dict(zip(("out", "0", "1", "2"), (45, 45, length, length), strict=True))
         cut = [x[[sample], :, :end].detach().requires_grad_() for x, end in zip(inputs, (45, length, length), strict=True)]
-        ours = {name: padded[name][[sample], :, :end] for name, end in ends.items()}
-        same_results(ours, results(module, cut, dout=noise(2, 3, 45, 16)[[sample]]))
+        valid = {name: padded[name][[sample], :, :end] for name, end in ends.items()}
+        same_results(valid, results(module, cut, dout=noise(2, 3, 45, 16)[[sample]]))
 
     mask[1] = False
-    nobody = results(module, inputs, key_padding_mask=mask)
-    assert all(x[1].eq(0).all() and x[0].ne(0).any() for x in nobody.values())
+    masked = results(module, inputs, key_padding_mask=mask)
+    assert all(x[1].eq(0).all() and x[0].ne(0).any() for x in masked.values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fast_attention_of_the_paper(backend: str) -> None:
+def test_fast_attention_without_compat_is_performer_attention(backend: str) -> None:
     module = FastAttention(**FAST, compat=False, backend=backend).to(DEVICE)
     inputs, mask = qkv(45, 37, dtype=torch.float32), torch.rand(2, 37, device=DEVICE) < 0.7
     expected = performer_attention(*inputs, module.projection_matrix, key_padding_mask=mask, backend=backend)
@@ -215,11 +215,11 @@ def test_fast_attention_of_the_paper(backend: str) -> None:
 
 
 def test_fast_attention_stores_no_features() -> None:
-    ours, theirs = pair("performer_pytorch", FAST, torch.float32)
+    replacement, peer = pair("performer_pytorch", FAST, torch.float32)
     inputs = tuple(qkv(4096, 4096, dtype=torch.float32))
     features = 2 * 3 * 4096 * 24 * 4
-    assert kept_for_backward(theirs, inputs) > 4 * features
-    assert kept_for_backward(ours, inputs) < features
+    assert kept_for_backward(peer, inputs) > 4 * features
+    assert kept_for_backward(replacement, inputs) < features
 
 
 def test_features_are_drawn_from_the_global_seed() -> None:
@@ -242,77 +242,77 @@ def test_features_are_drawn_from_the_global_seed() -> None:
 # nystrom-attention
 
 
-def a_mask(kind: str, tokens: int) -> Tensor | None:
+def make_mask(kind: str, tokens: int) -> Tensor | None:
     if kind == "none":
         return None
     torch.manual_seed(1)
     mask = torch.rand(2, tokens, device=DEVICE) < 0.6
-    if kind == "padded":  # landmarks without any token
+    if kind == "padded":  # some landmarks have no valid token
         mask = up_to(tokens, tokens // 2, tokens=tokens)
-    if kind == "nobody":
+    if kind == "all masked":
         mask[1] = False
     return mask
 
 
-@pytest.mark.parametrize("mask", ["none", "some", "padded", "nobody"])
+@pytest.mark.parametrize("mask", ["none", "random", "padded", "all masked"])
 @pytest.mark.parametrize("tokens", [48, 45, 5])
 @pytest.mark.parametrize("options", [{}, dict(residual=False), dict(pinv_iterations=3, eps=0.1)], ids=str)
-def test_nystrom(options: dict[str, Any], tokens: int, mask: str) -> None:
-    ours, theirs = pair("nystrom_attention", NYSTROM | options)
-    inputs, mask = [normal(2, tokens, 20)], a_mask(mask, tokens)
-    expected = results(theirs, inputs, mask)
-    same_results(results(ours, inputs, mask), expected, 1e-9)
-    matrices, their_matrices = ours(*inputs, mask, return_attn=True)[1], theirs(*inputs, mask, return_attn=True)[1]
-    close(matrices, their_matrices, 1e-9)
+def test_nystrom_matches_the_peer(options: dict[str, Any], tokens: int, mask: str) -> None:
+    replacement, peer = pair("nystrom_attention", NYSTROM | options)
+    inputs, mask = [normal(2, tokens, 20)], make_mask(mask, tokens)
+    expected = results(peer, inputs, mask)
+    same_results(results(replacement, inputs, mask), expected, 1e-9)
+    matrices, peer_matrices = replacement(*inputs, mask, return_attn=True)[1], peer(*inputs, mask, return_attn=True)[1]
+    close(matrices, peer_matrices, 1e-9)
     for options in (dict(return_attn=True), dict(return_attn_matrices=True)):
-        same_results(results(ours, inputs, mask, **options), expected, 1e-9)
-    factors, their_factors = (each(*inputs, mask, False, True)[1] for each in (ours, theirs))
+        same_results(results(replacement, inputs, mask, **options), expected, 1e-9)
+    factors, peer_factors = (each(*inputs, mask, False, True)[1] for each in (replacement, peer))
     assert len(factors) == 3
-    for a, b in zip(factors, their_factors, strict=True):
+    for a, b in zip(factors, peer_factors, strict=True):
         close(a, b, 1e-9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nystrom_in_float32(backend: str) -> None:
-    ours, theirs = pair("nystrom_attention", NYSTROM, backend=backend)
+    replacement, peer = pair("nystrom_attention", NYSTROM, backend=backend)
     x = normal(2, 45, 20)
-    exact = {name: each.float() for name, each in results(theirs, [x]).items()}
-    same_results(results(ours.float(), [x.detach().float().requires_grad_()]), exact, 1e-4)
+    exact = {name: each.float() for name, each in results(peer, [x]).items()}
+    same_results(results(replacement.float(), [x.detach().float().requires_grad_()]), exact, 1e-4)
 
 
 @pytest.mark.parametrize("tokens", [48, 45])
 @pytest.mark.parametrize("plain", [False, True])
-def test_nystrom_with_masks_that_hold(tokens: int, plain: bool) -> None:
-    """A padded sample equals the cut sequence of as many landmarks as have tokens, whatever padding and batch mates hold."""
+def test_nystrom_without_compat_ignores_padding(tokens: int, plain: bool) -> None:
+    """A padded sample equals the shorter sequence with one landmark per nonempty segment, whatever the padding holds."""
     torch.manual_seed(0)
-    ours, fewer = (
-        NystromAttention(**NYSTROM | dict(num_landmarks=marks), compat=False).double().to(DEVICE) for marks in (8, 5)
+    full, fewer = (
+        NystromAttention(**NYSTROM | dict(num_landmarks=landmarks), compat=False).double().to(DEVICE) for landmarks in (8, 5)
     )
-    fewer.load_state_dict(ours.state_dict())
+    fewer.load_state_dict(full.state_dict())
     length = tokens - 3 * 6  # three segments of six
     x, mask, dout = normal(2, tokens, 20), up_to(tokens, length, tokens=tokens), noise(2, tokens, 20)
     dout[0], dout[1, length:] = 0, 0
     with torch.no_grad():
         x[1, length:] = float("nan")
-    padded = results(ours, [x], mask, plain, dout=dout)
+    padded = results(full, [x], mask, plain, dout=dout)
     assert padded["0"][0].eq(0).all() and padded["0"][1, length:].eq(0).all()
-    close(padded["out"][:1], ours(x[:1]), 1e-9)
-    ours_of_cut = padded | {name: padded[name][1:, :length] for name in ("out", "0")}
+    close(padded["out"][:1], full(x[:1]), 1e-9)
+    valid = padded | {name: padded[name][1:, :length] for name in ("out", "0")}
     cut = x[1:, :length].detach().requires_grad_()
-    same_results(ours_of_cut, results(fewer, [cut], dout=dout[1:, :length]), 1e-9)
+    same_results(valid, results(fewer, [cut], dout=dout[1:, :length]), 1e-9)
 
-    nobody = results(ours, [x], torch.zeros_like(mask), plain)
-    close(nobody["out"], ours.to_out[0].bias.expand(2, tokens, -1))
-    assert nobody["0"].eq(0).all() and nobody["to_qkv.weight"].eq(0).all()
+    masked = results(full, [x], torch.zeros_like(mask), plain)
+    close(masked["out"], full.to_out[0].bias.expand(2, tokens, -1))
+    assert masked["0"].eq(0).all() and masked["to_qkv.weight"].eq(0).all()
 
 
-def test_nystrom_matrices_without_padding() -> None:
-    ours = NystromAttention(**NYSTROM, compat=False).double()
+def test_nystrom_attention_matrices_exclude_padding() -> None:
+    module = NystromAttention(**NYSTROM, compat=False).double()
     x, mask = normal(2, 45, 20).cpu(), torch.rand(2, 45) < 0.6
-    out, attention = ours(x, mask, return_attn=True)
-    v = ours.to_qkv(x).chunk(3, -1)[2].unflatten(-1, (2, 16)).transpose(1, 2) * mask[:, None, :, None]
-    mixed = attention[..., 3:, 3:] @ v + ours.res_conv(v)
-    close(ours.to_out(mixed.transpose(1, 2).flatten(2)), out)
+    out, attention = module(x, mask, return_attn=True)
+    v = module.to_qkv(x).chunk(3, -1)[2].unflatten(-1, (2, 16)).transpose(1, 2) * mask[:, None, :, None]
+    mixed = attention[..., 3:, 3:] @ v + module.res_conv(v)
+    close(module.to_out(mixed.transpose(1, 2).flatten(2)), out)
     assert attention[..., :3].eq(0).all() and attention[..., 3:].transpose(2, 3)[~mask[:, None].expand(2, 2, 45)].eq(0).all()
 
 
@@ -326,31 +326,31 @@ def test_nystrom_matrices_without_padding() -> None:
     [{}, dict(one_kv_head=True), dict(share_kv=True), dict(one_kv_head=True, share_kv=True, dim_head=6), dict(k=60)],
     ids=str,
 )
-def test_linformer(options: dict[str, Any], tokens: int, context: int | None) -> None:
-    ours, theirs = pair("linformer", LINFORMER | options)
+def test_linformer_matches_the_peer(options: dict[str, Any], tokens: int, context: int | None) -> None:
+    replacement, peer = pair("linformer", LINFORMER | options)
     inputs = [normal(2, tokens, 32)] + ([] if context is None else [normal(2, context, 32)])
-    same_results(results(ours, inputs), results(theirs, inputs))
+    same_results(results(replacement, inputs), results(peer, inputs))
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("one_kv_head", [False, True])
 def test_linformer_in_float32(one_kv_head: bool, backend: str) -> None:
-    ours, theirs = pair("linformer", LINFORMER | dict(one_kv_head=one_kv_head), torch.float32, backend=backend)
+    replacement, peer = pair("linformer", LINFORMER | dict(one_kv_head=one_kv_head), torch.float32, backend=backend)
     inputs = [normal(2, 40, 32, dtype=torch.float32)]
-    same_results(results(ours, inputs), results(theirs, inputs), 1e-5)
+    same_results(results(replacement, inputs), results(peer, inputs), 1e-5)
 
 
 @pytest.mark.parametrize("tokens", [40, 7])
-def test_linformer_drops_the_shares(tokens: int) -> None:
-    ours, theirs = pair("linformer", LINFORMER | dict(dropout=0.5))
-    ours.dropout = theirs.dropout  # the same random numbers
+def test_linformer_dropout_matches_the_peer(tokens: int) -> None:
+    replacement, peer = pair("linformer", LINFORMER | dict(dropout=0.5))
+    replacement.dropout = peer.dropout  # the same random numbers
     x, outs = normal(2, tokens, 32), []
-    for module in (ours, theirs):
+    for module in (replacement, peer):
         torch.manual_seed(5)
         outs.append(results(module, [x]))
     same_results(*outs)
-    assert not torch.equal(outs[0]["out"], ours.eval()(x))
-    same_results(results(ours, [x]), results(theirs.eval(), [x]))
+    assert not torch.equal(outs[0]["out"], replacement.eval()(x))
+    same_results(results(replacement, [x]), results(peer.eval(), [x]))
 
 
 @pytest.mark.parametrize("options", [{}, dict(share_kv=True), dict(k=60)], ids=str)
@@ -371,7 +371,7 @@ def test_linformer_with_a_mask(options: dict[str, Any]) -> None:
     close(module(x, key_padding_mask=up_to(20, tokens=30))[:, :20], short)
 
 
-# All
+# All packages
 
 
 @pytest.mark.parametrize("tokens", [20, 45])
@@ -386,9 +386,9 @@ def test_linformer_with_a_mask(options: dict[str, Any]) -> None:
     ids=str,
 )
 def test_in_bfloat16(package: str, options: dict[str, Any], tokens: int) -> None:
-    """Under autocast and all in bfloat16, with a mask; the size of the error is that of rounded inputs."""
+    """Run under autocast and entirely in bfloat16, with and without a mask. Errors are about those of rounded inputs."""
     torch.manual_seed(0)
-    module = OURS[package](**options).to(DEVICE)
+    module = REPLACEMENTS[package](**options).to(DEVICE)
     performer = package == "performer_pytorch"
     inputs = qkv(tokens, tokens, dtype=torch.float32) if performer else [normal(2, tokens, options["dim"], dtype=torch.float32)]
     name = "mask" if package == "nystrom_attention" else "key_padding_mask"
@@ -401,7 +401,7 @@ def test_in_bfloat16(package: str, options: dict[str, Any], tokens: int) -> None
             close(out, exact.bfloat16(), 0.05)
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -427,7 +427,7 @@ def test_in_bfloat16(package: str, options: dict[str, Any], tokens: int) -> None
 )
 def test_arguments_that_are_refused(package: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        OURS[package](**options)
+        REPLACEMENTS[package](**options)
 
 
 def test_inputs_that_are_refused() -> None:

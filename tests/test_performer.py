@@ -1,4 +1,4 @@
-"""What is particular to Performer attention and its features; the registry's suite covers the rest."""
+"""Tests specific to Performer attention and its features; test_ops.py covers what all operators share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vix_kernels.nn import Attention, PerformerAttention
 
 
 def favor(q, k, v, w):
-    """Equation 5 of the paper, features first, in float64."""
+    """Compute equation 5 of the paper in float64, features first."""
 
     def features(x):
         x = x.double() * x.shape[-1] ** -0.25
@@ -38,7 +38,7 @@ def test_equals_the_paper(backend: str) -> None:
 
 
 def test_approaches_softmax_attention() -> None:
-    """With many features the estimate converges: the error falls like one over the root of their number."""
+    """The error falls like one over the square root of the number of features."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 16) * s for s in (0.5, 0.5, 1.0))
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -50,7 +50,7 @@ def test_approaches_softmax_attention() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_never_underflows(backend: str) -> None:
-    """Keys and queries so long that every feature of the paper's form is 0 in float32."""
+    """Keys and queries are so long that all features in the paper's form are 0 in float32."""
     q, k, v = (torch.randn(1, 1, 20, 64, device=DEVICE) * s for s in (12, 12, 1))
     w = orthogonal_projection(64, 64, seed=0).to(DEVICE)
     x = k * 64**-0.25
@@ -63,7 +63,7 @@ def test_never_underflows(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_gradients_of_many_tokens_stay_finite(backend: str, dtype: torch.dtype) -> None:
-    """The gradient of the slots' values sums over tokens and leaves float16's range, although dq, dk and dv do not."""
+    """The gradient of the slots' values sums over tokens and overflows float16, although dq, dk and dv do not."""
     q, k, v = (torch.randn(1, 1, 300, 16, device=DEVICE).to(dtype).requires_grad_() for _ in range(3))
     w = orthogonal_projection(2, 16, seed=0).to(DEVICE)
     dout = torch.full((1, 1, 300, 16), 500.0, device=DEVICE, dtype=dtype)
@@ -76,7 +76,7 @@ def test_large_gradients_of_many_tokens_stay_finite(backend: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_casts_once_and_leaves_the_inside_alone(backend: str) -> None:
+def test_autocast_casts_only_the_inputs(backend: str) -> None:
     q, k, v = (torch.randn(2, 2, 20, 16, device=DEVICE) for _ in range(3))
     w = orthogonal_projection(24, 16, seed=0).to(DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -86,25 +86,25 @@ def test_autocast_casts_once_and_leaves_the_inside_alone(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_reaches_only_where_it_must(backend: str) -> None:
+def test_nan_reaches_only_dependent_results(backend: str) -> None:
     q, k, v = (torch.randn(2, 2, 20, 16, device=DEVICE) for _ in range(3))
     q[0, 1, 7, 3] = k[1, 0, 4, 2] = float("nan")
     out = performer_attention(q, k, v, orthogonal_projection(24, 16, seed=0).to(DEVICE), backend=backend)
     hit = out.isnan().any(-1)
-    assert hit[0, 1].nonzero().flatten().tolist() == [7]  # a query: its own row
-    assert hit[1, 0].all()  # a key: all queries of its head
+    assert hit[0, 1].nonzero().flatten().tolist() == [7]  # a query affects its row
+    assert hit[1, 0].all()  # a key affects all queries of its head
     assert not hit[0, 0].any() and not hit[1, 1].any()
 
 
 @NO_TRITON
-def test_offsets_beyond_two_to_the_31() -> None:
-    """Token strides of 2^30 elements: a 32-bit offset would wrap. The memory is mapped, hardly any of it touched."""
+def test_offsets_may_exceed_32_bits() -> None:
+    """Token strides are 2^30 elements, so a 32-bit offset would wrap. Most of the memory is mapped but not touched."""
     code = """
 import torch
 from vix_kernels import orthogonal_projection, performer_attention
 tokens, width = 4, 16
-room = torch.empty(tokens * 2**30, dtype=torch.float16)
-far = room.as_strided((1, 1, tokens, width), (1, 1, 2**30, 1))
+buffer = torch.empty(tokens * 2**30, dtype=torch.float16)
+far = buffer.as_strided((1, 1, tokens, width), (1, 1, 2**30, 1))
 near = torch.randn(1, 1, tokens, width).half()
 far.copy_(near)
 w = orthogonal_projection(8, width, seed=0)
@@ -121,8 +121,8 @@ assert all(torch.equal(a, b) for a, b in zip(*results))
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_low_precision_keeps_the_random_features(backend: str, dtype: torch.dtype) -> None:
-    """q, k and v are exact in 16 bits here; only a projection that was rounded to them could move the estimate far."""
+def test_low_precision_does_not_round_the_projection(backend: str, dtype: torch.dtype) -> None:
+    """q, k and v are exact in 16 bits. Only rounding the projection could change the result by much."""
     torch.manual_seed(0)
     q, k, v = ((torch.randn(1, 2, 50, 64, device=DEVICE) * 8).to(dtype) for _ in range(3))
     w = orthogonal_projection(32, 64, seed=0).to(DEVICE)
@@ -136,7 +136,7 @@ def test_low_precision_keeps_the_random_features(backend: str, dtype: torch.dtyp
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [1e-40, 1e-30, 1e30, float("inf")])
 def test_gradients_of_any_size(backend: str, size: float) -> None:
-    """A gradient of the values scales with its cotangent down to nothing, and an infinite channel stays alone."""
+    """The gradient of the values scales with its cotangent, however small. An infinite channel affects no other."""
     q, k, v = (torch.randn(1, 1, 20, 16, device=DEVICE).requires_grad_() for _ in range(3))
     w = orthogonal_projection(8, 16, seed=0).to(DEVICE)
     dout = torch.zeros(1, 1, 20, 16, device=DEVICE)
@@ -150,7 +150,7 @@ def test_gradients_of_any_size(backend: str, size: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_masked_keys_get_no_gradient_whatever_the_others_hold(backend: str) -> None:
+def test_masked_keys_get_no_gradient_even_if_valid_keys_hold_nan(backend: str) -> None:
     q, k, v = (torch.randn(1, 1, 8, 16, device=DEVICE) for _ in range(3))
     k[0, 0, 1] = float("nan")
     mask = torch.arange(8, device=DEVICE)[None] < 6
@@ -160,7 +160,7 @@ def test_masked_keys_get_no_gradient_whatever_the_others_hold(backend: str) -> N
         assert (grad[:, :, 6:] == 0).all() and grad[:, :, 1].isnan().any()
 
 
-def test_projection_blocks_are_orthogonal_and_lengths_as_asked() -> None:
+def test_projection_blocks_are_orthogonal_with_requested_lengths() -> None:
     w = orthogonal_projection(20, 8, seed=0, scaling="sqrt")
     assert w.shape == (20, 8) and w.dtype == torch.float32
     for block in w.split(8):
@@ -170,19 +170,19 @@ def test_projection_blocks_are_orthogonal_and_lengths_as_asked() -> None:
 
 
 def test_projection_is_uniform_over_rotations() -> None:
-    """Haar measure: the entries of a block have one distribution. Plain QR would give its diagonal one sign."""
+    """Under the Haar measure all entries of a block have one distribution. Plain QR would fix the sign of the diagonal."""
     first = torch.stack([orthogonal_projection(4, 4, seed=seed, scaling="sqrt") for seed in range(2000)])
     assert (first.mean(0).abs() < 4 * 1 / math.sqrt(2000)).all()  # entries have variance 1
 
 
-def test_projection_is_drawn_from_its_seed() -> None:
+def test_projection_depends_only_on_its_seed() -> None:
     a, b = (orthogonal_projection(10, 8, seed=3, num_heads=2) for _ in range(2))
     assert a.shape == (2, 10, 8) and torch.equal(a, b) and not torch.equal(a[0], a[1])
     assert not torch.equal(a[0], orthogonal_projection(10, 8, seed=4, num_heads=2)[0])
     torch.manual_seed(0)
     before = torch.get_rng_state()
     orthogonal_projection(10, 8, seed=3)
-    assert torch.equal(before, torch.get_rng_state())  # the caller's generator is left alone
+    assert torch.equal(before, torch.get_rng_state())  # the global generator is unchanged
 
 
 class TestModule:
@@ -192,7 +192,7 @@ class TestModule:
         expected = module.proj(performer_attention(q, k, v, module.projection).transpose(1, 2).reshape(2, 10, 48))
         torch.testing.assert_close(module(x), expected)
 
-    def test_projection_stays_float32_and_travels_with_the_state(self) -> None:
+    def test_projection_stays_float32_and_is_in_the_state_dict(self) -> None:
         module = PerformerAttention(48, 3, seed=1).to(torch.bfloat16)
         assert module.qkv.weight.dtype == torch.bfloat16 and module.projection.dtype == torch.float32
         assert torch.equal(module.projection, PerformerAttention(48, 3, seed=1).projection)
@@ -201,7 +201,7 @@ class TestModule:
         assert torch.equal(other.projection, module.projection)
         assert module(torch.randn(1, 5, 48, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
-    def test_redraws_only_when_told_and_alike_everywhere(self) -> None:
+    def test_redraws_are_explicit_and_deterministic(self) -> None:
         module, twin = PerformerAttention(48, 3, seed=1), PerformerAttention(48, 3, seed=1)
         before = module.projection.clone()
         module(torch.randn(1, 5, 48))
@@ -215,7 +215,7 @@ class TestModule:
         module.redraw_projection()
         assert torch.equal(resumed.projection, module.projection)
 
-    def test_the_extra_state_is_a_tensor_and_those_of_earlier_commits_load(self) -> None:
+    def test_extra_state_is_a_tensor_and_earlier_formats_load(self) -> None:
         module = PerformerAttention(48, 3)
         for _ in range(3):
             module.redraw_projection()
@@ -231,7 +231,7 @@ class TestModule:
         assert other.redraws == 3
         assert copy.deepcopy(module).half().redraws == 3
 
-    def test_layers_of_other_seeds_have_other_features(self) -> None:
+    def test_layers_with_different_seeds_have_different_features(self) -> None:
         assert not torch.equal(PerformerAttention(48, 3, seed=0).projection, PerformerAttention(48, 3, seed=1).projection)
 
     @pytest.mark.parametrize("kind", [Attention, PerformerAttention])

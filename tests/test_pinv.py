@@ -1,4 +1,4 @@
-"""The pseudo-inverse of Nystrom attention."""
+"""Tests of the pseudo-inverse of Nystrom attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCALE = 0.25
 
 
 def problem(landmarks: int, *, batch: int = 2, heads: int = 2, seed: int = 0, dtype=torch.float64) -> list[Tensor]:
-    """Landmarks of queries and keys, and values."""
+    """Return landmarks of queries and of keys, and values."""
     generator = torch.Generator().manual_seed(seed)
     shape = batch, heads, landmarks, 16
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
@@ -27,16 +27,16 @@ def attention(q: Tensor, k: Tensor) -> Tensor:
 
 
 def gradients(function, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """An output and its gradients for a fixed cotangent."""
+    """Return an output and its gradients for a fixed cotangent."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     out = function(*leaves)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(out)
     return out.detach(), *torch.autograd.grad(out, leaves, cotangent)
 
 
-def test_converges_to_the_inverse_with_order_three() -> None:
-    """1 - x of every singular direction becomes x^3 (3 + x) / 4: once small, it is cubed by a step."""
-    q = problem(8)[0]  # each landmark reads itself most: a well conditioned softmax
+def test_convergence_to_the_inverse_is_cubic() -> None:
+    """A step turns the error x of a singular direction into x^3 (3 + x) / 4."""
+    q = problem(8)[0]  # each landmark attends mostly to itself: a well-conditioned softmax
     a, eye = attention(q, q), torch.eye(8, dtype=torch.float64).expand(2, 2, 8, 8)
     inverses = [pinv(q, q, eye, scale=SCALE, iterations=t) for t in range(1, 13)]
     errors = [torch.linalg.matrix_norm(eye - a @ z, 2) for z in inverses]
@@ -45,7 +45,7 @@ def test_converges_to_the_inverse_with_order_three() -> None:
     torch.testing.assert_close(inverses[-1], torch.linalg.pinv(a), rtol=1e-11, atol=1e-11)
 
 
-def test_is_a_filter_of_singular_values(backend: str) -> None:
+def test_pinv_filters_singular_values(backend: str) -> None:
     """Z = V diag(p^(T)(sigma^2 / s) / sigma) U^T."""
     q, k, values = problem(20)
     a = attention(q, k)
@@ -54,21 +54,21 @@ def test_is_a_filter_of_singular_values(backend: str) -> None:
     for _ in range(6):
         x = x * (13 - x * (15 - x * (7 - x))) / 4
     expected = vt.mT @ ((x / sigma)[..., None] * (u.mT @ values))
-    kinds = (torch.float32,) if backend == "triton" and DEVICE == "cuda" else (torch.float64, torch.float32)
-    for dtype in kinds:
+    dtypes = (torch.float32,) if backend == "triton" and DEVICE == "cuda" else (torch.float64, torch.float32)
+    for dtype in dtypes:
         out = pinv(*(each.to(DEVICE, dtype) for each in (q, k, values)), scale=SCALE, backend=backend)
         tolerance = 1e-11 if dtype == torch.float64 else 2e-5
         torch.testing.assert_close(out.cpu().double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("which", ["rows", "columns", "both"])
-def test_a_landmark_without_tokens_is_as_if_dropped(which: str, backend: str) -> None:
-    """Rows and columns independently: what is left of A is then not square."""
+def test_empty_landmarks_are_ignored(which: str, backend: str) -> None:
+    """Rows and columns are dropped independently, so the rest of A need not be square."""
     landmarks, keep = 12, torch.arange(12) % 3 != 1
-    everyone = torch.ones(landmarks, dtype=torch.bool)
-    rows, columns = keep if which != "columns" else everyone, keep.roll(1) if which != "rows" else everyone
+    all_valid = torch.ones(landmarks, dtype=torch.bool)
+    rows, columns = keep if which != "columns" else all_valid, keep.roll(1) if which != "rows" else all_valid
     tensors = [x.to(DEVICE, torch.float32) for x in problem(landmarks, batch=1)]
-    counts = [None if each is everyone else each[None].to(DEVICE, torch.float32) * 3 for each in (rows, columns)]
+    counts = [None if each is all_valid else each[None].to(DEVICE, torch.float32) * 3 for each in (rows, columns)]
     out, dq, dk, dvalues = gradients(
         partial(pinv, scale=SCALE, q_counts=counts[0], k_counts=counts[1], iterations=3, backend=backend), tensors
     )
@@ -87,21 +87,21 @@ def test_a_landmark_without_tokens_is_as_if_dropped(which: str, backend: str) ->
 
     for x, expected in zip((out, dq, dk, dvalues), gradients(dropped, exact), strict=True):
         torch.testing.assert_close(x.double(), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-    for x, taken in ((out, columns), (dq, rows), (dk, columns), (dvalues, rows)):
-        assert (x[:, :, ~taken] == 0).all()
+    for x, valid in ((out, columns), (dq, rows), (dk, columns), (dvalues, rows)):
+        assert (x[:, :, ~valid] == 0).all()
 
 
-def test_the_original_start_is_that_of_nystrom_attention(backend: str) -> None:
-    """nystrom-attention 0.0.14 in outputs and gradients; one maximum for the batch."""
+def test_original_init_matches_nystrom_attention(backend: str) -> None:
+    """Compare outputs and gradients with nystrom-attention 0.0.14, which uses one maximum for the batch."""
     peer = pytest.importorskip("nystrom_attention.nystrom_attention", reason="nystrom-attention is not installed")
     tensors = [x.to(DEVICE, torch.float32) for x in problem(20)]
-    ours = gradients(lambda q, k, v: pinv(q, k, v, scale=SCALE, init="original", backend=backend), tensors)
-    theirs = gradients(lambda q, k, v: peer.moore_penrose_iter_pinv(attention(q, k)) @ v, tensors)
-    for x, expected in zip(ours, theirs, strict=True):
+    actual = gradients(lambda q, k, v: pinv(q, k, v, scale=SCALE, init="original", backend=backend), tensors)
+    peer_results = gradients(lambda q, k, v: peer.moore_penrose_iter_pinv(attention(q, k)) @ v, tensors)
+    for x, expected in zip(actual, peer_results, strict=True):
         torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
-def test_only_the_original_start_depends_on_the_batch(backend: str) -> None:
+def test_only_the_original_init_depends_on_the_batch(backend: str) -> None:
     q, k, values = (x.to(DEVICE, torch.float32) for x in problem(20))
     q[1] *= 0.01  # column sums of 1, far below those of sample 0
 
@@ -114,8 +114,8 @@ def test_only_the_original_start_depends_on_the_batch(backend: str) -> None:
     assert change("original") > 0.1
 
 
-def test_a_head_does_not_see_what_another_left(backend: str) -> None:
-    """Programs go from head to head with the same memory."""
+def test_nan_in_one_head_does_not_reach_the_next(backend: str) -> None:
+    """Programs reuse their memory from head to head."""
     tensors = [x.to(DEVICE, torch.float32) for x in problem(20, batch=1)]
     function = partial(pinv, scale=SCALE, iterations=2, backend=backend)
     expected = gradients(function, tensors)
@@ -126,34 +126,34 @@ def test_a_head_does_not_see_what_another_left(backend: str) -> None:
 
 
 @pytest.mark.parametrize("init", ["exact", "original"])
-def test_equal_columns_share_the_gradient_of_the_start(init: str, backend: str) -> None:
-    """Two keys alike, which all queries prefer: their column sums are the largest ones."""
+def test_equal_columns_share_the_gradient_of_the_init(init: str, backend: str) -> None:
+    """Two keys are equal and all queries prefer them, so their column sums are the largest."""
     q, k, values = (x.to(DEVICE, torch.float32) for x in problem(6))
     q[..., 0], k[..., :2, :] = 2.0, 0.0
     k[..., :2, 0] = 4.0
     tensors = [q, k, values]
     options = dict(scale=SCALE, init=init, iterations=3)
-    ours = gradients(lambda *x: pinv(*x, **options, backend=backend), tensors)
+    actual = gradients(lambda *x: pinv(*x, **options, backend=backend), tensors)
     expected = gradients(lambda *x: pinv_reference(*x, **options), [x.double() for x in tensors])
-    for x, truth in zip(ours, expected, strict=True):
+    for x, truth in zip(actual, expected, strict=True):
         torch.testing.assert_close(x.double(), truth, rtol=1e-5, atol=1e-5 * truth.abs().max().item())
 
 
-def test_nobody_takes_part(backend: str) -> None:
-    """Zeros, and no gradient, whatever is there."""
+def test_without_valid_tokens_results_and_gradients_are_zero(backend: str) -> None:
+    """The inputs hold NaN."""
     tensors = [torch.full((1, 1, 5, 16), float("nan"), device=DEVICE) for _ in range(3)]
-    nobody = torch.zeros(1, 5, device=DEVICE)
-    function = partial(pinv, scale=SCALE, q_counts=nobody, k_counts=nobody, backend=backend)
+    counts = torch.zeros(1, 5, device=DEVICE)
+    function = partial(pinv, scale=SCALE, q_counts=counts, k_counts=counts, backend=backend)
     for x in gradients(function, tensors):
         assert (x == 0).all()
 
 
 @pytest.mark.parametrize("landmarks", [128, 130])
 def test_many_landmarks(landmarks: int, backend: str) -> None:
-    """The most that the kernels take, and more: batched products."""
+    """128 is the most that the kernels support. For 130, batched products run instead."""
     tensors = [x.to(DEVICE, torch.float32) for x in problem(landmarks, batch=1, heads=1)]
     options = dict(scale=SCALE, iterations=1)
-    ours = gradients(lambda *x: pinv(*x, **options, backend=backend), tensors)
+    actual = gradients(lambda *x: pinv(*x, **options, backend=backend), tensors)
     expected = gradients(lambda *x: pinv_reference(*x, **options), [x.double() for x in tensors])
-    for x, truth in zip(ours, expected, strict=True):
+    for x, truth in zip(actual, expected, strict=True):
         assert ((x - truth).norm() / truth.norm()).item() < 2e-6

@@ -1,4 +1,4 @@
-"""Models on disk and on the Hub."""
+"""Tests of saving, loading and converting models."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_new_head_is_saved(name: str, tmp_path: Path) -> None:
     assert torch.equal(load_model(tmp_path)(x), model(x))
 
 
-def test_redrawn_features_are_counted(tmp_path: Path) -> None:
+def test_the_number_of_redraws_is_saved(tmp_path: Path) -> None:
     model = create_model("vip", **small_model("vip"))
     attention = model.blocks[0].attn
     attention.redraw_projection()
@@ -53,7 +53,7 @@ def test_redrawn_features_are_counted(tmp_path: Path) -> None:
 
 
 def test_weights_of_earlier_commits_load(tmp_path: Path) -> None:
-    """They have the number of redraws in the metadata, as JSON."""
+    """Their metadata holds the number of redraws as JSON."""
     save_model(create_model("vip", **small_model("vip")), tmp_path)
     tensors = {key: x for key, x in load_file(tmp_path / "model.safetensors").items() if not key.endswith("_extra_state")}
     keys = [key for key in load_file(tmp_path / "model.safetensors") if key.endswith("_extra_state")]
@@ -65,7 +65,7 @@ def test_weights_of_earlier_commits_load(tmp_path: Path) -> None:
     ("name", "options"),
     [("vip", {}), ("hybrid_vil", {"share_kv": False}), ("cct", {}), ("levit", {}), ("cvp", {"position": "learned"})],
 )
-def test_another_image_size(name: str, options: dict, tmp_path: Path) -> None:
+def test_weights_load_at_another_image_size(name: str, options: dict, tmp_path: Path) -> None:
     model = create_model(name, **small_model(name), **options).eval()
     save_model(model, tmp_path)
     larger = load_model(tmp_path, img_size=(16, 12))
@@ -90,20 +90,20 @@ def test_resampling_keeps_the_prefix_and_a_smooth_map() -> None:
     assert (columns.diff(dim=1)[:, 2:-2] > 0).all()
 
 
-def test_another_head_and_other_channels(tmp_path: Path) -> None:
+def test_weights_load_with_another_head_and_other_channels(tmp_path: Path) -> None:
     model = create_model("cct", **small_model("cct")).eval()
     save_model(model, tmp_path)
     other = load_model(tmp_path, num_classes=7, in_chans=1, global_pool="avg")
     assert other(images(2, 1, 8, 8)).shape == (2, 7)
-    grey = images(2, 1, 8, 8)
-    colours = model.forward_features(grey.expand(-1, 3, -1, -1))
-    torch.testing.assert_close(other.forward_features(grey), colours, rtol=1e-4, atol=1e-5)
+    gray = images(2, 1, 8, 8)
+    colors = model.forward_features(gray.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(other.forward_features(gray), colors, rtol=1e-4, atol=1e-5)
     more = load_model(tmp_path, in_chans=6)
     twice = more.forward_features(images(2, 3, 8, 8).repeat(1, 2, 1, 1))
     torch.testing.assert_close(twice, model.forward_features(images(2, 3, 8, 8)), rtol=1e-4, atol=1e-5)
 
 
-def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
+def test_all_mismatches_are_listed(tmp_path: Path) -> None:
     save_model(create_model("vit", **small_model("vit")), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     del state["norm.bias"], state["cls_token"]
@@ -115,7 +115,7 @@ def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
         assert words in str(error.value)
 
 
-def test_wrong_arguments_are_named(tmp_path: Path) -> None:
+def test_errors_name_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="folder: expected a folder written by save_model, got 'nope', which is not"):
         load_model("nope")
     for wrong, message in (
@@ -131,7 +131,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_the_card_is_written_once(tmp_path: Path) -> None:
+def test_an_existing_card_is_not_overwritten(tmp_path: Path) -> None:
     model = create_model("vin", **small_model("vin"))
     save_model(model, tmp_path)
     card = (tmp_path / "README.md").read_text()
@@ -141,7 +141,7 @@ def test_the_card_is_written_once(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_the_hub_has_the_same_files(tmp_path: Path) -> None:
+def test_hub_models_use_the_same_files(tmp_path: Path) -> None:
     hub = pytest.importorskip("vix_kernels.models.hub", reason="huggingface_hub is not installed (extra: hub)")
     model = create_model("vip", **small_model("vip")).eval()
     hub.HubModel(model).save_pretrained(tmp_path)
@@ -152,15 +152,15 @@ def test_the_hub_has_the_same_files(tmp_path: Path) -> None:
 
 
 def test_an_original_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    it = golden.load("ViP")
-    torch.save({"state_dict": {f"module.{key}": value for key, value in it.state.items()}}, tmp_path / "vip.pth")
-    config = [f"{key}={value!r}" for key, value in it.config.items()]
+    expected = golden.load("ViP")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in expected.state.items()}}, tmp_path / "vip.pth")
+    config = [f"{key}={value!r}" for key, value in expected.config.items()]
     command = ["convert", str(tmp_path / "vip.pth"), str(tmp_path / "out"), "--original"]
     assert main([*command, "ViP", "--config", *config]) == 0
     assert "parameters" in capsys.readouterr().out
     model = load_model(tmp_path / "out")
     with torch.no_grad():
-        assert (model(it.x) - it.logits).abs().max() <= it.tolerance
+        assert (model(expected.x) - expected.logits).abs().max() <= expected.tolerance
 
     for arguments, words in {
         ("ViP", "--config", *config): "is not empty",
@@ -177,7 +177,7 @@ def test_an_original_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_both_of_torchs_formats_are_converted(old: bool, tmp_path: Path) -> None:
+def test_both_torch_formats_are_converted(old: bool, tmp_path: Path) -> None:
     torch.save({"module.a": torch.ones(2)}, tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
     assert torch.equal(_read(tmp_path / "a.pth")["a"], torch.ones(2))
 
@@ -191,13 +191,13 @@ def test_converting_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", pickle.dumps({1: 2}), pickle.dumps([[]]), b"PK\x03\x04" + bytes(50), None])
-def test_junk_is_not_converted(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_files_are_not_converted(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "junk.pth"
     torch.save({1: torch.zeros(2)}, path) if content is None else path.write_bytes(content)
     with pytest.raises(SystemExit) as stop:
         main(["convert", str(path), str(tmp_path / "out"), "--original", "ViP"])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and str(path) in said and not (tmp_path / "out").exists()
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1 and str(path) in printed and not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
@@ -213,23 +213,23 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
 
 
 def test_sizes_of_zero_are_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    it = golden.load("ViP")
-    torch.save(it.state, tmp_path / "vip.pth")
-    config = [f"{key}={value!r}" for key, value in (it.config | {"patch_size": 0}).items()]
+    expected = golden.load("ViP")
+    torch.save(expected.state, tmp_path / "vip.pth")
+    config = [f"{key}={value!r}" for key, value in (expected.config | {"patch_size": 0}).items()]
     with pytest.raises(SystemExit) as stop:
         main(["convert", str(tmp_path / "vip.pth"), str(tmp_path / "out"), "--original", "ViP", "--config", *config])
     assert stop.value.code == 2 and "patch_size: expected a positive integer" in capsys.readouterr().err
 
 
-def test_the_table_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_model_table_has_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "v[ip][tp]"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["model", "image", "tokens", "parameters", "MACs"]
-    # originals: 661,770 parameters and 1614 million multiply-adds
+    # the original has 661,770 parameters and 1614 million multiply-adds
     assert lines[2].split() == ["vit", "32", "x", "32", "1,025", "661,770", "1,614", "M"]
 
 
-def test_a_model_that_fits_no_memory_is_refused(tmp_path: Path) -> None:
+def test_a_model_too_large_for_memory_is_refused(tmp_path: Path) -> None:
     save_model(create_model("vit", **small_model("vit")), tmp_path)
     with pytest.raises(ValueError, match="folder: expected a model that fits in memory, got .*'embed_dim': 2000000000000"):
         load_model(tmp_path, embed_dim=2 * 10**12, depth=1)

@@ -1,4 +1,4 @@
-"""bench/quality.py: at tiny sizes it leaves its files, and it refuses a bad output before the work."""
+"""Tests of bench/quality.py: it writes its files at tiny sizes, and refuses a bad output path before it starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from bench.quality import FIELDS, MEAN, METHODS, QUICK, main
 
 
-def test_leaves_the_picture_and_its_numbers(tmp_path: Path) -> None:
+def test_writes_the_plot_and_its_data(tmp_path: Path) -> None:
     assert main(["--output", str(tmp_path / "quality.png"), "--quick"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"quality.png", "quality.csv"}
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
@@ -18,7 +18,7 @@ def test_leaves_the_picture_and_its_numbers(tmp_path: Path) -> None:
         rows = {(row["tokens"], row["method"], int(row["slots"])): row for row in csv.DictReader(file)}
     assert len(rows) == (1 + len(FIELDS)) * (1 + len(METHODS) * len(QUICK.slots))
     assert all(0 < float(row["low"]) <= float(row["median"]) <= float(row["high"]) for row in rows.values())
-    # What the study is about, far beyond the noise of two heads: cells of the grid follow a smooth field, segments do not.
+    # The study's result, far above the noise of two heads: grid cells follow a smooth field, segments do not.
     grid, segments = (float(rows["smooth field", f"Nystrom, {kind}", 64]["median"]) for kind in ("grid", "segments"))
     assert grid < 0.1 < segments < float(rows["smooth field", MEAN, 0]["high"])
 
@@ -28,7 +28,7 @@ def test_leaves_the_picture_and_its_numbers(tmp_path: Path) -> None:
     (("--output", "quality.csv"), "--output: expected a path that ends in .png, got quality.csv"),
     (("--output", "quality.png", "--seed", "-1"), "--seed: expected a finite number of 0 or more, got -1"),
 ])  # fmt: skip
-def test_refuses_in_one_line(
+def test_bad_arguments_are_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Plain eager calls go past the registered operators; whatever watches or changes them must not."""
+"""Tests that plain eager calls bypass the registered operators, and that traced or transformed calls do not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def qkv() -> list[Tensor]:
     return [torch.randn(1, 2, 20, 16, generator=generator).to(DEVICE) for _ in range(3)]
 
 
-def test_what_is_plain() -> None:
+def test_plain_is_false_under_modes_and_gradients() -> None:
     q = torch.randn(1, 2, 20, 16, device=DEVICE)
     assert plain([q, None, 1.0]) and plain([torch.nn.Parameter(q, requires_grad=False)])
     assert not plain([q.clone().requires_grad_()]) and not plain([q.to("meta")])
@@ -103,19 +103,19 @@ def test_batched_gradients(backend: str) -> None:
         assert torch.equal(one, torch.autograd.grad(out, q, cotangent, retain_graph=True)[0])
 
 
-def test_negative_views_are_read_as_what_they_are(backend: str) -> None:
+def test_negative_views_give_the_same_results(backend: str) -> None:
     q, k, v = qkv()
     negated = [torch._neg_view(-x) for x in (q, k, v)]
     assert negated[0].is_neg() and torch.equal(performer(backend)(*negated), performer(backend)(q, k, v))
     out = performer(backend)(q.requires_grad_(), k, v)
     cotangent = torch.randn_like(out)
-    plainly, lazily = (
+    direct, lazy = (
         torch.autograd.grad(out, q, each, retain_graph=True)[0] for each in (cotangent, torch._neg_view(-cotangent))
     )
-    assert torch.equal(plainly, lazily)
+    assert torch.equal(direct, lazy)
 
 
-def test_tracers_see_the_operators(backend: str) -> None:
+def test_traces_contain_the_operators(backend: str) -> None:
     q, k, v = qkv()
     assert torch.equal(torch.jit.trace(performer(backend), (q, k, v), check_trace=False)(q, k, v), performer(backend)(q, k, v))
     for pre_dispatch in (False, True):
@@ -140,7 +140,7 @@ def test_registered_operators_take_the_fields_of_groups() -> None:
         assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_a_direct_call_that_would_lose_a_gradient_is_refused(backend: str) -> None:
+def test_an_operator_call_that_would_lose_a_gradient_is_refused(backend: str) -> None:
     q, k, v = qkv()
     slots = orthogonal_projection(8, 16, seed=0).to(DEVICE)[None, None]
     rotary = rope_1d(20, 16, device=DEVICE).rotary

@@ -1,4 +1,4 @@
-"""Rotary embedding: angles, layouts and what they mean for attention."""
+"""Tests of rotary embedding: angles, layouts and their effect on attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vix_kernels import Rope, apply_rope, rope_1d, rope_axial, rope_mixed, rope_
 def test_angles_are_positions_times_frequencies() -> None:
     rope = rope_1d(5, 8, base=100.0, prefix_tokens=2)
     assert (rope.tokens, rope.heads, rope.dim, rope.cos.dtype) == (7, 1, 8, torch.float32)
-    for token, position in enumerate([0, 0, 0, 1, 2, 3, 4]):  # two prefix tokens are not turned, positions start at 0
+    for token, position in enumerate([0, 0, 0, 1, 2, 3, 4]):  # two prefix tokens are not rotated; positions start at 0
         for i in range(4):
             angle = position * 100.0 ** (-2 * i / 8)
             assert rope.cos[0, token, i] == pytest.approx(math.cos(angle), abs=1e-7)
@@ -21,7 +21,7 @@ def test_angles_are_positions_times_frequencies() -> None:
 
 
 def test_angles_of_far_tokens_are_exact() -> None:
-    """float32 products t * frequency lose the angle of token 100,000; ours are made in float64."""
+    """float32 products of position and frequency lose the angle of token 100,000, so they are computed in float64."""
     rope = rope_1d(100_001, 4)
     assert rope.cos[0, -1, 1] == pytest.approx(math.cos(100_000 * 10000.0**-0.5), abs=1e-6)
     assert rope.sin[0, -1, 0] == pytest.approx(math.sin(100_000), abs=1e-6)
@@ -38,7 +38,7 @@ def test_axial_angles_are_columns_then_rows() -> None:
 
 
 def test_mixed_angles_contain_the_axial_ones() -> None:
-    """Frequencies along one axis only, the first half of the pairs across, the second down."""
+    """Each frequency acts along one axis: the first half of the pairs across, the second half down."""
     frequencies = torch.zeros(2, 1, 4)
     frequencies[0, 0, :2] = frequencies[1, 0, 2:] = 100.0 ** (-torch.arange(0, 8, 4) / 8)
     mixed, axial = rope_mixed(2, 3, frequencies, prefix_tokens=1), rope_axial(2, 3, 8, prefix_tokens=1)
@@ -46,14 +46,14 @@ def test_mixed_angles_contain_the_axial_ones() -> None:
     torch.testing.assert_close(mixed.sin, axial.sin)
 
 
-def test_mixed_frequencies_start_at_right_angles() -> None:
+def test_initial_mixed_frequencies_are_orthogonal() -> None:
     across, down = rope_mixed_frequencies(16, 3, seed=0)
     lengths = 10.0 ** (-torch.arange(0, 16, 4) / 16)
     torch.testing.assert_close((across.square() + down.square()).sqrt(), lengths.repeat(2).expand(3, -1))
     products = across[:, :4] * across[:, 4:] + down[:, :4] * down[:, 4:]
     torch.testing.assert_close(products, torch.zeros(3, 4), atol=1e-6, rtol=0)
     assert torch.equal(across, rope_mixed_frequencies(16, 3, seed=0)[0])
-    assert len({round(x, 4) for x in across[:, 0].tolist()}) == 3  # every head its own direction
+    assert len({round(x, 4) for x in across[:, 0].tolist()}) == 3  # each head has a different direction
 
 
 def test_low_precision_frequencies_make_float32_angles() -> None:
@@ -62,7 +62,7 @@ def test_low_precision_frequencies_make_float32_angles() -> None:
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
-def test_products_depend_on_distances_only(layout: str) -> None:
+def test_products_depend_only_on_distances(layout: str) -> None:
     rope = rope_1d(12, 8, layout=layout)
     q, k = (torch.randn(1, 1, 1, 8, dtype=torch.float64).expand(1, 1, 12, 8).clone() for _ in range(2))
     q, k = apply_rope(q, k, rope)
@@ -81,7 +81,7 @@ def test_layouts_differ_by_a_permutation_of_channels() -> None:
         torch.testing.assert_close(a[..., order], b)
 
 
-def test_tables_must_be_float32_and_take_no_gradient() -> None:
+def test_tables_must_be_float32_without_gradient() -> None:
     cos = torch.ones(1, 4, 2)
     with pytest.raises(TypeError, match="cos: expected float32"):
         Rope(cos.bfloat16(), cos.bfloat16())
