@@ -1,4 +1,4 @@
-"""The integration to timm, on models of timm built from their names."""
+"""Tests of the timm integration, on timm models created by name."""
 
 import copy
 import importlib
@@ -45,7 +45,7 @@ def images():
     ],
     ids=repr,
 )
-def test_with_all_landmarks_a_vit_gives_its_own_answers(arguments):
+def test_nystrom_with_all_landmarks_reproduces_a_vit(arguments):
     model, x = vit(**arguments), images()
     expected = model.forward_features(x)
     keys = list(model.state_dict())
@@ -58,7 +58,7 @@ def test_with_all_landmarks_a_vit_gives_its_own_answers(arguments):
     assert core.grid_size == (4, 4) and core.landmarks == "grid"
 
 
-def test_gates_are_honoured():
+def test_gated_attention_is_supported():
     torch.manual_seed(0)
     host = timm.layers.Attention(32, num_heads=2, gated=True, qkv_bias=True, qk_norm=True, norm_layer=nn.LayerNorm).eval()
     model, x = nn.Sequential(host), torch.randn(2, 16, 32)
@@ -68,16 +68,16 @@ def test_gates_are_honoured():
 
 
 EVAS = {
-    "eva02_tiny_patch14_224": {},  # sines interleaved, biases of q and v
-    "eva02_base_patch14_224": {},  # q, k and v of their own
+    "eva02_tiny_patch14_224": {},  # interleaved sines, biases for q and v
+    "eva02_base_patch14_224": {},  # separate maps for q, k and v
     "vit_small_patch16_rope_224": {},
     "vit_small_patch16_rope_mixed_224": {},  # learned angles, one table for each layer and head
-    "vit_small_patch16_dinov3": {},  # halves, registers
+    "vit_small_patch16_dinov3": {},  # half layout, register tokens
 }
 
 
 @pytest.mark.parametrize("name", EVAS)
-def test_rotary_tables_of_timm(name):
+def test_models_with_rotary_embedding_are_reproduced(name):
     torch.manual_seed(0)
     side = 56 if "patch14" in name else 64
     model = timm.create_model(name, img_size=side, num_classes=5, depth=2).eval()
@@ -92,13 +92,13 @@ def test_rotary_tables_of_timm(name):
     torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)
     out.square().sum().backward()
     for parameter in [*learned, "blocks.0.attn.proj.weight"]:
-        ours, theirs = model.get_parameter(parameter).grad, gradients[parameter]
-        assert theirs.norm() > 0 and (ours - theirs).norm() < 1e-2 * theirs.norm(), parameter
+        grad, host_grad = model.get_parameter(parameter).grad, gradients[parameter]
+        assert host_grad.norm() > 0 and (grad - host_grad).norm() < 1e-2 * host_grad.norm(), parameter
     assert ("mixed" in name) == bool(learned)
 
 
-def test_rotations_are_exactly_those_of_timm():
-    """What the op is given, not what it makes of it: one table for all heads and one for each, both layouts."""
+def test_rotations_match_timm():
+    """Compare rotated q and k in both layouts, with one table for all heads and one per head."""
     from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
     from vix_kernels import apply_rope
@@ -107,17 +107,17 @@ def test_rotations_are_exactly_those_of_timm():
     angles = torch.randn(3, 10, 8)
     q, k = torch.randn(2, 2, 3, 12, 16).unbind()
     for half in (False, True):
-        twice = torch.cat([angles, angles], -1) if half else angles.repeat_interleave(2, -1)
-        for table in (torch.cat([twice.sin(), twice.cos()], -1), torch.cat([twice[0].sin(), twice[0].cos()], -1)):
-            for ours, x in zip(apply_rope(q, k, integration.rope_of(table, 2, 3, half)), (q, k), strict=True):
-                theirs = torch.cat([x[:, :, :2], apply_rot_embed_cat(x[:, :, 2:], table, half=half)], 2)
-                torch.testing.assert_close(ours, theirs)
+        doubled = torch.cat([angles, angles], -1) if half else angles.repeat_interleave(2, -1)
+        for table in (torch.cat([doubled.sin(), doubled.cos()], -1), torch.cat([doubled[0].sin(), doubled[0].cos()], -1)):
+            for actual, x in zip(apply_rope(q, k, integration.rope_of(table, 2, 3, half)), (q, k), strict=True):
+                expected = torch.cat([x[:, :, :2], apply_rot_embed_cat(x[:, :, 2:], table, half=half)], 2)
+                torch.testing.assert_close(actual, expected)
     with pytest.raises(NotImplementedError, match=r"rope: expected a table .*got \(2, 1, 10, 32\)"):
         integration.rope_of(torch.zeros(2, 1, 10, 32), 2, 3, False)
 
 
 @pytest.mark.parametrize("op", integration.OPS)
-def test_trains(op):
+def test_replaced_models_train(op):
     model = vit(proj_drop_rate=0.1, drop_path_rate=0.1).train()
     integration.replace_attention(model, op, retrain=True)
     model(images()).square().sum().backward()
@@ -128,9 +128,9 @@ def test_trains(op):
     assert torch.equal(copied(images()), model.eval()(images()))
 
 
-def test_where_landmarks_are_placed():
+def test_landmarks_are_placed_on_the_grid():
     model = timm.create_model("vit_tiny_patch16_224", img_size=(96, 192), depth=1, num_classes=5)
-    integration.replace_attention(nn.Sequential(model), "nystrom")  # also of a model within another
+    integration.replace_attention(nn.Sequential(model), "nystrom")  # also for a model inside another module
     core = model.blocks[0].attn.vix.placed()
     assert core == Nystrom.made("host", num_landmarks=60, landmarks="grid", grid_size=(6, 12), prefix_tokens=1)
     model(torch.randn(1, 3, 96, 192))
@@ -148,7 +148,7 @@ def test_where_landmarks_are_placed():
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 def test_landmarks_are_placed_on_the_grid_of_the_call(name):
-    """Of images of any size: the same answers as those of a model built for that size."""
+    """For each image size, results equal those of a model built for that size."""
     torch.manual_seed(0)
     arguments = {} if "dinov3" in name else dict(dynamic_img_size=True)
     model = timm.create_model(name, img_size=64, depth=2, num_classes=5, **arguments).eval()
@@ -164,7 +164,7 @@ def test_landmarks_are_placed_on_the_grid_of_the_call(name):
             block.attn.vix.core = block.attn.vix.core.on_grid((height // 16, width // 16))
         assert torch.equal(model(x), fixed(x))
         assert "on the grid 4 x 4" in repr(copy.deepcopy(model)) or (height, width) != (64, 64)
-    again = copy.deepcopy(model)  # with a grid of its own
+    again = copy.deepcopy(model)  # has a separate grid
     again(torch.randn(1, 3, 64, 64))
     assert model.blocks[0].attn.vix.grid.size_of() == (6, 2)
     assert again.blocks[0].attn.vix.grid.size_of() == (4, 4)
@@ -174,7 +174,7 @@ def test_landmarks_are_placed_on_the_grid_of_the_call(name):
         torch.testing.assert_close(compiled(x), model(x))
 
 
-def test_checkpointing_after_calls_of_several_sizes():
+def test_checkpointing_recomputes_calls_of_several_sizes():
     torch.manual_seed(0)
     model = vit(dynamic_img_size=True).train()
     integration.replace_attention(model, "nystrom", num_landmarks=4)
@@ -188,7 +188,7 @@ def test_checkpointing_after_calls_of_several_sizes():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_the_grid_follows_the_input_size_of_the_model():
+def test_set_input_size_changes_the_grid():
     model = vit()
     integration.replace_attention(model, "nystrom", num_landmarks=16)
     model.set_input_size((96, 32))
@@ -197,7 +197,7 @@ def test_the_grid_follows_the_input_size_of_the_model():
     assert "12 landmarks on the grid 6 x 2" in repr(model)
 
 
-def test_restoring_gives_back_the_model():
+def test_restore_attention_restores_the_model():
     model = vit()
     expected, parameters, words = model(images()), list(model.parameters()), repr(model)
     integration.replace_attention(model, "nystrom", num_landmarks=4)
@@ -236,12 +236,12 @@ def test_an_interrupted_replacement_leaves_the_model_as_it_was(error, monkeypatc
     assert torch.equal(model(images()), expected) and repr(model) == words and not model.patch_embed._forward_hooks
 
 
-def test_an_unknown_op_is_named():
+def test_an_unknown_op_is_refused():
     with pytest.raises(ValueError, match="op: expected one of .*, 'nystrom', .*, got 'nystrm'"):
         integration.replace_attention(vit(), "nystrm")
 
 
-def test_a_replaced_model_is_pickled():
+def test_replaced_models_can_be_pickled():
     model = vit(attn_layer="vix_performer")
     integration.replace_attention(model, "nystrom")
     again = pickle.loads(pickle.dumps(vit(attn_layer="vix_performer"))), pickle.loads(pickle.dumps(model))
@@ -249,7 +249,7 @@ def test_a_replaced_model_is_pickled():
     assert again[0].blocks[0].attn.vix.op == "performer"
 
 
-def test_under_autocast():
+def test_replaced_models_run_under_autocast():
     model = vit()
     integration.replace_attention(model, "nystrom", **EXACT)
     expected = model(images())
@@ -259,7 +259,7 @@ def test_under_autocast():
     torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
 
 
-def test_compiles():
+def test_replaced_models_compile():
     model = vit("vit_small_patch16_rope_224")
     integration.replace_attention(model, "performer", retrain=True)
     expected = model(images())
@@ -267,7 +267,7 @@ def test_compiles():
     torch.testing.assert_close(compiled(images()), expected)
 
 
-def test_the_second_replacement_counts():
+def test_a_second_replacement_overrides_the_first():
     model = vit()
     integration.replace_attention(model, "nystrom")
     integration.replace_attention(model, "linear", retrain=True)
@@ -275,12 +275,12 @@ def test_the_second_replacement_counts():
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "beit_base_patch16_224"])
-def test_models_without_such_an_attention_are_refused(name):
+def test_models_without_supported_attention_are_refused(name):
     with pytest.raises(ValueError, match=r"model: expected an attention class .*, got \d+ times timm\.models\.(swin|beit)"):
         integration.replace_attention(timm.create_model(name, img_size=224), "nystrom")
 
 
-def test_a_silent_swap_is_refused():
+def test_replacement_without_retrain_is_refused():
     model = vit()
     expected = model(images())
     with pytest.raises(ValueError, match="retrain: expected True for 'performer'"):
@@ -288,7 +288,7 @@ def test_a_silent_swap_is_refused():
     assert torch.equal(model(images()), expected)
 
 
-def test_what_cannot_be_honoured_raises():
+def test_unsupported_arguments_raise():
     model = vit(attn_drop_rate=0.1)
     integration.replace_attention(model, "nystrom")
     model(images())
@@ -304,7 +304,7 @@ def test_what_cannot_be_honoured_raises():
         block(tokens, is_causal=True)
 
 
-def test_layers_for_models_being_built():
+def test_models_are_built_with_attention_layers():
     classes = (
         integration.AgentAttention,
         integration.LinearAttention,
@@ -328,38 +328,38 @@ REFUSED = r"attn_layer: expected weights trained with 'performer' .*blocks\.0\.a
 
 def test_weights_of_another_attention_are_refused(tmp_path):
     model, softmax, linear = vit(attn_layer="vix_performer"), vit().state_dict(), vit(attn_layer="vix_linear").state_dict()
-    own = {key: value.clone() for key, value in model.state_dict().items()}
-    assert len(own) == len(softmax) + 2
-    model.load_state_dict(own)
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    assert len(saved) == len(softmax) + 2
+    model.load_state_dict(saved)
     attention = {key: value for key, value in softmax.items() if ".attn." in key}
     for state, strict in ((softmax, True), (softmax, False), (attention, False)):
         with pytest.raises(
             RuntimeError, match=REFUSED + r"'softmax' \(no mark\).*attention_layer\('performer', retrain=True\)"
         ):
             model.load_state_dict(state, strict=strict)
-        assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items() if ".attn." in key)
+        assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items() if ".attn." in key)
     with pytest.raises(RuntimeError, match=REFUSED + "'linear'; to train"):
         model.load_state_dict(linear)
     prefixed = nn.ModuleDict({"module": model})
     with pytest.raises(RuntimeError, match="module.blocks.0.attn._extra_state"):
         prefixed.load_state_dict({f"module.{key}": value for key, value in softmax.items()})
-    prefixed.load_state_dict({f"module.{key}": value for key, value in own.items()})
-    shapes = {key: value.to("meta") for key, value in own.items()}
+    prefixed.load_state_dict({f"module.{key}": value for key, value in saved.items()})
+    shapes = {key: value.to("meta") for key, value in saved.items()}
     copy.deepcopy(model).load_state_dict(shapes, assign=True)
     with pytest.raises(RuntimeError, match=REFUSED + r"'\{\}'"):
-        model.load_state_dict(own | {"blocks.0.attn._extra_state": {}})
-    others = {key: value for key, value in softmax.items() if "attn" not in key}  # none of these
-    assert len(model.load_state_dict(others, strict=False).missing_keys) == len(own) - len(others)
+        model.load_state_dict(saved | {"blocks.0.attn._extra_state": {}})
+    others = {key: value for key, value in softmax.items() if "attn" not in key}  # no attention weights
+    assert len(model.load_state_dict(others, strict=False).missing_keys) == len(saved) - len(others)
     file = tmp_path / "softmax.pth"
     torch.save(softmax, file)
     with pytest.raises(RuntimeError, match=REFUSED):
         vit(attn_layer="vix_performer", pretrained=True, pretrained_cfg_overlay=dict(file=str(file), num_classes=5))
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*_extra_state"):
-        vit().load_state_dict(own)
-    vit(attn_layer="vix_nystrom").load_state_dict(softmax)  # an approximation
+        vit().load_state_dict(saved)
+    vit(attn_layer="vix_nystrom").load_state_dict(softmax)  # Nystrom approximates softmax attention
 
 
-def test_retraining_takes_any_weights_and_marks_them():
+def test_retrain_loads_any_weights_and_marks_them():
     softmax, layer = vit().state_dict(), integration.attention_layer("performer", retrain=True, num_features=8)
     model = pickle.loads(pickle.dumps(vit(attn_layer=layer)))
     for state in (softmax, vit(attn_layer="vix_linear").state_dict()):
@@ -377,7 +377,7 @@ def test_retraining_takes_any_weights_and_marks_them():
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vix_vip_tiny"])
-def test_hosts_average_and_save_the_weights(name, tmp_path):
+def test_timm_averages_and_saves_the_weights(name, tmp_path):
     from safetensors.torch import load_model, save_model
     from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 
@@ -394,8 +394,8 @@ def test_hosts_average_and_save_the_weights(name, tmp_path):
         for _ in range(3):
             average.update(model)
         inner = average.ema if isinstance(average, ModelEma) else average.module
-        state, own = inner.state_dict(), model.state_dict()
-        assert all(torch.equal(state[key], own[key]) for key in own if key.endswith("_extra_state"))
+        averaged, expected_state = inner.state_dict(), model.state_dict()
+        assert all(torch.equal(averaged[key], expected_state[key]) for key in expected_state if key.endswith("_extra_state"))
         torch.testing.assert_close(inner(x), expected)
     save_model(model, str(tmp_path / "model.safetensors"))
     load_model(again := build(), tmp_path / "model.safetensors")
@@ -408,7 +408,7 @@ def test_hosts_average_and_save_the_weights(name, tmp_path):
     assert torch.equal(again(x), expected)
 
 
-def test_saved_models_are_created_from_their_folder(tmp_path):
+def test_saved_models_load_from_their_folder(tmp_path):
     options = dict(img_size=64, depth=2, num_classes=5, attn_layer="vix_agent")
     model = timm.create_model("vit_tiny_patch16_224", **options).eval()
     timm.models.save_for_hf(model, tmp_path, model_config=dict(num_classes=5), model_args=options)
@@ -421,13 +421,13 @@ def test_saved_models_are_created_from_their_folder(tmp_path):
     [
         ("vit_tiny_patch16_224", {}, 1),
         ("vit_tiny_patch16_224", dict(dynamic_img_size=True, reg_tokens=4), 5),
-        ("deit_tiny_distilled_patch16_224", {}, 2),  # has a second prefix token after its blocks
+        ("deit_tiny_distilled_patch16_224", {}, 2),  # sets its second prefix token after it builds its blocks
         ("vit_tiny_patch16_224", dict(class_token=False, global_pool="avg"), 0),
     ],
     ids=repr,
 )
 @pytest.mark.parametrize("op", ["nystrom", "agent"])
-def test_layers_are_placed_as_replacements_are(name, arguments, prefix, op):
+def test_layers_and_replacements_use_the_same_grid(name, arguments, prefix, op):
     built, replaced = vit(name, **arguments, attn_layer=f"vix_{op}"), vit(name, **arguments)
     integration.replace_attention(replaced, op, retrain=True)
     replaced.load_state_dict({key: value for key, value in built.state_dict().items() if "_extra_state" not in key})
@@ -448,7 +448,7 @@ def test_layers_are_placed_as_replacements_are(name, arguments, prefix, op):
         integration.restore_attention(built)
 
 
-def test_options_say_where_layers_are_placed():
+def test_options_can_turn_off_grid_landmarks():
     model = vit(attn_layer=integration.attention_layer("nystrom", num_landmarks=4, landmarks="segment"))
     assert model.blocks[0].attn.vix.placed() == Nystrom.made("host", num_landmarks=4, landmarks="segment", prefix_tokens=1)
     assert "in segments" in repr(vit(attn_layer="vix_nystrom", patch_drop_rate=0.25))
@@ -461,15 +461,15 @@ def test_the_zoo_is_registered():
     torch.manual_seed(0)
     model = timm.create_model("vix_vin_tiny", num_classes=7, in_chans=1, drop_path_rate=0.1, depth=2)
     torch.manual_seed(0)
-    ours = create_model("vin_tiny", num_classes=7, in_chans=1, drop_path_rate=0.1, depth=2)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), ours.state_dict().values(), strict=True))
+    direct = create_model("vin_tiny", num_classes=7, in_chans=1, drop_path_rate=0.1, depth=2)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), direct.state_dict().values(), strict=True))
     data = timm.data.resolve_data_config({}, model=model)
     assert data["input_size"] == (1, 32, 32) and len(data["mean"]) == 1
     with pytest.raises(RuntimeError, match="vix_vin_tiny has no published weights"):
         timm.create_model("vix_vin_tiny", pretrained=True)
 
 
-def test_a_timm_that_is_too_old_or_too_new_is_named(monkeypatch):
+def test_unsupported_timm_versions_are_refused(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(hosts, "version", lambda package: "0.9.16")
         with pytest.raises(ImportError, match=re.escape("timm: expected version 1.0.28 or newer, got 0.9.16")):
@@ -481,17 +481,17 @@ def test_a_timm_that_is_too_old_or_too_new_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("maps", [{}, dict(qkv_fused=False), dict(qkv_fused=False, num_kv_heads=2)], ids=repr)
-def test_linear_maps_in_one_or_three_and_grouped_heads(maps):
+def test_fused_and_separate_maps_and_grouped_heads_are_supported(maps):
     torch.manual_seed(0)
     if not set(maps) <= set(inspect.signature(timm.layers.AttentionRope).parameters):
         pytest.skip(f"timm {timm.__version__} has no grouped heads")
     options = dict(num_prefix_tokens=1, qk_norm=True, norm_layer=nn.LayerNorm)
-    theirs = timm.layers.AttentionRope(64, num_heads=4, **options, **maps)
-    ours = nn.Sequential(copy.deepcopy(theirs))
-    integration.replace_attention(ours, "nystrom", num_landmarks=16, pinv_iterations=16, prefix_tokens=1)
+    host = timm.layers.AttentionRope(64, num_heads=4, **options, **maps)
+    model = nn.Sequential(copy.deepcopy(host))
+    integration.replace_attention(model, "nystrom", num_landmarks=16, pinv_iterations=16, prefix_tokens=1)
     x = torch.randn(2, 17, 64)
     rope = timm.layers.RotaryEmbeddingCat(16, in_pixels=False, feat_shape=[4, 4]).get_embed()
-    torch.testing.assert_close(ours[0](x, rope=rope), theirs(x, rope=rope), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model[0](x, rope=rope), host(x, rope=rope), rtol=1e-3, atol=1e-3)
 
 
 def test_replace_sdpa_reaches_timm():
@@ -502,7 +502,7 @@ def test_replace_sdpa_reaches_timm():
     assert swap.served == 2 and not swap.fell_back
 
 
-def test_checkpointing_recomputes_the_same():
+def test_checkpointing_gives_the_same_gradients():
     torch.manual_seed(0)
     model = vit()
     integration.replace_attention(model, "performer", retrain=True, num_features=16)

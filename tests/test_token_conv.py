@@ -1,4 +1,4 @@
-"""What is particular to the convolution over tokens; the registry's suite covers the rest."""
+"""Tests specific to the convolution over tokens; test_ops.py covers what all operators share."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def problem(taps: int, tokens: int = 70, *, dtype: torch.dtype = torch.float32):
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("taps", [1, 33, 65])
 def test_equals_conv2d(backend: str, taps: int) -> None:
-    """As Nystrom attention's residual has it, outputs and gradients; more taps than a tile has tokens included.
+    """Compare outputs and gradients with the Conv2d of Nystrom attention's residual, also with more taps than tokens per tile.
 
-    In float64: on a CPU, Conv2d's float32 gradient of a long filter is wrong (oneDNN).
+    The Conv2d runs in float64: on CPUs, oneDNN's float32 gradient of a long filter is wrong.
     """
     v, weight, dout = problem(taps)
     conv = torch.nn.Conv2d(3, 3, (taps, 1), padding=(taps // 2, 0), groups=3, bias=False, dtype=torch.float64, device=DEVICE)
@@ -39,22 +39,22 @@ def test_equals_conv2d(backend: str, taps: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_another_gradient_is_added(backend: str, dtype: torch.dtype) -> None:
-    """Before the only rounding of the sum, and not under the mask."""
+    """The sum is rounded only once. Masked tokens get no gradient."""
     v, weight, dout = (x.detach() for x in problem(33, dtype=dtype))
     other = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
     mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(2)).to(DEVICE) > 0.3
-    hidden = ~mask[:, None, :, None]
-    v, other = v.masked_fill(hidden, float("nan")), other.masked_fill(hidden, float("inf"))
+    masked = ~mask[:, None, :, None]
+    v, other = v.masked_fill(masked, float("nan")), other.masked_fill(masked, float("inf"))
     dv, dweight = token_conv_backward(dout, v, weight, mask, other, (True, True), backend)
     flipped = weight.to(dtype if backend == "triton" else torch.float64).double().flip(2)
     exact = F.conv2d(dout.double(), flipped, padding=(16, 0), groups=3) + other.double()
-    torch.testing.assert_close(dv.double(), exact.masked_fill(hidden, 0), atol=1e-4, rtol=torch.finfo(dtype).eps)
+    torch.testing.assert_close(dv.double(), exact.masked_fill(masked, 0), atol=1e-4, rtol=torch.finfo(dtype).eps)
     alone = token_conv_backward(dout, v, weight, mask, None, (False, True), backend)[1]
     assert torch.equal(alone, dweight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_adds_in_place(dtype: torch.dtype) -> None:
+def test_token_conv_add_adds_in_place(dtype: torch.dtype) -> None:
     v, weight, out = (x.detach() for x in problem(33, dtype=dtype))
     mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(2)).to(DEVICE) > 0.3
     expected = out + token_conv(v, weight, mask=mask).double()
@@ -64,7 +64,7 @@ def test_adds_in_place(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_stays_in_its_sample_and_head(backend: str) -> None:
-    """Samples and heads are neighbours in the tiles' memory."""
+    """Samples and heads are adjacent in a tile's memory."""
     v, weight, _ = (x.detach() for x in problem(65))
     expected = token_conv(v, weight, backend=backend)
     for token in (0, -1):
@@ -77,6 +77,6 @@ def test_a_nan_stays_in_its_sample_and_head(backend: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 4, 1), (2, 1, 3, 1), (3, 2, 3, 1), (3, 1, 1, 3), (3, 1, 0, 1), (3, 3)], ids=str)
-def test_names_a_filter_that_does_not_fit(shape: tuple[int, ...]) -> None:
+def test_filters_of_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"weight: expected shape \(3, 1, taps, 1\) with odd taps, got"):
         token_conv(torch.randn(2, 3, 8, 16), torch.randn(shape))

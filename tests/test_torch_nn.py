@@ -1,4 +1,4 @@
-"""The doors to torch.nn and to whatever calls scaled_dot_product_attention."""
+"""Tests of the integrations with torch.nn and scaled_dot_product_attention."""
 
 import copy
 
@@ -25,7 +25,7 @@ def tokens():
 
 
 def padding():
-    """torch's: True = takes no part; at the end, where PyTorch would take nested tensors."""
+    """Return a mask for torch.nn (True = padded). It pads at the end, where PyTorch would use nested tensors."""
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[1, 12:] = True
     return mask
@@ -33,21 +33,21 @@ def padding():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the calls of the attention that was put in."""
+    """Record the calls of the replacement attention."""
     from vix_kernels.integrations.drop_in import DropIn
 
-    counted = []
+    recorded = []
     attend = DropIn.__call__
-    monkeypatch.setattr(DropIn, "__call__", lambda self, *args, **kwargs: counted.append(1) or attend(self, *args, **kwargs))
-    return counted
+    monkeypatch.setattr(DropIn, "__call__", lambda self, *args, **kwargs: recorded.append(1) or attend(self, *args, **kwargs))
+    return recorded
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_encoders(calls, grad, training, masked):
-    """The fast path for inference, which bypasses the module, and nested tensors stay away."""
+def test_encoders_call_the_replacement(calls, grad, training, masked):
+    """PyTorch uses neither its inference fast path, which would bypass the module, nor nested tensors."""
     model, x = encoder().train(training), tokens()
     options = dict(src_key_padding_mask=padding()) if masked else {}
     with torch.set_grad_enabled(grad):
@@ -64,7 +64,7 @@ def test_encoders(calls, grad, training, masked):
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_module_itself(batch_first, bias):
+def test_nystrom_with_all_landmarks_reproduces_multihead_attention(batch_first, bias):
     torch.manual_seed(0)
     host = nn.MultiheadAttention(32, 2, bias=bias, batch_first=batch_first)
     q, k, v = torch.randn(3, 2, 16, 32).unbind()
@@ -75,8 +75,8 @@ def test_the_module_itself(batch_first, bias):
     replace_mha(host, "nystrom", **EXACT)
     out = [host(*inputs, key_padding_mask=m, need_weights=False) for m in (None, mask, additive)]
     assert all(weights is None for _, weights in out)
-    for ours, theirs in zip(out, [expected[0], expected[1], expected[1]], strict=True):
-        torch.testing.assert_close(ours[0], theirs, atol=1e-3, rtol=1e-3)
+    for actual, host_out in zip(out, [expected[0], expected[1], expected[1]], strict=True):
+        torch.testing.assert_close(actual[0], host_out, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(host(*(x[0] for x in (q, k, v)), need_weights=False)[0], alone, atol=1e-3, rtol=1e-3)
 
 
@@ -89,7 +89,7 @@ def test_cross_attention():
     assert out.shape == (2, 16, 32)
 
 
-def test_trains_and_copies():
+def test_replaced_encoders_train_and_copy():
     model = encoder().train()
     replace_mha(model, "performer", retrain=True, num_features=8)
     assert [layer.self_attn.vix.core.seed for layer in model.layers] == [0, 1]
@@ -98,14 +98,14 @@ def test_trains_and_copies():
     assert torch.equal(copy.deepcopy(model)(tokens()), model(tokens()))
 
 
-def test_compiles():
+def test_replaced_encoders_compile():
     model = encoder()
     replace_mha(model, "nystrom", num_landmarks=4)
     expected = model(tokens())
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(tokens()), expected)
 
 
-def test_what_cannot_be_honoured_raises():
+def test_unsupported_arguments_raise():
     model, x = encoder(dropout=0.1), tokens()
     mha = model.layers[0].self_attn
     replace_mha(model, "nystrom", num_landmarks=4)
@@ -129,7 +129,7 @@ def test_what_cannot_be_honoured_raises():
     ("options", "reason"),
     [(dict(kdim=8, vdim=8), "kdim"), (dict(add_bias_kv=True), "add_bias_kv"), (dict(add_zero_attn=True), "add_zero_attn")],
 )
-def test_modules_that_are_left(options, reason):
+def test_unsupported_modules_are_not_replaced(options, reason):
     model = nn.ModuleList([nn.MultiheadAttention(32, 2), nn.MultiheadAttention(32, 2, **options)])
     report = replace_mha(model, "nystrom")
     assert report.replaced == ["0"] and reason in report.refused["1"]
@@ -139,7 +139,7 @@ def test_modules_that_are_left(options, reason):
         replace_mha(encoder(), "linear")
 
 
-def test_sdpa_is_replaced_within_the_context_only():
+def test_sdpa_is_replaced_only_within_the_context():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 16, 8).unbind()
     expected = F.scaled_dot_product_attention(q, k, v)
@@ -164,15 +164,15 @@ def test_sdpa_is_replaced_in_compiled_code():
     torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
-def test_sdpa_falls_back_and_counts():
+def test_sdpa_falls_back_and_counts_the_reasons():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 16, 8).unbind()
     bias = torch.randn(16, 16)
     calls = [dict(is_causal=True), dict(is_causal=True), dict(attn_mask=bias)]
     expected = [F.scaled_dot_product_attention(q, k, v, **options) for options in calls]
     with replace_sdpa("nystrom") as swap:
-        for options, theirs in zip(calls, expected, strict=True):
-            assert torch.equal(F.scaled_dot_product_attention(q, k, v, **options), theirs)
+        for options, host_out in zip(calls, expected, strict=True):
+            assert torch.equal(F.scaled_dot_product_attention(q, k, v, **options), host_out)
         F.scaled_dot_product_attention(q[:, :1], k[:, :1], v[:, :1], dropout_p=0.5)
         assert F.scaled_dot_product_attention(q[0], k[0], v[0]).shape == (2, 16, 8)
         assert F.scaled_dot_product_attention(q[:1], k, v).shape == (2, 2, 16, 8)
@@ -182,7 +182,7 @@ def test_sdpa_falls_back_and_counts():
         replace_sdpa("performer")
 
 
-def test_sdpa_of_x_transformers():
+def test_sdpa_of_x_transformers_is_replaced():
     x_transformers = pytest.importorskip("x_transformers", reason="x-transformers is not installed")
     torch.manual_seed(0)
     host = x_transformers.ViTransformerWrapper(
