@@ -1,4 +1,4 @@
-"""The traffic meter: what it counts, and how little the ops move. Triton's interpreter, no GPU."""
+"""Tests of the traffic meter and of the traffic of operators, in Triton's interpreter without a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not backends.interpreted(), reason="kernels are 
 
 @triton.jit
 def add_kernel(x, y, rows, stride, N, BLOCK: tl.constexpr):
-    """y += row x of its program, read twice."""
+    """Load the program's row of x twice and add both to y."""
     at = tl.arange(0, BLOCK)
     inside = at < N
     row = x + tl.program_id(0) % rows * stride
@@ -42,19 +42,19 @@ def added(x: Tensor, programs: int = 3) -> Tensor:
 
 
 def performer(tokens: int, batch: int = 4, heads: int = 4, features: int = 110, **options) -> Traffic:
-    """Head width 32, gradients of q, k, v. float16 moves and launches what bfloat16 does, and is interpreted twice as fast."""
+    """Measure head width 32 and the gradients of q, k and v. float16 has bfloat16's launches and traffic in half the time."""
     q, k, v = (torch.randn(batch, heads, tokens, 32, dtype=torch.float16, requires_grad=True) for _ in range(3))
     return measure(performer_attention, q, k, v, orthogonal_projection(features, 32, seed=0), backend="triton", **options)
 
 
-def moved(traffic: Pass, name: str) -> list[int]:
-    """What each launch loads of an argument."""
+def loaded_bytes(traffic: Pass, name: str) -> list[int]:
+    """Return the bytes of an argument that each launch loads."""
     return [each.loaded[name] for each in traffic.launches if name in each.loaded]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_launch_counts_each_byte_once_a_direction(dtype: torch.dtype) -> None:
-    """However often programs and lanes come by; masked lanes and rows that nobody reads do not count."""
+def test_a_launch_counts_each_byte_once_per_direction(dtype: torch.dtype) -> None:
+    """Repeated accesses count once. Masked lanes and unread rows do not count."""
     size = dtype.itemsize
     traffic = measure(added, torch.randn(5, 37, dtype=dtype)).forward
     zeros, kernel = traffic.launches
@@ -65,16 +65,16 @@ def test_a_launch_counts_each_byte_once_a_direction(dtype: torch.dtype) -> None:
     assert traffic.bytes == (1 + 3 + 1 + 1) * 37 * size and traffic.ratio == 6 / 4
 
 
-def test_views_count_by_their_elements() -> None:
+def test_views_count_only_their_elements() -> None:
     x = torch.randn(37)
     expanded = measure(added, x.expand(3, 37)).forward
-    assert moved(expanded, "x") == [37 * 4] and expanded.least == 2 * 37 * 4
+    assert loaded_bytes(expanded, "x") == [37 * 4] and expanded.least == 2 * 37 * 4
     every_other = measure(added, torch.randn(6, 100)[::2, 10:47]).forward
-    assert moved(every_other, "x") == [3 * 37 * 4] and every_other.least == 4 * 37 * 4
+    assert loaded_bytes(every_other, "x") == [3 * 37 * 4] and every_other.least == 4 * 37 * 4
 
 
-def test_operators_of_torch_count() -> None:
-    """Those that move something: a cast, a sum, a product with itself, an addition in place, a copy."""
+def test_pytorch_operators_count() -> None:
+    """Operators that move data count: a cast, a sum, a product with itself, an in-place product, a copy."""
 
     def function(x: Tensor) -> Tensor:
         wide = x.view(30).reshape(10, 3).to(torch.float64).to(torch.float64)
@@ -98,8 +98,8 @@ def test_operators_of_torch_count() -> None:
     ]
 
 
-def test_packed_tokens_count_as_separate_ones() -> None:
-    """q, k and v side by side in one storage."""
+def test_packed_tokens_count_like_separate_tensors() -> None:
+    """q, k and v are views of one storage."""
     packed = torch.randn(1, 50, 3, 2, 32, requires_grad=True)
     projection = orthogonal_projection(20, 32, seed=0)
 
@@ -111,31 +111,31 @@ def test_packed_tokens_count_as_separate_ones() -> None:
     assert bytes_of(*views) == bytes_of(*(x.detach().contiguous().requires_grad_() for x in views))
 
 
-def test_the_least_is_arguments_and_results() -> None:
-    """Forward: q, k, v, out. Backward: those, dout, dq, dk, dv. The features once; statistics never."""
+def test_the_minimum_is_arguments_and_results() -> None:
+    """Forward: q, k, v, out. Backward: also dout, dq, dk, dv. Features count once, statistics never."""
     traffic = performer(100, 2, 3, 40)
     token_bytes, features = 2 * 3 * 100 * 32 * 2, 40 * 32 * 4
     assert traffic.forward.least == 4 * token_bytes + features
     assert traffic.backward.least == 8 * token_bytes + features
-    assert moved(traffic.forward, "slots") == 2 * [features]
+    assert loaded_bytes(traffic.forward, "slots") == 2 * [features]
 
 
 def test_masked_keys_do_not_count() -> None:
     mask = torch.arange(100) < 60
     traffic = performer(100, 2, 3, 40, key_padding_mask=mask.expand(2, 100).contiguous())
-    assert moved(traffic.forward, "k") == [2 * 3 * 60 * 32 * 2]
+    assert loaded_bytes(traffic.forward, "k") == [2 * 3 * 60 * 32 * 2]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_tiles_of_tokens_do_not_matter(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches and their bytes are those of the architecture's own tiles, where there are enough tokens to split."""
+def test_assumed_tiles_of_tokens_do_not_change_traffic(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches and bytes equal those of the architecture's real tiles, also where tokens are split."""
     options = dict(rope=rope_1d(1000, 32), key_padding_mask=torch.rand(1, 1000) > 0.3, arch=arch)
     large = performer(1000, 1, 1, 70, **options)
     monkeypatch.setattr(launching, "ASSUMED_TOKENS", 0)
     assert performer(1000, 1, 1, 70, **options) == large
 
 
-# The budgets of the design at the shapes that it names.
+# The budgets of the design, at its shapes
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_performer_forward() -> None:
     assert 1 <= traffic.forward.ratio <= 1.15, f"\n{traffic.forward}"
     split = measure(performer_attention, q, k, v, projection, backend="triton")
     assert len(split.forward.launches) == 3
-    # Each of the 4 chunks writes its values, lse, top and total; the merge reads all but lse and writes all once more.
+    # Each of the 4 chunks writes values, lse, running max and sum. The merge reads all but lse. Its writes cancel out.
     rows = 4 * 4 * 110 * 4  # bytes of one number per slot
     assert split.forward.bytes - traffic.forward.bytes == 4 * rows * (32 + 3) + 4 * rows * (32 + 2)
 
@@ -161,14 +161,14 @@ def test_performer_backward(long: Traffic) -> None:
 
 
 def test_nystrom_forward() -> None:
-    """The two phases read q, k and v (for the residual) twice and write the output: 4 launches, or 5 with a merge."""
+    """Two passes read q, k and v (for the residual) twice and write the output in 4 launches, or 5 with a merge."""
     q, k, v = torch.randn(3, 1, 1, 4096, 32, dtype=torch.bfloat16)
-    weight, phases = torch.randn(1, 1, 33, 1), 7 * q.nbytes
+    weight, minimum = torch.randn(1, 1, 33, 1), 7 * q.nbytes
     for split, launches in ((False, 4), (True, 5)):
         options = dict(num_landmarks=64, conv_weight=weight, backend="triton")
         traffic = measure(nystrom_attention, q, k, v, **options, split=split).forward
         assert len(traffic.launches) == launches
-        assert 1 <= traffic.bytes / phases <= 1.25, f"\n{traffic}"
+        assert 1 <= traffic.bytes / minimum <= 1.25, f"\n{traffic}"
 
 
 def test_rope() -> None:
@@ -178,10 +178,10 @@ def test_rope() -> None:
     assert 1 <= traffic.backward.ratio <= 1.04, f"\n{traffic.backward}"
 
 
-# What it refuses, and what it leaves behind
+# Refusals and cleanup
 
 
-def test_refusals() -> None:
+def test_unsupported_measurements_are_refused() -> None:
     x = torch.randn(4, 8)
     with pytest.raises(ValueError, match="arch: expected one of sm_80, .*, got 'sm_75'"):
         measure(added, x, arch="sm_75")
@@ -203,7 +203,7 @@ def test_an_access_outside_the_arguments_raises() -> None:
     assert "create_masked_load" not in vars(interpreter_builder)
 
 
-def test_the_command(capsys: pytest.CaptureFixture) -> None:
+def test_the_traffic_command(capsys: pytest.CaptureFixture) -> None:
     from vix_kernels.__main__ import main
 
     assert main(["dev", "traffic", "--batch", "1", "--heads", "1", "--tokens", "64", "--all-gradients", "--arch", "sm_80"]) == 0

@@ -1,4 +1,4 @@
-"""What the flags of `vix train` do, beside what test_training.py shows."""
+"""Tests of flags of `vix train` that test_training.py does not cover."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
 @pytest.mark.parametrize(
     "flags", [["--grad-accum-steps", "3"], ["--grad-checkpointing"], ["--channels-last"]], ids=lambda x: x[0]
 )
-def test_flags_for_speed_and_memory_change_nothing_else(flags: list[str], plain: torch.Tensor, tmp_path: Path) -> None:
-    """vip has no batch norm, whose statistics are of the parts of a batch."""
+def test_flags_for_speed_and_memory_keep_the_results(flags: list[str], plain: torch.Tensor, tmp_path: Path) -> None:
+    """vip has no batch norm, whose statistics would depend on how a batch is split."""
     torch.testing.assert_close(weights(trained(tmp_path, "--model", "vip", *flags)), plain, rtol=1e-3, atol=1e-3)
 
 
@@ -59,7 +59,7 @@ def test_flags_for_speed_and_memory_change_nothing_else(flags: list[str], plain:
     ],
     ids=lambda flags: flags[-1],
 )  # fmt: skip
-def test_flags_that_change_the_training_do(flags: list[str], plain: torch.Tensor, tmp_path: Path) -> None:
+def test_flags_for_training_change_the_results(flags: list[str], plain: torch.Tensor, tmp_path: Path) -> None:
     changed = weights(trained(tmp_path, "--model", "vip", *flags))
     assert changed.isfinite().all() and (changed - plain).abs().max() > 1e-6
 
@@ -71,8 +71,8 @@ def test_gradient_checkpointing_and_drop_path_reach_the_model(tmp_path: Path, mo
     assert seen[0].grad_checkpointing and seen[0].blocks[2].drop_path.rate == pytest.approx(0.3)
 
 
-def test_compiled_models_train_and_save_their_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place, so that no name changes; what inductor makes of the models is shown with the models."""
+def test_compiled_models_save_unchanged_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are compiled in place, so names stay. test_models.py compiles the models themselves."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append((type(self).__name__, how)))
     checkpoint = trained(tmp_path, "--model", "vip", "--compile", "--model-ema")
@@ -80,7 +80,7 @@ def test_compiled_models_train_and_save_their_own_names(tmp_path: Path, monkeypa
     create_model("vip", **checkpoint["model_kwargs"]).load_state_dict(checkpoint["model"])
 
 
-def test_muon_takes_the_matrices_of_the_blocks() -> None:
+def test_muon_optimizes_the_matrices_of_the_blocks() -> None:
     model = create_model("hybrid_vip", img_size=8, in_chans=1, patch_size=2)
     adamw, muon = Optimizer(model, Config(opt="muon")).parts
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -90,15 +90,15 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
         name for name in names.values() if name.startswith("patch_embed")
     }
     assert len(names) == len(matrices) + sum(len(group["params"]) for group in adamw.param_groups)
-    free = {names[p] for group in adamw.param_groups if not group["weight_decay"] for p in group["params"]}
-    assert {"cls_token", "pos_embed", "norm.weight", "head.bias"} <= free and "head.weight" not in free
+    no_decay = {names[p] for group in adamw.param_groups if not group["weight_decay"] for p in group["params"]}
+    assert {"cls_token", "pos_embed", "norm.weight", "head.bias"} <= no_decay and "head.weight" not in no_decay
 
 
-def test_features_are_redrawn_on_schedule_and_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_model_and_average_redraw_features_on_schedule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     drawn = []
     redraw = RedrawnAttentionModule.redraw_projection
     monkeypatch.setattr(RedrawnAttentionModule, "redraw_projection", lambda self: (redraw(self), drawn.append(self.redraws)))
-    checkpoint = trained(tmp_path, "--model", "vip", "--redraw-interval", "2", "--model-ema")  # 6 steps: before 1, 3 and 5
+    checkpoint = trained(tmp_path, "--model", "vip", "--redraw-interval", "2", "--model-ema")  # before steps 1, 3 and 5 of 6
     assert drawn == [1, 1, 2, 2, 3, 3]  # the model and its average
     name = "blocks.0.attn.projection"
     assert torch.equal(checkpoint["model"][name], checkpoint["ema"][name])
@@ -108,7 +108,7 @@ def test_features_are_redrawn_on_schedule_and_alike(monkeypatch: pytest.MonkeyPa
     assert torch.equal(model.blocks[0].attn.projection, checkpoint["model"][name])
 
 
-def test_float16_keeps_its_loss_scale(tmp_path: Path) -> None:
+def test_float16_runs_resume_with_their_loss_scale(tmp_path: Path) -> None:
     checkpoint = trained(tmp_path, "--model", "vip", "--amp", "--amp-dtype", "float16")
     assert checkpoint["scaler"]["scale"] >= 1024
     assert main(["train", "--resume", str(tmp_path), "--epochs", "2"]) == 0
@@ -119,19 +119,19 @@ def test_float16_keeps_its_loss_scale(tmp_path: Path) -> None:
 def test_time_to_an_accuracy_ends_the_run(tmp_path: Path) -> None:
     history = trained(tmp_path, "--epochs", "5", "--time-to", "1")["history"]
     assert len(history) == 1 and history[0]["seconds"] > 0 and history[0]["peak_memory_mb"] > 50
-    assert main(["train", "--resume", str(tmp_path)]) == 0  # which is there already
+    assert main(["train", "--resume", str(tmp_path)]) == 0  # the accuracy is already reached
     assert load_checkpoint(tmp_path)["history"] == history
     assert parsed("--resume", str(tmp_path), "--epochs", "2", "--time-to", "1").time_to == 1
     assert main(["train", "--resume", str(tmp_path), "--epochs", "2"]) == 0
     assert load_checkpoint(tmp_path)["history"][:1] == history and load_checkpoint(tmp_path)["epoch"] == 2
 
 
-def test_more_epochs_keep_an_accuracy_that_is_not_reached(tmp_path: Path) -> None:
+def test_more_epochs_keep_a_target_accuracy_not_yet_reached(tmp_path: Path) -> None:
     trained(tmp_path, "--time-to", "100")
     assert parsed("--resume", str(tmp_path), "--epochs", "2").time_to == 100
 
 
-def test_without_tensorboard_nothing_is_made(
+def test_without_tensorboard_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -149,7 +149,7 @@ def test_tensorboard_has_the_history(tmp_path: Path) -> None:
     assert points == [(row["epoch"], pytest.approx(row["eval_top1"])) for row in history]
 
 
-def test_learning_rates() -> None:
+def test_learning_rates_of_cooldown_and_constant_schedule() -> None:
     config = Config(epochs=10, warmup_epochs=2, cooldown_epochs=3, lr=1.0, min_lr=0.1)
     rates = [learning_rate(step, 5, config) for step in range(50)]
     assert rates[35:] == [pytest.approx(0.1)] * 15 and rates[34] > 0.101
@@ -158,7 +158,7 @@ def test_learning_rates() -> None:
 
 
 @pytest.mark.parametrize("recipe", [None, *RECIPES])
-def test_no_default_raises_a_small_rate(recipe: str | None) -> None:
+def test_defaults_do_not_raise_a_small_learning_rate(recipe: str | None) -> None:
     config = parsed("--lr", "1e-6", "--epochs", "30", *(["--recipe", recipe] if recipe else []))
     config.check()
     rates = [learning_rate(step, 5, config) for step in range(150)]
@@ -166,12 +166,12 @@ def test_no_default_raises_a_small_rate(recipe: str | None) -> None:
     assert Config(lr=1e-3).end_lr == 1e-5 and Config(lr=1e-3, min_lr=0.0).end_lr == 0
 
 
-def test_a_run_of_an_earlier_version_with_a_lowest_rate_above_the_highest_goes_on(tmp_path: Path) -> None:
+def test_an_earlier_run_with_min_lr_above_lr_resumes(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "last.pt", numbered(1) | {"config": {"lr": 1e-6, "min_lr": 1e-5}}, Ranks())
     parsed("--resume", str(tmp_path)).check()
 
 
-def test_a_warm_up_longer_than_the_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warmup_longer_than_the_run_prints_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained(tmp_path, "--warmup-epochs", "3")
     note = "note: --warmup-epochs 3 is longer than --epochs 1: the learning rate ends at 0.00067, below --lr 0.002"
     assert note in capsys.readouterr().out
@@ -182,7 +182,7 @@ def parsed(*words: str) -> Config:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_sets_what_it_says_and_flags_come_before_it(name: str) -> None:
+def test_a_recipe_sets_its_values_and_flags_override_it(name: str) -> None:
     config = parsed("--recipe", name, "--lr", "0.123")
     assert config.lr == 0.123 and config.recipe == name
     for key, value in RECIPES[name].items():
@@ -190,7 +190,7 @@ def test_a_recipe_sets_what_it_says_and_flags_come_before_it(name: str) -> None:
     config.check()
 
 
-def test_a_file_comes_between_a_recipe_and_the_flags(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_file_overrides_its_recipe_and_flags_override_the_file(tmp_path: Path, refused: Callable[..., str]) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text(yaml.safe_dump({"recipe": "cct", "epochs": 7, "lr": 0.5, "output": "elsewhere"}))
     config = parsed("-c", str(path), "--lr", "0.25")
@@ -212,18 +212,18 @@ def test_a_file_comes_between_a_recipe_and_the_flags(tmp_path: Path, refused: Ca
         ("recipe: quick", "--recipe: expected one of original, cct, fast, got quick"),
     ],
 )
-def test_a_file_is_checked_as_flags_are(line: str, words: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_file_is_checked_like_flags(line: str, words: str, tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "settings.yaml").write_text(line)
     assert words in refused("-c", tmp_path / "settings.yaml", "--output", tmp_path / "run")
 
 
-def test_a_recipe_flag_comes_before_a_file(tmp_path: Path) -> None:
+def test_a_recipe_flag_overrides_a_file(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("lr: 0.5\nepochs: 7\n")
     config = parsed("-c", str(tmp_path / "settings.yaml"), "--recipe", "fast")
     assert (config.lr, config.epochs) == (RECIPES["fast"]["lr"], 7)
 
 
-def test_drop_path_is_the_model_s_unless_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drop_path_defaults_to_that_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = []
     monkeypatch.setattr(run.Run, "go", lambda self: rates.append(self.state.model.blocks[-1].drop_path.rate))
     for number, rate in enumerate((None, 0.0)):
@@ -232,23 +232,23 @@ def test_drop_path_is_the_model_s_unless_it_is_said(tmp_path: Path, monkeypatch:
     assert rates == [0.1, 0.0]
 
 
-def test_muon_has_no_loss_scale(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_muon_with_float16_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     words = ["--opt", "muon", "--amp", "--amp-dtype", "float16", "--output", tmp_path]
     assert "--opt: muon does not support float16" in refused(*words)
 
 
-def test_args_of_a_run_repeat_it(tmp_path: Path) -> None:
+def test_args_yaml_reproduces_a_run(tmp_path: Path) -> None:
     first = trained(tmp_path / "first", "--model", "vip", "--opt", "muon")
     assert main(["train", "-c", str(tmp_path / "first" / "args.yaml"), "--output", str(tmp_path / "second")]) == 0
     torch.testing.assert_close(load_checkpoint(tmp_path / "second")["model"], first["model"], rtol=0, atol=0)
 
 
-def test_another_optimizer_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_resuming_with_another_optimizer_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     trained(tmp_path, "--model", "vip")
     assert "--opt" in refused("--resume", tmp_path, "--opt", "muon", "--epochs", "2")
 
 
-def test_batches_must_be_divisible(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_more_accumulation_steps_than_images_are_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "at most --batch-size 4" in refused("--grad-accum-steps", "5", "-b", "4", "--output", tmp_path)
 
 
@@ -260,7 +260,7 @@ def test_help_shows_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, text.splitlines())) < 260
 
 
-def test_states_of_one_seed_start_alike() -> None:
+def test_a_new_state_starts_at_zero_and_evaluates_the_average() -> None:
     model = create_model("vip", img_size=8, in_chans=1, patch_size=2)
     state = State(Config(model_ema=True), model, torch.device("cpu"), Ranks())
     assert state.place == (0, 0, 0) and state.tested is state.ema.model and state.call is model

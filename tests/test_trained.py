@@ -1,4 +1,4 @@
-"""`vix validate` and `vix predict`: what a trained model says, and how it is shown."""
+"""Tests of `vix validate` and `vix predict`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained_run(tmp_path_factory.mktemp("run"), "vin")
 
 
-def test_the_judgement_is_that_of_the_run(run: Path) -> None:
+def test_evaluation_reproduces_the_results_of_the_run(run: Path) -> None:
     row = load_checkpoint(run / "best.pt")["history"][-1]
     evaluation = evaluate_trained(load_trained(run, CPU), load_dataset("digits"))
     assert evaluation.top1 == pytest.approx(row["eval_top1"]) and evaluation.top5 == pytest.approx(row["eval_top5"])
@@ -65,7 +65,7 @@ def test_the_judgement_is_that_of_the_run(run: Path) -> None:
     assert (evaluation.labels != evaluation.predicted).all()
     assert torch.equal(evaluation.probability, evaluation.probability.sort(descending=True).values)
     pairs = evaluation.worst_pairs(3)
-    assert all(evaluation.confusion[label, said] == images for images, label, said in pairs)
+    assert all(evaluation.confusion[label, predicted] == images for images, label, predicted in pairs)
 
 
 def test_validate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +78,7 @@ def test_validate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_names_with_dollars_are_drawn(tmp_path: Path) -> None:
-    """They are no formulas of matplotlib's, which cannot parse these."""
+    """matplotlib would parse the names as formulas and fail."""
     title, classes = r"model on $\prices$", ("$1_$", r"$\2$")
     row = {"epoch": 1, "train_loss": 1.0, "eval_loss": 1.0, "eval_top1": 50.0}
     draw_learning_curve(tmp_path / "curve.png", [row], row, title)
@@ -102,13 +102,13 @@ def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "broken.png: cannot be decoded" in captured.err and captured.err.count("\n") == 1
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["digit.png"]
     trained = load_trained(run, CPU)
-    said = trained.model(trained.inputs(image[None].float() / 16)[None])[0]
-    assert f"{trained.classes[int(said.argmax())]} {100 * said.softmax(0).max():.0f}"[:3] in captured.out
+    logits = trained.model(trained.inputs(image[None].float() / 16)[None])[0]
+    assert f"{trained.classes[int(logits.argmax())]} {100 * logits.softmax(0).max():.0f}"[:3] in captured.out
     assert trained.classes[label] == str(label)
 
 
-def test_what_save_model_writes_is_read(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the classes, mean and std of the run. They are forgotten with the head or the channels that they belong to."""
+def test_saved_models_validate_and_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They keep the classes, mean and std of the run. A new head drops the classes, new channels drop mean and std."""
     save_model(load_trained(run, CPU).model, tmp_path / "saved")
     Image.new("L", (8, 8), 99).save(tmp_path / "image.png")
     outputs = []
@@ -129,7 +129,7 @@ def test_what_save_model_writes_is_read(run: Path, tmp_path: Path, capsys: pytes
     assert model.config["data"].keys() == {"mean", "std"}
 
 
-def test_a_saved_model_of_another_trainer_is_read_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_saved_model_without_mean_and_std_prints_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(create_model("vip", img_size=8, in_chans=1, patch_size=4, embed_dim=16, depth=1, num_heads=2), tmp_path)
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     assert main(["predict", "--checkpoint", str(tmp_path), "--topk", "10", str(tmp_path / "image.png")]) == 0
@@ -154,7 +154,7 @@ def test_a_saved_model_of_another_trainer_is_read_with_a_note(tmp_path: Path, ca
         ("config.json", b'{"original": "FNet2D", "arguments": {}}', "needs num_classes"),
     ],
 )
-def test_damaged_files_of_save_model_are_one_line(
+def test_damaged_model_files_are_refused_in_one_line(
     command: str, file: str, content: bytes | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_model(create_model("vip", img_size=8, in_chans=1, patch_size=4, embed_dim=16, depth=1, num_heads=2), tmp_path)
@@ -163,8 +163,8 @@ def test_damaged_files_of_save_model_are_one_line(
     more = ["image.png"] if command == "predict" else ["--output", str(tmp_path / "model.onnx")]
     with pytest.raises(SystemExit) as stop:
         main([command, "--checkpoint", str(tmp_path), *more])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and str(tmp_path) in said and words in said
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1 and str(tmp_path) in printed and words in printed
 
 
 def test_existing_outputs_are_kept(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,14 +184,14 @@ def test_existing_outputs_are_kept(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert Image.open(tmp_path / "maps" / "image.png").width > 500
 
 
-def test_pictures_of_images_of_one_name_are_told_apart() -> None:
+def test_pictures_of_images_with_equal_names_get_different_names() -> None:
     images = [Path("a.png"), Path("a-2.png"), Path("b/a.png"), Path("c/a.jpg")]
     names = [path.name for path in commands._pictures(images, Path("/tmp"), overwrite=True)]
     assert names == ["a.png", "a-2.png", "a-3.png", "a-4.png"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are text on this system")
-def test_file_names_that_are_no_text_are_shown(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undecodable_file_names_are_printed(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = (tmp_path / os.fsdecode(name) for name in (b"d\xffg.png", b"\xfe.png"))
     Image.new("L", (8, 8)).save(good)
     bad.write_text("no image")
@@ -206,8 +206,8 @@ def test_file_names_that_are_no_text_are_shown(run: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("mixer", ["vit", "vip", "vin", "vil"])
-def test_the_map_is_the_row_of_the_class_token(mixer: str) -> None:
-    """Against the plain equation of softmax attention; for the others, what the op itself says of a token's share."""
+def test_the_attention_map_is_the_row_of_the_class_token(mixer: str) -> None:
+    """Compare softmax attention with its equation, and every op with its output and `attention_weights`."""
     torch.manual_seed(0)
     model = create_model(mixer, img_size=8, in_chans=1, patch_size=2, embed_dim=32, depth=1, num_heads=2).eval()
     module, x = model.blocks[0].attn, torch.randn(2, 17, 32)
@@ -229,7 +229,7 @@ def test_the_map_is_the_row_of_the_class_token(mixer: str) -> None:
     torch.testing.assert_close(weights, attention_weights(attend, q, k, None, None))
 
 
-def test_what_has_no_map_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_without_an_attention_map_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "image.png")
     pooled = ["--model-kwargs", "class_token=False", "global_pool=avg"]
     for model, words, missing in (("vip", pooled, "class token"), ("fnet", [], "attention")):
@@ -241,14 +241,14 @@ def test_what_has_no_map_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("command", ["validate", "predict"])
-def test_bad_checkpoints_are_one_line(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_checkpoints_are_refused_in_one_line(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "best.pt").write_text("nothing")
     more = ["image.png"] if command == "predict" else []
     for path, words in ((tmp_path, "is damaged"), (tmp_path / "nowhere", "no checkpoint at")):
         with pytest.raises(SystemExit) as stop:
             main([command, "--checkpoint", str(path), *more])
-        said = capsys.readouterr().err
-        assert stop.value.code == 2 and said.count("\n") == 1 and "--checkpoint: " in said and words in said
+        printed = capsys.readouterr().err
+        assert stop.value.code == 2 and printed.count("\n") == 1 and "--checkpoint: " in printed and words in printed
 
 
 def test_images_of_another_shape_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`vix train`: a short run, its files, its exact continuation, and what it says to bad input."""
+"""Tests of `vix train`: a short run, its files, exact resumption, and refusals of bad input."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ from vix_kernels.training.report import best_epoch, write_summary
 TINY = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 4}
 TINY_WORDS = [f"{key}={value}" for key, value in TINY.items()]
 MIXED = {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.25, "model_ema": True, "redraw_interval": 4, "aa": "trivial"}
-TIMES = ("seconds", "images_per_second", "peak_memory_mb")  # of a row, are never the same
+TIMES = ("seconds", "images_per_second", "peak_memory_mb")  # columns that differ in every run
 
 
 def tiny(output: Path, **kwargs: Any) -> Config:
-    """Dropout and mixing are on, so that a continued run needs every kind of randomness to agree."""
+    """Return a config with dropout and mixing, so that a resumed run must restore every random state."""
     kwargs = {"model": "hybrid_vip", "model_kwargs": TINY | {"proj_drop_rate": 0.1}, "batch_size": 256} | MIXED | kwargs
     return Config(epochs=2, warmup_epochs=1, output=str(output), **kwargs)
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run.train(tiny(tmp_path_factory.mktemp("straight")))[1]
+def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run.train(tiny(tmp_path_factory.mktemp("full_run")))[1]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_run_leaves_its_files(straight: Path) -> None:
-    assert set(contents(straight)) == set(setup.RUN_FILES)
-    assert yaml.safe_load((straight / "args.yaml").read_text())["model_kwargs"]["embed_dim"] == 16
-    rows = list(csv.DictReader((straight / "summary.csv").read_text().splitlines()))
+def test_a_run_writes_its_files(full_run: Path) -> None:
+    assert set(contents(full_run)) == set(setup.RUN_FILES)
+    assert yaml.safe_load((full_run / "args.yaml").read_text())["model_kwargs"]["embed_dim"] == 16
+    rows = list(csv.DictReader((full_run / "summary.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert {"train_loss", "eval_loss", "eval_top1", "eval_top5", "lr", "images_per_second"} <= rows[0].keys()
-    assert (straight / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (full_run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_best_checkpoint_gives_the_reported_accuracy(straight: Path) -> None:
-    checkpoint = load_checkpoint(straight / "best.pt")
+def test_best_checkpoint_gives_the_reported_accuracy(full_run: Path) -> None:
+    checkpoint = load_checkpoint(full_run / "best.pt")
     model = create_model(checkpoint["config"]["model"], **checkpoint["model_kwargs"])
     model.load_state_dict(checkpoint["ema"])
     result = loop.evaluate(model, load_dataset("digits"), Config())
@@ -69,15 +69,15 @@ def test_best_checkpoint_gives_the_reported_accuracy(straight: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "steps"), [(signal.SIGINT, 0), (signal.SIGTERM, 2), (signal.SIGTERM, 6), (signal.SIGINT, 8)]
 )
-def test_a_stopped_run_goes_on_to_the_same_bits(
-    straight: Path,
+def test_a_resumed_run_is_bit_identical(
+    full_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     number: int,
     steps: int,
 ) -> None:
-    """Stopped in either epoch, or behind the last step of one (6 steps each)."""
+    """The run stops within either epoch, or after the last step of one (6 steps each)."""
     train_step, seen = loop.train_step, []
 
     def stopped(*args: Any) -> torch.Tensor:
@@ -94,34 +94,34 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         patch.setattr(loop, "train_step", stopped)
         assert main([*argv, "--output", str(output)]) == 128 + number
     assert len(seen) == steps + 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and signal.Signals(number).name in said and f"--resume {output}" in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and signal.Signals(number).name in printed and f"--resume {output}" in printed
     assert main(["train", "--resume", str(output)]) == 0
 
-    ours, theirs = load_checkpoint(output), load_checkpoint(straight)
+    resumed, expected = load_checkpoint(output), load_checkpoint(full_run)
     for key in ("model", "optimizer", "ema"):
-        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
-    for row in ours["history"] + theirs["history"]:
+        torch.testing.assert_close(resumed[key], expected[key], rtol=0, atol=0)
+    for row in resumed["history"] + expected["history"]:
         for name in TIMES:
             del row[name]
-    assert ours["history"] == theirs["history"]
-    assert contents(straight).keys() == contents(output).keys()
+    assert resumed["history"] == expected["history"]
+    assert contents(full_run).keys() == contents(output).keys()
 
 
-def test_a_run_can_branch_off_another(straight: Path, tmp_path: Path) -> None:
-    before = contents(straight)
-    assert main(["train", "--resume", str(straight / "best.pt"), "--output", str(tmp_path), "--epochs", "3"]) == 0
+def test_a_run_can_branch_from_another(full_run: Path, tmp_path: Path) -> None:
+    before = contents(full_run)
+    assert main(["train", "--resume", str(full_run / "best.pt"), "--output", str(tmp_path), "--epochs", "3"]) == 0
     assert [row["epoch"] for row in load_checkpoint(tmp_path)["history"]] == [1, 2, 3]
     assert contents(tmp_path).keys() == before.keys()
-    assert contents(straight) == before
+    assert contents(full_run) == before
 
 
-def test_a_branch_leaves_out_a_best_checkpoint_of_later_epochs(straight: Path, tmp_path: Path) -> None:
-    """And of other runs: best.pt must be what the history calls best."""
-    start = load_checkpoint(straight)
+def test_a_branch_ignores_a_best_checkpoint_of_later_epochs(full_run: Path, tmp_path: Path) -> None:
+    """It also ignores that of another run: best.pt must be the best epoch of the history."""
+    start = load_checkpoint(full_run)
     start["history"], start["epoch"] = start["history"][:1], 1
-    best = load_checkpoint(straight / "best.pt")
-    best["history"] = load_checkpoint(straight)["history"]
+    best = load_checkpoint(full_run / "best.pt")
+    best["history"] = load_checkpoint(full_run)["history"]
     (tmp_path / "old").mkdir()
     torch.save(start, tmp_path / "old" / "epoch-1.pt")
     torch.save(best, tmp_path / "old" / "best.pt")
@@ -131,13 +131,13 @@ def test_a_branch_leaves_out_a_best_checkpoint_of_later_epochs(straight: Path, t
     assert setup.best_of(str(tmp_path / "old" / "epoch-1.pt"), start["history"]) is not None
 
 
-def test_bf16_autocast_trains(straight: Path, tmp_path: Path) -> None:
+def test_bf16_autocast_trains(full_run: Path, tmp_path: Path) -> None:
     history, _ = run.train(tiny(tmp_path, amp=True))
     assert history[1]["train_loss"] < history[0]["train_loss"]
-    assert history[0]["train_loss"] != load_checkpoint(straight)["history"][0]["train_loss"]  # the flag was not ignored
+    assert history[0]["train_loss"] != load_checkpoint(full_run)["history"][0]["train_loss"]  # the flag was not ignored
 
 
-def test_a_continued_run_can_leave_autocast(tmp_path: Path) -> None:
+def test_a_resumed_run_can_turn_off_autocast(tmp_path: Path) -> None:
     start = run.train(tiny(tmp_path / "run", amp=True))[1]
     for flags, amp in ([], True), (["--no-amp"], False):
         branch = tmp_path / f"amp-{amp}"
@@ -147,20 +147,20 @@ def test_a_continued_run_can_leave_autocast(tmp_path: Path) -> None:
     assert ends[0] != ends[1]
 
 
-def test_last_line_states_top1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_line_prints_top1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["train", "--epochs", "1", "--output", str(tmp_path), "--model-kwargs", *TINY_WORDS]
     assert main(argv) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("top-1 ")
 
 
-def test_default_output_never_meets_an_older_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_output_is_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert main(["train", "--epochs", "1", "-b", "512", "--model-kwargs", *TINY_WORDS]) == 0
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"hybrid_vip-digits", "hybrid_vip-digits-2"}
 
 
-def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_runs_get_different_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(setup.claim_folder, ["name"] * 64))
@@ -168,7 +168,7 @@ def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(("seconds", "drawn"), [(0, [1, 2, 2]), (math.inf, [2])])
-def test_the_learning_curve_grows_with_the_run(
+def test_the_learning_curve_is_redrawn_during_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, drawn: list[int]
 ) -> None:
     epochs = []
@@ -221,11 +221,11 @@ def test_a_backend_that_cannot_run_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_with_a_run_is_left_alone(straight: Path, refused: Callable[..., str]) -> None:
-    before = contents(straight)
-    assert "--resume" in refused("--output", straight)
-    assert "contains a run" in refused("--resume", straight / "best.pt")
-    assert contents(straight) == before
+def test_a_folder_with_a_run_is_not_overwritten(full_run: Path, refused: Callable[..., str]) -> None:
+    before = contents(full_run)
+    assert "--resume" in refused("--output", full_run)
+    assert "contains a run" in refused("--resume", full_run / "best.pt")
+    assert contents(full_run) == before
 
 
 @pytest.mark.parametrize(
@@ -237,23 +237,23 @@ def test_a_folder_with_a_run_is_left_alone(straight: Path, refused: Callable[...
         ["--epochs", "1"],
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(straight: Path, argv: list[str], refused: Callable[..., str]) -> None:
-    before = contents(straight)
-    assert argv[0].strip("-").replace("-", "_") in refused("--resume", straight, *argv)
-    assert contents(straight) == before
+def test_a_checkpoint_of_another_run_is_refused(full_run: Path, argv: list[str], refused: Callable[..., str]) -> None:
+    before = contents(full_run)
+    assert argv[0].strip("-").replace("-", "_") in refused("--resume", full_run, *argv)
+    assert contents(full_run) == before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "other", "empty"])
-def test_a_damaged_checkpoint_is_refused(straight: Path, tmp_path: Path, damage: str, refused: Callable[..., str]) -> None:
+def test_a_damaged_checkpoint_is_refused(full_run: Path, tmp_path: Path, damage: str, refused: Callable[..., str]) -> None:
     path = tmp_path / "last.pt"
     if damage == "truncated":
-        path.write_bytes((straight / "last.pt").read_bytes()[:20_000])
+        path.write_bytes((full_run / "last.pt").read_bytes()[:20_000])
     elif damage == "text":
         path.write_text("not a checkpoint")
     elif damage == "other":
         torch.save({"model": {}}, path)
     else:
-        torch.save(dict.fromkeys(load_checkpoint(straight), {}), path)
+        torch.save(dict.fromkeys(load_checkpoint(full_run), {}), path)
     before = contents(tmp_path)
     assert str(path) in refused("--resume", path)
     assert contents(tmp_path) == before
@@ -277,7 +277,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"file": b"old"}
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_reported_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -288,7 +290,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert capsys.readouterr().err == "vix train: error: [Errno 28] No space left on device\n"
 
 
-def test_an_interruption_before_the_first_epoch_is_named(
+def test_an_interruption_before_the_first_epoch_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: object, **options: object) -> None:
@@ -314,19 +316,19 @@ def test_learning_rate_schedule() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_model_takes_the_digits(name: str) -> None:
+def test_every_model_is_built_for_the_digits(name: str) -> None:
     model, kwargs = setup.build_model(Config(model=name), load_dataset("digits").source(), torch.device("cpu"))
     assert model.img_size == (8, 8) and ("patch_size" in kwargs) == hasattr(model, "patch_size")
 
 
 @pytest.mark.parametrize("img_size", [8, (8, 8), [8, 8]])
-def test_a_square_is_named_by_its_side(img_size: int | tuple[int, int] | list[int]) -> None:
+def test_img_size_may_be_a_side_or_a_pair(img_size: int | tuple[int, int] | list[int]) -> None:
     config = Config(model="vip_tiny", model_kwargs={"img_size": img_size})
     _, kwargs = setup.build_model(config, load_dataset("digits").source(), torch.device("cpu"))
     assert kwargs["img_size"] == (8, 8)
 
 
-def test_the_average_is_the_average_and_copies_what_cannot_be_averaged() -> None:
+def test_ema_averages_parameters_and_copies_buffers() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.BatchNorm1d(1, affine=False))
     ema = Ema(model, decay=0.5)
     start = model[0].weight.detach().clone()

@@ -1,4 +1,4 @@
-"""The integration to transformers, on its models built from their configurations."""
+"""Tests of the transformers integration, on models built from configurations."""
 
 import copy
 
@@ -34,8 +34,8 @@ def text(tokens=24):
     return ids, mask
 
 
-def test_with_all_landmarks_bert_gives_its_own_answers():
-    """Padding included, which transformers drops in silence for an attention without a mask function."""
+def test_nystrom_with_all_landmarks_reproduces_bert():
+    """Padding is masked. transformers silently drops the mask for an attention without a mask function."""
     model, (ids, mask) = bert(), text()
     expected = model(ids, attention_mask=mask).last_hidden_state
     padded = model(ids).last_hidden_state
@@ -48,18 +48,18 @@ def test_with_all_landmarks_bert_gives_its_own_answers():
     assert all(p.grad.isfinite().all() for n, p in model.named_parameters() if "attention" in n)
 
 
-def test_a_prepared_mask():
+def test_prepared_masks_are_accepted():
     model, (ids, mask) = bert(), text()
     model.set_attn_implementation("vix_nystrom")
     expected = model(ids, attention_mask=mask).last_hidden_state
-    four = mask.bool()[:, None, None]
-    assert torch.equal(model(ids, attention_mask=four).last_hidden_state, expected)
+    prepared = mask.bool()[:, None, None]
+    assert torch.equal(model(ids, attention_mask=prepared).last_hidden_state, expected)
     with pytest.raises(NotImplementedError, match="attn_mask: expected one row"):
-        model(ids, attention_mask=four.expand(2, 1, 24, 24).tril())
+        model(ids, attention_mask=prepared.expand(2, 1, 24, 24).tril())
 
 
 @pytest.mark.parametrize("op", integration.OPS)
-def test_vit(op):
+def test_vit_runs_with_every_op(op):
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8)
     model = transformers.ViTModel(transformers.ViTConfig(**sizes)).eval()
@@ -74,7 +74,7 @@ def test_vit(op):
     assert model.get_parameter("embeddings.patch_embeddings.projection.weight").grad.any()
 
 
-def test_models_that_ignore_the_interface_get_a_mask_that_they_can_add():
+def test_models_that_ignore_the_interface_get_an_additive_mask():
     config = dict(BERT, max_position_embeddings=64, pad_token_id=1)
     torch.manual_seed(0)
     model = transformers.MPNetModel(transformers.MPNetConfig(**config)).eval()
@@ -84,7 +84,7 @@ def test_models_that_ignore_the_interface_get_a_mask_that_they_can_add():
     assert torch.equal(model(ids[1:], attention_mask=mask[1:]).last_hidden_state, expected)
 
 
-def test_compiles():
+def test_models_compile():
     model, (ids, mask) = bert(), text()
     for op in ("nystrom", "performer"):
         model.set_attn_implementation(f"vix_{op}")
@@ -94,7 +94,7 @@ def test_compiles():
         torch._dynamo.reset()
 
 
-def test_checkpointing_recomputes_the_same():
+def test_checkpointing_gives_the_same_gradients():
     model, (ids, mask) = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), text()
     model.set_attn_implementation("vix_performer")
     grads = []
@@ -117,7 +117,7 @@ def test_replace_sdpa_reaches_transformers():
     assert swap.fell_back.total() == 2
 
 
-def test_what_cannot_be_honoured_raises():
+def test_unsupported_arguments_raise():
     ids, mask = text()
     model = bert()
     model.set_attn_implementation("vix_nystrom")
@@ -130,18 +130,18 @@ def test_what_cannot_be_honoured_raises():
         causal(ids, attention_mask=mask)
     q, module = torch.randn(1, 2, 8, 4), torch.nn.Module()
     attend = integration.AttentionInterface()["vix_nystrom"]
-    with pytest.raises(NotImplementedError, match="is_causal: expected False"):  # what transformers assumes of a module
+    with pytest.raises(NotImplementedError, match="is_causal: expected False"):  # transformers' default for modules
         attend(module, q, q, q, None)
     with pytest.raises(NotImplementedError, match="softcap: expected None, got a int"):
         attend(module, q, q, q, None, is_causal=False, softcap=30)
     with pytest.raises(NotImplementedError, match="position_bias: expected None, got a Tensor"):
         attend(module, q, q, q, None, is_causal=False, position_bias=torch.zeros(1, 2, 8, 8))
-    assert attend(module, q, q, q, torch.zeros(1, 1, 1, 8))[0].shape == (1, 8, 2, 4)  # a mask says all
+    assert attend(module, q, q, q, torch.zeros(1, 1, 1, 8))[0].shape == (1, 8, 2, 4)  # a mask makes is_causal irrelevant
     with pytest.raises(NotImplementedError, match="no grouped heads"):
         attend(module, q, q[:, :1], q[:, :1], None, is_causal=False)
 
 
-def test_a_silent_swap_is_refused():
+def test_ops_without_retrain_are_refused():
     integration.register()
     model, (ids, _) = bert(), text()
     model.set_attn_implementation("vix_nystrom")
@@ -152,7 +152,7 @@ def test_a_silent_swap_is_refused():
             model(ids)
 
 
-def test_unknown_options():
+def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match="linformer: expected options of 'agent', 'linear', 'nystrom', 'performer'"):
         integration.register(linformer={})
     with pytest.raises(TypeError, match="num_features: expected an option of 'nystrom'"):
@@ -164,30 +164,30 @@ def nystromformer(**options):
     sizes = dict(segment_means_seq_len=32, num_landmarks=8, max_position_embeddings=64, pad_token_id=1)
     conv = options.pop("conv_kernel_size", 9)
     config = transformers.NystromformerConfig(**BERT | sizes | options)
-    vars(config)["conv_kernel_size"] = conv  # the configuration refuses None, which the model knows
+    vars(config)["conv_kernel_size"] = conv  # the configuration refuses None, but the model supports it
     return transformers.NystromformerModel(config).eval()
 
 
 @pytest.mark.parametrize("conv", [9, None])
 @pytest.mark.parametrize("landmarks", [8, 32])
-def test_a_patched_nystromformer_gives_the_same_answers(conv, landmarks):
+def test_a_patched_nystromformer_gives_the_same_results(conv, landmarks):
     model = nystromformer(conv_kernel_size=conv, num_landmarks=landmarks)
     patched, (ids, _) = copy.deepcopy(model), text(32)
     report = integration.patch(patched)
     assert len(report.replaced) == 2 and list(patched.state_dict()) == list(model.state_dict())
-    ours, theirs = patched(ids).last_hidden_state, model(ids).last_hidden_state
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    for out in (ours, theirs):
+    actual, expected = patched(ids).last_hidden_state, model(ids).last_hidden_state
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    for out in (actual, expected):
         out.square().sum().backward()
     for name, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(patched.get_parameter(name).grad, p.grad, atol=1e-4, rtol=1e-3)
-    assert len(integration.patch(patched).replaced) == 2  # and once more is no harm
+    assert len(integration.patch(patched).replaced) == 2  # patching twice is harmless
 
 
 @pytest.mark.parametrize("landmarks", [8, 32])
-def test_a_patched_nystromformer_with_padding(landmarks):
-    """Sharp attention, so that the start of the inverse counts; transformers' own mask of one row for each query, too."""
+def test_a_patched_nystromformer_masks_padding(landmarks):
+    """Attention is sharp, so the initial inverse matters. Masks may have one row, or an equal row for each query."""
     host = nystromformer(num_landmarks=landmarks).encoder.layer[0].attention.self
     patched = copy.deepcopy(host)
     integration.patch(patched)
@@ -205,27 +205,27 @@ def test_a_patched_nystromformer_with_padding(landmarks):
             patched(x, mask.expand(2, 1, 32, 32).tril())
 
 
-def test_what_a_patched_nystromformer_leaves_to_transformers():
+def test_a_patched_nystromformer_returns_the_attentions_of_the_host():
     model = nystromformer()
     patched, (ids, _) = copy.deepcopy(model), text(32)
     integration.patch(patched)
-    for ours, theirs in zip(
+    for actual, expected in zip(
         patched(ids, output_attentions=True).attentions, model(ids, output_attentions=True).attentions, strict=True
     ):
-        assert torch.equal(ours, theirs)
+        assert torch.equal(actual, expected)
     with pytest.raises(ValueError, match="hidden_states: expected segment_means_seq_len = 32 tokens, got 24"):
         patched(ids[:, :24])
 
 
-def test_a_patched_fnet_gives_the_same_answers():
+def test_a_patched_fnet_gives_the_same_results():
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=32, vocab_size=50, max_position_embeddings=64)
     model = transformers.FNetModel(transformers.FNetConfig(**sizes)).eval()
     patched, (ids, _) = copy.deepcopy(model), text(30)
     assert len(integration.patch(patched).replaced) == 2
-    ours, theirs = patched(ids).last_hidden_state, model(ids).last_hidden_state
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    ours.square().sum().backward()
+    actual, expected = patched(ids).last_hidden_state, model(ids).last_hidden_state
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    actual.square().sum().backward()
     assert patched.get_parameter("embeddings.projection.weight").grad.any()
     pytest.importorskip("scipy", reason="scipy is not installed")
     tpu = dict(use_tpu_fourier_optimizations=True, tpu_short_seq_length=32)
