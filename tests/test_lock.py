@@ -26,7 +26,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
-    """The refusal comes before any cleanup: the first run may still be writing the temporary file."""
+    """The refusal comes before any cleanup or write: the first run may still be writing the temporary file."""
     for name in ("new", "old"):
         (tmp_path / name).mkdir()
     save_checkpoint(tmp_path / "old" / "last.pt", numbered(1), Ranks())

@@ -124,7 +124,7 @@ def test_tuning_has_its_time_reserved() -> None:
     for at, name in enumerate(before):  # each uses its share and all of its grace period
         deadline -= deadline * run.PARTS[name] / sum(run.PARTS[each] for each in parts[at:]) + run.GRACE
     assert deadline * run.PARTS["tune"] / sum(run.PARTS[each] for each in parts[parts.index("tune") :]) >= 60
-    assert run.TOTAL + len(parts) * run.GRACE <= 600  # rented machines may limit a command to ten minutes
+    assert run.TOTAL + len(parts) * run.GRACE <= 600  # a run fits into ten minutes, a limit of some hosts
 
 
 class TestRestart:

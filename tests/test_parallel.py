@@ -55,7 +55,7 @@ for argv in json.loads(sys.argv[1]):
 if distributed:
     torch.distributed.destroy_process_group()
 """
-# Runs that fail, most of them in one of two processes. Both continue with the next run. The last error is unexpected.
+# Runs that fail, most of them in one of two processes. Both continue with the next run. The last error is a bug.
 FAULTS = """
 import os, sys, torch
 from dataclasses import replace
@@ -189,7 +189,7 @@ def assert_close(actual: Checkpoint, expected: Checkpoint) -> None:
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_two_processes_match_one(runs: Path, name: str) -> None:
-    """The FSDP2 run accumulates every step from two parts."""
+    """The FSDP2 run accumulates gradients over two parts of a step."""
     alone = load_checkpoint(runs / "alone")
     assert alone["history"][-1]["train_loss"] < alone["history"][0]["train_loss"] - 0.05
     assert_close(load_checkpoint(runs / name), alone)

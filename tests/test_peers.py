@@ -189,7 +189,7 @@ def test_fast_attention_with_a_mask(options: dict[str, Any], backend: str) -> No
     module.projection_matrix.abs_()
     inputs, mask = qkv(45, 37), up_to(37, 20, tokens=37)
     with torch.no_grad():
-        inputs[1].abs_().neg_()  # all products with features are negative: zeros as padding would be the maximum
+        inputs[1].abs_().neg_()  # all products with features are negative, so zeros in the padding would be the maximum
         for x in inputs[1:]:
             x[1, :, 20:] = float("nan")
     padded = results(module, inputs, key_padding_mask=mask)
