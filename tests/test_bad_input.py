@@ -103,8 +103,8 @@ def test_linear_attention(wrong, kind, message) -> None:
 
 NYSTROM = {
     "more landmarks than tokens": ({"num_landmarks": 9}, "num_landmarks: expected 1 to the 8 tokens, got 9"),
-    "more landmarks than tokens behind the prefix": (
-        {"num_landmarks": 7, "prefix_tokens": 2}, "num_landmarks: expected 1 to the 6 tokens behind the prefix, got 7"),
+    "more landmarks than tokens after the prefix": (
+        {"num_landmarks": 7, "prefix_tokens": 2}, "num_landmarks: expected 1 to the 6 tokens after the prefix, got 7"),
     "no landmarks": ({"num_landmarks": 0}, "num_landmarks: expected 1 to the 8 tokens, got 0"),
     "landmarks as text": ({"num_landmarks": "a"}, "num_landmarks: expected an integer, got 'a'"),
     "landmarks as a float": ({"num_landmarks": 4.0}, "num_landmarks: expected an integer, got 4.0"),
@@ -114,13 +114,13 @@ NYSTROM = {
     "prefix as a bool": ({"prefix_tokens": True}, "prefix_tokens: expected an integer, got True"),
     "unknown landmarks": ({"landmarks": "random"}, "landmarks: expected one of 'segment', 'grid', 'pad_front', got 'random'"),
     "grid without its size": (
-        {"landmarks": "grid"}, r"grid_size: expected \(height, width\) for landmarks='grid' and None else, got None"),
-    "size without a grid": ({"grid_size": (2, 4)}, r"grid_size: expected .*None else, got \(2, 4\)"),
+        {"landmarks": "grid"}, r"grid_size: expected \(height, width\) for landmarks='grid', otherwise None, got None"),
+    "size without a grid": ({"grid_size": (2, 4)}, r"grid_size: expected .*otherwise None, got \(2, 4\)"),
     "grid of other tokens": (
         {"landmarks": "grid", "grid_size": (3, 3)}, r"grid_size: expected height \* width = 8 tokens, got \(3, 3\)"),
     "grid of the prefix too": (
         {"landmarks": "grid", "grid_size": (2, 4), "prefix_tokens": 1, "num_landmarks": 2},
-        r"grid_size: expected height \* width = 7 tokens behind the prefix, got \(2, 4\)"),
+        r"grid_size: expected height \* width = 7 tokens after the prefix, got \(2, 4\)"),
     "landmarks that do not fit the grid": (
         {"landmarks": "grid", "grid_size": (2, 4), "num_landmarks": 5},
         "num_landmarks: expected a product of at most 2 rows and 4 columns of grid_size, got 5"),

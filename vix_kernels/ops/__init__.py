@@ -1,1 +1,1 @@
-"""One attention a file: its equation, the public function, a plain reference."""
+"""One attention per file: its equation, the public function and a plain reference."""

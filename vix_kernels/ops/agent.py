@@ -2,7 +2,7 @@
 
     out = softmax(scale q a^T) softmax(scale a k^T) v                                            equation 4 of the paper
 
-The agents are slots that first read the tokens and then answer the queries, with equal shares for all of them:
+The agents are the slots of both passes, and the second softmax has no bias:
 
     values, _ = aggregate(a, k, v)        out = broadcast(q, a, values)
 """
@@ -31,32 +31,33 @@ def agent_attention(
     rope: Rope | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention in two steps, through agents between the queries and the keys.
+    """Softmax attention in two passes: agents attend to the keys, then queries attend to the agents.
 
     Args:
-        q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Any strides with a unit last one.
+        q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
         agents: (batch, heads, A, head_dim) in q's dtype, such as pooled queries. They are never rotated.
-        scale: a number > 0, default head_dim ** -0.5; of both softmaxes.
-        agent_mask: bool (batch, A), True = valid; what other agents hold does not matter. A query without any agent returns 0.
-        key_padding_mask: bool (batch, tokens), True = the token takes part. A query without any valid key returns 0.
-        rope: rotary embedding of q and k, applied inside the kernels; needs as many queries as tokens.
+        scale: factor of the logits in both softmaxes, > 0. Default: head_dim ** -0.5.
+        agent_mask: bool (batch, A), True = valid. Contents of other agents are ignored. Queries of a sample without any valid
+            agent return 0.
+        key_padding_mask: bool (batch, tokens), True = valid. Queries of a sample without any valid key return 0.
+        rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, agents and rope.angles.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what was expected and what came.
-        RuntimeError: backend="triton" cannot run here; the message lists every reason.
+        ValueError, TypeError: an argument is invalid. The message names it, what was expected and what was passed.
+        RuntimeError: backend="triton" cannot run here. The message lists every reason.
     """
     q, k, v, agents = autocast(q, k, v, agents)
     check_qkv(q, k, v)
     check_mask(key_padding_mask, k)
     rotary = None if rope is None else check_rope(rope, q, k)
     check_agents(agents, agent_mask, q)
-    if agent_mask is not None:  # what they hold must not matter: 0 times NaN is NaN
+    if agent_mask is not None:  # a NaN in a masked agent would reach the output: 0 times NaN is NaN
         agents = agents.masked_fill(~agent_mask[:, None, :, None], 0)
     scale = check_scale(scale, q.shape[3])
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
@@ -81,10 +82,10 @@ def agent_attention_reference(
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """The equation with both matrices of weights in memory, in plain PyTorch; any device, any transform."""
+    """Evaluate the equation in plain PyTorch with both weight matrices in memory. Supports any device and transform."""
     if key_padding_mask is not None:
-        taken = key_padding_mask[:, None, :, None]
-        k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
+        valid = key_padding_mask[:, None, :, None]
+        k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
     if rope is not None:
         q, k = apply_rope_reference(q, k, rope)
     values = _softmax(scale * agents @ k.mT, key_padding_mask) @ v
@@ -92,15 +93,15 @@ def agent_attention_reference(
 
 
 def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Over the columns (batch, M) that take part; zeros where none does."""
+    """Softmax over the valid columns, mask (batch, M). Rows without a valid column are 0."""
     if mask is None:
         return logits.softmax(-1)
-    taken, some = mask[:, None, None], mask.any(-1)[:, None, None, None]
-    return torch.where(some, torch.where(taken | ~some, logits, float("-inf")).softmax(-1), 0.0)
+    valid, has_valid = mask[:, None, None], mask.any(-1)[:, None, None, None]
+    return torch.where(has_valid, torch.where(valid | ~has_valid, logits, float("-inf")).softmax(-1), 0.0)
 
 
 def check_agents(agents: Tensor, mask: Tensor | None, q: Tensor) -> None:
-    """agents (B, H, A, D) of q's dtype, and bool (B, A) which of them take part."""
+    """Check agents (B, H, A, D), in q's dtype and on its device, and their mask, bool (B, A)."""
     batch, heads, _, width = q.shape
     check_tensor("agents", agents)
     if agents.dim() != 4 or agents.shape[2] == 0 or (*agents.shape[:2], agents.shape[3]) != (batch, heads, width):

@@ -1,4 +1,4 @@
-"""What every attention asks of its arguments. An error names the argument, what was expected and what came."""
+"""Argument checks shared by all attentions. An error names the argument, what was expected and what was passed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_tensor(name: str, x: Any) -> None:
-    """A dense Tensor."""
+    """Check for a dense Tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.is_nested or x.layout != torch.strided:
@@ -26,7 +26,7 @@ def check_tensor(name: str, x: Any) -> None:
 
 
 def check_floating(name: str, x: Any) -> None:
-    """A dense Tensor in one of DTYPES."""
+    """Check for a dense Tensor in one of DTYPES."""
     check_tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {dtype_name(x.dtype)}")
@@ -35,7 +35,7 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def check_integer(name: str, value: Any, least: int | None = None) -> int:
-    """An integer of at least `least`; neither a bool nor a float that happens to be whole."""
+    """Return `value` if it is an integer >= `least`. Bools and whole floats are refused."""
     integer = isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
     if not integer or (least is not None and value < least):
         kind = f"an integer >= {least}" if least is not None else "an integer"
@@ -44,7 +44,7 @@ def check_integer(name: str, value: Any, least: int | None = None) -> int:
 
 
 def check_number(name: str, value: Any, *, zero: bool = False) -> float:
-    """A finite Python number > 0, or >= 0 where `zero` is allowed."""
+    """Return `value` as a float if it is a finite Python number > 0, or >= 0 if `zero` is allowed."""
     kind = f"a finite number {'>=' if zero else '>'} 0"
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Python number, got a Tensor (reading it would wait for the device)")
@@ -56,7 +56,7 @@ def check_number(name: str, value: Any, *, zero: bool = False) -> float:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q (B, H, N, D), k (B, H, N', D), v (B, H, N', E) of one floating dtype on one device."""
+    """Check q (B, H, N, D), k (B, H, N', D) and v (B, H, N', E), in one floating dtype on one device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
         if x.dim() != 4:
@@ -79,7 +79,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_mask(mask: Tensor | None, k: Tensor, name: str = "key_padding_mask", columns: str = "key tokens") -> None:
-    """A mask over the tokens of k (B, H, N', D): bool (B, N'), True = valid."""
+    """Check a mask over the tokens of k (B, H, N', D): bool (B, N'), True = valid."""
     if mask is None:
         return
     check_tensor(name, mask)
@@ -93,7 +93,7 @@ def check_mask(mask: Tensor | None, k: Tensor, name: str = "key_padding_mask", c
 
 
 def check_projection(projection: Tensor, q: Tensor) -> Tensor:
-    """The projection as slots (1, heads or 1, M, D), in float32 (float64 for float64 tokens)."""
+    """Check a projection. Return it as slots (1, heads or 1, M, D), in float32 (float64 for float64 tokens)."""
     check_tensor("projection", projection)
     if projection.dim() not in (2, 3):
         raise ValueError(f"projection: expected shape (M, head_dim) or (heads, M, head_dim), got {tuple(projection.shape)}")
@@ -112,14 +112,14 @@ def check_projection(projection: Tensor, q: Tensor) -> Tensor:
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
-    """A positive number; head_dim ** -0.5 unless given."""
+    """Return `scale` if it is a number > 0, or head_dim ** -0.5 if it is None."""
     return head_dim**-0.5 if scale is None else check_number("scale", scale)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, floating tensors in its dtype (float64 stays); elsewhere as they are."""
+    """Cast floating tensors to autocast's dtype where it is enabled. float64 is not cast."""
     if not all(isinstance(x, Tensor) for x in tensors):
-        return tensors  # check_qkv will say so
+        return tensors  # check_qkv raises the error
     device = tensors[0].device.type
     if any(x.layout != torch.strided for x in tensors) or device == "meta" or not torch.is_autocast_enabled(device):
         return tensors

@@ -3,9 +3,9 @@
     y = Re(F_tokens(F_channels(x)))                                                       equation 3 of the paper
     y_ab = sum_nd x_nd cos(2 pi (an / N + bd / D))
 
-with the discrete Fourier transform F and no parameters. The complex transforms cost four times what this sum needs: x is
-real, and of the result only the real part counts. Fast transforms of folded halves, or their products with cosines and sines,
-give the same.
+F is the discrete Fourier transform. There are no parameters. The complex transforms cost four times as much as the sum: x is
+real, and only the real part of the result is used. Fast transforms of the folded halves of x, or products of these halves with
+cosines and sines, give the same result.
 """
 
 from __future__ import annotations
@@ -23,47 +23,46 @@ NORMS = (None, "ortho")
 
 
 def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: str = "auto") -> Tensor:
-    """Real part of the Fourier transform over tokens and channels, which mixes both.
+    """Mix tokens and channels: the real part of the Fourier transform over both.
 
     Args:
-        x: (batch, tokens, channels), float16, bfloat16, float32 or float64. Any strides with a unit last one.
-        norm: None, the plain sums, as torch.fft's "backward"; or "ortho", divided by sqrt(tokens * channels).
-        backend: "auto", "triton", "torch" or "reference". Where tokens and channels are so many that a fast Fourier
-            transform needs less time than matrix products, "triton" too calls torch.fft; see
-            vix_kernels.primitives.dft.MOST_WORK.
+        x: (batch, tokens, channels), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
+        norm: None for plain sums, as torch.fft's "backward", or "ortho" to divide them by sqrt(tokens * channels).
+        backend: "auto", "triton", "torch" or "reference". For sizes at which a fast Fourier transform is faster than matrix
+            products, "triton" calls torch.fft, too. See vix_kernels.primitives.dft.MOST_WORK.
 
     Returns:
-        (batch, tokens, channels) in x's dtype. Differentiable in x; nothing is kept for backward.
+        (batch, tokens, channels) in x's dtype. Differentiable in x. Nothing is saved for backward.
 
-    Plain sums grow: by sqrt(tokens * channels) where x is noise, by tokens * channels where it has a mean. float16 overflows
-    at the zero frequency, y[:, 0, 0] = x.sum((1, 2)), beyond 65504: take norm="ortho", or bfloat16. For the same reason x
-    is not cast under autocast to float16. Padding tokens cannot be masked: zeros add nothing, but the length is part of
-    every frequency.
+    Plain sums grow with the size: by sqrt(tokens * channels) if x is noise, by tokens * channels if it has a mean. In float16
+    the zero frequency, y[:, 0, 0] = x.sum((1, 2)), overflows beyond 65504. Use norm="ortho" or bfloat16 instead. For the same
+    reason x is not cast under autocast to float16. Padding tokens cannot be masked: zeros add nothing to the sums, but every
+    frequency depends on the length.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what was expected and what came.
-        RuntimeError: backend="triton" cannot run here; the message lists every reason.
+        ValueError, TypeError: an argument is invalid. The message names it, what was expected and what was passed.
+        RuntimeError: backend="triton" cannot run here. The message lists every reason.
     """
     check_tokens(x)
     check_norm(norm)
     (cast,) = autocast(x)
     x = x if cast.dtype == torch.float16 else cast
-    backend = backends.resolve(backend, x, backends.TRITON_WIDTHS[0])  # no head width: any number of channels is served
+    backend = backends.resolve(backend, x, backends.TRITON_WIDTHS[0])  # any number of channels is supported
     if backend == "reference":
         return fourier_mixing_reference(x, norm=norm)
     return dft(x, ortho=norm == "ortho", backend=backend)
 
 
 def fourier_mixing_reference(x: Tensor, *, norm: str | None = None) -> Tensor:
-    """The complex transform of all of x, in plain PyTorch; any device, any transform."""
-    if x.shape[0] == 0:  # torch.fft refuses it
+    """Apply the complex transform to x in plain PyTorch. Supports any device and transform."""
+    if x.shape[0] == 0:  # torch.fft refuses empty batches
         return x.clone()
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.fft.fft2(wide, norm=norm).real.to(x.dtype)
 
 
 def check_tokens(x: Tensor) -> None:
-    """x (B, N, D), floating."""
+    """Check for a floating tensor (B, N, D)."""
     check_tensor("x", x)
     if x.dim() != 3:
         raise ValueError(f"x: expected 3 dimensions (batch, tokens, channels), got shape {tuple(x.shape)}")

@@ -2,7 +2,7 @@
 
     out = softmax(scale q K^T) V,    K = E^T k,    V = F^T v                                    equation 7 of the paper
 
-The learned projections E and F take the N tokens to K slots, which the queries then read:
+The learned projections E and F combine the N tokens into K slots. The queries attend to these slots:
 
     keys, values = project(k, v, E, F)        out = broadcast(q, keys, values)
 """
@@ -35,16 +35,16 @@ def linformer_attention(
     """Softmax attention to K learned combinations of the tokens.
 
     Args:
-        q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Any strides with a unit last one.
+        q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
-        key_projection: E, (tokens, K), or (heads, tokens, K), float32 or in q's dtype. It may have more rows than there are
-            tokens: the first ones serve a shorter sequence.
-        value_projection: F, of key_projection's shape and dtype; None: the key projection.
-        scale: a number > 0, default head_dim ** -0.5.
-        key_padding_mask: bool (batch, tokens), True = the token takes part: the others are left out of the sums, as if the
-            sequence had zeros there. A query without any valid key returns 0.
-        rope: rotary embedding of q, and of k before it is projected, applied inside the kernels; needs as many queries as
+        key_projection: E, (tokens, K) or (heads, tokens, K), float32 or in q's dtype. It may have more rows than there are
+            tokens: a shorter sequence uses the first ones.
+        value_projection: F, in key_projection's shape and dtype. None: the key projection is used.
+        scale: factor of the logits, > 0. Default: head_dim ** -0.5.
+        key_padding_mask: bool (batch, tokens), True = valid. Padded tokens add nothing to K and V. Queries of a sample without
+            any valid key return 0.
+        rope: rotary embedding of q, and of k before it is projected, applied inside the kernels. Requires as many queries as
             tokens.
         backend: "auto", "triton", "torch" or "reference".
 
@@ -52,8 +52,8 @@ def linformer_attention(
         (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, both projections and rope.angles.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what was expected and what came.
-        RuntimeError: backend="triton" cannot run here; the message lists every reason.
+        ValueError, TypeError: an argument is invalid. The message names it, what was expected and what was passed.
+        RuntimeError: backend="triton" cannot run here. The message lists every reason.
     """
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
@@ -63,9 +63,9 @@ def linformer_attention(
     if value_projection is not None:
         value_projection = check_token_projection("value_projection", value_projection, k)
         for name in ("shape", "dtype"):
-            ours, theirs = getattr(value_projection, name), getattr(key_projection, name)
-            if ours != theirs:
-                raise ValueError(f"value_projection: expected key_projection's {name} {theirs}, got {ours}")
+            actual, expected = getattr(value_projection, name), getattr(key_projection, name)
+            if actual != expected:
+                raise ValueError(f"value_projection: expected key_projection's {name} {expected}, got {actual}")
     scale = check_scale(scale, q.shape[3])
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
     if backend == "reference":
@@ -77,7 +77,13 @@ def linformer_attention(
 
 
 def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, backend: str) -> Tensor:
-    """softmax(scale q keys^T) values of slots made elsewhere: keys (batch, heads, K, head_dim) in q's dtype, values in any."""
+    """Return softmax(scale q keys^T) values for given slots.
+
+    Args:
+        q: (batch, heads, queries, head_dim).
+        keys: (batch, heads, K, head_dim) in q's dtype.
+        values: (batch, heads, K, value_dim) in any dtype.
+    """
     backend = backends.resolve(backend, q, max(q.shape[3], values.shape[3]))
     values = values.to(accumulator(q.dtype))
     if backend == "reference":
@@ -96,10 +102,10 @@ def linformer_attention_reference(
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """The equation with all N x K weights in memory, in plain PyTorch; any device, any transform."""
+    """Evaluate the equation in plain PyTorch with all N x K weights in memory. Supports any device and transform."""
     if key_padding_mask is not None:
-        taken = key_padding_mask[:, None, :, None]
-        k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
+        valid = key_padding_mask[:, None, :, None]
+        k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
     if rope is not None:
         q, k = apply_rope_reference(q, k, rope)
     e = key_projection[..., : k.shape[2], :].to(k.dtype)
@@ -108,7 +114,7 @@ def linformer_attention_reference(
 
 
 def check_token_projection(name: str, projection: Tensor, k: Tensor) -> Tensor:
-    """A projection of k's tokens as (heads or 1, tokens, K)."""
+    """Check a projection of k's tokens. Return its first rows as (heads or 1, tokens, K)."""
     check_tensor(name, projection)
     if projection.dim() not in (2, 3) or projection.shape[-1] == 0:
         raise ValueError(f"{name}: expected shape (tokens, K) or (heads, tokens, K), got {tuple(projection.shape)}")

@@ -3,13 +3,14 @@
     out = F Z B v + conv(v),    F = softmax(scale q k~^T),    B = softmax(scale q~ k^T)                 equation 13 of the paper
     Z ~ pinv(A),    A = softmax(scale q~ k~^T)
 
-q~ and k~ are landmarks, means of queries and of keys over segments of the sequence or cells of a grid. They are the slots of
-the two moves, with the pseudo-inverse of a small matrix between them:
+q~ and k~ are landmarks: means of queries and of keys over segments of the sequence or cells of a grid. They are the slots of
+two passes, with the pseudo-inverse of a small matrix in between:
 
     values = aggregate(q~, k, v)        out = broadcast(q, k~, Z values)
 
-so neither an attention of tokens to landmarks nor one of tokens to tokens is ever stored. Z is what six steps of an iteration
-of order three reach (equation 11 of the paper), a filter on the spectrum of A that is part of the model: not its limit.
+Attention weights between tokens and landmarks, or between tokens, are never stored. Z is the result of six steps of a
+third-order iteration (equation 11 of the paper). It is not the limit of this iteration, but a filter on the spectrum of A that
+is part of the model.
 """
 
 from __future__ import annotations
@@ -54,33 +55,36 @@ def nystrom_attention(
     """Approximation of softmax(scale q k^T) v through landmarks.
 
     Args:
-        q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Any strides with a unit last one.
+        q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
-        num_landmarks: how many means the tokens behind the prefix are pooled to; at most as many as these tokens.
-        landmarks: where they stand. "segment": equal runs of the sequence, the first ones a token shorter where the number
-            does not divide. "grid": cells of the (height, width) map `grid_size`, by adaptive average pooling to the rows x
-            columns = num_landmarks that fit its aspect best; on images it is by far the better one. "pad_front": segments of
-            a sequence that is padded with zero tokens in front to a multiple, which without a mask are keys too, as in the
-            package nystrom-attention; for its weights.
-        grid_size: height and width of the token map behind the prefix, for "grid".
-        prefix_tokens: tokens in front (class, registers) that are landmarks of their own, beyond num_landmarks.
-        pinv_iterations: steps to the pseudo-inverse; weights belong to the number they were trained with.
-        pinv_init: what the iteration starts from: "exact", each matrix over its own norm, or "original", over the largest of
-            the batch as in the published code, so that samples depend on their batch mates; for its weights.
-        conv_weight: (heads, 1, taps, 1), the weight of a depthwise Conv2d over the tokens of v whose result is added; odd taps.
-        scale: a number > 0, default head_dim ** -0.5.
-        key_padding_mask: bool (batch, tokens), True = the token takes part. With as many queries as tokens it also leaves
-            padding out of the landmarks of q. A sample without any valid key returns 0.
-        rope: rotary embedding of q and k, applied inside the kernels, landmarks included; needs as many queries as tokens.
+        num_landmarks: number of means of the tokens after the prefix. At most the number of these tokens.
+        landmarks: which tokens a landmark is the mean of.
+            "segment": segments of the sequence. If their number does not divide the tokens, the first are one token shorter.
+            "grid": cells of the (height, width) map `grid_size`, by adaptive average pooling to num_landmarks = rows x columns
+            cells that are closest to squares. Much more accurate on images.
+            "pad_front": segments of the sequence after zero tokens are added in front, up to a multiple of num_landmarks.
+            Without a mask these tokens are keys, too. Compatible with weights of the package nystrom-attention.
+        grid_size: height and width of the token map after the prefix, for "grid".
+        prefix_tokens: leading tokens (class, registers). Each is one more landmark, in addition to num_landmarks.
+        pinv_iterations: steps of the pseudo-inverse. Use the number that the weights were trained with.
+        pinv_init: s of the iteration's first matrix, A^T / s. "exact": the largest column sum of each A. "original": the same
+            maximum over the whole batch, so samples depend on each other. Use it for weights of the published code.
+        conv_weight: (heads, 1, taps, 1), weight of a depthwise Conv2d over the tokens of v, with odd taps. Its result is added
+            to the output.
+        scale: factor of the logits, > 0. Default: head_dim ** -0.5.
+        key_padding_mask: bool (batch, tokens), True = valid. If there are as many queries as tokens, it also excludes padded
+            queries from the landmarks of q. A sample without any valid key returns 0.
+        rope: rotary embedding of q and k, applied inside the kernels before landmarks are computed. Requires as many queries as
+            tokens.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, conv_weight and rope.angles.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what was expected and what came.
-        RuntimeError: backend="triton" cannot run here; the message lists every reason.
+        ValueError, TypeError: an argument is invalid. The message names it, what was expected and what was passed.
+        RuntimeError: backend="triton" cannot run here. The message lists every reason.
     """
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
@@ -91,7 +95,7 @@ def nystrom_attention(
     _check_conv(conv_weight, q, k)
     check_nystrom(landmarks, pinv_iterations, pinv_init)
     if (landmarks == "grid") != (grid_size is not None):
-        raise ValueError(f"grid_size: expected (height, width) for landmarks='grid' and None else, got {grid_size}")
+        raise ValueError(f"grid_size: expected (height, width) for landmarks='grid', otherwise None, got {grid_size}")
     if landmarks == "pad_front" and prefix_tokens:
         raise ValueError(f"prefix_tokens: expected 0 for landmarks='pad_front', got {prefix_tokens}")
     for tokens in (q.shape[2], k.shape[2]):
@@ -126,7 +130,7 @@ def nystrom_attention_reference(
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """The equations with all N x L shares in memory, in plain PyTorch; any device, any transform."""
+    """Evaluate the equations in plain PyTorch with all N x L weights in memory. Supports any device and transform."""
     mask, q_mask = key_padding_mask, mask_of_queries(key_padding_mask, q)
     rotary = None if rope is None else rope.differentiable
     q_marks, k_marks, q_counts, k_counts = landmarks_reference(q, k, q_mask=q_mask, k_mask=mask, **pool, rotary=rotary)
@@ -141,7 +145,7 @@ def nystrom_attention_reference(
 def _pad_front(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None, num_landmarks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Rope | None]:
-    """Zero tokens in front, up to a multiple of num_landmarks; they are not rotated."""
+    """Add zero tokens in front, up to a multiple of num_landmarks. They are not rotated."""
 
     def pad(x: Tensor, tokens: int, value: float = 0.0) -> Tensor:
         return F.pad(x, (0, 0, -tokens % num_landmarks, 0), value=value)

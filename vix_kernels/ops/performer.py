@@ -3,12 +3,11 @@
     phi_j(x) = exp(c w_j . x - c^2 |x|^2 / 2),   c = sqrt(scale)                                    equation 5 of the paper
     out_n = sum_j phi_j(q_n) S_j / sum_j phi_j(q_n) z_j,    S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
 
-The random features w_j are slots that first read the keys and then answer the queries: with values_j = S_j / z_j and
-lse_j = log z_j,
+The random features w_j are the slots of two softmax attentions. With values_j = S_j / z_j and lse_j = log z_j,
 
     values, lse = aggregate(w, k, v)        out = broadcast(q, w, values, lse)
 
-which is the same number, without an eps, a stabiliser or an underflow: |q_n|^2 cancels, and everything else is a softmax.
+computes the same result: |q_n|^2 cancels, and the rest is a softmax. It needs no eps and no stabilizer, and does not underflow.
 """
 
 from __future__ import annotations
@@ -39,22 +38,21 @@ def performer_attention(
     """Unbiased linear-cost estimate of softmax(scale q k^T) v.
 
     Args:
-        q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Any strides with a unit last one.
+        q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
-        projection: random features, float32 (M, head_dim), or (heads, M, head_dim); see orthogonal_projection.
-        scale: a number > 0, default head_dim ** -0.5; features see sqrt(scale) q and sqrt(scale) k.
-        key_padding_mask: bool (batch, tokens), True = the token takes part. A query without any valid key returns 0.
-        rope: rotary embedding of q and k, applied inside the kernels; needs as many queries as tokens.
+        projection: random features, float32 (M, head_dim) or (heads, M, head_dim). See orthogonal_projection.
+        scale: factor of the logits, > 0. Default: head_dim ** -0.5. Features are those of sqrt(scale) q and sqrt(scale) k.
+        key_padding_mask: bool (batch, tokens), True = valid. Queries of a sample without any valid key return 0.
+        rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
-        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, projection and
-        rope.angles.
+        (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, projection and rope.angles.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what was expected and what came.
-        RuntimeError: backend="triton" cannot run here; the message lists every reason.
+        ValueError, TypeError: an argument is invalid. The message names it, what was expected and what was passed.
+        RuntimeError: backend="triton" cannot run here. The message lists every reason.
     """
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
@@ -80,22 +78,22 @@ def performer_attention_reference(
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """The equations with all N x M features in memory, in plain PyTorch; any device, any transform."""
+    """Evaluate the equations in plain PyTorch with all N x M features in memory. Supports any device and transform."""
     if key_padding_mask is not None:
-        taken = key_padding_mask[:, None, :, None]
-        k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
+        valid = key_padding_mask[:, None, :, None]
+        k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
     if rope is not None:
         q, k = apply_rope_reference(q, k, rope)
     w = projection.to(q.dtype) * math.sqrt(scale)
     log_phi_k = k @ w.mT - (k * k).sum(-1, keepdim=True) * (scale / 2)
     if key_padding_mask is not None:
-        some = taken.any(-2, keepdim=True)
-        log_phi_k = torch.where(taken | ~some, log_phi_k, float("-inf"))
+        has_key = valid.any(-2, keepdim=True)
+        log_phi_k = torch.where(valid | ~has_key, log_phi_k, float("-inf"))
     log_z = log_phi_k.logsumexp(-2, keepdim=True)
     values = (log_phi_k - log_z).exp().mT @ v
     weights = (q @ w.mT + log_z).softmax(-1)
     out = weights @ values
-    return out if key_padding_mask is None else torch.where(some, out, 0.0)
+    return out if key_padding_mask is None else torch.where(has_key, out, 0.0)
 
 
 def orthogonal_projection(
@@ -110,16 +108,16 @@ def orthogonal_projection(
 
     Args:
         num_features: M.
-        head_dim: D. Blocks of D rows are orthogonal; the last one is cut.
-        seed: the same seed gives the same features on every rank, device and reload.
-        num_heads: draw features for each head instead of one set for all.
-        scaling: row lengths: "chi", those of independent Gaussian vectors, or "sqrt", all sqrt(D).
+        head_dim: D. Each block of D rows is orthogonal. The last block may have fewer rows.
+        seed: the same seed gives the same features on every rank and device and in every run.
+        num_heads: draw separate features for each of `num_heads` heads. None: one set for all heads.
+        scaling: lengths of the rows. "chi": those of independent Gaussian vectors. "sqrt": sqrt(D).
 
     Returns:
-        float32 (M, D), or (num_heads, M, D), on the CPU.
+        float32 (M, D) or (num_heads, M, D), on the CPU.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
+        ValueError, TypeError: an argument is out of range or of the wrong type. The message names it.
     """
     check_integer("num_features", num_features, 1)
     check_integer("head_dim", head_dim, 1)
@@ -132,7 +130,8 @@ def orthogonal_projection(
     sets, blocks = num_heads or 1, math.ceil(num_features / head_dim)
     gaussian = torch.randn(sets, blocks, head_dim, head_dim, generator=generator, dtype=torch.float64)
     orthogonal, triangular = torch.linalg.qr(gaussian)
-    # QR alone prefers some directions: without the signs of R's diagonal, Q is not uniform (Mezzadri, math-ph/0609050).
+    # The Q of a QR decomposition is Haar distributed only after the signs of R's diagonal are applied to it
+    # (Mezzadri, math-ph/0609050).
     orthogonal = orthogonal * triangular.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
     rows = orthogonal.mT.reshape(sets, blocks * head_dim, head_dim)[:, :num_features]
     if scaling == "chi":

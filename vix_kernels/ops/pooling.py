@@ -1,4 +1,4 @@
-"""Where landmarks and agents stand: the segments of a sequence, or the cells of a grid, that their means are of."""
+"""Segments of a sequence, or cells of a grid, whose means are landmarks or agents."""
 
 from __future__ import annotations
 
@@ -13,22 +13,29 @@ from .checks import check_integer
 
 
 def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tokens: int, tokens: int) -> dict[str, Any]:
-    """`count` means, an argument called `name`, of `tokens` tokens, as primitives.landmarks takes them.
+    """Return the options of primitives.landmarks that pool tokens to `count` means.
 
-    Tokens of the prefix stand for themselves, beyond that number. Without a grid_size (height, width) the others are pooled
-    in segments of their sequence, with one in the cells of rows x columns = count that are nearest to squares.
+    Tokens after the prefix are pooled in segments, or with a grid in rows x columns = count cells that are closest to squares.
+    Each token of the prefix is one more mean.
+
+    Args:
+        name: name of the argument `count` in error messages.
+        count: number of means of the tokens after the prefix.
+        grid_size: (height, width) of the grid that the tokens after the prefix form.
+        prefix_tokens: number of leading tokens that are not pooled.
+        tokens: number of all tokens.
     """
     if not 0 <= check_integer("prefix_tokens", prefix_tokens) < tokens:
         raise ValueError(f"prefix_tokens: expected 0 to {tokens - 1} of {tokens} tokens, got {prefix_tokens!r}")
     tokens = tokens - prefix_tokens
-    behind = " behind the prefix" if prefix_tokens else ""
+    after_prefix = " after the prefix" if prefix_tokens else ""
     if not 1 <= check_integer(name, count) <= tokens:
-        raise ValueError(f"{name}: expected 1 to the {tokens} tokens{behind}, got {count!r}")
+        raise ValueError(f"{name}: expected 1 to the {tokens} tokens{after_prefix}, got {count!r}")
     rows, mark_rows, mark_columns = 1, 1, count
     if grid_size is not None:
         rows, columns = check_grid(grid_size)
         if rows < 1 or columns < 1 or rows * columns != tokens:
-            raise ValueError(f"grid_size: expected height * width = {tokens} tokens{behind}, got {grid_size}")
+            raise ValueError(f"grid_size: expected height * width = {tokens} tokens{after_prefix}, got {grid_size}")
         mark_rows, mark_columns = _split(name, count, rows, columns)
     return dict(
         prefix=prefix_tokens, rows=rows, mark_rows=mark_rows, mark_columns=mark_columns, adaptive=grid_size is not None
@@ -36,7 +43,7 @@ def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tok
 
 
 def check_grid(grid_size: Any) -> tuple[int, int]:
-    """grid_size: two integers."""
+    """Check that grid_size is two integers, and return them."""
     if not isinstance(grid_size, tuple | list) or len(grid_size) != 2:
         raise TypeError(f"grid_size: expected (height, width), got {grid_size!r}")
     height, width = (check_integer("grid_size", size) for size in grid_size)
@@ -44,7 +51,7 @@ def check_grid(grid_size: Any) -> tuple[int, int]:
 
 
 def at_most(count: int, tokens: int) -> int:
-    """min(count, tokens), of which torch.export would make a symbol where the tokens are dynamic."""
+    """Return min(count, tokens). torch.export would turn `min` itself into a symbolic size if `tokens` is dynamic."""
     return count if count <= tokens else tokens
 
 
@@ -59,7 +66,7 @@ def _split(name: str, count: int, rows: int, columns: int) -> tuple[int, int]:
 def pooled_queries(
     q: Tensor, num_agents: int, *, grid_size: tuple[int, int] | None, prefix_tokens: int, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """The agents of `q`, (batch, heads, agents, head_dim), and how many tokens each is the mean of, (batch, agents)."""
+    """Return the pooled queries (batch, heads, agents, head_dim) and the number of tokens in each mean (batch, agents)."""
     pool = pooling("num_agents", num_agents, grid_size, prefix_tokens, q.shape[2])
     backend = backends.resolve(backend, q, q.shape[3])
     if backend == "reference":
@@ -68,12 +75,12 @@ def pooled_queries(
 
 
 def most_cells(grid: tuple[int, int], most: int) -> int:
-    """The largest number up to `most` that is a product of at most the rows and at most the columns of the grid."""
+    """Return the largest number <= `most` of cells that a grid of (rows, columns) can be divided into."""
     rows, columns = grid
     return max(a * min(most // a, columns) for a in range(1, min(rows, most) + 1))
 
 
 def place(grid_size: tuple[int, int] | None, prefix_tokens: int) -> str:
-    """Where landmarks or agents stand, in words."""
+    """Describe the placement of landmarks or agents, for printing."""
     where = "in segments" if grid_size is None else f"on the grid {grid_size[0]} x {grid_size[1]}"
     return where + (f", {prefix_tokens} prefix token{'s' * (prefix_tokens > 1)}" if prefix_tokens else "")

@@ -2,8 +2,8 @@
 
     u' = u cos(theta) - v sin(theta)        v' = u sin(theta) + v cos(theta)        theta_{t,i} = t base^(-2i / R)
 
-for every pair (u, v) of the first R channels of a query or key at position t; rope_axial and rope_mixed have angles of their
-own. Angles, cosines and sines are float32 (fixed ones made in float64) whatever the dtype of the tokens.
+for every pair (u, v) of the first R channels of a query or key at position t. rope_axial and rope_mixed define other angles.
+Angles, cosines and sines are float32 for every dtype of the tokens. Fixed angles are computed in float64.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ LAYOUTS = ("interleaved", "half")
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """The rotation of every token: one row of cosines and sines each.
+    """Tables of cosines and sines that rotate the channels of every token.
 
     Attributes:
-        cos: float32 (heads or 1, tokens, R / 2); float64 only for float64 tokens.
+        cos: float32 (heads or 1, tokens, R / 2). float64 is valid for float64 tokens only.
         sin: as cos.
-        layout: "interleaved", the pairs are channels (2i, 2i + 1), or "half", channels (i, i + R / 2).
-        angles: what cos and sin are of, if it takes a gradient; see Rope.of.
-        remake: makes this Rope again, of what the angles depend on. Copies and pickles hold it instead of the angles, which
-            are part of a graph.
+        layout: pairs of channels: (2i, 2i + 1) for "interleaved", (i, i + R / 2) for "half".
+        angles: the angles of cos and sin if they require a gradient, else None. See Rope.of.
+        remake: recomputes this Rope from the tensors that the angles depend on. Copies and pickles store it instead of the
+            angles, which are part of an autograd graph.
     """
 
     cos: Tensor
@@ -62,7 +62,7 @@ class Rope:
                     f"{name}: expected cos' {self.cos.dtype} on {self.cos.device}, got {table.dtype} on {table.device}"
                 )
             if table.requires_grad:
-                raise ValueError(f"{name}: expected a table without gradient; learned angles enter by Rope.of(angles)")
+                raise ValueError(f"{name}: expected a table that requires no gradient (see Rope.of for learned angles)")
         if self.angles is None:
             return
         check_tensor("angles", self.angles)
@@ -70,11 +70,11 @@ class Rope:
             expected, got = (
                 f"{dtype_name(x.dtype)} {tuple(x.shape)} on {x.device}" for x in (self.cos, self.angles)
             )  # fmt: skip
-            raise ValueError(f"angles: expected those of cos, {expected}, got {got}")
+            raise ValueError(f"angles: expected cos' dtype, shape and device, {expected}, got {got}")
 
     @staticmethod
     def of(angles: Tensor, layout: Layout = "interleaved") -> Rope:
-        """The rotation by `angles`, float32 (heads or 1, tokens, R / 2), which get their gradient if they require one."""
+        """Rotation by `angles`, float32 (heads or 1, tokens, R / 2). Differentiable in them if they require a gradient."""
         check_floating("angles", angles)
         if angles.dtype not in (torch.float32, torch.float64) or angles.dim() != 3 or 0 in angles.shape:
             got = f"{dtype_name(angles.dtype)} {tuple(angles.shape)}"
@@ -106,17 +106,17 @@ class Rope:
 
     @property
     def rotary(self) -> Rotary:
-        """As the primitives take it."""
+        """The tables in the form that primitives expect."""
         return Rotary(self.cos, self.sin, self.interleaved, self.angles)
 
     @property
     def differentiable(self) -> Rotary:
-        """As references take it: made of the angles where these take a gradient."""
+        """The tables for references: functions of the angles if these require a gradient, so that autograd reaches them."""
         cos, sin = (self.cos, self.sin) if self.angles is None else (self.angles.cos(), self.angles.sin())
         return Rotary(cos, sin, self.interleaved)
 
     def to(self, device: torch.device | str) -> Rope:
-        """The same rotation on another device; the tables stay float32."""
+        """Return the same rotation on another device."""
         angles = None if self.angles is None else self.angles.to(device)
         return Rope(self.cos.to(device), self.sin.to(device), self.layout, angles)
 
@@ -130,21 +130,21 @@ def rope_1d(
     prefix_tokens: int = 0,
     device: torch.device | str | None = None,
 ) -> Rope:
-    """Angles t * base^(-2i / dim) for positions t = 0 .. tokens - 1.
+    """Rope of a sequence: angles t * base^(-2i / dim) for positions t = 0 .. tokens - 1.
 
     Args:
-        tokens: how many tokens are rotated.
-        dim: R, the number of rotated channels: head_dim, or less to leave the last channels as they are. Even.
-        base: the longest wave length is 2 pi base.
+        tokens: number of rotated tokens.
+        dim: R, the number of rotated channels, even. If it is less than head_dim, the last channels are not rotated.
+        base: the longest wavelength is 2 pi base.
         layout: "interleaved" (RoFormer, GPT-J, timm) or "half" (GPT-NeoX, Llama).
-        prefix_tokens: tokens in front (class, registers) that are not rotated and not counted.
-        device: where the tables live.
+        prefix_tokens: leading tokens (class, registers) that are not rotated and not counted in `tokens`.
+        device: device of the tables.
 
     Returns:
-        A Rope of prefix_tokens + tokens rows, shared by all heads: tables (1, rows, R / 2) in float32.
+        A Rope with float32 tables (1, prefix_tokens + tokens, R / 2) for all heads.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
+        ValueError, TypeError: an argument is out of range or of the wrong type. The message names it.
     """
     check_integer("tokens", tokens, 1)
     frequencies = _frequencies(dim, 2, base)
@@ -162,10 +162,10 @@ def rope_axial(
     prefix_tokens: int = 0,
     device: torch.device | str | None = None,
 ) -> Rope:
-    """Angles of a grid of tokens in raster order (Heo et al., Rotary Position Embedding for ViT, arXiv 2403.13298).
+    """Rope of a grid of tokens in raster order (Heo et al., Rotary Position Embedding for ViT, arXiv 2403.13298).
 
-    theta_i = x base^(-4i / dim) for the first half of the pairs and y base^(-4i / dim) for the second, i < dim / 4, with the
-    column x and the row y of the token, from 0.
+    theta_i is x base^(-4i / dim) for the first half of the pairs and y base^(-4i / dim) for the second, i < dim / 4. x is the
+    column of the token and y its row, both from 0.
 
     Args:
         height, width: rows and columns of the grid.
@@ -173,10 +173,10 @@ def rope_axial(
         base, layout, prefix_tokens, device: as in rope_1d.
 
     Returns:
-        A Rope of prefix_tokens + height * width rows, shared by all heads: tables (1, rows, R / 2) in float32.
+        A Rope with float32 tables (1, prefix_tokens + height * width, R / 2) for all heads.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
+        ValueError, TypeError: an argument is out of range or of the wrong type. The message names it.
     """
     x, y = _grid(height, width)
     frequencies = _frequencies(dim, 4, base)
@@ -184,52 +184,53 @@ def rope_axial(
 
 
 def rope_mixed(height: int, width: int, frequencies: Tensor, *, layout: Layout = "interleaved", prefix_tokens: int = 0) -> Rope:
-    """Angles of a grid of tokens with learned directions for each head: RoPE-Mixed (arXiv 2403.13298, equation 11).
+    """Rope of a grid of tokens with learned directions for each head: RoPE-Mixed (arXiv 2403.13298, equation 11).
 
-    theta_{h,i} = x w^x_{h,i} + y w^y_{h,i} for the column x and the row y of a token, from 0.
+    theta_{h,i} = x w^x_{h,i} + y w^y_{h,i}, where x is the column of the token and y its row, both from 0.
 
     Args:
         height, width: rows and columns of the grid.
-        frequencies: float32 (2, heads, R / 2): w^x and w^y, where they take part in training a parameter that starts from
-            rope_mixed_frequencies. Not weight-decayed.
+        frequencies: float32 (2, heads, R / 2), w^x and w^y. To learn them, pass a parameter that is initialized by
+            rope_mixed_frequencies, and apply no weight decay to it.
         layout, prefix_tokens: as in rope_1d.
 
     Returns:
-        A Rope of prefix_tokens + height * width rows for each head, differentiable in frequencies, on their device.
+        A Rope with float32 tables (heads, prefix_tokens + height * width, R / 2) on frequencies' device. Differentiable in
+        frequencies.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
+        ValueError, TypeError: an argument is out of range or of the wrong type. The message names it.
     """
     check_floating("frequencies", frequencies)
     if frequencies.dim() != 3 or frequencies.shape[0] != 2 or frequencies.numel() == 0:
         raise ValueError(f"frequencies: expected shape (2, heads, R / 2), got {tuple(frequencies.shape)}")
     _check_prefix(prefix_tokens)
     wide = frequencies.to(torch.promote_types(frequencies.dtype, torch.float32))
-    x, y = (each.to(wide.dtype) for each in _grid(height, width, wide.device))  # no copy from the host
+    x, y = (each.to(wide.dtype) for each in _grid(height, width, wide.device))  # on the device: no copy
     across, down = wide[:, :, None]  # (heads, 1, R / 2) each
-    # The sum of two products, spelled out: a matrix product would round its operands under tf32 or autocast.
+    # Not a matrix product, which would round its operands under TF32 or autocast.
     rope = Rope.of(torch.nn.functional.pad(x * across + y * down, (0, 0, prefix_tokens, 0)), layout)
     if rope.angles is None:
         return rope
     remake = partial(rope_mixed, height, width, frequencies, layout=layout, prefix_tokens=prefix_tokens)
-    object.__setattr__(rope, "remake", remake)  # frozen for everybody else
+    object.__setattr__(rope, "remake", remake)  # Rope is frozen
     return rope
 
 
 def rope_mixed_frequencies(dim: int, num_heads: int, *, seed: int, base: float = 10.0) -> Tensor:
-    """How the frequencies of rope_mixed start: an axial pair of directions, turned by a random angle for each head.
+    """Initial frequencies of rope_mixed: two orthogonal directions, rotated by a random angle for each head.
 
     Args:
         dim: R, the number of rotated channels, a multiple of 4.
-        num_heads: heads.
+        num_heads: number of heads.
         seed: the same seed gives the same angles on every rank and device.
-        base: lengths are base^(-4i / dim), i < dim / 4.
+        base: the lengths of the frequencies are base^(-4i / dim), i < dim / 4.
 
     Returns:
         float32 (2, num_heads, dim / 2), on the CPU.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type; the message names it.
+        ValueError, TypeError: an argument is out of range or of the wrong type. The message names it.
     """
     check_integer("num_heads", num_heads, 1)
     check_integer("seed", seed)
@@ -244,7 +245,7 @@ def _remade(remake: Callable[[], Rope]) -> Rope:
 
 
 def _frequencies(dim: int, divisor: int, base: float) -> Tensor:
-    """base^(-divisor i / dim), i < dim / divisor, in float64."""
+    """Return base^(-divisor i / dim) for i < dim / divisor, in float64."""
     if check_integer("dim", dim) < divisor or dim % divisor:
         raise ValueError(f"dim: expected a multiple of {divisor} channels, got {dim}")
     check_number("base", base)
@@ -252,7 +253,7 @@ def _frequencies(dim: int, divisor: int, base: float) -> Tensor:
 
 
 def _grid(height: int, width: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Column and row of every token in raster order, (tokens, 1) each."""
+    """Return the column and the row of every token in raster order, each (tokens, 1)."""
     for name, size in (("height", height), ("width", width)):
         check_integer(name, size, 1)
     at = torch.arange(height * width, device=device)[:, None]
@@ -264,22 +265,22 @@ def _check_prefix(prefix_tokens: int) -> None:
 
 
 def _table(angles: Tensor, layout: Layout, prefix_tokens: int, device: torch.device | str | None) -> Rope:
-    """float32 cosines and sines of float64 angles, after tokens that are not rotated."""
+    """Return a Rope with float32 tables of float64 angles, after `prefix_tokens` rows that do not rotate."""
     _check_prefix(prefix_tokens)
     angles = torch.nn.functional.pad(angles, (0, 0, prefix_tokens, 0))
     return Rope(angles.cos().float().to(device), angles.sin().float().to(device), layout)
 
 
 def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Rotate q and k by one kernel; nothing is kept for backward but the tables (and q and k, where angles are learned).
+    """Rotate q and k in one kernel. Saves the tables for backward, and q and k only if the angles are learned.
 
     Args:
-        q, k: (batch, heads, tokens, head_dim), of one shape and dtype. Any strides with a unit last one.
-        rope: the angles; rope.dim <= head_dim, further channels pass unchanged.
+        q, k: (batch, heads, tokens, head_dim), in the same shape and dtype. Views with last stride 1 are not copied.
+        rope: the rotation. The first rope.dim <= head_dim channels are rotated.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
-        The rotated q and k, in their own dtype. Differentiable in q, k and rope.angles.
+        The rotated q and k, in the dtype of the inputs. Differentiable in q, k and rope.angles.
 
     Raises:
         ValueError, TypeError, RuntimeError: as performer_attention.
@@ -293,13 +294,13 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
 
 
 def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-    """The equations in plain PyTorch; any device, any transform."""
+    """Evaluate the equations in plain PyTorch. Supports any device and transform."""
     rotary = rope.differentiable
     return tuple(rotate_reference(x, rotary) for x in (q, k))
 
 
 def check_rope(rope: Rope, q: Tensor, k: Tensor) -> Rotary:
-    """The rotation of a Rope that has one row of angles a token, for q and k alike."""
+    """Check that a Rope fits q and k, which must be of equal lengths. Return its tables for primitives."""
     if not isinstance(rope, Rope):
         raise TypeError(f"rope: expected a Rope (see rope_1d), got {type(rope).__name__}")
     if q.shape[2] != k.shape[2]:

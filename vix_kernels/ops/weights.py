@@ -1,4 +1,4 @@
-"""The attention of one token over all others, for maps of what a class token looks at."""
+"""Attention weights of one token, for example for maps of where a class token attends."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from .checks import check_integer, check_qkv
 def attention_weights(
     attention: Callable[..., Tensor], q: Tensor, k: Tensor, *args: Any, token: int = 0, **options: Any
 ) -> Tensor:
-    """One row of the attention matrix that `attention` never forms: the share of every key in the output of one query.
+    """One row of the attention matrix: the weights of all keys in the output of one query.
 
-    out_token = sum_n w_n v_n for any attention (equation 1 of Vaswani et al., arXiv 1706.03762), so w is the gradient of one
-    output channel with respect to that channel of v: a forward and a backward of the op, and no more memory than they take.
+    The matrix is never in memory. Every attention computes out_token = sum_n w_n v_n (equation 1 of Vaswani et al.,
+    arXiv 1706.03762), so w is the gradient of one output channel with respect to the same channel of v. It takes one forward
+    and one backward of the op.
 
     Args:
         attention: an op of this library, or torch's scaled_dot_product_attention.
         q: (batch, heads, queries, head_dim).
         k: (batch, heads, tokens, head_dim).
-        args, options: the further arguments of `attention` behind v. Without conv_weight, which is no attention.
-        token: the query, from 0; negative ones count from the end.
+        args, options: arguments of `attention` after v. Do not pass conv_weight: a convolution is not part of the weights.
+        token: index of the query. Negative indices count from the end.
 
     Returns:
-        (batch, heads, tokens) in q's dtype, without a gradient. Rows of a softmax add up to 1; the approximations' need not,
-        and can be negative.
+        (batch, heads, tokens) in q's dtype, without a gradient. Weights of a softmax add up to 1. Those of an approximation may
+        be negative and may not add up to 1.
 
     Raises:
-        ValueError, TypeError: q and k do not fit each other, or there is no such token; the message names the argument.
+        ValueError, TypeError: q, k or `token` is invalid. The message names the argument.
     """
     if not callable(attention):
         raise TypeError(f"attention: expected a function of q, k and v, got {type(attention).__name__}")
