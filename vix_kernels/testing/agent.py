@@ -52,7 +52,7 @@ AGENT = OpSpec(
     cases=CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=lambda case: aggregate_exps(case) + broadcast_exps(case),
-    backward=2.5,  # of each two products the logits again and four gradients, those of the agents included
+    backward=2.5,  # per pass of two products: the logits again and four gradients, including the agents'
     public=True,
     compiled=(Case("", features=49),),  # as published
 )

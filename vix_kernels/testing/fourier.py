@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops.fourier import fourier_mixing, fourier_mixing_reference
 from .problem import Case, OpSpec, register
 
-CASES = (  # one tile and several, in rows and columns; even and odd lengths
+CASES = (  # one or more tiles of rows and columns, even and odd lengths
     Case("plain"),
     Case("packed", tokens=36, heads=3, packed=True),
     Case("one_token", tokens=1),
@@ -24,13 +24,13 @@ CASES = (  # one tile and several, in rows and columns; even and odd lengths
 
 def _fourier(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     channels = case.heads * case.width
-    if case.packed:  # x as a view of a wider tensor, normalised
+    if case.packed:  # x is a view of a wider tensor
         return {"x": tensor(case.batch, case.tokens, 3, channels)[:, :, 1]}, dict(norm="ortho")
     return {"x": tensor(case.batch, case.tokens, channels)}, {}
 
 
 def _flops(case: Case) -> int:
-    """Of products with folded matrices, fewest where both axes are folded, or of a fast transform of real numbers."""
+    """Operations of the cheaper algorithm: products with both axes folded, or a fast transform of real numbers."""
     channels = case.heads * case.width
     size = case.tokens * channels
     return case.batch * min(size * (case.tokens + channels) // 2, round(2.5 * size * math.log2(size)))

@@ -26,7 +26,7 @@ def _landmarks(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
     mask = make_mask(case, k, q)
     columns = (case.tokens - case.prefix) // case.rows
     options = dict(
-        prefix=case.tokens - case.rows * columns,  # what the grid leaves over stands in front of it too
+        prefix=case.tokens - case.rows * columns,  # tokens that do not fit the grid precede it
         rows=case.rows,
         mark_rows=min(case.mark_rows, case.rows),
         mark_columns=min(case.features, columns),
@@ -45,7 +45,7 @@ LANDMARKS = OpSpec(
     differentiable=("q", "k"),
     batched=("q", "k", "q_mask", "k_mask"),
     cases=CASES,
-    flops=lambda case: 2 * case.batch * case.heads * case.tokens * case.width,  # an addition each
+    flops=lambda case: 2 * case.batch * case.heads * case.tokens * case.width,  # one addition per channel
     backward=1.0,
 )
 register(LANDMARKS)

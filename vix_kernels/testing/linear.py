@@ -1,4 +1,4 @@
-"""Linear attention, on the channels and on random features."""
+"""Linear attention, with and without a projection to features."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _linear_projected(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[s
 
 
 def _channels(case: Case) -> int:
-    """Of queries and keys."""
+    """Number of channels of all queries and keys."""
     return case.batch * case.heads * (case.tokens + (case.queries or case.tokens)) * case.width
 
 

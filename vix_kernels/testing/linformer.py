@@ -1,4 +1,4 @@
-"""Linformer attention, with two projections, and its linear move, with one for both keys and values."""
+"""Linformer attention with two projections, and its primitive `project` with one for both keys and values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .problem import (
     register,
 )
 
-MOVE_CASES = (
+PROJECT_CASES = (
     Case("odd_width", batch=1, width=24, value_width=40),
     Case("one_token", tokens=1, features=3),
     Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, features=12, tokens=35, masked=True),
@@ -39,7 +39,7 @@ CASES = (
 
 
 def _token_projection(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
-    """As the module draws it, give or take: float32, entries of about K^-0.5, and rows that a shorter sequence leaves over."""
+    """Draw a projection like the module's: float32, with entries of about K^-0.5 and two more rows than tokens."""
     shape = (case.heads,) * case.per_head + (case.tokens + 2, case.features)
     return tensor(*shape, dtype=torch.promote_types(tokens.dtype, torch.float32), scale=case.features**-0.5)
 
@@ -68,7 +68,7 @@ LINFORMER = OpSpec(
     cases=CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=broadcast_exps,
-    backward=2.25,  # each product of the linear move makes two, those of the softmax the logits again and four gradients
+    backward=2.25,  # two products per product of project, five per two of broadcast: the logits again and four gradients
     public=True,
     compiled=(Case("", features=256),),  # as published
     variants=(Case("+rope", features=256, rope="interleaved"),),
@@ -80,7 +80,7 @@ PROJECT = OpSpec(
     build=_project,
     differentiable=("k", "v", "key_projection"),
     batched=("k", "v", "mask"),
-    cases=MOVE_CASES,
+    cases=PROJECT_CASES,
     flops=aggregate_flops,
     variants=(Case("+rope", features=256, rope="interleaved"),),
 )

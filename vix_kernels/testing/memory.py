@@ -1,4 +1,4 @@
-"""What autograd keeps."""
+"""Memory that autograd saves for backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def kept_for_backward(function: Callable, inputs: tuple[Tensor, ...]) -> int:
-    """Bytes that autograd keeps for the backward of function(*inputs) and that are neither input, output nor parameter."""
+    """Return the bytes that autograd saves for the backward of function(*inputs), without inputs, outputs and parameters."""
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:

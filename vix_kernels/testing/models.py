@@ -6,7 +6,7 @@ from typing import Any
 
 
 def small_model(name: str, **overrides: Any) -> dict[str, Any]:
-    """Arguments of `create_model` that leave the model `name` 16 tokens of 16 channels, and nothing to chance."""
+    """Return arguments of `create_model` for a model with 16 tokens of 16 channels and without stochastic depth."""
     arguments: dict[str, Any] = {"img_size": 8, "embed_dim": 16, "num_classes": 5, "drop_path_rate": 0.0}
     if not name.startswith("fnet_2d"):
         arguments |= {"num_heads": 2}

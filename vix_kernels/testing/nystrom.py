@@ -1,4 +1,4 @@
-"""Nystrom attention, with its residual."""
+"""Nystrom attention with its residual convolution."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .problem import (
     register,
 )
 
-CASES = (  # few: interpreted, they take long, and the moves have cases of their own
+CASES = (  # few, because they are slow in the interpreter; the primitives have separate cases
     Case("plain", batch=1, taps=5, features=6, packed=True),
     Case("one_token", tokens=1, features=1),
     Case("odd_width", batch=1, width=24, value_width=40, features=5, tokens=20),
@@ -48,8 +48,8 @@ def _function(q: Tensor, k: Tensor, v: Tensor, conv_weight: Tensor, **options: A
     return nystrom_attention(q, k, v, conv_weight=conv_weight, **options)
 
 
-def _moves(count: Callable[[Case], int]) -> Callable[[Case], int]:
-    """`count` with landmarks for slots."""
+def _with_landmarks(count: Callable[[Case], int]) -> Callable[[Case], int]:
+    """Return `count` for cases whose slots are landmarks."""
     return lambda case: count(Case(**{**vars(case), "features": _landmarks(case) + case.prefix}))
 
 
@@ -61,13 +61,13 @@ NYSTROM = OpSpec(
     differentiable=("q", "k", "v", "conv_weight"),
     batched=("q", "k", "v", "key_padding_mask"),
     cases=CASES,
-    # Of the residual and the inverse nothing: a few per cent where there are many more tokens than landmarks.
-    flops=_moves(lambda case: aggregate_flops(case) + broadcast_flops(case)),
-    exps=_moves(lambda case: aggregate_exps(case) + broadcast_exps(case)),
+    # Without the residual and the inverse: a few per cent if there are many more tokens than landmarks.
+    flops=_with_landmarks(lambda case: aggregate_flops(case) + broadcast_flops(case)),
+    exps=_with_landmarks(lambda case: aggregate_exps(case) + broadcast_exps(case)),
     public=True,
     compiled=(Case("", features=64, taps=33),),
-    # At most 64 landmarks are inverted in registers.
+    # 128: more than 64 landmarks are inverted by other kernels, not in registers.
     variants=(Case("+rope", features=64, taps=33, rope="interleaved"), Case("+landmarks", features=128, taps=33)),
-    most_features=64,  # what is published; as many features as an estimate needs are more
+    most_features=64,  # the published number; estimates by random features need more
 )
 register(NYSTROM)

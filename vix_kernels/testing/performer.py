@@ -1,4 +1,4 @@
-"""Performer attention, and the two moves that it is made of."""
+"""Performer attention and its two primitives."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CASES = (
     Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, masked=True),
     Case("rope_odd_width", batch=1, rope="interleaved", width=40, rotary=24, prefix=2),
 )
-COMPILED_FEATURES = (16, 110, 266)  # fewer than a tile, those of width 32, those of width 64
+COMPILED_FEATURES = (16, 110, 266)  # less than a tile, and the defaults for widths 32 and 64
 
 
 def _performer(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -72,7 +72,7 @@ def _broadcast(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
     slots = _slots(case, tensor, q)
     values = tensor(case.batch, case.heads, case.features, case.value_width or case.width, dtype=wide)
     bias = tensor(case.batch, case.heads, case.features, dtype=wide)
-    if case.masked:  # slots that no key has reached
+    if case.masked:  # slots without a valid key
         bias[:, :, ::3] = float("-inf")
         bias[-1] = float("-inf")
     return {"q": q, "slots": slots, "values": values, "slot_bias": bias}, dict(
@@ -81,7 +81,7 @@ def _broadcast(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
 
 
 def _slots(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
-    """Pooled slots have the tokens' dtype, random features are float32."""
+    """Draw slots: pooled ones in the dtype of `tokens`, or random features in float32."""
     if case.per_head:
         return tensor(case.batch, case.heads, case.features, case.width)
     return make_projection(case, tokens)[None, None]

@@ -1,4 +1,4 @@
-"""The pseudo-inverse of Nystrom attention; features are its landmarks."""
+"""The pseudo-inverse of Nystrom attention. `features` of a case is the number of landmarks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASES = (
 
 
 def _pinv(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Landmarks of a masked case average no token here and there, and none at all in the last sample: NaN and inf are there."""
+    """Draw landmarks. In a masked case some landmarks, and all of the last sample, are means of no token and hold NaN."""
     shape = (case.batch, case.heads, case.features)
     if case.packed:
         q, k = tensor(case.batch, case.features, 2, case.heads, case.width).permute(2, 0, 3, 1, 4)
@@ -44,7 +44,7 @@ def _pinv(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor],
 
 
 def _flops(case: Case) -> int:
-    """A, four products a step, and values."""
+    """A, four products per step, and the product with the values."""
     square = 2 * case.batch * case.heads * case.features**2
     return square * (case.width + 4 * ITERATIONS * case.features + (case.value_width or case.width))
 
@@ -59,6 +59,6 @@ PINV = OpSpec(
     cases=CASES,
     flops=_flops,
     exps=lambda case: case.batch * case.heads * case.features**2,
-    backward=3.0,  # the four products of a step again, and eight for its gradient
+    backward=3.0,  # per step: its four products again, and eight for the gradient
 )
 register(PINV)

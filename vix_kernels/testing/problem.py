@@ -1,4 +1,4 @@
-"""Problems: their sizes, their inputs, and what tests and benchmarks need to know of the operator that solves them."""
+"""Problems: sizes and inputs of operators, and the specifications that tests and benchmarks read."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from ..ops.rope import rope_1d
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and options of one problem. Small by default: Triton's interpreter runs them on a CPU."""
+    """Sizes and options of one problem. Defaults are small, because Triton's interpreter runs them on a CPU."""
 
     name: str
     batch: int = 2
     heads: int = 2
     tokens: int = 37
-    queries: int | None = None  # as many as tokens
+    queries: int | None = None  # None: `tokens`
     width: int = 16
-    value_width: int | None = None  # the width of q
+    value_width: int | None = None  # None: `width`
     features: int = 40
-    masked: bool = False  # some keys, and all keys of the last sample; what is masked holds NaN and inf
+    masked: bool = False  # masks some keys, and all keys of the last sample; masked tokens hold NaN and inf
     rope: str | None = None  # "interleaved" | "half"
-    rotary: int | None = None  # rotated channels; all
-    prefix: int = 0  # tokens in front that are not rotated
-    per_head: bool = False  # a projection, or slots, for each head
+    rotary: int | None = None  # rotated channels; None: all
+    prefix: int = 0  # leading tokens that are not rotated
+    per_head: bool = False  # separate projections or slots for each head
     packed: bool = False  # q, k, v are views of one (batch, tokens, 3, heads, width) projection
     spread: float = 1.0  # standard deviation of q and k
-    feature_map: str = "relu"  # of linear attention; "elu"
+    feature_map: str = "relu"  # of linear attention: "relu" | "elu"
     taps: int = 3  # of a convolution over tokens
-    rows: int = 1  # of the grid that the tokens behind the prefix form
-    mark_rows: int = 1  # rows of landmarks, `features` in each
+    rows: int = 1  # of the grid that the tokens after the prefix form
+    mark_rows: int = 1  # rows of landmarks, with `features` in each
     adaptive: bool = False  # landmarks of overlapping windows
-    learned: bool = False  # random features take gradients
-    eps: float = 0.125  # of linear attention: large enough to show, and exact in the float32 that kernels take it in
+    learned: bool = False  # random features require gradients
+    eps: float = 0.125  # of linear attention: large enough to change results, and exact in float32
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of an operator. Calling it gives a tuple of outputs."""
+    """Inputs of an operator. Calling it returns a tuple of outputs."""
 
     spec: OpSpec
     tensors: dict[str, Tensor]  # positional, in order
@@ -58,19 +58,19 @@ class Problem:
         return out if isinstance(out, tuple) else (out,)
 
     def gradients(self, outputs: tuple[Tensor, ...], cotangents: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-        """Of the tensors that require them; by default from cotangents of arbitrary numbers, to see what a backward runs."""
+        """Return the gradients of the tensors that require them. By default the cotangents are uninitialized."""
         wanted = [x for x in self.tensors.values() if x.requires_grad]
         return torch.autograd.grad(outputs, wanted, cotangents or [torch.empty_like(x) for x in outputs])
 
     def double(self) -> Problem:
-        """The same numbers in float64."""
+        """Return the same problem in float64."""
         return self.map(lambda x: x.detach().double())
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Problem:
         return replace(self, tensors={name: change(x) for name, x in self.tensors.items()})
 
     def sample(self, index: int) -> Problem:
-        """One sample of the batch on its own."""
+        """Return the problem of one sample of the batch."""
         size = self.tensors[self.spec.batched[0]].shape[0]
 
         def one(name: str, x: Any) -> Any:
@@ -82,28 +82,29 @@ class Problem:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """What tests and benchmarks need to know of an operator.
+    """Specification of an operator for tests and benchmarks.
 
     Attributes:
-        function: takes the tensors of a problem, its options and `backend`.
+        name: name of the operator.
+        function: the operator. Called with the tensors of a problem, its options and `backend`.
         reference: the same in plain PyTorch, without `backend`.
-        build: (case, tensor) -> (tensors, options); tensor(*shape) draws a normal tensor of the problem's dtype.
-        differentiable: names of the tensors that take gradients.
-        fixed: those of them that measurements give no gradient, such as random features, unless the case is `learned`.
-        batched: names of the tensors and options that have a batch dimension, the first of them always.
-        cases: the problems every implementation must solve.
-        flops: multiply-adds times two in the matrix products of a forward (in the rotation, for RoPE), each counted once.
+        build: (case, tensor) -> (tensors, options). tensor(*shape) draws a normal tensor in the problem's dtype.
+        differentiable: names of the tensors that get gradients.
+        fixed: those that get no gradient in measurements, such as random features, unless the case is `learned`.
+        batched: names of the tensors and options that have a batch dimension. The first one is always present.
+        cases: problems that every implementation is tested on.
+        flops: operations (two per multiply-add) in the matrix products of a forward, or in the rotation for RoPE.
         exps: exponentials of a forward.
-        rotates: it is about rotation: every problem has angles.
-        public: users call it: it is benchmarked, its traffic is counted, and `vix check` lists it.
-        compiled: what the compile report compiles at every head width; batch, heads, tokens and width are the report's, a
-            case without slots has 0 features, and its name ends what the operator is called.
-        variants: what it compiles besides, at fewer widths.
-        most_features: more are not measured: `fit` takes so many at most.
-        backward: flops of a backward over those of a forward. By default 2: of each two products of a move, backward makes
-            the logits again and three gradients; those of random features, which nobody trains, are left out.
+        backward: flops of a backward as a multiple of the forward's. Default: 2. For every two products of a pass, backward
+            computes the logits again and three gradients. Gradients of random features, which are rarely trained, do not count.
+        rotates: whether every problem has angles.
+        public: whether users call it. Public operators are benchmarked, their traffic is counted, and `vix check` lists them.
+        compiled: cases that the compile report compiles at every head width. It sets batch, heads, tokens and width. A case
+            without slots has 0 features. The case's name is appended to the operator's.
+        variants: more cases that it compiles, at fewer widths.
+        most_features: limit of the features in measurements. See `fit`.
 
-    Bytes and launches are counted, not declared: see measure/costs.py.
+    Bytes and launches are counted by measure/costs.py.
     """
 
     name: str
@@ -125,12 +126,14 @@ class OpSpec:
 
     @property
     def attends(self) -> bool:
-        """It does what softmax attention does: of queries, keys and values."""
+        """Whether it is an attention of queries, keys and values."""
         return {"q", "k", "v"} <= set(self.differentiable)
 
     def fit(self, case: Case) -> Case:
-        """`case` as this operator is measured: with angles if it is about them, without a mask if it takes none, with no more
-        features than it is used with."""
+        """Adapt `case` to measurements of this operator.
+
+        Adds angles if every problem has them, removes the mask if no case is masked, and limits the features.
+        """
         rope = case.rope or ("interleaved" if self.rotates else None)
         features = min(case.features, self.most_features or case.features)
         return replace(case, rope=rope, features=features, masked=case.masked and any(each.masked for each in self.cases))
@@ -138,7 +141,7 @@ class OpSpec:
     def problem(
         self, case: Case, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
     ) -> Problem:
-        """The inputs of `case`: the same numbers for every dtype and device, rounded."""
+        """Draw the inputs of `case`: the same numbers for every dtype and device, up to rounding."""
         generator = torch.Generator().manual_seed(seed)
 
         def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
@@ -149,11 +152,11 @@ class OpSpec:
 
 
 SPECS: dict[str, OpSpec] = {}
-REGISTERING: set[str] = set()  # the modules whose import fills SPECS, in other processes too
+REGISTERING: set[str] = set()  # modules whose import fills SPECS; workers import them, too
 
 
 def register(*specs: OpSpec) -> None:
-    """Make operators known by name to tests and measurements. Another package can register its own.
+    """Register operators for tests and measurements. Other packages may register operators, too.
 
     Raises:
         ValueError: another operator has one of the names.
@@ -166,10 +169,9 @@ def register(*specs: OpSpec) -> None:
 
 
 def draw(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> Problem:
-    """The problem of `case` with numbers drawn on the device. Differentiable tensors require gradients; those that the
-    operator declares `fixed` only if the case is `learned`.
+    """Draw the inputs of `case` on the device, which is faster than `spec.problem` for large sizes.
 
-    `spec.problem` draws in float64 on the CPU, the same numbers for every device, which takes seconds at sizes worth timing.
+    Differentiable tensors require gradients. `fixed` ones do only if the case is `learned`.
     """
 
     def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
@@ -181,7 +183,7 @@ def draw(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> Problem:
     return Problem(spec, {name: x.detach().requires_grad_(name in trained) for name, x in tensors.items()}, options)
 
 
-# What builders share
+# Helpers of `build` functions
 
 
 def make_qkv(case: Case, tensor: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -197,7 +199,7 @@ def make_qkv(case: Case, tensor: Callable[..., Tensor]) -> dict[str, Tensor]:
 
 
 def make_mask(case: Case, k: Tensor, v: Tensor) -> Tensor | None:
-    """A mask that leaves the last sample without keys; NaN and infinity lie under it."""
+    """Draw a mask that leaves the last sample without keys. Fill the masked tokens of k with NaN and those of v with inf."""
     if not case.masked:
         return None
     mask = torch.rand(case.batch, case.tokens, generator=torch.Generator().manual_seed(1)) > 0.4
@@ -227,7 +229,7 @@ def make_projection(case: Case, tokens: Tensor) -> Tensor:
 
 
 def exact_scale(case: Case) -> float:
-    """About width ** -0.5. Its root is exact in the float32 that kernels take it in, so that float64 runs are exact too."""
+    """Return about width ** -0.5. Kernels receive it or its root in float32, which is exact, so float64 runs are exact."""
     return 0.25 if case.width < 64 else 0.0625
 
 
