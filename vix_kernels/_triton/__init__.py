@@ -1,1 +1,1 @@
-"""Triton kernels, one file a primitive. The only folder that imports triton."""
+"""Triton kernels, one file per primitive. Only this folder and measure/ import triton."""

@@ -1,8 +1,8 @@
-"""Kernels of `aggregate`: M slots read N tokens (primitives/aggregate.py states the equations).
+"""Kernels of `aggregate`: M slots attend to N tokens (see primitives/aggregate.py for the equations).
 
-Logits are kept in base 2, so that every exponential is one exp2. Three kernels do the work: forward and slot gradients hold
-a tile of slots and walk over the tokens, or over a chunk of them; token gradients hold a tile of tokens and walk over the
-slots. None of them needs an atomic: each output is written once, by one program, and chunks are merged in their order.
+Logits are in base 2, so every exponential is one exp2. In the kernels of the forward and of the slot gradients, a program holds
+a tile of slots and loops over a chunk of the tokens. In the kernel of the token gradients, it holds a tile of tokens and loops
+over the slots. No kernel uses atomics: each output is written once, by one program, and chunks are merged in their order.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from .tiles import (
 
 @triton.jit
 def key_bias(k, valid, scale, GAUSSIAN: tl.constexpr, COMPUTE: tl.constexpr):
-    """Base-2 bias of a tile of keys: -|scale k|^2 / 2 for Gaussian slots, -inf for masked keys."""
+    """Return the base-2 bias of a tile of keys: -|scale k|^2 / 2 for Gaussian slots, -inf for masked keys."""
     bias = tl.zeros((k.shape[0],), COMPUTE)
     if GAUSSIAN:
         x = k.to(COMPUTE)
         bias -= tl.sum(x * x, 1) * (0.5 * LOG2E * scale * scale)
-        bias += bias - bias  # NaN where the square overflows; -inf would say that there is no key
+        bias += bias - bias  # NaN where the square overflows, because -inf would mask the key
     return tl.where(valid, bias, float("-inf"))
 
 
@@ -67,7 +67,7 @@ def aggregate_forward_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """values, lse, top and total of a tile of slots over a chunk of tokens."""
+    """Compute values, lse, top and total of a tile of slots over a chunk of tokens."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -110,7 +110,7 @@ def merge_softmax_kernel(
     parts, part_tops, part_totals, values, lse, tops, totals, chunks, M,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The mean of the chunks' values with weights total exp2(top), and the top, total and lse of all chunks."""
+    """Merge chunks: the mean of their values with weights total exp2(top), and top, total and lse of all tokens."""
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
     o_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_e = tl.arange(0, BLOCK_E)
@@ -149,12 +149,14 @@ def aggregate_prepare_kernel(
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     SOFTMAX: tl.constexpr, NUMBERS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dvalues / total = size * unit with unit in the tokens' dtype, and delta, what <dvalues / total, v> is reduced by.
+    """Compute size, unit and delta. The kernels' logit gradients are size <unit, v> - delta, times exponentials or slopes.
 
-    SOFTMAX: delta = (<size unit, values> - dlse / ln 2) / total, and kernels multiply by exponentials over the largest one. The
-    product is computed as kernels compute <unit, v>: where a slot attends to one token, the two cancel. Else there is no total,
-    and delta = -dnumber, of a sum of features. dvalues sums the gradients of all tokens and can leave
-    float16's range although dk and dv do not; the power of two in `size` keeps the rows of unit within [-1, 1].
+    size * unit is dvalues / total, with unit in the tokens' dtype. dvalues is a sum over all tokens and can overflow in float16
+    even if dk and dv do not. size contains a power of two that keeps unit within [-1, 1].
+
+    SOFTMAX: delta = (<dvalues, values> - dlse / ln 2) / total. The product is computed as <unit, v> is in the kernels, so that
+    the two cancel if a slot attends to one token only.
+    Otherwise slots are sums of features without a softmax: total is 1, and delta = -dnumber.
     """
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -165,7 +167,7 @@ def aggregate_prepare_kernel(
     at = o_m.to(tl.int64)
     d = tl.load(dvalues + i_b * d_b + i_h * d_h + at[:, None] * d_m + o_e[None, :], mask=inside, other=0.0).to(COMPUTE)
     largest = tl.max(tl.abs(d), 1)
-    # Within the normal range of float32, where 1 / size exists: smaller rows stay small, infinite ones infinite.
+    # Limited to normal float32 numbers, for which 1 / size is finite. Smaller rows stay small, infinite ones infinite.
     exponent = tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0)))
     b_size = tl.exp2(tl.minimum(tl.maximum(exponent, -126.0), 126.0))
     b_unit = cast(d / b_size[:, None], unit.dtype.element_ty)
@@ -198,7 +200,7 @@ def aggregate_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """dk (if KEYS) and dv (if VALUES) of a tile of tokens."""
+    """Compute dk (if KEYS) and dv (if VALUES) of a tile of tokens."""
     i_bh, o_n, inside = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
@@ -234,13 +236,13 @@ def aggregate_tokens_kernel(
 
     if KEYS:
         b_dk *= scale
-        if GAUSSIAN:  # the keys once more from memory: held through the loop, they would cost the registers of a whole tile
+        if GAUSSIAN:  # load the keys again, because keeping them during the loop takes the registers of a whole tile
             b_k = load_tile(k, o_n, k_n, valid, D, BLOCK_D, ROTARY, INTERLEAVED, AGAIN=True)
             b_x = b_k.to(COMPUTE)
             if ROTARY > 0:
                 b_x = rotate_pairs(b_x, o_n, valid, cos + angles, sin + angles, ROTARY, False, AGAIN=True)
             b_dk -= b_x * (scale * scale * b_db)[:, None]
-        b_dk = tl.where(valid[:, None], b_dk, 0.0)  # even where a slot's gradient is NaN
+        b_dk = tl.where(valid[:, None], b_dk, 0.0)  # even if a slot's gradient is NaN
         dk += i_b * dk_b + i_h * dk_h
         store_unrotated(b_dk, dk, o_n, dk_n, inside, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
     if VALUES:
@@ -259,7 +261,7 @@ def aggregate_slots_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dslots of a tile of slots over a chunk of tokens, for each batch and head."""
+    """Compute dslots of a tile of slots over a chunk of tokens, for each sample and head."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -318,9 +320,17 @@ def aggregate_forward(
 def prepare(
     dvalues: Tensor, dnumber: Tensor | None, values: Tensor | None, total: Tensor | None, dtype: torch.dtype, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """delta and size (batch, heads, M), and unit (batch, heads, M, E) in the tokens' dtype; see the kernel.
+    """Launch aggregate_prepare_kernel.
 
-    values and total are those of a softmax, None of sums of features; dnumber is the gradient of lse, or of the sums.
+    Args:
+        dvalues: gradient of values or sums, (batch, heads, M, E).
+        dnumber: gradient of lse or norms, (batch, heads, M). None: 0.
+        values, total: results of a softmax. None for sums of features.
+        dtype: dtype of the tokens.
+        precision: precision of float32 products.
+
+    Returns:
+        delta and size (batch, heads, M), and unit (batch, heads, M, E) in `dtype`.
     """
     batch, num_heads, num_slots, width = dvalues.shape
     dvalues = unit_last_stride(dvalues)

@@ -1,7 +1,8 @@
-"""Kernels of `broadcast`: N tokens read M slots (primitives/broadcast.py states the equations).
+"""Kernels of `broadcast`: N tokens attend to M slots (see primitives/broadcast.py for the equations).
 
-Logits are kept in base 2. Forward and token gradients hold a tile of tokens and walk over the slots, slot gradients hold a
-tile of slots and walk over the tokens; each output is written once, by one program.
+Logits are in base 2. In the kernels of the forward and of the token gradients, a program holds a tile of tokens and loops over
+the slots. In the kernel of the slot gradients, it holds a tile of slots and loops over the tokens. Each output is written once,
+by one program.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def broadcast_forward_kernel(
     TAPS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out, with the convolution of v unless TAPS is 0, and top and total of a tile of tokens."""
+    """Compute out, top and total of a tile of tokens. If TAPS > 0, the convolution of v is added to out."""
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
@@ -90,7 +91,7 @@ def broadcast_forward_kernel(
 
 @triton.jit
 def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr):
-    """Base-2 bias of a tile of slots; -inf, that is probability 0, beyond M."""
+    """Return the base-2 bias of a tile of slots. It is -inf from M on, which makes the probability 0."""
     if BIASED:
         b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=float("-inf"))
     else:
@@ -105,7 +106,7 @@ def exps_and_gradient(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of slots, the exponentials of the tokens' logits over their largest one, and the gradient of the probabilities."""
+    """Return a tile of slots, the exponentials exp2(logit - top) of the tokens, and the gradient of their probabilities."""
     o_m = start + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
     b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), b_q.dtype)
@@ -127,10 +128,10 @@ def broadcast_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     KNOWN: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of tokens, and for the slot gradients delta = <dout, out> and inverse = 1 / total.
+    """Compute dq of a tile of tokens, and delta = <dout, out> and inverse = 1 / total for the slot gradients.
 
-    `out` is summed again unless it is KNOWN. A token whose dout is 0 has no part in any gradient, even if it holds NaN, as
-    padding may: its query counts as 0, and so does its inverse.
+    delta is computed from `out` if it is KNOWN, otherwise from the slots again. A token whose dout is 0 does not contribute to
+    any gradient, even if it holds NaN, as padding may: its query is read as 0, and its inverse is 0.
     """
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
@@ -159,7 +160,7 @@ def broadcast_tokens_kernel(
             )  # fmt: skip
             b_delta += tl.sum(b_e * b_dp, 1)
         b_delta *= b_inverse
-        # Once more from memory: held from one loop to the other, in two layouts, they would cost the registers of both.
+        # Load again: keeping these between the loops, which need different layouts, would take registers for both.
         b_q = load_rotated(
             q, o_n, q_n, used, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE, AGAIN=True
         )  # fmt: skip
@@ -191,7 +192,7 @@ def broadcast_slots_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, NEED_SLOTS: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dvalues, dbias and, if asked for, dslots of a tile of slots over a chunk of tokens, for each batch and head."""
+    """Compute dvalues, dbias and, if NEED_SLOTS, dslots of a tile of slots over a chunk of tokens, for each sample and head."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     o_m = first_slot + tl.arange(0, BLOCK_M)

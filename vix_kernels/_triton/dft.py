@@ -1,11 +1,11 @@
-"""Kernels of `dft`: products with cosines and sines, folded along both axes (primitives/dft.py states the equation).
+"""Kernels of `dft`: products with cosines and sines, folded along both axes (see primitives/dft.py for the equation).
 
-With C_N[a, n] = cos(2 pi an / N), S_N likewise, and E, O the sum and the difference of the tokens n and -n,
+With C_N[a, n] = cos(2 pi an / N), S_N[a, n] = sin(2 pi an / N), and E, O the sum and the difference of the tokens n and -n,
 
     P = C_N (E C_D)        R = S_N (O S_D)        y at (a, b) and (-a, -b) is P - R        y at (-a, b) and (a, -b) is P + R
 
-so half of the tokens, of the rows a and of the columns b suffice. Two kernels: over channels, then over tokens. Cosines and
-sines are made where they are used and never stored: a tile of them is turned by an angle a row from step to step of a loop.
+so half of the tokens, of the rows a and of the columns b are enough. The first kernel sums over channels, the second over
+tokens. Cosines and sines are never stored: each step of a loop rotates a tile of them by the angles of that step.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .launch import LaunchConfig, launch, launch_config
 from .tiles import cast, dot, load_tile
 
 WIDTH = 64  # of the launch table's entries: tiles do not depend on the channels
-BLOCK_K = 32  # tokens or channels of a step
+BLOCK_K = 32  # tokens or channels per step
 HALF_PI = tl.constexpr(1.5707963267948966)
 
 
 @triton.jit
 def turn(index, length, COMPUTE: tl.constexpr):
-    """cos and sin of 2 pi index / length, for 0 <= index < length."""
+    """Return cos and sin of 2 pi index / length, for 0 <= index < length."""
     quarter = (4 * index + length // 2) // length
     rest = (4 * index - quarter * length).to(COMPUTE) / length * HALF_PI  # within pi / 4 of a quarter turn
     square = rest * rest
@@ -45,7 +45,7 @@ def turn(index, length, COMPUTE: tl.constexpr):
 
 @triton.jit
 def turned(c, s, turn_c, turn_s):
-    """cos and sin of the sum of two angles."""
+    """Return cos and sin of the sum of two angles."""
     return c * turn_c - s * turn_s, s * turn_c + c * turn_s
 
 
@@ -55,7 +55,7 @@ def dft_channels_kernel(
     D: tl.constexpr, COLUMNS: tl.constexpr, SHRINK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """E C_D and O S_D times SHRINK / 2, (N // 2 + 1, COLUMNS) each, for a tile of tokens and columns."""
+    """Compute E C_D and O S_D times SHRINK / 2, each (N // 2 + 1, COLUMNS), for a tile of tokens and columns."""
     half = N // 2 + 1
     row_tiles = tl.cdiv(half, BLOCK_N)
     column_tiles = COLUMNS // BLOCK_C
@@ -65,7 +65,7 @@ def dft_channels_kernel(
     o_c = column + tl.arange(0, BLOCK_C)
     valid = o_n < half
     mirror = tl.where(o_n == 0, 0, N - o_n)
-    # A half, so that the sum keeps to x's range; a quarter for the tokens that are their own mirror image.
+    # A half keeps sums in the range of x. A quarter if token and mirror image are the same.
     weight = tl.where(o_n == mirror, 0.25, 0.5).to(COMPUTE)[:, None]
     x += i_b * x_b
 
@@ -94,7 +94,7 @@ def dft_tokens_kernel(
     D: tl.constexpr, COLUMNS: tl.constexpr, SHRINK: tl.constexpr, ORTHO: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y for a tile of rows a <= N / 2 and columns b < COLUMNS, and for the mirror images of what lies beyond."""
+    """Compute y for a tile of rows a <= N / 2 and columns b < COLUMNS, and for its mirror images."""
     half = N // 2 + 1
     row_tiles = tl.cdiv(half, BLOCK_N)
     column_tiles = COLUMNS // BLOCK_C
@@ -140,11 +140,11 @@ def dft_tokens_kernel(
 def dft(x: Tensor, ortho: bool) -> Tensor:
     batch, tokens, width = x.shape
     over_channels, over_tokens = (launch_config(kernel, x, WIDTH, x) for kernel in ("dft_channels", "dft_tokens"))
-    # All columns that the tiles cover are made, one half and more: mirror images are stored an element at a time.
+    # Compute all columns of the tiles, more than half of them: stores of mirror images are not vectorized.
     block = max(over_channels.tile.slots, over_tokens.tile.slots)
     half, columns = tokens // 2 + 1, triton.cdiv(width // 2 + 1, block) * block
     folded, y = x.new_empty(batch, 2, half, columns), x.new_empty(x.shape)
-    # Between the kernels numbers are about an eighth of those in x, for float16's sake; a power of two rounds nothing.
+    # Keeps the intermediate result at about an eighth of x, against overflow in float16. A power of two does not round.
     sizes = dict(D=width, COLUMNS=columns, SHRINK=2.0 ** -(width.bit_length() // 2 + 2))
     launch(
         dft_channels_kernel, _grid(over_channels, batch, half, columns),

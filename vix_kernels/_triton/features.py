@@ -1,7 +1,7 @@
-"""Feature maps, and tiles of features: what the kernels of the linear moves share.
+"""Feature maps and tiles of features, shared by the kernels of linear attention.
 
-With slots a tile of features is a product; without, it is a tile of the tokens' own channels, so that no head is ever held as a
-whole.
+With slots, a tile of features is a product of tokens and slots. Without slots, it is a tile of the tokens' channels, and a
+program never holds all channels of a head.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .tiles import LOG2E, load_rotated, load_slots, row_products, slot_channels
 
 @triton.jit
 def apply_map(logits, ELU: tl.constexpr):
-    """elu + 1, or relu; NaN stays NaN."""
+    """Apply elu + 1 or relu. NaN stays NaN."""
     if ELU:
         features = tl.where(logits > 0, logits + 1.0, tl.exp2(logits * LOG2E))
     else:
@@ -28,7 +28,7 @@ def apply_map(logits, ELU: tl.constexpr):
 
 @triton.jit
 def slope(logits, ELU: tl.constexpr):
-    """The derivative of the map."""
+    """Return the derivative of the map."""
     if ELU:
         slopes = tl.where(logits > 0, 1.0, tl.exp2(logits * LOG2E))
     else:
@@ -42,7 +42,7 @@ def load_logits(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     PROJECTED: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the map is applied to (tokens, BLOCK_M): products of tokens and slots, or channels of the tokens."""
+    """Load the inputs of the map (tokens, BLOCK_M): products of tokens and slots, or channels of the tokens."""
     if PROJECTED:
         b_x = load_rotated(x, o_n, x_n, valid, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -58,7 +58,7 @@ def slot_rows(
     first_slot, D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     PROJECTED: tl.constexpr,
 ):  # fmt: skip
-    """The slots that stand in the columns of a tile of logits."""
+    """Return the slots in the columns of a tile of logits."""
     if PROJECTED:
         o_m = first_slot + tl.arange(0, BLOCK_M)
     else:
@@ -68,7 +68,7 @@ def slot_rows(
 
 @triton.jit
 def load_state(sums, norms, sums_m, norms_m, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Means of the values, S / z (slots, BLOCK_E), which are in the range of v, and the norms z; 0 beyond M."""
+    """Load a tile of slots: means S / z (slots, BLOCK_E), which are in the range of v, and norms z. Both are 0 from M on."""
     o_e = tl.arange(0, BLOCK_E)
     at = o_m.to(tl.int64)
     inside = (o_m < M)[:, None] & (o_e < E)[None, :]
@@ -78,13 +78,13 @@ def load_state(sums, norms, sums_m, norms_m, o_m, M, E: tl.constexpr, BLOCK_E: t
 
 
 def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | None) -> LaunchConfig:
-    """launch_config, without slots too."""
+    """Return launch_config. `slots` may be None."""
     config = launch_config(kernel, tokens, max(tokens.shape[3], values.shape[3]), tokens if slots is None else slots)
-    if slots is None:  # never more columns than a head has
+    if slots is None:  # at most the columns of a head
         config = replace(config, tile=config.tile._replace(slots=min(config.tile.slots, padded(tokens.shape[3]))))
     return config
 
 
 def feature_strides(slots: Tensor | None) -> tuple[int, int, int]:
-    """slot_strides, without slots too."""
+    """Return slot_strides. `slots` may be None."""
     return (0, 0, 0) if slots is None else slot_strides(slots)

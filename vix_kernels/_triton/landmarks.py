@@ -1,7 +1,7 @@
-"""Kernels of `landmarks`: means of q and of k in one launch, and one for their gradient.
+"""Kernels of `landmarks`: one launch for the means of q and k, and one for the gradients.
 
-The forward holds a tile of landmarks and walks over their windows, as many tokens of each at a time as fit; the backward
-holds a tile of tokens, and each gathers from the one landmark that it belongs to, or the up to four.
+In forward, a program holds a tile of landmarks and loops over their windows, a few tokens of each at a time. In backward, it
+holds a tile of tokens. Each token gathers the gradients of its landmarks: one, or up to four if windows overlap.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .tiles import load_rotated, load_tile, rotate_pairs, store_tile
 
 @triton.jit
 def window(j, size, count, ADAPTIVE: tl.constexpr):
-    """The first of the tokens of window j of `count` along an axis of `size`, and how many they are."""
+    """Return the first token and the length of window j of `count` along an axis of `size` tokens."""
     if ADAPTIVE:
         j = j.to(tl.int64)
         first = j * size // count
         length = ((j + 1) * size + count - 1) // count - first
         first, length = first.to(tl.int32), length.to(tl.int32)
     else:
-        longer = j - (count - size % count)  # how many of the longer windows lie before j
+        longer = j - (count - size % count)  # number of longer windows before j, if positive
         first = j * (size // count) + tl.maximum(longer, 0)
         length = size // count + (longer >= 0).to(tl.int32)
     return first, length
@@ -33,7 +33,7 @@ def window(j, size, count, ADAPTIVE: tl.constexpr):
 
 @triton.jit
 def windows_of(token, size, count, ADAPTIVE: tl.constexpr):
-    """The first and the last of the windows that a token lies in."""
+    """Return the first and the last window of a token."""
     if ADAPTIVE:
         token = token.to(tl.int64)
         first = (token * count // size).to(tl.int32)
@@ -53,7 +53,7 @@ def mean(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of landmarks of x."""
+    """Compute a tile of landmarks of x."""
     L = prefix + mark_rows * mark_columns
     i_bh = (tl.program_id(0) // tl.cdiv(L, BLOCK_M)).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -61,7 +61,7 @@ def mean(
     x += i_b * x_b + i_h * x_h
     angles = i_h * angle_h
 
-    # Token by token a row for each landmark: what a thread has to add up then lies in its own registers.
+    # BLOCK_N groups of rows, each with one token per landmark. Sums over the groups then stay in a thread's registers.
     o_row = tl.arange(0, BLOCK_N * BLOCK_M)
     o_token, o_mark = o_row // BLOCK_M, first_mark + o_row % BLOCK_M
     on_grid = tl.maximum(o_mark - prefix, 0)
@@ -88,7 +88,7 @@ def mean(
     b_mean = b_sum / tl.maximum(b_count, 1.0).to(COMPUTE)[:, None]
     o_m = first_mark + tl.arange(0, BLOCK_M)
     store_tile(b_mean, marks + i_bh * L * D, o_m, D, o_m < L, D, BLOCK_D, ROTARY, INTERLEAVED)
-    if i_h == 0:  # all heads of a sample count the same
+    if i_h == 0:  # counts are equal in all heads of a sample
         tl.store(counts + i_b * L + o_m, b_count, mask=o_m < L)
 
 
@@ -106,7 +106,7 @@ def landmarks_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr,
     Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of landmarks, of q or of k by the second grid dimension."""
+    """Compute a tile of landmarks: of q if program_id(1) is 0, of k if it is 1."""
     if tl.program_id(1) == 0:
         mean(
             q_marks, q_counts, q, q_mask, q_b, q_h, q_n, q_mask_b, q_mask_n, q_columns, q_longest, cos, sin, angle_h,
@@ -129,7 +129,7 @@ def token_gradient(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr,
     OTHER: tl.constexpr, MORE: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens: dx = other (if OTHER) + the shares of their landmarks' gradients, dmarks + more (if MORE)."""
+    """Compute dx of a tile of tokens from the gradients of their landmarks, dmarks + more (if MORE), plus other (if OTHER)."""
     L = prefix + mark_rows * mark_columns
     N = prefix + rows * columns
     i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
@@ -183,7 +183,7 @@ def landmarks_backward_kernel(
     Q_OTHER: tl.constexpr, Q_MORE: tl.constexpr, Q_MASKED: tl.constexpr,
     K_OTHER: tl.constexpr, K_MORE: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens, of q (0) or of k (1) by `first` and the second grid dimension."""
+    """Compute gradients of a tile of tokens: of q if first + program_id(1) is 0, of k if it is 1."""
     if first + tl.program_id(1) == 0:
         token_gradient(
             dq, q_other, dq_marks, q_more, q_counts, q_mask,
@@ -201,7 +201,7 @@ def landmarks_backward_kernel(
 
 
 def longest_window(size: int, count: int, adaptive: bool) -> int:
-    """The most tokens that one of `count` windows has along an axis of `size` tokens."""
+    """Return the length of the longest of `count` windows along an axis of `size` tokens."""
     rest = size % count
     return -(-size // count) + int(adaptive and rest > 0 and count % rest > 0)
 

@@ -1,4 +1,4 @@
-"""Launching a kernel: the configuration it takes, the arguments that every launch needs, and the launch."""
+"""Kernel launches: configurations, and the arguments that all kernels share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .targets import TARGETS
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch `kernel` over `grid` on the device of its first argument, a tensor.
 
-    `meta` holds the constexprs and the launch configuration (num_warps, num_stages).
+    `meta` has the constexprs and the launch options (num_warps, num_stages).
     """
     if (observer := conditions.current.observer) is not None:
         observer(kernel, grid, args, meta)
@@ -43,23 +43,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 class LaunchConfig:
     tile: Tile
     compute: torch.dtype  # logits, statistics and accumulators
-    split: bool  # float32 slots against 16-bit tokens: products in two halves
+    split: bool  # float32 slots and 16-bit tokens: slots are multiplied as a sum of two 16-bit tiles
     precision: str  # of float32 products
     multiprocessors: int  # of the device, 0 for the interpreter
-    step: int  # tokens in the architecture's own tile: chunks are multiples of it
+    step: int  # tokens in the tile of the launch table; chunks are multiples of it
 
     def chunk(self, programs: int, tokens: int) -> tuple[int, int]:
-        """How many tokens a program walks over where one tile of slots is one of `programs`, and how many chunks that makes.
+        """Return the tokens per chunk and the number of chunks, for a launch of `programs` programs per chunk.
 
-        All of them, unless these programs leave multiprocessors idle. The number follows from sizes alone, never from
-        timing: the same call gives the same bits.
+        There is one chunk of all tokens, unless `programs` would leave multiprocessors idle. The split depends on sizes only,
+        never on timing, so the same call gives bit-identical results.
         """
         if not conditions.current.split:
             return tokens, 1
         if self.multiprocessors:
             wanted, least = PROGRAMS_A_MULTIPROCESSOR * self.multiprocessors // max(1, programs), LEAST_CHUNK
         else:
-            wanted, least = tokens, 2 * self.step  # always: small inputs must meet the merge too
+            wanted, least = tokens, 2 * self.step  # always split, so that small inputs test the merge
         size = max(least, triton.cdiv(tokens, max(1, wanted)))
         size = triton.cdiv(size, self.step) * self.step
         return size, triton.cdiv(tokens, size)
@@ -69,7 +69,7 @@ class LaunchConfig:
         return triton_dtype(self.compute)
 
     def meta(self, width: int, value_width: int) -> dict[str, Any]:
-        """The constexprs and options that every kernel of the two moves takes."""
+        """Return the constexprs and launch options that the attention kernels share."""
         return dict(
             D=width, E=value_width, BLOCK_D=padded(width), BLOCK_E=padded(value_width),
             BLOCK_M=self.tile.slots, BLOCK_N=self.tile.tokens,
@@ -79,15 +79,22 @@ class LaunchConfig:
         )  # fmt: skip
 
 
-PROGRAMS_A_MULTIPROCESSOR = 2  # what their registers let stand on one at the same time
-LEAST_CHUNK = 256  # tokens; fewer do not earn back the merge
-# Tokens a tile where the interpreter launches what an architecture would. It takes a fifth of the time, and the distinct bytes
-# of a launch do not depend on them, as long as whatever splits the tokens over programs looks at the architecture's own tile.
+PROGRAMS_A_MULTIPROCESSOR = 2  # programs whose registers fit a multiprocessor at the same time
+LEAST_CHUNK = 256  # tokens; smaller chunks cost more in the merge than they gain
+# Tokens per tile if the interpreter runs the launches of another architecture. Larger tiles take a fifth of the time. The
+# distinct bytes of a launch do not depend on them, because chunks are computed from the architecture's tile (`step`).
 ASSUMED_TOKENS = 1024
 
 
 def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> LaunchConfig:
-    """The configuration of `kernel` for the architecture and dtype of `tokens` and the larger head width `width`."""
+    """Return the configuration of `kernel` for the device and dtype of `tokens`.
+
+    Args:
+        kernel: name in the launch table.
+        tokens: (batch, heads, tokens, channels) or (batch, tokens, channels).
+        width: width of the entry in the launch table. For most kernels it is the larger head width.
+        slots: the slots. Only their dtype is used.
+    """
     arch = architecture(tokens.device)
     split = slots.element_size() > tokens.element_size()
     _, tile = find_tile(arch, kernel, tokens.element_size() * 8, padded(width), pooled=not split)
@@ -98,8 +105,8 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
 
 
 def find_tile(arch: str, kernel: str, bits: int, width: int, pooled: bool) -> tuple[Key, Tile]:
-    """The key that serves a launch of `kernel` on `arch`, and its tile; pooled: the slots have the tokens' dtype."""
-    # Slots in 16 bits, pooled from tokens, need other registers than random features.
+    """Return the tile of `kernel` on `arch` and its key in the launch table. `pooled`: slots have the tokens' dtype."""
+    # 16-bit slots, which are pooled from tokens, need a different number of registers than random features.
     names = (f"{kernel}_pooled", kernel) if bits == 16 and pooled else (kernel,)
     keys = [(name, bits, width) for name in names]
     for key in keys:
@@ -114,19 +121,19 @@ def find_tile(arch: str, kernel: str, bits: int, width: int, pooled: bool) -> tu
 
 
 def _precision(tile: Tile, arch: str) -> str:
-    """How float32 tiles multiply."""
-    if arch.startswith("gfx"):  # matrix cores that take float32 itself; only gfx942 has tf32
+    """Return the precision of float32 products."""
+    if arch.startswith("gfx"):  # matrix cores multiply float32; only gfx942 has TF32
         return "tf32" if tf32_allowed() and arch == "gfx942" else "ieee"
     return "tf32" if tf32_allowed() else tile.precision
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
-    """Of sums and statistics."""
+    """Return the Triton dtype of sums and statistics in `dtype`."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def tf32_allowed() -> bool:
-    """tf32 is opt-in, by PyTorch's own switch (the older `allow_tf32` and `set_float32_matmul_precision` set it too)."""
+    """Whether PyTorch's setting allows TF32. (`allow_tf32` and `set_float32_matmul_precision` change the same setting.)"""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -140,7 +147,7 @@ def architecture(device: torch.device) -> str:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors (compute units) the device has; 0 for the interpreter."""
+    """Return the number of multiprocessors (compute units) of the device, 0 for the interpreter."""
     if interpreted():
         return TARGETS[conditions.current.arch].multiprocessors if conditions.current.arch else 0
     if device.type == "cuda":
@@ -152,7 +159,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def padded(width: int) -> int:
-    """The power of two, at least 16 (the least a matrix instruction takes), that holds `width` columns."""
+    """Return the smallest power of two >= `width`, at least 16, which matrix instructions require."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -161,12 +168,12 @@ def token_strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def output_strides(x: Tensor) -> tuple[int, int, int]:
-    """Those of tokens; zeros for a gradient that is not needed."""
+    """Return token_strides, or zeros for the empty tensor of a gradient that is not needed."""
     return token_strides(x) if x.dim() == 4 else (0, 0, 0)
 
 
 def slot_strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of (batch, heads, slots); a dimension of length 1 is shared, so its stride is 0."""
+    """Return the strides of (batch, heads, slots). Dimensions of length 1 are shared, so their stride is 0."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
 
 
@@ -175,7 +182,10 @@ def mask_strides(mask: Tensor | None) -> tuple[int, int]:
 
 
 def rotary_arguments(rotary: Rotary | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
-    """cos, sin, the stride between heads (0: one table for all) and the constexprs; ROTARY is the rotated width."""
+    """Return cos, sin, the stride between their heads (0 for a table shared by all heads), and constexprs.
+
+    ROTARY is the number of rotated channels, 0 without a rotation. Kernels do not read cos and sin then.
+    """
     if rotary is None:
         return stand_in, stand_in, 0, dict(ROTARY=0, INTERLEAVED=True)
     cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
@@ -184,14 +194,16 @@ def rotary_arguments(rotary: Rotary | None, stand_in: Tensor) -> tuple[Tensor, T
 
 
 def merge_arguments(parts: Tensor, *, outputs: int) -> tuple[tuple[int], tuple[Tensor, ...], dict[str, Any]]:
-    """Grid, results and constexprs of a kernel that makes one result from those of the chunks that the tokens were split into.
+    """Return the grid, the results and the constexprs of a kernel that merges the results of the chunks of tokens.
 
-    parts is (batch, heads, chunks, M, E); the results are the merged rows and `outputs` tensors of one number a slot.
+    Args:
+        parts: (batch, heads, chunks, M, E), a row for each slot.
+        outputs: how many tensors (batch, heads, M) the kernel writes after the merged rows (batch, heads, M, E).
     """
     batch, num_heads, _, num_slots, width = parts.shape
     merged = parts.new_empty(batch, num_heads, num_slots, width)
     numbers = [parts.new_empty(batch, num_heads, num_slots) for _ in range(outputs)]
-    block, num_warps = (8 if padded(width) >= 128 else 16), (4 if padded(width) <= 32 else 8)  # four numbers a thread or more
+    block, num_warps = (8 if padded(width) >= 128 else 16), (4 if padded(width) <= 32 else 8)  # >= 4 elements per thread
     meta = dict(
         E=width, BLOCK_E=padded(width), BLOCK_M=block, COMPUTE=triton_dtype(parts.dtype),
         num_warps=num_warps, num_stages=1, enable_fp_fusion=True,

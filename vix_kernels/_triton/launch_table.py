@@ -1,6 +1,6 @@
-"""The launch table: tile sizes, warps and stages of each kernel, as data.
+"""The launch table: tile sizes, warps and stages of each kernel.
 
-Chosen by what compiles without a spill, since no GPU has measured them yet; `vix dev tune` proposes better ones.
+Entries were chosen to compile without register spills. No GPU has measured them yet. `vix dev tune` proposes better ones.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """What one program holds, and with how many threads."""
+    """Tile that one program holds, and its warps and stages."""
 
     slots: int
     tokens: int
     num_warps: int
     num_stages: int
-    # How float32 tiles multiply: three TensorFloat32 products, or fused multiply-adds where those need too many registers.
+    # Of float32 products: "tf32x3" (three TF32 products), "tf32", or "ieee" (fused multiply-adds) to save registers.
     precision: str = "tf32x3"
-    apart: bool = False  # dk and dv in launches of their own, where both accumulators do not fit the registers
+    apart: bool = False  # dk and dv in separate launches, because both accumulators do not fit the registers
 
 
 Key = tuple[str, int, int]  # kernel, bits of the tokens' dtype, padded width
 
-# A kernel "..._pooled" reads slots that are pooled from tokens, in 16 bits as these are, where it needs other tiles than with
+# "..._pooled" is the same kernel for 16-bit slots, which are pooled from tokens, if it needs another tile than with float32
 # random features.
 TABLE: dict[Key, Tile] = {
     ("aggregate_forward", 16, 16): Tile(64, 64, 4, 3),
@@ -185,8 +185,8 @@ TABLE: dict[Key, Tile] = {
     ("rotate", 32, 64): Tile(0, 32, 4, 1),
     ("rotate", 32, 128): Tile(0, 16, 4, 1),
     ("rotate", 32, 256): Tile(0, 8, 4, 1),
-    # By the landmarks instead of the width. slots: how many of them at most have their matrices in registers; tokens: how much
-    # of a product is taken at a time.
+    # The width of these entries is the number of landmarks. slots: the largest number of landmarks whose matrices are held in
+    # registers. tokens: columns per step of a product.
     ("pinv_forward", 16, 16): Tile(16, 16, 4, 1, "tf32"),
     ("pinv_forward", 16, 32): Tile(32, 16, 4, 1, "tf32"),
     ("pinv_forward", 16, 64): Tile(64, 32, 8, 1, "tf32"),
@@ -220,7 +220,7 @@ TABLE: dict[Key, Tile] = {
     ("landmarks_backward", 32, 64): Tile(0, 32, 4, 1),
     ("landmarks_backward", 32, 128): Tile(0, 16, 4, 1),
     ("landmarks_backward", 32, 256): Tile(0, 8, 4, 1),
-    # What stands for slots is the part of a tile's window that one product takes.
+    # slots: tokens per product.
     ("token_conv_forward", 16, 16): Tile(64, 64, 4, 1),
     ("token_conv_forward", 16, 32): Tile(64, 64, 4, 1),
     ("token_conv_forward", 16, 64): Tile(64, 64, 4, 1),
@@ -241,7 +241,7 @@ TABLE: dict[Key, Tile] = {
     ("token_conv_backward", 32, 64): Tile(32, 32, 8, 1),
     ("token_conv_backward", 32, 128): Tile(32, 32, 8, 1),
     ("token_conv_backward", 32, 256): Tile(32, 32, 8, 1),
-    # Of any number of channels; `slots` are columns here.
+    # For any number of channels. slots: columns.
     ("dft_channels", 16, 64): Tile(64, 64, 4, 2),
     ("dft_tokens", 16, 64): Tile(64, 64, 4, 3),
     ("dft_channels", 32, 64): Tile(64, 32, 8, 1),
@@ -250,7 +250,7 @@ TABLE: dict[Key, Tile] = {
     ("pinv_backward", 32, 64): Tile(0, 16, 8, 1),
     ("pinv_backward", 32, 128): Tile(0, 16, 8, 1),
 }
-_WARP_GROUP = {  # 64 tokens or slots and more a product: warp-group instructions, whose operands need fewer registers
+_WARP_GROUP = {  # products of at least 64 tokens or slots: warp-group instructions, whose operands need fewer registers
     ("aggregate_forward", 16, 64): Tile(64, 64, 4, 3),
     ("aggregate_tokens", 16, 32): Tile(64, 128, 8, 2),
     ("aggregate_tokens", 16, 64): Tile(64, 64, 8, 2),
@@ -273,14 +273,14 @@ _SMALL = {  # 99 KiB of shared memory
     ("token_conv_backward", 16, 128): Tile(32, 64, 8, 1),
     ("aggregate_slots", 32, 128): Tile(16, 16, 8, 1, "ieee"),
 }
-_ADA = {  # what spills with the tiles above on sm_86 and sm_89
+_ADA = {  # kernels that spill with the tiles above on sm_86 and sm_89
     ("aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
     ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 4, 2),
     ("broadcast_slots_pooled", 16, 64): Tile(32, 64, 8, 2),
     ("linear_broadcast_tokens", 16, 64): Tile(16, 64, 4, 1),
     ("broadcast_tokens", 16, 32): Tile(64, 128, 8, 1),
 }
-_CDNA = {  # one stage and smaller tiles where the pipeline does not fit the registers
+_CDNA = {  # one stage and smaller tiles for kernels whose pipeline does not fit the registers
     ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 1),
     ("broadcast_tokens", 16, 32): Tile(32, 128, 4, 1),
     ("broadcast_forward", 16, 64): Tile(64, 128, 8, 1),
@@ -290,7 +290,7 @@ _CDNA = {  # one stage and smaller tiles where the pipeline does not fit the reg
     ("aggregate_tokens", 32, 128): Tile(16, 32, 8, 1),
     ("pinv_forward", 16, 64): Tile(0, 16, 8, 1, "tf32"),
 }
-# What an architecture does better with. The table above is for all others.
+# Entries that replace those of TABLE on an architecture.
 OVERRIDES: dict[str, dict[Key, Tile]] = {
     "sm_80": {
         ("broadcast_forward_pooled", 16, 64): Tile(64, 64, 4, 2),
@@ -323,10 +323,10 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
     | {
         ("broadcast_slots", 16, 128): Tile(64, 64, 8, 2),
         ("aggregate_tokens", 16, 128): Tile(32, 64, 8, 2),
-        # Smaller than the registers allow now: Triton 3.6 spills a few bytes more at width 80.
+        # Smaller than the registers allow: with larger tiles Triton 3.6 spills a few bytes more at width 80.
         ("broadcast_tokens", 16, 128): Tile(32, 128, 8, 2),
         ("linear_broadcast_slots", 16, 128): Tile(32, 32, 4, 1),
-        ("broadcast_tokens", 32, 64): Tile(16, 32, 8, 1),  # Triton 3.6 spills with the one above
+        ("broadcast_tokens", 32, 64): Tile(16, 32, 8, 1),  # Triton 3.6 spills with TABLE's entry
         ("aggregate_forward", 32, 128): Tile(16, 32, 8, 1),
         ("broadcast_forward", 32, 128): Tile(32, 16, 8, 1),
         ("broadcast_tokens", 32, 128): Tile(16, 16, 8, 1, "ieee"),
@@ -343,4 +343,4 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
     "gfx942": _CDNA,
     "gfx950": _CDNA,
 }
-INTERPRETER = Tile(32, 16, 1, 1)  # small tiles: every loop runs more than once on small inputs
+INTERPRETER = Tile(32, 16, 1, 1)  # small, so that every loop runs more than once on small inputs

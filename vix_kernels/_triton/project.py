@@ -1,9 +1,9 @@
-"""Kernels of `project`: K slots take fixed weights of N tokens (primitives/project.py states the equations).
+"""Kernels of `project`: K slots are learned combinations of N tokens (see primitives/project.py for the equations).
 
-Keys and values are two independent sums. The second axis of each grid tells them apart, so that a program holds one tile
-of accumulators and a tile of slots can be as large as a matrix instruction likes.
+Keys and values are two independent sums, selected by the second axis of each grid. A program holds one tile of accumulators, so
+a tile can have as many slots as matrix instructions need.
 
-The number of slots is specialised, unlike that of tokens: what is known to be a multiple of 16 is read in 128 bits.
+Kernels are specialized for the number of slots, but not of tokens: a multiple of 16 allows 128-bit loads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .tiles import (
 
 @triton.jit
 def takes_part(mask, i_b, mask_b, mask_n, o_n, inside, MASKED: tl.constexpr):
-    """Which of the tokens that are inside take part."""
+    """Return which of the tokens are `inside` and, if MASKED, valid."""
     if MASKED:
         inside &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
     return inside
@@ -49,7 +49,7 @@ def takes_part(mask, i_b, mask_b, mask_n, o_n, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def load_weights(base, o_n, stride, valid, o_m, M, DTYPE: tl.constexpr):
-    """A tile (tokens, slots) of a projection in the tokens' dtype; 0 for a token that is not valid."""
+    """Load a tile (tokens, slots) of a projection in the tokens' dtype. Weights of tokens that are not valid are 0."""
     at = base + o_n.to(tl.int64)[:, None] * stride + o_m[None, :]
     return cast(tl.load(at, mask=valid[:, None] & (o_m < M)[None, :], other=0.0), DTYPE)
 
@@ -64,7 +64,7 @@ def project_forward_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys, or values, of a tile of slots over a chunk of tokens."""
+    """Compute keys or values of a tile of slots over a chunk of tokens."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -98,7 +98,7 @@ def project_forward_kernel(
 def sum_chunks_kernel(
     key_parts, value_parts, keys, values, chunks, key_size, value_size, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The sum of what the chunks have found for a sample and head, in their order: a block of its keys, or of its values."""
+    """Sum the keys or the values of one sample and head over the chunks, in their order, a block at a time."""
     i_bh = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), COMPUTE)
@@ -123,7 +123,7 @@ def project_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk, or dv, of a tile of tokens."""
+    """Compute dk or dv of a tile of tokens."""
     token_tiles = tl.cdiv(N, BLOCK_N)
     i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -142,7 +142,7 @@ def project_tokens_kernel(
             b_dkeys = load_slots(dkeys, o_m, dkeys_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
             b_dk = dot(b_e, b_dkeys, b_dk, PRECISION)
         if MASKED:
-            b_dk = tl.where(valid[:, None], b_dk, 0.0)  # even where a slot's gradient is NaN
+            b_dk = tl.where(valid[:, None], b_dk, 0.0)  # even if a slot's gradient is NaN
         dk += i_b * dk_b + i_h * dk_h
         store_unrotated(b_dk, dk, o_n, dk_n, inside, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
     else:
@@ -166,7 +166,7 @@ def token_products(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc (tokens, slots) + <k_n, dkeys_j> of every sample and of `heads` heads from head i_h on, in their order."""
+    """Return acc (tokens, slots) + <k_n, dkeys_j>, summed in order over samples and over `heads` heads from head i_h on."""
     for i in range(B * heads):
         i_b, j_h = (i // heads).to(tl.int64), i_h + i % heads
         valid = takes_part(mask, i_b, mask_b, mask_n, o_n, o_n < N, MASKED)
@@ -190,7 +190,7 @@ def project_weights_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dE, or dF, of a tile of tokens and slots for the `heads` heads that share them; with ONE projection, both in dE."""
+    """Compute dE or dF of a tile of tokens and slots, summed over the `heads` heads that share it. If ONE, dE is both sums."""
     token_tiles, slot_tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     row = (tl.program_id(0) // (token_tiles * slot_tiles)).to(tl.int64)
     o_n = tl.program_id(0) // slot_tiles % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -222,7 +222,7 @@ def project_weights_kernel(
 
 
 def meta(config: LaunchConfig, width: int, value_width: int) -> dict[str, Any]:
-    """The constexprs and options that every kernel here takes."""
+    """Return the constexprs and launch options that these kernels share."""
     options = config.meta(width, value_width)
     del options["SPLIT"]  # projections are rounded to the tokens' dtype, as under autocast
     return options
@@ -237,7 +237,7 @@ def project_forward(
     e, f = key_projection, key_projection if value_projection is None else value_projection
     config = launch_config("project_forward", k, max(width, value_width), e)
     programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
-    # One program a multiprocessor, of keys or of values: there is little else to move, and each chunk moves its slots twice.
+    # One program per multiprocessor. More chunks would increase memory traffic: the slots of each are written and read again.
     chunk, chunks = config.chunk(2 * PROGRAMS_A_MULTIPROCESSOR * programs, tokens)
     keys = k.new_empty(batch, num_heads, num_slots, width)
     values = v.new_empty(batch, num_heads, num_slots, value_width, dtype=config.compute)
@@ -308,5 +308,5 @@ def project_backward(
 
 
 def weight_strides(projection: Tensor) -> tuple[int, int]:
-    """Strides of (heads, tokens); a projection that all heads share has stride 0."""
+    """Return the strides of (heads, tokens). A projection that all heads share has stride 0."""
     return 0 if projection.shape[0] == 1 else projection.stride(0), projection.stride(1)

@@ -1,4 +1,4 @@
-"""Kernels of `rotate`: rotary embedding of q and k in one launch, its gradient with INVERSE, and that of the angles."""
+"""Kernels of `rotate`: rotary embedding of q and k in one launch (INVERSE for its gradient), and the gradient of the angles."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def angle_gradient_kernel(
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One row of angles a token, for `heads` heads; samples and heads are added in their order."""
+    """Compute the gradient of one row of angles per token: a sum over samples and `heads` heads, in their order."""
     i_h, o_n, inside = token_program(N, BLOCK_N)
     x += i_h * x_h
     dx += i_h * dx_h
@@ -61,7 +61,7 @@ def angle_gradient_kernel(
 
 def angle_gradient(x: Tensor, dx: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
     batch, num_heads, tokens, _ = x.shape
-    rows, _, half = angles.shape  # a row for each head, or one for all
+    rows, _, half = angles.shape  # one table per head, or one for all
     dangles = angles.new_empty(angles.shape)
     config = launch_config("rotate", x, 2 * half, angles)
     launch(

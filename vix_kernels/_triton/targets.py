@@ -1,6 +1,6 @@
-"""The GPUs that kernels can be compiled for, and how much of a kernel one of their multiprocessors holds.
+"""GPUs that kernels can be compiled for, and their occupancy.
 
-A multiprocessor is an SM, or a compute unit on AMD, whose wavefronts are called warps here.
+A multiprocessor is an SM or, on AMD, a compute unit. AMD's wavefronts are called warps, and its workgroups blocks.
 """
 
 from __future__ import annotations
@@ -9,32 +9,35 @@ from dataclasses import dataclass
 
 from triton.backends.compiler import GPUTarget
 
-# Both vendors divide a multiprocessor's registers into four parts. A lane has 512 of each (on AMD architectural and
-# accumulation registers together), which warps take by eights.
+# Both vendors divide a multiprocessor's registers into four parts. Each part has 512 per lane (on AMD, architectural and
+# accumulation registers together). Warps allocate them in multiples of eight.
 PARTS, PART_REGISTERS, REGISTER_UNIT = 4, 512, 8
-TENSOR_MEMORY = 512  # columns of a multiprocessor, sm_100
+TENSOR_MEMORY = 512  # columns per multiprocessor of sm_100
 
 
 @dataclass(frozen=True)
 class Target:
     gpu: GPUTarget
     multiprocessors: int  # of the full GPU: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI210, MI300X, MI355X
-    warps: int  # that a multiprocessor holds at most
-    blocks: int
-    shared_memory_total: int  # bytes of a multiprocessor
-    shared_memory_unit: int  # bytes, what a block takes is a multiple of
-    shared_memory_reserved: int  # bytes a block, for the system
+    warps: int  # limit per multiprocessor
+    blocks: int  # limit per multiprocessor
+    shared_memory_total: int  # bytes per multiprocessor
+    shared_memory_unit: int  # bytes; allocations of blocks are rounded up to multiples of it
+    shared_memory_reserved: int  # bytes per block, for the system
 
     @property
     def shared_memory(self) -> int:
-        """Bytes that one block may ask for."""
+        """Bytes that a block can allocate."""
         return self.shared_memory_total - self.shared_memory_reserved
 
     def occupancy(self, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> int:
-        """Warps that a multiprocessor holds of a kernel, in per cent of the most that it can hold.
+        """Return the warps of a kernel that fit a multiprocessor, in per cent of the hardware's limit.
 
-        A block of the kernel has `warps` warps, of `registers` registers a thread, `shared` bytes of shared memory and
-        `tensor_memory` columns.
+        Args:
+            warps: warps per block.
+            registers: registers per thread.
+            shared: bytes of shared memory per block.
+            tensor_memory: columns of tensor memory per block.
         """
         held = PARTS * (PART_REGISTERS // round_up(registers, REGISTER_UNIT))
         taken = round_up(shared + self.shared_memory_reserved, self.shared_memory_unit)
@@ -45,7 +48,7 @@ class Target:
 
 
 def round_up(amount: int, unit: int) -> int:
-    """The least multiple of `unit`, at least one, that holds `amount`."""
+    """Return `amount` rounded up to a multiple of `unit`, and at least `unit`."""
     return max(1, -(-amount // unit)) * unit
 
 
@@ -54,14 +57,14 @@ def nvidia(arch: int, *, multiprocessors: int, warps: int, blocks: int, shared_m
 
 
 def amd(arch: str, *, multiprocessors: int, shared_memory: int, unit: int) -> Target:
-    """Eight wavefronts on each of four SIMDs; sixteen workgroups of several, for that many barriers."""
+    """Target with eight wavefronts on each of four SIMDs, and sixteen workgroups, the number of barriers."""
     return Target(GPUTarget("hip", arch, 64), multiprocessors, 32, 16, shared_memory * 1024, unit, 0)
 
 
-# Shared memory in KiB of a multiprocessor.
-# NVIDIA: CUDA Programming Guide, "Compute Capabilities", tables 30 and 31; what is reserved: cuda::arch_traits of CCCL;
-# units: CUDA's occupancy calculator.
-# AMD: ROCm, "AMD GPU specifications"; registers, wavefronts, units and barriers: AMDGPUBaseInfo.cpp of LLVM.
+# shared_memory is in KiB per multiprocessor.
+# NVIDIA: CUDA Programming Guide, "Compute Capabilities", tables 30 and 31. Reserved bytes: cuda::arch_traits of CCCL. Units:
+# CUDA's occupancy calculator.
+# AMD: ROCm, "AMD GPU specifications". Registers, wavefronts, units and barriers: AMDGPUBaseInfo.cpp of LLVM.
 TARGETS = {
     "sm_80": nvidia(80, multiprocessors=108, warps=64, blocks=32, shared_memory=164),
     "sm_86": nvidia(86, multiprocessors=82, warps=48, blocks=16, shared_memory=100),

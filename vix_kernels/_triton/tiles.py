@@ -1,9 +1,8 @@
-"""What the kernels share: products of stated precision, and tiles of tokens and slots.
+"""Device functions shared by the kernels: products of stated precision, and tiles of tokens and slots.
 
-A tile holds rows of tokens (or slots) and BLOCK_D columns, the head width D padded with zeros, or those from `column` on.
-Under RoPE its columns stand in pair order: columns 2i and 2i + 1 hold the pair that angle i rotates, whichever channels of
-memory these are. Logits are sums over columns, so the order is free as long as the slots are loaded in it too; loads and
-stores translate.
+A tile has rows of tokens or slots, and BLOCK_D columns: the channels of a head from `column` on, padded with zeros. Under RoPE
+the columns are in pair order: columns 2i and 2i + 1 hold the pair of channels that angle i rotates. Loads and stores convert
+from and to the order in memory. Logits are sums over columns, so any order is correct if slots have the same one.
 """
 
 import triton
@@ -13,17 +12,17 @@ from ..backends import interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# The interpreter multiplies the bit patterns of bfloat16 and truncates instead of rounding to it: `dot` and `cast` do what a
-# GPU does there; compiled kernels never see this.
+# The interpreter multiplies the bit patterns of bfloat16, and truncates to bfloat16 instead of rounding. If INTERPRETED, `dot`
+# and `cast` compute what a GPU computes. Compiled kernels do not contain this code.
 INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b, accumulated in acc's dtype.
+    """Return acc + a @ b, accumulated in acc's dtype.
 
-    On a GPU each element of the result depends on its row and its column alone. The interpreter's matrix product also rounds by
-    the shape of the tile; in float64 it does not show.
+    On a GPU an element of the result depends on its row and its column only. The rounding of the interpreter's product depends
+    on the shape of the tile, too, so it multiplies in float64.
     """
     if INTERPRETED:
         x = tl.dot(a.to(tl.float64), b.to(tl.float64), acc.to(tl.float64), out_dtype=tl.float64).to(acc.dtype)
@@ -34,27 +33,31 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
-    """x rounded to DTYPE, to nearest even."""
+    """Round x to DTYPE, to nearest even."""
     if INTERPRETED and DTYPE == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
-        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000, bits)  # nothing is left to truncate
+        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000, bits)  # leaves nothing to truncate
         x = bits.to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
 
 @triton.jit
 def split(x, DTYPE: tl.constexpr):
-    """x as the sum of two DTYPE tiles: float32 slots keep 16 or more bits in products of 16-bit operands."""
+    """Split x into a sum of two DTYPE tiles, so float32 slots keep 16 or more bits in products of 16-bit operands."""
     high = cast(x, DTYPE)
     return high, cast(x - high.to(x.dtype), DTYPE)
 
 
 @triton.jit
 def slot_program(M, N, chunk, BLOCK_M: tl.constexpr):
-    """What a program that holds slots works on: sample and head, chunk among all, first slot, first and last + 1 token.
+    """Return the work of a program that holds slots and loops over a chunk of tokens.
 
-    The tokens are cut into chunks for the sake of devices that batch and heads alone would not fill; the results of the
-    chunks stand side by side, (batch x heads, chunks, M).
+    Tokens are split into chunks because batch and heads alone may not fill the device. Results of the chunks are stored as
+    (batch x heads, chunks, M).
+
+    Returns:
+        The index of the sample and head, the index of the chunk among those of all heads, the first slot, the first token, and
+        the end of the tokens.
     """
     slot_tiles = tl.cdiv(M, BLOCK_M)
     chunks = tl.cdiv(N, chunk)
@@ -65,7 +68,7 @@ def slot_program(M, N, chunk, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def token_program(N, BLOCK_N: tl.constexpr):
-    """What a program that holds tokens works on: sample and head among all, its tokens, and which of them exist."""
+    """Return the work of a program that holds tokens: index of the sample and head, its tokens, and which of them exist."""
     token_tiles = tl.cdiv(N, BLOCK_N)
     o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     return (tl.program_id(0) // token_tiles).to(tl.int64), o_n, o_n < N
@@ -75,12 +78,15 @@ def token_program(N, BLOCK_N: tl.constexpr):
 def rotate_pairs(
     x, angles, valid, cos, sin, ROTARY: tl.constexpr, INVERSE: tl.constexpr, AGAIN: tl.constexpr = False, column=0
 ):  # fmt: skip
-    """Rotate the column pairs of x (rows, BLOCK_D) by the angles of its rows, or back; columns beyond ROTARY stay."""
+    """Rotate the pairs of columns of x (rows, BLOCK_D) by the angles of its rows, or back if INVERSE.
+
+    Columns from ROTARY on do not change.
+    """
     pairs = column // 2 + tl.arange(0, x.shape[1] // 2)
     at = angles[:, None] * (ROTARY // 2) + pairs[None, :]
     inside = valid[:, None] & (pairs < ROTARY // 2)[None, :]
-    # The hint is true, and it keeps the compiler from merging the loads before a loop with those AGAIN after it, which would
-    # hold the tables in registers in between.
+    # The hint keeps the compiler from merging the loads before a loop with those AGAIN after it, which would hold the tables in
+    # registers during the loop.
     if AGAIN:
         c = tl.load(cos + at, mask=inside, other=1.0).to(x.dtype)
         s = tl.load(sin + at, mask=inside, other=0.0).to(x.dtype)
@@ -95,9 +101,9 @@ def rotate_pairs(
 
 @triton.jit
 def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, column):
-    """The channels of the first and of the second members of the pairs in the half layout, and which exist."""
+    """Return the first and the second channels of the pairs in the half layout, and which of them exist."""
     pairs = column // 2 + tl.arange(0, BLOCK_D // 2)
-    if ROTARY == D:  # spelled out, so that the compiler sees two contiguous runs and keeps its accesses 128 bits wide
+    if ROTARY == D:  # a separate case, in which the compiler sees two contiguous runs and uses 128-bit accesses
         first, second = pairs, pairs + D // 2
         has_first, has_second = pairs < D // 2, pairs < D // 2
     else:
@@ -109,7 +115,7 @@ def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, 
 
 @triton.jit
 def load(pointers, mask, AGAIN: tl.constexpr):
-    """Values, 0 where masked. AGAIN after a loop, with a hint that keeps the compiler from merging it with the first load."""
+    """Load values, 0 where masked. AGAIN is for loads after a loop: a hint keeps the compiler from reusing the first load."""
     if AGAIN:
         x = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
     else:
@@ -123,7 +129,7 @@ def load_tile(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, AGAIN: tl.constexpr = False,
     column=0,
 ):  # fmt: skip
-    """Rows of tokens (rows, BLOCK_D), in pair order if ROTARY; a row that is not valid is read as 0, whatever it holds."""
+    """Load rows of tokens (rows, BLOCK_D), in pair order if ROTARY. Rows that are not valid are read as 0."""
     start = base + rows.to(tl.int64) * stride
     if ROTARY == 0 or INTERLEAVED:
         columns = column + tl.arange(0, BLOCK_D)
@@ -141,7 +147,7 @@ def store_tile(
     x, base, rows, stride, valid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, column=0,
 ):  # fmt: skip
-    """The counterpart of load_tile; x is rounded to the dtype of base."""
+    """Store what load_tile loads. x is rounded to the dtype of base."""
     start = base + rows.to(tl.int64) * stride
     x = cast(x, base.dtype.element_ty)
     if ROTARY == 0 or INTERLEAVED:
@@ -160,7 +166,7 @@ def load_rotated(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
     column=0, AGAIN: tl.constexpr = False,
 ):  # fmt: skip
-    """A tile of tokens, rotated if ROTARY, in the dtype of memory."""
+    """Load a tile of tokens in its dtype in memory, rotated if ROTARY."""
     x = load_tile(base, rows, stride, valid, D, BLOCK_D, ROTARY, INTERLEAVED, AGAIN, column)
     if ROTARY > 0:
         x = cast(rotate_pairs(x.to(COMPUTE), rows, valid, cos, sin, ROTARY, False, AGAIN, column), x.dtype)
@@ -172,7 +178,7 @@ def store_unrotated(
     x, base, rows, stride, valid, cos, sin,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, column=0,
 ):  # fmt: skip
-    """Store the gradient of a tile that was loaded rotated: rotated back."""
+    """Store the gradient of a tile that was loaded by load_rotated. The gradient is rotated back."""
     if ROTARY > 0:
         x = rotate_pairs(x, rows, valid, cos, sin, ROTARY, True, True, column)
     store_tile(x, base, rows, stride, valid, D, BLOCK_D, ROTARY, INTERLEAVED, column)
@@ -180,7 +186,7 @@ def store_unrotated(
 
 @triton.jit
 def slot_channels(D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, column=0):
-    """The channel that stands in each column of a tile."""
+    """Return the channel in each column of a tile."""
     columns = column + tl.arange(0, BLOCK_D)
     if ROTARY > 0 and not INTERLEAVED:
         columns = tl.where(columns < ROTARY, columns // 2 + (columns % 2) * (ROTARY // 2), columns)
@@ -192,7 +198,7 @@ def load_slots(
     base, rows, stride, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of slots (rows, BLOCK_D) in the column order of the tokens; rows beyond M are 0."""
+    """Load rows of slots (rows, BLOCK_D) in the column order of the tokens. Rows from M on are 0."""
     columns = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
     return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
@@ -200,7 +206,7 @@ def load_slots(
 
 @triton.jit
 def load_unit(unit, size, delta, rows, inside, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """What `prepare` made of the gradient of slots; 0 where there is no slot."""
+    """Load the results of `prepare` for a tile of slots, 0 where there is no slot."""
     o_e = tl.arange(0, BLOCK_E)
     b_unit = tl.load(unit + rows[:, None] * E + o_e[None, :], mask=inside[:, None] & (o_e < E)[None, :], other=0.0)
     b_size = tl.load(size + rows, mask=inside, other=0.0)
@@ -213,7 +219,7 @@ def store_slots(
     x, base, part, o_m, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a chunk's slot gradients, in the column order of the tokens."""
+    """Store rows of a chunk's slot gradients, whose columns are in the order of the tokens'."""
     columns = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
     inside = (o_m < M)[:, None] & (columns < D)[None, :]
     tl.store(base + (part * M + o_m)[:, None] * D + columns[None, :], cast(x, base.dtype.element_ty), mask=inside)
@@ -221,7 +227,7 @@ def store_slots(
 
 @triton.jit
 def store_state(b_values, b_number, values, number, part, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """What a chunk contributes to its slots: rows of values, and a number each."""
+    """Store the contribution of a chunk to its slots: a row of values and a number per slot."""
     rows = part * M + o_m
     o_e = tl.arange(0, BLOCK_E)
     tl.store(number + rows, b_number, mask=o_m < M)
@@ -230,19 +236,19 @@ def store_state(b_values, b_number, values, number, part, o_m, M, E: tl.constexp
 
 @triton.jit
 def exps_below(logits, top):
-    """exp2(logits - top), at most 1: `top` is the largest logit of a softmax, which another product may have rounded down."""
+    """Return exp2(logits - top), at most 1. `top` is the largest logit, which another product may have rounded down."""
     return tl.exp2(tl.minimum(logits - top, 0.0))
 
 
 @triton.jit
 def halves(x):
-    """The left and the right half of the columns of x."""
+    """Return the left and the right half of the columns of x."""
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def halved_products(x, y, acc, PRECISION: tl.constexpr):
-    """acc + x @ y^T, half of the columns at a time."""
+    """Return acc + x @ y^T, multiplied in two halves of the columns."""
     left_x, right_x = halves(x)
     left_y, right_y = halves(y)
     return dot(right_x, tl.trans(right_y), dot(left_x, tl.trans(left_y), acc, PRECISION), PRECISION)
@@ -250,7 +256,7 @@ def halved_products(x, y, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def whole_products(x, y, acc, PRECISION: tl.constexpr):
-    """acc + x @ y^T of operands in one dtype."""
+    """Return acc + x @ y^T for operands in the same dtype."""
     if x.dtype == tl.float32 and x.shape[1] > 128:  # in quarters: whole float32 rows of 256 do not fit the registers
         left_x, right_x = halves(x)
         left_y, right_y = halves(y)
@@ -264,10 +270,10 @@ def whole_products(x, y, acc, PRECISION: tl.constexpr):
 def row_products(
     x, y, acc, SPLIT_X: tl.constexpr, SPLIT_Y: tl.constexpr, PRECISION: tl.constexpr, SWAPPED: tl.constexpr = False
 ):  # fmt: skip
-    """acc + x @ y^T; the operand that is SPLIT (float32 against 16-bit) enters as the sum of two 16-bit ones.
+    """Return acc + x @ y^T. A SPLIT operand (float32, if the other has 16 bits) is multiplied as a sum of two 16-bit tiles.
 
-    A product of float32 in three of tf32 depends on which operand is the left one. SWAPPED, y is: backward gets the bits that
-    forward had from row_products(y, x).
+    A float32 product of three TF32 products depends on which operand is on the left. With SWAPPED that is y, so backward gets
+    results that are bit-identical to those of row_products(y, x) in forward.
     """
     if SPLIT_X:
         high, low = split(x, y.dtype)

@@ -1,7 +1,8 @@
-"""Kernels of `token_conv`: tiles of tokens times a banded matrix (primitives/token_conv.py states the equation).
+"""Kernels of `token_conv`: products of a banded matrix and tokens (see primitives/token_conv.py for the equation).
 
-BLOCK_N tokens read a window of BLOCK_N + TAPS - 1, BLOCK_K of them a product. The gradient of v is the same with the filter
-turned round, and that of the filter stands on the diagonals of the products between tokens and the window of their gradients.
+A tile of BLOCK_N outputs reads a window of BLOCK_N + TAPS - 1 tokens, BLOCK_K of them per product. The gradient of v is a
+convolution of dout with the reversed filter. The gradient of the filter is a sum over diagonals of the products between tokens
+and the window of their gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .tiles import cast, dot, load_tile, store_tile
 
 @triton.jit
 def taking_part(rows, first, last, mask, mask_n, MASKED: tl.constexpr):
-    """Which rows are tokens from first to last - 1, and not masked."""
+    """Return which rows are tokens from first to last - 1 and, if MASKED, valid."""
     valid = (rows >= first) & (rows < last)
     if MASKED:
         valid &= tl.load(mask + rows.to(tl.int64) * mask_n, mask=valid, other=0) != 0
@@ -32,9 +33,9 @@ def banded(
     TAPS: tl.constexpr, FLIP: tl.constexpr, MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc (tokens, BLOCK_E) + the convolution of x at the tokens from `first` on, by the filter, or by it turned round.
+    """Return acc (tokens, BLOCK_E) + the convolution of x at the tokens from `first` on. FLIP reverses the filter.
 
-    x, weight (contiguous) and mask point to the sample and head; x_n and mask_n are their strides between tokens.
+    x, weight (contiguous) and mask point to the sample and head. x_n and mask_n are strides between tokens.
     """
     BLOCK_N: tl.constexpr = acc.shape[0]
     o_n = tl.arange(0, BLOCK_N)
@@ -59,7 +60,7 @@ def token_conv_forward_kernel(
     TAPS: tl.constexpr, MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens."""
+    """Compute the convolution of a tile of tokens."""
     token_tiles = tl.cdiv(N, BLOCK_N)
     i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -80,7 +81,7 @@ def token_conv_backward_kernel(
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dv of a chunk of tokens, and what they add to dweight."""
+    """Compute dv of a chunk of tokens, and the chunk's contribution to dweight."""
     chunks = tl.cdiv(N, chunk)
     part = tl.program_id(0).to(tl.int64)
     i_bh = part // chunks
@@ -126,7 +127,7 @@ def token_conv_backward_kernel(
             inside = (o_k >= 0) & (o_k < BLOCK_K)
             b_diagonals = tl.gather(b_products, tl.where(inside, o_k, 0), 1)
             b_dweight += tl.sum(tl.where(inside, b_diagonals, 0.0), 0)
-        # As a convolution of the gradients, the taps come in reverse.
+        # The window is one of gradients, so taps are in reverse order.
         tl.store(dweight + part * TAPS + TAPS - 1 - o_t, b_dweight, mask=o_t < TAPS)
 
 
@@ -156,7 +157,7 @@ def token_conv_backward(
     config = launch_config("token_conv_backward", v, width, weight)
     if need_weight:
         chunk, chunks = config.chunk(batch * num_heads, tokens)
-    else:  # nothing to sum over a chunk
+    else:  # no sum over a chunk
         chunk, chunks = config.tile.tokens, triton.cdiv(tokens, config.tile.tokens)
     dv = empty_like_tokens(v, width) if need_v else v.new_empty(0)
     dweight = v.new_empty((batch, num_heads, chunks, taps) if need_weight else (0,), dtype=config.compute)
@@ -175,7 +176,7 @@ def token_conv_backward(
 
 
 def _meta(config: LaunchConfig, v: Tensor, weight: Tensor, mask: Tensor | None) -> dict[str, Any]:
-    """The constexprs and options of both kernels."""
+    """Return the constexprs and launch options of both kernels."""
     width = v.shape[3]
     return dict(
         TAPS=weight.shape[2], MASKED=mask is not None, E=width, BLOCK_E=padded(width),

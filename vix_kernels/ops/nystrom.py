@@ -68,8 +68,8 @@ def nystrom_attention(
         grid_size: height and width of the token map after the prefix, for "grid".
         prefix_tokens: leading tokens (class, registers). Each is one more landmark, in addition to num_landmarks.
         pinv_iterations: steps of the pseudo-inverse. Use the number that the weights were trained with.
-        pinv_init: s of the iteration's first matrix, A^T / s. "exact": the largest column sum of each A. "original": the same
-            maximum over the whole batch, so samples depend on each other. Use it for weights of the published code.
+        pinv_init: s of the iteration's first matrix, A^T / s. "exact": the largest column sum of each A. "original": the
+            largest one of all heads and samples, so samples depend on each other. Use it for weights of the published code.
         conv_weight: (heads, 1, taps, 1), weight of a depthwise Conv2d over the tokens of v, with odd taps. Its result is added
             to the output.
         scale: factor of the logits, > 0. Default: head_dim ** -0.5.
