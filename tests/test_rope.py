@@ -85,7 +85,7 @@ def test_tables_must_be_float32_without_gradient() -> None:
     cos = torch.ones(1, 4, 2)
     with pytest.raises(TypeError, match="cos: expected float32"):
         Rope(cos.bfloat16(), cos.bfloat16())
-    with pytest.raises(ValueError, match="cos: expected a table without gradient"):
+    with pytest.raises(ValueError, match="cos: expected a table that requires no gradient"):
         Rope(cos.requires_grad_(), cos.detach())
     with pytest.raises(ValueError, match=r"sin: expected shape .* got \(1, 4, 3\)"):
         Rope(torch.ones(1, 4, 2), torch.ones(1, 4, 3))
