@@ -1,23 +1,26 @@
-"""Runs what a page shows: `python tests/snippets.py PAGE` in an empty folder. Says page and line of what fails.
+"""Run the code blocks of a page: `python tests/snippets.py PAGE` in an empty folder. Errors name the page and the line.
 
-Its fenced blocks, from the first to the last:
+Fenced blocks are processed in order:
 
-    ```python               is run; the blocks of a page share their names
-    ```python title="FILE"  is written to FILE, for the blocks behind it to import
+    ```python               is run; the blocks of a page share one namespace
+    ```python title="FILE"  is written to FILE; later blocks can import it
     ```sh                   is run, one command after the other
+    ```text title="output"  must equal what the block above prints to stdout; "..." matches any text
     ```text                 is not code
 
-A comment on the line above a fence leaves the block out: `<!-- not run: REASON -->`, or, where a package is missing,
-`<!-- needs: PACKAGE, PACKAGE -->`. A block whose language is none of these is an error, not silence.
+A comment on the line above a fence skips the block: `<!-- not run: REASON -->` always, `<!-- needs: PACKAGE, PACKAGE -->`
+if one of the packages is not installed. Any other language is an error.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +30,7 @@ from types import ModuleType
 CODE, OTHER = ("python", "sh"), ("text",)
 FENCE = re.compile(r"(?P<indent> *)(?P<ticks>`{3,})(?P<language>[\w+-]*)(?P<attributes>.*)")
 TITLE = re.compile(r'\btitle="([^"]+)"')
-LEFT_OUT = re.compile(r"<!-- *(not run|needs): *(.+?) *-->")
+SKIPPED = re.compile(r"<!-- *(not run|needs): *(.+?) *-->")
 
 
 @dataclass(frozen=True)
@@ -36,26 +39,30 @@ class Block:
 
     line: int  # of its fence, from 1
     language: str
-    title: str | None  # the file that it is
+    title: str | None  # the file to write, or "output"
     text: str
-    left_out: str | None  # why it is not run
+    skipped: str | None  # why it is not run
 
     @property
     def runs(self) -> bool:
-        return self.language in CODE and self.left_out is None
+        return self.language in CODE and self.skipped is None
+
+    @property
+    def is_output(self) -> bool:
+        return self.language == "text" and self.title == "output"
 
     @property
     def commands(self) -> Iterator[tuple[int, str]]:
         """The commands of a shell block, each with its line."""
-        begun, at = "", 0
+        command, at = "", 0
         for number, line in enumerate(self.text.splitlines(), self.line + 1):
-            begun, at = begun + line + "\n", at if begun else number
+            command, at = command + line + "\n", at if command else number
             if not line.endswith("\\"):
-                if begun.strip():
-                    yield at, begun
-                begun = ""
-        if begun:
-            yield at, begun
+                if command.strip():
+                    yield at, command
+                command = ""
+        if command:
+            yield at, command
 
 
 def parse(page: Path) -> list[Block]:
@@ -71,13 +78,13 @@ def parse(page: Path) -> list[Block]:
                 break
             text.append(lines[number])
         title = TITLE.search(opening["attributes"])
-        above = LEFT_OUT.fullmatch(lines[first - 1].strip()) if first else None
-        left_out = _left_out(*above.groups()) if above else None
-        blocks.append(Block(first + 1, opening["language"], title and title[1], dedent("\n".join(text)) + "\n", left_out))
+        above = SKIPPED.fullmatch(lines[first - 1].strip()) if first else None
+        skipped = _why_skipped(*above.groups()) if above else None
+        blocks.append(Block(first + 1, opening["language"], title and title[1], dedent("\n".join(text)) + "\n", skipped))
     return blocks
 
 
-def _left_out(kind: str, what: str) -> str | None:
+def _why_skipped(kind: str, what: str) -> str | None:
     if kind == "not run":
         return what
     missing = [package for package in re.split(r",\s*", what) if not find_spec(package)]
@@ -85,36 +92,55 @@ def _left_out(kind: str, what: str) -> str | None:
 
 
 def run(page: Path) -> int:
-    # A module, since tools look for the names of a class or a function in its own.
+    # A module, because some tools look up the names of a class or a function in the module that defines it.
     module = ModuleType("snippet")
     sys.modules[module.__name__] = module
+    printed = None  # by the last block that ran; None if it was skipped
     for block in parse(page):
         if block.language not in CODE + OTHER:
             known = ", ".join(CODE + OTHER)
             return _failed(page, block.line, f"expected a block of {known}, got {block.language or 'no language'}")
+        if block.is_output and printed is not None and not matches(block.text, printed):
+            return _failed(page, block.line, f"expected the output\n{block.text}got\n{printed}")
+        if block.language in CODE:
+            printed = None
         if not block.runs:
             continue
         if block.language == "sh":
+            printed = ""
             for line, command in block.commands:
-                if status := subprocess.run(["sh", "-ec", command], stdin=subprocess.DEVNULL).returncode:
-                    return _failed(page, line, f"{command.strip()} ended with status {status}")
+                done = subprocess.run(["sh", "-ec", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+                printed += done.stdout
+                print(done.stdout, end="", flush=True)
+                if done.returncode:
+                    return _failed(page, line, f"{command.strip()} ended with status {done.returncode}")
         elif block.title:
             file = Path(block.title)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(block.text, encoding="utf-8")
         else:
             try:
-                # As many lines in front as on the page: tracebacks, and inspect, then find the page's own lines.
-                code = compile("\n" * block.line + block.text, str(page), "exec", dont_inherit=True)
-                exec(code, vars(module))
+                with redirect_stdout(io.StringIO()) as stdout:
+                    # Blank lines in front give the code the line numbers of the page, for tracebacks and `inspect`.
+                    code = compile("\n" * block.line + block.text, str(page), "exec", dont_inherit=True)
+                    exec(code, vars(module))
             except BaseException as error:
+                print(stdout.getvalue(), end="", flush=True)
                 traceback.print_exception(type(error), error, error.__traceback__.tb_next)
                 return _failed(page, _line(error, page) or block.line, f"{type(error).__name__}: {error}")
+            printed = stdout.getvalue()
+            print(printed, end="", flush=True)
     return 0
 
 
+def matches(expected: str, printed: str) -> bool:
+    """Whether the texts are equal up to spaces at the ends of lines; "..." in `expected` matches any text."""
+    expected, printed = ("\n".join(line.rstrip() for line in text.strip().splitlines()) for text in (expected, printed))
+    return re.fullmatch(".*".join(map(re.escape, expected.split("..."))), printed, re.DOTALL) is not None
+
+
 def _line(error: BaseException, page: Path) -> int | None:
-    """The line of the page that `error` came from."""
+    """Return the line of the page that raised `error`."""
     if isinstance(error, SyntaxError) and error.filename == str(page):
         return error.lineno
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(page)]
@@ -130,7 +156,7 @@ def _failed(page: Path, line: int, message: str) -> int:
 if __name__ == "__main__":
     page = Path(sys.argv[1]).resolve()
     if any("import torch" in block.text for block in parse(page)):
-        import conftest  # noqa: F401  what the tests do to torch: a GPU or the interpreter, torchvision's operators
+        import conftest  # noqa: F401  sets up torch as in the tests: a GPU or the interpreter, torchvision's operators
     here = Path(__file__).resolve().parent
-    sys.path = [each for each in sys.path if Path(each).resolve() != here]  # the tests are not what a page imports
+    sys.path = [each for each in sys.path if Path(each).resolve() != here]  # a page cannot import the tests
     sys.exit(run(page))

@@ -1,4 +1,4 @@
-"""The documentation site: it builds without a warning, fetches nothing from elsewhere, and its tables are the measured ones."""
+"""The documentation: the site builds and loads nothing from other hosts, links resolve, and tables match the result files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"mkdocs": "mkdocs", "material": "mkdocs-material", "mkdocstrings_handlers": "mkdocstrings[python]"}
-CHOOSING = ROOT / "docs" / "choosing.md"
+DOCS = ROOT / "docs"
+CHOOSING = DOCS / "choosing.md"
+BENCHMARKS = DOCS / "benchmarks.md"
+RESULTS = ROOT / "bench" / "results"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 
 
 class Fetched(HTMLParser):
-    """What a browser fetches for a page, beyond the page; a link that is clicked is not."""
+    """The addresses that a browser loads to show a page, without the links to click."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -32,13 +36,13 @@ class Fetched(HTMLParser):
                 self.addresses.append(value or "")
             elif name == "style":
                 self.addresses += imported(value or "")
-            # The theme draws these by a script that it fetches from another host.
+            # The theme draws these with a script from another host.
             elif name == "class" and "mermaid" in (value or "").split():
                 self.addresses.append("https://unpkg.com")
 
 
 def imported(style: str) -> list[str]:
-    """The addresses in a style sheet."""
+    """Return the addresses that a style sheet loads."""
     return re.findall(r"""(?:url\(|@import(?!\s*url))\s*['"]?([^'")\s]+)""", style)
 
 
@@ -64,12 +68,12 @@ def test_site(tmp_path: Path) -> None:
     foreign = [each for each in addresses if re.match(r"(\w+:)?//", each[1])]
     assert not foreign
 
-    # What stands in docstrings is on the pages.
+    # The pages contain the docstrings.
     page = (site / "ops" / "attention" / "index.html").read_text(encoding="utf-8")
     assert 'id="vix_kernels.performer_attention"' in page and "phi_j(x) = exp(c w_j . x" in page
 
 
-def test_what_fetches_from_elsewhere_is_found() -> None:
+def test_addresses_on_other_hosts_are_found() -> None:
     page = """<link href="https://a.org/x.css"><script src="//b.org/x.js"></script><div style="background: url(http://c.org)">
     <pre class="mermaid">x</pre><a href="https://d.org">clicked</a><img src="e.png">"""
     assert Fetched(page).addresses == ["https://a.org/x.css", "//b.org/x.js", "http://c.org", "https://unpkg.com", "e.png"]
@@ -93,9 +97,9 @@ def test_two_digits() -> None:
 
 
 def test_quality_table() -> None:
-    """Every row of docs/choosing.md is of docs/quality.csv."""
+    """The accuracy table of docs/choosing.md matches docs/quality.csv."""
     table = CHOOSING.read_text(encoding="utf-8")
-    figures = {(row["tokens"], row["method"], row["slots"]): row for row in rows(ROOT / "docs" / "quality.csv")}
+    figures = {(row["tokens"], row["method"], row["slots"]): row for row in rows(DOCS / "quality.csv")}
     for method in ("mean of v", "Nystrom, grid", "Nystrom, segments", "agents, grid", "Performer"):
         for slots in ("0",) if method == "mean of v" else ("64", "256"):
             cells = [method, slots if slots != "0" else ""]
@@ -107,9 +111,9 @@ def test_quality_table() -> None:
 
 
 def test_table_of_lengths() -> None:
-    """Every ratio of docs/choosing.md, and where ours becomes the faster one, follow from the committed sweep."""
+    """The ratios of docs/choosing.md, and the lengths from which an attention is faster, follow from the committed sweep."""
     text = CHOOSING.read_text(encoding="utf-8")
-    (path,) = (ROOT / "bench" / "results" / "epyc-1-thread").glob("*-78d4b70/tokens.csv")
+    (path,) = (RESULTS / "epyc-1-thread").glob("*-78d4b70/tokens.csv")
     sweep = rows(path)
     ms = {(row["op"], row["direction"], row["provider"], int(row["tokens"])): float(row["device_ms"]) for row in sweep}
     lengths = sorted({int(row["tokens"]) for row in sweep})
@@ -122,3 +126,87 @@ def test_table_of_lengths() -> None:
         cells = [f"`{op}`", " / ".join(first)]
         cells += [" / ".join(map(two_digits, pair)) for pair in zip(*ratios.values(), strict=True)]
         assert f"| {' | '.join(cells)} |" in text
+
+
+def slug(heading: str) -> str:
+    """Return the anchor of a heading, as GitHub and mkdocs make it."""
+    text = re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[^\w\- ]", "", text).strip().lower().replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links(page: Path) -> None:
+    """Every relative link leads to a file of the repository, and to a heading if it names one."""
+    text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_file() and file.is_relative_to(ROOT), target
+        if anchor:
+            assert anchor in map(slug, re.findall(r"(?m)^#+ (.*)", file.read_text(encoding="utf-8"))), target
+
+
+def table(page: Path, heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading, without its head."""
+    section = page.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("heading, name", [("Operators", "operators.md"), ("Models", "models.md")])
+def test_tables_of_operators_and_models(heading: str, name: str) -> None:
+    (path,) = (RESULTS / "epyc-1-thread").glob(f"*-78d4b70/{name}")
+    measured = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in table(BENCHMARKS, heading)] == [
+        line.replace("|  |", "| |") for line in measured
+    ]
+
+
+def test_table_of_training() -> None:
+    (path,) = (RESULTS / "epyc-1-thread").glob("*-3648800/training.csv")
+    found = {(row["model"], row["provider"]): row for row in rows(path)}
+    cells = []
+    for model in dict.fromkeys(name for name, _ in found):
+        library, baseline = found[model, "ours"], found[model, "original"]
+        speed, top1 = ([float(row[column]) for row in (library, baseline)] for column in ("images_per_second", "top1"))
+        cells.append([
+            f"`{model}`", f"{speed[0]:.1f}", f"{speed[1]:.1f}", f"{speed[0] / speed[1]:.1f}",
+            f"{top1[0]:.1f} %", f"{top1[1]:.1f} %", f"{top1[0] - top1[1]:.2f} points",
+        ])  # fmt: skip
+    assert table(BENCHMARKS, "Training") == cells
+
+
+def test_table_of_integrations() -> None:
+    (path,) = (RESULTS / "epyc-1-thread").glob("*-8152bd1/*.csv")
+    cells = [
+        [
+            "{:.2f} ({:.2f} to {:.2f})".format(*(float(row[f"{direction}_{name}"]) for name in ("ratio", "low", "high")))
+            for direction in ("forward", "full")
+        ]
+        for row in rows(path)
+    ]
+    assert [line[2:] for line in table(BENCHMARKS, "Integrations")] == cells
+
+
+def test_table_of_traffic() -> None:
+    (path,) = (RESULTS / "traffic").glob("*-d848b5b/traffic.txt")
+    measured = {}
+    for run in path.read_text(encoding="utf-8").split("$ vix dev traffic")[1:]:
+        tokens, unsplit = re.search(r"tokens (\d+), width", run)[1], "--unsplit" in run.splitlines()[0]
+        for op, direction, ratio in re.findall(r"(?ms)^(\w+) (forward|backward)$.*?in all, ([\d.]+) of the least", run):
+            measured[op, f"{int(tokens):,}", unsplit, direction] = ratio
+    for name, tokens, *ratios in table(BENCHMARKS, "Memory traffic"):
+        key = name.split("`")[1], tokens, "in one chunk" in name
+        assert ratios == [measured[(*key, direction)] for direction in ("forward", "backward")]
+
+
+def test_figures_of_the_readme() -> None:
+    """The ratios that the README cites are those of the linked tables."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    timm, nystromformer = (line[2].split()[0] for line in table(BENCHMARKS, "Integrations")[:2])
+    assert f"[{timm} of the time](docs/benchmarks.md#integrations)" in text
+    assert f"such a layer takes [{nystromformer} of the time](docs/benchmarks.md#integrations)" in text
+    nystrom = next(line for line in table(CHOOSING, "From which length it pays") if line[0] == "`nystrom_attention`")
+    assert f"[{nystrom[-1].split(' / ')[0]} of softmax's CPU time](docs/choosing.md#from-which-length-it-pays)" in text

@@ -1,4 +1,4 @@
-"""The snippets of the README and of the pages in docs/ run as they stand there."""
+"""The code blocks of the README and of the pages in docs/ run, and print what the pages say."""
 
 from __future__ import annotations
 
@@ -8,29 +8,50 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import snippets
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TIMM = ROOT / "docs" / "integrations.md"
-SECONDS = 300  # of a page; they take some seconds each
+README = ROOT / "README.md"
+SECONDS = 300  # at most per page
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def run(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, in `folder`, with the commands of this environment; conftest.py chose GPU or interpreter.
+def imports_timm(page: Path) -> bool:
+    return any("import timm" in block.text for block in snippets.parse(page))
 
-    A page that does not show timm runs where timm cannot be imported.
+
+def make_photos(folder: Path) -> None:
+    """Write photos/train and photos/val: crops of the two photographs that scikit-learn contains."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    for name, photo in zip(("temple", "flower"), load_sample_images().images, strict=True):
+        for split, columns in (("train", range(0, 360, 24)), ("val", range(448, 570, 40))):
+            (folder / "photos" / split / name).mkdir(parents=True)
+            for x in columns:
+                for y in range(0, 360, 40):
+                    crop = Image.fromarray(photo[y : y + 64, x : x + 64])
+                    crop.save(folder / "photos" / split / name / f"{x}_{y}.jpg")
+
+
+def run(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a page in a separate process in `folder`, with the commands of this environment on the PATH.
+
+    A page that does not import timm runs with a timm that cannot be imported.
     """
     commands = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     environment = os.environ | {"PATH": commands, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    if page != TIMM:
+    if page == README and find_spec("sklearn") and find_spec("PIL"):
+        make_photos(folder)
+    if not imports_timm(page):
         (folder / "broken").mkdir()
         (folder / "broken" / "timm.py").write_text("raise ImportError('this page must not import timm')\n")
         paths = [str(folder / "broken"), os.environ.get("PYTHONPATH")]
@@ -49,14 +70,14 @@ def test_page_runs(page: Path, tmp_path: Path) -> None:
     done = run(page, tmp_path)
     assert done.returncode == 0, f"{name(page)}\n{done.stdout}"
     if not blocks:
-        pytest.skip("no snippet of this page is run")
+        pytest.skip("no code block of this page is run")
 
 
-LEFT_OUT = {f"{name(page)}:{block.line}": block.left_out for page in PAGES for block in snippets.parse(page) if block.left_out}
+SKIPPED = {f"{name(page)}:{block.line}": block.skipped for page in PAGES for block in snippets.parse(page) if block.skipped}
 
 
 def test_no_address_is_a_placeholder() -> None:
-    """There is no public address of this repository yet: pages tell how to install from a checkout."""
+    """This repository has no public address yet: pages describe an installation from a checkout."""
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
         found = re.search(
             r"REPOSITORY|<owner>|your-org|example\.com|git clone (?!https://)|git\+(?!https://)", page.read_text()
@@ -64,24 +85,26 @@ def test_no_address_is_a_placeholder() -> None:
         assert not found, f"{page.name}: {found[0]}"
 
 
-def test_the_first_paragraph_says_that_no_gpu_has_measured_this() -> None:
-    assert "No GPU has measured this yet" in (ROOT / "README.md").read_text().split("\n\n")[1]
+def test_the_readme_is_short_and_begins_with_the_status() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert "No GPU has measured this yet" in text.partition("\n## ")[0]
+    assert len(text.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("where", LEFT_OUT)
-def test_left_out(where: str) -> None:
-    """One skip a block, so that `pytest -rs` lists what is not run, and why."""
-    pytest.skip(f"{where}: {LEFT_OUT[where]}")
+@pytest.mark.parametrize("where", SKIPPED)
+def test_skipped_block(where: str) -> None:
+    """One skip per block: `pytest -rs` lists the blocks that are not run, and why."""
+    pytest.skip(f"{where}: {SKIPPED[where]}")
 
 
-def written(folder: Path, text: str) -> Path:
+def write_page(folder: Path, text: str) -> Path:
     page = folder / "page.md"
     page.write_text(text, encoding="utf-8")
     return page
 
 
 def test_blocks_share_names_and_files(tmp_path: Path) -> None:
-    page = written(
+    page = write_page(
         tmp_path,
         """
 ```python title="tools/one.py"
@@ -117,7 +140,7 @@ test \\
 ```
 """,
     )
-    assert [block.left_out for block in snippets.parse(page) if block.left_out] == [
+    assert [block.skipped for block in snippets.parse(page) if block.skipped] == [
         "it would fail", "needs no_such_package_anywhere, not installed",
     ]  # fmt: skip
     done = run(page, tmp_path)
@@ -134,9 +157,48 @@ test \\
         ("```sh\ntrue\nfalse | cat && test -f \\\n  nothing\n```", 5, "ended with status 1"),
         ("```py\nx = 1\n```", 3, "expected a block of python, sh, text, got py"),
         ("```\nx = 1\n```", 3, "got no language"),
+        ('```python\nprint(12)\n```\n\n```text title="output"\n13\n```', 7, "expected the output\n13\ngot\n12"),
     ],
 )
 def test_broken_snippets_fail(block: str, line: int, says: str, tmp_path: Path) -> None:
-    done = run(written(tmp_path, f"Text.\n\n{block}\n"), tmp_path)
+    done = run(write_page(tmp_path, f"Text.\n\n{block}\n"), tmp_path)
     assert done.returncode == 1
     assert f"page.md:{line}: " in done.stdout and says in done.stdout, done.stdout
+
+
+def test_outputs_are_compared(tmp_path: Path) -> None:
+    page = write_page(
+        tmp_path,
+        """
+```python
+print("a \\nb")
+```
+
+```text title="output"
+a
+b
+```
+
+```sh
+echo one 1.25
+echo two
+```
+
+```text title="output"
+one ...
+two
+```
+
+<!-- needs: no_such_package_anywhere -->
+```python
+print("skipped")
+```
+
+```text title="output"
+not compared
+```
+""",
+    )
+    done = run(page, tmp_path)
+    assert (done.returncode, done.stdout) == (0, "a \nb\none 1.25\ntwo\n")
+    assert snippets.matches("a ... d\n", "a b\nc d") and not snippets.matches("a ... d\n", "a b\nc d e")
