@@ -1,4 +1,4 @@
-# `make train` and `make test` set everything up in .venv first; `make help` lists the targets.
+# Targets set up .venv first if they need it; `make help` lists them.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,34 +6,34 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_TRITON := 3.6.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-# The published wheel, whose models the tests compare with, and what importing it takes beside the test extra. Without their
-# dependencies, which would bring torchvision.
+# The published wheel, with which the tests compare, and the packages it imports in addition to the test extra. They are installed
+# without dependencies, which include torchvision.
 ORIGINALS := vision_xformer==0.2.0 performer-pytorch==1.1.4 local-attention==1.4.4 axial-positional-embedding==0.3.12
 
 .DEFAULT_GOAL := help
 .PHONY: help train test attack bench traffic quality docs report lint clean
 
-help:  ## this list
+help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
 
-# Threads that spin while they wait stop each other on shared cores, where a step then takes many times as long.
-train: $(READY)  ## train hybrid_vip on the digits; other arguments: make train ARGS="--epochs 60"
+# On shared cores, threads that spin while waiting block each other and slow down each step many times.
+train: $(READY)  ## train hybrid_vip on 8 x 8 digits; with options: make train ARGS="--epochs 60"
 	OMP_WAIT_POLICY=passive $(BIN)/vix train --model hybrid_vip --dataset digits $(ARGS)
 
-test: $(READY)  ## run the tests; some of them: make test ARGS="-k models"
+test: $(READY)  ## run the tests; a selection: make test ARGS="-k models"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
-attack: $(READY)  ## attack the ops, their arguments and the readers of files: make attack ARGS="--minutes 20 --backend triton"
+attack: $(READY)  ## test operators and file readers with random cases: make attack ARGS="--minutes 20 --backend triton"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack $(ARGS)
 
-bench: $(READY)  ## time every operator beside its peers; with torch.compile too: make bench ARGS=--compiled
+bench: $(READY)  ## compare the speed of every operator with its peers; with torch.compile: make bench ARGS=--compiled
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m pytest --benchmark $(ARGS)
 
-traffic: $(READY)  ## count the bytes that the kernels move; one op: make traffic ARGS="--op apply_rope"
+traffic: $(READY)  ## count the bytes that the kernels read and write; one operator: make traffic ARGS="--op apply_rope"
 	OMP_NUM_THREADS=1 $(BIN)/vix dev traffic $(ARGS)
 
-quality: $(READY)  ## measure how close each attention comes to softmax attention; draws docs/quality.png
+quality: $(READY)  ## measure the error of each attention against softmax attention; writes docs/quality.png
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.quality --output docs/quality.png $(ARGS)
 
 docs: $(READY)  ## build the documentation site into site/
@@ -44,21 +44,21 @@ lint: $(READY)  ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The whole grid with the installed Triton, sm_90 alone with the oldest that is supported, which lies in a folder of its own:
-# 4,389 specialisations in 45 minutes on two cores, and more than half an hour for the shared memory of every entry.
-report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile every kernel for GPUs that are not there, and weigh the code
+# All architectures with the installed Triton; only sm_90 with the oldest supported Triton, which is in a separate folder.
+# 4,389 specializations in 45 minutes on two cores, and more than half an hour for the shared memory of every entry.
+report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile every kernel for seven GPU architectures and check registers, spills and shared memory; no GPU needed
 	$(BIN)/vix dev compile-report $(ARGS)
 	$(BIN)/vix dev compile-report --shared $(ARGS)
 	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/vix dev compile-report $(ARGS) --arch sm_90
 
-clean:  ## remove the environment and all caches, keep runs/
+clean:  ## remove the environment and all caches; keep runs/
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .benchmarks *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# With an NVIDIA driver torch is the user's business: the system's CUDA build if it has one, else pip's choice.
-# Without one it is the CPU build of constraints/cpu.txt and its torchvision, which timm needs for the tests: from PyTorch's own
-# index where that answers within seconds, otherwise from the index that pip is configured for. PyPI's torchvision does not match
-# a CPU build; the last line says so.
+# With an NVIDIA driver, use the system's CUDA build of torch if there is one, otherwise the build that pip chooses.
+# Without a driver, install the CPU build of constraints/cpu.txt and its torchvision, which timm needs for the tests: from PyTorch's
+# index if it answers within seconds, otherwise from the index that pip is configured for. PyPI's torchvision does not match a CPU
+# build; the last command reports that.
 $(READY): pyproject.toml constraints/cpu.txt
 	@set -e; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
