@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_TRITON := 3.6.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-# The published wheel, with which the tests compare, and the packages it imports in addition to the test extra. They are installed
-# without dependencies, which include torchvision.
+# The published wheel, with which the tests compare, and its imports beyond the test extra. They are installed without their
+# dependencies, which include torchvision.
 ORIGINALS := vision_xformer==0.2.0 performer-pytorch==1.1.4 local-attention==1.4.4 axial-positional-embedding==0.3.12
 
 .DEFAULT_GOAL := help
@@ -46,7 +46,7 @@ lint: $(READY)  ## check the style
 
 # All architectures with the installed Triton; only sm_90 with the oldest supported Triton, which is in a separate folder.
 # 4,389 specializations in 45 minutes on two cores, and more than half an hour for the shared memory of every entry.
-report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile every kernel for seven GPU architectures and check registers, spills and shared memory; no GPU needed
+report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile every kernel for seven GPU architectures; check spills
 	$(BIN)/vix dev compile-report $(ARGS)
 	$(BIN)/vix dev compile-report --shared $(ARGS)
 	PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(BIN)/vix dev compile-report $(ARGS) --arch sm_90
@@ -56,9 +56,9 @@ clean:  ## remove the environment and all caches; keep runs/
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # With an NVIDIA driver, use the system's CUDA build of torch if there is one, otherwise the build that pip chooses.
-# Without a driver, install the CPU build of constraints/cpu.txt and its torchvision, which timm needs for the tests: from PyTorch's
-# index if it answers within seconds, otherwise from the index that pip is configured for. PyPI's torchvision does not match a CPU
-# build; the last command reports that.
+# Without a driver, install the CPU build of constraints/cpu.txt and its torchvision, which timm needs for the tests. They are
+# from PyTorch's index if it answers within seconds, otherwise from the index that pip is configured for. PyPI's torchvision
+# does not match a CPU build; the last command reports that.
 $(READY): pyproject.toml constraints/cpu.txt
 	@set -e; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
