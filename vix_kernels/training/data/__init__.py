@@ -1,4 +1,4 @@
-"""Data sets: a reader a file. A new format is a file here and a line in `load_dataset`."""
+"""Data sets, with one file for each format. To add a format, add its reader here and call it in `_opened`."""
 
 from __future__ import annotations
 
@@ -21,30 +21,34 @@ from .pack import pack
 __all__ = ["NAMES", "Dataset", "HeldImages", "Images", "Source", "load_dataset", "open_dataset", "pixel_statistics"]
 
 NAMES = ("digits", *SOURCES)
-FORMATS = "a pack (.npz) or a folder with CIFAR (python or binary), idx files (MNIST), or train/ and val/ of images"
+FORMATS = "a pack (.npz) or a folder with CIFAR files (Python or binary), idx files (MNIST), or images in train/ and val/"
 
 
 Size = int | tuple[int, int]
 
 
 def load_dataset(name: str, img_size: Size | None = None, **options: Any) -> Dataset:
-    """The data set of this name, or the one at this path, decoded: see `open_dataset`."""
+    """Open a data set as `open_dataset` does, and decode its images."""
     return open_dataset(name, img_size, **options).load()
 
 
 def open_dataset(
     name: str, img_size: Size | None = None, *, data_dir: str | None = None, stream: bool | None = None, workers: int = 4
 ) -> Source:
-    """The data set of this name, or the one at this path, before its images are decoded.
+    """Open a data set by its name or path. Packs and images in folders are not decoded yet.
 
     Args:
-        name: of NAMES, or a path to what FORMATS says.
-        img_size: height and width in pixels that images in folders are resized to, or the side of a square; None leaves them.
-        data_dir: where data sets that have a name are stored, and downloaded to; None for the user's cache.
-        stream: read images in folders when they are needed, by `workers` processes; None: if they are too many to hold.
+        name: a name from NAMES, or the path of a pack or folder in one of FORMATS.
+        img_size: (height, width) in pixels to which images in folders are resized and cropped. An integer means a square. None
+            keeps their size.
+        data_dir: the folder for named data sets, also for downloads. None for the user's cache.
+        stream: whether to decode images in folders on demand instead of in advance. None streams them if they are too large for
+            memory.
+        workers: the number of processes that decode streamed images. 0 decodes in this process.
 
     Raises:
-        UserError: it is missing, damaged, or of another format. `Source.load` raises it too.
+        UserError: if the data set is missing, damaged, or in an unknown format, or if `img_size` or `stream` does not apply to
+            it. `Source.load` raises it too.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     with _reading(name):
@@ -67,7 +71,7 @@ def open_dataset(
 def _opened(name: str, size: tuple[int, int] | None, data_dir: str | None, stream: bool | None, workers: int) -> Source:
     path = Path(name)
     if name not in NAMES and path.suffix != ".npz" and not path.is_dir():
-        raise UserError(f"--dataset: expected {', '.join(NAMES)} or the path of {FORMATS}, got {name!r}")
+        raise UserError(f"--dataset: expected {', '.join(NAMES)} or a path to {FORMATS}, got {name!r}")
     if name == "digits":
         return digits().source()
     if name in SOURCES:
@@ -80,12 +84,12 @@ def _opened(name: str, size: tuple[int, int] | None, data_dir: str | None, strea
         return idx(path).source()
     if is_folder(path):
         return folders(path, size, stream, workers)
-    raise UserError(f"--dataset: {name} holds nothing that is known; expected {FORMATS}")
+    raise UserError(f"--dataset: unknown format of {name}; expected {FORMATS}")
 
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Raise `UserError` for whatever a missing, truncated or foreign file makes its reader raise."""
+    """Convert all exceptions to `UserError`: a damaged or foreign file can make a reader raise any type."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -93,4 +97,4 @@ def _reading(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"--dataset: cannot read {name}, it is missing, damaged or no data set: {error!r}") from error
+        raise UserError(f"--dataset: cannot read {name}, which is missing, damaged or not a data set: {error!r}") from error

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as their authors publish them, for Python or as binary files."""
+"""CIFAR-10 and CIFAR-100 in the formats of their authors: pickles for Python, or binary files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .dataset import Dataset, integer_labels, make_dataset
 from .images import HeldImages
 
 PIXELS = 3 * 32 * 32
-# Name: files that train, the one that tests, the one that names the classes; in Python's format the key of the labels and of
-# the names, in binary the bytes in front of an image, the last of which is the label.
+# Name: training files, test file, file of class names. Then the keys of the labels and of the class names in pickles, or the
+# number of bytes before each image in binary files. The last of these bytes is the label.
 PYTHON = {
     "cifar10": ([f"data_batch_{i}" for i in range(1, 6)], "test_batch", "batches.meta", b"labels", b"label_names"),
     "cifar100": (["train"], "test", "meta", b"fine_labels", b"fine_label_names"),
@@ -24,11 +24,11 @@ BINARY = {
     "cifar10": ([f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", "batches.meta.txt", 1),
     "cifar100": (["train.bin"], "test.bin", "fine_label_names.txt", 2),
 }
-FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")  # of the archives
+FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")  # names in the archives
 
 
 def find_cifar(folder: Path) -> Path | None:
-    """The folder itself or the one of the archive in it, if the names file of a CIFAR lies there."""
+    """Return `folder` or its subfolder from an archive, whichever has a file of class names, or else None."""
     for inner in FOLDERS:
         if any((folder / inner / files[2]).is_file() for files in (*PYTHON.values(), *BINARY.values())):
             return folder / inner
@@ -36,7 +36,7 @@ def find_cifar(folder: Path) -> Path | None:
 
 
 def cifar(folder: Path) -> Dataset:
-    """The CIFAR of a folder, in either format."""
+    """Read CIFAR-10 or CIFAR-100 from the folder that `find_cifar` returns, in either format."""
     for name, (train, test, meta, labels, names) in PYTHON.items():
         if (folder / meta).is_file():
             classes = tuple(each.decode() for each in _unpickled(folder / meta)[names])

@@ -1,4 +1,4 @@
-"""A data set, and what its readers share."""
+"""Data sets, and functions that their readers share."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ Augmentation = Callable[[Tensor, Draws], Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set whose images are not decoded yet: what a model and a run can be checked against before."""
+    """A data set before its images are decoded, with the facts that a model and a run are checked against."""
 
     name: str
     classes: tuple[str, ...]
-    shape: tuple[int, int, int]  # of an image: channels, height, width
-    train_images: int  # those that cannot be decoded included
-    model_kwargs: dict[str, Any]
+    shape: tuple[int, int, int]  # channels, height and width of an image
+    train_images: int  # number of training images, including those that cannot be decoded
+    model_kwargs: dict[str, Any]  # as in Dataset
     load: Callable[[], Dataset]
-    streams: bool = False  # images are decoded when they are needed
+    streams: bool = False  # whether images are decoded on demand
 
 
 @dataclass(frozen=True)
 class Dataset:
+    """Training and test images with their classes, pixel statistics and augmentation."""
+
     name: str
     classes: tuple[str, ...]
     train: Images
     test: Images
-    max_value: int  # of the uint8 images
-    mean: Tensor  # of each channel, (channels, 1, 1), over the training images as floats in [0, 1]; std likewise
-    std: Tensor
-    augment: Augmentation  # of float images in [0, 1]
-    model_kwargs: dict[str, Any] = field(default_factory=dict)  # what suits these images, beside their shape
-    unreadable: tuple[str, ...] = ()  # files that were skipped, each with the reason
+    max_value: int  # largest value of the uint8 images, mapped to 1
+    mean: Tensor  # (channels, 1, 1), over the training images, or a sample, as floats in [0, 1]
+    std: Tensor  # likewise
+    augment: Augmentation  # for float images in [0, 1]
+    model_kwargs: dict[str, Any] = field(default_factory=dict)  # suggested model arguments, besides the shape
+    unreadable: tuple[str, ...] = ()  # files skipped while loading, each with the reason
 
     def source(self) -> Source:
         return Source(self.name, self.classes, self.train.shape, len(self.train), self.model_kwargs, lambda: self)
@@ -51,11 +53,11 @@ class Dataset:
         return replace(self, **{name: getattr(self, name).to(device) for name in ("train", "test", "mean", "std")})
 
     def all_unreadable(self) -> set[str]:
-        """Files that were skipped so far, each with the reason."""
+        """Return the files skipped so far, each with the reason."""
         return {*self.unreadable, *self.train.unreadable, *self.test.unreadable}
 
     def description(self) -> dict[str, Any]:
-        """For the checkpoint: what its reader needs to feed it and to name its classes, and to know the data again."""
+        """Return what a checkpoint stores about its data: to prepare inputs, name classes, and check the data when resuming."""
         return {
             "name": self.name,
             "classes": list(self.classes),
@@ -67,16 +69,16 @@ class Dataset:
         }
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Floats in [0, 1] to what a model reads: zero mean and unit variance."""
+        """Normalize float images in [0, 1] to zero mean and unit variance, as models expect."""
         return (images - self.mean) / self.std
 
     def inputs(self, images: Tensor) -> Tensor:
-        """uint8 images to what a model reads."""
+        """Convert uint8 images to normalized floats, as models expect."""
         return self.normalised(images.float() / self.max_value)
 
 
 def photographs(images: Tensor, draws: Draws) -> Tensor:
-    """As small photographs are augmented: mirrored, and shifted by up to an eighth of their side."""
+    """Augment small photographs: flip them horizontally at random, and shift them by up to an eighth of each side."""
     return random_flip_crop(images, draws, shift=0.125)
 
 
@@ -92,14 +94,16 @@ def make_dataset(
     statistics: Tensor | None = None,
     unreadable: tuple[str, ...] = (),
 ) -> Dataset:
-    """A data set, by default augmented as photographs and with the patches of `suited_patch_size`.
+    """Check labels and names, compute the pixel statistics, and return the data set.
 
     Args:
-        statistics: uint8 images whose mean and deviation stand for all; default the training images, which are in memory then.
+        patch_size: suggested patch size of a model. None for `suited_patch_size`.
+        statistics: uint8 images from which to compute the mean and standard deviation. None for the training images, which must
+            then be `HeldImages`.
 
     Raises:
-        ValueError: labels are out of range, a class has no image to learn from, or there is one class, or a name that cannot be
-            shown.
+        ValueError: if labels are out of range, a class has no training image, there are fewer than 2 classes, the numbers of
+            labels and images differ, or a name cannot be encoded in UTF-8.
     """
     for text in (name, *classes):
         if not _is_text(text):
@@ -122,7 +126,7 @@ def make_dataset(
 
 
 def check_labels(classes: tuple[str, ...], train: Tensor, test: Tensor) -> None:
-    """Raises `ValueError` for labels that are out of range, and for a class without a training image."""
+    """Raise `ValueError` if there are no images, a label is out of range, or a class has no training image."""
     for part, labels in {"training": train, "test": test}.items():
         if not len(labels):
             raise ValueError(f"expected at least one {part} image, got none")
@@ -134,13 +138,16 @@ def check_labels(classes: tuple[str, ...], train: Tensor, test: Tensor) -> None:
 
 
 def suited_patch_size(shape: tuple[int, int, int]) -> int:
-    """The largest that divides images of this shape into at least 8 x 8 tokens."""
+    """Return the largest divisor of gcd(height, width) that is at most an eighth of it, or else 1.
+
+    For square images of 8 pixels or more per side, it is the largest patch size that gives at least 8 x 8 tokens.
+    """
     side = math.gcd(*shape[1:])
     return max(p for p in range(1, side + 1) if side % p == 0 and p <= max(1, side // 8))
 
 
 def integer_labels(values: Any) -> Tensor:
-    """int64 labels of an array or a sequence. Raises `ValueError` for numbers that are not integers."""
+    """Convert an array or a sequence of integers to int64 labels. Raise `ValueError` for other types."""
     array = np.asarray(values)
     if array.dtype.kind not in "iu":
         raise ValueError(f"expected labels that are integers, got {array.dtype}")
@@ -148,7 +155,7 @@ def integer_labels(values: Any) -> Tensor:
 
 
 def _is_text(name: str) -> bool:
-    """File names may hold bytes that no encoding explains."""
+    """Return whether `name` can be encoded in UTF-8. File names may contain other bytes."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -157,15 +164,15 @@ def _is_text(name: str) -> bool:
 
 
 def pixel_statistics(images: Tensor, *, max_value: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of uint8 images (n, channels, height, width), as (channels, 1, 1).
+    """Return the mean and standard deviation of each channel of uint8 images (n, channels, height, width).
 
-    From counts of the pixel values: exact, and without a float copy of the images. The deviation of a constant channel is given
-    as 1, so that images can be divided by it.
+    Both are (channels, 1, 1), for values divided by `max_value`. They come from a histogram, which is exact and needs no float
+    copy of the images. For a constant channel, the deviation is 1 to avoid a division by zero.
     """
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
-    share = counts.double() / counts.sum(1, keepdim=True)
+    frequencies = counts.double() / counts.sum(1, keepdim=True)
     values = torch.arange(256).double() / max_value
-    mean = share @ values
-    std = (share * (values - mean[:, None]).square()).sum(1).sqrt()
+    mean = frequencies @ values
+    std = (frequencies * (values - mean[:, None]).square()).sum(1).sqrt()
     std = torch.where(counts.amax(1) == counts.sum(1), 1.0, std)
     return mean.float().view(-1, 1, 1), std.float().view(-1, 1, 1)

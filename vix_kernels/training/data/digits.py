@@ -1,4 +1,4 @@
-"""The embedded data set."""
+"""The digits of scikit-learn, which need no download."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .images import HeldImages
 
 
 def digits() -> Dataset:
-    """1,797 handwritten digits of 8 x 8 pixels, shipped with scikit-learn; 360 are held out, 20 % of each class."""
+    """Return 1,797 handwritten digits of 8 x 8 pixels from scikit-learn. 360 of them, 20 % of each class, are held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -1,4 +1,4 @@
-"""Data sets that are fetched by their name, checked, and unpacked once."""
+"""Named data sets: downloaded, checked and unpacked once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..config import UserError
 
-# Where the files lie, and their checksums as their publishers state them.
+# Name: address, and the files at it with the checksums that their publishers state.
 _CIFAR = "https://www.cs.toronto.edu/~kriz"
 SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "cifar10": (_CIFAR, {"cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a"}),
@@ -42,12 +42,17 @@ SOURCES: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def fetched(name: str, data_dir: str | None) -> Path:
-    """The folder of this data set in `data_dir`, or else in the user's cache; downloaded if it is not there.
+    """Return the folder of a named data set in `data_dir`. Download it first if the folder does not exist.
 
-    Files that were put into `data_dir` by hand are taken as they are.
+    An existing folder is used without a check. An archive in `data_dir` is unpacked without a download if its checksum is
+    correct.
+
+    Args:
+        name: a name from SOURCES.
+        data_dir: the folder for data sets. None for the user's cache.
 
     Raises:
-        UserError: there is no network, or what came is not what was published.
+        UserError: if a download fails, a checksum differs, or this Python cannot unpack safely.
     """
     import pooch
 
@@ -65,9 +70,9 @@ def fetched(name: str, data_dir: str | None) -> Path:
             url = f"{address}/{file}"
             try:
                 path = pooch.retrieve(url, checksum, file, home if archive else content, progressbar=os.isatty(2))
-            except ValueError as error:  # another checksum
-                raise UserError(f"--dataset: {url} is not what was published: {error}") from error
-            except OSError as error:  # what requests raises is one, too
+            except ValueError as error:  # pooch raises it if the checksum differs
+                raise UserError(f"--dataset: wrong checksum of {url}: {error}") from error
+            except OSError as error:  # the base class of the exceptions of requests
                 where = home if archive else folder
                 raise UserError(
                     f"--dataset: cannot download {url} ({type(error).__name__}); without a network, put that file into {where}"
@@ -76,7 +81,7 @@ def fetched(name: str, data_dir: str | None) -> Path:
                 content = _unpacked(Path(path), content)
         try:
             os.replace(content, folder)
-        except OSError:  # another run was first
+        except OSError:  # another run may have created the folder first
             if not folder.is_dir():
                 raise
     return folder
@@ -87,12 +92,12 @@ def _is_archive(file: str) -> bool:
 
 
 def _unpacked(archive: Path, folder: Path) -> Path:
-    """`folder` with what is in `archive`, or the only folder in it. Nothing is written anywhere else, whatever it says."""
+    """Unpack `archive` into `folder`, and return `folder`, or the single folder in it. Nothing is written outside `folder`."""
     safe = {}
-    if archive.suffix != ".zip":  # there shutil passes over such names itself
+    if archive.suffix != ".zip":  # shutil skips names outside the folder in zip files, not in tar files
         if not hasattr(tarfile, "data_filter"):
             version = sys.version.partition(" ")[0]
-            raise UserError(f"--dataset: Python {version} cannot unpack {archive} safely: it takes 3.10.12, 3.11.4, or newer")
+            raise UserError(f"--dataset: expected Python 3.10.12, 3.11.4 or newer to unpack {archive} safely, got {version}")
         safe["filter"] = "data"
     shutil.unpack_archive(archive, folder, **safe)
     inside = list(folder.iterdir())

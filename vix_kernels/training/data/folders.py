@@ -1,4 +1,4 @@
-"""Images in folders: one a class, or as Tiny ImageNet has them. Decoded at once, into memory, or while they are needed."""
+"""Images in one folder per class, or in the layout of Tiny ImageNet. They are decoded in advance or on demand."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .images import MOST_UNREADABLE, HeldImages, StreamedImages, decode, hidden,
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 HELD_OUT = ("val", "valid", "validation", "test")
-HELD_BYTES = 2**32  # of decoded images; more are streamed
-SAMPLE = 512  # images that the statistics of streamed ones are taken from
-Files = list[tuple[Path, int]]  # images and their labels
+HELD_BYTES = 2**32  # limit for decoded images in memory; larger data sets are streamed
+SAMPLE = 512  # minimum number of training images for the pixel statistics of a streamed data set
+Files = list[tuple[Path, int]]  # image files and their labels
 
 
 def is_folder(folder: Path) -> bool:
@@ -28,14 +28,16 @@ def is_folder(folder: Path) -> bool:
 
 
 def folders(folder: Path, size: tuple[int, int] | None, stream: bool | None, workers: int) -> Source:
-    """train/CLASS/IMAGE and val/CLASS/IMAGE (or valid, validation, test), at any depth below the class.
+    """Open images in train/CLASS/ and val/CLASS/ (or valid, validation, test), including subfolders of CLASS.
 
-    Tiny ImageNet has val/images and val/val_annotations.txt instead. Images that cannot be decoded are skipped, up to one in
-    a hundred.
+    Tiny ImageNet has val/images and val/val_annotations.txt instead of val/CLASS/. Images that cannot be decoded are skipped,
+    up to one image or one percent.
 
     Args:
-        size: height and width that images are resized and cropped to; None: all have one size already.
-        stream: read them when they are needed, by so many `workers`; None: if they would take more than HELD_BYTES.
+        folder: the folder with train and val.
+        size: (height, width) to which images are resized and cropped. None requires that all images have the same size.
+        stream: whether to decode images on demand. None does so if the decoded images exceed HELD_BYTES.
+        workers: the number of processes that decode streamed images.
     """
     train = folder / "train"
     classes = _folders_in(train)
@@ -43,7 +45,7 @@ def folders(folder: Path, size: tuple[int, int] | None, stream: bool | None, wor
         raise ValueError(f"{train}: expected a folder for each class, got none")
     held_out = next((folder / name for name in HELD_OUT if (folder / name).is_dir()), None)
     if held_out is None:
-        raise FileNotFoundError(f"{folder}: expected a folder {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]} beside train")
+        raise FileNotFoundError(f"{folder}: expected a folder {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]} next to train")
     annotations = held_out / "val_annotations.txt"
     train_files = _of_classes(train, classes)
     test_files = _annotated(annotations, classes) if annotations.is_file() else _of_classes(held_out, classes)
@@ -52,13 +54,13 @@ def folders(folder: Path, size: tuple[int, int] | None, stream: bool | None, wor
     if stream is None:
         stream = len(files) * math.prod(shape) > HELD_BYTES
     if stream and size is None:
-        raise ValueError("these are too many to hold, and images that are streamed need one size: name it by --img-size N")
+        raise ValueError("streaming (--stream, or more than 4 GiB of decoded images) needs a common size: set --img-size N")
 
     def held() -> Dataset:
         images, kept, unreadable = _decoded(files, shape, size)
-        labels = torch.tensor([files[at][1] for at in kept])
-        cut = sum(at < len(train_files) for at in kept)
-        parts = HeldImages(images[:cut], labels[:cut]), HeldImages(images[cut:], labels[cut:])
+        labels = torch.tensor([files[i][1] for i in kept])
+        num_train = sum(i < len(train_files) for i in kept)
+        parts = HeldImages(images[:num_train], labels[:num_train]), HeldImages(images[num_train:], labels[num_train:])
         return make_dataset(name, classes, *parts, unreadable=unreadable)
 
     def streamed() -> Dataset:
@@ -74,30 +76,30 @@ def folders(folder: Path, size: tuple[int, int] | None, stream: bool | None, wor
 
 
 def _shape_of_first(files: Files) -> tuple[int, int, int]:
-    """Of the first image that can be decoded."""
+    """Return the shape of the first image that can be decoded."""
     for path, _ in files:
         pixels = decode(path, None)
         if not isinstance(pixels, Exception):
             return pixels.shape
-    raise ValueError(f"none of the images can be decoded, such as {with_reason(path, pixels)}")
+    raise ValueError(f"cannot decode any of the images, for example {with_reason(path, pixels)}")
 
 
 def _folders_in(folder: Path) -> tuple[str, ...]:
-    """Their names, without hidden ones."""
+    """Return the sorted names of the subfolders that are not hidden."""
     names = []
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
         if path.is_symlink() and not path.exists():
-            raise FileNotFoundError(f"{path}: expected a folder, got a symbolic link that leads nowhere")
+            raise FileNotFoundError(f"{path}: expected a folder, got a broken symbolic link")
         if path.is_dir():
             names.append(path.name)
     return tuple(sorted(names))
 
 
 def _of_classes(folder: Path, classes: Sequence[str]) -> Files:
-    if strange := set(_folders_in(folder)) - set(classes):
-        raise ValueError(f"{folder}: expected the classes of the training images, got {', '.join(sorted(strange))} too")
+    if unknown := set(_folders_in(folder)) - set(classes):
+        raise ValueError(f"{folder}: expected only classes of the training images, got {', '.join(sorted(unknown))}")
     files = []
     for label, name in enumerate(classes):
         if not (folder / name).is_dir():
@@ -109,26 +111,27 @@ def _of_classes(folder: Path, classes: Sequence[str]) -> Files:
     return files
 
 
-def _images_in(folder: Path, around: tuple[os.stat_result, ...] = ()) -> Iterator[Path]:
-    """Files with the suffix of an image, also in subfolders, in order. Hidden ones are ignored: macOS writes `._NAME` files.
+def _images_in(folder: Path, ancestors: tuple[os.stat_result, ...] = ()) -> Iterator[Path]:
+    """Yield the files in `folder` and its subfolders that have the suffix of an image, sorted by name in each folder.
 
-    A symbolic link that leads nowhere or to a folder around it counts as an image, so that `decode` reports it.
+    Hidden files are ignored, since macOS writes `._NAME` files. A symbolic link that is broken or points to a folder above it
+    is yielded like an image, and `decode` reports it.
     """
-    around = (*(around or [each.stat() for each in folder.absolute().parents]), folder.stat())
+    ancestors = (*(ancestors or [each.stat() for each in folder.absolute().parents]), folder.stat())
     with os.scandir(folder) as entries:
         visible = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     for entry in visible:
         path = Path(entry.path)
-        if entry.is_symlink() and (not path.exists() or any(os.path.samestat(path.stat(), each) for each in around)):
+        if entry.is_symlink() and (not path.exists() or any(os.path.samestat(path.stat(), each) for each in ancestors)):
             yield path
         elif entry.is_dir():
-            yield from _images_in(path, around)
+            yield from _images_in(path, ancestors)
         elif path.suffix.lower() in SUFFIXES:
             yield path
 
 
 def _annotated(path: Path, classes: Sequence[str]) -> Files:
-    """The lines of val_annotations.txt: file, class and a box, which is not read."""
+    """Read val_annotations.txt. Each line has a file, its class, and a bounding box, which is ignored."""
     labels = {name: label for label, name in enumerate(classes)}
     files = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -143,28 +146,32 @@ def _annotated(path: Path, classes: Sequence[str]) -> Files:
 def _decoded(
     files: Files, shape: tuple[int, int, int], size: tuple[int, int] | None
 ) -> tuple[Tensor, list[int], tuple[str, ...]]:
-    """uint8 images (n, *shape), their places in `files`, and the files that cannot be decoded, each with the reason."""
+    """Decode `files` and check that each image has the given shape.
+
+    Returns:
+        uint8 images (n, *shape), their indices in `files`, and the files that cannot be decoded, each with the reason.
+    """
     images = np.empty((len(files), *shape), np.uint8)
     unreadable: dict[int, str] = {}
 
-    def fill(at: int) -> None:
-        path = files[at][0]
+    def fill(i: int) -> None:
+        path = files[i][0]
         pixels = decode(path, size)
         if isinstance(pixels, Exception):
-            unreadable[at] = with_reason(path, pixels)
+            unreadable[i] = with_reason(path, pixels)
         elif pixels.shape != shape:
-            sizes = f"{_pixels(pixels.shape)}, the first image {_pixels(shape)}"
-            raise ValueError(f"{path} is {sizes}: --img-size N makes them one size")
+            sizes = f"expected {_pixels(shape)} as in the first image, got {_pixels(pixels.shape)}"
+            raise ValueError(f"{path}: {sizes}; set --img-size N")
         else:
-            images[at] = pixels
+            images[i] = pixels
 
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with ThreadPoolExecutor(threads) as pool:  # Pillow decodes outside of Python's lock
+    with ThreadPoolExecutor(threads) as pool:  # Pillow releases the GIL while it decodes
         for _ in tqdm(pool.map(fill, range(len(files))), "decoding", len(files), unit="image", leave=False, disable=hidden()):
             pass
     if len(unreadable) > max(1, MOST_UNREADABLE * len(files)) or len(unreadable) == len(files):
         raise ValueError(f"{len(unreadable)} of {len(files)} images cannot be decoded, such as {min(unreadable.values())}")
-    kept = [at for at in range(len(files)) if at not in unreadable]
+    kept = [i for i in range(len(files)) if i not in unreadable]
     return torch.from_numpy(images[kept] if unreadable else images), kept, tuple(sorted(unreadable.values()))
 
 

@@ -1,4 +1,4 @@
-"""MNIST and those made like it: images and labels in four idx files, compressed or not."""
+"""MNIST and data sets in its format: images and labels in four idx files, optionally compressed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from ..draws import Draws
 from .dataset import Dataset, make_dataset
 from .images import HeldImages
 
-IMAGES, LABELS = 0x0803, 0x0801  # unsigned bytes in three dimensions, in one
+IMAGES, LABELS = 0x0803, 0x0801  # magic numbers: unsigned bytes, 3 dimensions or 1
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
 def find_idx(folder: Path, part: str, kind: str) -> Path | None:
-    """train or t10k, images-idx3 or labels-idx1; the dot of some copies' names is one more spelling."""
+    """Return the file of a part (train, t10k) and kind (images-idx3, labels-idx1), or None.
+
+    Some copies spell the kind with a dot: images.idx3.
+    """
     names = (f"{part}-{kind}-ubyte", f"{part}-{kind.replace('-', '.')}-ubyte")
     files = (folder / (name + ending) for name in names for ending in (".gz", ""))
     return next((file for file in files if file.is_file()), None)
@@ -30,7 +33,11 @@ def is_idx(folder: Path) -> bool:
 
 
 def idx(folder: Path) -> Dataset:
-    """Grey images of `train-images-idx3-ubyte` and its three companions, also compressed (.gz)."""
+    """Read the grayscale images and labels of train and t10k. The files may be compressed (.gz).
+
+    The classes are the numbers from 0 to the largest training label, or those of Fashion-MNIST if the name of `folder`
+    contains "fashion".
+    """
     parts = []
     for part in ("train", "t10k"):
         arrays = []
@@ -47,11 +54,12 @@ def idx(folder: Path) -> Dataset:
 
 
 def drawings(images: Tensor, draws: Draws) -> Tensor:
+    """Augment digits and drawings: rotate, zoom and shift them, without flips."""
     return random_affine(images, draws, degrees=10, scale=0.1, shift=0.1)
 
 
 def _read(path: Path, magic: int) -> np.ndarray:
-    """A big-endian header (magic number and sizes, 32 bits each), then bytes."""
+    """Read an idx file: a big-endian header (magic number and sizes, 32 bits each), then the values as bytes."""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         content = file.read()
     dimensions = magic & 0xFF

@@ -1,4 +1,4 @@
-"""Labelled images, held in memory or read when they are needed."""
+"""Labeled images, held in memory or decoded on demand."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..draws import sent
 if TYPE_CHECKING:
     from PIL import Image
 
-MOST_UNREADABLE = 0.01  # of all images; more is a damaged copy, not a few bad files
+MOST_UNREADABLE = 0.01  # fraction of all images; more means a damaged copy
 
 
 class Images(Protocol):
-    """uint8 images of one `shape` (channels, height, width), and their int64 `labels` (n,)."""
+    """uint8 images, all of one `shape` (channels, height, width), and their int64 `labels` (n,)."""
 
     labels: Tensor
     shape: tuple[int, int, int]
@@ -35,20 +35,20 @@ class Images(Protocol):
     def to(self, device: torch.device) -> Images: ...
 
     def batches(self, order: Sequence[Tensor], *, replace_unreadable: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images at the places that each item of `order` lists, and their labels.
+        """Yield a batch of images and labels for each tensor of indices in `order`.
 
-        An image that cannot be decoded is skipped, or with `replace_unreadable` replaced by the next one.
+        An image that cannot be decoded is skipped. With `replace_unreadable`, it is replaced by the next one that can.
         """
         ...
 
 
 @dataclass(frozen=True)
 class HeldImages:
-    """All in one tensor (n, channels, height, width), on the device that computes."""
+    """Images in one tensor (n, channels, height, width). `to` moves them to the training device."""
 
     images: Tensor
     labels: Tensor
-    unreadable = frozenset()  # `folders` skips them
+    unreadable = frozenset()  # the readers have skipped such files
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,14 +68,14 @@ class HeldImages:
 
 @dataclass(frozen=True)
 class StreamedImages:
-    """Files that worker processes decode when they are needed."""
+    """Image files that worker processes decode on demand."""
 
     files: tuple[Path, ...]
     labels: Tensor
     size: tuple[int, int]  # height and width
     workers: int
     device: torch.device = torch.device("cpu")
-    unreadable: set[str] = field(default_factory=set)  # as far as they have been met
+    unreadable: set[str] = field(default_factory=set)  # grows while batches are read
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -109,16 +109,18 @@ class StreamedImages:
 
 @dataclass(frozen=True)
 class _Decoder(torch.utils.data.Dataset):
+    """Map an index to pixels or None, the index of the decoded image, and the files that could not be decoded."""
+
     images: StreamedImages
     replace_unreadable: bool
 
     def __getitem__(self, index: int) -> tuple[np.ndarray | None, int, list[str]]:
         unreadable = []
-        for at in (*range(index, len(self.images)), *range(index)):
-            path = self.images.files[at]
+        for i in (*range(index, len(self.images)), *range(index)):
+            path = self.images.files[i]
             pixels = decode(path, self.images.size)
             if not isinstance(pixels, Exception):
-                return pixels, at, unreadable
+                return pixels, i, unreadable
             unreadable.append(with_reason(path, pixels))
             if not self.replace_unreadable:
                 break
@@ -126,54 +128,55 @@ class _Decoder(torch.utils.data.Dataset):
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the whole group is for the loop, which ends the workers when it has saved its state."""
+    """Ignore signals to the process group. The main process handles them: it saves its state, then stops the workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _stack(items: list[tuple[np.ndarray | None, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    kept = [(pixels, at) for pixels, at, _ in items if pixels is not None]
+    kept = [(pixels, index) for pixels, index, _ in items if pixels is not None]
     images = torch.from_numpy(np.stack([pixels for pixels, _ in kept])) if kept else torch.empty(0)
-    return images, torch.tensor([at for _, at in kept], dtype=torch.long), [name for *_, names in items for name in names]
+    return images, torch.tensor([index for _, index in kept], dtype=torch.long), [name for *_, names in items for name in names]
 
 
 def hidden() -> bool | None:
-    """Whether to hide a progress bar, as tqdm asks: of several processes one shows it, on a terminal."""
+    """Return the `disable` argument of tqdm. Only rank 0 shows progress bars, and only on a terminal (None)."""
     return True if int(os.environ.get("RANK", 0)) else None
 
 
 def decode(path: Path, size: tuple[int, int] | None) -> np.ndarray | Exception:
-    """RGB (3, height, width), or why it cannot be read.
+    """Decode an image to RGB (3, height, width), uint8. If that fails, return the exception instead.
 
     Args:
-        size: height and width to resize to, after cutting what is too long or too wide; None keeps the size of the file.
+        path: the image file.
+        size: (height, width) to resize to, after a center crop to this aspect ratio. None keeps the size of the file.
     """
     from PIL import Image, ImageOps
 
     try:
         check_regular(path)
-        with Image.open(path) as file:  # raises for more than twice the limit of pixels, only warns below
+        with Image.open(path) as file:  # raises only above twice the limit of pixels, and warns below that
             if Image.MAX_IMAGE_PIXELS and file.width * file.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(
                     f"expected at most {Image.MAX_IMAGE_PIXELS:,} pixels, got {file.width} x {file.height}"
                 )
             if size:
-                file.draft("RGB", (2 * size[1], 2 * size[0]))  # JPEG alone: decodes no finer than is needed
+                file.draft("RGB", (2 * size[1], 2 * size[0]))  # JPEG only: decodes faster, to at least twice `size`
             image = _rgb(ImageOps.exif_transpose(file), file.format)
         if size:
             image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
         return np.asarray(image).transpose(2, 0, 1)
-    except Exception as error:  # Pillow has a kind of its own for every format: OSError, SyntaxError, ValueError, ...
+    except Exception as error:  # the type depends on the format: OSError, SyntaxError, ValueError, ...
         return error
 
 
 def with_reason(path: Path, error: Exception) -> str:
-    """A file and why it cannot be decoded."""
+    """Return a line with a file and the reason why it cannot be decoded."""
     return f"{path}: {str(error) or repr(error)}"
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what `open` would wait for, such as a FIFO."""
+    """Raise `OSError` if `path` is not a regular file. Opening a FIFO would block."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "a device or a socket"
@@ -182,11 +185,11 @@ def check_regular(path: Path) -> None:
 
 
 def _rgb(image: Image.Image, format: str | None) -> Image.Image:
-    """In 8 bits a channel. Pillow's own conversion clips pixels of 16 and 32 bits to 255."""
+    """Convert to RGB with 8 bits per channel. Pillow's conversion clips 16-bit and 32-bit pixels to 255."""
     from PIL import Image
 
-    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):  # both from 0 to 65535
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # the high byte, as Pillow reads 16-bit colours
+    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):  # values from 0 to 65535
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # the high byte, as in Pillow's 16-bit RGB reader
     elif image.mode in ("I", "F"):
         kind = "integers" if image.mode == "I" else "floats"
         raise ValueError(f"expected pixels of 8 or 16 bits, got 32-bit {kind} (mode {image.mode}), whose range is unknown")

@@ -1,4 +1,4 @@
-"""Packs: JPEG images in one file."""
+"""Packs: JPEG images of one size in one .npz file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from .images import HeldImages, check_regular, hidden
 
 
 def pack(path: Path) -> Source:
-    """JPEG images of one size, decoded to RGB, from one .npz file; those of split 0 train, those of split 1 are held out.
+    """Open a pack of JPEG images of one size, which are decoded to RGB.
 
-    Image i is the JPEG file `headers[header_offsets[h] : header_offsets[h + 1]] + scans[offsets[i] : offsets[i + 1]]` of
-    bytes, h = header_id[i]: small images share the headers that would outweigh them. `labels[i]` is a place in `classes`.
+    The JPEG file of image i is `headers[header_offsets[h] : header_offsets[h + 1]] + scans[offsets[i] : offsets[i + 1]]`, with
+    `h = header_id[i]`. Images share headers, since the header of a small image can be larger than its data. `labels[i]` is an
+    index into `classes`. `split[i]` is 0 for a training image and 1 for a test image.
     """
     check_regular(path)
     with np.load(path) as file:
@@ -27,10 +28,10 @@ def pack(path: Path) -> Source:
     labels, split = (integer_labels(arrays[name]) for name in ("labels", "split"))
     classes = tuple(map(str, arrays["classes"]))
     if not len(labels) == len(split) == len(arrays["header_id"]) == len(arrays["offsets"]) - 1:
-        raise ValueError("labels, split, header_id and offsets speak of different numbers of images")
+        raise ValueError("labels, split, header_id and offsets: expected the same number of images in all")
     train, test = split == 0, split == 1
     if not (train.any() and test.any() and (train | test).all()):
-        raise ValueError(f"expected a split of 0 and 1, got {split.unique().tolist()}")
+        raise ValueError(f"split: expected the values 0 and 1, got {split.unique().tolist()}")
     check_labels(classes, labels[train], labels[test])
     (first,) = _decoded(arrays, 1)
     shape = (3, *first.shape[:2])
@@ -49,7 +50,7 @@ def pack(path: Path) -> Source:
 
 
 def _decoded(arrays: dict[str, np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """The first images of a pack, uint8 (height, width, 3)."""
+    """Yield the first `count` images of a pack, uint8 (height, width, 3)."""
     from PIL import Image
 
     headers, scans = arrays["headers"], arrays["scans"]
@@ -59,4 +60,4 @@ def _decoded(arrays: dict[str, np.ndarray], count: int) -> Iterator[np.ndarray]:
         try:
             yield np.asarray(Image.open(BytesIO(header.tobytes() + scan.tobytes()), formats=["JPEG"]).convert("RGB"))
         except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image {i} is no whole JPEG image") from error
+            raise ValueError(f"image {i}: expected a complete JPEG image") from error
