@@ -1,1 +1,1 @@
-"""Property-based attacks: every op against float64 definitions, wrong calls, corrupted files. See __main__.py."""
+"""Property-based attacks: ops against float64 definitions, wrong calls and corrupted files. See __main__.py."""

@@ -1,12 +1,12 @@
-"""Attack the library for some minutes: `make attack ARGS="--minutes 20 --backend triton"`.
+"""Attack the library with random cases for some minutes: `make attack ARGS="--minutes 20 --backend triton"`.
 
-    python -m tests.attack --minutes 60                     # the tiled PyTorch backend, calls, and readers of files
-    python -m tests.attack --backend triton                 # Triton's interpreter, or the GPU where there is one
-    python -m tests.attack --only nystrom_attention pack    # some ops and readers
+    python -m tests.attack --minutes 60                     # the tiled PyTorch backend, wrong calls and corrupted files
+    python -m tests.attack --backend triton                 # Triton, on the GPU if there is one, else in its interpreter
+    python -m tests.attack --only nystrom_attention pack    # only these ops and readers
     python -m tests.attack --case "Case(op='linear_attention', magnitude=1e4)"
 
-Prints every violation as it is found, with the case that reproduces it, and at the end how many cases there were of each op,
-dtype and backend. Ends with code 1 if anything was violated.
+Prints each violation as it is found, with the case that reproduces it. At the end it prints the number of cases per op, dtype
+and backend. Exits with code 1 if there was any violation.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-EXAMPLES = 10  # of one strategy before the next one
+EXAMPLES = 10  # drawn from one strategy before the next one starts
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make attack", description=__doc__.partition("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=10, help="how long (default: 10)")
-    parser.add_argument("--backend", choices=("torch", "triton"), default="torch", help="which is attacked (default: torch)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where (default: cuda for triton where there is one)")
+    parser.add_argument("--minutes", type=float, default=10, help="duration (default: 10)")
+    parser.add_argument("--backend", choices=("torch", "triton"), default="torch", help="backend to attack (default: torch)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for triton if available, else cpu")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="ops, modules, readers, or 'calls' (default: all)")
-    parser.add_argument("--seed", type=int, default=None, help="of the first examples (default: the time)")
-    parser.add_argument("--case", metavar="REPR", help="run this Case or Damage alone")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the first examples (default: the time)")
+    parser.add_argument("--case", metavar="REPR", help="run only this Case or Damage")
     return parser.parse_args()
 
 
@@ -61,14 +61,14 @@ def attack(options: argparse.Namespace) -> int:
     if options.case:
         case = eval(options.case, vars(numerics) | {"Damage": files.Damage, "nan": float("nan"), "inf": float("inf")})
         found = (files if isinstance(case, files.Damage) else numerics).check(case)
-        print("\n".join(found) or "nothing is wrong")
+        print("\n".join(found) or "no violation")
         return int(bool(found))
     strategies: dict[str, tuple[Any, Callable[[Any], list[str]]]] = {
         op: (numerics.cases(op, options.backend, options.device), numerics.check) for op in numerics.OPS
     }
     if sys.platform == "linux":
         strategies |= {reader: (files.damages(reader), files.check) for reader in files.READERS}
-    # Files do not depend on the backend. Nystrom has the most options and the least stable steps.
+    # Nystrom, with the most options and the least stable iterations, gets three times the cases. Readers have no backend.
     names = options.only or [*numerics.OPS, "nystrom_attention", "nystrom_attention", "calls"]
     if not options.only and options.backend == "torch":
         names += [name for name in strategies if name not in numerics.OPS]
@@ -111,7 +111,7 @@ def attack(options: argparse.Namespace) -> int:
 
 
 def examples(strategy: Any, seed: int, number: int) -> Iterator[Any]:
-    """A few examples of a strategy, without the engine's shrinking, which would run a case many times."""
+    """Yield a few distinct examples of a strategy, without shrinking, which would run a case many times."""
     import hypothesis
 
     found: list[Any] = []

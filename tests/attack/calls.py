@@ -1,6 +1,7 @@
 """Wrong calls, generated from signatures: each parameter of each public function gets values that its annotation excludes.
 
-Each must raise one of `NAMED`, with a message that names the argument. Flags (bool) are exempt: Python takes any value as one.
+Each call must raise one of `NAMED` with a message that names the argument. bool parameters are exempt: any Python value has a
+truth value.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ POSITIVE = ("scale", "base")
 
 @dataclass(frozen=True)
 class Target:
-    """A function with arguments that it accepts.
+    """A function and valid arguments for it.
 
     Attributes:
-        parameters: annotations by name, where the signature of `function` does not have them.
-        skipped: parameters that have no wrong value, or whose values are someone else's to check.
-        fixed: for tensors, the dimensions whose size another argument fixes.
+        function: the function under attack.
+        arguments: valid arguments by name.
+        parameters: annotations by name, if the signature of `function` lacks them.
+        skipped: parameters without a wrong value, or checked elsewhere.
+        fixed: by tensor name, the dimensions whose size another argument determines.
+        also: further error types that the documentation of `function` names.
+        refused: whether `arguments` are themselves invalid.
     """
 
     function: Callable
@@ -39,8 +44,8 @@ class Target:
     parameters: dict[str, str] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
     fixed: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    also: tuple[type[Exception], ...] = ()  # other errors that its documentation names
-    refused: bool = False  # the arguments are wrong already
+    also: tuple[type[Exception], ...] = ()
+    refused: bool = False
 
 
 def annotations(function: Callable) -> dict[str, str]:
@@ -62,7 +67,6 @@ def targets() -> dict[str, Target]:
     unscaled = {name: value for name, value in common.items() if name != "scale"}
     projection = vix_kernels.orthogonal_projection(12, WIDTH, seed=0)
     frequencies = vix_kernels.rope_mixed_frequencies(WIDTH, HEADS, seed=0)
-    # A wrong size of the mask is its own message.
     fixed_mask = fixed | dict(key_padding_mask=(0, 1))
     found = {
         "performer_attention": Target(
@@ -141,7 +145,7 @@ def targets() -> dict[str, Target]:
 
 
 def module_targets(normal: Callable[..., Tensor], mask: Tensor, rope: Any) -> dict[str, Target]:
-    own = {
+    options = {
         "Attention": {},
         "PerformerAttention": dict(num_features=12, seed=0),
         "LinearAttention": dict(feature_map="elu", eps=0.5),
@@ -160,11 +164,10 @@ def module_targets(normal: Callable[..., Tensor], mask: Tensor, rope: Any) -> di
         for each in kind.__mro__[::-1]:
             if issubclass(each, nn.Module) and each is not nn.Module:
                 parameters |= annotations(each.__init__)
-        arguments = dict(dim=dim, num_heads=HEADS, attn_drop=0.0, proj_drop=0.0, backend="torch") | own[name]
+        arguments = dict(dim=dim, num_heads=HEADS, attn_drop=0.0, proj_drop=0.0, backend="torch") | options[name]
         found[name] = Target(kind, arguments, parameters=parameters, skipped=("self", "norm_layer"))
         module, masked = kind(**arguments), {} if name == "FourierMixing" else dict(key_padding_mask=mask)
         x = dict(x=normal(BATCH, TOKENS, dim), rope=rope)
-        # Fourier mixing has any width.
         found[f"{name}.forward"] = Target(
             module.forward,
             x | masked,
@@ -178,7 +181,7 @@ def module_targets(normal: Callable[..., Tensor], mask: Tensor, rope: Any) -> di
 def integration_targets() -> dict[str, Target]:
     try:
         from vix_kernels.integrations import timm
-    except (ImportError, RuntimeError):  # a torchvision of another torch
+    except (ImportError, RuntimeError):  # torchvision was built for another torch
         return {}
     model = nn.Sequential(nn.Linear(1, 1))
     return {
@@ -191,7 +194,7 @@ def integration_targets() -> dict[str, Target]:
 
 
 def wrong_values(name: str, annotation: str, right: Any, fixed: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
-    """Values that a parameter must refuse, with a word for each."""
+    """Yield values that a parameter must refuse, each with a label."""
     if annotation.startswith("bool"):
         return
     if "None" not in annotation:
@@ -251,7 +254,7 @@ def wrong_tensors(right: Tensor, fixed: tuple[int, ...]) -> Iterator[tuple[str, 
     if right.is_floating_point():
         yield "sparse", right.to_sparse()
         yield "float8", right.to(torch.float8_e4m3fn)
-        yield "half, another dtype than the others'", right.to(torch.float16)
+        yield "half, unlike the other tensors", right.to(torch.float16)
     if right.dim() > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -263,27 +266,27 @@ def wrong_tensors(right: Tensor, fixed: tuple[int, ...]) -> Iterator[tuple[str, 
 
 
 def check(label: str, target: Target) -> list[str]:
-    """What is wrong with `target`: calls that succeed, or whose errors do not name the argument."""
+    """Return the violations of `target`: calls that succeed, and errors that do not name the argument."""
     known = target.parameters or annotations(target.function)
     try:
         if not target.refused:
             target.function(**target.arguments)
     except Exception as error:
-        return [f"{label}: the right call raises {type(error).__name__}: {error}"]
+        return [f"{label}: the valid call raises {type(error).__name__}: {error}"]
     found = []
     for name, annotation in known.items():
         if name in target.skipped or name in ("args", "options") or (name not in target.arguments and "Tensor" in annotation):
             continue
-        for word, value in wrong_values(name, annotation, target.arguments.get(name), target.fixed.get(name, ())):
-            if word in ("meta", "half, another dtype than the others'") and alone(label, name):
-                continue  # valid where no other tensor is there to differ from
+        for kind, value in wrong_values(name, annotation, target.arguments.get(name), target.fixed.get(name, ())):
+            if kind in ("meta", "half, unlike the other tensors") and unconstrained(label, name):
+                continue  # no other tensor constrains it
             if problem := attempt(target, name, value, known):
-                found.append(f"{label}({name}={word}): {problem}")
+                found.append(f"{label}({name}={kind}): {problem}")
     return found
 
 
-def alone(label: str, name: str) -> bool:
-    """Return True if this tensor may differ from the others in floating dtype and device."""
+def unconstrained(label: str, name: str) -> bool:
+    """Return whether this tensor may differ from the others in floating dtype and device."""
     return label in ("fourier_mixing", "FourierMixing.forward", "Rope.of", "rope_mixed") or name == "conv_weight"
 
 
@@ -308,7 +311,10 @@ def first_line(error: Exception) -> str:
 
 
 def check_double_backward(backend: str) -> list[str]:
-    """Differentiating a gradient raises and names backend='reference'; there it works."""
+    """Return the ops whose double backward violates the contract.
+
+    It must succeed with backend="reference", and otherwise raise an error that names that backend.
+    """
     found = []
     for label, target in targets().items():
         if label.rpartition("_")[2] not in ("attention", "mixing") or "backend" not in target.arguments:
@@ -321,8 +327,8 @@ def check_double_backward(backend: str) -> list[str]:
             torch.autograd.grad(gradient.square().sum(), x)
         except RuntimeError as error:
             if backend == "reference" or "reference" not in str(error):
-                found.append(f"{label}: a second differentiation raises {first_line(error)}")
+                found.append(f"{label}: double backward raises {first_line(error)}")
             continue
         if backend != "reference":
-            found.append(f"{label}: a second differentiation with backend={backend!r} succeeds")
+            found.append(f"{label}: double backward with backend={backend!r} succeeds")
     return found

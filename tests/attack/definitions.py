@@ -1,8 +1,7 @@
-"""Every public op in float64, written from the papers and sharing no code with the library.
+"""Float64 definitions of every public op, written from the papers. They share no code with the library.
 
-Each definition forms the whole queries x keys matrix of attention weights. All tensors are float64; a mask is bool, True =
-valid. What masked tokens contain must be finite here: callers put zeros there.
-
+Each definition forms the full (queries, keys) matrix of attention weights. All tensors are float64. A mask is bool, True =
+valid. Masked tokens must be finite: callers fill them with zeros.
 """
 
 from __future__ import annotations
@@ -19,15 +18,16 @@ INFINITY = float("inf")
 
 @dataclass(frozen=True)
 class How:
-    """What else than the exact result is asked for.
+    """Deviations from the exact result.
 
     Attributes:
-        fixed_totals: treat the denominators of all normalizations as constants. Outputs stay the same; gradients then lack
-            their subtractions, so that their size is that of the terms which cancel.
-        stored: applied to rotated tokens, landmarks and projected keys, which the library keeps in the tokens' dtype.
-        logits: applied to the logits of each softmax, which are rounded one by one.
-        products: applied to the matrix products in the steps to a pseudo-inverse.
-        sums: applied to the column sums of which they start from the largest: the gradient jumps where two of them are equal.
+        fixed_totals: treat the denominators of all normalizations as constants. Outputs stay the same. Gradients lose their
+            subtractions, so their size is that of the terms that cancel.
+        stored: applied to rotated tokens, landmarks and projected keys, which the library stores in the tokens' dtype.
+        logits: applied to the logits of each softmax, which the library rounds one by one.
+        products: applied to the matrix products of the pseudo-inverse iterations.
+        sums: applied to the column sums. The iterations start from the largest of them, so the gradient jumps where two are
+            equal.
     """
 
     fixed_totals: bool = False
@@ -41,7 +41,7 @@ EXACT = How()
 
 
 def normalized(log_weights: Tensor, valid: Tensor | None = None, *, how: How, log_extra: float = -INFINITY) -> Tensor:
-    """exp(log_weights) over their sum plus exp(log_extra), along the last dimension; zeros in a row without a valid entry."""
+    """Divide exp(log_weights) by its sum plus exp(log_extra) along the last dimension. A row without a valid entry is 0."""
     log_weights = how.logits(log_weights)
     if valid is not None:
         log_weights = log_weights.masked_fill(~valid, -INFINITY)
@@ -57,7 +57,7 @@ def normalized(log_weights: Tensor, valid: Tensor | None = None, *, how: How, lo
 
 
 def pairs(valid: Tensor | None) -> Tensor | None:
-    """A mask (batch, keys) for the weights (batch, heads, queries, keys)."""
+    """Reshape a mask (batch, keys) to broadcast over weights (batch, heads, queries, keys)."""
     return None if valid is None else valid[:, None, None, :]
 
 
@@ -70,7 +70,7 @@ def angles_1d(tokens: int, dim: int, base: float) -> Tensor:
 
 
 def angles_axial(height: int, width: int, dim: int, base: float) -> Tensor:
-    """Columns turn the first half of the pairs, rows the second; (1, height * width, dim / 2)."""
+    """Columns rotate the first half of the channel pairs, rows the second; (1, height * width, dim / 2)."""
     frequencies = [base ** (-4 * i / dim) for i in range(dim // 4)]
     rows = [[x * f for f in frequencies] + [y * f for f in frequencies] for y in range(height) for x in range(width)]
     return torch.tensor([rows], dtype=torch.float64)
@@ -84,18 +84,18 @@ def angles_mixed(height: int, width: int, frequencies: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
-    """Rotate the last tokens of x by tables (heads or 1, tokens, R / 2); tokens before them and channels from R on stay."""
+    """Rotate the last tokens of x by tables (heads or 1, tokens, R / 2). Earlier tokens and channels from R on stay."""
     before, half = x.shape[2] - cos.shape[1], cos.shape[2]
     firsts = [2 * i if layout == "interleaved" else i for i in range(half)]
     seconds = [2 * i + 1 if layout == "interleaved" else i + half for i in range(half)]
     others = [i for i in range(x.shape[3]) if i >= 2 * half]
     u, v, rest = (x[:, :, before:, channels] for channels in (firsts, seconds, others))
     turned = torch.cat([u * cos - v * sin, u * sin + v * cos, rest], -1)
-    places = torch.tensor([*firsts, *seconds, *others]).argsort()
-    return torch.cat([x[:, :, :before], turned[..., places]], 2)
+    order = torch.tensor([*firsts, *seconds, *others]).argsort()
+    return torch.cat([x[:, :, :before], turned[..., order]], 2)
 
 
-# Attentions: (batch, heads, queries, D), (batch, heads, keys, D), (batch, heads, keys, E) to (batch, heads, queries, E)
+# Attentions: q (batch, heads, queries, D), k (batch, heads, keys, D), v (batch, heads, keys, E) to (batch, heads, queries, E)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, valid: Tensor | None = None, how=EXACT):
@@ -114,7 +114,7 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, scale: fl
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor | None = None, *, feature_map: str, eps: float, valid=None, how=EXACT
 ) -> Tensor:
-    """phi(q) phi(k) for weights, over their sum plus eps; phi of the channels, or of D^(-1/4) W x."""
+    """Weights phi(q) phi(k), divided by their sum plus eps; phi acts on the channels, or on D^(-1/4) W x."""
     if w is not None:
         q, k = (x.shape[-1] ** -0.25 * x @ w.mT for x in (q, k))
     if feature_map == "relu":
@@ -125,7 +125,7 @@ def linear_attention(
         if how.fixed_totals:
             total = total.detach()
         return weights / total.masked_fill(total == 0, 1.0) @ v
-    # elu(x) + 1 = exp(x) below 0: in the log space nothing underflows.
+    # elu(x) + 1 = exp(x) below 0. Nothing underflows in log space.
     log_q, log_k = (torch.where(x > 0, x.clamp(min=0).log1p(), x) for x in (q, k))
     log_kernel = torch.logsumexp(log_q[:, :, :, None] + log_k[:, :, None], -1)
     log_eps = math.log(eps) if eps else -INFINITY
@@ -147,7 +147,7 @@ def agent_attention(q, k, v, agents, *, scale: float, valid=None, agents_valid=N
 
 
 def segments(tokens: int, count: int) -> list[range]:
-    """The first count - tokens % count have tokens // count tokens, the others one more."""
+    """Split the tokens: the first count - tokens % count windows have tokens // count tokens, the others one more."""
     windows, start = [], 0
     for j in range(count):
         end = start + tokens // count + (j >= count - tokens % count)
@@ -157,23 +157,24 @@ def segments(tokens: int, count: int) -> list[range]:
 
 
 def adaptive(size: int, count: int) -> list[range]:
+    """Windows of adaptive average pooling."""
     return [range(j * size // count, -((-(j + 1) * size) // count)) for j in range(count)]
 
 
 def nearest_grid(count: int, rows: int, columns: int) -> tuple[int, int] | None:
-    """The factors of `count` whose cells of a grid are nearest to squares."""
+    """Return the factors of `count` that divide the grid into the most nearly square cells; None if none fits."""
     fits = [(a, count // a) for a in range(1, rows + 1) if count % a == 0 and count // a <= columns]
     return min(fits, key=lambda fit: abs(math.log((rows / fit[0]) / (columns / fit[1]))), default=None)
 
 
 def windows_of(tokens: int, count: int, *, prefix: int = 0, grid: tuple[int, int] | None = None) -> list[list[int]]:
-    """The tokens that each landmark averages."""
-    own = [[t] for t in range(prefix)]
+    """Return the tokens that each landmark averages."""
+    singles = [[t] for t in range(prefix)]
     if grid is None:
-        return own + [[prefix + t for t in window] for window in segments(tokens - prefix, count)]
+        return singles + [[prefix + t for t in window] for window in segments(tokens - prefix, count)]
     rows, columns = grid
     up, along = nearest_grid(count, rows, columns)
-    return own + [
+    return singles + [
         [prefix + y * columns + x for y in window_y for x in window_x]
         for window_y in adaptive(rows, up)
         for window_x in adaptive(columns, along)
@@ -181,19 +182,19 @@ def windows_of(tokens: int, count: int, *, prefix: int = 0, grid: tuple[int, int
 
 
 def averages(x: Tensor, windows: list[list[int]], valid: Tensor | None) -> Tensor:
-    """Means of one sample (heads, tokens, D) over the valid tokens of the windows that have one."""
+    """Average one sample (heads, tokens, D) over the valid tokens of each window. Windows without any are skipped."""
     kept = [[t for t in window if valid is None or valid[t]] for window in windows]
-    marks = [x[:, window].mean(1) for window in kept if window]
-    return torch.stack(marks, 1) if marks else x[:, :0]
+    means = [x[:, window].mean(1) for window in kept if window]
+    return torch.stack(means, 1) if means else x[:, :0]
 
 
 def nystrom_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None, *, scale: float, count: int, iterations: int = 6,
     start: str = "exact", landmarks: str = "segment", grid=None, prefix: int = 0, valid=None, how=EXACT,
 ) -> Tensor:  # fmt: skip
-    """softmax(q k~) Z softmax(q~ k) v, Z the pseudo-inverse of softmax(q~ k~) after some steps; plus a convolution of v.
+    """softmax(q k~) Z softmax(q~ k) v plus a convolution of v; Z is the iterated pseudo-inverse of softmax(q~ k~).
 
-    A landmark without a valid token does not exist. pad_front puts zero tokens first, which are keys unless there is a mask.
+    Landmarks without a valid token are dropped. "pad_front" prepends zero tokens, which count as keys unless there is a mask.
     """
     queries = q.shape[2]
     if landmarks == "pad_front":
@@ -206,13 +207,13 @@ def nystrom_attention(
     samples = []
     for b in range(q.shape[0]):
         mask = None if valid is None else valid[b]
-        q_marks = how.stored(averages(q[b], of_queries, mask if shared else None))
-        k_marks = how.stored(averages(k[b], of_keys, mask))
-        a = normalized(scale * q_marks @ k_marks.mT, how=how) if k_marks.shape[1] else None
-        samples.append((q_marks, k_marks, a))
+        q_landmarks = how.stored(averages(q[b], of_queries, mask if shared else None))
+        k_landmarks = how.stored(averages(k[b], of_keys, mask))
+        a = normalized(scale * q_landmarks @ k_landmarks.mT, how=how) if k_landmarks.shape[1] else None
+        samples.append((q_landmarks, k_landmarks, a))
     sums = [how.sums(a.sum(-2)).amax(-1) for *_, a in samples if a is not None]
     outputs = []
-    for b, (q_marks, k_marks, a) in enumerate(samples):
+    for b, (q_landmarks, k_landmarks, a) in enumerate(samples):
         mask = None if valid is None else valid[b]
         if a is None:
             outputs.append(q[b] @ k[b].mT @ v[b] * 0)
@@ -224,8 +225,8 @@ def nystrom_attention(
             x = how.products(a @ z)
             y = how.products(x @ (15 * one - how.products(x @ (7 * one - x))))
             z = how.products(z @ (13 * one - y)) / 4
-        first = normalized(scale * q[b] @ k_marks.mT, how=how)
-        last = normalized(scale * q_marks @ k[b].mT, mask, how=how)
+        first = normalized(scale * q[b] @ k_landmarks.mT, how=how)
+        last = normalized(scale * q_landmarks @ k[b].mT, mask, how=how)
         outputs.append(first @ (z @ (last @ v[b])))
     out = torch.stack(outputs) if outputs else q[..., :1].expand(*q.shape[:3], v.shape[3])
     if weight is not None:
@@ -234,16 +235,16 @@ def nystrom_attention(
         taps = weight.shape[2]
         for u in range(taps):
             shift = u - taps // 2  # out_t += w_u v_{t + shift}
-            moved = torch.zeros_like(v)
+            shifted = torch.zeros_like(v)
             low, high = max(0, -shift), min(v.shape[2], v.shape[2] - shift)
             if low < high:
-                moved = torch.nn.functional.pad(v[:, :, low + shift : high + shift], (0, 0, low, v.shape[2] - high))
-            out = out + weight[None, :, 0, u, 0, None, None] * moved
+                shifted = torch.nn.functional.pad(v[:, :, low + shift : high + shift], (0, 0, low, v.shape[2] - high))
+            out = out + weight[None, :, 0, u, 0, None, None] * shifted
     return out[:, :, out.shape[2] - queries :]
 
 
 def fourier_mixing(x: Tensor, *, norm: str | None) -> Tensor:
-    """y_ab = sum_nd x_nd cos(2 pi (a n / N + b d / D)), over sqrt(N D) for "ortho"."""
+    """y_ab = sum_nd x_nd cos(2 pi (a n / N + b d / D)), divided by sqrt(N D) for norm="ortho"."""
 
     def tables(size: int) -> tuple[Tensor, Tensor]:
         angles = [[2 * math.pi * (a * n % size) / size for n in range(size)] for a in range(size)]

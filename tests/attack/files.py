@@ -1,6 +1,7 @@
-"""Corrupted files for every reader: its own named error or a result; never another exception, a hang, or code that runs.
+"""Corrupted files for every reader, which must return a result or raise its named errors.
 
-`check(damage)` says what is wrong with one `Damage`; `damages()` is the hypothesis strategy that draws them.
+Another exception, a hang, a huge allocation or executed code is a violation. `check(damage)` lists the violations of one
+`Damage`. `damages()` is the hypothesis strategy that draws them.
 """
 
 from __future__ import annotations
@@ -36,34 +37,43 @@ from vix_kernels.training.config import UserError
 from vix_kernels.training.data import Dataset, load_dataset
 from vix_kernels.training.trained import load_trained
 
-UNREAD = (".md", ".csv", ".yaml")  # of a run or a model: for people
-SECONDS = 20  # more is a hang
-MEMORY = 2**31  # bytes beyond those in use; more is a huge allocation
+UNREAD = (".md", ".csv", ".yaml")  # in a run or model folder: written for people, not read back
+SECONDS = 20  # a longer read counts as a hang
+MEMORY = 2**31  # bytes beyond those in use; a larger allocation fails
 TINY = dict(embed_dim=8, depth=1, num_heads=1, patch_size=4, img_size=8, num_classes=2)
 
 
 class Hang(BaseException):
-    """Not an Exception, which readers turn into errors of their own."""
+    """A read took too long. Not an Exception, which readers would convert to their named errors."""
 
 
 @dataclass(frozen=True)
 class Damage:
+    """One corrupted file. Its repr reproduces the case.
+
+    Attributes:
+        reader: key of READERS.
+        file: index into the sorted files of the reader.
+        kind: one of KINDS.
+        seed: seed of the random choices.
+    """
+
     reader: str
-    file: int  # place among its files
+    file: int
     kind: str
     seed: int
 
 
 @dataclass(frozen=True)
 class Reader:
-    """`make` writes whole files to a folder; `read` reads them, and raises `errors` where they are damaged."""
+    """`make` writes intact files to a folder. `read` reads them and may raise only `errors`."""
 
     make: Callable[[Path], None]
     read: Callable[[Path], Any]
     errors: tuple[type[Exception], ...] = (UserError,)
 
 
-# What is read
+# Readers
 
 
 def images(count: int) -> np.ndarray:
@@ -132,15 +142,15 @@ def make_model(folder: Path) -> None:
 
 
 def make_run(folder: Path) -> None:
-    """A finished run, whose data set is elsewhere and stays whole."""
+    """Write a finished run. Its data set is in another folder and stays intact."""
     data = folder.with_name(f"{folder.name}-data")
     data.mkdir()
     make_idx(data, False)
-    words = [f"{name}={TINY[name]}" for name in ("embed_dim", "depth", "num_heads", "patch_size")]
+    settings = [f"{name}={TINY[name]}" for name in ("embed_dim", "depth", "num_heads", "patch_size")]
     silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
     with silent[0], silent[1]:
         flags = ["--epochs", "1", "--warmup-epochs", "0", "--output", str(folder / "run")]
-        assert main(["train", "--model", "vip", "--dataset", str(data), *flags, "--model-kwargs", *words]) == 0
+        assert main(["train", "--model", "vip", "--dataset", str(data), *flags, "--model-kwargs", *settings]) == 0
     for path in (folder / "run").iterdir():
         if path.suffix not in (".pt", ".yaml", ".csv"):
             path.unlink()
@@ -173,11 +183,11 @@ def make_config(folder: Path) -> None:
 
 
 class Refused(Exception):
-    """A command ended with code 2 and one line."""
+    """A command exited with code 2 and a one-line error."""
 
 
 def command(*argv: str) -> None:
-    """Run `vix`; what it refuses must be one line."""
+    """Run `vix`. A refusal must end with a one-line error."""
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -212,11 +222,11 @@ READERS = {
 }
 
 
-# How it is damaged
+# Damage
 
 
 class Evil:
-    """A pickle of it makes a folder where it is read."""
+    """Unpickling it creates the folder `marker`."""
 
     def __init__(self, marker: str) -> None:
         self.marker = marker
@@ -245,9 +255,9 @@ def damaged(content: bytes, path: Path, kind: str, draws: random.Random, marker:
         return "<!doctype html><title>404: not found\u2026</title>".encode()
     if kind == "wrong magic":
         return draws.randbytes(4) + content[4:]
-    if kind == "more behind":
+    if kind == "trailing bytes":
         return content + draws.randbytes(100)
-    if kind == "huge sizes":  # in the first 64 bytes
+    if kind == "huge sizes":  # somewhere in the first 64 bytes, where formats keep them
         at = draws.randrange(0, 61)
         return content[:at] + draws.choice((b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff")) + content[at + 4 :]
     if kind == "evil pickle":
@@ -260,7 +270,7 @@ def damaged(content: bytes, path: Path, kind: str, draws: random.Random, marker:
 
 
 def evil_member(content: bytes, marker: str) -> bytes:
-    """A pickle inside the format: an object array of a pack, a class in a checkpoint or in a dict."""
+    """Return valid content with a pickled object inside: an object array in a pack, a class in a checkpoint or dict."""
     if content[:2] != b"PK":
         return pickle.dumps({b"data": Evil(marker), b"labels": [0], b"label_names": Evil(marker)})
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -279,7 +289,7 @@ STRANGE_LINES = (b"\n", b"a: [\n", b"\xff\xfe\n", b"- 1\n", b"epochs: x\n", b"{\
 
 
 def other_values(content: bytes, path: Path, draws: random.Random) -> bytes:
-    """The same format with other contents: a value of another kind somewhere, or none."""
+    """Return content of the same format in which one value has another type or is missing."""
     if content[:2] == b"PK":
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             packed = any(name.endswith(".npy") for name in archive.namelist())
@@ -313,29 +323,29 @@ def other_values(content: bytes, path: Path, draws: random.Random) -> bytes:
 
 
 def changed(tree: Any, draws: random.Random) -> Any:
-    """A copy with one value replaced, or removed, at any depth."""
+    """Return a copy with one value replaced or removed, at any depth."""
     if isinstance(tree, dict) and tree and draws.random() < 0.85:
         key = draws.choice(sorted(tree, key=str))
         if draws.random() < 0.2:
             return {name: value for name, value in tree.items() if name != key}
         return tree | {key: changed(tree[key], draws)}
     if isinstance(tree, list) and tree and draws.random() < 0.85:
-        at = draws.randrange(len(tree))
-        return tree[:at] + [changed(tree[at], draws)] + tree[at + 1 :]
+        i = draws.randrange(len(tree))
+        return tree[:i] + [changed(tree[i], draws)] + tree[i + 1 :]
     if isinstance(tree, torch.Tensor) and draws.random() < 0.7:
         return draws.choice((tree[None], tree.flatten()[:-1], tree.to(torch.int64), torch.full_like(tree, 1) * float("nan")))
     return draws.choice(STRANGE)
 
 
 KINDS = (
-    "truncated", "last bytes lost", "bits flipped", "empty", "zeros", "noise", "text", "wrong magic", "more behind",
+    "truncated", "last bytes lost", "bits flipped", "empty", "zeros", "noise", "text", "wrong magic", "trailing bytes",
     "huge sizes", "evil pickle", "evil member", "other values", "missing", "folder",
 )  # fmt: skip
 
 
 @st.composite
 def damages(draw: st.DrawFn, reader: str) -> Damage:
-    file = draw(st.integers(0, len(files_of(whole(reader))) - 1))
+    file = draw(st.integers(0, len(files_of(intact(reader))) - 1))
     return Damage(reader, file, draw(st.sampled_from(KINDS)), draw(st.integers(0, 2**20)))
 
 
@@ -343,11 +353,11 @@ def damages(draw: st.DrawFn, reader: str) -> Damage:
 
 
 @cache
-def whole(reader: str) -> Path:
-    """A folder with undamaged files, made once."""
-    room = tempfile.mkdtemp(prefix="vix-attack-")
-    atexit.register(shutil.rmtree, room, ignore_errors=True)
-    folder = Path(room) / "files"
+def intact(reader: str) -> Path:
+    """Return a folder of intact files, written once per reader."""
+    parent = tempfile.mkdtemp(prefix="vix-attack-")
+    atexit.register(shutil.rmtree, parent, ignore_errors=True)
+    folder = Path(parent) / "files"
     folder.mkdir()
     READERS[reader].make(folder)
     return folder
@@ -359,14 +369,14 @@ def files_of(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """Raises `Hang` after SECONDS, and refuses allocations of MEMORY."""
+    """Raise `Hang` after SECONDS and make allocations beyond MEMORY fail."""
 
-    def ring(*_: Any) -> None:
+    def on_alarm(*_: Any) -> None:
         raise Hang
 
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
-    before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, ring)
+    before, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, on_alarm)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
@@ -378,11 +388,11 @@ def limits() -> Iterator[None]:
 
 
 def check(damage: Damage) -> list[str]:
-    """What is wrong with how a reader takes `damage`."""
+    """Return the violations of a reader on `damage`, one line each."""
     reader = READERS[damage.reader]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "files"
-        shutil.copytree(whole(damage.reader), folder)
+        shutil.copytree(intact(damage.reader), folder)
         name, marker = files_of(folder)[damage.file], Path(temporary) / "executed"
         path = folder / name
         if damage.kind in ("missing", "folder"):
@@ -396,10 +406,10 @@ def check(damage: Damage) -> list[str]:
             with limits():
                 result = reader.read(folder)
         except Hang:
-            found.append(f"{name}: nothing for {SECONDS} s")
+            found.append(f"{name}: no result within {SECONDS} s")
         except Exception as error:
-            named = isinstance(error, reader.errors) and not isinstance(error, (json.JSONDecodeError, UnicodeError))
-            if not named:
+            expected = isinstance(error, reader.errors) and not isinstance(error, (json.JSONDecodeError, UnicodeError))
+            if not expected:
                 found.append(f"{name}: raises {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
             elif "MemoryError" in str(error) or "allocate" in str(error):
                 found.append(f"{name}: a huge allocation: {error}")

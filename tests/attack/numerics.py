@@ -1,9 +1,10 @@
-"""One random case of an op against its float64 definition: outputs, and the gradients of everything that takes one.
+"""Random cases of an op against its float64 definition: the output and the gradients of all differentiable inputs.
 
-`check(case)` lists what is wrong with a `Case`; `cases(op, backend)` is the hypothesis strategy that draws them. The error
-budget is DESIGN.md's: at most twice the error of plain PyTorch in the same precision. Where that is lucky, such as 0, these
-are forgiven: a rounding of the result, and a few roundings of what is computed (in float32 at least), be it of the terms that
-cancel in a result or of the inputs.
+`check(case)` lists the violations of a `Case`. `cases(op, backend)` is the hypothesis strategy that draws them.
+
+The error budget is twice the error of plain PyTorch in the same precision. That error may be small by luck, even 0, so the
+budget adds some roundings: one of the result, and a few, in float32 or wider, of the inputs and of the terms that cancel in a
+result.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ import vix_kernels
 from . import definitions
 from .definitions import EXACT, How
 
-# Roundings of a sum: the root of the number of its terms, which is what they add up to at random; equal terms round alike.
+# Rounding errors that a sum accumulates at random: the square root of its number of terms. Equal terms round alike.
 ROUNDINGS = 16  # over up to 256 tokens or channels
 PRODUCTS = 8  # over up to 64 landmarks
-FEW_RUNS, MANY_RUNS = 2, 32  # of the definition, with other roundings
+FEW_RUNS, MANY_RUNS = 2, 32  # evaluations of the definition, each with other roundings
 NOT_FINITE = "not finite"
-LARGEST = 3_000_000  # numbers in the largest tensor of a definition
+LARGEST = 3_000_000  # elements of the largest tensor in a definition
 MODULES = ("Attention", "PerformerAttention", "LinearAttention", "NystromAttention", "LinformerAttention", "AgentAttention")
 ATTENTIONS = (
     "performer_attention", "linear_attention", "nystrom_attention", "linformer_attention", "agent_attention",
@@ -42,7 +43,7 @@ OPS = (*ATTENTIONS, "fourier_mixing", "apply_rope", "attention_weights", *MODULE
 
 @dataclass(frozen=True, repr=False)
 class Case:
-    """Everything that a problem is drawn from. Its repr is the call that makes it again."""
+    """All settings of a random problem. The repr is a call that recreates it."""
 
     op: str
     backend: str = "torch"
@@ -52,26 +53,26 @@ class Case:
     batch: int = 1
     heads: int = 1
     tokens: int = 8
-    queries: int | None = None  # as many as tokens
+    queries: int | None = None  # default: tokens
     width: int = 16
-    value_width: int | None = None  # the width of q
+    value_width: int | None = None  # default: width
     features: int = 4  # random features, landmarks, agents, or tokens after projection
     pattern: str = "normal"  # of q and k
     magnitude: float = 1.0
     value_magnitude: float = 1.0
     memory: str = "dense"
     mask: str | None = None
-    junk: float | None = None  # what masked tokens contain
+    junk: float | None = None  # fill value of masked tokens
     rope: str | None = None
     layout: str = "interleaved"
-    rotary: int | None = None  # rotated channels; all that can be
+    rotary: int | None = None  # rotated channels; default: as many as possible
     prefix: int = 0
-    rows: int = 1  # of the grid behind the prefix
+    rows: int = 1  # of the grid after the prefix
     scale: float | None = None
     autocast: str | None = None
     checkpoint: bool = False
     threads: int = 1
-    projected: bool = False  # linear attention of random features
+    projected: bool = False  # linear attention with random features
     per_head: bool = False
     shared: bool = False  # Linformer: one projection for keys and values
     feature_map: str = "relu"
@@ -81,7 +82,7 @@ class Case:
     start: str = "exact"
     taps: int = 0
     norm: str | None = None
-    of: str = "performer_attention"  # the op behind attention_weights
+    of: str = "performer_attention"  # the op whose attention_weights are computed
 
     def __repr__(self) -> str:
         defaults = {field.name: field.default for field in fields(self)}
@@ -95,14 +96,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a case is drawn to.
+    """The tensors and functions of a case.
 
     Attributes:
-        tensors: inputs with gradients; what is masked is 0.
-        run: (tensors, backend) to the library's output.
-        define: (float64 tensors, how) to the exact one.
-        hidden: for the names of some tensors, and "out", which elements are masked; junk goes there.
-        ignored: names among those whose masked elements are not compared.
+        tensors: differentiable inputs by name. Masked elements are 0.
+        run: computes the library's output from (tensors, backend).
+        define: computes the exact output from (float64 tensors, how).
+        hidden: masks of the masked elements, by tensor name or "out". Junk is written there.
+        ignored: names in `hidden` whose masked elements are not compared.
         cast: names of the tensors that autocast rounds.
     """
 
@@ -118,6 +119,8 @@ class Problem:
 
 
 class Draw:
+    """Random inputs of a case, from its seed."""
+
     def __init__(self, case: Case) -> None:
         self.case, self.dtype = case, getattr(torch, case.dtype)
         self.generator = torch.Generator().manual_seed(case.seed)
@@ -129,9 +132,9 @@ class Draw:
         return (torch.randn(shape, generator=self.generator, dtype=torch.float64) * size).clamp(-largest, largest).to(dtype)
 
     def tokens(self, *shape: int, name: str = "") -> Tensor:
-        """q, k or agents in the pattern of the case."""
+        """Draw q, k or agents in the pattern of the case."""
         x, size, pattern = self.normal(*shape, dtype=torch.float64), self.case.magnitude, self.case.pattern
-        if pattern == "constant":  # one token, the same for q and k
+        if pattern == "constant":  # the same token everywhere, in q and k
             x = torch.randn(shape[-1], generator=torch.Generator().manual_seed(self.case.seed), dtype=torch.float64).expand(
                 shape
             )
@@ -139,7 +142,7 @@ class Draw:
             x = -x.abs()
         elif pattern == "dead_channel":
             x = torch.cat([-x[..., :1].abs() - 1, x[..., 1:]], -1)
-        elif pattern == "uneven":  # each token has another magnitude
+        elif pattern == "uneven":  # each token has a different magnitude
             x = x * 10 ** (-6 * torch.rand(*shape[:-1], 1, generator=self.generator, dtype=torch.float64))
         elif pattern == "zeros":
             x = x * (torch.rand(*shape[:-1], 1, generator=self.generator) < 0.5)
@@ -176,7 +179,7 @@ def problem(case: Case) -> Problem:
         "v": draw.normal(*shape, case.tokens, case.value_width or case.width, size=case.value_magnitude),
     }
     mask = draw.mask(case.mask, case.batch, case.tokens)
-    add_rope, run_rope, turn = rotation(case, draw)
+    add_rope, run_rope, rotate = rotation(case, draw)
     if case.op == "apply_rope":
         del tensors["v"]
         tensors |= add_rope
@@ -185,7 +188,7 @@ def problem(case: Case) -> Problem:
             keywords = on(x["q"].device, {"rope": run_rope(x)}) | {"backend": backend}
             return torch.cat(vix_kernels.apply_rope(x["q"], x["k"], **keywords), 2)
 
-        return Problem(tensors, run, lambda x, how: torch.cat(turn(x, x["q"], x["k"], EXACT), 2), cast=())
+        return Problem(tensors, run, lambda x, how: torch.cat(rotate(x, x["q"], x["k"], EXACT), 2), cast=())
     op = case.of if case.op == "attention_weights" else case.op
     extra, options, attend = attention(op, case, draw, mask)
     tensors |= extra | add_rope
@@ -200,7 +203,7 @@ def problem(case: Case) -> Problem:
             hidden["agents"] = ~options["agent_mask"][:, None, :, None]
     for name, where in hidden.items():
         if name in tensors:
-            # Queries that are masked may still attend: they are part of the problem unless there is junk in them.
+            # Masked queries still attend, so they keep their values unless junk replaces them.
             if name != "q" or case.junk is not None:
                 tensors[name] = tensors[name].masked_fill(where, 0.0)
     function, positional = getattr(vix_kernels, op), [name for name in ("q", "k", "v", *extra) if name != "conv_weight"]
@@ -220,7 +223,7 @@ def problem(case: Case) -> Problem:
         return function(*arguments, **keywords)
 
     def define(x: dict[str, Tensor], how: How) -> Tensor:
-        return attend(x | dict(zip("qk", turn(x, x["q"], x["k"], how), strict=True)), how)
+        return attend(x | dict(zip("qk", rotate(x, x["q"], x["k"], how), strict=True)), how)
 
     if case.op != "attention_weights":
         return Problem(tensors, run, define, hidden, ignored)
@@ -243,11 +246,11 @@ def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def rotation(case: Case, draw: Draw) -> tuple[dict[str, Tensor], Callable, Callable]:
-    """Tensors of learned angles; how the library makes its Rope of them; how the definition rotates q and k."""
+    """Return the tensors of learned angles, a function to the library's Rope, and the definition's rotation of q and k."""
     if case.rope is None:
         return {}, lambda x: None, lambda x, q, k, how: (q, k)
-    behind = case.tokens - case.prefix
-    columns, options = behind // case.rows, dict(layout=case.layout, prefix_tokens=case.prefix)
+    after_prefix = case.tokens - case.prefix
+    columns, options = after_prefix // case.rows, dict(layout=case.layout, prefix_tokens=case.prefix)
     dim = case.rotary or case.width // 4 * 4
 
     def rotated(tokens: Tensor, cos: Tensor, sin: Tensor, how: How) -> Tensor:
@@ -259,25 +262,25 @@ def rotation(case: Case, draw: Draw) -> tuple[dict[str, Tensor], Callable, Calla
         def run(x: dict[str, Tensor]) -> Any:
             return vix_kernels.rope_mixed(case.rows, columns, x["frequencies"], **options)
 
-        def turn(x: dict[str, Tensor], q: Tensor, k: Tensor, how: How) -> tuple[Tensor, Tensor]:
+        def rotate(x: dict[str, Tensor], q: Tensor, k: Tensor, how: How) -> tuple[Tensor, Tensor]:
             angles = definitions.angles_mixed(case.rows, columns, x["frequencies"])
-            others = angles.detach() if how.fixed_totals else angles  # the gradients by q and by k cancel, too
+            others = angles.detach() if how.fixed_totals else angles  # the gradients through q and through k cancel, too
             return rotated(q, angles.cos(), angles.sin(), how), rotated(k, others.cos(), others.sin(), how)
 
-        return {"frequencies": frequencies}, run, turn
+        return {"frequencies": frequencies}, run, rotate
     if case.rope == "1d":
-        rope, angles = vix_kernels.rope_1d(behind, dim, **options), definitions.angles_1d(behind, dim, 10000.0)
+        rope, angles = vix_kernels.rope_1d(after_prefix, dim, **options), definitions.angles_1d(after_prefix, dim, 10000.0)
     else:
         rope = vix_kernels.rope_axial(case.rows, columns, dim, **options)
         angles = definitions.angles_axial(case.rows, columns, dim, 100.0)
-    cos, sin = (x.float().double() for x in (angles.cos(), angles.sin()))  # tables are float32 by contract
+    cos, sin = (x.float().double() for x in (angles.cos(), angles.sin()))  # the contract keeps tables in float32
     return {}, lambda x: rope, lambda x, q, k, how: (rotated(q, cos, sin, how), rotated(k, cos, sin, how))
 
 
 def attention(
     op: str, case: Case, draw: Draw, mask: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], Callable[[dict[str, Tensor], How], Tensor]]:
-    """Tensors beside q, k and v; options of the library; the definition, of rotated q and k."""
+    """Return the tensors in addition to q, k and v, the options of the library, and the definition on rotated q and k."""
     scale = case.scale or case.width**-0.5
     scaled = {} if case.scale is None else {"scale": case.scale}
     per_head = (case.heads,) if case.per_head else ()
@@ -347,7 +350,7 @@ def fourier_problem(case: Case) -> Problem:
 
 
 def module_problem(case: Case) -> Problem:
-    """A module of vix_kernels.nn on its tokens, with the gradients of its linear maps."""
+    """A module of vix_kernels.nn, with the gradients of its tokens and parameters."""
     draw, dim = Draw(case), case.heads * case.width
     op = {"Attention": None, "AgentAttention": "agent_attention"}.get(
         case.op, case.op[: -len("Attention")].lower() + "_attention"
@@ -371,28 +374,28 @@ def module_problem(case: Case) -> Problem:
     names = [name for name, _ in module.named_parameters()]
     tensors |= {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     state = {name: x.detach().double() for name, x in module.state_dict().items() if isinstance(x, Tensor)}
-    add_rope, run_rope, turn = rotation(case, draw)
+    add_rope, run_rope, rotate = rotation(case, draw)
     tensors |= add_rope
     _, _, attend = attention(op, case, draw, mask) if op not in (None, "agent_attention") else (0, 0, None)
 
     def run(x: dict[str, Tensor], backend: str) -> Tensor:
         parameters = {name: x[name] for name in names if name in x}
         keywords = on(x["x"].device, {"key_padding_mask": mask, "rope": run_rope(x)})
-        module = copy.deepcopy(made[backend]).to(x["x"].device)  # threads put their own parameters into it
+        module = copy.deepcopy(made[backend]).to(x["x"].device)  # functional_call would swap parameters under other threads
         return torch.func.functional_call(module, parameters, (x["x"],), keywords)
 
     def define(x: dict[str, Tensor], how: How) -> Tensor:
         weights = state | x
         packed = torch.nn.functional.linear(x["x"], weights["qkv.weight"], weights["qkv.bias"])
         q, k, v = packed.unflatten(-1, (3, case.heads, case.width)).permute(2, 0, 3, 1, 4)
-        turned = dict(zip("qkv", (*turn(x, q, k, how), v), strict=True))
+        rotated_qkv = dict(zip("qkv", (*rotate(x, q, k, how), v), strict=True))
         if op is None:
-            out = definitions.softmax_attention(*turned.values(), scale=case.width**-0.5, valid=mask, how=how)
+            out = definitions.softmax_attention(*rotated_qkv.values(), scale=case.width**-0.5, valid=mask, how=how)
         elif op == "agent_attention":
-            out = pooled_agents(case, q, turned, mask, how)
+            out = pooled_agents(case, q, rotated_qkv, mask, how)
         else:
             names = {"res_conv.weight": "conv_weight"}
-            out = attend(turned | {names.get(name, name): value for name, value in weights.items()}, how)
+            out = attend(rotated_qkv | {names.get(name, name): value for name, value in weights.items()}, how)
         out = out.transpose(1, 2).flatten(2)
         return torch.nn.functional.linear(out, weights["proj.weight"], weights["proj.bias"])
 
@@ -406,37 +409,37 @@ def module_problem(case: Case) -> Problem:
 
 
 def op_of_module(module: str) -> str | None:
-    """None for softmax attention."""
+    """Return the op of a module; None for softmax attention."""
     return None if module == "Attention" else module.removesuffix("Attention").lower() + "_attention"
 
 
-def pooled_agents(case: Case, q: Tensor, turned: dict[str, Tensor], mask: Tensor | None, how: How) -> Tensor:
-    """Agents are means of the queries, sample by sample: those without a valid token do not exist."""
+def pooled_agents(case: Case, q: Tensor, rotated_qkv: dict[str, Tensor], mask: Tensor | None, how: How) -> Tensor:
+    """Agent attention with pooled queries as agents. A sample drops its agents without a valid token."""
     windows, outputs = definitions.windows_of(case.tokens, case.features, prefix=case.prefix), []
     for b in range(q.shape[0]):
         agents = definitions.averages(q[b], windows, None if mask is None else mask[b])[None]
-        one = {name: x[b : b + 1] for name, x in turned.items()}
+        one = {name: x[b : b + 1] for name, x in rotated_qkv.items()}
         valid = None if mask is None else mask[b : b + 1]
         if agents.shape[2]:
             out = definitions.agent_attention(*one.values(), agents, scale=case.width**-0.5, valid=valid, how=how)
         else:
             out = one["q"] * 0
         outputs.append(out)
-    return torch.cat(outputs) if outputs else turned["q"]
+    return torch.cat(outputs) if outputs else rotated_qkv["q"]
 
 
 # Memory
 
 
 def placed(x: Tensor, memory: str, junk: float = float("nan")) -> Tensor:
-    """The same numbers elsewhere in memory."""
-    if memory == "transposed":  # tokens before heads, as linear maps leave them
+    """Return the same values in another memory layout."""
+    if memory == "transposed":  # tokens before heads, like the output of a linear layer
         return x.transpose(-3, -2).contiguous().transpose(-3, -2) if x.dim() > 2 else x.mT.contiguous().mT
-    if memory == "last_stride":  # channels are not neighbours
+    if memory == "last_stride":  # channels are not adjacent
         return x.mT.contiguous().mT if x.dim() > 1 else x
     if memory == "sliced":  # an offset, and gaps in every dimension
-        room = x.new_full([size + 3 for size in x.shape[:-1]] + [x.shape[-1] + 5], junk)
-        view = room[tuple(slice(2, 2 + size) for size in x.shape)]
+        buffer = x.new_full([size + 3 for size in x.shape[:-1]] + [x.shape[-1] + 5], junk)
+        view = buffer[tuple(slice(2, 2 + size) for size in x.shape)]
         return view.copy_(x)
     if memory == "offset":
         return torch.cat([x.new_full((1,), junk), x.flatten()])[1:].view(x.shape)
@@ -450,46 +453,47 @@ def placed(x: Tensor, memory: str, junk: float = float("nan")) -> Tensor:
 
 # The check
 
-Results = dict[str, Tensor]  # "out", and gradients by the names of their tensors
+Results = dict[str, Tensor]  # "out", and gradients by tensor name
 Noise = Callable[[Tensor], Tensor]
 
 
 class Trial:
-    """A case on its numbers: what the library makes of it, and what is exact."""
+    """A case with its inputs: computes the results of the library and the exact ones."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.problem, dtype = case, problem(case), getattr(torch, case.dtype)
         self.tensors = self.problem.tensors
-        if case.memory == "expanded":  # needs equal heads
+        if case.memory == "expanded":  # only equal heads can be expanded
             self.tensors = self.tensors | {
                 name: x[:, :1].expand_as(x).contiguous() for name, x in self.tensors.items() if name in "qkv" and x.dim() == 4
             }
         self.cast = getattr(torch, case.autocast) if case.autocast else dtype
         self.computed = self.cast if self.problem.cast else dtype  # the dtype of the computation
-        self.stored = dtype if case.op == "attention_weights" else self.computed  # that of the output
+        self.stored = dtype if case.op == "attention_weights" else self.computed  # the dtype of the output
         self.differentiable = case.op != "attention_weights"
         exact = self.problem.define(self.doubles(self.tensors), EXACT).detach()
         cotangent = torch.randn(exact.shape, generator=torch.Generator().manual_seed(case.seed + 1), dtype=torch.float64)
         if "out" in self.problem.ignored:
             cotangent = cotangent.masked_fill(self.problem.hidden["out"], 0.0)
         self.cotangent = cotangent.to(self.stored)
-        # Of a cotangent and a value or an output: in float16 it overflows before its softmax makes it small.
+        # Bound of the products of a cotangent with a value or output. In float16 they overflow before the softmax weights
+        # make them small.
         values = [x for x in (self.tensors.get("v"), exact) if x is not None and x.numel()]
         self.products = max((rows(x) * rows(self.cotangent) for x in values), default=0.0)
 
     def doubles(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """float64, after the rounding by autocast."""
+        """Convert to float64, after the rounding that autocast applies."""
         rounds = {name for name, x in tensors.items() if name in self.problem.cast and x.dtype != torch.float64}
         return {name: (x.to(self.cast) if name in rounds else x).double() for name, x in tensors.items()}
 
     def exact(self, tensors: dict[str, Tensor], how: How = EXACT, noise: Noise = lambda x: x, signs: Tensor | None = None):
-        """Results in float64, for inputs and cotangents with `noise`; `signs` of the cotangents' channels."""
+        """Return the float64 results for inputs and cotangents with `noise`. `signs` multiplies the cotangents' channels."""
         leaves = {name: noise(x).detach().requires_grad_(self.differentiable) for name, x in self.doubles(tensors).items()}
         cotangent = noise(self.cotangent.double())
         return results(leaves, self.problem.define(leaves, how), cotangent if signs is None else cotangent * signs)
 
     def attempt(self, backend: str, tensors: dict[str, Tensor], junk: float | None = None) -> Results:
-        """What the library makes of `tensors`, with `junk` in masked places."""
+        """Return the results of the library for `tensors`, with `junk` in masked elements."""
         case, leaves = self.case, {}
         for name, x in tensors.items():
             if junk is not None and name in self.problem.hidden:
@@ -516,7 +520,7 @@ class Trial:
 
 
 def rows(x: Tensor) -> float:
-    """The largest norm of a row."""
+    """Return the largest norm of a row."""
     return x.double().norm(dim=-1).max().item()
 
 
@@ -533,8 +537,10 @@ def same(x: Tensor, y: Tensor) -> bool:
 
 
 def rounding(eps: float, alike: tuple[int, ...] = (), step: float = 0.0) -> Noise:
-    """Changes every number by up to `eps` of it and by up to `step`, those along the dimensions `alike` equally: equal tokens
-    stay equal."""
+    """Return noise that changes every element by up to `eps`, relative, plus up to `step`, absolute.
+
+    Elements along the dimensions `alike` change equally, so equal tokens stay equal.
+    """
     generator = torch.Generator().manual_seed(2)
 
     def rounded(x: Tensor) -> Tensor:
@@ -548,9 +554,9 @@ def rounding(eps: float, alike: tuple[int, ...] = (), step: float = 0.0) -> Nois
 
 
 def stored_as(dtype: torch.dtype) -> Noise:
-    """The roundings of a tensor that is kept in `dtype`, and of its gradient, which is kept in it too.
+    """Return noise for a tensor that is stored in `dtype`, as is its gradient.
 
-    Subnormal numbers are a fixed step apart, however small they are.
+    Subnormal numbers are a fixed step apart, so their error is absolute.
     """
     limits = torch.finfo(dtype)
     noise = rounding(limits.eps, step=limits.smallest_normal * limits.eps)
@@ -565,39 +571,39 @@ def stored_as(dtype: torch.dtype) -> Noise:
 
 
 def check(case: Case) -> list[str]:
-    """What is wrong with `case`, one line each."""
+    """Return the violations of `case`, one line each."""
     try:
         trial = Trial(case)
-    except Exception as error:  # nothing that is drawn is invalid
+    except Exception as error:  # every case that is drawn is valid
         return [f"building raises {type(error).__name__}: {error}"]
     try:
         with ThreadPoolExecutor(case.threads) as pool:
-            ours, *others = pool.map(lambda _: trial.attempt(case.backend, trial.tensors, case.junk), range(case.threads))
+            actual, *others = pool.map(lambda _: trial.attempt(case.backend, trial.tensors, case.junk), range(case.threads))
     except Exception as error:
         return [f"raises {type(error).__name__}: {error}"]
-    wrong = [f"{name} differs between threads" for other in others for name in ours if not same(ours[name], other[name])]
+    wrong = [f"{name} differs between threads" for other in others for name in actual if not same(actual[name], other[name])]
     try:
         plain = trial.attempt("reference", trial.tensors)
     except Exception as error:
         return [*wrong, f"backend='reference' raises {type(error).__name__}: {error}"]
-    return wrong + compared(trial, ours, plain) if trial.cotangent.numel() else wrong
+    return wrong + compared(trial, actual, plain) if trial.cotangent.numel() else wrong
 
 
-def compared(trial: Trial, ours: Results, plain: Results) -> list[str]:
-    """What is beyond the error budget.
+def compared(trial: Trial, actual: Results, plain: Results) -> list[str]:
+    """Return the results beyond the error budget, one line each.
 
-    A comparison that fails is repeated with more roundings, and with the reference's errors for inputs that are a rounding
-    away: where large logits are nearly equal, one rounding changes everything, and the reference may have been lucky. What is
-    beyond it then must be so for most of these inputs, too.
+    If a comparison fails, it is repeated with more roundings and with the reference's errors on inputs that are one rounding
+    away: where large logits are nearly equal, one rounding changes everything, and the reference may have been lucky. A
+    violation counts if it then also occurs for most of these inputs.
     """
     exact = trial.exact(trial.tensors)
     names, most = list(exact), torch.finfo(trial.computed).max / 4
     if "frequencies" in exact and any(exact[name].abs().max() > most for name in "qk" if name in exact):
-        names.remove("frequencies")  # the gradient of angles is made of those of q and k, which are not representable
+        names.remove("frequencies")  # the gradient of angles sums those of q and k, which are not representable
     eps = torch.finfo(torch.promote_types(trial.computed, torch.float32)).eps
     if trial.computed == torch.float64:
-        eps *= 2  # the definition itself is rounded
-    inputs, neighbour = rounding(2 * eps), rounding(torch.finfo(trial.computed).eps, alike=(-2,))
+        eps *= 2  # the definition has rounding errors, too
+    inputs, one_rounding = rounding(2 * eps), rounding(torch.finfo(trial.computed).eps, alike=(-2,))
     how = How(
         stored=stored_as(trial.computed),
         logits=rounding(eps, alike=(-2,)),
@@ -605,34 +611,34 @@ def compared(trial: Trial, ours: Results, plain: Results) -> list[str]:
         sums=rounding(eps),
     )
     signs = torch.Generator().manual_seed(3)
-    terms, rounded, references, neighbours = [], [], [(plain, exact)], []
+    terms, rounded, references, nearby = [], [], [(plain, exact)], []
 
-    def all_beyond(ours: Results, exact: Results) -> list[str]:
-        return [line for name in names for line in beyond(trial, name, ours[name], exact[name], terms, rounded, references)]
+    def violations(actual: Results, exact: Results) -> list[str]:
+        return [line for name in names for line in beyond(trial, name, actual[name], exact[name], terms, rounded, references)]
 
     for runs in FEW_RUNS, MANY_RUNS:
         for _ in range(runs):
             flips = torch.randint(2, trial.cotangent.shape[-1:], generator=signs) * 2.0 - 1
             terms.append(trial.exact(trial.tensors, How(fixed_totals=True), signs=flips if terms else None))
             rounded.append(trial.exact(trial.tensors, how, inputs))
-        found = all_beyond(ours, exact)
+        found = violations(actual, exact)
         if not found:
             return []
         for _ in range(MANY_RUNS // 4):
-            near = {name: neighbour(x.double()).to(x.dtype) for name, x in trial.tensors.items()}
-            neighbours.append((near, trial.exact(near)))
-            references.append((trial.attempt("reference", near), neighbours[-1][1]))
+            near = {name: one_rounding(x.double()).to(x.dtype) for name, x in trial.tensors.items()}
+            nearby.append((near, trial.exact(near)))
+            references.append((trial.attempt("reference", near), nearby[-1][1]))
     if any(NOT_FINITE in line for line in found):
         return found
-    again = [bool(all_beyond(trial.attempt(trial.case.backend, near), truth)) for near, truth in neighbours[:5]]
+    again = [bool(violations(trial.attempt(trial.case.backend, near), truth)) for near, truth in nearby[:5]]
     return found if sum(again) >= 3 else []
 
 
 def beyond(
-    trial: Trial, name: str, ours: Tensor, exact: Tensor, terms: list[Results], rounded: list[Results],
+    trial: Trial, name: str, actual: Tensor, exact: Tensor, terms: list[Results], rounded: list[Results],
     references: list[tuple[Results, Results]],
 ) -> list[str]:  # fmt: skip
-    """What is beyond the error budget of one result, sample by sample where it has samples."""
+    """Return where one result exceeds the error budget, sample by sample if it has samples."""
     skip = trial.problem.hidden[name] if name in trial.problem.ignored else None
 
     def samples(x: Tensor) -> Tensor:
@@ -640,30 +646,30 @@ def beyond(
         return x.reshape(x.shape[0], -1) if name in ("out", "q", "k", "v", "agents", "x") else x.reshape(1, -1)
 
     def largest(*many: Tensor) -> list[float]:
-        """Of the norms of every sample; infinite ones do not count."""
+        """Return the largest norm of each sample. Infinite norms do not count."""
         return torch.stack([samples(x).norm(dim=1).nan_to_num(0.0, posinf=0.0) for x in many]).amax(0).tolist()
 
-    stored, computed = torch.finfo(ours.dtype), torch.finfo(trial.computed)
+    stored, computed = torch.finfo(actual.dtype), torch.finfo(trial.computed)
     most = min(stored.max, computed.max) / 4
     precision = torch.finfo(torch.promote_types(trial.computed, torch.float32)).eps
     if trial.computed == torch.float64:
-        precision *= 16  # the definition itself is rounded
+        precision *= 16  # the definition has rounding errors, too
     least = max(stored.smallest_normal * stored.eps, torch.finfo(torch.float32).smallest_normal)
     sizes, changes = largest(exact, *(each[name] for each in terms)), largest(*(each[name] - exact for each in rounded))
     errors = largest(*(plain[name].double() - truth[name] for plain, truth in references))
     found, label = [], "out" if name == "out" else f"gradient of {name}"
-    for b, (x, truth, plain) in enumerate(zip(samples(ours), samples(exact), samples(references[0][0][name]), strict=True)):
+    for b, (x, truth, plain) in enumerate(zip(samples(actual), samples(exact), samples(references[0][0][name]), strict=True)):
         where = f"{label}[{b}]" if len(samples(exact)) > 1 else label
         if not truth.isfinite().all() or truth.abs().max() > most:
             continue  # not representable
         if trial.computed == torch.float16 and name != "out" and trial.products > most:
             continue
         if trial.computed == torch.float16 and name != "out" and not (x.isfinite().all() or plain.isfinite().all()):
-            continue  # float16 does not hold the gradients that it is made of, in plain PyTorch either
+            continue  # intermediate gradients overflow float16, in plain PyTorch, too
         if not x.isfinite().all():
             count = int((~x.isfinite()).sum())
-            found.append(f"{where}: {count} of {x.numel()} {NOT_FINITE}, exact ones up to {truth.abs().max():.1e}")
-        elif plain.isfinite().all():  # else there is no error to compare with
+            found.append(f"{where}: {count} of {x.numel()} {NOT_FINITE}, exact values up to {truth.abs().max():.1e}")
+        elif plain.isfinite().all():  # else there is no reference error
             forgiven = 3 * max(stored.eps, computed.eps) * sizes[b] + 2 * changes[b]
             forgiven += ROUNDINGS * (precision * sizes[b] + least * math.sqrt(x.numel()))
             error, budget = (x - truth).norm().item(), 2 * errors[b] + forgiven
@@ -684,7 +690,7 @@ MAGNITUDES = (1e-38, 1e-30, 1e-10, 1e-3, 0.1, 1.0, 1.0, 1.0, 3.0, 16.0, 90.0, 1e
 
 @st.composite
 def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu") -> Case:
-    """Any case of `op` that its contract covers. Small ones for Triton's interpreter."""
+    """Draw any case within the contract of `op`. Cases for Triton's interpreter are small."""
     kernels = backend == "triton"
     small = kernels and device == "cpu"
 
@@ -694,7 +700,7 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
     def up_to(limit: int, sizes: tuple[int, ...] = SIZES) -> int:
         return one_of(*(size for size in sizes if size <= limit) or (limit,))
 
-    def now_and_then(value: Any, other: Any = None) -> Any:
+    def sometimes(value: Any, other: Any = None) -> Any:
         return one_of(other, other, other, value)
 
     names: dict[str, Any] = dict(op=op, backend=backend, device=device, seed=draw(st.integers(0, 2**20)))
@@ -704,7 +710,7 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
     names["pattern"] = one_of("normal", "normal", "normal", "constant", "negative", "dead_channel", "uneven", "zeros")
     names["magnitude"] = one_of(*MAGNITUDES, float(f"{10 ** draw(st.floats(-2, 4)):.2g}"))
     if kernels:
-        names["magnitude"] = max(names["magnitude"], 1e-30)  # GPUs and the interpreter may flush what is not normal
+        names["magnitude"] = max(names["magnitude"], 1e-30)  # GPUs and the interpreter may flush subnormal numbers
     names["memory"] = one_of("dense", "dense", "transposed", "sliced", "offset", "expanded", "last_stride")
     names["tokens"] = up_to(24 if small else 200)
     if small:
@@ -713,18 +719,18 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
     else:
         widths = tuple(width for width in WIDTHS if 8 <= width <= 256) if kernels else WIDTHS
     names["width"] = one_of(*widths)
-    names["checkpoint"], names["threads"] = now_and_then(True, False), 1 if small else now_and_then(3, 1)
+    names["checkpoint"], names["threads"] = sometimes(True, False), 1 if small else sometimes(3, 1)
     if names["dtype"] == "float32" and op not in MODULES:
-        names["autocast"] = now_and_then(one_of("bfloat16", "float16"))
+        names["autocast"] = sometimes(one_of("bfloat16", "float16"))
     if op == "fourier_mixing":
         return Case(**names, norm=one_of(None, "ortho"))
     if op in MODULES:
         names["width"] = one_of(*(width for width in widths if width <= 64))
-        names["magnitude"] = min(names["magnitude"], 100.0)  # the linear maps make large numbers of them
+        names["magnitude"] = min(names["magnitude"], 100.0)  # the linear layers enlarge them
         names["memory"] = one_of("dense", "sliced", "offset")
         names["dtype"] = one_of("float32", "float32", "float64") if not kernels else "float32"
     else:
-        names["value_width"] = now_and_then(one_of(*widths))
+        names["value_width"] = sometimes(one_of(*widths))
         names["value_magnitude"] = one_of(1.0, 1.0, 1.0, 1e-30, 1e-5, 1e3)
     attention = {name: name for name in ATTENTIONS}.get(op)
     if op == "attention_weights":
@@ -734,33 +740,33 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
         attention = op_of_module(op)
     tokens, width = names["tokens"], names["width"]
     if op in ATTENTIONS or op == "attention_weights":
-        names["scale"] = now_and_then(one_of(1.0, 0.01, 3.0))
+        names["scale"] = sometimes(one_of(1.0, 0.01, 3.0))
     if attention == "linear_attention":
         names.pop("scale", None)
         names |= dict(feature_map=one_of("relu", "elu"), eps=one_of(1e-6, 1e-6, 0.0, 0.125))
-        names["projected"] = now_and_then(True, False) if op not in MODULES else False
-        if not names["eps"] and "value_magnitude" in names:  # sums of small features and such values leave float32
+        names["projected"] = sometimes(True, False) if op not in MODULES else False
+        if not names["eps"] and "value_magnitude" in names:  # sums of small features times such values underflow float32
             names["value_magnitude"] = max(names["value_magnitude"], 1e-5)
-        if not names["eps"] and names["feature_map"] == "elu":  # as do inverses of denominators: exp(-x) of large x
+        if not names["eps"] and names["feature_map"] == "elu":  # inverse denominators, exp(-x) of large x, overflow float32
             names["magnitude"] = min(names["magnitude"], 3.0)
     if attention == "linformer_attention" and "float16" in (names["dtype"], names.get("autocast")):
         names["magnitude"] = min(names["magnitude"], 100.0)  # projected keys are stored in float16
     names["features"] = up_to(9 if small else 64)
-    names["per_head"], names["shared"] = now_and_then(True, False), now_and_then(True, False)
+    names["per_head"], names["shared"] = sometimes(True, False), sometimes(True, False)
     if op in MODULES:
         names["per_head"] = names["shared"] = False
-    # Self-attention has rotations, grids and the residual; cross-attention other lengths.
-    alone = op in MODULES or op == "apply_rope" or one_of(True, True, False)
-    if not alone:
+    # Only self-attention has rotations, grids and the residual. Cross-attention has other lengths.
+    self_attention = op in MODULES or op == "apply_rope" or one_of(True, True, False)
+    if not self_attention:
         names["queries"] = up_to(24 if small else 200)
     queries = names.get("queries") or tokens
-    alone = queries == tokens
-    if alone and (attention == "nystrom_attention" or op == "AgentAttention" or one_of(True, False)):
+    self_attention = queries == tokens
+    if self_attention and (attention == "nystrom_attention" or op == "AgentAttention" or one_of(True, False)):
         names["prefix"] = one_of(0, 0, min(1, tokens - 1), min(3, tokens - 1))
-    behind = min(tokens, queries) - names.get("prefix", 0)
-    divisors = [n for n in range(1, behind + 1) if behind % n == 0]
-    names["rows"] = one_of(*divisors) if alone else 1
-    rotates = alone and width >= 2 and attention != "fourier_mixing"
+    after_prefix = min(tokens, queries) - names.get("prefix", 0)
+    divisors = [n for n in range(1, after_prefix + 1) if after_prefix % n == 0]
+    names["rows"] = one_of(*divisors) if self_attention else 1
+    rotates = self_attention and width >= 2 and attention != "fourier_mixing"
     if op == "apply_rope" or (rotates and one_of(True, False)):
         kinds = [kind for kind, least in (("1d", 2), ("axial", 4), ("mixed", 2)) if width >= least]
         if not kinds:
@@ -778,24 +784,23 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
         if op != "attention_weights":
             names["junk"] = one_of(None, float("nan"), float("inf"))
     if attention == "nystrom_attention" or op == "AgentAttention":
-        names["features"] = min(names["features"], behind)
+        names["features"] = min(names["features"], after_prefix)
     if attention == "nystrom_attention":
-        # The other dimensions pay for the steps of the pseudo-inverse in the interpreter.
         names["iterations"] = one_of(6, 6, 1, 3) if op not in MODULES else 6
         if op not in MODULES:
             names["start"] = one_of("exact", "exact", "original")
-            names["landmarks"] = one_of("segment", "grid", "pad_front") if alone else one_of("segment", "pad_front")
+            names["landmarks"] = one_of("segment", "grid", "pad_front") if self_attention else one_of("segment", "pad_front")
         if names.get("landmarks") == "pad_front":
             names["prefix"] = 0 if not names.get("rope") else names["prefix"]
             if names["prefix"]:
                 names["landmarks"] = "segment"
         if names.get("landmarks") == "grid":
-            columns = behind // names["rows"]
+            columns = after_prefix // names["rows"]
             if definitions.nearest_grid(names["features"], names["rows"], columns) is None:
                 names["features"] = names["rows"]
-        if alone and op != "attention_weights":
+        if self_attention and op != "attention_weights":
             names["taps"] = one_of(0, 1, 3, 5, 33)
-    # What the definition keeps: weights of all pairs, and all features of them.
+    # The definition keeps the weights of all pairs and, with random features, every feature of each pair.
     inner = names["features"] if attention == "performer_attention" or names.get("projected") else width
     inner = inner if attention in ("performer_attention", "linear_attention") else 1
     while names["batch"] * names["heads"] * queries * tokens * inner > LARGEST:

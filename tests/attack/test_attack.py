@@ -1,4 +1,4 @@
-"""A small share of the attacks, the same in every run; `make attack` draws others for as long as it is given."""
+"""A small fixed sample of the attacks. `make attack` draws other cases for as long as you give it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from vix_kernels.testing import SPECS
 from . import calls, files, numerics
 
 
-def share(examples: int) -> settings:
+def sample(examples: int) -> settings:
+    # A test's name and body determine its cases.
     return settings(
         max_examples=examples, derandomize=True, database=None, deadline=None, print_blob=True,
         phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck),
@@ -33,7 +34,7 @@ def test_every_public_op_is_attacked() -> None:
 
 
 @pytest.mark.parametrize("op", numerics.OPS)
-@share(25)
+@sample(25)
 @given(data=st.data())
 def test_torch(op: str, data: st.DataObject) -> None:
     attack(data.draw(numerics.cases(op)))
@@ -41,37 +42,37 @@ def test_torch(op: str, data: st.DataObject) -> None:
 
 @pytest.mark.skipif(not triton_installed() or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 @pytest.mark.parametrize("op", numerics.OPS)
-@share(4)
+@sample(4)
 @given(data=st.data())
 def test_triton(op: str, data: st.DataObject) -> None:
     attack(data.draw(numerics.cases(op, "triton")))
 
 
 def attack(case: numerics.Case) -> None:
-    wrong = numerics.check(case)
-    assert not wrong, "\n".join([f"{case!r}", *wrong])
+    violations = numerics.check(case)
+    assert not violations, "\n".join([f"{case!r}", *violations])
 
 
 TARGETS = calls.targets()
 
 
 @pytest.mark.parametrize("label", TARGETS)
-def test_wrong_calls(label: str) -> None:
-    wrong = calls.check(label, TARGETS[label])
-    assert not wrong, "\n".join(wrong)
+def test_wrong_calls_raise_named_errors(label: str) -> None:
+    violations = calls.check(label, TARGETS[label])
+    assert not violations, "\n".join(violations)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_double_backward(backend: str) -> None:
+def test_double_backward_raises_except_in_the_reference(backend: str) -> None:
     assert not calls.check_double_backward(backend)
 
 
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits its own memory, which Linux alone keeps")
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is enforced only on Linux")
 
 
 @LINUX
 @pytest.mark.parametrize("reader", [reader for reader in files.READERS if reader not in files.SLOW])
-@share(30)
+@sample(30)
 @given(data=st.data())
 def test_corrupted_files(reader: str, data: st.DataObject) -> None:
     attack_reader(data.draw(files.damages(reader)))
@@ -79,7 +80,7 @@ def test_corrupted_files(reader: str, data: st.DataObject) -> None:
 
 @LINUX
 @pytest.mark.parametrize("reader", files.SLOW)
-@share(6)
+@sample(6)
 @given(data=st.data())
 def test_corrupted_runs(reader: str, data: st.DataObject) -> None:
     attack_reader(data.draw(files.damages(reader)))
@@ -88,5 +89,5 @@ def test_corrupted_runs(reader: str, data: st.DataObject) -> None:
 def attack_reader(damage: files.Damage) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrong = files.check(damage)
-    assert not wrong, "\n".join([f"{damage!r}", *wrong])
+        violations = files.check(damage)
+    assert not violations, "\n".join([f"{damage!r}", *violations])
