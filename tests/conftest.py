@@ -1,4 +1,4 @@
-"""Tests run on the GPU where there is one, and through Triton's interpreter where there is none."""
+"""Shared fixtures. Tests run on the GPU if there is one, else in Triton's interpreter."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torchvision_operators
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton; it holds for the life of the process
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is first imported
 NO_TRITON = pytest.mark.skipif(not find_spec("triton"), reason="no triton")
 BACKENDS = ["torch", pytest.param("triton", marks=NO_TRITON)]
 MISMATCH = torchvision_operators.mismatch()
@@ -18,7 +18,7 @@ DECLARED = torchvision_operators.declare() if MISMATCH else None
 
 
 def pytest_report_header() -> str | None:
-    return MISMATCH and f"{MISMATCH}\nin the tests it can: torchvision's operators are declared without an implementation"
+    return MISMATCH and f"{MISMATCH}\ntests declare torchvision's operators without an implementation, so it can be imported"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,7 +39,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def poisoned():
-    """Fresh memory holds NaN: an element that a kernel forgets to write shows."""
+    """Fill fresh memory with NaN, which shows elements that a kernel does not write."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -47,7 +47,7 @@ def poisoned():
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs `vix train`, which must refuse in one line; returns that line."""
+    """Return a function that runs `vix train`, checks that it fails with a one-line error, and returns that line."""
     from vix_kernels.__main__ import main
 
     def refused(*argv: object) -> str:

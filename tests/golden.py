@@ -1,8 +1,8 @@
-"""Golden outputs of the original models: `python -m tests.golden SOURCE` condenses its files, one a model, to golden.json.
+"""Golden outputs of the original models. `python -m tests.golden SOURCE` condenses one file per model to golden.json.
 
-No weights are stored. The field "rule" of golden.json says how every weight, input and cotangent is made from a seed; a row of
-"state" gives shape, base and scale of one entry of the state_dict and, of a parameter, the norm of its gradient. "*" in its key
-stands for 0 .. layers - 1. Entries that the original computes at construction are left out.
+No weights are stored. The field "rule" of golden.json describes how weights, inputs and cotangents follow from a seed. A row
+of "state" has the shape, base and scale of a state_dict entry and, for a parameter, the norm of its gradient. "*" in its key
+means 0 .. layers - 1. Entries that the original computes at construction are skipped.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 
 CONDENSED = Path(__file__).with_name("golden.json")
 COPIED = ("config", "image_size", "seed", "batch", "parameters", "logits", "logits_alone", "tolerance_note")
-# Its float32 norms are off by 1e-4 already.
+# The float32 norms of this model are off by 1e-4.
 NORMS_OF = {"HybridViPRoPE": "grad_norms_float64"}
 
 
 def condense(source: Path) -> dict[str, Any]:
-    """What golden.json holds, from the folder of the full files."""
+    """Return the contents of golden.json, given the folder of full files."""
     files = {path.stem: json.loads(path.read_text()) for path in sorted(source.glob("*.json"))}
     (rule,) = {model["rule"] for model in files.values()}
     models = {
@@ -39,7 +39,7 @@ def condense(source: Path) -> dict[str, Any]:
 
 
 def _rows(state: dict[str, dict[str, Any]], norms: dict[str, float | None]) -> list[dict[str, Any]]:
-    """One row for entries that differ in the number of their layer alone."""
+    """Merge entries that differ only in their layer number into one row."""
     alike = defaultdict(list)
     for key, entry in state.items():
         if not entry.get("derived"):
@@ -58,17 +58,18 @@ def _rows(state: dict[str, dict[str, Any]], norms: dict[str, float | None]) -> l
 
 @dataclass(frozen=True)
 class Golden:
-    """One original: its constructor arguments, weights and inputs, and what came out.
+    """An original model: constructor arguments, weights, inputs and outputs.
 
     Attributes:
         config: constructor arguments.
         state: the state_dict without derived entries, float32.
         x: images (batch, 3, image_size, image_size).
-        logits: (batch, classes); alone: (1, classes), those of the first image without the others.
-        cotangent: (batch, classes); the loss is (logits * cotangent).sum().
-        norms: of the gradient of each parameter; None where it has none.
-        parameters: how many numbers are parameters.
-        tolerance: of logits: 20 times what float32 cost the original, or a ten thousandth of the largest where that is more.
+        logits: (batch, classes).
+        alone: (1, classes), the logits of the first image in a batch of one.
+        cotangent: (batch, classes). The loss is (logits * cotangent).sum().
+        norms: norm of each parameter's gradient, None if it has no gradient.
+        parameters: number of trainable values.
+        tolerance: absolute tolerance of logits: 20 times the original's float32 error, but at least 1e-4 of the largest logit.
     """
 
     config: dict[str, Any]

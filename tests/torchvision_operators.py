@@ -1,8 +1,8 @@
-"""Reports a torchvision that was built for another PyTorch, such as PyPI's for Linux next to a CPU build of PyTorch.
+"""Detects a torchvision that was built for another PyTorch, such as PyPI's Linux wheel next to a CPU build of PyTorch.
 
-Its operators cannot be loaded, and `import timm`, which imports torchvision, raises "operator torchvision::nms does not exist".
-`make` runs this file after setting up, to say so in one line. With `declare` the tests of timm and transformers run
-nevertheless: they call no operator of torchvision.
+Its operators cannot be loaded. `import timm` imports torchvision and raises "operator torchvision::nms does not exist". `make`
+runs this file after setup to report that in one line. After `declare`, the tests of timm and transformers run anyway: they
+call no operator of torchvision.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 
 def mismatch() -> str | None:
-    """One line on why torchvision cannot be imported; None if it can, or is not installed. Looks on Linux only."""
+    """Return one line on why torchvision cannot be imported, or None. Checks only an installed torchvision on Linux."""
     spec = find_spec("torchvision")
     if sys.platform != "linux" or spec is None:
         return None
@@ -31,7 +31,7 @@ def mismatch() -> str | None:
 
 
 def declare() -> torch.library.Library:
-    """Declare the operators that `import torchvision` looks up, without an implementation, while the returned object lives."""
+    """Declare, without an implementation, the operators that importing torchvision needs. They last as long as the result."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")

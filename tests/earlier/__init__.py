@@ -1,1 +1,1 @@
-"""What an earlier commit wrote, and what it called things: models, checkpoints and keys that later commits must still read."""
+"""Models, checkpoints and state-dict keys of an earlier commit, which later commits must still read."""

@@ -1,12 +1,12 @@
-"""Write what this commit makes of every model: `python -m tests.earlier.write FOLDER`.
+"""Record the models, runs and saved files of the current commit: `python -m tests.earlier.write FOLDER`.
 
-    states.json    of each model: its parameters with their shapes in order, its other entries of the state dict, and outputs
+    states.json    for each model: parameters with their shapes, in order; other entries of the state dict; outputs
     run/           a run folder of `vix train` after the first of two epochs
-    resumed.json   what its second epoch comes to
+    resumed.json   the metrics of its second epoch
     model/         a folder of save_model
 
-No weights are stored for states.json: `fill` makes them from the names of their entries. The files in this folder were written
-by commit 5d75bb5, by this script.
+states.json stores no weights: `fill` derives them from the names of the entries. This script wrote the files in this folder at
+commit 5d75bb5.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def subjects() -> Iterator[tuple[str, Callable[[], Subject]]]:
-    """Names, and how each model is made."""
+    """Yield the name of each model and a function that builds it."""
     for name in PUBLISHED:
         yield f"create_model {name}", lambda name=name: (create_model(name, **small_model(name)), (normal(2, 3, 8, 8),), {})
     modules = {
@@ -65,7 +65,7 @@ def subjects() -> Iterator[tuple[str, Callable[[], Subject]]]:
 
 
 def hosts() -> Iterator[tuple[str, Callable[[], Subject]]]:
-    """Models of other libraries, with attentions of this one."""
+    """Yield models of other libraries with attentions of this library."""
     ops = {
         "nystrom": dict(num_landmarks=4),
         "performer": dict(num_features=20, retrain=True),
@@ -124,7 +124,7 @@ def hosts() -> Iterator[tuple[str, Callable[[], Subject]]]:
 
 
 def peers() -> Iterator[tuple[str, Callable[[], Subject]]]:
-    """Modules with the names and weights of other packages' modules."""
+    """Yield modules that replace modules of other packages, with the same names and weights."""
 
     def fast_attention() -> Subject:
         from vix_kernels.integrations.performer_pytorch import FastAttention
@@ -149,9 +149,10 @@ def peers() -> Iterator[tuple[str, Callable[[], Subject]]]:
 
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
-    """Give every floating entry of the state dict numbers that follow from its name; positive ones where it is a variance.
+    """Fill every floating-point entry of the state dict with values that its name determines. Variances are positive.
 
-    Random features stay: they have an exact distribution, and follow from their seed. Those of FastAttention do not.
+    Random features keep their values: they have an exact distribution, and their seed determines them. FastAttention has no
+    seed, so its features are filled.
     """
     for name, x in model.state_dict().items():
         if isinstance(x, Tensor) and x.is_floating_point() and not name.endswith("projection"):
@@ -162,6 +163,7 @@ def fill(model: nn.Module) -> None:
 
 @torch.no_grad()
 def describe(make: Callable[[], Subject]) -> dict[str, Any]:
+    """Return the entries of states.json for one model."""
     torch.manual_seed(0)
     model, args, options = make()
     parameters = {name: list(x.shape) for name, x in model.named_parameters()}
@@ -185,8 +187,8 @@ def main(folder: Path) -> None:
     model = create_model("hybrid_vin", **small_model("hybrid_vin"))
     fill(model)
     save_model(model, folder / "model")
-    os.chdir(folder)  # so that the run's settings name no folder of this machine
-    vix(["train", *TRAIN, *TINY, "--time-to", "1", "--output", "run"])  # any accuracy ends it after an epoch
+    os.chdir(folder)  # so that the settings of the run contain no absolute paths
+    vix(["train", *TRAIN, *TINY, "--time-to", "1", "--output", "run"])  # ends after one epoch, with any accuracy
     shutil.copytree("run", "resumed")
     vix(["train", "--resume", "resumed", "--time-to", "100"])
     with open("resumed/summary.csv") as file:
