@@ -1,4 +1,4 @@
-"""What is done to batches of images: shares, places and targets agree."""
+"""Augmentation of image batches: sizes and positions of the changes, and matching targets."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_erasing_sets_one_rectangle_of_the_drawn_size() -> None:
     assert torch.equal(random_erasing(images, draws, 0.0), images)
 
 
-def test_crops_are_parts_of_the_drawn_size_anywhere() -> None:
+def test_crops_have_the_drawn_size_and_any_position() -> None:
     y, x = torch.meshgrid(torch.linspace(-1, 1, 33), torch.linspace(-1, 1, 17), indexing="ij")
-    images = torch.stack([x, y]).expand(500, 2, 33, 17)  # a pixel says where it is
+    images = torch.stack([x, y]).expand(500, 2, 33, 17)  # the value of a pixel is its position
     cropped = random_resized_crop(images, Draws(0, images=500), scale=0.35)
-    first, last = cropped[:, :, 2, 2], cropped[:, :, -3, -3]  # within the border, where pixels are repeated
+    first, last = cropped[:, :, 2, 2], cropped[:, :, -3, -3]  # inside the border, which repeats pixels
     width, height = ((last - first) / torch.tensor([x[0, -3] - x[0, 2], y[-3, 0] - y[2, 0]])).unbind(1)
     area, aspect = width * height, width / height
     assert 0.35 <= area.min() < 0.4 and 0.95 < area.max() <= 1 + 1e-5
@@ -49,28 +49,28 @@ def test_crops_are_parts_of_the_drawn_size_anywhere() -> None:
 def test_mixup_blends_images_as_it_blends_targets() -> None:
     images, labels = torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
     mixed, targets = mix(images, labels, Draws(0, images=6), classes=4, mixup=1.0, cutmix=0.0)
-    share = targets[0, 0].item()
-    assert 0 < share < 1 and targets[0, 2].item() == pytest.approx(1 - share)
-    torch.testing.assert_close(mixed, share * images + (1 - share) * images.flip(0))
+    weight = targets[0, 0].item()
+    assert 0 < weight < 1 and targets[0, 2].item() == pytest.approx(1 - weight)
+    torch.testing.assert_close(mixed, weight * images + (1 - weight) * images.flip(0))
     torch.testing.assert_close(targets.sum(1), torch.ones(6))
 
 
-def test_cutmix_takes_as_many_pixels_as_it_takes_of_the_target() -> None:
+def test_cutmix_targets_match_the_pasted_area() -> None:
     images = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 16, 8).contiguous()
     seen = set()
     for step in range(50):
         draws = Draws(step, images=2)
         mixed, targets = mix(images, torch.tensor([0, 1]), draws, classes=2, mixup=0.0, cutmix=1.0)
-        taken = mixed[0, 0]  # 1 where it comes from the other
-        assert taken.mean().item() == pytest.approx(targets[0, 1].item())
-        rows, columns = taken.any(1).sum(), taken.any(0).sum()
-        assert rows * columns == taken.sum()
+        pasted = mixed[0, 0]  # 1 where pixels come from the other image
+        assert pasted.mean().item() == pytest.approx(targets[0, 1].item())
+        rows, columns = pasted.any(1).sum(), pasted.any(0).sum()
+        assert rows * columns == pasted.sum()
         assert torch.equal(mixed[1], 1 - mixed[0])
-        seen.add(int(taken.sum()))
+        seen.add(int(pasted.sum()))
     assert len(seen) > 10 and not images[0].any()
 
 
-def test_both_take_turns() -> None:
+def test_mixup_and_cutmix_alternate_at_random() -> None:
     images = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 8, 8).contiguous()
     whole = 0
     for step in range(60):
@@ -81,24 +81,24 @@ def test_both_take_turns() -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("batch", [12, 13])
-def test_processes_see_together_what_one_alone_sees(world: int, batch: int) -> None:
-    """Every image is changed and mixed alike, whoever has it."""
+def test_ranks_together_see_the_batch_of_a_single_process(world: int, batch: int) -> None:
+    """Each image gets the same changes and the same partner on any rank."""
     images, labels = torch.rand(batch, 3, 8, 8), torch.arange(batch) % 5
 
-    def changed(share: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        draws = Draws(1, 2, 3, images=batch, rows=share)
-        mine = slice(None) if share is None else share
-        x = random_resized_crop(random_flip_crop(images[mine], draws, shift=0.25), draws, scale=0.5)
+    def augmented(rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        draws = Draws(1, 2, 3, images=batch, rows=rows)
+        part = slice(None) if rows is None else rows
+        x = random_resized_crop(random_flip_crop(images[part], draws, shift=0.25), draws, scale=0.5)
         x = random_erasing(trivial_augment(x, draws), draws, 0.5)
-        return mix(x, labels[mine], draws, classes=5, mixup=0.8, cutmix=0.0)
+        return mix(x, labels[part], draws, classes=5, mixup=0.8, cutmix=0.0)
 
-    whole = changed(None)
+    expected = augmented(None)
     shares = [Ranks(rank, world).share(batch) for rank in range(world)]
     assert sorted(torch.cat(shares).tolist()) == list(range(batch))
     assert min(map(len, shares)) >= Ranks(0, world).least(batch) > 0
     for share in shares:
-        for ours, alone in zip(changed(share), whole, strict=True):
-            torch.testing.assert_close(ours, alone[share], rtol=0, atol=1e-6)
+        for actual, of_all in zip(augmented(share), expected, strict=True):
+            torch.testing.assert_close(actual, of_all[share], rtol=0, atol=1e-6)
 
 
 def picture(size: tuple[int, int] = (24, 16)) -> Image.Image:
@@ -107,8 +107,8 @@ def picture(size: tuple[int, int] = (24, 16)) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-# What Pillow makes of an image for the strength 0.5, and by how many of 255 ours may differ, because Pillow rounds: once to
-# below, and before that half to even the grey, the mean or the smooth image that it blends with.
+# Pillow's result for strength 0.5, and the allowed difference on a scale of 255. Pillow rounds the result down. Before that
+# it rounds the gray, mean or smoothed image that it blends with, half to even.
 PILLOW = {
     "autocontrast": (lambda x, s: ImageOps.autocontrast(x), 1),
     "equalize": (lambda x, s: ImageOps.equalize(x), 0),
@@ -126,22 +126,22 @@ PILLOW = {
 
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("name", PILLOW)
-def test_operations_are_pillow_s(name: str, sign: int) -> None:
+def test_operations_match_pillow(name: str, sign: int) -> None:
     image = picture()
     reference, tolerance = PILLOW[name]
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
     operation = next(each for each in OPERATIONS if each.__name__ == name)
-    ours = operation(x, torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), float(sign)))
-    theirs = torch.from_numpy(np.asarray(reference(image, sign)).copy()).permute(2, 0, 1)[None].float()
-    difference = (255 * ours - theirs).abs()
-    if tolerance is None:  # Pillow's turns are of the corner's pixels, too
+    actual = operation(x, torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), float(sign)))
+    expected = torch.from_numpy(np.asarray(reference(image, sign)).copy()).permute(2, 0, 1)[None].float()
+    difference = (255 * actual - expected).abs()
+    if tolerance is None:  # Pillow does not blend the edges of a rotated image with the black outside
         assert difference.median() < 3
     else:
         assert difference.max() <= tolerance + 1e-3
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: each.__name__)
-def test_operations_change_more_with_their_strength(operation: Operation) -> None:
+def test_strength_controls_the_change(operation: Operation) -> None:
     x = torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None].float() / 255
 
     def distance(strength: float) -> float:
@@ -154,8 +154,8 @@ def test_operations_change_more_with_their_strength(operation: Operation) -> Non
         assert weak < 1e-5 and strong > 0.001
 
 
-def test_everything_comes_to_the_device_of_the_images() -> None:
-    """Tensors of the meta device stand for those of a GPU: no operation takes one together with a tensor of the CPU."""
+def test_augmentation_stays_on_the_device_of_the_images() -> None:
+    """Meta tensors replace those of a GPU: no operation mixes them with CPU tensors."""
     x, labels = torch.empty(28, 3, 16, 16, device="meta"), torch.zeros(28, dtype=torch.long, device="meta")
     draws, strength = Draws(0, images=28), torch.empty(28, 1, 1, 1, device="meta")
     for operation in OPERATIONS:
@@ -171,15 +171,15 @@ def test_everything_comes_to_the_device_of_the_images() -> None:
         assert changed.is_meta and changed.shape == x.shape
 
 
-def test_every_image_gets_an_operation_of_its_own() -> None:
+def test_every_image_gets_a_separate_operation() -> None:
     x = torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None].float().expand(200, -1, -1, -1) / 255
     changed = trivial_augment(x, Draws(0, images=200))
     assert changed.min() >= 0 and changed.max() <= 1
     assert (
         len({each.numpy().tobytes() for each in changed}) > 120
-    )  # three of 14 operations have one outcome, posterize has seven
+    )  # three of 14 operations have one outcome each, posterize has seven
     assert torch.equal(trivial_augment(x, Draws(0, images=200)), changed)
-    assert trivial_augment(x[:, :1], Draws(0, images=200)).shape == (200, 1, 24, 16)  # grey ones too
+    assert trivial_augment(x[:, :1], Draws(0, images=200)).shape == (200, 1, 24, 16)  # gray images, too
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Measuring: what is wrong, does not fit or is not there has no time, and says why."""
+"""Benchmarks: incorrect, oversized or missing providers are not timed, and their rows say why."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def rows(op: str, names: tuple[str, ...], **how) -> dict[tuple[str, str], dict]:
 
 
 @pytest.mark.parametrize("op", providers.public())
-def test_everyone_who_serves_an_operator_is_right(op: str) -> None:
+def test_every_provider_of_an_operator_is_correct(op: str) -> None:
     names = tuple(name for name in providers.providers(op, "cpu") if name != "compiled")
     found = rows(op, names, effort=Effort(rounds=2))
     for (name, direction), row in found.items():
-        if row["status"] == "skipped":  # the peers that this installation has not
+        if row["status"] == "skipped":  # peers that are not installed
             assert row["why"] in (f"{name} is not installed", f"{name} needs a GPU")
             continue
         assert row["status"] == "ok", row
@@ -48,17 +48,19 @@ def test_everyone_who_serves_an_operator_is_right(op: str) -> None:
     assert found["torch", "full"]["kept_mib"] <= found["reference", "full"]["kept_mib"]
 
 
-def test_work_is_counted_by_hand() -> None:
+def test_rates_match_hand_counts() -> None:
     (result,) = measure("apply_rope", TINY, "fp32", ["torch"], "cpu", directions=["forward"], effort=QUICK)
     row, elements = result.row, 2 * 2 * 40 * 16
     seconds = row["device_ms"] / 1e3
-    assert row["gbps"] == pytest.approx(4 * 4 * elements / seconds / 1e9)  # q and k in, q and k out; no tensor of angles
+    assert row["gbps"] == pytest.approx(
+        4 * 4 * elements / seconds / 1e9
+    )  # reads q and k, writes q and k, without a tensor of angles
     assert row["tflops"] == pytest.approx(6 * elements / seconds / 1e12)
     assert result.samples and row["device_ms"] == pytest.approx(sum(result.samples) / 2)
 
 
 @pytest.mark.parametrize("part", ["output", "gradient"])
-def test_what_is_wrong_has_no_time(monkeypatch, part: str) -> None:
+def test_incorrect_results_are_not_timed(monkeypatch, part: str) -> None:
     spec = SPECS["apply_rope"]
 
     def broken(q, k, *, backend, **options):
@@ -73,7 +75,7 @@ def test_what_is_wrong_has_no_time(monkeypatch, part: str) -> None:
     assert found["reference", "full"]["status"] == "ok"
 
 
-def test_a_peer_that_is_wrong_is_left_out(monkeypatch) -> None:
+def test_an_incorrect_peer_is_skipped(monkeypatch) -> None:
     def enter(provider, problem, honest=providers.enter):
         contender = honest(provider, problem)
         return replace(contender, function=lambda *x: contender.function(*x) * 2) if provider == "plain" else contender
@@ -84,7 +86,7 @@ def test_a_peer_that_is_wrong_is_left_out(monkeypatch) -> None:
     assert found["torch", "forward"]["status"] == "ok"
 
 
-def test_memory_that_does_not_do_is_named_and_the_rest_goes_on(monkeypatch) -> None:
+def test_errors_of_one_provider_do_not_stop_the_others(monkeypatch) -> None:
     errors = {"torch": ValueError("bad"), "reference": torch.OutOfMemoryError("no"), "sdpa": RuntimeError("no kernel")}
 
     def enter(provider, problem, honest=providers.enter):
@@ -94,31 +96,31 @@ def test_memory_that_does_not_do_is_named_and_the_rest_goes_on(monkeypatch) -> N
 
     monkeypatch.setattr(measuring, "enter", enter)
     found = rows("linear_attention", ("torch", "reference", "sdpa", "plain"), directions=("forward",))
-    said = {name: (row["status"], row["why"]) for (name, _), row in found.items()}
-    assert said["torch"] == ("failed", "ValueError: bad")
-    assert said["reference"] == ("skipped", "out of memory")
-    assert said["sdpa"] == ("skipped", "RuntimeError: no kernel")
-    assert said["plain"][0] == "ok"
+    outcomes = {name: (row["status"], row["why"]) for (name, _), row in found.items()}
+    assert outcomes["torch"] == ("failed", "ValueError: bad")
+    assert outcomes["reference"] == ("skipped", "out of memory")
+    assert outcomes["sdpa"] == ("skipped", "RuntimeError: no kernel")
+    assert outcomes["plain"][0] == "ok"
     real = rows("linear_attention", ("torch",), case=replace(TINY, tokens=2**44), directions=("forward",))
     assert real["torch", "forward"]["why"] == "out of memory"
 
 
-def test_late_providers_are_skipped() -> None:
+def test_providers_are_skipped_after_the_time_limit() -> None:
     assert {row["why"] for row in rows("apply_rope", ("torch",), late=lambda: True).values()} == {"out of time"}
 
 
-def test_a_process_that_is_killed_costs_its_rows_alone() -> None:
+def test_a_killed_process_loses_only_its_rows() -> None:
     assert alone("cpu", lambda why: why, os.abort) == "the process was killed, for lack of memory perhaps"
     assert alone("cpu", lambda why: why, max, 1, 2) == 2
 
 
-def test_peak_memory_is_that_of_the_call() -> None:
+def test_peak_memory_covers_only_the_call() -> None:
     x = torch.ones(2**18)  # 1 MiB
     assert peak_memory(lambda: (x * 2 + 1).sum(), "cpu") == pytest.approx(2 * 2**20, rel=0.01)
 
 
 class TestSuite:
-    """`pytest --benchmark` in a process of its own, on the smallest of its operators."""
+    """`pytest --benchmark` in a subprocess, on its smallest operator."""
 
     def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "pytest", "--benchmark", "-p", "no:cacheprovider", "-k", "apply_rope-1024", *arguments]
@@ -127,23 +129,23 @@ class TestSuite:
             list(map(str, command)), cwd=ROOT, env=settings | environment, capture_output=True, text=True, timeout=300
         )
 
-    def test_rows_hold_what_a_sceptic_asks_for(self, tmp_path: Path) -> None:
+    def test_rows_record_the_environment_and_errors(self, tmp_path: Path) -> None:
         pytest.importorskip("pytest_benchmark")
         done = self.run("--benchmark-json", tmp_path / "run.json")
         assert done.returncode == 0, done.stdout
         run = json.loads((tmp_path / "run.json").read_text())
         assert run["machine_info"]["device"] and run["machine_info"]["torch"] == torch.__version__
-        ours = {row["extra_info"]["direction"]: row for row in run["benchmarks"] if row["extra_info"]["provider"] == "torch"}
-        assert set(ours) == {"forward", "full"}
-        for row in ours.values():
+        rows = {row["extra_info"]["direction"]: row for row in run["benchmarks"] if row["extra_info"]["provider"] == "torch"}
+        assert set(rows) == {"forward", "full"}
+        for row in rows.values():
             info = row["extra_info"]
             names = {"gbps", "tflops", "roofline", "peak_mib", "device", "torch", "triton", "python", "commit", "error"}
             assert names <= set(info) and info["ours_over_theirs"]["reference"] > 0
-            assert row["stats"]["median"] == pytest.approx(info["device_ms"] / 1e3)  # pytest-benchmark's is the device's time
-        assert ours["full"]["extra_info"]["kept_mib"] == 0.25
+            assert row["stats"]["median"] == pytest.approx(info["device_ms"] / 1e3)  # pytest-benchmark reports device time
+        assert rows["full"]["extra_info"]["kept_mib"] == 0.25
         assert "| `apply_rope` / rotary-embedding-torch | 1024 |" in done.stdout
 
-        # Another device's results are refused; the same device's are compared.
+        # Results of another device are refused, those of the same device are compared.
         run["machine_info"]["device"] = "another"
         (tmp_path / "other.json").write_text(json.dumps(run))
         done = self.run("--benchmark-compare", tmp_path / "other.json")
@@ -151,7 +153,7 @@ class TestSuite:
         done = self.run("--benchmark-compare", tmp_path / "run.json")
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def test_a_broken_op_is_red_and_has_no_speed(self, tmp_path: Path) -> None:
+    def test_a_broken_op_fails_and_is_not_timed(self, tmp_path: Path) -> None:
         pytest.importorskip("pytest_benchmark")
         (tmp_path / "breaks_rope.py").write_text("""
 from dataclasses import replace
@@ -180,20 +182,20 @@ def benchmark_row(provider: str, direction: str, **more) -> dict:
     return common | dict(provider=provider, direction=direction, left_out={}) | more
 
 
-def test_the_table_marks_what_is_missed_and_what_is_not_installed() -> None:
+def test_table_marks_missed_budgets_and_missing_packages() -> None:
     name = "rotary-embedding-torch"
-    ours = [
+    rows = [
         benchmark_row("torch", "forward", ours_over_theirs={name: 0.2, "reference": 0.5}),
         benchmark_row("torch", "full", ours_over_theirs={name: 0.25}),
     ]
-    line = table.lines([*ours, benchmark_row(name, "full", kept_mib=4.0)])[2]
+    line = table.lines([*rows, benchmark_row(name, "full", kept_mib=4.0)])[2]
     assert "| 2 / 2 | 0.20 (missed 0.15) / 0.25 | 0.50 /" in line and "| 1.00 | 0.25 |" in line
-    absent = [row | dict(ours_over_theirs={}, left_out={name: f"{name} is not installed"}) for row in ours]
+    absent = [row | dict(ours_over_theirs={}, left_out={name: f"{name} is not installed"}) for row in rows]
     assert "| not installed |" in table.lines(absent)[2]
-    assert "(missed" not in table.lines([row | dict(method="graph") for row in ours])[2]  # the budgets are a CPU's
+    assert "(missed" not in table.lines([row | dict(method="graph") for row in rows])[2]  # budgets are for a CPU
 
 
-def test_the_table_of_models(tmp_path: Path, capsys) -> None:
+def test_table_of_models(tmp_path: Path, capsys) -> None:
     def row(provider: str, dtype: str, direction: str, ms: float, kept: float) -> dict:
         figures = dict(ms=ms, images_per_second=16e3 / ms, peak_mib=2 * kept, kept_mib=kept, theirs="ViP", device="x")
         return dict(model="vip", provider=provider, dtype=dtype, direction=direction, status="ok", why="") | figures
@@ -211,19 +213,19 @@ def test_the_table_of_models(tmp_path: Path, capsys) -> None:
     assert "expected a run of pytest --benchmark or of vix bench --models" in capsys.readouterr().err
 
 
-def test_ratios_are_of_rounds() -> None:
+def test_ratio_is_the_median_over_rounds() -> None:
     assert table.ratio([1.0, 2.0, 9.0], [2.0, 4.0, 3.0]) == 0.5
     assert table.ratio([1.0], [2.0, 4.0, 6.0]) == 0.25
 
 
-def test_the_command_leaves_tables_and_pictures(tmp_path: Path, capsys) -> None:
+def test_bench_writes_tables_and_plots(tmp_path: Path, capsys) -> None:
     arguments = (
         "bench --op linear_attention apply_rope --values 16 32 --mode fwd,bwd,full --rounds 1 --provider torch sdpa reference"
     )
     assert main([*arguments.split(), "--output", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr()
-    assert "linear_attention, forward" in said.out and "SDPA" in said.out
-    assert "apply_rope, tokens 32" in said.err  # progress
+    captured = capsys.readouterr()
+    assert "linear_attention, forward" in captured.out and "SDPA" in captured.out
+    assert "apply_rope, tokens 32" in captured.err  # progress
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"bench.csv", "bench.json"} | {
         f"{name}_fp32.{kind}" for name in ("linear_attention", "apply_rope", "all") for kind in ("png", "svg")
@@ -239,36 +241,36 @@ def test_the_command_leaves_tables_and_pictures(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--provider nobody", "--provider: expected some of"),
+        ("--provider unknown", "--provider: expected some of"),
         ("--mode fwd,both", "argument --mode: expected some of fwd,bwd,full, got 'both'"),
         ("--values 0", "argument --values: expected an integer from 1 to 1048576, got '0'"),
         ("--models nothing*", "--models: no model is called like 'nothing*'; there are vit,"),
         ("--models vip --provider sdpa", "--provider: expected some of ours, compiled, plain, original, got sdpa"),
     ],
 )
-def test_bad_arguments_in_one_line(arguments: str, message: str, capsys) -> None:
+def test_invalid_arguments_give_a_one_line_error(arguments: str, message: str, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["bench", *arguments.split()])
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and message in said.err and said.err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_from_where_on_ours_is_faster() -> None:
+def test_crossings_name_the_length_from_which_vix_is_faster() -> None:
     def row(provider: str, tokens: int, ms: float) -> dict:
         return dict(op="x", direction="forward", provider=provider, tokens=tokens, device_ms=ms, status="ok")
 
-    theirs = [row("sdpa", tokens, 2.0) for tokens in (16, 32, 64)]
+    sdpa = [row("sdpa", tokens, 2.0) for tokens in (16, 32, 64)]
 
-    def said(*times: float) -> str:
-        return next(sweep.crossings([*theirs, *map(row, ["torch"] * 3, (16, 32, 64), times)], "tokens"))
+    def crossing(*times: float) -> str:
+        return next(sweep.crossings([*sdpa, *map(row, ["torch"] * 3, (16, 32, 64), times)], "tokens"))
 
-    assert said(3, 1, 1) == "x, forward: faster than SDPA from 32 tokens on, not at 16"
-    assert said(1, 3, 1) == "x, forward: faster than SDPA from 64 tokens on, not at 32"
-    assert said(1, 1, 1) == "x, forward: faster than SDPA at all of 16, 32, 64 tokens"
-    assert said(1, 1, 3) == "x, forward: not faster than SDPA at 64 tokens, the most of 16, 32, 64"
+    assert crossing(3, 1, 1) == "x, forward: faster than SDPA from 32 tokens on, not at 16"
+    assert crossing(1, 3, 1) == "x, forward: faster than SDPA from 64 tokens on, not at 32"
+    assert crossing(1, 1, 1) == "x, forward: faster than SDPA at all of 16, 32, 64 tokens"
+    assert crossing(1, 1, 3) == "x, forward: not faster than SDPA at 64 tokens, the most of 16, 32, 64"
 
 
-def test_the_command_measures_models(tmp_path: Path, capsys) -> None:
+def test_bench_measures_models(tmp_path: Path, capsys) -> None:
     what = "--models vip_tiny --provider ours original --batch 1 --rounds 1 --output"
     assert main(["bench", *what.split(), str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -277,7 +279,7 @@ def test_the_command_measures_models(tmp_path: Path, capsys) -> None:
     assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 8
 
 
-def test_models_beside_their_originals() -> None:
+def test_models_are_compared_with_their_originals() -> None:
     found = {
         (row["provider"], row["dtype"], row["direction"]): row
         for row in models.measure("hybrid_vip", models.FORMS["cpu"][:3], "cpu", batch=1, rounds=1)
@@ -288,21 +290,21 @@ def test_models_beside_their_originals() -> None:
             assert row["status"] == "ok", row
             assert row["images_per_second"] > 0 and row["peak_mib"] > 0
     assert found["ours", "fp32", "training"]["kept_mib"] < found["original", "fp32", "training"]["kept_mib"]
-    (left_out, _) = models.measure("levit", [("original", "fp32")], "cpu", batch=1, rounds=1)
-    assert (left_out["status"], left_out["why"]) == ("skipped", "there is no original of it")
+    (skipped, _) = models.measure("levit", [("original", "fp32")], "cpu", batch=1, rounds=1)
+    assert (skipped["status"], skipped["why"]) == ("skipped", "there is no original of it")
 
 
 @pytest.mark.parametrize("name", models.PAIRS)
-def test_both_of_a_comparison_are_the_same_model(name: str) -> None:
-    """Give or take repairs: ViL's keys and values have as many heads as its queries, not one."""
-    ours, theirs = (models.make(name, provider, {}, "cpu").to("meta") for provider in ("ours", "original"))
-    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (ours, theirs)]
+def test_models_and_originals_have_equal_sizes(name: str) -> None:
+    """Up to fixes: ViL has as many key and value heads as query heads, its original one."""
+    model, original = (models.make(name, provider, {}, "cpu").to("meta") for provider in ("ours", "original"))
+    sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, original)]
     assert 0.99 < sizes[0] / sizes[1] < (1.15 if name in ("vil", "hybrid_vil") else 1.05)
-    images = torch.empty(2, ours.in_chans, *ours.img_size, device="meta")
-    assert theirs.eval()(images).shape == ours.eval()(images).shape
+    images = torch.empty(2, model.in_chans, *model.img_size, device="meta")
+    assert original.eval()(images).shape == model.eval()(images).shape
 
 
-def test_a_part_of_a_sorted_data_set_has_all_classes() -> None:
+def test_a_subset_of_a_sorted_data_set_has_all_classes() -> None:
     from bench.training import some_of
     from vix_kernels.training.data import HeldImages
 

@@ -1,4 +1,4 @@
-"""Checkpoints survive what happens to a run: kills, full disks, damage."""
+"""Checkpoints survive kills, full disks and damaged files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY = ["--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2", "patch_size=
 
 
 def numbered(step: int) -> dict[str, Any]:
-    """A checkpoint whose every tensor holds its step."""
+    """Return a checkpoint whose tensors are filled with its step."""
     weights = {f"layer{i}": torch.full((64, 256), float(step)) for i in range(4)}
     moments = {f"{name}:exp_avg": value for name, value in weights.items()}
     rest = {"config": {}, "model_kwargs": {}, "data": {}, "epoch": 0, "step": step, "history": []}
@@ -33,16 +33,16 @@ def numbered(step: int) -> dict[str, Any]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path: Path, sharded: bool) -> None:
+def test_a_kill_at_any_moment_keeps_the_last_complete_checkpoint(tmp_path: Path, sharded: bool) -> None:
     path, moments = tmp_path / "last.pt", random.Random(0)
     warnings.simplefilter("ignore")
     save_checkpoint(path, numbered(0), Ranks(), sharded)
-    begun = 0
+    start = 0
     for _ in range(20):
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
-            for step in range(begun + 1, begun + 1000):
+            for step in range(start + 1, start + 1000):
                 save_checkpoint(path, numbered(step), Ranks(), sharded)
                 os.write(writing, struct.pack("i", step))
             os._exit(0)
@@ -50,20 +50,20 @@ def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path: Path, s
         time.sleep(moments.uniform(0.002, 0.15))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        said = os.read(reading, 1 << 16)
+        written = os.read(reading, 1 << 16)
         os.close(reading)
-        complete = struct.unpack(f"{len(said) // 4}i", said)[-1] if said else begun
+        complete = struct.unpack(f"{len(written) // 4}i", written)[-1] if written else start
         found = load_checkpoint(path)
-        assert found["step"] in (complete, complete + 1)  # killed between the write and the word of it
+        assert found["step"] in (complete, complete + 1)  # the kill may come before the write is reported
         for part in ("model", "optimizer"):
             assert found[part] and all((value == found["step"]).all() for value in found[part].values())
-        begun = found["step"]
-    assert begun > 20
+        start = found["step"]
+    assert start > 20
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_full_disk_at_any_byte_keeps_the_old_one(tmp_path: Path, sharded: bool) -> None:
-    """By the system's limit on the size of files. Torch raises a RuntimeError for most sizes, an OSError for the last bytes."""
+def test_a_full_disk_at_any_byte_keeps_the_old_checkpoint(tmp_path: Path, sharded: bool) -> None:
+    """Simulated by the limit on file sizes. Torch raises a RuntimeError for most sizes, an OSError for the last bytes."""
     resource = pytest.importorskip("resource")
     path = tmp_path / "last.pt"
     warnings.simplefilter("ignore")
@@ -83,7 +83,7 @@ def test_a_full_disk_at_any_byte_keeps_the_old_one(tmp_path: Path, sharded: bool
     assert load_checkpoint(path)["step"] == 2
 
 
-def test_a_full_disk_for_a_checkpoint_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_full_disk_gives_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def full(path: Path, *args: Any) -> None:
         if path.exists():
             raise OSError(28, "No space left on device")
@@ -92,13 +92,13 @@ def test_a_full_disk_for_a_checkpoint_is_one_line(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(run, "save_checkpoint", full)
     with pytest.raises(SystemExit) as stop:
         main(["train", "--epochs", "1", "-b", "512", "--output", str(tmp_path), *TINY])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1
-    assert f"{tmp_path / 'last.pt'}: [Errno 28] No space left on device; the previous one is kept" in said
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert f"{tmp_path / 'last.pt'}: [Errno 28] No space left on device; the previous one is kept" in error
     assert load_checkpoint(tmp_path)["epoch"] == 0
 
 
-def test_a_full_disk_for_the_shards_is_an_os_error(tmp_path: Path) -> None:
+def test_shards_that_cannot_be_written_raise_an_os_error(tmp_path: Path) -> None:
     (tmp_path / "shards").write_text("a file where the folder should be")
     with warnings.catch_warnings(), pytest.raises(OSError, match="shards"):
         warnings.simplefilter("ignore")
@@ -118,8 +118,8 @@ def test_the_best_epochs_are_kept(tmp_path: Path) -> None:
     assert set(tmp_path.glob("epoch-*.pt")) == kept
 
 
-def test_a_recovery_checkpoint_inside_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As often as asked, and before the first epoch ends."""
+def test_recovery_checkpoints_are_saved_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the requested interval, starting in the first epoch."""
     saved = []
     save = run.Run.save
     monkeypatch.setattr(run.Run, "save", lambda self, name: (saved.append((name, self.steps_done)), save(self, name)))
@@ -128,20 +128,20 @@ def test_a_recovery_checkpoint_inside_an_epoch(tmp_path: Path, monkeypatch: pyte
     assert saved == [("last.pt", 0), ("last.pt", 2), ("last.pt", 4), ("last.pt", 6), ("best.pt", 6), ("last.pt", 6)]
 
 
-def test_a_diverged_run_names_the_step_and_keeps_the_state_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_diverged_run_names_the_step_and_keeps_the_last_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["train", "--epochs", "3", "-b", "256", "--output", str(tmp_path), *TINY]
     assert main(argv) == 0
     good = load_checkpoint(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["train", "--resume", str(tmp_path), "--epochs", "5", "--lr", "1e30", "--clip-grad", "0"])
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert "the loss of step" in said and "of epoch 4 is not finite" in said and "--lr" in said
+    error = capsys.readouterr().err
+    assert "the loss of step" in error and "of epoch 4 is not finite" in error and "--lr" in error
     kept = load_checkpoint(tmp_path)
     torch.testing.assert_close(kept["model"], good["model"], rtol=0, atol=0)
 
 
-def test_the_first_step_that_is_not_finite_is_the_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_the_first_non_finite_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vix_kernels.training import Config, loop
 
     augmented, steps = loop.augmented, []
@@ -159,7 +159,7 @@ def test_the_first_step_that_is_not_finite_is_the_one_that_is_named(tmp_path: Pa
 def test_broken_weights_are_never_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The loss of a step is from before its update."""
+    """The loss of a step is computed before its update, so it does not show broken weights."""
     step, steps = Optimizer.step, []
 
     def broken(self: Optimizer, *args: Any) -> None:
@@ -178,17 +178,17 @@ def test_broken_weights_are_never_saved(
 
 
 @pytest.mark.parametrize("row", [1.5, {"epoch": 1}, {"epoch": 1, "eval_top1": {}, "eval_loss": 1.0, "seconds": 1.0}])
-def test_a_history_of_other_values_is_refused(row: Any, tmp_path: Path, refused) -> None:
+def test_a_history_with_invalid_rows_is_refused(row: Any, tmp_path: Path, refused) -> None:
     torch.save(numbered(1) | {"history": [row]}, tmp_path / "last.pt")
     assert "is not a checkpoint of vix train" in refused("--resume", tmp_path)
 
 
-def test_settings_of_other_types_are_refused(tmp_path: Path, refused) -> None:
+def test_settings_of_the_wrong_type_are_refused(tmp_path: Path, refused) -> None:
     torch.save(numbered(1) | {"config": {"time_to": [], "min_lr": {}, "lr": None}}, tmp_path / "last.pt")
     assert "--lr: expected float, got None" in refused("--resume", tmp_path, "--epochs", "3")
 
 
-def test_damaged_shards_are_one_line(tmp_path: Path, refused) -> None:
+def test_damaged_shards_give_a_one_line_error(tmp_path: Path, refused) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save_checkpoint(tmp_path / "last.pt", numbered(1), Ranks(), sharded=True)
@@ -199,23 +199,23 @@ def test_damaged_shards_are_one_line(tmp_path: Path, refused) -> None:
     assert "is damaged" in refused("--resume", tmp_path)
 
 
-def test_a_restart_before_the_first_checkpoint_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_before_the_first_checkpoint_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "args.yaml").write_text("")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert main(["train", "--epochs", "1", "-b", "512", "--output", str(tmp_path), *TINY]) == 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert main(["train", "--epochs", "2", "-b", "512", "--output", str(tmp_path), *TINY]) == 0  # goes on by itself
+    assert main(["train", "--epochs", "2", "-b", "512", "--output", str(tmp_path), *TINY]) == 0  # resumes without --resume
     assert len(load_checkpoint(tmp_path)["history"]) == 2
 
 
-def test_a_branch_without_a_best_checkpoint_ends_well(tmp_path: Path) -> None:
+def test_a_branched_run_needs_no_best_checkpoint(tmp_path: Path) -> None:
     assert main(["train", "--epochs", "2", "-b", "256", "--output", str(tmp_path / "run"), *TINY]) == 0
     (tmp_path / "run" / "best.pt").unlink()
     argv = ["--epochs", "3", "--lr", "1e-9", "--output", str(tmp_path / "branch")]
     assert main(["train", "--resume", str(tmp_path / "run" / "last.pt"), *argv]) == 0
 
 
-def test_no_pickle_is_run(tmp_path: Path, refused) -> None:
+def test_pickled_code_is_not_executed(tmp_path: Path, refused) -> None:
     class Evil:
         def __reduce__(self):
             return print, ("run",)

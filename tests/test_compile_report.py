@@ -1,4 +1,4 @@
-"""The compile report: what it reads out of machine code, and what it calls worse. No GPU, no interpreter."""
+"""The compile report: reading machine code and detecting regressions. Needs no GPU and no interpreter."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def attention_kernel(q, k, out, stride, N, D: tl.constexpr, BLOCK: tl.constexpr)
 
 
 def compile_toy(target: str) -> list[offline.CompiledLaunch]:
-    """Twice on aligned rows, of two lengths, and once on a view that starts one element further on."""
+    """Compile two launches on aligned rows of different lengths, and one on a view that is offset by one element."""
     x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
     shifted = torch.empty(1024 * 64 + 1, dtype=torch.bfloat16, device="meta")[1:].view(1024, 64)
     meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
@@ -71,19 +71,19 @@ def compile_performer(target: str) -> list[offline.CompiledLaunch]:
 
 
 def shared_both_ways(target: str) -> list[int]:
-    """Bytes of the toy, stopped after the allocation and compiled to the end."""
+    """Return the toy's shared memory in bytes, from a compilation stopped after allocation and from a full one."""
     x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
     meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     arguments = x, x, x, x.stride(0), 1024
     with offline.capture(target):
         with shared_memory.allocation_only(), pytest.raises(shared_memory.Allocated) as stopped:
             attention_kernel.warmup(*arguments, grid=(16,), **meta)
-        whole = attention_kernel.warmup(*arguments, grid=(16,), **meta)
-    return [stopped.value.args[0], whole.metadata.shared]
+        complete = attention_kernel.warmup(*arguments, grid=(16,), **meta)
+    return [stopped.value.args[0], complete.metadata.shared]
 
 
-def in_own_process(function: str, target: str) -> list[dict]:
-    """What a function of this file returns where nothing is interpreted."""
+def in_subprocess(function: str, target: str) -> list[dict]:
+    """Return the result of a function of this file, run in a process without the interpreter."""
     with compile_report.worker_environment():
         command = [sys.executable, __file__, function, target]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
@@ -93,16 +93,16 @@ def in_own_process(function: str, target: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def toy() -> list[dict]:
-    return in_own_process("compile_toy", "sm_90")
+    return in_subprocess("compile_toy", "sm_90")
 
 
-def test_equal_specialisations_are_compiled_once(toy):
+def test_equal_specializations_are_compiled_once(toy):
     assert [each["launches"] for each in toy] == [2, 1]
     assert [each["signature"]["q"] for each in toy] == ["*bf16:16", "*bf16"]
     assert toy[0]["constexprs"] == {"D": 64, "BLOCK": 64}
 
 
-def test_resources_come_from_the_machine_code(toy):
+def test_resources_are_read_from_machine_code(toy):
     used = toy[0]["resources"]
     assert 0 < used["registers"] <= 255
     assert used["spilled"] == 0
@@ -111,13 +111,13 @@ def test_resources_come_from_the_machine_code(toy):
     assert 0 < toy[0]["shared"] <= TARGETS["sm_90"].shared_memory
 
 
-def test_a_view_off_alignment_is_seen(toy):
+def test_a_misaligned_view_has_narrower_loads(toy):
     assert "128" not in toy[1]["resources"]["loads"]
     assert "128" in toy[1]["resources"]["stores"]
 
 
-def test_resources_come_from_the_machine_code_of_amd_too():
-    aligned, shifted = in_own_process("compile_toy", "gfx942")
+def test_resources_are_read_from_amd_machine_code():
+    aligned, shifted = in_subprocess("compile_toy", "gfx942")
     used = aligned["resources"]
     assert 0 < used["registers"] <= 512
     assert used["spilled"] == 0
@@ -126,7 +126,7 @@ def test_resources_come_from_the_machine_code_of_amd_too():
     assert 0 < aligned["shared"] <= 65_536
 
 
-def test_amd_assembly():
+def test_amd_assembly_is_parsed():
     used = machine_code.read_amdgcn("""
 \tbuffer_load_dwordx4 v[10:13], v6, s[4:7], 0 offen
 \tglobal_load_lds_dwordx4 v[0:1], off
@@ -147,9 +147,9 @@ def test_amd_assembly():
 
 
 def test_a_public_call_is_compiled():
-    """And is what the design promises of the forward moves at this width."""
-    launches = in_own_process("compile_performer", "sm_90")
-    # Batch and heads of this call leave most of the GPU idle: the tokens are split.
+    """The forward kernels at this width use matrix instructions and 128-bit accesses, without spills."""
+    launches = in_subprocess("compile_performer", "sm_90")
+    # Batch and heads are too few to fill the GPU, so the tokens are split.
     assert [each["kernel"] for each in launches] == [
         "aggregate_forward_kernel",
         "merge_softmax_kernel",
@@ -162,7 +162,7 @@ def test_a_public_call_is_compiled():
         assert "128" in used["loads"] and "128" in used["stores"]
 
 
-def test_launches_of_torch_are_counted():
+def test_torch_launches_are_counted():
     x = torch.empty(4, 6, dtype=torch.bfloat16, device="meta")
     with torch.autograd.profiler.profile() as profile:
         x.transpose(0, 1).contiguous().view(4, 6).float().sum(-1, keepdim=True) + torch.zeros(4, 1, device="meta")
@@ -173,16 +173,18 @@ def test_launches_of_torch_are_counted():
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_launch_fits_its_shared_memory(arch):
-    """Everything that the launch table can serve, by the committed table, which has to be of these tiles and kernels."""
+    """Covers every entry that the launch table can serve. The committed table must match the current tiles and kernels."""
     rows = read_csv(shared_memory.COMMITTED, shared_memory.Row)
     served = shared_memory.entries(arch)
     assert {(entry.bits, entry.width) for entry in served} == set(product((16, 32), (16, 32, 64, 128, 256)))
     missing = shared_memory.missing(rows, arch)
-    assert not missing, f"`vix dev compile-report --shared --write` has to measure {len(missing)} entries, first {missing[0]}"
+    assert not missing, (
+        f"{len(missing)} entries are not measured, such as {missing[0]}: run `vix dev compile-report --shared --write`"
+    )
     assert shared_memory.excesses(rows, arch) == []
 
 
-def test_what_a_table_of_shared_memory_lacks_is_named(monkeypatch):
+def test_missing_and_excessive_shared_memory_is_named(monkeypatch):
     tile = find_tile("sm_86", "aggregate_slots", 16, 128, False)[1]
     names = "3.9.0", "sm_86", "aggregate_slots", 16, 128, " ".join(map(str, tile)), sources.code_hash("aggregate_slots")
     row = shared_memory.Row(*names, 101_377)
@@ -191,21 +193,23 @@ def test_what_a_table_of_shared_memory_lacks_is_named(monkeypatch):
     (found,) = shared_memory.excesses([row], "sm_86")
     assert found.startswith("aggregate_slots 16 bits width 128") and found.endswith("sm_86 has 101376")
     assert shared_memory.excesses([replace(row, shared=101_376)], "sm_86") == []
-    assert shared_memory.excesses([row], "sm_80") == []  # it has more, and other tiles
+    assert shared_memory.excesses([row], "sm_80") == []  # sm_80 has more memory and other tiles
     for stale in (replace(row, source="another"), replace(row, tile="64 64 4 1 tf32x3 False")):
         assert entry in shared_memory.missing([stale], "sm_86") and shared_memory.excesses([stale], "sm_86") == []
-    assert entry in shared_memory.missing([row, replace(row, triton="3.6.0", kernel="rotate")], "sm_86")  # each version
+    assert entry in shared_memory.missing(
+        [row, replace(row, triton="3.6.0", kernel="rotate")], "sm_86"
+    )  # one row per Triton version
     monkeypatch.setitem(OVERRIDES["sm_86"], ("aggregate_slots", 16, 128), tile._replace(num_stages=4))
     assert entry not in shared_memory.entries("sm_86")
 
 
-def test_shared_memory_is_what_the_compiler_allocates():
-    """Stopping before the machine code changes nothing."""
-    (stopped, whole) = in_own_process("shared_both_ways", "sm_86")
-    assert stopped == whole > 0
+def test_shared_memory_equals_that_of_a_full_compilation():
+    """Stopping the compilation after allocation does not change the number."""
+    (stopped, complete) = in_subprocess("shared_both_ways", "sm_86")
+    assert stopped == complete > 0
 
 
-def test_equal_rows_pass():
+def test_equal_rows_are_no_regression():
     assert regressions([SM90_16_BIT], [SM90_16_BIT]) == []
     assert violations([SM90_16_BIT]) == []
 
@@ -221,18 +225,18 @@ def test_equal_rows_pass():
         ({"stores": "16:32"}, "0% of the bytes of its stores are in 128-bit accesses, was 100%"),
     ],
 )
-def test_what_is_worse_is_named_once(change, message):
+def test_each_regression_is_named_once(change, message):
     (found,) = regressions([replace(SM90_16_BIT, **change)], [SM90_16_BIT])
     assert message in found
     assert found.startswith("broadcast_kernel sm_90 bf16 width 64 (N:64; performer forward 16,110")
 
 
-def test_better_is_not_worse():
+def test_improvements_are_no_regression():
     old = replace(SM90_16_BIT, spilled=8, matrix="HMMA:64 HMMA.TF32:8", loads="16:96", stores="64:2")
     assert regressions([SM90_16_BIT], [old]) == []
 
 
-def test_another_configuration_of_the_same_use_is_compared():
+def test_rows_are_compared_by_use_not_by_configuration():
     slower = replace(SM90_16_BIT, blocks="N:32", matrix="HMMA:64", uses="performer forward 110")
     others = replace(SM90_16_BIT, uses="performer forward 16; performer+rope forward 16")
     assert len(regressions([slower, others], [SM90_16_BIT])) == 1
@@ -240,7 +244,7 @@ def test_another_configuration_of_the_same_use_is_compared():
     assert regressions([replace(slower, width=32)], [SM90_16_BIT]) == []
 
 
-def test_uses_that_come_and_go_are_named():
+def test_new_and_vanished_uses_are_named():
     renamed = regressions([replace(SM90_16_BIT, kernel="spread_kernel", spilled=8)], [SM90_16_BIT])
     where = "sm_90 bf16 width 64, 16 slots"
     assert renamed == [
@@ -265,16 +269,16 @@ def test_uses_that_come_and_go_are_named():
         ({"arch": "sm_100", "tensor_memory": 640}, "640 columns of tensor memory"),
     ],
 )
-def test_limits(change, message):
+def test_exceeded_limits_are_named(change, message):
     (found,) = violations([replace(SM90_16_BIT, **change)])
     assert message in found
 
 
-def test_within_limits():
+def test_values_within_limits_pass():
     assert violations([replace(SM90_16_BIT, width=256, spilled=64), replace(SM90_16_BIT, shared=101_377)]) == []
 
 
-def test_amd_may_not_become_worse():
+def test_amd_regressions_are_named():
     assert violations([GFX942]) == []
     assert regressions([replace(GFX942, spilled=48)], [GFX942]) == []
     (found,) = regressions([replace(GFX942, spilled=56)], [GFX942])
@@ -288,8 +292,8 @@ def test_amd_may_not_become_worse():
     [
         ("sm_80", (4, 32, 0), 100),  # 16 blocks
         ("sm_90", (4, 168, 40_960), 18),  # three warps on each quarter of the registers
-        ("sm_90", (4, 169, 40_960), 12),  # registers come in eights
-        ("sm_86", (4, 64, 50_176), 16),  # with the reserved KiB exactly half of the shared memory
+        ("sm_90", (4, 169, 40_960), 12),  # registers are allocated in groups of eight
+        ("sm_86", (4, 64, 50_176), 16),  # with the reserved KiB, exactly half of the shared memory
         ("sm_86", (4, 64, 50_177), 8),
         ("sm_86", (1, 32, 0), 33),  # 16 blocks
         ("sm_100", (8, 32, 0, 256), 25),  # two blocks share the tensor memory
@@ -299,12 +303,12 @@ def test_amd_may_not_become_worse():
         ("gfx950", (4, 64, 16_384), 100),  # the registers hold eight workgroups, the LDS nine
     ],
 )
-def test_occupancy(arch, kernel, percent):
+def test_occupancy_of_a_kernel(arch, kernel, percent):
     assert TARGETS[arch].occupancy(*kernel) == percent
 
 
-def test_the_committed_table_is_whole_and_of_these_sources():
-    """Code of a kernel or tiles that changed since: `make report ARGS=--write`."""
+def test_the_committed_table_is_complete_and_current():
+    """If a kernel or tile has changed since, run `make report ARGS=--write`."""
     rows = read_csv(compile_report.TABLE, Row)
     assert violations(rows) == [] and outdated(rows) == []
     newest, oldest = {row.triton for row in rows} - {"3.6.0"}, "3.6.0"
@@ -315,13 +319,13 @@ def test_the_committed_table_is_whole_and_of_these_sources():
     }
 
 
-def test_a_kernel_or_tile_that_changed_makes_its_rows_old(monkeypatch):
+def test_rows_of_a_changed_kernel_or_tile_are_outdated(monkeypatch):
     row = replace(SM90_16_BIT, kernel="broadcast_slots_kernel", source=sources.source_hash("broadcast_slots_kernel", "sm_90"))
     assert outdated([row]) == [] and outdated([replace(row, arch="sm_80")]) == ["broadcast_slots_kernel sm_80"]  # other tiles
     functions = {name: [*words] for name, words in sources.device_code().items()}
     assert '"""' not in "".join(functions["broadcast_slots_kernel"])
     assert "LOG2E" in functions and "LOG2E" in functions["broadcast_slots_kernel"]
-    functions["exps_below"].append("pass")  # which it calls
+    functions["exps_below"].append("pass")  # called by the kernel
     monkeypatch.setattr(sources, "device_code", lambda: functions)
     sources.code_hash.cache_clear()
     sources.source_hash.cache_clear()
@@ -332,18 +336,18 @@ def test_a_kernel_or_tile_that_changed_makes_its_rows_old(monkeypatch):
         sources.source_hash.cache_clear()
 
 
-def test_table_is_stable_text(tmp_path):
+def test_tables_are_sorted_and_stable(tmp_path):
     rows = [replace(SM90_16_BIT, arch=arch, dtype=dtype) for arch in ("sm_100", "sm_80") for dtype in ("fp32", "fp16")]
     write_table(tmp_path / "a.csv", rows)
-    back = read_csv(tmp_path / "a.csv", Row)
-    write_table(tmp_path / "b.csv", reversed(back))
-    assert [(row.arch, row.dtype) for row in back] == [
+    read = read_csv(tmp_path / "a.csv", Row)
+    write_table(tmp_path / "b.csv", reversed(read))
+    assert [(row.arch, row.dtype) for row in read] == [
         ("sm_80", "fp16"), ("sm_80", "fp32"), ("sm_100", "fp16"), ("sm_100", "fp32"),
     ]  # fmt: skip
     assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
 
 
-def test_a_row_out_of_place_does_not_cost_the_old_table(tmp_path):
+def test_an_invalid_row_keeps_the_old_table(tmp_path):
     write_table(tmp_path / "a.csv", [SM90_16_BIT])
     before = (tmp_path / "a.csv").read_text()
     with pytest.raises(ValueError):
@@ -371,7 +375,7 @@ def test_a_damaged_table_is_refused(tmp_path, capsys):
         (["--write", "--op", "linear_attention"], "a table is written with all ops"),
     ],
 )
-def test_bad_arguments(argv, message, capsys):
+def test_invalid_arguments_give_a_one_line_error(argv, message, capsys):
     with pytest.raises(SystemExit) as exit:
         compile_report.main(argv)
     assert exit.value.code == 2
@@ -379,12 +383,12 @@ def test_bad_arguments(argv, message, capsys):
     assert message in line
 
 
-def test_unknown_target():
+def test_unknown_targets_are_refused():
     with pytest.raises(ValueError, match=r"target: expected one of sm_80.*got 'sm_42'"), offline.target("sm_42"):
         pass
 
 
-def test_a_failure_leaves_launches_as_they_were():
+def test_a_failure_restores_launches():
     with pytest.raises(KeyError), offline.target("sm_90"):
         assert conditions.current.observer is not None
         raise KeyError

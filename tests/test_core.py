@@ -1,4 +1,4 @@
-"""A core that another package registers is known everywhere, without an edit of anything here."""
+"""A core that another package registers works everywhere, without changes to this library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vix_kernels.nn.core import Core, register
 @register("even")
 @dataclass(frozen=True)
 class Even(Core):
-    """Every query gets the mean of the values that take part, times `factor`."""
+    """Every query gets the mean of the valid values, times `factor`."""
 
     factor: float = 1.0
 
@@ -101,8 +101,8 @@ torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v))
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("use", USES)
-def test_a_core_of_another_package_is_everywhere(use: str, late: bool, tmp_path: Path) -> None:
-    """Registered before the integrations are imported, or after."""
+def test_a_registered_core_works_everywhere(use: str, late: bool, tmp_path: Path) -> None:
+    """Registration may come before or after the integrations are imported."""
     if not find_spec(use.partition(".")[0]) and use != "zoo":
         pytest.skip(f"{use} is not installed")
     (tmp_path / "even.py").write_text(EVEN)
@@ -115,7 +115,7 @@ def test_a_core_of_another_package_is_everywhere(use: str, late: bool, tmp_path:
 
 
 def test_a_core_with_parameters_is_a_child_module_of_its_host(tmp_path: Path) -> None:
-    """Its parameters are the host's, under `vix`; without a module to hold them it is refused by name."""
+    """The host gets its parameters, under `vix`. Without a module to hold them, the core is refused by name."""
     pytest.importorskip("timm")
     (tmp_path / "learned.py").write_text(LEARNED)
     code = """
@@ -169,7 +169,7 @@ for make in (replace_sdpa, lambda *args, **options: DropIn(*args, **options)(x, 
     assert done.returncode == 0, done.stderr
 
 
-def test_the_command_line_imports_it_first(tmp_path: Path) -> None:
+def test_the_command_line_imports_a_core_first(tmp_path: Path) -> None:
     (tmp_path / "even.py").write_text(EVEN)
     command = [sys.executable, "-m", "vix_kernels", "--import", "even", "train", "--model", "vit", "--epochs", "1"]
     command += ["--warmup-epochs", "0", "--output", "run", "--model-kwargs", "mixer=even", "factor=0.5", "depth=1"]
@@ -182,7 +182,7 @@ def test_the_command_line_imports_it_first(tmp_path: Path) -> None:
     assert wrong.returncode == 2 and wrong.stderr == "vix: error: --import: cannot import nothing: No module named 'nothing'\n"
 
 
-def test_what_a_core_does_not_accept_is_refused() -> None:
+def test_arguments_that_a_core_does_not_accept_are_refused() -> None:
     class Plain(Nystrom):
         name = "plain"
 
@@ -195,22 +195,22 @@ def test_what_a_core_does_not_accept_is_refused() -> None:
             module(x, **{argument: given})
 
 
-def test_a_name_of_an_operator_is_given_once() -> None:
+def test_operator_names_are_unique() -> None:
     spec = SPECS["apply_rope"]
     with pytest.raises(ValueError, match="name: expected one that is free, got 'apply_rope'"):
         register_operator(replace(spec, reference=spec.function))
     assert SPECS["apply_rope"] is spec
 
 
-def test_random_features_take_gradients_only_where_they_are_learned() -> None:
-    """The operator's specification says which tensors these are, whatever their names."""
+def test_only_learned_features_take_gradients() -> None:
+    """The operator's specification names the tensors that are fixed unless features are learned."""
     spec = replace(SPECS["performer_attention"], fixed=("v",))
     for learned, trained in ((False, {"q", "k", "projection"}), (True, {"q", "k", "v", "projection"})):
         problem = draw(spec, Case("small", learned=learned), torch.float32, "cpu")
         assert {name for name, x in problem.tensors.items() if x.requires_grad} == trained
 
 
-def test_a_name_is_given_once() -> None:
+def test_registered_names_are_unique() -> None:
     with pytest.raises(ValueError, match="name: expected an unused name, got 'nystrom', the name of Nystrom"):
         register("nystrom")(type("Other", (Nystrom,), {}))
     assert CORES["nystrom"] is Nystrom
@@ -218,7 +218,7 @@ def test_a_name_is_given_once() -> None:
 
 @pytest.mark.parametrize("argument", ["cu_seqlens", "group"])
 @pytest.mark.parametrize("name", CORES)
-def test_what_is_not_built_yet_is_refused_by_name(name: str, argument: str) -> None:
+def test_unsupported_arguments_are_refused_by_name(name: str, argument: str) -> None:
     what = {"cu_seqlens": "packed samples", "group": "a process group"}[argument]
     given = {argument: torch.tensor([0, 2, 6], dtype=torch.int32) if argument == "cu_seqlens" else object()}
     site = Site(8, 2, grid_size=(2, 3), num_tokens=6)
@@ -231,8 +231,8 @@ def test_what_is_not_built_yet_is_refused_by_name(name: str, argument: str) -> N
 
 
 @pytest.mark.parametrize("name", ["nystrom", "agent"])
-def test_a_grid_of_one_call(name: str) -> None:
-    """Landmarks and agents lie on the grid of the call, not on the one that they were made for."""
+def test_the_grid_of_a_call_overrides_that_of_the_core(name: str) -> None:
+    """Landmarks and agents follow the grid passed to the call."""
     options = {"nystrom": dict(num_landmarks=4, landmarks="grid"), "agent": dict(num_agents=4)}[name]
     torch.manual_seed(0)
     module = make_module(CORES[name](**options, grid_size=(4, 6)), 16, num_heads=2)

@@ -1,4 +1,4 @@
-"""What a call costs, what that predicts, and launch configurations from measurements; no GPU needed."""
+"""Costs of a call, predictions from them, and tuning of launch configurations. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def cost(op: str, direction: str = "forward", case: Case = CASE, dtype: torch.dt
     return cost(SPECS[op], case, dtype, direction, "sm_90")
 
 
-def test_bytes_of_a_forward_are_inputs_and_outputs() -> None:
-    """Counted by hand: queries and keys of different number, values of another width, the statistics of each row."""
+def test_forward_bytes_are_inputs_and_outputs() -> None:
+    """Counted by hand for different numbers of queries and keys, another value width, and the statistics of each row."""
     k, v, q, out = 2 * 3 * 40 * 16 * 2, 2 * 3 * 40 * 24 * 2, 2 * 3 * 10 * 16 * 2, 2 * 3 * 10 * 24 * 2
     slots, values, lse, rows = 9 * 16 * 4, 2 * 3 * 9 * 24 * 4, 2 * 3 * 9 * 4, 2 * 3 * 10 * 4
-    state = values + 3 * lse  # with top and total
+    state = values + 3 * lse  # lse, running max and total
     assert cost("aggregate").bytes == slots + k + v + state
     assert cost("performer_attention").bytes == (slots + k + v + state) + (q + slots + values + lse + out + 2 * rows)
 
 
-def test_a_mask_and_tables_are_read_and_a_shared_projection_once() -> None:
+def test_masks_and_tables_are_read_and_a_shared_projection_only_once() -> None:
     square = replace(CASE, queries=None)
     plain, masked = cost("aggregate", case=square).bytes, cost("aggregate", case=replace(square, masked=True)).bytes
     assert masked == plain + 2 * 40
@@ -52,13 +52,13 @@ def test_flops_and_exponentials_follow_queries_and_tokens() -> None:
     assert forward.flops == 2 * each * (40 + 10) * (16 + 24) and backward.flops == 2 * forward.flops
 
 
-def test_launches_are_those_that_a_call_makes(monkeypatch) -> None:
-    from vix_kernels._triton import launch as door
+def test_launch_counts_match_a_real_call(monkeypatch) -> None:
+    from vix_kernels._triton import launch as launcher
 
     counted = [cost("performer_attention", direction).launches for direction in ("forward", "backward")]
     problem = SPECS["performer_attention"].problem(CASE)
     leaves = {name: x.requires_grad_(name != "projection") for name, x in problem.tensors.items()}
-    made, run = [], door.launch
+    made, run = [], launcher.launch
     for module in ("aggregate", "broadcast", "merge"):
         monkeypatch.setattr(f"vix_kernels._triton.{module}.launch", lambda *args, **meta: (made.append(1), run(*args, **meta)))
     outputs = replace(problem, tensors=leaves)(backend="triton")
@@ -67,7 +67,7 @@ def test_launches_are_those_that_a_call_makes(monkeypatch) -> None:
     assert counted == [forward, len(made) - forward]
 
 
-def test_counting_leaves_the_door_and_the_driver_as_they_were() -> None:
+def test_counting_restores_the_observer_and_the_driver() -> None:
     from triton.runtime.driver import driver
 
     from vix_kernels import conditions
@@ -86,19 +86,19 @@ def test_counting_leaves_the_door_and_the_driver_as_they_were() -> None:
         (dict(launches=10**6), "launch"),
     ],
 )
-def test_the_longest_time_is_predicted(change: dict, bound: str) -> None:
+def test_the_slowest_resource_determines_the_prediction(change: dict, bound: str) -> None:
     seconds, on = predict(replace(cost("aggregate"), **change), H100, "bf16")
     rates = dict(memory=H100.bandwidth, matrix=H100.matrix, exp=H100.exps, launch=1 / roofline.LAUNCH)
     assert on == bound and seconds == pytest.approx(next(iter(change.values())) / rates[bound])
 
 
-def test_float32_takes_the_faster_way() -> None:
+def test_float32_uses_the_faster_of_two_units() -> None:
     rates = {gpu.name: gpu.flops("fp32") for gpu in GPUS}
     assert rates["A100"] == 156e12 / 3 and rates["RTX 4090"] == 82.6e12
 
 
-def test_measured_times_stand_beside_predictions(tmp_path, capsys) -> None:
-    """Those of the newest run, of our kernels, on the very same GPU, shape and direction."""
+def test_measured_times_are_matched_to_predictions(tmp_path, capsys) -> None:
+    """Uses the newest run, Triton kernels, and exactly the same GPU, shape and direction."""
     first = asdict(next(roofline.rows(["apply_rope"], [H100], ["bf16"])))
     line = {name: first[name] for name in KEY} | dict(device="NVIDIA H100 80GB HBM3", provider="triton", device_ms="")
     for run, milliseconds in (("2026-01-02-aaa", 0.25), ("2026-01-03-bbb", 0.5)):
@@ -123,7 +123,7 @@ def test_measured_times_stand_beside_predictions(tmp_path, capsys) -> None:
     assert next(row for row in rows if row["measured_us"])["gpu"] == "H100"
 
 
-def test_the_table_says_that_it_predicts(capsys) -> None:
+def test_the_table_is_labeled_as_a_prediction(capsys) -> None:
     assert main(["dev", "roofline", "--op", "apply_rope", "--gpu", "H100", "--results", "/nowhere"]) == 0
     out = capsys.readouterr().out
     assert "predicted_us" in out and "not from a GPU" in out
@@ -131,7 +131,7 @@ def test_the_table_says_that_it_predicts(capsys) -> None:
 
 
 class TestTune:
-    """In the interpreter: its times mean nothing, its numbers do."""
+    """Runs in the interpreter: its times are meaningless, its results are not."""
 
     KEY = ("aggregate_forward", 32, 16)
 
@@ -147,11 +147,11 @@ class TestTune:
         counted, entries = capsys.readouterr().out.split("\n\n")
         found = {"interpreter": {}}
         exec(entries, {"OVERRIDES": found, "Tile": launch_table.Tile})
-        wanted = {} if row["best"] == row["present"] else {self.KEY: launch_table.Tile(**row["best"])}
-        assert found == {"interpreter": wanted}
+        expected = {} if row["best"] == row["present"] else {self.KEY: launch_table.Tile(**row["best"])}
+        assert found == {"interpreter": expected}
         assert "1 of 1 keys" in counted
 
-    def test_a_trial_reaches_the_launches_and_ends(self) -> None:
+    def test_a_trial_changes_launches_until_it_ends(self) -> None:
         from vix_kernels.measure import tune
 
         bench = tune.Bench(SPECS["aggregate"], "backward", Case("tune", 1, 1, 20, features=8), 32, "cpu")
@@ -162,7 +162,7 @@ class TestTune:
             assert tune.present_tile("interpreter", self.KEY) == tile
         assert tune.present_tile("interpreter", self.KEY) != tile
 
-    def test_what_is_wrong_or_does_not_launch_is_refused(self, monkeypatch) -> None:
+    def test_incorrect_or_failing_tiles_are_refused(self, monkeypatch) -> None:
         import time
 
         from vix_kernels.measure import tune
@@ -183,7 +183,7 @@ class TestTune:
         assert "out of resource" in reasons and f"{wrong}: ValueError: other numbers" in reasons
         assert found.best.tokens == 256 and found.best.slots != 16
 
-    def test_every_integer_and_truth_value_of_a_tile_is_varied(self) -> None:
+    def test_every_field_of_a_tile_is_varied(self) -> None:
         from vix_kernels._triton.launch_table import Tile
         from vix_kernels.measure.tune import neighbours
 
@@ -191,7 +191,7 @@ class TestTune:
         changed = [name for each in neighbours(tile) for name in Tile._fields if getattr(each, name) != getattr(tile, name)]
         assert sorted(changed) == ["apart", *["num_stages"] * 2, *["num_warps"] * 2, *["tokens"] * 2]
 
-    def test_without_a_gpu_one_sentence(self, capsys) -> None:
+    def test_without_a_gpu_it_prints_one_sentence(self, capsys) -> None:
         if torch.cuda.is_available():
             pytest.skip("there is a GPU")
         assert main(["dev", "tune"]) == 0
@@ -199,7 +199,7 @@ class TestTune:
 
 
 def tune_time(tune):
-    """A GPU on which more tokens a tile are faster."""
+    """Simulate a GPU on which more tokens per tile are faster."""
     from vix_kernels.measure.timing import DeviceTime
 
     tokens = tune.present_tile("interpreter", TestTune.KEY).tokens

@@ -1,4 +1,4 @@
-"""The data sets of `vix train`: what is read, how it is augmented, and what is said to files that cannot be read."""
+"""Data sets of `vix train`: reading, augmentation, and errors for unreadable files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TINY_WORDS = ["embed_dim=16", "depth=1", "num_heads=2"]
 
 
 def pictures() -> list[Image.Image]:
-    """48 of 16 x 16 pixels: stripes that lie, stand or lean, by turns, in two colours. The last is grey."""
+    """48 images of 16 x 16 pixels: stripes in two colors, in turn horizontal, vertical and diagonal. The last is gray."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:16, :16]
     images = []
@@ -44,7 +44,7 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 def arrays_of(files: list[bytes]) -> dict[str, np.ndarray]:
-    """A pack of three classes, every fourth image held out."""
+    """Return the arrays of a pack with three classes. Every fourth image is held out."""
     starts = [file.index(b"\xff\xda") for file in files]  # the start of the scan
     heads = [file[:start] for file, start in zip(files, starts, strict=True)]
     headers = sorted(set(heads))
@@ -77,7 +77,7 @@ def test_held_out_digits_are_fixed_and_stratified() -> None:
         assert abs(of_class[1] - 0.2 * sum(of_class)) < 1
 
 
-def test_a_pack_holds_what_was_packed(pack: Path) -> None:
+def test_a_pack_returns_the_packed_images(pack: Path) -> None:
     data = load_dataset(str(pack))
     files = [Image.open(BytesIO(jpeg(image))).convert("RGB") for image in pictures()]
     images = torch.from_numpy(np.stack(files)).permute(0, 3, 1, 2)
@@ -91,7 +91,7 @@ def test_a_pack_holds_what_was_packed(pack: Path) -> None:
     assert data.model_kwargs == {"patch_size": 2}  # 8 x 8 tokens
 
 
-def test_inputs_are_normalised(pack: Path) -> None:
+def test_inputs_are_normalized(pack: Path) -> None:
     for data in load_dataset("digits"), load_dataset(str(pack)):
         x = data.inputs(data.train.images)
         std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0)
@@ -112,19 +112,19 @@ def test_a_constant_channel_has_deviation_1(max_value: int) -> None:
 
 def test_a_pack_of_another_size_is_refused_before_it_is_decoded(pack: Path, refused: Callable[..., str]) -> None:
     arrays = dict(np.load(pack))
-    np.savez(pack, **arrays | {"scans": arrays["scans"][:-20]})  # the last image is truncated
+    np.savez(pack, **arrays | {"scans": arrays["scans"][:-20]})  # truncates the last image
     assert "--img-size: stripes has 16 x 16 pixels" in refused("--dataset", pack, "--img-size", 32)
     assert "--stream: stripes is read into memory" in refused("--dataset", pack, "--stream")
     assert "mixer: expected" in refused("--dataset", pack, "--model-kwargs", "mixer=none")
 
 
-def test_affine_augmentation_without_a_draw_is_the_identity() -> None:
+def test_affine_augmentation_of_zero_strength_is_the_identity() -> None:
     x = torch.rand(4, 1, 8, 8)
     torch.testing.assert_close(random_affine(x, Draws(0, images=4), degrees=0, scale=0, shift=0), x)
     assert not torch.allclose(random_affine(x, Draws(0, images=4), degrees=15, scale=0, shift=0), x)
 
 
-def test_flip_and_crop_give_every_window_of_the_padded_image() -> None:
+def test_flip_and_crop_draw_every_window_of_the_padded_image() -> None:
     image = torch.rand(1, 3, 8, 12)
     padded = torch.nn.functional.pad(image, (3, 3, 2, 2), mode="reflect")[0]  # a quarter of the width and of the height
     crops = [padded[:, y : y + 8, x : x + 12] for y in range(5) for x in range(7)]
@@ -136,7 +136,7 @@ def test_flip_and_crop_give_every_window_of_the_padded_image() -> None:
     assert set(drawn) == windows
 
 
-def test_a_run_on_a_pack_goes_on_from_anywhere(
+def test_a_run_on_a_pack_resumes_from_any_folder(
     pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -157,7 +157,7 @@ def test_a_run_on_a_pack_goes_on_from_anywhere(
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "parts"),
     [
         (lambda a: a.pop("scans"), ["scans"]),
         (lambda a: a.update(labels=a["labels"] + 1), ["labels", "3"]),
@@ -175,19 +175,21 @@ def test_a_run_on_a_pack_goes_on_from_anywhere(
     ],
 )
 def test_a_damaged_pack_is_refused(
-    change: Callable[[dict[str, Any]], object], words: list[str], tmp_path: Path, refused: Callable[..., str]
+    change: Callable[[dict[str, Any]], object], parts: list[str], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     arrays = arrays_of([jpeg(image) for image in pictures()])
     change(arrays)
     path = tmp_path / "damaged.npz"
     np.savez(path, **arrays)
     line = refused("--dataset", path, "--output", tmp_path / "run")
-    assert all(word in line for word in [str(path), *words]), line
+    assert all(part in line for part in [str(path), *parts]), line
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("content", [b"", b"no pack", b"half", b"array"])
-def test_a_foreign_or_cut_file_is_refused(content: bytes, pack: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_foreign_or_truncated_file_is_refused(
+    content: bytes, pack: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
     if content == b"half":
         content = pack.read_bytes()[: pack.stat().st_size // 2]
     elif content == b"array":
@@ -212,7 +214,7 @@ def test_damaged_or_missing_digits_are_refused(
 
 
 @pytest.mark.skipif(not CIFAR10.is_file(), reason=f"{CIFAR10} is absent")
-def test_cifar10_is_whole() -> None:
+def test_cifar10_is_complete() -> None:
     data = load_dataset(str(CIFAR10))
     assert data.train.images.shape == (50_000, 3, 32, 32) and data.test.images.shape == (10_000, 3, 32, 32)
     assert data.train.labels.bincount().tolist() == [5000] * 10 and data.test.labels.bincount().tolist() == [1000] * 10

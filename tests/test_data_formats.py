@@ -1,4 +1,4 @@
-"""The formats that `vix train --dataset FOLDER` reads, made here at the smallest size, and what is said to damaged ones."""
+"""Formats that `vix train --dataset FOLDER` reads, at the smallest size, and errors for damaged ones."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def cifar100_binary(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [cifar_python, cifar_binary, cifar100_binary])
-def test_cifar(make: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_cifar_is_read(make: Callable[[Path], Path], tmp_path: Path) -> None:
     data = load_dataset(str(make(tmp_path)))
     assert data.name == ("cifar100" if "100" in make.__name__ else "cifar10") and data.classes == ("cat", "dog")
     assert np.array_equal(data.train.images.numpy(), CIFAR[:10]) and np.array_equal(data.test.images.numpy(), CIFAR[10:])
@@ -74,11 +74,11 @@ def test_labels_that_are_not_integers_are_refused(tmp_path: Path, refused: Calla
 def test_a_damaged_length_allocates_nothing(tmp_path: Path, refused: Callable[..., str]) -> None:
     folder = cifar_python(tmp_path)
     path = folder / "cifar-10-batches-py" / "test_batch"
-    path.write_bytes(b"\x80\x04\x95" + (2**50).to_bytes(8, "little") + b"N.")  # a frame of a petabyte
+    path.write_bytes(b"\x80\x04\x95" + (2**50).to_bytes(8, "little") + b"N.")  # a pickle frame of a petabyte
     assert "which is missing, damaged or not a data set" in refused("--dataset", folder)
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_executes_code_is_refused(tmp_path: Path) -> None:
     folder = cifar_python(tmp_path)
 
     class Evil:
@@ -104,7 +104,7 @@ def idx_files(folder: Path, compressed: bool = True) -> Path:
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_idx(compressed: bool, tmp_path: Path) -> None:
+def test_idx_is_read(compressed: bool, tmp_path: Path) -> None:
     data = load_dataset(str(idx_files(tmp_path, compressed)))
     assert data.train.images.shape == (6, 1, 28, 28) and data.test.images.shape == (4, 1, 28, 28)
     assert data.classes == ("0", "1") and data.test.labels.tolist() == [0, 1, 0, 1]
@@ -134,7 +134,7 @@ def tiny_imagenet(folder: Path) -> Path:
     return folder
 
 
-def test_folders_of_classes(tmp_path: Path) -> None:
+def test_image_folders_are_read(tmp_path: Path) -> None:
     data = load_dataset(str(image_folder(tmp_path)))
     assert data.classes == ("cat", "dog") and data.train.labels.tolist() == [0] * 4 + [1] * 4
     expected = np.asarray(Image.open(tmp_path / "train" / "dog" / "1.png")).transpose(2, 0, 1)
@@ -142,17 +142,17 @@ def test_folders_of_classes(tmp_path: Path) -> None:
     assert load_dataset(str(tmp_path), img_size=8).test.images.shape == (4, 3, 8, 8)
 
 
-def test_tiny_imagenet(tmp_path: Path) -> None:
+def test_tiny_imagenet_is_read(tmp_path: Path) -> None:
     data = load_dataset(str(tiny_imagenet(tmp_path)))
     assert data.classes == ("n01", "n02") and data.test.labels.tolist() == [0, 1]
     expected = np.asarray(Image.open(tmp_path / "val" / "images" / "val_1.png")).transpose(2, 0, 1)
     assert np.array_equal(data.test.images[1].numpy(), expected)
 
 
-def test_longer_sides_lose_their_ends(tmp_path: Path) -> None:
+def test_longer_sides_are_center_cropped(tmp_path: Path) -> None:
     image_folder(tmp_path)
     wide = np.zeros((8, 24, 3), np.uint8)
-    wide[:, 8:16] = 255  # what is left is white
+    wide[:, 8:16] = 255  # only the center is white
     Image.fromarray(wide).save(tmp_path / "train" / "cat" / "0.png")
     assert load_dataset(str(tmp_path), img_size=8).train.images[0].float().mean() > 250
 
@@ -242,13 +242,13 @@ def test_damaged_files_are_refused(
 ) -> None:
     folder = make(tmp_path)
     (folder / name).write_bytes(content)
-    if message is None:  # a stranger among the files does not matter
+    if message is None:  # unknown files are ignored
         load_dataset(str(folder))
     else:
         assert message in refused("--dataset", folder)
 
 
-def test_a_folder_of_something_else(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_an_unknown_folder_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert f"unknown format of {tmp_path}; expected a pack (.npz) or a folder with CIFAR" in refused("--dataset", tmp_path)
     assert "--img-size: expected a finite number above 0" in refused("--img-size", 0)
 
@@ -272,22 +272,22 @@ def fed(data: Dataset, replace_unreadable: bool = False) -> list[tuple[torch.Ten
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streamed_images_are_those_in_memory(tmp_path: Path, workers: int) -> None:
+def test_streamed_images_equal_those_in_memory(tmp_path: Path, workers: int) -> None:
     image_folder(tmp_path)
     held, data = load_dataset(str(tmp_path), img_size=8), streamed(tmp_path, workers=workers)
     assert (data.classes, data.train.shape) == (held.classes, held.train.shape)
     torch.testing.assert_close((data.mean, data.std), (held.mean, held.std))
-    for ours, theirs in zip(fed(data), fed(held), strict=True):
-        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    for actual, expected in zip(fed(data), fed(held), strict=True):
+        assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
 
 
-def test_a_damaged_file_of_a_stream_is_named_and_replaced(tmp_path: Path) -> None:
+def test_a_damaged_streamed_file_is_named_and_replaced(tmp_path: Path) -> None:
     image_folder(tmp_path)
     (tmp_path / "train" / "cat" / "1.png").write_text("no image")
     data = streamed(tmp_path, workers=0)
     images, labels = (torch.cat(each) for each in zip(*fed(data, replace_unreadable=True), strict=True))
     assert len(images) == 8 and labels.tolist() == [1] * 4 + [0] * 4
-    assert torch.equal(images[6], images[5])  # places 1 and 2, in reversed order
+    assert torch.equal(images[6], images[5])  # indices 1 and 2, in reversed order
     (message,) = data.train.unreadable
     assert message.startswith(f"{tmp_path / 'train' / 'cat' / '1.png'}: cannot identify image file")
     assert sum(len(labels) for _, labels in fed(data)) == 7
@@ -297,7 +297,7 @@ def test_a_damaged_file_of_a_stream_is_named_and_replaced(tmp_path: Path) -> Non
         fed(data, replace_unreadable=True)
 
 
-def test_a_run_on_streamed_images_goes_on_exactly_and_equals_one_on_held_images(tmp_path: Path) -> None:
+def test_streamed_runs_resume_exactly_and_equal_in_memory_runs(tmp_path: Path) -> None:
     image_folder(tmp_path / "data")
     words = ["train", "--dataset", str(tmp_path / "data"), "--img-size", "8", "--workers", "1", "--batch-size", "4"]
     words += ["--crop-scale", "0.35", "--warmup-epochs", "0", "--model-kwargs", *TINY, "patch_size=2"]
@@ -310,19 +310,19 @@ def test_a_run_on_streamed_images_goes_on_exactly_and_equals_one_on_held_images(
     torch.testing.assert_close(held, straight, rtol=0, atol=0)
 
 
-def test_damaged_files_that_a_run_meets_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_files_are_named_once_per_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image_folder(tmp_path / "data")
     (tmp_path / "data" / "train" / "cat" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\x01IHDR")
     words = ["train", "--dataset", str(tmp_path / "data"), "--img-size", "8", "--stream", "--workers", "0", "--epochs", "2"]
     words += ["-b", "4", "--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2", "patch_size=2"]
     assert main([*words, "--output", str(tmp_path / "run")]) == 0
-    said = capsys.readouterr().out
-    assert said.count("skipped, because they cannot be decoded: 1\n") == 1 and said.count("1.png: ") == 1
+    out = capsys.readouterr().out
+    assert out.count("skipped, because they cannot be decoded: 1\n") == 1 and out.count("1.png: ") == 1
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no process groups on this system")
-def test_a_signal_to_the_whole_group_leaves_the_workers_alone(tmp_path: Path) -> None:
-    """As torchrun and the schedulers of clusters send it."""
+def test_a_signal_to_the_process_group_spares_the_workers(tmp_path: Path) -> None:
+    """torchrun and cluster schedulers signal the whole group."""
     image_folder(tmp_path / "data")
     words = ["train", "--dataset", tmp_path / "data", "--img-size", "8", "--stream", "--workers", "2", "--epochs", "100000"]
     words += [
@@ -344,8 +344,8 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alone(tmp_path: Path) ->
             if line.startswith("epoch"):
                 break
         os.killpg(process.pid, signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "continue with --resume" in said, said
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "continue with --resume" in stderr, stderr
 
 
 def test_only_folders_are_resized_and_streamed(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -353,7 +353,7 @@ def test_only_folders_are_resized_and_streamed(tmp_path: Path, refused: Callable
     assert "--stream: digits is read into memory" in refused("--stream", "--output", tmp_path / "run")
 
 
-def test_streams_need_one_size(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_streams_need_images_of_one_size(tmp_path: Path, refused: Callable[..., str]) -> None:
     image_folder(tmp_path / "data")
     assert "--img-size N" in refused("--dataset", tmp_path / "data", "--stream", "--output", tmp_path / "run")
 
@@ -374,7 +374,7 @@ def test_pixels_without_a_known_range_are_refused(dtype: type, kind: str, tmp_pa
 
 
 def test_hidden_files_are_ignored(tmp_path: Path) -> None:
-    """macOS writes a file of metadata, `._NAME`, for every file on a foreign disk."""
+    """On foreign disks, macOS writes a metadata file `._NAME` for every file."""
     image_folder(tmp_path)
     for path in list(tmp_path.rglob("*.png")):
         path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
@@ -388,7 +388,7 @@ def fifo(path: Path) -> None:
 
 
 def bomb(path: Path) -> None:
-    """A whole file, a little above the size that Pillow warns of."""
+    """Write an intact image slightly above the size at which Pillow warns."""
     Image.new("1", (9_500, 9_500)).save(path)
 
 
@@ -406,7 +406,7 @@ def bomb(path: Path) -> None:
     ],
     ids=["FIFO", "link to itself", "dangling link", "link to a folder around it", "decompression bomb"],
 )
-def test_what_cannot_be_opened_is_named(
+def test_files_that_cannot_be_opened_are_named(
     name: str, make: Callable[[Path], object], reason: str, stream: bool, tmp_path: Path
 ) -> None:
     path = image_folder(tmp_path) / "train" / "cat" / name
@@ -441,7 +441,7 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
         (["--resume", "{run}", "--epochs", "1"], "--epochs: expected at least the 2"),
     ],
 )
-def test_everything_else_is_checked_before_images_are_decoded(
+def test_settings_are_checked_before_images_are_decoded(
     words: list[str], message: str, two_epochs: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     monkeypatch.setitem(folders.__globals__, "decode", None)  # would be reported as a damaged data set
@@ -453,7 +453,7 @@ def test_everything_else_is_checked_before_images_are_decoded(
 
 @pytest.fixture(scope="module")
 def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in `run` on the images of `data`, and `other` images."""
+    """Return a folder with a run in `run` on the images in `data`, and different images in `other`."""
     folder = tmp_path_factory.mktemp("two_epochs")
     image_folder(folder / "data")
     image_folder(folder / "other").joinpath("train", "dog").rename(folder / "other" / "train" / "cow")
@@ -472,7 +472,7 @@ def test_validate_checks_before_images_are_decoded(
     assert "expected the model's 2 classes (cat, dog, ...), got 2 classes (cat, cow, ...) in other" in capsys.readouterr().err
 
 
-def test_validate_resizes_to_images_that_are_no_squares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_resizes_to_rectangular_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image_folder(tmp_path / "data", (24, 16))
     image_folder(tmp_path / "larger", (50, 40))
     words = ["--epochs", "1", "--warmup-epochs", "0", "--model", "vip", "--model-kwargs", *TINY]
@@ -482,8 +482,8 @@ def test_validate_resizes_to_images_that_are_no_squares(tmp_path: Path, capsys: 
     assert "of 4 held-out images" in capsys.readouterr().out
 
 
-def test_a_damaged_place_in_a_pickle_allocates_nothing() -> None:
-    """Its memo: C's unpickler makes room for two thousand million entries and more. Or a byte array, of any length."""
+def test_a_damaged_index_or_length_in_a_pickle_allocates_nothing() -> None:
+    """The C unpickler would allocate a memo of over two billion entries, or a byte array of any length."""
     assert Unpickler(b"\x80\x02K\x01r\xff\xff\xff\x7f.", set()).load() == 1
     with pytest.raises(KeyError):
         Unpickler(b"\x80\x05\x96\x00\x00\x00\x00\x00\x00\x00\x7f.", set()).load()

@@ -1,4 +1,4 @@
-"""The integration to diffusers, on its transformer and its U-Net."""
+"""The diffusers integration, on a diffusion transformer and U-Nets."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def dit():
     return model.eval(), (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.tensor([1]))
 
 
-def test_a_diffusion_transformer_with_all_landmarks_gives_its_own_answers():
+def test_with_all_landmarks_a_diffusion_transformer_keeps_its_outputs():
     model, inputs = dit()
     expected = model(*inputs).sample
     assert expected.abs().max() > 0.1
@@ -29,7 +29,7 @@ def test_a_diffusion_transformer_with_all_landmarks_gives_its_own_answers():
     assert model.transformer_blocks[0].attn1.to_q.weight.grad.any()
 
 
-def test_compiles():
+def test_compiles_as_one_graph():
     model, inputs = dit()
     integration.replace_attention(model, "performer", retrain=True)
     expected = model(*inputs).sample
@@ -38,8 +38,8 @@ def test_compiles():
     assert seeds == [0, 1]
 
 
-def test_a_unet_with_text():
-    """Maps instead of tokens, group norms and residuals around the attention, and cross-attention, which stays."""
+def test_a_unet_with_text_keeps_its_outputs():
+    """Covers feature maps instead of tokens, group norms and residuals. Cross-attention is not replaced."""
     torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
@@ -55,8 +55,8 @@ def test_a_unet_with_text():
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_unet_without_text():
-    """Its middle passes on the embedding of the time step, and Attention only what its processor names."""
+def test_a_unet_without_text_keeps_its_outputs():
+    """The middle block passes the time embedding on. Attention forwards only arguments that its processor names."""
     torch.manual_seed(0)
     model = diffusers.UNet2DModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
@@ -70,13 +70,13 @@ def test_a_unet_without_text():
     torch.testing.assert_close(model(*inputs).sample, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_a_scale_of_its_own_is_left():
+def test_an_attention_without_scaling_is_not_replaced():
     attention = diffusers.models.attention_processor.Attention(32, heads=2, dim_head=16, scale_qk=False)
     with pytest.raises(ValueError, match="its processor is a AttnProcessor"):
         integration.replace_attention(torch.nn.Sequential(attention), "nystrom")
 
 
-def test_what_cannot_be_honoured_raises():
+def test_unsupported_arguments_raise():
     model, _ = dit()
     integration.replace_attention(model, "nystrom")
     attention, x = model.transformer_blocks[0].attn1, torch.randn(1, 16, 16)

@@ -1,4 +1,4 @@
-"""Data sets by name: fetched, checked and unpacked once, and nothing written where it does not belong."""
+"""Data sets by name: downloaded, checked and unpacked once, with no writes outside the data folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def packed_cifar(folder: Path, published: Path) -> None:
         archive.add(cifar_python(folder) / "cifar-10-batches-py", "cifar-10-batches-py")
 
 
-def test_an_archive_is_fetched_once(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_is_downloaded_once(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address, published = server
     packed_cifar(tmp_path, published)
     publish(monkeypatch, "cifar10", address, published)
@@ -56,7 +56,9 @@ def test_an_archive_is_fetched_once(server: tuple[str, Path], tmp_path: Path, mo
     assert len(load_dataset("cifar10", data_dir=str(home)).train) == 10
 
 
-def test_loose_files_and_zip_archives(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_files_and_zip_archives_are_downloaded(
+    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     address, published = server
     idx_files(published, True)
     publish(monkeypatch, "mnist", address, published)
@@ -72,9 +74,7 @@ def test_loose_files_and_zip_archives(server: tuple[str, Path], tmp_path: Path, 
     assert load_dataset("tiny-imagenet", data_dir=str(tmp_path / "home")).classes == ("n01", "n02")
 
 
-def test_what_is_not_what_was_published_is_refused(
-    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_archive_is_refused(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     address, published = server
     packed_cifar(tmp_path, published)
     publish(monkeypatch, "cifar10", address, published)
@@ -85,7 +85,7 @@ def test_what_is_not_what_was_published_is_refused(
     assert not list((tmp_path / "home").iterdir())
 
 
-def test_without_a_network_it_says_what_to_put_where(
+def test_without_a_network_the_error_names_file_and_folder(
     server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
     address, published = server
@@ -101,7 +101,7 @@ def test_without_a_network_it_says_what_to_put_where(
 
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("kind", ["tar.gz", "zip"])
-def test_archives_write_nothing_outside(
+def test_archives_write_nothing_outside_their_folder(
     kind: str, absolute: bool, server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, published = server
