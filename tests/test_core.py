@@ -203,7 +203,7 @@ def test_operator_names_are_unique() -> None:
 
 
 def test_only_learned_features_take_gradients() -> None:
-    """The operator's specification names the tensors that are fixed unless features are learned."""
+    """A specification lists the tensors without gradients, which only `learned` cases train."""
     spec = replace(SPECS["performer_attention"], fixed=("v",))
     for learned, trained in ((False, {"q", "k", "projection"}), (True, {"q", "k", "v", "projection"})):
         problem = draw(spec, Case("small", learned=learned), torch.float32, "cpu")

@@ -1,4 +1,4 @@
-"""The attention behind every door: what it serves, and what it refuses."""
+"""DropIn, the attention that every integration uses: supported calls and refusals."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ def qkv(batch=2, heads=3, tokens=24, width=16):
     return torch.randn(3, batch, heads, tokens, width, dtype=torch.float64).unbind()
 
 
-def test_every_op_is_the_public_function():
+def test_every_op_equals_the_public_function():
     q, k, v = qkv()
     mask = torch.rand(2, 24) < 0.7
     options = dict(scale=0.3, key_padding_mask=mask)
@@ -37,7 +37,7 @@ def test_every_op_is_the_public_function():
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_masks_in_the_form_of_sdpa(op):
+def test_sdpa_masks_equal_key_padding_masks(op):
     q, k, v = qkv()
     attention = DropIn(op, retrain=True)
     mask = torch.rand(2, 24) < 0.7
@@ -49,7 +49,7 @@ def test_masks_in_the_form_of_sdpa(op):
         assert torch.equal(attention(q, k, v, form), shared)
 
 
-def test_of_padding():
+def test_only_padding_masks_are_accepted():
     key = torch.empty(2, 3, 5, 4)
     for shape in [(5, 5), (2, 1, 5, 5), (3, 1, 5), (1, 1, 1, 1, 5)]:
         with pytest.raises(NotImplementedError, match="attn_mask: expected one row"):
@@ -63,7 +63,7 @@ def test_of_padding():
         padding_of(additive + 1, key)
 
 
-def test_valid_tokens():
+def test_additive_masks_mark_valid_tokens():
     lowest = torch.finfo(torch.float32).min
     additive = torch.tensor([0.0, lowest, float("-inf"), -0.0])
     assert valid_tokens(additive).tolist() == [True, False, False, True]
@@ -80,12 +80,12 @@ def test_valid_tokens():
         (dict(attn_mask=torch.ones(24, dtype=torch.bool), key_padding_mask=torch.ones(2, 24, dtype=torch.bool)), "attn_mask"),
     ],
 )  # fmt: skip
-def test_refuses(arguments, name):
+def test_unsupported_arguments_are_refused_by_name(arguments, name):
     with pytest.raises(NotImplementedError, match=f"^{name}: expected"):
         DropIn("nystrom")(*qkv(), **arguments)
 
 
-def test_refuses_shapes():
+def test_unsupported_shapes_are_refused():
     q, k, v = qkv()
     with pytest.raises(NotImplementedError, match="4 dimensions"):
         DropIn("nystrom")(q[0], k[0], v[0])
@@ -111,12 +111,12 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("op, options, kind, message", OPTIONS.values(), ids=OPTIONS)
-def test_wrong_options_are_named(op, options, kind, message):
+def test_invalid_options_are_named(op, options, kind, message):
     with pytest.raises(kind, match=message):
         DropIn(op, retrain=True, **options)
 
 
-def test_what_has_to_be_trained_is_asked_for():
+def test_ops_that_need_training_require_retrain():
     for op in ("performer", "linear", "agent"):
         with pytest.raises(ValueError, match=f"retrain: expected True for '{op}'"):
             DropIn(op)
@@ -124,7 +124,7 @@ def test_what_has_to_be_trained_is_asked_for():
     DropIn("nystrom")
 
 
-def test_unknown_names():
+def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="op: expected one of 'agent', 'linear', 'nystrom', 'performer', got 'linformer' .its"):
         DropIn("linformer")
     with pytest.raises(ValueError, match="got 'softmax'$"):
@@ -135,16 +135,16 @@ def test_unknown_names():
         DropIn("nystrom", backend="cuda")
 
 
-def test_all_landmarks_are_softmax_attention():
+def test_with_all_landmarks_nystrom_equals_softmax():
     q, k, v = qkv()
     exact = F.scaled_dot_product_attention(q, k, v)
     close = DropIn("nystrom", num_landmarks=24, pinv_iterations=16)(q, k, v)
     torch.testing.assert_close(close, exact, atol=1e-3, rtol=1e-3)
-    # Fewer tokens than landmarks: every token is one.
+    # With fewer tokens than landmarks, every token is a landmark.
     assert torch.equal(DropIn("nystrom", num_landmarks=64, pinv_iterations=16)(q, k, v), close)
 
 
-def test_queries_and_keys_of_two_lengths():
+def test_queries_and_keys_may_differ_in_length():
     q, k, v = qkv()
     mask = torch.rand(2, 24) < 0.7
     for op in OPS:
@@ -152,7 +152,7 @@ def test_queries_and_keys_of_two_lengths():
         assert out.shape == (2, 3, 10, 16) and out.isfinite().all()
 
 
-def test_layers_have_random_features_of_their_own():
+def test_each_layer_has_other_random_features():
     performer = DropIn("performer", retrain=True, seed=7)
     assert [performer.mounted(Site(16, 2, layer)).core.seed for layer in range(3)] == [7, 8, 9]
 
@@ -167,7 +167,7 @@ def test_an_attention_with_parameters_needs_a_module():
     assert mounted(q, k, v).shape == v.shape and [name for name, _ in mounted.named_parameters()] == ["res_conv.weight"]
 
 
-def test_random_features_outlive_the_modes_they_were_drawn_in():
+def test_random_features_outlive_the_mode_they_were_drawn_in():
     q = torch.empty(1, 1, 1, 4)
     with torch.inference_mode():
         first = random_features(q, 9, 1234)
@@ -181,7 +181,7 @@ def test_random_features_outlive_the_modes_they_were_drawn_in():
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_exports(op):
+def test_exports_with_dynamic_shapes(op):
     class Model(torch.nn.Module):
         def forward(self, q, k, v):
             return DropIn(op, retrain=True)(q, k, v)
@@ -195,7 +195,7 @@ def test_exports(op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_compiles_without_a_break(op):
+def test_compiles_without_graph_breaks(op):
     q, k, v = (x.float().requires_grad_() for x in qkv())
     attention = DropIn(op, retrain=True)
     twice = DropIn(op, retrain=True).mounted(Site(q.shape[3], q.shape[1], 1))
@@ -206,13 +206,13 @@ def test_compiles_without_a_break(op):
     assert q.grad.isfinite().all()
 
 
-def test_copies():
+def test_copies_give_the_same_output():
     attention = DropIn("performer", retrain=True, num_features=8)
     for other in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
         assert torch.equal(other(*qkv()), attention(*qkv()))
 
 
-def test_versions():
+def test_old_or_missing_packages_are_named():
     require("torch", "2.11")
     with pytest.raises(ImportError, match=r"torch: expected version 99 or newer, got 2\."):
         require("torch", "99")
@@ -220,21 +220,21 @@ def test_versions():
         require("no-such-package", "1")
 
 
-def test_a_host_that_calls_otherwise_is_named():
-    class Theirs(torch.nn.Module):
+def test_a_changed_host_signature_is_named():
+    class Host(torch.nn.Module):
         def forward(self, x, cache=None):
             return x
 
-    class Ours(Theirs):
+    class Replacement(Host):
         def forward(self, x):
             return x
 
-    require_call("torch", Theirs, Ours)
-    with pytest.raises(ImportError, match=r"torch 2\..*: Theirs is called with \(x, cache\), expected \(x\)"):
-        require_call("torch", Ours, Theirs)
+    require_call("torch", Host, Replacement)
+    with pytest.raises(ImportError, match=r"torch 2\..*: Host is called with \(x, cache\), expected \(x\)"):
+        require_call("torch", Replacement, Host)
 
 
-def test_reports():
+def test_reports_list_replaced_and_refused():
     report = Report("nystrom()", {"a": "nystrom, 64 landmarks in segments"}, {"b": "a Swin"})
     assert str(report) == "nystrom(): 1 replaced, 1 left\n  a: nystrom, 64 landmarks in segments\n  b left: a Swin"
     assert report.replaced == ["a"]

@@ -1,4 +1,4 @@
-"""Dropout on a CPU."""
+"""Dropout on the CPU."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from vix_kernels.testing import kept_for_backward
 
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.9])
-def test_share_and_mean(p: float) -> None:
+def test_rate_and_scale_match_p(p: float) -> None:
     torch.manual_seed(0)
     x = torch.ones(1001, 1003)
     y = Dropout(p)(x)
     dropped = (y == 0).double().mean().item()
     assert abs(dropped - p) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-17
     assert y.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
-    # Neighbours are dropped independently, also those that share a random number.
+    # Adjacent elements are dropped independently, even if they share a random number.
     for step in (1, 2, 3, 4):
         both = ((y[:, :-step] == 0) & (y[:, step:] == 0)).double().mean().item()
         assert abs(both - p * p) < 5e-3
 
 
-def test_gradient_goes_where_the_values_went() -> None:
+def test_gradients_use_the_mask_of_the_forward() -> None:
     x = torch.randn(7, 5, requires_grad=True)
     y = Dropout(0.5)(x)
     (grad,) = torch.autograd.grad(y.sum(), x)
@@ -31,7 +31,7 @@ def test_gradient_goes_where_the_values_went() -> None:
     assert set(grad.unique().tolist()) == {0.0, 2.0}
 
 
-def test_repeats_with_the_seed_and_keeps_a_byte_an_element() -> None:
+def test_repeats_with_the_seed_and_keeps_one_byte_per_element() -> None:
     x = torch.randn(64, 64, requires_grad=True)
     draws = []
     for seed in (0, 0, 1):
@@ -41,7 +41,7 @@ def test_repeats_with_the_seed_and_keeps_a_byte_an_element() -> None:
     assert kept_for_backward(Dropout(0.3), (x,)) == x.numel()
 
 
-def test_everything_nothing_and_evaluation() -> None:
+def test_rate_one_rate_zero_and_evaluation_mode() -> None:
     x = torch.randn(9, 9)
     assert not Dropout(1.0)(x).any()
     assert Dropout(0.0)(x) is x and Dropout(0.5).eval()(x) is x

@@ -1,4 +1,4 @@
-"""What commit 5d75bb5 wrote loads and gives the same results: names of weights, saved models, and runs (tests/earlier)."""
+"""Models, saved folders and runs that commit 5d75bb5 wrote (tests/earlier) load and give the same results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOSTS = ("timm", "transformers", "diffusers")
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_state_dicts_have_the_same_entries_in_the_same_order_and_give_the_same_outputs(name: str) -> None:
+def test_state_dicts_and_outputs_are_unchanged(name: str) -> None:
     host = name.partition(" ")[0]
     if host in HOSTS and not find_spec(host):
         pytest.skip(f"{host} is not installed")
@@ -36,14 +36,14 @@ def test_state_dicts_have_the_same_entries_in_the_same_order_and_give_the_same_o
     assert found["outputs"] == pytest.approx(expected["outputs"], rel=1e-3, abs=1e-4 * expected["norm"])
 
 
-def test_a_saved_model_loads() -> None:
+def test_an_earlier_saved_model_loads() -> None:
     expected = create_model("hybrid_vin", **small_model("hybrid_vin")).eval()
     fill(expected)
     x = normal(2, 3, 8, 8)
     assert torch.equal(load_model(FOLDER / "model")(x), expected(x))
 
 
-def test_a_run_is_read() -> None:
+def test_an_earlier_run_is_evaluated() -> None:
     with open(FOLDER / "run" / "summary.csv") as file:
         (row,) = csv.DictReader(file)
     evaluation = evaluate_trained(load_trained(FOLDER / "run", torch.device("cpu")), load_dataset("digits"))
@@ -51,7 +51,7 @@ def test_a_run_is_read() -> None:
     assert evaluation.loss == pytest.approx(float(row["eval_loss"]), rel=1e-3)
 
 
-def test_a_run_is_resumed(tmp_path: Path) -> None:
+def test_an_earlier_run_is_resumed(tmp_path: Path) -> None:
     run = shutil.copytree(FOLDER / "run", tmp_path / "run")
     assert main(["train", "--resume", str(run), "--time-to", "100"]) == 0
     with open(run / "summary.csv") as file:

@@ -1,4 +1,4 @@
-"""Programs for elsewhere: without this library, in onnxruntime, compiled ahead of time."""
+"""Exported programs: without this library, in onnxruntime, and compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -29,46 +29,46 @@ from vix_kernels.primitives.rotate import angle_gradient
 from vix_kernels.testing import Case, OpSpec
 from vix_kernels.testing.models import small_model
 
-# The same sums in float32, in another order: at most a hundred terms each, and a dozen steps. 84 eps; it takes ten.
+# The same float32 sums in another order: up to 100 terms each, over a dozen steps. BOUND is 84 eps; errors reach 10 eps.
 BOUND = 1e-5
 HEADS, WIDTH, ROWS, COLUMNS, LONGEST = 2, 16, 4, 9, 64
 
 
 @pytest.fixture(scope="session")
 def onnx() -> None:
-    """For tests that write or read ONNX."""
+    """Skip tests that write or read ONNX if its packages are missing."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason=f"{name} is not installed (extra: export)")
 
 
-# What stands for the operators
+# Replacements of the operators
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("spec, case", EVERY)
-def test_references_are_the_operators(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    """In every output but those that only the backward of a kernel reads, which stay empty."""
+def test_references_equal_the_operators(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
+    """Outputs that only a kernel's backward reads are skipped: references leave them empty."""
     with Record() as calls:
         run(spec.problem(case, dtype=dtype), backend="torch")
     calls = [(operator, args) for operator, args in calls if operator in REFERENCES]
     assert calls
     for operator, args in calls:
         with torch.no_grad():
-            ours, theirs = REFERENCES[operator](*args), operator(*args)
-        for x, exact in zip(*(each if isinstance(each, tuple) else (each,) for each in (ours, theirs)), strict=True):
+            actual, expected = REFERENCES[operator](*args), operator(*args)
+        for x, exact in zip(*(each if isinstance(each, tuple) else (each,) for each in (actual, expected)), strict=True):
             if x.shape == (0,) and operator in (aggregate_forward.registered, broadcast_forward.registered):
                 continue
             assert x.shape == exact.shape and x.dtype == exact.dtype
-            # The operators round what they have rotated to its dtype.
+            # The operators round rotated tokens to the dtype of the tokens.
             assert error(x, exact) < (BOUND if dtype == torch.float32 else torch.finfo(dtype).eps), operator
 
 
-def test_every_operator_of_a_forward_has_one() -> None:
+def test_every_forward_operator_has_a_reference() -> None:
     names = {operator._schema.name.partition("::")[2] for operator in REFERENCES}
     assert names == {name for name in registry.operators if not name.endswith("_backward")} - {"angle_gradient"}
 
 
-# The functions, all in one program, since to export takes seconds
+# Functions, exported in one program per group, because an export takes seconds
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -86,11 +86,11 @@ SIX = dict(num_landmarks=6, pinv_iterations=1)
 
 
 def agent(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None, **options) -> Tensor:
-    agents, taken = q[:, :, :5], None if key_padding_mask is None else key_padding_mask[:, :5]
-    return vk.agent_attention(q, k, v, agents, agent_mask=taken, key_padding_mask=key_padding_mask, **options)
+    agents, valid = q[:, :, :5], None if key_padding_mask is None else key_padding_mask[:, :5]
+    return vk.agent_attention(q, k, v, agents, agent_mask=valid, key_padding_mask=key_padding_mask, **options)
 
 
-# Those whose name says so are called with a mask, and NaN and infinity under it.
+# Functions named "masked" are called with a mask, and with NaN and infinity in masked tokens.
 ANY_TOKENS = {
     "performer, masked": partial(vk.performer_attention, projection=OF_HEADS),
     "relu, masked": vk.linear_attention,
@@ -122,13 +122,13 @@ class Functions(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         hidden = ~mask[:, None, :, None]
-        under = q, k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.inf)
+        junk = q, k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.inf)
         each = self.functions.items()
-        return tuple(f(*under, key_padding_mask=mask) if "masked" in name else f(q, k, v) for name, f in each)
+        return tuple(f(*junk, key_padding_mask=mask) if "masked" in name else f(q, k, v) for name, f in each)
 
 
 class Exported:
-    """All functions of a group in one program."""
+    """All functions of a group, exported as one program."""
 
     def __init__(self, functions: dict[str, Callable[..., Tensor]], sizes: list[tuple[int, int]]) -> None:
         self.names, self.module, self.sizes = list(functions), Functions(functions), sizes
@@ -141,7 +141,7 @@ class Exported:
 
     @staticmethod
     def arguments(batch: int, tokens: int) -> tuple[Tensor, ...]:
-        """q, k, v and a mask that leaves some keys of the first sample, and of several the last without any."""
+        """Return q, k, v and a mask. With several samples, the last one has no valid key."""
         mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(1)) > 0.4
         mask[-1], mask[0, :2] = False, True
         return *drawn(3, batch, HEADS, tokens, WIDTH, seed=batch), mask
@@ -150,7 +150,7 @@ class Exported:
         for size in self.sizes:
             args = self.arguments(*size)
             outputs = zip(self.names, run(*args), self.module(*args), strict=True)
-            errors = {name: error(x, wanted) for name, x, wanted in outputs}
+            errors = {name: error(x, expected) for name, x, expected in outputs}
             assert all(each < BOUND for each in errors.values()), (size, errors)
 
 
@@ -179,8 +179,10 @@ def onnx_session(path: Path) -> Callable[..., list[Tensor]]:
     return run
 
 
-def test_functions_in_onnx(exported: Exported, onnx: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where nothing is left of the operators."""
+def test_onnx_functions_give_the_same_results(
+    exported: Exported, onnx: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The program that is written to ONNX contains no operators of this library."""
     written = []
     replaced = export._replaced
     monkeypatch.setattr(export, "_replaced", lambda *args: written.append(replaced(*args)) or written[-1])
@@ -192,7 +194,7 @@ def test_functions_in_onnx(exported: Exported, onnx: None, monkeypatch: pytest.M
     exported.check(onnx_session(path))
 
 
-def test_modules_in_onnx(onnx: None, tmp_path: Path) -> None:
+def test_onnx_modules_give_the_same_results(onnx: None, tmp_path: Path) -> None:
     modules = nn.Sequential(
         vk.nn.NystromAttention(WIDTH, HEADS, num_landmarks=6, prefix_tokens=1, pinv_iterations=1),
         vk.nn.LinformerAttention(WIDTH, HEADS, seq_len=LONGEST + 1, num_landmarks=8),
@@ -216,8 +218,8 @@ def test_modules_in_onnx(onnx: None, tmp_path: Path) -> None:
         ("fnet_2d", {}),
     ],
 )
-def test_models_in_onnx(name: str, options: dict, onnx: None, tmp_path: Path) -> None:
-    """From a batch of one, with the modes of its modules as they were."""
+def test_onnx_models_give_the_same_results(name: str, options: dict, onnx: None, tmp_path: Path) -> None:
+    """Exporting from a batch of one allows other batch sizes and keeps the modules' training modes."""
     model = create_model(name, **small_model(name, depth=1, proj_drop_rate=0.1) | options)
     model.norm.eval() if hasattr(model, "norm") else None
     modes = [module.training for module in model.modules()]
@@ -252,12 +254,12 @@ def test_a_decomposed_program_has_gradients() -> None:
         qkv = [x.clone().requires_grad_() for x in qkv]
         sum(x.square().sum() for x in program(*qkv, mask)).backward()
         gradients.append([x.grad for x in qkv])
-    assert all(error(x, wanted) < BOUND for x, wanted in zip(*gradients, strict=True))
+    assert all(error(x, expected) < BOUND for x, expected in zip(*gradients, strict=True))
 
 
 @pytest.mark.skipif(not which("g++"), reason="no C++ compiler")
 @pytest.mark.parametrize("plain", [False, True], ids=["as_it_is", "decomposed"])
-def test_compiled_ahead_of_time(plain: bool, tmp_path: Path) -> None:
+def test_ahead_of_time_compilation_gives_the_same_results(plain: bool, tmp_path: Path) -> None:
     if plain:
         model, args, more = (
             create_model("vil", **small_model("vil", depth=1)).eval(),
@@ -268,17 +270,17 @@ def test_compiled_ahead_of_time(plain: bool, tmp_path: Path) -> None:
         model = Functions({name: ANY_TOKENS[name] for name in ("performer, masked", "segments, masked")})
         args, more = Exported.arguments(2, 37), Exported.arguments(5, 37)
     program = torch.export.export(model, args, dynamic_shapes=({0: Dim("batch")},) * len(args))
-    # To compile for a minute what runs for a millisecond is not what is tested here.
+    # Skip optimizations that would compile for a minute.
     quick = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
     path = torch._inductor.aoti_compile_and_package(
         decomposed(program) if plain else program, package_path=str(tmp_path / "model.pt2"), inductor_configs=quick
     )
     with torch.no_grad():
-        for x, wanted in zip(torch._inductor.aoti_load_package(path)(*more), model(*more), strict=True):
-            assert error(x, wanted) < BOUND
+        for x, expected in zip(torch._inductor.aoti_load_package(path)(*more), model(*more), strict=True):
+            assert error(x, expected) < BOUND
 
 
-def test_the_command(onnx: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_exports_saved_models_and_runs(onnx: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from vix_kernels.training.trained import load_trained
 
     save_model(create_model("fnet", **small_model("fnet", depth=1)), tmp_path / "saved")
@@ -294,8 +296,8 @@ def test_the_command(onnx: None, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert error(onnx_session(path)(pixels)[0], logits.detach()) < BOUND
     with pytest.raises(SystemExit) as stop:
         main(["export", "--checkpoint", str(tmp_path / "nowhere"), "--output", str(tmp_path / "none.onnx")])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and "no checkpoint at" in said
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and "no checkpoint at" in message
 
 
 # Refusals
@@ -308,7 +310,7 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch, 
         to_onnx(vk.nn.LinearAttention(WIDTH, HEADS), drawn(2, 9, WIDTH), tmp_path / "model.onnx")
 
 
-def test_without_onnxruntime_nothing_is_compared(onnx: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_onnxruntime_outputs_are_not_compared(onnx: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert to_onnx(vk.nn.FourierMixing(WIDTH), drawn(2, 9, WIDTH), tmp_path / "model.onnx") is None
     assert (tmp_path / "model.onnx").is_file()
@@ -324,13 +326,13 @@ def test_without_onnxruntime_nothing_is_compared(onnx: None, monkeypatch: pytest
         ((drawn(2, 3, 8, 8), drawn(3)), ValueError, "x: expected tensors whose dimension 0 is one batch"),
     ],
 )
-def test_wrong_arguments_are_named(x: object, kind: type[Exception], words: str, onnx: None, tmp_path: Path) -> None:
+def test_invalid_arguments_are_named(x: object, kind: type[Exception], words: str, onnx: None, tmp_path: Path) -> None:
     with pytest.raises(kind, match=words):
         to_onnx(create_model("fnet", **small_model("fnet")), x, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_file_is_not_left(onnx: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_incorrect_file_is_not_kept(onnx: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_text("the old one")
     monkeypatch.setattr(export, "ONNX_REFERENCES", {dft_forward.registered: lambda x, ortho, backend: x})
@@ -345,7 +347,7 @@ def test_weights_that_need_a_second_file_are_refused(onnx: None, monkeypatch: py
         to_onnx(vk.nn.LinearAttention(WIDTH, HEADS), drawn(2, 9, WIDTH), tmp_path / "model.onnx")
 
 
-def test_the_opset_and_the_names_are_those_asked_for(onnx: None, tmp_path: Path) -> None:
+def test_the_opset_and_the_names_are_as_requested(onnx: None, tmp_path: Path) -> None:
     import onnxruntime
     from onnx import load
 
@@ -355,11 +357,11 @@ def test_the_opset_and_the_names_are_those_asked_for(onnx: None, tmp_path: Path)
     to_onnx(module, x, path, opset=18)
     assert load(path).opset_import[0].version == 18
     session = onnxruntime.InferenceSession(path)
-    (taken,), (given,) = session.get_inputs(), session.get_outputs()
-    assert (taken.name, taken.shape, given.name, given.shape) == ("x", ["batch", 9, WIDTH], "out", ["batch", 9, WIDTH])
+    (source,), (result,) = session.get_inputs(), session.get_outputs()
+    assert (source.name, source.shape, result.name, result.shape) == ("x", ["batch", 9, WIDTH], "out", ["batch", 9, WIDTH])
 
 
-def test_a_backward_is_refused() -> None:
+def test_a_backward_operator_is_refused() -> None:
     class Gradient(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return angle_gradient(x, x, AXIAL.cos, True, "torch")

@@ -1,4 +1,4 @@
-"""Inputs at the ends of what a dtype can hold, padding that holds NaN, and second derivatives."""
+"""Inputs near the limits of a dtype, NaN in padding, and second derivatives."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ SOFTMAX = "performer_attention", "nystrom_attention", "linformer_attention", "ag
 @dtypes(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("name", SOFTMAX)
 @pytest.mark.parametrize("spread", [16.0, 1e4, 3e4], ids=lambda spread: f"std{spread:g}")
-def test_large_logits_keep_to_the_error_budget(name: str, spread: float, dtype: torch.dtype, backend: str) -> None:
-    """Probabilities that backward recomputes are at most 1 and sum to 1, however large the logits are."""
+def test_large_logits_stay_within_the_error_budget(name: str, spread: float, dtype: torch.dtype, backend: str) -> None:
+    """Probabilities that backward recomputes are at most 1 and sum to 1 for any size of logits."""
     check_budget(problem_of(name, dtype, spread=spread), backend)
 
 
 @dtypes(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("name", SOFTMAX)
-def test_constant_tokens_keep_to_the_error_budget(name: str, dtype: torch.dtype, backend: str) -> None:
+def test_constant_tokens_stay_within_the_error_budget(name: str, dtype: torch.dtype, backend: str) -> None:
     problem = problem_of(name, dtype, width=255, heads=1, spread=0.75)
     for each in ("k", "agents"):
         if each in problem.tensors:
@@ -65,7 +65,7 @@ def test_constant_tokens_keep_to_the_error_budget(name: str, dtype: torch.dtype,
 
 @pytest.mark.parametrize("name", ("performer_attention", "nystrom_attention", "agent_attention"))
 @pytest.mark.parametrize("spread", [1.0, 1e4])
-def test_one_key_has_probability_one(name: str, spread: float, backend: str) -> None:
+def test_a_single_key_has_probability_one(name: str, spread: float, backend: str) -> None:
     check_budget(problem_of(name, torch.float32, tokens=1, features=1, spread=spread), backend)
 
 
@@ -74,7 +74,7 @@ def test_one_key_has_probability_one(name: str, spread: float, backend: str) -> 
 )
 @pytest.mark.parametrize("eps", [1e-6, 0.0])
 def test_small_features_have_finite_gradients(feature_map: str, level: float, eps: float, backend: str) -> None:
-    """A channel of k whose features nearly vanish for all tokens."""
+    """The features of one channel of k nearly vanish for all tokens."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 24, 16, device=DEVICE) for _ in range(3))
     k[..., 3] = level * (1 + torch.rand(24, device=DEVICE) / 8)
@@ -88,14 +88,14 @@ def test_small_features_have_finite_gradients(feature_map: str, level: float, ep
         assert (x - exact).norm() <= 1e-5 * exact.norm()
 
 
-def test_all_features_small(backend: str) -> None:
+def test_gradients_are_finite_if_all_features_are_small(backend: str) -> None:
     q, k, v = (torch.rand(1, 1, 24, 16, device=DEVICE).mul_(1e-20).requires_grad_() for _ in range(3))
     grads = torch.autograd.grad(linear_attention(q, k, v, eps=0.0, backend=backend).sum(), (q, k, v))
     assert all(x.isfinite().all() for x in grads)
 
 
 @pytest.mark.parametrize("size", [1e18, 3e19, 1e30])
-def test_keys_whose_square_overflows_are_not_taken_for_masked_ones(size: float, backend: str) -> None:
+def test_keys_whose_square_overflows_do_not_count_as_masked(size: float, backend: str) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, 12, 16, device=DEVICE) for _ in range(3))
     projection = orthogonal_projection(20, 16, seed=0).to(DEVICE)
@@ -106,7 +106,7 @@ def test_keys_whose_square_overflows_are_not_taken_for_masked_ones(size: float, 
 
 
 def calls(mask: Tensor | None, backend: str) -> dict:
-    """Every attention as a function of q, k and v (2, 2, 12, 16)."""
+    """Return every attention as a function of q, k and v (2, 2, 12, 16)."""
     options = dict(key_padding_mask=mask, backend=backend)
     projection = orthogonal_projection(20, 16, seed=0).to(DEVICE)
     tokens = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -126,7 +126,7 @@ def calls(mask: Tensor | None, backend: str) -> dict:
 
 @pytest.mark.parametrize("name", calls(None, "torch"))
 def test_nan_in_padding_reaches_no_gradient(name: str, backend: str) -> None:
-    """Queries, keys and values of masked tokens may hold anything: a loss of valid tokens has the same gradients."""
+    """The gradients of a loss over valid tokens do not depend on the contents of masked tokens."""
     torch.manual_seed(0)
     mask = torch.rand(2, 12, device=DEVICE) > 0.4
     mask[:, 0] = True
@@ -149,7 +149,7 @@ def test_nan_in_padding_reaches_no_gradient(name: str, backend: str) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", ("agent", "performer", "linear_projected"))
 def test_infinity_in_padding_reaches_no_gradient_of_the_slots(name: str, sign: int, backend: str) -> None:
-    """With slots of one sign all logits of a padded token are -inf, or all its features 0, as if it had no slots."""
+    """With slots of one sign, all logits of a padded token are -inf or all its features 0, as if there were no slots."""
     torch.manual_seed(0)
     q, k, v, slots = (torch.rand(1, 2, tokens, 16, device=DEVICE) for tokens in (12, 12, 12, 5))
     mask = torch.arange(12, device=DEVICE)[None] < 9
@@ -169,8 +169,8 @@ def test_infinity_in_padding_reaches_no_gradient_of_the_slots(name: str, sign: i
     assert torch.equal(grad(sign * torch.inf), grad(0.5))
 
 
-def test_features_that_no_key_has_do_not_overflow_float16(backend: str) -> None:
-    """A query that shares no feature with any key has a denominator of eps."""
+def test_queries_without_a_feature_of_any_key_stay_finite_in_float16(backend: str) -> None:
+    """The denominator of such a query is eps."""
     q, k = (torch.zeros(1, 1, 16, 16, dtype=torch.float16, device=DEVICE) for _ in range(2))
     q[..., :8], k[..., 8:] = 3, 1
     q[:, :, ::2, 8:] = 1
@@ -189,7 +189,7 @@ def test_nan_in_padding_reaches_no_gradient_of_angles(backend: str) -> None:
 
 @pytest.mark.parametrize("name", [*calls(None, "torch"), "rope"])
 def test_a_gradient_cannot_be_differentiated_again(name: str, backend: str) -> None:
-    """Even where the gradient that comes in is a constant; the reference can, and so can functions that are linear."""
+    """This holds even for a constant incoming gradient. The reference and linear functions support it."""
     x, k, v = (torch.randn(2, 2, 12, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     rope = rope_mixed(3, 4, rope_mixed_frequencies(16, 2, seed=0).to(DEVICE).requires_grad_())
 
@@ -199,9 +199,9 @@ def test_a_gradient_cannot_be_differentiated_again(name: str, backend: str) -> N
         return calls(None, backend)[name](x, k, v).sum()
 
     (grad,) = torch.autograd.grad(loss(backend), x, create_graph=True)
-    for wanted in (x, (rope.angles if name == "rope" else k)):
+    for leaf in (x, (rope.angles if name == "rope" else k)):
         with pytest.raises(RuntimeError, match="backend='reference' supports second derivatives"):
-            torch.autograd.grad(x.sum() + k.sum() + grad.square().sum() + rope.angles.sum(), wanted, retain_graph=True)
+            torch.autograd.grad(x.sum() + k.sum() + grad.square().sum() + rope.angles.sum(), leaf, retain_graph=True)
     (grad,) = torch.autograd.grad(loss("reference"), x, create_graph=True)
     grad.square().sum().backward()
 
@@ -242,7 +242,7 @@ def test_changing_an_output_that_backward_reads_is_refused() -> None:
 @pytest.mark.parametrize("tokens", [37, 197, 1024])
 @pytest.mark.parametrize("name", SPECS)
 @dtypes(torch.float32, torch.bfloat16)
-def test_bits_do_not_depend_on_the_batch_size_on_a_cpu(name: str, tokens: int, dtype: torch.dtype) -> None:
+def test_cpu_results_are_bit_identical_for_any_batch_size(name: str, tokens: int, dtype: torch.dtype) -> None:
     spec = SPECS[name]
     problem = spec.problem(spec.fit(Case("batch", batch=7, tokens=tokens, heads=3, width=32, features=20)), dtype=dtype)
 
@@ -262,15 +262,15 @@ def test_bits_do_not_depend_on_the_batch_size_on_a_cpu(name: str, tokens: int, d
         grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
         return dict(enumerate(outputs)) | dict(zip(leaves, grads, strict=True))
 
-    whole = results(7)
+    expected = results(7)
     for batch in (1, 2):
         for key, x in results(batch).items():
-            assert torch.equal(x, whole[key][:batch]), key
+            assert torch.equal(x, expected[key][:batch]), key
 
 
 @pytest.mark.parametrize("kind", ["attention", "performer", "linear", "nystrom", "linformer", "agent"])
-def test_modules_read_padding_as_zeros(kind: str) -> None:
-    """NaN in padded tokens reaches no valid row and no gradient, those of the weights included."""
+def test_modules_treat_padding_as_zeros(kind: str) -> None:
+    """NaN in padded tokens reaches no valid row and no gradient, including those of the weights."""
     torch.manual_seed(0)
     options = {"nystrom": dict(num_landmarks=4), "linformer": dict(seq_len=12), "agent": dict(num_agents=4)}.get(kind, {})
     module = getattr(nn, "Attention" if kind == "attention" else f"{kind.title()}Attention")(32, 2, **options)
@@ -287,7 +287,7 @@ def test_modules_read_padding_as_zeros(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_the_reference_takes_an_empty_batch(name: str) -> None:
+def test_the_reference_supports_an_empty_batch(name: str) -> None:
     spec = SPECS[name]
     problem = spec.problem(spec.fit(Case("empty", batch=0)))
     leaves = {each: x.requires_grad_() for each, x in problem.tensors.items() if each in spec.differentiable}

@@ -1,4 +1,4 @@
-"""The tiled feed-forward network against the plain one."""
+"""The tiled feed-forward network, compared with the plain one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vix_kernels.testing import kept_for_backward
 
 
 class PlainMlp(Mlp):
-    """Of another type, so that nothing is tiled."""
+    """Another type than Mlp, which is therefore not tiled."""
 
 
 def half(norm: type = nn.LayerNorm, activation: type = nn.GELU, mlp: type = Mlp) -> nn.ModuleDict:
@@ -41,7 +41,7 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
-    """What goes through tiles, of 4 tokens here: six tiles, the last of a single token."""
+    """Record the calls that are tiled. Tiles have 4 tokens here, which makes six tiles, the last of one token."""
     monkeypatch.setattr(tiled, "TOKENS_PER_THREAD", 4)
     monkeypatch.setattr(module, "MANY_CPU", 0)
     calls, run = [], primitive.feed_forward
@@ -63,14 +63,14 @@ def test_equals_the_plain_form(calls: list, norm: type, activation: type, renorm
         y.backward(torch.cos(torch.arange(y.numel())).view_as(y).to(y.dtype))
         results.append([each.double() for each in (y, x.grad, *(p.grad for p in modules.parameters()))])
     assert len(calls) == 1
-    for ours, plain, exact in zip(*results, strict=True):
-        error, theirs = ((each - exact).norm() / exact.norm() for each in (ours, plain))
-        assert error <= 2 * theirs + 4 * torch.finfo(dtype).eps * (dtype != torch.bfloat16)
+    for actual, plain, exact in zip(*results, strict=True):
+        error, plain_error = ((each - exact).norm() / exact.norm() for each in (actual, plain))
+        assert error <= 2 * plain_error + 4 * torch.finfo(dtype).eps * (dtype != torch.bfloat16)
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, TokenBatchNorm])
-def test_second_derivatives_are_those_of_the_plain_form(calls: list, norm: type, renormalise: bool) -> None:
+def test_second_derivatives_equal_the_plain_form(calls: list, norm: type, renormalise: bool) -> None:
     results = []
     for kind in (Mlp, PlainMlp):
         modules, x = half(norm, mlp=kind).double().eval(), tokens(torch.float64)
@@ -80,7 +80,7 @@ def test_second_derivatives_are_those_of_the_plain_form(calls: list, norm: type,
     torch.testing.assert_close(*results)
 
 
-def test_second_derivatives_of_linear_layers_and_dropout() -> None:
+def test_second_derivatives_of_linear_layers_and_dropout_are_right() -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(6, 12).double(), torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda *args: packed_linear(linear, *args), (x,))
@@ -98,7 +98,7 @@ def test_second_derivatives_of_linear_layers_and_dropout() -> None:
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
-def test_autocast(calls: list, renormalise: bool) -> None:
+def test_autocast_equals_the_plain_form(calls: list, renormalise: bool) -> None:
     results = []
     for kind in (Mlp, PlainMlp):
         modules, x = half(mlp=kind), tokens()
@@ -108,11 +108,11 @@ def test_autocast(calls: list, renormalise: bool) -> None:
         assert y.dtype == torch.float32
         results.append((y, x.grad, *(p.grad for p in modules.parameters())))
     assert len(calls) == 1
-    for ours, plain in zip(*results, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2 * plain.abs().max().item())
+    for actual, plain in zip(*results, strict=True):
+        torch.testing.assert_close(actual, plain, rtol=2e-2, atol=2e-2 * plain.abs().max().item())
 
 
-def test_few_tokens_take_the_plain_form(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_tokens_use_the_plain_form(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = run(half(mlp=PlainMlp), tokens(), False)
     monkeypatch.setattr(module, "MANY_CPU", 3 * 7 * 24 + 1)
     torch.testing.assert_close(run(half(), tokens(), False), plain)
@@ -122,7 +122,7 @@ def test_few_tokens_take_the_plain_form(calls: list, monkeypatch: pytest.MonkeyP
     assert len(calls) == 1
 
 
-def test_keeps_the_tokens_alone(calls: list) -> None:
+def test_only_the_tokens_are_kept_for_backward(calls: list) -> None:
     modules, x = half(), tokens()
     names, parameters = zip(*modules.named_parameters(), strict=True)
 
@@ -134,22 +134,22 @@ def test_keeps_the_tokens_alone(calls: list) -> None:
 
 @pytest.mark.parametrize("renormalise", [False, True])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, TokenBatchNorm])
-def test_dropout_equals_a_plain_form_that_drops_the_same(calls: list, norm: type, renormalise: bool) -> None:
+def test_dropout_equals_the_plain_form_with_the_same_masks(calls: list, norm: type, renormalise: bool) -> None:
     modules, x = half(norm).double(), tokens(torch.float64)
     modules["mlp"].drop.p, modules["drop_path"].rate = 0.25, 0.5
     torch.manual_seed(0)  # drops two samples of three
     y = run(modules, x, renormalise)
-    inner, outer, shares = y.grad_fn.saved_tensors[-3:]
-    ours = torch.autograd.grad(y, [x, *modules.parameters()], torch.cos(y.detach()))
+    inner, outer, scales = y.grad_fn.saved_tensors[-3:]
+    grads = torch.autograd.grad(y, [x, *modules.parameters()], torch.cos(y.detach()))
     assert 0.5 < inner.float().mean() < 0.95 and 0.5 < outer.float().mean() < 0.95 and len(calls) == 1
 
     n, mlp = modules["norm"](x), modules["mlp"]
     hidden = mlp.act(mlp.fc1(n)) * inner.view(3, 7, 24) / 0.75
-    assert sorted(shares[:, 0, 0].tolist()) == [0, 0, 2]
-    plain = (n if renormalise else x) + shares * mlp.fc2(hidden) * outer.view(3, 7, 8) / 0.75
+    assert sorted(scales[:, 0, 0].tolist()) == [0, 0, 2]
+    plain = (n if renormalise else x) + scales * mlp.fc2(hidden) * outer.view(3, 7, 8) / 0.75
     torch.testing.assert_close(y, plain)
-    theirs = torch.autograd.grad(plain, [x, *modules.parameters()], torch.cos(y.detach()))
-    torch.testing.assert_close(ours, theirs)
+    expected = torch.autograd.grad(plain, [x, *modules.parameters()], torch.cos(y.detach()))
+    torch.testing.assert_close(grads, expected)
 
 
 def hook(modules: nn.ModuleDict) -> None:
@@ -161,7 +161,7 @@ def exchange(modules: nn.ModuleDict) -> None:
 
 
 @pytest.mark.parametrize("change", [hook, exchange])
-def test_leaves_to_the_plain_form_what_it_cannot_know(calls: list, change: Callable) -> None:
+def test_hooks_and_exchanged_layers_use_the_plain_form(calls: list, change: Callable) -> None:
     modules = half()
     plain = run(modules, tokens(), False)
     assert len(calls) == 1

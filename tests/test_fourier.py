@@ -1,4 +1,4 @@
-"""What is particular to Fourier mixing."""
+"""Tests that only Fourier mixing needs."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def distance(x: torch.Tensor, y: torch.Tensor) -> float:
     [("torch", shape) for shape in ((2, 4096, 256), (5, 700, 300), (5, 197, 63), (70, 16, 1), (2, 1, 9), (1, 2, 2))]
     + [("triton", shape) for shape in ((1, 130, 100), (2, 33, 79), (2, 2, 2), (1, 1, 1))],
 )
-def test_equals_the_complex_transform(backend: str, shape: tuple[int, ...]) -> None:
+def test_mixing_equals_the_complex_transform(backend: str, shape: tuple[int, ...]) -> None:
     x = draw(*shape).requires_grad_()
     dy = torch.cos(torch.arange(x.numel(), device=DEVICE, dtype=torch.float32)).view(shape)
-    ours, theirs = fourier_mixing(x, backend=backend), complex_transform(x)
-    assert distance(ours, theirs) < 1e-6
-    assert distance(*(torch.autograd.grad(y, x, dy)[0] for y in (ours, theirs))) < 1e-6
+    actual, expected = fourier_mixing(x, backend=backend), complex_transform(x)
+    assert distance(actual, expected) < 1e-6
+    assert distance(*(torch.autograd.grad(y, x, dy)[0] for y in (actual, expected))) < 1e-6
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_twice_is_the_even_part(backend: str) -> None:
+def test_mixing_twice_gives_the_even_part(backend: str) -> None:
     x = draw(2, 21, 10)
     twice = fourier_mixing(fourier_mixing(x, norm="ortho", backend=backend), norm="ortho", backend=backend)
     mirror = x.flip(1, 2).roll((1, 1), (1, 2))  # x at (-n, -d)
@@ -58,8 +58,8 @@ def turn_kernel(index, cos, sin, length, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 4096, 100_003])
-def test_cosines_and_sines_of_any_length(length: int) -> None:
-    """Within a unit in the last place of 1, by fractions of a turn that are exact."""
+def test_cosines_and_sines_are_exact_for_any_length(length: int) -> None:
+    """Errors are within one unit in the last place of 1, because fractions of a turn are exact."""
     index = torch.arange(length, dtype=torch.int32, device=DEVICE)
     cos, sin = torch.empty(2, length, device=DEVICE).unbind()
     turn_kernel[(triton.cdiv(length, 4096),)](index, cos, sin, length, BLOCK=4096)
@@ -70,7 +70,7 @@ def test_cosines_and_sines_of_any_length(length: int) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_float16_overflows_only_where_the_result_does(backend: str) -> None:
-    """The zero frequency of tokens with a mean; and sums that come near the end of the range on the way."""
+    """Covers the zero frequency of tokens with a mean, and intermediate sums near the largest float16."""
     x = draw(2, 64, 48, dtype=torch.float16) + 30
     assert torch.isinf(fourier_mixing(x, backend=backend)).nonzero().tolist() == [[0, 0, 0], [1, 0, 0]]
     assert fourier_mixing(x, norm="ortho", backend=backend).isfinite().all()
@@ -90,7 +90,7 @@ def test_nan_stays_in_its_sample(backend: str) -> None:
     assert y[0].isnan().all() and y[1].isfinite().all()
 
 
-def test_triton_takes_fast_transforms_where_products_are_long() -> None:
+def test_triton_uses_fast_transforms_for_long_products() -> None:
     def observe(*made: object) -> None:
         raise AssertionError("a kernel was launched")
 
@@ -99,7 +99,7 @@ def test_triton_takes_fast_transforms_where_products_are_long() -> None:
         assert torch.equal(fourier_mixing(x, backend="triton"), fourier_mixing(x, backend="torch"))
 
 
-def test_autocast_casts_to_bfloat16_and_not_to_float16() -> None:
+def test_autocast_casts_to_bfloat16_but_not_to_float16() -> None:
     x = draw(2, 10, 8)
     with torch.autocast(DEVICE, torch.bfloat16):
         y = fourier_mixing(x)
@@ -109,7 +109,7 @@ def test_autocast_casts_to_bfloat16_and_not_to_float16() -> None:
     assert torch.equal(y, fourier_mixing(x))
 
 
-def test_meta_tensors() -> None:
+def test_meta_tensors_keep_their_shape() -> None:
     assert fourier_mixing(torch.empty(2, 5, 3, device="meta", dtype=torch.bfloat16)).shape == (2, 5, 3)
 
 
@@ -119,7 +119,7 @@ def test_nothing_is_kept_for_backward(backend: str) -> None:
     assert kept_for_backward(lambda x: fourier_mixing(x, backend=backend), (x,)) == 0
 
 
-def test_the_module_stands_where_timm_has_attention() -> None:
+def test_the_module_replaces_an_attention_of_timm() -> None:
     module = FourierMixing(
         16, num_heads=4, qkv_bias=True, qk_norm=True, proj_bias=True, attn_drop=0.0, proj_drop=0.5,
         norm_layer=torch.nn.LayerNorm, norm="ortho",

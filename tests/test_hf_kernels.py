@@ -1,4 +1,4 @@
-"""The integration to Hugging Face's kernels: layers that its kernelize puts into models of transformers."""
+"""The integration with Hugging Face's kernels: layers that kernelize puts into models of transformers."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("mode", ["INFERENCE", "TRAINING"])
-def test_kernelized_models_give_the_same_answers(name, mode, monkeypatch):
+def test_kernelized_models_give_the_same_outputs(name, mode, monkeypatch):
     torch.manual_seed(0)
     model, ids = MODELS[name]().eval(), torch.randint(2, 50, (2, 32))
     expected = model(ids).last_hidden_state
@@ -36,7 +36,7 @@ def test_kernelized_models_give_the_same_answers(name, mode, monkeypatch):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_layers_with_matrices_of_their_own_stay():
+def test_fnet_layers_with_tpu_matrices_are_not_replaced():
     pytest.importorskip("scipy", reason="scipy is not installed")
     integration.register()
     tpu = dict(use_tpu_fourier_optimizations=True, tpu_short_seq_length=32)

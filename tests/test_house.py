@@ -1,4 +1,4 @@
-"""What is imported from where, and how large files are: the rules of CONTRIBUTING.md, with what still breaks them."""
+"""The rules of CONTRIBUTING.md on imports, docstrings, and the size of files and functions, with their exceptions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vix_kernels import conditions, primitives
 
 ROOT = Path(__file__).parents[1]
 
-# From the top down: a module imports from its own row and from those below it.
+# From top to bottom: a module imports only from its row and from rows below.
 LAYERS = (
     ("__main__",),
     ("training",),
@@ -37,13 +37,13 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
 
-UPWARDS: set[tuple[str, str]] = set()  # to stay empty
+UPWARDS: set[tuple[str, str]] = set()  # must stay empty
 LONG: dict[str, int] = {}
-MANY_ARGUMENTS = {"ops.nystrom.nystrom_attention"}  # a public function: its options are named one by one, as users pass them
+MANY_ARGUMENTS = {"ops.nystrom.nystrom_attention"}  # a public function, whose options are separate arguments
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    """Names within vix_kernels, and files."""
+    """Yield the name within vix_kernels and the path of each module."""
     for folder, prefix in ((ROOT / "vix_kernels", ()), (ROOT / "models", ("models",))):
         for path in sorted(folder.rglob("*.py")):
             parts = *prefix, *path.relative_to(folder).with_suffix("").parts
@@ -54,7 +54,7 @@ MODULES = dict(modules())
 
 
 def imported(name: str, path: Path) -> Iterator[str]:
-    """What a file imports anywhere: absolute names."""
+    """Yield the absolute names of all imports in a file."""
     package = ["vix_kernels", *name.split(".")] if name else ["vix_kernels"]
     if path.name != "__init__.py":
         package.pop()
@@ -64,19 +64,19 @@ def imported(name: str, path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             base += node.module.split(".") if node.module else []
-            for each in node.names:  # of a package, its modules
-                whole = ".".join([*base, each.name])
-                yield whole if whole.removeprefix("vix_kernels.") in MODULES else ".".join(base)
+            for each in node.names:  # a name in a package may be a module
+                full = ".".join([*base, each.name])
+                yield full if full.removeprefix("vix_kernels.") in MODULES else ".".join(base)
 
 
 def layer(name: str) -> str:
     return name.partition(".")[0]
 
 
-def test_imports_point_down() -> None:
+def test_imports_point_downwards() -> None:
     found = set()
     for name, path in MODULES.items():
-        if not name:  # the package itself lists what is public
+        if not name:  # the package itself re-exports public names
             continue
         for target in imported(name, path):
             to = layer(target.removeprefix("vix_kernels."))
@@ -95,13 +95,13 @@ def test_implementations_do_not_import_each_other(name: str) -> None:
     assert not any(target.startswith(other) for target in imported(name, MODULES[name]))
 
 
-def test_triton_is_imported_by_kernels_and_measurements_alone() -> None:
+def test_only_kernels_and_measurements_import_triton() -> None:
     importers = {name for name, path in MODULES.items() for target in imported(name, path) if layer(target) == "triton"}
     assert {layer(name) for name in importers} == {"_triton", "measure"}
 
 
-def test_every_primitive_is_computed_in_torch() -> None:
-    """In a file of its name, or in two, of linear attention; `nystrom` is made of others, and two files are no primitives."""
+def test_every_primitive_has_a_torch_implementation() -> None:
+    """Its file has the name of the primitive, or that name with a suffix. `nystrom` is composed of other primitives."""
     primitives = {name.partition(".")[2] for name in MODULES if layer(name) == "primitives"} - {"", "autograd", "registry"}
     files = {name.partition(".")[2] for name in MODULES if layer(name) == "_torch"}
     assert {name for name in primitives if not any(file.startswith(name) for file in files)} == {"nystrom"}
@@ -112,8 +112,8 @@ SOURCE = re.compile(r"arXiv|et al\.")
 
 
 @pytest.mark.parametrize("name", [name for name in vix_kernels.__all__ if inspect.isfunction(getattr(vix_kernels, name))])
-def test_public_functions_say_what_they_take(name: str) -> None:
-    """Every argument, shapes, what comes back, errors and a source, the last in the function or at the top of its file."""
+def test_public_functions_document_their_contract(name: str) -> None:
+    """Documents every argument, shapes, the result, errors and a source, the last also at the top of the file."""
     function = getattr(vix_kernels, name)
     text = inspect.getdoc(function)
     arguments, returns, errors = (text.find(f"\n{title}:\n") for title in ("Args", "Returns", "Raises"))
@@ -125,8 +125,8 @@ def test_public_functions_say_what_they_take(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", primitives.__all__)
-def test_primitives_say_what_they_take(name: str) -> None:
-    """Every argument, shapes, what comes back; the file begins with the equation, and callers are trusted."""
+def test_primitives_document_their_contract(name: str) -> None:
+    """Documents every argument, shapes and the result. The file starts with the equation. Primitives do not check arguments."""
     function = getattr(primitives, name)
     text = inspect.getdoc(function)
     arguments, returns = text.find("\nArgs:\n"), text.find("\nReturns:\n")
@@ -137,13 +137,13 @@ def test_primitives_say_what_they_take(name: str) -> None:
 
 
 def test_files_are_short() -> None:
-    """Up to 400 lines; tables may be longer."""
+    """Files have up to 400 lines. Exceptions are in LONG."""
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES.values()}
     assert {name: count for name, count in lines.items() if count > 400} == LONG
 
 
 def test_functions_above_the_kernels_take_few_arguments() -> None:
-    """Up to 13, among them the ctx of an autograd.Function or the backend. Kernels and device functions take no objects."""
+    """Up to 13, including the ctx of an autograd.Function and the backend. Kernels are exempt, since they take no objects."""
     found = set()
     for name, path in MODULES.items():
         if layer(name) in ("ops", "primitives", "_torch", "_triton"):
@@ -156,7 +156,7 @@ def test_functions_above_the_kernels_take_few_arguments() -> None:
 
 
 def test_a_call_goes_through_few_files() -> None:
-    """Those that docs/kernels.md lists. At most five functions lead to a launch, with gradients six."""
+    """docs/kernels.md lists them. Five functions lead to a launch, six with gradients."""
     pytest.importorskip("triton", reason="kernels are launched with Triton, which is not installed here")
     package = str(ROOT / "vix_kernels")
     files, depths = set(), {}
