@@ -36,7 +36,7 @@ def test_forward_bytes_are_inputs_and_outputs() -> None:
     assert cost("performer_attention").bytes == (slots + k + v + state) + (q + slots + values + lse + out + 2 * rows)
 
 
-def test_masks_and_tables_are_read_and_a_shared_projection_only_once() -> None:
+def test_bytes_count_masks_tables_and_a_shared_projection_once() -> None:
     square = replace(CASE, queries=None)
     plain, masked = cost("aggregate", case=square).bytes, cost("aggregate", case=replace(square, masked=True)).bytes
     assert masked == plain + 2 * 40

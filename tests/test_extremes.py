@@ -189,7 +189,7 @@ def test_nan_in_padding_reaches_no_gradient_of_angles(backend: str) -> None:
 
 @pytest.mark.parametrize("name", [*calls(None, "torch"), "rope"])
 def test_a_gradient_cannot_be_differentiated_again(name: str, backend: str) -> None:
-    """This holds even for a constant incoming gradient. The reference and linear functions support it."""
+    """This holds even for a constant incoming gradient. The reference and linear functions can be differentiated twice."""
     x, k, v = (torch.randn(2, 2, 12, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     rope = rope_mixed(3, 4, rope_mixed_frequencies(16, 2, seed=0).to(DEVICE).requires_grad_())
 

@@ -19,7 +19,7 @@ from vix_kernels.testing import kept_for_backward
 
 
 class PlainMlp(Mlp):
-    """Another type than Mlp, which is therefore not tiled."""
+    """A subclass of Mlp, which is never tiled."""
 
 
 def half(norm: type = nn.LayerNorm, activation: type = nn.GELU, mlp: type = Mlp) -> nn.ModuleDict:
@@ -80,7 +80,7 @@ def test_second_derivatives_equal_the_plain_form(calls: list, norm: type, renorm
     torch.testing.assert_close(*results)
 
 
-def test_second_derivatives_of_linear_layers_and_dropout_are_right() -> None:
+def test_second_derivatives_of_linear_layers_and_dropout_are_correct() -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(6, 12).double(), torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda *args: packed_linear(linear, *args), (x,))

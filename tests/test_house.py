@@ -113,7 +113,7 @@ SOURCE = re.compile(r"arXiv|et al\.")
 
 @pytest.mark.parametrize("name", [name for name in vix_kernels.__all__ if inspect.isfunction(getattr(vix_kernels, name))])
 def test_public_functions_document_their_contract(name: str) -> None:
-    """Documents every argument, shapes, the result, errors and a source, the last also at the top of the file."""
+    """Documents every argument, shapes, the result, errors, and a source in the docstring of the function or its file."""
     function = getattr(vix_kernels, name)
     text = inspect.getdoc(function)
     arguments, returns, errors = (text.find(f"\n{title}:\n") for title in ("Args", "Returns", "Raises"))

@@ -800,7 +800,7 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
                 names["features"] = names["rows"]
         if self_attention and op != "attention_weights":
             names["taps"] = one_of(0, 1, 3, 5, 33)
-    # The definition keeps the weights of all pairs and, with random features, every feature of each pair.
+    # The definition keeps the weights of all pairs and, with feature maps, every feature of each pair.
     inner = names["features"] if attention == "performer_attention" or names.get("projected") else width
     inner = inner if attention in ("performer_attention", "linear_attention") else 1
     while names["batch"] * names["heads"] * queries * tokens * inner > LARGEST:
