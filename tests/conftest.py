@@ -24,9 +24,9 @@ def pytest_report_header() -> str | None:
 @pytest.fixture(scope="session", autouse=True)
 def fast_interpreter():
     if DEVICE == "cpu" and find_spec("triton"):
-        from vix_kernels.measure.interpreter import hastened
+        from vix_kernels.measure.interpreter import fast_interpreter
 
-        with hastened():
+        with fast_interpreter():
             yield
     else:
         yield

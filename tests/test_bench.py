@@ -110,7 +110,7 @@ def test_providers_are_skipped_after_the_time_limit() -> None:
 
 
 def test_a_killed_process_loses_only_its_rows() -> None:
-    assert alone("cpu", lambda why: why, os.abort) == "the process was killed, for lack of memory perhaps"
+    assert alone("cpu", lambda why: why, os.abort) == "the process was killed, perhaps because memory ran out"
     assert alone("cpu", lambda why: why, max, 1, 2) == 2
 
 
@@ -244,7 +244,7 @@ def test_bench_writes_tables_and_plots(tmp_path: Path, capsys) -> None:
         ("--provider unknown", "--provider: expected some of"),
         ("--mode fwd,both", "argument --mode: expected some of fwd,bwd,full, got 'both'"),
         ("--values 0", "argument --values: expected an integer from 1 to 1048576, got '0'"),
-        ("--models nothing*", "--models: no model is called like 'nothing*'; there are vit,"),
+        ("--models nothing*", "--models: no model matches 'nothing*'; there are vit,"),
         ("--models vip --provider sdpa", "--provider: expected some of ours, compiled, plain, original, got sdpa"),
     ],
 )
@@ -267,7 +267,7 @@ def test_crossings_name_the_length_from_which_vix_is_faster() -> None:
     assert crossing(3, 1, 1) == "x, forward: faster than SDPA from 32 tokens on, not at 16"
     assert crossing(1, 3, 1) == "x, forward: faster than SDPA from 64 tokens on, not at 32"
     assert crossing(1, 1, 1) == "x, forward: faster than SDPA at all of 16, 32, 64 tokens"
-    assert crossing(1, 1, 3) == "x, forward: not faster than SDPA at 64 tokens, the most of 16, 32, 64"
+    assert crossing(1, 1, 3) == "x, forward: not faster than SDPA at 64 tokens, the largest of 16, 32, 64"
 
 
 def test_bench_measures_models(tmp_path: Path, capsys) -> None:

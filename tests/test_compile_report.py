@@ -262,9 +262,9 @@ def test_new_and_vanished_uses_are_named():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"spilled": 4}, "spills 4 bytes a thread, 0 allowed"),
+        ({"spilled": 4}, "spills 4 bytes per thread, 0 allowed"),
         ({"arch": "gfx942", "shared": 65_537}, "65537 bytes of shared memory, gfx942 has 65536"),
-        ({"width": 256, "spilled": 68}, "spills 68 bytes a thread, 64 allowed"),
+        ({"width": 256, "spilled": 68}, "spills 68 bytes per thread, 64 allowed"),
         ({"arch": "sm_86", "shared": 101_377}, "101377 bytes of shared memory, sm_86 has 101376"),
         ({"arch": "sm_100", "tensor_memory": 640}, "640 columns of tensor memory"),
     ],
@@ -372,7 +372,7 @@ def test_a_damaged_table_is_refused(tmp_path, capsys):
         (["--width", "300"], "expected an integer from 8 to 256, got '300'"),
         (["--jobs", "0"], "expected an integer from 1"),
         (["--csv", "missing.csv"], "there is no file missing.csv"),
-        (["--write", "--op", "linear_attention"], "a table is written with all ops"),
+        (["--write", "--op", "linear_attention"], "argument --op: cannot be combined with --write"),
     ],
 )
 def test_invalid_arguments_give_a_one_line_error(argv, message, capsys):

@@ -1,4 +1,4 @@
-"""A part of a run: what its process receives, how it runs its jobs one after the other, and what it sends."""
+"""The process of a part: its plan, its jobs, and the records it sends."""
 
 from __future__ import annotations
 
@@ -22,21 +22,25 @@ from typing import Any, NamedTuple
 import torch
 
 from vix_kernels.measure import timing
-from vix_kernels.measure.interpreter import hastened
+from vix_kernels.measure.interpreter import fast_interpreter
 from vix_kernels.measure.operators import Row, failed, free, skipped
 from vix_kernels.measure.timing import Spoiled
 
-SPOILED = 75  # exit status: this process can measure no more, a new one can
-AT = 1  # the job that an injected failure meets: the second, so that there is something to lose
+SPOILED = 75  # exit status: this process can no longer measure, a new one can
+AT = 1  # the job that an injected failure hits: the second, so there are rows to lose
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one process of a part does.
+    """The work of one process of a part.
 
-    dry: tiny sizes in Triton's interpreter. deadline: by time.monotonic(); what comes later is skipped, and says so.
-    first: the job to start with; an earlier process did those before it. eager: no CUDA graph for that job.
-    begin: called with the number and the name of each job before it runs. inject: the failure that the probe meets.
+    Attributes:
+        dry: use tiny sizes in Triton's interpreter.
+        deadline: end of the part's time, by time.monotonic(); later jobs are skipped and get a row that says so.
+        first: number of the first job; an earlier process ran the ones before it.
+        eager: run that first job without a CUDA graph.
+        begin: called with the number and name of each job before it runs.
+        inject: the failure to simulate.
     """
 
     dry: bool
@@ -55,7 +59,7 @@ class Plan:
         return time.monotonic() > self.deadline
 
     def finish(self, command: Iterable[str], **how: Any) -> tuple[int | None, str]:
-        """The exit status of a command, None where the deadline ends it, and all that it has printed."""
+        """Run a command and return its exit status, or None if the deadline ended it, and its output."""
         with tempfile.TemporaryFile("w+", errors="replace") as log:
             try:
                 seconds = max(0.0, self.deadline - time.monotonic())
@@ -69,16 +73,16 @@ class Plan:
 
 
 class Job(NamedTuple):
-    """One measurement of a part: what it measures, which its rows repeat, and how."""
+    """One measurement of a part: the columns that identify it, repeated in its rows, and the function that runs it."""
 
     what: Row
     run: Callable[[], Iterable[Row]]
 
 
 def by_job(jobs: Callable[[Plan], Iterable[Job]]) -> Callable[[Plan], Iterator[Row]]:
-    """The rows of the jobs of a part. A job that fails or comes too late gets a row that says so.
+    """Turn a function that yields jobs into a part. A job that fails or starts too late gets a row that says so.
 
-    A part whose process ends loses only the job that ended it: the next process starts with the next job.
+    If a job ends the process, only that job is lost: the next process continues with the next job.
     """
 
     @functools.wraps(jobs)
@@ -97,7 +101,7 @@ def by_job(jobs: Callable[[Plan], Iterable[Job]]) -> Callable[[Plan], Iterator[R
             except Exception as error:
                 yield failed(error, **what)
                 if not plan.dry:
-                    torch.cuda.synchronize()  # raises again what the device cannot recover from, such as an illegal access
+                    torch.cuda.synchronize()  # raises again if the device cannot recover, as after an illegal access
             free(plan.device)
 
     return rows
@@ -107,11 +111,11 @@ def by_job(jobs: Callable[[Plan], Iterable[Job]]) -> Callable[[Plan], Iterator[R
 
 
 def inject(failure: str) -> None:
-    """What a GPU run can meet, for the dry run."""
+    """Simulate a failure of a GPU run, for the dry run."""
     print(f"injected: {failure}", file=sys.stderr, flush=True)
-    if failure == "crash":  # as in a driver
+    if failure == "crash":  # like a driver
         os.abort()
-    elif failure == "kill":  # as for lack of memory
+    elif failure == "kill":  # like the system when memory runs out
         os.kill(os.getpid(), signal.SIGKILL)
     elif failure == "capture":
         raise Spoiled("injected: the capture failed")
@@ -121,14 +125,14 @@ def inject(failure: str) -> None:
 
 
 def end_with_parent() -> None:
-    """A run that is killed leaves no process behind."""
+    """Wait for the parent to end, then kill this process group: a killed run leaves no processes."""
     multiprocessing.parent_process().join()
     os.killpg(0, signal.SIGKILL)
 
 
 def serve(part: str, plan: Plan, records: Connection, log: Path) -> None:
-    """Send the rows of a part, and the number and the name of each of its jobs before it runs."""
-    os.setsid()  # so that it can be killed together with the processes it starts
+    """Run a part and send its rows, and before each job its number and name."""
+    os.setsid()  # a process group, to be killed together with the processes it starts
     os.chdir(log.parents[1])
     Thread(target=end_with_parent, daemon=True).start()
     with log.open("a") as file:
@@ -141,7 +145,7 @@ def serve(part: str, plan: Plan, records: Connection, log: Path) -> None:
             inject(plan.inject)
 
     try:
-        with hastened() if plan.dry else nullcontext():
+        with fast_interpreter() if plan.dry else nullcontext():
             for row in import_module(f"bench.gpu.{part}").rows(replace(plan, begin=begin)):
                 records.send(row)
     except Spoiled as error:

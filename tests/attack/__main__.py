@@ -49,9 +49,9 @@ def main() -> int:
     warnings.simplefilter("ignore")
     with ExitStack() as stack:
         if os.environ.get("TRITON_INTERPRET") == "1":
-            from vix_kernels.measure.interpreter import hastened
+            from vix_kernels.measure.interpreter import fast_interpreter
 
-            stack.enter_context(hastened())
+            stack.enter_context(fast_interpreter())
         return attack(options)
 
 

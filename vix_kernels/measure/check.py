@@ -1,4 +1,4 @@
-"""Show which backend each operator gets on this machine, and why not another."""
+"""Show which backend each operator uses on this machine, and why not another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .machine import version_of
 
 def main(argv: list[str]) -> int:
     parser = Parser.of("vix check", __doc__)
-    parser.add_argument("--width", type=int, default=64, help="head width to ask for (default: 64)")
+    parser.add_argument("--width", type=int, default=64, help="head width (default: 64)")
     width = parser.parse_args(argv).width
 
     print(f"vix_kernels {__version__}, torch {torch.__version__}, triton {version_of('triton')}")

@@ -1,6 +1,6 @@
-"""Compile the launches of the public ops; exit 1 on a spill, an excess or a regression.
+"""Compile the launches of the public ops; exit 1 if one spills, exceeds a limit or got worse.
 
-A run is compared with the committed table, which --write refreshes.
+A run is compared with the committed table, which --write updates.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ TABLE = Path(__file__).with_name("compile_report.csv")
 Result = TypeVar("Result")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 WIDTHS = (32, 64, 80, 128, 256)
-# Dtypes and widths at which specifications' variants are compiled as well: rotated, learned, projected.
+# Dtypes and widths at which the variants of a specification (rotated, learned, projected) are compiled as well.
 VARIANTS = {(torch.bfloat16, 32), (torch.bfloat16, 64)}
 BATCH, HEADS, TOKENS = 2, 4, 1024
-NO_KERNEL = re.compile("empty|_unsafe_view")  # allocations, and a view that does not say so
+NO_KERNEL = re.compile("empty|_unsafe_view")  # allocations, and a view that is not marked as one
 
 
 @dataclass
@@ -65,21 +65,21 @@ class Report:
 
 
 def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    """What is compiled of an operator: what it is called in the table, and its sizes."""
+    """Yield the calls of an operator to compile: the name in the table, and the sizes."""
     for case in spec.compiled + (spec.variants if (dtype, width) in VARIANTS else ()):
         named = spec.name.removesuffix("_attention") + case.name
         yield named, replace(case, batch=BATCH, heads=HEADS, tokens=TOKENS, width=width)
 
 
 def compile_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...]) -> Report:
-    """One cell of the grid: these ops, forward and backward, for one architecture, dtype and width."""
+    """Compile one cell of the grid: these ops, forward and backward, for one architecture, dtype and width."""
     report = Report()
     binaries: list[Any] = []
-    uses: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))  # specialisation -> use -> slots
-    for name, (called, case) in ((op, call) for op in ops for call in calls(SPECS[op], width, DTYPES[dtype])):
+    uses: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))  # specialization -> use -> slots
+    for name, (table_name, case) in ((op, call) for op in ops for call in calls(SPECS[op], width, DTYPES[dtype])):
         problem = draw(SPECS[name], case, DTYPES[dtype], "cpu")
         for direction in ("forward", "backward"):
-            use = f"{called} {direction}"
+            use = f"{table_name} {direction}"
             where = f"{arch} {dtype} width {width}, {use}" + f", {case.features} slots" * bool(case.features)
             try:
                 with offline.capture(arch) as launched, torch.autograd.profiler.profile() as profile:
@@ -107,7 +107,7 @@ def compile_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...]) -> Rep
 
 
 def torch_launches(event) -> int:
-    """Kernels that this operator would launch on a GPU: one, unless it allocates, views or is composed of others."""
+    """Count the kernels that this operator would launch on a GPU: one, unless it allocates, is a view or consists of others."""
     space, _, name = event.name.partition("::")
     overloads = []
     if space == "aten" and hasattr(torch.ops.aten, name):
@@ -115,7 +115,7 @@ def torch_launches(event) -> int:
         overloads = [getattr(operator, each) for each in operator.overloads()]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     registered = [each for each in overloads if torch._C._dispatch_has_kernel(each.name())]
-    if all(has_kernel(each.name(), "CompositeImplicitAutograd") for each in registered):  # or not an operator
+    if all(has_kernel(each.name(), "CompositeImplicitAutograd") for each in registered):  # or it is not an operator
         return sum(torch_launches(child) for child in event.cpu_children)
     return int(not any(each.is_view for each in overloads) and not NO_KERNEL.search(name))
 
@@ -145,14 +145,14 @@ def make_row(launch: offline.CompiledLaunch, dtype: str, width: int, uses: str) 
 
 
 def brief(error: Exception) -> str:
-    while error.__cause__ is not None:  # Triton quotes the kernel's source from the outside in; the reason is innermost
+    while error.__cause__ is not None:  # Triton wraps the reason in errors that quote the source; it is the innermost one
         error = error.__cause__
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1].strip()}"
 
 
 def print_summary(report: Report, seconds: float) -> None:
-    print(f"\n{len(report.rows)} specialisations by Triton {triton.__version__} in {seconds:.0f} s")
+    print(f"\n{len(report.rows)} specializations by Triton {triton.__version__} in {seconds:.0f} s")
     for arch in dict.fromkeys(row.arch for row in report.rows):
         rows = [row for row in report.rows if row.arch == arch]
         print(f"    {arch}: {sum(row.spilled > 0 for row in rows)} of {len(rows)} spill")
@@ -161,7 +161,7 @@ def print_summary(report: Report, seconds: float) -> None:
         print(f"        {spilled.spilled} bytes spilled at most, {spilled.kernel} {spilled.where}")
         print(f"        {shared.shared} of {TARGETS[arch].shared_memory} bytes shared at most, {shared.kernel} {shared.where}")
         print(f"        {slowest.occupancy} % occupancy at least, {slowest.kernel} {slowest.where}")
-    print("launches of one call, this library's + torch's")
+    print("launches per call, this library's + torch's")
     for use, (ours, others) in report.launches.items():
         print(f"    {use}: {ours} + {others}")
 
@@ -177,18 +177,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ops = [name for name, spec in SPECS.items() if spec.compiled or spec.variants]
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"{', '.join(ops)} (default: all)")
     parser.add_argument("--jobs", type=within(1, 1024), default=2, help="worker processes (default: 2)")
-    parser.add_argument("--write", action="store_true", help="refresh the committed table for what was compiled")
+    parser.add_argument("--write", action="store_true", help="update the rows of the committed table that were compiled")
     parser.add_argument(
         "--shared", action="store_true",
-        help="only the shared memory of every entry of the launch table; --write measures what its table lacks",
+        help="check only the shared memory of every entry of the launch table; --write measures missing entries",
     )  # fmt: skip
-    parser.add_argument("--csv", type=Path, default=TABLE, metavar="PATH", help="the table to compare with or to write")
+    parser.add_argument("--csv", type=Path, default=TABLE, metavar="PATH", help="table to compare with or to write")
     args = parser.parse_args(argv)
-    args.some = set(args.op) != set(ops)
-    if args.write and args.some:
-        parser.error("argument --op: a table is written with all ops; leave --op out")
+    args.partial = set(args.op) != set(ops)
+    if args.write and args.partial:
+        parser.error("argument --op: cannot be combined with --write, which writes the table of all ops")
     if args.csv != TABLE and not (args.write or args.csv.is_file()):
-        parser.error(f"argument --csv: there is no file {args.csv}; --write makes one")
+        parser.error(f"argument --csv: there is no file {args.csv}; --write creates it")
     if not args.csv.parent.is_dir():
         parser.error(f"argument --csv: there is no folder {args.csv.parent}")
     try:
@@ -200,9 +200,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 @contextmanager
 def worker_environment() -> Iterator[None]:
-    """What the workers inherit: kernels that compile, an empty cache unless the user chose one, a silent profiler.
+    """Set the environment that workers inherit.
 
-    Line information stays on, although nothing here reads it: without it ptxas makes other code, with other registers.
+    Kernels compile instead of being interpreted, the cache is empty unless the user chose one, and the profiler prints nothing.
+    Line information stays on although it is not read here: without it ptxas generates code with other register counts.
     """
     with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ):
         os.environ.pop("TRITON_INTERPRET", None)
@@ -212,15 +213,15 @@ def worker_environment() -> Iterator[None]:
 
 
 def prepare_worker(modules: Iterable[str]) -> None:
-    """`modules` register specifications, of which some may be another package's."""
+    """Import `modules`, which register specifications; some may belong to other packages."""
     torch.set_num_threads(1)
     for name in modules:
         import_module(name)
 
 
 def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -> Iterator[Result]:
-    """function(*cell) of every cell, as processes finish them; the widest first, so that none is busy alone at the end."""
-    # Spawned, not forked: whether a kernel is interpreted is settled when triton is imported.
+    """Yield function(*cell) of every cell as workers finish them. The widest cells start first, to balance the load."""
+    # Spawned, not forked: importing triton decides whether kernels are interpreted.
     context = multiprocessing.get_context("spawn")
     with worker_environment(), ProcessPoolExecutor(jobs, context, prepare_worker, (REGISTERING,)) as pool:
         running = {pool.submit(function, *cell): cell for cell in sorted(cells, key=lambda cell: -cell[2])}
@@ -231,24 +232,24 @@ def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -
 
 
 def shared_memory_table(args: argparse.Namespace) -> int:
-    """The shared memory of every entry of the launch table: measured again and compared, or refreshed where it is missing."""
-    archs = tuple(TARGETS if args.arch == ARCHITECTURES else dict.fromkeys(args.arch))  # by default all
+    """Measure the shared memory of every entry of the launch table and compare it; with --write measure the missing entries."""
+    archs = tuple(TARGETS if args.arch == ARCHITECTURES else dict.fromkeys(args.arch))  # all by default
     bits = {8 * DTYPES[dtype].itemsize for dtype in args.dtype}
     widths = set(map(padded, args.width)) | {key[2] for key in LAUNCH_TABLE if args.width == WIDTHS}
     committed = read_csv(shared_memory.COMMITTED, shared_memory.Row) if shared_memory.COMMITTED.is_file() else []
-    mine = [row for row in committed if row.triton == triton.__version__]
-    cells, asked = [], set()
-    for arch in archs:  # GPUs of one generation have entries in common
-        wanted = set(shared_memory.missing(mine, arch) if args.write else shared_memory.entries(arch)) - asked
+    same_version = [row for row in committed if row.triton == triton.__version__]
+    cells, requested = [], set()
+    for arch in archs:  # GPUs of one generation share entries
+        wanted = set(shared_memory.missing(same_version, arch) if args.write else shared_memory.entries(arch)) - requested
         wanted = {entry for entry in wanted if entry.bits in bits and entry.width in widths}
-        asked |= wanted
+        requested |= wanted
         cells += shared_memory.cells(wanted, arch)
-    rows = [row for some in by_workers(args.jobs, shared_memory.measure, cells) for row in some]
-    unmeasured = asked - {row.entry for row in rows}
+    rows = [row for each in by_workers(args.jobs, shared_memory.measure, cells) for row in each]
+    unmeasured = requested - {row.entry for row in rows}
     failures = [f"{entry}: no call launches it" for entry in sorted(unmeasured)]
     if args.write:
         served = {entry for arch in TARGETS for entry in shared_memory.entries(arch)}
-        current = {(row.triton, row.entry): row for row in committed + rows if row.entry in served}  # the new ones last
+        current = {(row.triton, row.entry): row for row in committed + rows if row.entry in served}  # new rows replace old ones
         rows = list(current.values())
         write_csv(shared_memory.COMMITTED, map(asdict, sorted(rows)))
         print(f"wrote {shared_memory.COMMITTED}")
@@ -283,7 +284,7 @@ def main(argv: list[str]) -> int:
     show_table(report.rows)
     print_summary(report, time.perf_counter() - start)
 
-    worse = regressions(report.rows, args.committed, complete=not args.some)
+    worse = regressions(report.rows, args.committed, complete=not args.partial)
     failures = report.errors + violations(report.rows)
     if not report.rows:
         failures.append(f"nothing to compile: {', '.join(args.op)} has no calls at these widths and dtypes")

@@ -1,7 +1,7 @@
-"""The table of the compile report: one row a specialisation, the limits on it, and what became worse.
+"""The table of the compile report: one row per specialization, the limits it must meet, and its regressions.
 
-The committed table is the state that a change is compared with, and its diff is what a reviewer reads. It may hold rows
-of several Triton versions: a run is compared with those of its own.
+Every change is compared with the committed table, and reviewers read the diff of the table. It may hold rows of several Triton
+versions; a run is compared with the rows of the same version.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .._triton.targets import TARGETS, TENSOR_MEMORY
 from ..commands import DTYPES, print_table, write_csv
 from .sources import source_hash
 
-WIDE = 128  # bits, the widest access of a thread before sm_100
-KEPT_WIDE = 0.9  # of the share of bytes that the committed row moves by wide accesses; scheduling moves it a little
+WIDE = 128  # bits; the widest access of a thread before sm_100
+KEPT_WIDE = 0.9  # least fraction of the committed share of wide accesses; scheduling changes it a little
 
 
 @dataclass(frozen=True, order=True)
 class Row:
-    """One specialisation. Counts are written "kind:count kind:count", so that the table stays text."""
+    """One specialization. Counts are text of the form "kind:count kind:count"."""
 
     triton: str
     arch: str
@@ -36,12 +36,12 @@ class Row:
     spilled: int
     shared: int
     tensor_memory: int
-    occupancy: int  # per cent
+    occupancy: int  # percent
     matrix: str
-    loads: str  # bits a thread : instructions
+    loads: str  # bits per thread : instructions
     stores: str
     uses: str  # "op direction slots,slots; ..."
-    source: str = ""  # hash of the kernel and of its tiles
+    source: str = ""  # hash of the kernel and its tiles
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.where} ({self.blocks}; {self.uses})"
@@ -63,16 +63,16 @@ def parse_counts(text: str) -> dict[str, int]:
     return {kind: int(count) for kind, _, count in (each.partition(":") for each in text.split())}
 
 
-# What is wrong with it
+# Violations and regressions
 
 
 def outdated(rows: Iterable[Row]) -> list[str]:
-    """The kernels whose code or tiles are not those that the rows were made from."""
+    """Return the kernels whose code or tiles have changed since the rows were compiled."""
     return sorted({f"{row.kernel} {row.arch}" for row in rows if row.source != source_hash(row.kernel, row.arch)})
 
 
 def violations(rows: Iterable[Row]) -> list[str]:
-    """What would be slow or would not launch at all, whatever was committed."""
+    """Return what would be slow or would not launch at all, independent of the committed table."""
     found = []
     for row in rows:
         limit = TARGETS[row.arch].shared_memory
@@ -80,7 +80,7 @@ def violations(rows: Iterable[Row]) -> list[str]:
             found.append(f"{row}: {row.shared} bytes of shared memory, {row.arch} has {limit}")
         if row.tensor_memory > TENSOR_MEMORY:
             found.append(f"{row}: {row.tensor_memory} columns of tensor memory, {row.arch} has {TENSOR_MEMORY}")
-        if row.arch.startswith("sm_"):  # on AMD the rest is only kept from becoming worse
+        if row.arch.startswith("sm_"):  # AMD is checked for regressions only
             found += nvidia_violations(row)
     return found
 
@@ -89,11 +89,11 @@ def nvidia_violations(row: Row) -> list[str]:
     found = []
     allowed = 0 if row.width <= 128 else 64
     if row.spilled > allowed:
-        found.append(f"{row}: spills {row.spilled} bytes a thread, {allowed} allowed")
+        found.append(f"{row}: spills {row.spilled} bytes per thread, {allowed} allowed")
     if row.dtype == "fp32" or "prepare" in row.kernel:
         return found
-    moves = row.kernel.startswith(("aggregate", "broadcast"))
-    if moves and row.arch == "sm_90" and row.width <= (128 if "forward" in row.kernel else 64):
+    is_pass = row.kernel.startswith(("aggregate", "broadcast"))
+    if is_pass and row.arch == "sm_90" and row.width <= (128 if "forward" in row.kernel else 64):
         if {count.split(":")[0] for count in row.matrix.split()} != {"HGMMA"}:
             found.append(f"{row}: expected warp-group products (HGMMA) only, got {row.matrix or 'none'}")
     if row.width in (32, 64) and not (f"{WIDE}:" in row.loads and f"{WIDE}:" in row.stores):
@@ -102,25 +102,25 @@ def nvidia_violations(row: Row) -> list[str]:
 
 
 def regressions(rows: Iterable[Row], committed: Iterable[Row], complete: bool = True) -> list[str]:
-    """What became worse since the committed table, use by use: a specialisation may come and go, its use stays.
+    """Return what became worse than in the committed table, by use: specializations may change, their uses stay.
 
-    Only cells that have rows on both sides are compared; uses may be missing in rows that are not `complete`.
+    Only cells with rows in both tables are compared. If `complete` is False, uses may be missing.
     """
     now, before = by_use(rows), by_use(committed)
-    found: dict[str, None] = {}  # a set in order: several uses of one row say the same
+    found: dict[str, None] = {}  # an ordered set: several uses of one row give the same text
     for key in now:
         if key in before:
             found.update((f"{now[key][0]}: {text}", None) for text in worse(now[key], before[key]))
     cells = {key[0] for key in now} & {key[0] for key in before}
     vanished, appeared = (
-        [key for key in some if key not in others and key[0] in cells] for some, others in ((before, now), (now, before))
+        [key for key in these if key not in others and key[0] in cells] for these, others in ((before, now), (now, before))
     )
     new = launched(appeared, "launches, new to the table,")
     return list(found) + (launched(vanished, "no longer launches") + new if complete else [])
 
 
 def by_use(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
-    """(cell, kernel, op and direction, slots) -> its rows."""
+    """Return (cell, kernel, op and direction, slots) -> its rows."""
     found = defaultdict(list)
     for row in rows:
         for use in row.uses.split("; "):
@@ -131,7 +131,7 @@ def by_use(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
 
 
 def worse(now: list[Row], old: list[Row]) -> list[str]:
-    """What became worse in the rows of one use."""
+    """Return what became worse in the rows of one use."""
     found = []
     spilled, had = max(each.spilled for each in now), max(each.spilled for each in old)
     if spilled > had:
@@ -148,7 +148,7 @@ def worse(now: list[Row], old: list[Row]) -> list[str]:
 
 
 def launched(keys: Iterable[tuple], verb: str) -> list[str]:
-    """One line for a use and a kernel, however many cells it concerns."""
+    """Return one line per use and kernel, which names the first cell and counts the others."""
     cells = defaultdict(list)
     for cell, kernel, use, slots in keys:
         cells[use, kernel].append(f"{cell[1]} {cell[2]} width {cell[3]}" + f", {slots} slots" * bool(slots))
@@ -163,15 +163,16 @@ def matrix_kinds(rows: Iterable[Row]) -> list[str]:
 
 
 def matrix_rank(kind: str) -> tuple[bool, bool]:
-    """HMMA, of one warp, is what a product falls back to from HGMMA and UTCHMMA; tf32 has half the speed of 16 bits.
+    """Rank a matrix instruction by its speed.
 
-    On AMD float32 operands have an eighth of it.
+    HMMA, of one warp, is the fallback from HGMMA and UTCHMMA. TF32 has half the rate of 16-bit operands. On AMD, float32
+    operands have an eighth of it.
     """
     return not kind.startswith("HMMA"), not kind.endswith((".TF32", "_f32"))
 
 
 def wide_share(rows: Iterable[Row], name: str) -> float:
-    """Of the bytes that one execution of each access moves, the share in wide accesses."""
+    """Return the fraction of bytes in wide accesses, if every access executes once."""
     moved = [(int(bits), int(bits) * count) for row in rows for bits, count in parse_counts(getattr(row, name)).items()]
     total = sum(size for _, size in moved)
     return sum(size for bits, size in moved if bits >= WIDE) / total if total else 0.0
@@ -185,11 +186,11 @@ def write_table(path: Path, rows: Iterable[Row]) -> None:
 
 
 def order(row: Row) -> tuple:
-    """As architectures and dtypes are listed; Triton 3.6.0 before 3.10.0."""
+    """Sort key: Triton version (3.6.0 before 3.10.0), then architecture and dtype as listed, then width."""
     version = [int(each) for each in re.findall(r"\d+", row.triton)]
     return version, list(TARGETS).index(row.arch), list(DTYPES).index(row.dtype), row.width, row
 
 
 def show_table(rows: list[Row]) -> None:
-    """Without the version of Triton, which is the same in all rows of a run."""
+    """Print the rows without the Triton version, which is the same in all rows of a run."""
     print_table([each.name for each in fields(Row)[1:]], (map(str, astuple(row)[1:]) for row in rows))

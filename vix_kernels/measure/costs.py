@@ -1,6 +1,6 @@
-"""What a call must do: arithmetic as its specification states it, bytes and launches as its operators show them.
+"""The least cost of a call: arithmetic as its specification states it, bytes and launches as its operators make them.
 
-Nothing is computed and no GPU is needed: the call runs on meta tensors, and its launches are counted, not made.
+Nothing is computed and no GPU is needed: the call runs on meta tensors, and its launches are counted, not executed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DIRECTIONS = ("forward", "backward")
 
 
 def cost(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str, arch: str) -> Cost:
-    """The cost of a forward, or of the backward that follows it, with the launch configurations of `arch` ("sm_90")."""
+    """Return the cost of a forward or of its backward, with the launch configurations of `arch`, such as "sm_90"."""
     problem = draw(spec, case, dtype, "meta")
     with _counting(arch) as count:
         outputs = problem(backend="triton")
@@ -46,7 +46,7 @@ class _Count(TorchDispatchMode):
             with self:  # torch's own kernels inside an operator count too
                 out = operators[function._schema.name.split("::")[1]].implementation(*args)
             touched = {id(x): x for x in (*args, *tree_leaves(out)) if isinstance(x, Tensor)}
-            # What is shared or expanded counts as often as it lies in memory, once.
+            # Shared and expanded tensors count once, as they are in memory.
             self.bytes += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in touched.values())
             return out
         if not function.is_view and "empty" not in function._schema.name:
@@ -56,7 +56,7 @@ class _Count(TorchDispatchMode):
 
 @contextmanager
 def _counting(arch: str) -> Iterator[_Count]:
-    """Count what happens in the block, as on a GPU of `arch`; no kernel is compiled or run."""
+    """Count bytes and launches inside the block as on a GPU of `arch`; no kernel is compiled or run."""
     count = _Count()
 
     def observe(*launch: Any) -> None:

@@ -1,4 +1,4 @@
-"""What this library reaches for inside Triton's interpreter; no other file knows its insides."""
+"""Everything that depends on the internals of Triton's interpreter; no other file uses them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-# Called with the addresses in bytes of the elements that one access reaches, and the size in bytes of one element.
+# Called with the byte addresses of the elements that one access reaches, and the size of an element in bytes.
 Observer = Callable[[np.ndarray, int], None]
 
 
 @contextmanager
-def hastened() -> Iterator[None]:
-    """Kernels run several times faster inside, with the same results.
+def fast_interpreter() -> Iterator[None]:
+    """Make interpreted kernels several times faster inside the block, with the same results.
 
-    The interpreter patches triton.language again in every call of a device function, 2 ms each, although the launch of the
-    kernel around it has done so; inside, a launch patches all of it and the calls patch nothing. It also makes every sum and
-    product of integers once more in 64 bits, to see whether 32 were enough; inside it does not. And most of its time goes into
-    describing types and shapes, of which there are few; inside each is described once.
+    The interpreter patches triton.language again in every call of a device function, which takes 2 ms. Inside the block, only
+    the launch patches it. The interpreter also repeats every integer sum and product in 64 bits to check for overflow; inside
+    the block it does not. Most of the remaining time describes types and shapes. There are few of them, so each description is
+    cached.
     """
     patch_language, everything = _get(interpreter, "_patch_lang"), SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     nothing = _get(interpreter, "_LangPatchScope")()
@@ -67,7 +67,7 @@ def hastened() -> Iterator[None]:
             blocks[key] = dict(vars(self))
 
     def known_tensor(self: Any, handle: Any, type: Any) -> None:
-        key = tuple(type.shape.values) if type.is_block() else ()  # of integers: Triton's own tuples are slow to compare
+        key = tuple(type.shape.values) if type.is_block() else ()  # a tuple of integers: Triton's tuples are slow to compare
         if key in shapes:
             vars(self).update(shapes[key], handle=handle, type=type, dtype=type.scalar)
         else:
@@ -85,7 +85,7 @@ def hastened() -> Iterator[None]:
 
 @contextmanager
 def watched(loaded: Observer, stored: Observer) -> Iterator[None]:
-    """Calls `loaded` for every load that a kernel makes inside from global memory, and `stored` for every store."""
+    """Inside the block, call `loaded` for every load of a kernel from global memory, and `stored` for every store."""
     builder = _get(interpreter, "interpreter_builder")
     load, store = _get(builder, "create_masked_load"), _get(builder, "create_masked_store")
 
@@ -108,7 +108,7 @@ def watched(loaded: Observer, stored: Observer) -> Iterator[None]:
     }
     for name in hooks:
         _get(builder, name)
-    with patch.multiple(builder, **hooks):  # every other way to memory goes through these four
+    with patch.multiple(builder, **hooks):  # all accesses to memory go through these four
         yield
 
 

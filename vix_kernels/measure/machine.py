@@ -1,4 +1,4 @@
-"""What a figure was taken on: device, versions, commit; and what the device can reach."""
+"""The machine of a measurement: device, versions and commit, and the peak rates of the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..commands import DTYPES
 from .roofline import GPUS, Device
 from .timing import device_time
 
-ROOT = Path(__file__).resolve().parents[2]  # of a checkout; an installed package has no commit
+ROOT = Path(__file__).resolve().parents[2]  # root of a checkout; an installed package has no commit
 PACKAGES = (
     "torch", "triton", "numpy", "performer-pytorch", "nystrom-attention", "linformer", "rotary-embedding-torch",
     "fla-core", "vision-xformer",
@@ -24,7 +24,7 @@ PACKAGES = (
 
 
 def device_name(device: str) -> str:
-    """The GPU, or the CPU's model and the threads that torch uses."""
+    """Return the name of the GPU, or the CPU model and the number of threads that torch uses."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
@@ -41,13 +41,13 @@ def _processor() -> str:
 
 @functools.cache
 def facts() -> dict[str, str | int | None]:
-    """Versions and the machine around the device."""
+    """Return the versions of Python, the platform and PACKAGES, and the number of CPU cores."""
     packages = {package: version_of(package) for package in PACKAGES}
     return dict(python=platform.python_version(), platform=platform.platform(), cores=os.cpu_count(), **packages)
 
 
 def version_of(package: str) -> str:
-    """Of an installed package."""
+    """Return the version of an installed package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -56,7 +56,7 @@ def version_of(package: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Of the checkout, "-dirty" where files differ from it; "unknown" outside of one."""
+    """Return the commit of the checkout, with "-dirty" if files have changed, or "unknown" outside a checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
@@ -65,7 +65,7 @@ def commit() -> str:
 
 
 def peaks(device: str) -> Device:
-    """Published peaks of a known GPU; of anything else what copies and matrix products reach here."""
+    """Return the published peaks of a known GPU; for other devices, the measured rates of copies and matrix products."""
     known = {gpu.device: gpu for gpu in GPUS}
     return known.get(device_name(device)) or _measured(device, torch.get_num_threads())
 
@@ -75,17 +75,17 @@ def _measured(device: str, threads: int) -> Device:
     rates = {dtype: matrix_rate(device, dtype, 1024 if device == "cpu" else 8192) for dtype in ("bf16", "fp32")}
     bandwidth = copy_bandwidth(device, 2**26 if device == "cpu" else 2**30)
     name = device_name(device)
-    # float32 as it is: no machine without published peaks is asked for its TensorFloat32 rate.
+    # No TensorFloat32 rate: the measured float32 rate is used.
     return Device(name, name, "", rates["bf16"], 0.0, rates["fp32"], bandwidth, math.inf)
 
 
 def copy_bandwidth(device: str, elements: int) -> float:
-    """Bytes/s, read and written."""
+    """Return the bytes/s of a copy, read and written."""
     source = torch.empty(elements, device=device, dtype=torch.bfloat16).normal_()
     return 2 * source.nbytes / (device_time(source.clone, device=device).median / 1e3)
 
 
 def matrix_rate(device: str, dtype: str, size: int) -> float:
-    """FLOP/s of torch's matrix product, on random numbers."""
+    """Return the FLOP/s of torch's matrix product of random numbers."""
     a, b = (torch.empty(size, size, device=device, dtype=DTYPES[dtype]).normal_() for _ in range(2))
     return 2 * size**3 / (device_time(lambda: a @ b, device=device).median / 1e3)

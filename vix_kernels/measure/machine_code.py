@@ -1,4 +1,4 @@
-"""What compiled kernels use, read out of their machine code."""
+"""Read the resources that compiled kernels use from their machine code."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from triton.backends.compiler import GPUTarget
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel uses."""
+    """Resources of one kernel."""
 
-    registers: int  # a thread; on AMD architectural and accumulation registers together
-    spilled: int  # bytes of stack (on AMD: of private segment) a thread
-    matrix: dict[str, int] = field(default_factory=dict)  # instruction -> how many
-    loads: dict[int, int] = field(default_factory=dict)  # bits a thread -> how many, from global memory
+    registers: int  # per thread; on AMD architectural and accumulation registers together
+    spilled: int  # bytes of stack (on AMD: of the private segment) per thread
+    matrix: dict[str, int] = field(default_factory=dict)  # instruction -> count
+    loads: dict[int, int] = field(default_factory=dict)  # bits per thread -> count, from global memory
     stores: dict[int, int] = field(default_factory=dict)
 
 
 def read(gpu: GPUTarget, kernels: Iterable[Mapping[str, str | bytes]]) -> list[Resources]:
-    """What each kernel uses, from what Triton compiled it to (the `asm` of a CompiledKernel)."""
+    """Return the resources of each kernel from Triton's output, the `asm` of a CompiledKernel."""
     if gpu.backend == "cuda":
         return read_cubins(gpu.arch, [each["cubin"] for each in kernels])
     return [read_amdgcn(each["amdgcn"]) for each in kernels]
@@ -45,9 +45,9 @@ STORES = {"STG", "UTMASTG"}
 
 
 def read_cubins(arch: int, cubins: list[bytes]) -> list[Resources]:
-    """By the tools of the Triton wheel.
+    """Read cubins with the tools of the Triton wheel.
 
-    The disassembler takes a quarter of a second to start, so it gets the code of all kernels as one piece.
+    The disassembler takes 0.25 s to start, so it runs once on the concatenated code of all kernels.
     """
     codes = [machine_code(each) for each in cubins]
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def read_cubins(arch: int, cubins: list[bytes]) -> list[Resources]:
 
 
 def machine_code(cubin: bytes) -> bytes:
-    """The .text sections of a cubin, an ELF file of 64 bits."""
+    """Return the .text sections of a cubin, a 64-bit ELF file."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
     size, sections, names = struct.unpack_from("<3H", cubin, 58)
     headers = [struct.unpack_from("<IIQQQQ", cubin, table + at * size) for at in range(sections)]
@@ -92,7 +92,7 @@ def count_sass(opcodes: Iterable[str], usage: dict[str, str]) -> Resources:
 
 
 def access_bits(kind: str, modifiers: list[str]) -> int:
-    if kind.startswith("U"):  # the copy engine moves whole tiles, at least as wide as the widest load
+    if kind.startswith("U"):  # the copy engine moves whole tiles and counts as the widest access
         return 128
     widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
     return next((widths[each] for each in modifiers if each in widths), 32)
@@ -115,5 +115,5 @@ def read_amdgcn(assembly: str) -> Resources:
 
 
 def count(kinds: Iterable[Any]) -> dict[Any, int]:
-    """How many there are of each, in the order of their names."""
+    """Count each kind, in sorted order."""
     return dict(sorted(Counter(kinds).items()))

@@ -1,8 +1,8 @@
-"""`vix bench --models`: inference and training steps of the models, beside the originals they repair.
+"""`vix bench --models`: inference and training steps of the models, compared with their originals.
 
-Theirs is the model of the vision_xformer 0.2.0 wheel where it has one and is installed, else the plain form of
-`from_original`, which does the published work. The originals' training scripts wrap autocast around the loss alone, so that
-they train in float32 ("as shipped"); their bf16 rows have it around the model. Dropout is that of the published
+An original is the model of the vision_xformer 0.2.0 wheel, if the wheel is installed and has one. Otherwise it is the plain
+form of `from_original`, which computes what was published. The original training scripts put only the loss under autocast, so
+the originals train in float32 ("as shipped"). Their bf16 rows put the model under autocast. Dropout follows the published
 configuration.
 """
 
@@ -28,7 +28,7 @@ from ..models.zoo import PUBLISHED
 from ..testing import kept_for_backward
 from .machine import device_name
 from .operators import Row, alone, failed, free, ok, out_of_memory, outcome, peak_memory, skipped
-from .providers import LeftOut
+from .providers import Unavailable
 from .timing import in_turns, wall_time
 
 VIX = dict(image_size=32, patch_size=1, num_classes=10, dim=128, depth=4, mlp_dim=256)
@@ -46,11 +46,11 @@ for stage, (stride, depth) in enumerate(((2, 1), (1, 1), (1, 2)), start=1):
 
 
 class Pair(NamedTuple):
-    """Ours by arguments; theirs by label and arguments, from the wheel or from `originals`."""
+    """Arguments of our model, and label and arguments of the original, from the wheel or from `originals`."""
 
     ours: dict[str, Any]
     label: str
-    theirs: dict[str, Any]
+    original: dict[str, Any]
     wheel: bool = False
 
     @property
@@ -60,8 +60,8 @@ class Pair(NamedTuple):
 
 HEADS = dict(heads=4, dim_head=32)
 DROP, DROPOUT = dict(proj_drop_rate=0.25), dict(dropout=0.25)
-# So that both do the same work: the original CCT, CCN and CCP have MLPs of ratio 4, whatever they are asked for, and LeViN
-# and LeViP know nothing of positions. Of levit and cvt there is no original.
+# Our arguments make both do the same work: the original CCT, CCN and CCP always have MLPs of ratio 4, and LeViN and LeViP have
+# no position encoding. levit and cvt have no original.
 PAIRS = {
     "vit": Pair({}, "ViT", VIX | HEADS),
     "vil": Pair(DROP, "ViL", VIX | HEADS | DROPOUT, wheel=True),
@@ -82,7 +82,7 @@ PAIRS = {
     "ccp": Pair(dict(mlp_ratio=4.0), "CCP", CCT),
     "fnet_2d": Pair({}, "wheel_FNet2D", dict(num_classes=10, dim=128, depth=5, mlp_dim=256)),
 }
-# Provider and dtype: "plain" is ours in plain PyTorch.
+# Provider and dtype. "plain" is our model in plain PyTorch.
 FORMS = {
     "cpu": (("ours", "fp32"), ("ours", "bf16"), ("original", "fp32"), ("original", "bf16")),
     "cuda": (("ours", "bf16"), ("compiled", "bf16"), ("original", "fp32"), ("original", "bf16")),
@@ -93,35 +93,35 @@ BATCH = {"cpu": 16, "cuda": 128}
 Form = tuple[str, str]
 
 
-def theirs_of(name: str) -> str:
-    """Where the original of a model comes from."""
+def original_of(name: str) -> str:
+    """Return the label and source of the original of a model, or "" if there is none."""
     if name not in PAIRS:
         return ""
     return f"{PAIRS[name].label}, " + ("vision_xformer 0.2.0" if PAIRS[name].from_wheel else "plain form")
 
 
 def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn.Module:
-    """The model of a provider, with `arguments` over the published ones (ours alone has them)."""
+    """Build the model of a provider. `arguments` override the published ones and are for our models only."""
     if provider != "original":
         ours = (PAIRS[name].ours if name in PAIRS else {}) | arguments
         model = create_model(name, **ours, backend="reference" if provider == "plain" else "auto").to(device)
         return torch.compile(model) if provider == "compiled" else model
     if name not in PAIRS:
-        raise LeftOut("there is no original of it")
+        raise Unavailable("there is no original of it")
     if arguments:
-        raise LeftOut("the original is compared in its published size only")
+        raise Unavailable("the original is measured in its published size only")
     pair = PAIRS[name]
     if pair.from_wheel:
-        return getattr(importlib.import_module("vision_xformer"), pair.label)(**pair.theirs).to(device)
-    return drawn(build(pair.label, pair.theirs, backend="reference")).to(device)
+        return getattr(importlib.import_module("vision_xformer"), pair.label)(**pair.original).to(device)
+    return drawn(build(pair.label, pair.original, backend="reference")).to(device)
 
 
 def measure(
     name: str, forms: Sequence[Form], device: str, *, batch: int, rounds: int, arguments: dict[str, Any] | None = None
 ) -> list[Row]:
-    """Rows of inference and of a training step (forward, loss, backward, AdamW) of one model, a form (provider, dtype) each.
+    """Measure inference and a training step (forward, loss, backward, AdamW) of one model in each form (provider, dtype).
 
-    On one batch of noise, again and again, so that a loss that does not stay finite shows.
+    All steps use the same batch of noise. A loss that is not finite after the last one fails.
     """
     arguments = arguments or {}
     ours = create_model(name, **arguments)
@@ -131,24 +131,24 @@ def measure(
     for provider, dtype in forms:
         what = dict(
             model=name, provider=provider, dtype=dtype, batch=batch, device=device_name(device),
-            theirs=theirs_of(name) if provider == "original" else "", **arguments,
+            theirs=original_of(name) if provider == "original" else "", **arguments,
         )  # fmt: skip
         try:
             torch.manual_seed(0)
             step = Step(make(name, provider, arguments, device), images, labels, dtype)
             if device == "cpu":
                 steps[provider, dtype] = step, what
-                step.train(), step.infer()  # what cannot run is out of the race
+                step.train(), step.infer()  # a form that cannot run is not timed
             else:
                 rows += _figures(step, what, *(wall_time(each, calls=rounds) for each in (step.infer, step.train)))
                 del step
                 free(device)
         except Exception as error:
             steps.pop((provider, dtype), None)
-            lost = provider == "original" or isinstance(error, LeftOut) or out_of_memory(error)
-            rows += [(skipped if lost else failed)(error, **what, direction=each) for each in ("inference", "training")]
+            skip = provider == "original" or isinstance(error, Unavailable) or out_of_memory(error)
+            rows += [(skipped if skip else failed)(error, **what, direction=each) for each in ("inference", "training")]
             if device == "cuda":
-                torch.cuda.synchronize()  # an illegal access ends it all here, with its reason
+                torch.cuda.synchronize()  # raises here, with its reason, after an illegal access
     inference = in_turns({form: step.infer for form, (step, _) in steps.items()}, rounds=rounds)
     training = in_turns({form: step.train for form, (step, _) in steps.items()}, rounds=rounds)
     for form, (step, what) in steps.items():
@@ -157,7 +157,7 @@ def measure(
 
 
 class Step:
-    """One model at work on one batch."""
+    """Inference and training steps of one model on one batch."""
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> None:
         self.model, self.images, self.labels, self.dtype = model, images, labels, dtype
@@ -202,14 +202,14 @@ def _figures(step: Step, what: Row, inference: float, training: float) -> Iterat
         yield ok(**what, **figures)
 
 
-# The command's part
+# The command
 
 
 def run(args: Namespace, device: str, parser: ArgumentParser) -> Iterator[list[Row]]:
-    """The rows of one model after the other."""
+    """Yield the rows of one model after another."""
     names = PUBLISHED if args.models == "*" else list_models(args.models)
     if not names:
-        parser.error(f"--models: no model is called like {args.models!r}; there are {', '.join(PUBLISHED)} and their sizes")
+        parser.error(f"--models: no model matches {args.models!r}; there are {', '.join(PUBLISHED)} and their sizes")
     forms = FORMS[device]
     if args.provider:
         forms = [each for each in product(args.provider, ("fp32", "bf16")) if device == "cpu" or each in GPU_FORMS]

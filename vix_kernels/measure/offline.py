@@ -1,4 +1,4 @@
-"""Compile launches for GPUs that are not there, and read what they would use out of the machine code.
+"""Compile launches for GPUs that are not present, and read their resources from the machine code.
 
     from vix_kernels.measure import offline
     from vix_kernels._triton.launch import launch
@@ -6,13 +6,13 @@
     x = torch.empty(8, 1024, 64, dtype=torch.bfloat16, device="meta")
     with offline.target("sm_90") as launches:
         launch(kernel, (8, 16), x, x, x.stride(0), BLOCK_N=64, num_warps=4, num_stages=2)
-    for each in launches:  # filled when the block ends, one entry a specialisation
+    for each in launches:  # filled when the block ends, one entry per specialization
         print(each)
 
-Inside the block the library compiles instead of launching: a public call, made with CPU tensors, compiles what it
-would have launched, with the true signature, alignment and constexprs. Nothing is computed: outputs hold whatever
-their memory held. `launch` itself takes meta tensors as well (aligned storage; the offset of a view is honoured).
-Triton's active driver reports the target. TRITON_INTERPRET must not be set when triton is imported.
+Inside the block the library compiles instead of launching. A public call with CPU tensors compiles the kernels it would have
+launched, with the true signature, alignment and constexprs. Nothing is computed, and outputs are uninitialized. `launch`
+accepts meta tensors as well: their storage counts as aligned, and the offset of a view is honored. Triton's active driver
+reports the target. TRITON_INTERPRET must not be set when triton is imported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .machine_code import Resources
 
 @dataclass(frozen=True)
 class CompiledLaunch:
-    """One specialisation of a kernel, and how often it was launched."""
+    """One specialization of a kernel, and how often it was launched."""
 
     kernel: str
     target: str
@@ -43,15 +43,15 @@ class CompiledLaunch:
     constexprs: dict[str, Any]
     warps: int
     stages: int
-    shared: int  # bytes a block
-    tensor_memory: int  # columns a block, sm_100
+    shared: int  # bytes per block
+    tensor_memory: int  # columns per block, sm_100
     resources: Resources
     launches: int
-    key: str  # equal for equal specialisations
+    key: str  # equal for equal specializations
 
     @property
     def occupancy(self) -> int:
-        """Warps that a multiprocessor holds, in per cent of the most that it can hold."""
+        """Resident warps of a multiprocessor, in percent of its maximum."""
         return TARGETS[self.target].occupancy(self.warps, self.resources.registers, self.shared, self.tensor_memory)
 
     def __str__(self) -> str:
@@ -70,20 +70,20 @@ class CompiledLaunch:
 
 @contextmanager
 def driver_of(name: str) -> Iterator[None]:
-    """Inside the block Triton's driver reports the target `name`; that is enough to compile, not to run."""
+    """Make Triton's driver report the target `name` inside the block, which is enough to compile but not to run."""
     gpu, active = TARGETS[name].gpu, driver._active
-    # Triton keys its in-process cache by the device: one entry a target, not one for all of them.
+    # Triton keys its in-process cache by device, so each target must be a different device.
     answers = dict(get_current_target=lambda: gpu, get_current_device=lambda: gpu, get_current_stream=lambda device: 0)
     driver.set_active(SimpleNamespace(**answers))
     try:
         yield
     finally:
-        driver.set_active(active)  # not reset_active(), which looks for a real driver and raises where there is none
+        driver.set_active(active)  # not reset_active(), which raises if there is no real driver
 
 
 @contextmanager
 def target(name: str) -> Iterator[list[CompiledLaunch]]:
-    """Compile for `name` every launch made inside the block; the list yielded is filled when the block ends."""
+    """Compile every launch inside the block for `name`. The yielded list is filled when the block ends."""
     launches: list[CompiledLaunch] = []
     with capture(name) as binaries:
         yield launches
@@ -92,7 +92,7 @@ def target(name: str) -> Iterator[list[CompiledLaunch]]:
 
 @contextmanager
 def capture(name: str) -> Iterator[list[Any]]:
-    """What Triton makes of each launch inside the block, one entry a launch; `describe` reads them all at once."""
+    """Collect the compiled kernel of each launch inside the block, one entry per launch; `describe` reads them all at once."""
     if name not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}")
     binaries: list[Any] = []
@@ -107,7 +107,7 @@ def capture(name: str) -> Iterator[list[Any]]:
 
 
 def describe(name: str, binaries: Iterable[Any]) -> list[CompiledLaunch]:
-    """Each distinct binary of a capture for the target `name`, in the order of its first launch."""
+    """Describe each distinct binary of a capture for the target `name`, in the order of first launches."""
     counts = Counter(each.hash for each in binaries)
     distinct = list({each.hash: each for each in binaries}.values())
     used = machine_code.read(TARGETS[name].gpu, [each.asm for each in distinct])
@@ -122,7 +122,7 @@ def describe(name: str, binaries: Iterable[Any]) -> list[CompiledLaunch]:
 
 
 def arguments(source: Any) -> tuple[dict[str, str], dict[str, Any]]:
-    """The run-time arguments with their types, and the constexprs with their values, of a specialisation."""
+    """Return the run-time arguments of a specialization with their types, and its constexprs with their values."""
     declared = {param.name for param in source.fn.params if param.is_constexpr}
     names = list(source.signature)
     constants = {names[path[0]]: value for path, value in source.constants.items()}
@@ -131,6 +131,6 @@ def arguments(source: Any) -> tuple[dict[str, str], dict[str, Any]]:
         if name in declared:
             continue
         aligned = ["tt.divisibility", 16] in source.attrs.get((at,), [])
-        # Triton turns None, and 1 where it specialises, into constants.
+        # Triton turns None into a constant, and also 1 where it specializes.
         signature[name] = str(constants[name]) if name in constants else kind + ":16" * aligned
     return signature, {name: value for name, value in constants.items() if name in declared}

@@ -1,9 +1,10 @@
-"""One operator at one size, by everyone who can do it: what comes out is checked, then timed.
+"""Measure one operator at one size with every provider: its results are checked, then timed.
 
-A row is a dictionary, with a "status": "ok", "failed" (something of ours is wrong, or gave wrong numbers) or "skipped", and a
-"why" for the last two. Only an "ok" row has times.
+A row is a dictionary with a "status" of "ok", "failed" (an error or wrong results of this library) or "skipped", and a "why"
+for the last two. Only an "ok" row has times.
 
-On a CPU the providers take turns, in CPU time, so that a drift of the machine hits all; on a GPU each has it for itself.
+On a CPU the providers take turns and CPU time is measured, so drift of the machine affects all of them equally. On a GPU they
+run one after another.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ from torch import Tensor
 from ..commands import DTYPES, figure
 from ..testing import SPECS, Case, Problem, draw, kept_for_backward
 from .machine import device_name, peaks
-from .providers import OURS, Contender, LeftOut, enter
+from .providers import OURS, Contender, Unavailable, enter
 from .roofline import Cost, predict
 from .timing import DeviceTime, device_time, in_turns, wall_time
 
 Row = dict[str, Any]
 DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward; backward: the difference
-# What is measured where nothing else is asked for; the CPU's are the dtype and the sizes of its budgets.
+# Default dtype and sizes. Those of the CPU are also the ones of its budgets.
 USUAL_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 USUAL = {
     "cpu": Case("usual", batch=2, heads=4, tokens=1024, width=64, features=256, taps=33),
     "cuda": Case("usual", batch=8, heads=8, tokens=4096, width=64, features=256, taps=33),
 }
 SIZES = ("batch", "heads", "tokens", "width", "features")
-WALL_BELOW = 2.0  # milliseconds on a GPU: the host's overhead shows in short calls
+WALL_BELOW = 2.0  # milliseconds on a GPU: host overhead is visible in shorter calls
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: calls of each provider in turns on a CPU, milliseconds of each on a GPU; whether memory, too."""
+    """How much to measure: rounds of calls on a CPU, milliseconds per provider on a GPU, and whether to measure memory."""
 
     rounds: int = 5
     milliseconds: float = 40.0
@@ -53,7 +54,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Result:
-    """A row, and the times of the single calls behind its median."""
+    """A row, and the times of the calls that its median summarizes."""
 
     row: Row
     samples: tuple[float, ...] = field(default=(), repr=False)
@@ -72,7 +73,7 @@ def skipped(why: str | BaseException, **row: Any) -> Row:
 
 
 def outcome(row: Row, names: Iterable[str], digits: int = 3) -> list[str]:
-    """The cells of these figures, or why there are none."""
+    """Return the cells of these figures, or the reason why there are none."""
     if row["status"] == "ok":
         return [figure(row.get(name), digits) for name in names]
     return [row["why"], *("" for _ in list(names)[1:])]
@@ -83,7 +84,7 @@ def brief(why: str | BaseException) -> str:
         if out_of_memory(why):
             return "out of memory"
         lines = str(why).strip().splitlines() or [""]
-        why = lines[0].strip() if isinstance(why, LeftOut) else f"{type(why).__name__}: {lines[0].strip()}"
+        why = lines[0].strip() if isinstance(why, Unavailable) else f"{type(why).__name__}: {lines[0].strip()}"
     return why[:300]
 
 
@@ -92,24 +93,24 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def alone(device: str, lost: Callable[[str], Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """function(*args, **kwargs) in a process of its own, so that no result depends on what was measured before it.
+    """Return function(*args, **kwargs) from a separate process, so that no result depends on earlier measurements.
 
-    What an allocator has learned from one operator changes the times of the next, by up to a half. A process that the system
-    kills, for lack of memory say, gives lost(why). On a GPU, which knows nothing of that, and where processes cannot fork, it
-    is a plain call.
+    The state of the memory allocator after one operator changes the times of the next by up to a half. If the system kills the
+    process, for example when memory runs out, return lost(why). On a GPU, which is not affected, and where processes cannot
+    fork, this is a plain call.
     """
     if device == "cuda" or "fork" not in multiprocessing.get_all_start_methods():
         return function(*args, **kwargs)
-    importlib.import_module("torch._dynamo")  # here once, not in every process: the profiler takes two seconds to import it
+    importlib.import_module("torch._dynamo")  # once here, not in every process: the profiler needs two seconds to import it
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         try:
             return pool.submit(function, *args, **kwargs).result()
         except BrokenProcessPool:
-            return lost("the process was killed, for lack of memory perhaps")
+            return lost("the process was killed, perhaps because memory ran out")
 
 
 def measure_alone(op: str, case: Case, dtype: str, providers: Iterable[str], device: str, **how: Any) -> list[Result]:
-    """`measure`, in a process of its own."""
+    """Run `measure` in a separate process."""
     providers = tuple(providers)
 
     def lost(why: str) -> list[Result]:
@@ -123,17 +124,17 @@ def measure(
     op: str, case: Case, dtype: str, providers: Iterable[str], device: str, *, directions: Sequence[str] = DIRECTIONS,
     effort: Effort = Effort(), late: Callable[[], bool] = lambda: False,
 ) -> list[Result]:  # fmt: skip
-    """Every provider's rows, one a direction.
+    """Measure every provider and return one row per provider and direction.
 
     Args:
         op: a name in `testing.SPECS`.
-        case: its sizes.
+        case: the sizes.
         dtype: "fp16", "bf16" or "fp32".
-        providers: see `providers.providers`.
+        providers: names from `providers.providers`.
         device: "cpu" or "cuda".
-        directions: some of DIRECTIONS.
-        effort: how long.
-        late: asked before each provider; once it is true the rest is skipped.
+        directions: a selection of DIRECTIONS.
+        effort: how much to measure.
+        late: called before each provider; once it returns True the remaining ones are skipped.
     """
     spec = SPECS[op]
     case = spec.fit(case)
@@ -141,7 +142,7 @@ def measure(
     providers = tuple(providers)
     try:
         race = Race(draw_problem(op, case, dtype, device), case, dtype, device, effort, late)
-    except Exception as error:  # before any provider has its turn: too large, or no inputs of these sizes
+    except Exception as error:  # before any provider runs: the inputs are too large or cannot be drawn
         free(device)
         outcome = skipped if out_of_memory(error) else failed
         return [Result(outcome(error, **what, provider=name, direction=x)) for name in providers for x in directions]
@@ -160,7 +161,7 @@ def sizes(op: str, case: Case, dtype: str, device: str) -> Row:
 
 
 def draw_problem(op: str, case: Case, dtype: str, device: str) -> Problem:
-    """Normal numbers. Random features are fixed, since nobody trains them; scale and eps are those that people use."""
+    """Draw a problem of normal numbers. Random features are not trained; scale and eps have their usual values."""
     torch.manual_seed(0)
     problem = draw(SPECS[op], case, DTYPES[dtype], device)
     usual = {"scale": case.width**-0.5, "eps": 1e-6}
@@ -168,7 +169,7 @@ def draw_problem(op: str, case: Case, dtype: str, device: str) -> Problem:
 
 
 class Race:
-    """The providers of one problem."""
+    """Checks and times the providers of one problem."""
 
     def __init__(self, problem: Problem, case: Case, dtype: str, device: str, effort: Effort, late: Callable[[], bool]) -> None:
         self.problem, self.case, self.dtype, self.device, self.effort, self.late = problem, case, dtype, device, effort, late
@@ -176,7 +177,7 @@ class Race:
         self.truth = Truth(problem)
 
     def run(self, direction: str, providers: Sequence[str], what: Row) -> dict[str, Result]:
-        """A result of each provider."""
+        """Return the result of each provider."""
         results, calls = {}, {}
         for name in providers:
             label = what | dict(provider=name, direction=direction)
@@ -194,7 +195,7 @@ class Race:
                     time = device_time(call.run, milliseconds=self.effort.milliseconds)
                     results[name] = self.result(call, time, label | dict(error=error))
             if self.device == "cuda":
-                self.contenders.pop(name, None)  # what it holds is in the next one's way
+                self.contenders.pop(name, None)  # frees its memory for the next provider
                 free(self.device)
         times = in_turns({name: call.run for name, (call, _) in calls.items()}, rounds=self.effort.rounds)
         for name, (call, label) in calls.items():
@@ -204,14 +205,14 @@ class Race:
 
     @contextmanager
     def noting(self, results: dict[str, Result], label: Row) -> Iterator[None]:
-        """What goes wrong inside becomes the provider's result."""
+        """Turn an error inside the block into the result of the provider."""
         try:
             yield
         except Exception as problem:
             ours = label["provider"] in OURS and not out_of_memory(problem)
             results[label["provider"]] = Result((failed if ours else skipped)(problem, **label))
             if self.device == "cuda":
-                torch.cuda.synchronize()  # an illegal access ends it all here, with its reason
+                torch.cuda.synchronize()  # raises here, with its reason, after an illegal access
 
     def prepare(self, name: str, direction: str) -> Call:
         if name not in self.contenders:
@@ -234,7 +235,7 @@ class Race:
         return Call(contender, full, cotangents)
 
     def check(self, call: Call) -> tuple[float | None, str]:
-        """How far its results are from float64's, relative, on the first sample of the batch; and what is wrong with that."""
+        """Return the relative error against float64 on the first sample of the batch, and why it is too large or ""."""
         contender, truth = call.contender, self.truth
         got = _tuple(call.run())
         if call.cotangents is None:
@@ -243,11 +244,11 @@ class Race:
                 exact, plain = truth.exact[0], truth.plain[0]
             else:
                 exact, plain = contender.exact(truth.first.double()), ()
-        elif contender.tolerance is None:  # its leaves are the problem's
+        elif contender.tolerance is None:  # its leaves are the tensors of the problem
             names = [each for each, x in self.problem.tensors.items() if x.requires_grad]
             got = [x[:1] for each, x in zip(names, got, strict=True) if each in truth.trained]
             exact, plain = truth.exact[1], truth.plain[1]
-        else:  # a peer's gradients are not compared, in whatever layout they are: its outputs have been
+        else:  # gradients of peers have other layouts and are not checked; their outputs are
             return None, ""
         eps = torch.finfo(DTYPES[self.dtype]).eps
         worst = 0.0
@@ -257,7 +258,7 @@ class Race:
             if contender.tolerance is not None:
                 allowed = contender.tolerance + 16 * (eps if self.dtype != "fp32" else 0.0)
             else:
-                allowed = 4 * ((plain[at].double() - y).norm().item() / size + eps)  # the tests have the exact budget, 2
+                allowed = 4 * ((plain[at].double() - y).norm().item() / size + eps)  # the tests apply the exact budget, 2
             if not error <= allowed:
                 part = "gradient" if call.cotangents is not None else "output"
                 return error, f"wrong: {part} {at} is {error:.2g} off, allowed {allowed:.2g}"
@@ -282,7 +283,7 @@ class Race:
         return Result(ok(**label, **figures), time.samples)
 
     def work(self, direction: str) -> Cost:
-        """What the operator must do at least, whoever does it: every input and every result moves once in a pass."""
+        """Return the least work of the operator, for any provider: every input and every result moves once per pass."""
         spec, inputs = self.problem.spec, list(self.problem.tensors.values())
         outputs = self.truth.batch * sum(x.nbytes for x in self.truth.plain[0])
         moved, passes = sum(map(_bytes, inputs)) + outputs, 1.0
@@ -293,7 +294,7 @@ class Race:
 
 
 class Call(NamedTuple):
-    """What is timed: a contender's forward, or with cotangents its forward and backward, which gives gradients."""
+    """A timed call: the forward of a contender, or with cotangents its forward and backward, which returns gradients."""
 
     contender: Contender
     run: Callable[[], Any]
@@ -301,9 +302,9 @@ class Call(NamedTuple):
 
 
 class Truth:
-    """The operator's reference on the first sample: in float64, and in the problem's precision, which has its error.
+    """The reference on the first sample of the batch: `exact` in float64, `plain` in the precision of the problem.
 
-    Each is (outputs, gradients of `trained`), the tensors that have a batch.
+    Each is (outputs, gradients of `trained`). `trained` names the tensors with a batch dimension that require gradients.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -331,7 +332,7 @@ class Truth:
 
 
 def _cotangents(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """One sample's for all samples, so that the first sample's are those of a batch of one."""
+    """Draw the cotangents of one sample and repeat them, so the first sample has those of a batch of one."""
 
     def one(x: Tensor) -> Tensor:
         generator = torch.Generator(x.device).manual_seed(1)
@@ -346,28 +347,28 @@ def _tuple(x: Any) -> tuple[Tensor, ...]:
 
 
 def _bytes(x: Tensor) -> int:
-    """What is expanded lies in memory once."""
+    """Return the bytes of a tensor in memory; expanded dimensions count once."""
     return min(x.nbytes, x.untyped_storage().nbytes())
 
 
 def _difference(full: Result, forward: Result) -> Result:
-    """The backward's row."""
+    """Return the row of the backward: full minus forward."""
     row = full.row | dict(direction="backward")
     if row["status"] != "ok" or forward.row["status"] != "ok":
         return Result(row if row["status"] != "ok" else forward.row | dict(direction="backward"))
-    left = ("op", "dtype", *SIZES, "device", "provider", "method", "error")
+    kept = ("op", "dtype", *SIZES, "device", "provider", "method", "error")
     milliseconds = full.row["device_ms"] - forward.row["device_ms"]
-    return Result(ok(**{name: row[name] for name in left}, direction="backward", device_ms=milliseconds))
+    return Result(ok(**{name: row[name] for name in kept}, direction="backward", device_ms=milliseconds))
 
 
 def peak_memory(function: Callable[[], Any], device: str) -> int:
-    """Bytes that a call allocates at its highest, beyond what is there before it."""
+    """Return the peak of the bytes that a call allocates, beyond those allocated before it."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes to the terminal
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to the terminal
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as log:
         function()
     events = [event for event in log.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -379,7 +380,7 @@ def peak_memory(function: Callable[[], Any], device: str) -> int:
 
 
 def free(device: str) -> None:
-    """What the last measurement held."""
+    """Free the memory of the last measurement."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

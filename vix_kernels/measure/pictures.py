@@ -1,4 +1,4 @@
-"""Time and memory against what was swept: a picture an operator and dtype, and one of ours together."""
+"""Plot time and memory against the swept size: a figure per operator and dtype, and one of all our operators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .operators import Row
 from .providers import OURS
 
 NAMES = {"forward": "forward", "full": "forward and backward", "backward": "backward"}
-SDPA = dict(color="black", linestyle="--", marker="o")  # the line to beat
+SDPA = dict(color="black", linestyle="--", marker="o")  # the baseline
 LOOKS = {
     "triton": dict(color="C0", marker="o", linewidth=2.2),
     "torch": dict(color="C1", marker="o", linewidth=2.2),
@@ -21,7 +21,7 @@ LOOKS = {
 
 
 def draw(folder: Path, rows: Iterable[Row], sweep: str, formats: Iterable[str] = ("png", "svg")) -> None:
-    """OP_DTYPE of every operator, a line a provider, and all_DTYPE where there are several, a line an operator."""
+    """Draw OP_DTYPE of every operator, a line per provider. For several operators draw all_DTYPE, a line per operator."""
     timed = [row for row in rows if row["status"] == "ok" and row.get("device_ms") is not None]
     figures = {}
     for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in timed):
@@ -43,13 +43,13 @@ def draw(folder: Path, rows: Iterable[Row], sweep: str, formats: Iterable[str] =
 
 
 def _figure(title: str, curves: Mapping[str, list[Row]], sweep: str, looks: Mapping[str, dict[str, Any]]) -> Any:
-    """A panel a direction, and one of memory; all logarithmic."""
+    """Draw a panel per direction and one of memory, all on logarithmic axes."""
     from matplotlib.figure import Figure
 
     rows = [row for curve in curves.values() for row in curve]
     panels = [(each, "device_ms", f"{name}, ms") for each, name in NAMES.items() if any(r["direction"] == each for r in rows)]
-    weighed = [each for each in ("full", "forward") if any(row["direction"] == each and row.get("peak_mib") for row in rows)]
-    panels += [(each, "peak_mib", f"memory of {NAMES[each]}, MiB") for each in weighed[:1]]
+    memory = [each for each in ("full", "forward") if any(row["direction"] == each and row.get("peak_mib") for row in rows)]
+    panels += [(each, "peak_mib", f"memory of {NAMES[each]}, MiB") for each in memory[:1]]
     figure = Figure(figsize=(4.2 * len(panels), 4), dpi=120, layout="constrained")
     values = sorted({row[sweep] for row in rows})
     shown = {}

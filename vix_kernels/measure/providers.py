@@ -1,6 +1,6 @@
-"""Who can do an operator's work, and what counts as having done it right.
+"""Providers of an operator, and the results they must give.
 
-Where a peer projects its input, its linear maps are taken out, so that all do the attention alone.
+The linear projections of peers are removed, so every provider computes the attention alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..testing import SPECS, Problem
 
 Outputs = tuple[Tensor, ...]
 OURS = ("triton", "torch")
-COMPILER = "inductor"  # of torch.compile
+COMPILER = "inductor"  # backend of torch.compile
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Contender:
     """One provider on one problem.
 
     Attributes:
-        function: takes the leaves, returns a tensor or a tuple.
-        leaves: its tensors, in its own layout; those that are trained require gradients.
-        exact: what it should give, from the problem in float64; the operator's reference, unless it does something else.
-        shown: brings its outputs to the layout of `exact`.
-        tolerance: relative distance from `exact` that counts as right, in float32; None: a few times plain PyTorch's error.
+        function: called with the leaves; returns a tensor or a tuple.
+        leaves: its tensors, in the layout of the provider; trained tensors require gradients.
+        exact: computes the expected outputs from the problem in float64; by default the reference of the operator.
+        shown: converts its outputs to the layout of `exact`.
+        tolerance: allowed relative error against `exact` in float32; None allows a few times the error of plain PyTorch.
     """
 
     function: Callable[..., Any]
@@ -44,16 +44,16 @@ class Contender:
 Maker = Callable[[Problem], Contender]
 
 
-class LeftOut(Exception):
-    """Why a provider does not take part, in a sentence."""
+class Unavailable(Exception):
+    """A provider cannot be measured. The message is one sentence that says why."""
 
 
 def enter(provider: str, problem: Problem) -> Contender:
-    """`provider` on `problem`.
+    """Set up `provider` on `problem`.
 
     Raises:
-        LeftOut: its package is not installed.
-        KeyError: nobody of that name serves the operator.
+        Unavailable: its package is not installed, or it needs a GPU.
+        KeyError: the operator has no provider of that name.
     """
     spec, leaves = problem.spec, list(problem.tensors.values())
     if provider in OURS:
@@ -69,24 +69,24 @@ def enter(provider: str, problem: Problem) -> Contender:
         return Contender(torch.compile(reference, dynamic=False, backend=COMPILER), leaves)
     module, make = peers(spec.name)[provider]
     if find_spec(module) is None:
-        raise LeftOut(f"{provider} is not installed")
+        raise Unavailable(f"{provider} is not installed")
     return make(problem)
 
 
 def providers(op: str, device: str) -> list[str]:
-    """All that may serve `op` on "cpu" or "cuda", ours first."""
+    """Return the names of all providers of `op` on "cpu" or "cuda", ours first."""
     ours = ("torch",) if device == "cpu" else OURS
     return [*ours, "reference", "compiled", *peers(op)]
 
 
 def peers(op: str) -> dict[str, tuple[str, Maker]]:
-    """Those of `op` by name: the module that must be importable, and the maker."""
+    """Return the peers of `op` by name: the module that must be importable, and the maker."""
     softmax = {"sdpa": ("torch", sdpa)} if SPECS[op].attends else {}
     return softmax | PEERS.get(op, {})
 
 
 def public() -> list[str]:
-    """What people compare; the rest are parts and variants."""
+    """Return the public operators; the others are primitives and variants."""
     return [name for name, spec in SPECS.items() if spec.public]
 
 
@@ -94,7 +94,7 @@ def public() -> list[str]:
 
 
 def sdpa(problem: Problem) -> Contender:
-    """Softmax attention: FlashAttention in 16 bits, torch's memory-efficient kernel in float32, its flash kernel on a CPU."""
+    """Softmax attention by FlashAttention; on a GPU in float32 by torch's memory-efficient kernel."""
     leaves, scale = [problem.tensors[name] for name in "qkv"], problem.options.get("scale")
     kind = SDPBackend.FLASH_ATTENTION
     if leaves[0].is_cuda and leaves[0].dtype == torch.float32:
@@ -126,12 +126,12 @@ def performer(problem: Problem) -> Contender:
         tensors = problem.tensors | {name: problem.tensors[name] / 4 for name in "qk"}
         return replace(problem, tensors=tensors)(reference=True)
 
-    # Its eps of 1e-4 drowns the features of tokens as long as ours, and moves those of shorter ones.
+    # Its eps of 1e-4 swamps the features of tokens with our norms, and still distorts them at a quarter of these norms.
     return Contender(_autocast(peer, q), [_leaf(q / 4), _leaf(k / 4), v], exact, tolerance=0.3)
 
 
 def plain_linear(problem: Problem) -> Contender:
-    """relu linear attention as EfficientViT and SANA write it, in two matrix products."""
+    """ReLU linear attention in two matrix products, as in EfficientViT and SANA."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = q.relu(), k.relu()
@@ -141,9 +141,9 @@ def plain_linear(problem: Problem) -> Contender:
 
 
 def fla(problem: Problem) -> Contender:
-    """Causal, which nothing of ours is: its last token has read all, as ours have, and is what gets checked."""
+    """Causal linear attention, unlike ours. Only the last token attends to all tokens, so only its output is checked."""
     if not problem.tensors["q"].is_cuda:
-        raise LeftOut("flash-linear-attention needs a GPU")
+        raise Unavailable("flash-linear-attention needs a GPU")
     from fla.ops.linear_attn import chunk_linear_attn
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -178,12 +178,12 @@ def nystrom(problem: Problem) -> Contender:
         options = problem.options | dict(landmarks="pad_front", pinv_init="original")
         return tuple(_merged(x) for x in replace(problem, options=options)(reference=True))
 
-    # It starts its inverse from a maximum over the whole batch, of which one sample is checked.
+    # Its inverse starts from a maximum over the whole batch, but only one sample is checked.
     return Contender(_autocast(lambda x, *_: peer(x), q), [packed, *parameters], exact, tolerance=1e-2)
 
 
 def linformer(problem: Problem) -> Contender:
-    """Its values are its keys here: the arithmetic is the same."""
+    """Linformer with its keys as values: the arithmetic cost is the same."""
     from linformer import LinformerSelfAttention
 
     q, k, key_projection, value_projection = (
@@ -213,7 +213,7 @@ def rotary(problem: Problem) -> Contender:
     def rotate(q: Tensor, k: Tensor) -> Outputs:
         return peer.rotate_queries_or_keys(q), peer.rotate_queries_or_keys(k)
 
-    return Contender(rotate, [q, k], tolerance=2e-3)  # its angles are products in float32
+    return Contender(rotate, [q, k], tolerance=2e-3)  # it computes angles as products in float32
 
 
 def _merged(x: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
-    """The peers are written for autocast: cast to 16 bits as a whole they fail or lose their float32 sums."""
+    """Run a peer under autocast: if cast to 16 bits as a whole, peers fail or lose their float32 sums."""
     enabled = like.dtype != torch.float32
 
     def call(*inputs: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor
     return call
 
 
-# operator -> provider -> (module that must be importable, maker), beside softmax attention
+# operator -> provider -> (module that must be importable, maker), in addition to softmax attention
 PEERS: dict[str, dict[str, tuple[str, Maker]]] = {
     "performer_attention": {"performer-pytorch": ("performer_pytorch", performer)},
     "linear_attention": {"plain": ("torch", plain_linear), "flash-linear-attention": ("fla", fla)},

@@ -5,14 +5,13 @@ examples:
   vix dev roofline --op performer_attention --gpu H100    one line a shape
   vix dev roofline --csv roofline.csv --plot roofline.png
 
-Columns: gflop, mexp and mbyte are what the call must do at least (10^9 operations, 10^6 exponentials, 10^6 bytes);
-predicted_us is the prediction, and bound_by says which time is the longest; measured_us comes from the newest run of
-bench/on_gpu.sh in the results folder, and is empty where there is none.
+Columns: gflop, mexp and mbyte are the least work of the call (10^9 operations, 10^6 exponentials, 10^6 bytes); predicted_us is
+the prediction; bound_by names the longest time; measured_us is from the newest run of bench/on_gpu.sh in the results folder,
+and empty if there is none.
 
-A prediction is the longest of three times, as if they overlapped perfectly: the bytes over the bandwidth of memory, the
-operations over the rate of the matrix units, the exponentials over the rate of the special-function units. It is never less
-than the launches, one after the other. So it is a floor: it says how far a measured time could still fall, not how long a
-call takes.
+A prediction is the longest of four times: bytes over memory bandwidth, operations over the rate of the matrix units,
+exponentials over the rate of the special-function units, and the launches one after another. It assumes that they overlap
+perfectly. So it is a lower bound: it says how much faster a measured call could be, not how long a call takes.
 """
 
 from __future__ import annotations
@@ -27,21 +26,23 @@ from pathlib import Path
 from ..commands import DTYPES, Parser, figure, markdown, print_table, write_atomically, write_csv
 from ..testing import SPECS, Case
 
-LAUNCH = 2e-6  # seconds from one kernel of a stream to the next: an assumption, no vendor publishes it
+LAUNCH = 2e-6  # seconds from one kernel of a stream to the next: an assumption, because no vendor publishes it
 RESULTS = Path("bench", "results")
 
 
 @dataclass(frozen=True)
 class Device:
-    """Peaks: published ones of a GPU, dense.
+    """Peak rates of a device. For GPUs they are the published ones, dense.
 
     Attributes:
-        device: what `torch.cuda.get_device_name` calls it; other models of the name have other peaks.
+        name: short name.
+        device: result of `torch.cuda.get_device_name`; other variants of the GPU have other peaks.
+        arch: architecture, such as "sm_90".
         matrix: FLOP/s of 16-bit products with float32 accumulators.
         tf32: FLOP/s of TensorFloat32 products.
-        float32: FLOP/s of float32 itself.
+        float32: FLOP/s of float32 products.
         bandwidth: bytes/s of memory.
-        exps: exponentials/s: 16 a clock and multiprocessor (compute unit).
+        exps: exponentials/s: 16 per clock and multiprocessor (compute unit).
     """
 
     name: str
@@ -54,7 +55,7 @@ class Device:
     exps: float
 
     def flops(self, dtype: str) -> float:
-        """The rate of products of `dtype`; exact float32 takes three TensorFloat32 products where that is faster."""
+        """Return the FLOP/s for products of `dtype`. Exact float32 uses three TensorFloat32 products if that is faster."""
         return self.matrix if dtype != "fp32" else max(self.tf32 / 3, self.float32)
 
 
@@ -73,7 +74,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One operator, shape and GPU. Times in microseconds; `measured` is None until a results file has the same shape."""
+    """One operator, shape and GPU. Times are in microseconds; `measured_us` is None if no results file has the shape."""
 
     op: str
     direction: str
@@ -101,10 +102,10 @@ class Cost:
     """One call of an operator.
 
     Attributes:
-        flops: multiply-adds times two in products of the tokens' dtype.
+        flops: two per multiply-add, in products of the tokens' dtype.
         exps: exponentials.
-        bytes: least traffic: each registered operator in the call reads its inputs once and writes its outputs once.
-        launches: kernels, torch's fills, casts and sums included.
+        bytes: least traffic, if each registered operator in the call reads its inputs and writes its outputs once.
+        launches: number of kernels, including torch's fills, casts and sums.
     """
 
     flops: int
@@ -114,7 +115,7 @@ class Cost:
 
 
 def shapes() -> Iterator[Case]:
-    """The shapes that are predicted and measured: 131,072 tokens however they are cut, and one image on its own."""
+    """Yield the shapes to predict and measure: batches of 131,072 tokens in all, and single images."""
     for tokens in (256, 1024, 4096, 16384, 65536):
         yield Case(f"{tokens}", batch=131072 // tokens, heads=8, tokens=tokens, width=64, features=256)
     for tokens in (1024, 16384):
@@ -124,7 +125,7 @@ def shapes() -> Iterator[Case]:
 
 
 def predict(cost: Cost, gpu: Device, dtype: str) -> tuple[float, str]:
-    """Seconds, and what they are spent on: "memory", "matrix", "exp" or "launch"."""
+    """Return the predicted seconds and the resource that bounds them: "memory", "matrix", "exp" or "launch"."""
     return max(
         (cost.bytes / gpu.bandwidth, "memory"),
         (cost.flops / gpu.flops(dtype), "matrix"),
@@ -153,7 +154,7 @@ KEY = COLUMNS[:9]  # up to the GPU
 
 
 def measured(folder: Path) -> dict[tuple[str, ...], float]:
-    """KEY -> microseconds of our kernels, from the runs in `folder`; the newest counts."""
+    """Return KEY -> microseconds of our kernels, from the newest run in `folder` that has them."""
     names = {gpu.device: gpu.name for gpu in GPUS}
     found: dict[tuple[str, ...], float] = {}
     for path in sorted(folder.glob("*/*/timing.csv"), key=lambda path: path.parent.name):  # <gpu>/<date>-<commit>
@@ -171,14 +172,14 @@ def with_measured(table: Iterable[Row], folder: Path) -> Iterator[Row]:
         yield replace(row, measured_us=times.get(tuple(str(getattr(row, name)) for name in KEY)))
 
 
-# The table
+# The command
 
 
 NOTE = "Predicted times come from published peaks, not from a GPU."
 
 
 def plot(path: Path, table: list[Row], format: str) -> None:
-    """Time against tokens, a panel an operator and direction, a line a GPU: dashed predicted, dots measured."""
+    """Plot time against tokens: a panel per operator and direction, a line per GPU; dashed predicted, dots measured."""
     from matplotlib.figure import Figure
 
     chosen = [row for row in table if row.width == 64 and row.batch * row.tokens == 131072]
@@ -200,7 +201,7 @@ def plot(path: Path, table: list[Row], format: str) -> None:
                 panel.plot(*zip(*dots, strict=True), "o", color=f"C{at}")
         panel.set(title=f"{op} {direction}", xlabel="tokens of one image", ylabel="µs", xscale="log", yscale="log")
         low, high = panel.get_ylim()
-        panel.set_ylim(min(low, high / 30), high * 2)  # a flat line looks flat
+        panel.set_ylim(min(low, high / 30), high * 2)  # a flat line must look flat
         panel.grid(alpha=0.25)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, format=format)
@@ -215,7 +216,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"measured runs (default: {RESULTS})")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table as CSV instead of printing it")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw time against tokens, as a PNG or SVG")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="plot time against tokens, as PNG or SVG")
     args = parser.parse_args(argv)
     try:
         table = list(with_measured(rows(args.op, [gpu for gpu in GPUS if gpu.name in args.gpu], args.dtype), args.results))

@@ -1,8 +1,8 @@
-"""The shared memory that every entry of the launch table needs, a committed table: `vix dev compile-report --shared` checks it.
+"""The committed table of shared memory per entry of the launch table, checked by `vix dev compile-report --shared`.
 
-Triton allocates shared memory before it generates machine code. Compilation stops there, which is three times faster than
-compiling to the end, so every entry can be measured in all its variants: RoPE in both layouts, trained and pooled slots,
-masks, the residual convolution. A row holds the most that any of them needs.
+Triton allocates shared memory before it generates machine code. Compilation stops there, which makes it three times faster.
+So every entry can be measured in all its variants: RoPE in both layouts, trained and pooled slots, masks, the residual
+convolution. A row holds the maximum over the variants.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .tune import DTYPES, lookups
 COMMITTED = Path(__file__).with_name("shared_memory.csv")
 BATCH, HEADS, TOKENS = 2, 4, 1024
 SIZE = attrgetter("bits", "width")
-# For these GPUs Triton chooses the same layouts and pipelines as for another one, which is compiled for.
+# For these GPUs Triton chooses the same layouts and pipelines as for another one, which is compiled instead.
 GENERATION = {"sm_80": "sm_86", "sm_89": "sm_86"}
 
 
@@ -39,7 +39,7 @@ GENERATION = {"sm_80": "sm_86", "sm_89": "sm_86"}
 class Row:
     """The most shared memory, in bytes, that an entry of the launch table needs on GPUs of a generation.
 
-    tile: the fields of a Tile. source: hash of the kernel and of what it calls.
+    `tile` has the fields of a Tile. `source` is the hash of the kernel and of the functions it calls.
     """
 
     triton: str
@@ -53,12 +53,12 @@ class Row:
 
     @property
     def entry(self) -> Row:
-        """What is measured: the row without Triton's version and the bytes."""
+        """The row without Triton's version and the bytes, which identifies what is measured."""
         return replace(self, triton="", shared=0)
 
 
 def entries(arch: str) -> set[Row]:
-    """Everything that a launch on `arch` can look up."""
+    """Return all entries that a launch on `arch` can look up."""
     keys = ((name.removesuffix("_pooled"), bits, width) for name, bits, width in (*TABLE, *OVERRIDES.get(arch, {})))
     served = (find_tile(arch, *key, pooled) for key in keys for pooled in (False, True))
     generation = GENERATION.get(arch, arch)
@@ -66,14 +66,14 @@ def entries(arch: str) -> set[Row]:
 
 
 def missing(rows: Iterable[Row], arch: str) -> list[Row]:
-    """The entries of `arch` without a row of their tile and their source, in one of the versions of Triton that have rows."""
+    """Return the entries of `arch` that lack a current row in any Triton version that has rows."""
     measured = {(row.triton, row.entry) for row in rows}
     versions = {version for version, _ in measured} or {triton.__version__}
     return sorted(entry for entry in entries(arch) if any((version, entry) not in measured for version in versions))
 
 
 def excesses(rows: Iterable[Row], arch: str) -> list[str]:
-    """The entries of `arch` that need more shared memory than it has."""
+    """Return the entries of `arch` that need more shared memory than it has."""
     served, limit = entries(arch), TARGETS[arch].shared_memory
     return [
         f"{row.kernel} {row.bits} bits width {row.width} with tile {row.tile}: {row.shared} bytes of shared memory by Triton "
@@ -87,9 +87,9 @@ def excesses(rows: Iterable[Row], arch: str) -> list[str]:
 
 
 def problems(bits: int, width: int) -> Iterator[Problem]:
-    """Problems that launch every kernel in the variants that the launch table does not tell apart.
+    """Yield problems that launch every kernel in all variants that share an entry of the launch table.
 
-    All that can takes gradients: without them the kernels do less, with no more memory.
+    All differentiable tensors require gradients: without them kernels do less and need no more memory.
     """
     variants = dict(), dict(rope="half", masked=True, feature_map="elu"), dict(rope="interleaved")
     case = Case("", BATCH, HEADS, TOKENS, width=width, features=min(width, 128), taps=33, learned=True)
@@ -98,12 +98,12 @@ def problems(bits: int, width: int) -> Iterator[Problem]:
 
 
 class Allocated(Exception):
-    """Carries the bytes out of a compilation."""
+    """Ends a compilation and carries the allocated bytes."""
 
 
 @contextmanager
 def allocation_only() -> Iterator[None]:
-    """Inside the block, compiling a kernel raises Allocated instead of generating machine code."""
+    """Make the compilation of a kernel raise Allocated inside the block instead of generating machine code."""
     from triton._C.libtriton import ir, nvidia, passes
     from triton.backends.amd.compiler import HIPBackend
     from triton.backends.nvidia.compiler import CUDABackend, get_ptx_version_from_options
@@ -117,7 +117,7 @@ def allocation_only() -> Iterator[None]:
         manager.run(module, "allocate_shared_memory")
         raise Allocated(module.get_int_attr("ttg.shared"))
 
-    def hip(module: Any, metadata: dict, options: Any) -> None:  # a step later: the passes differ between versions of Triton
+    def hip(module: Any, metadata: dict, options: Any) -> None:  # one step later: the passes depend on the Triton version
         raise Allocated(metadata["shared"])
 
     with patch.object(CUDABackend, "make_llir", cuda), patch.object(HIPBackend, "make_amdgcn", staticmethod(hip)):
@@ -125,7 +125,7 @@ def allocation_only() -> Iterator[None]:
 
 
 def measure(arch: str, bits: int, width: int, wanted: Iterable[Row]) -> list[Row]:
-    """Rows of the wanted entries of these bits and this width."""
+    """Measure the wanted entries, all of these bits and this width."""
     by_key = {(each.kernel, each.bits, each.width): each for each in wanted}
     most: dict[Row, int] = {}
     seen = set()
@@ -151,6 +151,6 @@ def measure(arch: str, bits: int, width: int, wanted: Iterable[Row]) -> list[Row
 
 
 def cells(wanted: Iterable[Row], arch: str) -> Iterator[tuple[str, int, int, list[Row]]]:
-    """The arguments of `measure` for these entries."""
+    """Yield the arguments of `measure` for these entries."""
     for size, group in groupby(sorted(wanted, key=SIZE), SIZE):
         yield arch, *size, list(group)

@@ -1,7 +1,7 @@
-"""Hashes of what a committed figure was made from, without comments and docstrings: a change makes the figure old.
+"""Hashes of the sources of committed figures, without comments and docstrings. If a hash changes, its figures are outdated.
 
-They cover a kernel, the device functions and constants that it uses, and its tiles in the launch table. What its host function
-decides besides, such as the warps of the small kernels that have no tile, is not in them.
+A hash covers a kernel, the device functions and constants it uses, and its tiles in the launch table. It does not cover other
+choices of the host function, such as the number of warps of small kernels without a tile.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE}
 
 
 def table_name(kernel: str) -> str:
-    """The name of a kernel in the launch table."""
+    """Return the name of a kernel in the launch table."""
     return "rotate" if kernel == "angle_gradient_kernel" else kernel.removesuffix("_kernel")
 
 
 @cache
 def code_hash(name: str) -> str:
-    """Of the kernels of a name in the launch table, and of the device functions and constants they use."""
+    """Hash the kernels of a name in the launch table, with the device functions and constants they use."""
     name = name.removesuffix("_pooled")
     names = [f"{name}_kernel", *(["angle_gradient_kernel"] if name == "rotate" else [])]
     reached: dict[str, str] = {}
@@ -41,7 +41,7 @@ def code_hash(name: str) -> str:
 
 @cache
 def source_hash(kernel: str, arch: str) -> str:
-    """Of a kernel's code, and of the tiles that it can be launched with on `arch`."""
+    """Hash the code of a kernel and the tiles it can be launched with on `arch`."""
     name = table_name(kernel)
     tables = launch_table.TABLE, launch_table.OVERRIDES.get(arch, {})
     tiles = {key: tuple(tile) for table in tables for key, tile in table.items() if key[0].removesuffix("_pooled") == name}
@@ -50,7 +50,7 @@ def source_hash(kernel: str, arch: str) -> str:
 
 @cache
 def device_code() -> dict[str, list[str]]:
-    """The words of _triton's device functions and constants by name; the same name may be defined in several files."""
+    """Return the tokens of _triton's device functions and constants by name. Several files may define the same name."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted(Path(launch_table.__file__).parent.glob("*.py")):
         lines = path.read_text().splitlines(keepends=True)
@@ -64,7 +64,7 @@ def device_code() -> dict[str, list[str]]:
 
 
 def words(lines: list[str], docstring: str | None = None) -> list[str]:
-    """The tokens of some source without its comments, line ends and docstring."""
+    """Return the tokens of source lines without comments, line ends and the docstring."""
     tokens = tokenize.generate_tokens(io.StringIO("".join(lines)).readline)
     return [
         token.string.strip() or tokenize.tok_name[token.type]

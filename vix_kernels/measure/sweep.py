@@ -1,16 +1,16 @@
-"""Measure operators beside plain and compiled PyTorch, SDPA and the installed peers.
+"""Measure operators against plain and compiled PyTorch, SDPA and the installed peers.
 
 examples:
-  vix bench                                                      every operator over the tokens, forward and both
+  vix bench                                                      every operator over tokens, forward and full
   vix bench --op nystrom_attention --sweep tokens --mode fwd,bwd,full --dtype bf16 --output results
   vix bench --op performer_attention --sweep features --values 16 32 64 128 --tokens 4096
   vix bench --models                                             images/s of every model, inference and training
   vix bench --models "hybrid_*" --batch 32
 
-Rows are checked against float64 before they are timed; one that is wrong, does not fit or is not installed says so and has no
-time. The output folder gets bench.csv and bench.json after every size, so that an interrupted sweep leaves what it has, and in
-the end a picture an operator (time and memory, PNG and SVG). Times are device times, of the process on a CPU; backward is full
-less forward.
+Results are checked against float64 before they are timed. A provider that is wrong, runs out of memory or is not installed gets
+a row with the reason and no time. bench.csv and bench.json are written to the output folder after every size, so an interrupted
+sweep keeps its results. At the end a picture per operator follows (time and memory, PNG and SVG). Times are device times, on a
+CPU the CPU time of the process. "full" is forward and backward; backward is full minus forward.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ def main(argv: list[str]) -> int:
     parser = Parser.of("vix bench", __doc__)
     ops = public()
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=", ".join(ops))
-    parser.add_argument("--models", nargs="?", const="*", metavar="PATTERN", help="measure models instead, those like PATTERN")
-    parser.add_argument("--sweep", choices=SWEEPS, default="tokens", help="what changes (default: tokens)")
-    parser.add_argument("--values", nargs="+", type=POSITIVE, metavar="N", help="its values (default: a range for the device)")
+    parser.add_argument("--models", nargs="?", const="*", metavar="PATTERN", help="measure models that match PATTERN instead")
+    parser.add_argument("--sweep", choices=SWEEPS, default="tokens", help="size to sweep (default: tokens)")
+    parser.add_argument("--values", nargs="+", type=POSITIVE, metavar="N", help="swept values (default: depends on the device)")
     parser.add_argument(
-        "--mode", type=_modes, default="fwd,full", metavar="LIST", help=f"of {','.join(MODES)} (default: fwd,full)"
+        "--mode", type=_modes, default="fwd,full", metavar="LIST", help=f"some of {','.join(MODES)} (default: fwd,full)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--provider", nargs="+", metavar="NAME", help="only these, such as torch sdpa (default: all)")
+    parser.add_argument("--provider", nargs="+", metavar="NAME", help="measure only these, such as torch sdpa (default: all)")
     for name in SIZES:
         of = ", ".join(f"{getattr(case, name)} on {device}" for device, case in USUAL.items())
-        parser.add_argument(f"--{name}", type=POSITIVE, metavar="N", help=f"where it is not swept (default: {of})")
+        parser.add_argument(f"--{name}", type=POSITIVE, metavar="N", help=f"{name} unless swept (default: {of})")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if the kernels run on it")
-    parser.add_argument("--threads", type=POSITIVE, default=1, metavar="N", help="of a CPU (default: 1, the least noisy)")
-    parser.add_argument("--rounds", type=POSITIVE, default=5, metavar="N", help="calls of each (default: 5)")
+    parser.add_argument("--threads", type=POSITIVE, default=1, metavar="N", help="CPU threads (default: 1, the least noisy)")
+    parser.add_argument("--rounds", type=POSITIVE, default=5, metavar="N", help="calls of each provider (default: 5)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the tables and pictures (default: only print)")
     args = parser.parse_args(argv)
     reason = backends.reason_against_gpu()
@@ -83,8 +83,8 @@ def main(argv: list[str]) -> int:
             args.output.mkdir(parents=True, exist_ok=True)
         run = models.run(args, device, parser) if args.models else sweep(args, device)
         rows: list[Row] = []
-        for some in run:
-            rows += some
+        for measured in run:
+            rows += measured
             if args.output:
                 save(args.output, rows)
         report(rows, args)
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        print("vix bench: interrupted" + (f"; {args.output} has what was measured" if args.output else ""), file=sys.stderr)
+        print("vix bench: interrupted" + (f"; {args.output} has the results so far" if args.output else ""), file=sys.stderr)
         return 130
     return int(any(row["status"] == "failed" for row in rows))
 
@@ -108,7 +108,7 @@ def _modes(text: str) -> tuple[str, ...]:
 
 
 def sweep(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
-    """The rows of one operator and value after the other."""
+    """Yield the rows of one operator and value after another."""
     base = replace(USUAL[device], **{name: value for name in SIZES if (value := getattr(args, name))})
     values = args.values or SWEEPS[args.sweep][device]
     for op in args.op:
@@ -124,14 +124,14 @@ def sweep(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
 
 
 def save(folder: Path, rows: list[Row]) -> None:
-    """bench.csv and bench.json, each with the machine and the commit."""
+    """Write bench.csv with the commit, and bench.json with the machine and the commit."""
     everything = dict(commit=commit(), date=time.strftime("%Y-%m-%d"), **facts(), rows=rows)
     write_csv(folder / "bench.csv", [row | {"commit": commit()} for row in rows])
     write_atomically(folder / "bench.json", lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"))
 
 
 def report(rows: list[Row], args: argparse.Namespace) -> None:
-    """What was measured, as a table, and from where on ours is the faster one."""
+    """Print the results as a table, and the sizes at which our backends are faster than SDPA."""
     if args.models:
         models.report(rows)
         return
@@ -144,7 +144,7 @@ def report(rows: list[Row], args: argparse.Namespace) -> None:
 
 
 def crossings(rows: Iterable[Row], sweep: str) -> Iterator[str]:
-    """From which value on ours beats softmax attention, and where it does not, a line an operator and direction."""
+    """Yield a line per operator and direction: the values at which ours is faster than softmax attention."""
     timed: dict[tuple[str, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row["status"] == "ok":
@@ -162,7 +162,7 @@ def crossings(rows: Iterable[Row], sweep: str) -> Iterator[str]:
         where = f"{op}, {NAMES[direction]}: "
         measured = ", ".join(f"{value:,}" for value in ours)
         if not winning:
-            yield where + f"not faster than SDPA at {losing[-1]:,} {sweep}, the most of {measured}"
+            yield where + f"not faster than SDPA at {losing[-1]:,} {sweep}, the largest of {measured}"
         elif not losing:
             yield where + f"faster than SDPA at all of {measured} {sweep}"
         else:

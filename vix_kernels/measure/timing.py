@@ -1,4 +1,4 @@
-"""The time of a call: on the device, and by the wall clock, which the host's work bounds where sizes are small."""
+"""Time a call: on the device, and by the wall clock, which host overhead dominates at small sizes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-use_graphs = True  # False: device_time captures nothing
+use_graphs = True  # False: device_time captures no CUDA graphs
 
 
 @dataclass(frozen=True)
 class DeviceTime:
-    """Milliseconds of one call, repeated.
+    """Milliseconds of repeated calls.
 
-    method: "graph", events around the replay of a CUDA graph, free of the gaps between launches; "events", events around
-    the call, where it cannot be captured; "cpu", the process's CPU time, where there is no GPU.
+    `method` is "graph" for events around the replay of a CUDA graph, which has no gaps between launches; "events" for events
+    around a call that cannot be captured; "cpu" for the CPU time of the process.
     """
 
     samples: tuple[float, ...]
@@ -31,19 +31,19 @@ class DeviceTime:
 
     @property
     def low(self) -> float:
-        """A fifth of the calls took less."""
+        """The time that a fifth of the calls are below."""
         return sorted(self.samples)[len(self.samples) // 5]
 
     @property
     def high(self) -> float:
-        """A fifth of the calls took more."""
+        """The time that a fifth of the calls are above."""
         return sorted(self.samples)[-1 - len(self.samples) // 5]
 
 
 def device_time(function: Callable[[], Any], *, device: str | None = None, milliseconds: float = 50.0) -> DeviceTime:
-    """The time of function() on "cuda" or "cpu", by default the GPU if there is one.
+    """Time function() on "cuda" or "cpu", by default on the GPU if there is one.
 
-    On a GPU with a cold L2 cache, over about `milliseconds` of repetitions; on a CPU of 3.
+    A GPU repeats it for about `milliseconds`, with a cold L2 cache. A CPU runs it 3 times.
     """
     if device == "cpu" or not torch.cuda.is_available():
         return in_turns({"": function}, rounds=3)[""]
@@ -55,7 +55,7 @@ def device_time(function: Callable[[], Any], *, device: str | None = None, milli
 
 
 def in_turns(functions: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, DeviceTime]:
-    """CPU times, each function once a round, so that a drift of the machine hits all; one round before them warms up."""
+    """Measure CPU times, each function once per round, so drift of the machine affects all equally. One more round warms up."""
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
@@ -66,32 +66,32 @@ def in_turns(functions: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], None] | None:
-    """The replay of function() as a CUDA graph, or None where it cannot be captured."""
+    """Capture function() in a CUDA graph and return its replay, or None if it cannot be captured."""
     try:
         graph, _ = capture(function)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # a wait for the device, say
+    except RuntimeError:  # such as a synchronization
         return None
     return graph.replay
 
 
 def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """function() as a CUDA graph, and what it returned.
+    """Capture function() in a CUDA graph and return the graph and the result of function().
 
     Raises:
-        RuntimeError: it cannot be captured; the process can go on.
+        RuntimeError: the function cannot be captured; the process can continue.
         Spoiled: the capture failed and left the process unusable.
     """
     here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
-        for _ in range(2):  # kernels compile and libraries make their workspaces before the capture, which forbids both
+        for _ in range(2):  # compiles kernels and allocates library workspaces, which a capture forbids
             function()
     here.wait_stream(stream)
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
-        # The outer context restores the stream: torch.cuda.graph does not where the capture cannot be ended.
+        # The outer context restores the stream; torch.cuda.graph does not if the capture cannot be ended.
         with torch.cuda.stream(here), torch.cuda.graph(graph, pool=pool):
             result = function()
     except BaseException:
@@ -101,14 +101,14 @@ def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-_failed: list[torch.cuda.CUDAGraph] = []  # kept: torch's allocator of pinned memory may still ask them about streams
+_failed: list[torch.cuda.CUDAGraph] = []  # kept alive: torch's pinned-memory allocator may still query their streams
 
 
 def clean_up(pool: tuple[int, int]) -> None:
-    """After a failed capture into `pool`, let the process go on.
+    """Restore the process after a failed capture into `pool`.
 
-    Where cudaStreamEndCapture fails, torch's capture_end raises before it ends the pool's allocations, and the next
-    empty_cache asserts that no capture is under way. The generator of random numbers stays in its state of a capture, too.
+    If cudaStreamEndCapture fails, torch's capture_end raises before it ends the pool's allocations, and the next empty_cache
+    asserts that no capture is under way. The random-number generator also stays in its capture state.
 
     Raises:
         Spoiled: the process is still unusable.
@@ -117,7 +117,7 @@ def clean_up(pool: tuple[int, int]) -> None:
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
-    except RuntimeError:  # capture_end has ended them, or the capture has not begun
+    except RuntimeError:  # capture_end ended them, or the capture did not begin
         pass
     try:
         torch.cuda.default_generators[device].graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
@@ -129,11 +129,11 @@ def clean_up(pool: tuple[int, int]) -> None:
 
 
 class Spoiled(BaseException):
-    """This process can measure no more. Not an Exception: whoever notes errors and goes on must not catch it."""
+    """This process can no longer measure. Not an Exception, so handlers that record errors and continue do not catch it."""
 
 
 def wall_time(function: Callable[[], Any], *, calls: int = 20, rounds: int = 3) -> float:
-    """Milliseconds a call of function(), one call after the other: the host's overhead, or the device's time if longer."""
+    """Return the milliseconds per call of successive calls of function(): host overhead, or device time if longer."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
     def run() -> None:

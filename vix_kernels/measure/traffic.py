@@ -1,23 +1,22 @@
-"""Count the bytes of global memory that the ops move, over the least: each argument once, each result once.
+"""Count the global memory traffic of the ops, relative to the least: each argument and each result once.
 
     q, k, v = torch.randn(3, 4, 4, 1024, 32, dtype=torch.bfloat16, requires_grad=True).unbind()
     traffic = measure(performer_attention, q, k, v, orthogonal_projection(110, 32, seed=0), backend="triton")
     print(traffic.forward.ratio, traffic.backward.ratio)
     print(traffic.forward)  # launch by launch
 
-A launch counts the distinct bytes that it loads and the distinct bytes that it stores, a byte that it does both to twice: a
-GPU whose cache holds everything within a launch and nothing from one launch to the next. They are taken at the kernels' own
-loads and stores, in Triton's interpreter, so masked lanes, shared projections and views of one packed tensor count as what
-they are. An operator of PyTorch's counts as a launch that reads its operands and writes its result.
+A launch counts the distinct bytes it loads plus the distinct bytes it stores. This models a GPU whose cache holds everything
+within a launch and nothing between launches. The bytes are recorded at the loads and stores of the kernels, in Triton's
+interpreter, so masked lanes, shared projections and views of one packed tensor are counted correctly. A PyTorch operator
+counts as a launch that reads its operands and writes its result.
 
-The least is every byte of the arguments that the pass reads at all, once, and every byte of its results, once. Arguments of
-the forward are the tensors that the caller gave, those of the backward also the outputs and their gradients. All else, such as
-statistics that are saved for the backward, is what an implementation adds.
+The least is every byte of the arguments that the pass reads, once, and every byte of its results, once. Arguments of the
+forward are the tensors that the caller passes; the backward adds the outputs and their gradients. All other traffic, such as
+statistics saved for the backward, is overhead of the implementation.
 
-Every line of the command is a launch: its KiB, then what it loads | what it stores, by argument. An argument in several lines
-moves several times, and one that is neither an argument nor a result of the op is an intermediate: both are what the op
-moves beyond the least. Nothing is timed and no GPU is needed: the kernels run in Triton's interpreter, fastest with
-OMP_NUM_THREADS=1 where cores are shared.
+Each line of output is a launch: its KiB, then its loads | its stores, by argument. Traffic beyond the least is in arguments
+that appear in several lines, and in intermediates, which are neither arguments nor results of the op. Nothing is timed and no
+GPU is needed. On shared cores it runs fastest with OMP_NUM_THREADS=1.
 
 examples:
   vix dev traffic
@@ -44,15 +43,15 @@ from .. import backends, conditions
 from ..commands import DTYPES, Parser, within
 from ..primitives.registry import operators
 from ..testing import SPECS, Case
-from .interpreter import hastened, watched
+from .interpreter import fast_interpreter, watched
 from .offline import TARGETS
 
-OVERWRITING = ("aten::copy_", "aten::fill_", "aten::zero_")  # they do not read what they change
+OVERWRITING = ("aten::copy_", "aten::fill_", "aten::zero_")  # they do not read the tensor they change
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Distinct bytes that a kernel or an operator of PyTorch's touches, by argument; arguments of one storage share a key."""
+    """Distinct bytes that a kernel or PyTorch operator loads and stores, by argument. Arguments of one storage share a key."""
 
     kernel: str
     loaded: dict[str, int]
@@ -65,7 +64,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward or a backward: its launches in order, and the least bytes that it could move."""
+    """A forward or a backward: its launches in order, and the least bytes it must move."""
 
     launches: list[Launch]
     least: int
@@ -100,18 +99,18 @@ def kib(size: int) -> str:
 
 
 def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", split: bool = True, **kwargs: Any) -> Traffic:
-    """The traffic of function(*args, **kwargs) and of its backward.
+    """Measure the traffic of function(*args, **kwargs) and of its backward.
 
     Args:
-        function: an op of this library; kwargs say backend="triton".
-        args, kwargs: its arguments, with tensors on the CPU. If some of them require a gradient, the backward is run for
-            those.
-        arch: the GPU whose launch configurations are taken, such as "sm_90".
-        split: cut the tokens into chunks where that GPU's programs would; False counts every launch as if none did.
+        function: an op of this library.
+        args, kwargs: its arguments, with tensors on the CPU and backend="triton". The backward runs for the tensors that
+            require gradients, if any.
+        arch: the GPU whose launch configurations are used, such as "sm_90".
+        split: whether to split tokens into chunks as on that GPU. False keeps all tokens of a head in one chunk.
 
     Raises:
-        ValueError: arch is not known, a tensor is not on the CPU, or the call launched no kernel.
-        RuntimeError: kernels are not interpreted in this process, or the installed Triton cannot be watched.
+        ValueError: `arch` is unknown, a tensor is not on the CPU, or the call launched no kernel.
+        RuntimeError: kernels are not interpreted in this process, or the installed Triton cannot be observed.
     """
     if arch not in TARGETS:
         raise ValueError(f"arch: expected one of {', '.join(TARGETS)}, got {arch!r}")
@@ -140,7 +139,7 @@ def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", split
 
 
 def tensors(x: Any) -> Iterator[Tensor]:
-    """All tensors in nested arguments, those in a dataclass such as Rope included."""
+    """Yield all tensors in nested arguments, including those in dataclasses such as Rope."""
     for leaf in tree_leaves(x):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -152,26 +151,26 @@ def tensors(x: Any) -> Iterator[Tensor]:
 
 
 class Touched:
-    """A set of bytes in the storages of some tensors: by a storage's address a map, not 0 where a byte is in the set."""
+    """A set of bytes in the storages of some tensors. `maps` has an array per storage address, nonzero for bytes in the set."""
 
-    def __init__(self, some: Iterable[Tensor]) -> None:
-        storages = [x.untyped_storage() for x in some]
-        # In multiples of 16 bytes a map can be seen as elements of any size.
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        storages = [x.untyped_storage() for x in tensors]
+        # A multiple of 16 bytes can be viewed as elements of any size.
         self.maps = {each.data_ptr(): np.zeros(-(-each.nbytes() // 16) * 16, np.int8) for each in storages}
 
     @classmethod
-    def all_of(cls, some: Iterable[Tensor]) -> Touched:
-        """Every element; those that stride 0 repeats are one."""
-        some = [x for x in some if x.numel()]
-        touched = cls(some)
-        for x in some:
+    def all_of(cls, tensors: Iterable[Tensor]) -> Touched:
+        """Return the set of all elements. Elements repeated by stride 0 count once."""
+        tensors = [x for x in tensors if x.numel()]
+        touched = cls(tensors)
+        for x in tensors:
             elements = torch.from_numpy(touched.maps[x.untyped_storage().data_ptr()].view(f"i{x.itemsize}"))
             shape = [size if stride else 1 for size, stride in zip(x.shape, x.stride(), strict=True)]
             elements.as_strided(shape, x.stride(), x.storage_offset()).fill_(-1)
         return touched
 
     def add(self, addresses: np.ndarray, size: int) -> None:
-        """Elements of `size` bytes, all in one storage."""
+        """Add elements of `size` bytes, all in one storage."""
         if not addresses.size:
             return
         first, last = int(addresses.min()), int(addresses.max())
@@ -182,7 +181,7 @@ class Touched:
         self.maps[starts[at]].view(f"i{size}")[(addresses - starts[at]) // size] = -1
 
     def add_common(self, one: Touched, other: Touched) -> None:
-        """What is in both."""
+        """Add the bytes that are in both sets."""
         for start in self.maps.keys() & one.maps.keys() & other.maps.keys():
             self.maps[start] |= one.maps[start] & other.maps[start]
 
@@ -190,7 +189,7 @@ class Touched:
         return sum(int(np.count_nonzero(each)) for each in self.maps.values())
 
     def by_name(self, named: list[tuple[str, Tensor]]) -> dict[str, int]:
-        """Bytes of each storage, by the names of the tensors in it. A tensor that stands in for another is named once."""
+        """Return the bytes per storage, by the names of its tensors. A tensor passed under several names has the first one."""
         names: dict[int, dict[int, str]] = defaultdict(dict)
         for name, x in named:
             names[x.untyped_storage().data_ptr()].setdefault(id(x), name)
@@ -201,7 +200,7 @@ class Touched:
 
 
 class Meter(TorchDispatchMode):
-    """Watches the launches and the operators of PyTorch's that run under it."""
+    """Records the kernel launches and PyTorch operators that run under it."""
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
@@ -214,7 +213,7 @@ class Meter(TorchDispatchMode):
             return
         named = [(name, x) for name, x in zip(kernel.arg_names, args, strict=False) if isinstance(x, Tensor)]
         loaded, stored = Touched(x for _, x in named), Touched(x for _, x in named)
-        self.launching = True  # what the interpreter does to tensors is not the op's doing
+        self.launching = True  # operators that the interpreter calls do not count
         try:
             with watched(loaded.add, stored.add):
                 kernel[grid](*args, **meta)
@@ -225,9 +224,9 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if op.namespace == "vix_kernels":
-            with self:  # the body of the operator
+            with self:  # counts the body of the operator
                 return operators[op._schema.name.split("::")[1]].implementation(*args)
-        with self:  # what it is composed of, if it is
+        with self:  # counts the operators it consists of, if any
             result = op.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -237,7 +236,7 @@ class Meter(TorchDispatchMode):
         return result
 
     def operator(self, schema: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        """One kernel that reads all operands and writes the result, unless the operator allocates or makes a view."""
+        """Record one kernel that reads all operands and writes the result, unless the operator only allocates or is a view."""
         values = {each.name: value for each, value in zip(schema.arguments, args, strict=False)} | kwargs
         operands = [(name, x) for name, value in values.items() for x in tensors([value])]
         changed = {each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write}
@@ -261,9 +260,9 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def metered(given: list[Tensor], arch: str, split: bool) -> Iterator[Meter]:
-    """A meter of what runs inside, which launches what it would on `arch`."""
+    """Meter the traffic inside the block, with launches as on `arch`."""
     meter = Meter(given)
-    with conditions.under(observer=meter.launch, arch=arch, split=split), hastened(), meter:
+    with conditions.under(observer=meter.launch, arch=arch, split=split), fast_interpreter(), meter:
         yield meter
 
 
@@ -286,14 +285,14 @@ def main(argv: list[str]) -> int:
     for name, (default, what) in SIZES.items():
         about = f"{what} (default: {default})"
         parser.add_argument(f"--{name}", type=within(1, 1 << 20), default=default, metavar="N", help=about)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the tokens (default: bf16)")
-    parser.add_argument("--rope", action="store_true", help="rotate queries and keys in the attentions too")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the tokens (default: bf16)")
+    parser.add_argument("--rope", action="store_true", help="also rotate queries and keys in the attentions")
     parser.add_argument(
-        "--all-gradients", action="store_true", help="gradients of the random features too (default: of the tokens only)"
+        "--all-gradients", action="store_true", help="also compute gradients of random features (default: only of the tokens)"
     )
     parser.add_argument("--unsplit", action="store_true", help="keep all tokens of a head in one chunk (default: split)")
     parser.add_argument(
-        "--arch", choices=TARGETS, default="sm_90", help="the GPU whose launch configurations are taken (default: sm_90)"
+        "--arch", choices=TARGETS, default="sm_90", help="GPU whose launch configurations are used (default: sm_90)"
     )
     args = parser.parse_args(argv)
     shape = {name: getattr(args, name) for name in SIZES}

@@ -1,15 +1,16 @@
 """Look for faster launch configurations on this GPU.
 
 examples:
-  vix dev tune --width 64 --bits 16                the kernels of bfloat16 and float16 at width 64, ten minutes at most
+  vix dev tune --width 64 --bits 16                16-bit kernels at width 64, ten minutes at most
   vix dev tune --kernel broadcast_tokens --seconds 60
-  vix dev tune --dry-run                           one key in Triton's interpreter, to see that it works; its times mean nothing
+  vix dev tune --dry-run                           smoke test: one key in Triton's interpreter; its times mean nothing
 
-From the present tile of a key it changes one field at a time, keeps what is faster, and goes on until nothing is. Every
-candidate must give the present configuration's numbers; what does not launch, or is wrong, is left out.
+The search starts from the present tile of a key, changes one field at a time and keeps faster tiles, until none is faster. A
+tile is refused if it does not launch, gives other results than the present one, or spills more registers.
 
-Prints a line a key and, last, the entries for OVERRIDES in vix_kernels/_triton/launch_table.py: read them, run
-`vix dev compile-report`, commit them by hand. The file holds all that was found and refused, after every key.
+Prints one line per key, then the entries for OVERRIDES in vix_kernels/_triton/launch_table.py. Review them, run
+`vix dev compile-report`, and commit them by hand. The output file is rewritten after every key and holds all proposals and
+refusals.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ from .timing import device_time
 
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 LIMITS = {"slots": (16, 128), "tokens": (8, 256), "num_warps": (1, 8), "num_stages": (1, 4)}
-GAIN = 0.98  # of the best time so far: less is noise
+GAIN = 0.98  # a faster tile takes less than this fraction of the best time; smaller gains are noise
 
 
 @dataclass
 class Proposal:
-    """What was found for one key. Times in milliseconds, of the operator and direction that launch the kernel."""
+    """Result for one key. Times are milliseconds of the operator and direction that launch the kernel."""
 
     key: Key
     use: str
@@ -54,7 +55,7 @@ class Proposal:
     best: Tile
     best_ms: float
     tried: int = 0
-    refused: list[str] = field(default_factory=list)  # candidates that did not launch or gave other numbers, and why
+    refused: list[str] = field(default_factory=list)  # refused tiles and the reasons
 
     @property
     def better(self) -> bool:
@@ -70,13 +71,13 @@ class Proposal:
 
 
 def trial(key: Key, tile: Tile) -> AbstractContextManager[None]:
-    """Inside the block, launches of `key` take `tile`."""
+    """Make launches of `key` use `tile` inside the block."""
     return conditions.under(tiles={**conditions.current.tiles, key: tile})
 
 
 @contextmanager
 def lookups() -> Iterator[dict[Key, None]]:
-    """The keys that launches look up inside the block, the latest last."""
+    """Collect the keys that launches look up inside the block, latest last."""
     asked: dict[Key, None] = {}
 
     def note(key: Key) -> None:
@@ -89,7 +90,7 @@ def lookups() -> Iterator[dict[Key, None]]:
 
 @contextmanager
 def spills() -> Iterator[list[int]]:
-    """The registers that each launch inside the block spills; the interpreter has no registers, so there are no entries."""
+    """Collect the number of spilled registers of each launch inside the block; empty in the interpreter."""
     counts: list[int] = []
     if interpreted():
         yield counts
@@ -110,9 +111,9 @@ def present_tile(arch: str, key: Key) -> Tile:
 
 
 def neighbours(tile: Tile) -> Iterator[Tile]:
-    """Tiles that differ from `tile` in one field: half and double, one more and one less (stages), the other truth value.
+    """Yield tiles that differ from `tile` in one field: halved or doubled, one stage more or less, or a flipped bool.
 
-    A field that is 0 or text is left alone: the kernel has no such thing, or it would give other numbers.
+    Fields that are 0 or text do not change: the kernel has no such size, or another text would change the results.
     """
     for name, value in tile._asdict().items():
         if isinstance(value, bool):
@@ -127,13 +128,13 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
 
 
 class Bench:
-    """One operator and direction at one size: its numbers and its time under whatever configuration holds."""
+    """One operator and direction at one size, run under the current launch configurations."""
 
     def __init__(self, spec: OpSpec, direction: str, case: Case, bits: int, device: str) -> None:
         self.use = f"{spec.name}, {'forward' if direction == 'forward' else 'forward and backward'}"
         self.dtype, self.direction, self.device = DTYPES[bits], direction, device
-        self.problem = draw(spec, replace(case, learned=True), self.dtype, device)  # the kernels of all gradients run
-        # Random: mistakes could cancel under equal ones.
+        self.problem = draw(spec, replace(case, learned=True), self.dtype, device)  # so the kernels of all gradients run
+        # Random, because errors could cancel under equal cotangents.
         self.cotangents = [torch.randn_like(x) for x in self.problem(backend="triton")]
 
     def run(self) -> tuple[Tensor, ...]:
@@ -148,7 +149,10 @@ class Bench:
         return set(asked)
 
     def agrees(self, expected: Iterable[Tensor]) -> bool:
-        """Equal but for the order of sums: twice one rounding of the result, or of float32 sums over thousands."""
+        """Return whether the results equal `expected` up to the order of sums.
+
+        The tolerance is two roundings of the result, or that of float32 sums over thousands of terms.
+        """
         tolerance = max(2 * torch.finfo(self.dtype).eps, 1e-5)
         return all(
             (x.double() - y.double()).norm() <= tolerance * y.double().norm() for x, y in zip(self.run(), expected, strict=True)
@@ -156,7 +160,7 @@ class Bench:
 
 
 def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
-    """Walk from the present tile of `key` to the fastest neighbour, until none is faster or the time is up."""
+    """Move from the present tile of `key` to faster neighbors, until none is faster or time is up."""
     present = present_tile(arch, key)
     with spills() as spilled:
         expected = bench.run()
@@ -175,18 +179,18 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
                 with trial(key, tile):
                     with spills() as spilled:
                         if not bench.agrees(expected):
-                            raise ValueError("other numbers")
+                            raise ValueError("different results")
                     if max(spilled, default=0) > allowed:
                         raise ValueError(f"spills {max(spilled)} registers, the present tile {allowed}")
                     milliseconds = device_time(bench.run).median
-            except Exception as error:  # whatever Triton, the assembler and the driver raise: out of shared memory, of threads
+            except Exception as error:  # Triton, the assembler and the driver raise many types
                 found.refused.append(f"{tile}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
                 if bench.device == "cuda":
-                    torch.cuda.synchronize()  # an illegal access stays with the process: stop here, with what was found before
+                    torch.cuda.synchronize()  # raises after an illegal access, which the process cannot recover from
                 continue
             if milliseconds < GAIN * found.best_ms:
                 found.best, found.best_ms, moved = tile, milliseconds, True
-    if found.better:  # both once more, next to each other: a clock that drifts must not make a winner
+    if found.better:  # time both again, one after the other: clock drift must not decide
         found.present_ms = device_time(bench.run).median
         with trial(key, found.best):
             found.best_ms = device_time(bench.run).median
@@ -195,11 +199,11 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
     return found
 
 
-@lru_cache(maxsize=1)  # their tensors fill memory
+@lru_cache(maxsize=1)  # only one: their tensors fill the memory
 def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key], Bench]]:
-    """Every operator and direction with the keys that it looks up, those with few keys first.
+    """Return every operator and direction with the keys it looks up, fewest keys first.
 
-    Sizes are large enough to fill a GPU, tiny in the interpreter. An operator that does not run is named and skipped.
+    Sizes are large enough to fill a GPU, and tiny in the interpreter. Prints and skips operators that do not run.
     """
     large, tiny = Case("tune", 8, 8, 4096, features=256), Case("tune", 1, 1, 20, features=8)
     found = []
@@ -211,12 +215,12 @@ def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key],
         except Exception as error:
             print(f"vix dev tune: {spec.name} {direction} does not run: {type(error).__name__}: {error}", file=sys.stderr)
             if device == "cuda":
-                torch.cuda.synchronize()  # raises again what the process cannot recover from
+                torch.cuda.synchronize()  # raises again for errors that the process cannot recover from
     return sorted(found, key=lambda user: len(user[0]))
 
 
 def tune(keys: Iterable[Key], arch: str, device: str, deadline: float) -> Iterator[Proposal]:
-    """A proposal for each key, as long as time lasts; a kernel is timed in the smallest use that launches it."""
+    """Yield a proposal for each key until the deadline. A kernel is timed in the use with the fewest keys that launches it."""
     for key in keys:
         _, bits, width = key
         if time.monotonic() > deadline:
@@ -226,11 +230,11 @@ def tune(keys: Iterable[Key], arch: str, device: str, deadline: float) -> Iterat
             yield tune_key(bench, arch, key, deadline)
 
 
-DRY = [("aggregate_forward", 32, 16)]  # in the interpreter
+DRY = [("aggregate_forward", 32, 16)]  # keys of a dry run
 
 
 def snippet(arch: str, proposals: Iterable[Proposal]) -> str:
-    """What to put into OVERRIDES[arch]."""
+    """Return the entries for OVERRIDES[arch]."""
     lines = (f"    {p.key!r}: {p.best!r},  # {p.best_ms / p.present_ms:.2f} of {p.present!r}" for p in proposals if p.better)
     return "\n".join([f'OVERRIDES["{arch}"] |= {{', *lines, "}"])
 
@@ -250,8 +254,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kernel", nargs="+", choices=kernels, default=kernels, metavar="KERNEL", help=", ".join(kernels))
     parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=[16, 32], help="of the tokens (default: both)")
     parser.add_argument("--width", nargs="+", type=int, choices=widths, default=widths, help="head width (default: all)")
-    parser.add_argument("--seconds", type=float, default=600, help="stop after this time (default: 600)")
-    parser.add_argument("--output", type=Path, default=Path("tune.json"), metavar="PATH", help="default: tune.json")
+    parser.add_argument("--seconds", type=float, default=600, help="time limit (default: 600)")
+    parser.add_argument("--output", type=Path, default=Path("tune.json"), metavar="PATH", help="JSON file (default: tune.json)")
     parser.add_argument("--dry-run", action="store_true", help="one key in Triton's interpreter, on a CPU")
     args = parser.parse_args(argv)
     if args.dry_run:
@@ -262,7 +266,7 @@ def main(argv: list[str]) -> int:
             print(f"vix dev tune: nothing to measure here: {reason}")
             return 0
         arch, gpu, device = launch.architecture(torch.device("cuda", 0)), torch.cuda.get_device_name(), "cuda"
-        sizes = product(args.width, args.bits)  # in the order asked for: the time may not do for all
+        sizes = product(args.width, args.bits)  # in the requested order: time may run out
         keys = [key for width, bits in sizes for key in TABLE if key[0] in args.kernel and key[1:] == (bits, width)]
 
     proposals = []
