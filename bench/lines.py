@@ -1,6 +1,6 @@
-"""Lines of code, without comments, docstrings, blank lines, tests and tables: `python -m bench.lines [CHECKOUT ...]`.
+"""Count lines of code without comments, docstrings, blank lines, tests and tables: `python -m bench.lines [CHECKOUT ...]`.
 
-Measuring code is vix_kernels/measure/ and bench/, or where it stood before there was a measure/.
+Measuring code is vix_kernels/measure/ and bench/. Older checkouts have it in other files, ONCE_MEASURING.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NO_CODE = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
 
 
 def lines(source: str) -> int:
-    """Lines of `source` that hold code."""
+    """Return the number of lines of `source` that hold code."""
     code: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if tokenize.tok_name[token.type] not in NO_CODE:
@@ -34,7 +34,7 @@ def lines(source: str) -> int:
 
 
 def count(checkout: Path) -> Counter[str]:
-    """Lines by folder, and of all that measures."""
+    """Return the lines of each folder, of the measuring code, and in total."""
     counts: Counter[str] = Counter()
     for top in ("vix_kernels", "models", "bench"):
         for path in sorted((checkout / top).rglob("*.py")):

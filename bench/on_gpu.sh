@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Collects all GPU measurements of this checkout into the folder OUT: bench/on_gpu.sh OUT; --help says more.
-# Needs python3 with torch, Triton, NumPy and einops, no network, no installation; PYTHON chooses another Python.
+# Collects all GPU measurements of this checkout into the folder OUT: bench/on_gpu.sh OUT; see --help.
+# Needs python3 with torch, Triton, NumPy and einops, but no network and no installation. PYTHON selects another interpreter.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
 missing="$("$python" -c '
 from importlib.util import find_spec
-print(*(name for name in ("torch", "triton", "numpy", "einops") if not find_spec(name)))')" || missing="what it takes to start"
+print(*(name for name in ("torch", "triton", "numpy", "einops") if not find_spec(name)))')" || missing="the packages it needs"
 if [ "$missing" ]; then
     echo "bench/on_gpu.sh: nothing to measure here: $python lacks ${missing// /, } (PYTHON chooses another)"
     exit 201

@@ -1,8 +1,8 @@
-"""What `pytest --benchmark` adds to pytest-benchmark: a device's clock, so that its statistics, JSON and comparisons hold
-device time, or CPU time where there is no GPU.
+"""Plugin of `pytest --benchmark`: gives pytest-benchmark a device clock.
 
-All providers of an operator are measured together (vix_kernels/measure/operators.py), checked and in turns, when the first of
-their rows is asked for; each row then replays its own times to pytest-benchmark.
+Its statistics, JSON and comparisons then hold device time, or CPU time without a GPU. The first test of an operator and length
+checks and measures all providers together, in turns (vix_kernels/measure/operators.py). Each test then replays its recorded
+times to pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Race = dict[tuple[str, str], Result]  # by provider and direction
 
 
 class Recorded:
-    """A clock that stands still but for the times it is given."""
+    """A clock that advances only when recorded times are replayed."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -39,11 +39,11 @@ class Recorded:
         return self.now
 
     def replay(self, milliseconds: tuple[float, ...]) -> Callable[[], None]:
-        """A function whose n-th call takes the n-th of these times."""
-        left = iter(milliseconds)
+        """Return a function whose n-th call advances the clock by the n-th of these times."""
+        remaining = iter(milliseconds)
 
         def call() -> None:
-            self.now += next(left) / 1e3
+            self.now += next(remaining) / 1e3
 
         return call
 
@@ -52,11 +52,11 @@ CLOCK = Recorded()
 
 
 def contenders(op: str, config: pytest.Config) -> list[str]:
-    """SDPA is the same for all attentions of a length: the first one measures it."""
-    left_out = {"compiled"} if not config.getoption("--compiled") else set()
+    """Return the providers to measure. SDPA is the same for all attentions of a length, so only the first measures it."""
+    skipped = {"compiled"} if not config.getoption("--compiled") else set()
     if op != next(name for name in public() if SPECS[name].attends):
-        left_out.add("sdpa")
-    return [provider for provider in providers(op, DEVICE) if provider not in left_out]
+        skipped.add("sdpa")
+    return [provider for provider in providers(op, DEVICE) if provider not in skipped]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -79,9 +79,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def race(pytestconfig: pytest.Config) -> Callable[[str, int], Race]:
-    """race(op, tokens): everyone's results, measured at the first call."""
+    """Return race(op, tokens), which gives the results of all providers and measures them on its first call."""
     if DEVICE == "cpu":
-        torch.set_num_threads(1)  # shared cores make more threads a lottery
+        torch.set_num_threads(1)  # more threads give noisy times on shared cores
     rounds = 1 if pytestconfig.getoption("--benchmark-disable") else int(pytestconfig.getoption("--benchmark-min-rounds"))
 
     @cache
@@ -95,7 +95,7 @@ def race(pytestconfig: pytest.Config) -> Callable[[str, int], Race]:
 
 @pytest.fixture
 def report(benchmark: Any, race: Callable[[str, int], Race]) -> Callable[[str, int, str, str], None]:
-    """report(op, tokens, direction, provider): a row of pytest-benchmark's, or a failure that shows no speed."""
+    """Return report(op, tokens, direction, provider), which adds a row to pytest-benchmark, or fails and shows no time."""
 
     def report(op: str, tokens: int, direction: str, provider: str) -> None:
         results = race(op, tokens)
@@ -122,7 +122,7 @@ def report(benchmark: Any, race: Callable[[str, int], Race]) -> Callable[[str, i
     return report
 
 
-@pytest.hookimpl(optionalhook=True)  # of a plugin that may be missing
+@pytest.hookimpl(optionalhook=True)  # pytest-benchmark may be missing
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     if DEVICE == "cpu":
         torch.set_num_threads(1)
@@ -140,6 +140,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     session = getattr(terminalreporter.config, "_benchmarksession", None)
     rows = [each.extra_info for each in getattr(session, "benchmarks", []) if "provider" in each.extra_info]
     if rows:
-        terminalreporter.section(f"ours over theirs, {rows[0]['device']}, in this run")
+        terminalreporter.section(f"our time over the peers', {rows[0]['device']}, in this run")
         for line in table.lines(rows):
             terminalreporter.line(line)

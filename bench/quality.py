@@ -1,17 +1,17 @@
-"""How close linear-cost attentions come to softmax attention as their slots grow: a picture and its numbers.
+"""Measure how closely linear-cost attentions approximate softmax attention as the number of slots grows.
 
-The attentions have random features, segment and grid landmarks, or pooled agents, beside the mean of v, which is what doing
-nothing costs. The tokens are those of a softmax transformer trained here on digits (16 x 16 tokens), on held-out images, and
-random fields with a known correlation length, smooth and rough (64 x 64 tokens). The error is |out - exact| / |exact| of one
-head on one image, or of one field; lines are the medians, bands the quartiles. Nothing is trained for an approximation: the
-question is what each makes of given q, k and v. linformer_attention is left out, because its projections are parameters:
-untrained ones say nothing of trained ones.
+The attentions use random features, segment or grid landmarks, or pooled agents. Their baseline is the mean of v. One set of
+tokens is q, k and v of a softmax transformer on held-out images of digits (16 x 16 tokens); the script trains it first. The
+others are random fields with a known correlation length, smooth and rough (64 x 64 tokens). The error is
+|out - exact| / |exact| of one head on one image, or of one field. Lines show medians, bands quartiles. No attention is trained
+to approximate: the study asks how well each one approximates given q, k and v. linformer_attention is skipped, because its
+projections are parameters, and untrained ones say nothing about trained ones.
 
 examples:
-  python -m bench.quality --output docs/quality.png    and docs/quality.csv; two minutes on a core of its own
+  python -m bench.quality --output docs/quality.png    also writes docs/quality.csv; two minutes on an idle core
   python -m bench.quality --output quality.png --quick
 
-It runs on the CPU and needs the extra train: pip install -e '.[train]'.
+It runs on the CPU and needs the extra `train`: pip install -e '.[train]'.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ MEAN = "mean of v"
 
 @dataclass(frozen=True)
 class Size:
-    """Of the study."""
+    """Size of the study."""
 
     slots: tuple[int, ...]
     epochs: int
-    images: int  # held-out ones whose tokens are taken
-    fields: int  # random ones of each kind
+    images: int  # held-out images
+    fields: int  # random fields of each kind
 
 
 FULL = Size(slots=(16, 32, 64, 128, 256), epochs=8, images=32, fields=16)
@@ -56,7 +56,7 @@ QUICK = Size(slots=(16, 64), epochs=0, images=2, fields=2)
 
 @dataclass(frozen=True)
 class Tokens:
-    """q, k and v are (1, heads, height * width, WIDTH), of a map of `grid` = (height, width); images are heads too."""
+    """q, k and v of shape (1, heads, height * width, WIDTH), from maps of `grid` = (height, width). Images count as heads."""
 
     name: str
     q: Tensor
@@ -78,7 +78,7 @@ class Row:
 
 
 def performer(x: Tokens, slots: int, seed: int) -> Tensor:
-    # A draw for each head, so that the quartiles show what the draw does.
+    # Each head draws its features, so the quartiles include the variation between draws.
     projection = orthogonal_projection(slots, WIDTH, seed=seed, num_heads=x.q.shape[1])
     return performer_attention(x.q, x.k, x.v, projection)
 
@@ -115,7 +115,7 @@ def errors(x: Tokens, size: Size, seed: int) -> Iterator[Row]:
 
 
 def random_field(name: str, size: Size, seed: int) -> Tokens:
-    """Gaussian noise on a torus, smoothed by a Gaussian and brought back to a standard deviation of 1; q, k, v independent."""
+    """Return independent q, k and v of Gaussian noise on a torus, smoothed by a Gaussian and scaled to unit variance."""
     noise = torch.randn(3, 1, size.fields, WIDTH, FIELD, FIELD, generator=torch.Generator().manual_seed(seed))
     square = torch.fft.fftfreq(FIELD).square()
     response = torch.exp(-2 * (torch.pi * FIELDS[name]) ** 2 * (square[:, None] + square))
@@ -125,7 +125,7 @@ def random_field(name: str, size: Size, seed: int) -> Tokens:
 
 
 def trained_tokens(size: Size, seed: int) -> Tokens:
-    """Those of every layer and head of a softmax transformer on held-out digits of 16 x 16 pixels, each a token."""
+    """Return the tokens of all layers and heads of a softmax transformer on held-out digits of 16 x 16 pixels, a token each."""
     from tqdm import tqdm
 
     from vix_kernels.training.data import HeldImages, load_dataset, pixel_statistics
@@ -193,13 +193,13 @@ def draw(path: Path, rows: list[Row]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("bench.quality", __doc__)
-    parser.add_argument("--output", type=Path, required=True, metavar="PATH.png", help="the picture; numbers go to PATH.csv")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the model, fields and features (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="seconds: the model stays untrained; to see that it works")
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH.png", help="the figure; its numbers go to PATH.csv")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the model, fields and features (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="a smoke test in seconds, with an untrained model")
     args = parser.parse_args(argv)
     if args.output.suffix != ".png":
         parser.error(f"--output: expected a path that ends in .png, got {args.output}")
-    if not os.access(args.output.parent, os.W_OK) or not args.output.parent.is_dir():  # not after minutes of work
+    if not os.access(args.output.parent, os.W_OK) or not args.output.parent.is_dir():  # checked before minutes of work
         parser.error(f"--output: cannot write to the folder {args.output.parent}")
     size = QUICK if args.quick else FULL
     rows: list[Row] = []
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         parser.error(str(error))
     except ModuleNotFoundError as error:
-        parser.error(f"it needs {error.name}: pip install 'vix_kernels[train]'")
+        parser.error(f"{error.name} is required: pip install 'vix_kernels[train]'")
     return 0
 
 

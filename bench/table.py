@@ -1,4 +1,4 @@
-"""One table of a run of `pytest --benchmark`: ours over theirs, with the budgets of the design.
+"""Print a run of `pytest --benchmark` as a table: our time over each peer's, with the budgets of the design.
 
 pytest --benchmark --benchmark-json run.json
 python -m bench.table run.json
@@ -21,14 +21,14 @@ Row = dict[str, Any]
 
 
 class Budget(NamedTuple):
-    """Ours over theirs, at most: time of a forward, of forward and backward; memory kept for backward."""
+    """Upper limits of our figure over the peer's: time of a forward, of forward and backward, and memory kept for backward."""
 
     forward: float | None
     full: float | None
     kept: float | None = None
 
 
-# Of a CPU, one thread, float32, batch 2, 4 heads, width 64, 256 features or slots, 64 landmarks, 33 taps.
+# For a CPU, one thread, float32, batch 2, 4 heads, width 64, 256 features or slots, 64 landmarks, 33 taps.
 BUDGETS = {
     ("performer_attention", 1024): Budget(0.4, 0.6, 0.1),
     ("performer_attention", 4096): Budget(0.22, 0.33, 0.1),
@@ -44,20 +44,20 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median of the rounds, in each of which both had their turn; of the medians where rounds are not shared."""
-    if len(ours) == len(theirs):
-        return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    return statistics.median(ours) / statistics.median(theirs)
+def ratio(ours: Sequence[float], peers: Sequence[float]) -> float:
+    """Return the median ratio of the rounds, or the ratio of the medians where the two have different rounds."""
+    if len(ours) == len(peers):
+        return statistics.median(a / b for a, b in zip(ours, peers, strict=True))
+    return statistics.median(ours) / statistics.median(peers)
 
 
 def peer(op: str) -> str:
-    """The one its budgets are about: a library, or a plain form that people write."""
+    """Return the peer that the budgets of `op` refer to: a library, or the plain form that users write."""
     return next(iter(PEERS.get(op, ())), "reference")
 
 
 def lines(rows: Iterable[Row]) -> list[str]:
-    """In Markdown: a line an operator and length, cells "forward / forward and backward"."""
+    """Return a Markdown table: one line per operator and length, with cells "forward / forward and backward"."""
     found = {(row["op"], row["tokens"], row["direction"], row["provider"]): row for row in rows}
     cpu = any(row["method"] == "cpu" for row in found.values())
     body = []
@@ -70,15 +70,15 @@ def lines(rows: Iterable[Row]) -> list[str]:
                 limits = (budget.forward, budget.full) if name == peer(op) else (None, None)
                 both = [_against(row, name, found, limit) for row, limit in zip(ours, limits, strict=True)]
                 cells[name] = " / ".join(both) if any(both) and both != ["not installed"] * 2 else both[0]
-            theirs = found.get((op, tokens, "full", peer(op)))
+            other = found.get((op, tokens, "full", peer(op)))
             kept = ours[1].get("kept_mib") if ours[1] else None
-            of_theirs = kept / theirs["kept_mib"] if kept is not None and theirs and theirs["kept_mib"] else None
+            kept_ratio = kept / other["kept_mib"] if kept is not None and other and other["kept_mib"] else None
             body.append((
                 f"`{op}` / {'torch.fft' if op == 'fourier_mixing' else peer(op)}", str(tokens),
                 " / ".join(f"{row['device_ms']:.3g}" if row else "wrong" for row in ours), cells[peer(op)],
                 cells["reference"], cells["compiled"], cells["sdpa"],
                 "" if kept is None else f"{kept:.2f}" if kept else "nothing",
-                "" if of_theirs is None else _judged(of_theirs, budget.kept),
+                "" if kept_ratio is None else _with_budget(kept_ratio, budget.kept),
             ))  # fmt: skip
     return markdown(COLUMNS, body)
 
@@ -91,16 +91,16 @@ def _against(ours: Row | None, name: str, found: dict[tuple, Row], budget: float
     if ours is None:
         return "wrong"
     value = ours["ours_over_theirs"].get(name)
-    if value is None and name == "sdpa" and SPECS[ours["op"]].attends:  # measured with another operator
+    if value is None and name == "sdpa" and SPECS[ours["op"]].attends:  # measured with the first attention
         key = ours["tokens"], ours["direction"], "sdpa"
         other = next((row for (_, *rest), row in found.items() if tuple(rest) == key), None)
         value = ours["device_ms"] / other["device_ms"] if other else None
     if value is None:
         return "not installed" if "not installed" in ours["left_out"].get(name, "") else ""
-    return _judged(value, budget)
+    return _with_budget(value, budget)
 
 
-def _judged(value: float, budget: float | None) -> str:
+def _with_budget(value: float, budget: float | None) -> str:
     text = f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
     return text if budget is None or value <= budget else f"{text} (missed {budget:g})"
 
@@ -108,32 +108,32 @@ def _judged(value: float, budget: float | None) -> str:
 # The models
 
 MODEL_COLUMNS = (
-    "model / theirs", "training step, images/s", "of theirs", "bf16, of theirs in fp32", "bf16, of theirs in bf16",
-    "inference, of theirs", "kept, of theirs", "peak, of theirs",
+    "model / original", "training step, images/s", "of the original's", "bf16, of the original's in fp32",
+    "bf16, of the original's in bf16", "inference, of the original's", "kept, of the original's", "peak, of the original's",
 )  # fmt: skip
 
 
 def model_budget(name: str) -> Budget:
-    """Of a training step in float32; of the memory kept for it."""
+    """Return the budget of a training step in float32, and of the memory kept for it."""
     return Budget(None, 0.85 if name in ("vil", "hybrid_vil") else 0.7, 0.4)
 
 
-BF16_BUDGET = 0.45  # ours in bf16 over theirs in float32, of a CPU that multiplies bf16 in tiles (AMX)
+BF16_BUDGET = 0.45  # our time in bf16 over the original's in float32, on a CPU with bf16 matrix instructions (AMX)
 
 
 def model_lines(rows: Iterable[Row]) -> list[str]:
-    """In Markdown: a line a model; ratios of times, ours over theirs."""
+    """Return a Markdown table: one line per model, with our figures over those of the original."""
     found = {(row["model"], row["provider"], row["dtype"], row["direction"]): row for row in rows if row["status"] == "ok"}
 
-    def ratio(name: str, figure: str, ours: str, theirs: str, direction: str = "training") -> float | None:
-        pair = (found.get((name, "ours", ours, direction)), found.get((name, "original", theirs, direction)))
+    def ratio(name: str, figure: str, ours: str, original: str, direction: str = "training") -> float | None:
+        pair = (found.get((name, "ours", ours, direction)), found.get((name, "original", original, direction)))
         return pair[0][figure] / pair[1][figure] if all(pair) else None
 
     body = []
     for name in dict.fromkeys(model for model, *_ in found):
-        ours, theirs = (found.get((name, provider, "fp32", "training")) for provider in ("ours", "original"))
+        ours, original = (found.get((name, provider, "fp32", "training")) for provider in ("ours", "original"))
         budget = model_budget(name)
-        speeds = [f"{row['images_per_second']:.3g}" for row in (ours, theirs) if row]
+        speeds = [f"{row['images_per_second']:.3g}" for row in (ours, original) if row]
         cells = (
             (ratio(name, "ms", "fp32", "fp32"), budget.full),
             (ratio(name, "ms", "bf16", "fp32"), BF16_BUDGET),
@@ -143,15 +143,15 @@ def model_lines(rows: Iterable[Row]) -> list[str]:
             (ratio(name, "peak_mib", "fp32", "fp32"), None),
         )
         body.append((
-            f"`{name}` / {theirs['theirs'] if theirs else 'no original'}", " / ".join(speeds),
-            *("" if value is None else _judged(value, limit) for value, limit in cells),
+            f"`{name}` / {original['theirs'] if original else 'no original'}", " / ".join(speeds),
+            *("" if value is None else _with_budget(value, limit) for value, limit in cells),
         ))  # fmt: skip
     return markdown(MODEL_COLUMNS, body)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("bench.table", __doc__)
-    parser.add_argument("run", type=Path, metavar="RUN.json", help="what --benchmark-json or vix bench --models wrote")
+    parser.add_argument("run", type=Path, metavar="RUN.json", help="output of --benchmark-json or of vix bench --models")
     args = parser.parse_args(argv)
     try:
         run = json.loads(args.run.read_text())

@@ -1,4 +1,4 @@
-"""Every public operator beside plain PyTorch, softmax attention and the installed peers; right first, then fast."""
+"""Benchmark every public operator against plain PyTorch, softmax attention and the installed peers; check results first."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train to the accuracies that the library promises on one GPU: bench/train_on_gpu.sh OUT [--dry-run]
+# Train to the promised accuracies on one GPU: bench/train_on_gpu.sh OUT [--dry-run]
 #
 #   cifar10         hybrid_vin, 0.70 million parameters, to 90 % top-1: in under 5 minutes on an H100
 #   tiny-imagenet   hybrid_vin, 0.72 million parameters, to 46 % top-1 (the best log of the published models: 45.48 %)
 #
-# Each run ends at its accuracy, and its last line states the seconds. The data sets are downloaded, or found in DATA_DIR.
-# --dry-run takes the same way on a CPU, for one epoch of the digits. PYTHON chooses another Python.
+# Each run stops when it reaches its accuracy, and its last line states the seconds. Data sets are read from DATA_DIR or
+# downloaded. --dry-run trains one epoch of digits on a CPU instead. PYTHON selects another interpreter.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${1:?bench/train_on_gpu.sh OUT [--dry-run]: the folder of the runs is missing}"
@@ -13,7 +13,7 @@ export PYTHONPATH="$root:$root/bench/gpu/checkout${PYTHONPATH:+:$PYTHONPATH}"
 vision=(--recipe fast --model hybrid_vin --aa trivial --mixup 0.2 --cutmix 1 --batch-size 512 --compile)
 shape=(patch_size=4 class_token=False global_pool=avg position=rope_axial landmarks=grid)
 
-record() { # name, top-1, epochs, arguments of the model
+record() { # name, top-1, epochs, model arguments
     local name="$1" top1="$2" epochs="$3"
     shift 3
     local data=(--dataset "$name" ${DATA_DIR:+--data-dir "$DATA_DIR"} --epochs "$epochs" --time-to "$top1" --device cuda)

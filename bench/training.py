@@ -1,10 +1,10 @@
-"""How good a model is after a few minutes on one CPU core: ours with the fast recipe, beside the originals with theirs.
+"""Compare the accuracy of our models, with the fast recipe, and of the originals after a few minutes on one CPU core.
 
     python -m bench.training cifar10_jpeg.npz --output DIR
 
-Both have the same architecture and nearly as many parameters. Theirs is the plain form of the published arithmetic in float32,
-as its scripts train it, on the same loop and without their data loading; ours runs in bfloat16 with `--recipe fast`. The two of
-a row run at once, each on a core of its own, so that whatever disturbs one disturbs the other.
+Both have the same architecture and about the same number of parameters. An original is the plain form of the published model,
+trained in float32 with the recipe of its scripts, but with the loop and the data loading of this library. Ours trains in
+bfloat16 with `--recipe fast`. The two models of a pair run at the same time, each on a separate core, so disturbances hit both.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from vix_kernels.training.state import State
 HYBRID = VIX | dict(dim=64, depth=3, mlp_dim=128, heads=2, dim_head=32)
 SMALL_CCT = CCT | dict(img_size=32, num_classes=10, embedding_dim=64, num_layers=2, num_heads=2)
 OURS = dict(img_size=32, num_classes=10, embed_dim=64, num_heads=2)
-# Ours, and the label and the arguments of the original: about 0.2 million parameters each.
+# Our arguments, then the label and arguments of the original: about 0.2 million parameters each.
 PAIRS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "hybrid_vip": (OURS | dict(depth=3), "HybridViP", HYBRID),
     "hybrid_vin": (OURS | dict(depth=3), "HybridViN", HYBRID),
     "ccn": (OURS | dict(depth=2, mlp_ratio=4.0), "CCN", SMALL_CCT),
 }
 CORES = (0, 1)
-TRIAL = 0.05  # of the time, to learn how many images fit into it
+TRIAL = 0.05  # fraction of the time that estimates how many images fit into it
 BATCH = 128
 
 
@@ -53,16 +53,16 @@ class TimeUp(Exception):
 
 
 def make(name: str, provider: str) -> nn.Module:
-    ours, label, theirs = PAIRS[name]
+    ours, label, original = PAIRS[name]
     if provider == "ours":
         return create_model(name, **ours)
-    model = drawn(build(label, theirs, backend="reference"))
-    model.no_weight_decay, model.get_classifier = set, nn.Identity  # the loop asks for them; its scripts decay everything
+    model = drawn(build(label, original, backend="reference"))
+    model.no_weight_decay, model.get_classifier = set, nn.Identity  # the loop calls both; the original scripts decay all
     return model
 
 
 def trained(name: str, provider: str, path: str, minutes: float, core: int) -> dict[str, Any]:
-    """The row of one run, on one core."""
+    """Train one model on one core and return its row."""
     if hasattr(os, "sched_setaffinity") and core in os.sched_getaffinity(0):
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
@@ -70,7 +70,7 @@ def trained(name: str, provider: str, path: str, minutes: float, core: int) -> d
     seed_torch(0)
     config = Config(**RECIPES["fast" if provider == "ours" else "original"] | dict(model=name, batch_size=BATCH))
     trial, _ = run(config, make(name, provider), dataset, TRIAL * 60 * minutes)
-    fitting = int(trial / TRIAL)  # a schedule has to know where it ends
+    fitting = int(trial / TRIAL)  # the schedule needs its number of epochs
     model, data = make(name, provider), dataset
     if provider == "ours":
         epochs = -(-fitting // len(dataset.train))
@@ -88,13 +88,13 @@ def trained(name: str, provider: str, path: str, minutes: float, core: int) -> d
 
 
 def some_of(images: HeldImages, count: int) -> HeldImages:
-    """Any of them, not the first: data sets may lie sorted by class."""
+    """Return `count` random images: the first ones could all be of one class, if the data set is sorted."""
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     return HeldImages(images.images[drawn], images.labels[drawn])
 
 
 def run(config: Config, model: nn.Module, dataset: Dataset, seconds: float) -> tuple[int, State]:
-    """Train for so long, or until the schedule ends; returns how many images were seen."""
+    """Train for `seconds` or until the schedule ends. Return the number of images seen and the final state."""
     state = State(config, model, torch.device("cpu"), Ranks())
     end, images, steps = time.perf_counter() + seconds, 0, -(-len(dataset.train) // config.batch_size)
 
@@ -117,8 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("python -m bench.training", __doc__)
     parser.add_argument("dataset", help="path of CIFAR-10")
     parser.add_argument("--models", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="NAME", help="default: all")
-    parser.add_argument("--minutes", type=float, default=8.0, metavar="M", help="of a run (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write training.csv there (default: nothing)")
+    parser.add_argument("--minutes", type=float, default=8.0, metavar="M", help="length of a run (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write training.csv there (default: only print)")
     options = parser.parse_args(argv)
     results: list[dict[str, Any]] = []
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -246,7 +246,7 @@ def test_a_failed_probe_gives_its_reason_in_one_line(tmp_path: Path, monkeypatch
 
     assert probed("")["status"] == "ok"
     assert probed("compiler")["why"] == "Triton needs a C compiler for its launcher: install gcc or clang, or set CC"
-    assert probed("kernel")["why"].endswith("RuntimeError: a kernel that doubles its input gave other numbers")
+    assert probed("kernel")["why"].endswith("RuntimeError: a kernel that doubles its input gave wrong numbers")
     monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(probe.sysconfig, "get_path", lambda name: str(tmp_path))
     assert f"Triton needs Python.h for its launcher, and {tmp_path}/Python.h does not exist" in probed("kernel")["why"]

@@ -1,4 +1,4 @@
-"""Compiles what the later parts launch, on all cores at once, into Triton's cache: one after the other it takes minutes."""
+"""Compile the kernels of the later parts into Triton's cache, on all cores at once: one by one they take minutes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from vix_kernels.testing import SPECS, Case, draw
 
 from . import correctness
 from .part import Plan
-from .timing import MOVES, TIMED
+from .timing import PRIMITIVES, TIMED
 
-WORKERS = 12  # each holds a context of its own on the GPU
+WORKERS = 12  # each holds a separate context on the GPU
 
 
 def rows(plan: Plan) -> Iterator[Row]:
-    # Spawned: CUDA does not survive a fork.
+    # CUDA does not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1 if plan.dry else min(WORKERS, os.cpu_count() or 1), context) as pool:
-        # Whole attentions first: their parts then find most of their kernels in the cache.
+        # Whole attentions first: the primitives then find most of their kernels in the cache.
         running = {
-            pool.submit(run, *each, plan.device): each for each in sorted(tasks(plan), key=lambda task: task[0] in MOVES)
+            pool.submit(run, *each, plan.device): each for each in sorted(tasks(plan), key=lambda task: task[0] in PRIMITIVES)
         }
         for done in as_completed(running):
             op, dtype, case = running[done]
@@ -42,7 +42,7 @@ def rows(plan: Plan) -> Iterator[Row]:
 
 
 def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
-    """One call a specialisation of the kernels: lengths do not make one, so a small batch stands for all."""
+    """Yield one call per kernel specialization. Lengths do not specialize a kernel, so one small batch is enough."""
     for check, spec, dtype, case in correctness.order(plan):
         if check is correctness.against_float64:
             yield spec.name, dtype, case
@@ -52,7 +52,7 @@ def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
 
 
 def run(op: str, dtype: str, case: Case, device: str) -> float:
-    """Seconds of the first forward and backward. Timing leaves the random features' gradients out."""
+    """Return the seconds of the first forward and backward. For timing, random features need no gradients."""
     start = time.perf_counter()
     case = replace(SPECS[op].fit(case), learned=case.name != "timing")
     problem = draw(SPECS[op], case, DTYPES[dtype], device)

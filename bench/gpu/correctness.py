@@ -1,4 +1,4 @@
-"""The kernels at sizes worth timing: against float64, repeated, captured in a CUDA graph, on two streams at once."""
+"""Check the kernels at realistic sizes: against float64, repeated, in a CUDA graph, and on two concurrent streams."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LARGE = (
 )
 TINY = (Case("packed", batch=1, heads=1, tokens=20, features=9, packed=True),)
 RAN = "every operator ran"
-Check = Callable[[Problem], tuple[str, float]]  # gives what is wrong, or "", and a figure
+Check = Callable[[Problem], tuple[str, float]]  # returns a description of the error, or "", and a figure
 
 
 @by_job
@@ -36,7 +36,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def order(plan: Plan) -> Iterator[tuple[Check, OpSpec, str, Case]]:
-    """What matters most first."""
+    """Yield the checks, most important first."""
     for dtype in ("bf16",) if plan.dry else ("bf16", "fp32", "fp16"):
         for check in (against_float64, repeats, graph, streams) if dtype == "bf16" else (against_float64,):
             cases = (TINY if plan.dry else LARGE)[: None if check is against_float64 else 2]
@@ -48,7 +48,7 @@ def run(plan: Plan, check: Check, spec: OpSpec, dtype: str, case: Case) -> Itera
         yield skipped("needs CUDA")
         return
     torch.manual_seed(0)
-    # On the device: float64 numbers drawn on a CPU take seconds at these sizes.
+    # Drawn on the device: at these sizes drawing float64 numbers on the CPU takes seconds.
     problem = draw(spec, replace(spec.fit(case), learned=True), DTYPES[dtype], plan.device)
     try:
         wrong, figure = check(problem)
@@ -59,20 +59,23 @@ def run(plan: Plan, check: Check, spec: OpSpec, dtype: str, case: Case) -> Itera
 
 
 def results(problem: Problem, **how: object) -> list[Tensor]:
-    """Outputs, then gradients for cotangents that depend on nothing but their shape."""
+    """Return the outputs, then the gradients for cotangents that depend only on their shapes."""
     leaves = {name: x.detach().requires_grad_(name in problem.spec.differentiable) for name, x in problem.tensors.items()}
     problem = replace(problem, tensors=leaves)
     outputs = problem(**how)
     cotangents = []
     for at, out in enumerate(outputs):
-        # Not drawn: a capture forbids a generator's copy to the device.
+        # Not random: CUDA graph capture forbids copying a generator's state to the device.
         wave = torch.arange(out.numel(), device=out.device, dtype=torch.float32).mul_(0.7).add_(at).sin_().view(out.shape)
         cotangents.append(wave.masked_fill_(out.detach() == float("-inf"), 0).to(out.dtype))
     return [*(out.detach() for out in outputs), *problem.gradients(outputs, cotangents)]
 
 
 def against_float64(problem: Problem) -> tuple[str, float]:
-    """At most twice the error of plain PyTorch in the same precision; the figure is the largest share of that budget."""
+    """Check that the error is at most twice that of plain PyTorch in the same precision.
+
+    The figure is the largest fraction of this budget.
+    """
     exact = results(problem.double(), reference=True)
     plain = results(problem, reference=True)
     ours = results(problem, backend="triton")
@@ -81,15 +84,15 @@ def against_float64(problem: Problem) -> tuple[str, float]:
     for x, reference, truth in zip(ours, plain, exact, strict=True):
         x, reference, truth = (torch.where(y == float("-inf"), -1e3, y.double()) for y in (x, reference, truth))
         budget = 2 * ((reference - truth).norm() + rounding * truth.norm())
-        share = ((x - truth).norm() / budget.clamp_min(1e-300)).item()
-        if not share <= 1:
-            return f"{share:.3g} of the error budget", share
-        worst = max(worst, share)
+        fraction = ((x - truth).norm() / budget.clamp_min(1e-300)).item()
+        if not fraction <= 1:
+            return f"{fraction:.3g} of the error budget", fraction
+        worst = max(worst, fraction)
     return "", worst
 
 
 def repeats(problem: Problem) -> tuple[str, float]:
-    """The same bits again and again; the figure counts the repetitions that differ."""
+    """Check that repetitions are bit-identical; the figure counts those that differ."""
     first = results(problem, backend="triton")
     repetitions = 10 if first[0].is_cuda else 1
     different = sum(not _equal(first, results(problem, backend="triton")) for _ in range(repetitions))
@@ -97,7 +100,7 @@ def repeats(problem: Problem) -> tuple[str, float]:
 
 
 def graph(problem: Problem) -> tuple[str, float]:
-    """Forward and backward captured on some inputs and replayed on others equal eager, to the bit."""
+    """Check that a graph captured on some inputs and replayed on others is bit-identical to eager, forward and backward."""
 
     def run() -> list[Tensor]:
         return results(problem, backend="triton")
@@ -112,7 +115,7 @@ def graph(problem: Problem) -> tuple[str, float]:
 
 
 def streams(problem: Problem) -> tuple[str, float]:
-    """Two streams at once give what each gives alone, ten times."""
+    """Check ten times that two concurrent streams give the same results as each one alone."""
     other = problem.map(lambda x: x.detach() * 0.75)
     alone = [results(each, backend="triton") for each in (problem, other)]
     torch.cuda.synchronize()
@@ -133,7 +136,7 @@ def _equal(xs: list[Tensor], ys: list[Tensor]) -> bool:
 
 
 def smallest() -> None:
-    """Each operator once, forward and backward, on a small problem: for a memory checker, which is slow."""
+    """Run each operator once, forward and backward, on a small problem: for memory checkers, which are slow."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for spec in SPECS.values():
         case = spec.fit(Case("small", batch=1, heads=1, tokens=37, width=24, features=20))

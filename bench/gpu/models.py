@@ -1,4 +1,4 @@
-"""Inference and a training step of every model, beside the originals and beside plain PyTorch."""
+"""Time inference and a training step of every model, of the originals, and of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vix_kernels.testing.models import small_model
 from .part import Job, Plan, by_job
 
 OURS: Form = ("ours", "bf16")
-# Nothing in them has another backend.
-OF_TORCH = ("vit", "hybrid_vit", "levit", "cvt", "cct", "fnet_2d")
-DRY = ("vit", "vil", "vip", "levin", "cvp", "hybrid_fnet", "fnet_2d")  # every mixer and backbone but one
-LARGER = ("vit", "vil", "vip", "vin")  # 4,096 tokens, where linear cost should tell
+# No layer of these models has another backend, so their plain form is the same.
+ONLY_TORCH = ("vit", "hybrid_vit", "levit", "cvt", "cct", "fnet_2d")
+DRY = ("vit", "vil", "vip", "levin", "cvp", "hybrid_fnet", "fnet_2d")  # covers all mixers and all backbones but one
+LARGER = ("vit", "vil", "vip", "vin")  # 4,096 tokens, where linear cost should matter
 
 
 @by_job
@@ -28,7 +28,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def order(plan: Plan) -> Iterator[tuple[str, Form, int, dict[str, Any]]]:
-    """Model, form, batch and arguments, what matters most first."""
+    """Yield model, form, batch and arguments, most important first."""
     if plan.dry:
         for name in DRY:
             yield name, OURS, 2, small_model(name)
@@ -40,5 +40,5 @@ def order(plan: Plan) -> Iterator[tuple[str, Form, int, dict[str, Any]]]:
         yield name, OURS, 32, {"img_size": 64}
     for form in (("original", "fp32"), ("original", "bf16"), ("plain", "bf16")):
         for name in PUBLISHED:
-            if form[0] == "original" or name not in OF_TORCH:
+            if form[0] == "original" or name not in ONLY_TORCH:
                 yield name, form, 128, {}

@@ -1,4 +1,4 @@
-"""The probe: what the numbers are measured on, what is missing here, and whether a kernel runs at all."""
+"""Probe the machine: its hardware and versions, missing packages, and whether a kernel runs at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vix_kernels.measure.operators import Row, brief, ok, skipped
 from .part import Plan
 
 LEAST_MEMORY = 8 * 2**30
-# What the parts need beyond what vix_kernels needs, and what is skipped without it.
+# Packages beyond the requirements of vix_kernels, and what is skipped without them.
 WANTED = {"pytest": "the test suite", "sklearn": "training on digits", "matplotlib": "the pictures"}
 
 
@@ -31,7 +31,7 @@ def rows(plan: Plan) -> Iterator[Row]:
         return
     try:
         launch(plan)
-    except Exception as error:  # whatever Triton, the C compiler and the driver raise
+    except Exception as error:  # Triton, the C compiler and the driver raise many types
         yield skipped(why_not_compiled(error))
         return
     lacking = ", ".join(f"{what} without {name}" for name, what in WANTED.items() if not find_spec(name))
@@ -61,17 +61,17 @@ def double_kernel(x, SIZE: tl.constexpr):
 
 
 def launch(plan: Plan) -> None:
-    """Run a tiny kernel: the first launch builds Triton's launcher with a C compiler and Python.h."""
+    """Run a tiny kernel. The first launch builds Triton's launcher, which needs a C compiler and Python.h."""
     if plan.inject == "compiler":
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
     x = torch.ones(32, device=plan.device)
     double_kernel[(1,)](x, SIZE=32)
     if plan.inject == "kernel" or x.tolist() != [2.0] * 32:
-        raise RuntimeError("a kernel that doubles its input gave other numbers")
+        raise RuntimeError("a kernel that doubles its input gave wrong numbers")
 
 
 def why_not_compiled(error: Exception) -> str:
-    """Why a tiny kernel did not run, in one sentence."""
+    """Return in one sentence why the tiny kernel did not run."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if "C compiler" in str(error) or not compiler:
         return "Triton needs a C compiler for its launcher: install gcc or clang, or set CC"
@@ -82,7 +82,7 @@ def why_not_compiled(error: Exception) -> str:
 
 
 def _driver() -> str:
-    """Driver, and clocks at the time."""
+    """Return the driver version, and the current clocks, power limit and temperature."""
     if not shutil.which("nvidia-smi"):
         return "unknown"
     query = "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"

@@ -1,4 +1,4 @@
-"""From rows to the files of OUT: a summary, everything as JSON, tables as CSV, pictures and logs each in one archive."""
+"""Write the files of OUT: a summary, all results as JSON, tables as CSV, and one archive each of pictures and logs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vix_kernels.commands import figure, markdown, write_atomically, write_csv
 from vix_kernels.measure.operators import Row
 from vix_kernels.measure.pictures import draw
 
-KEPT = 2**20  # bytes at either end of a log
+KEPT = 2**20  # bytes kept at each end of a log
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part went. why: of a failure, or what was left out."""
+    """The result of a part. `why` explains a failure or names what was skipped."""
 
     part: str
     status: str  # "ok" | "failed" | "skipped"
@@ -31,7 +31,7 @@ class Outcome:
 
 
 def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> str:
-    """Write every file but the pictures and return the summary. A file that cannot be written does not cost the others."""
+    """Write all files except the pictures and return the summary. A file that cannot be written does not stop the others."""
     problems: list[str] = []
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     everything = dict(machine=machine, parts=[asdict(outcome) for outcome in outcomes])
@@ -45,14 +45,14 @@ def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> st
     attempt(problems, write_atomically, folder / "logs.zip", lambda path: archive(path, work / "logs"))
     try:
         text = summary(machine, outcomes, problems)
-    except Exception as error:  # whatever rows a part has written, the run goes on
+    except Exception as error:  # an unexpected row must not end the run
         text = f"the summary failed: {type(error).__name__}: {error}; see results.json\n"
     attempt(problems, write_atomically, folder / "summary.md", lambda path: path.write_text(text))
     return text
 
 
 def write_pictures(folder: Path, outcomes: list[Outcome], work: Path) -> str:
-    """Write pictures.zip and return why not, or ""."""
+    """Write pictures.zip. Return "", or why it could not be written."""
     problems: list[str] = []
 
     def draw_and_archive(path: Path) -> None:
@@ -68,12 +68,12 @@ def write_pictures(folder: Path, outcomes: list[Outcome], work: Path) -> str:
 def attempt(problems: list[str], write: Callable[[Path, Any], None], path: Path, content: Any) -> None:
     try:
         write(path, content)
-    except Exception as error:  # a full disk, a missing library: what could be written stays
+    except Exception as error:  # such as a full disk or a missing library: the other files stay
         problems.append(f"{path.name}: {type(error).__name__}: {error}")
 
 
 def archive(path: Path, folder: Path) -> None:
-    """The files of a folder; of long ones the beginning and the end."""
+    """Archive the files of a folder. Long files keep their beginning and end."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for each in sorted(folder.iterdir()):
             data = each.read_bytes()
@@ -83,7 +83,7 @@ def archive(path: Path, folder: Path) -> None:
 
 
 def draw_times(folder: Path, rows: list[Row]) -> None:
-    """Of the widest and the fullest calls at each length: one curve a provider."""
+    """Draw one curve per provider, from the calls with the wider heads and the largest batch at each length."""
     timed = [row for row in rows if row.get("device_ms") is not None and row["width"] != 32]
     fullest = {tokens: max(row["batch"] for row in timed if row["tokens"] == tokens) for tokens in {r["tokens"] for r in timed}}
     draw(folder, [row for row in timed if row["batch"] == fullest[row["tokens"]]], "tokens", formats=("png",))
@@ -109,14 +109,14 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     lines += ["", "## Device time, ms", "", "On random numbers, with a cold L2 cache. `sdpa` is softmax attention.", ""]
     if any(o.part in ("compile", "correctness", "suite") and o.status == "failed" for o in outcomes):
-        lines += ["**Something gave wrong results or did not run (see Failed): these times are not to be quoted.**", ""]
+        lines += ["**Some results were wrong or did not run (see Failed): do not quote these times.**", ""]
     lines += times(rows.get("timing", []))
     lines += tuned(rows.get("tune", []))
     for part in ("timing", "models", "training", "correctness", "suite", "sanitizer"):
         chosen = [r for r in rows.get(part, []) if r["status"] == "ok" and (part != "timing" or "figure" in r)]
         if chosen:
             columns = [c for c in dict.fromkeys(name for row in chosen for name in row) if c not in ("status", "why")]
-            heading = "What the machine reaches" if part == "timing" else part.capitalize()
+            heading = "Rates of this machine" if part == "timing" else part.capitalize()
             lines += ["", f"## {heading}", "", *markdown(columns, [[figure(row.get(c), 4) for c in columns] for row in chosen])]
     for status in ("failed", "skipped"):
         named = [
@@ -131,7 +131,7 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
 
 
 def tuned(rows: list[Row]) -> list[str]:
-    """One line a key; the entries for OVERRIDES follow from `best`."""
+    """Return a table with one line per key; the entries for OVERRIDES follow from `best`."""
     body = []
     for row in (row for row in rows if row["status"] == "ok"):
         tile = " ".join(f"{name}={value}" for name, value in row["best"].items()) if row["best"] != row["present"] else ""
@@ -142,7 +142,7 @@ def tuned(rows: list[Row]) -> list[str]:
 
 
 def times(rows: Iterable[Row]) -> list[str]:
-    """One line a shape and direction, one column a provider."""
+    """Return a table with one line per shape and direction, one column per provider."""
     timed = [row for row in rows if row.get("device_ms") is not None]
     providers = list(dict.fromkeys(row["provider"] for row in timed))
     found = {(*(row[name] for name in TIMES), row["provider"]): row for row in timed}

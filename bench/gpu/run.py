@@ -1,21 +1,21 @@
-"""Collects all GPU measurements of this checkout, in {seconds} seconds at most, without installing it:
-  compile      every kernel that the later parts launch, by all cores at once
-  correctness  kernels at real sizes against float64, repeated, in CUDA graphs, on two streams
-  timing       device and wall times of every operator, plain and compiled PyTorch, FlashAttention and the
-               installed peers; memory
+"""Collect all GPU measurements of this checkout in at most {seconds} seconds, without installing it:
+  compile      all kernels of the later parts, on all cores
+  correctness  kernels at realistic sizes against float64, repeated, in CUDA graphs, on two streams
+  timing       device and wall times, and memory, of every operator, plain and compiled PyTorch,
+               FlashAttention and the installed peers
   tune         faster launch configurations
   suite        the pytest suite, the kernels first
   models       a training step of every model: images/s, memory
   training     a short training run on each available data set
-  sanitizer    compute-sanitizer over a small call of each operator
+  sanitizer    compute-sanitizer on a small call of each operator
 
 OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip. They are
-written after every part, and every {noted} seconds while one runs; the pictures come last. What was skipped, for lack of time,
-memory or a package, is named there. A job that ends its process (a crash, a CUDA graph that cannot be captured) is named, and
-its part continues with the next one.
+written after every part, and every {noted} seconds while a part runs; pictures are written last. The summary names everything
+that was skipped for lack of time, memory or a package. It also names every job that ended its process, such as by a crash or a
+CUDA graph that cannot be captured; the part then continues with its next job.
 
 Exit status: 0; {failed}: a part failed or the run was stopped; {usage}: wrong arguments; {unavailable}: the kernels cannot run
-here, and one sentence says why.
+here, and one line says why.
 
 To keep a run, copy OUT to bench/results/<gpu-slug>/<YYYY-MM-DD>-<commit>/, such as bench/results/h100-sxm/2026-01-31-1a2b3c4/,
 and commit it: `vix dev roofline` then prints its times next to the predicted ones.
@@ -46,21 +46,21 @@ from . import report
 from .part import SPOILED, Plan, serve
 from .report import Outcome
 
-# In the order they run, each with its fraction of the time.
+# In the order they run, with the relative time of each.
 PARTS = {
     "compile": 50, "correctness": 45, "timing": 130, "tune": 80, "suite": 70, "models": 55, "training": 35, "sanitizer": 40,
 }  # fmt: skip
 TOTAL = 520
-GRACE = 10  # to finish what a part has begun when its time is up
-NOTED = 10  # seconds between two looks at the rows of a part that runs: at most these are lost with this process
-FEWEST = 5  # seconds; with less left nothing is started
-BARREN = 3  # processes of a part that end early without one good row: it is given up
+GRACE = 10  # seconds after its deadline for a part to finish its job
+NOTED = 10  # seconds between reports while a part runs: at most this much is lost with this process
+FEWEST = 5  # seconds that must remain to start a process
+BARREN = 3  # a part is given up after so many successive processes that end early without an ok row
 INJECTED = ("crash", "kill", "capture", "hang", "error")
 FAILED, USAGE, UNAVAILABLE = 1, 200, 201
 
 
 class Stopped(BaseException):
-    """The run was told to end: by Ctrl-C or SIGTERM."""
+    """Ctrl-C or SIGTERM stopped the run."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,12 +105,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser.of("bench/on_gpu.sh", (__doc__ or "").format(**numbers))
     parser.error = lambda message: parser.exit(USAGE, f"bench/on_gpu.sh: error: {message}\n")  # type: ignore[method-assign]
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results; created if missing")
-    parser.add_argument("--dry-run", action="store_true", help="every part at tiny sizes in Triton's interpreter, on a CPU")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="run these parts")
-    parser.add_argument("--seconds", type=float, default=TOTAL, help=f"of the whole run (default: {TOTAL})")
+    parser.add_argument("--dry-run", action="store_true", help="run every part at tiny sizes in Triton's interpreter, on a CPU")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="run only these parts")
+    parser.add_argument("--seconds", type=float, default=TOTAL, help=f"time of the whole run (default: {TOTAL})")
     parser.add_argument(
         "--inject", nargs="+", type=injection, default=[], metavar="PART=FAILURE",
-        help=f"let the second job of a part meet a failure ({', '.join(INJECTED)}), or the probe (probe=compiler, "
+        help=f"simulate a failure in the second job of a part ({', '.join(INJECTED)}) or in the probe (probe=compiler, "
         "probe=kernel), to see which results survive",
     )  # fmt: skip
     args = parser.parse_args(argv)
@@ -127,11 +127,11 @@ def injection(text: str) -> tuple[str, str]:
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Turns SIGTERM and Ctrl-C into Stopped, so that what was measured is written."""
+    """Turn SIGTERM and Ctrl-C into Stopped, so that results are written before the run ends."""
 
     def stop(number: int, frame: Any) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)  # what is written now is not interrupted again
+            signal.signal(each, signal.SIG_IGN)  # no second interruption while results are written
         raise Stopped(signal.Signals(number).name)
 
     before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
@@ -143,10 +143,10 @@ def stopping() -> Iterator[None]:
 
 
 def measure(args: argparse.Namespace, deadline: float, machine: Row, outcomes: list[Outcome], work: Path) -> None:
-    """Run the parts; outcomes grow, and OUT with them."""
+    """Run the parts. Append to `outcomes` and write OUT as results arrive."""
     chosen = [part for part in PARTS if part in args.only]
     for at, part in enumerate(chosen):
-        # Its fraction of the remaining time: later parts get what one part does not need.
+        # A fraction of the remaining time: later parts get the time that earlier ones did not use.
         seconds = (deadline - time.monotonic()) * PARTS[part] / sum(PARTS[each] for each in chosen[at:])
 
         def note(so_far: Outcome, done: int = at) -> None:
@@ -155,7 +155,7 @@ def measure(args: argparse.Namespace, deadline: float, machine: Row, outcomes: l
 
         try:
             note(run(part, seconds, work, args.dry_run, args.inject.get(part, ""), note))
-        except Exception as error:  # of this process: the part is lost, the others are not
+        except Exception as error:  # in this process: only this part is lost
             rows = [row for outcome in outcomes[at:] for row in outcome.rows]
             note(Outcome(part, "failed", f"{type(error).__name__}: {error}", 0.0, rows))
         last = outcomes[-1]
@@ -165,21 +165,21 @@ def measure(args: argparse.Namespace, deadline: float, machine: Row, outcomes: l
 def run(
     part: str, seconds: float, work: Path, dry: bool, inject: str = "", note: Callable[[Outcome], None] = lambda so_far: None
 ) -> Outcome:
-    """One part; after a job that ends its process, a new process continues with the next job.
+    """Run one part. If a job ends its process, a new process continues with the next job.
 
-    `seconds` are the part's to plan with; GRACE later it is stopped. `note` receives what there is while it runs.
+    The part plans with `seconds` and is stopped GRACE seconds later. `note` receives the outcome so far while it runs.
     """
     if seconds < FEWEST:
         return Outcome(part, "skipped", "out of time", 0.0, [])
     start = time.monotonic()
     log, records = work / "logs" / f"{part}.txt", []
-    plan, barren, ended = Plan(dry, start + seconds, inject=inject), 0, ""
+    plan, failures, ended = Plan(dry, start + seconds, inject=inject), 0, ""
 
     def rows(first: int = 0) -> list[Row]:
         return [each for each in records[first:] if isinstance(each, dict)]
 
     def look() -> None:
-        note(Outcome(part, "failed", "it was still running", time.monotonic() - start, rows()))
+        note(Outcome(part, "failed", "still running", time.monotonic() - start, rows()))
 
     while True:
         before = len(records)
@@ -192,43 +192,43 @@ def run(
             break
         ended = how(code, log)
         jobs = [each for each in records[before:] if not isinstance(each, dict)]
-        if code is None or not jobs:  # out of time, or before its first job: a new process would do the same
+        if code is None or not jobs:  # out of time, or ended before its first job: a new process would end the same way
             break
-        (number, name), bare = jobs[-1], records[-1] is jobs[-1]  # bare: without a row
+        (number, name), bare = jobs[-1], records[-1] is jobs[-1]  # bare: the last job has no row
         if code == SPOILED and bare and not plan.eager:
-            plan = replace(plan, first=number, eager=True)  # the same job once more, without a CUDA graph
+            plan = replace(plan, first=number, eager=True)  # run the same job again, without a CUDA graph
         else:
             if bare or code != SPOILED:
                 records.append(failed(ended, job=name))
             plan = replace(plan, first=number + 1, eager=False)
-        barren = 0 if any(row["status"] == "ok" for row in rows(before)) else barren + 1
-        if barren == BARREN or plan.deadline - time.monotonic() < FEWEST:
+        failures = 0 if any(row["status"] == "ok" for row in rows(before)) else failures + 1
+        if failures == BARREN or plan.deadline - time.monotonic() < FEWEST:
             break
         ended = ""
-    return judged(part, rows(), ended, time.monotonic() - start)
+    return outcome_of(part, rows(), ended, time.monotonic() - start)
 
 
 def process(part: str, plan: Plan, log: Path, receive: Callable[[Any], None], look: Callable[[], None]) -> int | None:
-    """The exit status of a process for a part, None where it was killed GRACE after its deadline.
+    """Run a part in a process and return its exit status, or None if it was killed GRACE seconds after its deadline.
 
-    `receive` gets what it sends: rows, and before those of a job its number and name. `look` is called every NOTED seconds
-    while it runs.
+    `receive` is called with every record it sends: rows, and before the rows of each job its number and name. `look` is called
+    every NOTED seconds while it runs.
     """
     end, noted = plan.deadline + GRACE, time.monotonic()
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=serve, args=(part, plan, theirs, log))
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=serve, args=(part, plan, sender, log))
     child.start()
-    theirs.close()
+    sender.close()
     try:
         while (now := time.monotonic()) < end:
             if now - noted > NOTED:
                 look()
                 noted = now
             try:
-                if ours.poll(min(NOTED, end - now)):
-                    receive(ours.recv())
-                elif not child.is_alive() and not ours.poll():
+                if receiver.poll(min(NOTED, end - now)):
+                    receive(receiver.recv())
+                elif not child.is_alive() and not receiver.poll():
                     break
             except EOFError:
                 break
@@ -238,29 +238,29 @@ def process(part: str, plan: Plan, log: Path, receive: Callable[[Any], None], lo
         return child.exitcode
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # the processes it has started too
-        child.kill()  # also before it leads a group of its own
+            os.killpg(child.pid, signal.SIGKILL)  # also the processes it started
+        child.kill()  # in case it does not lead its process group yet
         child.join()
 
 
 def how(code: int | None, log: Path) -> str:
-    """How a process ended."""
+    """Describe how a process ended."""
     text = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
     if code is None:
-        return f"stopped at the end of its time; its last line: {text}"
+        return f"stopped at the end of its time; last line: {text}"
     return f"exit status {code}: {text}" if code > 0 else f"killed by {signal.Signals(-code).name}, see its log"
 
 
-def judged(part: str, rows: list[Row], ended: str, seconds: float) -> Outcome:
-    """The outcome of a part with these rows; ended: how its last process ended, if not as it should."""
+def outcome_of(part: str, rows: list[Row], ended: str, seconds: float) -> Outcome:
+    """Return the outcome of a part with these rows. `ended` says how its last process ended, or "" if it ended normally."""
     wrong = [row for row in rows if row["status"] == "failed"]
     if ended or wrong:
         first = f"{len(wrong)} failed, first: {report.label(wrong[0])}: {wrong[0]['why']}" if wrong else ""
         return Outcome(part, "failed", "; ".join(filter(None, (ended, first))), seconds, rows)
-    left = [row for row in rows if row["status"] == "skipped"]
-    if len(left) == len(rows):
-        return Outcome(part, "skipped", left[0]["why"] if left else "no rows", seconds, rows)
-    return Outcome(part, "ok", f"{len(left)} skipped" if left else "", seconds, rows)
+    skipped = [row for row in rows if row["status"] == "skipped"]
+    if len(skipped) == len(rows):
+        return Outcome(part, "skipped", skipped[0]["why"] if skipped else "no rows", seconds, rows)
+    return Outcome(part, "ok", f"{len(skipped)} skipped" if skipped else "", seconds, rows)
 
 
 if __name__ == "__main__":

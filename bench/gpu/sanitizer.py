@@ -1,4 +1,4 @@
-"""NVIDIA's compute-sanitizer over one small call of each operator, forward and backward."""
+"""Run NVIDIA's compute-sanitizer on one small call of each operator, forward and backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .correctness import RAN
 from .part import Job, Plan, by_job
 
 TOOLS = {
-    # Accesses out of bounds and misaligned; that torch probes the driver for what it may lack is no error.
+    # Misaligned and out-of-bounds accesses. API errors do not count: torch probes the driver for optional features.
     "memcheck": ("--report-api-errors", "no"),
     "racecheck": (),  # races in shared memory
 }
@@ -34,8 +34,8 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def watch(program: str, tool: str, plan: Plan) -> Iterator[Row]:
-    # Without the cache each tensor is an allocation with bounds of its own.
-    # Instrumenting torch's kernels too takes longer; releases of the tool differ in how they are told to leave them out.
+    # Without the caching allocator each tensor is a separate allocation with its bounds.
+    # Instrumenting torch's kernels takes longer. Some releases of the tool refuse the option that skips them.
     for only_ours in (("--kernel-name", "kns=_kernel"), ()):
         command = (program, "--tool", tool, *TOOLS[tool], *only_ours, *SMALL)
         code, text = plan.finish(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
@@ -53,7 +53,7 @@ def watch(program: str, tool: str, plan: Plan) -> Iterator[Row]:
 
 
 def run_small(plan: Plan, why: str) -> Iterator[Row]:
-    """Without the tool the program that it would watch still has to run."""
+    """Run the checked program without the tool: it must still succeed."""
     code, text = plan.finish(SMALL)
     yield skipped(why) if code == 0 else failed(_last_line(text))
 

@@ -1,4 +1,4 @@
-"""The pytest suite of tests/ on the GPU: the kernels first, then everything else that time allows."""
+"""Run the pytest suite of tests/ on the GPU: the kernels first, then the other tests while time remains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .part import Job, Plan, by_job
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = "triton or out_of_bounds"
-NOT_HERE = "offsets_beyond"  # runs in the interpreter, whatever the device
+NOT_HERE = "offsets_beyond"  # runs in the interpreter on any device
 OPERATORS = tuple(
     f"tests/test_{name}.py"
     for name in ("ops", "performer", "linear", "nystrom", "linformer", "fourier", "landmarks", "pinv", "token_conv")
@@ -39,12 +39,12 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def run(selection: tuple[str, ...], plan: Plan) -> Iterator[Row]:
-    """One pytest run; the lines it has printed count even where the time ends it."""
+    """Run pytest once. If time runs out, the outcomes printed so far count."""
     if not find_spec("pytest"):
         yield skipped("pytest is not installed")
         return
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *selection]
-    if find_spec("xdist"):  # compiling the kernels is most of the time, and the CPU's work
+    if find_spec("xdist"):  # most of the time is compilation, on the CPU
         command += ["-n", str(min(12, os.cpu_count() or 1))]
     code, text = plan.finish(command, cwd=ROOT)
     outcomes = outcomes_of(text)
@@ -63,8 +63,8 @@ def run(selection: tuple[str, ...], plan: Plan) -> Iterator[Row]:
 
 
 def outcomes_of(text: str) -> dict[str, str]:
-    """Test -> outcome of `pytest -v`, which puts the outcome after the test, or before it under xdist."""
+    """Return test -> outcome from the output of `pytest -v`. The outcome follows the test, or precedes it under xdist."""
     outcome = "PASSED|FAILED|ERROR|SKIPPED"
     after = re.findall(rf"^(tests/\S+) +({outcome})\b", text, re.MULTILINE)
     before = re.findall(rf"\b({outcome}) +(tests/\S+)", text)
-    return dict(after) | {test: said for said, test in before}
+    return dict(after) | {test: result for result, test in before}

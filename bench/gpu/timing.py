@@ -1,4 +1,4 @@
-"""Device and wall times of every operator, ours and others', and the ceilings of the machine they ran on."""
+"""Measure device and wall times of every operator, ours and the peers', and the peak rates of the machine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vix_kernels.testing import SPECS, Case
 
 from .part import Job, Plan, by_job
 
-MOVES = tuple(op for op in SPECS if op in primitives.__all__)  # what the attentions are made of
+PRIMITIVES = tuple(op for op in SPECS if op in primitives.__all__)
 TIMED = ("bf16", "fp32")
-COMPILED_TOKENS = 4096  # torch.compile takes many seconds a shape
+COMPILED_TOKENS = 4096  # torch.compile takes many seconds per shape
 TINY = Case("tiny", batch=1, heads=1, tokens=20, width=16, features=9)
 
 
@@ -38,12 +38,12 @@ def rows_of(*args: Any, **how: Any) -> list[Row]:
 
 
 def order(plan: Plan) -> Iterator[tuple[str, str, Case, tuple[str, ...]]]:
-    """Operator, dtype, sizes and providers, what matters most first: the time may not do for all of it."""
-    whole = [op for op in SPECS if op not in MOVES]
+    """Yield operator, dtype, sizes and providers, most important first: time may run out."""
+    whole = [op for op in SPECS if op not in PRIMITIVES]
     if plan.dry:
         yield from ((op, "fp32", TINY, everyone(op)) for op in whole)
-        yield whole[0], "fp32", TINY, ("compiled",)  # compiling is what takes long
-        yield from ((op, "fp32", TINY, ("triton",)) for op in MOVES)
+        yield whole[0], "fp32", TINY, ("compiled",)  # only one: compilation is slow
+        yield from ((op, "fp32", TINY, ("triton",)) for op in PRIMITIVES)
         return
     for dtype in TIMED:
         for case in shapes():
@@ -51,7 +51,7 @@ def order(plan: Plan) -> Iterator[tuple[str, str, Case, tuple[str, ...]]]:
                 yield from ((op, dtype, case, everyone(op)) for op in whole)
         for case in shapes():
             if dtype == "bf16":
-                yield from ((op, dtype, case, ("triton",)) for op in MOVES)
+                yield from ((op, dtype, case, ("triton",)) for op in PRIMITIVES)
                 if case.tokens == COMPILED_TOKENS and case.batch > 1:
                     yield from ((op, dtype, case, ("compiled",)) for op in whole)
 
@@ -61,7 +61,7 @@ def everyone(op: str) -> tuple[str, ...]:
 
 
 def ceilings(plan: Plan) -> Iterator[Row]:
-    """What this machine reaches: copying memory, and a matrix product by torch's library, on random numbers."""
+    """Measure the peak rates of this machine: memory copies, and torch's matrix products of random numbers."""
     bandwidth = copy_bandwidth(plan.device, 2**10 if plan.dry else 2**30)
     yield ok(op="copy", provider="torch", figure=bandwidth / 1e9, unit="GB/s, read and written")
     for dtype in ("bf16", "fp32"):

@@ -1,4 +1,4 @@
-"""A short real training run on every data set at hand: those of `vix train`, and packs in data/ of the checkout."""
+"""Run a short training on each available data set: digits, and the .npz packs in data/ of the checkout."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(dataset: str, plan: Plan) -> Iterator[Row]:
         start = time.perf_counter()
         try:
             history, output = train(config)
-        except UserError as error:  # what a data set needs, files or a reader, may not be here
+        except UserError as error:  # the files or the reader of a data set may be missing
             yield skipped(error, **what) if "dataset" in str(error) else failed(error, **what)
             return
         PICTURES.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
-"""On PYTHONPATH, makes `vix_kernels.models` importable from a checkout that is not installed, in subprocesses too.
+"""Make `vix_kernels.models` importable from a checkout that is not installed, if this folder is on PYTHONPATH.
 
-`models/` lies at the top of the repository and installs as `vix_kernels.models`.
+Subprocesses inherit it. `models/` is at the top of the repository and installs as `vix_kernels.models`.
 """
 
 import sys
