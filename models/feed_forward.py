@@ -38,7 +38,7 @@ def feed_forward(x: Tensor, norm: nn.Module, mlp: nn.Module, drop_path: nn.Modul
     n, layer_norm = (x, (norm.weight, norm.bias, norm.eps)) if is_plain(norm, nn.LayerNorm) else (norm(x), None)
     return primitive.feed_forward(
         n, None if renormalise else x, layer_norm, weights, activation=_ACTIVATIONS[type(mlp.act)],
-        p=mlp.drop.p if mlp.drop.active else 0.0, shares=factors, dtype=dtype,
+        p=mlp.drop.p if mlp.drop.active else 0.0, factors=factors, dtype=dtype,
     )  # fmt: skip
 
 

@@ -375,7 +375,7 @@ def test_unsupported_derivatives_raise(spec: OpSpec, backend: str) -> None:
         first(*leaves)
     function, args = calls[0]
     args = [x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in args]
-    with pytest.raises(RuntimeError, match="no gradient of its own"):
+    with pytest.raises(RuntimeError, match="has no gradient"):
         function(*args)
     with torch.no_grad():
         function(*args)

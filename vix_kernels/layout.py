@@ -1,4 +1,4 @@
-"""What an operator, its fake kernel and its implementations share: memory layouts, and arguments that travel together."""
+"""Memory layouts and argument groups that operators, fake kernels and implementations share."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-Needs = Sequence[bool]  # which gradients a backward operator computes; the others are empty
+Needs = Sequence[bool]  # which gradients a backward operator computes; it returns empty tensors for the others
 
 
 class Rotary(NamedTuple):
-    """Rotary embedding of every token (ops/rope.py), in the form that the primitives take.
+    """Rotary embedding of every token (ops/rope.py), as an argument of the primitives.
 
     Attributes:
         cos, sin: float32 (heads or 1, tokens, R / 2), for the first R channels; float64 for float64 tokens.
@@ -54,10 +54,10 @@ class Pool(NamedTuple):
     """The tokens that each landmark averages (primitives/landmarks.py).
 
     Attributes:
-        prefix: leading tokens that are landmarks themselves.
-        rows: of the grid of the other tokens; 1 for a plain sequence.
-        mark_rows, mark_columns: of the grid of landmarks.
-        adaptive: windows of adaptive pooling, else segments.
+        prefix: number of leading tokens, each of which is a landmark.
+        rows: rows of the grid of the other tokens. 1 for a plain sequence.
+        mark_rows, mark_columns: size of the grid of landmarks.
+        adaptive: whether windows are those of adaptive pooling. Otherwise they are segments.
     """
 
     prefix: int
@@ -70,20 +70,20 @@ class Pool(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Softmax statistics of each row: the largest logit, in base 2, and the sum of exp2(logit - top)."""
+    """Softmax statistics of each row: the largest logit, in base 2, and the sum of exp2(logit - row_max)."""
 
-    top: Tensor
+    row_max: Tensor
     total: Tensor
 
-    SCHEMA = "Tensor top, Tensor total"
+    SCHEMA = "Tensor row_max, Tensor total"
 
 
 class LandmarkGradients(NamedTuple):
-    """The terms of the gradients of tokens. The operator adds them, which saves the sums a way through memory.
+    """Terms of the gradients of tokens. The operator adds them in one kernel, which saves memory traffic.
 
     Attributes:
-        dq_other, dk_other: gradients of the tokens from elsewhere, or None for 0.
-        dq_marks, dq_marks_2, dk_marks, dk_marks_2: gradients of the landmarks, which may come in two parts.
+        dq_other, dk_other: gradients of the tokens from other passes, or None for 0.
+        dq_marks, dq_marks_2, dk_marks, dk_marks_2: gradients of the landmarks, each of which may have two terms.
     """
 
     dq_other: Tensor | None = None

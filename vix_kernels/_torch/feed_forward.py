@@ -1,4 +1,4 @@
-"""The second half of a block, tile by tile (primitives/feed_forward.py states the equation)."""
+"""The second half of a transformer block, a tile of tokens at a time (see primitives/feed_forward.py for the equation)."""
 
 from __future__ import annotations
 
@@ -11,67 +11,67 @@ from torch import Tensor
 
 from .dropout import draw_kept
 
-TOKENS_PER_THREAD = 512  # of a tile: three tiles of a hidden width of 256 fill 1.5 MiB
+TOKENS_PER_THREAD = 512  # of a tile; three tiles with a hidden width of 256 take 1.5 MiB
 ACTIVATIONS = {
     "gelu": (F.gelu, torch.ops.aten.gelu_backward),
     "hardswish": (F.hardswish, torch.ops.aten.hardswish_backward),
 }
-Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias and eps; None: no layer norm
+Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias and eps; no layer norm if weight is None
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
-Kept = tuple[Tensor | None, Tensor | None]  # uint8 (tokens, hidden) and (tokens, C): what dropout keeps; None: no dropout
+Kept = tuple[Tensor | None, Tensor | None]  # masks of both dropouts, uint8 (tokens, hidden) and (tokens, C), or None
 
 
 def feed_forward_forward(
     x: Tensor, residual: Tensor | None, norm: Norm, weights: Weights, activation: str, p: float, scale: float, kept: Kept,
-    shares: Tensor | None, dtype: torch.dtype,
+    factors: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """y; fills `kept`. residual None: n stands for it."""
+    """Return y and fill `kept`. If residual is None, it is n."""
     (gamma, beta, eps), (w1, b1, w2, b2), (inner, outer) = norm, weights, kept
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     starts = _tiles(x if residual is None else residual)
     with torch.autocast("cpu", enabled=False):
         v1, c1, v2, c2 = (each.to(dtype) for each in (w1, b1, w2 * scale**2, b2 * scale))
-        for tile, start, out, some, others, share in zip(
-            _tiles(x), starts, _tiles(y), _tiles(inner), _tiles(outer), _tiles(shares), strict=False
+        for tile, start, out, inner_kept, outer_kept, factor in zip(
+            _tiles(x), starts, _tiles(y), _tiles(inner), _tiles(outer), _tiles(factors), strict=False
         ):
             n = tile if gamma is None else torch.layer_norm(tile, gamma.shape, gamma, beta, eps)
             a = ACTIVATIONS[activation][0](torch.addmm(c1, n.to(dtype), v1.T))
             if p:
-                a *= draw_kept(some, p).to(dtype)
+                a *= draw_kept(inner_kept, p).to(dtype)
             branch = torch.addmm(c2, a, v2.T)
             if p:
-                branch *= draw_kept(others, p).to(dtype)
-            if share is not None:
-                branch = branch * share
+                branch *= draw_kept(outer_kept, p).to(dtype)
+            if factor is not None:
+                branch = branch * factor
             torch.add(n if residual is None else start, branch, out=out)
     return y
 
 
 def feed_forward_backward(
     dy: Tensor, x: Tensor, start: str, norm: Norm, weights: Weights, activation: str, scale: float, kept: Kept,
-    shares: Tensor | None, dtype: torch.dtype,
+    factors: Tensor | None, dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """dx, dgamma, dbeta, dw1, db1, dw2 and db2. start: what the branch was added to, "n", "x" or "residual"."""
+    """Return dx, dgamma, dbeta, dw1, db1, dw2 and db2. `start` is the residual of forward: "n", "x" or "residual"."""
     (gamma, beta, eps), (w1, b1, w2, b2), (inner, outer) = norm, weights, kept
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dw1, db1, dw2, db2 = (torch.zeros_like(each) for each in (w1, b1, w2, b2))
     dgamma, dbeta = (None, None) if gamma is None else (torch.zeros_like(gamma), torch.zeros_like(beta))
     with torch.autocast("cpu", enabled=False):
         v1, c1, v2 = (each.to(dtype) for each in (w1, b1, w2 * scale**2))
-        for tile, grad, out, some, others, share in zip(
-            _tiles(x), _tiles(dy), _tiles(dx), _tiles(inner), _tiles(outer), _tiles(shares), strict=False
+        for tile, grad, out, inner_kept, outer_kept, factor in zip(
+            _tiles(x), _tiles(dy), _tiles(dx), _tiles(inner), _tiles(outer), _tiles(factors), strict=False
         ):
             n = tile
             if gamma is not None:
                 n, mean, rstd = torch.native_layer_norm(tile, gamma.shape, gamma, beta, eps)
-            d = grad if share is None else grad * share
-            n, d = n.to(dtype), (d if others is None else others.to(d.dtype).mul_(d)).to(dtype)
+            d = grad if factor is None else grad * factor
+            n, d = n.to(dtype), (d if outer_kept is None else outer_kept.to(d.dtype).mul_(d)).to(dtype)
             h = torch.addmm(c1, n, v1.T)
             a, da = ACTIVATIONS[activation][0](h), d @ v2
-            if some is not None:
-                kept = some.to(dtype)
-                a *= kept
-                da *= kept
+            if inner_kept is not None:
+                inner_kept = inner_kept.to(dtype)
+                a *= inner_kept
+                da *= inner_kept
             dh = ACTIVATIONS[activation][1](da, h)
             _add_product(dw2, d.T, a)
             _add_product(dw1, dh.T, n)
@@ -95,7 +95,7 @@ def feed_forward_backward(
 
 
 def _tiles(x: Tensor | None) -> Iterable[Tensor | None]:
-    """Tiles of tokens; without x none for every tile."""
+    """Return the tiles of tokens of x, or None for every tile if x is None."""
     return repeat(None) if x is None else x.flatten(0, -2).split(TOKENS_PER_THREAD * torch.get_num_threads())
 
 

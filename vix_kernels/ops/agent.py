@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import backends
 from ..primitives import aggregate, broadcast
-from ..primitives.broadcast import bias_of_taking_part
+from ..primitives.broadcast import valid_bias
 from .checks import autocast, check_mask, check_qkv, check_scale, check_tensor, dtype_name
 from .rope import Rope, apply_rope_reference, check_rope
 
@@ -67,7 +67,7 @@ def agent_attention(
     values, _ = aggregate(agents, k, v, scale=scale, mask=key_padding_mask, backend=backend, rotary=rotary)
     bias = None
     if agent_mask is not None:
-        bias = bias_of_taking_part(agent_mask, values)
+        bias = valid_bias(agent_mask, values)
     return broadcast(q, agents, values, bias, scale=scale, backend=backend, rotary=rotary)
 
 

@@ -1,4 +1,4 @@
-"""The moves that every attention here is composed of; one file a primitive."""
+"""Primitives that the attentions are composed of, one per file."""
 
 from .aggregate import aggregate
 from .broadcast import broadcast

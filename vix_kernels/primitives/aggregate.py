@@ -1,14 +1,14 @@
-"""aggregate: M slots read N tokens.
+"""aggregate: M slots attend to N tokens.
 
     l_jn = scale p_j . k_n + b_n            values_j = sum_n softmax_n(l_jn) v_n            lse_j = log2 sum_n exp(l_jn)
 
 With Gaussian slots the bias of a key is b_n = -|scale k_n|^2 / 2, so that exp(l_jn) are FAVOR+'s positive features of the
-keys; otherwise it is 0. A key that does not take part has b_n = -inf and is read as 0, whatever it holds; a slot without
-keys has values 0 and lse -inf. Under RoPE keys are rotated first.
+keys. Otherwise it is 0. A masked key has b_n = -inf and is read as 0, even if it is NaN. A slot without valid keys has values 0
+and lse -inf. With RoPE, keys are rotated first.
 
-lse is in base 2, the unit of the kernels. The operator also returns the two numbers that it is made of, the largest logit of a
-slot, top_j, and total_j = sum_n 2^(l_jn - top_j), from which backward recomputes the probabilities: of a large lse, float32
-keeps no fraction.
+lse is in base 2, the unit of the kernels. The operator also returns the two terms of lse_j = row_max_j + log2 total_j: the
+largest logit of a slot, in base 2, and total_j = sum_n exp(l_jn) / 2^row_max_j. Backward recomputes the probabilities from
+them, because a large lse in float32 has no fractional bits.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def aggregate(
 
     Args:
         slots: (batch or 1, heads or 1, M, D), in k's dtype or float32.
-        k: (batch, heads, N, D). Any strides with a unit last one.
+        k: (batch, heads, N, D). Views with last stride 1 are not copied.
         v: (batch, heads, N, E), in k's dtype.
         scale: factor of the logits.
         gaussian: add the key bias of FAVOR+.
-        mask: bool (batch, N), True = the key takes part.
-        rotary: the rotation of k.
+        mask: bool (batch, N), True = valid.
+        rotary: rotary embedding of k.
         backend: "torch" or "triton".
 
     Returns:
@@ -70,10 +70,10 @@ def aggregate_reference(
     mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The equations with all N x M logits in memory."""
+    """Compute the equations with all N x M logits in memory."""
     if mask is not None:
-        taken = mask[:, None, :, None]
-        k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
+        valid = mask[:, None, :, None]
+        k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
     if rotary is not None:
         k = rotate_reference(k, rotary)
     slots = slots.to(k.dtype)
@@ -81,11 +81,11 @@ def aggregate_reference(
     if gaussian:
         logits = logits - (scale * k).square().sum(-1)[:, :, None] / 2
     if mask is not None:
-        some = mask.any(-1)[:, None, None]
-        logits = torch.where(taken.mT | ~some[..., None], logits, float("-inf"))
+        has_key = mask.any(-1)[:, None, None]
+        logits = torch.where(valid.mT | ~has_key[..., None], logits, float("-inf"))
     values, lse = logits.softmax(-1) @ v, logits.logsumexp(-1) / math.log(2)
     if mask is not None:
-        values, lse = torch.where(some[..., None], values, 0.0), torch.where(some, lse, float("-inf"))
+        values, lse = torch.where(has_key[..., None], values, 0.0), torch.where(has_key, lse, float("-inf"))
     dtype = accumulator(k.dtype)
     return values.to(dtype), lse.to(dtype)
 
@@ -93,10 +93,10 @@ def aggregate_reference(
 class _Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, slots, k, v, mask, cos, sin, angles, interleaved, scale, gaussian, backend):
-        values, lse, top, total = aggregate_forward(
+        values, lse, row_max, total = aggregate_forward(
             slots, k, v, mask, joined(cos, sin, interleaved), scale, gaussian, backend
         )  # fmt: skip
-        ctx.save_for_backward(slots, k, v, mask, cos, sin, angles, values, top, total)
+        ctx.save_for_backward(slots, k, v, mask, cos, sin, angles, values, row_max, total)
         ctx.interleaved, ctx.options = interleaved, (scale, gaussian)
         ctx.backend = backend
         ctx.set_materialize_grads(False)  # lse is often not used
@@ -105,13 +105,13 @@ class _Aggregate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, dvalues, dlse):
-        slots, k, v, mask, cos, sin, _, values, top, total = saved
+        slots, k, v, mask, cos, sin, _, values, row_max, total = saved
         dvalues = torch.zeros_like(values) if dvalues is None else dvalues
         need_slots, need_k, need_v, _, _, _, need_angles, *_ = ctx.needs_input_grad
         needs = need_slots, need_k or need_angles, need_v
         grads = aggregate_backward(
             dvalues, dlse, slots, k, v, mask, joined(cos, sin, ctx.interleaved), *ctx.options, values,
-            Statistics(top, total), needs, ctx.backend,
+            Statistics(row_max, total), needs, ctx.backend,
         )  # fmt: skip
         dangles = angle_gradient(k, grads[1], cos, ctx.interleaved, ctx.backend) if need_angles else None
         dslots, dk, dv = (x if need else None for x, need in zip(grads, ctx.needs_input_grad[:3], strict=True))
@@ -133,7 +133,7 @@ def _fake_backward(dvalues, dlse, slots, k, v, mask, rotary, scale, gaussian, va
 
 
 aggregate_forward = register(
-    f"aggregate_forward({_PROBLEM}, str backend) -> (Tensor values, Tensor lse, Tensor top, Tensor total)",
+    f"aggregate_forward({_PROBLEM}, str backend) -> (Tensor values, Tensor lse, Tensor row_max, Tensor total)",
     module="aggregate",
     fake=_fake_forward,
 )

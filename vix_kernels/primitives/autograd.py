@@ -1,4 +1,4 @@
-"""First derivatives only: the backward of every `torch.autograd.Function` of this library."""
+"""Decorator for a backward that cannot be differentiated again."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Decorate `backward(ctx, saved, *gradients)`, `saved` being ctx.saved_tensors, so that its results refuse a derivative.
+    """Decorate `backward(ctx, saved, *gradients)` such that differentiating its results raises an error.
 
-    torch's decorator of this name refuses only where an incoming gradient requires a derivative. But gradients depend on what
-    was saved, too: of `g, = grad(op(x).sum(), x, create_graph=True)` it loses the derivative silently.
+    `saved` is ctx.saved_tensors. PyTorch's decorator of the same name raises only if an incoming gradient requires a gradient.
+    But results also depend on saved tensors: for `g, = grad(op(x).sum(), x, create_graph=True)`, PyTorch's decorator silently
+    loses the derivative of g.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *gradients: Tensor | None) -> Gradients:
-        saved = ctx.saved_tensors  # once: checkpointing does not allow a second look
+        saved = ctx.saved_tensors  # read only once, because checkpointing forbids a second access
         with torch.no_grad():
             results = backward(ctx, saved, *gradients)
-        # In compiled code the compiler itself refuses.
+        # In compiled code the compiler raises the error.
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return results
         sources = [x for x in (*saved, *gradients) if x is not None and x.requires_grad]
@@ -37,7 +38,7 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
 
 class _Refuse(torch.autograd.Function):
-    """Its results are its inputs behind the first `count`, and depend on all of them as far as autograd can tell."""
+    """Return the inputs after the first `count`. To autograd, the results depend on all inputs; backward raises an error."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,9 +1,9 @@
-"""broadcast: N tokens read M slots.
+"""broadcast: N tokens attend to M slots.
 
     g_nj = scale p_j . q_n + a_j ln 2            out_n = sum_j softmax_j(g_nj) values_j
 
-The bias a_j is in base 2, as aggregate returns its lse. A slot with bias -inf has no share; a token without slots returns 0.
-Under RoPE queries are rotated first.
+The bias a_j is in base 2, like the lse of aggregate. A slot with bias -inf has probability 0. If all slots have bias -inf, out
+is 0. With RoPE, queries are rotated first.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def broadcast(
     """Softmax attention of the tokens over the slots.
 
     Args:
-        q: (batch, heads, N, D). Any strides with a unit last one.
+        q: (batch, heads, N, D). Views with last stride 1 are not copied.
         slots: (batch or 1, heads or 1, M, D), in q's dtype or float32.
         values: (batch, heads, M, E), float32 (float64 for float64 queries).
         slot_bias: (batch, heads, M) in values' dtype, or None for 0.
         scale: factor of the logits.
-        rotary: the rotation of q.
+        rotary: rotary embedding of q.
         backend: "torch" or "triton".
 
     Returns:
@@ -53,13 +53,16 @@ def broadcast(
 
 
 def reads_out(q: Tensor, backend: str) -> bool:
-    """Whether backward reads the output. Else it is summed again: of float32, only the same products cancel to the last bit."""
+    """Return whether backward reads the output.
+
+    Otherwise backward computes it again, because in float32 only the same products cancel to the last bit.
+    """
     return backend == "triton" and q.element_size() == 2
 
 
-def bias_of_taking_part(taken: Tensor, values: Tensor) -> Tensor:
-    """The slot bias (batch, heads, M) by which slots that are not `taken`, bool (batch, M), have no share."""
-    bias = torch.where(taken, 0.0, float("-inf")).to(values.dtype)
+def valid_bias(valid: Tensor, values: Tensor) -> Tensor:
+    """Return the slot bias (batch, heads, M): 0 for slots that are `valid`, bool (batch, M), and -inf for the others."""
+    bias = torch.where(valid, 0.0, float("-inf")).to(values.dtype)
     return bias[:, None].expand(values.shape[:3])
 
 
@@ -72,13 +75,13 @@ def broadcast_reference(
     scale: float,
     rotary: Rotary | None = None,
 ) -> Tensor:
-    """The equation with all N x M logits in memory."""
+    """Compute the equation with all N x M logits in memory."""
     if rotary is not None:
         q = rotate_reference(q, rotary)
     logits = scale * q @ slots.to(q.dtype).mT
     if slot_bias is None:
         return logits.softmax(-1) @ values.to(q.dtype)
-    has_slot = (slot_bias > float("-inf")).any(-1)[..., None, None]  # elsewhere, to stay finite, without the bias
+    has_slot = (slot_bias > float("-inf")).any(-1)[..., None, None]  # otherwise add no bias, to keep logits finite
     logits = logits + torch.where(has_slot, slot_bias[:, :, None] * math.log(2), 0.0).to(q.dtype)
     return torch.where(has_slot, logits.softmax(-1) @ values.to(q.dtype), 0.0)
 
@@ -87,11 +90,11 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, slots, values, slot_bias, cos, sin, angles, interleaved, scale, backend):
         residual = None, None, None
-        out, top, total = broadcast_forward(
+        out, row_max, total = broadcast_forward(
             q, slots, values, slot_bias, joined(cos, sin, interleaved), scale, *residual, backend
         )  # fmt: skip
         ctx.save_for_backward(
-            q, slots, values, slot_bias, cos, sin, angles, out if reads_out(q, backend) else None, top, total
+            q, slots, values, slot_bias, cos, sin, angles, out if reads_out(q, backend) else None, row_max, total
         )  # fmt: skip
         ctx.interleaved, ctx.scale = interleaved, scale
         ctx.backend = backend
@@ -100,10 +103,10 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, dout):
-        q, slots, values, slot_bias, cos, sin, _, out, top, total = saved
+        q, slots, values, slot_bias, cos, sin, _, out, row_max, total = saved
         needs = ctx.needs_input_grad[:4]
         grads = broadcast_backward(
-            dout, q, slots, values, slot_bias, joined(cos, sin, ctx.interleaved), ctx.scale, out, Statistics(top, total),
+            dout, q, slots, values, slot_bias, joined(cos, sin, ctx.interleaved), ctx.scale, out, Statistics(row_max, total),
             (needs[1], needs[2] or needs[3]), ctx.backend,
         )  # fmt: skip
         dangles = angle_gradient(q, grads[0], cos, ctx.interleaved, ctx.backend) if ctx.needs_input_grad[6] else None
@@ -123,13 +126,13 @@ def _fake_backward(dout, q, slots, values, slot_bias, rotary, scale, out, statis
     return empty_like_tokens(q, q.shape[3]), dslots, dvalues, dbias
 
 
-# top and total (batch, heads, N): the largest logit of a token, in base 2, and the sum of the exponentials above it, for the
-# backward kernels; the PyTorch implementation leaves them empty. With v and conv_weight the convolution of
-# primitives/token_conv.py is added to out, while it is in registers. The backward is that of the attention alone, which then
-# needs out summed again: it receives None for it.
+# row_max and total are (batch, heads, N): the largest logit of a token, in base 2, and the sum of exp2(logit - row_max). The
+# backward kernels read them. The PyTorch implementation returns them empty. With v and conv_weight, the convolution of
+# primitives/token_conv.py is added to out in registers. The backward covers the attention only. With a convolution it must
+# compute the attention's output again, so it receives None for out.
 broadcast_forward = register(
     f"broadcast_forward({_PROBLEM}, Tensor? v, Tensor? conv_weight, Tensor? mask, str backend)"
-    " -> (Tensor out, Tensor top, Tensor total)",
+    " -> (Tensor out, Tensor row_max, Tensor total)",
     module="broadcast",
     fake=_fake_forward,
 )

@@ -1,10 +1,10 @@
-"""dft: the real part of the discrete Fourier transform over tokens and channels.
+"""dft: real part of the discrete Fourier transform over tokens and channels.
 
     y_ab = sum_nd x_nd cos(2 pi (an / N + bd / D))
 
-The matrix of this map is symmetric, so its gradient is the map itself and nothing is kept for it. Half of the result is
-redundant, y at (-a, -b) equals y at (a, b), indices modulo N and D; and so is half of the input: only x_nd + x at (-n, -d)
-counts.
+The matrix of this linear map is symmetric, so the gradient is the same map, and no tensor is saved for it. Half of the result
+is redundant: y at (-a, -b) equals y at (a, b), with indices modulo N and D. So is half of the input: y depends only on the sums
+of x at (n, d) and x at (-n, -d).
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from ..layout import unit_last_stride
 from .autograd import once_differentiable
 from .registry import needs_autograd, register
 
-# Floating-point operations an element of x, tokens / 2 + channels, up to which the products are taken; beyond, fast Fourier
-# transforms. Counted, not measured: what those move more (32 to 34 bytes an element) takes as long as the products on an H100
-# at half of its peak rates. It also keeps the products of indices within 32 bits.
+# Largest number of floating-point operations per element of x, tokens / 2 + channels, for which the kernels run. Larger inputs
+# use fast Fourier transforms. The limits are computed, not measured: at half of the peak rates of an H100, the products then
+# take as long as the additional memory traffic of the FFTs (32 to 34 bytes per element). They also keep products of indices
+# within 32 bits.
 MOST_WORK = {16: 4096, 32: 768, 64: 768}
 
 
 def dft(x: Tensor, *, ortho: bool = False, backend: str = "torch") -> Tensor:
-    """Transform every sample.
+    """Return the real part of the Fourier transform of every sample.
 
     Args:
-        x: (batch, N, D). Any strides with a unit last one.
-        ortho: divide by sqrt(N D).
+        x: (batch, N, D). Views with last stride 1 are not copied.
+        ortho: whether to divide by sqrt(N D).
         backend: "torch" or "triton".
 
     Returns:

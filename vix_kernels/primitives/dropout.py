@@ -1,8 +1,8 @@
-"""dropout: with cheap random numbers on a CPU, where torch spends more time on them than on the products around.
+"""dropout: with fast random numbers on a CPU, where PyTorch spends more time on them than on the surrounding products.
 
-    y = x kept / (1 - p),    kept 1 with probability 1 - p, else 0
+    y = x kept / (1 - p),    kept = 1 with probability 1 - p, else 0
 
-p is rounded to a multiple of 2^-16, and one byte an element is kept for backward.
+p is rounded to a multiple of 2^-16. One byte per element is saved for backward.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._torch.dropout import draw_kept, scale_of_kept
+from .._torch.dropout import draw_kept, kept_scale
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Drop elements of x (any shape, on the CPU) with probability p, scale up the others. Differentiable in x, twice too."""
+    """Drop elements of x (any shape, on the CPU) with probability p and scale the others. Twice differentiable in x."""
     return _Dropout.apply(x, p)
 
 
@@ -23,10 +23,10 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx, x: Tensor, p: float) -> Tensor:
         kept = draw_kept(torch.empty(x.shape, dtype=torch.uint8), p)
         ctx.save_for_backward(kept)
-        ctx.scale = scale_of_kept(p)
+        ctx.scale = kept_scale(p)
         return kept.to(x.dtype).mul_(x).mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        return kept.to(dy.dtype).mul_(dy).mul_(ctx.scale), None  # autograd can differentiate it
+        return kept.to(dy.dtype).mul_(dy).mul_(ctx.scale), None  # differentiable

@@ -1,16 +1,15 @@
-"""landmarks: means of the tokens, by which Nystrom and agent attention stand for all of them.
+"""landmarks: means of windows of tokens, for Nystrom and agent attention.
 
-    marks_j = 1 / counts_j  sum_{n in window j, n takes part} x_n            counts_j = how many of them take part
+    marks_j = 1 / counts_j  sum_{valid n in window j} x_n            counts_j = number of valid tokens in window j
 
-The first `prefix` tokens are landmarks of their own; the others lie on a grid, in raster order, and so do their landmarks.
-A window is the product of one along the columns and one along the rows; along an axis of `size` tokens with `count` windows
+Each of the first `prefix` tokens is a landmark. The other tokens form a grid in raster order, and so do their landmarks. A
+window is the product of a window of columns and a window of rows. Along an axis of `size` tokens with `count` windows:
 
     segments    the first count - size % count windows have size // count tokens, the others one more: a partition
-    adaptive    window j = [floor(j size / count), ceil((j + 1) size / count)), torch's adaptive pooling: neighbours share a
-                token where count does not divide size
+    adaptive    window j = [floor(j size / count), ceil((j + 1) size / count)), as in torch's adaptive pooling. Neighboring
+                windows share a token if count does not divide size
 
-A token that does not take part is read as 0, whatever it holds; a landmark without tokens is 0. Under RoPE the means are
-those of rotated tokens.
+A masked token is read as 0, even if it is NaN. A landmark without valid tokens is 0. With RoPE, tokens are rotated first.
 """
 
 from __future__ import annotations
@@ -40,22 +39,22 @@ def landmarks(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, ...]:
-    """Landmarks of q, and of k in the same launch.
+    """Return the landmarks of q, and those of k from the same launch.
 
     Args:
-        q: (batch, heads, N, D). Any strides with a unit last one.
-        k: (batch, heads, N', D) in q's dtype, or None; N' = N unless rows = 1 and there are no angles.
-        prefix: tokens in front that are landmarks of their own.
-        rows: of the grid that the other tokens form; 1 for a plain sequence. The columns follow from the tokens.
-        mark_rows, mark_columns: of the grid of landmarks, not more than those of the tokens.
-        adaptive: windows of adaptive pooling, else segments.
-        q_mask, k_mask: bool (batch, N), True = the token takes part.
-        rotary: the rotation of q and k.
+        q: (batch, heads, N, D). Views with last stride 1 are not copied.
+        k: (batch, heads, N', D) in q's dtype, or None. N' = N unless rows = 1 and rotary is None.
+        prefix: number of leading tokens, each of which is a landmark.
+        rows: rows of the grid of the other tokens, 1 for a plain sequence. N determines the columns.
+        mark_rows, mark_columns: size of the grid of landmarks, at most that of the tokens.
+        adaptive: whether windows are those of adaptive pooling. Otherwise they are segments.
+        q_mask, k_mask: bool (batch, N), True = valid.
+        rotary: rotary embedding of q and k.
         backend: "torch" or "triton".
 
     Returns:
-        q_marks and q_counts, or with k q_marks, k_marks, q_counts and k_counts: marks (batch, heads, L, D) in q's dtype with
-        L = prefix + mark_rows * mark_columns, counts float32 (batch, L). Marks are differentiable in q, k and rotary.angles.
+        q_marks and q_counts, or with k: q_marks, k_marks, q_counts and k_counts. Marks are (batch, heads, L, D) in q's dtype,
+        L = prefix + mark_rows * mark_columns, and differentiable in q, k and rotary.angles. Counts are float32 (batch, L).
     """
     q, k = unit_last_stride(q), None if k is None else unit_last_stride(k)
     inputs, pool = (q, k, q_mask, k_mask, *flattened(rotary)), Pool(prefix, rows, mark_rows, mark_columns, adaptive)
@@ -78,7 +77,7 @@ def landmarks_reference(
     k_mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, ...]:
-    """The equation, one window after the other."""
+    """Compute the equation, one window at a time."""
 
     def windows(size: int, count: int) -> list[slice]:
         if adaptive:
@@ -121,7 +120,7 @@ class _Landmarks(torch.autograd.Function):
     def backward(ctx, saved, dq_marks, dk_marks, *_):
         q, k, q_mask, k_mask, cos, sin, _, q_counts, k_counts = saved
         need_q, need_k, _, _, _, _, need_angles, *_ = ctx.needs_input_grad
-        need_q = dq_marks is not None and (need_q or need_angles)  # None: nothing depends on these landmarks
+        need_q = dq_marks is not None and (need_q or need_angles)  # None: the loss does not depend on these landmarks
         need_k = k is not None and dk_marks is not None and (need_k or need_angles)
         dq, dk = landmarks_backward(
             LandmarkGradients(dq_marks=dq_marks, dk_marks=dk_marks), q, k, q_mask, k_mask,
@@ -129,8 +128,8 @@ class _Landmarks(torch.autograd.Function):
         )  # fmt: skip
         dangles = None
         if need_angles:
-            turned = [(q, dq)] * need_q + [(k, dk)] * need_k
-            dangles = sum(angle_gradient(*each, cos, ctx.interleaved, ctx.backend) for each in turned)
+            rotated = [(q, dq)] * need_q + [(k, dk)] * need_k
+            dangles = sum(angle_gradient(*each, cos, ctx.interleaved, ctx.backend) for each in rotated)
         return dq if need_q else None, dk if need_k else None, None, None, None, None, dangles, None, None, None
 
 

@@ -3,8 +3,8 @@
     f_jn = phi(p_j . k_n)      S_j = sum_n f_jn v_n      z_j = sum_n f_jn
     f_nj = phi(p_j . q_n)      out_n = sum_j f_nj S_j / (sum_j f_nj z_j + eps)
 
-phi is relu or elu + 1; without slots the features of a token are phi of its own channels. Gradients of S and z pass from one
-to the other: unlike those of means S / z, they stay finite where z is as small as float32 can hold.
+phi is relu or elu + 1. Without slots, the features of a token are phi of its channels. The interface of the two passes is S and
+z, because their gradients stay finite even if z is as small as float32 allows. Those of the means S / z do not.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def linear_aggregate(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Feature-weighted sums of the tokens.
+    """Return the sums of the tokens, weighted by their features.
 
     Args:
-        slots: (batch or 1, heads or 1, M, D), in k's dtype or float32; None for the channels themselves, M = D.
-        k: (batch, heads, N, D). Any strides with a unit last one.
+        slots: (batch or 1, heads or 1, M, D), in k's dtype or float32; None: the features are phi of the channels, M = D.
+        k: (batch, heads, N, D). Views with last stride 1 are not copied.
         v: (batch, heads, N, E), in k's dtype.
         feature_map: "relu" or "elu" (elu + 1).
-        mask: bool (batch, N), True = the key takes part.
-        rotary: the rotation of k.
+        mask: bool (batch, N), True = valid.
+        rotary: rotary embedding of k.
         backend: "torch" or "triton".
 
     Returns:
@@ -67,14 +67,14 @@ def linear_broadcast(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
-    """Means of the sums, weighted by the features of the tokens.
+    """Return the means of the sums, weighted by the features of the queries.
 
     Args:
-        q: (batch, heads, queries, D). Any strides with a unit last one.
+        q: (batch, heads, queries, D). Views with last stride 1 are not copied.
         slots, feature_map, backend: as in linear_aggregate.
-        sums, norms: what linear_aggregate returned.
-        eps: added to the denominator; a denominator of 0 counts as 1.
-        rotary: the rotation of q.
+        sums, norms: results of linear_aggregate.
+        eps: added to the denominator. A denominator of 0 is replaced by 1.
+        rotary: rotary embedding of q.
 
     Returns:
         out (batch, heads, queries, E) in q's dtype. Differentiable in q, slots, sums, norms and rotary.angles.
@@ -95,7 +95,7 @@ def linear_aggregate_reference(
     mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The equations with all N x M features in memory."""
+    """Compute the equations with all N x M features in memory."""
     valid = None if mask is None else mask[:, None, :, None]
     if valid is not None:
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
@@ -115,7 +115,7 @@ def linear_broadcast_reference(
     eps: float,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out as that of linear_broadcast, and its denominator (batch, heads, queries)."""
+    """Return out as in linear_broadcast, and its denominator (batch, heads, queries)."""
     features = _features_reference(q, slots, feature_map, rotary)
     total = (features @ norms[..., None]).squeeze(-1) + eps
     return (features @ sums / torch.where(total == 0, 1.0, total)[..., None]).to(q.dtype), total

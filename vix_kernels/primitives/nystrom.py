@@ -1,9 +1,9 @@
-"""nystrom: the moves of Nystrom attention as one function, which ops/nystrom.py puts together.
+"""nystrom: the primitives of Nystrom attention as one autograd.Function, for ops/nystrom.py.
 
     q~, k~ = landmarks(q), landmarks(k)        values = aggregate(q~, k, v)        out = broadcast(q, k~, pinv(q~, k~) values)
 
-Tokens have parts of their gradients from three moves: these gather them inside of their kernels, where autograd would add them
-up in memory.
+The gradient of a token has terms from three primitives. Their kernels add the terms in registers, where autograd would add them
+in memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..layout import LandmarkGradients, Pool, Rotary, Statistics, flattened, joined, unit_last_stride
 from .aggregate import aggregate_backward, aggregate_forward
 from .autograd import once_differentiable
-from .broadcast import bias_of_taking_part, broadcast_backward, broadcast_forward, reads_out
+from .broadcast import broadcast_backward, broadcast_forward, reads_out, valid_bias
 from .landmarks import landmarks_backward, landmarks_forward
 from .pinv import pinv_backward, pinv_forward
 from .registry import refuse_transforms
@@ -36,7 +36,7 @@ def nystrom(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
-    """Nystrom attention (batch, heads, queries, E) of q, k and v; the arguments are those of the moves.
+    """Return Nystrom attention (batch, heads, queries, E). The arguments are those of the primitives.
 
     Differentiable in q, k, v, conv_weight and rotary.angles.
     """
@@ -46,7 +46,7 @@ def nystrom(
 
 
 def mask_of_queries(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """Of self-attention, where queries and keys are the same tokens."""
+    """Return the mask of the queries: `mask` for self-attention, where queries and keys are the same tokens, else None."""
     return mask if mask is not None and mask.shape[1] == q.shape[2] else None
 
 
@@ -56,15 +56,15 @@ class _Nystrom(torch.autograd.Function):
         scale = options[0]
         q_mask, rotary = mask_of_queries(mask, q), joined(cos, sin, interleaved)
         q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, mask, rotary, pool, backend)
-        values, _, top, total = aggregate_forward(q_marks, k, v, mask, rotary, scale, False, backend)
+        values, _, row_max, total = aggregate_forward(q_marks, k, v, mask, rotary, scale, False, backend)
         counts = (None, None) if mask is None else (q_counts, k_counts)
         weighted = pinv_forward(q_marks, k_marks, values, *counts, *options, backend)
-        bias = None if mask is None else bias_of_taking_part(k_counts > 0, weighted)
+        bias = None if mask is None else valid_bias(k_counts > 0, weighted)
         residual = (None, None, None) if weight is None else (v, weight, mask)
-        out, out_top, out_total = broadcast_forward(q, k_marks, weighted, bias, rotary, scale, *residual, backend)
+        out, out_max, out_total = broadcast_forward(q, k_marks, weighted, bias, rotary, scale, *residual, backend)
         ctx.save_for_backward(
-            q, k, v, weight, mask, cos, sin, angles, q_marks, k_marks, q_counts, k_counts, values, top, total, weighted,
-            out if weight is None and reads_out(q, backend) else None, out_top, out_total,
+            q, k, v, weight, mask, cos, sin, angles, q_marks, k_marks, q_counts, k_counts, values, row_max, total, weighted,
+            out if weight is None and reads_out(q, backend) else None, out_max, out_total,
         )  # fmt: skip
         ctx.interleaved, ctx.pool, ctx.options, ctx.backend = interleaved, pool, options, backend
         return out
@@ -73,8 +73,8 @@ class _Nystrom(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, saved, dout):
         (
-            q, k, v, weight, mask, cos, sin, _, q_marks, k_marks, q_counts, k_counts, values, top, total, weighted,
-            out, out_top, out_total,
+            q, k, v, weight, mask, cos, sin, _, q_marks, k_marks, q_counts, k_counts, values, row_max, total, weighted,
+            out, out_max, out_total,
         ) = saved  # fmt: skip
         need_q, need_k, need_v, need_weight = ctx.needs_input_grad[:4]
         need_angles = ctx.needs_input_grad[7]
@@ -82,17 +82,17 @@ class _Nystrom(torch.autograd.Function):
         scale, backend = ctx.options[0], ctx.backend
         q_mask, rotary = mask_of_queries(mask, q), joined(cos, sin, ctx.interleaved)
         counts = (None, None) if mask is None else (q_counts, k_counts)
-        bias = None if mask is None else bias_of_taking_part(k_counts > 0, weighted)
+        bias = None if mask is None else valid_bias(k_counts > 0, weighted)
 
-        # The tokens' own parts of dq, dk and dv, and two parts each of the gradients of the landmarks
+        # dq, dk and dv without the paths through landmarks, and two terms of the gradient of each landmark
         dq, dk_marks, dweighted, _ = broadcast_backward(
-            dout, q, k_marks, weighted, bias, rotary, scale, out, Statistics(out_top, out_total), (need_k, True), backend
+            dout, q, k_marks, weighted, bias, rotary, scale, out, Statistics(out_max, out_total), (need_k, True), backend
         )
         dq_marks, dk_marks_2, dvalues = pinv_backward(
             dweighted, q_marks, k_marks, values, *counts, *ctx.options, (need_q, need_k, True), backend
         )
         dq_marks_2, dk, dv = aggregate_backward(
-            dvalues, None, q_marks, k, v, mask, rotary, scale, False, values, Statistics(top, total),
+            dvalues, None, q_marks, k, v, mask, rotary, scale, False, values, Statistics(row_max, total),
             (need_q, need_k, need_v), backend,
         )  # fmt: skip
         dq, dk = landmarks_backward(

@@ -1,8 +1,8 @@
-"""packed_linear: one linear map in three parts, whose gradients are multiplied where they are.
+"""packed_linear: a linear layer with three outputs, for example q, k and v.
 
     y_i = x W_i^T + b_i        dx = sum_i dy_i W_i        dW_i = dy_i^T x        db_i = sum_n dy_i
 
-PyTorch would first copy the gradients of the parts side by side, which costs a CPU as much as the products.
+PyTorch would first concatenate the gradients of the parts, which takes a CPU as long as the products.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from .._torch.packed_linear import packed_linear_backward, packed_linear_forward
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """The three parts of x W^T + b, as views of it.
+    """Return the three parts of x W^T + b as views.
 
     Args:
         x: (..., C), on the CPU.
         weight, bias: (3 * width, C) and (3 * width).
-        dtype: of the products, that of autocast; None: that of x.
+        dtype: dtype of the products, for autocast. None: x's dtype.
 
     Returns:
-        three tensors (..., width). Differentiable in x, weight and bias, twice too.
+        Three tensors (..., width). Twice differentiable in x, weight and bias.
     """
     return _PackedLinear.apply(x, weight, bias, dtype)
 

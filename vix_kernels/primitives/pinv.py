@@ -1,14 +1,14 @@
-"""pinv: the pseudo-inverse of Nystrom attention, applied to what its landmarks have read.
+"""pinv: the pseudo-inverse of Nystrom attention, multiplied by the values of its landmarks.
 
     A = softmax(scale q~ k~^T)        Z_0 = A^T / s        out = Z_T values
     X_t = A Z_t        Z_{t+1} = 1/4 Z_t (13 I - X_t (15 I - X_t (7 I - X_t)))
 
-A landmark that averages no token takes no part: it is read as 0, whatever it holds, and its row (of q~) or column (of k~) of A
-is 0. Z then has zeros there at every step, so that the others' results are those of a smaller A.
+A landmark that averages no token is masked: it is read as 0, even if it is NaN, and its row (of q~) or column (of k~) of A is
+0. Z has zeros there at every step, so its other rows and columns are those of a smaller A.
 
-The start scale s is the largest column sum of A, which bounds its spectral norm because its rows sum to 1. From there the
-steps are of order three, and T of them are a part of the model: directions with singular values far below
-sqrt(s 3.25^-T) are not inverted, which keeps Z small. Gradients are those of the steps, of s and of the softmax.
+The scale s of Z_0 is the largest column sum of A. It bounds the square of A's spectral norm, because rows of A sum to 1. The
+iteration converges with order three. The number of steps T is a part of the model: directions with singular values far below
+sqrt(s 3.25^-T) are not inverted, which keeps Z small. Gradients include those of the steps, of s and of the softmax.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .autograd import once_differentiable
 from .registry import needs_autograd, register
 
 INITS = ("exact", "original")
-MOST_LANDMARKS = 128  # of the kernels
+MOST_LANDMARKS = 128  # that the kernels support
 
 _PROBLEM = (
     "Tensor q_marks, Tensor k_marks, Tensor values, Tensor? q_counts, Tensor? k_counts, "
@@ -41,18 +41,18 @@ def pinv(
     init: str = "exact",
     backend: str = "torch",
 ) -> Tensor:
-    """`iterations` steps towards the pseudo-inverse of the landmarks' attention, times values.
+    """Multiply values by the pseudo-inverse of the landmarks' attention matrix, approximated by `iterations` steps.
 
     Args:
-        q_marks: (batch, heads, L, D), landmarks of the queries. Any strides with a unit last one.
+        q_marks: (batch, heads, L, D), landmarks of the queries. Views with last stride 1 are not copied.
         k_marks: (batch, heads, L, D), landmarks of the keys, in q_marks' dtype.
         values: (batch, heads, L, E), float32 (float64 for float64 landmarks), one row for each landmark of the queries.
         scale: factor of the logits.
-        q_counts, k_counts: float32 (batch, L), how many tokens a landmark averages; None: all take part.
-        iterations: T.
-        init: "exact", s is the maximum of each matrix, or "original", one maximum over the whole batch and its heads, as in
-            published code: there a sample's result depends on its batch mates.
-        backend: "torch" or "triton". Kernels serve "exact" with at most 128 landmarks, batched products the rest.
+        q_counts, k_counts: float32 (batch, L), number of tokens that a landmark averages. None: all landmarks are valid.
+        iterations: number of steps T.
+        init: "exact": s is the maximum of each matrix. "original": s is one maximum over all samples and heads, as in the
+            published code, so that the result of a sample depends on the rest of the batch.
+        backend: "torch" or "triton". Kernels support "exact" with at most 128 landmarks. Other cases use batched products.
 
     Returns:
         (batch, heads, L, E), one row for each landmark of the keys, in values' dtype. Differentiable in q_marks, k_marks and
@@ -75,23 +75,23 @@ def pinv_reference(
     iterations: int = 6,
     init: str = "exact",
 ) -> Tensor:
-    """The equations, in values' dtype."""
+    """Compute the equations in values' dtype."""
     batch, _, landmarks, _ = q_marks.shape
-    everyone = torch.ones(batch, landmarks, dtype=torch.bool, device=values.device)
-    rows = (everyone if q_counts is None else q_counts > 0)[:, None, :, None]
-    columns = (everyone if k_counts is None else k_counts > 0)[:, None, :, None]
+    all_valid = torch.ones(batch, landmarks, dtype=torch.bool, device=values.device)
+    rows = (all_valid if q_counts is None else q_counts > 0)[:, None, :, None]
+    columns = (all_valid if k_counts is None else k_counts > 0)[:, None, :, None]
     q, values = (torch.where(rows, x, 0.0).to(values.dtype) for x in (q_marks, values))
     k = torch.where(columns, k_marks, 0.0).to(values.dtype)
-    taken = rows & columns.mT
+    valid = rows & columns.mT
     logits = torch.where(columns.mT | ~columns.any(-2, keepdim=True), scale * q @ k.mT, float("-inf"))
-    a = torch.where(taken, logits.softmax(-1), 0.0)
+    a = torch.where(valid, logits.softmax(-1), 0.0)
     sums = a.sum(-2, keepdim=True)
     s = sums.amax((0, 1, 2, 3) if init == "original" and batch else -1, keepdim=True)
     return inverse_reference(a, a.mT / torch.where(s == 0, 1.0, s), iterations) @ values
 
 
 def inverse_reference(a: Tensor, z: Tensor, iterations: int) -> Tensor:
-    """Z_T from Z_0 = z; both (..., L, L)."""
+    """Return Z_T for Z_0 = z. Both are (..., L, L)."""
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(iterations):
         x = a @ z

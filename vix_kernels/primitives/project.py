@@ -1,9 +1,9 @@
-"""project: K slots take fixed weights of N tokens, whatever these hold.
+"""project: K slots are weighted sums of N tokens, with weights that do not depend on the tokens.
 
     keys_j = sum_n E_nj k_n            values_j = sum_n F_nj v_n
 
-A token that does not take part is read as 0, whatever it holds. Under RoPE keys are rotated first. The projections multiply
-in the dtype of the tokens, whose gradients they get; sums over tokens are float32.
+A masked token is read as 0, even if it is NaN. With RoPE, keys are rotated first. The kernels cast the projections to the
+dtype of the tokens. Sums over tokens are float32.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def project(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of the slots, as `broadcast` takes them.
+    """Return the keys and values of the slots, the arguments of `broadcast`.
 
     Args:
-        k: (batch, heads, N, D). Any strides with a unit last one.
+        k: (batch, heads, N, D). Views with last stride 1 are not copied.
         v: (batch, heads, N, E), in k's dtype.
         key_projection: E, (heads or 1, N, K), float32 or in k's dtype.
-        value_projection: F, like key_projection; None: the key projection.
-        mask: bool (batch, N), True = the token takes part.
-        rotary: the rotation of k.
+        value_projection: F, like key_projection. None: the key projection.
+        mask: bool (batch, N), True = valid.
+        rotary: rotary embedding of k.
         backend: "torch" or "triton".
 
     Returns:
@@ -61,10 +61,10 @@ def project_reference(
     mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The equations."""
+    """Compute the equations."""
     if mask is not None:
-        taken = mask[:, None, :, None]
-        k, v = torch.where(taken, k, 0.0), torch.where(taken, v, 0.0)
+        valid = mask[:, None, :, None]
+        k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
     if rotary is not None:
         k = rotate_reference(k, rotary)
     value_projection = key_projection if value_projection is None else value_projection

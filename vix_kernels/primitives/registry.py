@@ -1,7 +1,7 @@
-"""Registration of an operator: PyTorch for any device, Triton where asked for, a fake kernel, no autograd of its own.
+"""Registration of operators: a PyTorch implementation for any device, a Triton implementation and a fake kernel.
 
-Gradients belong to a plain `torch.autograd.Function` around the operator. A direct call on a tensor that requires a
-gradient would lose it silently, so it raises.
+Operators have no autograd formula. A plain `torch.autograd.Function` around the operator computes the gradients. A direct call
+with a tensor that requires a gradient would lose it silently, so it raises an error.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ..layout import LandmarkGradients, Pool, Rotary, Statistics
 
 library = torch.library.Library("vix_kernels", "DEF")
 operators: dict[str, Operator] = {}
-# Types of a schema's arguments that the registered operator takes field by field.
+# Argument types that a schema may name. The registered operator takes their fields as separate arguments.
 GROUPS = {each.__name__: each for each in (Rotary, Pool, Statistics, LandmarkGradients)}
 
 
 class Operator:
-    """An operator of `torch.library`, which plain eager calls go past.
+    """Operator of `torch.library` whose plain eager calls bypass the dispatcher.
 
-    What compilers, modes and subclasses of Tensor see is torch.ops.vix_kernels.<name>. Where none of them is at work, its
-    dispatch would only cost time.
+    Compilers, modes and subclasses of Tensor see torch.ops.vix_kernels.<name>. If none of them is active, the dispatcher would
+    only cost time.
     """
 
     registered: torch._ops.OpOverload
@@ -54,7 +54,7 @@ class Operator:
         return self.function(inputs, backend)(*inputs)
 
     def flat(self, arguments: Sequence[Any]) -> Sequence[Any]:
-        """Arguments as the registered operator takes them: the fields of a group instead of the group."""
+        """Return the arguments of the registered operator: the fields of each group instead of the group."""
         for at, group, size, _ in reversed(self.groups):
             fields = arguments[at]
             if fields is None:
@@ -63,7 +63,7 @@ class Operator:
         return arguments
 
     def grouped(self, arguments: Sequence[Any]) -> Sequence[Any]:
-        """The inverse of `flat`."""
+        """Invert `flat`."""
         for at, group, size, optional in self.groups:
             fields = arguments[at : at + size]
             whole = None if optional and fields[0] is None else group(*fields)
@@ -74,27 +74,31 @@ class Operator:
         return _function("_triton" if backend == "triton" and self.has_kernel(*inputs) else "_torch", self.module, self.name)
 
     def implementation(self, *arguments: Any) -> Any:
-        """The body of the registered operator."""
+        """Run the registered operator."""
         *inputs, backend = self.grouped(arguments)
         device = next(each.device.type for each in inputs if isinstance(each, Tensor))
-        # Dtypes were settled by the public function: autocast must not touch the products inside.
+        # The public function has cast its inputs already. Autocast must not change the products inside.
         with torch.autocast(device if device != "meta" else "cpu", enabled=False):
             return self.function(inputs, backend)(*inputs)
 
     def refuse_gradient(self, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
-            raise RuntimeError(f"torch.ops.vix_kernels.{self.name} has no gradient of its own: call vix_kernels' functions")
+            raise RuntimeError(f"torch.ops.vix_kernels.{self.name} has no gradient: call the functions of vix_kernels")
         with torch._C._AutoDispatchBelowAutograd():
             return self.registered(*arguments)
 
 
 def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[..., bool] = lambda *inputs: True) -> Operator:
-    """Register the operator of `schema`, whose last argument is `str backend` ("torch" or "triton").
+    """Register an operator.
 
-    The functions of its name in `_torch/<module>.py` and `_triton/<module>.py` compute it; where `has_kernel` is False, which
-    is asked with the same arguments, the one in PyTorch does for both backends. `fake` makes outputs of the right shapes,
-    dtypes and strides; all but `fake` go without the backend. A group in the schema ("Rotary? rotary", "Pool pool") is one
-    argument to all of them. Only the registered operator takes its fields.
+    Args:
+        schema: schema of `torch.library`. The last argument must be `str backend` ("torch" or "triton"). A group ("Rotary?
+            rotary", "Pool pool") is one argument of all functions. Only the registered operator takes its fields instead.
+        module: file of the implementations, functions with the operator's name in `_torch/` and `_triton/`. They receive the
+            arguments without the backend.
+        fake: receives all arguments and makes outputs with the right shapes, dtypes and strides.
+        has_kernel: receives the arguments without the backend and returns whether the Triton implementation supports them. If
+            not, the PyTorch implementation runs for both backends.
     """
     operator = Operator(schema, module, has_kernel)
     operators[operator.name] = operator
@@ -107,8 +111,8 @@ def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[.
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
-# The dispatch keys that a thread includes while no mode, transform, tracer or functionalisation is at work.
-AT_REST = {
+# Dispatch keys that a thread includes if no mode, transform, tracer or functionalization is active.
+DEFAULT_KEYS = {
     keys.raw_repr()
     for keys in (
         torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect),
@@ -118,8 +122,8 @@ AT_REST = {
 
 
 def plain(arguments: Sequence[Any]) -> bool:
-    """Nobody watches or changes what these tensors take part in, and they are what lies in their memory."""
-    if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in AT_REST:
+    """Return whether a call may bypass the dispatcher: nothing intercepts it, and all tensors are ordinary ones."""
+    if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in DEFAULT_KEYS:
         return False
     if torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack():
         return False
@@ -142,17 +146,17 @@ def plain(arguments: Sequence[Any]) -> bool:
 
 @cache
 def _function(package: str, module: str, name: str) -> Callable:
-    """Imported when it is called first: Triton may not be installed."""
+    """Import an implementation when it is first called, because Triton may not be installed."""
     return getattr(import_module(f"vix_kernels.{package}.{module}"), name)
 
 
 def in_transform() -> bool:
-    """Whether vmap or torch.func is at work."""
+    """Return whether a torch.func transform, such as vmap, is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def refuse_transforms() -> None:
-    """One named error under vmap and torch.func, whose rules these operators do not have."""
+    """Raise an error inside torch.func transforms, for which the operators have no rules."""
     if not torch.compiler.is_compiling() and in_transform():
         raise NotImplementedError(
             "vix_kernels: torch.func transforms (vmap, grad, jvp, ...) are not supported; use backend='reference' inside them"
@@ -160,10 +164,13 @@ def refuse_transforms() -> None:
 
 
 def needs_autograd(inputs: Iterable[Any]) -> bool:
-    """Return whether a call on `inputs` has to go through its `autograd.Function`; raise as `refuse_transforms` does.
+    """Return whether a call with `inputs` must go through its `autograd.Function`.
 
-    It does if one of them requires a gradient, if forward-mode AD is active, which the Function refuses, or if a compiler is at
-    work. Otherwise the operator alone returns the same bits, and nothing is saved.
+    It must if an input requires a gradient, if forward-mode AD is active, which the Function refuses, or during compilation.
+    Otherwise the operator alone returns bit-identical results and saves no tensors.
+
+    Raises:
+        NotImplementedError: a torch.func transform is active.
     """
     refuse_transforms()
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:

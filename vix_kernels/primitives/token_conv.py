@@ -1,9 +1,9 @@
-"""token_conv: a depthwise convolution over tokens, the value residual of Nystrom attention.
+"""token_conv: depthwise convolution over tokens, the value residual of Nystrom attention.
 
     out_t = sum_u w_u v_{t + u - taps // 2}
 
-One filter a head, shared by its channels; v is 0 beyond its ends, and a masked token is read as 0, whatever it holds. Tokens
-are multiplied in tiles by a banded matrix, so that a NaN or an infinity in v reaches somewhat farther than the taps do.
+The channels of a head share one filter. v is padded with zeros. A masked token is read as 0, even if it is NaN. Tiles of tokens
+are multiplied by a banded matrix, so a NaN or an infinity in v also affects some tokens outside of the filter's reach.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ def token_conv(v: Tensor, weight: Tensor, *, mask: Tensor | None = None, backend
     """Correlate the tokens of each head with its filter.
 
     Args:
-        v: (batch, heads, N, E). Any strides with a unit last one.
-        weight: (heads, 1, taps, 1) as Conv2d has it, float32 or v's dtype, with an odd number of taps.
-        mask: bool (batch, N), True = the token takes part.
+        v: (batch, heads, N, E). Views with last stride 1 are not copied.
+        weight: (heads, 1, taps, 1), the shape of Conv2d.weight, float32 or v's dtype, with an odd number of taps.
+        mask: bool (batch, N), True = valid.
         backend: "torch" or "triton".
 
     Returns:
         (batch, heads, N, E) in v's dtype. Differentiable in v and weight.
 
     Raises:
-        ValueError: weight has another shape, or an even number of taps.
+        ValueError: weight has a wrong shape or an even number of taps.
     """
     heads, taps = v.shape[1], weight.shape[2] if weight.dim() == 4 else 0
     if tuple(weight.shape) != (heads, 1, taps, 1) or taps % 2 == 0:
@@ -41,7 +41,7 @@ def token_conv(v: Tensor, weight: Tensor, *, mask: Tensor | None = None, backend
 
 
 def token_conv_reference(v: Tensor, weight: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """The equation with all windows of taps in memory. Not by Conv2d: oneDNN's gradient of a long filter is wrong."""
+    """Compute the equation with all windows in memory. Conv2d is not used: oneDNN's gradient of a long filter is wrong."""
     if mask is not None:
         v = torch.where(mask[:, None, :, None], v, 0.0)
     taps = weight.shape[2]
