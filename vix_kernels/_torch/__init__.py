@@ -1,1 +1,1 @@
-"""The primitives in plain PyTorch, for any device; one file each, with the names of those in _triton."""
+"""The primitives in plain PyTorch, for any device. Files have the same names as in _triton."""

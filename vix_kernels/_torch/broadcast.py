@@ -1,6 +1,6 @@
-"""Tokens attend to slots, one tile of tokens at a time (primitives/broadcast.py states the equations).
+"""Tokens attend to slots, one tile of tokens at a time (see primitives/broadcast.py for the equations).
 
-Logits and slot_bias are in units of log 2.
+Logits and slot_bias are in base 2.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from .tiles import (
     Rotation,
     Scratch,
     at_least_one,
+    expand_slots,
     flat,
     groups,
-    points_of,
     read,
     slots_grad,
     unused_rows,
@@ -38,24 +38,24 @@ def broadcast_forward(
     conv_weight: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens attend to slots: out (B, H, N, E) in q's dtype, with a_j = slot_bias (B, H, M) or 0; top and total stay empty.
+    """Return out (B, H, N, E) in q's dtype, and empty tensors for row_max and total. a_j = slot_bias (B, H, M) or 0.
 
-    A slot of bias -inf has probability 0; a token without any slot gets out 0. With v and conv_weight their convolution is
+    A slot with bias -inf has probability 0. If all slots have bias -inf, out is 0. With v and conv_weight, their convolution is
     added.
     """
-    points, values, biases = points_of(slots, q), wide(values), _slot_bias(slot_bias, slots, q)
-    rope = Rotation(rotary, points.dtype)
+    all_slots, values, biases = expand_slots(slots, q), wide(values), _slot_bias(slot_bias, slots, q)
+    rope = Rotation(rotary, all_slots.dtype)
     out = empty_like_tokens(q, values.shape[3])
-    square, room = Scratch(points), Scratch(points)
+    square, room = Scratch(all_slots), Scratch(all_slots)
     for group, tiles in groups(q, slots.shape[2]):
-        pt, state, bias = flat(points, group).mT, flat(values, group), flat(biases, group).unsqueeze(1)
+        pt, state, bias = flat(all_slots, group).mT, flat(values, group), flat(biases, group).unsqueeze(1)
         for tile in tiles:
             exps, total = _query_exps(read(q, tile, None, rope), pt, bias, scale, square)
             result = torch.bmm(exps, state, out=window(out, tile, room))
             write(out, tile, result.div_(total))
     if v is not None:
         token_conv_add(out, v, conv_weight, mask)
-    return out, *(q.new_empty(0, dtype=points.dtype) for _ in range(2))
+    return out, *(q.new_empty(0, dtype=all_slots.dtype) for _ in range(2))
 
 
 def broadcast_backward(
@@ -70,27 +70,27 @@ def broadcast_backward(
     statistics: Statistics,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dslots, dvalues and dslot_bias; `needs` says whether of the slots, and of values and bias, or they are empty.
+    """Return dq, dslots, dvalues and dslot_bias. Empty unless `needs` requests them: dslots; dvalues and dslot_bias.
 
     dg_nj = P_nj dout_n . (values_j - out_n)    dvalues_j = sum_n P_nj dout_n
-    dq_n = s sum_j dg_nj p_j    dp_j = s sum_n dg_nj q_n    da_j = sum_n dg_nj
+    dq_n = s sum_j dg_nj p_j    dp_j = s sum_n dg_nj q_n    da_j = ln 2 sum_n dg_nj
 
-    The softmax is computed again: out and statistics are not read. dout_n . out_n is sum_j P_nj dout_n . values_j, because
-    `out` may have been rounded to a narrow dtype: dg_n sums to 0, and slots with a common mean keep dq exact.
+    The softmax is computed again; out and statistics are not read. dout_n . out_n is computed as sum_j P_nj dout_n . values_j,
+    because `out` may be rounded to 16 bits. So dg_n sums to 0, and dq is accurate even if slots have a large common mean.
     """
     need_slots, need_values = needs
-    points = points_of(slots, q)
-    scaled = points * scale
+    all_slots = expand_slots(slots, q)
+    scaled = all_slots * scale
     values, biases = wide(values), _slot_bias(slot_bias, slots, q)
-    rope = Rotation(rotary, points.dtype)
+    rope = Rotation(rotary, all_slots.dtype)
     dq = empty_like_tokens(q, q.shape[3])
-    # Sums over tokens are kept transposed: E x tokens times tokens x M is the faster order.
-    dvalues = points.new_zeros((*q.shape[:2], values.shape[3], slots.shape[2]))
-    dbias = points.new_zeros((*q.shape[:2], slots.shape[2]))
-    dslots = points.new_zeros((*q.shape[:2], q.shape[3], slots.shape[2])) if need_slots else None
-    square, other, room = Scratch(points), Scratch(points), Scratch(points)
+    # Sums over tokens are transposed, because (E, tokens) times (tokens, M) is the faster order.
+    dvalues = all_slots.new_zeros((*q.shape[:2], values.shape[3], slots.shape[2]))
+    dbias = all_slots.new_zeros((*q.shape[:2], slots.shape[2]))
+    dslots = all_slots.new_zeros((*q.shape[:2], q.shape[3], slots.shape[2])) if need_slots else None
+    square, other, room = Scratch(all_slots), Scratch(all_slots), Scratch(all_slots)
     for group, tiles in groups(q, slots.shape[2]):
-        pt, state_t = flat(points, group).mT, flat(values, group).mT
+        pt, state_t = flat(all_slots, group).mT, flat(values, group).mT
         scaled_slots, bias = flat(scaled, group), flat(biases, group).unsqueeze(1)
         dstate, da = flat(dvalues, group), flat(dbias, group)
         for tile in tiles:
@@ -99,7 +99,7 @@ def broadcast_backward(
             if (unused := unused_rows(queries, total, dresult)) is not None:
                 queries, exps = queries.masked_fill(unused, 0), exps.masked_fill_(unused, 0)
                 total = total.masked_fill(unused, 1)
-            dresult = dresult / total  # carries the 1 / total of the probabilities
+            dresult = dresult / total  # probabilities are exps / total
             if need_values:
                 dstate.baddbmm_(dresult.mT, exps)
             dlogits = torch.bmm(dresult, state_t, out=other(*exps.shape)).mul_(exps)
@@ -116,16 +116,16 @@ def broadcast_backward(
 
 
 def _query_exps(queries: Tensor, pt: Tensor, bias: Tensor, scale: float, square: Scratch) -> tuple[Tensor, Tensor]:
-    """exp(g_nj - max_j g_nj) of a tile, (pairs, tokens, M), and their sums over the slots, 1 for a token without slots."""
+    """Return exp(g_nj - max_j g_nj) of a tile, (pairs, tokens, M), and its sums over slots, or 1 if all biases are -inf."""
     logits = torch.baddbmm(bias, queries, pt, alpha=scale * LOG2E, out=square(*queries.shape[:2], pt.shape[2]))
-    top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # no inf - inf for a token without slots
-    logits.sub_(top)
+    row_max = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # no inf - inf if all logits are -inf
+    logits.sub_(row_max)
     exps = square.apply(torch.exp2)
     return exps, at_least_one(exps.sum(-1, keepdim=True))
 
 
 def _slot_bias(slot_bias: Tensor | None, slots: Tensor, q: Tensor) -> Tensor:
-    """a_j (B, H, M)."""
+    """Return a_j (B, H, M)."""
     if slot_bias is None:
         return q.new_zeros((), dtype=accumulator(q.dtype)).expand(*q.shape[:2], slots.shape[2])
     return wide(slot_bias)

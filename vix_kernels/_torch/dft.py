@@ -1,4 +1,4 @@
-"""The transform by fast Fourier transforms (primitives/dft.py states the equation)."""
+"""The transform by fast Fourier transforms (see primitives/dft.py for the equation)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from ..layout import accumulator
 
-GROUP_CPU = 1 << 19  # elements that are transformed together: they and what is made of them stay in a cache
+GROUP_CPU = 1 << 19  # elements that are transformed together; they and all intermediate results fit the cache
 
 
 def dft(x: Tensor, ortho: bool) -> Tensor:
-    """By fast Fourier transforms, a quarter of the complex one of all x, in float32 for 16-bit inputs.
+    """Compute the transform with a quarter of the work of a complex FFT of x, in float32 for 16-bit inputs.
 
-    w_nd = x_nd + x at (-n, -d) is its own mirror image: its transform over the channels is Hermitian in n, and that over the
-    tokens then real. So half of the rows of w suffice for the one, and half of the columns for the other.
+    w_nd = x_nd + x at (-n, -d) equals w at (-n, -d). So its transform over the channels is Hermitian in n, and the transform of
+    that over the tokens is real. The first needs half of the rows of w, the second half of the columns.
     """
     batch, tokens, width = x.shape
     rows, columns = tokens // 2 + 1, width // 2 + 1
@@ -30,10 +30,10 @@ def dft(x: Tensor, ortho: bool) -> Tensor:
         torch.add(part[:, 1:rows, 0], mirror[:, :, 0].flip(1), out=w[:, 1:, 0])
         torch.add(part[:, 1:rows, 1:], mirror[:, :, 1:].flip(1, 2), out=w[:, 1:, 1:])
         half = torch.fft.rfft(w, dim=2)
-        half.imag.neg_()  # in place, where hfft would copy
-        # One row a column and sample: a single sample is transformed as several are, to the same bits.
+        half.imag.neg_()  # in place; hfft would copy
+        # One row per column and sample, so that the result of a sample is bit-identical for any batch size.
         half = torch.fft.irfft(half.mT.contiguous().flatten(0, 1), n=tokens, norm="forward")
-        half = half.t().contiguous().unflatten(1, (-1, columns)).transpose(0, 1)  # transposing is fast in two dimensions only
+        half = half.t().contiguous().unflatten(1, (-1, columns)).transpose(0, 1)  # transposing is only fast in two dimensions
         torch.mul(half, scale, out=out[:, :, :columns])
         mirror = out[:, :, 1 : width - columns + 1]  # channels -b of b = width - 1 to columns
         out[:, 0, columns:] = mirror[:, 0].flip(1)

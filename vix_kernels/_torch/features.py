@@ -1,4 +1,4 @@
-"""What the linear passes do with their tokens: rotate them, project them, map them. Backward makes the features again."""
+"""Features of tokens in the linear passes: rotation, projection and feature map. Backward computes them again."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from ..layout import Rotary
-from .tiles import Group, Rotation, Scratch, Tile, flat, points_of, wide, window
+from .tiles import Group, Rotation, Scratch, Tile, expand_slots, flat, wide, window
 
 
 class Features:
-    """What both passes do with their tokens: rotate them, project them, map them."""
+    """Rotation, projection and feature map of the tokens of one pass, and their gradients."""
 
     def __init__(self, slots: Tensor | None, x: Tensor, rotary: Rotary | None, feature_map: str) -> None:
         self.like = x.new_empty(0, dtype=wide(x[:0]).dtype)
-        self.points = None if slots is None else points_of(slots, x)
+        self.slots = None if slots is None else expand_slots(slots, x)
         self.num_slots = x.shape[3] if slots is None else slots.shape[2]
         self.rope = Rotation(rotary, self.like.dtype)
         self.elu = feature_map == "elu"
@@ -24,31 +24,31 @@ class Features:
         return self.like.new_empty(shape)
 
     def slot_sums(self, x: Tensor) -> Tensor:
-        """Sums over tokens for the gradient of the slots, transposed."""
+        """Return zeros for the gradient of the slots, transposed."""
         return self.empty(*x.shape[:2], x.shape[3], self.num_slots).zero_()
 
     def logits(self, x: Tensor, group: Group) -> Tensor:
-        if self.points is None:
+        if self.slots is None:
             return x
-        return torch.bmm(x, flat(self.points, group).mT, out=self.square(*x.shape[:2], self.num_slots))
+        return torch.bmm(x, flat(self.slots, group).mT, out=self.square(*x.shape[:2], self.num_slots))
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """phi(logits), in a buffer of its own."""
+        """Return phi(logits), in the buffer `third`."""
         if self.elu:
             return self._exp(logits).add_(logits.clamp(min=0))
         return torch.clamp(logits, min=0, out=self.third(*logits.shape))
 
     def times_slope(self, dlogits: Tensor, logits: Tensor) -> Tensor:
-        """dlogits times phi'(logits), in place."""
+        """Multiply dlogits by phi'(logits), in place."""
         return dlogits.mul_(self._exp(logits) if self.elu else logits > 0)
 
     def _exp(self, logits: Tensor) -> Tensor:
-        """exp(min(logits, 0))."""
+        """Return exp(min(logits, 0))."""
         torch.clamp(logits, max=0, out=self.third(*logits.shape))
         return self.third.apply(torch.exp)
 
     def to_tokens(self, dlogits: Tensor, dx: Tensor, tile: Tile) -> Tensor:
-        """The rows of a tile of dx."""
-        if self.points is None:
+        """Return the rows of a tile of dx."""
+        if self.slots is None:
             return dlogits
-        return torch.bmm(dlogits, flat(self.points, tile[:2]), out=window(dx, tile, self.room))
+        return torch.bmm(dlogits, flat(self.slots, tile[:2]), out=window(dx, tile, self.room))

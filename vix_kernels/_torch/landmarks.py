@@ -1,11 +1,10 @@
 """Landmark means and their gradient in plain PyTorch, one axis of the grid at a time.
 
-Pure functions without autograd, sums in fp32 (fp64 for fp64 inputs), narrower inputs widened head by head.
-A window of `segments` is a reshape; only windows that overlap are gathered. Nothing is multiplied by zero, so a NaN stays
-in its window.
+Pure functions without autograd. Sums are in fp32 (fp64 for fp64 inputs); 16-bit inputs are cast a few heads at a time. Segments
+are summed after a reshape; only overlapping windows are gathered. Nothing is multiplied by zero, so a NaN stays in its window.
 
 Shapes: q (B, H, Nq, D); k (B, H, Nk, D); marks (B, H, L, D); masks bool (B, N); counts fp32 (B, L); cos, sin fp32
-(1 or H, N, R / 2). Gradients of tokens have their layout, all else is contiguous.
+(1 or H, N, R / 2). Gradients of tokens have the layout of the tokens; other tensors are contiguous.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layout import LandmarkGradients, Needs, Pool, Rotary, accumulator, empty_like_tokens
-from .tiles import Rotation, Scratch, groups, read, taken
+from .tiles import Rotation, Scratch, groups, read, valid_tokens
 
 
 def landmarks_forward(
@@ -25,7 +24,7 @@ def landmarks_forward(
     rotary: Rotary | None,
     pool: Pool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Marks of q and k in their dtype, and how many tokens each averages; those of k are empty without k."""
+    """Return q_marks and k_marks in q's dtype, q_counts and k_counts. Without k, k_marks and k_counts are empty."""
     rope = Rotation(rotary, accumulator(q.dtype))
     q_marks, q_counts = _means(q, q_mask, rope, pool)
     if k is None:
@@ -46,7 +45,7 @@ def landmarks_backward(
     k_counts: Tensor | None,
     needs: Needs,
 ) -> tuple[Tensor, Tensor]:
-    """dq and dk, each empty unless `needs` asks for it.
+    """Return dq and dk. Those that `needs` does not request are empty.
 
     dx_n = dx_other_n + sum over its windows of (dmarks + dmarks_2)_j / counts_j
     """
@@ -58,13 +57,13 @@ def landmarks_backward(
 
 
 def _sums(x: Tensor, pool: Pool) -> Tensor:
-    """Tokens (..., N, D) to sums over windows (..., L, D)."""
+    """Sum tokens (..., N, D) over their windows, to (..., L, D)."""
     grid = _window_sums(_window_sums(_lines(x, pool), -2, pool.mark_columns, pool.adaptive), -3, pool.mark_rows, pool.adaptive)
     return torch.cat([x[..., : pool.prefix, :], grid.flatten(-3, -2)], -2)
 
 
 def _spread_marks(marks: Tensor, other: Tensor | None, x: Tensor, pool: Pool) -> None:
-    """The transpose: (..., L, D) to what each token receives of its windows, and `other`, to x (..., N, D)."""
+    """Write to x (..., N, D) the sum of marks (..., L, D) over the windows of each token, plus `other`. Transpose of _sums."""
     prefix, rest = (None, None) if other is None else (other[..., : pool.prefix, :], _lines(other, pool))
     _plus(marks[..., : pool.prefix, :], prefix, x[..., : pool.prefix, :])
     coarse = marks[..., pool.prefix :, :].unflatten(-2, (pool.mark_rows, -1))
@@ -76,23 +75,23 @@ def _spread_marks(marks: Tensor, other: Tensor | None, x: Tensor, pool: Pool) ->
 
 
 def _lines(x: Tensor, pool: Pool) -> Tensor:
-    """The grid (..., rows, columns, D) of tokens (..., N, D)."""
+    """View tokens (..., N, D) as their grid (..., rows, columns, D)."""
     return x[..., pool.prefix :, :].unflatten(-2, (pool.rows, -1))
 
 
 def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
-    """Sums over `count` windows along a (negative) axis of x."""
+    """Sum x over `count` windows along a (negative) axis."""
     size = x.shape[axis]
     if size == count:
         return x
     short, longer = divmod(size, count)
-    if adaptive and longer:  # short + 1 tokens in each window, and one more in some
+    if adaptive and longer:  # each window has short + 1 or short + 2 tokens
         window = torch.arange(count, device=x.device)
         first, last = window * size // count, ((window + 1) * size - 1) // count
         common = first[:, None] + torch.arange(short + 1, device=x.device)
         sums = x.index_select(axis, common.flatten()).unflatten(axis, tuple(common.shape)).sum(axis)
-        no_more = (last < first + short + 1).view(-1, *[1] * (-1 - axis))
-        return sums.add_(x.index_select(axis, last).masked_fill_(no_more, 0))
+        is_short = (last < first + short + 1).view(-1, *[1] * (-1 - axis))
+        return sums.add_(x.index_select(axis, last).masked_fill_(is_short, 0))
     split = (count - longer) * short
     sums = x.narrow(axis, 0, split).unflatten(axis, (-1, short)).sum(axis)
     if not longer:
@@ -101,10 +100,10 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
 
 
 def _spread(marks: Tensor, axis: int, adaptive: bool, other: Tensor | None, out: Tensor) -> None:
-    """To each token along a (negative) axis of out the sum of the windows that it lies in, and `other`."""
+    """Write to each token along a (negative) axis of out the sum of its windows, plus `other`."""
     size, count = out.shape[axis], marks.shape[axis]
     short, longer = divmod(size, count)
-    if adaptive and longer:  # the last window of each token, and the one before of those that end one and begin the next
+    if adaptive and longer:  # the last window of each token, then the previous window of tokens in two windows
         token, window = (torch.arange(each, device=marks.device) for each in (size, count))
         _plus(marks.index_select(axis, ((token + 1) * count - 1) // size), other, out)
         end = ((window + 1) * size - 1) // count
@@ -126,12 +125,12 @@ def _windows(x: Tensor, axis: int, start: int, number: int, length: int) -> Tens
 
 
 def _plus(x: Tensor, other: Tensor | None, out: Tensor) -> None:
-    """out = x + other, in one pass over the tokens."""
+    """Write x + other to out, in one pass over the tokens."""
     out.copy_(x) if other is None else torch.add(x, other, out=out)
 
 
 def _means(x: Tensor, mask: Tensor | None, rope: Rotation, pool: Pool) -> tuple[Tensor, Tensor]:
-    """marks and counts of x."""
+    """Return the marks and counts of x."""
     valid = torch.ones(1, x.shape[2], device=x.device) if mask is None else mask.float()
     counts = _sums(valid[..., None], pool).squeeze(-1).expand(len(x), -1).contiguous()
     divisor = counts.clamp(min=1)[:, None, :, None]
@@ -146,21 +145,21 @@ def _token_gradient(
     other: Tensor | None, dmarks: Tensor, dmarks_2: Tensor | None, x: Tensor, mask: Tensor | None, counts: Tensor,
     rope: Rotation, pool: Pool,
 ) -> Tensor:  # fmt: skip
-    """The gradient of tokens x from the parts of that of their landmarks."""
-    share = dmarks.to(accumulator(x.dtype))
-    share = (share if dmarks_2 is None else share + dmarks_2) / counts.clamp(min=1)[:, None, :, None]
+    """Return the gradient of tokens x from the gradients of their landmarks, plus `other`."""
+    scaled = dmarks.to(accumulator(x.dtype))
+    scaled = (scaled if dmarks_2 is None else scaled + dmarks_2) / counts.clamp(min=1)[:, None, :, None]
     dx = empty_like_tokens(x, x.shape[3])
-    buffer, turned = Scratch(share), rope.cos is not None
-    direct = other is not None and not turned and mask is None
+    buffer, rotated = Scratch(scaled), rope.cos is not None
+    direct = other is not None and not rotated and mask is None
     for group, _ in groups(x, x.shape[3]):
-        part, marks = dx[group], share[group]
-        wide = dx.dtype == share.dtype  # dx itself has room for sums
-        rows = part if wide and not turned else buffer(*part.shape)
+        part, marks = dx[group], scaled[group]
+        wide = dx.dtype == scaled.dtype  # sums can be computed in dx
+        rows = part if wide and not rotated else buffer(*part.shape)
         _spread_marks(marks, other[group] if direct else None, rows, pool)
-        if turned:
+        if rotated:
             rows = rope(rows, group, inverse=True, out=part if wide else None)
         if mask is not None:
-            rows.masked_fill_(~taken(mask, group)[..., None], 0)
+            rows.masked_fill_(~valid_tokens(mask, group)[..., None], 0)
         if other is not None and not direct:
             rows += other[group]
         if not wide:

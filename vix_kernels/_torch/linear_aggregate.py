@@ -1,4 +1,4 @@
-"""Slots sum tokens by their features, one tile of tokens at a time (primitives/linear.py states the equations)."""
+"""Slots sum tokens by their features, one tile of tokens at a time (see primitives/linear.py for the equations)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..layout import Needs, Rotary, empty_like_tokens
 from .features import Features
-from .tiles import Tile, flat, groups, read, slots_grad, taken, window, write
+from .tiles import Tile, flat, groups, read, slots_grad, valid_tokens, window, write
 
 
 def linear_aggregate_forward(
@@ -18,7 +18,7 @@ def linear_aggregate_forward(
     rotary: Rotary | None,
     feature_map: str,
 ) -> tuple[Tensor, Tensor]:
-    """sums (B, H, M, E) and norms (B, H, M)."""
+    """Return sums (B, H, M, E) and norms (B, H, M)."""
     features_of = Features(slots, k, rotary, feature_map)
     sums = features_of.empty(*k.shape[:2], features_of.num_slots, v.shape[3]).zero_()
     norms = features_of.empty(*sums.shape[:3]).zero_()
@@ -44,7 +44,7 @@ def linear_aggregate_backward(
     feature_map: str,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dslots, dk and dv, each empty unless `needs` asks for it.
+    """Return dslots, dk and dv. Those that `needs` does not request are empty.
 
     dl_jn = phi'(l_jn) (dS_j . v_n + dz_j)      dv_n = sum_j f_jn dS_j      dk_n = sum_j dl_jn p_j      dp_j = sum_n dl_jn k_n
     """
@@ -68,13 +68,13 @@ def linear_aggregate_backward(
                     flat(dslots, group).baddbmm_(keys.mT, dlogits)
             if need_v:
                 write(dv, tile, torch.bmm(features_of(logits), dstate, out=window(dv, tile, features_of.room)))
-    if mask is not None:  # even where a slot's gradient is NaN
+    if mask is not None:  # even if a slot's gradient is NaN
         hidden = ~mask[:, None, :, None]
         dk, dv = (x.masked_fill_(hidden, 0) if need else x for x, need in ((dk, need_k), (dv, need_v)))
     return k.new_empty(0) if dslots is None else slots_grad(dslots.mT, slots), dk, dv
 
 
 def _valid_factor(mask: Tensor, tile: Tile, like: Tensor) -> Tensor:
-    """1 for valid keys, else 0: (pairs, tokens of the tile, 1)."""
-    rows = taken(mask, tile).to(like.dtype)
+    """Return 1 for valid keys of a tile and 0 for the others, (pairs, tokens, 1)."""
+    rows = valid_tokens(mask, tile).to(like.dtype)
     return rows.expand(-1, like.shape[0] // len(rows), -1).flatten(0, 1).unsqueeze(2)

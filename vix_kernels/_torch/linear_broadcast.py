@@ -1,4 +1,4 @@
-"""Tokens average slots by their features, one tile of tokens at a time (primitives/linear.py states the equations)."""
+"""Tokens average slots by their features, one tile of tokens at a time (see primitives/linear.py for the equations)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def linear_broadcast_forward(
     feature_map: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, H, N, E) in q's dtype, and total (B, H, N), its denominator."""
+    """Return out (B, H, N, E) in q's dtype, and its denominator total (B, H, N)."""
     features_of = Features(slots, q, rotary, feature_map)
     out, total = empty_like_tokens(q, sums.shape[3]), features_of.empty(*q.shape[:3])
     for group, tiles in groups(q, features_of.num_slots):
@@ -44,24 +44,24 @@ def linear_broadcast_backward(
     total: Tensor,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dslots, dsums and dnorms; `needs` says whether of the slots, and of sums and norms, or they are empty.
+    """Return dq, dslots, dsums and dnorms. Empty unless `needs` requests them: dslots; dsums and dnorms.
 
     With t_n the denominator and d_n = dout_n / t_n:
     dl_nj = phi'(l_nj) (d_n . S_j - z_j d_n . out_n)      dq_n = sum_j dl_nj p_j      dp_j = sum_n dl_nj q_n
     dS_j = sum_n f_nj d_n      dz_j = -sum_n f_nj d_n . out_n
 
-    d_n . out_n is sum_j f_nj d_n . S_j / t_n, because `out` may have been rounded to a narrow dtype. S, z and t are scaled to a
-    largest t of about 1 in each head, so that d_n stays finite where all features are small.
+    d_n . out_n is computed as sum_j f_nj d_n . S_j / t_n, because `out` may be rounded to 16 bits. S, z and t are scaled such
+    that the largest t of each head is about 1, which keeps d_n finite if all features are small.
     """
     need_slots, need_sums = needs
     features_of = Features(slots, q, rotary, feature_map)
     size = torch.where(total.isfinite(), total, 0).amax(-1, keepdim=True)  # (B, H, 1)
-    size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)  # a power of two changes no other bits; 1 for 0
-    least = 1e8 * torch.finfo(total.dtype).tiny  # tokens that no feature reaches, or hardly, have no gradient
+    size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)  # a power of two, for exact divisions; 1 for 0
+    least = 1e8 * torch.finfo(total.dtype).tiny  # below it, a token has almost no features, and its gradient is 0
     sums, norms, total = wide(sums) / size.unsqueeze(3), norms / size, total / size
     dq = empty_like_tokens(q, q.shape[3])
     dslots = features_of.slot_sums(q) if need_slots and slots is not None else None
-    # Transposed: E x tokens times tokens x M is the faster order.
+    # Transposed, because (E, tokens) times (tokens, M) is the faster order.
     dsums = features_of.empty(*q.shape[:2], sums.shape[3], features_of.num_slots).zero_()
     dnorms = features_of.empty(*q.shape[:2], features_of.num_slots).zero_()
     for group, tiles in groups(q, features_of.num_slots):
@@ -92,5 +92,5 @@ def linear_broadcast_backward(
 
 
 def _divisor(total: Tensor) -> Tensor:
-    """The denominator; without features the numerator is 0, and so is the result."""
+    """Return the denominator, with 1 for 0. Without features the numerator is 0, and so is the result."""
     return total.masked_fill(total == 0, 1)

@@ -1,4 +1,4 @@
-"""A linear map in three parts (primitives/packed_linear.py states the equations)."""
+"""A linear layer with three outputs (see primitives/packed_linear.py for the equations)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def packed_linear_backward(
     dparts: tuple[Tensor, ...], x: Tensor, weight: Tensor, dtype: torch.dtype | None,
     need_x: bool, need_weight: bool, need_bias: bool, *, differentiable: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """The gradients of x, weight and bias. differentiable: by operators that autograd can differentiate once more."""
+    """Return the gradients of x, weight and bias. `differentiable`: use operators that autograd can differentiate again."""
     dtypes = x.dtype, weight.dtype
     x, weight = (each if dtype is None else each.to(dtype) for each in (x, weight))
     tokens, dx, dweight, dbias = x.flatten(0, -2), None, None, None

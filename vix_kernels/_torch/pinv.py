@@ -1,6 +1,6 @@
-"""The pseudo-inverse in PyTorch, on any device: matrix products over batch and heads (primitives/pinv.py has the equations).
+"""The pseudo-inverse as batched matrix products, on any device (see primitives/pinv.py for the equations).
 
-A step is written without identities: W = X X - 7 X, Y = 15 X + X W, Z' = 1/4 (13 Z - Z Y).
+A step is computed without identity matrices: W = X X - 7 X, Y = 15 X + X W, Z' = 1/4 (13 Z - Z Y).
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def pinv_backward(
     init: str,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq_marks, dk_marks and dvalues, each empty unless `needs` asks for it.
+    """Return dq_marks, dk_marks and dvalues. Those that `needs` does not request are empty.
 
         G = dZ'    dY = -1/4 Z^T G    dW = X^T dY    dX = 15 dY - 7 dW + dY W^T + dW X^T + X^T dW
         dA += dX Z^T    dZ = 1/4 (13 G - G Y^T) + A^T dX
 
-    X, W and Y are symmetric but for their rounding, which is why they are transposed all the same.
+    X, W and Y are symmetric only up to rounding, so they are transposed as in the equations.
     """
     need_q, need_k, need_values = needs
     q, k, contents = read(q_marks, q_counts), read(k_marks, k_counts), read(values, q_counts)
@@ -70,7 +70,7 @@ def pinv_backward(
         da.baddbmm_(dx, z.mT)
     da.addcdiv_(dz.mT, s)
     ds = (dz * a.mT).sum((1, 2), keepdim=True).div_(-s * s)
-    largest = (sums == s).to(a.dtype)  # equal ones share the gradient
+    largest = (sums == s).to(a.dtype)  # equal sums share the gradient
     if init == "original":
         ds, count = ds.sum(0, keepdim=True), largest.sum()
     else:
@@ -83,26 +83,26 @@ def pinv_backward(
 
 
 def _attention(q: Tensor, k: Tensor, q_counts: Tensor | None, k_counts: Tensor | None, scale: float) -> Tensor:
-    """A (pairs, L, L) of landmarks (pairs, L, D), 0 where one takes no part."""
+    """Return A (pairs, L, L) of landmarks (pairs, L, D), 0 in rows and columns of masked landmarks."""
     a = torch.bmm(q, k.mT).mul_(scale)
     if k_counts is not None:
-        absent = _absent(k_counts, len(a)).unsqueeze(1)
-        a = a.masked_fill_(absent, -torch.inf).softmax(-1).masked_fill_(absent, 0)  # without any column NaN, which goes too
+        hidden = _masked(k_counts, len(a)).unsqueeze(1)
+        a = a.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0)  # NaN without a valid column, then 0
     else:
         a = a.softmax(-1)
-    return a if q_counts is None else a.masked_fill_(_absent(q_counts, len(a)).unsqueeze(2), 0)
+    return a if q_counts is None else a.masked_fill_(_masked(q_counts, len(a)).unsqueeze(2), 0)
 
 
 def _start(a: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Z_0, its scale s (pairs, 1, 1), or one number for "original", and the column sums (pairs, 1, L) of A."""
+    """Return Z_0, its scale s, (pairs, 1, 1) or one number for "original", and the column sums (pairs, 1, L) of A."""
     sums = a.sum(1, keepdim=True)
     s = sums.amax() if init == "original" and len(a) else sums.amax(-1, keepdim=True)
-    s = s.masked_fill(s == 0, 1)  # no landmark takes part
+    s = s.masked_fill(s == 0, 1)  # no landmark is valid
     return a.mT / s, s, sums
 
 
 def _polynomial(a: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """X, W and Y of a step."""
+    """Return X, W and Y of a step."""
     x = torch.bmm(a, z)
     w = torch.baddbmm(x, x, x, beta=-7)
     return x, w, torch.baddbmm(x, x, w, beta=15)
@@ -112,17 +112,17 @@ def _advance(z: Tensor, y: Tensor) -> Tensor:
     return torch.baddbmm(z, z, y, beta=13 / 4, alpha=-1 / 4)
 
 
-def _absent(counts: Tensor, pairs: int) -> Tensor:
-    """Which landmarks take no part, (pairs, L)."""
+def _masked(counts: Tensor, pairs: int) -> Tensor:
+    """Return which landmarks are masked, (pairs, L)."""
     return (counts <= 0).repeat_interleave(pairs // max(1, len(counts)), 0)
 
 
 def read(x: Tensor, counts: Tensor | None) -> Tensor:
-    """(batch, heads, L, width) as (pairs, L, width), wide, and 0 where a landmark takes no part."""
+    """Return (batch, heads, L, width) as (pairs, L, width), in the accumulator's dtype and with masked landmarks as 0."""
     x = x.to(accumulator(x.dtype))
     return (x if counts is None else x.masked_fill((counts <= 0)[:, None, :, None], 0)).flatten(0, 1)
 
 
 def _split(x: Tensor, like: Tensor) -> Tensor:
-    """Pairs as batch and heads again, in the dtype of `like`."""
+    """Return x with pairs split into batch and heads, in the dtype of `like`."""
     return x.view(like.shape).to(like.dtype)

@@ -1,4 +1,4 @@
-"""Fixed weights of tokens for every slot: a few large matrix products (primitives/project.py states the equations)."""
+"""Weighted sums of the tokens, as large matrix products (see primitives/project.py for the equations)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def project_backward(
     rotary: Rotary | None,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dE, dF, dk and dv, each empty unless `needs` asks for it.
+    """Return dE, dF, dk and dv. Those that `needs` does not request are empty.
 
     dk_n = sum_j E_nj dkeys_j    dE_nj = sum over samples (and heads that share E) of k_n . dkeys_j    dv, dF likewise
     """
@@ -69,13 +69,13 @@ def project_backward(
 
 
 def _weights(key_projection: Tensor, value_projection: Tensor | None, k: Tensor) -> list[Tensor]:
-    """Both projections, wide, for every sample and head."""
+    """Return both projections, expanded to all samples and heads, in the accumulator's dtype."""
     both = (key_projection, key_projection if value_projection is None else value_projection)
     return [x.to(accumulator(k.dtype)).expand(*k.shape[:2], -1, -1) for x in both]
 
 
 def _add_products(total: Tensor, rows: Tensor, grads: Tensor, tile: Tile) -> None:
-    """Add rows_n . grads_j of a tile's (pairs, tokens, width) and (pairs, K, width) to total (heads or 1, N, K)."""
+    """Add rows_n . grads_j of a tile to total (heads or 1, N, K). rows: (pairs, tokens, width), grads: (pairs, K, width)."""
     _, heads, tokens = tile
     if len(total) == 1:
         total[0, tokens].addbmm_(rows, grads.mT)

@@ -1,4 +1,4 @@
-"""Rotary position embedding, and the gradient of its angles (primitives/rotate.py states the equations)."""
+"""Rotary position embedding, and the gradient of its angles (see primitives/rotate.py for the equations)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from .tiles import Rotation, groups, wide
 
 
 def rotate(q: Tensor, k: Tensor, rotary: Rotary, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Both, as `_rotated`."""
+    """Return q and k, rotated by their angles, or by the negative angles if `inverse`."""
     return _rotated(q, rotary, inverse), _rotated(k, rotary, inverse)
 
 
 def _rotated(x: Tensor, rotary: Rotary, inverse: bool) -> Tensor:
-    """x (B, H, N, D) with pair (u, v) of each token turned by its angle; the gradient is the inverse turn."""
+    """Return x (B, H, N, D), rotated by the angles of its tokens, or by the negative angles if `inverse`."""
     rope = Rotation(rotary, accumulator(x.dtype))
     y = empty_like_tokens(x, x.shape[3])
     for group, _ in groups(x, x.shape[3]):
@@ -26,9 +26,9 @@ def _rotated(x: Tensor, rotary: Rotary, inverse: bool) -> Tensor:
 
 
 def angle_gradient(x: Tensor, dx: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
-    """u dv - v du of the pairs of x and dx (B, H, N, D), summed over samples, and over heads where they share the angles.
+    """Return u dv - v du of x and dx (B, H, N, D), summed over samples, and over heads if they share the angles.
 
-    Where dx is 0, x counts as 0, whatever it holds.
+    Where dx is 0, x is read as 0, even if it is NaN.
     """
     width = 2 * angles.shape[2]
     total = angles.new_zeros(angles.shape)

@@ -1,12 +1,12 @@
-"""What the primitives share in PyTorch: tiles of tokens, their rotation, and buffers that all tiles use.
+"""Tiles of tokens, their rotation, and buffers, for the primitives in PyTorch.
 
-Pure functions without autograd: they are parts of the bodies of registered operators, so backward is spelled out and
-recomputes what forward did not keep. Tokens x slots never exist at once, only a tile of them, in a buffer that all tiles
-share. Products and sums run in fp32 (fp64 for fp64 inputs); narrower inputs are widened head by head.
+The PyTorch implementations are bodies of registered operators, so they do not use autograd: backward is written explicitly and
+recomputes what forward did not save. Logits exist for one tile of tokens at a time, in a buffer that all tiles share. Products
+and sums are in fp32 (fp64 for fp64 inputs); 16-bit inputs are cast a tile at a time.
 
 Shapes: slots (Bs, Hs, M, D) with Bs in {1, B} and Hs in {1, H}; q, k (B, H, N, D); v (B, H, N, E); values (B, H, M, E);
-mask bool (B, N); cos, sin fp32 (1 or H, N, R / 2) with R <= D: the rotary embedding of q or k, on the first R channels. What
-is made of tokens has their layout, all else is contiguous.
+mask bool (B, N); cos, sin fp32 (1 or H, N, R / 2) with R <= D: the rotary embedding of q or k, on the first R channels.
+Outputs and gradients of tokens have the layout of the tokens; other tensors are contiguous.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from ..layout import Rotary, accumulator, flattened
 
-LOG2E = 1 / math.log(2)  # logits are in units of log 2: exp2 is several times faster than exp on a CPU
-# Logits in a tile. Small enough for the caches of a CPU core, large enough to hide what calls and launches cost.
+LOG2E = 1 / math.log(2)  # logits are in base 2, because exp2 is several times faster than exp on a CPU
+# Logits per tile: few enough for the caches of a CPU core, enough to hide the overhead of calls and launches.
 TILE_CPU, TILE_GPU = 2**19, 2**24
-GRAIN, VECTORS = 2**15, 64  # elements from which on PyTorch uses another thread, and two vectors of any CPU
+GRAIN, VECTORS = 2**15, 64  # elements per thread of PyTorch's pointwise operators; elements of two vectors of any CPU
 
-# The samples and heads that are worked on together, and a tile of their tokens: indices of (B, H, ...) and (B, H, N, ...).
+# Samples and heads that are processed together, and a tile of their tokens: indices of (B, H, ...) and (B, H, N, ...).
 Group = tuple[slice, slice]
 Tile = tuple[slice, slice, slice]
 
 
 class Rotation:
-    """u' = u cos - v sin, v' = u sin + v cos, or nothing if there are no tables.
+    """Rotary embedding: u' = u cos - v sin, v' = u sin + v cos. The identity if rotary is None.
 
     Pairs (u, v) are channels (2i, 2i + 1) if interleaved, else (i, i + R / 2).
     """
@@ -39,12 +39,12 @@ class Rotation:
         cos, sin, _, interleaved = flattened(rotary)
         self.interleaved, self.dtype = interleaved, dtype
         self.cos, self.sin = (None, None) if cos is None else (cos.to(dtype), sin.to(dtype))
-        # A complex product is the fastest turn of neighbours.
-        self.turns = torch.complex(self.cos, self.sin) if interleaved and cos is not None else None
+        # A complex product is the fastest rotation of adjacent channels.
+        self.phases = torch.complex(self.cos, self.sin) if interleaved and cos is not None else None
         self.cos_of_both = None if cos is None or interleaved else self.cos.repeat(1, 1, 2)
 
     def __call__(self, x: Tensor, where: Group | Tile, inverse: bool = False, out: Tensor | None = None) -> Tensor:
-        """x (b, h, tokens, D), the wide rows of a group or a tile."""
+        """Rotate x (b, h, tokens, D), the rows of a group or a tile in the accumulator's dtype."""
         if self.cos is None:
             return x
         part = (slice(None) if len(self.cos) == 1 else where[1], *where[2:])
@@ -52,10 +52,10 @@ class Rotation:
         y = torch.empty_like(x) if out is None else out
         y[..., width:] = x[..., width:]
         if self.interleaved and _is_complex(x) and _is_complex(y):
-            turns = self.turns[part]
-            # Not the lazy conj(): inside a compiled graph its mark is overlooked.
-            turns = turns.conj_physical() if inverse else turns
-            torch.mul(_complex(x[..., :width]), turns, out=_complex(y[..., :width]))
+            phases = self.phases[part]
+            # Not the lazy conj(), whose flag is ignored inside a compiled graph.
+            phases = phases.conj_physical() if inverse else phases
+            torch.mul(_complex(x[..., :width]), phases, out=_complex(y[..., :width]))
             return y
         sin, sign = self.sin[part], -1 if inverse else 1
         (u, v), (yu, yv) = self._halves(x, width), self._halves(y, width)
@@ -75,7 +75,7 @@ class Rotation:
 
 
 def _is_complex(x: Tensor) -> bool:
-    """Whether neighbours can be viewed as complex numbers without a copy."""
+    """Return whether pairs of adjacent channels can be viewed as complex numbers."""
     return x.stride(-1) == 1 and all(stride % 2 == 0 for stride in (*x.stride()[:-1], x.storage_offset()))
 
 
@@ -84,7 +84,7 @@ def _complex(x: Tensor) -> Tensor:
 
 
 class Scratch:
-    """A buffer that all tiles share: fresh memory for each would cost more in page faults than the arithmetic in it."""
+    """Buffer that all tiles share. Page faults of new memory for each tile would take longer than the arithmetic."""
 
     def __init__(self, like: Tensor) -> None:
         self.memory = self.view = self.padded = like.new_empty(0)
@@ -100,25 +100,26 @@ class Scratch:
         return self.view
 
     def apply(self, function: Callable[..., Tensor]) -> Tensor:
-        """function(x, out=x) of the buffer in use, rounded alike in every place.
+        """Apply function(x, out=x) to the current view, with the same rounding for all elements.
 
-        PyTorch computes the last elements of each thread one by one, which of exp2 gives other bits than vectors do. Those are
-        elements beyond the buffer, so that no sample's bits depend on how many samples there are.
+        PyTorch computes the last elements of each thread one by one, and its scalar exp2 rounds differently than its vectorized
+        one. The buffer is padded so that these elements are beyond the view. So the result of a sample does not depend on the
+        batch size.
         """
         function(self.padded, out=self.padded)
         return self.view
 
 
 def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
-    """Cut (batch, heads, tokens) into tiles: several samples or heads of short sequences, runs of tokens of long ones.
+    """Split (batch, heads, tokens) into tiles: several samples or heads of short sequences, or some tokens of long ones.
 
-    A tile is a stretch of memory where it can be. Where the heads of a token are neighbours, as behind a linear map, it has all
-    heads of some tokens: one head alone is a few cache lines of every page, and waits for each of them.
+    Tiles are contiguous in memory if possible. If the heads of a token are adjacent, as in the output of a linear layer, a tile
+    has all heads of its tokens. A single head would read only a few cache lines of each page, with the latency of each.
     """
     batch, heads, tokens, _ = x.shape
     room = max(1, (TILE_CPU if x.device.type == "cpu" else TILE_GPU) // slots)
     pairs = max(1, room // max(1, tokens))
-    if x.stride(1) < x.stride(2) and 4 * heads > pairs:  # and one sample, whose heads are a view
+    if x.stride(1) < x.stride(2) and 4 * heads > pairs:  # then a tile has one sample, and flattening it needs no copy
         pairs = heads
     b_step, h_step = max(1, pairs // max(1, heads)), max(1, min(heads, pairs))
     n_step = room // (b_step * h_step)
@@ -131,27 +132,33 @@ def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
 
 
 def flat(x: Tensor, where: Group | Tile) -> Tensor:
-    """A group or a tile of x as (sample-head pairs, ...), wide. A view if x is wide, and contiguous or the group one sample."""
+    """Return a group or a tile of x as (sample-head pairs, ...), in the accumulator's dtype.
+
+    It is a view if x has that dtype and is contiguous or the group has one sample.
+    """
     return wide(x[where].flatten(0, 1))
 
 
 def read(x: Tensor, where: Group | Tile, mask: Tensor | None, rope: Rotation | None = None) -> Tensor:
-    """The tokens of a group or a tile, (pairs, tokens, width), with masked ones 0, and turned."""
+    """Return the tokens of a group or a tile, (pairs, tokens, width), with masked tokens as 0, and rotated."""
     rows = wide(x[where])
     if mask is not None:
-        rows = rows.masked_fill(~taken(mask, where)[..., None], 0.0)
+        rows = rows.masked_fill(~valid_tokens(mask, where)[..., None], 0.0)
     if rope is not None and rope.cos is not None:
         rows = wide(rope(rows, where).to(x.dtype))
     return rows.flatten(0, 1)
 
 
-def taken(mask: Tensor, where: Group | Tile) -> Tensor:
-    """Which tokens take part, (samples, 1, tokens)."""
+def valid_tokens(mask: Tensor, where: Group | Tile) -> Tensor:
+    """Return the mask of a group or a tile, (samples, 1, tokens)."""
     return mask[(where[0], *where[2:])][:, None]
 
 
 def window(x: Tensor, where: Group | Tile, room: Scratch) -> Tensor:
-    """Where to compute a group or a tile of x, (pairs, tokens, width): in x itself if it is wide and pairs are a view of it."""
+    """Return memory for the result of a group or a tile of x, (pairs, tokens, width).
+
+    It is a view of x if x has the dtype of `room` and the pairs can be flattened without a copy. Otherwise it is `room`.
+    """
     part = x[where]
     if part.dtype == room.memory.dtype and (len(part) == 1 or part.is_contiguous()):
         return part.flatten(0, 1)
@@ -159,7 +166,7 @@ def window(x: Tensor, where: Group | Tile, room: Scratch) -> Tensor:
 
 
 def write(x: Tensor, where: Group | Tile, rows: Tensor, rope: Rotation | None = None) -> None:
-    """Bring computed rows to x, turned back."""
+    """Write computed rows to a group or a tile of x, rotated by the inverse of `rope`."""
     part = x[where]
     rows = rows.view(part.shape)
     if rope is not None and rope.cos is not None:
@@ -170,10 +177,10 @@ def write(x: Tensor, where: Group | Tile, rows: Tensor, rope: Rotation | None = 
 
 
 def unused_rows(queries: Tensor, total: Tensor, dresult: Tensor) -> Tensor | None:
-    """Which tokens of a tile, (pairs, tokens, 1), hold NaN or inf and have outputs that the loss does not use: padding.
+    """Return which tokens of a tile, (pairs, tokens, 1), contain NaN or inf and have an output gradient of 0, as padding has.
 
-    Their gradients are 0, but 0 times NaN is NaN. None if no token holds one, which a CPU can ask without waiting. `total` does
-    not tell alone: logits that are all -inf are those of a token without slots.
+    Their gradients must be 0, but 0 times NaN is NaN. Returns None if no token contains NaN or inf, which is only checked on a
+    CPU, where it needs no synchronization. `total` alone is not sufficient: if all logits of a token are -inf, it is finite.
     """
     broken = ~(queries.sum(-1, keepdim=True) + total).isfinite()
     if total.device.type == "cpu" and not broken.any():
@@ -181,20 +188,21 @@ def unused_rows(queries: Tensor, total: Tensor, dresult: Tensor) -> Tensor | Non
     return broken & (dresult == 0).all(-1, keepdim=True)
 
 
-def points_of(slots: Tensor, x: Tensor) -> Tensor:
-    """The slots of every sample and head, wide."""
+def expand_slots(slots: Tensor, x: Tensor) -> Tensor:
+    """Return the slots, expanded to all samples and heads of x, in the accumulator's dtype."""
     return slots.to(accumulator(x.dtype)).expand(*x.shape[:2], -1, -1)
 
 
 def at_least_one(total: Tensor) -> Tensor:
-    """Sums of exponentials, of which the largest is exactly 1: only one without any term is smaller."""
+    """Return total with 1 for 0. Other totals are at least 1, because the largest exponential of a sum is exactly 1."""
     return total.clamp(min=1)
 
 
 def slots_grad(sums: Tensor | None, slots: Tensor) -> Tensor:
-    """The gradient of the slots from the sums over the tokens of every sample and head."""
+    """Return the gradient of the slots from the sums over the tokens of every sample and head."""
     return slots.new_empty(0) if sums is None else sums.sum_to_size(slots.shape).to(slots.dtype).contiguous()
 
 
 def wide(x: Tensor) -> Tensor:
+    """Return x in the dtype of sums, float32 or float64."""
     return x.to(accumulator(x.dtype))
