@@ -299,21 +299,21 @@ def aggregate_forward(
     programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
     chunk, chunks = config.chunk(programs, tokens)
     values = k.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
-    lse, top, total = (k.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute) for _ in range(3))
+    lse, row_max, total = (k.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute) for _ in range(3))
     cos, sin, angle_h, turn = rotary_arguments(rotary, k)
     launch(
         aggregate_forward_kernel,
         (programs * chunks,),
-        slots, k, v, k if mask is None else mask, cos, sin, values, lse, top, total,
+        slots, k, v, k if mask is None else mask, cos, sin, values, lse, row_max, total,
         *slot_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h,
         num_heads, tokens, num_slots, scale, chunk,
         **turn, GAUSSIAN=gaussian, MASKED=mask is not None,
         **config.meta(width, value_width),
     )  # fmt: skip
     if chunks == 1:
-        return values.squeeze(2), lse.squeeze(2), top.squeeze(2), total.squeeze(2)
+        return values.squeeze(2), lse.squeeze(2), row_max.squeeze(2), total.squeeze(2)
     grid, results, meta = merge_arguments(values, outputs=3)
-    launch(merge_softmax_kernel, grid, values, top, total, *results, chunks, num_slots, **meta)
+    launch(merge_softmax_kernel, grid, values, row_max, total, *results, chunks, num_slots, **meta)
     return results
 
 
@@ -354,14 +354,14 @@ def aggregate_backward(
     dvalues: Tensor, dlse: Tensor | None, slots: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rotary: Rotary | None,
     scale: float, gaussian: bool, values: Tensor, statistics: Statistics, needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    (need_slots, need_k, need_v), (top, total) = needs, statistics
+    (need_slots, need_k, need_v), (row_max, total) = needs, statistics
     batch, num_heads, tokens, width = k.shape
     num_slots, value_width = slots.shape[2], v.shape[3]
     config = launch_config("aggregate_tokens", k, max(width, value_width), slots)
     cos, sin, angle_h, turn = rotary_arguments(rotary, k)
 
     delta, size, unit = prepare(dvalues, dlse, values, total, v.dtype, config.precision)
-    inputs = (slots, k, v, k if mask is None else mask, cos, sin, top, delta, size, unit)
+    inputs = (slots, k, v, k if mask is None else mask, cos, sin, row_max, delta, size, unit)
     strides = (*slot_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h)
     variant = dict(**turn, GAUSSIAN=gaussian, MASKED=mask is not None)
     dk = empty_like_tokens(k, width) if need_k else k.new_empty(0)

@@ -239,28 +239,28 @@ def broadcast_forward(
     num_slots, value_width = values.shape[2:]
     config = launch_config("broadcast_forward", q, max(width, value_width), slots)
     out = empty_like_tokens(q, value_width)
-    top, total = (q.new_empty(batch, num_heads, tokens, dtype=config.compute) for _ in range(2))
+    row_max, total = (q.new_empty(batch, num_heads, tokens, dtype=config.compute) for _ in range(2))
     cos, sin, angle_h, turn = rotary_arguments(rotary, q)
     bias = values if slot_bias is None else slot_bias
     residual = (q, q, q) if v is None else (v, conv_weight.contiguous(), v if mask is None else mask)
     launch(
         broadcast_forward_kernel,
         (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-        q, slots, values, bias, cos, sin, *residual, out, top, total,
+        q, slots, values, bias, cos, sin, *residual, out, row_max, total,
         *token_strides(q), *slot_strides(slots), *slot_strides(values), *bias.stride()[:3], angle_h,
         *token_strides(residual[0]), *mask_strides(mask), *token_strides(out), num_heads, tokens, num_slots, scale,
         **turn, BIASED=slot_bias is not None,
         TAPS=0 if conv_weight is None else conv_weight.shape[2], BLOCK_K=config.tile.slots, MASKED=mask is not None,
         **config.meta(width, value_width),
     )  # fmt: skip
-    return out, top, total
+    return out, row_max, total
 
 
 def broadcast_backward(
     dout: Tensor, q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, rotary: Rotary | None, scale: float,
     out: Tensor | None, statistics: Statistics, needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (need_slots, need_values), (top, total) = needs, statistics
+    (need_slots, need_values), (row_max, total) = needs, statistics
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = values.shape[2:]
     dout = unit_last_stride(dout)
@@ -273,11 +273,11 @@ def broadcast_backward(
     variant = dict(**turn, BIASED=slot_bias is not None)
 
     config = launch_config("broadcast_tokens", q, max(width, value_width), slots)
-    dq, delta, inverse = empty_like_tokens(q, width), torch.empty_like(top), torch.empty_like(top)
+    dq, delta, inverse = empty_like_tokens(q, width), torch.empty_like(row_max), torch.empty_like(row_max)
     launch(
         broadcast_tokens_kernel,
         (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-        *inputs, q if out is None else out, top, total, delta, inverse, dq,
+        *inputs, q if out is None else out, row_max, total, delta, inverse, dq,
         *strides, *token_strides(q if out is None else out), *token_strides(dq), num_heads, tokens, num_slots, scale,
         KNOWN=out is not None, **variant, **config.meta(width, value_width),
     )  # fmt: skip
@@ -293,7 +293,7 @@ def broadcast_backward(
     launch(
         broadcast_slots_kernel,
         (programs * chunks,),
-        *inputs, top, delta, inverse, dslots, dvalues, dbias, *strides, num_heads, tokens, num_slots, scale, chunk,
+        *inputs, row_max, delta, inverse, dslots, dvalues, dbias, *strides, num_heads, tokens, num_slots, scale, chunk,
         NEED_SLOTS=need_slots, **variant, **config.meta(width, value_width),
     )  # fmt: skip
     dslots = sum_slots(dslots, slots) if need_slots else slots.new_empty(0)

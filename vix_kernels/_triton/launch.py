@@ -181,13 +181,13 @@ def mask_strides(mask: Tensor | None) -> tuple[int, int]:
     return (0, 0) if mask is None else mask.stride()
 
 
-def rotary_arguments(rotary: Rotary | None, stand_in: Tensor) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
+def rotary_arguments(rotary: Rotary | None, placeholder: Tensor) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
     """Return cos, sin, the stride between their heads (0 for a table shared by all heads), and constexprs.
 
     ROTARY is the number of rotated channels, 0 without a rotation. Kernels do not read cos and sin then.
     """
     if rotary is None:
-        return stand_in, stand_in, 0, dict(ROTARY=0, INTERLEAVED=True)
+        return placeholder, placeholder, 0, dict(ROTARY=0, INTERLEAVED=True)
     cos, sin = rotary.cos.contiguous(), rotary.sin.contiguous()
     stride = 0 if cos.shape[0] == 1 else cos.stride(0)
     return cos, sin, stride, dict(ROTARY=2 * cos.shape[-1], INTERLEAVED=rotary.interleaved)

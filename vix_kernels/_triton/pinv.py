@@ -319,5 +319,5 @@ def _sizes(q_marks: Tensor) -> tuple[int, int, int]:
     return batch * num_heads, num_heads, landmarks
 
 
-def _counts(q_counts: Tensor | None, k_counts: Tensor | None, stand_in: Tensor) -> tuple[Tensor, Tensor]:
-    return stand_in if q_counts is None else q_counts, stand_in if k_counts is None else k_counts
+def _counts(q_counts: Tensor | None, k_counts: Tensor | None, placeholder: Tensor) -> tuple[Tensor, Tensor]:
+    return placeholder if q_counts is None else q_counts, placeholder if k_counts is None else k_counts

@@ -40,8 +40,8 @@ class Target:
             tensor_memory: columns of tensor memory per block.
         """
         held = PARTS * (PART_REGISTERS // round_up(registers, REGISTER_UNIT))
-        taken = round_up(shared + self.shared_memory_reserved, self.shared_memory_unit)
-        blocks = min(self.warps // warps, self.blocks, held // warps, self.shared_memory_total // taken)
+        allocated = round_up(shared + self.shared_memory_reserved, self.shared_memory_unit)
+        blocks = min(self.warps // warps, self.blocks, held // warps, self.shared_memory_total // allocated)
         if tensor_memory:
             blocks = min(blocks, TENSOR_MEMORY // tensor_memory)
         return 100 * blocks * warps // self.warps
