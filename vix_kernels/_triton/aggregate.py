@@ -59,7 +59,7 @@ def key_bias(k, valid, scale, GAUSSIAN: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "mask_b", "angle_h", "chunk"])
 def aggregate_forward_kernel(
-    slots, k, v, mask, cos, sin, values, lse, top, total,
+    slots, k, v, mask, cos, sin, values, lse, row_max, total,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
     H, N, M, scale, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -67,7 +67,7 @@ def aggregate_forward_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute values, lse, top and total of a tile of slots over a chunk of tokens."""
+    """Compute values, lse, row_max and total of a tile of slots over a chunk of tokens."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -101,35 +101,36 @@ def aggregate_forward_kernel(
     b_values = b_values / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
     store_state(b_values, b_max + tl.log2(b_sum), values, lse, part, o_m, M, E, BLOCK_E)
     rows = part * M + o_m
-    tl.store(top + rows, tl.where(b_max == float("-inf"), 0.0, b_max), mask=o_m < M)
+    tl.store(row_max + rows, tl.where(b_max == float("-inf"), 0.0, b_max), mask=o_m < M)
     tl.store(total + rows, b_sum, mask=o_m < M)
 
 
 @triton.jit(do_not_specialize=["chunks", "M"])
 def merge_softmax_kernel(
-    parts, part_tops, part_totals, values, lse, tops, totals, chunks, M,
+    parts, part_row_max, part_totals, values, lse, row_max, totals, chunks, M,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Merge chunks: the mean of their values with weights total exp2(top), and top, total and lse of all tokens."""
+    """Merge chunks: the mean of their values with weights total exp2(row_max), and row_max, total and lse of all tokens."""
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
     o_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_e = tl.arange(0, BLOCK_E)
     inside = (o_m < M)[:, None] & (o_e < E)[None, :]
     part_rows = i_bh * chunks * M + o_m
 
-    b_top = tl.full((BLOCK_M,), float("-inf"), COMPUTE)
+    b_row_max = tl.full((BLOCK_M,), float("-inf"), COMPUTE)
     for i in range(chunks):
         b_total = tl.load(part_totals + part_rows + i * M, mask=o_m < M, other=0.0)
-        b_part_top = tl.load(part_tops + part_rows + i * M, mask=o_m < M, other=float("-inf"))
-        b_top = tl.maximum(b_top, tl.where(b_total == 0, float("-inf"), b_part_top))  # a chunk without keys has no top
-    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
+        b_part_row_max = tl.load(part_row_max + part_rows + i * M, mask=o_m < M, other=float("-inf"))
+        # The chunk may have no keys.
+        b_row_max = tl.maximum(b_row_max, tl.where(b_total == 0, float("-inf"), b_part_row_max))
+    b_row_max = tl.where(b_row_max == float("-inf"), 0.0, b_row_max)
     b_sum = tl.zeros((BLOCK_M,), COMPUTE)
     b_values = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
     for i in range(chunks):
         rows = part_rows + i * M
         b_total = tl.load(part_totals + rows, mask=o_m < M, other=0.0)
-        b_part_top = tl.load(part_tops + rows, mask=o_m < M, other=float("-inf"))
-        weight = tl.where(b_total == 0, 0.0, b_total * tl.exp2(b_part_top - b_top))
+        b_part_row_max = tl.load(part_row_max + rows, mask=o_m < M, other=float("-inf"))
+        weight = tl.where(b_total == 0, 0.0, b_total * tl.exp2(b_part_row_max - b_row_max))
         b_part = tl.load(parts + rows[:, None] * E + o_e[None, :], mask=inside, other=0.0)
         b_sum += weight
         b_values += b_part * weight[:, None]
@@ -137,8 +138,8 @@ def merge_softmax_kernel(
 
     rows = i_bh * M + o_m
     tl.store(values + rows[:, None] * E + o_e[None, :], b_values, mask=inside)
-    tl.store(lse + rows, b_top + tl.log2(b_sum), mask=o_m < M)
-    tl.store(tops + rows, b_top, mask=o_m < M)
+    tl.store(lse + rows, b_row_max + tl.log2(b_sum), mask=o_m < M)
+    tl.store(row_max + rows, b_row_max, mask=o_m < M)
     tl.store(totals + rows, b_sum, mask=o_m < M)
 
 
@@ -191,7 +192,7 @@ def aggregate_prepare_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "mask_b", "angle_h"])
 def aggregate_tokens_kernel(
-    slots, k, v, mask, cos, sin, top, delta, size, unit, dk, dv,
+    slots, k, v, mask, cos, sin, row_max, delta, size, unit, dk, dv,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
     dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     H, N, M, scale,
@@ -222,10 +223,10 @@ def aggregate_tokens_kernel(
         o_m = start + tl.arange(0, BLOCK_M)
         b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
         b_unit, b_size, b_delta = load_unit(unit, size, delta, i_bh * M + o_m, o_m < M, E, BLOCK_E)
-        b_top = tl.load(top + i_bh * M + o_m, mask=o_m < M, other=0.0)
+        b_row_max = tl.load(row_max + i_bh * M + o_m, mask=o_m < M, other=0.0)
 
         b_l = row_products(b_k, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION, SWAPPED=True)
-        b_p = exps_below(b_l * (scale * LOG2E) + b_bias[:, None], b_top[None, :])
+        b_p = exps_below(b_l * (scale * LOG2E) + b_bias[:, None], b_row_max[None, :])
         if VALUES:
             b_dv = dot(cast(b_p * b_size[None, :], b_v.dtype), b_unit, b_dv, PRECISION)
         if KEYS:
@@ -253,7 +254,7 @@ def aggregate_tokens_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "mask_b", "angle_h", "chunk"])
 def aggregate_slots_kernel(
-    slots, k, v, mask, cos, sin, top, delta, size, unit, dslots,
+    slots, k, v, mask, cos, sin, row_max, delta, size, unit, dslots,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
     H, N, M, scale, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -270,7 +271,7 @@ def aggregate_slots_kernel(
     angles = i_h * angle_h
     b_slots = load_slots(slots + i_b * slots_b + i_h * slots_h, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
     b_unit, b_size, b_delta = load_unit(unit, size, delta, i_bh * M + o_m, o_m < M, E, BLOCK_E)
-    b_top = tl.load(top + i_bh * M + o_m, mask=o_m < M, other=0.0)
+    b_row_max = tl.load(row_max + i_bh * M + o_m, mask=o_m < M, other=0.0)
 
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
     for start in range(first, last, BLOCK_N):
@@ -282,7 +283,7 @@ def aggregate_slots_kernel(
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_bias = key_bias(b_k, valid, scale, GAUSSIAN, COMPUTE)
         b_l = row_products(b_slots, b_k, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION)
-        b_p = exps_below(b_l * (scale * LOG2E) + b_bias[None, :], b_top[:, None])
+        b_p = exps_below(b_l * (scale * LOG2E) + b_bias[None, :], b_row_max[:, None])
         b_dp = row_products(b_unit, b_v, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), False, False, PRECISION)
         b_dl = b_p * (b_dp * b_size[:, None] - b_delta[:, None])
         b_dslots = dot(cast(b_dl, b_k.dtype), b_k, b_dslots, PRECISION)

@@ -37,7 +37,7 @@ from .token_conv import banded
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h", "mask_b"])
 def broadcast_forward_kernel(
-    q, slots, values, bias, cos, sin, v, weight, mask, out, top, total,
+    q, slots, values, bias, cos, sin, v, weight, mask, out, row_max, total,
     q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m, angle_h,
     v_b, v_h, v_n, mask_b, mask_n, out_b, out_h, out_n,
     H, N, M, scale,
@@ -47,7 +47,7 @@ def broadcast_forward_kernel(
     TAPS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute out, top and total of a tile of tokens. If TAPS > 0, the convolution of v is added to out."""
+    """Compute out, row_max and total of a tile of tokens. If TAPS > 0, the convolution of v is added to out."""
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
@@ -77,7 +77,7 @@ def broadcast_forward_kernel(
         b_max = new_max
 
     b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
-    tl.store(top + i_bh * N + o_n, tl.where(b_max == float("-inf"), 0.0, b_max), mask=valid)
+    tl.store(row_max + i_bh * N + o_n, tl.where(b_max == float("-inf"), 0.0, b_max), mask=valid)
     tl.store(total + i_bh * N + o_n, b_sum, mask=valid)
     if TAPS > 0:
         first = tl.program_id(0) % tl.cdiv(N, BLOCK_N) * BLOCK_N
@@ -101,25 +101,25 @@ def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr)
 
 @triton.jit
 def exps_and_gradient(
-    b_q, b_dout, b_top, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
+    b_q, b_dout, b_row_max, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of slots, the exponentials exp2(logit - top) of the tokens, and the gradient of their probabilities."""
+    """Return a tile of slots, the exponentials exp2(logit - row_max) of the tokens, and the gradient of their probabilities."""
     o_m = start + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
     b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), b_q.dtype)
     b_bias = slot_bias(bias, o_m, bias_m, M, BIASED, COMPUTE)
     b_g = row_products(b_q, b_slots, tl.zeros((b_q.shape[0], BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
-    b_e = exps_below(b_g * (scale * LOG2E) + b_bias[None, :], b_top[:, None])
+    b_e = exps_below(b_g * (scale * LOG2E) + b_bias[None, :], b_row_max[:, None])
     b_dp = row_products(b_dout, b_values, tl.zeros((b_q.shape[0], BLOCK_M), COMPUTE), False, False, PRECISION)
     return b_slots, b_e, b_dp
 
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h"])
 def broadcast_tokens_kernel(
-    dout, q, slots, values, bias, cos, sin, out, top, total, delta, inverse, dq,
+    dout, q, slots, values, bias, cos, sin, out, row_max, total, delta, inverse, dq,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
     angle_h, out_b, out_h, out_n, dq_b, dq_h, dq_n,
     H, N, M, scale,
@@ -144,7 +144,7 @@ def broadcast_tokens_kernel(
     b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
     used = tl.max((b_dout != 0).to(tl.int32), 1) > 0
     b_q = load_rotated(q, o_n, q_n, used, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
-    b_top = tl.load(top + i_bh * N + o_n, mask=used, other=0.0)
+    b_row_max = tl.load(row_max + i_bh * N + o_n, mask=used, other=0.0)
     b_total = tl.load(total + i_bh * N + o_n, mask=used, other=1.0)
     b_inverse = tl.where(used, 1.0 / tl.where(b_total == 0, 1.0, b_total), 0.0)
     tl.store(inverse + i_bh * N + o_n, b_inverse, mask=valid)
@@ -155,7 +155,7 @@ def broadcast_tokens_kernel(
         b_delta = tl.zeros((BLOCK_N,), COMPUTE)
         for start in range(0, M, BLOCK_M):
             b_slots, b_e, b_dp = exps_and_gradient(
-                b_q, b_dout, b_top, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
+                b_q, b_dout, b_row_max, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
                 D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE, PRECISION,
             )  # fmt: skip
             b_delta += tl.sum(b_e * b_dp, 1)
@@ -171,7 +171,7 @@ def broadcast_tokens_kernel(
     b_dq = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
     for start in range(0, M, BLOCK_M):
         b_slots, b_e, b_dp = exps_and_gradient(
-            b_q, b_dout, b_top, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
+            b_q, b_dout, b_row_max, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
             D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE, PRECISION,
         )  # fmt: skip
         b_dg = b_e * (b_dp * b_inverse[:, None] - b_scaled_delta[:, None])
@@ -183,7 +183,7 @@ def broadcast_tokens_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h", "chunk"])
 def broadcast_slots_kernel(
-    dout, q, slots, values, bias, cos, sin, top, delta, inverse, dslots, dvalues, dbias,
+    dout, q, slots, values, bias, cos, sin, row_max, delta, inverse, dslots, dvalues, dbias,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
     angle_h,
     H, N, M, scale, chunk,
@@ -215,10 +215,10 @@ def broadcast_slots_kernel(
         b_q = load_rotated(q, o_n, q_n, used, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
         b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
-        b_top = tl.load(top + i_bh * N + o_n, mask=used, other=0.0)
+        b_row_max = tl.load(row_max + i_bh * N + o_n, mask=used, other=0.0)
 
         b_g = row_products(b_slots, b_q, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION, SWAPPED=True)
-        b_p = exps_below(b_g * (scale * LOG2E) + b_bias[:, None], b_top[None, :]) * b_inverse[None, :]
+        b_p = exps_below(b_g * (scale * LOG2E) + b_bias[:, None], b_row_max[None, :]) * b_inverse[None, :]
         b_dvalues = dot(cast(b_p, b_dout.dtype), b_dout, b_dvalues, PRECISION)
         b_dp = row_products(b_values, b_dout, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), False, False, PRECISION, SWAPPED=True)
         b_dg = b_p * (b_dp - b_delta[None, :])

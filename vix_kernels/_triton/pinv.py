@@ -22,7 +22,7 @@ WARPS_A_MULTIPROCESSOR = 8  # at 255 registers per thread
 
 
 @triton.jit
-def takes_part(counts, i_b, counts_b, counts_l, landmarks, L, MASKED: tl.constexpr):
+def is_valid(counts, i_b, counts_b, counts_l, landmarks, L, MASKED: tl.constexpr):
     """Return which landmarks exist and, if MASKED, are means of at least one token."""
     valid = landmarks < L
     if MASKED:
@@ -36,7 +36,7 @@ def load_rows(
     WIDTH: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Load STEP columns of some landmarks, 0 for invalid ones."""
-    valid = takes_part(counts, i_b, counts_b, counts_l, rows, L, MASKED)
+    valid = is_valid(counts, i_b, counts_b, counts_l, rows, L, MASKED)
     return load_tile(base, rows, stride, valid, WIDTH, STEP, 0, True, False, column)
 
 
@@ -70,8 +70,8 @@ def attention(
         b_k = load_tile(k, columns, k_l, has_column, D, STEP, 0, True, False, column)
         logits = row_products(b_q, b_k, logits, False, False, PRECISION)
     logits = tl.where(has_column[None, :], logits * (scale * LOG2E), float("-inf"))
-    top = tl.max(logits, 1)
-    a = tl.exp2(logits - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    row_max = tl.max(logits, 1)
+    a = tl.exp2(logits - tl.where(row_max == float("-inf"), 0.0, row_max)[:, None])
     total = tl.sum(a, 1)
     return tl.where(has_row[:, None], a / tl.where(total == 0, 1.0, total)[:, None], 0.0)
 
@@ -92,12 +92,12 @@ def start(
 ):  # fmt: skip
     """Store A and the first Z at their places. Return the results of start_scale."""
     columns = tl.arange(0, SIZE)
-    has_column = takes_part(k_counts, i_b, k_counts_b, k_counts_l, columns, L, K_MASKED)
+    has_column = is_valid(k_counts, i_b, k_counts_b, k_counts_l, columns, L, K_MASKED)
     sums = tl.zeros((SIZE,), COMPUTE)
     tl.debug_barrier()  # all threads have read the matrices of the previous head
     for row in range(0, SIZE, STEP):
         rows = row + tl.arange(0, STEP)
-        has_row = takes_part(q_counts, i_b, q_counts_b, q_counts_l, rows, L, Q_MASKED)
+        has_row = is_valid(q_counts, i_b, q_counts_b, q_counts_l, rows, L, Q_MASKED)
         a = attention(q, k, q_l, k_l, rows, columns, has_row, has_column, scale, D, STEP, COMPUTE, PRECISION)
         sums += tl.sum(a, 0)
         tl.store(part(memory, A, row, 0, STEP, SIZE, SIZE), a)
@@ -174,8 +174,8 @@ def pinv_forward_kernel(
                 )  # fmt: skip
                 store_tile(b_out, p_out, landmarks, out_l, landmarks < L, E, STEP, 0, True, column)
         else:
-            has_row = takes_part(q_counts, i_b, q_counts_b, q_counts_l, landmarks, L, Q_MASKED)
-            has_column = takes_part(k_counts, i_b, k_counts_b, k_counts_l, landmarks, L, K_MASKED)
+            has_row = is_valid(q_counts, i_b, q_counts_b, q_counts_l, landmarks, L, Q_MASKED)
+            has_column = is_valid(k_counts, i_b, k_counts_b, k_counts_l, landmarks, L, K_MASKED)
             b_a = attention(
                 p_q, p_k, q_l, k_l, landmarks, landmarks, has_row, has_column, scale, D, STEP, COMPUTE, PRECISION
             )  # fmt: skip

@@ -40,7 +40,7 @@ from .tiles import (
 
 
 @triton.jit
-def takes_part(mask, i_b, mask_b, mask_n, o_n, inside, MASKED: tl.constexpr):
+def is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED: tl.constexpr):
     """Return which of the tokens are `inside` and, if MASKED, valid."""
     if MASKED:
         inside &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
@@ -76,7 +76,7 @@ def project_forward_kernel(
         b_keys = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
         for start in range(first, last, BLOCK_N):
             o_n = start + tl.arange(0, BLOCK_N)
-            valid = takes_part(mask, i_b, mask_b, mask_n, o_n, o_n < last, MASKED)
+            valid = is_valid(mask, i_b, mask_b, mask_n, o_n, o_n < last, MASKED)
             b_e = load_weights(key_weights, o_n, e_n, valid, o_m, M, DTYPE)
             b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
             b_keys = dot(tl.trans(b_e), b_k, b_keys, PRECISION)
@@ -87,7 +87,7 @@ def project_forward_kernel(
         b_values = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
         for start in range(first, last, BLOCK_N):
             o_n = start + tl.arange(0, BLOCK_N)
-            valid = takes_part(mask, i_b, mask_b, mask_n, o_n, o_n < last, MASKED)
+            valid = is_valid(mask, i_b, mask_b, mask_n, o_n, o_n < last, MASKED)
             b_f = load_weights(value_weights, o_n, f_n, valid, o_m, M, DTYPE)
             b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
             b_values = dot(tl.trans(b_f), b_v, b_values, PRECISION)
@@ -129,7 +129,7 @@ def project_tokens_kernel(
     i_b, i_h = i_bh // H, i_bh % H
     o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = o_n < N
-    valid = takes_part(mask, i_b, mask_b, mask_n, o_n, inside, MASKED)
+    valid = is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED)
     DTYPE: tl.constexpr = dk.dtype.element_ty
     if tl.program_id(1) + first_side == 0:
         dkeys += i_b * dkeys_b + i_h * dkeys_h
@@ -169,7 +169,7 @@ def token_products(
     """Return acc (tokens, slots) + <k_n, dkeys_j>, summed in order over samples and over `heads` heads from head i_h on."""
     for i in range(B * heads):
         i_b, j_h = (i // heads).to(tl.int64), i_h + i % heads
-        valid = takes_part(mask, i_b, mask_b, mask_n, o_n, o_n < N, MASKED)
+        valid = is_valid(mask, i_b, mask_b, mask_n, o_n, o_n < N, MASKED)
         angles = j_h * angle_h
         b_k = load_rotated(
             k + i_b * k_b + j_h * k_h, o_n, k_n, valid, cos + angles, sin + angles,

@@ -235,9 +235,9 @@ def store_state(b_values, b_number, values, number, part, o_m, M, E: tl.constexp
 
 
 @triton.jit
-def exps_below(logits, top):
-    """Return exp2(logits - top), at most 1. `top` is the largest logit, which another product may have rounded down."""
-    return tl.exp2(tl.minimum(logits - top, 0.0))
+def exps_below(logits, row_max):
+    """Return exp2(logits - row_max), at most 1. `row_max` is the largest logit, which another product may have rounded down."""
+    return tl.exp2(tl.minimum(logits - row_max, 0.0))
 
 
 @triton.jit

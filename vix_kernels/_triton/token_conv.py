@@ -19,7 +19,7 @@ from .tiles import cast, dot, load_tile, store_tile
 
 
 @triton.jit
-def taking_part(rows, first, last, mask, mask_n, MASKED: tl.constexpr):
+def valid_rows(rows, first, last, mask, mask_n, MASKED: tl.constexpr):
     """Return which rows are tokens from first to last - 1 and, if MASKED, valid."""
     valid = (rows >= first) & (rows < last)
     if MASKED:
@@ -42,7 +42,7 @@ def banded(
     for offset in range(0, BLOCK_N + TAPS - 1, BLOCK_K):
         o_k = offset + tl.arange(0, BLOCK_K)
         rows = first - TAPS // 2 + o_k
-        valid = taking_part(rows, 0, N, mask, mask_n, MASKED) & (o_k < BLOCK_N + TAPS - 1)
+        valid = valid_rows(rows, 0, N, mask, mask_n, MASKED) & (o_k < BLOCK_N + TAPS - 1)
         b_x = load_tile(x, rows, x_n, valid, E, BLOCK_E, 0, True)
         taps = o_k[None, :] - o_n[:, None]
         inside = (taps >= 0) & (taps < TAPS)
@@ -98,7 +98,7 @@ def token_conv_backward_kernel(
         dv += i_b * dv_b + i_h * dv_h
         for first in range(begin, end, BLOCK_N):
             inside = first + o_n < end
-            valid = taking_part(first + o_n, begin, end, mask, mask_n, MASKED)
+            valid = valid_rows(first + o_n, begin, end, mask, mask_n, MASKED)
             b_dv = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
             if ADD:
                 b_dv = load_tile(dv_other, first + o_n, other_n, valid, E, BLOCK_E, 0, True).to(COMPUTE)
@@ -116,7 +116,7 @@ def token_conv_backward_kernel(
         for offset in range(0, BLOCK_N + TAPS - 1, BLOCK_K):
             b_products = tl.zeros((BLOCK_N, BLOCK_K), COMPUTE)
             for first in range(begin, end, BLOCK_N):
-                valid = taking_part(first + o_n, begin, end, mask, mask_n, MASKED)
+                valid = valid_rows(first + o_n, begin, end, mask, mask_n, MASKED)
                 rows = first - TAPS // 2 + offset + tl.arange(0, BLOCK_K)
                 exists = (rows >= 0) & (rows < N)
                 for column in range(0, E, COLUMNS):
