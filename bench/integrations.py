@@ -107,7 +107,8 @@ INTEGRATIONS: dict[str, tuple[Callable[[], Pair], str]] = {
 
 
 ROW = (
-    "{door} | {what} | {forward_ms:.0f} / {full_ms:.0f} | {forward_ratio:.2f} ({forward_low:.2f} to {forward_high:.2f}) | "
+    "{integration} | {what} | {forward_ms:.0f} / {full_ms:.0f} | "
+    "{forward_ratio:.2f} ({forward_low:.2f} to {forward_high:.2f}) | "
     "{full_ratio:.2f} ({full_low:.2f} to {full_high:.2f}) | {relative_error:.1e}"
 )
 Times = dict[str, tuple[float, ...]]
@@ -133,7 +134,7 @@ def measured(name: str, rounds: int) -> tuple[float, dict[str, Times]]:
 
 def summary(name: str, runs: list[tuple[float, dict[str, Times]]]) -> dict[str, Any]:
     """Return medians over the rounds of all processes; a ratio is computed within one round."""
-    row: dict[str, Any] = dict(door=name, what=INTEGRATIONS[name][1], relative_error=max(error for error, _ in runs))
+    row: dict[str, Any] = dict(integration=name, what=INTEGRATIONS[name][1], relative_error=max(error for error, _ in runs))
     for direction in ("forward", "full"):
         ours, host = (
             [sample for _, times in runs for sample in times[direction][owner]] for owner in ("ours", "host")
@@ -163,13 +164,13 @@ def _full(module: nn.Module, args: tuple[Tensor, ...]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("python -m bench.integrations", __doc__)
     names = list(INTEGRATIONS)
-    parser.add_argument("--doors", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--integrations", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds in each process; default: %(default)s")
     parser.add_argument("--processes", type=int, default=3, metavar="N", help="run one after the other; default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write integrations.csv there (default: only print)")
     options = parser.parse_args(argv)
     rows = []
-    for name in options.doors:
+    for name in options.integrations:
         runs = [alone("cpu", _lost, measured, name, options.rounds) for _ in range(options.processes)]
         rows.append(summary(name, runs) | dict(device=device_name("cpu"), commit=commit()))
         print(f"{name}: {rows[-1]['forward_ratio']:.2f} / {rows[-1]['full_ratio']:.2f}", file=sys.stderr, flush=True)

@@ -108,12 +108,12 @@ def report(benchmark: Any, race: Callable[[str, int], Race]) -> Callable[[str, i
         benchmark.extra_info.update(commit=commit(), **{name: facts()[name] for name in ("torch", "triton", "python")})
         if provider in OURS:
             others = {name: each for (name, way), each in results.items() if way == direction and name != provider}
-            benchmark.extra_info["ours_over_theirs"] = {
+            benchmark.extra_info["ours_over_others"] = {
                 name: table.ratio(results[provider, direction].samples, other.samples)
                 for name, other in others.items()
                 if other.row["status"] == "ok"
             }
-            benchmark.extra_info["left_out"] = {
+            benchmark.extra_info["skipped"] = {
                 name: other.row["why"] for name, other in others.items() if other.row["status"] != "ok"
             }
         samples = results[provider, direction].samples

@@ -90,13 +90,13 @@ def _first(found: dict[tuple, Row], op: str, tokens: int, direction: str, provid
 def _against(ours: Row | None, name: str, found: dict[tuple, Row], budget: float | None) -> str:
     if ours is None:
         return "wrong"
-    value = ours["ours_over_theirs"].get(name)
+    value = ours["ours_over_others"].get(name)
     if value is None and name == "sdpa" and SPECS[ours["op"]].attends:  # measured with the first attention
         key = ours["tokens"], ours["direction"], "sdpa"
         other = next((row for (_, *rest), row in found.items() if tuple(rest) == key), None)
         value = ours["device_ms"] / other["device_ms"] if other else None
     if value is None:
-        return "not installed" if "not installed" in ours["left_out"].get(name, "") else ""
+        return "not installed" if "not installed" in ours["skipped"].get(name, "") else ""
     return _with_budget(value, budget)
 
 
@@ -108,8 +108,8 @@ def _with_budget(value: float, budget: float | None) -> str:
 # The models
 
 MODEL_COLUMNS = (
-    "model / original", "training step, images/s", "of the original's", "bf16, of the original's in fp32",
-    "bf16, of the original's in bf16", "inference, of the original's", "kept, of the original's", "peak, of the original's",
+    "model / original", "training step, images/s", "of the original", "bf16, of the original in fp32",
+    "bf16, of the original in bf16", "inference, of the original", "kept, of the original", "peak, of the original",
 )  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def model_lines(rows: Iterable[Row]) -> list[str]:
             (ratio(name, "peak_mib", "fp32", "fp32"), None),
         )
         body.append((
-            f"`{name}` / {original['theirs'] if original else 'no original'}", " / ".join(speeds),
+            f"`{name}` / {original['original'] if original else 'no original'}", " / ".join(speeds),
             *("" if value is None else _with_budget(value, limit) for value, limit in cells),
         ))  # fmt: skip
     return markdown(MODEL_COLUMNS, body)

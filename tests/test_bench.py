@@ -140,7 +140,7 @@ class TestSuite:
         for row in rows.values():
             info = row["extra_info"]
             names = {"gbps", "tflops", "roofline", "peak_mib", "device", "torch", "triton", "python", "commit", "error"}
-            assert names <= set(info) and info["ours_over_theirs"]["reference"] > 0
+            assert names <= set(info) and info["ours_over_others"]["reference"] > 0
             assert row["stats"]["median"] == pytest.approx(info["device_ms"] / 1e3)  # pytest-benchmark reports device time
         assert rows["full"]["extra_info"]["kept_mib"] == 0.25
         assert "| `apply_rope` / rotary-embedding-torch | 1024 |" in done.stdout
@@ -174,30 +174,30 @@ SPECS["apply_rope"] = replace(honest, function=broken)
         assert [cell.strip() for cell in line.split("|")][3:5] == ["wrong / wrong", "wrong / wrong"]
         run = json.loads((tmp_path / "run.json").read_text())
         assert {row["extra_info"]["provider"] for row in run["benchmarks"]} >= {"reference"}
-        assert not any("ours_over_theirs" in row["extra_info"] for row in run["benchmarks"])
+        assert not any("ours_over_others" in row["extra_info"] for row in run["benchmarks"])
 
 
 def benchmark_row(provider: str, direction: str, **more) -> dict:
     common = dict(op="apply_rope", tokens=4096, method="cpu", device_ms=2.0, kept_mib=1.0)
-    return common | dict(provider=provider, direction=direction, left_out={}) | more
+    return common | dict(provider=provider, direction=direction, skipped={}) | more
 
 
 def test_table_marks_missed_budgets_and_missing_packages() -> None:
     name = "rotary-embedding-torch"
     rows = [
-        benchmark_row("torch", "forward", ours_over_theirs={name: 0.2, "reference": 0.5}),
-        benchmark_row("torch", "full", ours_over_theirs={name: 0.25}),
+        benchmark_row("torch", "forward", ours_over_others={name: 0.2, "reference": 0.5}),
+        benchmark_row("torch", "full", ours_over_others={name: 0.25}),
     ]
     line = table.lines([*rows, benchmark_row(name, "full", kept_mib=4.0)])[2]
     assert "| 2 / 2 | 0.20 (missed 0.15) / 0.25 | 0.50 /" in line and "| 1.00 | 0.25 |" in line
-    absent = [row | dict(ours_over_theirs={}, left_out={name: f"{name} is not installed"}) for row in rows]
+    absent = [row | dict(ours_over_others={}, skipped={name: f"{name} is not installed"}) for row in rows]
     assert "| not installed |" in table.lines(absent)[2]
     assert "(missed" not in table.lines([row | dict(method="graph") for row in rows])[2]  # budgets are for a CPU
 
 
 def test_table_of_models(tmp_path: Path, capsys) -> None:
     def row(provider: str, dtype: str, direction: str, ms: float, kept: float) -> dict:
-        figures = dict(ms=ms, images_per_second=16e3 / ms, peak_mib=2 * kept, kept_mib=kept, theirs="ViP", device="x")
+        figures = dict(ms=ms, images_per_second=16e3 / ms, peak_mib=2 * kept, kept_mib=kept, original="ViP", device="x")
         return dict(model="vip", provider=provider, dtype=dtype, direction=direction, status="ok", why="") | figures
 
     rows = [row("ours", "fp32", "training", 600, 30), row("original", "fp32", "training", 800, 100)]

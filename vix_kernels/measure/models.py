@@ -131,7 +131,7 @@ def measure(
     for provider, dtype in forms:
         what = dict(
             model=name, provider=provider, dtype=dtype, batch=batch, device=device_name(device),
-            theirs=original_of(name) if provider == "original" else "", **arguments,
+            original=original_of(name) if provider == "original" else "", **arguments,
         )  # fmt: skip
         try:
             torch.manual_seed(0)
@@ -217,7 +217,7 @@ def run(args: Namespace, device: str, parser: ArgumentParser) -> Iterator[list[R
         start = time.perf_counter()
 
         def lost(why: str, name: str = name) -> list[Row]:
-            return [skipped(why, model=name, provider=p, dtype=d, direction="", theirs="") for p, d in forms]
+            return [skipped(why, model=name, provider=p, dtype=d, direction="", original="") for p, d in forms]
 
         yield alone(device, lost, measure, name, forms, device, batch=args.batch or BATCH[device], rounds=args.rounds)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
@@ -228,7 +228,7 @@ def report(rows: list[Row]) -> None:
     print_table(
         ("model", "provider", "dtype", "", *figures.values()),
         (
-            [row["model"], row["theirs"] or row["provider"], row["dtype"], row["direction"], *outcome(row, figures, 4)]
+            [row["model"], row["original"] or row["provider"], row["dtype"], row["direction"], *outcome(row, figures, 4)]
             for row in rows
         ),
     )
