@@ -95,7 +95,8 @@ class Scratch:
             threads = min(torch.get_num_threads(), -(-size // GRAIN))
             padded = -(-size // (VECTORS * max(1, threads))) * VECTORS * max(1, threads)
             if self.memory.numel() < padded:
-                self.memory = self.memory.new_zeros(padded)
+                self.memory = self.memory.new_empty(padded)
+                self.memory[size:].zero_()
             self.view, self.padded = self.memory[:size].view(shape), self.memory[:padded]
         return self.view
 
