@@ -1,4 +1,4 @@
-"""The command line: `vix`, also `python -m vix_kernels`."""
+"""Entry point of the command line, `vix` or `python -m vix_kernels`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ commands:
   export          export a trained model to an ONNX file
   models          list the models with their sizes and costs
   convert         convert the weights of an original Vision Xformers model to safetensors
-  check           show which backend each op uses on this machine, and why not another
+  check           show which backend each op uses on this machine, and why
   bench           benchmark the ops against peer packages, or the models; writes tables and plots
   dev             tools for kernel developers
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names may hold undecodable bytes
+            stream.reconfigure(errors="backslashreplace")  # file names may contain undecodable bytes
     args = parser.parse_args(argv)
     if module := getattr(args, "import"):
         sys.path.insert(0, "")  # search the current directory, as `python -m` does
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = commands[args.command](args.arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader closed the pipe, as in `vix models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps Python from reporting the pipe again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit raises it again
         return 1
     return status
 
@@ -86,12 +86,12 @@ def _dev(argv: list[str]) -> int:
 
 
 def _command(module: str, name: str) -> Callable[[list[str]], int]:
-    """Return a function that imports `module` and calls its `name`. The late import keeps `vix --help` fast."""
+    """Return a function that imports `module` and calls its function `name`. The late import keeps `vix --help` fast."""
     return lambda argv: getattr(import_module(f"vix_kernels.{module}"), name)(argv)
 
 
 def _measurement(command: str, module: str) -> Callable[[list[str]], int]:
-    """The `main` of a module in measure/; a package that it lacks is named in one line."""
+    """Return the `main` of a module in measure/. If a package is not installed, it exits with a one-line error instead."""
 
     def run(argv: list[str]) -> int:
         try:

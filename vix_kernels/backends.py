@@ -1,4 +1,4 @@
-"""Selection of the backend, and the reasons why a backend cannot run."""
+"""Backend selection, and the reasons why a backend cannot run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def triton_installed() -> bool:
     return find_spec("triton") is not None
 
 
-@cache  # Triton reads the variable once, when the kernels are defined
+@cache  # Triton also reads the variable only once, when the kernels are defined
 def interpreted() -> bool:
     """Return whether Triton's interpreter is on. It runs the kernels in NumPy, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int) -> list[str]:
-    """Return why the Triton kernels cannot serve tensors of this device, dtype and largest head width. Empty if they can."""
+    """Return the reasons why the Triton kernels do not support this device, dtype and largest head width, if any."""
     reasons = []
     if not triton_installed():
         reasons.append("triton is not installed")
@@ -53,7 +53,7 @@ def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int)
 
 
 def reason_against_gpu() -> str | None:
-    """Return one sentence on why the kernels cannot run on this machine's GPU, or None if they can."""
+    """Return why the kernels cannot run on this machine's GPU, in one sentence, or None if they can."""
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         return "torch sees no GPU" + ("" if built else f": torch {torch.__version__} is built without CUDA and ROCm")
@@ -61,7 +61,7 @@ def reason_against_gpu() -> str | None:
         return "; ".join(reasons)
     try:
         torch.ones(1, device="cuda").add_(1).item()
-    except RuntimeError as error:  # no code for this GPU, an outdated driver, or full memory
+    except RuntimeError as error:  # torch has no code for this GPU, the driver is outdated, or the memory is full
         return f"torch cannot use the GPU: {str(error).partition(chr(10))[0]}"
     return None
 
@@ -79,14 +79,14 @@ def check(backend: str) -> None:
 
 
 def resolve(backend: str, x: Tensor, width: int) -> str:
-    """Return the implementation that serves `x`: "triton", "torch" or "reference".
+    """Return the implementation to run for `x`: "triton", "torch" or "reference".
 
-    "auto" selects Triton for tensors on a GPU that the kernels can serve, and PyTorch otherwise. An explicit choice never falls
-    back to another backend.
+    "auto" selects Triton for GPU tensors that the kernels support, and PyTorch otherwise. An explicit choice never falls back
+    to a different backend.
 
     Raises:
         ValueError: `backend` is unknown.
-        RuntimeError: `backend` is "triton" and cannot run; the message lists every reason.
+        RuntimeError: `backend` is "triton", but the kernels cannot run. The message lists every reason.
     """
     check(backend)
     if backend == "auto":

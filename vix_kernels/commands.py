@@ -1,4 +1,4 @@
-"""Helpers of the `vix` commands: dtypes by name, argument parsing, tables and atomic file writes."""
+"""Helpers for the `vix` commands: dtypes by name, argument parsing, tables and atomic file writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = TypeVar("Row")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Wraps a text of one line and keeps the lines of a longer one."""
+    """Wraps descriptions of one line, and keeps the line breaks of longer ones."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         kind = argparse.RawDescriptionHelpFormatter if "\n" in text else argparse.HelpFormatter
@@ -27,14 +27,14 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports an error in one line, without the usage, and keeps the lines of its help."""
+    """An ArgumentParser that prints errors as one line without the usage, and keeps the line breaks in its help."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=Help, **options)
 
     @classmethod
     def of(cls, prog: str, docstring: str | None) -> Parser:
-        """Make the help from a module's docstring: the first paragraph before the options, the rest after them."""
+        """Create a parser whose help is a module's docstring: its first paragraph before the options, the rest after them."""
         description, _, epilog = (docstring or "").partition("\n\n")
         return cls(prog=prog, description=description, epilog=epilog)
 
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class KeyValues(argparse.Action):
-    """Collects `key=value` words into a dict. Values are Python literals if they parse as such, otherwise strings."""
+    """Collects `key=value` arguments in a dict. A value that is not a Python literal is a string."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         pairs = dict(getattr(namespace, self.dest) or {})
@@ -53,13 +53,13 @@ class KeyValues(argparse.Action):
                 parser.error(f"{option_string}: expected key=value, got {word!r}")
             try:
                 pairs[key] = ast.literal_eval(value)
-            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all errors of literal_eval
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all exceptions that literal_eval raises
                 pairs[key] = value
         setattr(namespace, self.dest, pairs)
 
 
 def within(least: int, most: int) -> Callable[[str], int]:
-    """Return the type of an argument that is an integer in this range."""
+    """Return an argparse type that accepts integers from `least` to `most`."""
 
     def integer(text: str) -> int:
         try:
@@ -74,7 +74,7 @@ def within(least: int, most: int) -> Callable[[str], int]:
 
 
 def figure(value: Any, digits: int = 3) -> str:
-    """Format a value for a table cell: a float with so many digits. None becomes an empty cell."""
+    """Format a value for a table cell. Floats get `digits` significant digits, and None becomes an empty cell."""
     return "" if value is None else f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
@@ -85,10 +85,10 @@ def markdown(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str
 
 
 def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], widths: Iterable[int] | None = None) -> None:
-    """Print a table in columns.
+    """Print a table with aligned columns.
 
-    Without `widths`, a column is as wide as its widest cell, so all rows are collected first. With `widths`, the minimum column
-    widths, each row is printed as soon as `rows` yields it.
+    Without `widths`, each column is as wide as its widest cell, so all rows are collected first. With `widths`, which are
+    minimum column widths, each row is printed as soon as `rows` yields it.
     """
     lines = itertools.chain([list(headings)], map(list, rows))
     if widths is None:
@@ -100,7 +100,7 @@ def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], widths: 
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, then replace `path` with it. Readers see either the old or the new file."""
+    """Call `write` with a temporary path, then replace `path` with that file. Readers see either the old or the new file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -112,7 +112,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], digits: int = 6) -> None:
-    """Write the rows atomically, with a column for every name in them."""
+    """Write the rows to a CSV file atomically, with a column for every key that occurs in them."""
     rows = [{name: figure(value, digits) for name, value in row.items()} for row in rows]
 
     def write(temporary: Path) -> None:
@@ -125,10 +125,10 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], digits: int = 6) ->
 
 
 def read_csv(path: Path, kind: type[Row]) -> list[Row]:
-    """The rows of a table whose columns are the fields of the dataclass `kind`, integers and strings.
+    """Return the rows of a CSV file as instances of the dataclass `kind`, whose fields are integers and strings.
 
     Raises:
-        ValueError: the columns are others.
+        ValueError: the columns are not the fields of `kind`.
     """
     with path.open(newline="") as file:
         header, *lines = csv.reader(file)

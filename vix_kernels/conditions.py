@@ -1,4 +1,4 @@
-"""Launch conditions of the kernels: the defaults, or temporary changes by a measurement."""
+"""Conditions under which kernels are launched. Measurements change them temporarily."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions that every kernel launch reads.
+    """Settings that every kernel launch reads.
 
     Attributes:
         observer: if set, receives the kernel, grid, arguments and options of every launch instead of executing it.
-        arch: if set, the interpreter uses the launches of this architecture, but with more tokens per tile.
+        arch: if set, the interpreter uses the launch configurations for this architecture, but with more tokens per tile.
         split: whether long sequences may be split into chunks. False keeps all tokens of a sample and head in one chunk.
-        tiles: launch configurations by key. They override the launch table.
+        tiles: launch configurations by key, which override the launch table.
         asked: if set, receives every key that is looked up in the launch table.
     """
 

@@ -1,17 +1,19 @@
 """Export models to plain PyTorch programs and to ONNX files.
 
-`torch.export`, torch.export.save and AOTInductor support every function and module of this library, with a dynamic batch size:
+Every function and module of this library can be exported by `torch.export`, saved by torch.export.save and compiled by
+AOTInductor, with a dynamic batch size:
 
     program = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: Dim("batch")},))
     path = torch._inductor.aoti_compile_and_package(program)
 
-The program keeps this library's operators, with the backend of the example's device. A process that runs it must import
-vix_kernels before it loads the program, and cannot compute gradients. `decomposed` replaces the operators with plain PyTorch,
-for processes that only have torch.
+The exported program contains this library's operators, with the backend that was selected for the example. A process that
+runs the program must import vix_kernels before loading it, and cannot compute gradients. For processes that only have
+torch, `decomposed` replaces the operators with plain PyTorch.
 
-The number of tokens may be dynamic, too, unless rotary tables, a grid or a model's image size fix it. Its range must start at
-the number of landmarks or agents plus the prefix, and end below the number of rows of Linformer's projections. With
-landmarks="pad_front", the program accepts either only multiples of num_landmarks or only other lengths, as in the example.
+The number of tokens may also be dynamic, unless rotary tables, a grid or a model's image size fix it. Its range must start at
+or above the number of landmarks or agents plus the prefix, and end below the number of rows of Linformer's projections. With
+landmarks="pad_front", the program accepts only multiples of num_landmarks if the example's length is a multiple. Otherwise, it
+accepts only lengths that are not multiples.
 """
 
 from __future__ import annotations
@@ -48,20 +50,20 @@ from .primitives.project import project_forward, project_reference
 from .primitives.rotate import rotate_forward, rotate_reference
 from .primitives.token_conv import token_conv_forward
 
-LARGEST = 3 * 2**29  # bytes of weights; torch writes those of larger models to a separate file
+LARGEST = 3 * 2**29  # bytes of weights; for larger models, torch writes the weights to a separate file
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram:
     """Return the same program in plain PyTorch. It runs without this library and supports gradients.
 
-    The result stores tokens x slots matrices. Sums and statistics stay float32 for narrower dtypes.
+    The result stores tokens x slots matrices. For 16-bit dtypes, sums and statistics are still computed in float32.
 
     Args:
         program: the result of torch.export.export. Dynamic sizes stay dynamic.
 
     Raises:
-        ValueError: the program contains an operator of a backward pass, or one that only a strict export keeps (drawing random
-            features). The message lists them.
+        ValueError: the program contains an operator that cannot be replaced: one from a backward pass, or the one that draws
+            random features, which appears only in a strict export. The message lists these operators.
     """
     return _replaced(program, REFERENCES)
 
@@ -69,25 +71,25 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
 def to_onnx(
     model: nn.Module, x: Tensor | tuple[Any, ...], path: str | Path, *, dynamic_shapes: Any = None, opset: int | None = None
 ) -> float | None:
-    """Write `model` in evaluation mode to an ONNX file, and compare the outputs of onnxruntime with those of the model.
+    """Write `model` in evaluation mode to an ONNX file, and check the outputs of onnxruntime against those of the model.
 
     Args:
-        model: any module that uses modules or functions of this library, in float32 or float16. For other dtypes onnxruntime
-            has few CPU operators. The training mode of every submodule is restored afterwards.
-        x: an example argument of the model, or a tuple of all its arguments.
+        model: any module that uses modules or functions of this library, in float32 or float16. onnxruntime has few CPU
+            operators for other dtypes. The training mode of every submodule is restored afterwards.
+        x: an example input of the model, or a tuple of all its arguments.
         path: the file to write. It is written atomically.
-        dynamic_shapes: as for torch.export.export, such as ({0: Dim("batch"), 1: Dim("tokens", min=64, max=4096)},). By default
-            dimension 0 of every tensor is a batch of any size, and all other sizes are those of x.
-        opset: version of the ONNX operator set, at least 18. By default the version that torch recommends.
+        dynamic_shapes: as in torch.export.export, such as ({0: Dim("batch"), 1: Dim("tokens", min=64, max=4096)},). By default,
+            dimension 0 of every tensor is the batch and may have any size, and all other sizes are fixed to those of x.
+        opset: version of the ONNX operator set, at least 18. By default, the version that torch recommends.
 
     Returns:
-        The largest relative error of an output, |onnx - model| / |model|. None if onnxruntime is not installed.
+        The largest relative error |onnx - model| / |model| of all outputs, or None if onnxruntime is not installed.
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        TypeError, ValueError: an argument is invalid. The message names it, what was expected and what came.
-        RuntimeError: an output has less than half of its dtype's digits right, or the model has an operator that torch cannot
-            translate. A previous file at `path` is kept.
+        TypeError, ValueError: an argument is invalid. The message names it and states the expected and the actual value.
+        RuntimeError: an output is correct to less than half of its dtype's digits, or torch cannot translate an operator of
+            the model. An existing file at `path` is kept.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -101,7 +103,7 @@ def to_onnx(
         runs = [args, tuple(each[:1] if isinstance(each, Tensor) else each for each in args)]
     path, errors = Path(path), []
     with _evaluating(model), torch.no_grad():
-        expected = [_tensors(model(*each)) for each in runs]  # an invalid x gives a clearer error here than in torch.export
+        expected = [_tensors(model(*each)) for each in runs]  # for an invalid x, the model raises a clearer error
         program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
     size = sum(each.nbytes for each in program.state_dict.values())
     if size > LARGEST:
@@ -111,7 +113,7 @@ def to_onnx(
     onnx = torch.onnx.export(
         program, dynamo=True, output_names=names, dynamic_shapes=dynamic_shapes, opset_version=opset, verbose=False
     )
-    if opset not in (None, onnx.model.opset_imports[""]):  # torch only logs that it uses another version
+    if opset not in (None, onnx.model.opset_imports[""]):  # torch only logs that it uses a different version
         raise ValueError(f"opset: expected a version that torch can write, such as {onnx.model.opset_imports['']}, got {opset}")
 
     def write(file: Path) -> None:
@@ -135,7 +137,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _any_batch(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return `args` with at least two samples and their dynamic_shapes. torch.export treats a size of 1 as a constant."""
+    """Return `args` and their dynamic_shapes. One sample is repeated, because torch.export treats a size of 1 as a constant."""
     shapes = [tuple(each.shape) for each in args if isinstance(each, Tensor)]
     if len({shape[:1] for shape in shapes}) > 1 or not shapes[0] or not shapes[0][0]:
         raise ValueError(f"x: expected tensors whose dimension 0 is one batch, or explicit dynamic_shapes, got shapes {shapes}")
@@ -149,10 +151,10 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _compared(file: Path, runs: list[tuple[Any, ...]], expected: list[list[Tensor]]) -> Iterator[float]:
-    """Yield the relative error of every output of every run.
+    """Run `file` in onnxruntime and yield the relative error of every output of every run.
 
     Raises:
-        RuntimeError: an error is too large.
+        RuntimeError: a relative error is too large.
     """
     import onnxruntime
 
@@ -183,7 +185,7 @@ def _replaced(program: ExportedProgram, references: dict[Callable, Callable]) ->
     return program
 
 
-# Replacements of the operators. They take the operators' arguments and widen tokens as the kernels do.
+# Replacements for the operators. They take the same arguments and, like the kernels, cast 16-bit tokens to float32.
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -191,7 +193,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _unused(like: Tensor, count: int) -> list[Tensor]:
-    """Return empty tensors for outputs that only a backward pass reads."""
+    """Return empty tensors in place of outputs that only a backward pass reads."""
     return [like.new_empty(0) for _ in range(count)]
 
 
@@ -222,14 +224,14 @@ def _linear_broadcast(q, slots, sums, norms, cos, sin, interleaved, feature_map,
 def _landmarks(
     q, k, q_mask, k_mask, cos, sin, interleaved, prefix, rows, mark_rows, mark_columns, adaptive, backend
 ):  # fmt: skip
-    """Compute landmarks as a matrix product with the windows.
+    """Compute landmarks by multiplying tokens by a matrix of windows.
 
-    landmarks_reference slices one window after another. That makes hundreds of graph nodes and, for a dynamic number of tokens,
-    a graph that is wrong for all lengths but the example's.
+    landmarks_reference slices one window after another. Exporting it would create hundreds of graph nodes. If the number of
+    tokens is dynamic, the graph would also be wrong for all lengths except the example's.
     """
 
     def windows(size: int, count: int) -> Tensor:
-        """Return the positions that each window covers, bool (count, size)."""
+        """Return whether each window covers each position, bool (count, size)."""
         first, at = (torch.arange(each, device=q.device) for each in (count, size))
         first = first[:, None]
         if adaptive:
@@ -269,27 +271,27 @@ def _rotate(q, k, cos, sin, interleaved, inverse, backend):
 
 
 def _token_conv(v, weight, mask, backend):
-    # onnxruntime takes 15 times as long for token_conv_reference's windows as for a Conv2d.
+    # In onnxruntime, the windows of token_conv_reference take 15 times as long as a Conv2d.
     x = _wide(v if mask is None else torch.where(mask[:, None, :, None], v, 0.0))
     return F.conv2d(x, weight.to(x.dtype), padding=(weight.shape[2] // 2, 0), groups=v.shape[1]).to(v.dtype)
 
 
 def _dft(x, ortho, backend, transform=fourier_mixing_reference):
     y = transform(_wide(x))
-    # norm="ortho" would fix the number of tokens as a constant.
+    # Passing norm="ortho" to the transform would turn the number of tokens into a constant.
     return (y * (x.shape[1] * x.shape[2]) ** -0.5 if ortho else y).to(x.dtype)
 
 
 def _transform_by_products(x: Tensor) -> Tensor:
-    """Compute C x C' - S x S' with the cosine and sine matrices of the tokens (C, S) and of the channels (C', S').
+    """Return C x C' - S x S', where C, S are the cosine and sine matrices for the tokens and C', S' those for the channels.
 
-    onnxruntime's DFT takes 40 times as long for most numbers of tokens, and loses two more digits.
+    onnxruntime's DFT takes 40 times as long for most numbers of tokens, and its results have two fewer correct digits.
     """
 
     def table(size: int) -> tuple[Tensor, Tensor]:
         at = torch.arange(size, device=x.device)
-        count = at[-1] + 1  # torch.onnx cannot translate a remainder by the dynamic `size` itself
-        # Removes full turns in integers, which loses no digits.
+        count = at[-1] + 1  # torch.onnx cannot translate a remainder with the dynamic `size` as divisor
+        # The remainder removes full turns in integer arithmetic, which is exact.
         angles = (at[:, None] * at % count).to(x.dtype) * (2 * math.pi) / count
         return angles.cos(), angles.sin()
 

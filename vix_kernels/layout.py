@@ -1,4 +1,4 @@
-"""Memory layouts and argument groups that operators, fake kernels and implementations share."""
+"""Memory layouts and argument groups, shared by operators, fake kernels and implementations."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from torch import Tensor
 
 
 def unit_last_stride(x: Tensor) -> Tensor:
-    """Return `x` with unit stride along the channels. Copies only if needed, for example for an expanded gradient."""
+    """Return `x` with unit stride along the channels. Copies only if necessary, for example if a gradient is expanded."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def empty_like_tokens(x: Tensor, width: int) -> Tensor:
-    """Return an empty (batch, heads, tokens, width) tensor with the memory order of heads and tokens in `x`.
+    """Return an empty (batch, heads, tokens, width) tensor whose heads and tokens have the same memory order as in `x`.
 
     If `x` is a view of a linear layer's output, the result can be viewed as the input of the next linear layer.
     """
     batch, heads, tokens, _ = x.shape
-    if x.stride(1) < x.stride(2):  # not a transposed view: autograd forbids in-place changes of views that a function returns
+    if x.stride(1) < x.stride(2):  # not a transpose: autograd forbids in-place changes to views returned by a Function
         return x.new_empty_strided((batch, heads, tokens, width), (tokens * heads * width, width, heads * width, 1))
     return x.new_empty(batch, heads, tokens, width)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of logits, statistics and sums for tokens of `dtype`."""
+    """Return the dtype in which logits, statistics and sums are computed for tokens of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-Needs = Sequence[bool]  # which gradients a backward operator computes; it returns empty tensors for the others
+Needs = Sequence[bool]  # whether a backward operator computes each gradient; if not, it returns an empty tensor
 
 
 class Rotary(NamedTuple):
-    """Rotary embedding of every token (ops/rope.py), as an argument of the primitives.
+    """Tables of the rotary embedding of every token (ops/rope.py), as the primitives take them.
 
     Attributes:
-        cos, sin: float32 (heads or 1, tokens, R / 2), for the first R channels; float64 for float64 tokens.
-        interleaved: whether channels (2i, 2i + 1) form a pair. Otherwise (i, i + R / 2) do.
-        angles: the angles of cos and sin if they require a gradient, else None.
+        cos, sin: (heads or 1, tokens, R / 2), for the first R channels. float32, or float64 if the tokens are float64.
+        interleaved: whether channels (2i, 2i + 1) form a pair. If not, channels (i, i + R / 2) do.
+        angles: the angles from which cos and sin were computed if they require a gradient, else None.
     """
 
     cos: Tensor
@@ -55,9 +55,9 @@ class Pool(NamedTuple):
 
     Attributes:
         prefix: number of leading tokens, each of which is a landmark.
-        rows: rows of the grid of the other tokens. 1 for a plain sequence.
-        mark_rows, mark_columns: size of the grid of landmarks.
-        adaptive: whether windows are those of adaptive pooling. Otherwise they are segments.
+        rows: number of rows of the grid that the other tokens form, or 1 if they form a plain sequence.
+        mark_rows, mark_columns: numbers of rows and columns of the grid of landmarks.
+        adaptive: whether to use the windows of adaptive pooling. If not, windows are segments.
     """
 
     prefix: int
@@ -79,11 +79,11 @@ class Statistics(NamedTuple):
 
 
 class LandmarkGradients(NamedTuple):
-    """Terms of the gradients of tokens. The operator adds them in one kernel, which saves memory traffic.
+    """Terms of the gradients of q and k in landmarks_backward. One kernel adds them, which saves memory traffic.
 
     Attributes:
-        dq_other, dk_other: gradients of the tokens from other passes, or None for 0.
-        dq_marks, dq_marks_2, dk_marks, dk_marks_2: gradients of the landmarks, each of which may have two terms.
+        dq_other, dk_other: gradients of q and k from other passes. None: there are none.
+        dq_marks, dq_marks_2, dk_marks, dk_marks_2: terms of the gradients of the landmarks. The second terms are optional.
     """
 
     dq_other: Tensor | None = None
@@ -97,7 +97,7 @@ class LandmarkGradients(NamedTuple):
 
 
 def flattened(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
-    """Return cos, sin, angles and interleaved. An `autograd.Function` only tracks tensors that are direct arguments."""
+    """Return cos, sin, angles and interleaved separately, because an `autograd.Function` only tracks direct arguments."""
     return (None, None, None, True) if rotary is None else (rotary.cos, rotary.sin, rotary.angles, rotary.interleaved)
 
 

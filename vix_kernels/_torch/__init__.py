@@ -1,1 +1,1 @@
-"""The primitives in plain PyTorch, for any device. Files have the same names as in _triton."""
+"""Implementations of the primitives in plain PyTorch, for any device. The file names are the same as in _triton."""

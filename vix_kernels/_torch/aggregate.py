@@ -1,6 +1,6 @@
 """Slots attend to tokens, one tile of tokens at a time (see primitives/aggregate.py for the equations).
 
-Logits and lse are in base 2. The bias is the input of baddbmm, which adds it at almost no cost.
+Logits and lse are in base 2. The bias is passed to baddbmm, which adds it at almost no cost.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def aggregate_forward(
     scale: float,
     gaussian: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return values (B, H, M, E), and lse, row_max and total (B, H, M). b_n = -|s k_n|^2 / 2 if gaussian, else 0.
+    """Return values (B, H, M, E), and lse, row_max and total (B, H, M).
 
-    With l in base 2, row_max_j is the largest logit of a slot, total_j = sum_n exp2(l_jn - row_max_j), and lse_j = row_max_j +
-    log2 total_j. A masked key has b_n = -inf and is read as 0, even if it is NaN. A slot without valid keys has values 0, lse
-    -inf and total 0.
+    The key bias b_n is -|s k_n|^2 / 2 if gaussian, else 0. With l in base 2, row_max_j is the largest logit of a slot,
+    total_j = sum_n exp2(l_jn - row_max_j), and lse_j = row_max_j + log2 total_j. A masked key has b_n = -inf and is read as 0,
+    even if it is NaN. A slot without valid keys has values 0, lse -inf and total 0.
     """
     all_slots = expand_slots(slots, k)
     rope = Rotation(rotary, all_slots.dtype)
@@ -49,7 +49,7 @@ def aggregate_forward(
     square, rows = Scratch(all_slots), Scratch(all_slots)
     for group, tiles in groups(k, slots.shape[2]):
         p, state = flat(all_slots, group), flat(values, group)
-        # The lowest finite number, not -inf: a slot without keys so far must not compute inf - inf.
+        # Start at the lowest finite number. With -inf, a slot without valid keys so far would compute inf - inf.
         running_max = p.new_full((*p.shape[:2], 1), torch.finfo(p.dtype).min)
         running_total = torch.zeros_like(running_max)
         for tile in tiles:
@@ -82,13 +82,14 @@ def aggregate_backward(
     statistics: Statistics,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dslots, dk and dv. Those that `needs` does not request are empty.
+    """Return dslots, dk and dv. Gradients that `needs` does not request are empty.
 
     dl_jn = P_jn (dvalues_j . (v_n - values_j) + dlse_j / ln 2)    dv_n = sum_j P_jn dvalues_j
-    dk_n = s sum_j dl_jn p_j - s^2 k_n sum_j dl_jn (the second if gaussian)    dp_j = s sum_n dl_jn k_n
+    dk_n = s sum_j dl_jn p_j - s^2 k_n sum_j dl_jn (second term only if gaussian)    dp_j = s sum_n dl_jn k_n
 
-    The logits are bit-identical to those of forward, from the same products of the same operands. So the probabilities
-    P_jn = exp2(l_jn - row_max_j) / total_j sum to 1, even for large logits. dvalues and dlse are divided by total_j in advance.
+    The logits are bit-identical to those in forward, because they are the same products of the same operands. So the
+    probabilities P_jn = exp2(l_jn - row_max_j) / total_j sum to 1, even for large logits. dvalues and dlse are divided by
+    total_j in advance.
     """
     all_slots = expand_slots(slots, k)
     scaled, rope = all_slots * scale, Rotation(rotary, all_slots.dtype)
@@ -102,13 +103,13 @@ def aggregate_backward(
     for group, tiles in groups(k, slots.shape[2]):
         p, scaled_slots, dstate = (flat(x, group) for x in (all_slots, scaled, weighted))
         shift, group_max, group_total = (flat(x, group).unsqueeze(2) for x in (dlogit, row_max, total))
-        alone = len(tiles) == 1  # the tile has all tokens, so its row sums are complete
+        alone = len(tiles) == 1  # the tile contains all tokens, so its row sums are complete
         if not alone:
             shift = shift - _row_products(dstate, flat(values, group))
         for tile in tiles:
             keys, contents = read(k, tile, mask, rope), read(v, tile, mask)
             logits = _key_logits(p, keys, tile, mask, scale, gaussian, square, rows)
-            logits.sub_(group_max).clamp_(max=0)  # with other threads, the product may round differently
+            logits.sub_(group_max).clamp_(max=0)  # with a different number of threads, the product may round differently
             exps = square.apply(torch.exp2)
             if need_v:
                 write(dv, tile, torch.bmm(exps.mT, dstate, out=window(dv, tile, value_room)))
@@ -126,7 +127,7 @@ def aggregate_backward(
                 write(dk, tile, dkeys, rope)
             if need_slots:
                 flat(dslots, group).baddbmm_(dlogits, keys, alpha=scale)
-    if mask is not None:  # even if a slot's gradient is NaN
+    if mask is not None:  # the gradient of a masked key must be 0 even if a slot's gradient is NaN
         hidden = ~mask[:, None, :, None]
         dk, dv = (x.masked_fill_(hidden, 0) if need else x for x, need in ((dk, need_k), (dv, need_v)))
     return slots_grad(dslots, slots), dk, dv
@@ -135,16 +136,16 @@ def aggregate_backward(
 def _key_logits(
     p: Tensor, keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gaussian: bool, square: Scratch, rows: Scratch
 ) -> Tensor:
-    """Return l_jn of a tile, (pairs, M, tokens), in base 2. Forward and backward need bit-identical logits."""
+    """Return l_jn for a tile, (pairs, M, tokens), in base 2. Forward and backward need bit-identical logits."""
     bias = _key_bias(keys, tile, mask, scale, gaussian, rows).unsqueeze(1)
     return torch.baddbmm(bias, p, keys.mT, alpha=scale * LOG2E, out=square(*p.shape[:2], keys.shape[1]))
 
 
 def _key_bias(keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gaussian: bool, rows: Scratch) -> Tensor:
-    """Return b_n of a tile, (pairs, tokens), in base 2."""
+    """Return b_n for a tile, (pairs, tokens), in base 2."""
     if gaussian:
         bias = torch.mul(keys, keys, out=rows(*keys.shape)).sum(-1).mul_(-0.5 * scale**2 * LOG2E)
-        bias += bias - bias  # NaN where the square overflows, because -inf would mask the key
+        bias += bias - bias  # turns -inf into NaN if the square overflows, because -inf would mask the key
     else:
         bias = keys.new_zeros(keys.shape[:2])
     if mask is not None:
@@ -154,9 +155,9 @@ def _key_bias(keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gauss
 
 
 def _row_products(x: Tensor, y: Tensor) -> Tensor:
-    """Return x_j . y_j (pairs, M, 1) of rows.
+    """Return the dot products x_j . y_j of rows, (pairs, M, 1).
 
-    It is rounded as in the larger products of backward, so that the two cancel if a slot attends to one token only.
+    They are rounded like the larger products in backward, so that the two cancel if a slot attends to only one token.
     """
     rows = x.shape[1]
     x, y = (F.pad(each, (0, 0, 0, -rows % 16)).unflatten(1, (-1, 16)) for each in (x, y))

@@ -38,10 +38,10 @@ def broadcast_forward(
     conv_weight: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out (B, H, N, E) in q's dtype, and empty tensors for row_max and total. a_j = slot_bias (B, H, M) or 0.
+    """Return out (B, H, N, E) in q's dtype, and empty tensors for row_max and total.
 
-    A slot with bias -inf has probability 0. If all slots have bias -inf, out is 0. With v and conv_weight, their convolution is
-    added.
+    The bias a_j is slot_bias (B, H, M), or 0 if it is None. A slot with bias -inf has probability 0. If all slots have bias
+    -inf, the attention is 0. If v and conv_weight are given, their convolution is added to out.
     """
     all_slots, values, biases = expand_slots(slots, q), wide(values), _slot_bias(slot_bias, slots, q)
     rope = Rotation(rotary, all_slots.dtype)
@@ -70,12 +70,12 @@ def broadcast_backward(
     statistics: Statistics,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dq, dslots, dvalues and dslot_bias. Empty unless `needs` requests them: dslots; dvalues and dslot_bias.
+    """Return dq, dslots, dvalues and dslot_bias. dslots is empty unless needs[0], dvalues and dslot_bias unless needs[1].
 
     dg_nj = P_nj dout_n . (values_j - out_n)    dvalues_j = sum_n P_nj dout_n
     dq_n = s sum_j dg_nj p_j    dp_j = s sum_n dg_nj q_n    da_j = ln 2 sum_n dg_nj
 
-    The softmax is computed again; out and statistics are not read. dout_n . out_n is computed as sum_j P_nj dout_n . values_j,
+    The softmax is recomputed, so out and statistics are not read. dout_n . out_n is computed as sum_j P_nj dout_n . values_j,
     because `out` may be rounded to 16 bits. So dg_n sums to 0, and dq is accurate even if slots have a large common mean.
     """
     need_slots, need_values = needs
@@ -84,7 +84,7 @@ def broadcast_backward(
     values, biases = wide(values), _slot_bias(slot_bias, slots, q)
     rope = Rotation(rotary, all_slots.dtype)
     dq = empty_like_tokens(q, q.shape[3])
-    # Sums over tokens are transposed, because (E, tokens) times (tokens, M) is the faster order.
+    # Sums over tokens are stored transposed, because multiplying (E, tokens) by (tokens, M) is the faster order.
     dvalues = all_slots.new_zeros((*q.shape[:2], values.shape[3], slots.shape[2]))
     dbias = all_slots.new_zeros((*q.shape[:2], slots.shape[2]))
     dslots = all_slots.new_zeros((*q.shape[:2], q.shape[3], slots.shape[2])) if need_slots else None
@@ -116,16 +116,16 @@ def broadcast_backward(
 
 
 def _query_exps(queries: Tensor, pt: Tensor, bias: Tensor, scale: float, square: Scratch) -> tuple[Tensor, Tensor]:
-    """Return exp(g_nj - max_j g_nj) of a tile, (pairs, tokens, M), and its sums over slots, or 1 if all biases are -inf."""
+    """Return exp(g_nj - max_j g_nj) for a tile, (pairs, tokens, M), and its sums over slots, or 1 if all biases are -inf."""
     logits = torch.baddbmm(bias, queries, pt, alpha=scale * LOG2E, out=square(*queries.shape[:2], pt.shape[2]))
-    row_max = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # no inf - inf if all logits are -inf
+    row_max = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # avoids inf - inf if all are -inf
     logits.sub_(row_max)
     exps = square.apply(torch.exp2)
     return exps, at_least_one(exps.sum(-1, keepdim=True))
 
 
 def _slot_bias(slot_bias: Tensor | None, slots: Tensor, q: Tensor) -> Tensor:
-    """Return a_j (B, H, M)."""
+    """Return the bias a_j (B, H, M)."""
     if slot_bias is None:
         return q.new_zeros((), dtype=accumulator(q.dtype)).expand(*q.shape[:2], slots.shape[2])
     return wide(slot_bias)

@@ -1,4 +1,4 @@
-"""The transform by fast Fourier transforms (see primitives/dft.py for the equation)."""
+"""Fourier mixing with fast Fourier transforms (see primitives/dft.py for the equation)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from torch import Tensor
 
 from ..layout import accumulator
 
-GROUP_CPU = 1 << 19  # elements that are transformed together; they and all intermediate results fit the cache
+GROUP_CPU = 1 << 19  # number of elements to transform at a time, so that these and all intermediate results fit in the cache
 
 
 def dft(x: Tensor, ortho: bool) -> Tensor:
-    """Compute the transform with a quarter of the work of a complex FFT of x, in float32 for 16-bit inputs.
+    """Evaluate the equation with a quarter of the work of a complex FFT. 16-bit inputs are transformed in float32.
 
-    w_nd = x_nd + x at (-n, -d) equals w at (-n, -d). So its transform over the channels is Hermitian in n, and the transform of
-    that over the tokens is real. The first needs half of the rows of w, the second half of the columns.
+    w_nd = x_nd + x at (-n, -d) equals w at (-n, -d). So the transform of w over the channels is Hermitian in n, and the
+    transform of the result over the tokens is real. The first transform needs only half of the rows, the second only half of
+    the columns.
     """
     batch, tokens, width = x.shape
     rows, columns = tokens // 2 + 1, width // 2 + 1
@@ -23,19 +24,19 @@ def dft(x: Tensor, ortho: bool) -> Tensor:
     group = max(1, GROUP_CPU // (tokens * width) if x.device.type == "cpu" else batch)
     for first in range(0, batch, group):
         part, out = x[first : first + group].to(accumulator(x.dtype)), y[first : first + group]
-        mirror = part[:, tokens - rows + 1 :]  # tokens -n of n = rows - 1 to 1
+        mirror = part[:, tokens - rows + 1 :]  # the tokens -n for n = rows - 1 to 1
         w = part.new_empty(len(part), rows, width)
         torch.mul(part[:, 0, 0], 2, out=w[:, 0, 0])
         torch.add(part[:, 0, 1:], part[:, 0, 1:].flip(1), out=w[:, 0, 1:])
         torch.add(part[:, 1:rows, 0], mirror[:, :, 0].flip(1), out=w[:, 1:, 0])
         torch.add(part[:, 1:rows, 1:], mirror[:, :, 1:].flip(1, 2), out=w[:, 1:, 1:])
         half = torch.fft.rfft(w, dim=2)
-        half.imag.neg_()  # in place; hfft would copy
-        # One row per column and sample, so that the result of a sample is bit-identical for any batch size.
+        half.imag.neg_()  # in place, whereas hfft would copy
+        # Transform one row per column and sample, so that the result of a sample is bit-identical for any batch size.
         half = torch.fft.irfft(half.mT.contiguous().flatten(0, 1), n=tokens, norm="forward")
-        half = half.t().contiguous().unflatten(1, (-1, columns)).transpose(0, 1)  # transposing is only fast in two dimensions
+        half = half.t().contiguous().unflatten(1, (-1, columns)).transpose(0, 1)  # only 2D transposes are fast
         torch.mul(half, scale, out=out[:, :, :columns])
-        mirror = out[:, :, 1 : width - columns + 1]  # channels -b of b = width - 1 to columns
+        mirror = out[:, :, 1 : width - columns + 1]  # the channels -b for b = width - 1 to columns
         out[:, 0, columns:] = mirror[:, 0].flip(1)
         out[:, 1:, columns:] = mirror[:, 1:].flip(1, 2)
     return y

@@ -1,24 +1,24 @@
-"""Random numbers of dropout, fast on a CPU (see primitives/dropout.py for the equation)."""
+"""Fast random numbers for dropout on a CPU (see primitives/dropout.py for the equation)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-BITS = 16  # of the random number for an element
+BITS = 16  # bits of the random number for each element
 
 
 def draw_kept(kept: Tensor, p: float) -> Tensor:
-    """Fill `kept` (uint8, contiguous, on the CPU): each element is 1 with probability 1 - p, else 0."""
+    """Set each element of `kept` (uint8, contiguous, on the CPU) to 1 with probability 1 - p, else to 0."""
     if p == 1:
         return kept.zero_()
     four = torch.empty(-(-kept.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     numbers = four.view(torch.int16)[: kept.numel()].view(kept.shape)
-    # Comparisons and arithmetic with bool are slow, so clamping makes the 0 and 1.
+    # Clamping maps the numbers to 0 and 1, because comparisons and arithmetic with bool are slow.
     dropped = max(round(p * 2**BITS), 1) - 2 ** (BITS - 1) - 1
     return kept.copy_(numbers.clamp_(dropped, dropped + 1).sub_(dropped))
 
 
 def kept_scale(p: float) -> float:
-    """Return the factor of kept elements that preserves the mean."""
+    """Return the factor for kept elements that preserves the mean."""
     return 1 / (1 - p) if p < 1 else 0.0

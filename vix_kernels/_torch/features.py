@@ -1,4 +1,4 @@
-"""Features of tokens in the linear passes: rotation, projection and feature map. Backward computes them again."""
+"""Features of tokens in linear attention: rotation, projection and feature map. Backward recomputes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .tiles import Group, Rotation, Scratch, Tile, expand_slots, flat, wide, win
 
 
 class Features:
-    """Rotation, projection and feature map of the tokens of one pass, and their gradients."""
+    """Computes the features of tokens in one pass, and their gradients."""
 
     def __init__(self, slots: Tensor | None, x: Tensor, rotary: Rotary | None, feature_map: str) -> None:
         self.like = x.new_empty(0, dtype=wide(x[:0]).dtype)
@@ -24,7 +24,7 @@ class Features:
         return self.like.new_empty(shape)
 
     def slot_sums(self, x: Tensor) -> Tensor:
-        """Return zeros for the gradient of the slots, transposed."""
+        """Return zeros in which to accumulate the gradient of the slots, transposed: (B, H, D, M)."""
         return self.empty(*x.shape[:2], x.shape[3], self.num_slots).zero_()
 
     def logits(self, x: Tensor, group: Group) -> Tensor:
@@ -33,7 +33,7 @@ class Features:
         return torch.bmm(x, flat(self.slots, group).mT, out=self.square(*x.shape[:2], self.num_slots))
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Return phi(logits), in the buffer `third`."""
+        """Return phi(logits). The result is in the buffer `third`."""
         if self.elu:
             return self._exp(logits).add_(logits.clamp(min=0))
         return torch.clamp(logits, min=0, out=self.third(*logits.shape))
@@ -43,12 +43,12 @@ class Features:
         return dlogits.mul_(self._exp(logits) if self.elu else logits > 0)
 
     def _exp(self, logits: Tensor) -> Tensor:
-        """Return exp(min(logits, 0))."""
+        """Return exp(min(logits, 0)), which is the slope of elu(x) + 1 and avoids overflow."""
         torch.clamp(logits, max=0, out=self.third(*logits.shape))
         return self.third.apply(torch.exp)
 
     def to_tokens(self, dlogits: Tensor, dx: Tensor, tile: Tile) -> Tensor:
-        """Return the rows of a tile of dx."""
+        """Return the gradient of the tokens of a tile, which may already be in the memory of dx."""
         if self.slots is None:
             return dlogits
         return torch.bmm(dlogits, flat(self.slots, tile[:2]), out=window(dx, tile, self.room))

@@ -1,10 +1,11 @@
 """Landmark means and their gradient in plain PyTorch, one axis of the grid at a time.
 
-Pure functions without autograd. Sums are in fp32 (fp64 for fp64 inputs); 16-bit inputs are cast a few heads at a time. Segments
-are summed after a reshape; only overlapping windows are gathered. Nothing is multiplied by zero, so a NaN stays in its window.
+The functions do not use autograd. Sums are computed in fp32 (fp64 for fp64 inputs). 16-bit inputs are cast a few heads at a
+time. Segments are summed after a reshape. Only overlapping windows are gathered. Nothing is multiplied by zero, so a NaN only
+affects its window.
 
 Shapes: q (B, H, Nq, D); k (B, H, Nk, D); marks (B, H, L, D); masks bool (B, N); counts fp32 (B, L); cos, sin fp32
-(1 or H, N, R / 2). Gradients of tokens have the layout of the tokens; other tensors are contiguous.
+(1 or H, N, R / 2). Gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def landmarks_backward(
     k_counts: Tensor | None,
     needs: Needs,
 ) -> tuple[Tensor, Tensor]:
-    """Return dq and dk. Those that `needs` does not request are empty.
+    """Return dq and dk. Gradients that `needs` does not request are empty.
 
-    dx_n = dx_other_n + sum over its windows of (dmarks + dmarks_2)_j / counts_j
+    dx_n = dx_other_n + sum of (dmarks + dmarks_2)_j / counts_j over all windows j that contain token n
     """
     rope, (need_q, need_k) = Rotation(rotary, accumulator(q.dtype)), needs
     dq_other, dk_other, *parts = gradients
@@ -57,13 +58,13 @@ def landmarks_backward(
 
 
 def _sums(x: Tensor, pool: Pool) -> Tensor:
-    """Sum tokens (..., N, D) over their windows, to (..., L, D)."""
+    """Return the sums (..., L, D) of tokens (..., N, D) over each window."""
     grid = _window_sums(_window_sums(_lines(x, pool), -2, pool.mark_columns, pool.adaptive), -3, pool.mark_rows, pool.adaptive)
     return torch.cat([x[..., : pool.prefix, :], grid.flatten(-3, -2)], -2)
 
 
 def _spread_marks(marks: Tensor, other: Tensor | None, x: Tensor, pool: Pool) -> None:
-    """Write to x (..., N, D) the sum of marks (..., L, D) over the windows of each token, plus `other`. Transpose of _sums."""
+    """Write `other` plus the sum of the marks (..., L, D) of each token's windows to x (..., N, D). Transpose of _sums."""
     prefix, rest = (None, None) if other is None else (other[..., : pool.prefix, :], _lines(other, pool))
     _plus(marks[..., : pool.prefix, :], prefix, x[..., : pool.prefix, :])
     coarse = marks[..., pool.prefix :, :].unflatten(-2, (pool.mark_rows, -1))
@@ -80,7 +81,7 @@ def _lines(x: Tensor, pool: Pool) -> Tensor:
 
 
 def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
-    """Sum x over `count` windows along a (negative) axis."""
+    """Return the sums of x over `count` windows along `axis`, which is negative."""
     size = x.shape[axis]
     if size == count:
         return x
@@ -100,10 +101,10 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
 
 
 def _spread(marks: Tensor, axis: int, adaptive: bool, other: Tensor | None, out: Tensor) -> None:
-    """Write to each token along a (negative) axis of out the sum of its windows, plus `other`."""
+    """Write the sum of the marks of each token's windows along `axis` (negative), plus `other`, to `out`."""
     size, count = out.shape[axis], marks.shape[axis]
     short, longer = divmod(size, count)
-    if adaptive and longer:  # the last window of each token, then the previous window of tokens in two windows
+    if adaptive and longer:  # write the last window of each token, then add the previous window to tokens in two windows
         token, window = (torch.arange(each, device=marks.device) for each in (size, count))
         _plus(marks.index_select(axis, ((token + 1) * count - 1) // size), other, out)
         end = ((window + 1) * size - 1) // count
@@ -125,12 +126,12 @@ def _windows(x: Tensor, axis: int, start: int, number: int, length: int) -> Tens
 
 
 def _plus(x: Tensor, other: Tensor | None, out: Tensor) -> None:
-    """Write x + other to out, in one pass over the tokens."""
+    """Write x + other, or x if other is None, to out in one pass over memory."""
     out.copy_(x) if other is None else torch.add(x, other, out=out)
 
 
 def _means(x: Tensor, mask: Tensor | None, rope: Rotation, pool: Pool) -> tuple[Tensor, Tensor]:
-    """Return the marks and counts of x."""
+    """Return the landmarks of x, and the number of valid tokens in each."""
     valid = torch.ones(1, x.shape[2], device=x.device) if mask is None else mask.float()
     counts = _sums(valid[..., None], pool).squeeze(-1).expand(len(x), -1).contiguous()
     divisor = counts.clamp(min=1)[:, None, :, None]
@@ -153,7 +154,7 @@ def _token_gradient(
     direct = other is not None and not rotated and mask is None
     for group, _ in groups(x, x.shape[3]):
         part, marks = dx[group], scaled[group]
-        wide = dx.dtype == scaled.dtype  # sums can be computed in dx
+        wide = dx.dtype == scaled.dtype  # then sums can be computed in dx directly
         rows = part if wide and not rotated else buffer(*part.shape)
         _spread_marks(marks, other[group] if direct else None, rows, pool)
         if rotated:

@@ -1,4 +1,4 @@
-"""Slots sum tokens by their features, one tile of tokens at a time (see primitives/linear.py for the equations)."""
+"""Sums of tokens, weighted by their features, one tile of tokens at a time (see primitives/linear.py for the equations)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def linear_aggregate_backward(
     feature_map: str,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dslots, dk and dv. Those that `needs` does not request are empty.
+    """Return dslots, dk and dv. Gradients that `needs` does not request are empty.
 
     dl_jn = phi'(l_jn) (dS_j . v_n + dz_j)      dv_n = sum_j f_jn dS_j      dk_n = sum_j dl_jn p_j      dp_j = sum_n dl_jn k_n
     """
@@ -68,13 +68,13 @@ def linear_aggregate_backward(
                     flat(dslots, group).baddbmm_(keys.mT, dlogits)
             if need_v:
                 write(dv, tile, torch.bmm(features_of(logits), dstate, out=window(dv, tile, features_of.room)))
-    if mask is not None:  # even if a slot's gradient is NaN
+    if mask is not None:  # the gradient of a masked key must be 0 even if a slot's gradient is NaN
         hidden = ~mask[:, None, :, None]
         dk, dv = (x.masked_fill_(hidden, 0) if need else x for x, need in ((dk, need_k), (dv, need_v)))
     return k.new_empty(0) if dslots is None else slots_grad(dslots.mT, slots), dk, dv
 
 
 def _valid_factor(mask: Tensor, tile: Tile, like: Tensor) -> Tensor:
-    """Return 1 for valid keys of a tile and 0 for the others, (pairs, tokens, 1)."""
+    """Return a tensor (pairs, tokens, 1) that is 1 for valid keys of a tile and 0 for the others."""
     rows = valid_tokens(mask, tile).to(like.dtype)
     return rows.expand(-1, like.shape[0] // len(rows), -1).flatten(0, 1).unsqueeze(2)

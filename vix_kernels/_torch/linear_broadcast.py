@@ -1,4 +1,4 @@
-"""Tokens average slots by their features, one tile of tokens at a time (see primitives/linear.py for the equations)."""
+"""Means of slots, weighted by the features of tokens, one tile at a time (see primitives/linear.py for the equations)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def linear_broadcast_forward(
     feature_map: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return out (B, H, N, E) in q's dtype, and its denominator total (B, H, N)."""
+    """Return out (B, H, N, E) in q's dtype, and the denominator `total` (B, H, N)."""
     features_of = Features(slots, q, rotary, feature_map)
     out, total = empty_like_tokens(q, sums.shape[3]), features_of.empty(*q.shape[:3])
     for group, tiles in groups(q, features_of.num_slots):
@@ -44,24 +44,24 @@ def linear_broadcast_backward(
     total: Tensor,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dq, dslots, dsums and dnorms. Empty unless `needs` requests them: dslots; dsums and dnorms.
+    """Return dq, dslots, dsums and dnorms. dslots is empty unless needs[0], dsums and dnorms unless needs[1].
 
-    With t_n the denominator and d_n = dout_n / t_n:
+    With the denominator t_n and d_n = dout_n / t_n:
     dl_nj = phi'(l_nj) (d_n . S_j - z_j d_n . out_n)      dq_n = sum_j dl_nj p_j      dp_j = sum_n dl_nj q_n
     dS_j = sum_n f_nj d_n      dz_j = -sum_n f_nj d_n . out_n
 
-    d_n . out_n is computed as sum_j f_nj d_n . S_j / t_n, because `out` may be rounded to 16 bits. S, z and t are scaled such
-    that the largest t of each head is about 1, which keeps d_n finite if all features are small.
+    d_n . out_n is computed as sum_j f_nj d_n . S_j / t_n, because `out` may be rounded to 16 bits. S, z and t are scaled so
+    that the largest t of each head is about 1, because d_n would overflow if all features were small.
     """
     need_slots, need_sums = needs
     features_of = Features(slots, q, rotary, feature_map)
     size = torch.where(total.isfinite(), total, 0).amax(-1, keepdim=True)  # (B, H, 1)
-    size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)  # a power of two, for exact divisions; 1 for 0
-    least = 1e8 * torch.finfo(total.dtype).tiny  # below it, a token has almost no features, and its gradient is 0
+    size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)  # a power of two, for exact divisions; 1 if size is 0
+    least = 1e8 * torch.finfo(total.dtype).tiny  # if the denominator of a token is smaller, its gradient is 0
     sums, norms, total = wide(sums) / size.unsqueeze(3), norms / size, total / size
     dq = empty_like_tokens(q, q.shape[3])
     dslots = features_of.slot_sums(q) if need_slots and slots is not None else None
-    # Transposed, because (E, tokens) times (tokens, M) is the faster order.
+    # Stored transposed, because multiplying (E, tokens) by (tokens, M) is the faster order.
     dsums = features_of.empty(*q.shape[:2], sums.shape[3], features_of.num_slots).zero_()
     dnorms = features_of.empty(*q.shape[:2], features_of.num_slots).zero_()
     for group, tiles in groups(q, features_of.num_slots):
@@ -92,5 +92,5 @@ def linear_broadcast_backward(
 
 
 def _divisor(total: Tensor) -> Tensor:
-    """Return the denominator, with 1 for 0. Without features the numerator is 0, and so is the result."""
+    """Return the denominator with zeros replaced by 1. The result is then 0, because the numerator is also 0."""
     return total.masked_fill(total == 0, 1)

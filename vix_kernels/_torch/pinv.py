@@ -1,6 +1,6 @@
-"""The pseudo-inverse as batched matrix products, on any device (see primitives/pinv.py for the equations).
+"""The pseudo-inverse with batched matrix products, on any device (see primitives/pinv.py for the equations).
 
-A step is computed without identity matrices: W = X X - 7 X, Y = 15 X + X W, Z' = 1/4 (13 Z - Z Y).
+A step is computed without identity matrices, as W = X X - 7 X, Y = 15 X + X W and Z' = 1/4 (13 Z - Z Y).
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def pinv_backward(
     init: str,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq_marks, dk_marks and dvalues. Those that `needs` does not request are empty.
+    """Return dq_marks, dk_marks and dvalues. Gradients that `needs` does not request are empty.
 
         G = dZ'    dY = -1/4 Z^T G    dW = X^T dY    dX = 15 dY - 7 dW + dY W^T + dW X^T + X^T dW
         dA += dX Z^T    dZ = 1/4 (13 G - G Y^T) + A^T dX
 
-    X, W and Y are symmetric only up to rounding, so they are transposed as in the equations.
+    X, W and Y are only symmetric up to rounding, so the code transposes them as in these equations.
     """
     need_q, need_k, need_values = needs
     q, k, contents = read(q_marks, q_counts), read(k_marks, k_counts), read(values, q_counts)
@@ -70,7 +70,7 @@ def pinv_backward(
         da.baddbmm_(dx, z.mT)
     da.addcdiv_(dz.mT, s)
     ds = (dz * a.mT).sum((1, 2), keepdim=True).div_(-s * s)
-    largest = (sums == s).to(a.dtype)  # equal sums share the gradient
+    largest = (sums == s).to(a.dtype)  # columns with equal sums share the gradient
     if init == "original":
         ds, count = ds.sum(0, keepdim=True), largest.sum()
     else:
@@ -83,18 +83,18 @@ def pinv_backward(
 
 
 def _attention(q: Tensor, k: Tensor, q_counts: Tensor | None, k_counts: Tensor | None, scale: float) -> Tensor:
-    """Return A (pairs, L, L) of landmarks (pairs, L, D), 0 in rows and columns of masked landmarks."""
+    """Return A (pairs, L, L) for landmarks (pairs, L, D). Rows and columns of masked landmarks are 0."""
     a = torch.bmm(q, k.mT).mul_(scale)
     if k_counts is not None:
         hidden = _masked(k_counts, len(a)).unsqueeze(1)
-        a = a.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0)  # NaN without a valid column, then 0
+        a = a.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0)  # NaN if no column is valid, then 0
     else:
         a = a.softmax(-1)
     return a if q_counts is None else a.masked_fill_(_masked(q_counts, len(a)).unsqueeze(2), 0)
 
 
 def _start(a: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Z_0, its scale s, (pairs, 1, 1) or one number for "original", and the column sums (pairs, 1, L) of A."""
+    """Return Z_0, the scale s (pairs, 1, 1), or one number for "original", and the column sums of A (pairs, 1, L)."""
     sums = a.sum(1, keepdim=True)
     s = sums.amax() if init == "original" and len(a) else sums.amax(-1, keepdim=True)
     s = s.masked_fill(s == 0, 1)  # no landmark is valid
@@ -102,7 +102,7 @@ def _start(a: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _polynomial(a: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return X, W and Y of a step."""
+    """Return X, W and Y for one step."""
     x = torch.bmm(a, z)
     w = torch.baddbmm(x, x, x, beta=-7)
     return x, w, torch.baddbmm(x, x, w, beta=15)
@@ -113,16 +113,16 @@ def _advance(z: Tensor, y: Tensor) -> Tensor:
 
 
 def _masked(counts: Tensor, pairs: int) -> Tensor:
-    """Return which landmarks are masked, (pairs, L)."""
+    """Return whether each landmark is masked, (pairs, L)."""
     return (counts <= 0).repeat_interleave(pairs // max(1, len(counts)), 0)
 
 
 def read(x: Tensor, counts: Tensor | None) -> Tensor:
-    """Return (batch, heads, L, width) as (pairs, L, width), in the accumulator's dtype and with masked landmarks as 0."""
+    """Reshape x (batch, heads, L, width) to (pairs, L, width), cast it to the accumulator's dtype, and set masked rows to 0."""
     x = x.to(accumulator(x.dtype))
     return (x if counts is None else x.masked_fill((counts <= 0)[:, None, :, None], 0)).flatten(0, 1)
 
 
 def _split(x: Tensor, like: Tensor) -> Tensor:
-    """Return x with pairs split into batch and heads, in the dtype of `like`."""
+    """Split the pairs of x into batch and heads, and cast x to the dtype of `like`."""
     return x.view(like.shape).to(like.dtype)

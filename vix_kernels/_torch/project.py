@@ -1,4 +1,4 @@
-"""Weighted sums of the tokens, as large matrix products (see primitives/project.py for the equations)."""
+"""Weighted sums of tokens, as large matrix products (see primitives/project.py for the equations)."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def project_backward(
     rotary: Rotary | None,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dE, dF, dk and dv. Those that `needs` does not request are empty.
+    """Return dE, dF, dk and dv. Gradients that `needs` does not request are empty.
 
-    dk_n = sum_j E_nj dkeys_j    dE_nj = sum over samples (and heads that share E) of k_n . dkeys_j    dv, dF likewise
+    dk_n = sum_j E_nj dkeys_j    dE_nj = sum of k_n . dkeys_j over samples (and heads that share E)    dv and dF likewise
     """
     need_key_projection, need_value_projection, need_k, need_v = needs
     rope = Rotation(rotary, accumulator(k.dtype))
@@ -69,13 +69,18 @@ def project_backward(
 
 
 def _weights(key_projection: Tensor, value_projection: Tensor | None, k: Tensor) -> list[Tensor]:
-    """Return both projections, expanded to all samples and heads, in the accumulator's dtype."""
+    """Return both projections in the accumulator's dtype, expanded to all samples and heads."""
     both = (key_projection, key_projection if value_projection is None else value_projection)
     return [x.to(accumulator(k.dtype)).expand(*k.shape[:2], -1, -1) for x in both]
 
 
 def _add_products(total: Tensor, rows: Tensor, grads: Tensor, tile: Tile) -> None:
-    """Add rows_n . grads_j of a tile to total (heads or 1, N, K). rows: (pairs, tokens, width), grads: (pairs, K, width)."""
+    """Add rows_n . grads_j for a tile to `total` (heads or 1, N, K).
+
+    Args:
+        rows: (pairs, tokens, width).
+        grads: (pairs, K, width).
+    """
     _, heads, tokens = tile
     if len(total) == 1:
         total[0, tokens].addbmm_(rows, grads.mT)

@@ -1,4 +1,4 @@
-"""Rotary position embedding, and the gradient of its angles (see primitives/rotate.py for the equations)."""
+"""Rotary position embedding and the gradient of its angles (see primitives/rotate.py for the equations)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from .tiles import Rotation, groups, wide
 
 
 def rotate(q: Tensor, k: Tensor, rotary: Rotary, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Return q and k, rotated by their angles, or by the negative angles if `inverse`."""
+    """Return q and k rotated by their angles, or by the negative angles if `inverse`."""
     return _rotated(q, rotary, inverse), _rotated(k, rotary, inverse)
 
 
 def _rotated(x: Tensor, rotary: Rotary, inverse: bool) -> Tensor:
-    """Return x (B, H, N, D), rotated by the angles of its tokens, or by the negative angles if `inverse`."""
+    """Return x (B, H, N, D) rotated by the angles of its tokens, or by the negative angles if `inverse`."""
     rope = Rotation(rotary, accumulator(x.dtype))
     y = empty_like_tokens(x, x.shape[3])
     for group, _ in groups(x, x.shape[3]):
@@ -26,9 +26,9 @@ def _rotated(x: Tensor, rotary: Rotary, inverse: bool) -> Tensor:
 
 
 def angle_gradient(x: Tensor, dx: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
-    """Return u dv - v du of x and dx (B, H, N, D), summed over samples, and over heads if they share the angles.
+    """Return u dv - v du for x and dx (B, H, N, D), summed over samples, and over heads if they share the angles.
 
-    Where dx is 0, x is read as 0, even if it is NaN.
+    If an element of dx is 0, the factor that multiplies it is read as 0, even if it is NaN.
     """
     width = 2 * angles.shape[2]
     total = angles.new_zeros(angles.shape)

@@ -1,12 +1,13 @@
-"""Tiles of tokens, their rotation, and buffers, for the primitives in PyTorch.
+"""Tiles of tokens, rotations and buffers for the primitives in PyTorch.
 
-The PyTorch implementations are bodies of registered operators, so they do not use autograd: backward is written explicitly and
-recomputes what forward did not save. Logits exist for one tile of tokens at a time, in a buffer that all tiles share. Products
-and sums are in fp32 (fp64 for fp64 inputs); 16-bit inputs are cast a tile at a time.
+The PyTorch implementations are the bodies of registered operators, so they do not use autograd. Each backward is written
+explicitly and recomputes intermediate results that forward did not save. Only the logits for one tile of tokens are in memory
+at a time, in a buffer that all tiles share. Products and sums are computed in fp32 (fp64 for fp64 inputs). 16-bit inputs are
+cast one tile at a time.
 
 Shapes: slots (Bs, Hs, M, D) with Bs in {1, B} and Hs in {1, H}; q, k (B, H, N, D); v (B, H, N, E); values (B, H, M, E);
-mask bool (B, N); cos, sin fp32 (1 or H, N, R / 2) with R <= D: the rotary embedding of q or k, on the first R channels.
-Outputs and gradients of tokens have the layout of the tokens; other tensors are contiguous.
+mask bool (B, N); cos, sin fp32 (1 or H, N, R / 2) with R <= D, for a rotary embedding of the first R channels of q or k.
+Outputs and gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from torch import Tensor
 from ..layout import Rotary, accumulator, flattened
 
 LOG2E = 1 / math.log(2)  # logits are in base 2, because exp2 is several times faster than exp on a CPU
-# Logits per tile: few enough for the caches of a CPU core, enough to hide the overhead of calls and launches.
+# Logits per tile: few enough to fit in the caches of a CPU core, but enough to hide the overhead of calls and launches.
 TILE_CPU, TILE_GPU = 2**19, 2**24
-GRAIN, VECTORS = 2**15, 64  # elements per thread of PyTorch's pointwise operators; elements of two vectors of any CPU
+# GRAIN is the smallest number of elements per thread in PyTorch's pointwise operators. VECTORS is a multiple of the number of
+# elements in two vectors of any CPU.
+GRAIN, VECTORS = 2**15, 64
 
-# Samples and heads that are processed together, and a tile of their tokens: indices of (B, H, ...) and (B, H, N, ...).
+# A group of samples and heads that are processed together, as an index of (B, H, ...), and a tile of their tokens, as an index
+# of (B, H, N, ...).
 Group = tuple[slice, slice]
 Tile = tuple[slice, slice, slice]
 
 
 class Rotation:
-    """Rotary embedding: u' = u cos - v sin, v' = u sin + v cos. The identity if rotary is None.
+    """Rotary embedding u' = u cos - v sin, v' = u sin + v cos. If rotary is None, it is the identity.
 
     Pairs (u, v) are channels (2i, 2i + 1) if interleaved, else (i, i + R / 2).
     """
@@ -44,7 +48,7 @@ class Rotation:
         self.cos_of_both = None if cos is None or interleaved else self.cos.repeat(1, 1, 2)
 
     def __call__(self, x: Tensor, where: Group | Tile, inverse: bool = False, out: Tensor | None = None) -> Tensor:
-        """Rotate x (b, h, tokens, D), the rows of a group or a tile in the accumulator's dtype."""
+        """Rotate x (b, h, tokens, D), which has the tokens of a group or tile in the accumulator's dtype."""
         if self.cos is None:
             return x
         part = (slice(None) if len(self.cos) == 1 else where[1], *where[2:])
@@ -53,7 +57,7 @@ class Rotation:
         y[..., width:] = x[..., width:]
         if self.interleaved and _is_complex(x) and _is_complex(y):
             phases = self.phases[part]
-            # Not the lazy conj(), whose flag is ignored inside a compiled graph.
+            # conj() is lazy, and compiled graphs ignore the flag that it sets.
             phases = phases.conj_physical() if inverse else phases
             torch.mul(_complex(x[..., :width]), phases, out=_complex(y[..., :width]))
             return y
@@ -84,7 +88,7 @@ def _complex(x: Tensor) -> Tensor:
 
 
 class Scratch:
-    """Buffer that all tiles share. Page faults of new memory for each tile would take longer than the arithmetic."""
+    """A buffer that all tiles share. With new memory for each tile, page faults would take longer than the arithmetic."""
 
     def __init__(self, like: Tensor) -> None:
         self.memory = self.view = self.padded = like.new_empty(0)
@@ -101,10 +105,10 @@ class Scratch:
         return self.view
 
     def apply(self, function: Callable[..., Tensor]) -> Tensor:
-        """Apply function(x, out=x) to the current view, with the same rounding for all elements.
+        """Call function(x, out=x) on the current view with the same rounding for all elements.
 
-        PyTorch computes the last elements of each thread one by one, and its scalar exp2 rounds differently than its vectorized
-        one. The buffer is padded so that these elements are beyond the view. So the result of a sample does not depend on the
+        PyTorch computes the last elements of each thread one by one, and its scalar exp2 rounds differently from its vectorized
+        exp2. The buffer is padded so that these elements are beyond the view. So the result for a sample does not depend on the
         batch size.
         """
         function(self.padded, out=self.padded)
@@ -112,15 +116,17 @@ class Scratch:
 
 
 def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
-    """Split (batch, heads, tokens) into tiles: several samples or heads of short sequences, or some tokens of long ones.
+    """Split (batch, heads, tokens) into tiles.
 
-    Tiles are contiguous in memory if possible. If the heads of a token are adjacent, as in the output of a linear layer, a tile
-    has all heads of its tokens. A single head would read only a few cache lines of each page, with the latency of each.
+    If sequences are short, a tile contains several samples or heads. If they are long, it contains some of the tokens. Tiles
+    are contiguous in memory if possible. If the heads of a token are adjacent in memory, as in the output of a linear layer, a
+    tile contains all heads of its tokens. Reading a single head would touch only a few cache lines of each page, at the full
+    latency.
     """
     batch, heads, tokens, _ = x.shape
     room = max(1, (TILE_CPU if x.device.type == "cpu" else TILE_GPU) // slots)
     pairs = max(1, room // max(1, tokens))
-    if x.stride(1) < x.stride(2) and 4 * heads > pairs:  # then a tile has one sample, and flattening it needs no copy
+    if x.stride(1) < x.stride(2) and 4 * heads > pairs:  # then a tile has one sample, and can be flattened without a copy
         pairs = heads
     b_step, h_step = max(1, pairs // max(1, heads)), max(1, min(heads, pairs))
     n_step = room // (b_step * h_step)
@@ -133,15 +139,15 @@ def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
 
 
 def flat(x: Tensor, where: Group | Tile) -> Tensor:
-    """Return a group or a tile of x as (sample-head pairs, ...), in the accumulator's dtype.
+    """Return a group or a tile of x with samples and heads flattened into pairs, in the accumulator's dtype.
 
-    It is a view if x has that dtype and is contiguous or the group has one sample.
+    The result is a view if x already has this dtype, and is contiguous or the group has one sample.
     """
     return wide(x[where].flatten(0, 1))
 
 
 def read(x: Tensor, where: Group | Tile, mask: Tensor | None, rope: Rotation | None = None) -> Tensor:
-    """Return the tokens of a group or a tile, (pairs, tokens, width), with masked tokens as 0, and rotated."""
+    """Return the tokens of a group or a tile, (pairs, tokens, width). Masked tokens are 0, and `rope` is applied."""
     rows = wide(x[where])
     if mask is not None:
         rows = rows.masked_fill(~valid_tokens(mask, where)[..., None], 0.0)
@@ -156,9 +162,10 @@ def valid_tokens(mask: Tensor, where: Group | Tile) -> Tensor:
 
 
 def window(x: Tensor, where: Group | Tile, room: Scratch) -> Tensor:
-    """Return memory for the result of a group or a tile of x, (pairs, tokens, width).
+    """Return memory for the result for a group or a tile of x, (pairs, tokens, width).
 
-    It is a view of x if x has the dtype of `room` and the pairs can be flattened without a copy. Otherwise it is `room`.
+    This is a view of x if x has the dtype of `room` and samples and heads can be flattened without a copy. Otherwise it is a
+    view of `room`.
     """
     part = x[where]
     if part.dtype == room.memory.dtype and (len(part) == 1 or part.is_contiguous()):
@@ -167,7 +174,7 @@ def window(x: Tensor, where: Group | Tile, room: Scratch) -> Tensor:
 
 
 def write(x: Tensor, where: Group | Tile, rows: Tensor, rope: Rotation | None = None) -> None:
-    """Write computed rows to a group or a tile of x, rotated by the inverse of `rope`."""
+    """Write rows to a group or a tile of x, after rotating them by the inverse of `rope`."""
     part = x[where]
     rows = rows.view(part.shape)
     if rope is not None and rope.cos is not None:
@@ -178,10 +185,11 @@ def write(x: Tensor, where: Group | Tile, rows: Tensor, rope: Rotation | None = 
 
 
 def unused_rows(queries: Tensor, total: Tensor, dresult: Tensor) -> Tensor | None:
-    """Return which tokens of a tile, (pairs, tokens, 1), contain NaN or inf and have an output gradient of 0, as padding has.
+    """Return whether each token of a tile, (pairs, tokens, 1), contains NaN or inf but has output gradient 0, like padding.
 
-    Their gradients must be 0, but 0 times NaN is NaN. Returns None if no token contains NaN or inf, which is only checked on a
-    CPU, where it needs no synchronization. `total` alone is not sufficient: if all logits of a token are -inf, it is finite.
+    The gradients of these tokens must be 0, but 0 times NaN is NaN. Returns None if no token contains NaN or inf. This is only
+    checked on a CPU, because on a GPU it would synchronize. Checking only `total` is not enough, because `total` is finite if
+    all logits of a token are -inf.
     """
     broken = ~(queries.sum(-1, keepdim=True) + total).isfinite()
     if total.device.type == "cpu" and not broken.any():
@@ -190,20 +198,20 @@ def unused_rows(queries: Tensor, total: Tensor, dresult: Tensor) -> Tensor | Non
 
 
 def expand_slots(slots: Tensor, x: Tensor) -> Tensor:
-    """Return the slots, expanded to all samples and heads of x, in the accumulator's dtype."""
+    """Return the slots in the accumulator's dtype, expanded to all samples and heads of x."""
     return slots.to(accumulator(x.dtype)).expand(*x.shape[:2], -1, -1)
 
 
 def at_least_one(total: Tensor) -> Tensor:
-    """Return total with 1 for 0. Other totals are at least 1, because the largest exponential of a sum is exactly 1."""
+    """Return `total` with zeros replaced by 1. Others are at least 1, because the largest exponential in a sum is exactly 1."""
     return total.clamp(min=1)
 
 
 def slots_grad(sums: Tensor | None, slots: Tensor) -> Tensor:
-    """Return the gradient of the slots from the sums over the tokens of every sample and head."""
+    """Return the gradient of the slots, given its sums over tokens for every sample and head."""
     return slots.new_empty(0) if sums is None else sums.sum_to_size(slots.shape).to(slots.dtype).contiguous()
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return x in the dtype of sums, float32 or float64."""
+    """Return x in the accumulator's dtype, float32 or float64."""
     return x.to(accumulator(x.dtype))

@@ -1,9 +1,9 @@
-"""Depthwise convolution over tokens in plain PyTorch: a banded matrix times blocks of tokens.
+"""Depthwise convolution over tokens in plain PyTorch, by multiplying a banded matrix by blocks of tokens.
 
-BLOCK tokens depend on a window of BLOCK + taps - 1 tokens. One batched product with a Toeplitz matrix computes all blocks of a
-head, in as many samples as fit the caches. Products and sums are in fp32 (fp64 for fp64 inputs).
+BLOCK output tokens depend on a window of BLOCK + taps - 1 input tokens. One batched product with a Toeplitz matrix computes all
+blocks of one head, for as many samples as fit in the caches. Products and sums are computed in fp32 (fp64 for fp64 inputs).
 
-Shapes: v (B, H, N, E); weight (H, 1, taps, 1) with odd taps; mask bool (B, N). Outputs have the layout of v.
+Shapes: v (B, H, N, E); weight (H, 1, taps, 1) with odd taps; mask bool (B, N). Outputs have the same memory layout as v.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from ..layout import Needs, accumulator, empty_like_tokens
 
-BLOCK = 32  # larger blocks multiply more zeros of the band, smaller ones read more tokens twice
-ROOM = 2**18  # elements that are processed together
+BLOCK = 32  # larger blocks multiply by more zeros of the banded matrix, smaller blocks read more tokens twice
+ROOM = 2**18  # number of elements that are processed together
 
-# Samples, and the head, that are processed together.
+# The samples, and the head, that are processed together.
 Group = tuple[slice, int]
 
 
 def token_conv_forward(v: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
-    """Return out_t = sum_u w_u v_{t + u - taps // 2}, with masked tokens and padding as 0."""
+    """Return out_t = sum_u w_u v_{t + u - taps // 2}, where masked tokens and padding are 0."""
     out = empty_like_tokens(v, v.shape[3])
     for group, rows in _convolved(v, weight, mask):
         out[group] = rows
@@ -44,7 +44,7 @@ def token_conv_backward(
     dv_other: Tensor | None,
     needs: Needs,
 ) -> tuple[Tensor, Tensor]:
-    """Return dv + dv_other, 0 for masked tokens, and dweight. Those that `needs` does not request are empty.
+    """Return dv + dv_other, which is 0 for masked tokens, and dweight. Gradients that `needs` does not request are empty.
 
     dv_s = sum_u w_{taps - 1 - u} dout_{s + u - taps // 2}    dw_{taps - 1 - u} = sum_s v_s . dout_{s + u - taps // 2}
     """
@@ -59,7 +59,7 @@ def token_conv_backward(
 
 
 def _convolved(x: Tensor, weight: Tensor, mask: Tensor | None) -> Iterator[tuple[Group, Tensor]]:
-    """Yield groups and the convolution of each, (samples, N, E). The next group overwrites it."""
+    """Yield each group and its convolution, (samples, N, E), which is overwritten when the next group is computed."""
     rows = _Rows(x, weight.shape[2])
     bands = _bands(weight.to(rows.memory.dtype))
     memory = torch.empty_like(rows.blocks)
@@ -72,7 +72,7 @@ def _convolved(x: Tensor, weight: Tensor, mask: Tensor | None) -> Iterator[tuple
 def _weight_gradient(dout: Tensor, v: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
     taps = weight.shape[2]
     rows, others = _Rows(v, taps), _Rows(dout, taps)
-    # Products of token i of a block and token j of its window. Those of one tap are on the diagonal j - i.
+    # Products of token i of a block and token j of its window. The products for tap taps - 1 - u are on diagonal j - i = u.
     memory = rows.memory.new_empty(len(rows.blocks), BLOCK, BLOCK + taps - 1)
     products = memory.new_zeros(v.shape[1], BLOCK, BLOCK + taps - 1)
     for group in rows.groups():
@@ -85,7 +85,7 @@ def _weight_gradient(dout: Tensor, v: Tensor, weight: Tensor, mask: Tensor | Non
 
 
 def _bands(weight: Tensor) -> Tensor:
-    """Return the Toeplitz matrix of each head, (H, BLOCK, BLOCK + taps - 1), with w_u at column i + u of row i."""
+    """Return the Toeplitz matrix of each head, (H, BLOCK, BLOCK + taps - 1), with w_u in column i + u of row i."""
     num_heads, _, taps, _ = weight.shape
     bands = weight.new_zeros(num_heads, BLOCK, BLOCK + taps - 1)
     head, row, column = bands.stride()
@@ -94,10 +94,10 @@ def _bands(weight: Tensor) -> Tensor:
 
 
 class _Rows:
-    """Buffer for a head's tokens in some samples, one sample after the other with zeros in between.
+    """Buffer for the tokens of one head in some samples. Samples follow each other with zeros in between.
 
     Attributes:
-        blocks: (blocks, BLOCK, E). Zeros after the tokens of a sample separate it from the windows of the next one.
+        blocks: (blocks, BLOCK, E). Zeros after the tokens of a sample separate them from the windows of the next sample.
         windows: (blocks, BLOCK + taps - 1, E), each starting taps // 2 tokens before its block. A view of the same memory.
     """
 
@@ -117,11 +117,11 @@ class _Rows:
                 yield slice(first, first + self.samples), head
 
     def tokens_of(self, blocks: Tensor) -> Tensor:
-        """Return the tokens (samples, N, E) of the blocks of whole samples."""
+        """Return the tokens (samples, N, E) in the blocks of complete samples."""
         return blocks.view(-1, self.count * BLOCK, blocks.shape[2])[:, : self.tokens]
 
     def fill(self, x: Tensor, group: Group, mask: Tensor | None) -> int:
-        """Copy a group of x (B, H, N, E), with masked tokens as 0, and return the number of its blocks."""
+        """Copy a group of x (B, H, N, E), set masked tokens to 0, and return the number of its blocks."""
         part = x[group]
         used = len(part) * self.count
         rows = self.tokens_of(self.blocks[:used]).copy_(part)

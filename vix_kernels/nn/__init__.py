@@ -1,4 +1,4 @@
-"""Attention modules with timm's signature, one per file: x (batch, tokens, dim) in, the same shape out."""
+"""Attention modules with timm's signature, one per file. They map x (batch, tokens, dim) to a tensor of the same shape."""
 
 from importlib import import_module
 from pkgutil import iter_modules

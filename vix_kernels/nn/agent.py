@@ -1,4 +1,4 @@
-"""Agent attention: core and module."""
+"""Core and module of agent attention."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from .module import AttentionModule
 @register("agent")
 @dataclass(frozen=True)
 class Agent(Core):
-    """Agent attention (Han et al., arXiv 2312.08874). Agents are queries averaged over segments or grid cells, without rope.
+    """Agent attention (Han et al., arXiv 2312.08874). Agents are means of queries over segments or grid cells.
+
+    The queries are averaged before the rotary embedding.
 
     Attributes:
-        num_agents: number of agents for the tokens after the prefix; fewer if there are fewer tokens.
-        grid_size: height and width of the token map after the prefix; agents pool its cells. None: agents pool segments of
-            the sequence, or, in a model, cells of the site's grid after the site's prefix.
-        prefix_tokens: number of leading tokens (class, registers); each is a separate agent.
+        num_agents: number of agents for the tokens after the prefix, at most one per token.
+        grid_size: (height, width) of the grid that the tokens after the prefix form. Agents pool cells of this grid. None: use
+            the site's grid and prefix if it has a grid, otherwise pool segments of the sequence.
+        prefix_tokens: number of leading tokens (class, registers). Each of them is a separate agent.
     """
 
     num_agents: int = 49
@@ -69,15 +71,15 @@ class Agent(Core):
 
 
 class AgentAttention(AttentionModule):
-    """Agent attention (Han et al., arXiv 2312.08874) with timm's linear layers. Agents are pooled queries.
+    """Agent attention (Han et al., arXiv 2312.08874) with timm's linear layers. Agents are means of queries.
 
     Args:
-        num_agents: number of agents for the tokens after the prefix; fewer if there are fewer tokens.
-        grid_size: height and width of the token map after the prefix; agents pool its cells. None: agents pool segments of
-            the sequence.
-        prefix_tokens: number of leading tokens (class, registers); each is a separate agent.
+        num_agents: number of agents for the tokens after the prefix, at most one per token.
+        grid_size: (height, width) of the grid that the tokens after the prefix form. Agents pool cells of this grid. None:
+            they pool segments of the sequence.
+        prefix_tokens: number of leading tokens (class, registers). Each of them is a separate agent.
 
-    For the other arguments, see AttentionModule. Agents are pooled from queries without rotary embedding and are not rotated.
+    For the other arguments, see AttentionModule. The rotary embedding is not applied to agents.
     """
 
     def __init__(

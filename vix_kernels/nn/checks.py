@@ -1,4 +1,4 @@
-"""Argument checks of the modules. Each error names the argument, the expected value and the given value."""
+"""Argument checks for the modules. Each error names the argument and states the expected and the actual value."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_rate(name: str, rate: Any) -> None:
 
 
 def check_placement(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tokens: int) -> None:
-    """Check the number of landmarks or agents (the argument `name`) and their placement, independently of a sequence."""
+    """Check the number of landmarks or agents (the argument `name`) and the arguments that place them."""
     check_integer(name, count, 1)
     check_integer("prefix_tokens", prefix_tokens, 0)
     if grid_size is not None and min(check_grid(grid_size)) < 1:
@@ -36,17 +36,17 @@ def check_placement(name: str, count: int, grid_size: tuple[int, int] | None, pr
 
 
 def check_tokens(x: Tensor, dim: int, first: nn.Module | None = None) -> None:
-    """Check that x is (batch, tokens, dim) and, outside autocast, has the dtype of `first`, the linear layer applied to it."""
+    """Check that x is (batch, tokens, dim). Outside autocast, x must also have the dtype of `first`, its linear layer."""
     check_floating("x", x)
     if x.dim() != 3 or x.shape[2] != dim:
         raise ValueError(f"x: expected (batch, tokens, {dim}), got shape {tuple(x.shape)}")
-    # A quantized or otherwise replaced layer may accept other dtypes than its weight's.
+    # A layer that is not a plain nn.Linear, for example a quantized one, may accept dtypes that differ from its weight's.
     if type(first) is nn.Linear and x.dtype != first.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x: expected the module's dtype {dtype_name(first.weight.dtype)}, got {dtype_name(x.dtype)}")
 
 
 def check_call_grid(grid_size: tuple[int, int], tokens: int) -> None:
-    """Check that `grid_size` is a grid of `tokens`, the number of tokens after the prefix."""
+    """Check that a grid of `grid_size` has `tokens` cells, one for each token after the prefix."""
     rows, columns = check_grid(grid_size)
     if rows < 1 or columns < 1 or rows * columns != tokens:
         raise ValueError(f"grid_size: expected height * width = {tokens} tokens after the prefix, got {grid_size}")

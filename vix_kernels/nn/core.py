@@ -1,8 +1,8 @@
-"""Cores: attentions, independent of the modules that use them.
+"""Cores: definitions of attentions, independent of the modules that use them.
 
-A core is a frozen dataclass with the options of one attention. It declares its state and computes the attention. A shell
-holds a core: examples are the timm-style module of nn/module.py and a model of the zoo. Shells accept any core and refer to
-none by name, so a registered core works in all of them:
+A core is a frozen dataclass with the options of one attention. It declares the state of the attention, such as parameters, and
+computes it. Modules contain a core: for example, the timm-style module of nn/module.py and the attention layers of the models
+in models/ (the "zoo"). They accept any core without referring to it by name, so a registered core works in all of them:
 
     @register("efficient")
     @dataclass(frozen=True)
@@ -28,13 +28,13 @@ Some = TypeVar("Some", bound="Mixer")
 
 @dataclass(frozen=True)
 class Tokens:
-    """Masks and layout of the tokens of one call.
+    """Masks and layout of the tokens in one call.
 
     Attributes:
         key_padding_mask: bool (batch, tokens), True = valid.
-        cu_seqlens: int32 (samples + 1), start offsets of samples packed into one row. No core accepts it yet.
-        group: process group that the tokens are sharded over. No core accepts it yet.
-        grid_size, prefix_tokens: layout of this call, if it differs from the site's.
+        cu_seqlens: int32 (samples + 1), start offsets of samples that are packed into one row. Not supported by any core yet.
+        group: process group across which the tokens are sharded. Not supported by any core yet.
+        grid_size, prefix_tokens: layout of the tokens in this call, if it differs from the site's.
         self_attention: whether queries and keys are the same tokens.
     """
 
@@ -48,7 +48,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class SdpaArgs:
-    """Arguments that only an attention with explicit attention weights supports."""
+    """Arguments that require explicit attention weights, as in softmax attention."""
 
     attn_mask: Tensor | None = None
     dropout: float = 0.0
@@ -57,7 +57,7 @@ class SdpaArgs:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a core is mounted: its heads, its layer index in the model, and the model's token layout."""
+    """The place of a core in a model: the heads, the index of the layer, and the model's token layout."""
 
     head_dim: int
     num_heads: int
@@ -69,7 +69,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A declared buffer. With keep_dtype, it moves with its module but is never cast."""
+    """A buffer that a core declares. If keep_dtype is set, it moves to devices with its module but is never cast."""
 
     value: Tensor
     keep_dtype: bool = False
@@ -79,16 +79,16 @@ State = dict[str, nn.Parameter | Buffer | nn.Module | None]
 
 
 class Mixer:
-    """Base class of token mixers. Subclasses are frozen dataclasses of their options, which all have defaults.
+    """Base class for token mixers. Subclasses are frozen dataclasses whose fields are options with defaults.
 
     Attributes:
-        name: the registered name.
+        name: the name under which the mixer is registered.
         prefix_tokens, grid_size: placement of the slots, for mixers whose slots are pooled tokens.
-        presets: defaults that differ in the "zoo", or in a "host" model whose attention is replaced.
-        sited: options derived from the site; zoo models do not accept them.
-        has_extra_state: whether its modules have an extra state (extra_state, load_extra_state).
-        for_hosts: whether it can replace softmax attention in a host model.
-        not_for_hosts: the reason if it cannot, as the end of an error message.
+        presets: different defaults for models of the "zoo", or for a "host" model whose attention is replaced.
+        sited: names of options that are derived from the site. Zoo models do not accept them.
+        has_extra_state: whether modules with this mixer have an extra state (see extra_state, load_extra_state).
+        for_hosts: whether this mixer can replace softmax attention in a host model.
+        not_for_hosts: if it cannot, the reason, phrased as the end of an error message.
     """
 
     name: ClassVar[str]
@@ -102,7 +102,7 @@ class Mixer:
 
     @classmethod
     def made(cls: type[Some], preset: str, **options: Any) -> Some:
-        """Create a mixer from the defaults of a preset, overridden by `options`."""
+        """Create a mixer with the defaults of a preset, overridden by `options`."""
         return cls(**cls.presets.get(preset, {}) | options)
 
     @classmethod
@@ -110,11 +110,11 @@ class Mixer:
         return [each.name for each in fields(cls)]
 
     def accepts(self) -> frozenset[str]:
-        """Return the supported subset of rope, key_padding_mask, attn_mask, dropout, causal, cross, cu_seqlens and group."""
+        """Return which of rope, key_padding_mask, attn_mask, dropout, causal, cross, cu_seqlens and group are supported."""
         return frozenset({"rope", "key_padding_mask"})
 
     def reason(self, argument: str) -> str:
-        """Return why `argument` is not supported, as the end of an error message."""
+        """Return why `argument` is not supported, phrased as the end of an error message."""
         return {
             "attn_mask": "use key_padding_mask (batch, tokens)",
             "dropout": "there are no attention weights to drop",
@@ -131,15 +131,15 @@ class Mixer:
                 raise NotImplementedError(f"{name}: expected None, got {what}; {self.reason(name)}")
 
     def fit(self: Some, site: Site) -> Some:
-        """Return this mixer adapted to its site: slots on the site's grid, the seed of its layer."""
+        """Return this mixer adapted to `site`, for example with slots on the site's grid or a different seed for each layer."""
         return self
 
     def in_layer(self: Some, layer: int) -> Some:
-        """Return this mixer for the given layer. Random features should differ between layers."""
+        """Return this mixer adapted to the layer with this index. Random features should differ between layers."""
         return self
 
     def on_grid(self: Some, size: tuple[int, int]) -> Some:
-        """Return this mixer with its slots, if they are pooled tokens, on a grid (rows, columns): as many as fit evenly."""
+        """Return this mixer with its slots on a grid of (rows, columns), if they are pooled tokens. It may use fewer slots."""
         return self
 
     def describe(self) -> str:
@@ -148,11 +148,11 @@ class Mixer:
         return f"{self.name}{', ' if options else ''}{options}"
 
     def state(self, site: Site) -> State:
-        """Return the parameters, buffers and submodules that a module must hold, by name. None: not used with these options."""
+        """Return the parameters, buffers and submodules to register in a module, by name. None: unused with these options."""
         return {}
 
     def redraw(self, module: nn.Module) -> None:
-        """Draw new random features, if there are any."""
+        """Draw new random features. Does nothing if the mixer has none."""
 
     def extra_state(self, module: nn.Module) -> Tensor:
         raise NotImplementedError
@@ -163,53 +163,54 @@ class Mixer:
     def mix(
         self, module: nn.Module, x: Tensor, *, num_heads: int, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor:  # fmt: skip
-        """Map x (batch, tokens, dim) to the same shape. For mixers without q, k and v."""
+        """Mix the tokens of x (batch, tokens, dim), and return the same shape. Only for mixers without q, k and v."""
         raise NotImplementedError
 
 
 class Core(Mixer):
-    """An attention: a mixer of q, k and v."""
+    """Base class for attentions, which are mixers with q, k and v."""
 
     for_hosts = True
 
     def takes_trained_weights(self) -> bool:
-        """Return whether it approximates softmax attention well enough to run with weights trained for it."""
+        """Return whether it approximates softmax attention well enough to use weights that were trained with softmax."""
         return False
 
     def needs_module(self) -> bool:
-        """Return whether a module must hold its state, because the state is trained."""
+        """Return whether its state must be registered in a module, because the state is trained."""
         return type(self).state is not Mixer.state
 
     def derived(self, q: Tensor) -> Any:
-        """Return an object with the state for a call with q. It replaces the module if no module is needed."""
+        """Return an object with the state for a call with q. If needs_module() is False, `attend` accepts it as the module."""
         return None
 
     def weights_only(self: Some) -> Some:
-        """Return this core without residual terms, which have no attention weights."""
+        """Return this core without residual terms, because those have no attention weights."""
         return self
 
     def attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
-        """Attend: q, k and v (batch, heads, tokens, head_dim) to the same shape.
+        """Return the attention of q, k and v (batch, heads, tokens, head_dim), in the same shape.
 
-        `module` holds the state. The default scale is head_dim ** -0.5.
+        `module` has the state as attributes. The default scale is head_dim ** -0.5.
         """
         raise NotImplementedError
 
     def attend_tokens(
         self, module: nn.Module, x: Tensor, maps: nn.Linear, *, scale: float, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor | None:
-        """Attend from x (batch, tokens, dim) and the packed q, k, v layer `maps`, if that is faster than computing q, k and v.
+        """Return the attention of x (batch, tokens, dim), where `maps` is the packed linear layer for q, k and v.
 
-        Returns (batch, heads, tokens, head_dim), or None if it is not faster.
+        Cores implement this only if it is faster than computing q, k and v first. Returns (batch, heads, tokens, head_dim), or
+        None if it is not faster.
         """
         return None
 
 
 class Mounted(nn.Module):
-    """A module that holds the state of a mixer."""
+    """A module in which the state of a mixer is registered."""
 
     kept_dtypes: tuple[str, ...] = ()
 
@@ -227,7 +228,7 @@ class Mounted(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Mounted:
         before = {name: getattr(self, name) for name in self.kept_dtypes}
         super()._apply(fn, recurse)
-        # Move these buffers without a cast. Rounded random features would differ between ranks and degrade the estimate.
+        # Move these buffers without casting them. Rounded random features would differ between ranks and be less accurate.
         for name, value in before.items():
             if getattr(self, name).dtype != value.dtype:
                 setattr(self, name, value.to(getattr(self, name).device))
@@ -242,7 +243,7 @@ def register(name: str) -> Callable[[type[Some]], type[Some]]:
     """Register a mixer under `name`.
 
     Raises:
-        ValueError: another mixer has this name.
+        ValueError: a different mixer is already registered under this name.
     """
 
     def decorate(mixer: type[Some]) -> type[Some]:
@@ -257,7 +258,7 @@ def register(name: str) -> Callable[[type[Some]], type[Some]]:
 
 
 def subscribe(callback: Callable[[type[Mixer]], None]) -> None:
-    """Call `callback` with every registered mixer, including those registered later."""
+    """Call `callback` with every mixer that is registered, now or later."""
     _subscribers.append(callback)
     for mixer in CORES.values():
         callback(mixer)

@@ -1,4 +1,4 @@
-"""Fourier mixing: core and module."""
+"""Core and module of Fourier mixing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Fourier(Mixer):
     """Real part of the Fourier transform over tokens and channels (FNet).
 
     Attributes:
-        norm: None for the plain sums of the paper, or "ortho", which keeps the magnitude of the tokens. The plain sums are
+        norm: None for plain sums, as in the paper, or "ortho", which preserves the magnitude of the tokens. Plain sums are
             hundreds of times larger.
     """
 
@@ -51,7 +51,7 @@ class FourierMixing(MixingModule):
     """Fourier mixing (FNet) in place of attention. It has no parameters.
 
     Args:
-        norm: None for the plain sums of the paper, or "ortho", which keeps the magnitude of the tokens.
+        norm: None for plain sums, as in the paper, or "ortho", which preserves the magnitude of the tokens.
 
     For the other arguments, see MixingModule. Masks are not supported, because every frequency is a sum over all tokens.
     """

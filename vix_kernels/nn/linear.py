@@ -1,4 +1,4 @@
-"""Linear attention: core and module."""
+"""Core and module of linear attention."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .module import AttentionModule
 class Linear(Core):
     """Linear attention with an elementwise feature map of q and k.
 
-    `scale` is not used. It cancels with relu; with elu, training adapts to the unscaled q and k.
+    `scale` is ignored. With relu it would cancel. With elu, training adapts to the unscaled q and k.
 
     Attributes:
         feature_map: "relu" or "elu" (elu + 1).
-        eps: a number >= 0, added to the denominator.
+        eps: a number >= 0 that is added to the denominator.
     """
 
     feature_map: Literal["relu", "elu"] = "relu"
@@ -49,7 +49,7 @@ class LinearAttention(AttentionModule):
 
     Args:
         feature_map: "relu" or "elu" (elu + 1).
-        eps: a number >= 0, added to the denominator.
+        eps: a number >= 0 that is added to the denominator.
 
     For the other arguments, see AttentionModule.
     """

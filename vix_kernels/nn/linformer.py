@@ -1,4 +1,4 @@
-"""Linformer attention: core and module."""
+"""Core and module of Linformer attention."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .module import AttentionModule
 @register("linformer")
 @dataclass(frozen=True)
 class Linformer(Core):
-    """Linformer attention: keys and values are projected along the tokens.
+    """Linformer attention, which projects keys and values along the token axis.
 
     Attributes:
-        seq_len: the maximum sequence length; default the site's number of tokens. Shorter sequences use the first rows of
-            the projections.
-        num_landmarks: K, the number of slots that the tokens are projected to; may exceed the number of tokens.
+        seq_len: the maximum sequence length. Defaults to the site's number of tokens. Shorter sequences use the first rows
+            of the projections.
+        num_landmarks: K, the number of slots to which the tokens are projected. It may exceed the number of tokens.
         share_kv: whether keys and values share one projection.
         per_head: whether each head has a separate projection.
     """
@@ -72,10 +72,10 @@ class Linformer(Core):
     def attend_tokens(
         self, module: nn.Module, x: Tensor, maps: nn.Linear, *, scale: float, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor | None:
-        """Project x before the key and value layers: (E^T x) W = E^T (x W).
+        """Project x along the tokens before applying the key and value layers, because (E^T x) W = E^T (x W).
 
-        Rotary embedding needs the keys of all tokens, and per-head projections would need num_heads products with x; both
-        return None.
+        Returns None with a rotary embedding, which needs the keys of all tokens, and with per-head projections, which would
+        need num_heads products with x.
         """
         if self.per_head or rope is not None:
             return None
@@ -84,7 +84,7 @@ class Linformer(Core):
         q = rearrange(F.linear(x, weights[0], biases[0]), "b n (h d) -> b h n d", h=module.num_heads)
 
         def project(name: str) -> tuple[Tensor, Tensor]:
-            """Return E^T x (batch, K, dim) and E^T 1 (batch or 1, K, 1) over valid tokens. Padded tokens are 0 in x."""
+            """Return E^T x (batch, K, dim) and the sums of E over valid tokens (batch or 1, K, 1). x is 0 at padded tokens."""
             projection = check_token_projection(name, getattr(module, name), q)[0]
             # matmul would transpose x in memory; bmm does not.
             projected = torch.bmm(projection.mT.expand(x.shape[0], -1, -1), x)
@@ -107,14 +107,14 @@ class LinformerAttention(AttentionModule):
 
     Args:
         seq_len: the maximum sequence length. Shorter sequences use the first rows of the projections.
-        num_landmarks: K, the number of slots that the tokens are projected to; may exceed the number of tokens.
+        num_landmarks: K, the number of slots to which the tokens are projected. It may exceed the number of tokens.
         share_kv: whether keys and values share one projection.
         per_head: whether each head has a separate projection.
 
     For the other arguments, see AttentionModule.
 
-    The projections are the parameters `key_projection` and `value_projection` (None if shared), (seq_len, K) or
-    (num_heads, seq_len, K).
+    The projections are the parameters `key_projection` and `value_projection`, which is None if they are shared. Their shape is
+    (seq_len, K), or (num_heads, seq_len, K) if each head has a separate projection.
     """
 
     def __init__(

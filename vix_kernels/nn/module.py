@@ -1,4 +1,4 @@
-"""Timm-style modules that hold a core: x (batch, tokens, dim) in, the same shape out."""
+"""Timm-style modules that contain a core. They map x (batch, tokens, dim) to a tensor of the same shape."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from .packed_linear import packed_linear
 
 
 class MixerModule(Mounted):
-    """Base class of the modules for attentions and other mixers. Subclasses mount the core's state after their parameters.
+    """Base class for modules with a mixer, such as an attention.
+
+    Subclasses mount the core's state after creating their parameters.
 
     Attributes:
         core: the mixer, adapted to its site.
-        site: where the module is in a model; default a standalone module.
+        site: the place of the module in a model. By default, the module is not part of a model.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class MixerModule(Mounted):
         self.dim, self.num_heads, self.head_dim, self.backend = dim, num_heads, dim // num_heads, backend
 
     def core_on(self, grid_size: tuple[int, int], tokens: int) -> Mixer:
-        """Return the core for a call with `tokens` tokens, prefix included, on the grid `grid_size`."""
+        """Return the core for a call with `tokens` tokens, including the prefix, on a grid of `grid_size`."""
         check_call_grid(grid_size, tokens - self.core.prefix_tokens)
         return self.core if self.core.grid_size is None else self.core.on_grid(grid_size)
 
@@ -58,19 +60,19 @@ class MixerModule(Mounted):
 
 
 class AttentionModule(MixerModule):
-    """An attention with the linear layers of timm's `Attention`: same parameters, names and argument order.
+    """An attention with the linear layers of timm's `Attention`, with the same parameters, names and order of arguments.
 
     Args:
-        core: the attention.
+        core: the core of the attention.
         dim: width of the tokens; num_heads must divide it.
         num_heads: number of heads.
         qkv_bias, proj_bias: whether the two linear layers have a bias.
-        qk_norm: normalize q and k of each head with norm_layer(head_dim).
-        attn_drop, proj_drop: dropout rates of the attention weights and of the output. Linear-cost attentions have no
-            attention weights to drop and require attn_drop=0.
-        norm_layer: the norm of qk_norm; default torch.nn.LayerNorm.
+        qk_norm: whether to normalize q and k of each head with norm_layer(head_dim).
+        attn_drop, proj_drop: dropout rates for the attention weights and for the output. Linear-cost attentions do not compute
+            attention weights, so they require attn_drop=0.
+        norm_layer: the class of the norms if qk_norm is set. Defaults to torch.nn.LayerNorm.
         backend: backend of the attention and of the rotary embedding.
-        site: where the module is in a model.
+        site: the place of the module in a model.
     """
 
     core: Core
@@ -103,7 +105,7 @@ class AttentionModule(MixerModule):
 
     @property
     def has_weights(self) -> bool:
-        """Whether the attention has explicit attention weights, which can be masked or dropped."""
+        """Whether the attention has explicit attention weights, so that they can be masked or dropped."""
         return "attn_mask" in self.core.accepts()
 
     def forward(
@@ -123,13 +125,15 @@ class AttentionModule(MixerModule):
         Args:
             x: (batch, tokens, dim).
             attn_mask: (tokens, tokens), with optional leading dimensions. A bool mask is True where a query may attend to a
-                key; a float mask is added to the logits. Linear-cost attentions have no logits to mask and do not support it.
-            is_causal: an argument of timm's Attention; not supported.
+                key. A float mask is added to the logits. Linear-cost attentions do not support attn_mask, because they do not
+                compute these logits.
+            is_causal: exists for compatibility with timm's Attention. Must be False.
             key_padding_mask: bool (batch, tokens), True = valid. Padded tokens are replaced by 0.
             rope: rotary embedding of q and k.
-            cu_seqlens, group: packed samples, and a process group that the tokens are sharded over; not supported yet.
-            grid_size: (rows, columns) of the tokens after the prefix in this call. Landmarks and agents on a grid are placed
-                on this one; other attentions ignore it.
+            cu_seqlens, group: start offsets of packed samples, and the process group across which the tokens are sharded.
+                Neither is supported yet.
+            grid_size: (rows, columns) of the grid that the tokens after the prefix form in this call. If landmarks or agents
+                are placed on a grid, this grid is used instead of the core's. Other attentions ignore this argument.
         """
         check_tokens(x, self.dim, self.qkv)
         if key_padding_mask is not None:
@@ -160,7 +164,7 @@ class AttentionModule(MixerModule):
     def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None) -> Tensor:
         """Return the attention weights (batch, heads, tokens) of one token of x (batch, tokens, dim).
 
-        This is the token's row of the attention matrix. Residual terms are not included.
+        They are the token's row of the attention matrix. Residual terms, such as Nystrom's convolution, are not included.
         """
         q, k, _ = self.heads(x)
         core = self.core.weights_only()
@@ -175,16 +179,17 @@ class RedrawnAttentionModule(AttentionModule):
     """An attention module whose core draws random features. Its extra state counts the redraws.
 
     Attributes:
-        redraws: number of redraws, a Python integer because reading a tensor would wait for the device in every step.
+        redraws: the number of redraws. It is a Python integer, because reading a tensor in every step would synchronize
+            with the device.
     """
 
     redraws = 0
 
     def redraw_projection(self) -> None:
-        """Draw new random features. Ranks that have called this equally often have the same features.
+        """Draw new random features. Ranks that have called this method the same number of times have the same features.
 
-        Do not call it between a forward and its backward: activation checkpointing would recompute with other features. A
-        CUDA graph keeps the features it was captured with.
+        Do not call this method between a forward and its backward, because activation checkpointing would recompute the forward
+        with the new features. A CUDA graph keeps using the features with which it was captured.
         """
         self.core.redraw(self)
 
@@ -196,18 +201,18 @@ class RedrawnAttentionModule(AttentionModule):
 
 
 class MixingModule(MixerModule):
-    """A mixer without q, k and v in place of an attention. It has no linear layers.
+    """A mixer without q, k and v, which replaces an attention. The module has no linear layers.
 
     Args:
         core: the mixer.
         dim: width of the tokens; num_heads must divide it.
-        num_heads: number of heads that a rotary embedding rotates.
+        num_heads: number of heads, which only a rotary embedding uses.
         attn_drop: must be 0.
         proj_drop: dropout rate of the output.
         backend: backend of the mixer.
-        site: where the module is in a model.
+        site: the place of the module in a model.
 
-    The other arguments are accepted for timm's blocks and have no effect.
+    The other arguments are accepted for compatibility with timm's blocks, but have no effect.
     """
 
     def __init__(
@@ -245,7 +250,7 @@ class MixingModule(MixerModule):
 
         Args:
             x: (batch, tokens, dim).
-            rope: rotary embedding, applied to the heads of the tokens, since there are no queries and keys.
+            rope: rotary embedding. It is applied to the heads of the tokens, because there are no queries and keys.
 
         For the other arguments, see AttentionModule.forward.
         """
@@ -258,7 +263,7 @@ class MixingModule(MixerModule):
 
 
 def make_module(core: Mixer, dim: int, **options: Any) -> MixerModule:
-    """Create the module that holds `core`. Options are those of AttentionModule."""
+    """Create a module for `core`. `options` are arguments of AttentionModule."""
     if not isinstance(core, Core):
         return MixingModule(core, dim, **options)
     return (RedrawnAttentionModule if core.has_extra_state else AttentionModule)(core, dim, **options)

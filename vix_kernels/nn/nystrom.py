@@ -1,4 +1,4 @@
-"""Nystrom attention: core and module."""
+"""Core and module of Nystrom attention."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Nystrom(Core):
     """Nystrom attention. Landmarks are means over segments or grid cells.
 
     Attributes:
-        num_landmarks: number of landmarks for the tokens after the prefix; fewer if there are fewer tokens.
+        num_landmarks: number of landmarks for the tokens after the prefix, at most one per token.
         landmarks: "segment", "grid" or "pad_front", as in nystrom_attention.
-        grid_size: height and width of the token map after the prefix, for "grid"; default the site's.
-        prefix_tokens: number of leading tokens (class, registers); each is a separate landmark. If grid_size comes from the
-            site, so does this.
+        grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form. Defaults to the site's.
+        prefix_tokens: number of leading tokens (class, registers). Each of them is a separate landmark. If grid_size is derived
+            from the site, prefix_tokens is, too.
         pinv_iterations, pinv_init: as in nystrom_attention.
-        residual_conv_kernel: odd kernel size of the depthwise convolution of v over the tokens, which is added to the output;
-            0 for none.
+        residual_conv_kernel: odd kernel size of a depthwise convolution of v over the tokens. Its result is added to the
+            output. 0: no convolution.
     """
 
     num_landmarks: int = 64
@@ -71,7 +71,7 @@ class Nystrom(Core):
         return replace(self, grid_size=site.grid_size, prefix_tokens=site.prefix_tokens)
 
     def state(self, site: Site) -> State:
-        # Only the weight is used. A Conv2d gives it the name and shape of published checkpoints.
+        # Only the weight of this Conv2d is used. Its name and shape match published checkpoints.
         heads, taps = site.num_heads, self.residual_conv_kernel
         if not taps:
             return {"res_conv": None}
@@ -95,13 +95,13 @@ class NystromAttention(AttentionModule):
     """Nystrom attention with timm's linear layers.
 
     Args:
-        num_landmarks: number of landmarks for the tokens after the prefix; fewer if there are fewer tokens.
+        num_landmarks: number of landmarks for the tokens after the prefix, at most one per token.
         landmarks: "segment", "grid" or "pad_front", as in nystrom_attention.
-        grid_size: height and width of the token map after the prefix, for "grid".
-        prefix_tokens: number of leading tokens (class, registers); each is a separate landmark.
+        grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form.
+        prefix_tokens: number of leading tokens (class, registers). Each of them is a separate landmark.
         pinv_iterations, pinv_init: as in nystrom_attention.
-        residual_conv_kernel: odd kernel size of the depthwise convolution of v over the tokens, which is added to the output;
-            0 for none.
+        residual_conv_kernel: odd kernel size of a depthwise convolution of v over the tokens. Its result is added to the
+            output. 0: no convolution.
 
     For the other arguments, see AttentionModule. The convolution's weight is `res_conv.weight`.
     """

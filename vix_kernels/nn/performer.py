@@ -1,4 +1,4 @@
-"""Performer attention: core and module."""
+"""Core and module of Performer attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .module import RedrawnAttentionModule
 
 
 class Derived(NamedTuple):
-    """The state of a Performer without a module."""
+    """The state of Performer attention for calls without a module."""
 
     projection: Tensor
 
@@ -31,7 +31,7 @@ class Performer(Core):
     """Performer attention (FAVOR+) with random features.
 
     Attributes:
-        num_features: number of random features, M; default int(head_dim * ln(head_dim)), as published.
+        num_features: number of random features, M. Defaults to int(head_dim * ln(head_dim)), as published.
         seed: seed of the random features, 0 to 4095. Each layer of a model adds its index.
     """
 
@@ -62,7 +62,7 @@ class Performer(Core):
         return False
 
     def derived(self, q: Tensor) -> Any:
-        """Return the random features, which are cached outside the model."""
+        """Return the random features. They are cached per process, not stored in a module."""
         return Derived(random_features(q, self.features_of(q.shape[3]), self.seed))
 
     def state(self, site: Site) -> State:
@@ -71,7 +71,7 @@ class Performer(Core):
         return {"projection": Buffer(self.draw(site.head_dim, 0), keep_dtype=True)}
 
     def draw(self, head_dim: int, redraws: int) -> Tensor:
-        # A generator uses 32 bits of its seed: 12 bits for the layer's seed and 20 bits for a million redraws.
+        # A generator uses only 32 bits of its seed: 12 bits for the layer's seed and 20 bits for up to a million redraws.
         return orthogonal_projection(self.num_features, head_dim, seed=(self.seed << 20) + redraws)
 
     def redraw(self, module: nn.Module) -> None:
@@ -79,14 +79,14 @@ class Performer(Core):
         module.projection = self.draw(module.head_dim, module.redraws).to(module.projection.device)
 
     def extra_state(self, module: nn.Module) -> Tensor:
-        """Return `redraws` as a CPU tensor, which safetensors and averages of state dicts (timm's ModelEma) support."""
+        """Return `redraws` as a CPU tensor, because safetensors and timm's ModelEma only support tensors."""
         return torch.tensor(module.redraws, device="cpu")
 
     def load_extra_state(self, module: nn.Module, extra: Any) -> None:
-        """Load `redraws` from extra_state's tensor, an average of such tensors, or the dictionary of earlier checkpoints."""
+        """Load `redraws` from a tensor or, in earlier checkpoints, a dict. An average of several tensors is rounded."""
         redraws = extra["redraws"] if isinstance(extra, dict) else extra
         if isinstance(redraws, Tensor):
-            if redraws.is_meta:  # a state dict of shapes
+            if redraws.is_meta:  # a state dict without data
                 return
             redraws = redraws.item()
         module.redraws = round(redraws)
@@ -104,13 +104,13 @@ class PerformerAttention(RedrawnAttentionModule):
     """Performer attention (FAVOR+) with timm's linear layers.
 
     Args:
-        num_features: number of random features, M; default int(head_dim * ln(head_dim)), as published.
+        num_features: number of random features, M. Defaults to int(head_dim * ln(head_dim)), as published.
         seed: seed of the random features, 0 to 4095. It should differ between layers and must be the same on all ranks.
 
     For the other arguments, see AttentionModule.
 
-    The features are the persistent buffer `projection` (M, head_dim), which stays float32 when the module is cast. Only
-    `redraw_projection` changes them; `redraws` counts its calls.
+    The features are the persistent buffer `projection` (M, head_dim), which stays float32 when the module is cast. They change
+    only in `redraw_projection`, whose calls `redraws` counts.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class PerformerAttention(RedrawnAttentionModule):
 
 
 def random_features(q: Tensor, num_features: int, seed: int) -> Tensor:
-    """Return the orthogonal_projection for q's width, on q's device. It is drawn once per process and cached."""
+    """Return an orthogonal_projection for q's head_dim on q's device. It is drawn once per process and cached."""
     if torch.compiler.is_dynamo_compiling():
         return torch.ops.vix_kernels.random_features(q.detach(), num_features, seed)
     return _drawn(num_features, q.shape[3], seed, q.device)
@@ -143,12 +143,13 @@ def random_features(q: Tensor, num_features: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _drawn(num_features: int, width: int, seed: int, device: torch.device) -> Tensor:
-    # The cached tensor outlives this call, so it must not depend on the call's transforms and modes.
+    # The cached tensor outlives this call, so it must not depend on transforms and modes that are active now.
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         return orthogonal_projection(num_features, width, seed=seed).to(device)
 
 
-# Compilers cannot trace the drawing, so they see this operator. It clones because operators must not return cached memory.
+# Compilers cannot trace the drawing of features, so they see this operator. Operators must not return cached tensors, so it
+# returns a clone.
 library.define("random_features(Tensor q, SymInt num_features, int seed) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 library.impl(
     "random_features",

@@ -1,4 +1,4 @@
-"""Whether a call of a module may be replaced by its function."""
+"""Check whether a call to a module may be replaced by a call to the function that it computes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from ..primitives.registry import in_transform
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether calling `module` only runs the forward of `kind`: no subclass, hooks, compiler or transform."""
+    """Return whether calling `module` only runs the forward of `kind`, without a subclass, hooks, compiler or transform."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     return type(module) is kind and not hooked and not torch.compiler.is_compiling() and not in_transform()

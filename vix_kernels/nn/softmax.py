@@ -1,4 +1,4 @@
-"""Softmax attention: core and timm's `Attention`."""
+"""Core and module of softmax attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .module import AttentionModule
 @register("softmax")
 @dataclass(frozen=True)
 class Softmax(Core):
-    """softmax(scale q k^T) v, quadratic in the tokens: torch's scaled_dot_product_attention."""
+    """Softmax attention, softmax(scale q k^T) v, computed by torch's scaled_dot_product_attention in quadratic time."""
 
     for_hosts = False  # hosts already use softmax attention
 
@@ -45,7 +45,7 @@ class Softmax(Core):
 
 
 class Attention(AttentionModule):
-    """Multi-head softmax attention with timm's signature. See AttentionModule."""
+    """Multi-head softmax attention with the signature of timm's `Attention`. See AttentionModule for the arguments."""
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""One attention per file: its equation, the public function and a plain reference."""
+"""The attentions, one per file: the equation, the public function and a reference in plain PyTorch."""

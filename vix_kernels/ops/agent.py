@@ -2,7 +2,7 @@
 
     out = softmax(scale q a^T) softmax(scale a k^T) v                                            equation 4 of the paper
 
-The agents are the slots of both passes, and the second softmax has no bias:
+The agents are the slots in both passes. The second softmax has no bias:
 
     values, _ = aggregate(a, k, v)        out = broadcast(q, a, values)
 """
@@ -37,11 +37,11 @@ def agent_attention(
         q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
-        agents: (batch, heads, A, head_dim) in q's dtype, such as pooled queries. They are never rotated.
-        scale: factor of the logits in both softmaxes, > 0. Default: head_dim ** -0.5.
-        agent_mask: bool (batch, A), True = valid. Contents of other agents are ignored. Queries of a sample without any valid
-            agent return 0.
-        key_padding_mask: bool (batch, tokens), True = valid. Queries of a sample without any valid key return 0.
+        agents: (batch, heads, A, head_dim) in q's dtype, for example pooled queries. `rope` is not applied to them.
+        scale: factor of the logits in both softmaxes, > 0. Defaults to head_dim ** -0.5.
+        agent_mask: bool (batch, A), True = valid. The contents of invalid agents are ignored. If a sample has no valid agent,
+            its output is 0.
+        key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
         backend: "auto", "triton", "torch" or "reference".
 
@@ -49,15 +49,15 @@ def agent_attention(
         (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, agents and rope.angles.
 
     Raises:
-        ValueError, TypeError: an argument is invalid. The message names it, what was expected and what was passed.
-        RuntimeError: backend="triton" cannot run here. The message lists every reason.
+        ValueError, TypeError: an argument is invalid. The message names it and states the expected and the actual value.
+        RuntimeError: backend="triton" was requested but cannot run here. The message lists every reason.
     """
     q, k, v, agents = autocast(q, k, v, agents)
     check_qkv(q, k, v)
     check_mask(key_padding_mask, k)
     rotary = None if rope is None else check_rope(rope, q, k)
     check_agents(agents, agent_mask, q)
-    if agent_mask is not None:  # a NaN in a masked agent would reach the output: 0 times NaN is NaN
+    if agent_mask is not None:  # 0 times NaN is NaN, so a NaN in a masked agent would reach the output
         agents = agents.masked_fill(~agent_mask[:, None, :, None], 0)
     scale = check_scale(scale, q.shape[3])
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
@@ -82,7 +82,10 @@ def agent_attention_reference(
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """Evaluate the equation in plain PyTorch with both weight matrices in memory. Supports any device and transform."""
+    """Evaluate the equation in plain PyTorch, with both matrices of attention weights in memory.
+
+    Supports any device and torch.func transform.
+    """
     if key_padding_mask is not None:
         valid = key_padding_mask[:, None, :, None]
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
@@ -93,7 +96,7 @@ def agent_attention_reference(
 
 
 def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over the valid columns, mask (batch, M). Rows without a valid column are 0."""
+    """Return the softmax over the valid columns, given a mask (batch, M). Rows without a valid column are 0."""
     if mask is None:
         return logits.softmax(-1)
     valid, has_valid = mask[:, None, None], mask.any(-1)[:, None, None, None]
@@ -101,7 +104,7 @@ def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def check_agents(agents: Tensor, mask: Tensor | None, q: Tensor) -> None:
-    """Check agents (B, H, A, D), in q's dtype and on its device, and their mask, bool (B, A)."""
+    """Check agents (B, H, A, D), which must have q's dtype and device, and their mask, bool (B, A)."""
     batch, heads, _, width = q.shape
     check_tensor("agents", agents)
     if agents.dim() != 4 or agents.shape[2] == 0 or (*agents.shape[:2], agents.shape[3]) != (batch, heads, width):

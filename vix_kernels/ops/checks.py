@@ -1,4 +1,4 @@
-"""Argument checks shared by all attentions. An error names the argument, what was expected and what was passed."""
+"""Argument checks shared by all attentions. Each error names the argument and states the expected and the actual value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_tensor(name: str, x: Any) -> None:
-    """Check for a dense Tensor."""
+    """Check that x is a dense Tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.is_nested or x.layout != torch.strided:
@@ -26,7 +26,7 @@ def check_tensor(name: str, x: Any) -> None:
 
 
 def check_floating(name: str, x: Any) -> None:
-    """Check for a dense Tensor in one of DTYPES."""
+    """Check that x is a dense Tensor with one of DTYPES."""
     check_tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating dtype, got {dtype_name(x.dtype)}")
@@ -35,7 +35,7 @@ def check_floating(name: str, x: Any) -> None:
 
 
 def check_integer(name: str, value: Any, least: int | None = None) -> int:
-    """Return `value` if it is an integer >= `least`. Bools and whole floats are refused."""
+    """Return `value` if it is an integer >= `least`. Bools and floats such as 2.0 are rejected."""
     integer = isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
     if not integer or (least is not None and value < least):
         kind = f"an integer >= {least}" if least is not None else "an integer"
@@ -44,7 +44,7 @@ def check_integer(name: str, value: Any, least: int | None = None) -> int:
 
 
 def check_number(name: str, value: Any, *, zero: bool = False) -> float:
-    """Return `value` as a float if it is a finite Python number > 0, or >= 0 if `zero` is allowed."""
+    """Return `value` as a float if it is a finite Python number > 0. If `zero`, 0 is allowed, too."""
     kind = f"a finite number {'>=' if zero else '>'} 0"
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Python number, got a Tensor (reading it would wait for the device)")
@@ -56,7 +56,7 @@ def check_number(name: str, value: Any, *, zero: bool = False) -> float:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Check q (B, H, N, D), k (B, H, N', D) and v (B, H, N', E), in one floating dtype on one device."""
+    """Check q (B, H, N, D), k (B, H, N', D) and v (B, H, N', E), which must have the same floating dtype and device."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
         if x.dim() != 4:
@@ -79,7 +79,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_mask(mask: Tensor | None, k: Tensor, name: str = "key_padding_mask", columns: str = "key tokens") -> None:
-    """Check a mask over the tokens of k (B, H, N', D): bool (B, N'), True = valid."""
+    """Check that `mask` is None or a bool mask (B, N') for the tokens of k (B, H, N', D), where True = valid."""
     if mask is None:
         return
     check_tensor(name, mask)
@@ -93,7 +93,7 @@ def check_mask(mask: Tensor | None, k: Tensor, name: str = "key_padding_mask", c
 
 
 def check_projection(projection: Tensor, q: Tensor) -> Tensor:
-    """Check a projection. Return it as slots (1, heads or 1, M, D), in float32 (float64 for float64 tokens)."""
+    """Check a projection, and return it as slots (1, heads or 1, M, D) in float32, or in float64 if q is float64."""
     check_tensor("projection", projection)
     if projection.dim() not in (2, 3):
         raise ValueError(f"projection: expected shape (M, head_dim) or (heads, M, head_dim), got {tuple(projection.shape)}")
@@ -117,7 +117,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast floating tensors to autocast's dtype where it is enabled. float64 is not cast."""
+    """Cast floating tensors to autocast's dtype if autocast is enabled. float64 tensors are not cast."""
     if not all(isinstance(x, Tensor) for x in tensors):
         return tensors  # check_qkv raises the error
     device = tensors[0].device.type

@@ -3,9 +3,9 @@
     y = Re(F_tokens(F_channels(x)))                                                       equation 3 of the paper
     y_ab = sum_nd x_nd cos(2 pi (an / N + bd / D))
 
-F is the discrete Fourier transform. There are no parameters. The complex transforms cost four times as much as the sum: x is
-real, and only the real part of the result is used. Fast transforms of the folded halves of x, or products of these halves with
-cosines and sines, give the same result.
+F is the discrete Fourier transform. There are no parameters. The complex transforms in the first equation cost four times as
+much as necessary, because x is real and only the real part of the result is used. See primitives/dft.py for the symmetries that
+reduce the cost.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ NORMS = (None, "ortho")
 
 
 def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: str = "auto") -> Tensor:
-    """Mix tokens and channels: the real part of the Fourier transform over both.
+    """Mix tokens and channels by the real part of the Fourier transform over both.
 
     Args:
         x: (batch, tokens, channels), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
-        norm: None for plain sums, as torch.fft's "backward", or "ortho" to divide them by sqrt(tokens * channels).
+        norm: None for plain sums, as with norm="backward" in torch.fft, or "ortho" to divide them by sqrt(tokens * channels).
         backend: "auto", "triton", "torch" or "reference". For sizes at which a fast Fourier transform is faster than matrix
-            products, "triton" calls torch.fft, too. See vix_kernels.primitives.dft.MOST_WORK.
+            products, "triton" also calls torch.fft. See vix_kernels.primitives.dft.MOST_WORK.
 
     Returns:
-        (batch, tokens, channels) in x's dtype. Differentiable in x. Nothing is saved for backward.
+        (batch, tokens, channels) in x's dtype. Differentiable in x. No tensor is saved for backward.
 
-    Plain sums grow with the size: by sqrt(tokens * channels) if x is noise, by tokens * channels if it has a mean. In float16
-    the zero frequency, y[:, 0, 0] = x.sum((1, 2)), overflows beyond 65504. Use norm="ortho" or bfloat16 instead. For the same
-    reason x is not cast under autocast to float16. Padding tokens cannot be masked: zeros add nothing to the sums, but every
-    frequency depends on the length.
+    Plain sums grow with the size of x, in proportion to sqrt(tokens * channels) if x is noise with zero mean, and to
+    tokens * channels otherwise. In float16, the zero frequency y[:, 0, 0] = x.sum((1, 2)) overflows beyond 65504. Use
+    norm="ortho" or bfloat16 instead. For the same reason, autocast to float16 does not cast x. Padded tokens cannot be masked:
+    setting them to 0 removes them from the sums, but every frequency also depends on the number of tokens.
 
     Raises:
-        ValueError, TypeError: an argument is invalid. The message names it, what was expected and what was passed.
-        RuntimeError: backend="triton" cannot run here. The message lists every reason.
+        ValueError, TypeError: an argument is invalid. The message names it and states the expected and the actual value.
+        RuntimeError: backend="triton" was requested but cannot run here. The message lists every reason.
     """
     check_tokens(x)
     check_norm(norm)
@@ -54,15 +54,18 @@ def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: 
 
 
 def fourier_mixing_reference(x: Tensor, *, norm: str | None = None) -> Tensor:
-    """Apply the complex transform to x in plain PyTorch. Supports any device and transform."""
-    if x.shape[0] == 0:  # torch.fft refuses empty batches
+    """Evaluate the equation with a complex transform in plain PyTorch.
+
+    Supports any device and torch.func transform.
+    """
+    if x.shape[0] == 0:  # torch.fft does not support empty batches
         return x.clone()
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.fft.fft2(wide, norm=norm).real.to(x.dtype)
 
 
 def check_tokens(x: Tensor) -> None:
-    """Check for a floating tensor (B, N, D)."""
+    """Check that x is a floating tensor (B, N, D)."""
     check_tensor("x", x)
     if x.dim() != 3:
         raise ValueError(f"x: expected 3 dimensions (batch, tokens, channels), got shape {tuple(x.shape)}")

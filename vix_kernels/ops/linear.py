@@ -3,9 +3,10 @@
     out_n = sum_j phi_j(q_n) S_j / (sum_j phi_j(q_n) z_j + eps)                          equations 4 and 5 of the paper
     S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
 
-phi(x) is relu(x) (EfficientViT, arXiv 2205.14756) or elu(x) + 1 (the paper's). It is applied to each channel of x, or to each
-row of a projection: phi_j(x) = relu(w_j . x / D^(1/4)), the generalized features of Performer (arXiv 2009.14794). There are two
-passes: linear_aggregate computes S and z, linear_broadcast the output.
+phi(x) is relu(x) (EfficientViT, arXiv 2205.14756) or elu(x) + 1 (as in the paper). By default, it is applied to each channel of
+x. With a projection, it is applied to the product with each row w_j, for example phi_j(x) = relu(w_j . x / D^(1/4)). These are
+the generalized features of Performer (arXiv 2009.14794). There are two passes: linear_aggregate computes S and z, and
+linear_broadcast computes the output.
 """
 
 from __future__ import annotations
@@ -35,27 +36,27 @@ def linear_attention(
     rope: Rope | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention with the kernel phi(q) . phi(k), in time linear in the number of tokens.
+    """Attention with weights proportional to phi(q) . phi(k), in time linear in the number of tokens.
 
     Args:
         q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
         feature_map: phi, "relu" or "elu" (elu + 1).
-        projection: float32 (M, head_dim) or (heads, M, head_dim). phi is applied to head_dim ** -0.25 times the products of q
-            and k with its rows. None: phi is applied to the channels of q and k.
+        projection: float32 (M, head_dim) or (heads, M, head_dim). q and k are multiplied by each of its rows and by
+            head_dim ** -0.25 before phi is applied. None: phi is applied to the channels of q and k.
         eps: a number >= 0 that is added to the float32 denominator.
-        key_padding_mask: bool (batch, tokens), True = valid. Queries of a sample without any valid key return 0.
-        rope: rotary embedding of q and k before phi, applied inside the kernels. Requires as many queries as tokens.
+        key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
+        rope: rotary embedding of q and k, applied before phi inside the kernels. Requires as many queries as tokens.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, projection and rope.angles. With
-        relu, a query that shares no positive feature with any key returns 0.
+        relu, the output of a query is 0 if no key has a positive feature in common with it.
 
     Raises:
-        ValueError, TypeError: an argument is invalid. The message names it, what was expected and what was passed.
-        RuntimeError: backend="triton" cannot run here. The message lists every reason.
+        ValueError, TypeError: an argument is invalid. The message names it and states the expected and the actual value.
+        RuntimeError: backend="triton" was requested but cannot run here. The message lists every reason.
     """
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
@@ -84,7 +85,10 @@ def linear_attention_reference(
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """Evaluate the equations in plain PyTorch with all features in memory. Supports any device and transform."""
+    """Evaluate the equations in plain PyTorch, with all features in memory.
+
+    Supports any device and torch.func transform.
+    """
     if key_padding_mask is not None:
         valid = key_padding_mask[:, None, :, None]
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
@@ -100,7 +104,7 @@ def linear_attention_reference(
     z = phi_k.sum(-2, keepdim=True, dtype=wide)
     weights = phi_q * z
     total = weights.sum(-1, keepdim=True) + eps
-    # Weighted means instead of the equation's sums, which overflow in float16 when there are many tokens.
+    # Compute weighted means, because the sums in the equation overflow in float16 if there are many tokens.
     values = (phi_k / z.masked_fill(z == 0, 1)).to(v.dtype).mT @ v
     return (weights / total.masked_fill(total == 0, 1)).to(v.dtype) @ values
 

@@ -32,28 +32,28 @@ def linformer_attention(
     rope: Rope | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention to K learned combinations of the tokens.
+    """Softmax attention over K learned combinations of the tokens.
 
     Args:
         q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
-        key_projection: E, (tokens, K) or (heads, tokens, K), float32 or in q's dtype. It may have more rows than there are
-            tokens: a shorter sequence uses the first ones.
-        value_projection: F, in key_projection's shape and dtype. None: the key projection is used.
-        scale: factor of the logits, > 0. Default: head_dim ** -0.5.
-        key_padding_mask: bool (batch, tokens), True = valid. Padded tokens add nothing to K and V. Queries of a sample without
-            any valid key return 0.
-        rope: rotary embedding of q, and of k before it is projected, applied inside the kernels. Requires as many queries as
-            tokens.
+        key_projection: E, (tokens, K) or (heads, tokens, K), float32 or in q's dtype. If it has more rows than there are
+            tokens, only the first rows are used.
+        value_projection: F, with the shape and dtype of key_projection. None: key_projection is also used for values.
+        scale: factor of the logits, > 0. Defaults to head_dim ** -0.5.
+        key_padding_mask: bool (batch, tokens), True = valid. Padded tokens do not contribute to K and V. If a sample has no
+            valid key, its output is 0.
+        rope: rotary embedding of q and k, applied inside the kernels. k is rotated before it is projected. Requires as many
+            queries as tokens.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, both projections and rope.angles.
 
     Raises:
-        ValueError, TypeError: an argument is invalid. The message names it, what was expected and what was passed.
-        RuntimeError: backend="triton" cannot run here. The message lists every reason.
+        ValueError, TypeError: an argument is invalid. The message names it and states the expected and the actual value.
+        RuntimeError: backend="triton" was requested but cannot run here. The message lists every reason.
     """
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
@@ -77,7 +77,7 @@ def linformer_attention(
 
 
 def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, backend: str) -> Tensor:
-    """Return softmax(scale q keys^T) values for given slots.
+    """Return softmax(scale q keys^T) values for slots that are already projected.
 
     Args:
         q: (batch, heads, queries, head_dim).
@@ -102,7 +102,10 @@ def linformer_attention_reference(
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """Evaluate the equation in plain PyTorch with all N x K weights in memory. Supports any device and transform."""
+    """Evaluate the equation in plain PyTorch, with all N x K attention weights in memory.
+
+    Supports any device and torch.func transform.
+    """
     if key_padding_mask is not None:
         valid = key_padding_mask[:, None, :, None]
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
@@ -114,7 +117,7 @@ def linformer_attention_reference(
 
 
 def check_token_projection(name: str, projection: Tensor, k: Tensor) -> Tensor:
-    """Check a projection of k's tokens. Return its first rows as (heads or 1, tokens, K)."""
+    """Check a projection for k's tokens, and return its first k.shape[2] rows as (heads or 1, tokens, K)."""
     check_tensor(name, projection)
     if projection.dim() not in (2, 3) or projection.shape[-1] == 0:
         raise ValueError(f"{name}: expected shape (tokens, K) or (heads, tokens, K), got {tuple(projection.shape)}")

@@ -3,14 +3,14 @@
     out = F Z B v + conv(v),    F = softmax(scale q k~^T),    B = softmax(scale q~ k^T)                 equation 13 of the paper
     Z ~ pinv(A),    A = softmax(scale q~ k~^T)
 
-q~ and k~ are landmarks: means of queries and of keys over segments of the sequence or cells of a grid. They are the slots of
-two passes, with the pseudo-inverse of a small matrix in between:
+q~ and k~ are landmarks: means of queries and of keys over segments of the sequence or cells of a grid. They are the slots in
+two passes. Between these passes, the values are multiplied by the pseudo-inverse Z of a small matrix:
 
     values = aggregate(q~, k, v)        out = broadcast(q, k~, Z values)
 
-Attention weights between tokens and landmarks, or between tokens, are never stored. Z is the result of six steps of a
-third-order iteration (equation 11 of the paper). It is not the limit of this iteration, but a filter on the spectrum of A that
-is part of the model.
+Attention weights between tokens and landmarks, or between tokens, are never stored. Z is the result of a few steps of a
+third-order iteration (equation 11 of the paper), six by default. In general, Z has not converged to the pseudo-inverse after
+these steps. It acts as a filter on the spectrum of A, and trained weights depend on this filter.
 """
 
 from __future__ import annotations
@@ -52,29 +52,32 @@ def nystrom_attention(
     rope: Rope | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Approximation of softmax(scale q k^T) v through landmarks.
+    """Approximate softmax(scale q k^T) v with landmarks.
 
     Args:
         q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
-        num_landmarks: number of means of the tokens after the prefix. At most the number of these tokens.
-        landmarks: which tokens a landmark is the mean of.
-            "segment": segments of the sequence. If their number does not divide the tokens, the first are one token shorter.
-            "grid": cells of the (height, width) map `grid_size`, by adaptive average pooling to num_landmarks = rows x columns
-            cells that are closest to squares. Much more accurate on images.
-            "pad_front": segments of the sequence after zero tokens are added in front, up to a multiple of num_landmarks.
-            Without a mask these tokens are keys, too. Compatible with weights of the package nystrom-attention.
-        grid_size: height and width of the token map after the prefix, for "grid".
-        prefix_tokens: leading tokens (class, registers). Each is one more landmark, in addition to num_landmarks.
-        pinv_iterations: steps of the pseudo-inverse. Use the number that the weights were trained with.
-        pinv_init: s of the iteration's first matrix, A^T / s. "exact": the largest column sum of each A. "original": the
-            largest one of all heads and samples, so samples depend on each other. Use it for weights of the published code.
-        conv_weight: (heads, 1, taps, 1), weight of a depthwise Conv2d over the tokens of v, with odd taps. Its result is added
-            to the output.
-        scale: factor of the logits, > 0. Default: head_dim ** -0.5.
+        num_landmarks: number of landmarks for the tokens after the prefix, at most one per token.
+        landmarks: how tokens are grouped. Each landmark is the mean of one group.
+            "segment": segments of the sequence. If num_landmarks does not divide the number of tokens, the first segments are
+            one token shorter than the others.
+            "grid": cells of the (height, width) grid `grid_size`, as in adaptive average pooling. Of all cell layouts with
+            rows * columns = num_landmarks, the one whose cells are closest to squares is used. Much more accurate on images.
+            "pad_front": segments of the sequence after zero tokens are added at the front, up to a multiple of num_landmarks.
+            Without a mask, queries also attend to these zero tokens. Compatible with weights from the package
+            nystrom-attention.
+        grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form.
+        prefix_tokens: number of leading tokens (class, registers). Each is one more landmark, in addition to num_landmarks.
+        pinv_iterations: number of steps of the pseudo-inverse. Use the number with which the weights were trained.
+        pinv_init: how to choose s for the iteration's first matrix, A^T / s. "exact": the largest column sum of each A.
+            "original": the largest column sum over all heads and samples, so that the output of a sample depends on the rest of
+            the batch. Use "original" for weights from the published code.
+        conv_weight: (heads, 1, taps, 1), the weight of a depthwise Conv2d over the tokens of v. The number of taps must be odd.
+            The result of the convolution is added to the output.
+        scale: factor of the logits, > 0. Defaults to head_dim ** -0.5.
         key_padding_mask: bool (batch, tokens), True = valid. If there are as many queries as tokens, it also excludes padded
-            queries from the landmarks of q. A sample without any valid key returns 0.
+            queries from the landmarks of q. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels before landmarks are computed. Requires as many queries as
             tokens.
         backend: "auto", "triton", "torch" or "reference".
@@ -83,8 +86,8 @@ def nystrom_attention(
         (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, conv_weight and rope.angles.
 
     Raises:
-        ValueError, TypeError: an argument is invalid. The message names it, what was expected and what was passed.
-        RuntimeError: backend="triton" cannot run here. The message lists every reason.
+        ValueError, TypeError: an argument is invalid. The message names it and states the expected and the actual value.
+        RuntimeError: backend="triton" was requested but cannot run here. The message lists every reason.
     """
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
@@ -130,7 +133,10 @@ def nystrom_attention_reference(
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """Evaluate the equations in plain PyTorch with all N x L weights in memory. Supports any device and transform."""
+    """Evaluate the equations in plain PyTorch, with all N x L attention weights in memory.
+
+    Supports any device and torch.func transform.
+    """
     mask, q_mask = key_padding_mask, mask_of_queries(key_padding_mask, q)
     rotary = None if rope is None else rope.differentiable
     q_marks, k_marks, q_counts, k_counts = landmarks_reference(q, k, q_mask=q_mask, k_mask=mask, **pool, rotary=rotary)
@@ -145,7 +151,7 @@ def nystrom_attention_reference(
 def _pad_front(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None, num_landmarks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Rope | None]:
-    """Add zero tokens in front, up to a multiple of num_landmarks. They are not rotated."""
+    """Add zero tokens at the front, up to a multiple of num_landmarks, and extend the mask and the rotary tables."""
 
     def pad(x: Tensor, tokens: int, value: float = 0.0) -> Tensor:
         return F.pad(x, (0, 0, -tokens % num_landmarks, 0), value=value)

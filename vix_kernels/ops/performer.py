@@ -3,11 +3,12 @@
     phi_j(x) = exp(c w_j . x - c^2 |x|^2 / 2),   c = sqrt(scale)                                    equation 5 of the paper
     out_n = sum_j phi_j(q_n) S_j / sum_j phi_j(q_n) z_j,    S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
 
-The random features w_j are the slots of two softmax attentions. With values_j = S_j / z_j and lse_j = log z_j,
+The vectors w_j are random. They are the slots in two softmax attentions:
 
     values, lse = aggregate(w, k, v)        out = broadcast(q, w, values, lse)
 
-computes the same result: |q_n|^2 cancels, and the rest is a softmax. It needs no eps and no stabilizer, and does not underflow.
+Here values_j = S_j / z_j and lse_j = log z_j. The result equals the equations above, because the terms in |q_n|^2 cancel and
+the remaining weights are a softmax. Unlike direct evaluation, this needs no eps and no stabilizer, and does not underflow.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ def performer_attention(
     rope: Rope | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Unbiased linear-cost estimate of softmax(scale q k^T) v.
+    """Estimate softmax(scale q k^T) v with random features, in time linear in the number of tokens.
 
     Args:
         q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
         projection: random features, float32 (M, head_dim) or (heads, M, head_dim). See orthogonal_projection.
-        scale: factor of the logits, > 0. Default: head_dim ** -0.5. Features are those of sqrt(scale) q and sqrt(scale) k.
-        key_padding_mask: bool (batch, tokens), True = valid. Queries of a sample without any valid key return 0.
+        scale: factor of the logits, > 0. Defaults to head_dim ** -0.5. q and k are multiplied by sqrt(scale).
+        key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
         backend: "auto", "triton", "torch" or "reference".
 
@@ -51,8 +52,8 @@ def performer_attention(
         (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, projection and rope.angles.
 
     Raises:
-        ValueError, TypeError: an argument is invalid. The message names it, what was expected and what was passed.
-        RuntimeError: backend="triton" cannot run here. The message lists every reason.
+        ValueError, TypeError: an argument is invalid. The message names it and states the expected and the actual value.
+        RuntimeError: backend="triton" was requested but cannot run here. The message lists every reason.
     """
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
@@ -78,7 +79,10 @@ def performer_attention_reference(
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """Evaluate the equations in plain PyTorch with all N x M features in memory. Supports any device and transform."""
+    """Evaluate the equations in plain PyTorch, with all N x M features in memory.
+
+    Supports any device and torch.func transform.
+    """
     if key_padding_mask is not None:
         valid = key_padding_mask[:, None, :, None]
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
@@ -104,20 +108,20 @@ def orthogonal_projection(
     num_heads: int | None = None,
     scaling: Literal["chi", "sqrt"] = "chi",
 ) -> Tensor:
-    """Random features in orthogonal blocks (section 3 of the paper), Haar distributed.
+    """Draw random features in orthogonal blocks that are Haar distributed (section 3 of the paper).
 
     Args:
-        num_features: M.
-        head_dim: D. Each block of D rows is orthogonal. The last block may have fewer rows.
+        num_features: M, the number of rows.
+        head_dim: D, the number of columns. The rows of each block of D rows are orthogonal. The last block may be smaller.
         seed: the same seed gives the same features on every rank and device and in every run.
-        num_heads: draw separate features for each of `num_heads` heads. None: one set for all heads.
-        scaling: lengths of the rows. "chi": those of independent Gaussian vectors. "sqrt": sqrt(D).
+        num_heads: if given, draw separate features for each of `num_heads` heads. None: draw one set for all heads.
+        scaling: "chi": the rows have the same length distribution as Gaussian vectors. "sqrt": their length is sqrt(D).
 
     Returns:
         float32 (M, D) or (num_heads, M, D), on the CPU.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type. The message names it.
+        ValueError, TypeError: an argument is out of range or has the wrong type. The message names the argument.
     """
     check_integer("num_features", num_features, 1)
     check_integer("head_dim", head_dim, 1)

@@ -1,4 +1,4 @@
-"""Segments of a sequence, or cells of a grid, whose means are landmarks or agents."""
+"""Pooling of tokens over segments of a sequence or cells of a grid, for landmarks and agents."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .checks import check_integer
 
 
 def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tokens: int, tokens: int) -> dict[str, Any]:
-    """Return the options of primitives.landmarks that pool tokens to `count` means.
+    """Return the options with which primitives.landmarks pools tokens into `count` means.
 
-    Tokens after the prefix are pooled in segments, or with a grid in rows x columns = count cells that are closest to squares.
-    Each token of the prefix is one more mean.
+    Without a grid, tokens after the prefix are pooled over segments of the sequence. With a grid, they are pooled over rows *
+    columns = count cells that are as close to squares as possible. In addition, each token of the prefix becomes a mean.
 
     Args:
-        name: name of the argument `count` in error messages.
-        count: number of means of the tokens after the prefix.
+        name: name of the argument in error messages about `count`.
+        count: number of means for the tokens after the prefix.
         grid_size: (height, width) of the grid that the tokens after the prefix form.
         prefix_tokens: number of leading tokens that are not pooled.
-        tokens: number of all tokens.
+        tokens: total number of tokens, including the prefix.
     """
     if not 0 <= check_integer("prefix_tokens", prefix_tokens) < tokens:
         raise ValueError(f"prefix_tokens: expected 0 to {tokens - 1} of {tokens} tokens, got {prefix_tokens!r}")
@@ -43,7 +43,7 @@ def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tok
 
 
 def check_grid(grid_size: Any) -> tuple[int, int]:
-    """Check that grid_size is two integers, and return them."""
+    """Check that grid_size is a tuple or list of two integers, and return them."""
     if not isinstance(grid_size, tuple | list) or len(grid_size) != 2:
         raise TypeError(f"grid_size: expected (height, width), got {grid_size!r}")
     height, width = (check_integer("grid_size", size) for size in grid_size)
@@ -51,7 +51,7 @@ def check_grid(grid_size: Any) -> tuple[int, int]:
 
 
 def at_most(count: int, tokens: int) -> int:
-    """Return min(count, tokens). torch.export would turn `min` itself into a symbolic size if `tokens` is dynamic."""
+    """Return min(count, tokens). With a dynamic `tokens`, torch.export would turn the builtin `min` into a symbolic size."""
     return count if count <= tokens else tokens
 
 
@@ -66,7 +66,7 @@ def _split(name: str, count: int, rows: int, columns: int) -> tuple[int, int]:
 def pooled_queries(
     q: Tensor, num_agents: int, *, grid_size: tuple[int, int] | None, prefix_tokens: int, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the pooled queries (batch, heads, agents, head_dim) and the number of tokens in each mean (batch, agents)."""
+    """Return means of queries (batch, heads, agents, head_dim), and the number of valid tokens in each (batch, agents)."""
     pool = pooling("num_agents", num_agents, grid_size, prefix_tokens, q.shape[2])
     backend = backends.resolve(backend, q, q.shape[3])
     if backend == "reference":
@@ -75,12 +75,12 @@ def pooled_queries(
 
 
 def most_cells(grid: tuple[int, int], most: int) -> int:
-    """Return the largest number <= `most` of cells that a grid of (rows, columns) can be divided into."""
+    """Return the largest number of cells, at most `most`, into which a grid of (rows, columns) can be divided."""
     rows, columns = grid
     return max(a * min(most // a, columns) for a in range(1, min(rows, most) + 1))
 
 
 def place(grid_size: tuple[int, int] | None, prefix_tokens: int) -> str:
-    """Describe the placement of landmarks or agents, for printing."""
+    """Describe the placement of landmarks or agents in words."""
     where = "in segments" if grid_size is None else f"on the grid {grid_size[0]} x {grid_size[1]}"
     return where + (f", {prefix_tokens} prefix token{'s' * (prefix_tokens > 1)}" if prefix_tokens else "")

@@ -2,8 +2,8 @@
 
     u' = u cos(theta) - v sin(theta)        v' = u sin(theta) + v cos(theta)        theta_{t,i} = t base^(-2i / R)
 
-for every pair (u, v) of the first R channels of a query or key at position t. rope_axial and rope_mixed define other angles.
-Angles, cosines and sines are float32 for every dtype of the tokens. Fixed angles are computed in float64.
+This rotates every pair (u, v) of the first R channels of a query or key at position t. rope_axial and rope_mixed use different
+angles. Angles, cosines and sines are float32 for every dtype of the tokens. Fixed angles are computed in float64.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ LAYOUTS = ("interleaved", "half")
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """Tables of cosines and sines that rotate the channels of every token.
+    """Tables of cosines and sines with which the channels of every token are rotated.
 
     Attributes:
-        cos: float32 (heads or 1, tokens, R / 2). float64 is valid for float64 tokens only.
-        sin: as cos.
-        layout: pairs of channels: (2i, 2i + 1) for "interleaved", (i, i + R / 2) for "half".
-        angles: the angles of cos and sin if they require a gradient, else None. See Rope.of.
-        remake: recomputes this Rope from the tensors that the angles depend on. Copies and pickles store it instead of the
-            angles, which are part of an autograd graph.
+        cos, sin: float32 (heads or 1, tokens, R / 2). float64 tables are only valid for float64 tokens.
+        layout: which channels form a pair: (2i, 2i + 1) for "interleaved", (i, i + R / 2) for "half".
+        angles: the angles from which cos and sin were computed if they require a gradient, else None. See Rope.of.
+        remake: a function that recomputes this Rope from the tensors on which the angles depend. Copying and pickling use this
+            function, because the angles are part of an autograd graph.
     """
 
     cos: Tensor
@@ -74,7 +73,7 @@ class Rope:
 
     @staticmethod
     def of(angles: Tensor, layout: Layout = "interleaved") -> Rope:
-        """Rotation by `angles`, float32 (heads or 1, tokens, R / 2). Differentiable in them if they require a gradient."""
+        """Return the rotation by `angles`, float32 (heads or 1, tokens, R / 2). It is differentiable in `angles`."""
         check_floating("angles", angles)
         if angles.dtype not in (torch.float32, torch.float64) or angles.dim() != 3 or 0 in angles.shape:
             got = f"{dtype_name(angles.dtype)} {tuple(angles.shape)}"
@@ -106,17 +105,17 @@ class Rope:
 
     @property
     def rotary(self) -> Rotary:
-        """The tables in the form that primitives expect."""
+        """The tables in the form that the primitives expect."""
         return Rotary(self.cos, self.sin, self.interleaved, self.angles)
 
     @property
     def differentiable(self) -> Rotary:
-        """The tables for references: functions of the angles if these require a gradient, so that autograd reaches them."""
+        """The tables for reference implementations, computed from the angles if these require a gradient."""
         cos, sin = (self.cos, self.sin) if self.angles is None else (self.angles.cos(), self.angles.sin())
         return Rotary(cos, sin, self.interleaved)
 
     def to(self, device: torch.device | str) -> Rope:
-        """Return the same rotation on another device."""
+        """Return the same rotation on `device`."""
         angles = None if self.angles is None else self.angles.to(device)
         return Rope(self.cos.to(device), self.sin.to(device), self.layout, angles)
 
@@ -130,21 +129,21 @@ def rope_1d(
     prefix_tokens: int = 0,
     device: torch.device | str | None = None,
 ) -> Rope:
-    """Rope of a sequence: angles t * base^(-2i / dim) for positions t = 0 .. tokens - 1.
+    """Return the Rope for a sequence, with angles t * base^(-2i / dim) for positions t = 0 .. tokens - 1.
 
     Args:
-        tokens: number of rotated tokens.
+        tokens: number of tokens, without the prefix.
         dim: R, the number of rotated channels, even. If it is less than head_dim, the last channels are not rotated.
-        base: the longest wavelength is 2 pi base.
+        base: base of the frequencies. The longest wavelength is less than 2 pi base.
         layout: "interleaved" (RoFormer, GPT-J, timm) or "half" (GPT-NeoX, Llama).
-        prefix_tokens: leading tokens (class, registers) that are not rotated and not counted in `tokens`.
+        prefix_tokens: number of leading tokens (class, registers) that are not rotated and not counted in `tokens`.
         device: device of the tables.
 
     Returns:
-        A Rope with float32 tables (1, prefix_tokens + tokens, R / 2) for all heads.
+        A Rope whose tables are float32 (1, prefix_tokens + tokens, R / 2), the same for all heads.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type. The message names it.
+        ValueError, TypeError: an argument is out of range or has the wrong type. The message names the argument.
     """
     check_integer("tokens", tokens, 1)
     frequencies = _frequencies(dim, 2, base)
@@ -162,21 +161,21 @@ def rope_axial(
     prefix_tokens: int = 0,
     device: torch.device | str | None = None,
 ) -> Rope:
-    """Rope of a grid of tokens in raster order (Heo et al., Rotary Position Embedding for ViT, arXiv 2403.13298).
+    """Return the Rope for a grid of tokens in raster order (Heo et al., Rotary Position Embedding for ViT, arXiv 2403.13298).
 
-    theta_i is x base^(-4i / dim) for the first half of the pairs and y base^(-4i / dim) for the second, i < dim / 4. x is the
-    column of the token and y its row, both from 0.
+    theta_i is x base^(-4i / dim) for the first half of the pairs and y base^(-4i / dim) for the second half, where i < dim / 4.
+    x is the column of the token and y is its row. Both start at 0.
 
     Args:
-        height, width: rows and columns of the grid.
+        height, width: numbers of rows and columns of the grid.
         dim: R, the number of rotated channels, a multiple of 4.
         base, layout, prefix_tokens, device: as in rope_1d.
 
     Returns:
-        A Rope with float32 tables (1, prefix_tokens + height * width, R / 2) for all heads.
+        A Rope whose tables are float32 (1, prefix_tokens + height * width, R / 2), the same for all heads.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type. The message names it.
+        ValueError, TypeError: an argument is out of range or has the wrong type. The message names the argument.
     """
     x, y = _grid(height, width)
     frequencies = _frequencies(dim, 4, base)
@@ -184,31 +183,31 @@ def rope_axial(
 
 
 def rope_mixed(height: int, width: int, frequencies: Tensor, *, layout: Layout = "interleaved", prefix_tokens: int = 0) -> Rope:
-    """Rope of a grid of tokens with learned directions for each head: RoPE-Mixed (arXiv 2403.13298, equation 11).
+    """Return the Rope for a grid of tokens, with learned directions for each head (RoPE-Mixed, arXiv 2403.13298, equation 11).
 
-    theta_{h,i} = x w^x_{h,i} + y w^y_{h,i}, where x is the column of the token and y its row, both from 0.
+    theta_{h,i} = x w^x_{h,i} + y w^y_{h,i}, where x is the column of the token and y is its row. Both start at 0.
 
     Args:
-        height, width: rows and columns of the grid.
-        frequencies: float32 (2, heads, R / 2), w^x and w^y. To learn them, pass a parameter that is initialized by
-            rope_mixed_frequencies, and apply no weight decay to it.
+        height, width: numbers of rows and columns of the grid.
+        frequencies: float32 (2, heads, R / 2), w^x and w^y. To learn them, pass a parameter that is initialized with
+            rope_mixed_frequencies, and exclude it from weight decay.
         layout, prefix_tokens: as in rope_1d.
 
     Returns:
-        A Rope with float32 tables (heads, prefix_tokens + height * width, R / 2) on frequencies' device. Differentiable in
-        frequencies.
+        A Rope whose tables are float32 (heads, prefix_tokens + height * width, R / 2), on the device of `frequencies`.
+        Differentiable in `frequencies`.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type. The message names it.
+        ValueError, TypeError: an argument is out of range or has the wrong type. The message names the argument.
     """
     check_floating("frequencies", frequencies)
     if frequencies.dim() != 3 or frequencies.shape[0] != 2 or frequencies.numel() == 0:
         raise ValueError(f"frequencies: expected shape (2, heads, R / 2), got {tuple(frequencies.shape)}")
     _check_prefix(prefix_tokens)
     wide = frequencies.to(torch.promote_types(frequencies.dtype, torch.float32))
-    x, y = (each.to(wide.dtype) for each in _grid(height, width, wide.device))  # on the device: no copy
-    across, down = wide[:, :, None]  # (heads, 1, R / 2) each
-    # Not a matrix product, which would round its operands under TF32 or autocast.
+    x, y = (each.to(wide.dtype) for each in _grid(height, width, wide.device))  # created on the device to avoid a copy
+    across, down = wide[:, :, None]  # each (heads, 1, R / 2)
+    # A matrix product would round its operands under TF32 or autocast.
     rope = Rope.of(torch.nn.functional.pad(x * across + y * down, (0, 0, prefix_tokens, 0)), layout)
     if rope.angles is None:
         return rope
@@ -218,19 +217,19 @@ def rope_mixed(height: int, width: int, frequencies: Tensor, *, layout: Layout =
 
 
 def rope_mixed_frequencies(dim: int, num_heads: int, *, seed: int, base: float = 10.0) -> Tensor:
-    """Initial frequencies of rope_mixed: two orthogonal directions, rotated by a random angle for each head.
+    """Return initial frequencies for rope_mixed: two orthogonal directions, rotated by a random angle for each head.
 
     Args:
         dim: R, the number of rotated channels, a multiple of 4.
         num_heads: number of heads.
         seed: the same seed gives the same angles on every rank and device.
-        base: the lengths of the frequencies are base^(-4i / dim), i < dim / 4.
+        base: the magnitudes of the frequencies are base^(-4i / dim), i < dim / 4.
 
     Returns:
         float32 (2, num_heads, dim / 2), on the CPU.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type. The message names it.
+        ValueError, TypeError: an argument is out of range or has the wrong type. The message names the argument.
     """
     check_integer("num_heads", num_heads, 1)
     check_integer("seed", seed)
@@ -253,7 +252,7 @@ def _frequencies(dim: int, divisor: int, base: float) -> Tensor:
 
 
 def _grid(height: int, width: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Return the column and the row of every token in raster order, each (tokens, 1)."""
+    """Return the column and the row of every token in raster order, each as (tokens, 1) in float64."""
     for name, size in (("height", height), ("width", width)):
         check_integer(name, size, 1)
     at = torch.arange(height * width, device=device)[:, None]
@@ -265,25 +264,25 @@ def _check_prefix(prefix_tokens: int) -> None:
 
 
 def _table(angles: Tensor, layout: Layout, prefix_tokens: int, device: torch.device | str | None) -> Rope:
-    """Return a Rope with float32 tables of float64 angles, after `prefix_tokens` rows that do not rotate."""
+    """Return a Rope with float32 tables for float64 angles. `prefix_tokens` rows with angle 0 are added at the front."""
     _check_prefix(prefix_tokens)
     angles = torch.nn.functional.pad(angles, (0, 0, prefix_tokens, 0))
     return Rope(angles.cos().float().to(device), angles.sin().float().to(device), layout)
 
 
 def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Rotate q and k in one kernel. Saves the tables for backward, and q and k only if the angles are learned.
+    """Rotate q and k in one kernel. Backward needs the tables, and q and k only if the angles require a gradient.
 
     Args:
-        q, k: (batch, heads, tokens, head_dim), in the same shape and dtype. Views with last stride 1 are not copied.
-        rope: the rotation. The first rope.dim <= head_dim channels are rotated.
+        q, k: (batch, heads, tokens, head_dim), with the same shape and dtype. Views with last stride 1 are not copied.
+        rope: the rotation. It applies to the first rope.dim channels, which must not exceed head_dim.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         The rotated q and k, in the dtype of the inputs. Differentiable in q, k and rope.angles.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as performer_attention.
+        ValueError, TypeError, RuntimeError: as in performer_attention.
     """
     check_qkv(q, k, k)
     rotary = check_rope(rope, q, k)
@@ -294,20 +293,23 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
 
 
 def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-    """Evaluate the equations in plain PyTorch. Supports any device and transform."""
+    """Evaluate the equations in plain PyTorch.
+
+    Supports any device and torch.func transform.
+    """
     rotary = rope.differentiable
     return tuple(rotate_reference(x, rotary) for x in (q, k))
 
 
 def check_rope(rope: Rope, q: Tensor, k: Tensor) -> Rotary:
-    """Check that a Rope fits q and k, which must be of equal lengths. Return its tables for primitives."""
+    """Check that a Rope fits q and k, which must have the same number of tokens. Return its tables for the primitives."""
     if not isinstance(rope, Rope):
         raise TypeError(f"rope: expected a Rope (see rope_1d), got {type(rope).__name__}")
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"rope: expected q and k of equal lengths, got {q.shape[2]} and {k.shape[2]} tokens")
     if rope.tokens != q.shape[2]:
         raise ValueError(f"rope: expected angles for q's {q.shape[2]} tokens, got {rope.tokens}")
-    if rope.heads != 1 and rope.heads != q.shape[1]:  # not `in`: the compiler compares dynamic sizes by == only
+    if rope.heads != 1 and rope.heads != q.shape[1]:  # not `in`, which the compiler does not support for dynamic sizes
         raise ValueError(f"rope: expected angles for 1 or q's {q.shape[1]} heads, got {rope.heads}")
     if rope.dim > q.shape[3]:
         raise ValueError(f"rope: expected at most q's head_dim {q.shape[3]} rotated channels, got {rope.dim}")

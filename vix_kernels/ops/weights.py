@@ -1,4 +1,4 @@
-"""Attention weights of one token, for example for maps of where a class token attends."""
+"""Attention weights of one token, for example to visualize where a class token attends."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .checks import check_integer, check_qkv
 def attention_weights(
     attention: Callable[..., Tensor], q: Tensor, k: Tensor, *args: Any, token: int = 0, **options: Any
 ) -> Tensor:
-    """One row of the attention matrix: the weights of all keys in the output of one query.
+    """Return one row of the attention matrix: the weights of all keys in the output of one query.
 
-    The matrix is never in memory. Every attention computes out_token = sum_n w_n v_n (equation 1 of Vaswani et al.,
-    arXiv 1706.03762), so w is the gradient of one output channel with respect to the same channel of v. It takes one forward
-    and one backward of the op.
+    The matrix is never materialized. Every attention computes out_token = sum_n w_n v_n (equation 1 of Vaswani et al.,
+    arXiv 1706.03762), so w is the gradient of one output channel with respect to the same channel of v. This costs one forward
+    and one backward pass of the op.
 
     Args:
         attention: an op of this library, or torch's scaled_dot_product_attention.
         q: (batch, heads, queries, head_dim).
         k: (batch, heads, tokens, head_dim).
-        args, options: arguments of `attention` after v. Do not pass conv_weight: a convolution is not part of the weights.
+        args, options: arguments of `attention` after v. Do not pass conv_weight: a convolution has no attention weights.
         token: index of the query. Negative indices count from the end.
 
     Returns:
-        (batch, heads, tokens) in q's dtype, without a gradient. Weights of a softmax add up to 1. Those of an approximation may
-        be negative and may not add up to 1.
+        (batch, heads, tokens) in q's dtype, without a gradient. The weights of softmax attention sum to 1. The weights of an
+        approximation may be negative and need not sum to 1.
 
     Raises:
         ValueError, TypeError: q, k or `token` is invalid. The message names the argument.

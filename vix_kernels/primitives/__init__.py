@@ -1,4 +1,4 @@
-"""Primitives that the attentions are composed of, one per file."""
+"""The primitives from which the attentions are built, one per file."""
 
 from .aggregate import aggregate
 from .broadcast import broadcast

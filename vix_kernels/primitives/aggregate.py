@@ -2,13 +2,13 @@
 
     l_jn = scale p_j . k_n + b_n            values_j = sum_n softmax_n(l_jn) v_n            lse_j = log2 sum_n exp(l_jn)
 
-With Gaussian slots the bias of a key is b_n = -|scale k_n|^2 / 2, so that exp(l_jn) are FAVOR+'s positive features of the
-keys. Otherwise it is 0. A masked key has b_n = -inf and is read as 0, even if it is NaN. A slot without valid keys has values 0
+If gaussian is set, the bias of a key is b_n = -|scale k_n|^2 / 2, so that exp(l_jn) are FAVOR+'s positive features of the keys.
+Otherwise the bias is 0. A masked key has b_n = -inf and is read as 0, even if it is NaN. A slot without valid keys has values 0
 and lse -inf. With RoPE, keys are rotated first.
 
-lse is in base 2, the unit of the kernels. The operator also returns the two terms of lse_j = row_max_j + log2 total_j: the
+lse is in base 2, because the kernels use exp2. The operator also returns the two terms of lse_j = row_max_j + log2 total_j: the
 largest logit of a slot, in base 2, and total_j = sum_n exp(l_jn) / 2^row_max_j. Backward recomputes the probabilities from
-them, because a large lse in float32 has no fractional bits.
+these terms, because a large lse in float32 has no fractional bits.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def aggregate(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of the slots over the tokens.
+    """Compute softmax attention in which slots attend to tokens.
 
     Args:
         slots: (batch or 1, heads or 1, M, D), in k's dtype or float32.
         k: (batch, heads, N, D). Views with last stride 1 are not copied.
         v: (batch, heads, N, E), in k's dtype.
         scale: factor of the logits.
-        gaussian: add the key bias of FAVOR+.
+        gaussian: whether to add the key bias of FAVOR+.
         mask: bool (batch, N), True = valid.
         rotary: rotary embedding of k.
         backend: "torch" or "triton".
@@ -70,7 +70,7 @@ def aggregate_reference(
     mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the equations with all N x M logits in memory."""
+    """Evaluate the equations with all N x M logits in memory."""
     if mask is not None:
         valid = mask[:, None, :, None]
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
@@ -99,7 +99,7 @@ class _Aggregate(torch.autograd.Function):
         ctx.save_for_backward(slots, k, v, mask, cos, sin, angles, values, row_max, total)
         ctx.interleaved, ctx.options = interleaved, (scale, gaussian)
         ctx.backend = backend
-        ctx.set_materialize_grads(False)  # lse is often not used
+        ctx.set_materialize_grads(False)  # the gradient of lse is often None
         return values, lse
 
     @staticmethod

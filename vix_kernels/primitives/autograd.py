@@ -1,4 +1,4 @@
-"""Decorator for a backward that cannot be differentiated again."""
+"""A decorator for backward functions that cannot be differentiated again."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Gradients = tuple[Tensor | None, ...]
 
 
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Decorate `backward(ctx, saved, *gradients)` such that differentiating its results raises an error.
+    """Decorate `backward(ctx, saved, *gradients)` so that differentiating its results raises an error.
 
-    `saved` is ctx.saved_tensors. PyTorch's decorator of the same name raises only if an incoming gradient requires a gradient.
-    But results also depend on saved tensors: for `g, = grad(op(x).sum(), x, create_graph=True)`, PyTorch's decorator silently
-    loses the derivative of g.
+    `saved` is ctx.saved_tensors. PyTorch's decorator of the same name only raises an error if an incoming gradient requires a
+    gradient. But the results also depend on saved tensors. With PyTorch's decorator, the derivative of g in
+    `g, = grad(op(x).sum(), x, create_graph=True)` would silently be lost.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *gradients: Tensor | None) -> Gradients:
-        saved = ctx.saved_tensors  # read only once, because checkpointing forbids a second access
+        saved = ctx.saved_tensors  # read only once, because checkpointing does not allow a second access
         with torch.no_grad():
             results = backward(ctx, saved, *gradients)
-        # In compiled code the compiler raises the error.
+        # In compiled code, the compiler raises this error.
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return results
         sources = [x for x in (*saved, *gradients) if x is not None and x.requires_grad]
@@ -38,7 +38,7 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
 
 class _Refuse(torch.autograd.Function):
-    """Return the inputs after the first `count`. To autograd, the results depend on all inputs; backward raises an error."""
+    """Return the inputs after the first `count`. For autograd, they depend on all inputs. Backward raises an error."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

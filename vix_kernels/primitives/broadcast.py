@@ -2,8 +2,8 @@
 
     g_nj = scale p_j . q_n + a_j ln 2            out_n = sum_j softmax_j(g_nj) values_j
 
-The bias a_j is in base 2, like the lse of aggregate. A slot with bias -inf has probability 0. If all slots have bias -inf, out
-is 0. With RoPE, queries are rotated first.
+The bias a_j is in base 2, like the lse that aggregate returns. A slot with bias -inf has probability 0. If all slots have bias
+-inf, out is 0. With RoPE, queries are rotated first.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def broadcast(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
-    """Softmax attention of the tokens over the slots.
+    """Compute softmax attention in which tokens attend to slots.
 
     Args:
         q: (batch, heads, N, D). Views with last stride 1 are not copied.
         slots: (batch or 1, heads or 1, M, D), in q's dtype or float32.
         values: (batch, heads, M, E), float32 (float64 for float64 queries).
-        slot_bias: (batch, heads, M) in values' dtype, or None for 0.
+        slot_bias: (batch, heads, M) in values' dtype. None: the bias is 0.
         scale: factor of the logits.
         rotary: rotary embedding of q.
         backend: "torch" or "triton".
@@ -55,7 +55,8 @@ def broadcast(
 def reads_out(q: Tensor, backend: str) -> bool:
     """Return whether backward reads the output.
 
-    Otherwise backward computes it again, because in float32 only the same products cancel to the last bit.
+    If not, backward recomputes it. In float32, terms of the gradient cancel exactly only if they are computed by the same
+    products.
     """
     return backend == "triton" and q.element_size() == 2
 
@@ -75,13 +76,13 @@ def broadcast_reference(
     scale: float,
     rotary: Rotary | None = None,
 ) -> Tensor:
-    """Compute the equation with all N x M logits in memory."""
+    """Evaluate the equation with all N x M logits in memory."""
     if rotary is not None:
         q = rotate_reference(q, rotary)
     logits = scale * q @ slots.to(q.dtype).mT
     if slot_bias is None:
         return logits.softmax(-1) @ values.to(q.dtype)
-    has_slot = (slot_bias > float("-inf")).any(-1)[..., None, None]  # otherwise add no bias, to keep logits finite
+    has_slot = (slot_bias > float("-inf")).any(-1)[..., None, None]  # if there is none, add no bias, so that logits are finite
     logits = logits + torch.where(has_slot, slot_bias[:, :, None] * math.log(2), 0.0).to(q.dtype)
     return torch.where(has_slot, logits.softmax(-1) @ values.to(q.dtype), 0.0)
 
@@ -127,9 +128,10 @@ def _fake_backward(dout, q, slots, values, slot_bias, rotary, scale, out, statis
 
 
 # row_max and total are (batch, heads, N): the largest logit of a token, in base 2, and the sum of exp2(logit - row_max). The
-# backward kernels read them. The PyTorch implementation returns them empty. With v and conv_weight, the convolution of
-# primitives/token_conv.py is added to out in registers. The backward covers the attention only. With a convolution it must
-# compute the attention's output again, so it receives None for out.
+# backward kernels read them. The PyTorch implementation returns empty tensors instead. If v and conv_weight are given, the
+# kernel also adds the convolution of primitives/token_conv.py to out, in registers. broadcast_backward only computes the
+# gradients of the attention. After a forward with a convolution, its argument `out` must be None, so that it recomputes the
+# attention's output.
 broadcast_forward = register(
     f"broadcast_forward({_PROBLEM}, Tensor? v, Tensor? conv_weight, Tensor? mask, str backend)"
     " -> (Tensor out, Tensor row_max, Tensor total)",

@@ -1,4 +1,6 @@
-"""dropout: with fast random numbers on a CPU, where PyTorch spends more time on them than on the surrounding products.
+"""dropout: dropout with fast random numbers on a CPU.
+
+PyTorch spends more time on drawing these numbers than on the surrounding matrix products.
 
     y = x kept / (1 - p),    kept = 1 with probability 1 - p, else 0
 
@@ -14,7 +16,7 @@ from .._torch.dropout import draw_kept, kept_scale
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Drop elements of x (any shape, on the CPU) with probability p and scale the others. Twice differentiable in x."""
+    """Set elements of x (any shape, on the CPU) to 0 with probability p, and scale the others. Twice differentiable in x."""
     return _Dropout.apply(x, p)
 
 
@@ -29,4 +31,4 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
-        return kept.to(dy.dtype).mul_(dy).mul_(ctx.scale), None  # differentiable
+        return kept.to(dy.dtype).mul_(dy).mul_(ctx.scale), None  # autograd can differentiate these operations

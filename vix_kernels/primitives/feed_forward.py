@@ -2,9 +2,9 @@
 
     y = residual + factors drop(W2 drop(act(W1 n + b1)) + b2),    n = layer_norm(x)
 
-All steps are independent for each token. So each tile of tokens goes through all steps while it is in the cache, where plain
-PyTorch writes six tensors of all tokens to new memory. Only x and the dropout masks are saved for backward, which computes the
-normalization, the first linear layer and the activation again.
+Tokens are independent of each other, so each tile of tokens goes through all steps while it is in the cache. Plain PyTorch
+would write six intermediate tensors for all tokens to memory. Only x and the dropout masks are saved for backward, which
+recomputes the normalization, the first linear layer and the activation.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ def feed_forward(
     factors: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Compute the equation, with linear layers in `dtype` and the rest in x's dtype.
+    """Evaluate the equation, with the linear layers in `dtype` and the rest in x's dtype.
 
     Args:
         x: (..., C), on the CPU.
-        residual: like x. None: n is the residual.
-        norm: weight, bias and eps of the layer norm. None: n = x.
+        residual: a tensor with the shape of x. None: n is the residual.
+        norm: weight, bias and eps of the layer norm. None: there is no layer norm, so n = x.
         weights: W1 (hidden, C), b1, W2 (C, hidden) and b2.
         activation: "gelu" or "hardswish".
-        p: dropout probability. Kept elements are not scaled; W2 and b2 are scaled instead.
-        factors: (..., 1), multiplies the branch of each token. None: 1.
+        p: dropout probability. Instead of the kept elements, W2 and b2 are scaled.
+        factors: (..., 1), factors by which the branch of each token is multiplied. None: the factors are 1.
         dtype: dtype of the linear layers.
 
     Returns:
-        y, like x. Twice differentiable in x, residual, norm and weights.
+        y, with the shape and dtype of x. Twice differentiable in x, residual, norm and weights.
     """
     gamma, beta, eps = (None, None, 0.0) if norm is None else norm
     return _FeedForward.apply(x, residual, gamma, beta, *weights, factors, (eps, activation, p, dtype))
@@ -55,7 +55,7 @@ class _FeedForward(torch.autograd.Function):
         inner, outer = (torch.empty(rows, len(b), dtype=torch.uint8) if p else None for b in (b1, b2))
         ctx.save_for_backward(x, gamma, beta, w1, b1, w2, b2, inner, outer, factors)
         ctx.options = eps, activation, scale, dtype
-        # If residual is x, its gradient is added to dx.
+        # If residual is x, its gradient is part of dx.
         ctx.start = "n" if residual is None else "x" if residual is x else "residual"
         return feed_forward_forward(
             x, residual, (gamma, beta, eps), (w1, b1, w2, b2), activation, p, scale, (inner, outer), factors, dtype
@@ -74,7 +74,7 @@ class _FeedForward(torch.autograd.Function):
 
 
 def _differentiable_gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the results of _FeedForward.backward, computed by autograd from plain PyTorch, for second derivatives."""
+    """Compute the results of _FeedForward.backward with autograd, so that they can be differentiated again."""
     x, gamma, beta, w1, b1, w2, b2, inner, outer, factors = ctx.saved_tensors
     eps, activation, scale, dtype = ctx.options
     with torch.autocast("cpu", enabled=False):

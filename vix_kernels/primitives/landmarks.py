@@ -3,11 +3,12 @@
     marks_j = 1 / counts_j  sum_{valid n in window j} x_n            counts_j = number of valid tokens in window j
 
 Each of the first `prefix` tokens is a landmark. The other tokens form a grid in raster order, and so do their landmarks. A
-window is the product of a window of columns and a window of rows. Along an axis of `size` tokens with `count` windows:
+window consists of all tokens in a range of rows and a range of columns. There are two ways to choose `count` ranges along an
+axis of `size` tokens:
 
-    segments    the first count - size % count windows have size // count tokens, the others one more: a partition
-    adaptive    window j = [floor(j size / count), ceil((j + 1) size / count)), as in torch's adaptive pooling. Neighboring
-                windows share a token if count does not divide size
+    segments    the first count - size % count ranges have size // count tokens, the others have one more. They do not overlap
+    adaptive    range j = [floor(j size / count), ceil((j + 1) size / count)), as in torch's adaptive pooling. Neighboring
+                ranges may share a token if count does not divide size
 
 A masked token is read as 0, even if it is NaN. A landmark without valid tokens is 0. With RoPE, tokens are rotated first.
 """
@@ -39,22 +40,23 @@ def landmarks(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, ...]:
-    """Return the landmarks of q, and those of k from the same launch.
+    """Return the landmarks of q and, if k is given, of k. One kernel launch computes both.
 
     Args:
         q: (batch, heads, N, D). Views with last stride 1 are not copied.
-        k: (batch, heads, N', D) in q's dtype, or None. N' = N unless rows = 1 and rotary is None.
+        k: (batch, heads, N', D) in q's dtype, or None. N' may differ from N only if rows = 1 and rotary is None.
         prefix: number of leading tokens, each of which is a landmark.
-        rows: rows of the grid of the other tokens, 1 for a plain sequence. N determines the columns.
-        mark_rows, mark_columns: size of the grid of landmarks, at most that of the tokens.
-        adaptive: whether windows are those of adaptive pooling. Otherwise they are segments.
-        q_mask, k_mask: bool (batch, N), True = valid.
+        rows: number of rows of the grid that the other tokens form, or 1 if they form a plain sequence.
+        mark_rows, mark_columns: size of the grid of landmarks, at most the size of the grid of tokens.
+        adaptive: whether to use the windows of adaptive pooling. If not, windows are segments.
+        q_mask, k_mask: bool (batch, N) and (batch, N'), True = valid.
         rotary: rotary embedding of q and k.
         backend: "torch" or "triton".
 
     Returns:
-        q_marks and q_counts, or with k: q_marks, k_marks, q_counts and k_counts. Marks are (batch, heads, L, D) in q's dtype,
-        L = prefix + mark_rows * mark_columns, and differentiable in q, k and rotary.angles. Counts are float32 (batch, L).
+        (q_marks, q_counts), or (q_marks, k_marks, q_counts, k_counts) if k is given. Marks are the landmarks, (batch, heads, L,
+        D) in q's dtype with L = prefix + mark_rows * mark_columns. They are differentiable in q, k and rotary.angles. Counts
+        are float32 (batch, L).
     """
     q, k = unit_last_stride(q), None if k is None else unit_last_stride(k)
     inputs, pool = (q, k, q_mask, k_mask, *flattened(rotary)), Pool(prefix, rows, mark_rows, mark_columns, adaptive)
@@ -77,7 +79,7 @@ def landmarks_reference(
     k_mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, ...]:
-    """Compute the equation, one window at a time."""
+    """Evaluate the equation, one window at a time."""
 
     def windows(size: int, count: int) -> list[slice]:
         if adaptive:
@@ -120,7 +122,7 @@ class _Landmarks(torch.autograd.Function):
     def backward(ctx, saved, dq_marks, dk_marks, *_):
         q, k, q_mask, k_mask, cos, sin, _, q_counts, k_counts = saved
         need_q, need_k, _, _, _, _, need_angles, *_ = ctx.needs_input_grad
-        need_q = dq_marks is not None and (need_q or need_angles)  # None: the loss does not depend on these landmarks
+        need_q = dq_marks is not None and (need_q or need_angles)  # it is None if the loss does not depend on these landmarks
         need_k = k is not None and dk_marks is not None and (need_k or need_angles)
         dq, dk = landmarks_backward(
             LandmarkGradients(dq_marks=dq_marks, dk_marks=dk_marks), q, k, q_mask, k_mask,

@@ -1,10 +1,10 @@
-"""linear_aggregate and linear_broadcast: the two passes with a feature map in place of the exponential.
+"""linear_aggregate and linear_broadcast: the passes of linear attention, with a feature map instead of a softmax.
 
     f_jn = phi(p_j . k_n)      S_j = sum_n f_jn v_n      z_j = sum_n f_jn
     f_nj = phi(p_j . q_n)      out_n = sum_j f_nj S_j / (sum_j f_nj z_j + eps)
 
-phi is relu or elu + 1. Without slots, the features of a token are phi of its channels. The interface of the two passes is S and
-z, because their gradients stay finite even if z is as small as float32 allows. Those of the means S / z do not.
+phi is relu or elu + 1. Without slots, the features of a token are phi of its channels. The passes exchange S and z instead of
+the means S / z, because the gradients of S and z are finite even for the smallest z that float32 can represent.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def linear_aggregate(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Return the sums of the tokens, weighted by their features.
+    """Return the sums S and z over tokens, which are weighted by their features.
 
     Args:
-        slots: (batch or 1, heads or 1, M, D), in k's dtype or float32; None: the features are phi of the channels, M = D.
+        slots: (batch or 1, heads or 1, M, D), in k's dtype or float32. None: phi is applied to the channels, so M = D.
         k: (batch, heads, N, D). Views with last stride 1 are not copied.
         v: (batch, heads, N, E), in k's dtype.
         feature_map: "relu" or "elu" (elu + 1).
@@ -67,13 +67,13 @@ def linear_broadcast(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
-    """Return the means of the sums, weighted by the features of the queries.
+    """Return the output of each query: the sums S, weighted by its features and divided by the denominator.
 
     Args:
         q: (batch, heads, queries, D). Views with last stride 1 are not copied.
         slots, feature_map, backend: as in linear_aggregate.
         sums, norms: results of linear_aggregate.
-        eps: added to the denominator. A denominator of 0 is replaced by 1.
+        eps: a number that is added to the denominator. A denominator of 0 is then replaced by 1.
         rotary: rotary embedding of q.
 
     Returns:
@@ -95,7 +95,7 @@ def linear_aggregate_reference(
     mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the equations with all N x M features in memory."""
+    """Evaluate the equations with all N x M features in memory."""
     valid = None if mask is None else mask[:, None, :, None]
     if valid is not None:
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
@@ -115,7 +115,7 @@ def linear_broadcast_reference(
     eps: float,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return out as in linear_broadcast, and its denominator (batch, heads, queries)."""
+    """Evaluate the equation. Returns out and its denominator (batch, heads, queries)."""
     features = _features_reference(q, slots, feature_map, rotary)
     total = (features @ norms[..., None]).squeeze(-1) + eps
     return (features @ sums / torch.where(total == 0, 1.0, total)[..., None]).to(q.dtype), total

@@ -1,9 +1,9 @@
-"""nystrom: the primitives of Nystrom attention as one autograd.Function, for ops/nystrom.py.
+"""nystrom: Nystrom attention from its primitives, as one autograd.Function for ops/nystrom.py.
 
     q~, k~ = landmarks(q), landmarks(k)        values = aggregate(q~, k, v)        out = broadcast(q, k~, pinv(q~, k~) values)
 
-The gradient of a token has terms from three primitives. Their kernels add the terms in registers, where autograd would add them
-in memory.
+The gradients of q and k are sums of terms from several primitives. The backward kernels add these terms in registers, whereas
+autograd would add them in memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def nystrom(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
-    """Return Nystrom attention (batch, heads, queries, E). The arguments are those of the primitives.
+    """Return the output of Nystrom attention (batch, heads, queries, E). For the arguments, see the primitives.
 
     Differentiable in q, k, v, conv_weight and rotary.angles.
     """
@@ -46,7 +46,7 @@ def nystrom(
 
 
 def mask_of_queries(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """Return the mask of the queries: `mask` for self-attention, where queries and keys are the same tokens, else None."""
+    """Return the mask for queries: `mask` if there are as many queries as tokens, as in self-attention, else None."""
     return mask if mask is not None and mask.shape[1] == q.shape[2] else None
 
 
@@ -84,7 +84,7 @@ class _Nystrom(torch.autograd.Function):
         counts = (None, None) if mask is None else (q_counts, k_counts)
         bias = None if mask is None else valid_bias(k_counts > 0, weighted)
 
-        # dq, dk and dv without the paths through landmarks, and two terms of the gradient of each landmark
+        # First compute dq, dk and dv without the paths through landmarks, and two terms of the gradient of each landmark.
         dq, dk_marks, dweighted, _ = broadcast_backward(
             dout, q, k_marks, weighted, bias, rotary, scale, out, Statistics(out_max, out_total), (need_k, True), backend
         )

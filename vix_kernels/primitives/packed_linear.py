@@ -2,7 +2,7 @@
 
     y_i = x W_i^T + b_i        dx = sum_i dy_i W_i        dW_i = dy_i^T x        db_i = sum_n dy_i
 
-PyTorch would first concatenate the gradients of the parts, which takes a CPU as long as the products.
+PyTorch would first concatenate the gradients of the outputs, which takes as long as the matrix products on a CPU.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from .._torch.packed_linear import packed_linear_backward, packed_linear_forward
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """Return the three parts of x W^T + b as views.
+    """Return the three parts of x W^T + b as views of one tensor.
 
     Args:
         x: (..., C), on the CPU.
         weight, bias: (3 * width, C) and (3 * width).
-        dtype: dtype of the products, for autocast. None: x's dtype.
+        dtype: dtype of the matrix products, as set by autocast. None: x's dtype.
 
     Returns:
         Three tensors (..., width). Twice differentiable in x, weight and bias.

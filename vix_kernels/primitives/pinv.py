@@ -3,12 +3,12 @@
     A = softmax(scale q~ k~^T)        Z_0 = A^T / s        out = Z_T values
     X_t = A Z_t        Z_{t+1} = 1/4 Z_t (13 I - X_t (15 I - X_t (7 I - X_t)))
 
-A landmark that averages no token is masked: it is read as 0, even if it is NaN, and its row (of q~) or column (of k~) of A is
-0. Z has zeros there at every step, so its other rows and columns are those of a smaller A.
+A landmark that averages no token is masked. It is read as 0, even if it is NaN. Its row of A (for q~) or column of A (for k~)
+is 0. The corresponding column or row of Z is 0 in every step, so the rest of Z is as if A were smaller.
 
-The scale s of Z_0 is the largest column sum of A. It bounds the square of A's spectral norm, because rows of A sum to 1. The
-iteration converges with order three. The number of steps T is a part of the model: directions with singular values far below
-sqrt(s 3.25^-T) are not inverted, which keeps Z small. Gradients include those of the steps, of s and of the softmax.
+s is the largest column sum of A. It is an upper bound for the square of A's spectral norm, because rows of A sum to 1. The
+iteration converges with order three. The number of steps T is part of the model: directions with singular values far below
+sqrt(s 3.25^-T) are not inverted, which keeps Z small. Gradients flow through all steps, s and the softmax.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .autograd import once_differentiable
 from .registry import needs_autograd, register
 
 INITS = ("exact", "original")
-MOST_LANDMARKS = 128  # that the kernels support
+MOST_LANDMARKS = 128  # the largest number of landmarks that the kernels support
 
 _PROBLEM = (
     "Tensor q_marks, Tensor k_marks, Tensor values, Tensor? q_counts, Tensor? k_counts, "
@@ -41,18 +41,19 @@ def pinv(
     init: str = "exact",
     backend: str = "torch",
 ) -> Tensor:
-    """Multiply values by the pseudo-inverse of the landmarks' attention matrix, approximated by `iterations` steps.
+    """Multiply values by the pseudo-inverse of the landmarks' attention matrix, approximated with `iterations` steps.
 
     Args:
         q_marks: (batch, heads, L, D), landmarks of the queries. Views with last stride 1 are not copied.
         k_marks: (batch, heads, L, D), landmarks of the keys, in q_marks' dtype.
         values: (batch, heads, L, E), float32 (float64 for float64 landmarks), one row for each landmark of the queries.
         scale: factor of the logits.
-        q_counts, k_counts: float32 (batch, L), number of tokens that a landmark averages. None: all landmarks are valid.
+        q_counts, k_counts: float32 (batch, L), the number of tokens that each landmark averages. None: all landmarks are valid.
         iterations: number of steps T.
-        init: "exact": s is the maximum of each matrix. "original": s is one maximum over all samples and heads, as in the
-            published code, so that the result of a sample depends on the rest of the batch.
-        backend: "torch" or "triton". Kernels support "exact" with at most 128 landmarks. Other cases use batched products.
+        init: "exact": s is the largest column sum of each matrix. "original": s is the largest column sum over all samples and
+            heads, as in the published code, so that the result of a sample depends on the rest of the batch.
+        backend: "torch" or "triton". The kernels support "exact" with at most 128 landmarks. In other cases, both backends use
+            batched matrix products.
 
     Returns:
         (batch, heads, L, E), one row for each landmark of the keys, in values' dtype. Differentiable in q_marks, k_marks and
@@ -75,7 +76,7 @@ def pinv_reference(
     iterations: int = 6,
     init: str = "exact",
 ) -> Tensor:
-    """Compute the equations in values' dtype."""
+    """Evaluate the equations in values' dtype."""
     batch, _, landmarks, _ = q_marks.shape
     all_valid = torch.ones(batch, landmarks, dtype=torch.bool, device=values.device)
     rows = (all_valid if q_counts is None else q_counts > 0)[:, None, :, None]

@@ -1,9 +1,9 @@
-"""project: K slots are weighted sums of N tokens, with weights that do not depend on the tokens.
+"""project: compute K slots as weighted sums of N tokens. The weights do not depend on the tokens.
 
     keys_j = sum_n E_nj k_n            values_j = sum_n F_nj v_n
 
 A masked token is read as 0, even if it is NaN. With RoPE, keys are rotated first. The kernels cast the projections to the
-dtype of the tokens. Sums over tokens are float32.
+dtype of the tokens. Sums over tokens are computed in float32.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def project(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Return the keys and values of the slots, the arguments of `broadcast`.
+    """Return the keys and values of the slots, which are arguments of `broadcast`.
 
     Args:
         k: (batch, heads, N, D). Views with last stride 1 are not copied.
         v: (batch, heads, N, E), in k's dtype.
         key_projection: E, (heads or 1, N, K), float32 or in k's dtype.
-        value_projection: F, like key_projection. None: the key projection.
+        value_projection: F, with the same shape as key_projection. None: key_projection is also used for values.
         mask: bool (batch, N), True = valid.
         rotary: rotary embedding of k.
         backend: "torch" or "triton".
@@ -61,7 +61,7 @@ def project_reference(
     mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the equations."""
+    """Evaluate the equations."""
     if mask is not None:
         valid = mask[:, None, :, None]
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)

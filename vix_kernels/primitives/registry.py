@@ -1,7 +1,8 @@
-"""Registration of operators: a PyTorch implementation for any device, a Triton implementation and a fake kernel.
+"""Registration of operators.
 
-Operators have no autograd formula. A plain `torch.autograd.Function` around the operator computes the gradients. A direct call
-with a tensor that requires a gradient would lose it silently, so it raises an error.
+An operator has a PyTorch implementation for any device, a Triton implementation and a fake kernel, but no autograd formula. A
+plain `torch.autograd.Function` around the operator computes the gradients. Calling the operator directly with a tensor
+that requires a gradient raises an error, because the gradient would be lost silently.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from ..layout import LandmarkGradients, Pool, Rotary, Statistics
 
 library = torch.library.Library("vix_kernels", "DEF")
 operators: dict[str, Operator] = {}
-# Argument types that a schema may name. The registered operator takes their fields as separate arguments.
+# Types that can be used in schemas. The registered operator receives their fields as separate arguments.
 GROUPS = {each.__name__: each for each in (Rotary, Pool, Statistics, LandmarkGradients)}
 
 
 class Operator:
-    """Operator of `torch.library` whose plain eager calls bypass the dispatcher.
+    """An operator of `torch.library` whose plain eager calls bypass the dispatcher.
 
-    Compilers, modes and subclasses of Tensor see torch.ops.vix_kernels.<name>. If none of them is active, the dispatcher would
-    only cost time.
+    Compilers, modes and subclasses of Tensor see torch.ops.vix_kernels.<name>. If none of them is involved, going through the
+    dispatcher would only cost time.
     """
 
     registered: torch._ops.OpOverload
@@ -36,7 +37,7 @@ class Operator:
         self.name, _, rest = schema.partition("(")
         self.module, self.has_kernel = module, has_kernel
         parameters, _, returns = rest.partition(")")
-        # Position and type of each group, the number of its fields in the schema, and whether it is optional
+        # For each group: its position, its type, the number of its fields in the schema, and whether it is optional
         self.groups: list[tuple[int, Any, int, bool]] = []
         flat = []
         for at, parameter in enumerate(parameters.split(", ")):
@@ -54,7 +55,7 @@ class Operator:
         return self.function(inputs, backend)(*inputs)
 
     def flat(self, arguments: Sequence[Any]) -> Sequence[Any]:
-        """Return the arguments of the registered operator: the fields of each group instead of the group."""
+        """Return the arguments for the registered operator, with each group replaced by its fields."""
         for at, group, size, _ in reversed(self.groups):
             fields = arguments[at]
             if fields is None:
@@ -63,7 +64,7 @@ class Operator:
         return arguments
 
     def grouped(self, arguments: Sequence[Any]) -> Sequence[Any]:
-        """Invert `flat`."""
+        """Return the arguments with fields combined into groups. This is the inverse of `flat`."""
         for at, group, size, optional in self.groups:
             fields = arguments[at : at + size]
             whole = None if optional and fields[0] is None else group(*fields)
@@ -74,10 +75,10 @@ class Operator:
         return _function("_triton" if backend == "triton" and self.has_kernel(*inputs) else "_torch", self.module, self.name)
 
     def implementation(self, *arguments: Any) -> Any:
-        """Run the registered operator."""
+        """Implement the registered operator."""
         *inputs, backend = self.grouped(arguments)
         device = next(each.device.type for each in inputs if isinstance(each, Tensor))
-        # The public function has cast its inputs already. Autocast must not change the products inside.
+        # The public function has already cast its inputs, so autocast must not cast the operands of products again.
         with torch.autocast(device if device != "meta" else "cpu", enabled=False):
             return self.function(inputs, backend)(*inputs)
 
@@ -92,13 +93,14 @@ def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[.
     """Register an operator.
 
     Args:
-        schema: schema of `torch.library`. The last argument must be `str backend` ("torch" or "triton"). A group ("Rotary?
-            rotary", "Pool pool") is one argument of all functions. Only the registered operator takes its fields instead.
-        module: file of the implementations, functions with the operator's name in `_torch/` and `_triton/`. They receive the
-            arguments without the backend.
-        fake: receives all arguments and makes outputs with the right shapes, dtypes and strides.
-        has_kernel: receives the arguments without the backend and returns whether the Triton implementation supports them. If
-            not, the PyTorch implementation runs for both backends.
+        schema: a `torch.library` schema. The last argument must be `str backend` ("torch" or "triton"). The types in GROUPS can
+            also be used, for example "Rotary? rotary" or "Pool pool". Implementations receive such a group as one argument.
+            Only the registered operator receives its fields as separate arguments.
+        module: name of the module with the implementation, in both `_torch/` and `_triton/`. The implementation is a function
+            with the operator's name. It receives the arguments without the backend.
+        fake: a function that receives all arguments and returns empty outputs with the right shapes, dtypes and strides.
+        has_kernel: a function that receives the arguments without the backend, and returns whether the Triton implementation
+            supports them. If not, the PyTorch implementation runs for both backends.
     """
     operator = Operator(schema, module, has_kernel)
     operators[operator.name] = operator
@@ -111,7 +113,7 @@ def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[.
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
-# Dispatch keys that a thread includes if no mode, transform, tracer or functionalization is active.
+# Dispatch keys that a thread includes while no mode, transform, tracer or functionalization is active.
 DEFAULT_KEYS = {
     keys.raw_repr()
     for keys in (
@@ -122,7 +124,7 @@ DEFAULT_KEYS = {
 
 
 def plain(arguments: Sequence[Any]) -> bool:
-    """Return whether a call may bypass the dispatcher: nothing intercepts it, and all tensors are ordinary ones."""
+    """Return whether a call may bypass the dispatcher, because nothing intercepts it and all tensors are ordinary."""
     if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in DEFAULT_KEYS:
         return False
     if torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack():
@@ -146,7 +148,7 @@ def plain(arguments: Sequence[Any]) -> bool:
 
 @cache
 def _function(package: str, module: str, name: str) -> Callable:
-    """Import an implementation when it is first called, because Triton may not be installed."""
+    """Return an implementation. It is imported at its first call, because Triton may not be installed."""
     return getattr(import_module(f"vix_kernels.{package}.{module}"), name)
 
 
@@ -156,7 +158,7 @@ def in_transform() -> bool:
 
 
 def refuse_transforms() -> None:
-    """Raise an error inside torch.func transforms, for which the operators have no rules."""
+    """Raise an error inside torch.func transforms, which the operators do not support."""
     if not torch.compiler.is_compiling() and in_transform():
         raise NotImplementedError(
             "vix_kernels: torch.func transforms (vmap, grad, jvp, ...) are not supported; use backend='reference' inside them"
@@ -166,8 +168,9 @@ def refuse_transforms() -> None:
 def needs_autograd(inputs: Iterable[Any]) -> bool:
     """Return whether a call with `inputs` must go through its `autograd.Function`.
 
-    It must if an input requires a gradient, if forward-mode AD is active, which the Function refuses, or during compilation.
-    Otherwise the operator alone returns bit-identical results and saves no tensors.
+    This is the case if an input requires a gradient, during compilation, and while forward-mode AD is active, for which the
+    Function raises an error. In all other cases, calling the operator directly returns bit-identical results and saves no
+    tensors.
 
     Raises:
         NotImplementedError: a torch.func transform is active.

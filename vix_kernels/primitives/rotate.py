@@ -1,10 +1,10 @@
-"""rotate: rotary position embedding of queries and keys.
+"""rotate: rotary position embedding for queries and keys.
 
     u' = u cos - v sin            v' = u sin + v cos            for the pairs (u, v) of the first R channels
 
-The gradient is the rotation by -angle, so only the tables are saved for it. The gradient of an angle is the cross product
-u dv - v du of a pair and its gradient, summed over all pairs that the angle rotates. It is the same before and after the
-rotation. A pair with gradient 0, such as padding, adds 0 even if it is NaN.
+The gradient of q and k is a rotation by -angle, so only the tables are saved for it. The gradient of an angle is the cross
+product u dv - v du of a pair and its gradient, summed over all pairs that the angle rotates. The cross product is the same
+before and after the rotation. A pair with gradient 0, such as padding, contributes 0 even if it is NaN.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def rotate(
     *,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Rotate q and k by the angles of their tokens. Products and sums are float32.
+    """Rotate q and k by the angles of their tokens. Products and sums are computed in float32.
 
     Args:
         q, k: (batch, heads, N, D), with equal shapes and dtypes. Views with last stride 1 are not copied.
-        rotary: rotary embedding, with tables (heads or 1, N, R / 2). Channels from R on are copied.
+        rotary: rotary embedding, with tables (heads or 1, N, R / 2). Channels R and above are copied.
         backend: "torch" or "triton".
 
     Returns:
-        The rotated q and k, in their dtype. Differentiable in q, k and rotary.angles.
+        The rotated q and k, in the same dtype. Differentiable in q, k and rotary.angles.
     """
     inputs = unit_last_stride(q), unit_last_stride(k), *flattened(rotary)
     if needs_autograd(inputs):
@@ -41,7 +41,7 @@ def rotate(
 
 
 def rotate_reference(x: Tensor, rotary: Rotary) -> Tensor:
-    """Compute the equation for one tensor."""
+    """Evaluate the equation for one tensor."""
     cos, sin, interleaved, _ = rotary
     width, dtype = 2 * cos.shape[-1], torch.promote_types(x.dtype, torch.float32)
     rotated, rest = x[..., :width].to(dtype), x[..., width:]

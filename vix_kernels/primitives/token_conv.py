@@ -1,9 +1,9 @@
-"""token_conv: depthwise convolution over tokens, the value residual of Nystrom attention.
+"""token_conv: depthwise convolution of the values over tokens, for the residual term of Nystrom attention.
 
     out_t = sum_u w_u v_{t + u - taps // 2}
 
 The channels of a head share one filter. v is padded with zeros. A masked token is read as 0, even if it is NaN. Tiles of tokens
-are multiplied by a banded matrix, so a NaN or an infinity in v also affects some tokens outside of the filter's reach.
+are multiplied by a banded matrix, so a NaN or an infinity in v also affects some tokens that the filter does not reach.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .registry import needs_autograd, register
 
 
 def token_conv(v: Tensor, weight: Tensor, *, mask: Tensor | None = None, backend: str = "torch") -> Tensor:
-    """Correlate the tokens of each head with its filter.
+    """Correlate the tokens of each head with the filter of that head.
 
     Args:
         v: (batch, heads, N, E). Views with last stride 1 are not copied.
-        weight: (heads, 1, taps, 1), the shape of Conv2d.weight, float32 or v's dtype, with an odd number of taps.
+        weight: (heads, 1, taps, 1), as in Conv2d.weight, in float32 or v's dtype. The number of taps must be odd.
         mask: bool (batch, N), True = valid.
         backend: "torch" or "triton".
 
@@ -30,7 +30,7 @@ def token_conv(v: Tensor, weight: Tensor, *, mask: Tensor | None = None, backend
         (batch, heads, N, E) in v's dtype. Differentiable in v and weight.
 
     Raises:
-        ValueError: weight has a wrong shape or an even number of taps.
+        ValueError: weight has the wrong shape or an even number of taps.
     """
     heads, taps = v.shape[1], weight.shape[2] if weight.dim() == 4 else 0
     if tuple(weight.shape) != (heads, 1, taps, 1) or taps % 2 == 0:
@@ -41,7 +41,7 @@ def token_conv(v: Tensor, weight: Tensor, *, mask: Tensor | None = None, backend
 
 
 def token_conv_reference(v: Tensor, weight: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Compute the equation with all windows in memory. Conv2d is not used: oneDNN's gradient of a long filter is wrong."""
+    """Evaluate the equation with all windows in memory. oneDNN computes a wrong gradient for a Conv2d with a long filter."""
     if mask is not None:
         v = torch.where(mask[:, None, :, None], v, 0.0)
     taps = weight.shape[2]
