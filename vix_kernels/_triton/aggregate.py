@@ -1,8 +1,9 @@
-"""Kernels of `aggregate`: M slots attend to N tokens (see primitives/aggregate.py for the equations).
+"""Kernels for `aggregate`: M slots attend to N tokens (see primitives/aggregate.py for the equations).
 
-Logits are in base 2, so every exponential is one exp2. In the kernels of the forward and of the slot gradients, a program holds
-a tile of slots and loops over a chunk of the tokens. In the kernel of the token gradients, it holds a tile of tokens and loops
-over the slots. No kernel uses atomics: each output is written once, by one program, and chunks are merged in their order.
+Logits are in base 2, so every exponential is one exp2. In the forward kernel and in the kernel for slot gradients, a program
+keeps a tile of slots and loops over a chunk of the tokens. In the kernel for token gradients, a program keeps a tile of tokens
+and loops over the slots. No kernel uses atomics: each output is written once, by one program, and chunks are merged in a fixed
+order.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ from .tiles import (
 
 @triton.jit
 def key_bias(k, valid, scale, GAUSSIAN: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the base-2 bias of a tile of keys: -|scale k|^2 / 2 for Gaussian slots, -inf for masked keys."""
+    """Return a base-2 bias for each key: -|scale k|^2 / (2 ln 2) if GAUSSIAN, otherwise 0. Masked keys have bias -inf."""
     bias = tl.zeros((k.shape[0],), COMPUTE)
     if GAUSSIAN:
         x = k.to(COMPUTE)
         bias -= tl.sum(x * x, 1) * (0.5 * LOG2E * scale * scale)
-        bias += bias - bias  # NaN where the square overflows, because -inf would mask the key
+        bias += bias - bias  # becomes NaN if the square overflows, because -inf would mask the key
     return tl.where(valid, bias, float("-inf"))
 
 
@@ -67,7 +68,7 @@ def aggregate_forward_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute values, lse, row_max and total of a tile of slots over a chunk of tokens."""
+    """Compute values, lse, row_max and total for a tile of slots over a chunk of tokens."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -91,7 +92,7 @@ def aggregate_forward_kernel(
         b_l = b_l * (scale * LOG2E) + b_bias[None, :]
 
         new_max = tl.maximum(b_max, tl.max(b_l, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # no key yet: exp2(-inf - 0) = 0, not NaN
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # if there is no key yet, exp2(-inf - 0) is 0, not NaN
         b_p = tl.exp2(b_l - shift[:, None])
         decay = tl.exp2(b_max - shift)
         b_sum = b_sum * decay + tl.sum(b_p, 1)
@@ -110,7 +111,11 @@ def merge_softmax_kernel(
     parts, part_row_max, part_totals, values, lse, row_max, totals, chunks, M,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Merge chunks: the mean of their values with weights total exp2(row_max), and row_max, total and lse of all tokens."""
+    """Merge the results of the chunks of tokens.
+
+    The merged values are an average over the chunks with the weights total * exp2(row_max). The kernel also computes row_max,
+    total and lse over all tokens.
+    """
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
     o_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_e = tl.arange(0, BLOCK_E)
@@ -121,7 +126,7 @@ def merge_softmax_kernel(
     for i in range(chunks):
         b_total = tl.load(part_totals + part_rows + i * M, mask=o_m < M, other=0.0)
         b_part_row_max = tl.load(part_row_max + part_rows + i * M, mask=o_m < M, other=float("-inf"))
-        # The chunk may have no keys.
+        # The row_max of a chunk without valid keys is ignored.
         b_row_max = tl.maximum(b_row_max, tl.where(b_total == 0, float("-inf"), b_part_row_max))
     b_row_max = tl.where(b_row_max == float("-inf"), 0.0, b_row_max)
     b_sum = tl.zeros((BLOCK_M,), COMPUTE)
@@ -150,14 +155,15 @@ def aggregate_prepare_kernel(
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     SOFTMAX: tl.constexpr, NUMBERS: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute size, unit and delta. The kernels' logit gradients are size <unit, v> - delta, times exponentials or slopes.
+    """Compute size, unit and delta for the gradient kernels.
 
-    size * unit is dvalues / total, with unit in the tokens' dtype. dvalues is a sum over all tokens and can overflow in float16
-    even if dk and dv do not. size contains a power of two that keeps unit within [-1, 1].
+    The gradient of a logit is size <unit, v> - delta, multiplied by the exponential of the logit or, for features, by the slope
+    of the feature map. size * unit is dvalues / total, and unit has the tokens' dtype. dvalues is a sum over all tokens, so in
+    float16 it can overflow even if dk and dv do not. size therefore includes a power of two that keeps unit within [-1, 1].
 
-    SOFTMAX: delta = (<dvalues, values> - dlse / ln 2) / total. The product is computed as <unit, v> is in the kernels, so that
-    the two cancel if a slot attends to one token only.
-    Otherwise slots are sums of features without a softmax: total is 1, and delta = -dnumber.
+    If SOFTMAX, delta = (<dvalues, values> - dlse / ln 2) / total. <dvalues, values> is computed in the same way as <unit, v> in
+    the gradient kernels, so that both cancel if a slot attends to only one token. Otherwise the slots are sums of features
+    without a softmax, total is 1, and delta = -dnumber.
     """
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -168,7 +174,8 @@ def aggregate_prepare_kernel(
     at = o_m.to(tl.int64)
     d = tl.load(dvalues + i_b * d_b + i_h * d_h + at[:, None] * d_m + o_e[None, :], mask=inside, other=0.0).to(COMPUTE)
     largest = tl.max(tl.abs(d), 1)
-    # Limited to normal float32 numbers, for which 1 / size is finite. Smaller rows stay small, infinite ones infinite.
+    # size is limited to normal float32 numbers, so that 1 / size is finite. Rows of smaller values are not scaled up to 1, and
+    # infinite rows stay infinite.
     exponent = tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0)))
     b_size = tl.exp2(tl.minimum(tl.maximum(exponent, -126.0), 126.0))
     b_unit = cast(d / b_size[:, None], unit.dtype.element_ty)
@@ -201,7 +208,7 @@ def aggregate_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk (if KEYS) and dv (if VALUES) of a tile of tokens."""
+    """Compute dk (if KEYS) and dv (if VALUES) for a tile of tokens."""
     i_bh, o_n, inside = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
@@ -237,13 +244,13 @@ def aggregate_tokens_kernel(
 
     if KEYS:
         b_dk *= scale
-        if GAUSSIAN:  # load the keys again, because keeping them during the loop takes the registers of a whole tile
+        if GAUSSIAN:  # load the keys again, because keeping them during the loop would take the registers of a whole tile
             b_k = load_tile(k, o_n, k_n, valid, D, BLOCK_D, ROTARY, INTERLEAVED, AGAIN=True)
             b_x = b_k.to(COMPUTE)
             if ROTARY > 0:
                 b_x = rotate_pairs(b_x, o_n, valid, cos + angles, sin + angles, ROTARY, False, AGAIN=True)
             b_dk -= b_x * (scale * scale * b_db)[:, None]
-        b_dk = tl.where(valid[:, None], b_dk, 0.0)  # even if a slot's gradient is NaN
+        b_dk = tl.where(valid[:, None], b_dk, 0.0)  # masked tokens get 0 even if a slot's gradient is NaN
         dk += i_b * dk_b + i_h * dk_h
         store_unrotated(b_dk, dk, o_n, dk_n, inside, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
     if VALUES:
@@ -262,7 +269,7 @@ def aggregate_slots_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, GAUSSIAN: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dslots of a tile of slots over a chunk of tokens, for each sample and head."""
+    """Compute the contribution of a chunk of tokens to dslots, for a tile of slots of one sample and head."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -325,8 +332,8 @@ def prepare(
 
     Args:
         dvalues: gradient of values or sums, (batch, heads, M, E).
-        dnumber: gradient of lse or norms, (batch, heads, M). None: 0.
-        values, total: results of a softmax. None for sums of features.
+        dnumber: gradient of lse or norms, (batch, heads, M), or None if it is 0.
+        values, total: results of the softmax, or None if the slots are sums of features.
         dtype: dtype of the tokens.
         precision: precision of float32 products.
 
@@ -338,7 +345,7 @@ def prepare(
     delta, size = (dvalues.new_empty(dvalues.shape[:3]) for _ in range(2))
     unit = dvalues.new_empty(dvalues.shape, dtype=dtype)
     block = 16
-    warps = 8 if dtype == torch.float32 and width > 64 else 4  # with 4 it spills
+    warps = 8 if dtype == torch.float32 and width > 64 else 4  # with 4 warps it spills registers
     launch(
         aggregate_prepare_kernel,
         (batch * num_heads * triton.cdiv(num_slots, block),),

@@ -1,8 +1,8 @@
-"""Kernels of `broadcast`: N tokens attend to M slots (see primitives/broadcast.py for the equations).
+"""Kernels for `broadcast`: N tokens attend to M slots (see primitives/broadcast.py for the equations).
 
-Logits are in base 2. In the kernels of the forward and of the token gradients, a program holds a tile of tokens and loops over
-the slots. In the kernel of the slot gradients, it holds a tile of slots and loops over the tokens. Each output is written once,
-by one program.
+Logits are in base 2. In the forward kernel and in the kernel for token gradients, a program keeps a tile of tokens and loops
+over the slots. In the kernel for slot gradients, a program keeps a tile of slots and loops over a chunk of the tokens. Each
+output is written once, by one program.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def broadcast_forward_kernel(
     TAPS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute out, row_max and total of a tile of tokens. If TAPS > 0, the convolution of v is added to out."""
+    """Compute out, row_max and total for a tile of tokens. If TAPS > 0, add the convolution of v to out."""
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
@@ -91,7 +91,7 @@ def broadcast_forward_kernel(
 
 @triton.jit
 def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the base-2 bias of a tile of slots. It is -inf from M on, which makes the probability 0."""
+    """Return the base-2 bias of a tile of slots. It is -inf for rows from M upward, so their probability is 0."""
     if BIASED:
         b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=float("-inf"))
     else:
@@ -106,7 +106,7 @@ def exps_and_gradient(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of slots, the exponentials exp2(logit - row_max) of the tokens, and the gradient of their probabilities."""
+    """Return a tile of slots, the exponentials exp2(logit - row_max) of tokens and slots, and <dout, values>."""
     o_m = start + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
     b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), b_q.dtype)
@@ -128,10 +128,10 @@ def broadcast_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     KNOWN: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of a tile of tokens, and delta = <dout, out> and inverse = 1 / total for the slot gradients.
+    """Compute dq for a tile of tokens. For the slot gradients, also compute delta = <dout, out> and inverse = 1 / total.
 
-    delta is computed from `out` if it is KNOWN, otherwise from the slots again. A token whose dout is 0 does not contribute to
-    any gradient, even if it holds NaN, as padding may: its query is read as 0, and its inverse is 0.
+    delta is computed from `out` if it is KNOWN. Otherwise it is recomputed from the slots. A token whose dout is 0 does not
+    contribute to any gradient, even if its query contains NaN, as padding may. Its query is read as 0, and its inverse is 0.
     """
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
@@ -160,7 +160,7 @@ def broadcast_tokens_kernel(
             )  # fmt: skip
             b_delta += tl.sum(b_e * b_dp, 1)
         b_delta *= b_inverse
-        # Load again: keeping these between the loops, which need different layouts, would take registers for both.
+        # Load q and dout again. The two loops need them in different layouts, and keeping both would take more registers.
         b_q = load_rotated(
             q, o_n, q_n, used, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE, AGAIN=True
         )  # fmt: skip
@@ -192,7 +192,10 @@ def broadcast_slots_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, NEED_SLOTS: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dvalues, dbias and, if NEED_SLOTS, dslots of a tile of slots over a chunk of tokens, for each sample and head."""
+    """Compute the contribution of a chunk of tokens to dvalues, dbias and, if NEED_SLOTS, dslots.
+
+    A program computes it for a tile of slots of one sample and head.
+    """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     o_m = first_slot + tl.arange(0, BLOCK_M)

@@ -1,11 +1,13 @@
-"""Kernels of `dft`: products with cosines and sines, folded along both axes (see primitives/dft.py for the equation).
+"""Kernels for `dft`: products with cosines and sines, folded along both axes (see primitives/dft.py for the equation).
 
-With C_N[a, n] = cos(2 pi an / N), S_N[a, n] = sin(2 pi an / N), and E, O the sum and the difference of the tokens n and -n,
+Let C_N[a, n] = cos(2 pi an / N) and S_N[a, n] = sin(2 pi an / N), and let E and O be the sum and the difference of the tokens n
+and -n. Then
 
     P = C_N (E C_D)        R = S_N (O S_D)        y at (a, b) and (-a, -b) is P - R        y at (-a, b) and (a, -b) is P + R
 
-so half of the tokens, of the rows a and of the columns b are enough. The first kernel sums over channels, the second over
-tokens. Cosines and sines are never stored: each step of a loop rotates a tile of them by the angles of that step.
+Therefore only half of the tokens, half of the rows a and half of the columns b are needed. The first kernel sums over channels,
+and the second kernel sums over tokens. Cosines and sines are never stored in memory. Each kernel computes a tile of them
+once, and in every step of its loop it rotates this tile by the angles of that step.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ from torch import Tensor
 from .launch import LaunchConfig, launch, launch_config
 from .tiles import cast, dot, load_tile
 
-WIDTH = 64  # of the launch table's entries: tiles do not depend on the channels
+WIDTH = 64  # width to look up in the launch table; the tiles do not depend on the number of channels
 BLOCK_K = 32  # tokens or channels per step
 HALF_PI = tl.constexpr(1.5707963267948966)
 
 
 @triton.jit
 def turn(index, length, COMPUTE: tl.constexpr):
-    """Return cos and sin of 2 pi index / length, for 0 <= index < length."""
+    """Return the cosine and the sine of 2 pi index / length, for 0 <= index < length."""
     quarter = (4 * index + length // 2) // length
-    rest = (4 * index - quarter * length).to(COMPUTE) / length * HALF_PI  # within pi / 4 of a quarter turn
+    rest = (4 * index - quarter * length).to(COMPUTE) / length * HALF_PI  # angle from the nearest quarter turn, <= pi / 4
     square = rest * rest
     c = tl.full(index.shape, 1.0, COMPUTE)
     s = tl.full(index.shape, 1.0, COMPUTE)
@@ -45,7 +47,7 @@ def turn(index, length, COMPUTE: tl.constexpr):
 
 @triton.jit
 def turned(c, s, turn_c, turn_s):
-    """Return cos and sin of the sum of two angles."""
+    """Return the cosine and the sine of the sum of two angles."""
     return c * turn_c - s * turn_s, s * turn_c + c * turn_s
 
 
@@ -55,7 +57,7 @@ def dft_channels_kernel(
     D: tl.constexpr, COLUMNS: tl.constexpr, SHRINK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute E C_D and O S_D times SHRINK / 2, each (N // 2 + 1, COLUMNS), for a tile of tokens and columns."""
+    """Compute E C_D and O S_D, both (N // 2 + 1, COLUMNS) and multiplied by SHRINK / 2, for a tile of tokens and columns."""
     half = N // 2 + 1
     row_tiles = tl.cdiv(half, BLOCK_N)
     column_tiles = COLUMNS // BLOCK_C
@@ -65,7 +67,8 @@ def dft_channels_kernel(
     o_c = column + tl.arange(0, BLOCK_C)
     valid = o_n < half
     mirror = tl.where(o_n == 0, 0, N - o_n)
-    # A half keeps sums in the range of x. A quarter if token and mirror image are the same.
+    # The weight 1/2 keeps the sums in the range of x. If a token and its mirror image are the same, the sum contains the token
+    # twice, so the weight is 1/4.
     weight = tl.where(o_n == mirror, 0.25, 0.5).to(COMPUTE)[:, None]
     x += i_b * x_b
 
@@ -94,7 +97,7 @@ def dft_tokens_kernel(
     D: tl.constexpr, COLUMNS: tl.constexpr, SHRINK: tl.constexpr, ORTHO: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute y for a tile of rows a <= N / 2 and columns b < COLUMNS, and for its mirror images."""
+    """Compute y for a tile of rows a <= N / 2 and columns b < COLUMNS, and for the mirror images of the tile."""
     half = N // 2 + 1
     row_tiles = tl.cdiv(half, BLOCK_N)
     column_tiles = COLUMNS // BLOCK_C
@@ -140,11 +143,13 @@ def dft_tokens_kernel(
 def dft(x: Tensor, ortho: bool) -> Tensor:
     batch, tokens, width = x.shape
     over_channels, over_tokens = (launch_config(kernel, x, WIDTH, x) for kernel in ("dft_channels", "dft_tokens"))
-    # Compute all columns of the tiles, more than half of them: stores of mirror images are not vectorized.
+    # All columns of the tiles are computed, even if these are more than half of the channels, because stores of mirror images
+    # are not vectorized.
     block = max(over_channels.tile.slots, over_tokens.tile.slots)
     half, columns = tokens // 2 + 1, triton.cdiv(width // 2 + 1, block) * block
     folded, y = x.new_empty(batch, 2, half, columns), x.new_empty(x.shape)
-    # Keeps the intermediate result at about an eighth of x, against overflow in float16. A power of two does not round.
+    # SHRINK scales the intermediate result to about an eighth of x, to avoid overflow in float16. It is a power of two, so the
+    # scaling does not round.
     sizes = dict(D=width, COLUMNS=columns, SHRINK=2.0 ** -(width.bit_length() // 2 + 2))
     launch(
         dft_channels_kernel, _grid(over_channels, batch, half, columns),

@@ -1,7 +1,7 @@
-"""Feature maps and tiles of features, shared by the kernels of linear attention.
+"""Feature maps and tiles of features, shared by the kernels for linear attention.
 
-With slots, a tile of features is a product of tokens and slots. Without slots, it is a tile of the tokens' channels, and a
-program never holds all channels of a head.
+With slots, a tile of features is computed from products of tokens and slots. Without slots, it is computed from a range of the
+tokens' channels, so a program does not need all channels of a head at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .tiles import LOG2E, load_rotated, load_slots, row_products, slot_channels
 
 @triton.jit
 def apply_map(logits, ELU: tl.constexpr):
-    """Apply elu + 1 or relu. NaN stays NaN."""
+    """Apply the feature map: elu + 1 if ELU, otherwise relu. NaN stays NaN."""
     if ELU:
         features = tl.where(logits > 0, logits + 1.0, tl.exp2(logits * LOG2E))
     else:
@@ -28,7 +28,7 @@ def apply_map(logits, ELU: tl.constexpr):
 
 @triton.jit
 def slope(logits, ELU: tl.constexpr):
-    """Return the derivative of the map."""
+    """Return the derivative of the feature map at `logits`."""
     if ELU:
         slopes = tl.where(logits > 0, 1.0, tl.exp2(logits * LOG2E))
     else:
@@ -42,7 +42,10 @@ def load_logits(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     PROJECTED: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Load the inputs of the map (tokens, BLOCK_M): products of tokens and slots, or channels of the tokens."""
+    """Return inputs of the feature map (tokens, BLOCK_M).
+
+    They are products of tokens and slots if PROJECTED, otherwise channels of the tokens.
+    """
     if PROJECTED:
         b_x = load_rotated(x, o_n, x_n, valid, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -58,7 +61,7 @@ def slot_rows(
     first_slot, D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     PROJECTED: tl.constexpr,
 ):  # fmt: skip
-    """Return the slots in the columns of a tile of logits."""
+    """Return the index of the slot in each column of a tile of logits."""
     if PROJECTED:
         o_m = first_slot + tl.arange(0, BLOCK_M)
     else:
@@ -68,7 +71,10 @@ def slot_rows(
 
 @triton.jit
 def load_state(sums, norms, sums_m, norms_m, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Load a tile of slots: means S / z (slots, BLOCK_E), which are in the range of v, and norms z. Both are 0 from M on."""
+    """Load the means S / z (slots, BLOCK_E) and the norms z for a tile of slots.
+
+    The means are in the range of v. Rows from M upward are 0.
+    """
     o_e = tl.arange(0, BLOCK_E)
     at = o_m.to(tl.int64)
     inside = (o_m < M)[:, None] & (o_e < E)[None, :]
@@ -78,13 +84,13 @@ def load_state(sums, norms, sums_m, norms_m, o_m, M, E: tl.constexpr, BLOCK_E: t
 
 
 def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | None) -> LaunchConfig:
-    """Return launch_config. `slots` may be None."""
+    """Return the result of launch_config. `slots` may be None, which means that the channels are the inputs of the map."""
     config = launch_config(kernel, tokens, max(tokens.shape[3], values.shape[3]), tokens if slots is None else slots)
-    if slots is None:  # at most the columns of a head
+    if slots is None:  # a tile has at most as many columns as a head
         config = replace(config, tile=config.tile._replace(slots=min(config.tile.slots, padded(tokens.shape[3]))))
     return config
 
 
 def feature_strides(slots: Tensor | None) -> tuple[int, int, int]:
-    """Return slot_strides. `slots` may be None."""
+    """Return the result of slot_strides, or zeros if `slots` is None."""
     return (0, 0, 0) if slots is None else slot_strides(slots)

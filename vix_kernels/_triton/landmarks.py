@@ -1,7 +1,8 @@
-"""Kernels of `landmarks`: one launch for the means of q and k, and one for the gradients.
+"""Kernels for `landmarks`: one launch computes the means of q and k, and one computes the gradients of q and k.
 
-In forward, a program holds a tile of landmarks and loops over their windows, a few tokens of each at a time. In backward, it
-holds a tile of tokens. Each token gathers the gradients of its landmarks: one, or up to four if windows overlap.
+In forward, a program computes a tile of landmarks. It loops over their windows and reads a few tokens of each window at a time.
+In backward, a program computes a tile of tokens. Each token gathers the gradients of the landmarks whose windows contain it:
+one landmark, or up to four if windows overlap.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from .tiles import load_rotated, load_tile, rotate_pairs, store_tile
 
 @triton.jit
 def window(j, size, count, ADAPTIVE: tl.constexpr):
-    """Return the first token and the length of window j of `count` along an axis of `size` tokens."""
+    """Return the first token and the length of window j, if there are `count` windows along an axis of `size` tokens."""
     if ADAPTIVE:
         j = j.to(tl.int64)
         first = j * size // count
         length = ((j + 1) * size + count - 1) // count - first
         first, length = first.to(tl.int32), length.to(tl.int32)
     else:
-        longer = j - (count - size % count)  # number of longer windows before j, if positive
+        longer = j - (count - size % count)  # if positive, the number of longer windows before window j
         first = j * (size // count) + tl.maximum(longer, 0)
         length = size // count + (longer >= 0).to(tl.int32)
     return first, length
@@ -33,7 +34,7 @@ def window(j, size, count, ADAPTIVE: tl.constexpr):
 
 @triton.jit
 def windows_of(token, size, count, ADAPTIVE: tl.constexpr):
-    """Return the first and the last window of a token."""
+    """Return the first and the last window that contain a token."""
     if ADAPTIVE:
         token = token.to(tl.int64)
         first = (token * count // size).to(tl.int32)
@@ -53,7 +54,7 @@ def mean(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of landmarks of x."""
+    """Compute the means of x for a tile of landmarks, and how many valid tokens each landmark has."""
     L = prefix + mark_rows * mark_columns
     i_bh = (tl.program_id(0) // tl.cdiv(L, BLOCK_M)).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -61,7 +62,8 @@ def mean(
     x += i_b * x_b + i_h * x_h
     angles = i_h * angle_h
 
-    # BLOCK_N groups of rows, each with one token per landmark. Sums over the groups then stay in a thread's registers.
+    # The tile has BLOCK_N groups of rows, and each group has one token per landmark. With this order, each thread can sum over
+    # the groups in its registers.
     o_row = tl.arange(0, BLOCK_N * BLOCK_M)
     o_token, o_mark = o_row // BLOCK_M, first_mark + o_row % BLOCK_M
     on_grid = tl.maximum(o_mark - prefix, 0)
@@ -88,7 +90,7 @@ def mean(
     b_mean = b_sum / tl.maximum(b_count, 1.0).to(COMPUTE)[:, None]
     o_m = first_mark + tl.arange(0, BLOCK_M)
     store_tile(b_mean, marks + i_bh * L * D, o_m, D, o_m < L, D, BLOCK_D, ROTARY, INTERLEAVED)
-    if i_h == 0:  # counts are equal in all heads of a sample
+    if i_h == 0:  # all heads of a sample have the same counts
         tl.store(counts + i_b * L + o_m, b_count, mask=o_m < L)
 
 
@@ -106,7 +108,7 @@ def landmarks_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr,
     Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of landmarks: of q if program_id(1) is 0, of k if it is 1."""
+    """Compute a tile of landmarks, for q if program_id(1) is 0 and for k if it is 1."""
     if tl.program_id(1) == 0:
         mean(
             q_marks, q_counts, q, q_mask, q_b, q_h, q_n, q_mask_b, q_mask_n, q_columns, q_longest, cos, sin, angle_h,
@@ -129,7 +131,10 @@ def token_gradient(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr,
     OTHER: tl.constexpr, MORE: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx of a tile of tokens from the gradients of their landmarks, dmarks + more (if MORE), plus other (if OTHER)."""
+    """Compute dx for a tile of tokens from the gradients of their landmarks.
+
+    The landmark gradients are dmarks, or dmarks + more if MORE. If OTHER, `other` is added to dx.
+    """
     L = prefix + mark_rows * mark_columns
     N = prefix + rows * columns
     i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
@@ -183,7 +188,7 @@ def landmarks_backward_kernel(
     Q_OTHER: tl.constexpr, Q_MORE: tl.constexpr, Q_MASKED: tl.constexpr,
     K_OTHER: tl.constexpr, K_MORE: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Compute gradients of a tile of tokens: of q if first + program_id(1) is 0, of k if it is 1."""
+    """Compute the gradient of a tile of tokens, for q if first + program_id(1) is 0 and for k if it is 1."""
     if first + tl.program_id(1) == 0:
         token_gradient(
             dq, q_other, dq_marks, q_more, q_counts, q_mask,

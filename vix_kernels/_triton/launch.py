@@ -1,4 +1,4 @@
-"""Kernel launches: configurations, and the arguments that all kernels share."""
+"""Kernel launches, their configurations, and arguments that many kernels share."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .targets import TARGETS
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Launch `kernel` over `grid` on the device of its first argument, a tensor.
+    """Launch `kernel` over `grid` on the device of its first argument, which must be a tensor.
 
-    `meta` has the constexprs and the launch options (num_warps, num_stages).
+    `meta` contains the constexprs and the launch options (num_warps, num_stages).
     """
     if (observer := conditions.current.observer) is not None:
         observer(kernel, grid, args, meta)
@@ -31,28 +31,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if device.type == "cpu":  # the interpreter
         kernel[grid](*args, **meta)
         return
-    # Backward threads do not inherit the caller's current device.
+    # Autograd's backward threads do not inherit the caller's current device.
     with torch.get_device_module(device).device(device):
         kernel[grid](*args, **meta)
 
 
-# The configuration
+# Configuration
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
     tile: Tile
-    compute: torch.dtype  # logits, statistics and accumulators
-    split: bool  # float32 slots and 16-bit tokens: slots are multiplied as a sum of two 16-bit tiles
-    precision: str  # of float32 products
-    multiprocessors: int  # of the device, 0 for the interpreter
-    step: int  # tokens in the tile of the launch table; chunks are multiples of it
+    compute: torch.dtype  # dtype of logits, statistics and accumulators
+    split: bool  # whether slots are float32 and tokens 16-bit; such slots are multiplied as a sum of two 16-bit tiles
+    precision: str  # precision of float32 products
+    multiprocessors: int  # number of multiprocessors in the device, or 0 for the interpreter
+    step: int  # tokens per tile in the launch table; the tokens per chunk are a multiple of it
 
     def chunk(self, programs: int, tokens: int) -> tuple[int, int]:
-        """Return the tokens per chunk and the number of chunks, for a launch of `programs` programs per chunk.
+        """Return the tokens per chunk and the number of chunks, for a launch with `programs` programs per chunk.
 
-        There is one chunk of all tokens, unless `programs` would leave multiprocessors idle. The split depends on sizes only,
-        never on timing, so the same call gives bit-identical results.
+        All tokens form one chunk, unless `programs` would leave multiprocessors idle. The split depends only on the sizes and
+        the device, never on timing, so repeated calls return bit-identical results.
         """
         if not conditions.current.split:
             return tokens, 1
@@ -79,10 +79,11 @@ class LaunchConfig:
         )  # fmt: skip
 
 
-PROGRAMS_A_MULTIPROCESSOR = 2  # programs whose registers fit a multiprocessor at the same time
-LEAST_CHUNK = 256  # tokens; smaller chunks cost more in the merge than they gain
-# Tokens per tile if the interpreter runs the launches of another architecture. Larger tiles take a fifth of the time. The
-# distinct bytes of a launch do not depend on them, because chunks are computed from the architecture's tile (`step`).
+PROGRAMS_A_MULTIPROCESSOR = 2  # programs whose registers fit in a multiprocessor at the same time
+LEAST_CHUNK = 256  # tokens; smaller chunks would cost more time in the merge than they save
+# Tokens per tile if the interpreter runs the launches of a GPU architecture. With such large tiles, a run takes a fifth of the
+# time. The set of bytes that a launch reads or writes does not change, because chunks still depend on the architecture's tile
+# (`step`).
 ASSUMED_TOKENS = 1024
 
 
@@ -90,9 +91,9 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
     """Return the configuration of `kernel` for the device and dtype of `tokens`.
 
     Args:
-        kernel: name in the launch table.
-        tokens: (batch, heads, tokens, channels) or (batch, tokens, channels).
-        width: width of the entry in the launch table. For most kernels it is the larger head width.
+        kernel: name of the kernel in the launch table.
+        tokens: the tokens, (batch, heads, tokens, channels) or (batch, tokens, channels).
+        width: width to look up in the launch table. For most kernels it is the larger of the head widths of keys and values.
         slots: the slots. Only their dtype is used.
     """
     arch = architecture(tokens.device)
@@ -105,8 +106,11 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
 
 
 def find_tile(arch: str, kernel: str, bits: int, width: int, pooled: bool) -> tuple[Key, Tile]:
-    """Return the tile of `kernel` on `arch` and its key in the launch table. `pooled`: slots have the tokens' dtype."""
-    # 16-bit slots, which are pooled from tokens, need a different number of registers than random features.
+    """Return the key in the launch table and the tile of `kernel` on `arch`.
+
+    `pooled` is whether the slots have the tokens' dtype.
+    """
+    # 16-bit slots, which are pooled from tokens, need a different number of registers than float32 random features.
     names = (f"{kernel}_pooled", kernel) if bits == 16 and pooled else (kernel,)
     keys = [(name, bits, width) for name in names]
     for key in keys:
@@ -117,23 +121,26 @@ def find_tile(arch: str, kernel: str, bits: int, width: int, pooled: bool) -> tu
                 return key, tile
     if arch == "interpreter":
         return keys[-1], INTERPRETER
-    raise KeyError(f"the launch table has no {kernel} of {bits} bits and width {width}")
+    raise KeyError(f"the launch table has no entry for {kernel}, {bits}-bit tokens and width {width}")
 
 
 def _precision(tile: Tile, arch: str) -> str:
     """Return the precision of float32 products."""
-    if arch.startswith("gfx"):  # matrix cores multiply float32; only gfx942 has TF32
+    if arch.startswith("gfx"):  # AMD's matrix cores multiply float32, but only those of gfx942 support TF32
         return "tf32" if tf32_allowed() and arch == "gfx942" else "ieee"
     return "tf32" if tf32_allowed() else tile.precision
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
-    """Return the Triton dtype of sums and statistics in `dtype`."""
+    """Return the Triton dtype for sums and statistics whose torch dtype is `dtype`."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def tf32_allowed() -> bool:
-    """Whether PyTorch's setting allows TF32. (`allow_tf32` and `set_float32_matmul_precision` change the same setting.)"""
+    """Return whether PyTorch allows TF32 in float32 products.
+
+    `allow_tf32` and `set_float32_matmul_precision` change the setting that is read here.
+    """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -147,19 +154,19 @@ def architecture(device: torch.device) -> str:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors (compute units) of the device, 0 for the interpreter."""
+    """Return the number of multiprocessors (compute units on AMD) of the device, or 0 for the interpreter."""
     if interpreted():
         return TARGETS[conditions.current.arch].multiprocessors if conditions.current.arch else 0
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return TARGETS[architecture(device)].multiprocessors  # compiled or counted, not run
+    return TARGETS[architecture(device)].multiprocessors  # launches are compiled or counted, but they are not run
 
 
 # Arguments
 
 
 def padded(width: int) -> int:
-    """Return the smallest power of two >= `width`, at least 16, which matrix instructions require."""
+    """Return the smallest power of two >= `width`, but at least 16, the minimum for matrix instructions."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -168,12 +175,12 @@ def token_strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def output_strides(x: Tensor) -> tuple[int, int, int]:
-    """Return token_strides, or zeros for the empty tensor of a gradient that is not needed."""
+    """Return token_strides(x), or zeros if x is the empty placeholder of a gradient that is not needed."""
     return token_strides(x) if x.dim() == 4 else (0, 0, 0)
 
 
 def slot_strides(x: Tensor) -> tuple[int, int, int]:
-    """Return the strides of (batch, heads, slots). Dimensions of length 1 are shared, so their stride is 0."""
+    """Return the strides of the batch, the heads and the slots. Dimensions of size 1 are broadcast, so their stride is 0."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
 
 
@@ -182,9 +189,9 @@ def mask_strides(mask: Tensor | None) -> tuple[int, int]:
 
 
 def rotary_arguments(rotary: Rotary | None, placeholder: Tensor) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
-    """Return cos, sin, the stride between their heads (0 for a table shared by all heads), and constexprs.
+    """Return cos, sin, their stride between heads (0 if all heads share a table), and the constexprs of the rotation.
 
-    ROTARY is the number of rotated channels, 0 without a rotation. Kernels do not read cos and sin then.
+    ROTARY is the number of rotated channels. Without a rotation it is 0, and kernels do not read cos and sin.
     """
     if rotary is None:
         return placeholder, placeholder, 0, dict(ROTARY=0, INTERLEAVED=True)
@@ -194,16 +201,16 @@ def rotary_arguments(rotary: Rotary | None, placeholder: Tensor) -> tuple[Tensor
 
 
 def merge_arguments(parts: Tensor, *, outputs: int) -> tuple[tuple[int], tuple[Tensor, ...], dict[str, Any]]:
-    """Return the grid, the results and the constexprs of a kernel that merges the results of the chunks of tokens.
+    """Return the grid, the output tensors and the constexprs for a kernel that merges the results of the chunks of tokens.
 
     Args:
-        parts: (batch, heads, chunks, M, E), a row for each slot.
-        outputs: how many tensors (batch, heads, M) the kernel writes after the merged rows (batch, heads, M, E).
+        parts: results of the chunks, (batch, heads, chunks, M, E).
+        outputs: number of (batch, heads, M) tensors that the kernel writes in addition to the merged rows (batch, heads, M, E).
     """
     batch, num_heads, _, num_slots, width = parts.shape
     merged = parts.new_empty(batch, num_heads, num_slots, width)
     numbers = [parts.new_empty(batch, num_heads, num_slots) for _ in range(outputs)]
-    block, num_warps = (8 if padded(width) >= 128 else 16), (4 if padded(width) <= 32 else 8)  # >= 4 elements per thread
+    block, num_warps = (8 if padded(width) >= 128 else 16), (4 if padded(width) <= 32 else 8)  # at least 4 elements per thread
     meta = dict(
         E=width, BLOCK_E=padded(width), BLOCK_M=block, COMPUTE=triton_dtype(parts.dtype),
         num_warps=num_warps, num_stages=1, enable_fp_fusion=True,

@@ -1,6 +1,7 @@
-"""The launch table: tile sizes, warps and stages of each kernel.
+"""The launch table: the tile, the number of warps and the number of stages for each kernel.
 
-Entries were chosen to compile without register spills. No GPU has measured them yet. `vix dev tune` proposes better ones.
+The entries were chosen so that the kernels compile without register spills. They have not been measured on a GPU yet.
+`vix dev tune` proposes better entries.
 """
 
 from __future__ import annotations
@@ -9,21 +10,21 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Tile that one program holds, and its warps and stages."""
+    """Size of the tile that one program processes, and the program's warps and stages."""
 
     slots: int
     tokens: int
     num_warps: int
     num_stages: int
-    # Of float32 products: "tf32x3" (three TF32 products), "tf32", or "ieee" (fused multiply-adds) to save registers.
+    # Precision of float32 products: "tf32x3" (three TF32 products), "tf32", or "ieee" (fused multiply-adds, to save registers).
     precision: str = "tf32x3"
-    apart: bool = False  # dk and dv in separate launches, because both accumulators do not fit the registers
+    apart: bool = False  # whether dk and dv need separate launches, because both accumulators do not fit in registers
 
 
-Key = tuple[str, int, int]  # kernel, bits of the tokens' dtype, padded width
+Key = tuple[str, int, int]  # name of the kernel, bits of the tokens' dtype, padded width
 
-# "..._pooled" is the same kernel for 16-bit slots, which are pooled from tokens, if it needs another tile than with float32
-# random features.
+# An entry "..._pooled" is for the same kernel with 16-bit slots, which are pooled from tokens. It exists if they need a
+# different tile than float32 random features.
 TABLE: dict[Key, Tile] = {
     ("aggregate_forward", 16, 16): Tile(64, 64, 4, 3),
     ("aggregate_forward", 16, 32): Tile(64, 64, 4, 3),
@@ -185,8 +186,8 @@ TABLE: dict[Key, Tile] = {
     ("rotate", 32, 64): Tile(0, 32, 4, 1),
     ("rotate", 32, 128): Tile(0, 16, 4, 1),
     ("rotate", 32, 256): Tile(0, 8, 4, 1),
-    # The width of these entries is the number of landmarks. slots: the largest number of landmarks whose matrices are held in
-    # registers. tokens: columns per step of a product.
+    # For the pinv kernels, width is the number of landmarks, `slots` is the largest number of landmarks whose matrices are kept
+    # in registers, and `tokens` is the number of columns per step of a product.
     ("pinv_forward", 16, 16): Tile(16, 16, 4, 1, "tf32"),
     ("pinv_forward", 16, 32): Tile(32, 16, 4, 1, "tf32"),
     ("pinv_forward", 16, 64): Tile(64, 32, 8, 1, "tf32"),
@@ -220,7 +221,7 @@ TABLE: dict[Key, Tile] = {
     ("landmarks_backward", 32, 64): Tile(0, 32, 4, 1),
     ("landmarks_backward", 32, 128): Tile(0, 16, 4, 1),
     ("landmarks_backward", 32, 256): Tile(0, 8, 4, 1),
-    # slots: tokens per product.
+    # For the token_conv kernels, `slots` is the number of tokens per product.
     ("token_conv_forward", 16, 16): Tile(64, 64, 4, 1),
     ("token_conv_forward", 16, 32): Tile(64, 64, 4, 1),
     ("token_conv_forward", 16, 64): Tile(64, 64, 4, 1),
@@ -241,7 +242,7 @@ TABLE: dict[Key, Tile] = {
     ("token_conv_backward", 32, 64): Tile(32, 32, 8, 1),
     ("token_conv_backward", 32, 128): Tile(32, 32, 8, 1),
     ("token_conv_backward", 32, 256): Tile(32, 32, 8, 1),
-    # For any number of channels. slots: columns.
+    # For the dft kernels, the same entry is used for any number of channels, and `slots` is the number of columns.
     ("dft_channels", 16, 64): Tile(64, 64, 4, 2),
     ("dft_tokens", 16, 64): Tile(64, 64, 4, 3),
     ("dft_channels", 32, 64): Tile(64, 32, 8, 1),
@@ -250,7 +251,7 @@ TABLE: dict[Key, Tile] = {
     ("pinv_backward", 32, 64): Tile(0, 16, 8, 1),
     ("pinv_backward", 32, 128): Tile(0, 16, 8, 1),
 }
-_WARP_GROUP = {  # products of at least 64 tokens or slots: warp-group instructions, whose operands need fewer registers
+_WARP_GROUP = {  # tiles of at least 64 tokens or slots use warp-group instructions, which need fewer registers for operands
     ("aggregate_forward", 16, 64): Tile(64, 64, 4, 3),
     ("aggregate_tokens", 16, 32): Tile(64, 128, 8, 2),
     ("aggregate_tokens", 16, 64): Tile(64, 64, 8, 2),
@@ -264,7 +265,7 @@ _WARP_GROUP = {  # products of at least 64 tokens or slots: warp-group instructi
     ("dft_channels", 16, 64): Tile(64, 64, 8, 3),
     ("dft_tokens", 16, 64): Tile(64, 64, 8, 3),
 }
-_SMALL = {  # 99 KiB of shared memory
+_SMALL = {  # for architectures with 99 KiB of shared memory per block
     ("aggregate_slots", 16, 128): Tile(64, 32, 8, 2),
     ("linear_aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
     ("linear_broadcast_slots", 32, 256): Tile(16, 16, 8, 1, "ieee"),
@@ -273,14 +274,14 @@ _SMALL = {  # 99 KiB of shared memory
     ("token_conv_backward", 16, 128): Tile(32, 64, 8, 1),
     ("aggregate_slots", 32, 128): Tile(16, 16, 8, 1, "ieee"),
 }
-_ADA = {  # kernels that spill with the tiles above on sm_86 and sm_89
+_ADA = {  # for kernels that spill registers with the tiles above on sm_86 and sm_89
     ("aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
     ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 4, 2),
     ("broadcast_slots_pooled", 16, 64): Tile(32, 64, 8, 2),
     ("linear_broadcast_tokens", 16, 64): Tile(16, 64, 4, 1),
     ("broadcast_tokens", 16, 32): Tile(64, 128, 8, 1),
 }
-_CDNA = {  # one stage and smaller tiles for kernels whose pipeline does not fit the registers
+_CDNA = {  # one stage and smaller tiles, for kernels whose pipeline does not fit in registers
     ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 1),
     ("broadcast_tokens", 16, 32): Tile(32, 128, 4, 1),
     ("broadcast_forward", 16, 64): Tile(64, 128, 8, 1),
@@ -290,7 +291,7 @@ _CDNA = {  # one stage and smaller tiles for kernels whose pipeline does not fit
     ("aggregate_tokens", 32, 128): Tile(16, 32, 8, 1),
     ("pinv_forward", 16, 64): Tile(0, 16, 8, 1, "tf32"),
 }
-# Entries that replace those of TABLE on an architecture.
+# Entries that override those of TABLE, by architecture.
 OVERRIDES: dict[str, dict[Key, Tile]] = {
     "sm_80": {
         ("broadcast_forward_pooled", 16, 64): Tile(64, 64, 4, 2),
@@ -323,7 +324,7 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
     | {
         ("broadcast_slots", 16, 128): Tile(64, 64, 8, 2),
         ("aggregate_tokens", 16, 128): Tile(32, 64, 8, 2),
-        # Smaller than the registers allow: with larger tiles Triton 3.6 spills a few bytes more at width 80.
+        # Smaller than the registers allow, because with larger tiles Triton 3.6 spills a few more bytes at width 80.
         ("broadcast_tokens", 16, 128): Tile(32, 128, 8, 2),
         ("linear_broadcast_slots", 16, 128): Tile(32, 32, 4, 1),
         ("broadcast_tokens", 32, 64): Tile(16, 32, 8, 1),  # Triton 3.6 spills with TABLE's entry
@@ -343,4 +344,4 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
     "gfx942": _CDNA,
     "gfx950": _CDNA,
 }
-INTERPRETER = Tile(32, 16, 1, 1)  # small, so that every loop runs more than once on small inputs
+INTERPRETER = Tile(32, 16, 1, 1)  # so small that every loop runs more than once even on small inputs

@@ -1,6 +1,6 @@
-"""Kernels of `linear_aggregate`: slots sum tokens with features as weights (see primitives/linear.py for the equations).
+"""Kernels for `linear_aggregate`: slots are sums of tokens with features as weights (equations in primitives/linear.py).
 
-They have the loops of `aggregate`, without a running max and a normalizer.
+These kernels have the same loops as those for `aggregate`, but no running max and no normalizer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def linear_aggregate_forward_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute sums and norms of a tile of slots over a chunk of tokens."""
+    """Compute sums and norms for a tile of slots over a chunk of tokens."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
@@ -62,7 +62,7 @@ def linear_aggregate_forward_kernel(
         )  # fmt: skip
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_f = cast(tl.where(valid[:, None], apply_map(b_l, ELU), 0.0), b_v.dtype)
-        b_norms += tl.sum(b_f.to(COMPUTE), 0)  # rounded as in the numerator
+        b_norms += tl.sum(b_f.to(COMPUTE), 0)  # uses the rounded features, as the sums do
         b_sums = dot(tl.trans(b_f), b_v, b_sums, PRECISION)
 
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
@@ -80,7 +80,7 @@ def linear_aggregate_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk (if KEYS) and dv (if VALUES) of a tile of tokens."""
+    """Compute dk (if KEYS) and dv (if VALUES) for a tile of tokens."""
     i_bh, o_n, inside = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
@@ -132,7 +132,7 @@ def linear_aggregate_slots_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dslots of a tile of slots over a chunk of tokens, for each sample and head."""
+    """Compute the contribution of a chunk of tokens to dslots, for a tile of slots of one sample and head."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h

@@ -1,6 +1,6 @@
-"""Kernels of `linear_broadcast`: tokens average slots with features as weights (see primitives/linear.py for the equations).
+"""Kernels for `linear_broadcast`: tokens are averages of slots with features as weights (equations in primitives/linear.py).
 
-They have the loops of `broadcast`.
+These kernels have the same loops as those for `broadcast`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .tiles import (
 )
 
 HALF_MAX = tl.constexpr(65504.0)
-SMALLEST = tl.constexpr(2.0**-100)  # least divisor of weights, whose inverse must be finite
+SMALLEST = tl.constexpr(2.0**-100)  # lower limit of the divisor of the weights, so that its inverse is finite
 
 
 @triton.jit(do_not_specialize=["N", "M", "sums_b", "sums_h", "norms_b", "norms_h", "angle_h", "eps"])
@@ -44,14 +44,14 @@ def linear_broadcast_forward_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute out and total, the denominator, of a tile of tokens."""
+    """Compute out and its denominator, total, for a tile of tokens."""
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
     q += i_b * q_b + i_h * q_h
     slots += i_b * slots_b + i_h * slots_h
 
-    # As in a softmax, weights and their sum are divided by the running max, so weights fit 16 bits.
+    # As in a softmax, the weights and their sum are divided by a running max, so that the weights fit in 16 bits.
     b_max = tl.full((BLOCK_N,), SMALLEST, COMPUTE)
     b_total = tl.zeros((BLOCK_N,), COMPUTE)
     b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
@@ -68,7 +68,7 @@ def linear_broadcast_forward_kernel(
         b_w = apply_map(b_l, ELU) * b_norms[None, :]
         new_max = tl.maximum(b_max, tl.max(b_w, 1))
         over = 1.0 / new_max
-        b_p = cast(b_w * over[:, None], q.dtype.element_ty)  # rounded in both numerator and denominator
+        b_p = cast(b_w * over[:, None], q.dtype.element_ty)  # the numerator and the denominator use the same rounded weights
         b_total = b_total * (b_max * over) + tl.sum(b_p.to(COMPUTE), 1)
         b_out = dot(b_p, cast(b_values, q.dtype.element_ty), b_out * (b_max * over)[:, None], PRECISION)
         b_max = new_max
@@ -82,7 +82,10 @@ def linear_broadcast_forward_kernel(
 
 @triton.jit
 def weight_scale(norms, HALF: tl.constexpr):
-    """Return the factor of a slot's weights f / t: z if HALF, otherwise 1. f / t may overflow in float16, but f z / t <= 1."""
+    """Return the factor that is applied to the weights f / t of each slot: its norm z if HALF, otherwise 1.
+
+    f / t may overflow in float16, but f z / t is at most 1. If z is 0, the factor is 1.
+    """
     if HALF:
         scale = tl.where(norms == 0, 1.0, norms)
     else:
@@ -97,7 +100,7 @@ def load_terms(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return logits and <dout, values> of tokens and slots, both (tokens, BLOCK_M), and the norms of the slots."""
+    """Return the logits and <dout, values> of tokens and slots, both (tokens, BLOCK_M), and the norms of the slots."""
     b_l = load_logits(
         q, o_n, q_n, used, slots, slots_m, first_slot, cos, sin, M,
         D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
@@ -105,7 +108,7 @@ def load_terms(
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
     b_values, b_norms = load_state(sums, norms, sums_m, norms_m, o_m, M, E, BLOCK_E)
     b_dout = load_tile(dout, o_n, d_n, used, E, BLOCK_E, 0, True)
-    # Values are not rounded, but split if necessary: the products minus their mean may be small.
+    # Values are split instead of rounded, because the differences between the products and their mean may be small.
     WIDE: tl.constexpr = b_values.dtype != b_dout.dtype
     b_dp = row_products(b_dout, b_values, tl.zeros((o_n.shape[0], BLOCK_M), COMPUTE), False, WIDE, PRECISION)
     return b_l, b_dp, b_norms
@@ -122,10 +125,11 @@ def linear_broadcast_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq of a tile of tokens, and delta = <dout, out> and whether a token is used for the slot gradients.
+    """Compute dq for a tile of tokens. For the slot gradients, also compute delta = <dout, out> and a mask of the used tokens.
 
-    delta is computed from the features again, because `out` may have been rounded and <dout, values> - delta may be small. A
-    token whose dout is 0 does not contribute to any gradient, even if it holds NaN, as padding may: it is read as 0.
+    delta is recomputed from the features, because `out` may have been rounded, and <dout, values> - delta may be small. A token
+    whose dout is 0 is not used. It does not contribute to any gradient, even if its query contains NaN, as padding may, because
+    the query is read as 0.
     """
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
@@ -182,7 +186,10 @@ def linear_broadcast_slots_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     NEED_SLOTS: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dsums, dnorms and, if NEED_SLOTS, dslots of a tile of slots over a chunk of tokens, for each sample and head."""
+    """Compute the contribution of a chunk of tokens to dsums, dnorms and, if NEED_SLOTS, dslots.
+
+    A program computes it for a tile of slots of one sample and head.
+    """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     angles = i_h * angle_h
@@ -202,7 +209,7 @@ def linear_broadcast_slots_kernel(
         b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
         b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
         b_used = tl.load(used + i_bh * N + o_n, mask=valid, other=0) != 0
-        b_total = tl.load(total + i_bh * N + o_n, mask=b_used, other=float("inf"))  # makes the weight 0
+        b_total = tl.load(total + i_bh * N + o_n, mask=b_used, other=float("inf"))  # inf makes the weight 0
         b_total = tl.where(b_total == 0, 1.0, b_total)
         b_l, b_dp, b_norms = load_terms(
             dout, d_n, q, o_n, q_n, b_used, slots, slots_m, sums, norms, sums_m, norms_m,
@@ -211,7 +218,7 @@ def linear_broadcast_slots_kernel(
         )  # fmt: skip
         b_size = weight_scale(b_norms, HALF)
         b_w = apply_map(b_l, ELU) * (b_size[None, :] / b_total[:, None])
-        if HALF:  # limits weights of a slot without keys, which are multiplied by 0 later: inf would become NaN
+        if HALF:  # limit overflowing weights of slots without keys, because they are multiplied by 0 later, and inf * 0 is NaN
             b_w = tl.where(b_w > HALF_MAX, HALF_MAX, b_w)
         b_p = cast(b_w, b_dout.dtype)
         b_dsums = dot(tl.trans(b_p), b_dout, b_dsums, PRECISION)

@@ -1,4 +1,4 @@
-"""Sums over the chunks that the tokens were split into."""
+"""Sums of results over the chunks of tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def merge_sums_kernel(
     parts, part_numbers, sums, numbers, chunks, M,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Sum rows and numbers over the chunks."""
+    """Sum the rows and the numbers of a tile of slots over the chunks."""
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
     o_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_e = tl.arange(0, BLOCK_E)
@@ -33,7 +33,10 @@ def merge_sums_kernel(
 
 
 def merge_sums(parts: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum (batch, heads, chunks, M, E) and (batch, heads, chunks, M) over chunks. A single chunk needs no launch."""
+    """Sum `parts` (batch, heads, chunks, M, E) and `numbers` (batch, heads, chunks, M) over the chunks.
+
+    A single chunk needs no launch.
+    """
     _, _, chunks, num_slots, _ = parts.shape
     if chunks == 1:
         return parts.squeeze(2), numbers.squeeze(2)
@@ -43,12 +46,15 @@ def merge_sums(parts: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def empty_slots(slots: Tensor, batch: int, num_heads: int, chunks: int, dtype: torch.dtype) -> Tensor:
-    """Allocate gradients of `slots`, (batch, heads, chunks, M, D), in `dtype`, or in the slots' dtype if no sum follows."""
+    """Allocate the gradient of `slots` for each chunk: (batch, heads, chunks, M, D).
+
+    It has the slots' dtype if there is nothing to sum over, otherwise `dtype`.
+    """
     alone = chunks == 1 and slots.shape[:2] == (batch, num_heads)
     return slots.new_empty(batch, num_heads, chunks, *slots.shape[2:], dtype=slots.dtype if alone else dtype)
 
 
 def sum_slots(parts: Tensor, slots: Tensor) -> Tensor:
-    """Return the gradient of `slots`: the sum of `parts` over chunks, and over samples and heads that share slots."""
+    """Return the gradient of `slots`: the sum of `parts` over the chunks, and over the samples and heads that share slots."""
     batch, num_heads, num_slots, width = slots.shape
     return parts.sum_to_size(batch, num_heads, 1, num_slots, width).view(slots.shape).to(slots.dtype)

@@ -1,8 +1,8 @@
-"""Kernels of `pinv` (see primitives/pinv.py for the equations, _torch/pinv.py for the steps). A program computes whole heads.
+"""Kernels for `pinv` (see primitives/pinv.py for the equations and _torch/pinv.py for the steps).
 
-For up to 64 landmarks, forward keeps its L x L matrices in registers if they fit. Otherwise, and in backward, every program has
-separate memory for them (pinv_steps.py). To keep this memory in the L2 cache, there are only as many programs as can run at the
-same time, and they loop over the heads of all samples.
+A program computes whole heads. For up to 64 landmarks, the forward kernel keeps its L x L matrices in registers if they fit.
+Otherwise, and always in backward, each program has separate global memory for its matrices (see pinv_steps.py). To keep this
+memory in the L2 cache, only as many programs are launched as can run at the same time. They loop over the heads of all samples.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .launch import LaunchConfig, architecture, launch, launch_config, mask_stri
 from .pinv_steps import BACKWARD, DA, DY, DZ, FORWARD, A, Z, advance, differentiate, keep_middle, part, restart
 from .tiles import LOG2E, dot, load_tile, row_products, store_tile
 
-WARPS_A_MULTIPROCESSOR = 8  # at 255 registers per thread
+WARPS_A_MULTIPROCESSOR = 8  # warps that fit in a multiprocessor with 255 registers per thread
 
 
 @triton.jit
 def is_valid(counts, i_b, counts_b, counts_l, landmarks, L, MASKED: tl.constexpr):
-    """Return which landmarks exist and, if MASKED, are means of at least one token."""
+    """Return a mask of the landmarks that exist and, if MASKED, are means of at least one token."""
     valid = landmarks < L
     if MASKED:
         valid &= tl.load(counts + i_b * counts_b + landmarks.to(tl.int64) * counts_l, mask=valid, other=0.0) > 0
@@ -35,7 +35,7 @@ def load_rows(
     base, stride, rows, column, counts, i_b, counts_b, counts_l, L,
     WIDTH: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Load STEP columns of some landmarks, 0 for invalid ones."""
+    """Load STEP columns of the landmarks `rows`. Rows of invalid landmarks are 0."""
     valid = is_valid(counts, i_b, counts_b, counts_l, rows, L, MASKED)
     return load_tile(base, rows, stride, valid, WIDTH, STEP, 0, True, False, column)
 
@@ -45,7 +45,7 @@ def apply(
     memory, PLACE: tl.constexpr, TURNED: tl.constexpr, base, stride, column, counts, i_b, counts_b, counts_l, L,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the matrix at PLACE, transposed if TURNED, times STEP columns of landmarks."""
+    """Return the product of the matrix at PLACE (transposed if TURNED) and STEP columns of the landmarks at `base`."""
     acc = tl.zeros((SIZE, STEP), memory.dtype.element_ty)
     for start in range(0, L, STEP):
         rows = start + tl.arange(0, STEP)
@@ -63,7 +63,7 @@ def attention(
     q, k, q_l, k_l, rows, columns, has_row, has_column, scale,
     D: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute rows of A, which are 0 for invalid landmarks."""
+    """Return rows of A, the attention of query landmarks to key landmarks. Invalid landmarks have rows and columns of 0."""
     logits = tl.zeros((rows.shape[0], columns.shape[0]), COMPUTE)
     for column in range(0, D, STEP):
         b_q = load_tile(q, rows, q_l, has_row, D, STEP, 0, True, False, column)
@@ -78,7 +78,10 @@ def attention(
 
 @triton.jit
 def start_scale(sums):
-    """Return the largest column sum of A, or 1 if it is 0, and the fraction of its gradient that each column gets."""
+    """Return the start scale s and the fraction of its gradient that each column of A receives.
+
+    s is the largest column sum of A, or 1 if that sum is 0.
+    """
     s = tl.max(sums, 0)
     largest = (sums == s).to(sums.dtype)
     return tl.where(s == 0, 1.0, s), largest / tl.sum(largest, 0)
@@ -90,11 +93,11 @@ def start(
     D: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store A and the first Z at their places. Return the results of start_scale."""
+    """Compute A and the first Z and store them in `memory`. Return the results of start_scale."""
     columns = tl.arange(0, SIZE)
     has_column = is_valid(k_counts, i_b, k_counts_b, k_counts_l, columns, L, K_MASKED)
     sums = tl.zeros((SIZE,), COMPUTE)
-    tl.debug_barrier()  # all threads have read the matrices of the previous head
+    tl.debug_barrier()  # wait until all threads have read the matrices of the previous head
     for row in range(0, SIZE, STEP):
         rows = row + tl.arange(0, STEP)
         has_row = is_valid(q_counts, i_b, q_counts_b, q_counts_l, rows, L, Q_MASKED)
@@ -113,7 +116,7 @@ def start_gradient(
     E: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store dZ of the last step and a dA of zeros at their places."""
+    """Compute the gradient of the final Z and store it in `memory` as dZ. Set dA to zeros."""
     columns = tl.arange(0, SIZE)
     for row in range(0, SIZE, STEP):
         rows = row + tl.arange(0, STEP)
@@ -129,7 +132,7 @@ def start_gradient(
 
 @triton.jit
 def end_gradient(memory, s, share, scale, SIZE: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr):
-    """Store the gradient of q k^T at the place of dY: backward through the start scale and the softmax."""
+    """Compute the gradient of q k^T by going backward through the first Z and the softmax. Store it in the place of dY."""
     sums = tl.zeros((STEP,), COMPUTE)
     for row in range(0, SIZE, STEP):
         a = tl.load(part(memory, A, row, 0, STEP, SIZE, SIZE))
@@ -152,7 +155,7 @@ def pinv_forward_kernel(
     D: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
     Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, IN_MEMORY: tl.constexpr,
 ):  # fmt: skip
-    """Compute out of the heads of all samples. `pairs` is batch x heads."""
+    """Compute `out` for the heads of all samples. `pairs` is batch x heads."""
     landmarks = tl.arange(0, SIZE)
     zeros = tl.zeros((SIZE, SIZE), COMPUTE)
     memory += tl.program_id(0).to(tl.int64) * (FORWARD * SIZE * SIZE)
@@ -201,12 +204,16 @@ def pinv_backward_kernel(
     Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr, NEED_VALUES: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq, dk and dvalues of the heads of all samples. Steps are recomputed from the first or from the middle one."""
+    """Compute dq, dk and dvalues for the heads of all samples.
+
+    The Z of each step is recomputed, starting from the first Z or from the saved Z of the middle step.
+    """
     landmarks = tl.arange(0, SIZE)
     inside = landmarks < L
     memory += tl.program_id(0).to(tl.int64) * (BACKWARD * SIZE * SIZE)
     half = iterations // 2
-    # disable_licm: values computed once for all heads would hold registers that the products need.
+    # disable_licm keeps the compiler from moving computations out of this loop. Their results would occupy registers that the
+    # products need.
     for i_bh in tl.range(tl.program_id(0), pairs, tl.num_programs(0), disable_licm=True):
         i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
         p_q, p_k = q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h
@@ -297,20 +304,20 @@ def pinv_backward(
 
 
 def _memory(config: LaunchConfig, matrices: int, q_marks: Tensor, values: Tensor) -> tuple[int, Tensor]:
-    """Return the number of programs, and memory for `matrices` matrices of each."""
+    """Return the number of programs, and memory for `matrices` matrices per program."""
     pairs, _, landmarks = _sizes(q_marks)
     programs = min(pairs, max(1, config.multiprocessors * WARPS_A_MULTIPROCESSOR // config.tile.num_warps))
     return programs, values.new_empty(programs * matrices * padded(landmarks) ** 2)
 
 
 def _meta(config: LaunchConfig, q_marks: Tensor, values: Tensor) -> dict[str, Any]:
-    """Return the constexprs and launch options of both kernels."""
+    """Return the constexprs and launch options that both kernels share."""
     meta = dict(
         D=q_marks.shape[3], E=values.shape[3], SIZE=padded(q_marks.shape[2]), STEP=config.tile.tokens,
         COMPUTE=config.triton_compute, PRECISION=config.precision,
         num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    # Without a limit, ptxas spills to fit one more program on a multiprocessor.
+    # Without this limit, ptxas spills registers to fit one more program on a multiprocessor.
     return meta if architecture(q_marks.device).startswith("gfx") else meta | dict(maxnreg=255)
 
 

@@ -1,8 +1,8 @@
-"""Steps of the pseudo-inverse on matrices in memory (see _torch/pinv.py for the steps).
+"""Steps of the pseudo-inverse on matrices in global memory (see _torch/pinv.py for the steps).
 
-The matrices of a head are SIZE x SIZE, with zeros beyond its landmarks. They are stored one after the other in global memory
-that belongs to one program. Products load STEP columns and ROWS rows at a time, which needs few registers. Barriers are needed
-because threads read what other threads have stored.
+The matrices of a head are SIZE x SIZE, and their rows and columns beyond the landmarks are zero. They are stored one after the
+other in global memory that only one program uses. A product computes ROWS rows at a time and loads STEP columns per iteration,
+which needs few registers. Barriers are needed because threads read values that other threads have stored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import triton.language as tl
 
 from .tiles import dot
 
-# Places in this memory. Forward uses the first FORWARD. dW replaces Y after Y has been read, and dX replaces dY.
+# Places of the matrices in this memory. Forward uses only the first FORWARD places. dW overwrites Y, and dX overwrites dY, once
+# the old matrix is no longer needed.
 A, Z, X, W, Y = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 DY, DZ, DA, MIDDLE = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
 DW, DX = Y, DY
@@ -21,7 +22,10 @@ FORWARD, BACKWARD = tl.constexpr(5), tl.constexpr(9)
 
 @triton.jit
 def part(memory, PLACE: tl.constexpr, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr):
-    """Return pointers to a part of a matrix. Those of different places differ by a constant, which needs no register."""
+    """Return pointers to a part of the matrix at PLACE.
+
+    The pointers for different places differ by a constant, which needs no register.
+    """
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     return memory + (rows[:, None] * SIZE + columns[None, :]) + (PLACE * SIZE * SIZE + row * SIZE + column)
 
@@ -33,9 +37,9 @@ def multiply(
     LEFT_TURNED: tl.constexpr = False, RIGHT_TURNED: tl.constexpr = False, FACTOR: tl.constexpr = 1,
     OTHER: tl.constexpr = 0, WEIGHT: tl.constexpr = 0, ADD: tl.constexpr = False,
 ):  # fmt: skip
-    """Compute OUT = FACTOR (LEFT @ RIGHT + WEIGHT OTHER + OUT), the last term only if ADD.
+    """Compute OUT = FACTOR * (LEFT @ RIGHT + WEIGHT * OTHER + OUT). The last term is added only if ADD.
 
-    LEFT and RIGHT are transposed if TURNED. OUT may be LEFT, unless LEFT is transposed.
+    LEFT is transposed if LEFT_TURNED, and RIGHT if RIGHT_TURNED. OUT may be the same matrix as LEFT if LEFT is not transposed.
     """
     ROWS: tl.constexpr = min(SIZE, 64)
     for row in range(0, SIZE, ROWS):
@@ -55,14 +59,14 @@ def multiply(
             else:
                 y = tl.load(part(memory, RIGHT, start, 0, STEP, SIZE, SIZE))
             acc = dot(x, y, acc, PRECISION)
-        tl.debug_barrier()  # all threads have read the old OUT
+        tl.debug_barrier()  # wait until all threads have read the old OUT
         tl.store(part(memory, OUT, row, 0, ROWS, SIZE, SIZE), acc * FACTOR)
-    tl.debug_barrier()  # all threads have written the new OUT
+    tl.debug_barrier()  # wait until all threads have written the new OUT
 
 
 @triton.jit
 def polynomial(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute X, W and Y of a step."""
+    """Compute X, W and Y of a step from A and Z."""
     multiply(memory, A, Z, X, L, SIZE, STEP, PRECISION)
     multiply(memory, X, X, W, L, SIZE, STEP, PRECISION, OTHER=X, WEIGHT=-7)
     multiply(memory, X, W, Y, L, SIZE, STEP, PRECISION, OTHER=X, WEIGHT=15)
@@ -70,14 +74,14 @@ def polynomial(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.
 
 @triton.jit
 def advance(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute Z of the next step."""
+    """Replace Z with the Z of the next step."""
     polynomial(memory, L, SIZE, STEP, PRECISION)
     multiply(memory, Z, Y, Z, L, SIZE, STEP, PRECISION, OTHER=Z, WEIGHT=-13, FACTOR=-0.25)
 
 
 @triton.jit
 def differentiate(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """Compute dZ of a step from dZ of the next step, and add the step's contribution to dA."""
+    """Replace the gradient dZ of the next step's Z with that of this step's Z. Add this step's contribution to dA."""
     polynomial(memory, L, SIZE, STEP, PRECISION)
     multiply(memory, Z, DZ, DY, L, SIZE, STEP, PRECISION, LEFT_TURNED=True, FACTOR=-0.25)
     multiply(memory, DZ, Y, DZ, L, SIZE, STEP, PRECISION, RIGHT_TURNED=True, OTHER=DZ, WEIGHT=-13, FACTOR=-0.25)
@@ -91,7 +95,7 @@ def differentiate(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: 
 
 @triton.jit
 def restart(memory, s, late, SIZE: tl.constexpr, STEP: tl.constexpr):
-    """Restore Z of the middle step if `late`, otherwise the first Z, A^T / s."""
+    """Set Z to the saved Z of the middle step if `late`, otherwise to the first Z, A^T / s."""
     for row in range(0, SIZE, STEP):
         z = tl.trans(tl.load(part(memory, A, 0, row, SIZE, STEP, SIZE))) / s
         if late:
@@ -102,7 +106,7 @@ def restart(memory, s, late, SIZE: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def keep_middle(memory, SIZE: tl.constexpr, STEP: tl.constexpr):
-    """Save Z for `restart`."""
+    """Save Z as the Z of the middle step, for `restart`."""
     for row in range(0, SIZE, STEP):
         z = tl.load(part(memory, Z, row, 0, STEP, SIZE, SIZE))
         tl.store(part(memory, MIDDLE, row, 0, STEP, SIZE, SIZE), z)

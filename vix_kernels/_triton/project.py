@@ -1,9 +1,10 @@
-"""Kernels of `project`: K slots are learned combinations of N tokens (see primitives/project.py for the equations).
+"""Kernels for `project`: K slots are learned combinations of N tokens (see primitives/project.py for the equations).
 
-Keys and values are two independent sums, selected by the second axis of each grid. A program holds one tile of accumulators, so
-a tile can have as many slots as matrix instructions need.
+Keys and values are two independent sums. The last axis of each grid selects one of them. A program accumulates a tile of only
+one sum, so a tile can have as many slots as matrix instructions need.
 
-Kernels are specialized for the number of slots, but not of tokens: a multiple of 16 allows 128-bit loads.
+The kernels are specialized for the number of slots, because a multiple of 16 allows 128-bit loads. They are not specialized for
+the number of tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from .tiles import (
 
 @triton.jit
 def is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED: tl.constexpr):
-    """Return which of the tokens are `inside` and, if MASKED, valid."""
+    """Return a mask of the tokens that are `inside` and, if MASKED, valid."""
     if MASKED:
         inside &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
     return inside
@@ -49,7 +50,7 @@ def is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def load_weights(base, o_n, stride, valid, o_m, M, DTYPE: tl.constexpr):
-    """Load a tile (tokens, slots) of a projection in the tokens' dtype. Weights of tokens that are not valid are 0."""
+    """Load a tile (tokens, slots) of a projection and round it to DTYPE. The weights of tokens that are not valid are 0."""
     at = base + o_n.to(tl.int64)[:, None] * stride + o_m[None, :]
     return cast(tl.load(at, mask=valid[:, None] & (o_m < M)[None, :], other=0.0), DTYPE)
 
@@ -64,7 +65,7 @@ def project_forward_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute keys or values of a tile of slots over a chunk of tokens."""
+    """Compute keys or values for a tile of slots over a chunk of tokens."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
     o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -98,7 +99,7 @@ def project_forward_kernel(
 def sum_chunks_kernel(
     key_parts, value_parts, keys, values, chunks, key_size, value_size, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Sum the keys or the values of one sample and head over the chunks, in their order, a block at a time."""
+    """Sum a block of the keys or values of one sample and head over the chunks, in a fixed order."""
     i_bh = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), COMPUTE)
@@ -123,7 +124,7 @@ def project_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk or dv of a tile of tokens."""
+    """Compute dk or dv for a tile of tokens."""
     token_tiles = tl.cdiv(N, BLOCK_N)
     i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -142,7 +143,7 @@ def project_tokens_kernel(
             b_dkeys = load_slots(dkeys, o_m, dkeys_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
             b_dk = dot(b_e, b_dkeys, b_dk, PRECISION)
         if MASKED:
-            b_dk = tl.where(valid[:, None], b_dk, 0.0)  # even if a slot's gradient is NaN
+            b_dk = tl.where(valid[:, None], b_dk, 0.0)  # masked tokens get 0 even if a slot's gradient is NaN
         dk += i_b * dk_b + i_h * dk_h
         store_unrotated(b_dk, dk, o_n, dk_n, inside, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
     else:
@@ -166,7 +167,10 @@ def token_products(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return acc (tokens, slots) + <k_n, dkeys_j>, summed in order over samples and over `heads` heads from head i_h on."""
+    """Return acc (tokens, slots) plus the products <k_n, dkeys_j> of tokens and slots.
+
+    The products are summed in a fixed order over all samples and over `heads` heads, starting at head i_h.
+    """
     for i in range(B * heads):
         i_b, j_h = (i // heads).to(tl.int64), i_h + i % heads
         valid = is_valid(mask, i_b, mask_b, mask_n, o_n, o_n < N, MASKED)
@@ -190,7 +194,10 @@ def project_weights_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dE or dF of a tile of tokens and slots, summed over the `heads` heads that share it. If ONE, dE is both sums."""
+    """Compute dE or dF for a tile of tokens and slots, summed over the samples and the `heads` heads that share E or F.
+
+    If ONE, E projects both keys and values, so dE is the sum of both gradients.
+    """
     token_tiles, slot_tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     row = (tl.program_id(0) // (token_tiles * slot_tiles)).to(tl.int64)
     o_n = tl.program_id(0) // slot_tiles % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -222,9 +229,9 @@ def project_weights_kernel(
 
 
 def meta(config: LaunchConfig, width: int, value_width: int) -> dict[str, Any]:
-    """Return the constexprs and launch options that these kernels share."""
+    """Return the constexprs and launch options that the three project_* kernels share."""
     options = config.meta(width, value_width)
-    del options["SPLIT"]  # projections are rounded to the tokens' dtype, as under autocast
+    del options["SPLIT"]  # projections are rounded to the tokens' dtype instead, as under autocast
     return options
 
 
@@ -237,7 +244,8 @@ def project_forward(
     e, f = key_projection, key_projection if value_projection is None else value_projection
     config = launch_config("project_forward", k, max(width, value_width), e)
     programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
-    # One program per multiprocessor. More chunks would increase memory traffic: the slots of each are written and read again.
+    # Aim for one program per multiprocessor. More chunks would increase memory traffic, because the slots of each chunk are
+    # written and read again.
     chunk, chunks = config.chunk(2 * PROGRAMS_A_MULTIPROCESSOR * programs, tokens)
     keys = k.new_empty(batch, num_heads, num_slots, width)
     values = v.new_empty(batch, num_heads, num_slots, value_width, dtype=config.compute)
@@ -308,5 +316,5 @@ def project_backward(
 
 
 def weight_strides(projection: Tensor) -> tuple[int, int]:
-    """Return the strides of (heads, tokens). A projection that all heads share has stride 0."""
+    """Return the strides of the heads and the tokens. The stride of the heads is 0 if they share the projection."""
     return 0 if projection.shape[0] == 1 else projection.stride(0), projection.stride(1)

@@ -1,4 +1,7 @@
-"""Kernels of `rotate`: rotary embedding of q and k in one launch (INVERSE for its gradient), and the gradient of the angles."""
+"""Kernels for `rotate`: the rotary embedding of q and k in one launch, and the gradient of the angles.
+
+The gradients of q and k are computed by the same kernel as the rotary embedding, with INVERSE.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,10 @@ def angle_gradient_kernel(
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of one row of angles per token: a sum over samples and `heads` heads, in their order."""
+    """Compute the gradient of one row of angles per token.
+
+    It is a sum over the samples and over the `heads` heads that share the angles, in a fixed order.
+    """
     i_h, o_n, inside = token_program(N, BLOCK_N)
     x += i_h * x_h
     dx += i_h * dx_h
@@ -53,7 +59,7 @@ def angle_gradient_kernel(
         b_dx = load_tile(dx + i_b * dx_b + j_h * dx_h, o_n, dx_n, inside, ROTARY, BLOCK_D, ROTARY, INTERLEAVED)
         u, v = tl.split(tl.reshape(b_x.to(COMPUTE), (BLOCK_N, BLOCK_D // 2, 2)))
         du, dv = tl.split(tl.reshape(b_dx.to(COMPUTE), (BLOCK_N, BLOCK_D // 2, 2)))
-        b_dangles += tl.where(dv == 0, 0.0, u * dv) - tl.where(du == 0, 0.0, v * du)  # padding may hold NaN
+        b_dangles += tl.where(dv == 0, 0.0, u * dv) - tl.where(du == 0, 0.0, v * du)  # padding may contain NaN
     pairs = tl.arange(0, BLOCK_D // 2)
     at = (i_h * N + o_n)[:, None] * (ROTARY // 2) + pairs[None, :]
     tl.store(dangles + at, b_dangles, mask=inside[:, None] & (pairs < ROTARY // 2)[None, :])
@@ -61,7 +67,7 @@ def angle_gradient_kernel(
 
 def angle_gradient(x: Tensor, dx: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
     batch, num_heads, tokens, _ = x.shape
-    rows, _, half = angles.shape  # one table per head, or one for all
+    rows, _, half = angles.shape  # one table per head, or one table for all heads
     dangles = angles.new_empty(angles.shape)
     config = launch_config("rotate", x, 2 * half, angles)
     launch(

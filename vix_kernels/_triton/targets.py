@@ -1,6 +1,7 @@
-"""GPUs that kernels can be compiled for, and their occupancy.
+"""GPUs that kernels can be compiled for, and the occupancy of kernels on them.
 
-A multiprocessor is an SM or, on AMD, a compute unit. AMD's wavefronts are called warps, and its workgroups blocks.
+A multiprocessor is an SM on NVIDIA and a compute unit on AMD. AMD's wavefronts are called warps here, and its workgroups are
+called blocks.
 """
 
 from __future__ import annotations
@@ -9,29 +10,29 @@ from dataclasses import dataclass
 
 from triton.backends.compiler import GPUTarget
 
-# Both vendors divide a multiprocessor's registers into four parts. Each part has 512 per lane (on AMD, architectural and
-# accumulation registers together). Warps allocate them in multiples of eight.
+# Both vendors divide the registers of a multiprocessor into four parts. Each part has 512 registers per lane (on AMD, the
+# architectural and accumulation registers together). Warps allocate registers in multiples of eight.
 PARTS, PART_REGISTERS, REGISTER_UNIT = 4, 512, 8
-TENSOR_MEMORY = 512  # columns per multiprocessor of sm_100
+TENSOR_MEMORY = 512  # columns per multiprocessor on sm_100
 
 
 @dataclass(frozen=True)
 class Target:
     gpu: GPUTarget
-    multiprocessors: int  # of the full GPU: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI210, MI300X, MI355X
-    warps: int  # limit per multiprocessor
-    blocks: int  # limit per multiprocessor
+    multiprocessors: int  # number in the whole GPU: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI210, MI300X, MI355X
+    warps: int  # maximum per multiprocessor
+    blocks: int  # maximum per multiprocessor
     shared_memory_total: int  # bytes per multiprocessor
-    shared_memory_unit: int  # bytes; allocations of blocks are rounded up to multiples of it
-    shared_memory_reserved: int  # bytes per block, for the system
+    shared_memory_unit: int  # bytes; the allocation of each block is rounded up to a multiple of this
+    shared_memory_reserved: int  # bytes per block that the system reserves
 
     @property
     def shared_memory(self) -> int:
-        """Bytes that a block can allocate."""
+        """Shared memory that a block can allocate, in bytes."""
         return self.shared_memory_total - self.shared_memory_reserved
 
     def occupancy(self, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> int:
-        """Return the warps of a kernel that fit a multiprocessor, in per cent of the hardware's limit.
+        """Return how many warps of a kernel fit in a multiprocessor, as a percentage of the maximum.
 
         Args:
             warps: warps per block.
@@ -48,7 +49,7 @@ class Target:
 
 
 def round_up(amount: int, unit: int) -> int:
-    """Return `amount` rounded up to a multiple of `unit`, and at least `unit`."""
+    """Return `amount` rounded up to a multiple of `unit`. The result is at least `unit`."""
     return max(1, -(-amount // unit)) * unit
 
 
@@ -57,14 +58,19 @@ def nvidia(arch: int, *, multiprocessors: int, warps: int, blocks: int, shared_m
 
 
 def amd(arch: str, *, multiprocessors: int, shared_memory: int, unit: int) -> Target:
-    """Target with eight wavefronts on each of four SIMDs, and sixteen workgroups, the number of barriers."""
+    """Return a target with AMD's limits per compute unit.
+
+    A compute unit runs eight wavefronts on each of its four SIMDs. It has sixteen barriers, so it runs at most sixteen
+    workgroups.
+    """
     return Target(GPUTarget("hip", arch, 64), multiprocessors, 32, 16, shared_memory * 1024, unit, 0)
 
 
 # shared_memory is in KiB per multiprocessor.
-# NVIDIA: CUDA Programming Guide, "Compute Capabilities", tables 30 and 31. Reserved bytes: cuda::arch_traits of CCCL. Units:
-# CUDA's occupancy calculator.
-# AMD: ROCm, "AMD GPU specifications". Registers, wavefronts, units and barriers: AMDGPUBaseInfo.cpp of LLVM.
+# Sources for NVIDIA: CUDA Programming Guide, "Compute Capabilities", tables 30 and 31. For the reserved bytes:
+# cuda::arch_traits in CCCL. For the allocation units: CUDA's occupancy calculator.
+# Sources for AMD: ROCm, "AMD GPU specifications". For registers, wavefronts, allocation units and barriers:
+# AMDGPUBaseInfo.cpp in LLVM.
 TARGETS = {
     "sm_80": nvidia(80, multiprocessors=108, warps=64, blocks=32, shared_memory=164),
     "sm_86": nvidia(86, multiprocessors=82, warps=48, blocks=16, shared_memory=100),

@@ -1,8 +1,9 @@
-"""Device functions shared by the kernels: products of stated precision, and tiles of tokens and slots.
+"""Device functions shared by the kernels: matrix products with a given precision, and loads and stores of tiles.
 
-A tile has rows of tokens or slots, and BLOCK_D columns: the channels of a head from `column` on, padded with zeros. Under RoPE
-the columns are in pair order: columns 2i and 2i + 1 hold the pair of channels that angle i rotates. Loads and stores convert
-from and to the order in memory. Logits are sums over columns, so any order is correct if slots have the same one.
+A tile has one row per token or slot, and BLOCK_D columns. The columns are the channels of a head, starting at channel `column`
+and padded with zeros. With RoPE, the columns are in pair order: columns 2i and 2i + 1 are the two channels rotated by angle i.
+Loads convert from the order in memory to pair order, and stores convert back. Logits are sums over columns, so they do not
+depend on the order of the columns, as long as tokens and slots have the same order.
 """
 
 import triton
@@ -12,8 +13,8 @@ from ..backends import interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# The interpreter multiplies the bit patterns of bfloat16, and truncates to bfloat16 instead of rounding. If INTERPRETED, `dot`
-# and `cast` compute what a GPU computes. Compiled kernels do not contain this code.
+# In Triton's interpreter, products of bfloat16 tiles multiply the bit patterns, and conversions to bfloat16 truncate instead of
+# rounding. If INTERPRETED, `dot` and `cast` avoid both, to match a GPU. Compiled kernels do not contain this code.
 INTERPRETED = tl.constexpr(interpreted())
 
 
@@ -21,8 +22,8 @@ INTERPRETED = tl.constexpr(interpreted())
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """Return acc + a @ b, accumulated in acc's dtype.
 
-    On a GPU an element of the result depends on its row and its column only. The rounding of the interpreter's product depends
-    on the shape of the tile, too, so it multiplies in float64.
+    On a GPU, each element of the result depends only on its row of a and its column of b. In the interpreter, the rounding of a
+    product also depends on the shape of the tile, so this function multiplies in float64 there.
     """
     if INTERPRETED:
         x = tl.dot(a.to(tl.float64), b.to(tl.float64), acc.to(tl.float64), out_dtype=tl.float64).to(acc.dtype)
@@ -33,31 +34,34 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
-    """Round x to DTYPE, to nearest even."""
+    """Convert x to DTYPE, rounding to nearest even."""
     if INTERPRETED and DTYPE == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
-        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000, bits)  # leaves nothing to truncate
+        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000, bits)  # rounded, so truncation is exact
         x = bits.to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
 
 @triton.jit
 def split(x, DTYPE: tl.constexpr):
-    """Split x into a sum of two DTYPE tiles, so float32 slots keep 16 or more bits in products of 16-bit operands."""
+    """Split x into two DTYPE tiles whose sum approximates x.
+
+    With both tiles, float32 slots keep at least 16 bits of precision in products with 16-bit tokens.
+    """
     high = cast(x, DTYPE)
     return high, cast(x - high.to(x.dtype), DTYPE)
 
 
 @triton.jit
 def slot_program(M, N, chunk, BLOCK_M: tl.constexpr):
-    """Return the work of a program that holds slots and loops over a chunk of tokens.
+    """Return the slots and tokens of a program that keeps a tile of slots and loops over a chunk of tokens.
 
-    Tokens are split into chunks because batch and heads alone may not fill the device. Results of the chunks are stored as
-    (batch x heads, chunks, M).
+    Tokens are split into chunks because the batch and the heads alone may not fill the device. The results of the chunks are
+    stored as (batch x heads, chunks, M).
 
     Returns:
-        The index of the sample and head, the index of the chunk among those of all heads, the first slot, the first token, and
-        the end of the tokens.
+        The index of the sample and head, the index of the chunk among the chunks of all samples and heads, the first slot, the
+        first token, and the end of the chunk (exclusive).
     """
     slot_tiles = tl.cdiv(M, BLOCK_M)
     chunks = tl.cdiv(N, chunk)
@@ -68,7 +72,11 @@ def slot_program(M, N, chunk, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def token_program(N, BLOCK_N: tl.constexpr):
-    """Return the work of a program that holds tokens: index of the sample and head, its tokens, and which of them exist."""
+    """Return the tokens of a program that keeps a tile of tokens.
+
+    Returns:
+        The index of the sample and head, the indices of the tokens, and a mask of the indices below N.
+    """
     token_tiles = tl.cdiv(N, BLOCK_N)
     o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     return (tl.program_id(0) // token_tiles).to(tl.int64), o_n, o_n < N
@@ -78,15 +86,15 @@ def token_program(N, BLOCK_N: tl.constexpr):
 def rotate_pairs(
     x, angles, valid, cos, sin, ROTARY: tl.constexpr, INVERSE: tl.constexpr, AGAIN: tl.constexpr = False, column=0
 ):  # fmt: skip
-    """Rotate the pairs of columns of x (rows, BLOCK_D) by the angles of its rows, or back if INVERSE.
+    """Rotate the pairs of columns of x (rows, BLOCK_D), or rotate them back if INVERSE.
 
-    Columns from ROTARY on do not change.
+    For each row of x, `angles` contains the index of a row of the tables cos and sin. Columns from ROTARY upward do not change.
     """
     pairs = column // 2 + tl.arange(0, x.shape[1] // 2)
     at = angles[:, None] * (ROTARY // 2) + pairs[None, :]
     inside = valid[:, None] & (pairs < ROTARY // 2)[None, :]
-    # The hint keeps the compiler from merging the loads before a loop with those AGAIN after it, which would hold the tables in
-    # registers during the loop.
+    # The different eviction policies keep the compiler from merging the loads before a loop with the same loads AGAIN after it.
+    # Merged loads would occupy registers during the loop.
     if AGAIN:
         c = tl.load(cos + at, mask=inside, other=1.0).to(x.dtype)
         s = tl.load(sin + at, mask=inside, other=0.0).to(x.dtype)
@@ -101,9 +109,9 @@ def rotate_pairs(
 
 @triton.jit
 def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, column):
-    """Return the first and the second channels of the pairs in the half layout, and which of them exist."""
+    """Return the first and the second channel of each pair in the half layout, and masks of the channels below D."""
     pairs = column // 2 + tl.arange(0, BLOCK_D // 2)
-    if ROTARY == D:  # a separate case, in which the compiler sees two contiguous runs and uses 128-bit accesses
+    if ROTARY == D:  # a separate case, so that the compiler sees two contiguous ranges and uses 128-bit accesses
         first, second = pairs, pairs + D // 2
         has_first, has_second = pairs < D // 2, pairs < D // 2
     else:
@@ -115,7 +123,10 @@ def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, 
 
 @triton.jit
 def load(pointers, mask, AGAIN: tl.constexpr):
-    """Load values, 0 where masked. AGAIN is for loads after a loop: a hint keeps the compiler from reusing the first load."""
+    """Load values, or 0 where `mask` is False.
+
+    AGAIN is for a second load after a loop. It sets an eviction policy that keeps the compiler from reusing the first load.
+    """
     if AGAIN:
         x = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
     else:
@@ -129,7 +140,7 @@ def load_tile(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, AGAIN: tl.constexpr = False,
     column=0,
 ):  # fmt: skip
-    """Load rows of tokens (rows, BLOCK_D), in pair order if ROTARY. Rows that are not valid are read as 0."""
+    """Load a tile of tokens (rows, BLOCK_D), in pair order if ROTARY > 0. Rows that are not valid are 0."""
     start = base + rows.to(tl.int64) * stride
     if ROTARY == 0 or INTERLEAVED:
         columns = column + tl.arange(0, BLOCK_D)
@@ -147,7 +158,7 @@ def store_tile(
     x, base, rows, stride, valid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, column=0,
 ):  # fmt: skip
-    """Store what load_tile loads. x is rounded to the dtype of base."""
+    """Round x to the dtype of `base` and store it in the layout that load_tile reads. Skip rows that are not valid."""
     start = base + rows.to(tl.int64) * stride
     x = cast(x, base.dtype.element_ty)
     if ROTARY == 0 or INTERLEAVED:
@@ -166,7 +177,7 @@ def load_rotated(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
     column=0, AGAIN: tl.constexpr = False,
 ):  # fmt: skip
-    """Load a tile of tokens in its dtype in memory, rotated if ROTARY."""
+    """Load a tile of tokens and rotate it if ROTARY > 0. The result has the dtype of the tokens in memory."""
     x = load_tile(base, rows, stride, valid, D, BLOCK_D, ROTARY, INTERLEAVED, AGAIN, column)
     if ROTARY > 0:
         x = cast(rotate_pairs(x.to(COMPUTE), rows, valid, cos, sin, ROTARY, False, AGAIN, column), x.dtype)
@@ -178,7 +189,7 @@ def store_unrotated(
     x, base, rows, stride, valid, cos, sin,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, column=0,
 ):  # fmt: skip
-    """Store the gradient of a tile that was loaded by load_rotated. The gradient is rotated back."""
+    """Store the gradient of a tile that load_rotated has loaded. If ROTARY > 0, the gradient is rotated back first."""
     if ROTARY > 0:
         x = rotate_pairs(x, rows, valid, cos, sin, ROTARY, True, True, column)
     store_tile(x, base, rows, stride, valid, D, BLOCK_D, ROTARY, INTERLEAVED, column)
@@ -186,7 +197,7 @@ def store_unrotated(
 
 @triton.jit
 def slot_channels(D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, column=0):
-    """Return the channel in each column of a tile."""
+    """Return the index of the channel in each column of a tile."""
     columns = column + tl.arange(0, BLOCK_D)
     if ROTARY > 0 and not INTERLEAVED:
         columns = tl.where(columns < ROTARY, columns // 2 + (columns % 2) * (ROTARY // 2), columns)
@@ -198,7 +209,7 @@ def load_slots(
     base, rows, stride, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Load rows of slots (rows, BLOCK_D) in the column order of the tokens. Rows from M on are 0."""
+    """Load a tile of slots (rows, BLOCK_D) with the same column order as the tokens. Rows from M upward are 0."""
     columns = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
     return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
@@ -206,7 +217,7 @@ def load_slots(
 
 @triton.jit
 def load_unit(unit, size, delta, rows, inside, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Load the results of `prepare` for a tile of slots, 0 where there is no slot."""
+    """Load unit, size and delta, the results of `prepare`, for a tile of slots. Rows outside the slots are 0."""
     o_e = tl.arange(0, BLOCK_E)
     b_unit = tl.load(unit + rows[:, None] * E + o_e[None, :], mask=inside[:, None] & (o_e < E)[None, :], other=0.0)
     b_size = tl.load(size + rows, mask=inside, other=0.0)
@@ -219,7 +230,10 @@ def store_slots(
     x, base, part, o_m, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Store rows of a chunk's slot gradients, whose columns are in the order of the tokens'."""
+    """Store a tile of slots, or of their gradients, that was computed from one chunk of tokens.
+
+    The columns of x are in the order that load_slots uses. They are stored in channel order.
+    """
     columns = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
     inside = (o_m < M)[:, None] & (columns < D)[None, :]
     tl.store(base + (part * M + o_m)[:, None] * D + columns[None, :], cast(x, base.dtype.element_ty), mask=inside)
@@ -227,7 +241,7 @@ def store_slots(
 
 @triton.jit
 def store_state(b_values, b_number, values, number, part, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Store the contribution of a chunk to its slots: a row of values and a number per slot."""
+    """Store the results of one chunk of tokens for a tile of slots: a row of values and a number per slot."""
     rows = part * M + o_m
     o_e = tl.arange(0, BLOCK_E)
     tl.store(number + rows, b_number, mask=o_m < M)
@@ -236,7 +250,10 @@ def store_state(b_values, b_number, values, number, part, o_m, M, E: tl.constexp
 
 @triton.jit
 def exps_below(logits, row_max):
-    """Return exp2(logits - row_max), at most 1. `row_max` is the largest logit, which another product may have rounded down."""
+    """Return exp2(logits - row_max), limited to 1.
+
+    `row_max` is the largest logit in forward. A logit may be slightly larger here, if its product is rounded differently.
+    """
     return tl.exp2(tl.minimum(logits - row_max, 0.0))
 
 
@@ -248,7 +265,7 @@ def halves(x):
 
 @triton.jit
 def halved_products(x, y, acc, PRECISION: tl.constexpr):
-    """Return acc + x @ y^T, multiplied in two halves of the columns."""
+    """Return acc + x @ y^T, computed as two products, each over half of the columns."""
     left_x, right_x = halves(x)
     left_y, right_y = halves(y)
     return dot(right_x, tl.trans(right_y), dot(left_x, tl.trans(left_y), acc, PRECISION), PRECISION)
@@ -257,7 +274,7 @@ def halved_products(x, y, acc, PRECISION: tl.constexpr):
 @triton.jit
 def whole_products(x, y, acc, PRECISION: tl.constexpr):
     """Return acc + x @ y^T for operands in the same dtype."""
-    if x.dtype == tl.float32 and x.shape[1] > 128:  # in quarters: whole float32 rows of 256 do not fit the registers
+    if x.dtype == tl.float32 and x.shape[1] > 128:  # in quarters, because float32 rows of 256 do not fit in registers
         left_x, right_x = halves(x)
         left_y, right_y = halves(y)
         acc = halved_products(right_x, right_y, halved_products(left_x, left_y, acc, PRECISION), PRECISION)
@@ -270,10 +287,13 @@ def whole_products(x, y, acc, PRECISION: tl.constexpr):
 def row_products(
     x, y, acc, SPLIT_X: tl.constexpr, SPLIT_Y: tl.constexpr, PRECISION: tl.constexpr, SWAPPED: tl.constexpr = False
 ):  # fmt: skip
-    """Return acc + x @ y^T. A SPLIT operand (float32, if the other has 16 bits) is multiplied as a sum of two 16-bit tiles.
+    """Return acc + x @ y^T.
 
-    A float32 product of three TF32 products depends on which operand is on the left. With SWAPPED that is y, so backward gets
-    results that are bit-identical to those of row_products(y, x) in forward.
+    SPLIT_X or SPLIT_Y means that x or y is float32 and that the other operand has 16 bits. The float32 operand is then
+    multiplied as a sum of two 16-bit tiles.
+
+    If a float32 product is computed as three TF32 products, its rounding depends on which operand is on the left. SWAPPED puts
+    y on the left, so the result in backward is bit-identical to that of row_products(y, x) in forward.
     """
     if SPLIT_X:
         high, low = split(x, y.dtype)

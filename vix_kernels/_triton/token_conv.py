@@ -1,8 +1,8 @@
-"""Kernels of `token_conv`: products of a banded matrix and tokens (see primitives/token_conv.py for the equation).
+"""Kernels for `token_conv`: products of a banded matrix and tokens (see primitives/token_conv.py for the equation).
 
-A tile of BLOCK_N outputs reads a window of BLOCK_N + TAPS - 1 tokens, BLOCK_K of them per product. The gradient of v is a
-convolution of dout with the reversed filter. The gradient of the filter is a sum over diagonals of the products between tokens
-and the window of their gradients.
+A tile of BLOCK_N outputs reads a window of BLOCK_N + TAPS - 1 tokens and multiplies BLOCK_K of them at a time. The gradient of
+v is a convolution of dout with the reversed filter. For the gradient of the filter, the tokens of a tile are multiplied by a
+window of dout, and the products are summed along diagonals.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .tiles import cast, dot, load_tile, store_tile
 
 @triton.jit
 def valid_rows(rows, first, last, mask, mask_n, MASKED: tl.constexpr):
-    """Return which rows are tokens from first to last - 1 and, if MASKED, valid."""
+    """Return a mask of the rows that are at least `first`, less than `last` and, if MASKED, valid tokens."""
     valid = (rows >= first) & (rows < last)
     if MASKED:
         valid &= tl.load(mask + rows.to(tl.int64) * mask_n, mask=valid, other=0) != 0
@@ -33,9 +33,10 @@ def banded(
     TAPS: tl.constexpr, FLIP: tl.constexpr, MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return acc (tokens, BLOCK_E) + the convolution of x at the tokens from `first` on. FLIP reverses the filter.
+    """Return acc (tokens, BLOCK_E) plus the convolution of x at the tokens from `first` upward. FLIP reverses the filter.
 
-    x, weight (contiguous) and mask point to the sample and head. x_n and mask_n are strides between tokens.
+    x, weight and mask point to the data of one sample and head. weight is contiguous. x_n and mask_n are the strides between
+    tokens.
     """
     BLOCK_N: tl.constexpr = acc.shape[0]
     o_n = tl.arange(0, BLOCK_N)
@@ -60,7 +61,7 @@ def token_conv_forward_kernel(
     TAPS: tl.constexpr, MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute the convolution of a tile of tokens."""
+    """Compute the convolution for a tile of tokens."""
     token_tiles = tl.cdiv(N, BLOCK_N)
     i_bh = (tl.program_id(0) // token_tiles).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -81,7 +82,7 @@ def token_conv_backward_kernel(
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dv of a chunk of tokens, and the chunk's contribution to dweight."""
+    """Compute dv for a chunk of tokens, and the contribution of the chunk to dweight. If ADD, add dv_other to dv."""
     chunks = tl.cdiv(N, chunk)
     part = tl.program_id(0).to(tl.int64)
     i_bh = part // chunks
@@ -110,7 +111,7 @@ def token_conv_backward_kernel(
             store_tile(b_dv, dv, first + o_n, dv_n, inside, E, BLOCK_E, 0, True)
 
     if NEED_WEIGHT:
-        COLUMNS: tl.constexpr = min(BLOCK_E, 64)  # whole float32 rows do not fit the registers
+        COLUMNS: tl.constexpr = min(BLOCK_E, 64)  # whole float32 rows do not fit in registers
         o_t = tl.arange(0, BLOCK_T)
         b_dweight = tl.zeros((BLOCK_T,), COMPUTE)
         for offset in range(0, BLOCK_N + TAPS - 1, BLOCK_K):
@@ -127,7 +128,7 @@ def token_conv_backward_kernel(
             inside = (o_k >= 0) & (o_k < BLOCK_K)
             b_diagonals = tl.gather(b_products, tl.where(inside, o_k, 0), 1)
             b_dweight += tl.sum(tl.where(inside, b_diagonals, 0.0), 0)
-        # The window is one of gradients, so taps are in reverse order.
+        # The window moves over dout instead of v, so the taps are in reverse order.
         tl.store(dweight + part * TAPS + TAPS - 1 - o_t, b_dweight, mask=o_t < TAPS)
 
 
@@ -157,7 +158,7 @@ def token_conv_backward(
     config = launch_config("token_conv_backward", v, width, weight)
     if need_weight:
         chunk, chunks = config.chunk(batch * num_heads, tokens)
-    else:  # no sum over a chunk
+    else:  # there is no sum over a chunk, so each tile can be a chunk
         chunk, chunks = config.tile.tokens, triton.cdiv(tokens, config.tile.tokens)
     dv = empty_like_tokens(v, width) if need_v else v.new_empty(0)
     dweight = v.new_empty((batch, num_heads, chunks, taps) if need_weight else (0,), dtype=config.compute)
@@ -176,7 +177,7 @@ def token_conv_backward(
 
 
 def _meta(config: LaunchConfig, v: Tensor, weight: Tensor, mask: Tensor | None) -> dict[str, Any]:
-    """Return the constexprs and launch options of both kernels."""
+    """Return the constexprs and launch options that both kernels share."""
     width = v.shape[3]
     return dict(
         TAPS=weight.shape[2], MASKED=mask is not None, E=width, BLOCK_E=padded(width),

@@ -1,11 +1,13 @@
-"""Specifications of operators: cases, reference and costs. Tests, benchmarks and users share them.
+"""Specifications of operators: their cases, references and costs, for tests, benchmarks and users.
 
-from vix_kernels.testing import SPECS
-spec = SPECS["performer_attention"]
-for case in spec.cases:
-    problem = spec.problem(case, dtype=torch.bfloat16, device="cuda")
-    out = problem(backend="triton")            # a tuple of outputs
-    exact = problem.double()(reference=True)   # the same problem in float64, computed by the reference
+Example:
+
+    from vix_kernels.testing import SPECS
+    spec = SPECS["performer_attention"]
+    for case in spec.cases:
+        problem = spec.problem(case, dtype=torch.bfloat16, device="cuda")
+        out = problem(backend="triton")            # a tuple of outputs
+        exact = problem.double()(reference=True)   # the outputs of the reference in float64
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from .problem import SPECS, Case, OpSpec, Problem, draw, register
 
 __all__ = ["SPECS", "Case", "OpSpec", "Problem", "draw", "kept_for_backward", "register"]
 
-# Each file registers its specifications. These come first, since a benchmark may run out of time.
+# Importing a file registers its specifications. Benchmarks follow this order and may run out of time, so the files in _FIRST
+# come before the others.
 _FIRST = ("performer", "linear", "rope", "nystrom", "linformer", "agent", "fourier")
 for _name in (*_FIRST, *(file.name for file in iter_modules(__path__))):
     import_module(f"{__name__}.{_name}")

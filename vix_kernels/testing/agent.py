@@ -52,7 +52,8 @@ AGENT = OpSpec(
     cases=CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=lambda case: aggregate_exps(case) + broadcast_exps(case),
-    backward=2.5,  # per pass of two products: the logits again and four gradients, including the agents'
+    # For every two products, backward has five: it recomputes the logits and computes four gradients, one for the agents.
+    backward=2.5,
     public=True,
     compiled=(Case("", features=49),),  # as published
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops.fourier import fourier_mixing, fourier_mixing_reference
 from .problem import Case, OpSpec, register
 
-CASES = (  # one or more tiles of rows and columns, even and odd lengths
+CASES = (  # one or more tiles of rows and of columns, and even and odd lengths
     Case("plain"),
     Case("packed", tokens=36, heads=3, packed=True),
     Case("one_token", tokens=1),
@@ -30,7 +30,7 @@ def _fourier(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tenso
 
 
 def _flops(case: Case) -> int:
-    """Operations of the cheaper algorithm: products with both axes folded, or a fast transform of real numbers."""
+    """Return the FLOPs of the cheaper algorithm: products folded along both axes, or an FFT of real numbers."""
     channels = case.heads * case.width
     size = case.tokens * channels
     return case.batch * min(size * (case.tokens + channels) // 2, round(2.5 * size * math.log2(size)))

@@ -1,4 +1,4 @@
-"""Landmark means of queries and keys."""
+"""Landmarks, which are means of queries and of keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _landmarks(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
     mask = make_mask(case, k, q)
     columns = (case.tokens - case.prefix) // case.rows
     options = dict(
-        prefix=case.tokens - case.rows * columns,  # tokens that do not fit the grid precede it
+        prefix=case.tokens - case.rows * columns,  # tokens that do not fit in the grid come before it
         rows=case.rows,
         mark_rows=min(case.mark_rows, case.rows),
         mark_columns=min(case.features, columns),
@@ -39,13 +39,13 @@ def _landmarks(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
 
 LANDMARKS = OpSpec(
     name="landmarks",
-    function=lambda *tensors, **options: landmarks(*tensors, **options)[:2],  # counts take no gradient
+    function=lambda *tensors, **options: landmarks(*tensors, **options)[:2],  # counts have no gradient
     reference=lambda *tensors, **options: landmarks_reference(*tensors, **options)[:2],
     build=_landmarks,
     differentiable=("q", "k"),
     batched=("q", "k", "q_mask", "k_mask"),
     cases=CASES,
-    flops=lambda case: 2 * case.batch * case.heads * case.tokens * case.width,  # one addition per channel
+    flops=lambda case: 2 * case.batch * case.heads * case.tokens * case.width,  # one addition per channel of q and k
     backward=1.0,
 )
 register(LANDMARKS)

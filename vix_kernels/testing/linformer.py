@@ -1,4 +1,4 @@
-"""Linformer attention with two projections, and its primitive `project` with one for both keys and values."""
+"""Linformer attention with separate projections of keys and values, and its primitive `project` with a shared projection."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ CASES = (
 
 
 def _token_projection(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
-    """Draw a projection like the module's: float32, with entries of about K^-0.5 and two more rows than tokens."""
+    """Draw a projection like that of the Linformer module.
+
+    It is in float32 (float64 for float64 tokens). Its entries have standard deviation K^-0.5, and it has two more rows than
+    there are tokens.
+    """
     shape = (case.heads,) * case.per_head + (case.tokens + 2, case.features)
     return tensor(*shape, dtype=torch.promote_types(tokens.dtype, torch.float32), scale=case.features**-0.5)
 
@@ -68,7 +72,9 @@ LINFORMER = OpSpec(
     cases=CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=broadcast_exps,
-    backward=2.25,  # two products per product of project, five per two of broadcast: the logits again and four gradients
+    # For every product of `project`, backward has two. For every two products of `broadcast`, it has five: it recomputes the
+    # logits and computes four gradients.
+    backward=2.25,
     public=True,
     compiled=(Case("", features=256),),  # as published
     variants=(Case("+rope", features=256, rope="interleaved"),),

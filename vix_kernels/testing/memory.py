@@ -1,4 +1,4 @@
-"""Memory that autograd saves for backward."""
+"""Measurement of the memory that autograd saves for backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def kept_for_backward(function: Callable, inputs: tuple[Tensor, ...]) -> int:
-    """Return the bytes that autograd saves for the backward of function(*inputs), without inputs, outputs and parameters."""
+    """Return how many bytes autograd saves for the backward pass of function(*inputs).
+
+    Inputs, outputs and parameters are not counted.
+    """
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models small enough for a quick test."""
+"""Arguments for models that are small enough for quick tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def small_model(name: str, **overrides: Any) -> dict[str, Any]:
-    """Return arguments of `create_model` for a model with 16 tokens of 16 channels and without stochastic depth."""
+    """Return arguments with which `create_model` builds a model with 16 tokens of 16 channels and no stochastic depth."""
     arguments: dict[str, Any] = {"img_size": 8, "embed_dim": 16, "num_classes": 5, "drop_path_rate": 0.0}
     if not name.startswith("fnet_2d"):
         arguments |= {"num_heads": 2}

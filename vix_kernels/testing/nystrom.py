@@ -22,7 +22,7 @@ from .problem import (
     register,
 )
 
-CASES = (  # few, because they are slow in the interpreter; the primitives have separate cases
+CASES = (  # only a few, because they are slow in the interpreter; the primitives have separate cases
     Case("plain", batch=1, taps=5, features=6, packed=True),
     Case("one_token", tokens=1, features=1),
     Case("odd_width", batch=1, width=24, value_width=40, features=5, tokens=20),
@@ -49,7 +49,7 @@ def _function(q: Tensor, k: Tensor, v: Tensor, conv_weight: Tensor, **options: A
 
 
 def _with_landmarks(count: Callable[[Case], int]) -> Callable[[Case], int]:
-    """Return `count` for cases whose slots are landmarks."""
+    """Return a version of `count` for Nystrom attention, whose slots are the landmarks and the prefix tokens."""
     return lambda case: count(Case(**{**vars(case), "features": _landmarks(case) + case.prefix}))
 
 
@@ -61,13 +61,13 @@ NYSTROM = OpSpec(
     differentiable=("q", "k", "v", "conv_weight"),
     batched=("q", "k", "v", "key_padding_mask"),
     cases=CASES,
-    # Without the residual and the inverse: a few per cent if there are many more tokens than landmarks.
+    # The residual and the inverse are not counted. They add only a few percent if there are many more tokens than landmarks.
     flops=_with_landmarks(lambda case: aggregate_flops(case) + broadcast_flops(case)),
     exps=_with_landmarks(lambda case: aggregate_exps(case) + broadcast_exps(case)),
     public=True,
     compiled=(Case("", features=64, taps=33),),
-    # 128: more than 64 landmarks are inverted by other kernels, not in registers.
+    # The matrices of more than 64 landmarks are inverted in global memory instead of registers, so one case has 128 landmarks.
     variants=(Case("+rope", features=64, taps=33, rope="interleaved"), Case("+landmarks", features=128, taps=33)),
-    most_features=64,  # the published number; estimates by random features need more
+    most_features=64,  # the published number of landmarks; an accurate estimate needs more random features than this
 )
 register(NYSTROM)

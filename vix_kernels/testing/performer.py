@@ -72,7 +72,7 @@ def _broadcast(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
     slots = _slots(case, tensor, q)
     values = tensor(case.batch, case.heads, case.features, case.value_width or case.width, dtype=wide)
     bias = tensor(case.batch, case.heads, case.features, dtype=wide)
-    if case.masked:  # slots without a valid key
+    if case.masked:  # some slots have no valid key
         bias[:, :, ::3] = float("-inf")
         bias[-1] = float("-inf")
     return {"q": q, "slots": slots, "values": values, "slot_bias": bias}, dict(
@@ -81,7 +81,11 @@ def _broadcast(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
 
 
 def _slots(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
-    """Draw slots: pooled ones in the dtype of `tokens`, or random features in float32."""
+    """Draw slots.
+
+    If `case.per_head`, they resemble pooled tokens and have the dtype of the problem. Otherwise they are random features in
+    float32 (float64 for float64 tokens).
+    """
     if case.per_head:
         return tensor(case.batch, case.heads, case.features, case.width)
     return make_projection(case, tokens)[None, None]

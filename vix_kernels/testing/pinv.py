@@ -1,4 +1,4 @@
-"""The pseudo-inverse of Nystrom attention. `features` of a case is the number of landmarks."""
+"""The pseudo-inverse in Nystrom attention. In its cases, `features` is the number of landmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..primitives.pinv import pinv, pinv_reference
 from .problem import Case, OpSpec, register
 
-ITERATIONS = 3  # every loop of the kernels runs more than once
+ITERATIONS = 3  # enough that every loop of the kernels runs more than once
 CASES = (
     Case("plain", batch=1, features=20),
     Case("one_landmark", features=1),
@@ -24,7 +24,11 @@ CASES = (
 
 
 def _pinv(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Draw landmarks. In a masked case some landmarks, and all of the last sample, are means of no token and hold NaN."""
+    """Draw landmarks.
+
+    In a masked case, some landmarks have no valid token and contain NaN. In a batch, this includes all landmarks of the last
+    sample.
+    """
     shape = (case.batch, case.heads, case.features)
     if case.packed:
         q, k = tensor(case.batch, case.features, 2, case.heads, case.width).permute(2, 0, 3, 1, 4)
@@ -44,7 +48,7 @@ def _pinv(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor],
 
 
 def _flops(case: Case) -> int:
-    """A, four products per step, and the product with the values."""
+    """Return the FLOPs of A, of four products per step, and of the product with the values."""
     square = 2 * case.batch * case.heads * case.features**2
     return square * (case.width + 4 * ITERATIONS * case.features + (case.value_width or case.width))
 
@@ -59,6 +63,6 @@ PINV = OpSpec(
     cases=CASES,
     flops=_flops,
     exps=lambda case: case.batch * case.heads * case.features**2,
-    backward=3.0,  # per step: its four products again, and eight for the gradient
+    backward=3.0,  # each step recomputes its four products and has eight more for the gradient
 )
 register(PINV)

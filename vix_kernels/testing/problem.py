@@ -1,4 +1,4 @@
-"""Problems: sizes and inputs of operators, and the specifications that tests and benchmarks read."""
+"""Problems, which are the inputs of operators, and the operator specifications that tests and benchmarks use."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from ..ops.rope import rope_1d
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and options of one problem. Defaults are small, because Triton's interpreter runs them on a CPU."""
+    """Sizes and options of one problem. The defaults are small, because Triton's interpreter runs the problems on a CPU."""
 
     name: str
     batch: int = 2
     heads: int = 2
     tokens: int = 37
-    queries: int | None = None  # None: `tokens`
+    queries: int | None = None  # number of queries; None means `tokens`
     width: int = 16
-    value_width: int | None = None  # None: `width`
+    value_width: int | None = None  # head width of the values; None means `width`
     features: int = 40
-    masked: bool = False  # masks some keys, and all keys of the last sample; masked tokens hold NaN and inf
-    rope: str | None = None  # "interleaved" | "half"
-    rotary: int | None = None  # rotated channels; None: all
-    prefix: int = 0  # leading tokens that are not rotated
-    per_head: bool = False  # separate projections or slots for each head
-    packed: bool = False  # q, k, v are views of one (batch, tokens, 3, heads, width) projection
+    masked: bool = False  # whether to mask some keys, and all keys of the last sample; masked tokens contain NaN and inf
+    rope: str | None = None  # "interleaved", "half" or None
+    rotary: int | None = None  # number of rotated channels; None means all
+    prefix: int = 0  # number of leading tokens that are not rotated
+    per_head: bool = False  # whether each head has separate projections or slots
+    packed: bool = False  # whether q, k and v are views of one (batch, tokens, 3, heads, width) projection
     spread: float = 1.0  # standard deviation of q and k
-    feature_map: str = "relu"  # of linear attention: "relu" | "elu"
-    taps: int = 3  # of a convolution over tokens
-    rows: int = 1  # of the grid that the tokens after the prefix form
-    mark_rows: int = 1  # rows of landmarks, with `features` in each
-    adaptive: bool = False  # landmarks of overlapping windows
-    learned: bool = False  # random features require gradients
-    eps: float = 0.125  # of linear attention: large enough to change results, and exact in float32
+    feature_map: str = "relu"  # feature map of linear attention: "relu" or "elu"
+    taps: int = 3  # size of the filter of a convolution over tokens
+    rows: int = 1  # rows of the grid that the tokens after the prefix form
+    mark_rows: int = 1  # rows of landmarks; each row has `features` landmarks
+    adaptive: bool = False  # whether the windows of the landmarks overlap, as in adaptive pooling
+    learned: bool = False  # whether random features require gradients
+    eps: float = 0.125  # eps of linear attention; large enough to change results, and exact in float32
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of an operator. Calling it returns a tuple of outputs."""
+    """Inputs of an operator. Calling a problem runs the operator and returns a tuple of outputs."""
 
     spec: OpSpec
-    tensors: dict[str, Tensor]  # positional, in order
-    options: dict[str, Any]
+    tensors: dict[str, Tensor]  # positional arguments, in order
+    options: dict[str, Any]  # keyword arguments
 
     def __call__(self, *, backend: str = "auto", reference: bool = False) -> tuple[Tensor, ...]:
         if reference:
@@ -58,7 +58,7 @@ class Problem:
         return out if isinstance(out, tuple) else (out,)
 
     def gradients(self, outputs: tuple[Tensor, ...], cotangents: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-        """Return the gradients of the tensors that require them. By default the cotangents are uninitialized."""
+        """Return the gradients of the tensors that require gradients. The default cotangents are uninitialized memory."""
         wanted = [x for x in self.tensors.values() if x.requires_grad]
         return torch.autograd.grad(outputs, wanted, cotangents or [torch.empty_like(x) for x in outputs])
 
@@ -70,7 +70,7 @@ class Problem:
         return replace(self, tensors={name: change(x) for name, x in self.tensors.items()})
 
     def sample(self, index: int) -> Problem:
-        """Return the problem of one sample of the batch."""
+        """Return this problem restricted to one sample of the batch."""
         size = self.tensors[self.spec.batched[0]].shape[0]
 
         def one(name: str, x: Any) -> Any:
@@ -86,25 +86,30 @@ class OpSpec:
 
     Attributes:
         name: name of the operator.
-        function: the operator. Called with the tensors of a problem, its options and `backend`.
-        reference: the same in plain PyTorch, without `backend`.
-        build: (case, tensor) -> (tensors, options). tensor(*shape) draws a normal tensor in the problem's dtype.
-        differentiable: names of the tensors that get gradients.
-        fixed: those that get no gradient in measurements, such as random features, unless the case is `learned`.
+        function: the operator. It is called with the tensors of a problem, its options and `backend`.
+        reference: the same operator in plain PyTorch. It is called without `backend`.
+        build: function (case, tensor) -> (tensors, options). tensor(*shape) draws a tensor in the problem's dtype from a normal
+            distribution.
+        differentiable: names of the tensors that receive gradients.
+        fixed: names of the differentiable tensors, such as random features, that receive no gradients in measurements unless
+            the case is `learned`.
         batched: names of the tensors and options that have a batch dimension. The first one is always present.
-        cases: problems that every implementation is tested on.
-        flops: operations (two per multiply-add) in the matrix products of a forward, or in the rotation for RoPE.
-        exps: exponentials of a forward.
-        backward: flops of a backward as a multiple of the forward's. Default: 2. For every two products of a pass, backward
-            computes the logits again and three gradients. Gradients of random features, which are rarely trained, do not count.
-        rotates: whether every problem has angles.
-        public: whether users call it. Public operators are benchmarked, their traffic is counted, and `vix check` lists them.
-        compiled: cases that the compile report compiles at every head width. It sets batch, heads, tokens and width. A case
-            without slots has 0 features. The case's name is appended to the operator's.
-        variants: more cases that it compiles, at fewer widths.
-        most_features: limit of the features in measurements. See `fit`.
+        cases: cases that every implementation is tested on.
+        flops: function that returns the number of operations (two per multiply-add) in the matrix products of a forward pass.
+            For RoPE, it returns the number of operations in the rotation.
+        exps: function that returns the number of exponentials in a forward pass.
+        backward: FLOPs of the backward pass divided by those of the forward pass. The default is 2: for every two products in
+            forward, backward recomputes the logits and computes three gradients. Gradients of random features are not counted,
+            because they are rarely trained.
+        rotates: whether every problem of the operator has rotary angles.
+        public: whether users call the operator. Public operators are benchmarked, their memory traffic is counted, and
+            `vix check` lists them.
+        compiled: cases that the compile report compiles at every head width. The report sets batch, heads, tokens and width.
+            `features` is 0 in a case without slots. The name of the case is appended to the name of the operator.
+        variants: more cases for the compile report, which it compiles at fewer widths.
+        most_features: upper limit of the features in measurements. See `fit`.
 
-    Bytes and launches are counted by measure/costs.py.
+    The bytes and launches of an operator are counted by measure/costs.py.
     """
 
     name: str
@@ -126,13 +131,14 @@ class OpSpec:
 
     @property
     def attends(self) -> bool:
-        """Whether it is an attention of queries, keys and values."""
+        """Whether the operator is an attention with queries, keys and values."""
         return {"q", "k", "v"} <= set(self.differentiable)
 
     def fit(self, case: Case) -> Case:
-        """Adapt `case` to measurements of this operator.
+        """Return `case` adapted for measurements of this operator.
 
-        Adds angles if every problem has them, removes the mask if no case is masked, and limits the features.
+        The result has angles if all problems of the operator have them, no mask if none of its cases is masked, and at most
+        `most_features` features.
         """
         rope = case.rope or ("interleaved" if self.rotates else None)
         features = min(case.features, self.most_features or case.features)
@@ -141,7 +147,7 @@ class OpSpec:
     def problem(
         self, case: Case, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
     ) -> Problem:
-        """Draw the inputs of `case`: the same numbers for every dtype and device, up to rounding."""
+        """Draw the inputs of `case`. With the same seed, they are equal for all dtypes and devices up to rounding."""
         generator = torch.Generator().manual_seed(seed)
 
         def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
@@ -152,26 +158,26 @@ class OpSpec:
 
 
 SPECS: dict[str, OpSpec] = {}
-REGISTERING: set[str] = set()  # modules whose import fills SPECS; workers import them, too
+REGISTERING: set[str] = set()  # modules that register operators when they are imported; workers import them, too
 
 
 def register(*specs: OpSpec) -> None:
-    """Register operators for tests and measurements. Other packages may register operators, too.
+    """Register operators for tests and measurements. Other packages can register operators, too.
 
     Raises:
-        ValueError: another operator has one of the names.
+        ValueError: if one of the names is already registered.
     """
     for spec in specs:
         if spec.name in SPECS:
-            raise ValueError(f"name: expected one that is free, got {spec.name!r}, that of another operator")
+            raise ValueError(f"name: expected an unused name, got {spec.name!r}, which is already registered")
         SPECS[spec.name] = spec
     REGISTERING.add(sys._getframe(1).f_globals["__name__"])
 
 
 def draw(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> Problem:
-    """Draw the inputs of `case` on the device, which is faster than `spec.problem` for large sizes.
+    """Draw the inputs of `case` directly on the device. For large sizes, this is faster than `spec.problem`.
 
-    Differentiable tensors require gradients. `fixed` ones do only if the case is `learned`.
+    Differentiable tensors require gradients, but `fixed` tensors require them only if the case is `learned`.
     """
 
     def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
@@ -183,7 +189,7 @@ def draw(spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> Problem:
     return Problem(spec, {name: x.detach().requires_grad_(name in trained) for name, x in tensors.items()}, options)
 
 
-# Helpers of `build` functions
+# Helpers for `build` functions
 
 
 def make_qkv(case: Case, tensor: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -199,7 +205,10 @@ def make_qkv(case: Case, tensor: Callable[..., Tensor]) -> dict[str, Tensor]:
 
 
 def make_mask(case: Case, k: Tensor, v: Tensor) -> Tensor | None:
-    """Draw a mask that leaves the last sample without keys. Fill the masked tokens of k with NaN and those of v with inf."""
+    """Return a random mask that masks all keys of the last sample, or None if the case is not masked.
+
+    Fills the masked tokens of k with NaN and the masked tokens of v with inf.
+    """
     if not case.masked:
         return None
     mask = torch.rand(case.batch, case.tokens, generator=torch.Generator().manual_seed(1)) > 0.4
@@ -229,7 +238,11 @@ def make_projection(case: Case, tokens: Tensor) -> Tensor:
 
 
 def exact_scale(case: Case) -> float:
-    """Return about width ** -0.5. Kernels receive it or its root in float32, which is exact, so float64 runs are exact."""
+    """Return a scale close to width ** -0.5.
+
+    Kernels receive the scale or its square root in float32. Both are powers of two, which are exact in float32, so they do not
+    limit the accuracy of float64 runs.
+    """
     return 0.25 if case.width < 64 else 0.0625
 
 

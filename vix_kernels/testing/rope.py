@@ -1,4 +1,4 @@
-"""Rotary embedding, and attentions with learned angles."""
+"""Rotary embedding, and attention operators with learned angles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .linear import LINEAR
 from .performer import CASES, PERFORMER
 from .problem import Case, OpSpec, make_qkv, make_rope, register
 
-MIXED_CASES = (  # learned angles: 1 prefix token and 4 rows of 9 tokens
+MIXED_CASES = (  # for learned angles, with 1 prefix token and 4 rows of 9 tokens
     Case("rope", rope="interleaved", prefix=1),
     Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, masked=True),
 )
@@ -26,7 +26,7 @@ def _apply_rope(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Te
 
 
 def _with_frequencies(build: Callable) -> Callable:
-    """Return a `build` of the same problems with learned angles, on a grid after the prefix."""
+    """Return a `build` function for the same problems with learned angles. The tokens after the prefix form a grid."""
 
     def mixed(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, options = build(replace(case, rope=None), tensor)
@@ -39,11 +39,11 @@ def _with_frequencies(build: Callable) -> Callable:
 
 
 def _mixed(function: Callable) -> Callable:
-    """Return `function` with one more tensor at the end: the frequencies of rope_mixed."""
+    """Return a version of `function` with an additional last tensor, the frequencies of rope_mixed."""
 
     def mixed(q: Tensor, *tensors: Tensor, rows: int, layout: str, prefix: int, **options: Any) -> Any:
         *tensors, frequencies = tensors
-        columns = (q.shape[2] - prefix) // rows  # tokens that do not fit the grid precede it
+        columns = (q.shape[2] - prefix) // rows  # tokens that do not fit in the grid come before it
         rope = rope_mixed(rows, columns, frequencies, layout=layout, prefix_tokens=q.shape[2] - rows * columns)
         return function(q, *tensors, rope=rope, **options)
 
