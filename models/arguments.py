@@ -44,7 +44,7 @@ def check_mlp_ratio(mlp_ratio: float, embed_dim: int) -> None:
 
 
 def pair(name: str, size: Any) -> tuple[int, int]:
-    """Return (height, width), given both or one number for both."""
+    """Return `size` as (height, width). A single number applies to both."""
     both = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
     if len(both) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in both):
         raise ValueError(f"{name}: expected a positive integer or two of them, got {size!r}")
@@ -52,7 +52,7 @@ def pair(name: str, size: Any) -> tuple[int, int]:
 
 
 def per_stage(stages: int, **values: Any) -> list[tuple[int, ...]]:
-    """Return each value as one positive integer per stage. A single number applies to all stages."""
+    """Return each value as a tuple with one positive integer per stage. A single number applies to all stages."""
     rows = []
     for name, value in values.items():
         row = (value,) * stages if isinstance(value, int) else tuple(value) if isinstance(value, tuple | list) else ()

@@ -1,4 +1,4 @@
-"""Base class of all models: timm's interface around `forward_features`, and the head."""
+"""Base class of all models. It provides the classification head and an interface like timm's."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Backbone(nn.Module):
     `finish` at the end of its constructor.
     """
 
-    config: dict[str, Any]  # the arguments of `create_model`, and other entries that `save_model` writes
-    # Supported pooling: "token" = class token, "avg" = mean of the patches, "seq" = mean with learned weights
+    config: dict[str, Any]  # entries that `save_model` writes, such as the arguments of `create_model`
+    # Supported values of global_pool: "token" = class token, "avg" = mean of the patches, "seq" = mean with learned weights
     pools = ("avg",)
 
     def __init__(self, *, img_size: int | tuple[int, int], in_chans: int, drop_rate: float) -> None:
@@ -42,19 +42,19 @@ class Backbone(nn.Module):
                 init_linear(module)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the token and position parameters. The optimizer setup must exempt biases and norms itself."""
+        """Return the names of the token and position parameters. The optimizer setup must also exempt biases and norms."""
         exempt = ("cls_token", "pos_embed", "rope.frequencies", "attention_bias")
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable activation checkpointing: save only the inputs of the blocks for backward."""
+        """Enable or disable activation checkpointing, which saves only the inputs of the blocks for backward."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one. `num_classes` 0 removes it."""
+        """Replace the head with a new one. num_classes=0 removes the head."""
         chosen = {} if global_pool is None or len(self.pools) == 1 else {"global_pool": global_pool}
         global_pool = self.global_pool if global_pool is None else global_pool
         check_choice(self.pools, global_pool=global_pool)
@@ -64,7 +64,7 @@ class Backbone(nn.Module):
             raise ValueError(f"num_classes: expected an integer >= 0, got {num_classes!r}")
         self.num_classes, self.global_pool = num_classes, global_pool
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        if hasattr(self, "config"):  # keep it up to date for save_model
+        if hasattr(self, "config"):  # save_model writes the config
             self.config["arguments"] = self.config["arguments"] | {"num_classes": num_classes} | chosen
             if "data" in self.config:
                 self.config["data"] = {k: value for k, value in self.config["data"].items() if k != "classes"}
@@ -87,7 +87,7 @@ class Backbone(nn.Module):
         return x[:, 0] if self.global_pool == "token" else x[:, self.num_prefix_tokens :].mean(dim=1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map tokens to logits (B, num_classes), or with `pre_logits` to the pooled features."""
+        """Map tokens to logits (B, num_classes), or to the pooled features if `pre_logits` is True."""
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
@@ -95,9 +95,9 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
-        """Return the map size (rows, columns) and number of prefix tokens of each module with parameters over tokens, by name.
+        """Return ((rows, columns), number of prefix tokens) for each module whose parameters have a token dimension, by name.
 
-        The name "" is the whole model.
+        The rows and columns are the size of the module's token map. The name "" refers to the whole model.
         """
         raise NotImplementedError
 

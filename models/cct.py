@@ -16,9 +16,10 @@ from .positions import POSITIONS, learned_position, rotary_position
 
 
 class ConvTokenizer(nn.Sequential):
-    """Convolutions, each with ReLU and max pooling: (B, in_chans, H, W) -> (B, tokens, embed_dim).
+    """Convolutions, each followed by ReLU and max pooling: (B, in_chans, H, W) -> (B, tokens, embed_dim).
 
-    All convolutions but the last have 64 channels. `strides` has one stride per convolution; all poolings use `pool_stride`.
+    All convolutions except the last have 64 output channels. `strides` contains one stride per convolution. All pooling layers
+    have the stride `pool_stride`.
     """
 
     def __init__(self, in_chans: int, embed_dim: int, kernel: int, strides: tuple[int, ...], pool_stride: int) -> None:
@@ -45,17 +46,19 @@ class ConvTokenizer(nn.Sequential):
 class CCT(Backbone):
     """A compact convolutional transformer. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the originals: the MLP ratio and stochastic depth follow their arguments (the originals ignore misspelled
-    arguments, so the ratio stays 4); width, heads and image size are free.
+    Fixes relative to the originals:
+
+    - `mlp_ratio` and `drop_path_rate` take effect. The published configurations set them by names that the originals ignore.
+    - The width, the number of heads and the image size can be chosen freely.
 
     Args:
-        mixer: creates the token mixer of a layer, see models/mixers.py.
-        kernel_size: kernel size of the tokenizer's convolutions, odd.
-        strides: stride of each convolution. The length is the number of convolutions.
+        mixer: a function that creates the token mixer of a layer; see models/mixers.py.
+        kernel_size: kernel size of the tokenizer's convolutions. Must be odd.
+        strides: stride of each convolution. The length determines the number of convolutions.
         pool_stride: stride of the pooling after each convolution.
         position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", as in VisionTransformer.
-        global_pool: "seq", the mean of the tokens with learned weights softmax(w^T x), or "avg".
-        drop_path_rate: stochastic depth rate of the last layer. Rates increase linearly from 0 in the first.
+        global_pool: "seq", the mean of the tokens with the learned weights softmax(w^T x), or "avg", the mean of the tokens.
+        drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.
 
     For the other arguments, see VisionTransformer.
     """
@@ -122,7 +125,7 @@ class CCT(Backbone):
         if self.global_pool != "seq":
             self.attention_pool = None
         elif self.attention_pool is None:
-            # No bias: adding a constant to all logits does not change their softmax.
+            # A bias would have no effect: adding a constant to all logits does not change their softmax.
             self.attention_pool = nn.Linear(self.embed_dim, 1, bias=False).to(self.norm.weight)
             init_linear(self.attention_pool)
 

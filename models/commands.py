@@ -26,16 +26,16 @@ examples:
 """
 
 
-OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's legacy files, which are not zip archives
+OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's legacy format, which is not zip
 
 
 class Summary(NamedTuple):
     """The size and cost of a model.
 
     Attributes:
-        image: height and width.
+        image: height and width of the input image.
         tokens: number of tokens in the first attention, including the class token.
-        parameters: number of learned values.
+        parameters: number of parameters.
         macs: multiply-adds of matrix products and convolutions for one image. Fourier transforms are not counted.
     """
 
@@ -46,7 +46,7 @@ class Summary(NamedTuple):
 
 
 def summarize(name: str, **overrides: Any) -> Summary:
-    """Summarize `create_model(name, **overrides)` with a forward on the meta device."""
+    """Return the size and cost of `create_model(name, **overrides)`. Runs a forward on the meta device."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = create_model(name, **overrides, backend="reference").eval()
         model(torch.empty(1, model.in_chans, *model.img_size))
@@ -73,7 +73,7 @@ def models(argv: list[str]) -> int:
             (name, "{} x {}".format(*s.image), f"{s.tokens:,}", f"{s.parameters:,}", f"{s.macs / 1e6:,.0f} M")
             for name, s in rows
         ),
-        # Fixed widths, to print each row when it is ready: all rows take half a minute on a slow machine.
+        # With fixed widths, each row is printed as soon as it is ready. All rows take half a minute on a slow machine.
         widths=(max(map(len, names)), 9, 6, 11, 9),
     )
     return 0
@@ -108,7 +108,7 @@ def convert(argv: list[str]) -> int:
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    """Read the state_dict in `path`, which may be nested as "state_dict" or "model"."""
+    """Read the state_dict from `path`. It may be nested under the key "state_dict" or "model"."""
     if not path.is_file():
         raise ValueError(f"no file {path}")
     try:

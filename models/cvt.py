@@ -21,18 +21,23 @@ from .stages import Pyramid, Stage, shrinking
 class CvT(Pyramid):
     """A convolutional vision transformer. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the originals: the convolutional projection, which they omit, is included; layer norms have eps inside
-    the square root, so the gradient is finite if all channels are equal; the map may have any size; all heads are used.
+    Fixes relative to the originals:
 
-    One 3 x 3 depthwise convolution is shared by q, k and v, where CvT has one for each. It therefore works with every mixer,
-    including those without queries. It provides position information, as in CvT, which has no position embedding.
+    - The model has the convolutional projection of the CvT paper, which the originals omit.
+    - Layer norms add eps inside the square root, so the gradient is finite if all channels are equal.
+    - The token map may have any size.
+    - All heads are used.
+
+    q, k and v share one 3 x 3 depthwise convolution, whereas the paper has a separate convolution for each of them. The shared
+    convolution works with every mixer, including mixers without queries. As in the paper, it provides position information, so
+    no position embedding is needed.
 
     Args:
-        mixer: creates the token mixer of a layer, see models/mixers.py.
-        embed_kernel, embed_stride: kernel size (odd) and stride of the convolution that creates the tokens of each stage.
-        embed_dim, depth, num_heads: one integer per stage, or one for all.
-        position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", for each stage.
-        drop_path_rate: stochastic depth rate of the last layer. Rates increase linearly from 0 in the first.
+        mixer: a function that creates the token mixer of a layer; see models/mixers.py.
+        embed_kernel, embed_stride: kernel sizes (odd) and strides of the convolutions that create the tokens of the stages.
+        embed_dim, depth, num_heads: one integer per stage, or a single integer for all stages.
+        position: positions in each stage: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none".
+        drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.
 
     For the other arguments, see VisionTransformer.
     """

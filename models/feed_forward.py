@@ -9,8 +9,8 @@ from vix_kernels.nn.dropout import Dropout
 from vix_kernels.nn.plain import is_plain
 from vix_kernels.primitives import feed_forward as primitive
 
-# Minimum size of the hidden activations, 16 MiB in float32. Smaller ones stay in the cache, where the plain form is faster
-# because it recomputes nothing.
+# Minimum number of hidden activations for the tiled primitive (16 MiB in float32). Fewer activations fit in the cache. Plain
+# PyTorch is then faster, because it recomputes nothing.
 MANY_CPU = 2**22
 
 
@@ -27,7 +27,10 @@ class Mlp(nn.Module):
 
 
 def feed_forward(x: Tensor, norm: nn.Module, mlp: nn.Module, drop_path: nn.Module, renormalise: bool = False) -> Tensor:
-    """Return x + drop_path(mlp(norm(x))), or with `renormalise` n + drop_path(mlp(n)), n = norm(x). x: (B, tokens, dim)."""
+    """Return x + drop_path(mlp(norm(x))) for x (B, tokens, dim).
+
+    With `renormalise`, return n + drop_path(mlp(n)), where n = norm(x).
+    """
     if not _use_tiles(x, mlp):
         n = norm(x)
         return (n if renormalise else x) + drop_path(mlp(n))
@@ -46,9 +49,9 @@ _ACTIVATIONS = {nn.GELU: "gelu", nn.Hardswish: "hardswish"}
 
 
 def _use_tiles(x: Tensor, mlp: nn.Module) -> bool:
-    """Return whether to use the tiled primitive: many tokens on a CPU, no replaced or hooked modules, no compiler.
+    """Return whether to use the tiled primitive: for many tokens on a CPU, if no module is replaced or has hooks.
 
-    Compilers fuse the plain form.
+    Compiled code does not use it, because compilers can fuse the plain PyTorch operations.
     """
     if x.device.type != "cpu" or type(mlp) is not Mlp or type(mlp.act) not in _ACTIVATIONS:
         return False

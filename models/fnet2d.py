@@ -19,14 +19,17 @@ from .layers import ConvStem, DropPath, TokenBatchNorm, drop_path_rates, run_blo
 class FNet2D(Backbone):
     """An FNet on the token map. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the originals: the transform is scaled to keep the magnitude of the tokens (unscaled sums are hundreds of
-    times larger); the stem has normalization and activations between its convolutions; tokens are normalized before pooling.
+    Fixes relative to the originals:
+
+    - The transform is scaled to preserve the magnitude of the tokens. Without scaling, the sums are hundreds of times larger.
+    - The stem has normalization and activations between its convolutions.
+    - Tokens are normalized before pooling.
 
     Args:
-        backend: "auto" | "torch" | "reference". All use torch.fft, because the transform has no kernel.
+        backend: "auto" | "torch" | "reference". All of them use torch.fft, because there is no kernel for this transform.
 
-    For the other arguments, see VisionTransformer. There is no attention and no class token. Positions need no embedding, since
-    the transform depends on them.
+    For the other arguments, see VisionTransformer. The model has no attention and no class token. It does not need a position
+    embedding, because the transform depends on the positions.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class FNet2D(Backbone):
         drop_path_rate: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        # "triton" is an error, because an explicit backend never falls back to another.
+        # "triton" raises an error, because an explicitly chosen backend never falls back to a different one.
         check_choice(("auto", "torch", "reference"), backend=backend)
         super().__init__(img_size=img_size, in_chans=in_chans, drop_rate=drop_rate)
         check_counts(embed_dim=embed_dim, depth=depth)
@@ -83,7 +86,7 @@ class _Block(nn.Module):
 
 
 class _RealTransform(torch.autograd.Function):
-    """real_transform of maps (B, H, W, C), scaled by 1 / sqrt(H W C). Its matrix is symmetric, so backward applies it too."""
+    """Apply `real_transform`. This is a linear map with a symmetric matrix, so backward applies it to the gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -95,9 +98,9 @@ class _RealTransform(torch.autograd.Function):
 
 
 def real_transform(x: Tensor) -> Tensor:
-    """Real part of the Fourier transform over (H, W, C) of maps (B, H, W, C).
+    """Return the real part of the Fourier transform of maps (B, H, W, C) over (H, W, C), scaled by 1 / sqrt(H W C).
 
-    Uses the FFT for real input, which skips almost half of the channels. They follow from y[-h, -w, -c] = y[h, w, c].
+    The FFT for real inputs computes only about half of the channels. The others follow from y[-h, -w, -c] = y[h, w, c].
     """
     width = x.shape[-1]
     half = torch.fft.rfftn(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=(1, 2, 3), norm="ortho").real

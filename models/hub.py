@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub; needs huggingface_hub (extra: hub)."""
+"""Save and load models on the Hugging Face Hub. Requires huggingface_hub, which the extra `hub` installs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from .pretrained import load_model, save_model
 class HubModel(nn.Module, PyTorchModelHubMixin, library_name="vix_kernels", tags=["image-classification"]):
     """A model that can be pushed to and loaded from the Hub.
 
-    HubModel(model).push_to_hub("me/my-model"), HubModel.from_pretrained("me/my-model", num_classes=5).model
+        HubModel(model).push_to_hub("me/my-model")
+        model = HubModel.from_pretrained("me/my-model", num_classes=5).model
 
-    The repository contains the files of `save_model`. Additional keyword arguments of from_pretrained go to `load_model`.
+    The repository contains the files that `save_model` writes. `from_pretrained` passes additional keyword arguments to
+    `load_model`.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from .feed_forward import Mlp, feed_forward
 
 
 class PatchStem(nn.Module):
-    """One token per patch, by a strided convolution: (B, in_chans, H, W) -> (B, tokens, embed_dim)."""
+    """A strided convolution that creates one token per patch: (B, in_chans, H, W) -> (B, tokens, embed_dim)."""
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> None:
         super().__init__()
@@ -25,11 +25,11 @@ class PatchStem(nn.Module):
 
 
 class ConvStem(nn.Sequential):
-    """Three convolutions with a total stride of one patch: (B, in_chans, H, W) -> (B, tokens, embed_dim)."""
+    """Three convolutions whose total stride is the patch size: (B, in_chans, H, W) -> (B, tokens, embed_dim)."""
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> None:
         widths = in_chans, -(-embed_dim // 4), -(-embed_dim // 2), embed_dim
-        # Strides of small patches come last, so the first convolutions see the full resolution.
+        # Strides of 1 come first, so for small patches the first convolutions see the full resolution.
         strides = zip(*(reversed(_three_strides(size)) for size in patch_size), strict=True)
         super().__init__(*conv_layers(widths, strides, nn.GELU))
 
@@ -40,12 +40,12 @@ class ConvStem(nn.Sequential):
 def conv_layers(widths: Iterable[int], strides: Iterable[tuple[int, int]], activation: type[nn.Module]) -> list[nn.Module]:
     """Return convolutions with batch normalization, and activations between them.
 
-    There is no activation at the end, so the blocks start from normalized values rather than rectified ones.
+    There is no activation at the end, so the blocks receive normalized values instead of rectified values.
     """
     widths = tuple(widths)
     layers: list[nn.Module] = []
     for before, after, stride in zip(widths, widths[1:], strides, strict=False):
-        # With a kernel of stride + 2, each window extends one pixel past its stride on each side.
+        # A kernel of size stride + 2 extends one pixel beyond the stride on each side.
         kernel = stride[0] + 2, stride[1] + 2
         layers += [nn.Conv2d(before, after, kernel, stride, padding=1, bias=False), nn.BatchNorm2d(after), activation()]
     return layers[:-1]
@@ -59,12 +59,12 @@ def _three_strides(size: int) -> tuple[int, int, int]:
 
 
 def to_tokens(maps: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H * W, C)."""
+    """Reshape maps (B, C, H, W) to tokens (B, H * W, C)."""
     return maps.flatten(2).transpose(1, 2)
 
 
 def to_maps(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, H * W, C) -> (B, C, H, W)."""
+    """Reshape tokens (B, H * W, C) to maps (B, C, H, W)."""
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
@@ -76,7 +76,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382): drop the branch of a sample with probability `rate`, and scale up the others."""
+    """Stochastic depth (arXiv:1603.09382): drop a sample's branch with probability `rate`, and scale up the others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class DropPath(nn.Module):
         return x if factors is None else x * factors
 
     def factors(self, x: Tensor) -> Tensor | None:
-        """Return the factor of each sample, (batch, 1, ...), or None if all are 1."""
+        """Return the factor for each sample's branch, (batch, 1, ...), or None if all factors are 1."""
         if not self.training or self.rate == 0:
             return None
         keep = 1 - self.rate
@@ -104,7 +104,7 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)).
+    """A transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Args:
         attention: the token mixer, called as `attention(x, rope=rope)`.
@@ -112,7 +112,7 @@ class Block(nn.Module):
         drop: dropout rate in the MLP.
         drop_path: stochastic depth rate.
         norm, activation: module classes or factories, called as norm(dim) and activation().
-        renormalise: start the second residual from the normalized tokens: n + mlp(n) with n = norm(x).
+        renormalise: whether the second residual starts from the normalized tokens: n + mlp(n) with n = norm(x).
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, rope: nn.Module | None, checkpointing: bool) -> Tensor:
-    """Apply the blocks in order, each with the rotary table of its layer. With checkpointing, save only their inputs."""
+    """Apply the blocks in order, each with the rotary table of its layer. With `checkpointing`, recompute them in backward."""
     for layer, block in enumerate(blocks):
         table = rope(layer) if rope is not None else None
         if checkpointing and torch.is_grad_enabled():

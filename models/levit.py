@@ -1,6 +1,6 @@
 """LeViT (arXiv:2104.01136), and its variants LeViN and LeViP of Vision Xformers.
 
-    image -> convolutions -> stages of depth x [x + attention(norm(x)), x + mlp(norm(x))], halved in between
+    image -> convolutions -> stages of depth x [x + attention(norm(x)), x + mlp(norm(x))], map halved between stages
           -> norm -> mean -> head
 
 LeViT has a convolutional stem, batch normalization, hardswish, and a learned attention bias instead of a position embedding.
@@ -27,20 +27,25 @@ from .stages import Pyramid, Stage, shrinking
 class LeViT(Pyramid):
     """A LeViT. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the originals, which have no normalization at all: batch norms and hardswish are where LeViT has them;
-    softmax attention has its bias, and in the zoo the mixers without attention weights get rotary positions instead; stages
-    shrink the map and change the width; the map may have any size; all heads are used.
+    Fixes relative to the originals, which have no normalization:
+
+    - Batch norm and hardswish are used, as in the LeViT paper.
+    - Softmax attention has the attention bias of the paper. In the zoo, mixers without attention weights use rotary positions
+      instead.
+    - Stages shrink the map and change the width.
+    - The map may have any size.
+    - All heads are used.
 
     Args:
-        mixer: creates the token mixer of a layer, see models/mixers.py.
-        patch_size: total stride of the stem. The stem has one convolution of stride 2 per factor of 2, and at least three
-            convolutions.
-        embed_dim, depth, num_heads: one integer per stage, or one for all.
+        mixer: a function that creates the token mixer of a layer; see models/mixers.py.
+        patch_size: total stride of the stem. The stem has one convolution with stride 2 for each factor of 2, and at least
+            three convolutions in total.
+        embed_dim, depth, num_heads: one integer per stage, or a single integer for all stages.
         stages: number of stages. Each stage after the first halves the rows and columns.
         mlp_ratio: ratio of the MLP's hidden width to the width of the tokens.
-        position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", for each stage, in addition to the attention
-            bias.
-        drop_path_rate: stochastic depth rate of the last layer. Rates increase linearly from 0 in the first.
+        position: positions in each stage, in addition to the attention bias: "learned" | "rope_1d" | "rope_axial" |
+            "rope_mixed" | "none".
+        drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.
 
     For the other arguments, see VisionTransformer.
     """
@@ -135,7 +140,7 @@ class _Block(Block):
 
 
 class _BiasedAttention(nn.Module):
-    """softmax(q k^T + b) v, with b learned for each head and each distance of query and key in rows and columns."""
+    """softmax(q k^T + b) v with a learned bias b for each head and each distance between query and key in rows and columns."""
 
     def __init__(self, attention: nn.Module, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -144,14 +149,14 @@ class _BiasedAttention(nn.Module):
         self.register_buffer("distance", self._distance(None), persistent=False)
 
     def _distance(self, device: torch.device | None) -> Tensor:
-        """Return the index of each token pair's bias, (tokens, tokens)."""
+        """Return the index of the bias for each pair of tokens, (tokens, tokens)."""
         rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in self.grid), indexing="ij")
         rows, columns = ((x.flatten()[:, None] - x.flatten()).abs() for x in (rows, columns))
         return rows * self.grid[1] + columns
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BiasedAttention:
         super()._apply(fn, recurse)
-        self.distance = self._distance(self.distance.device)  # to_empty() moves it off the meta device without its values
+        self.distance = self._distance(self.distance.device)  # to_empty() allocates it without its values
         return self
 
     def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:

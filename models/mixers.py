@@ -1,4 +1,4 @@
-"""Token mixers by name, one for every registered core. A model receives a mixer and calls it once per layer.
+"""Token mixers by name, one for every registered core. A mixer is a function that models call once per layer:
 
 mixer(dim, place, num_heads=, qkv_bias=, proj_drop=, backend=) -> module(x, rope=rope), x (B, tokens, dim)
 """
@@ -20,7 +20,7 @@ COUNTS = ("num_features", "num_landmarks", "num_agents")
 
 
 class Place(NamedTuple):
-    """The position of a mixer in a model."""
+    """Where a mixer is used: its layer in the model, and the layout of the tokens."""
 
     layer: int
     grid: tuple[int, int]  # rows and columns of the token map
@@ -32,13 +32,13 @@ class Place(NamedTuple):
 
 
 def mixer_options(name: str) -> set[str]:
-    """Return the options of the mixer `name`, without those that follow from its position in the model."""
+    """Return the names of the options of the mixer `name`, except options that its place in the model determines."""
     check_choice(CORES, mixer=name)
     return set(CORES[name].options()) - CORES[name].sited
 
 
 def make_mixer(name: str, **core_options: Any) -> Mixer:
-    """Return the mixer `name` with the given options of its core."""
+    """Return the mixer `name`, whose core has the given options."""
     check_choice(CORES, mixer=name)
     check_counts(**{key: core_options[key] for key in COUNTS if core_options.get(key) is not None})
     core = CORES[name].made("zoo", **core_options)

@@ -1,6 +1,7 @@
-"""Positions of the tokens of a map: learned embeddings and rotary tables.
+"""Position encodings for the tokens of a map: learned embeddings and rotary tables.
 
-Rotary tables are one-dimensional (RoFormer, arXiv:2104.09864), along both axes or in learned directions (arXiv:2403.13298).
+Rotary tables encode one-dimensional positions (RoFormer, arXiv:2104.09864), or positions along both axes or in learned
+directions (arXiv:2403.13298).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ POSITIONS = ("learned", "rope_1d", "rope_axial", "rope_mixed", "none")
 
 
 def learned_position(position: str, tokens: int, dim: int) -> nn.Parameter | None:
-    """Return the embedding to add to the tokens, (1, tokens, dim), or None if positions are not learned."""
+    """Return a learned embedding (1, tokens, dim) to add to the tokens, or None if `position` is not "learned"."""
     if position != "learned":
         return None
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, dim), std=0.02))
@@ -27,7 +28,7 @@ def learned_position(position: str, tokens: int, dim: int) -> nn.Parameter | Non
 def rotary_position(
     position: str, grid: tuple[int, int], dim: int, num_heads: int, depth: int, prefix_tokens: int = 0
 ) -> nn.Module | None:
-    """Return a module whose `module(layer)` is the rotary table of a layer, or None. Prefix tokens are not rotated."""
+    """Return a module that maps a layer index to a rotary table, or None for other positions. Prefix tokens are not rotated."""
     if not position.startswith("rope"):
         return None
     head_dim, multiple = dim // num_heads, 2 if position == "rope_1d" else 4
@@ -55,7 +56,7 @@ class RotaryPosition(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPosition:
         super()._apply(fn, recurse)
-        # `fn` may have rounded the table to bfloat16, or moved it off the meta device without its values.
+        # `fn` may have rounded the table to bfloat16, or moved it from the meta device without its values.
         self._set(self._make(device=self.cos.device))
         return self
 
@@ -64,7 +65,7 @@ class RotaryPosition(nn.Module):
 
 
 class MixedRotaryPosition(nn.Module):
-    """A rotary table with learned frequencies for each layer and head. They stay float32 when the model is cast."""
+    """A rotary table with learned frequencies for each layer and head. The frequencies stay float32 when the model is cast."""
 
     def __init__(self, grid: tuple[int, int], head_dim: int, num_heads: int, depth: int, prefix_tokens: int) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class MixedRotaryPosition(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixedRotaryPosition:
         before = self.frequencies.detach()
         super()._apply(fn, recurse)
-        # Move the frequencies without a cast. Rounding errors grow with the position, so far tokens would get wrong angles.
+        # Move the frequencies without a cast, which would round them. The errors of the angles would grow with the position.
         if self.frequencies.dtype != torch.float32:
             self.frequencies.data = before.to(self.frequencies.device)
         return self
@@ -85,10 +86,10 @@ class MixedRotaryPosition(nn.Module):
 
 
 def resample_tokens(table: Tensor, dim: int, old: tuple[int, int], new: tuple[int, int], prefix_tokens: int) -> Tensor:
-    """Resample `table` for a token map of another size, with bicubic interpolation.
+    """Resample `table` from a token map of size `old` to size `new`, with bicubic interpolation.
 
-    Dimension `dim` has the prefix tokens, which do not change, and then the map. Computes in float32 and returns the dtype of
-    `table`.
+    Dimension `dim` contains the prefix tokens, which do not change, followed by the tokens of the map. The interpolation runs
+    in float32, and the result has the dtype of `table`.
     """
     rows = table.movedim(dim, 0)
     prefix, cells = rows[:prefix_tokens], rows[prefix_tokens:]

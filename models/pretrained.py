@@ -1,4 +1,4 @@
-"""Saving and loading of models: a folder with model.safetensors, config.json and the model card README.md."""
+"""Save and load models as a folder with model.safetensors, config.json and a model card, README.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .state import load_state
 from .zoo import create_model
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-# Entries with a token dimension: that dimension, and whether it includes the prefix.
+# State dict entries with a token dimension: the index of this dimension, and whether it includes the prefix tokens.
 _OVER_TOKENS = {
     "pos_embed": (1, True),
     "key_projection": (-2, True),
@@ -32,11 +32,11 @@ _OVER_TOKENS = {
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
-    """Write `model`, created by `create_model` or `from_original`, to `folder`, each file atomically.
+    """Save `model`, created by `create_model` or `from_original`, to `folder`. Each file is written atomically.
 
-    `model.config["data"]`, if present, describes the training images: the names of the "classes", and the "mean" and "std" of
-    every channel of images in [0, 1]. `vix train` sets it and `vix predict` reads it. An existing model card is kept, because
-    its blanks are filled in by hand.
+    `model.config["data"]`, if present, describes the training images: "classes" are the names of the classes, and "mean" and
+    "std" are the statistics of each channel of images in [0, 1]. `vix train` sets this entry, and `vix predict` reads it. An
+    existing model card is not overwritten, because users fill in its blanks.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -50,7 +50,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     def write(path: Path) -> None:
         try:
             save_file(tensors, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # also if the disk is full
+        except SafetensorError as error:  # also raised if the disk is full
             raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
 
     write_atomically(folder / WEIGHTS, write)
@@ -64,14 +64,14 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
     """Load the model that `save_model` wrote to `folder`, in evaluation mode.
 
     Args:
-        overrides: arguments of `create_model` to change. Another img_size resamples position tables, token projections and
-            attention biases. Another in_chans sums or repeats the channels of the first convolution. Another num_classes or
-            global_pool creates a new head.
+        overrides: arguments of `create_model` to change. A different img_size resamples position embeddings, token projections
+            and attention biases. A different in_chans sums or repeats the channels of the first convolution. A different
+            num_classes or global_pool creates a new head.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
-        ValueError: a file is damaged, or the weights do not fit. The message lists all missing and unexpected entries and those
-            of another shape.
+        ValueError: a file is damaged, or the weights do not fit. The message lists all entries that are missing,
+            unexpected, or have the wrong shape.
     """
     folder = _path(folder)
     if not folder.is_dir():
@@ -104,7 +104,7 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
 
 
 def model_card(model: nn.Module) -> str:
-    """Return a model card, with the fields filled in that are known from the model."""
+    """Return a model card. Only the fields that follow from the model are filled in."""
     config = model.config
     name = config.get("name") or config["original"]
     arguments = ", ".join(f"{key}={value!r}" for key, value in config["arguments"].items())
@@ -144,7 +144,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            # Earlier versions stored the number of a Performer's redraws in the metadata.
+            # Earlier versions stored in the metadata how often a Performer had redrawn its random features.
             extra = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key.endswith("_extra_state")}
             return {key: file.get_tensor(key) for key in file.keys()} | extra
     except (SafetensorError, ValueError) as error:
@@ -152,14 +152,14 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _still_true(data: dict[str, Any] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the description of the training images without the entries that `overrides` make invalid."""
+    """Return the description of the training images without the entries that `overrides` invalidate."""
     invalidated = {"num_classes": {"classes"}, "in_chans": {"mean", "std"}}
     changed = set().union(*(invalidated.get(name, set()) for name in overrides))
     return {name: value for name, value in (data or {}).items() if name not in changed}
 
 
 def _adapt(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[str, Any]:
-    """Adapt the `state` of `source` to a `model` with another image size, other channels or another head."""
+    """Adapt the state dict `state` of `source` to `model`, whose image size, input channels and head may be different."""
     state, expected = dict(state), model.state_dict()
     maps = model.token_maps()
     for module, (old, tokens) in source.token_maps().items():
@@ -179,7 +179,10 @@ def _adapt(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[
 
 
 def _other_channels(weight: Tensor, channels: int) -> Tensor:
-    """Sum the channels for gray images, else repeat and scale them, to keep the magnitude of the outputs."""
+    """Adapt `weight` to a number of input channels: sum them for one channel, or else repeat and scale them.
+
+    This preserves the magnitude of the outputs.
+    """
     before = weight.shape[1]
     if channels == 1:
         return weight.sum(1, keepdim=True)

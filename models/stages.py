@@ -1,4 +1,4 @@
-"""A pyramid of token maps with one stage each, for LeViT and CvT."""
+"""Base class and stages of models whose token map shrinks from stage to stage: LeViT and CvT."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from .positions import POSITIONS, learned_position, rotary_position
 
 
 class Stage(nn.Module):
-    """Blocks on a token map created from the previous stage's map: (B, C, H, W) -> tokens (B, grid[0] * grid[1], dim).
+    """One stage of a model: (B, C, H, W) -> tokens (B, grid[0] * grid[1], dim).
+
+    A stage creates a token map from the images or from the previous map, and applies blocks to its tokens.
 
     Args:
-        embed: creates the tokens, (B, C, H, W) -> (B, dim, *grid).
+        embed: creates the token map: (B, C, H, W) -> (B, dim, *grid).
         norm: normalizes the tokens before the blocks.
-        make_block: creates a block, given its Place.
+        make_block: a function that creates a block, given its Place.
         first_layer: number of blocks in the previous stages.
-        position: as in VisionTransformer. Each stage has separate positions.
+        position: as in VisionTransformer. Each stage has a separate position encoding.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Stage(nn.Module):
 
 
 class Pyramid(Backbone):
-    """Base class of models with `stages`, followed by `norm`."""
+    """Base class of models that apply `stages` and then `norm`."""
 
     stages: nn.ModuleList
     norm: nn.Module
@@ -70,7 +72,7 @@ class Pyramid(Backbone):
 
 
 def shrinking(img_size: tuple[int, int], strides: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Yield the rows and columns after each stride, for convolutions that pad by half their kernel size."""
+    """Yield the rows and columns of the map after each convolution. The convolutions pad by half their kernel size."""
     for stride in strides:
         img_size = tuple((side - 1) // stride + 1 for side in img_size)
         yield img_size

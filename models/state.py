@@ -1,4 +1,4 @@
-"""Loading of weights, either all or none."""
+"""Load a state dict either completely or not at all."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, optional: Callable[[str], bool]) -> None:
-    """Load `state` into `model`. If it does not fit, the model is unchanged.
+    """Load `state` into `model`. If it does not fit, raise an error and leave the model unchanged.
 
     Args:
         what: description of the model, for the error message.
-        optional: returns whether an entry, given by name, may be missing.
+        optional: a function that returns whether the entry with a given name may be missing.
 
     Raises:
-        ValueError: the state does not fit. The message lists all missing and unexpected entries and those of another shape.
+        ValueError: the state does not fit. The message lists all entries that are missing,
+            unexpected, or have the wrong shape.
     """
     expected = model.state_dict()
     problems = {

@@ -2,8 +2,8 @@
 
     image -> stem -> class token, position -> depth x [x + attention(norm(x)), x + mlp(norm(x))] -> norm -> pool -> head
 
-The stem is one strided convolution (ViT, arXiv:2010.11929) or three of them (the hybrids of Vision Xformers,
-arXiv:2107.02239). Arguments, methods and parameter names are timm's.
+The stem has one strided convolution (ViT, arXiv:2010.11929) or three convolutions (the hybrids of Vision Xformers,
+arXiv:2107.02239). Arguments, methods and parameters have the same names as in timm.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ class VisionTransformer(Backbone):
 
     Fixes relative to the originals:
 
-    - The hybrids have normalization and activations between their convolutions, which otherwise form one linear map.
-    - A patch of a single pixel is not layer-normed. The vision_xformer package does this, which loses the pixel's brightness.
+    - The hybrids have normalization and activations between their convolutions. Without them, the convolutions are a single
+      linear map.
+    - Patches are not layer-normalized. The vision_xformer package does this, so a patch with one pixel loses its brightness.
     - All heads are used.
-    - Positions follow the image size, and rotary models have no unused embedding.
-    - Class token and embedding start with a standard deviation of 0.02 instead of 1.
+    - The number of positions depends on the image size, and rotary models have no unused position embedding.
+    - The class token and the position embedding are initialized with a standard deviation of 0.02 instead of 1.
     - Tokens are normalized before pooling.
 
     Args:
-        mixer: creates the token mixer of a layer, see models/mixers.py.
+        mixer: a function that creates the token mixer of a layer; see models/mixers.py.
         stem: `PatchStem` or `ConvStem`.
-        img_size: height and width, or one number for both; a multiple of `patch_size`.
-        num_classes: number of classes; 0 returns the pooled features.
+        img_size: height and width, or one number for both. Must be a multiple of `patch_size`.
+        num_classes: number of classes. If 0, the model returns the pooled features.
         mlp_ratio: ratio of the MLP's hidden width to `embed_dim`.
         position: "learned" | "rope_1d" (in raster order) | "rope_axial" (rows and columns) | "rope_mixed" (learned directions
             for each layer and head) | "none". The class token is not rotated.
@@ -44,7 +45,7 @@ class VisionTransformer(Backbone):
         global_pool: input of the head: "token", the class token, or "avg", the mean of the patches.
         drop_rate: dropout rate before the head.
         proj_drop_rate: dropout rate after the attention's output projection and in the MLP.
-        drop_path_rate: stochastic depth rate of the last layer. Rates increase linearly from 0 in the first.
+        drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.
         backend: backend of the attention: "auto" | "triton" | "torch" | "reference".
     """
 

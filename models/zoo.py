@@ -1,8 +1,8 @@
-"""The models by name. Each name is an architecture with a default mixer and arguments.
+"""The zoo: models by name. Each name selects an architecture with a default mixer and default arguments.
 
-Names without a suffix are the published configurations: vit to fnet_2d for 32 x 32 pixels (CIFAR-10) with one token per pixel,
-levit to ccp for 64 x 64 pixels (Tiny ImageNet) with 32 x 32 tokens. Suffixes are other sizes: _tiny for 32 x 32 pixels, _small
-for 64 x 64, _base for 224 x 224. Their widths are those that timm and the papers of the architectures use.
+Names without a suffix select the published configurations. ViTs and FNets process 32 x 32 pixels (CIFAR-10) with one token per
+pixel. LeViTs, CvTs and CCTs process 64 x 64 pixels (Tiny ImageNet) with 32 x 32 tokens. Suffixes select other sizes: _tiny for
+32 x 32 pixels, _small for 64 x 64, and _base for 224 x 224. Their widths come from timm or from the architecture's paper.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _TRANSFORMERS = {
     "_small": dict(img_size=64, patch_size=4, embed_dim=384, depth=12, num_heads=6, mlp_ratio=4.0, qkv_bias=True),
     "_base": dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, qkv_bias=True),
 }
-# Widths and depths of LeViT-128S, LeViT-192 and LeViT-384, with heads of 32 channels.
+# _tiny, _small and _base have the widths and depths of LeViT-128S, LeViT-192 and LeViT-384, and heads with 32 channels.
 _LEVITS = {
     "": {},
     "_tiny": dict(img_size=32, patch_size=2, stages=3, embed_dim=(128, 256, 384), depth=(2, 3, 4), num_heads=(4, 8, 12)),
     "_small": dict(img_size=64, patch_size=4, stages=3, embed_dim=(192, 288, 384), depth=4, num_heads=(6, 9, 12)),
     "_base": dict(img_size=224, patch_size=16, stages=3, embed_dim=(384, 512, 768), depth=4, num_heads=(12, 16, 24)),
 }
-# _base is CvT-13. The others also have heads of 64 channels, but smaller depths or widths.
+# _base is CvT-13. The other sizes also have heads with 64 channels, but a smaller depth or width.
 _CVTS = {
     "": {},
     "_tiny": dict(
@@ -62,7 +62,7 @@ _CVTS = {
         num_heads=(1, 3, 6), mlp_ratio=4.0, qkv_bias=True,
     ),
 }  # fmt: skip
-# CCT-6/3x1, CCT-7/3x2 and CCT-14/7x2.
+# _tiny, _small and _base are CCT-6/3x1, CCT-7/3x2 and CCT-14/7x2.
 _CCTS = {
     "": {},
     "_tiny": dict(img_size=32, embed_dim=256, depth=6, num_heads=4, mlp_ratio=2.0, strides=(1,), pool_stride=2),
@@ -95,9 +95,10 @@ _FAMILIES: tuple[tuple[Callable[..., Backbone], dict[str, str | None], dict[str,
     (CCT, dict(cct="softmax", ccn="nystrom", ccp="performer"), _CCTS),
     (FNet2D, dict(fnet_2d=None), _FNETS_2D),
 )
-# Arguments that a mixer sets in every architecture.
+# Default arguments of a mixer, for every architecture.
 _WITH_MIXER = {"performer": dict(qkv_bias=True)}  # as published
-# LeViT gets positions from its attention bias. Mixers without attention weights cannot have it and use rotary positions.
+# LeViT encodes positions in its attention bias. Mixers without attention weights cannot have a bias, so they use rotary
+# positions instead.
 _ROTATED = {LeViT: dict(position="rope_axial")}
 
 
@@ -120,7 +121,7 @@ def _entries() -> dict[str, Entry]:
 
 
 _MODELS = _entries()
-PUBLISHED = tuple(name for _, names, _ in _FAMILIES for name in names)  # in the published sizes
+PUBLISHED = tuple(name for _, names, _ in _FAMILIES for name in names)  # models in the published sizes
 
 
 def list_models(pattern: str | None = None) -> list[str]:
@@ -134,8 +135,8 @@ def create_model(name: str, **overrides: Any) -> Backbone:
     """Build the model `name` with newly initialized weights.
 
     Overrides are keyword arguments of the architecture (`VisionTransformer`, `LeViT`, `CvT`, `CCT`, `FNet2D`). In addition,
-    mixer="softmax" | "performer" | "linear" | "nystrom" | "linformer" | "agent" | "fourier" selects another token mixer, and
-    the options of the mixer are accepted, see models/mixers.py.
+    mixer="softmax" | "performer" | "linear" | "nystrom" | "linformer" | "agent" | "fourier" selects a different token mixer.
+    The options of the mixer are also accepted; see models/mixers.py.
 
     Raises:
         ValueError: a name or argument is unknown (the message suggests similar ones), or a value is invalid.
@@ -146,7 +147,7 @@ def create_model(name: str, **overrides: Any) -> Backbone:
             hint = nearest(key, valid)
             raise ValueError(f"model {name!r} has no argument {key!r}{hint}; it takes {', '.join(sorted(valid))}")
     architecture, mixer, _ = _MODELS[name]
-    # With another mixer, the preset options of the default mixer are dropped.
+    # If a different mixer is selected, drop the preset options of the default mixer.
     arguments = {key: value for key, value in preset(name).items() if key in valid} | overrides
     mixers = []
     if mixer is not None:
@@ -158,7 +159,7 @@ def create_model(name: str, **overrides: Any) -> Backbone:
 
 
 def takes(name: str, mixer: str | None = None) -> set[str]:
-    """Return the argument names of the model `name`, with its default mixer or `mixer`."""
+    """Return the names of the arguments that the model `name` accepts with `mixer`, or with its default mixer if None."""
     entry = _entry(name)
     signature = inspect.signature(entry.architecture).parameters.values()
     names = {each.name for each in signature if each.kind is each.KEYWORD_ONLY} - {"stem"}

@@ -1,8 +1,8 @@
-"""The published Vision Xformers (arXiv:2107.02239), including their quirks, for weights trained with them.
+"""The published Vision Xformers (arXiv:2107.02239), including their quirks, to load weights that were trained with them.
 
-A name without a prefix is the class of that name in the repository pranavphoenix/VisionXformer at commit 7ee52ee. There, the
-classes of CCN and CCP are called CCT, those of LeViN and LeViP LeViT, and those of CvN and CvP CvT. The prefix "wheel_" is the
-class of the package vision_xformer 0.2.0. For new models use create_model, which has neither the quirks nor their costs.
+Names without a prefix refer to classes in the repository pranavphoenix/VisionXformer at commit 7ee52ee. In that repository, CCN
+and CCP are called CCT, LeViN and LeViP are called LeViT, and CvN and CvP are called CvT. Names with the prefix "wheel_" refer
+to classes in the package vision_xformer 0.2.0. For new models, use create_model, which has neither the quirks nor their costs.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from .vix import ViX
 
 __all__ = ["ORIGINALS", "from_original"]
 
-# Entries that may be missing: the computed rotary table, and batch norm's counter, which is never used.
+# State dict entries that may be missing: the rotary table, which is computed, and batch norm's counter, which is not used.
 _DERIVED = ("layer_pos_emb.emb", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
 class Original:
-    """How to build one original.
+    """Describes how to build one of the originals.
 
     Attributes:
         model: the class. Its keyword-only parameters are the original's constructor arguments.
-        parts: positional arguments of the class. Keyword-only parameters of callables are constructor arguments too.
+        parts: positional arguments for the class. Keyword-only parameters of functions in `parts` are constructor arguments.
         defaults: defaults of constructor arguments that differ from the signatures.
         ignored: constructor arguments that the original accepts but does not use.
-        only: constructor arguments for which only one value works, with this value.
+        only: constructor arguments for which only one value works, and this value.
         dead: entries of the state_dict that the original does not use.
     """
 
@@ -99,23 +99,23 @@ ORIGINALS = {
 def from_original(
     name: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], *, backend: str = "auto"
 ) -> nn.Module:
-    """Load an original Vision Xformers model, with the same logits, gradients and parameter names.
+    """Load an original Vision Xformers model. Logits, gradients and parameter names are the same as in the original.
 
     Args:
         name: the name of the original, such as "ViP" or "wheel_ViP".
-        config: the original's constructor arguments. Those that the original does not use are optional.
+        config: the original's constructor arguments. Arguments that the original does not use are optional.
         state_dict: the original's state_dict. The rotary table and batch norm's counters may be missing. An unused
             `pos_embedding` (rotary ViT, ViL and their hybrids) is dropped.
-        backend: "reference" runs the published arithmetic, for comparison. "auto", "triton" and "torch" run the ops of
-            vix_kernels if they compute the same, see mixers.py.
+        backend: "reference" runs the published computation, for comparison. "auto", "triton" and "torch" run the ops of
+            vix_kernels where these compute the same function; see mixers.py.
 
     Returns:
-        The module in float32 and in training mode, so the dropout of `config` is active. The docstrings of the classes say
-        where dropout applies.
+        The model in float32 and in training mode, so the dropout in `config` is active. The docstrings of the model classes
+        describe where dropout is applied.
 
     Raises:
         ValueError: `name` or an argument in `config` is unknown; an argument is missing or not supported; or `state_dict` does
-            not fit. The message lists all missing and unexpected entries and those of another shape.
+            not fit. The message lists all entries that are missing, unexpected, or have the wrong shape.
     """
     model = build(name, config, backend=backend)
     original = ORIGINALS[name]
@@ -126,7 +126,7 @@ def from_original(
 
 
 def build(name: str, config: Mapping[str, Any], *, backend: str = "auto") -> nn.Module:
-    """Build the module of `from_original` without loading weights."""
+    """Build the model that `from_original` returns, without loading weights."""
     check_name(name, ORIGINALS, "original")
     if not isinstance(config, Mapping):
         raise TypeError(f"config: expected a mapping of constructor arguments, got {type(config).__name__}")
@@ -135,7 +135,8 @@ def build(name: str, config: Mapping[str, Any], *, backend: str = "auto") -> nn.
     return original.model(*original.parts, **_arguments(name, original, config), backend=backend)
 
 
-# What `build` leaves to a state_dict, and about the standard deviation that the original draws it with.
+# Parameters and buffers that `build` does not initialize, with the approximate standard deviations of their initial values in
+# the originals.
 _SPREAD = {
     "cls_token": 1.0, "pos_embedding": 1.0, "positional_emb": 0.2, "proj_k": 0.06, "proj_v": 0.06, "projection_matrix": 1.0,
     "g": 0.0, "b": 0.0,
@@ -144,7 +145,7 @@ _SPREAD = {
 
 @torch.no_grad()
 def drawn(model: nn.Module) -> nn.Module:
-    """The module of `build` with random numbers in all that it leaves to a state_dict, ready to train."""
+    """Initialize the tensors that `build` leaves uninitialized in `model`, so that it can be trained. Return `model`."""
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         last = name.rpartition(".")[2]
         if last in _SPREAD:
@@ -153,7 +154,7 @@ def drawn(model: nn.Module) -> nn.Module:
 
 
 def _arguments(name: str, original: Original, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the constructor's arguments: `config`, completed with the original's defaults."""
+    """Return the constructor arguments: `config`, completed with the defaults of the original."""
     callables: list[Callable[..., Any]] = [original.model, *filter(callable, original.parts)]
     parameters = [p for each in callables for p in inspect.signature(each).parameters.values() if p.kind is p.KEYWORD_ONLY]
     defaults = {p.name: p.default for p in parameters if p.name != "backend"} | original.defaults

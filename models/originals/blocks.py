@@ -1,4 +1,4 @@
-"""Shared by the originals: residual layers, the feed-forward network, and the base class of token mixers."""
+"""Modules that the originals share: residual layers, the feed-forward network, and the base class of token mixers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ pointwise = partial(nn.Conv2d, kernel_size=1)
 class Mixer(nn.Module):
     """Base class of token mixers. `mix` maps tokens (batch, tokens, dim) to the same shape.
 
-    A map (batch, dim, height, width) is flattened row by row. The originals reshape tokens back to 32 x 32 and fail on other
-    maps; this class supports any size.
+    `forward` also accepts maps (batch, dim, height, width), which it flattens row by row. The originals always reshape the
+    tokens to 32 x 32 and fail for other maps, whereas this class supports any size.
     """
 
     def mix(self, x: Tensor, table: Tensor | None) -> Tensor:
@@ -38,7 +38,7 @@ class PreNorm(nn.Module):
 class FeedForward(nn.Module):
     """A feed-forward network. `linear` is nn.Linear for tokens or `pointwise` for maps.
 
-    Dropout follows the activation and the second linear layer.
+    Dropout is applied after the activation and after the second linear layer.
     """
 
     def __init__(self, linear: Callable[[int, int], nn.Module], dim: int, hidden: int, dropout: float) -> None:
@@ -52,7 +52,7 @@ class FeedForward(nn.Module):
 
 
 class Residuals(nn.Module):
-    """x + mixer(x), then x + feed_forward(x), for every pair (mixer, feed_forward)."""
+    """Residual layers: x + mixer(x), then x + feed_forward(x), for every pair (mixer, feed_forward)."""
 
     def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from .mixers import NystromAttention, PerformerAttention, merge_heads, softmax_a
 
 
 class CompactAttention(Mixer):
-    """The attention of CCT. Dropout of the attention weights is 0.1."""
+    """The attention of CCT. The dropout rate of the attention weights is always 0.1."""
 
     def __init__(self, dim: int, heads: int, backend: str) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def performer(dim: int, heads: int, backend: str) -> Mixer:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drops the branch of a sample with probability `rate`."""
+    """Stochastic depth: in training, drop the branch of each sample with probability `rate`."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class CompactBlock(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Convolutional tokenizer: images to maps. `side` returns the side of the map of a square image."""
+    """Convolutional tokenizer that maps images to token maps. `side` returns the side length of the map for a square image."""
 
     def __init__(
         self, channels: int, dim: int, layers: int, conv: tuple[int, int], strides: Sequence[int], pooling: tuple[int, int, int]
@@ -118,7 +118,7 @@ class CCT(nn.Module):
     """The original CCT. Maps images (batch, n_input_channels, img_size, img_size) to logits (batch, num_classes).
 
     The originals accept `mlp_radio` and `stochastic_depth` but ignore them. The MLP ratio is 4 unless passed as `mlp_ratio`,
-    and stochastic depth rates always increase from 0 to 0.1. The only dropout is that of CompactAttention.
+    and stochastic depth rates always increase from 0 to 0.1. Dropout is only applied in CompactAttention.
     """
 
     def __init__(

@@ -28,8 +28,8 @@ class ChannelNorm(nn.Module):
 class CvT(nn.Module):
     """The original CvT. Maps images (batch, 3, height, width) to logits (batch, num_classes).
 
-    `attention` is a function of levit.py. The convolutions of queries, keys and values of the CvT paper are missing, so
-    `s*_proj_kernel` and `s*_kv_proj_stride` have no effect. `dropout` applies in the feed-forward networks.
+    `attention` is one of the functions in levit.py. The original omits the convolutions of queries, keys and values in the CvT
+    paper, so `s*_proj_kernel` and `s*_kv_proj_stride` have no effect. `dropout` is applied in the feed-forward networks.
     """
 
     def __init__(

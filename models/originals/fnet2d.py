@@ -11,7 +11,7 @@ from .blocks import FeedForward, pointwise
 class FourierBlock(nn.Module):
     """x + feed_forward(batch_norm(Re(F(x)))), with the Fourier transform F over three axes.
 
-    The transform is plain PyTorch for every backend, because fourier_mixing only supports two axes.
+    Every backend computes the transform in plain PyTorch, because fourier_mixing only supports two axes.
     """
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
@@ -23,10 +23,10 @@ class FourierBlock(nn.Module):
 
 
 class FNet2D(nn.Module):
-    """The FNet2D of the package vision_xformer. Maps images (batch, 3, height, width) to logits.
+    """The FNet2D in the package vision_xformer. Maps images (batch, 3, height, width) to logits.
 
-    It has two convolutions without an activation between them, and works on maps. The transform is not normalized. `dropout`
-    applies in the feed-forward networks.
+    Two convolutions without an activation between them create a map. All blocks process this map instead of a sequence of
+    tokens. The transform is not normalized. `dropout` is applied in the feed-forward networks.
     """
 
     def __init__(self, *, num_classes: int, dim: int, depth: int, mlp_dim: int, dropout: float = 0.0, backend: str) -> None:
@@ -43,7 +43,7 @@ class FNet2D(nn.Module):
 
 
 class EarlierFNet2D(FNet2D):
-    """The FNet2D of the repository: dim is `final_dim`, mlp_dim is `final_dim * mlp_mult`. `image_size` has no effect."""
+    """The FNet2D in the repository, with dim = final_dim and mlp_dim = final_dim * mlp_mult. `image_size` has no effect."""
 
     def __init__(
         self, *, num_classes: int, depth: int, image_size: int, final_dim: int, dropout: float, mlp_mult: int, backend: str

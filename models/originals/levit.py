@@ -23,9 +23,9 @@ def performer(dim: int, heads: int, backend: str) -> Mixer:
 class LeViT(nn.Module):
     """The original LeViT. Maps images (batch, 3, height, width) to logits.
 
-    With num_distill_classes, it returns (logits, logits of the distillation head). `dim_key`, `dim_value` and `image_size` have
-    no effect. Only one stage is supported, as published: the originals' other stages neither reduce the map nor change its
-    width. `dropout` applies in the feed-forward networks.
+    If num_distill_classes is set, it returns (logits, logits of the distillation head). `dim_key`, `dim_value` and `image_size`
+    have no effect. Only one stage is supported, as in the published models. Additional stages of the originals neither reduce
+    the map nor change its width. `dropout` is applied in the feed-forward networks.
     """
 
     def __init__(

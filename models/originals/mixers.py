@@ -1,12 +1,12 @@
-"""The originals' attentions and Fourier transform, each in two forms with the same parameters.
+"""The attentions and the Fourier transform of the originals, each in two implementations with the same parameters.
 
-backend="reference" runs the published arithmetic in eager PyTorch, with the same amount of work: it stores all scores,
-attention weights, copies and complex numbers. Other backends run the ops of vix_kernels (and PyTorch's
-scaled_dot_product_attention) if they compute the same. The Performer has only one form, because no kernel supports its eps and
-batch-wide maximum.
+backend="reference" runs the published computation in eager PyTorch. It does the same work as the originals, so it also stores
+all scores, attention weights, copies and complex numbers. The other backends run the ops of vix_kernels and PyTorch's
+scaled_dot_product_attention where these compute the same function. The Performer only has the reference implementation,
+because no kernel supports its eps and its maximum over the batch.
 
-A rotary `table` is (positions, dim_head), from vix.RotaryTable. The first half of the columns has sines, the second cosines.
-Row t rotates token t of the queries and keys, in interleaved pairs of channels.
+A rotary `table` from vix.RotaryTable is (positions, dim_head). The first half of its columns contains sines, and the second
+half contains cosines. Row t rotates the query and the key of token t, in interleaved pairs of channels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, backend: str) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v for (batch, heads, tokens, d), with `dropout` of the attention weights."""
+    """Return softmax(q k^T / sqrt(d)) v for (batch, heads, tokens, d). `dropout` is the dropout rate of the weights."""
     if backend != "reference":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     scores = einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
@@ -40,7 +40,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, backend: 
 
 
 def rope_of(table: Tensor) -> Rope:
-    """Convert a table to a Rope. Its tables are float32 or wider."""
+    """Convert a rotary table to a Rope, in float32 or a wider dtype."""
     sin, cos = table.to(torch.promote_types(table.dtype, torch.float32))[None].chunk(2, -1)
     return Rope(cos.contiguous(), sin.contiguous())
 
@@ -65,9 +65,9 @@ def rotate(q: Tensor, k: Tensor, table: Tensor | None, backend: str) -> tuple[Te
 
 
 class SoftmaxAttention(Mixer):
-    """The attention of ViT. Dropout follows the output projection; attention weights are not dropped.
+    """The attention of ViT. Dropout is applied after the output projection, and not to the attention weights.
 
-    A single head as wide as the tokens has no output projection.
+    There is no output projection if there is only one head and it is as wide as the tokens.
     """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, dropout: float, backend: str) -> None:
@@ -85,13 +85,14 @@ class SoftmaxAttention(Mixer):
 
 
 class NystromAttention(Mixer):
-    """The attention of ViN: six iterations for the pseudo-inverse, a convolution of the values over 33 tokens, no dropout.
+    """The attention of ViN, with six iterations for the pseudo-inverse, a convolution of values over 33 tokens, and no dropout.
 
-    The front of the sequence is padded with zero tokens to a multiple of the landmarks. They count like other tokens in the
-    softmaxes, means and positions: before 1024 pixels, the class token is rotated as the 64th token. The pseudo-inverse is
-    initialized with a maximum over the batch, so the logits of a sample depend on the rest of its batch.
+    The front of the sequence is padded with zero tokens to a multiple of the number of landmarks. The softmaxes, means and
+    positions treat them like other tokens. For example, a class token and 1024 pixels are padded with 63 zero tokens, so the
+    class token is rotated as the 64th token. The pseudo-inverse is initialized with a maximum over the batch, so the logits of
+    a sample depend on the rest of its batch.
 
-    nystrom_attention does not support fewer tokens than landmarks; the plain form runs instead.
+    nystrom_attention does not support fewer tokens than landmarks. The reference implementation runs in this case.
     """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, backend: str, num_landmarks: int = 64) -> None:
@@ -138,11 +139,11 @@ class NystromAttention(Mixer):
 
 
 class LinformerAttention(Mixer):
-    """The attention of ViL: keys and values are projected along the tokens to k slots.
+    """The attention of ViL. Keys and values are projected along the tokens to k slots.
 
-    With `share_kv`, the unrotated keys are the values, and one projection serves both. With `one_kv_head`, all heads share one
-    key and value head. Dropout applies to the attention weights, not after the output projection. While dropout is active, the
-    plain form runs, because linformer_attention has no dropout.
+    With `share_kv`, the keys before rotation are also the values, and keys and values share one projection. With `one_kv_head`,
+    all query heads share one key and value head. Dropout is applied to the attention weights, and not after the output
+    projection. While dropout is active, the reference implementation runs, because linformer_attention has no dropout.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class LinformerAttention(Mixer):
                 rotated = rotate_pairs(split_heads(q, self.heads), split_heads(k, kv_heads), table)
                 q, k = (merge_heads(x) for x in rotated)
             return self.to_out(self.attend_plainly(q, k, v, proj_v, kv_heads))
-        # Query heads that share one key head become additional queries of it.
+        # Query heads that share a key head become additional queries for that head.
         q = rearrange(q, "b n (h g d) -> b h (n g) d", h=kv_heads, d=self.dim_head)
         out = linformer_attention(
             q, split_heads(k, kv_heads), split_heads(v, kv_heads), self.proj_k, None if self.share_kv else proj_v,
@@ -188,9 +189,9 @@ class LinformerAttention(Mixer):
 
 
 class PerformerAttention(Mixer):
-    """The attention of ViP: d ln d random features, q, k and v with bias, no dropout.
+    """The attention of ViP, with d ln d random features, biases in the layers for q, k and v, and no dropout.
 
-    Plain PyTorch for every backend, see RandomFeatures.
+    It runs in plain PyTorch with every backend; see RandomFeatures.
     """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int) -> None:
@@ -208,11 +209,11 @@ class PerformerAttention(Mixer):
 
 
 class RandomFeatures(nn.Module):
-    """FAVOR+ with a maximum and an eps, which change the results compared with the paper.
+    """FAVOR+ with a maximum and an eps that make the results differ from the paper.
 
     phi(x) = exp(w x - |x|^2 / 2 - maximum) + 1e-4. For a query, the maximum is over its features. For keys, it is over all
     features, keys, heads and samples, so the logits of a sample depend on the rest of its batch. Gradients flow through both
-    maxima. Features are never redrawn; they are part of the weights.
+    maxima. The projection matrix is saved with the weights and never redrawn.
     """
 
     def __init__(self, dim_head: int) -> None:
@@ -230,15 +231,15 @@ class RandomFeatures(nn.Module):
         projection = repeat(self.projection_matrix.to(x.dtype), "m d -> b h m d", b=x.shape[0], h=x.shape[1])
         logits = einsum("bhnd,bhmd->bhnm", normalizer * x, projection)
         half_square = (x**2).sum(-1, keepdim=True) / 2 * normalizer**2
-        # Not amax, which distributes the gradient over equal maxima.
+        # Use max as in the original. amax has a different gradient: it is distributed over equal maxima.
         maximum = logits.max() if is_key else logits.max(-1, keepdim=True).values
         return len(self.projection_matrix) ** -0.5 * ((logits - half_square - maximum).exp() + 1e-4)
 
 
 class FourierMixing(Mixer):
-    """The mixer of FNet: real part of the Fourier transform over channels and tokens, not normalized.
+    """The mixer of FNet: the real part of the Fourier transform over channels and tokens, without normalization.
 
-    The class token is included.
+    The transform includes the class token.
     """
 
     def __init__(self, backend: str) -> None:

@@ -1,9 +1,9 @@
-"""The originals with the structure of ViT: ViT, ViL, ViP, ViN and FNet, with their hybrid, rotary and "wheel_" variants.
+"""The originals with the structure of ViT: ViT, ViL, ViP, ViN and FNet, and their hybrid, rotary and "wheel_" variants.
 
     image -> stem -> class token, position -> depth x [x + mixer(norm(x)), x + feed_forward(norm(x))] -> pool -> norm -> linear
 
-`ViX` is the common structure. The functions after it create its parts: mixers and stems. The keyword-only parameters of `ViX`
-and of its mixer are the original's constructor arguments.
+`ViX` is the structure that these models share. The functions below it create its parts: mixers and stems. The keyword-only
+parameters of `ViX` and of the mixer's function are the original's constructor arguments.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ POOLS = ("cls", "mean")
 
 
 class RotaryTable(nn.Module):
-    """Row t has the sines, then the cosines, of t * 10000^(-2i / dim_head). Saved with the weights, as in the original."""
+    """A rotary table. Row t contains the sines and then the cosines of t * 10000^(-2i / dim_head).
+
+    The table is saved with the weights, as in the original.
+    """
 
     def __init__(self, rows: int, dim_head: int) -> None:
         super().__init__()
@@ -33,20 +36,20 @@ class RotaryTable(nn.Module):
 
 
 class ViX(nn.Module):
-    """The common structure. Maps images (batch, channels, *image_size) to logits (batch, num_classes).
+    """The structure that these models share. Maps images (batch, channels, *image_size) to logits (batch, num_classes).
 
-    The class token is position 0 and also gets a learned position. Rotary models rotate queries and keys with one-dimensional
-    positions in the flattened image. After the layers, the only norm is that of the head. pool="mean" averages all tokens,
-    including the class token. `emb_dropout` applies after the position, `dropout` in the feed-forward networks and, in ViT and
-    ViL, in the attention.
+    The class token is at position 0 and also has a learned position embedding. Rotary models do not have this embedding. They
+    rotate queries and keys by their one-dimensional positions in the flattened image. The only norm after the layers is the
+    first layer of the head. pool="mean" averages all tokens, including the class token. `emb_dropout` is applied after the
+    position embedding. `dropout` is applied in the feed-forward networks and, in ViT and ViL, in the attention.
 
     Args:
-        mixer: creates the token mixer of a layer, like `softmax` below.
-        stem: creates the embedding, like `patches` below.
-        rotary_rows: number of rows of the rotary table, or None for a learned position.
+        mixer: a function that creates the token mixer of a layer, such as `softmax` below.
+        stem: a function that creates the embedding, such as `patches` below.
+        rotary_rows: number of rows in the rotary table, or None for a learned position embedding.
         trunk: the name of the layers in the state_dict.
 
-    The other arguments are those of the original.
+    The other arguments are the constructor arguments of the original.
     """
 
     def __init__(
@@ -128,7 +131,7 @@ def nystrom(
 
 
 def nystrom_of_64(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """Create the mixer of HybridViN. The number of landmarks is fixed to 64."""
+    """Create the mixer of HybridViN. The number of landmarks is always 64."""
     return nystrom(dim, tokens, dropout, backend, heads=heads, dim_head=dim_head)
 
 
@@ -148,7 +151,7 @@ def linformer(
 
 
 def linformer_of_one_head(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """Create the mixer of ViL: one head of keys, which are also the values, 64 slots, and projections for 1025 tokens."""
+    """Create the mixer of ViL, with one key head that also provides the values, 64 slots, and projections for 1025 tokens."""
     _check_1025(tokens)
     return linformer(dim, tokens, dropout, backend, heads=heads, dim_head=dim_head)
 
@@ -165,20 +168,20 @@ def _check_1025(tokens: int) -> None:
 
 
 def fourier(dim: int, tokens: int, dropout: float, backend: str) -> nn.Module:
-    """Create the mixer of the FNets. Those of the repository accept `heads` and `dim_head` but ignore them."""
+    """Create the mixer of the FNets. The FNets in the repository accept `heads` and `dim_head` but ignore them."""
     return FourierMixing(backend)
 
 
 def patches(channels: int, height: int, width: int, dim: int) -> nn.Module:
-    """Create the stem with one linear layer per patch."""
+    """Create the stem that applies one linear layer to each patch."""
     return nn.Sequential(_cut(height, width), nn.Linear(height * width * channels, dim))
 
 
 def normed_patches(channels: int, height: int, width: int, dim: int) -> nn.Module:
     """Create the stem of the "wheel_" models: a linear layer between two norms.
 
-    The first norm is over the values of one patch. With patch_size=1, these are the 3 colors of a pixel, so all gray images
-    have the same logits.
+    The first norm is over the values of one patch. With patch_size=1, these values are the 3 colors of a pixel, so all
+    gray images have the same logits.
     """
     width_in = height * width * channels
     return nn.Sequential(_cut(height, width), nn.LayerNorm(width_in), nn.Linear(width_in, dim), nn.LayerNorm(dim))

@@ -1,1 +1,1 @@
-"""Integrations with other libraries: their names, signatures and weights with the attentions of vix_kernels."""
+"""Integrations with other libraries, which keep a library's names, signatures and weights but run vix_kernels' attentions."""

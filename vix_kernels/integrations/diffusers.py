@@ -1,4 +1,4 @@
-"""diffusers: replace the self-attentions of its models."""
+"""Integration with diffusers: replace the self-attentions in its models."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ with host("diffusers", "0.38"):
 
 
 class VixAttnProcessor(AttnProcessor2_0):
-    """diffusers' processor, including its norms, projections and residuals, with the attention `vix` of its module."""
+    """AttnProcessor2_0 that computes the attention `vix` of its module. Norms, projections and residuals are unchanged."""
 
-    def __call__(  # Attention only forwards arguments that are named here
+    def __call__(  # Attention only passes on arguments that are named here
         self,
         attn: Attention,
         hidden_states: Tensor,
@@ -26,10 +26,10 @@ class VixAttnProcessor(AttnProcessor2_0):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Attend like AttnProcessor2_0.
+        """Compute attention like AttnProcessor2_0.
 
         Raises:
-            NotImplementedError: cross-attention, or a mask that is not padding.
+            NotImplementedError: for cross-attention, or for a mask that is not a padding mask.
         """
         if encoder_hidden_states is not None:
             raise NotImplementedError("encoder_hidden_states: expected None; cross-attention is not supported")
@@ -38,18 +38,19 @@ class VixAttnProcessor(AttnProcessor2_0):
 
 
 def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
-    """Replace the self-attentions of a diffusers model through its processors. Parameters and their names do not change.
+    """Replace the self-attentions in a diffusers model by changing their processors. Parameters and their names do not change.
 
         report = replace_attention(pipeline.transformer, "nystrom", num_landmarks=64)
 
-    Cross-attention is not replaced, nor are attentions with other processors (Flux and SD3, which have several token streams).
+    Cross-attentions are not replaced. Neither are attentions with other processors, such as the ones in Flux and SD3, which
+    have several token streams.
 
     Args:
-        model: a diffusers model with diffusers.models.attention_processor.Attention.
+        model: a diffusers model that contains diffusers.models.attention_processor.Attention modules.
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report of the replaced layers, and of the others with the reason.
+        a report that lists the replaced layers, and the other attention layers with the reason why they were not replaced.
 
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
@@ -74,6 +75,6 @@ def _reason_against(module: nn.Module) -> str:
         return f"a {type(module).__name__}, not the Attention of diffusers.models.attention_processor"
     if module.is_cross_attention:
         return "cross-attention"
-    if type(module.processor) not in (AttnProcessor2_0, VixAttnProcessor):  # diffusers uses AttnProcessor if the scale is 1
+    if type(module.processor) not in (AttnProcessor2_0, VixAttnProcessor):  # AttnProcessor does not scale logits
         return f"its processor is a {type(module.processor).__name__}"
     return ""

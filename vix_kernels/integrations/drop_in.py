@@ -1,7 +1,7 @@
-"""A replacement for softmax attention: a core with the signature of `torch.nn.functional.scaled_dot_product_attention`.
+"""A replacement for softmax attention with the signature of `torch.nn.functional.scaled_dot_product_attention`.
 
-Every integration calls it like that function. Arguments that a core does not support raise NotImplementedError, so results
-never change silently.
+The integrations call it instead of that function. A core (see nn/core.py) computes the attention. Arguments that the core
+does not support raise NotImplementedError. They are never ignored, because this would silently change the results.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ def _admit(core: type[Mixer]) -> None:
 class DropIn(Mounted):
     """An attention that is called like `scaled_dot_product_attention`.
 
-    Integrations create one from the user's options and mount a copy in each attention of a model, as its child module `vix`.
-    Only mounted copies have parameters, and most attentions have none.
+    An integration creates a DropIn from the user's options. It then adds a copy, created by `mounted`, to each attention module
+    of a model as the child module `vix`. Only these copies have parameters, and most attentions do not need any.
 
     Args:
         op: the name of a core: "nystrom", "performer", "linear", "agent", or one registered by another package.
-        retrain: whether the model is (or was) trained with this attention. All but "nystrom" require it. They do not closely
-            approximate softmax attention, so a model trained with softmax would give wrong results.
-        backend: as in the ops.
-        options: options of the core: num_landmarks, landmarks, grid_size, prefix_tokens, pinv_iterations, pinv_init;
-            num_features, seed; feature_map, eps; num_agents, grid_size, prefix_tokens. There are fewer landmarks or agents if
-            there are fewer tokens. Random features are drawn from `seed` and are not saved with the model.
+        retrain: whether the model was, or will be, trained with this attention. Must be True for all ops except "nystrom". The
+            other ops do not closely approximate softmax attention, so weights trained with softmax would give wrong results.
+        backend: "auto" | "triton" | "torch" | "reference".
+        options: options of the core. "nystrom" accepts num_landmarks, landmarks, grid_size, prefix_tokens, pinv_iterations,
+            pinv_init and residual_conv_kernel; "performer" accepts num_features and seed; "linear" accepts feature_map and eps;
+            "agent" accepts num_agents, grid_size and prefix_tokens. The number of landmarks or agents is reduced if there are
+            fewer tokens. Random features are generated from `seed` and are not saved with the model.
 
     Attributes:
-        core: the attention.
-        grid: the token grid of the current call, on which landmarks and agents are placed, or None.
+        core: the core that computes the attention.
+        grid: records the token grid of each call, on which landmarks and agents are placed. None if they are not placed on it.
     """
 
     def __init__(self, op: str, *, retrain: bool = False, backend: str = "auto", **options: Any) -> None:
@@ -67,7 +68,7 @@ class DropIn(Mounted):
         self.is_mounted = False
 
     def mounted(self, site: Site) -> DropIn:
-        """Return a copy for one layer, with separate random features and parameters."""
+        """Return a copy for the layer at `site`. It has separate parameters. Its random features depend on the layer."""
         copy = DropIn(self.op, retrain=True, backend=self.backend, **self.options)
         copy.core = self.core.fit(site)
         if copy.core.needs_module():
@@ -76,7 +77,7 @@ class DropIn(Mounted):
         return copy
 
     def without_module(self) -> DropIn:
-        """Return this attention for a caller that has no module to mount it in.
+        """Return this attention, for a caller that has no module to store its parameters.
 
         Raises:
             ValueError: the attention has parameters.
@@ -89,7 +90,7 @@ class DropIn(Mounted):
         return self
 
     def place(self, prefix_tokens: int, grid: TokenGrid | None) -> None:
-        """Place landmarks or agents on `grid` after `prefix_tokens`, unless the options set another placement."""
+        """Place landmarks or agents on `grid`, after `prefix_tokens` tokens, unless the options specify other positions."""
         if "prefix_tokens" not in self.core.options():
             return
         if "prefix_tokens" not in self.options:
@@ -97,16 +98,16 @@ class DropIn(Mounted):
         self.grid = grid if self.follows_grid() else None
 
     def follows_grid(self) -> bool:
-        """Return whether the slots are placed on the grid of each call. The options may disable this."""
+        """Return whether the slots are placed on the token grid of each call. The options can disable this."""
         return "grid_size" not in self.options and self.options.get("landmarks", "grid") == "grid"
 
     def placed(self, tokens: int | None = None) -> Core:
-        """Return the core for a call with `tokens` tokens (default: the latest call), placed on the call's grid, if any."""
+        """Return the core for a call with `tokens` tokens, or for the latest call if None, placed on the grid of that call."""
         size = None if self.grid is None else self.grid.size_of(None if tokens is None else tokens - self.core.prefix_tokens)
         return self.core if size is None else self.core.on_grid(size)
 
     def describe(self) -> str:
-        """Return a description: the op, and the number and placement of landmarks, agents or features."""
+        """Return a description of the op, and of the number and placement of its landmarks, agents or random features."""
         return self.placed().describe()
 
     def __repr__(self) -> str:
@@ -130,20 +131,22 @@ class DropIn(Mounted):
         group: Any | None = None,
         grid_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Attend like `scaled_dot_product_attention`: (batch, heads, tokens, head_dim) to the same shape.
+        """Compute attention like `scaled_dot_product_attention`. Inputs and output have shape (batch, heads, tokens, head_dim).
 
         Args:
-            attn_mask: a padding mask with one row for all heads and queries, such as (batch, 1, 1, tokens). A bool mask is
-                True for valid keys. A float mask, which is added to the logits, is 0 for valid keys and else the lowest
-                number of its dtype.
+            attn_mask: a padding mask that is the same for all heads and queries, such as (batch, 1, 1, tokens). A bool mask is
+                True for valid keys. A float mask is added to the logits; it is 0 for valid keys, and -inf or the lowest value
+                of its dtype for padded keys.
             key_padding_mask: bool (batch, tokens), True = valid.
-            rope: rotary embedding of query and key.
-            self_attention: whether query and key come from the same tokens; None: if there are equally many.
-            cu_seqlens, group: packed samples, and a process group that the tokens are sharded over; not supported yet.
-            grid_size: (rows, columns) of the tokens after the prefix, for the placement of landmarks and agents.
+            rope: rotary embedding to apply to query and key.
+            self_attention: whether query and key come from the same tokens. If None, assume so if they have equally many.
+            cu_seqlens, group: offsets of packed samples, and a process group that the tokens are sharded over. Neither is
+                supported yet.
+            grid_size: (rows, columns) of the grid that the tokens after the prefix form. Landmarks and agents are placed on it.
 
         Raises:
-            NotImplementedError: a mask, dropout, causal or grouped attention that linear-cost attention does not support.
+            NotImplementedError: an argument is not supported, such as dropout, causal or grouped attention, or a mask that is
+                not a padding mask.
         """
         if is_causal:
             raise NotImplementedError("is_causal: expected False; causal attention is not supported")
@@ -180,10 +183,11 @@ class DropIn(Mounted):
 
 
 class TokenGrid:
-    """The token grids (rows, columns) of a vision transformer, by number of tokens, most recent last.
+    """Forward hook that records the token grids of a vision transformer.
 
-    A forward hook of the patch embedding, the only module that sees the image size. It keeps several grids because activation
-    checkpointing recomputes attention after later calls.
+    It is registered on the patch embedding, the only module that sees the image size. `sizes` maps a number of tokens to a grid
+    (rows, columns), with the most recent grid last. Earlier grids are kept because activation checkpointing may recompute the
+    attention of a call after later calls.
     """
 
     def __init__(self) -> None:
@@ -193,17 +197,17 @@ class TokenGrid:
         self.add(embedding.dynamic_feat_size(tuple(args[0].shape[-2:])))
 
     def add(self, size: tuple[int, int]) -> None:
-        rows, columns = map(index, size)  # plain integers even for compilers: the landmarks' cells depend on them
+        rows, columns = map(index, size)  # plain integers, even in compiled code, because they determine the cells
         self.sizes.pop(rows * columns, None)
         self.sizes[rows * columns] = rows, columns
 
     def size_of(self, tokens: int | None = None) -> tuple[int, int] | None:
-        """Return the grid with `tokens` tokens, else the most recent grid; None if there is none yet."""
+        """Return the grid with `tokens` tokens, or else the most recent grid, or None if no grid was recorded."""
         return self.sizes.get(tokens) or (list(self.sizes.values())[-1] if self.sizes else None)
 
 
 def _check_places(core: Core, *lengths: int) -> None:
-    """Check that prefix and grid fit sequences of these lengths."""
+    """Check that the prefix and the grid of `core` fit sequences of the given lengths."""
     prefix, grid = core.prefix_tokens, core.grid_size
     for tokens in lengths:
         if tokens <= prefix:
@@ -223,11 +227,11 @@ def check_trained(core: Core, retrain: bool) -> None:
 
 
 def padding_of(attn_mask: Tensor, key: Tensor) -> Tensor:
-    """Convert `attn_mask`, broadcastable to (batch, heads, queries, tokens), to a bool padding mask (batch, tokens).
+    """Convert `attn_mask` to a bool padding mask (batch, tokens).
 
-    The mask must be the same for all heads and queries.
+    `attn_mask` must be broadcastable to (batch, heads, queries, tokens) and the same for all heads and queries.
     """
-    per_row = (-2, -3)  # queries and heads; a stride of 0 repeats one value
+    per_row = (-2, -3)  # dimensions of queries and heads; a stride of 0 means that one value is repeated
     same = all(attn_mask.shape[d] == 1 or attn_mask.stride(d) == 0 for d in per_row if attn_mask.dim() >= -d)
     readable = attn_mask.dtype == torch.bool or attn_mask.is_floating_point()
     if not readable or not 1 <= attn_mask.dim() <= 4 or not same:
@@ -242,11 +246,11 @@ def padding_of(attn_mask: Tensor, key: Tensor) -> Tensor:
 
 
 def valid_tokens(additive: Tensor) -> Tensor:
-    """Convert an additive mask to bool: 0 is valid. All other values must be far below any logit, or -inf.
+    """Convert an additive mask to a bool mask that is True where the additive mask is 0.
 
-    Other values are a bias, which is not supported. They raise NotImplementedError on a CPU. On a GPU and in compiled code,
-    they trigger a device-side assertion, which makes the device unusable for the process: reading the values would
-    synchronize with the device.
+    All other values must be at most half the lowest value of the dtype, such as -inf. Any other value is a bias, which is not
+    supported. On a CPU, a bias raises NotImplementedError. On a GPU and in compiled code, it fails a device-side assertion,
+    after which the process can no longer use the device. An exception would require synchronizing with the device.
     """
     valid = additive == 0
     masked = additive <= torch.finfo(additive.dtype).min / 2

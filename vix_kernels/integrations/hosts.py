@@ -1,4 +1,4 @@
-"""Shared by the integrations: version checks of host libraries, and the replacement of attentions with a report."""
+"""Helper functions for the integrations: check versions of host libraries, replace attentions, and report the result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def require(package: str, oldest: str) -> None:
 
 @contextmanager
 def host(package: str, oldest: str) -> Iterator[None]:
-    """Context for the imports from a host library. Import errors name the installed version.
+    """Context manager for imports from a host library. It adds the installed version to import errors.
 
     Raises:
         ImportError: the library is not installed, is older than `oldest`, or lacks an imported name.
@@ -44,7 +44,7 @@ def host(package: str, oldest: str) -> Iterator[None]:
 
 
 def require_call(package: str, kind: type[nn.Module], host: type[nn.Module]) -> None:
-    """Raise ImportError unless the forward of `kind` accepts all arguments of the `host` module that it replaces."""
+    """Raise ImportError unless the forward of `kind` accepts every argument of the `host` forward that it replaces."""
     supported, host_arguments = (list(inspect.signature(each.forward).parameters)[1:] for each in (kind, host))
     if not set(host_arguments) <= set(supported):
         raise ImportError(
@@ -59,12 +59,12 @@ def _numbers(version: str) -> list[int]:
 
 @dataclass
 class Report:
-    """Report of which attention layers were replaced.
+    """Lists which attention layers of a model were replaced, and why the others were not.
 
     Attributes:
-        attention: the new attention.
-        attentions: a description of the new attention for each replaced module, by module name.
-        refused: the reason for each module that was not replaced, by module name.
+        attention: a short description of the new attention.
+        attentions: maps the name of each replaced module to a description of its attention.
+        refused: maps the name of each module that was not replaced to the reason.
     """
 
     attention: str
@@ -83,7 +83,7 @@ class Report:
         return "\n".join(lines)
 
     def checked(self, expected: str) -> Report:
-        """Return this report. Raise ValueError if nothing was replaced."""
+        """Return this report, or raise ValueError if nothing was replaced."""
         if self.replaced:
             return self
         reasons = Counter(self.refused.values())
@@ -101,16 +101,16 @@ def replace_each(
     expected: str,
     place: Callable[[str, DropIn], None] = lambda name, attention: None,
 ) -> Report:
-    """Mount a copy of `attention` in every attention of `model`. On an error or interrupt, undo all replacements.
+    """Replace every supported attention in `model` with a copy of `attention`. Undo all replacements on an error or interrupt.
 
     Args:
         model: the host model.
-        attention: the attention to mount.
-        reason_against: returns why a module cannot be replaced, or an empty string if it can.
-        site_of: returns the site of a module, with its heads.
-        put: makes a module use its copy.
+        attention: the new attention.
+        reason_against: a function that returns why a module cannot be replaced, or an empty string if it can.
+        site_of: a function that returns the Site of a module, including the number and width of its heads.
+        put: a function that makes a module use the given copy of `attention`.
         expected: the expected kind of model or layer, for the error message.
-        place: places the copy's slots among the tokens, given the module's name.
+        place: a function that receives the name of a module and its copy, and sets where the copy's slots are among the tokens.
 
     Raises:
         ValueError: nothing could be replaced.
@@ -145,7 +145,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the names and modules of `model` whose class is named like an attention."""
+    """Yield name and module for `model` and its submodules whose class name contains Attention or Attn, but not Block."""
     check_model(model)
     for name, module in model.named_modules():
         kind = type(module).__name__

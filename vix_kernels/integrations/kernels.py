@@ -1,4 +1,4 @@
-"""Hugging Face kernels: register layers in its mapping, so `kernelize` can use them in models of transformers."""
+"""Integration with Hugging Face kernels: register layers that `kernelize` can use in transformers models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEVICES = ("cuda", "rocm", "cpu")
 
 
 class VixNystromformerSelfAttention(nn.Module):
-    """The layer that kernels substitutes in a NystromformerSelfAttention. It has only a forward and no state."""
+    """Layer that kernels substitutes for NystromformerSelfAttention. It has no state, because kernels only uses its forward."""
 
     can_torch_compile = True
     has_backward = True
@@ -28,7 +28,7 @@ class VixNystromformerSelfAttention(nn.Module):
 
 
 class VixFNetBasicFourierTransform(nn.Module):
-    """The layer that kernels substitutes in an FNetBasicFourierTransform."""
+    """Layer that kernels substitutes for FNetBasicFourierTransform."""
 
     can_torch_compile = True
     has_backward = True
@@ -39,7 +39,7 @@ class VixFNetBasicFourierTransform(nn.Module):
 
 @dataclass(frozen=True)
 class InPackage:
-    """A repository entry for kernels' mapping whose layer is in this package, so nothing is downloaded."""
+    """Entry for the mapping of kernels. Its layer is in this package, so nothing is downloaded."""
 
     layer: type[nn.Module]
 
@@ -53,7 +53,8 @@ def register() -> None:
         register()
         model = kernelize(model, mode=Mode.TRAINING, device="cuda")
 
-    Outputs and parameters do not change. `vix_kernels.integrations.transformers.patch` does the same without kernels.
+    Outputs and parameters do not change. `vix_kernels.integrations.transformers.patch` makes the same replacements
+    without the kernels library.
     """
     layers = {
         "NystromformerSelfAttention": VixNystromformerSelfAttention,

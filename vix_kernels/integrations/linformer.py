@@ -2,7 +2,7 @@
 
     from vix_kernels.integrations.linformer import LinformerSelfAttention
 
-Unlike in the package, forward rejects unknown arguments.
+Unlike the forward of the package, its forward rejects unknown arguments.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from ..ops.linformer import attend_to_slots
 
 
 class LinformerSelfAttention(nn.Module):
-    """Linformer attention with linear layers, equivalent to linformer 0.2.3.
+    """Linformer attention with its linear layers, equivalent to the module in linformer 0.2.3.
 
     Args:
-        dim: width of the tokens; heads must divide it.
+        dim: width of the tokens. It must be a multiple of heads.
         seq_len: the maximum number of keys. Shorter sequences use the first rows of the projections.
         k: number of slots that the tokens are projected to.
         heads: number of heads.
         dim_head: width of a head; default dim // heads.
         one_kv_head: whether all query heads share one key and value head.
-        share_kv: whether the keys are used as values.
-        dropout: dropout rate of the attention weights. While dropout is active, plain PyTorch stores the attention weights.
+        share_kv: whether the keys are also used as values.
+        dropout: dropout rate of the attention weights. While dropout is active, the module runs in plain PyTorch and stores the
+            attention weights.
         backend: as in linformer_attention.
     """
 
@@ -70,8 +71,8 @@ class LinformerSelfAttention(nn.Module):
 
         Args:
             x: (batch, tokens, dim).
-            context: (batch, up to seq_len tokens, dim), the tokens for keys and values; default x.
-            key_padding_mask: bool (batch, tokens of context), True = valid.
+            context: (batch, context tokens, dim), the input of keys and values, with at most seq_len tokens. Default: x.
+            key_padding_mask: bool (batch, context tokens), True = valid.
         """
         name, context = ("x", x) if context is None else ("context", context)
         if context.shape[1] > self.seq_len:
@@ -92,7 +93,7 @@ class LinformerSelfAttention(nn.Module):
         return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
 
     def _slots(self, x: Tensor, linear: nn.Linear, projection: Tensor) -> Tensor:
-        """Return E^T x W (batch, heads, k, dim_head), multiplied in the cheaper order."""
+        """Return E^T linear(x), (batch, heads, k, dim_head), where E is `projection`. Multiply in the cheaper order."""
         tokens, dim, width = x.shape[1], linear.in_features, linear.out_features
         projection = projection[:tokens].T.expand(len(x), -1, -1)
         if self.k * dim * (tokens + width) < tokens * width * (dim + self.k):

@@ -2,9 +2,9 @@
 
     from vix_kernels.integrations.nystrom_attention import NystromAttention
 
-The package pads the front of the sequence with zero tokens to a multiple of the landmarks. It initializes its pseudo-inverse
-with a maximum over the whole batch. With a mask, a landmark without valid tokens attends equally to all landmarks, and so
-affects the pseudo-inverse.
+The package has three quirks, which compat=True reproduces. It adds zero tokens at the front of the sequence until its length is
+a multiple of the number of landmarks. It initializes the pseudo-inverse with a maximum over the whole batch. With a mask, a
+landmark without valid tokens attends equally to all landmarks, so it affects the pseudo-inverse.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from ..primitives.token_conv import token_conv, token_conv_reference
 
 
 class NystromAttention(nn.Module):
-    """Nystrom attention with linear layers, equivalent to nystrom-attention 0.0.14.
+    """Nystrom attention with its linear layers, equivalent to the module in nystrom-attention 0.0.14.
 
     Args:
         dim: width of the tokens.
         dim_head, heads: width and number of the heads.
-        num_landmarks: number of segments of the sequence, which may be shorter.
+        num_landmarks: number of landmarks. Each is the mean of a segment of the padded sequence. The sequence can be shorter.
         pinv_iterations: number of iterations for the pseudo-inverse.
-        residual: add a depthwise convolution of v over the tokens.
-        residual_conv_kernel: odd kernel size of this convolution.
-        eps: added to a landmark's number of valid tokens, if there is a mask.
+        residual: whether to add a depthwise convolution of v over the tokens.
+        residual_conv_kernel: kernel size of this convolution. Must be odd.
+        eps: constant that is added to the number of valid tokens of each landmark if there is a mask.
         dropout: dropout rate of the output.
-        compat: True: compute what the package computes. False: ignore padding, masked tokens and landmarks without valid
-            tokens, and compute each sample independently of its batch.
+        compat: if True, return the same results as the package. If False, exclude padding, masked tokens and landmarks without
+            valid tokens, and compute each sample independently of the rest of its batch.
         backend: as in nystrom_attention.
 
-    With compat and a mask, or if attention matrices are returned, plain PyTorch runs regardless of the backend.
+    Calls that return attention matrices, and calls with a mask if compat is True, compute the attention in plain PyTorch.
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class NystromAttention(nn.Module):
             x: (batch, tokens, dim).
             mask: bool (batch, tokens), True = valid.
             return_attn: also return the attention matrix of the padded sequence.
-            return_attn_matrices: also return its three factors instead: tokens to landmarks, the inverse, landmarks to tokens.
+            return_attn_matrices: also return the three factors of this matrix, but not the matrix. They are the attention from
+                tokens to landmarks, the pseudo-inverse, and the attention from landmarks to tokens.
         """
         tokens = x.shape[1]
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
@@ -132,7 +133,7 @@ class NystromAttention(nn.Module):
             if valid_rows is None:
                 return logits.softmax(-1)
             valid = valid_rows & valid_columns.mT
-            # In the package, an invalid row has uniform weights.
+            # In the package, the weights of an invalid row are uniform.
             weights = logits.masked_fill(~valid, torch.finfo(logits.dtype).min).softmax(-1)
             return weights if self.compat else weights.masked_fill(~valid, 0.0)
 
@@ -147,7 +148,7 @@ class NystromAttention(nn.Module):
         return out, from_marks, inverse, to_marks
 
     def _inverse(self, a: Tensor) -> Tensor:
-        """Return the iterative approximation of the pseudo-inverse of a (batch, heads, landmarks, landmarks)."""
+        """Return an iterative approximation of the pseudo-inverse of a, (batch, heads, landmarks, landmarks)."""
         if self.compat:
             start = a.sum(-1).amax() * a.sum(-2).amax()
         else:

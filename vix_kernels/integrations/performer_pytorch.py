@@ -2,15 +2,18 @@
 
     from vix_kernels.integrations.performer_pytorch import FastAttention
 
-With a_nj = c w_j . x_n and h_n = |c x_n|^2 / 2, its features are, up to a factor that cancels:
+Let a_nj = c w_j . x_n and h_n = |c x_n|^2 / 2, where w_j is row j of the projection matrix and c = dim_heads^(-1/4). Up to a
+factor that cancels, the random features are:
 
     phi_j(q_n) = exp(a_nj - h_n - max_j a_nj) + eps            phi_j(k_n) = exp(a_nj - h_n - max_nj a_nj) + eps
 
-No gradient flows through the maxima. Both eps terms have rank one. For the keys, aggregate sums only the exponentials E_nj:
+No gradient flows through the maxima. The eps terms have rank one, so they can be added to sums instead of to each feature. For
+the keys, `aggregate` sums the exponentials E_nj = phi_j(k_n) - eps, and eps is added to the result:
 
     S_j = sum_n E_nj v_n + eps sum_n v_n            z_j = sum_n E_nj + eps N
 
-In broadcast, the eps of the queries is one more slot. Its value is the weighted mean of the other slots' values:
+For the queries, `broadcast` receives an additional slot that accounts for eps. The value of this slot is the mean of the other
+slots' values, weighted by z_j:
 
     out_n = softmax(a_n1 - t_n + log z_1, ..., log(eps sum_j z_j)) . (S_1 / z_1, ..., sum_j S_j / sum_j z_j)
     t_n = h_n + max_j a_nj
@@ -38,22 +41,24 @@ RELU = nn.ReLU()
 
 
 class FastAttention(nn.Module):
-    """Performer attention of q, k and v, equivalent to performer-pytorch 1.1.4.
+    """Performer attention for given q, k and v, equivalent to the module in performer-pytorch 1.1.4.
 
     Args:
         dim_heads: width of a head.
         nb_features: number of random features; default int(dim_heads * ln(dim_heads)).
-        ortho_scaling: 0: features have the norms of Gaussian vectors. 1: all features have norm sqrt(dim_heads).
+        ortho_scaling: if 0, the rows of the projection matrix have the norms of Gaussian vectors. If 1, all rows have the norm
+            sqrt(dim_heads).
         causal: must be False.
-        generalized_attention: use features kernel_fn(c w_j . x) + 1e-3 instead of exponentials.
-        kernel_fn: the function for generalized_attention, which runs in plain PyTorch.
-        no_projection: use no random features: softmax of q over its channels, of k over the tokens.
-        compat: True: use exponentials with the package's eps and maxima. False: omit both, which gives the paper's FAVOR+
-            and is unbiased and faster.
+        generalized_attention: whether to use the features kernel_fn(c w_j . x) + 1e-3 instead of exponentials.
+        kernel_fn: the function for generalized_attention. This attention runs in plain PyTorch.
+        no_projection: whether to omit the random features and return softmax(q) softmax(k)^T v. The softmax of q is over the
+            channels, and the softmax of k is over the tokens.
+        compat: if True, use the eps and the maxima of the package. If False, omit both, as in the FAVOR+ of the paper, which is
+            unbiased and faster.
         backend: as in performer_attention.
 
-    The random features are the buffer `projection_matrix`. They are drawn with torch's global random state, so ranks need equal
-    seeds or a broadcast of the buffer to have the same features.
+    The buffer `projection_matrix` defines the random features. It is generated with torch's global random state. For all ranks
+    to have the same features, give them equal seeds or broadcast the buffer.
     """
 
     def __init__(
@@ -90,21 +95,21 @@ class FastAttention(nn.Module):
 
     @torch.no_grad()
     def redraw_projection_matrix(self, device: torch.device | str) -> None:
-        """Draw new random features. `device` has no effect. Do not call this between a forward and its backward."""
+        """Draw new random features. `device` is ignored. Do not call this between forward and backward."""
         self.projection_matrix.copy_(self._draw())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Attend with q (batch, heads, queries, dim_heads), k (batch, heads, tokens, dim_heads) and v.
+        """Compute attention for q (batch, heads, queries, dim_heads), k (batch, heads, tokens, dim_heads) and v.
 
-        key_padding_mask: bool (batch, tokens), True = valid. Padded tokens are also excluded from the maximum and from the eps
-        term. A query without valid keys returns 0.
+        `key_padding_mask` is bool (batch, tokens), True = valid. Padded tokens are also excluded from the maximum and from the
+        eps term. The output for a query without valid keys is 0.
         """
         q, k, v = autocast(q, k, v)
         check_qkv(q, k, v)
         check_mask(key_padding_mask, k)
         if key_padding_mask is not None:
             k, v = (x.masked_fill(~key_padding_mask[:, None, :, None], 0.0) for x in (k, v))
-        # The dtypes are already chosen, so autocast must not change the products.
+        # q, k and v already have autocast's dtype. The products below must not be cast again.
         with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
             return self._attend(q, k, v, key_padding_mask)
 
@@ -122,7 +127,7 @@ class FastAttention(nn.Module):
         if not self.compat:
             return performer_attention(q, k, v, projection, key_padding_mask=mask, backend=self.backend)
         backend = backends.resolve(self.backend, q, max(q.shape[3] + 1, v.shape[3]))
-        # With at most M tokens, the features are small enough to store.
+        # If there are no more tokens than random features, the features are small enough to store.
         few = self.backend == "auto" and q.device.type != "cuda" and max(q.shape[2], k.shape[2]) <= slots.shape[2]
         if few or backend == "reference":
             return explicit_attention(*exponentials(q, k, projection, mask), v, EPS, mask)
@@ -135,12 +140,12 @@ class FastAttention(nn.Module):
 def two_softmaxes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         k = k.masked_fill(~mask[:, None, :, None], torch.finfo(k.dtype).min)
-    # The normalizers are sums of softmaxes, which are 1.
+    # No normalizer is needed. It is always 1, because both softmaxes sum to 1.
     return q.softmax(-1) @ (k.softmax(-2).mT @ v)
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-    """Attend with aggregate and broadcast, as at the top of this file, without storing features. slots: (1, 1, M, D)."""
+    """Evaluate the equations at the top of this file without storing the features. `slots` has shape (1, 1, M, D)."""
     c = q.shape[3] ** -0.25
     values, lse = aggregate(slots, k, v, scale=c, gaussian=True, mask=mask, backend=backend)
     highest = highest_logits(k, c * slots)
@@ -152,15 +157,16 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, mask: Tensor
     sum_s, sum_z = s.sum(2, keepdim=True), z.sum(-1, keepdim=True)
     values = torch.cat([s / z[..., None], sum_s / sum_z[..., None]], 2)
     bias = torch.cat([z, EPS * sum_z], -1).log2()
-    # t_n is an extra channel that the feature slots subtract, so its gradient is the sum over these slots. Adding t_n to the
-    # eps slot instead would give it that slot's gradient, which is lost to rounding if the slot has nearly all of the weight.
+    # t_n is an extra channel of the query. The feature slots are -1 in this channel, so the gradient of t_n sums over them.
+    # Alternatively, t_n could be added to the logit of the eps slot. However, the gradient of t_n would then be the gradient of
+    # this logit, which is lost to rounding if the eps slot has nearly all of the weight.
     t = (c / 2) * q.to(lse.dtype).square().sum(-1, keepdim=True) + highest_logits(q, slots)[..., None]
     slots = F.pad(F.pad(slots, (0, 1), value=-1.0), (0, 0, 0, 1))
     return broadcast(torch.cat([q, t.to(q.dtype)], -1), slots, values, bias, scale=c, backend=backend)
 
 
 def exponentials(q: Tensor, k: Tensor, projection: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the exponential features of q and k without eps, in projection's dtype."""
+    """Return the exponential features of q and k without eps, in the dtype of `projection`."""
     q, k = (q.shape[3] ** -0.25 * x.to(projection.dtype) for x in (q, k))
     q_logits, k_logits = q @ projection.T, k @ projection.T
     if mask is not None:
@@ -172,9 +178,9 @@ def exponentials(q: Tensor, k: Tensor, projection: Tensor, mask: Tensor | None) 
 
 
 def explicit_attention(q_features: Tensor, k_features: Tensor, v: Tensor, eps: float, mask: Tensor | None) -> Tensor:
-    """Attend with the features q_features + eps and k_features + eps. Masked rows of k_features and v are 0.
+    """Compute attention with the features q_features + eps and k_features + eps. Masked rows of k_features and v must be 0.
 
-    eps is added to the sums, not to each feature.
+    eps is added to the sums instead of to each feature.
     """
     dtype = accumulator(v.dtype)
     s = k_features.mT @ v.to(k_features.dtype) + eps * v.sum(2, keepdim=True, dtype=dtype)
@@ -185,13 +191,13 @@ def explicit_attention(q_features: Tensor, k_features: Tensor, v: Tensor, eps: f
 
 
 def count_valid(k: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor | int:
-    """Return the number of valid tokens, at least 1: an integer, or (batch, 1, 1)."""
+    """Return the number of valid tokens, at least 1: an integer without a mask, or else a tensor (batch, 1, 1)."""
     return k.shape[2] if mask is None else mask.sum(-1, dtype=dtype).clamp(min=1)[:, None, None]
 
 
 @torch.no_grad()
 def highest_logits(x: Tensor, slots: Tensor) -> Tensor:
-    """Return max_j slot_j . x_n (batch, heads, N) for slots (1, 1, M, D), one tile of tokens at a time."""
+    """Return max_j slot_j . x_n, (batch, heads, N), for slots (1, 1, M, D). Process one tile of tokens at a time."""
     highest = slots.new_empty(x.shape[:3])
     tile_size = TILE_CPU if x.device.type == "cpu" else TILE_GPU
     step = max(1, tile_size // (x.shape[0] * x.shape[1] * slots.shape[2]))

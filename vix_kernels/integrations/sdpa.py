@@ -13,11 +13,11 @@ from .drop_in import DropIn
 
 
 class SdpaReplacement(TorchFunctionMode):
-    """The context of `replace_sdpa`, in which `attention` replaces `scaled_dot_product_attention`.
+    """Context manager in which `attention` replaces `scaled_dot_product_attention`. Returned by `replace_sdpa`.
 
     Attributes:
-        served: number of calls computed by the attention.
-        fell_back: number of calls that fell back to softmax attention, by reason.
+        served: number of calls that `attention` computed.
+        fell_back: number of calls that fell back to softmax attention, for each reason.
     """
 
     def __init__(self, attention: DropIn, *, fall_back: bool = True) -> None:
@@ -46,16 +46,18 @@ class SdpaReplacement(TorchFunctionMode):
 
 
 def replace_sdpa(op: str, *, retrain: bool = False, **options: Any) -> SdpaReplacement:
-    """Return a context in which another attention replaces `torch.nn.functional.scaled_dot_product_attention`.
+    """Return a context manager that replaces `torch.nn.functional.scaled_dot_product_attention` with a different attention.
 
         with replace_sdpa("nystrom", num_landmarks=64) as swap:
             y = model(x)
-        print(swap)  # number of calls served, and the reasons of those that fell back
+        print(swap)  # number of replaced calls, and the reasons why other calls fell back
 
-    Unsupported calls (a mask that is not padding, causal attention, dropout, grouped heads) fall back to softmax attention and
-    are counted by reason. Models that compute attention with matrix products do not call the function, and neither does
-    nn.MultiheadAttention: use replace_mha for it. The context affects only the current thread. If the model recomputes its
-    forward in backward (gradient checkpointing), run backward inside the context too.
+    Unsupported calls fall back to softmax attention and are counted by reason. Examples are calls with a mask that is not a
+    padding mask, causal attention, dropout, or grouped heads. Attention that a model computes with explicit matrix products is
+    not replaced. For nn.MultiheadAttention, which is not affected either, use replace_mha.
+
+    The context manager only affects the current thread. If backward recomputes the forward (gradient checkpointing), run
+    backward inside the context, too.
 
     Args:
         op, retrain, options: as in DropIn.

@@ -1,9 +1,9 @@
-"""timm: replace the attention of its vision transformers, and register the models of vix_kernels.
+"""Integration with timm: replace the attention in its vision transformers, and register the models of vix_kernels.
 
 Importing this module only registers names:
 
-    timm.create_model("vix_vin_tiny", num_classes=10)                              every model of vix_kernels.models
-    timm.create_model("vit_tiny_patch16_224", attn_layer="vix_nystrom")            a timm model built with an attention
+    timm.create_model("vix_vin_tiny", num_classes=10)                              a model of vix_kernels.models
+    timm.create_model("vit_tiny_patch16_224", attn_layer="vix_nystrom")            a timm model with a different attention
     train.py DIR --device-modules vix_kernels.integrations.timm --model vix_vin_tiny
 """
 
@@ -33,7 +33,7 @@ with host("timm", "1.0.28"):
 
 
 class _Replaced:
-    """Shared by the replacements of timm's three attention classes. They change only the attention itself."""
+    """Base class of the replacements for timm's three attention classes, which only change the attention itself."""
 
     vix: DropIn
 
@@ -55,7 +55,7 @@ class _Replaced:
 
 
 class ReplacedAttention(_Replaced, Attention):
-    """timm.layers.Attention with another attention between its linear layers."""
+    """timm.layers.Attention that computes the attention `vix` between its linear layers."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Map x (batch, tokens, dim) to the same shape."""
@@ -67,7 +67,7 @@ class _ReplacedRope(_Replaced):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Map x (batch, tokens, dim) to the same shape. rope is timm's sine and cosine table of the tokens after the prefix."""
+        """Map x (batch, tokens, dim) to the same shape. `rope` is timm's table for the tokens after the prefix."""
         q, k, v = map(self.split, self.projected(x))
         if k.shape[1] != q.shape[1]:
             k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
@@ -76,14 +76,14 @@ class _ReplacedRope(_Replaced):
 
 
 class ReplacedAttentionRope(_ReplacedRope, AttentionRope):
-    """timm.layers.AttentionRope with another attention."""
+    """timm.layers.AttentionRope that computes the attention `vix`."""
 
     def projected(self, x: Tensor) -> tuple[Tensor, ...]:
         return packed_linear(self.qkv, x) if self.qkv is not None else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
 
 
 class ReplacedEvaAttention(_ReplacedRope, EvaAttention):
-    """timm's EvaAttention with another attention."""
+    """timm's EvaAttention that computes the attention `vix`."""
 
     def projected(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.qkv is None:
@@ -100,7 +100,10 @@ for _host, _replacement in _REPLACED.items():
 
 
 def rope_of(table: Tensor, prefix_tokens: int, num_heads: int, half: bool) -> Rope:
-    """Convert timm's table (tokens, 2 R) or (heads, tokens, 2 R) to a Rope. It has sines, then cosines, of each angle twice."""
+    """Convert timm's table (tokens, 2 R) or (heads, tokens, 2 R) to a Rope.
+
+    The table contains the sines and then the cosines of the angles. Each angle occurs twice.
+    """
     if table.dim() == 2:
         table = table[None]
     if table.dim() != 3 or table.shape[0] not in (1, num_heads):
@@ -111,19 +114,19 @@ def rope_of(table: Tensor, prefix_tokens: int, num_heads: int, half: bool) -> Ro
     once = slice(table.shape[2] // 4) if half else slice(None, None, 2)
     sin, cos = (part[..., once].float() for part in table.chunk(2, -1))
     layout = "half" if half else "interleaved"
-    if table.requires_grad:  # learned angles: only the angle varies, so it carries the whole gradient
+    if table.requires_grad:  # learned angles: Rope.of propagates the gradient to them
         return Rope.of(F.pad(torch.atan2(sin, cos), (0, 0, prefix_tokens, 0)), layout)
     sin, cos = F.pad(sin, (0, 0, prefix_tokens, 0)), F.pad(cos, (0, 0, prefix_tokens, 0), value=1.0)
     return Rope(cos, sin, layout)
 
 
 class BuiltAttention(ReplacedAttention):
-    """Base class of the classes from `attention_layer`. Landmarks and agents are placed as in `replace_attention`.
+    """Base class of the classes that `attention_layer` returns. Landmarks and agents are placed as in `replace_attention`.
 
     Attributes:
-        attention: (class) the attention that the layers mount.
-        retrain: (class) whether weights trained with another attention may be loaded.
-        vix: the current attention of this layer, which `replace_attention` may have set.
+        attention: (class attribute) the attention that each layer copies.
+        retrain: (class attribute) whether weights trained with a different attention may be loaded.
+        vix: the current attention of this layer. `replace_attention` changes it.
         built: the attention that this layer was built with.
     """
 
@@ -142,10 +145,13 @@ class BuiltAttention(ReplacedAttention):
 
 
 class MarkedAttention(BuiltAttention):
-    """A BuiltAttention that does not approximate softmax attention. A mark in its state dict identifies its weights."""
+    """A BuiltAttention that does not approximate softmax attention.
+
+    Its state dict contains a mark, which names the attention that the weights were trained with.
+    """
 
     def get_extra_state(self) -> Tensor:
-        """Return the mark: the bytes of the op's name, as a tensor, which safetensors and averages of state dicts support."""
+        """Return the mark: the op's name as a tensor of bytes. safetensors and averages of state dicts need tensors."""
         return torch.tensor(list(self.vix.op.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -159,7 +165,7 @@ class MarkedAttention(BuiltAttention):
         weights = [x for name, x in state_dict.items() if name.startswith(prefix) and name != key]
         has_values = any(not getattr(x, "is_meta", False) for x in weights)
         trained_with = _op_of(state_dict.get(key)) if has_values else op
-        may_differ = self.retrain or self.vix is not self.built  # replace_attention also requires retrain=True
+        may_differ = self.retrain or self.vix is not self.built  # replace_attention has already checked retrain
         if trained_with != op and not may_differ:
             if not any(message.startswith(_REFUSED) for message in error_msgs):  # report it for one layer only
                 error_msgs.append(
@@ -179,30 +185,30 @@ _REFUSED = "attn_layer: expected weights"
 
 
 def _op_of(mark: Any) -> str:
-    """Return the attention that weights with this mark were trained with. Rounds, since averaged marks can be inexact."""
+    """Return the name of the attention in this mark. Averaging state dicts can make a mark inexact, so it is rounded."""
     if not isinstance(mark, Tensor):
         return "softmax" if mark is None else repr(mark)
     return bytes(mark.round().to(torch.uint8).flatten().tolist()).decode(errors="replace")
 
 
 def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[Attention]:
-    """Return a class for timm's attn_layer: timm's Attention and its parameters, with another attention.
+    """Return a class for timm's attn_layer argument. It has the parameters of timm's Attention and computes the attention `op`.
 
         timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("nystrom", num_landmarks=49))
 
-    Landmarks, agents and prefix tokens are placed as in `replace_attention`. The weights of all ops but "nystrom" are marked:
-    their state dicts have an entry `_extra_state` for each layer.
+    Landmarks and agents are placed as in `replace_attention`. For all ops except "nystrom", the weights are marked as trained
+    with `op`: the state dict has an entry `_extra_state` for each layer.
 
     Args:
-        op, options: as in DropIn. All layers share the random features.
-        retrain: whether the model is trained further with this attention. If False, load_state_dict of all ops but "nystrom"
-            rejects weights without the mark of `op`, which were trained with another attention.
+        op, options: as in DropIn. All layers have the same random features.
+        retrain: whether the model will be trained further with this attention. If False, load_state_dict rejects weights that
+            are not marked as trained with `op`, for all ops except "nystrom".
     """
     return _class_with(DropIn(op, retrain=True, **options), retrain)
 
 
 class _WithAttention(type):
-    """Metaclass of the attn_layer classes. Pickle rebuilds them instead of importing them by name."""
+    """Metaclass of the classes that `attention_layer` returns. Pickle recreates these classes instead of importing them."""
 
 
 def _class_with(attention: DropIn, retrain: bool) -> type[Attention]:
@@ -214,12 +220,12 @@ def _class_with(attention: DropIn, retrain: bool) -> type[Attention]:
 copyreg.pickle(_WithAttention, lambda layer: (_class_with, (layer.attention, layer.retrain)))
 
 
-LAYERS: dict[str, type[Attention]] = {}  # by op
+LAYERS: dict[str, type[Attention]] = {}  # maps ops to their classes
 
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
-    """Register an attention with timm by name, including attentions that are registered later."""
+    """Register the attention `core` with timm by name. This also runs for attentions that are added later."""
     if core.name in OPS:
         layer = LAYERS[core.name] = attention_layer(core.name)
         ATTN_LAYERS[f"vix_{core.name}"] = globals()[layer.__name__] = layer
@@ -227,17 +233,18 @@ def _admit(core: type[Mixer]) -> None:
 
 @cache
 def _place_while_built() -> None:
-    """Install a global hook on the registration of child modules, once the first layer exists.
+    """Install `_place_in` as a global hook on the registration of child modules. Called when the first layer is created.
 
-    timm's transformers do not pass their layers any information about the tokens.
+    The hook is necessary because timm's transformers do not pass information about the tokens to their layers.
     """
     register_module_module_registration_hook(_place_in)
 
 
 def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
-    """Place the layers in the blocks of `vit`. Runs when `vit` registers its blocks, and again for each later child module.
+    """Place the slots of all layers in the blocks of `vit`.
 
-    Some transformers change their number of prefix tokens after they register their blocks.
+    This runs when `vit` registers its blocks, and again for each later child module, because some transformers change their
+    number of prefix tokens after they register their blocks.
     """
     blocks = module if name == "blocks" else vit._modules.get("blocks")
     if blocks is None or "num_prefix_tokens" not in vars(vit):
@@ -248,25 +255,28 @@ def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
-    """Replace the attention of a timm model, in place. Parameters and their names do not change.
+    """Replace the attention in a timm model, in place. Parameters and their names do not change.
 
         report = replace_attention(timm.create_model("vit_base_patch16_224", pretrained=True), "nystrom")
 
-    Supports Attention (vision_transformer), AttentionRope and EvaAttention (EVA, DINOv3), including timm's rotary tables, norms
-    of q and k, gates and output dropout. Landmarks and agents are placed on the patch grid, which may differ between calls if
-    the model accepts any image size. Each prefix token (class, register) is a separate landmark or agent. `options` can change
-    this placement. With patch dropout, tokens form no grid, so landmarks and agents pool segments of the sequence. The report
-    states the placement.
+    The attention classes Attention (vision_transformer), AttentionRope and EvaAttention (EVA, DINOv3) are supported, including
+    rotary tables, norms of q and k, gates and output dropout.
+
+    Landmarks and agents are placed on the patch grid, which may differ between calls if the model accepts any image size. Each
+    prefix token (class or register token) is a separate landmark or agent. `options` can change this placement. With patch
+    dropout, the tokens do not form a grid, so landmarks and agents are means of segments of the sequence. The report describes
+    the placement.
 
     Args:
         model: a timm model.
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report of the replaced layers, and of the others with the reason. `restore_attention` undoes the replacement.
+        a report that lists the replaced layers, and the other attention layers with the reason why they were not replaced.
+        `restore_attention` undoes the replacement.
 
     Raises:
-        ValueError: nothing could be replaced, or `op` needs retrain=True. The model is unchanged.
+        ValueError: nothing could be replaced, or `op` needs retrain=True. The model is then unchanged.
     """
     check_model(model)
     attention = DropIn(op, retrain=retrain, **options)
@@ -303,7 +313,7 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
 
 
 def restore_attention(model: nn.Module) -> list[str]:
-    """Undo `replace_attention`, in place. The attentions are timm's again, with the same Parameter objects.
+    """Undo `replace_attention`, in place. Each module computes its original attention again and keeps its Parameter objects.
 
     Returns:
         the names of the restored modules.
@@ -333,7 +343,7 @@ def restore_attention(model: nn.Module) -> list[str]:
 
 
 def _vision_transformers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the vision transformers in `model` by name: the modules with blocks and a number of prefix tokens."""
+    """Return the vision transformers in `model` by name. These are the modules with `blocks` and `num_prefix_tokens`."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -342,7 +352,7 @@ def _vision_transformers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _place(attention: DropIn, vit: nn.Module, grid: TokenGrid | None) -> None:
-    """Place the slots of `attention` among the tokens of `vit`. With patch dropout, the tokens form no grid."""
+    """Place the slots of `attention` among the tokens of `vit`. With patch dropout, the tokens do not form a grid."""
     drops_patches = isinstance(getattr(vit, "patch_drop", None), PatchDropout | PatchDropoutWithIndices)
     attention.place(vit.num_prefix_tokens, None if drops_patches else grid)
 
@@ -352,7 +362,7 @@ def _has_grid(vit: nn.Module) -> bool:
 
 
 def _follow(embedding: nn.Module) -> TokenGrid:
-    """Return the hook that tracks the grid of `embedding`: the one of an earlier replacement, or a new one."""
+    """Return the hook that records the token grid of `embedding`. If there is none from an earlier call, install a new hook."""
     grid = _grid_of(embedding)
     if grid is None:
         grid = TokenGrid()

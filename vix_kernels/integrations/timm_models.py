@@ -1,4 +1,4 @@
-"""Every model of the zoo as vix_NAME in timm's registry, with timm's argument names. integrations/timm.py imports this."""
+"""Register the models of vix_kernels.models with timm as vix_NAME. integrations/timm.py imports this module."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _entry(name: str) -> Any:
         return model
 
     build.__name__ = build.__qualname__ = f"vix_{name}"
-    build.__doc__ = f"The model {name!r} of vix_kernels.models, with its arguments."
+    build.__doc__ = f"Build the model {name!r} of vix_kernels.models. Accepts the same arguments."
     return build
 
 

@@ -1,4 +1,4 @@
-"""torch.nn: replace the attention of nn.MultiheadAttention, also in PyTorch's encoder and decoder layers."""
+"""Integration with torch.nn: replace the attention in nn.MultiheadAttention, including PyTorch's encoder and decoder layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .hosts import Report, replace_each
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention that computes the attention `vix`. `replace_mha` converts modules to it, with their parameters."""
+    """An nn.MultiheadAttention that computes the attention `vix`. `replace_mha` converts existing modules to this class."""
 
     vix: DropIn
 
@@ -24,7 +24,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """False disables PyTorch's inference fast path, which reads the parameters and bypasses this module."""
+        """Return False, which disables PyTorch's inference fast path. It would read the parameters and bypass this module."""
         return False
 
     def forward(
@@ -38,14 +38,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """Attend like nn.MultiheadAttention with need_weights=False.
+        """Compute attention like nn.MultiheadAttention with need_weights=False.
 
         Args:
-            query, key, value: (batch, tokens, embed_dim) with batch_first, else (tokens, batch, embed_dim); or without batch.
-            key_padding_mask: torch's convention: bool, True = padded; or float, 0 = valid and -inf = padded.
+            query, key, value: (batch, tokens, embed_dim) if batch_first, else (tokens, batch, embed_dim). Unbatched inputs
+                are (tokens, embed_dim).
+            key_padding_mask: a mask in torch's convention: bool with True = padded, or float with 0 = valid and -inf = padded.
 
         Raises:
-            NotImplementedError: need_weights, attn_mask, is_causal, or dropout in training.
+            NotImplementedError: need_weights, attn_mask or is_causal is set, dropout is active, or an input is nested.
         """
         if need_weights:
             raise NotImplementedError("need_weights: expected False (attention weights are never computed), got True")
@@ -79,20 +80,20 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
-    """Replace the attention of every nn.MultiheadAttention of `model`, in place. Parameters and their names do not change.
+    """Replace the attention in every nn.MultiheadAttention of `model`, in place. Parameters and their names do not change.
 
         report = replace_mha(model, "performer", retrain=True, num_features=128)
 
-    Encoder and decoder layers work too, but without PyTorch's inference fast path, which would bypass the new attention (and
-    which returns zeros for padded tokens). Their dropout, 0.1 by default, must be 0 in training. Calling a replaced module with
-    need_weights=True, the default of its forward, raises an error.
+    PyTorch's encoder and decoder layers work, too, but without the inference fast path, which would bypass the new attention.
+    Unlike in the fast path, outputs for padded tokens are not set to zero. The dropout of these layers, which is 0.1 by
+    default, must be 0 in training. Calling a replaced module with need_weights=True, the default, raises an error.
 
     Args:
         model: a model that contains nn.MultiheadAttention.
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report of the replaced layers, and of the others with the reason.
+        a report that lists the replaced layers, and the other attention layers with the reason why they were not replaced.
 
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: attentions for any model with attn_implementation, and faster Nystromformers and FNets."""
+"""Integration with Hugging Face transformers: attentions for attn_implementation, and faster Nystromformers and FNets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ with host("transformers", "5.17"):
     from transformers.models.fnet import modeling_fnet
     from transformers.models.nystromformer import modeling_nystromformer
 
-# Further arguments that some models pass to their attention and that are not supported
+# Additional arguments that some models pass to their attention. They are not supported.
 _UNSERVED = (
     "softcap", "position_bias", "s_aux", "sinks", "sliding_window", "block_indices", "indices", "cu_seq_lens_q",
     "cu_seq_lens_k", "output_attentions",
@@ -39,13 +39,14 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
         model.set_attn_implementation("vix_nystrom")  # or from_pretrained(..., attn_implementation="vix_nystrom")
 
     Padding masks are supported. Causal and windowed masks, attention dropout in training, grouped heads and requests for the
-    attention weights raise NotImplementedError. The name is not saved with a model, so set it each time you load one. Another
-    call changes the options of all models that use the names.
+    attention weights raise NotImplementedError. transformers does not save the name of the attention with a model, so set it
+    each time you load the model. Calling this function again changes the options of all models that use these names.
 
     Args:
-        retrain: allow "vix_performer", "vix_linear" and "vix_agent", which need a model trained with them. If False, using them
-            raises ValueError.
-        options: the options of each op, by its name, as in DropIn. All layers share the random features.
+        retrain: whether to allow "vix_performer", "vix_linear" and "vix_agent", which require a model that was, or will be,
+            trained with them. If False, using one of them raises ValueError.
+        options: a mapping of options for each op, passed by the name of the op. See DropIn for the options. All layers have the
+            same random features.
     """
     for op in options:
         if op not in OPS:
@@ -91,7 +92,7 @@ def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple
                 raise NotImplementedError(
                     f"{name}: expected None, got a {type(value_of).__name__}; {attention!r} does not support it"
                 )
-        # The rule of transformers: a mask overrides is_causal, and a module without is_causal is causal.
+        # As in transformers, a mask overrides is_causal, and a module without this attribute is causal.
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = causal and attention_mask is None and query.shape[2] > 1
         return attention(query, key, value, attention_mask, dropout, causal, scaling).transpose(1, 2), None
@@ -106,10 +107,10 @@ def padding_mask(
     dtype: torch.dtype = torch.float32,
     **others: Any,
 ) -> Tensor | None:
-    """Return the mask for these attentions: additive (batch, 1, 1, tokens), or None if all tokens are valid.
+    """Return the mask that the registered attentions expect: additive (batch, 1, 1, tokens), or None if there is no mask.
 
-    It is additive, like that of transformers' eager attention, because about 35 models add the mask to their logits whatever
-    attention is selected.
+    The mask is additive, like the mask of transformers' eager attention, because about 35 models always add the mask to their
+    logits, regardless of the selected attention.
     """
     if mask_function is not bidirectional_mask_function:
         raise NotImplementedError(
@@ -122,15 +123,16 @@ def padding_mask(
 
 
 def patch(model: nn.Module) -> Report:
-    """Replace the attention of every Nystromformer and the transform of every FNet in `model` by faster equivalents, in place.
+    """Replace the attention of every Nystromformer and the transform of every FNet in `model`, in place.
 
         report = patch(NystromformerModel.from_pretrained(...))
 
-    Parameters and their names do not change. A sequence of only padding gives zeros, where softmax would give uniform attention
-    weights. Calls that request the attention weights (output_attentions) run the code of transformers.
+    The replacements are equivalent but faster. Parameters and their names do not change. For a sequence of only padding,
+    the attention returns zeros, whereas a softmax would return uniform attention weights. Calls that request the attention
+    weights (output_attentions) run the code of transformers.
 
     Returns:
-        a report of the replaced layers, and of the others with the reason.
+        a report that lists the replaced layers, and the FNet layers that cannot be replaced, with the reason.
 
     Raises:
         ValueError: there was nothing to replace.
@@ -158,20 +160,21 @@ def nystromformer_attention(
 ) -> tuple[Tensor, ...]:
     """Forward of NystromformerSelfAttention that does not store the tokens x landmarks matrices.
 
-    It behaves like transformers: padding is masked only in the softmax over tokens, and init_option "original" initializes the
+    As in transformers, padding is masked only in the softmax over tokens, and init_option "original" initializes the
     pseudo-inverse with a maximum over the batch.
 
     Args:
         hidden_states: (batch, tokens, channels).
-        attention_mask: additive (batch, 1, 1 or tokens, tokens), 0 or the lowest number, the same row for all queries.
-        output_attentions: run transformers' forward, which returns the attention weights.
+        attention_mask: additive mask (batch, 1, 1 or tokens, tokens), with the same row for all queries. It is 0 for valid
+            tokens, and the lowest value of its dtype for padded tokens.
+        output_attentions: whether to run the forward of transformers, which can return the attention weights.
     """
     if output_attentions:
         host = modeling_nystromformer.NystromformerSelfAttention
         return host.forward(module, hidden_states, attention_mask, output_attentions)
     linears = module.query, module.key, module.value
     q, k, v = (rearrange(linear(hidden_states), "b n (h d) -> b h n d", h=module.num_attention_heads) for linear in linears)
-    if module.num_landmarks == module.seq_len:  # the default: softmax attention
+    if module.num_landmarks == module.seq_len:  # the default, which is softmax attention
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
         if module.conv_kernel_size is not None:
             out = out + module.conv(v)
