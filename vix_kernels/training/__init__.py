@@ -1,4 +1,4 @@
-"""Train ViX models in plain PyTorch. `vix train` is the command line."""
+"""Train ViX models in plain PyTorch. The command line is `vix train`."""
 
 from .config import Config, UserError
 

@@ -1,7 +1,8 @@
-"""Random augmentations of float images (batch, channels, height, width): a batch at once, with separate draws for each image.
+"""Random augmentations for float images (batch, channels, height, width).
 
-For automatic augmentation, torchvision and kornia apply one operation to a whole batch, and timm changes one PIL image at a
-time.
+Each function processes a whole batch at once, and draws different random numbers for each image. Automatic augmentation works
+differently in other packages: torchvision and kornia apply the same operation to all images of a batch, and timm processes one
+PIL image at a time.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from .draws import Draws, sent
 
 
 def random_affine(images: Tensor, draws: Draws, *, degrees: float, scale: float, shift: float) -> Tensor:
-    """Rotate, zoom and shift each image by uniform draws, and fill with zeros.
+    """Rotate, zoom and shift each image by uniformly drawn amounts. Pixels that come from outside the image are zero.
 
     Args:
-        degrees: the largest rotation.
-        scale: the largest relative change of size.
-        shift: the largest shift, as a fraction of the image size.
+        degrees: the largest rotation in either direction.
+        scale: the largest relative change in size.
+        shift: the largest shift in each direction, as a fraction of the image size.
     """
     rotation, zoom, dx, dy = (draws.uniform(-1, 1) for _ in range(4))
     angle, zoom = rotation * math.radians(degrees), 1 + scale * zoom
@@ -31,9 +32,9 @@ def random_affine(images: Tensor, draws: Draws, *, degrees: float, scale: float,
 
 
 def random_resized_crop(images: Tensor, draws: Draws, *, scale: float) -> Tensor:
-    """Enlarge a random crop of each image to the size of the image (arXiv:1409.4842).
+    """Crop a random part of each image and enlarge it to the size of the image (arXiv:1409.4842).
 
-    The crop has at least `scale` of the image's area, and 3/4 to 4/3 of its aspect ratio.
+    The area of the crop is at least `scale` times that of the image. The aspect ratio is 3/4 to 4/3 times that of the image.
     """
     area = draws.uniform(scale, 1)
     aspect = (draws.uniform(-1, 1) * (-area.log()).clamp(max=math.log(4 / 3))).exp()  # keeps the crop inside the image
@@ -43,11 +44,13 @@ def random_resized_crop(images: Tensor, draws: Draws, *, scale: float) -> Tensor
 
 
 def warp(images: Tensor, matrix: list[list[Tensor | float]], outside: str = "zeros") -> Tensor:
-    """Sample every pixel (x, y) of the output, in coordinates from -1 to 1, at matrix @ (x, y, 1) of the input.
+    """Apply an affine transformation: sample each output pixel (x, y) from the position matrix @ (x, y, 1) of the input.
+
+    Coordinates range from -1 to 1.
 
     Args:
-        matrix: 2 rows of 3 entries. An entry is a number, or a tensor (batch,) with a number for each image.
-        outside: the values beyond the image: "zeros" or "border".
+        matrix: 2 rows of 3 entries. An entry is a number, or a tensor (batch,) with one number for each image.
+        outside: what to sample outside the input: "zeros", or "border" for the nearest pixel.
     """
     theta = images.new_empty(len(images), 2, 3)
     for row, column in product(range(2), range(3)):
@@ -58,9 +61,10 @@ def warp(images: Tensor, matrix: list[list[Tensor | float]], outside: str = "zer
 
 
 def random_flip_crop(images: Tensor, draws: Draws, *, shift: float) -> Tensor:
-    """Flip each image horizontally with probability 0.5, pad it by reflection, and crop it to its size at random.
+    """Flip each image horizontally with probability 0.5, pad it by reflection, and take a random crop of the original size.
 
-    `shift` is the padding on each side as a fraction of the image size, less than 1. It is rounded down to whole pixels.
+    `shift` is the padding on each side as a fraction of the image size. It must be less than 1, and the padding is rounded down
+    to whole pixels.
     """
     batch, channels, height, width = images.shape
     rows, columns = _shifted(height, shift, draws), _shifted(width, shift, draws)
@@ -70,16 +74,21 @@ def random_flip_crop(images: Tensor, draws: Draws, *, shift: float) -> Tensor:
 
 
 def _shifted(size: int, shift: float, draws: Draws) -> Tensor:
-    """Return the source position of each pixel of a shifted line, reflected at the borders: (batch, size)."""
+    """Shift a line of pixels by a random number of pixels for each image, with reflection at the borders.
+
+    Returns:
+        The source position of each pixel, (batch, size).
+    """
     largest = int(shift * size)
     source = (torch.arange(size) + draws.integers(-largest, largest + 1)[:, None]).abs()
     return size - 1 - (size - 1 - source).abs()
 
 
 def random_erasing(images: Tensor, draws: Draws, probability: float) -> Tensor:
-    """Set a random rectangle to 0, the mean of normalized images, with the given probability (arXiv:1708.04896).
+    """Erase a random rectangle of each image with the given probability (arXiv:1708.04896).
 
-    The rectangle covers 2 to 33 percent of the image. Its aspect ratio is between 1/3.3 and 3.3.
+    Erased pixels are set to 0, which is the mean of normalized images. The rectangle covers 2 to 33 percent of the image. Its
+    aspect ratio is between 1/3.3 and 3.3.
     """
     height, width = images.shape[2:]
     area = draws.uniform(0.02, 0.33) * height * width
@@ -91,9 +100,9 @@ def random_erasing(images: Tensor, draws: Draws, probability: float) -> Tensor:
 
 
 def _interval(size: int, length: Tensor, offset: Tensor) -> Tensor:
-    """Return a mask (batch, size) that is True on `length` consecutive pixels, rounded and at least one.
+    """Return a mask (batch, size) that is True for `length` consecutive pixels.
 
-    `offset` in [0, 1) is the start relative to all possible starts.
+    `length` is rounded, and clamped to the range from 1 to `size`. `offset` in [0, 1) selects one of the possible starts.
     """
     length = length.round().clamp(1, size)
     start = (offset * (size - length + 1)).floor()
@@ -102,17 +111,17 @@ def _interval(size: int, length: Tensor, offset: Tensor) -> Tensor:
 
 
 def mix(images: Tensor, labels: Tensor, draws: Draws, *, classes: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Mix each image with the one at the mirrored position in the batch, with one draw for the whole batch.
+    """Mix each image with the image at the mirrored position in the batch. The random numbers are the same for all pairs.
 
-    mixup (arXiv:1710.09412) blends the images. cutmix (arXiv:1905.04899) copies a rectangle from the other image. With both
-    enabled, each is used with probability 0.5.
+    mixup (arXiv:1710.09412) blends the two images. cutmix (arXiv:1905.04899) copies a rectangle from the other image. If both
+    are enabled, each is used with probability 0.5.
 
     Args:
-        mixup, cutmix: the parameter a of Beta(a, a), from which the weight of the first image is drawn. 0 disables the method;
-            at least one must be enabled.
+        mixup, cutmix: the parameter a of Beta(a, a), from which the weight of the image itself is drawn. 0 disables the method.
+            At least one of the two methods must be enabled.
 
     Returns:
-        Images of the same shape, and class probabilities (batch, classes) as targets.
+        The mixed images, and class probabilities (batch, classes) as their targets.
     """
     cut = bool(cutmix) and (not mixup or draws.batch.random() < 0.5)
     strength = cutmix if cut else mixup
@@ -126,7 +135,7 @@ def mix(images: Tensor, labels: Tensor, draws: Draws, *, classes: int, mixup: fl
         box = (..., slice(top, top + tall), slice(left, left + wide))
         images = images.clone()
         images[box] = others[box]
-        weight = 1 - tall * wide / (height * width)  # after rounding to whole pixels
+        weight = 1 - tall * wide / (height * width)  # computed again, because the sides are rounded to whole pixels
     else:
         images = weight * images + (1 - weight) * others
     targets = F.one_hot(labels, classes).to(images.dtype)

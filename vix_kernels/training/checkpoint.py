@@ -1,7 +1,9 @@
-"""Checkpoints of a run. A crash cannot damage them, loading executes no code, and they fit any number of processes.
+"""Checkpoints of a run.
 
-A checkpoint is one file. With FSDP2, each process writes its shards of the tensors to a separate folder through
-torch.distributed.checkpoint. The file is written last and names that folder.
+A crash cannot damage a checkpoint, loading it executes no code, and a run with any number of processes can load it.
+
+A checkpoint is one file. With FSDP2, the tensors are stored separately: each process writes its shards to a common folder with
+torch.distributed.checkpoint. The file contains the name of the folder, and is written last.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ SHARDS = "shards"
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, ranks: Ranks, sharded: bool = False) -> None:
-    """Replace the checkpoint at `path` atomically: a reader finds either the old or the new one. All processes must call it."""
+    """Replace the checkpoint at `path` atomically. All processes must call this function.
+
+    A reader finds either the old or the new checkpoint.
+    """
     if sharded:
         shards = path.parent / SHARDS / f"{path.stem}-{ranks.largest(time.time_ns())}"
     try:
@@ -70,7 +75,7 @@ def _remove_shards(path: Path, keep: Path | None = None) -> None:
 
 
 def _write_shards(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
-    """Write this process's shards of the tensors, and return the checkpoint without tensors."""
+    """Write this process's shards of the tensors to `folder`, and return the checkpoint without tensors."""
     tensors, rest = {}, dict(checkpoint)
     for part in _PARTS_WITH_TENSORS:
         rest[part] = {name: x for name, x in checkpoint[part].items() if not isinstance(x, Tensor)}
@@ -84,7 +89,7 @@ def _write_shards(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
 
 def _write(path: Path, checkpoint: Checkpoint) -> None:
     try:
-        with open(path, "wb") as file:  # with a path, torch raises RuntimeError on a full disk
+        with open(path, "wb") as file:  # given a path, torch raises RuntimeError if the disk is full
             torch.save(checkpoint, file)
     except RuntimeError as error:
         if isinstance(error.__context__, OSError):  # torch fails again while closing the archive
@@ -93,14 +98,16 @@ def _write(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: str | Path, flag: str = "--resume") -> Checkpoint:
-    """Load a complete checkpoint onto the CPU. If `path` is a run folder, load its `last.pt`. Errors name `flag`.
+    """Load a complete checkpoint onto the CPU. If `path` is a run folder, load its `last.pt`.
+
+    Error messages start with `flag`.
 
     Raises:
         UserError: there is no checkpoint at `path`, or it is damaged.
     """
     path = existing_checkpoint(path, flag)
     try:
-        if not zipfile.is_zipfile(path):  # torch would try its legacy format, which this library never writes
+        if not zipfile.is_zipfile(path):  # otherwise, torch tries its legacy format, which this library never writes
             raise ValueError("not a zip archive")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(checkpoint, dict) and "shards" in checkpoint:
@@ -142,7 +149,7 @@ def _read_shards(folder: Path, checkpoint: Checkpoint) -> None:
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)  # torch unpickles other entries without a check
+        if isinstance(entry, TensorStorageMetadata)  # torch would unpickle other entries without any restriction
     }
     with warnings.catch_warnings():  # torch warns that a single process loads the checkpoint
         warnings.simplefilter("ignore", UserWarning)
@@ -153,7 +160,7 @@ def _read_shards(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 class _Reader(dcp.FileSystemReader):
-    """A FileSystemReader that only unpickles the types that metadata needs."""
+    """A FileSystemReader that unpickles only the types that occur in metadata."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         metadata = Unpickler((Path(self.path) / ".metadata").read_bytes(), _METADATA).load()

@@ -1,4 +1,4 @@
-"""`vix train`, `vix validate`, `vix predict` and `vix export`."""
+"""The commands `vix train`, `vix validate`, `vix predict` and `vix export`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def train_parser() -> Parser:
             kwargs, default = {"metavar": about["metavar"], "choices": about["choices"], **_VALUES[kind]}, "%(default)s"
         help = about["help"] if "default" in about["help"] else f"{about['help']} (default: {default})"
         group.add_argument(*flags, help=help, **kwargs)
-        if each.name == "recipe":  # the other way to select many settings
+        if each.name == "recipe":  # listed after --recipe, because both select many settings
             group.add_argument(
                 "-c", "--config", metavar="FILE", help="YAML file of settings, such as a run's args.yaml (default: none)"
             )
@@ -70,7 +70,7 @@ def train_parser() -> Parser:
 
 
 def number(text: str) -> float:
-    """Parse a number. Whole numbers become int, so that args.yaml shows them as the user wrote them."""
+    """Parse a number. Whole numbers become int, so that args.yaml contains 3 and not 3.0."""
     value = float(text)
     return int(value) if value.is_integer() else value
 
@@ -98,16 +98,17 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
         from .checkpoint import load_checkpoint
 
         checkpoint = load_checkpoint(first.resume)
-        # A run may resume in another place, so these settings are not restored.
+        # These settings are not restored, because a run may be resumed on a different machine.
         changed = {"device", "backend", "output", "resume", "data_dir", "workers", "progress"}
         saved = {name: value for name, value in checkpoint["config"].items() if name not in changed}
-        numbers = {name: value for name, value in saved.items() if isinstance(value, (int, float))}  # a file may be damaged
+        # A damaged file may contain values of the wrong type.
+        numbers = {name: value for name, value in saved.items() if isinstance(value, (int, float))}
         if (first.epochs or "epochs" in settings) and is_reached(numbers.get("time_to"), checkpoint["history"]):
-            del saved["time_to"]  # the user asks for more epochs after reaching the accuracy
-        if numbers.get("min_lr", 0) > numbers.get("lr", math.inf):  # an earlier version's default could exceed a small --lr
+            del saved["time_to"]  # the user asks for more epochs although the run has reached the accuracy
+        if numbers.get("min_lr", 0) > numbers.get("lr", math.inf):  # the default of earlier versions could exceed a small --lr
             del saved["min_lr"]
         parser.set_defaults(**saved)
-    named = settings.get("recipe")  # a handwritten file may name only a recipe; an args.yaml lists all settings
+    named = settings.get("recipe")  # a handwritten file may name just a recipe, while args.yaml lists all settings
     parser.set_defaults(**(RECIPES[named] if named in RECIPES else {}) | settings | RECIPES.get(first.recipe, {}))
     values = vars(parser.parse_args(argv))
     del values["config"]
@@ -125,13 +126,13 @@ def _read_settings(path: str) -> dict[str, Any]:
         raise UserError(f"--config: {path}: expected settings as in args.yaml, got {settings!r}")
     if unknown := settings.keys() - {each.name for each in fields(Config)}:
         raise UserError(f"--config: {path}: expected settings as in args.yaml, got {', '.join(map(str, unknown))}")
-    return {name: value for name, value in settings.items() if name not in ("output", "resume")}  # specific to the old run
+    return {name: value for name, value in settings.items() if name not in ("output", "resume")}  # these describe the old run
 
 
 def train_command(argv: list[str]) -> int:
     parser = train_parser()
-    if os.environ.get("RANK", "0") == "0":  # torchrun passes the same arguments to all processes
-        parser.parse_args(argv)  # reports invalid arguments before the slow imports
+    if os.environ.get("RANK", "0") == "0":  # all processes have the same arguments, so one report is enough
+        parser.parse_args(argv)  # report invalid arguments before the slow imports
     try:
         from .parallel import connected
         from .run import Stopped, train
@@ -141,7 +142,7 @@ def train_command(argv: list[str]) -> int:
         try:
             config = ranks.decided(lambda: parse_train(parser, argv))
             history, output = train(config)
-        except (UserError, OSError) as error:  # such as an unreadable path or a full disk
+        except (UserError, OSError) as error:  # OSError: for example, an unreadable path or a full disk
             return _failed(parser, ranks, error)
         except Stopped as stop:
             if ranks.first:
@@ -163,13 +164,13 @@ def train_command(argv: list[str]) -> int:
 
 
 def _failed(parser: Parser, ranks: Ranks, error: Exception) -> int:
-    """Report an error in one process only, and return the exit code."""
+    """Print an error message in only one process, and return the exit code."""
     try:
         if ranks.first if isinstance(error, SharedError) else ranks.fails_first():
             parser.error(str(error) if ranks.first else f"process {ranks.rank}: {error}")
     finally:
         if isinstance(error, SharedError):
-            ranks.wait()  # for the message: torchrun ends all processes when the first one exits
+            ranks.wait()  # until the message is printed, because torchrun ends all processes when one exits
     return 2
 
 
@@ -223,7 +224,7 @@ def validate_command(argv: list[str]) -> int:
             raise UserError(f"--dataset: expected a name, because {options.checkpoint} does not state its training data set")
         if trained.mean is None:
             print(f"note: {options.checkpoint} has no mean and std: using those of {name}", file=sys.stderr)
-        resized = options.dataset and is_folder(Path(name))  # its images may have any size
+        resized = options.dataset and is_folder(Path(name))  # images in folders are resized to the size of the model
         size = tuple(trained.model.img_size) if resized else config.img_size
         loading = dict(data_dir=options.data_dir or config.data_dir, stream=config.stream, workers=config.workers)
         source = open_dataset(name, size, **loading)
@@ -291,10 +292,12 @@ def predict_command(argv: list[str]) -> int:
 
 
 def _pictures(images: list[Path], folder: Path | None, overwrite: bool) -> list[Path | None]:
-    """Create `folder`, and return the path of each image's attention map in it. Images with the same name get numbers.
+    """Create `folder`, and return the path of the attention map for each image, or None for each if `folder` is None.
+
+    If several images have the same name, the paths are numbered.
 
     Raises:
-        UserError: a path exists, and `overwrite` is False.
+        UserError: a path exists already, and `overwrite` is False.
     """
     if folder is None:
         return [None] * len(images)

@@ -1,4 +1,8 @@
-"""The settings of a run. Each is declared once: its `vix train` flag, its checks and its args.yaml entry follow from it."""
+"""The settings of a run.
+
+Each setting is declared once, as a field of `Config`. Its `vix train` flag, its checks and its entry in args.yaml are derived
+from that declaration.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,11 @@ class UserError(Exception):
 
 
 class SharedError(UserError):
-    """A `UserError` that all processes of a run raise, even if it occurred in only one of them."""
+    """A `UserError` that all processes of a run raise, even if the error occurred in only one of them."""
 
 
 class Bound(NamedTuple):
-    """A constraint on a value, as words for the error message and as a test."""
+    """A constraint on a value: a description for the error message, and a function that tests a value."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -37,7 +41,7 @@ _KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict[str
 
 
 def is_reached(time_to: float | None, history: list[dict[str, Any]]) -> bool:
-    """Return whether the last epoch has reached the accuracy at which the run ends."""
+    """Return whether the last epoch in `history` has reached the accuracy `time_to`, at which the run ends."""
     return bool(time_to and history) and history[-1]["eval_top1"] >= time_to
 
 
@@ -54,8 +58,8 @@ def setting(
     """Declare a field of `Config`: its default, and the help and constraints of its flag.
 
     Args:
-        short: a short name of the flag.
-        group: starts a new group in the help, which this setting and the following ones belong to.
+        short: the short name of the flag, such as "-b".
+        group: the title of a new group in the help. This setting and the settings after it belong to the group.
     """
     about = dict(help=help, metavar=metavar, choices=choices, bound=bound, short=short, group=group)
     made = {"default_factory": dict} if default == {} else {"default": default}
@@ -64,7 +68,7 @@ def setting(
 
 @dataclass
 class Config:
-    """The settings of a run. A field is also a flag of `vix train`, whose help describes it."""
+    """The settings of a run. Each field is also a flag of `vix train`, and the help of the flag describes it."""
 
     model: str = setting("hybrid_vip", "model name; `vix models` lists them", metavar="NAME", group="model")
     model_kwargs: dict[str, Any] = setting({}, "arguments of the model, such as depth=2 (default: none)", metavar="K=V")
@@ -155,21 +159,25 @@ class Config:
 
     @classmethod
     def settings(cls) -> Iterator[tuple[Field, dict[str, Any]]]:
-        """Yield the fields, each with the arguments of its `setting`."""
+        """Yield each field with the arguments that were passed to `setting`."""
         return ((each, dict(each.metadata)) for each in fields(cls))
 
     def steps(self, images: int) -> int:
-        """Return the steps per epoch. Batches have nearly equal sizes: a last batch of one image would fail in batch norm."""
+        """Return the number of steps per epoch.
+
+        The images are divided into batches of nearly equal size. A smaller last batch might have a single image, for which
+        batch norm fails.
+        """
         return math.ceil(images / self.batch_size)
 
     @property
     def end_lr(self) -> float:
-        """Learning rate at the end of the cosine."""
+        """The learning rate at the end of the cosine schedule."""
         return min(DEFAULT_MIN_LR, self.lr) if self.min_lr is None else self.min_lr
 
     def check(self) -> None:
-        """Raise `UserError` for the first invalid value."""
-        for each in fields(self):  # the parser has converted flags, but a file may hold any type
+        """Raise `UserError` if a value is invalid. The message names the first invalid setting."""
+        for each in fields(self):  # the parser has converted the flags, but a file may contain any type
             kind, value = _KINDS[each.type.removesuffix(" | None")], getattr(self, each.name)
             if value is None and each.type.endswith(" | None"):
                 continue

@@ -1,4 +1,4 @@
-"""Exponential moving average of a model's weights. It is often more accurate than the last weights."""
+"""Exponential moving average of a model's weights. A model with averaged weights is often more accurate."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import nn
 
 
 class Ema:
-    """Moving average of a model's weights, as a copy of the model in eval mode.
+    """A copy of a model, in evaluation mode, whose weights are the moving average of the model's weights.
 
-    After n updates, the newest weights enter with the factor 1 - min(decay, (1 + n) / (10 + n)). A young average thus forgets
-    the initial weights quickly. Buffers, such as batch-norm statistics and random features, are copied: averages of random
-    features are not random features.
+    After n updates, the next update gives the newest weights the factor 1 - min(decay, (1 + n) / (10 + n)). The first updates
+    have larger factors, so that the average quickly forgets the initial weights. Buffers are copied instead of averaged. They
+    include batch-norm statistics, which are averages already, and random features, which must not be averaged because their
+    average would have a smaller variance.
 
     Attributes:
         model: the averaged model.

@@ -1,4 +1,4 @@
-"""The lock of a run folder. Only one run at a time may write to it."""
+"""A lock for run folders. It ensures that only one run at a time writes to a folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ except ModuleNotFoundError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
-_held: set[int] = set()  # file descriptors
+_held: set[int] = set()  # file descriptors of the lock files that this process has open
 
 
 def _close_inherited() -> None:
-    """Close the lock files in a forked process. It would otherwise keep the lock after its parent is killed."""
+    """Close the inherited lock files in a forked process. Otherwise, the child keeps the locks after its parent is killed."""
     while _held:
         os.close(_held.pop())
 
@@ -33,9 +33,10 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[str]:
-    """Lock `folder` inside the block, with flock on a file in it. Yields the text that `lock_owner` reads from the file.
+    """Lock `folder` for the duration of the block, by calling flock on a file in it.
 
-    The operating system releases the lock when the process ends. Warns if the file system does not support locks.
+    Yields the text that `lock_owner` reads from the file. If the process is killed, the operating system releases the lock.
+    Warns if the file system does not support locks.
 
     Raises:
         UserError: another run has the lock.
@@ -47,7 +48,7 @@ def locked(folder: Path) -> Iterator[str]:
     try:
         os.ftruncate(file, 0)
         os.write(file, owner.encode())
-        os.fsync(file)  # makes it visible to other machines
+        os.fsync(file)  # makes the text visible to other machines
         yield owner
     finally:
         with suppress(OSError):  # Windows cannot remove open files
@@ -57,7 +58,7 @@ def locked(folder: Path) -> Iterator[str]:
 
 
 def lock_owner(folder: Path) -> str:
-    """Return the process that locked `folder` last, with a unique id. Empty if there is no lock file."""
+    """Return a text that identifies the process that last locked `folder`, or an empty string if there is no lock file."""
     with suppress(OSError):
         return (folder / LOCK).read_text(errors="replace")
     return ""
@@ -76,7 +77,7 @@ def _opened(path: Path) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # the last owner removed the file after it was opened here: lock the new one
+        os.close(file)  # the previous owner removed the file after it was opened here, so lock the new file
 
 
 def _lock(file: int, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The training loop in plain PyTorch: steps, epochs, and the evaluation on held-out images."""
+"""The training loop in plain PyTorch: steps, epochs and evaluation on held-out images."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .trivial import trivial_augment
 
 Batch = tuple[Tensor, Tensor]
 EVAL_BATCH = 512
-WATCH_STEPS = 50  # between checks for a finite loss, each of which waits for the device
+WATCH_STEPS = 50  # steps between checks for a finite loss; each check waits for the device
 
 
 def train_epoch(state: State, dataset: Dataset, after_step: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Train for one epoch, or for the rest of an interrupted one.
+    """Train for one epoch, or for the rest of an interrupted epoch.
 
     Returns:
-        The mean training loss, the last learning rate, and the images per second.
+        The mean training loss, the learning rate of the last step, and the number of images per second.
     """
     config, ranks, images = state.config, state.ranks, len(dataset.train)
     seed, epoch, _ = state.place
@@ -63,10 +63,11 @@ def train_epoch(state: State, dataset: Dataset, after_step: Callable[[], None] =
 def augmented(
     dataset: Dataset, pixels: Tensor, labels: Tensor, draws: Draws, config: Config, epoch: int
 ) -> tuple[Tensor, Tensor]:
-    """Convert uint8 images to augmented, normalized input of the model.
+    """Augment and normalize uint8 images.
 
     Returns:
-        The input, and the labels. If images are mixed, class probabilities (batch, classes) instead of the labels.
+        The inputs for the model and the targets. The targets are the labels, or class probabilities (batch, classes) if images
+        are mixed.
     """
     images = pixels.float() / dataset.max_value
     if config.crop_scale < 1:
@@ -84,7 +85,11 @@ def augmented(
 
 
 def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: int) -> Tensor:
-    """Train one step on this process's share of a batch of `batch` images. Return the sum of the losses of the share."""
+    """Run one training step on this process's images from a batch of `batch` images.
+
+    Returns:
+        The sum of the losses of this process's images.
+    """
     config, ranks = state.config, state.ranks
     state.optimizer.zero_grad()
     total = torch.zeros((), device=inputs.device)
@@ -94,7 +99,7 @@ def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: 
             with autocast(config, inputs.device):
                 logits = state.call(in_memory_format(part_inputs, config))
             loss = F.cross_entropy(logits.float(), part_targets, label_smoothing=config.smoothing, reduction="sum")
-            # DDP and FSDP2 average gradients over processes. With this factor the average is the gradient of the mean loss.
+            # DDP and FSDP2 average gradients over processes. This factor makes the average the gradient of the mean loss.
             state.scaler.scale(loss * (ranks.world / batch)).backward()
         total += loss.detach()
     state.diverged = torch.where(total.isfinite(), state.diverged, state.diverged.clamp(max=state.step + 1))
@@ -105,7 +110,7 @@ def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: 
 
 
 def redraw_features(state: State) -> None:
-    """Redraw the random features of every Performer. They follow from the modules' seeds, so all processes draw the same."""
+    """Redraw the random features of every Performer. All processes draw the same, because each module has a seed."""
     for model in filter(None, (state.model, state.ema and state.ema.model)):
         for module in model.modules():
             if hasattr(module, "redraw_projection"):
@@ -113,7 +118,7 @@ def redraw_features(state: State) -> None:
 
 
 def check_finite(state: State, eval_loss: float = 0.0) -> None:
-    """Raise `SharedError` if `eval_loss`, the loss of a step of this epoch, or a weight is not finite."""
+    """Raise `SharedError` if `eval_loss`, the loss of any step in this epoch, or any weight is not finite."""
     what, step = "", -state.ranks.largest(-int(state.diverged))
     if step < NEVER:
         what = f"the loss of step {step} of epoch {len(state.history) + 1}"
@@ -127,7 +132,7 @@ def check_finite(state: State, eval_loss: float = 0.0) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, dataset: Dataset, config: Config, ranks: Ranks | None = None) -> dict[str, float]:
-    """Return loss, top-1 and top-5 (in percent) over all held-out images. All processes must call it."""
+    """Return the loss, top-1 and top-5 (in percent) for all held-out images. All processes must call this function."""
     ranks = ranks or Ranks()
     average_batch_norm(model, ranks)
     sums = torch.zeros(4, dtype=torch.float64)
@@ -143,7 +148,7 @@ def evaluate(model: nn.Module, dataset: Dataset, config: Config, ranks: Ranks | 
 def tested(
     model: nn.Module, dataset: Dataset, config: Config, ranks: Ranks | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield this process's held-out images in batches: uint8 images, labels, logits (images, classes)."""
+    """Yield the uint8 images, labels and logits (images, classes) of each batch of this process's held-out images."""
     ranks = ranks or Ranks()
     model.eval()
     images = len(dataset.test)
@@ -156,7 +161,10 @@ def tested(
 
 
 def synchronized(batches: Iterator[Batch], images: Images, ranks: Ranks) -> Iterator[Batch]:
-    """Iterate over this process's batches, and raise an error of one process in all. Images in memory cannot fail."""
+    """Iterate over this process's batches. If an image cannot be loaded in one process, raise the error in all processes.
+
+    Images in memory need no such check.
+    """
     return batches if isinstance(images, HeldImages) else ranks.each(batches)
 
 

@@ -13,11 +13,11 @@ from .parallel import placed_like
 
 
 class Optimizer:
-    """AdamW for all parameters; with opt="muon", Muon for the matrices except the head, and AdamW for the rest.
+    """The optimizer of a run: AdamW for all parameters, or a combination of Muon and AdamW.
 
-    Biases, norms and the parameters in `model.no_weight_decay()` have no weight decay. The updates of Muon
-    (https://kellerjordan.github.io/posts/muon) are scaled to the size of AdamW's (arXiv:2502.16982), so both share one learning
-    rate.
+    With opt="muon", Muon (https://kellerjordan.github.io/posts/muon) updates all matrices outside the classifier head,
+    and AdamW updates all other parameters. Muon's updates are scaled to the size of AdamW's (arXiv:2502.16982), so both use the
+    same learning rate. Biases, norms and the parameters in `model.no_weight_decay()` have no weight decay.
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
@@ -55,7 +55,7 @@ class Optimizer:
         scaler.update()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state as a dict from `PARAMETER:NAME` to a tensor. Names, unlike indices, fit any sharding."""
+        """Return the state as a dict from `PARAMETER:NAME` to a tensor. Parameter names do not depend on the sharding."""
         return {
             f"{self.names[parameter]}:{key}": value
             for part in self.parts
@@ -64,7 +64,7 @@ class Optimizer:
         }
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
-        """Load the result of `state_dict`. Raises `UserError` if it belongs to other parameters or another optimizer."""
+        """Load the result of `state_dict`. Raises `UserError` if it is from a different model or a different optimizer."""
         parameters = {name: parameter for parameter, name in self.names.items()}
         owners = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
         for part in self.parts:
@@ -75,15 +75,15 @@ class Optimizer:
             if parameter is None or value.shape not in (parameter.shape, ()):
                 raise UserError(f"--resume: the checkpoint does not fit the model: it has optimizer state for {entry}")
             if (key == "momentum_buffer") != isinstance(owners[parameter], torch.optim.Muon):
-                raise UserError("--resume: the checkpoint is from a run with another --opt")
+                raise UserError("--resume: the checkpoint is from a run with a different --opt")
             owners[parameter].state[parameter][key] = placed_like(parameter, value)
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: Config) -> float:
-    """Return the learning rate of a step.
+    """Return the learning rate for a step.
 
-    It rises linearly from 0 to `lr` during the warm-up. Then it is constant, or follows half a cosine to `end_lr` and stays
-    there during the cool-down.
+    It rises linearly to `lr` during the warm-up. After that, it is constant, or it follows half a cosine down to `end_lr` and
+    stays there during the cool-down.
     """
     warmup, end = (round(n * steps_per_epoch) for n in (config.warmup_epochs, config.epochs - config.cooldown_epochs))
     if step < warmup:

@@ -1,8 +1,8 @@
-"""Training in several processes started by torchrun, with DDP or FSDP2, on the same batches as in one process.
+"""Training with DDP or FSDP2 in several processes that torchrun starts.
 
-The processes divide the batch of a step. Random draws for an image do not depend on its process, so a run may resume with
-another number of processes. Only dropout and the statistics of batch norm, which each process computes from its local images,
-depend on that number.
+The batches are the same as in a single process, and the processes divide the images of each batch. The random numbers for an
+image do not depend on the process that gets it, so a run can be resumed with a different number of processes. Only dropout and
+the batch-norm statistics, which each process computes from its local images, depend on that number.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process and its communication with the others. A single process sends nothing.
+    """The rank of this process, and its communication with the other processes. A single process sends nothing.
 
     Attributes:
-        rank: the number of this process, from 0 on.
+        rank: the number of this process, starting at 0.
         world: the number of processes.
     """
 
@@ -41,13 +41,13 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that prints and writes files."""
+        """Whether this is the first process, which prints messages and writes files."""
         return self.rank == 0
 
     def share(self, batch: int) -> Tensor | None:
-        """Return the positions of this process's images in a batch of `batch` images. None for all.
+        """Return the positions of this process's images in a batch of `batch` images, or None if it gets all images.
 
-        A position comes with its mirrored one, since `augment.mix` mixes the two images.
+        The positions form mirrored pairs, because `augment.mix` mixes the two images of a pair.
         """
         if self.world == 1:
             return None
@@ -67,7 +67,7 @@ class Ranks:
         return values
 
     def largest(self, number: int) -> int:
-        """Return the maximum of `number` over all processes. It is sent between CPUs, which needs no device synchronization."""
+        """Return the maximum of `number` over all processes. It is sent between CPUs, without synchronizing the device."""
         if self.world == 1:
             return number
         value = torch.tensor(number)
@@ -84,12 +84,13 @@ class Ranks:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Run the block in all processes, and raise an error of one process in all.
+        """Run the block in all processes. If it fails in one process, raise the error in all processes.
 
-        The block must not call a collective after an operation that may fail.
+        The block must not call a collective after an operation that may fail, because the other processes would wait forever.
 
         Raises:
-            SharedError: one or more processes raised a UserError or an OSError. A single process raises the original error.
+            SharedError: one or more processes raised a UserError or an OSError. A run with only one process raises the original
+                error instead.
         """
         error = None
         try:
@@ -102,7 +103,10 @@ class Ranks:
             self._raise_shared(error)
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
-        """Iterate over `items` until no process has any left, and raise an error of one process in all."""
+        """Iterate over `items`, and return when all processes have reached the end.
+
+        If an item fails in one process, raise the error in all processes.
+        """
         if self.world == 1:
             yield from items
             return
@@ -131,7 +135,7 @@ class Ranks:
         raise SharedError(text if texts.count(text) == self.world else f"process {rank}: {text}") from error
 
     def decided(self, decide: Callable[[], T]) -> T:
-        """Call `decide` in the first process, and return its result in all. The result must be picklable."""
+        """Call `decide` in the first process, and return its result in all processes. The result must be picklable."""
         result: list[Any] = [None]
         with self.agreed():
             if self.first:
@@ -141,7 +145,7 @@ class Ranks:
         return result[0]
 
     def fails_first(self) -> bool:
-        """Return whether this process is the first to fail. The others then fail too, because its connections break."""
+        """Return whether this process is the first to fail. The others fail later, when their connections to it break."""
         if self.world == 1:
             return True
         try:
@@ -150,13 +154,13 @@ class Ranks:
             return False
 
     def wait(self) -> None:
-        """Wait until all processes call this."""
+        """Wait until all processes have called this method."""
         if self.world > 1:
             dist.barrier()
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Run the block in the first process, then in the others, which can use the files that it downloads."""
+        """Run the block in the first process and then in the others, so that they can use the files that it downloads."""
         if not self.first:
             self.wait()
         try:
@@ -168,7 +172,7 @@ class Ranks:
 
 @contextmanager
 def connected() -> Iterator[Ranks]:
-    """Connect the processes of torchrun for the duration of the block. Yields the `Ranks` of this process.
+    """For the duration of the block, connect the processes that torchrun started. Yields the `Ranks` of this process.
 
     If the caller has initialized torch.distributed, use its process group, which must support CPU tensors. Without torchrun and
     without a process group, this process runs alone.
@@ -179,8 +183,9 @@ def connected() -> Iterator[Ranks]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Ranks()
         return
-    # torchrun's store survives a restart. Without a new prefix, the new processes may find the addresses of dead ones and wait
-    # for them. Elastic nodes (--nnodes 1:2) are not supported, because they do not change the restart count.
+    # torchrun's store survives a restart. Without a new prefix, the new processes might find the addresses of dead processes
+    # and wait for them. An elastic number of nodes (--nnodes 1:2) is not supported, because a change in the number does not
+    # change the restart count.
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -192,7 +197,7 @@ def connected() -> Iterator[Ranks]:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Shard the parameters over the processes (FSDP2). Each process gathers the parameters of one block at a time."""
+    """Shard the parameters over the processes with FSDP2. Each process gathers the parameters of one block at a time."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in reversed(list(model.modules())):  # inner blocks first
         if isinstance(module, nn.ModuleList):
@@ -223,13 +228,13 @@ def no_gradient_sync(model: nn.Module) -> Iterator[None]:
 
 
 def local_parameters(model: nn.Module) -> list[Tensor]:
-    """Return the parameters, or this process's shards of them."""
+    """Return the parameters, or this process's shards of them if `model` is sharded."""
     return [p.to_local() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
 
 
 @torch.no_grad()
 def average_batch_norm(model: nn.Module, ranks: Ranks) -> None:
-    """Average the running statistics of batch norm over all processes. Each process computes them from its local images."""
+    """Average the running statistics of batch norm, which each process computes from its local images, over all processes."""
     if ranks.world == 1:
         return
     for module in model.modules():
@@ -239,7 +244,10 @@ def average_batch_norm(model: nn.Module, ranks: Ranks) -> None:
 
 
 def placed_like(tensor: Tensor, value: Tensor) -> Tensor:
-    """Return `value`, complete in every process, with the device and sharding of `tensor`. A scalar stays on the CPU."""
+    """Move `value` to the device of `tensor`, and shard it like `tensor`. A scalar is returned unchanged.
+
+    Every process must pass the complete `value`.
+    """
     if not value.ndim:
         return value
     if isinstance(tensor, DTensor):
@@ -249,7 +257,7 @@ def placed_like(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 def load_placed(model: nn.Module, saved: dict[str, Any]) -> None:
-    """Load complete tensors into `model`, which may be sharded, with `model.load_state_dict`."""
+    """Load a state dict of complete tensors into `model`, which may be sharded."""
     own = model.state_dict()
     state = {name: placed_like(own[name], x) if isinstance(x, Tensor) and name in own else x for name, x in saved.items()}
     model.load_state_dict(state)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .data import Dataset
     from .trained import Evaluation, Trained
 
-PLAIN = {"parse_math": False}  # a $ in a name does not start a formula
+PLAIN = {"parse_math": False}  # otherwise, a $ in a name would start a formula
 
 
 def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def skipped(unreadable: Sequence[str]) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of tensors on a GPU, of the process on a CPU. 0 if the system does not count it."""
+    """Return the peak memory in bytes: for a GPU that of the tensors, for a CPU that of the process. Return 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -49,7 +49,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Board:
-    """Writer of TensorBoard files, one point per epoch."""
+    """Writes TensorBoard files with one point per epoch."""
 
     TAGS = {
         "train_loss": "loss/training", "eval_loss": "loss/held out", "eval_top1": "accuracy/top-1",
@@ -75,7 +75,7 @@ def write_args(path: Path, config: Config) -> None:
 
 
 def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
-    """Write one row per epoch. `history` is the one in the checkpoint, so both always agree."""
+    """Write one row per epoch to a CSV file. Checkpoints contain the same `history`, so they always agree with the file."""
     write_csv(path, history)
 
 
@@ -84,7 +84,7 @@ def draw_learning_curve(path: Path, history: list[dict[str, Any]], best: dict[st
     loss, accuracy = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
 
-    marker = "o" if len(history) == 1 else ""  # a line needs two points
+    marker = "o" if len(history) == 1 else ""  # a single point needs a marker to be visible
     loss.plot(epochs, [row["train_loss"] for row in history], marker, color="tab:gray", label="training (augmented, smoothed)")
     loss.plot(epochs, [row["eval_loss"] for row in history], marker, color="tab:blue", label="held out")
     loss.set(ylabel="cross-entropy", ylim=(0, None))
@@ -112,7 +112,10 @@ def draw_evaluation(folder: Path, trained: Trained, evaluation: Evaluation, data
 
 
 def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title: str) -> None:
-    """Draw the percentage of each class (row) that is predicted as each class (column)."""
+    """Draw the confusion matrix. Rows are true classes, and columns are predicted classes.
+
+    Colors show percentages of the images of each true class.
+    """
     few = len(classes) <= 20
     side = max(5.0, 0.4 * len(classes) + 2.5) if few else 9.0
     figure = _titled(title, side, side, layout="constrained")
@@ -134,12 +137,12 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
 
 
 def draw_mistakes(path: Path, evaluation: Evaluation, classes: Sequence[str], max_value: int, title: str) -> None:
-    """Draw the mistakes with the highest predicted probability."""
+    """Draw the mistakes in `evaluation`, which have the highest predicted probabilities."""
     number = len(evaluation.mistakes)
     columns, rows = 6, max(1, -(-number // 6))
     width, height, top = 9.0, 1.9 * rows + 0.5, 0.5  # inches
     figure = _titled(title if number else f"{title}: no mistakes", width, height, y=1 - 0.15 / height)
-    axes = figure.add_axes((0, 0, 1, 1))  # a single one, since each takes 40 ms
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all images, because creating axes takes 40 ms
     axes.axis("off")
     for index in range(number):
         row, column = divmod(index, columns)
@@ -153,7 +156,7 @@ def draw_mistakes(path: Path, evaluation: Evaluation, classes: Sequence[str], ma
 
 
 def draw_attention(path: Path, image: Tensor, weights: Tensor, title: str) -> None:
-    """Draw the image, and next to it the image under the class token's attention weights (rows, columns)."""
+    """Draw the image, and next to it the image with the class token's attention weights (rows, columns) as an overlay."""
     figure = _titled(title, 8, 4.2, layout="constrained")
     plain, over = figure.subplots(1, 2)
     height, width = image.shape[1:]
@@ -169,7 +172,7 @@ def draw_attention(path: Path, image: Tensor, weights: Tensor, title: str) -> No
 
 
 def _titled(title: str, width: float, height: float, *, y: float | None = None, layout: str | None = None) -> Figure:
-    """Return a figure with a title. Its size is in inches."""
+    """Return a figure with a title. `width` and `height` are in inches."""
     figure = Figure(figsize=(width, height), dpi=144, layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(title, y=y, va="top", fontsize=12, fontweight="bold", **PLAIN)
@@ -177,7 +180,7 @@ def _titled(title: str, width: float, height: float, *, y: float | None = None, 
 
 
 def _show(axes: Axes, image: Tensor, extent: tuple[float, float, float, float] | None = None) -> None:
-    """Draw an image of floats in [0, 1], (channels, height, width)."""
+    """Draw a float image (channels, height, width) in [0, 1]."""
     if image.shape[0] == 3:
         axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), extent=extent)
     else:

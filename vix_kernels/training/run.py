@@ -1,4 +1,4 @@
-"""A training run from its `Config` to its files: epochs, checkpoints, messages and plots."""
+"""Train the model that a `Config` describes: epochs, checkpoints, messages and plots."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ from .setup import (
 from .state import History, State
 from .trained import evaluate_trained, load_trained
 
-CURVE_SECONDS = 30  # between updates of the learning curve; one takes 0.3 s, so they cost at most one percent
+CURVE_SECONDS = 30  # time between updates of the learning curve; an update takes 0.3 s, so they cost at most one percent
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised when a signal ends the run, after its state is saved."""
+    """Raised when a signal ends the run, after the state has been saved."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -63,14 +63,14 @@ class Stopped(KeyboardInterrupt):
 def train(config: Config) -> tuple[History, Path]:
     """Start or resume the run that `config` describes.
 
-    Under torchrun all processes call it. Every input is checked before anything is written.
+    Under torchrun, all processes must call this function. All inputs are checked before any file is written.
 
     Returns:
-        One row per epoch, and the folder of the run.
+        The history, with one row per epoch, and the folder of the run.
 
     Raises:
-        UserError: an error that the user can fix.
-        Stopped: SIGINT or SIGTERM has ended the run; `last.pt` holds the last step.
+        UserError: an error occurred that the user can fix.
+        Stopped: SIGINT or SIGTERM ended the run. `last.pt` contains the state after the last step.
     """
     config.check()
     with connected() as ranks, ExitStack() as held:
@@ -78,18 +78,18 @@ def train(config: Config) -> tuple[History, Path]:
         run.open()
         run.go()
         result = run.state.history, run.output
-        del run  # its model holds connections: free it in all processes before they are closed
+        del run  # frees the model in all processes before its connections are closed
         ranks.wait()
     return result
 
 
 class Run:
-    """One process's part of a run. Construct it, then call `open`, then `go`.
+    """The part of a run in one process. Construct it, then call `open`, then `go`.
 
-    Only the first process decides about files, and it tells the others.
+    All decisions that depend on files are made by the first process, which sends them to the others.
 
     Args:
-        held: contexts to close when the run ends, such as the lock of its folder.
+        held: the exit stack for everything that must be closed when the run ends, such as the lock on its folder.
     """
 
     def __init__(self, config: Config, ranks: Ranks, held: ExitStack) -> None:
@@ -106,11 +106,11 @@ class Run:
         with ranks.agreed():
             checkpoint = load_checkpoint(self.resume) if self.resume else None
             device = device_of(config.device)
-        torch.backends.cudnn.deterministic = True  # for bit-identical convolutions on every run
+        torch.backends.cudnn.deterministic = True  # makes convolutions bit-identical in every run
         with ranks.agreed(), ranks.first_alone():
             options = dict(data_dir=config.data_dir, stream=config.stream, workers=config.workers)
             source = open_dataset(config.dataset, config.img_size, **options)
-        if config.dataset not in NAMES:  # a path: the run may resume in another working directory
+        if config.dataset not in NAMES:  # a path: make it absolute, because the run may be resumed in a different directory
             config = replace(config, dataset=os.path.abspath(config.dataset))
         with ranks.agreed():
             check_batches(config, ranks, source.train_images)
@@ -123,7 +123,7 @@ class Run:
         check_shared_data(self.dataset, ranks)
         images = len(self.dataset.train)
         with ranks.agreed():
-            if images < source.train_images:  # some cannot be decoded
+            if images < source.train_images:  # some images cannot be decoded
                 check_batches(config, ranks, images)
                 check_smallest_batch(config, model, ranks, images)
             if checkpoint:
@@ -135,10 +135,10 @@ class Run:
             with ranks.agreed():
                 self.state.restore(checkpoint)
         self.title = f"{config.model} on {self.dataset.name}"
-        self.unreadable = 0  # undecodable images reported so far
+        self.unreadable = 0  # number of undecodable images that have been reported
         self.stop, self.board = Stop(), None
         self.drawn = time.perf_counter()
-        hidden = None if config.progress is None else not config.progress  # None: shown only on a terminal
+        hidden = None if config.progress is None else not config.progress  # None: shows it only on a terminal
         self.progress = tqdm(
             total=config.epochs * self.steps,
             initial=self.steps_done,
@@ -152,7 +152,7 @@ class Run:
         return self.state.config
 
     def lock(self) -> None:
-        """Lock the folder against other runs until this one ends."""
+        """Lock the folder against other runs until this run ends, and set `new` to False if it contains the run to resume."""
 
         def acquire() -> str:
             with output_errors(self.output):
@@ -165,9 +165,9 @@ class Run:
         self.new = self.ranks.decided(lambda: not resumes(self.output, self.resume))
 
     def open(self) -> None:
-        """Create and lock the folder of a new run, and write the first files."""
+        """Create and lock the folder if it does not exist yet, and write the first files."""
         history = self.state.history
-        branches = self.new and bool(history)  # resumes another run in a new folder, which inherits best.pt
+        branches = self.new and bool(history)  # resumes a run in a new folder, to which best.pt is copied
         with self.ranks.agreed(), output_errors(self.output):
             best = best_of(self.resume, history) if branches and self.ranks.first else None
             if self.ranks.first and not self.is_locked:
@@ -176,7 +176,7 @@ class Run:
             self.lock()
         self.state.config = replace(self.config, output=str(self.output))
         if self.new:
-            self.save("last.pt")  # first, because the other files are useless without it
+            self.save("last.pt")  # written first, because the other files are useless without it
         with self.ranks.agreed(), output_errors(self.output):
             if self.ranks.first:
                 remove_leftovers(self.output)
@@ -189,17 +189,17 @@ class Run:
                     self.board = Board(self.output, len(history))
 
     def made_folder(self) -> Path:
-        """Create and return the folder of a new run. If it is still empty when the run ends, it is removed."""
+        """Create and return the folder of a new run. If the folder is empty when the run ends, remove it."""
         if self.output is None:
             folder = claim_folder(f"{self.config.model}-{self.dataset.name}")
         else:
             folder = self.output
-            folder.mkdir(parents=True, exist_ok=True)  # two runs may create it at once; the lock decides
+            folder.mkdir(parents=True, exist_ok=True)  # if two runs create it at once, the lock decides
         self.held.callback(remove_empty, folder)
         return folder
 
     def go(self) -> None:
-        """Train to the last epoch or until a signal arrives."""
+        """Train until the last epoch or the accuracy `time_to` is reached, or a signal arrives."""
         config, history = self.config, self.state.history
         self.say(self.description())
         if config.warmup_epochs > config.epochs:
@@ -223,7 +223,7 @@ class Run:
                     self.state.start_epoch()
                     self.after_epoch()
         except BaseException:
-            with suppress(OSError):  # report the original error
+            with suppress(OSError):  # do not hide the original error
                 self.draw()
             raise
         finally:
@@ -247,7 +247,7 @@ class Run:
             self.save("last.pt")
         if number:
             epoch, name = len(self.state.history) + 1, signal.Signals(number).name
-            self.ranks.wait()  # for the checkpoint: torchrun ends all processes when the first one exits
+            self.ranks.wait()  # torchrun ends all processes when one exits, so wait for the checkpoint
             raise Stopped(number, f"stopped by {name} in epoch {epoch}, continue with --resume {self.output}")
 
     def after_epoch(self) -> None:
@@ -296,7 +296,7 @@ class Run:
             draw_learning_curve(self.output / "learning_curve.png", history, best_epoch(history), self.title)
 
     def draw_best(self) -> None:
-        """Evaluate the best checkpoint, and draw its confusion matrix and mistakes."""
+        """Evaluate the best checkpoint, and draw the confusion matrix and the mistakes."""
         trained = load_trained(self.output, self.state.device)
         draw_evaluation(self.output, trained, evaluate_trained(trained, self.dataset), self.dataset)
 
@@ -329,7 +329,7 @@ class Stop:
     """The last signal received.
 
     Attributes:
-        number: of the signal, 0 for none.
+        number: the signal number, or 0 if no signal was received.
     """
 
     number = 0
@@ -337,10 +337,10 @@ class Stop:
 
 @contextmanager
 def stop_signals(stop: Stop) -> Iterator[None]:
-    """Record SIGINT and SIGTERM in `stop` inside the block. The training loop then saves its state and ends.
+    """Record SIGINT and SIGTERM in `stop` during the block, instead of ending the program.
 
-    A second Ctrl-C ends the program at once. A second SIGTERM does not: torchrun forwards the signal to processes that the
-    system has already signaled.
+    The training loop then saves its state and ends. A second Ctrl-C ends the program at once. A second SIGTERM does not,
+    because a process can get one SIGTERM from the system and another from torchrun, which forwards the signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows signal handlers only in the main thread

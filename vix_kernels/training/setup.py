@@ -1,4 +1,4 @@
-"""Set up the device, the model and the folder of a run. Everything is checked before anything is written."""
+"""Set up the device, the model and the folder of a run. All checks are made before any file is written."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ RUN_FILES = ("args.yaml", "summary.csv", "last.pt", "best.pt", "learning_curve.p
 
 
 def located(config: Config) -> tuple[str | None, Path | None]:
-    """Return the checkpoint to resume from, if any, and the folder to write to, or None to let `claim_folder` choose.
+    """Return the checkpoint or run folder to resume from, and the folder to write to.
 
-    The checkpoint is that of --resume. If torchrun has restarted this run, it is the run's last.pt, if there is one.
+    If torchrun has restarted this run and its folder contains last.pt, the run resumes from that file. Otherwise, it resumes
+    from --resume, if given. The folder is --output, or by default that of the resumed checkpoint. If neither is given, the
+    folder is None, and `claim_folder` chooses it.
     """
     if config.output and _restarted() and (Path(config.output) / "last.pt").exists():
         return config.output, Path(config.output)
@@ -40,10 +42,10 @@ def located(config: Config) -> tuple[str | None, Path | None]:
 
 
 def resumes(folder: Path, resume: str | None) -> bool:
-    """Return whether the run in `folder` is the one to resume. Raises `UserError` if `folder` contains another run."""
+    """Return whether the run in `folder` is the run to resume. Raises `UserError` if `folder` contains a different run."""
     if resume and checkpoint_path(resume).resolve() == (folder / "last.pt").resolve():
         return True
-    if any((folder / name).exists() for name in RUN_FILES) and not _restarted():  # a restarted run may have no checkpoint
+    if any((folder / name).exists() for name in RUN_FILES) and not _restarted():  # a restarted run may have no checkpoint yet
         raise UserError(f"--output: {folder} contains a run: continue it with --resume {folder}, or name another folder")
     return False
 
@@ -61,17 +63,17 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]  # the rest is a list of devices, or advice on CUDA
+        reason = str(error).partition("\n")[0]  # the other lines list devices or give advice on CUDA
         raise UserError(f"--device: cannot use {name!r}: {reason}") from error
     if device.type == "meta":
-        raise UserError("--device: cannot use 'meta': its tensors hold no values")
+        raise UserError("--device: cannot use 'meta': its tensors have no values")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
 def check_tensorboard() -> None:
-    """Raise `UserError` if TensorBoard cannot be imported. The import takes a second."""
+    """Raise `UserError` if TensorBoard cannot be imported. The import takes about a second."""
     try:
         import_module("torch.utils.tensorboard")
     except ImportError as error:
@@ -88,7 +90,10 @@ def check_processes(config: Config, ranks: Ranks) -> None:
 
 
 def check_shared_data(dataset: Dataset, ranks: Ranks) -> None:
-    """Raise `UserError` if a process has other data than the first one. Compares classes, numbers of images, and labels."""
+    """Raise `UserError` if a process has different data from process 0.
+
+    The classes, the numbers of images, and checksums of the labels are compared.
+    """
 
     def contents() -> dict[str, Any]:
         parts = {"training": dataset.train, "held-out": dataset.test}
@@ -102,7 +107,7 @@ def check_shared_data(dataset: Dataset, ranks: Ranks) -> None:
 
 
 def check_batches(config: Config, ranks: Ranks, images: int) -> None:
-    """Raise `UserError` if a process gets less than one image for each part of the smallest batch."""
+    """Raise `UserError` if a process gets fewer than --grad-accum-steps images from the smallest batch."""
     smallest = images // config.steps(images)
     if ranks.least(smallest) < config.grad_accum_steps:
         parts = f"{ranks.world} processes, which get pairs of images, and --grad-accum-steps {config.grad_accum_steps}"
@@ -110,7 +115,10 @@ def check_batches(config: Config, ranks: Ranks, images: int) -> None:
 
 
 def build_model(config: Config, source: Source, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """Create the model. Arguments that --model-kwargs does not name follow from the data set.
+    """Create the model, and test it on zeros.
+
+    The image shape and the number of classes are those of the data set. So is the patch size, unless --model-kwargs or the
+    model's preset sets it.
 
     Returns:
         The model and its arguments.
@@ -120,7 +128,7 @@ def build_model(config: Config, source: Source, device: torch.device) -> tuple[n
     for name, flag in {"backend": "--backend", "drop_path_rate": "--drop-path"}.items():
         if name in config.model_kwargs:
             raise UserError(f"--model-kwargs: {name}: use the flag {flag}")
-    try:  # the data set's patch size, unless the model takes none or its preset sets one
+    try:  # use the suggested patch size, unless the model has no such argument or its preset sets it
         applicable = source.model_kwargs.keys() & takes(config.model) - preset(config.model).keys()
         kwargs = shape | {key: source.model_kwargs[key] for key in applicable} | config.model_kwargs
         kwargs["img_size"] = pair("img_size", kwargs["img_size"])
@@ -142,9 +150,9 @@ def build_model(config: Config, source: Source, device: torch.device) -> tuple[n
 
 
 def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images: int) -> None:
-    """Raise `UserError` if a process may get one image and the model cannot train on it.
+    """Raise `UserError` if a process may get a batch of one image and the model cannot train on such a batch.
 
-    Batch norm fails if a channel has a single value.
+    Batch norm fails if a channel has only one value.
     """
     if ranks.least(images // config.steps(images)) // config.grad_accum_steps > 1:
         return
@@ -156,9 +164,9 @@ def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images:
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], source: Source) -> None:
-    """Raise `UserError` if `checkpoint` has another model, seed or classes, or more epochs than this run.
+    """Raise `UserError` if `checkpoint` has a different model, seed or classes, or has more epochs than this run.
 
-    Within an epoch, the batch size must be equal, too.
+    If the checkpoint was saved in the middle of an epoch, its batch size must also be that of this run.
     """
     saved = checkpoint["config"] | {"model_kwargs": checkpoint["model_kwargs"]}
     wanted = {"model": config.model, "seed": config.seed, "model_kwargs": model_kwargs}
@@ -168,26 +176,27 @@ def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[st
         if saved.get(name) != value:
             raise UserError(f"--resume: the checkpoint has {name} {saved.get(name)!r}, this run has {value!r}")
     if checkpoint["data"].get("classes") != list(source.classes):
-        raise UserError(f"--resume: the checkpoint has other classes than dataset {config.dataset}")
+        raise UserError(f"--resume: the checkpoint has different classes from dataset {config.dataset}")
     begun = len(checkpoint["history"]) + bool(checkpoint["step"])
     if config.epochs < begun:
         raise UserError(f"--epochs: expected at least the {begun} that the checkpoint has started, got {config.epochs}")
 
 
 def check_same_data(checkpoint: Checkpoint, config: Config, dataset: Dataset) -> None:
-    """Raise `UserError` if `checkpoint` was trained on another number of images.
+    """Raise `UserError` if `checkpoint` was trained with a different number of images.
 
-    The path may have changed, and the pixel statistics depend on the JPEG decoder, so neither is compared.
+    The path of the data set and the pixel statistics are not compared. The path may have changed, and the statistics depend on
+    the JPEG decoder.
     """
     description = dataset.description()
     if any(checkpoint["data"].get(name) != description[name] for name in ("train_images", "test_images")):
-        raise UserError(f"--resume: the checkpoint has other numbers of images than dataset {config.dataset}")
+        raise UserError(f"--resume: the checkpoint has different numbers of images from dataset {config.dataset}")
 
 
 def best_of(resume: str, history: list[dict[str, Any]]) -> Checkpoint | None:
-    """Return the checkpoint of the best epoch in `history` if it is next to the resumed one.
+    """Return the best.pt next to the resumed checkpoint if it is from the best epoch in `history`, otherwise None.
 
-    A best.pt with another history is ignored: the run has continued since, or is another run.
+    If best.pt has a different history, it was written later than the resumed checkpoint, or by a different run.
     """
     path = checkpoint_path(resume).with_name("best.pt")
     best = load_checkpoint(path) if path.is_file() else None
@@ -195,7 +204,7 @@ def best_of(resume: str, history: list[dict[str, Any]]) -> Checkpoint | None:
 
 
 def claim_folder(name: str) -> Path:
-    """Create runs/NAME, or the first of NAME-2, NAME-3, ... that does not exist. Concurrent runs get different folders."""
+    """Create runs/NAME, or the first of NAME-2, NAME-3, ... that does not exist yet. Concurrent runs get different folders."""
     runs = Path("runs")
     runs.mkdir(exist_ok=True)
     for number in count(1):

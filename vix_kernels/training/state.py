@@ -1,4 +1,4 @@
-"""The state of training, which checkpoints save and restore."""
+"""The training state that checkpoints save and restore."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ History = list[dict[str, Any]]
 
 
 class State:
-    """The model and the rest of the training state: optimizer, loss scaler, moving average and progress.
+    """The training state: the model, the optimizer, the loss scaler, the moving average and the progress.
 
-    Random numbers need no state, because they follow from the seed and from `place`.
+    Random number generators are not part of the state, because all random numbers are derived from `place`.
 
     Attributes:
-        model: the plain module.
-        call: the module to call for training. It averages the gradients over the processes.
+        model: the module without the DDP wrapper.
+        call: the module to call for training, which averages the gradients over all processes.
         history: one row for each completed epoch.
-        step: the completed steps of the current epoch.
-        loss_sum: the sum of the losses in these steps.
-        seconds: the time of these steps.
-        diverged: the first step of the current epoch whose loss is not finite, else NEVER. A tensor on the device.
+        step: the number of completed steps in the current epoch.
+        loss_sum: the sum of the losses of all images in these steps.
+        seconds: the time that these steps took.
+        diverged: the first step in the current epoch whose loss was not finite, or NEVER. It is a tensor on the device.
     """
 
     def __init__(self, config: Config, model: nn.Module, device: torch.device, ranks: Ranks) -> None:
         self.config, self.model, self.device, self.ranks = config, model, device, ranks
         self.ema = Ema(model, config.model_ema_decay) if config.model_ema else None
         for module in filter(None, (model, self.ema and self.ema.model)):
-            if config.channels_last and not config.fsdp:  # FSDP2 needs contiguous weights; only images change
+            if config.channels_last and not config.fsdp:  # FSDP2 needs contiguous weights, so only the images are converted
                 module.to(memory_format=torch.channels_last)
             if config.compile:
-                module.compile(dynamic=True)  # batches have two sizes
+                module.compile(dynamic=True)  # not all batches have the same size
             if config.fsdp:
                 shard(module, device)
         if config.grad_checkpointing:
@@ -58,7 +58,7 @@ class State:
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """Seed, epoch and step. They determine the next random numbers."""
+        """The seed, epoch and step, from which the next random numbers are derived."""
         return self.config.seed, len(self.history), self.step
 
     @property
@@ -67,8 +67,8 @@ class State:
         return self.ema.model if self.ema else self.model
 
     def checkpoint(self, model_kwargs: dict[str, Any], data: dict[str, Any]) -> Checkpoint:
-        """Return the checkpoint of this state. All processes must call it."""
-        average_batch_norm(self.model, self.ranks)  # all processes continue with the statistics that are saved
+        """Return this state as a checkpoint. All processes must call this method."""
+        average_batch_norm(self.model, self.ranks)  # all processes continue with the saved statistics
         return {
             "config": asdict(self.config),
             "model_kwargs": model_kwargs,
@@ -86,7 +86,7 @@ class State:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Restore the state from `checkpoint`. If it has no moving average, the average starts from its weights.
+        """Restore the state from `checkpoint`. If it contains no moving average, the average starts from the saved weights.
 
         Raises:
             UserError: the checkpoint does not fit the model.
@@ -100,7 +100,7 @@ class State:
                 load_placed(self.ema.model, checkpoint["ema"] or checkpoint["model"])
                 self.ema.updates = checkpoint["ema_updates"]
             self.history, self.step, self.seconds = checkpoint["history"], checkpoint["step"], checkpoint["seconds"]
-            if self.ranks.first:  # the sum over all processes
+            if self.ranks.first:  # the saved value is the sum over all processes
                 self.loss_sum += checkpoint["loss_sum"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--resume: the checkpoint does not fit the model: {error}") from error

@@ -26,14 +26,15 @@ SHOWN_MISTAKES = 24
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model in evaluation mode. It has the moving average of the weights if the checkpoint contains one.
+    """A trained model in evaluation mode. Its weights are the moving average if the checkpoint contains one.
 
     Attributes:
         path: the file that the model was loaded from.
-        config: the settings of its training. A model from `save_model` has the default settings and an empty dataset.
+        config: the settings of its training. For a model from `save_model`, the default settings with an empty dataset name.
         model: the model.
-        classes: the class names, or None if `save_model` did not get them.
-        mean, std: the statistics of the training images in [0, 1], (channels, 1, 1), or None if `save_model` did not get them.
+        classes: the class names, or None if they are unknown, because `save_model` did not receive them.
+        mean, std: the mean and standard deviation of the training images, as floats in [0, 1], (channels, 1, 1), or None if
+            they are unknown.
     """
 
     path: Path
@@ -57,7 +58,7 @@ class Trained:
 
 
 class FromPixels(nn.Module):
-    """The model with its normalization in front: float images in [0, 1] to logits."""
+    """A trained model that normalizes its input. It maps float images in [0, 1] to logits."""
 
     def __init__(self, trained: Trained) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ class FromPixels(nn.Module):
 def load_trained(path: str | Path, device: torch.device) -> Trained:
     """Load a model from a checkpoint file, from the best checkpoint of a run folder, or from a folder that `save_model` wrote.
 
-    The model's config["data"] holds the classes, mean and std of the training images, which `save_model` writes.
+    The classes, mean and std of the training images are stored in the model's config["data"], so that `save_model` writes them.
 
     Raises:
         UserError: there is no model at `path`, or it is damaged.
@@ -107,7 +108,7 @@ def _load_saved(folder: Path, device: torch.device) -> Trained:
 
 
 def _training_images(model: nn.Module, device: torch.device) -> tuple[tuple[str, ...] | None, Tensor | None, Tensor | None]:
-    """Return the classes, mean and std in the model's config. None if they are missing."""
+    """Return the classes, mean and std in the model's config. Missing values are None."""
     data = model.config.get("data", {})
     classes = tuple(map(str, data["classes"])) if "classes" in data else None
     if classes and len(classes) != model.num_classes:
@@ -122,12 +123,12 @@ def _training_images(model: nn.Module, device: torch.device) -> tuple[tuple[str,
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results on all held-out images.
+    """The results of a model on all held-out images.
 
     Attributes:
         loss: the mean cross-entropy.
         top1, top5: the accuracies in percent.
-        confusion: the numbers of images, (classes, classes). Rows are true classes, columns are predicted classes.
+        confusion: the confusion matrix, (classes, classes). Rows are true classes, and columns are predicted classes.
         mistakes: the wrongly classified images with the highest predicted probability, uint8 (n, channels, height, width).
         labels, predicted, probability: the true class, the predicted class and its probability for each mistake, (n,).
     """
@@ -142,14 +143,14 @@ class Evaluation:
     probability: Tensor
 
     def worst_pairs(self, number: int) -> list[tuple[int, int, int]]:
-        """Return (images, true class, predicted class) of the most common mistakes."""
+        """Return (number of images, true class, predicted class) for the most common mistakes."""
         wrong = self.confusion - self.confusion.diag().diag()
         counts, places = wrong.flatten().topk(min(number, wrong.numel()))
         return [(int(n), *divmod(int(place), len(wrong))) for n, place in zip(counts, places, strict=True) if n]
 
 
 def check_fits(trained: Trained, source: Source) -> None:
-    """Raise `UserError` if the images have another shape or other classes than the model."""
+    """Raise `UserError` if the shape or the classes of the images differ from those of the model."""
     known = trained.classes or tuple(map(str, range(trained.model.num_classes)))
     if source.classes != known and (trained.classes or len(source.classes) != len(known)):
         expected, actual = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (known, source.classes))
@@ -164,7 +165,7 @@ def evaluate_trained(trained: Trained, dataset: Dataset) -> Evaluation:
     The images are normalized with the mean and std of the training images. If these are unknown, those of `dataset` are used.
 
     Raises:
-        UserError: the images have other classes or another shape than the model.
+        UserError: the classes or the shape of the images differ from those of the model.
     """
     check_fits(trained, dataset.source())
     if trained.mean is not None:
@@ -195,8 +196,8 @@ def evaluate_trained(trained: Trained, dataset: Dataset) -> Evaluation:
 def predict(trained: Trained, files: list[Path]) -> Iterator[tuple[Path, Tensor | Exception, Tensor | None]]:
     """Yield the path, the image and the class probabilities (classes,) of each file.
 
-    The image has the model's size, (channels, height, width), and values in [0, 1]. If a file cannot be decoded, the image is
-    the error and the probabilities are None.
+    The image is resized to the size of the model, (channels, height, width), and has values in [0, 1]. If a file cannot be
+    decoded, the exception is yielded instead of the image, and the probabilities are None.
     """
     device = next(trained.model.parameters()).device
     for path in files:
@@ -211,7 +212,9 @@ def predict(trained: Trained, files: list[Path]) -> Iterator[tuple[Path, Tensor 
 
 
 def attention_map(trained: Trained, image: Tensor) -> Tensor:
-    """Return the class token's attention weights in the last block, averaged over the heads: (rows, columns) of patches.
+    """Return the class token's attention weights in the last block, averaged over the heads.
+
+    The result has the shape (rows, columns) of the grid of patches.
 
     Raises:
         UserError: the model has no class token, or its last block has no attention.

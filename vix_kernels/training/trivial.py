@@ -1,8 +1,10 @@
 """TrivialAugment (Müller and Hutter, arXiv:2103.10158): one random operation per image, with a uniformly drawn strength.
 
-The operations and their maximum strengths are those of the paper's wide space, except that translations move an image by at
-most half of its side instead of 32 pixels. Images are float (batch, channels, height, width) in [0, 1]. `strength` and `sign`
-have the shape (batch, 1, 1, 1). `strength` is between 0 (no change) and 1, and `sign` is -1 or 1.
+The operations and their maximum strengths are those of the paper's wide space, with one exception: translations move an image
+by at most half its side instead of 32 pixels.
+
+The operations take float images (batch, channels, height, width) in [0, 1]. `strength` and `sign` have the shape
+(batch, 1, 1, 1). `strength` is between 0 (no change) and 1, and `sign` is -1 or 1.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def trivial_augment(images: Tensor, draws: Draws) -> Tensor:
-    """Apply a random one of OPERATIONS to each image."""
+    """Apply a randomly selected operation to each image."""
     selected, strength = draws.integers(0, len(OPERATIONS)), draws.uniform()
     sign = torch.where(draws.chance(0.5), 1.0, -1.0)
     out = images.clone()
@@ -56,7 +58,7 @@ def translate_y(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
 
 def rotate(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
     angle = _numbers(sign * strength) * math.radians(135)
-    aspect = x.shape[2] / x.shape[3]  # warp's coordinates run from -1 to 1 along both sides, whatever their lengths
+    aspect = x.shape[2] / x.shape[3]  # warp's coordinates run from -1 to 1 along both sides, even if the image is not square
     return warp(x, [[angle.cos(), -angle.sin() * aspect, 0.0], [angle.sin() / aspect, angle.cos(), 0.0]])
 
 
@@ -79,7 +81,7 @@ def sharpness(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
 
 
 def posterize(x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    step = 2 ** (6 * strength).round()  # in units of 1/255: keeps 8 to 2 bits
+    step = 2 ** (6 * strength).round()  # quantization step in units of 1/255, which keeps 8 to 2 bits
     return ((255 * x).round() / step).floor() * step / 255
 
 
@@ -122,5 +124,5 @@ def _gray(x: Tensor) -> Tensor:
 
 
 def _extrapolate(other: Tensor, x: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    """Move x toward `other` (sign -1) or as far away from it (sign 1), by up to 0.99 of their difference."""
+    """Move x toward `other` (sign -1) or away from it (sign 1), by up to 0.99 times their difference. Clamp to [0, 1]."""
     return torch.lerp(other.expand_as(x), x, 1 + 0.99 * sign * strength).clamp(0, 1)

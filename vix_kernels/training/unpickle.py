@@ -1,4 +1,4 @@
-"""A restricted unpickler for untrusted files. It only loads the types that its caller allows, since others could run code."""
+"""A restricted unpickler for untrusted files. It loads only allowed types, because other types could execute code."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 
 class Unpickler(pickle._Unpickler):
-    """Unpickler of `content` that refuses names outside `allowed`.
+    """An unpickler that rejects all names that are not in `allowed`.
 
-    It derives from Python's implementation: the one in C allocates and fills as much memory as a damaged length or memo index
-    says. For byte arrays both do, so they are refused; valid files contain none.
+    If a length or a memo index is damaged, pickle's C implementation may allocate and fill as much memory as the damaged number
+    states. This class therefore derives from the Python implementation, which does so only for byte arrays. Byte arrays are
+    rejected, too. Valid files contain none.
 
     Args:
         content: the pickle.
-        allowed: pairs of a module and a name in it.
+        allowed: pairs of a module and a name in that module.
     """
 
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}

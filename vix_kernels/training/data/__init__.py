@@ -1,4 +1,4 @@
-"""Data sets, with one file for each format. To add a format, add its reader here and call it in `_opened`."""
+"""Data sets. Each format has one module in this folder. To add a format, add a module and call its reader in `_opened`."""
 
 from __future__ import annotations
 
@@ -28,27 +28,28 @@ Size = int | tuple[int, int]
 
 
 def load_dataset(name: str, img_size: Size | None = None, **options: Any) -> Dataset:
-    """Open a data set as `open_dataset` does, and decode its images."""
+    """Open a data set with `open_dataset`, and load its images."""
     return open_dataset(name, img_size, **options).load()
 
 
 def open_dataset(
     name: str, img_size: Size | None = None, *, data_dir: str | None = None, stream: bool | None = None, workers: int = 4
 ) -> Source:
-    """Open a data set by its name or path. Packs and images in folders are not decoded yet.
+    """Open a data set by its name or path. Images in packs and folders are decoded later, by `Source.load`.
 
     Args:
         name: a name from NAMES, or the path of a pack or folder in one of FORMATS.
-        img_size: (height, width) in pixels to which images in folders are resized and cropped. An integer means a square. None
-            keeps their size.
-        data_dir: the folder for named data sets, also for downloads. None for the user's cache.
-        stream: whether to decode images in folders on demand instead of in advance. None streams them if they are too large for
-            memory.
+        img_size: (height, width) in pixels to which images in folders are resized and cropped. An integer means a square. If
+            None, the images keep their size.
+        data_dir: the folder that contains named data sets, and to which they are downloaded. If None, a folder in the
+            user's cache is used.
+        stream: whether to decode images in folders on demand instead of in advance. If None, they are decoded on demand if
+            they would take more than 4 GiB of memory.
         workers: the number of processes that decode streamed images. 0 decodes in this process.
 
     Raises:
-        UserError: if the data set is missing, damaged, or in an unknown format, or if `img_size` or `stream` does not apply to
-            it. `Source.load` raises it too.
+        UserError: if the data set is missing, damaged, or in an unknown format, or if it does not support `img_size` or
+            `stream`. `Source.load` also raises this error.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     with _reading(name):
@@ -89,7 +90,7 @@ def _opened(name: str, size: tuple[int, int] | None, data_dir: str | None, strea
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Convert all exceptions to `UserError`: a damaged or foreign file can make a reader raise any type."""
+    """Convert all exceptions to `UserError`. A reader may raise any exception for a damaged file or an unknown format."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 in the formats of their authors: pickles for Python, or binary files."""
+"""Read CIFAR-10 and CIFAR-100 in their original formats: Python pickles or binary files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from .dataset import Dataset, integer_labels, make_dataset
 from .images import HeldImages
 
 PIXELS = 3 * 32 * 32
-# Name: training files, test file, file of class names. Then the keys of the labels and of the class names in pickles, or the
-# number of bytes before each image in binary files. The last of these bytes is the label.
+# Each entry starts with the training files, the test file, and the file with the class names. For pickles, it ends with the
+# keys of the labels and of the class names. For binary files, it ends with the number of bytes before each image, the last of
+# which is the label.
 PYTHON = {
     "cifar10": ([f"data_batch_{i}" for i in range(1, 6)], "test_batch", "batches.meta", b"labels", b"label_names"),
     "cifar100": (["train"], "test", "meta", b"fine_labels", b"fine_label_names"),
@@ -24,11 +25,12 @@ BINARY = {
     "cifar10": ([f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", "batches.meta.txt", 1),
     "cifar100": (["train.bin"], "test.bin", "fine_label_names.txt", 2),
 }
-FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")  # names in the archives
+# The data set is in the given folder or in a subfolder that was unpacked from one of the original archives.
+FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary")
 
 
 def find_cifar(folder: Path) -> Path | None:
-    """Return `folder` or its subfolder from an archive, whichever has a file of class names, or else None."""
+    """Return `folder` or the subfolder that contains a file with class names, or None if there is no such file."""
     for inner in FOLDERS:
         if any((folder / inner / files[2]).is_file() for files in (*PYTHON.values(), *BINARY.values())):
             return folder / inner

@@ -1,4 +1,4 @@
-"""Data sets, and functions that their readers share."""
+"""The classes for data sets, and functions that the readers of all formats share."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Augmentation = Callable[[Tensor, Draws], Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before its images are decoded, with the facts that a model and a run are checked against."""
+    """A data set whose images are not decoded yet. It has the information needed to create a model and to check a run."""
 
     name: str
     classes: tuple[str, ...]
     shape: tuple[int, int, int]  # channels, height and width of an image
     train_images: int  # number of training images, including those that cannot be decoded
-    model_kwargs: dict[str, Any]  # as in Dataset
+    model_kwargs: dict[str, Any]  # suggested model arguments, as in Dataset
     load: Callable[[], Dataset]
     streams: bool = False  # whether images are decoded on demand
 
@@ -39,11 +39,11 @@ class Dataset:
     classes: tuple[str, ...]
     train: Images
     test: Images
-    max_value: int  # largest value of the uint8 images, mapped to 1
-    mean: Tensor  # (channels, 1, 1), over the training images, or a sample, as floats in [0, 1]
-    std: Tensor  # likewise
+    max_value: int  # largest pixel value of the uint8 images, which is mapped to 1
+    mean: Tensor  # (channels, 1, 1), for the training images or a sample of them, as floats in [0, 1]
+    std: Tensor  # as for mean
     augment: Augmentation  # for float images in [0, 1]
-    model_kwargs: dict[str, Any] = field(default_factory=dict)  # suggested model arguments, besides the shape
+    model_kwargs: dict[str, Any] = field(default_factory=dict)  # suggested model arguments, except the shape
     unreadable: tuple[str, ...] = ()  # files skipped while loading, each with the reason
 
     def source(self) -> Source:
@@ -53,11 +53,14 @@ class Dataset:
         return replace(self, **{name: getattr(self, name).to(device) for name in ("train", "test", "mean", "std")})
 
     def all_unreadable(self) -> set[str]:
-        """Return the files skipped so far, each with the reason."""
+        """Return the files that have been skipped so far, each with the reason."""
         return {*self.unreadable, *self.train.unreadable, *self.test.unreadable}
 
     def description(self) -> dict[str, Any]:
-        """Return what a checkpoint stores about its data: to prepare inputs, name classes, and check the data when resuming."""
+        """Return the description of this data set that is stored in checkpoints.
+
+        It is used to normalize inputs, to name classes, and to check the data set of a resumed run.
+        """
         return {
             "name": self.name,
             "classes": list(self.classes),
@@ -78,7 +81,7 @@ class Dataset:
 
 
 def photographs(images: Tensor, draws: Draws) -> Tensor:
-    """Augment small photographs: flip them horizontally at random, and shift them by up to an eighth of each side."""
+    """Augment small photographs: flip them horizontally at random, and shift them by up to an eighth of their size."""
     return random_flip_crop(images, draws, shift=0.125)
 
 
@@ -94,12 +97,12 @@ def make_dataset(
     statistics: Tensor | None = None,
     unreadable: tuple[str, ...] = (),
 ) -> Dataset:
-    """Check labels and names, compute the pixel statistics, and return the data set.
+    """Check the labels and names, compute the pixel statistics, and return the data set.
 
     Args:
-        patch_size: suggested patch size of a model. None for `suited_patch_size`.
-        statistics: uint8 images from which to compute the mean and standard deviation. None for the training images, which must
-            then be `HeldImages`.
+        patch_size: the suggested patch size for models. By default, the result of `suited_patch_size`.
+        statistics: the uint8 images from which to compute the mean and standard deviation. By default, the training images,
+            which must then be `HeldImages`.
 
     Raises:
         ValueError: if labels are out of range, a class has no training image, there are fewer than 2 classes, the numbers of
@@ -126,7 +129,7 @@ def make_dataset(
 
 
 def check_labels(classes: tuple[str, ...], train: Tensor, test: Tensor) -> None:
-    """Raise `ValueError` if there are no images, a label is out of range, or a class has no training image."""
+    """Raise `ValueError` if a part has no images, a label is out of range, or a class has no training image."""
     for part, labels in {"training": train, "test": test}.items():
         if not len(labels):
             raise ValueError(f"expected at least one {part} image, got none")
@@ -138,9 +141,9 @@ def check_labels(classes: tuple[str, ...], train: Tensor, test: Tensor) -> None:
 
 
 def suited_patch_size(shape: tuple[int, int, int]) -> int:
-    """Return the largest divisor of gcd(height, width) that is at most an eighth of it, or else 1.
+    """Return the largest divisor of gcd(height, width) that is at most an eighth of the gcd, or 1 if the gcd is less than 8.
 
-    For square images of 8 pixels or more per side, it is the largest patch size that gives at least 8 x 8 tokens.
+    For square images with at least 8 pixels per side, this is the largest patch size that gives at least 8 x 8 tokens.
     """
     side = math.gcd(*shape[1:])
     return max(p for p in range(1, side + 1) if side % p == 0 and p <= max(1, side // 8))
@@ -166,8 +169,8 @@ def _is_text(name: str) -> bool:
 def pixel_statistics(images: Tensor, *, max_value: int) -> tuple[Tensor, Tensor]:
     """Return the mean and standard deviation of each channel of uint8 images (n, channels, height, width).
 
-    Both are (channels, 1, 1), for values divided by `max_value`. They come from a histogram, which is exact and needs no float
-    copy of the images. For a constant channel, the deviation is 1 to avoid a division by zero.
+    Both have the shape (channels, 1, 1) and refer to values divided by `max_value`. They are computed from a histogram, which
+    is exact and needs no float copy of the images. The deviation of a constant channel is 1, to avoid a division by zero.
     """
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
     frequencies = counts.double() / counts.sum(1, keepdim=True)

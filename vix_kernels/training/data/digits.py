@@ -1,4 +1,4 @@
-"""The digits of scikit-learn, which need no download."""
+"""The handwritten digits that scikit-learn includes. They need no download."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named data sets: downloaded, checked and unpacked once."""
+"""Download, check and unpack named data sets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..config import UserError
 
-# Name: address, and the files at it with the checksums that their publishers state.
+# The address of each data set, and its files at that address with the checksums that the publisher states.
 _CIFAR = "https://www.cs.toronto.edu/~kriz"
 SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "cifar10": (_CIFAR, {"cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a"}),
@@ -44,12 +44,12 @@ SOURCES: dict[str, tuple[str, dict[str, str]]] = {
 def fetched(name: str, data_dir: str | None) -> Path:
     """Return the folder of a named data set in `data_dir`. Download it first if the folder does not exist.
 
-    An existing folder is used without a check. An archive in `data_dir` is unpacked without a download if its checksum is
-    correct.
+    An existing folder is used without any check. If `data_dir` already contains the archive with the correct checksum, the
+    archive is not downloaded again.
 
     Args:
         name: a name from SOURCES.
-        data_dir: the folder for data sets. None for the user's cache.
+        data_dir: the folder that contains the data sets. If None, a folder in the user's cache is used.
 
     Raises:
         UserError: if a download fails, a checksum differs, or this Python cannot unpack safely.
@@ -72,7 +72,7 @@ def fetched(name: str, data_dir: str | None) -> Path:
                 path = pooch.retrieve(url, checksum, file, home if archive else content, progressbar=os.isatty(2))
             except ValueError as error:  # pooch raises it if the checksum differs
                 raise UserError(f"--dataset: wrong checksum of {url}: {error}") from error
-            except OSError as error:  # the base class of the exceptions of requests
+            except OSError as error:  # includes all exceptions of the requests package
                 where = home if archive else folder
                 raise UserError(
                     f"--dataset: cannot download {url} ({type(error).__name__}); without a network, put that file into {where}"
@@ -92,9 +92,13 @@ def _is_archive(file: str) -> bool:
 
 
 def _unpacked(archive: Path, folder: Path) -> Path:
-    """Unpack `archive` into `folder`, and return `folder`, or the single folder in it. Nothing is written outside `folder`."""
+    """Unpack `archive` into `folder`, and never write outside it.
+
+    Returns:
+        The folder in the archive, if the archive contains nothing else. Otherwise `folder`.
+    """
     safe = {}
-    if archive.suffix != ".zip":  # shutil skips names outside the folder in zip files, not in tar files
+    if archive.suffix != ".zip":  # for zip files, shutil skips names that point outside the folder
         if not hasattr(tarfile, "data_filter"):
             version = sys.version.partition(" ")[0]
             raise UserError(f"--dataset: expected Python 3.10.12, 3.11.4 or newer to unpack {archive} safely, got {version}")

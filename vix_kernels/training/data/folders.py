@@ -1,4 +1,4 @@
-"""Images in one folder per class, or in the layout of Tiny ImageNet. They are decoded in advance or on demand."""
+"""Read images that are stored in one folder per class, or in the layout of Tiny ImageNet, in advance or on demand."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .images import MOST_UNREADABLE, HeldImages, StreamedImages, decode, hidden,
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 HELD_OUT = ("val", "valid", "validation", "test")
-HELD_BYTES = 2**32  # limit for decoded images in memory; larger data sets are streamed
-SAMPLE = 512  # minimum number of training images for the pixel statistics of a streamed data set
+HELD_BYTES = 2**32  # maximum size of decoded images in memory; larger data sets are streamed by default
+SAMPLE = 512  # minimum number of training images for the pixel statistics of streamed data sets
 Files = list[tuple[Path, int]]  # image files and their labels
 
 
@@ -30,13 +30,14 @@ def is_folder(folder: Path) -> bool:
 def folders(folder: Path, size: tuple[int, int] | None, stream: bool | None, workers: int) -> Source:
     """Open images in train/CLASS/ and val/CLASS/ (or valid, validation, test), including subfolders of CLASS.
 
-    Tiny ImageNet has val/images and val/val_annotations.txt instead of val/CLASS/. Images that cannot be decoded are skipped,
-    up to one image or one percent.
+    Tiny ImageNet has val/images and val/val_annotations.txt instead of val/CLASS/. Images that cannot be decoded are skipped.
+    More than one of them is an error if they are also more than one percent of all images.
 
     Args:
-        folder: the folder with train and val.
-        size: (height, width) to which images are resized and cropped. None requires that all images have the same size.
-        stream: whether to decode images on demand. None does so if the decoded images exceed HELD_BYTES.
+        folder: the folder that contains train and val.
+        size: (height, width) to which images are resized and cropped. With None, all images must have the same size.
+        stream: whether to decode images on demand. With None, they are decoded on demand if they would take more
+            than HELD_BYTES of memory.
         workers: the number of processes that decode streamed images.
     """
     train = folder / "train"
@@ -85,7 +86,7 @@ def _shape_of_first(files: Files) -> tuple[int, int, int]:
 
 
 def _folders_in(folder: Path) -> tuple[str, ...]:
-    """Return the sorted names of the subfolders that are not hidden."""
+    """Return the sorted names of all subfolders except hidden ones."""
     names = []
     for path in folder.iterdir():
         if path.name.startswith("."):
@@ -112,10 +113,10 @@ def _of_classes(folder: Path, classes: Sequence[str]) -> Files:
 
 
 def _images_in(folder: Path, ancestors: tuple[os.stat_result, ...] = ()) -> Iterator[Path]:
-    """Yield the files in `folder` and its subfolders that have the suffix of an image, sorted by name in each folder.
+    """Yield the files in `folder` and its subfolders that have an image suffix, sorted by name within each folder.
 
-    Hidden files are ignored, since macOS writes `._NAME` files. A symbolic link that is broken or points to a folder above it
-    is yielded like an image, and `decode` reports it.
+    Hidden files are ignored, because macOS writes `._NAME` files. A symbolic link that is broken or points to one of its parent
+    folders is yielded like an image, so that `decode` reports it.
     """
     ancestors = (*(ancestors or [each.stat() for each in folder.absolute().parents]), folder.stat())
     with os.scandir(folder) as entries:
@@ -131,7 +132,7 @@ def _images_in(folder: Path, ancestors: tuple[os.stat_result, ...] = ()) -> Iter
 
 
 def _annotated(path: Path, classes: Sequence[str]) -> Files:
-    """Read val_annotations.txt. Each line has a file, its class, and a bounding box, which is ignored."""
+    """Read val_annotations.txt. Each line has the name of a file, its class, and a bounding box, which is ignored."""
     labels = {name: label for label, name in enumerate(classes)}
     files = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -149,7 +150,7 @@ def _decoded(
     """Decode `files` and check that each image has the given shape.
 
     Returns:
-        uint8 images (n, *shape), their indices in `files`, and the files that cannot be decoded, each with the reason.
+        The uint8 images (n, *shape), their indices in `files`, and the files that cannot be decoded, each with the reason.
     """
     images = np.empty((len(files), *shape), np.uint8)
     unreadable: dict[int, str] = {}

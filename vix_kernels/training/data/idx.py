@@ -1,4 +1,4 @@
-"""MNIST and data sets in its format: images and labels in four idx files, optionally compressed."""
+"""Read MNIST and data sets in the same format: images and labels in four idx files, which may be compressed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..draws import Draws
 from .dataset import Dataset, make_dataset
 from .images import HeldImages
 
-IMAGES, LABELS = 0x0803, 0x0801  # magic numbers: unsigned bytes, 3 dimensions or 1
+IMAGES, LABELS = 0x0803, 0x0801  # magic numbers of arrays of unsigned bytes with 3 dimensions and with 1
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
 def find_idx(folder: Path, part: str, kind: str) -> Path | None:
-    """Return the file of a part (train, t10k) and kind (images-idx3, labels-idx1), or None.
+    """Return the file for a part (train or t10k) and a kind (images-idx3 or labels-idx1), or None if it does not exist.
 
-    Some copies spell the kind with a dot: images.idx3.
+    In some copies of MNIST, the file names have a dot instead of a hyphen, as in images.idx3.
     """
     names = (f"{part}-{kind}-ubyte", f"{part}-{kind.replace('-', '.')}-ubyte")
     files = (folder / (name + ending) for name in names for ending in (".gz", ""))
@@ -33,9 +33,9 @@ def is_idx(folder: Path) -> bool:
 
 
 def idx(folder: Path) -> Dataset:
-    """Read the grayscale images and labels of train and t10k. The files may be compressed (.gz).
+    """Read the grayscale images and labels of the parts train and t10k. The files may be compressed (.gz).
 
-    The classes are the numbers from 0 to the largest training label, or those of Fashion-MNIST if the name of `folder`
+    The classes are the numbers from 0 to the largest training label, or the classes of Fashion-MNIST if the name of `folder`
     contains "fashion".
     """
     parts = []
@@ -59,7 +59,7 @@ def drawings(images: Tensor, draws: Draws) -> Tensor:
 
 
 def _read(path: Path, magic: int) -> np.ndarray:
-    """Read an idx file: a big-endian header (magic number and sizes, 32 bits each), then the values as bytes."""
+    """Read an idx file. It has a big-endian header (magic number and sizes, 32 bits each), followed by one byte per value."""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         content = file.read()
     dimensions = magic & 0xFF

@@ -20,11 +20,11 @@ from ..draws import sent
 if TYPE_CHECKING:
     from PIL import Image
 
-MOST_UNREADABLE = 0.01  # fraction of all images; more means a damaged copy
+MOST_UNREADABLE = 0.01  # fraction of all images; if more are unreadable, the copy is assumed to be damaged
 
 
 class Images(Protocol):
-    """uint8 images, all of one `shape` (channels, height, width), and their int64 `labels` (n,)."""
+    """uint8 images that all have the same `shape` (channels, height, width), and their int64 `labels` (n,)."""
 
     labels: Tensor
     shape: tuple[int, int, int]
@@ -37,18 +37,18 @@ class Images(Protocol):
     def batches(self, order: Sequence[Tensor], *, replace_unreadable: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield a batch of images and labels for each tensor of indices in `order`.
 
-        An image that cannot be decoded is skipped. With `replace_unreadable`, it is replaced by the next one that can.
+        An image that cannot be decoded is skipped. With `replace_unreadable`, the next image that can be decoded replaces it.
         """
         ...
 
 
 @dataclass(frozen=True)
 class HeldImages:
-    """Images in one tensor (n, channels, height, width). `to` moves them to the training device."""
+    """Images in memory, in one tensor (n, channels, height, width). `to` moves them to the training device."""
 
     images: Tensor
     labels: Tensor
-    unreadable = frozenset()  # the readers have skipped such files
+    unreadable = frozenset()  # the readers have already skipped files that cannot be decoded
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -109,7 +109,10 @@ class StreamedImages:
 
 @dataclass(frozen=True)
 class _Decoder(torch.utils.data.Dataset):
-    """Map an index to pixels or None, the index of the decoded image, and the files that could not be decoded."""
+    """Decodes images. An item is a tuple (pixels, index of the decoded image, files that could not be decoded).
+
+    The pixels are None if no image could be decoded.
+    """
 
     images: StreamedImages
     replace_unreadable: bool
@@ -128,7 +131,10 @@ class _Decoder(torch.utils.data.Dataset):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ignore signals to the process group. The main process handles them: it saves its state, then stops the workers."""
+    """Ignore SIGINT and SIGTERM in a worker, because they may be sent to the whole process group.
+
+    The main process handles them: it saves the training state and then stops the workers.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -140,7 +146,7 @@ def _stack(items: list[tuple[np.ndarray | None, int, list[str]]]) -> tuple[Tenso
 
 
 def hidden() -> bool | None:
-    """Return the `disable` argument of tqdm. Only rank 0 shows progress bars, and only on a terminal (None)."""
+    """Return the `disable` argument for tqdm: None to show the bar on a terminal, or True to hide it in ranks other than 0."""
     return True if int(os.environ.get("RANK", 0)) else None
 
 
@@ -149,29 +155,30 @@ def decode(path: Path, size: tuple[int, int] | None) -> np.ndarray | Exception:
 
     Args:
         path: the image file.
-        size: (height, width) to resize to, after a center crop to this aspect ratio. None keeps the size of the file.
+        size: (height, width) to which the image is resized, after a center crop to the same aspect ratio. With None, the image
+            keeps its size.
     """
     from PIL import Image, ImageOps
 
     try:
         check_regular(path)
-        with Image.open(path) as file:  # raises only above twice the limit of pixels, and warns below that
+        with Image.open(path) as file:  # raises only above twice MAX_IMAGE_PIXELS, and warns below that
             if Image.MAX_IMAGE_PIXELS and file.width * file.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(
                     f"expected at most {Image.MAX_IMAGE_PIXELS:,} pixels, got {file.width} x {file.height}"
                 )
             if size:
-                file.draft("RGB", (2 * size[1], 2 * size[0]))  # JPEG only: decodes faster, to at least twice `size`
+                file.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes JPEG files faster, at twice `size` or more
             image = _rgb(ImageOps.exif_transpose(file), file.format)
         if size:
             image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
         return np.asarray(image).transpose(2, 0, 1)
-    except Exception as error:  # the type depends on the format: OSError, SyntaxError, ValueError, ...
+    except Exception as error:  # the type depends on the image format: OSError, SyntaxError, ValueError, ...
         return error
 
 
 def with_reason(path: Path, error: Exception) -> str:
-    """Return a line with a file and the reason why it cannot be decoded."""
+    """Return a line that names a file and the reason why it cannot be decoded."""
     return f"{path}: {str(error) or repr(error)}"
 
 
@@ -185,11 +192,11 @@ def check_regular(path: Path) -> None:
 
 
 def _rgb(image: Image.Image, format: str | None) -> Image.Image:
-    """Convert to RGB with 8 bits per channel. Pillow's conversion clips 16-bit and 32-bit pixels to 255."""
+    """Convert an image to RGB with 8 bits per channel. Pillow's conversion would clip 16-bit and 32-bit pixels at 255."""
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):  # values from 0 to 65535
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # the high byte, as in Pillow's 16-bit RGB reader
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # the high byte, which Pillow uses for 16-bit RGB
     elif image.mode in ("I", "F"):
         kind = "integers" if image.mode == "I" else "floats"
         raise ValueError(f"expected pixels of 8 or 16 bits, got 32-bit {kind} (mode {image.mode}), whose range is unknown")

@@ -1,4 +1,4 @@
-"""Packs: JPEG images of one size in one .npz file."""
+"""Read packs, which are .npz files that contain JPEG images of one size."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .images import HeldImages, check_regular, hidden
 
 
 def pack(path: Path) -> Source:
-    """Open a pack of JPEG images of one size, which are decoded to RGB.
+    """Open a pack. Its JPEG images all have the same size and are decoded to RGB.
 
     The JPEG file of image i is `headers[header_offsets[h] : header_offsets[h + 1]] + scans[offsets[i] : offsets[i + 1]]`, with
-    `h = header_id[i]`. Images share headers, since the header of a small image can be larger than its data. `labels[i]` is an
+    `h = header_id[i]`. Images share headers, because the header of a small image can be larger than its data. `labels[i]` is an
     index into `classes`. `split[i]` is 0 for a training image and 1 for a test image.
     """
     check_regular(path)
@@ -28,7 +28,7 @@ def pack(path: Path) -> Source:
     labels, split = (integer_labels(arrays[name]) for name in ("labels", "split"))
     classes = tuple(map(str, arrays["classes"]))
     if not len(labels) == len(split) == len(arrays["header_id"]) == len(arrays["offsets"]) - 1:
-        raise ValueError("labels, split, header_id and offsets: expected the same number of images in all")
+        raise ValueError("labels, split, header_id and offsets: expected the same number of images in each")
     train, test = split == 0, split == 1
     if not (train.any() and test.any() and (train | test).all()):
         raise ValueError(f"split: expected the values 0 and 1, got {split.unique().tolist()}")
