@@ -1,4 +1,4 @@
-# Targets set up .venv first if they need it; `make help` lists them.
+# Targets that need .venv set it up first. `make help` lists all targets.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_TRITON := 3.6.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
-# The published wheel, with which the tests compare, and its imports beyond the test extra. They are installed without their
-# dependencies, which include torchvision.
+# The published wheel, which the tests compare with, and the packages it imports that are not in the test extra. They are
+# installed without dependencies, which include torchvision.
 ORIGINALS := vision_xformer==0.2.0 performer-pytorch==1.1.4 local-attention==1.4.4 axial-positional-embedding==0.3.12
 
 .DEFAULT_GOAL := help
@@ -16,7 +16,7 @@ ORIGINALS := vision_xformer==0.2.0 performer-pytorch==1.1.4 local-attention==1.4
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
 
-# On shared cores, threads that spin while waiting block each other and slow down each step many times.
+# On shared cores, threads that spin while they wait block each other, which makes each step many times slower.
 train: $(READY)  ## train hybrid_vip on 8 x 8 digits; with options: make train ARGS="--epochs 60"
 	OMP_WAIT_POLICY=passive $(BIN)/vix train --model hybrid_vip --dataset digits $(ARGS)
 
@@ -26,7 +26,7 @@ test: $(READY)  ## run the tests; a selection: make test ARGS="-k models"
 attack: $(READY)  ## test operators and file readers with random cases: make attack ARGS="--minutes 20 --backend triton"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack $(ARGS)
 
-bench: $(READY)  ## compare the speed of every operator with its peers; with torch.compile: make bench ARGS=--compiled
+bench: $(READY)  ## compare the speed of every operator with other packages; with torch.compile: make bench ARGS=--compiled
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m pytest --benchmark $(ARGS)
 
@@ -44,8 +44,9 @@ lint: $(READY)  ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# All architectures with the installed Triton; only sm_90 with the oldest supported Triton, which is in a separate folder.
-# 4,389 specializations in 45 minutes on two cores, and more than half an hour for the shared memory of every entry.
+# The installed Triton compiles for all architectures. The oldest supported Triton, which is installed in a separate folder,
+# compiles only for sm_90. On two cores, the 4,389 specializations take 45 minutes, and the shared memory of every entry takes
+# more than half an hour.
 report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile every kernel for seven GPU architectures; check spills
 	$(BIN)/vix dev compile-report $(ARGS)
 	$(BIN)/vix dev compile-report --shared $(ARGS)
@@ -56,9 +57,9 @@ clean:  ## remove the environment and all caches; keep runs/
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # With an NVIDIA driver, use the system's CUDA build of torch if there is one, otherwise the build that pip chooses.
-# Without a driver, install the CPU build of constraints/cpu.txt and its torchvision, which timm needs for the tests. They are
-# from PyTorch's index if it answers within seconds, otherwise from the index that pip is configured for. PyPI's torchvision
-# does not match a CPU build; the last command reports that.
+# Without a driver, install the CPU build of constraints/cpu.txt and the matching torchvision, which timm needs for the tests.
+# Both come from PyTorch's index if it answers within seconds, otherwise from the index that pip is configured for. PyPI's
+# torchvision does not match a CPU build. The command before `touch` reports such a mismatch.
 $(READY): pyproject.toml constraints/cpu.txt
 	@set -e; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

@@ -1,4 +1,4 @@
-"""Pytest options: `pytest` runs the tests, `pytest --benchmark` the benchmarks."""
+"""Pytest options. `pytest` runs the tests, and `pytest --benchmark` runs the benchmarks."""
 
 from pathlib import Path
 
@@ -19,6 +19,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install 'vix_kernels[bench]'")
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
-        # Not rootpath: pytest takes a path after --benchmark-json into account when it determines its root.
+        # Not config.rootpath, because pytest also considers a path after --benchmark-json when it determines the root.
         config.args = [str(Path(__file__).parent / "bench")]
     config.pluginmanager.import_plugin("bench.plugin")

@@ -1,11 +1,11 @@
-"""Measure the speedup of the integrations: a host library's attention or model against the same one with ours in its place.
+"""Measure the speedup of the integrations: compare a host library's attention or model with a version that uses our kernels.
 
     python -m bench.integrations --output DIR
 
-Times are CPU times of one thread. Both modules take turns, in several processes per integration: large buffers cost more or
-less depending on what the allocator kept from earlier calls, and a process that has measured other integrations gives other
-ratios. Outputs are compared before anything is timed. They must match the host's, except for timm, where landmarks
-approximate softmax attention.
+Times are CPU times of one thread. The two modules take turns. Each integration is measured in several new processes, because
+the cost of large buffers depends on the memory that the allocator kept from earlier calls, so a process that has measured other
+integrations yields different ratios. Outputs are compared before anything is timed. They must match the outputs of the host
+library, except for timm, where landmarks approximate softmax attention.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vix_kernels.measure.operators import alone
 from vix_kernels.measure.timing import in_turns
 
 SAME = 1e-4  # largest relative error of outputs that match in float32
-Pair = tuple[nn.Module, nn.Module, tuple[Tensor, ...]]  # our module, the host's, and their arguments
+Pair = tuple[nn.Module, nn.Module, tuple[Tensor, ...]]  # our module, the host library's module, and their arguments
 
 
 def timm_vit() -> Pair:
@@ -83,7 +83,7 @@ def linformer() -> Pair:
 
 
 def _with_ours(replace: Callable[[nn.Module], object], host: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return a copy of `host` whose attention `replace` has replaced, and `host` itself."""
+    """Return a copy of `host` to which `replace` was applied, and `host` itself."""
     ours = copy.deepcopy(host)
     replace(ours)
     return ours, host
@@ -115,7 +115,10 @@ Times = dict[str, tuple[float, ...]]
 
 
 def measured(name: str, rounds: int) -> tuple[float, dict[str, Times]]:
-    """Return the relative error of our outputs, and for "forward" and "full" the milliseconds of "ours" and "host"."""
+    """Return the relative error of our outputs, and the milliseconds of all calls.
+
+    The times are in a dictionary from direction ("forward" or "full") to owner ("ours" or "host") to times.
+    """
     torch.manual_seed(0)
     torch.set_num_threads(1)
     build, _ = INTEGRATIONS[name]
@@ -133,7 +136,7 @@ def measured(name: str, rounds: int) -> tuple[float, dict[str, Times]]:
 
 
 def summary(name: str, runs: list[tuple[float, dict[str, Times]]]) -> dict[str, Any]:
-    """Return medians over the rounds of all processes; a ratio is computed within one round."""
+    """Return medians over the rounds of all processes. Each ratio compares two times from the same round."""
     row: dict[str, Any] = dict(integration=name, what=INTEGRATIONS[name][1], relative_error=max(error for error, _ in runs))
     for direction in ("forward", "full"):
         ours, host = (

@@ -1,6 +1,7 @@
 """Count lines of code without comments, docstrings, blank lines, tests and tables: `python -m bench.lines [CHECKOUT ...]`.
 
-Measuring code is vix_kernels/measure/ and bench/. Older checkouts have it in other files, ONCE_MEASURING.
+The code that counts as "measuring" is in vix_kernels/measure/ and bench/. Older checkouts have it in the files that
+ONCE_MEASURING lists.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 TABLES = ("vix_kernels/_triton/launch_table.py",)
-ONCE_MEASURING = {  # in vix_kernels/, before measure/
+ONCE_MEASURING = {  # files in vix_kernels/ before measure/ existed
     "timing.py", "traffic.py", "roofline.py", "check.py", "_triton/compile_report.py", "_triton/compile_table.py",
     "_triton/machine_code.py", "_triton/offline.py", "_triton/shared_memory.py", "_triton/costs.py", "_triton/tune.py",
     "_triton/interpreter.py",
@@ -22,7 +23,7 @@ NO_CODE = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
 
 
 def lines(source: str) -> int:
-    """Return the number of lines of `source` that hold code."""
+    """Return the number of lines of `source` that contain code."""
     code: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if tokenize.tok_name[token.type] not in NO_CODE:

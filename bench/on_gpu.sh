@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Collects all GPU measurements of this checkout into the folder OUT: bench/on_gpu.sh OUT; see --help.
-# Needs python3 with torch, Triton, NumPy and einops, but no network and no installation. PYTHON selects another interpreter.
+# Collect all GPU measurements of this checkout in the folder OUT. Usage: bench/on_gpu.sh OUT; see --help.
+# This needs python3 with torch, Triton, NumPy and einops, but no network and no installation. Set PYTHON to use a different
+# interpreter.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"

@@ -1,8 +1,8 @@
-"""Plugin of `pytest --benchmark`: gives pytest-benchmark a device clock.
+"""Plugin for `pytest --benchmark` that makes pytest-benchmark report device time.
 
-Its statistics, JSON and comparisons then hold device time, or CPU time without a GPU. The first test of an operator and length
-checks and measures all providers together, in turns (vix_kernels/measure/operators.py). Each test then replays its recorded
-times to pytest-benchmark.
+The statistics, JSON files and comparisons of pytest-benchmark then contain device time, or CPU time without a GPU. The first
+test of an operator and number of tokens checks and measures all providers together (vix_kernels/measure/operators.py). Each
+test then replays the recorded times of its provider to pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vix_kernels.testing import SPECS
 DEVICE = "cpu" if backends.reason_against_gpu() else "cuda"
 TOKENS = (1024, 4096)
 DIRECTIONS = ("forward", "full")
-Race = dict[tuple[str, str], Result]  # by provider and direction
+Race = dict[tuple[str, str], Result]  # (provider, direction) -> result
 
 
 class Recorded:
@@ -52,7 +52,7 @@ CLOCK = Recorded()
 
 
 def contenders(op: str, config: pytest.Config) -> list[str]:
-    """Return the providers to measure. SDPA is the same for all attentions of a length, so only the first measures it."""
+    """Return the providers to measure. SDPA is measured only with the first attention, because it is the same for all."""
     skipped = {"compiled"} if not config.getoption("--compiled") else set()
     if op != next(name for name in public() if SPECS[name].attends):
         skipped.add("sdpa")
@@ -79,9 +79,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def race(pytestconfig: pytest.Config) -> Callable[[str, int], Race]:
-    """Return race(op, tokens), which gives the results of all providers and measures them on its first call."""
+    """Return race(op, tokens), which returns the results of all providers and measures them in its first call."""
     if DEVICE == "cpu":
-        torch.set_num_threads(1)  # more threads give noisy times on shared cores
+        torch.set_num_threads(1)  # with more threads, times on shared cores are noisy
     rounds = 1 if pytestconfig.getoption("--benchmark-disable") else int(pytestconfig.getoption("--benchmark-min-rounds"))
 
     @cache
@@ -95,7 +95,10 @@ def race(pytestconfig: pytest.Config) -> Callable[[str, int], Race]:
 
 @pytest.fixture
 def report(benchmark: Any, race: Callable[[str, int], Race]) -> Callable[[str, int, str, str], None]:
-    """Return report(op, tokens, direction, provider), which adds a row to pytest-benchmark, or fails and shows no time."""
+    """Return report(op, tokens, direction, provider), which adds the result to pytest-benchmark.
+
+    If the result is wrong, the test fails, and no time is reported.
+    """
 
     def report(op: str, tokens: int, direction: str, provider: str) -> None:
         results = race(op, tokens)

@@ -1,11 +1,12 @@
 """Measure how closely linear-cost attentions approximate softmax attention as the number of slots grows.
 
-The attentions use random features, segment or grid landmarks, or pooled agents. Their baseline is the mean of v. One set of
-tokens is q, k and v of a softmax transformer on held-out images of digits (16 x 16 tokens); the script trains it first. The
-others are random fields with a known correlation length, smooth and rough (64 x 64 tokens). The error is
-|out - exact| / |exact| of one head on one image, or of one field. Lines show medians, bands quartiles. No attention is trained
-to approximate: the study asks how well each one approximates given q, k and v. linformer_attention is skipped, because its
-projections are parameters, and untrained ones say nothing about trained ones.
+The slots are random features, segment or grid landmarks, or pooled agents. The baseline is the mean of v. There are three sets
+of tokens. The first contains q, k and v of a softmax transformer for held-out images of digits (16 x 16 tokens); the script
+trains the transformer first. The other two are random fields with a known correlation length, one smooth and one rough (64 x 64
+tokens). The error is |out - exact| / |exact| for one head and image, or for one field. In the figure, lines show medians and
+bands show quartiles. No attention is trained for the approximation: the study measures how well each attention approximates
+softmax attention for given q, k and v. linformer_attention is skipped because its projections are trained parameters, and the
+error with random projections would say nothing about trained projections.
 
 examples:
   python -m bench.quality --output docs/quality.png    also writes docs/quality.csv; two minutes on an idle core
@@ -34,15 +35,15 @@ from vix_kernels.models import create_model
 from vix_kernels.ops.pooling import pooled_queries
 from vix_kernels.training import Config, UserError
 
-WIDTH = 32  # of a head
-FIELD = 64  # tokens a side
+WIDTH = 32  # head width
+FIELD = 64  # tokens per side of a random field
 FIELDS = {"smooth field": 8.0, "rough field": 2.0}  # standard deviation, in tokens, of the Gaussian that smooths the noise
 MEAN = "mean of v"
 
 
 @dataclass(frozen=True)
 class Size:
-    """Size of the study."""
+    """Numbers of slots, epochs, images and fields in the study."""
 
     slots: tuple[int, ...]
     epochs: int
@@ -56,7 +57,10 @@ QUICK = Size(slots=(16, 64), epochs=0, images=2, fields=2)
 
 @dataclass(frozen=True)
 class Tokens:
-    """q, k and v of shape (1, heads, height * width, WIDTH), from maps of `grid` = (height, width). Images count as heads."""
+    """q, k and v of shape (1, heads, height * width, WIDTH), where `grid` is (height, width).
+
+    Different images, layers and fields are stored as different heads.
+    """
 
     name: str
     q: Tensor
@@ -67,7 +71,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Row:
-    """Quartiles over heads of |out - exact| / |exact|, Frobenius norms over tokens and channels."""
+    """Quartiles over heads of |out - exact| / |exact|, where |x| is the Frobenius norm over tokens and channels."""
 
     tokens: str
     method: str
@@ -78,7 +82,7 @@ class Row:
 
 
 def performer(x: Tokens, slots: int, seed: int) -> Tensor:
-    # Each head draws its features, so the quartiles include the variation between draws.
+    # Each head has different random features, so the quartiles include the variation between draws.
     projection = orthogonal_projection(slots, WIDTH, seed=seed, num_heads=x.q.shape[1])
     return performer_attention(x.q, x.k, x.v, projection)
 
@@ -115,7 +119,7 @@ def errors(x: Tokens, size: Size, seed: int) -> Iterator[Row]:
 
 
 def random_field(name: str, size: Size, seed: int) -> Tokens:
-    """Return independent q, k and v of Gaussian noise on a torus, smoothed by a Gaussian and scaled to unit variance."""
+    """Return independent q, k and v: Gaussian noise on a torus, smoothed with a Gaussian and scaled to unit variance."""
     noise = torch.randn(3, 1, size.fields, WIDTH, FIELD, FIELD, generator=torch.Generator().manual_seed(seed))
     square = torch.fft.fftfreq(FIELD).square()
     response = torch.exp(-2 * (torch.pi * FIELDS[name]) ** 2 * (square[:, None] + square))
@@ -125,7 +129,10 @@ def random_field(name: str, size: Size, seed: int) -> Tokens:
 
 
 def trained_tokens(size: Size, seed: int) -> Tokens:
-    """Return the tokens of all layers and heads of a softmax transformer on held-out digits of 16 x 16 pixels, a token each."""
+    """Train a softmax transformer on digits, and return q, k and v of all its layers and heads for held-out images.
+
+    Images have 16 x 16 pixels, and each pixel is a token.
+    """
     from tqdm import tqdm
 
     from vix_kernels.training.data import HeldImages, load_dataset, pixel_statistics
@@ -199,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.output.suffix != ".png":
         parser.error(f"--output: expected a path that ends in .png, got {args.output}")
-    if not os.access(args.output.parent, os.W_OK) or not args.output.parent.is_dir():  # checked before minutes of work
+    if not os.access(args.output.parent, os.W_OK) or not args.output.parent.is_dir():  # fail before minutes of work
         parser.error(f"--output: cannot write to the folder {args.output.parent}")
     size = QUICK if args.quick else FULL
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""Print a run of `pytest --benchmark` as a table: our time over each peer's, with the budgets of the design.
+"""Print the results of `pytest --benchmark` as a table: our times divided by those of the peers, and missed budgets (targets).
 
 pytest --benchmark --benchmark-json run.json
 python -m bench.table run.json
@@ -21,14 +21,17 @@ Row = dict[str, Any]
 
 
 class Budget(NamedTuple):
-    """Upper limits of our figure over the peer's: time of a forward, of forward and backward, and memory kept for backward."""
+    """Targets: upper limits for our value divided by the peer's.
+
+    They apply to the time of the forward, the time of forward and backward, and the memory kept for the backward.
+    """
 
     forward: float | None
     full: float | None
     kept: float | None = None
 
 
-# For a CPU, one thread, float32, batch 2, 4 heads, width 64, 256 features or slots, 64 landmarks, 33 taps.
+# These apply to one CPU thread, float32, batch 2, 4 heads, width 64, 256 features or slots, 64 landmarks and 33 taps.
 BUDGETS = {
     ("performer_attention", 1024): Budget(0.4, 0.6, 0.1),
     ("performer_attention", 4096): Budget(0.22, 0.33, 0.1),
@@ -45,19 +48,19 @@ COLUMNS = (
 
 
 def ratio(ours: Sequence[float], peers: Sequence[float]) -> float:
-    """Return the median ratio of the rounds, or the ratio of the medians where the two have different rounds."""
+    """Return the median of the ratios per round, or the ratio of the medians if the numbers of rounds differ."""
     if len(ours) == len(peers):
         return statistics.median(a / b for a, b in zip(ours, peers, strict=True))
     return statistics.median(ours) / statistics.median(peers)
 
 
 def peer(op: str) -> str:
-    """Return the peer that the budgets of `op` refer to: a library, or the plain form that users write."""
+    """Return the peer that the budgets of `op` refer to: a peer package, or plain PyTorch code."""
     return next(iter(PEERS.get(op, ())), "reference")
 
 
 def lines(rows: Iterable[Row]) -> list[str]:
-    """Return a Markdown table: one line per operator and length, with cells "forward / forward and backward"."""
+    """Return a Markdown table with one line per operator and number of tokens. Cells are "forward / forward and backward"."""
     found = {(row["op"], row["tokens"], row["direction"], row["provider"]): row for row in rows}
     cpu = any(row["method"] == "cpu" for row in found.values())
     body = []
@@ -91,7 +94,7 @@ def _against(ours: Row | None, name: str, found: dict[tuple, Row], budget: float
     if ours is None:
         return "wrong"
     value = ours["ours_over_others"].get(name)
-    if value is None and name == "sdpa" and SPECS[ours["op"]].attends:  # measured with the first attention
+    if value is None and name == "sdpa" and SPECS[ours["op"]].attends:  # measured only with the first attention
         key = ours["tokens"], ours["direction"], "sdpa"
         other = next((row for (_, *rest), row in found.items() if tuple(rest) == key), None)
         value = ours["device_ms"] / other["device_ms"] if other else None
@@ -114,15 +117,15 @@ MODEL_COLUMNS = (
 
 
 def model_budget(name: str) -> Budget:
-    """Return the budget of a training step in float32, and of the memory kept for it."""
+    """Return the budget for the time of a training step in float32 and for the memory kept for its backward."""
     return Budget(None, 0.85 if name in ("vil", "hybrid_vil") else 0.7, 0.4)
 
 
-BF16_BUDGET = 0.45  # our time in bf16 over the original's in float32, on a CPU with bf16 matrix instructions (AMX)
+BF16_BUDGET = 0.45  # our bf16 time divided by the original's float32 time, on a CPU with bf16 matrix instructions (AMX)
 
 
 def model_lines(rows: Iterable[Row]) -> list[str]:
-    """Return a Markdown table: one line per model, with our figures over those of the original."""
+    """Return a Markdown table with one line per model: our values divided by those of the original."""
     found = {(row["model"], row["provider"], row["dtype"], row["direction"]): row for row in rows if row["status"] == "ok"}
 
     def ratio(name: str, figure: str, ours: str, original: str, direction: str = "training") -> float | None:

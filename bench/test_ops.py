@@ -1,4 +1,7 @@
-"""Benchmark every public operator against plain PyTorch, softmax attention and the installed peers; check results first."""
+"""Benchmark every public operator against plain PyTorch, softmax attention and the installed peer packages.
+
+Results are checked before they are timed.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Compare the accuracy of our models, with the fast recipe, and of the originals after a few minutes on one CPU core.
+"""Compare the accuracy that our models and the originals reach after a few minutes of training on one CPU core.
 
     python -m bench.training cifar10_jpeg.npz --output DIR
 
-Both have the same architecture and about the same number of parameters. An original is the plain form of the published model,
-trained in float32 with the recipe of its scripts, but with the loop and the data loading of this library. Ours trains in
-bfloat16 with `--recipe fast`. The two models of a pair run at the same time, each on a separate core, so disturbances hit both.
+The two models of a pair have the same architecture and about the same number of parameters. The original is the published model
+in plain PyTorch. It is trained in float32 with the recipe of the original scripts, but with the training loop and the data
+loading of this library. Our model is trained in bfloat16 with `--recipe fast`. Both are trained at the same time, each on a
+separate core, so disturbances affect both.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from vix_kernels.training.state import State
 HYBRID = VIX | dict(dim=64, depth=3, mlp_dim=128, heads=2, dim_head=32)
 SMALL_CCT = CCT | dict(img_size=32, num_classes=10, embedding_dim=64, num_layers=2, num_heads=2)
 OURS = dict(img_size=32, num_classes=10, embed_dim=64, num_heads=2)
-# Our arguments, then the label and arguments of the original: about 0.2 million parameters each.
+# Arguments of our model, then the label and arguments of the original. Each model has about 0.2 million parameters.
 PAIRS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "hybrid_vip": (OURS | dict(depth=3), "HybridViP", HYBRID),
     "hybrid_vin": (OURS | dict(depth=3), "HybridViN", HYBRID),
     "ccn": (OURS | dict(depth=2, mlp_ratio=4.0), "CCN", SMALL_CCT),
 }
 CORES = (0, 1)
-TRIAL = 0.05  # fraction of the time that estimates how many images fit into it
+TRIAL = 0.05  # a trial run of this fraction of the time estimates how many images the full run can use
 BATCH = 128
 
 
@@ -57,7 +58,8 @@ def make(name: str, provider: str) -> nn.Module:
     if provider == "ours":
         return create_model(name, **ours)
     model = drawn(build(label, original, backend="reference"))
-    model.no_weight_decay, model.get_classifier = set, nn.Identity  # the loop calls both; the original scripts decay all
+    # The training loop calls these methods. The original scripts apply weight decay to all parameters.
+    model.no_weight_decay, model.get_classifier = set, nn.Identity
     return model
 
 
@@ -70,7 +72,7 @@ def trained(name: str, provider: str, path: str, minutes: float, core: int) -> d
     seed_torch(0)
     config = Config(**RECIPES["fast" if provider == "ours" else "original"] | dict(model=name, batch_size=BATCH))
     trial, _ = run(config, make(name, provider), dataset, TRIAL * 60 * minutes)
-    fitting = int(trial / TRIAL)  # the schedule needs its number of epochs
+    fitting = int(trial / TRIAL)  # images in the full time; the schedule needs the number of epochs in advance
     model, data = make(name, provider), dataset
     if provider == "ours":
         epochs = -(-fitting // len(dataset.train))
@@ -88,7 +90,7 @@ def trained(name: str, provider: str, path: str, minutes: float, core: int) -> d
 
 
 def some_of(images: HeldImages, count: int) -> HeldImages:
-    """Return `count` random images: the first ones could all be of one class, if the data set is sorted."""
+    """Return `count` random images. If the data set is sorted, the first images could all belong to one class."""
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     return HeldImages(images.images[drawn], images.labels[drawn])
 

@@ -1,4 +1,4 @@
-"""Compile the kernels of the later parts into Triton's cache, on all cores at once: one by one they take minutes."""
+"""Compile the kernels of the later parts into Triton's cache on all cores. Compiling them one by one would take minutes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from . import correctness
 from .part import Plan
 from .timing import PRIMITIVES, TIMED
 
-WORKERS = 12  # each holds a separate context on the GPU
+WORKERS = 12  # each has a separate context on the GPU
 
 
 def rows(plan: Plan) -> Iterator[Row]:
-    # CUDA does not survive a fork.
+    # Spawned, because CUDA cannot be used after a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1 if plan.dry else min(WORKERS, os.cpu_count() or 1), context) as pool:
-        # Whole attentions first: the primitives then find most of their kernels in the cache.
+        # Whole attentions start first, so most kernels of the primitives are already in the cache.
         running = {
             pool.submit(run, *each, plan.device): each for each in sorted(tasks(plan), key=lambda task: task[0] in PRIMITIVES)
         }
@@ -42,7 +42,10 @@ def rows(plan: Plan) -> Iterator[Row]:
 
 
 def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
-    """Yield one call per kernel specialization. Lengths do not specialize a kernel, so one small batch is enough."""
+    """Yield a call for each kernel specialization.
+
+    Kernels are not specialized for the number of tokens, so one small batch is enough.
+    """
     for check, spec, dtype, case in correctness.order(plan):
         if check is correctness.against_float64:
             yield spec.name, dtype, case
@@ -52,7 +55,7 @@ def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
 
 
 def run(op: str, dtype: str, case: Case, device: str) -> float:
-    """Return the seconds of the first forward and backward. For timing, random features need no gradients."""
+    """Return the seconds of the first forward and backward. In timing cases, random features require no gradients."""
     start = time.perf_counter()
     case = replace(SPECS[op].fit(case), learned=case.name != "timing")
     problem = draw(SPECS[op], case, DTYPES[dtype], device)

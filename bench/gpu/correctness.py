@@ -1,4 +1,4 @@
-"""Check the kernels at realistic sizes: against float64, repeated, in a CUDA graph, and on two concurrent streams."""
+"""Check the kernels at realistic sizes: against float64, in repeated calls, in a CUDA graph, and on two concurrent streams."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LARGE = (
 )
 TINY = (Case("packed", batch=1, heads=1, tokens=20, features=9, packed=True),)
 RAN = "every operator ran"
-Check = Callable[[Problem], tuple[str, float]]  # returns a description of the error, or "", and a figure
+Check = Callable[[Problem], tuple[str, float]]  # returns an error message, or "", and a number to report
 
 
 @by_job
@@ -48,7 +48,7 @@ def run(plan: Plan, check: Check, spec: OpSpec, dtype: str, case: Case) -> Itera
         yield skipped("needs CUDA")
         return
     torch.manual_seed(0)
-    # Drawn on the device: at these sizes drawing float64 numbers on the CPU takes seconds.
+    # Drawn on the device, because drawing float64 numbers of these sizes on the CPU takes seconds.
     problem = draw(spec, replace(spec.fit(case), learned=True), DTYPES[dtype], plan.device)
     try:
         wrong, figure = check(problem)
@@ -59,7 +59,7 @@ def run(plan: Plan, check: Check, spec: OpSpec, dtype: str, case: Case) -> Itera
 
 
 def results(problem: Problem, **how: object) -> list[Tensor]:
-    """Return the outputs, then the gradients for cotangents that depend only on their shapes."""
+    """Return the outputs, then the gradients. Cotangents depend only on the output shapes, and are 0 where outputs are -inf."""
     leaves = {name: x.detach().requires_grad_(name in problem.spec.differentiable) for name, x in problem.tensors.items()}
     problem = replace(problem, tensors=leaves)
     outputs = problem(**how)
@@ -72,9 +72,9 @@ def results(problem: Problem, **how: object) -> list[Tensor]:
 
 
 def against_float64(problem: Problem) -> tuple[str, float]:
-    """Check that the error is at most twice that of plain PyTorch in the same precision.
+    """Check that the error is at most twice the sum of plain PyTorch's error in the same precision and one rounding error.
 
-    The figure is the largest fraction of this budget.
+    The returned number is the largest error as a fraction of this limit.
     """
     exact = results(problem.double(), reference=True)
     plain = results(problem, reference=True)
@@ -92,7 +92,7 @@ def against_float64(problem: Problem) -> tuple[str, float]:
 
 
 def repeats(problem: Problem) -> tuple[str, float]:
-    """Check that repetitions are bit-identical; the figure counts those that differ."""
+    """Check that repeated calls are bit-identical. The returned number is how many of them differ."""
     first = results(problem, backend="triton")
     repetitions = 10 if first[0].is_cuda else 1
     different = sum(not _equal(first, results(problem, backend="triton")) for _ in range(repetitions))
@@ -100,7 +100,7 @@ def repeats(problem: Problem) -> tuple[str, float]:
 
 
 def graph(problem: Problem) -> tuple[str, float]:
-    """Check that a graph captured on some inputs and replayed on others is bit-identical to eager, forward and backward."""
+    """Check that a CUDA graph that is replayed with new inputs is bit-identical to an eager call, forward and backward."""
 
     def run() -> list[Tensor]:
         return results(problem, backend="triton")
@@ -115,7 +115,7 @@ def graph(problem: Problem) -> tuple[str, float]:
 
 
 def streams(problem: Problem) -> tuple[str, float]:
-    """Check ten times that two concurrent streams give the same results as each one alone."""
+    """Check ten times that calls on two concurrent streams return the same results as each call alone."""
     other = problem.map(lambda x: x.detach() * 0.75)
     alone = [results(each, backend="triton") for each in (problem, other)]
     torch.cuda.synchronize()
@@ -136,7 +136,7 @@ def _equal(xs: list[Tensor], ys: list[Tensor]) -> bool:
 
 
 def smallest() -> None:
-    """Run each operator once, forward and backward, on a small problem: for memory checkers, which are slow."""
+    """Run the forward and backward of each operator once on a small problem. Memory checkers, which are slow, run this."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for spec in SPECS.values():
         case = spec.fit(Case("small", batch=1, heads=1, tokens=37, width=24, features=20))

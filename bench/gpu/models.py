@@ -1,4 +1,4 @@
-"""Time inference and a training step of every model, of the originals, and of plain PyTorch."""
+"""Time inference and a training step of every model, of its original, and of the model in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vix_kernels.testing.models import small_model
 from .part import Job, Plan, by_job
 
 OURS: Form = ("ours", "bf16")
-# No layer of these models has another backend, so their plain form is the same.
+# No layer of these models has more than one backend, so the plain form of these models is not measured.
 ONLY_TORCH = ("vit", "hybrid_vit", "levit", "cvt", "cct", "fnet_2d")
-DRY = ("vit", "vil", "vip", "levin", "cvp", "hybrid_fnet", "fnet_2d")  # covers all mixers and all backbones but one
-LARGER = ("vit", "vil", "vip", "vin")  # 4,096 tokens, where linear cost should matter
+DRY = ("vit", "vil", "vip", "levin", "cvp", "hybrid_fnet", "fnet_2d")  # use all mixers and all but one backbone
+LARGER = ("vit", "vil", "vip", "vin")  # measured with 4,096 tokens, where the linear cost should matter
 
 
 @by_job

@@ -1,4 +1,4 @@
-"""The process of a part: its plan, its jobs, and the records it sends."""
+"""The process that runs a part: its plan, its jobs, and the records it sends to the main process."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from vix_kernels.measure.interpreter import fast_interpreter
 from vix_kernels.measure.operators import Row, failed, free, skipped
 from vix_kernels.measure.timing import Spoiled
 
-SPOILED = 75  # exit status: this process can no longer measure, a new one can
-AT = 1  # the job that an injected failure hits: the second, so there are rows to lose
+SPOILED = 75  # exit status of a process that can no longer measure; a new process can
+AT = 1  # an injected failure occurs in the second job, after the first one has sent rows
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The work of one process of a part.
+    """The work that one process does for a part.
 
     Attributes:
-        dry: use tiny sizes in Triton's interpreter.
-        deadline: end of the part's time, by time.monotonic(); later jobs are skipped and get a row that says so.
-        first: number of the first job; an earlier process ran the ones before it.
-        eager: run that first job without a CUDA graph.
+        dry: whether to use tiny sizes in Triton's interpreter.
+        deadline: the time.monotonic() at which the part ends. Jobs after it are skipped and get a row that says so.
+        first: number of the first job to run. An earlier process ran the jobs before it.
+        eager: whether to run the first job without a CUDA graph.
         begin: called with the number and name of each job before it runs.
-        inject: the failure to simulate.
+        inject: the failure to simulate, or "".
     """
 
     dry: bool
@@ -59,7 +59,7 @@ class Plan:
         return time.monotonic() > self.deadline
 
     def finish(self, command: Iterable[str], **how: Any) -> tuple[int | None, str]:
-        """Run a command and return its exit status, or None if the deadline ended it, and its output."""
+        """Run a command and return its exit status and output. The status is None if the deadline ended the command."""
         with tempfile.TemporaryFile("w+", errors="replace") as log:
             try:
                 seconds = max(0.0, self.deadline - time.monotonic())
@@ -82,7 +82,7 @@ class Job(NamedTuple):
 def by_job(jobs: Callable[[Plan], Iterable[Job]]) -> Callable[[Plan], Iterator[Row]]:
     """Turn a function that yields jobs into a part. A job that fails or starts too late gets a row that says so.
 
-    If a job ends the process, only that job is lost: the next process continues with the next job.
+    If a job ends the process, only that job is lost, because a new process continues with the next job.
     """
 
     @functools.wraps(jobs)
@@ -101,7 +101,7 @@ def by_job(jobs: Callable[[Plan], Iterable[Job]]) -> Callable[[Plan], Iterator[R
             except Exception as error:
                 yield failed(error, **what)
                 if not plan.dry:
-                    torch.cuda.synchronize()  # raises again if the device cannot recover, as after an illegal access
+                    torch.cuda.synchronize()  # raises again if the device cannot recover, for example after an illegal access
             free(plan.device)
 
     return rows
@@ -111,11 +111,11 @@ def by_job(jobs: Callable[[Plan], Iterable[Job]]) -> Callable[[Plan], Iterator[R
 
 
 def inject(failure: str) -> None:
-    """Simulate a failure of a GPU run, for the dry run."""
+    """Simulate a failure of a GPU run, so a dry run can test what happens then."""
     print(f"injected: {failure}", file=sys.stderr, flush=True)
-    if failure == "crash":  # like a driver
+    if failure == "crash":  # as a driver may do
         os.abort()
-    elif failure == "kill":  # like the system when memory runs out
+    elif failure == "kill":  # as the system does when memory runs out
         os.kill(os.getpid(), signal.SIGKILL)
     elif failure == "capture":
         raise Spoiled("injected: the capture failed")
@@ -125,14 +125,14 @@ def inject(failure: str) -> None:
 
 
 def end_with_parent() -> None:
-    """Wait for the parent to end, then kill this process group: a killed run leaves no processes."""
+    """Wait for the parent to end, then kill this process group. A run that is killed therefore leaves no processes."""
     multiprocessing.parent_process().join()
     os.killpg(0, signal.SIGKILL)
 
 
 def serve(part: str, plan: Plan, records: Connection, log: Path) -> None:
-    """Run a part and send its rows, and before each job its number and name."""
-    os.setsid()  # a process group, to be killed together with the processes it starts
+    """Run a part and send its rows. Before each job, send the number and name of the job."""
+    os.setsid()  # starts a process group, so the processes that this one starts can be killed with it
     os.chdir(log.parents[1])
     Thread(target=end_with_parent, daemon=True).start()
     with log.open("a") as file:

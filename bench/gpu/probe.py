@@ -21,7 +21,7 @@ from vix_kernels.measure.operators import Row, brief, ok, skipped
 from .part import Plan
 
 LEAST_MEMORY = 8 * 2**30
-# Packages beyond the requirements of vix_kernels, and what is skipped without them.
+# Packages that vix_kernels does not require, and the work that is skipped without them.
 WANTED = {"pytest": "the test suite", "sklearn": "training on digits", "matplotlib": "the pictures"}
 
 
@@ -71,7 +71,7 @@ def launch(plan: Plan) -> None:
 
 
 def why_not_compiled(error: Exception) -> str:
-    """Return in one sentence why the tiny kernel did not run."""
+    """Return one sentence that says why the tiny kernel did not run."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if "C compiler" in str(error) or not compiler:
         return "Triton needs a C compiler for its launcher: install gcc or clang, or set CC"

@@ -1,4 +1,4 @@
-"""Write the files of OUT: a summary, all results as JSON, tables as CSV, and one archive each of pictures and logs."""
+"""Write the files in OUT: a summary, all results as JSON, tables as CSV, an archive of pictures and an archive of logs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Outcome:
 
 
 def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> str:
-    """Write all files except the pictures and return the summary. A file that cannot be written does not stop the others."""
+    """Write all files except the pictures and return the summary. If one file cannot be written, the others still are."""
     problems: list[str] = []
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     everything = dict(machine=machine, parts=[asdict(outcome) for outcome in outcomes])
@@ -52,7 +52,7 @@ def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> st
 
 
 def write_pictures(folder: Path, outcomes: list[Outcome], work: Path) -> str:
-    """Write pictures.zip. Return "", or why it could not be written."""
+    """Write pictures.zip. Return the reason if it could not be written, otherwise ""."""
     problems: list[str] = []
 
     def draw_and_archive(path: Path) -> None:
@@ -68,12 +68,12 @@ def write_pictures(folder: Path, outcomes: list[Outcome], work: Path) -> str:
 def attempt(problems: list[str], write: Callable[[Path, Any], None], path: Path, content: Any) -> None:
     try:
         write(path, content)
-    except Exception as error:  # such as a full disk or a missing library: the other files stay
+    except Exception as error:  # for example, the disk is full or a library is missing; the other files are still written
         problems.append(f"{path.name}: {type(error).__name__}: {error}")
 
 
 def archive(path: Path, folder: Path) -> None:
-    """Archive the files of a folder. Long files keep their beginning and end."""
+    """Archive the files in a folder. Only the beginning and the end of long files are kept."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for each in sorted(folder.iterdir()):
             data = each.read_bytes()
@@ -83,7 +83,7 @@ def archive(path: Path, folder: Path) -> None:
 
 
 def draw_times(folder: Path, rows: list[Row]) -> None:
-    """Draw one curve per provider, from the calls with the wider heads and the largest batch at each length."""
+    """Draw one curve per provider, from the calls with the wider heads and, for each number of tokens, the largest batch."""
     timed = [row for row in rows if row.get("device_ms") is not None and row["width"] != 32]
     fullest = {tokens: max(row["batch"] for row in timed if row["tokens"] == tokens) for tokens in {r["tokens"] for r in timed}}
     draw(folder, [row for row in timed if row["batch"] == fullest[row["tokens"]]], "tokens", formats=("png",))
@@ -131,7 +131,7 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
 
 
 def tuned(rows: list[Row]) -> list[str]:
-    """Return a table with one line per key; the entries for OVERRIDES follow from `best`."""
+    """Return a table with one line per key. The last column is the tile for OVERRIDES if a better tile was found."""
     body = []
     for row in (row for row in rows if row["status"] == "ok"):
         tile = " ".join(f"{name}={value}" for name, value in row["best"].items()) if row["best"] != row["present"] else ""

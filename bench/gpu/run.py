@@ -1,26 +1,26 @@
 """Collect all GPU measurements of this checkout in at most {seconds} seconds, without installing it:
-  compile      all kernels of the later parts, on all cores
-  correctness  kernels at realistic sizes against float64, repeated, in CUDA graphs, on two streams
-  timing       device and wall times, and memory, of every operator, plain and compiled PyTorch,
-               FlashAttention and the installed peers
-  tune         faster launch configurations
-  suite        the pytest suite, the kernels first
-  models       a training step of every model: images/s, memory
-  training     a short training run on each available data set
-  sanitizer    compute-sanitizer on a small call of each operator
+  compile      compile all kernels of the later parts on all cores
+  correctness  check the kernels at realistic sizes: against float64, repeatedly, in CUDA graphs, on two streams
+  timing       measure device time, wall time and memory of every operator, in plain and compiled PyTorch,
+               FlashAttention and the installed peer packages
+  tune         search for faster launch configurations
+  suite        run the pytest suite, the kernels first
+  models       measure inference and a training step of every model: images/s, memory
+  training     train for a short time on each available data set
+  sanitizer    run compute-sanitizer on a small call of each operator
 
 OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip. They are
 written after every part, and every {noted} seconds while a part runs; pictures are written last. The summary names everything
-that was skipped for lack of time, memory or a package. It also names every job that ended its process, such as by a crash or a
-CUDA graph that cannot be captured; the part then continues with its next job.
+that was skipped for lack of time, memory or a package. It also names every job that ended its process, for example because of a
+crash or a CUDA graph that could not be captured. The part then continues with its next job.
 
-Exit status: 0; {failed}: a part failed or the run was stopped; {usage}: wrong arguments; {unavailable}: the kernels cannot run
-here, and one line says why.
+Exit status: 0 on success; {failed} if a part failed or the run was stopped; {usage} for wrong arguments; {unavailable} if the
+kernels cannot run on this machine, in which case one line says why.
 
 To keep a run, copy OUT to bench/results/<gpu-slug>/<YYYY-MM-DD>-<commit>/, such as bench/results/h100-sxm/2026-01-31-1a2b3c4/,
 and commit it: `vix dev roofline` then prints its times next to the predicted ones.
 
-The parts run one after the other, each in a process with a time limit.
+The parts run one after the other, each in a separate process with a time limit.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ from . import report
 from .part import SPOILED, Plan, serve
 from .report import Outcome
 
-# In the order they run, with the relative time of each.
+# In the order in which they run, with the relative time of each.
 PARTS = {
     "compile": 50, "correctness": 45, "timing": 130, "tune": 80, "suite": 70, "models": 55, "training": 35, "sanitizer": 40,
 }  # fmt: skip
 TOTAL = 520
-GRACE = 10  # seconds after its deadline for a part to finish its job
-NOTED = 10  # seconds between reports while a part runs: at most this much is lost with this process
+GRACE = 10  # seconds that a part has after its deadline to finish its job
+NOTED = 10  # seconds between reports while a part runs; at most this much is lost if this process ends
 FEWEST = 5  # seconds that must remain to start a process
-BARREN = 3  # a part is given up after so many successive processes that end early without an ok row
+BARREN = 3  # a part is abandoned after this many successive processes that end early without an ok row
 INJECTED = ("crash", "kill", "capture", "hang", "error")
 FAILED, USAGE, UNAVAILABLE = 1, 200, 201
 
 
 class Stopped(BaseException):
-    """Ctrl-C or SIGTERM stopped the run."""
+    """Raised when Ctrl-C or SIGTERM stops the run."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,7 +146,7 @@ def measure(args: argparse.Namespace, deadline: float, machine: Row, outcomes: l
     """Run the parts. Append to `outcomes` and write OUT as results arrive."""
     chosen = [part for part in PARTS if part in args.only]
     for at, part in enumerate(chosen):
-        # A fraction of the remaining time: later parts get the time that earlier ones did not use.
+        # A fraction of the remaining time, so later parts get the time that earlier parts did not use.
         seconds = (deadline - time.monotonic()) * PARTS[part] / sum(PARTS[each] for each in chosen[at:])
 
         def note(so_far: Outcome, done: int = at) -> None:
@@ -155,7 +155,7 @@ def measure(args: argparse.Namespace, deadline: float, machine: Row, outcomes: l
 
         try:
             note(run(part, seconds, work, args.dry_run, args.inject.get(part, ""), note))
-        except Exception as error:  # in this process: only this part is lost
+        except Exception as error:  # an error in this process: only this part is lost
             rows = [row for outcome in outcomes[at:] for row in outcome.rows]
             note(Outcome(part, "failed", f"{type(error).__name__}: {error}", 0.0, rows))
         last = outcomes[-1]
@@ -167,7 +167,8 @@ def run(
 ) -> Outcome:
     """Run one part. If a job ends its process, a new process continues with the next job.
 
-    The part plans with `seconds` and is stopped GRACE seconds later. `note` receives the outcome so far while it runs.
+    The deadline of the part is in `seconds` seconds, and the part is stopped GRACE seconds after that. While it runs, `note`
+    receives the outcome so far.
     """
     if seconds < FEWEST:
         return Outcome(part, "skipped", "out of time", 0.0, [])
@@ -211,11 +212,11 @@ def run(
 def process(part: str, plan: Plan, log: Path, receive: Callable[[Any], None], look: Callable[[], None]) -> int | None:
     """Run a part in a process and return its exit status, or None if it was killed GRACE seconds after its deadline.
 
-    `receive` is called with every record it sends: rows, and before the rows of each job its number and name. `look` is called
-    every NOTED seconds while it runs.
+    `receive` is called with every record that the process sends: the number and name of each job, then the rows of the job.
+    `look` is called every NOTED seconds while the process runs.
     """
     end, noted = plan.deadline + GRACE, time.monotonic()
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    context = multiprocessing.get_context("spawn")  # CUDA cannot be used after a fork
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=serve, args=(part, plan, sender, log))
     child.start()
@@ -238,8 +239,8 @@ def process(part: str, plan: Plan, log: Path, receive: Callable[[Any], None], lo
         return child.exitcode
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # also the processes it started
-        child.kill()  # in case it does not lead its process group yet
+            os.killpg(child.pid, signal.SIGKILL)  # also kills the processes it started
+        child.kill()  # in case it is not yet the leader of its process group
         child.join()
 
 
@@ -266,5 +267,5 @@ def outcome_of(part: str, rows: list[Row], ended: str, seconds: float) -> Outcom
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except Stopped as signalled:  # before the first part
+    except Stopped as signalled:  # stopped before the first part
         sys.exit(f"bench/on_gpu.sh: stopped by {signalled}")

@@ -1,4 +1,4 @@
-"""Run the pytest suite of tests/ on the GPU: the kernels first, then the other tests while time remains."""
+"""Run the pytest suite in tests/ on the GPU: the tests of the kernels first, then others while time remains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .part import Job, Plan, by_job
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = "triton or out_of_bounds"
-NOT_HERE = "offsets_beyond"  # runs in the interpreter on any device
+NOT_HERE = "offsets_beyond"  # these tests run in the interpreter on any device
 OPERATORS = tuple(
     f"tests/test_{name}.py"
     for name in ("ops", "performer", "linear", "nystrom", "linformer", "fourier", "landmarks", "pinv", "token_conv")
@@ -44,7 +44,7 @@ def run(selection: tuple[str, ...], plan: Plan) -> Iterator[Row]:
         yield skipped("pytest is not installed")
         return
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *selection]
-    if find_spec("xdist"):  # most of the time is compilation, on the CPU
+    if find_spec("xdist"):  # most of the time is spent on compilation, which runs on the CPU
         command += ["-n", str(min(12, os.cpu_count() or 1))]
     code, text = plan.finish(command, cwd=ROOT)
     outcomes = outcomes_of(text)
@@ -63,7 +63,10 @@ def run(selection: tuple[str, ...], plan: Plan) -> Iterator[Row]:
 
 
 def outcomes_of(text: str) -> dict[str, str]:
-    """Return test -> outcome from the output of `pytest -v`. The outcome follows the test, or precedes it under xdist."""
+    """Return test -> outcome from the output of `pytest -v`.
+
+    The outcome is printed after the name of the test, or before it under xdist.
+    """
     outcome = "PASSED|FAILED|ERROR|SKIPPED"
     after = re.findall(rf"^(tests/\S+) +({outcome})\b", text, re.MULTILINE)
     before = re.findall(rf"\b({outcome}) +(tests/\S+)", text)

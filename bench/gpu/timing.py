@@ -1,4 +1,4 @@
-"""Measure device and wall times of every operator, ours and the peers', and the peak rates of the machine."""
+"""Measure the device and wall times of every operator with all providers, and the peak rates of the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .part import Job, Plan, by_job
 
 PRIMITIVES = tuple(op for op in SPECS if op in primitives.__all__)
 TIMED = ("bf16", "fp32")
-COMPILED_TOKENS = 4096  # torch.compile takes many seconds per shape
+COMPILED_TOKENS = 4096  # only this length, because torch.compile takes many seconds per shape
 TINY = Case("tiny", batch=1, heads=1, tokens=20, width=16, features=9)
 
 
@@ -25,7 +25,7 @@ TINY = Case("tiny", batch=1, heads=1, tokens=20, width=16, features=9)
 def rows(plan: Plan) -> Iterator[Job]:
     effort = Effort(rounds=1, memory=False) if plan.dry else Effort(milliseconds=25)
     if plan.dry:
-        providers.COMPILER = "aot_eager"  # the interpreter's machine may have no compiler
+        providers.COMPILER = "aot_eager"  # a machine without a GPU may have no C++ compiler
     yield Job(dict(op="ceilings"), partial(ceilings, plan))
     for op, dtype, case, names in order(plan):
         what = sizes(op, SPECS[op].fit(case), dtype, plan.device) | dict(provider=" ".join(names))
@@ -38,11 +38,11 @@ def rows_of(*args: Any, **how: Any) -> list[Row]:
 
 
 def order(plan: Plan) -> Iterator[tuple[str, str, Case, tuple[str, ...]]]:
-    """Yield operator, dtype, sizes and providers, most important first: time may run out."""
+    """Yield operator, dtype, sizes and providers, most important first, because time may run out."""
     whole = [op for op in SPECS if op not in PRIMITIVES]
     if plan.dry:
         yield from ((op, "fp32", TINY, everyone(op)) for op in whole)
-        yield whole[0], "fp32", TINY, ("compiled",)  # only one: compilation is slow
+        yield whole[0], "fp32", TINY, ("compiled",)  # only one operator, because compilation is slow
         yield from ((op, "fp32", TINY, ("triton",)) for op in PRIMITIVES)
         return
     for dtype in TIMED:
@@ -61,7 +61,7 @@ def everyone(op: str) -> tuple[str, ...]:
 
 
 def ceilings(plan: Plan) -> Iterator[Row]:
-    """Measure the peak rates of this machine: memory copies, and torch's matrix products of random numbers."""
+    """Measure the peak rates of this machine with memory copies and with torch's matrix products of random numbers."""
     bandwidth = copy_bandwidth(plan.device, 2**10 if plan.dry else 2**30)
     yield ok(op="copy", provider="torch", figure=bandwidth / 1e9, unit="GB/s, read and written")
     for dtype in ("bf16", "fp32"):

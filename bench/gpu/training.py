@@ -1,4 +1,4 @@
-"""Run a short training on each available data set: digits, and the .npz packs in data/ of the checkout."""
+"""Train for a short time on each available data set: digits, and the .npz files in the checkout's data/ folder."""
 
 from __future__ import annotations
 

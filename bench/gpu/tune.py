@@ -15,13 +15,13 @@ from vix_kernels.measure.operators import Row, ok, skipped
 
 from .part import Job, Plan, by_job
 
-# Softmax passes first: most operators consist of them.
+# The kernels of softmax passes come first, because most operators consist of these passes.
 KERNELS = (
     "broadcast_forward", "aggregate_forward", "aggregate_tokens", "broadcast_tokens", "broadcast_slots", "aggregate_slots",
     "pinv_backward", "linear_aggregate_forward", "linear_broadcast_forward", "linear_aggregate_tokens",
     "linear_broadcast_tokens", "linear_broadcast_slots", "project_forward", "project_tokens", "project_weights", "pinv_forward",
 )  # fmt: skip
-SECONDS = 12  # per key: many keys improved a little are worth more than one key tuned fully
+SECONDS = 12  # per key; improving many keys a little is worth more than tuning one key fully
 
 
 @by_job
@@ -36,7 +36,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 def tuned(plan: Plan, key: Key) -> Iterator[Row]:
     arch = architecture(torch.device(plan.device))
-    tune.users(arch, key[2], key[1], plan.device)  # prepared and cached here, outside the time of the key
+    tune.users(arch, key[2], key[1], plan.device)  # prepared and cached here, so this does not use the time of the key
     found = list(tune.tune([key], arch, plan.device, min(plan.deadline, time.monotonic() + SECONDS)))
     yield from (ok(**tune.row(proposal), arch=arch) for proposal in found)
     if not found:

@@ -1,4 +1,4 @@
-"""Show which backend each operator uses on this machine, and why not another."""
+"""Show which backend each operator uses on this machine, and the reason if it is not Triton."""
 
 from __future__ import annotations
 

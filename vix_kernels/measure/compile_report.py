@@ -1,6 +1,6 @@
-"""Compile the launches of the public ops; exit 1 if one spills, exceeds a limit or got worse.
+"""Compile the kernels that the public ops launch. Exit with status 1 if one spills, exceeds a limit or has become worse.
 
-A run is compared with the committed table, which --write updates.
+The results are compared with the committed table. --write updates this table.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ TABLE = Path(__file__).with_name("compile_report.csv")
 Result = TypeVar("Result")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 WIDTHS = (32, 64, 80, 128, 256)
-# Dtypes and widths at which the variants of a specification (rotated, learned, projected) are compiled as well.
+# Dtypes and head widths at which the variants of a specification (rotated, learned, projected) are also compiled.
 VARIANTS = {(torch.bfloat16, 32), (torch.bfloat16, 64)}
 BATCH, HEADS, TOKENS = 2, 4, 1024
-NO_KERNEL = re.compile("empty|_unsafe_view")  # allocations, and a view that is not marked as one
+NO_KERNEL = re.compile("empty|_unsafe_view")  # allocations, and a view that is not marked as a view
 
 
 @dataclass
 class Report:
     rows: list[Row] = field(default_factory=list)
-    launches: dict[str, tuple[int, int]] = field(default_factory=dict)  # "op direction" -> most (ours, torch's)
+    launches: dict[str, tuple[int, int]] = field(default_factory=dict)  # "op direction" -> largest (our launches, torch's)
     errors: list[str] = field(default_factory=list)
 
     def add(self, other: Report) -> None:
@@ -61,21 +61,21 @@ class Report:
             self.launches[use] = max(self.launches.get(use, counts), counts)
 
 
-# What is compiled
+# Compilation
 
 
 def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    """Yield the calls of an operator to compile: the name in the table, and the sizes."""
+    """Yield the calls of an operator that are compiled. Each is a name for the table and a case with the sizes."""
     for case in spec.compiled + (spec.variants if (dtype, width) in VARIANTS else ()):
         named = spec.name.removesuffix("_attention") + case.name
         yield named, replace(case, batch=BATCH, heads=HEADS, tokens=TOKENS, width=width)
 
 
 def compile_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...]) -> Report:
-    """Compile one cell of the grid: these ops, forward and backward, for one architecture, dtype and width."""
+    """Compile the forward and backward of `ops` for one cell of the table: one architecture, dtype and head width."""
     report = Report()
     binaries: list[Any] = []
-    uses: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))  # specialization -> use -> slots
+    uses: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))  # specialization -> use -> slot counts
     for name, (table_name, case) in ((op, call) for op in ops for call in calls(SPECS[op], width, DTYPES[dtype])):
         problem = draw(SPECS[name], case, DTYPES[dtype], "cpu")
         for direction in ("forward", "backward"):
@@ -87,7 +87,7 @@ def compile_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...]) -> Rep
                         outputs = problem(backend="triton")
                     else:
                         problem.gradients(outputs)
-            except Exception as error:  # one call that fails must not hide the others
+            except Exception as error:  # an error in one call must not hide errors in the others
                 report.errors.append(f"{where}: {brief(error)}")
                 break
             if not launched:
@@ -107,7 +107,11 @@ def compile_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...]) -> Rep
 
 
 def torch_launches(event) -> int:
-    """Count the kernels that this operator would launch on a GPU: one, unless it allocates, is a view or consists of others."""
+    """Return the number of kernels that a profiled torch operator would launch on a GPU.
+
+    Allocations and views launch none. A composite operator launches the kernels of the operators that it calls. Any other
+    operator launches one.
+    """
     space, _, name = event.name.partition("::")
     overloads = []
     if space == "aten" and hasattr(torch.ops.aten, name):
@@ -115,7 +119,7 @@ def torch_launches(event) -> int:
         overloads = [getattr(operator, each) for each in operator.overloads()]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     registered = [each for each in overloads if torch._C._dispatch_has_kernel(each.name())]
-    if all(has_kernel(each.name(), "CompositeImplicitAutograd") for each in registered):  # or it is not an operator
+    if all(has_kernel(each.name(), "CompositeImplicitAutograd") for each in registered):  # or the event is not an operator
         return sum(torch_launches(child) for child in event.cpu_children)
     return int(not any(each.is_view for each in overloads) and not NO_KERNEL.search(name))
 
@@ -145,7 +149,7 @@ def make_row(launch: offline.CompiledLaunch, dtype: str, width: int, uses: str) 
 
 
 def brief(error: Exception) -> str:
-    while error.__cause__ is not None:  # Triton wraps the reason in errors that quote the source; it is the innermost one
+    while error.__cause__ is not None:  # Triton wraps the original error in errors that quote the source
         error = error.__cause__
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1].strip()}"
@@ -200,10 +204,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 @contextmanager
 def worker_environment() -> Iterator[None]:
-    """Set the environment that workers inherit.
+    """Set the environment that worker processes inherit.
 
-    Kernels compile instead of being interpreted, the cache is empty unless the user chose one, and the profiler prints nothing.
-    Line information stays on although it is not read here: without it ptxas generates code with other register counts.
+    Kernels are compiled instead of interpreted. Triton's cache starts empty unless the user chose a cache folder. The profiler
+    prints nothing. Line information stays enabled although nothing reads it, because without it ptxas generates code with
+    different register counts.
     """
     with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ):
         os.environ.pop("TRITON_INTERPRET", None)
@@ -213,15 +218,18 @@ def worker_environment() -> Iterator[None]:
 
 
 def prepare_worker(modules: Iterable[str]) -> None:
-    """Import `modules`, which register specifications; some may belong to other packages."""
+    """Import `modules`, which register specifications when they are imported. They can belong to other packages."""
     torch.set_num_threads(1)
     for name in modules:
         import_module(name)
 
 
 def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -> Iterator[Result]:
-    """Yield function(*cell) of every cell as workers finish them. The widest cells start first, to balance the load."""
-    # Spawned, not forked: importing triton decides whether kernels are interpreted.
+    """Yield the result of function(*cell) for every cell, in the order in which the workers finish.
+
+    Cells with the largest head widths start first, to balance the load.
+    """
+    # Spawned, not forked, because Triton decides when it is imported whether kernels are interpreted.
     context = multiprocessing.get_context("spawn")
     with worker_environment(), ProcessPoolExecutor(jobs, context, prepare_worker, (REGISTERING,)) as pool:
         running = {pool.submit(function, *cell): cell for cell in sorted(cells, key=lambda cell: -cell[2])}
@@ -232,8 +240,11 @@ def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -
 
 
 def shared_memory_table(args: argparse.Namespace) -> int:
-    """Measure the shared memory of every entry of the launch table and compare it; with --write measure the missing entries."""
-    archs = tuple(TARGETS if args.arch == ARCHITECTURES else dict.fromkeys(args.arch))  # all by default
+    """Measure the shared memory of every entry of the launch table and compare it with the committed table.
+
+    With --write, measure only the entries that the committed table lacks, and add them.
+    """
+    archs = tuple(TARGETS if args.arch == ARCHITECTURES else dict.fromkeys(args.arch))  # the default is all targets
     bits = {8 * DTYPES[dtype].itemsize for dtype in args.dtype}
     widths = set(map(padded, args.width)) | {key[2] for key in LAUNCH_TABLE if args.width == WIDTHS}
     committed = read_csv(shared_memory.COMMITTED, shared_memory.Row) if shared_memory.COMMITTED.is_file() else []

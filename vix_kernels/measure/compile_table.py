@@ -1,7 +1,7 @@
-"""The table of the compile report: one row per specialization, the limits it must meet, and its regressions.
+"""The table of the compile report: one row per kernel specialization, and the checks for violated limits and regressions.
 
-Every change is compared with the committed table, and reviewers read the diff of the table. It may hold rows of several Triton
-versions; a run is compared with the rows of the same version.
+`vix dev compile-report` compares its results with the committed table, and reviewers read the diff of that table. The table can
+contain rows for several Triton versions. A run is compared with the rows for the installed version.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..commands import DTYPES, print_table, write_csv
 from .sources import source_hash
 
 WIDE = 128  # bits; the widest access of a thread before sm_100
-KEPT_WIDE = 0.9  # least fraction of the committed share of wide accesses; scheduling changes it a little
+KEPT_WIDE = 0.9  # smallest allowed ratio of the new to the committed share of wide accesses; scheduling changes it a little
 
 
 @dataclass(frozen=True, order=True)
 class Row:
-    """One specialization. Counts are text of the form "kind:count kind:count"."""
+    """One kernel specialization. Counts are stored as text of the form "kind:count kind:count"."""
 
     triton: str
     arch: str
@@ -38,7 +38,7 @@ class Row:
     tensor_memory: int
     occupancy: int  # percent
     matrix: str
-    loads: str  # bits per thread : instructions
+    loads: str  # bits per thread:number of instructions
     stores: str
     uses: str  # "op direction slots,slots; ..."
     source: str = ""  # hash of the kernel and its tiles
@@ -72,7 +72,10 @@ def outdated(rows: Iterable[Row]) -> list[str]:
 
 
 def violations(rows: Iterable[Row]) -> list[str]:
-    """Return what would be slow or would not launch at all, independent of the committed table."""
+    """Return a message for each limit that a row violates. Such a kernel would be slow or could not be launched.
+
+    The result does not depend on the committed table.
+    """
     found = []
     for row in rows:
         limit = TARGETS[row.arch].shared_memory
@@ -80,7 +83,7 @@ def violations(rows: Iterable[Row]) -> list[str]:
             found.append(f"{row}: {row.shared} bytes of shared memory, {row.arch} has {limit}")
         if row.tensor_memory > TENSOR_MEMORY:
             found.append(f"{row}: {row.tensor_memory} columns of tensor memory, {row.arch} has {TENSOR_MEMORY}")
-        if row.arch.startswith("sm_"):  # AMD is checked for regressions only
+        if row.arch.startswith("sm_"):  # rows for AMD are checked only for regressions
             found += nvidia_violations(row)
     return found
 
@@ -102,12 +105,14 @@ def nvidia_violations(row: Row) -> list[str]:
 
 
 def regressions(rows: Iterable[Row], committed: Iterable[Row], complete: bool = True) -> list[str]:
-    """Return what became worse than in the committed table, by use: specializations may change, their uses stay.
+    """Return a message for each value that is worse than in the committed table.
 
-    Only cells with rows in both tables are compared. If `complete` is False, uses may be missing.
+    Rows are compared by use (kernel, op, direction and number of slots), because a code change can change the specializations
+    but keeps their uses. Only cells (Triton version, architecture, dtype and head width) with rows in both tables are compared.
+    If `complete` is False, missing and new uses are not reported.
     """
     now, before = by_use(rows), by_use(committed)
-    found: dict[str, None] = {}  # an ordered set: several uses of one row give the same text
+    found: dict[str, None] = {}  # an ordered set, because several uses of one row have the same message
     for key in now:
         if key in before:
             found.update((f"{now[key][0]}: {text}", None) for text in worse(now[key], before[key]))
@@ -120,7 +125,7 @@ def regressions(rows: Iterable[Row], committed: Iterable[Row], complete: bool = 
 
 
 def by_use(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
-    """Return (cell, kernel, op and direction, slots) -> its rows."""
+    """Return the rows by use: (cell, kernel, op and direction, number of slots) -> rows."""
     found = defaultdict(list)
     for row in rows:
         for use in row.uses.split("; "):
@@ -131,7 +136,7 @@ def by_use(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
 
 
 def worse(now: list[Row], old: list[Row]) -> list[str]:
-    """Return what became worse in the rows of one use."""
+    """Return a message for each value that is worse in the new rows for one use."""
     found = []
     spilled, had = max(each.spilled for each in now), max(each.spilled for each in old)
     if spilled > had:
@@ -148,7 +153,7 @@ def worse(now: list[Row], old: list[Row]) -> list[str]:
 
 
 def launched(keys: Iterable[tuple], verb: str) -> list[str]:
-    """Return one line per use and kernel, which names the first cell and counts the others."""
+    """Return one line per use and kernel. It names the first cell and counts the others."""
     cells = defaultdict(list)
     for cell, kernel, use, slots in keys:
         cells[use, kernel].append(f"{cell[1]} {cell[2]} width {cell[3]}" + f", {slots} slots" * bool(slots))
@@ -163,16 +168,16 @@ def matrix_kinds(rows: Iterable[Row]) -> list[str]:
 
 
 def matrix_rank(kind: str) -> tuple[bool, bool]:
-    """Rank a matrix instruction by its speed.
+    """Return the rank of a matrix instruction by speed. Faster instructions have a higher rank.
 
-    HMMA, of one warp, is the fallback from HGMMA and UTCHMMA. TF32 has half the rate of 16-bit operands. On AMD, float32
-    operands have an eighth of it.
+    HMMA, which a single warp executes, is the fallback for HGMMA and UTCHMMA. TF32 operands run at half the rate of 16-bit
+    operands. On AMD, float32 operands run at an eighth of that rate.
     """
     return not kind.startswith("HMMA"), not kind.endswith((".TF32", "_f32"))
 
 
 def wide_share(rows: Iterable[Row], name: str) -> float:
-    """Return the fraction of bytes in wide accesses, if every access executes once."""
+    """Return the fraction of the bytes that wide accesses move, assuming that every access is executed once."""
     moved = [(int(bits), int(bits) * count) for row in rows for bits, count in parse_counts(getattr(row, name)).items()]
     total = sum(size for _, size in moved)
     return sum(size for bits, size in moved if bits >= WIDE) / total if total else 0.0
@@ -186,7 +191,11 @@ def write_table(path: Path, rows: Iterable[Row]) -> None:
 
 
 def order(row: Row) -> tuple:
-    """Sort key: Triton version (3.6.0 before 3.10.0), then architecture and dtype as listed, then width."""
+    """Return the sort key of a row.
+
+    Rows are sorted by Triton version (3.6.0 before 3.10.0), then by architecture and dtype in the order of TARGETS and DTYPES,
+    then by head width.
+    """
     version = [int(each) for each in re.findall(r"\d+", row.triton)]
     return version, list(TARGETS).index(row.arch), list(DTYPES).index(row.dtype), row.width, row
 

@@ -1,6 +1,6 @@
-"""The least cost of a call: arithmetic as its specification states it, bytes and launches as its operators make them.
+"""The least cost of a call: the arithmetic that its specification states, and the bytes and launches of its operators.
 
-Nothing is computed and no GPU is needed: the call runs on meta tensors, and its launches are counted, not executed.
+No result is computed, and no GPU is needed. The call runs on meta tensors, and its launches are counted instead of executed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DIRECTIONS = ("forward", "backward")
 
 
 def cost(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str, arch: str) -> Cost:
-    """Return the cost of a forward or of its backward, with the launch configurations of `arch`, such as "sm_90"."""
+    """Return the cost of the forward or of the backward, with the launch configurations of `arch`, such as "sm_90"."""
     problem = draw(spec, case, dtype, "meta")
     with _counting(arch) as count:
         outputs = problem(backend="triton")
@@ -43,10 +43,10 @@ class _Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function.namespace == "vix_kernels":
-            with self:  # torch's own kernels inside an operator count too
+            with self:  # torch kernels inside an operator also count
                 out = operators[function._schema.name.split("::")[1]].implementation(*args)
             touched = {id(x): x for x in (*args, *tree_leaves(out)) if isinstance(x, Tensor)}
-            # Shared and expanded tensors count once, as they are in memory.
+            # Tensors that are passed twice, and the repeated elements of expanded tensors, count once.
             self.bytes += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in touched.values())
             return out
         if not function.is_view and "empty" not in function._schema.name:
@@ -56,7 +56,7 @@ class _Count(TorchDispatchMode):
 
 @contextmanager
 def _counting(arch: str) -> Iterator[_Count]:
-    """Count bytes and launches inside the block as on a GPU of `arch`; no kernel is compiled or run."""
+    """Count the bytes and launches inside the block as if on a GPU of `arch`. No kernel is compiled or run."""
     count = _Count()
 
     def observe(*launch: Any) -> None:

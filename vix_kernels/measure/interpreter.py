@@ -1,4 +1,4 @@
-"""Everything that depends on the internals of Triton's interpreter; no other file uses them."""
+"""All code that depends on the internals of Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-# Called with the byte addresses of the elements that one access reaches, and the size of an element in bytes.
+# Receives the addresses of the elements that one access reads or writes, and the size of an element in bytes.
 Observer = Callable[[np.ndarray, int], None]
 
 
@@ -22,10 +22,10 @@ Observer = Callable[[np.ndarray, int], None]
 def fast_interpreter() -> Iterator[None]:
     """Make interpreted kernels several times faster inside the block, with the same results.
 
-    The interpreter patches triton.language again in every call of a device function, which takes 2 ms. Inside the block, only
-    the launch patches it. The interpreter also repeats every integer sum and product in 64 bits to check for overflow; inside
-    the block it does not. Most of the remaining time describes types and shapes. There are few of them, so each description is
-    cached.
+    By default, the interpreter patches triton.language again at every call of a device function, which takes 2 ms. Inside the
+    block, it is patched only once per launch. By default, the interpreter also repeats every integer addition and
+    multiplication in 64 bits to check for overflow. Inside the block, this check is disabled. Most of the remaining time is
+    spent constructing descriptions of dtypes, blocks and tensors. Kernels use only a few of them, so they are cached.
     """
     patch_language, everything = _get(interpreter, "_patch_lang"), SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     nothing = _get(interpreter, "_LangPatchScope")()
@@ -67,7 +67,7 @@ def fast_interpreter() -> Iterator[None]:
             blocks[key] = dict(vars(self))
 
     def known_tensor(self: Any, handle: Any, type: Any) -> None:
-        key = tuple(type.shape.values) if type.is_block() else ()  # a tuple of integers: Triton's tuples are slow to compare
+        key = tuple(type.shape.values) if type.is_block() else ()  # integers: Triton's tuples are slow to compare
         if key in shapes:
             vars(self).update(shapes[key], handle=handle, type=type, dtype=type.scalar)
         else:
@@ -85,7 +85,7 @@ def fast_interpreter() -> Iterator[None]:
 
 @contextmanager
 def watched(loaded: Observer, stored: Observer) -> Iterator[None]:
-    """Inside the block, call `loaded` for every load of a kernel from global memory, and `stored` for every store."""
+    """Call `loaded` for every load from global memory that a kernel executes inside the block, and `stored` for every store."""
     builder = _get(interpreter, "interpreter_builder")
     load, store = _get(builder, "create_masked_load"), _get(builder, "create_masked_store")
 
@@ -108,12 +108,12 @@ def watched(loaded: Observer, stored: Observer) -> Iterator[None]:
     }
     for name in hooks:
         _get(builder, name)
-    with patch.multiple(builder, **hooks):  # all accesses to memory go through these four
+    with patch.multiple(builder, **hooks):  # all memory accesses go through these four methods
         yield
 
 
 def _reached(pointers: Any, mask: Any) -> tuple[np.ndarray, int]:
-    return pointers.data[mask.data], max(8, pointers.get_element_ty().primitive_bitwidth) // 8  # a bool takes a byte
+    return pointers.data[mask.data], max(8, pointers.get_element_ty().primitive_bitwidth) // 8  # a bool occupies a byte
 
 
 def _get(owner: Any, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The machine of a measurement: device, versions and commit, and the peak rates of the device."""
+"""The machine on which a measurement runs: its device, package versions and commit, and the peak rates of the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..commands import DTYPES
 from .roofline import GPUS, Device
 from .timing import device_time
 
-ROOT = Path(__file__).resolve().parents[2]  # root of a checkout; an installed package has no commit
+ROOT = Path(__file__).resolve().parents[2]  # root of the checkout; an installed package has no checkout
 PACKAGES = (
     "torch", "triton", "numpy", "performer-pytorch", "nystrom-attention", "linformer", "rotary-embedding-torch",
     "fla-core", "vision-xformer",
@@ -56,16 +56,16 @@ def version_of(package: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Return the commit of the checkout, with "-dirty" if files have changed, or "unknown" outside a checkout."""
+    """Return the commit of the checkout, followed by "-dirty" if files have changed. Outside a checkout, return "unknown"."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):  # no git, or a copy of the tree without its history
+    except (OSError, subprocess.TimeoutExpired):  # git is not installed or does not answer
         return "unknown"
 
 
 def peaks(device: str) -> Device:
-    """Return the published peaks of a known GPU; for other devices, the measured rates of copies and matrix products."""
+    """Return the published peak rates of a known GPU, or the measured rates of copies and matrix products on other devices."""
     known = {gpu.device: gpu for gpu in GPUS}
     return known.get(device_name(device)) or _measured(device, torch.get_num_threads())
 
@@ -75,17 +75,17 @@ def _measured(device: str, threads: int) -> Device:
     rates = {dtype: matrix_rate(device, dtype, 1024 if device == "cpu" else 8192) for dtype in ("bf16", "fp32")}
     bandwidth = copy_bandwidth(device, 2**26 if device == "cpu" else 2**30)
     name = device_name(device)
-    # No TensorFloat32 rate: the measured float32 rate is used.
+    # The TensorFloat32 rate is 0, so `Device.flops` uses the measured float32 rate.
     return Device(name, name, "", rates["bf16"], 0.0, rates["fp32"], bandwidth, math.inf)
 
 
 def copy_bandwidth(device: str, elements: int) -> float:
-    """Return the bytes/s of a copy, read and written."""
+    """Return the bytes/s of a copy, counting the bytes that are read and the bytes that are written."""
     source = torch.empty(elements, device=device, dtype=torch.bfloat16).normal_()
     return 2 * source.nbytes / (device_time(source.clone, device=device).median / 1e3)
 
 
 def matrix_rate(device: str, dtype: str, size: int) -> float:
-    """Return the FLOP/s of torch's matrix product of random numbers."""
+    """Return the FLOP/s of torch's product of two random matrices of shape (size, size)."""
     a, b = (torch.empty(size, size, device=device, dtype=DTYPES[dtype]).normal_() for _ in range(2))
     return 2 * size**3 / (device_time(lambda: a @ b, device=device).median / 1e3)

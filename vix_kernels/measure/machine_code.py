@@ -1,4 +1,4 @@
-"""Read the resources that compiled kernels use from their machine code."""
+"""Determine from the machine code of compiled kernels which resources they use."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from triton.backends.compiler import GPUTarget
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources of one kernel."""
+    """Resources that one kernel uses."""
 
-    registers: int  # per thread; on AMD architectural and accumulation registers together
-    spilled: int  # bytes of stack (on AMD: of the private segment) per thread
+    registers: int  # per thread; on AMD, the sum of architectural and accumulation registers
+    spilled: int  # bytes per thread, on the stack or (on AMD) in the private segment
     matrix: dict[str, int] = field(default_factory=dict)  # instruction -> count
-    loads: dict[int, int] = field(default_factory=dict)  # bits per thread -> count, from global memory
+    loads: dict[int, int] = field(default_factory=dict)  # from global memory: bits per thread -> count
     stores: dict[int, int] = field(default_factory=dict)
 
 
 def read(gpu: GPUTarget, kernels: Iterable[Mapping[str, str | bytes]]) -> list[Resources]:
-    """Return the resources of each kernel from Triton's output, the `asm` of a CompiledKernel."""
+    """Return the resources of each kernel. `kernels` are the `asm` attributes of Triton's CompiledKernel objects."""
     if gpu.backend == "cuda":
         return read_cubins(gpu.arch, [each["cubin"] for each in kernels])
     return [read_amdgcn(each["amdgcn"]) for each in kernels]
@@ -45,7 +45,7 @@ STORES = {"STG", "UTMASTG"}
 
 
 def read_cubins(arch: int, cubins: list[bytes]) -> list[Resources]:
-    """Read cubins with the tools of the Triton wheel.
+    """Return the resources of cubins, read with the NVIDIA tools in the Triton wheel.
 
     The disassembler takes 0.25 s to start, so it runs once on the concatenated code of all kernels.
     """
@@ -92,7 +92,7 @@ def count_sass(opcodes: Iterable[str], usage: dict[str, str]) -> Resources:
 
 
 def access_bits(kind: str, modifiers: list[str]) -> int:
-    if kind.startswith("U"):  # the copy engine moves whole tiles and counts as the widest access
+    if kind.startswith("U"):  # the copy engine moves whole tiles, so it counts as the widest access
         return 128
     widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
     return next((widths[each] for each in modifiers if each in widths), 32)
@@ -115,5 +115,5 @@ def read_amdgcn(assembly: str) -> Resources:
 
 
 def count(kinds: Iterable[Any]) -> dict[Any, int]:
-    """Count each kind, in sorted order."""
+    """Return how often each kind occurs, sorted by kind."""
     return dict(sorted(Counter(kinds).items()))

@@ -1,9 +1,9 @@
 """`vix bench --models`: inference and training steps of the models, compared with their originals.
 
-An original is the model of the vision_xformer 0.2.0 wheel, if the wheel is installed and has one. Otherwise it is the plain
-form of `from_original`, which computes what was published. The original training scripts put only the loss under autocast, so
-the originals train in float32 ("as shipped"). Their bf16 rows put the model under autocast. Dropout follows the published
-configuration.
+The original of a model comes from the vision_xformer 0.2.0 wheel, if the wheel is installed and contains it. Otherwise it is
+the published model in plain PyTorch, built like `from_original`. The original training scripts apply autocast only to the loss,
+so the originals are trained in float32 ("as shipped"). In the bf16 rows, the forward of an original also runs under autocast.
+Dropout rates are those of the published configuration.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ for stage, (stride, depth) in enumerate(((2, 1), (1, 1), (1, 2)), start=1):
 
 
 class Pair(NamedTuple):
-    """Arguments of our model, and label and arguments of the original, from the wheel or from `originals`."""
+    """The arguments of our model, and the label and arguments of its original. `wheel` says if the wheel contains it."""
 
     ours: dict[str, Any]
     label: str
@@ -60,8 +60,8 @@ class Pair(NamedTuple):
 
 HEADS = dict(heads=4, dim_head=32)
 DROP, DROPOUT = dict(proj_drop_rate=0.25), dict(dropout=0.25)
-# Our arguments make both do the same work: the original CCT, CCN and CCP always have MLPs of ratio 4, and LeViN and LeViP have
-# no position encoding. levit and cvt have no original.
+# With our arguments, both models do the same work: the original CCT, CCN and CCP always have an MLP ratio of 4, and LeViN and
+# LeViP have no position encoding. levit and cvt have no original.
 PAIRS = {
     "vit": Pair({}, "ViT", VIX | HEADS),
     "vil": Pair(DROP, "ViL", VIX | HEADS | DROPOUT, wheel=True),
@@ -82,7 +82,7 @@ PAIRS = {
     "ccp": Pair(dict(mlp_ratio=4.0), "CCP", CCT),
     "fnet_2d": Pair({}, "wheel_FNet2D", dict(num_classes=10, dim=128, depth=5, mlp_dim=256)),
 }
-# Provider and dtype. "plain" is our model in plain PyTorch.
+# A form is a provider and a dtype. The provider "plain" is our model in plain PyTorch.
 FORMS = {
     "cpu": (("ours", "fp32"), ("ours", "bf16"), ("original", "fp32"), ("original", "bf16")),
     "cuda": (("ours", "bf16"), ("compiled", "bf16"), ("original", "fp32"), ("original", "bf16")),
@@ -101,13 +101,13 @@ def original_of(name: str) -> str:
 
 
 def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn.Module:
-    """Build the model of a provider. `arguments` override the published ones and are for our models only."""
+    """Build the model of a provider. `arguments` override the published arguments; originals do not accept any."""
     if provider != "original":
         ours = (PAIRS[name].ours if name in PAIRS else {}) | arguments
         model = create_model(name, **ours, backend="reference" if provider == "plain" else "auto").to(device)
         return torch.compile(model) if provider == "compiled" else model
     if name not in PAIRS:
-        raise Unavailable("there is no original of it")
+        raise Unavailable("this model has no original")
     if arguments:
         raise Unavailable("the original is measured in its published size only")
     pair = PAIRS[name]
@@ -121,7 +121,7 @@ def measure(
 ) -> list[Row]:
     """Measure inference and a training step (forward, loss, backward, AdamW) of one model in each form (provider, dtype).
 
-    All steps use the same batch of noise. A loss that is not finite after the last one fails.
+    All steps use the same batch of noise. If the loss is not finite after the last step, the row for training fails.
     """
     arguments = arguments or {}
     ours = create_model(name, **arguments)
@@ -138,7 +138,7 @@ def measure(
             step = Step(make(name, provider, arguments, device), images, labels, dtype)
             if device == "cpu":
                 steps[provider, dtype] = step, what
-                step.train(), step.infer()  # a form that cannot run is not timed
+                step.train(), step.infer()  # a form that raises here is not timed
             else:
                 rows += _figures(step, what, *(wall_time(each, calls=rounds) for each in (step.infer, step.train)))
                 del step
@@ -148,7 +148,7 @@ def measure(
             skip = provider == "original" or isinstance(error, Unavailable) or out_of_memory(error)
             rows += [(skipped if skip else failed)(error, **what, direction=each) for each in ("inference", "training")]
             if device == "cuda":
-                torch.cuda.synchronize()  # raises here, with its reason, after an illegal access
+                torch.cuda.synchronize()  # raises the error of an illegal access here, if there was one
     inference = in_turns({form: step.infer for form, (step, _) in steps.items()}, rounds=rounds)
     training = in_turns({form: step.train for form, (step, _) in steps.items()}, rounds=rounds)
     for form, (step, what) in steps.items():
@@ -206,7 +206,7 @@ def _figures(step: Step, what: Row, inference: float, training: float) -> Iterat
 
 
 def run(args: Namespace, device: str, parser: ArgumentParser) -> Iterator[list[Row]]:
-    """Yield the rows of one model after another."""
+    """Yield the rows of each model in turn."""
     names = PUBLISHED if args.models == "*" else list_models(args.models)
     if not names:
         parser.error(f"--models: no model matches {args.models!r}; there are {', '.join(PUBLISHED)} and their sizes")

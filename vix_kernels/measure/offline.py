@@ -1,4 +1,4 @@
-"""Compile launches for GPUs that are not present, and read their resources from the machine code.
+"""Compile kernel launches for GPUs that are not present, and determine from the machine code which resources they use.
 
     from vix_kernels.measure import offline
     from vix_kernels._triton.launch import launch
@@ -9,10 +9,10 @@
     for each in launches:  # filled when the block ends, one entry per specialization
         print(each)
 
-Inside the block the library compiles instead of launching. A public call with CPU tensors compiles the kernels it would have
-launched, with the true signature, alignment and constexprs. Nothing is computed, and outputs are uninitialized. `launch`
-accepts meta tensors as well: their storage counts as aligned, and the offset of a view is honored. Triton's active driver
-reports the target. TRITON_INTERPRET must not be set when triton is imported.
+Inside the block, kernels are compiled instead of launched. A public function that is called with CPU tensors compiles the
+kernels that it would launch, with the same signature, alignment and constexprs. Nothing is computed, so the outputs are
+uninitialized. `launch` also accepts meta tensors. Their storage is assumed to be aligned, and the storage offset of a view is
+respected. Triton's active driver reports the target GPU. TRITON_INTERPRET must not be set when triton is imported.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class CompiledLaunch:
 
     kernel: str
     target: str
-    signature: dict[str, str]  # run-time arguments; "*bf16:16" is aligned to 16 bytes, "i32:16" divisible by 16
+    signature: dict[str, str]  # run-time arguments; "*bf16:16" is aligned to 16 bytes, "i32:16" is divisible by 16
     constexprs: dict[str, Any]
     warps: int
     stages: int
     shared: int  # bytes per block
-    tensor_memory: int  # columns per block, sm_100
+    tensor_memory: int  # columns per block, on sm_100
     resources: Resources
     launches: int
-    key: str  # equal for equal specializations
+    key: str  # a hash of the specialization
 
     @property
     def occupancy(self) -> int:
-        """Resident warps of a multiprocessor, in percent of its maximum."""
+        """Resident warps of a multiprocessor, as a percentage of the maximum."""
         return TARGETS[self.target].occupancy(self.warps, self.resources.registers, self.shared, self.tensor_memory)
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class CompiledLaunch:
 
 @contextmanager
 def driver_of(name: str) -> Iterator[None]:
-    """Make Triton's driver report the target `name` inside the block, which is enough to compile but not to run."""
+    """Make Triton's driver report the target `name` inside the block. Kernels can then be compiled, but not run."""
     gpu, active = TARGETS[name].gpu, driver._active
     # Triton keys its in-process cache by device, so each target must be a different device.
     answers = dict(get_current_target=lambda: gpu, get_current_device=lambda: gpu, get_current_stream=lambda device: 0)
@@ -92,7 +92,7 @@ def target(name: str) -> Iterator[list[CompiledLaunch]]:
 
 @contextmanager
 def capture(name: str) -> Iterator[list[Any]]:
-    """Collect the compiled kernel of each launch inside the block, one entry per launch; `describe` reads them all at once."""
+    """Collect the compiled kernel of each launch inside the block, one entry per launch. Pass the list to `describe`."""
     if name not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}")
     binaries: list[Any] = []
@@ -107,7 +107,7 @@ def capture(name: str) -> Iterator[list[Any]]:
 
 
 def describe(name: str, binaries: Iterable[Any]) -> list[CompiledLaunch]:
-    """Describe each distinct binary of a capture for the target `name`, in the order of first launches."""
+    """Describe each distinct binary that was captured for the target `name`, in the order of the first launches."""
     counts = Counter(each.hash for each in binaries)
     distinct = list({each.hash: each for each in binaries}.values())
     used = machine_code.read(TARGETS[name].gpu, [each.asm for each in distinct])
@@ -131,6 +131,6 @@ def arguments(source: Any) -> tuple[dict[str, str], dict[str, Any]]:
         if name in declared:
             continue
         aligned = ["tt.divisibility", 16] in source.attrs.get((at,), [])
-        # Triton turns None into a constant, and also 1 where it specializes.
+        # Triton turns None into a constant. It does the same with 1 if it specializes the argument.
         signature[name] = str(constants[name]) if name in constants else kind + ":16" * aligned
     return signature, {name: value for name, value in constants.items() if name in declared}

@@ -1,10 +1,10 @@
-"""Measure one operator at one size with every provider: its results are checked, then timed.
+"""Measure all providers of one operator at one size: check their results, then time them.
 
-A row is a dictionary with a "status" of "ok", "failed" (an error or wrong results of this library) or "skipped", and a "why"
-for the last two. Only an "ok" row has times.
+A row is a dictionary. Its "status" is "ok", "failed" (this library raised an error or returned wrong results) or "skipped". The
+last two give the reason in "why". Only an "ok" row has times.
 
-On a CPU the providers take turns and CPU time is measured, so drift of the machine affects all of them equally. On a GPU they
-run one after another.
+On a CPU, the providers take turns and their CPU time is measured, so a change in the speed of the machine affects all of them
+equally. On a GPU, they are measured one after another.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from .timing import DeviceTime, device_time, in_turns, wall_time
 
 Row = dict[str, Any]
 DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward; backward: the difference
-# Default dtype and sizes. Those of the CPU are also the ones of its budgets.
+# Default dtype and sizes. The targets in bench/table.py apply to the CPU defaults.
 USUAL_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 USUAL = {
     "cpu": Case("usual", batch=2, heads=4, tokens=1024, width=64, features=256, taps=33),
     "cuda": Case("usual", batch=8, heads=8, tokens=4096, width=64, features=256, taps=33),
 }
 SIZES = ("batch", "heads", "tokens", "width", "features")
-WALL_BELOW = 2.0  # milliseconds on a GPU: host overhead is visible in shorter calls
+# Milliseconds. For shorter GPU calls the wall time is also measured, because it shows the host overhead.
+WALL_BELOW = 2.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Result:
-    """A row, and the times of the calls that its median summarizes."""
+    """A row, and the times of the calls. The time in the row is their median."""
 
     row: Row
     samples: tuple[float, ...] = field(default=(), repr=False)
@@ -73,7 +74,7 @@ def skipped(why: str | BaseException, **row: Any) -> Row:
 
 
 def outcome(row: Row, names: Iterable[str], digits: int = 3) -> list[str]:
-    """Return the cells of these figures, or the reason why there are none."""
+    """Return the table cells for these columns of a row. If the row has no values, the first cell contains the reason."""
     if row["status"] == "ok":
         return [figure(row.get(name), digits) for name in names]
     return [row["why"], *("" for _ in list(names)[1:])]
@@ -93,15 +94,16 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def alone(device: str, lost: Callable[[str], Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Return function(*args, **kwargs) from a separate process, so that no result depends on earlier measurements.
+    """Call function(*args, **kwargs) in a separate process, where earlier measurements do not affect it.
 
-    The state of the memory allocator after one operator changes the times of the next by up to a half. If the system kills the
-    process, for example when memory runs out, return lost(why). On a GPU, which is not affected, and where processes cannot
-    fork, this is a plain call.
+    The state in which one operator leaves the memory allocator changes the times of the next by up to a half. If the system
+    kills the process, for example because memory runs out, return lost(why). On a GPU, which is not affected, and on systems
+    that cannot fork, the function is called in this process.
     """
     if device == "cuda" or "fork" not in multiprocessing.get_all_start_methods():
         return function(*args, **kwargs)
-    importlib.import_module("torch._dynamo")  # once here, not in every process: the profiler needs two seconds to import it
+    # The profiler imports torch._dynamo, which takes two seconds. Importing it here does that once, not in every process.
+    importlib.import_module("torch._dynamo")
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         try:
             return pool.submit(function, *args, **kwargs).result()
@@ -124,7 +126,7 @@ def measure(
     op: str, case: Case, dtype: str, providers: Iterable[str], device: str, *, directions: Sequence[str] = DIRECTIONS,
     effort: Effort = Effort(), late: Callable[[], bool] = lambda: False,
 ) -> list[Result]:  # fmt: skip
-    """Measure every provider and return one row per provider and direction.
+    """Measure every provider and return one result per provider and direction.
 
     Args:
         op: a name in `testing.SPECS`.
@@ -134,7 +136,7 @@ def measure(
         device: "cpu" or "cuda".
         directions: a selection of DIRECTIONS.
         effort: how much to measure.
-        late: called before each provider; once it returns True the remaining ones are skipped.
+        late: called before each provider. Once it returns True, the remaining providers are skipped.
     """
     spec = SPECS[op]
     case = spec.fit(case)
@@ -142,7 +144,7 @@ def measure(
     providers = tuple(providers)
     try:
         race = Race(draw_problem(op, case, dtype, device), case, dtype, device, effort, late)
-    except Exception as error:  # before any provider runs: the inputs are too large or cannot be drawn
+    except Exception as error:  # raised before any provider runs: the inputs are too large or cannot be drawn
         free(device)
         outcome = skipped if out_of_memory(error) else failed
         return [Result(outcome(error, **what, provider=name, direction=x)) for name in providers for x in directions]
@@ -161,7 +163,7 @@ def sizes(op: str, case: Case, dtype: str, device: str) -> Row:
 
 
 def draw_problem(op: str, case: Case, dtype: str, device: str) -> Problem:
-    """Draw a problem of normal numbers. Random features are not trained; scale and eps have their usual values."""
+    """Draw a problem with normally distributed inputs, untrained random features, and the usual scale and eps."""
     torch.manual_seed(0)
     problem = draw(SPECS[op], case, DTYPES[dtype], device)
     usual = {"scale": case.width**-0.5, "eps": 1e-6}
@@ -169,7 +171,7 @@ def draw_problem(op: str, case: Case, dtype: str, device: str) -> Problem:
 
 
 class Race:
-    """Checks and times the providers of one problem."""
+    """Checks and times the providers on one problem."""
 
     def __init__(self, problem: Problem, case: Case, dtype: str, device: str, effort: Effort, late: Callable[[], bool]) -> None:
         self.problem, self.case, self.dtype, self.device, self.effort, self.late = problem, case, dtype, device, effort, late
@@ -177,7 +179,7 @@ class Race:
         self.truth = Truth(problem)
 
     def run(self, direction: str, providers: Sequence[str], what: Row) -> dict[str, Result]:
-        """Return the result of each provider."""
+        """Return the result of each provider for one direction."""
         results, calls = {}, {}
         for name in providers:
             label = what | dict(provider=name, direction=direction)
@@ -205,14 +207,14 @@ class Race:
 
     @contextmanager
     def noting(self, results: dict[str, Result], label: Row) -> Iterator[None]:
-        """Turn an error inside the block into the result of the provider."""
+        """Record an error inside the block as the result of the provider."""
         try:
             yield
         except Exception as problem:
             ours = label["provider"] in OURS and not out_of_memory(problem)
             results[label["provider"]] = Result((failed if ours else skipped)(problem, **label))
             if self.device == "cuda":
-                torch.cuda.synchronize()  # raises here, with its reason, after an illegal access
+                torch.cuda.synchronize()  # raises the error of an illegal access here, if there was one
 
     def prepare(self, name: str, direction: str) -> Call:
         if name not in self.contenders:
@@ -235,7 +237,10 @@ class Race:
         return Call(contender, full, cotangents)
 
     def check(self, call: Call) -> tuple[float | None, str]:
-        """Return the relative error against float64 on the first sample of the batch, and why it is too large or ""."""
+        """Return the relative error against float64 on the first sample of the batch, and a message if it is too large.
+
+        If the error is small enough, the message is "". If it was not measured, the error is None.
+        """
         contender, truth = call.contender, self.truth
         got = _tuple(call.run())
         if call.cotangents is None:
@@ -244,11 +249,11 @@ class Race:
                 exact, plain = truth.exact[0], truth.plain[0]
             else:
                 exact, plain = contender.exact(truth.first.double()), ()
-        elif contender.tolerance is None:  # its leaves are the tensors of the problem
+        elif contender.tolerance is None:  # the leaves are the tensors of the problem
             names = [each for each, x in self.problem.tensors.items() if x.requires_grad]
             got = [x[:1] for each, x in zip(names, got, strict=True) if each in truth.trained]
             exact, plain = truth.exact[1], truth.plain[1]
-        else:  # gradients of peers have other layouts and are not checked; their outputs are
+        else:  # gradients of peer packages have different layouts, so only the outputs are checked
             return None, ""
         eps = torch.finfo(DTYPES[self.dtype]).eps
         worst = 0.0
@@ -258,7 +263,7 @@ class Race:
             if contender.tolerance is not None:
                 allowed = contender.tolerance + 16 * (eps if self.dtype != "fp32" else 0.0)
             else:
-                allowed = 4 * ((plain[at].double() - y).norm().item() / size + eps)  # the tests apply the exact budget, 2
+                allowed = 4 * ((plain[at].double() - y).norm().item() / size + eps)  # the tests use the exact factor, 2
             if not error <= allowed:
                 part = "gradient" if call.cotangents is not None else "output"
                 return error, f"wrong: {part} {at} is {error:.2g} off, allowed {allowed:.2g}"
@@ -283,7 +288,7 @@ class Race:
         return Result(ok(**label, **figures), time.samples)
 
     def work(self, direction: str) -> Cost:
-        """Return the least work of the operator, for any provider: every input and every result moves once per pass."""
+        """Return the least work that any provider must do: each pass reads every input and writes every result once."""
         spec, inputs = self.problem.spec, list(self.problem.tensors.values())
         outputs = self.truth.batch * sum(x.nbytes for x in self.truth.plain[0])
         moved, passes = sum(map(_bytes, inputs)) + outputs, 1.0
@@ -294,7 +299,7 @@ class Race:
 
 
 class Call(NamedTuple):
-    """A timed call: the forward of a contender, or with cotangents its forward and backward, which returns gradients."""
+    """A call to time: the forward of a contender, or, if there are cotangents, its forward and backward."""
 
     contender: Contender
     run: Callable[[], Any]
@@ -302,9 +307,10 @@ class Call(NamedTuple):
 
 
 class Truth:
-    """The reference on the first sample of the batch: `exact` in float64, `plain` in the precision of the problem.
+    """Reference results for the first sample of the batch: `exact` in float64, `plain` in the precision of the problem.
 
-    Each is (outputs, gradients of `trained`). `trained` names the tensors with a batch dimension that require gradients.
+    Each is a pair of outputs and gradients. The gradients are those of the tensors that `trained` names: the tensors with a
+    batch dimension that require gradients.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -332,7 +338,7 @@ class Truth:
 
 
 def _cotangents(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """Draw the cotangents of one sample and repeat them, so the first sample has those of a batch of one."""
+    """Draw cotangents for one sample and repeat them over the batch, so a batch of one has the same cotangents."""
 
     def one(x: Tensor) -> Tensor:
         generator = torch.Generator(x.device).manual_seed(1)
@@ -347,12 +353,12 @@ def _tuple(x: Any) -> tuple[Tensor, ...]:
 
 
 def _bytes(x: Tensor) -> int:
-    """Return the bytes of a tensor in memory; expanded dimensions count once."""
+    """Return the number of bytes that a tensor occupies in memory. Expanded dimensions count once."""
     return min(x.nbytes, x.untyped_storage().nbytes())
 
 
 def _difference(full: Result, forward: Result) -> Result:
-    """Return the row of the backward: full minus forward."""
+    """Return the result for the backward. Its time is that of the full call minus that of the forward."""
     row = full.row | dict(direction="backward")
     if row["status"] != "ok" or forward.row["status"] != "ok":
         return Result(row if row["status"] != "ok" else forward.row | dict(direction="backward"))
@@ -362,13 +368,13 @@ def _difference(full: Result, forward: Result) -> Result:
 
 
 def peak_memory(function: Callable[[], Any], device: str) -> int:
-    """Return the peak of the bytes that a call allocates, beyond those allocated before it."""
+    """Return the peak number of bytes that are allocated during a call, beyond those allocated before it."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to the terminal
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to the terminal
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as log:
         function()
     events = [event for event in log.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -385,4 +391,4 @@ def free(device: str) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     else:
-        gc.collect(1)  # all generations take half a second in a large process
+        gc.collect(1)  # collecting all generations takes half a second in a large process

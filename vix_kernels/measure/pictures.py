@@ -1,4 +1,4 @@
-"""Plot time and memory against the swept size: a figure per operator and dtype, and one of all our operators."""
+"""Plot time and memory against the swept size: a figure per operator and dtype, and a figure with all our operators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ LOOKS = {
 
 
 def draw(folder: Path, rows: Iterable[Row], sweep: str, formats: Iterable[str] = ("png", "svg")) -> None:
-    """Draw OP_DTYPE of every operator, a line per provider. For several operators draw all_DTYPE, a line per operator."""
+    """Write OP_DTYPE.EXTENSION for every operator, with a line per provider.
+
+    If there are several operators, also write all_DTYPE.EXTENSION, with a line per operator.
+    """
     timed = [row for row in rows if row["status"] == "ok" and row.get("device_ms") is not None]
     figures = {}
     for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in timed):
@@ -43,7 +46,7 @@ def draw(folder: Path, rows: Iterable[Row], sweep: str, formats: Iterable[str] =
 
 
 def _figure(title: str, curves: Mapping[str, list[Row]], sweep: str, looks: Mapping[str, dict[str, Any]]) -> Any:
-    """Draw a panel per direction and one of memory, all on logarithmic axes."""
+    """Draw a panel per direction and a panel for memory, all with logarithmic axes."""
     from matplotlib.figure import Figure
 
     rows = [row for curve in curves.values() for row in curve]

@@ -1,6 +1,7 @@
-"""Providers of an operator, and the results they must give.
+"""Providers of an operator: our backends, plain and compiled PyTorch, and peers.
 
-The linear projections of peers are removed, so every provider computes the attention alone.
+A peer is a function of a different package, or plain PyTorch code, that computes the same or nearly the same as the operator.
+The linear projections of peers are removed, so every provider computes only the attention.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ COMPILER = "inductor"  # backend of torch.compile
 
 @dataclass(frozen=True)
 class Contender:
-    """One provider on one problem.
+    """One provider, ready to run on one problem.
 
     Attributes:
-        function: called with the leaves; returns a tensor or a tuple.
-        leaves: its tensors, in the layout of the provider; trained tensors require gradients.
-        exact: computes the expected outputs from the problem in float64; by default the reference of the operator.
-        shown: converts its outputs to the layout of `exact`.
-        tolerance: allowed relative error against `exact` in float32; None allows a few times the error of plain PyTorch.
+        function: the function to measure. It receives the leaves and returns a tensor or a tuple of tensors.
+        leaves: the input tensors, in the layout of the provider. Trained tensors require gradients.
+        exact: computes the expected outputs from the problem in float64. The default is the reference implementation.
+        shown: selects the outputs that are checked, and converts them to the layout of `exact`.
+        tolerance: allowed relative error against `exact` in float32. None allows a few times the error of plain PyTorch.
     """
 
     function: Callable[..., Any]
@@ -45,14 +46,14 @@ Maker = Callable[[Problem], Contender]
 
 
 class Unavailable(Exception):
-    """A provider cannot be measured. The message is one sentence that says why."""
+    """Raised if a provider cannot be measured. The message is one sentence that gives the reason."""
 
 
 def enter(provider: str, problem: Problem) -> Contender:
     """Set up `provider` on `problem`.
 
     Raises:
-        Unavailable: its package is not installed, or it needs a GPU.
+        Unavailable: the package of the provider is not installed, or the provider needs a GPU.
         KeyError: the operator has no provider of that name.
     """
     spec, leaves = problem.spec, list(problem.tensors.values())
@@ -74,19 +75,19 @@ def enter(provider: str, problem: Problem) -> Contender:
 
 
 def providers(op: str, device: str) -> list[str]:
-    """Return the names of all providers of `op` on "cpu" or "cuda", ours first."""
+    """Return the names of all providers of `op` on `device` ("cpu" or "cuda"), ours first."""
     ours = ("torch",) if device == "cpu" else OURS
     return [*ours, "reference", "compiled", *peers(op)]
 
 
 def peers(op: str) -> dict[str, tuple[str, Maker]]:
-    """Return the peers of `op` by name: the module that must be importable, and the maker."""
+    """Return the peers of `op`: name -> (module that must be importable, function that makes the contender)."""
     softmax = {"sdpa": ("torch", sdpa)} if SPECS[op].attends else {}
     return softmax | PEERS.get(op, {})
 
 
 def public() -> list[str]:
-    """Return the public operators; the others are primitives and variants."""
+    """Return the names of the public operators. All other operators are primitives and variants."""
     return [name for name, spec in SPECS.items() if spec.public]
 
 
@@ -94,7 +95,7 @@ def public() -> list[str]:
 
 
 def sdpa(problem: Problem) -> Contender:
-    """Softmax attention by FlashAttention; on a GPU in float32 by torch's memory-efficient kernel."""
+    """Softmax attention with FlashAttention, or with torch's memory-efficient kernel in float32 on a GPU."""
     leaves, scale = [problem.tensors[name] for name in "qkv"], problem.options.get("scale")
     kind = SDPBackend.FLASH_ATTENTION
     if leaves[0].is_cuda and leaves[0].dtype == torch.float32:
@@ -126,12 +127,13 @@ def performer(problem: Problem) -> Contender:
         tensors = problem.tensors | {name: problem.tensors[name] / 4 for name in "qk"}
         return replace(problem, tensors=tensors)(reference=True)
 
-    # Its eps of 1e-4 swamps the features of tokens with our norms, and still distorts them at a quarter of these norms.
+    # performer-pytorch adds an eps of 1e-4 to the features. With the norms of our tokens, eps is larger than the features
+    # themselves. q and k are therefore divided by 4, but eps still distorts the features, so the tolerance is large.
     return Contender(_autocast(peer, q), [_leaf(q / 4), _leaf(k / 4), v], exact, tolerance=0.3)
 
 
 def plain_linear(problem: Problem) -> Contender:
-    """ReLU linear attention in two matrix products, as in EfficientViT and SANA."""
+    """ReLU linear attention as plain matrix products, as in EfficientViT and SANA."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = q.relu(), k.relu()
@@ -141,7 +143,10 @@ def plain_linear(problem: Problem) -> Contender:
 
 
 def fla(problem: Problem) -> Contender:
-    """Causal linear attention, unlike ours. Only the last token attends to all tokens, so only its output is checked."""
+    """Causal linear attention from flash-linear-attention; ours is not causal.
+
+    Only the last token attends to all tokens, so only the output of the last token is checked.
+    """
     if not problem.tensors["q"].is_cuda:
         raise Unavailable("flash-linear-attention needs a GPU")
     from fla.ops.linear_attn import chunk_linear_attn
@@ -178,12 +183,12 @@ def nystrom(problem: Problem) -> Contender:
         options = problem.options | dict(landmarks="pad_front", pinv_init="original")
         return tuple(_merged(x) for x in replace(problem, options=options)(reference=True))
 
-    # Its inverse starts from a maximum over the whole batch, but only one sample is checked.
+    # nystrom-attention initializes its iterative inverse with a maximum over the whole batch. `exact` sees only one sample.
     return Contender(_autocast(lambda x, *_: peer(x), q), [packed, *parameters], exact, tolerance=1e-2)
 
 
 def linformer(problem: Problem) -> Contender:
-    """Linformer with its keys as values: the arithmetic cost is the same."""
+    """Linformer with the keys as values, which does not change the arithmetic cost."""
     from linformer import LinformerSelfAttention
 
     q, k, key_projection, value_projection = (
@@ -213,7 +218,7 @@ def rotary(problem: Problem) -> Contender:
     def rotate(q: Tensor, k: Tensor) -> Outputs:
         return peer.rotate_queries_or_keys(q), peer.rotate_queries_or_keys(k)
 
-    return Contender(rotate, [q, k], tolerance=2e-3)  # it computes angles as products in float32
+    return Contender(rotate, [q, k], tolerance=2e-3)  # the package computes the angles as products in float32
 
 
 def _merged(x: Tensor) -> Tensor:
@@ -225,7 +230,7 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
-    """Run a peer under autocast: if cast to 16 bits as a whole, peers fail or lose their float32 sums."""
+    """Run a peer under autocast. A peer that is cast to 16 bits as a whole fails, or no longer sums in float32."""
     enabled = like.dtype != torch.float32
 
     def call(*inputs: Tensor) -> Tensor:

@@ -1,17 +1,18 @@
-"""Predict the time of each operator from published peaks of GPUs; no GPU needed.
+"""Predict the time of each operator from the published peak rates of GPUs. No GPU is needed.
 
 examples:
   vix dev roofline                                        every operator, bfloat16, all GPUs
-  vix dev roofline --op performer_attention --gpu H100    one line a shape
+  vix dev roofline --op performer_attention --gpu H100    one line per shape
   vix dev roofline --csv roofline.csv --plot roofline.png
 
 Columns: gflop, mexp and mbyte are the least work of the call (10^9 operations, 10^6 exponentials, 10^6 bytes); predicted_us is
-the prediction; bound_by names the longest time; measured_us is from the newest run of bench/on_gpu.sh in the results folder,
-and empty if there is none.
+the prediction; bound_by names the resource that limits it; measured_us comes from the newest run of bench/on_gpu.sh in the
+results folder and is empty if there is no measurement.
 
-A prediction is the longest of four times: bytes over memory bandwidth, operations over the rate of the matrix units,
-exponentials over the rate of the special-function units, and the launches one after another. It assumes that they overlap
-perfectly. So it is a lower bound: it says how much faster a measured call could be, not how long a call takes.
+A prediction is the longest of four times: bytes divided by memory bandwidth, operations divided by the rate of the matrix
+units, exponentials divided by the rate of the special-function units, and the time of all launches one after another. It
+assumes that the four overlap perfectly, so it is a lower bound. It shows how much faster a measured call could be, not how long
+a call takes.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from pathlib import Path
 from ..commands import DTYPES, Parser, figure, markdown, print_table, write_atomically, write_csv
 from ..testing import SPECS, Case
 
-LAUNCH = 2e-6  # seconds from one kernel of a stream to the next: an assumption, because no vendor publishes it
+LAUNCH = 2e-6  # seconds between successive kernels in a stream; an assumption, because vendors do not publish it
 RESULTS = Path("bench", "results")
 
 
 @dataclass(frozen=True)
 class Device:
-    """Peak rates of a device. For GPUs they are the published ones, dense.
+    """Peak rates of a device. For GPUs, they are the published rates without sparsity.
 
     Attributes:
         name: short name.
-        device: result of `torch.cuda.get_device_name`; other variants of the GPU have other peaks.
+        device: the result of `torch.cuda.get_device_name`. Other variants of the GPU have different peak rates.
         arch: architecture, such as "sm_90".
         matrix: FLOP/s of 16-bit products with float32 accumulators.
         tf32: FLOP/s of TensorFloat32 products.
         float32: FLOP/s of float32 products.
         bandwidth: bytes/s of memory.
-        exps: exponentials/s: 16 per clock and multiprocessor (compute unit).
+        exps: exponentials/s: 16 per clock cycle and multiprocessor (on AMD, compute unit).
     """
 
     name: str
@@ -59,10 +60,10 @@ class Device:
         return self.matrix if dtype != "fp32" else max(self.tf32 / 3, self.float32)
 
 
-# Matrix rates, bandwidths: NVIDIA's data sheets of A100 (80 GB SXM), H100 (SXM) and H200 (SXM), the Ada white paper
-# (RTX 4090), AMD's data sheet of MI300X. Exponentials: 16 x multiprocessors x boost clock, by the throughput table of
-# the CUDA programming guide (FlashAttention-3, arXiv:2407.08608, gives the same 3.9e12 for H100); CDNA 3 issues
-# transcendentals at a quarter of its 64 lanes.
+# Sources of the matrix rates and bandwidths: NVIDIA's data sheets for the A100 (80 GB SXM), H100 (SXM) and H200 (SXM), the Ada
+# white paper (RTX 4090), and AMD's data sheet for the MI300X. Exponentials: 16 x multiprocessors x boost clock, from the
+# throughput table in the CUDA programming guide. FlashAttention-3 (arXiv:2407.08608) states the same 3.9e12 for the H100.
+# CDNA 3 executes transcendental functions on a quarter of its 64 lanes per clock cycle.
 GPUS = (
     Device("A100", "NVIDIA A100-SXM4-80GB", "sm_80", 312e12, 156e12, 19.5e12, 2.039e12, 16 * 108 * 1.41e9),
     Device("H100", "NVIDIA H100 80GB HBM3", "sm_90", 989.4e12, 494.7e12, 66.9e12, 3.35e12, 16 * 132 * 1.83e9),
@@ -74,7 +75,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One operator, shape and GPU. Times are in microseconds; `measured_us` is None if no results file has the shape."""
+    """One operator, shape and GPU. Times are in microseconds; `measured_us` is None if no results file contains the shape."""
 
     op: str
     direction: str
@@ -99,11 +100,11 @@ COLUMNS = [each.name for each in fields(Row)]
 
 @dataclass(frozen=True)
 class Cost:
-    """One call of an operator.
+    """The least work of one call of an operator.
 
     Attributes:
-        flops: two per multiply-add, in products of the tokens' dtype.
-        exps: exponentials.
+        flops: floating-point operations of the matrix products, in the dtype of the tokens. A multiply-add counts as two.
+        exps: number of exponentials.
         bytes: least traffic, if each registered operator in the call reads its inputs and writes its outputs once.
         launches: number of kernels, including torch's fills, casts and sums.
     """
@@ -115,7 +116,7 @@ class Cost:
 
 
 def shapes() -> Iterator[Case]:
-    """Yield the shapes to predict and measure: batches of 131,072 tokens in all, and single images."""
+    """Yield the shapes to predict and measure: batches with 131,072 tokens in total, and single images."""
     for tokens in (256, 1024, 4096, 16384, 65536):
         yield Case(f"{tokens}", batch=131072 // tokens, heads=8, tokens=tokens, width=64, features=256)
     for tokens in (1024, 16384):
@@ -150,11 +151,11 @@ def rows(ops: Iterable[str], gpus: Iterable[Device], dtypes: Iterable[str]) -> I
             )  # fmt: skip
 
 
-KEY = COLUMNS[:9]  # up to the GPU
+KEY = COLUMNS[:9]  # the columns up to `gpu`
 
 
 def measured(folder: Path) -> dict[tuple[str, ...], float]:
-    """Return KEY -> microseconds of our kernels, from the newest run in `folder` that has them."""
+    """Return the measured microseconds of our kernels by the values of KEY, from the newest run in `folder` that has them."""
     names = {gpu.device: gpu.name for gpu in GPUS}
     found: dict[tuple[str, ...], float] = {}
     for path in sorted(folder.glob("*/*/timing.csv"), key=lambda path: path.parent.name):  # <gpu>/<date>-<commit>
@@ -179,7 +180,10 @@ NOTE = "Predicted times come from published peaks, not from a GPU."
 
 
 def plot(path: Path, table: list[Row], format: str) -> None:
-    """Plot time against tokens: a panel per operator and direction, a line per GPU; dashed predicted, dots measured."""
+    """Plot time against tokens, with a panel per operator and direction and a color per GPU.
+
+    Dashed lines show predicted times, and dots show measured times.
+    """
     from matplotlib.figure import Figure
 
     chosen = [row for row in table if row.width == 64 and row.batch * row.tokens == 131072]
@@ -201,7 +205,7 @@ def plot(path: Path, table: list[Row], format: str) -> None:
                 panel.plot(*zip(*dots, strict=True), "o", color=f"C{at}")
         panel.set(title=f"{op} {direction}", xlabel="tokens of one image", ylabel="µs", xscale="log", yscale="log")
         low, high = panel.get_ylim()
-        panel.set_ylim(min(low, high / 30), high * 2)  # a flat line must look flat
+        panel.set_ylim(min(low, high / 30), high * 2)  # otherwise a nearly constant time would fill the panel
         panel.grid(alpha=0.25)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, format=format)

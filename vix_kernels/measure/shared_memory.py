@@ -1,8 +1,8 @@
-"""The committed table of shared memory per entry of the launch table, checked by `vix dev compile-report --shared`.
+"""The committed table of the shared memory that each entry of the launch table needs.
 
-Triton allocates shared memory before it generates machine code. Compilation stops there, which makes it three times faster.
-So every entry can be measured in all its variants: RoPE in both layouts, trained and pooled slots, masks, the residual
-convolution. A row holds the maximum over the variants.
+`vix dev compile-report --shared` checks it. Triton allocates shared memory before it generates machine code. Compilation is
+stopped after the allocation, which makes it three times faster. Every entry can therefore be measured in all its variants: RoPE
+in both layouts, trained and pooled slots, masks, and the residual convolution. A row contains the maximum over the variants.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .tune import DTYPES, lookups
 COMMITTED = Path(__file__).with_name("shared_memory.csv")
 BATCH, HEADS, TOKENS = 2, 4, 1024
 SIZE = attrgetter("bits", "width")
-# For these GPUs Triton chooses the same layouts and pipelines as for another one, which is compiled instead.
+# For each of these GPUs, Triton chooses the same layouts and pipelines as for the GPU given here, which is compiled instead.
 GENERATION = {"sm_80": "sm_86", "sm_89": "sm_86"}
 
 
 @dataclass(frozen=True, order=True)
 class Row:
-    """The most shared memory, in bytes, that an entry of the launch table needs on GPUs of a generation.
+    """The largest number of bytes of shared memory that an entry of the launch table needs on one generation of GPUs.
 
-    `tile` has the fields of a Tile. `source` is the hash of the kernel and of the functions it calls.
+    `tile` contains the fields of a Tile as text. `source` is the hash of the kernel and the functions it calls.
     """
 
     triton: str
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def entry(self) -> Row:
-        """The row without Triton's version and the bytes, which identifies what is measured."""
+        """This row without the Triton version and the bytes. It identifies what was measured."""
         return replace(self, triton="", shared=0)
 
 
@@ -66,14 +66,14 @@ def entries(arch: str) -> set[Row]:
 
 
 def missing(rows: Iterable[Row], arch: str) -> list[Row]:
-    """Return the entries of `arch` that lack a current row in any Triton version that has rows."""
+    """Return the entries of `arch` that do not have a current row for every Triton version in `rows`."""
     measured = {(row.triton, row.entry) for row in rows}
     versions = {version for version, _ in measured} or {triton.__version__}
     return sorted(entry for entry in entries(arch) if any((version, entry) not in measured for version in versions))
 
 
 def excesses(rows: Iterable[Row], arch: str) -> list[str]:
-    """Return the entries of `arch` that need more shared memory than it has."""
+    """Return a message for each entry of `arch` that needs more shared memory than the GPU has."""
     served, limit = entries(arch), TARGETS[arch].shared_memory
     return [
         f"{row.kernel} {row.bits} bits width {row.width} with tile {row.tile}: {row.shared} bytes of shared memory by Triton "
@@ -83,13 +83,13 @@ def excesses(rows: Iterable[Row], arch: str) -> list[str]:
     ]
 
 
-# What is compiled
+# Compilation
 
 
 def problems(bits: int, width: int) -> Iterator[Problem]:
     """Yield problems that launch every kernel in all variants that share an entry of the launch table.
 
-    All differentiable tensors require gradients: without them kernels do less and need no more memory.
+    All differentiable tensors require gradients. With fewer gradients, kernels do less work and do not need more memory.
     """
     variants = dict(), dict(rope="half", masked=True, feature_map="elu"), dict(rope="interleaved")
     case = Case("", BATCH, HEADS, TOKENS, width=width, features=min(width, 128), taps=33, learned=True)
@@ -98,12 +98,12 @@ def problems(bits: int, width: int) -> Iterator[Problem]:
 
 
 class Allocated(Exception):
-    """Ends a compilation and carries the allocated bytes."""
+    """Raised to stop a compilation. Its argument is the number of bytes of shared memory that were allocated."""
 
 
 @contextmanager
 def allocation_only() -> Iterator[None]:
-    """Make the compilation of a kernel raise Allocated inside the block instead of generating machine code."""
+    """Make the compilation of kernels inside the block raise Allocated instead of generating machine code."""
     from triton._C.libtriton import ir, nvidia, passes
     from triton.backends.amd.compiler import HIPBackend
     from triton.backends.nvidia.compiler import CUDABackend, get_ptx_version_from_options
@@ -117,7 +117,8 @@ def allocation_only() -> Iterator[None]:
         manager.run(module, "allocate_shared_memory")
         raise Allocated(module.get_int_attr("ttg.shared"))
 
-    def hip(module: Any, metadata: dict, options: Any) -> None:  # one step later: the passes depend on the Triton version
+    # For AMD, the step after the allocation is replaced, because the passes before it depend on the Triton version.
+    def hip(module: Any, metadata: dict, options: Any) -> None:
         raise Allocated(metadata["shared"])
 
     with patch.object(CUDABackend, "make_llir", cuda), patch.object(HIPBackend, "make_amdgcn", staticmethod(hip)):
@@ -125,7 +126,7 @@ def allocation_only() -> Iterator[None]:
 
 
 def measure(arch: str, bits: int, width: int, wanted: Iterable[Row]) -> list[Row]:
-    """Measure the wanted entries, all of these bits and this width."""
+    """Measure the entries in `wanted`. All of them must have these bits and this width."""
     by_key = {(each.kernel, each.bits, each.width): each for each in wanted}
     most: dict[Row, int] = {}
     seen = set()
@@ -151,6 +152,6 @@ def measure(arch: str, bits: int, width: int, wanted: Iterable[Row]) -> list[Row
 
 
 def cells(wanted: Iterable[Row], arch: str) -> Iterator[tuple[str, int, int, list[Row]]]:
-    """Yield the arguments of `measure` for these entries."""
+    """Group the entries by bits and width, and yield the arguments of `measure` for each group."""
     for size, group in groupby(sorted(wanted, key=SIZE), SIZE):
         yield arch, *size, list(group)

@@ -1,7 +1,8 @@
-"""Hashes of the sources of committed figures, without comments and docstrings. If a hash changes, its figures are outdated.
+"""Hashes of kernel sources, which committed tables store. If a hash changes, the rows with the old hash are outdated.
 
-A hash covers a kernel, the device functions and constants it uses, and its tiles in the launch table. It does not cover other
-choices of the host function, such as the number of warps of small kernels without a tile.
+A hash covers a kernel and the device functions and constants it uses, without comments and docstrings. `source_hash` also
+covers the tiles of the kernel in the launch table. Other choices of the host function are not covered, such as the number of
+warps for small kernels without a tile.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE}
 
 
 def table_name(kernel: str) -> str:
-    """Return the name of a kernel in the launch table."""
+    """Return the name under which the launch table lists a kernel."""
     return "rotate" if kernel == "angle_gradient_kernel" else kernel.removesuffix("_kernel")
 
 
 @cache
 def code_hash(name: str) -> str:
-    """Hash the kernels of a name in the launch table, with the device functions and constants they use."""
+    """Hash the kernels that the launch table lists as `name`, with the device functions and constants they use."""
     name = name.removesuffix("_pooled")
     names = [f"{name}_kernel", *(["angle_gradient_kernel"] if name == "rotate" else [])]
     reached: dict[str, str] = {}
@@ -41,7 +42,7 @@ def code_hash(name: str) -> str:
 
 @cache
 def source_hash(kernel: str, arch: str) -> str:
-    """Hash the code of a kernel and the tiles it can be launched with on `arch`."""
+    """Hash the code of a kernel and the tiles with which it can be launched on `arch`."""
     name = table_name(kernel)
     tables = launch_table.TABLE, launch_table.OVERRIDES.get(arch, {})
     tiles = {key: tuple(tile) for table in tables for key, tile in table.items() if key[0].removesuffix("_pooled") == name}
@@ -50,7 +51,7 @@ def source_hash(kernel: str, arch: str) -> str:
 
 @cache
 def device_code() -> dict[str, list[str]]:
-    """Return the tokens of _triton's device functions and constants by name. Several files may define the same name."""
+    """Return the tokens of the device functions and constants in `_triton` by name. Several files may define the same name."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted(Path(launch_table.__file__).parent.glob("*.py")):
         lines = path.read_text().splitlines(keepends=True)

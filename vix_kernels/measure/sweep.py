@@ -1,4 +1,4 @@
-"""Measure operators against plain and compiled PyTorch, SDPA and the installed peers.
+"""Compare the speed of operators with plain and compiled PyTorch, SDPA and the installed peer packages.
 
 examples:
   vix bench                                                      every operator over tokens, forward and full
@@ -7,10 +7,11 @@ examples:
   vix bench --models                                             images/s of every model, inference and training
   vix bench --models "hybrid_*" --batch 32
 
-Results are checked against float64 before they are timed. A provider that is wrong, runs out of memory or is not installed gets
-a row with the reason and no time. bench.csv and bench.json are written to the output folder after every size, so an interrupted
-sweep keeps its results. At the end a picture per operator follows (time and memory, PNG and SVG). Times are device times, on a
-CPU the CPU time of the process. "full" is forward and backward; backward is full minus forward.
+The results of a provider are checked against float64 before it is timed. A provider that returns wrong results, runs out of
+memory or is not installed gets a row with the reason and no time. bench.csv and bench.json are written to the output folder
+after every size, so an interrupted sweep keeps its results. At the end, time and memory are plotted in one picture per operator
+(PNG and SVG). Times are device times; on a CPU, they are CPU times of the process. "full" is forward and backward; backward is
+full minus forward.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _modes(text: str) -> tuple[str, ...]:
 
 
 def sweep(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
-    """Yield the rows of one operator and value after another."""
+    """Yield the rows of each operator and swept value in turn."""
     base = replace(USUAL[device], **{name: value for name in SIZES if (value := getattr(args, name))})
     values = args.values or SWEEPS[args.sweep][device]
     for op in args.op:
@@ -124,7 +125,7 @@ def sweep(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
 
 
 def save(folder: Path, rows: list[Row]) -> None:
-    """Write bench.csv with the commit, and bench.json with the machine and the commit."""
+    """Write bench.csv, which includes the commit, and bench.json, which includes the commit and the machine."""
     everything = dict(commit=commit(), date=time.strftime("%Y-%m-%d"), **facts(), rows=rows)
     write_csv(folder / "bench.csv", [row | {"commit": commit()} for row in rows])
     write_atomically(folder / "bench.json", lambda path: path.write_text(json.dumps(everything, indent=1) + "\n"))
@@ -144,7 +145,7 @@ def report(rows: list[Row], args: argparse.Namespace) -> None:
 
 
 def crossings(rows: Iterable[Row], sweep: str) -> Iterator[str]:
-    """Yield a line per operator and direction: the values at which ours is faster than softmax attention."""
+    """Yield a line per operator and direction that lists the values at which ours is faster than softmax attention."""
     timed: dict[tuple[str, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row["status"] == "ok":
@@ -166,4 +167,4 @@ def crossings(rows: Iterable[Row], sweep: str) -> Iterator[str]:
         elif not losing:
             yield where + f"faster than SDPA at all of {measured} {sweep}"
         else:
-            yield where + f"faster than SDPA from {winning[0]:,} {sweep} on, not at {', '.join(f'{v:,}' for v in losing)}"
+            yield where + f"faster than SDPA at {winning[0]:,} {sweep} and above, not at {', '.join(f'{v:,}' for v in losing)}"

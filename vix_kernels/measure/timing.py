@@ -1,4 +1,4 @@
-"""Time a call: on the device, and by the wall clock, which host overhead dominates at small sizes."""
+"""Time a call on the device, or with the wall clock, which shows the host overhead of small sizes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-use_graphs = True  # False: device_time captures no CUDA graphs
+use_graphs = True  # whether device_time captures CUDA graphs
 
 
 @dataclass(frozen=True)
 class DeviceTime:
-    """Milliseconds of repeated calls.
+    """The times of repeated calls, in milliseconds.
 
-    `method` is "graph" for events around the replay of a CUDA graph, which has no gaps between launches; "events" for events
-    around a call that cannot be captured; "cpu" for the CPU time of the process.
+    `method` is how they were measured: "graph" with CUDA events around the replay of a CUDA graph, which has no gaps between
+    launches; "events" with CUDA events around a call that cannot be captured; "cpu" as the CPU time of the process.
     """
 
     samples: tuple[float, ...]
@@ -31,19 +31,19 @@ class DeviceTime:
 
     @property
     def low(self) -> float:
-        """The time that a fifth of the calls are below."""
+        """The 20th percentile of the times."""
         return sorted(self.samples)[len(self.samples) // 5]
 
     @property
     def high(self) -> float:
-        """The time that a fifth of the calls are above."""
+        """The 80th percentile of the times."""
         return sorted(self.samples)[-1 - len(self.samples) // 5]
 
 
 def device_time(function: Callable[[], Any], *, device: str | None = None, milliseconds: float = 50.0) -> DeviceTime:
     """Time function() on "cuda" or "cpu", by default on the GPU if there is one.
 
-    A GPU repeats it for about `milliseconds`, with a cold L2 cache. A CPU runs it 3 times.
+    On a GPU, the call is repeated for about `milliseconds`, each time with a cold L2 cache. On a CPU, three calls are timed.
     """
     if device == "cpu" or not torch.cuda.is_available():
         return in_turns({"": function}, rounds=3)[""]
@@ -55,7 +55,10 @@ def device_time(function: Callable[[], Any], *, device: str | None = None, milli
 
 
 def in_turns(functions: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, DeviceTime]:
-    """Measure CPU times, each function once per round, so drift of the machine affects all equally. One more round warms up."""
+    """Measure CPU times. Each round calls every function once, after an extra round for warm-up.
+
+    A change in the speed of the machine therefore affects all functions equally.
+    """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
@@ -71,7 +74,7 @@ def captured(function: Callable[[], Any]) -> Callable[[], None] | None:
         graph, _ = capture(function)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # such as a synchronization
+    except RuntimeError:  # for example, because the function synchronizes
         return None
     return graph.replay
 
@@ -86,7 +89,7 @@ def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles kernels and allocates library workspaces, which a capture forbids
+        for _ in range(2):  # compiles kernels and allocates library workspaces, neither of which is allowed in a capture
             function()
     here.wait_stream(stream)
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
@@ -117,7 +120,7 @@ def clean_up(pool: tuple[int, int]) -> None:
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
-    except RuntimeError:  # capture_end ended them, or the capture did not begin
+    except RuntimeError:  # capture_end ended the allocations, or the capture did not begin
         pass
     try:
         torch.cuda.default_generators[device].graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
@@ -129,11 +132,17 @@ def clean_up(pool: tuple[int, int]) -> None:
 
 
 class Spoiled(BaseException):
-    """This process can no longer measure. Not an Exception, so handlers that record errors and continue do not catch it."""
+    """Raised if this process can no longer measure.
+
+    It is not an Exception, so handlers that record errors and continue do not catch it.
+    """
 
 
 def wall_time(function: Callable[[], Any], *, calls: int = 20, rounds: int = 3) -> float:
-    """Return the milliseconds per call of successive calls of function(): host overhead, or device time if longer."""
+    """Return the wall-clock milliseconds per call of function() if it is called repeatedly.
+
+    This is the host overhead or the device time, whichever is longer.
+    """
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
     def run() -> None:

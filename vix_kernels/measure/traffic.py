@@ -1,22 +1,23 @@
-"""Count the global memory traffic of the ops, relative to the least: each argument and each result once.
+"""Count the global memory traffic of the ops, and compare it with the least possible: each argument and each result once.
 
     q, k, v = torch.randn(3, 4, 4, 1024, 32, dtype=torch.bfloat16, requires_grad=True).unbind()
     traffic = measure(performer_attention, q, k, v, orthogonal_projection(110, 32, seed=0), backend="triton")
     print(traffic.forward.ratio, traffic.backward.ratio)
     print(traffic.forward)  # launch by launch
 
-A launch counts the distinct bytes it loads plus the distinct bytes it stores. This models a GPU whose cache holds everything
-within a launch and nothing between launches. The bytes are recorded at the loads and stores of the kernels, in Triton's
-interpreter, so masked lanes, shared projections and views of one packed tensor are counted correctly. A PyTorch operator
-counts as a launch that reads its operands and writes its result.
+The traffic of a launch is the bytes it loads plus the bytes it stores, where a byte that is loaded or stored several times
+counts once. This models a GPU whose cache keeps everything during a launch and nothing between launches. The kernels run in
+Triton's interpreter, and the addresses of their loads and stores are recorded, so masked lanes, shared projections and views of
+one packed tensor are counted correctly. A PyTorch operator counts as a launch that reads its operands and writes its result.
 
-The least is every byte of the arguments that the pass reads, once, and every byte of its results, once. Arguments of the
-forward are the tensors that the caller passes; the backward adds the outputs and their gradients. All other traffic, such as
-statistics saved for the backward, is overhead of the implementation.
+The least possible traffic of a forward or backward is every byte of its arguments that it reads, counted once, plus every byte
+of its results, counted once. The arguments of the forward are the tensors that the caller passes. The backward also has the
+outputs and their gradients as arguments. All other traffic, such as statistics saved for the backward, is overhead of the
+implementation.
 
-Each line of output is a launch: its KiB, then its loads | its stores, by argument. Traffic beyond the least is in arguments
-that appear in several lines, and in intermediates, which are neither arguments nor results of the op. Nothing is timed and no
-GPU is needed. On shared cores it runs fastest with OMP_NUM_THREADS=1.
+Each line of the output is one launch: its total KiB, then the KiB loaded | stored per argument. Traffic beyond the least comes
+from arguments that appear in several lines, and from intermediates, which are neither arguments nor results of the op. Nothing
+is timed, and no GPU is needed. On shared cores, the command runs fastest with OMP_NUM_THREADS=1.
 
 examples:
   vix dev traffic
@@ -46,12 +47,15 @@ from ..testing import SPECS, Case
 from .interpreter import fast_interpreter, watched
 from .offline import TARGETS
 
-OVERWRITING = ("aten::copy_", "aten::fill_", "aten::zero_")  # they do not read the tensor they change
+OVERWRITING = ("aten::copy_", "aten::fill_", "aten::zero_")  # operators that do not read the tensor they change
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Distinct bytes that a kernel or PyTorch operator loads and stores, by argument. Arguments of one storage share a key."""
+    """The bytes that a kernel or PyTorch operator loads and stores, by argument.
+
+    A byte that is loaded or stored several times counts once. Arguments in the same storage share a key.
+    """
 
     kernel: str
     loaded: dict[str, int]
@@ -64,7 +68,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward or a backward: its launches in order, and the least bytes it must move."""
+    """A forward or a backward: its launches in order, and the least number of bytes that it must load and store."""
 
     launches: list[Launch]
     least: int
@@ -91,7 +95,7 @@ class Pass:
 @dataclass(frozen=True)
 class Traffic:
     forward: Pass
-    backward: Pass | None  # None where no tensor requires a gradient
+    backward: Pass | None  # None if no tensor requires a gradient
 
 
 def kib(size: int) -> str:
@@ -103,14 +107,14 @@ def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", split
 
     Args:
         function: an op of this library.
-        args, kwargs: its arguments, with tensors on the CPU and backend="triton". The backward runs for the tensors that
-            require gradients, if any.
+        args, kwargs: the arguments of `function`, with tensors on the CPU and backend="triton". The backward computes the
+            gradients of the tensors that require them, if any.
         arch: the GPU whose launch configurations are used, such as "sm_90".
         split: whether to split tokens into chunks as on that GPU. False keeps all tokens of a head in one chunk.
 
     Raises:
         ValueError: `arch` is unknown, a tensor is not on the CPU, or the call launched no kernel.
-        RuntimeError: kernels are not interpreted in this process, or the installed Triton cannot be observed.
+        RuntimeError: kernels are not interpreted in this process, or the interpreter of the installed Triton is not supported.
     """
     if arch not in TARGETS:
         raise ValueError(f"arch: expected one of {', '.join(TARGETS)}, got {arch!r}")
@@ -151,16 +155,19 @@ def tensors(x: Any) -> Iterator[Tensor]:
 
 
 class Touched:
-    """A set of bytes in the storages of some tensors. `maps` has an array per storage address, nonzero for bytes in the set."""
+    """A set of bytes in the storages of some tensors.
+
+    `maps` has an array per storage address. The array is nonzero at the bytes that are in the set.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         storages = [x.untyped_storage() for x in tensors]
-        # A multiple of 16 bytes can be viewed as elements of any size.
+        # Lengths are multiples of 16 bytes, so the arrays can be viewed as elements of any size.
         self.maps = {each.data_ptr(): np.zeros(-(-each.nbytes() // 16) * 16, np.int8) for each in storages}
 
     @classmethod
     def all_of(cls, tensors: Iterable[Tensor]) -> Touched:
-        """Return the set of all elements. Elements repeated by stride 0 count once."""
+        """Return the set of the bytes of all elements. Elements that a stride of 0 repeats count once."""
         tensors = [x for x in tensors if x.numel()]
         touched = cls(tensors)
         for x in tensors:
@@ -170,7 +177,7 @@ class Touched:
         return touched
 
     def add(self, addresses: np.ndarray, size: int) -> None:
-        """Add elements of `size` bytes, all in one storage."""
+        """Add the elements of `size` bytes at `addresses`, which must all be in one storage."""
         if not addresses.size:
             return
         first, last = int(addresses.min()), int(addresses.max())
@@ -189,7 +196,10 @@ class Touched:
         return sum(int(np.count_nonzero(each)) for each in self.maps.values())
 
     def by_name(self, named: list[tuple[str, Tensor]]) -> dict[str, int]:
-        """Return the bytes per storage, by the names of its tensors. A tensor passed under several names has the first one."""
+        """Return the number of bytes in the set per storage.
+
+        The key joins the names of the tensors in the storage. A tensor that is passed under several names has the first name.
+        """
         names: dict[int, dict[int, str]] = defaultdict(dict)
         for name, x in named:
             names[x.untyped_storage().data_ptr()].setdefault(id(x), name)
@@ -200,7 +210,7 @@ class Touched:
 
 
 class Meter(TorchDispatchMode):
-    """Records the kernel launches and PyTorch operators that run under it."""
+    """Records the kernel launches and PyTorch operators that run inside its context."""
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
@@ -213,7 +223,7 @@ class Meter(TorchDispatchMode):
             return
         named = [(name, x) for name, x in zip(kernel.arg_names, args, strict=False) if isinstance(x, Tensor)]
         loaded, stored = Touched(x for _, x in named), Touched(x for _, x in named)
-        self.launching = True  # operators that the interpreter calls do not count
+        self.launching = True  # operators called by the interpreter do not count
         try:
             with watched(loaded.add, stored.add):
                 kernel[grid](*args, **meta)
@@ -236,7 +246,7 @@ class Meter(TorchDispatchMode):
         return result
 
     def operator(self, schema: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        """Record one kernel that reads all operands and writes the result, unless the operator only allocates or is a view."""
+        """Record the operator as one kernel that reads all operands and writes the result. Skip allocations and views."""
         values = {each.name: value for each, value in zip(schema.arguments, args, strict=False)} | kwargs
         operands = [(name, x) for name, value in values.items() for x in tensors([value])]
         changed = {each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write}
@@ -260,7 +270,7 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def metered(given: list[Tensor], arch: str, split: bool) -> Iterator[Meter]:
-    """Meter the traffic inside the block, with launches as on `arch`."""
+    """Record the traffic inside the block, with the launch configurations of `arch`."""
     meter = Meter(given)
     with conditions.under(observer=meter.launch, arch=arch, split=split), fast_interpreter(), meter:
         yield meter
@@ -271,10 +281,10 @@ def metered(given: list[Tensor], arch: str, split: bool) -> Iterator[Meter]:
 
 SIZES = {
     "batch": (4, "samples"),
-    "heads": (4, "heads of a sample"),
-    "tokens": (1024, "tokens of a sample"),
+    "heads": (4, "heads per sample"),
+    "tokens": (1024, "tokens per sample"),
     "width": (32, "head width"),
-    "features": (110, "random features or projected tokens; landmarks are 64 at most"),
+    "features": (110, "random features or projected tokens; at most 64 landmarks"),
 }
 
 

@@ -1,16 +1,17 @@
-"""Look for faster launch configurations on this GPU.
+"""Search for faster launch configurations on this GPU.
 
 examples:
-  vix dev tune --width 64 --bits 16                16-bit kernels at width 64, ten minutes at most
+  vix dev tune --width 64 --bits 16                16-bit kernels at width 64, for at most ten minutes
   vix dev tune --kernel broadcast_tokens --seconds 60
-  vix dev tune --dry-run                           smoke test: one key in Triton's interpreter; its times mean nothing
+  vix dev tune --dry-run                           smoke test: one key in Triton's interpreter; its times are meaningless
 
-The search starts from the present tile of a key, changes one field at a time and keeps faster tiles, until none is faster. A
-tile is refused if it does not launch, gives other results than the present one, or spills more registers.
+The search starts from the present tile of a key and changes one field at a time. It keeps a change if the new tile is faster,
+and ends when no change makes it faster. A tile is refused if it does not launch, if its results differ from those of the
+present tile, or if it spills more registers.
 
-Prints one line per key, then the entries for OVERRIDES in vix_kernels/_triton/launch_table.py. Review them, run
-`vix dev compile-report`, and commit them by hand. The output file is rewritten after every key and holds all proposals and
-refusals.
+The command prints one line per key, then the entries for OVERRIDES in vix_kernels/_triton/launch_table.py. Review the entries,
+run `vix dev compile-report`, and commit them by hand. The output file is rewritten after every key. It contains all proposals
+and all refused tiles.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from .timing import device_time
 
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 LIMITS = {"slots": (16, 128), "tokens": (8, 256), "num_warps": (1, 8), "num_stages": (1, 4)}
-GAIN = 0.98  # a faster tile takes less than this fraction of the best time; smaller gains are noise
+GAIN = 0.98  # a tile is faster if it takes less than this fraction of the best time; smaller gains are noise
 
 
 @dataclass
 class Proposal:
-    """Result for one key. Times are milliseconds of the operator and direction that launch the kernel."""
+    """The result for one key. Times are milliseconds for the operator and direction, named by `use`, that launch the kernel."""
 
     key: Key
     use: str
@@ -55,7 +56,7 @@ class Proposal:
     best: Tile
     best_ms: float
     tried: int = 0
-    refused: list[str] = field(default_factory=list)  # refused tiles and the reasons
+    refused: list[str] = field(default_factory=list)  # refused tiles, each with the reason
 
     @property
     def better(self) -> bool:
@@ -77,7 +78,7 @@ def trial(key: Key, tile: Tile) -> AbstractContextManager[None]:
 
 @contextmanager
 def lookups() -> Iterator[dict[Key, None]]:
-    """Collect the keys that launches look up inside the block, latest last."""
+    """Collect the keys that launches inside the block look up. The latest key is last."""
     asked: dict[Key, None] = {}
 
     def note(key: Key) -> None:
@@ -90,7 +91,7 @@ def lookups() -> Iterator[dict[Key, None]]:
 
 @contextmanager
 def spills() -> Iterator[list[int]]:
-    """Collect the number of spilled registers of each launch inside the block; empty in the interpreter."""
+    """Collect the number of spilled registers of each launch inside the block. In the interpreter, the list stays empty."""
     counts: list[int] = []
     if interpreted():
         yield counts
@@ -111,9 +112,10 @@ def present_tile(arch: str, key: Key) -> Tile:
 
 
 def neighbours(tile: Tile) -> Iterator[Tile]:
-    """Yield tiles that differ from `tile` in one field: halved or doubled, one stage more or less, or a flipped bool.
+    """Yield tiles that differ from `tile` in one field: a size halved or doubled, a stage more or less, or a bool flipped.
 
-    Fields that are 0 or text do not change: the kernel has no such size, or another text would change the results.
+    Fields that are 0 or text do not change. 0 means that the kernel has no such size, and a different text would change the
+    results.
     """
     for name, value in tile._asdict().items():
         if isinstance(value, bool):
@@ -128,13 +130,14 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
 
 
 class Bench:
-    """One operator and direction at one size, run under the current launch configurations."""
+    """One operator and direction at one size, which runs with the current launch configurations."""
 
     def __init__(self, spec: OpSpec, direction: str, case: Case, bits: int, device: str) -> None:
         self.use = f"{spec.name}, {'forward' if direction == 'forward' else 'forward and backward'}"
         self.dtype, self.direction, self.device = DTYPES[bits], direction, device
-        self.problem = draw(spec, replace(case, learned=True), self.dtype, device)  # so the kernels of all gradients run
-        # Random, because errors could cancel under equal cotangents.
+        # With learned=True all gradients are computed, so all kernels run.
+        self.problem = draw(spec, replace(case, learned=True), self.dtype, device)
+        # Random, because errors could cancel with equal cotangents.
         self.cotangents = [torch.randn_like(x) for x in self.problem(backend="triton")]
 
     def run(self) -> tuple[Tensor, ...]:
@@ -149,9 +152,10 @@ class Bench:
         return set(asked)
 
     def agrees(self, expected: Iterable[Tensor]) -> bool:
-        """Return whether the results equal `expected` up to the order of sums.
+        """Return whether the results equal `expected`, except for the order of summation.
 
-        The tolerance is two roundings of the result, or that of float32 sums over thousands of terms.
+        The relative tolerance is twice the rounding error of the dtype, and at least the error of float32 sums over thousands
+        of terms.
         """
         tolerance = max(2 * torch.finfo(self.dtype).eps, 1e-5)
         return all(
@@ -160,7 +164,7 @@ class Bench:
 
 
 def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
-    """Move from the present tile of `key` to faster neighbors, until none is faster or time is up."""
+    """Move from the present tile of `key` to faster neighbors, until no neighbor is faster or the time is up."""
     present = present_tile(arch, key)
     with spills() as spilled:
         expected = bench.run()
@@ -183,14 +187,14 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
                     if max(spilled, default=0) > allowed:
                         raise ValueError(f"spills {max(spilled)} registers, the present tile {allowed}")
                     milliseconds = device_time(bench.run).median
-            except Exception as error:  # Triton, the assembler and the driver raise many types
+            except Exception as error:  # Triton, the assembler and the driver raise many types of errors
                 found.refused.append(f"{tile}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
                 if bench.device == "cuda":
                     torch.cuda.synchronize()  # raises after an illegal access, which the process cannot recover from
                 continue
             if milliseconds < GAIN * found.best_ms:
                 found.best, found.best_ms, moved = tile, milliseconds, True
-    if found.better:  # time both again, one after the other: clock drift must not decide
+    if found.better:  # time both again, one after the other, so a change of the clock rate does not decide
         found.present_ms = device_time(bench.run).median
         with trial(key, found.best):
             found.best_ms = device_time(bench.run).median
@@ -199,11 +203,11 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
     return found
 
 
-@lru_cache(maxsize=1)  # only one: their tensors fill the memory
+@lru_cache(maxsize=1)  # only one result, because its tensors need much memory
 def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key], Bench]]:
-    """Return every operator and direction with the keys it looks up, fewest keys first.
+    """Return a Bench for every operator and direction, with the keys that it looks up. Those with the fewest keys are first.
 
-    Sizes are large enough to fill a GPU, and tiny in the interpreter. Prints and skips operators that do not run.
+    Sizes are large enough to fill a GPU, and tiny in the interpreter. Operators that do not run are reported and skipped.
     """
     large, tiny = Case("tune", 8, 8, 4096, features=256), Case("tune", 1, 1, 20, features=8)
     found = []
@@ -220,7 +224,10 @@ def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key],
 
 
 def tune(keys: Iterable[Key], arch: str, device: str, deadline: float) -> Iterator[Proposal]:
-    """Yield a proposal for each key until the deadline. A kernel is timed in the use with the fewest keys that launches it."""
+    """Yield a proposal for each key until the deadline.
+
+    Each kernel is timed in the operator and direction that launch it and look up the fewest keys.
+    """
     for key in keys:
         _, bits, width = key
         if time.monotonic() > deadline:
@@ -230,7 +237,7 @@ def tune(keys: Iterable[Key], arch: str, device: str, deadline: float) -> Iterat
             yield tune_key(bench, arch, key, deadline)
 
 
-DRY = [("aggregate_forward", 32, 16)]  # keys of a dry run
+DRY = [("aggregate_forward", 32, 16)]  # the keys that a dry run tunes
 
 
 def snippet(arch: str, proposals: Iterable[Proposal]) -> str:
@@ -252,7 +259,7 @@ def main(argv: list[str]) -> int:
     kernels, widths = sorted({key[0] for key in TABLE}), sorted({key[2] for key in TABLE})
     parser = Parser.of("vix dev tune", __doc__)
     parser.add_argument("--kernel", nargs="+", choices=kernels, default=kernels, metavar="KERNEL", help=", ".join(kernels))
-    parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=[16, 32], help="of the tokens (default: both)")
+    parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=[16, 32], help="element size (default: both)")
     parser.add_argument("--width", nargs="+", type=int, choices=widths, default=widths, help="head width (default: all)")
     parser.add_argument("--seconds", type=float, default=600, help="time limit (default: 600)")
     parser.add_argument("--output", type=Path, default=Path("tune.json"), metavar="PATH", help="JSON file (default: tune.json)")
@@ -266,7 +273,7 @@ def main(argv: list[str]) -> int:
             print(f"vix dev tune: nothing to measure here: {reason}")
             return 0
         arch, gpu, device = launch.architecture(torch.device("cuda", 0)), torch.cuda.get_device_name(), "cuda"
-        sizes = product(args.width, args.bits)  # in the requested order: time may run out
+        sizes = product(args.width, args.bits)  # in the requested order, because time may run out
         keys = [key for width, bits in sizes for key in TABLE if key[0] in args.kernel and key[1:] == (bits, width)]
 
     proposals = []

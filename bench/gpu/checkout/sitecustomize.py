@@ -1,6 +1,7 @@
 """Make `vix_kernels.models` importable from a checkout that is not installed, if this folder is on PYTHONPATH.
 
-Subprocesses inherit it. `models/` is at the top of the repository and installs as `vix_kernels.models`.
+Subprocesses inherit PYTHONPATH, so the import also works there. In the repository, the package is the top-level folder
+`models/`, which is installed as `vix_kernels.models`.
 """
 
 import sys
