@@ -10,7 +10,7 @@ import torchvision_operators
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is first imported
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads this only once, when it is first imported
 NO_TRITON = pytest.mark.skipif(not find_spec("triton"), reason="no triton")
 BACKENDS = ["torch", pytest.param("triton", marks=NO_TRITON)]
 MISMATCH = torchvision_operators.mismatch()
@@ -39,7 +39,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def poisoned():
-    """Fill fresh memory with NaN, which shows elements that a kernel does not write."""
+    """Fill newly allocated memory with NaN, which reveals elements that a kernel does not write."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,8 +1,9 @@
-"""Golden outputs of the original models. `python -m tests.golden SOURCE` condenses one file per model to golden.json.
+"""Golden outputs of the original models. `python -m tests.golden SOURCE` condenses one file per model into golden.json.
 
-No weights are stored. The field "rule" of golden.json describes how weights, inputs and cotangents follow from a seed. A row
-of "state" has the shape, base and scale of a state_dict entry and, for a parameter, the norm of its gradient. "*" in its key
-means 0 .. layers - 1. Entries that the original computes at construction are skipped.
+No weights are stored. The field "rule" in golden.json describes how weights, inputs and cotangents are derived from a seed.
+Each row in "state" contains the shape, base and scale of a state_dict entry and, for a parameter, the norm of its gradient.
+A "*" in the key of a row represents the layer numbers 0 to layers - 1. Entries that the original computes in its constructor
+are skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 CONDENSED = Path(__file__).with_name("golden.json")
 COPIED = ("config", "image_size", "seed", "batch", "parameters", "logits", "logits_alone", "tolerance_note")
-# The float32 norms of this model are off by 1e-4.
+# The float32 gradient norms of this model have errors of 1e-4.
 NORMS_OF = {"HybridViPRoPE": "grad_norms_float64"}
 
 
@@ -62,14 +63,15 @@ class Golden:
 
     Attributes:
         config: constructor arguments.
-        state: the state_dict without derived entries, float32.
-        x: images (batch, 3, image_size, image_size).
-        logits: (batch, classes).
-        alone: (1, classes), the logits of the first image in a batch of one.
-        cotangent: (batch, classes). The loss is (logits * cotangent).sum().
-        norms: norm of each parameter's gradient, None if it has no gradient.
+        state: the float32 state_dict without derived entries.
+        x: images of shape (batch, 3, image_size, image_size).
+        logits: logits of shape (batch, classes).
+        alone: logits of the first image in a batch of one, of shape (1, classes).
+        cotangent: tensor of shape (batch, classes). The loss is (logits * cotangent).sum().
+        norms: norm of the gradient of each parameter, or None if the parameter has no gradient.
         parameters: number of trainable values.
-        tolerance: absolute tolerance of logits: 20 times the original's float32 error, but at least 1e-4 of the largest logit.
+        tolerance: absolute tolerance for logits, which is 20 times the original's float32 error, but at least 1e-4 times the
+            largest logit.
     """
 
     config: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Augmentation of image batches: sizes and positions of the changes, and matching targets."""
+"""Tests of augmentation on image batches: the sizes and positions of the changes, and the matching targets."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def test_erasing_sets_one_rectangle_of_the_drawn_size() -> None:
     images = torch.ones(400, 3, 24, 16)
     draws = Draws(0, images=400)
     erased = random_erasing(images, draws, 1.0) == 0
-    assert torch.equal(erased.any(1), erased.all(1))  # all channels
+    assert torch.equal(erased.any(1), erased.all(1))  # all channels are erased together
     area = erased[:, 0].flatten(1).float().mean(1)
     assert 0.005 < area.min() and area.max() < 0.36 and 0.1 < area.mean() < 0.2
     rows, columns = erased[:, 0].any(2).sum(1), erased[:, 0].any(1).sum(1)
-    assert torch.equal(rows * columns, erased[:, 0].flatten(1).sum(1))  # a rectangle
-    assert erased[:, 0].any(0).all()  # anywhere
+    assert torch.equal(rows * columns, erased[:, 0].flatten(1).sum(1))  # the erased area is a rectangle
+    assert erased[:, 0].any(0).all()  # every pixel is erased in some image
     assert torch.equal(images, torch.ones_like(images))
     some = (random_erasing(images, draws, 0.25) == 0).flatten(1).any(1).float().mean()
     assert 0.15 < some < 0.35
@@ -35,7 +35,7 @@ def test_crops_have_the_drawn_size_and_any_position() -> None:
     y, x = torch.meshgrid(torch.linspace(-1, 1, 33), torch.linspace(-1, 1, 17), indexing="ij")
     images = torch.stack([x, y]).expand(500, 2, 33, 17)  # the value of a pixel is its position
     cropped = random_resized_crop(images, Draws(0, images=500), scale=0.35)
-    first, last = cropped[:, :, 2, 2], cropped[:, :, -3, -3]  # inside the border, which repeats pixels
+    first, last = cropped[:, :, 2, 2], cropped[:, :, -3, -3]  # inside the border, where pixels are repeated
     width, height = ((last - first) / torch.tensor([x[0, -3] - x[0, 2], y[-3, 0] - y[2, 0]])).unbind(1)
     area, aspect = width * height, width / height
     assert 0.35 <= area.min() < 0.4 and 0.95 < area.max() <= 1 + 1e-5
@@ -82,7 +82,7 @@ def test_mixup_and_cutmix_alternate_at_random() -> None:
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("batch", [12, 13])
 def test_ranks_together_see_the_batch_of_a_single_process(world: int, batch: int) -> None:
-    """Each image gets the same changes and the same partner on any rank."""
+    """Each image gets the same changes, and is mixed with the same image, regardless of its rank."""
     images, labels = torch.rand(batch, 3, 8, 8), torch.arange(batch) % 5
 
     def augmented(rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,8 +107,8 @@ def picture(size: tuple[int, int] = (24, 16)) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-# Pillow's result for strength 0.5, and the allowed difference on a scale of 255. Pillow rounds the result down. Before that
-# it rounds the gray, mean or smoothed image that it blends with, half to even.
+# For each operation, Pillow's result for strength 0.5 and the allowed difference on a scale of 255. Pillow rounds its results
+# down. Before that, it rounds the gray, mean or smoothed image that it blends with (half to even).
 PILLOW = {
     "autocontrast": (lambda x, s: ImageOps.autocontrast(x), 1),
     "equalize": (lambda x, s: ImageOps.equalize(x), 0),
@@ -134,7 +134,7 @@ def test_operations_match_pillow(name: str, sign: int) -> None:
     actual = operation(x, torch.full((1, 1, 1, 1), 0.5), torch.full((1, 1, 1, 1), float(sign)))
     expected = torch.from_numpy(np.asarray(reference(image, sign)).copy()).permute(2, 0, 1)[None].float()
     difference = (255 * actual - expected).abs()
-    if tolerance is None:  # Pillow does not blend the edges of a rotated image with the black outside
+    if tolerance is None:  # Pillow does not blend the edges of a rotated image with the black background
         assert difference.median() < 3
     else:
         assert difference.max() <= tolerance + 1e-3
@@ -148,14 +148,14 @@ def test_strength_controls_the_change(operation: Operation) -> None:
         return float((operation(x, torch.full((1, 1, 1, 1), strength), torch.ones(1, 1, 1, 1)) - x).abs().mean())
 
     weak, strong = distance(0.0), distance(0.9)
-    if operation.__name__ in ("identity", "autocontrast", "equalize"):  # have no strength
+    if operation.__name__ in ("identity", "autocontrast", "equalize"):  # these ignore the strength
         assert weak == strong
     else:
         assert weak < 1e-5 and strong > 0.001
 
 
 def test_augmentation_stays_on_the_device_of_the_images() -> None:
-    """Meta tensors replace those of a GPU: no operation mixes them with CPU tensors."""
+    """Use meta tensors in place of GPU tensors. An operation that mixes them with CPU tensors raises an error."""
     x, labels = torch.empty(28, 3, 16, 16, device="meta"), torch.zeros(28, dtype=torch.long, device="meta")
     draws, strength = Draws(0, images=28), torch.empty(28, 1, 1, 1, device="meta")
     for operation in OPERATIONS:
@@ -177,9 +177,9 @@ def test_every_image_gets_a_separate_operation() -> None:
     assert changed.min() >= 0 and changed.max() <= 1
     assert (
         len({each.numpy().tobytes() for each in changed}) > 120
-    )  # three of 14 operations have one outcome each, posterize has seven
+    )  # of the 14 operations, three have one outcome each, and posterize has seven
     assert torch.equal(trivial_augment(x, Draws(0, images=200)), changed)
-    assert trivial_augment(x[:, :1], Draws(0, images=200)).shape == (200, 1, 24, 16)  # gray images, too
+    assert trivial_augment(x[:, :1], Draws(0, images=200)).shape == (200, 1, 24, 16)  # gray images also work
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Invalid arguments raise one error that names the argument, the expected value and the value received."""
+"""Tests that invalid arguments raise an error that names the argument, the expected value and the received value."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_modules_refuse_tokens_of_another_dtype() -> None:
         module(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         module(x)
-    module.qkv = torch.nn.Sequential(module.qkv)  # another layer may accept a dtype other than that of its weight
+    module.qkv = torch.nn.Sequential(module.qkv)  # a different layer may accept inputs in a dtype that its weight does not have
     with pytest.raises(RuntimeError, match="dtype"):
         module(x)
 

@@ -1,4 +1,4 @@
-"""Benchmarks: incorrect, oversized or missing providers are not timed, and their rows say why."""
+"""Tests of the benchmarks. Providers that are incorrect, too large or missing are not timed, and their rows say why."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_provider_of_an_operator_is_correct(op: str) -> None:
     names = tuple(name for name in providers.providers(op, "cpu") if name != "compiled")
     found = rows(op, names, effort=Effort(rounds=2))
     for (name, direction), row in found.items():
-        if row["status"] == "skipped":  # peers that are not installed
+        if row["status"] == "skipped":  # the package is not installed or needs a GPU
             assert row["why"] in (f"{name} is not installed", f"{name} needs a GPU")
             continue
         assert row["status"] == "ok", row
@@ -54,7 +54,7 @@ def test_rates_match_hand_counts() -> None:
     seconds = row["device_ms"] / 1e3
     assert row["gbps"] == pytest.approx(
         4 * 4 * elements / seconds / 1e9
-    )  # reads q and k, writes q and k, without a tensor of angles
+    )  # reads and writes q and k; the angles are not counted
     assert row["tflops"] == pytest.approx(6 * elements / seconds / 1e12)
     assert result.samples and row["device_ms"] == pytest.approx(sum(result.samples) / 2)
 
@@ -120,7 +120,7 @@ def test_peak_memory_covers_only_the_call() -> None:
 
 
 class TestSuite:
-    """`pytest --benchmark` in a subprocess, on its smallest operator."""
+    """Tests of `pytest --benchmark`, which is run in a subprocess on its smallest operator."""
 
     def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "pytest", "--benchmark", "-p", "no:cacheprovider", "-k", "apply_rope-1024", *arguments]
@@ -141,11 +141,11 @@ class TestSuite:
             info = row["extra_info"]
             names = {"gbps", "tflops", "roofline", "peak_mib", "device", "torch", "triton", "python", "commit", "error"}
             assert names <= set(info) and info["ours_over_others"]["reference"] > 0
-            assert row["stats"]["median"] == pytest.approx(info["device_ms"] / 1e3)  # pytest-benchmark reports device time
+            assert row["stats"]["median"] == pytest.approx(info["device_ms"] / 1e3)  # pytest-benchmark gets the device time
         assert rows["full"]["extra_info"]["kept_mib"] == 0.25
         assert "| `apply_rope` / rotary-embedding-torch | 1024 |" in done.stdout
 
-        # Results of another device are refused, those of the same device are compared.
+        # Results from a different device are rejected. Results from the same device are compared.
         run["machine_info"]["device"] = "another"
         (tmp_path / "other.json").write_text(json.dumps(run))
         done = self.run("--benchmark-compare", tmp_path / "other.json")
@@ -192,7 +192,7 @@ def test_table_marks_missed_budgets_and_missing_packages() -> None:
     assert "| 2 / 2 | 0.20 (missed 0.15) / 0.25 | 0.50 /" in line and "| 1.00 | 0.25 |" in line
     absent = [row | dict(ours_over_others={}, skipped={name: f"{name} is not installed"}) for row in rows]
     assert "| not installed |" in table.lines(absent)[2]
-    assert "(missed" not in table.lines([row | dict(method="graph") for row in rows])[2]  # budgets are for a CPU
+    assert "(missed" not in table.lines([row | dict(method="graph") for row in rows])[2]  # targets apply to CPU times only
 
 
 def test_table_of_models(tmp_path: Path, capsys) -> None:
@@ -225,7 +225,7 @@ def test_bench_writes_tables_and_plots(tmp_path: Path, capsys) -> None:
     assert main([*arguments.split(), "--output", str(tmp_path / "out")]) == 0
     captured = capsys.readouterr()
     assert "linear_attention, forward" in captured.out and "SDPA" in captured.out
-    assert "apply_rope, tokens 32" in captured.err  # progress
+    assert "apply_rope, tokens 32" in captured.err  # progress is printed to stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"bench.csv", "bench.json"} | {
         f"{name}_fp32.{kind}" for name in ("linear_attention", "apply_rope", "all") for kind in ("png", "svg")
@@ -264,8 +264,8 @@ def test_crossings_name_the_length_from_which_vix_is_faster() -> None:
     def crossing(*times: float) -> str:
         return next(sweep.crossings([*sdpa, *map(row, ["torch"] * 3, (16, 32, 64), times)], "tokens"))
 
-    assert crossing(3, 1, 1) == "x, forward: faster than SDPA from 32 tokens on, not at 16"
-    assert crossing(1, 3, 1) == "x, forward: faster than SDPA from 64 tokens on, not at 32"
+    assert crossing(3, 1, 1) == "x, forward: faster than SDPA at 32 tokens and above, not at 16"
+    assert crossing(1, 3, 1) == "x, forward: faster than SDPA at 64 tokens and above, not at 32"
     assert crossing(1, 1, 1) == "x, forward: faster than SDPA at all of 16, 32, 64 tokens"
     assert crossing(1, 1, 3) == "x, forward: not faster than SDPA at 64 tokens, the largest of 16, 32, 64"
 
@@ -275,7 +275,7 @@ def test_bench_measures_models(tmp_path: Path, capsys) -> None:
     assert main(["bench", *what.split(), str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("vip_tiny  ours" in line for line in lines) == 4
-    assert sum("there is no original of it" in line for line in lines) == 4
+    assert sum("this model has no original" in line for line in lines) == 4
     assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 8
 
 
@@ -291,12 +291,15 @@ def test_models_are_compared_with_their_originals() -> None:
             assert row["images_per_second"] > 0 and row["peak_mib"] > 0
     assert found["ours", "fp32", "training"]["kept_mib"] < found["original", "fp32", "training"]["kept_mib"]
     (skipped, _) = models.measure("levit", [("original", "fp32")], "cpu", batch=1, rounds=1)
-    assert (skipped["status"], skipped["why"]) == ("skipped", "there is no original of it")
+    assert (skipped["status"], skipped["why"]) == ("skipped", "this model has no original")
 
 
 @pytest.mark.parametrize("name", models.PAIRS)
 def test_models_and_originals_have_similar_sizes(name: str) -> None:
-    """Fixes make a difference: ViL has as many key and value heads as query heads, its original one."""
+    """Sizes differ where models are fixed. For example, ViL has as many key heads as query heads, but its original has one.
+
+    The same is true of the value heads.
+    """
     model, original = (models.make(name, provider, {}, "cpu").to("meta") for provider in ("ours", "original"))
     sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, original)]
     assert 0.99 < sizes[0] / sizes[1] < (1.15 if name in ("vil", "hybrid_vil") else 1.05)

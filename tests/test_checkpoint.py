@@ -1,4 +1,4 @@
-"""Checkpoints survive kills, full disks and damaged files."""
+"""Tests that checkpoints survive killed processes, full disks and damaged files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY = ["--model-kwargs", "embed_dim=16", "depth=1", "num_heads=2", "patch_size=
 
 
 def numbered(step: int) -> dict[str, Any]:
-    """Return a checkpoint whose tensors are filled with its step."""
+    """Return a checkpoint whose tensors are filled with its step number."""
     weights = {f"layer{i}": torch.full((64, 256), float(step)) for i in range(4)}
     moments = {f"{name}:exp_avg": value for name, value in weights.items()}
     rest = {"config": {}, "model_kwargs": {}, "data": {}, "epoch": 0, "step": step, "history": []}
@@ -55,7 +55,7 @@ def test_a_kill_at_any_moment_keeps_the_last_complete_checkpoint(tmp_path: Path,
         os.close(reading)
         complete = struct.unpack(f"{len(written) // 4}i", written)[-1]
         found = load_checkpoint(path)
-        assert found["step"] in (complete, complete + 1)  # the kill may come before the write is reported
+        assert found["step"] in (complete, complete + 1)  # the process may be killed before it reports a write
         for part in ("model", "optimizer"):
             assert found[part] and all((value == found["step"]).all() for value in found[part].values())
         start = found["step"]
@@ -64,7 +64,10 @@ def test_a_kill_at_any_moment_keeps_the_last_complete_checkpoint(tmp_path: Path,
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_full_disk_at_any_byte_keeps_the_old_checkpoint(tmp_path: Path, sharded: bool) -> None:
-    """Simulated by the limit on file sizes. Torch raises a RuntimeError for most sizes, an OSError for the last bytes."""
+    """Simulate a full disk with a limit on file sizes.
+
+    Torch raises a RuntimeError for most sizes, and an OSError for the last bytes.
+    """
     resource = pytest.importorskip("resource")
     path = tmp_path / "last.pt"
     warnings.simplefilter("ignore")
@@ -120,7 +123,7 @@ def test_the_best_epochs_are_kept(tmp_path: Path) -> None:
 
 
 def test_recovery_checkpoints_are_saved_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the requested interval, starting in the first epoch."""
+    """Checkpoints are saved at the requested interval, starting in the first epoch."""
     saved = []
     save = run.Run.save
     monkeypatch.setattr(run.Run, "save", lambda self, name: (saved.append((name, self.steps_done)), save(self, name)))
@@ -160,7 +163,7 @@ def test_the_error_names_the_first_non_finite_step(tmp_path: Path, monkeypatch: 
 def test_broken_weights_are_never_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The loss of a step is computed before its update, so it does not show broken weights."""
+    """The loss of a step is computed before the weights are updated, so it does not reveal broken weights."""
     step, steps = Optimizer.step, []
 
     def broken(self: Optimizer, *args: Any) -> None:
@@ -205,7 +208,7 @@ def test_a_restart_before_the_first_checkpoint_starts_over(tmp_path: Path, monke
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert main(["train", "--epochs", "1", "-b", "512", "--output", str(tmp_path), *TINY]) == 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert main(["train", "--epochs", "2", "-b", "512", "--output", str(tmp_path), *TINY]) == 0  # resumes without --resume
+    assert main(["train", "--epochs", "2", "-b", "512", "--output", str(tmp_path), *TINY]) == 0  # resumes even without --resume
     assert len(load_checkpoint(tmp_path)["history"]) == 2
 
 

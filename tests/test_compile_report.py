@@ -1,4 +1,4 @@
-"""The compile report: reading machine code and detecting regressions. Needs no GPU and no interpreter."""
+"""Tests of the compile report, which reads machine code and detects regressions. They need no GPU and no interpreter."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def attention_kernel(q, k, out, stride, N, D: tl.constexpr, BLOCK: tl.constexpr)
 
 
 def compile_toy(target: str) -> list[offline.CompiledLaunch]:
-    """Compile two launches on aligned rows of different lengths, and one on a view that is offset by one element."""
+    """Compile two launches on aligned rows with different lengths, and one launch on a view with an offset of one element."""
     x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
     shifted = torch.empty(1024 * 64 + 1, dtype=torch.bfloat16, device="meta")[1:].view(1024, 64)
     meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
@@ -71,7 +71,7 @@ def compile_performer(target: str) -> list[offline.CompiledLaunch]:
 
 
 def shared_both_ways(target: str) -> list[int]:
-    """Return the toy's shared memory in bytes, from a compilation stopped after allocation and from a full one."""
+    """Return the toy kernel's shared memory in bytes, from a compilation that stops after allocation and from a full one."""
     x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
     meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     arguments = x, x, x, x.stride(0), 1024
@@ -83,7 +83,7 @@ def shared_both_ways(target: str) -> list[int]:
 
 
 def in_subprocess(function: str, target: str) -> list[dict]:
-    """Return the result of a function of this file, run in a process without the interpreter."""
+    """Run a function from this file in a process without the interpreter, and return its result."""
     with compile_report.worker_environment():
         command = [sys.executable, __file__, function, target]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
@@ -147,9 +147,9 @@ def test_amd_assembly_is_parsed():
 
 
 def test_a_public_call_is_compiled():
-    """The forward kernels at this width use matrix instructions and 128-bit accesses, without spills."""
+    """At this head width, the forward kernels use matrix instructions and 128-bit accesses, and do not spill registers."""
     launches = in_subprocess("compile_performer", "sm_90")
-    # Batch and heads are too few to fill the GPU, so the tokens are split.
+    # The batch and the number of heads are too small to fill the GPU, so the tokens are split.
     assert [each["kernel"] for each in launches] == [
         "aggregate_forward_kernel",
         "merge_softmax_kernel",
@@ -168,12 +168,12 @@ def test_torch_launches_are_counted():
         x.transpose(0, 1).contiguous().view(4, 6).float().sum(-1, keepdim=True) + torch.zeros(4, 1, device="meta")
         x.contiguous().to(torch.bfloat16).reshape(24)
     roots = [event for event in profile.function_events if event.cpu_parent is None]
-    assert sum(map(compile_report.torch_launches, roots)) == 5  # contiguous, float, sum, zeros, add
+    assert sum(map(compile_report.torch_launches, roots)) == 5  # contiguous, float, sum, zeros and add launch once each
 
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_launch_fits_its_shared_memory(arch):
-    """Covers every entry that the launch table can serve. The committed table must match the current tiles and kernels."""
+    """Cover every entry that the launch table can return. The committed table must match the current tiles and kernels."""
     rows = read_csv(shared_memory.COMMITTED, shared_memory.Row)
     served = shared_memory.entries(arch)
     assert {(entry.bits, entry.width) for entry in served} == set(product((16, 32), (16, 32, 64, 128, 256)))
@@ -193,18 +193,18 @@ def test_missing_and_excessive_shared_memory_is_named(monkeypatch):
     (found,) = shared_memory.excesses([row], "sm_86")
     assert found.startswith("aggregate_slots 16 bits width 128") and found.endswith("sm_86 has 101376")
     assert shared_memory.excesses([replace(row, shared=101_376)], "sm_86") == []
-    assert shared_memory.excesses([row], "sm_80") == []  # sm_80 has more memory and other tiles
+    assert shared_memory.excesses([row], "sm_80") == []  # sm_80 has more memory and different tiles
     for stale in (replace(row, source="another"), replace(row, tile="64 64 4 1 tf32x3 False")):
         assert entry in shared_memory.missing([stale], "sm_86") and shared_memory.excesses([stale], "sm_86") == []
     assert entry in shared_memory.missing(
         [row, replace(row, triton="3.6.0", kernel="rotate")], "sm_86"
-    )  # one row per Triton version
+    )  # the table has one row per Triton version
     monkeypatch.setitem(OVERRIDES["sm_86"], ("aggregate_slots", 16, 128), tile._replace(num_stages=4))
     assert entry not in shared_memory.entries("sm_86")
 
 
 def test_shared_memory_equals_that_of_a_full_compilation():
-    """Stopping the compilation after allocation does not change the number."""
+    """Stopping the compilation after allocation does not change the measured shared memory."""
     (stopped, complete) = in_subprocess("shared_both_ways", "sm_86")
     assert stopped == complete > 0
 
@@ -291,16 +291,16 @@ def test_amd_regressions_are_named():
     ("arch", "kernel", "percent"),
     [
         ("sm_80", (4, 32, 0), 100),  # 16 blocks
-        ("sm_90", (4, 168, 40_960), 18),  # three warps on each quarter of the registers
+        ("sm_90", (4, 168, 40_960), 18),  # three warps fit in each quarter of the register file
         ("sm_90", (4, 169, 40_960), 12),  # registers are allocated in groups of eight
-        ("sm_86", (4, 64, 50_176), 16),  # with the reserved KiB, exactly half of the shared memory
+        ("sm_86", (4, 64, 50_176), 16),  # with the reserved KiB, this is exactly half of the shared memory
         ("sm_86", (4, 64, 50_177), 8),
         ("sm_86", (1, 32, 0), 33),  # 16 blocks
         ("sm_100", (8, 32, 0, 256), 25),  # two blocks share the tensor memory
-        ("gfx942", (4, 129, 0), 37),  # three wavefronts on each SIMD
+        ("gfx942", (4, 129, 0), 37),  # three wavefronts fit on each SIMD
         ("gfx942", (8, 256, 16_384), 25),
-        ("gfx942", (4, 64, 16_384), 50),  # four workgroups
-        ("gfx950", (4, 64, 16_384), 100),  # the registers hold eight workgroups, the LDS nine
+        ("gfx942", (4, 64, 16_384), 50),  # four workgroups fit
+        ("gfx950", (4, 64, 16_384), 100),  # eight workgroups fit in the registers, and nine in the LDS
     ],
 )
 def test_occupancy_of_a_kernel(arch, kernel, percent):
@@ -308,7 +308,7 @@ def test_occupancy_of_a_kernel(arch, kernel, percent):
 
 
 def test_the_committed_table_is_complete_and_current():
-    """If a kernel or tile has changed since, run `make report ARGS=--write`."""
+    """If a kernel or a tile has changed since the table was written, run `make report ARGS=--write`."""
     rows = read_csv(compile_report.TABLE, Row)
     assert violations(rows) == [] and outdated(rows) == []
     newest, oldest = {row.triton for row in rows} - {"3.6.0"}, "3.6.0"
@@ -321,11 +321,11 @@ def test_the_committed_table_is_complete_and_current():
 
 def test_rows_of_a_changed_kernel_or_tile_are_outdated(monkeypatch):
     row = replace(SM90_16_BIT, kernel="broadcast_slots_kernel", source=sources.source_hash("broadcast_slots_kernel", "sm_90"))
-    assert outdated([row]) == [] and outdated([replace(row, arch="sm_80")]) == ["broadcast_slots_kernel sm_80"]  # other tiles
+    assert outdated([row]) == [] and outdated([replace(row, arch="sm_80")]) == ["broadcast_slots_kernel sm_80"]  # tiles differ
     functions = {name: [*words] for name, words in sources.device_code().items()}
     assert '"""' not in "".join(functions["broadcast_slots_kernel"])
     assert "LOG2E" in functions and "LOG2E" in functions["broadcast_slots_kernel"]
-    functions["exps_below"].append("pass")  # called by the kernel
+    functions["exps_below"].append("pass")  # the kernel calls this function
     monkeypatch.setattr(sources, "device_code", lambda: functions)
     sources.code_hash.cache_clear()
     sources.source_hash.cache_clear()

@@ -1,4 +1,4 @@
-"""A core that another package registers works everywhere, without changes to this library."""
+"""Tests that a core registered by a different package works everywhere, without changes to this library."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v))
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("use", USES)
 def test_a_registered_core_works_everywhere(use: str, late: bool, tmp_path: Path) -> None:
-    """Registration may come before or after the integrations are imported."""
+    """The core may be registered before or after the integrations are imported."""
     if not find_spec(use.partition(".")[0]) and use != "zoo":
         pytest.skip(f"{use} is not installed")
     (tmp_path / "even.py").write_text(EVEN)
@@ -115,7 +115,7 @@ def test_a_registered_core_works_everywhere(use: str, late: bool, tmp_path: Path
 
 
 def test_a_core_with_parameters_is_a_child_module_of_its_host(tmp_path: Path) -> None:
-    """The host gets its parameters, under `vix`. Without a module to hold them, the core is refused by name."""
+    """The parameters of the core are in the host's submodule `vix`. If there is no such module, an error names the core."""
     pytest.importorskip("timm")
     (tmp_path / "learned.py").write_text(LEARNED)
     code = """
@@ -175,7 +175,7 @@ def test_the_command_line_imports_a_core_first(tmp_path: Path) -> None:
     command += ["--warmup-epochs", "0", "--output", "run", "--model-kwargs", "mixer=even", "factor=0.5", "depth=1"]
     done = subprocess.run([*command, "embed_dim=16", "num_heads=2"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (tmp_path / "train.py").write_text(EVEN)  # a module may have the name of a command
+    (tmp_path / "train.py").write_text(EVEN)  # a module may have the same name as a command
     named = subprocess.run([*command[:4], "train", "models", "vit_tiny*"], capture_output=True, text=True, cwd=tmp_path)
     assert named.returncode == 0 and named.stdout.startswith("model"), named.stderr
     wrong = subprocess.run([*command[:4], "nothing", "models"], capture_output=True, text=True, cwd=tmp_path)
@@ -197,13 +197,13 @@ def test_arguments_that_a_core_does_not_accept_are_refused() -> None:
 
 def test_operator_names_are_unique() -> None:
     spec = SPECS["apply_rope"]
-    with pytest.raises(ValueError, match="name: expected one that is free, got 'apply_rope'"):
+    with pytest.raises(ValueError, match="name: expected an unused name, got 'apply_rope'"):
         register_operator(replace(spec, reference=spec.function))
     assert SPECS["apply_rope"] is spec
 
 
 def test_only_learned_features_take_gradients() -> None:
-    """A specification lists the tensors without gradients, which only `learned` cases train."""
+    """The tensors that a specification lists in `fixed` get gradients only in cases with learned=True."""
     spec = replace(SPECS["performer_attention"], fixed=("v",))
     for learned, trained in ((False, {"q", "k", "projection"}), (True, {"q", "k", "v", "projection"})):
         problem = draw(spec, Case("small", learned=learned), torch.float32, "cpu")
@@ -232,7 +232,7 @@ def test_unsupported_arguments_are_refused_by_name(name: str, argument: str) -> 
 
 @pytest.mark.parametrize("name", ["nystrom", "agent"])
 def test_the_grid_of_a_call_overrides_that_of_the_core(name: str) -> None:
-    """Landmarks and agents follow the grid passed to the call."""
+    """Landmarks and agents are placed on the grid that is passed to the call."""
     options = {"nystrom": dict(num_landmarks=4, landmarks="grid"), "agent": dict(num_agents=4)}[name]
     torch.manual_seed(0)
     module = make_module(CORES[name](**options, grid_size=(4, 6)), 16, num_heads=2)

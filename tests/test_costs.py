@@ -1,4 +1,4 @@
-"""Costs of a call, predictions from them, and tuning of launch configurations. Needs no GPU."""
+"""Tests of the costs of a call, predictions based on them, and the tuning of launch configurations. They need no GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def cost(op: str, direction: str = "forward", case: Case = CASE, dtype: torch.dt
 
 
 def test_forward_bytes_are_inputs_and_outputs() -> None:
-    """Counted by hand for different numbers of queries and keys, another value width, and the statistics of each row."""
+    """Compare with bytes counted by hand.
+
+    The numbers of queries and keys differ, values have a different width, and the statistics of each row are saved.
+    """
     k, v, q, out = 2 * 3 * 40 * 16 * 2, 2 * 3 * 40 * 24 * 2, 2 * 3 * 10 * 16 * 2, 2 * 3 * 10 * 24 * 2
     slots, values, lse, rows = 9 * 16 * 4, 2 * 3 * 9 * 24 * 4, 2 * 3 * 9 * 4, 2 * 3 * 10 * 4
     state = values + 3 * lse  # lse, running max and total
@@ -98,7 +101,7 @@ def test_float32_uses_the_faster_of_two_units() -> None:
 
 
 def test_measured_times_are_matched_to_predictions(tmp_path, capsys) -> None:
-    """Uses the newest run, Triton kernels, and exactly the same GPU, shape and direction."""
+    """Only times from the newest run are used, for Triton kernels and exactly the same GPU, shape and direction."""
     first = asdict(next(roofline.rows(["apply_rope"], [H100], ["bf16"])))
     line = {name: first[name] for name in KEY} | dict(device="NVIDIA H100 80GB HBM3", provider="triton", device_ms="")
     for run, milliseconds in (("2026-01-02-aaa", 0.25), ("2026-01-03-bbb", 0.5)):
@@ -111,7 +114,7 @@ def test_measured_times_are_matched_to_predictions(tmp_path, capsys) -> None:
             writer.writerow(line | dict(device_ms=9, provider="torch"))
             writer.writerow(line | dict(device_ms=9, device="NVIDIA H100 PCIe"))
             writer.writerow(line | dict(device_ms=9, tokens=7))
-            writer.writerow(line)  # a row that was skipped
+            writer.writerow(line)  # the row of a skipped measurement
     table = tmp_path / "roofline.csv"
     arguments = ["--op", "apply_rope", "--results", str(tmp_path / "results"), "--csv", str(table), "--plot", f"{table}.png"]
     assert main(["dev", "roofline", *arguments]) == 0
@@ -131,7 +134,7 @@ def test_the_table_is_labeled_as_a_prediction(capsys) -> None:
 
 
 class TestTune:
-    """Runs in the interpreter: its times are meaningless, its results are not."""
+    """Tests of tuning in the interpreter, where times are meaningless but results are correct."""
 
     KEY = ("aggregate_forward", 32, 16)
 
@@ -193,13 +196,13 @@ class TestTune:
 
     def test_without_a_gpu_it_prints_one_sentence(self, capsys) -> None:
         if torch.cuda.is_available():
-            pytest.skip("there is a GPU")
+            pytest.skip("needs a machine without a GPU")
         assert main(["dev", "tune"]) == 0
         assert capsys.readouterr().out.startswith("vix dev tune: nothing to measure here: torch sees no GPU")
 
 
 def tune_time(tune):
-    """Simulate a GPU on which more tokens per tile are faster."""
+    """Simulate a GPU on which tiles with more tokens are faster."""
     from vix_kernels.measure.timing import DeviceTime
 
     tokens = tune.present_tile("interpreter", TestTune.KEY).tokens

@@ -1,4 +1,4 @@
-"""Data sets of `vix train`: reading, augmentation, and errors for unreadable files."""
+"""Tests of the data sets for `vix train`: reading, augmentation, and errors for unreadable files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ TINY_WORDS = ["embed_dim=16", "depth=1", "num_heads=2"]
 
 
 def pictures() -> list[Image.Image]:
-    """48 images of 16 x 16 pixels: stripes in two colors, in turn horizontal, vertical and diagonal. The last is gray."""
+    """Return 48 images of 16 x 16 pixels with stripes in two colors. The last image is gray.
+
+    The stripes are horizontal, vertical and diagonal in turn.
+    """
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:16, :16]
     images = []
@@ -45,7 +48,7 @@ def jpeg(image: Image.Image) -> bytes:
 
 def arrays_of(files: list[bytes]) -> dict[str, np.ndarray]:
     """Return the arrays of a pack with three classes. Every fourth image is held out."""
-    starts = [file.index(b"\xff\xda") for file in files]  # the start of the scan
+    starts = [file.index(b"\xff\xda") for file in files]  # JPEG marker for the start of the scan
     heads = [file[:start] for file, start in zip(files, starts, strict=True)]
     headers = sorted(set(heads))
     scans = [file[start:] for file, start in zip(files, starts, strict=True)]
@@ -88,7 +91,7 @@ def test_a_pack_returns_the_packed_images(pack: Path) -> None:
     assert torch.equal(data.train.labels, (torch.arange(48) % 3)[~held_out])
     assert torch.equal(data.test.labels, (torch.arange(48) % 3)[held_out])
     assert (data.name, data.classes) == ("stripes", ("lies", "stands", "leans"))
-    assert data.model_kwargs == {"patch_size": 2}  # 8 x 8 tokens
+    assert data.model_kwargs == {"patch_size": 2}  # gives 8 x 8 tokens
 
 
 def test_inputs_are_normalized(pack: Path) -> None:
@@ -105,7 +108,7 @@ def test_a_constant_channel_has_deviation_1(max_value: int) -> None:
     mean, std = pixel_statistics(values, max_value=max_value)
     torch.testing.assert_close(mean.flatten(), torch.arange(max_value + 1) / max_value)
     assert torch.equal(std, torch.ones_like(std))
-    values = torch.cat([values, values[:1].clip(max=max_value - 1)])  # the last channel has two values
+    values = torch.cat([values, values[:1].clip(max=max_value - 1)])  # the last channel now has two different values
     std = pixel_statistics(values, max_value=max_value)[1].flatten()
     assert torch.equal(std[:-1], torch.ones(max_value)) and std[-1] == pytest.approx(3**0.5 / 4 / max_value)
 
@@ -126,7 +129,7 @@ def test_affine_augmentation_of_zero_strength_is_the_identity() -> None:
 
 def test_flip_and_crop_draw_every_window_of_the_padded_image() -> None:
     image = torch.rand(1, 3, 8, 12)
-    padded = torch.nn.functional.pad(image, (3, 3, 2, 2), mode="reflect")[0]  # a quarter of the width and of the height
+    padded = torch.nn.functional.pad(image, (3, 3, 2, 2), mode="reflect")[0]  # pad by a quarter of the width and height
     crops = [padded[:, y : y + 8, x : x + 12] for y in range(5) for x in range(7)]
     windows = {window.numpy().tobytes() for crop in crops for window in (crop, crop.flip(2))}
     drawn = [

@@ -1,4 +1,4 @@
-"""Formats that `vix train --dataset FOLDER` reads, at the smallest size, and errors for damaged ones."""
+"""Tests of the formats that `vix train --dataset FOLDER` reads, on tiny data sets, and of the errors for damaged files."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_labels_that_are_not_integers_are_refused(tmp_path: Path, refused: Calla
 def test_a_damaged_length_allocates_nothing(tmp_path: Path, refused: Callable[..., str]) -> None:
     folder = cifar_python(tmp_path)
     path = folder / "cifar-10-batches-py" / "test_batch"
-    path.write_bytes(b"\x80\x04\x95" + (2**50).to_bytes(8, "little") + b"N.")  # a pickle frame of a petabyte
+    path.write_bytes(b"\x80\x04\x95" + (2**50).to_bytes(8, "little") + b"N.")  # a pickle frame with a length of one petabyte
     assert "which is missing, damaged or not a data set" in refused("--dataset", folder)
 
 
@@ -287,7 +287,7 @@ def test_a_damaged_streamed_file_is_named_and_replaced(tmp_path: Path) -> None:
     data = streamed(tmp_path, workers=0)
     images, labels = (torch.cat(each) for each in zip(*fed(data, replace_unreadable=True), strict=True))
     assert len(images) == 8 and labels.tolist() == [1] * 4 + [0] * 4
-    assert torch.equal(images[6], images[5])  # indices 1 and 2, in reversed order
+    assert torch.equal(images[6], images[5])  # image 1, which is damaged, is replaced with image 2; the order is reversed
     (message,) = data.train.unreadable
     assert message.startswith(f"{tmp_path / 'train' / 'cat' / '1.png'}: cannot identify image file")
     assert sum(len(labels) for _, labels in fed(data)) == 7
@@ -322,7 +322,7 @@ def test_damaged_files_are_named_once_per_run(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no process groups on this system")
 def test_a_signal_to_the_process_group_spares_the_workers(tmp_path: Path) -> None:
-    """torchrun and cluster schedulers signal the whole group."""
+    """torchrun and cluster schedulers send signals to the whole process group."""
     image_folder(tmp_path / "data")
     words = ["train", "--dataset", tmp_path / "data", "--img-size", "8", "--stream", "--workers", "2", "--epochs", "100000"]
     words += [
@@ -374,7 +374,7 @@ def test_pixels_without_a_known_range_are_refused(dtype: type, kind: str, tmp_pa
 
 
 def test_hidden_files_are_ignored(tmp_path: Path) -> None:
-    """On foreign disks, macOS writes a metadata file `._NAME` for every file."""
+    """On disks with other file systems, macOS writes a metadata file `._NAME` for every file."""
     image_folder(tmp_path)
     for path in list(tmp_path.rglob("*.png")):
         path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
@@ -392,7 +392,7 @@ def bomb(path: Path) -> None:
     Image.new("1", (9_500, 9_500)).save(path)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no FIFOs, and no links without rights")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFOs and needs extra rights to create links")
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_files_that_cannot_be_opened_are_named(
     assert message.startswith(f"{path}: ") and reason.format(train=tmp_path / "train") in message
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no links without rights")
+@pytest.mark.skipif(os.name == "nt", reason="Windows needs extra rights to create links")
 def test_links_to_folders_are_followed(tmp_path: Path) -> None:
     image_folder(tmp_path / "data")
     picture(tmp_path / "elsewhere" / "deep" / "7.png")
@@ -437,14 +437,14 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
         (["--model-kwargs", "img_size=16"], "img_size: the images of data have (8, 8), got (16, 16)"),
         (["-b", "5", "--grad-accum-steps", "5"], "--batch-size: the smallest batch has 4 images, too few for"),
         (["--resume", "{run}", "--seed", "7"], "--resume: the checkpoint has seed 0, this run has 7"),
-        (["--resume", "{run}", "--dataset", "{other}"], "--resume: the checkpoint has other classes"),
+        (["--resume", "{run}", "--dataset", "{other}"], "--resume: the checkpoint has different classes"),
         (["--resume", "{run}", "--epochs", "1"], "--epochs: expected at least the 2"),
     ],
 )
 def test_settings_are_checked_before_images_are_decoded(
     words: list[str], message: str, two_epochs: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
-    monkeypatch.setitem(folders.__globals__, "decode", None)  # would be reported as a damaged data set
+    monkeypatch.setitem(folders.__globals__, "decode", None)  # decoding would fail with an error about a damaged data set
     places = dict(run=two_epochs / "run", other=two_epochs / "other")
     if "--resume" not in words:
         words = ["--output", str(two_epochs / "new"), "--dataset", str(two_epochs / "data"), "--img-size", "8", *words]
@@ -453,7 +453,7 @@ def test_settings_are_checked_before_images_are_decoded(
 
 @pytest.fixture(scope="module")
 def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a run in `run` on the images in `data`, and different images in `other`."""
+    """Return a folder that contains a run in `run`, its images in `data`, and different images in `other`."""
     folder = tmp_path_factory.mktemp("two_epochs")
     image_folder(folder / "data")
     image_folder(folder / "other").joinpath("train", "dog").rename(folder / "other" / "train" / "cow")
@@ -483,7 +483,7 @@ def test_validate_resizes_to_rectangular_images(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_damaged_index_or_length_in_a_pickle_allocates_nothing() -> None:
-    """The C unpickler would allocate a memo of over two billion entries, or a byte array of any length."""
+    """Python's C unpickler would allocate a memo with over two billion entries, or a byte array of any length."""
     assert Unpickler(b"\x80\x02K\x01r\xff\xff\xff\x7f.", set()).load() == 1
     with pytest.raises(KeyError):
         Unpickler(b"\x80\x05\x96\x00\x00\x00\x00\x00\x00\x00\x7f.", set()).load()

@@ -1,4 +1,4 @@
-"""The diffusers integration, on a diffusion transformer and U-Nets."""
+"""Tests of the diffusers integration on a diffusion transformer and on U-Nets."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_compiles_as_one_graph():
 
 
 def test_a_unet_with_text_keeps_its_outputs():
-    """Covers feature maps instead of tokens, group norms and residuals. Cross-attention is not replaced."""
+    """The inputs of attention are feature maps, with group norms and residuals. Cross-attention is not replaced."""
     torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
@@ -56,7 +56,7 @@ def test_a_unet_with_text_keeps_its_outputs():
 
 @pytest.mark.filterwarnings("error")
 def test_a_unet_without_text_keeps_its_outputs():
-    """The middle block passes the time embedding on. Attention forwards only arguments that its processor names."""
+    """The middle block passes the time embedding to attention, which forwards only arguments that its processor accepts."""
     torch.manual_seed(0)
     model = diffusers.UNet2DModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,

@@ -1,4 +1,4 @@
-"""Data sets by name: downloaded, checked and unpacked once, with no writes outside the data folder."""
+"""Tests of data sets selected by name. They are downloaded, checked and unpacked once, and only in the data folder."""
 
 from __future__ import annotations
 

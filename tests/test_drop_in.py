@@ -1,4 +1,4 @@
-"""DropIn, the attention that every integration uses: supported calls and refusals."""
+"""Tests of DropIn, the attention that every integration uses: supported calls, and errors for unsupported calls."""
 
 import copy
 import pickle

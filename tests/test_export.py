@@ -1,4 +1,4 @@
-"""Exported programs: without this library, in onnxruntime, and compiled ahead of time."""
+"""Tests of exported programs: without this library, in onnxruntime, and compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ from vix_kernels.primitives.rotate import angle_gradient
 from vix_kernels.testing import Case, OpSpec
 from vix_kernels.testing.models import small_model
 
-# The same float32 sums in another order: up to 100 terms each, over a dozen steps. BOUND is 84 eps; errors reach 10 eps.
+# Exported programs compute the same float32 sums in a different order, with up to 100 terms each, in about twelve steps. BOUND
+# is 84 eps, and the largest error is 10 eps.
 BOUND = 1e-5
 HEADS, WIDTH, ROWS, COLUMNS, LONGEST = 2, 16, 4, 9, 64
 
 
 @pytest.fixture(scope="session")
 def onnx() -> None:
-    """Skip tests that write or read ONNX if its packages are missing."""
+    """Skip tests that write or read ONNX files if the ONNX packages are missing."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason=f"{name} is not installed (extra: export)")
 
 
-# Replacements of the operators
+# Replacements for the operators
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("spec, case", EVERY)
 def test_references_equal_the_operators(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    """Outputs that only a kernel's backward reads are skipped: references leave them empty."""
+    """Outputs that only a kernel's backward reads are not compared, because references leave them empty."""
     with Record() as calls:
         run(spec.problem(case, dtype=dtype), backend="torch")
     calls = [(operator, args) for operator, args in calls if operator in REFERENCES]
@@ -68,7 +69,7 @@ def test_every_forward_operator_has_a_reference() -> None:
     assert names == {name for name in registry.operators if not name.endswith("_backward")} - {"angle_gradient"}
 
 
-# Functions, exported in one program per group, because an export takes seconds
+# Functions. Each group is exported as one program, because an export takes seconds.
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -90,7 +91,7 @@ def agent(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = Non
     return vk.agent_attention(q, k, v, agents, agent_mask=valid, key_padding_mask=key_padding_mask, **options)
 
 
-# Functions named "masked" are called with a mask, and with NaN and infinity in masked tokens.
+# Functions with "masked" in their name are called with a mask, and with NaN and infinity in masked tokens.
 ANY_TOKENS = {
     "performer, masked": partial(vk.performer_attention, projection=OF_HEADS),
     "relu, masked": vk.linear_attention,
@@ -128,7 +129,7 @@ class Functions(nn.Module):
 
 
 class Exported:
-    """All functions of a group, exported as one program."""
+    """All functions in a group, exported as one program."""
 
     def __init__(self, functions: dict[str, Callable[..., Tensor]], sizes: list[tuple[int, int]]) -> None:
         self.names, self.module, self.sizes = list(functions), Functions(functions), sizes
@@ -141,7 +142,7 @@ class Exported:
 
     @staticmethod
     def arguments(batch: int, tokens: int) -> tuple[Tensor, ...]:
-        """Return q, k, v and a mask. With several samples, the last one has no valid key."""
+        """Return q, k, v and a mask. If there are several samples, the last sample has no valid key."""
         mask = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(1)) > 0.4
         mask[-1], mask[0, :2] = False, True
         return *drawn(3, batch, HEADS, tokens, WIDTH, seed=batch), mask
@@ -182,7 +183,7 @@ def onnx_session(path: Path) -> Callable[..., list[Tensor]]:
 def test_onnx_functions_give_the_same_results(
     exported: Exported, onnx: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The program that is written to ONNX contains no operators of this library."""
+    """The program that is written as ONNX contains no operators from this library."""
     written = []
     replaced = export._replaced
     monkeypatch.setattr(export, "_replaced", lambda *args: written.append(replaced(*args)) or written[-1])
@@ -219,7 +220,7 @@ def test_onnx_modules_give_the_same_results(onnx: None, tmp_path: Path) -> None:
     ],
 )
 def test_onnx_models_give_the_same_results(name: str, options: dict, onnx: None, tmp_path: Path) -> None:
-    """Exporting from a batch of one allows other batch sizes and keeps the modules' training modes."""
+    """A model exported with a batch of one accepts other batch sizes. Exporting keeps the training mode of each module."""
     model = create_model(name, **small_model(name, depth=1, proj_drop_rate=0.1) | options)
     model.norm.eval() if hasattr(model, "norm") else None
     modes = [module.training for module in model.modules()]
@@ -270,7 +271,7 @@ def test_ahead_of_time_compilation_gives_the_same_results(plain: bool, tmp_path:
         model = Functions({name: ANY_TOKENS[name] for name in ("performer, masked", "segments, masked")})
         args, more = Exported.arguments(2, 37), Exported.arguments(5, 37)
     program = torch.export.export(model, args, dynamic_shapes=({0: Dim("batch")},) * len(args))
-    # Skip optimizations that would compile for a minute.
+    # Skip optimizations that take a minute to compile.
     quick = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
     path = torch._inductor.aoti_compile_and_package(
         decomposed(program) if plain else program, package_path=str(tmp_path / "model.pt2"), inductor_configs=quick
@@ -300,7 +301,7 @@ def test_the_command_exports_saved_models_and_runs(onnx: None, tmp_path: Path, c
     assert stop.value.code == 2 and message.count("\n") == 1 and "no checkpoint at" in message
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnxscript"])

@@ -1,4 +1,4 @@
-"""Inputs near the limits of a dtype, NaN in padding, and second derivatives."""
+"""Tests of inputs near the limits of a dtype, of NaN in padding, and of second derivatives."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SOFTMAX = "performer_attention", "nystrom_attention", "linformer_attention", "ag
 @pytest.mark.parametrize("name", SOFTMAX)
 @pytest.mark.parametrize("spread", [16.0, 1e4, 3e4], ids=lambda spread: f"std{spread:g}")
 def test_large_logits_stay_within_the_error_budget(name: str, spread: float, dtype: torch.dtype, backend: str) -> None:
-    """Probabilities that backward recomputes are at most 1 and sum to 1 for any size of logits."""
+    """The attention weights that backward recomputes are at most 1 and sum to 1, however large the logits are."""
     check_budget(problem_of(name, dtype, spread=spread), backend)
 
 
@@ -74,7 +74,7 @@ def test_a_single_key_has_probability_one(name: str, spread: float, backend: str
 )
 @pytest.mark.parametrize("eps", [1e-6, 0.0])
 def test_small_features_have_finite_gradients(feature_map: str, level: float, eps: float, backend: str) -> None:
-    """The features of one channel of k nearly vanish for all tokens."""
+    """In one channel of k, the features are nearly 0 for all tokens."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 24, 16, device=DEVICE) for _ in range(3))
     k[..., 3] = level * (1 + torch.rand(24, device=DEVICE) / 8)
@@ -106,7 +106,7 @@ def test_keys_whose_square_overflows_do_not_count_as_masked(size: float, backend
 
 
 def calls(mask: Tensor | None, backend: str) -> dict:
-    """Return every attention as a function of q, k and v (2, 2, 12, 16)."""
+    """Return every attention op as a function of q, k and v, which have the shape (2, 2, 12, 16)."""
     options = dict(key_padding_mask=mask, backend=backend)
     projection = orthogonal_projection(20, 16, seed=0).to(DEVICE)
     tokens = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -149,7 +149,7 @@ def test_nan_in_padding_reaches_no_gradient(name: str, backend: str) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", ("agent", "performer", "linear_projected"))
 def test_infinity_in_padding_reaches_no_gradient_of_the_slots(name: str, sign: int, backend: str) -> None:
-    """With slots of one sign, all logits of a padded token are -inf or all its features 0, as if there were no slots."""
+    """If all slots have the same sign, the logits of a padded token are all -inf, or its features are all 0."""
     torch.manual_seed(0)
     q, k, v, slots = (torch.rand(1, 2, tokens, 16, device=DEVICE) for tokens in (12, 12, 12, 5))
     mask = torch.arange(12, device=DEVICE)[None] < 9
@@ -170,7 +170,7 @@ def test_infinity_in_padding_reaches_no_gradient_of_the_slots(name: str, sign: i
 
 
 def test_queries_without_a_feature_of_any_key_stay_finite_in_float16(backend: str) -> None:
-    """The denominator of such a query is eps."""
+    """The denominator for such a query is eps."""
     q, k = (torch.zeros(1, 1, 16, 16, dtype=torch.float16, device=DEVICE) for _ in range(2))
     q[..., :8], k[..., 8:] = 3, 1
     q[:, :, ::2, 8:] = 1
@@ -189,7 +189,7 @@ def test_nan_in_padding_reaches_no_gradient_of_angles(backend: str) -> None:
 
 @pytest.mark.parametrize("name", [*calls(None, "torch"), "rope"])
 def test_a_gradient_cannot_be_differentiated_again(name: str, backend: str) -> None:
-    """This holds even for a constant incoming gradient. The reference and linear functions can be differentiated twice."""
+    """An error is raised even if the incoming gradient is constant. The reference backend supports second derivatives."""
     x, k, v = (torch.randn(2, 2, 12, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     rope = rope_mixed(3, 4, rope_mixed_frequencies(16, 2, seed=0).to(DEVICE).requires_grad_())
 
@@ -270,7 +270,7 @@ def test_cpu_results_are_bit_identical_for_any_batch_size(name: str, tokens: int
 
 @pytest.mark.parametrize("kind", ["attention", "performer", "linear", "nystrom", "linformer", "agent"])
 def test_modules_treat_padding_as_zeros(kind: str) -> None:
-    """NaN in padded tokens reaches no valid row and no gradient, including those of the weights."""
+    """NaN in padded tokens does not affect valid rows or any gradient, including the gradients of the weights."""
     torch.manual_seed(0)
     options = {"nystrom": dict(num_landmarks=4), "linformer": dict(seq_len=12), "agent": dict(num_agents=4)}.get(kind, {})
     module = getattr(nn, "Attention" if kind == "attention" else f"{kind.title()}Attention")(32, 2, **options)

@@ -1,4 +1,4 @@
-"""The tiled feed-forward network, compared with the plain one."""
+"""Tests that compare the tiled feed-forward network with the plain one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vix_kernels.testing import kept_for_backward
 
 
 class PlainMlp(Mlp):
-    """A subclass of Mlp, which is never tiled."""
+    """A subclass of Mlp. Only Mlp itself is tiled."""
 
 
 def half(norm: type = nn.LayerNorm, activation: type = nn.GELU, mlp: type = Mlp) -> nn.ModuleDict:
@@ -41,7 +41,7 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Record the calls that are tiled. Tiles have 4 tokens here, which makes six tiles, the last of one token."""
+    """Record the tiled calls. Tiles have 4 tokens here, so there are six tiles, and the last tile has one token."""
     monkeypatch.setattr(tiled, "TOKENS_PER_THREAD", 4)
     monkeypatch.setattr(module, "MANY_CPU", 0)
     calls, run = [], primitive.feed_forward
@@ -137,7 +137,7 @@ def test_only_the_tokens_are_kept_for_backward(calls: list) -> None:
 def test_dropout_equals_the_plain_form_with_the_same_masks(calls: list, norm: type, renormalise: bool) -> None:
     modules, x = half(norm).double(), tokens(torch.float64)
     modules["mlp"].drop.p, modules["drop_path"].rate = 0.25, 0.5
-    torch.manual_seed(0)  # drops two samples of three
+    torch.manual_seed(0)  # this seed drops two of the three samples
     y = run(modules, x, renormalise)
     inner, outer, scales = y.grad_fn.saved_tensors[-3:]
     grads = torch.autograd.grad(y, [x, *modules.parameters()], torch.cos(y.detach()))

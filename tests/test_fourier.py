@@ -1,4 +1,4 @@
-"""Tests that only Fourier mixing needs."""
+"""Tests specific to Fourier mixing. The tests in test_ops.py cover all operators."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_mixing_equals_the_complex_transform(backend: str, shape: tuple[int, ...
 def test_mixing_twice_gives_the_even_part(backend: str) -> None:
     x = draw(2, 21, 10)
     twice = fourier_mixing(fourier_mixing(x, norm="ortho", backend=backend), norm="ortho", backend=backend)
-    mirror = x.flip(1, 2).roll((1, 1), (1, 2))  # x at (-n, -d)
+    mirror = x.flip(1, 2).roll((1, 1), (1, 2))  # contains x[-n, -d] at [n, d]
     torch.testing.assert_close(twice, (x + mirror) / 2, rtol=0, atol=1e-5)
 
 
@@ -59,7 +59,7 @@ def turn_kernel(index, cos, sin, length, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 4096, 100_003])
 def test_cosines_and_sines_are_exact_for_any_length(length: int) -> None:
-    """Errors are within one unit in the last place of 1, because fractions of a turn are exact."""
+    """Errors are at most one unit in the last place of 1, because angles are computed exactly as fractions of a full turn."""
     index = torch.arange(length, dtype=torch.int32, device=DEVICE)
     cos, sin = torch.empty(2, length, device=DEVICE).unbind()
     turn_kernel[(triton.cdiv(length, 4096),)](index, cos, sin, length, BLOCK=4096)
@@ -70,7 +70,7 @@ def test_cosines_and_sines_are_exact_for_any_length(length: int) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_float16_overflows_only_where_the_result_does(backend: str) -> None:
-    """Covers the zero frequency of tokens with a mean, and intermediate sums near the largest float16."""
+    """Cover the zero frequency of tokens whose mean is not 0, and intermediate sums near the largest float16 number."""
     x = draw(2, 64, 48, dtype=torch.float16) + 30
     assert torch.isinf(fourier_mixing(x, backend=backend)).nonzero().tolist() == [[0, 0, 0], [1, 0, 0]]
     assert fourier_mixing(x, norm="ortho", backend=backend).isfinite().all()
@@ -126,7 +126,7 @@ def test_the_module_replaces_an_attention_of_timm() -> None:
     )  # fmt: skip
     x = draw(2, 9, 16)
     assert not module.state_dict() and not list(module.parameters())
-    assert (module(x) == 0).any()  # proj_drop
+    assert (module(x) == 0).any()  # proj_drop is applied
     assert torch.equal(module.eval()(x, attn_mask=None, is_causal=False), fourier_mixing(x, norm="ortho"))
 
 

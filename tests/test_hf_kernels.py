@@ -1,4 +1,4 @@
-"""The integration with Hugging Face's kernels: layers that kernelize puts into models of transformers."""
+"""Tests of the integration with Hugging Face's kernels package, whose `kernelize` replaces layers in transformers models."""
 
 import pytest
 import torch

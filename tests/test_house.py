@@ -1,4 +1,4 @@
-"""The rules of CONTRIBUTING.md on imports, docstrings, and the size of files and functions, with their exceptions."""
+"""Tests of the rules in CONTRIBUTING.md on imports, docstrings, and the size of files and functions, with their exceptions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vix_kernels import conditions, primitives
 
 ROOT = Path(__file__).parents[1]
 
-# From top to bottom: a module imports only from its row and from rows below.
+# The layers from top to bottom. A module may import only from the same row and from the rows below.
 LAYERS = (
     ("__main__",),
     ("training",),
@@ -39,11 +39,11 @@ RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in na
 
 UPWARDS: set[tuple[str, str]] = set()  # must stay empty
 LONG: dict[str, int] = {}
-MANY_ARGUMENTS = {"ops.nystrom.nystrom_attention"}  # a public function, whose options are separate arguments
+MANY_ARGUMENTS = {"ops.nystrom.nystrom_attention"}  # a public function with one argument per option
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    """Yield the name within vix_kernels and the path of each module."""
+    """Yield the name of each module, without "vix_kernels.", and its path."""
     for folder, prefix in ((ROOT / "vix_kernels", ()), (ROOT / "models", ("models",))):
         for path in sorted(folder.rglob("*.py")):
             parts = *prefix, *path.relative_to(folder).with_suffix("").parts
@@ -64,7 +64,7 @@ def imported(name: str, path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             base += node.module.split(".") if node.module else []
-            for each in node.names:  # a name in a package may be a module
+            for each in node.names:  # an imported name may be a module
                 full = ".".join([*base, each.name])
                 yield full if full.removeprefix("vix_kernels.") in MODULES else ".".join(base)
 
@@ -101,7 +101,7 @@ def test_only_kernels_and_measurements_import_triton() -> None:
 
 
 def test_every_primitive_has_a_torch_implementation() -> None:
-    """Its file has the name of the primitive, or that name with a suffix. `nystrom` is composed of other primitives."""
+    """The file is named after the primitive, possibly with a suffix. `nystrom` needs no file: it combines other primitives."""
     primitives = {name.partition(".")[2] for name in MODULES if layer(name) == "primitives"} - {"", "autograd", "registry"}
     files = {name.partition(".")[2] for name in MODULES if layer(name) == "_torch"}
     assert {name for name in primitives if not any(file.startswith(name) for file in files)} == {"nystrom"}
@@ -113,7 +113,7 @@ SOURCE = re.compile(r"arXiv|et al\.")
 
 @pytest.mark.parametrize("name", [name for name in vix_kernels.__all__ if inspect.isfunction(getattr(vix_kernels, name))])
 def test_public_functions_document_their_contract(name: str) -> None:
-    """Documents every argument, shapes, the result, errors, and a source in the docstring of the function or its file."""
+    """The docstring documents every argument, shapes, the result and errors. The function or its file cites a source."""
     function = getattr(vix_kernels, name)
     text = inspect.getdoc(function)
     arguments, returns, errors = (text.find(f"\n{title}:\n") for title in ("Args", "Returns", "Raises"))
@@ -126,7 +126,10 @@ def test_public_functions_document_their_contract(name: str) -> None:
 
 @pytest.mark.parametrize("name", primitives.__all__)
 def test_primitives_document_their_contract(name: str) -> None:
-    """Documents every argument, shapes and the result. The file starts with the equation. Primitives do not check arguments."""
+    """The docstring documents every argument, shapes and the result. The docstring of the file contains the equation.
+
+    Errors are not documented, because primitives do not check their arguments.
+    """
     function = getattr(primitives, name)
     text = inspect.getdoc(function)
     arguments, returns = text.find("\nArgs:\n"), text.find("\nReturns:\n")
@@ -137,13 +140,13 @@ def test_primitives_document_their_contract(name: str) -> None:
 
 
 def test_files_are_short() -> None:
-    """Files have up to 400 lines. Exceptions are in LONG."""
+    """Files have at most 400 lines, except those in LONG."""
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES.values()}
     assert {name: count for name, count in lines.items() if count > 400} == LONG
 
 
 def test_functions_above_the_kernels_take_few_arguments() -> None:
-    """Up to 13, including the ctx of an autograd.Function and the backend. Kernels are exempt, since they take no objects."""
+    """At most 13 arguments are allowed, including `ctx` and `backend`. Kernels are exempt, because they cannot take objects."""
     found = set()
     for name, path in MODULES.items():
         if layer(name) in ("ops", "primitives", "_torch", "_triton"):
@@ -156,7 +159,7 @@ def test_functions_above_the_kernels_take_few_arguments() -> None:
 
 
 def test_a_call_goes_through_few_files() -> None:
-    """docs/kernels.md lists them. Five functions lead to a launch, six with gradients."""
+    """docs/kernels.md lists the files. A kernel launch is five function calls deep, or six with gradients."""
     pytest.importorskip("triton", reason="kernels are launched with Triton, which is not installed here")
     package = str(ROOT / "vix_kernels")
     files, depths = set(), {}
@@ -172,7 +175,7 @@ def test_a_call_goes_through_few_files() -> None:
     q, k, v = torch.randn(3, 1, 2, 80, 16).unbind()
     projection = vix_kernels.orthogonal_projection(8, 16, seed=0)
     with conditions.under(observer=launched):
-        vix_kernels.performer_attention(q, k, v, projection, backend="triton")  # imports what it needs
+        vix_kernels.performer_attention(q, k, v, projection, backend="triton")  # also runs lazy imports
         assert depths == dict.fromkeys(("aggregate_forward_kernel", "merge_softmax_kernel", "broadcast_forward_kernel"), 5)
         k.requires_grad_()
         sys.setprofile(called)

@@ -1,4 +1,4 @@
-"""bench/integrations.py: the speedup of the integrations over the host libraries."""
+"""Tests of bench/integrations.py, which measures the speedup of the integrations over the host libraries."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tests specific to landmark means; test_ops.py covers what all operators share."""
+"""Tests specific to landmark means. The tests in test_ops.py cover all operators."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("size, count", [(12, 4), (13, 4), (11, 4), (7, 7), (9, 5), (5, 1), (40, 2)])
 def test_segments_are_a_partition(backend: str, size: int, count: int) -> None:
-    """Compare with a loop that adds each token to one segment by the published code's formula."""
+    """Compare with a loop that assigns each token to one segment with the formula in the published code."""
     x = tokens(1, 2, size, 8, dtype=torch.float32)
     sums, members = torch.zeros(1, 2, count, 8, device=DEVICE), [0] * count
     short = size // count
@@ -61,7 +61,7 @@ def test_grid_segments_are_products_of_axis_segments(backend: str) -> None:
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_masked_tokens_have_no_influence(backend: str, adaptive: bool) -> None:
-    """q and k have different masks, masked tokens hold NaN, and one landmark has no valid token."""
+    """q and k have different masks, masked tokens contain NaN, and one landmark has no valid token."""
     q, k = (tokens(2, 2, 13, 8, dtype=torch.float32) + i for i in range(2))
     q_mask = torch.tensor([[1, 0, 1, 1, 0, 0, 0, 0, 0, 1, 0, 1, 1], [1] * 13], dtype=torch.bool, device=DEVICE)
     k_mask = q_mask.flip(0, 1)
@@ -125,7 +125,7 @@ def test_learned_angles_get_gradients_from_q_and_k(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_adds_parts_and_other_gradients(backend: str, dtype: torch.dtype) -> None:
-    """Call the operator as an attention does: two parts in two dtypes, added to gradients from other paths."""
+    """Call the operator as an attention op does: sum two parts with different dtypes, and add gradients from other paths."""
     q, k = tokens(2, 2, 19, 16, dtype=dtype), tokens(2, 2, 30, 16, dtype=dtype)
     dq_other, dk_other = tokens(2, 19, 2, 16, dtype=dtype).transpose(1, 2), tokens(2, 2, 30, 16, dtype=dtype)
     parts = tokens(2, 2, 6, 16, dtype=torch.float32), tokens(2, 2, 6, 16, dtype=dtype)
@@ -148,7 +148,7 @@ def test_backward_adds_parts_and_other_gradients(backend: str, dtype: torch.dtyp
 
 
 def test_long_windows_are_summed_in_float32(backend: str) -> None:
-    """Each landmark averages a thousand bfloat16 tokens: a 16-bit running sum would stop growing."""
+    """Each landmark averages a thousand bfloat16 tokens. A running sum in 16 bits would stop growing."""
     x = torch.full((1, 1, 2001, 16), 1.0, device=DEVICE, dtype=torch.bfloat16)
     marks, counts = landmarks(x, mark_columns=2, backend=backend)
     assert counts.tolist() == [[1000, 1001]] and (marks == 1).all()
@@ -175,11 +175,11 @@ def test_longest_window_is_the_largest_count(adaptive: bool) -> None:
 
 @pytest.mark.skipif(not backends.interpreted(), reason="traffic is counted in Triton's interpreter")
 def test_every_byte_is_transferred_once() -> None:
-    """The forward is one launch that reads q and k and writes the landmarks. The backward is one launch, too."""
+    """The forward is a single launch that reads q and k and writes the landmarks. The backward is also a single launch."""
     from vix_kernels.measure.traffic import measure
 
     q, k = (torch.randn(1, 2, 530, 32, dtype=torch.float16, requires_grad=True) for _ in range(2))
     traffic = measure(landmarks, q, k, mark_columns=32, backend="triton")
     assert [each.kernel for each in traffic.forward.launches] == ["landmarks_kernel"] and traffic.forward.ratio == 1.0
     assert [each.kernel for each in traffic.backward.launches] == ["landmarks_backward_kernel"]
-    assert traffic.backward.ratio < 1.002  # the rest is the counts
+    assert traffic.backward.ratio < 1.002  # the counts account for the excess

@@ -1,4 +1,4 @@
-"""Tests specific to linear attention; test_ops.py covers what all operators share."""
+"""Tests specific to linear attention. The tests in test_ops.py cover all operators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vix_kernels.nn import LinearAttention
 
 
 def exact(tensors, dout=None, **options):
-    """Return the float64 reference and its gradients."""
+    """Return the output of the float64 reference, and its gradients if `dout` is given."""
     leaves = [x.detach().double().requires_grad_() for x in tensors]
     out = linear_attention(*leaves, backend="reference", **options)
     return out, None if dout is None else torch.autograd.grad(out, leaves, dout.double())
@@ -36,12 +36,15 @@ def test_equals_the_paper(backend: str, feature_map: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nearly_empty_channels_stay_accurate(backend: str, dtype: torch.dtype) -> None:
-    """Keys hardly feed half of the channels, so queries divide by almost zero. Results stay in range and gradients finite."""
+    """In half of the channels, the features of the keys are almost zero, so some queries divide by almost zero.
+
+    Outputs must stay in range, and gradients must stay finite.
+    """
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 16, device=DEVICE) for _ in range(3))
     k[..., 8:] = -k[..., 8:].abs()
     k[:, :, 5, 8:] = 1e-4
-    q[:, :, 0, :8], q[:, :, 1] = -1.0, -1.0  # query 0 uses only these channels, query 1 uses none
+    q[:, :, 0, :8], q[:, :, 1] = -1.0, -1.0  # query 0 uses only these channels, and query 1 uses no channels
     q, k, v, dout = (x.to(dtype) for x in (q, k, v, torch.randn_like(v)))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = linear_attention(*leaves, backend=backend)
@@ -50,14 +53,14 @@ def test_nearly_empty_channels_stay_accurate(backend: str, dtype: torch.dtype) -
     plain = torch.autograd.grad(linear_attention(*leaves, backend="reference"), leaves, dout)
     for name, grad, expected, other in zip(
         "qkv", torch.autograd.grad(out, leaves, dout), gradients, plain, strict=True
-    ):  # the gradient of the key with 1e-4 amplifies rounding by 1e4 in any implementation
+    ):  # the gradient of the key that is 1e-4 amplifies rounding errors by 1e4 in any implementation
         assert grad.isfinite().all() and error(grad, expected) < max(0.02, 2 * error(other, expected)), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size, tokens", [(400.0, 16), (1.0, 3000)])
 def test_means_stay_in_range_where_sums_do_not(backend: str, size: float, tokens: int) -> None:
-    """Sums of features times values over the keys overflow float16 here."""
+    """The sums over keys of features times values overflow float16 here."""
     q = k = v = torch.full((1, 1, tokens, 16), size, device=DEVICE, dtype=torch.float16) * 40 ** (size == 1)
     out = linear_attention(q, k, v, backend=backend)
     torch.testing.assert_close(out, v)
@@ -66,7 +69,7 @@ def test_means_stay_in_range_where_sums_do_not(backend: str, size: float, tokens
 @pytest.mark.parametrize("feature_map", ["relu", "elu"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mean_of_values_does_not_degrade_query_gradients(backend: str, feature_map: str) -> None:
-    """dq depends on <dout, values> minus its mean. Plain PyTorch rounds in between: its error is a fifth or more."""
+    """dq depends on <dout, values> minus its mean. Plain PyTorch rounds before the subtraction, so its error is 20% or more."""
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(1, 2, 100, 16, device=DEVICE).bfloat16() for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v + 5)]

@@ -1,4 +1,4 @@
-"""Tests specific to Linformer and agent attention; test_ops.py covers what all operators share."""
+"""Tests specific to Linformer and agent attention. The tests in test_ops.py cover all operators."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def peer_module(share_kv: bool, tokens: int = 20):
-    """Return `LinformerAttention` and linformer's module with the same weights, 12 slots and up to `tokens` tokens."""
+    """Return `LinformerAttention` and linformer's module with the same weights and 12 slots, for up to `tokens` tokens."""
     package = pytest.importorskip("linformer", reason="linformer is not installed (extra: test)")
     torch.manual_seed(0)
     peer = package.LinformerSelfAttention(48, tokens, k=12, heads=3, share_kv=share_kv).to(DEVICE)
@@ -45,7 +45,7 @@ def peer_module(share_kv: bool, tokens: int = 20):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("queries", [20, 9])
 def test_equals_linformer(backend: str, queries: int) -> None:
-    """Compare outputs and gradients. The peer's linear maps are replaced by identities, so its values are its keys."""
+    """Compare outputs and gradients. linformer's linear maps are replaced with identities, so its values equal its keys."""
     _, peer = peer_module(share_kv=False)
     peer.to_q = peer.to_k = peer.to_v = peer.to_out = torch.nn.Identity()
     x, context = (torch.randn(2, n, 48, device=DEVICE, requires_grad=True) for n in (queries, 17))
@@ -107,7 +107,10 @@ def test_one_projection_serves_keys_and_values(backend: str) -> None:
 @pytest.mark.parametrize("share_kv", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_reassociation_changes_nothing(share_kv: bool, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare the module's default path, which skips the tokens' keys, with the path through them. One sample is all masked."""
+    """Compare the module's default path, which never computes the keys of tokens, with the path that does.
+
+    One sample is fully masked.
+    """
     torch.manual_seed(0)
     module = LinformerAttention(48, 3, qkv_bias=True, seq_len=30, num_landmarks=40, share_kv=share_kv)
     x, mask = torch.randn(3, 25, 48, requires_grad=True), None
@@ -127,7 +130,7 @@ def test_reassociation_changes_nothing(share_kv: bool, masked: bool, monkeypatch
 
 
 def test_module_calls_the_function_for_rotated_keys() -> None:
-    """Rotated or normalized keys and per-head projections go through `linformer_attention`."""
+    """With rotated or normalized keys, or with per-head projections, the module calls `linformer_attention`."""
     torch.manual_seed(0)
     module = LinformerAttention(48, 3, qk_norm=True, seq_len=12, num_landmarks=5, per_head=True)
     x, rope = torch.randn(2, 10, 48), rope_1d(10, 16)
@@ -153,11 +156,11 @@ def test_masked_agents_have_no_influence(backend: str) -> None:
 @NO_TRITON
 @pytest.mark.skipif(DEVICE != "cpu", reason="traffic is counted in the interpreter")
 def test_forward_traffic_is_near_the_minimum() -> None:
-    """Measure the launches of sm_90, including chunks and their sum. More slots or wider heads use fewer chunks."""
+    """Measure the launches for sm_90, including the chunks and their sum. More slots or wider heads need fewer chunks."""
     from vix_kernels.measure.traffic import measure
 
     spec = SPECS["linformer_attention"]
     case = Case("traffic", batch=4, heads=4, tokens=4096, width=32, features=64)
-    tensors = list(spec.problem(case, dtype=torch.float16).tensors.values())  # as much traffic as bfloat16, but faster
+    tensors = list(spec.problem(case, dtype=torch.float16).tensors.values())  # same traffic as bfloat16, but faster to run
     traffic = measure(linformer_attention, *tensors, backend="triton")
     assert 1 <= traffic.forward.ratio <= 1.2, f"\n{traffic.forward}"

@@ -1,4 +1,4 @@
-"""The lock on a run folder."""
+"""Tests of the lock on a run folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
-    """The refusal comes before any cleanup or write: the first run may still be writing the temporary file."""
+    """The second run fails before it deletes or writes files, because the first run may still be writing the temporary file."""
     for name in ("new", "old"):
         (tmp_path / name).mkdir()
     save_checkpoint(tmp_path / "old" / "last.pt", numbered(1), Ranks())
@@ -54,7 +54,7 @@ def test_a_run_holds_the_lock_until_it_ends(tmp_path: Path, monkeypatch: pytest.
 def test_the_loser_of_a_race_for_a_new_folder_leaves_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
-    """Another run creates the folder and ends while this one loads its data."""
+    """A different run creates the folder and ends while this run is still being set up."""
     folder = tmp_path / "run"
     build_model = run.build_model
 
@@ -79,7 +79,7 @@ def test_a_new_folder_that_stays_empty_is_removed(tmp_path: Path, monkeypatch: p
 
 
 def test_a_killed_process_does_not_keep_the_lock(tmp_path: Path) -> None:
-    """The lock is free even while a forked process runs on, as DataLoader workers do for seconds."""
+    """The lock is released even if a forked process, such as a DataLoader worker, keeps running for a few seconds."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

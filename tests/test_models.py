@@ -70,7 +70,7 @@ def test_image_and_patch_sizes_set_the_number_of_tokens(name: str, img_size: obj
     if "patch_size" not in arguments:
         patch_size = None
     elif patch_size is None:
-        return  # 11 pixels are no whole number of patches
+        return  # 11 pixels cannot be divided into whole patches
     else:
         arguments |= {"patch_size": patch_size}
     model = create_model(name, **arguments).eval()
@@ -146,7 +146,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", ["vil", "vip", "hybrid_vin", "hybrid_fnet", "levip", "cvt", "ccn", "fnet_2d"])
 def test_compiles_without_graph_breaks(name: str) -> None:
-    """The names cover every backbone and every mixer."""
+    """The tested models cover every backbone and every mixer."""
     torch.compiler.reset()
     model = create_model(name, **small_model(name, depth=1))
     x = images(2, 3, 8, 8)
@@ -235,7 +235,7 @@ def test_attention_bias_follows_distance() -> None:
     x = images(1, 6, 16)
     unbiased = attention(x)
     with torch.no_grad():
-        attention.attention_bias[:, 0] = 100.0  # distance 0: every token attends only to itself
+        attention.attention_bias[:, 0] = 100.0  # for distance 0, so every token attends only to itself
     v = attention.attention.qkv(x)[..., 32:]
     torch.testing.assert_close(attention(x), attention.attention.proj(v))
     assert not torch.allclose(attention(x), unbiased)
@@ -247,7 +247,7 @@ def test_attention_bias_follows_distance() -> None:
 
 
 def test_published_configuration() -> None:
-    # Parameter counts of the published scripts, for models whose fixes leave them unchanged.
+    # Parameter counts of the published scripts, for the models whose fixes do not change the count.
     published = {"vit": 661_770, "vip": 663_306, "vin": 662_298, "fnet": 399_114}
     for name, count in published.items():
         assert sum(p.numel() for p in create_model(name).parameters()) == count

@@ -1,4 +1,4 @@
-"""Tests specific to Nystrom attention; test_ops.py covers what all operators share."""
+"""Tests specific to Nystrom attention. The tests in test_ops.py cover all operators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tokens(count: int, *, spread: float = 1.0, seed: int = 0) -> list[Tensor]:
 
 
 def peer(num_landmarks: int, **options) -> nn.Module:
-    """Return nystrom-attention's module without its linear maps. Its input is q, k and v, concatenated."""
+    """Return nystrom-attention's module without its linear maps. The input is the concatenation of q, k and v."""
     package = pytest.importorskip("nystrom_attention", reason="nystrom-attention is not installed (extra: test)")
     module = package.NystromAttention(HEADS * WIDTH, dim_head=WIDTH, heads=HEADS, num_landmarks=num_landmarks, **options).to(
         DEVICE
@@ -45,7 +45,7 @@ def error(x: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("count", [40, 37, 33])
 def test_equals_nystrom_attention(count: int, backend: str) -> None:
-    """Compare outputs and gradients, with and without padding, with a residual of 33 taps."""
+    """Compare outputs and gradients, with and without padding. The residual has 33 taps."""
     module, qkv = peer(8, residual=True, residual_conv_kernel=33), tokens(count)
     weight = module.res_conv.weight
     dout = torch.randn(BATCH, HEADS, count, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -63,7 +63,7 @@ def test_equals_nystrom_attention(count: int, backend: str) -> None:
 
 
 def paper(q: Tensor, k: Tensor, v: Tensor, q_marks: Tensor, k_marks: Tensor) -> Tensor:
-    """Compute equation 13, with the iteration of equation 11 started as in its lemma."""
+    """Evaluate equation 13. The iteration in equation 11 starts as in the lemma of the paper."""
     scale = q.shape[-1] ** -0.5
     f, a, b = ((scale * x @ y.mT).softmax(-1) for x, y in ((q, k_marks), (q_marks, k_marks), (q_marks, k)))
     z = a.mT / a.sum(-2).amax(-1)[..., None, None]
@@ -77,9 +77,9 @@ def paper(q: Tensor, k: Tensor, v: Tensor, q_marks: Tensor, k_marks: Tensor) -> 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("landmarks", ["segment", "grid"])
 def test_equals_the_paper(landmarks: str, backend: str) -> None:
-    """Segments: queries and keys are different sequences. Grid: landmarks are torch's adaptive pooling."""
+    """With segments, queries and keys are different sequences. With a grid, landmarks equal torch's adaptive pooling."""
     q, k, v = tokens(35)
-    if landmarks == "grid":  # 5 rows, 7 columns
+    if landmarks == "grid":  # 5 rows and 7 columns
         options = dict(grid_size=(5, 7))
         marks = [nn.functional.adaptive_avg_pool2d(x.double().mT.unflatten(3, (5, 7)).flatten(0, 1), (2, 3)) for x in (q, k)]
         marks = [x.unflatten(0, (BATCH, HEADS)).flatten(3).mT for x in marks]
@@ -121,7 +121,7 @@ def test_samples_are_independent_only_with_exact_pinv_init(backend: str) -> None
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_many_landmarks_as_tokens_give_softmax_attention(backend: str) -> None:
-    """A is then the full matrix, and enough iterations invert it."""
+    """A is then the full matrix of attention weights, and the iteration converges to its inverse."""
     q, k, v = tokens(12, spread=1.5)
     exact = nn.functional.scaled_dot_product_attention(q, k, v)
     out = nystrom_attention(q, k, v, num_landmarks=12, pinv_iterations=30, backend=backend)
@@ -133,12 +133,12 @@ def test_as_many_landmarks_as_tokens_give_softmax_attention(backend: str) -> Non
 def test_padding_has_no_influence(backend: str) -> None:
     """Padded keys and queries change neither results nor landmarks. A landmark without valid tokens is ignored."""
     qkv, mask = tokens(30), torch.ones(BATCH, 30, dtype=torch.bool, device=DEVICE)
-    mask[0, 22:] = False  # of segments of five tokens, the last is empty, the one before it has two valid tokens
+    mask[0, 22:] = False  # the last segment of five tokens has no valid token, and the segment before it has two
     mask[1] = False
     weight = torch.randn(HEADS, 1, 5, 1, device=DEVICE)
     options = dict(num_landmarks=6, conv_weight=weight, key_padding_mask=mask, backend=backend)
     out = nystrom_attention(*qkv, **options)
-    fillings = 50.0, float("nan"), float("inf")  # q stays finite: padded queries still have an output
+    fillings = 50.0, float("nan"), float("inf")  # q stays finite, because padded queries still have outputs
     hostile = [
         x.detach().masked_fill(~mask[:, None, :, None], fill).requires_grad_() for x, fill in zip(qkv, fillings, strict=True)
     ]
@@ -149,7 +149,7 @@ def test_padding_has_no_influence(backend: str) -> None:
     for x, y in zip(torch.autograd.grad(out, qkv, dout), torch.autograd.grad(again, hostile, dout), strict=True):
         assert torch.equal(x[valid], y[valid]) and (y[~valid] == 0).all() and (y[1] == 0).all()
 
-    # 25 tokens, masked from 22 on, have the same five nonempty segments of five tokens.
+    # The first 25 tokens, masked from token 22 upward, have the same five nonempty segments of five tokens.
     fewer = [x[:1, :, :25] for x in qkv]
     short = nystrom_attention(*fewer, **options | dict(num_landmarks=5, key_padding_mask=mask[:1, :25]))
     assert error(out[:1, :, :22], short[:, :, :22]) < 1e-5
@@ -160,13 +160,16 @@ def test_nan_reaches_only_dependent_results(backend: str) -> None:
     q, k, v = (x.detach() for x in tokens(24))
     v[0, 1, 5, 3] = float("nan")
     hit = nystrom_attention(q, k, v, num_landmarks=4, backend=backend).isnan()
-    assert hit[0, 1, :, 3].all() and hit.sum() == 24  # one channel of one head
+    assert hit[0, 1, :, 3].all() and hit.sum() == 24  # NaN stays in one channel of one head
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float16_and_bfloat16_inputs(backend: str, dtype: torch.dtype) -> None:
-    """nystrom-attention raises here. The inverse stays in float32, so errors are about the dtype's rounding."""
+    """The inverse is computed in float32, so errors are close to the rounding error of the dtype.
+
+    The nystrom-attention package raises an error for these dtypes.
+    """
     qkv = [x.detach() for x in tokens(64)]
     exact = nystrom_attention(*(x.to(dtype).double() for x in qkv), num_landmarks=8, backend="reference")
     out = nystrom_attention(*(x.to(dtype) for x in qkv), num_landmarks=8, backend=backend)
@@ -175,7 +178,7 @@ def test_float16_and_bfloat16_inputs(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_learned_angles(backend: str) -> None:
-    """The gradient flows through tokens and landmarks."""
+    """The gradient flows through both tokens and landmarks."""
     q, k, v = tokens(21)
     frequencies = (torch.randn(2, HEADS, WIDTH // 2) * 0.3).to(DEVICE).requires_grad_()
 
@@ -191,7 +194,7 @@ def test_gradients_of_learned_angles(backend: str) -> None:
 
 @pytest.mark.parametrize("landmarks", ["segment", "pad_front"])
 def test_attention_weights_of_all_tokens_give_the_output(landmarks: str) -> None:
-    """The rows form the matrix that maps v to the output."""
+    """The weights of all tokens are the rows of the matrix that maps v to the output."""
     q, k, v = (x.detach() for x in tokens(22))
     options = dict(num_landmarks=6, landmarks=landmarks, rope=rope_1d(22, WIDTH, device=DEVICE))
     rows = torch.stack([attention_weights(nystrom_attention, q, k, token=i, **options) for i in range(22)], 2)
@@ -201,7 +204,7 @@ def test_attention_weights_of_all_tokens_give_the_output(landmarks: str) -> None
 
 
 def test_attention_weights_of_one_token_need_no_quadratic_memory() -> None:
-    """With 20,000 tokens, all pairs would take 1.6 GB."""
+    """With 20,000 tokens, the weights of all pairs would take 1.6 GB."""
     q, k = torch.randn(2, 1, 1, 20_000, 8).unbind()
     weights = attention_weights(nystrom_attention, q, k, num_landmarks=16)
     assert weights.shape == (1, 1, 20_000) and abs(weights.sum().item() - 1) < 0.1

@@ -45,7 +45,7 @@ def parts(out: Path) -> dict[str, dict]:
 
 
 def test_a_crashed_job_loses_no_other_results(tmp_path: Path) -> None:
-    """A failed capture is measured again without a graph. A crash is reported. Both parts complete."""
+    """After a failed capture, the measurement is repeated without a graph. A crash is reported, and the other jobs complete."""
     out = tmp_path / "out"
     done = on_gpu(out, "--dry-run", "--only", "timing", "tune", "models", "--inject", "timing=capture", "models=crash")
     assert done.returncode == 1, done.stdout + done.stderr
@@ -60,14 +60,14 @@ def test_a_crashed_job_loses_no_other_results(tmp_path: Path) -> None:
     (crashed,) = (row for row in found["models"]["rows"] if row["status"] == "failed")
     assert "killed by SIGABRT" in crashed["why"] and crashed["job"].startswith("vil ours bf16 2")
     survived = {row["model"] for row in found["models"]["rows"] if row["status"] == "ok"}
-    assert {"vit", "vip", "hybrid_fnet", "fnet_2d"} <= survived and "vil" not in survived  # jobs before and after it
+    assert {"vit", "vip", "hybrid_fnet", "fnet_2d"} <= survived and "vil" not in survived  # jobs before and after the crash
     (tuned,) = found["tune"]["rows"]
     assert tuned["kernel"] == "aggregate_forward" and tuned["tried"] > 0
 
     summary = (out / "summary.md").read_text()
     assert summary in done.stdout and "| models | FAILED |" in summary and "## Tuning" in summary
     with (out / "timing.csv").open(newline="") as file:
-        # Peers that are not installed have a row too: skipped, without a time.
+        # Packages that are not installed also have a row, with the status "skipped" and without a time.
         timed = [row for row in csv.DictReader(file) if row["op"] == "performer_attention" and row["status"] == "ok"]
     assert {row["direction"] for row in timed} == {"forward", "full", "backward"}
     assert {"triton", "torch", "reference", "compiled", "sdpa"} <= {row["provider"] for row in timed}
@@ -79,7 +79,7 @@ def test_a_crashed_job_loses_no_other_results(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_keeps_its_results(tmp_path: Path, number: int) -> None:
-    """While the second job of a part hangs, OUT already has the rows of the first."""
+    """While the second job in a part hangs, OUT already contains the rows from the first job."""
     out = tmp_path / "out"
     arguments = ("--dry-run", "--only", "models", "training", "--inject", "models=hang")
     with subprocess.Popen(command(out, *arguments), env=environment(), stdout=subprocess.PIPE, text=True) as process:
@@ -121,10 +121,10 @@ def test_tuning_has_its_time_reserved() -> None:
     """Tuning gets 60 seconds even if all earlier parts use their full limits."""
     parts = list(run.PARTS)
     before, deadline = parts[: parts.index("tune")], float(run.TOTAL)
-    for at, name in enumerate(before):  # each uses its share and all of its grace period
+    for at, name in enumerate(before):  # each part uses its full share and its full grace period
         deadline -= deadline * run.PARTS[name] / sum(run.PARTS[each] for each in parts[at:]) + run.GRACE
     assert deadline * run.PARTS["tune"] / sum(run.PARTS[each] for each in parts[parts.index("tune") :]) >= 60
-    assert run.TOTAL + len(parts) * run.GRACE <= 600  # a run fits into ten minutes, a limit of some hosts
+    assert run.TOTAL + len(parts) * run.GRACE <= 600  # a run fits into ten minutes, which is a limit on some hosts
 
 
 class TestRestart:
@@ -132,7 +132,7 @@ class TestRestart:
 
     @staticmethod
     def play(tmp_path: Path, monkeypatch, script: list[tuple[list, int | None]]) -> tuple[run.Outcome, list[tuple[int, bool]]]:
-        """Let each process write records and exit with a status. Return the outcome and (first, eager) of each."""
+        """Let each simulated process write records and exit. Return the outcome, and (first, eager) for each process."""
         started = []
 
         def process(part: str, plan: Plan, log: Path, receive: Callable, look: Callable) -> int | None:
@@ -184,7 +184,7 @@ class TestRestart:
 
 
 class FakeCapture:
-    """A fake of CUDA graph capture in torch 2.11: a capture that fails at its end keeps allocating to its pool."""
+    """A fake of CUDA graph capture in torch 2.11. If a capture fails at its end, later allocations still go to its pool."""
 
     def __init__(self, monkeypatch, recovers: bool = True) -> None:
         self.calls: list[str] = []
@@ -226,13 +226,13 @@ def test_a_capture_that_spoils_its_process_raises_spoiled(monkeypatch) -> None:
 
 
 def test_correctness_draws_inputs_on_the_device(monkeypatch) -> None:
-    """`spec.problem` would draw float64 numbers on the CPU."""
+    """Check that `spec.problem` is not called, because it draws float64 numbers on the CPU."""
     monkeypatch.setattr(OpSpec, "problem", lambda *args, **kwargs: pytest.fail("drawn on the CPU"))
     first = next(correctness.rows(Plan(dry=True, deadline=time.monotonic() + 60)))
     assert first["check"] == "against_float64" and first["status"] == "ok", first
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_one_sentence_is_printed(tmp_path: Path) -> None:
     done = on_gpu(tmp_path / "out")
     assert done.returncode == 201 and not (tmp_path / "out").exists()
@@ -322,7 +322,7 @@ print(type(create_model("vit", depth=1)).__module__)
     ],
 )
 def test_sanitizer_output_is_classified(tmp_path: Path, monkeypatch, tool: str, status: str, why: str) -> None:
-    """Scripts replace the sanitizer. Like some releases, they refuse the option that excludes torch's kernels."""
+    """Scripts replace the sanitizer. Like some of its releases, they reject the option that excludes torch's kernels."""
     program = tmp_path / "compute-sanitizer"
     until_program = f'while [ "$1" != {sys.executable} ]; do [ "$1" != --kernel-name ] || exit 2; shift; done'
     program.write_text(f"#!/bin/bash\n{until_program}\n{tool}\n")

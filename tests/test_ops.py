@@ -1,4 +1,4 @@
-"""Requirements that every registered operator must meet on every backend, one test for each."""
+"""Tests of the requirements that every registered operator must meet on every backend, with one test per requirement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVERY_CASE: Cases = [(spec, case) for spec in SPECS.values() for case in spec.ca
 
 
 def few(*names: str) -> Cases:
-    """Return the cases with these names, or the last case of an operator that has none of them."""
+    """Return, for each operator, the cases with these names. If it has no such case, return its last case."""
     found: Cases = []
     for spec in SPECS.values():
         found += [(spec, case) for case in spec.cases if case.name in names] or [(spec, spec.cases[-1])]
@@ -40,13 +40,13 @@ EVERY = params(EVERY_CASE)
 
 
 def on_each_backend(cases: Cases, interpreted: Cases) -> pytest.MarkDecorator:
-    """Parametrize over `cases` on both backends. The interpreter takes a second per case: there, use `interpreted`."""
+    """Parametrize over `cases` on both backends. The interpreter takes a second per case, so it runs only `interpreted`."""
     grid = params(cases, "torch-", "torch") + params(cases if DEVICE == "cuda" else interpreted, "triton-", "triton")
     return pytest.mark.parametrize("backend, spec, case", grid, indirect=["backend"])
 
 
 def each_operator() -> pytest.MarkDecorator:
-    """Parametrize over all operators on both backends. In the interpreter, skip those without separate kernels."""
+    """Parametrize over all operators on both backends. In the interpreter, skip those that launch other operators' kernels."""
     grid = [
         pytest.param(backend, spec, id=f"{backend}-{name}")
         for backend in ("torch", "triton")
@@ -57,7 +57,7 @@ def each_operator() -> pytest.MarkDecorator:
 
 
 def run(problem: Problem, **how) -> tuple[list[Tensor], list[Tensor]]:
-    """Return outputs, and gradients for fixed cotangents."""
+    """Return the outputs of a problem, and its gradients for fixed cotangents."""
     leaves = [problem.tensors[name] for name in problem.spec.differentiable]
     leaves = [x.detach().requires_grad_() for x in leaves]
     problem = problem.map(lambda x: x)
@@ -67,14 +67,14 @@ def run(problem: Problem, **how) -> tuple[list[Tensor], list[Tensor]]:
     for i, out in enumerate(outputs):
         generator = torch.Generator().manual_seed(10 + i)
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
-        # An empty slot has lse = -inf: a finite loss gives it no cotangent.
+        # An empty slot has lse = -inf. A finite loss cannot depend on it, so its cotangent is 0.
         cotangents.append(cotangent.masked_fill(out.detach() == float("-inf"), 0).to(out.dtype))
     grads = torch.autograd.grad(outputs, leaves, cotangents)
     return [out.detach() for out in outputs], list(grads)
 
 
 def finite(x: Tensor) -> Tensor:
-    """Replace -inf (an empty slot's lse) with a number, so that it must agree exactly."""
+    """Replace -inf, the lse of an empty slot, with a finite number, so that a result without -inf has a large error."""
     return torch.where(x == float("-inf"), -1e3, x.double())
 
 
@@ -92,10 +92,10 @@ def dtypes(*chosen: torch.dtype) -> pytest.MarkDecorator:
 
 
 def check_budget(problem: Problem, backend: str, during: AbstractContextManager | None = None) -> None:
-    """Check that errors are at most twice those of plain PyTorch in the same precision, both against float64.
+    """Check that errors are at most twice those of plain PyTorch in the same precision. Both are measured against float64.
 
-    One rounding of the result is added to the reference's error. In float64, where the reference is exact, a relative error
-    of 1e-13 is added instead. An unwritten element fails, because fresh memory holds NaN.
+    One rounding error of the result is added to the reference's error. In float64, where the reference is exact, a relative
+    error of 1e-13 is added instead. Elements that are not written fail the check, because newly allocated memory contains NaN.
     """
     spec = problem.spec
     exact = run(problem.double(), reference=True)
@@ -106,7 +106,7 @@ def check_budget(problem: Problem, backend: str, during: AbstractContextManager 
     names = [f"output {i}" for i in range(len(exact[0]))] + [f"d{name}" for name in spec.differentiable]
     for name, x, reference, truth in zip(names, sum(actual, []), sum(plain, []), sum(exact, []), strict=True):
         assert x.dtype == reference.dtype and x.shape == truth.shape, name
-        # A gradient that is zero in exact arithmetic (one token, one feature) is measured against the outputs.
+        # If a gradient is zero in exact arithmetic (one token, one feature), its error is relative to the size of the output.
         size = finite(truth).norm().item()
         if size < 1e-9 * finite(exact[0][0]).norm().item():
             size = finite(exact[0][0]).norm().item()
@@ -122,11 +122,11 @@ def test_error_budget(spec: OpSpec, case: Case, backend: str, poisoned: None) ->
 
 @pytest.mark.parametrize("spec, case", EVERY)
 def test_error_budget_in_float64(spec: OpSpec, case: Case, poisoned: None) -> None:
-    """The PyTorch backend only: the test with canaries covers the kernels."""
+    """Check only the PyTorch backend. The test that uses `Canaries` covers the kernels."""
     check_budget(spec.problem(case, dtype=torch.float64, device=DEVICE), "torch")
 
 
-# The interpreter has no tensor cores: kernels treat float32 like float64, and float16 like bfloat16.
+# The interpreter has no tensor cores, so kernels treat float32 like float64, and float16 like bfloat16.
 @dtypes(torch.float16, torch.float32)
 @on_each_backend(EVERY_CASE, interpreted=VARIED)
 def test_error_budget_of_other_dtypes(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, poisoned: None) -> None:
@@ -144,7 +144,7 @@ class Canaries(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "vix_kernels":
-            with self:  # the operator's implementation allocates
+            with self:  # so that tensors allocated by the implementation are covered
                 return operators[function._schema.name.split("::")[1]].implementation(*args)
         out = function(*args, **(kwargs or {}))
         if function._schema.name.split("::")[1] in ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"):
@@ -159,7 +159,7 @@ class Canaries(TorchDispatchMode):
 
 @pytest.mark.parametrize("spec, case", EVERY)
 def test_kernels_write_their_outputs_and_nothing_else(spec: OpSpec, case: Case) -> None:
-    """Also checks the error budget in float64, or in float32 on a GPU, where kernels do not support float64."""
+    """The error budget is also checked. The dtype is float64, or float32 on a GPU, where kernels do not support float64."""
     dtype = torch.float32 if DEVICE == "cuda" else torch.float64
     with Canaries() as canaries:
         check_budget(spec.problem(case, dtype=dtype, device=DEVICE), "triton", canaries)
@@ -177,7 +177,7 @@ def test_gradcheck(spec: OpSpec, case: Case, backend: str) -> None:
     heads = case.heads if case.per_head else 1
     small = replace(case, tokens=9, heads=heads, features=5, width=max(8, case.rotary or 0))
     problem = spec.problem(small, dtype=torch.float64)
-    # Masked entries and the bias of an empty slot have no numerical derivative: keep them fixed.
+    # Masked entries and the bias of an empty slot have no numerical derivative, so they are kept fixed.
     fixed = {name: ~problem.tensors[name].isfinite() for name in spec.differentiable}
     leaves = [torch.nan_to_num(problem.tensors[name], 0.0, 0.0, 0.0).requires_grad_() for name in spec.differentiable]
 
@@ -214,7 +214,7 @@ def test_inputs_are_unchanged_and_repeats_are_bit_identical(spec: OpSpec, case: 
 
 @on_each_backend(*([(spec, case) for spec, case in cases if case.batch > 1] for cases in (FEW, VARIED)))
 def test_batch_independence(spec: OpSpec, case: Case, backend: str) -> None:
-    """A sample's outputs and gradients do not depend on its batch mates."""
+    """The outputs and gradients of a sample do not depend on the other samples in the batch."""
     problem = spec.problem(case, device=DEVICE)
     together, alone = run(problem, backend=backend), run(problem.sample(0), backend=backend)
     names = {name for name in spec.batched if name in problem.tensors and problem.tensors[name].shape[0] == case.batch}
@@ -224,17 +224,17 @@ def test_batch_independence(spec: OpSpec, case: Case, backend: str) -> None:
     for a, b in zip(together, alone, strict=True):
         if backend == "triton":
             assert torch.equal(a[:1], b[:1])
-        else:  # a library's matrix product may sum in another order when it has more rows
+        else:  # a matrix product from a library may sum in a different order if it has more rows
             assert error(a[:1], b[:1]) < 1e-6
 
 
 @on_each_backend(FEW, interpreted=few("packed", "rope_partial"))
 def test_memory_layout_does_not_matter(spec: OpSpec, case: Case, backend: str) -> None:
-    """Expanded gradients, and any strides whose last is 1, give the same numbers."""
+    """Results are the same for expanded gradients, and for any strides of the tokens if the last stride is 1."""
     problem = spec.problem(case, device=DEVICE)
 
     def spread_out(x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[0] == 1:  # features, biases, masks: no dimension is dense
+        if x.dim() != 4 or x.shape[0] == 1:  # features, biases and masks get strides of at least 2
             return x.new_ones([2 * size + 1 for size in x.shape])[(slice(1, None, 2),) * x.dim()].copy_(x)
         buffer = x.new_full((x.shape[2] + 1, x.shape[0], x.shape[1] + 2, x.shape[3] + 3), float("nan"))
         view = buffer[1:, :, 1:-1, 2:-1].permute(1, 2, 0, 3)
@@ -284,10 +284,10 @@ SCHEMA_AND_FAKE = "test_schema", "test_autograd_registration", "test_faketensor"
 DYNAMIC_TOO = *SCHEMA_AND_FAKE, "test_aot_dispatch_dynamic"
 
 
-# In the interpreter one case per operator is enough, and variants launch the same kernels.
+# In the interpreter, one case per operator is enough. Variants are skipped, because they launch the same kernels.
 @on_each_backend(EVERY_CASE, interpreted=[(spec, spec.cases[-1]) for spec in SPECS.values() if spec.name not in VARIANTS])
 def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
-    """Check schemas and fake kernels of the registered operators, and dynamic shapes for each op's last case."""
+    """Check the schemas and fake kernels of registered operators and, for the last case of each op, dynamic shapes."""
     with Record() as calls:
         run(spec.problem(case, device=DEVICE), backend=backend)
     assert len(calls) >= 2  # a forward and a backward
@@ -298,7 +298,7 @@ def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
 
 @each_operator()
 def test_compiles_without_graph_breaks(spec: OpSpec, backend: str) -> None:
-    """Compile forward and backward, with changing lengths."""
+    """Compile the forward and backward passes, and run them with different sequence lengths."""
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda problem, *leaves: spec.function(*leaves, **problem.options, backend=backend),
@@ -340,7 +340,7 @@ def test_exports(spec: OpSpec, backend: str) -> None:
 
 @each_operator()
 def test_checkpointing(spec: OpSpec, backend: str) -> None:
-    """Recomputation gives the same gradients."""
+    """Activation checkpointing gives the same gradients."""
     problem = spec.problem(spec.fit(Case("checkpointed", heads=1)), device=DEVICE)
     leaves = [x.detach().requires_grad_(name in spec.differentiable) for name, x in problem.tensors.items()]
 
@@ -357,7 +357,7 @@ def test_checkpointing(spec: OpSpec, backend: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_unsupported_derivatives_raise(spec: OpSpec, backend: str) -> None:
-    """Second derivatives, function transforms and gradients of direct operator calls raise instead of being wrong."""
+    """Second derivatives, function transforms and gradients of direct operator calls raise an error."""
     problem = spec.problem(spec.fit(Case("refused", heads=1)), device=DEVICE)
     leaves = [x.detach().requires_grad_(name in spec.differentiable) for name, x in problem.tensors.items()]
 

@@ -1,4 +1,4 @@
-"""Tests of the original Vision Xformers against golden outputs, and against the wheel where it is installed."""
+"""Tests that compare the original Vision Xformers with golden outputs, and with the wheel if it is installed."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_equals_the_original(name: str, backend: str) -> None:
     unused = sum(expected.state[key].numel() for key in expected.norms.keys() - used.keys())
     assert sum(p.numel() for p in parameters.values()) + unused == expected.parameters
     norms = {key: p.grad.norm().item() for key, p in parameters.items()}
-    assert norms.pop("classifier.attention_pool.bias", 0.0) < 1e-4  # 0 in exact arithmetic: softmax ignores a constant
+    assert norms.pop("classifier.attention_pool.bias", 0.0) < 1e-4  # 0 in exact arithmetic, since softmax ignores a constant
     assert norms == pytest.approx({key: used[key] for key in norms}, rel=1e-3)
 
 
-# Measured on the originals, for one image: millions of multiply-adds without Fourier transforms, and MiB that training keeps
-# for backward, without parameters.
+# Measured on the originals for one image: the multiply-adds in millions, without Fourier transforms, and the memory in MiB that
+# training saves for backward, without parameters.
 WORK = {
     "ViT": (1614, 96.7),
     "HybridViT": (1708, 89.1),
@@ -79,7 +79,7 @@ WORK = {
 
 @pytest.mark.parametrize("name", WORK)
 def test_the_reference_backend_does_as_much_work_as_the_original(name: str) -> None:
-    """Equal work makes it a speed baseline on any machine."""
+    """Because the work is equal, the reference backend can be used as a speed baseline on any machine."""
     expected = golden.load(name)
     model = from_original(name, expected.config, expected.state, backend="reference")
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}

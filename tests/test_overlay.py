@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from snippets import parse
 
-pytest.importorskip("triton", reason="the page's files are compiled and metered with Triton, which is not installed here")
+pytest.importorskip("triton", reason="the files are compiled and measured with Triton, which is not installed here")
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("vix_kernels/ops/efficient.py", "vix_kernels/testing/efficient.py", "vix_kernels/nn/efficient.py")
@@ -21,7 +21,7 @@ SMALL = ["--op", "efficient_attention"]
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the package with the page's three files and the exported function."""
+    """Return a copy of the package that contains the three files from docs/kernels.md and exports the new function."""
     folder = tmp_path_factory.mktemp("overlay")
     ignore = shutil.ignore_patterns("__pycache__", "models")
     shutil.copytree(ROOT / "vix_kernels", folder / "vix_kernels", ignore=ignore)
@@ -88,7 +88,7 @@ model(torch.randn(1, 3, 32, 32)).last_hidden_state.sum().backward()
 
 
 def test_the_command_line_measures_the_new_attention(tree: Path) -> None:
-    """Benchmark it with SDPA, list it, compile it for a GPU and measure its traffic."""
+    """Benchmark the new attention with SDPA, list it, compile it for a GPU, and measure its memory traffic."""
     vix = "-m", "vix_kernels"
     sizes = ["--values", "64", "--batch", "1", "--heads", "2", "--width", "16", "--rounds", "1"]
     table = run(tree, *vix, "bench", *SMALL, *sizes, "--provider", "torch", "reference", "sdpa")

@@ -36,7 +36,7 @@ def test_import_loads_neither_triton_nor_cuda() -> None:
 
 
 def test_import_is_fast_compared_with_torch() -> None:
-    """It takes at most a tenth of the CPU time of `import torch`."""
+    """Importing the package takes less than a tenth of the CPU time of `import torch`."""
     code = (
         "import time; start = time.process_time(); import torch; middle = time.process_time()\n"
         "import vix_kernels; print((time.process_time() - middle) / (middle - start))"
@@ -67,7 +67,7 @@ def test_check_prints_every_reason(capsys) -> None:
 
 
 def test_the_trainer_requires_neither_timm_nor_torchvision() -> None:
-    """timm imports torchvision, whose version is hard to match where PyTorch is not from PyPI."""
+    """timm imports torchvision. A matching torchvision is hard to find if PyTorch was not installed from PyPI."""
     found, open_requirements = set(), [Requirement("vix_kernels[train]")]
     while open_requirements:
         requirement = open_requirements.pop()
@@ -80,7 +80,7 @@ def test_the_trainer_requires_neither_timm_nor_torchvision() -> None:
     assert {"torch", "scikit-learn", "scipy"} <= found and not {"timm", "torchvision"} & found
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not find_spec("torchvision"), reason="looks at torchvision on Linux")
+@pytest.mark.skipif(sys.platform != "linux" or not find_spec("torchvision"), reason="checks an installed torchvision on Linux")
 @pytest.mark.parametrize("matches", [True, False])
 def test_a_torchvision_that_does_not_match_is_reported(matches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_torchvision_that_does_not_match_is_reported(matches: bool, monkeypatc
 def test_make_reports_a_torchvision_that_does_not_match(tmp_path: Path) -> None:
     """Check the last commands of the setup without running them."""
     command = ["make", "--dry-run", "--no-print-directory", f"VENV={tmp_path}", f"{tmp_path}/.ready"]
-    # `make test` passes its options and level on. With them, make also prints the folders that it enters and leaves.
+    # `make test` sets environment variables that would make the nested make print the folders that it enters and leaves.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
     lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()
     assert lines[-2:] == [f"{tmp_path}/bin/python tests/torchvision_operators.py", f"touch {tmp_path}/.ready"]

@@ -55,7 +55,8 @@ for argv in json.loads(sys.argv[1]):
 if distributed:
     torch.distributed.destroy_process_group()
 """
-# Runs that fail, most of them in one of two processes. Both continue with the next run. The last error is a bug.
+# Runs that fail, most of them in only one of two processes. Both processes then continue with the next run. The last error
+# simulates a bug.
 FAULTS = """
 import os, sys, torch
 from dataclasses import replace
@@ -129,7 +130,7 @@ if rank:
     os.chdir("..")
 fault("bug", loop, "train_step", 1, KeyError("a bug"))
 """
-# The process of rank 1 kills itself before step 31. After the restart it does not.
+# The process with rank 1 kills itself before step 31, but only before the restart.
 KILLED = """
 import os, signal, sys
 from vix_kernels.__main__ import main
@@ -146,7 +147,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def launch(*words: object, processes: int = 2, restarts: int = 0, folder: Path | None = None) -> subprocess.CompletedProcess:
-    """Run a script by torchrun, or directly for one process."""
+    """Run a script with torchrun, or directly if there is only one process."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -166,7 +167,7 @@ def run_all(runs: list[list[str]], folder: Path, processes: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train the same run in one and in two processes, and runs with Muon and the fast recipe in two."""
+    """Train the same configuration in one and in two processes, and configurations with Muon and the fast recipe in two."""
     folder = tmp_path_factory.mktemp("runs")
     together = [
         [*RUN, "--output", str(folder / "ddp")],
@@ -189,7 +190,7 @@ def assert_close(actual: Checkpoint, expected: Checkpoint) -> None:
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_two_processes_match_one(runs: Path, name: str) -> None:
-    """The FSDP2 run accumulates gradients over two parts of a step."""
+    """The FSDP2 run accumulates gradients over two micro-batches in each step."""
     alone = load_checkpoint(runs / "alone")
     assert alone["history"][-1]["train_loss"] < alone["history"][0]["train_loss"] - 0.05
     assert_close(load_checkpoint(runs / name), alone)
@@ -198,10 +199,10 @@ def test_two_processes_match_one(runs: Path, name: str) -> None:
 
 
 def test_checkpoints_have_batch_norm_statistics_of_all_processes(runs: Path) -> None:
-    """The checkpoint of a run with the fast recipe in two processes reproduces the run's evaluation loss."""
+    """A checkpoint trained in two processes with the fast recipe reproduces the evaluation loss of its run."""
     row = load_checkpoint(runs / "fast")["history"][-1]
     evaluation = evaluate_trained(load_trained(runs / "fast", torch.device("cpu")), load_dataset("digits"))
-    assert evaluation.loss == pytest.approx(row["eval_loss"], abs=0.02) and row["eval_top1"] > 30  # in bfloat16
+    assert evaluation.loss == pytest.approx(row["eval_loss"], abs=0.02) and row["eval_top1"] > 30  # the run used bfloat16
 
 
 def test_old_shards_are_removed(runs: Path) -> None:
@@ -217,7 +218,7 @@ def test_a_restart_after_a_kill_gives_the_same_results(runs: Path, tmp_path: Pat
     for part in ("model", "optimizer", "ema"):
         torch.testing.assert_close(actual[part], expected[part], rtol=0, atol=0)
     losses = [[row["train_loss"] for row in each["history"]] for each in (actual, expected)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the restart splits a sum in two
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the restart splits the sum of losses in two
 
 
 def test_an_error_of_any_process_is_printed_once(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_an_error_of_any_process_is_printed_once(tmp_path: Path) -> None:
 
 
 def test_a_run_resumes_with_another_number_of_processes(runs: Path, tmp_path: Path) -> None:
-    """A run of two processes resumes in one and in three."""
+    """A run that was started with two processes resumes with one process and with three."""
     branch = ["train", "--resume", str(runs / "muon" / "last.pt"), "--epochs", "2", "--output"]
     assert main([*branch, str(tmp_path / "one"), "--no-fsdp"]) == 0
     run_all([[*branch, str(tmp_path / "three")]], tmp_path, processes=3)

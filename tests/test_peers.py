@@ -1,5 +1,7 @@
-"""Tests that the replacements for the modules of performer-pytorch, nystrom-attention and linformer have the same arguments,
-weights, outputs and gradients."""
+"""Tests of the replacements for modules in performer-pytorch, nystrom-attention and linformer, which are called peers here.
+
+The replacements have the same arguments, weights, outputs and gradients as the peers.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ def peer_class(package: str) -> type[nn.Module]:
 
 
 def pair(package: str, options: dict[str, Any], dtype: torch.dtype = torch.float64, **new: Any) -> tuple[nn.Module, nn.Module]:
-    """Return the replacement and the peer's module with the same weights."""
+    """Return a replacement and its peer with the same weights."""
     torch.manual_seed(0)
     peer = peer_class(package)(**options).to(DEVICE, dtype)
     replacement = REPLACEMENTS[package](**options, **new).to(DEVICE, dtype)
@@ -57,7 +59,7 @@ def qkv(queries: int, tokens: int, **options: Any) -> list[Tensor]:
 
 
 def noise(*shape: int) -> Tensor:
-    """Return the same noise for the same shape."""
+    """Return noise that depends only on the shape."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
@@ -148,7 +150,7 @@ def test_fast_attention_in_float32(scale: float, backend: str) -> None:
     inputs = [x.detach().float().requires_grad_() for x in inputs]
     actual, peer_results = results(replacement.float(), inputs), results(peer.float(), inputs)
     for name, x in exact.items():
-        # Where eps has nearly all of the weight, the peer's gradient of q is a small difference of large numbers, too.
+        # Where eps dominates the denominator, the gradient of q is a small difference of large numbers, also in the peer.
         error, peer_error = ((each[name] - x).abs().max() / x.abs().max() for each in (actual, peer_results))
         assert error <= max(1e-5, 4 * peer_error) and peer_error < 0.1
 
@@ -183,13 +185,16 @@ def test_fast_attention_with_a_learned_projection() -> None:
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("options", KINDS, ids=str)
 def test_fast_attention_with_a_mask(options: dict[str, Any], backend: str) -> None:
-    """A padded batch equals the shorter sequences. Padding gets no gradient, whatever it holds. All-masked samples give 0."""
+    """A padded batch gives the same results as the shorter sequences. Fully masked samples give 0.
+
+    Padding gets no gradient, even if it contains NaN.
+    """
     torch.manual_seed(0)
     module = FastAttention(**FAST, **options, backend=backend).double().to(DEVICE)
     module.projection_matrix.abs_()
     inputs, mask = qkv(45, 37), up_to(37, 20, tokens=37)
     with torch.no_grad():
-        inputs[1].abs_().neg_()  # all products with features are negative, so zeros in the padding would be the maximum
+        inputs[1].abs_().neg_()  # all products with features become negative, so zeros in the padding would be the maximum
         for x in inputs[1:]:
             x[1, :, 20:] = float("nan")
     padded = results(module, inputs, key_padding_mask=mask)
@@ -283,13 +288,13 @@ def test_nystrom_in_float32(backend: str) -> None:
 @pytest.mark.parametrize("tokens", [48, 45])
 @pytest.mark.parametrize("plain", [False, True])
 def test_nystrom_without_compat_ignores_padding(tokens: int, plain: bool) -> None:
-    """A padded sample equals the shorter sequence with one landmark per nonempty segment, whatever the padding holds."""
+    """A padded sample gives the same results as the shorter sequence with one landmark per nonempty segment."""
     torch.manual_seed(0)
     full, fewer = (
         NystromAttention(**NYSTROM | dict(num_landmarks=landmarks), compat=False).double().to(DEVICE) for landmarks in (8, 5)
     )
     fewer.load_state_dict(full.state_dict())
-    length = tokens - 3 * 6  # three segments of six
+    length = tokens - 3 * 6  # the last three segments of six tokens are padding
     x, mask, dout = normal(2, tokens, 20), up_to(tokens, length, tokens=tokens), noise(2, tokens, 20)
     dout[0], dout[1, length:] = 0, 0
     with torch.no_grad():
@@ -343,7 +348,7 @@ def test_linformer_in_float32(one_kv_head: bool, backend: str) -> None:
 @pytest.mark.parametrize("tokens", [40, 7])
 def test_linformer_dropout_matches_the_peer(tokens: int) -> None:
     replacement, peer = pair("linformer", LINFORMER | dict(dropout=0.5))
-    replacement.dropout = peer.dropout  # the same random numbers
+    replacement.dropout = peer.dropout  # so that both draw the same random numbers
     x, outs = normal(2, tokens, 32), []
     for module in (replacement, peer):
         torch.manual_seed(5)
@@ -386,7 +391,7 @@ def test_linformer_with_a_mask(options: dict[str, Any]) -> None:
     ids=str,
 )
 def test_in_bfloat16(package: str, options: dict[str, Any], tokens: int) -> None:
-    """Run under autocast and entirely in bfloat16, with and without a mask. Errors are about those of rounded inputs."""
+    """Run under autocast and entirely in bfloat16, with and without a mask. Errors are similar to those of rounded inputs."""
     torch.manual_seed(0)
     module = REPLACEMENTS[package](**options).to(DEVICE)
     performer = package == "performer_pytorch"
@@ -401,7 +406,7 @@ def test_in_bfloat16(package: str, options: dict[str, Any], tokens: int) -> None
             close(out, exact.bfloat16(), 0.05)
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tests specific to Performer attention and its features; test_ops.py covers what all operators share."""
+"""Tests specific to Performer attention and its features. The tests in test_ops.py cover all operators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vix_kernels.nn import Attention, PerformerAttention
 
 
 def favor(q, k, v, w):
-    """Compute equation 5 of the paper in float64, features first."""
+    """Evaluate equation 5 of the paper in float64, with explicit features."""
 
     def features(x):
         x = x.double() * x.shape[-1] ** -0.25
@@ -38,7 +38,7 @@ def test_equals_the_paper(backend: str) -> None:
 
 
 def test_approaches_softmax_attention() -> None:
-    """The error falls like one over the square root of the number of features."""
+    """The error is proportional to one over the square root of the number of features."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 64, 16) * s for s in (0.5, 0.5, 1.0))
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -50,7 +50,7 @@ def test_approaches_softmax_attention() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_never_underflows(backend: str) -> None:
-    """Keys and queries are so long that all features in the paper's form are 0 in float32."""
+    """Keys and queries are so large that all features, computed as in the paper, underflow to 0 in float32."""
     q, k, v = (torch.randn(1, 1, 20, 64, device=DEVICE) * s for s in (12, 12, 1))
     w = orthogonal_projection(64, 64, seed=0).to(DEVICE)
     x = k * 64**-0.25
@@ -63,7 +63,7 @@ def test_never_underflows(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_gradients_of_many_tokens_stay_finite(backend: str, dtype: torch.dtype) -> None:
-    """The gradient of the slots' values sums over tokens and overflows float16, although dq, dk and dv do not."""
+    """The gradient of the slots' values is a sum over tokens that overflows float16. dq, dk and dv do not overflow."""
     q, k, v = (torch.randn(1, 1, 300, 16, device=DEVICE).to(dtype).requires_grad_() for _ in range(3))
     w = orthogonal_projection(2, 16, seed=0).to(DEVICE)
     dout = torch.full((1, 1, 300, 16), 500.0, device=DEVICE, dtype=dtype)
@@ -91,14 +91,14 @@ def test_nan_reaches_only_dependent_results(backend: str) -> None:
     q[0, 1, 7, 3] = k[1, 0, 4, 2] = float("nan")
     out = performer_attention(q, k, v, orthogonal_projection(24, 16, seed=0).to(DEVICE), backend=backend)
     hit = out.isnan().any(-1)
-    assert hit[0, 1].nonzero().flatten().tolist() == [7]  # a query affects its row
-    assert hit[1, 0].all()  # a key affects all queries of its head
+    assert hit[0, 1].nonzero().flatten().tolist() == [7]  # a query affects only its row
+    assert hit[1, 0].all()  # a key affects all queries in its head
     assert not hit[0, 0].any() and not hit[1, 1].any()
 
 
 @NO_TRITON
 def test_offsets_may_exceed_32_bits() -> None:
-    """Token strides are 2^30 elements, so a 32-bit offset would wrap. Most of the memory is mapped but not touched."""
+    """The token stride is 2^30 elements, so a 32-bit offset would overflow. Most of the memory is mapped but never touched."""
     code = """
 import torch
 from vix_kernels import orthogonal_projection, performer_attention
@@ -122,7 +122,7 @@ assert all(torch.equal(a, b) for a, b in zip(*results))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_low_precision_does_not_round_the_projection(backend: str, dtype: torch.dtype) -> None:
-    """q, k and v are exact in 16 bits. Only rounding the projection could change the result by much."""
+    """q, k and v are exact in 16 bits, so only rounding the projection could change the result much."""
     torch.manual_seed(0)
     q, k, v = ((torch.randn(1, 2, 50, 64, device=DEVICE) * 8).to(dtype) for _ in range(3))
     w = orthogonal_projection(32, 64, seed=0).to(DEVICE)
@@ -136,7 +136,7 @@ def test_low_precision_does_not_round_the_projection(backend: str, dtype: torch.
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [1e-40, 1e-30, 1e30, float("inf")])
 def test_gradients_of_any_size(backend: str, size: float) -> None:
-    """The gradient of the values scales with its cotangent, however small. An infinite channel affects no other."""
+    """The gradient of the values scales with the cotangent, however small. An infinite channel does not affect the others."""
     q, k, v = (torch.randn(1, 1, 20, 16, device=DEVICE).requires_grad_() for _ in range(3))
     w = orthogonal_projection(8, 16, seed=0).to(DEVICE)
     dout = torch.zeros(1, 1, 20, 16, device=DEVICE)
@@ -166,11 +166,11 @@ def test_projection_blocks_are_orthogonal_with_requested_lengths() -> None:
     for block in w.split(8):
         torch.testing.assert_close(block @ block.T, 8 * torch.eye(len(block)), atol=1e-5, rtol=0)
     lengths = orthogonal_projection(64_000, 8, seed=0).norm(dim=-1)
-    assert abs(lengths.square().mean().item() - 8) < 0.1 and abs(lengths.square().var().item() - 16) < 0.6  # chi squared
+    assert abs(lengths.square().mean().item() - 8) < 0.1 and abs(lengths.square().var().item() - 16) < 0.6  # chi-squared
 
 
 def test_projection_is_uniform_over_rotations() -> None:
-    """Under the Haar measure all entries of a block have one distribution. Plain QR would fix the sign of the diagonal."""
+    """Under the Haar measure, all entries of a block have the same distribution. Plain QR would fix the diagonal's signs."""
     first = torch.stack([orthogonal_projection(4, 4, seed=seed, scaling="sqrt") for seed in range(2000)])
     assert (first.mean(0).abs() < 4 * 1 / math.sqrt(2000)).all()  # entries have variance 1
 

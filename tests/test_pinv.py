@@ -1,4 +1,4 @@
-"""Tests of the pseudo-inverse of Nystrom attention."""
+"""Tests of the pseudo-inverse in Nystrom attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCALE = 0.25
 
 
 def problem(landmarks: int, *, batch: int = 2, heads: int = 2, seed: int = 0, dtype=torch.float64) -> list[Tensor]:
-    """Return landmarks of queries and of keys, and values."""
+    """Return query landmarks, key landmarks and values."""
     generator = torch.Generator().manual_seed(seed)
     shape = batch, heads, landmarks, 16
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
@@ -27,7 +27,7 @@ def attention(q: Tensor, k: Tensor) -> Tensor:
 
 
 def gradients(function, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return an output and its gradients for a fixed cotangent."""
+    """Return the output of a function, and its gradients for a fixed cotangent."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     out = function(*leaves)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(out)
@@ -35,8 +35,8 @@ def gradients(function, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def test_convergence_to_the_inverse_is_cubic() -> None:
-    """A step turns the error x of a singular direction into x^3 (3 + x) / 4."""
-    q = problem(8)[0]  # each landmark attends mostly to itself: a well-conditioned softmax
+    """Each iteration turns the error x in a singular direction into x^3 (3 + x) / 4."""
+    q = problem(8)[0]  # each landmark attends mostly to itself, so the softmax matrix is well conditioned
     a, eye = attention(q, q), torch.eye(8, dtype=torch.float64).expand(2, 2, 8, 8)
     inverses = [pinv(q, q, eye, scale=SCALE, iterations=t) for t in range(1, 13)]
     errors = [torch.linalg.matrix_norm(eye - a @ z, 2) for z in inverses]
@@ -46,7 +46,7 @@ def test_convergence_to_the_inverse_is_cubic() -> None:
 
 
 def test_pinv_filters_singular_values(backend: str) -> None:
-    """Z = V diag(p^(T)(sigma^2 / s) / sigma) U^T."""
+    """Compare with Z = V diag(p^(T)(sigma^2 / s) / sigma) U^T."""
     q, k, values = problem(20)
     a = attention(q, k)
     u, sigma, vt = torch.linalg.svd(a)
@@ -63,7 +63,7 @@ def test_pinv_filters_singular_values(backend: str) -> None:
 
 @pytest.mark.parametrize("which", ["rows", "columns", "both"])
 def test_empty_landmarks_are_ignored(which: str, backend: str) -> None:
-    """Rows and columns are dropped independently, so the rest of A need not be square."""
+    """Rows and columns are dropped independently, so the remaining part of A need not be square."""
     landmarks, keep = 12, torch.arange(12) % 3 != 1
     all_valid = torch.ones(landmarks, dtype=torch.bool)
     rows, columns = keep if which != "columns" else all_valid, keep.roll(1) if which != "rows" else all_valid
@@ -92,7 +92,7 @@ def test_empty_landmarks_are_ignored(which: str, backend: str) -> None:
 
 
 def test_original_init_matches_nystrom_attention(backend: str) -> None:
-    """Compare outputs and gradients with nystrom-attention 0.0.14, which uses one maximum for the batch."""
+    """Compare outputs and gradients with nystrom-attention 0.0.14, which uses one maximum for the whole batch."""
     peer = pytest.importorskip("nystrom_attention.nystrom_attention", reason="nystrom-attention is not installed")
     tensors = [x.to(DEVICE, torch.float32) for x in problem(20)]
     actual = gradients(lambda q, k, v: pinv(q, k, v, scale=SCALE, init="original", backend=backend), tensors)
@@ -103,7 +103,7 @@ def test_original_init_matches_nystrom_attention(backend: str) -> None:
 
 def test_only_the_original_init_depends_on_the_batch(backend: str) -> None:
     q, k, values = (x.to(DEVICE, torch.float32) for x in problem(20))
-    q[1] *= 0.01  # column sums of 1, far below those of sample 0
+    q[1] *= 0.01  # its column sums become about 1, far below those of sample 0
 
     def change(init: str) -> float:
         function = partial(pinv, scale=SCALE, init=init, backend=backend)
@@ -115,7 +115,7 @@ def test_only_the_original_init_depends_on_the_batch(backend: str) -> None:
 
 
 def test_nan_in_one_head_does_not_reach_the_next(backend: str) -> None:
-    """Programs reuse their memory from head to head."""
+    """Each program uses the same memory for one head after the other."""
     tensors = [x.to(DEVICE, torch.float32) for x in problem(20, batch=1)]
     function = partial(pinv, scale=SCALE, iterations=2, backend=backend)
     expected = gradients(function, tensors)
@@ -127,7 +127,7 @@ def test_nan_in_one_head_does_not_reach_the_next(backend: str) -> None:
 
 @pytest.mark.parametrize("init", ["exact", "original"])
 def test_equal_columns_share_the_gradient_of_the_init(init: str, backend: str) -> None:
-    """Two keys are equal and all queries prefer them, so their column sums are the largest."""
+    """Two keys are equal and get the most attention from all queries, so their column sums are the largest."""
     q, k, values = (x.to(DEVICE, torch.float32) for x in problem(6))
     q[..., 0], k[..., :2, :] = 2.0, 0.0
     k[..., :2, 0] = 4.0
@@ -140,7 +140,7 @@ def test_equal_columns_share_the_gradient_of_the_init(init: str, backend: str) -
 
 
 def test_without_valid_tokens_results_and_gradients_are_zero(backend: str) -> None:
-    """The inputs hold NaN."""
+    """All inputs are NaN."""
     tensors = [torch.full((1, 1, 5, 16), float("nan"), device=DEVICE) for _ in range(3)]
     counts = torch.zeros(1, 5, device=DEVICE)
     function = partial(pinv, scale=SCALE, q_counts=counts, k_counts=counts, backend=backend)
@@ -150,7 +150,7 @@ def test_without_valid_tokens_results_and_gradients_are_zero(backend: str) -> No
 
 @pytest.mark.parametrize("landmarks", [128, 130])
 def test_many_landmarks(landmarks: int, backend: str) -> None:
-    """128 is the most that the kernels support. For 130, batched products run instead."""
+    """The kernels support at most 128 landmarks. For 130, batched matrix products are used instead."""
     tensors = [x.to(DEVICE, torch.float32) for x in problem(landmarks, batch=1, heads=1)]
     options = dict(scale=SCALE, iterations=1)
     actual = gradients(lambda *x: pinv(*x, **options, backend=backend), tensors)

@@ -53,7 +53,7 @@ def test_the_number_of_redraws_is_saved(tmp_path: Path) -> None:
 
 
 def test_weights_of_earlier_commits_load(tmp_path: Path) -> None:
-    """Their metadata holds the number of redraws as JSON."""
+    """The metadata in the files of these commits contains the number of redraws as JSON."""
     save_model(create_model("vip", **small_model("vip")), tmp_path)
     tensors = {key: x for key, x in load_file(tmp_path / "model.safetensors").items() if not key.endswith("_extra_state")}
     keys = [key for key in load_file(tmp_path / "model.safetensors") if key.endswith("_extra_state")]
@@ -225,7 +225,7 @@ def test_the_model_table_has_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "v[ip][tp]"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["model", "image", "tokens", "parameters", "MACs"]
-    # the original has 661,770 parameters and 1614 million multiply-adds
+    # The original model has 661,770 parameters and 1614 million multiply-adds.
     assert lines[2].split() == ["vit", "32", "x", "32", "1,025", "661,770", "1,614", "M"]
 
 

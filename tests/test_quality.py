@@ -1,4 +1,4 @@
-"""Tests of bench/quality.py: it writes its files at tiny sizes, and refuses a bad output path before it starts."""
+"""Tests of bench/quality.py. It writes its files at tiny sizes, and rejects an invalid output path before it starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def test_writes_the_plot_and_its_data(tmp_path: Path) -> None:
         rows = {(row["tokens"], row["method"], int(row["slots"])): row for row in csv.DictReader(file)}
     assert len(rows) == (1 + len(FIELDS)) * (1 + len(METHODS) * len(QUICK.slots))
     assert all(0 < float(row["low"]) <= float(row["median"]) <= float(row["high"]) for row in rows.values())
-    # The study's result, far above the noise of two heads: grid cells follow a smooth field, segments do not.
+    # The study found that landmarks from grid cells approximate a smooth field, and that landmarks from segments do not. The
+    # difference is far larger than the noise with two heads.
     grid, segments = (float(rows["smooth field", f"Nystrom, {kind}", 64]["median"]) for kind in ("grid", "segments"))
     assert grid < 0.1 < segments < float(rows["smooth field", MEAN, 0]["high"])
 

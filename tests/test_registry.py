@@ -49,7 +49,7 @@ def test_plain_is_false_under_modes_and_gradients() -> None:
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_without_gradients_nothing_is_saved_and_the_bits_are_the_same(spec: OpSpec) -> None:
-    """Only the autograd.Function is skipped; the operators are the same on both backends."""
+    """Only the autograd.Function is skipped. One backend is enough, because the operators are the same on both."""
     problem = spec.problem(spec.cases[0], device=DEVICE)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -76,7 +76,7 @@ def test_forward_mode_is_refused(spec: OpSpec, recording: bool) -> None:
         dual = forward_ad.make_dual(problem.tensors[name], torch.ones_like(problem.tensors[name]))
         with pytest.raises(RuntimeError, match="forward mode AD"):
             replace(problem, tensors=problem.tensors | {name: dual})(backend="torch")
-        problem(backend="torch")  # without a tangent
+        problem(backend="torch")  # calls without a tangent still work
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -126,7 +126,7 @@ def test_traces_contain_the_operators(backend: str) -> None:
 
 
 def test_registered_operators_take_the_fields_of_groups() -> None:
-    """Saved programs hold calls of the registered operators: the schema of a forward is not to change."""
+    """Saved programs contain calls to the registered operators, so the schema of a forward operator must not change."""
     q_and_k, masks = "Tensor q, Tensor? k", "Tensor? q_mask, Tensor? k_mask"
     pool = "SymInt prefix, SymInt rows, SymInt mark_rows, SymInt mark_columns, bool adaptive"
     schema = str(landmarks_forward.registered._schema)

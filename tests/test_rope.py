@@ -13,7 +13,7 @@ from vix_kernels import Rope, apply_rope, rope_1d, rope_axial, rope_mixed, rope_
 def test_angles_are_positions_times_frequencies() -> None:
     rope = rope_1d(5, 8, base=100.0, prefix_tokens=2)
     assert (rope.tokens, rope.heads, rope.dim, rope.cos.dtype) == (7, 1, 8, torch.float32)
-    for token, position in enumerate([0, 0, 0, 1, 2, 3, 4]):  # two prefix tokens are not rotated; positions start at 0
+    for token, position in enumerate([0, 0, 0, 1, 2, 3, 4]):  # the two prefix tokens are not rotated, and positions start at 0
         for i in range(4):
             angle = position * 100.0 ** (-2 * i / 8)
             assert rope.cos[0, token, i] == pytest.approx(math.cos(angle), abs=1e-7)
@@ -21,7 +21,7 @@ def test_angles_are_positions_times_frequencies() -> None:
 
 
 def test_angles_of_far_tokens_are_exact() -> None:
-    """float32 products of position and frequency lose the angle of token 100,000, so they are computed in float64."""
+    """In float32, the product of position and frequency is too inaccurate for token 100,000, so it is computed in float64."""
     rope = rope_1d(100_001, 4)
     assert rope.cos[0, -1, 1] == pytest.approx(math.cos(100_000 * 10000.0**-0.5), abs=1e-6)
     assert rope.sin[0, -1, 0] == pytest.approx(math.sin(100_000), abs=1e-6)
@@ -38,7 +38,7 @@ def test_axial_angles_are_columns_then_rows() -> None:
 
 
 def test_mixed_angles_contain_the_axial_ones() -> None:
-    """Each frequency acts along one axis: the first half of the pairs across, the second half down."""
+    """Here each frequency acts along one axis: horizontally for the first half of the pairs, vertically for the second half."""
     frequencies = torch.zeros(2, 1, 4)
     frequencies[0, 0, :2] = frequencies[1, 0, 2:] = 100.0 ** (-torch.arange(0, 8, 4) / 8)
     mixed, axial = rope_mixed(2, 3, frequencies, prefix_tokens=1), rope_axial(2, 3, 8, prefix_tokens=1)

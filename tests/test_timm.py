@@ -1,4 +1,4 @@
-"""Tests of the timm integration, on timm models created by name."""
+"""Tests of the timm integration on models that timm creates."""
 
 import copy
 import importlib
@@ -68,11 +68,11 @@ def test_gated_attention_is_supported():
 
 
 EVAS = {
-    "eva02_tiny_patch14_224": {},  # interleaved sines, biases for q and v
+    "eva02_tiny_patch14_224": {},  # interleaved sines, and biases for q and v
     "eva02_base_patch14_224": {},  # separate maps for q, k and v
     "vit_small_patch16_rope_224": {},
-    "vit_small_patch16_rope_mixed_224": {},  # learned angles, one table for each layer and head
-    "vit_small_patch16_dinov3": {},  # half layout, register tokens
+    "vit_small_patch16_rope_mixed_224": {},  # learned angles, with one table for each layer and head
+    "vit_small_patch16_dinov3": {},  # half layout, and register tokens
 }
 
 
@@ -98,7 +98,7 @@ def test_models_with_rotary_embedding_are_reproduced(name):
 
 
 def test_rotations_match_timm():
-    """Compare rotated q and k in both layouts, with one table for all heads and one per head."""
+    """Compare rotated q and k in both layouts, with one table for all heads and with one table per head."""
     from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
     from vix_kernels import apply_rope
@@ -130,7 +130,7 @@ def test_replaced_models_train(op):
 
 def test_landmarks_are_placed_on_the_grid():
     model = timm.create_model("vit_tiny_patch16_224", img_size=(96, 192), depth=1, num_classes=5)
-    integration.replace_attention(nn.Sequential(model), "nystrom")  # also for a model inside another module
+    integration.replace_attention(nn.Sequential(model), "nystrom")  # also works for a model inside another module
     core = model.blocks[0].attn.vix.placed()
     assert core == Nystrom.made("host", num_landmarks=60, landmarks="grid", grid_size=(6, 12), prefix_tokens=1)
     model(torch.randn(1, 3, 96, 192))
@@ -164,7 +164,7 @@ def test_landmarks_are_placed_on_the_grid_of_the_call(name):
             block.attn.vix.core = block.attn.vix.core.on_grid((height // 16, width // 16))
         assert torch.equal(model(x), fixed(x))
         assert "on the grid 4 x 4" in repr(copy.deepcopy(model)) or (height, width) != (64, 64)
-    again = copy.deepcopy(model)  # has a separate grid
+    again = copy.deepcopy(model)  # the copy has a separate grid
     again(torch.randn(1, 3, 64, 64))
     assert model.blocks[0].attn.vix.grid.size_of() == (6, 2)
     assert again.blocks[0].attn.vix.grid.size_of() == (4, 4)
@@ -348,7 +348,7 @@ def test_weights_of_another_attention_are_refused(tmp_path):
     copy.deepcopy(model).load_state_dict(shapes, assign=True)
     with pytest.raises(RuntimeError, match=REFUSED + r"'\{\}'"):
         model.load_state_dict(saved | {"blocks.0.attn._extra_state": {}})
-    others = {key: value for key, value in softmax.items() if "attn" not in key}  # no attention weights
+    others = {key: value for key, value in softmax.items() if "attn" not in key}  # without the weights of attention layers
     assert len(model.load_state_dict(others, strict=False).missing_keys) == len(saved) - len(others)
     file = tmp_path / "softmax.pth"
     torch.save(softmax, file)
@@ -356,7 +356,7 @@ def test_weights_of_another_attention_are_refused(tmp_path):
         vit(attn_layer="vix_performer", pretrained=True, pretrained_cfg_overlay=dict(file=str(file), num_classes=5))
     with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*_extra_state"):
         vit().load_state_dict(saved)
-    vit(attn_layer="vix_nystrom").load_state_dict(softmax)  # Nystrom approximates softmax attention
+    vit(attn_layer="vix_nystrom").load_state_dict(softmax)  # accepted, because Nystrom approximates softmax
 
 
 def test_retrain_loads_any_weights_and_marks_them():
@@ -421,7 +421,7 @@ def test_saved_models_load_from_their_folder(tmp_path):
     [
         ("vit_tiny_patch16_224", {}, 1),
         ("vit_tiny_patch16_224", dict(dynamic_img_size=True, reg_tokens=4), 5),
-        ("deit_tiny_distilled_patch16_224", {}, 2),  # sets its second prefix token after it builds its blocks
+        ("deit_tiny_distilled_patch16_224", {}, 2),  # adds its second prefix token after building its blocks
         ("vit_tiny_patch16_224", dict(class_token=False, global_pool="avg"), 0),
     ],
     ids=repr,

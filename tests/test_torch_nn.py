@@ -25,7 +25,7 @@ def tokens():
 
 
 def padding():
-    """Return a mask for torch.nn (True = padded). It pads at the end, where PyTorch would use nested tensors."""
+    """Return a mask for torch.nn (True = padded). The padding is at the end, so PyTorch could use nested tensors."""
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[1, 12:] = True
     return mask

@@ -1,4 +1,4 @@
-"""Tests of the traffic meter and of the traffic of operators, in Triton's interpreter without a GPU."""
+"""Tests of the traffic meter and of the memory traffic of operators. They run in Triton's interpreter and need no GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not backends.interpreted(), reason="kernels are 
 
 @triton.jit
 def add_kernel(x, y, rows, stride, N, BLOCK: tl.constexpr):
-    """Load the program's row of x twice and add both to y."""
+    """Load this program's row of x twice and add both copies to y."""
     at = tl.arange(0, BLOCK)
     inside = at < N
     row = x + tl.program_id(0) % rows * stride
@@ -42,13 +42,16 @@ def added(x: Tensor, programs: int = 3) -> Tensor:
 
 
 def performer(tokens: int, batch: int = 4, heads: int = 4, features: int = 110, **options) -> Traffic:
-    """Measure head width 32 and the gradients of q, k and v. float16 has bfloat16's launches and traffic in half the time."""
+    """Measure Performer attention with head width 32 and gradients of q, k and v.
+
+    With float16, launches and traffic are the same as with bfloat16, but the interpreter takes half the time.
+    """
     q, k, v = (torch.randn(batch, heads, tokens, 32, dtype=torch.float16, requires_grad=True) for _ in range(3))
     return measure(performer_attention, q, k, v, orthogonal_projection(features, 32, seed=0), backend="triton", **options)
 
 
 def loaded_bytes(traffic: Pass, name: str) -> list[int]:
-    """Return the bytes of an argument that each launch loads."""
+    """Return the number of bytes that each launch loads from an argument."""
     return [each.loaded[name] for each in traffic.launches if name in each.loaded]
 
 
@@ -74,7 +77,7 @@ def test_views_count_only_their_elements() -> None:
 
 
 def test_pytorch_operators_count() -> None:
-    """Operators that move data count: a cast, a sum, a product with itself, an in-place product, a copy."""
+    """PyTorch operators that move data are counted: a cast, a sum, a product with itself, an in-place product and a copy."""
 
     def function(x: Tensor) -> Tensor:
         wide = x.view(30).reshape(10, 3).to(torch.float64).to(torch.float64)
@@ -99,7 +102,7 @@ def test_pytorch_operators_count() -> None:
 
 
 def test_packed_tokens_count_like_separate_tensors() -> None:
-    """q, k and v are views of one storage."""
+    """The packed q, k and v are views of one storage."""
     packed = torch.randn(1, 50, 3, 2, 32, requires_grad=True)
     projection = orthogonal_projection(20, 32, seed=0)
 
@@ -112,7 +115,10 @@ def test_packed_tokens_count_like_separate_tensors() -> None:
 
 
 def test_the_minimum_is_arguments_and_results() -> None:
-    """Forward: q, k, v, out. Backward: also dout, dq, dk, dv. Features count once, statistics never."""
+    """The forward minimum is the size of q, k, v and out. The backward minimum adds dout, dq, dk and dv.
+
+    Features are counted once. Statistics are not counted.
+    """
     traffic = performer(100, 2, 3, 40)
     token_bytes, features = 2 * 3 * 100 * 32 * 2, 40 * 32 * 4
     assert traffic.forward.least == 4 * token_bytes + features
@@ -128,14 +134,14 @@ def test_masked_keys_do_not_count() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_assumed_tiles_of_tokens_do_not_change_traffic(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches and bytes equal those of the architecture's real tiles, also where tokens are split."""
+    """Launches and bytes equal those with the architecture's real tiles, even if tokens are split."""
     options = dict(rope=rope_1d(1000, 32), key_padding_mask=torch.rand(1, 1000) > 0.3, arch=arch)
     large = performer(1000, 1, 1, 70, **options)
     monkeypatch.setattr(launching, "ASSUMED_TOKENS", 0)
     assert performer(1000, 1, 1, 70, **options) == large
 
 
-# The budgets of the design, at its shapes
+# Traffic targets, at the shapes that the design specifies
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +157,9 @@ def test_performer_forward() -> None:
     assert 1 <= traffic.forward.ratio <= 1.15, f"\n{traffic.forward}"
     split = measure(performer_attention, q, k, v, projection, backend="triton")
     assert len(split.forward.launches) == 3
-    # Each of the 4 chunks writes values, lse, running max and sum. The merge reads all but lse. Its writes cancel out.
-    rows = 4 * 4 * 110 * 4  # bytes of one number per slot
+    # Each of the 4 chunks writes values, lse, running max and sum. The merge reads all of them except lse. The bytes that it
+    # writes cancel out in the difference.
+    rows = 4 * 4 * 110 * 4  # bytes for one number per slot
     assert split.forward.bytes - traffic.forward.bytes == 4 * rows * (32 + 3) + 4 * rows * (32 + 2)
 
 
@@ -161,7 +168,7 @@ def test_performer_backward(long: Traffic) -> None:
 
 
 def test_nystrom_forward() -> None:
-    """Two passes read q, k and v (for the residual) twice and write the output in 4 launches, or 5 with a merge."""
+    """Two passes read q, k and v twice (v again for the residual) and write the output, in 4 launches or 5 with a merge."""
     q, k, v = torch.randn(3, 1, 1, 4096, 32, dtype=torch.bfloat16)
     weight, minimum = torch.randn(1, 1, 33, 1), 7 * q.nbytes
     for split, launches in ((False, 4), (True, 5)):
@@ -178,7 +185,7 @@ def test_rope() -> None:
     assert 1 <= traffic.backward.ratio <= 1.04, f"\n{traffic.backward}"
 
 
-# Refusals and cleanup
+# Errors and cleanup
 
 
 def test_unsupported_measurements_are_refused() -> None:

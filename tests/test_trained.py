@@ -78,7 +78,7 @@ def test_validate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_names_with_dollars_are_drawn(tmp_path: Path) -> None:
-    """matplotlib would parse the names as formulas and fail."""
+    """Without escaping, matplotlib would parse the names as formulas and fail."""
     title, classes = r"model on $\prices$", ("$1_$", r"$\2$")
     row = {"epoch": 1, "train_loss": 1.0, "eval_loss": 1.0, "eval_top1": 50.0}
     draw_learning_curve(tmp_path / "curve.png", [row], row, title)
@@ -108,7 +108,7 @@ def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_saved_models_validate_and_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They keep the classes, mean and std of the run. A new head drops the classes, new channels drop mean and std."""
+    """Saved models keep the run's classes, mean and std. A new head drops the classes, and new channels drop mean and std."""
     save_model(load_trained(run, CPU).model, tmp_path / "saved")
     Image.new("L", (8, 8), 99).save(tmp_path / "image.png")
     outputs = []
@@ -207,7 +207,7 @@ def test_undecodable_file_names_are_printed(run: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("mixer", ["vit", "vip", "vin", "vil"])
 def test_the_attention_map_is_the_row_of_the_class_token(mixer: str) -> None:
-    """Compare softmax attention with its equation, and every op with its output and `attention_weights`."""
+    """Compare softmax attention with its equation, and all ops with their output and with `attention_weights`."""
     torch.manual_seed(0)
     model = create_model(mixer, img_size=8, in_chans=1, patch_size=2, embed_dim=32, depth=1, num_heads=2).eval()
     module, x = model.blocks[0].attn, torch.randn(2, 17, 32)

@@ -1,4 +1,4 @@
-"""Tests of `vix train`: a short run, its files, exact resumption, and refusals of bad input."""
+"""Tests of `vix train`: a short run, its files, exact resumption, and errors for invalid input."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_resumed_run_is_bit_identical(
     number: int,
     steps: int,
 ) -> None:
-    """The run stops within either epoch, or after the last step of one (6 steps each)."""
+    """The run stops within the first or second epoch, or after the last step of an epoch. Each epoch has 6 steps."""
     train_step, seen = loop.train_step, []
 
     def stopped(*args: Any) -> torch.Tensor:
@@ -117,7 +117,7 @@ def test_a_run_can_branch_from_another(full_run: Path, tmp_path: Path) -> None:
 
 
 def test_a_branch_ignores_a_best_checkpoint_of_later_epochs(full_run: Path, tmp_path: Path) -> None:
-    """It also ignores that of another run: best.pt must be the best epoch of the history."""
+    """A branch also ignores best.pt of a different run. The epoch of best.pt must be the best in the branch's history."""
     start = load_checkpoint(full_run)
     start["history"], start["epoch"] = start["history"][:1], 1
     best = load_checkpoint(full_run / "best.pt")

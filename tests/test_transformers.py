@@ -35,7 +35,7 @@ def text(tokens=24):
 
 
 def test_nystrom_with_all_landmarks_reproduces_bert():
-    """Padding is masked. transformers silently drops the mask for an attention without a mask function."""
+    """Padding is masked. If an attention has no mask function, transformers silently drops the mask."""
     model, (ids, mask) = bert(), text()
     expected = model(ids, attention_mask=mask).last_hidden_state
     padded = model(ids).last_hidden_state
@@ -80,7 +80,7 @@ def test_models_that_ignore_the_interface_get_an_additive_mask():
     model = transformers.MPNetModel(transformers.MPNetConfig(**config)).eval()
     ids, mask = text()
     expected = model(ids[1:], attention_mask=mask[1:]).last_hidden_state
-    model.config._attn_implementation = "vix_nystrom"  # what from_pretrained(attn_implementation=...) does
+    model.config._attn_implementation = "vix_nystrom"  # as from_pretrained(attn_implementation=...) does
     assert torch.equal(model(ids[1:], attention_mask=mask[1:]).last_hidden_state, expected)
 
 
@@ -113,7 +113,7 @@ def test_replace_sdpa_reaches_transformers():
     with replace_sdpa("nystrom", **EXACT) as swap:
         torch.testing.assert_close(model(ids).last_hidden_state, expected, atol=1e-3, rtol=1e-3)
         assert swap.served == 2 and not swap.fell_back
-        model(ids, attention_mask=mask)  # its mask has a row for every query
+        model(ids, attention_mask=mask)  # the model's mask has a row for every query
     assert swap.fell_back.total() == 2
 
 
@@ -130,7 +130,7 @@ def test_unsupported_arguments_raise():
         causal(ids, attention_mask=mask)
     q, module = torch.randn(1, 2, 8, 4), torch.nn.Module()
     attend = integration.AttentionInterface()["vix_nystrom"]
-    with pytest.raises(NotImplementedError, match="is_causal: expected False"):  # transformers' default for modules
+    with pytest.raises(NotImplementedError, match="is_causal: expected False"):  # modules are causal by default
         attend(module, q, q, q, None)
     with pytest.raises(NotImplementedError, match="softcap: expected None, got a int"):
         attend(module, q, q, q, None, is_causal=False, softcap=30)
@@ -164,7 +164,7 @@ def nystromformer(**options):
     sizes = dict(segment_means_seq_len=32, num_landmarks=8, max_position_embeddings=64, pad_token_id=1)
     conv = options.pop("conv_kernel_size", 9)
     config = transformers.NystromformerConfig(**BERT | sizes | options)
-    vars(config)["conv_kernel_size"] = conv  # the configuration refuses None, but the model supports it
+    vars(config)["conv_kernel_size"] = conv  # the configuration rejects None, but the model supports it
     return transformers.NystromformerModel(config).eval()
 
 
@@ -187,7 +187,7 @@ def test_a_patched_nystromformer_gives_the_same_results(conv, landmarks):
 
 @pytest.mark.parametrize("landmarks", [8, 32])
 def test_a_patched_nystromformer_masks_padding(landmarks):
-    """Attention is sharp, so the initial inverse matters. Masks may have one row, or an equal row for each query."""
+    """Attention is sharp, so the initial inverse matters. Masks may have one row, or the same row for every query."""
     host = nystromformer(num_landmarks=landmarks).encoder.layer[0].attention.self
     patched = copy.deepcopy(host)
     integration.patch(patched)

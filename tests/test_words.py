@@ -1,4 +1,4 @@
-"""The prose of the project: words that only its authors would understand, and the subjects of commits."""
+"""Tests that prose has no words that only the project's authors would understand, and that commit subjects are short."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = {".py", ".md", ".sh", ".toml", ".yml", ".yaml", ".cff"}
-# What to write instead is in brackets. Identifiers count: their parts are words.
+# Maps each private word to its replacements. The parts of identifiers also count as words.
 PRIVATE = {
     "door": "integration",
     "doors": "integrations",
@@ -52,9 +52,9 @@ PRIVATE = {
     "hereof": "of this",
     "wherever else": "elsewhere",
 }
-# (file, word): why the word may stay there.
+# Maps (file, word) to the reason why the word may stay in the file.
 ALLOWED: dict[tuple[str, str], str] = {}
-# Subjects of more than 72 characters that are history.
+# Commits that were made before their subjects were limited to 72 characters, and the reason for each.
 LONG_SUBJECTS = {"d6ba7e0": "written before the rule was tested"}
 RULE_SINCE = "5d75bb5"
 
@@ -68,8 +68,8 @@ def files() -> list[Path]:
 
 
 def private_words(text: str) -> list[tuple[int, str]]:
-    """The lines and words of `text` that the glossary replaces. A phrase may continue on the next line."""
-    # snake_case and CamelCase are split without a change of length, so that positions stay those of `text`.
+    """Return the line number of each private word in `text`, and the word. A phrase may continue on the next line."""
+    # Names in snake_case are split without changing the length, so that positions in `split` are also positions in `text`.
     split = re.sub(r"(?<=[A-Za-z0-9])_(?=[A-Za-z0-9])", " ", text)
     words = "|".join(re.escape(word).replace(r"\ ", r"\s+(?:#\s*)?") for word in sorted(PRIVATE, key=len, reverse=True))
     pattern = re.compile(rf"(?<![A-Za-z])({words})(?![a-z])", re.IGNORECASE)
@@ -102,7 +102,7 @@ def test_private_words_are_found() -> None:
 
 
 def test_commit_subjects_are_short() -> None:
-    for since in ([f"{RULE_SINCE}..HEAD"], []):  # all that is there, of a shallow clone
+    for since in ([f"{RULE_SINCE}..HEAD"], []):  # all commits that exist, for a shallow clone
         log = subprocess.run(["git", "log", "--format=%h %s", *since], cwd=ROOT, capture_output=True, text=True)
         if log.returncode == 0:
             break

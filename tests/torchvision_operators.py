@@ -1,8 +1,8 @@
-"""Detects a torchvision that was built for another PyTorch, such as PyPI's Linux wheel next to a CPU build of PyTorch.
+"""Detects a torchvision that was built for a different PyTorch, such as PyPI's Linux wheel next to a CPU build of PyTorch.
 
-Its operators cannot be loaded. `import timm` imports torchvision and raises "operator torchvision::nms does not exist". `make`
-runs this file after setup to report that in one line. After `declare`, the tests of timm and transformers run anyway: they
-call no operator of torchvision.
+The operators of such a torchvision cannot be loaded. `import timm` imports torchvision and raises "operator torchvision::nms
+does not exist". `make` runs this file after setup to report the mismatch in one line. After `declare`, the tests of timm and
+transformers can still run, because they do not call torchvision's operators.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 
 def mismatch() -> str | None:
-    """Return one line on why torchvision cannot be imported, or None. Checks only an installed torchvision on Linux."""
+    """Return a line that says why an installed torchvision cannot be imported, or None. Only Linux is checked."""
     spec = find_spec("torchvision")
     if sys.platform != "linux" or spec is None:
         return None
@@ -31,7 +31,10 @@ def mismatch() -> str | None:
 
 
 def declare() -> torch.library.Library:
-    """Declare, without an implementation, the operators that importing torchvision needs. They last as long as the result."""
+    """Declare the operators that `import torchvision` needs, without implementations.
+
+    The operators exist for as long as the returned library.
+    """
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,1 +1,1 @@
-"""Property-based attacks: ops against float64 definitions, wrong calls and corrupted files. See __main__.py."""
+"""Property-based tests, which compare ops with float64 definitions, make invalid calls and read corrupted files."""

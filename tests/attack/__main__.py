@@ -1,12 +1,12 @@
-"""Attack the library with random cases for some minutes: `make attack ARGS="--minutes 20 --backend triton"`.
+"""Test the library on random cases for a given time: `make attack ARGS="--minutes 20 --backend triton"`.
 
-    python -m tests.attack --minutes 60                     # the tiled PyTorch backend, wrong calls and corrupted files
-    python -m tests.attack --backend triton                 # Triton, on the GPU if there is one, else in its interpreter
-    python -m tests.attack --only nystrom_attention pack    # only these ops and readers
+    python -m tests.attack --minutes 60                     # test the tiled PyTorch backend, invalid calls and corrupted files
+    python -m tests.attack --backend triton                 # test Triton, on the GPU if there is one, else in its interpreter
+    python -m tests.attack --only nystrom_attention pack    # test only these ops and readers
     python -m tests.attack --case "Case(op='linear_attention', magnitude=1e4)"
 
-Prints each violation as it is found, with the case that reproduces it. At the end it prints the number of cases per op, dtype
-and backend. Exits with code 1 if there was any violation.
+Prints each violation when it is found, together with the case that reproduces it. At the end, prints the number of cases for
+each op, dtype and backend. The exit code is 1 if there were any violations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
-EXAMPLES = 10  # drawn from one strategy before the next one starts
+EXAMPLES = 10  # number of examples drawn from one strategy before moving on to the next
 
 
 def parse() -> argparse.Namespace:
@@ -45,7 +45,7 @@ def main() -> int:
 
         options.device = "cuda" if options.backend == "triton" and torch.cuda.is_available() else "cpu"
     if options.backend == "triton" and options.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+        os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is first imported
     warnings.simplefilter("ignore")
     with ExitStack() as stack:
         if os.environ.get("TRITON_INTERPRET") == "1":
@@ -68,7 +68,8 @@ def attack(options: argparse.Namespace) -> int:
     }
     if sys.platform == "linux":
         strategies |= {reader: (files.damages(reader), files.check) for reader in files.READERS}
-    # Nystrom, with the most options and the least stable iterations, gets three times the cases. Readers have no backend.
+    # Nystrom attention has the most options and the least stable iterations, so it gets three times as many cases. Readers do
+    # not depend on the backend, so they are tested only with the default one.
     names = options.only or [*numerics.OPS, "nystrom_attention", "nystrom_attention", "calls"]
     if not options.only and options.backend == "torch":
         names += [name for name in strategies if name not in numerics.OPS]
@@ -111,7 +112,7 @@ def attack(options: argparse.Namespace) -> int:
 
 
 def examples(strategy: Any, seed: int, number: int) -> Iterator[Any]:
-    """Yield a few distinct examples of a strategy, without shrinking, which would run a case many times."""
+    """Yield a few distinct examples from a strategy. They are not shrunk, because shrinking would run a case many times."""
     import hypothesis
 
     found: list[Any] = []

@@ -1,7 +1,7 @@
-"""Wrong calls, generated from signatures: each parameter of each public function gets values that its annotation excludes.
+"""Invalid calls, generated from signatures. Each parameter of each public function gets values that its annotation excludes.
 
-Each call must raise one of `NAMED` with a message that names the argument. bool parameters are exempt: any Python value has a
-truth value.
+Each call must raise one of the errors in `NAMED`, with a message that names the argument. Parameters of type bool are exempt,
+because every Python value has a truth value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vix_kernels import models
 
 NAMED = (TypeError, ValueError, NotImplementedError, RuntimeError)
 BATCH, HEADS, TOKENS, WIDTH = 2, 2, 8, 16
-COUNTS = re.compile(r"num_\w+|dim|tokens|height|width|seq_len|head_dim")  # at least 1
+COUNTS = re.compile(r"num_\w+|dim|tokens|height|width|seq_len|head_dim")  # parameters that must be at least 1
 POSITIVE = ("scale", "base")
 
 
@@ -30,13 +30,13 @@ class Target:
     """A function and valid arguments for it.
 
     Attributes:
-        function: the function under attack.
-        arguments: valid arguments by name.
-        parameters: annotations by name, if the signature of `function` lacks them.
-        skipped: parameters without a wrong value, or checked elsewhere.
-        fixed: by tensor name, the dimensions whose size another argument determines.
-        also: further error types that the documentation of `function` names.
-        refused: whether `arguments` are themselves invalid.
+        function: the function to call.
+        arguments: valid arguments, by name.
+        parameters: annotations of the parameters, by name, if the signature of `function` has none.
+        skipped: names of parameters that have no invalid values or are checked elsewhere.
+        fixed: for each tensor name, the dimensions whose size is determined by a different argument.
+        also: additional error types that the documentation of `function` lists.
+        refused: whether `arguments` are invalid too. If so, the call with `arguments` is not checked.
     """
 
     function: Callable
@@ -181,7 +181,7 @@ def module_targets(normal: Callable[..., Tensor], mask: Tensor, rope: Any) -> di
 def integration_targets() -> dict[str, Target]:
     try:
         from vix_kernels.integrations import timm
-    except (ImportError, RuntimeError):  # torchvision was built for another torch
+    except (ImportError, RuntimeError):  # torchvision was built for a different version of torch
         return {}
     model = nn.Sequential(nn.Linear(1, 1))
     return {
@@ -190,11 +190,11 @@ def integration_targets() -> dict[str, Target]:
     }
 
 
-# Wrong values
+# Invalid values
 
 
 def wrong_values(name: str, annotation: str, right: Any, fixed: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
-    """Yield values that a parameter must refuse, each with a label."""
+    """Yield a label and a value for each kind of value that a parameter must reject."""
     if annotation.startswith("bool"):
         return
     if "None" not in annotation:
@@ -266,7 +266,7 @@ def wrong_tensors(right: Tensor, fixed: tuple[int, ...]) -> Iterator[tuple[str, 
 
 
 def check(label: str, target: Target) -> list[str]:
-    """Return the violations of `target`: calls that succeed, and errors that do not name the argument."""
+    """Return the violations by `target`: invalid calls that succeed, and errors that do not name the argument."""
     known = target.parameters or annotations(target.function)
     try:
         if not target.refused:
@@ -279,7 +279,7 @@ def check(label: str, target: Target) -> list[str]:
             continue
         for kind, value in wrong_values(name, annotation, target.arguments.get(name), target.fixed.get(name, ())):
             if kind in ("meta", "half, unlike the other tensors") and unconstrained(label, name):
-                continue  # no other tensor constrains it
+                continue  # no other tensor determines its dtype or device
             if problem := attempt(target, name, value, known):
                 found.append(f"{label}({name}={kind}): {problem}")
     return found
@@ -294,7 +294,7 @@ def attempt(target: Target, name: str, value: Any, known: dict[str, str]) -> str
     try:
         target.function(**target.arguments | {name: value})
     except (*NAMED, *target.also) as error:
-        if type(error) not in (*NAMED, *target.also):  # EinopsError is a RuntimeError
+        if type(error) not in (*NAMED, *target.also):  # subclasses, such as EinopsError, do not count
             return f"raises {type(error).__name__}: {first_line(error)}"
         message = str(error)
         start = re.match(r"(\w+)(\[[^\]]*\])?:", message)
@@ -311,9 +311,9 @@ def first_line(error: Exception) -> str:
 
 
 def check_double_backward(backend: str) -> list[str]:
-    """Return the ops whose double backward violates the contract.
+    """Return the ops for which a double backward does not behave as documented, one line each.
 
-    It must succeed with backend="reference", and otherwise raise an error that names that backend.
+    It must succeed with backend="reference". With the other backends it must raise an error that mentions "reference".
     """
     found = []
     for label, target in targets().items():

@@ -1,7 +1,7 @@
 """Float64 definitions of every public op, written from the papers. They share no code with the library.
 
-Each definition forms the full (queries, keys) matrix of attention weights. All tensors are float64. A mask is bool, True =
-valid. Masked tokens must be finite: callers fill them with zeros.
+Each definition materializes the full (queries, keys) matrix of attention weights. All tensors are float64. Masks are bool and
+True for valid tokens. Masked tokens must be finite, so callers fill them with zeros.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ INFINITY = float("inf")
 
 @dataclass(frozen=True)
 class How:
-    """Deviations from the exact result.
+    """Changes to a definition that simulate rounding errors.
 
     Attributes:
-        fixed_totals: treat the denominators of all normalizations as constants. Outputs stay the same. Gradients lose their
-            subtractions, so their size is that of the terms that cancel.
-        stored: applied to rotated tokens, landmarks and projected keys, which the library stores in the tokens' dtype.
-        logits: applied to the logits of each softmax, which the library rounds one by one.
-        products: applied to the matrix products of the pseudo-inverse iterations.
-        sums: applied to the column sums. The iterations start from the largest of them, so the gradient jumps where two are
-            equal.
+        fixed_totals: whether to treat the denominators of all normalizations as constants. This does not change outputs. It
+            removes the subtractions in the gradients, which then show the size of the terms that cancel.
+        stored: function applied to rotated tokens, landmarks and projected keys, which the library stores in the tokens' dtype.
+        logits: function applied to the logits of each softmax, because the library rounds each logit.
+        products: function applied to the matrix products in the pseudo-inverse iterations.
+        sums: function applied to the column sums. The iterations start from the largest column sum, so the gradient is
+            discontinuous where two of them are equal.
     """
 
     fixed_totals: bool = False
@@ -41,7 +41,10 @@ EXACT = How()
 
 
 def normalized(log_weights: Tensor, valid: Tensor | None = None, *, how: How, log_extra: float = -INFINITY) -> Tensor:
-    """Divide exp(log_weights) by its sum plus exp(log_extra) along the last dimension. A row without a valid entry is 0."""
+    """Normalize exp(log_weights) along the last dimension. Rows without a valid entry become 0.
+
+    The denominator is the sum of exp(log_weights) over the valid entries, plus exp(log_extra).
+    """
     log_weights = how.logits(log_weights)
     if valid is not None:
         log_weights = log_weights.masked_fill(~valid, -INFINITY)
@@ -57,7 +60,7 @@ def normalized(log_weights: Tensor, valid: Tensor | None = None, *, how: How, lo
 
 
 def pairs(valid: Tensor | None) -> Tensor | None:
-    """Reshape a mask (batch, keys) to broadcast over weights (batch, heads, queries, keys)."""
+    """Reshape a mask (batch, keys) so that it broadcasts over weights (batch, heads, queries, keys)."""
     return None if valid is None else valid[:, None, None, :]
 
 
@@ -65,26 +68,32 @@ def pairs(valid: Tensor | None) -> Tensor | None:
 
 
 def angles_1d(tokens: int, dim: int, base: float) -> Tensor:
-    """theta_{t,i} = t base^(-2i / dim); (1, tokens, dim / 2)."""
+    """Return the angles theta_{t,i} = t base^(-2i / dim) in a tensor (1, tokens, dim / 2)."""
     return torch.tensor([[[t * base ** (-2 * i / dim) for i in range(dim // 2)] for t in range(tokens)]], dtype=torch.float64)
 
 
 def angles_axial(height: int, width: int, dim: int, base: float) -> Tensor:
-    """Columns rotate the first half of the channel pairs, rows the second; (1, height * width, dim / 2)."""
+    """Return axial angles in a tensor (1, height * width, dim / 2).
+
+    The column index determines the angles of the first half of the channel pairs, and the row index those of the second half.
+    """
     frequencies = [base ** (-4 * i / dim) for i in range(dim // 4)]
     rows = [[x * f for f in frequencies] + [y * f for f in frequencies] for y in range(height) for x in range(width)]
     return torch.tensor([rows], dtype=torch.float64)
 
 
 def angles_mixed(height: int, width: int, frequencies: Tensor) -> Tensor:
-    """theta_{h,t,i} = x w^x_{h,i} + y w^y_{h,i}; (heads, height * width, R / 2)."""
+    """Return the angles theta_{h,t,i} = x w^x_{h,i} + y w^y_{h,i} in a tensor (heads, height * width, R / 2)."""
     x = torch.tensor([float(x) for _ in range(height) for x in range(width)], dtype=torch.float64)
     y = torch.tensor([float(y) for y in range(height) for _ in range(width)], dtype=torch.float64)
     return torch.einsum("t,hi->hti", x, frequencies[0]) + torch.einsum("t,hi->hti", y, frequencies[1])
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
-    """Rotate the last tokens of x by tables (heads or 1, tokens, R / 2). Earlier tokens and channels from R on stay."""
+    """Rotate the last tokens of x with tables of shape (heads or 1, tokens, R / 2).
+
+    Earlier tokens, and the channels from R upward, are not rotated.
+    """
     before, half = x.shape[2] - cos.shape[1], cos.shape[2]
     firsts = [2 * i if layout == "interleaved" else i for i in range(half)]
     seconds = [2 * i + 1 if layout == "interleaved" else i + half for i in range(half)]
@@ -95,7 +104,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     return torch.cat([x[:, :, :before], turned[..., order]], 2)
 
 
-# Attentions: q (batch, heads, queries, D), k (batch, heads, keys, D), v (batch, heads, keys, E) to (batch, heads, queries, E)
+# Attention ops. Their inputs are q (batch, heads, queries, D), k (batch, heads, keys, D) and v (batch, heads, keys, E). Their
+# output has the shape (batch, heads, queries, E).
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, valid: Tensor | None = None, how=EXACT):
@@ -103,7 +113,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, valid: T
 
 
 def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, scale: float, valid=None, how=EXACT) -> Tensor:
-    """FAVOR+: the kernel sum_j exp(c w_j q - c^2 |q|^2 / 2) exp(c w_j k - c^2 |k|^2 / 2) in place of exp(scale q k)."""
+    """FAVOR+ attention, which replaces exp(scale q k) with a kernel.
+
+    The kernel is sum_j exp(c w_j q - c^2 |q|^2 / 2) exp(c w_j k - c^2 |k|^2 / 2), where c^2 = scale.
+    """
     c = math.sqrt(scale)
     of_queries = c * q @ w.mT - c**2 / 2 * (q * q).sum(-1, keepdim=True)
     of_keys = c * k @ w.mT - c**2 / 2 * (k * k).sum(-1, keepdim=True)
@@ -114,7 +127,10 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, scale: fl
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor | None = None, *, feature_map: str, eps: float, valid=None, how=EXACT
 ) -> Tensor:
-    """Weights phi(q) phi(k), divided by their sum plus eps; phi acts on the channels, or on D^(-1/4) W x."""
+    """Attention with the weights phi(q) phi(k), divided by their sum plus eps.
+
+    If W is given, q and k are first projected to D^(-1/4) W q and D^(-1/4) W k.
+    """
     if w is not None:
         q, k = (x.shape[-1] ** -0.25 * x @ w.mT for x in (q, k))
     if feature_map == "relu":
@@ -125,7 +141,7 @@ def linear_attention(
         if how.fixed_totals:
             total = total.detach()
         return weights / total.masked_fill(total == 0, 1.0) @ v
-    # elu(x) + 1 = exp(x) below 0. Nothing underflows in log space.
+    # For x < 0, elu(x) + 1 equals exp(x), which may underflow, so the features are computed in log space.
     log_q, log_k = (torch.where(x > 0, x.clamp(min=0).log1p(), x) for x in (q, k))
     log_kernel = torch.logsumexp(log_q[:, :, :, None] + log_k[:, :, None], -1)
     log_eps = math.log(eps) if eps else -INFINITY
@@ -133,7 +149,7 @@ def linear_attention(
 
 
 def linformer_attention(q, k, v, e: Tensor, f: Tensor | None = None, *, scale: float, valid=None, how=EXACT) -> Tensor:
-    """Softmax attention to E^T k and F^T v; E and F (heads or 1, tokens or more, K)."""
+    """Softmax attention over the keys E^T k and the values F^T v. E and F have the shape (heads or 1, tokens or more, K)."""
     if valid is not None:
         k, v = k * valid[:, None, :, None], v * valid[:, None, :, None]
     e, f = (x[..., : k.shape[2], :] for x in (e, e if f is None else f))
@@ -141,13 +157,13 @@ def linformer_attention(q, k, v, e: Tensor, f: Tensor | None = None, *, scale: f
 
 
 def agent_attention(q, k, v, agents, *, scale: float, valid=None, agents_valid=None, agents_k=None, how=EXACT):
-    """Agents attend to the keys, then queries to the agents."""
+    """Attention in two steps: agents attend to the keys, then queries attend to the agents."""
     values = softmax_attention(agents, k, v, scale=scale, valid=valid, how=how)
     return softmax_attention(q, agents, values, scale=scale, valid=agents_valid, how=how)
 
 
 def segments(tokens: int, count: int) -> list[range]:
-    """Split the tokens: the first count - tokens % count windows have tokens // count tokens, the others one more."""
+    """Split the tokens into `count` windows of tokens // count tokens. The last tokens % count windows have one token more."""
     windows, start = [], 0
     for j in range(count):
         end = start + tokens // count + (j >= count - tokens % count)
@@ -157,18 +173,18 @@ def segments(tokens: int, count: int) -> list[range]:
 
 
 def adaptive(size: int, count: int) -> list[range]:
-    """Windows of adaptive average pooling."""
+    """Return the windows of adaptive average pooling."""
     return [range(j * size // count, -((-(j + 1) * size) // count)) for j in range(count)]
 
 
 def nearest_grid(count: int, rows: int, columns: int) -> tuple[int, int] | None:
-    """Return the factors of `count` that divide the grid into the most nearly square cells; None if none fits."""
+    """Return the factors of `count` that divide the grid into the most nearly square cells, or None if no factors fit."""
     fits = [(a, count // a) for a in range(1, rows + 1) if count % a == 0 and count // a <= columns]
     return min(fits, key=lambda fit: abs(math.log((rows / fit[0]) / (columns / fit[1]))), default=None)
 
 
 def windows_of(tokens: int, count: int, *, prefix: int = 0, grid: tuple[int, int] | None = None) -> list[list[int]]:
-    """Return the tokens that each landmark averages."""
+    """Return, for each landmark, the indices of the tokens that it averages."""
     singles = [[t] for t in range(prefix)]
     if grid is None:
         return singles + [[prefix + t for t in window] for window in segments(tokens - prefix, count)]
@@ -182,7 +198,7 @@ def windows_of(tokens: int, count: int, *, prefix: int = 0, grid: tuple[int, int
 
 
 def averages(x: Tensor, windows: list[list[int]], valid: Tensor | None) -> Tensor:
-    """Average one sample (heads, tokens, D) over the valid tokens of each window. Windows without any are skipped."""
+    """Average one sample (heads, tokens, D) over the valid tokens in each window. Windows without valid tokens are skipped."""
     kept = [[t for t in window if valid is None or valid[t]] for window in windows]
     means = [x[:, window].mean(1) for window in kept if window]
     return torch.stack(means, 1) if means else x[:, :0]
@@ -192,9 +208,10 @@ def nystrom_attention(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None, *, scale: float, count: int, iterations: int = 6,
     start: str = "exact", landmarks: str = "segment", grid=None, prefix: int = 0, valid=None, how=EXACT,
 ) -> Tensor:  # fmt: skip
-    """softmax(q k~) Z softmax(q~ k) v plus a convolution of v; Z is the iterated pseudo-inverse of softmax(q~ k~).
+    """Compute softmax(q k~) Z softmax(q~ k) v plus a convolution of v.
 
-    Landmarks without a valid token are dropped. "pad_front" prepends zero tokens, which count as keys unless there is a mask.
+    Z is the pseudo-inverse of softmax(q~ k~), computed iteratively. Landmarks without a valid token are dropped. With
+    landmarks="pad_front", zero tokens are prepended. They count as keys unless there is a mask.
     """
     queries = q.shape[2]
     if landmarks == "pad_front":
@@ -244,7 +261,7 @@ def nystrom_attention(
 
 
 def fourier_mixing(x: Tensor, *, norm: str | None) -> Tensor:
-    """y_ab = sum_nd x_nd cos(2 pi (a n / N + b d / D)), divided by sqrt(N D) for norm="ortho"."""
+    """Compute y_ab = sum_nd x_nd cos(2 pi (a n / N + b d / D)), divided by sqrt(N D) if norm="ortho"."""
 
     def tables(size: int) -> tuple[Tensor, Tensor]:
         angles = [[2 * math.pi * (a * n % size) / size for n in range(size)] for a in range(size)]

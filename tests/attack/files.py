@@ -1,7 +1,7 @@
-"""Corrupted files for every reader, which must return a result or raise its named errors.
+"""Corrupted files for every reader. A reader must return a result or raise one of its documented errors.
 
-Another exception, a hang, a huge allocation or executed code is a violation. `check(damage)` lists the violations of one
-`Damage`. `damages()` is the hypothesis strategy that draws them.
+Any other exception, a hang, a huge allocation, or the execution of code from the file is a violation. `check(damage)` returns
+the violations that one `Damage` causes. `damages(reader)` is the hypothesis strategy that draws `Damage` objects.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from vix_kernels.training.config import UserError
 from vix_kernels.training.data import Dataset, load_dataset
 from vix_kernels.training.trained import load_trained
 
-UNREAD = (".md", ".csv", ".yaml")  # in a run or model folder: written for people, not read back
-SECONDS = 20  # a longer read counts as a hang
-MEMORY = 2**31  # bytes beyond those in use; a larger allocation fails
+UNREAD = (".md", ".csv", ".yaml")  # files in a run or model folder that are written for people and not read back
+SECONDS = 20  # a read that takes longer counts as a hang
+MEMORY = 2**31  # bytes that a read may allocate; larger allocations fail
 TINY = dict(embed_dim=8, depth=1, num_heads=1, patch_size=4, img_size=8, num_classes=2)
 
 
 class Hang(BaseException):
-    """A read took too long. Not an Exception, which readers would convert to their named errors."""
+    """Raised if a read takes too long. Not a subclass of Exception, which readers would convert to documented errors."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One corrupted file. Its repr reproduces the case.
+    """One corrupted file. The repr can be passed to --case to reproduce the case.
 
     Attributes:
-        reader: key of READERS.
-        file: index into the sorted files of the reader.
-        kind: one of KINDS.
-        seed: seed of the random choices.
+        reader: name of the reader, a key of READERS.
+        file: index of the corrupted file in the sorted list of the reader's files.
+        kind: kind of corruption, one of KINDS.
+        seed: seed for the random choices.
     """
 
     reader: str
@@ -66,7 +66,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Reader:
-    """`make` writes intact files to a folder. `read` reads them and may raise only `errors`."""
+    """A reader under test. `make` writes intact files to a folder. `read` reads them and may raise only `errors`."""
 
     make: Callable[[Path], None]
     read: Callable[[Path], Any]
@@ -142,7 +142,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_run(folder: Path) -> None:
-    """Write a finished run. Its data set is in another folder and stays intact."""
+    """Write a finished run. Its data set is in a different folder and is not corrupted."""
     data = folder.with_name(f"{folder.name}-data")
     data.mkdir()
     make_idx(data, False)
@@ -183,11 +183,11 @@ def make_config(folder: Path) -> None:
 
 
 class Refused(Exception):
-    """A command exited with code 2 and a one-line error."""
+    """Raised when a command exits with code 2 and a one-line error."""
 
 
 def command(*argv: str) -> None:
-    """Run `vix`. A refusal must end with a one-line error."""
+    """Run `vix`. If it fails, it must exit with code 2 and a one-line error."""
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -226,7 +226,7 @@ READERS = {
 
 
 class Evil:
-    """Unpickling it creates the folder `marker`."""
+    """An object that creates the folder `marker` when it is unpickled."""
 
     def __init__(self, marker: str) -> None:
         self.marker = marker
@@ -257,7 +257,7 @@ def damaged(content: bytes, path: Path, kind: str, draws: random.Random, marker:
         return draws.randbytes(4) + content[4:]
     if kind == "trailing bytes":
         return content + draws.randbytes(100)
-    if kind == "huge sizes":  # somewhere in the first 64 bytes, where formats keep them
+    if kind == "huge sizes":  # replaces four of the first 64 bytes, where formats store sizes
         at = draws.randrange(0, 61)
         return content[:at] + draws.choice((b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff")) + content[at + 4 :]
     if kind == "evil pickle":
@@ -270,7 +270,7 @@ def damaged(content: bytes, path: Path, kind: str, draws: random.Random, marker:
 
 
 def evil_member(content: bytes, marker: str) -> bytes:
-    """Return valid content with a pickled object inside: an object array in a pack, a class in a checkpoint or dict."""
+    """Return valid content that contains a pickled `Evil`: in object arrays of a pack, in a checkpoint, or in a dict."""
     if content[:2] != b"PK":
         return pickle.dumps({b"data": Evil(marker), b"labels": [0], b"label_names": Evil(marker)})
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -289,7 +289,7 @@ STRANGE_LINES = (b"\n", b"a: [\n", b"\xff\xfe\n", b"- 1\n", b"epochs: x\n", b"{\
 
 
 def other_values(content: bytes, path: Path, draws: random.Random) -> bytes:
-    """Return content of the same format in which one value has another type or is missing."""
+    """Return content in the same format in which one value has a different type or is missing."""
     if content[:2] == b"PK":
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             packed = any(name.endswith(".npy") for name in archive.namelist())
@@ -323,7 +323,7 @@ def other_values(content: bytes, path: Path, draws: random.Random) -> bytes:
 
 
 def changed(tree: Any, draws: random.Random) -> Any:
-    """Return a copy with one value replaced or removed, at any depth."""
+    """Return a copy of nested data in which one value, at any depth, is replaced or removed."""
     if isinstance(tree, dict) and tree and draws.random() < 0.85:
         key = draws.choice(sorted(tree, key=str))
         if draws.random() < 0.2:
@@ -354,7 +354,7 @@ def damages(draw: st.DrawFn, reader: str) -> Damage:
 
 @cache
 def intact(reader: str) -> Path:
-    """Return a folder of intact files, written once per reader."""
+    """Return a folder of intact files. They are written once per reader."""
     parent = tempfile.mkdtemp(prefix="vix-attack-")
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
     folder = Path(parent) / "files"
@@ -369,7 +369,7 @@ def files_of(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """Raise `Hang` after SECONDS and make allocations beyond MEMORY fail."""
+    """Raise `Hang` after SECONDS seconds, and make allocations beyond MEMORY bytes fail."""
 
     def on_alarm(*_: Any) -> None:
         raise Hang
@@ -388,7 +388,7 @@ def limits() -> Iterator[None]:
 
 
 def check(damage: Damage) -> list[str]:
-    """Return the violations of a reader on `damage`, one line each."""
+    """Corrupt a file as described by `damage`, read it, and return the violations, one line each."""
     reader = READERS[damage.reader]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "files"

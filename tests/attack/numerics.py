@@ -1,10 +1,10 @@
-"""Random cases of an op against its float64 definition: the output and the gradients of all differentiable inputs.
+"""Random cases for each op. Its output and the gradients of all differentiable inputs are compared with a float64 definition.
 
-`check(case)` lists the violations of a `Case`. `cases(op, backend)` is the hypothesis strategy that draws them.
+`check(case)` returns the violations in one `Case`. `cases(op, backend)` is the hypothesis strategy that draws cases.
 
-The error budget is twice the error of plain PyTorch in the same precision. That error may be small by luck, even 0, so the
-budget adds some roundings: one of the result, and a few, in float32 or wider, of the inputs and of the terms that cancel in a
-result.
+The error budget is the largest error that is allowed: twice the error of plain PyTorch in the same precision. Because that
+error may be small by chance, or even 0, the budget also allows for some rounding errors: one rounding of the result, and a few
+roundings, in float32 or wider, of the inputs and of the terms that cancel in a result.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import vix_kernels
 from . import definitions
 from .definitions import EXACT, How
 
-# Rounding errors that a sum accumulates at random: the square root of its number of terms. Equal terms round alike.
-ROUNDINGS = 16  # over up to 256 tokens or channels
-PRODUCTS = 8  # over up to 64 landmarks
-FEW_RUNS, MANY_RUNS = 2, 32  # evaluations of the definition, each with other roundings
+# The random rounding errors of a sum grow with the square root of the number of terms. Equal terms have equal rounding errors.
+ROUNDINGS = 16  # for sums over up to 256 tokens or channels
+PRODUCTS = 8  # for sums over up to 64 landmarks
+FEW_RUNS, MANY_RUNS = 2, 32  # number of evaluations of the definition, each with different rounding errors
 NOT_FINITE = "not finite"
-LARGEST = 3_000_000  # elements of the largest tensor in a definition
+LARGEST = 3_000_000  # maximum number of elements in any tensor of a definition
 MODULES = ("Attention", "PerformerAttention", "LinearAttention", "NystromAttention", "LinformerAttention", "AgentAttention")
 ATTENTIONS = (
     "performer_attention", "linear_attention", "nystrom_attention", "linformer_attention", "agent_attention",
@@ -43,7 +43,7 @@ OPS = (*ATTENTIONS, "fourier_mixing", "apply_rope", "attention_weights", *MODULE
 
 @dataclass(frozen=True, repr=False)
 class Case:
-    """All settings of a random problem. The repr is a call that recreates it."""
+    """All settings of a random problem. The repr is a constructor call that recreates the case."""
 
     op: str
     backend: str = "torch"
@@ -56,25 +56,25 @@ class Case:
     queries: int | None = None  # default: tokens
     width: int = 16
     value_width: int | None = None  # default: width
-    features: int = 4  # random features, landmarks, agents, or tokens after projection
-    pattern: str = "normal"  # of q and k
+    features: int = 4  # number of random features, landmarks, agents, or projected tokens
+    pattern: str = "normal"  # distribution of q and k
     magnitude: float = 1.0
     value_magnitude: float = 1.0
     memory: str = "dense"
     mask: str | None = None
-    junk: float | None = None  # fill value of masked tokens
+    junk: float | None = None  # value written to masked tokens
     rope: str | None = None
     layout: str = "interleaved"
-    rotary: int | None = None  # rotated channels; default: as many as possible
+    rotary: int | None = None  # number of rotated channels; default: as many as possible
     prefix: int = 0
-    rows: int = 1  # of the grid after the prefix
+    rows: int = 1  # number of rows in the grid after the prefix
     scale: float | None = None
     autocast: str | None = None
     checkpoint: bool = False
     threads: int = 1
-    projected: bool = False  # linear attention with random features
+    projected: bool = False  # whether linear attention uses random features
     per_head: bool = False
-    shared: bool = False  # Linformer: one projection for keys and values
+    shared: bool = False  # whether Linformer uses one projection for both keys and values
     feature_map: str = "relu"
     eps: float = 1e-6
     landmarks: str = "segment"
@@ -99,12 +99,12 @@ class Problem:
     """The tensors and functions of a case.
 
     Attributes:
-        tensors: differentiable inputs by name. Masked elements are 0.
-        run: computes the library's output from (tensors, backend).
-        define: computes the exact output from (float64 tensors, how).
-        hidden: masks of the masked elements, by tensor name or "out". Junk is written there.
+        tensors: differentiable inputs, by name. Masked elements are 0.
+        run: function that computes the library's output from (tensors, backend).
+        define: function that computes the exact output from (float64 tensors, how).
+        hidden: for each tensor name or "out", a mask that is True for masked elements. Junk is written to these elements.
         ignored: names in `hidden` whose masked elements are not compared.
-        cast: names of the tensors that autocast rounds.
+        cast: names of the tensors that autocast converts to a lower precision.
     """
 
     tensors: dict[str, Tensor]
@@ -119,7 +119,7 @@ class Problem:
 
 
 class Draw:
-    """Random inputs of a case, from its seed."""
+    """Draws the random inputs of a case, using the seed of the case."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.dtype = case, getattr(torch, case.dtype)
@@ -132,9 +132,9 @@ class Draw:
         return (torch.randn(shape, generator=self.generator, dtype=torch.float64) * size).clamp(-largest, largest).to(dtype)
 
     def tokens(self, *shape: int, name: str = "") -> Tensor:
-        """Draw q, k or agents in the pattern of the case."""
+        """Draw q, k or agents from the distribution that `case.pattern` names."""
         x, size, pattern = self.normal(*shape, dtype=torch.float64), self.case.magnitude, self.case.pattern
-        if pattern == "constant":  # the same token everywhere, in q and k
+        if pattern == "constant":  # all tokens in q and k are equal
             x = torch.randn(shape[-1], generator=torch.Generator().manual_seed(self.case.seed), dtype=torch.float64).expand(
                 shape
             )
@@ -246,7 +246,12 @@ def on(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def rotation(case: Case, draw: Draw) -> tuple[dict[str, Tensor], Callable, Callable]:
-    """Return the tensors of learned angles, a function to the library's Rope, and the definition's rotation of q and k."""
+    """Return the rotary embedding of a case.
+
+    Returns:
+        The tensors that determine learned angles, a function that builds the library's `Rope` from the tensors, and a function
+        that rotates q and k as defined.
+    """
     if case.rope is None:
         return {}, lambda x: None, lambda x, q, k, how: (q, k)
     after_prefix = case.tokens - case.prefix
@@ -264,7 +269,7 @@ def rotation(case: Case, draw: Draw) -> tuple[dict[str, Tensor], Callable, Calla
 
         def rotate(x: dict[str, Tensor], q: Tensor, k: Tensor, how: How) -> tuple[Tensor, Tensor]:
             angles = definitions.angles_mixed(case.rows, columns, x["frequencies"])
-            others = angles.detach() if how.fixed_totals else angles  # the gradients through q and through k cancel, too
+            others = angles.detach() if how.fixed_totals else angles  # the gradients through q and through k also cancel
             return rotated(q, angles.cos(), angles.sin(), how), rotated(k, others.cos(), others.sin(), how)
 
         return {"frequencies": frequencies}, run, rotate
@@ -273,14 +278,14 @@ def rotation(case: Case, draw: Draw) -> tuple[dict[str, Tensor], Callable, Calla
     else:
         rope = vix_kernels.rope_axial(case.rows, columns, dim, **options)
         angles = definitions.angles_axial(case.rows, columns, dim, 100.0)
-    cos, sin = (x.float().double() for x in (angles.cos(), angles.sin()))  # the contract keeps tables in float32
+    cos, sin = (x.float().double() for x in (angles.cos(), angles.sin()))  # the library stores tables in float32
     return {}, lambda x: rope, lambda x, q, k, how: (rotated(q, cos, sin, how), rotated(k, cos, sin, how))
 
 
 def attention(
     op: str, case: Case, draw: Draw, mask: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], Callable[[dict[str, Tensor], How], Tensor]]:
-    """Return the tensors in addition to q, k and v, the options of the library, and the definition on rotated q and k."""
+    """Return the tensors other than q, k and v, the options for the library, and the definition for rotated q and k."""
     scale = case.scale or case.width**-0.5
     scaled = {} if case.scale is None else {"scale": case.scale}
     per_head = (case.heads,) if case.per_head else ()
@@ -350,7 +355,7 @@ def fourier_problem(case: Case) -> Problem:
 
 
 def module_problem(case: Case) -> Problem:
-    """A module of vix_kernels.nn, with the gradients of its tokens and parameters."""
+    """Return the problem of a module in vix_kernels.nn, which includes the gradients of its tokens and parameters."""
     draw, dim = Draw(case), case.heads * case.width
     op = {"Attention": None, "AgentAttention": "agent_attention"}.get(
         case.op, case.op[: -len("Attention")].lower() + "_attention"
@@ -381,7 +386,7 @@ def module_problem(case: Case) -> Problem:
     def run(x: dict[str, Tensor], backend: str) -> Tensor:
         parameters = {name: x[name] for name in names if name in x}
         keywords = on(x["x"].device, {"key_padding_mask": mask, "rope": run_rope(x)})
-        module = copy.deepcopy(made[backend]).to(x["x"].device)  # functional_call would swap parameters under other threads
+        module = copy.deepcopy(made[backend]).to(x["x"].device)  # functional_call would swap parameters in all threads
         return torch.func.functional_call(module, parameters, (x["x"],), keywords)
 
     def define(x: dict[str, Tensor], how: How) -> Tensor:
@@ -409,12 +414,12 @@ def module_problem(case: Case) -> Problem:
 
 
 def op_of_module(module: str) -> str | None:
-    """Return the op of a module; None for softmax attention."""
+    """Return the op that a module calls, or None for softmax attention."""
     return None if module == "Attention" else module.removesuffix("Attention").lower() + "_attention"
 
 
 def pooled_agents(case: Case, q: Tensor, rotated_qkv: dict[str, Tensor], mask: Tensor | None, how: How) -> Tensor:
-    """Agent attention with pooled queries as agents. A sample drops its agents without a valid token."""
+    """Agent attention with pooled queries as agents. In each sample, agents without a valid token are dropped."""
     windows, outputs = definitions.windows_of(case.tokens, case.features, prefix=case.prefix), []
     for b in range(q.shape[0]):
         agents = definitions.averages(q[b], windows, None if mask is None else mask[b])[None]
@@ -428,16 +433,16 @@ def pooled_agents(case: Case, q: Tensor, rotated_qkv: dict[str, Tensor], mask: T
     return torch.cat(outputs) if outputs else rotated_qkv["q"]
 
 
-# Memory
+# Memory layouts
 
 
 def placed(x: Tensor, memory: str, junk: float = float("nan")) -> Tensor:
-    """Return the same values in another memory layout."""
+    """Return a tensor with the same values in a different memory layout."""
     if memory == "transposed":  # tokens before heads, like the output of a linear layer
         return x.transpose(-3, -2).contiguous().transpose(-3, -2) if x.dim() > 2 else x.mT.contiguous().mT
     if memory == "last_stride":  # channels are not adjacent
         return x.mT.contiguous().mT if x.dim() > 1 else x
-    if memory == "sliced":  # an offset, and gaps in every dimension
+    if memory == "sliced":  # with an offset, and gaps in every dimension
         buffer = x.new_full([size + 3 for size in x.shape[:-1]] + [x.shape[-1] + 5], junk)
         view = buffer[tuple(slice(2, 2 + size) for size in x.shape)]
         return view.copy_(x)
@@ -453,12 +458,12 @@ def placed(x: Tensor, memory: str, junk: float = float("nan")) -> Tensor:
 
 # The check
 
-Results = dict[str, Tensor]  # "out", and gradients by tensor name
+Results = dict[str, Tensor]  # the output under "out", and each gradient under the name of its tensor
 Noise = Callable[[Tensor], Tensor]
 
 
 class Trial:
-    """A case with its inputs: computes the results of the library and the exact ones."""
+    """A case with its inputs. Computes the library's results and the exact results."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.problem, dtype = case, problem(case), getattr(torch, case.dtype)
@@ -476,24 +481,24 @@ class Trial:
         if "out" in self.problem.ignored:
             cotangent = cotangent.masked_fill(self.problem.hidden["out"], 0.0)
         self.cotangent = cotangent.to(self.stored)
-        # Bound of the products of a cotangent with a value or output. In float16 they overflow before the softmax weights
-        # make them small.
+        # Upper bound for the dot product of a cotangent with a value or an output. In float16, these products may overflow
+        # before they are multiplied by small attention weights.
         values = [x for x in (self.tensors.get("v"), exact) if x is not None and x.numel()]
         self.products = max((rows(x) * rows(self.cotangent) for x in values), default=0.0)
 
     def doubles(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Convert to float64, after the rounding that autocast applies."""
+        """Round tensors as autocast does, then convert them to float64."""
         rounds = {name for name, x in tensors.items() if name in self.problem.cast and x.dtype != torch.float64}
         return {name: (x.to(self.cast) if name in rounds else x).double() for name, x in tensors.items()}
 
     def exact(self, tensors: dict[str, Tensor], how: How = EXACT, noise: Noise = lambda x: x, signs: Tensor | None = None):
-        """Return the float64 results for inputs and cotangents with `noise`. `signs` multiplies the cotangents' channels."""
+        """Return the float64 results for inputs and cotangents changed by `noise`. `signs` multiplies the cotangents."""
         leaves = {name: noise(x).detach().requires_grad_(self.differentiable) for name, x in self.doubles(tensors).items()}
         cotangent = noise(self.cotangent.double())
         return results(leaves, self.problem.define(leaves, how), cotangent if signs is None else cotangent * signs)
 
     def attempt(self, backend: str, tensors: dict[str, Tensor], junk: float | None = None) -> Results:
-        """Return the results of the library for `tensors`, with `junk` in masked elements."""
+        """Return the library's results for `tensors`. If `junk` is given, masked elements are set to it."""
         case, leaves = self.case, {}
         for name, x in tensors.items():
             if junk is not None and name in self.problem.hidden:
@@ -520,7 +525,7 @@ class Trial:
 
 
 def rows(x: Tensor) -> float:
-    """Return the largest norm of a row."""
+    """Return the largest norm of any row."""
     return x.double().norm(dim=-1).max().item()
 
 
@@ -537,9 +542,9 @@ def same(x: Tensor, y: Tensor) -> bool:
 
 
 def rounding(eps: float, alike: tuple[int, ...] = (), step: float = 0.0) -> Noise:
-    """Return noise that changes every element by up to `eps`, relative, plus up to `step`, absolute.
+    """Return a function that changes every element by a relative error of up to `eps` and an absolute error of up to `step`.
 
-    Elements along the dimensions `alike` change equally, so equal tokens stay equal.
+    Along the dimensions in `alike`, all elements get the same relative error, so equal tokens stay equal.
     """
     generator = torch.Generator().manual_seed(2)
 
@@ -554,9 +559,9 @@ def rounding(eps: float, alike: tuple[int, ...] = (), step: float = 0.0) -> Nois
 
 
 def stored_as(dtype: torch.dtype) -> Noise:
-    """Return noise for a tensor that is stored in `dtype`, as is its gradient.
+    """Return a function that adds the rounding errors of storing a tensor and its gradient in `dtype`.
 
-    Subnormal numbers are a fixed step apart, so their error is absolute.
+    The spacing of subnormal numbers is fixed, so their rounding error is absolute.
     """
     limits = torch.finfo(dtype)
     noise = rounding(limits.eps, step=limits.smallest_normal * limits.eps)
@@ -571,10 +576,10 @@ def stored_as(dtype: torch.dtype) -> Noise:
 
 
 def check(case: Case) -> list[str]:
-    """Return the violations of `case`, one line each."""
+    """Return the violations in `case`, one line each."""
     try:
         trial = Trial(case)
-    except Exception as error:  # every case that is drawn is valid
+    except Exception as error:  # all cases that are drawn are valid, so an error is a violation
         return [f"building raises {type(error).__name__}: {error}"]
     try:
         with ThreadPoolExecutor(case.threads) as pool:
@@ -590,19 +595,19 @@ def check(case: Case) -> list[str]:
 
 
 def compared(trial: Trial, actual: Results, plain: Results) -> list[str]:
-    """Return the results beyond the error budget, one line each.
+    """Return the results that exceed the error budget, one line each.
 
-    If a comparison fails, it is repeated with more roundings and with the reference's errors on inputs that are one rounding
-    away: where large logits are nearly equal, one rounding changes everything, and the reference may have been lucky. A
-    violation counts if it then also occurs for most of these inputs.
+    If a comparison fails, it is repeated with more simulated rounding errors, and with the errors of the reference on nearby
+    inputs, which differ by one rounding. Where large logits are nearly equal, one rounding can change the whole result, and the
+    error of the reference may have been small by chance. A violation counts only if it also occurs for most nearby inputs.
     """
     exact = trial.exact(trial.tensors)
     names, most = list(exact), torch.finfo(trial.computed).max / 4
     if "frequencies" in exact and any(exact[name].abs().max() > most for name in "qk" if name in exact):
-        names.remove("frequencies")  # the gradient of angles sums those of q and k, which are not representable
+        names.remove("frequencies")  # sums the gradients of q and k, which are not representable
     eps = torch.finfo(torch.promote_types(trial.computed, torch.float32)).eps
     if trial.computed == torch.float64:
-        eps *= 2  # the definition has rounding errors, too
+        eps *= 2  # the definition also has rounding errors
     inputs, one_rounding = rounding(2 * eps), rounding(torch.finfo(trial.computed).eps, alike=(-2,))
     how = How(
         stored=stored_as(trial.computed),
@@ -638,7 +643,7 @@ def beyond(
     trial: Trial, name: str, actual: Tensor, exact: Tensor, terms: list[Results], rounded: list[Results],
     references: list[tuple[Results, Results]],
 ) -> list[str]:  # fmt: skip
-    """Return where one result exceeds the error budget, sample by sample if it has samples."""
+    """Return where one result exceeds the error budget. Results with a batch dimension are checked sample by sample."""
     skip = trial.problem.hidden[name] if name in trial.problem.ignored else None
 
     def samples(x: Tensor) -> Tensor:
@@ -646,14 +651,14 @@ def beyond(
         return x.reshape(x.shape[0], -1) if name in ("out", "q", "k", "v", "agents", "x") else x.reshape(1, -1)
 
     def largest(*many: Tensor) -> list[float]:
-        """Return the largest norm of each sample. Infinite norms do not count."""
+        """Return the largest norm of each sample over the given tensors. Norms that are not finite count as 0."""
         return torch.stack([samples(x).norm(dim=1).nan_to_num(0.0, posinf=0.0) for x in many]).amax(0).tolist()
 
     stored, computed = torch.finfo(actual.dtype), torch.finfo(trial.computed)
     most = min(stored.max, computed.max) / 4
     precision = torch.finfo(torch.promote_types(trial.computed, torch.float32)).eps
     if trial.computed == torch.float64:
-        precision *= 16  # the definition has rounding errors, too
+        precision *= 16  # the definition also has rounding errors
     least = max(stored.smallest_normal * stored.eps, torch.finfo(torch.float32).smallest_normal)
     sizes, changes = largest(exact, *(each[name] for each in terms)), largest(*(each[name] - exact for each in rounded))
     errors = largest(*(plain[name].double() - truth[name] for plain, truth in references))
@@ -661,15 +666,15 @@ def beyond(
     for b, (x, truth, plain) in enumerate(zip(samples(actual), samples(exact), samples(references[0][0][name]), strict=True)):
         where = f"{label}[{b}]" if len(samples(exact)) > 1 else label
         if not truth.isfinite().all() or truth.abs().max() > most:
-            continue  # not representable
+            continue  # the exact result is not representable
         if trial.computed == torch.float16 and name != "out" and trial.products > most:
             continue
         if trial.computed == torch.float16 and name != "out" and not (x.isfinite().all() or plain.isfinite().all()):
-            continue  # intermediate gradients overflow float16, in plain PyTorch, too
+            continue  # intermediate gradients overflow float16, also in plain PyTorch
         if not x.isfinite().all():
             count = int((~x.isfinite()).sum())
             found.append(f"{where}: {count} of {x.numel()} {NOT_FINITE}, exact values up to {truth.abs().max():.1e}")
-        elif plain.isfinite().all():  # else there is no reference error
+        elif plain.isfinite().all():  # otherwise there is no reference error
             forgiven = 3 * max(stored.eps, computed.eps) * sizes[b] + 2 * changes[b]
             forgiven += ROUNDINGS * (precision * sizes[b] + least * math.sqrt(x.numel()))
             error, budget = (x - truth).norm().item(), 2 * errors[b] + forgiven
@@ -690,7 +695,7 @@ MAGNITUDES = (1e-38, 1e-30, 1e-10, 1e-3, 0.1, 1.0, 1.0, 1.0, 3.0, 16.0, 90.0, 1e
 
 @st.composite
 def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu") -> Case:
-    """Draw any case within the contract of `op`. Cases for Triton's interpreter are small."""
+    """Draw any case that `op` supports. Cases for Triton's interpreter are small."""
     kernels = backend == "triton"
     small = kernels and device == "cpu"
 
@@ -726,7 +731,7 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
         return Case(**names, norm=one_of(None, "ortho"))
     if op in MODULES:
         names["width"] = one_of(*(width for width in widths if width <= 64))
-        names["magnitude"] = min(names["magnitude"], 100.0)  # the linear layers enlarge them
+        names["magnitude"] = min(names["magnitude"], 100.0)  # the linear layers increase the magnitude
         names["memory"] = one_of("dense", "sliced", "offset")
         names["dtype"] = one_of("float32", "float32", "float64") if not kernels else "float32"
     else:
@@ -745,9 +750,9 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
         names.pop("scale", None)
         names |= dict(feature_map=one_of("relu", "elu"), eps=one_of(1e-6, 1e-6, 0.0, 0.125))
         names["projected"] = sometimes(True, False) if op not in MODULES else False
-        if not names["eps"] and "value_magnitude" in names:  # sums of small features times such values underflow float32
+        if not names["eps"] and "value_magnitude" in names:  # else sums of features times tiny values underflow float32
             names["value_magnitude"] = max(names["value_magnitude"], 1e-5)
-        if not names["eps"] and names["feature_map"] == "elu":  # inverse denominators, exp(-x) of large x, overflow float32
+        if not names["eps"] and names["feature_map"] == "elu":  # else inverse denominators, about exp(|x|), overflow float32
             names["magnitude"] = min(names["magnitude"], 3.0)
     if attention == "linformer_attention" and "float16" in (names["dtype"], names.get("autocast")):
         names["magnitude"] = min(names["magnitude"], 100.0)  # projected keys are stored in float16
@@ -755,7 +760,7 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
     names["per_head"], names["shared"] = sometimes(True, False), sometimes(True, False)
     if op in MODULES:
         names["per_head"] = names["shared"] = False
-    # Only self-attention has rotations, grids and the residual. Cross-attention has other lengths.
+    # Only self-attention has rotations, grids and the residual. In cross-attention, the numbers of queries and keys differ.
     self_attention = op in MODULES or op == "apply_rope" or one_of(True, True, False)
     if not self_attention:
         names["queries"] = up_to(24 if small else 200)
@@ -780,7 +785,7 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
     if op != "apply_rope" and one_of(True, False):
         names["mask"] = one_of("random", "all_valid", "empty_sample", "one_valid")
         if names["mask"] == "empty_sample" and op == "Attention":
-            names["mask"] = "random"  # torch's contract for a row without keys differs
+            names["mask"] = "random"  # torch defines a different result for rows without valid keys
         if op != "attention_weights":
             names["junk"] = one_of(None, float("nan"), float("inf"))
     if attention == "nystrom_attention" or op == "AgentAttention":
@@ -800,7 +805,7 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
                 names["features"] = names["rows"]
         if self_attention and op != "attention_weights":
             names["taps"] = one_of(0, 1, 3, 5, 33)
-    # The definition keeps the weights of all pairs and, with feature maps, every feature of each pair.
+    # The definition stores the weights of all pairs of tokens and, with feature maps, every feature for each pair.
     inner = names["features"] if attention == "performer_attention" or names.get("projected") else width
     inner = inner if attention in ("performer_attention", "linear_attention") else 1
     while names["batch"] * names["heads"] * queries * tokens * inner > LARGEST:

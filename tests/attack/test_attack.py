@@ -1,4 +1,4 @@
-"""A small fixed sample of the attacks. `make attack` draws other cases for as long as you give it."""
+"""A small fixed sample of random cases. `make attack` draws different cases for as long as you want."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import calls, files, numerics
 
 
 def sample(examples: int) -> settings:
-    # A test's name and body determine its cases.
+    # With derandomize=True, the name and body of a test determine its cases.
     return settings(
         max_examples=examples, derandomize=True, database=None, deadline=None, print_blob=True,
         phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck),

@@ -1,1 +1,1 @@
-"""Models, checkpoints and state-dict keys of an earlier commit, which later commits must still read."""
+"""Models, checkpoints and state-dict keys written by an earlier commit. Later commits must be able to load them."""

@@ -1,12 +1,12 @@
 """Record the models, runs and saved files of the current commit: `python -m tests.earlier.write FOLDER`.
 
-    states.json    for each model: parameters with their shapes, in order; other entries of the state dict; outputs
-    run/           a run folder of `vix train` after the first of two epochs
-    resumed.json   the metrics of its second epoch
-    model/         a folder of save_model
+    states.json    for each model, the parameters in order with their shapes, the other state-dict entries, and some outputs
+    run/           a run folder written by `vix train`, after the first of two epochs
+    resumed.json   the metrics after the second epoch of that run
+    model/         a folder written by save_model
 
-states.json stores no weights: `fill` derives them from the names of the entries. This script wrote the files in this folder at
-commit 5d75bb5.
+states.json does not contain weights, because `fill` derives them from the names of the state-dict entries. The files in this
+folder were written by this script at commit 5d75bb5.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def subjects() -> Iterator[tuple[str, Callable[[], Subject]]]:
 
 
 def hosts() -> Iterator[tuple[str, Callable[[], Subject]]]:
-    """Yield models of other libraries with attentions of this library."""
+    """Yield models from other libraries in which attention is replaced with attention from this library."""
     ops = {
         "nystrom": dict(num_landmarks=4),
         "performer": dict(num_features=20, retrain=True),
@@ -124,7 +124,7 @@ def hosts() -> Iterator[tuple[str, Callable[[], Subject]]]:
 
 
 def peers() -> Iterator[tuple[str, Callable[[], Subject]]]:
-    """Yield modules that replace modules of other packages, with the same names and weights."""
+    """Yield modules that replace modules from other packages and have the same names and weights."""
 
     def fast_attention() -> Subject:
         from vix_kernels.integrations.performer_pytorch import FastAttention
@@ -149,10 +149,10 @@ def peers() -> Iterator[tuple[str, Callable[[], Subject]]]:
 
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
-    """Fill every floating-point entry of the state dict with values that its name determines. Variances are positive.
+    """Fill every floating-point entry in the state dict with values derived from its name. Variances are positive.
 
-    Random features keep their values: they have an exact distribution, and their seed determines them. FastAttention has no
-    seed, so its features are filled.
+    Random features keep their values, because they must follow a certain distribution and are determined by their seed.
+    FastAttention has no seed, so its features are filled as well.
     """
     for name, x in model.state_dict().items():
         if isinstance(x, Tensor) and x.is_floating_point() and not name.endswith("projection"):
@@ -163,7 +163,7 @@ def fill(model: nn.Module) -> None:
 
 @torch.no_grad()
 def describe(make: Callable[[], Subject]) -> dict[str, Any]:
-    """Return the entries of states.json for one model."""
+    """Return the entry in states.json for one model."""
     torch.manual_seed(0)
     model, args, options = make()
     parameters = {name: list(x.shape) for name, x in model.named_parameters()}
@@ -187,8 +187,8 @@ def main(folder: Path) -> None:
     model = create_model("hybrid_vin", **small_model("hybrid_vin"))
     fill(model)
     save_model(model, folder / "model")
-    os.chdir(folder)  # so that the settings of the run contain no absolute paths
-    vix(["train", *TRAIN, *TINY, "--time-to", "1", "--output", "run"])  # ends after one epoch, with any accuracy
+    os.chdir(folder)  # so that the settings saved in the run contain no absolute paths
+    vix(["train", *TRAIN, *TINY, "--time-to", "1", "--output", "run"])  # stops after one epoch at any accuracy above 1%
     shutil.copytree("run", "resumed")
     vix(["train", "--resume", "resumed", "--time-to", "100"])
     with open("resumed/summary.csv") as file:
