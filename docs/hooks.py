@@ -1,4 +1,4 @@
-"""mkdocs hooks: the site contains the committed results, to which the pages link as ../bench/results/."""
+"""mkdocs hooks that add the committed results to the site. The pages link to them as ../bench/results/."""
 
 from pathlib import Path
 from typing import Any

@@ -1,15 +1,15 @@
-"""Run the code blocks of a page: `python tests/snippets.py PAGE` in an empty folder. Errors name the page and the line.
+"""Run the code blocks in a page: `python tests/snippets.py PAGE` in an empty folder. Errors name the page and the line.
 
 Fenced blocks are processed in order:
 
-    ```python               is run; the blocks of a page share one namespace
+    ```python               is run; all blocks in a page share one namespace
     ```python title="FILE"  is written to FILE; later blocks can import it
-    ```sh                   is run, one command after the other
-    ```text title="output"  must equal what the block above prints to stdout; "..." matches any text
-    ```text                 is not code
+    ```sh                   is run, one command after another
+    ```text title="output"  must equal the stdout of the block above; "..." matches any text
+    ```text                 is neither run nor compared
 
-A comment on the line above a fence skips the block: `<!-- not run: REASON -->` always, `<!-- needs: PACKAGE, PACKAGE -->`
-if one of the packages is not installed. Any other language is an error.
+A comment on the line above a fence skips the block: `<!-- not run: REASON -->` skips it always, and
+`<!-- needs: PACKAGE, PACKAGE -->` if one of the packages is not installed. A block in any other language is an error.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ SKIPPED = re.compile(r"<!-- *(not run|needs): *(.+?) *-->")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block."""
+    """A fenced block of a page."""
 
-    line: int  # of its fence, from 1
+    line: int  # the line number of the opening fence, starting at 1
     language: str
     title: str | None  # the file to write, or "output"
     text: str
-    skipped: str | None  # why it is not run
+    skipped: str | None  # the reason why the block is not run, or None if it is run
 
     @property
     def runs(self) -> bool:
@@ -53,7 +53,7 @@ class Block:
 
     @property
     def commands(self) -> Iterator[tuple[int, str]]:
-        """The commands of a shell block, each with its line."""
+        """Yield the commands of a shell block, each with its line number."""
         command, at = "", 0
         for number, line in enumerate(self.text.splitlines(), self.line + 1):
             command, at = command + line + "\n", at if command else number
@@ -92,10 +92,10 @@ def _why_skipped(kind: str, what: str) -> str | None:
 
 
 def run(page: Path) -> int:
-    # A module, because some tools look up the names of a class or a function in the module that defines it.
+    # The namespace is a module, because some tools look up names in the module that defines a class or a function.
     module = ModuleType("snippet")
     sys.modules[module.__name__] = module
-    printed = None  # by the last block that ran; None if it was skipped
+    printed = None  # stdout of the latest code block, or None if that block was skipped
     for block in parse(page):
         if block.language not in CODE + OTHER:
             known = ", ".join(CODE + OTHER)
@@ -121,7 +121,7 @@ def run(page: Path) -> int:
         else:
             try:
                 with redirect_stdout(io.StringIO()) as stdout:
-                    # Blank lines in front give the code the line numbers of the page, for tracebacks and `inspect`.
+                    # Leading blank lines give the code the line numbers of the page, for tracebacks and `inspect`.
                     code = compile("\n" * block.line + block.text, str(page), "exec", dont_inherit=True)
                     exec(code, vars(module))
             except BaseException as error:
@@ -134,13 +134,13 @@ def run(page: Path) -> int:
 
 
 def matches(expected: str, printed: str) -> bool:
-    """Whether the texts are equal up to spaces at the ends of lines; "..." in `expected` matches any text."""
+    """Return whether the texts are equal, except for spaces at the ends of lines. "..." in `expected` matches any text."""
     expected, printed = ("\n".join(line.rstrip() for line in text.strip().splitlines()) for text in (expected, printed))
     return re.fullmatch(".*".join(map(re.escape, expected.split("..."))), printed, re.DOTALL) is not None
 
 
 def _line(error: BaseException, page: Path) -> int | None:
-    """Return the line of the page that raised `error`."""
+    """Return the line number in the page at which `error` was raised."""
     if isinstance(error, SyntaxError) and error.filename == str(page):
         return error.lineno
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(page)]
@@ -156,7 +156,7 @@ def _failed(page: Path, line: int, message: str) -> int:
 if __name__ == "__main__":
     page = Path(sys.argv[1]).resolve()
     if any("import torch" in block.text for block in parse(page)):
-        import conftest  # noqa: F401  sets up torch as in the tests: a GPU or the interpreter, torchvision's operators
+        import conftest  # noqa: F401  sets up torch as in the tests: the device, the interpreter and torchvision's operators
     here = Path(__file__).resolve().parent
     sys.path = [each for each in sys.path if Path(each).resolve() != here]  # a page cannot import the tests
     sys.exit(run(page))

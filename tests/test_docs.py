@@ -1,4 +1,4 @@
-"""The documentation: the site builds and loads nothing from other hosts, links resolve, and tables match the result files."""
+"""Test that the site builds and loads nothing from other hosts, that links resolve, and that tables match result files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"
 
 
 class Fetched(HTMLParser):
-    """The addresses that a browser loads to show a page, without the links to click."""
+    """Collects the addresses that a browser loads to show a page. Links that a reader clicks are not included."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Fetched(HTMLParser):
                 self.addresses.append(value or "")
             elif name == "style":
                 self.addresses += imported(value or "")
-            # The theme draws these with a script from another host.
+            # The theme draws these diagrams with a script from a different host.
             elif name == "class" and "mermaid" in (value or "").split():
                 self.addresses.append("https://unpkg.com")
 
@@ -97,7 +97,7 @@ def test_two_digits() -> None:
 
 
 def test_quality_table() -> None:
-    """The accuracy table of docs/choosing.md matches docs/quality.csv."""
+    """Test that the accuracy table in docs/choosing.md matches docs/quality.csv."""
     table = CHOOSING.read_text(encoding="utf-8")
     figures = {(row["tokens"], row["method"], row["slots"]): row for row in rows(DOCS / "quality.csv")}
     for method in ("mean of v", "Nystrom, grid", "Nystrom, segments", "agents, grid", "Performer"):
@@ -111,7 +111,7 @@ def test_quality_table() -> None:
 
 
 def test_table_of_lengths() -> None:
-    """The ratios of docs/choosing.md, and the lengths from which an attention is faster, follow from the committed sweep."""
+    """Test that the ratios in docs/choosing.md, and the lengths at which an attention is faster, match the committed sweep."""
     text = CHOOSING.read_text(encoding="utf-8")
     (path,) = (RESULTS / "epyc-1-thread").glob("*-78d4b70/tokens.csv")
     sweep = rows(path)
@@ -129,14 +129,14 @@ def test_table_of_lengths() -> None:
 
 
 def slug(heading: str) -> str:
-    """Return the anchor of a heading, as GitHub and mkdocs make it."""
+    """Return the anchor that GitHub and mkdocs generate for a heading."""
     text = re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", heading)
     return re.sub(r"[^\w\- ]", "", text).strip().lower().replace(" ", "-")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links(page: Path) -> None:
-    """Every relative link leads to a file of the repository, and to a heading if it names one."""
+    """Test that every relative link leads to a file in the repository and, if it has an anchor, to a heading in that file."""
     text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"\w+:", target):
@@ -149,7 +149,7 @@ def test_links(page: Path) -> None:
 
 
 def table(page: Path, heading: str) -> list[list[str]]:
-    """Return the cells of the first table below a heading, without its head."""
+    """Return the cells of the first table below a heading, without the header rows."""
     section = page.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
@@ -203,10 +203,10 @@ def test_table_of_traffic() -> None:
 
 
 def test_figures_of_the_readme() -> None:
-    """The ratios that the README cites are those of the linked tables."""
+    """Test that the ratios in the README equal the ratios in the linked tables."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     timm, nystromformer = (line[2].split()[0] for line in table(BENCHMARKS, "Integrations")[:2])
     assert f"[{timm} of the time](docs/benchmarks.md#integrations)" in text
-    assert f"such a layer takes [{nystromformer} of the time](docs/benchmarks.md#integrations)" in text
-    nystrom = next(line for line in table(CHOOSING, "From which length it pays") if line[0] == "`nystrom_attention`")
-    assert f"[{nystrom[-1].split(' / ')[0]} of softmax's CPU time](docs/choosing.md#from-which-length-it-pays)" in text
+    assert f"a layer takes [{nystromformer} of the time](docs/benchmarks.md#integrations)" in text
+    nystrom = next(line for line in table(CHOOSING, "At what length it pays off") if line[0] == "`nystrom_attention`")
+    assert f"[{nystrom[-1].split(' / ')[0]} of softmax's CPU time](docs/choosing.md#at-what-length-it-pays-off)" in text

@@ -1,4 +1,4 @@
-"""The code blocks of the README and of the pages in docs/ run, and print what the pages say."""
+"""Test that the code blocks in the README and in docs/ run, and that their output matches the pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import snippets
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-SECONDS = 300  # at most per page
+SECONDS = 300  # time limit for each page
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -29,7 +29,7 @@ def imports_timm(page: Path) -> bool:
 
 
 def make_photos(folder: Path) -> None:
-    """Write photos/train and photos/val: crops of the two photographs that scikit-learn contains."""
+    """Write crops of the two photographs in scikit-learn to photos/train and photos/val."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -43,9 +43,9 @@ def make_photos(folder: Path) -> None:
 
 
 def run(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a page in a separate process in `folder`, with the commands of this environment on the PATH.
+    """Run the code blocks in a page. They run in a separate process in `folder`, with this environment's commands on the PATH.
 
-    A page that does not import timm runs with a timm that cannot be imported.
+    If the page does not import timm, importing timm raises an error.
     """
     commands = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     environment = os.environ | {"PATH": commands, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
@@ -77,7 +77,7 @@ SKIPPED = {f"{name(page)}:{block.line}": block.skipped for page in PAGES for blo
 
 
 def test_no_address_is_a_placeholder() -> None:
-    """This repository has no public address yet: pages describe an installation from a checkout."""
+    """Pages describe the installation from a checkout, because this repository has no public address yet."""
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
         found = re.search(
             r"REPOSITORY|<owner>|your-org|example\.com|git clone (?!https://)|git\+(?!https://)", page.read_text()
@@ -87,13 +87,13 @@ def test_no_address_is_a_placeholder() -> None:
 
 def test_the_readme_is_short_and_begins_with_the_status() -> None:
     text = README.read_text(encoding="utf-8")
-    assert "No GPU has measured this yet" in text.partition("\n## ")[0]
+    assert "Not yet run on a GPU" in text.partition("\n## ")[0]
     assert len(text.splitlines()) <= 150
 
 
 @pytest.mark.parametrize("where", SKIPPED)
 def test_skipped_block(where: str) -> None:
-    """One skip per block: `pytest -rs` lists the blocks that are not run, and why."""
+    """Skip a test for each skipped block, so that `pytest -rs` lists the blocks that are not run and the reasons."""
     pytest.skip(f"{where}: {SKIPPED[where]}")
 
 
