@@ -72,7 +72,7 @@ def trained(name: str, provider: str, path: str, minutes: float, core: int) -> d
     seed_torch(0)
     config = Config(**RECIPES["fast" if provider == "ours" else "original"] | dict(model=name, batch_size=BATCH))
     trial, _ = run(config, make(name, provider), dataset, TRIAL * 60 * minutes)
-    fitting = int(trial / TRIAL)  # images in the full time; the schedule needs the number of epochs in advance
+    fitting = int(trial / TRIAL)  # images that fit into the full time; the schedule needs the number of epochs in advance
     model, data = make(name, provider), dataset
     if provider == "ours":
         epochs = -(-fitting // len(dataset.train))

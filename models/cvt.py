@@ -26,7 +26,7 @@ class CvT(Pyramid):
     - The model has the convolutional projection of the CvT paper, which the originals omit.
     - Layer norms add eps inside the square root, so the gradient is finite if all channels are equal.
     - The token map may have any size.
-    - All heads are used.
+    - `num_heads` is respected. Some originals always use 4 heads.
 
     q, k and v share one 3 x 3 depthwise convolution, whereas the paper has a separate convolution for each of them. The shared
     convolution works with every mixer, including mixers without queries. As in the paper, it provides position information, so

@@ -34,7 +34,7 @@ class LeViT(Pyramid):
       instead.
     - Stages shrink the map and change the width.
     - The map may have any size.
-    - All heads are used.
+    - `num_heads` is respected. Some originals always use 4 heads.
 
     Args:
         mixer: a function that creates the token mixer of a layer; see models/mixers.py.

@@ -27,8 +27,8 @@ class VisionTransformer(Backbone):
 
     - The hybrids have normalization and activations between their convolutions. Without them, the convolutions are a single
       linear map.
-    - Patches are not layer-normalized. The vision_xformer package does this, so a patch with one pixel loses its brightness.
-    - All heads are used.
+    - Patches are not layer-normalized. The vision_xformer package normalizes them, so a one-pixel patch loses its brightness.
+    - `num_heads` is respected. Some originals always use 4 heads.
     - The number of positions depends on the image size, and rotary models have no unused position embedding.
     - The class token and the position embedding are initialized with a standard deviation of 0.02 instead of 1.
     - Tokens are normalized before pooling.

@@ -182,4 +182,4 @@ def test_every_byte_is_transferred_once() -> None:
     traffic = measure(landmarks, q, k, mark_columns=32, backend="triton")
     assert [each.kernel for each in traffic.forward.launches] == ["landmarks_kernel"] and traffic.forward.ratio == 1.0
     assert [each.kernel for each in traffic.backward.launches] == ["landmarks_backward_kernel"]
-    assert traffic.backward.ratio < 1.002  # the counts account for the excess
+    assert traffic.backward.ratio < 1.002  # slightly above 1, because the backward also reads the saved counts

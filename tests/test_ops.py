@@ -20,7 +20,7 @@ EVERY_CASE: Cases = [(spec, case) for spec in SPECS.values() for case in spec.ca
 
 
 def few(*names: str) -> Cases:
-    """Return, for each operator, the cases with these names. If it has no such case, return its last case."""
+    """For each operator, return the cases with these names, or its last case if it has none of them."""
     found: Cases = []
     for spec in SPECS.values():
         found += [(spec, case) for case in spec.cases if case.name in names] or [(spec, spec.cases[-1])]
@@ -224,7 +224,7 @@ def test_batch_independence(spec: OpSpec, case: Case, backend: str) -> None:
     for a, b in zip(together, alone, strict=True):
         if backend == "triton":
             assert torch.equal(a[:1], b[:1])
-        else:  # a matrix product from a library may sum in a different order if it has more rows
+        else:  # PyTorch's matrix product may sum in a different order if it has more rows
             assert error(a[:1], b[:1]) < 1e-6
 
 

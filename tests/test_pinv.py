@@ -115,7 +115,7 @@ def test_only_the_original_init_depends_on_the_batch(backend: str) -> None:
 
 
 def test_nan_in_one_head_does_not_reach_the_next(backend: str) -> None:
-    """Each program uses the same memory for one head after the other."""
+    """Each program processes several heads in turn and reuses its memory for each of them."""
     tensors = [x.to(DEVICE, torch.float32) for x in problem(20, batch=1)]
     function = partial(pinv, scale=SCALE, iterations=2, backend=backend)
     expected = gradients(function, tensors)

@@ -25,7 +25,7 @@ LARGE = (
 )
 TINY = (Case("packed", batch=1, heads=1, tokens=20, features=9, packed=True),)
 RAN = "every operator ran"
-Check = Callable[[Problem], tuple[str, float]]  # returns an error message, or "", and a number to report
+Check = Callable[[Problem], tuple[str, float]]  # returns an error message ("" if the check passes) and a number to report
 
 
 @by_job

@@ -94,7 +94,7 @@ def _attention(q: Tensor, k: Tensor, q_counts: Tensor | None, k_counts: Tensor |
 
 
 def _start(a: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Z_0, the scale s (pairs, 1, 1), or one number for "original", and the column sums of A (pairs, 1, L)."""
+    """Return Z_0, the scale s and the column sums of A (pairs, 1, L). s is (pairs, 1, 1), or a single number for "original"."""
     sums = a.sum(1, keepdim=True)
     s = sums.amax() if init == "original" and len(a) else sums.amax(-1, keepdim=True)
     s = s.masked_fill(s == 0, 1)  # no landmark is valid

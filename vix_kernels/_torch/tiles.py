@@ -27,8 +27,8 @@ TILE_CPU, TILE_GPU = 2**19, 2**24
 # elements in two vectors of any CPU.
 GRAIN, VECTORS = 2**15, 64
 
-# A group of samples and heads that are processed together, as an index of (B, H, ...), and a tile of their tokens, as an index
-# of (B, H, N, ...).
+# Group: an index into (B, H, ...) that selects samples and heads to process together. Tile: an index into (B, H, N, ...) that
+# selects some of their tokens.
 Group = tuple[slice, slice]
 Tile = tuple[slice, slice, slice]
 

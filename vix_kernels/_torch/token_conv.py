@@ -72,7 +72,8 @@ def _convolved(x: Tensor, weight: Tensor, mask: Tensor | None) -> Iterator[tuple
 def _weight_gradient(dout: Tensor, v: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
     taps = weight.shape[2]
     rows, others = _Rows(v, taps), _Rows(dout, taps)
-    # Products of token i of a block and token j of its window. The products for tap taps - 1 - u are on diagonal j - i = u.
+    # Dot products of token i of a block of v with token j of its window of dout. Diagonal j - i = u belongs to tap number
+    # (taps - 1 - u).
     memory = rows.memory.new_empty(len(rows.blocks), BLOCK, BLOCK + taps - 1)
     products = memory.new_zeros(v.shape[1], BLOCK, BLOCK + taps - 1)
     for group in rows.groups():

@@ -108,7 +108,7 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
 def find_tile(arch: str, kernel: str, bits: int, width: int, pooled: bool) -> tuple[Key, Tile]:
     """Return the key in the launch table and the tile of `kernel` on `arch`.
 
-    `pooled` is whether the slots have the tokens' dtype.
+    `pooled` says whether the slots have the tokens' dtype.
     """
     # 16-bit slots, which are pooled from tokens, need a different number of registers than float32 random features.
     names = (f"{kernel}_pooled", kernel) if bits == 16 and pooled else (kernel,)

@@ -110,7 +110,8 @@ def replace_each(
         site_of: a function that returns the Site of a module, including the number and width of its heads.
         put: a function that makes a module use the given copy of `attention`.
         expected: the expected kind of model or layer, for the error message.
-        place: a function that receives the name of a module and its copy, and sets where the copy's slots are among the tokens.
+        place: a function that receives a module's name and the copy of `attention` for it, and places the copy's slots
+            among the tokens.
 
     Raises:
         ValueError: nothing could be replaced.

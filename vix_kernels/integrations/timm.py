@@ -313,7 +313,7 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
 
 
 def restore_attention(model: nn.Module) -> list[str]:
-    """Undo `replace_attention`, in place. Each module computes its original attention again and keeps its Parameter objects.
+    """Undo `replace_attention`, in place. Each module goes back to its original attention and keeps its Parameter objects.
 
     Returns:
         the names of the restored modules.

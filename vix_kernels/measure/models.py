@@ -148,7 +148,7 @@ def measure(
             skip = provider == "original" or isinstance(error, Unavailable) or out_of_memory(error)
             rows += [(skipped if skip else failed)(error, **what, direction=each) for each in ("inference", "training")]
             if device == "cuda":
-                torch.cuda.synchronize()  # raises the error of an illegal access here, if there was one
+                torch.cuda.synchronize()  # if there was an illegal memory access, raise its error here
     inference = in_turns({form: step.infer for form, (step, _) in steps.items()}, rounds=rounds)
     training = in_turns({form: step.train for form, (step, _) in steps.items()}, rounds=rounds)
     for form, (step, what) in steps.items():

@@ -43,7 +43,7 @@ class Device:
         tf32: FLOP/s of TensorFloat32 products.
         float32: FLOP/s of float32 products.
         bandwidth: bytes/s of memory.
-        exps: exponentials/s: 16 per clock cycle and multiprocessor (on AMD, compute unit).
+        exps: exponentials/s, from 16 per clock cycle per multiprocessor (on AMD, per compute unit).
     """
 
     name: str

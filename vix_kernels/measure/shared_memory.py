@@ -53,7 +53,7 @@ class Row:
 
     @property
     def entry(self) -> Row:
-        """This row without the Triton version and the bytes. It identifies what was measured."""
+        """This row with `triton` and `shared` left blank. It identifies what was measured."""
         return replace(self, triton="", shared=0)
 
 

@@ -51,7 +51,10 @@ def source_hash(kernel: str, arch: str) -> str:
 
 @cache
 def device_code() -> dict[str, list[str]]:
-    """Return the tokens of the device functions and constants in `_triton` by name. Several files may define the same name."""
+    """Map the name of each device function and constant in `_triton` to its source-code tokens.
+
+    If several files define a name, their tokens are concatenated.
+    """
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted(Path(launch_table.__file__).parent.glob("*.py")):
         lines = path.read_text().splitlines(keepends=True)
@@ -65,7 +68,7 @@ def device_code() -> dict[str, list[str]]:
 
 
 def words(lines: list[str], docstring: str | None = None) -> list[str]:
-    """Return the tokens of source lines without comments, line ends and the docstring."""
+    """Return the source-code tokens of `lines`, excluding comments, line ends and the docstring."""
     tokens = tokenize.generate_tokens(io.StringIO("".join(lines)).readline)
     return [
         token.string.strip() or tokenize.tok_name[token.type]

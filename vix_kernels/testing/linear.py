@@ -59,7 +59,7 @@ def _linear_projected(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[s
 
 
 def _channels(case: Case) -> int:
-    """Return the total number of channels of all queries and keys."""
+    """Return the number of elements of q and k together."""
     return case.batch * case.heads * (case.tokens + (case.queries or case.tokens)) * case.width
 
 

@@ -205,7 +205,7 @@ def make_qkv(case: Case, tensor: Callable[..., Tensor]) -> dict[str, Tensor]:
 
 
 def make_mask(case: Case, k: Tensor, v: Tensor) -> Tensor | None:
-    """Return a random mask that masks all keys of the last sample, or None if the case is not masked.
+    """Return a random mask, with all keys of the last sample masked, or None if `case.masked` is False.
 
     Fills the masked tokens of k with NaN and the masked tokens of v with inf.
     """

@@ -163,7 +163,7 @@ def tested(
 def synchronized(batches: Iterator[Batch], images: Images, ranks: Ranks) -> Iterator[Batch]:
     """Iterate over this process's batches. If an image cannot be loaded in one process, raise the error in all processes.
 
-    Images in memory need no such check.
+    Images in memory cannot fail to load, so their batches need no synchronization.
     """
     return batches if isinstance(images, HeldImages) else ranks.each(batches)
 
