@@ -35,7 +35,7 @@ def lines(source: str) -> int:
 
 
 def count(checkout: Path) -> Counter[str]:
-    """Return the lines of each folder, of the measuring code, and in total."""
+    """Return the number of lines of code in each folder, in the measuring code, and in all folders together."""
     counts: Counter[str] = Counter()
     for top in ("vix_kernels", "models", "bench"):
         for path in sorted((checkout / top).rglob("*.py")):

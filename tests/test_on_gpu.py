@@ -226,7 +226,7 @@ def test_a_capture_that_spoils_its_process_raises_spoiled(monkeypatch) -> None:
 
 
 def test_correctness_draws_inputs_on_the_device(monkeypatch) -> None:
-    """Check that `spec.problem` is not called, because it draws float64 numbers on the CPU."""
+    """`spec.problem` draws float64 numbers on the CPU, so it must not be called."""
     monkeypatch.setattr(OpSpec, "problem", lambda *args, **kwargs: pytest.fail("drawn on the CPU"))
     first = next(correctness.rows(Plan(dry=True, deadline=time.monotonic() + 60)))
     assert first["check"] == "against_float64" and first["status"] == "ok", first

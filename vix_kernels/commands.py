@@ -19,7 +19,7 @@ Row = TypeVar("Row")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Wraps descriptions of one line, and keeps the line breaks of longer ones."""
+    """Wraps single-line descriptions, and keeps the line breaks of multi-line ones."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         kind = argparse.RawDescriptionHelpFormatter if "\n" in text else argparse.HelpFormatter

@@ -26,7 +26,7 @@ from vix_kernels.measure.interpreter import fast_interpreter
 from vix_kernels.measure.operators import Row, failed, free, skipped
 from vix_kernels.measure.timing import Spoiled
 
-SPOILED = 75  # exit status of a process that can no longer measure; a new process can
+SPOILED = 75  # exit status of a process that can no longer measure, so run.py continues in a new one
 AT = 1  # an injected failure occurs in the second job, after the first one has sent rows
 
 

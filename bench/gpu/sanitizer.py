@@ -35,7 +35,8 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 def watch(program: str, tool: str, plan: Plan) -> Iterator[Row]:
     # Without the caching allocator, each tensor is a separate allocation, so the tool knows the bounds of each tensor.
-    # --kernel-name skips torch's kernels, which saves time. Some releases of the tool reject it, so a second run omits it.
+    # --kernel-name skips torch's kernels, which saves time. Some releases of the tool
+    # reject it. If the first run fails, a second one omits it.
     for only_ours in (("--kernel-name", "kns=_kernel"), ()):
         command = (program, "--tool", tool, *TOOLS[tool], *only_ours, *SMALL)
         code, text = plan.finish(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})

@@ -95,7 +95,7 @@ def _bands(weight: Tensor) -> Tensor:
 
 
 class _Rows:
-    """Buffer for the tokens of one head in some samples. Samples follow each other with zeros in between.
+    """Buffer for the tokens of one head in a group of samples. The samples are stored one after another, separated by zeros.
 
     Attributes:
         blocks: (blocks, BLOCK, E). Zeros after the tokens of a sample separate them from the windows of the next sample.

@@ -61,7 +61,7 @@ def slot_rows(
     first_slot, D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     PROJECTED: tl.constexpr,
 ):  # fmt: skip
-    """Return the index of the slot in each column of a tile of logits."""
+    """Return the slot index that each column of a tile of logits belongs to."""
     if PROJECTED:
         o_m = first_slot + tl.arange(0, BLOCK_M)
     else:
@@ -73,7 +73,7 @@ def slot_rows(
 def load_state(sums, norms, sums_m, norms_m, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
     """Load the means S / z (slots, BLOCK_E) and the norms z for a tile of slots.
 
-    The means are in the range of v. Rows from M upward are 0.
+    The means are in the range of v. Rows whose index is M or greater are 0.
     """
     o_e = tl.arange(0, BLOCK_E)
     at = o_m.to(tl.int64)

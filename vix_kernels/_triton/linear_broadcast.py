@@ -127,9 +127,9 @@ def linear_broadcast_tokens_kernel(
 ):  # fmt: skip
     """Compute dq for a tile of tokens. For the slot gradients, also compute delta = <dout, out> and a mask of the used tokens.
 
-    delta is recomputed from the features, because `out` may have been rounded, and <dout, values> - delta may be small. A token
-    whose dout is 0 is not used. It does not contribute to any gradient, even if its query contains NaN, as padding may, because
-    the query is read as 0.
+    delta is recomputed from the features, because `out` may have been rounded. If <dout, values> - delta is small, the rounding
+    error would dominate it. A token whose dout is 0 is not used. Its query is read as 0, so it contributes to no gradient, even
+    if the query contains NaN, as padding may.
     """
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H

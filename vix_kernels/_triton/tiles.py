@@ -209,7 +209,7 @@ def load_slots(
     base, rows, stride, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of slots (rows, BLOCK_D) with the same column order as the tokens. Rows from M upward are 0."""
+    """Load a tile of slots (rows, BLOCK_D) in the column order of the tokens. Rows whose index is M or greater are 0."""
     columns = slot_channels(D, BLOCK_D, ROTARY, INTERLEAVED)
     inside = (rows < M)[:, None] & (columns < D)[None, :]
     return tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)

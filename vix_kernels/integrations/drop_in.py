@@ -102,7 +102,10 @@ class DropIn(Mounted):
         return "grid_size" not in self.options and self.options.get("landmarks", "grid") == "grid"
 
     def placed(self, tokens: int | None = None) -> Core:
-        """Return the core for a call with `tokens` tokens, or for the latest call if None, placed on the grid of that call."""
+        """Return the core for a call with `tokens` tokens, with its slots on the grid of that call if it has one.
+
+        If `tokens` is None, use the latest call.
+        """
         size = None if self.grid is None else self.grid.size_of(None if tokens is None else tokens - self.core.prefix_tokens)
         return self.core if size is None else self.core.on_grid(size)
 
@@ -139,7 +142,8 @@ class DropIn(Mounted):
                 of its dtype for padded keys.
             key_padding_mask: bool (batch, tokens), True = valid.
             rope: rotary embedding to apply to query and key.
-            self_attention: whether query and key come from the same tokens. If None, assume so if they have equally many.
+            self_attention: whether query and key come from the same tokens. If None, it is True if both have the same
+                number of tokens.
             cu_seqlens, group: offsets of packed samples, and a process group that the tokens are sharded over. Neither is
                 supported yet.
             grid_size: (rows, columns) of the grid that the tokens after the prefix form. Landmarks and agents are placed on it.

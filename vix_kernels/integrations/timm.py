@@ -147,7 +147,7 @@ class BuiltAttention(ReplacedAttention):
 class MarkedAttention(BuiltAttention):
     """A BuiltAttention that does not approximate softmax attention.
 
-    Its state dict contains a mark, which names the attention that the weights were trained with.
+    Its state dict has an entry, the mark, which names the attention that the weights were trained with.
     """
 
     def get_extra_state(self) -> Tensor:

@@ -61,7 +61,7 @@ _retrain: list[bool] = []  # `retrain` of the latest call to register
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
-    """Register an attention that was added after the latest call to register."""
+    """Register `core` with transformers if it was added after the last call of `register`."""
     if _retrain and core.name in OPS:
         _register(core.name, _retrain[0], {})
 

@@ -218,7 +218,7 @@ def worker_environment() -> Iterator[None]:
 
 
 def prepare_worker(modules: Iterable[str]) -> None:
-    """Import `modules`, which register specifications when they are imported. They can belong to other packages."""
+    """Import `modules`, which register specifications on import. The modules may belong to other packages."""
     torch.set_num_threads(1)
     for name in modules:
         import_module(name)

@@ -338,7 +338,7 @@ class Truth:
 
 
 def _cotangents(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """Draw cotangents for one sample and repeat them over the batch, so a batch of one has the same cotangents."""
+    """Draw cotangents for one sample and repeat them, so every sample has those of the one-sample reference in `Truth`."""
 
     def one(x: Tensor) -> Tensor:
         generator = torch.Generator(x.device).manual_seed(1)

@@ -5,7 +5,7 @@ examples:
   vix dev roofline --op performer_attention --gpu H100    one line per shape
   vix dev roofline --csv roofline.csv --plot roofline.png
 
-Columns: gflop, mexp and mbyte are the least work of the call (10^9 operations, 10^6 exponentials, 10^6 bytes); predicted_us is
+Columns: gflop, mexp and mbyte are the least work for the call (10^9 operations, 10^6 exponentials, 10^6 bytes); predicted_us is
 the prediction; bound_by names the resource that limits it; measured_us comes from the newest run of bench/on_gpu.sh in the
 results folder and is empty if there is no measurement.
 

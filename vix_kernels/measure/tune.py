@@ -114,8 +114,8 @@ def present_tile(arch: str, key: Key) -> Tile:
 def neighbours(tile: Tile) -> Iterator[Tile]:
     """Yield tiles that differ from `tile` in one field.
 
-    A size is halved or doubled, there is one stage more or one fewer, or a bool is flipped. Fields that are 0 or a string do not
-    change: 0 means that the kernel has no such size, and a different string would change the results.
+    A size is halved or doubled, there is one stage more or one fewer, or a bool is flipped. Fields that are 0 or a string do
+    not change: 0 means that the kernel has no such size, and a different string would change the results.
     """
     for name, value in tile._asdict().items():
         if isinstance(value, bool):

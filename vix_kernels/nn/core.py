@@ -181,7 +181,10 @@ class Core(Mixer):
         return type(self).state is not Mixer.state
 
     def derived(self, q: Tensor) -> Any:
-        """Return an object with the state for a call with q. If needs_module() is False, `attend` accepts it as the module."""
+        """Return an object whose attributes are the state for a call with q, or None if there is no state.
+
+        `attend` accepts it in place of `module` if needs_module() is False.
+        """
         return None
 
     def weights_only(self: Some) -> Some:

@@ -2,7 +2,7 @@
 
     y_i = x W_i^T + b_i        dx = sum_i dy_i W_i        dW_i = dy_i^T x        db_i = sum_n dy_i
 
-PyTorch would first concatenate the gradients of the outputs, which takes as long as the matrix products on a CPU.
+Autograd would concatenate the gradients of the outputs before the matrix products. On a CPU that takes as long as the products.
 """
 
 from __future__ import annotations

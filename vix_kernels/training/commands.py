@@ -104,7 +104,7 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
         # A damaged file may contain values of the wrong type.
         numbers = {name: value for name, value in saved.items() if isinstance(value, (int, float))}
         if (first.epochs or "epochs" in settings) and is_reached(numbers.get("time_to"), checkpoint["history"]):
-            del saved["time_to"]  # the user asks for more epochs although the run has reached the accuracy
+            del saved["time_to"]  # the run has reached its target accuracy, but the user asks for more epochs
         if numbers.get("min_lr", 0) > numbers.get("lr", math.inf):  # the default of earlier versions could exceed a small --lr
             del saved["min_lr"]
         parser.set_defaults(**saved)
