@@ -26,4 +26,4 @@ def test_different_outputs_are_an_error(monkeypatch: pytest.MonkeyPatch):
 def test_the_help_explains_the_processes(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         integrations.main(["--help"])
-    assert "several processes per integration" in capsys.readouterr().out
+    assert "measured in several new processes" in capsys.readouterr().out
