@@ -2,10 +2,10 @@
 
     python -m bench.integrations --output DIR
 
-Times are CPU times of one thread. The two modules take turns. Each integration is measured in several new processes, because
-the cost of large buffers depends on the memory that the allocator kept from earlier calls, so a process that has measured other
-integrations yields different ratios. Outputs are compared before anything is timed. They must match the outputs of the host
-library, except for timm, where landmarks approximate softmax attention.
+Times are CPU times of one thread. Calls of the two modules alternate. Each integration is measured in several new processes,
+because the allocator keeps memory from earlier calls, which changes the cost of large buffers. Ratios would be different in a
+process that has already measured other integrations. Before anything is timed, the outputs of both modules are compared. They
+must match, except for timm, where landmarks approximate softmax attention.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vix_kernels.measure.machine import commit, device_name
 from vix_kernels.measure.operators import alone
 from vix_kernels.measure.timing import in_turns
 
-SAME = 1e-4  # largest relative error of outputs that match in float32
+SAME = 1e-4  # float32 outputs with a smaller relative error count as equal
 Pair = tuple[nn.Module, nn.Module, tuple[Tensor, ...]]  # our module, the host library's module, and their arguments
 
 
@@ -115,9 +115,9 @@ Times = dict[str, tuple[float, ...]]
 
 
 def measured(name: str, rounds: int) -> tuple[float, dict[str, Times]]:
-    """Return the relative error of our outputs, and the milliseconds of all calls.
+    """Return the relative error of our output, and the time of every call in milliseconds.
 
-    The times are in a dictionary from direction ("forward" or "full") to owner ("ours" or "host") to times.
+    The times are in a nested dictionary with the keys direction ("forward" or "full") and owner ("ours" or "host").
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)

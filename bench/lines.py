@@ -1,7 +1,7 @@
-"""Count lines of code without comments, docstrings, blank lines, tests and tables: `python -m bench.lines [CHECKOUT ...]`.
+"""Count lines of code: `python -m bench.lines [CHECKOUT ...]`.
 
-The code that counts as "measuring" is in vix_kernels/measure/ and bench/. Older checkouts have it in the files that
-ONCE_MEASURING lists.
+Comments, docstrings, blank lines, tests and tables are not counted. The code that counts as "measuring" is in
+vix_kernels/measure/ and bench/. In older checkouts, it is in the files that ONCE_MEASURING lists.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Plugin for `pytest --benchmark` that makes pytest-benchmark report device time.
 
-The statistics, JSON files and comparisons of pytest-benchmark then contain device time, or CPU time without a GPU. The first
-test of an operator and number of tokens checks and measures all providers together (vix_kernels/measure/operators.py). Each
-test then replays the recorded times of its provider to pytest-benchmark.
+The statistics, JSON files and comparisons of pytest-benchmark then contain device time, or CPU time if there is no GPU. The
+first test for an operator and a number of tokens checks and measures all providers together, as described in
+vix_kernels/measure/operators.py. Each test then replays the recorded times of its provider to pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ CLOCK = Recorded()
 
 
 def contenders(op: str, config: pytest.Config) -> list[str]:
-    """Return the providers to measure. SDPA is measured only with the first attention, because it is the same for all."""
+    """Return the providers to measure. SDPA is measured only with the first attention op, as its time is the same for all."""
     skipped = {"compiled"} if not config.getoption("--compiled") else set()
     if op != next(name for name in public() if SPECS[name].attends):
         skipped.add("sdpa")
@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def race(pytestconfig: pytest.Config) -> Callable[[str, int], Race]:
-    """Return race(op, tokens), which returns the results of all providers and measures them in its first call."""
+    """Return a cached function race(op, tokens), which measures all providers and returns their results."""
     if DEVICE == "cpu":
         torch.set_num_threads(1)  # with more threads, times on shared cores are noisy
     rounds = 1 if pytestconfig.getoption("--benchmark-disable") else int(pytestconfig.getoption("--benchmark-min-rounds"))
@@ -95,7 +95,7 @@ def race(pytestconfig: pytest.Config) -> Callable[[str, int], Race]:
 
 @pytest.fixture
 def report(benchmark: Any, race: Callable[[str, int], Race]) -> Callable[[str, int, str, str], None]:
-    """Return report(op, tokens, direction, provider), which adds the result to pytest-benchmark.
+    """Return a function report(op, tokens, direction, provider) that adds one result to pytest-benchmark.
 
     If the result is wrong, the test fails, and no time is reported.
     """
@@ -136,7 +136,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
     here, there = machine_info["device"], compared_benchmark["machine_info"].get("device", "another suite's device")
     if here != there:
-        raise pytest.UsageError(f"--benchmark-compare: those results are of {there}, these of {here}")
+        raise pytest.UsageError(f"--benchmark-compare: the saved results are from {there}, this run uses {here}")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -4,15 +4,15 @@ The slots are random features, segment or grid landmarks, or pooled agents. The 
 of tokens. The first contains q, k and v of a softmax transformer for held-out images of digits (16 x 16 tokens); the script
 trains the transformer first. The other two are random fields with a known correlation length, one smooth and one rough (64 x 64
 tokens). The error is |out - exact| / |exact| for one head and image, or for one field. In the figure, lines show medians and
-bands show quartiles. No attention is trained for the approximation: the study measures how well each attention approximates
-softmax attention for given q, k and v. linformer_attention is skipped because its projections are trained parameters, and the
+bands show quartiles. No attention is trained to approximate softmax attention. The study measures how well each attention
+approximates it for given q, k and v. linformer_attention is skipped because its projections are trained parameters, and its
 error with random projections would say nothing about trained projections.
 
 examples:
   python -m bench.quality --output docs/quality.png    also writes docs/quality.csv; two minutes on an idle core
   python -m bench.quality --output quality.png --quick
 
-It runs on the CPU and needs the extra `train`: pip install -e '.[train]'.
+The script runs on the CPU and needs the extra `train`: pip install -e '.[train]'.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Print the results of `pytest --benchmark` as a table: our times divided by those of the peers, and missed budgets (targets).
+"""Print the results of `pytest --benchmark` as a table of our times divided by those of the peers.
+
+Peers are other packages, or plain PyTorch for operators without such a package. A budget is a target: an upper limit for such a
+ratio. Ratios above their budget are marked as missed.
 
 pytest --benchmark --benchmark-json run.json
 python -m bench.table run.json
@@ -21,9 +24,9 @@ Row = dict[str, Any]
 
 
 class Budget(NamedTuple):
-    """Targets: upper limits for our value divided by the peer's.
+    """Upper limits that we aim for. Each limits our value divided by the peer's, or is None if there is no target.
 
-    They apply to the time of the forward, the time of forward and backward, and the memory kept for the backward.
+    The values are the time of the forward, the time of forward and backward, and the memory kept for the backward.
     """
 
     forward: float | None
@@ -31,7 +34,7 @@ class Budget(NamedTuple):
     kept: float | None = None
 
 
-# These apply to one CPU thread, float32, batch 2, 4 heads, width 64, 256 features or slots, 64 landmarks and 33 taps.
+# The budgets apply to one CPU thread, float32, batch 2, 4 heads, width 64, 256 features or slots, 64 landmarks and 33 taps.
 BUDGETS = {
     ("performer_attention", 1024): Budget(0.4, 0.6, 0.1),
     ("performer_attention", 4096): Budget(0.22, 0.33, 0.1),
@@ -48,14 +51,14 @@ COLUMNS = (
 
 
 def ratio(ours: Sequence[float], peers: Sequence[float]) -> float:
-    """Return the median of the ratios per round, or the ratio of the medians if the numbers of rounds differ."""
+    """Return the median over rounds of ours / peers. If the numbers of rounds differ, return the ratio of the medians."""
     if len(ours) == len(peers):
         return statistics.median(a / b for a, b in zip(ours, peers, strict=True))
     return statistics.median(ours) / statistics.median(peers)
 
 
 def peer(op: str) -> str:
-    """Return the peer that the budgets of `op` refer to: a peer package, or plain PyTorch code."""
+    """Return the peer with which the budgets compare `op`: another package, or plain PyTorch if there is no such package."""
     return next(iter(PEERS.get(op, ())), "reference")
 
 
@@ -94,7 +97,7 @@ def _against(ours: Row | None, name: str, found: dict[tuple, Row], budget: float
     if ours is None:
         return "wrong"
     value = ours["ours_over_others"].get(name)
-    if value is None and name == "sdpa" and SPECS[ours["op"]].attends:  # measured only with the first attention
+    if value is None and name == "sdpa" and SPECS[ours["op"]].attends:  # SDPA is measured only with the first attention op
         key = ours["tokens"], ours["direction"], "sdpa"
         other = next((row for (_, *rest), row in found.items() if tuple(rest) == key), None)
         value = ours["device_ms"] / other["device_ms"] if other else None
@@ -125,7 +128,7 @@ BF16_BUDGET = 0.45  # our bf16 time divided by the original's float32 time, on a
 
 
 def model_lines(rows: Iterable[Row]) -> list[str]:
-    """Return a Markdown table with one line per model: our values divided by those of the original."""
+    """Return a Markdown table with one line per model: our values divided by the original's."""
     found = {(row["model"], row["provider"], row["dtype"], row["direction"]): row for row in rows if row["status"] == "ok"}
 
     def ratio(name: str, figure: str, ours: str, original: str, direction: str = "training") -> float | None:

@@ -1,4 +1,4 @@
-"""Benchmark every public operator against plain PyTorch, softmax attention and the installed peer packages.
+"""Benchmark every public operator against plain PyTorch, softmax attention and other installed packages.
 
 Results are checked before they are timed.
 """

@@ -5,7 +5,7 @@
 The two models of a pair have the same architecture and about the same number of parameters. The original is the published model
 in plain PyTorch. It is trained in float32 with the recipe of the original scripts, but with the training loop and the data
 loading of this library. Our model is trained in bfloat16 with `--recipe fast`. Both are trained at the same time, each on a
-separate core, so disturbances affect both.
+separate core, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from vix_kernels.training.state import State
 HYBRID = VIX | dict(dim=64, depth=3, mlp_dim=128, heads=2, dim_head=32)
 SMALL_CCT = CCT | dict(img_size=32, num_classes=10, embedding_dim=64, num_layers=2, num_heads=2)
 OURS = dict(img_size=32, num_classes=10, embed_dim=64, num_heads=2)
-# Arguments of our model, then the label and arguments of the original. Each model has about 0.2 million parameters.
+# For each pair: the arguments of our model, and the label and arguments of the original. Models have 0.2 million parameters.
 PAIRS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "hybrid_vip": (OURS | dict(depth=3), "HybridViP", HYBRID),
     "hybrid_vin": (OURS | dict(depth=3), "HybridViN", HYBRID),
@@ -64,7 +64,7 @@ def make(name: str, provider: str) -> nn.Module:
 
 
 def trained(name: str, provider: str, path: str, minutes: float, core: int) -> dict[str, Any]:
-    """Train one model on one core and return its row."""
+    """Train one model on one core and return its row of the results."""
     if hasattr(os, "sched_setaffinity") and core in os.sched_getaffinity(0):
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)

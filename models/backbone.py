@@ -42,7 +42,7 @@ class Backbone(nn.Module):
                 init_linear(module)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the token and position parameters. The optimizer setup must also exempt biases and norms."""
+        """Return the names of the class token and position parameters. The caller must also exempt biases and norms."""
         exempt = ("cls_token", "pos_embed", "rope.frequencies", "attention_bias")
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
 
@@ -95,9 +95,10 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
-        """Return ((rows, columns), number of prefix tokens) for each module whose parameters have a token dimension, by name.
+        """Return a dict from module names to ((rows, columns), number of prefix tokens).
 
-        The rows and columns are the size of the module's token map. The name "" refers to the whole model.
+        It has an entry for each module whose parameters may have a token dimension. The rows and columns are the size of the
+        module's token map. The name "" refers to the whole model.
         """
         raise NotImplementedError
 

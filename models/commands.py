@@ -26,7 +26,7 @@ examples:
 """
 
 
-OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's legacy format, which is not zip
+OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of torch.save's legacy format, which is not a zip file
 
 
 class Summary(NamedTuple):

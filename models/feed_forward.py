@@ -9,8 +9,8 @@ from vix_kernels.nn.dropout import Dropout
 from vix_kernels.nn.plain import is_plain
 from vix_kernels.primitives import feed_forward as primitive
 
-# Minimum number of hidden activations for the tiled primitive (16 MiB in float32). Fewer activations fit in the cache. Plain
-# PyTorch is then faster, because it recomputes nothing.
+# Minimum number of hidden activations (16 MiB in float32) for which the tiled primitive is used. Fewer activations fit in
+# the cache, so plain PyTorch, which recomputes nothing, is faster.
 MANY_CPU = 2**22
 
 
@@ -49,9 +49,10 @@ _ACTIVATIONS = {nn.GELU: "gelu", nn.Hardswish: "hardswish"}
 
 
 def _use_tiles(x: Tensor, mlp: nn.Module) -> bool:
-    """Return whether to use the tiled primitive: for many tokens on a CPU, if no module is replaced or has hooks.
+    """Return whether to use the tiled primitive.
 
-    Compiled code does not use it, because compilers can fuse the plain PyTorch operations.
+    It is used for many tokens on a CPU, unless a module was replaced or has hooks. Compiled code does not use it, because
+    compilers can fuse the plain PyTorch operations.
     """
     if x.device.type != "cpu" or type(mlp) is not Mlp or type(mlp.act) not in _ACTIVATIONS:
         return False

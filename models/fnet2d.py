@@ -21,7 +21,8 @@ class FNet2D(Backbone):
 
     Fixes relative to the originals:
 
-    - The transform is scaled to preserve the magnitude of the tokens. Without scaling, the sums are hundreds of times larger.
+    - The transform is scaled to preserve the magnitude of the tokens. Without scaling, the tokens would become hundreds of
+      times larger.
     - The stem has normalization and activations between its convolutions.
     - Tokens are normalized before pooling.
 
@@ -100,7 +101,8 @@ class _RealTransform(torch.autograd.Function):
 def real_transform(x: Tensor) -> Tensor:
     """Return the real part of the Fourier transform of maps (B, H, W, C) over (H, W, C), scaled by 1 / sqrt(H W C).
 
-    The FFT for real inputs computes only about half of the channels. The others follow from y[-h, -w, -c] = y[h, w, c].
+    The FFT for real inputs computes only about half of the output channels. The other channels follow from
+    y[-h, -w, -c] = y[h, w, c].
     """
     width = x.shape[-1]
     half = torch.fft.rfftn(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=(1, 2, 3), norm="ortho").real

@@ -52,7 +52,7 @@ def conv_layers(widths: Iterable[int], strides: Iterable[tuple[int, int]], activ
 
 
 def _three_strides(size: int) -> tuple[int, int, int]:
-    """Factor `size` into three strides, twos first: 2 = 2*1*1, 8 = 2*2*2, 12 = 2*2*3, 16 = 2*2*4."""
+    """Factor `size` into three strides, starting with factors of 2: 2 = 2*1*1, 8 = 2*2*2, 12 = 2*2*3, 16 = 2*2*4."""
     first = 2 if size % 2 == 0 else 1
     second = 2 if size % 4 == 0 else 1
     return first, second, size // (first * second)
@@ -112,7 +112,7 @@ class Block(nn.Module):
         drop: dropout rate in the MLP.
         drop_path: stochastic depth rate.
         norm, activation: module classes or factories, called as norm(dim) and activation().
-        renormalise: whether the second residual starts from the normalized tokens: n + mlp(n) with n = norm(x).
+        renormalise: whether the second residual connection starts from the normalized tokens: n + mlp(n) with n = norm(x).
     """
 
     def __init__(

@@ -115,7 +115,7 @@ def _stem(in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> nn.Modu
 
 
 def _strides(size: int) -> list[int]:
-    """Factor `size` into at least three strides, twos first: 2 = 2*1*1, 6 = 2*3*1, 16 = 2*2*2*2."""
+    """Factor `size` into at least three strides, starting with factors of 2: 2 = 2*1*1, 6 = 2*3*1, 16 = 2*2*2*2."""
     twos = (size & -size).bit_length() - 1
     row = [2] * twos + [size >> twos] * (size >> twos > 1)
     return row + [1] * (3 - len(row))
@@ -156,7 +156,7 @@ class _BiasedAttention(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BiasedAttention:
         super()._apply(fn, recurse)
-        self.distance = self._distance(self.distance.device)  # to_empty() allocates it without its values
+        self.distance = self._distance(self.distance.device)  # to_empty() allocates this buffer without values
         return self
 
     def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:

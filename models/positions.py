@@ -28,7 +28,10 @@ def learned_position(position: str, tokens: int, dim: int) -> nn.Parameter | Non
 def rotary_position(
     position: str, grid: tuple[int, int], dim: int, num_heads: int, depth: int, prefix_tokens: int = 0
 ) -> nn.Module | None:
-    """Return a module that maps a layer index to a rotary table, or None for other positions. Prefix tokens are not rotated."""
+    """Return a module that maps a layer index to a rotary table. Prefix tokens are not rotated.
+
+    If `position` is not a rotary encoding, return None.
+    """
     if not position.startswith("rope"):
         return None
     head_dim, multiple = dim // num_heads, 2 if position == "rope_1d" else 4

@@ -22,7 +22,7 @@ from .state import load_state
 from .zoo import create_model
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-# State dict entries with a token dimension: the index of this dimension, and whether it includes the prefix tokens.
+# Maps each state dict entry with a token dimension to the index of this dimension, and to whether it includes prefix tokens.
 _OVER_TOKENS = {
     "pos_embed": (1, True),
     "key_projection": (-2, True),
@@ -179,7 +179,7 @@ def _adapt(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[
 
 
 def _other_channels(weight: Tensor, channels: int) -> Tensor:
-    """Adapt `weight` to a number of input channels: sum them for one channel, or else repeat and scale them.
+    """Adapt `weight` to `channels` input channels. For one channel, sum the old channels; otherwise, repeat and scale them.
 
     This preserves the magnitude of the outputs.
     """

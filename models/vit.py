@@ -25,8 +25,8 @@ class VisionTransformer(Backbone):
 
     Fixes relative to the originals:
 
-    - The hybrids have normalization and activations between their convolutions. Without them, the convolutions are a single
-      linear map.
+    - The hybrids have normalization and activations between their convolutions. Without these, the convolutions would form a
+      single linear map.
     - Patches are not layer-normalized. The vision_xformer package normalizes them, so a one-pixel patch loses its brightness.
     - `num_heads` is respected. Some originals always use 4 heads.
     - The number of positions depends on the image size, and rotary models have no unused position embedding.

@@ -78,7 +78,7 @@ _FNETS_2D = {
     "_base": dict(img_size=224, patch_size=16, embed_dim=768, depth=12, mlp_ratio=4.0),
 }
 _CLASSES = {"_tiny": 10, "_small": 200, "_base": 1000}  # CIFAR-10, Tiny ImageNet, ImageNet
-# (architecture, names with their mixers, arguments by suffix)
+# Each family has an architecture, the model names with their default mixers, and the arguments for each suffix.
 _FAMILIES: tuple[tuple[Callable[..., Backbone], dict[str, str | None], dict[str, dict[str, Any]]], ...] = (
     (
         VisionTransformer,
@@ -95,10 +95,10 @@ _FAMILIES: tuple[tuple[Callable[..., Backbone], dict[str, str | None], dict[str,
     (CCT, dict(cct="softmax", ccn="nystrom", ccp="performer"), _CCTS),
     (FNet2D, dict(fnet_2d=None), _FNETS_2D),
 )
-# Default arguments of a mixer, for every architecture.
+# Default arguments for models with a given mixer, in every architecture.
 _WITH_MIXER = {"performer": dict(qkv_bias=True)}  # as published
-# LeViT encodes positions in its attention bias. Mixers without attention weights cannot have a bias, so they use rotary
-# positions instead.
+# LeViT encodes positions in its attention bias. Mixers without attention weights cannot use this bias, so they have
+# rotary positions instead.
 _ROTATED = {LeViT: dict(position="rope_axial")}
 
 
@@ -159,7 +159,7 @@ def create_model(name: str, **overrides: Any) -> Backbone:
 
 
 def takes(name: str, mixer: str | None = None) -> set[str]:
-    """Return the names of the arguments that the model `name` accepts with `mixer`, or with its default mixer if None."""
+    """Return the names of the arguments that the model `name` accepts with `mixer`. None means its default mixer."""
     entry = _entry(name)
     signature = inspect.signature(entry.architecture).parameters.values()
     names = {each.name for each in signature if each.kind is each.KEYWORD_ONLY} - {"stem"}

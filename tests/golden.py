@@ -1,4 +1,4 @@
-"""Golden outputs of the original models. `python -m tests.golden SOURCE` condenses one file per model into golden.json.
+"""Golden outputs of the original models. `python -m tests.golden SOURCE` condenses SOURCE/*.json into golden.json.
 
 No weights are stored. The field "rule" in golden.json describes how weights, inputs and cotangents are derived from a seed.
 Each row in "state" contains the shape, base and scale of a state_dict entry and, for a parameter, the norm of its gradient.
@@ -29,7 +29,7 @@ NORMS_OF = {"HybridViPRoPE": "grad_norms_float64"}
 
 
 def condense(source: Path) -> dict[str, Any]:
-    """Return the contents of golden.json, given the folder of full files."""
+    """Return the contents of golden.json. `source` is a folder with one full file per model."""
     files = {path.stem: json.loads(path.read_text()) for path in sorted(source.glob("*.json"))}
     (rule,) = {model["rule"] for model in files.values()}
     models = {
@@ -63,7 +63,7 @@ class Golden:
 
     Attributes:
         config: constructor arguments.
-        state: the float32 state_dict without derived entries.
+        state: the float32 state_dict without the entries that the constructor computes.
         x: images of shape (batch, 3, image_size, image_size).
         logits: logits of shape (batch, classes).
         alone: logits of the first image in a batch of one, of shape (1, classes).

@@ -8,8 +8,8 @@ Fenced blocks are processed in order:
     ```text title="output"  must equal the stdout of the block above; "..." matches any text
     ```text                 is neither run nor compared
 
-A comment on the line above a fence skips the block: `<!-- not run: REASON -->` skips it always, and
-`<!-- needs: PACKAGE, PACKAGE -->` if one of the packages is not installed. A block in any other language is an error.
+A comment on the line above a fence skips the block: `<!-- not run: REASON -->` always skips it, and
+`<!-- needs: PACKAGE, PACKAGE -->` skips it if one of the packages is not installed. A block in any other language is an error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SKIPPED = re.compile(r"<!-- *(not run|needs): *(.+?) *-->")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page."""
+    """A fenced block in a page."""
 
     line: int  # the line number of the opening fence, starting at 1
     language: str
@@ -158,5 +158,5 @@ if __name__ == "__main__":
     if any("import torch" in block.text for block in parse(page)):
         import conftest  # noqa: F401  sets up torch as in the tests: the device, the interpreter and torchvision's operators
     here = Path(__file__).resolve().parent
-    sys.path = [each for each in sys.path if Path(each).resolve() != here]  # a page cannot import the tests
+    sys.path = [each for each in sys.path if Path(each).resolve() != here]  # so that a page cannot import the tests
     sys.exit(run(page))

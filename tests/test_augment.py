@@ -1,4 +1,4 @@
-"""Tests of augmentation on image batches: the sizes and positions of the changes, and the matching targets."""
+"""Tests of augmentation on image batches: the sizes and positions of the changed areas, and the targets of mixed images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_crops_have_the_drawn_size_and_any_position() -> None:
     y, x = torch.meshgrid(torch.linspace(-1, 1, 33), torch.linspace(-1, 1, 17), indexing="ij")
     images = torch.stack([x, y]).expand(500, 2, 33, 17)  # the value of a pixel is its position
     cropped = random_resized_crop(images, Draws(0, images=500), scale=0.35)
-    first, last = cropped[:, :, 2, 2], cropped[:, :, -3, -3]  # inside the border, where pixels are repeated
+    first, last = cropped[:, :, 2, 2], cropped[:, :, -3, -3]  # two corners, away from the border, where pixels are repeated
     width, height = ((last - first) / torch.tensor([x[0, -3] - x[0, 2], y[-3, 0] - y[2, 0]])).unbind(1)
     area, aspect = width * height, width / height
     assert 0.35 <= area.min() < 0.4 and 0.95 < area.max() <= 1 + 1e-5
@@ -82,7 +82,7 @@ def test_mixup_and_cutmix_alternate_at_random() -> None:
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("batch", [12, 13])
 def test_ranks_together_see_the_batch_of_a_single_process(world: int, batch: int) -> None:
-    """Each image gets the same changes, and is mixed with the same image, regardless of its rank."""
+    """Each image gets the same changes, and is mixed with the same image, regardless of the rank that processes it."""
     images, labels = torch.rand(batch, 3, 8, 8), torch.arange(batch) % 5
 
     def augmented(rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +108,7 @@ def picture(size: tuple[int, int] = (24, 16)) -> Image.Image:
 
 
 # For each operation, Pillow's result for strength 0.5 and the allowed difference on a scale of 255. Pillow rounds its results
-# down. Before that, it rounds the gray, mean or smoothed image that it blends with (half to even).
+# down. Before that, it rounds the gray, mean or smoothed image that it blends with the original (half to even).
 PILLOW = {
     "autocontrast": (lambda x, s: ImageOps.autocontrast(x), 1),
     "equalize": (lambda x, s: ImageOps.equalize(x), 0),

@@ -260,7 +260,7 @@ def test_modules_refuse_tokens_of_another_dtype() -> None:
         module(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         module(x)
-    module.qkv = torch.nn.Sequential(module.qkv)  # a different layer may accept inputs in a dtype that its weight does not have
+    module.qkv = torch.nn.Sequential(module.qkv)  # a different layer may accept a dtype other than that of its weight
     with pytest.raises(RuntimeError, match="dtype"):
         module(x)
 

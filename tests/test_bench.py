@@ -54,7 +54,7 @@ def test_rates_match_hand_counts() -> None:
     seconds = row["device_ms"] / 1e3
     assert row["gbps"] == pytest.approx(
         4 * 4 * elements / seconds / 1e9
-    )  # reads and writes q and k; the angles are not counted
+    )  # the bytes of q and k, which are read and written; angles are not counted
     assert row["tflops"] == pytest.approx(6 * elements / seconds / 1e12)
     assert result.samples and row["device_ms"] == pytest.approx(sum(result.samples) / 2)
 
@@ -149,7 +149,7 @@ class TestSuite:
         run["machine_info"]["device"] = "another"
         (tmp_path / "other.json").write_text(json.dumps(run))
         done = self.run("--benchmark-compare", tmp_path / "other.json")
-        assert done.returncode and "those results are of another" in done.stdout + done.stderr
+        assert done.returncode and "the saved results are from another" in done.stdout + done.stderr
         done = self.run("--benchmark-compare", tmp_path / "run.json")
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -296,9 +296,9 @@ def test_models_are_compared_with_their_originals() -> None:
 
 @pytest.mark.parametrize("name", models.PAIRS)
 def test_models_and_originals_have_similar_sizes(name: str) -> None:
-    """Sizes differ where models are fixed. For example, ViL has as many key heads as query heads, but its original has one.
+    """Sizes differ where our models fix the originals.
 
-    The same is true of the value heads.
+    For example, ViL has as many key and value heads as query heads, but its original has only one of each.
     """
     model, original = (models.make(name, provider, {}, "cpu").to("meta") for provider in ("ours", "original"))
     sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, original)]

@@ -47,7 +47,7 @@ def test_a_kill_at_any_moment_keeps_the_last_complete_checkpoint(tmp_path: Path,
                 os.write(writing, struct.pack("i", step))
             os._exit(0)
         os.close(writing)
-        written = os.read(reading, 4)  # a slow machine must save at least one, too
+        written = os.read(reading, 4)  # wait for the first save, which may take long on a slow machine
         time.sleep(moments.uniform(0.002, 0.15))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -64,9 +64,10 @@ def test_a_kill_at_any_moment_keeps_the_last_complete_checkpoint(tmp_path: Path,
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_full_disk_at_any_byte_keeps_the_old_checkpoint(tmp_path: Path, sharded: bool) -> None:
-    """Simulate a full disk with a limit on file sizes.
+    """Simulate a full disk by limiting the size of files.
 
-    Torch raises a RuntimeError for most sizes, and an OSError for the last bytes.
+    For most limits, torch raises a RuntimeError. For limits just below the size of the file, it raises an OSError.
+    `save_checkpoint` raises an OSError in both cases.
     """
     resource = pytest.importorskip("resource")
     path = tmp_path / "last.pt"

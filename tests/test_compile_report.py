@@ -71,7 +71,7 @@ def compile_performer(target: str) -> list[offline.CompiledLaunch]:
 
 
 def shared_both_ways(target: str) -> list[int]:
-    """Return the toy kernel's shared memory in bytes, from a compilation that stops after allocation and from a full one."""
+    """Compile the toy kernel only until shared memory is allocated, then fully. Return the bytes of shared memory for both."""
     x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
     meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     arguments = x, x, x, x.stride(0), 1024
@@ -83,7 +83,7 @@ def shared_both_ways(target: str) -> list[int]:
 
 
 def in_subprocess(function: str, target: str) -> list[dict]:
-    """Run a function from this file in a process without the interpreter, and return its result."""
+    """Run a function from this file in a process without Triton's interpreter, and return its result."""
     with compile_report.worker_environment():
         command = [sys.executable, __file__, function, target]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
@@ -198,7 +198,7 @@ def test_missing_and_excessive_shared_memory_is_named(monkeypatch):
         assert entry in shared_memory.missing([stale], "sm_86") and shared_memory.excesses([stale], "sm_86") == []
     assert entry in shared_memory.missing(
         [row, replace(row, triton="3.6.0", kernel="rotate")], "sm_86"
-    )  # the table has one row per Triton version
+    )  # the table needs a row for each Triton version
     monkeypatch.setitem(OVERRIDES["sm_86"], ("aggregate_slots", 16, 128), tile._replace(num_stages=4))
     assert entry not in shared_memory.entries("sm_86")
 
@@ -290,12 +290,12 @@ def test_amd_regressions_are_named():
 @pytest.mark.parametrize(
     ("arch", "kernel", "percent"),
     [
-        ("sm_80", (4, 32, 0), 100),  # 16 blocks
+        ("sm_80", (4, 32, 0), 100),  # 16 blocks of four warps fit
         ("sm_90", (4, 168, 40_960), 18),  # three warps fit in each quarter of the register file
         ("sm_90", (4, 169, 40_960), 12),  # registers are allocated in groups of eight
         ("sm_86", (4, 64, 50_176), 16),  # with the reserved KiB, this is exactly half of the shared memory
         ("sm_86", (4, 64, 50_177), 8),
-        ("sm_86", (1, 32, 0), 33),  # 16 blocks
+        ("sm_86", (1, 32, 0), 33),  # at most 16 blocks fit
         ("sm_100", (8, 32, 0, 256), 25),  # two blocks share the tensor memory
         ("gfx942", (4, 129, 0), 37),  # three wavefronts fit on each SIMD
         ("gfx942", (8, 256, 16_384), 25),

@@ -1,4 +1,4 @@
-"""Tests of the costs of a call, predictions based on them, and the tuning of launch configurations. They need no GPU."""
+"""Tests of counted costs, of times predicted from them, and of the tuning of launch configurations. They need no GPU."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_float32_uses_the_faster_of_two_units() -> None:
 
 
 def test_measured_times_are_matched_to_predictions(tmp_path, capsys) -> None:
-    """Only times from the newest run are used, for Triton kernels and exactly the same GPU, shape and direction."""
+    """Use only the newest run's times of Triton kernels, measured with exactly the same GPU, shape and direction."""
     first = asdict(next(roofline.rows(["apply_rope"], [H100], ["bf16"])))
     line = {name: first[name] for name in KEY} | dict(device="NVIDIA H100 80GB HBM3", provider="triton", device_ms="")
     for run, milliseconds in (("2026-01-02-aaa", 0.25), ("2026-01-03-bbb", 0.5)):

@@ -47,7 +47,7 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 def arrays_of(files: list[bytes]) -> dict[str, np.ndarray]:
-    """Return the arrays of a pack with three classes. Every fourth image is held out."""
+    """Return the arrays of a pack (an .npz data set) with three classes. Every fourth image is held out."""
     starts = [file.index(b"\xff\xda") for file in files]  # JPEG marker for the start of the scan
     heads = [file[:start] for file, start in zip(files, starts, strict=True)]
     headers = sorted(set(heads))
@@ -91,7 +91,7 @@ def test_a_pack_returns_the_packed_images(pack: Path) -> None:
     assert torch.equal(data.train.labels, (torch.arange(48) % 3)[~held_out])
     assert torch.equal(data.test.labels, (torch.arange(48) % 3)[held_out])
     assert (data.name, data.classes) == ("stripes", ("lies", "stands", "leans"))
-    assert data.model_kwargs == {"patch_size": 2}  # gives 8 x 8 tokens
+    assert data.model_kwargs == {"patch_size": 2}  # results in 8 x 8 tokens
 
 
 def test_inputs_are_normalized(pack: Path) -> None:

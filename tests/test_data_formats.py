@@ -374,7 +374,7 @@ def test_pixels_without_a_known_range_are_refused(dtype: type, kind: str, tmp_pa
 
 
 def test_hidden_files_are_ignored(tmp_path: Path) -> None:
-    """On disks with other file systems, macOS writes a metadata file `._NAME` for every file."""
+    """On file systems that are not Apple's, macOS writes a metadata file `._NAME` for every file."""
     image_folder(tmp_path)
     for path in list(tmp_path.rglob("*.png")):
         path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
@@ -453,7 +453,7 @@ def test_settings_are_checked_before_images_are_decoded(
 
 @pytest.fixture(scope="module")
 def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that contains a run in `run`, its images in `data`, and different images in `other`."""
+    """Train two epochs. Return a folder with the run in `run`, its images in `data`, and different images in `other`."""
     folder = tmp_path_factory.mktemp("two_epochs")
     image_folder(folder / "data")
     image_folder(folder / "other").joinpath("train", "dog").rename(folder / "other" / "train" / "cow")

@@ -111,7 +111,7 @@ def test_quality_table() -> None:
 
 
 def test_table_of_lengths() -> None:
-    """Test that the ratios in docs/choosing.md, and the lengths at which an attention is faster, match the committed sweep."""
+    """Test that the ratios in docs/choosing.md, and the lengths where an op becomes faster, match the committed CSV."""
     text = CHOOSING.read_text(encoding="utf-8")
     (path,) = (RESULTS / "epyc-1-thread").glob("*-78d4b70/tokens.csv")
     sweep = rows(path)

@@ -1,4 +1,4 @@
-"""Tests that models, saved folders and runs written by commit 5d75bb5 (tests/earlier) load and give the same results."""
+"""Tests that models, saved folders and runs from commit 5d75bb5 (in tests/earlier) can be loaded and give the same results."""
 
 from __future__ import annotations
 

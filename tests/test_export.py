@@ -30,7 +30,7 @@ from vix_kernels.testing import Case, OpSpec
 from vix_kernels.testing.models import small_model
 
 # Exported programs compute the same float32 sums in a different order, with up to 100 terms each, in about twelve steps. BOUND
-# is 84 eps, and the largest error is 10 eps.
+# is 84 eps, and the largest error that was measured is 10 eps.
 BOUND = 1e-5
 HEADS, WIDTH, ROWS, COLUMNS, LONGEST = 2, 16, 4, 9, 64
 
@@ -69,7 +69,7 @@ def test_every_forward_operator_has_a_reference() -> None:
     assert names == {name for name in registry.operators if not name.endswith("_backward")} - {"angle_gradient"}
 
 
-# Functions. Each group is exported as one program, because an export takes seconds.
+# Functions. All functions in a group are exported as one program, because each export takes seconds.
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -323,8 +323,8 @@ def test_without_onnxruntime_outputs_are_not_compared(onnx: None, monkeypatch: p
         (3, TypeError, "x: expected a Tensor or a tuple of arguments, got int"),
         ((), TypeError, "x: expected a Tensor or a tuple of arguments, got tuple"),
         (drawn(2, 1, 8, 8), ValueError, "x: expected shape"),
-        (drawn(0, 3, 8, 8), ValueError, "x: expected tensors whose dimension 0 is one batch"),
-        ((drawn(2, 3, 8, 8), drawn(3)), ValueError, "x: expected tensors whose dimension 0 is one batch"),
+        (drawn(0, 3, 8, 8), ValueError, "x: expected the same batch size >= 1 for every tensor"),
+        ((drawn(2, 3, 8, 8), drawn(3)), ValueError, "x: expected the same batch size >= 1 for every tensor"),
     ],
 )
 def test_invalid_arguments_are_named(x: object, kind: type[Exception], words: str, onnx: None, tmp_path: Path) -> None:

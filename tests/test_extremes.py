@@ -149,7 +149,7 @@ def test_nan_in_padding_reaches_no_gradient(name: str, backend: str) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", ("agent", "performer", "linear_projected"))
 def test_infinity_in_padding_reaches_no_gradient_of_the_slots(name: str, sign: int, backend: str) -> None:
-    """If all slots have the same sign, the logits of a padded token are all -inf, or its features are all 0."""
+    """If all slots are positive, the logits of a padded token at -inf are all -inf, or its features are all 0."""
     torch.manual_seed(0)
     q, k, v, slots = (torch.rand(1, 2, tokens, 16, device=DEVICE) for tokens in (12, 12, 12, 5))
     mask = torch.arange(12, device=DEVICE)[None] < 9
@@ -170,7 +170,7 @@ def test_infinity_in_padding_reaches_no_gradient_of_the_slots(name: str, sign: i
 
 
 def test_queries_without_a_feature_of_any_key_stay_finite_in_float16(backend: str) -> None:
-    """The denominator for such a query is eps."""
+    """If a query shares no feature with any key, its denominator is eps."""
     q, k = (torch.zeros(1, 1, 16, 16, dtype=torch.float16, device=DEVICE) for _ in range(2))
     q[..., :8], k[..., 8:] = 3, 1
     q[:, :, ::2, 8:] = 1

@@ -20,7 +20,7 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("size, count", [(12, 4), (13, 4), (11, 4), (7, 7), (9, 5), (5, 1), (40, 2)])
 def test_segments_are_a_partition(backend: str, size: int, count: int) -> None:
-    """Compare with a loop that assigns each token to one segment with the formula in the published code."""
+    """Compare with a loop that assigns each token to a segment. The formula for the segment is from the published code."""
     x = tokens(1, 2, size, 8, dtype=torch.float32)
     sums, members = torch.zeros(1, 2, count, 8, device=DEVICE), [0] * count
     short = size // count

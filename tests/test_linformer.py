@@ -26,7 +26,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def peer_module(share_kv: bool, tokens: int = 20):
-    """Return `LinformerAttention` and linformer's module with the same weights and 12 slots, for up to `tokens` tokens."""
+    """Return `LinformerAttention` and the linformer package's module with equal weights, 12 slots and up to `tokens` tokens."""
     package = pytest.importorskip("linformer", reason="linformer is not installed (extra: test)")
     torch.manual_seed(0)
     peer = package.LinformerSelfAttention(48, tokens, k=12, heads=3, share_kv=share_kv).to(DEVICE)
@@ -107,7 +107,7 @@ def test_one_projection_serves_keys_and_values(backend: str) -> None:
 @pytest.mark.parametrize("share_kv", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_reassociation_changes_nothing(share_kv: bool, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare the module's default path, which never computes the keys of tokens, with the path that does.
+    """Compare the module's default path, which never computes a key for each token, with the path that does.
 
     One sample is fully masked.
     """
@@ -156,7 +156,7 @@ def test_masked_agents_have_no_influence(backend: str) -> None:
 @NO_TRITON
 @pytest.mark.skipif(DEVICE != "cpu", reason="traffic is counted in the interpreter")
 def test_forward_traffic_is_near_the_minimum() -> None:
-    """Measure the launches for sm_90, including the chunks and their sum. More slots or wider heads need fewer chunks."""
+    """Measure the launches for sm_90, which include partial sums over chunks. More slots or wider heads need fewer chunks."""
     from vix_kernels.measure.traffic import measure
 
     spec = SPECS["linformer_attention"]

@@ -21,7 +21,7 @@ def tokens(count: int, *, spread: float = 1.0, seed: int = 0) -> list[Tensor]:
 
 
 def peer(num_landmarks: int, **options) -> nn.Module:
-    """Return nystrom-attention's module without its linear maps. The input is the concatenation of q, k and v."""
+    """Return the module from nystrom-attention with its linear maps removed. Its input is the concatenation of q, k and v."""
     package = pytest.importorskip("nystrom_attention", reason="nystrom-attention is not installed (extra: test)")
     module = package.NystromAttention(HEADS * WIDTH, dim_head=WIDTH, heads=HEADS, num_landmarks=num_landmarks, **options).to(
         DEVICE
@@ -45,7 +45,7 @@ def error(x: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("count", [40, 37, 33])
 def test_equals_nystrom_attention(count: int, backend: str) -> None:
-    """Compare outputs and gradients, with and without padding. The residual has 33 taps."""
+    """Compare outputs and gradients. 37 and 33 tokens are padded to a multiple of the number of landmarks; 40 are not."""
     module, qkv = peer(8, residual=True, residual_conv_kernel=33), tokens(count)
     weight = module.res_conv.weight
     dout = torch.randn(BATCH, HEADS, count, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -63,7 +63,7 @@ def test_equals_nystrom_attention(count: int, backend: str) -> None:
 
 
 def paper(q: Tensor, k: Tensor, v: Tensor, q_marks: Tensor, k_marks: Tensor) -> Tensor:
-    """Evaluate equation 13. The iteration in equation 11 starts as in the lemma of the paper."""
+    """Evaluate equation 13 of the paper. The iteration of equation 11 starts from the matrix in the lemma of the paper."""
     scale = q.shape[-1] ** -0.5
     f, a, b = ((scale * x @ y.mT).softmax(-1) for x, y in ((q, k_marks), (q_marks, k_marks), (q_marks, k)))
     z = a.mT / a.sum(-2).amax(-1)[..., None, None]
@@ -77,7 +77,7 @@ def paper(q: Tensor, k: Tensor, v: Tensor, q_marks: Tensor, k_marks: Tensor) -> 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("landmarks", ["segment", "grid"])
 def test_equals_the_paper(landmarks: str, backend: str) -> None:
-    """With segments, queries and keys are different sequences. With a grid, landmarks equal torch's adaptive pooling."""
+    """Segments are tested with fewer queries than keys. Landmarks from a grid are compared with PyTorch's adaptive pooling."""
     q, k, v = tokens(35)
     if landmarks == "grid":  # 5 rows and 7 columns
         options = dict(grid_size=(5, 7))
@@ -96,7 +96,7 @@ def test_equals_the_paper(landmarks: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_nystrom_attention_under_a_mask(backend: str) -> None:
-    """Every landmark has a valid token. The rows of masked queries are not compared."""
+    """Every landmark has at least one valid token. Outputs of masked queries are not compared."""
     module, qkv = peer(8, residual=False), tokens(40)
     mask = torch.rand(BATCH, 40, generator=torch.Generator().manual_seed(2)) > 0.4
     mask[:, ::5] = True
@@ -121,7 +121,7 @@ def test_samples_are_independent_only_with_exact_pinv_init(backend: str) -> None
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_many_landmarks_as_tokens_give_softmax_attention(backend: str) -> None:
-    """A is then the full matrix of attention weights, and the iteration converges to its inverse."""
+    """With one landmark per token, the matrix A contains all attention weights, and the iteration converges to its inverse."""
     q, k, v = tokens(12, spread=1.5)
     exact = nn.functional.scaled_dot_product_attention(q, k, v)
     out = nystrom_attention(q, k, v, num_landmarks=12, pinv_iterations=30, backend=backend)
@@ -131,14 +131,15 @@ def test_as_many_landmarks_as_tokens_give_softmax_attention(backend: str) -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_has_no_influence(backend: str) -> None:
-    """Padded keys and queries change neither results nor landmarks. A landmark without valid tokens is ignored."""
+    """Padded keys and queries change neither the landmarks nor the outputs of valid queries. Landmarks that have no valid token
+    are ignored."""
     qkv, mask = tokens(30), torch.ones(BATCH, 30, dtype=torch.bool, device=DEVICE)
     mask[0, 22:] = False  # the last segment of five tokens has no valid token, and the segment before it has two
     mask[1] = False
     weight = torch.randn(HEADS, 1, 5, 1, device=DEVICE)
     options = dict(num_landmarks=6, conv_weight=weight, key_padding_mask=mask, backend=backend)
     out = nystrom_attention(*qkv, **options)
-    fillings = 50.0, float("nan"), float("inf")  # q stays finite, because padded queries still have outputs
+    fillings = 50.0, float("nan"), float("inf")  # q stays finite, because outputs are computed for padded queries, too
     hostile = [
         x.detach().masked_fill(~mask[:, None, :, None], fill).requires_grad_() for x, fill in zip(qkv, fillings, strict=True)
     ]
@@ -149,7 +150,7 @@ def test_padding_has_no_influence(backend: str) -> None:
     for x, y in zip(torch.autograd.grad(out, qkv, dout), torch.autograd.grad(again, hostile, dout), strict=True):
         assert torch.equal(x[valid], y[valid]) and (y[~valid] == 0).all() and (y[1] == 0).all()
 
-    # The first 25 tokens, masked from token 22 upward, have the same five nonempty segments of five tokens.
+    # The first 25 tokens form the same five segments of five tokens that have at least one valid token.
     fewer = [x[:1, :, :25] for x in qkv]
     short = nystrom_attention(*fewer, **options | dict(num_landmarks=5, key_padding_mask=mask[:1, :25]))
     assert error(out[:1, :, :22], short[:, :, :22]) < 1e-5
@@ -166,7 +167,7 @@ def test_nan_reaches_only_dependent_results(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float16_and_bfloat16_inputs(backend: str, dtype: torch.dtype) -> None:
-    """The inverse is computed in float32, so errors are close to the rounding error of the dtype.
+    """The inverse is computed in float32, so the error of the output is close to the rounding error of the dtype.
 
     The nystrom-attention package raises an error for these dtypes.
     """
@@ -178,7 +179,7 @@ def test_float16_and_bfloat16_inputs(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_learned_angles(backend: str) -> None:
-    """The gradient flows through both tokens and landmarks."""
+    """The angles receive gradients both from the tokens and from the landmarks."""
     q, k, v = tokens(21)
     frequencies = (torch.randn(2, HEADS, WIDTH // 2) * 0.3).to(DEVICE).requires_grad_()
 
@@ -194,7 +195,7 @@ def test_gradients_of_learned_angles(backend: str) -> None:
 
 @pytest.mark.parametrize("landmarks", ["segment", "pad_front"])
 def test_attention_weights_of_all_tokens_give_the_output(landmarks: str) -> None:
-    """The weights of all tokens are the rows of the matrix that maps v to the output."""
+    """The attention weights of all tokens form the matrix that maps v to the output."""
     q, k, v = (x.detach() for x in tokens(22))
     options = dict(num_landmarks=6, landmarks=landmarks, rope=rope_1d(22, WIDTH, device=DEVICE))
     rows = torch.stack([attention_weights(nystrom_attention, q, k, token=i, **options) for i in range(22)], 2)
@@ -204,7 +205,7 @@ def test_attention_weights_of_all_tokens_give_the_output(landmarks: str) -> None
 
 
 def test_attention_weights_of_one_token_need_no_quadratic_memory() -> None:
-    """With 20,000 tokens, the weights of all pairs would take 1.6 GB."""
+    """The attention weights between all pairs of 20,000 tokens would take 1.6 GB."""
     q, k = torch.randn(2, 1, 1, 20_000, 8).unbind()
     weights = attention_weights(nystrom_attention, q, k, num_landmarks=16)
     assert weights.shape == (1, 1, 20_000) and abs(weights.sum().item() - 1) < 0.1

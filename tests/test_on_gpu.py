@@ -45,7 +45,7 @@ def parts(out: Path) -> dict[str, dict]:
 
 
 def test_a_crashed_job_loses_no_other_results(tmp_path: Path) -> None:
-    """After a failed capture, the measurement is repeated without a graph. A crash is reported, and the other jobs complete."""
+    """If CUDA graph capture fails, the times are measured without a graph. A crash is reported, and the other jobs complete."""
     out = tmp_path / "out"
     done = on_gpu(out, "--dry-run", "--only", "timing", "tune", "models", "--inject", "timing=capture", "models=crash")
     assert done.returncode == 1, done.stdout + done.stderr
@@ -79,7 +79,7 @@ def test_a_crashed_job_loses_no_other_results(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_keeps_its_results(tmp_path: Path, number: int) -> None:
-    """While the second job in a part hangs, OUT already contains the rows from the first job."""
+    """Kill the run while the second job of a part hangs. The output folder already contains the rows of the first job."""
     out = tmp_path / "out"
     arguments = ("--dry-run", "--only", "models", "training", "--inject", "models=hang")
     with subprocess.Popen(command(out, *arguments), env=environment(), stdout=subprocess.PIPE, text=True) as process:
@@ -124,15 +124,19 @@ def test_tuning_has_its_time_reserved() -> None:
     for at, name in enumerate(before):  # each part uses its full share and its full grace period
         deadline -= deadline * run.PARTS[name] / sum(run.PARTS[each] for each in parts[at:]) + run.GRACE
     assert deadline * run.PARTS["tune"] / sum(run.PARTS[each] for each in parts[parts.index("tune") :]) >= 60
-    assert run.TOTAL + len(parts) * run.GRACE <= 600  # a run fits into ten minutes, which is a limit on some hosts
+    assert run.TOTAL + len(parts) * run.GRACE <= 600  # some hosts limit a run to ten minutes
 
 
 class TestRestart:
-    """Tests of how `run` restarts the processes of a part. The processes are simulated."""
+    """Tests that `run` restarts the process of a part after a failure. The processes are simulated."""
 
     @staticmethod
     def play(tmp_path: Path, monkeypatch, script: list[tuple[list, int | None]]) -> tuple[run.Outcome, list[tuple[int, bool]]]:
-        """Let each simulated process write records and exit. Return the outcome, and (first, eager) for each process."""
+        """Run a part whose simulated processes write the given records and exit with the given codes.
+
+        Returns:
+            The outcome of the part, and the values of (plan.first, plan.eager) for each process that was started.
+        """
         started = []
 
         def process(part: str, plan: Plan, log: Path, receive: Callable, look: Callable) -> int | None:
@@ -184,7 +188,7 @@ class TestRestart:
 
 
 class FakeCapture:
-    """A fake of CUDA graph capture in torch 2.11. If a capture fails at its end, later allocations still go to its pool."""
+    """Fake CUDA graph capture of torch 2.11. After a capture fails at its end, later allocations still use the pool."""
 
     def __init__(self, monkeypatch, recovers: bool = True) -> None:
         self.calls: list[str] = []
@@ -226,7 +230,7 @@ def test_a_capture_that_spoils_its_process_raises_spoiled(monkeypatch) -> None:
 
 
 def test_correctness_draws_inputs_on_the_device(monkeypatch) -> None:
-    """`spec.problem` draws float64 numbers on the CPU, so it must not be called."""
+    """The correctness checks must not call `spec.problem`, which draws float64 numbers on the CPU."""
     monkeypatch.setattr(OpSpec, "problem", lambda *args, **kwargs: pytest.fail("drawn on the CPU"))
     first = next(correctness.rows(Plan(dry=True, deadline=time.monotonic() + 60)))
     assert first["check"] == "against_float64" and first["status"] == "ok", first
@@ -258,7 +262,7 @@ def test_a_failed_probe_gives_its_reason_in_one_line(tmp_path: Path, monkeypatch
 
 def test_missing_packages_are_named_in_one_line(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # without site-packages
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # this Python cannot import site-packages
     python.chmod(0o755)
     done = subprocess.run(command(tmp_path / "out"), env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
     assert done.returncode == 201 and not done.stderr
@@ -322,7 +326,7 @@ print(type(create_model("vit", depth=1)).__module__)
     ],
 )
 def test_sanitizer_output_is_classified(tmp_path: Path, monkeypatch, tool: str, status: str, why: str) -> None:
-    """Scripts replace the sanitizer. Like some of its releases, they reject the option that excludes torch's kernels."""
+    """Scripts replace compute-sanitizer. Like some of its releases, they reject the option that excludes torch's kernels."""
     program = tmp_path / "compute-sanitizer"
     until_program = f'while [ "$1" != {sys.executable} ]; do [ "$1" != --kernel-name ] || exit 2; shift; done'
     program.write_text(f"#!/bin/bash\n{until_program}\n{tool}\n")

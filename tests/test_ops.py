@@ -20,7 +20,7 @@ EVERY_CASE: Cases = [(spec, case) for spec in SPECS.values() for case in spec.ca
 
 
 def few(*names: str) -> Cases:
-    """For each operator, return the cases with these names, or its last case if it has none of them."""
+    """Return the cases with these names for each operator. An operator without such cases contributes its last case."""
     found: Cases = []
     for spec in SPECS.values():
         found += [(spec, case) for case in spec.cases if case.name in names] or [(spec, spec.cases[-1])]
@@ -46,7 +46,7 @@ def on_each_backend(cases: Cases, interpreted: Cases) -> pytest.MarkDecorator:
 
 
 def each_operator() -> pytest.MarkDecorator:
-    """Parametrize over all operators on both backends. In the interpreter, skip those that launch other operators' kernels."""
+    """Parametrize over all operators on both backends. In the interpreter, skip operators that launch the kernels of others."""
     grid = [
         pytest.param(backend, spec, id=f"{backend}-{name}")
         for backend in ("torch", "triton")
@@ -57,7 +57,7 @@ def each_operator() -> pytest.MarkDecorator:
 
 
 def run(problem: Problem, **how) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the outputs of a problem, and its gradients for fixed cotangents."""
+    """Return the outputs of a problem, and the gradients of its differentiable inputs for fixed gradients of the outputs."""
     leaves = [problem.tensors[name] for name in problem.spec.differentiable]
     leaves = [x.detach().requires_grad_() for x in leaves]
     problem = problem.map(lambda x: x)
@@ -67,14 +67,14 @@ def run(problem: Problem, **how) -> tuple[list[Tensor], list[Tensor]]:
     for i, out in enumerate(outputs):
         generator = torch.Generator().manual_seed(10 + i)
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)
-        # An empty slot has lse = -inf. A finite loss cannot depend on it, so its cotangent is 0.
+        # An empty slot has lse = -inf. A finite loss cannot depend on this lse, so the cotangent of the lse is 0.
         cotangents.append(cotangent.masked_fill(out.detach() == float("-inf"), 0).to(out.dtype))
     grads = torch.autograd.grad(outputs, leaves, cotangents)
     return [out.detach() for out in outputs], list(grads)
 
 
 def finite(x: Tensor) -> Tensor:
-    """Replace -inf, the lse of an empty slot, with a finite number, so that a result without -inf has a large error."""
+    """Replace -inf, which is the lse of an empty slot, with a finite number that is far from any other lse."""
     return torch.where(x == float("-inf"), -1e3, x.double())
 
 
@@ -92,10 +92,11 @@ def dtypes(*chosen: torch.dtype) -> pytest.MarkDecorator:
 
 
 def check_budget(problem: Problem, backend: str, during: AbstractContextManager | None = None) -> None:
-    """Check that errors are at most twice those of plain PyTorch in the same precision. Both are measured against float64.
+    """Check that every error is at most twice the error of plain PyTorch in the same precision.
 
-    One rounding error of the result is added to the reference's error. In float64, where the reference is exact, a relative
-    error of 1e-13 is added instead. Elements that are not written fail the check, because newly allocated memory contains NaN.
+    Both errors are measured against a float64 reference. One rounding error of the result is added to the error of plain
+    PyTorch before it is doubled. In float64, where plain PyTorch is the reference, a relative error of 1e-13 is added instead.
+    Elements that a kernel does not write also fail the check, because newly allocated memory contains NaN.
     """
     spec = problem.spec
     exact = run(problem.double(), reference=True)
@@ -106,7 +107,7 @@ def check_budget(problem: Problem, backend: str, during: AbstractContextManager 
     names = [f"output {i}" for i in range(len(exact[0]))] + [f"d{name}" for name in spec.differentiable]
     for name, x, reference, truth in zip(names, sum(actual, []), sum(plain, []), sum(exact, []), strict=True):
         assert x.dtype == reference.dtype and x.shape == truth.shape, name
-        # If a gradient is zero in exact arithmetic (one token, one feature), its error is relative to the size of the output.
+        # With one token or one feature, some gradients are exactly 0. Their errors are relative to the norm of the output.
         size = finite(truth).norm().item()
         if size < 1e-9 * finite(exact[0][0]).norm().item():
             size = finite(exact[0][0]).norm().item()
@@ -122,11 +123,12 @@ def test_error_budget(spec: OpSpec, case: Case, backend: str, poisoned: None) ->
 
 @pytest.mark.parametrize("spec, case", EVERY)
 def test_error_budget_in_float64(spec: OpSpec, case: Case, poisoned: None) -> None:
-    """Check only the PyTorch backend. The test that uses `Canaries` covers the kernels."""
+    """Check the PyTorch backend in float64. The test that uses `Canaries` checks the kernels in float64."""
     check_budget(spec.problem(case, dtype=torch.float64, device=DEVICE), "torch")
 
 
-# The interpreter has no tensor cores, so kernels treat float32 like float64, and float16 like bfloat16.
+# The interpreter does not emulate tensor cores, so kernels take the same path for float32 as for float64, and for float16 as
+# for bfloat16.
 @dtypes(torch.float16, torch.float32)
 @on_each_backend(EVERY_CASE, interpreted=VARIED)
 def test_error_budget_of_other_dtypes(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, poisoned: None) -> None:
@@ -134,7 +136,7 @@ def test_error_budget_of_other_dtypes(spec: OpSpec, case: Case, dtype: torch.dty
 
 
 class Canaries(TorchDispatchMode):
-    """Fill every new tensor with NaN and surround it with a border of known numbers."""
+    """A dispatch mode that fills every newly allocated tensor with NaN and surrounds it with a border of known numbers."""
 
     BORDER, VALUE = 512, 123.0
 
@@ -144,7 +146,7 @@ class Canaries(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "vix_kernels":
-            with self:  # so that tensors allocated by the implementation are covered
+            with self:  # the mode must also see the tensors that the implementation allocates
                 return operators[function._schema.name.split("::")[1]].implementation(*args)
         out = function(*args, **(kwargs or {}))
         if function._schema.name.split("::")[1] in ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"):
@@ -159,7 +161,7 @@ class Canaries(TorchDispatchMode):
 
 @pytest.mark.parametrize("spec, case", EVERY)
 def test_kernels_write_their_outputs_and_nothing_else(spec: OpSpec, case: Case) -> None:
-    """The error budget is also checked. The dtype is float64, or float32 on a GPU, where kernels do not support float64."""
+    """Also check the errors. The dtype is float64, except on a GPU: kernels do not support float64 there, so it is float32."""
     dtype = torch.float32 if DEVICE == "cuda" else torch.float64
     with Canaries() as canaries:
         check_budget(spec.problem(case, dtype=dtype, device=DEVICE), "triton", canaries)
@@ -171,13 +173,13 @@ def test_kernels_write_their_outputs_and_nothing_else(spec: OpSpec, case: Case) 
 
 @on_each_backend(FEW, interpreted=VARIED)
 def test_gradcheck(spec: OpSpec, case: Case, backend: str) -> None:
-    """Compare with numerical derivatives in float64."""
+    """Compare the gradients with numerical derivatives in float64."""
     if backend == "triton" and DEVICE == "cuda":
         pytest.skip("the kernels support float64 only in the interpreter")
     heads = case.heads if case.per_head else 1
     small = replace(case, tokens=9, heads=heads, features=5, width=max(8, case.rotary or 0))
     problem = spec.problem(small, dtype=torch.float64)
-    # Masked entries and the bias of an empty slot have no numerical derivative, so they are kept fixed.
+    # Masked entries and the biases of empty slots are not finite and have no numerical derivative, so they are kept fixed.
     fixed = {name: ~problem.tensors[name].isfinite() for name in spec.differentiable}
     leaves = [torch.nan_to_num(problem.tensors[name], 0.0, 0.0, 0.0).requires_grad_() for name in spec.differentiable]
 
@@ -192,7 +194,7 @@ def test_gradcheck(spec: OpSpec, case: Case, backend: str) -> None:
 
 @each_operator()
 def test_a_single_gradient_equals_that_of_a_full_backward(spec: OpSpec, backend: str) -> None:
-    """The backward may skip work when only one input requires a gradient."""
+    """If only one input requires a gradient, the backward may skip work, but the gradient must stay bit-identical."""
     problem = spec.problem(spec.fit(Case("alone", batch=1)), device=DEVICE)
     together = dict(zip(spec.differentiable, run(problem, backend=backend)[1], strict=True))
     for name, expected in together.items():
@@ -230,7 +232,7 @@ def test_batch_independence(spec: OpSpec, case: Case, backend: str) -> None:
 
 @on_each_backend(FEW, interpreted=few("packed", "rope_partial"))
 def test_memory_layout_does_not_matter(spec: OpSpec, case: Case, backend: str) -> None:
-    """Results are the same for expanded gradients, and for any strides of the tokens if the last stride is 1."""
+    """The results do not depend on the strides of the tokens if the last stride is 1. Gradients may be expanded tensors."""
     problem = spec.problem(case, device=DEVICE)
 
     def spread_out(x: Tensor) -> Tensor:
@@ -267,7 +269,7 @@ def test_empty_batch(spec: OpSpec, backend: str) -> None:
 
 
 class Record(TorchDispatchMode):
-    """`with Record() as calls` lists the calls of registered operators and their arguments."""
+    """A dispatch mode that records the calls of registered operators, with their arguments, in the list that `with` returns."""
 
     def __enter__(self) -> list:
         self.calls: list = []
@@ -298,7 +300,7 @@ def test_opcheck(spec: OpSpec, case: Case, backend: str) -> None:
 
 @each_operator()
 def test_compiles_without_graph_breaks(spec: OpSpec, backend: str) -> None:
-    """Compile the forward and backward passes, and run them with different sequence lengths."""
+    """Compile the forward and the backward once, and run them with two sequence lengths."""
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda problem, *leaves: spec.function(*leaves, **problem.options, backend=backend),
@@ -340,7 +342,7 @@ def test_exports(spec: OpSpec, backend: str) -> None:
 
 @each_operator()
 def test_checkpointing(spec: OpSpec, backend: str) -> None:
-    """Activation checkpointing gives the same gradients."""
+    """Gradients with activation checkpointing equal gradients without it."""
     problem = spec.problem(spec.fit(Case("checkpointed", heads=1)), device=DEVICE)
     leaves = [x.detach().requires_grad_(name in spec.differentiable) for name, x in problem.tensors.items()]
 

@@ -55,12 +55,12 @@ def test_equals_the_original(name: str, backend: str) -> None:
     unused = sum(expected.state[key].numel() for key in expected.norms.keys() - used.keys())
     assert sum(p.numel() for p in parameters.values()) + unused == expected.parameters
     norms = {key: p.grad.norm().item() for key, p in parameters.items()}
-    assert norms.pop("classifier.attention_pool.bias", 0.0) < 1e-4  # 0 in exact arithmetic, since softmax ignores a constant
+    assert norms.pop("classifier.attention_pool.bias", 0.0) < 1e-4  # softmax ignores a constant, so this is almost 0
     assert norms == pytest.approx({key: used[key] for key in norms}, rel=1e-3)
 
 
-# Measured on the originals for one image: the multiply-adds in millions, without Fourier transforms, and the memory in MiB that
-# training saves for backward, without parameters.
+# Two numbers that were measured on each original model for one image: the multiply-adds in millions (excluding Fourier
+# transforms), and the memory in MiB that training saves for the backward (excluding parameters).
 WORK = {
     "ViT": (1614, 96.7),
     "HybridViT": (1708, 89.1),
@@ -79,7 +79,7 @@ WORK = {
 
 @pytest.mark.parametrize("name", WORK)
 def test_the_reference_backend_does_as_much_work_as_the_original(name: str) -> None:
-    """Because the work is equal, the reference backend can be used as a speed baseline on any machine."""
+    """If the original is not installed, the reference backend can then be the baseline when speed is measured."""
     expected = golden.load(name)
     model = from_original(name, expected.config, expected.state, backend="reference")
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -92,7 +92,7 @@ def test_the_reference_backend_does_as_much_work_as_the_original(name: str) -> N
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         out = model(expected.x)
     mib = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in parameters) / 2**20
-    assert len(out) == len(expected.x)  # keeps the graph and its saved tensors alive until here
+    assert len(out) == len(expected.x)  # this use of `out` keeps the graph and its saved tensors alive until here
     assert (round(counter.get_total_flops() / 2 / len(expected.x) / 1e6), round(mib / len(expected.x), 1)) == WORK[name]
 
 

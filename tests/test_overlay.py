@@ -21,7 +21,7 @@ SMALL = ["--op", "efficient_attention"]
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the package that contains the three files from docs/kernels.md and exports the new function."""
+    """Copy the package, add the three files from docs/kernels.md and the export of the new function, and return the folder."""
     folder = tmp_path_factory.mktemp("overlay")
     ignore = shutil.ignore_patterns("__pycache__", "models")
     shutil.copytree(ROOT / "vix_kernels", folder / "vix_kernels", ignore=ignore)
@@ -88,7 +88,7 @@ model(torch.randn(1, 3, 32, 32)).last_hidden_state.sum().backward()
 
 
 def test_the_command_line_measures_the_new_attention(tree: Path) -> None:
-    """Benchmark the new attention with SDPA, list it, compile it for a GPU, and measure its memory traffic."""
+    """Benchmark the new attention and SDPA. Then compile the new attention for a GPU, and measure its memory traffic."""
     vix = "-m", "vix_kernels"
     sizes = ["--values", "64", "--batch", "1", "--heads", "2", "--width", "16", "--rounds", "1"]
     table = run(tree, *vix, "bench", *SMALL, *sizes, "--provider", "torch", "reference", "sdpa")

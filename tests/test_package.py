@@ -67,7 +67,7 @@ def test_check_prints_every_reason(capsys) -> None:
 
 
 def test_the_trainer_requires_neither_timm_nor_torchvision() -> None:
-    """timm imports torchvision. A matching torchvision is hard to find if PyTorch was not installed from PyPI."""
+    """timm imports torchvision, and a matching torchvision is hard to find if PyTorch was not installed from PyPI."""
     found, open_requirements = set(), [Requirement("vix_kernels[train]")]
     while open_requirements:
         requirement = open_requirements.pop()
@@ -98,7 +98,7 @@ def test_a_torchvision_that_does_not_match_is_reported(matches: bool, monkeypatc
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 def test_make_reports_a_torchvision_that_does_not_match(tmp_path: Path) -> None:
-    """Check the last commands of the setup without running them."""
+    """Check that the setup ends with the torchvision check. The commands are printed but not run."""
     command = ["make", "--dry-run", "--no-print-directory", f"VENV={tmp_path}", f"{tmp_path}/.ready"]
     # `make test` sets environment variables that would make the nested make print the folders that it enters and leaves.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}

@@ -23,7 +23,7 @@ from vix_kernels.training.trained import evaluate_trained, load_trained
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
 
-# 60 steps of a model without batch norm, because each process computes batch statistics separately.
+# Train for 60 steps. The model has no batch norm, because each process would compute different batch statistics.
 RUN = [
     "train", "--model", "vip", "--epochs", "3", "--warmup-epochs", "1", "-b", "72", "--lr", "0.004", "--no-aug",
     "--mixup", "0.2", "--model-ema", "--redraw-interval", "25", "--device", "cpu",
@@ -55,8 +55,8 @@ for argv in json.loads(sys.argv[1]):
 if distributed:
     torch.distributed.destroy_process_group()
 """
-# Runs that fail, most of them in only one of two processes. Both processes then continue with the next run. The last error
-# simulates a bug.
+# Start several runs that fail, most of them in only one of two processes. After each failure, both processes continue with the
+# next run. The last error simulates a bug.
 FAULTS = """
 import os, sys, torch
 from dataclasses import replace
@@ -130,7 +130,7 @@ if rank:
     os.chdir("..")
 fault("bug", loop, "train_step", 1, KeyError("a bug"))
 """
-# The process with rank 1 kills itself before step 31, but only before the restart.
+# The process with rank 1 kills itself before step 31, unless the run has already been restarted.
 KILLED = """
 import os, signal, sys
 from vix_kernels.__main__ import main
@@ -167,7 +167,7 @@ def run_all(runs: list[list[str]], folder: Path, processes: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train the same configuration in one and in two processes, and configurations with Muon and the fast recipe in two."""
+    """Train one configuration in one process and in two processes. Also train with Muon and with the fast recipe in two."""
     folder = tmp_path_factory.mktemp("runs")
     together = [
         [*RUN, "--output", str(folder / "ddp")],
@@ -190,7 +190,7 @@ def assert_close(actual: Checkpoint, expected: Checkpoint) -> None:
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_two_processes_match_one(runs: Path, name: str) -> None:
-    """The FSDP2 run accumulates gradients over two micro-batches in each step."""
+    """Both DDP and FSDP2 match a single process. The FSDP2 run accumulates gradients over two micro-batches in each step."""
     alone = load_checkpoint(runs / "alone")
     assert alone["history"][-1]["train_loss"] < alone["history"][0]["train_loss"] - 0.05
     assert_close(load_checkpoint(runs / name), alone)
@@ -218,7 +218,7 @@ def test_a_restart_after_a_kill_gives_the_same_results(runs: Path, tmp_path: Pat
     for part in ("model", "optimizer", "ema"):
         torch.testing.assert_close(actual[part], expected[part], rtol=0, atol=0)
     losses = [[row["train_loss"] for row in each["history"]] for each in (actual, expected)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # the restart splits the sum of losses in two
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # after a restart, the losses are summed in a different order
 
 
 def test_an_error_of_any_process_is_printed_once(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_an_error_of_any_process_is_printed_once(tmp_path: Path) -> None:
 
 
 def test_a_run_resumes_with_another_number_of_processes(runs: Path, tmp_path: Path) -> None:
-    """A run that was started with two processes resumes with one process and with three."""
+    """A run that was started with two processes can resume with one or with three processes."""
     branch = ["train", "--resume", str(runs / "muon" / "last.pt"), "--epochs", "2", "--output"]
     assert main([*branch, str(tmp_path / "one"), "--no-fsdp"]) == 0
     run_all([[*branch, str(tmp_path / "three")]], tmp_path, processes=3)

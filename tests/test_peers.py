@@ -38,7 +38,7 @@ def peer_class(package: str) -> type[nn.Module]:
 
 
 def pair(package: str, options: dict[str, Any], dtype: torch.dtype = torch.float64, **new: Any) -> tuple[nn.Module, nn.Module]:
-    """Return a replacement and its peer with the same weights."""
+    """Return a replacement and its peer, both with the same weights."""
     torch.manual_seed(0)
     peer = peer_class(package)(**options).to(DEVICE, dtype)
     replacement = REPLACEMENTS[package](**options, **new).to(DEVICE, dtype)
@@ -59,14 +59,14 @@ def qkv(queries: int, tokens: int, **options: Any) -> list[Tensor]:
 
 
 def noise(*shape: int) -> Tensor:
-    """Return noise that depends only on the shape."""
+    """Return normally distributed noise. The same shape always returns the same noise."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 def results(
     module: nn.Module, inputs: list[Tensor], *args: Any, dout: Tensor | None = None, **options: Any
 ) -> dict[str, Tensor]:
-    """Return the output, and the gradients of all inputs and parameters."""
+    """Return the output of a module, and the gradients of all inputs and parameters."""
     out = module(*inputs, *args, **options)
     out = out[0] if isinstance(out, tuple) else out
     leaves = {str(i): x for i, x in enumerate(inputs)} | dict(module.named_parameters())
@@ -150,7 +150,8 @@ def test_fast_attention_in_float32(scale: float, backend: str) -> None:
     inputs = [x.detach().float().requires_grad_() for x in inputs]
     actual, peer_results = results(replacement.float(), inputs), results(peer.float(), inputs)
     for name, x in exact.items():
-        # Where eps dominates the denominator, the gradient of q is a small difference of large numbers, also in the peer.
+        # If eps dominates the denominator, the gradient of q is a small difference between large numbers. The replacement and
+        # the peer then both have large rounding errors.
         error, peer_error = ((each[name] - x).abs().max() / x.abs().max() for each in (actual, peer_results))
         assert error <= max(1e-5, 4 * peer_error) and peer_error < 0.1
 
@@ -185,16 +186,16 @@ def test_fast_attention_with_a_learned_projection() -> None:
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("options", KINDS, ids=str)
 def test_fast_attention_with_a_mask(options: dict[str, Any], backend: str) -> None:
-    """A padded batch gives the same results as the shorter sequences. Fully masked samples give 0.
+    """A padded sample has the same results as the shorter sequence, and the output of a fully masked sample is 0.
 
-    Padding gets no gradient, even if it contains NaN.
+    The gradients of padding are 0, even if the padding contains NaN.
     """
     torch.manual_seed(0)
     module = FastAttention(**FAST, **options, backend=backend).double().to(DEVICE)
     module.projection_matrix.abs_()
     inputs, mask = qkv(45, 37), up_to(37, 20, tokens=37)
     with torch.no_grad():
-        inputs[1].abs_().neg_()  # all products with features become negative, so zeros in the padding would be the maximum
+        inputs[1].abs_().neg_()  # all logits of valid keys become negative, so zeros in the padding would be the maximum
         for x in inputs[1:]:
             x[1, :, 20:] = float("nan")
     padded = results(module, inputs, key_padding_mask=mask)
@@ -288,7 +289,7 @@ def test_nystrom_in_float32(backend: str) -> None:
 @pytest.mark.parametrize("tokens", [48, 45])
 @pytest.mark.parametrize("plain", [False, True])
 def test_nystrom_without_compat_ignores_padding(tokens: int, plain: bool) -> None:
-    """A padded sample gives the same results as the shorter sequence with one landmark per nonempty segment."""
+    """A padded sample has the same results as the shorter sequence. Segments without valid tokens have no landmark."""
     torch.manual_seed(0)
     full, fewer = (
         NystromAttention(**NYSTROM | dict(num_landmarks=landmarks), compat=False).double().to(DEVICE) for landmarks in (8, 5)
@@ -348,7 +349,7 @@ def test_linformer_in_float32(one_kv_head: bool, backend: str) -> None:
 @pytest.mark.parametrize("tokens", [40, 7])
 def test_linformer_dropout_matches_the_peer(tokens: int) -> None:
     replacement, peer = pair("linformer", LINFORMER | dict(dropout=0.5))
-    replacement.dropout = peer.dropout  # so that both draw the same random numbers
+    replacement.dropout = peer.dropout  # both must draw the same random numbers
     x, outs = normal(2, tokens, 32), []
     for module in (replacement, peer):
         torch.manual_seed(5)
@@ -391,7 +392,7 @@ def test_linformer_with_a_mask(options: dict[str, Any]) -> None:
     ids=str,
 )
 def test_in_bfloat16(package: str, options: dict[str, Any], tokens: int) -> None:
-    """Run under autocast and entirely in bfloat16, with and without a mask. Outputs are close to those in float32."""
+    """Outputs under autocast, and of modules in bfloat16, are close to the outputs in float32, with and without a mask."""
     torch.manual_seed(0)
     module = REPLACEMENTS[package](**options).to(DEVICE)
     performer = package == "performer_pytorch"

@@ -50,7 +50,7 @@ def test_approaches_softmax_attention() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_never_underflows(backend: str) -> None:
-    """Keys and queries are so large that all features, computed as in the paper, underflow to 0 in float32."""
+    """The keys and queries are so large that all features would underflow to 0 if they were computed as in the paper."""
     q, k, v = (torch.randn(1, 1, 20, 64, device=DEVICE) * s for s in (12, 12, 1))
     w = orthogonal_projection(64, 64, seed=0).to(DEVICE)
     x = k * 64**-0.25
@@ -63,7 +63,7 @@ def test_never_underflows(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_gradients_of_many_tokens_stay_finite(backend: str, dtype: torch.dtype) -> None:
-    """The gradient of the slots' values is a sum over tokens that overflows float16. dq, dk and dv do not overflow."""
+    """The gradient with respect to the slots' values is a sum over tokens, which overflows in float16. dq, dk and dv do not."""
     q, k, v = (torch.randn(1, 1, 300, 16, device=DEVICE).to(dtype).requires_grad_() for _ in range(3))
     w = orthogonal_projection(2, 16, seed=0).to(DEVICE)
     dout = torch.full((1, 1, 300, 16), 500.0, device=DEVICE, dtype=dtype)
@@ -91,14 +91,14 @@ def test_nan_reaches_only_dependent_results(backend: str) -> None:
     q[0, 1, 7, 3] = k[1, 0, 4, 2] = float("nan")
     out = performer_attention(q, k, v, orthogonal_projection(24, 16, seed=0).to(DEVICE), backend=backend)
     hit = out.isnan().any(-1)
-    assert hit[0, 1].nonzero().flatten().tolist() == [7]  # a query affects only its row
+    assert hit[0, 1].nonzero().flatten().tolist() == [7]  # a query affects only one row of the output
     assert hit[1, 0].all()  # a key affects all queries in its head
     assert not hit[0, 0].any() and not hit[1, 1].any()
 
 
 @NO_TRITON
 def test_offsets_may_exceed_32_bits() -> None:
-    """The token stride is 2^30 elements, so a 32-bit offset would overflow. Most of the memory is mapped but never touched."""
+    """The stride between tokens is 2^30 elements, so 32-bit offsets would overflow. Most of the memory is never touched."""
     code = """
 import torch
 from vix_kernels import orthogonal_projection, performer_attention
@@ -122,7 +122,7 @@ assert all(torch.equal(a, b) for a, b in zip(*results))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_low_precision_does_not_round_the_projection(backend: str, dtype: torch.dtype) -> None:
-    """q, k and v are exact in 16 bits, so only rounding the projection could change the result much."""
+    """q, k and v are exactly representable in 16 bits, so a large error could come only from rounding the projection."""
     torch.manual_seed(0)
     q, k, v = ((torch.randn(1, 2, 50, 64, device=DEVICE) * 8).to(dtype) for _ in range(3))
     w = orthogonal_projection(32, 64, seed=0).to(DEVICE)
@@ -136,7 +136,7 @@ def test_low_precision_does_not_round_the_projection(backend: str, dtype: torch.
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [1e-40, 1e-30, 1e30, float("inf")])
 def test_gradients_of_any_size(backend: str, size: float) -> None:
-    """The gradient of the values scales with the cotangent, however small. An infinite channel does not affect the others."""
+    """dv scales with dout, however small or large dout is. An infinite channel of dout does not affect other channels."""
     q, k, v = (torch.randn(1, 1, 20, 16, device=DEVICE).requires_grad_() for _ in range(3))
     w = orthogonal_projection(8, 16, seed=0).to(DEVICE)
     dout = torch.zeros(1, 1, 20, 16, device=DEVICE)
@@ -170,7 +170,7 @@ def test_projection_blocks_are_orthogonal_with_requested_lengths() -> None:
 
 
 def test_projection_is_uniform_over_rotations() -> None:
-    """Under the Haar measure, all entries of a block have the same distribution. Plain QR would fix the diagonal's signs."""
+    """All entries of a block must have the same distribution. A plain QR decomposition would fix the signs of the diagonal."""
     first = torch.stack([orthogonal_projection(4, 4, seed=seed, scaling="sqrt") for seed in range(2000)])
     assert (first.mean(0).abs() < 4 * 1 / math.sqrt(2000)).all()  # entries have variance 1
 
@@ -182,7 +182,7 @@ def test_projection_depends_only_on_its_seed() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     orthogonal_projection(10, 8, seed=3)
-    assert torch.equal(before, torch.get_rng_state())  # the global generator is unchanged
+    assert torch.equal(before, torch.get_rng_state())  # the global random generator is not used
 
 
 class TestModule:

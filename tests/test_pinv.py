@@ -27,7 +27,7 @@ def attention(q: Tensor, k: Tensor) -> Tensor:
 
 
 def gradients(function, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Return the output of a function, and its gradients for a fixed cotangent."""
+    """Return the output of a function, and the gradients of `tensors` for a fixed gradient of the output."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     out = function(*leaves)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(out)
@@ -35,7 +35,7 @@ def gradients(function, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def test_convergence_to_the_inverse_is_cubic() -> None:
-    """Each iteration turns the error x in a singular direction into x^3 (3 + x) / 4."""
+    """If a singular direction has the error x before an iteration, it has the error x^3 (3 + x) / 4 after it."""
     q = problem(8)[0]  # each landmark attends mostly to itself, so the softmax matrix is well conditioned
     a, eye = attention(q, q), torch.eye(8, dtype=torch.float64).expand(2, 2, 8, 8)
     inverses = [pinv(q, q, eye, scale=SCALE, iterations=t) for t in range(1, 13)]
@@ -46,7 +46,7 @@ def test_convergence_to_the_inverse_is_cubic() -> None:
 
 
 def test_pinv_filters_singular_values(backend: str) -> None:
-    """Compare with Z = V diag(p^(T)(sigma^2 / s) / sigma) U^T."""
+    """Compare with Z = V diag(p^(T)(sigma^2 / s) / sigma) U^T, where U, sigma and V are the SVD of A."""
     q, k, values = problem(20)
     a = attention(q, k)
     u, sigma, vt = torch.linalg.svd(a)
@@ -63,7 +63,7 @@ def test_pinv_filters_singular_values(backend: str) -> None:
 
 @pytest.mark.parametrize("which", ["rows", "columns", "both"])
 def test_empty_landmarks_are_ignored(which: str, backend: str) -> None:
-    """Rows and columns are dropped independently, so the remaining part of A need not be square."""
+    """Empty query landmarks remove rows of A, and empty key landmarks remove columns, so the rest of A need not be square."""
     landmarks, keep = 12, torch.arange(12) % 3 != 1
     all_valid = torch.ones(landmarks, dtype=torch.bool)
     rows, columns = keep if which != "columns" else all_valid, keep.roll(1) if which != "rows" else all_valid
@@ -92,7 +92,7 @@ def test_empty_landmarks_are_ignored(which: str, backend: str) -> None:
 
 
 def test_original_init_matches_nystrom_attention(backend: str) -> None:
-    """Compare outputs and gradients with nystrom-attention 0.0.14, which uses one maximum for the whole batch."""
+    """Compare outputs and gradients with nystrom-attention 0.0.14, whose initial matrix depends on the whole batch."""
     peer = pytest.importorskip("nystrom_attention.nystrom_attention", reason="nystrom-attention is not installed")
     tensors = [x.to(DEVICE, torch.float32) for x in problem(20)]
     actual = gradients(lambda q, k, v: pinv(q, k, v, scale=SCALE, init="original", backend=backend), tensors)
@@ -103,7 +103,7 @@ def test_original_init_matches_nystrom_attention(backend: str) -> None:
 
 def test_only_the_original_init_depends_on_the_batch(backend: str) -> None:
     q, k, values = (x.to(DEVICE, torch.float32) for x in problem(20))
-    q[1] *= 0.01  # its column sums become about 1, far below those of sample 0
+    q[1] *= 0.01  # the column sums of sample 1 become about 1, far below the column sums of sample 0
 
     def change(init: str) -> float:
         function = partial(pinv, scale=SCALE, init=init, backend=backend)
@@ -115,7 +115,7 @@ def test_only_the_original_init_depends_on_the_batch(backend: str) -> None:
 
 
 def test_nan_in_one_head_does_not_reach_the_next(backend: str) -> None:
-    """Each program processes several heads in turn and reuses its memory for each of them."""
+    """A program processes several heads one after another in the same memory, so NaN from one head could reach the next."""
     tensors = [x.to(DEVICE, torch.float32) for x in problem(20, batch=1)]
     function = partial(pinv, scale=SCALE, iterations=2, backend=backend)
     expected = gradients(function, tensors)
@@ -127,7 +127,7 @@ def test_nan_in_one_head_does_not_reach_the_next(backend: str) -> None:
 
 @pytest.mark.parametrize("init", ["exact", "original"])
 def test_equal_columns_share_the_gradient_of_the_init(init: str, backend: str) -> None:
-    """Two keys are equal and get the most attention from all queries, so their column sums are the largest."""
+    """Two columns of A are equal and have the largest sum, because all queries attend most to two keys that are equal."""
     q, k, values = (x.to(DEVICE, torch.float32) for x in problem(6))
     q[..., 0], k[..., :2, :] = 2.0, 0.0
     k[..., :2, 0] = 4.0
@@ -150,7 +150,7 @@ def test_without_valid_tokens_results_and_gradients_are_zero(backend: str) -> No
 
 @pytest.mark.parametrize("landmarks", [128, 130])
 def test_many_landmarks(landmarks: int, backend: str) -> None:
-    """The kernels support at most 128 landmarks. For 130, batched matrix products are used instead."""
+    """The kernels support at most 128 landmarks. With 130 landmarks, batched matrix products are used instead."""
     tensors = [x.to(DEVICE, torch.float32) for x in problem(landmarks, batch=1, heads=1)]
     options = dict(scale=SCALE, iterations=1)
     actual = gradients(lambda *x: pinv(*x, **options, backend=backend), tensors)

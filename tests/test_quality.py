@@ -18,8 +18,8 @@ def test_writes_the_plot_and_its_data(tmp_path: Path) -> None:
         rows = {(row["tokens"], row["method"], int(row["slots"])): row for row in csv.DictReader(file)}
     assert len(rows) == (1 + len(FIELDS)) * (1 + len(METHODS) * len(QUICK.slots))
     assert all(0 < float(row["low"]) <= float(row["median"]) <= float(row["high"]) for row in rows.values())
-    # The study found that landmarks from grid cells approximate a smooth field, and that landmarks from segments do not. The
-    # difference is far larger than the noise with two heads.
+    # On a smooth field, landmarks from grid cells have small errors, and landmarks from segments have large errors. The
+    # difference is much larger than the noise, even though only two heads are measured.
     grid, segments = (float(rows["smooth field", f"Nystrom, {kind}", 64]["median"]) for kind in ("grid", "segments"))
     assert grid < 0.1 < segments < float(rows["smooth field", MEAN, 0]["high"])
 

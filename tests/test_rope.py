@@ -21,7 +21,7 @@ def test_angles_are_positions_times_frequencies() -> None:
 
 
 def test_angles_of_far_tokens_are_exact() -> None:
-    """In float32, the product of position and frequency is too inaccurate for token 100,000, so it is computed in float64."""
+    """At token 100,000, a float32 product of position and frequency is too inaccurate. It is computed in float64."""
     rope = rope_1d(100_001, 4)
     assert rope.cos[0, -1, 1] == pytest.approx(math.cos(100_000 * 10000.0**-0.5), abs=1e-6)
     assert rope.sin[0, -1, 0] == pytest.approx(math.sin(100_000), abs=1e-6)
@@ -38,7 +38,7 @@ def test_axial_angles_are_columns_then_rows() -> None:
 
 
 def test_mixed_angles_contain_the_axial_ones() -> None:
-    """Here each frequency acts along one axis: horizontally for the first half of the pairs, vertically for the second half."""
+    """Axial angles are mixed angles whose frequencies act along one axis: x for the first half of the pairs, y for the rest."""
     frequencies = torch.zeros(2, 1, 4)
     frequencies[0, 0, :2] = frequencies[1, 0, 2:] = 100.0 ** (-torch.arange(0, 8, 4) / 8)
     mixed, axial = rope_mixed(2, 3, frequencies, prefix_tokens=1), rope_axial(2, 3, 8, prefix_tokens=1)

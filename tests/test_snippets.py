@@ -29,7 +29,7 @@ def imports_timm(page: Path) -> bool:
 
 
 def make_photos(folder: Path) -> None:
-    """Write crops of the two photographs in scikit-learn to photos/train and photos/val."""
+    """Crop the two photographs that are included in scikit-learn, and write the crops to photos/train and photos/val."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -43,9 +43,9 @@ def make_photos(folder: Path) -> None:
 
 
 def run(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the code blocks in a page. They run in a separate process in `folder`, with this environment's commands on the PATH.
+    """Run the code blocks of a page in a separate process, with `folder` as its working directory.
 
-    If the page does not import timm, importing timm raises an error.
+    The PATH includes the commands of this Python environment. If the page does not import timm, any import of timm fails.
     """
     commands = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     environment = os.environ | {"PATH": commands, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
@@ -77,7 +77,7 @@ SKIPPED = {f"{name(page)}:{block.line}": block.skipped for page in PAGES for blo
 
 
 def test_no_address_is_a_placeholder() -> None:
-    """Pages describe the installation from a checkout, because this repository has no public address yet."""
+    """This repository has no public address yet, so pages must describe how to install from a checkout."""
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
         found = re.search(
             r"REPOSITORY|<owner>|your-org|example\.com|git clone (?!https://)|git\+(?!https://)", page.read_text()

@@ -69,7 +69,7 @@ def test_gated_attention_is_supported():
 
 EVAS = {
     "eva02_tiny_patch14_224": {},  # interleaved sines, and biases for q and v
-    "eva02_base_patch14_224": {},  # separate maps for q, k and v
+    "eva02_base_patch14_224": {},  # separate linear layers for q, k and v
     "vit_small_patch16_rope_224": {},
     "vit_small_patch16_rope_mixed_224": {},  # learned angles, with one table for each layer and head
     "vit_small_patch16_dinov3": {},  # half layout, and register tokens
@@ -98,7 +98,7 @@ def test_models_with_rotary_embedding_are_reproduced(name):
 
 
 def test_rotations_match_timm():
-    """Compare rotated q and k in both layouts, with one table for all heads and with one table per head."""
+    """Compare rotated q and k with timm, for both layouts, and for tables that are shared by all heads or separate per head."""
     from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
     from vix_kernels import apply_rope
@@ -130,7 +130,7 @@ def test_replaced_models_train(op):
 
 def test_landmarks_are_placed_on_the_grid():
     model = timm.create_model("vit_tiny_patch16_224", img_size=(96, 192), depth=1, num_classes=5)
-    integration.replace_attention(nn.Sequential(model), "nystrom")  # also works for a model inside another module
+    integration.replace_attention(nn.Sequential(model), "nystrom")  # the model may be a child of a different module
     core = model.blocks[0].attn.vix.placed()
     assert core == Nystrom.made("host", num_landmarks=60, landmarks="grid", grid_size=(6, 12), prefix_tokens=1)
     model(torch.randn(1, 3, 96, 192))
@@ -148,7 +148,7 @@ def test_landmarks_are_placed_on_the_grid():
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 def test_landmarks_are_placed_on_the_grid_of_the_call(name):
-    """For each image size, results equal those of a model built for that size."""
+    """For each image size, the outputs equal the outputs of a model that was built for that size."""
     torch.manual_seed(0)
     arguments = {} if "dinov3" in name else dict(dynamic_img_size=True)
     model = timm.create_model(name, img_size=64, depth=2, num_classes=5, **arguments).eval()
@@ -164,7 +164,7 @@ def test_landmarks_are_placed_on_the_grid_of_the_call(name):
             block.attn.vix.core = block.attn.vix.core.on_grid((height // 16, width // 16))
         assert torch.equal(model(x), fixed(x))
         assert "on the grid 4 x 4" in repr(copy.deepcopy(model)) or (height, width) != (64, 64)
-    again = copy.deepcopy(model)  # the copy has a separate grid
+    again = copy.deepcopy(model)  # the copy does not share its grid with the model
     again(torch.randn(1, 3, 64, 64))
     assert model.blocks[0].attn.vix.grid.size_of() == (6, 2)
     assert again.blocks[0].attn.vix.grid.size_of() == (4, 4)
@@ -421,7 +421,7 @@ def test_saved_models_load_from_their_folder(tmp_path):
     [
         ("vit_tiny_patch16_224", {}, 1),
         ("vit_tiny_patch16_224", dict(dynamic_img_size=True, reg_tokens=4), 5),
-        ("deit_tiny_distilled_patch16_224", {}, 2),  # adds its second prefix token after building its blocks
+        ("deit_tiny_distilled_patch16_224", {}, 2),  # the model sets its number of prefix tokens after it builds its blocks
         ("vit_tiny_patch16_224", dict(class_token=False, global_pool="avg"), 0),
     ],
     ids=repr,

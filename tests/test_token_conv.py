@@ -21,10 +21,10 @@ def problem(taps: int, tokens: int = 70, *, dtype: torch.dtype = torch.float32):
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("taps", [1, 33, 65])
 def test_equals_conv2d(backend: str, taps: int) -> None:
-    """Compare outputs and gradients with a Conv2d, which is the residual of the original Nystrom attention.
+    """Compare outputs and gradients with the Conv2d that the original Nystrom attention adds to its output.
 
-    Some filters have more taps than a tile has tokens. The Conv2d runs in float64, because oneDNN computes a wrong float32
-    gradient for long filters on CPUs.
+    Some filters have more taps than a tile has tokens. The Conv2d runs in float64, because on CPUs oneDNN computes wrong
+    float32 gradients for long filters.
     """
     v, weight, dout = problem(taps)
     conv = torch.nn.Conv2d(3, 3, (taps, 1), padding=(taps // 2, 0), groups=3, bias=False, dtype=torch.float64, device=DEVICE)
@@ -40,7 +40,7 @@ def test_equals_conv2d(backend: str, taps: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_another_gradient_is_added(backend: str, dtype: torch.dtype) -> None:
-    """The sum of the gradients is rounded only once. Masked tokens get no gradient."""
+    """The backward can add a different gradient of v. The sum is rounded only once, and masked tokens have a gradient of 0."""
     v, weight, dout = (x.detach() for x in problem(33, dtype=dtype))
     other = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
     mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(2)).to(DEVICE) > 0.3
@@ -65,7 +65,7 @@ def test_token_conv_add_adds_in_place(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_stays_in_its_sample_and_head(backend: str) -> None:
-    """Samples and heads are adjacent in memory, so a tile could read values from its neighbors."""
+    """Samples and heads are adjacent in memory, so a tile could read values from the adjacent sample or head by mistake."""
     v, weight, _ = (x.detach() for x in problem(65))
     expected = token_conv(v, weight, backend=backend)
     for token in (0, -1):

@@ -25,7 +25,7 @@ def tokens():
 
 
 def padding():
-    """Return a mask for torch.nn (True = padded). The padding is at the end, so PyTorch could use nested tensors."""
+    """Return a mask for torch.nn, where True means padded. Padding at the end would allow PyTorch to use nested tensors."""
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[1, 12:] = True
     return mask
@@ -33,7 +33,7 @@ def padding():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Record the calls of the replacement attention."""
+    """Record calls to the attention that replaces softmax attention."""
     from vix_kernels.integrations.drop_in import DropIn
 
     recorded = []
@@ -47,7 +47,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_encoders_call_the_replacement(calls, grad, training, masked):
-    """PyTorch uses neither its inference fast path, which would bypass the module, nor nested tensors."""
+    """After the replacement, PyTorch uses neither nested tensors nor its inference fast path, which would bypass the module."""
     model, x = encoder().train(training), tokens()
     options = dict(src_key_padding_mask=padding()) if masked else {}
     with torch.set_grad_enabled(grad):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not backends.interpreted(), reason="kernels are 
 
 @triton.jit
 def add_kernel(x, y, rows, stride, N, BLOCK: tl.constexpr):
-    """Load this program's row of x twice and add both copies to y."""
+    """Load one row of x twice, and add both copies to y."""
     at = tl.arange(0, BLOCK)
     inside = at < N
     row = x + tl.program_id(0) % rows * stride
@@ -42,22 +42,22 @@ def added(x: Tensor, programs: int = 3) -> Tensor:
 
 
 def performer(tokens: int, batch: int = 4, heads: int = 4, features: int = 110, **options) -> Traffic:
-    """Measure Performer attention with head width 32 and gradients of q, k and v.
+    """Measure the forward and backward of Performer attention with head width 32, with gradients of q, k and v.
 
-    With float16, launches and traffic are the same as with bfloat16, but the interpreter takes half the time.
+    The dtype is float16: launches and traffic are the same as for bfloat16, but the interpreter takes half the time.
     """
     q, k, v = (torch.randn(batch, heads, tokens, 32, dtype=torch.float16, requires_grad=True) for _ in range(3))
     return measure(performer_attention, q, k, v, orthogonal_projection(features, 32, seed=0), backend="triton", **options)
 
 
 def loaded_bytes(traffic: Pass, name: str) -> list[int]:
-    """Return the number of bytes that each launch loads from an argument."""
+    """Return how many bytes each launch loads from the argument `name`. Skip launches without this argument."""
     return [each.loaded[name] for each in traffic.launches if name in each.loaded]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_launch_counts_each_byte_once_per_direction(dtype: torch.dtype) -> None:
-    """Repeated accesses count once. Masked lanes and unread rows do not count."""
+    """Bytes that a launch reads twice count once. Masked lanes, and rows that are not read, do not count."""
     size = dtype.itemsize
     traffic = measure(added, torch.randn(5, 37, dtype=dtype)).forward
     zeros, kernel = traffic.launches
@@ -77,7 +77,7 @@ def test_views_count_only_their_elements() -> None:
 
 
 def test_pytorch_operators_count() -> None:
-    """PyTorch operators that move data are counted: a cast, a sum, a product with itself, an in-place product and a copy."""
+    """PyTorch operators that move data are counted, too: casts, sums, copies, products, and in-place products."""
 
     def function(x: Tensor) -> Tensor:
         wide = x.view(30).reshape(10, 3).to(torch.float64).to(torch.float64)
@@ -102,7 +102,7 @@ def test_pytorch_operators_count() -> None:
 
 
 def test_packed_tokens_count_like_separate_tensors() -> None:
-    """The packed q, k and v are views of one storage."""
+    """If q, k and v are views of one packed tensor, the counts are the same as for three separate tensors."""
     packed = torch.randn(1, 50, 3, 2, 32, requires_grad=True)
     projection = orthogonal_projection(20, 32, seed=0)
 
@@ -115,9 +115,9 @@ def test_packed_tokens_count_like_separate_tensors() -> None:
 
 
 def test_the_minimum_is_arguments_and_results() -> None:
-    """The forward minimum is the size of q, k, v and out. The backward minimum adds dout, dq, dk and dv.
+    """The minimum of the forward includes q, k, v and out. The minimum of the backward also includes dout, dq, dk and dv.
 
-    Features are counted once. Statistics are not counted.
+    Each minimum includes the random features once, and no softmax statistics.
     """
     traffic = performer(100, 2, 3, 40)
     token_bytes, features = 2 * 3 * 100 * 32 * 2, 40 * 32 * 4
@@ -134,14 +134,14 @@ def test_masked_keys_do_not_count() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_assumed_tiles_of_tokens_do_not_change_traffic(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches and bytes equal those with the architecture's real tiles, even if tokens are split."""
+    """The meter runs kernels with larger tiles than a GPU would use. This changes neither launches nor bytes."""
     options = dict(rope=rope_1d(1000, 32), key_padding_mask=torch.rand(1, 1000) > 0.3, arch=arch)
     large = performer(1000, 1, 1, 70, **options)
     monkeypatch.setattr(launching, "ASSUMED_TOKENS", 0)
     assert performer(1000, 1, 1, 70, **options) == large
 
 
-# Traffic targets, at the shapes that the design specifies
+# Upper limits of the memory traffic
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +157,8 @@ def test_performer_forward() -> None:
     assert 1 <= traffic.forward.ratio <= 1.15, f"\n{traffic.forward}"
     split = measure(performer_attention, q, k, v, projection, backend="triton")
     assert len(split.forward.launches) == 3
-    # Each of the 4 chunks writes values, lse, running max and sum. The merge reads all of them except lse. The bytes that it
-    # writes cancel out in the difference.
+    # Each of the 4 chunks writes values, lse, running max and sum, and the merge reads all of them except lse. The merged
+    # results have the same size as the results without chunks, so they cancel out in the difference.
     rows = 4 * 4 * 110 * 4  # bytes for one number per slot
     assert split.forward.bytes - traffic.forward.bytes == 4 * rows * (32 + 3) + 4 * rows * (32 + 2)
 
@@ -168,7 +168,7 @@ def test_performer_backward(long: Traffic) -> None:
 
 
 def test_nystrom_forward() -> None:
-    """Two passes read q, k and v twice (v again for the residual) and write the output, in 4 launches or 5 with a merge."""
+    """The forward reads q, k and v twice and writes the output. It takes 4 launches, or 5 if it merges chunks."""
     q, k, v = torch.randn(3, 1, 1, 4096, 32, dtype=torch.bfloat16)
     weight, minimum = torch.randn(1, 1, 33, 1), 7 * q.nbytes
     for split, launches in ((False, 4), (True, 5)):

@@ -47,7 +47,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     "flags", [["--grad-accum-steps", "3"], ["--grad-checkpointing"], ["--channels-last"]], ids=lambda x: x[0]
 )
 def test_flags_for_speed_and_memory_keep_the_results(flags: list[str], plain: torch.Tensor, tmp_path: Path) -> None:
-    """The vip model is used because it has no batch norm, whose statistics would depend on how a batch is split."""
+    """The model is vip, because models with batch norm depend on how a batch is split."""
     torch.testing.assert_close(weights(trained(tmp_path, "--model", "vip", *flags)), plain, rtol=1e-3, atol=1e-3)
 
 
@@ -72,7 +72,7 @@ def test_gradient_checkpointing_and_drop_path_reach_the_model(tmp_path: Path, mo
 
 
 def test_compiled_models_save_unchanged_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models are compiled in place, so parameter names do not change. test_models.py tests the compiled models."""
+    """Models are compiled in place, so the names of parameters do not change. test_models.py tests the compiled computation."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append((type(self).__name__, how)))
     checkpoint = trained(tmp_path, "--model", "vip", "--compile", "--model-ema")
@@ -99,7 +99,7 @@ def test_model_and_average_redraw_features_on_schedule(monkeypatch: pytest.Monke
     redraw = RedrawnAttentionModule.redraw_projection
     monkeypatch.setattr(RedrawnAttentionModule, "redraw_projection", lambda self: (redraw(self), drawn.append(self.redraws)))
     checkpoint = trained(tmp_path, "--model", "vip", "--redraw-interval", "2", "--model-ema")  # redraws at steps 1, 3, 5 of 6
-    assert drawn == [1, 1, 2, 2, 3, 3]  # both the model and its average are redrawn
+    assert drawn == [1, 1, 2, 2, 3, 3]  # the features of the model and of its moving average are redrawn
     name = "blocks.0.attn.projection"
     assert torch.equal(checkpoint["model"][name], checkpoint["ema"][name])
     model = create_model("vip", **checkpoint["model_kwargs"])

@@ -33,7 +33,7 @@ TIMES = ("seconds", "images_per_second", "peak_memory_mb")  # columns that diffe
 
 
 def tiny(output: Path, **kwargs: Any) -> Config:
-    """Return a config with dropout and mixing, so that a resumed run must restore every random state."""
+    """Return a config with dropout and mixing of images, so that a resumed run must restore the state of every generator."""
     kwargs = {"model": "hybrid_vip", "model_kwargs": TINY | {"proj_drop_rate": 0.1}, "batch_size": 256} | MIXED | kwargs
     return Config(epochs=2, warmup_epochs=1, output=str(output), **kwargs)
 
@@ -77,7 +77,7 @@ def test_a_resumed_run_is_bit_identical(
     number: int,
     steps: int,
 ) -> None:
-    """The run stops within the first or second epoch, or after the last step of an epoch. Each epoch has 6 steps."""
+    """A signal stops the run in the first or second epoch, or after the last step of an epoch. Each epoch has 6 steps."""
     train_step, seen = loop.train_step, []
 
     def stopped(*args: Any) -> torch.Tensor:
@@ -117,7 +117,7 @@ def test_a_run_can_branch_from_another(full_run: Path, tmp_path: Path) -> None:
 
 
 def test_a_branch_ignores_a_best_checkpoint_of_later_epochs(full_run: Path, tmp_path: Path) -> None:
-    """A branch also ignores best.pt of a different run. The epoch of best.pt must be the best in the branch's history."""
+    """A branch resumes a run in a different folder. It uses best.pt only if the two histories agree up to best.pt."""
     start = load_checkpoint(full_run)
     start["history"], start["epoch"] = start["history"][:1], 1
     best = load_checkpoint(full_run / "best.pt")

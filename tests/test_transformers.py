@@ -35,7 +35,7 @@ def text(tokens=24):
 
 
 def test_nystrom_with_all_landmarks_reproduces_bert():
-    """Padding is masked. If an attention has no mask function, transformers silently drops the mask."""
+    """Padding must be masked: transformers silently drops the mask of an attention that has no mask function."""
     model, (ids, mask) = bert(), text()
     expected = model(ids, attention_mask=mask).last_hidden_state
     padded = model(ids).last_hidden_state
@@ -80,7 +80,7 @@ def test_models_that_ignore_the_interface_get_an_additive_mask():
     model = transformers.MPNetModel(transformers.MPNetConfig(**config)).eval()
     ids, mask = text()
     expected = model(ids[1:], attention_mask=mask[1:]).last_hidden_state
-    model.config._attn_implementation = "vix_nystrom"  # as from_pretrained(attn_implementation=...) does
+    model.config._attn_implementation = "vix_nystrom"  # from_pretrained(attn_implementation=...) does the same
     assert torch.equal(model(ids[1:], attention_mask=mask[1:]).last_hidden_state, expected)
 
 
@@ -187,7 +187,7 @@ def test_a_patched_nystromformer_gives_the_same_results(conv, landmarks):
 
 @pytest.mark.parametrize("landmarks", [8, 32])
 def test_a_patched_nystromformer_masks_padding(landmarks):
-    """Attention is sharp, so the initial inverse matters. Masks may have one row, or the same row for every query."""
+    """The large inputs make attention sharp, so that errors of the inverse are visible. A mask has one row, or equal rows."""
     host = nystromformer(num_landmarks=landmarks).encoder.layer[0].attention.self
     patched = copy.deepcopy(host)
     integration.patch(patched)

@@ -1,4 +1,4 @@
-"""Detects a torchvision that was built for a different PyTorch, such as PyPI's Linux wheel next to a CPU build of PyTorch.
+"""Detect a torchvision that was built for a different PyTorch, such as PyPI's Linux wheel next to a CPU build of PyTorch.
 
 The operators of such a torchvision cannot be loaded. `import timm` imports torchvision and raises "operator torchvision::nms
 does not exist". `make` runs this file after setup to report the mismatch in one line. After `declare`, the tests of timm and
@@ -16,7 +16,7 @@ import torch
 
 
 def mismatch() -> str | None:
-    """Return a line that says why an installed torchvision cannot be imported, or None. Only Linux is checked."""
+    """Return a line that says that the installed torchvision does not match torch, or None. The check runs only on Linux."""
     spec = find_spec("torchvision")
     if sys.platform != "linux" or spec is None:
         return None
@@ -33,7 +33,7 @@ def mismatch() -> str | None:
 def declare() -> torch.library.Library:
     """Declare the operators that `import torchvision` needs, without implementations.
 
-    The operators exist for as long as the returned library.
+    The operators exist for as long as the returned object is alive.
     """
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):

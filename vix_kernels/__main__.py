@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = commands[args.command](args.arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader closed the pipe, as in `vix models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit raises it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails again
         return 1
     return status
 
@@ -81,7 +81,7 @@ def _dev(argv: list[str]) -> int:
     parser.add_argument("command", choices=commands)
     name = parser.parse_args(argv[:1]).command
     if name == "traffic" or (name == "tune" and "--dry-run" in argv):
-        os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
+        os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is first imported
     return commands[name](argv[1:])
 
 
@@ -91,7 +91,7 @@ def _command(module: str, name: str) -> Callable[[list[str]], int]:
 
 
 def _measurement(command: str, module: str) -> Callable[[list[str]], int]:
-    """Return the `main` of a module in measure/. If a package is not installed, it exits with a one-line error instead."""
+    """Return a function that runs `main` of a module in measure/. If a package is missing, it exits with a one-line error."""
 
     def run(argv: list[str]) -> int:
         try:

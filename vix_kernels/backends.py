@@ -22,14 +22,17 @@ def triton_installed() -> bool:
     return find_spec("triton") is not None
 
 
-@cache  # Triton also reads the variable only once, when the kernels are defined
+@cache  # Triton also reads TRITON_INTERPRET only once, when the kernels are defined
 def interpreted() -> bool:
     """Return whether Triton's interpreter is on. It runs the kernels in NumPy, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int) -> list[str]:
-    """Return the reasons why the Triton kernels do not support this device, dtype and largest head width, if any."""
+    """Return the reasons why the Triton kernels do not support tensors on `device` with `dtype` and head width `width`.
+
+    The list is empty if the kernels support them. If q and v have different widths, `width` is the larger of the two.
+    """
     reasons = []
     if not triton_installed():
         reasons.append("triton is not installed")

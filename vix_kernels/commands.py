@@ -34,7 +34,10 @@ class Parser(argparse.ArgumentParser):
 
     @classmethod
     def of(cls, prog: str, docstring: str | None) -> Parser:
-        """Create a parser whose help is a module's docstring: its first paragraph before the options, the rest after them."""
+        """Create a parser from a module's docstring.
+
+        The help shows the first paragraph of the docstring before the options, and the rest after them.
+        """
         description, _, epilog = (docstring or "").partition("\n\n")
         return cls(prog=prog, description=description, epilog=epilog)
 
@@ -43,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class KeyValues(argparse.Action):
-    """Collects `key=value` arguments in a dict. A value that is not a Python literal is a string."""
+    """Collects `key=value` arguments in a dict. Values are parsed as Python literals if possible, else kept as strings."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         pairs = dict(getattr(namespace, self.dest) or {})

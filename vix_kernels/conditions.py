@@ -1,4 +1,4 @@
-"""Conditions under which kernels are launched. Measurements change them temporarily."""
+"""Settings for kernel launches. Measurements change them temporarily."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ class Conditions:
     """Settings that every kernel launch reads.
 
     Attributes:
-        observer: if set, receives the kernel, grid, arguments and options of every launch instead of executing it.
-        arch: if set, the interpreter uses the launch configurations for this architecture, but with more tokens per tile.
+        observer: a function that is called instead of every launch, with the kernel, grid, arguments and options of the launch.
+            None: launches are executed.
+        arch: if set, Triton's interpreter uses the launch configurations for this architecture, but with more tokens per tile.
         split: whether long sequences may be split into chunks. False keeps all tokens of a sample and head in one chunk.
-        tiles: launch configurations by key, which override the launch table.
-        asked: if set, receives every key that is looked up in the launch table.
+        tiles: launch configurations that override the launch table, indexed by the keys of the table.
+        asked: a function that is called with every key that is looked up in the launch table, or None.
     """
 
     observer: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None] | None = None

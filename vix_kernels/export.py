@@ -6,14 +6,14 @@ AOTInductor, with a dynamic batch size:
     program = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: Dim("batch")},))
     path = torch._inductor.aoti_compile_and_package(program)
 
-The exported program contains this library's operators, with the backend that was selected for the example. A process that
-runs the program must import vix_kernels before loading it, and cannot compute gradients. For processes that only have
-torch, `decomposed` replaces the operators with plain PyTorch.
+The exported program contains this library's operators, with the backend that was selected for the example inputs. A process
+must import vix_kernels before it loads the program. The program does not support gradients. To run a program where only
+PyTorch is installed, use `decomposed`, which replaces the operators with plain PyTorch.
 
-The number of tokens may also be dynamic, unless rotary tables, a grid or a model's image size fix it. Its range must start at
-or above the number of landmarks or agents plus the prefix, and end below the number of rows of Linformer's projections. With
-landmarks="pad_front", the program accepts only multiples of num_landmarks if the example's length is a multiple. Otherwise, it
-accepts only lengths that are not multiples.
+The number of tokens may also be dynamic, unless rotary tables, a grid or a model's image size fix it. The minimum of its
+range must be at least the number of landmarks or agents plus the number of prefix tokens. The maximum must be less than the
+number of rows of Linformer's projections. With landmarks="pad_front", if the length of the example is a multiple of
+num_landmarks, the program accepts only multiples of num_landmarks. Otherwise, it accepts only lengths that are not multiples.
 """
 
 from __future__ import annotations
@@ -54,16 +54,17 @@ LARGEST = 3 * 2**29  # bytes of weights; for larger models, torch writes the wei
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram:
-    """Return the same program in plain PyTorch. It runs without this library and supports gradients.
+    """Return an equivalent program in plain PyTorch, which runs without this library and supports gradients.
 
-    The result stores tokens x slots matrices. For 16-bit dtypes, sums and statistics are still computed in float32.
+    The returned program materializes tokens x slots matrices. For 16-bit dtypes, it still computes sums and statistics in
+    float32.
 
     Args:
         program: the result of torch.export.export. Dynamic sizes stay dynamic.
 
     Raises:
-        ValueError: the program contains an operator that cannot be replaced: one from a backward pass, or the one that draws
-            random features, which appears only in a strict export. The message lists these operators.
+        ValueError: the program contains an operator that cannot be replaced. This can be an operator of a backward pass, or
+            the operator that draws random features, which appears only in strict exports. The message lists these operators.
     """
     return _replaced(program, REFERENCES)
 
@@ -71,7 +72,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
 def to_onnx(
     model: nn.Module, x: Tensor | tuple[Any, ...], path: str | Path, *, dynamic_shapes: Any = None, opset: int | None = None
 ) -> float | None:
-    """Write `model` in evaluation mode to an ONNX file, and check the outputs of onnxruntime against those of the model.
+    """Write `model` in evaluation mode to an ONNX file, and compare onnxruntime's outputs with the outputs of the model.
 
     Args:
         model: any module that uses modules or functions of this library, in float32 or float16. onnxruntime has few CPU
@@ -83,13 +84,13 @@ def to_onnx(
         opset: version of the ONNX operator set, at least 18. By default, the version that torch recommends.
 
     Returns:
-        The largest relative error |onnx - model| / |model| of all outputs, or None if onnxruntime is not installed.
+        The largest relative error |onnx - model| / |model| over all outputs, or None if onnxruntime is not installed.
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
         TypeError, ValueError: an argument is invalid. The message names it and states the expected and the actual value.
-        RuntimeError: an output is correct to less than half of its dtype's digits, or torch cannot translate an operator of
-            the model. An existing file at `path` is kept.
+        RuntimeError: fewer than half of the digits of an output are correct (its relative error exceeds the square root of its
+            dtype's eps), or torch cannot translate an operator of the model. An existing file at `path` is kept.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -103,7 +104,7 @@ def to_onnx(
         runs = [args, tuple(each[:1] if isinstance(each, Tensor) else each for each in args)]
     path, errors = Path(path), []
     with _evaluating(model), torch.no_grad():
-        expected = [_tensors(model(*each)) for each in runs]  # for an invalid x, the model raises a clearer error
+        expected = [_tensors(model(*each)) for each in runs]  # before export, for clearer errors if x is invalid
         program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
     size = sum(each.nbytes for each in program.state_dict.values())
     if size > LARGEST:
@@ -137,10 +138,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _any_batch(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return `args` and their dynamic_shapes. One sample is repeated, because torch.export treats a size of 1 as a constant."""
+    """Return `args` and their dynamic_shapes. A single sample is repeated, because torch.export treats size 1 as a constant."""
     shapes = [tuple(each.shape) for each in args if isinstance(each, Tensor)]
     if len({shape[:1] for shape in shapes}) > 1 or not shapes[0] or not shapes[0][0]:
-        raise ValueError(f"x: expected tensors whose dimension 0 is one batch, or explicit dynamic_shapes, got shapes {shapes}")
+        raise ValueError(f"x: expected the same batch size >= 1 for every tensor, or dynamic_shapes, got shapes {shapes}")
     if shapes[0][0] == 1:
         args = tuple(torch.cat([each, each]) if isinstance(each, Tensor) else each for each in args)
     return args, tuple({0: Dim("batch")} if isinstance(each, Tensor) else None for each in args)
@@ -185,7 +186,7 @@ def _replaced(program: ExportedProgram, references: dict[Callable, Callable]) ->
     return program
 
 
-# Replacements for the operators. They take the same arguments and, like the kernels, cast 16-bit tokens to float32.
+# Replacements for the operators, with the same arguments. Like the kernels, they cast 16-bit tokens to float32.
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -226,7 +227,7 @@ def _landmarks(
 ):  # fmt: skip
     """Compute landmarks by multiplying tokens by a matrix of windows.
 
-    landmarks_reference slices one window after another. Exporting it would create hundreds of graph nodes. If the number of
+    landmarks_reference slices each window separately. Exporting it would create hundreds of graph nodes. If the number of
     tokens is dynamic, the graph would also be wrong for all lengths except the example's.
     """
 
@@ -283,7 +284,7 @@ def _dft(x, ortho, backend, transform=fourier_mixing_reference):
 
 
 def _transform_by_products(x: Tensor) -> Tensor:
-    """Return C x C' - S x S', where C, S are the cosine and sine matrices for the tokens and C', S' those for the channels.
+    """Return C x C' - S x S', with cosine and sine matrices C, S for the tokens and C', S' for the channels.
 
     onnxruntime's DFT takes 40 times as long for most numbers of tokens, and its results have two fewer correct digits.
     """

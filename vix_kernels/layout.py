@@ -20,7 +20,7 @@ def empty_like_tokens(x: Tensor, width: int) -> Tensor:
     If `x` is a view of a linear layer's output, the result can be viewed as the input of the next linear layer.
     """
     batch, heads, tokens, _ = x.shape
-    if x.stride(1) < x.stride(2):  # not a transpose: autograd forbids in-place changes to views returned by a Function
+    if x.stride(1) < x.stride(2):  # no transposed view: autograd forbids in-place changes to views that a Function returns
         return x.new_empty_strided((batch, heads, tokens, width), (tokens * heads * width, width, heads * width, 1))
     return x.new_empty(batch, heads, tokens, width)
 
@@ -34,7 +34,7 @@ Needs = Sequence[bool]  # whether a backward operator computes each gradient; if
 
 
 class Rotary(NamedTuple):
-    """Tables of the rotary embedding of every token (ops/rope.py), as the primitives take them.
+    """Tables of the rotary embedding for all tokens (ops/rope.py), in the form that the primitives expect.
 
     Attributes:
         cos, sin: (heads or 1, tokens, R / 2), for the first R channels. float32, or float64 if the tokens are float64.
@@ -82,8 +82,8 @@ class LandmarkGradients(NamedTuple):
     """Terms of the gradients of q and k in landmarks_backward. One kernel adds them, which saves memory traffic.
 
     Attributes:
-        dq_other, dk_other: gradients of q and k from other passes. None: there are none.
-        dq_marks, dq_marks_2, dk_marks, dk_marks_2: terms of the gradients of the landmarks. The second terms are optional.
+        dq_other, dk_other: gradients of q and k from other passes, or None if there are none.
+        dq_marks, dq_marks_2, dk_marks, dk_marks_2: the two terms of each landmark gradient. The second one is optional.
     """
 
     dq_other: Tensor | None = None
@@ -97,7 +97,7 @@ class LandmarkGradients(NamedTuple):
 
 
 def flattened(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
-    """Return cos, sin, angles and interleaved separately, because an `autograd.Function` only tracks direct arguments."""
+    """Return cos, sin, angles and interleaved separately, because an `autograd.Function` ignores tensors inside tuples."""
     return (None, None, None, True) if rotary is None else (rotary.cos, rotary.sin, rotary.angles, rotary.interleaved)
 
 

@@ -1,4 +1,4 @@
-"""Compile the kernels of the later parts into Triton's cache on all cores. Compiling them one by one would take minutes."""
+"""Compile the kernels that the later parts use into Triton's cache, on all CPU cores. On one core, this would take minutes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from . import correctness
 from .part import Plan
 from .timing import PRIMITIVES, TIMED
 
-WORKERS = 12  # each has a separate context on the GPU
+WORKERS = 12  # maximum number of processes; each creates a CUDA context, which uses GPU memory
 
 
 def rows(plan: Plan) -> Iterator[Row]:
-    # Spawned, because CUDA cannot be used after a fork.
+    # The processes are spawned, because CUDA cannot be used after a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1 if plan.dry else min(WORKERS, os.cpu_count() or 1), context) as pool:
-        # Whole attentions start first, so most kernels of the primitives are already in the cache.
+        # Complete attention ops are compiled first. They launch most of the primitives' kernels, which are then already cached.
         running = {
             pool.submit(run, *each, plan.device): each for each in sorted(tasks(plan), key=lambda task: task[0] in PRIMITIVES)
         }
@@ -42,9 +42,9 @@ def rows(plan: Plan) -> Iterator[Row]:
 
 
 def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
-    """Yield a call for each kernel specialization.
+    """Yield (op, dtype, case) for calls that together compile all kernel specializations.
 
-    Kernels are not specialized for the number of tokens, so one small batch is enough.
+    Kernels are not specialized for the number of tokens, so a small batch of short sequences is enough.
     """
     for check, spec, dtype, case in correctness.order(plan):
         if check is correctness.against_float64:
@@ -55,7 +55,7 @@ def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
 
 
 def run(op: str, dtype: str, case: Case, device: str) -> float:
-    """Return the seconds of the first forward and backward. In timing cases, random features require no gradients."""
+    """Run forward and backward once and return the seconds. Random features require gradients, except in timing cases."""
     start = time.perf_counter()
     case = replace(SPECS[op].fit(case), learned=case.name != "timing")
     problem = draw(SPECS[op], case, DTYPES[dtype], device)

@@ -48,7 +48,7 @@ def run(plan: Plan, check: Check, spec: OpSpec, dtype: str, case: Case) -> Itera
         yield skipped("needs CUDA")
         return
     torch.manual_seed(0)
-    # Drawn on the device, because drawing float64 numbers of these sizes on the CPU takes seconds.
+    # The tensors are drawn on the device, because drawing this many float64 numbers on the CPU takes seconds.
     problem = draw(spec, replace(spec.fit(case), learned=True), DTYPES[dtype], plan.device)
     try:
         wrong, figure = check(problem)
@@ -59,13 +59,13 @@ def run(plan: Plan, check: Check, spec: OpSpec, dtype: str, case: Case) -> Itera
 
 
 def results(problem: Problem, **how: object) -> list[Tensor]:
-    """Return the outputs, then the gradients. Cotangents depend only on the output shapes, and are 0 where outputs are -inf."""
+    """Return the outputs, then the gradients for a fixed cotangent of each output, which is 0 where the output is -inf."""
     leaves = {name: x.detach().requires_grad_(name in problem.spec.differentiable) for name, x in problem.tensors.items()}
     problem = replace(problem, tensors=leaves)
     outputs = problem(**how)
     cotangents = []
     for at, out in enumerate(outputs):
-        # Not random: CUDA graph capture forbids copying a generator's state to the device.
+        # The cotangent is not random, because CUDA graph capture forbids copying a generator's state to the device.
         wave = torch.arange(out.numel(), device=out.device, dtype=torch.float32).mul_(0.7).add_(at).sin_().view(out.shape)
         cotangents.append(wave.masked_fill_(out.detach() == float("-inf"), 0).to(out.dtype))
     return [*(out.detach() for out in outputs), *problem.gradients(outputs, cotangents)]
@@ -92,7 +92,7 @@ def against_float64(problem: Problem) -> tuple[str, float]:
 
 
 def repeats(problem: Problem) -> tuple[str, float]:
-    """Check that repeated calls are bit-identical. The returned number is how many of them differ."""
+    """Check that repeated calls are bit-identical. The returned number counts the calls that differ from the first one."""
     first = results(problem, backend="triton")
     repetitions = 10 if first[0].is_cuda else 1
     different = sum(not _equal(first, results(problem, backend="triton")) for _ in range(repetitions))
@@ -100,7 +100,7 @@ def repeats(problem: Problem) -> tuple[str, float]:
 
 
 def graph(problem: Problem) -> tuple[str, float]:
-    """Check that a CUDA graph that is replayed with new inputs is bit-identical to an eager call, forward and backward."""
+    """Check that replaying a CUDA graph on new inputs gives outputs and gradients that are bit-identical to an eager call."""
 
     def run() -> list[Tensor]:
         return results(problem, backend="triton")
@@ -115,7 +115,7 @@ def graph(problem: Problem) -> tuple[str, float]:
 
 
 def streams(problem: Problem) -> tuple[str, float]:
-    """Check ten times that calls on two concurrent streams return the same results as each call alone."""
+    """Check ten times that two calls on concurrent streams return the same results as when each call runs alone."""
     other = problem.map(lambda x: x.detach() * 0.75)
     alone = [results(each, backend="triton") for each in (problem, other)]
     torch.cuda.synchronize()
@@ -136,7 +136,7 @@ def _equal(xs: list[Tensor], ys: list[Tensor]) -> bool:
 
 
 def smallest() -> None:
-    """Run the forward and backward of each operator once on a small problem. Memory checkers, which are slow, run this."""
+    """Run each operator once on a small problem, forward and backward. sanitizer.py runs this under slow memory checkers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for spec in SPECS.values():
         case = spec.fit(Case("small", batch=1, heads=1, tokens=37, width=24, features=20))

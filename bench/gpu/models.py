@@ -13,10 +13,10 @@ from vix_kernels.testing.models import small_model
 from .part import Job, Plan, by_job
 
 OURS: Form = ("ours", "bf16")
-# No layer of these models has more than one backend, so the plain form of these models is not measured.
+# These models have no layer with more than one backend, so their plain form would be the same code and is not measured.
 ONLY_TORCH = ("vit", "hybrid_vit", "levit", "cvt", "cct", "fnet_2d")
-DRY = ("vit", "vil", "vip", "levin", "cvp", "hybrid_fnet", "fnet_2d")  # use all mixers and all but one backbone
-LARGER = ("vit", "vil", "vip", "vin")  # measured with 4,096 tokens, where the linear cost should matter
+DRY = ("vit", "vil", "vip", "levin", "cvp", "hybrid_fnet", "fnet_2d")  # together, these use all mixers and all but one backbone
+LARGER = ("vit", "vil", "vip", "vin")  # also measured with 4,096 tokens, where linear cost should matter
 
 
 @by_job
@@ -28,7 +28,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def order(plan: Plan) -> Iterator[tuple[str, Form, int, dict[str, Any]]]:
-    """Yield model, form, batch and arguments, most important first."""
+    """Yield (model, form, batch size, arguments), the most important first."""
     if plan.dry:
         for name in DRY:
             yield name, OURS, 2, small_model(name)

@@ -26,7 +26,7 @@ from vix_kernels.measure.interpreter import fast_interpreter
 from vix_kernels.measure.operators import Row, failed, free, skipped
 from vix_kernels.measure.timing import Spoiled
 
-SPOILED = 75  # exit status of a process that can no longer measure, so run.py continues in a new one
+SPOILED = 75  # exit status of a process in which `Spoiled` was raised; run.py then starts a new process
 AT = 1  # an injected failure occurs in the second job, after the first one has sent rows
 
 
@@ -36,11 +36,11 @@ class Plan:
 
     Attributes:
         dry: whether to use tiny sizes in Triton's interpreter.
-        deadline: the time.monotonic() at which the part ends. Jobs after it are skipped and get a row that says so.
-        first: number of the first job to run. An earlier process ran the jobs before it.
+        deadline: the value of time.monotonic() at which the part ends. Later jobs are skipped, and their rows say so.
+        first: number of the first job to run. Earlier jobs ran in a previous process.
         eager: whether to run the first job without a CUDA graph.
         begin: called with the number and name of each job before it runs.
-        inject: the failure to simulate, or "".
+        inject: the failure to simulate, or "" to simulate none.
     """
 
     dry: bool
@@ -73,16 +73,16 @@ class Plan:
 
 
 class Job(NamedTuple):
-    """One measurement of a part: the columns that identify it, repeated in its rows, and the function that runs it."""
+    """One measurement in a part: the columns that identify it, which are added to all its rows, and a function that runs it."""
 
     what: Row
     run: Callable[[], Iterable[Row]]
 
 
 def by_job(jobs: Callable[[Plan], Iterable[Job]]) -> Callable[[Plan], Iterator[Row]]:
-    """Turn a function that yields jobs into a part. A job that fails or starts too late gets a row that says so.
+    """Turn a function that yields jobs into the `rows` function of a part. Jobs that fail or start too late also get a row.
 
-    If a job ends the process, only that job is lost, because a new process continues with the next job.
+    If a job crashes the process, only the results of that job are lost, because a new process continues with the next job.
     """
 
     @functools.wraps(jobs)
@@ -111,11 +111,11 @@ def by_job(jobs: Callable[[Plan], Iterable[Job]]) -> Callable[[Plan], Iterator[R
 
 
 def inject(failure: str) -> None:
-    """Simulate a failure of a GPU run, so a dry run can test what happens then."""
+    """Simulate a failure of a GPU run, so that a dry run can test how failures are handled."""
     print(f"injected: {failure}", file=sys.stderr, flush=True)
-    if failure == "crash":  # as a driver may do
+    if failure == "crash":  # a driver error may abort the process
         os.abort()
-    elif failure == "kill":  # as the system does when memory runs out
+    elif failure == "kill":  # the system kills the process when memory runs out
         os.kill(os.getpid(), signal.SIGKILL)
     elif failure == "capture":
         raise Spoiled("injected: the capture failed")
@@ -125,14 +125,14 @@ def inject(failure: str) -> None:
 
 
 def end_with_parent() -> None:
-    """Wait for the parent to end, then kill this process group. A run that is killed therefore leaves no processes."""
+    """Wait for the parent to end, then kill this process group. This way, no processes remain after a run is killed."""
     multiprocessing.parent_process().join()
     os.killpg(0, signal.SIGKILL)
 
 
 def serve(part: str, plan: Plan, records: Connection, log: Path) -> None:
-    """Run a part and send its rows. Before each job, send the number and name of the job."""
-    os.setsid()  # starts a process group, so the processes that this one starts can be killed with it
+    """Run a part in this process and send its rows to run.py. Before each job, send the number and name of the job."""
+    os.setsid()  # start a process group, so that run.py can kill this process and its subprocesses together
     os.chdir(log.parents[1])
     Thread(target=end_with_parent, daemon=True).start()
     with log.open("a") as file:

@@ -21,7 +21,7 @@ from vix_kernels.measure.operators import Row, brief, ok, skipped
 from .part import Plan
 
 LEAST_MEMORY = 8 * 2**30
-# Packages that vix_kernels does not require, and the work that is skipped without them.
+# Optional packages, and what is skipped if they are missing.
 WANTED = {"pytest": "the test suite", "sklearn": "training on digits", "matplotlib": "the pictures"}
 
 
@@ -31,7 +31,7 @@ def rows(plan: Plan) -> Iterator[Row]:
         return
     try:
         launch(plan)
-    except Exception as error:  # Triton, the C compiler and the driver raise many types
+    except Exception as error:  # Triton, the C compiler and the driver raise many types of exceptions
         yield skipped(why_not_compiled(error))
         return
     lacking = ", ".join(f"{what} without {name}" for name, what in WANTED.items() if not find_spec(name))

@@ -1,4 +1,4 @@
-"""Write the files in OUT: a summary, all results as JSON, tables as CSV, an archive of pictures and an archive of logs."""
+"""Write the output folder: a summary, all results as JSON, tables as CSV, an archive of pictures and an archive of logs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEPT = 2**20  # bytes kept at each end of a log
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a part. `why` explains a failure or names what was skipped."""
+    """The result of a part. `why` gives the reason for a failure or says what was skipped."""
 
     part: str
     status: str  # "ok" | "failed" | "skipped"
@@ -31,7 +31,7 @@ class Outcome:
 
 
 def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> str:
-    """Write all files except the pictures and return the summary. If one file cannot be written, the others still are."""
+    """Write all files except the pictures and return the summary. An error in one file does not prevent the others."""
     problems: list[str] = []
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     everything = dict(machine=machine, parts=[asdict(outcome) for outcome in outcomes])
@@ -73,7 +73,7 @@ def attempt(problems: list[str], write: Callable[[Path, Any], None], path: Path,
 
 
 def archive(path: Path, folder: Path) -> None:
-    """Archive the files in a folder. Only the beginning and the end of long files are kept."""
+    """Write the files in `folder` to the zip file `path`. Keep only the beginning and the end of long files."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for each in sorted(folder.iterdir()):
             data = each.read_bytes()
@@ -83,7 +83,7 @@ def archive(path: Path, folder: Path) -> None:
 
 
 def draw_times(folder: Path, rows: list[Row]) -> None:
-    """Draw one curve per provider, from the calls with the wider heads and, for each number of tokens, the largest batch."""
+    """Plot time against tokens, one curve per provider, for wide heads and the largest batch at each number of tokens."""
     timed = [row for row in rows if row.get("device_ms") is not None and row["width"] != 32]
     fullest = {tokens: max(row["batch"] for row in timed if row["tokens"] == tokens) for tokens in {r["tokens"] for r in timed}}
     draw(folder, [row for row in timed if row["batch"] == fullest[row["tokens"]]], "tokens", formats=("png",))
@@ -131,7 +131,7 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
 
 
 def tuned(rows: list[Row]) -> list[str]:
-    """Return a table with one line per key. The last column is the tile for OVERRIDES if a better tile was found."""
+    """Return a table with one line per launch-table key. If a better tile was found, it is in the last column."""
     body = []
     for row in (row for row in rows if row["status"] == "ok"):
         tile = " ".join(f"{name}={value}" for name, value in row["best"].items()) if row["best"] != row["present"] else ""
@@ -142,7 +142,7 @@ def tuned(rows: list[Row]) -> list[str]:
 
 
 def times(rows: Iterable[Row]) -> list[str]:
-    """Return a table with one line per shape and direction, one column per provider."""
+    """Return a table with one line per shape and direction and one column per provider."""
     timed = [row for row in rows if row.get("device_ms") is not None]
     providers = list(dict.fromkeys(row["provider"] for row in timed))
     found = {(*(row[name] for name in TIMES), row["provider"]): row for row in timed}

@@ -46,7 +46,7 @@ from . import report
 from .part import SPOILED, Plan, serve
 from .report import Outcome
 
-# In the order in which they run, with the relative time of each.
+# The parts in the order in which they run, with the relative time that each may use.
 PARTS = {
     "compile": 50, "correctness": 45, "timing": 130, "tune": 80, "suite": 70, "models": 55, "training": 35, "sanitizer": 40,
 }  # fmt: skip
@@ -143,10 +143,10 @@ def stopping() -> Iterator[None]:
 
 
 def measure(args: argparse.Namespace, deadline: float, machine: Row, outcomes: list[Outcome], work: Path) -> None:
-    """Run the parts. Append to `outcomes` and write OUT as results arrive."""
+    """Run the parts. As results arrive, update `outcomes` and write the files in `args.out`."""
     chosen = [part for part in PARTS if part in args.only]
     for at, part in enumerate(chosen):
-        # A fraction of the remaining time, so later parts get the time that earlier parts did not use.
+        # Each part gets a fraction of the remaining time, so later parts can use the time that earlier parts left over.
         seconds = (deadline - time.monotonic()) * PARTS[part] / sum(PARTS[each] for each in chosen[at:])
 
         def note(so_far: Outcome, done: int = at) -> None:
@@ -155,7 +155,7 @@ def measure(args: argparse.Namespace, deadline: float, machine: Row, outcomes: l
 
         try:
             note(run(part, seconds, work, args.dry_run, args.inject.get(part, ""), note))
-        except Exception as error:  # an error in this process: only this part is lost
+        except Exception as error:  # after an error in this process, the next part still runs
             rows = [row for outcome in outcomes[at:] for row in outcome.rows]
             note(Outcome(part, "failed", f"{type(error).__name__}: {error}", 0.0, rows))
         last = outcomes[-1]
@@ -165,10 +165,10 @@ def measure(args: argparse.Namespace, deadline: float, machine: Row, outcomes: l
 def run(
     part: str, seconds: float, work: Path, dry: bool, inject: str = "", note: Callable[[Outcome], None] = lambda so_far: None
 ) -> Outcome:
-    """Run one part. If a job ends its process, a new process continues with the next job.
+    """Run one part. If a job crashes its process, a new process continues with the next job.
 
-    The deadline of the part is in `seconds` seconds, and the part is stopped GRACE seconds after that. While it runs, `note`
-    receives the outcome so far.
+    The deadline of the part is in `seconds` seconds, and the part is stopped GRACE seconds after that. While the part runs,
+    `note` is called with the outcome so far.
     """
     if seconds < FEWEST:
         return Outcome(part, "skipped", "out of time", 0.0, [])
@@ -193,9 +193,9 @@ def run(
             break
         ended = how(code, log)
         jobs = [each for each in records[before:] if not isinstance(each, dict)]
-        if code is None or not jobs:  # out of time, or ended before its first job: a new process would end the same way
+        if code is None or not jobs:  # out of time, or a new process would also end before its first job
             break
-        (number, name), bare = jobs[-1], records[-1] is jobs[-1]  # bare: the last job has no row
+        (number, name), bare = jobs[-1], records[-1] is jobs[-1]  # `bare` is True if the last job has no row
         if code == SPOILED and bare and not plan.eager:
             plan = replace(plan, first=number, eager=True)  # run the same job again, without a CUDA graph
         else:
@@ -253,7 +253,7 @@ def how(code: int | None, log: Path) -> str:
 
 
 def outcome_of(part: str, rows: list[Row], ended: str, seconds: float) -> Outcome:
-    """Return the outcome of a part with these rows. `ended` says how its last process ended, or "" if it ended normally."""
+    """Return the outcome of a part with these rows. `ended` says how its last process failed, or is "" if it did not."""
     wrong = [row for row in rows if row["status"] == "failed"]
     if ended or wrong:
         first = f"{len(wrong)} failed, first: {report.label(wrong[0])}: {wrong[0]['why']}" if wrong else ""

@@ -15,9 +15,10 @@ from .correctness import RAN
 from .part import Job, Plan, by_job
 
 TOOLS = {
-    # Misaligned and out-of-bounds accesses. API errors do not count, because torch probes the driver for optional features.
+    # Finds misaligned and out-of-bounds accesses. API errors are not reported, because torch causes some when it probes the
+    # driver for optional features.
     "memcheck": ("--report-api-errors", "no"),
-    "racecheck": (),  # races in shared memory
+    "racecheck": (),  # finds races in shared memory
 }
 MISSING = "compute-sanitizer is not installed"
 SMALL = (sys.executable, "-m", "bench.gpu.correctness")  # prints RAN at the end
@@ -35,8 +36,8 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 def watch(program: str, tool: str, plan: Plan) -> Iterator[Row]:
     # Without the caching allocator, each tensor is a separate allocation, so the tool knows the bounds of each tensor.
-    # --kernel-name skips torch's kernels, which saves time. Some releases of the tool
-    # reject it. If the first run fails, a second one omits it.
+    # The option --kernel-name skips torch's kernels, which saves time. Some releases of the tool
+    # reject the option. If the first run fails, a second run omits it.
     for only_ours in (("--kernel-name", "kns=_kernel"), ()):
         command = (program, "--tool", tool, *TOOLS[tool], *only_ours, *SMALL)
         code, text = plan.finish(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
@@ -54,7 +55,7 @@ def watch(program: str, tool: str, plan: Plan) -> Iterator[Row]:
 
 
 def run_small(plan: Plan, why: str) -> Iterator[Row]:
-    """Run the program without the tool. It must succeed even if the tool cannot run."""
+    """Run the small calls without compute-sanitizer. They must succeed even where compute-sanitizer cannot run."""
     code, text = plan.finish(SMALL)
     yield skipped(why) if code == 0 else failed(_last_line(text))
 

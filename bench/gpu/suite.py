@@ -1,4 +1,4 @@
-"""Run the pytest suite in tests/ on the GPU: the tests of the kernels first, then others while time remains."""
+"""Run the pytest suite in tests/ on the GPU. The tests of the kernels run first, and the others while time remains."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def run(selection: tuple[str, ...], plan: Plan) -> Iterator[Row]:
-    """Run pytest once. If time runs out, the outcomes printed so far count."""
+    """Run pytest once. If time runs out, report the outcomes that were printed until then."""
     if not find_spec("pytest"):
         yield skipped("pytest is not installed")
         return
@@ -63,7 +63,7 @@ def run(selection: tuple[str, ...], plan: Plan) -> Iterator[Row]:
 
 
 def outcomes_of(text: str) -> dict[str, str]:
-    """Return test -> outcome from the output of `pytest -v`.
+    """Parse the output of `pytest -v`. Return a dictionary from the name of each test to its outcome.
 
     The outcome is printed after the name of the test, or before it under xdist.
     """

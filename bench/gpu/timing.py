@@ -38,7 +38,7 @@ def rows_of(*args: Any, **how: Any) -> list[Row]:
 
 
 def order(plan: Plan) -> Iterator[tuple[str, str, Case, tuple[str, ...]]]:
-    """Yield operator, dtype, sizes and providers, most important first, because time may run out."""
+    """Yield (operator, dtype, case, providers), the most important first, because time may run out."""
     whole = [op for op in SPECS if op not in PRIMITIVES]
     if plan.dry:
         yield from ((op, "fp32", TINY, everyone(op)) for op in whole)
@@ -61,7 +61,7 @@ def everyone(op: str) -> tuple[str, ...]:
 
 
 def ceilings(plan: Plan) -> Iterator[Row]:
-    """Measure the peak rates of this machine with memory copies and with torch's matrix products of random numbers."""
+    """Measure this machine's peak memory bandwidth with copies, and its peak FLOP/s with torch's matmul of random matrices."""
     bandwidth = copy_bandwidth(plan.device, 2**10 if plan.dry else 2**30)
     yield ok(op="copy", provider="torch", figure=bandwidth / 1e9, unit="GB/s, read and written")
     for dtype in ("bf16", "fp32"):

@@ -15,7 +15,7 @@ from vix_kernels.measure.operators import Row, ok, skipped
 
 from .part import Job, Plan, by_job
 
-# The kernels of softmax passes come first, because most operators consist of these passes.
+# The kernels for softmax come first, because most operators launch them.
 KERNELS = (
     "broadcast_forward", "aggregate_forward", "aggregate_tokens", "broadcast_tokens", "broadcast_slots", "aggregate_slots",
     "pinv_backward", "linear_aggregate_forward", "linear_broadcast_forward", "linear_aggregate_tokens",
@@ -36,7 +36,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 def tuned(plan: Plan, key: Key) -> Iterator[Row]:
     arch = architecture(torch.device(plan.device))
-    tune.users(arch, key[2], key[1], plan.device)  # prepared and cached here, so this does not use the time of the key
+    tune.users(arch, key[2], key[1], plan.device)  # cached here, so that it does not count against SECONDS
     found = list(tune.tune([key], arch, plan.device, min(plan.deadline, time.monotonic() + SECONDS)))
     yield from (ok(**tune.row(proposal), arch=arch) for proposal in found)
     if not found:

@@ -1,8 +1,9 @@
-"""The published Vision Xformers (arXiv:2107.02239), including their quirks, to load weights that were trained with them.
+"""The published Vision Xformers (arXiv:2107.02239), including their quirks. They can load the weights of the originals.
 
 Names without a prefix refer to classes in the repository pranavphoenix/VisionXformer at commit 7ee52ee. In that repository, CCN
 and CCP are called CCT, LeViN and LeViP are called LeViT, and CvN and CvP are called CvT. Names with the prefix "wheel_" refer
-to classes in the package vision_xformer 0.2.0. For new models, use create_model, which has neither the quirks nor their costs.
+to classes in the package vision_xformer 0.2.0. For new models, use create_model, whose models do not have the quirks and their
+costs.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Original:
         parts: positional arguments for the class. Keyword-only parameters of functions in `parts` are constructor arguments.
         defaults: defaults of constructor arguments that differ from the signatures.
         ignored: constructor arguments that the original accepts but does not use.
-        only: constructor arguments for which only one value works, and this value.
-        dead: entries of the state_dict that the original does not use.
+        only: maps each constructor argument for which only one value works to this value.
+        dead: entries in the state_dict that the original does not use.
     """
 
     model: type[nn.Module]

@@ -53,7 +53,7 @@ class DropPath(nn.Module):
 
 
 class CompactBlock(nn.Module):
-    """A transformer block. The residual of the feed-forward network starts from the normalized tokens."""
+    """A transformer block. The residual connection around the feed-forward network starts from the normalized tokens."""
 
     def __init__(self, dim: int, hidden: int, attention: Mixer, drop_path: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""CvN and CvP: three stages with a convolution, a norm and residual layers on maps."""
+"""CvN and CvP: three stages, each with a convolution, a norm and residual layers that process maps."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class ChannelNorm(nn.Module):
 class CvT(nn.Module):
     """The original CvT. Maps images (batch, 3, height, width) to logits (batch, num_classes).
 
-    `attention` is one of the functions in levit.py. The original omits the convolutions of queries, keys and values in the CvT
-    paper, so `s*_proj_kernel` and `s*_kv_proj_stride` have no effect. `dropout` is applied in the feed-forward networks.
+    `attention` is one of the functions in levit.py. Unlike the CvT paper, the original has no convolutions for queries, keys
+    and values, so `s*_proj_kernel` and `s*_kv_proj_stride` have no effect. `dropout` is applied in the feed-forward networks.
     """
 
     def __init__(

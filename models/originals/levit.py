@@ -1,4 +1,4 @@
-"""LeViN and LeViP: convolutions and residual layers on maps, without normalization."""
+"""LeViN and LeViP: convolutions and residual layers that process maps, without normalization."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def performer(dim: int, heads: int, backend: str) -> Mixer:
 class LeViT(nn.Module):
     """The original LeViT. Maps images (batch, 3, height, width) to logits.
 
-    If num_distill_classes is set, it returns (logits, logits of the distillation head). `dim_key`, `dim_value` and `image_size`
-    have no effect. Only one stage is supported, as in the published models. Additional stages of the originals neither reduce
-    the map nor change its width. `dropout` is applied in the feed-forward networks.
+    If num_distill_classes is set, the model returns (logits, logits of the distillation head). `dim_key`, `dim_value` and
+    `image_size` have no effect. Only one stage is supported, as in the published models. In the originals, additional stages
+    neither reduce the map nor change its width. `dropout` is applied in the feed-forward networks.
     """
 
     def __init__(

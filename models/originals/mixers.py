@@ -139,7 +139,7 @@ class NystromAttention(Mixer):
 
 
 class LinformerAttention(Mixer):
-    """The attention of ViL. Keys and values are projected along the tokens to k slots.
+    """The attention of ViL. Keys and values are projected along the token dimension to k slots.
 
     With `share_kv`, the keys before rotation are also the values, and keys and values share one projection. With `one_kv_head`,
     all query heads share one key and value head. Dropout is applied to the attention weights, and not after the output
@@ -209,7 +209,7 @@ class PerformerAttention(Mixer):
 
 
 class RandomFeatures(nn.Module):
-    """FAVOR+ with a maximum and an eps that make the results differ from the paper.
+    """FAVOR+ with a maximum and an eps that make the results differ from those in the paper.
 
     phi(x) = exp(w x - |x|^2 / 2 - maximum) + 1e-4. For a query, the maximum is over its features. For keys, it is over all
     features, keys, heads and samples, so the logits of a sample depend on the rest of its batch. Gradients flow through both
@@ -231,7 +231,7 @@ class RandomFeatures(nn.Module):
         projection = repeat(self.projection_matrix.to(x.dtype), "m d -> b h m d", b=x.shape[0], h=x.shape[1])
         logits = einsum("bhnd,bhmd->bhnm", normalizer * x, projection)
         half_square = (x**2).sum(-1, keepdim=True) / 2 * normalizer**2
-        # Use max as in the original. amax has a different gradient: it is distributed over equal maxima.
+        # Use max as in the original. amax has a different gradient, which is divided among equal maxima.
         maximum = logits.max() if is_key else logits.max(-1, keepdim=True).values
         return len(self.projection_matrix) ** -0.5 * ((logits - half_square - maximum).exp() + 1e-4)
 

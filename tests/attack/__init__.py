@@ -1,1 +1,1 @@
-"""Property-based tests, which compare ops with float64 definitions, make invalid calls and read corrupted files."""
+"""Property-based tests that compare ops with float64 definitions, make invalid calls, and read corrupted files."""

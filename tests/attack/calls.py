@@ -1,7 +1,7 @@
-"""Invalid calls, generated from signatures. Each parameter of each public function gets values that its annotation excludes.
+"""Invalid calls generated from signatures. Each call passes one value that the annotation of its parameter excludes.
 
-Each call must raise one of the errors in `NAMED`, with a message that names the argument. Parameters of type bool are exempt,
-because every Python value has a truth value.
+All parameters of all public functions are tested. Each call must raise one of the errors in `NAMED`, with a message that names
+the argument. Parameters of type bool are exempt, because every Python value has a truth value.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Target:
         skipped: names of parameters that have no invalid values or are checked elsewhere.
         fixed: for each tensor name, the dimensions whose size is determined by a different argument.
         also: additional error types that the documentation of `function` lists.
-        refused: whether `arguments` are invalid too. If so, the call with `arguments` is not checked.
+        refused: whether `function` rejects `arguments` as well. If so, the call with `arguments` is not checked.
     """
 
     function: Callable
@@ -266,7 +266,7 @@ def wrong_tensors(right: Tensor, fixed: tuple[int, ...]) -> Iterator[tuple[str, 
 
 
 def check(label: str, target: Target) -> list[str]:
-    """Return the violations by `target`: invalid calls that succeed, and errors that do not name the argument."""
+    """Return the violations found for `target`: invalid calls that succeed, and errors that do not name the argument."""
     known = target.parameters or annotations(target.function)
     try:
         if not target.refused:
@@ -311,9 +311,9 @@ def first_line(error: Exception) -> str:
 
 
 def check_double_backward(backend: str) -> list[str]:
-    """Return the ops for which a double backward does not behave as documented, one line each.
+    """Return one line for each op whose double backward does not behave as documented.
 
-    It must succeed with backend="reference". With the other backends it must raise an error that mentions "reference".
+    It must succeed with backend="reference". With the other backends, it must raise an error that mentions "reference".
     """
     found = []
     for label, target in targets().items():

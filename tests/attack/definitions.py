@@ -27,7 +27,7 @@ class How:
         logits: function applied to the logits of each softmax, because the library rounds each logit.
         products: function applied to the matrix products in the pseudo-inverse iterations.
         sums: function applied to the column sums. The iterations start from the largest column sum, so the gradient is
-            discontinuous where two of them are equal.
+            discontinuous where the two largest sums are equal.
     """
 
     fixed_totals: bool = False
@@ -163,7 +163,7 @@ def agent_attention(q, k, v, agents, *, scale: float, valid=None, agents_valid=N
 
 
 def segments(tokens: int, count: int) -> list[range]:
-    """Split the tokens into `count` windows of tokens // count tokens. The last tokens % count windows have one token more."""
+    """Split the tokens into `count` windows of `tokens // count` tokens. The last `tokens % count` windows have one more."""
     windows, start = [], 0
     for j in range(count):
         end = start + tokens // count + (j >= count - tokens % count)

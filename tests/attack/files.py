@@ -289,7 +289,7 @@ STRANGE_LINES = (b"\n", b"a: [\n", b"\xff\xfe\n", b"- 1\n", b"epochs: x\n", b"{\
 
 
 def other_values(content: bytes, path: Path, draws: random.Random) -> bytes:
-    """Return content in the same format in which one value has a different type or is missing."""
+    """Return content in the same format, but with one value removed or replaced by a value of a different type."""
     if content[:2] == b"PK":
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             packed = any(name.endswith(".npy") for name in archive.namelist())

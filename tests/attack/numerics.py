@@ -1,10 +1,10 @@
-"""Random cases for each op. Its output and the gradients of all differentiable inputs are compared with a float64 definition.
+"""Random cases for each op. Outputs and the gradients of all differentiable inputs are compared with a float64 definition.
 
 `check(case)` returns the violations in one `Case`. `cases(op, backend)` is the hypothesis strategy that draws cases.
 
-The error budget is the largest error that is allowed: twice the error of plain PyTorch in the same precision. Because that
-error may be small by chance, or even 0, the budget also allows for some rounding errors: one rounding of the result, and a few
-roundings, in float32 or wider, of the inputs and of the terms that cancel in a result.
+The error budget is the largest error that is allowed. It is twice the error of plain PyTorch in the same precision, plus an
+allowance for rounding, because PyTorch's error may be small by chance, or even 0. The allowance covers one rounding of the
+result, and a few roundings, in float32 or wider, of the inputs and of the terms that cancel in the result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import vix_kernels
 from . import definitions
 from .definitions import EXACT, How
 
-# The random rounding errors of a sum grow with the square root of the number of terms. Equal terms have equal rounding errors.
+# The number of rounding errors to allow for in a sum, about the square root of its number of terms.
 ROUNDINGS = 16  # for sums over up to 256 tokens or channels
 PRODUCTS = 8  # for sums over up to 64 landmarks
 FEW_RUNS, MANY_RUNS = 2, 32  # number of evaluations of the definition, each with different rounding errors
@@ -74,7 +74,7 @@ class Case:
     threads: int = 1
     projected: bool = False  # whether linear attention uses random features
     per_head: bool = False
-    shared: bool = False  # whether Linformer uses one projection for both keys and values
+    shared: bool = False  # whether Linformer uses the same projection for keys and values
     feature_map: str = "relu"
     eps: float = 1e-6
     landmarks: str = "segment"
@@ -250,7 +250,7 @@ def rotation(case: Case, draw: Draw) -> tuple[dict[str, Tensor], Callable, Calla
 
     Returns:
         The tensors that determine learned angles, a function that builds the library's `Rope` from the tensors, and a function
-        that rotates q and k as defined.
+        that rotates q and k according to the definition.
     """
     if case.rope is None:
         return {}, lambda x: None, lambda x, q, k, how: (q, k)
@@ -285,7 +285,7 @@ def rotation(case: Case, draw: Draw) -> tuple[dict[str, Tensor], Callable, Calla
 def attention(
     op: str, case: Case, draw: Draw, mask: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], Callable[[dict[str, Tensor], How], Tensor]]:
-    """Return the tensors other than q, k and v, the options for the library, and the definition for rotated q and k."""
+    """Return the tensors other than q, k and v, the library's options, and the definition, which expects rotated q and k."""
     scale = case.scale or case.width**-0.5
     scaled = {} if case.scale is None else {"scale": case.scale}
     per_head = (case.heads,) if case.per_head else ()
@@ -355,7 +355,7 @@ def fourier_problem(case: Case) -> Problem:
 
 
 def module_problem(case: Case) -> Problem:
-    """Return the problem of a module in vix_kernels.nn, which includes the gradients of its tokens and parameters."""
+    """Return the problem for a module in vix_kernels.nn. Its differentiable inputs include the parameters of the module."""
     draw, dim = Draw(case), case.heads * case.width
     op = {"Attention": None, "AgentAttention": "agent_attention"}.get(
         case.op, case.op[: -len("Attention")].lower() + "_attention"
@@ -468,7 +468,7 @@ class Trial:
     def __init__(self, case: Case) -> None:
         self.case, self.problem, dtype = case, problem(case), getattr(torch, case.dtype)
         self.tensors = self.problem.tensors
-        if case.memory == "expanded":  # only equal heads can be expanded
+        if case.memory == "expanded":  # expand requires that all heads are equal
             self.tensors = self.tensors | {
                 name: x[:, :1].expand_as(x).contiguous() for name, x in self.tensors.items() if name in "qkv" and x.dim() == 4
             }
@@ -597,14 +597,14 @@ def check(case: Case) -> list[str]:
 def compared(trial: Trial, actual: Results, plain: Results) -> list[str]:
     """Return the results that exceed the error budget, one line each.
 
-    If a comparison fails, it is repeated with more simulated rounding errors, and with the errors of the reference on nearby
-    inputs, which differ by one rounding. Where large logits are nearly equal, one rounding can change the whole result, and the
-    error of the reference may have been small by chance. A violation counts only if it also occurs for most nearby inputs.
+    Where large logits are nearly equal, one rounding can change the whole result, and the reference may have a small error only
+    by chance. If a comparison fails, it is therefore repeated with more simulated rounding errors, and with the errors of the
+    reference on nearby inputs, which differ by one rounding. A violation counts only if it also occurs for most nearby inputs.
     """
     exact = trial.exact(trial.tensors)
     names, most = list(exact), torch.finfo(trial.computed).max / 4
     if "frequencies" in exact and any(exact[name].abs().max() > most for name in "qk" if name in exact):
-        names.remove("frequencies")  # sums the gradients of q and k, which are not representable
+        names.remove("frequencies")  # this gradient is a sum over gradients of q and k, which are not representable
     eps = torch.finfo(torch.promote_types(trial.computed, torch.float32)).eps
     if trial.computed == torch.float64:
         eps *= 2  # the definition also has rounding errors
@@ -643,7 +643,7 @@ def beyond(
     trial: Trial, name: str, actual: Tensor, exact: Tensor, terms: list[Results], rounded: list[Results],
     references: list[tuple[Results, Results]],
 ) -> list[str]:  # fmt: skip
-    """Return where one result exceeds the error budget. Results with a batch dimension are checked sample by sample."""
+    """Return one line for each sample of a result that exceeds the error budget. A result without a batch is one sample."""
     skip = trial.problem.hidden[name] if name in trial.problem.ignored else None
 
     def samples(x: Tensor) -> Tensor:
@@ -750,9 +750,9 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
         names.pop("scale", None)
         names |= dict(feature_map=one_of("relu", "elu"), eps=one_of(1e-6, 1e-6, 0.0, 0.125))
         names["projected"] = sometimes(True, False) if op not in MODULES else False
-        if not names["eps"] and "value_magnitude" in names:  # else sums of features times tiny values underflow float32
+        if not names["eps"] and "value_magnitude" in names:  # avoids underflow of features times tiny values
             names["value_magnitude"] = max(names["value_magnitude"], 1e-5)
-        if not names["eps"] and names["feature_map"] == "elu":  # else inverse denominators, about exp(|x|), overflow float32
+        if not names["eps"] and names["feature_map"] == "elu":  # keeps 1 / denominator, about exp(|x|), finite
             names["magnitude"] = min(names["magnitude"], 3.0)
     if attention == "linformer_attention" and "float16" in (names["dtype"], names.get("autocast")):
         names["magnitude"] = min(names["magnitude"], 100.0)  # projected keys are stored in float16
@@ -760,7 +760,7 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
     names["per_head"], names["shared"] = sometimes(True, False), sometimes(True, False)
     if op in MODULES:
         names["per_head"] = names["shared"] = False
-    # Only self-attention has rotations, grids and the residual. In cross-attention, the numbers of queries and keys differ.
+    # Only self-attention has a rope, a grid and a residual. In cross-attention, the numbers of queries and keys differ.
     self_attention = op in MODULES or op == "apply_rope" or one_of(True, True, False)
     if not self_attention:
         names["queries"] = up_to(24 if small else 200)

@@ -38,7 +38,7 @@ def aggregate_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return values (B, H, M, E), and lse, row_max and total (B, H, M).
 
-    The key bias b_n is -|s k_n|^2 / 2 if gaussian, else 0. With l in base 2, row_max_j is the largest logit of a slot,
+    The key bias b_n is -|scale k_n|^2 / 2 if gaussian, else 0. With l in base 2, row_max_j is the largest logit of a slot,
     total_j = sum_n exp2(l_jn - row_max_j), and lse_j = row_max_j + log2 total_j. A masked key has b_n = -inf and is read as 0,
     even if it is NaN. A slot without valid keys has values 0, lse -inf and total 0.
     """
@@ -49,7 +49,7 @@ def aggregate_forward(
     square, rows = Scratch(all_slots), Scratch(all_slots)
     for group, tiles in groups(k, slots.shape[2]):
         p, state = flat(all_slots, group), flat(values, group)
-        # Start at the lowest finite number. With -inf, a slot without valid keys so far would compute inf - inf.
+        # Start at the lowest finite number. With -inf, a slot that has no valid key yet would compute inf - inf.
         running_max = p.new_full((*p.shape[:2], 1), torch.finfo(p.dtype).min)
         running_total = torch.zeros_like(running_max)
         for tile in tiles:
@@ -87,9 +87,9 @@ def aggregate_backward(
     dl_jn = P_jn (dvalues_j . (v_n - values_j) + dlse_j / ln 2)    dv_n = sum_j P_jn dvalues_j
     dk_n = s sum_j dl_jn p_j - s^2 k_n sum_j dl_jn (second term only if gaussian)    dp_j = s sum_n dl_jn k_n
 
-    The logits are bit-identical to those in forward, because they are the same products of the same operands. So the
-    probabilities P_jn = exp2(l_jn - row_max_j) / total_j sum to 1, even for large logits. dvalues and dlse are divided by
-    total_j in advance.
+    Here s = scale. The logits are bit-identical to the logits in forward, because both are the same products of the same
+    operands. So the probabilities P_jn = exp2(l_jn - row_max_j) / total_j sum to 1, even for large logits. The function divides
+    dvalues and dlse by total_j in advance.
     """
     all_slots = expand_slots(slots, k)
     scaled, rope = all_slots * scale, Rotation(rotary, all_slots.dtype)
@@ -109,7 +109,7 @@ def aggregate_backward(
         for tile in tiles:
             keys, contents = read(k, tile, mask, rope), read(v, tile, mask)
             logits = _key_logits(p, keys, tile, mask, scale, gaussian, square, rows)
-            logits.sub_(group_max).clamp_(max=0)  # with a different number of threads, the product may round differently
+            logits.sub_(group_max).clamp_(max=0)  # the product may round differently if the number of threads has changed
             exps = square.apply(torch.exp2)
             if need_v:
                 write(dv, tile, torch.bmm(exps.mT, dstate, out=window(dv, tile, value_room)))
@@ -157,7 +157,7 @@ def _key_bias(keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gauss
 def _row_products(x: Tensor, y: Tensor) -> Tensor:
     """Return the dot products x_j . y_j of rows, (pairs, M, 1).
 
-    They are rounded like the larger products in backward, so that the two cancel if a slot attends to only one token.
+    They are rounded like the larger products in backward, so that both cancel exactly if a slot attends to only one token.
     """
     rows = x.shape[1]
     x, y = (F.pad(each, (0, 0, 0, -rows % 16)).unflatten(1, (-1, 16)) for each in (x, y))

@@ -70,8 +70,11 @@ def broadcast_backward(
     statistics: Statistics,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dq, dslots, dvalues and dslot_bias. dslots is empty unless needs[0], dvalues and dslot_bias unless needs[1].
+    """Return dq, dslots, dvalues and dslot_bias.
 
+    dslots is empty unless needs[0] is set. dvalues and dslot_bias are empty unless needs[1] is set.
+
+    With s = scale:
     dg_nj = P_nj dout_n . (values_j - out_n)    dvalues_j = sum_n P_nj dout_n
     dq_n = s sum_j dg_nj p_j    dp_j = s sum_n dg_nj q_n    da_j = ln 2 sum_n dg_nj
 
@@ -116,7 +119,7 @@ def broadcast_backward(
 
 
 def _query_exps(queries: Tensor, pt: Tensor, bias: Tensor, scale: float, square: Scratch) -> tuple[Tensor, Tensor]:
-    """Return exp(g_nj - max_j g_nj) for a tile, (pairs, tokens, M), and its sums over slots, or 1 if all biases are -inf."""
+    """Return exp(g_nj - max_j g_nj) for a tile, (pairs, tokens, M), and its sums over slots (1 if all biases are -inf)."""
     logits = torch.baddbmm(bias, queries, pt, alpha=scale * LOG2E, out=square(*queries.shape[:2], pt.shape[2]))
     row_max = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)  # avoids inf - inf if all are -inf
     logits.sub_(row_max)

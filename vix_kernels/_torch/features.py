@@ -10,7 +10,7 @@ from .tiles import Group, Rotation, Scratch, Tile, expand_slots, flat, wide, win
 
 
 class Features:
-    """Computes the features of tokens in one pass, and their gradients."""
+    """Computes the features of tokens, and the gradients through these features, for one forward or backward pass."""
 
     def __init__(self, slots: Tensor | None, x: Tensor, rotary: Rotary | None, feature_map: str) -> None:
         self.like = x.new_empty(0, dtype=wide(x[:0]).dtype)
@@ -24,7 +24,7 @@ class Features:
         return self.like.new_empty(shape)
 
     def slot_sums(self, x: Tensor) -> Tensor:
-        """Return zeros in which to accumulate the gradient of the slots, transposed: (B, H, D, M)."""
+        """Return a zero tensor (B, H, D, M), in which the transposed gradient of the slots is accumulated."""
         return self.empty(*x.shape[:2], x.shape[3], self.num_slots).zero_()
 
     def logits(self, x: Tensor, group: Group) -> Tensor:
@@ -43,12 +43,12 @@ class Features:
         return dlogits.mul_(self._exp(logits) if self.elu else logits > 0)
 
     def _exp(self, logits: Tensor) -> Tensor:
-        """Return exp(min(logits, 0)), which is the slope of elu(x) + 1 and avoids overflow."""
+        """Return exp(min(logits, 0)), which is the slope of elu(x) + 1 at the logits and never overflows."""
         torch.clamp(logits, max=0, out=self.third(*logits.shape))
         return self.third.apply(torch.exp)
 
     def to_tokens(self, dlogits: Tensor, dx: Tensor, tile: Tile) -> Tensor:
-        """Return the gradient of the tokens of a tile, which may already be in the memory of dx."""
+        """Return the gradient of the tokens of a tile. The result may be a view of dx."""
         if self.slots is None:
             return dlogits
         return torch.bmm(dlogits, flat(self.slots, tile[:2]), out=window(dx, tile, self.room))

@@ -11,21 +11,21 @@ from torch import Tensor
 
 from .dropout import draw_kept
 
-TOKENS_PER_THREAD = 512  # tokens of a tile per thread; three tiles with a hidden width of 256 take 1.5 MiB
+TOKENS_PER_THREAD = 512  # tokens per tile and thread; three tiles with a hidden width of 256 take 1.5 MiB
 ACTIVATIONS = {
     "gelu": (F.gelu, torch.ops.aten.gelu_backward),
     "hardswish": (F.hardswish, torch.ops.aten.hardswish_backward),
 }
 Norm = tuple[Tensor | None, Tensor | None, float]  # weight, bias and eps; if weight is None, there is no layer norm
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
-Kept = tuple[Tensor | None, Tensor | None]  # masks of both dropouts, uint8 (tokens, hidden) and (tokens, C), if any
+Kept = tuple[Tensor | None, Tensor | None]  # dropout masks, uint8 (tokens, hidden) and (tokens, C), or None without dropout
 
 
 def feed_forward_forward(
     x: Tensor, residual: Tensor | None, norm: Norm, weights: Weights, activation: str, p: float, scale: float, kept: Kept,
     factors: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Return y and fill `kept`. If residual is None, n is the residual."""
+    """Return y, and write the dropout masks to `kept`. If residual is None, n is the residual."""
     (gamma, beta, eps), (w1, b1, w2, b2), (inner, outer) = norm, weights, kept
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     starts = _tiles(x if residual is None else residual)
@@ -51,7 +51,7 @@ def feed_forward_backward(
     dy: Tensor, x: Tensor, start: str, norm: Norm, weights: Weights, activation: str, scale: float, kept: Kept,
     factors: Tensor | None, dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Return dx, dgamma, dbeta, dw1, db1, dw2 and db2. `start` is the residual: "n", "x" or "residual"."""
+    """Return dx, dgamma, dbeta, dw1, db1, dw2 and db2. `start` names the residual: "n", "x" or "residual"."""
     (gamma, beta, eps), (w1, b1, w2, b2), (inner, outer) = norm, weights, kept
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dw1, db1, dw2, db2 = (torch.zeros_like(each) for each in (w1, b1, w2, b2))
@@ -95,7 +95,7 @@ def feed_forward_backward(
 
 
 def _tiles(x: Tensor | None) -> Iterable[Tensor | None]:
-    """Split the tokens of x into tiles. If x is None, return None for every tile."""
+    """Split the tokens of x into tiles. If x is None, yield None for every tile."""
     return repeat(None) if x is None else x.flatten(0, -2).split(TOKENS_PER_THREAD * torch.get_num_threads())
 
 

@@ -2,7 +2,7 @@
 
 The functions do not use autograd. Sums are computed in fp32 (fp64 for fp64 inputs). 16-bit inputs are cast a few heads at a
 time. Segments are summed after a reshape. Only overlapping windows are gathered. Nothing is multiplied by zero, so a NaN only
-affects its window.
+affects the windows that contain it.
 
 Shapes: q (B, H, Nq, D); k (B, H, Nk, D); marks (B, H, L, D); masks bool (B, N); counts fp32 (B, L); cos, sin fp32
 (1 or H, N, R / 2). Gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
@@ -64,7 +64,10 @@ def _sums(x: Tensor, pool: Pool) -> Tensor:
 
 
 def _spread_marks(marks: Tensor, other: Tensor | None, x: Tensor, pool: Pool) -> None:
-    """Write `other` plus the sum of the marks (..., L, D) of each token's windows to x (..., N, D). Transpose of _sums."""
+    """Write to each token in x (..., N, D) the sum of the marks (..., L, D) of its windows, plus `other`.
+
+    This is the transpose of _sums.
+    """
     prefix, rest = (None, None) if other is None else (other[..., : pool.prefix, :], _lines(other, pool))
     _plus(marks[..., : pool.prefix, :], prefix, x[..., : pool.prefix, :])
     coarse = marks[..., pool.prefix :, :].unflatten(-2, (pool.mark_rows, -1))

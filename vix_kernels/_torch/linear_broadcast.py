@@ -1,4 +1,4 @@
-"""Means of slots, weighted by the features of tokens, one tile at a time (see primitives/linear.py for the equations)."""
+"""The output of linear attention, one tile of tokens at a time (see primitives/linear.py for the equations)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def linear_broadcast_backward(
     total: Tensor,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dq, dslots, dsums and dnorms. dslots is empty unless needs[0], dsums and dnorms unless needs[1].
+    """Return dq, dslots, dsums and dnorms.
+
+    dslots is empty unless needs[0] is set. dsums and dnorms are empty unless needs[1] is set.
 
     With the denominator t_n and d_n = dout_n / t_n:
     dl_nj = phi'(l_nj) (d_n . S_j - z_j d_n . out_n)      dq_n = sum_j dl_nj p_j      dp_j = sum_n dl_nj q_n
@@ -56,12 +58,12 @@ def linear_broadcast_backward(
     need_slots, need_sums = needs
     features_of = Features(slots, q, rotary, feature_map)
     size = torch.where(total.isfinite(), total, 0).amax(-1, keepdim=True)  # (B, H, 1)
-    size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)  # a power of two, for exact divisions; 1 if size is 0
+    size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)  # power of two for exact divisions, or 1 if size is 0
     least = 1e8 * torch.finfo(total.dtype).tiny  # if the denominator of a token is smaller, its gradient is 0
     sums, norms, total = wide(sums) / size.unsqueeze(3), norms / size, total / size
     dq = empty_like_tokens(q, q.shape[3])
     dslots = features_of.slot_sums(q) if need_slots and slots is not None else None
-    # Stored transposed, because multiplying (E, tokens) by (tokens, M) is the faster order.
+    # dsums is stored transposed, because multiplying (E, tokens) by (tokens, M) is the faster order.
     dsums = features_of.empty(*q.shape[:2], sums.shape[3], features_of.num_slots).zero_()
     dnorms = features_of.empty(*q.shape[:2], features_of.num_slots).zero_()
     for group, tiles in groups(q, features_of.num_slots):

@@ -83,11 +83,11 @@ def pinv_backward(
 
 
 def _attention(q: Tensor, k: Tensor, q_counts: Tensor | None, k_counts: Tensor | None, scale: float) -> Tensor:
-    """Return A (pairs, L, L) for landmarks (pairs, L, D). Rows and columns of masked landmarks are 0."""
+    """Return A (pairs, L, L) for landmarks (pairs, L, D) of all pairs (sample, head). Masked rows and columns are 0."""
     a = torch.bmm(q, k.mT).mul_(scale)
     if k_counts is not None:
         hidden = _masked(k_counts, len(a)).unsqueeze(1)
-        a = a.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0)  # NaN if no column is valid, then 0
+        a = a.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill_(hidden, 0)  # softmax is NaN if no column is valid
     else:
         a = a.softmax(-1)
     return a if q_counts is None else a.masked_fill_(_masked(q_counts, len(a)).unsqueeze(2), 0)
@@ -97,7 +97,7 @@ def _start(a: Tensor, init: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return Z_0, the scale s and the column sums of A (pairs, 1, L). s is (pairs, 1, 1), or a single number for "original"."""
     sums = a.sum(1, keepdim=True)
     s = sums.amax() if init == "original" and len(a) else sums.amax(-1, keepdim=True)
-    s = s.masked_fill(s == 0, 1)  # no landmark is valid
+    s = s.masked_fill(s == 0, 1)  # s is 0 if no landmark is valid
     return a.mT / s, s, sums
 
 

@@ -1,4 +1,4 @@
-"""Weighted sums of tokens, as large matrix products (see primitives/project.py for the equations)."""
+"""Weighted sums of tokens, computed as large matrix products (see primitives/project.py for the equations)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def project_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dE, dF, dk and dv. Gradients that `needs` does not request are empty.
 
-    dk_n = sum_j E_nj dkeys_j    dE_nj = sum of k_n . dkeys_j over samples (and heads that share E)    dv and dF likewise
+    dk_n = sum_j E_nj dkeys_j    dE_nj = sum of k_n . dkeys_j over samples (and heads that share E)
+    dv and dF are computed in the same way.
     """
     need_key_projection, need_value_projection, need_k, need_v = needs
     rope = Rotation(rotary, accumulator(k.dtype))

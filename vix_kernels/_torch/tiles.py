@@ -21,7 +21,7 @@ from torch import Tensor
 from ..layout import Rotary, accumulator, flattened
 
 LOG2E = 1 / math.log(2)  # logits are in base 2, because exp2 is several times faster than exp on a CPU
-# Logits per tile: few enough to fit in the caches of a CPU core, but enough to hide the overhead of calls and launches.
+# Number of logits per tile: few enough to fit in the caches of a CPU core, but enough to hide the overhead of launches.
 TILE_CPU, TILE_GPU = 2**19, 2**24
 # GRAIN is the smallest number of elements per thread in PyTorch's pointwise operators. VECTORS is a multiple of the number of
 # elements in two vectors of any CPU.
@@ -43,12 +43,12 @@ class Rotation:
         cos, sin, _, interleaved = flattened(rotary)
         self.interleaved, self.dtype = interleaved, dtype
         self.cos, self.sin = (None, None) if cos is None else (cos.to(dtype), sin.to(dtype))
-        # A complex product is the fastest rotation of adjacent channels.
+        # Complex multiplication is the fastest way to rotate pairs of adjacent channels.
         self.phases = torch.complex(self.cos, self.sin) if interleaved and cos is not None else None
         self.cos_of_both = None if cos is None or interleaved else self.cos.repeat(1, 1, 2)
 
     def __call__(self, x: Tensor, where: Group | Tile, inverse: bool = False, out: Tensor | None = None) -> Tensor:
-        """Rotate x (b, h, tokens, D), which has the tokens of a group or tile in the accumulator's dtype."""
+        """Rotate x (b, h, tokens, D), which contains the tokens of a group or tile in the accumulator's dtype."""
         if self.cos is None:
             return x
         part = (slice(None) if len(self.cos) == 1 else where[1], *where[2:])
@@ -88,7 +88,7 @@ def _complex(x: Tensor) -> Tensor:
 
 
 class Scratch:
-    """A buffer that all tiles share. With new memory for each tile, page faults would take longer than the arithmetic."""
+    """A buffer that all tiles share. If each tile allocated memory, page faults would take longer than arithmetic."""
 
     def __init__(self, like: Tensor) -> None:
         self.memory = self.view = self.padded = like.new_empty(0)
@@ -120,8 +120,8 @@ def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
 
     If sequences are short, a tile contains several samples or heads. If they are long, it contains some of the tokens. Tiles
     are contiguous in memory if possible. If the heads of a token are adjacent in memory, as in the output of a linear layer, a
-    tile contains all heads of its tokens. Reading a single head would touch only a few cache lines of each page, at the full
-    latency.
+    tile contains all heads of its tokens. Reading one head at a time would be slow, because it would use only a few cache
+    lines of each page.
     """
     batch, heads, tokens, _ = x.shape
     room = max(1, (TILE_CPU if x.device.type == "cpu" else TILE_GPU) // slots)
@@ -203,7 +203,7 @@ def expand_slots(slots: Tensor, x: Tensor) -> Tensor:
 
 
 def at_least_one(total: Tensor) -> Tensor:
-    """Return `total` with zeros replaced by 1. Others are at least 1, because the largest exponential in a sum is exactly 1."""
+    """Return `total` with zeros replaced by 1. Other sums are at least 1, because their largest exponential is exactly 1."""
     return total.clamp(min=1)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..layout import Needs, accumulator, empty_like_tokens
 
-BLOCK = 32  # larger blocks multiply by more zeros of the banded matrix, smaller blocks read more tokens twice
+BLOCK = 32  # with larger blocks, the banded matrix has more zeros; with smaller ones, more tokens are read twice
 ROOM = 2**18  # number of elements that are processed together
 
-# The samples, and the head, that are processed together.
+# A slice of samples and the index of a head. These are processed together.
 Group = tuple[slice, int]
 
 
@@ -72,8 +72,8 @@ def _convolved(x: Tensor, weight: Tensor, mask: Tensor | None) -> Iterator[tuple
 def _weight_gradient(dout: Tensor, v: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
     taps = weight.shape[2]
     rows, others = _Rows(v, taps), _Rows(dout, taps)
-    # Dot products of token i of a block of v with token j of its window of dout. Diagonal j - i = u belongs to tap number
-    # (taps - 1 - u).
+    # products[h, i, j] is the dot product of token i in a block of v and token j in the corresponding window of dout, summed
+    # over all blocks of head h. The diagonal j - i = u belongs to tap number taps - 1 - u.
     memory = rows.memory.new_empty(len(rows.blocks), BLOCK, BLOCK + taps - 1)
     products = memory.new_zeros(v.shape[1], BLOCK, BLOCK + taps - 1)
     for group in rows.groups():
@@ -99,7 +99,8 @@ class _Rows:
 
     Attributes:
         blocks: (blocks, BLOCK, E). Zeros after the tokens of a sample separate them from the windows of the next sample.
-        windows: (blocks, BLOCK + taps - 1, E), each starting taps // 2 tokens before its block. A view of the same memory.
+        windows: (blocks, BLOCK + taps - 1, E), a view of the same memory. Each window starts taps // 2 tokens before
+            its block.
     """
 
     def __init__(self, x: Tensor, taps: int) -> None:

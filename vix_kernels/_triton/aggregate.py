@@ -54,7 +54,7 @@ def key_bias(k, valid, scale, GAUSSIAN: tl.constexpr, COMPUTE: tl.constexpr):
     if GAUSSIAN:
         x = k.to(COMPUTE)
         bias -= tl.sum(x * x, 1) * (0.5 * LOG2E * scale * scale)
-        bias += bias - bias  # becomes NaN if the square overflows, because -inf would mask the key
+        bias += bias - bias  # if the square overflows, the bias becomes NaN instead of -inf, which would mask the key
     return tl.where(valid, bias, float("-inf"))
 
 
@@ -113,8 +113,8 @@ def merge_softmax_kernel(
 ):  # fmt: skip
     """Merge the results of the chunks of tokens.
 
-    The merged values are an average over the chunks with the weights total * exp2(row_max). The kernel also computes row_max,
-    total and lse over all tokens.
+    The merged values are the average of the chunks' values, weighted by total * exp2(row_max). The kernel also computes
+    row_max, total and lse over all tokens.
     """
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
     o_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -157,13 +157,13 @@ def aggregate_prepare_kernel(
 ):  # fmt: skip
     """Compute size, unit and delta for the gradient kernels.
 
-    The gradient of a logit is size <unit, v> - delta, multiplied by the exponential of the logit or, for features, by the slope
-    of the feature map. size * unit is dvalues / total, and unit has the tokens' dtype. dvalues is a sum over all tokens, so in
+    The gradient of a logit is (size <unit, v> - delta) times the exponential of the logit or, for features, times the slope of
+    the feature map. size * unit is dvalues / total, and unit has the tokens' dtype. dvalues is a sum over all tokens, so in
     float16 it can overflow even if dk and dv do not. size therefore includes a power of two that keeps unit within [-1, 1].
 
     If SOFTMAX, delta = (<dvalues, values> - dlse / ln 2) / total. <dvalues, values> is computed in the same way as <unit, v> in
-    the gradient kernels, so that both cancel if a slot attends to only one token. Otherwise the slots are sums of features
-    without a softmax, total is 1, and delta = -dnumber.
+    the gradient kernels, so that both cancel if a slot attends to only one token. Otherwise the slots are sums weighted by
+    features, without a softmax, total is 1, and delta = -dnumber.
     """
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -333,7 +333,7 @@ def prepare(
     Args:
         dvalues: gradient of values or sums, (batch, heads, M, E).
         dnumber: gradient of lse or norms, (batch, heads, M), or None if it is 0.
-        values, total: results of the softmax, or None if the slots are sums of features.
+        values, total: results of the softmax, or None if the slots are sums weighted by features.
         dtype: dtype of the tokens.
         precision: precision of float32 products.
 
@@ -345,7 +345,7 @@ def prepare(
     delta, size = (dvalues.new_empty(dvalues.shape[:3]) for _ in range(2))
     unit = dvalues.new_empty(dvalues.shape, dtype=dtype)
     block = 16
-    warps = 8 if dtype == torch.float32 and width > 64 else 4  # with 4 warps it spills registers
+    warps = 8 if dtype == torch.float32 and width > 64 else 4  # with 4 warps, the kernel would spill registers
     launch(
         aggregate_prepare_kernel,
         (batch * num_heads * triton.cdiv(num_slots, block),),

@@ -91,7 +91,7 @@ def broadcast_forward_kernel(
 
 @triton.jit
 def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the base-2 bias of a tile of slots. It is -inf for rows from M upward, so their probability is 0."""
+    """Return the base-2 bias of a tile of slots. It is -inf for indices of M or greater, so their probability is 0."""
     if BIASED:
         b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=float("-inf"))
     else:
@@ -106,7 +106,7 @@ def exps_and_gradient(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of slots, the exponentials exp2(logit - row_max) of tokens and slots, and <dout, values>."""
+    """Return a tile of slots and, for each pair of a token and a slot, exp2(logit - row_max) and <dout, values>."""
     o_m = start + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
     b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), b_q.dtype)
@@ -130,8 +130,8 @@ def broadcast_tokens_kernel(
 ):  # fmt: skip
     """Compute dq for a tile of tokens. For the slot gradients, also compute delta = <dout, out> and inverse = 1 / total.
 
-    delta is computed from `out` if it is KNOWN. Otherwise it is recomputed from the slots. A token whose dout is 0 does not
-    contribute to any gradient, even if its query contains NaN, as padding may. Its query is read as 0, and its inverse is 0.
+    delta is computed from `out` if `out` is KNOWN. Otherwise it is recomputed from the slots. A token whose dout is 0 does not
+    contribute to any gradient, even if it is padding and its query contains NaN. Its query is read as 0, and its inverse is 0.
     """
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
@@ -160,7 +160,7 @@ def broadcast_tokens_kernel(
             )  # fmt: skip
             b_delta += tl.sum(b_e * b_dp, 1)
         b_delta *= b_inverse
-        # Load q and dout again. The two loops need them in different layouts, and keeping both would take more registers.
+        # Load q and dout again. The two loops need different layouts, and keeping both layouts would take more registers.
         b_q = load_rotated(
             q, o_n, q_n, used, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE, AGAIN=True
         )  # fmt: skip
@@ -194,7 +194,7 @@ def broadcast_slots_kernel(
 ):  # fmt: skip
     """Compute the contribution of a chunk of tokens to dvalues, dbias and, if NEED_SLOTS, dslots.
 
-    A program computes it for a tile of slots of one sample and head.
+    Each program handles a tile of slots of one sample and head.
     """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H

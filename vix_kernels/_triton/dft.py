@@ -47,7 +47,7 @@ def turn(index, length, COMPUTE: tl.constexpr):
 
 @triton.jit
 def turned(c, s, turn_c, turn_s):
-    """Return the cosine and the sine of the sum of two angles."""
+    """Return the cosine and the sine of the sum of two angles, given the cosine and the sine of each."""
     return c * turn_c - s * turn_s, s * turn_c + c * turn_s
 
 
@@ -57,7 +57,7 @@ def dft_channels_kernel(
     D: tl.constexpr, COLUMNS: tl.constexpr, SHRINK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute E C_D and O S_D, both (N // 2 + 1, COLUMNS) and multiplied by SHRINK / 2, for a tile of tokens and columns."""
+    """Compute a tile of E C_D and of O S_D. Both have the shape (N // 2 + 1, COLUMNS) and are multiplied by SHRINK / 2."""
     half = N // 2 + 1
     row_tiles = tl.cdiv(half, BLOCK_N)
     column_tiles = COLUMNS // BLOCK_C
@@ -143,8 +143,8 @@ def dft_tokens_kernel(
 def dft(x: Tensor, ortho: bool) -> Tensor:
     batch, tokens, width = x.shape
     over_channels, over_tokens = (launch_config(kernel, x, WIDTH, x) for kernel in ("dft_channels", "dft_tokens"))
-    # All columns of the tiles are computed, even if these are more than half of the channels, because stores of mirror images
-    # are not vectorized.
+    # A tile may extend beyond half of the channels. The columns beyond the half are computed, too. Otherwise they would be
+    # stored as mirror images, and those stores are not vectorized.
     block = max(over_channels.tile.slots, over_tokens.tile.slots)
     half, columns = tokens // 2 + 1, triton.cdiv(width // 2 + 1, block) * block
     folded, y = x.new_empty(batch, 2, half, columns), x.new_empty(x.shape)

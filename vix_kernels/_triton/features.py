@@ -42,9 +42,9 @@ def load_logits(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     PROJECTED: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return inputs of the feature map (tokens, BLOCK_M).
+    """Return a tile (tokens, BLOCK_M) of inputs to the feature map.
 
-    They are products of tokens and slots if PROJECTED, otherwise channels of the tokens.
+    The inputs are products of tokens and slots if PROJECTED, otherwise channels of the tokens.
     """
     if PROJECTED:
         b_x = load_rotated(x, o_n, x_n, valid, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
@@ -84,7 +84,7 @@ def load_state(sums, norms, sums_m, norms_m, o_m, M, E: tl.constexpr, BLOCK_E: t
 
 
 def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | None) -> LaunchConfig:
-    """Return the result of launch_config. `slots` may be None, which means that the channels are the inputs of the map."""
+    """Return the launch configuration of `kernel`. If `slots` is None, the feature map is applied to the tokens' channels."""
     config = launch_config(kernel, tokens, max(tokens.shape[3], values.shape[3]), tokens if slots is None else slots)
     if slots is None:  # a tile has at most as many columns as a head
         config = replace(config, tile=config.tile._replace(slots=min(config.tile.slots, padded(tokens.shape[3]))))
@@ -92,5 +92,5 @@ def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | 
 
 
 def feature_strides(slots: Tensor | None) -> tuple[int, int, int]:
-    """Return the result of slot_strides, or zeros if `slots` is None."""
+    """Return slot_strides(slots), or zeros if `slots` is None."""
     return (0, 0, 0) if slots is None else slot_strides(slots)

@@ -26,7 +26,7 @@ def window(j, size, count, ADAPTIVE: tl.constexpr):
         length = ((j + 1) * size + count - 1) // count - first
         first, length = first.to(tl.int32), length.to(tl.int32)
     else:
-        longer = j - (count - size % count)  # if positive, the number of longer windows before window j
+        longer = j - (count - size % count)  # if positive, how many windows before window j have one extra token
         first = j * (size // count) + tl.maximum(longer, 0)
         length = size // count + (longer >= 0).to(tl.int32)
     return first, length
@@ -54,7 +54,7 @@ def mean(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ADAPTIVE: tl.constexpr, MASKED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Compute the means of x for a tile of landmarks, and how many valid tokens each landmark has."""
+    """Compute the means of x for a tile of landmarks, and the number of valid tokens in each mean."""
     L = prefix + mark_rows * mark_columns
     i_bh = (tl.program_id(0) // tl.cdiv(L, BLOCK_M)).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H

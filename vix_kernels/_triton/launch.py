@@ -45,11 +45,11 @@ class LaunchConfig:
     compute: torch.dtype  # dtype of logits, statistics and accumulators
     split: bool  # whether slots are float32 and tokens 16-bit; such slots are multiplied as a sum of two 16-bit tiles
     precision: str  # precision of float32 products
-    multiprocessors: int  # number of multiprocessors in the device, or 0 for the interpreter
-    step: int  # tokens per tile in the launch table; the tokens per chunk are a multiple of it
+    multiprocessors: int  # result of the function `multiprocessors` for the device
+    step: int  # tokens per tile in the launch table; the size of a chunk is a multiple of this number
 
     def chunk(self, programs: int, tokens: int) -> tuple[int, int]:
-        """Return the tokens per chunk and the number of chunks, for a launch with `programs` programs per chunk.
+        """Return the number of tokens per chunk and the number of chunks, for a launch with `programs` programs per chunk.
 
         All tokens form one chunk, unless `programs` would leave multiprocessors idle. The split depends only on the sizes and
         the device, never on timing, so repeated calls return bit-identical results.
@@ -59,7 +59,7 @@ class LaunchConfig:
         if self.multiprocessors:
             wanted, least = PROGRAMS_A_MULTIPROCESSOR * self.multiprocessors // max(1, programs), LEAST_CHUNK
         else:
-            wanted, least = tokens, 2 * self.step  # always split, so that small inputs test the merge
+            wanted, least = tokens, 2 * self.step  # the interpreter always splits, so small inputs also test the merge
         size = max(least, triton.cdiv(tokens, max(1, wanted)))
         size = triton.cdiv(size, self.step) * self.step
         return size, triton.cdiv(tokens, size)
@@ -79,11 +79,11 @@ class LaunchConfig:
         )  # fmt: skip
 
 
-PROGRAMS_A_MULTIPROCESSOR = 2  # programs whose registers fit in a multiprocessor at the same time
-LEAST_CHUNK = 256  # tokens; smaller chunks would cost more time in the merge than they save
-# Tokens per tile if the interpreter runs the launches of a GPU architecture. With such large tiles, a run takes a fifth of the
-# time. The set of bytes that a launch reads or writes does not change, because chunks still depend on the architecture's tile
-# (`step`).
+PROGRAMS_A_MULTIPROCESSOR = 2  # number of programs whose registers fit in a multiprocessor at the same time
+LEAST_CHUNK = 256  # tokens; merging smaller chunks would take more time than the additional programs save
+# Tokens per tile when the interpreter uses the launch configurations of a GPU architecture. With such large tiles, a run takes
+# one fifth of the time. Each launch still reads and writes the same bytes, because the size of a chunk depends on the tile of
+# the architecture (`step`).
 ASSUMED_TOKENS = 1024
 
 
@@ -154,12 +154,15 @@ def architecture(device: torch.device) -> str:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors (compute units on AMD) of the device, or 0 for the interpreter."""
+    """Return the number of multiprocessors (compute units on AMD) of the device.
+
+    In the interpreter, return the number for the assumed architecture, or 0 if no architecture is assumed.
+    """
     if interpreted():
         return TARGETS[conditions.current.arch].multiprocessors if conditions.current.arch else 0
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return TARGETS[architecture(device)].multiprocessors  # launches are compiled or counted, but they are not run
+    return TARGETS[architecture(device)].multiprocessors  # without a GPU, launches are only compiled or counted
 
 
 # Arguments

@@ -274,7 +274,7 @@ _SMALL = {  # for architectures with 99 KiB of shared memory per block
     ("token_conv_backward", 16, 128): Tile(32, 64, 8, 1),
     ("aggregate_slots", 32, 128): Tile(16, 16, 8, 1, "ieee"),
 }
-_ADA = {  # for kernels that spill registers with the tiles above on sm_86 and sm_89
+_ADA = {  # for kernels that, on sm_86 and sm_89, would spill registers with the tiles above
     ("aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
     ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 4, 2),
     ("broadcast_slots_pooled", 16, 64): Tile(32, 64, 8, 2),
@@ -324,7 +324,7 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
     | {
         ("broadcast_slots", 16, 128): Tile(64, 64, 8, 2),
         ("aggregate_tokens", 16, 128): Tile(32, 64, 8, 2),
-        # Smaller than the registers allow, because with larger tiles Triton 3.6 spills a few more bytes at width 80.
+        # The registers would allow a larger tile, but then Triton 3.6 spills a few more bytes at width 80.
         ("broadcast_tokens", 16, 128): Tile(32, 128, 8, 2),
         ("linear_broadcast_slots", 16, 128): Tile(32, 32, 4, 1),
         ("broadcast_tokens", 32, 64): Tile(16, 32, 8, 1),  # Triton 3.6 spills with TABLE's entry
@@ -344,4 +344,4 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
     "gfx942": _CDNA,
     "gfx950": _CDNA,
 }
-INTERPRETER = Tile(32, 16, 1, 1)  # so small that every loop runs more than once even on small inputs
+INTERPRETER = Tile(32, 16, 1, 1)  # small enough that every loop runs more than once even on small inputs

@@ -1,6 +1,7 @@
-"""Kernels for `linear_aggregate`: slots are sums of tokens with features as weights (equations in primitives/linear.py).
+"""Kernels for `linear_aggregate`: slots are sums of tokens, weighted by features.
 
-These kernels have the same loops as those for `aggregate`, but no running max and no normalizer.
+See primitives/linear.py for the equations. The kernels have the same loops as the kernels for `aggregate`, but no running max
+and no normalizer.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def linear_aggregate_forward_kernel(
         )  # fmt: skip
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_f = cast(tl.where(valid[:, None], apply_map(b_l, ELU), 0.0), b_v.dtype)
-        b_norms += tl.sum(b_f.to(COMPUTE), 0)  # uses the rounded features, as the sums do
+        b_norms += tl.sum(b_f.to(COMPUTE), 0)  # sums the rounded features, because the product below uses them, too
         b_sums = dot(tl.trans(b_f), b_v, b_sums, PRECISION)
 
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)

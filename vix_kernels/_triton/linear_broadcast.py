@@ -1,6 +1,6 @@
-"""Kernels for `linear_broadcast`: tokens are averages of slots with features as weights (equations in primitives/linear.py).
+"""Kernels for `linear_broadcast`: tokens are averages of slots, weighted by features.
 
-These kernels have the same loops as those for `broadcast`.
+See primitives/linear.py for the equations. The kernels have the same loops as the kernels for `broadcast`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .tiles import (
 )
 
 HALF_MAX = tl.constexpr(65504.0)
-SMALLEST = tl.constexpr(2.0**-100)  # lower limit of the divisor of the weights, so that its inverse is finite
+SMALLEST = tl.constexpr(2.0**-100)  # lower limit of the running max, so that its inverse is finite
 
 
 @triton.jit(do_not_specialize=["N", "M", "sums_b", "sums_h", "norms_b", "norms_h", "angle_h", "eps"])
@@ -51,7 +51,7 @@ def linear_broadcast_forward_kernel(
     q += i_b * q_b + i_h * q_h
     slots += i_b * slots_b + i_h * slots_h
 
-    # As in a softmax, the weights and their sum are divided by a running max, so that the weights fit in 16 bits.
+    # As in a softmax, the weights and their sum are divided by a running max, so that the weights do not overflow in 16 bits.
     b_max = tl.full((BLOCK_N,), SMALLEST, COMPUTE)
     b_total = tl.zeros((BLOCK_N,), COMPUTE)
     b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
@@ -82,9 +82,10 @@ def linear_broadcast_forward_kernel(
 
 @triton.jit
 def weight_scale(norms, HALF: tl.constexpr):
-    """Return the factor that is applied to the weights f / t of each slot: its norm z if HALF, otherwise 1.
+    """Return the factor by which the weights f / t of each slot are multiplied, where f is a feature and t is a token's total.
 
-    f / t may overflow in float16, but f z / t is at most 1. If z is 0, the factor is 1.
+    If HALF, the factor is the slot's norm z, because f / t may overflow in float16, but f z / t is at most 1. If z is 0 or HALF
+    is False, the factor is 1.
     """
     if HALF:
         scale = tl.where(norms == 0, 1.0, norms)
@@ -100,7 +101,7 @@ def load_terms(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the logits and <dout, values> of tokens and slots, both (tokens, BLOCK_M), and the norms of the slots."""
+    """Return the logits (tokens, BLOCK_M), the products <dout, values> (tokens, BLOCK_M) and the norms of the slots."""
     b_l = load_logits(
         q, o_n, q_n, used, slots, slots_m, first_slot, cos, sin, M,
         D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
@@ -128,8 +129,8 @@ def linear_broadcast_tokens_kernel(
     """Compute dq for a tile of tokens. For the slot gradients, also compute delta = <dout, out> and a mask of the used tokens.
 
     delta is recomputed from the features, because `out` may have been rounded. If <dout, values> - delta is small, the rounding
-    error would dominate it. A token whose dout is 0 is not used. Its query is read as 0, so it contributes to no gradient, even
-    if the query contains NaN, as padding may.
+    error would dominate it. A token whose dout is 0 is not used. Its query is read as 0, so the token does not contribute to
+    any gradient, even if it is padding and its query contains NaN.
     """
     i_bh, o_n, valid = token_program(N, BLOCK_N)
     i_b, i_h = i_bh // H, i_bh % H
@@ -188,7 +189,7 @@ def linear_broadcast_slots_kernel(
 ):  # fmt: skip
     """Compute the contribution of a chunk of tokens to dsums, dnorms and, if NEED_SLOTS, dslots.
 
-    A program computes it for a tile of slots of one sample and head.
+    Each program handles a tile of slots of one sample and head.
     """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
@@ -218,7 +219,7 @@ def linear_broadcast_slots_kernel(
         )  # fmt: skip
         b_size = weight_scale(b_norms, HALF)
         b_w = apply_map(b_l, ELU) * (b_size[None, :] / b_total[:, None])
-        if HALF:  # limit overflowing weights of slots without keys, because they are multiplied by 0 later, and inf * 0 is NaN
+        if HALF:  # weights of slots without keys may overflow; they are multiplied by 0 later, and inf * 0 would be NaN
             b_w = tl.where(b_w > HALF_MAX, HALF_MAX, b_w)
         b_p = cast(b_w, b_dout.dtype)
         b_dsums = dot(tl.trans(b_p), b_dout, b_dsums, PRECISION)

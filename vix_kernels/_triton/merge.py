@@ -1,4 +1,4 @@
-"""Sums of results over the chunks of tokens."""
+"""Sum the results of the chunks of tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def merge_sums_kernel(
     parts, part_numbers, sums, numbers, chunks, M,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Sum the rows and the numbers of a tile of slots over the chunks."""
+    """Sum `parts` and `part_numbers` over the chunks, for a tile of slots."""
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
     o_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_e = tl.arange(0, BLOCK_E)
@@ -35,7 +35,7 @@ def merge_sums_kernel(
 def merge_sums(parts: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Sum `parts` (batch, heads, chunks, M, E) and `numbers` (batch, heads, chunks, M) over the chunks.
 
-    A single chunk needs no launch.
+    If there is only one chunk, no kernel is launched.
     """
     _, _, chunks, num_slots, _ = parts.shape
     if chunks == 1:
@@ -48,7 +48,7 @@ def merge_sums(parts: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
 def empty_slots(slots: Tensor, batch: int, num_heads: int, chunks: int, dtype: torch.dtype) -> Tensor:
     """Allocate the gradient of `slots` for each chunk: (batch, heads, chunks, M, D).
 
-    It has the slots' dtype if there is nothing to sum over, otherwise `dtype`.
+    The gradient has the slots' dtype if `sum_slots` has nothing to sum, otherwise `dtype`.
     """
     alone = chunks == 1 and slots.shape[:2] == (batch, num_heads)
     return slots.new_empty(batch, num_heads, chunks, *slots.shape[2:], dtype=slots.dtype if alone else dtype)

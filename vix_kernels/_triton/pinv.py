@@ -35,7 +35,7 @@ def load_rows(
     base, stride, rows, column, counts, i_b, counts_b, counts_l, L,
     WIDTH: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Load STEP columns of the landmarks `rows`. Rows of invalid landmarks are 0."""
+    """Load STEP columns of the landmarks whose indices are `rows`. Rows of invalid landmarks are 0."""
     valid = is_valid(counts, i_b, counts_b, counts_l, rows, L, MASKED)
     return load_tile(base, rows, stride, valid, WIDTH, STEP, 0, True, False, column)
 
@@ -63,7 +63,7 @@ def attention(
     q, k, q_l, k_l, rows, columns, has_row, has_column, scale,
     D: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return rows of A, the attention of query landmarks to key landmarks. Invalid landmarks have rows and columns of 0."""
+    """Return rows of A, the attention of query landmarks to key landmarks. Rows and columns of invalid landmarks are 0."""
     logits = tl.zeros((rows.shape[0], columns.shape[0]), COMPUTE)
     for column in range(0, D, STEP):
         b_q = load_tile(q, rows, q_l, has_row, D, STEP, 0, True, False, column)
@@ -78,7 +78,7 @@ def attention(
 
 @triton.jit
 def start_scale(sums):
-    """Return the start scale s and the fraction of its gradient that each column of A receives.
+    """Return the initial scale s and, for each column of A, the fraction of the gradient of s that the column receives.
 
     s is the largest column sum of A, or 1 if that sum is 0.
     """
@@ -132,7 +132,7 @@ def start_gradient(
 
 @triton.jit
 def end_gradient(memory, s, share, scale, SIZE: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr):
-    """Compute the gradient of q k^T by going backward through the first Z and the softmax. Store it in the place of dY."""
+    """Compute the gradient of q k^T by going backward through the first Z and the softmax. Store it at place DY."""
     sums = tl.zeros((STEP,), COMPUTE)
     for row in range(0, SIZE, STEP):
         a = tl.load(part(memory, A, row, 0, STEP, SIZE, SIZE))
@@ -304,7 +304,7 @@ def pinv_backward(
 
 
 def _memory(config: LaunchConfig, matrices: int, q_marks: Tensor, values: Tensor) -> tuple[int, Tensor]:
-    """Return the number of programs, and memory for `matrices` matrices per program."""
+    """Return the number of programs, and an uninitialized tensor with room for `matrices` matrices per program."""
     pairs, _, landmarks = _sizes(q_marks)
     programs = min(pairs, max(1, config.multiprocessors * WARPS_A_MULTIPROCESSOR // config.tile.num_warps))
     return programs, values.new_empty(programs * matrices * padded(landmarks) ** 2)

@@ -81,7 +81,7 @@ def advance(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.con
 
 @triton.jit
 def differentiate(memory, L, SIZE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """Replace the gradient dZ of the next step's Z with that of this step's Z. Add this step's contribution to dA."""
+    """Replace dZ, the gradient of the next step's Z, with the gradient of this step's Z. Add this step's contribution to dA."""
     polynomial(memory, L, SIZE, STEP, PRECISION)
     multiply(memory, Z, DZ, DY, L, SIZE, STEP, PRECISION, LEFT_TURNED=True, FACTOR=-0.25)
     multiply(memory, DZ, Y, DZ, L, SIZE, STEP, PRECISION, RIGHT_TURNED=True, OTHER=DZ, WEIGHT=-13, FACTOR=-0.25)

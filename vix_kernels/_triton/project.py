@@ -50,7 +50,7 @@ def is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def load_weights(base, o_n, stride, valid, o_m, M, DTYPE: tl.constexpr):
-    """Load a tile (tokens, slots) of a projection and round it to DTYPE. The weights of tokens that are not valid are 0."""
+    """Load a tile (tokens, slots) of a projection and round it to DTYPE. The weights of invalid tokens are 0."""
     at = base + o_n.to(tl.int64)[:, None] * stride + o_m[None, :]
     return cast(tl.load(at, mask=valid[:, None] & (o_m < M)[None, :], other=0.0), DTYPE)
 

@@ -44,9 +44,9 @@ def angle_gradient_kernel(
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of one row of angles per token.
+    """Compute the gradient of the angles for a tile of tokens.
 
-    It is a sum over the samples and over the `heads` heads that share the angles, in a fixed order.
+    The gradient is summed in a fixed order over the samples and over the `heads` heads that share the angles.
     """
     i_h, o_n, inside = token_program(N, BLOCK_N)
     x += i_h * x_h

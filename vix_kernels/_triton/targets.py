@@ -19,7 +19,7 @@ TENSOR_MEMORY = 512  # columns per multiprocessor on sm_100
 @dataclass(frozen=True)
 class Target:
     gpu: GPUTarget
-    multiprocessors: int  # number in the whole GPU: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI210, MI300X, MI355X
+    multiprocessors: int  # number in the whole GPU
     warps: int  # maximum per multiprocessor
     blocks: int  # maximum per multiprocessor
     shared_memory_total: int  # bytes per multiprocessor
@@ -66,7 +66,8 @@ def amd(arch: str, *, multiprocessors: int, shared_memory: int, unit: int) -> Ta
     return Target(GPUTarget("hip", arch, 64), multiprocessors, 32, 16, shared_memory * 1024, unit, 0)
 
 
-# shared_memory is in KiB per multiprocessor.
+# The GPUs are the A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI210, MI300X and MI355X, in this order. shared_memory is in
+# KiB per multiprocessor.
 # Sources for NVIDIA: CUDA Programming Guide, "Compute Capabilities", tables 30 and 31. For the reserved bytes:
 # cuda::arch_traits in CCCL. For the allocation units: CUDA's occupancy calculator.
 # Sources for AMD: ROCm, "AMD GPU specifications". For registers, wavefronts, allocation units and barriers:

@@ -88,13 +88,14 @@ def rotate_pairs(
 ):  # fmt: skip
     """Rotate the pairs of columns of x (rows, BLOCK_D), or rotate them back if INVERSE.
 
-    For each row of x, `angles` contains the index of a row of the tables cos and sin. Columns from ROTARY upward do not change.
+    For each row of x, `angles` contains the index of a row of the tables cos and sin. Columns whose index is ROTARY or greater
+    do not change.
     """
     pairs = column // 2 + tl.arange(0, x.shape[1] // 2)
     at = angles[:, None] * (ROTARY // 2) + pairs[None, :]
     inside = valid[:, None] & (pairs < ROTARY // 2)[None, :]
-    # The different eviction policies keep the compiler from merging the loads before a loop with the same loads AGAIN after it.
-    # Merged loads would occupy registers during the loop.
+    # Kernels may load the same values before a loop and, with AGAIN, after it. The eviction policies differ, so the compiler
+    # does not merge both loads. Merged loads would occupy registers during the loop.
     if AGAIN:
         c = tl.load(cos + at, mask=inside, other=1.0).to(x.dtype)
         s = tl.load(sin + at, mask=inside, other=0.0).to(x.dtype)
@@ -217,7 +218,7 @@ def load_slots(
 
 @triton.jit
 def load_unit(unit, size, delta, rows, inside, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Load unit, size and delta, the results of `prepare`, for a tile of slots. Rows outside the slots are 0."""
+    """Load unit, size and delta, the results of `prepare`, for a tile of slots. Rows that are not `inside` are 0."""
     o_e = tl.arange(0, BLOCK_E)
     b_unit = tl.load(unit + rows[:, None] * E + o_e[None, :], mask=inside[:, None] & (o_e < E)[None, :], other=0.0)
     b_size = tl.load(size + rows, mask=inside, other=0.0)
@@ -274,7 +275,7 @@ def halved_products(x, y, acc, PRECISION: tl.constexpr):
 @triton.jit
 def whole_products(x, y, acc, PRECISION: tl.constexpr):
     """Return acc + x @ y^T for operands in the same dtype."""
-    if x.dtype == tl.float32 and x.shape[1] > 128:  # in quarters, because float32 rows of 256 do not fit in registers
+    if x.dtype == tl.float32 and x.shape[1] > 128:  # in quarters, because rows of 256 float32 elements do not fit in registers
         left_x, right_x = halves(x)
         left_y, right_y = halves(y)
         acc = halved_products(right_x, right_y, halved_products(left_x, left_y, acc, PRECISION), PRECISION)

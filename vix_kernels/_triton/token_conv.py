@@ -33,7 +33,7 @@ def banded(
     TAPS: tl.constexpr, FLIP: tl.constexpr, MASKED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return acc (tokens, BLOCK_E) plus the convolution of x at the tokens from `first` upward. FLIP reverses the filter.
+    """Return acc (tokens, BLOCK_E) plus the convolution of x. Row 0 of acc is for token `first`. FLIP reverses the filter.
 
     x, weight and mask point to the data of one sample and head. weight is contiguous. x_n and mask_n are the strides between
     tokens.

@@ -16,9 +16,9 @@ with host("diffusers", "0.38"):
 
 
 class VixAttnProcessor(AttnProcessor2_0):
-    """AttnProcessor2_0 that computes the attention `vix` of its module. Norms, projections and residuals are unchanged."""
+    """An AttnProcessor2_0 that computes attention with the module's child `vix`. Everything else is unchanged."""
 
-    def __call__(  # Attention only passes on arguments that are named here
+    def __call__(  # diffusers' Attention only passes arguments that this signature names
         self,
         attn: Attention,
         hidden_states: Tensor,
@@ -29,7 +29,7 @@ class VixAttnProcessor(AttnProcessor2_0):
         """Compute attention like AttnProcessor2_0.
 
         Raises:
-            NotImplementedError: for cross-attention, or for a mask that is not a padding mask.
+            NotImplementedError: the call is a cross-attention, or the mask is not a padding mask.
         """
         if encoder_hidden_states is not None:
             raise NotImplementedError("encoder_hidden_states: expected None; cross-attention is not supported")
@@ -42,8 +42,8 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
 
         report = replace_attention(pipeline.transformer, "nystrom", num_landmarks=64)
 
-    Cross-attentions are not replaced. Neither are attentions with other processors, such as the ones in Flux and SD3, which
-    have several token streams.
+    Cross-attentions are not replaced, and neither are attentions with other processors. For example, the attentions in Flux and
+    SD3 have other processors because they process several token streams.
 
     Args:
         model: a diffusers model that contains diffusers.models.attention_processor.Attention modules.
@@ -75,6 +75,6 @@ def _reason_against(module: nn.Module) -> str:
         return f"a {type(module).__name__}, not the Attention of diffusers.models.attention_processor"
     if module.is_cross_attention:
         return "cross-attention"
-    if type(module.processor) not in (AttnProcessor2_0, VixAttnProcessor):  # AttnProcessor does not scale logits
+    if type(module.processor) not in (AttnProcessor2_0, VixAttnProcessor):  # AttnProcessor is for unscaled logits
         return f"its processor is a {type(module.processor).__name__}"
     return ""

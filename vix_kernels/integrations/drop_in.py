@@ -1,7 +1,7 @@
 """A replacement for softmax attention with the signature of `torch.nn.functional.scaled_dot_product_attention`.
 
-The integrations call it instead of that function. A core (see nn/core.py) computes the attention. Arguments that the core
-does not support raise NotImplementedError. They are never ignored, because this would silently change the results.
+The integrations call this replacement instead of that function. A core (see nn/core.py) computes the attention. Arguments that
+the core does not support raise NotImplementedError. They are never ignored, because this would silently change the results.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DropIn(Mounted):
     """An attention that is called like `scaled_dot_product_attention`.
 
     An integration creates a DropIn from the user's options. It then adds a copy, created by `mounted`, to each attention module
-    of a model as the child module `vix`. Only these copies have parameters, and most attentions do not need any.
+    of a model as the child module `vix`. Only these copies have parameters, and most kinds of attention have none.
 
     Args:
         op: the name of a core: "nystrom", "performer", "linear", "agent", or one registered by another package.
@@ -46,7 +46,8 @@ class DropIn(Mounted):
 
     Attributes:
         core: the core that computes the attention.
-        grid: records the token grid of each call, on which landmarks and agents are placed. None if they are not placed on it.
+        grid: records the token grid of each call, on which landmarks and agents are placed. None if they are not placed on a
+            grid.
     """
 
     def __init__(self, op: str, *, retrain: bool = False, backend: str = "auto", **options: Any) -> None:
@@ -68,7 +69,7 @@ class DropIn(Mounted):
         self.is_mounted = False
 
     def mounted(self, site: Site) -> DropIn:
-        """Return a copy for the layer at `site`. It has separate parameters. Its random features depend on the layer."""
+        """Return a copy for the layer at `site`, with separate parameters and with random features for this layer."""
         copy = DropIn(self.op, retrain=True, backend=self.backend, **self.options)
         copy.core = self.core.fit(site)
         if copy.core.needs_module():
@@ -102,9 +103,9 @@ class DropIn(Mounted):
         return "grid_size" not in self.options and self.options.get("landmarks", "grid") == "grid"
 
     def placed(self, tokens: int | None = None) -> Core:
-        """Return the core for a call with `tokens` tokens, with its slots on the grid of that call if it has one.
+        """Return the core for a call with `tokens` tokens. If a grid was recorded, the core's slots are placed on it.
 
-        If `tokens` is None, use the latest call.
+        If `tokens` is None, use the grid of the latest call.
         """
         size = None if self.grid is None else self.grid.size_of(None if tokens is None else tokens - self.core.prefix_tokens)
         return self.core if size is None else self.core.on_grid(size)
@@ -142,8 +143,8 @@ class DropIn(Mounted):
                 of its dtype for padded keys.
             key_padding_mask: bool (batch, tokens), True = valid.
             rope: rotary embedding to apply to query and key.
-            self_attention: whether query and key come from the same tokens. If None, it is True if both have the same
-                number of tokens.
+            self_attention: whether query and key come from the same tokens. If None, this is assumed if both have
+                the same number of tokens.
             cu_seqlens, group: offsets of packed samples, and a process group that the tokens are sharded over. Neither is
                 supported yet.
             grid_size: (rows, columns) of the grid that the tokens after the prefix form. Landmarks and agents are placed on it.
@@ -201,7 +202,7 @@ class TokenGrid:
         self.add(embedding.dynamic_feat_size(tuple(args[0].shape[-2:])))
 
     def add(self, size: tuple[int, int]) -> None:
-        rows, columns = map(index, size)  # plain integers, even in compiled code, because they determine the cells
+        rows, columns = map(index, size)  # plain integers, even in compiled code, because the cells of landmarks depend on them
         self.sizes.pop(rows * columns, None)
         self.sizes[rows * columns] = rows, columns
 
@@ -222,7 +223,7 @@ def _check_places(core: Core, *lengths: int) -> None:
 
 
 def check_trained(core: Core, retrain: bool) -> None:
-    """Raise ValueError if the core needs a model trained with it and `retrain` is False."""
+    """Raise ValueError if the core requires a model that was trained with it, and `retrain` is False."""
     if not core.takes_trained_weights() and not retrain:
         raise ValueError(
             f"retrain: expected True for {core.name!r}, got False: it does not approximate softmax attention closely enough "
@@ -254,7 +255,8 @@ def valid_tokens(additive: Tensor) -> Tensor:
 
     All other values must be at most half the lowest value of the dtype, such as -inf. Any other value is a bias, which is not
     supported. On a CPU, a bias raises NotImplementedError. On a GPU and in compiled code, it fails a device-side assertion,
-    after which the process can no longer use the device. An exception would require synchronizing with the device.
+    after which the process can no longer use the device. Raising an exception instead would require synchronizing with the
+    device.
     """
     valid = additive == 0
     masked = additive <= torch.finfo(additive.dtype).min / 2

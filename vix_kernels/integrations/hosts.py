@@ -101,7 +101,7 @@ def replace_each(
     expected: str,
     place: Callable[[str, DropIn], None] = lambda name, attention: None,
 ) -> Report:
-    """Replace every supported attention in `model` with a copy of `attention`. Undo all replacements on an error or interrupt.
+    """Replace every supported attention in `model` with a copy of `attention`. If this fails, undo all replacements.
 
     Args:
         model: the host model.
@@ -146,7 +146,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module for `model` and its submodules whose class name contains Attention or Attn, but not Block."""
+    """Yield the name and module of each module in `model` whose class name contains Attention or Attn, but not Block."""
     check_model(model)
     for name, module in model.named_modules():
         kind = type(module).__name__

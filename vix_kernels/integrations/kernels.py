@@ -16,7 +16,10 @@ DEVICES = ("cuda", "rocm", "cpu")
 
 
 class VixNystromformerSelfAttention(nn.Module):
-    """Layer that kernels substitutes for NystromformerSelfAttention. It has no state, because kernels only uses its forward."""
+    """Layer that the kernels library substitutes for NystromformerSelfAttention.
+
+    It has no state, because the library only uses its forward.
+    """
 
     can_torch_compile = True
     has_backward = True
@@ -28,7 +31,7 @@ class VixNystromformerSelfAttention(nn.Module):
 
 
 class VixFNetBasicFourierTransform(nn.Module):
-    """Layer that kernels substitutes for FNetBasicFourierTransform."""
+    """Layer that the kernels library substitutes for FNetBasicFourierTransform."""
 
     can_torch_compile = True
     has_backward = True
@@ -39,7 +42,7 @@ class VixFNetBasicFourierTransform(nn.Module):
 
 @dataclass(frozen=True)
 class InPackage:
-    """Entry for the mapping of kernels. Its layer is in this package, so nothing is downloaded."""
+    """Entry for the layer mapping of the kernels library. Its layer is defined in this package, so nothing is downloaded."""
 
     layer: type[nn.Module]
 
@@ -48,7 +51,7 @@ class InPackage:
 
 
 def register() -> None:
-    """Register Nystromformer's attention and FNet's Fourier transform with kernels.
+    """Register replacements for Nystromformer's attention and FNet's Fourier transform with the kernels library.
 
         register()
         model = kernelize(model, mode=Mode.TRAINING, device="cuda")

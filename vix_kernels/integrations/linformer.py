@@ -2,7 +2,7 @@
 
     from vix_kernels.integrations.linformer import LinformerSelfAttention
 
-Unlike the forward of the package, its forward rejects unknown arguments.
+Unlike the package's module, this module rejects unknown arguments in its forward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..ops.linformer import attend_to_slots
 
 
 class LinformerSelfAttention(nn.Module):
-    """Linformer attention with its linear layers, equivalent to the module in linformer 0.2.3.
+    """Linformer attention including its linear layers, equivalent to the module in linformer 0.2.3.
 
     Args:
         dim: width of the tokens. It must be a multiple of heads.

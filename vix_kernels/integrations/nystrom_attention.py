@@ -24,16 +24,17 @@ from ..primitives.token_conv import token_conv, token_conv_reference
 
 
 class NystromAttention(nn.Module):
-    """Nystrom attention with its linear layers, equivalent to the module in nystrom-attention 0.0.14.
+    """Nystrom attention including its linear layers, equivalent to the module in nystrom-attention 0.0.14.
 
     Args:
         dim: width of the tokens.
         dim_head, heads: width and number of the heads.
-        num_landmarks: number of landmarks. Each is the mean of a segment of the padded sequence. The sequence can be shorter.
+        num_landmarks: number of landmarks. Each is the mean of a segment of the padded sequence. The sequence may have
+            fewer tokens than landmarks.
         pinv_iterations: number of iterations for the pseudo-inverse.
         residual: whether to add a depthwise convolution of v over the tokens.
         residual_conv_kernel: kernel size of this convolution. Must be odd.
-        eps: constant that is added to the number of valid tokens of each landmark if there is a mask.
+        eps: if there is a mask, this constant is added to the number of valid tokens in the segment of each landmark.
         dropout: dropout rate of the output.
         compat: if True, return the same results as the package. If False, exclude padding, masked tokens and landmarks without
             valid tokens, and compute each sample independently of the rest of its batch.
@@ -80,7 +81,7 @@ class NystromAttention(nn.Module):
             x: (batch, tokens, dim).
             mask: bool (batch, tokens), True = valid.
             return_attn: also return the attention matrix of the padded sequence.
-            return_attn_matrices: also return the three factors of this matrix, but not the matrix. They are the attention from
+            return_attn_matrices: also return the three factors of this matrix instead of the matrix: the attention from
                 tokens to landmarks, the pseudo-inverse, and the attention from landmarks to tokens.
         """
         tokens = x.shape[1]

@@ -36,7 +36,7 @@ from ..ops.performer import orthogonal_projection, performer_attention
 from ..primitives import aggregate, broadcast
 
 EPS, KERNEL_EPS = 1e-4, 1e-3
-SCALINGS = ("chi", "sqrt")  # norms of the random features, indexed by ortho_scaling
+SCALINGS = ("chi", "sqrt")  # values of `scaling` for orthogonal_projection, indexed by ortho_scaling
 RELU = nn.ReLU()
 
 
@@ -53,12 +53,12 @@ class FastAttention(nn.Module):
         kernel_fn: the function for generalized_attention. This attention runs in plain PyTorch.
         no_projection: whether to omit the random features and return softmax(q) softmax(k)^T v. The softmax of q is over the
             channels, and the softmax of k is over the tokens.
-        compat: if True, use the eps and the maxima of the package. If False, omit both, as in the FAVOR+ of the paper, which is
-            unbiased and faster.
+        compat: if True, use the package's eps and maxima. If False, omit both, as in the paper's FAVOR+, which is unbiased and
+            faster.
         backend: as in performer_attention.
 
-    The buffer `projection_matrix` defines the random features. It is generated with torch's global random state. For all ranks
-    to have the same features, give them equal seeds or broadcast the buffer.
+    The buffer `projection_matrix` defines the random features. It is generated with torch's global random state. To use the
+    same features on all ranks, set the same seed on each rank or broadcast the buffer.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class FastAttention(nn.Module):
         check_mask(key_padding_mask, k)
         if key_padding_mask is not None:
             k, v = (x.masked_fill(~key_padding_mask[:, None, :, None], 0.0) for x in (k, v))
-        # q, k and v already have autocast's dtype. The products below must not be cast again.
+        # q, k and v already have autocast's dtype. Disable autocast, so that the products below can also run in float32.
         with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
             return self._attend(q, k, v, key_padding_mask)
 
@@ -191,7 +191,7 @@ def explicit_attention(q_features: Tensor, k_features: Tensor, v: Tensor, eps: f
 
 
 def count_valid(k: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor | int:
-    """Return the number of valid tokens, at least 1: an integer without a mask, or else a tensor (batch, 1, 1)."""
+    """Return the number of tokens if there is no mask, or else the number of valid tokens (batch, 1, 1), at least 1."""
     return k.shape[2] if mask is None else mask.sum(-1, dtype=dtype).clamp(min=1)[:, None, None]
 
 

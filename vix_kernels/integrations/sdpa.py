@@ -17,7 +17,7 @@ class SdpaReplacement(TorchFunctionMode):
 
     Attributes:
         served: number of calls that `attention` computed.
-        fell_back: number of calls that fell back to softmax attention, for each reason.
+        fell_back: maps each reason to the number of calls that fell back to softmax attention for this reason.
     """
 
     def __init__(self, attention: DropIn, *, fall_back: bool = True) -> None:
@@ -54,7 +54,7 @@ def replace_sdpa(op: str, *, retrain: bool = False, **options: Any) -> SdpaRepla
 
     Unsupported calls fall back to softmax attention and are counted by reason. Examples are calls with a mask that is not a
     padding mask, causal attention, dropout, or grouped heads. Attention that a model computes with explicit matrix products is
-    not replaced. For nn.MultiheadAttention, which is not affected either, use replace_mha.
+    not replaced. nn.MultiheadAttention is not affected either; use replace_mha to replace it.
 
     The context manager only affects the current thread. If backward recomputes the forward (gradient checkpointing), run
     backward inside the context, too.

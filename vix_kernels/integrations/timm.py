@@ -1,6 +1,6 @@
 """Integration with timm: replace the attention in its vision transformers, and register the models of vix_kernels.
 
-Importing this module only registers names:
+Importing this module only registers names. They can be used as follows:
 
     timm.create_model("vix_vin_tiny", num_classes=10)                              a model of vix_kernels.models
     timm.create_model("vit_tiny_patch16_224", attn_layer="vix_nystrom")            a timm model with a different attention
@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..nn.core import Mixer, Site, subscribe
 from ..nn.packed_linear import packed_linear
 from ..ops.rope import Rope
-from . import timm_models  # noqa: F401  registers the models of the zoo
+from . import timm_models  # noqa: F401  registers the models in vix_kernels.models
 from .drop_in import OPS, DropIn, TokenGrid
 from .hosts import Report, check_model, host, replace_each, require_call
 
@@ -33,7 +33,7 @@ with host("timm", "1.0.28"):
 
 
 class _Replaced:
-    """Base class of the replacements for timm's three attention classes, which only change the attention itself."""
+    """Base class of the replacements for timm's three attention classes. They only change how attention itself is computed."""
 
     vix: DropIn
 
@@ -55,7 +55,7 @@ class _Replaced:
 
 
 class ReplacedAttention(_Replaced, Attention):
-    """timm.layers.Attention that computes the attention `vix` between its linear layers."""
+    """A timm.layers.Attention whose child `vix` computes the attention between the linear layers."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Map x (batch, tokens, dim) to the same shape."""
@@ -76,14 +76,14 @@ class _ReplacedRope(_Replaced):
 
 
 class ReplacedAttentionRope(_ReplacedRope, AttentionRope):
-    """timm.layers.AttentionRope that computes the attention `vix`."""
+    """A timm.layers.AttentionRope whose child `vix` computes the attention."""
 
     def projected(self, x: Tensor) -> tuple[Tensor, ...]:
         return packed_linear(self.qkv, x) if self.qkv is not None else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
 
 
 class ReplacedEvaAttention(_ReplacedRope, EvaAttention):
-    """timm's EvaAttention that computes the attention `vix`."""
+    """An EvaAttention from timm whose child `vix` computes the attention."""
 
     def projected(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.qkv is None:
@@ -136,7 +136,7 @@ class BuiltAttention(ReplacedAttention):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.vix = type(self).attention.mounted(Site(self.head_dim, self.num_heads))
-        self.own = (self.vix,)  # a tuple, so it is not registered as a child module
+        self.own = (self.vix,)  # in a tuple, so that it is not registered as a child module
         _place_while_built()
 
     @property
@@ -151,7 +151,7 @@ class MarkedAttention(BuiltAttention):
     """
 
     def get_extra_state(self) -> Tensor:
-        """Return the mark: the op's name as a tensor of bytes. safetensors and averages of state dicts need tensors."""
+        """Return the mark: the op's name as a tensor of bytes, because safetensors and averages of state dicts need tensors."""
         return torch.tensor(list(self.vix.op.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -167,7 +167,7 @@ class MarkedAttention(BuiltAttention):
         trained_with = _op_of(state_dict.get(key)) if has_values else op
         may_differ = self.retrain or self.vix is not self.built  # replace_attention has already checked retrain
         if trained_with != op and not may_differ:
-            if not any(message.startswith(_REFUSED) for message in error_msgs):  # report it for one layer only
+            if not any(message.startswith(_REFUSED) for message in error_msgs):  # report the error for one layer only
                 error_msgs.append(
                     f"{_REFUSED} trained with {op!r} attention (marked by {key}), got weights trained with {trained_with!r}"
                     f"{'' if key in state_dict else ' (no mark)'}; to train them further, build the model with "
@@ -185,14 +185,17 @@ _REFUSED = "attn_layer: expected weights"
 
 
 def _op_of(mark: Any) -> str:
-    """Return the name of the attention in this mark. Averaging state dicts can make a mark inexact, so it is rounded."""
+    """Return the op that `mark` names, or "softmax" if `mark` is None.
+
+    Averaging state dicts can make a mark inexact, so its values are rounded.
+    """
     if not isinstance(mark, Tensor):
         return "softmax" if mark is None else repr(mark)
     return bytes(mark.round().to(torch.uint8).flatten().tolist()).decode(errors="replace")
 
 
 def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[Attention]:
-    """Return a class for timm's attn_layer argument. It has the parameters of timm's Attention and computes the attention `op`.
+    """Return a class for timm's attn_layer argument. It has the parameters of timm's Attention and computes `op`.
 
         timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("nystrom", num_landmarks=49))
 
@@ -362,7 +365,7 @@ def _has_grid(vit: nn.Module) -> bool:
 
 
 def _follow(embedding: nn.Module) -> TokenGrid:
-    """Return the hook that records the token grid of `embedding`. If there is none from an earlier call, install a new hook."""
+    """Return the hook that records the token grid of `embedding`. Install it if it does not exist yet."""
     grid = _grid_of(embedding)
     if grid is None:
         grid = TokenGrid()

@@ -1,4 +1,4 @@
-"""Register the models of vix_kernels.models with timm as vix_NAME. integrations/timm.py imports this module."""
+"""Register the models in vix_kernels.models with timm, under the names vix_NAME. integrations/timm.py imports this module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ with host("timm", "1.0.28"):
 
 
 def _entry(name: str) -> Any:
-    """Return the function that timm calls for vix_NAME."""
+    """Return the function that timm calls to build vix_NAME."""
 
     def build(pretrained: bool = False, **arguments: Any) -> nn.Module:
         for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm passes these for pretrained weights
@@ -31,7 +31,7 @@ def _entry(name: str) -> Any:
         return model
 
     build.__name__ = build.__qualname__ = f"vix_{name}"
-    build.__doc__ = f"Build the model {name!r} of vix_kernels.models. Accepts the same arguments."
+    build.__doc__ = f"Build the model {name!r} from vix_kernels.models. Accepts the same arguments as create_model."
     return build
 
 

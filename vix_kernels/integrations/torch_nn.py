@@ -15,7 +15,7 @@ from .hosts import Report, replace_each
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """An nn.MultiheadAttention that computes the attention `vix`. `replace_mha` converts existing modules to this class."""
+    """An nn.MultiheadAttention whose child `vix` computes attention. `replace_mha` converts modules to this class."""
 
     vix: DropIn
 
@@ -24,7 +24,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """Return False, which disables PyTorch's inference fast path. It would read the parameters and bypass this module."""
+        """Return False to disable PyTorch's inference fast path, which would read the parameters and bypass this module."""
         return False
 
     def forward(
@@ -84,9 +84,9 @@ def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: 
 
         report = replace_mha(model, "performer", retrain=True, num_features=128)
 
-    PyTorch's encoder and decoder layers work, too, but without the inference fast path, which would bypass the new attention.
-    Unlike in the fast path, outputs for padded tokens are not set to zero. The dropout of these layers, which is 0.1 by
-    default, must be 0 in training. Calling a replaced module with need_weights=True, the default, raises an error.
+    PyTorch's encoder and decoder layers are also supported, but without the inference fast path, which would bypass the new
+    attention. Unlike in the fast path, outputs for padded tokens are not set to zero. The dropout of these layers, which is 0.1
+    by default, must be 0 in training. Calling a replaced module with need_weights=True, the default, raises an error.
 
     Args:
         model: a model that contains nn.MultiheadAttention.

@@ -1,4 +1,4 @@
-"""Integration with Hugging Face transformers: attentions for attn_implementation, and faster Nystromformers and FNets."""
+"""Integration with Hugging Face transformers: attention for attn_implementation, and faster Nystromformers and FNets."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
     _retrain[:] = [retrain]
 
 
-_retrain: list[bool] = []  # `retrain` of the latest call to register
+_retrain: list[bool] = []  # the `retrain` argument of the latest call of `register`; empty before the first call
 
 
 @subscribe
@@ -127,9 +127,9 @@ def patch(model: nn.Module) -> Report:
 
         report = patch(NystromformerModel.from_pretrained(...))
 
-    The replacements are equivalent but faster. Parameters and their names do not change. For a sequence of only padding,
-    the attention returns zeros, whereas a softmax would return uniform attention weights. Calls that request the attention
-    weights (output_attentions) run the code of transformers.
+    The replacements are equivalent but faster. Parameters and their names do not change. For a sequence that contains only
+    padding, the attention returns zeros, whereas a softmax would return uniform attention weights. Calls that request the
+    attention weights (output_attentions) run the code of transformers.
 
     Returns:
         a report that lists the replaced layers, and the FNet layers that cannot be replaced, with the reason.
@@ -174,7 +174,7 @@ def nystromformer_attention(
         return host.forward(module, hidden_states, attention_mask, output_attentions)
     linears = module.query, module.key, module.value
     q, k, v = (rearrange(linear(hidden_states), "b n (h d) -> b h n d", h=module.num_attention_heads) for linear in linears)
-    if module.num_landmarks == module.seq_len:  # the default, which is softmax attention
+    if module.num_landmarks == module.seq_len:  # this is the default and computes softmax attention
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
         if module.conv_kernel_size is not None:
             out = out + module.conv(v)

@@ -2,7 +2,7 @@
 
 timing          device time and wall-clock time of a call
 machine         name, versions and peak rates of this machine
-providers       implementations of an operator: our backends, plain and compiled PyTorch, SDPA, peer packages
+providers       implementations of an operator: our backends, plain and compiled PyTorch, SDPA, other packages
 operators       one operator at one size: a check against float64, then the time of each provider
 models          comparison of the models with their originals
 sweep           `vix bench`

@@ -1,6 +1,6 @@
-"""Compile the kernels that the public ops launch. Exit with status 1 if one spills, exceeds a limit or has become worse.
+"""Compile the kernels that the public ops launch. Exit with status 1 if a kernel spills, exceeds a limit or is worse.
 
-The results are compared with the committed table. --write updates this table.
+"Worse" means worse than in the committed table. --write updates this table.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class Report:
 
 
 def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    """Yield the calls of an operator that are compiled. Each is a name for the table and a case with the sizes."""
+    """Yield the calls of an operator to compile. Each call is a pair: its name in the table, and a case with its sizes."""
     for case in spec.compiled + (spec.variants if (dtype, width) in VARIANTS else ()):
         named = spec.name.removesuffix("_attention") + case.name
         yield named, replace(case, batch=BATCH, heads=HEADS, tokens=TOKENS, width=width)
 
 
 def compile_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...]) -> Report:
-    """Compile the forward and backward of `ops` for one cell of the table: one architecture, dtype and head width."""
+    """Compile the forward and backward passes of `ops` for one cell: an architecture, a dtype and a head width."""
     report = Report()
     binaries: list[Any] = []
     uses: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))  # specialization -> use -> slot counts
@@ -119,7 +119,7 @@ def torch_launches(event) -> int:
         overloads = [getattr(operator, each) for each in operator.overloads()]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     registered = [each for each in overloads if torch._C._dispatch_has_kernel(each.name())]
-    if all(has_kernel(each.name(), "CompositeImplicitAutograd") for each in registered):  # or the event is not an operator
+    if all(has_kernel(each.name(), "CompositeImplicitAutograd") for each in registered):  # also if this is not an operator
         return sum(torch_launches(child) for child in event.cpu_children)
     return int(not any(each.is_view for each in overloads) and not NO_KERNEL.search(name))
 
@@ -206,9 +206,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def worker_environment() -> Iterator[None]:
     """Set the environment that worker processes inherit.
 
-    Kernels are compiled instead of interpreted. Triton's cache starts empty unless the user chose a cache folder. The profiler
-    prints nothing. Line information stays enabled although nothing reads it, because without it ptxas generates code with
-    different register counts.
+    In this environment, kernels are compiled instead of interpreted. Triton's cache starts empty unless the user chose a cache
+    folder. The profiler prints nothing. Line information stays enabled although nothing reads it, because ptxas would otherwise
+    generate code with different register counts.
     """
     with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ):
         os.environ.pop("TRITON_INTERPRET", None)
@@ -229,7 +229,7 @@ def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -
 
     Cells with the largest head widths start first, to balance the load.
     """
-    # Spawned, not forked, because Triton decides when it is imported whether kernels are interpreted.
+    # Workers are spawned, not forked, because Triton decides when it is imported whether kernels are interpreted.
     context = multiprocessing.get_context("spawn")
     with worker_environment(), ProcessPoolExecutor(jobs, context, prepare_worker, (REGISTERING,)) as pool:
         running = {pool.submit(function, *cell): cell for cell in sorted(cells, key=lambda cell: -cell[2])}

@@ -17,7 +17,8 @@ from ..commands import DTYPES, print_table, write_csv
 from .sources import source_hash
 
 WIDE = 128  # bits; the widest access of a thread before sm_100
-KEPT_WIDE = 0.9  # smallest allowed ratio of the new to the committed share of wide accesses; scheduling changes it a little
+# Smallest allowed ratio of the new share of wide accesses to the committed share. Instruction scheduling changes it a little.
+KEPT_WIDE = 0.9
 
 
 @dataclass(frozen=True, order=True)
@@ -153,7 +154,7 @@ def worse(now: list[Row], old: list[Row]) -> list[str]:
 
 
 def launched(keys: Iterable[tuple], verb: str) -> list[str]:
-    """Return one line per use and kernel. It names the first cell and counts the others."""
+    """Return one line per use and kernel. The line names the first cell and the number of other cells."""
     cells = defaultdict(list)
     for cell, kernel, use, slots in keys:
         cells[use, kernel].append(f"{cell[1]} {cell[2]} width {cell[3]}" + f", {slots} slots" * bool(slots))
@@ -177,7 +178,7 @@ def matrix_rank(kind: str) -> tuple[bool, bool]:
 
 
 def wide_share(rows: Iterable[Row], name: str) -> float:
-    """Return the fraction of the bytes that wide accesses move, assuming that every access is executed once."""
+    """Return the fraction of the bytes that are moved by wide accesses, if every access is executed once."""
     moved = [(int(bits), int(bits) * count) for row in rows for bits, count in parse_counts(getattr(row, name)).items()]
     total = sum(size for _, size in moved)
     return sum(size for bits, size in moved if bits >= WIDE) / total if total else 0.0

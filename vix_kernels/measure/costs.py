@@ -1,4 +1,4 @@
-"""The least cost of a call: the arithmetic that its specification states, and the bytes and launches of its operators.
+"""The minimum cost of a call: the arithmetic stated in its specification, and the bytes and launches of its operators.
 
 No result is computed, and no GPU is needed. The call runs on meta tensors, and its launches are counted instead of executed.
 """
@@ -24,7 +24,7 @@ DIRECTIONS = ("forward", "backward")
 
 
 def cost(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str, arch: str) -> Cost:
-    """Return the cost of the forward or of the backward, with the launch configurations of `arch`, such as "sm_90"."""
+    """Return the cost of the forward or backward pass, with the launch configurations of `arch`, such as "sm_90"."""
     problem = draw(spec, case, dtype, "meta")
     with _counting(arch) as count:
         outputs = problem(backend="triton")

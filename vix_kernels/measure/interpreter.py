@@ -22,10 +22,11 @@ Observer = Callable[[np.ndarray, int], None]
 def fast_interpreter() -> Iterator[None]:
     """Make interpreted kernels several times faster inside the block, with the same results.
 
-    By default, the interpreter patches triton.language again at every call of a device function, which takes 2 ms. Inside the
-    block, it is patched only once per launch. By default, the interpreter also repeats every integer addition and
+    By default, the interpreter patches triton.language at every call of a device function, which takes 2 ms. Inside the block,
+    the module is patched only once per launch. By default, the interpreter also repeats every integer addition and
     multiplication in 64 bits to check for overflow. Inside the block, this check is disabled. Most of the remaining time is
-    spent constructing descriptions of dtypes, blocks and tensors. Kernels use only a few of them, so they are cached.
+    spent constructing descriptions of dtypes, blocks and tensors. Kernels use only a few different descriptions, so these are
+    cached.
     """
     patch_language, everything = _get(interpreter, "_patch_lang"), SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     nothing = _get(interpreter, "_LangPatchScope")()
@@ -67,7 +68,7 @@ def fast_interpreter() -> Iterator[None]:
             blocks[key] = dict(vars(self))
 
     def known_tensor(self: Any, handle: Any, type: Any) -> None:
-        key = tuple(type.shape.values) if type.is_block() else ()  # integers: Triton's tuples are slow to compare
+        key = tuple(type.shape.values) if type.is_block() else ()  # plain integers, because Triton's tuples compare slowly
         if key in shapes:
             vars(self).update(shapes[key], handle=handle, type=type, dtype=type.scalar)
         else:

@@ -65,7 +65,7 @@ def commit() -> str:
 
 
 def peaks(device: str) -> Device:
-    """Return the published peak rates of a known GPU, or the measured rates of copies and matrix products on other devices."""
+    """Return the published peak rates of a known GPU. For other devices, measure the rates of copies and matrix products."""
     known = {gpu.device: gpu for gpu in GPUS}
     return known.get(device_name(device)) or _measured(device, torch.get_num_threads())
 

@@ -25,8 +25,8 @@ class Resources:
     registers: int  # per thread; on AMD, the sum of architectural and accumulation registers
     spilled: int  # bytes per thread, on the stack or (on AMD) in the private segment
     matrix: dict[str, int] = field(default_factory=dict)  # instruction -> count
-    loads: dict[int, int] = field(default_factory=dict)  # from global memory: bits per thread -> count
-    stores: dict[int, int] = field(default_factory=dict)
+    loads: dict[int, int] = field(default_factory=dict)  # loads from global memory: bits per thread -> number of instructions
+    stores: dict[int, int] = field(default_factory=dict)  # stores to global memory: bits per thread -> number of instructions
 
 
 def read(gpu: GPUTarget, kernels: Iterable[Mapping[str, str | bytes]]) -> list[Resources]:

@@ -1,9 +1,9 @@
 """`vix bench --models`: inference and training steps of the models, compared with their originals.
 
 The original of a model comes from the vision_xformer 0.2.0 wheel, if the wheel is installed and contains it. Otherwise it is
-the published model in plain PyTorch, built like `from_original`. The original training scripts apply autocast only to the loss,
-so the originals are trained in float32 ("as shipped"). In the bf16 rows, the forward of an original also runs under autocast.
-Dropout rates are those of the published configuration.
+the published model in plain PyTorch, as built by `from_original`. The original training scripts apply autocast only to the
+loss, so the originals are trained in float32 ("as shipped"). In the bf16 rows, the forward pass of an original also runs under
+autocast. Dropout rates are those of the published configuration.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ for stage, (stride, depth) in enumerate(((2, 1), (1, 1), (1, 2)), start=1):
 
 
 class Pair(NamedTuple):
-    """The arguments of our model, and the label and arguments of its original. `wheel` says if the wheel contains it."""
+    """The arguments of our model, and the label and arguments of its original. `wheel` is True if the wheel has it."""
 
     ours: dict[str, Any]
     label: str
@@ -60,8 +60,8 @@ class Pair(NamedTuple):
 
 HEADS = dict(heads=4, dim_head=32)
 DROP, DROPOUT = dict(proj_drop_rate=0.25), dict(dropout=0.25)
-# With our arguments, both models do the same work: the original CCT, CCN and CCP always have an MLP ratio of 4, and LeViN and
-# LeViP have no position encoding. levit and cvt have no original.
+# Our arguments make both models do the same work. The original CCT, CCN and CCP always have an MLP ratio of 4, and the original
+# LeViN and LeViP have no position encoding. There are no originals of levit and cvt.
 PAIRS = {
     "vit": Pair({}, "ViT", VIX | HEADS),
     "vil": Pair(DROP, "ViL", VIX | HEADS | DROPOUT, wheel=True),
@@ -101,7 +101,7 @@ def original_of(name: str) -> str:
 
 
 def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn.Module:
-    """Build the model of a provider. `arguments` override the published arguments; originals do not accept any."""
+    """Build the model of a provider. `arguments` override the published arguments and must be empty for an original."""
     if provider != "original":
         ours = (PAIRS[name].ours if name in PAIRS else {}) | arguments
         model = create_model(name, **ours, backend="reference" if provider == "plain" else "auto").to(device)

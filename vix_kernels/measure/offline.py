@@ -1,4 +1,4 @@
-"""Compile kernel launches for GPUs that are not present, and determine from the machine code which resources they use.
+"""Compile kernels for GPUs that are not present, and determine from the machine code which resources the kernels use.
 
     from vix_kernels.measure import offline
     from vix_kernels._triton.launch import launch
@@ -107,7 +107,7 @@ def capture(name: str) -> Iterator[list[Any]]:
 
 
 def describe(name: str, binaries: Iterable[Any]) -> list[CompiledLaunch]:
-    """Describe each distinct binary that was captured for the target `name`, in the order of the first launches."""
+    """Describe each distinct binary that was captured for the target `name`, in the order in which they were first launched."""
     counts = Counter(each.hash for each in binaries)
     distinct = list({each.hash: each for each in binaries}.values())
     used = machine_code.read(TARGETS[name].gpu, [each.asm for each in distinct])

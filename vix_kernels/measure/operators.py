@@ -1,10 +1,10 @@
 """Measure all providers of one operator at one size: check their results, then time them.
 
-A row is a dictionary. Its "status" is "ok", "failed" (this library raised an error or returned wrong results) or "skipped". The
-last two give the reason in "why". Only an "ok" row has times.
+A row is a dictionary. Its "status" is "ok", "failed" (this library raised an error or returned wrong results) or "skipped".
+Failed and skipped rows state the reason in "why". Only an "ok" row has times.
 
 On a CPU, the providers take turns and their CPU time is measured, so a change in the speed of the machine affects all of them
-equally. On a GPU, they are measured one after another.
+equally. On a GPU, the providers are timed one after another.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .roofline import Cost, predict
 from .timing import DeviceTime, device_time, in_turns, wall_time
 
 Row = dict[str, Any]
-DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward; backward: the difference
+DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward; backward: full minus forward
 # Default dtype and sizes. The targets in bench/table.py apply to the CPU defaults.
 USUAL_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 USUAL = {
@@ -40,7 +40,7 @@ USUAL = {
     "cuda": Case("usual", batch=8, heads=8, tokens=4096, width=64, features=256, taps=33),
 }
 SIZES = ("batch", "heads", "tokens", "width", "features")
-# Milliseconds. For shorter GPU calls the wall time is also measured, because it shows the host overhead.
+# The wall time is also measured for GPU calls shorter than this many milliseconds, because it shows the host overhead.
 WALL_BELOW = 2.0
 
 
@@ -96,9 +96,9 @@ def out_of_memory(error: BaseException) -> bool:
 def alone(device: str, lost: Callable[[str], Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call function(*args, **kwargs) in a separate process, where earlier measurements do not affect it.
 
-    The state in which one operator leaves the memory allocator changes the times of the next by up to a half. If the system
-    kills the process, for example because memory runs out, return lost(why). On a GPU, which is not affected, and on systems
-    that cannot fork, the function is called in this process.
+    On a CPU, one operator can leave the memory allocator in a state that changes the times of the next operator by up to 50 %.
+    If the system kills the process, for example because memory runs out, return lost(why). GPU times are not affected, so on a
+    GPU the function is called in this process. It is also called in this process on systems that cannot fork.
     """
     if device == "cuda" or "fork" not in multiprocessing.get_all_start_methods():
         return function(*args, **kwargs)
@@ -253,7 +253,7 @@ class Race:
             names = [each for each, x in self.problem.tensors.items() if x.requires_grad]
             got = [x[:1] for each, x in zip(names, got, strict=True) if each in truth.trained]
             exact, plain = truth.exact[1], truth.plain[1]
-        else:  # gradients of peer packages have different layouts, so only the outputs are checked
+        else:  # gradients from other packages have different layouts, so only the outputs are checked
             return None, ""
         eps = torch.finfo(DTYPES[self.dtype]).eps
         worst = 0.0
@@ -263,7 +263,8 @@ class Race:
             if contender.tolerance is not None:
                 allowed = contender.tolerance + 16 * (eps if self.dtype != "fp32" else 0.0)
             else:
-                allowed = 4 * ((plain[at].double() - y).norm().item() / size + eps)  # the tests use the exact factor, 2
+                # The tests are stricter: their factor is 2.
+                allowed = 4 * ((plain[at].double() - y).norm().item() / size + eps)
             if not error <= allowed:
                 part = "gradient" if call.cotangents is not None else "output"
                 return error, f"wrong: {part} {at} is {error:.2g} off, allowed {allowed:.2g}"
@@ -288,7 +289,7 @@ class Race:
         return Result(ok(**label, **figures), time.samples)
 
     def work(self, direction: str) -> Cost:
-        """Return the least work that any provider must do: each pass reads every input and writes every result once."""
+        """Return the minimum work of any provider, if each pass reads every input once and writes every result once."""
         spec, inputs = self.problem.spec, list(self.problem.tensors.values())
         outputs = self.truth.batch * sum(x.nbytes for x in self.truth.plain[0])
         moved, passes = sum(map(_bytes, inputs)) + outputs, 1.0
@@ -299,7 +300,7 @@ class Race:
 
 
 class Call(NamedTuple):
-    """A call to time: the forward of a contender, or, if there are cotangents, its forward and backward."""
+    """A call to time: the forward pass of a contender and, if there are cotangents, the backward pass."""
 
     contender: Contender
     run: Callable[[], Any]
@@ -338,7 +339,7 @@ class Truth:
 
 
 def _cotangents(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """Draw cotangents for one sample and repeat them, so every sample has those of the one-sample reference in `Truth`."""
+    """Draw cotangents for one sample and repeat them for all samples, because `Truth` uses only one sample."""
 
     def one(x: Tensor) -> Tensor:
         generator = torch.Generator(x.device).manual_seed(1)
@@ -358,7 +359,7 @@ def _bytes(x: Tensor) -> int:
 
 
 def _difference(full: Result, forward: Result) -> Result:
-    """Return the result for the backward. Its time is that of the full call minus that of the forward."""
+    """Return the result for the backward pass. Its time is the time of the full call minus the time of the forward pass."""
     row = full.row | dict(direction="backward")
     if row["status"] != "ok" or forward.row["status"] != "ok":
         return Result(row if row["status"] != "ok" else forward.row | dict(direction="backward"))
@@ -368,7 +369,7 @@ def _difference(full: Result, forward: Result) -> Result:
 
 
 def peak_memory(function: Callable[[], Any], device: str) -> int:
-    """Return the peak number of bytes that are allocated during a call, beyond those allocated before it."""
+    """Return the peak memory of a call in bytes, excluding memory that was already allocated before the call."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

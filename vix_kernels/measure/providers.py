@@ -1,6 +1,6 @@
 """Providers of an operator: our backends, plain and compiled PyTorch, and peers.
 
-A peer is a function of a different package, or plain PyTorch code, that computes the same or nearly the same as the operator.
+A peer is a function from a different package, or plain PyTorch code, that computes the same or nearly the same as the operator.
 The linear projections of peers are removed, so every provider computes only the attention.
 """
 
@@ -32,7 +32,7 @@ class Contender:
         leaves: the input tensors, in the layout of the provider. Trained tensors require gradients.
         exact: computes the expected outputs from the problem in float64. The default is the reference implementation.
         shown: selects the outputs that are checked, and converts them to the layout of `exact`.
-        tolerance: allowed relative error against `exact` in float32. None allows a few times the error of plain PyTorch.
+        tolerance: allowed relative error against `exact` in float32. If None, a few times plain PyTorch's error is allowed.
     """
 
     function: Callable[..., Any]
@@ -50,7 +50,7 @@ class Unavailable(Exception):
 
 
 def enter(provider: str, problem: Problem) -> Contender:
-    """Set up `provider` on `problem`.
+    """Set up `provider` to run on `problem`.
 
     Raises:
         Unavailable: the package of the provider is not installed, or the provider needs a GPU.
@@ -127,8 +127,8 @@ def performer(problem: Problem) -> Contender:
         tensors = problem.tensors | {name: problem.tensors[name] / 4 for name in "qk"}
         return replace(problem, tensors=tensors)(reference=True)
 
-    # performer-pytorch adds an eps of 1e-4 to the features. With the norms of our tokens, eps is larger than the features
-    # themselves. q and k are therefore divided by 4, but eps still distorts the features, so the tolerance is large.
+    # performer-pytorch adds an eps of 1e-4 to the features. The norms of q and k are so large that eps is larger than the
+    # features themselves. q and k are therefore divided by 4. eps still distorts the features, so the tolerance is large.
     return Contender(_autocast(peer, q), [_leaf(q / 4), _leaf(k / 4), v], exact, tolerance=0.3)
 
 
@@ -183,7 +183,8 @@ def nystrom(problem: Problem) -> Contender:
         options = problem.options | dict(landmarks="pad_front", pinv_init="original")
         return tuple(_merged(x) for x in replace(problem, options=options)(reference=True))
 
-    # nystrom-attention initializes its iterative inverse with a maximum over the whole batch. `exact` sees only one sample.
+    # nystrom-attention initializes its iterative inverse with a maximum over the whole batch. `exact` sees only one sample, so
+    # the tolerance allows for a different initial value.
     return Contender(_autocast(lambda x, *_: peer(x), q), [packed, *parameters], exact, tolerance=1e-2)
 
 
@@ -230,7 +231,10 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
-    """Run a peer under autocast. A peer that is cast to 16 bits as a whole fails, or no longer sums in float32."""
+    """Return a version of `peer` that runs under autocast if `like` has 16 bits.
+
+    If the peer were cast to 16 bits as a whole instead, it would fail or no longer sum in float32.
+    """
     enabled = like.dtype != torch.float32
 
     def call(*inputs: Tensor) -> Tensor:

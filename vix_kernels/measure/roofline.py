@@ -5,7 +5,7 @@ examples:
   vix dev roofline --op performer_attention --gpu H100    one line per shape
   vix dev roofline --csv roofline.csv --plot roofline.png
 
-Columns: gflop, mexp and mbyte are the least work for the call (10^9 operations, 10^6 exponentials, 10^6 bytes); predicted_us is
+Columns: gflop, mexp and mbyte are the minimum work of a call (10^9 operations, 10^6 exponentials, 10^6 bytes); predicted_us is
 the prediction; bound_by names the resource that limits it; measured_us comes from the newest run of bench/on_gpu.sh in the
 results folder and is empty if there is no measurement.
 
@@ -43,7 +43,7 @@ class Device:
         tf32: FLOP/s of TensorFloat32 products.
         float32: FLOP/s of float32 products.
         bandwidth: bytes/s of memory.
-        exps: exponentials/s, from 16 per clock cycle per multiprocessor (on AMD, per compute unit).
+        exps: exponentials/s, if each multiprocessor (on AMD, compute unit) computes 16 per clock cycle.
     """
 
     name: str
@@ -100,7 +100,7 @@ COLUMNS = [each.name for each in fields(Row)]
 
 @dataclass(frozen=True)
 class Cost:
-    """The least work of one call of an operator.
+    """The minimum work that a call of an operator requires.
 
     Attributes:
         flops: floating-point operations of the matrix products, in the dtype of the tokens. A multiply-add counts as two.
@@ -155,7 +155,7 @@ KEY = COLUMNS[:9]  # the columns up to `gpu`
 
 
 def measured(folder: Path) -> dict[tuple[str, ...], float]:
-    """Return the measured microseconds of our kernels by the values of KEY, from the newest run in `folder` that has them."""
+    """Return a map from the values of KEY to our measured microseconds, from the newest run in `folder` that contains them."""
     names = {gpu.device: gpu.name for gpu in GPUS}
     found: dict[tuple[str, ...], float] = {}
     for path in sorted(folder.glob("*/*/timing.csv"), key=lambda path: path.parent.name):  # <gpu>/<date>-<commit>
@@ -205,7 +205,7 @@ def plot(path: Path, table: list[Row], format: str) -> None:
                 panel.plot(*zip(*dots, strict=True), "o", color=f"C{at}")
         panel.set(title=f"{op} {direction}", xlabel="tokens of one image", ylabel="µs", xscale="log", yscale="log")
         low, high = panel.get_ylim()
-        panel.set_ylim(min(low, high / 30), high * 2)  # otherwise a nearly constant time would fill the panel
+        panel.set_ylim(min(low, high / 30), high * 2)  # otherwise tiny differences between times would fill the panel
         panel.grid(alpha=0.25)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, format=format)

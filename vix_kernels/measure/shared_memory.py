@@ -1,8 +1,9 @@
 """The committed table of the shared memory that each entry of the launch table needs.
 
-`vix dev compile-report --shared` checks it. Triton allocates shared memory before it generates machine code. Compilation is
-stopped after the allocation, which makes it three times faster. Every entry can therefore be measured in all its variants: RoPE
-in both layouts, trained and pooled slots, masks, and the residual convolution. A row contains the maximum over the variants.
+`vix dev compile-report --shared` checks the table. Triton allocates shared memory before it generates machine code. Compilation
+is stopped after the allocation, which makes the measurement three times faster. Every entry can therefore be measured in all
+its variants: RoPE in both layouts, trained and pooled slots, masks, and the residual convolution. A row contains the maximum
+over the variants.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from .tune import DTYPES, lookups
 COMMITTED = Path(__file__).with_name("shared_memory.csv")
 BATCH, HEADS, TOKENS = 2, 4, 1024
 SIZE = attrgetter("bits", "width")
-# For each of these GPUs, Triton chooses the same layouts and pipelines as for the GPU given here, which is compiled instead.
+# For each GPU on the left, kernels are compiled for the GPU on the right, because Triton chooses the same layouts and pipelines
+# for both.
 GENERATION = {"sm_80": "sm_86", "sm_89": "sm_86"}
 
 
@@ -53,7 +55,7 @@ class Row:
 
     @property
     def entry(self) -> Row:
-        """This row with `triton` and `shared` left blank. It identifies what was measured."""
+        """A copy of this row with `triton` and `shared` left blank. It identifies the entry that was measured."""
         return replace(self, triton="", shared=0)
 
 
@@ -126,7 +128,7 @@ def allocation_only() -> Iterator[None]:
 
 
 def measure(arch: str, bits: int, width: int, wanted: Iterable[Row]) -> list[Row]:
-    """Measure the entries in `wanted`. All of them must have these bits and this width."""
+    """Measure the entries in `wanted`. All of them must have the given `bits` and `width`."""
     by_key = {(each.kernel, each.bits, each.width): each for each in wanted}
     most: dict[Row, int] = {}
     seen = set()

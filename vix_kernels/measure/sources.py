@@ -1,8 +1,8 @@
 """Hashes of kernel sources, which committed tables store. If a hash changes, the rows with the old hash are outdated.
 
-A hash covers a kernel and the device functions and constants it uses, without comments and docstrings. `source_hash` also
-covers the tiles of the kernel in the launch table. Other choices of the host function are not covered, such as the number of
-warps for small kernels without a tile.
+A hash covers the code of a kernel and of the device functions and constants it uses, but not their comments and docstrings.
+`source_hash` also covers the tiles of the kernel in the launch table. The hashes do not cover other launch options, such as the
+number of warps of small kernels that have no tile in the table.
 """
 
 from __future__ import annotations

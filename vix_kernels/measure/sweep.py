@@ -1,4 +1,4 @@
-"""Compare the speed of operators with plain and compiled PyTorch, SDPA and the installed peer packages.
+"""Compare the speed of operators with plain and compiled PyTorch, SDPA and other installed packages.
 
 examples:
   vix bench                                                      every operator over tokens, forward and full
@@ -145,7 +145,7 @@ def report(rows: list[Row], args: argparse.Namespace) -> None:
 
 
 def crossings(rows: Iterable[Row], sweep: str) -> Iterator[str]:
-    """Yield a line per operator and direction that lists the values at which ours is faster than softmax attention."""
+    """Yield a line per operator and direction that lists the values at which our backend is faster than SDPA."""
     timed: dict[tuple[str, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row["status"] == "ok":

@@ -18,8 +18,8 @@ use_graphs = True  # whether device_time captures CUDA graphs
 class DeviceTime:
     """The times of repeated calls, in milliseconds.
 
-    `method` is how they were measured: "graph" with CUDA events around the replay of a CUDA graph, which has no gaps between
-    launches; "events" with CUDA events around a call that cannot be captured; "cpu" as the CPU time of the process.
+    `method` says how the times were measured. "graph": with CUDA events around the replay of a CUDA graph, which has no gaps
+    between launches. "events": with CUDA events around a call that cannot be captured. "cpu": as the CPU time of the process.
     """
 
     samples: tuple[float, ...]
@@ -104,7 +104,7 @@ def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-_failed: list[torch.cuda.CUDAGraph] = []  # kept alive: torch's pinned-memory allocator may still query their streams
+_failed: list[torch.cuda.CUDAGraph] = []  # kept alive because torch's pinned-memory allocator may still query their streams
 
 
 def clean_up(pool: tuple[int, int]) -> None:
@@ -132,16 +132,16 @@ def clean_up(pool: tuple[int, int]) -> None:
 
 
 class Spoiled(BaseException):
-    """Raised if this process can no longer measure.
+    """Raised if a failed capture has left the process unusable for measurements.
 
-    It is not an Exception, so handlers that record errors and continue do not catch it.
+    The class is not a subclass of Exception, so handlers that record errors and continue do not catch it.
     """
 
 
 def wall_time(function: Callable[[], Any], *, calls: int = 20, rounds: int = 3) -> float:
-    """Return the wall-clock milliseconds per call of function() if it is called repeatedly.
+    """Return the wall-clock time per call of function() in milliseconds, measured over repeated calls.
 
-    This is the host overhead or the device time, whichever is longer.
+    This time is the host overhead or the device time, whichever is longer.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 

@@ -10,14 +10,14 @@ counts once. This models a GPU whose cache keeps everything during a launch and 
 Triton's interpreter, and the addresses of their loads and stores are recorded, so masked lanes, shared projections and views of
 one packed tensor are counted correctly. A PyTorch operator counts as a launch that reads its operands and writes its result.
 
-The least possible traffic of a forward or backward is every byte of its arguments that it reads, counted once, plus every byte
-of its results, counted once. The arguments of the forward are the tensors that the caller passes. The backward also has the
-outputs and their gradients as arguments. All other traffic, such as statistics saved for the backward, is overhead of the
-implementation.
+The least possible traffic of a forward or backward pass is every byte of its arguments that it reads, counted once, plus every
+byte of its results, counted once. The arguments of the forward pass are the tensors that the caller passes. The backward pass
+also has the outputs and their gradients as arguments. All other traffic, such as statistics saved for the backward pass, is
+overhead of the implementation.
 
-Each line of the output is one launch: its total KiB, then the KiB loaded | stored per argument. Traffic beyond the least comes
-from arguments that appear in several lines, and from intermediates, which are neither arguments nor results of the op. Nothing
-is timed, and no GPU is needed. On shared cores, the command runs fastest with OMP_NUM_THREADS=1.
+Each line of the output is one launch: its total KiB, then the KiB loaded | stored per argument. Traffic beyond the least
+possible comes from arguments that appear in several lines, and from intermediates, which are neither arguments nor results of
+the op. Nothing is timed, and no GPU is needed. On shared cores, the command runs fastest with OMP_NUM_THREADS=1.
 
 examples:
   vix dev traffic
@@ -68,7 +68,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward or a backward: its launches in order, and the least number of bytes that it must load and store."""
+    """A forward or backward pass: its launches in order, and the least number of bytes that it must load and store."""
 
     launches: list[Launch]
     least: int
@@ -103,12 +103,12 @@ def kib(size: int) -> str:
 
 
 def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", split: bool = True, **kwargs: Any) -> Traffic:
-    """Measure the traffic of function(*args, **kwargs) and of its backward.
+    """Measure the traffic of function(*args, **kwargs) and of its backward pass.
 
     Args:
         function: an op of this library.
-        args, kwargs: the arguments of `function`, with tensors on the CPU and backend="triton". The backward computes the
-            gradients of the tensors that require them, if any.
+        args, kwargs: the arguments of `function`, with tensors on the CPU and backend="triton". The backward pass computes the
+            gradients of the tensors that require gradients, if any.
         arch: the GPU whose launch configurations are used, such as "sm_90".
         split: whether to split tokens into chunks as on that GPU. False keeps all tokens of a head in one chunk.
 
@@ -155,7 +155,7 @@ def tensors(x: Any) -> Iterator[Tensor]:
 
 
 class Touched:
-    """A set of bytes in the storages of some tensors.
+    """A set of bytes in the storages of given tensors.
 
     `maps` has an array per storage address. The array is nonzero at the bytes that are in the set.
     """
@@ -236,7 +236,7 @@ class Meter(TorchDispatchMode):
         if op.namespace == "vix_kernels":
             with self:  # counts the body of the operator
                 return operators[op._schema.name.split("::")[1]].implementation(*args)
-        with self:  # counts the operators it consists of, if any
+        with self:  # counts the operators that `op` consists of, if any
             result = op.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -246,7 +246,7 @@ class Meter(TorchDispatchMode):
         return result
 
     def operator(self, schema: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        """Record the operator as one kernel that reads all operands and writes the result. Skip allocations and views."""
+        """Record a PyTorch operator as one kernel that reads all operands and writes the result. Skip allocations and views."""
         values = {each.name: value for each, value in zip(schema.arguments, args, strict=False)} | kwargs
         operands = [(name, x) for name, value in values.items() for x in tensors([value])]
         changed = {each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write}

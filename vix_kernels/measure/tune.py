@@ -3,15 +3,15 @@
 examples:
   vix dev tune --width 64 --bits 16                16-bit kernels at width 64, for at most ten minutes
   vix dev tune --kernel broadcast_tokens --seconds 60
-  vix dev tune --dry-run                           smoke test: one key in Triton's interpreter; its times are meaningless
+  vix dev tune --dry-run                           smoke test: one key in Triton's interpreter, with meaningless times
 
-The search starts from the present tile of a key and changes one field at a time. It keeps a change if the new tile is faster,
-and ends when no change makes it faster. A tile is refused if it does not launch, if its results differ from those of the
-present tile, or if it spills more registers.
+A key is a kernel, an element size and a head width. The search starts from the present tile of a key and changes one field at a
+time. It keeps a change if the new tile is faster, and ends when no change of a field is faster. A tile is rejected ("refused")
+if it does not launch, if its results differ from the results with the present tile, or if it spills more registers.
 
 The command prints one line per key, then the entries for OVERRIDES in vix_kernels/_triton/launch_table.py. Review the entries,
 run `vix dev compile-report`, and commit them by hand. The output file is rewritten after every key. It contains all proposals
-and all refused tiles.
+and all rejected tiles.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Proposal:
     best: Tile
     best_ms: float
     tried: int = 0
-    refused: list[str] = field(default_factory=list)  # refused tiles, each with the reason
+    refused: list[str] = field(default_factory=list)  # rejected tiles, each with the reason
 
     @property
     def better(self) -> bool:
@@ -114,8 +114,8 @@ def present_tile(arch: str, key: Key) -> Tile:
 def neighbours(tile: Tile) -> Iterator[Tile]:
     """Yield tiles that differ from `tile` in one field.
 
-    A size is halved or doubled, there is one stage more or one fewer, or a bool is flipped. Fields that are 0 or a string do
-    not change: 0 means that the kernel has no such size, and a different string would change the results.
+    A size is halved or doubled, the number of stages changes by one, or a bool is flipped. A field that is 0 does not change,
+    because the kernel has no such size. A string does not change either, because the results would then be different.
     """
     for name, value in tile._asdict().items():
         if isinstance(value, bool):
@@ -130,14 +130,14 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
 
 
 class Bench:
-    """One operator and direction at one size, which runs with the current launch configurations."""
+    """One operator and direction at one size. `run` uses the current launch configurations."""
 
     def __init__(self, spec: OpSpec, direction: str, case: Case, bits: int, device: str) -> None:
         self.use = f"{spec.name}, {'forward' if direction == 'forward' else 'forward and backward'}"
         self.dtype, self.direction, self.device = DTYPES[bits], direction, device
         # With learned=True all gradients are computed, so all kernels run.
         self.problem = draw(spec, replace(case, learned=True), self.dtype, device)
-        # Random, because errors could cancel with equal cotangents.
+        # The cotangents are random, because errors could cancel if all cotangents were equal.
         self.cotangents = [torch.randn_like(x) for x in self.problem(backend="triton")]
 
     def run(self) -> tuple[Tensor, ...]:
@@ -164,7 +164,7 @@ class Bench:
 
 
 def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
-    """Move from the present tile of `key` to faster neighbors, until no neighbor is faster or the time is up."""
+    """Move from the present tile of `key` to faster neighbors, until no neighbor is faster or the deadline has passed."""
     present = present_tile(arch, key)
     with spills() as spilled:
         expected = bench.run()
@@ -205,9 +205,9 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
 
 @lru_cache(maxsize=1)  # only one result, because its tensors need much memory
 def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key], Bench]]:
-    """Return a Bench for every operator and direction, with the keys that it looks up. Those with the fewest keys are first.
+    """Return the keys that each operator and direction looks up, with a Bench for each. The fewest keys come first.
 
-    Sizes are large enough to fill a GPU, and tiny in the interpreter. Operators that do not run are reported and skipped.
+    Sizes are large enough to fill a GPU, but tiny in the interpreter. Operators that do not run are reported and skipped.
     """
     large, tiny = Case("tune", 8, 8, 4096, features=256), Case("tune", 1, 1, 20, features=8)
     found = []
@@ -226,7 +226,8 @@ def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key],
 def tune(keys: Iterable[Key], arch: str, device: str, deadline: float) -> Iterator[Proposal]:
     """Yield a proposal for each key until the deadline.
 
-    Each kernel is timed in the operator and direction that launch it and look up the fewest keys.
+    Each kernel is timed in an operator and direction that launch it. If there are several, the pair that looks up the fewest
+    keys is used.
     """
     for key in keys:
         _, bits, width = key
@@ -263,7 +264,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--width", nargs="+", type=int, choices=widths, default=widths, help="head width (default: all)")
     parser.add_argument("--seconds", type=float, default=600, help="time limit (default: 600)")
     parser.add_argument("--output", type=Path, default=Path("tune.json"), metavar="PATH", help="JSON file (default: tune.json)")
-    parser.add_argument("--dry-run", action="store_true", help="one key in Triton's interpreter, on a CPU")
+    parser.add_argument("--dry-run", action="store_true", help="tune one key in Triton's interpreter, on a CPU")
     args = parser.parse_args(argv)
     if args.dry_run:
         arch, gpu, device = "interpreter", "Triton's interpreter", "cpu"

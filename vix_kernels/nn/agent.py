@@ -26,8 +26,8 @@ class Agent(Core):
 
     Attributes:
         num_agents: number of agents for the tokens after the prefix, at most one per token.
-        grid_size: (height, width) of the grid that the tokens after the prefix form. Agents pool cells of this grid. None: use
-            the site's grid and prefix if it has a grid, otherwise pool segments of the sequence.
+        grid_size: (height, width) of the grid that the tokens after the prefix form. Agents pool cells of this grid. None: if
+            the model has a grid, use this grid and the model's prefix. Otherwise, pool segments of the sequence.
         prefix_tokens: number of leading tokens (class, registers). Each of them is a separate agent.
     """
 

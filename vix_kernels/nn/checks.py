@@ -36,11 +36,11 @@ def check_placement(name: str, count: int, grid_size: tuple[int, int] | None, pr
 
 
 def check_tokens(x: Tensor, dim: int, first: nn.Module | None = None) -> None:
-    """Check that x is (batch, tokens, dim). Outside autocast, x must also have the dtype of `first`, its linear layer."""
+    """Check that x is (batch, tokens, dim). Outside autocast, it must also have the dtype of its linear layer `first`."""
     check_floating("x", x)
     if x.dim() != 3 or x.shape[2] != dim:
         raise ValueError(f"x: expected (batch, tokens, {dim}), got shape {tuple(x.shape)}")
-    # A layer that is not a plain nn.Linear, for example a quantized one, may accept dtypes that differ from its weight's.
+    # A layer that is not a plain nn.Linear, for example a quantized one, may accept dtypes other than the dtype of its weight.
     if type(first) is nn.Linear and x.dtype != first.weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x: expected the module's dtype {dtype_name(first.weight.dtype)}, got {dtype_name(x.dtype)}")
 

@@ -1,8 +1,9 @@
 """Cores: definitions of attentions, independent of the modules that use them.
 
 A core is a frozen dataclass with the options of one attention. It declares the state of the attention, such as parameters, and
-computes it. Modules contain a core: for example, the timm-style module of nn/module.py and the attention layers of the models
-in models/ (the "zoo"). They accept any core without referring to it by name, so a registered core works in all of them:
+computes the attention. Modules contain a core: for example, the timm-style module in nn/module.py and the attention layers of
+the models in models/ (the "zoo"). These modules accept any core without referring to it by name, so a registered core works in
+all of them:
 
     @register("efficient")
     @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Tokens:
         key_padding_mask: bool (batch, tokens), True = valid.
         cu_seqlens: int32 (samples + 1), start offsets of samples that are packed into one row. Not supported by any core yet.
         group: process group across which the tokens are sharded. Not supported by any core yet.
-        grid_size, prefix_tokens: layout of the tokens in this call, if it differs from the site's.
+        grid_size, prefix_tokens: layout of the tokens in this call, if it differs from the layout in the site.
         self_attention: whether queries and keys are the same tokens.
     """
 
@@ -57,7 +58,7 @@ class SdpaArgs:
 
 @dataclass(frozen=True)
 class Site:
-    """The place of a core in a model: the heads, the index of the layer, and the model's token layout."""
+    """The place of a core in a model: the heads, the index of the layer, and the layout of the model's tokens."""
 
     head_dim: int
     num_heads: int
@@ -69,7 +70,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A buffer that a core declares. If keep_dtype is set, it moves to devices with its module but is never cast."""
+    """A buffer that a core declares. If keep_dtype is set, it moves between devices with its module but is never cast."""
 
     value: Tensor
     keep_dtype: bool = False
@@ -84,7 +85,7 @@ class Mixer:
     Attributes:
         name: the name under which the mixer is registered.
         prefix_tokens, grid_size: placement of the slots, for mixers whose slots are pooled tokens.
-        presets: different defaults for models of the "zoo", or for a "host" model whose attention is replaced.
+        presets: defaults that differ for models in models/ ("zoo"), or for other models whose attention is replaced ("host").
         sited: names of options that are derived from the site. Zoo models do not accept them.
         has_extra_state: whether modules with this mixer have an extra state (see extra_state, load_extra_state).
         for_hosts: whether this mixer can replace softmax attention in a host model.
@@ -139,7 +140,10 @@ class Mixer:
         return self
 
     def on_grid(self: Some, size: tuple[int, int]) -> Some:
-        """Return this mixer with its slots on a grid of (rows, columns), if they are pooled tokens. It may use fewer slots."""
+        """Return this mixer with its slots on a grid of (rows, columns).
+
+        The number of slots may decrease. Mixers whose slots are not pooled tokens are returned unchanged.
+        """
         return self
 
     def describe(self) -> str:
@@ -148,7 +152,7 @@ class Mixer:
         return f"{self.name}{', ' if options else ''}{options}"
 
     def state(self, site: Site) -> State:
-        """Return the parameters, buffers and submodules to register in a module, by name. None: unused with these options."""
+        """Return the parameters, buffers and submodules to register in a module, by name. Unused entries are None."""
         return {}
 
     def redraw(self, module: nn.Module) -> None:
@@ -173,11 +177,11 @@ class Core(Mixer):
     for_hosts = True
 
     def takes_trained_weights(self) -> bool:
-        """Return whether it approximates softmax attention well enough to use weights that were trained with softmax."""
+        """Return whether this core approximates softmax attention well enough to use weights that were trained with softmax."""
         return False
 
     def needs_module(self) -> bool:
-        """Return whether its state must be registered in a module, because the state is trained."""
+        """Return whether this core has trainable state, which must be registered in a module."""
         return type(self).state is not Mixer.state
 
     def derived(self, q: Tensor) -> Any:
@@ -188,14 +192,14 @@ class Core(Mixer):
         return None
 
     def weights_only(self: Some) -> Some:
-        """Return this core without residual terms, because those have no attention weights."""
+        """Return this core without residual terms, because these terms have no attention weights."""
         return self
 
     def attend(
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
-        """Return the attention of q, k and v (batch, heads, tokens, head_dim), in the same shape.
+        """Return the output of the attention for q, k and v. All are (batch, heads, tokens, head_dim).
 
         `module` has the state as attributes. The default scale is head_dim ** -0.5.
         """
@@ -204,10 +208,10 @@ class Core(Mixer):
     def attend_tokens(
         self, module: nn.Module, x: Tensor, maps: nn.Linear, *, scale: float, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor | None:
-        """Return the attention of x (batch, tokens, dim), where `maps` is the packed linear layer for q, k and v.
+        """Return the output of the attention for x (batch, tokens, dim). `maps` is the packed linear layer for q, k and v.
 
-        Cores implement this only if it is faster than computing q, k and v first. Returns (batch, heads, tokens, head_dim), or
-        None if it is not faster.
+        Cores implement this only if it is faster than computing q, k and v first. The result is (batch, heads, tokens,
+        head_dim), or None if the caller should compute q, k and v and call `attend`.
         """
         return None
 
@@ -243,7 +247,7 @@ _subscribers: list[Callable[[type[Mixer]], None]] = []
 
 
 def register(name: str) -> Callable[[type[Some]], type[Some]]:
-    """Register a mixer under `name`.
+    """Return a class decorator that registers a mixer under `name`.
 
     Raises:
         ValueError: a different mixer is already registered under this name.

@@ -23,8 +23,8 @@ class Linformer(Core):
     """Linformer attention, which projects keys and values along the token axis.
 
     Attributes:
-        seq_len: the maximum sequence length. Defaults to the site's number of tokens. Shorter sequences use the first rows
-            of the projections.
+        seq_len: the maximum sequence length. Defaults to the model's number of tokens. Shorter sequences use the first
+            rows of the projections.
         num_landmarks: K, the number of slots to which the tokens are projected. It may exceed the number of tokens.
         share_kv: whether keys and values share one projection.
         per_head: whether each head has a separate projection.
@@ -49,7 +49,7 @@ class Linformer(Core):
         if self.seq_len is not None:
             return self
         if site.num_tokens is None:
-            raise ValueError("seq_len: expected the longest number of tokens, got None")
+            raise ValueError("seq_len: expected the maximum number of tokens, got None")
         return replace(self, seq_len=site.num_tokens)
 
     def state(self, site: Site) -> State:
@@ -72,7 +72,7 @@ class Linformer(Core):
     def attend_tokens(
         self, module: nn.Module, x: Tensor, maps: nn.Linear, *, scale: float, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor | None:
-        """Project x along the tokens before applying the key and value layers, because (E^T x) W = E^T (x W).
+        """Project x along the token axis before applying the key and value layers, because (E^T x) W = E^T (x W).
 
         Returns None with a rotary embedding, which needs the keys of all tokens, and with per-head projections, which would
         need num_heads products with x.
@@ -113,8 +113,8 @@ class LinformerAttention(AttentionModule):
 
     For the other arguments, see AttentionModule.
 
-    The projections are the parameters `key_projection` and `value_projection`, which is None if they are shared. Their shape is
-    (seq_len, K), or (num_heads, seq_len, K) if each head has a separate projection.
+    The projections are the parameters `key_projection` and `value_projection`. Their shape is (seq_len, K), or (num_heads,
+    seq_len, K) if each head has a separate projection. With share_kv, `value_projection` is None.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ class MixerModule(Mounted):
 
     Attributes:
         core: the mixer, adapted to its site.
-        site: the place of the module in a model. By default, the module is not part of a model.
+        site: the place of the module in a model. By default, it only contains the number and width of the heads.
     """
 
     def __init__(
@@ -60,7 +60,9 @@ class MixerModule(Mounted):
 
 
 class AttentionModule(MixerModule):
-    """An attention with the linear layers of timm's `Attention`, with the same parameters, names and order of arguments.
+    """Multi-head attention with a core and the linear layers of timm's `Attention`.
+
+    The parameters have the same names as in timm. The arguments after `core` have the same names and order as in timm.
 
     Args:
         core: the core of the attention.
@@ -126,7 +128,7 @@ class AttentionModule(MixerModule):
             x: (batch, tokens, dim).
             attn_mask: (tokens, tokens), with optional leading dimensions. A bool mask is True where a query may attend to a
                 key. A float mask is added to the logits. Linear-cost attentions do not support attn_mask, because they do not
-                compute these logits.
+                compute logits for pairs of tokens.
             is_causal: exists for compatibility with timm's Attention. Must be False.
             key_padding_mask: bool (batch, tokens), True = valid. Padded tokens are replaced by 0.
             rope: rotary embedding of q and k.
@@ -176,7 +178,7 @@ class AttentionModule(MixerModule):
 
 
 class RedrawnAttentionModule(AttentionModule):
-    """An attention module whose core draws random features. Its extra state counts the redraws.
+    """An attention module whose core draws random features. Its extra state is the number of redraws.
 
     Attributes:
         redraws: the number of redraws. It is a Python integer, because reading a tensor in every step would synchronize
@@ -201,12 +203,12 @@ class RedrawnAttentionModule(AttentionModule):
 
 
 class MixingModule(MixerModule):
-    """A mixer without q, k and v, which replaces an attention. The module has no linear layers.
+    """A module for mixers without q, k and v, used in place of an attention. It has no linear layers.
 
     Args:
         core: the mixer.
         dim: width of the tokens; num_heads must divide it.
-        num_heads: number of heads, which only a rotary embedding uses.
+        num_heads: number of heads. Used only for the rotary embedding.
         attn_drop: must be 0.
         proj_drop: dropout rate of the output.
         backend: backend of the mixer.

@@ -24,9 +24,10 @@ class Nystrom(Core):
     Attributes:
         num_landmarks: number of landmarks for the tokens after the prefix, at most one per token.
         landmarks: "segment", "grid" or "pad_front", as in nystrom_attention.
-        grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form. Defaults to the model's.
-        prefix_tokens: number of leading tokens (class, registers). Each of them is a separate landmark. If grid_size comes
-            from the model, so is prefix_tokens.
+        grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form. Defaults to the model's
+            grid.
+        prefix_tokens: number of leading tokens (class, registers). Each of them is a separate landmark. If grid_size
+            comes from the model, so does prefix_tokens.
         pinv_iterations, pinv_init: as in nystrom_attention.
         residual_conv_kernel: odd kernel size of a depthwise convolution of v over the tokens. Its result is added to the
             output. 0: no convolution.

@@ -32,7 +32,7 @@ class Performer(Core):
 
     Attributes:
         num_features: number of random features, M. Defaults to int(head_dim * ln(head_dim)), as published.
-        seed: seed of the random features, 0 to 4095. Each layer of a model adds its index.
+        seed: seed of the random features, 0 to 4095. In a model, the index of the layer is added to it.
     """
 
     num_features: int | None = None
@@ -71,7 +71,7 @@ class Performer(Core):
         return {"projection": Buffer(self.draw(site.head_dim, 0), keep_dtype=True)}
 
     def draw(self, head_dim: int, redraws: int) -> Tensor:
-        # A generator uses only 32 bits of its seed: 12 bits for the layer's seed and 20 bits for up to a million redraws.
+        # A generator uses only 32 bits of its seed. The upper 12 bits are the layer's seed, the lower 20 count the redraws.
         return orthogonal_projection(self.num_features, head_dim, seed=(self.seed << 20) + redraws)
 
     def redraw(self, module: nn.Module) -> None:
@@ -83,7 +83,10 @@ class Performer(Core):
         return torch.tensor(module.redraws, device="cpu")
 
     def load_extra_state(self, module: nn.Module, extra: Any) -> None:
-        """Load `redraws` from a tensor or, in earlier checkpoints, a dict. An average of several tensors is rounded."""
+        """Load `redraws` from a tensor or, in earlier checkpoints, from a dict.
+
+        Averaged checkpoints may contain a fractional number, which is rounded.
+        """
         redraws = extra["redraws"] if isinstance(extra, dict) else extra
         if isinstance(redraws, Tensor):
             if redraws.is_meta:  # a state dict without data
@@ -109,8 +112,8 @@ class PerformerAttention(RedrawnAttentionModule):
 
     For the other arguments, see AttentionModule.
 
-    The features are the persistent buffer `projection` (M, head_dim), which stays float32 when the module is cast. They change
-    only in `redraw_projection`, whose calls `redraws` counts.
+    The features are the persistent buffer `projection` (M, head_dim), which stays float32 when the module is cast. Only
+    `redraw_projection` changes them. `redraws` is the number of times that this method was called.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from .module import AttentionModule
 @register("softmax")
 @dataclass(frozen=True)
 class Softmax(Core):
-    """Softmax attention, softmax(scale q k^T) v, computed by torch's scaled_dot_product_attention in quadratic time."""
+    """Softmax attention, softmax(scale q k^T) v, computed with torch's scaled_dot_product_attention in quadratic time."""
 
     for_hosts = False  # hosts already use softmax attention
 

@@ -2,7 +2,7 @@
 
     out = softmax(scale q a^T) softmax(scale a k^T) v                                            equation 4 of the paper
 
-The agents are the slots in both passes. The second softmax has no bias:
+The agents are the slots in both passes. The second pass does not use the log-sum-exp of the first:
 
     values, _ = aggregate(a, k, v)        out = broadcast(q, a, values)
 """

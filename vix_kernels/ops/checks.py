@@ -44,7 +44,7 @@ def check_integer(name: str, value: Any, least: int | None = None) -> int:
 
 
 def check_number(name: str, value: Any, *, zero: bool = False) -> float:
-    """Return `value` as a float if it is a finite Python number > 0. If `zero`, 0 is allowed, too."""
+    """Return `value` as a float if it is a finite Python number > 0. If `zero` is set, 0 is also allowed."""
     kind = f"a finite number {'>=' if zero else '>'} 0"
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Python number, got a Tensor (reading it would wait for the device)")

@@ -3,10 +3,10 @@
     out_n = sum_j phi_j(q_n) S_j / (sum_j phi_j(q_n) z_j + eps)                          equations 4 and 5 of the paper
     S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
 
-phi(x) is relu(x) (EfficientViT, arXiv 2205.14756) or elu(x) + 1 (as in the paper). By default, it is applied to each channel of
-x. With a projection, it is applied to the product with each row w_j, for example phi_j(x) = relu(w_j . x / D^(1/4)). These are
-the generalized features of Performer (arXiv 2009.14794). There are two passes: linear_aggregate computes S and z, and
-linear_broadcast computes the output.
+phi(x) is relu(x) (EfficientViT, arXiv 2205.14756) or elu(x) + 1 (as in the paper). By default, phi is applied to each channel
+of x. With a projection, phi is applied to the product of x and each row w_j, for example phi_j(x) = relu(w_j . x / D^(1/4)).
+These are the generalized features of Performer (arXiv 2009.14794). There are two passes: linear_aggregate computes S and z,
+and linear_broadcast computes the output.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def linear_attention(
 
     Returns:
         (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, projection and rope.angles. With
-        relu, the output of a query is 0 if no key has a positive feature in common with it.
+        relu, the output of a query is 0 if none of its positive features is positive for any key.
 
     Raises:
         ValueError, TypeError: an argument is invalid. The message names it and states the expected and the actual value.

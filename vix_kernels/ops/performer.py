@@ -7,8 +7,8 @@ The vectors w_j are random. They are the slots in two softmax attentions:
 
     values, lse = aggregate(w, k, v)        out = broadcast(q, w, values, lse)
 
-Here values_j = S_j / z_j and lse_j = log z_j. The result equals the equations above, because the terms in |q_n|^2 cancel and
-the remaining weights are a softmax. Unlike direct evaluation, this needs no eps and no stabilizer, and does not underflow.
+Here values_j = S_j / z_j and lse_j = log z_j. The result is the same as above, because the terms in |q_n|^2 cancel and the
+remaining weights are a softmax. Unlike direct evaluation, this needs no eps and no stabilizer, and does not underflow.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def orthogonal_projection(
     Args:
         num_features: M, the number of rows.
         head_dim: D, the number of columns. The rows of each block of D rows are orthogonal. The last block may be smaller.
-        seed: the same seed gives the same features on every rank and device and in every run.
+        seed: seed of the random numbers. The same seed produces the same features on every rank and device and in every run.
         num_heads: if given, draw separate features for each of `num_heads` heads. None: draw one set for all heads.
         scaling: "chi": the rows have the same length distribution as Gaussian vectors. "sqrt": their length is sqrt(D).
 

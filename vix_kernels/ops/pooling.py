@@ -13,10 +13,10 @@ from .checks import check_integer
 
 
 def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tokens: int, tokens: int) -> dict[str, Any]:
-    """Return the options with which primitives.landmarks pools tokens into `count` means.
+    """Return the arguments with which primitives.landmarks pools tokens into `count` means.
 
     Without a grid, tokens after the prefix are pooled over segments of the sequence. With a grid, they are pooled over rows *
-    columns = count cells that are as close to squares as possible. In addition, each token of the prefix becomes a mean.
+    columns = count cells that are as close to squares as possible. Each prefix token becomes an additional, separate mean.
 
     Args:
         name: name of the argument in error messages about `count`.
@@ -66,7 +66,7 @@ def _split(name: str, count: int, rows: int, columns: int) -> tuple[int, int]:
 def pooled_queries(
     q: Tensor, num_agents: int, *, grid_size: tuple[int, int] | None, prefix_tokens: int, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Return means of queries (batch, heads, agents, head_dim), and the number of valid tokens in each (batch, agents)."""
+    """Return means of queries (batch, heads, agents, head_dim), and their numbers of valid tokens (batch, agents)."""
     pool = pooling("num_agents", num_agents, grid_size, prefix_tokens, q.shape[2])
     backend = backends.resolve(backend, q, q.shape[3])
     if backend == "reference":

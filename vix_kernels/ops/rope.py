@@ -222,7 +222,7 @@ def rope_mixed_frequencies(dim: int, num_heads: int, *, seed: int, base: float =
     Args:
         dim: R, the number of rotated channels, a multiple of 4.
         num_heads: number of heads.
-        seed: the same seed gives the same angles on every rank and device.
+        seed: seed of the random numbers. The same seed produces the same angles on every rank and device.
         base: the magnitudes of the frequencies are base^(-4i / dim), i < dim / 4.
 
     Returns:
@@ -271,7 +271,7 @@ def _table(angles: Tensor, layout: Layout, prefix_tokens: int, device: torch.dev
 
 
 def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Rotate q and k in one kernel. Backward needs the tables, and q and k only if the angles require a gradient.
+    """Rotate q and k in one kernel. Only the tables are saved for backward, unless the angles require a gradient.
 
     Args:
         q, k: (batch, heads, tokens, head_dim), with the same shape and dtype. Views with last stride 1 are not copied.

@@ -1,4 +1,4 @@
-"""Attention weights of one token, for example to visualize where a class token attends."""
+"""Attention weights of one token, for example to visualize which tokens a class token attends to."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
 
 class _Refuse(torch.autograd.Function):
-    """Return the inputs after the first `count`. For autograd, they depend on all inputs. Backward raises an error."""
+    """Return the inputs after the first `count`. Autograd treats them as dependent on all inputs. Backward raises an error."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -53,10 +53,10 @@ def broadcast(
 
 
 def reads_out(q: Tensor, backend: str) -> bool:
-    """Return whether backward reads the output.
+    """Return whether backward reads the output of forward.
 
-    If not, backward recomputes it. In float32, terms of the gradient cancel exactly only if they are computed by the same
-    products.
+    If not, backward recomputes the output. In float32, terms of the gradient cancel exactly only if they are computed with the
+    same products.
     """
     return backend == "triton" and q.element_size() == 2
 

@@ -2,9 +2,9 @@
 
     y_ab = sum_nd x_nd cos(2 pi (an / N + bd / D))
 
-The matrix of this linear map is symmetric, so the gradient is the same map, and no tensor is saved for it. Half of the result
-is redundant, because y at (-a, -b) equals y at (a, b), with indices modulo N and D. So is half of the input, because y
-depends only on the sums of x at (n, d) and x at (-n, -d).
+The matrix of this linear map is symmetric, so backward applies the same map and needs no saved tensor. Half of the result
+is redundant, because y at (-a, -b) equals y at (a, b), with indices modulo N and D. Half of the input is also redundant,
+because y depends only on the sums of x at (n, d) and x at (-n, -d).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ..layout import unit_last_stride
 from .autograd import once_differentiable
 from .registry import needs_autograd, register
 
-# The largest number of floating-point operations per element of x, tokens / 2 + channels, for which the kernels are used, by
-# number of bits of the dtype. Larger inputs use fast Fourier transforms. The limits are computed, not measured: at half of the
-# peak rates of an H100, the matrix products at the limit take as long as the additional memory traffic of the FFTs (32 to 34
-# bytes per element). The limits also keep products of indices within 32 bits.
+# The kernels are used if the number of floating-point operations per element of x, tokens / 2 + channels, is within this limit.
+# Otherwise, fast Fourier transforms are used. The keys are the number of bits of the dtype. The limits are computed, not
+# measured: at half of the peak rates of an H100, the matrix products at the limit take as long as the additional memory traffic
+# of the FFTs (32 to 34 bytes per element). The limits also keep products of indices within 32 bits.
 MOST_WORK = {16: 4096, 32: 768, 64: 768}
 
 

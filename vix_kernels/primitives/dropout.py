@@ -1,6 +1,6 @@
 """dropout: dropout with fast random numbers on a CPU.
 
-PyTorch spends more time on drawing these numbers than on the surrounding matrix products.
+PyTorch's dropout spends more time on drawing random numbers than the surrounding matrix products take.
 
     y = x kept / (1 - p),    kept = 1 with probability 1 - p, else 0
 

@@ -3,7 +3,7 @@
     f_jn = phi(p_j . k_n)      S_j = sum_n f_jn v_n      z_j = sum_n f_jn
     f_nj = phi(p_j . q_n)      out_n = sum_j f_nj S_j / (sum_j f_nj z_j + eps)
 
-phi is relu or elu + 1. Without slots, the features of a token are phi of its channels. The passes exchange S and z instead of
+phi is relu or elu + 1. Without slots, phi is applied to the channels of a token. The passes exchange S and z instead of
 the means S / z, because the gradients of S and z are finite even for the smallest z that float32 can represent.
 """
 
@@ -34,7 +34,7 @@ def linear_aggregate(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Return the sums S and z over tokens, which are weighted by their features.
+    """Return S and z: the sums of the values, weighted by the features of the keys, and the sums of the features.
 
     Args:
         slots: (batch or 1, heads or 1, M, D), in k's dtype or float32. None: phi is applied to the channels, so M = D.
@@ -67,7 +67,7 @@ def linear_broadcast(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
-    """Return the output of each query: the sums S, weighted by its features and divided by the denominator.
+    """Return the output of each query: the sum of f_nj S_j over all slots, divided by the denominator.
 
     Args:
         q: (batch, heads, queries, D). Views with last stride 1 are not copied.
@@ -115,7 +115,7 @@ def linear_broadcast_reference(
     eps: float,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Evaluate the equation. Returns out and its denominator (batch, heads, queries)."""
+    """Evaluate the equation. Return out and its denominator, (batch, heads, queries)."""
     features = _features_reference(q, slots, feature_map, rotary)
     total = (features @ norms[..., None]).squeeze(-1) + eps
     return (features @ sums / torch.where(total == 0, 1.0, total)[..., None]).to(q.dtype), total

@@ -1,4 +1,4 @@
-"""nystrom: Nystrom attention from its primitives, as one autograd.Function for ops/nystrom.py.
+"""nystrom: all primitives of Nystrom attention in a single autograd.Function, for ops/nystrom.py.
 
     q~, k~ = landmarks(q), landmarks(k)        values = aggregate(q~, k, v)        out = broadcast(q, k~, pinv(q~, k~) values)
 

@@ -28,7 +28,7 @@ class Operator:
     """An operator of `torch.library` whose plain eager calls bypass the dispatcher.
 
     Compilers, modes and subclasses of Tensor see torch.ops.vix_kernels.<name>. If none of them is involved, going through the
-    dispatcher would only cost time.
+    dispatcher would only add overhead.
     """
 
     registered: torch._ops.OpOverload
@@ -148,7 +148,7 @@ def plain(arguments: Sequence[Any]) -> bool:
 
 @cache
 def _function(package: str, module: str, name: str) -> Callable:
-    """Return an implementation. It is imported at its first call, because Triton may not be installed."""
+    """Return an implementation. Its module is imported only when it is needed, because Triton may not be installed."""
     return getattr(import_module(f"vix_kernels.{package}.{module}"), name)
 
 

@@ -52,9 +52,9 @@ AGENT = OpSpec(
     cases=CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=lambda case: aggregate_exps(case) + broadcast_exps(case),
-    # For every two products, backward has five: it recomputes the logits and computes four gradients, one for the agents.
+    # For every two products in forward, backward has five: it recomputes the logits and computes four gradients.
     backward=2.5,
     public=True,
-    compiled=(Case("", features=49),),  # as published
+    compiled=(Case("", features=49),),  # the published number of agents
 )
 register(AGENT)

@@ -39,10 +39,10 @@ CASES = (
 
 
 def _token_projection(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
-    """Draw a projection like that of the Linformer module.
+    """Draw a token projection like the ones in the Linformer module.
 
-    It is in float32 (float64 for float64 tokens). Its entries have standard deviation K^-0.5, and it has two more rows than
-    there are tokens.
+    The projection is in float32 (float64 for float64 tokens). Its entries have standard deviation K^-0.5, where K is the number
+    of projected tokens. It has two more rows than there are tokens.
     """
     shape = (case.heads,) * case.per_head + (case.tokens + 2, case.features)
     return tensor(*shape, dtype=torch.promote_types(tokens.dtype, torch.float32), scale=case.features**-0.5)
@@ -72,11 +72,11 @@ LINFORMER = OpSpec(
     cases=CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=broadcast_exps,
-    # For every product of `project`, backward has two. For every two products of `broadcast`, it has five: it recomputes the
-    # logits and computes four gradients.
+    # For every product in `project`, backward has two. For every two products in `broadcast`, backward has five: it recomputes
+    # the logits and computes four gradients.
     backward=2.25,
     public=True,
-    compiled=(Case("", features=256),),  # as published
+    compiled=(Case("", features=256),),  # the published number of projected tokens
     variants=(Case("+rope", features=256, rope="interleaved"),),
 )
 PROJECT = OpSpec(

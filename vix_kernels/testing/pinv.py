@@ -26,8 +26,8 @@ CASES = (
 def _pinv(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Draw landmarks.
 
-    In a masked case, some landmarks have no valid token and contain NaN. In a batch, this includes all landmarks of the last
-    sample.
+    In a masked case, some landmarks have no valid token and contain NaN. If there is more than one sample, this includes all
+    landmarks of the last sample.
     """
     shape = (case.batch, case.heads, case.features)
     if case.packed:
@@ -63,6 +63,6 @@ PINV = OpSpec(
     cases=CASES,
     flops=_flops,
     exps=lambda case: case.batch * case.heads * case.features**2,
-    backward=3.0,  # each step recomputes its four products and has eight more for the gradient
+    backward=3.0,  # backward recomputes the four products of each step and needs eight more for the gradients
 )
 register(PINV)

@@ -158,7 +158,7 @@ class OpSpec:
 
 
 SPECS: dict[str, OpSpec] = {}
-REGISTERING: set[str] = set()  # modules that register operators when they are imported; workers import them, too
+REGISTERING: set[str] = set()  # modules that register operators when they are imported; worker processes import them, too
 
 
 def register(*specs: OpSpec) -> None:
@@ -205,9 +205,9 @@ def make_qkv(case: Case, tensor: Callable[..., Tensor]) -> dict[str, Tensor]:
 
 
 def make_mask(case: Case, k: Tensor, v: Tensor) -> Tensor | None:
-    """Return a random mask, with all keys of the last sample masked, or None if `case.masked` is False.
+    """Return a random mask, or None if `case.masked` is False. All keys of the last sample are masked.
 
-    Fills the masked tokens of k with NaN and the masked tokens of v with inf.
+    The function also fills the masked tokens of k with NaN and the masked tokens of v with inf.
     """
     if not case.masked:
         return None

@@ -34,7 +34,8 @@ def random_affine(images: Tensor, draws: Draws, *, degrees: float, scale: float,
 def random_resized_crop(images: Tensor, draws: Draws, *, scale: float) -> Tensor:
     """Crop a random part of each image and enlarge it to the size of the image (arXiv:1409.4842).
 
-    The area of the crop is at least `scale` times that of the image. The aspect ratio is 3/4 to 4/3 times that of the image.
+    The area of the crop is at least `scale` times the area of the image. Its aspect ratio is that of the image times a
+    factor between 3/4 and 4/3.
     """
     area = draws.uniform(scale, 1)
     aspect = (draws.uniform(-1, 1) * (-area.log()).clamp(max=math.log(4 / 3))).exp()  # keeps the crop inside the image
@@ -44,7 +45,7 @@ def random_resized_crop(images: Tensor, draws: Draws, *, scale: float) -> Tensor
 
 
 def warp(images: Tensor, matrix: list[list[Tensor | float]], outside: str = "zeros") -> Tensor:
-    """Apply an affine transformation: sample each output pixel (x, y) from the position matrix @ (x, y, 1) of the input.
+    """Apply an affine transformation: sample output pixel (x, y) from the input at the position matrix @ (x, y, 1).
 
     Coordinates range from -1 to 1.
 
@@ -135,7 +136,7 @@ def mix(images: Tensor, labels: Tensor, draws: Draws, *, classes: int, mixup: fl
         box = (..., slice(top, top + tall), slice(left, left + wide))
         images = images.clone()
         images[box] = others[box]
-        weight = 1 - tall * wide / (height * width)  # computed again, because the sides are rounded to whole pixels
+        weight = 1 - tall * wide / (height * width)  # recomputed, because the sides are rounded to whole pixels
     else:
         images = weight * images + (1 - weight) * others
     targets = F.one_hot(labels, classes).to(images.dtype)

@@ -1,6 +1,6 @@
 """Checkpoints of a run.
 
-A crash cannot damage a checkpoint, loading it executes no code, and a run with any number of processes can load it.
+A crash cannot damage a checkpoint, and loading a checkpoint executes no code. A run with any number of processes can load it.
 
 A checkpoint is one file. With FSDP2, the tensors are stored separately: each process writes its shards to a common folder with
 torch.distributed.checkpoint. The file contains the name of the folder, and is written last.
@@ -89,7 +89,7 @@ def _write_shards(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
 
 def _write(path: Path, checkpoint: Checkpoint) -> None:
     try:
-        with open(path, "wb") as file:  # given a path, torch raises RuntimeError if the disk is full
+        with open(path, "wb") as file:  # if torch.save gets a path, it raises RuntimeError when the disk is full
             torch.save(checkpoint, file)
     except RuntimeError as error:
         if isinstance(error.__context__, OSError):  # torch fails again while closing the archive

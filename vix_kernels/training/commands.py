@@ -105,7 +105,7 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
         numbers = {name: value for name, value in saved.items() if isinstance(value, (int, float))}
         if (first.epochs or "epochs" in settings) and is_reached(numbers.get("time_to"), checkpoint["history"]):
             del saved["time_to"]  # the run has reached its target accuracy, but the user asks for more epochs
-        if numbers.get("min_lr", 0) > numbers.get("lr", math.inf):  # the default of earlier versions could exceed a small --lr
+        if numbers.get("min_lr", 0) > numbers.get("lr", math.inf):  # the default --min-lr of earlier versions could exceed --lr
             del saved["min_lr"]
         parser.set_defaults(**saved)
     named = settings.get("recipe")  # a handwritten file may name just a recipe, while args.yaml lists all settings
@@ -170,7 +170,7 @@ def _failed(parser: Parser, ranks: Ranks, error: Exception) -> int:
             parser.error(str(error) if ranks.first else f"process {ranks.rank}: {error}")
     finally:
         if isinstance(error, SharedError):
-            ranks.wait()  # until the message is printed, because torchrun ends all processes when one exits
+            ranks.wait()  # torchrun ends all processes when one exits, so wait until the message is printed
     return 2
 
 
@@ -224,7 +224,7 @@ def validate_command(argv: list[str]) -> int:
             raise UserError(f"--dataset: expected a name, because {options.checkpoint} does not state its training data set")
         if trained.mean is None:
             print(f"note: {options.checkpoint} has no mean and std: using those of {name}", file=sys.stderr)
-        resized = options.dataset and is_folder(Path(name))  # images in folders are resized to the size of the model
+        resized = options.dataset and is_folder(Path(name))  # images in folders are resized to the model's image size
         size = tuple(trained.model.img_size) if resized else config.img_size
         loading = dict(data_dir=options.data_dir or config.data_dir, stream=config.stream, workers=config.workers)
         source = open_dataset(name, size, **loading)
@@ -292,7 +292,7 @@ def predict_command(argv: list[str]) -> int:
 
 
 def _pictures(images: list[Path], folder: Path | None, overwrite: bool) -> list[Path | None]:
-    """Create `folder`, and return the path of the attention map for each image, or None for each if `folder` is None.
+    """Create `folder`, and return the path of the attention map for each image, or None for each image if `folder` is None.
 
     If several images have the same name, the paths are numbered.
 
@@ -319,8 +319,8 @@ def export_command(argv: list[str]) -> int:
     parser = Parser(
         prog="vix export",
         description="Export a trained model to an ONNX file for batches of any size, and compare its outputs in onnxruntime "
-        "and in PyTorch. If the checkpoint has the mean and std of the training images, as those of a run do, the exported "
-        "model takes images in [0, 1] and normalizes them. Otherwise it takes the input of the trained model.",
+        "and in PyTorch. If the checkpoint contains the mean and std of the training images, as a run's checkpoints do, the "
+        "exported model takes images in [0, 1] and normalizes them. Otherwise, it takes the same input as the trained model.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write, such as model.onnx")

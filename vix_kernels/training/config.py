@@ -177,7 +177,7 @@ class Config:
 
     def check(self) -> None:
         """Raise `UserError` if a value is invalid. The message names the first invalid setting."""
-        for each in fields(self):  # the parser has converted the flags, but a file may contain any type
+        for each in fields(self):  # the parser has converted the flags, but a file may contain values of any type
             kind, value = _KINDS[each.type.removesuffix(" | None")], getattr(self, each.name)
             if value is None and each.type.endswith(" | None"):
                 continue

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A seed is one of these prefixes and a place, so that different uses of the same place get different random numbers.
+# A seed consists of one of these prefixes and a place, so different uses of the same place get different random numbers.
 ORDER, IMAGES, TORCH = 1, 2, 4
 
 
 class Draws:
     """Random numbers for the images of one batch. They do not depend on the device or on the number of processes.
 
-    Each process draws the numbers for the whole batch on the CPU, and keeps those for its images.
+    Each process draws the numbers for the whole batch on the CPU, and keeps the numbers for its images.
 
     Args:
         place: integers that identify the batch, such as the seed, the epoch and the step.

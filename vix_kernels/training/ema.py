@@ -11,10 +11,10 @@ from torch import nn
 class Ema:
     """A copy of a model, in evaluation mode, whose weights are the moving average of the model's weights.
 
-    After n updates, the next update gives the newest weights the factor 1 - min(decay, (1 + n) / (10 + n)). The first updates
-    have larger factors, so that the average quickly forgets the initial weights. Buffers are copied instead of averaged. They
-    include batch-norm statistics, which are averages already, and random features, which must not be averaged because their
-    average would have a smaller variance.
+    After n updates, the factor of the newest weights in the next update is 1 - min(decay, (1 + n) / (10 + n)). The first
+    updates have larger factors, so that the average quickly forgets the initial weights. Buffers are copied instead of
+    averaged. They include batch-norm statistics, which are averages already, and random features, which must not be averaged
+    because their average would have a smaller variance.
 
     Attributes:
         model: the averaged model.

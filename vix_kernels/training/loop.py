@@ -99,7 +99,7 @@ def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: 
             with autocast(config, inputs.device):
                 logits = state.call(in_memory_format(part_inputs, config))
             loss = F.cross_entropy(logits.float(), part_targets, label_smoothing=config.smoothing, reduction="sum")
-            # DDP and FSDP2 average gradients over processes. This factor makes the average the gradient of the mean loss.
+            # DDP and FSDP2 average gradients over processes. With this factor, the average is the gradient of the mean loss.
             state.scaler.scale(loss * (ranks.world / batch)).backward()
         total += loss.detach()
     state.diverged = torch.where(total.isfinite(), state.diverged, state.diverged.clamp(max=state.step + 1))
@@ -110,7 +110,7 @@ def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: 
 
 
 def redraw_features(state: State) -> None:
-    """Redraw the random features of every Performer. All processes draw the same, because each module has a seed."""
+    """Redraw the random features of every Performer. All processes draw the same features, because each module has a seed."""
     for model in filter(None, (state.model, state.ema and state.ema.model)):
         for module in model.modules():
             if hasattr(module, "redraw_projection"):

@@ -2,7 +2,7 @@
 
 The batches are the same as in a single process, and the processes divide the images of each batch. The random numbers for an
 image do not depend on the process that gets it, so a run can be resumed with a different number of processes. Only dropout and
-the batch-norm statistics, which each process computes from its local images, depend on that number.
+the batch-norm statistics, which each process computes from its local images, depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of this process, and its communication with the other processes. A single process sends nothing.
+    """The rank of this process, and its communication with the other processes. A run with one process does not communicate.
 
     Attributes:
         rank: the number of this process, starting at 0.
@@ -67,7 +67,7 @@ class Ranks:
         return values
 
     def largest(self, number: int) -> int:
-        """Return the maximum of `number` over all processes. It is sent between CPUs, without synchronizing the device."""
+        """Return the maximum of `number` over all processes. The numbers are sent between CPUs, so no GPU is synchronized."""
         if self.world == 1:
             return number
         value = torch.tensor(number)
@@ -160,7 +160,7 @@ class Ranks:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Run the block in the first process and then in the others, so that they can use the files that it downloads."""
+        """Run the block in the first process and then in the others, so that all can use files that it downloads."""
         if not self.first:
             self.wait()
         try:
@@ -184,8 +184,8 @@ def connected() -> Iterator[Ranks]:
         yield Ranks()
         return
     # torchrun's store survives a restart. Without a new prefix, the new processes might find the addresses of dead processes
-    # and wait for them. An elastic number of nodes (--nnodes 1:2) is not supported, because a change in the number does not
-    # change the restart count.
+    # and wait for them. An elastic number of nodes (--nnodes 1:2) is not supported, because a change in the number of nodes
+    # does not change the restart count.
     store, rank, world = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -32,13 +32,13 @@ def best_epoch(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def skipped(unreadable: Sequence[str]) -> str:
-    """Return a message that lists the files that cannot be decoded, at most 20 of them."""
+    """Return a message with the number of files that cannot be decoded, and a list of at most 20 of these files."""
     more = [f"and {len(unreadable) - 20} more"] if len(unreadable) > 20 else []
     return "\n  ".join([f"skipped, because they cannot be decoded: {len(unreadable)}", *unreadable[:20], *more])
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: for a GPU that of the tensors, for a CPU that of the process. Return 0 if unknown."""
+    """Return the peak memory in bytes: of the tensors on a GPU, or of the process on a CPU. Return 0 if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -137,12 +137,12 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
 
 
 def draw_mistakes(path: Path, evaluation: Evaluation, classes: Sequence[str], max_value: int, title: str) -> None:
-    """Draw the mistakes in `evaluation`, which have the highest predicted probabilities."""
+    """Draw the misclassified images in `evaluation`, starting with the highest predicted probability."""
     number = len(evaluation.mistakes)
     columns, rows = 6, max(1, -(-number // 6))
     width, height, top = 9.0, 1.9 * rows + 0.5, 0.5  # inches
     figure = _titled(title if number else f"{title}: no mistakes", width, height, y=1 - 0.15 / height)
-    axes = figure.add_axes((0, 0, 1, 1))  # one for all images, because creating axes takes 40 ms
+    axes = figure.add_axes((0, 0, 1, 1))  # the same axes for all images, because creating axes takes 40 ms
     axes.axis("off")
     for index in range(number):
         row, column = divmod(index, columns)

@@ -78,13 +78,13 @@ def train(config: Config) -> tuple[History, Path]:
         run.open()
         run.go()
         result = run.state.history, run.output
-        del run  # frees the model in all processes before its connections are closed
+        del run  # frees the model in all processes before their connections are closed
         ranks.wait()
     return result
 
 
 class Run:
-    """The part of a run in one process. Construct it, then call `open`, then `go`.
+    """The part of a run that one process executes. Construct a Run, then call `open`, then `go`.
 
     All decisions that depend on files are made by the first process, which sends them to the others.
 
@@ -138,7 +138,7 @@ class Run:
         self.unreadable = 0  # number of undecodable images that have been reported
         self.stop, self.board = Stop(), None
         self.drawn = time.perf_counter()
-        hidden = None if config.progress is None else not config.progress  # None: shows it only on a terminal
+        hidden = None if config.progress is None else not config.progress  # with None, tqdm shows the bar only on a terminal
         self.progress = tqdm(
             total=config.epochs * self.steps,
             initial=self.steps_done,
@@ -152,7 +152,7 @@ class Run:
         return self.state.config
 
     def lock(self) -> None:
-        """Lock the folder against other runs until this run ends, and set `new` to False if it contains the run to resume."""
+        """Lock the folder against other runs until this run ends, and set `new` to whether this run is new in the folder."""
 
         def acquire() -> str:
             with output_errors(self.output):
@@ -167,7 +167,7 @@ class Run:
     def open(self) -> None:
         """Create and lock the folder if it does not exist yet, and write the first files."""
         history = self.state.history
-        branches = self.new and bool(history)  # resumes a run in a new folder, to which best.pt is copied
+        branches = self.new and bool(history)  # a run is resumed in a new folder, so best.pt is copied to it
         with self.ranks.agreed(), output_errors(self.output):
             best = best_of(self.resume, history) if branches and self.ranks.first else None
             if self.ranks.first and not self.is_locked:
@@ -194,7 +194,7 @@ class Run:
             folder = claim_folder(f"{self.config.model}-{self.dataset.name}")
         else:
             folder = self.output
-            folder.mkdir(parents=True, exist_ok=True)  # if two runs create it at once, the lock decides
+            folder.mkdir(parents=True, exist_ok=True)  # if two runs create the folder at once, the lock admits only one
         self.held.callback(remove_empty, folder)
         return folder
 

@@ -32,8 +32,8 @@ def located(config: Config) -> tuple[str | None, Path | None]:
     """Return the checkpoint or run folder to resume from, and the folder to write to.
 
     If torchrun has restarted this run and its folder contains last.pt, the run resumes from that file. Otherwise, it resumes
-    from --resume, if given. The folder is --output, or by default that of the resumed checkpoint. If neither is given, the
-    folder is None, and `claim_folder` chooses it.
+    from --resume, if given. The folder is --output, or by default the folder of the resumed checkpoint. If neither is given,
+    the folder is None, and `claim_folder` chooses it.
     """
     if config.output and _restarted() and (Path(config.output) / "last.pt").exists():
         return config.output, Path(config.output)
@@ -117,7 +117,7 @@ def check_batches(config: Config, ranks: Ranks, images: int) -> None:
 def build_model(config: Config, source: Source, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     """Create the model, and test it on zeros.
 
-    The image shape and the number of classes are those of the data set. So is the patch size, unless --model-kwargs or the
+    The image shape and the number of classes come from the data set. So does the patch size, unless --model-kwargs or the
     model's preset sets it.
 
     Returns:
@@ -166,7 +166,7 @@ def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images:
 def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], source: Source) -> None:
     """Raise `UserError` if `checkpoint` has a different model, seed or classes, or has more epochs than this run.
 
-    If the checkpoint was saved in the middle of an epoch, its batch size must also be that of this run.
+    If the checkpoint was saved in the middle of an epoch, its batch size must also equal the batch size of this run.
     """
     saved = checkpoint["config"] | {"model_kwargs": checkpoint["model_kwargs"]}
     wanted = {"model": config.model, "seed": config.seed, "model_kwargs": model_kwargs}

@@ -68,7 +68,7 @@ class State:
 
     def checkpoint(self, model_kwargs: dict[str, Any], data: dict[str, Any]) -> Checkpoint:
         """Return this state as a checkpoint. All processes must call this method."""
-        average_batch_norm(self.model, self.ranks)  # all processes continue with the saved statistics
+        average_batch_norm(self.model, self.ranks)  # so that all processes continue with the saved statistics
         return {
             "config": asdict(self.config),
             "model_kwargs": model_kwargs,

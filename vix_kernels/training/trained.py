@@ -30,7 +30,7 @@ class Trained:
 
     Attributes:
         path: the file that the model was loaded from.
-        config: the settings of its training. For a model from `save_model`, the default settings with an empty dataset name.
+        config: the settings of its training. For a model from `save_model`, these are the defaults with an empty dataset name.
         model: the model.
         classes: the class names, or None if they are unknown, because `save_model` did not receive them.
         mean, std: the mean and standard deviation of the training images, as floats in [0, 1], (channels, 1, 1), or None if
@@ -162,7 +162,8 @@ def check_fits(trained: Trained, source: Source) -> None:
 def evaluate_trained(trained: Trained, dataset: Dataset) -> Evaluation:
     """Evaluate the model on the held-out images of `dataset`.
 
-    The images are normalized with the mean and std of the training images. If these are unknown, those of `dataset` are used.
+    The images are normalized with the mean and std of the training images. If these are unknown, the mean and std of `dataset`
+    are used.
 
     Raises:
         UserError: the classes or the shape of the images differ from those of the model.

@@ -1,6 +1,6 @@
 """TrivialAugment (Müller and Hutter, arXiv:2103.10158): one random operation per image, with a uniformly drawn strength.
 
-The operations and their maximum strengths are those of the paper's wide space, with one exception: translations move an image
+The operations and their maximum strengths come from the paper's wide space, with one exception: translations move an image
 by at most half its side instead of 32 pixels.
 
 The operations take float images (batch, channels, height, width) in [0, 1]. `strength` and `sign` have the shape

@@ -13,7 +13,7 @@ class Unpickler(pickle._Unpickler):
 
     If a length or a memo index is damaged, pickle's C implementation may allocate and fill as much memory as the damaged number
     states. This class therefore derives from the Python implementation, which does so only for byte arrays. Byte arrays are
-    rejected, too. Valid files contain none.
+    rejected, too, because valid files do not contain any.
 
     Args:
         content: the pickle.

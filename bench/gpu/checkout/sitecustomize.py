@@ -1,6 +1,6 @@
 """Make `vix_kernels.models` importable from a checkout that is not installed, if this folder is on PYTHONPATH.
 
-Subprocesses inherit PYTHONPATH, so the import also works there. In the repository, the package is the top-level folder
+Subprocesses inherit PYTHONPATH, so the import also works in them. In the repository, the package is the top-level folder
 `models/`, which is installed as `vix_kernels.models`.
 """
 

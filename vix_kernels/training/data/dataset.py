@@ -40,9 +40,9 @@ class Dataset:
     train: Images
     test: Images
     max_value: int  # largest pixel value of the uint8 images, which is mapped to 1
-    mean: Tensor  # (channels, 1, 1), for the training images or a sample of them, as floats in [0, 1]
-    std: Tensor  # as for mean
-    augment: Augmentation  # for float images in [0, 1]
+    mean: Tensor  # (channels, 1, 1), mean of the training images, or of a sample of them, as floats in [0, 1]
+    std: Tensor  # (channels, 1, 1), standard deviation of the same images
+    augment: Augmentation  # a function that augments float images in [0, 1]
     model_kwargs: dict[str, Any] = field(default_factory=dict)  # suggested model arguments, except the shape
     unreadable: tuple[str, ...] = ()  # files skipped while loading, each with the reason
 
@@ -59,7 +59,7 @@ class Dataset:
     def description(self) -> dict[str, Any]:
         """Return the description of this data set that is stored in checkpoints.
 
-        It is used to normalize inputs, to name classes, and to check the data set of a resumed run.
+        The description is used to normalize inputs, to name classes, and to check the data set of a resumed run.
         """
         return {
             "name": self.name,
@@ -170,7 +170,8 @@ def pixel_statistics(images: Tensor, *, max_value: int) -> tuple[Tensor, Tensor]
     """Return the mean and standard deviation of each channel of uint8 images (n, channels, height, width).
 
     Both have the shape (channels, 1, 1) and refer to values divided by `max_value`. They are computed from a histogram, which
-    is exact and needs no float copy of the images. The deviation of a constant channel is 1, to avoid a division by zero.
+    is exact and needs no float copy of the images. The deviation of a constant channel is set to 1, to avoid a division by
+    zero.
     """
     counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
     frequencies = counts.double() / counts.sum(1, keepdim=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..config import UserError
 
-# The address of each data set, and its files at that address with the checksums that the publisher states.
+# Maps each data set to its address, and to its files at that address with the checksums that the publisher states.
 _CIFAR = "https://www.cs.toronto.edu/~kriz"
 SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "cifar10": (_CIFAR, {"cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a"}),
@@ -52,7 +52,7 @@ def fetched(name: str, data_dir: str | None) -> Path:
         data_dir: the folder that contains the data sets. If None, a folder in the user's cache is used.
 
     Raises:
-        UserError: if a download fails, a checksum differs, or this Python cannot unpack safely.
+        UserError: if a download fails, a checksum differs, or this version of Python cannot unpack archives safely.
     """
     import pooch
 
@@ -92,10 +92,10 @@ def _is_archive(file: str) -> bool:
 
 
 def _unpacked(archive: Path, folder: Path) -> Path:
-    """Unpack `archive` into `folder`, and never write outside it.
+    """Unpack `archive` into `folder`. Nothing is written outside `folder`.
 
     Returns:
-        The folder in the archive, if the archive contains nothing else. Otherwise `folder`.
+        If the archive contains a single folder and nothing else, the path of that folder. Otherwise, `folder`.
     """
     safe = {}
     if archive.suffix != ".zip":  # for zip files, shutil skips names that point outside the folder

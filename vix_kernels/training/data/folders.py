@@ -1,4 +1,4 @@
-"""Read images that are stored in one folder per class, or in the layout of Tiny ImageNet, in advance or on demand."""
+"""Read images, in advance or on demand, from one folder per class or from the layout of Tiny ImageNet."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def folders(folder: Path, size: tuple[int, int] | None, stream: bool | None, wor
     """Open images in train/CLASS/ and val/CLASS/ (or valid, validation, test), including subfolders of CLASS.
 
     Tiny ImageNet has val/images and val/val_annotations.txt instead of val/CLASS/. Images that cannot be decoded are skipped.
-    More than one of them is an error if they are also more than one percent of all images.
+    It is an error if more than one image, and more than one percent of all images, cannot be decoded.
 
     Args:
         folder: the folder that contains train and val.
-        size: (height, width) to which images are resized and cropped. With None, all images must have the same size.
-        stream: whether to decode images on demand. With None, they are decoded on demand if they would take more
+        size: (height, width) to which images are resized and cropped. If None, all images must have the same size.
+        stream: whether to decode images on demand. If None, they are decoded on demand if they would take more
             than HELD_BYTES of memory.
         workers: the number of processes that decode streamed images.
     """

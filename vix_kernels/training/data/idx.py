@@ -14,7 +14,7 @@ from ..draws import Draws
 from .dataset import Dataset, make_dataset
 from .images import HeldImages
 
-IMAGES, LABELS = 0x0803, 0x0801  # magic numbers of arrays of unsigned bytes with 3 dimensions and with 1
+IMAGES, LABELS = 0x0803, 0x0801  # magic numbers for arrays of unsigned bytes with 3 dimensions, and with 1 dimension
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 

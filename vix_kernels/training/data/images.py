@@ -1,4 +1,4 @@
-"""Labeled images, held in memory or decoded on demand."""
+"""Labeled images, either in memory or decoded on demand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..draws import sent
 if TYPE_CHECKING:
     from PIL import Image
 
-MOST_UNREADABLE = 0.01  # fraction of all images; if more are unreadable, the copy is assumed to be damaged
+MOST_UNREADABLE = 0.01  # maximum fraction of unreadable images; with more, the data set is assumed to be damaged
 
 
 class Images(Protocol):
@@ -155,20 +155,20 @@ def decode(path: Path, size: tuple[int, int] | None) -> np.ndarray | Exception:
 
     Args:
         path: the image file.
-        size: (height, width) to which the image is resized, after a center crop to the same aspect ratio. With None, the image
+        size: (height, width) to which the image is resized, after a center crop to the same aspect ratio. If None, the image
             keeps its size.
     """
     from PIL import Image, ImageOps
 
     try:
         check_regular(path)
-        with Image.open(path) as file:  # raises only above twice MAX_IMAGE_PIXELS, and warns below that
+        with Image.open(path) as file:  # Image.open raises only above twice the limit
             if Image.MAX_IMAGE_PIXELS and file.width * file.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(
                     f"expected at most {Image.MAX_IMAGE_PIXELS:,} pixels, got {file.width} x {file.height}"
                 )
             if size:
-                file.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes JPEG files faster, at twice `size` or more
+                file.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes JPEG faster, to at least twice `size`
             image = _rgb(ImageOps.exif_transpose(file), file.format)
         if size:
             image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
