@@ -46,7 +46,10 @@ def test_convergence_to_the_inverse_is_cubic() -> None:
 
 
 def test_pinv_filters_singular_values(backend: str) -> None:
-    """Compare with Z = V diag(p^(T)(sigma^2 / s) / sigma) U^T, where U, sigma and V are the SVD of A."""
+    """Compare with Z = V diag(x_T / sigma) U^T, where A = U diag(sigma) V^T.
+
+    x_0 = sigma^2 / s with the largest column sum s of A, and each of the T steps maps x to x (13 - x (15 - x (7 - x))) / 4.
+    """
     q, k, values = problem(20)
     a = attention(q, k)
     u, sigma, vt = torch.linalg.svd(a)

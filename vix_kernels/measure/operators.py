@@ -289,7 +289,7 @@ class Race:
         return Result(ok(**label, **figures), time.samples)
 
     def work(self, direction: str) -> Cost:
-        """Return the minimum work of any provider, if each pass reads every input once and writes every result once."""
+        """Return the least work that any provider must do, if each pass reads every input and writes every result once."""
         spec, inputs = self.problem.spec, list(self.problem.tensors.values())
         outputs = self.truth.batch * sum(x.nbytes for x in self.truth.plain[0])
         moved, passes = sum(map(_bytes, inputs)) + outputs, 1.0

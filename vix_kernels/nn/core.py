@@ -235,7 +235,7 @@ class Mounted(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Mounted:
         before = {name: getattr(self, name) for name in self.kept_dtypes}
         super()._apply(fn, recurse)
-        # Move these buffers without casting them. Rounded random features would differ between ranks and be less accurate.
+        # Move these buffers without casting them. Rounded random features would be less accurate.
         for name, value in before.items():
             if getattr(self, name).dtype != value.dtype:
                 setattr(self, name, value.to(getattr(self, name).device))
