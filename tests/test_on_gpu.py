@@ -353,3 +353,9 @@ FAILED tests/test_ops.py::test_b[triton-y] - AssertionError: dk: 2.0 > 1.0
 def test_jobs_after_the_deadline_are_reported_as_skipped() -> None:
     late = [row for row in timing.rows(Plan(dry=True, deadline=0.0)) if "figure" not in row]
     assert late and {(row["status"], row["why"]) for row in late} == {("skipped", "out of time")}
+
+
+def test_the_suite_skips_tests_that_exist() -> None:
+    names = "\n".join((suite.ROOT / path).read_text() for path in suite.OPERATORS)
+    for word in (*suite.KERNELS.split(" or "), suite.NOT_HERE):
+        assert word in names, word
