@@ -59,7 +59,7 @@ def qkv(queries: int, tokens: int, **options: Any) -> list[Tensor]:
 
 
 def noise(*shape: int) -> Tensor:
-    """Return normally distributed noise. The same shape always returns the same noise."""
+    """Return normally distributed noise. Calls with the same shape always return the same noise."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 

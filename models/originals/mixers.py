@@ -231,7 +231,7 @@ class RandomFeatures(nn.Module):
         projection = repeat(self.projection_matrix.to(x.dtype), "m d -> b h m d", b=x.shape[0], h=x.shape[1])
         logits = einsum("bhnd,bhmd->bhnm", normalizer * x, projection)
         half_square = (x**2).sum(-1, keepdim=True) / 2 * normalizer**2
-        # Use max as in the original. amax has a different gradient, which is divided among equal maxima.
+        # Use max as in the original: unlike amax, max over a dimension does not divide its gradient among equal maxima.
         maximum = logits.max() if is_key else logits.max(-1, keepdim=True).values
         return len(self.projection_matrix) ** -0.5 * ((logits - half_square - maximum).exp() + 1e-4)
 

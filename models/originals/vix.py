@@ -3,7 +3,7 @@
     image -> stem -> class token, position -> depth x [x + mixer(norm(x)), x + feed_forward(norm(x))] -> pool -> norm -> linear
 
 `ViX` is the structure that these models share. The functions below it create its parts: mixers and stems. The keyword-only
-parameters of `ViX` and of the mixer's function are the original's constructor arguments.
+parameters of `ViX` and of the function that creates the mixer are the constructor arguments of the original model.
 """
 
 from __future__ import annotations

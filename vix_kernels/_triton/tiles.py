@@ -95,7 +95,7 @@ def rotate_pairs(
     at = angles[:, None] * (ROTARY // 2) + pairs[None, :]
     inside = valid[:, None] & (pairs < ROTARY // 2)[None, :]
     # Kernels may load the same values before a loop and, with AGAIN, after it. The eviction policies differ, so the compiler
-    # does not merge both loads. Merged loads would occupy registers during the loop.
+    # does not merge the two loads. Merged loads would occupy registers during the loop.
     if AGAIN:
         c = tl.load(cos + at, mask=inside, other=1.0).to(x.dtype)
         s = tl.load(sin + at, mask=inside, other=0.0).to(x.dtype)

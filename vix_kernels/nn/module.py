@@ -18,7 +18,7 @@ from .packed_linear import packed_linear
 
 
 class MixerModule(Mounted):
-    """Base class for modules with a mixer, such as an attention.
+    """Base class for modules that contain a mixer, such as attention modules.
 
     Subclasses mount the core's state after creating their parameters.
 

@@ -146,7 +146,7 @@ def random_features(q: Tensor, num_features: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _drawn(num_features: int, width: int, seed: int, device: torch.device) -> Tensor:
-    # The cached tensor outlives this call, so it must not depend on transforms and modes that are active now.
+    # The cached tensor outlives this call, so it must not depend on transforms or modes that are active now.
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         return orthogonal_projection(num_features, width, seed=seed).to(device)
 
