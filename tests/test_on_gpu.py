@@ -357,5 +357,4 @@ def test_jobs_after_the_deadline_are_reported_as_skipped() -> None:
 
 def test_the_suite_skips_tests_that_exist() -> None:
     names = "\n".join((suite.ROOT / path).read_text() for path in suite.OPERATORS)
-    for word in (*suite.KERNELS.split(" or "), suite.NOT_HERE):
-        assert word in names, word
+    assert suite.KERNELS in names and suite.NOT_HERE in names

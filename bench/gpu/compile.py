@@ -55,7 +55,10 @@ def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
 
 
 def run(op: str, dtype: str, case: Case, device: str) -> float:
-    """Run forward and backward once and return the time in seconds. Random features require gradients, except in timing cases."""
+    """Run forward and backward once, and return the time in seconds.
+
+    Random features require gradients, except in timing cases.
+    """
     start = time.perf_counter()
     case = replace(SPECS[op].fit(case), learned=case.name != "timing")
     problem = draw(SPECS[op], case, DTYPES[dtype], device)

@@ -16,7 +16,7 @@ from vix_kernels.measure.operators import Row, failed, ok, skipped
 from .part import Job, Plan, by_job
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = "triton or out_of_bounds"
+KERNELS = "triton"
 NOT_HERE = "offsets_may_exceed"  # this test always runs in the interpreter, so the GPU suite skips it
 OPERATORS = tuple(
     f"tests/test_{name}.py"
