@@ -152,13 +152,22 @@ built.blocks[1].attn.vix.gain.data.fill_(2.0)
 expected = built(x)
 replace_attention(built, "nystrom", num_landmarks=4)
 assert not any(name.endswith("gain") for name in built.state_dict())
-restore_attention(built.double())
-assert built.blocks[1].attn.vix.gain.dtype == torch.float64 and (built(x.double()) - expected).abs().max() < 1e-5
+restore_attention(built.double().eval())
+vix = built.blocks[1].attn.vix
+assert not vix.training and vix.gain.dtype == torch.float64 and (built(x.double()) - expected).abs().max() < 1e-5
 
 encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True), 2)
 replace_mha(encoder, "nystrom", retrain=True, num_landmarks=2, residual_conv_kernel=3)
 assert encoder.layers[1].self_attn.vix.res_conv.weight.shape == (2, 1, 3, 1)
 encoder(torch.randn(1, 6, 32)).sum().backward()
+
+encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, 0.1, batch_first=True), 1).double().eval()
+replace_mha(encoder, "nystrom", retrain=True, num_landmarks=2, residual_conv_kernel=3)
+vix = encoder.layers[0].self_attn.vix
+assert vix.res_conv.weight.dtype == torch.float64 and not vix.training and not vix.res_conv.training
+encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, device="meta"), 1)
+replace_mha(encoder, "nystrom", retrain=True, num_landmarks=2, residual_conv_kernel=3)
+assert all(x.is_meta for x in encoder.parameters())
 
 for make in (replace_sdpa, lambda *args, **options: DropIn(*args, **options)(x, x, x)):
     with pytest.raises(ValueError, match="op: expected an attention without parameters, got Learned"):

@@ -122,6 +122,7 @@ def replace_each(
             report.refused[name] = reason
             continue
         each = attention.mounted(dataclasses.replace(site_of(module), layer=len(chosen)))
+        like_host(each, module)
         place(name, each)
         chosen.append((module, each))
         report.attentions[name] = each.describe()
@@ -138,6 +139,12 @@ def replace_each(
             vars(module).update(state)
         raise
     return report
+
+
+def like_host(attention: DropIn, module: nn.Module) -> DropIn:
+    """Move `attention` to the device, dtype and mode of the module that holds it, and return it."""
+    weight = next((x for x in module.parameters(recurse=True) if x.is_floating_point()), None)
+    return (attention if weight is None else attention.to(weight.device, weight.dtype)).train(module.training)
 
 
 def check_model(model: nn.Module) -> None:

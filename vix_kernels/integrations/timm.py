@@ -24,7 +24,7 @@ from ..nn.packed_linear import packed_linear
 from ..ops.rope import Rope
 from . import timm_models  # noqa: F401  registers the models in vix_kernels.models
 from .drop_in import OPS, DropIn, TokenGrid
-from .hosts import Report, check_model, host, replace_each, require_call
+from .hosts import Report, check_model, host, like_host, replace_each, require_call
 
 with host("timm", "1.0.28"):
     from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
@@ -332,10 +332,10 @@ def restore_attention(model: nn.Module) -> list[str]:
             kept.add(id(module.built.grid))
             if module.vix is module.built:
                 continue
-            module.vix = module.built.to(module.proj.weight)
+            module.vix = like_host(module.built, module)
         else:
+            module.__class__ = next(host for host, replacement in _REPLACED.items() if isinstance(module, replacement))
             del module.vix
-            module.__class__ = next(host for host, replacement in _REPLACED.items() if replacement is type(module))
         restored.append(name or "(the model itself)")
     for module in model.modules():
         if id(_grid_of(module)) not in kept:
