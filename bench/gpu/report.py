@@ -35,7 +35,7 @@ def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> st
     problems: list[str] = []
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     everything = dict(machine=machine, parts=[asdict(outcome) for outcome in outcomes])
-    results = json.dumps(everything, indent=1) + "\n"
+    results = json.dumps(everything, indent=1, default=str) + "\n"
     attempt(problems, write_atomically, folder / "results.json", lambda path: path.write_text(results))
     checks = [dict(part=part, **row) for part in ("correctness", "suite", "sanitizer") for row in rows.get(part, [])]
     tables = dict(timing=[row for row in rows.get("timing", []) if "figure" not in row], models=rows.get("models", []))

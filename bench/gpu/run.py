@@ -231,7 +231,7 @@ def process(part: str, plan: Plan, log: Path, receive: Callable[[Any], None], lo
                     receive(receiver.recv())
                 elif not child.is_alive() and not receiver.poll():
                     break
-            except EOFError:
+            except (EOFError, OSError):  # the process ended, perhaps within a record
                 break
         else:
             return None
@@ -246,7 +246,8 @@ def process(part: str, plan: Plan, log: Path, receive: Callable[[Any], None], lo
 
 def how(code: int | None, log: Path) -> str:
     """Describe how a process ended."""
-    text = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []  # the process itself creates it
+    text = (lines or ["no output"])[-1]
     if code is None:
         return f"stopped at the end of its time; last line: {text}"
     return f"exit status {code}: {text}" if code > 0 else f"killed by {signal.Signals(-code).name}, see its log"
