@@ -1,8 +1,8 @@
 """Kernels for `landmarks`: one launch computes the means of q and k, and one computes the gradients of q and k.
 
-In forward, a program computes a tile of landmarks. It loops over their windows and reads a few tokens of each window at a time.
-In backward, a program computes a tile of tokens. Each token gathers the gradients of the landmarks whose windows contain it:
-one landmark, or up to four if windows overlap.
+In the forward kernel, a program computes a tile of landmarks. It loops over their windows and reads a few tokens of each window
+at a time. In the backward kernel, a program computes the gradient of a tile of tokens. Each token gathers the gradients of the
+landmarks whose windows contain it: one landmark, or up to four if windows overlap.
 """
 
 from __future__ import annotations

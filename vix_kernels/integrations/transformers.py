@@ -61,7 +61,7 @@ _retrain: list[bool] = []  # the `retrain` argument of the latest call of `regis
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
-    """Register `core` with transformers if it was added after the last call of `register`."""
+    """Register a newly added core with transformers if `register` has already been called."""
     if _retrain and core.name in OPS:
         _register(core.name, _retrain[0], {})
 

@@ -48,7 +48,7 @@ def _pinv(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor],
 
 
 def _flops(case: Case) -> int:
-    """Return the FLOPs of A, of four products per step, and of the product with the values."""
+    """Return the FLOPs of the attention between landmarks, of four products per step, and of the product with the values."""
     square = 2 * case.batch * case.heads * case.features**2
     return square * (case.width + 4 * ITERATIONS * case.features + (case.value_width or case.width))
 
