@@ -167,7 +167,10 @@ def run_all(runs: list[list[str]], folder: Path, processes: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train one configuration in one process and in two processes. In two processes, also train with Muon and with the fast recipe."""
+    """Train one configuration in one process and in two processes.
+
+    In two processes, also train with Muon and with the fast recipe.
+    """
     folder = tmp_path_factory.mktemp("runs")
     together = [
         [*RUN, "--output", str(folder / "ddp")],
