@@ -147,6 +147,8 @@ assert torch.equal(other(x), vit(x)) and other.blocks[0].attn.vix.gain is not vi
 restore_attention(vit)
 assert list(vit.state_dict()) == keys and torch.equal(vit(x), expected)
 
+layer = attention_layer("learned")(32, 2, dtype=torch.float64, device="meta")
+assert layer.vix.gain.dtype == torch.float64 and layer.vix.gain.is_meta
 built = timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("learned"), **sizes).eval()
 built.blocks[1].attn.vix.gain.data.fill_(2.0)
 expected = built(x)

@@ -55,17 +55,12 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
     """
-
-    def put(module: nn.Module, attention: DropIn) -> None:
-        module.vix = attention
-        module.set_processor(VixAttnProcessor())
-
     return replace_each(
         model,
         DropIn(op, retrain=retrain, **options),
         reason_against=_reason_against,
         site_of=lambda attention: Site(attention.inner_dim // attention.heads, attention.heads),
-        put=put,
+        adapt=lambda module: module.set_processor(VixAttnProcessor()),
         expected="a self-attention of diffusers' class Attention",
     )
 

@@ -77,6 +77,11 @@ class DropIn(Mounted):
             copy.is_mounted = True
         return copy
 
+    def like(self, host: nn.Module) -> DropIn:
+        """Move this attention to the device, dtype and mode of the module that holds it, and return it."""
+        weight = next((x for x in host.parameters() if x.is_floating_point()), None)
+        return (self if weight is None else self.to(weight.device, weight.dtype)).train(host.training)
+
     def without_module(self) -> DropIn:
         """Return this attention, for a caller that has no module to store its parameters.
 
@@ -96,11 +101,11 @@ class DropIn(Mounted):
             return
         if "prefix_tokens" not in self.options:
             self.core = replace(self.core, prefix_tokens=prefix_tokens)
-        self.grid = grid if self.follows_grid() else None
+        self.grid = grid if self.allows_grid() and "grid_size" not in self.options else None
 
-    def follows_grid(self) -> bool:
-        """Return whether the slots are placed on the token grid of each call. The options can disable this."""
-        return "grid_size" not in self.options and self.options.get("landmarks", "grid") == "grid"
+    def allows_grid(self) -> bool:
+        """Return whether the slots may be placed on a grid. The option `landmarks` can disable this."""
+        return self.options.get("landmarks", "grid") == "grid"
 
     def placed(self, tokens: int | None = None) -> Core:
         """Return the core for a call with `tokens` tokens. If a grid was recorded, the core's slots are placed on it.
@@ -171,7 +176,7 @@ class DropIn(Mounted):
             core = self.placed(query.shape[2])
         else:
             check_call_grid(grid_size, query.shape[2] - self.core.prefix_tokens)
-            core = self.core.on_grid(grid_size) if self.options.get("landmarks", "grid") == "grid" else self.core
+            core = self.core.on_grid(grid_size) if self.allows_grid() else self.core
         _check_places(core, query.shape[2], key.shape[2])
         if attn_mask is not None:
             if key_padding_mask is not None:

@@ -96,20 +96,22 @@ def replace_each(
     attention: DropIn,
     *,
     reason_against: Callable[[nn.Module], str],
-    site_of: Callable[[nn.Module], Site],
-    put: Callable[[nn.Module, DropIn], None],
+    adapt: Callable[[nn.Module], None],
     expected: str,
+    site_of: Callable[[nn.Module], Site] = lambda module: Site(module.head_dim, module.num_heads),
     place: Callable[[str, DropIn], None] = lambda name, attention: None,
 ) -> Report:
-    """Replace every supported attention in `model` with a copy of `attention`. If this fails, undo all replacements.
+    """Replace every supported attention in `model` with a copy of `attention`, which becomes its child module `vix`.
+
+    If this fails, undo all replacements.
 
     Args:
         model: the host model.
         attention: the new attention.
         reason_against: a function that returns why a module cannot be replaced, or an empty string if it can.
-        site_of: a function that returns the Site of a module, including the number and width of its heads.
-        put: a function that makes a module use the given copy of `attention`.
+        adapt: a function that makes a module use its child module `vix`.
         expected: the expected kind of model or layer, for the error message.
+        site_of: a function that returns the Site of a module, including the number and width of its heads.
         place: a function that receives a module's name and the copy of `attention` for it, and places the copy's slots
             among the tokens.
 
@@ -121,8 +123,7 @@ def replace_each(
         if reason := reason_against(module):
             report.refused[name] = reason
             continue
-        each = attention.mounted(dataclasses.replace(site_of(module), layer=len(chosen)))
-        like_host(each, module)
+        each = attention.mounted(dataclasses.replace(site_of(module), layer=len(chosen))).like(module)
         place(name, each)
         chosen.append((module, each))
         report.attentions[name] = each.describe()
@@ -131,7 +132,8 @@ def replace_each(
     try:
         for module, each in chosen:
             before.append((module, type(module), vars(module) | {"_modules": dict(module._modules)}))
-            put(module, each)
+            module.vix = each
+            adapt(module)
     except BaseException:
         for module, kind, state in before:
             module.__class__ = kind
@@ -139,12 +141,6 @@ def replace_each(
             vars(module).update(state)
         raise
     return report
-
-
-def like_host(attention: DropIn, module: nn.Module) -> DropIn:
-    """Move `attention` to the device, dtype and mode of the module that holds it, and return it."""
-    weight = next((x for x in module.parameters(recurse=True) if x.is_floating_point()), None)
-    return (attention if weight is None else attention.to(weight.device, weight.dtype)).train(module.training)
 
 
 def check_model(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from ..nn.packed_linear import packed_linear
 from ..ops.rope import Rope
 from . import timm_models  # noqa: F401  registers the models in vix_kernels.models
 from .drop_in import OPS, DropIn, TokenGrid
-from .hosts import Report, check_model, host, like_host, replace_each, require_call
+from .hosts import Report, check_model, host, replace_each, require_call
 
 with host("timm", "1.0.28"):
     from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
@@ -135,7 +135,7 @@ class BuiltAttention(ReplacedAttention):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.vix = type(self).attention.mounted(Site(self.head_dim, self.num_heads))
+        self.vix = type(self).attention.mounted(Site(self.head_dim, self.num_heads)).like(self)
         self.own = (self.vix,)  # in a tuple, so that it is not registered as a child module
         _place_while_built()
 
@@ -294,9 +294,8 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
             vit = transformers[max(inside, key=len)]
             _place(attention, vit, grids.get(id(vit)))
 
-    def put(module: nn.Module, attention: DropIn) -> None:
+    def adapt(module: nn.Module) -> None:
         module.__class__ = _REPLACED.get(type(module), type(module))  # an already replaced module keeps its class
-        module.vix = attention
 
     try:
         grids.update({key: _follow(each) for key, each in embeddings.items()})
@@ -304,8 +303,7 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
             model,
             attention,
             reason_against=_reason_against,
-            site_of=lambda module: Site(module.head_dim, module.num_heads),
-            put=put,
+            adapt=adapt,
             expected="an attention class of timm's vision transformers or EVA",
             place=place,
         )
@@ -332,7 +330,7 @@ def restore_attention(model: nn.Module) -> list[str]:
             kept.add(id(module.built.grid))
             if module.vix is module.built:
                 continue
-            module.vix = like_host(module.built, module)
+            module.vix = module.built.like(module)
         else:
             module.__class__ = next(host for host, replacement in _REPLACED.items() if isinstance(module, replacement))
             del module.vix

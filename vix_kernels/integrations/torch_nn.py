@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..nn.core import Site
 from .drop_in import DropIn, valid_tokens
 from .hosts import Report, replace_each
 
@@ -99,17 +98,15 @@ def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: 
         ValueError: nothing could be replaced, or `op` needs retrain=True.
     """
 
-    def put(module: nn.Module, attention: DropIn) -> None:
+    def adapt(module: nn.Module) -> None:
         module.__class__ = MultiheadAttention
-        module.vix = attention
 
     attention = DropIn(op, retrain=retrain, **options)
     report = replace_each(
         model,
         attention,
         reason_against=_reason_against,
-        site_of=lambda module: Site(module.head_dim, module.num_heads),
-        put=put,
+        adapt=adapt,
         expected="nn.MultiheadAttention",
     )
     for module in model.modules():
