@@ -2,10 +2,10 @@
 
     python -m bench.integrations --output DIR
 
-Times are CPU times of one thread. Calls of the two modules alternate. Each integration is measured in several new processes,
-because the allocator keeps memory from earlier calls, which changes the cost of large buffers. Ratios would be different in a
-process that has already measured other integrations. Before anything is timed, the outputs of both modules are compared. They
-must match, except for timm, where landmarks approximate softmax attention.
+Times are CPU times of one thread. Calls of the host's module and of our module alternate. Each integration is measured in
+several new processes, because the allocator keeps memory from earlier calls, which changes the cost of large buffers. Ratios
+would be different in a process that has already measured other integrations. Before anything is timed, the outputs of both
+modules are compared. They must match, except for timm, where landmarks approximate softmax attention.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _lost(why: str) -> NoReturn:
 
 
 def _first(module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
-    """Return the first output."""
+    """Call `module` and return its first output."""
     out = module(*args)
     return out[0] if isinstance(out, tuple) else out
 
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     names = list(INTEGRATIONS)
     parser.add_argument("--integrations", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds in each process; default: %(default)s")
-    parser.add_argument("--processes", type=int, default=3, metavar="N", help="run one after the other; default: %(default)s")
+    parser.add_argument("--processes", type=int, default=3, metavar="N", help="processes per integration; default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write integrations.csv there (default: only print)")
     options = parser.parse_args(argv)
     rows = []

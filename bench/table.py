@@ -26,7 +26,8 @@ Row = dict[str, Any]
 class Budget(NamedTuple):
     """Upper limits that we aim for. Each limits our value divided by the peer's, or is None if there is no target.
 
-    The values are the time of the forward, the time of forward and backward, and the memory kept for the backward.
+    The values are the time of the forward pass, the time of the forward and backward passes together, and the memory kept for
+    the backward pass.
     """
 
     forward: float | None
@@ -120,7 +121,7 @@ MODEL_COLUMNS = (
 
 
 def model_budget(name: str) -> Budget:
-    """Return the budget for the time of a training step in float32 and for the memory kept for its backward."""
+    """Return the budget for the time of a training step in float32 and for the memory kept for its backward pass."""
     return Budget(None, 0.85 if name in ("vil", "hybrid_vil") else 0.7, 0.4)
 
 

@@ -58,7 +58,8 @@ def make(name: str, provider: str) -> nn.Module:
     if provider == "ours":
         return create_model(name, **ours)
     model = drawn(build(label, original, backend="reference"))
-    # The training loop calls these methods. The original scripts apply weight decay to all parameters.
+    # The training loop calls these methods. no_weight_decay() returns an empty set, because the original scripts apply weight
+    # decay to all parameters.
     model.no_weight_decay, model.get_classifier = set, nn.Identity
     return model
 
@@ -117,7 +118,7 @@ def run(config: Config, model: nn.Module, dataset: Dataset, seconds: float) -> t
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("python -m bench.training", __doc__)
-    parser.add_argument("dataset", help="path of CIFAR-10")
+    parser.add_argument("dataset", help="path of the CIFAR-10 data set")
     parser.add_argument("--models", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="NAME", help="default: all")
     parser.add_argument("--minutes", type=float, default=8.0, metavar="M", help="length of a run (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write training.csv there (default: only print)")

@@ -42,7 +42,10 @@ class Backbone(nn.Module):
                 init_linear(module)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the class token and position parameters. The caller must also exempt biases and norms."""
+        """Return the names of the class token and the position parameters, which should have no weight decay.
+
+        The caller must also exclude biases and norms from weight decay.
+        """
         exempt = ("cls_token", "pos_embed", "rope.frequencies", "attention_bias")
         return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
 
@@ -64,7 +67,7 @@ class Backbone(nn.Module):
             raise ValueError(f"num_classes: expected an integer >= 0, got {num_classes!r}")
         self.num_classes, self.global_pool = num_classes, global_pool
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        if hasattr(self, "config"):  # save_model writes the config
+        if hasattr(self, "config"):  # update the config, which save_model writes
             self.config["arguments"] = self.config["arguments"] | {"num_classes": num_classes} | chosen
             if "data" in self.config:
                 self.config["data"] = {k: value for k, value in self.config["data"].items() if k != "classes"}

@@ -1,6 +1,6 @@
 """The compact convolutional transformer (CCT, arXiv:2104.05704), and its variants CCN and CCP of Vision Xformers.
 
-image -> n x [convolution, relu, max pooling] -> position
+image -> len(strides) x [convolution, relu, max pooling] -> position
       -> depth x [x + attention(norm(x)), n + mlp(n) with n = norm(x)] -> norm -> learned weighted mean of the tokens -> head
 """
 
@@ -48,7 +48,7 @@ class CCT(Backbone):
 
     Fixes relative to the originals:
 
-    - `mlp_ratio` and `drop_path_rate` take effect. The published configurations set them by names that the originals ignore.
+    - `mlp_ratio` and `drop_path_rate` take effect. The published configurations use argument names that the originals ignore.
     - The width, the number of heads and the image size can be chosen freely.
 
     Args:

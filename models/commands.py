@@ -46,7 +46,7 @@ class Summary(NamedTuple):
 
 
 def summarize(name: str, **overrides: Any) -> Summary:
-    """Return the size and cost of `create_model(name, **overrides)`. Runs a forward on the meta device."""
+    """Return the size and cost of `create_model(name, **overrides)`, from a forward pass on the meta device."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = create_model(name, **overrides, backend="reference").eval()
         model(torch.empty(1, model.in_chans, *model.img_size))
@@ -73,7 +73,7 @@ def models(argv: list[str]) -> int:
             (name, "{} x {}".format(*s.image), f"{s.tokens:,}", f"{s.parameters:,}", f"{s.macs / 1e6:,.0f} M")
             for name, s in rows
         ),
-        # With fixed widths, each row is printed as soon as it is ready. All rows take half a minute on a slow machine.
+        # With fixed widths, each row is printed as soon as it is ready. Computing all of them can take half a minute.
         widths=(max(map(len, names)), 9, 6, 11, 9),
     )
     return 0

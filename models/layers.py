@@ -76,7 +76,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382): drop a sample's branch with probability `rate`, and scale up the others."""
+    """Stochastic depth (arXiv:1603.09382): drop a sample's branch with probability `rate`, and scale up the kept branches."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()

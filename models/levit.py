@@ -106,7 +106,10 @@ class LeViT(Pyramid):
 
 
 def _stem(in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> nn.Module:
-    """Return a convolutional stem. As in LeViT, strides of 2 come first and each convolution doubles the width."""
+    """Return a convolutional stem.
+
+    As in LeViT, strides of 2 come first, and each convolution after the first doubles the width.
+    """
     strides = [_strides(size) for size in patch_size]
     length = max(map(len, strides))
     strides = [row + [1] * (length - len(row)) for row in strides]

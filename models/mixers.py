@@ -1,6 +1,8 @@
-"""Token mixers by name, one for every registered core. A mixer is a function that models call once per layer:
+"""Token mixers by name, one for every core in `CORES` (vix_kernels/nn/core.py).
 
-mixer(dim, place, num_heads=, qkv_bias=, proj_drop=, backend=) -> module(x, rope=rope), x (B, tokens, dim)
+A mixer is a function that models call once per layer:
+
+mixer(dim, place, num_heads=, qkv_bias=, proj_drop=, backend=) -> module(x, rope=rope), for x (B, tokens, dim)
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class MixedRotaryPosition(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixedRotaryPosition:
         before = self.frequencies.detach()
         super()._apply(fn, recurse)
-        # Move the frequencies without a cast, which would round them. The errors of the angles would grow with the position.
+        # Move the frequencies without a cast. A cast would round them, and the errors of the angles would grow with position.
         if self.frequencies.dtype != torch.float32:
             self.frequencies.data = before.to(self.frequencies.device)
         return self

@@ -2,7 +2,8 @@
 
 Names without a suffix select the published configurations. ViTs and FNets process 32 x 32 pixels (CIFAR-10) with one token per
 pixel. LeViTs, CvTs and CCTs process 64 x 64 pixels (Tiny ImageNet) with 32 x 32 tokens. Suffixes select other sizes: _tiny for
-32 x 32 pixels, _small for 64 x 64, and _base for 224 x 224. Their widths come from timm or from the architecture's paper.
+32 x 32 pixels, _small for 64 x 64, and _base for 224 x 224. Most of the widths come from timm or from the
+architecture's paper.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Entry(NamedTuple):
     arguments: dict[str, Any]
 
 
-# timm's widths, with 16 x 16 patches per image (14 x 14 for _base).
+# _tiny, _small and _base have the widths of timm's ViTs, and divide an image into 16 x 16 patches (14 x 14 for _base).
 _TRANSFORMERS = {
     "": {},
     "_tiny": dict(img_size=32, patch_size=2, embed_dim=192, depth=12, num_heads=3, mlp_ratio=4.0, qkv_bias=True),
@@ -97,7 +98,7 @@ _FAMILIES: tuple[tuple[Callable[..., Backbone], dict[str, str | None], dict[str,
 )
 # Default arguments for models with a given mixer, in every architecture.
 _WITH_MIXER = {"performer": dict(qkv_bias=True)}  # as published
-# LeViT encodes positions in its attention bias. Mixers without attention weights cannot use this bias, so they have
+# LeViT encodes positions in its attention bias. Mixers without attention weights cannot use this bias, so they use
 # rotary positions instead.
 _ROTATED = {LeViT: dict(position="rope_axial")}
 
@@ -136,7 +137,7 @@ def create_model(name: str, **overrides: Any) -> Backbone:
 
     Overrides are keyword arguments of the architecture (`VisionTransformer`, `LeViT`, `CvT`, `CCT`, `FNet2D`). In addition,
     mixer="softmax" | "performer" | "linear" | "nystrom" | "linformer" | "agent" | "fourier" selects a different token mixer.
-    The options of the mixer are also accepted; see models/mixers.py.
+    The options of the mixer are also accepted; see `mixer_options` in models/mixers.py.
 
     Raises:
         ValueError: a name or argument is unknown (the message suggests similar ones), or a value is invalid.
@@ -159,7 +160,7 @@ def create_model(name: str, **overrides: Any) -> Backbone:
 
 
 def takes(name: str, mixer: str | None = None) -> set[str]:
-    """Return the names of the arguments that the model `name` accepts with `mixer`. None means its default mixer."""
+    """Return the names of the arguments that the model `name` accepts with `mixer`. None selects the model's default mixer."""
     entry = _entry(name)
     signature = inspect.signature(entry.architecture).parameters.values()
     names = {each.name for each in signature if each.kind is each.KEYWORD_ONLY} - {"stem"}

@@ -35,7 +35,7 @@ def test_crops_have_the_drawn_size_and_any_position() -> None:
     y, x = torch.meshgrid(torch.linspace(-1, 1, 33), torch.linspace(-1, 1, 17), indexing="ij")
     images = torch.stack([x, y]).expand(500, 2, 33, 17)  # the value of a pixel is its position
     cropped = random_resized_crop(images, Draws(0, images=500), scale=0.35)
-    first, last = cropped[:, :, 2, 2], cropped[:, :, -3, -3]  # two corners, away from the border, where pixels are repeated
+    first, last = cropped[:, :, 2, 2], cropped[:, :, -3, -3]  # near two corners; at the border, pixels are repeated
     width, height = ((last - first) / torch.tensor([x[0, -3] - x[0, 2], y[-3, 0] - y[2, 0]])).unbind(1)
     area, aspect = width * height, width / height
     assert 0.35 <= area.min() < 0.4 and 0.95 < area.max() <= 1 + 1e-5
@@ -108,7 +108,7 @@ def picture(size: tuple[int, int] = (24, 16)) -> Image.Image:
 
 
 # For each operation, Pillow's result for strength 0.5 and the allowed difference on a scale of 255. Pillow rounds its results
-# down. Before that, it rounds the gray, mean or smoothed image that it blends with the original (half to even).
+# down. Before it blends the original with a gray, mean or smoothed image, it rounds this image to the nearest integers.
 PILLOW = {
     "autocontrast": (lambda x, s: ImageOps.autocontrast(x), 1),
     "equalize": (lambda x, s: ImageOps.equalize(x), 0),
@@ -177,7 +177,7 @@ def test_every_image_gets_a_separate_operation() -> None:
     assert changed.min() >= 0 and changed.max() <= 1
     assert (
         len({each.numpy().tobytes() for each in changed}) > 120
-    )  # of the 14 operations, three have one outcome each, and posterize has seven
+    )  # some results are equal: of the 14 operations, three have only one outcome each, and posterize has seven
     assert torch.equal(trivial_augment(x, Draws(0, images=200)), changed)
     assert trivial_augment(x[:, :1], Draws(0, images=200)).shape == (200, 1, 24, 16)  # gray images also work
 

@@ -54,7 +54,7 @@ def test_rates_match_hand_counts() -> None:
     seconds = row["device_ms"] / 1e3
     assert row["gbps"] == pytest.approx(
         4 * 4 * elements / seconds / 1e9
-    )  # the bytes of q and k, which are read and written; angles are not counted
+    )  # q and k are read and written, with four bytes per element; angles are not counted
     assert row["tflops"] == pytest.approx(6 * elements / seconds / 1e12)
     assert result.samples and row["device_ms"] == pytest.approx(sum(result.samples) / 2)
 
@@ -120,7 +120,7 @@ def test_peak_memory_covers_only_the_call() -> None:
 
 
 class TestSuite:
-    """Tests of `pytest --benchmark`, which is run in a subprocess on its smallest operator."""
+    """Tests of `pytest --benchmark`, which is run in a subprocess, only for `apply_rope`."""
 
     def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "pytest", "--benchmark", "-p", "no:cacheprovider", "-k", "apply_rope-1024", *arguments]

@@ -147,7 +147,7 @@ def test_amd_assembly_is_parsed():
 
 
 def test_a_public_call_is_compiled():
-    """At this head width, the forward kernels use matrix instructions and 128-bit accesses, and do not spill registers."""
+    """At head width 64, the forward kernels use matrix instructions and 128-bit accesses, and do not spill registers."""
     launches = in_subprocess("compile_performer", "sm_90")
     # The batch and the number of heads are too small to fill the GPU, so the tokens are split.
     assert [each["kernel"] for each in launches] == [

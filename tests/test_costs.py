@@ -101,7 +101,7 @@ def test_float32_uses_the_faster_of_two_units() -> None:
 
 
 def test_measured_times_are_matched_to_predictions(tmp_path, capsys) -> None:
-    """Use only the newest run's times of Triton kernels, measured with exactly the same GPU, shape and direction."""
+    """Compare a prediction only with the newest time of Triton kernels for exactly the same GPU, shape and direction."""
     first = asdict(next(roofline.rows(["apply_rope"], [H100], ["bf16"])))
     line = {name: first[name] for name in KEY} | dict(device="NVIDIA H100 80GB HBM3", provider="triton", device_ms="")
     for run, milliseconds in (("2026-01-02-aaa", 0.25), ("2026-01-03-bbb", 0.5)):
@@ -114,7 +114,7 @@ def test_measured_times_are_matched_to_predictions(tmp_path, capsys) -> None:
             writer.writerow(line | dict(device_ms=9, provider="torch"))
             writer.writerow(line | dict(device_ms=9, device="NVIDIA H100 PCIe"))
             writer.writerow(line | dict(device_ms=9, tokens=7))
-            writer.writerow(line)  # the row of a skipped measurement
+            writer.writerow(line)  # a skipped measurement has a row without a time
     table = tmp_path / "roofline.csv"
     arguments = ["--op", "apply_rope", "--results", str(tmp_path / "results"), "--csv", str(table), "--plot", f"{table}.png"]
     assert main(["dev", "roofline", *arguments]) == 0

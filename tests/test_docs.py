@@ -36,7 +36,7 @@ class Fetched(HTMLParser):
                 self.addresses.append(value or "")
             elif name == "style":
                 self.addresses += imported(value or "")
-            # The theme draws these diagrams with a script from a different host.
+            # The theme draws Mermaid diagrams with a script from a different host.
             elif name == "class" and "mermaid" in (value or "").split():
                 self.addresses.append("https://unpkg.com")
 
@@ -68,7 +68,7 @@ def test_site(tmp_path: Path) -> None:
     foreign = [each for each in addresses if re.match(r"(\w+:)?//", each[1])]
     assert not foreign
 
-    # The pages contain the docstrings.
+    # This page contains docstrings from the code.
     page = (site / "ops" / "attention" / "index.html").read_text(encoding="utf-8")
     assert 'id="vix_kernels.performer_attention"' in page and "phi_j(x) = exp(c w_j . x" in page
 

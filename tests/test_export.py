@@ -29,8 +29,8 @@ from vix_kernels.primitives.rotate import angle_gradient
 from vix_kernels.testing import Case, OpSpec
 from vix_kernels.testing.models import small_model
 
-# Exported programs compute the same float32 sums in a different order, with up to 100 terms each, in about twelve steps. BOUND
-# is 84 eps, and the largest error that was measured is 10 eps.
+# Exported programs consist of about twelve steps, which compute sums of up to 100 float32 terms in a different order. BOUND is
+# 84 eps, and the largest error that was measured is 10 eps.
 BOUND = 1e-5
 HEADS, WIDTH, ROWS, COLUMNS, LONGEST = 2, 16, 4, 9, 64
 

@@ -125,7 +125,7 @@ def test_learned_angles_get_gradients_from_q_and_k(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_adds_parts_and_other_gradients(backend: str, dtype: torch.dtype) -> None:
-    """Call the operator as an attention op does: sum two parts with different dtypes, and add gradients from other paths."""
+    """As in an attention op, the landmark gradients have two parts with different dtypes, and q and k have other gradients."""
     q, k = tokens(2, 2, 19, 16, dtype=dtype), tokens(2, 2, 30, 16, dtype=dtype)
     dq_other, dk_other = tokens(2, 19, 2, 16, dtype=dtype).transpose(1, 2), tokens(2, 2, 30, 16, dtype=dtype)
     parts = tokens(2, 2, 6, 16, dtype=torch.float32), tokens(2, 2, 6, 16, dtype=dtype)

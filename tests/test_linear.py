@@ -44,7 +44,7 @@ def test_nearly_empty_channels_stay_accurate(backend: str, dtype: torch.dtype) -
     q, k, v = (torch.randn(1, 2, 64, 16, device=DEVICE) for _ in range(3))
     k[..., 8:] = -k[..., 8:].abs()
     k[:, :, 5, 8:] = 1e-4
-    q[:, :, 0, :8], q[:, :, 1] = -1.0, -1.0  # query 0 uses only these channels, and query 1 uses no channels
+    q[:, :, 0, :8], q[:, :, 1] = -1.0, -1.0  # query 0 uses only channels 8 to 15, and query 1 uses none
     q, k, v, dout = (x.to(dtype) for x in (q, k, v, torch.randn_like(v)))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = linear_attention(*leaves, backend=backend)
@@ -53,7 +53,7 @@ def test_nearly_empty_channels_stay_accurate(backend: str, dtype: torch.dtype) -
     plain = torch.autograd.grad(linear_attention(*leaves, backend="reference"), leaves, dout)
     for name, grad, expected, other in zip(
         "qkv", torch.autograd.grad(out, leaves, dout), gradients, plain, strict=True
-    ):  # the gradient of the key that is 1e-4 amplifies rounding errors by 1e4 in any implementation
+    ):  # the gradient of key 5, which is 1e-4 in some channels, amplifies rounding errors by 1e4 in any implementation
         assert grad.isfinite().all() and error(grad, expected) < max(0.02, 2 * error(other, expected)), name
 
 
@@ -75,7 +75,7 @@ def test_mean_of_values_does_not_degrade_query_gradients(backend: str, feature_m
     leaves = [x.requires_grad_() for x in (q, k, v + 5)]
     out = linear_attention(*leaves, feature_map=feature_map, backend=backend)
     dq = torch.autograd.grad(out, leaves, dout)[0]
-    # The kernels compute the means from rounded features.
+    # The kernels compute the means from rounded features, so their error is larger.
     assert error(dq, exact(leaves, dout, feature_map=feature_map)[1][0]) < (0.01 if backend == "torch" else 0.05)
 
 

@@ -235,7 +235,7 @@ def test_attention_bias_follows_distance() -> None:
     x = images(1, 6, 16)
     unbiased = attention(x)
     with torch.no_grad():
-        attention.attention_bias[:, 0] = 100.0  # for distance 0, so every token attends only to itself
+        attention.attention_bias[:, 0] = 100.0  # the bias for distance 0; every token attends only to itself
     v = attention.attention.qkv(x)[..., 32:]
     torch.testing.assert_close(attention(x), attention.attention.proj(v))
     assert not torch.allclose(attention(x), unbiased)

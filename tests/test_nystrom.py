@@ -150,7 +150,7 @@ def test_padding_has_no_influence(backend: str) -> None:
     for x, y in zip(torch.autograd.grad(out, qkv, dout), torch.autograd.grad(again, hostile, dout), strict=True):
         assert torch.equal(x[valid], y[valid]) and (y[~valid] == 0).all() and (y[1] == 0).all()
 
-    # The first 25 tokens form the same five segments of five tokens that have at least one valid token.
+    # The first 25 tokens are the five segments of five tokens that contain a valid token.
     fewer = [x[:1, :, :25] for x in qkv]
     short = nystrom_attention(*fewer, **options | dict(num_landmarks=5, key_padding_mask=mask[:1, :25]))
     assert error(out[:1, :, :22], short[:, :, :22]) < 1e-5

@@ -27,7 +27,7 @@ def few(*names: str) -> Cases:
     return found
 
 
-VARIANTS = [name for name in SPECS if name.endswith(("_mixed", "_projected"))]  # they launch other operators' kernels
+VARIANTS = [name for name in SPECS if name.endswith(("_mixed", "_projected"))]  # they launch kernels of other operators
 FEW = few("packed", "masked", "per_head", "rope_half", "rope_partial")
 VARIED = few("masked", "rope_partial")
 
@@ -40,7 +40,7 @@ EVERY = params(EVERY_CASE)
 
 
 def on_each_backend(cases: Cases, interpreted: Cases) -> pytest.MarkDecorator:
-    """Parametrize over `cases` on both backends. The interpreter takes a second per case, so it runs only `interpreted`."""
+    """Parametrize over `cases` on both backends. The interpreter is slow, so it runs only the cases `interpreted`."""
     grid = params(cases, "torch-", "torch") + params(cases if DEVICE == "cuda" else interpreted, "triton-", "triton")
     return pytest.mark.parametrize("backend, spec, case", grid, indirect=["backend"])
 
@@ -161,7 +161,10 @@ class Canaries(TorchDispatchMode):
 
 @pytest.mark.parametrize("spec, case", EVERY)
 def test_kernels_write_their_outputs_and_nothing_else(spec: OpSpec, case: Case) -> None:
-    """Also check the errors. The dtype is float64, except on a GPU: kernels do not support float64 there, so it is float32."""
+    """Also compare the results with the float64 reference.
+
+    The dtype is float64, or float32 on a GPU, where kernels do not support float64.
+    """
     dtype = torch.float32 if DEVICE == "cuda" else torch.float64
     with Canaries() as canaries:
         check_budget(spec.problem(case, dtype=dtype, device=DEVICE), "triton", canaries)

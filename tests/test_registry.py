@@ -49,7 +49,7 @@ def test_plain_is_false_under_modes_and_gradients() -> None:
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_without_gradients_nothing_is_saved_and_the_bits_are_the_same(spec: OpSpec) -> None:
-    """Without gradients, only the autograd.Function is skipped. One backend is enough, because the others share this code."""
+    """Without gradients, only the autograd.Function is skipped. One backend is enough, because all backends share this code."""
     problem = spec.problem(spec.cases[0], device=DEVICE)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):

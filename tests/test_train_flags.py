@@ -47,7 +47,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     "flags", [["--grad-accum-steps", "3"], ["--grad-checkpointing"], ["--channels-last"]], ids=lambda x: x[0]
 )
 def test_flags_for_speed_and_memory_keep_the_results(flags: list[str], plain: torch.Tensor, tmp_path: Path) -> None:
-    """The model is vip, because models with batch norm depend on how a batch is split."""
+    """The model is vip, which has no batch norm. Batch norm would make the results depend on how a batch is split."""
     torch.testing.assert_close(weights(trained(tmp_path, "--model", "vip", *flags)), plain, rtol=1e-3, atol=1e-3)
 
 

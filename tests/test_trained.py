@@ -108,7 +108,7 @@ def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_saved_models_validate_and_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A saved model has the classes, mean and std of its run. A new head drops classes, and new channels drop mean and std."""
+    """A saved model has the classes, mean and std of its run. A new head drops the classes; new channels drop mean and std."""
     save_model(load_trained(run, CPU).model, tmp_path / "saved")
     Image.new("L", (8, 8), 99).save(tmp_path / "image.png")
     outputs = []
@@ -207,7 +207,7 @@ def test_undecodable_file_names_are_printed(run: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("mixer", ["vit", "vip", "vin", "vil"])
 def test_the_attention_map_is_the_row_of_the_class_token(mixer: str) -> None:
-    """Compare the map with the output of the attention and `attention_weights`, and for softmax attention with the equation."""
+    """Compare with the output of the attention, with `attention_weights` and, for softmax attention, with the equation."""
     torch.manual_seed(0)
     model = create_model(mixer, img_size=8, in_chans=1, patch_size=2, embed_dim=32, depth=1, num_heads=2).eval()
     module, x = model.blocks[0].attn, torch.randn(2, 17, 32)

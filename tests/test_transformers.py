@@ -130,13 +130,13 @@ def test_unsupported_arguments_raise():
         causal(ids, attention_mask=mask)
     q, module = torch.randn(1, 2, 8, 4), torch.nn.Module()
     attend = integration.AttentionInterface()["vix_nystrom"]
-    with pytest.raises(NotImplementedError, match="is_causal: expected False"):  # modules are causal by default
+    with pytest.raises(NotImplementedError, match="is_causal: expected False"):  # a module without `is_causal` counts as causal
         attend(module, q, q, q, None)
     with pytest.raises(NotImplementedError, match="softcap: expected None, got a int"):
         attend(module, q, q, q, None, is_causal=False, softcap=30)
     with pytest.raises(NotImplementedError, match="position_bias: expected None, got a Tensor"):
         attend(module, q, q, q, None, is_causal=False, position_bias=torch.zeros(1, 2, 8, 8))
-    assert attend(module, q, q, q, torch.zeros(1, 1, 1, 8))[0].shape == (1, 8, 2, 4)  # a mask makes is_causal irrelevant
+    assert attend(module, q, q, q, torch.zeros(1, 1, 1, 8))[0].shape == (1, 8, 2, 4)  # if there is a mask, is_causal is ignored
     with pytest.raises(NotImplementedError, match="no grouped heads"):
         attend(module, q, q[:, :1], q[:, :1], None, is_causal=False)
 
@@ -187,7 +187,7 @@ def test_a_patched_nystromformer_gives_the_same_results(conv, landmarks):
 
 @pytest.mark.parametrize("landmarks", [8, 32])
 def test_a_patched_nystromformer_masks_padding(landmarks):
-    """The large inputs make attention sharp, so that errors of the inverse are visible. A mask has one row, or equal rows."""
+    """Large inputs make attention sharp, so that errors of the inverse are visible. The mask has one row or 32 equal rows."""
     host = nystromformer(num_landmarks=landmarks).encoder.layer[0].attention.self
     patched = copy.deepcopy(host)
     integration.patch(patched)

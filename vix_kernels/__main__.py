@@ -91,7 +91,7 @@ def _command(module: str, name: str) -> Callable[[list[str]], int]:
 
 
 def _measurement(command: str, module: str) -> Callable[[list[str]], int]:
-    """Return a function that runs `main` of a module in measure/. If a package is missing, it exits with a one-line error."""
+    """Return a function that runs `main` of a module in measure/, or exits with a one-line error if a package is missing."""
 
     def run(argv: list[str]) -> int:
         try:

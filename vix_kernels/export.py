@@ -186,7 +186,7 @@ def _replaced(program: ExportedProgram, references: dict[Callable, Callable]) ->
     return program
 
 
-# Replacements for the operators, with the same arguments. Like the kernels, they cast 16-bit tokens to float32.
+# Replacements that take the same arguments as the operators. Like the kernels, they cast 16-bit tokens to float32.
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -284,9 +284,12 @@ def _dft(x, ortho, backend, transform=fourier_mixing_reference):
 
 
 def _transform_by_products(x: Tensor) -> Tensor:
-    """Return C x C' - S x S', with cosine and sine matrices C, S for the tokens and C', S' for the channels.
+    """Return C x C' - S x S', computed by matrix products.
 
-    onnxruntime's DFT takes 40 times as long for most numbers of tokens, and its results have two fewer correct digits.
+    C and S are the cosine and sine matrices for the tokens, and C' and S' are those for the channels.
+
+    For most numbers of tokens, onnxruntime's DFT operator takes 40 times as long as these products. Its results have two fewer
+    correct digits.
     """
 
     def table(size: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def unit_last_stride(x: Tensor) -> Tensor:
-    """Return `x` with unit stride along the channels. Copies only if necessary, for example if a gradient is expanded."""
+    """Return `x` with unit stride along the channels. Copy it only if necessary, for example if `x` is an expanded gradient."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -20,7 +20,8 @@ def empty_like_tokens(x: Tensor, width: int) -> Tensor:
     If `x` is a view of a linear layer's output, the result can be viewed as the input of the next linear layer.
     """
     batch, heads, tokens, _ = x.shape
-    if x.stride(1) < x.stride(2):  # no transposed view: autograd forbids in-place changes to views that a Function returns
+    if x.stride(1) < x.stride(2):
+        # Do not return a transposed view: autograd forbids in-place changes to views that an `autograd.Function` returns.
         return x.new_empty_strided((batch, heads, tokens, width), (tokens * heads * width, width, heads * width, 1))
     return x.new_empty(batch, heads, tokens, width)
 
@@ -30,7 +31,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-Needs = Sequence[bool]  # whether a backward operator computes each gradient; if not, it returns an empty tensor
+# For each gradient, whether a backward operator computes it. If not, the operator returns an empty tensor in its place.
+Needs = Sequence[bool]
 
 
 class Rotary(NamedTuple):
@@ -57,7 +59,7 @@ class Pool(NamedTuple):
         prefix: number of leading tokens, each of which is a landmark.
         rows: number of rows of the grid that the other tokens form, or 1 if they form a plain sequence.
         mark_rows, mark_columns: numbers of rows and columns of the grid of landmarks.
-        adaptive: whether to use the windows of adaptive pooling. If not, windows are segments.
+        adaptive: whether to use the windows of adaptive pooling. If not, the windows are consecutive segments without overlap.
     """
 
     prefix: int

@@ -1,4 +1,4 @@
-"""Compile the kernels that the later parts use into Triton's cache, on all CPU cores. On one core, this would take minutes."""
+"""Fill Triton's cache with the kernels of the later parts. They are compiled on all CPU cores; one core would take minutes."""
 
 from __future__ import annotations
 

@@ -59,13 +59,13 @@ def run(plan: Plan, check: Check, spec: OpSpec, dtype: str, case: Case) -> Itera
 
 
 def results(problem: Problem, **how: object) -> list[Tensor]:
-    """Return the outputs, then the gradients for a fixed cotangent of each output, which is 0 where the output is -inf."""
+    """Return the outputs, then the gradients for fixed cotangents. A cotangent is 0 where its output is -inf."""
     leaves = {name: x.detach().requires_grad_(name in problem.spec.differentiable) for name, x in problem.tensors.items()}
     problem = replace(problem, tensors=leaves)
     outputs = problem(**how)
     cotangents = []
     for at, out in enumerate(outputs):
-        # The cotangent is not random, because CUDA graph capture forbids copying a generator's state to the device.
+        # The cotangents are not random, because CUDA graph capture forbids copying a generator's state to the device.
         wave = torch.arange(out.numel(), device=out.device, dtype=torch.float32).mul_(0.7).add_(at).sin_().view(out.shape)
         cotangents.append(wave.masked_fill_(out.detach() == float("-inf"), 0).to(out.dtype))
     return [*(out.detach() for out in outputs), *problem.gradients(outputs, cotangents)]
@@ -100,7 +100,7 @@ def repeats(problem: Problem) -> tuple[str, float]:
 
 
 def graph(problem: Problem) -> tuple[str, float]:
-    """Check that replaying a CUDA graph on new inputs gives outputs and gradients that are bit-identical to an eager call."""
+    """Check that the results of a CUDA graph, replayed on new inputs, are bit-identical to those of an eager call."""
 
     def run() -> list[Tensor]:
         return results(problem, backend="triton")

@@ -36,7 +36,8 @@ class Plan:
 
     Attributes:
         dry: whether to use tiny sizes in Triton's interpreter.
-        deadline: the value of time.monotonic() at which the part ends. Later jobs are skipped, and their rows say so.
+        deadline: the value of time.monotonic() at which the part ends. Jobs that have not started by then are skipped, and
+            their rows say so.
         first: number of the first job to run. Earlier jobs ran in a previous process.
         eager: whether to run the first job without a CUDA graph.
         begin: called with the number and name of each job before it runs.

@@ -18,7 +18,7 @@ KEPT = 2**20  # bytes kept at each end of a log
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a part. `why` gives the reason for a failure or says what was skipped."""
+    """The result of a part. `why` says why the part failed or was skipped. If the part is ok, `why` counts the skipped rows."""
 
     part: str
     status: str  # "ok" | "failed" | "skipped"
@@ -109,7 +109,7 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     lines += ["", "## Device time, ms", "", "On random numbers, with a cold L2 cache. `sdpa` is softmax attention.", ""]
     if any(o.part in ("compile", "correctness", "suite") and o.status == "failed" for o in outcomes):
-        lines += ["**Some results were wrong or did not run (see Failed): do not quote these times.**", ""]
+        lines += ["**Some checks failed or did not run (see Failed): do not quote these times.**", ""]
     lines += times(rows.get("timing", []))
     lines += tuned(rows.get("tune", []))
     for part in ("timing", "models", "training", "correctness", "suite", "sanitizer"):

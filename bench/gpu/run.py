@@ -1,8 +1,8 @@
 """Collect all GPU measurements of this checkout in at most {seconds} seconds, without installing it:
   compile      compile all kernels of the later parts on all cores
   correctness  check the kernels at realistic sizes: against float64, repeatedly, in CUDA graphs, on two streams
-  timing       measure device time, wall time and memory of every operator, in plain and compiled PyTorch,
-               FlashAttention and the installed peer packages
+  timing       measure device time, wall time and memory of every operator of this library, and of the same
+               operations in plain and compiled PyTorch, FlashAttention and other installed packages
   tune         search for faster launch configurations
   suite        run the pytest suite, the kernels first
   models       measure inference and a training step of every model: images/s, memory
@@ -18,7 +18,7 @@ Exit status: 0 on success; {failed} if a part failed or the run was stopped; {us
 kernels cannot run on this machine, in which case one line says why.
 
 To keep a run, copy OUT to bench/results/<gpu-slug>/<YYYY-MM-DD>-<commit>/, such as bench/results/h100-sxm/2026-01-31-1a2b3c4/,
-and commit it: `vix dev roofline` then prints its times next to the predicted ones.
+and commit it: `vix dev roofline` then prints the measured times next to the predicted ones.
 
 The parts run one after the other, each in a separate process with a time limit.
 """
@@ -107,7 +107,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results; created if missing")
     parser.add_argument("--dry-run", action="store_true", help="run every part at tiny sizes in Triton's interpreter, on a CPU")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="run only these parts")
-    parser.add_argument("--seconds", type=float, default=TOTAL, help=f"time of the whole run (default: {TOTAL})")
+    parser.add_argument("--seconds", type=float, default=TOTAL, help=f"time limit of the run in seconds (default: {TOTAL})")
     parser.add_argument(
         "--inject", nargs="+", type=injection, default=[], metavar="PART=FAILURE",
         help=f"simulate a failure in the second job of a part ({', '.join(INJECTED)}) or in the probe (probe=compiler, "
@@ -231,7 +231,7 @@ def process(part: str, plan: Plan, log: Path, receive: Callable[[Any], None], lo
                     receive(receiver.recv())
                 elif not child.is_alive() and not receiver.poll():
                     break
-            except (EOFError, OSError):  # the process ended, perhaps within a record
+            except (EOFError, OSError):  # the process ended, perhaps while it was sending a record
                 break
         else:
             return None
@@ -246,7 +246,8 @@ def process(part: str, plan: Plan, log: Path, receive: Callable[[Any], None], lo
 
 def how(code: int | None, log: Path) -> str:
     """Describe how a process ended."""
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []  # the process itself creates it
+    # The process creates the log, so there is no log if the process ended too early.
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     text = (lines or ["no output"])[-1]
     if code is None:
         return f"stopped at the end of its time; last line: {text}"

@@ -1,4 +1,4 @@
-"""Run the pytest suite in tests/ on the GPU. The tests of the kernels run first, and the others while time remains."""
+"""Run the pytest suite in tests/ on the GPU. The tests of the kernels run first. The other tests run if time remains."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def run(selection: tuple[str, ...], plan: Plan) -> Iterator[Row]:
-    """Run pytest once. If time runs out, report the outcomes that were printed until then."""
+    """Run pytest once. If time runs out, report the outcomes that were printed before."""
     if not find_spec("pytest"):
         yield skipped("pytest is not installed")
         return

@@ -17,7 +17,7 @@ from .part import Job, Plan, by_job
 
 PRIMITIVES = tuple(op for op in SPECS if op in primitives.__all__)
 TIMED = ("bf16", "fp32")
-COMPILED_TOKENS = 4096  # only this length, because torch.compile takes many seconds per shape
+COMPILED_TOKENS = 4096  # compiled PyTorch is timed only at this length, because torch.compile takes many seconds per shape
 TINY = Case("tiny", batch=1, heads=1, tokens=20, width=16, features=9)
 
 

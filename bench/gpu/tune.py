@@ -36,8 +36,8 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 def tuned(plan: Plan, key: Key) -> Iterator[Row]:
     arch = architecture(torch.device(plan.device))
-    tune.users(arch, key[2], key[1], plan.device)  # cached here, so that it does not count against SECONDS
+    tune.users(arch, key[2], key[1], plan.device)  # fill the cache of users(), so that this does not count against SECONDS
     found = list(tune.tune([key], arch, plan.device, min(plan.deadline, time.monotonic() + SECONDS)))
     yield from (ok(**tune.row(proposal), arch=arch) for proposal in found)
     if not found:
-        yield skipped("no operator launches it")
+        yield skipped("no operator launches this kernel")

@@ -2,8 +2,7 @@
 
 Names without a prefix refer to classes in the repository pranavphoenix/VisionXformer at commit 7ee52ee. In that repository, CCN
 and CCP are called CCT, LeViN and LeViP are called LeViT, and CvN and CvP are called CvT. Names with the prefix "wheel_" refer
-to classes in the package vision_xformer 0.2.0. For new models, use create_model, whose models do not have the quirks and their
-costs.
+to classes in the package vision_xformer 0.2.0. For new models, use create_model, whose models do not have these quirks.
 """
 
 from __future__ import annotations
@@ -105,8 +104,8 @@ def from_original(
     Args:
         name: the name of the original, such as "ViP" or "wheel_ViP".
         config: the original's constructor arguments. Arguments that the original does not use are optional.
-        state_dict: the original's state_dict. The rotary table and batch norm's counters may be missing. An unused
-            `pos_embedding` (rotary ViT, ViL and their hybrids) is dropped.
+        state_dict: the original's state_dict. The rotary table and batch norm's counters may be missing. The unused
+            `pos_embedding` of rotary ViTs and ViLs, including hybrids, is dropped.
         backend: "reference" runs the published computation, for comparison. "auto", "triton" and "torch" run the ops of
             vix_kernels where these compute the same function; see mixers.py.
 

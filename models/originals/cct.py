@@ -1,6 +1,7 @@
 """CCT, CCN and CCP: compact transformers with softmax, Nystrom and Performer attention.
 
-image -> n x [convolution, ReLU, max pooling] -> position -> num_layers x block -> norm -> learned weighted mean -> linear
+image -> n_conv_layers x [convolution, ReLU, max pooling] -> position
+      -> num_layers x block -> norm -> learned weighted mean -> linear
 """
 
 from __future__ import annotations

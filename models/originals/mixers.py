@@ -1,7 +1,7 @@
-"""The attentions and the Fourier transform of the originals, each in two implementations with the same parameters.
+"""The attention layers and the Fourier transform of the originals, in two implementations with the same parameters.
 
-backend="reference" runs the published computation in eager PyTorch. It does the same work as the originals, so it also stores
-all scores, attention weights, copies and complex numbers. The other backends run the ops of vix_kernels and PyTorch's
+backend="reference" runs the published computation in eager PyTorch. Like the originals, it stores all scores, attention
+weights, copies and complex numbers in memory. The other backends run the ops of vix_kernels and PyTorch's
 scaled_dot_product_attention where these compute the same function. The Performer only has the reference implementation,
 because no kernel supports its eps and its maximum over the batch.
 
@@ -189,9 +189,9 @@ class LinformerAttention(Mixer):
 
 
 class PerformerAttention(Mixer):
-    """The attention of ViP, with d ln d random features, biases in the layers for q, k and v, and no dropout.
+    """The attention of ViP, with biases in the layers for q, k and v, and no dropout.
 
-    It runs in plain PyTorch with every backend; see RandomFeatures.
+    Each head of width d has d ln d random features. The attention runs in plain PyTorch with every backend; see RandomFeatures.
     """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int) -> None:

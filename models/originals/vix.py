@@ -38,10 +38,11 @@ class RotaryTable(nn.Module):
 class ViX(nn.Module):
     """The structure that these models share. Maps images (batch, channels, *image_size) to logits (batch, num_classes).
 
-    The class token is at position 0 and also has a learned position embedding. Rotary models do not have this embedding.
-    Instead, they rotate queries and keys by their one-dimensional positions in the flattened image. The only norm after the
-    layers is the first layer of the head. pool="mean" averages all tokens, including the class token. `emb_dropout` is applied
-    after the position embedding. `dropout` is applied in the feed-forward networks and, in ViT and ViL, in the attention.
+    The class token is at position 0. In models that are not rotary, all tokens, including the class token, have learned
+    position embeddings. Rotary models instead rotate queries and keys by their one-dimensional positions in the flattened
+    image. The only norm after the layers is the first layer of the head. pool="mean" averages all tokens, including the class
+    token. `emb_dropout` is applied after the position embedding. `dropout` is applied in the feed-forward networks and, in ViT
+    and ViL, in the attention.
 
     Args:
         mixer: a function that creates the token mixer of a layer, such as `softmax` below.
@@ -136,7 +137,7 @@ def nystrom_of_64(dim: int, tokens: int, dropout: float, backend: str, *, heads:
 
 
 def nystrom_of_four_heads(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """Create the mixer of ViN and of the rotary models. `heads` is ignored; there are always 4 heads."""
+    """Create the mixer of ViN and of the rotary ViNs. `heads` is ignored; there are always 4 heads."""
     return nystrom(dim, tokens, dropout, backend, heads=4, dim_head=dim_head)
 
 
@@ -157,7 +158,7 @@ def linformer_of_one_head(dim: int, tokens: int, dropout: float, backend: str, *
 
 
 def linformer_of_all_heads(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """Create the mixer of HybridViL and of the rotary models: as in ViL, but with as many key heads as query heads."""
+    """Create the mixer of HybridViL and of the rotary ViLs: as in ViL, but with as many key heads as query heads."""
     _check_1025(tokens)
     return linformer(dim, tokens, dropout, backend, heads=heads, dim_head=dim_head, one_kv_head=False)
 

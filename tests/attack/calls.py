@@ -286,7 +286,7 @@ def check(label: str, target: Target) -> list[str]:
 
 
 def unconstrained(label: str, name: str) -> bool:
-    """Return whether this tensor may differ from the others in floating dtype and device."""
+    """Return whether this tensor may differ from the other tensors in floating-point dtype and device."""
     return label in ("fourier_mixing", "FourierMixing.forward", "Rope.of", "rope_mixed") or name == "conv_weight"
 
 

@@ -604,7 +604,7 @@ def compared(trial: Trial, actual: Results, plain: Results) -> list[str]:
     exact = trial.exact(trial.tensors)
     names, most = list(exact), torch.finfo(trial.computed).max / 4
     if "frequencies" in exact and any(exact[name].abs().max() > most for name in "qk" if name in exact):
-        names.remove("frequencies")  # this gradient is a sum over gradients of q and k, which are not representable
+        names.remove("frequencies")  # this gradient is computed from gradients of q and k, which may overflow
     eps = torch.finfo(torch.promote_types(trial.computed, torch.float32)).eps
     if trial.computed == torch.float64:
         eps *= 2  # the definition also has rounding errors
@@ -670,11 +670,11 @@ def beyond(
         if trial.computed == torch.float16 and name != "out" and trial.products > most:
             continue
         if trial.computed == torch.float16 and name != "out" and not (x.isfinite().all() or plain.isfinite().all()):
-            continue  # intermediate gradients overflow float16, also in plain PyTorch
+            continue  # intermediate gradients overflow float16, even in plain PyTorch
         if not x.isfinite().all():
             count = int((~x.isfinite()).sum())
             found.append(f"{where}: {count} of {x.numel()} {NOT_FINITE}, exact values up to {truth.abs().max():.1e}")
-        elif plain.isfinite().all():  # otherwise there is no reference error
+        elif plain.isfinite().all():  # otherwise there is no error of plain PyTorch to compare with
             forgiven = 3 * max(stored.eps, computed.eps) * sizes[b] + 2 * changes[b]
             forgiven += ROUNDINGS * (precision * sizes[b] + least * math.sqrt(x.numel()))
             error, budget = (x - truth).norm().item(), 2 * errors[b] + forgiven

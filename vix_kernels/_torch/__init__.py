@@ -1,1 +1,4 @@
-"""Implementations of the primitives in plain PyTorch, for any device. The file names are the same as in _triton."""
+"""Implementations of the primitives in plain PyTorch, for any device.
+
+The kernels for a primitive, if any, are in the file with the same name in _triton/.
+"""

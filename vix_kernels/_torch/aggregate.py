@@ -1,6 +1,6 @@
 """Slots attend to tokens, one tile of tokens at a time (see primitives/aggregate.py for the equations).
 
-Logits and lse are in base 2. The bias is passed to baddbmm, which adds it at almost no cost.
+Logits and lse are in base 2. The key bias is passed to baddbmm, which adds it at almost no cost.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def aggregate_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return values (B, H, M, E), and lse, row_max and total (B, H, M).
 
-    The key bias b_n is -|scale k_n|^2 / 2 if gaussian, else 0. With l in base 2, row_max_j is the largest logit of a slot,
+    The key bias b_n is -|scale k_n|^2 / 2 if gaussian, else 0. With l in base 2, row_max_j is the largest logit of slot j,
     total_j = sum_n exp2(l_jn - row_max_j), and lse_j = row_max_j + log2 total_j. A masked key has b_n = -inf and is read as 0,
     even if it is NaN. A slot without valid keys has values 0, lse -inf and total 0.
     """
@@ -49,7 +49,7 @@ def aggregate_forward(
     square, rows = Scratch(all_slots), Scratch(all_slots)
     for group, tiles in groups(k, slots.shape[2]):
         p, state = flat(all_slots, group), flat(values, group)
-        # Start at the lowest finite number. With -inf, a slot that has no valid key yet would compute inf - inf.
+        # Start at the lowest finite number, because -inf would lead to inf - inf before the first valid key of a slot.
         running_max = p.new_full((*p.shape[:2], 1), torch.finfo(p.dtype).min)
         running_total = torch.zeros_like(running_max)
         for tile in tiles:
@@ -109,7 +109,7 @@ def aggregate_backward(
         for tile in tiles:
             keys, contents = read(k, tile, mask, rope), read(v, tile, mask)
             logits = _key_logits(p, keys, tile, mask, scale, gaussian, square, rows)
-            logits.sub_(group_max).clamp_(max=0)  # the product may round differently if the number of threads has changed
+            logits.sub_(group_max).clamp_(max=0)  # logits may exceed row_max if the number of threads has changed
             exps = square.apply(torch.exp2)
             if need_v:
                 write(dv, tile, torch.bmm(exps.mT, dstate, out=window(dv, tile, value_room)))
@@ -157,7 +157,7 @@ def _key_bias(keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gauss
 def _row_products(x: Tensor, y: Tensor) -> Tensor:
     """Return the dot products x_j . y_j of rows, (pairs, M, 1).
 
-    They are rounded like the larger products in backward, so that both cancel exactly if a slot attends to only one token.
+    They are rounded like the larger products in backward, so that the two cancel exactly if a slot attends to only one token.
     """
     rows = x.shape[1]
     x, y = (F.pad(each, (0, 0, 0, -rows % 16)).unflatten(1, (-1, 16)) for each in (x, y))

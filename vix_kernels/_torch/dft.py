@@ -7,15 +7,15 @@ from torch import Tensor
 
 from ..layout import accumulator
 
-GROUP_CPU = 1 << 19  # number of elements to transform at a time, so that these and all intermediate results fit in the cache
+GROUP_CPU = 1 << 19  # number of elements to transform at a time, so that they and all intermediate results fit in the cache
 
 
 def dft(x: Tensor, ortho: bool) -> Tensor:
     """Evaluate the equation with a quarter of the work of a complex FFT. 16-bit inputs are transformed in float32.
 
-    w_nd = x_nd + x at (-n, -d) equals w at (-n, -d). So the transform of w over the channels is Hermitian in n, and the
-    transform of the result over the tokens is real. The first transform needs only half of the rows, the second only half of
-    the columns.
+    Let w at (n, d) be the sum of x at (n, d) and x at (-n, -d). Then w has the same value at (n, d) and (-n, -d). So the
+    transform of w over the channels is Hermitian in n, and the transform of the result over the tokens is real. The first
+    transform needs only half of the rows, and the second only half of the columns.
     """
     batch, tokens, width = x.shape
     rows, columns = tokens // 2 + 1, width // 2 + 1

@@ -14,7 +14,7 @@ def draw_kept(kept: Tensor, p: float) -> Tensor:
         return kept.zero_()
     four = torch.empty(-(-kept.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     numbers = four.view(torch.int16)[: kept.numel()].view(kept.shape)
-    # Clamping maps the numbers to 0 and 1, because comparisons and arithmetic with bool are slow.
+    # Map the numbers to 0 and 1 by clamping, because comparisons and arithmetic with bool are slow.
     dropped = max(round(p * 2**BITS), 1) - 2 ** (BITS - 1) - 1
     return kept.copy_(numbers.clamp_(dropped, dropped + 1).sub_(dropped))
 

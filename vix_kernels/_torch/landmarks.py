@@ -107,7 +107,8 @@ def _spread(marks: Tensor, axis: int, adaptive: bool, other: Tensor | None, out:
     """Write the sum of the marks of each token's windows along `axis` (negative), plus `other`, to `out`."""
     size, count = out.shape[axis], marks.shape[axis]
     short, longer = divmod(size, count)
-    if adaptive and longer:  # write the last window of each token, then add the previous window to tokens in two windows
+    if adaptive and longer:
+        # Write the mark of each token's last window. Then, for each token in two windows, add the mark of its first window.
         token, window = (torch.arange(each, device=marks.device) for each in (size, count))
         _plus(marks.index_select(axis, ((token + 1) * count - 1) // size), other, out)
         end = ((window + 1) * size - 1) // count

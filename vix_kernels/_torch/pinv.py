@@ -45,7 +45,7 @@ def pinv_backward(
         G = dZ'    dY = -1/4 Z^T G    dW = X^T dY    dX = 15 dY - 7 dW + dY W^T + dW X^T + X^T dW
         dA += dX Z^T    dZ = 1/4 (13 G - G Y^T) + A^T dX
 
-    X, W and Y are only symmetric up to rounding, so the code transposes them as in these equations.
+    X, W and Y are symmetric only up to rounding, so the code does not skip the transpositions in these equations.
     """
     need_q, need_k, need_values = needs
     q, k, contents = read(q_marks, q_counts), read(k_marks, k_counts), read(values, q_counts)
@@ -70,7 +70,7 @@ def pinv_backward(
         da.baddbmm_(dx, z.mT)
     da.addcdiv_(dz.mT, s)
     ds = (dz * a.mT).sum((1, 2), keepdim=True).div_(-s * s)
-    largest = (sums == s).to(a.dtype)  # columns with equal sums share the gradient
+    largest = (sums == s).to(a.dtype)  # if several columns have the largest sum, they share the gradient
     if init == "original":
         ds, count = ds.sum(0, keepdim=True), largest.sum()
     else:

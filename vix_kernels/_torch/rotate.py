@@ -28,7 +28,7 @@ def _rotated(x: Tensor, rotary: Rotary, inverse: bool) -> Tensor:
 def angle_gradient(x: Tensor, dx: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
     """Return u dv - v du for x and dx (B, H, N, D), summed over samples, and over heads if they share the angles.
 
-    If an element of dx is 0, the factor that multiplies it is read as 0, even if it is NaN.
+    If an element of dx is 0, the element of x that is multiplied by it is read as 0, even if that element is NaN.
     """
     width = 2 * angles.shape[2]
     total = angles.new_zeros(angles.shape)

@@ -21,10 +21,11 @@ from torch import Tensor
 from ..layout import Rotary, accumulator, flattened
 
 LOG2E = 1 / math.log(2)  # logits are in base 2, because exp2 is several times faster than exp on a CPU
-# Number of logits per tile: few enough to fit in the caches of a CPU core, but enough to hide the overhead of launches.
+# Number of logits per tile. On a CPU, the logits fit in the caches of a core. On a GPU, there are enough of them to hide the
+# overhead of kernel launches.
 TILE_CPU, TILE_GPU = 2**19, 2**24
 # GRAIN is the smallest number of elements per thread in PyTorch's pointwise operators. VECTORS is a multiple of the number of
-# elements in two vectors of any CPU.
+# elements in two SIMD vectors of any CPU.
 GRAIN, VECTORS = 2**15, 64
 
 # Group: an index into (B, H, ...) that selects samples and heads to process together. Tile: an index into (B, H, N, ...) that
@@ -88,7 +89,7 @@ def _complex(x: Tensor) -> Tensor:
 
 
 class Scratch:
-    """A buffer that all tiles share. If each tile allocated memory, page faults would take longer than arithmetic."""
+    """A buffer that all tiles share. If each tile allocated memory, page faults would take longer than the arithmetic."""
 
     def __init__(self, like: Tensor) -> None:
         self.memory = self.view = self.padded = like.new_empty(0)
@@ -107,9 +108,9 @@ class Scratch:
     def apply(self, function: Callable[..., Tensor]) -> Tensor:
         """Call function(x, out=x) on the current view with the same rounding for all elements.
 
-        PyTorch computes the last elements of each thread one by one, and its scalar exp2 rounds differently from its vectorized
-        exp2. The buffer is padded so that these elements are beyond the view. So the result for a sample does not depend on the
-        batch size.
+        PyTorch computes the last few elements of each thread one by one, and its scalar exp2 rounds differently from its
+        vectorized exp2. The buffer is padded so that these elements are beyond the view. So the result for a sample does not
+        depend on the batch size.
         """
         function(self.padded, out=self.padded)
         return self.view
@@ -141,7 +142,7 @@ def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
 def flat(x: Tensor, where: Group | Tile) -> Tensor:
     """Return a group or a tile of x with samples and heads flattened into pairs, in the accumulator's dtype.
 
-    The result is a view if x already has this dtype, and is contiguous or the group has one sample.
+    The result is a view if x already has this dtype and if x is contiguous or the group has only one sample.
     """
     return wide(x[where].flatten(0, 1))
 
@@ -187,9 +188,9 @@ def write(x: Tensor, where: Group | Tile, rows: Tensor, rope: Rotation | None = 
 def unused_rows(queries: Tensor, total: Tensor, dresult: Tensor) -> Tensor | None:
     """Return whether each token of a tile, (pairs, tokens, 1), contains NaN or inf but has output gradient 0, like padding.
 
-    The gradients of these tokens must be 0, but 0 times NaN is NaN. Returns None if no token contains NaN or inf. This is only
-    checked on a CPU, because on a GPU it would synchronize. Checking only `total` is not enough, because `total` is finite if
-    all logits of a token are -inf.
+    The gradients of these tokens must be 0, but 0 times NaN is NaN. On a CPU, return None if no token contains NaN or inf. On a
+    GPU, this check would synchronize, so it is skipped. Looking only at `total` is not enough, because `total` is finite if all
+    logits of a token are -inf.
     """
     broken = ~(queries.sum(-1, keepdim=True) + total).isfinite()
     if total.device.type == "cpu" and not broken.any():

@@ -1,1 +1,1 @@
-"""Triton kernels, one file per primitive. Only this folder and measure/ import triton."""
+"""Triton kernels for the primitives. Only this folder and measure/ import triton."""

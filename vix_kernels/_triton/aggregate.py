@@ -54,7 +54,7 @@ def key_bias(k, valid, scale, GAUSSIAN: tl.constexpr, COMPUTE: tl.constexpr):
     if GAUSSIAN:
         x = k.to(COMPUTE)
         bias -= tl.sum(x * x, 1) * (0.5 * LOG2E * scale * scale)
-        bias += bias - bias  # if the square overflows, the bias becomes NaN instead of -inf, which would mask the key
+        bias += bias - bias  # turns -inf into NaN if the square overflows, because -inf would mask the key
     return tl.where(valid, bias, float("-inf"))
 
 
@@ -92,7 +92,7 @@ def aggregate_forward_kernel(
         b_l = b_l * (scale * LOG2E) + b_bias[None, :]
 
         new_max = tl.maximum(b_max, tl.max(b_l, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # if there is no key yet, exp2(-inf - 0) is 0, not NaN
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # avoids inf - inf before the first valid key
         b_p = tl.exp2(b_l - shift[:, None])
         decay = tl.exp2(b_max - shift)
         b_sum = b_sum * decay + tl.sum(b_p, 1)
@@ -162,8 +162,8 @@ def aggregate_prepare_kernel(
     float16 it can overflow even if dk and dv do not. size therefore includes a power of two that keeps unit within [-1, 1].
 
     If SOFTMAX, delta = (<dvalues, values> - dlse / ln 2) / total. <dvalues, values> is computed in the same way as <unit, v> in
-    the gradient kernels, so that both cancel if a slot attends to only one token. Otherwise the slots are sums weighted by
-    features, without a softmax, total is 1, and delta = -dnumber.
+    the gradient kernels, so that the two cancel if a slot attends to only one token. If not SOFTMAX, the kernel prepares the
+    gradient of sums weighted by features. Then delta = -dnumber, and 1 is used in place of total.
     """
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -174,8 +174,8 @@ def aggregate_prepare_kernel(
     at = o_m.to(tl.int64)
     d = tl.load(dvalues + i_b * d_b + i_h * d_h + at[:, None] * d_m + o_e[None, :], mask=inside, other=0.0).to(COMPUTE)
     largest = tl.max(tl.abs(d), 1)
-    # size is limited to normal float32 numbers, so that 1 / size is finite. Rows of smaller values are not scaled up to 1, and
-    # infinite rows stay infinite.
+    # size is limited to the range of normal float32 numbers, so that 1 / size is finite. If all values of a row are below this
+    # range, they are not scaled up to 1. Infinite rows stay infinite.
     exponent = tl.ceil(tl.log2(tl.where(largest > 0, largest, 1.0)))
     b_size = tl.exp2(tl.minimum(tl.maximum(exponent, -126.0), 126.0))
     b_unit = cast(d / b_size[:, None], unit.dtype.element_ty)
@@ -244,7 +244,7 @@ def aggregate_tokens_kernel(
 
     if KEYS:
         b_dk *= scale
-        if GAUSSIAN:  # load the keys again, because keeping them during the loop would take the registers of a whole tile
+        if GAUSSIAN:  # load the keys again, because keeping them during the loop would occupy registers for a whole tile
             b_k = load_tile(k, o_n, k_n, valid, D, BLOCK_D, ROTARY, INTERLEAVED, AGAIN=True)
             b_x = b_k.to(COMPUTE)
             if ROTARY > 0:
@@ -333,7 +333,7 @@ def prepare(
     Args:
         dvalues: gradient of values or sums, (batch, heads, M, E).
         dnumber: gradient of lse or norms, (batch, heads, M), or None if it is 0.
-        values, total: results of the softmax, or None if the slots are sums weighted by features.
+        values, total: results of aggregate_forward, or None for the gradient of sums weighted by features.
         dtype: dtype of the tokens.
         precision: precision of float32 products.
 

@@ -1,7 +1,7 @@
 """Kernels for `dft`: products with cosines and sines, folded along both axes (see primitives/dft.py for the equation).
 
-Let C_N[a, n] = cos(2 pi an / N) and S_N[a, n] = sin(2 pi an / N), and let E and O be the sum and the difference of the tokens n
-and -n. Then
+The input has N tokens and D channels, and indices are modulo N and D. Let C_N[a, n] = cos(2 pi an / N) and
+S_N[a, n] = sin(2 pi an / N), and let row n of E and O be the sum and the difference of the tokens n and -n. Then
 
     P = C_N (E C_D)        R = S_N (O S_D)        y at (a, b) and (-a, -b) is P - R        y at (-a, b) and (a, -b) is P + R
 
@@ -57,7 +57,10 @@ def dft_channels_kernel(
     D: tl.constexpr, COLUMNS: tl.constexpr, SHRINK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of E C_D and of O S_D. Both have the shape (N // 2 + 1, COLUMNS) and are multiplied by SHRINK / 2."""
+    """Compute a tile of the products E C_D and O S_D, multiplied by SHRINK / 2.
+
+    Each product has the shape (N // 2 + 1, COLUMNS).
+    """
     half = N // 2 + 1
     row_tiles = tl.cdiv(half, BLOCK_N)
     column_tiles = COLUMNS // BLOCK_C
@@ -143,13 +146,13 @@ def dft_tokens_kernel(
 def dft(x: Tensor, ortho: bool) -> Tensor:
     batch, tokens, width = x.shape
     over_channels, over_tokens = (launch_config(kernel, x, WIDTH, x) for kernel in ("dft_channels", "dft_tokens"))
-    # A tile may extend beyond half of the channels. The columns beyond the half are computed, too. Otherwise they would be
-    # stored as mirror images, and those stores are not vectorized.
+    # The last tile may extend beyond half of the channels. The kernels compute its additional columns instead of storing mirror
+    # images of other columns there, because stores of mirror images are not vectorized.
     block = max(over_channels.tile.slots, over_tokens.tile.slots)
     half, columns = tokens // 2 + 1, triton.cdiv(width // 2 + 1, block) * block
     folded, y = x.new_empty(batch, 2, half, columns), x.new_empty(x.shape)
-    # SHRINK scales the intermediate result to about an eighth of x, to avoid overflow in float16. It is a power of two, so the
-    # scaling does not round.
+    # SHRINK scales the intermediate result to about an eighth of the magnitude of x, to avoid overflow in float16. It is a
+    # power of two, so the scaling does not round.
     sizes = dict(D=width, COLUMNS=columns, SHRINK=2.0 ** -(width.bit_length() // 2 + 2))
     launch(
         dft_channels_kernel, _grid(over_channels, batch, half, columns),

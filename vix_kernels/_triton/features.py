@@ -71,7 +71,7 @@ def slot_rows(
 
 @triton.jit
 def load_state(sums, norms, sums_m, norms_m, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Load the means S / z (slots, BLOCK_E) and the norms z for a tile of slots.
+    """Return the means sums / norms, (slots, BLOCK_E), and the norms for a tile of slots.
 
     The means are in the range of v. Rows whose index is M or greater are 0.
     """

@@ -1,4 +1,4 @@
-"""Kernels for `landmarks`: one launch computes the means of q and k, and one computes the gradients of q and k.
+"""Kernels for `landmarks`: one launch computes the means of q and k, and another the gradients of q and k.
 
 In the forward kernel, a program computes a tile of landmarks. It loops over their windows and reads a few tokens of each window
 at a time. In the backward kernel, a program computes the gradient of a tile of tokens. Each token gathers the gradients of the
@@ -19,7 +19,7 @@ from .tiles import load_rotated, load_tile, rotate_pairs, store_tile
 
 @triton.jit
 def window(j, size, count, ADAPTIVE: tl.constexpr):
-    """Return the first token and the length of window j, if there are `count` windows along an axis of `size` tokens."""
+    """Return the first token and the length of window j of the `count` windows along an axis of `size` tokens."""
     if ADAPTIVE:
         j = j.to(tl.int64)
         first = j * size // count

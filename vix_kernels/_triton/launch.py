@@ -20,7 +20,7 @@ from .targets import TARGETS
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch `kernel` over `grid` on the device of its first argument, which must be a tensor.
 
-    `meta` contains the constexprs and the launch options (num_warps, num_stages).
+    `meta` contains the constexprs and the launch options, such as num_warps.
     """
     if (observer := conditions.current.observer) is not None:
         observer(kernel, grid, args, meta)
@@ -51,8 +51,8 @@ class LaunchConfig:
     def chunk(self, programs: int, tokens: int) -> tuple[int, int]:
         """Return the number of tokens per chunk and the number of chunks, for a launch with `programs` programs per chunk.
 
-        All tokens form one chunk, unless `programs` would leave multiprocessors idle. The split depends only on the sizes and
-        the device, never on timing, so repeated calls return bit-identical results.
+        All tokens form one chunk, unless the programs of a single chunk would leave multiprocessors idle. The split depends
+        only on the sizes and the device, never on timing, so repeated calls return bit-identical results.
         """
         if not conditions.current.split:
             return tokens, 1
@@ -81,9 +81,9 @@ class LaunchConfig:
 
 PROGRAMS_A_MULTIPROCESSOR = 2  # number of programs whose registers fit in a multiprocessor at the same time
 LEAST_CHUNK = 256  # tokens; merging smaller chunks would take more time than the additional programs save
-# Tokens per tile when the interpreter uses the launch configurations of a GPU architecture. With such large tiles, a run takes
-# one fifth of the time. Each launch still reads and writes the same bytes, because the size of a chunk depends on the tile of
-# the architecture (`step`).
+# Largest number of tokens per tile when the interpreter uses the launch configurations of a GPU architecture. With such large
+# tiles, a run takes one fifth of the time that it takes with the tiles of the launch table. Each launch still reads and writes
+# the same number of bytes, because the size of a chunk depends on the tile in the launch table (`step`).
 ASSUMED_TOKENS = 1024
 
 
@@ -213,7 +213,7 @@ def merge_arguments(parts: Tensor, *, outputs: int) -> tuple[tuple[int], tuple[T
     batch, num_heads, _, num_slots, width = parts.shape
     merged = parts.new_empty(batch, num_heads, num_slots, width)
     numbers = [parts.new_empty(batch, num_heads, num_slots) for _ in range(outputs)]
-    block, num_warps = (8 if padded(width) >= 128 else 16), (4 if padded(width) <= 32 else 8)  # at least 4 elements per thread
+    block, num_warps = (8 if padded(width) >= 128 else 16), (4 if padded(width) <= 32 else 8)  # 2 to 8 elements per thread
     meta = dict(
         E=width, BLOCK_E=padded(width), BLOCK_M=block, COMPUTE=triton_dtype(parts.dtype),
         num_warps=num_warps, num_stages=1, enable_fp_fusion=True,

@@ -23,8 +23,8 @@ class Tile(NamedTuple):
 
 Key = tuple[str, int, int]  # name of the kernel, bits of the tokens' dtype, padded width
 
-# An entry "..._pooled" is for the same kernel with 16-bit slots, which are pooled from tokens. It exists if they need a
-# different tile than float32 random features.
+# An entry "..._pooled" is for the same kernel with 16-bit slots, which are pooled from tokens. It exists only if such slots
+# need a different tile than float32 random features.
 TABLE: dict[Key, Tile] = {
     ("aggregate_forward", 16, 16): Tile(64, 64, 4, 3),
     ("aggregate_forward", 16, 32): Tile(64, 64, 4, 3),
@@ -324,10 +324,10 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
     | {
         ("broadcast_slots", 16, 128): Tile(64, 64, 8, 2),
         ("aggregate_tokens", 16, 128): Tile(32, 64, 8, 2),
-        # The registers would allow a larger tile, but then Triton 3.6 spills a few more bytes at width 80.
+        # A larger tile would usually fit in the registers, but with it, Triton 3.6 spills a few bytes at width 80.
         ("broadcast_tokens", 16, 128): Tile(32, 128, 8, 2),
         ("linear_broadcast_slots", 16, 128): Tile(32, 32, 4, 1),
-        ("broadcast_tokens", 32, 64): Tile(16, 32, 8, 1),  # Triton 3.6 spills with TABLE's entry
+        ("broadcast_tokens", 32, 64): Tile(16, 32, 8, 1),  # Triton 3.6 spills registers with TABLE's entry
         ("aggregate_forward", 32, 128): Tile(16, 32, 8, 1),
         ("broadcast_forward", 32, 128): Tile(32, 16, 8, 1),
         ("broadcast_tokens", 32, 128): Tile(16, 16, 8, 1, "ieee"),

@@ -1,7 +1,7 @@
 """Kernels for `linear_aggregate`: slots are sums of tokens, weighted by features.
 
-See primitives/linear.py for the equations. The kernels have the same loops as the kernels for `aggregate`, but no running max
-and no normalizer.
+See primitives/linear.py for the equations. The kernels have the same loops as the kernels for `aggregate`, but they keep no
+running max and do not normalize the sums.
 """
 
 from __future__ import annotations

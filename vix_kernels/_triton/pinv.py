@@ -1,8 +1,9 @@
-"""Kernels for `pinv` (see primitives/pinv.py for the equations and _torch/pinv.py for the steps).
+"""Kernels for `pinv` (see primitives/pinv.py for the equations and _torch/pinv.py for the equations of a step).
 
-A program computes whole heads. For up to 64 landmarks, the forward kernel keeps its L x L matrices in registers if they fit.
-Otherwise, and always in backward, each program has separate global memory for its matrices (see pinv_steps.py). To keep this
-memory in the L2 cache, only as many programs are launched as can run at the same time. They loop over the heads of all samples.
+Each program processes whole heads. For up to 64 landmarks, the forward kernel keeps its L x L matrices in registers if they
+fit. Otherwise, and always in backward, each program stores its matrices in a separate block of global memory (see
+pinv_steps.py). To keep these blocks in the L2 cache, only as many programs are launched as can run at the same time. They loop
+over the heads of all samples.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .launch import LaunchConfig, architecture, launch, launch_config, mask_stri
 from .pinv_steps import BACKWARD, DA, DY, DZ, FORWARD, A, Z, advance, differentiate, keep_middle, part, restart
 from .tiles import LOG2E, dot, load_tile, row_products, store_tile
 
-WARPS_A_MULTIPROCESSOR = 8  # warps that fit in a multiprocessor with 255 registers per thread
+WARPS_A_MULTIPROCESSOR = 8  # number of warps that fit in a multiprocessor if each thread has 255 registers
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def load_rows(
     base, stride, rows, column, counts, i_b, counts_b, counts_l, L,
     WIDTH: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Load STEP columns of the landmarks whose indices are `rows`. Rows of invalid landmarks are 0."""
+    """Load STEP columns, from `column` on, of the landmarks whose indices are `rows`. Rows of invalid landmarks are 0."""
     valid = is_valid(counts, i_b, counts_b, counts_l, rows, L, MASKED)
     return load_tile(base, rows, stride, valid, WIDTH, STEP, 0, True, False, column)
 
@@ -45,7 +46,7 @@ def apply(
     memory, PLACE: tl.constexpr, TURNED: tl.constexpr, base, stride, column, counts, i_b, counts_b, counts_l, L,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the product of the matrix at PLACE (transposed if TURNED) and STEP columns of the landmarks at `base`."""
+    """Return the product of the matrix at PLACE (transposed if TURNED) and STEP columns of `base`, loaded with load_rows."""
     acc = tl.zeros((SIZE, STEP), memory.dtype.element_ty)
     for start in range(0, L, STEP):
         rows = start + tl.arange(0, STEP)
@@ -132,7 +133,7 @@ def start_gradient(
 
 @triton.jit
 def end_gradient(memory, s, share, scale, SIZE: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr):
-    """Compute the gradient of q k^T by going backward through the first Z and the softmax. Store it at place DY."""
+    """Backpropagate through the first Z and the softmax, and store the gradient of q k^T at place DY."""
     sums = tl.zeros((STEP,), COMPUTE)
     for row in range(0, SIZE, STEP):
         a = tl.load(part(memory, A, row, 0, STEP, SIZE, SIZE))

@@ -1,8 +1,8 @@
-"""Steps of the pseudo-inverse on matrices in global memory (see _torch/pinv.py for the steps).
+"""Steps of the pseudo-inverse on matrices in global memory (see _torch/pinv.py for the equations).
 
 The matrices of a head are SIZE x SIZE, and their rows and columns beyond the landmarks are zero. They are stored one after the
 other in global memory that only one program uses. A product computes ROWS rows at a time and loads STEP columns per iteration,
-which needs few registers. Barriers are needed because threads read values that other threads have stored.
+so it needs few registers. Barriers are needed because threads read values that other threads have stored.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import triton.language as tl
 
 from .tiles import dot
 
-# Places of the matrices in this memory. Forward uses only the first FORWARD places. dW overwrites Y, and dX overwrites dY, once
-# the old matrix is no longer needed.
+# Places of the matrices in the memory of a program. The forward kernel uses only the first FORWARD places. dW overwrites Y, and
+# dX overwrites dY, once the old matrix is no longer needed.
 A, Z, X, W, Y = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 DY, DZ, DA, MIDDLE = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
 DW, DX = Y, DY

@@ -231,7 +231,7 @@ def project_weights_kernel(
 def meta(config: LaunchConfig, width: int, value_width: int) -> dict[str, Any]:
     """Return the constexprs and launch options that the three project_* kernels share."""
     options = config.meta(width, value_width)
-    del options["SPLIT"]  # projections are rounded to the tokens' dtype instead, as under autocast
+    del options["SPLIT"]  # projections are rounded to the tokens' dtype, as under autocast, and not split
     return options
 
 

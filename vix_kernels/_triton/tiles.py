@@ -110,7 +110,11 @@ def rotate_pairs(
 
 @triton.jit
 def pair_channels(BLOCK_D: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, column):
-    """Return the first and the second channel of each pair in the half layout, and masks of the channels below D."""
+    """Return the first and the second channel of each pair, and masks of the channels below D.
+
+    This is for embeddings that are not INTERLEAVED: pair i consists of the channels i and i + ROTARY / 2. From channel ROTARY
+    on, adjacent channels form pairs.
+    """
     pairs = column // 2 + tl.arange(0, BLOCK_D // 2)
     if ROTARY == D:  # a separate case, so that the compiler sees two contiguous ranges and uses 128-bit accesses
         first, second = pairs, pairs + D // 2
@@ -253,7 +257,7 @@ def store_state(b_values, b_number, values, number, part, o_m, M, E: tl.constexp
 def exps_below(logits, row_max):
     """Return exp2(logits - row_max), limited to 1.
 
-    `row_max` is the largest logit in forward. A logit may be slightly larger here, if its product is rounded differently.
+    `row_max` is the largest logit in forward. In backward, a logit may be slightly larger if it is rounded differently.
     """
     return tl.exp2(tl.minimum(logits - row_max, 0.0))
 

@@ -1,1 +1,1 @@
-"""Integrations with other libraries, which keep a library's names, signatures and weights but run vix_kernels' attentions."""
+"""Integrations with other libraries. They keep a library's names, signatures and weights but run vix_kernels' attentions."""

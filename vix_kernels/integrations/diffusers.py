@@ -16,7 +16,7 @@ with host("diffusers", "0.38"):
 
 
 class VixAttnProcessor(AttnProcessor2_0):
-    """An AttnProcessor2_0 that computes attention with the module's child `vix`. Everything else is unchanged."""
+    """An AttnProcessor2_0 that computes attention with its Attention's child module `vix`. Everything else is unchanged."""
 
     def __call__(  # diffusers' Attention only passes arguments that this signature names
         self,
@@ -26,7 +26,7 @@ class VixAttnProcessor(AttnProcessor2_0):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Compute attention like AttnProcessor2_0.
+        """Compute the output like AttnProcessor2_0, but with `attn.vix` instead of softmax attention.
 
         Raises:
             NotImplementedError: the call is a cross-attention, or the mask is not a padding mask.
@@ -70,6 +70,7 @@ def _reason_against(module: nn.Module) -> str:
         return f"a {type(module).__name__}, not the Attention of diffusers.models.attention_processor"
     if module.is_cross_attention:
         return "cross-attention"
-    if type(module.processor) not in (AttnProcessor2_0, VixAttnProcessor):  # AttnProcessor is for unscaled logits
+    # If the logits are not scaled, which is not supported, the processor is an AttnProcessor.
+    if type(module.processor) not in (AttnProcessor2_0, VixAttnProcessor):
         return f"its processor is a {type(module.processor).__name__}"
     return ""

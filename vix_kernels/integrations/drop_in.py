@@ -32,7 +32,7 @@ class DropIn(Mounted):
     """An attention that is called like `scaled_dot_product_attention`.
 
     An integration creates a DropIn from the user's options. It then adds a copy, created by `mounted`, to each attention module
-    of a model as the child module `vix`. Only these copies have parameters, and most kinds of attention have none.
+    of a model as the child module `vix`. Only these copies can have parameters, and most kinds of attention have none.
 
     Args:
         op: the name of a core: "nystrom", "performer", "linear", "agent", or one registered by another package.
@@ -46,8 +46,8 @@ class DropIn(Mounted):
 
     Attributes:
         core: the core that computes the attention.
-        grid: records the token grid of each call, on which landmarks and agents are placed. None if they are not placed on a
-            grid.
+        grid: the hook that records the token grid of each call. Landmarks and agents are placed on this grid. None if they are
+            not placed on a grid.
     """
 
     def __init__(self, op: str, *, retrain: bool = False, backend: str = "auto", **options: Any) -> None:
@@ -78,12 +78,12 @@ class DropIn(Mounted):
         return copy
 
     def like(self, host: nn.Module) -> DropIn:
-        """Move this attention to the device, dtype and mode of the module that holds it, and return it."""
+        """Adopt the device, dtype and training mode of `host`, the module that holds this attention. Return this attention."""
         weight = next((x for x in host.parameters() if x.is_floating_point()), None)
         return (self if weight is None else self.to(weight.device, weight.dtype)).train(host.training)
 
     def without_module(self) -> DropIn:
-        """Return this attention, for a caller that has no module to store its parameters.
+        """Return this attention after checking that it has no parameters. Callers without a module cannot store parameters.
 
         Raises:
             ValueError: the attention has parameters.
@@ -207,7 +207,7 @@ class TokenGrid:
         self.add(embedding.dynamic_feat_size(tuple(args[0].shape[-2:])))
 
     def add(self, size: tuple[int, int]) -> None:
-        rows, columns = map(index, size)  # plain integers, even in compiled code, because the cells of landmarks depend on them
+        rows, columns = map(index, size)  # plain integers, even in compiled code, because grid cells are computed in Python
         self.sizes.pop(rows * columns, None)
         self.sizes[rows * columns] = rows, columns
 

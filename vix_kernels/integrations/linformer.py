@@ -2,7 +2,7 @@
 
     from vix_kernels.integrations.linformer import LinformerSelfAttention
 
-Unlike the package's module, this module rejects unknown arguments in its forward.
+Unlike the package's module, this module raises an error if its forward receives unknown arguments.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     from vix_kernels.integrations.nystrom_attention import NystromAttention
 
 The package has three quirks, which compat=True reproduces. It adds zero tokens at the front of the sequence until its length is
-a multiple of the number of landmarks. It initializes the pseudo-inverse with a maximum over the whole batch. With a mask, a
-landmark without valid tokens attends equally to all landmarks, so it affects the pseudo-inverse.
+a multiple of the number of landmarks. It divides the first iterate of the pseudo-inverse by a maximum over the whole batch, so
+the output of a sample depends on the rest of the batch. With a mask, a landmark without valid tokens attends equally to all
+landmarks, so it affects the pseudo-inverse.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class NystromAttention(nn.Module):
         pinv_iterations: number of iterations for the pseudo-inverse.
         residual: whether to add a depthwise convolution of v over the tokens.
         residual_conv_kernel: kernel size of this convolution. Must be odd.
-        eps: if there is a mask, this constant is added to the number of valid tokens in the segment of each landmark.
+        eps: if there is a mask, this constant is added to the number of valid tokens in the segment of each landmark. It is
+            only used when the attention is computed in plain PyTorch (see below).
         dropout: dropout rate of the output.
         compat: if True, return the same results as the package. If False, exclude padding, masked tokens and landmarks without
             valid tokens, and compute each sample independently of the rest of its batch.

@@ -2,13 +2,13 @@
 
     from vix_kernels.integrations.performer_pytorch import FastAttention
 
-Let a_nj = c w_j . x_n and h_n = |c x_n|^2 / 2, where w_j is row j of the projection matrix and c = dim_heads^(-1/4). Up to a
-factor that cancels, the random features are:
+Let a_nj = c w_j . x_n and h_n = |c x_n|^2 / 2, where x_n is a query q_n or a key k_n, w_j is row j of the projection matrix and
+c = dim_heads^(-1/4). Up to a factor that cancels, the random features are:
 
     phi_j(q_n) = exp(a_nj - h_n - max_j a_nj) + eps            phi_j(k_n) = exp(a_nj - h_n - max_nj a_nj) + eps
 
-No gradient flows through the maxima. The eps terms have rank one, so they can be added to sums instead of to each feature. For
-the keys, `aggregate` sums the exponentials E_nj = phi_j(k_n) - eps, and eps is added to the result:
+No gradient flows through the maxima. The eps terms have rank one, so they can be added to the sums instead of to each feature.
+For the keys, `aggregate` sums the exponentials E_nj = phi_j(k_n) - eps, and eps is added to the result:
 
     S_j = sum_n E_nj v_n + eps sum_n v_n            z_j = sum_n E_nj + eps N
 
@@ -50,10 +50,10 @@ class FastAttention(nn.Module):
             sqrt(dim_heads).
         causal: must be False.
         generalized_attention: whether to use the features kernel_fn(c w_j . x) + 1e-3 instead of exponentials.
-        kernel_fn: the function for generalized_attention. This attention runs in plain PyTorch.
+        kernel_fn: the function for generalized_attention. Attention with these features runs in plain PyTorch.
         no_projection: whether to omit the random features and return softmax(q) softmax(k)^T v. The softmax of q is over the
             channels, and the softmax of k is over the tokens.
-        compat: if True, use the package's eps and maxima. If False, omit both, as in the paper's FAVOR+, which is faster.
+        compat: if True, use the package's eps and maxima. If False, omit both, as in the paper's FAVOR+. This is faster.
         backend: as in performer_attention.
 
     The buffer `projection_matrix` defines the random features. It is generated with torch's global random state. To use the

@@ -33,7 +33,10 @@ with host("timm", "1.0.28"):
 
 
 class _Replaced:
-    """Base class of the replacements for timm's three attention classes. They only change how attention itself is computed."""
+    """Base class of the replacements for timm's three attention classes.
+
+    The replacements only change how attention is computed from q, k and v.
+    """
 
     vix: DropIn
 
@@ -102,7 +105,8 @@ for _host, _replacement in _REPLACED.items():
 def rope_of(table: Tensor, prefix_tokens: int, num_heads: int, half: bool) -> Rope:
     """Convert timm's table (tokens, 2 R) or (heads, tokens, 2 R) to a Rope.
 
-    The table contains the sines and then the cosines of the angles. Each angle occurs twice.
+    R is the number of rotated channels. The table contains the sines and then the cosines of the angles. Each angle occurs
+    twice.
     """
     if table.dim() == 2:
         table = table[None]
@@ -165,9 +169,9 @@ class MarkedAttention(BuiltAttention):
         weights = [x for name, x in state_dict.items() if name.startswith(prefix) and name != key]
         has_values = any(not getattr(x, "is_meta", False) for x in weights)
         trained_with = _op_of(state_dict.get(key)) if has_values else op
-        may_differ = self.retrain or self.vix is not self.built  # replace_attention has already checked retrain
+        may_differ = self.retrain or self.vix is not self.built  # replace_attention checks retrain before it changes vix
         if trained_with != op and not may_differ:
-            if not any(message.startswith(_REFUSED) for message in error_msgs):  # report the error for one layer only
+            if not any(message.startswith(_REFUSED) for message in error_msgs):  # one error, not one for each layer
                 error_msgs.append(
                     f"{_REFUSED} trained with {op!r} attention (marked by {key}), got weights trained with {trained_with!r}"
                     f"{'' if key in state_dict else ' (no mark)'}; to train them further, build the model with "
@@ -223,12 +227,12 @@ def _class_with(attention: DropIn, retrain: bool) -> type[Attention]:
 copyreg.pickle(_WithAttention, lambda layer: (_class_with, (layer.attention, layer.retrain)))
 
 
-LAYERS: dict[str, type[Attention]] = {}  # maps ops to their classes
+LAYERS: dict[str, type[Attention]] = {}  # maps each op to its attention class
 
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
-    """Register the attention `core` with timm by name. This also runs for attentions that are added later."""
+    """Register an attention with timm under the name vix_NAME. This also runs for cores that are registered later."""
     if core.name in OPS:
         layer = LAYERS[core.name] = attention_layer(core.name)
         ATTN_LAYERS[f"vix_{core.name}"] = globals()[layer.__name__] = layer

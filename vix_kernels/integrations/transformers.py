@@ -45,8 +45,8 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
     Args:
         retrain: whether to allow "vix_performer", "vix_linear" and "vix_agent", which require a model that was, or will be,
             trained with them. If False, using one of them raises ValueError.
-        options: a mapping of options for each op, passed by the name of the op. See DropIn for the options. All layers have the
-            same random features.
+        options: for each op, an optional keyword argument with the op's name. Its value is a mapping of options (see DropIn).
+            All layers have the same random features.
     """
     for op in options:
         if op not in OPS:
@@ -160,8 +160,8 @@ def nystromformer_attention(
 ) -> tuple[Tensor, ...]:
     """Forward of NystromformerSelfAttention that does not store the tokens x landmarks matrices.
 
-    As in transformers, padding is masked only in the softmax over tokens, and init_option "original" initializes the
-    pseudo-inverse with a maximum over the batch.
+    As in transformers, padding is masked only in the softmax over tokens, and init_option "original" divides the first
+    iterate of the pseudo-inverse by a maximum over the batch.
 
     Args:
         hidden_states: (batch, tokens, channels).

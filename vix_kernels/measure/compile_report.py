@@ -1,6 +1,6 @@
-"""Compile the kernels that the public ops launch. Exit with status 1 if a kernel spills, exceeds a limit or is worse.
+"""Compile the kernels that the public ops launch, and compare the results with the committed table.
 
-"Worse" means worse than in the committed table. --write updates this table.
+The exit status is 1 if a kernel spills, exceeds a limit or is worse than in the committed table. --write updates this table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TABLE = Path(__file__).with_name("compile_report.csv")
 Result = TypeVar("Result")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 WIDTHS = (32, 64, 80, 128, 256)
-# Dtypes and head widths at which the variants of a specification (rotated, learned, projected) are also compiled.
+# Dtypes and head widths at which the variants of an operator, for example with RoPE, are also compiled.
 VARIANTS = {(torch.bfloat16, 32), (torch.bfloat16, 64)}
 BATCH, HEADS, TOKENS = 2, 4, 1024
 NO_KERNEL = re.compile("empty|_unsafe_view")  # allocations, and a view that is not marked as a view
@@ -119,7 +119,7 @@ def torch_launches(event) -> int:
         overloads = [getattr(operator, each) for each in operator.overloads()]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     registered = [each for each in overloads if torch._C._dispatch_has_kernel(each.name())]
-    if all(has_kernel(each.name(), "CompositeImplicitAutograd") for each in registered):  # also if this is not an operator
+    if all(has_kernel(each.name(), "CompositeImplicitAutograd") for each in registered):  # also true if `registered` is empty
         return sum(torch_launches(child) for child in event.cpu_children)
     return int(not any(each.is_view for each in overloads) and not NO_KERNEL.search(name))
 
@@ -181,7 +181,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ops = [name for name, spec in SPECS.items() if spec.compiled or spec.variants]
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"{', '.join(ops)} (default: all)")
     parser.add_argument("--jobs", type=within(1, 1024), default=2, help="worker processes (default: 2)")
-    parser.add_argument("--write", action="store_true", help="update the rows of the committed table that were compiled")
+    parser.add_argument("--write", action="store_true", help="replace the rows of the compiled kernels in the committed table")
     parser.add_argument(
         "--shared", action="store_true",
         help="check only the shared memory of every entry of the launch table; --write measures missing entries",
@@ -244,7 +244,7 @@ def shared_memory_table(args: argparse.Namespace) -> int:
 
     With --write, measure only the entries that the committed table lacks, and add them.
     """
-    archs = tuple(TARGETS if args.arch == ARCHITECTURES else dict.fromkeys(args.arch))  # the default is all targets
+    archs = tuple(TARGETS if args.arch == ARCHITECTURES else dict.fromkeys(args.arch))  # without --arch, all targets
     bits = {8 * DTYPES[dtype].itemsize for dtype in args.dtype}
     widths = set(map(padded, args.width)) | {key[2] for key in LAUNCH_TABLE if args.width == WIDTHS}
     committed = read_csv(shared_memory.COMMITTED, shared_memory.Row) if shared_memory.COMMITTED.is_file() else []

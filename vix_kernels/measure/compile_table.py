@@ -17,7 +17,8 @@ from ..commands import DTYPES, print_table, write_csv
 from .sources import source_hash
 
 WIDE = 128  # bits; the widest access of a thread before sm_100
-# Smallest allowed ratio of the new share of wide accesses to the committed share. Instruction scheduling changes it a little.
+# Smallest allowed ratio of the new share of wide accesses to the committed share. It is below 1 because instruction scheduling
+# changes the share a little.
 KEPT_WIDE = 0.9
 
 
@@ -73,7 +74,7 @@ def outdated(rows: Iterable[Row]) -> list[str]:
 
 
 def violations(rows: Iterable[Row]) -> list[str]:
-    """Return a message for each limit that a row violates. Such a kernel would be slow or could not be launched.
+    """Return a message for each limit that a row violates. A kernel that violates a limit is slow or cannot be launched.
 
     The result does not depend on the committed table.
     """
@@ -137,7 +138,7 @@ def by_use(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
 
 
 def worse(now: list[Row], old: list[Row]) -> list[str]:
-    """Return a message for each value that is worse in the new rows for one use."""
+    """Compare the new rows of one use with the old ones. Return a message for each value that is worse."""
     found = []
     spilled, had = max(each.spilled for each in now), max(each.spilled for each in old)
     if spilled > had:
@@ -154,7 +155,7 @@ def worse(now: list[Row], old: list[Row]) -> list[str]:
 
 
 def launched(keys: Iterable[tuple], verb: str) -> list[str]:
-    """Return one line per use and kernel. The line names the first cell and the number of other cells."""
+    """Return one line per use and kernel. The line contains the first cell and the number of other cells."""
     cells = defaultdict(list)
     for cell, kernel, use, slots in keys:
         cells[use, kernel].append(f"{cell[1]} {cell[2]} width {cell[3]}" + f", {slots} slots" * bool(slots))
@@ -178,7 +179,7 @@ def matrix_rank(kind: str) -> tuple[bool, bool]:
 
 
 def wide_share(rows: Iterable[Row], name: str) -> float:
-    """Return the fraction of the bytes that are moved by wide accesses, if every access is executed once."""
+    """Return the fraction of all bytes that wide accesses move, assuming that every access is executed once."""
     moved = [(int(bits), int(bits) * count) for row in rows for bits, count in parse_counts(getattr(row, name)).items()]
     total = sum(size for _, size in moved)
     return sum(size for bits, size in moved if bits >= WIDE) / total if total else 0.0

@@ -92,7 +92,7 @@ def count_sass(opcodes: Iterable[str], usage: dict[str, str]) -> Resources:
 
 
 def access_bits(kind: str, modifiers: list[str]) -> int:
-    if kind.startswith("U"):  # the copy engine moves whole tiles, so it counts as wide access
+    if kind.startswith("U"):  # the copy engine moves whole tiles, so these instructions count as wide accesses
         return 128
     widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
     return next((widths[each] for each in modifiers if each in widths), 32)

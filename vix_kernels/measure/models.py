@@ -2,8 +2,8 @@
 
 The original of a model comes from the vision_xformer 0.2.0 wheel, if the wheel is installed and contains it. Otherwise it is
 the published model in plain PyTorch, as built by `from_original`. The original training scripts apply autocast only to the
-loss, so the originals are trained in float32 ("as shipped"). In the bf16 rows, the forward pass of an original also runs under
-autocast. Dropout rates are those of the published configuration.
+loss, so the originals are trained in float32. In the bf16 rows, the forward pass of an original also runs under autocast.
+Dropout rates are those of the published configuration.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ for stage, (stride, depth) in enumerate(((2, 1), (1, 1), (1, 2)), start=1):
 
 
 class Pair(NamedTuple):
-    """The arguments of our model, and the label and arguments of its original. `wheel` is True if the wheel has it."""
+    """Arguments of our model, and label and arguments of its original. `wheel` says whether the wheel contains the original."""
 
     ours: dict[str, Any]
     label: str
@@ -121,7 +121,7 @@ def measure(
 ) -> list[Row]:
     """Measure inference and a training step (forward, loss, backward, AdamW) of one model in each form (provider, dtype).
 
-    All steps use the same batch of noise. If the loss is not finite after the last step, the row for training fails.
+    All steps use the same batch of noise. If the loss is not finite after the last step, the training row is marked as failed.
     """
     arguments = arguments or {}
     ours = create_model(name, **arguments)

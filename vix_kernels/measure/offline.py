@@ -107,7 +107,7 @@ def capture(name: str) -> Iterator[list[Any]]:
 
 
 def describe(name: str, binaries: Iterable[Any]) -> list[CompiledLaunch]:
-    """Describe each distinct binary that was captured for the target `name`, in the order in which they were first launched."""
+    """Describe the distinct binaries that were captured for the target `name`, in the order of their first launches."""
     counts = Counter(each.hash for each in binaries)
     distinct = list({each.hash: each for each in binaries}.values())
     used = machine_code.read(TARGETS[name].gpu, [each.asm for each in distinct])

@@ -97,12 +97,12 @@ def alone(device: str, lost: Callable[[str], Any], function: Callable[..., Any],
     """Call function(*args, **kwargs) in a separate process, where earlier measurements do not affect it.
 
     On a CPU, one operator can leave the memory allocator in a state that changes the times of the next operator by up to 50 %.
-    If the system kills the process, for example because memory runs out, return lost(why). GPU times are not affected, so on a
-    GPU the function is called in this process. It is also called in this process on systems that cannot fork.
+    GPU times are not affected, so on a GPU the function is called in this process. It is also called in this process on systems
+    that cannot fork. If the system kills the separate process, for example because memory runs out, return lost(why).
     """
     if device == "cuda" or "fork" not in multiprocessing.get_all_start_methods():
         return function(*args, **kwargs)
-    # The profiler imports torch._dynamo, which takes two seconds. Importing it here does that once, not in every process.
+    # The profiler imports torch._dynamo, which takes two seconds. It is imported once here, and not in every separate process.
     importlib.import_module("torch._dynamo")
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         try:

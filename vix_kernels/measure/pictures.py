@@ -1,4 +1,7 @@
-"""Plot time and memory against the swept size: a figure per operator and dtype, and a figure with all our operators."""
+"""Plot time and memory against the swept size.
+
+There is one figure per operator and dtype, and one figure per dtype with all our operators.
+"""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Device:
 
 # Sources of the matrix rates and bandwidths: NVIDIA's data sheets for the A100 (80 GB SXM), H100 (SXM) and H200 (SXM), the Ada
 # white paper (RTX 4090), and AMD's data sheet for the MI300X. Exponentials: 16 x multiprocessors x boost clock, from the
-# throughput table in the CUDA programming guide. FlashAttention-3 (arXiv:2407.08608) states the same 3.9e12 for the H100.
+# throughput table in the CUDA programming guide. FlashAttention-3 (arXiv:2407.08608) also states 3.9e12 for the H100.
 # CDNA 3 executes transcendental functions on a quarter of its 64 lanes per clock cycle.
 GPUS = (
     Device("A100", "NVIDIA A100-SXM4-80GB", "sm_80", 312e12, 156e12, 19.5e12, 2.039e12, 16 * 108 * 1.41e9),

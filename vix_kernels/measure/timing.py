@@ -19,7 +19,7 @@ class DeviceTime:
     """The times of repeated calls, in milliseconds.
 
     `method` says how the times were measured. "graph": with CUDA events around the replay of a CUDA graph, which has no gaps
-    between launches. "events": with CUDA events around a call that cannot be captured. "cpu": as the CPU time of the process.
+    between launches. "events": with CUDA events around a call that is not captured. "cpu": as the CPU time of the process.
     """
 
     samples: tuple[float, ...]
@@ -120,7 +120,7 @@ def clean_up(pool: tuple[int, int]) -> None:
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
-    except RuntimeError:  # capture_end ended the allocations, or the capture did not begin
+    except RuntimeError:  # capture_end already ended the pool's allocations, or the capture did not begin
         pass
     try:
         torch.cuda.default_generators[device].graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())

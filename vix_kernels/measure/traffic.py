@@ -1,4 +1,4 @@
-"""Count the global memory traffic of the ops, and compare it with the least possible: each argument and each result once.
+"""Count the global memory traffic of the ops, and compare it with the least possible traffic.
 
     q, k, v = torch.randn(3, 4, 4, 1024, 32, dtype=torch.bfloat16, requires_grad=True).unbind()
     traffic = measure(performer_attention, q, k, v, orthogonal_projection(110, 32, seed=0), backend="triton")
@@ -198,7 +198,8 @@ class Touched:
     def by_name(self, named: list[tuple[str, Tensor]]) -> dict[str, int]:
         """Return the number of bytes in the set per storage.
 
-        The key joins the names of the tensors in the storage. A tensor that is passed under several names has the first name.
+        The key joins the names of the tensors in the storage. If a tensor is passed under several names, only the first name is
+        used.
         """
         names: dict[int, dict[int, str]] = defaultdict(dict)
         for name, x in named:
@@ -284,7 +285,7 @@ SIZES = {
     "heads": (4, "heads per sample"),
     "tokens": (1024, "tokens per sample"),
     "width": (32, "head width"),
-    "features": (110, "random features or projected tokens; at most 64 landmarks"),
+    "features": (110, "random features, projected tokens or landmarks; landmarks are limited to 64"),
 }
 
 

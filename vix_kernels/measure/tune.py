@@ -6,12 +6,13 @@ examples:
   vix dev tune --dry-run                           smoke test: one key in Triton's interpreter, with meaningless times
 
 A key is a kernel, an element size and a head width. The search starts from the present tile of a key and changes one field at a
-time. It keeps a change if the new tile is faster, and ends when no change of a field is faster. A tile is rejected ("refused")
-if it does not launch, if its results differ from the results with the present tile, or if it spills more registers.
+time. It keeps a change if the new tile is faster, and ends when no single change gives a faster tile. A tile is rejected
+("refused") if it does not launch, if its results differ from the results with the present tile, or if it spills more registers
+than the present tile.
 
 The command prints one line per key, then the entries for OVERRIDES in vix_kernels/_triton/launch_table.py. Review the entries,
-run `vix dev compile-report`, and commit them by hand. The output file is rewritten after every key. It contains all proposals
-and all rejected tiles.
+add them to that file by hand, and run `vix dev compile-report` before you commit. The output file is rewritten after every key.
+It contains all proposals and all rejected tiles.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
                 continue
             if milliseconds < GAIN * found.best_ms:
                 found.best, found.best_ms, moved = tile, milliseconds, True
-    if found.better:  # time both again, one after the other, so a change of the clock rate does not decide
+    if found.better:  # time both again, one after the other, so that slow changes of the clock rate affect both
         found.present_ms = device_time(bench.run).median
         with trial(key, found.best):
             found.best_ms = device_time(bench.run).median
@@ -203,7 +204,7 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
     return found
 
 
-@lru_cache(maxsize=1)  # only one result, because its tensors need much memory
+@lru_cache(maxsize=1)  # keep only one result, because its tensors need a lot of memory
 def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key], Bench]]:
     """Return the keys that each operator and direction looks up, with a Bench for each. The fewest keys come first.
 
@@ -242,7 +243,7 @@ DRY = [("aggregate_forward", 32, 16)]  # the keys that a dry run tunes
 
 
 def snippet(arch: str, proposals: Iterable[Proposal]) -> str:
-    """Return the entries for OVERRIDES[arch]."""
+    """Return Python code that adds the tiles that are faster to OVERRIDES[arch]."""
     lines = (f"    {p.key!r}: {p.best!r},  # {p.best_ms / p.present_ms:.2f} of {p.present!r}" for p in proposals if p.better)
     return "\n".join([f'OVERRIDES["{arch}"] |= {{', *lines, "}"])
 

@@ -21,5 +21,5 @@ __all__ = [
     "PerformerAttention",
 ]
 
-for _file in iter_modules(__path__):  # importing a file registers its core
+for _file in iter_modules(__path__):  # importing a file registers the core in it, if any
     import_module(f"{__name__}.{_file.name}")

@@ -35,7 +35,7 @@ class Tokens:
         key_padding_mask: bool (batch, tokens), True = valid.
         cu_seqlens: int32 (samples + 1), start offsets of samples that are packed into one row. Not supported by any core yet.
         group: process group across which the tokens are sharded. Not supported by any core yet.
-        grid_size, prefix_tokens: layout of the tokens in this call, if it differs from the layout in the site.
+        grid_size, prefix_tokens: layout of the tokens in this call, if it differs from the layout in the module's Site.
         self_attention: whether queries and keys are the same tokens.
     """
 
@@ -89,7 +89,7 @@ class Mixer:
         sited: names of options that are derived from the site. Zoo models do not accept them.
         has_extra_state: whether modules with this mixer have an extra state (see extra_state, load_extra_state).
         for_hosts: whether this mixer can replace softmax attention in a host model.
-        not_for_hosts: if it cannot, the reason, phrased as the end of an error message.
+        not_for_hosts: the reason why for_hosts is False, phrased as the end of an error message.
     """
 
     name: ClassVar[str]
@@ -167,7 +167,7 @@ class Mixer:
     def mix(
         self, module: nn.Module, x: Tensor, *, num_heads: int, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor:  # fmt: skip
-        """Mix the tokens of x (batch, tokens, dim), and return the same shape. Only for mixers without q, k and v."""
+        """Mix the tokens of x (batch, tokens, dim). The result has the same shape. Only for mixers without q, k and v."""
         raise NotImplementedError
 
 
@@ -192,7 +192,7 @@ class Core(Mixer):
         return None
 
     def weights_only(self: Some) -> Some:
-        """Return this core without residual terms, because these terms have no attention weights."""
+        """Return this core without residual terms, which are not part of the attention weights."""
         return self
 
     def attend(

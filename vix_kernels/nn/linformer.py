@@ -72,7 +72,9 @@ class Linformer(Core):
     def attend_tokens(
         self, module: nn.Module, x: Tensor, maps: nn.Linear, *, scale: float, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor | None:
-        """Project x along the token axis before applying the key and value layers, because (E^T x) W = E^T (x W).
+        """Project x along the token axis before applying the key and value layers.
+
+        The result is the same, because (E^T x) W = E^T (x W). This order is faster if there are fewer slots than tokens.
 
         Returns None with a rotary embedding, which needs the keys of all tokens, and with per-head projections, which would
         need num_heads products with x.

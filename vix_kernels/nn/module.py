@@ -252,7 +252,7 @@ class MixingModule(MixerModule):
 
         Args:
             x: (batch, tokens, dim).
-            rope: rotary embedding. It is applied to the heads of the tokens, because there are no queries and keys.
+            rope: rotary embedding. Because there are no queries and keys, it is applied to x, split into heads.
 
         For the other arguments, see AttentionModule.forward.
         """

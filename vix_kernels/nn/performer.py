@@ -83,7 +83,7 @@ class Performer(Core):
         return torch.tensor(module.redraws, device="cpu")
 
     def load_extra_state(self, module: nn.Module, extra: Any) -> None:
-        """Load `redraws` from a tensor or, in earlier checkpoints, from a dict.
+        """Load `redraws` from a tensor or, for checkpoints of earlier versions, from a dict.
 
         Averaged checkpoints may contain a fractional number, which is rounded.
         """

@@ -52,7 +52,7 @@ def linear_attention(
 
     Returns:
         (batch, heads, queries, value_dim) in q's dtype. Differentiable in q, k, v, projection and rope.angles. With
-        relu, the output of a query is 0 if none of its positive features is positive for any key.
+        relu, the output of a query is 0 if no feature is positive for both the query and a valid key.
 
     Raises:
         ValueError, TypeError: an argument is invalid. The message names it and states the expected and the actual value.

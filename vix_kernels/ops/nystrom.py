@@ -63,14 +63,14 @@ def nystrom_attention(
             "segment": segments of the sequence. If num_landmarks does not divide the number of tokens, the first segments are
             one token shorter than the others.
             "grid": cells of the (height, width) grid `grid_size`, as in adaptive average pooling. Of all cell layouts with
-            rows * columns = num_landmarks, the one whose cells are closest to squares is used. Much more accurate than
-            "segment" on images.
+            rows * columns = num_landmarks, the one whose cells are closest to squares is used. On images, this is much
+            more accurate than "segment".
             "pad_front": segments of the sequence after zero tokens are added at the front, up to a multiple of num_landmarks.
-            Without a mask, queries also attend to these zero tokens. Compatible with weights from the package
+            Without a mask, queries also attend to these zero tokens. Use this for weights from the package
             nystrom-attention.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form.
         prefix_tokens: number of leading tokens (class, registers). Each is a separate landmark, in addition to num_landmarks.
-        pinv_iterations: number of steps of the pseudo-inverse. Use the number with which the weights were trained.
+        pinv_iterations: number of iterations for the pseudo-inverse. Use the number with which the weights were trained.
         pinv_init: how to choose s for the iteration's first matrix, A^T / s. "exact": the largest column sum of each A.
             "original": the largest column sum over all heads and samples, so that the output of a sample depends on the rest of
             the batch. Use "original" for weights from the published code.
@@ -134,7 +134,7 @@ def nystrom_attention_reference(
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
 ) -> Tensor:
-    """Evaluate the equations in plain PyTorch, with all N x L attention weights in memory.
+    """Evaluate the equations in plain PyTorch, with all attention weights between tokens and landmarks in memory.
 
     Supports any device and torch.func transform.
     """

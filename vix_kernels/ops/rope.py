@@ -3,7 +3,8 @@
     u' = u cos(theta) - v sin(theta)        v' = u sin(theta) + v cos(theta)        theta_{t,i} = t base^(-2i / R)
 
 This rotates every pair (u, v) of the first R channels of a query or key at position t. rope_axial and rope_mixed use different
-angles. Angles, cosines and sines are float32 for every dtype of the tokens. Fixed angles are computed in float64.
+angles. Angles, cosines and sines are float32 for every dtype of the tokens. rope_1d and rope_axial compute them in float64 and
+then round the cosines and sines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The primitives from which the attentions are built, one per file."""
+"""The primitives from which the attentions are built."""
 
 from .aggregate import aggregate
 from .broadcast import broadcast

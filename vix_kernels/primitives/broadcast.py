@@ -55,8 +55,8 @@ def broadcast(
 def reads_out(q: Tensor, backend: str) -> bool:
     """Return whether backward reads the output of forward.
 
-    If not, backward recomputes the output. In float32, terms of the gradient cancel exactly only if they are computed with the
-    same products.
+    If not, backward recomputes the output. The kernels do so for float32 and float64, because terms of the gradient cancel
+    exactly only if they are computed from the same products.
     """
     return backend == "triton" and q.element_size() == 2
 

@@ -37,7 +37,7 @@ def feed_forward(
         weights: W1 (hidden, C), b1, W2 (C, hidden) and b2.
         activation: "gelu" or "hardswish".
         p: dropout probability. The factors 1 / (1 - p) are applied to W2 and b2 instead of the kept elements.
-        factors: (..., 1), factors by which the branch of each token is multiplied. None: the factors are 1.
+        factors: (..., 1), one factor per token for the second term of y. None: the factors are 1.
         dtype: dtype of the linear layers.
 
     Returns:

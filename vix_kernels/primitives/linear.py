@@ -3,7 +3,7 @@
     f_jn = phi(p_j . k_n)      S_j = sum_n f_jn v_n      z_j = sum_n f_jn
     f_nj = phi(p_j . q_n)      out_n = sum_j f_nj S_j / (sum_j f_nj z_j + eps)
 
-phi is relu or elu + 1. Without slots, phi is applied to the channels of a token. The passes exchange S and z instead of
+phi is relu or elu + 1. Without slots, phi is applied to the channels of a token. linear_aggregate returns S and z instead of
 the means S / z, because the gradients of S and z are finite even for the smallest z that float32 can represent.
 """
 
@@ -73,7 +73,7 @@ def linear_broadcast(
         q: (batch, heads, queries, D). Views with last stride 1 are not copied.
         slots, feature_map, backend: as in linear_aggregate.
         sums, norms: results of linear_aggregate.
-        eps: a number that is added to the denominator. A denominator of 0 is then replaced by 1.
+        eps: a number that is added to the denominator. If the denominator is still 0, it is replaced by 1.
         rotary: rotary embedding of q.
 
     Returns:

@@ -4,12 +4,11 @@
     X_t = A Z_t        Z_{t+1} = 1/4 Z_t (13 I - X_t (15 I - X_t (7 I - X_t)))
 
 A landmark that averages no token is masked. It is read as 0, even if it is NaN. Its row of A (for q~) or column of A (for k~)
-is 0. The corresponding column or row of Z is 0 in every step, so the rest of Z is the same as
-without this landmark.
+is 0. The corresponding column or row of Z is 0 in every step, so the rest of Z is the same as without this landmark.
 
-s is the largest column sum of A. It is an upper bound for the square of A's spectral norm, because rows of A sum to 1. The
-iteration converges with order three. The number of steps T is part of the model: directions with singular values far below
-sqrt(s 3.25^-T) are not inverted, which keeps Z small. Gradients flow through all steps, s and the softmax.
+s is the largest column sum of A. It is an upper bound for the square of A's spectral norm, because no row of A sums to more
+than 1. The iteration converges with order three. The number of steps T is part of the model: directions with singular values
+far below sqrt(s 3.25^-T) are not inverted, which keeps Z small. Gradients flow through all steps, s and the softmax.
 """
 
 from __future__ import annotations

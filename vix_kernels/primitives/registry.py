@@ -1,8 +1,8 @@
 """Registration of operators.
 
 An operator has a PyTorch implementation for any device, a Triton implementation and a fake kernel, but no autograd formula. A
-plain `torch.autograd.Function` around the operator computes the gradients. Calling the operator directly with a tensor
-that requires a gradient raises an error, because the gradient would be lost silently.
+plain `torch.autograd.Function` around the operator computes the gradients. Calling the operator directly with a tensor that
+requires a gradient raises an error, because the gradient would otherwise be lost silently.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Operator:
         return _function("_triton" if backend == "triton" and self.has_kernel(*inputs) else "_torch", self.module, self.name)
 
     def implementation(self, *arguments: Any) -> Any:
-        """Implement the registered operator."""
+        """Run the PyTorch or the Triton implementation. This is the body of the registered operator."""
         *inputs, backend = self.grouped(arguments)
         device = next(each.device.type for each in inputs if isinstance(each, Tensor))
         # The public function has already cast its inputs, so autocast must not cast the operands of products again.
@@ -113,7 +113,7 @@ def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[.
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
-# Dispatch keys that a thread includes while no mode, transform, tracer or functionalization is active.
+# Sets of dispatch keys that a thread may include while no mode, transform, tracer or functionalization is active.
 DEFAULT_KEYS = {
     keys.raw_repr()
     for keys in (
@@ -168,9 +168,9 @@ def refuse_transforms() -> None:
 def needs_autograd(inputs: Iterable[Any]) -> bool:
     """Return whether a call with `inputs` must go through its `autograd.Function`.
 
-    This is the case if an input requires a gradient, during compilation, and while forward-mode AD is active, for which the
-    Function raises an error. In all other cases, calling the operator directly returns bit-identical results and saves no
-    tensors.
+    This is the case if an input requires a gradient, if the call is being compiled, or if forward-mode AD is active. With
+    forward-mode AD, the Function raises an error. In all other cases, calling the operator directly returns bit-identical
+    results and saves no tensors.
 
     Raises:
         NotImplementedError: a torch.func transform is active.

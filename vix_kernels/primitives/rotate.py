@@ -2,7 +2,7 @@
 
     u' = u cos - v sin            v' = u sin + v cos            for the pairs (u, v) of the first R channels
 
-The gradients of q and k are rotated by -angle, so backward only needs the tables. The gradient of an angle is the cross
+The gradients of q and k are rotated by -angle, so backward only needs cos and sin. The gradient of an angle is the cross
 product u dv - v du of a pair and its gradient, summed over all pairs that the angle rotates. The cross product is the same
 before and after the rotation. A pair with gradient 0, such as padding, contributes 0 even if it is NaN.
 """

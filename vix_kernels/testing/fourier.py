@@ -30,7 +30,7 @@ def _fourier(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tenso
 
 
 def _flops(case: Case) -> int:
-    """Return the FLOPs of the cheaper algorithm: products folded along both axes, or an FFT of real numbers."""
+    """Return the FLOPs of the cheaper algorithm: matrix products that use the symmetry along both axes, or a real FFT."""
     channels = case.heads * case.width
     size = case.tokens * channels
     return case.batch * min(size * (case.tokens + channels) // 2, round(2.5 * size * math.log2(size)))

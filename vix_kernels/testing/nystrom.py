@@ -61,7 +61,8 @@ NYSTROM = OpSpec(
     differentiable=("q", "k", "v", "conv_weight"),
     batched=("q", "k", "v", "key_padding_mask"),
     cases=CASES,
-    # The residual and the inverse are not counted. They add only a few percent if there are many more tokens than landmarks.
+    # The convolution and the pseudo-inverse are not counted. They add only a few percent if there are many more tokens than
+    # landmarks.
     flops=_with_landmarks(lambda case: aggregate_flops(case) + broadcast_flops(case)),
     exps=_with_landmarks(lambda case: aggregate_exps(case) + broadcast_exps(case)),
     public=True,

@@ -29,15 +29,15 @@ class Case:
     masked: bool = False  # whether to mask some keys, and all keys of the last sample; masked tokens contain NaN and inf
     rope: str | None = None  # "interleaved", "half" or None
     rotary: int | None = None  # number of rotated channels; None means all
-    prefix: int = 0  # number of leading tokens that are not rotated
+    prefix: int = 0  # number of leading tokens that are neither rotated nor pooled
     per_head: bool = False  # whether each head has separate projections or slots
-    packed: bool = False  # whether q, k and v are views of one (batch, tokens, 3, heads, width) projection
+    packed: bool = False  # whether q, k and v are views of one tensor (batch, tokens, 3, heads, width)
     spread: float = 1.0  # standard deviation of q and k
     feature_map: str = "relu"  # feature map of linear attention: "relu" or "elu"
     taps: int = 3  # size of the filter of a convolution over tokens
     rows: int = 1  # rows of the grid that the tokens after the prefix form
     mark_rows: int = 1  # rows of landmarks; each row has `features` landmarks
-    adaptive: bool = False  # whether the windows of the landmarks overlap, as in adaptive pooling
+    adaptive: bool = False  # whether landmarks use the windows of adaptive pooling, which may overlap
     learned: bool = False  # whether random features require gradients
     eps: float = 0.125  # eps of linear attention; large enough to change results, and exact in float32
 
@@ -107,7 +107,7 @@ class OpSpec:
         compiled: cases that the compile report compiles at every head width. The report sets batch, heads, tokens and width.
             `features` is 0 in a case without slots. The name of the case is appended to the name of the operator.
         variants: more cases for the compile report, which it compiles at fewer widths.
-        most_features: upper limit of the features in measurements. See `fit`.
+        most_features: upper limit of `features` in measurements. See `fit`.
 
     The bytes and launches of an operator are counted by measure/costs.py.
     """
@@ -137,8 +137,8 @@ class OpSpec:
     def fit(self, case: Case) -> Case:
         """Return `case` adapted for measurements of this operator.
 
-        The result has angles if all problems of the operator have them, no mask if none of its cases is masked, and at most
-        `most_features` features.
+        The result has rotary angles if all problems of the operator have them, no mask if none of the operator's cases is
+        masked, and at most `most_features` features.
         """
         rope = case.rope or ("interleaved" if self.rotates else None)
         features = min(case.features, self.most_features or case.features)
@@ -165,7 +165,7 @@ def register(*specs: OpSpec) -> None:
     """Register operators for tests and measurements. Other packages can register operators, too.
 
     Raises:
-        ValueError: if one of the names is already registered.
+        ValueError: one of the names is already registered.
     """
     for spec in specs:
         if spec.name in SPECS:

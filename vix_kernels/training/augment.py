@@ -1,8 +1,8 @@
 """Random augmentations for float images (batch, channels, height, width).
 
-Each function processes a whole batch at once, and draws different random numbers for each image. Automatic augmentation works
-differently in other packages: torchvision and kornia apply the same operation to all images of a batch, and timm processes one
-PIL image at a time.
+Each function processes a whole batch at once, and draws different random numbers for each image. Automatic augmentation
+(trivial.py) works differently in other packages: torchvision and kornia apply the same operation to all images of a batch, and
+timm processes one PIL image at a time.
 """
 
 from __future__ import annotations

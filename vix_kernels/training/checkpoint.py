@@ -92,7 +92,7 @@ def _write(path: Path, checkpoint: Checkpoint) -> None:
         with open(path, "wb") as file:  # if torch.save gets a path, it raises RuntimeError when the disk is full
             torch.save(checkpoint, file)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch fails again while closing the archive
+        if isinstance(error.__context__, OSError):  # a write failed, and closing the archive then raised `error`
             raise error.__context__ from None
         raise
 
@@ -160,7 +160,7 @@ def _read_shards(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 class _Reader(dcp.FileSystemReader):
-    """A FileSystemReader that unpickles only the types that occur in metadata."""
+    """A FileSystemReader that unpickles only the types that occur in the metadata of a checkpoint."""
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:
         metadata = Unpickler((Path(self.path) / ".metadata").read_bytes(), _METADATA).load()

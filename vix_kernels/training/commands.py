@@ -61,7 +61,7 @@ def train_parser() -> Parser:
             kwargs, default = {"metavar": about["metavar"], "choices": about["choices"], **_VALUES[kind]}, "%(default)s"
         help = about["help"] if "default" in about["help"] else f"{about['help']} (default: {default})"
         group.add_argument(*flags, help=help, **kwargs)
-        if each.name == "recipe":  # listed after --recipe, because both select many settings
+        if each.name == "recipe":  # --config is listed after --recipe, because both select many settings
             group.add_argument(
                 "-c", "--config", metavar="FILE", help="YAML file of settings, such as a run's args.yaml (default: none)"
             )
@@ -92,7 +92,7 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
 
     Flags override a recipe, a recipe overrides a file, and a file overrides the settings of a resumed run or the defaults.
     """
-    first = parser.parse_args(argv, argparse.Namespace(epochs=None))  # None unless --epochs is given
+    first = parser.parse_args(argv, argparse.Namespace(epochs=None))  # first.epochs is None unless --epochs is given
     settings = _read_settings(first.config) if first.config else {}
     if first.resume:
         from .checkpoint import load_checkpoint

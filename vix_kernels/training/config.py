@@ -165,8 +165,8 @@ class Config:
     def steps(self, images: int) -> int:
         """Return the number of steps per epoch.
 
-        The images are divided into batches of nearly equal size. A smaller last batch might have a single image, for which
-        batch norm fails.
+        The images are divided into batches of nearly equal size. If all batches but the last were full, the last one might have
+        a single image, for which batch norm fails.
         """
         return math.ceil(images / self.batch_size)
 

@@ -35,7 +35,7 @@ if hasattr(os, "register_at_fork"):
 def locked(folder: Path) -> Iterator[str]:
     """Lock `folder` for the duration of the block, by calling flock on a file in it.
 
-    Yields the text that `lock_owner` reads from the file. If the process is killed, the operating system releases the lock.
+    Yields the string that `lock_owner` reads from the file. If the process is killed, the operating system releases the lock.
     Warns if the file system does not support locks.
 
     Raises:
@@ -48,7 +48,7 @@ def locked(folder: Path) -> Iterator[str]:
     try:
         os.ftruncate(file, 0)
         os.write(file, owner.encode())
-        os.fsync(file)  # makes the text visible to other machines
+        os.fsync(file)  # makes the string visible to other machines
         yield owner
     finally:
         with suppress(OSError):  # Windows cannot remove open files
@@ -58,7 +58,7 @@ def locked(folder: Path) -> Iterator[str]:
 
 
 def lock_owner(folder: Path) -> str:
-    """Return a text that identifies the process that last locked `folder`, or an empty string if there is no lock file."""
+    """Return a string that identifies the process that last locked `folder`, or an empty string if there is no lock file."""
     with suppress(OSError):
         return (folder / LOCK).read_text(errors="replace")
     return ""

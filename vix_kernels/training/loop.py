@@ -110,7 +110,10 @@ def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: 
 
 
 def redraw_features(state: State) -> None:
-    """Redraw the random features of every Performer. All processes draw the same features, because each module has a seed."""
+    """Redraw the random features of every Performer.
+
+    All processes draw the same features, because these depend only on a module's seed and on how often they were redrawn.
+    """
     for model in filter(None, (state.model, state.ema and state.ema.model)):
         for module in model.modules():
             if hasattr(module, "redraw_projection"):

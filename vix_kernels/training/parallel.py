@@ -160,7 +160,7 @@ class Ranks:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Run the block in the first process and then in the others, so that all can use files that it downloads."""
+        """Run the block in the first process and then in the others, so that these can use the files it has downloaded."""
         if not self.first:
             self.wait()
         try:
@@ -208,7 +208,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """Return `model` wrapped in DDP, which averages the gradients over all processes, as FSDP2 does."""
-    # Disables the broadcast of buffers before each forward. torch 2.13 renames this option and warns about the old name.
+    # The option disables the broadcast of buffers before each forward pass. torch 2.13 renames it and warns about the old name.
     parameters = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     devices = [device] if device.type == "cuda" else None

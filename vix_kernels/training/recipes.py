@@ -14,7 +14,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         epochs=300, batch_size=128, lr=5.5e-4, weight_decay=0.06, warmup_epochs=10, cooldown_epochs=10,
         smoothing=0.1, clip_grad=0.0, aa="trivial", mixup=0.8, cutmix=1.0, mixup_off_epoch=175, amp=True, channels_last=True,
     ),
-    # Reaches a high accuracy in a short time.
+    # A recipe that reaches a high accuracy in a short time.
     "fast": dict(
         opt="muon", batch_size=128, lr=4e-3, weight_decay=0.05, warmup_epochs=1, smoothing=0.1, clip_grad=1.0, amp=True,
         channels_last=True, model_ema=True,

@@ -49,7 +49,7 @@ from .setup import (
 from .state import History, State
 from .trained import evaluate_trained, load_trained
 
-CURVE_SECONDS = 30  # time between updates of the learning curve; an update takes 0.3 s, so they cost at most one percent
+CURVE_SECONDS = 30  # time between updates of the learning curve; an update takes 0.3 s, at most one percent of this time
 
 
 class Stopped(KeyboardInterrupt):
@@ -152,7 +152,7 @@ class Run:
         return self.state.config
 
     def lock(self) -> None:
-        """Lock the folder against other runs until this run ends, and set `new` to whether this run is new in the folder."""
+        """Lock the folder against other runs until this run ends. Set `new` to False if this run continues the run in it."""
 
         def acquire() -> str:
             with output_errors(self.output):
@@ -167,7 +167,7 @@ class Run:
     def open(self) -> None:
         """Create and lock the folder if it does not exist yet, and write the first files."""
         history = self.state.history
-        branches = self.new and bool(history)  # a run is resumed in a new folder, so best.pt is copied to it
+        branches = self.new and bool(history)  # True if a run is resumed in a new folder, to which best.pt is copied
         with self.ranks.agreed(), output_errors(self.output):
             best = best_of(self.resume, history) if branches and self.ranks.first else None
             if self.ranks.first and not self.is_locked:

@@ -32,7 +32,7 @@ class Trained:
         path: the file that the model was loaded from.
         config: the settings of its training. For a model from `save_model`, these are the defaults with an empty dataset name.
         model: the model.
-        classes: the class names, or None if they are unknown, because `save_model` did not receive them.
+        classes: the class names, or None if they are unknown, because a folder from `save_model` does not contain them.
         mean, std: the mean and standard deviation of the training images, as floats in [0, 1], (channels, 1, 1), or None if
             they are unknown.
     """

@@ -1,10 +1,10 @@
 """TrivialAugment (Müller and Hutter, arXiv:2103.10158): one random operation per image, with a uniformly drawn strength.
 
-The operations and their maximum strengths come from the paper's wide space, with one exception: translations move an image
-by at most half its side instead of 32 pixels.
+The operations and their maximum strengths come from the paper's augmentation space "TA (Wide)", with one exception:
+translations move an image by at most half its side instead of 32 pixels.
 
 The operations take float images (batch, channels, height, width) in [0, 1]. `strength` and `sign` have the shape
-(batch, 1, 1, 1). `strength` is between 0 (no change) and 1, and `sign` is -1 or 1.
+(batch, 1, 1, 1). `strength` is between 0 and 1, and `sign` is -1 or 1. Some operations ignore one or both of them.
 """
 
 from __future__ import annotations

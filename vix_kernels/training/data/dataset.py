@@ -129,7 +129,7 @@ def make_dataset(
 
 
 def check_labels(classes: tuple[str, ...], train: Tensor, test: Tensor) -> None:
-    """Raise `ValueError` if a part has no images, a label is out of range, or a class has no training image."""
+    """Raise `ValueError` if there are no training or test images, a label is out of range, or a class has no training image."""
     for part, labels in {"training": train, "test": test}.items():
         if not len(labels):
             raise ValueError(f"expected at least one {part} image, got none")

@@ -162,13 +162,14 @@ def decode(path: Path, size: tuple[int, int] | None) -> np.ndarray | Exception:
 
     try:
         check_regular(path)
-        with Image.open(path) as file:  # Image.open raises only above twice the limit
+        with Image.open(path) as file:  # Image.open raises an error only above twice MAX_IMAGE_PIXELS
             if Image.MAX_IMAGE_PIXELS and file.width * file.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(
                     f"expected at most {Image.MAX_IMAGE_PIXELS:,} pixels, got {file.width} x {file.height}"
                 )
             if size:
-                file.draft("RGB", (2 * size[1], 2 * size[0]))  # decodes JPEG faster, to at least twice `size`
+                # Decode a JPEG at a reduced resolution of at least twice `size`, which is faster.
+                file.draft("RGB", (2 * size[1], 2 * size[0]))
             image = _rgb(ImageOps.exif_transpose(file), file.format)
         if size:
             image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
