@@ -296,7 +296,7 @@ def test_models_are_compared_with_their_originals() -> None:
 
 @pytest.mark.parametrize("name", models.PAIRS)
 def test_models_and_originals_have_similar_sizes(name: str) -> None:
-    """Sizes differ where our models fix the originals.
+    """Sizes differ where our models correct mistakes in the originals.
 
     For example, ViL has as many key and value heads as query heads, but its original has only one of each.
     """

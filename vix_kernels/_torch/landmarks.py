@@ -104,7 +104,10 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
 
 
 def _spread(marks: Tensor, axis: int, adaptive: bool, other: Tensor | None, out: Tensor) -> None:
-    """Write the sum of the marks of each token's windows along `axis` (negative), plus `other`, to `out`."""
+    """For each token along `axis`, which is negative, sum the marks of the windows that contain it, and add `other`.
+
+    The result is written to `out`.
+    """
     size, count = out.shape[axis], marks.shape[axis]
     short, longer = divmod(size, count)
     if adaptive and longer:

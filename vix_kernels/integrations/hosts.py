@@ -149,7 +149,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the name and module of each module in `model` whose class name contains Attention or Attn, but not Block."""
+    """Yield (name, module) for each module in `model` whose class name contains Attention or Attn, but not Block."""
     check_model(model)
     for name, module in model.named_modules():
         kind = type(module).__name__

@@ -83,8 +83,8 @@ class NystromAttention(nn.Module):
             x: (batch, tokens, dim).
             mask: bool (batch, tokens), True = valid.
             return_attn: also return the attention matrix of the padded sequence.
-            return_attn_matrices: also return the three factors of this matrix instead of the matrix: the attention from
-                tokens to landmarks, the pseudo-inverse, and the attention from landmarks to tokens.
+            return_attn_matrices: also return the three factors of this matrix: the attention from tokens to landmarks, the
+                pseudo-inverse, and the attention from landmarks to tokens. Takes precedence over return_attn.
         """
         tokens = x.shape[1]
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):

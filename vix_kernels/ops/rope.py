@@ -164,8 +164,8 @@ def rope_axial(
 ) -> Rope:
     """Return the Rope for a grid of tokens in raster order (Heo et al., Rotary Position Embedding for ViT, arXiv 2403.13298).
 
-    theta_i is x base^(-4i / dim) for the first half of the pairs and y base^(-4i / dim) for the second half, where i < dim / 4.
-    x is the column of the token and y is its row. Both start at 0.
+    theta_i = x base^(-4i / dim) and theta_{i + dim / 4} = y base^(-4i / dim), where i < dim / 4. x is the column of the
+    token and y is its row. Both start at 0.
 
     Args:
         height, width: numbers of rows and columns of the grid.
