@@ -1,4 +1,4 @@
-"""Save and load models as a folder with model.safetensors, config.json and a model card, README.md."""
+"""Save models to folders, and load them. A folder contains model.safetensors, config.json and a model card, README.md."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
-        ValueError: a file is damaged, or the weights do not fit. The message lists all entries that are missing,
-            unexpected, or have the wrong shape.
+        ValueError: a file is damaged, or the weights do not fit. The message lists all entries that are missing or
+            unexpected, or that have the wrong shape.
     """
     folder = _path(folder)
     if not folder.is_dir():

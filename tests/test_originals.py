@@ -60,7 +60,7 @@ def test_equals_the_original(name: str, backend: str) -> None:
 
 
 # Two numbers that were measured on each original model for one image: the multiply-adds in millions (excluding Fourier
-# transforms), and the memory in MiB that training saves for the backward (excluding parameters).
+# transforms), and the size in MiB of the tensors that training keeps for backward (excluding parameters).
 WORK = {
     "ViT": (1614, 96.7),
     "HybridViT": (1708, 89.1),

@@ -39,9 +39,9 @@ class Original:
     Attributes:
         model: the class. Its keyword-only parameters are the original's constructor arguments.
         parts: positional arguments for the class. Keyword-only parameters of functions in `parts` are constructor arguments.
-        defaults: defaults of constructor arguments that differ from the signatures.
+        defaults: defaults of constructor arguments that differ from those in the signatures.
         ignored: constructor arguments that the original accepts but does not use.
-        only: maps each constructor argument for which only one value works to this value.
+        only: constructor arguments for which only one value works, each mapped to that value.
         dead: entries in the state_dict that the original does not use.
     """
 

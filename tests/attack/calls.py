@@ -36,7 +36,8 @@ class Target:
         skipped: names of parameters that have no invalid values or are checked elsewhere.
         fixed: for each tensor name, the dimensions whose size is determined by a different argument.
         also: additional error types that the documentation of `function` lists.
-        refused: whether `function` rejects `arguments` as well. If so, the call with `arguments` is not checked.
+        refused: whether `function` rejects even `arguments`, for example because a file is missing. If so, only calls with
+            invalid values are checked.
     """
 
     function: Callable

@@ -258,8 +258,8 @@ def padding_of(attn_mask: Tensor, key: Tensor) -> Tensor:
 def valid_tokens(additive: Tensor) -> Tensor:
     """Convert an additive mask to a bool mask that is True where the additive mask is 0.
 
-    All other values must be at most half the lowest value of the dtype, such as -inf. Any other value is a bias, which is not
-    supported. On a CPU, a bias raises NotImplementedError. On a GPU and in compiled code, it fails a device-side assertion,
+    All other values, such as -inf, must be at most half the lowest finite value of the dtype. A larger value would be a bias,
+    which is not supported. On a CPU, a bias raises NotImplementedError. On a GPU and in compiled code, it fails a device-side assertion,
     after which the process can no longer use the device. Raising an exception instead would require synchronizing with the
     device.
     """

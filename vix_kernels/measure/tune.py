@@ -48,7 +48,11 @@ GAIN = 0.98  # a tile is faster if it takes less than this fraction of the best 
 
 @dataclass
 class Proposal:
-    """The result for one key. Times are milliseconds for the operator and direction, named by `use`, that launch the kernel."""
+    """The result for one key.
+
+    All times are in milliseconds. They measure the operator and direction in `use`, for example its backward, which launches
+    the kernel.
+    """
 
     key: Key
     use: str

@@ -1,4 +1,4 @@
-"""Read images, in advance or on demand, from one folder per class or from the layout of Tiny ImageNet."""
+"""Read images, in advance or on demand, from a data set with one folder per class or with the layout of Tiny ImageNet."""
 
 from __future__ import annotations
 

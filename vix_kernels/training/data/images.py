@@ -28,7 +28,7 @@ class Images(Protocol):
 
     labels: Tensor
     shape: tuple[int, int, int]
-    unreadable: Set[str]  # files that could not be decoded so far, each with the reason
+    unreadable: Set[str]  # files found so far that cannot be decoded, each with the reason
 
     def __len__(self) -> int: ...
 
