@@ -1,6 +1,6 @@
 """Count lines of code: `python -m bench.lines [CHECKOUT ...]`.
 
-Comments, docstrings, blank lines, tests and tables are not counted. The code that counts as "measuring" is in
+Comments, docstrings, blank lines, tests and the launch table are not counted. The code that counts as "measuring" is in
 vix_kernels/measure/ and bench/. In older checkouts, it is in the files that ONCE_MEASURING lists.
 """
 

@@ -3,8 +3,9 @@
 Peers are other packages, or plain PyTorch for operators without such a package. A budget is a target: an upper limit for such a
 ratio. Ratios above their budget are marked as missed.
 
-pytest --benchmark --benchmark-json run.json
-python -m bench.table run.json
+examples:
+  pytest --benchmark --benchmark-json run.json
+  python -m bench.table run.json
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def peer(op: str) -> str:
 
 
 def lines(rows: Iterable[Row]) -> list[str]:
-    """Return a Markdown table with one line per operator and number of tokens. Cells are "forward / forward and backward"."""
+    """Return a Markdown table with one line per operator and number of tokens.
+
+    A cell with two values has the form "forward / forward and backward".
+    """
     found = {(row["op"], row["tokens"], row["direction"], row["provider"]): row for row in rows}
     cpu = any(row["method"] == "cpu" for row in found.values())
     body = []

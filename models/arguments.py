@@ -22,7 +22,7 @@ def check_rates(**rates: Any) -> None:
 
 def check_flags(**flags: Any) -> None:
     for name, flag in flags.items():
-        if not isinstance(flag, bool):  # for example, the string "false" is truthy
+        if not isinstance(flag, bool):  # reject other types, such as the string "false", which is truthy
             raise ValueError(f"{name}: expected True or False, got {flag!r}")
 
 

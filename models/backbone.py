@@ -19,7 +19,7 @@ class Backbone(nn.Module):
     `finish` at the end of its constructor.
     """
 
-    config: dict[str, Any]  # entries that `save_model` writes, such as the arguments of `create_model`
+    config: dict[str, Any]  # entries that `save_model` writes to config.json, such as the arguments of `create_model`
     # Supported values of global_pool: "token" = class token, "avg" = mean of the patches, "seq" = mean with learned weights
     pools = ("avg",)
 

@@ -32,7 +32,7 @@ class ConvTokenizer(nn.Sequential):
         super().__init__(*layers)
 
     def grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Return the rows and columns of the token map. Every layer pads by half its kernel size."""
+        """Return the rows and columns of the token map. Convolutions and pooling layers pad by half their kernel size."""
         for layer in self:
             if not isinstance(layer, nn.ReLU):
                 stride = layer.stride if isinstance(layer.stride, int) else layer.stride[0]

@@ -1,4 +1,4 @@
-"""Save and load models on the Hugging Face Hub. Requires huggingface_hub, which the extra `hub` installs."""
+"""Push models to the Hugging Face Hub, and load them from it. Requires huggingface_hub, which the extra `hub` installs."""
 
 from __future__ import annotations
 

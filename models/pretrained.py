@@ -35,8 +35,8 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     """Save `model`, created by `create_model` or `from_original`, to `folder`. Each file is written atomically.
 
     `model.config["data"]`, if present, describes the training images: "classes" are the names of the classes, and "mean" and
-    "std" are the statistics of each channel of images in [0, 1]. `vix train` sets this entry, and `vix predict` reads it. An
-    existing model card is not overwritten, because users fill in its blanks.
+    "std" are the statistics of each channel, for pixel values in [0, 1]. `vix train` sets this entry, and `vix predict` reads
+    it. An existing model card is not overwritten, because users fill in its blanks.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -66,11 +66,11 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
     Args:
         overrides: arguments of `create_model` to change. A different img_size resamples position embeddings, token projections
             and attention biases. A different in_chans sums or repeats the channels of the first convolution. A different
-            num_classes or global_pool creates a new head.
+            num_classes creates a new head. global_pool="seq" creates new pooling weights if the saved model has none.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
-        ValueError: a file is damaged, or the weights do not fit. The message lists all entries that are missing or
+        ValueError: a file is damaged, or the weights do not fit the model. The message lists all entries that are missing or
             unexpected, or that have the wrong shape.
     """
     folder = _path(folder)

@@ -15,8 +15,8 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str, optiona
         optional: a function that returns whether the entry with a given name may be missing.
 
     Raises:
-        ValueError: the state does not fit. The message lists all entries that are missing,
-            unexpected, or have the wrong shape.
+        ValueError: the state does not fit. The message lists all entries that are missing or unexpected, or that have the
+            wrong shape.
     """
     expected = model.state_dict()
     problems = {

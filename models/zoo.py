@@ -33,7 +33,8 @@ class Entry(NamedTuple):
     arguments: dict[str, Any]
 
 
-# _tiny, _small and _base have the widths of timm's ViTs, and divide an image into 16 x 16 patches (14 x 14 for _base).
+# _tiny, _small and _base have the widths of timm's ViTs, and divide an image into 16 rows and 16 columns of patches (14 and 14
+# for _base).
 _TRANSFORMERS = {
     "": {},
     "_tiny": dict(img_size=32, patch_size=2, embed_dim=192, depth=12, num_heads=3, mlp_ratio=4.0, qkv_bias=True),

@@ -28,9 +28,9 @@ def cost(op: str, direction: str = "forward", case: Case = CASE, dtype: torch.dt
 
 
 def test_forward_bytes_are_inputs_and_outputs() -> None:
-    """Compare with bytes counted by hand.
+    """Compare the number of bytes with a count by hand.
 
-    The numbers of queries and keys differ, values have a different width, and the statistics of each row are saved.
+    The numbers of queries and keys differ, values are wider than keys, and the statistics of each row are saved.
     """
     k, v, q, out = 2 * 3 * 40 * 16 * 2, 2 * 3 * 40 * 24 * 2, 2 * 3 * 10 * 16 * 2, 2 * 3 * 10 * 24 * 2
     slots, values, lse, rows = 9 * 16 * 4, 2 * 3 * 9 * 24 * 4, 2 * 3 * 9 * 4, 2 * 3 * 10 * 4

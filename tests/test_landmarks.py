@@ -20,7 +20,8 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("size, count", [(12, 4), (13, 4), (11, 4), (7, 7), (9, 5), (5, 1), (40, 2)])
 def test_segments_are_a_partition(backend: str, size: int, count: int) -> None:
-    """Compare with a loop that assigns each token to a segment. The formula for the segment is from the published code."""
+    """Compare the landmarks with means computed in a loop over the tokens. The published code assigns tokens to segments in the
+    same way."""
     x = tokens(1, 2, size, 8, dtype=torch.float32)
     sums, members = torch.zeros(1, 2, count, 8, device=DEVICE), [0] * count
     short = size // count
@@ -37,7 +38,7 @@ def test_segments_are_a_partition(backend: str, size: int, count: int) -> None:
 
 @pytest.mark.parametrize("rows, columns, mark_rows, mark_columns", [(5, 7, 3, 4), (6, 6, 3, 2), (7, 5, 7, 3), (1, 23, 1, 9)])
 def test_adaptive_windows_match_torch(backend: str, rows: int, columns: int, mark_rows: int, mark_columns: int) -> None:
-    """Compare outputs and gradients, with two prefix tokens."""
+    """Compare outputs and gradients with `adaptive_avg_pool2d`. There are two prefix tokens."""
     x, cotangent = tokens(2, 2, 2 + rows * columns, 8, dtype=torch.float32), tokens(2, 2, 2 + mark_rows * mark_columns, 8)
     x.requires_grad_()
     images = x[:, :, 2:].mT.unflatten(-1, (rows, columns)).flatten(0, 1)
@@ -125,7 +126,10 @@ def test_learned_angles_get_gradients_from_q_and_k(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_adds_parts_and_other_gradients(backend: str, dtype: torch.dtype) -> None:
-    """As in an attention op, the landmark gradients have two parts with different dtypes, and q and k have other gradients."""
+    """As in an attention op, the gradient of each landmark is a sum of two parts, whose dtypes may differ.
+
+    Further gradients of q and k, which do not come from landmarks, are added.
+    """
     q, k = tokens(2, 2, 19, 16, dtype=dtype), tokens(2, 2, 30, 16, dtype=dtype)
     dq_other, dk_other = tokens(2, 19, 2, 16, dtype=dtype).transpose(1, 2), tokens(2, 2, 30, 16, dtype=dtype)
     parts = tokens(2, 2, 6, 16, dtype=torch.float32), tokens(2, 2, 6, 16, dtype=dtype)

@@ -24,7 +24,7 @@ def error(x, truth) -> float:
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("feature_map", ["relu", "elu"])
 def test_equals_the_paper(backend: str, feature_map: str) -> None:
-    """Compare with equations 4 and 5 in the paper, which use sums, not means."""
+    """Compare the output with equations 4 and 5 in the paper, which use sums, not means."""
     q, k, v = (torch.randn(2, 3, 21, 16, device=DEVICE) for _ in range(3))
     phi = torch.relu if feature_map == "relu" else lambda x: torch.nn.functional.elu(x) + 1
     phi_q, phi_k = phi(q.double()), phi(k.double())

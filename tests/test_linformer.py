@@ -45,7 +45,7 @@ def peer_module(share_kv: bool, tokens: int = 20):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("queries", [20, 9])
 def test_equals_linformer(backend: str, queries: int) -> None:
-    """Compare outputs and gradients. linformer's linear maps are replaced with identities, so its values equal its keys."""
+    """Compare outputs and gradients with linformer, whose linear maps are replaced with identities, so values equal keys."""
     _, peer = peer_module(share_kv=False)
     peer.to_q = peer.to_k = peer.to_v = peer.to_out = torch.nn.Identity()
     x, context = (torch.randn(2, n, 48, device=DEVICE, requires_grad=True) for n in (queries, 17))

@@ -45,7 +45,10 @@ def error(x: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("count", [40, 37, 33])
 def test_equals_nystrom_attention(count: int, backend: str) -> None:
-    """Compare outputs and gradients. 37 and 33 tokens are padded to a multiple of the number of landmarks; 40 are not."""
+    """Compare outputs and gradients with nystrom-attention.
+
+    37 and 33 tokens are padded to a multiple of the number of landmarks. 40 tokens need no padding.
+    """
     module, qkv = peer(8, residual=True, residual_conv_kernel=33), tokens(count)
     weight = module.res_conv.weight
     dout = torch.randn(BATCH, HEADS, count, WIDTH, generator=torch.Generator().manual_seed(1)).to(DEVICE)

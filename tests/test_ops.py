@@ -46,7 +46,7 @@ def on_each_backend(cases: Cases, interpreted: Cases) -> pytest.MarkDecorator:
 
 
 def each_operator() -> pytest.MarkDecorator:
-    """Parametrize over all operators on both backends. In the interpreter, skip operators that launch the kernels of others."""
+    """Parametrize over all operators on both backends. In the interpreter, skip operators without separate kernels."""
     grid = [
         pytest.param(backend, spec, id=f"{backend}-{name}")
         for backend in ("torch", "triton")
@@ -161,7 +161,7 @@ class Canaries(TorchDispatchMode):
 
 @pytest.mark.parametrize("spec, case", EVERY)
 def test_kernels_write_their_outputs_and_nothing_else(spec: OpSpec, case: Case) -> None:
-    """Also compare the results with the float64 reference.
+    """Check the memory around each output, and compare the results with the float64 reference.
 
     The dtype is float64, or float32 on a GPU, where kernels do not support float64.
     """

@@ -79,7 +79,7 @@ WORK = {
 
 @pytest.mark.parametrize("name", WORK)
 def test_the_reference_backend_does_as_much_work_as_the_original(name: str) -> None:
-    """Equal work makes the reference backend a fair baseline for speed if the original is not installed."""
+    """The reference backend does equal work, so it is a fair baseline for speed if the original is not installed."""
     expected = golden.load(name)
     model = from_original(name, expected.config, expected.state, backend="reference")
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -1,4 +1,4 @@
-"""Tests of training in several processes: results match one process, and runs survive a killed process."""
+"""Tests of training in several processes: results match those of one process, and runs survive a killed process."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def assert_close(actual: Checkpoint, expected: Checkpoint) -> None:
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_two_processes_match_one(runs: Path, name: str) -> None:
-    """Both DDP and FSDP2 match a single process. The FSDP2 run accumulates gradients over two micro-batches in each step."""
+    """The results of DDP and FSDP2 match those of a single process. The FSDP2 run splits steps into two micro-batches."""
     alone = load_checkpoint(runs / "alone")
     assert alone["history"][-1]["train_loss"] < alone["history"][0]["train_loss"] - 0.05
     assert_close(load_checkpoint(runs / name), alone)

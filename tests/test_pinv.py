@@ -46,7 +46,7 @@ def test_convergence_to_the_inverse_is_cubic() -> None:
 
 
 def test_pinv_filters_singular_values(backend: str) -> None:
-    """Compare with Z = V diag(x_T / sigma) U^T, where A = U diag(sigma) V^T.
+    """Compare the output with Z values, where Z = V diag(x_T / sigma) U^T and A = U diag(sigma) V^T.
 
     x_0 = sigma^2 / s with the largest column sum s of A, and each of the T steps maps x to x (13 - x (15 - x (7 - x))) / 4.
     """
@@ -118,7 +118,7 @@ def test_only_the_original_init_depends_on_the_batch(backend: str) -> None:
 
 
 def test_nan_in_one_head_does_not_reach_the_next(backend: str) -> None:
-    """A program processes several heads one after another in the same memory, so NaN from one head could reach the next."""
+    """A kernel program processes heads one after another in the same memory, so NaN from one head could reach the next."""
     tensors = [x.to(DEVICE, torch.float32) for x in problem(20, batch=1)]
     function = partial(pinv, scale=SCALE, iterations=2, backend=backend)
     expected = gradients(function, tensors)

@@ -21,7 +21,7 @@ def test_angles_are_positions_times_frequencies() -> None:
 
 
 def test_angles_of_far_tokens_are_exact() -> None:
-    """At token 100,000, the product of position and frequency would be too inaccurate in float32. It is computed in float64."""
+    """The product of position and frequency is computed in float64. At token 100,000, float32 would be too inaccurate."""
     rope = rope_1d(100_001, 4)
     assert rope.cos[0, -1, 1] == pytest.approx(math.cos(100_000 * 10000.0**-0.5), abs=1e-6)
     assert rope.sin[0, -1, 0] == pytest.approx(math.sin(100_000), abs=1e-6)

@@ -98,7 +98,7 @@ def test_models_with_rotary_embedding_are_reproduced(name):
 
 
 def test_rotations_match_timm():
-    """Compare rotated q and k with timm, for both layouts, and for tables that are shared by all heads or separate per head."""
+    """Compare rotated q and k with those of timm, for both layouts, and for tables that are shared by all heads or separate."""
     from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
     from vix_kernels import apply_rope

@@ -34,7 +34,7 @@ current = Conditions()
 
 @contextmanager
 def under(**changes: Any) -> Iterator[None]:
-    """Apply `changes` to the current conditions inside the block."""
+    """Apply `changes` to the current conditions inside the `with` block."""
     global current
     before, current = current, replace(current, **changes)
     try:

@@ -11,9 +11,9 @@ must import vix_kernels before it loads the program. The program does not suppor
 PyTorch is installed, use `decomposed`, which replaces the operators with plain PyTorch.
 
 The number of tokens may also be dynamic, unless rotary tables, a grid or a model's image size fix it. The minimum of its
-range must be at least the number of landmarks or agents plus the number of prefix tokens. The maximum must be less than the
-number of rows of Linformer's projections. With landmarks="pad_front", if the length of the example is a multiple of
-num_landmarks, the program accepts only multiples of num_landmarks. Otherwise, it accepts only lengths that are not multiples.
+range must be at least the number of landmarks or agents plus the number of prefix tokens. With Linformer attention, the maximum
+must be less than the number of rows of the projections. With landmarks="pad_front", if the length of the example is a multiple
+of num_landmarks, the program accepts only multiples of num_landmarks. If not, it accepts only lengths that are not multiples.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LARGEST = 3 * 2**29  # bytes of weights; for larger models, torch writes the wei
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram:
-    """Return an equivalent program in plain PyTorch, which runs without this library and supports gradients.
+    """Return an equivalent program that uses only PyTorch's operators, runs without this library and supports gradients.
 
     The returned program materializes tokens x slots matrices. For 16-bit dtypes, it still computes sums and statistics in
     float32.

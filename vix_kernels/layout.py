@@ -41,7 +41,7 @@ class Rotary(NamedTuple):
     Attributes:
         cos, sin: (heads or 1, tokens, R / 2), for the first R channels. float32, or float64 if the tokens are float64.
         interleaved: whether channels (2i, 2i + 1) form a pair. If not, channels (i, i + R / 2) do.
-        angles: the angles from which cos and sin were computed if they require a gradient, else None.
+        angles: the angles from which cos and sin were computed, or None if the angles do not require a gradient.
     """
 
     cos: Tensor

@@ -1,10 +1,10 @@
 """Collect all GPU measurements of this checkout in at most {seconds} seconds, without installing it:
-  compile      compile all kernels of the later parts on all cores
+  compile      compile all kernels of the later parts in parallel
   correctness  check the kernels at realistic sizes: against float64, repeatedly, in CUDA graphs, on two streams
   timing       measure device time, wall time and memory of every operator of this library, and of the same
                operations in plain and compiled PyTorch, FlashAttention and other installed packages
   tune         search for faster launch configurations
-  suite        run the pytest suite, the kernels first
+  suite        run the pytest suite, the tests of the kernels first
   models       measure inference and a training step of every model: images/s, memory
   training     train for a short time on each available data set
   sanitizer    run compute-sanitizer on a small call of each operator

@@ -1,4 +1,6 @@
-"""The published Vision Xformers (arXiv:2107.02239), including their quirks. They can load the weights of the originals.
+"""Reimplementations of the original Vision Xformers (arXiv:2107.02239), including their quirks.
+
+They can load the weights of the originals.
 
 Names without a prefix refer to classes in the repository pranavphoenix/VisionXformer at commit 7ee52ee. In that repository, CCN
 and CCP are called CCT, LeViN and LeViP are called LeViT, and CvN and CvP are called CvT. Names with the prefix "wheel_" refer
@@ -107,7 +109,7 @@ def from_original(
         state_dict: the original's state_dict. The rotary table and batch norm's counters may be missing. The unused
             `pos_embedding` of rotary ViTs and ViLs, including hybrids, is dropped.
         backend: "reference" runs the published computation, for comparison. "auto", "triton" and "torch" run the ops of
-            vix_kernels where these compute the same function; see mixers.py.
+            vix_kernels where these compute the same function; see originals/mixers.py.
 
     Returns:
         The model in float32 and in training mode, so the dropout in `config` is active. The docstrings of the model classes
@@ -115,7 +117,7 @@ def from_original(
 
     Raises:
         ValueError: `name` or an argument in `config` is unknown; an argument is missing or not supported; or `state_dict` does
-            not fit. The message lists all entries that are missing, unexpected, or have the wrong shape.
+            not fit the model. The message lists all entries that are missing or unexpected, or that have the wrong shape.
     """
     model = build(name, config, backend=backend)
     original = ORIGINALS[name]

@@ -11,7 +11,7 @@ pointwise = partial(nn.Conv2d, kernel_size=1)
 
 
 class Mixer(nn.Module):
-    """Base class of token mixers. `mix` maps tokens (batch, tokens, dim) to the same shape.
+    """Base class of token mixers. `mix` maps tokens (batch, tokens, dim) to tokens of the same shape.
 
     `forward` also accepts maps (batch, dim, height, width), which it flattens row by row. The originals always reshape the
     tokens to 32 x 32 and fail for other maps, whereas this class supports any size.

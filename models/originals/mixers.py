@@ -1,12 +1,12 @@
 """The attention layers and the Fourier transform of the originals, in two implementations with the same parameters.
 
-backend="reference" runs the published computation in eager PyTorch. Like the originals, it stores all scores, attention
-weights, copies and complex numbers in memory. The other backends run the ops of vix_kernels and PyTorch's
-scaled_dot_product_attention where these compute the same function. The Performer only has the reference implementation,
-because no kernel supports its eps and its maximum over the batch.
+backend="reference" runs the published computation in eager PyTorch. Like the originals, it stores all intermediate
+results in memory, such as scores, attention weights and complex numbers. The other backends run the ops of vix_kernels and
+PyTorch's scaled_dot_product_attention where these compute the same function. The Performer only has the reference
+implementation, because no kernel supports its eps and its maximum over the batch.
 
-A rotary `table` from vix.RotaryTable is (positions, dim_head). The first half of its columns contains sines, and the second
-half contains cosines. Row t rotates the query and the key of token t, in interleaved pairs of channels.
+A rotary `table` from vix.RotaryTable has the shape (positions, dim_head). The first half of its columns contains sines, and the
+second half contains cosines. Row t rotates the query and the key of token t, in interleaved pairs of channels.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class RotaryTable(nn.Module):
 
 
 class ViX(nn.Module):
-    """The structure that these models share. Maps images (batch, channels, *image_size) to logits (batch, num_classes).
+    """The structure of all models in this file. Maps images (batch, channels, *image_size) to logits (batch, num_classes).
 
     The class token is at position 0. In models that are not rotary, all tokens, including the class token, have learned
     position embeddings. Rotary models instead rotate queries and keys by their one-dimensional positions in the flattened
@@ -120,14 +120,14 @@ def softmax(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, 
 
 
 def performer(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """Create the mixer without `dropout`, which the original does not pass to the attention."""
+    """Create Performer attention without `dropout`, which the original does not pass to the attention."""
     return PerformerAttention(dim, heads=heads, dim_head=dim_head)
 
 
 def nystrom(
     dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64, num_landmarks: int = 64
 ) -> nn.Module:
-    """Create the mixer without `dropout`, which the original does not pass to the attention."""
+    """Create Nystrom attention without `dropout`, which the original does not pass to the attention."""
     return NystromAttention(dim, heads=heads, dim_head=dim_head, backend=backend, num_landmarks=num_landmarks)
 
 

@@ -68,8 +68,8 @@ def attack(options: argparse.Namespace) -> int:
     }
     if sys.platform == "linux":
         strategies |= {reader: (files.damages(reader), files.check) for reader in files.READERS}
-    # Nystrom attention has the most options and the least stable iterations, so it gets three times as many cases. Readers do
-    # not depend on the backend, so they are tested only with the default one.
+    # Nystrom attention has the most options and is numerically the least stable op, so it gets three times as many cases as
+    # the others. Readers do not depend on the backend, so they are tested only with the default backend.
     names = options.only or [*numerics.OPS, "nystrom_attention", "nystrom_attention", "calls"]
     if not options.only and options.backend == "torch":
         names += [name for name in strategies if name not in numerics.OPS]

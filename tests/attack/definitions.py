@@ -163,7 +163,7 @@ def agent_attention(q, k, v, agents, *, scale: float, valid=None, agents_valid=N
 
 
 def segments(tokens: int, count: int) -> list[range]:
-    """Split the tokens into `count` windows of `tokens // count` tokens. The last `tokens % count` have one more token."""
+    """Split the tokens into `count` windows of `tokens // count` tokens. The last `tokens % count` have one token more."""
     windows, start = [], 0
     for j in range(count):
         end = start + tokens // count + (j >= count - tokens % count)

@@ -481,7 +481,7 @@ class Trial:
         if "out" in self.problem.ignored:
             cotangent = cotangent.masked_fill(self.problem.hidden["out"], 0.0)
         self.cotangent = cotangent.to(self.stored)
-        # Upper bound for the dot product of a cotangent with a value or an output. In float16, these products may overflow
+        # Upper bound for the dot product of a cotangent with a value or an output. In float16, such dot products may overflow
         # before they are multiplied by small attention weights.
         values = [x for x in (self.tensors.get("v"), exact) if x is not None and x.numel()]
         self.products = max((rows(x) * rows(self.cotangent) for x in values), default=0.0)

@@ -41,7 +41,7 @@ def broadcast_forward(
     """Return out (B, H, N, E) in q's dtype, and empty tensors for row_max and total.
 
     The bias a_j is slot_bias (B, H, M), or 0 if slot_bias is None. A slot with bias -inf has probability 0. If all slots have
-    bias -inf, the attention is 0. If v and conv_weight are given, their convolution is added to out.
+    bias -inf, the output of the attention is 0. If v and conv_weight are given, their convolution is added to out.
     """
     all_slots, values, biases = expand_slots(slots, q), wide(values), _slot_bias(slot_bias, slots, q)
     rope = Rotation(rotary, all_slots.dtype)
@@ -78,8 +78,9 @@ def broadcast_backward(
     dg_nj = P_nj dout_n . (values_j - out_n)    dvalues_j = sum_n P_nj dout_n
     dq_n = s sum_j dg_nj p_j    dp_j = s sum_n dg_nj q_n    da_j = ln 2 sum_n dg_nj
 
-    The softmax is recomputed, so out and statistics are not read. dout_n . out_n is computed as sum_j P_nj dout_n . values_j,
-    because `out` may be rounded to 16 bits. So dg_n sums to 0, and dq is accurate even if slots have a large common mean.
+    The softmax is recomputed, so `out` and `statistics` are not read. dout_n . out_n is computed as
+    sum_j P_nj dout_n . values_j, because `out` may be rounded to 16 bits. So sum_j dg_nj is 0, and dq is accurate even if slots
+    have a large common mean.
     """
     need_slots, need_values = needs
     all_slots = expand_slots(slots, q)

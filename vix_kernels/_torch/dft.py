@@ -32,7 +32,8 @@ def dft(x: Tensor, ortho: bool) -> Tensor:
         torch.add(part[:, 1:rows, 1:], mirror[:, :, 1:].flip(1, 2), out=w[:, 1:, 1:])
         half = torch.fft.rfft(w, dim=2)
         half.imag.neg_()  # in place, whereas hfft would copy
-        # Transform one row per column and sample, so that the result of a sample is bit-identical for any batch size.
+        # Each row of the transposed matrix is one column of one sample, so the result of a sample is bit-identical for any
+        # batch size.
         half = torch.fft.irfft(half.mT.contiguous().flatten(0, 1), n=tokens, norm="forward")
         half = half.t().contiguous().unflatten(1, (-1, columns)).transpose(0, 1)  # only 2D transposes are fast
         torch.mul(half, scale, out=out[:, :, :columns])

@@ -20,5 +20,5 @@ def draw_kept(kept: Tensor, p: float) -> Tensor:
 
 
 def kept_scale(p: float) -> float:
-    """Return the factor for kept elements that preserves the mean."""
+    """Return the factor by which kept elements are multiplied to preserve the mean."""
     return 1 / (1 - p) if p < 1 else 0.0

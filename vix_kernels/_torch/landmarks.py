@@ -1,8 +1,8 @@
 """Landmark means and their gradient in plain PyTorch, one axis of the grid at a time.
 
 The functions do not use autograd. Sums are computed in fp32 (fp64 for fp64 inputs). 16-bit inputs are cast a few heads at a
-time. Segments are summed after a reshape. Only overlapping windows are gathered. Nothing is multiplied by zero, so a NaN only
-affects the windows that contain it.
+time. Segments (see primitives/landmarks.py) are summed after a reshape. Only overlapping windows are gathered. Nothing is
+multiplied by zero, so a NaN only affects the windows that contain it.
 
 Shapes: q (B, H, Nq, D); k (B, H, Nk, D); marks (B, H, L, D); masks bool (B, N); counts fp32 (B, L); cos, sin fp32
 (1 or H, N, R / 2). Gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
@@ -153,7 +153,7 @@ def _token_gradient(
     other: Tensor | None, dmarks: Tensor, dmarks_2: Tensor | None, x: Tensor, mask: Tensor | None, counts: Tensor,
     rope: Rotation, pool: Pool,
 ) -> Tensor:  # fmt: skip
-    """Return the gradient of tokens x from the gradients of their landmarks, plus `other`."""
+    """Return the gradient of tokens x through their landmarks, plus `other`."""
     scaled = dmarks.to(accumulator(x.dtype))
     scaled = (scaled if dmarks_2 is None else scaled + dmarks_2) / counts.clamp(min=1)[:, None, :, None]
     dx = empty_like_tokens(x, x.shape[3])
@@ -161,7 +161,7 @@ def _token_gradient(
     direct = other is not None and not rotated and mask is None
     for group, _ in groups(x, x.shape[3]):
         part, marks = dx[group], scaled[group]
-        wide = dx.dtype == scaled.dtype  # then sums can be computed in dx directly
+        wide = dx.dtype == scaled.dtype  # if so, sums can be computed in dx directly
         rows = part if wide and not rotated else buffer(*part.shape)
         _spread_marks(marks, other[group] if direct else None, rows, pool)
         if rotated:

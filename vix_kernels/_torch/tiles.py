@@ -127,7 +127,7 @@ def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
     batch, heads, tokens, _ = x.shape
     room = max(1, (TILE_CPU if x.device.type == "cpu" else TILE_GPU) // slots)
     pairs = max(1, room // max(1, tokens))
-    if x.stride(1) < x.stride(2) and 4 * heads > pairs:  # then a tile has one sample, and can be flattened without a copy
+    if x.stride(1) < x.stride(2) and 4 * heads > pairs:  # a tile of one sample can be flattened without a copy
         pairs = heads
     b_step, h_step = max(1, pairs // max(1, heads)), max(1, min(heads, pairs))
     n_step = room // (b_step * h_step)

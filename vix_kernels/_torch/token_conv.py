@@ -1,7 +1,8 @@
 """Depthwise convolution over tokens in plain PyTorch, by multiplying a banded matrix by blocks of tokens.
 
-BLOCK output tokens depend on a window of BLOCK + taps - 1 input tokens. One batched product with a Toeplitz matrix computes all
-blocks of one head, for as many samples as fit in the caches. Products and sums are computed in fp32 (fp64 for fp64 inputs).
+BLOCK consecutive output tokens depend on a window of BLOCK + taps - 1 input tokens. One batched product with a Toeplitz matrix
+computes all blocks of one head, for as many samples as fit in the caches. Products and sums are computed in fp32 (fp64 for fp64
+inputs).
 
 Shapes: v (B, H, N, E); weight (H, 1, taps, 1) with odd taps; mask bool (B, N). Outputs have the same memory layout as v.
 """
@@ -18,7 +19,7 @@ from ..layout import Needs, accumulator, empty_like_tokens
 BLOCK = 32  # with larger blocks, the banded matrix has more zeros; with smaller ones, more tokens are read twice
 ROOM = 2**18  # number of elements that are processed together
 
-# A slice of samples and the index of a head. These are processed together.
+# A slice of samples and the index of a head. The selected tokens are processed together.
 Group = tuple[slice, int]
 
 

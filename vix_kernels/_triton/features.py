@@ -86,7 +86,7 @@ def load_state(sums, norms, sums_m, norms_m, o_m, M, E: tl.constexpr, BLOCK_E: t
 def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | None) -> LaunchConfig:
     """Return the launch configuration of `kernel`. If `slots` is None, the feature map is applied to the tokens' channels."""
     config = launch_config(kernel, tokens, max(tokens.shape[3], values.shape[3]), tokens if slots is None else slots)
-    if slots is None:  # a tile has at most as many columns as a head
+    if slots is None:  # the columns are the channels of a head, so a wider tile would only add padding
         config = replace(config, tile=config.tile._replace(slots=min(config.tile.slots, padded(tokens.shape[3]))))
     return config
 

@@ -1,8 +1,8 @@
 """Kernels for `landmarks`: one launch computes the means of q and k, and another the gradients of q and k.
 
 In the forward kernel, a program computes a tile of landmarks. It loops over their windows and reads a few tokens of each window
-at a time. In the backward kernel, a program computes the gradient of a tile of tokens. Each token gathers the gradients of the
-landmarks whose windows contain it: one landmark, or up to four if windows overlap.
+at a time. In the backward kernel, a program computes the gradient of a tile of tokens. For each token, it adds the gradients of
+the landmarks whose windows contain the token: one landmark, or up to four if windows overlap.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def mean(
     x += i_b * x_b + i_h * x_h
     angles = i_h * angle_h
 
-    # The tile has BLOCK_N groups of rows, and each group has one token per landmark. With this order, each thread can sum over
-    # the groups in its registers.
+    # A tile of tokens has BLOCK_N groups of rows, and each group has one token per landmark. With this order, each thread can
+    # sum over the groups in its registers.
     o_row = tl.arange(0, BLOCK_N * BLOCK_M)
     o_token, o_mark = o_row // BLOCK_M, first_mark + o_row % BLOCK_M
     on_grid = tl.maximum(o_mark - prefix, 0)

@@ -81,9 +81,9 @@ class LaunchConfig:
 
 PROGRAMS_A_MULTIPROCESSOR = 2  # number of programs whose registers fit in a multiprocessor at the same time
 LEAST_CHUNK = 256  # tokens; merging smaller chunks would take more time than the additional programs save
-# Largest number of tokens per tile when the interpreter uses the launch configurations of a GPU architecture. With such large
-# tiles, a run takes one fifth of the time that it takes with the tiles of the launch table. Each launch still reads and writes
-# the same number of bytes, because the size of a chunk depends on the tile in the launch table (`step`).
+# Largest number of tokens per tile when the interpreter uses the launch configurations of a GPU architecture. With tiles this
+# large, the interpreter takes one fifth of the time that it takes with the tiles of the launch table. Each launch still reads
+# and writes the same number of bytes, because the size of a chunk depends on the tile in the launch table (`step`).
 ASSUMED_TOKENS = 1024
 
 

@@ -281,7 +281,7 @@ _ADA = {  # for kernels that, on sm_86 and sm_89, would spill registers with the
     ("linear_broadcast_tokens", 16, 64): Tile(16, 64, 4, 1),
     ("broadcast_tokens", 16, 32): Tile(64, 128, 8, 1),
 }
-_CDNA = {  # one stage and smaller tiles, for kernels whose pipeline does not fit in registers
+_CDNA = {  # for kernels that fit in registers only with one stage or a different tile
     ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 1),
     ("broadcast_tokens", 16, 32): Tile(32, 128, 4, 1),
     ("broadcast_forward", 16, 64): Tile(64, 128, 8, 1),

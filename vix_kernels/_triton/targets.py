@@ -60,7 +60,7 @@ def nvidia(arch: int, *, multiprocessors: int, warps: int, blocks: int, shared_m
 def amd(arch: str, *, multiprocessors: int, shared_memory: int, unit: int) -> Target:
     """Return a target with AMD's limits per compute unit.
 
-    A compute unit runs eight wavefronts on each of its four SIMDs. It has sixteen barriers, so it runs at most sixteen
+    A compute unit runs up to eight wavefronts on each of its four SIMDs. It has sixteen barriers, so it runs at most sixteen
     workgroups.
     """
     return Target(GPUTarget("hip", arch, 64), multiprocessors, 32, 16, shared_memory * 1024, unit, 0)

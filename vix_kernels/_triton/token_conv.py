@@ -1,8 +1,8 @@
 """Kernels for `token_conv`: products of a banded matrix and tokens (see primitives/token_conv.py for the equation).
 
-A tile of BLOCK_N outputs reads a window of BLOCK_N + TAPS - 1 tokens and multiplies BLOCK_K of them at a time. The gradient of
-v is a convolution of dout with the reversed filter. For the gradient of the filter, the tokens of a tile are multiplied by a
-window of dout, and the products are summed along diagonals.
+To compute a tile of BLOCK_N outputs, a program reads a window of BLOCK_N + TAPS - 1 tokens and multiplies the banded matrix by
+BLOCK_K of them at a time. The gradient of v is a convolution of dout with the reversed filter. For the gradient of the filter,
+the tokens of a tile are multiplied by a window of dout, and the products are summed along diagonals.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
 
         report = replace_attention(pipeline.transformer, "nystrom", num_landmarks=64)
 
-    Cross-attentions are not replaced, and neither are attentions with other processors. For example, the attentions in Flux and
-    SD3 have other processors because they process several token streams.
+    Only self-attentions whose processor is an AttnProcessor2_0 are replaced. For example, the attentions in Flux and SD3 have
+    other processors, because they process several token streams.
 
     Args:
         model: a diffusers model that contains diffusers.models.attention_processor.Attention modules.
@@ -70,7 +70,7 @@ def _reason_against(module: nn.Module) -> str:
         return f"a {type(module).__name__}, not the Attention of diffusers.models.attention_processor"
     if module.is_cross_attention:
         return "cross-attention"
-    # If the logits are not scaled, which is not supported, the processor is an AttnProcessor.
+    # Attentions with unscaled logits are not supported. Their default processor is an AttnProcessor.
     if type(module.processor) not in (AttnProcessor2_0, VixAttnProcessor):
         return f"its processor is a {type(module.processor).__name__}"
     return ""

@@ -1,7 +1,8 @@
 """A replacement for softmax attention with the signature of `torch.nn.functional.scaled_dot_product_attention`.
 
 The integrations call this replacement instead of that function. A core (see nn/core.py) computes the attention. Arguments that
-the core does not support raise NotImplementedError. They are never ignored, because this would silently change the results.
+the core does not support raise NotImplementedError. They are never ignored, because ignoring them would silently change
+the results.
 """
 
 from __future__ import annotations
@@ -259,9 +260,9 @@ def valid_tokens(additive: Tensor) -> Tensor:
     """Convert an additive mask to a bool mask that is True where the additive mask is 0.
 
     All other values, such as -inf, must be at most half the lowest finite value of the dtype. A larger value would be a bias,
-    which is not supported. On a CPU, a bias raises NotImplementedError. On a GPU and in compiled code, it fails a device-side assertion,
-    after which the process can no longer use the device. Raising an exception instead would require synchronizing with the
-    device.
+    which is not supported. On a CPU, a bias raises NotImplementedError. On a GPU and in compiled code, an asynchronous
+    assertion fails instead, because raising an exception would require synchronizing with the device. After this assertion
+    fails on a GPU, the process can no longer use the GPU.
     """
     valid = additive == 0
     masked = additive <= torch.finfo(additive.dtype).min / 2

@@ -101,7 +101,7 @@ def replace_each(
     site_of: Callable[[nn.Module], Site] = lambda module: Site(module.head_dim, module.num_heads),
     place: Callable[[str, DropIn], None] = lambda name, attention: None,
 ) -> Report:
-    """Replace every supported attention in `model` with a copy of `attention`, which becomes its child module `vix`.
+    """Make every supported attention module in `model` use a copy of `attention`, which becomes its child module `vix`.
 
     If this fails, undo all replacements.
 

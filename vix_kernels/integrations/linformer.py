@@ -1,4 +1,4 @@
-"""A drop-in for linformer's `LinformerSelfAttention`, with the same name, arguments, weights and outputs.
+"""A replacement for `LinformerSelfAttention` from the package linformer. Name, arguments, weights and outputs are the same.
 
     from vix_kernels.integrations.linformer import LinformerSelfAttention
 

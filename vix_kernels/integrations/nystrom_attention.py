@@ -1,4 +1,4 @@
-"""A drop-in for nystrom-attention's `NystromAttention`, with the same name, arguments, weights and outputs.
+"""A replacement for `NystromAttention` from nystrom-attention, with the same name, arguments, weights and outputs.
 
     from vix_kernels.integrations.nystrom_attention import NystromAttention
 

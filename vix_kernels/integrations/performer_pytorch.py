@@ -1,4 +1,4 @@
-"""A drop-in for performer-pytorch's `FastAttention`, with the same name, arguments, weights and outputs.
+"""A replacement for `FastAttention` from performer-pytorch, with the same name, arguments, weights and outputs.
 
     from vix_kernels.integrations.performer_pytorch import FastAttention
 
@@ -53,7 +53,7 @@ class FastAttention(nn.Module):
         kernel_fn: the function for generalized_attention. Attention with these features runs in plain PyTorch.
         no_projection: whether to omit the random features and return softmax(q) softmax(k)^T v. The softmax of q is over the
             channels, and the softmax of k is over the tokens.
-        compat: if True, use the package's eps and maxima. If False, omit both, as in the paper's FAVOR+. This is faster.
+        compat: if True, use the package's eps and maxima. If False, omit both, as in FAVOR+. False is faster.
         backend: as in performer_attention.
 
     The buffer `projection_matrix` defines the random features. It is generated with torch's global random state. To use the
@@ -139,7 +139,7 @@ class FastAttention(nn.Module):
 def two_softmaxes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         k = k.masked_fill(~mask[:, None, :, None], torch.finfo(k.dtype).min)
-    # No normalizer is needed. It is always 1, because both softmaxes sum to 1.
+    # No normalizer is needed. It would always be 1, because both softmaxes sum to 1.
     return q.softmax(-1) @ (k.softmax(-2).mT @ v)
 
 

@@ -105,8 +105,8 @@ for _host, _replacement in _REPLACED.items():
 def rope_of(table: Tensor, prefix_tokens: int, num_heads: int, half: bool) -> Rope:
     """Convert timm's table (tokens, 2 R) or (heads, tokens, 2 R) to a Rope.
 
-    R is the number of rotated channels. The table contains the sines and then the cosines of the angles. Each angle occurs
-    twice.
+    R is the number of rotated channels. The table contains the sines and then the cosines of the angles. Each sine and
+    each cosine occurs twice.
     """
     if table.dim() == 2:
         table = table[None]
@@ -232,7 +232,7 @@ LAYERS: dict[str, type[Attention]] = {}  # maps each op to its attention class
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
-    """Register an attention with timm under the name vix_NAME. This also runs for cores that are registered later."""
+    """Register an attention with timm under the name vix_NAME. Also called for cores that are registered after the import."""
     if core.name in OPS:
         layer = LAYERS[core.name] = attention_layer(core.name)
         ATTN_LAYERS[f"vix_{core.name}"] = globals()[layer.__name__] = layer
@@ -248,7 +248,7 @@ def _place_while_built() -> None:
 
 
 def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
-    """Place the slots of all layers in the blocks of `vit`.
+    """For each attention layer in the blocks of `vit`, place its slots among the tokens.
 
     This runs when `vit` registers its blocks, and again for each later child module, because some transformers change their
     number of prefix tokens after they register their blocks.

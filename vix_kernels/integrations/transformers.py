@@ -127,8 +127,8 @@ def patch(model: nn.Module) -> Report:
 
         report = patch(NystromformerModel.from_pretrained(...))
 
-    The replacements are equivalent but faster. Parameters and their names do not change. For a sequence that contains only
-    padding, the attention returns zeros, whereas a softmax would return uniform attention weights. Calls that request the
+    The replacements are equivalent but faster. Parameters and their names do not change. If a sequence contains only padding,
+    its landmarks have attention weights of 0, whereas these weights are uniform in transformers. Calls that request the
     attention weights (output_attentions) run the code of transformers.
 
     Returns:

@@ -65,7 +65,7 @@ class Report:
 
 
 def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    """Yield the calls of an operator to compile. Each call is a pair: its name in the table, and a case with its sizes."""
+    """Yield the calls of an operator that are compiled, as pairs: the name in the table, and a case with the sizes."""
     for case in spec.compiled + (spec.variants if (dtype, width) in VARIANTS else ()):
         named = spec.name.removesuffix("_attention") + case.name
         yield named, replace(case, batch=BATCH, heads=HEADS, tokens=TOKENS, width=width)
@@ -225,7 +225,7 @@ def prepare_worker(modules: Iterable[str]) -> None:
 
 
 def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -> Iterator[Result]:
-    """Yield the result of function(*cell) for every cell, in the order in which the workers finish.
+    """Yield the result of function(*cell) for every cell, in the order in which the results arrive.
 
     Cells with the largest head widths start first, to balance the load.
     """

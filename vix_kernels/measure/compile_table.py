@@ -69,7 +69,7 @@ def parse_counts(text: str) -> dict[str, int]:
 
 
 def outdated(rows: Iterable[Row]) -> list[str]:
-    """Return the kernels whose code or tiles have changed since the rows were compiled."""
+    """Return the kernels whose code or tiles have changed since the rows were written."""
     return sorted({f"{row.kernel} {row.arch}" for row in rows if row.source != source_hash(row.kernel, row.arch)})
 
 
@@ -172,8 +172,8 @@ def matrix_kinds(rows: Iterable[Row]) -> list[str]:
 def matrix_rank(kind: str) -> tuple[bool, bool]:
     """Return the rank of a matrix instruction by speed. Faster instructions have a higher rank.
 
-    HMMA, which a single warp executes, is the fallback for HGMMA and UTCHMMA. TF32 operands run at half the rate of 16-bit
-    operands. On AMD, float32 operands run at an eighth of that rate.
+    HMMA, which a single warp executes, is the fallback for HGMMA and UTCHMMA. Products of TF32 operands have half the rate of
+    products of 16-bit operands. On AMD, products of float32 operands have an eighth of the 16-bit rate.
     """
     return not kind.startswith("HMMA"), not kind.endswith((".TF32", "_f32"))
 

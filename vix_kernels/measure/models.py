@@ -2,7 +2,7 @@
 
 The original of a model comes from the vision_xformer 0.2.0 wheel, if the wheel is installed and contains it. Otherwise it is
 the published model in plain PyTorch, as built by `from_original`. The original training scripts apply autocast only to the
-loss, so the originals are trained in float32. In the bf16 rows, the forward pass of an original also runs under autocast.
+loss, so they train in float32. Only in the bf16 rows does the forward pass of an original run under autocast.
 Dropout rates are those of the published configuration.
 """
 
@@ -60,8 +60,8 @@ class Pair(NamedTuple):
 
 HEADS = dict(heads=4, dim_head=32)
 DROP, DROPOUT = dict(proj_drop_rate=0.25), dict(dropout=0.25)
-# Our arguments make both models do the same work. The original CCT, CCN and CCP always have an MLP ratio of 4, and the original
-# LeViN and LeViP have no position encoding. There are no originals of levit and cvt.
+# Our arguments make both models of a pair do the same work. The original CCT, CCN and CCP always have an MLP ratio of 4, and
+# the original LeViN and LeViP have no position encoding. There are no originals of levit and cvt.
 PAIRS = {
     "vit": Pair({}, "ViT", VIX | HEADS),
     "vil": Pair(DROP, "ViL", VIX | HEADS | DROPOUT, wheel=True),

@@ -32,7 +32,8 @@ class Contender:
         leaves: the input tensors, in the layout of the provider. Trained tensors require gradients.
         exact: computes the expected outputs from the problem in float64. The default is the reference implementation.
         shown: selects the outputs that are checked, and converts them to the layout of `exact`.
-        tolerance: allowed relative error against `exact` in float32. If None, a few times plain PyTorch's error is allowed.
+        tolerance: allowed relative error of float32 outputs, compared with `exact`. 16-bit outputs may have a larger error. If
+            None, a few times plain PyTorch's error is allowed.
     """
 
     function: Callable[..., Any]

@@ -116,7 +116,7 @@ class Cost:
 
 
 def shapes() -> Iterator[Case]:
-    """Yield the shapes to predict and measure: batches with 131,072 tokens in total, and single images."""
+    """Yield the shapes for predictions and measurements: batches with 131,072 tokens in total, and single images."""
     for tokens in (256, 1024, 4096, 16384, 65536):
         yield Case(f"{tokens}", batch=131072 // tokens, heads=8, tokens=tokens, width=64, features=256)
     for tokens in (1024, 16384):

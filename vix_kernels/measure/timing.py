@@ -55,9 +55,9 @@ def device_time(function: Callable[[], Any], *, device: str | None = None, milli
 
 
 def in_turns(functions: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, DeviceTime]:
-    """Measure CPU times. Each round calls every function once, after an extra round for warm-up.
+    """Measure CPU times. Each round calls every function once. An extra round at the start is a warm-up and is not measured.
 
-    A change in the speed of the machine therefore affects all functions equally.
+    Because the functions take turns, a change in the speed of the machine affects all of them equally.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
@@ -69,7 +69,7 @@ def in_turns(functions: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], None] | None:
-    """Capture function() in a CUDA graph and return its replay, or None if it cannot be captured."""
+    """Capture function() in a CUDA graph and return the graph's replay method, or None if function() cannot be captured."""
     try:
         graph, _ = capture(function)
     except torch.OutOfMemoryError:
@@ -110,8 +110,8 @@ _failed: list[torch.cuda.CUDAGraph] = []  # kept alive because torch's pinned-me
 def clean_up(pool: tuple[int, int]) -> None:
     """Restore the process after a failed capture into `pool`.
 
-    If cudaStreamEndCapture fails, torch's capture_end raises before it ends the pool's allocations, and the next empty_cache
-    asserts that no capture is under way. The random-number generator also stays in its capture state.
+    If cudaStreamEndCapture fails, torch's capture_end raises before it ends the pool's allocations. The next empty_cache would
+    then raise, because it asserts that no capture is under way. The random-number generator also stays in its capture state.
 
     Raises:
         Spoiled: the process is still unusable.

@@ -188,7 +188,7 @@ class Touched:
         self.maps[starts[at]].view(f"i{size}")[(addresses - starts[at]) // size] = -1
 
     def add_common(self, one: Touched, other: Touched) -> None:
-        """Add the bytes that are in both sets."""
+        """Add the bytes that are in both `one` and `other`."""
         for start in self.maps.keys() & one.maps.keys() & other.maps.keys():
             self.maps[start] |= one.maps[start] & other.maps[start]
 

@@ -5,10 +5,10 @@ examples:
   vix dev tune --kernel broadcast_tokens --seconds 60
   vix dev tune --dry-run                           smoke test: one key in Triton's interpreter, with meaningless times
 
-A key is a kernel, an element size and a head width. The search starts from the present tile of a key and changes one field at a
-time. It keeps a change if the new tile is faster, and ends when no single change gives a faster tile. A tile is rejected
-("refused") if it does not launch, if its results differ from the results with the present tile, or if it spills more registers
-than the present tile.
+A key is a kernel, an element size and a head width. A tile is a launch configuration. The search starts from the present tile
+of a key and changes one field at a time. It keeps a change if the new tile is faster, and ends when no single change gives a
+faster tile. A tile is rejected ("refused") if the kernel does not launch, if the results differ from the results with the
+present tile, or if the kernel spills more registers than with the present tile.
 
 The command prints one line per key, then the entries for OVERRIDES in vix_kernels/_triton/launch_table.py. Review the entries,
 add them to that file by hand, and run `vix dev compile-report` before you commit. The output file is rewritten after every key.
@@ -50,8 +50,8 @@ GAIN = 0.98  # a tile is faster if it takes less than this fraction of the best 
 class Proposal:
     """The result for one key.
 
-    All times are in milliseconds. They measure the operator and direction in `use`, for example its backward, which launches
-    the kernel.
+    `use` names an operator and a direction that launch the kernel. All times are times of that operator and direction, in
+    milliseconds.
     """
 
     key: Key
@@ -140,7 +140,7 @@ class Bench:
     def __init__(self, spec: OpSpec, direction: str, case: Case, bits: int, device: str) -> None:
         self.use = f"{spec.name}, {'forward' if direction == 'forward' else 'forward and backward'}"
         self.dtype, self.direction, self.device = DTYPES[bits], direction, device
-        # With learned=True all gradients are computed, so all kernels run.
+        # With learned=True, all gradients are computed, so all kernels run.
         self.problem = draw(spec, replace(case, learned=True), self.dtype, device)
         # The cotangents are random, because errors could cancel if all cotangents were equal.
         self.cotangents = [torch.randn_like(x) for x in self.problem(backend="triton")]
@@ -157,7 +157,7 @@ class Bench:
         return set(asked)
 
     def agrees(self, expected: Iterable[Tensor]) -> bool:
-        """Return whether the results equal `expected`, except for the order of summation.
+        """Return whether the results equal `expected`, except for rounding errors from a different order of summation.
 
         The relative tolerance is twice the rounding error of the dtype, and at least the error of float32 sums over thousands
         of terms.
@@ -210,7 +210,7 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
 
 @lru_cache(maxsize=1)  # keep only one result, because its tensors need a lot of memory
 def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key], Bench]]:
-    """Return the keys that each operator and direction looks up, with a Bench for each. The fewest keys come first.
+    """Return one pair per operator and direction: the keys it looks up, and its Bench. Pairs are sorted by number of keys.
 
     Sizes are large enough to fill a GPU, but tiny in the interpreter. Operators that do not run are reported and skipped.
     """
@@ -247,7 +247,7 @@ DRY = [("aggregate_forward", 32, 16)]  # the keys that a dry run tunes
 
 
 def snippet(arch: str, proposals: Iterable[Proposal]) -> str:
-    """Return Python code that adds the tiles that are faster to OVERRIDES[arch]."""
+    """Return Python code that adds the faster tiles to OVERRIDES[arch]."""
     lines = (f"    {p.key!r}: {p.best!r},  # {p.best_ms / p.present_ms:.2f} of {p.present!r}" for p in proposals if p.better)
     return "\n".join([f'OVERRIDES["{arch}"] |= {{', *lines, "}"])
 

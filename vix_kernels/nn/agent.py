@@ -22,12 +22,12 @@ from .module import AttentionModule
 class Agent(Core):
     """Agent attention (Han et al., arXiv 2312.08874). Agents are means of queries over segments or grid cells.
 
-    The queries are averaged before the rotary embedding.
+    The queries are averaged before the rotary embedding is applied to them.
 
     Attributes:
         num_agents: number of agents for the tokens after the prefix, at most one per token.
-        grid_size: (height, width) of the grid that the tokens after the prefix form. Agents pool cells of this grid. None: if
-            the model has a grid, use this grid and the model's prefix. Otherwise, pool segments of the sequence.
+        grid_size: (height, width) of the grid that the tokens after the prefix form. Each agent is the mean of a cell of
+            this grid. None: use the model's grid and prefix or, if the model has no grid, segments of the sequence.
         prefix_tokens: number of leading tokens (class, registers). Each of them is a separate agent.
     """
 
@@ -75,8 +75,8 @@ class AgentAttention(AttentionModule):
 
     Args:
         num_agents: number of agents for the tokens after the prefix, at most one per token.
-        grid_size: (height, width) of the grid that the tokens after the prefix form. Agents pool cells of this grid. None:
-            they pool segments of the sequence.
+        grid_size: (height, width) of the grid that the tokens after the prefix form. Each agent is the mean of a cell of
+            this grid. None: use segments of the sequence.
         prefix_tokens: number of leading tokens (class, registers). Each of them is a separate agent.
 
     For the other arguments, see AttentionModule. The rotary embedding is not applied to agents.

@@ -36,7 +36,7 @@ class Tokens:
         cu_seqlens: int32 (samples + 1), start offsets of samples that are packed into one row. Not supported by any core yet.
         group: process group across which the tokens are sharded. Not supported by any core yet.
         grid_size, prefix_tokens: layout of the tokens in this call, if it differs from the layout in the module's Site.
-        self_attention: whether queries and keys are the same tokens.
+        self_attention: whether queries and keys come from the same tokens.
     """
 
     key_padding_mask: Tensor | None = None
@@ -70,7 +70,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A buffer that a core declares. If keep_dtype is set, it moves between devices with its module but is never cast."""
+    """A buffer that a core declares. If keep_dtype is set, the buffer moves between devices but is never cast."""
 
     value: Tensor
     keep_dtype: bool = False
@@ -85,7 +85,8 @@ class Mixer:
     Attributes:
         name: the name under which the mixer is registered.
         prefix_tokens, grid_size: placement of the slots, for mixers whose slots are pooled tokens.
-        presets: defaults that differ for models in models/ ("zoo"), or for other models whose attention is replaced ("host").
+        presets: defaults that override those of the fields: "zoo" for models in models/, and "host" for models whose
+            attention is replaced.
         sited: names of options that are derived from the site. Zoo models do not accept them.
         has_extra_state: whether modules with this mixer have an extra state (see extra_state, load_extra_state).
         for_hosts: whether this mixer can replace softmax attention in a host model.

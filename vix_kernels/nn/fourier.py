@@ -21,7 +21,7 @@ class Fourier(Mixer):
 
     Attributes:
         norm: None for plain sums, as in the paper, or "ortho", which preserves the magnitude of the tokens. Plain sums are
-            hundreds of times larger.
+            sqrt(tokens * channels) times as large.
     """
 
     norm: Literal["ortho"] | None = None

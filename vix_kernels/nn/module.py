@@ -107,7 +107,7 @@ class AttentionModule(MixerModule):
 
     @property
     def has_weights(self) -> bool:
-        """Whether the attention has explicit attention weights, so that they can be masked or dropped."""
+        """Whether the attention has explicit attention weights, which can be masked or dropped."""
         return "attn_mask" in self.core.accepts()
 
     def forward(

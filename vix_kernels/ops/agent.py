@@ -2,7 +2,7 @@
 
     out = softmax(scale q a^T) softmax(scale a k^T) v                                            equation 4 of the paper
 
-The agents are the slots in both passes. The second pass does not use the log-sum-exp of the first:
+There are two passes, with the agents as slots. The second pass does not use the log-sum-exp of the first:
 
     values, _ = aggregate(a, k, v)        out = broadcast(q, a, values)
 """
@@ -84,7 +84,7 @@ def agent_attention_reference(
 ) -> Tensor:
     """Evaluate the equation in plain PyTorch, with both matrices of attention weights in memory.
 
-    Supports any device and torch.func transform.
+    Supports all devices and torch.func transforms.
     """
     if key_padding_mask is not None:
         valid = key_padding_mask[:, None, :, None]

@@ -56,7 +56,7 @@ def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: 
 def fourier_mixing_reference(x: Tensor, *, norm: str | None = None) -> Tensor:
     """Evaluate the equation with a complex transform in plain PyTorch.
 
-    Supports any device and torch.func transform.
+    Supports all devices and torch.func transforms.
     """
     if x.shape[0] == 0:  # torch.fft does not support empty batches
         return x.clone()

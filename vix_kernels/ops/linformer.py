@@ -1,6 +1,6 @@
 """Linformer attention (Wang et al., Linformer: Self-Attention with Linear Complexity, arXiv 2006.04768).
 
-    out = softmax(scale q K^T) V,    K = E^T k,    V = F^T v                                    equation 7 of the paper
+    out = softmax(scale q (E^T k)^T) (F^T v)                                                    equation 7 of the paper
 
 The learned projections E and F combine the N tokens into K slots. The queries attend to these slots:
 
@@ -42,7 +42,7 @@ def linformer_attention(
             tokens, only the first rows are used.
         value_projection: F, with the shape and dtype of key_projection. None: key_projection is also used for values.
         scale: factor of the logits, > 0. Defaults to head_dim ** -0.5.
-        key_padding_mask: bool (batch, tokens), True = valid. Padded tokens do not contribute to K and V. If a sample has no
+        key_padding_mask: bool (batch, tokens), True = valid. Padded tokens do not contribute to the slots. If a sample has no
             valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. k is rotated before it is projected. Requires as many
             queries as tokens.
@@ -77,7 +77,7 @@ def linformer_attention(
 
 
 def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, backend: str) -> Tensor:
-    """Return softmax(scale q keys^T) values for slots that are already projected.
+    """Return softmax(scale q keys^T) values for keys and values that are already projected.
 
     Args:
         q: (batch, heads, queries, head_dim).
@@ -104,7 +104,7 @@ def linformer_attention_reference(
 ) -> Tensor:
     """Evaluate the equation in plain PyTorch, with all N x K attention weights in memory.
 
-    Supports any device and torch.func transform.
+    Supports all devices and torch.func transforms.
     """
     if key_padding_mask is not None:
         valid = key_padding_mask[:, None, :, None]

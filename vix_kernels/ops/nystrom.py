@@ -4,7 +4,7 @@
     Z ~ pinv(A),    A = softmax(scale q~ k~^T)
 
 q~ and k~ are landmarks: means of queries and of keys over segments of the sequence or cells of a grid. They are the slots in
-two passes. Between these passes, the values are multiplied by the pseudo-inverse Z of a small matrix:
+two passes. Between these passes, the values are multiplied by Z, an approximate pseudo-inverse of the small matrix A:
 
     values = aggregate(q~, k, v)        out = broadcast(q, k~, Z values)
 
@@ -73,7 +73,7 @@ def nystrom_attention(
         pinv_iterations: number of iterations for the pseudo-inverse. Use the number with which the weights were trained.
         pinv_init: how to choose s for the iteration's first matrix, A^T / s. "exact": the largest column sum of each A.
             "original": the largest column sum over all heads and samples, so that the output of a sample depends on the rest of
-            the batch. Use "original" for weights from the published code.
+            the batch. Use "original" for weights trained with Nystromformer's published code.
         conv_weight: (heads, 1, taps, 1), the weight of a depthwise Conv2d over the tokens of v. The number of taps must be odd.
             The result of the convolution is added to the output.
         scale: factor of the logits, > 0. Defaults to head_dim ** -0.5.
@@ -136,7 +136,7 @@ def nystrom_attention_reference(
 ) -> Tensor:
     """Evaluate the equations in plain PyTorch, with all attention weights between tokens and landmarks in memory.
 
-    Supports any device and torch.func transform.
+    Supports all devices and torch.func transforms.
     """
     mask, q_mask = key_padding_mask, mask_of_queries(key_padding_mask, q)
     rotary = None if rope is None else rope.differentiable

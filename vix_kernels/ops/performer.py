@@ -81,7 +81,7 @@ def performer_attention_reference(
 ) -> Tensor:
     """Evaluate the equations in plain PyTorch, with all N x M features in memory.
 
-    Supports any device and torch.func transform.
+    Supports all devices and torch.func transforms.
     """
     if key_padding_mask is not None:
         valid = key_padding_mask[:, None, :, None]

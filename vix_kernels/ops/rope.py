@@ -2,9 +2,9 @@
 
     u' = u cos(theta) - v sin(theta)        v' = u sin(theta) + v cos(theta)        theta_{t,i} = t base^(-2i / R)
 
-This rotates every pair (u, v) of the first R channels of a query or key at position t. rope_axial and rope_mixed use different
-angles. Angles, cosines and sines are float32 for every dtype of the tokens. rope_1d and rope_axial compute them in float64 and
-then round the cosines and sines.
+The equations rotate every pair (u, v) of the first R channels of a query or key at position t. rope_axial and rope_mixed use
+different angles. The tables of cosines and sines are float32, even for 16-bit tokens. rope_1d and rope_axial compute them in
+float64 and then round them to float32.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Rope:
     Attributes:
         cos, sin: float32 (heads or 1, tokens, R / 2). float64 tables are only valid for float64 tokens.
         layout: which channels form a pair: (2i, 2i + 1) for "interleaved", (i, i + R / 2) for "half".
-        angles: the angles from which cos and sin were computed if they require a gradient, else None. See Rope.of.
+        angles: the angles from which cos and sin were computed, or None if these angles require no gradient. See Rope.of.
         remake: a function that recomputes this Rope from the tensors on which the angles depend. Copying and pickling use this
             function, because the angles are part of an autograd graph.
     """
@@ -296,7 +296,7 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
 def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     """Evaluate the equations in plain PyTorch.
 
-    Supports any device and torch.func transform.
+    Supports all devices and torch.func transforms.
     """
     rotary = rope.differentiable
     return tuple(rotate_reference(x, rotary) for x in (q, k))

@@ -130,8 +130,8 @@ def _fake_backward(dout, q, slots, values, slot_bias, rotary, scale, out, statis
 # row_max and total are (batch, heads, N): the largest logit of a token, in base 2, and the sum of exp2(logit - row_max). The
 # backward kernels read them. The PyTorch implementation returns empty tensors instead. If v and conv_weight are given, the
 # kernel also adds the convolution of primitives/token_conv.py to out, in registers. broadcast_backward only computes the
-# gradients of the attention. After a forward with a convolution, its argument `out` must be None, so that it recomputes the
-# attention's output.
+# gradients of the attention. Its argument `out` must be None if forward added a convolution, so that it recomputes the output
+# of the attention.
 broadcast_forward = register(
     f"broadcast_forward({_PROBLEM}, Tensor? v, Tensor? conv_weight, Tensor? mask, str backend)"
     " -> (Tensor out, Tensor row_max, Tensor total)",

@@ -51,7 +51,7 @@ def pinv(
         q_counts, k_counts: float32 (batch, L), the number of tokens that each landmark averages. None: all landmarks are valid.
         iterations: number of steps T.
         init: "exact": s is the largest column sum of each matrix. "original": s is the largest column sum over all samples and
-            heads, as in the published code, so that the result of a sample depends on the rest of the batch.
+            heads, as in Nystromformer's published code, so that the result of a sample depends on the rest of the batch.
         backend: "torch" or "triton". The kernels support "exact" with at most 128 landmarks. In other cases, both backends use
             batched matrix products.
 

@@ -2,8 +2,8 @@
 
     keys_j = sum_n E_nj k_n            values_j = sum_n F_nj v_n
 
-A masked token is read as 0, even if it is NaN. With RoPE, keys are rotated first. The kernels cast the projections to the
-dtype of the tokens. Sums over tokens are computed in float32.
+A masked token is read as 0, even if it is NaN. With RoPE, keys are rotated first. The kernels cast the projections E and F to
+the dtype of the tokens. Sums over tokens are computed in float32 (float64 for float64 tokens).
 """
 
 from __future__ import annotations

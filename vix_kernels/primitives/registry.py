@@ -27,8 +27,8 @@ GROUPS = {each.__name__: each for each in (Rotary, Pool, Statistics, LandmarkGra
 class Operator:
     """An operator of `torch.library` whose plain eager calls bypass the dispatcher.
 
-    Compilers, modes and subclasses of Tensor see torch.ops.vix_kernels.<name>. If none of them is involved, going through the
-    dispatcher would only add overhead.
+    Compilers, function and dispatch modes, and subclasses of Tensor see torch.ops.vix_kernels.<name>. If none of them is
+    involved, going through the dispatcher would only add overhead.
     """
 
     registered: torch._ops.OpOverload
@@ -113,7 +113,7 @@ def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[.
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
-# Sets of dispatch keys that a thread may include while no mode, transform, tracer or functionalization is active.
+# Sets of dispatch keys that a thread may include while no dispatch mode, transform, tracer or functionalization is active.
 DEFAULT_KEYS = {
     keys.raw_repr()
     for keys in (

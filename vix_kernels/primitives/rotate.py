@@ -2,9 +2,10 @@
 
     u' = u cos - v sin            v' = u sin + v cos            for the pairs (u, v) of the first R channels
 
-The gradients of q and k are rotated by -angle, so backward only needs cos and sin. The gradient of an angle is the cross
-product u dv - v du of a pair and its gradient, summed over all pairs that the angle rotates. The cross product is the same
-before and after the rotation. A pair with gradient 0, such as padding, contributes 0 even if it is NaN.
+To compute the gradients of q and k, backward rotates the gradients of the results by -angle, so it only needs cos and sin. The
+gradient of an angle is the cross product u dv - v du of a pair and its gradient, summed over all pairs that the angle rotates.
+The cross product is the same before and after the rotation. A pair with gradient 0, such as padding, contributes 0 even if it
+is NaN.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def rotate(
     *,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Rotate q and k by the angles of their tokens. Products and sums are computed in float32.
+    """Rotate q and k by the angles of their tokens. Products and sums are computed in float32 (float64 for float64 inputs).
 
     Args:
         q, k: (batch, heads, N, D), with equal shapes and dtypes. Views with last stride 1 are not copied.
@@ -41,7 +42,7 @@ def rotate(
 
 
 def rotate_reference(x: Tensor, rotary: Rotary) -> Tensor:
-    """Evaluate the equation for one tensor."""
+    """Evaluate the equations for one tensor."""
     cos, sin, interleaved, _ = rotary
     width, dtype = 2 * cos.shape[-1], torch.promote_types(x.dtype, torch.float32)
     rotated, rest = x[..., :width].to(dtype), x[..., width:]

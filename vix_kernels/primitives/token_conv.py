@@ -43,7 +43,7 @@ def token_conv(v: Tensor, weight: Tensor, *, mask: Tensor | None = None, backend
 def token_conv_reference(v: Tensor, weight: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Evaluate the equation with all windows in memory.
 
-    This does not use a Conv2d, because oneDNN computes wrong gradients for long filters.
+    The function does not use Conv2d, because oneDNN computes wrong gradients for long filters.
     """
     if mask is not None:
         v = torch.where(mask[:, None, :, None], v, 0.0)

@@ -83,8 +83,8 @@ def _broadcast(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
 def _slots(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
     """Draw slots.
 
-    If `case.per_head`, they resemble pooled tokens and have the dtype of the problem. Otherwise they are random features in
-    float32 (float64 for float64 tokens).
+    If `case.per_head` is set, they resemble pooled tokens and have the dtype of the problem. Otherwise, they are random
+    features in float32 (float64 for float64 tokens).
     """
     if case.per_head:
         return tensor(case.batch, case.heads, case.features, case.width)

@@ -1,6 +1,6 @@
 """Random augmentations for float images (batch, channels, height, width).
 
-Each function processes a whole batch at once, and draws different random numbers for each image. Automatic augmentation
+Each function processes a whole batch at once. Except in `mix`, each image gets different random numbers. Automatic augmentation
 (trivial.py) works differently in other packages: torchvision and kornia apply the same operation to all images of a batch, and
 timm processes one PIL image at a time.
 """
@@ -75,7 +75,7 @@ def random_flip_crop(images: Tensor, draws: Draws, *, shift: float) -> Tensor:
 
 
 def _shifted(size: int, shift: float, draws: Draws) -> Tensor:
-    """Shift a line of pixels by a random number of pixels for each image, with reflection at the borders.
+    """Draw a random shift of a line of pixels for each image. Pixels are reflected at the borders.
 
     Returns:
         The source position of each pixel, (batch, size).

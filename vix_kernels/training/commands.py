@@ -90,7 +90,8 @@ def _flag(name: str, value: Any) -> str:
 def parse_train(parser: Parser, argv: list[str]) -> Config:
     """Return the settings of a run.
 
-    Flags override a recipe, a recipe overrides a file, and a file overrides the settings of a resumed run or the defaults.
+    Flags override a recipe, a recipe overrides a --config file, and the file overrides the settings of a resumed run or the
+    defaults.
     """
     first = parser.parse_args(argv, argparse.Namespace(epochs=None))  # first.epochs is None unless --epochs is given
     settings = _read_settings(first.config) if first.config else {}
@@ -101,7 +102,7 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
         # These settings are not restored, because a run may be resumed on a different machine.
         changed = {"device", "backend", "output", "resume", "data_dir", "workers", "progress"}
         saved = {name: value for name, value in checkpoint["config"].items() if name not in changed}
-        # A damaged file may contain values of the wrong type.
+        # A damaged checkpoint may contain values of the wrong type.
         numbers = {name: value for name, value in saved.items() if isinstance(value, (int, float))}
         if (first.epochs or "epochs" in settings) and is_reached(numbers.get("time_to"), checkpoint["history"]):
             del saved["time_to"]  # the run has reached its target accuracy, but the user asks for more epochs

@@ -15,9 +15,9 @@ from .parallel import placed_like
 class Optimizer:
     """The optimizer of a run: AdamW for all parameters, or a combination of Muon and AdamW.
 
-    With opt="muon", Muon (https://kellerjordan.github.io/posts/muon) updates all matrices outside the classifier head, and
-    AdamW updates all other parameters. Muon's updates are scaled to the size of AdamW's updates (arXiv:2502.16982), so both use
-    the same learning rate. Biases, norms and the parameters in `model.no_weight_decay()` have no weight decay.
+    With opt="muon", Muon (https://kellerjordan.github.io/posts/muon) updates all weight matrices outside the classifier
+    head, and AdamW updates all other parameters. Muon's updates are scaled to the size of AdamW's updates (arXiv:2502.16982),
+    so both use the same learning rate. Biases, norms and the parameters in `model.no_weight_decay()` have no weight decay.
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:

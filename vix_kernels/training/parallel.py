@@ -1,8 +1,9 @@
 """Training with DDP or FSDP2 in several processes that torchrun starts.
 
 The batches are the same as in a single process, and the processes divide the images of each batch. The random numbers for an
-image do not depend on the process that gets it, so a run can be resumed with a different number of processes. Only dropout and
-the batch-norm statistics, which each process computes from its local images, depend on the number of processes.
+image do not depend on the process that gets it, so a run can be resumed with a different number of processes. Only dropout,
+stochastic depth, and the batch-norm statistics, which each process computes from its local images, depend on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of this process, and its communication with the other processes. A run with one process does not communicate.
+    """The rank of this process, and its communication with the other processes. A single process does not communicate.
 
     Attributes:
         rank: the number of this process, starting at 0.
@@ -105,7 +106,7 @@ class Ranks:
     def each(self, items: Iterable[T]) -> Iterator[T]:
         """Iterate over `items`, and return when all processes have reached the end.
 
-        If an item fails in one process, raise the error in all processes.
+        If getting an item fails in one process, raise the error in all processes.
         """
         if self.world == 1:
             yield from items
@@ -160,7 +161,7 @@ class Ranks:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Run the block in the first process and then in the others, so that these can use the files it has downloaded."""
+        """Run the block in the first process and then in the others, so that the others can use the files that it downloads."""
         if not self.first:
             self.wait()
         try:

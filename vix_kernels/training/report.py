@@ -75,7 +75,7 @@ def write_args(path: Path, config: Config) -> None:
 
 
 def write_summary(path: Path, history: list[dict[str, Any]]) -> None:
-    """Write one row per epoch to a CSV file. Checkpoints contain the same `history`, so they always agree with the file."""
+    """Write `history`, which checkpoints also contain, to a CSV file with one row per epoch."""
     write_csv(path, history)
 
 

@@ -194,7 +194,7 @@ def check_same_data(checkpoint: Checkpoint, config: Config, dataset: Dataset) ->
 
 
 def best_of(resume: str, history: list[dict[str, Any]]) -> Checkpoint | None:
-    """Return the best.pt next to the resumed checkpoint if it is from the best epoch in `history`, otherwise None.
+    """Load the best.pt next to the resumed checkpoint. Return None if it is missing or not from the best epoch in `history`.
 
     If best.pt has a different history, it was written later than the resumed checkpoint, or by a different run.
     """

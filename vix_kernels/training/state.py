@@ -28,7 +28,7 @@ class State:
         call: the module to call for training, which averages the gradients over all processes.
         history: one row for each completed epoch.
         step: the number of completed steps in the current epoch.
-        loss_sum: the sum of the losses of all images in these steps.
+        loss_sum: the sum of the losses of this process's images in these steps.
         seconds: the time that these steps took.
         diverged: the first step in the current epoch whose loss was not finite, or NEVER. It is a tensor on the device.
     """

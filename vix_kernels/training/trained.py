@@ -30,9 +30,10 @@ class Trained:
 
     Attributes:
         path: the file that the model was loaded from.
-        config: the settings of its training. For a model from `save_model`, these are the defaults with an empty dataset name.
+        config: the settings of its training. For a model from `save_model`, these are the defaults, except that
+            `model` is the name of the model and `dataset` is empty.
         model: the model.
-        classes: the class names, or None if they are unknown, because a folder from `save_model` does not contain them.
+        classes: the class names, or None if they are unknown. A folder from `save_model` may not contain them.
         mean, std: the mean and standard deviation of the training images, as floats in [0, 1], (channels, 1, 1), or None if
             they are unknown.
     """
@@ -162,8 +163,8 @@ def check_fits(trained: Trained, source: Source) -> None:
 def evaluate_trained(trained: Trained, dataset: Dataset) -> Evaluation:
     """Evaluate the model on the held-out images of `dataset`.
 
-    The images are normalized with the mean and std of the training images. If these are unknown, the mean and std of `dataset`
-    are used.
+    The images are normalized with the mean and std of the model's training images. If these are unknown, the mean and std of
+    `dataset` are used.
 
     Raises:
         UserError: the classes or the shape of the images differ from those of the model.
@@ -197,7 +198,7 @@ def evaluate_trained(trained: Trained, dataset: Dataset) -> Evaluation:
 def predict(trained: Trained, files: list[Path]) -> Iterator[tuple[Path, Tensor | Exception, Tensor | None]]:
     """Yield the path, the image and the class probabilities (classes,) of each file.
 
-    The image is resized to the size of the model, (channels, height, width), and has values in [0, 1]. If a file cannot be
+    The image (channels, height, width) is resized to the model's image size, and has values in [0, 1]. If a file cannot be
     decoded, the exception is yielded instead of the image, and the probabilities are None.
     """
     device = next(trained.model.parameters()).device

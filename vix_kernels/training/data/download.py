@@ -42,7 +42,7 @@ SOURCES: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def fetched(name: str, data_dir: str | None) -> Path:
-    """Return the folder of a named data set in `data_dir`. Download it first if the folder does not exist.
+    """Return the folder of a named data set in `data_dir`. Download the data set first if the folder does not exist.
 
     An existing folder is used without any check. If `data_dir` already contains the archive with the correct checksum, the
     archive is not downloaded again.

@@ -37,7 +37,8 @@ class Images(Protocol):
     def batches(self, order: Sequence[Tensor], *, replace_unreadable: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield a batch of images and labels for each tensor of indices in `order`.
 
-        An image that cannot be decoded is skipped. With `replace_unreadable`, the next image that can be decoded replaces it.
+        By default, an image that cannot be decoded is skipped. With `replace_unreadable`, the next image that can be decoded
+        replaces it.
         """
         ...
 
