@@ -130,7 +130,7 @@ def test_replaced_models_train(op):
 
 def test_landmarks_are_placed_on_the_grid():
     model = timm.create_model("vit_tiny_patch16_224", img_size=(96, 192), depth=1, num_classes=5)
-    integration.replace_attention(nn.Sequential(model), "nystrom")  # the model may be a child of a different module
+    integration.replace_attention(nn.Sequential(model), "nystrom")  # the model may be a child of another module
     core = model.blocks[0].attn.vix.placed()
     assert core == Nystrom.made("host", num_landmarks=60, landmarks="grid", grid_size=(6, 12), prefix_tokens=1)
     model(torch.randn(1, 3, 96, 192))

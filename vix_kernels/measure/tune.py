@@ -224,7 +224,7 @@ def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key],
         except Exception as error:
             print(f"vix dev tune: {spec.name} {direction} does not run: {type(error).__name__}: {error}", file=sys.stderr)
             if device == "cuda":
-                torch.cuda.synchronize()  # raises again for errors that the process cannot recover from
+                torch.cuda.synchronize()  # re-raises a CUDA error that the process cannot recover from
     return sorted(found, key=lambda user: len(user[0]))
 
 
