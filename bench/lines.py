@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 TABLES = ("vix_kernels/_triton/launch_table.py",)
-ONCE_MEASURING = {  # files in vix_kernels/ before measure/ existed
+ONCE_MEASURING = {  # the measuring code in checkouts from before measure/ existed; paths relative to vix_kernels/
     "timing.py", "traffic.py", "roofline.py", "check.py", "_triton/compile_report.py", "_triton/compile_table.py",
     "_triton/machine_code.py", "_triton/offline.py", "_triton/shared_memory.py", "_triton/costs.py", "_triton/tune.py",
     "_triton/interpreter.py",

@@ -392,7 +392,7 @@ def test_linformer_with_a_mask(options: dict[str, Any]) -> None:
     ids=str,
 )
 def test_in_bfloat16(package: str, options: dict[str, Any], tokens: int) -> None:
-    """Outputs under autocast, and of modules in bfloat16, are close to the outputs in float32, with and without a mask."""
+    """The outputs under autocast and those of a bfloat16 module are close to the float32 outputs, with and without a mask."""
     torch.manual_seed(0)
     module = REPLACEMENTS[package](**options).to(DEVICE)
     performer = package == "performer_pytorch"

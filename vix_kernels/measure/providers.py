@@ -232,7 +232,7 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
-    """Return a version of `peer` that runs under autocast if `like` has 16 bits.
+    """Return a version of `peer` that runs under autocast if `like` has a 16-bit dtype.
 
     If the peer were cast to 16 bits as a whole instead, it would fail or no longer sum in float32.
     """
