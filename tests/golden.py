@@ -66,7 +66,7 @@ class Golden:
         state: the float32 state_dict without the entries that the constructor computes.
         x: images of shape (batch, 3, image_size, image_size).
         logits: logits of shape (batch, classes).
-        alone: logits of the first image in a batch of one, of shape (1, classes).
+        alone: logits of the first image when it is the only image in the batch, of shape (1, classes).
         cotangent: tensor of shape (batch, classes). The loss is (logits * cotangent).sum().
         norms: norm of the gradient of each parameter, or None if the parameter has no gradient.
         parameters: number of trainable values.
