@@ -25,7 +25,10 @@ def tokens():
 
 
 def padding():
-    """Return a mask for torch.nn, where True means padded. Padding at the end would allow PyTorch to use nested tensors."""
+    """Return a mask for torch.nn, where True means padded.
+
+    The padding is at the end, so that PyTorch could use nested tensors if the replacement did not prevent it.
+    """
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[1, 12:] = True
     return mask

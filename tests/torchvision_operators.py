@@ -1,4 +1,4 @@
-"""Detect a torchvision that was built for a different PyTorch, such as PyPI's Linux wheel next to a CPU build of PyTorch.
+"""Detect a torchvision built for a different PyTorch, for example PyPI's Linux wheel installed with a CPU build of PyTorch.
 
 The operators of such a torchvision cannot be loaded. `import timm` imports torchvision and raises "operator torchvision::nms
 does not exist". `make` runs this file after setup to report the mismatch in one line. After `declare`, the tests of timm and

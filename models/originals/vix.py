@@ -169,7 +169,7 @@ def _check_1025(tokens: int) -> None:
 
 
 def fourier(dim: int, tokens: int, dropout: float, backend: str) -> nn.Module:
-    """Create the mixer of the FNets. The FNets in the repository accept `heads` and `dim_head` but ignore them."""
+    """Create the mixer of the FNets. The original FNets accept `heads` and `dim_head` but ignore them."""
     return FourierMixing(backend)
 
 

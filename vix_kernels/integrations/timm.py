@@ -248,7 +248,7 @@ def _place_while_built() -> None:
 
 
 def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
-    """For each attention layer in the blocks of `vit`, place its slots among the tokens.
+    """For each attention layer in the blocks of `vit`, set the number of prefix tokens and the grid on which slots are pooled.
 
     This runs when `vit` registers its blocks, and again for each later child module, because some transformers change their
     number of prefix tokens after they register their blocks.

@@ -1,4 +1,4 @@
-"""Time a call on the device, or with the wall clock, which shows the host overhead of small sizes."""
+"""Time a call on the device, or with the wall clock, which includes the host overhead that dominates at small sizes."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class Touched:
 
     @classmethod
     def all_of(cls, tensors: Iterable[Tensor]) -> Touched:
-        """Return the set of the bytes of all elements. Elements that a stride of 0 repeats count once."""
+        """Return the set of the bytes of all elements. Elements repeated by a stride of 0 count once."""
         tensors = [x for x in tensors if x.numel()]
         touched = cls(tensors)
         for x in tensors:
