@@ -1,4 +1,4 @@
-"""LeViT (arXiv:2104.01136), and its variants LeViN and LeViP of Vision Xformers.
+"""LeViT (arXiv:2104.01136) and its variants LeViN and LeViP from Vision Xformers.
 
     image -> convolutions -> stages of depth x [x + attention(norm(x)), x + mlp(norm(x))], map halved between stages
           -> norm -> mean -> head

@@ -35,7 +35,7 @@ def gradients(function, tensors: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def test_convergence_to_the_inverse_is_cubic() -> None:
-    """If a singular direction has the error x before an iteration, it has the error x^3 (3 + x) / 4 after it."""
+    """An iteration reduces the error along a singular direction from x to x^3 (3 + x) / 4."""
     q = problem(8)[0]  # each landmark attends mostly to itself, so the softmax matrix is well conditioned
     a, eye = attention(q, q), torch.eye(8, dtype=torch.float64).expand(2, 2, 8, 8)
     inverses = [pinv(q, q, eye, scale=SCALE, iterations=t) for t in range(1, 13)]

@@ -43,7 +43,7 @@ class FNet2D(nn.Module):
 
 
 class EarlierFNet2D(FNet2D):
-    """The FNet2D in the repository, with dim = final_dim and mlp_dim = final_dim * mlp_mult. `image_size` has no effect."""
+    """The original FNet2D, with dim = final_dim and mlp_dim = final_dim * mlp_mult. `image_size` has no effect."""
 
     def __init__(
         self, *, num_classes: int, depth: int, image_size: int, final_dim: int, dropout: float, mlp_mult: int, backend: str

@@ -152,7 +152,7 @@ def linformer(
 
 
 def linformer_of_one_head(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """Create the mixer of ViL, with one key head that also provides the values, 64 slots, and projections for 1025 tokens."""
+    """Create the mixer of ViL: 64 slots, projections for 1025 tokens, and one key head, which also provides the values."""
     _check_1025(tokens)
     return linformer(dim, tokens, dropout, backend, heads=heads, dim_head=dim_head)
 

@@ -18,7 +18,7 @@ from .drop_in import DropIn
 
 
 def require(package: str, oldest: str) -> None:
-    """Raise ImportError unless `package` is installed in version `oldest` or newer."""
+    """Raise ImportError unless version `oldest` or newer of `package` is installed."""
     try:
         found = version(package)
     except PackageNotFoundError:

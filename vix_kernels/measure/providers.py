@@ -245,7 +245,7 @@ def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor
     return call
 
 
-# operator -> provider -> (module that must be importable, maker), in addition to softmax attention
+# operator -> provider -> (module that must be importable, maker); `providers` adds softmax attention
 PEERS: dict[str, dict[str, tuple[str, Maker]]] = {
     "performer_attention": {"performer-pytorch": ("performer_pytorch", performer)},
     "linear_attention": {"plain": ("torch", plain_linear), "flash-linear-attention": ("fla", fla)},
