@@ -272,7 +272,10 @@ def test_empty_batch(spec: OpSpec, backend: str) -> None:
 
 
 class Record(TorchDispatchMode):
-    """A dispatch mode that records the calls of registered operators, with their arguments, in the list that `with` returns."""
+    """A dispatch mode that records the calls of registered operators, with their arguments.
+
+    `with Record() as calls` binds the list of the calls.
+    """
 
     def __enter__(self) -> list:
         self.calls: list = []

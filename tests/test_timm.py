@@ -68,7 +68,7 @@ def test_gated_attention_is_supported():
 
 
 EVAS = {
-    "eva02_tiny_patch14_224": {},  # interleaved sines, and biases for q and v
+    "eva02_tiny_patch14_224": {},  # interleaved layout, and biases for q and v
     "eva02_base_patch14_224": {},  # separate linear layers for q, k and v
     "vit_small_patch16_rope_224": {},
     "vit_small_patch16_rope_mixed_224": {},  # learned angles, with one table for each layer and head

@@ -13,8 +13,9 @@ from ..backends import interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# In Triton's interpreter, products of bfloat16 tiles multiply the bit patterns, and conversions to bfloat16 truncate instead of
-# rounding. If INTERPRETED, `dot` and `cast` avoid both, to match a GPU. Compiled kernels do not contain this code.
+# Triton's interpreter multiplies the bit patterns of bfloat16 tiles instead of their values. When it converts to bfloat16, it
+# truncates instead of rounding. If INTERPRETED, `dot` and `cast` avoid both, to match a GPU. Compiled kernels do not contain
+# this code.
 INTERPRETED = tl.constexpr(interpreted())
 
 
