@@ -108,7 +108,7 @@ def picture(size: tuple[int, int] = (24, 16)) -> Image.Image:
 
 
 # For each operation, Pillow's result for strength 0.5 and the allowed difference on a scale of 255. Pillow rounds its results
-# down. Before it blends the original with another image (gray, of one gray level, or smoothed), it rounds that image.
+# down. Before it blends the original with a grayscale, uniformly gray or smoothed version, it rounds that version.
 PILLOW = {
     "autocontrast": (lambda x, s: ImageOps.autocontrast(x), 1),
     "equalize": (lambda x, s: ImageOps.equalize(x), 0),

@@ -54,7 +54,7 @@ PRIVATE = {
 }
 # Maps (file, word) to the reason why the word may stay in the file.
 ALLOWED: dict[tuple[str, str], str] = {}
-# Commits that were made before their subjects were limited to 72 characters, and the reason for each.
+# Commits made before commit subjects were limited to 72 characters, and the reason why each is allowed.
 LONG_SUBJECTS = {"d6ba7e0": "written before the rule was tested"}
 RULE_SINCE = "5d75bb5"
 

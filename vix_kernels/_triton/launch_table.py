@@ -18,7 +18,7 @@ class Tile(NamedTuple):
     num_stages: int
     # Precision of float32 products: "tf32x3" (three TF32 products), "tf32", or "ieee" (fused multiply-adds, to save registers).
     precision: str = "tf32x3"
-    apart: bool = False  # whether dk and dv need separate launches, because both accumulators do not fit in registers
+    apart: bool = False  # whether dk and dv need separate launches, because their accumulators do not fit in registers together
 
 
 Key = tuple[str, int, int]  # name of the kernel, bits of the tokens' dtype, padded width
