@@ -47,7 +47,7 @@ def test_a_kill_at_any_moment_keeps_the_last_complete_checkpoint(tmp_path: Path,
                 os.write(writing, struct.pack("i", step))
             os._exit(0)
         os.close(writing)
-        written = os.read(reading, 4)  # wait for the first save, which may take long on a slow machine
+        written = os.read(reading, 4)  # wait for the first save, which may take a long time on a slow machine
         time.sleep(moments.uniform(0.002, 0.15))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -206,7 +206,7 @@ def test_figures_of_the_readme() -> None:
     """Test that the ratios in the README equal the ratios in the linked tables."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     timm, nystromformer = (line[2].split()[0] for line in table(BENCHMARKS, "Integrations")[:2])
-    assert f"[{timm} of the time](docs/benchmarks.md#integrations)" in text
-    assert f"a layer takes [{nystromformer} of the time](docs/benchmarks.md#integrations)" in text
+    assert f"[{timm} times as long](docs/benchmarks.md#integrations)" in text
+    assert f"a layer takes [{nystromformer} times as long](docs/benchmarks.md#integrations)" in text
     nystrom = next(line for line in table(CHOOSING, "When it is faster") if line[0] == "`nystrom_attention`")
     assert f"[{nystrom[-1].split(' / ')[0]} of softmax's CPU time](docs/choosing.md#when-it-is-faster)" in text

@@ -1,4 +1,4 @@
-"""Tests of bench/quality.py. It writes its files at tiny sizes, and rejects an invalid output path before it starts."""
+"""Tests that bench/quality.py writes its plot and CSV file, with tiny sizes, and rejects an invalid output path at once."""
 
 from __future__ import annotations
 

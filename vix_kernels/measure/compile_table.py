@@ -109,9 +109,9 @@ def nvidia_violations(row: Row) -> list[str]:
 def regressions(rows: Iterable[Row], committed: Iterable[Row], complete: bool = True) -> list[str]:
     """Return a message for each value that is worse than in the committed table.
 
-    Rows are compared by use (kernel, op, direction and number of slots), because a code change can change the specializations
-    but keeps their uses. Only cells (Triton version, architecture, dtype and head width) with rows in both tables are compared.
-    If `complete` is False, missing and new uses are not reported.
+    Rows are compared by use (kernel, op, direction and number of slots), because a code change can alter the specializations
+    but usually leaves their uses unchanged. Only cells (Triton version, architecture, dtype and head width) with rows in both
+    tables are compared. If `complete` is False, missing and new uses are not reported.
     """
     now, before = by_use(rows), by_use(committed)
     found: dict[str, None] = {}  # an ordered set, because several uses of one row have the same message
