@@ -40,7 +40,7 @@ EVERY = params(EVERY_CASE)
 
 
 def on_each_backend(cases: Cases, interpreted: Cases) -> pytest.MarkDecorator:
-    """Parametrize over `cases` on both backends. The interpreter is slow, so it runs only the cases `interpreted`."""
+    """Parametrize over `cases` on both backends. The interpreter is slow, so it runs only the cases in `interpreted`."""
     grid = params(cases, "torch-", "torch") + params(cases if DEVICE == "cuda" else interpreted, "triton-", "triton")
     return pytest.mark.parametrize("backend, spec, case", grid, indirect=["backend"])
 

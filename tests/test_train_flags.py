@@ -119,7 +119,7 @@ def test_float16_runs_resume_with_their_loss_scale(tmp_path: Path) -> None:
 def test_time_to_an_accuracy_ends_the_run(tmp_path: Path) -> None:
     history = trained(tmp_path, "--epochs", "5", "--time-to", "1")["history"]
     assert len(history) == 1 and history[0]["seconds"] > 0 and history[0]["peak_memory_mb"] > 50
-    assert main(["train", "--resume", str(tmp_path)]) == 0  # the accuracy is already reached
+    assert main(["train", "--resume", str(tmp_path)]) == 0  # the target accuracy has already been reached
     assert load_checkpoint(tmp_path)["history"] == history
     assert parsed("--resume", str(tmp_path), "--epochs", "2", "--time-to", "1").time_to == 1
     assert main(["train", "--resume", str(tmp_path), "--epochs", "2"]) == 0

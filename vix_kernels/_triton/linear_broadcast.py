@@ -109,8 +109,8 @@ def load_terms(
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
     b_values, b_norms = load_state(sums, norms, sums_m, norms_m, o_m, M, E, BLOCK_E)
     b_dout = load_tile(dout, o_n, d_n, used, E, BLOCK_E, 0, True)
-    # Values are split into two 16-bit tiles instead of rounded to one, because the differences between the products and their
-    # mean may be small.
+    # Values are split into two 16-bit tiles instead of being rounded to a single one, because the differences between the
+    # products and their mean may be small.
     WIDE: tl.constexpr = b_values.dtype != b_dout.dtype
     b_dp = row_products(b_dout, b_values, tl.zeros((o_n.shape[0], BLOCK_M), COMPUTE), False, WIDE, PRECISION)
     return b_l, b_dp, b_norms

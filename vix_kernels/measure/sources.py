@@ -1,4 +1,4 @@
-"""Hashes of kernel sources, which committed tables store. If a hash changes, the rows with the old hash are outdated.
+"""Hashes of kernel sources, as stored in the committed tables. If a hash changes, the rows with the old hash are outdated.
 
 A hash covers the code of a kernel and of the device functions and constants it uses, but not their comments and docstrings.
 `source_hash` also covers the tiles of the kernel in the launch table. The hashes do not cover other launch options, such as the

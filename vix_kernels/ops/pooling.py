@@ -66,7 +66,7 @@ def _split(name: str, count: int, rows: int, columns: int) -> tuple[int, int]:
 def pooled_queries(
     q: Tensor, num_agents: int, *, grid_size: tuple[int, int] | None, prefix_tokens: int, mask: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Return means of queries (batch, heads, agents, head_dim), and their numbers of valid tokens (batch, agents)."""
+    """Return means of queries (batch, heads, agents, head_dim), and the number of valid tokens in each mean (batch, agents)."""
     pool = pooling("num_agents", num_agents, grid_size, prefix_tokens, q.shape[2])
     backend = backends.resolve(backend, q, q.shape[3])
     if backend == "reference":

@@ -26,7 +26,10 @@ def _apply_rope(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Te
 
 
 def _with_frequencies(build: Callable) -> Callable:
-    """Return a `build` function for the same problems with learned angles. The tokens after the prefix form a grid."""
+    """Return a function that builds the same problems as `build`, but with learned angles.
+
+    The tokens after the prefix form a grid.
+    """
 
     def mixed(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, options = build(replace(case, rope=None), tensor)
