@@ -2,10 +2,10 @@
 
     python -m bench.integrations --output DIR
 
-Times are CPU times of one thread. Calls of the host's module and of our module alternate. Each integration is measured in
-several new processes, because the allocator keeps memory from earlier calls, which changes the cost of large buffers. Ratios
-would be different in a process that has already measured other integrations. Before anything is timed, the outputs of both
-modules are compared. They must match, except for timm, where landmarks approximate softmax attention.
+Times are CPU times of one thread. Calls to the host's module and to our module alternate. Each integration is
+measured in several new processes, because the allocator keeps memory from earlier calls, which changes the cost of large
+buffers. Ratios would be different in a process that has already measured other integrations. Before anything is timed, the
+outputs of both modules are compared. They must match, except for timm, where landmarks approximate softmax attention.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_check_prints_every_reason(capsys) -> None:
     out = capsys.readouterr().out
     assert "performer_attention" in out and "apply_rope" in out
     assert main(["check", "--width", "300"]) == 0
-    assert "not triton: the kernels serve head widths 8 to 256, not 300" in capsys.readouterr().out
+    assert "not triton: the kernels support head widths 8 to 256, not 300" in capsys.readouterr().out
 
 
 def test_the_trainer_requires_neither_timm_nor_torchvision() -> None:

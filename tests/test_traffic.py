@@ -221,5 +221,5 @@ def test_the_traffic_command(capsys: pytest.CaptureFixture) -> None:
         main(["dev", "traffic", "--width", "300"])
     assert capsys.readouterr().err == (
         "vix dev traffic: error: performer_attention: backend='triton' cannot run here: "
-        "the kernels serve head widths 8 to 256, not 300\n"
+        "the kernels support head widths 8 to 256, not 300\n"
     )

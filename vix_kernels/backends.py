@@ -51,7 +51,7 @@ def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int)
         reasons.append(f"the kernels take {names}, not {str(dtype).removeprefix('torch.')}")
     low, high = TRITON_WIDTHS
     if not low <= width <= high:
-        reasons.append(f"the kernels serve head widths {low} to {high}, not {width}")
+        reasons.append(f"the kernels support head widths {low} to {high}, not {width}")
     return reasons
 
 

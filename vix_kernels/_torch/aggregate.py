@@ -157,8 +157,8 @@ def _key_bias(keys: Tensor, tile: Tile, mask: Tensor | None, scale: float, gauss
 def _row_products(x: Tensor, y: Tensor) -> Tensor:
     """Return the dot products x_j . y_j of rows, (pairs, M, 1).
 
-    They are rounded like the products of gradients and v in aggregate_backward, so that both cancel exactly if a slot attends
-    to only one token.
+    They are rounded like the products of gradients and v in aggregate_backward, so that the two cancel exactly if a slot
+    attends to only one token.
     """
     rows = x.shape[1]
     x, y = (F.pad(each, (0, 0, 0, -rows % 16)).unflatten(1, (-1, 16)) for each in (x, y))

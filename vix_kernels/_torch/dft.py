@@ -37,7 +37,7 @@ def dft(x: Tensor, ortho: bool) -> Tensor:
         half = torch.fft.irfft(half.mT.contiguous().flatten(0, 1), n=tokens, norm="forward")
         half = half.t().contiguous().unflatten(1, (-1, columns)).transpose(0, 1)  # only 2D transposes are fast
         torch.mul(half, scale, out=out[:, :, :columns])
-        mirror = out[:, :, 1 : width - columns + 1]  # the channels -b for b = width - 1 to columns
+        mirror = out[:, :, 1 : width - columns + 1]  # the channels -b for b = width - 1 down to columns
         out[:, 0, columns:] = mirror[:, 0].flip(1)
         out[:, 1:, columns:] = mirror[:, 1:].flip(1, 2)
     return y

@@ -229,7 +229,7 @@ def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -
 
     Cells with the largest head widths start first, to balance the load.
     """
-    # Workers are spawned, not forked, because Triton decides when it is imported whether kernels are interpreted.
+    # Workers are spawned, not forked, because Triton decides at import time whether kernels are interpreted.
     context = multiprocessing.get_context("spawn")
     with worker_environment(), ProcessPoolExecutor(jobs, context, prepare_worker, (REGISTERING,)) as pool:
         running = {pool.submit(function, *cell): cell for cell in sorted(cells, key=lambda cell: -cell[2])}
