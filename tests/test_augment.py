@@ -107,8 +107,8 @@ def picture(size: tuple[int, int] = (24, 16)) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-# For each operation, Pillow's result for strength 0.5 and the allowed difference on a scale of 255. Pillow rounds its results
-# down. Before it blends the original with a grayscale, uniformly gray or smoothed version, it rounds that version.
+# For each operation, Pillow's result for strength 0.5, and the allowed difference on a scale of 0 to 255. Pillow rounds its
+# results down. Before it blends the original with a grayscale, uniformly gray or smoothed version, it rounds that version.
 PILLOW = {
     "autocontrast": (lambda x, s: ImageOps.autocontrast(x), 1),
     "equalize": (lambda x, s: ImageOps.equalize(x), 0),

@@ -468,7 +468,7 @@ class Trial:
     def __init__(self, case: Case) -> None:
         self.case, self.problem, dtype = case, problem(case), getattr(torch, case.dtype)
         self.tensors = self.problem.tensors
-        if case.memory == "expanded":  # expand requires that all heads are equal
+        if case.memory == "expanded":  # all heads of an expanded tensor are equal
             self.tensors = self.tensors | {
                 name: x[:, :1].expand_as(x).contiguous() for name, x in self.tensors.items() if name in "qkv" and x.dim() == 4
             }
