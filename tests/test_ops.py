@@ -274,7 +274,7 @@ def test_empty_batch(spec: OpSpec, backend: str) -> None:
 class Record(TorchDispatchMode):
     """A dispatch mode that records the calls of registered operators, with their arguments.
 
-    `with Record() as calls` binds the list of the calls.
+    `with Record() as calls` binds `calls` to the list of recorded calls.
     """
 
     def __enter__(self) -> list:

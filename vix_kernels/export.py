@@ -232,7 +232,7 @@ def _landmarks(
     """
 
     def windows(size: int, count: int) -> Tensor:
-        """Return whether each window covers each position, bool (count, size)."""
+        """Return for each window and position whether the window covers the position, as a bool tensor (count, size)."""
         first, at = (torch.arange(each, device=q.device) for each in (count, size))
         first = first[:, None]
         if adaptive:

@@ -39,7 +39,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def run(selection: tuple[str, ...], plan: Plan) -> Iterator[Row]:
-    """Run pytest once. If time runs out, report the outcomes that were printed until then."""
+    """Run pytest once. If time runs out, report the outcomes that were printed by then."""
     if not find_spec("pytest"):
         yield skipped("pytest is not installed")
         return

@@ -88,7 +88,7 @@ class Mixer:
         presets: defaults that override those of the fields: "zoo" for models in models/, and "host" for models whose
             attention is replaced.
         sited: names of options that are derived from the site. Zoo models do not accept them.
-        has_extra_state: whether modules with this mixer have an extra state (see extra_state, load_extra_state).
+        has_extra_state: whether modules with this mixer have extra state (see extra_state, load_extra_state).
         for_hosts: whether this mixer can replace softmax attention in a host model.
         not_for_hosts: the reason why for_hosts is False, phrased as the end of an error message.
     """

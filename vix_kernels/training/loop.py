@@ -112,7 +112,7 @@ def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: 
 def redraw_features(state: State) -> None:
     """Redraw the random features of every Performer.
 
-    All processes draw the same features, because these depend only on a module's seed and on how often they were redrawn.
+    All processes draw the same features, because these depend only on a module's seed and on how many times they were redrawn.
     """
     for model in filter(None, (state.model, state.ema and state.ema.model)):
         for module in model.modules():
