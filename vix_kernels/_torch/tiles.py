@@ -163,7 +163,7 @@ def valid_tokens(mask: Tensor, where: Group | Tile) -> Tensor:
 
 
 def window(x: Tensor, where: Group | Tile, room: Scratch) -> Tensor:
-    """Return memory for the result for a group or a tile of x, (pairs, tokens, width).
+    """Return the memory (pairs, tokens, width) in which to compute a group or a tile of the output x.
 
     This is a view of x if x has the dtype of `room` and samples and heads can be flattened without a copy. Otherwise it is a
     view of `room`.
