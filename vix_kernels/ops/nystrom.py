@@ -65,8 +65,8 @@ def nystrom_attention(
             "grid": cells of the (height, width) grid `grid_size`, as in adaptive average pooling. Of all cell layouts with
             rows * columns = num_landmarks, the one whose cells are closest to squares is used. On images, this is much
             more accurate than "segment".
-            "pad_front": segments of the sequence after zero tokens are added at the front, up to a multiple of num_landmarks.
-            Without a mask, queries also attend to these zero tokens. Use this for weights from the package
+            "pad_front": segments of the sequence after all-zero tokens are added at the front, up to a multiple of
+            num_landmarks. Without a mask, queries also attend to these tokens. Use this for weights from the package
             nystrom-attention.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form.
         prefix_tokens: number of leading tokens (class, registers). Each is a separate landmark, in addition to num_landmarks.
@@ -152,7 +152,7 @@ def nystrom_attention_reference(
 def _pad_front(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rope: Rope | None, num_landmarks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Rope | None]:
-    """Add zero tokens at the front, up to a multiple of num_landmarks, and extend the mask and the rotary tables."""
+    """Add all-zero tokens at the front, up to a multiple of num_landmarks, and extend the mask and the rotary tables."""
 
     def pad(x: Tensor, tokens: int, value: float = 0.0) -> Tensor:
         return F.pad(x, (0, 0, -tokens % num_landmarks, 0), value=value)
