@@ -124,7 +124,7 @@ DEFAULT_KEYS = {
 
 
 def plain(arguments: Sequence[Any]) -> bool:
-    """Return whether a call may bypass the dispatcher, because nothing intercepts it and all tensors are ordinary."""
+    """Return whether a call may bypass the dispatcher: nothing intercepts it, and all tensors are ordinary."""
     if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in DEFAULT_KEYS:
         return False
     if torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack():
