@@ -9,7 +9,7 @@ examples:
 
 The results of a provider are checked against float64 before it is timed. A provider that returns wrong results, runs out of
 memory or is not installed gets a row with the reason and no time. bench.csv and bench.json are written to the output folder
-after every size, so an interrupted sweep keeps its results. At the end, time and memory are plotted in one picture per operator
+after every size, so an interrupted sweep keeps its results. At the end, time and memory are plotted in one figure per operator
 (PNG and SVG). Times are device times; on a CPU, they are CPU times of the process. "full" is forward and backward; backward is
 full minus forward.
 """
