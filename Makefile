@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 OLDEST_TRITON := 3.6.0
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 # The published wheel, which the tests compare with, and the packages it imports that are not in the test extra. They are
-# installed without dependencies, which include torchvision.
+# installed without their dependencies, because these include torchvision.
 ORIGINALS := vision_xformer==0.2.0 performer-pytorch==1.1.4 local-attention==1.4.4 axial-positional-embedding==0.3.12
 
 .DEFAULT_GOAL := help
@@ -44,9 +44,9 @@ lint: $(READY)  ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The installed Triton compiles for all architectures. The oldest supported Triton, which is installed in a separate folder,
-# compiles only for sm_90. On two cores, the 4,389 specializations take 45 minutes, and the shared memory of every entry takes
-# more than half an hour.
+# The installed Triton compiles the kernels for all architectures. The oldest supported Triton, which is installed in a separate
+# folder, compiles them only for sm_90. On two cores, compiling the 4,389 specializations takes 45 minutes, and measuring the
+# shared memory of every entry of the launch table takes more than half an hour.
 report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile every kernel for seven GPU architectures; check spills
 	$(BIN)/vix dev compile-report $(ARGS)
 	$(BIN)/vix dev compile-report --shared $(ARGS)

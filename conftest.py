@@ -9,7 +9,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vix_kernels")
     group.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ instead of the tests")
     group.addoption(
-        "--compiled", action="store_true", help="with --benchmark: also time torch.compile of plain PyTorch (takes minutes)"
+        "--compiled", action="store_true", help="with --benchmark: also time plain PyTorch with torch.compile (takes minutes)"
     )
 
 
@@ -19,6 +19,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install 'vix_kernels[bench]'")
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
-        # Not config.rootpath, because pytest also considers a path after --benchmark-json when it determines the root.
+        # config.rootpath is unreliable: pytest also considers a path after --benchmark-json when it determines the root.
         config.args = [str(Path(__file__).parent / "bench")]
     config.pluginmanager.import_plugin("bench.plugin")

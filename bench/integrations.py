@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(summary(name, runs) | dict(device=device_name("cpu"), commit=commit()))
         print(f"{name}: {rows[-1]['forward_ratio']:.2f} / {rows[-1]['full_ratio']:.2f}", file=sys.stderr, flush=True)
     print_table(
-        ("integration", "what", "ms", "forward, of the host's", "with backward", "relative error"),
+        ("integration", "what", "ms", "forward vs host", "forward and backward vs host", "relative error"),
         (ROW.format_map(row).split(" | ") for row in rows),
     )
     if options.output:

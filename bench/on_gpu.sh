@@ -7,9 +7,9 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
 missing="$("$python" -c '
 from importlib.util import find_spec
-print(*(name for name in ("torch", "triton", "numpy", "einops") if not find_spec(name)))')" || missing="the packages it needs"
+print(*(name for name in ("torch", "triton", "numpy", "einops") if not find_spec(name)))')" || missing="the required packages"
 if [ "$missing" ]; then
-    echo "bench/on_gpu.sh: nothing to measure here: $python lacks ${missing// /, } (PYTHON chooses another)"
+    echo "bench/on_gpu.sh: nothing to measure here: $python lacks ${missing// /, } (set PYTHON to use a different interpreter)"
     exit 201
 fi
 export PYTHONPATH="$root:$root/bench/gpu/checkout${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1

@@ -52,7 +52,7 @@ CLOCK = Recorded()
 
 
 def contenders(op: str, config: pytest.Config) -> list[str]:
-    """Return the providers to measure. SDPA is measured only with the first attention op, as its time is the same for all."""
+    """Return the providers to measure. SDPA is measured only with the first attention op: its time is the same for all."""
     skipped = {"compiled"} if not config.getoption("--compiled") else set()
     if op != next(name for name in public() if SPECS[name].attends):
         skipped.add("sdpa")
@@ -143,6 +143,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     session = getattr(terminalreporter.config, "_benchmarksession", None)
     rows = [each.extra_info for each in getattr(session, "benchmarks", []) if "provider" in each.extra_info]
     if rows:
-        terminalreporter.section(f"our time over the peers', {rows[0]['device']}, in this run")
+        terminalreporter.section(f"our time divided by the time of each peer, {rows[0]['device']}, in this run")
         for line in table.lines(rows):
             terminalreporter.line(line)

@@ -38,7 +38,8 @@ from vix_kernels.training.state import State
 HYBRID = VIX | dict(dim=64, depth=3, mlp_dim=128, heads=2, dim_head=32)
 SMALL_CCT = CCT | dict(img_size=32, num_classes=10, embedding_dim=64, num_layers=2, num_heads=2)
 OURS = dict(img_size=32, num_classes=10, embed_dim=64, num_heads=2)
-# For each pair: the arguments of our model, and the label and arguments of the original. Models have 0.2 million parameters.
+# For each pair: the arguments of our model, and the label and arguments of the original. Each model has about 0.2 million
+# parameters.
 PAIRS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "hybrid_vip": (OURS | dict(depth=3), "HybridViP", HYBRID),
     "hybrid_vin": (OURS | dict(depth=3), "HybridViN", HYBRID),

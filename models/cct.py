@@ -1,4 +1,4 @@
-"""The compact convolutional transformer (CCT, arXiv:2104.05704), and its variants CCN and CCP of Vision Xformers.
+"""The compact convolutional transformer (CCT, arXiv:2104.05704), and its variants CCN and CCP from Vision Xformers.
 
 image -> len(strides) x [convolution, relu, max pooling] -> position
       -> depth x [x + attention(norm(x)), n + mlp(n) with n = norm(x)] -> norm -> learned weighted mean of the tokens -> head

@@ -61,7 +61,7 @@ def models(argv: list[str]) -> int:
         description="List the models: image size, tokens of the first attention, parameters, and multiply-adds per image "
         "(matrix products and convolutions in plain PyTorch, without Fourier transforms).",
     )
-    parser.add_argument("pattern", nargs="?", help='list only names that match, such as "hybrid_*"')
+    parser.add_argument("pattern", nargs="?", help='list only models whose names match this pattern, such as "hybrid_*"')
     pattern = parser.parse_args(argv).pattern
     names = list_models(pattern)
     if not names:
@@ -95,7 +95,7 @@ def convert(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     output = Path(args.output)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        parser.error(f"output: expected a new or empty folder, got {output}, which is not empty")
+        parser.error(f"output: expected a new or empty folder, got {output}, which is neither")
     try:
         model = from_original(args.original, args.config, _read(Path(args.weights)))
         save_model(model, output)
@@ -110,7 +110,7 @@ def convert(argv: list[str]) -> int:
 def _read(path: Path) -> Mapping[str, Tensor]:
     """Read the state_dict from `path`. It may be nested under the key "state_dict" or "model"."""
     if not path.is_file():
-        raise ValueError(f"no file {path}")
+        raise ValueError(f"there is no file {path}")
     try:
         with path.open("rb") as file:
             begins = file.read(len(OLD_FORMAT))

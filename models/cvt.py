@@ -1,4 +1,4 @@
-"""The convolutional vision transformer (CvT, arXiv:2103.15808), and its variants CvN and CvP of Vision Xformers.
+"""The convolutional vision transformer (CvT, arXiv:2103.15808), and its variants CvN and CvP from Vision Xformers.
 
 image -> stages of convolution -> norm -> depth x [x + attention(convolution(norm(x))), x + mlp(norm(x))]
       -> norm -> mean -> head

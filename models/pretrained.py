@@ -42,7 +42,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     from safetensors.torch import save_file
 
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), dict):
-        raise TypeError(f"model: expected a model from create_model or from_original, got a {type(model).__name__}")
+        raise TypeError(f"model: expected a model from create_model or from_original, got {type(model).__name__}")
     folder = _path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}

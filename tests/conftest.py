@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests run on the GPU if there is one, else in Triton's interpreter."""
+"""Shared fixtures. Tests run on the GPU if there is one. Otherwise, kernels run in Triton's interpreter."""
 
 import os
 from collections.abc import Callable
@@ -18,7 +18,7 @@ DECLARED = torchvision_operators.declare() if MISMATCH else None
 
 
 def pytest_report_header() -> str | None:
-    return MISMATCH and f"{MISMATCH}\ntests declare torchvision's operators without an implementation, so it can be imported"
+    return MISMATCH and f"{MISMATCH}\ntests declare torchvision's operators without code, so that torchvision can be imported"
 
 
 @pytest.fixture(scope="session", autouse=True)

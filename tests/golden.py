@@ -69,9 +69,9 @@ class Golden:
         alone: logits of the first image when it is the only image in the batch, of shape (1, classes).
         cotangent: tensor of shape (batch, classes). The loss is (logits * cotangent).sum().
         norms: norm of the gradient of each parameter, or None if the parameter has no gradient.
-        parameters: number of trainable values.
+        parameters: number of elements in all trainable parameters.
         tolerance: absolute tolerance for logits, which is 20 times the original's float32 error, but at least 1e-4 times the
-            largest logit.
+            largest absolute logit.
     """
 
     config: dict[str, Any]

@@ -102,10 +102,11 @@ def test_linear_attention_names_invalid_arguments(wrong, kind, message) -> None:
 
 
 NYSTROM = {
-    "more landmarks than tokens": ({"num_landmarks": 9}, "num_landmarks: expected 1 to the 8 tokens, got 9"),
+    "more landmarks than tokens": ({"num_landmarks": 9}, "num_landmarks: expected 1 to 8, the number of tokens, got 9"),
     "more landmarks than tokens after the prefix": (
-        {"num_landmarks": 7, "prefix_tokens": 2}, "num_landmarks: expected 1 to the 6 tokens after the prefix, got 7"),
-    "no landmarks": ({"num_landmarks": 0}, "num_landmarks: expected 1 to the 8 tokens, got 0"),
+        {"num_landmarks": 7, "prefix_tokens": 2},
+        "num_landmarks: expected 1 to 6, the number of tokens after the prefix, got 7"),
+    "no landmarks": ({"num_landmarks": 0}, "num_landmarks: expected 1 to 8, the number of tokens, got 0"),
     "landmarks as text": ({"num_landmarks": "a"}, "num_landmarks: expected an integer, got 'a'"),
     "landmarks as a float": ({"num_landmarks": 4.0}, "num_landmarks: expected an integer, got 4.0"),
     "grid as a number": ({"landmarks": "grid", "grid_size": 4}, r"grid_size: expected \(height, width\), got 4"),
@@ -123,7 +124,7 @@ NYSTROM = {
         r"grid_size: expected height \* width = 7 tokens after the prefix, got \(2, 4\)"),
     "landmarks that do not fit the grid": (
         {"landmarks": "grid", "grid_size": (2, 4), "num_landmarks": 5},
-        "num_landmarks: expected a product of at most 2 rows and 4 columns of grid_size, got 5"),
+        r"num_landmarks: expected rows \* columns, with at most 2 rows and 4 columns as in grid_size, got 5"),
     "prefix of all tokens": ({"prefix_tokens": 8}, "prefix_tokens: expected 0 to 7 of 8 tokens, got 8"),
     "prefix with pad_front": (
         {"landmarks": "pad_front", "prefix_tokens": 1}, "prefix_tokens: expected 0 for landmarks='pad_front', got 1"),
@@ -305,7 +306,8 @@ LINFORMER = SHARED | {
     "projection for other heads": (
         {"key_projection": torch.ones(3, 8, 5)}, ValueError, "key_projection: expected q's 2 heads, got 3"),
     "projection for a shorter sequence": (
-        {"value_projection": torch.ones(7, 5)}, ValueError, "value_projection: expected at least k's 8 rows, got 7"),
+        {"value_projection": torch.ones(7, 5)}, ValueError,
+        "value_projection: expected at least 8 rows, one per token of k, got 7"),
     "projection on another device": (
         {"key_projection": torch.ones(8, 5, device="meta")}, ValueError, "key_projection: expected q's device cpu, got meta"),
     "projections to different numbers of slots": (
@@ -352,7 +354,7 @@ def test_linformer_module_names_invalid_lengths() -> None:
     with pytest.raises(ValueError, match="seq_len: expected an integer >= 1, got 0"):
         LinformerAttention(32, 2, seq_len=0)
     module = LinformerAttention(32, 2, seq_len=4, num_landmarks=6)
-    with pytest.raises(ValueError, match="key_projection: expected at least k's 5 rows, got 4"):
+    with pytest.raises(ValueError, match="key_projection: expected at least 5 rows, one per token of k, got 4"):
         module(torch.randn(1, 5, 32))
     with pytest.raises(ValueError, match=r"key_padding_mask: .*\(1, 4\), got \(1, 3\)"):
         module(torch.randn(1, 4, 32), key_padding_mask=torch.ones(1, 3, dtype=torch.bool))

@@ -1,4 +1,7 @@
-"""Tests of the benchmarks. Providers that are incorrect, too large or missing are not timed, and their rows say why."""
+"""Tests of the benchmarks.
+
+Providers that give wrong results, run out of memory or are not installed are not timed, and their rows say why.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +123,7 @@ def test_peak_memory_covers_only_the_call() -> None:
 
 
 class TestSuite:
-    """Tests of `pytest --benchmark`, which is run in a subprocess, only for `apply_rope`."""
+    """Tests of `pytest --benchmark`. They run it in a subprocess, and only for `apply_rope`."""
 
     def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "pytest", "--benchmark", "-p", "no:cacheprovider", "-k", "apply_rope-1024", *arguments]

@@ -1,4 +1,4 @@
-"""Tests that checkpoints survive killed processes, full disks and damaged files."""
+"""Tests that checkpoints survive killed processes and full disks, and that damaged checkpoints are refused."""
 
 from __future__ import annotations
 

@@ -349,7 +349,7 @@ def test_a_signal_to_the_process_group_spares_the_workers(tmp_path: Path) -> Non
 
 
 def test_only_folders_are_resized_and_streamed(tmp_path: Path, refused: Callable[..., str]) -> None:
-    assert "--img-size: digits has 8 x 8 pixels" in refused("--img-size", 16, "--output", tmp_path / "run")
+    assert "--img-size: the images of digits have 8 x 8 pixels" in refused("--img-size", 16, "--output", tmp_path / "run")
     assert "--stream: digits is read into memory" in refused("--stream", "--output", tmp_path / "run")
 
 

@@ -39,7 +39,7 @@ def test_compiles_as_one_graph():
 
 
 def test_a_unet_with_text_keeps_its_outputs():
-    """The inputs of attention are feature maps, with group norms and residuals. Cross-attention is not replaced."""
+    """Some attention layers take feature maps, apply a group norm and add a residual. Cross-attention is not replaced."""
     torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
@@ -72,7 +72,7 @@ def test_a_unet_without_text_keeps_its_outputs():
 
 def test_an_attention_without_scaling_is_not_replaced():
     attention = diffusers.models.attention_processor.Attention(32, heads=2, dim_head=16, scale_qk=False)
-    with pytest.raises(ValueError, match="its processor is a AttnProcessor"):
+    with pytest.raises(ValueError, match="a processor of class AttnProcessor"):
         integration.replace_attention(torch.nn.Sequential(attention), "nystrom")
 
 

@@ -111,7 +111,7 @@ def test_quality_table() -> None:
 
 
 def test_table_of_lengths() -> None:
-    """Test that the ratios in docs/choosing.md, and the lengths where an op becomes faster, match the committed CSV."""
+    """Test that docs/choosing.md matches the committed CSV: the ratios, and the length from which an op is faster than SDPA."""
     text = CHOOSING.read_text(encoding="utf-8")
     (path,) = (RESULTS / "epyc-1-thread").glob("*-78d4b70/tokens.csv")
     sweep = rows(path)

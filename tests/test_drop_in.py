@@ -1,4 +1,4 @@
-"""Tests of DropIn, the attention that every integration uses: supported calls, and errors for unsupported calls."""
+"""Tests of DropIn, which integrations call in place of softmax attention: supported calls, and errors for unsupported calls."""
 
 import copy
 import pickle
@@ -89,7 +89,7 @@ def test_unsupported_shapes_are_refused():
     q, k, v = qkv()
     with pytest.raises(NotImplementedError, match="4 dimensions"):
         DropIn("nystrom")(q[0], k[0], v[0])
-    with pytest.raises(NotImplementedError, match=r"\(3, 1, 1\); no grouped heads"):
+    with pytest.raises(NotImplementedError, match=r"\(3, 1, 1\); grouped heads are not supported"):
         DropIn("nystrom")(q, k[:, :1], v[:, :1])
     with pytest.raises(NotImplementedError, match=r"\(1, 2, 2\); samples are not broadcast"):
         DropIn("nystrom")(q[:1], k, v)

@@ -1,4 +1,4 @@
-"""Tests of exported programs: without this library, in onnxruntime, and compiled ahead of time."""
+"""Tests of exported programs, which run without this library, in onnxruntime, or compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -368,5 +368,5 @@ def test_a_backward_operator_is_refused() -> None:
             return angle_gradient(x, x, AXIAL.cos, True, "torch")
 
     program = torch.export.export(Gradient(), (drawn(2, HEADS, 1 + ROWS * COLUMNS, WIDTH),))
-    with pytest.raises(ValueError, match="program: expected one for inference, .* got vix_kernels.angle_gradient"):
+    with pytest.raises(ValueError, match="program: expected a program for inference, .* operators vix_kernels.angle_gradient"):
         decomposed(program)

@@ -41,7 +41,7 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Record the tiled calls. Tiles have 4 tokens here, so there are six tiles, and the last tile has one token."""
+    """Record the tiled calls. Tiles have 4 tokens per thread. With one thread, the last of six tiles has one token."""
     monkeypatch.setattr(tiled, "TOKENS_PER_THREAD", 4)
     monkeypatch.setattr(module, "MANY_CPU", 0)
     calls, run = [], primitive.feed_forward

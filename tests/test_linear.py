@@ -53,7 +53,7 @@ def test_nearly_empty_channels_stay_accurate(backend: str, dtype: torch.dtype) -
     plain = torch.autograd.grad(linear_attention(*leaves, backend="reference"), leaves, dout)
     for name, grad, expected, other in zip(
         "qkv", torch.autograd.grad(out, leaves, dout), gradients, plain, strict=True
-    ):  # the gradient of key 5, which is 1e-4 in some channels, amplifies rounding errors by 1e4 in any implementation
+    ):  # key 5 is 1e-4 in some channels, so its gradient amplifies rounding errors by 1e4 in any implementation
         assert grad.isfinite().all() and error(grad, expected) < max(0.02, 2 * error(other, expected)), name
 
 

@@ -118,7 +118,7 @@ def test_without_time_all_parts_are_reported_as_skipped(tmp_path: Path) -> None:
 
 
 def test_tuning_has_its_time_reserved() -> None:
-    """Tuning gets 60 seconds even if all earlier parts use their full limits."""
+    """Tuning gets at least 60 seconds, even if all earlier parts use their full limits."""
     parts = list(run.PARTS)
     before, deadline = parts[: parts.index("tune")], float(run.TOTAL)
     for at, name in enumerate(before):  # each part uses its full share and its full grace period
@@ -188,7 +188,7 @@ class TestRestart:
 
 
 class FakeCapture:
-    """Fake CUDA graph capture of torch 2.11. After a capture fails at its end, later allocations still use the pool."""
+    """Fake CUDA graph capture of torch 2.11. After a capture fails at its end, later allocations still use its memory pool."""
 
     def __init__(self, monkeypatch, recovers: bool = True) -> None:
         self.calls: list[str] = []
@@ -255,18 +255,18 @@ def test_a_failed_probe_gives_its_reason_in_one_line(tmp_path: Path, monkeypatch
     monkeypatch.setattr(probe.sysconfig, "get_path", lambda name: str(tmp_path))
     assert f"Triton needs Python.h for its launcher, and {tmp_path}/Python.h does not exist" in probed("kernel")["why"]
     monkeypatch.setattr(probe, "find_spec", lambda name: None)
-    assert probed("")["lacking"].startswith("the test suite without pytest, training on digits without sklearn")
+    assert probed("")["lacking"].startswith("the test suite (pytest is not installed), training on digits (sklearn is not")
     done = on_gpu(tmp_path / "out", "--dry-run", "--inject", "probe=compiler")
     assert done.returncode == 201 and done.stdout.count("\n") == 1 and "install gcc or clang" in done.stdout
 
 
 def test_missing_packages_are_named_in_one_line(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # this Python cannot import site-packages
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # this Python cannot import from site-packages
     python.chmod(0o755)
     done = subprocess.run(command(tmp_path / "out"), env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
     assert done.returncode == 201 and not done.stderr
-    assert f"{python} lacks torch, triton, numpy, einops (PYTHON chooses another)" in done.stdout
+    assert f"{python} lacks torch, triton, numpy, einops (set PYTHON to use a different interpreter)" in done.stdout
 
 
 def test_results_do_not_need_a_plotting_library(tmp_path: Path, monkeypatch) -> None:
@@ -287,8 +287,8 @@ def test_results_do_not_need_a_plotting_library(tmp_path: Path, monkeypatch) -> 
 def test_an_unsupported_gpu_is_named(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for architecture, sentence in (
-        ("sm_75", "the GPU is sm_75, the kernels need sm_80 (compute capability 8.0) or newer"),
-        ("gfx1100", "the GPU is gfx1100, the kernels support gfx90a, gfx942, gfx950"),
+        ("sm_75", "the GPU is sm_75, but the kernels need sm_80 (compute capability 8.0) or newer"),
+        ("gfx1100", "the GPU is gfx1100, but the kernels support only gfx90a, gfx942, gfx950"),
     ):
         monkeypatch.setattr(backends, "gpu_architecture", lambda index, name=architecture: name)
         assert backends.reason_against_gpu() == sentence

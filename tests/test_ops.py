@@ -95,8 +95,8 @@ def check_budget(problem: Problem, backend: str, during: AbstractContextManager 
     """Check that every error is at most twice the error of plain PyTorch in the same precision.
 
     Both errors are measured against a float64 reference. One rounding error of the result is added to the error of plain
-    PyTorch before it is doubled. In float64, where plain PyTorch is the reference, a relative error of 1e-13 is added instead.
-    Elements that a kernel does not write also fail the check, because newly allocated memory contains NaN.
+    PyTorch before the sum is doubled. In float64, where plain PyTorch is the reference, a relative error of 1e-13 is added
+    instead. If newly allocated memory contains NaN, elements that a kernel does not write also fail the check.
     """
     spec = problem.spec
     exact = run(problem.double(), reference=True)
@@ -235,7 +235,7 @@ def test_batch_independence(spec: OpSpec, case: Case, backend: str) -> None:
 
 @on_each_backend(FEW, interpreted=few("packed", "rope_partial"))
 def test_memory_layout_does_not_matter(spec: OpSpec, case: Case, backend: str) -> None:
-    """The results do not depend on the strides of the tokens if the last stride is 1. Gradients may be expanded tensors."""
+    """The results do not depend on the strides of the tokens if the last stride is 1. Cotangents may be expanded."""
     problem = spec.problem(case, device=DEVICE)
 
     def spread_out(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tests that compare the original Vision Xformers with golden outputs, and with the wheel if it is installed."""
+"""Tests that compare models from `from_original` with golden outputs, and with the vision_xformer wheel if it is installed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ WORK = {
 
 @pytest.mark.parametrize("name", WORK)
 def test_the_reference_backend_does_as_much_work_as_the_original(name: str) -> None:
-    """The reference backend does equal work, so it is a fair baseline for speed if the original is not installed."""
+    """The amount of work is equal, so the reference backend is a fair baseline for speed if the original is not installed."""
     expected = golden.load(name)
     model = from_original(name, expected.config, expected.state, backend="reference")
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -190,7 +190,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_with_all_mismatches(monkeypat
         ("ViTRoPE", dict(image_size=33), "image_size: expected at most the 1025 tokens of the rotary table, got 1090"),
         ("ViL", dict(image_size=16), "image_size: expected 1024 patches, .* got 256"),
         ("HybridViT", dict(patch_size=2), "patch_size: expected 1, .* got"),
-        ("CCT", dict(stride=[2]), "stride: expected one for each of the 3 n_conv_layers"),
+        ("CCT", dict(stride=[2]), r"stride: expected one for each of the 3 convolutions \(n_conv_layers\)"),
         ("CCT", dict(positional_embedding="sine"), "positional_embedding: expected 'learnable', as published, got 'sine'"),
         ("LeViN", dict(stages=None), "stages: expected 1, as published, got 3"),
     ],

@@ -202,7 +202,7 @@ def test_two_processes_match_one(runs: Path, name: str) -> None:
 
 
 def test_checkpoints_have_batch_norm_statistics_of_all_processes(runs: Path) -> None:
-    """A checkpoint trained in two processes with the fast recipe reproduces the evaluation loss of its run."""
+    """A checkpoint of a run in two processes with the fast recipe reproduces the evaluation loss of that run."""
     row = load_checkpoint(runs / "fast")["history"][-1]
     evaluation = evaluate_trained(load_trained(runs / "fast", torch.device("cpu")), load_dataset("digits"))
     assert evaluation.loss == pytest.approx(row["eval_loss"], abs=0.02) and row["eval_top1"] > 30  # the run used bfloat16

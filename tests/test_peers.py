@@ -1,6 +1,7 @@
-"""Tests of the replacements for modules in performer-pytorch, nystrom-attention and linformer, which are called peers here.
+"""Tests of the replacements for modules in performer-pytorch, nystrom-attention and linformer.
 
-The replacements have the same arguments, weights, outputs and gradients as the peers.
+The replaced modules are called peers here. Each replacement has the same arguments, weights, outputs and gradients as its
+peer.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def test_errors_name_wrong_arguments(tmp_path: Path) -> None:
         load_model("nope")
     for wrong, message in (
         (lambda: load_model(3), "folder: expected a path, got 3"),
-        (lambda: save_model(torch.nn.Linear(1, 1), tmp_path / "new"), "model: expected a model from .*, got a Linear"),
+        (lambda: save_model(torch.nn.Linear(1, 1), tmp_path / "new"), "model: expected a model from .*, got Linear"),
         (lambda: create_model(3), "name: expected the name of a known model, got 3"),
         (lambda: list_models(3), "pattern: expected text such as 'hybrid_.', got 3"),
         (lambda: from_original(["ViP"], {}, {}), "name: expected the name of a known original"),

@@ -1,4 +1,4 @@
-"""Tests that bench/quality.py writes its plot and CSV file, with tiny sizes, and rejects an invalid output path at once."""
+"""Tests that bench/quality.py, run with tiny sizes, writes its plot and CSV file, and that it rejects invalid arguments."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_models_with_rotary_embedding_are_reproduced(name):
 
 
 def test_rotations_match_timm():
-    """Compare rotated q and k with those of timm, for both layouts, and for tables that are shared by all heads or separate."""
+    """Compare the rotation of q and k with timm's, for both layouts, and for tables that are shared or differ between heads."""
     from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
     from vix_kernels import apply_rope
@@ -148,7 +148,7 @@ def test_landmarks_are_placed_on_the_grid():
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
 def test_landmarks_are_placed_on_the_grid_of_the_call(name):
-    """For each image size, the outputs equal the outputs of a model that was built for that size."""
+    """For each image size, the outputs equal those of a copy whose landmarks are fixed to the grid of that size."""
     torch.manual_seed(0)
     arguments = {} if "dinov3" in name else dict(dynamic_img_size=True)
     model = timm.create_model(name, img_size=64, depth=2, num_classes=5, **arguments).eval()
@@ -207,7 +207,7 @@ def test_restore_attention_restores_the_model():
     assert torch.equal(model(images()), expected) and repr(model) == words
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert not model.patch_embed._forward_hooks and type(model.blocks[0].attn) is timm.layers.Attention
-    with pytest.raises(ValueError, match="model: expected one whose attention was replaced, got none"):
+    with pytest.raises(ValueError, match="model: expected a model with replaced attention, got one without"):
         integration.restore_attention(model)
     built = vit(attn_layer="vix_linear")
     expected = built(images())

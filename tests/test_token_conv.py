@@ -21,7 +21,7 @@ def problem(taps: int, tokens: int = 70, *, dtype: torch.dtype = torch.float32):
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 @pytest.mark.parametrize("taps", [1, 33, 65])
 def test_equals_conv2d(backend: str, taps: int) -> None:
-    """Compare outputs and gradients with the Conv2d that the original Nystrom attention adds to its output.
+    """Compare outputs and gradients with a Conv2d. The original Nystrom attention adds the result of this Conv2d to its output.
 
     Some filters have more taps than a tile has tokens. The Conv2d runs in float64, because on CPUs oneDNN computes wrong
     float32 gradients for long filters.
@@ -79,5 +79,5 @@ def test_a_nan_stays_in_its_sample_and_head(backend: str) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 1, 4, 1), (2, 1, 3, 1), (3, 2, 3, 1), (3, 1, 1, 3), (3, 1, 0, 1), (3, 3)], ids=str)
 def test_filters_of_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"weight: expected shape \(3, 1, taps, 1\) with odd taps, got"):
+    with pytest.raises(ValueError, match=r"weight: expected shape \(3, 1, taps, 1\) with an odd number of taps, got"):
         token_conv(torch.randn(2, 3, 8, 16), torch.randn(shape))

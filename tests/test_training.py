@@ -33,7 +33,7 @@ TIMES = ("seconds", "images_per_second", "peak_memory_mb")  # columns that diffe
 
 
 def tiny(output: Path, **kwargs: Any) -> Config:
-    """Return a config with dropout and mixing of images, so that a resumed run must restore the state of every generator."""
+    """Return a config with dropout and mixing of images, so that a resumed run must draw the same random numbers."""
     kwargs = {"model": "hybrid_vip", "model_kwargs": TINY | {"proj_drop_rate": 0.1}, "batch_size": 256} | MIXED | kwargs
     return Config(epochs=2, warmup_epochs=1, output=str(output), **kwargs)
 
@@ -77,7 +77,7 @@ def test_a_resumed_run_is_bit_identical(
     number: int,
     steps: int,
 ) -> None:
-    """A signal stops the run in the first or second epoch, or after the last step of an epoch. Each epoch has 6 steps."""
+    """A signal stops the run after the first or third step of the first or second epoch. Each epoch has 6 steps."""
     train_step, seen = loop.train_step, []
 
     def stopped(*args: Any) -> torch.Tensor:

@@ -132,12 +132,12 @@ def test_unsupported_arguments_raise():
     attend = integration.AttentionInterface()["vix_nystrom"]
     with pytest.raises(NotImplementedError, match="is_causal: expected False"):  # a module without `is_causal` counts as causal
         attend(module, q, q, q, None)
-    with pytest.raises(NotImplementedError, match="softcap: expected None, got a int"):
+    with pytest.raises(NotImplementedError, match="softcap: expected None, got int"):
         attend(module, q, q, q, None, is_causal=False, softcap=30)
-    with pytest.raises(NotImplementedError, match="position_bias: expected None, got a Tensor"):
+    with pytest.raises(NotImplementedError, match="position_bias: expected None, got Tensor"):
         attend(module, q, q, q, None, is_causal=False, position_bias=torch.zeros(1, 2, 8, 8))
     assert attend(module, q, q, q, torch.zeros(1, 1, 1, 8))[0].shape == (1, 8, 2, 4)  # if there is a mask, is_causal is ignored
-    with pytest.raises(NotImplementedError, match="no grouped heads"):
+    with pytest.raises(NotImplementedError, match="grouped heads are not supported"):
         attend(module, q, q[:, :1], q[:, :1], None, is_causal=False)
 
 

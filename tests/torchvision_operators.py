@@ -27,7 +27,7 @@ def mismatch() -> str | None:
     except OSError:
         pass
     versions = f"torchvision {version('torchvision')} does not match torch {torch.__version__}"
-    return f"{versions}, so timm cannot be imported: docs/integrations.md says how to install one that does"
+    return f"{versions}, so timm cannot be imported: docs/integrations.md says how to install the matching one"
 
 
 def declare() -> torch.library.Library:

@@ -29,8 +29,8 @@ Run vix COMMAND --help for the options and examples of a command.
 DEV_COMMANDS = """\
 commands:
   compile-report  compile every kernel for several GPU architectures and analyze the code; no GPU needed
-  traffic         count the bytes that the kernels move, relative to the minimum; no GPU needed
-  roofline        predict the time of every op on several GPUs, next to measured times; no GPU needed
+  traffic         count the bytes that the kernels read and write, and compare them with the minimum; no GPU needed
+  roofline        predict the time of every op on several GPUs, and list measured times if there are any; no GPU needed
   tune            search for better launch configurations on this GPU
 
 Run vix dev COMMAND --help for the options of a command.
@@ -99,7 +99,7 @@ def _measurement(command: str, module: str) -> Callable[[list[str]], int]:
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] == "vix_kernels":
                 raise
-            Parser(prog=f"vix {command}").error(f"it needs {error.name}, which is not installed")
+            Parser(prog=f"vix {command}").error(f"this command needs {error.name}, which is not installed")
 
     return run
 

@@ -43,12 +43,12 @@ def reasons_against_triton(device: torch.device, dtype: torch.dtype, width: int)
     elif device.type == "cuda":
         architecture = gpu_architecture(device.index or 0)
         if architecture.startswith("sm_") and int(architecture[3:]) < 80:
-            reasons.append(f"the GPU is {architecture}, the kernels need sm_80 (compute capability 8.0) or newer")
+            reasons.append(f"the GPU is {architecture}, but the kernels need sm_80 (compute capability 8.0) or newer")
         elif architecture.startswith("gfx") and architecture not in AMD_ARCHITECTURES:
-            reasons.append(f"the GPU is {architecture}, the kernels support {', '.join(AMD_ARCHITECTURES)}")
+            reasons.append(f"the GPU is {architecture}, but the kernels support only {', '.join(AMD_ARCHITECTURES)}")
     if dtype not in TRITON_DTYPES and not (dtype == torch.float64 and interpreted()):
         names = ", ".join(str(each).removeprefix("torch.") for each in TRITON_DTYPES)
-        reasons.append(f"the kernels take {names}, not {str(dtype).removeprefix('torch.')}")
+        reasons.append(f"the kernels support {names}, not {str(dtype).removeprefix('torch.')}")
     low, high = TRITON_WIDTHS
     if not low <= width <= high:
         reasons.append(f"the kernels support head widths {low} to {high}, not {width}")

@@ -182,7 +182,10 @@ def _replaced(program: ExportedProgram, references: dict[Callable, Callable]) ->
         str(node.target) for graph in graphs for node in graph.nodes if getattr(node.target, "namespace", "") == "vix_kernels"
     }
     if remaining:
-        raise ValueError(f"program: expected one for inference, exported with strict=False, got {', '.join(sorted(remaining))}")
+        raise ValueError(
+            "program: expected a program for inference, exported with strict=False, got one with the operators "
+            f"{', '.join(sorted(remaining))}"
+        )
     return program
 
 

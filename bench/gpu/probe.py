@@ -34,7 +34,7 @@ def rows(plan: Plan) -> Iterator[Row]:
     except Exception as error:  # Triton, the C compiler and the driver raise many types of exceptions
         yield skipped(why_not_compiled(error))
         return
-    lacking = ", ".join(f"{what} without {name}" for name, what in WANTED.items() if not find_spec(name))
+    lacking = ", ".join(f"{what} ({name} is not installed)" for name, what in WANTED.items() if not find_spec(name))
     if plan.dry:
         yield ok(gpu="none (dry run)", arch="interpreter", lacking=lacking, **facts())
         return

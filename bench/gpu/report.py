@@ -107,7 +107,7 @@ def summary(machine: Row, outcomes: list[Outcome], problems: list[str]) -> str:
     )  # fmt: skip
     lines += [f"- not written: {problem}" for problem in problems]
     rows = {outcome.part: outcome.rows for outcome in outcomes}
-    lines += ["", "## Device time, ms", "", "On random numbers, with a cold L2 cache. `sdpa` is softmax attention.", ""]
+    lines += ["", "## Device time, ms", "", "Measured on random inputs with a cold L2 cache. `sdpa` is softmax attention.", ""]
     if any(o.part in ("compile", "correctness", "suite") and o.status == "failed" for o in outcomes):
         lines += ["**Some checks failed or did not run (see Failed): do not quote these times.**", ""]
     lines += times(rows.get("timing", []))
@@ -137,7 +137,7 @@ def tuned(rows: list[Row]) -> list[str]:
         tile = " ".join(f"{name}={value}" for name, value in row["best"].items()) if row["best"] != row["present"] else ""
         figures = (figure(row[name], 4) for name in ("present_ms", "best_ms", "tried"))
         body.append([f"{row['kernel']} {row['bits']} {row['width']}", *figures, tile])
-    headings = ["kernel, bits, width", "present ms", "best ms", "tried", "better tile"]
+    headings = ["kernel, bits, width", "current ms", "best ms", "tried", "better tile"]
     return ["", "## Tuning", "", *markdown(headings, body)] if body else []
 
 

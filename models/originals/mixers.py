@@ -87,10 +87,10 @@ class SoftmaxAttention(Mixer):
 class NystromAttention(Mixer):
     """The attention of ViN, with six iterations for the pseudo-inverse, a convolution of values over 33 tokens, and no dropout.
 
-    The front of the sequence is padded with zero tokens to a multiple of the number of landmarks. The softmaxes, means and
-    positions treat them like other tokens. For example, a class token and 1024 pixels are padded with 63 zero tokens, so the
-    class token is rotated as the 64th token. The pseudo-inverse is initialized with a maximum over the batch, so the logits of
-    a sample depend on the rest of its batch.
+    The front of the sequence is padded with all-zero tokens to a multiple of the number of landmarks. The softmaxes, means and
+    positions treat these tokens like the others. For example, a class token and 1024 pixels are padded with 63 all-zero tokens,
+    so the class token is rotated as the 64th token. The pseudo-inverse is initialized with a maximum over the batch, so the
+    logits of a sample depend on the rest of its batch.
 
     nystrom_attention does not support fewer tokens than landmarks. The reference implementation runs in this case.
     """

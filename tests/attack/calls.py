@@ -1,7 +1,8 @@
-"""Invalid calls generated from signatures. Each call passes one value that the annotation of its parameter excludes.
+"""Invalid calls generated from signatures. Each call passes one value that a parameter must reject.
 
-All parameters of all public functions are tested. Each call must raise one of the errors in `NAMED`, with a message that names
-the argument. Parameters of type bool are exempt, because every Python value has a truth value.
+The annotation and the name of a parameter determine the values. All parameters of all public functions are tested. Each call
+must raise one of the errors in `NAMED`, with a message that names the argument. Parameters of type bool are exempt, because
+every Python value has a truth value.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def module_targets(normal: Callable[..., Tensor], mask: Tensor, rope: Any) -> di
 def integration_targets() -> dict[str, Target]:
     try:
         from vix_kernels.integrations import timm
-    except (ImportError, RuntimeError):  # torchvision was built for a different version of torch
+    except (ImportError, RuntimeError):  # timm is missing, or torchvision was built for a different torch
         return {}
     model = nn.Sequential(nn.Linear(1, 1))
     return {

@@ -1,7 +1,7 @@
 """Float64 definitions of every public op, written from the papers. They share no code with the library.
 
-Each definition materializes the full (queries, keys) matrix of attention weights. All tensors are float64. Masks are bool and
-True for valid tokens. Masked tokens must be finite, so callers fill them with zeros.
+The definitions materialize all matrices of attention weights. All tensors are float64. Masks are bool and True for valid
+tokens. Masked tokens must be finite, so callers fill them with zeros.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def linear_attention(
 
 
 def linformer_attention(q, k, v, e: Tensor, f: Tensor | None = None, *, scale: float, valid=None, how=EXACT) -> Tensor:
-    """Softmax attention over the keys E^T k and the values F^T v. E and F have the shape (heads or 1, tokens or more, K)."""
+    """Softmax attention over the keys E^T k and the values F^T v. E and F have the shape ([heads,] tokens or more, K)."""
     if valid is not None:
         k, v = k * valid[:, None, :, None], v * valid[:, None, :, None]
     e, f = (x[..., : k.shape[2], :] for x in (e, e if f is None else f))
@@ -163,7 +163,7 @@ def agent_attention(q, k, v, agents, *, scale: float, valid=None, agents_valid=N
 
 
 def segments(tokens: int, count: int) -> list[range]:
-    """Split the tokens into `count` windows of `tokens // count` tokens. The last `tokens % count` have one token more."""
+    """Split the tokens into `count` windows of `tokens // count` tokens. The last `tokens % count` windows have one more."""
     windows, start = [], 0
     for j in range(count):
         end = start + tokens // count + (j >= count - tokens % count)
@@ -210,8 +210,8 @@ def nystrom_attention(
 ) -> Tensor:  # fmt: skip
     """Compute softmax(q k~) Z softmax(q~ k) v plus a convolution of v.
 
-    Z is the pseudo-inverse of softmax(q~ k~), computed iteratively. Landmarks without a valid token are dropped. With
-    landmarks="pad_front", zero tokens are prepended. They count as keys unless there is a mask.
+    Here q~ and k~ are the landmarks, and Z is the pseudo-inverse of softmax(q~ k~), computed iteratively. Landmarks without a
+    valid token are dropped. With landmarks="pad_front", zero tokens are prepended. They count as keys unless there is a mask.
     """
     queries = q.shape[2]
     if landmarks == "pad_front":

@@ -1,7 +1,10 @@
 """Corrupted files for every reader. A reader must return a result or raise one of its documented errors.
 
-Any other exception, a hang, a huge allocation, or the execution of code from the file is a violation. `check(damage)` returns
-the violations that one `Damage` causes. `damages(reader)` is the hypothesis strategy that draws `Damage` objects.
+Any other exception, a hang, a huge allocation, or the execution of code from the file is a violation. A reader must reject,
+or list as unreadable, a file that is empty, was replaced with unrelated text, or contains pickled code.
+
+`check(damage)` returns the violations that one `Damage` causes. `damages(reader)` is the hypothesis strategy that draws
+`Damage` objects.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ TINY = dict(embed_dim=8, depth=1, num_heads=1, patch_size=4, img_size=8, num_cla
 
 
 class Hang(BaseException):
-    """Raised if a read takes too long. Not a subclass of Exception, which readers would convert to documented errors."""
+    """Raised if a read takes too long. Not a subclass of Exception, because readers convert those to documented errors."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,7 @@ STRANGE_LINES = (b"\n", b"a: [\n", b"\xff\xfe\n", b"- 1\n", b"epochs: x\n", b"{\
 
 
 def other_values(content: bytes, path: Path, draws: random.Random) -> bytes:
-    """Return content in the same format, but with one value removed or replaced by a value of a different type."""
+    """Return content in the same format with one value removed or changed. If the format is unknown, reverse the bytes."""
     if content[:2] == b"PK":
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             packed = any(name.endswith(".npy") for name in archive.namelist())

@@ -599,7 +599,8 @@ def compared(trial: Trial, actual: Results, plain: Results) -> list[str]:
 
     Where large logits are nearly equal, one rounding can change the whole result, and the reference may have a small error only
     by chance. If a comparison fails, it is therefore repeated with more simulated rounding errors, and with the errors of the
-    reference on nearby inputs, which differ by one rounding. A violation counts only if it also occurs for most nearby inputs.
+    reference on nearby inputs, which differ by one rounding. Except for results that are not finite, a violation counts only if
+    it also occurs for most nearby inputs.
     """
     exact = trial.exact(trial.tensors)
     names, most = list(exact), torch.finfo(trial.computed).max / 4
@@ -760,7 +761,7 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
     names["per_head"], names["shared"] = sometimes(True, False), sometimes(True, False)
     if op in MODULES:
         names["per_head"] = names["shared"] = False
-    # Only self-attention has a rope, a grid and a residual. In cross-attention, the numbers of queries and keys differ.
+    # Only self-attention has RoPE, a grid and a convolution. In cross-attention, the numbers of queries and keys differ.
     self_attention = op in MODULES or op == "apply_rope" or one_of(True, True, False)
     if not self_attention:
         names["queries"] = up_to(24 if small else 200)

@@ -1,6 +1,7 @@
 """Record the models, runs and saved files of the current commit: `python -m tests.earlier.write FOLDER`.
 
-    states.json    for each model, the parameters in order with their shapes, the other state-dict entries, and some outputs
+    states.json    for each model, the names and shapes of the parameters in order, the names of the other state-dict
+                   entries, some outputs, and the norm of all outputs
     run/           a run folder written by `vix train`, after the first of two epochs
     resumed.json   the metrics after the second epoch of that run
     model/         a folder written by save_model

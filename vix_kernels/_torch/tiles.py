@@ -140,7 +140,7 @@ def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
 
 
 def flat(x: Tensor, where: Group | Tile) -> Tensor:
-    """Return a group or a tile of x with samples and heads flattened into pairs, in the accumulator's dtype.
+    """Return a group or a tile of x with samples and heads flattened into pairs (sample, head), in the accumulator's dtype.
 
     The result is a view if x already has this dtype and if x is contiguous or the group has only one sample.
     """

@@ -4,7 +4,8 @@ BLOCK consecutive output tokens depend on a window of BLOCK + taps - 1 input tok
 computes all blocks of one head, for as many samples as fit in the caches. Products and sums are computed in fp32 (fp64 for fp64
 inputs).
 
-Shapes: v (B, H, N, E); weight (H, 1, taps, 1) with odd taps; mask bool (B, N). Outputs have the same memory layout as v.
+Shapes: v (B, H, N, E); weight (H, 1, taps, 1) with an odd number of taps; mask bool (B, N). Outputs have the same memory layout
+as v.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ with host("diffusers", "0.38"):
 
 
 class VixAttnProcessor(AttnProcessor2_0):
-    """An AttnProcessor2_0 that computes attention with its Attention's child module `vix`. Everything else is unchanged."""
+    """An AttnProcessor2_0 that computes attention with the child module `vix` of the Attention that calls it."""
 
     def __call__(  # diffusers' Attention only passes arguments that this signature names
         self,
@@ -67,10 +67,10 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
 
 def _reason_against(module: nn.Module) -> str:
     if type(module) is not Attention:
-        return f"a {type(module).__name__}, not the Attention of diffusers.models.attention_processor"
+        return f"{type(module).__name__}, which is not the Attention of diffusers.models.attention_processor"
     if module.is_cross_attention:
         return "cross-attention"
     # Attentions with unscaled logits are not supported. Their default processor is an AttnProcessor.
     if type(module.processor) not in (AttnProcessor2_0, VixAttnProcessor):
-        return f"its processor is a {type(module.processor).__name__}"
+        return f"a processor of class {type(module.processor).__name__}"
     return ""

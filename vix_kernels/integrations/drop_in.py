@@ -37,8 +37,9 @@ class DropIn(Mounted):
 
     Args:
         op: the name of a core: "nystrom", "performer", "linear", "agent", or one registered by another package.
-        retrain: whether the model was, or will be, trained with this attention. Must be True for all ops except "nystrom". The
-            other ops do not closely approximate softmax attention, so weights trained with softmax would give wrong results.
+        retrain: whether the model was, or will be, trained with this attention. Must be True for all ops except "nystrom", and
+            for "nystrom" with a residual convolution. These attentions do not closely approximate softmax attention, so weights
+            trained with softmax would give wrong results.
         backend: "auto" | "triton" | "torch" | "reference".
         options: options of the core. "nystrom" accepts num_landmarks, landmarks, grid_size, prefix_tokens, pinv_iterations,
             pinv_init and residual_conv_kernel; "performer" accepts num_features and seed; "linear" accepts feature_map and eps;
@@ -151,8 +152,8 @@ class DropIn(Mounted):
             rope: rotary embedding to apply to query and key.
             self_attention: whether query and key come from the same tokens. If None, this is assumed if both have
                 the same number of tokens.
-            cu_seqlens, group: offsets of packed samples, and a process group that the tokens are sharded over. Neither is
-                supported yet.
+            cu_seqlens, group: start offsets of packed samples, and the process group across which the tokens are sharded.
+                Neither is supported yet.
             grid_size: (rows, columns) of the grid that the tokens after the prefix form. Landmarks and agents are placed on it.
 
         Raises:
@@ -166,10 +167,12 @@ class DropIn(Mounted):
                 f"dropout_p: expected 0, got {dropout_p}: there are no attention weights to drop; set dropout to 0"
             )
         if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-            raise NotImplementedError(f"query, key, value: expected 4 dimensions each, got a query of {tuple(query.shape)}")
+            raise NotImplementedError(
+                f"query, key, value: expected 4 dimensions each, got a query of shape {tuple(query.shape)}"
+            )
         if enable_gqa or not query.shape[1] == key.shape[1] == value.shape[1]:
             heads = query.shape[1], key.shape[1], value.shape[1]
-            raise NotImplementedError(f"key: expected as many heads as query has, got {heads}; no grouped heads")
+            raise NotImplementedError(f"key: expected as many heads as query has, got {heads}; grouped heads are not supported")
         if not query.shape[0] == key.shape[0] == value.shape[0]:
             batches = query.shape[0], key.shape[0], value.shape[0]
             raise NotImplementedError(f"key: expected query's batch, got {batches}; samples are not broadcast")
@@ -181,7 +184,7 @@ class DropIn(Mounted):
         _check_places(core, query.shape[2], key.shape[2])
         if attn_mask is not None:
             if key_padding_mask is not None:
-                raise NotImplementedError("attn_mask: expected None with a key_padding_mask")
+                raise NotImplementedError("attn_mask: expected None, because key_padding_mask is also given")
             key_padding_mask = padding_of(attn_mask, key)
         core.refuse(rope=rope, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, group=group)
         if self_attention is None:
@@ -233,7 +236,7 @@ def check_trained(core: Core, retrain: bool) -> None:
     if not core.takes_trained_weights() and not retrain:
         raise ValueError(
             f"retrain: expected True for {core.name!r}, got False: it does not approximate softmax attention closely enough "
-            "for weights trained with softmax; train the model with it, or use 'nystrom'"
+            "for weights trained with softmax; train the model with it, or use 'nystrom' without a residual convolution"
         )
 
 

@@ -22,7 +22,7 @@ def require(package: str, oldest: str) -> None:
     try:
         found = version(package)
     except PackageNotFoundError:
-        raise ImportError(f"this needs {package} {oldest} or newer: pip install {package}") from None
+        raise ImportError(f"this integration needs {package} {oldest} or newer: pip install {package}") from None
     if _numbers(found) < _numbers(oldest):
         raise ImportError(f"{package}: expected version {oldest} or newer, got {found}: pip install --upgrade {package}")
 

@@ -2,7 +2,7 @@
 
     from vix_kernels.integrations.nystrom_attention import NystromAttention
 
-The package has three quirks, which compat=True reproduces. It pads the front of the sequence with all-zero tokens until its
+The package has three quirks, which compat=True reproduces. It pads the front of the sequence with all-zero tokens until the
 length is a multiple of the number of landmarks. It divides the first iterate of the pseudo-inverse by a maximum over the
 whole batch, so the output of a sample depends on the rest of the batch. With a mask, a landmark without valid tokens attends
 equally to all landmarks, so it affects the pseudo-inverse."""

@@ -80,7 +80,10 @@ class FastAttention(nn.Module):
             raise ValueError(f"ortho_scaling: expected 0 or 1, got {ortho_scaling!r}")
         backends.check(backend)
         if backend == "triton" and (generalized_attention or no_projection):
-            raise NotImplementedError("backend: generalized_attention and no_projection have no kernels, got 'triton'")
+            raise NotImplementedError(
+                "backend: expected 'auto', 'torch' or 'reference', because generalized_attention and no_projection have no "
+                "kernels, got 'triton'"
+            )
         self.dim_heads = dim_heads
         self.nb_features = int(dim_heads * math.log(dim_heads)) if nb_features is None else nb_features
         self.ortho_scaling = ortho_scaling

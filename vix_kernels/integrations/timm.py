@@ -203,13 +203,14 @@ def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[A
 
         timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("nystrom", num_landmarks=49))
 
-    Landmarks and agents are placed as in `replace_attention`. For all ops except "nystrom", the weights are marked as trained
-    with `op`: the state dict has an entry `_extra_state` for each layer.
+    Landmarks and agents are placed as in `replace_attention`. If the attention does not closely approximate softmax attention
+    (see `retrain` in DropIn), the weights are marked as trained with `op`: the state dict has an entry `_extra_state` for each
+    layer.
 
     Args:
         op, options: as in DropIn. All layers have the same random features.
-        retrain: whether the model will be trained further with this attention. If False, load_state_dict rejects weights that
-            are not marked as trained with `op`, for all ops except "nystrom".
+        retrain: whether the model will be trained further with this attention. If False, and if the weights of this class are
+            marked, load_state_dict rejects weights that are not marked as trained with `op`.
     """
     return _class_with(DropIn(op, retrain=True, **options), retrain)
 
@@ -343,7 +344,7 @@ def restore_attention(model: nn.Module) -> list[str]:
         if id(_grid_of(module)) not in kept:
             _unfollow(module)
     if not restored:
-        raise ValueError("model: expected one whose attention was replaced, got none")
+        raise ValueError("model: expected a model with replaced attention, got one without")
     return restored
 
 

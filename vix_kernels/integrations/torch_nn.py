@@ -117,7 +117,7 @@ def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: 
 
 def _reason_against(module: nn.Module) -> str:
     if type(module) not in (nn.MultiheadAttention, MultiheadAttention):
-        return f"a {type(module).__name__}, not an nn.MultiheadAttention"
+        return f"{type(module).__name__}, which is not nn.MultiheadAttention"
     if module.in_proj_weight is None:
         return "keys or values have a different width than queries (kdim, vdim)"
     if module.bias_k is not None or module.add_zero_attn:

@@ -90,7 +90,7 @@ def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple
             value_of = others.get(name)
             if value_of is not None and value_of is not False:
                 raise NotImplementedError(
-                    f"{name}: expected None, got a {type(value_of).__name__}; {attention!r} does not support it"
+                    f"{name}: expected None, got {type(value_of).__name__}; {attention!r} does not support it"
                 )
         # As in transformers, a mask overrides is_causal, and a module without this attribute is causal.
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

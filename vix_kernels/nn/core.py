@@ -266,7 +266,7 @@ def register(name: str) -> Callable[[type[Some]], type[Some]]:
 
 
 def subscribe(callback: Callable[[type[Mixer]], None]) -> None:
-    """Call `callback` with every mixer that is registered, now or later."""
+    """Call `callback` with every mixer that is already registered, and with each mixer that is registered later."""
     _subscribers.append(callback)
     for mixer in CORES.values():
         callback(mixer)

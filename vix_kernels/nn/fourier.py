@@ -21,7 +21,7 @@ class Fourier(Mixer):
 
     Attributes:
         norm: None for plain sums, as in the paper, or "ortho", which preserves the magnitude of the tokens. Plain sums are
-            sqrt(tokens * channels) times as large.
+            sqrt(tokens * channels) times as large as the results of "ortho".
     """
 
     norm: Literal["ortho"] | None = None

@@ -47,7 +47,7 @@ def check_number(name: str, value: Any, *, zero: bool = False) -> float:
     """Return `value` as a float if it is a finite Python number > 0. If `zero` is set, 0 is also allowed."""
     kind = f"a finite number {'>=' if zero else '>'} 0"
     if isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a Python number, got a Tensor (reading it would wait for the device)")
+        raise TypeError(f"{name}: expected a Python number, got a Tensor (reading it would synchronize with the device)")
     if not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt) or isinstance(value, bool):
         raise TypeError(f"{name}: expected {kind}, got {value!r}")
     if not (0 <= value < math.inf) or (value == 0 and not zero):
@@ -98,7 +98,7 @@ def check_projection(projection: Tensor, q: Tensor) -> Tensor:
     if projection.dim() not in (2, 3):
         raise ValueError(f"projection: expected shape (M, head_dim) or (heads, M, head_dim), got {tuple(projection.shape)}")
     if projection.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"projection: expected float32 (16 bits lose the features), got {dtype_name(projection.dtype)}")
+        raise TypeError(f"projection: expected float32 (16 bits are not precise enough), got {dtype_name(projection.dtype)}")
     if projection.shape[-1] != q.shape[3]:
         raise ValueError(f"projection: expected q's head_dim {q.shape[3]} columns, got {projection.shape[-1]}")
     if projection.shape[-2] == 0:

@@ -126,7 +126,7 @@ def check_token_projection(name: str, projection: Tensor, k: Tensor) -> Tensor:
     if projection.dim() == 3 and projection.shape[0] != k.shape[1]:
         raise ValueError(f"{name}: expected q's {k.shape[1]} heads, got {projection.shape[0]}")
     if projection.shape[-2] < k.shape[2]:
-        raise ValueError(f"{name}: expected at least k's {k.shape[2]} rows, got {projection.shape[-2]}")
+        raise ValueError(f"{name}: expected at least {k.shape[2]} rows, one per token of k, got {projection.shape[-2]}")
     if projection.device != k.device:
         raise ValueError(f"{name}: expected q's device {k.device}, got {projection.device}")
     projection = projection[..., : k.shape[2], :].to(torch.promote_types(projection.dtype, k.dtype))

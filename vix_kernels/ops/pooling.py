@@ -30,7 +30,7 @@ def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tok
     tokens = tokens - prefix_tokens
     after_prefix = " after the prefix" if prefix_tokens else ""
     if not 1 <= check_integer(name, count) <= tokens:
-        raise ValueError(f"{name}: expected 1 to the {tokens} tokens{after_prefix}, got {count!r}")
+        raise ValueError(f"{name}: expected 1 to {tokens}, the number of tokens{after_prefix}, got {count!r}")
     rows, mark_rows, mark_columns = 1, 1, count
     if grid_size is not None:
         rows, columns = check_grid(grid_size)
@@ -59,7 +59,9 @@ def _split(name: str, count: int, rows: int, columns: int) -> tuple[int, int]:
     pairs = [(a, count // a) for a in range(1, count + 1) if count % a == 0]
     pairs = [(a, b) for a, b in pairs if a <= rows and b <= columns]
     if not pairs:
-        raise ValueError(f"{name}: expected a product of at most {rows} rows and {columns} columns of grid_size, got {count}")
+        raise ValueError(
+            f"{name}: expected rows * columns, with at most {rows} rows and {columns} columns as in grid_size, got {count}"
+        )
     return min(pairs, key=lambda pair: abs(math.log(rows * pair[1] / (columns * pair[0]))))
 
 

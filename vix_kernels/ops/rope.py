@@ -52,7 +52,7 @@ class Rope:
         for name, table in (("cos", self.cos), ("sin", self.sin)):
             check_tensor(name, table)
             if table.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"{name}: expected float32 (low precision loses the position), got {table.dtype}")
+                raise TypeError(f"{name}: expected float32 (16 bits are not precise enough), got {table.dtype}")
             if table.dim() != 3 or table.shape != self.cos.shape:
                 raise ValueError(
                     f"{name}: expected shape (heads or 1, tokens, R / 2), equal for cos and sin, got {tuple(table.shape)}"
@@ -311,7 +311,7 @@ def check_rope(rope: Rope, q: Tensor, k: Tensor) -> Rotary:
     if rope.tokens != q.shape[2]:
         raise ValueError(f"rope: expected angles for q's {q.shape[2]} tokens, got {rope.tokens}")
     if rope.heads != 1 and rope.heads != q.shape[1]:  # not `in`, which the compiler does not support for dynamic sizes
-        raise ValueError(f"rope: expected angles for 1 or q's {q.shape[1]} heads, got {rope.heads}")
+        raise ValueError(f"rope: expected angles for 1 head or for q's {q.shape[1]} heads, got {rope.heads}")
     if rope.dim > q.shape[3]:
         raise ValueError(f"rope: expected at most q's head_dim {q.shape[3]} rotated channels, got {rope.dim}")
     if rope.cos.dtype == torch.float64 and q.dtype != torch.float64:

@@ -2,7 +2,8 @@
 
     y_i = x W_i^T + b_i        dx = sum_i dy_i W_i        dW_i = dy_i^T x        db_i = sum_n dy_i
 
-Autograd would concatenate the gradients of the outputs before the matrix products. On a CPU that takes as long as the products.
+Autograd would concatenate the gradients of the outputs before the matrix products. On a CPU, this concatenation takes as long
+as the products.
 """
 
 from __future__ import annotations

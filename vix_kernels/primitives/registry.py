@@ -84,7 +84,7 @@ class Operator:
 
     def refuse_gradient(self, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
-            raise RuntimeError(f"torch.ops.vix_kernels.{self.name} has no gradient: call the functions of vix_kernels")
+            raise RuntimeError(f"torch.ops.vix_kernels.{self.name} has no gradient: call the functions of vix_kernels instead")
         with torch._C._AutoDispatchBelowAutograd():
             return self.registered(*arguments)
 
@@ -113,7 +113,8 @@ def register(schema: str, *, module: str, fake: Callable, has_kernel: Callable[.
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
-# Sets of dispatch keys that a thread may include while no dispatch mode, transform, tracer or functionalization is active.
+# Values of the thread-local set of included dispatch keys while no dispatch mode, transform, tracer or functionalization is
+# active.
 DEFAULT_KEYS = {
     keys.raw_repr()
     for keys in (

@@ -34,7 +34,7 @@ def token_conv(v: Tensor, weight: Tensor, *, mask: Tensor | None = None, backend
     """
     heads, taps = v.shape[1], weight.shape[2] if weight.dim() == 4 else 0
     if tuple(weight.shape) != (heads, 1, taps, 1) or taps % 2 == 0:
-        raise ValueError(f"weight: expected shape ({heads}, 1, taps, 1) with odd taps, got {tuple(weight.shape)}")
+        raise ValueError(f"weight: expected shape ({heads}, 1, taps, 1) with an odd number of taps, got {tuple(weight.shape)}")
     v = unit_last_stride(v)
     call = _TokenConv.apply if needs_autograd((v, weight)) else token_conv_forward
     return call(v, weight, mask, backend)

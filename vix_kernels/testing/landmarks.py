@@ -45,7 +45,7 @@ LANDMARKS = OpSpec(
     differentiable=("q", "k"),
     batched=("q", "k", "q_mask", "k_mask"),
     cases=CASES,
-    flops=lambda case: 2 * case.batch * case.heads * case.tokens * case.width,  # one addition per channel of q and k
+    flops=lambda case: 2 * case.batch * case.heads * case.tokens * case.width,  # one addition per element of q and k
     backward=1.0,
 )
 register(LANDMARKS)

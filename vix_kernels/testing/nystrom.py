@@ -69,6 +69,6 @@ NYSTROM = OpSpec(
     compiled=(Case("", features=64, taps=33),),
     # The matrices of more than 64 landmarks are inverted in global memory instead of registers, so one case has 128 landmarks.
     variants=(Case("+rope", features=64, taps=33, rope="interleaved"), Case("+landmarks", features=128, taps=33)),
-    most_features=64,  # the published number of landmarks; Performer needs more random features than this
+    most_features=64,  # the published number of landmarks, which is lower than the number of features of Performer
 )
 register(NYSTROM)

@@ -109,7 +109,7 @@ class OpSpec:
         variants: more cases for the compile report, which it compiles at fewer widths.
         most_features: upper limit of `features` in measurements. See `fit`.
 
-    The bytes and launches of an operator are counted by measure/costs.py.
+    measure/costs.py counts the bytes and launches of an operator.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Train ViX models in plain PyTorch. The command line is `vix train`."""
+"""Train Vision Xformers in plain PyTorch. The command line is `vix train`."""
 
 from .config import Config, UserError
 

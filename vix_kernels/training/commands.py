@@ -46,7 +46,7 @@ def train_parser() -> Parser:
     )
     parser = Parser(
         prog="vix train",
-        description="Train a ViX model, and evaluate it on held-out images after every epoch.",
+        description="Train a Vision Xformer, and evaluate it on held-out images after every epoch.",
         epilog=TRAIN_EXAMPLES + recipes,
     )
     group: Any = parser

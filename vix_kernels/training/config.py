@@ -102,7 +102,7 @@ class Config:
         0.0, "blend pairs of images with weights from Beta(A, A); 0 to disable", metavar="A", bound=NOT_NEGATIVE
     )
     cutmix: float = setting(
-        0.0, "paste a rectangle of another image, its area from Beta(A, A); 0 to disable", metavar="A", bound=NOT_NEGATIVE
+        0.0, "paste a rectangle of another image, with an area from Beta(A, A); 0 to disable", metavar="A", bound=NOT_NEGATIVE
     )
     mixup_off_epoch: int = setting(0, "end mixup and cutmix after N epochs; 0 for never", metavar="N", bound=NOT_NEGATIVE)
     reprob: float = setting(0.0, "probability of erasing a rectangle of an image", metavar="P", bound=PROBABILITY)
@@ -110,7 +110,9 @@ class Config:
         None, "a set of training flags, listed below (default: none)", choices=tuple(RECIPES), group="training"
     )
     epochs: int = setting(20, "passes over the training images", metavar="N", bound=POSITIVE)
-    batch_size: int = setting(64, "maximum images per step, over all processes", metavar="N", bound=POSITIVE, short="-b")
+    batch_size: int = setting(
+        64, "maximum number of images per step, over all processes", metavar="N", bound=POSITIVE, short="-b"
+    )
     grad_accum_steps: int = setting(
         1, "split each batch into N parts and accumulate their gradients, to save memory", metavar="N", bound=POSITIVE
     )
@@ -119,7 +121,7 @@ class Config:
     weight_decay: float = setting(0.05, "weight decay, except for biases and norms", metavar="W", bound=NOT_NEGATIVE)
     sched: str = setting("cosine", "learning rate schedule after the warm-up", choices=("cosine", "constant"))
     warmup_epochs: float = setting(3, "epochs of linear warm-up; may be fractional", metavar="N", bound=NOT_NEGATIVE)
-    cooldown_epochs: float = setting(0, "final epochs, part of --epochs, at --min-lr", metavar="N", bound=NOT_NEGATIVE)
+    cooldown_epochs: float = setting(0, "final epochs at --min-lr, included in --epochs", metavar="N", bound=NOT_NEGATIVE)
     min_lr: float | None = setting(
         None,
         f"final learning rate of the cosine schedule (default: {DEFAULT_MIN_LR:g}, or --lr if that is lower)",
@@ -145,7 +147,7 @@ class Config:
     compile: bool = setting(False, "compile the model with torch.compile")
     channels_last: bool = setting(False, "use the channels-last memory format for images and convolutions")
     grad_checkpointing: bool = setting(False, "save only the inputs of the blocks and recompute the rest in backward")
-    fsdp: bool = setting(False, "with torchrun: shard model and optimizer by FSDP2 (default: replicate them by DDP)")
+    fsdp: bool = setting(False, "with torchrun: use FSDP2 to shard the model and the optimizer (default: use DDP)")
     output: str | None = setting(
         None, "new folder for the run (default: runs/MODEL-DATASET, numbered)", metavar="DIR", group="output"
     )
@@ -190,7 +192,8 @@ class Config:
                 self._expect(each.name, about["bound"])
         if self.opt == "muon" and self.amp and self.amp_dtype == "float16":
             raise UserError(
-                "--opt: muon does not support float16, which needs a common loss scale with AdamW: use --amp-dtype bfloat16"
+                "--opt: muon does not support float16, because Muon and AdamW would need a common loss scale: "
+                "use --amp-dtype bfloat16"
             )
         if self.fsdp and self.amp and self.amp_dtype == "float16":
             raise UserError("--fsdp: sharded models do not support float16, which needs a loss scale: use --amp-dtype bfloat16")

@@ -86,7 +86,7 @@ def train(config: Config) -> tuple[History, Path]:
 class Run:
     """The part of a run that one process executes. Construct a Run, then call `open`, then `go`.
 
-    All decisions that depend on files are made by the first process, which sends them to the others.
+    The first process makes all decisions that depend on files, and sends them to the others.
 
     Args:
         held: the exit stack for everything that must be closed when the run ends, such as the lock on its folder.
@@ -317,7 +317,7 @@ def output_errors(folder: Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--output: cannot start {folder or 'a run in runs'}: {error}") from error
+        raise UserError(f"--output: cannot start a run in {folder or 'runs'}: {error}") from error
 
 
 def remove_empty(folder: Path) -> None:

@@ -83,10 +83,10 @@ def check_tensorboard() -> None:
 def check_processes(config: Config, ranks: Ranks) -> None:
     """Raise `UserError` if the settings do not fit the number of processes."""
     if config.fsdp and ranks.world == 1:
-        advice = "resume in one with --no-fsdp" if config.resume else "start N with torchrun --nproc-per-node N -m vix_kernels"
+        advice = "resume with --no-fsdp" if config.resume else "start several with torchrun --nproc-per-node N -m vix_kernels"
         raise UserError(f"--fsdp: expected several processes, got one: {advice}")
     if ranks.world > 1 and not config.output and not config.resume:
-        raise UserError("--output: expected a folder, which all processes and a restart share, got none")
+        raise UserError("--output: expected a folder, because all processes and any restart must use the same one, got none")
 
 
 def check_shared_data(dataset: Dataset, ranks: Ranks) -> None:
@@ -164,7 +164,7 @@ def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images:
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], source: Source) -> None:
-    """Raise `UserError` if `checkpoint` has a different model, seed or classes, or has more epochs than this run.
+    """Raise `UserError` if `checkpoint` has a different model, seed or classes, or has started more epochs than --epochs.
 
     If the checkpoint was saved in the middle of an epoch, its batch size must also equal the batch size of this run.
     """

@@ -93,7 +93,7 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
         model.config["data"] = {name: data[name] for name in ("classes", "mean", "std")}
         return Trained(path, config, model, *_training_images(model, device))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--checkpoint: {path} does not fit this version: {error}") from error
+        raise UserError(f"--checkpoint: {path} does not fit this version of vix_kernels: {error}") from error
 
 
 def _load_saved(folder: Path, device: torch.device) -> Trained:

@@ -57,7 +57,8 @@ def open_dataset(
     if size and source.shape[1:] != size:
         height, width = source.shape[1:]
         raise UserError(
-            f"--img-size: {source.name} has {width} x {height} pixels; only images in folders are resized, got {img_size}"
+            f"--img-size: the images of {source.name} have {width} x {height} pixels; only images in folders are resized, "
+            f"got {img_size}"
         )
     if stream and not source.streams:
         raise UserError(f"--stream: {source.name} is read into memory; only images in folders are streamed")
