@@ -112,8 +112,8 @@ def replace_each(
         adapt: a function that makes a module use its child module `vix`.
         expected: the expected kind of model or layer, for the error message.
         site_of: a function that returns the Site of a module, including the number and width of its heads.
-        place: a function that receives a module's name and the copy of `attention` for it, and places the copy's slots
-            among the tokens.
+        place: a function that receives a module's name and the copy of `attention` for it, and tells the copy how the tokens
+            are arranged: the number of prefix tokens and the grid.
 
     Raises:
         ValueError: nothing could be replaced.

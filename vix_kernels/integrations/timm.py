@@ -149,7 +149,7 @@ class BuiltAttention(ReplacedAttention):
 
 
 class MarkedAttention(BuiltAttention):
-    """A BuiltAttention that does not approximate softmax attention.
+    """A BuiltAttention that does not closely approximate softmax attention.
 
     Its state dict has an entry, the mark, which names the attention that the weights were trained with.
     """
@@ -358,7 +358,7 @@ def _vision_transformers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _place(attention: DropIn, vit: nn.Module, grid: TokenGrid | None) -> None:
-    """Place the slots of `attention` among the tokens of `vit`. With patch dropout, the tokens do not form a grid."""
+    """Tell `attention` how the tokens of `vit` are arranged. With patch dropout, they do not form a grid."""
     drops_patches = isinstance(getattr(vit, "patch_drop", None), PatchDropout | PatchDropoutWithIndices)
     attention.place(vit.num_prefix_tokens, None if drops_patches else grid)
 

@@ -49,7 +49,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class SdpaArgs:
-    """Arguments that require explicit attention weights, as in softmax attention."""
+    """Arguments that act on the attention weight of each pair of a query and a key. Linear-cost attentions refuse them."""
 
     attn_mask: Tensor | None = None
     dropout: float = 0.0

@@ -15,8 +15,8 @@ from .checks import check_integer
 def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tokens: int, tokens: int) -> dict[str, Any]:
     """Return the arguments with which primitives.landmarks pools tokens into `count` means.
 
-    Without a grid, tokens after the prefix are pooled over segments of the sequence. With a grid, they are pooled over rows *
-    columns = count cells that are as close to squares as possible. Each prefix token becomes an additional, separate mean.
+    Without a grid, tokens after the prefix are pooled over segments of the sequence. With a grid, they are pooled over `count`
+    cells in rows and columns, as close to squares as possible. Each prefix token becomes an additional, separate mean.
 
     Args:
         name: name of the argument in error messages about `count`.

@@ -25,7 +25,7 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
         saved = ctx.saved_tensors  # read only once, because checkpointing does not allow a second access
         with torch.no_grad():
             results = backward(ctx, saved, *gradients)
-        # In compiled code, the compiler raises this error.
+        # In compiled code, the compiler itself raises an error if results are differentiated again.
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return results
         sources = [x for x in (*saved, *gradients) if x is not None and x.requires_grad]

@@ -122,7 +122,7 @@ class _Landmarks(torch.autograd.Function):
     def backward(ctx, saved, dq_marks, dk_marks, *_):
         q, k, q_mask, k_mask, cos, sin, _, q_counts, k_counts = saved
         need_q, need_k, _, _, _, _, need_angles, *_ = ctx.needs_input_grad
-        need_q = dq_marks is not None and (need_q or need_angles)  # dq_marks is None if the loss does not depend on it
+        need_q = dq_marks is not None and (need_q or need_angles)  # None if the loss does not depend on q_marks
         need_k = k is not None and dk_marks is not None and (need_k or need_angles)
         dq, dk = landmarks_backward(
             LandmarkGradients(dq_marks=dq_marks, dk_marks=dk_marks), q, k, q_mask, k_mask,
