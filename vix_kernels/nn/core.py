@@ -49,7 +49,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class SdpaArgs:
-    """Arguments that act on the attention weight of each pair of a query and a key. Linear-cost attentions refuse them."""
+    """Arguments that act on the attention weight of each pair of a query and a key."""
 
     attn_mask: Tensor | None = None
     dropout: float = 0.0
