@@ -128,7 +128,7 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], digits: int = 6) ->
 
 
 def read_csv(path: Path, kind: type[Row]) -> list[Row]:
-    """Return the rows of a CSV file as instances of the dataclass `kind`, whose fields are integers and strings.
+    """Return the rows of a CSV file as instances of the dataclass `kind`, whose fields are integers, floats and strings.
 
     Raises:
         ValueError: the columns are not the fields of `kind`.
@@ -137,5 +137,5 @@ def read_csv(path: Path, kind: type[Row]) -> list[Row]:
         header, *lines = csv.reader(file)
     if header != [each.name for each in fields(kind)]:
         raise ValueError(f"unexpected columns {', '.join(header)}")
-    types = [int if each.type == "int" else str for each in fields(kind)]
+    types = [{"int": int, "float": float}.get(each.type, str) for each in fields(kind)]
     return [kind(*(convert(cell) for convert, cell in zip(types, line, strict=True))) for line in lines]

@@ -1,23 +1,25 @@
-"""Compile the kernels that the public ops launch, and compare the results with the committed table.
+"""Compile the kernels that the public ops launch, count the instructions of their machine code, and check the counts.
 
-The exit status is 1 if a kernel spills, exceeds a limit or is worse than in the committed table. --write updates this table.
+The committed table has a row for every specialization that was compiled. Only specializations without a current row are
+compiled, so a change of a kernel recompiles only its rows. The exit status is 1 if a kernel spills, does not fit in shared
+memory, executes matrix products one after another, computes logits twice, or exceeds a budget (measure/budgets.py). --write adds
+the new rows to the table and drops those whose kernel has changed. It can be interrupted, and continues where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from importlib import import_module
 from itertools import product
 from operator import attrgetter
@@ -32,139 +34,62 @@ from .._triton.launch import padded
 from .._triton.launch_table import TABLE as LAUNCH_TABLE
 from .._triton.targets import TARGETS
 from ..commands import DTYPES, Parser, read_csv, within, write_csv
-from ..testing import SPECS, Case, OpSpec, draw
+from ..testing import SPECS
 from ..testing.problem import REGISTERING
-from . import offline, shared_memory
-from .compile_table import Row, count_text, order, regressions, show_table, violations, write_table
-from .sources import source_hash
+from . import shared_memory
+from .budgets import BUDGETS, missed, violations
+from .compile_cell import Report, run_cell
+from .compile_table import Row, is_current, order, show_table, write_table
 
 TABLE = Path(__file__).with_name("compile_report.csv")
 Result = TypeVar("Result")
+Cell = tuple[str, str, int]  # architecture, dtype and head width
+OLDEST_TRITON = "3.6.0"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-WIDTHS = (32, 64, 80, 128, 256)
-# Dtypes and head widths at which the variants of an operator, for example with RoPE, are also compiled.
-VARIANTS = {(torch.bfloat16, 32), (torch.bfloat16, 64)}
-BATCH, HEADS, TOKENS = 2, 4, 1024
-NO_KERNEL = re.compile("empty|_unsafe_view")  # allocations, and a view that is not marked as a view
+# All dtypes and widths are compiled for these, with the newest Triton. The others differ little from one of them, so they are
+# compiled for fewer cells.
+FULL = ("sm_86", "sm_90")
+WIDTHS = (16, 32, 64, 80, 96, 112, 128, 256)
+FEW_WIDTHS = (32, 64, 128)
 
 
-@dataclass
-class Report:
-    rows: list[Row] = field(default_factory=list)
-    launches: dict[str, tuple[int, int]] = field(default_factory=dict)  # "op direction" -> largest (our launches, torch's)
-    errors: list[str] = field(default_factory=list)
-
-    def add(self, other: Report) -> None:
-        self.rows += other.rows
-        self.errors += other.errors
-        for use, counts in other.launches.items():
-            self.launches[use] = max(self.launches.get(use, counts), counts)
+def grid(arch: str, oldest: bool) -> list[Cell]:
+    """Return the cells of the committed table for one architecture and the oldest or the newest Triton."""
+    if oldest and arch != "sm_90":
+        return []
+    if arch in FULL and not oldest:
+        return [(arch, *cell) for cell in product(DTYPES, WIDTHS)]
+    return [(arch, "bf16", width) for width in FEW_WIDTHS]
 
 
-# Compilation
+def chosen(args: argparse.Namespace) -> list[Cell]:
+    """Return the cells of the grid. A dtype or width that is given on the command line replaces those of the grid."""
+    found: list[Cell] = []
+    for arch in args.arch or ARCHITECTURES:
+        cells = grid(arch, triton.__version__ == OLDEST_TRITON)
+        dtypes = args.dtype or dict.fromkeys(cell[1] for cell in cells)
+        widths = args.width or dict.fromkeys(cell[2] for cell in cells)
+        found += product([arch], dtypes, widths)
+    return list(dict.fromkeys(found))
 
 
-def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    """Yield the calls of an operator that are compiled, as pairs: the name in the table, and a case with the sizes."""
-    for case in spec.compiled + (spec.variants if (dtype, width) in VARIANTS else ()):
-        named = spec.name.removesuffix("_attention") + case.name
-        yield named, replace(case, batch=BATCH, heads=HEADS, tokens=TOKENS, width=width)
-
-
-def compile_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...]) -> Report:
-    """Compile the forward and backward passes of `ops` for one cell: an architecture, a dtype and a head width."""
-    report = Report()
-    binaries: list[Any] = []
-    uses: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))  # specialization -> use -> slot counts
-    for name, (table_name, case) in ((op, call) for op in ops for call in calls(SPECS[op], width, DTYPES[dtype])):
-        problem = draw(SPECS[name], case, DTYPES[dtype], "cpu")
-        for direction in ("forward", "backward"):
-            use = f"{table_name} {direction}"
-            where = f"{arch} {dtype} width {width}, {use}" + f", {case.features} slots" * bool(case.features)
-            try:
-                with offline.capture(arch) as launched, torch.autograd.profiler.profile() as profile:
-                    if direction == "forward":
-                        outputs = problem(backend="triton")
-                    else:
-                        problem.gradients(outputs)
-            except Exception as error:  # an error in one call must not hide errors in the others
-                report.errors.append(f"{where}: {brief(error)}")
-                break
-            if not launched:
-                report.errors.append(f"{where}: no kernel was launched")
-            roots = [event for event in profile.function_events if event.cpu_parent is None]
-            launches = len(launched), sum(map(torch_launches, roots))
-            report.launches[use] = max(report.launches.get(use, launches), launches)
-            binaries += launched
-            for each in launched:
-                uses[each.hash][use].add(case.features)
-    for launch in offline.describe(arch, binaries):
-        used = (
-            f"{use} {','.join(map(str, sorted(counts)))}" if any(counts) else use for use, counts in uses[launch.key].items()
-        )
-        report.rows.append(make_row(launch, dtype, width, "; ".join(used)))
-    return report
-
-
-def torch_launches(event) -> int:
-    """Return the number of kernels that a profiled torch operator would launch on a GPU.
-
-    Allocations and views launch none. A composite operator launches the kernels of the operators that it calls. Any other
-    operator launches one.
-    """
-    space, _, name = event.name.partition("::")
-    overloads = []
-    if space == "aten" and hasattr(torch.ops.aten, name):
-        operator = getattr(torch.ops.aten, name)
-        overloads = [getattr(operator, each) for each in operator.overloads()]
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    registered = [each for each in overloads if torch._C._dispatch_has_kernel(each.name())]
-    if all(has_kernel(each.name(), "CompositeImplicitAutograd") for each in registered):  # also true if `registered` is empty
-        return sum(torch_launches(child) for child in event.cpu_children)
-    return int(not any(each.is_view for each in overloads) and not NO_KERNEL.search(name))
-
-
-def make_row(launch: offline.CompiledLaunch, dtype: str, width: int, uses: str) -> Row:
-    used = launch.resources
-    return Row(
-        triton=triton.__version__,
-        arch=launch.target,
-        dtype=dtype,
-        width=width,
-        kernel=launch.kernel,
-        blocks=count_text({name[6:]: size for name, size in launch.constexprs.items() if name.startswith("BLOCK_")}),
-        warps=launch.warps,
-        stages=launch.stages,
-        registers=used.registers,
-        spilled=used.spilled,
-        shared=launch.shared,
-        tensor_memory=launch.tensor_memory,
-        occupancy=launch.occupancy,
-        matrix=count_text(used.matrix),
-        loads=count_text(used.loads),
-        stores=count_text(used.stores),
-        uses=uses,
-        source=source_hash(launch.kernel, launch.target),
-    )
-
-
-def brief(error: Exception) -> str:
-    while error.__cause__ is not None:  # Triton wraps the original error in errors that quote the source
-        error = error.__cause__
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1].strip()}"
+def sample(rows: Iterable[Row], count: int) -> list[str]:
+    """Return the keys of `count` rows. They are chosen by hash, so they are the same in every run on the same table."""
+    keys = {row.key for row in rows}
+    return sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())[:count]
 
 
 def print_summary(report: Report, seconds: float) -> None:
-    print(f"\n{len(report.rows)} specializations by Triton {triton.__version__} in {seconds:.0f} s")
+    print(
+        f"\n{len(report.rows)} specializations, {report.compiled} compiled by Triton {triton.__version__}, in {seconds:.0f} s"
+    )
     for arch in dict.fromkeys(row.arch for row in report.rows):
         rows = [row for row in report.rows if row.arch == arch]
         print(f"    {arch}: {sum(row.spilled > 0 for row in rows)} of {len(rows)} spill")
-        spilled, shared = (max(rows, key=attrgetter(name)) for name in ("spilled", "shared"))
-        slowest = min(rows, key=attrgetter("occupancy"))
+        spilled, shared, loop = (max(rows, key=attrgetter(name)) for name in ("spilled", "shared", "loop"))
         print(f"        {spilled.spilled} bytes spilled at most, {spilled.kernel} {spilled.where}")
         print(f"        {shared.shared} of {TARGETS[arch].shared_memory} bytes shared at most, {shared.kernel} {shared.where}")
-        print(f"        {slowest.occupancy} % occupancy at least, {slowest.kernel} {slowest.where}")
+        print(f"        {loop.loop:g} instructions per {loop.unit or 'value'} at most, {loop.kernel} {loop.where}")
     print("launches per call, this library's + torch's")
     for use, (ours, others) in report.launches.items():
         print(f"    {use}: {ours} + {others}")
@@ -175,18 +100,26 @@ def print_summary(report: Report, seconds: float) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser.of("vix dev compile-report", __doc__)
-    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=ARCHITECTURES, help="GPUs to compile for")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=tuple(DTYPES))
-    parser.add_argument("--width", nargs="+", type=within(8, 256), default=WIDTHS, metavar="D", help="head widths")
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, help="GPUs to compile for (default: those of the table)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bf16; all for " + " and ".join(FULL))
+    parser.add_argument(
+        "--width", nargs="+", type=within(8, 256), metavar="D", help="head widths (default: those of the table)"
+    )
     ops = [name for name, spec in SPECS.items() if spec.compiled or spec.variants]
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"{', '.join(ops)} (default: all)")
     parser.add_argument("--jobs", type=within(1, 1024), default=2, help="worker processes (default: 2)")
-    parser.add_argument("--write", action="store_true", help="replace the rows of the compiled kernels in the committed table")
+    parser.add_argument("--write", action="store_true", help="add the new rows to the committed table, and drop outdated ones")
+    parser.add_argument("--all", action="store_true", help="compile all specializations, including those in the table")
+    parser.add_argument("--missing", action="store_true", help="count the rows that the table lacks, and compile nothing")
+    parser.add_argument(
+        "--sample", type=within(0, 10_000), default=0, metavar="N",
+        help="compile N specializations again that are in the table, and compare (default: 0)",
+    )  # fmt: skip
     parser.add_argument(
         "--shared", action="store_true",
         help="check only the shared memory of every entry of the launch table; --write measures missing entries",
     )  # fmt: skip
-    parser.add_argument("--csv", type=Path, default=TABLE, metavar="PATH", help="table to compare with or to write")
+    parser.add_argument("--csv", type=Path, default=TABLE, metavar="PATH", help="the table")
     args = parser.parse_args(argv)
     args.partial = set(args.op) != set(ops)
     if args.write and args.partial:
@@ -227,6 +160,8 @@ def prepare_worker(modules: Iterable[str]) -> None:
 def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -> Iterator[Result]:
     """Yield the result of function(*cell) for every cell, in the order in which the results arrive.
 
+    The first three elements of a cell are the architecture, the dtype and the head width.
+
     Cells with the largest head widths start first, to balance the load.
     """
     # Workers are spawned, not forked, because Triton decides at import time whether kernels are interpreted.
@@ -244,9 +179,9 @@ def shared_memory_table(args: argparse.Namespace) -> int:
 
     With --write, measure only the entries that the committed table lacks, and add them.
     """
-    archs = tuple(TARGETS if args.arch == ARCHITECTURES else dict.fromkeys(args.arch))  # without --arch, all targets
-    bits = {8 * DTYPES[dtype].itemsize for dtype in args.dtype}
-    widths = set(map(padded, args.width)) | {key[2] for key in LAUNCH_TABLE if args.width == WIDTHS}
+    archs = tuple(TARGETS if not args.arch else dict.fromkeys(args.arch))  # without --arch, all targets
+    bits = {8 * DTYPES[dtype].itemsize for dtype in args.dtype or DTYPES}
+    widths = set(map(padded, args.width)) if args.width else {key[2] for key in LAUNCH_TABLE}
     committed = read_csv(shared_memory.COMMITTED, shared_memory.Row) if shared_memory.COMMITTED.is_file() else []
     same_version = [row for row in committed if row.triton == triton.__version__]
     cells, requested = [], set()
@@ -287,29 +222,35 @@ def main(argv: list[str]) -> int:
     if args.shared:
         return shared_memory_table(args)
     start = time.perf_counter()
-    cells = [(*cell, tuple(args.op)) for cell in product(args.arch, args.dtype, args.width)]
+    cells = chosen(args)
+    table = [row for row in args.committed if is_current(row)] if args.write else args.committed
+    in_slice = [row for row in table if row.triton == triton.__version__ and row.cell[1:] in cells]
+    again = None if args.missing else [row.key for row in in_slice] if args.all else sample(in_slice, args.sample)
     report = Report()
-    for each in by_workers(args.jobs, compile_cell, list(dict.fromkeys(cells))):
+    for each in by_workers(args.jobs, run_cell, [(*cell, tuple(args.op), args.csv, again) for cell in cells]):
         report.add(each)
+        if args.write and each.rows and not each.errors:
+            done = each.rows[0].cell
+            table = [row for row in table if row.cell != done] + each.rows
+            write_table(
+                args.csv, table
+            )  # after each cell, so that an interrupted run loses only the cells that it was compiling
+        if args.missing and each.missing:
+            print(f"{each.missing} rows are missing: {' '.join(map(str, each.cell))}")
+    if args.missing:
+        print(f"{report.missing} of {report.missing + len(report.rows)} rows are missing for Triton {triton.__version__}")
+        return verdict(report.errors)
     report.rows.sort(key=order)
     show_table(report.rows)
     print_summary(report, time.perf_counter() - start)
-
-    worse = regressions(report.rows, args.committed, complete=not args.partial)
-    failures = report.errors + violations(report.rows)
-    if not report.rows:
-        failures.append(f"nothing to compile: {', '.join(args.op)} has no calls at these widths and dtypes")
-    if args.write and not report.errors:
-        compiled = {(triton.__version__, *cell[:3]) for cell in cells}
-        kept = [row for row in args.committed if row.cell not in compiled]
-        write_table(args.csv, kept + report.rows)
+    declared, exceeded = missed(report.rows, BUDGETS)
+    for text in declared:
+        print(f"missed: {text}")
+    failures = report.errors + violations(report.rows) + exceeded
+    if args.write:
         print(f"wrote {args.csv}")
     else:
-        failures += worse
-        cells = dict.fromkeys(row.cell for row in report.rows)
-        if unknown := [cell for cell in cells if cell not in {row.cell for row in args.committed}]:
-            first = " ".join(map(str, unknown[0]))
-            print(f"nothing to compare with in {args.csv}: {len(unknown)} of {len(cells)} cells, first Triton {first}")
-    for text in worse if args.write else ():
-        print(f"accepted: {text}")
+        failures += report.changed
+    if not report.rows:
+        failures.append(f"nothing to compile: {', '.join(args.op)} has no calls at these widths and dtypes")
     return verdict(failures)

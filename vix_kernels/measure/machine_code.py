@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -24,9 +24,10 @@ class Resources:
 
     registers: int  # per thread; on AMD, the sum of architectural and accumulation registers
     spilled: int  # bytes per thread, on the stack or (on AMD) in the private segment
-    matrix: dict[str, int] = field(default_factory=dict)  # instruction -> count
+    matrix: dict[str, int] = field(default_factory=dict)  # instruction with its shape, such as HGMMA.64x32x16 -> count
     loads: dict[int, int] = field(default_factory=dict)  # loads from global memory: bits per thread -> number of instructions
     stores: dict[int, int] = field(default_factory=dict)  # stores to global memory: bits per thread -> number of instructions
+    code: list[Instruction] = field(default_factory=list, repr=False, compare=False)  # the whole program; empty on AMD
 
 
 def read(gpu: GPUTarget, kernels: Iterable[Mapping[str, str | bytes]]) -> list[Resources]:
@@ -38,32 +39,59 @@ def read(gpu: GPUTarget, kernels: Iterable[Mapping[str, str | bytes]]) -> list[R
 
 # NVIDIA
 
-INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)([^;\n]*)", re.MULTILINE)
 MATRIX = re.compile(r"(?:UTC)?[A-Z]{1,2}MMA")  # HMMA, IMMA, DMMA; HGMMA (sm_90); UTCHMMA (sm_100)
 LOADS = {"LDG", "LDGSTS", "UTMALDG", "UBLKCP"}
 STORES = {"STG", "UTMASTG"}
 
 
-def read_cubins(arch: int, cubins: list[bytes]) -> list[Resources]:
-    """Return the resources of cubins, read with the NVIDIA tools in the Triton wheel.
+class Instruction(NamedTuple):
+    """An instruction of NVIDIA's machine code. `target` is the address to which a branch jumps."""
+
+    address: int
+    guard: str  # the predicate that must be true, such as "@!P0", or ""
+    opcode: str  # with modifiers, such as "LDG.E.128"
+    target: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.opcode.partition(".")[0]
+
+
+def disassemble(arch: int, cubins: Iterable[bytes]) -> list[list[Instruction]]:
+    """Return the instructions of each cubin.
 
     The disassembler takes 0.25 s to start, so it runs once on the concatenated code of all kernels.
     """
     codes = [machine_code(each) for each in cubins]
+    if not codes:
+        return []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "code")
-        usages = []
-        for cubin in cubins:
-            path.write_bytes(cubin)
-            usages.append(run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path))
         path.write_bytes(b"".join(codes))
-        sass = run(knobs.nvidia.nvdisasm.path, "--binary", f"SM{arch}{'a' * (arch >= 90)}", path) if cubins else ""
-    instructions = [(int(address, 16), opcode) for address, opcode in INSTRUCTION.findall(sass)]
+        sass = run(knobs.nvidia.nvdisasm.path, "--binary", f"SM{arch}{'a' * (arch >= 90)}", path)
+    instructions = [parse(*groups) for groups in INSTRUCTION.findall(sass)]
     starts = [bisect_left(instructions, (end,)) for end in accumulate(map(len, codes), initial=0)]
-    return [
-        count_sass([opcode for _, opcode in instructions[start:end]], dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)))
-        for (start, end), usage in zip(pairwise(starts), usages, strict=True)
-    ]
+    return [instructions[start:end] for start, end in pairwise(starts)]
+
+
+def parse(address: str, guard: str, opcode: str, rest: str) -> Instruction:
+    target = re.search(r"0x([0-9a-f]+)\s*$", rest) if opcode.startswith("BRA") else None
+    return Instruction(int(address, 16), guard.strip(), opcode, int(target[1], 16) if target else None)
+
+
+def read_cubins(arch: int, cubins: list[bytes]) -> list[Resources]:
+    """Return the resources of cubins, read with the NVIDIA tools in the Triton wheel."""
+    codes = disassemble(arch, cubins)
+    return [count_sass(code, usage(cubin)) for code, cubin in zip(codes, cubins, strict=True)]
+
+
+def usage(cubin: bytes) -> dict[str, str]:
+    """Return the registers (REG) and the bytes of STACK and LOCAL memory that a cubin declares."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "cubin")
+        path.write_bytes(cubin)
+        return dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path)))
 
 
 def machine_code(cubin: bytes) -> bytes:
@@ -83,12 +111,17 @@ def run(tool: str, *arguments: str | Path) -> str:
     return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def count_sass(opcodes: Iterable[str], usage: dict[str, str]) -> Resources:
-    split = [(kind, modifiers) for kind, *modifiers in (opcode.split(".") for opcode in opcodes)]
-    products = (kind + ".TF32" * ("TF32" in modifiers) for kind, modifiers in split if MATRIX.fullmatch(kind))
+def count_sass(code: list[Instruction], usage: dict[str, str]) -> Resources:
+    split = [(kind, modifiers) for kind, *modifiers in (each.opcode.split(".") for each in code)]
+    products = (matrix_instruction(*each) for each in split if MATRIX.fullmatch(each[0]))
     loads, stores = ([access_bits(*each) for each in split if each[0] in kinds] for kinds in (LOADS, STORES))
     spilled = int(usage["STACK"]) + int(usage["LOCAL"])
-    return Resources(int(usage["REG"]), spilled, count(products), count(loads), count(stores))
+    return Resources(int(usage["REG"]), spilled, count(products), count(loads), count(stores), code)
+
+
+def matrix_instruction(kind: str, modifiers: list[str]) -> str:
+    """Return the name of a matrix instruction with its shape, if the name shows it, and with TF32 if its operands have that type."""
+    return ".".join([kind, *(each for each in modifiers if each[0].isdigit()), *(["TF32"] if "TF32" in modifiers else [])])
 
 
 def access_bits(kind: str, modifiers: list[str]) -> int:

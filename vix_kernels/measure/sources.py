@@ -1,8 +1,7 @@
 """Hashes of kernel sources, as stored in the committed tables. If a hash changes, the rows with the old hash are outdated.
 
-A hash covers the code of a kernel and of the device functions and constants it uses, but not their comments and docstrings.
-`source_hash` also covers the tiles of the kernel in the launch table. The hashes do not cover other launch options, such as the
-number of warps of small kernels that have no tile in the table.
+A hash covers the code of a kernel and of the device functions and constants it uses, but not their comments and docstrings. It
+does not cover launch options. These are part of the key of a row (observed.py).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import tokenize
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from .._triton import launch_table
 
@@ -29,7 +29,17 @@ def table_name(kernel: str) -> str:
 def code_hash(name: str) -> str:
     """Hash the kernels that the launch table lists as `name`, with the device functions and constants they use."""
     name = name.removesuffix("_pooled")
-    names = [f"{name}_kernel", *(["angle_gradient_kernel"] if name == "rotate" else [])]
+    return hash_of(f"{name}_kernel", *(["angle_gradient_kernel"] if name == "rotate" else []))
+
+
+def kernel_hash(kernel: Any) -> str:
+    """Hash a kernel with the device functions and constants it uses. Kernels of other packages have Triton's hash."""
+    return hash_of(kernel.__name__) if kernel.__name__ in device_code() else short_hash(kernel.cache_key)
+
+
+@cache
+def hash_of(*kernels: str) -> str:
+    names = [*kernels]
     reached: dict[str, str] = {}
     while names:
         name = names.pop()
@@ -38,15 +48,6 @@ def code_hash(name: str) -> str:
             reached[name] = " ".join(used)
             names += device_code().keys() & set(used)
     return short_hash("\n".join(reached[name] for name in sorted(reached)))
-
-
-@cache
-def source_hash(kernel: str, arch: str) -> str:
-    """Hash the code of a kernel and the tiles with which it can be launched on `arch`."""
-    name = table_name(kernel)
-    tables = launch_table.TABLE, launch_table.OVERRIDES.get(arch, {})
-    tiles = {key: tuple(tile) for table in tables for key, tile in table.items() if key[0].removesuffix("_pooled") == name}
-    return short_hash(code_hash(name) + repr(sorted(tiles.items())))
 
 
 @cache

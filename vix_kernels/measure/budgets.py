@@ -1,0 +1,220 @@
+"""What the compile report checks, and the declared exceptions with their reasons.
+
+The budgets are for bf16 on sm_90. A budget that is missed has a ceiling in `reached`, which the kernel must not exceed either.
+Change this file when a kernel becomes better, or when a change makes it worse for a good reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from .._triton.targets import TARGETS, TENSOR_MEMORY
+from .compile_table import Row, parse_counts
+
+WIDE = 128  # bits; the widest access of a thread before sm_100
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An exception from a check, for kernels whose names start with `kernel`.
+
+    Attributes:
+        limit: largest value that is allowed instead of the usual one.
+        reason: why the exception is necessary.
+        use: part of the name of a call that launches the kernel, such as "+learned"; "" for all calls.
+        archs, dtypes, widths: where the exception applies; empty for everywhere.
+    """
+
+    kernel: str
+    limit: float
+    reason: str
+    use: str = ""
+    archs: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
+
+    def matches(self, row: Row) -> bool:
+        return (
+            row.kernel.startswith(self.kernel)
+            and self.use in row.uses
+            and row.arch in (self.archs or (row.arch,))
+            and row.dtype in (self.dtypes or (row.dtype,))
+            and row.width in (self.widths or (row.width,))
+        )
+
+
+def allowed(row: Row, usual: float, exceptions: Iterable[Declared]) -> float:
+    return max([usual, *(each.limit for each in exceptions if each.matches(row))])
+
+
+# Bytes spilled per thread. Kernels must not spill at widths up to 128.
+SPILLS = (Declared("", 64, "the tiles of wide heads do not fit in registers", widths=(256,)),)
+# Waits for matrix products in the main loops. More than one per product and one more mean that ptxas executes the products one
+# after another.
+SERIALIZED = (
+    Declared("aggregate_slots_kernel", 16, "ptxas serializes the loop with learned slots", use="+learned"),
+    Declared("broadcast_slots_kernel", 20, "ptxas serializes the loop with learned or pooled slots"),
+    Declared("broadcast_tokens_kernel", 20, "ptxas serializes the loop with rotated slots", use="+rope", widths=(64,)),
+    Declared("aggregate_tokens_kernel", 24, "ptxas serializes the loop with rotated slots", use="+rope", widths=(64,)),
+    Declared("linear_", 16, "the factor that rescales sums is the accumulator of a product, which ptxas serializes"),
+)
+# Exponentials per logit. More than 1.1 mean that logits are computed twice.
+DUPLICATED = (
+    Declared(
+        "aggregate_tokens_kernel", 2, "the tile has 64 rows for 8 warps, so each group of warps computes all", widths=(64,)
+    ),
+    Declared("broadcast_tokens_kernel", 2, "after a convolution, delta needs a separate loop over the slots", use="nystrom"),
+    Declared("broadcast_forward_kernel", 2.125, "with a convolution, both groups of warps compute all logits", use="nystrom"),
+)
+# Kernels that may multiply with instructions of single warps on sm_90, or without matrix instructions.
+SINGLE_WARP: tuple[Declared, ...] = ()
+# Kernels that may lack 128-bit loads or stores.
+NARROW = (
+    Declared("aggregate_prepare_kernel", 1, "it reads and writes a few vectors of numbers"),
+    Declared("landmarks_kernel", 1, "rotated halves are loaded apart", use="+halves"),
+    Declared("aggregate_slots_kernel", 1, "gradients of rotated halves are stored apart", use="+halves"),
+    Declared("linear_", 1, "rotated halves are loaded apart", use="+halves"),
+)
+
+
+def violations(rows: Iterable[Row]) -> list[str]:
+    """Return a message for each limit that a row violates. A kernel that violates a limit is slow or cannot be launched."""
+    found = []
+    for row in rows:
+        limit = TARGETS[row.arch].shared_memory
+        if row.shared > limit:
+            found.append(f"{row}: {row.shared} bytes of shared memory, {row.arch} has {limit}")
+        if row.tensor_memory > TENSOR_MEMORY:
+            found.append(f"{row}: {row.tensor_memory} columns of tensor memory, {row.arch} has {TENSOR_MEMORY}")
+        if row.arch.startswith("sm_"):  # spills and machine code are not checked on AMD
+            found += [f"{row}: {text}" for text in nvidia_violations(row)]
+    return found
+
+
+def nvidia_violations(row: Row) -> list[str]:
+    found = []
+    most = allowed(row, 0, SPILLS)
+    if row.spilled > most:
+        found.append(f"spills {row.spilled} bytes per thread, {most:.0f} allowed")
+    most = allowed(row, row.products + 1, SERIALIZED)
+    if row.waits > most:
+        found.append(f"waits {row.waits} times for {row.products} matrix products, {most:.0f} allowed")
+    most = allowed(row, 1.1, DUPLICATED)
+    if row.unit == "logit" and is_pass(row) and row.exps > most:
+        found.append(f"computes {row.exps} exponentials per logit, {most} allowed")
+    if row.dtype == "fp32":
+        return found
+    if row.arch == "sm_90" and is_pass(row) and row.width <= (128 if "forward" in row.kernel else 64):
+        kinds = {name.partition(".")[0] for name in parse_counts(row.matrix)}
+        if kinds != {"HGMMA"} and not allowed(row, 0, SINGLE_WARP):
+            found.append(f"expected warp-group products (HGMMA) only, got {row.matrix or 'none'}")
+    if row.width in (32, 64) and not allowed(row, 0, NARROW):
+        if not (f"{WIDE}:" in row.loads and f"{WIDE}:" in row.stores):
+            found.append(f"expected {WIDE}-bit loads and stores, got loads {row.loads} and stores {row.stores}")
+    return found
+
+
+def is_pass(row: Row) -> bool:
+    """Return whether a kernel is one of the softmax passes between tokens and slots."""
+    return row.kernel.startswith(("aggregate", "broadcast")) and "prepare" not in row.kernel
+
+
+# Budgets
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget of kernels for one call.
+
+    Attributes:
+        name: what is limited.
+        kernels: names of the kernels, or their beginnings. Their values are added.
+        use, width, slots: the call, such as "performer forward", its head width and number of slots (0 for any).
+        most: the budget.
+        reached: if the budget is missed, a ceiling that must not be exceeded.
+        reason: why it is missed.
+        column: "loop", "whole", "whole over loop", "thousand" (instructions per 1,000 multiply-adds), or "warps", the only one of
+            which there must be at least as many.
+        against: compare with the same kernels in another call: the value is the ratio.
+    """
+
+    name: str
+    kernels: tuple[str, ...]
+    use: str
+    width: int
+    slots: int
+    most: float
+    reached: float | None = None
+    reason: str = ""
+    column: str = "loop"
+    against: str = ""
+
+    def value(self, rows: Iterable[Row]) -> float | None:
+        """Return the value in the rows of one Triton version, or None if a row is missing."""
+        rows = [row for row in rows if row.arch == "sm_90" and row.dtype == "bf16" and row.width == self.width]
+        value = self.sum(rows, self.use)
+        if not self.against or value is None:
+            return value
+        other = self.sum(rows, self.against)
+        return value / other if other else None
+
+    def sum(self, rows: Iterable[Row], use: str) -> float | None:
+        values: dict[str, float] = {}  # the worst specialization of each kernel
+        worst = min if self.column == "warps" else max
+        for row in rows:
+            if row.kernel.startswith(self.kernels) and row.used_by(use, self.slots):
+                values[row.kernel] = worst(values.get(row.kernel, self.column_of(row)), self.column_of(row))
+        if not values:
+            return None
+        return min(values.values()) if self.column == "warps" else sum(values.values())
+
+    def column_of(self, row: Row) -> float:
+        if self.column == "whole over loop":
+            return row.whole / row.loop if row.loop else 0.0
+        if self.column == "thousand":
+            return 1000 * row.loop / row.multiply_adds if row.multiply_adds else 0.0
+        return row.resident_warps if self.column == "warps" else getattr(row, self.column)
+
+    def exceeds(self, value: float, limit: float) -> bool:
+        return value < limit if self.column == "warps" else value > limit
+
+
+SPLIT = "slots are split and masked in the loop, and tiles are small"
+BACKWARD = ("broadcast_tokens_kernel", "broadcast_slots_kernel", "broadcast_backward_kernel")
+# name, kernels, call, then for cases A and B: the budget, what is reached
+PASSES = (
+    ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", (8, 16.7), (8.5, 20.9)),
+    ("aggregate forward", ("aggregate_forward_kernel",), "performer forward", (9, 13.2), (12.5, 17.9)),
+    ("broadcast backward", BACKWARD, "performer backward", (10, 38.3), (14.5, 44.3)),
+    ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", (9.5, 24.6), (15, 48.6)),
+    ("aggregate slots, learned", ("aggregate_slots_kernel",), "performer+learned backward", (11, 12.8), (15, 17.6)),
+    ("aggregate slots, pooled", ("aggregate_slots_kernel",), "nystrom backward", (11, 11.7), (15, None)),
+)
+
+
+def budgets() -> Iterator[Budget]:
+    for name, kernels, use, case_a, case_b in PASSES:
+        sized = use.startswith("performer ")  # other calls do not have the numbers of slots of the cases
+        yield Budget(name, kernels, use, 32, 110 * sized, *case_a, reason=SPLIT)
+        yield Budget(name, kernels, use, 64, 256 * sized, *case_b, reason=SPLIT)
+
+
+BUDGETS = tuple(budgets())
+
+
+def missed(rows: Iterable[Row], budgets: Iterable[Budget]) -> tuple[list[str], list[str]]:
+    """Return messages for the budgets that are missed as declared, and for those that are missed by more than that."""
+    rows = list(rows)
+    declared, failed = [], []
+    for budget in budgets:
+        for version in dict.fromkeys(row.triton for row in rows):
+            value = budget.value(row for row in rows if row.triton == version)
+            if value is None or not budget.exceeds(value, budget.most):
+                continue
+            text = f"{budget.name}, width {budget.width}, Triton {version}: {value:.4g}, budget {budget.most:g}"
+            if budget.reached is None or budget.exceeds(value, budget.reached):
+                failed.append(text + (f", at most {budget.reached:g} declared" if budget.reached is not None else ""))
+            else:
+                declared.append(f"{text}: {budget.reason}")
+    return declared, failed

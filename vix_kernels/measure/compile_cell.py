@@ -1,0 +1,141 @@
+"""Compile the kernels of one cell of the compile report, and describe their machine code."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from .._triton.targets import TARGETS
+from ..commands import read_csv
+from . import machine_code, ttgir
+from .compile_table import Row, count_text
+from .counting import LANES, analyze
+from .launch_times import work
+from .observed import Launch, Use, brief, observe_cell
+
+
+@dataclass
+class Report:
+    """What the report found in one or more cells.
+
+    Attributes:
+        cell: the architecture, dtype and head width, if it is one cell.
+        rows: a row for every specialization that is launched and has been compiled, now or earlier.
+        compiled: number of the rows that were compiled now.
+        missing: number of specializations that are neither compiled nor in the table.
+        launches: "op direction" -> largest (this library's launches, PyTorch's launches).
+        errors: messages of calls and compilations that failed.
+        changed: messages for rows that were compiled again and differ from the table.
+    """
+
+    cell: tuple[str, str, int] | None = None
+    rows: list[Row] = field(default_factory=list)
+    compiled: int = 0
+    missing: int = 0
+    launches: dict[str, tuple[int, int]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+
+    def add(self, other: Report) -> None:
+        self.rows += other.rows
+        self.compiled += other.compiled
+        self.missing += other.missing
+        self.errors += other.errors
+        self.changed += other.changed
+        for use, counts in other.launches.items():
+            self.launches[use] = max(self.launches.get(use, counts), counts)
+
+
+def run_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...], table: Path, again: Collection[str] | None) -> Report:
+    """Report on one cell. Only specializations that `table` lacks are compiled, and those whose keys are in `again`.
+
+    If `again` is None, nothing is compiled.
+    """
+    cell = observe_cell(arch, dtype, width, ops)
+    known = {row.key: row for row in read_csv(table, Row)} if table.is_file() else {}
+    wanted = [key for key in cell.launches if key not in known or key in (again or ())]
+    report = Report((arch, dtype, width), launches=cell.counts, errors=cell.errors)
+    if again is None:
+        report.missing = len(wanted)
+        wanted = []
+    rows: dict[str, Row] = {key: known[key] for key in cell.launches if key in known and key not in wanted}
+    for row in compile_launches(arch, [cell.launches[key][0] for key in wanted], report.errors):
+        rows[row.key] = row
+        report.compiled += 1
+    for key, row in rows.items():
+        same = [row for row in (known.get(key), row) if row is not None]
+        if len({replace(each, dtype="", width=0, uses="", whole=0.0) for each in same}) > 1:
+            report.changed.append(f"{row.kernel} {arch} {dtype} width {width}: compiled again, it differs from the table")
+        row = replace(row, dtype=dtype, width=width, uses=uses_text(cell.uses[key]))
+        report.rows.append(replace(row, whole=rounded(whole(row, cell.launches[key]))))
+    return report
+
+
+def uses_text(uses: Iterable[Use]) -> str:
+    slots: dict[str, set[int]] = defaultdict(set)
+    for use in uses:
+        slots[str(use)].add(use.slots)
+    return "; ".join(f"{use} {','.join(map(str, sorted(counts)))}" if any(counts) else use for use, counts in slots.items())
+
+
+def whole(row: Row, launches: Iterable[Launch]) -> float:
+    """Return the instructions of the whole program per logit, or per element of the largest tensor, in the largest launch."""
+    if not row.sections:
+        return 0.0
+    largest = max(launches, key=lambda launch: (launch.pairs, launch.elements))
+    useful = (row.unit == "logit" and largest.pairs) or largest.elements
+    return work(row.parts, largest)[0] * LANES * row.warps / max(1, useful)
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def compile_launches(arch: str, launches: Iterable[Launch], errors: list[str]) -> Iterator[Row]:
+    """Compile each launch, and yield a row without a dtype, width and uses."""
+    compiled = []
+    for launch in launches:
+        try:
+            compiled.append((launch, launch.compile()))
+        except Exception as error:  # an error in one kernel must not hide errors in the others
+            errors.append(f"{launch.kernel} {arch}: {brief(error)}")
+    resources = machine_code.read(TARGETS[arch].gpu, [binary.asm for _, binary in compiled])
+    for (launch, binary), used in zip(compiled, resources, strict=True):
+        yield make_row(arch, launch, binary, used)
+
+
+def resident_programs(arch: str, warps: int, *resources: int) -> int:
+    """Return how many programs fit in a multiprocessor. `resources` are registers, shared memory and tensor memory."""
+    target = TARGETS[arch]
+    return -(-target.occupancy(warps, *resources) * target.warps // (100 * warps))  # undo rounding down to a percentage
+
+
+def make_row(arch: str, launch: Launch, binary: Any, used: machine_code.Resources) -> Row:
+    meta = binary.metadata
+    tensor_memory = getattr(meta, "tmem_size", 0) or 0
+    names = {
+        name.removeprefix("BLOCK_"): size for name, size in launch.constexprs.items() if name.startswith(("BLOCK_", "TILES"))
+    }
+    row = Row(
+        triton=triton.__version__, arch=arch, dtype="", width=0, kernel=launch.kernel, blocks=count_text(names),
+        warps=meta.num_warps, stages=meta.num_stages, registers=used.registers, spilled=used.spilled, shared=meta.shared,
+        tensor_memory=tensor_memory, programs=resident_programs(arch, meta.num_warps, used.registers, meta.shared, tensor_memory),
+        unit="", loop=0.0, whole=0.0, exps=0.0, waits=0, products=0, multiply_adds=0.0, cycles="", bound="",
+        matrix=count_text(used.matrix), loads=count_text(used.loads), stores=count_text(used.stores),
+        uses="", sections="", source=launch.source, key=launch.key,
+    )  # fmt: skip
+    if not used.code:  # AMD's machine code is not counted
+        return row
+    found = analyze(used.code, ttgir.read(binary.asm["ttgir"]), meta.num_warps, arch)
+    return replace(
+        row, unit=found.unit, loop=rounded(found.instructions), exps=rounded(found.exponentials), waits=found.waits,
+        products=found.products, multiply_adds=rounded(found.multiply_adds),
+        cycles=count_text({name: 1000 * count for name, count in found.cycles.items()}),
+        bound=max(found.cycles, key=found.cycles.get) if found.cycles else "",
+        sections="; ".join(map(str, found.sections)),
+    )  # fmt: skip

@@ -1,0 +1,331 @@
+"""Count the instructions of a kernel in its machine code, per logit and by the unit of the GPU that executes them.
+
+The loops of the machine code (SASS) are matched with the loops of TTGIR, which show how many logits an iteration computes and how
+often the loop runs. Main loops are the innermost loops with matrix instructions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, field, fields, replace
+from functools import cache
+
+from .machine_code import MATRIX, Instruction, access_bits
+from .ttgir import Loop
+
+LANES = 32
+# Which unit executes an instruction. All instructions take an issue slot; those that are not listed take nothing else.
+FMA = {"FADD", "FMUL", "FFMA", "IMAD", "HFMA2", "HADD2", "HMUL2", "FADD2", "FMUL2", "FFMA2"}
+ALU = {
+    "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "HSETP2", "I2FP", "IABS", "IADD", "IADD3", "IMNMX", "ISETP", "LEA", "LOP3",
+    "MOV", "PLOP3", "PRMT", "SEL", "SGXT", "SHF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3",
+}  # fmt: skip
+EXP = {"MUFU", "F2F", "F2I", "I2F", "FRND"}  # conversions share the unit of exponentials
+SHARED = {"LDS", "STS", "LDSM", "STSM", "ATOMS"}
+GLOBAL = {"LDG", "STG", "LDGSTS", "LDL", "STL"}
+ENDS = {"EXIT", "RET", "BRX", "JMX"}
+PIPES = ("issue", "fma", "alu", "exp", "tensor", "shared", "global")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one multiprocessor executes per clock cycle: lanes of each unit, 16-bit multiply-adds, and bytes."""
+
+    fma: int
+    tensor: int
+    issue: int = 128
+    alu: int = 64
+    exp: int = 16
+    shared: int = 128
+    global_: int = 64
+
+
+# CUDA C++ Programming Guide, table of the throughput of arithmetic instructions, and the published peaks of the matrix units
+# with float32 accumulators. A multiprocessor exchanges up to 64 bytes per cycle with the L2 cache.
+RATES = {
+    "sm_80": Rates(fma=64, tensor=1024),
+    "sm_86": Rates(fma=128, tensor=256),
+    "sm_89": Rates(fma=128, tensor=256),
+    "sm_90": Rates(fma=128, tensor=2048),
+    "sm_100": Rates(fma=128, tensor=4096),
+    "sm_120": Rates(fma=128, tensor=256),
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Work of one warp: instructions, by unit, 16-bit multiply-adds (those of TF32 count twice), and bytes per lane."""
+
+    issue: int = 0
+    fma: int = 0
+    alu: int = 0
+    exp: int = 0
+    tensor: int = 0
+    shared: int = 0
+    global_: int = 0
+
+    def cycles(self, warps: int, arch: str) -> dict[str, float]:
+        """Return the cycles for which `warps` warps occupy each unit of a multiprocessor."""
+        lanes = {name: 1 if name == "tensor" else LANES for name in PIPES}
+        return {
+            name: getattr(self, each.name) * lanes[name] * warps / getattr(RATES[arch], each.name)
+            for name, each in zip(PIPES, fields(self), strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a program that runs `trips` times, which is an expression of the arguments as in ttgir.Loop."""
+
+    trips: str
+    counts: Counts
+
+    def __str__(self) -> str:
+        return " ".join([*map(str, astuple(self.counts)), self.trips])
+
+    @classmethod
+    def parse(cls, text: str) -> Section:
+        *counts, trips = text.split(" ", len(PIPES))
+        return cls(trips, Counts(*map(int, counts)))
+
+
+@dataclass(eq=False)
+class MachineLoop:
+    """A loop of the machine code, without the instructions of the loops inside it."""
+
+    code: list[Instruction]
+    children: list[MachineLoop] = field(default_factory=list)
+    matched: Loop | None = None
+
+    @property
+    def own_products(self) -> int:
+        return sum(map(is_product, self.code))
+
+    @property
+    def multiplies(self) -> bool:
+        return bool(self.own_products) or any(each.multiplies for each in self.children)
+
+    def innermost(self) -> list[MachineLoop]:
+        """Return the innermost loops with matrix instructions."""
+        inside = [loop for each in self.children for loop in each.innermost()]
+        return inside or [self] * bool(self.own_products)
+
+
+def is_product(instruction: Instruction) -> bool:
+    return bool(MATRIX.fullmatch(instruction.kind))
+
+
+# Loops
+
+
+def loops(code: Sequence[Instruction]) -> MachineLoop:
+    """Return the program as a loop that contains its loops.
+
+    A loop is a natural loop: its entry dominates a branch back to it. The code that a branch merely places at the end of the
+    program, and that jumps back, is thus no loop. Code that is never reached, such as padding, is ignored.
+    """
+    starts, successors = blocks(code)
+    reached = dominators(successors)
+    bodies: dict[int, set[int]] = {}
+    predecessors: dict[int, list[int]] = {at: [] for at in reached}
+    for at in reached:
+        for to in successors[at]:
+            predecessors[to].append(at)
+    for at in reached:
+        for to in successors[at]:
+            if reached[at] >> to & 1:  # the target dominates the branch
+                body, waiting = bodies.setdefault(to, {to}), [at]
+                while waiting:
+                    block = waiting.pop()
+                    if block not in body:
+                        body.add(block)
+                        waiting += predecessors[block]
+    parts = [code[start:end] for start, end in zip(starts, [*starts[1:], len(code)], strict=True)]
+    found = {head: body for head, body in bodies.items() if not waits_for_barrier([i for at in body for i in parts[at]])}
+    made = {head: MachineLoop([]) for head in found}
+    program = MachineLoop([])
+    order = sorted(found, key=lambda head: len(found[head]))
+    for head in sorted(found):
+        outer = next((each for each in order if each != head and head in found[each] and found[head] < found[each]), None)
+        (program if outer is None else made[outer]).children.append(made[head])
+    for at in sorted(reached):
+        owner = next((made[head] for head in order if at in found[head]), program)
+        owner.code += parts[at]
+    return program
+
+
+def blocks(code: Sequence[Instruction]) -> tuple[list[int], list[list[int]]]:
+    """Return the index of the first instruction of each basic block, and the blocks that can follow each block."""
+    at = {each.address: index for index, each in enumerate(code)}
+    heads = {0}
+    for index, each in enumerate(code):
+        if each.target is not None or each.kind in ENDS:
+            heads |= {index + 1, at.get(each.target, index + 1)}
+    starts = sorted(head for head in heads if head < len(code))
+    number = {start: block for block, start in enumerate(starts)}
+    successors = []
+    for block, end in enumerate([*starts[1:], len(code)]):
+        last = code[end - 1]
+        always = not last.guard and last.opcode == "BRA" and last.target is not None
+        following = [number[at[last.target]]] if last.target in at else []
+        if not always and not (last.kind in ENDS and not last.guard) and block + 1 < len(starts):
+            following.append(block + 1)
+        successors.append(following)
+    return starts, successors
+
+
+def dominators(successors: list[list[int]]) -> dict[int, int]:
+    """Return the blocks that can be reached, each with its dominators as a set of bits."""
+    order, seen, waiting = [], {0}, [(0, iter(successors[0]))]
+    while waiting:  # depth-first, to visit blocks in reverse postorder
+        block, rest = waiting[-1]
+        following = next((each for each in rest if each not in seen), None)
+        if following is None:
+            order.append(block)
+            waiting.pop()
+        else:
+            seen.add(following)
+            waiting.append((following, iter(successors[following])))
+    order.reverse()
+    every = (1 << len(successors)) - 1
+    found = dict.fromkeys(order, every) | {0: 1}
+    changed = True
+    while changed:
+        changed = False
+        before = {block: every for block in order}
+        for block in order:
+            for to in successors[block]:
+                before[to] &= found[block]
+        for block in order[1:]:
+            new = before[block] | 1 << block
+            changed |= new != found[block]
+            found[block] = new
+    return found
+
+
+def waits_for_barrier(code: list[Instruction]) -> bool:
+    """Return whether a loop only waits until a barrier in shared memory completes. It counts as straight code."""
+    return len(code) < 16 and any(each.kind == "SYNCS" for each in code)
+
+
+def match(machine: MachineLoop, loop: Loop) -> None:
+    """Find the loop of TTGIR for each loop of the machine code. Both have the same order, but some loops may be unrolled."""
+    machine.matched = loop
+    inner = loop.children
+    if len(machine.children) != len(inner):
+        inner = [each for each in inner if not each.constant]
+        if len(machine.children) == len(inner):
+            machine.matched = loop.unrolled()
+    if len(machine.children) == len(inner):
+        pairs = list(zip(machine.children, inner, strict=True))
+    else:  # compare only the loops with products
+        ours, theirs = [each for each in machine.children if each.multiplies], [each for each in inner if each.multiplies]
+        pairs = list(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else []
+    for ours, each in pairs:
+        match(ours, each)
+
+
+# Counts
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the machine code of a kernel shows. Rates are per `unit`, and 0 if the kernel has no matrix instructions.
+
+    Attributes:
+        unit: "logit", or "value" if a main loop computes no exponentials of products (see ttgir.Loop). "" if unknown.
+        instructions: instructions of all lanes in the main loops.
+        exponentials: number of exponentials.
+        waits, products: instructions in the main loops that wait for matrix products, and tl.dot in their source.
+        multiply_adds: multiply-adds of the main loops.
+        cycles: cycles for which one multiprocessor's units are occupied, by unit.
+        sections: the parts of the program, for predictions.
+    """
+
+    unit: str
+    instructions: float
+    exponentials: float
+    waits: int
+    products: int
+    multiply_adds: float
+    cycles: dict[str, float]
+    sections: tuple[Section, ...]
+
+
+def analyze(code: Sequence[Instruction], loop: Loop, warps: int, arch: str) -> Analysis:
+    program = loops(code)
+    match(program, loop)
+    main = program.innermost()
+    with_logits = [each for each in main if each.matched is not None and each.matched.logits]
+    unit = "logit" if with_logits else "value" if main else ""
+    main = with_logits or main
+    if any(each.matched is None for each in main):
+        main, unit = [], ""
+    instructions = exponentials = multiply_adds = 0.0
+    cycles = Counter()
+    for each in main:
+        elements = each.matched.logits or each.matched.values or 1
+        counts = counted_loop(each, warps)
+        instructions += counts.issue * LANES * warps / elements
+        exponentials += sum(i.opcode.startswith("MUFU.EX2") for i in each.code) * LANES * warps / elements
+        multiply_adds += each.matched.multiply_adds / elements
+        cycles.update({name: value / elements for name, value in counts.cycles(warps, arch).items()})
+    waits = sum(i.opcode.startswith("WARPGROUP.DEPBAR") for each in main for i in each.code)
+    products = sum(each.matched.products for each in main)
+    return Analysis(unit, instructions, exponentials, waits, products, multiply_adds, dict(cycles), sections(program, warps))
+
+
+def sections(machine: MachineLoop, warps: int, trips: str = "1") -> tuple[Section, ...]:
+    """Return the sections of a program. A loop without a match in TTGIR counts as if it ran once."""
+    found = [Section(trips, counted_loop(machine, warps))]
+    for each in machine.children:
+        inner = each.matched.trips if each.matched is not None else "1"
+        found += sections(each, warps, inner if trips == "1" else trips if inner == "1" else f"{trips}*{inner}")
+    return tuple(found)
+
+
+def counted_loop(machine: MachineLoop, warps: int) -> Counts:
+    """Return the work of one warp in one iteration, without inner loops."""
+    counts = counted(machine.code)
+    if counts.tensor or not machine.own_products or machine.matched is None:
+        return counts
+    return replace(counts, tensor=machine.matched.multiply_adds // warps)  # sm_100: the instructions do not show their shapes
+
+
+def counted(code: Iterable[Instruction]) -> Counts:
+    kinds = Counter((each.opcode, each.guard == "@!PT") for each in code)
+    work = [[times * count for count in astuple(work_of(*kind))] for kind, times in kinds.items()]
+    return Counts(*map(sum, zip(*work, strict=True)))
+
+
+@cache
+def work_of(opcode: str, disabled: bool) -> Counts:
+    """Return the work of one instruction. An instruction whose guard is never true takes only an issue slot."""
+    if disabled:
+        return Counts(issue=1)
+    kind, *modifiers = opcode.split(".")
+    size = 0
+    if kind in SHARED | GLOBAL:
+        matrices = next((int(m) for m in modifiers if m in ("1", "2", "4")), 1) if kind in ("LDSM", "STSM") else 0
+        size = 4 * matrices or access_bits(kind, modifiers) // 8
+    return Counts(
+        issue=1,
+        fma=int(kind in FMA),
+        alu=int(kind in ALU),
+        exp=int(kind in EXP),
+        tensor=multiply_adds(kind, modifiers),
+        shared=size if kind in SHARED or kind == "LDGSTS" else 0,
+        global_=size if kind in GLOBAL else 0,
+    )
+
+
+def multiply_adds(kind: str, modifiers: list[str]) -> int:
+    """Return the multiply-adds of one warp. The four warps of a group execute one HGMMA together."""
+    factor = 2 if "TF32" in modifiers else 1
+    if kind == "HGMMA":
+        rows, columns, depth = map(int, next(each for each in modifiers if "x" in each).split("x"))
+        return factor * rows * columns * depth // 4
+    if kind == "HMMA":
+        return factor * 16 * 8 * int(modifiers[0].removeprefix("168"))
+    return 0

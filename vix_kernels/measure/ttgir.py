@@ -1,0 +1,259 @@
+"""Read from TTGIR, Triton's intermediate code for GPUs, what a kernel computes: its loops, matrix products and logits.
+
+The machine code shows how many instructions a loop has, but not how many logits one iteration computes. TTGIR has the shapes of
+all tiles, and the bounds of the loops as expressions of the arguments. Reading both from the compiled kernel has the advantage
+that a kernel can be restructured without a change here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from math import prod
+
+RESULT = re.compile(r"^(%[\w$.-]+)(?::\d+)? = ")
+NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")  # "%x#1" is the second result of an operation
+FOR = re.compile(r"scf\.for (%\S+) = (%\S+) to (%\S+) step (%\S+)(?: iter_args\((.*?)\) ->)?")
+SHAPE = re.compile(r"(?:tensor|memdesc)<((?:\d+x)+)")
+PRODUCTS = {"tt.dot", "ttng.warp_group_dot", "ttng.tc_gen5_mma"}
+LOADS = {"tt.load", "ttg.local_load"}
+# A product in tensor memory has no result. Its accumulator is read later.
+ROOTS = PRODUCTS | {"ttng.tmem_load"}
+INFIX = {"arith.addi": "+", "arith.subi": "-", "arith.muli": "*", "arith.divsi": "//", "arith.remsi": "%", "arith.andi": "&"}
+COMPARE = {"slt": "<", "sle": "<=", "sgt": ">", "sge": ">=", "eq": "==", "ne": "!="}
+WORDS = {"cdiv", "min", "max", "if", "else", "not"}
+CASTS = {"arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast"}
+SCALAR = INFIX.keys() | CASTS | {"arith.minsi", "arith.maxsi", "arith.cmpi", "arith.select"}
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation. `loop` is the index of the innermost loop that contains it, or 0 for the kernel itself."""
+
+    name: str
+    text: str
+    operands: tuple[str, ...]
+    loop: int
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the tensors in its type: first the operands and then the result."""
+        return [tuple(map(int, each.split("x")[:-1])) for each in SHAPE.findall(self.text)]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of the result."""
+        if self.name in PRODUCTS:
+            a, b = self.shapes[:2]
+            return prod(a[:-1]) * b[-1]
+        return prod(self.shapes[-1]) if self.shapes else 1
+
+    @property
+    def multiply_adds(self) -> int:
+        """Number of multiply-adds of a product of (m, k) and (k, n) matrices, possibly with a batch dimension."""
+        a, b = self.shapes[:2]
+        return prod(a) * b[-1]
+
+    @property
+    def is_exponential(self) -> bool:
+        """Whether this is the exponential of a tile. Vectors, such as the factors that rescale sums, do not count."""
+        named = self.name in ("math.exp2", "math.exp") or ("asm" in self.name and "ex2" in self.text) or "exp2" in self.name
+        return named and bool(self.shapes) and len(self.shapes[-1]) > 1
+
+
+@dataclass
+class Loop:
+    """A loop, or the kernel itself, which counts as a loop with one iteration.
+
+    Attributes:
+        trips: number of iterations in one execution of the parent, as a Python expression of the kernel's arguments and the
+            program ids pid_x, pid_y and pid_z. "?" if it depends on data.
+        children: loops directly inside this one.
+        products: number of matrix products per iteration, without those of the children.
+        multiply_adds: their multiply-adds.
+        logits: number of elements of the products per iteration that are arguments of exponentials; 0 if there are none.
+        values: number of elements per iteration that the loop computes if it has no logits: the elements of products that are
+            not accumulated over iterations, otherwise of the largest operand.
+    """
+
+    trips: str
+    children: list[Loop] = field(default_factory=list)
+    products: int = 0
+    multiply_adds: int = 0
+    logits: int = 0
+    values: int = 0
+
+    @property
+    def constant(self) -> bool:
+        return self.trips.isdigit()
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether this loop or a loop inside it has matrix products."""
+        return bool(self.products) or any(each.multiplies for each in self.children)
+
+    def unrolled(self) -> Loop:
+        """Return this loop with all inner loops with constant numbers of iterations unrolled."""
+        found = replace(self, children=[])
+        for each in self.children:
+            if not each.constant:
+                found.children.append(each)
+                continue
+            inner, times = each.unrolled(), int(each.trips)
+            found.children += inner.children
+            for name in ("products", "multiply_adds", "logits", "values"):
+                setattr(found, name, getattr(found, name) + times * getattr(inner, name))
+        return found
+
+
+def read(text: str) -> Loop:
+    """Return the loops of a kernel."""
+    return Reader(text).loops[0]
+
+
+class Reader:
+    def __init__(self, text: str) -> None:
+        self.ops: dict[str, Op] = {}  # name of the result -> operation
+        self.listed: list[Op] = []
+        self.carried: dict[str, list[str]] = {}  # loop variable -> its initial value, and then the value for the next iteration
+        self.results: dict[str, list[str]] = {}  # loop -> the variables that are its results
+        self.arguments = set(re.findall(r"(%\w+):", next((x for x in text.splitlines() if "tt.func public" in x), "")))
+        self.loops = [Loop("1")]
+        self.parse(text)
+        for at, loop in enumerate(self.loops):
+            self.measure(loop, [op for op in self.listed if op.loop == at])
+
+    def parse(self, text: str) -> None:
+        open_blocks: list[tuple[int, int, str, list[str]]] = []  # indentation, loop, condition, loop variables
+        for raw in text.splitlines():
+            line = re.sub(r" loc\(.*$", "", raw.strip())
+            indent = len(raw) - len(raw.lstrip())
+            if open_blocks and line.startswith("}") and indent == open_blocks[-1][0]:
+                _, loop, condition, variables = open_blocks.pop()
+                if line.startswith("} else"):
+                    open_blocks.append((indent, loop, f"not {condition}", variables))
+                continue
+            found = RESULT.match(line)
+            body = line[found.end() :] if found else line
+            loop = open_blocks[-1][1] if open_blocks else 0
+            if " scf.for " in f" {body}":
+                conditions = [each[2] for each in open_blocks if each[1] == loop and each[2]]
+                open_blocks.append((indent, *self.open_loop(body, loop, conditions)))
+                if found:
+                    self.results[found[1]] = open_blocks[-1][3]
+            elif body.startswith("scf.if "):
+                open_blocks.append((indent, loop, self.expression(NAME.findall(body)[0]), []))
+            elif body.startswith("scf.yield") and open_blocks:
+                for variable, value in zip(open_blocks[-1][3], NAME.findall(body), strict=False):
+                    self.carried[variable].append(value)
+            name = body.split(" ")[0].strip('"').split("(")[0].strip('"')
+            operands = NAME.findall(body.partition(" : ")[0])
+            op = Op(name, body, tuple(operands), loop)
+            self.listed.append(op)
+            if found:
+                self.ops[found[1]] = op
+
+    def open_loop(self, body: str, loop: int, conditions: list[str]) -> tuple[int, str, list[str]]:
+        _, first, last, step, arguments = FOR.search(body).groups()
+        first, last, step = map(self.expression, (first, last, step))
+        length = last if first == "0" else simplified(f"({last}-{first})")
+        trips = simplified(length if step == "1" else f"cdiv({length},{step})")
+        for condition in conditions:
+            trips = f"({trips} if {condition} else 0)"
+        self.loops.append(Loop("?" if "?" in trips else trips))
+        self.loops[loop].children.append(self.loops[-1])
+        pairs = re.findall(r"(%\S+) = (%[\w$.#-]+)", arguments or "")
+        self.carried.update((variable, [value]) for variable, value in pairs)
+        return len(self.loops) - 1, "", [variable for variable, _ in pairs]
+
+    def expression(self, name: str) -> str:
+        """Return a scalar as an expression of the arguments and program ids. It contains "?" if it depends on anything else."""
+        op = self.ops.get(name)
+        if op is None:
+            return name[1:] if name in self.arguments else "?"  # not an argument: the variable of a loop
+        if op.name == "arith.constant":
+            value = op.text.split(" ")[1]
+            return {"true": "1", "false": "0"}.get(value, value)
+        if op.name in ("tt.get_program_id", "tt.get_num_programs"):
+            return ("pid_" if op.name.endswith("id") else "grid_") + op.text.split(" ")[1]
+        if op.name not in SCALAR:
+            return "?"
+        inner = [self.expression(each) for each in op.operands]
+        if op.name in INFIX:
+            return simplified(f"({inner[0]}{INFIX[op.name]}{inner[1]})")
+        if op.name in ("arith.minsi", "arith.maxsi"):
+            return simplified(f"{op.name[6:9]}({inner[0]},{inner[1]})")
+        if op.name == "arith.cmpi":
+            sign = COMPARE.get(op.text.split(" ")[1].strip(","))
+            return simplified(f"({inner[0]}{sign}{inner[1]})") if sign else "?"
+        if op.name == "arith.select":
+            return simplified(f"({inner[1]} if {inner[0]} else {inner[2]})")
+        return inner[0]  # a conversion to another integer type
+
+    def measure(self, loop: Loop, ops: list[Op]) -> None:
+        products = [op for op in ops if op.name in PRODUCTS]
+        loop.products, loop.multiply_adds = len(products), sum(op.multiply_adds for op in products)
+        exponentials = {self.roots(op.operands): op for op in ops if op.is_exponential}
+        loop.logits = sum(root.elements for root in {root for roots in exponentials for root in roots} if root.name in ROOTS)
+        if not loop.logits:  # exponentials of loaded tiles, as in linear attention
+            loop.logits = sum(op.elements for op in exponentials.values())
+        fresh = [op for op in products if len(op.operands) > 2 and not self.accumulates(op)]
+        added = {root for op in fresh for root in self.roots(op.operands[2:3])}  # products with one accumulator count once
+        loop.values = sum(op.elements for op in fresh if op not in added)
+        loop.values = loop.values or max((prod(shape) for op in products for shape in op.shapes[:2]), default=0)
+
+    def roots(self, names: Iterable[str]) -> frozenset[Op]:
+        """Return the products and loads that the values depend on, including those of earlier iterations."""
+        found, seen, waiting = set(), set(), list(names)
+        while waiting:
+            name = waiting.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            op = self.ops.get(name.partition("#")[0])
+            if op is not None and op.name in ROOTS | LOADS:
+                found.add(op)
+            else:
+                waiting += self.before(name)
+        return frozenset(found)
+
+    def before(self, name: str) -> Iterable[str]:
+        """Return the values that a value is computed from. A loop variable is computed from the previous iteration."""
+        name, _, at = name.partition("#")
+        if name in self.carried:
+            return self.carried[name][-1:]
+        if name in self.results:
+            return self.carried[self.results[name][int(at or 0)]]
+        op = self.ops.get(name)
+        if op is None:
+            return ()
+        return op.operands[int(at or 0) :][:1] if op.name == "ttng.warp_group_dot_wait" else op.operands
+
+    def accumulates(self, product: Op) -> bool:
+        """Return whether the accumulator of a product is carried from one iteration to the next."""
+        waiting, seen = [product.operands[2]], set()
+        while waiting:
+            name = waiting.pop()
+            if name in self.carried:
+                return True
+            op = self.ops.get(name.partition("#")[0])
+            if name not in seen:
+                seen.add(name)
+                waiting += op.operands[2:3] if op is not None and op.name in PRODUCTS else self.before(name)
+        return False
+
+
+def simplified(text: str) -> str:
+    """Return the value of an expression of numbers, or the expression itself."""
+    variables = set(re.findall(r"[A-Za-z_]\w*|\?", text)) - WORDS
+    return text if variables else str(evaluate(text, {}))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def evaluate(expression: str, values: dict[str, int]) -> int:
+    """Return the value of an expression, given the values of the arguments and program ids."""
+    return int(eval(expression, {"__builtins__": {}}, {"cdiv": cdiv, "min": min, "max": max, **values}))
