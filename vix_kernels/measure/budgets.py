@@ -134,9 +134,10 @@ class Budget:
         most: the budget.
         reached: if the budget is missed, a ceiling that must not be exceeded.
         reason: why it is missed.
-        column: "loop", "whole", "whole over loop", "thousand" (instructions per 1,000 multiply-adds), or "warps", the only one of
-            which there must be at least as many.
+        column: "loop", "whole", "whole over loop", "thousand" (instructions per 1,000 multiply-adds), or "warps" (resident on a
+            multiprocessor, of which there must be at least as many).
         against: compare with the same kernels in another call: the value is the ratio.
+        dtype: if it is not bf16, compare with the same kernels in bf16: the value is the ratio.
     """
 
     name: str
@@ -149,14 +150,15 @@ class Budget:
     reason: str = ""
     column: str = "loop"
     against: str = ""
+    dtype: str = "bf16"
 
     def value(self, rows: Iterable[Row]) -> float | None:
         """Return the value in the rows of one Triton version, or None if a row is missing."""
-        rows = [row for row in rows if row.arch == "sm_90" and row.dtype == "bf16" and row.width == self.width]
-        value = self.sum(rows, self.use)
-        if not self.against or value is None:
+        rows = [row for row in rows if row.arch == "sm_90" and row.width == self.width]
+        value = self.sum([row for row in rows if row.dtype == self.dtype], self.use)
+        if value is None or (self.dtype == "bf16" and not self.against):
             return value
-        other = self.sum(rows, self.against)
+        other = self.sum([row for row in rows if row.dtype == "bf16"], self.against or self.use)
         return value / other if other else None
 
     def sum(self, rows: Iterable[Row], use: str) -> float | None:
@@ -193,11 +195,74 @@ PASSES = (
 )
 
 
+WHOLE = (
+    ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", 1.45),
+    ("aggregate forward", ("aggregate_forward_kernel",), "performer forward", 1.33),
+    ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", 1.51),
+)
+WIDE_TILES = "the tiles take many registers"
+WARPS = (
+    ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", (16, None)),
+    ("aggregate forward", ("aggregate_forward_kernel",), "performer forward", (16, None)),
+    ("broadcast backward", BACKWARD, "performer backward", (8, None)),
+    ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", (8, None)),
+)
+NARROW_TABLES = "the tables of angles are read 32 bits at a time"
+ROPE = (
+    ("aggregate forward", ("aggregate_forward_kernel",), "performer forward", 1.2, 1.91),
+    ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", 1.25, None),
+    ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", 1.35, None),
+)
+MANY_WARPS = "tiles of 64 rows have 8 warps, so matrix instructions are small"
+FLOAT32 = tuple((name, kernels, use, None) for name, kernels, use, *_ in PASSES[:4])
+DFT = (693, "indices are divided for every tile")
+FEATURES = "rows are normalized in the loop"
+LINEAR = (  # with 128 random features: name, kernel, direction, then for elu and relu: the budget, what is reached
+    ("aggregate forward", "linear_aggregate_forward", "forward", (6.5, 37.4), (4.5, 33.2)),
+    ("broadcast forward", "linear_broadcast_forward", "forward", (8, 38.4), (6, 32.1)),
+    ("aggregate tokens", "linear_aggregate_tokens", "backward", (9.5, 48.6), (7.5, 44.4)),
+    ("broadcast backward", "linear_broadcast", "backward", (21, 70.2), (21, 61.0)),
+)
+CHANNEL = "products are small, so each element is prepared several times"
+CHANNELS = (  # per element of the keys, all kernels of a direction together
+    ("forward", ("linear_",), "forward", (16, 105)),
+    ("backward", ("linear_",), "backward", (40, 256)),
+)
+
+
 def budgets() -> Iterator[Budget]:
     for name, kernels, use, case_a, case_b in PASSES:
         sized = use.startswith("performer ")  # other calls do not have the numbers of slots of the cases
         yield Budget(name, kernels, use, 32, 110 * sized, *case_a, reason=SPLIT)
         yield Budget(name, kernels, use, 64, 256 * sized, *case_b, reason=SPLIT)
+    for name, kernels, use, reached in WHOLE:
+        yield Budget(f"{name}, whole program over loop", kernels, use, 32, 110, 1.25, reached, SPLIT, "whole over loop")
+    for name, kernels, use, (most, reached) in WARPS:
+        for width, slots in ((32, 110), (64, 256)):
+            least = most if width == 32 else 8
+            yield Budget(f"{name}, resident warps", kernels, use, width, slots, least, reached, WIDE_TILES, "warps")
+    for name, kernels, use, most, reached in ROPE:
+        yield Budget(
+            f"{name}, RoPE over no RoPE",
+            kernels,
+            use.replace(" ", "+rope "),
+            32,
+            110,
+            most,
+            reached,
+            NARROW_TABLES,
+            against=use,
+        )
+    for name, kernels, use, reached in FLOAT32:
+        yield Budget(f"{name}, fp32 over bf16", kernels, use, 64, 110, 4, reached, MANY_WARPS, dtype="fp32")
+    yield Budget("dft_tokens per 1,000 multiply-adds", ("dft_tokens",), "fourier_mixing forward", 64, 0, 30, *DFT, "thousand")
+    for name, kernels, direction, elu, relu in LINEAR:
+        for variant, limits in (("+elu", elu), ("", relu)):
+            use = f"linear_attention_projected{variant} {direction}"
+            yield Budget(f"linear {name}{variant}", (kernels,), use, 32, 128, *limits, reason=FEATURES)
+    for name, kernels, direction, limits in CHANNELS:
+        use = f"linear {direction}"
+        yield Budget(f"linear {name}, channels as features", kernels, use, 32, 0, *limits, CHANNEL, "whole")
 
 
 BUDGETS = tuple(budgets())

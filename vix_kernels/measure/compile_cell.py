@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from .._triton.targets import TARGETS
 from ..commands import read_csv
 from . import machine_code, ttgir
 from .compile_table import Row, count_text
-from .counting import LANES, analyze
-from .launch_times import work
+from .counting import LANES, PIPES, Section, analyze
 from .observed import Launch, Use, brief, observe_cell
+from .ttgir import evaluate
+
+SAMPLES = 256  # programs per launch for which the numbers of iterations are evaluated
+STEP = 7919  # between them; a prime number, so that they have different program ids in all dimensions
 
 
 @dataclass
@@ -84,12 +87,36 @@ def uses_text(uses: Iterable[Use]) -> str:
 
 
 def whole(row: Row, launches: Iterable[Launch]) -> float:
-    """Return the instructions of the whole program per logit, or per element of the largest tensor, in the largest launch."""
+    """Return the instructions of the whole program per logit or value, in the largest launch.
+
+    For programs without main loops, or without arguments N and M, it is the number per element of the largest tensor.
+    """
     if not row.sections:
         return 0.0
     largest = max(launches, key=lambda launch: (launch.pairs, launch.elements))
-    useful = (row.unit == "logit" and largest.pairs) or largest.elements
+    useful = (row.unit and largest.pairs) or largest.elements
     return work(row.parts, largest)[0] * LANES * row.warps / max(1, useful)
+
+
+def work(parts: Iterable[Section], launch: Launch) -> list[float]:
+    """Return the counts of one warp, summed over all programs. A loop of unknown length counts as if it ran once."""
+    parts = tuple(parts)
+    total = [0.0] * len(PIPES)
+    sampled = [at * STEP % launch.programs for at in range(min(launch.programs, SAMPLES))]
+    for program in sampled:
+        values = launch.scalars | program_ids(program, launch.grid)
+        for part in parts:
+            times = max(0, evaluate(part.trips.replace("?", "1"), values))
+            total = [have + times * count for have, count in zip(total, astuple(part.counts), strict=True)]
+    return [each * launch.programs / max(1, len(sampled)) for each in total]
+
+
+def program_ids(program: int, grid: tuple[int, ...]) -> dict[str, int]:
+    values = {}
+    for axis, size in zip("xyz", (*grid, 1, 1), strict=False):
+        values |= {f"pid_{axis}": program % size, f"grid_{axis}": size}
+        program //= size
+    return values
 
 
 def rounded(value: float) -> float:
@@ -117,14 +144,14 @@ def resident_programs(arch: str, warps: int, *resources: int) -> int:
 
 def make_row(arch: str, launch: Launch, binary: Any, used: machine_code.Resources) -> Row:
     meta = binary.metadata
-    tensor_memory = getattr(meta, "tmem_size", 0) or 0
+    memory = meta.shared, getattr(meta, "tmem_size", 0) or 0
     names = {
         name.removeprefix("BLOCK_"): size for name, size in launch.constexprs.items() if name.startswith(("BLOCK_", "TILES"))
     }
     row = Row(
         triton=triton.__version__, arch=arch, dtype="", width=0, kernel=launch.kernel, blocks=count_text(names),
-        warps=meta.num_warps, stages=meta.num_stages, registers=used.registers, spilled=used.spilled, shared=meta.shared,
-        tensor_memory=tensor_memory, programs=resident_programs(arch, meta.num_warps, used.registers, meta.shared, tensor_memory),
+        warps=meta.num_warps, stages=meta.num_stages, registers=used.registers, spilled=used.spilled, shared=memory[0],
+        tensor_memory=memory[1], programs=resident_programs(arch, meta.num_warps, used.registers, *memory),
         unit="", loop=0.0, whole=0.0, exps=0.0, waits=0, products=0, multiply_adds=0.0, cycles="", bound="",
         matrix=count_text(used.matrix), loads=count_text(used.loads), stores=count_text(used.stores),
         uses="", sections="", source=launch.source, key=launch.key,

@@ -2,8 +2,9 @@
 
 The committed table has a row for every specialization that was compiled. Only specializations without a current row are
 compiled, so a change of a kernel recompiles only its rows. The exit status is 1 if a kernel spills, does not fit in shared
-memory, executes matrix products one after another, computes logits twice, or exceeds a budget (measure/budgets.py). --write adds
-the new rows to the table and drops those whose kernel has changed. It can be interrupted, and continues where it stopped.
+memory, executes matrix products one after another, computes logits twice, or exceeds a budget (measure/budgets.py).
+
+--write adds the new rows to the table and drops those whose kernel has changed. It can be interrupted: the next run continues.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from importlib import import_module
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from unittest.mock import patch
 
 import torch

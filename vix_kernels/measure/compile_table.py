@@ -27,8 +27,8 @@ class Row:
         programs: number of programs that are resident on a multiprocessor at the same time.
         unit: what the next columns are divided by: "logit", or "value" if the main loops compute no logits (see counting.py).
         loop: instructions of all lanes in the main loops, per unit.
-        whole: instructions of the whole program, per pair of a token and a slot, without padding, in the largest launch that the
-            report observes. For kernels without logits, per element of the largest tensor.
+        whole: instructions of the whole program in the largest launch that the report observes, per pair of a token and a slot
+            without padding. For kernels without main loops, per element of the largest tensor.
         exps: exponentials in the main loops, per unit.
         waits: instructions in the main loops that wait for matrix products.
         products: tl.dot in the main loops.
@@ -93,7 +93,7 @@ class Row:
         return tuple(map(Section.parse, self.sections.split("; "))) if self.sections else ()
 
     def used_by(self, use: str, slots: int = 0) -> bool:
-        """Return whether the call `use`, such as "performer forward", launches the row, with the given number of slots if any."""
+        """Return whether the call `use`, such as "performer forward", launches the row with this number of slots (0: any)."""
         found = dict(each.rsplit(" ", 1) if each[-1].isdigit() else (each, "0") for each in self.uses.split("; "))
         return use in found and (not slots or str(slots) in found[use].split(","))
 

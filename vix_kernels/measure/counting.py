@@ -1,7 +1,7 @@
 """Count the instructions of a kernel in its machine code, per logit and by the unit of the GPU that executes them.
 
-The loops of the machine code (SASS) are matched with the loops of TTGIR, which show how many logits an iteration computes and how
-often the loop runs. Main loops are the innermost loops with matrix instructions.
+The loops of the machine code (SASS) are matched with the loops of TTGIR, which show how many logits an iteration computes and
+how often the loop runs. Main loops are the innermost loops with matrix instructions.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ LANES = 32
 # Which unit executes an instruction. All instructions take an issue slot; those that are not listed take nothing else.
 FMA = {"FADD", "FMUL", "FFMA", "IMAD", "HFMA2", "HADD2", "HMUL2", "FADD2", "FMUL2", "FFMA2"}
 ALU = {
-    "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "HSETP2", "I2FP", "IABS", "IADD", "IADD3", "IMNMX", "ISETP", "LEA", "LOP3",
-    "MOV", "PLOP3", "PRMT", "SEL", "SGXT", "SHF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3",
+    "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "HSETP2", "I2FP", "IABS", "IADD", "IADD3", "IMNMX", "ISETP", "LEA",
+    "LOP3", "MOV", "PLOP3", "PRMT", "SEL", "SGXT", "SHF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3",
 }  # fmt: skip
 EXP = {"MUFU", "F2F", "F2I", "I2F", "FRND"}  # conversions share the unit of exponentials
 SHARED = {"LDS", "STS", "LDSM", "STSM", "ATOMS"}
@@ -211,19 +211,24 @@ def waits_for_barrier(code: list[Instruction]) -> bool:
 
 def match(machine: MachineLoop, loop: Loop) -> None:
     """Find the loop of TTGIR for each loop of the machine code. Both have the same order, but some loops may be unrolled."""
-    machine.matched = loop
-    inner = loop.children
-    if len(machine.children) != len(inner):
-        inner = [each for each in inner if not each.constant]
-        if len(machine.children) == len(inner):
-            machine.matched = loop.unrolled()
-    if len(machine.children) == len(inner):
-        pairs = list(zip(machine.children, inner, strict=True))
-    else:  # compare only the loops with products
-        ours, theirs = [each for each in machine.children if each.multiplies], [each for each in inner if each.multiplies]
-        pairs = list(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else []
-    for ours, each in pairs:
-        match(ours, each)
+    pairs = align(machine.children, loop.children)
+    if pairs is None:  # only the loops with products, because ptxas also splits other loops
+        ours, theirs = ([each for each in inner if each.multiplies] for inner in (machine.children, loop.children))
+        pairs = align(ours, theirs) or []
+    machine.matched = loop.unrolled([theirs for _, theirs in pairs])
+    for ours, theirs in pairs:
+        match(ours, theirs)
+
+
+def align(ours: list[MachineLoop], theirs: list[Loop]) -> list[tuple[MachineLoop, Loop]] | None:
+    """Pair the loops in order. Loops with constant numbers of iterations may have no partner. None if this is impossible."""
+    if not theirs:
+        return None if ours else []
+    if ours and ours[0].multiplies == theirs[0].multiplies:
+        rest = align(ours[1:], theirs[1:])
+        if rest is not None:
+            return [(ours[0], theirs[0]), *rest]
+    return align(ours, theirs[1:]) if theirs[0].constant else None
 
 
 # Counts
@@ -277,10 +282,10 @@ def analyze(code: Sequence[Instruction], loop: Loop, warps: int, arch: str) -> A
 
 
 def sections(machine: MachineLoop, warps: int, trips: str = "1") -> tuple[Section, ...]:
-    """Return the sections of a program. A loop without a match in TTGIR counts as if it ran once."""
+    """Return the sections of a program. A loop without a match in TTGIR runs "?" times."""
     found = [Section(trips, counted_loop(machine, warps))]
     for each in machine.children:
-        inner = each.matched.trips if each.matched is not None else "1"
+        inner = each.matched.trips if each.matched is not None else "?"
         found += sections(each, warps, inner if trips == "1" else trips if inner == "1" else f"{trips}*{inner}")
     return tuple(found)
 

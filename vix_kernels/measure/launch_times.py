@@ -1,59 +1,73 @@
-"""Predict how long a launch takes, from the machine code of its kernel.
+"""Predict how long each launch of a public call takes, from the machine code of its kernel.
 
 The time is the largest of the times in which the memory moves the arguments once and in which each unit of the multiprocessors
-executes its instructions, and at least LAUNCH. It assumes that all of these overlap perfectly.
+executes its instructions, and at least LAUNCH. It assumes that all of these overlap perfectly, that latencies are hidden, and
+that all programs take equally long. flash.py compares such predictions with published times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 from .._triton.targets import TARGETS
-from .counting import PIPES, Counts, Section
-from .observed import Launch
+from ..commands import DTYPES, read_csv
+from ..testing import Case, OpSpec
+from .compile_cell import compile_launches, work
+from .compile_table import Row
+from .counting import Counts, Section
+from .observed import Launch, observe_call
 from .roofline import LAUNCH, Device
-from .ttgir import evaluate
 
-SAMPLES = 64  # programs per launch for which the numbers of iterations are evaluated
-
-
-def work(parts: Iterable[Section], launch: Launch) -> list[float]:
-    """Return the counts of one warp (see counting.Counts), summed over all programs of a launch."""
-    parts = tuple(parts)
-    total = [0.0] * len(PIPES)
-    step = max(1, launch.programs // SAMPLES)
-    sampled = range(0, launch.programs, step)
-    for program in sampled:
-        values = launch.scalars | program_ids(program, launch.grid)
-        for part in parts:
-            times = 1 if "?" in part.trips else max(0, evaluate(part.trips, values))
-            total = [have + times * count for have, count in zip(total, astuple(part.counts), strict=True)]
-    return [each * launch.programs / max(1, len(sampled)) for each in total]
-
-
-def program_ids(program: int, grid: tuple[int, ...]) -> dict[str, int]:
-    values = {}
-    for axis, size in zip("xyz", (*grid, 1, 1), strict=False):
-        values |= {f"pid_{axis}": program % size, f"grid_{axis}": size}
-        program //= size
-    return values
+TABLE = Path(__file__).with_name("compile_report.csv")
 
 
 @dataclass(frozen=True)
 class Time:
-    """Predicted time of a launch. `bound` is "memory", "launch" or the name of a unit."""
+    """Predicted time of a launch.
+
+    `bound` is "memory", "launch" or the name of a unit. `complete` is False if the kernel has loops of unknown length, which
+    count as if they ran once.
+    """
 
     kernel: str
     seconds: float
     bound: str
+    complete: bool = True
 
 
 def predict(launch: Launch, parts: Iterable[Section], warps: int, gpu: Device) -> Time:
-    counts = Counts(*work(parts, launch))
-    clock = gpu.exps / (16 * TARGETS[gpu.arch].multiprocessors)
-    units = counts.cycles(warps, gpu.arch)
-    times = {name: cycles / TARGETS[gpu.arch].multiprocessors / clock for name, cycles in units.items()}
+    parts, multiprocessors = tuple(parts), TARGETS[gpu.arch].multiprocessors
+    clock = gpu.exps / (16 * multiprocessors)
+    cycles = Counts(*work(parts, launch)).cycles(warps, gpu.arch)
+    rounds = -(-launch.programs // multiprocessors)  # programs on the multiprocessor with the most of them
+    times = {name: value / max(1, launch.programs) * rounds / clock for name, value in cycles.items()}
     times |= {"memory": launch.bytes / gpu.bandwidth, "launch": LAUNCH}
     bound = max(times, key=times.get)
-    return Time(launch.kernel, times[bound], bound)
+    return Time(launch.kernel, times[bound], bound, not any("?" in part.trips for part in parts))
+
+
+def call_times(spec: OpSpec, case: Case, dtype: str, gpu: Device) -> Iterator[tuple[str, Time]]:
+    """Yield the direction and the predicted time of each launch of a call. A kernel that the table lacks is compiled.
+
+    Raises:
+        RuntimeError: a kernel does not compile.
+    """
+    known = {row.key: row for row in read_csv(TABLE, Row)}
+    for direction, launches, others in observe_call(spec, case, DTYPES[dtype], gpu.arch):
+        for launch in launches:
+            row = row_of(launch, gpu.arch, known)
+            yield direction, predict(launch, row.parts, row.warps, gpu)
+        if others:  # their traffic is not known here
+            yield direction, Time(f"{others} of PyTorch", others * LAUNCH, "launch")
+
+
+def row_of(launch: Launch, arch: str, known: Mapping[str, Row]) -> Row:
+    if launch.key in known:
+        return known[launch.key]
+    errors: list[str] = []
+    rows = list(compile_launches(arch, [launch], errors))
+    if errors:
+        raise RuntimeError(errors[0])
+    return rows[0]

@@ -120,7 +120,7 @@ def count_sass(code: list[Instruction], usage: dict[str, str]) -> Resources:
 
 
 def matrix_instruction(kind: str, modifiers: list[str]) -> str:
-    """Return the name of a matrix instruction with its shape, if the name shows it, and with TF32 if its operands have that type."""
+    """Return the name of a matrix instruction with its shape, if the name shows it, and with TF32 for operands of that type."""
     return ".".join([kind, *(each for each in modifiers if each[0].isdigit()), *(["TF32"] if "TF32" in modifiers else [])])
 
 

@@ -1,22 +1,26 @@
-"""Predict the time of each operator from the published peak rates of GPUs. No GPU is needed.
+"""Predict the time of operators on GPUs. No GPU is needed.
 
 examples:
-  vix dev roofline                                        every operator, bfloat16, all GPUs
+  vix dev roofline performer_attention --shape 128,4,1024,32,110 --gpu H100   each launch of one call, from its machine code
+  vix dev roofline                                        every operator, bfloat16, all GPUs, from published peaks
   vix dev roofline --op performer_attention --gpu H100    one line per shape
   vix dev roofline --csv roofline.csv --plot roofline.png
 
-Columns: gflop, mexp and mbyte are the minimum work of a call (10^9 operations, 10^6 exponentials, 10^6 bytes); predicted_us is
-the prediction; bound_by names the resource that limits it; measured_us comes from the newest run of bench/on_gpu.sh in the
-results folder and is empty if there is no measurement.
+With OP and --shape, the prediction for each launch is the longest of these times: bytes divided by memory bandwidth, and the
+instructions of its kernel divided by the rate of the unit that executes them. The counts come from the committed table of `vix
+dev compile-report`; kernels that it lacks are compiled. --calibrate compares such predictions with published times.
 
-A prediction is the longest of four times: bytes divided by memory bandwidth, operations divided by the rate of the matrix
-units, exponentials divided by the rate of the special-function units, and the time of all launches one after another. It
-assumes that the four overlap perfectly, so it is a lower bound. It shows how much faster a measured call could be, not how long
-a call takes.
+Without OP, the table shows the least time of every operator, from published peaks. gflop, mexp and mbyte are the minimum work
+of a call (10^9 operations, 10^6 exponentials, 10^6 bytes); predicted_us is the longest of four times: bytes divided by memory
+bandwidth, operations divided by the rate of the matrix units, exponentials divided by the rate of the special-function units,
+and the time of all launches one after another; bound_by names it; measured_us comes from the newest run of bench/on_gpu.sh in
+the results folder and is empty if there is no measurement. This is how much faster a measured call could be with any kernels,
+not how long a call takes.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import sys
 from collections.abc import Iterable, Iterator
@@ -211,19 +215,97 @@ def plot(path: Path, table: list[Row], format: str) -> None:
     figure.savefig(path, format=format)
 
 
+def shape(text: str) -> Case:
+    """Parse the argument of --shape."""
+    sizes = [int(each) if each.isdecimal() else 0 for each in text.split(",")]
+    if len(sizes) not in (4, 5) or 0 in sizes:
+        raise argparse.ArgumentTypeError(f"expected B,H,N,D or B,H,N,D,M, got {text!r}")
+    batch, heads, tokens, width, *features = sizes
+    return Case("", batch=batch, heads=heads, tokens=tokens, width=width, features=features[0] if features else 64)
+
+
+INCOMPLETE = ", at least: some loops count as if they ran once"
+
+
+def show_launches(op: str, case: Case, dtype: str, gpu: Device) -> None:
+    """Print the predicted time of each launch of a call, and their sum."""
+    from .flash import FACTOR
+    from .launch_times import call_times
+
+    times = list(call_times(SPECS[op], case, dtype, gpu))
+    lines = []
+    for direction, each in times:
+        lines.append([direction, each.kernel, figure(1e6 * each.seconds, 3), each.bound + INCOMPLETE * (not each.complete)])
+    for name in dict.fromkeys(direction for direction, _ in times):
+        total = 1e6 * sum(each.seconds for direction, each in times if direction == name)
+        low, high = (total * factor for factor in FACTOR)
+        lines.append([name, "sum", figure(total, 3), f"with the error of flash.py: {low:.3g} to {high:.3g}"])
+    slots = f", {case.features} slots" * bool(case.features)
+    print(f"{op} {dtype} on {gpu.name}: {case.batch} x {case.heads} x {case.tokens} x {case.width}{slots}")
+    print_table(["direction", "launch", "predicted_us", "bound_by"], lines)
+    print("\nPredicted from machine code and published peaks, not measured. Published times of a flash-attention kernel are")
+    print(f"{FACTOR[0]} to {FACTOR[1]} times as long as their prediction (--calibrate).")
+
+
+def show_calibration() -> None:
+    from .flash import calibrate
+
+    found = list(calibrate())
+    cells = [
+        [str(each.width), str(each.causal), str(each.tokens)]
+        + [figure(1e6 * seconds, 3) for seconds in (each.measured, each.predicted)]
+        + [each.bound, figure(each.factor, 3)]
+        for each in found
+    ]
+    print_table(["width", "causal", "tokens", "published_us", "predicted_us", "bound_by", "factor"], cells)
+
+
+def gpu_name(text: str) -> str:
+    """Return the name of a GPU as it is written in GPUS."""
+    return next((gpu.name for gpu in GPUS if gpu.name.lower() == text.lower()), text)
+
+
+def from_machine_code(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    try:
+        if args.calibrate:
+            show_calibration()
+        else:
+            case = replace(args.shape, masked=args.masked, learned=args.learned, rope=args.rope, taps=33)
+            case = SPECS[args.call].fit(case)
+            for gpu in [gpu for gpu in GPUS if gpu.name in (args.gpu or ("H100",))]:
+                if gpu.arch.startswith("gfx"):
+                    parser.error(f"argument --gpu: the machine code for {gpu.name} is not counted")
+                for dtype in args.dtype:
+                    show_launches(args.call, case, dtype, gpu)
+    except RuntimeError as error:
+        parser.error(str(error))
+    return 0
+
+
 def main(argv: list[str]) -> int:
     names = [gpu.name for gpu in GPUS]
     parser = Parser.of("vix dev roofline", __doc__)
+    parser.add_argument("call", nargs="?", choices=list(SPECS), metavar="OP", help="operator whose launches are predicted")
+    parser.add_argument("--shape", type=shape, metavar="B,H,N,D[,M]", help="batch, heads, tokens, head width and slots for OP")
+    parser.add_argument("--rope", choices=("interleaved", "half"), help="rotate queries and keys in OP")
+    parser.add_argument("--masked", action="store_true", help="mask keys in OP")
+    parser.add_argument("--learned", action="store_true", help="train the random features in OP")
+    parser.add_argument("--calibrate", action="store_true", help="compare predictions with published times on the H100")
     parser.add_argument("--op", nargs="+", choices=list(SPECS), default=list(SPECS), metavar="OP", help=", ".join(SPECS))
-    parser.add_argument("--gpu", nargs="+", choices=names, default=names, metavar="GPU", help=", ".join(names))
+    parser.add_argument("--gpu", nargs="+", choices=names, type=gpu_name, metavar="GPU", help=", ".join(names))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16"], help="default: bf16")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"measured runs (default: {RESULTS})")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table as CSV instead of printing it")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="plot time against tokens, as PNG or SVG")
     args = parser.parse_args(argv)
+    if (args.call is None) != (args.shape is None):
+        parser.error("OP and --shape go together")
+    if args.calibrate or args.call:
+        return from_machine_code(parser, args)
+    gpus = [gpu for gpu in GPUS if gpu.name in (args.gpu or names)]
     try:
-        table = list(with_measured(rows(args.op, [gpu for gpu in GPUS if gpu.name in args.gpu], args.dtype), args.results))
+        table = list(with_measured(rows(args.op, gpus, args.dtype), args.results))
         cells = [[figure(value, 4) for value in astuple(row)] for row in table]
         if args.csv:
             write_csv(args.csv, map(asdict, table), digits=4)

@@ -61,8 +61,12 @@ class Op:
         named = self.name in ("math.exp2", "math.exp") or ("asm" in self.name and "ex2" in self.text) or "exp2" in self.name
         return named and bool(self.shapes) and len(self.shapes[-1]) > 1
 
+    @property
+    def is_maximum(self) -> bool:
+        return self.name in ("arith.maxnumf", "arith.maximumf") and bool(self.shapes) and len(self.shapes[-1]) > 1
 
-@dataclass
+
+@dataclass(eq=False)
 class Loop:
     """A loop, or the kernel itself, which counts as a loop with one iteration.
 
@@ -73,8 +77,9 @@ class Loop:
         products: number of matrix products per iteration, without those of the children.
         multiply_adds: their multiply-adds.
         logits: number of elements of the products per iteration that are arguments of exponentials; 0 if there are none.
-        values: number of elements per iteration that the loop computes if it has no logits: the elements of products that are
-            not accumulated over iterations, otherwise of the largest operand.
+        values: number of elements per iteration that the loop computes if it has no logits: features max(product, 0) if there
+            are any, otherwise the elements of the largest product that is not accumulated over iterations, or of the largest
+            operand.
     """
 
     trips: str
@@ -93,14 +98,14 @@ class Loop:
         """Whether this loop or a loop inside it has matrix products."""
         return bool(self.products) or any(each.multiplies for each in self.children)
 
-    def unrolled(self) -> Loop:
-        """Return this loop with all inner loops with constant numbers of iterations unrolled."""
+    def unrolled(self, kept: list[Loop]) -> Loop:
+        """Return this loop with all inner loops unrolled that have a constant number of iterations and are not `kept`."""
         found = replace(self, children=[])
         for each in self.children:
-            if not each.constant:
+            if not each.constant or each in kept:
                 found.children.append(each)
                 continue
-            inner, times = each.unrolled(), int(each.trips)
+            inner, times = each.unrolled(kept), int(each.trips)
             found.children += inner.children
             for name in ("products", "multiply_adds", "logits", "values"):
                 setattr(found, name, getattr(found, name) + times * getattr(inner, name))
@@ -198,10 +203,12 @@ class Reader:
         loop.logits = sum(root.elements for root in {root for roots in exponentials for root in roots} if root.name in ROOTS)
         if not loop.logits:  # exponentials of loaded tiles, as in linear attention
             loop.logits = sum(op.elements for op in exponentials.values())
-        fresh = [op for op in products if len(op.operands) > 2 and not self.accumulates(op)]
-        added = {root for op in fresh for root in self.roots(op.operands[2:3])}  # products with one accumulator count once
-        loop.values = sum(op.elements for op in fresh if op not in added)
-        loop.values = loop.values or max((prod(shape) for op in products for shape in op.shapes[:2]), default=0)
+        features = {root for op in ops if op.is_maximum for root in self.roots(op.operands) if root.name in ROOTS}
+        loop.values = sum(root.elements for root in features)
+        if not loop.values:
+            fresh = [op.elements for op in products if len(op.operands) > 2 and not self.accumulates(op)]
+            operands = [prod(shape) for op in products for shape in op.shapes[:2]]
+            loop.values = max(fresh or operands, default=0)
 
     def roots(self, names: Iterable[str]) -> frozenset[Op]:
         """Return the products and loads that the values depend on, including those of earlier iterations."""

@@ -88,6 +88,10 @@ PROJECTED = OpSpec(
     cases=PROJECTED_CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=lambda case: (aggregate_exps(case) + broadcast_exps(case)) * (case.feature_map == "elu"),
-    variants=(Case("+learned", features=266, learned=True),),
+    variants=(
+        Case("", features=128),
+        Case("+elu", features=128, feature_map="elu"),
+        Case("+learned", features=266, learned=True),
+    ),
 )
 register(LINEAR, PROJECTED)
