@@ -11,9 +11,13 @@ check           `vix check`
 costs, roofline     arithmetic, bytes and launches of a call; `vix dev roofline`
 traffic         bytes that the kernels load and store; `vix dev traffic`
 interpreter     Triton's interpreter: speedups, and hooks for loads and stores
-offline, machine_code           compilation for GPUs that are not present, and the resources that the machine code uses
-compile_report, compile_table   `vix dev compile-report`
-sources         hashes of kernel sources and tiles
+offline, machine_code       compilation for GPUs that are not present, and the resources that the machine code uses
+observed        launches of a public call, identified by hashes, without compilation
+ttgir, counting     loops and logits in Triton's intermediate code, and instruction counts of the machine code
+compile_report, compile_cell    `vix dev compile-report`: the command and its workers
+compile_table, budgets          the table of the compile report, and its checks
+launch_times, flash     predicted time of each launch, and its calibration with published times
+sources         hashes of kernel sources
 shared_memory   shared memory of every entry of the launch table; `vix dev compile-report --shared`
 tune            `vix dev tune`
 """

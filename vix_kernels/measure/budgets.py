@@ -6,10 +6,11 @@ Change this file when a kernel becomes better, or when a change makes it worse f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .._triton.targets import TARGETS, TENSOR_MEMORY
+from ..testing import Case
 from .compile_table import Row, parse_counts
 
 WIDE = 128  # bits; the widest access of a thread before sm_100
@@ -213,6 +214,7 @@ ROPE = (
     ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", 1.25, None),
     ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", 1.35, None),
 )
+OPEN = "a loop has a length that depends on data, so there is only a lower bound of the time"
 MANY_WARPS = "tiles of 64 rows have 8 warps, so matrix instructions are small"
 FLOAT32 = tuple((name, kernels, use, None) for name, kernels, use, *_ in PASSES[:4])
 DFT = (693, "indices are divided for every tile")
@@ -266,6 +268,49 @@ def budgets() -> Iterator[Budget]:
 
 
 BUDGETS = tuple(budgets())
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A budget of the predicted time of a call on the H100, in microseconds: the sum over its launches (see launch_times.py).
+
+    Attributes:
+        directions, kernels: the launches that count: "forward", "backward" or both, and beginnings of the kernels' names.
+        most, reached, reason: as in Budget.
+    """
+
+    name: str
+    op: str
+    case: Case
+    dtype: str
+    directions: tuple[str, ...]
+    most: float
+    reached: float | None = None
+    reason: str = ""
+    kernels: tuple[str, ...] = ("",)
+
+
+CASE_A = Case("", batch=128, heads=4, tokens=1024, width=32, features=110)
+HEADS_512 = Case("", batch=128, heads=4, tokens=1024, width=32, features=64, taps=33)
+BOTH = ("forward", "backward")
+PREDICTED = (
+    Predicted("forward, case A", "performer_attention", CASE_A, "bf16", ("forward",), 80),
+    Predicted("backward, case A", "performer_attention", CASE_A, "bf16", ("backward",), 200),
+    Predicted("pinv, 512 heads, 16-bit", "nystrom_attention", HEADS_512, "bf16", BOTH, 100, float("inf"), OPEN, ("pinv_",)),
+    Predicted("pinv, 512 heads, fp32", "nystrom_attention", HEADS_512, "fp32", BOTH, 200, float("inf"), OPEN, ("pinv_",)),
+)
+
+
+def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """Return messages for the predicted times that miss their budgets as declared, and for those that miss them by more."""
+    declared, failed = [], []
+    for budget in PREDICTED:
+        value = 1e6 * times.get(budget.name, 0.0)
+        text = f"{budget.name}: {value:.4g} us predicted, budget {budget.most:g}"
+        if value > budget.most:
+            exceeded = budget.reached is None or value > budget.reached
+            (failed if exceeded else declared).append(text if exceeded else f"{text}: {budget.reason}")
+    return declared, failed
 
 
 def missed(rows: Iterable[Row], budgets: Iterable[Budget]) -> tuple[list[str], list[str]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import triton
 
 from .._triton.targets import TARGETS
 from ..commands import read_csv
+from ..testing import SPECS
 from . import machine_code, ttgir
+from .budgets import PREDICTED
 from .compile_table import Row, count_text
 from .counting import LANES, PIPES, Section, analyze
 from .observed import Launch, Use, brief, observe_cell
+from .roofline import GPUS
 from .ttgir import evaluate
 
 SAMPLES = 256  # programs per launch for which the numbers of iterations are evaluated
@@ -33,6 +37,7 @@ class Report:
         missing: number of specializations that are neither compiled nor in the table.
         launches: "op direction" -> largest (this library's launches, PyTorch's launches).
         errors: messages of calls and compilations that failed.
+        times: predicted seconds on the H100, by the name of a budget in budgets.PREDICTED.
         changed: messages for rows that were compiled again and differ from the table.
     """
 
@@ -42,6 +47,7 @@ class Report:
     missing: int = 0
     launches: dict[str, tuple[int, int]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
     changed: list[str] = field(default_factory=list)
 
     def add(self, other: Report) -> None:
@@ -50,6 +56,7 @@ class Report:
         self.missing += other.missing
         self.errors += other.errors
         self.changed += other.changed
+        self.times |= other.times
         for use, counts in other.launches.items():
             self.launches[use] = max(self.launches.get(use, counts), counts)
 
@@ -76,7 +83,23 @@ def run_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...], table: Pat
             report.changed.append(f"{row.kernel} {arch} {dtype} width {width}: compiled again, it differs from the table")
         row = replace(row, dtype=dtype, width=width, uses=uses_text(cell.uses[key]))
         report.rows.append(replace(row, whole=rounded(whole(row, cell.launches[key]))))
+    if again is not None and not report.errors:
+        report.times = predicted_times(arch, dtype, width, rows)
     return report
+
+
+def predicted_times(arch: str, dtype: str, width: int, known: Mapping[str, Row]) -> dict[str, float]:
+    """Return the predicted seconds for the budgets of this cell. They are infinite if a loop has an unknown length."""
+    from .launch_times import call_times  # it imports this module
+
+    gpu = next(gpu for gpu in GPUS if gpu.name == "H100")
+    found = {}
+    for budget in PREDICTED:
+        if (arch, dtype, width) == (gpu.arch, budget.dtype, budget.case.width):
+            times = list(call_times(SPECS[budget.op], budget.case, dtype, gpu, known))
+            chosen = [each for name, each in times if name in budget.directions and each.kernel.startswith(budget.kernels)]
+            found[budget.name] = sum(each.seconds if each.complete else inf for each in chosen)
+    return found
 
 
 def uses_text(uses: Iterable[Use]) -> str:

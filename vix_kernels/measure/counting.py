@@ -213,22 +213,22 @@ def match(machine: MachineLoop, loop: Loop) -> None:
     """Find the loop of TTGIR for each loop of the machine code. Both have the same order, but some loops may be unrolled."""
     pairs = align(machine.children, loop.children)
     if pairs is None:  # only the loops with products, because ptxas also splits other loops
-        ours, theirs = ([each for each in inner if each.multiplies] for inner in (machine.children, loop.children))
-        pairs = align(ours, theirs) or []
-    machine.matched = loop.unrolled([theirs for _, theirs in pairs])
-    for ours, theirs in pairs:
-        match(ours, theirs)
+        ours, sources = ([each for each in inner if each.multiplies] for inner in (machine.children, loop.children))
+        pairs = align(ours, sources) or []
+    machine.matched = loop.unrolled([sources for _, sources in pairs])
+    for ours, sources in pairs:
+        match(ours, sources)
 
 
-def align(ours: list[MachineLoop], theirs: list[Loop]) -> list[tuple[MachineLoop, Loop]] | None:
+def align(ours: list[MachineLoop], sources: list[Loop]) -> list[tuple[MachineLoop, Loop]] | None:
     """Pair the loops in order. Loops with constant numbers of iterations may have no partner. None if this is impossible."""
-    if not theirs:
+    if not sources:
         return None if ours else []
-    if ours and ours[0].multiplies == theirs[0].multiplies:
-        rest = align(ours[1:], theirs[1:])
+    if ours and ours[0].multiplies == sources[0].multiplies:
+        rest = align(ours[1:], sources[1:])
         if rest is not None:
-            return [(ours[0], theirs[0]), *rest]
-    return align(ours, theirs[1:]) if theirs[0].constant else None
+            return [(ours[0], sources[0]), *rest]
+    return align(ours, sources[1:]) if sources[0].constant else None
 
 
 # Counts

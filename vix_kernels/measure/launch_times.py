@@ -48,19 +48,23 @@ def predict(launch: Launch, parts: Iterable[Section], warps: int, gpu: Device) -
     return Time(launch.kernel, times[bound], bound, not any("?" in part.trips for part in parts))
 
 
-def call_times(spec: OpSpec, case: Case, dtype: str, gpu: Device) -> Iterator[tuple[str, Time]]:
-    """Yield the direction and the predicted time of each launch of a call. A kernel that the table lacks is compiled.
+def call_times(spec: OpSpec, case: Case, dtype: str, gpu: Device, known: Mapping[str, Row]) -> Iterator[tuple[str, Time]]:
+    """Yield the direction and the predicted time of each launch of a call. Kernels that are not `known` are compiled.
 
     Raises:
         RuntimeError: a kernel does not compile.
     """
-    known = {row.key: row for row in read_csv(TABLE, Row)}
     for direction, launches, others in observe_call(spec, case, DTYPES[dtype], gpu.arch):
         for launch in launches:
             row = row_of(launch, gpu.arch, known)
             yield direction, predict(launch, row.parts, row.warps, gpu)
         if others:  # their traffic is not known here
             yield direction, Time(f"{others} of PyTorch", others * LAUNCH, "launch")
+
+
+def committed() -> dict[str, Row]:
+    """Return the rows of the committed table by their keys."""
+    return {row.key: row for row in read_csv(TABLE, Row)}
 
 
 def row_of(launch: Launch, arch: str, known: Mapping[str, Row]) -> Row:

@@ -230,9 +230,9 @@ INCOMPLETE = ", at least: some loops count as if they ran once"
 def show_launches(op: str, case: Case, dtype: str, gpu: Device) -> None:
     """Print the predicted time of each launch of a call, and their sum."""
     from .flash import FACTOR
-    from .launch_times import call_times
+    from .launch_times import call_times, committed
 
-    times = list(call_times(SPECS[op], case, dtype, gpu))
+    times = list(call_times(SPECS[op], case, dtype, gpu, committed()))
     lines = []
     for direction, each in times:
         lines.append([direction, each.kernel, figure(1e6 * each.seconds, 3), each.bound + INCOMPLETE * (not each.complete)])
