@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -23,7 +24,7 @@ from vix_kernels._triton.launch import find_tile, launch
 from vix_kernels._triton.launch_table import OVERRIDES
 from vix_kernels._triton.targets import TARGETS
 from vix_kernels.commands import read_csv
-from vix_kernels.measure import budgets, compile_report, machine_code, observed, offline, shared_memory, sources
+from vix_kernels.measure import budgets, compile_cell, compile_report, machine_code, observed, offline, shared_memory, sources
 from vix_kernels.measure.compile_table import Row, outdated, write_table
 
 SECTIONS = "100 40 20 2 0 16 16 1; 200 60 40 32 4096 64 16 cdiv(M,64)"
@@ -355,6 +356,49 @@ def test_the_sample_is_stable():
     rows = [replace(SM90_16_BIT, key=f"{at:012}") for at in range(20)]
     chosen = compile_report.sample(rows, 8)
     assert chosen == compile_report.sample(rows[::-1], 8) and len(set(chosen)) == 8
+
+
+def test_an_interrupted_run_keeps_finished_cells(monkeypatch, tmp_path):
+    """--write replaces the rows of finished cells, keeps the current rows of others and drops rows of changed kernels."""
+    source = sources.hash_of(SM90_16_BIT.kernel)
+    old = [replace(SM90_16_BIT, dtype=dtype, source=source, key=dtype) for dtype in ("fp16", "bf16")]
+    outdated_row = replace(SM90_16_BIT, arch="sm_80", source="another", key="outdated")
+    write_table(tmp_path / "a.csv", [*old, outdated_row])
+    new = replace(old[1], key="new", registers=100)
+
+    def interrupted(jobs, function, cells):
+        assert function is compile_cell.run_cell and [cell[:3] for cell in cells] == [("sm_90", "bf16", 64)]
+        yield compile_cell.Report(("sm_90", "bf16", 64), [new], compiled=1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compile_report, "by_workers", interrupted)
+    arguments = ["--csv", str(tmp_path / "a.csv"), "--arch", "sm_90", "--dtype", "bf16", "--width", "64"]
+    with pytest.raises(KeyboardInterrupt):
+        compile_report.main([*arguments, "--write"])
+    assert read_csv(tmp_path / "a.csv", Row) == [old[0], new]
+
+
+def test_rows_that_differ_from_the_table_are_failures(monkeypatch, tmp_path, capsys):
+    row = replace(SM90_16_BIT, triton=triton.__version__, source=sources.hash_of(SM90_16_BIT.kernel), key="key")
+    write_table(tmp_path / "a.csv", [row])
+
+    def compiled_again(jobs, function, cells):
+        assert cells[0][-1] == ["key"]
+        yield compile_cell.Report(("sm_90", "bf16", 64), [row], compiled=1, changed=["it differs from the table"])
+
+    monkeypatch.setattr(compile_report, "by_workers", compiled_again)
+    arguments = ["--csv", str(tmp_path / "a.csv"), "--arch", "sm_90", "--dtype", "bf16", "--width", "64", "--sample", "8"]
+    monkeypatch.setattr(compile_report, "BUDGETS", ())
+    assert compile_report.main(arguments) == 1
+    assert "FAILED it differs from the table" in capsys.readouterr().err
+
+
+def test_missing_rows_are_counted_without_compiling():
+    command = [sys.executable, "-m", "vix_kernels", "dev", "compile-report", "--missing", "--arch", "sm_120", "--width", "48"]
+    with compile_report.worker_environment():
+        done = subprocess.run([*command, "--op", "apply_rope"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^(\d+) rows are missing: sm_120 bf16 48\n\1 of \1 rows are missing", done.stdout)
 
 
 def test_tables_are_sorted_and_stable(tmp_path):
