@@ -64,6 +64,18 @@ class LaunchConfig:
         size = triton.cdiv(size, self.step) * self.step
         return size, triton.cdiv(tokens, size)
 
+    def stream(self, programs: int, tokens: int, num_slots: int) -> tuple[int, dict[str, int]]:
+        """Return the tokens per program of a kernel that keeps slots while tokens stream through it, and its constexprs.
+
+        TILES is the number of tiles of BLOCK_M slots that stay in the program, or 0 if a program loads the slots again for every
+        tile of tokens. `programs` is the number of programs if each handled all tokens of a sample and head. Tokens do not
+        interact, so results do not depend on the chunks.
+        """
+        block = min(self.tile.slots, max(16, triton.next_power_of_2(num_slots)))
+        tiles = triton.cdiv(num_slots, block)
+        size, _ = self.chunk(programs, tokens)
+        return size, dict(BLOCK_M=block, TILES=tiles if tiles <= self.tile.resident else 0)
+
     @property
     def triton_compute(self) -> Any:
         return triton_dtype(self.compute)

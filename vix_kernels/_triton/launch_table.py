@@ -19,6 +19,9 @@ class Tile(NamedTuple):
     # Precision of float32 products: "tf32x3" (three TF32 products), "tf32", or "ieee" (fused multiply-adds, to save registers).
     precision: str = "tf32x3"
     apart: bool = False  # whether dk and dv need separate launches, because their accumulators do not fit in registers together
+    # Largest number of tiles of slots that stay in a program while tokens stream through it: 0, 1 or 2. More slots are loaded
+    # again for every tile of tokens.
+    resident: int = 0
 
 
 Key = tuple[str, int, int]  # name of the kernel, bits of the tokens' dtype, padded width
