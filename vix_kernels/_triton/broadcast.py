@@ -15,6 +15,7 @@ from torch import Tensor
 from ..layout import Needs, Rotary, Statistics, empty_like_tokens, unit_last_stride
 from .launch import launch, launch_config, mask_strides, rotary_arguments, slot_strides, token_strides
 from .merge import empty_slots, merge_sums, sum_slots
+from .logits import LOWEST, term_rows, terms
 from .tiles import (
     LN2,
     LOG2E,
@@ -26,76 +27,152 @@ from .tiles import (
     load_tile,
     row_products,
     slot_program,
+    split,
     store_slots,
     store_state,
     store_tile,
     store_unrotated,
+    stream_program,
+    table_start,
     token_program,
+    whole_products,
 )
 from .token_conv import banded
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h", "mask_b"])
+@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h", "mask_b", "chunk"])
 def broadcast_forward_kernel(
     q, slots, values, bias, cos, sin, v, weight, mask, out, row_max, total,
     q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m, angle_h,
     v_b, v_h, v_n, mask_b, mask_n, out_b, out_h, out_n,
-    H, N, M, scale,
+    H, N, M, scale, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     TAPS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute out, row_max and total for a tile of tokens. If TAPS > 0, add the convolution of v to out."""
-    i_bh, o_n, valid = token_program(N, BLOCK_N)
+    """Compute out, row_max and total for a chunk of tokens. If TAPS > 0, add the convolution of v to out."""
+    i_bh, first, last = stream_program(N, chunk)
     i_b, i_h = i_bh // H, i_bh % H
-    angles = i_h * angle_h
+    angles = table_start(i_h, angle_h, ROTARY)
     slots += i_b * slots_b + i_h * slots_h
     values += i_b * values_b + i_h * values_h
     bias += i_b * bias_b + i_h * bias_h
     q += i_b * q_b + i_h * q_h
-    b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+    out += i_b * out_b + i_h * out_h
+    if BIASED:
+        empty = has_no_slot(bias, bias_m, M, BLOCK_M)
+    if TILES > 0:
+        high0, low0, values0, bias0 = load_attended(
+            slots, values, bias, slots_m, values_m, bias_m, 0, M, scale, q.dtype.element_ty,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE,
+        )  # fmt: skip
+    if TILES > 1:
+        high1, low1, values1, bias1 = load_attended(
+            slots, values, bias, slots_m, values_m, bias_m, BLOCK_M, M, scale, q.dtype.element_ty,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE,
+        )  # fmt: skip
 
-    b_max = tl.full((BLOCK_N,), float("-inf"), COMPUTE)
-    b_sum = tl.zeros((BLOCK_N,), COMPUTE)
-    b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
+    for start in range(first, last, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        valid = o_n < last
+        b_q = load_rotated(q, o_n, q_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+        b_max = tl.full((BLOCK_N,), float("-inf"), COMPUTE)
+        b_sum = tl.zeros((BLOCK_N,), COMPUTE)
+        b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
+        if TILES == 0:
+            for first_slot in range(0, M, BLOCK_M):
+                high, low, b_values, b_bias = load_attended(
+                    slots, values, bias, slots_m, values_m, bias_m, first_slot, M, scale, q.dtype.element_ty,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE,
+                )  # fmt: skip
+                b_g = slot_logits(b_q, high, low, b_bias, scale, SPLIT, COMPUTE, PRECISION)
+                b_max, b_sum, b_out = attend(b_g, b_values, b_max, b_sum, b_out, PRECISION)
+        else:
+            b_g = slot_logits(b_q, high0, low0, bias0, scale, SPLIT, COMPUTE, PRECISION)
+            b_max = tl.max(b_g, 1)
+            b_p = tl.exp2(b_g - b_max[:, None])
+            b_sum = tl.sum(b_p, 1)
+            b_out = dot(cast(b_p, values0.dtype), values0, b_out, PRECISION)
+            if TILES > 1:
+                b_g = slot_logits(b_q, high1, low1, bias1, scale, SPLIT, COMPUTE, PRECISION)
+                b_max, b_sum, b_out = attend(b_g, values1, b_max, b_sum, b_out, PRECISION)
+
+        b_out *= (1.0 / b_sum)[:, None]
+        if BIASED:
+            b_out = tl.where(empty, 0.0, b_out)
+            b_max, b_sum = tl.where(empty, 0.0, b_max), tl.where(empty, 0.0, b_sum)
+        tl.store(row_max + i_bh * N + o_n, b_max, mask=valid)
+        tl.store(total + i_bh * N + o_n, b_sum, mask=valid)
+        if TAPS > 0:
+            b_out = banded(
+                b_out, v + i_b * v_b + i_h * v_h, weight + i_h * TAPS, mask + i_b * mask_b, start, N, v_n, mask_n,
+                TAPS, False, MASKED, E, BLOCK_E, BLOCK_K, PRECISION,
+            )  # fmt: skip
+        store_tile(b_out, out, o_n, out_n, valid, E, BLOCK_E, 0, True)
+
+
+@triton.jit
+def attend(logits, values, row_max, total, out, PRECISION: tl.constexpr):
+    """Add a tile of slots to the sums of tokens, which are relative to the largest logit so far."""
+    new_max = tl.maximum(row_max, tl.max(logits, 1))
+    p = tl.exp2(logits - new_max[:, None])
+    decay = tl.exp2(row_max - new_max)
+    products = dot(cast(p, values.dtype), values, tl.zeros_like(out), PRECISION)
+    # An accumulator that starts with out * decay would make ptxas wait after every matrix instruction.
+    return new_max, tl.fma(total, decay, tl.sum(p, 1)), tl.fma(out, tl.broadcast_to(decay[:, None], out.shape), products)
+
+
+@triton.jit
+def has_no_slot(bias, bias_m, M, BLOCK_M: tl.constexpr):
+    """Return whether all slots of a head have bias -inf."""
+    largest = tl.full((BLOCK_M,), float("-inf"), bias.dtype.element_ty)
     for start in range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
-        b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-        b_values = load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True)
-        b_bias = slot_bias(bias, o_m, bias_m, M, BIASED, COMPUTE)
-        b_g = row_products(b_q, b_slots, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
-        b_g = b_g * (scale * LOG2E) + b_bias[None, :]
+        largest = tl.maximum(largest, tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=float("-inf")))
+    return tl.max(largest, 0) == float("-inf")
 
-        new_max = tl.maximum(b_max, tl.max(b_g, 1))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        b_p = tl.exp2(b_g - shift[:, None])
-        decay = tl.exp2(b_max - shift)
-        b_sum = b_sum * decay + tl.sum(b_p, 1)
-        b_out = dot(cast(b_p, b_q.dtype), cast(b_values, b_q.dtype), b_out * decay[:, None], PRECISION)
-        b_max = new_max
 
-    b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
-    tl.store(row_max + i_bh * N + o_n, tl.where(b_max == float("-inf"), 0.0, b_max), mask=valid)
-    tl.store(total + i_bh * N + o_n, b_sum, mask=valid)
-    if TAPS > 0:
-        first = tl.program_id(0) % tl.cdiv(N, BLOCK_N) * BLOCK_N
-        b_out = banded(
-            b_out, v + i_b * v_b + i_h * v_h, weight + i_h * TAPS, mask + i_b * mask_b, first, N, v_n, mask_n,
-            TAPS, False, MASKED, E, BLOCK_E, BLOCK_K, PRECISION,
-        )  # fmt: skip
-    out += i_b * out_b + i_h * out_h
-    store_tile(b_out, out, o_n, out_n, valid, E, BLOCK_E, 0, True)
+@triton.jit
+def load_attended(
+    slots, values, bias, slots_m, values_m, bias_m, start, M, scale, DTYPE: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Load a tile of slots and their values. Return the operands of slot_logits, with the values before the last of them."""
+    o_m = start + tl.arange(0, BLOCK_M)
+    high = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+    b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), DTYPE)
+    b_bias = slot_bias(bias, o_m, bias_m, M, BIASED, COMPUTE)
+    low = high
+    if SPLIT:
+        high, low = split(high * (scale * LOG2E), DTYPE)
+        a, b, c = terms(b_bias)
+        b_bias = term_rows(a, b, c, 0)
+    return high, low, b_values, b_bias
+
+
+@triton.jit
+def slot_logits(q, high, low, bias, scale, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the base-2 logits of a tile of tokens and a tile of slots."""
+    acc = tl.zeros((q.shape[0], high.shape[0]), COMPUTE)
+    if SPLIT:  # bias, in three columns, is multiplied by ones
+        acc = dot(tl.full((q.shape[0], 16), 1.0, tl.bfloat16), bias, acc, PRECISION)
+        acc = dot(q, tl.trans(high), dot(q, tl.trans(low), acc, PRECISION), PRECISION)
+    else:
+        acc = whole_products(q, high, acc, PRECISION) * (scale * LOG2E) + bias[None, :]
+    return acc
 
 
 @triton.jit
 def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the base-2 bias of a tile of slots. It is -inf for indices of M or greater, so their probability is 0."""
+    """Return the base-2 bias of a tile of slots. It is LOWEST for indices of M or greater, so their probability is 0."""
     if BIASED:
-        b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=float("-inf"))
+        b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=LOWEST)
+        b_bias = tl.maximum(b_bias, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     else:
-        b_bias = tl.where(o_m < M, 0.0, float("-inf")).to(COMPUTE)
+        b_bias = tl.where(o_m < M, 0.0, LOWEST).to(COMPUTE)
     return b_bias
 
 
@@ -246,15 +323,16 @@ def broadcast_forward(
     cos, sin, angle_h, turn = rotary_arguments(rotary, q)
     bias = values if slot_bias is None else slot_bias
     residual = (q, q, q) if v is None else (v, conv_weight.contiguous(), v if mask is None else mask)
+    chunk, keep = config.stream(batch * num_heads, tokens, num_slots)
     launch(
         broadcast_forward_kernel,
-        (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
+        (batch * num_heads * triton.cdiv(tokens, chunk),),
         q, slots, values, bias, cos, sin, *residual, out, row_max, total,
         *token_strides(q), *slot_strides(slots), *slot_strides(values), *bias.stride()[:3], angle_h,
-        *token_strides(residual[0]), *mask_strides(mask), *token_strides(out), num_heads, tokens, num_slots, scale,
+        *token_strides(residual[0]), *mask_strides(mask), *token_strides(out), num_heads, tokens, num_slots, scale, chunk,
         **turn, BIASED=slot_bias is not None,
         TAPS=0 if conv_weight is None else conv_weight.shape[2], BLOCK_K=config.tile.slots, MASKED=mask is not None,
-        **config.meta(width, value_width),
+        **config.meta(width, value_width) | keep,
     )  # fmt: skip
     return out, row_max, total
 

@@ -35,8 +35,8 @@ TABLE: dict[Key, Tile] = {
     ("aggregate_forward", 16, 128): Tile(64, 32, 4, 2),
     ("aggregate_forward", 16, 256): Tile(16, 32, 8, 1),
     ("broadcast_forward", 16, 16): Tile(64, 128, 8, 2),
-    ("broadcast_forward", 16, 32): Tile(64, 128, 8, 2),
-    ("broadcast_forward", 16, 64): Tile(64, 128, 8, 2),
+    ("broadcast_forward", 16, 32): Tile(128, 64, 4, 1, resident=2),
+    ("broadcast_forward", 16, 64): Tile(128, 128, 8, 1, resident=2),
     ("broadcast_forward", 16, 128): Tile(32, 64, 8, 2),
     ("broadcast_forward", 16, 256): Tile(32, 16, 8, 1),
     ("aggregate_tokens", 16, 16): Tile(32, 128, 8, 2),
@@ -347,4 +347,4 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
     "gfx942": _CDNA,
     "gfx950": _CDNA,
 }
-INTERPRETER = Tile(32, 16, 1, 1)  # small enough that every loop runs more than once even on small inputs
+INTERPRETER = Tile(32, 16, 1, 1, resident=2)  # small enough that every loop runs more than once even on small inputs

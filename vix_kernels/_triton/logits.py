@@ -17,12 +17,12 @@ import triton.language as tl
 
 from .tiles import cast, dot
 
-LOWEST = tl.constexpr(-1e30)  # stands for -inf, whose three parts would be NaN
+LOWEST = tl.constexpr(-3e38)  # stands for -inf, whose three parts would be NaN; finite in bfloat16 and float32
 
 
 @triton.jit
 def terms(x):
-    """Split a float32 vector into three bfloat16 vectors whose sum is x to 24 bits. Values below -1e30 become -1e30."""
+    """Split a float32 vector into three bfloat16 vectors whose sum is x to 24 bits. -inf becomes LOWEST."""
     x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     high = cast(x, tl.bfloat16)
     rest = x - high.to(x.dtype)
@@ -37,3 +37,14 @@ def term_tile(a0, a1, a2, b0, b1, b2, c0, c1, c2):
     left = tl.join(tl.join(tl.join(a0, a1), tl.join(a2, b0)), tl.join(tl.join(b1, b2), tl.join(c0, c1)))
     right = tl.join(tl.join(tl.join(c2, z), tl.join(z, z)), tl.join(tl.join(z, z), tl.join(z, z)))
     return tl.reshape(tl.join(left, right), (a0.shape[0], 16))
+
+
+@triton.jit
+def term_rows(a, b, c, FIRST: tl.constexpr):
+    """Return a bfloat16 tile (16, columns) whose rows FIRST to FIRST + 2 are a, b and c. The others are 0.
+
+    This is the right operand for a term_tile. A transposed join there would crash Triton 3.6 to 3.9.
+    """
+    row = tl.arange(0, 16)[:, None]
+    rest = tl.where(row == FIRST + 2, c[None, :], 0.0).to(tl.bfloat16)
+    return tl.where(row == FIRST, a[None, :], tl.where(row == FIRST + 1, b[None, :], rest))

@@ -84,6 +84,35 @@ def token_program(N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def stream_program(N, chunk):
+    """Return the tokens of a program that keeps all slots of a head while the tokens of a chunk stream through it.
+
+    Returns:
+        The index of the sample and head, the first token, and the end of the chunk (exclusive).
+    """
+    chunks = tl.cdiv(N, chunk)
+    first = tl.program_id(0) % chunks * chunk
+    return (tl.program_id(0) // chunks).to(tl.int64), first, tl.minimum(first + chunk, N)
+
+
+@triton.jit
+def table_start(head, angle_h, ROTARY: tl.constexpr):
+    """Return where the table of a head starts in cos and sin.
+
+    A table has a row of ROTARY / 2 elements per token. The compiler cannot derive from head * angle_h, and must be told, that the
+    start is a multiple of the largest power of two in it. It then loads up to 128 bits at a time.
+    """
+    start = head * angle_h
+    if ROTARY > 0 and (ROTARY // 2) % 16 == 0:
+        start = tl.multiple_of(start, 16)
+    elif ROTARY > 0 and (ROTARY // 2) % 8 == 0:
+        start = tl.multiple_of(start, 8)
+    elif ROTARY > 0 and (ROTARY // 2) % 4 == 0:
+        start = tl.multiple_of(start, 4)
+    return start
+
+
+@triton.jit
 def rotate_pairs(
     x, angles, valid, cos, sin, ROTARY: tl.constexpr, INVERSE: tl.constexpr, AGAIN: tl.constexpr = False, column=0
 ):  # fmt: skip
