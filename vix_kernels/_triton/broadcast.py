@@ -21,11 +21,9 @@ from .tiles import (
     LOG2E,
     cast,
     dot,
-    exps_below,
     load_rotated,
     load_slots,
     load_tile,
-    row_products,
     slot_program,
     split,
     store_slots,
@@ -34,7 +32,6 @@ from .tiles import (
     store_unrotated,
     stream_program,
     table_start,
-    token_program,
     whole_products,
 )
 from .token_conv import banded
@@ -63,15 +60,13 @@ def broadcast_forward_kernel(
     out += i_b * out_b + i_h * out_h
     if BIASED:
         empty = has_no_slot(bias, bias_m, M, BLOCK_M)
-    if TILES > 0:
-        high0, low0, values0, bias0 = load_attended(
-            slots, values, bias, slots_m, values_m, bias_m, 0, M, scale, q.dtype.element_ty,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE,
-        )  # fmt: skip
-    if TILES > 1:
-        high1, low1, values1, bias1 = load_attended(
-            slots, values, bias, slots_m, values_m, bias_m, BLOCK_M, M, scale, q.dtype.element_ty,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE,
+    tiles = ()
+    for i in tl.static_range(TILES):
+        tiles += (
+            load_attended(
+                slots, values, bias, slots_m, values_m, bias_m, i * BLOCK_M, M, scale, q.dtype.element_ty,
+                D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE,
+            ),
         )  # fmt: skip
 
     for start in range(first, last, BLOCK_N):
@@ -81,6 +76,15 @@ def broadcast_forward_kernel(
         b_max = tl.full((BLOCK_N,), float("-inf"), COMPUTE)
         b_sum = tl.zeros((BLOCK_N,), COMPUTE)
         b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
+        for i in tl.static_range(TILES):
+            high, low, b_values, b_bias = tiles[i]
+            b_g = slot_logits(b_q, high, low, b_bias, scale, SPLIT, COMPUTE, PRECISION)
+            if i == 0:
+                b_max = tl.max(b_g, 1)
+                b_p = tl.exp2(b_g - b_max[:, None])
+                b_sum, b_out = tl.sum(b_p, 1), dot(cast(b_p, b_values.dtype), b_values, b_out, PRECISION)
+            else:
+                b_max, b_sum, b_out = attend(b_g, b_values, b_max, b_sum, b_out, PRECISION)
         if TILES == 0:
             for first_slot in range(0, M, BLOCK_M):
                 high, low, b_values, b_bias = load_attended(
@@ -89,15 +93,6 @@ def broadcast_forward_kernel(
                 )  # fmt: skip
                 b_g = slot_logits(b_q, high, low, b_bias, scale, SPLIT, COMPUTE, PRECISION)
                 b_max, b_sum, b_out = attend(b_g, b_values, b_max, b_sum, b_out, PRECISION)
-        else:
-            b_g = slot_logits(b_q, high0, low0, bias0, scale, SPLIT, COMPUTE, PRECISION)
-            b_max = tl.max(b_g, 1)
-            b_p = tl.exp2(b_g - b_max[:, None])
-            b_sum = tl.sum(b_p, 1)
-            b_out = dot(cast(b_p, values0.dtype), values0, b_out, PRECISION)
-            if TILES > 1:
-                b_g = slot_logits(b_q, high1, low1, bias1, scale, SPLIT, COMPUTE, PRECISION)
-                b_max, b_sum, b_out = attend(b_g, values1, b_max, b_sum, b_out, PRECISION)
 
         b_out *= (1.0 / b_sum)[:, None]
         if BIASED:
@@ -177,136 +172,184 @@ def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr)
 
 
 @triton.jit
-def exps_and_gradient(
-    b_q, b_dout, b_row_max, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
-    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+def load_statistics(row_max, total, o_n, valid, INVERT: tl.constexpr):
+    """Return row_max and the inverse of total of a tile of tokens, and the tokens whose query is to be read.
+
+    If not INVERT, `total` contains the inverse. Tokens that are not `valid` get probability 0, as exp2(-inf), and so do those
+    without slots, as 0 times 0. The total of a token whose query contains NaN is NaN.
+    """
+    b_total = tl.load(total + o_n, mask=valid, other=0.0)
+    b_row_max = tl.load(row_max + o_n, mask=valid, other=float("inf"))
+    known = valid & (b_total == b_total)
+    if INVERT:
+        b_total = tl.where(b_total == 0, 0.0, 1.0 / b_total)
+    else:
+        known &= b_total != 0
+    return b_row_max, b_total, known
+
+
+@triton.jit
+def without_padding(inverse, dout):
+    """Return `inverse` with 0 instead of NaN for tokens whose dout is 0.
+
+    Such a token, which may be padding, does not contribute to gradients even if its query contains NaN.
+    """
+    used = tl.max(tl.abs(dout.to(tl.float32)), 1) != 0
+    inverse = tl.where((inverse == inverse) | used, inverse, 0.0)
+    return inverse
+
+
+@triton.jit
+def tile_products(
+    q, dout, row_max, operands, scale, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Return a tile of slots and, for each pair of a token and a slot, exp2(logit - row_max) and <dout, values>."""
-    o_m = start + tl.arange(0, BLOCK_M)
-    b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-    b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), b_q.dtype)
-    b_bias = slot_bias(bias, o_m, bias_m, M, BIASED, COMPUTE)
-    b_g = row_products(b_q, b_slots, tl.zeros((b_q.shape[0], BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
-    b_e = exps_below(b_g * (scale * LOG2E) + b_bias[None, :], b_row_max[:, None])
-    b_dp = row_products(b_dout, b_values, tl.zeros((b_q.shape[0], BLOCK_M), COMPUTE), False, False, PRECISION)
-    return b_slots, b_e, b_dp
+    """Return exp2(logit - row_max) and <dout, values> of a tile of tokens and a tile of slots."""
+    high, low, values, bias = operands
+    logits = slot_logits(q, high, low, bias, scale, SPLIT, COMPUTE, PRECISION)
+    e = tl.exp2(logits - row_max[:, None])  # forward computed the same logits, so row_max is the largest
+    return e, whole_products(dout, values, tl.zeros(e.shape, COMPUTE), PRECISION)
 
 
-@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h"])
+@triton.jit
+def column_sums(x, acc, PRECISION: tl.constexpr):
+    """Return acc plus the sums of the columns of x. 16-bit tiles are multiplied by ones, in 16 columns that are all the sums."""
+    if x.dtype == tl.float32 or x.dtype == tl.float64:
+        acc += tl.sum(x, 0)[:, None]
+    else:
+        sums = dot(tl.trans(x), tl.full((x.shape[0], 16), 1.0, x.dtype), tl.zeros_like(acc), PRECISION)
+        acc = tl.fma(acc, tl.full(acc.shape, 1.0, acc.dtype), sums)
+    return acc
+
+
+@triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h", "chunk"])
 def broadcast_tokens_kernel(
     dout, q, slots, values, bias, cos, sin, out, row_max, total, delta, inverse, dq,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
     angle_h, out_b, out_h, out_n, dq_b, dq_h, dq_n,
-    H, N, M, scale,
+    H, N, M, scale, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     KNOWN: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq for a tile of tokens. For the slot gradients, also compute delta = <dout, out> and inverse = 1 / total.
+    """Compute dq for a chunk of tokens and, for the slot gradients, delta = <dout, out> and inverse = 1 / total.
 
-    delta is computed from `out` if `out` is KNOWN. Otherwise it is recomputed from the slots. A token whose dout is 0 does not
-    contribute to any gradient, even if it is padding and its query contains NaN. Its query is read as 0, and its inverse is 0.
+    delta is computed from `out` if it is KNOWN, otherwise from the slots.
     """
-    i_bh, o_n, valid = token_program(N, BLOCK_N)
+    i_bh, first, last = stream_program(N, chunk)
     i_b, i_h = i_bh // H, i_bh % H
-    angles = i_h * angle_h
+    angles = table_start(i_h, angle_h, ROTARY)
     slots += i_b * slots_b + i_h * slots_h
     values += i_b * values_b + i_h * values_h
     bias += i_b * bias_b + i_h * bias_h
     q += i_b * q_b + i_h * q_h
     dout += i_b * d_b + i_h * d_h
-    b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
-    used = tl.max((b_dout != 0).to(tl.int32), 1) > 0
-    b_q = load_rotated(q, o_n, q_n, used, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
-    b_row_max = tl.load(row_max + i_bh * N + o_n, mask=used, other=0.0)
-    b_total = tl.load(total + i_bh * N + o_n, mask=used, other=1.0)
-    b_inverse = tl.where(used, 1.0 / tl.where(b_total == 0, 1.0, b_total), 0.0)
-    tl.store(inverse + i_bh * N + o_n, b_inverse, mask=valid)
-    if KNOWN:
-        b_out = load_tile(out + i_b * out_b + i_h * out_h, o_n, out_n, used, E, BLOCK_E, 0, True)
-        b_delta = tl.sum(b_dout.to(COMPUTE) * b_out.to(COMPUTE), 1)
-    else:
-        b_delta = tl.zeros((BLOCK_N,), COMPUTE)
-        for start in range(0, M, BLOCK_M):
-            b_slots, b_e, b_dp = exps_and_gradient(
-                b_q, b_dout, b_row_max, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
-                D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE, PRECISION,
-            )  # fmt: skip
-            b_delta += tl.sum(b_e * b_dp, 1)
-        b_delta *= b_inverse
-        # Load q and dout again. The two loops need different layouts, and keeping both layouts would take more registers.
-        b_q = load_rotated(
-            q, o_n, q_n, used, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE, AGAIN=True
-        )  # fmt: skip
-        b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True, AGAIN=True)
-    tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
-
-    b_scaled_delta = b_delta * b_inverse
-    b_dq = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
-    for start in range(0, M, BLOCK_M):
-        b_slots, b_e, b_dp = exps_and_gradient(
-            b_q, b_dout, b_row_max, slots, values, bias, slots_m, values_m, bias_m, start, M, scale,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE, PRECISION,
-        )  # fmt: skip
-        b_dg = b_e * (b_dp * b_inverse[:, None] - b_scaled_delta[:, None])
-        b_dq = dot(cast(b_dg, b_q.dtype), cast(b_slots, b_q.dtype), b_dq, PRECISION)
-
+    out += i_b * out_b + i_h * out_h
     dq += i_b * dq_b + i_h * dq_h
-    store_unrotated(b_dq * scale, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
+    tiles = ()
+    for i in tl.static_range(TILES):
+        tiles += (
+            load_attended(
+                slots, values, bias, slots_m, values_m, bias_m, i * BLOCK_M, M, scale, q.dtype.element_ty,
+                D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE,
+            ),
+        )  # fmt: skip
+
+    for start in range(first, last, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        valid = o_n < last
+        b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
+        b_row_max, b_inverse, known = load_statistics(row_max + i_bh * N, total + i_bh * N, o_n, valid, True)
+        b_inverse = without_padding(b_inverse, b_dout)
+        b_q = load_rotated(q, o_n, q_n, known, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+        b_delta = tl.zeros((BLOCK_N,), COMPUTE)
+        if KNOWN:
+            b_out = load_tile(out, o_n, out_n, valid, E, BLOCK_E, 0, True)
+            b_delta += tl.sum(b_dout.to(COMPUTE) * b_out.to(COMPUTE), 1)
+        else:
+            for first_slot in range(0, M, BLOCK_M):
+                operands = load_attended(
+                    slots, values, bias, slots_m, values_m, bias_m, first_slot, M, scale, q.dtype.element_ty,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE,
+                )  # fmt: skip
+                b_e, b_dp = tile_products(b_q, b_dout, b_row_max, operands, scale, SPLIT, COMPUTE, PRECISION)
+                b_delta += tl.sum(b_e * b_dp, 1)
+            b_delta *= b_inverse
+        tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
+        tl.store(inverse + i_bh * N + o_n, b_inverse, mask=valid)
+
+        b_dq = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
+        for i in tl.static_range(TILES):
+            b_e, b_dp = tile_products(b_q, b_dout, b_row_max, tiles[i], scale, SPLIT, COMPUTE, PRECISION)
+            b_dq = dot(cast(b_e * (b_dp - b_delta[:, None]), b_q.dtype), tiles[i][0], b_dq, PRECISION)
+        if TILES == 0:
+            for first_slot in range(0, M, BLOCK_M):
+                operands = load_attended(
+                    slots, values, bias, slots_m, values_m, bias_m, first_slot, M, scale, q.dtype.element_ty,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE,
+                )  # fmt: skip
+                b_e, b_dp = tile_products(b_q, b_dout, b_row_max, operands, scale, SPLIT, COMPUTE, PRECISION)
+                b_dq = dot(cast(b_e * (b_dp - b_delta[:, None]), b_q.dtype), operands[0], b_dq, PRECISION)
+        b_dq *= (b_inverse * (LN2 if SPLIT else scale))[:, None]
+        store_unrotated(b_dq, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h", "chunk"])
 def broadcast_slots_kernel(
-    dout, q, slots, values, bias, cos, sin, row_max, delta, inverse, dslots, dvalues, dbias,
+    dout, q, slots, values, bias, cos, sin, row_max, total, delta, dq, dslots, dvalues, dbias,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
-    angle_h,
+    angle_h, dq_b, dq_h, dq_n,
     H, N, M, scale, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, NEED_SLOTS: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
+    NEED_SLOTS: tl.constexpr, FUSED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute the contribution of a chunk of tokens to dvalues, dbias and, if NEED_SLOTS, dslots.
+    """Compute the contribution of a chunk of tokens to dvalues, dbias and, if NEED_SLOTS, dslots, for a tile of slots.
 
-    Each program handles a tile of slots of one sample and head.
+    FUSED means that the tile contains all slots. The kernel then computes delta and dq as well.
     """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
-    o_m = first_slot + tl.arange(0, BLOCK_M)
-    angles = i_h * angle_h
+    angles = table_start(i_h, angle_h, ROTARY)
     q += i_b * q_b + i_h * q_h
     dout += i_b * d_b + i_h * d_h
-    b_slots = load_slots(slots + i_b * slots_b + i_h * slots_h, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-    b_values = load_slots(values + i_b * values_b + i_h * values_h, o_m, values_m, M, E, BLOCK_E, 0, True)
-    b_values = cast(b_values, dout.dtype.element_ty)
-    b_bias = slot_bias(bias + i_b * bias_b + i_h * bias_h, o_m, bias_m, M, BIASED, COMPUTE)
-
+    dq += i_b * dq_b + i_h * dq_h
+    operands = load_attended(
+        slots + i_b * slots_b + i_h * slots_h, values + i_b * values_b + i_h * values_h, bias + i_b * bias_b + i_h * bias_h,
+        slots_m, values_m, bias_m, first_slot, M, scale, q.dtype.element_ty,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE,
+    )  # fmt: skip
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
     b_dvalues = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
-    b_dbias = tl.zeros((BLOCK_M,), COMPUTE)
+    b_dbias = tl.zeros((BLOCK_M, 16), COMPUTE)
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         valid = o_n < last
-        b_inverse = tl.load(inverse + i_bh * N + o_n, mask=valid, other=0.0)
-        used = b_inverse != 0
-        b_q = load_rotated(q, o_n, q_n, used, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
-        b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
-        b_row_max = tl.load(row_max + i_bh * N + o_n, mask=used, other=0.0)
-
-        b_g = row_products(b_slots, b_q, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, False, PRECISION, SWAPPED=True)
-        b_p = exps_below(b_g * (scale * LOG2E) + b_bias[:, None], b_row_max[None, :]) * b_inverse[None, :]
-        b_dvalues = dot(cast(b_p, b_dout.dtype), b_dout, b_dvalues, PRECISION)
-        b_dp = row_products(b_values, b_dout, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), False, False, PRECISION, SWAPPED=True)
-        b_dg = b_p * (b_dp - b_delta[None, :])
-        b_dbias += tl.sum(b_dg, 1)
+        b_row_max, b_inverse, known = load_statistics(row_max + i_bh * N, total + i_bh * N, o_n, valid, FUSED)
+        if FUSED:
+            b_inverse = without_padding(b_inverse, b_dout)
+        b_q = load_rotated(q, o_n, q_n, known, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+        b_e, b_dp = tile_products(b_q, b_dout, b_row_max, operands, scale, SPLIT, COMPUTE, PRECISION)
+        b_p = b_e * b_inverse[:, None]
+        b_dg = b_p * b_dp
+        if FUSED:
+            b_delta = tl.sum(b_dg, 1)
+        else:
+            b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
+        b_dg = cast(tl.fma(b_p, tl.broadcast_to(-b_delta[:, None], b_p.shape), b_dg), b_q.dtype)
+        if FUSED:
+            b_dq = dot(b_dg, operands[0], tl.zeros((BLOCK_N, BLOCK_D), COMPUTE), PRECISION) * (LN2 if SPLIT else scale)
+            store_unrotated(b_dq, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
+        b_dvalues = dot(tl.trans(cast(b_p, b_dout.dtype)), b_dout, b_dvalues, PRECISION)
+        b_dbias = column_sums(b_dg, b_dbias, PRECISION)
         if NEED_SLOTS:
-            b_dslots = dot(cast(b_dg, b_q.dtype), b_q, b_dslots, PRECISION)
+            b_dslots = dot(tl.trans(b_dg), b_q, b_dslots, PRECISION)
 
-    store_state(b_dvalues, b_dbias * LN2, dvalues, dbias, part, o_m, M, E, BLOCK_E)
+    o_m = first_slot + tl.arange(0, BLOCK_M)
+    store_state(b_dvalues, tl.max(b_dbias, 1) * LN2, dvalues, dbias, part, o_m, M, E, BLOCK_E)
     if NEED_SLOTS:
         store_slots(b_dslots * scale, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
 
@@ -353,29 +396,36 @@ def broadcast_backward(
     )  # fmt: skip
     variant = dict(**turn, BIASED=slot_bias is not None)
 
-    config = launch_config("broadcast_tokens", q, max(width, value_width), slots)
-    dq, delta, inverse = empty_like_tokens(q, width), torch.empty_like(row_max), torch.empty_like(row_max)
-    launch(
-        broadcast_tokens_kernel,
-        (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-        *inputs, q if out is None else out, row_max, total, delta, inverse, dq,
-        *strides, *token_strides(q if out is None else out), *token_strides(dq), num_heads, tokens, num_slots, scale,
-        KNOWN=out is not None, **variant, **config.meta(width, value_width),
-    )  # fmt: skip
-
+    dq = empty_like_tokens(q, width)
+    slots_config = launch_config("broadcast_slots", q, max(width, value_width), slots)
+    block = slots_config.slots(num_slots)
+    fused = num_slots <= block and (need_slots or need_values)
+    delta, inverse = (q, total) if fused else (torch.empty_like(row_max), torch.empty_like(row_max))
+    if not fused:
+        config = launch_config("broadcast_tokens", q, max(width, value_width), slots)
+        known = q if out is None else out
+        chunk, keep = config.stream(batch * num_heads, tokens, num_slots)
+        launch(
+            broadcast_tokens_kernel,
+            (batch * num_heads * triton.cdiv(tokens, chunk),),
+            *inputs, known, row_max, total, delta, inverse, dq,
+            *strides, *token_strides(known), *token_strides(dq), num_heads, tokens, num_slots, scale, chunk,
+            KNOWN=out is not None, **variant, **config.meta(width, value_width) | keep,
+        )  # fmt: skip
     if not (need_slots or need_values):
         return dq, slots.new_empty(0), values.new_empty(0), values.new_empty(0)
-    config = launch_config("broadcast_slots", q, max(width, value_width), slots)
-    programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
-    chunk, chunks = config.chunk(programs, tokens)
-    dvalues = q.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
-    dbias = q.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
-    dslots = empty_slots(slots, batch, num_heads, chunks, config.compute) if need_slots else q.new_empty(0)
+
+    programs = batch * num_heads * triton.cdiv(num_slots, block)
+    chunk, chunks = slots_config.chunk(programs, tokens)
+    dvalues = q.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=slots_config.compute)
+    dbias = q.new_empty(batch, num_heads, chunks, num_slots, dtype=slots_config.compute)
+    dslots = empty_slots(slots, batch, num_heads, chunks, slots_config.compute) if need_slots else q.new_empty(0)
     launch(
         broadcast_slots_kernel,
         (programs * chunks,),
-        *inputs, row_max, delta, inverse, dslots, dvalues, dbias, *strides, num_heads, tokens, num_slots, scale, chunk,
-        NEED_SLOTS=need_slots, **variant, **config.meta(width, value_width),
+        *inputs, row_max, inverse, delta, dq, dslots, dvalues, dbias,
+        *strides, *token_strides(dq), num_heads, tokens, num_slots, scale, chunk,
+        NEED_SLOTS=need_slots, FUSED=fused, **variant, **slots_config.meta(width, value_width) | dict(BLOCK_M=block),
     )  # fmt: skip
     dslots = sum_slots(dslots, slots) if need_slots else slots.new_empty(0)
     return dq, dslots, *(merge_sums(dvalues, dbias) if need_values else (values.new_empty(0), values.new_empty(0)))

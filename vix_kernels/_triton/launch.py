@@ -64,6 +64,10 @@ class LaunchConfig:
         size = triton.cdiv(size, self.step) * self.step
         return size, triton.cdiv(tokens, size)
 
+    def slots(self, num_slots: int) -> int:
+        """Return the number of slots per tile: that of the launch table, or less if all slots fit in a smaller tile."""
+        return min(self.tile.slots, max(16, triton.next_power_of_2(num_slots)))
+
     def stream(self, programs: int, tokens: int, num_slots: int) -> tuple[int, dict[str, int]]:
         """Return the tokens per program of a kernel that keeps slots while tokens stream through it, and its constexprs.
 
@@ -71,7 +75,7 @@ class LaunchConfig:
         tile of tokens. `programs` is the number of programs if each handled all tokens of a sample and head. Tokens do not
         interact, so results do not depend on the chunks.
         """
-        block = min(self.tile.slots, max(16, triton.next_power_of_2(num_slots)))
+        block = self.slots(num_slots)
         tiles = triton.cdiv(num_slots, block)
         size, _ = self.chunk(programs, tokens)
         return size, dict(BLOCK_M=block, TILES=tiles if tiles <= self.tile.resident else 0)
