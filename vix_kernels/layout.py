@@ -72,7 +72,10 @@ class Pool(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Softmax statistics of each row: the largest logit, in base 2, and the sum of exp2(logit - row_max)."""
+    """Softmax statistics of each row: the largest logit, in base 2, and total = sum exp2(logit - row_max).
+
+    `broadcast` stores 1 / total in place of total.
+    """
 
     row_max: Tensor
     total: Tensor

@@ -38,7 +38,7 @@ def broadcast_forward(
     conv_weight: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return out (B, H, N, E) in q's dtype, and empty tensors for row_max and total.
+    """Return out (B, H, N, E) in q's dtype, and empty tensors for row_max and inverse.
 
     The bias a_j is slot_bias (B, H, M), or 0 if slot_bias is None. A slot with bias -inf has probability 0. If all slots have
     bias -inf, the output of the attention is 0. If v and conv_weight are given, their convolution is added to out.

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..layout import Needs, Rotary, Statistics, empty_like_tokens, unit_last_stride
 from .launch import launch, launch_config, mask_strides, rotary_arguments, slot_strides, token_strides
-from .merge import empty_slots, merge_sums, sum_slots
 from .logits import LOWEST, term_rows, terms
+from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
     LN2,
     LOG2E,
@@ -39,7 +39,7 @@ from .token_conv import banded
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h", "mask_b", "chunk"])
 def broadcast_forward_kernel(
-    q, slots, values, bias, cos, sin, v, weight, mask, out, row_max, total,
+    q, slots, values, bias, cos, sin, v, weight, mask, out, row_max, inverse,
     q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m, angle_h,
     v_b, v_h, v_n, mask_b, mask_n, out_b, out_h, out_n,
     H, N, M, scale, chunk,
@@ -49,7 +49,7 @@ def broadcast_forward_kernel(
     TAPS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute out, row_max and total for a chunk of tokens. If TAPS > 0, add the convolution of v to out."""
+    """Compute out, row_max and inverse for a chunk of tokens. If TAPS > 0, add the convolution of v to out."""
     i_bh, first, last = stream_program(N, chunk)
     i_b, i_h = i_bh // H, i_bh % H
     angles = table_start(i_h, angle_h, ROTARY)
@@ -94,12 +94,12 @@ def broadcast_forward_kernel(
                 b_g = slot_logits(b_q, high, low, b_bias, scale, SPLIT, COMPUTE, PRECISION)
                 b_max, b_sum, b_out = attend(b_g, b_values, b_max, b_sum, b_out, PRECISION)
 
-        b_out *= (1.0 / b_sum)[:, None]
+        b_inverse = 1.0 / b_sum
+        b_out *= b_inverse[:, None]
         if BIASED:
-            b_out = tl.where(empty, 0.0, b_out)
-            b_max, b_sum = tl.where(empty, 0.0, b_max), tl.where(empty, 0.0, b_sum)
+            b_out, b_inverse = tl.where(empty, 0.0, b_out), tl.where(empty, 0.0, b_inverse)
         tl.store(row_max + i_bh * N + o_n, b_max, mask=valid)
-        tl.store(total + i_bh * N + o_n, b_sum, mask=valid)
+        tl.store(inverse + i_bh * N + o_n, b_inverse, mask=valid)
         if TAPS > 0:
             b_out = banded(
                 b_out, v + i_b * v_b + i_h * v_h, weight + i_h * TAPS, mask + i_b * mask_b, start, N, v_n, mask_n,
@@ -172,20 +172,15 @@ def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr)
 
 
 @triton.jit
-def load_statistics(row_max, total, o_n, valid, INVERT: tl.constexpr):
-    """Return row_max and the inverse of total of a tile of tokens, and the tokens whose query is to be read.
+def load_statistics(row_max, inverse, o_n, valid):
+    """Return row_max and inverse of a tile of tokens, and the tokens whose query is read.
 
-    If not INVERT, `total` contains the inverse. Tokens that are not `valid` get probability 0, as exp2(-inf), and so do those
-    without slots, as 0 times 0. The total of a token whose query contains NaN is NaN.
+    Tokens that are not `valid` get probability 0, as exp2(-inf). The inverse is 0 without slots, and NaN if the query contains
+    NaN. Neither query is read.
     """
-    b_total = tl.load(total + o_n, mask=valid, other=0.0)
+    b_inverse = tl.load(inverse + o_n, mask=valid, other=0.0)
     b_row_max = tl.load(row_max + o_n, mask=valid, other=float("inf"))
-    known = valid & (b_total == b_total)
-    if INVERT:
-        b_total = tl.where(b_total == 0, 0.0, 1.0 / b_total)
-    else:
-        known &= b_total != 0
-    return b_row_max, b_total, known
+    return b_row_max, b_inverse, b_inverse > 0
 
 
 @triton.jit
@@ -194,9 +189,8 @@ def without_padding(inverse, dout):
 
     Such a token, which may be padding, does not contribute to gradients even if its query contains NaN.
     """
-    used = tl.max(tl.abs(dout.to(tl.float32)), 1) != 0
-    inverse = tl.where((inverse == inverse) | used, inverse, 0.0)
-    return inverse
+    used = tl.max(tl.abs(dout.to(inverse.dtype)), 1) != 0
+    return tl.where((inverse == inverse) | used, inverse, 0.0)
 
 
 @triton.jit
@@ -212,7 +206,7 @@ def tile_products(
 
 @triton.jit
 def column_sums(x, acc, PRECISION: tl.constexpr):
-    """Return acc plus the sums of the columns of x. 16-bit tiles are multiplied by ones, in 16 columns that are all the sums."""
+    """Return acc plus the sums of the columns of x, in every column of acc. 16-bit tiles are multiplied by ones."""
     if x.dtype == tl.float32 or x.dtype == tl.float64:
         acc += tl.sum(x, 0)[:, None]
     else:
@@ -223,7 +217,7 @@ def column_sums(x, acc, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h", "chunk"])
 def broadcast_tokens_kernel(
-    dout, q, slots, values, bias, cos, sin, out, row_max, total, delta, inverse, dq,
+    dout, q, slots, values, bias, cos, sin, out, row_max, inverse, delta, dq,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
     angle_h, out_b, out_h, out_n, dq_b, dq_h, dq_n,
     H, N, M, scale, chunk,
@@ -232,10 +226,7 @@ def broadcast_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr,
     KNOWN: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq for a chunk of tokens and, for the slot gradients, delta = <dout, out> and inverse = 1 / total.
-
-    delta is computed from `out` if it is KNOWN, otherwise from the slots.
-    """
+    """Compute dq and delta = <dout, out> for a chunk of tokens. If `out` is not KNOWN, delta is computed from the slots."""
     i_bh, first, last = stream_program(N, chunk)
     i_b, i_h = i_bh // H, i_bh % H
     angles = table_start(i_h, angle_h, ROTARY)
@@ -259,7 +250,7 @@ def broadcast_tokens_kernel(
         o_n = start + tl.arange(0, BLOCK_N)
         valid = o_n < last
         b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
-        b_row_max, b_inverse, known = load_statistics(row_max + i_bh * N, total + i_bh * N, o_n, valid, True)
+        b_row_max, b_inverse, known = load_statistics(row_max + i_bh * N, inverse + i_bh * N, o_n, valid)
         b_inverse = without_padding(b_inverse, b_dout)
         b_q = load_rotated(q, o_n, q_n, known, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_delta = tl.zeros((BLOCK_N,), COMPUTE)
@@ -275,8 +266,7 @@ def broadcast_tokens_kernel(
                 b_e, b_dp = tile_products(b_q, b_dout, b_row_max, operands, scale, SPLIT, COMPUTE, PRECISION)
                 b_delta += tl.sum(b_e * b_dp, 1)
             b_delta *= b_inverse
-        tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
-        tl.store(inverse + i_bh * N + o_n, b_inverse, mask=valid)
+        tl.store(delta + i_bh * N + o_n, tl.where(b_inverse == 0, 0.0, b_delta), mask=valid)
 
         b_dq = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
         for i in tl.static_range(TILES):
@@ -296,7 +286,7 @@ def broadcast_tokens_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "scale", "values_b", "values_h", "bias_b", "bias_h", "angle_h", "chunk"])
 def broadcast_slots_kernel(
-    dout, q, slots, values, bias, cos, sin, row_max, total, delta, dq, dslots, dvalues, dbias,
+    dout, q, slots, values, bias, cos, sin, row_max, inverse, delta, dq, dslots, dvalues, dbias,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, values_b, values_h, values_m, bias_b, bias_h, bias_m,
     angle_h, dq_b, dq_h, dq_n,
     H, N, M, scale, chunk,
@@ -328,17 +318,18 @@ def broadcast_slots_kernel(
         o_n = start + tl.arange(0, BLOCK_N)
         valid = o_n < last
         b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
-        b_row_max, b_inverse, known = load_statistics(row_max + i_bh * N, total + i_bh * N, o_n, valid, FUSED)
+        b_row_max, b_inverse, known = load_statistics(row_max + i_bh * N, inverse + i_bh * N, o_n, valid)
         if FUSED:
             b_inverse = without_padding(b_inverse, b_dout)
+        else:
+            b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
+            b_inverse = tl.where((b_inverse == b_inverse) | (b_delta != b_delta), b_inverse, 0.0)
         b_q = load_rotated(q, o_n, q_n, known, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_e, b_dp = tile_products(b_q, b_dout, b_row_max, operands, scale, SPLIT, COMPUTE, PRECISION)
         b_p = b_e * b_inverse[:, None]
         b_dg = b_p * b_dp
         if FUSED:
             b_delta = tl.sum(b_dg, 1)
-        else:
-            b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
         b_dg = cast(tl.fma(b_p, tl.broadcast_to(-b_delta[:, None], b_p.shape), b_dg), b_q.dtype)
         if FUSED:
             b_dq = dot(b_dg, operands[0], tl.zeros((BLOCK_N, BLOCK_D), COMPUTE), PRECISION) * (LN2 if SPLIT else scale)
@@ -362,7 +353,7 @@ def broadcast_forward(
     num_slots, value_width = values.shape[2:]
     config = launch_config("broadcast_forward", q, max(width, value_width), slots)
     out = empty_like_tokens(q, value_width)
-    row_max, total = (q.new_empty(batch, num_heads, tokens, dtype=config.compute) for _ in range(2))
+    row_max, inverse = (q.new_empty(batch, num_heads, tokens, dtype=config.compute) for _ in range(2))
     cos, sin, angle_h, turn = rotary_arguments(rotary, q)
     bias = values if slot_bias is None else slot_bias
     residual = (q, q, q) if v is None else (v, conv_weight.contiguous(), v if mask is None else mask)
@@ -370,21 +361,21 @@ def broadcast_forward(
     launch(
         broadcast_forward_kernel,
         (batch * num_heads * triton.cdiv(tokens, chunk),),
-        q, slots, values, bias, cos, sin, *residual, out, row_max, total,
+        q, slots, values, bias, cos, sin, *residual, out, row_max, inverse,
         *token_strides(q), *slot_strides(slots), *slot_strides(values), *bias.stride()[:3], angle_h,
         *token_strides(residual[0]), *mask_strides(mask), *token_strides(out), num_heads, tokens, num_slots, scale, chunk,
         **turn, BIASED=slot_bias is not None,
         TAPS=0 if conv_weight is None else conv_weight.shape[2], BLOCK_K=config.tile.slots, MASKED=mask is not None,
         **config.meta(width, value_width) | keep,
     )  # fmt: skip
-    return out, row_max, total
+    return out, row_max, inverse
 
 
 def broadcast_backward(
     dout: Tensor, q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, rotary: Rotary | None, scale: float,
     out: Tensor | None, statistics: Statistics, needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (need_slots, need_values), (row_max, total) = needs, statistics
+    (need_slots, need_values), (row_max, inverse) = needs, statistics
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = values.shape[2:]
     dout = unit_last_stride(dout)
@@ -400,7 +391,7 @@ def broadcast_backward(
     slots_config = launch_config("broadcast_slots", q, max(width, value_width), slots)
     block = slots_config.slots(num_slots)
     fused = num_slots <= block and (need_slots or need_values)
-    delta, inverse = (q, total) if fused else (torch.empty_like(row_max), torch.empty_like(row_max))
+    delta = q if fused else torch.empty_like(row_max)
     if not fused:
         config = launch_config("broadcast_tokens", q, max(width, value_width), slots)
         known = q if out is None else out
@@ -408,7 +399,7 @@ def broadcast_backward(
         launch(
             broadcast_tokens_kernel,
             (batch * num_heads * triton.cdiv(tokens, chunk),),
-            *inputs, known, row_max, total, delta, inverse, dq,
+            *inputs, known, row_max, inverse, delta, dq,
             *strides, *token_strides(known), *token_strides(dq), num_heads, tokens, num_slots, scale, chunk,
             KNOWN=out is not None, **variant, **config.meta(width, value_width) | keep,
         )  # fmt: skip

@@ -71,8 +71,8 @@ class LaunchConfig:
     def stream(self, programs: int, tokens: int, num_slots: int) -> tuple[int, dict[str, int]]:
         """Return the tokens per program of a kernel that keeps slots while tokens stream through it, and its constexprs.
 
-        TILES is the number of tiles of BLOCK_M slots that stay in the program, or 0 if a program loads the slots again for every
-        tile of tokens. `programs` is the number of programs if each handled all tokens of a sample and head. Tokens do not
+        TILES is the number of tiles of BLOCK_M slots that stay in the program, or 0 if it loads the slots again for every tile
+        of tokens. `programs` is the number of programs if each handled all tokens of a sample and head. Tokens do not
         interact, so results do not depend on the chunks.
         """
         block = self.slots(num_slots)

@@ -4,8 +4,8 @@ A kernel at the hardware's limit computes one exponential per logit and issues a
 instruction per logit counts. These functions move work from the logits to the slots, the tokens and the tensor cores.
 
 If slots are float32 and tokens 16-bit (SPLIT), slots are multiplied by scale * log2(e) and split into two 16-bit tiles once,
-before the loop over tokens. Vectors, such as the bias of the slots, are then added by a product as well: a float32 number is the
-sum of three bfloat16 numbers, so
+before the loop over tokens. Vectors, such as the bias of the slots, are then added by a product as well: a float32 number is
+the sum of three bfloat16 numbers, so
 
     acc[n, m] + x[n] + y[m]  =  acc + [x0 x1 x2 1 1 1] @ [1 1 1 y0 y1 y2]^T
 
@@ -15,7 +15,7 @@ takes one matrix instruction whose inner dimension is 16, the smallest there is,
 import triton
 import triton.language as tl
 
-from .tiles import cast, dot
+from .tiles import cast
 
 LOWEST = tl.constexpr(-3e38)  # stands for -inf, whose three parts would be NaN; finite in bfloat16 and float32
 

@@ -99,8 +99,8 @@ def stream_program(N, chunk):
 def table_start(head, angle_h, ROTARY: tl.constexpr):
     """Return where the table of a head starts in cos and sin.
 
-    A table has a row of ROTARY / 2 elements per token. The compiler cannot derive from head * angle_h, and must be told, that the
-    start is a multiple of the largest power of two in it. It then loads up to 128 bits at a time.
+    A table has a row of ROTARY / 2 elements per token. The compiler must be told that head * angle_h is a multiple of the
+    largest power of two in ROTARY / 2. It then loads up to 128 bits at a time.
     """
     start = head * angle_h
     if ROTARY > 0 and (ROTARY // 2) % 16 == 0:

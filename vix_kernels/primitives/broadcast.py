@@ -91,11 +91,11 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, slots, values, slot_bias, cos, sin, angles, interleaved, scale, backend):
         residual = None, None, None
-        out, row_max, total = broadcast_forward(
+        out, row_max, inverse = broadcast_forward(
             q, slots, values, slot_bias, joined(cos, sin, interleaved), scale, *residual, backend
         )  # fmt: skip
         ctx.save_for_backward(
-            q, slots, values, slot_bias, cos, sin, angles, out if reads_out(q, backend) else None, row_max, total
+            q, slots, values, slot_bias, cos, sin, angles, out if reads_out(q, backend) else None, row_max, inverse
         )  # fmt: skip
         ctx.interleaved, ctx.scale = interleaved, scale
         ctx.backend = backend
@@ -104,10 +104,10 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, dout):
-        q, slots, values, slot_bias, cos, sin, _, out, row_max, total = saved
+        q, slots, values, slot_bias, cos, sin, _, out, row_max, inverse = saved
         needs = ctx.needs_input_grad[:4]
         grads = broadcast_backward(
-            dout, q, slots, values, slot_bias, joined(cos, sin, ctx.interleaved), ctx.scale, out, Statistics(row_max, total),
+            dout, q, slots, values, slot_bias, joined(cos, sin, ctx.interleaved), ctx.scale, out, Statistics(row_max, inverse),
             (needs[1], needs[2] or needs[3]), ctx.backend,
         )  # fmt: skip
         dangles = angle_gradient(q, grads[0], cos, ctx.interleaved, ctx.backend) if ctx.needs_input_grad[6] else None
@@ -134,7 +134,7 @@ def _fake_backward(dout, q, slots, values, slot_bias, rotary, scale, out, statis
 # of the attention.
 broadcast_forward = register(
     f"broadcast_forward({_PROBLEM}, Tensor? v, Tensor? conv_weight, Tensor? mask, str backend)"
-    " -> (Tensor out, Tensor row_max, Tensor total)",
+    " -> (Tensor out, Tensor row_max, Tensor inverse)",
     module="broadcast",
     fake=_fake_forward,
 )

@@ -61,10 +61,10 @@ class _Nystrom(torch.autograd.Function):
         weighted = pinv_forward(q_marks, k_marks, values, *counts, *options, backend)
         bias = None if mask is None else valid_bias(k_counts > 0, weighted)
         residual = (None, None, None) if weight is None else (v, weight, mask)
-        out, out_max, out_total = broadcast_forward(q, k_marks, weighted, bias, rotary, scale, *residual, backend)
+        out, out_max, out_inverse = broadcast_forward(q, k_marks, weighted, bias, rotary, scale, *residual, backend)
         ctx.save_for_backward(
             q, k, v, weight, mask, cos, sin, angles, q_marks, k_marks, q_counts, k_counts, values, row_max, total, weighted,
-            out if weight is None and reads_out(q, backend) else None, out_max, out_total,
+            out if weight is None and reads_out(q, backend) else None, out_max, out_inverse,
         )  # fmt: skip
         ctx.interleaved, ctx.pool, ctx.options, ctx.backend = interleaved, pool, options, backend
         return out
@@ -74,7 +74,7 @@ class _Nystrom(torch.autograd.Function):
     def backward(ctx, saved, dout):
         (
             q, k, v, weight, mask, cos, sin, _, q_marks, k_marks, q_counts, k_counts, values, row_max, total, weighted,
-            out, out_max, out_total,
+            out, out_max, out_inverse,
         ) = saved  # fmt: skip
         need_q, need_k, need_v, need_weight = ctx.needs_input_grad[:4]
         need_angles = ctx.needs_input_grad[7]
@@ -86,7 +86,7 @@ class _Nystrom(torch.autograd.Function):
 
         # First compute dq, dk and dv without the paths through landmarks, and two terms of the gradient of each landmark.
         dq, dk_marks, dweighted, _ = broadcast_backward(
-            dout, q, k_marks, weighted, bias, rotary, scale, out, Statistics(out_max, out_total), (need_k, True), backend
+            dout, q, k_marks, weighted, bias, rotary, scale, out, Statistics(out_max, out_inverse), (need_k, True), backend
         )
         dq_marks, dk_marks_2, dvalues = pinv_backward(
             dweighted, q_marks, k_marks, values, *counts, *ctx.options, (need_q, need_k, True), backend
