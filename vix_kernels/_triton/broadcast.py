@@ -388,7 +388,7 @@ def broadcast_backward(
     variant = dict(**turn, BIASED=slot_bias is not None)
 
     dq = empty_like_tokens(q, width)
-    slots_config = launch_config("broadcast_slots", q, max(width, value_width), slots)
+    slots_config = launch_config("broadcast_slots", q, max(width, value_width), slots, pooled=need_slots)
     block = slots_config.slots(num_slots)
     fused = num_slots <= block and (need_slots or need_values)
     delta = q if fused else torch.empty_like(row_max)

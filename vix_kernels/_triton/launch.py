@@ -103,7 +103,7 @@ LEAST_CHUNK = 256  # tokens; merging smaller chunks would take more time than th
 ASSUMED_TOKENS = 1024
 
 
-def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> LaunchConfig:
+def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor, pooled: bool | None = None) -> LaunchConfig:
     """Return the configuration of `kernel` for the device and dtype of `tokens`.
 
     Args:
@@ -111,10 +111,11 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
         tokens: the tokens, (batch, heads, tokens, channels) or (batch, tokens, channels).
         width: width to look up in the launch table. For most kernels it is the larger of the head widths of keys and values.
         slots: the slots. Only their dtype is used.
+        pooled: whether to prefer the entry for pooled slots; by default, whether the slots have the tokens' dtype.
     """
     arch = architecture(tokens.device)
     split = slots.element_size() > tokens.element_size()
-    _, tile = find_tile(arch, kernel, tokens.element_size() * 8, padded(width), pooled=not split)
+    _, tile = find_tile(arch, kernel, tokens.element_size() * 8, padded(width), pooled=not split if pooled is None else pooled)
     step = tile.tokens
     if conditions.current.arch:
         tile = tile._replace(tokens=max(tile.tokens, min(ASSUMED_TOKENS, triton.next_power_of_2(tokens.shape[2]))))
@@ -124,7 +125,7 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor) -> Lau
 def find_tile(arch: str, kernel: str, bits: int, width: int, pooled: bool) -> tuple[Key, Tile]:
     """Return the key in the launch table and the tile of `kernel` on `arch`.
 
-    `pooled` says whether the slots have the tokens' dtype.
+    `pooled` says whether to prefer the entry for pooled slots.
     """
     # 16-bit slots, which are pooled from tokens, need a different number of registers than float32 random features.
     names = (f"{kernel}_pooled", kernel) if bits == 16 and pooled else (kernel,)

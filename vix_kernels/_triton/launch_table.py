@@ -26,8 +26,8 @@ class Tile(NamedTuple):
 
 Key = tuple[str, int, int]  # name of the kernel, bits of the tokens' dtype, padded width
 
-# An entry "..._pooled" is for the same kernel with 16-bit slots, which are pooled from tokens. It exists only if such slots
-# need a different tile than float32 random features.
+# An entry "..._pooled" is for the same kernel with 16-bit slots, which are pooled from tokens, or with slots whose gradients
+# are needed. It exists only if such slots need a different tile than float32 random features.
 TABLE: dict[Key, Tile] = {
     ("aggregate_forward", 16, 16): Tile(64, 64, 4, 3),
     ("aggregate_forward", 16, 32): Tile(64, 64, 4, 3),
