@@ -14,18 +14,15 @@ from torch import Tensor
 
 from ..layout import Needs, Rotary, Statistics, empty_like_tokens, unit_last_stride
 from .launch import launch, launch_config, mask_strides, rotary_arguments, slot_strides, token_strides
-from .logits import LOWEST, term_rows, terms
+from .logits import load_attended, slot_logits
 from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
     LN2,
-    LOG2E,
     cast,
     dot,
     load_rotated,
-    load_slots,
     load_tile,
     slot_program,
-    split,
     store_slots,
     store_state,
     store_tile,
@@ -127,48 +124,6 @@ def has_no_slot(bias, bias_m, M, BLOCK_M: tl.constexpr):
         o_m = start + tl.arange(0, BLOCK_M)
         largest = tl.maximum(largest, tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=float("-inf")))
     return tl.max(largest, 0) == float("-inf")
-
-
-@triton.jit
-def load_attended(
-    slots, values, bias, slots_m, values_m, bias_m, start, M, scale, DTYPE: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """Load a tile of slots and their values. Return the operands of slot_logits, with the values before the last of them."""
-    o_m = start + tl.arange(0, BLOCK_M)
-    high = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-    b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), DTYPE)
-    b_bias = slot_bias(bias, o_m, bias_m, M, BIASED, COMPUTE)
-    low = high
-    if SPLIT:
-        high, low = split(high * (scale * LOG2E), DTYPE)
-        a, b, c = terms(b_bias)
-        b_bias = term_rows(a, b, c, 0)
-    return high, low, b_values, b_bias
-
-
-@triton.jit
-def slot_logits(q, high, low, bias, scale, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the base-2 logits of a tile of tokens and a tile of slots."""
-    acc = tl.zeros((q.shape[0], high.shape[0]), COMPUTE)
-    if SPLIT:  # bias, in three columns, is multiplied by ones
-        acc = dot(tl.full((q.shape[0], 16), 1.0, tl.bfloat16), bias, acc, PRECISION)
-        acc = dot(q, tl.trans(high), dot(q, tl.trans(low), acc, PRECISION), PRECISION)
-    else:
-        acc = whole_products(q, high, acc, PRECISION) * (scale * LOG2E) + bias[None, :]
-    return acc
-
-
-@triton.jit
-def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the base-2 bias of a tile of slots. It is LOWEST for indices of M or greater, so their probability is 0."""
-    if BIASED:
-        b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=LOWEST)
-        b_bias = tl.maximum(b_bias, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        b_bias = tl.where(o_m < M, 0.0, LOWEST).to(COMPUTE)
-    return b_bias
 
 
 @triton.jit
