@@ -119,23 +119,25 @@ def attend(logits, values, row_max, total, out, PRECISION: tl.constexpr):
 @triton.jit
 def has_no_slot(bias, bias_m, M, BLOCK_M: tl.constexpr):
     """Return whether all slots of a head have bias -inf."""
-    largest = tl.full((BLOCK_M,), float("-inf"), bias.dtype.element_ty)
+    found = tl.zeros((BLOCK_M,), tl.int32)
     for start in range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
-        largest = tl.maximum(largest, tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=float("-inf")))
-    return tl.max(largest, 0) == float("-inf")
+        b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=float("-inf"))
+        found |= (b_bias != float("-inf")).to(tl.int32)
+    return tl.max(found, 0) == 0
 
 
 @triton.jit
 def load_statistics(row_max, inverse, o_n, valid):
     """Return row_max and inverse of a tile of tokens, and the tokens whose query is read.
 
-    Tokens that are not `valid` get probability 0, as exp2(-inf). The inverse is 0 without slots, and NaN if the query contains
-    NaN. Neither query is read.
+    The inverse is 0 without slots, and NaN if the query contains NaN or infinity. Such a query is not read, and its row_max is
+    infinite, so its exponentials are 0.
     """
     b_inverse = tl.load(inverse + o_n, mask=valid, other=0.0)
-    b_row_max = tl.load(row_max + o_n, mask=valid, other=float("inf"))
-    return b_row_max, b_inverse, b_inverse > 0
+    known = b_inverse > 0
+    b_row_max = tl.load(row_max + o_n, mask=valid, other=0.0)
+    return tl.where(known, b_row_max, float("inf")), b_inverse, known
 
 
 @triton.jit
