@@ -5,9 +5,12 @@ S_N[a, n] = sin(2 pi an / N), and let row n of E and O be the sum and the differ
 
     P = C_N (E C_D)        R = S_N (O S_D)        y at (a, b) and (-a, -b) is P - R        y at (-a, b) and (a, -b) is P + R
 
-Therefore only half of the tokens, half of the rows a and half of the columns b are needed. The first kernel sums over channels,
-and the second kernel sums over tokens. Cosines and sines are never stored in memory. Each kernel computes a tile of them
-once, and in every step of its loop it rotates this tile by the angles of that step.
+Therefore only half of the tokens, half of the rows a and half of the columns b are needed. The first kernel computes tables of
+cosines and sines, the second kernel sums over channels, and the third kernel sums over tokens. The tables are computed in each
+call. They do not depend on the batch, so this takes little time, and a cache would have to handle streams and CUDA graphs.
+
+Zeros pad the intermediate result to a multiple of BLOCK_K rows per sample, so the loop of the third kernel needs no masks. A
+tile of the second kernel may contain rows of several samples, and a tile of the third kernel columns of several samples.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import LaunchConfig, launch, launch_config
-from .tiles import cast, dot, load_tile
+from .tiles import cast, dot
 
 WIDTH = 64  # width to look up in the launch table; the tiles do not depend on the number of channels
-BLOCK_K = 32  # tokens or channels per step
+ALIGNED = 16  # the intermediate result has a multiple of this number of columns, for 128-bit accesses
 HALF_PI = tl.constexpr(1.5707963267948966)
 
 
@@ -46,132 +49,163 @@ def turn(index, length, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def turned(c, s, turn_c, turn_s):
-    """Return the cosine and the sine of the sum of two angles, given the cosine and the sine of each."""
-    return c * turn_c - s * turn_s, s * turn_c + c * turn_s
+def store_turns(cos, sin, i, length, rows, columns, COMPUTE: tl.constexpr):
+    """Store the elements i of two tables (rows, columns): the cosines and the sines of 2 pi row column / length."""
+    c, s = turn((i // columns) * (i % columns) % length, length, COMPUTE)
+    inside = i < rows * columns
+    tl.store(cos + i, cast(c, cos.dtype.element_ty), mask=inside)
+    tl.store(sin + i, cast(s, sin.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N"])
+def dft_tables_kernel(
+    over_channels, over_tokens, N, D, channel_rows, channel_columns, token_rows, token_columns,
+    BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Compute a block of the table for channels if program_id(1) is 0, and of the table for tokens if it is 1."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) == 0:
+        sin = over_channels + channel_rows * channel_columns
+        store_turns(over_channels, sin, i, D, channel_rows, channel_columns, COMPUTE)
+    else:
+        sin = over_tokens + token_rows * token_columns
+        store_turns(over_tokens, sin, i, N, token_rows, token_columns, COMPUTE)
+
+
+@triton.jit(do_not_specialize=["B", "N"])
 def dft_channels_kernel(
-    x, folded, x_b, x_n, N,
-    D: tl.constexpr, COLUMNS: tl.constexpr, SHRINK: tl.constexpr,
+    x, table, folded, x_b, x_n, B, N, rows,
+    D: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr, SHRINK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of the products E C_D and O S_D, multiplied by SHRINK / 2.
 
-    Each product has the shape (N // 2 + 1, COLUMNS).
+    The table has PADDED columns. Each product has the shape (rows, COLUMNS).
     """
-    half = N // 2 + 1
-    row_tiles = tl.cdiv(half, BLOCK_N)
-    column_tiles = COLUMNS // BLOCK_C
-    i_b = (tl.program_id(0) // (row_tiles * column_tiles)).to(tl.int64)
-    o_n = tl.program_id(0) // column_tiles % row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.program_id(0) % column_tiles * BLOCK_C
-    o_c = column + tl.arange(0, BLOCK_C)
-    valid = o_n < half
+    column_tiles: tl.constexpr = PADDED // BLOCK_C
+    row = (tl.program_id(0) // column_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_c = tl.program_id(0) % column_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_k = tl.arange(0, BLOCK_K)
+    i_b, o_n = row // rows, row % rows
+    valid = (i_b < B) & (o_n < N // 2 + 1)
     mirror = tl.where(o_n == 0, 0, N - o_n)
     # The weight 1/2 keeps the sums in the range of x. If a token and its mirror image are the same, the sum contains the token
     # twice, so the weight is 1/4.
     weight = tl.where(o_n == mirror, 0.25, 0.5).to(COMPUTE)[:, None]
-    x += i_b * x_b
+    p_x = x + (i_b * x_b + o_n * x_n)[:, None] + o_k[None, :]
+    p_y = x + (i_b * x_b + mirror * x_n)[:, None] + o_k[None, :]
+    p_cos = table + o_k[:, None] * PADDED + o_c[None, :]
+    p_sin = p_cos + tl.cdiv(D, BLOCK_K) * BLOCK_K * PADDED
 
     dtype = x.dtype.element_ty
-    o_k = tl.arange(0, BLOCK_K)
-    b_c, b_s = turn(o_k[:, None] * o_c[None, :] % D, D, COMPUTE)
     b_even = tl.zeros((BLOCK_N, BLOCK_C), COMPUTE)
     b_odd = tl.zeros((BLOCK_N, BLOCK_C), COMPUTE)
     for start in range(0, D, BLOCK_K):
-        b_x = load_tile(x, o_n, x_n, valid, D, BLOCK_K, 0, True, False, start).to(COMPUTE) * weight
-        b_y = load_tile(x, mirror, x_n, valid, D, BLOCK_K, 0, True, False, start).to(COMPUTE) * weight
-        turn_c, turn_s = turn(start * o_c % D, D, COMPUTE)
-        cos, sin = turned(b_c, b_s, turn_c[None, :], turn_s[None, :])
-        b_even = dot(cast(b_x + b_y, dtype), cast(cos, dtype), b_even, PRECISION)
-        b_odd = dot(cast(b_x - b_y, dtype), cast(sin, dtype), b_odd, PRECISION)
+        inside = valid[:, None] & (start + o_k < D)[None, :]
+        b_x = tl.load(p_x + start, mask=inside, other=0.0).to(COMPUTE) * weight
+        b_y = tl.load(p_y + start, mask=inside, other=0.0).to(COMPUTE)
+        b_cos, b_sin = tl.load(p_cos + start * PADDED), tl.load(p_sin + start * PADDED)
+        b_even = dot(cast(tl.fma(b_y, weight, b_x), dtype), b_cos, b_even, PRECISION)
+        b_odd = dot(cast(tl.fma(-b_y, weight, b_x), dtype), b_sin, b_odd, PRECISION)
 
-    folded += i_b * 2 * half * COLUMNS
-    at = o_n[:, None] * COLUMNS + o_c[None, :]
-    tl.store(folded + at, cast(b_even * SHRINK, dtype), mask=valid[:, None])
-    tl.store(folded + half * COLUMNS + at, cast(b_odd * SHRINK, dtype), mask=valid[:, None])
+    at = (i_b * 2 * rows + o_n)[:, None] * COLUMNS + o_c[None, :]
+    inside = (i_b < B)[:, None] & (o_c < COLUMNS)[None, :]
+    tl.store(folded + at, cast(b_even * SHRINK, dtype), mask=inside)
+    tl.store(folded + rows * COLUMNS + at, cast(b_odd * SHRINK, dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["B", "N"])
 def dft_tokens_kernel(
-    folded, y, N,
+    table, folded, y, B, N, rows, table_rows,
     D: tl.constexpr, COLUMNS: tl.constexpr, SHRINK: tl.constexpr, ORTHO: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute y for a tile of rows a <= N / 2 and columns b < COLUMNS, and for the mirror images of the tile."""
-    half = N // 2 + 1
-    row_tiles = tl.cdiv(half, BLOCK_N)
-    column_tiles = COLUMNS // BLOCK_C
-    i_b = (tl.program_id(0) // (row_tiles * column_tiles)).to(tl.int64)
-    column = tl.program_id(0) // row_tiles % column_tiles * BLOCK_C
-    o_c = column + tl.arange(0, BLOCK_C)
+    row_tiles = tl.cdiv(table_rows, BLOCK_N)
     o_a = tl.program_id(0) % row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    folded += i_b * 2 * half * COLUMNS
+    first = (tl.program_id(0) // row_tiles).to(tl.int64) * BLOCK_C
+    i_b = first // COLUMNS
+    column = tl.multiple_of((first % COLUMNS).to(tl.int32), 16) + tl.arange(0, BLOCK_C)
+    o_k = tl.arange(0, BLOCK_K)
+    later, o_c = column // COLUMNS, column % COLUMNS  # the tile begins in sample i_b and may extend to later samples
+    exists = i_b + later < B
+    p_cos = table + o_a[:, None] * rows + o_k[None, :]
+    p_sin = p_cos + table_rows * rows
+    at = (tl.where(exists, later, 0) * 2 * rows * COLUMNS + o_c)[None, :] + (o_k * COLUMNS)[:, None]
+    p_even = folded + i_b * 2 * rows * COLUMNS + at
+    p_odd = p_even + rows * COLUMNS
 
     dtype = y.dtype.element_ty
-    o_k = tl.arange(0, BLOCK_K)
-    b_c, b_s = turn(o_a[:, None] * o_k[None, :] % N, N, COMPUTE)
     b_p = tl.zeros((BLOCK_N, BLOCK_C), COMPUTE)
     b_r = tl.zeros((BLOCK_N, BLOCK_C), COMPUTE)
-    for start in range(0, half, BLOCK_K):
-        o_n = start + o_k
-        at = o_n[:, None] * COLUMNS + o_c[None, :]
-        b_even = tl.load(folded + at, mask=(o_n < half)[:, None], other=0.0)
-        b_odd = tl.load(folded + half * COLUMNS + at, mask=(o_n < half)[:, None], other=0.0)
-        turn_c, turn_s = turn(o_a * start % N, N, COMPUTE)
-        cos, sin = turned(b_c, b_s, turn_c[:, None], turn_s[:, None])
-        b_p = dot(cast(cos, dtype), b_even, b_p, PRECISION)
-        b_r = dot(cast(sin, dtype), b_odd, b_r, PRECISION)
+    for start in range(0, rows, BLOCK_K):
+        b_p = dot(tl.load(p_cos + start), tl.load(p_even + start * COLUMNS), b_p, PRECISION)
+        b_r = dot(tl.load(p_sin + start), tl.load(p_odd + start * COLUMNS), b_r, PRECISION)
 
     scale = tl.full((1, 1), 2 / SHRINK, COMPUTE)
     if ORTHO:
         scale /= tl.sqrt((N * D).to(COMPUTE))
     minus, plus = cast((b_p - b_r) * scale, dtype), cast((b_p + b_r) * scale, dtype)
     y += i_b * N * D
-    here = y + o_a[:, None] * D
-    there = y + (N - o_a)[:, None] * D
-    rows = (o_a < half)[:, None]
+    here = (later * N * D)[None, :] + (o_a * D)[:, None]
+    there = (later * N * D)[None, :] + ((N - o_a) * D)[:, None]
+    real = (o_a < N // 2 + 1)[:, None]
     mirrored = ((o_a >= 1) & (o_a < N - N // 2))[:, None]
-    columns = (o_c < D)[None, :]
-    tl.store(here + o_c[None, :], minus, mask=rows & columns)
-    tl.store(there + o_c[None, :], plus, mask=mirrored & columns)
+    columns = (exists & (o_c < D))[None, :]
+    tl.store(y + here + o_c[None, :], minus, mask=real & columns)
+    tl.store(y + there + o_c[None, :], plus, mask=mirrored & columns)
     if COLUMNS < D:
-        columns = ((o_c >= 1) & (o_c <= D - COLUMNS))[None, :]
-        tl.store(here + (D - o_c)[None, :], plus, mask=rows & columns)
-        tl.store(there + (D - o_c)[None, :], minus, mask=mirrored & columns)
+        columns = (exists & (o_c >= 1) & (o_c <= D - COLUMNS))[None, :]
+        tl.store(y + here + (D - o_c)[None, :], plus, mask=real & columns)
+        tl.store(y + there + (D - o_c)[None, :], minus, mask=mirrored & columns)
 
 
 def dft(x: Tensor, ortho: bool) -> Tensor:
     batch, tokens, width = x.shape
     over_channels, over_tokens = (launch_config(kernel, x, WIDTH, x) for kernel in ("dft_channels", "dft_tokens"))
-    # The last tile may extend beyond half of the channels. The kernels compute its additional columns instead of storing mirror
-    # images of other columns there, because stores of mirror images are not vectorized.
-    block = max(over_channels.tile.slots, over_tokens.tile.slots)
-    half, columns = tokens // 2 + 1, triton.cdiv(width // 2 + 1, block) * block
-    folded, y = x.new_empty(batch, 2, half, columns), x.new_empty(x.shape)
+    width_step, step = 64 // x.element_size(), 128 // x.element_size()  # channels and tokens per step
+    half = tokens // 2 + 1
+    # The columns beyond half of the channels are computed, and are not the mirror images of other columns, because stores of
+    # mirror images are not vectorized.
+    columns, rows = _multiple(width // 2 + 1, ALIGNED), _multiple(half, step)
+    padded_width, padded_columns = _multiple(width, width_step), _multiple(columns, over_channels.tile.slots)
+    padded_rows = _multiple(half, over_tokens.tile.tokens)
+    channel_table, token_table = x.new_empty(2, padded_width, padded_columns), x.new_empty(2, padded_rows, rows)
+    block = 1024
+    launch(
+        dft_tables_kernel,
+        (triton.cdiv(max(channel_table.numel(), token_table.numel()) // 2, block), 2),
+        channel_table, token_table, tokens, width, padded_width, padded_columns, padded_rows, rows,
+        BLOCK=block, COMPUTE=over_tokens.triton_compute, num_warps=4, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+
+    folded, y = x.new_empty(batch, 2, rows, columns), x.new_empty(x.shape)
     # SHRINK scales the intermediate result to about an eighth of the magnitude of x, to avoid overflow in float16. It is a
     # power of two, so the scaling does not round.
     sizes = dict(D=width, COLUMNS=columns, SHRINK=2.0 ** -(width.bit_length() // 2 + 2))
     launch(
-        dft_channels_kernel, _grid(over_channels, batch, half, columns),
-        x, folded, x.stride(0), x.stride(1), tokens, **sizes, **_meta(over_channels),
+        dft_channels_kernel,
+        (triton.cdiv(batch * rows, over_channels.tile.tokens) * (padded_columns // over_channels.tile.slots),),
+        x, channel_table, folded, x.stride(0), x.stride(1), batch, tokens, rows,
+        PADDED=padded_columns, BLOCK_K=width_step, **sizes, **_meta(over_channels),
     )  # fmt: skip
     launch(
-        dft_tokens_kernel, _grid(over_tokens, batch, half, columns),
-        folded, y, tokens, ORTHO=ortho, **sizes, **_meta(over_tokens),
+        dft_tokens_kernel,
+        (triton.cdiv(batch * columns, over_tokens.tile.slots) * (padded_rows // over_tokens.tile.tokens),),
+        token_table, folded, y, batch, tokens, rows, padded_rows,
+        ORTHO=ortho, BLOCK_K=step, **sizes, **_meta(over_tokens),
     )  # fmt: skip
     return y
 
 
-def _grid(config: LaunchConfig, batch: int, rows: int, columns: int) -> tuple[int]:
-    return (batch * triton.cdiv(rows, config.tile.tokens) * (columns // config.tile.slots),)
+def _multiple(size: int, unit: int) -> int:
+    """Return the smallest multiple of `unit` that is at least `size`."""
+    return triton.cdiv(size, unit) * unit
 
 
 def _meta(config: LaunchConfig) -> dict[str, Any]:
     tile = config.tile
     return dict(
-        BLOCK_N=tile.tokens, BLOCK_C=tile.slots, BLOCK_K=BLOCK_K, COMPUTE=config.triton_compute, PRECISION=config.precision,
+        BLOCK_N=tile.tokens, BLOCK_C=tile.slots, COMPUTE=config.triton_compute, PRECISION=config.precision,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -246,10 +246,10 @@ TABLE: dict[Key, Tile] = {
     ("token_conv_backward", 32, 128): Tile(32, 32, 8, 1),
     ("token_conv_backward", 32, 256): Tile(32, 32, 8, 1),
     # For the dft kernels, the same entry is used for any number of channels, and `slots` is the number of columns.
-    ("dft_channels", 16, 64): Tile(64, 64, 4, 2),
-    ("dft_tokens", 16, 64): Tile(64, 64, 4, 3),
-    ("dft_channels", 32, 64): Tile(64, 32, 8, 1),
-    ("dft_tokens", 32, 64): Tile(64, 32, 8, 1),
+    ("dft_channels", 16, 64): Tile(128, 64, 8, 2),
+    ("dft_tokens", 16, 64): Tile(64, 128, 8, 2),
+    ("dft_channels", 32, 64): Tile(128, 64, 8, 1),
+    ("dft_tokens", 32, 64): Tile(64, 128, 8, 1),
     ("pinv_backward", 32, 32): Tile(0, 16, 4, 1),
     ("pinv_backward", 32, 64): Tile(0, 16, 8, 1),
     ("pinv_backward", 32, 128): Tile(0, 16, 8, 1),
@@ -263,8 +263,8 @@ _WARP_GROUP = {  # tiles of at least 64 tokens or slots use warp-group instructi
     ("broadcast_forward", 16, 128): Tile(64, 128, 8, 2),
     ("broadcast_tokens", 16, 128): Tile(64, 128, 8, 2),
     ("broadcast_slots", 16, 128): Tile(64, 64, 4, 2),
-    ("dft_channels", 16, 64): Tile(64, 64, 8, 3),
-    ("dft_tokens", 16, 64): Tile(64, 64, 8, 3),
+    ("dft_channels", 16, 64): Tile(128, 64, 8, 3),
+    ("dft_tokens", 16, 64): Tile(128, 128, 8, 3),
 }
 _SMALL = {  # for architectures with 99 KiB of shared memory per block
     ("aggregate_slots", 16, 128): Tile(64, 32, 8, 2),
@@ -332,14 +332,14 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
         ("aggregate_forward", 32, 128): Tile(16, 32, 8, 1),
         ("broadcast_forward", 32, 128): Tile(32, 16, 8, 1),
         ("broadcast_tokens", 32, 128): Tile(16, 16, 8, 1, "ieee"),
-        ("dft_channels", 32, 64): Tile(32, 64, 8, 1),
-        ("dft_tokens", 32, 64): Tile(32, 64, 8, 1),
+        ("dft_channels", 32, 64): Tile(64, 128, 8, 1),
     },
     "sm_100": _WARP_GROUP
     | {
         ("aggregate_tokens", 16, 128): Tile(64, 64, 8, 1),
         ("broadcast_tokens", 16, 64): Tile(64, 128, 8, 1),
         ("broadcast_forward_pooled", 16, 64): Tile(64, 128, 4, 2),
+        ("dft_channels", 16, 64): Tile(128, 128, 8, 3),
     },
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
