@@ -26,6 +26,7 @@ from .launch import (
     rotary_arguments,
     token_strides,
 )
+from .sums import split_items, sum_chunks
 from .tiles import (
     cast,
     dot,
@@ -95,24 +96,6 @@ def project_forward_kernel(
         store_slots(b_values, values, part, o_m, M, E, BLOCK_E, 0, True)
 
 
-@triton.jit(do_not_specialize=["chunks"])
-def sum_chunks_kernel(
-    key_parts, value_parts, keys, values, chunks, key_size, value_size, BLOCK: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """Sum a block of the keys or values of one sample and head over the chunks, in a fixed order."""
-    i_bh = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), COMPUTE)
-    if tl.program_id(2) == 0:
-        for i in range(chunks):
-            total += tl.load(key_parts + (i_bh * chunks + i) * key_size + at, mask=at < key_size, other=0.0)
-        tl.store(keys + i_bh * key_size + at, cast(total, keys.dtype.element_ty), mask=at < key_size)
-    else:
-        for i in range(chunks):
-            total += tl.load(value_parts + (i_bh * chunks + i) * value_size + at, mask=at < value_size, other=0.0)
-        tl.store(values + i_bh * value_size + at, total, mask=at < value_size)
-
-
 @triton.jit(do_not_specialize=["N", "mask_b", "angle_h", "first_side"])
 def project_tokens_kernel(
     dkeys, dvalues, key_weights, value_weights, mask, cos, sin, dk, dv,
@@ -163,15 +146,16 @@ def project_tokens_kernel(
 @triton.jit
 def token_products(
     acc, i_h, dkeys, k, mask, cos, sin,
-    dkeys_b, dkeys_h, dkeys_m, k_b, k_h, k_n, mask_b, mask_n, angle_h, B, heads, N, M, o_n, o_m,
+    dkeys_b, dkeys_h, dkeys_m, k_b, k_h, k_n, mask_b, mask_n, angle_h, first, last, heads, N, M, o_n, o_m,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return acc (tokens, slots) plus the products <k_n, dkeys_j> of tokens and slots.
 
-    The products are summed in a fixed order over all samples and over `heads` heads, starting at head i_h.
+    The products are summed in a fixed order over the items from `first` to `last` (exclusive). Item i is sample i // heads and
+    head i_h + i % heads.
     """
-    for i in range(B * heads):
+    for i in range(first, last):
         i_b, j_h = (i // heads).to(tl.int64), i_h + i % heads
         valid = is_valid(mask, i_b, mask_b, mask_n, o_n, o_n < N, MASKED)
         angles = j_h * angle_h
@@ -184,45 +168,48 @@ def token_products(
     return acc
 
 
-@triton.jit(do_not_specialize=["B", "N", "mask_b", "angle_h", "first_side"])
+@triton.jit(do_not_specialize=["items", "chunk", "chunks", "N", "mask_b", "angle_h", "first_side"])
 def project_weights_kernel(
     dkeys, dvalues, k, v, mask, cos, sin, de, df,
     dkeys_b, dkeys_h, dkeys_m, dvalues_b, dvalues_h, dvalues_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
-    B, heads, N, M, first_side,
+    items, chunk, chunks, heads, N, M, first_side,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dE or dF for a tile of tokens and slots, summed over the samples and the `heads` heads that share E or F.
+    """Compute dE or dF for a tile of tokens and slots, summed over a chunk of the items: samples and heads that share E or F.
 
     If ONE, E projects both keys and values, so dE is the sum of both gradients.
     """
     token_tiles, slot_tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
-    row = (tl.program_id(0) // (token_tiles * slot_tiles)).to(tl.int64)
+    part = (tl.program_id(0) // (token_tiles * slot_tiles)).to(tl.int64)
+    row = part // chunks
+    first = (part % chunks).to(tl.int32) * chunk
+    last = tl.minimum(first + chunk, items)
     o_n = tl.program_id(0) // slot_tiles % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     o_m = tl.program_id(0) % slot_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = (row * N + o_n)[:, None] * M + o_m[None, :]
+    at = (part * N + o_n)[:, None] * M + o_m[None, :]
     inside = (o_n < N)[:, None] & (o_m < M)[None, :]
     side = tl.program_id(1) + first_side
     acc = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
     if side == 0:
         acc = token_products(
             acc, row * heads, dkeys, k, mask, cos, sin,
-            dkeys_b, dkeys_h, dkeys_m, k_b, k_h, k_n, mask_b, mask_n, angle_h, B, heads, N, M, o_n, o_m,
+            dkeys_b, dkeys_h, dkeys_m, k_b, k_h, k_n, mask_b, mask_n, angle_h, first, last, heads, N, M, o_n, o_m,
             D, BLOCK_D, ROTARY, INTERLEAVED, MASKED, COMPUTE, PRECISION,
         )  # fmt: skip
         if ONE:
             acc = token_products(
                 acc, row * heads, dvalues, v, mask, cos, sin,
-                dvalues_b, dvalues_h, dvalues_m, v_b, v_h, v_n, mask_b, mask_n, angle_h, B, heads, N, M, o_n, o_m,
+                dvalues_b, dvalues_h, dvalues_m, v_b, v_h, v_n, mask_b, mask_n, angle_h, first, last, heads, N, M, o_n, o_m,
                 E, BLOCK_E, 0, True, MASKED, COMPUTE, PRECISION,
             )  # fmt: skip
         tl.store(de + at, cast(acc, de.dtype.element_ty), mask=inside)
     else:
         acc = token_products(
             acc, row * heads, dvalues, v, mask, cos, sin,
-            dvalues_b, dvalues_h, dvalues_m, v_b, v_h, v_n, mask_b, mask_n, angle_h, B, heads, N, M, o_n, o_m,
+            dvalues_b, dvalues_h, dvalues_m, v_b, v_h, v_n, mask_b, mask_n, angle_h, first, last, heads, N, M, o_n, o_m,
             E, BLOCK_E, 0, True, MASKED, COMPUTE, PRECISION,
         )  # fmt: skip
         tl.store(df + at, cast(acc, df.dtype.element_ty), mask=inside)
@@ -262,13 +249,7 @@ def project_forward(
         **turn, MASKED=mask is not None, **meta(config, width, value_width),
     )  # fmt: skip
     if chunks > 1:
-        block = 1024
-        launch(
-            sum_chunks_kernel,
-            (batch * num_heads, triton.cdiv(num_slots * max(width, value_width), block), 2),
-            *parts, keys, values, chunks, num_slots * width, num_slots * value_width,
-            BLOCK=block, COMPUTE=config.triton_compute, num_warps=4, num_stages=1, enable_fp_fusion=True,
-        )  # fmt: skip
+        sum_chunks(config, batch * num_heads, chunks, (parts[0], keys), (parts[1], values))
     return keys, values
 
 
@@ -303,15 +284,21 @@ def project_backward(
     df = f.new_empty(f.shape if need_value_projection else (0,))
     if need_key_projection or need_value_projection:
         config = launch_config("project_weights", k, max(width, value_width), e)
-        tiles = triton.cdiv(tokens, config.tile.tokens) * triton.cdiv(num_slots, config.tile.slots)
+        slot_tiles = triton.cdiv(num_slots, config.tile.slots)
+        sides, heads = need_key_projection + need_value_projection, num_heads // rows
+        chunk, chunks = split_items(config, rows * triton.cdiv(tokens, config.step) * slot_tiles * sides, batch * heads)
+        parts = [x if chunks == 1 else x.new_empty(rows, chunks, *x.shape[1:], dtype=config.compute) for x in (de, df)]
         launch(
             project_weights_kernel,
-            (rows * tiles, need_key_projection + need_value_projection),
-            dkeys, dvalues, k, v, mask_pointer, cos, sin, de, df,
+            (rows * chunks * triton.cdiv(tokens, config.tile.tokens) * slot_tiles, sides),
+            dkeys, dvalues, k, v, mask_pointer, cos, sin, *parts,
             *slots, *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h,
-            batch, num_heads // rows, tokens, num_slots, 1 - need_key_projection,
+            batch * heads, chunk, chunks, heads, tokens, num_slots, 1 - need_key_projection,
             ONE=value_projection is None, **variant, **meta(config, width, value_width),
         )  # fmt: skip
+        if chunks > 1:
+            pairs = zip(parts, (de, df), (need_key_projection, need_value_projection), strict=True)
+            sum_chunks(config, rows, chunks, *((part, sums) for part, sums, need in pairs if need))
     return de, df, dk, dv
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..layout import Rotary, empty_like_tokens
 from .launch import launch, launch_config, padded, rotary_arguments, token_strides
+from .sums import split_items, sum_chunks
 from .tiles import load_tile, rotate_pairs, store_tile, token_program
 
 
@@ -36,23 +37,25 @@ def rotate_kernel(
     store_tile(b_k, k_out, o_n, k_out_n, valid, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
-@triton.jit(do_not_specialize=["N", "B", "heads", "mask_b"])
+@triton.jit(do_not_specialize=["N", "items", "chunk", "chunks", "heads"])
 def angle_gradient_kernel(
     x, dx, dangles,
     x_b, x_h, x_n, dx_b, dx_h, dx_n,
-    B, heads, N,
+    items, chunk, chunks, heads, N,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of the angles for a tile of tokens.
 
-    The gradient is summed in a fixed order over the samples and over the `heads` heads that share the angles.
+    The gradient is summed in a fixed order over a chunk of the items: samples and heads that share the angles.
     """
-    i_h, o_n, inside = token_program(N, BLOCK_N)
+    part, o_n, inside = token_program(N, BLOCK_N)
+    i_h = part // chunks
+    first = (part % chunks).to(tl.int32) * chunk
     x += i_h * x_h
     dx += i_h * dx_h
     b_dangles = tl.zeros((BLOCK_N, BLOCK_D // 2), COMPUTE)
-    for i in range(B * heads):
+    for i in range(first, tl.minimum(first + chunk, items)):
         i_b = (i // heads).to(tl.int64)
         j_h = (i % heads).to(tl.int64)
         b_x = load_tile(x + i_b * x_b + j_h * x_h, o_n, x_n, inside, ROTARY, BLOCK_D, ROTARY, INTERLEAVED)
@@ -61,7 +64,7 @@ def angle_gradient_kernel(
         du, dv = tl.split(tl.reshape(b_dx.to(COMPUTE), (BLOCK_N, BLOCK_D // 2, 2)))
         b_dangles += tl.where(dv == 0, 0.0, u * dv) - tl.where(du == 0, 0.0, v * du)  # padding may contain NaN
     pairs = tl.arange(0, BLOCK_D // 2)
-    at = (i_h * N + o_n)[:, None] * (ROTARY // 2) + pairs[None, :]
+    at = (part * N + o_n)[:, None] * (ROTARY // 2) + pairs[None, :]
     tl.store(dangles + at, b_dangles, mask=inside[:, None] & (pairs < ROTARY // 2)[None, :])
 
 
@@ -70,15 +73,20 @@ def angle_gradient(x: Tensor, dx: Tensor, angles: Tensor, interleaved: bool) -> 
     rows, _, half = angles.shape  # one table per head, or one table for all heads
     dangles = angles.new_empty(angles.shape)
     config = launch_config("rotate", x, 2 * half, angles)
+    tiles, heads = rows * triton.cdiv(tokens, config.tile.tokens), num_heads // rows
+    chunk, chunks = split_items(config, rows * triton.cdiv(tokens, config.step), batch * heads)
+    parts = dangles if chunks == 1 else dangles.new_empty(rows, chunks, tokens, half, dtype=config.compute)
     launch(
         angle_gradient_kernel,
-        (rows * triton.cdiv(tokens, config.tile.tokens),),
-        x, dx, dangles,
-        *token_strides(x), *token_strides(dx), batch, num_heads // rows, tokens,
+        (tiles * chunks,),
+        x, dx, parts,
+        *token_strides(x), *token_strides(dx), batch * heads, chunk, chunks, heads, tokens,
         BLOCK_D=padded(2 * half), BLOCK_N=config.tile.tokens,
         ROTARY=2 * half, INTERLEAVED=interleaved, COMPUTE=config.triton_compute,
         num_warps=config.tile.num_warps, num_stages=config.tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
+    if chunks > 1:
+        sum_chunks(config, rows, chunks, (parts, dangles))
     return dangles if batch else dangles.zero_()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..layout import Needs, empty_like_tokens, unit_last_stride
 from .launch import LaunchConfig, launch, launch_config, mask_strides, output_strides, padded, token_strides
+from .sums import sum_chunks
 from .tiles import cast, dot, load_tile, store_tile
 
 
@@ -128,8 +129,9 @@ def token_conv_backward_kernel(
             inside = (o_k >= 0) & (o_k < BLOCK_K)
             b_diagonals = tl.gather(b_products, tl.where(inside, o_k, 0), 1)
             b_dweight += tl.sum(tl.where(inside, b_diagonals, 0.0), 0)
+        row = i_h * (tl.num_programs(0) // H) + i_b * chunks + part % chunks  # all parts of a head are adjacent
         # The window moves over dout instead of v, so the taps are in reverse order.
-        tl.store(dweight + part * TAPS + TAPS - 1 - o_t, b_dweight, mask=o_t < TAPS)
+        tl.store(dweight + row * TAPS + TAPS - 1 - o_t, b_dweight, mask=o_t < TAPS)
 
 
 def token_conv_forward(v: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
@@ -161,19 +163,20 @@ def token_conv_backward(
     else:  # there is no sum over a chunk, so each tile can be a chunk
         chunk, chunks = config.tile.tokens, triton.cdiv(tokens, config.tile.tokens)
     dv = empty_like_tokens(v, width) if need_v else v.new_empty(0)
-    dweight = v.new_empty((batch, num_heads, chunks, taps) if need_weight else (0,), dtype=config.compute)
+    parts = v.new_empty((num_heads, batch * chunks, taps) if need_weight else (0,), dtype=config.compute)
+    dweight = weight.new_empty(weight.shape if need_weight else (0,))
     launch(
         token_conv_backward_kernel,
         (batch * num_heads * chunks,),
-        dout, v, weight.contiguous(), v if mask is None else mask, other, dv, dweight,
+        dout, v, weight.contiguous(), v if mask is None else mask, other, dv, parts,
         *token_strides(dout), *token_strides(v), *mask_strides(mask), *token_strides(other), *output_strides(dv),
         num_heads, tokens, chunk,
         ADD=add, NEED_V=need_v, NEED_WEIGHT=need_weight, BLOCK_T=padded(taps),
         **_meta(config, v, weight, mask),
     )  # fmt: skip
-    if not need_weight:
-        return dv, weight.new_empty(0)
-    return dv, dweight.sum_to_size(1, num_heads, 1, taps).view(weight.shape).to(weight.dtype)
+    if need_weight:
+        sum_chunks(config, num_heads, batch * chunks, (parts, dweight))
+    return dv, dweight
 
 
 def _meta(config: LaunchConfig, v: Tensor, weight: Tensor, mask: Tensor | None) -> dict[str, Any]:
