@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from conftest import BACKENDS, DEVICE
 from vix_kernels import attention_weights, nystrom_attention, rope_1d, rope_mixed
 from vix_kernels.nn import AgentAttention, NystromAttention
+from vix_kernels.primitives.broadcast import broadcast, broadcast_reference
 
 BATCH, HEADS, WIDTH = 2, 3, 16
 COMPAT = dict(landmarks="pad_front", pinv_init="original")
@@ -157,6 +158,22 @@ def test_padding_has_no_influence(backend: str) -> None:
     fewer = [x[:1, :, :25] for x in qkv]
     short = nystrom_attention(*fewer, **options | dict(num_landmarks=5, key_padding_mask=mask[:1, :25]))
     assert error(out[:1, :, :22], short[:, :, :22]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_a_mask_of_slots_equals_a_bias(backend: str, dtype: torch.dtype) -> None:
+    """`broadcast` takes a mask (batch, slots) instead of a bias. In sample 1, no slot is valid."""
+    q, slots, values = (torch.randn(2, 3, n, 16, device=DEVICE, requires_grad=True) for n in (40, 9, 9))
+    mask = torch.rand(2, 9, device=DEVICE) * (torch.arange(9, device=DEVICE) % 3 > 0) * 5
+    mask[1] = 0
+    bias = torch.where(mask > 0, 0.0, float("-inf"))[:, None].expand(-1, 3, -1)
+    results = []
+    for slot_bias in (mask.to(dtype), bias):
+        out = broadcast(q, slots, values, slot_bias, scale=0.3, backend=backend)
+        results.append((out, *torch.autograd.grad(out, (q, slots, values), out.detach().cos())))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    torch.testing.assert_close(results[0][0], broadcast_reference(q, slots, values, mask, scale=0.3))
+    assert (results[0][0][1] == 0).all() and (results[0][0][0] != 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -178,6 +178,17 @@ def test_nystrom_forward() -> None:
         assert 1 <= traffic.bytes / minimum <= 1.25, f"\n{traffic}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_mask_adds_no_launches(dtype: torch.dtype) -> None:
+    """Nystrom attention takes 4 launches forward and 9 backward, with a mask and without. No PyTorch operator is among them."""
+    q, k, v, weight = (x.requires_grad_() for x in (*torch.randn(3, 2, 2, 100, 32, dtype=dtype), torch.randn(2, 1, 33, 1)))
+    for mask in (None, torch.arange(100) < torch.tensor([[60], [0]])):
+        options = dict(num_landmarks=16, conv_weight=weight, key_padding_mask=mask, backend="triton", split=False)
+        traffic = measure(nystrom_attention, q, k, v, **options)
+        assert len(traffic.forward.launches) == 4 and len(traffic.backward.launches) == 9
+        assert all(each.kernel.endswith("_kernel") for each in (*traffic.forward.launches, *traffic.backward.launches))
+
+
 def test_rope() -> None:
     q, k = torch.randn(2, 4, 8, 1024, 32, dtype=torch.bfloat16, requires_grad=True).unbind()
     traffic = measure(apply_rope, q, k, rope_1d(1024, 32), backend="triton")

@@ -56,7 +56,7 @@ def broadcast_forward_kernel(
     q += i_b * q_b + i_h * q_h
     out += i_b * out_b + i_h * out_h
     if BIASED:
-        empty = has_no_slot(bias, bias_m, M, BLOCK_M)
+        empty = has_no_slot(bias, bias_m, M, BIASED, BLOCK_M)
     tiles = ()
     for i in tl.static_range(TILES):
         tiles += (
@@ -117,13 +117,13 @@ def attend(logits, values, row_max, total, out, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def has_no_slot(bias, bias_m, M, BLOCK_M: tl.constexpr):
-    """Return whether all slots of a head have bias -inf."""
+def has_no_slot(bias, bias_m, M, BIASED: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return whether all slots of a head have bias -inf or, if BIASED is "mask", are not valid."""
     found = tl.zeros((BLOCK_M,), tl.int32)
     for start in range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
-        b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=float("-inf"))
-        found |= (b_bias != float("-inf")).to(tl.int32)
+        ABSENT: tl.constexpr = 0.0 if BIASED == "mask" else float("-inf")
+        found |= (tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=ABSENT) != ABSENT).to(tl.int32)
     return tl.max(found, 0) == 0
 
 
@@ -302,6 +302,15 @@ def broadcast_slots_kernel(
         store_slots(b_dslots * scale, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
+def bias_arguments(slot_bias: Tensor | None, values: Tensor) -> tuple[Tensor, tuple[int, int, int], bool | str]:
+    """Return a pointer to the bias or the mask of the slots, its strides, and the constexpr BIASED: False, True or "mask"."""
+    if slot_bias is None:
+        return values, (0, 0, 0), False
+    if slot_bias.dim() == 2:
+        return slot_bias, (slot_bias.stride(0), 0, slot_bias.stride(1)), "mask"
+    return slot_bias, slot_bias.stride(), True
+
+
 def broadcast_forward(
     q: Tensor, slots: Tensor, values: Tensor, slot_bias: Tensor | None, rotary: Rotary | None, scale: float, v: Tensor |
     None, conv_weight: Tensor | None, mask: Tensor | None,
@@ -312,16 +321,16 @@ def broadcast_forward(
     out = empty_like_tokens(q, value_width)
     row_max, inverse = (q.new_empty(batch, num_heads, tokens, dtype=config.compute) for _ in range(2))
     cos, sin, angle_h, turn = rotary_arguments(rotary, q)
-    bias = values if slot_bias is None else slot_bias
+    bias, strides_of_bias, biased = bias_arguments(slot_bias, values)
     residual = (q, q, q) if v is None else (v, conv_weight.contiguous(), v if mask is None else mask)
     chunk, keep = config.stream(batch * num_heads, tokens, num_slots)
     launch(
         broadcast_forward_kernel,
         (batch * num_heads * triton.cdiv(tokens, chunk),),
         q, slots, values, bias, cos, sin, *residual, out, row_max, inverse,
-        *token_strides(q), *slot_strides(slots), *slot_strides(values), *bias.stride()[:3], angle_h,
+        *token_strides(q), *slot_strides(slots), *slot_strides(values), *strides_of_bias, angle_h,
         *token_strides(residual[0]), *mask_strides(mask), *token_strides(out), num_heads, tokens, num_slots, scale, chunk,
-        **turn, BIASED=slot_bias is not None,
+        **turn, BIASED=biased,
         TAPS=0 if conv_weight is None else conv_weight.shape[2], BLOCK_K=config.tile.slots, MASKED=mask is not None,
         **config.meta(width, value_width) | keep,
     )  # fmt: skip
@@ -337,12 +346,12 @@ def broadcast_backward(
     num_slots, value_width = values.shape[2:]
     dout = unit_last_stride(dout)
     cos, sin, angle_h, turn = rotary_arguments(rotary, q)
-    bias = values if slot_bias is None else slot_bias
+    bias, strides_of_bias, biased = bias_arguments(slot_bias, values)
     inputs = (dout, q, slots, values, bias, cos, sin)
     strides = (
-        *token_strides(dout), *token_strides(q), *slot_strides(slots), *slot_strides(values), *bias.stride()[:3], angle_h,
+        *token_strides(dout), *token_strides(q), *slot_strides(slots), *slot_strides(values), *strides_of_bias, angle_h,
     )  # fmt: skip
-    variant = dict(**turn, BIASED=slot_bias is not None)
+    variant = dict(**turn, BIASED=biased)
 
     dq = empty_like_tokens(q, width)
     slots_config = launch_config("broadcast_slots", q, max(width, value_width), slots, pooled=need_slots)

@@ -53,7 +53,9 @@ def term_rows(a, b, c, FIRST: tl.constexpr):
 @triton.jit
 def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr):
     """Return the base-2 bias of a tile of slots. It is LOWEST for indices of M or greater, so their probability is 0."""
-    if BIASED:
+    if BIASED == "mask":
+        b_bias = tl.where(tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=0) != 0, 0.0, LOWEST).to(COMPUTE)
+    elif BIASED:
         b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=LOWEST)
         b_bias = tl.maximum(b_bias, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     else:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .. import backends
 from ..primitives import aggregate, broadcast
-from ..primitives.broadcast import valid_bias
 from .checks import autocast, check_mask, check_qkv, check_scale, check_tensor, dtype_name
 from .rope import Rope, apply_rope_reference, check_rope
 
@@ -65,10 +64,7 @@ def agent_attention(
     if backend == "reference":
         return agent_attention_reference(q, k, v, agents, **options)
     values, _ = aggregate(agents, k, v, scale=scale, mask=key_padding_mask, backend=backend, rotary=rotary)
-    bias = None
-    if agent_mask is not None:
-        bias = valid_bias(agent_mask, values)
-    return broadcast(q, agents, values, bias, scale=scale, backend=backend, rotary=rotary)
+    return broadcast(q, agents, values, agent_mask, scale=scale, backend=backend, rotary=rotary)
 
 
 def agent_attention_reference(

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .. import backends
 from ..layout import Pool
 from ..primitives.aggregate import aggregate_reference
-from ..primitives.broadcast import broadcast_reference, valid_bias
+from ..primitives.broadcast import broadcast_reference
 from ..primitives.landmarks import landmarks_reference
 from ..primitives.nystrom import mask_of_queries, nystrom
 from ..primitives.pinv import INITS, pinv_reference
@@ -144,8 +144,7 @@ def nystrom_attention_reference(
     counts = {} if mask is None else dict(q_counts=q_counts, k_counts=k_counts)
     values, _ = aggregate_reference(q_marks, k, v, scale=scale, mask=mask, rotary=rotary)
     values = pinv_reference(q_marks, k_marks, values, scale=scale, iterations=pinv_iterations, init=pinv_init, **counts)
-    bias = None if mask is None else valid_bias(k_counts > 0, values)
-    out = broadcast_reference(q, k_marks, values, bias, scale=scale, rotary=rotary)
+    out = broadcast_reference(q, k_marks, values, counts.get("k_counts"), scale=scale, rotary=rotary)
     return out if conv_weight is None else out + token_conv_reference(v, conv_weight, mask=mask)
 
 

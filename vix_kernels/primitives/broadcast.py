@@ -3,7 +3,8 @@
     g_nj = scale p_j . q_n + a_j ln 2            out_n = sum_j softmax_j(g_nj) values_j
 
 The bias a_j is in base 2, like the lse that aggregate returns. A slot with bias -inf has probability 0. If all slots have bias
--inf, out is 0. With RoPE, queries are rotated first.
+-inf, out is 0. A mask of the slots may be given instead of a bias: the bias is 0 for valid slots and -inf for the others. With
+RoPE, queries are rotated first.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ def broadcast(
         q: (batch, heads, N, D). Views with last stride 1 are not copied.
         slots: (batch or 1, heads or 1, M, D), in q's dtype or float32.
         values: (batch, heads, M, E), float32 (float64 for float64 queries).
-        slot_bias: (batch, heads, M) in values' dtype. None: the bias is 0.
+        slot_bias: (batch, heads, M) in values' dtype, or a mask (batch, M) of any dtype, in which a slot is valid if its
+            element is not 0. None: the bias is 0.
         scale: factor of the logits.
         rotary: rotary embedding of q.
         backend: "torch" or "triton".
 
     Returns:
-        out (batch, heads, N, E) in q's dtype. Differentiable in q, slots, values, slot_bias and rotary.angles.
+        out (batch, heads, N, E) in q's dtype. Differentiable in q, slots, values, slot_bias (unless it is a
+        mask) and rotary.angles.
     """
     q, slots, values = unit_last_stride(q), unit_last_stride(slots), unit_last_stride(values)
     inputs = q, slots, values, slot_bias, *flattened(rotary)
@@ -61,12 +64,6 @@ def reads_out(q: Tensor, backend: str) -> bool:
     return backend == "triton" and q.element_size() == 2
 
 
-def valid_bias(valid: Tensor, values: Tensor) -> Tensor:
-    """Return the slot bias (batch, heads, M): 0 for slots that are `valid`, bool (batch, M), and -inf for the others."""
-    bias = torch.where(valid, 0.0, float("-inf")).to(values.dtype)
-    return bias[:, None].expand(values.shape[:3])
-
-
 def broadcast_reference(
     q: Tensor,
     slots: Tensor,
@@ -82,6 +79,8 @@ def broadcast_reference(
     logits = scale * q @ slots.to(q.dtype).mT
     if slot_bias is None:
         return logits.softmax(-1) @ values.to(q.dtype)
+    if slot_bias.dim() == 2:
+        slot_bias = torch.where(slot_bias != 0, 0.0, float("-inf"))[:, None]
     has_slot = (slot_bias > float("-inf")).any(-1)[..., None, None]  # if there is none, add no bias, so that logits are finite
     logits = logits + torch.where(has_slot, slot_bias[:, :, None] * math.log(2), 0.0).to(q.dtype)
     return torch.where(has_slot, logits.softmax(-1) @ values.to(q.dtype), 0.0)

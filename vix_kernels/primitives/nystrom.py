@@ -14,7 +14,7 @@ from torch import Tensor
 from ..layout import LandmarkGradients, Pool, Rotary, Statistics, flattened, joined, unit_last_stride
 from .aggregate import aggregate_backward, aggregate_forward
 from .autograd import once_differentiable
-from .broadcast import broadcast_backward, broadcast_forward, reads_out, valid_bias
+from .broadcast import broadcast_backward, broadcast_forward, reads_out
 from .landmarks import landmarks_backward, landmarks_forward
 from .pinv import pinv_backward, pinv_forward
 from .registry import refuse_transforms
@@ -59,9 +59,8 @@ class _Nystrom(torch.autograd.Function):
         values, _, row_max, total = aggregate_forward(q_marks, k, v, mask, rotary, scale, False, backend)
         counts = (None, None) if mask is None else (q_counts, k_counts)
         weighted = pinv_forward(q_marks, k_marks, values, *counts, *options, backend)
-        bias = None if mask is None else valid_bias(k_counts > 0, weighted)
         residual = (None, None, None) if weight is None else (v, weight, mask)
-        out, out_max, out_inverse = broadcast_forward(q, k_marks, weighted, bias, rotary, scale, *residual, backend)
+        out, out_max, out_inverse = broadcast_forward(q, k_marks, weighted, counts[1], rotary, scale, *residual, backend)
         ctx.save_for_backward(
             q, k, v, weight, mask, cos, sin, angles, q_marks, k_marks, q_counts, k_counts, values, row_max, total, weighted,
             out if weight is None and reads_out(q, backend) else None, out_max, out_inverse,
@@ -82,11 +81,10 @@ class _Nystrom(torch.autograd.Function):
         scale, backend = ctx.options[0], ctx.backend
         q_mask, rotary = mask_of_queries(mask, q), joined(cos, sin, ctx.interleaved)
         counts = (None, None) if mask is None else (q_counts, k_counts)
-        bias = None if mask is None else valid_bias(k_counts > 0, weighted)
 
         # First compute dq, dk and dv without the paths through landmarks, and two terms of the gradient of each landmark.
         dq, dk_marks, dweighted, _ = broadcast_backward(
-            dout, q, k_marks, weighted, bias, rotary, scale, out, Statistics(out_max, out_inverse), (need_k, True), backend
+            dout, q, k_marks, weighted, counts[1], rotary, scale, out, Statistics(out_max, out_inverse), (need_k, True), backend
         )
         dq_marks, dk_marks_2, dvalues = pinv_backward(
             dweighted, q_marks, k_marks, values, *counts, *ctx.options, (need_q, need_k, True), backend
