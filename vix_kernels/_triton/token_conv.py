@@ -1,8 +1,9 @@
 """Kernels for `token_conv`: products of a banded matrix and tokens (see primitives/token_conv.py for the equation).
 
-To compute a tile of BLOCK_N outputs, a program reads a window of BLOCK_N + TAPS - 1 tokens and multiplies the banded matrix by
-BLOCK_K of them at a time. The gradient of v is a convolution of dout with the reversed filter. For the gradient of the filter,
-the tokens of a tile are multiplied by a window of dout, and the products are summed along diagonals.
+To compute a tile of outputs, a program splits it into groups of 32 tokens. It reads the window of each group, which has
+TAPS - 1 additional tokens, and multiplies the banded matrix by BLOCK_K tokens of each window at a time. The gradient of v is a
+convolution of dout with the reversed filter. For the gradient of the filter, the tokens of a tile are multiplied by a window of
+dout, and the products are summed along diagonals.
 """
 
 from __future__ import annotations
@@ -37,22 +38,30 @@ def banded(
     """Return acc (tokens, BLOCK_E) plus the convolution of x. Row 0 of acc is for token `first`. FLIP reverses the filter.
 
     x, weight and mask point to the data of one sample and head. weight is contiguous. x_n and mask_n are the strides between
-    tokens.
+    tokens. The tokens of acc form groups, whose windows are adjacent in the columns of b_x. All groups are multiplied by the
+    same banded matrix. It is small, because each of its elements takes a separate load.
     """
-    BLOCK_N: tl.constexpr = acc.shape[0]
-    o_n = tl.arange(0, BLOCK_N)
-    for offset in range(0, BLOCK_N + TAPS - 1, BLOCK_K):
+    GROUP: tl.constexpr = min(acc.shape[0], 32)
+    GROUPS: tl.constexpr = acc.shape[0] // GROUP
+    o_n, o_g, o_column = tl.arange(0, GROUP), tl.arange(0, GROUPS), tl.arange(0, GROUPS * BLOCK_E)
+    first -= TAPS // 2
+    b_sum = tl.zeros((GROUP, GROUPS * BLOCK_E), acc.dtype)
+    for offset in range(0, GROUP + TAPS - 1, BLOCK_K):
         o_k = offset + tl.arange(0, BLOCK_K)
-        rows = first - TAPS // 2 + o_k
-        valid = valid_rows(rows, 0, N, mask, mask_n, MASKED) & (o_k < BLOCK_N + TAPS - 1)
-        b_x = load_tile(x, rows, x_n, valid, E, BLOCK_E, 0, True)
+        rows = first + o_k[:, None] + (o_column // BLOCK_E * GROUP)[None, :]
+        valid = (rows >= 0) & (rows < N) & (o_k < GROUP + TAPS - 1)[:, None] & (o_column % BLOCK_E < E)[None, :]
+        if MASKED:  # one load per row, and not one per element
+            unmasked = valid_rows(first + o_k[:, None] + (o_g * GROUP)[None, :], 0, N, mask, mask_n, True)
+            valid &= tl.reshape(tl.broadcast_to(unmasked[:, :, None], (BLOCK_K, GROUPS, BLOCK_E)), valid.shape)
+        b_x = tl.load(x + rows.to(tl.int64) * x_n + (o_column % BLOCK_E)[None, :], mask=valid, other=0.0)
         taps = o_k[None, :] - o_n[:, None]
         inside = (taps >= 0) & (taps < TAPS)
         if FLIP:
             taps = TAPS - 1 - taps
         b_band = tl.load(weight + taps, mask=inside, other=0.0)
-        acc = dot(cast(b_band, b_x.dtype), b_x, acc, PRECISION)
-    return acc
+        b_sum = dot(cast(b_band, b_x.dtype), b_x, b_sum, PRECISION)
+    b_sum = tl.permute(tl.reshape(b_sum, (GROUP, GROUPS, BLOCK_E)), (1, 0, 2))
+    return acc + tl.reshape(b_sum, acc.shape)
 
 
 @triton.jit(do_not_specialize=["N", "mask_b"])
