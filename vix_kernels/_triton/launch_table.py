@@ -277,7 +277,7 @@ _SMALL = {  # for architectures with 99 KiB of shared memory per block
 }
 _ADA = {  # for kernels that, on sm_86 and sm_89, would spill registers with the tiles above
     ("aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
-    ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 4, 2),
+    ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 8, 2),
     ("broadcast_slots_pooled", 16, 64): Tile(32, 64, 8, 2),
     ("linear_broadcast_tokens", 16, 64): Tile(16, 64, 4, 1),
     ("broadcast_tokens", 16, 32): Tile(64, 128, 8, 1),
@@ -299,7 +299,7 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
         ("aggregate_tokens_pooled", 16, 64): Tile(32, 32, 8, 2),
         ("broadcast_slots", 16, 64): Tile(32, 64, 8, 2),
         ("aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
-        ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 4, 3),
+        ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 8, 3),
         ("broadcast_tokens_pooled", 16, 128): Tile(32, 32, 8, 1),
     },
     "sm_86": _SMALL | _ADA,

@@ -43,16 +43,17 @@ def banded(
     """
     GROUP: tl.constexpr = min(acc.shape[0], 32)
     GROUPS: tl.constexpr = acc.shape[0] // GROUP
+    STEP: tl.constexpr = min(BLOCK_K, 1024 // x.dtype.element_ty.primitive_bitwidth)  # 128 bytes; more would spill registers
     o_n, o_g, o_column = tl.arange(0, GROUP), tl.arange(0, GROUPS), tl.arange(0, GROUPS * BLOCK_E)
     first -= TAPS // 2
     b_sum = tl.zeros((GROUP, GROUPS * BLOCK_E), acc.dtype)
-    for offset in range(0, GROUP + TAPS - 1, BLOCK_K):
-        o_k = offset + tl.arange(0, BLOCK_K)
+    for offset in range(0, GROUP + TAPS - 1, STEP):
+        o_k = offset + tl.arange(0, STEP)
         rows = first + o_k[:, None] + (o_column // BLOCK_E * GROUP)[None, :]
         valid = (rows >= 0) & (rows < N) & (o_k < GROUP + TAPS - 1)[:, None] & (o_column % BLOCK_E < E)[None, :]
         if MASKED:  # one load per row, and not one per element
             unmasked = valid_rows(first + o_k[:, None] + (o_g * GROUP)[None, :], 0, N, mask, mask_n, True)
-            valid &= tl.reshape(tl.broadcast_to(unmasked[:, :, None], (BLOCK_K, GROUPS, BLOCK_E)), valid.shape)
+            valid &= tl.reshape(tl.broadcast_to(unmasked[:, :, None], (STEP, GROUPS, BLOCK_E)), valid.shape)
         b_x = tl.load(x + rows.to(tl.int64) * x_n + (o_column % BLOCK_E)[None, :], mask=valid, other=0.0)
         taps = o_k[None, :] - o_n[:, None]
         inside = (taps >= 0) & (taps < TAPS)
