@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conftest import DEVICE
+from vix_kernels import conditions
 from vix_kernels.primitives import pinv
 from vix_kernels.primitives.pinv import pinv_reference
 
@@ -160,3 +161,28 @@ def test_many_landmarks(landmarks: int, backend: str) -> None:
     expected = gradients(lambda *x: pinv_reference(*x, **options), [x.double() for x in tensors])
     for x, truth in zip(actual, expected, strict=True):
         assert ((x - truth).norm() / truth.norm()).item() < 2e-6
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20], ids=lambda scale: f"{scale:g}")
+@pytest.mark.parametrize("landmarks", [5, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_kernels_in_registers(dtype: torch.dtype, landmarks: int, scale: float) -> None:
+    """The kernels multiply in float16, whose range is small, so the scale of the gradients must not affect their precision."""
+    launch_table = pytest.importorskip("vix_kernels._triton.launch_table", reason="Triton is not installed here")
+    keys = [(f"pinv_{kernel}", bits, size) for kernel in ("forward", "backward") for bits in (16, 32) for size in (16, 64)]
+    tiles = {} if DEVICE == "cuda" else dict.fromkeys(keys, launch_table.Tile(64, 16, 1, 1))
+    q, k, values = (x.to(DEVICE, dtype) for x in problem(landmarks, batch=1, heads=1))
+    tensors = [q, k, values.float() * scale]
+    with conditions.under(tiles=tiles):
+        actual = gradients(lambda *x: pinv(*x, scale=SCALE, backend="triton"), tensors)
+    expected = gradients(lambda *x: pinv_reference(*x, scale=SCALE), [x.double() for x in tensors])
+    for x, truth in zip(actual, expected, strict=True):
+        assert ((x - truth).norm() / truth.norm()).item() < (2e-6 if dtype == torch.float32 else 4e-3)
+
+
+def test_more_iterations_than_float16_can_represent(backend: str) -> None:
+    """Equal queries make A singular, so each iteration multiplies parts of Z's rounding errors by 13 / 4."""
+    q, k, values = (x.to(DEVICE, torch.float32) for x in problem(12, batch=1))
+    tensors = [q[:, :, :1].expand_as(q).contiguous(), k, values]
+    for x in gradients(partial(pinv, scale=SCALE, iterations=20, backend=backend), tensors):
+        assert x.isfinite().all()

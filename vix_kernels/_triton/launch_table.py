@@ -193,7 +193,7 @@ TABLE: dict[Key, Tile] = {
     # in registers, and `tokens` is the number of columns per step of a product.
     ("pinv_forward", 16, 16): Tile(16, 16, 4, 1, "tf32"),
     ("pinv_forward", 16, 32): Tile(32, 16, 4, 1, "tf32"),
-    ("pinv_forward", 16, 64): Tile(64, 32, 8, 1, "tf32"),
+    ("pinv_forward", 16, 64): Tile(64, 32, 4, 1, "tf32"),
     ("pinv_forward", 16, 128): Tile(0, 16, 8, 1, "tf32"),
     ("pinv_forward", 32, 16): Tile(16, 16, 4, 1),
     ("pinv_forward", 32, 32): Tile(32, 16, 4, 1),
@@ -331,6 +331,8 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
         ("broadcast_tokens", 32, 64): Tile(16, 32, 8, 1),  # Triton 3.6 spills registers with TABLE's entry
         ("aggregate_forward", 32, 128): Tile(16, 32, 8, 1),
         ("broadcast_forward", 32, 128): Tile(32, 16, 8, 1),
+        ("pinv_forward", 32, 64): Tile(64, 16, 4, 1),
+        ("pinv_backward", 16, 64): Tile(64, 32, 8, 1, "tf32"),  # 8 warps, because 4 warps spill up to 24 bytes
         ("broadcast_tokens", 32, 128): Tile(16, 16, 8, 1, "ieee"),
         ("dft_channels", 32, 64): Tile(64, 128, 8, 1),
     },

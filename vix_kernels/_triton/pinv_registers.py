@@ -1,0 +1,179 @@
+"""Kernels for `pinv` that keep the matrices of a head in registers (see _torch/pinv.py for the equations).
+
+All factors of a step commute, so the kernels multiply from the left:
+
+    X = Z A    W = X X - 7 X    Y = W X + 15 X    Z' = 1/4 (13 Z - Y Z)
+
+Then the left operand of a product is usually the result of the product before it, which is still in registers. The right
+operand is stored in shared memory as float16. A float16 product has the error of a TF32 product and takes half its time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .pinv_landmarks import attention, is_valid, load_rows, start_scale
+from .pinv_steps import DA, DY, DZ, A, Z, part
+from .tiles import cast, dot, store_tile
+
+UNIT = tl.constexpr(64.0)  # factor of operands that are split into two parts, so that the small part is not subnormal
+LARGEST = tl.constexpr(7)  # the largest element of dZ is scaled to 2^-LARGEST or up to twice less
+
+
+@triton.jit
+def parts(x, PARTS: tl.constexpr):
+    """Return x as an operand of `product`: x if PARTS is 0, x in float16 if it is 1, two float16 parts of UNIT x if it is 2."""
+    if PARTS == 0:
+        high, low = x, x
+    elif PARTS == 1:
+        high = cast(x, tl.float16)
+        low = high
+    else:
+        x *= UNIT
+        high = cast(x, tl.float16)
+        low = cast(x - high.to(x.dtype), tl.float16)
+    return high, low
+
+
+@triton.jit
+def product(
+    x, y, COMPUTE: tl.constexpr, PARTS: tl.constexpr, X_TURNED: tl.constexpr = False, Y_TURNED: tl.constexpr = False,
+):  # fmt: skip
+    """Return x @ y, with x and y transposed if X_TURNED and Y_TURNED. PARTS as in `parts`.
+
+    Two parts give float32's precision. The product of the two small parts is below it.
+    """
+    zeros = tl.zeros((x.shape[0], y.shape[0]), COMPUTE)
+    x, x_low = parts(x, PARTS)
+    y, y_low = parts(y, PARTS)
+    if X_TURNED:
+        x, x_low = tl.trans(x), tl.trans(x_low)
+    if Y_TURNED:
+        y, y_low = tl.trans(y), tl.trans(y_low)
+    if PARTS == 2:
+        acc = dot(x, y, dot(x, y_low, dot(x_low, y, zeros, "ieee"), "ieee"), "ieee") * (1 / (UNIT * UNIT))
+    else:
+        acc = dot(x, y, zeros, "ieee")
+    return acc
+
+
+@triton.jit
+def polynomial(a, z, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
+    """Return X and Y of a step."""
+    x = product(z, a, COMPUTE, PARTS)
+    w = product(x, x, COMPUTE, PARTS) - 7 * x
+    return x, product(w, x, COMPUTE, PARTS) + 15 * x
+
+
+@triton.jit
+def advance(a, z, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
+    """Return the Z of the next step."""
+    _, y = polynomial(a, z, COMPUTE, PARTS)
+    return 3.25 * z - 0.25 * product(y, z, COMPUTE, PARTS)
+
+
+@triton.jit
+def normalize(dz, size, PARTS: tl.constexpr):
+    """Scale dz by a power of two, so that its products neither overflow float16 nor become subnormal. Divide `size` by it."""
+    if PARTS > 0:
+        exponent = tl.max(tl.max(tl.abs(dz), 1), 0).to(tl.int32, bitcast=True) >> 23
+        exponent = tl.minimum(tl.maximum(exponent + LARGEST, 1), 253)
+        dz *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        size *= (exponent << 23).to(tl.float32, bitcast=True)
+    return dz, size
+
+
+@triton.jit
+def differentiate(memory, a, z, dz, SIZE: tl.constexpr, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
+    """Return the gradient of this step's Z for dZ, the gradient of the next step's Z, and this step's contribution to dA.
+
+    X and Y are symmetric up to rounding, so they are not transposed.
+    """
+    p_dz, p_dy = part(memory, DZ, 0, 0, SIZE, SIZE, SIZE), part(memory, DY, 0, 0, SIZE, SIZE, SIZE)
+    x, y = polynomial(a, z, COMPUTE, PARTS)
+    dy = product(dz, z, COMPUTE, PARTS, Y_TURNED=True) * -0.25
+    dz = 3.25 * dz - 0.25 * product(y, dz, COMPUTE, PARTS)
+    tl.store(p_dz, dz)
+    if PARTS == 2:
+        tl.store(p_dy, dy)
+    tl.debug_barrier()  # wait until all threads have written dZ and dY
+    right = product(dy, x, COMPUTE, PARTS) - 7 * dy
+    left = product(x, dy, COMPUTE, PARTS) + right
+    dx = product(right, x, COMPUTE, PARTS) + product(x, left, COMPUTE, PARTS)
+    if PARTS == 2:
+        dy = tl.load(p_dy)
+    dx += 15 * dy
+    da = product(z, dx, COMPUTE, PARTS, X_TURNED=True)
+    dz = tl.load(p_dz) + product(dx, a, COMPUTE, PARTS, Y_TURNED=True)
+    tl.debug_barrier()  # wait until all threads have read dZ and dY
+    return dz, da
+
+
+@triton.jit
+def advance_all(memory, history, iterations, SIZE: tl.constexpr, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
+    """Replace the first Z in `memory` with the last one, and store the Z of each step in `history`."""
+    a, z = tl.load(part(memory, A, 0, 0, SIZE, SIZE, SIZE)), tl.load(part(memory, Z, 0, 0, SIZE, SIZE, SIZE))
+    for t in tl.range(0, iterations, disable_licm=True):
+        tl.store(part(history, 0, t * SIZE, 0, SIZE, SIZE, SIZE), cast(z, history.dtype.element_ty))
+        z = advance(a, z, COMPUTE, PARTS)
+    tl.debug_barrier()  # wait until all threads have read the first Z
+    tl.store(part(memory, Z, 0, 0, SIZE, SIZE, SIZE), z)
+    tl.debug_barrier()
+
+
+@triton.jit
+def differentiate_all(memory, history, iterations, SIZE: tl.constexpr, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
+    """Replace dZ, the gradient of the last Z, with the gradient of the first one. Add the contributions of all steps to dA."""
+    p_dz, p_da = part(memory, DZ, 0, 0, SIZE, SIZE, SIZE), part(memory, DA, 0, 0, SIZE, SIZE, SIZE)
+    dz, size = tl.load(p_dz), tl.full((), 1.0, COMPUTE)
+    for t in tl.range(iterations - 1, -1, -1, disable_licm=True):
+        tl.debug_barrier()  # wait until all threads have written dA
+        dz, size = normalize(dz, size, PARTS)
+        a = tl.load(part(memory, A, 0, 0, SIZE, SIZE, SIZE))
+        z = tl.load(part(history, 0, t * SIZE, 0, SIZE, SIZE, SIZE))
+        dz, da = differentiate(memory, a, z, dz, SIZE, COMPUTE, PARTS)
+        tl.store(p_da, tl.load(p_da) + da * size)
+    tl.debug_barrier()  # wait until all threads have read dZ
+    tl.store(p_dz, dz * size)
+    tl.debug_barrier()
+
+
+@triton.jit
+def store_products(
+    x, y, out, y_l, out_l, counts, i_b, counts_b, counts_l, L, TURNED: tl.constexpr,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store x @ y, with x transposed if TURNED. `counts` are those of the landmarks in y."""
+    o_l = tl.arange(0, SIZE)
+    if TURNED:
+        x = tl.trans(x)
+    for column in range(0, WIDTH, STEP):
+        b_y = load_rows(y, y_l, o_l, column, counts, i_b, counts_b, counts_l, L, WIDTH, STEP, MASKED)
+        b_out = dot(x, b_y.to(x.dtype), tl.zeros((SIZE, STEP), x.dtype), PRECISION)
+        store_tile(b_out, out, o_l, out_l, o_l < L, WIDTH, STEP, 0, True, column)
+
+
+@triton.jit(do_not_specialize=["L", "iterations", "scale", "q_counts_b", "k_counts_b"])
+def pinv_forward_registers_kernel(
+    q, k, values, q_counts, k_counts, out,
+    q_b, q_h, q_l, k_b, k_h, k_l, values_b, values_h, values_l, q_counts_b, q_counts_l, k_counts_b, k_counts_l,
+    out_b, out_h, out_l, H, L, iterations, scale,
+    D: tl.constexpr, E: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr,
+    Q_MASKED: tl.constexpr, K_MASKED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Compute `out` for one head of a sample."""
+    i_b, i_h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
+    q, k, values = q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h, values + i_b * values_b + i_h * values_h
+    o_l = tl.arange(0, SIZE)
+    has_row = is_valid(q_counts, i_b, q_counts_b, q_counts_l, o_l, L, Q_MASKED)
+    has_column = is_valid(k_counts, i_b, k_counts_b, k_counts_l, o_l, L, K_MASKED)
+    b_a = attention(q, k, q_l, k_l, o_l, o_l, has_row, has_column, scale, D, STEP, COMPUTE, PRECISION)
+    s, _ = start_scale(tl.sum(b_a, 0))
+    b_z = tl.trans(b_a) / s
+    for _ in range(iterations):
+        b_z = advance(b_a, b_z, COMPUTE, PARTS)
+    out += i_b * out_b + i_h * out_h
+    store_products(
+        b_z, values, out, values_l, out_l, q_counts, i_b, q_counts_b, q_counts_l, L, False, E, SIZE, STEP, Q_MASKED, PRECISION
+    )  # fmt: skip
