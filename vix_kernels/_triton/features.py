@@ -1,7 +1,7 @@
-"""Feature maps and tiles of features, shared by the kernels for linear attention.
+"""Feature maps and operands of products, shared by the kernels for linear attention.
 
-With slots, a tile of features is computed from products of tokens and slots. Without slots, it is computed from a range of the
-tokens' channels, so a program does not need all channels of a head at once.
+With slots, features are computed from products of tokens and slots. Without slots, they are computed from the tokens' channels.
+In both cases a tile holds one feature per slot and token, because channel j takes the place of slot j.
 """
 
 from __future__ import annotations
@@ -13,47 +13,91 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import LaunchConfig, launch_config, padded, slot_strides
-from .tiles import LOG2E, load_rotated, load_slots, row_products, slot_channels
+from .tiles import LN2, LOG2E, dot, load_slots, slot_channels, split, whole_products
+
+COPIES = tl.constexpr(16)  # the smallest inner dimension of a matrix instruction in 16 bits
 
 
 @triton.jit
-def apply_map(logits, ELU: tl.constexpr):
-    """Apply the feature map: elu + 1 if ELU, otherwise relu. NaN stays NaN."""
-    if ELU:
-        features = tl.where(logits > 0, logits + 1.0, tl.exp2(logits * LOG2E))
-    else:
-        features = tl.where(logits <= 0, 0.0, logits)
-    return features
+def apply_map(logits, ELU: tl.constexpr, PROJECTED: tl.constexpr):
+    """Return the features and the derivatives of the feature map: elu + 1 if ELU, otherwise relu. NaN stays NaN.
 
-
-@triton.jit
-def slope(logits, ELU: tl.constexpr):
-    """Return the derivative of the feature map at `logits`."""
+    For elu, one exponential serves the features and the derivatives. If PROJECTED, load_operands has multiplied the logits by
+    log2 e.
+    """
     if ELU:
-        slopes = tl.where(logits > 0, 1.0, tl.exp2(logits * LOG2E))
+        slopes = tl.minimum(logits, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        features = tl.maximum(logits, 0.0)
+        if PROJECTED:
+            slopes = tl.exp2(slopes)
+            features = features * LN2 + slopes
+        else:
+            slopes = tl.exp2(slopes * LOG2E)
+            features += slopes
     else:
         slopes = tl.where(logits <= 0, 0.0, 1.0)
-    return slopes
+        features = tl.maximum(logits, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return features, slopes
 
 
 @triton.jit
-def load_logits(
-    x, o_n, x_n, valid, slots, slots_m, first_slot, cos, sin, M,
+def load_operands(
+    slots, first_slot, slots_m, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PROJECTED: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    ELU: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile (tokens, BLOCK_M) of inputs to the feature map.
+    """Load a tile of slots as two operands of products with tokens. If not SPLIT, only the first one is used.
 
-    The inputs are products of tokens and slots if PROJECTED, otherwise channels of the tokens.
+    For elu, the slots are multiplied by log2 e, so that one exp2 of a product is its exponential.
     """
-    if PROJECTED:
-        b_x = load_rotated(x, o_n, x_n, valid, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
-        o_m = first_slot + tl.arange(0, BLOCK_M)
-        b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-        b_l = row_products(b_x, b_slots, tl.zeros((o_n.shape[0], BLOCK_M), COMPUTE), False, SPLIT, PRECISION)
+    high = load_slots(slots, first_slot + tl.arange(0, BLOCK_M), slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+    if SPLIT:
+        high = high.to(tl.float32)
+    if ELU:
+        high = high * LOG2E
+    low = high
+    if SPLIT:
+        high, low = split(high, DTYPE)
+    return high, low
+
+
+@triton.jit
+def token_products(x, high, low, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return x @ (high + low)^T if SPLIT, otherwise x @ high^T."""
+    acc = tl.zeros((x.shape[0], high.shape[0]), COMPUTE)
+    if SPLIT:
+        acc = dot(x, tl.trans(high), dot(x, tl.trans(low), acc, PRECISION), PRECISION)
     else:
-        b_l = load_rotated(x, o_n, x_n, valid, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot).to(COMPUTE)
-    return b_l
+        acc = whole_products(x, high, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def slot_products(high, low, x, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the transpose of token_products(x, high, low), which can be the left operand of a sum over tokens."""
+    acc = tl.zeros((high.shape[0], x.shape[0]), COMPUTE)
+    if SPLIT:
+        acc = dot(high, tl.trans(x), dot(low, tl.trans(x), acc, PRECISION), PRECISION)
+    else:
+        acc = whole_products(high, x, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def copies(numbers, DTYPE: tl.constexpr):
+    """Return a tile (COPIES, numbers) that multiplies features. `sum_copies` adds the products up.
+
+    Matrix instructions sum over tokens or slots without an instruction for each feature. Half of the rows are the numbers in
+    DTYPE, the others are what rounding removes. Rows, not columns, because each thread then loads few numbers.
+    """
+    high, low = split(numbers, DTYPE)
+    return tl.where((tl.arange(0, COPIES) < COPIES // 2)[:, None], high[None, :], low[None, :])
+
+
+@triton.jit
+def sum_copies(products):
+    """Return the sums of features times numbers, from the product of the features and copies(numbers)^T."""
+    return tl.sum(products, 1) * (2.0 / COPIES)
 
 
 @triton.jit
@@ -61,7 +105,7 @@ def slot_rows(
     first_slot, D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     PROJECTED: tl.constexpr,
 ):  # fmt: skip
-    """Return the slot index that each column of a tile of logits belongs to."""
+    """Return the slot that each feature of a tile belongs to."""
     if PROJECTED:
         o_m = first_slot + tl.arange(0, BLOCK_M)
     else:
@@ -69,26 +113,12 @@ def slot_rows(
     return o_m
 
 
-@triton.jit
-def load_state(sums, norms, sums_m, norms_m, o_m, M, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Return the means sums / norms, (slots, BLOCK_E), and the norms for a tile of slots.
-
-    The means are in the range of v. Rows whose index is M or greater are 0.
-    """
-    o_e = tl.arange(0, BLOCK_E)
-    at = o_m.to(tl.int64)
-    inside = (o_m < M)[:, None] & (o_e < E)[None, :]
-    b_sums = tl.load(sums + at[:, None] * sums_m + o_e[None, :], mask=inside, other=0.0)
-    b_norms = tl.load(norms + at * norms_m, mask=o_m < M, other=0.0)
-    return b_sums / tl.where(b_norms == 0, 1.0, b_norms)[:, None], b_norms
-
-
 def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | None) -> LaunchConfig:
     """Return the launch configuration of `kernel`. If `slots` is None, the feature map is applied to the tokens' channels."""
     config = launch_config(kernel, tokens, max(tokens.shape[3], values.shape[3]), tokens if slots is None else slots)
     if slots is None:  # the columns are the channels of a head, so a wider tile would only add padding
         config = replace(config, tile=config.tile._replace(slots=min(config.tile.slots, padded(tokens.shape[3]))))
-    return config
+    return replace(config, split=slots is not None and tokens.element_size() == 2)
 
 
 def feature_strides(slots: Tensor | None) -> tuple[int, int, int]:

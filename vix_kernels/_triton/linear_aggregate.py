@@ -12,23 +12,32 @@ from torch import Tensor
 
 from ..layout import Needs, Rotary, empty_like_tokens
 from .aggregate import prepare
-from .features import apply_map, feature_config, feature_strides, load_logits, slope, slot_rows
+from .features import (
+    COPIES,
+    apply_map,
+    copies,
+    feature_config,
+    feature_strides,
+    load_operands,
+    slot_products,
+    slot_rows,
+    token_products,
+)
 from .launch import launch, mask_strides, merge_arguments, output_strides, rotary_arguments, token_strides
 from .merge import empty_slots, merge_sums_kernel, sum_slots
 from .tiles import (
+    LN2,
     cast,
     dot,
     load_rotated,
-    load_slots,
     load_tile,
     load_unit,
-    row_products,
     slot_program,
     store_slots,
     store_state,
     store_tile,
     store_unrotated,
-    token_program,
+    whole_products,
 )
 
 
@@ -45,82 +54,151 @@ def linear_aggregate_forward_kernel(
     """Compute sums and norms for a tile of slots over a chunk of tokens."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
-    angles = i_h * angle_h
+    cos += i_h * angle_h
+    sin += i_h * angle_h
     k += i_b * k_b + i_h * k_h
     v += i_b * v_b + i_h * v_h
     slots += i_b * slots_b + i_h * slots_h
 
+    if PROJECTED:
+        b_high, b_low = load_operands(
+            slots, first_slot, slots_m, M, D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, ELU, SPLIT, k.dtype.element_ty
+        )  # fmt: skip
     b_sums = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
-    b_norms = tl.zeros((BLOCK_M,), COMPUTE)
+    b_norms = tl.zeros((BLOCK_M, COPIES), COMPUTE)
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         valid = o_n < last
         if MASKED:
             valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=valid, other=0) != 0
-        b_l = load_logits(
-            k, o_n, k_n, valid, slots, slots_m, first_slot, cos + angles, sin + angles, M,
-            D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
-        )  # fmt: skip
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
-        b_f = cast(tl.where(valid[:, None], apply_map(b_l, ELU), 0.0), b_v.dtype)
-        b_norms += tl.sum(b_f.to(COMPUTE), 0)  # sums the rounded features, because the product below uses them, too
-        b_sums = dot(tl.trans(b_f), b_v, b_sums, PRECISION)
+        if PROJECTED:
+            b_k = load_rotated(k, o_n, k_n, valid, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+            b_f = apply_map(slot_products(b_high, b_low, b_k, SPLIT, COMPUTE, PRECISION), ELU, PROJECTED)[0]
+            b_f = cast(b_f, b_v.dtype)
+        else:
+            b_l = load_rotated(k, o_n, k_n, valid, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot).to(COMPUTE)
+            b_f = apply_map(b_l, ELU, PROJECTED)[0]
+            b_f = tl.trans(cast(b_f, b_v.dtype))
+        b_sums = dot(b_f, b_v, b_sums, PRECISION)
+        # A token that is not valid is read as 0. Its features are finite, and the columns of its row are 0.
+        b_valid = cast(tl.where(valid, 1.0, 0.0).to(COMPUTE), b_v.dtype)
+        b_norms = dot(b_f, tl.trans(tl.broadcast_to(b_valid[None, :], (COPIES, BLOCK_N))), b_norms, PRECISION)
 
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-    store_state(b_sums, b_norms, sums, norms, part, o_m, M, E, BLOCK_E)
+    store_state(b_sums, tl.sum(b_norms, 1) / COPIES, sums, norms, part, o_m, M, E, BLOCK_E)
 
 
-@triton.jit(do_not_specialize=["N", "M", "mask_b", "angle_h"])
+@triton.jit
+def load_gradients(
+    slots, slots_m, unit, size, delta, i_bh, first_slot, M,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Load what the gradient kernels read of a tile of slots: two operands for logits, unit, size and delta.
+
+    size keeps unit within the range of float16. For other dtypes it is multiplied with unit here, which is exact, because it is
+    a power of two. Then the kernels do not read it.
+    """
+    o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
+    b_unit, b_size, b_delta = load_unit(unit, size, delta, i_bh * M + o_m, o_m < M, E, BLOCK_E)
+    if unit.dtype.element_ty != tl.float16:
+        b_unit = cast(b_unit.to(b_size.dtype) * b_size[:, None], unit.dtype.element_ty)
+    b_high, b_low = b_unit, b_unit
+    if PROJECTED:
+        b_high, b_low = load_operands(
+            slots, first_slot, slots_m, M, D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, ELU, SPLIT, unit.dtype.element_ty
+        )  # fmt: skip
+    return b_high, b_low, b_unit, b_size, b_delta
+
+
+@triton.jit
+def gradient_products(x, unit, size, delta, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the gradients (tokens, slots) of features: <x, unit> size - delta."""
+    acc = tl.zeros((x.shape[0], unit.shape[0]), COMPUTE)
+    if x.dtype == tl.bfloat16:  # delta is subtracted by a product with ones, which takes no instruction for each feature
+        ones = cast(tl.full((x.shape[0], COPIES), 2.0 / COPIES, COMPUTE), x.dtype)
+        acc = dot(ones, copies(-delta, x.dtype), acc, PRECISION)
+        products = dot(x, tl.trans(unit), acc, PRECISION)
+    elif x.dtype == tl.float16:
+        products = dot(x, tl.trans(unit), acc, PRECISION) * size[None, :] - delta[None, :]
+    else:
+        products = whole_products(x, unit, acc, PRECISION) - delta[None, :]
+    return products
+
+
+@triton.jit(do_not_specialize=["N", "M", "mask_b", "angle_h", "chunk"])
 def linear_aggregate_tokens_kernel(
     slots, k, v, mask, cos, sin, delta, size, unit, dk, dv,
     slots_b, slots_h, slots_m, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_n, angle_h,
     dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
-    H, N, M,
+    H, N, M, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    TILED: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk (if KEYS) and dv (if VALUES) for a tile of tokens."""
-    i_bh, o_n, inside = token_program(N, BLOCK_N)
+    """Compute dk (if KEYS) and dv (if VALUES) for a chunk of tokens. If not TILED, the slots are loaded only once."""
+    i_bh, _, _, first, last = slot_program(1, N, chunk, 1)
     i_b, i_h = i_bh // H, i_bh % H
-    angles = i_h * angle_h
+    cos += i_h * angle_h
+    sin += i_h * angle_h
     k += i_b * k_b + i_h * k_h
     v += i_b * v_b + i_h * v_h
     slots += i_b * slots_b + i_h * slots_h
     dk += i_b * dk_b + i_h * dk_h
-    valid = inside
-    if MASKED:
-        valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
-    b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
-
-    b_dv = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
-    b_dk = tl.zeros((BLOCK_N, BLOCK_D if PROJECTED else 1), COMPUTE)
-    for first_slot in range(0, M, BLOCK_M):
-        b_l = load_logits(
-            k, o_n, k_n, valid, slots, slots_m, first_slot, cos + angles, sin + angles, M,
-            D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
+    HALF: tl.constexpr = v.dtype.element_ty == tl.float16
+    if not TILED:
+        b_high, b_low, b_unit, b_size, b_delta = load_gradients(
+            slots, slots_m, unit, size, delta, i_bh, 0, M,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT,
         )  # fmt: skip
-        o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-        b_unit, b_size, b_delta = load_unit(unit, size, delta, i_bh * M + o_m, o_m < M, E, BLOCK_E)
-        if VALUES:
-            b_dv = dot(cast(apply_map(b_l, ELU) * b_size[None, :], b_v.dtype), b_unit, b_dv, PRECISION)
-        if KEYS:
-            b_dp = row_products(b_v, b_unit, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
-            b_dl = slope(b_l, ELU) * (b_dp * b_size[None, :] - b_delta[None, :])
-            b_dl = tl.where(valid[:, None], b_dl, 0.0)
-            if PROJECTED:
-                b_slots = cast(load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED), b_v.dtype)
-                b_dk = dot(cast(b_dl, b_v.dtype), b_slots, b_dk, PRECISION)
-            else:
-                store_unrotated(
-                    b_dl, dk, o_n, dk_n, inside, cos + angles, sin + angles, D, BLOCK_M, ROTARY, INTERLEAVED, first_slot
+    for start in range(first, last, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        inside = o_n < last
+        valid = inside
+        if MASKED:
+            valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
+        b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
+        if PROJECTED:
+            b_k = load_rotated(k, o_n, k_n, valid, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+        b_dv = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
+        b_dk = tl.zeros((BLOCK_N, BLOCK_D if PROJECTED else 1), COMPUTE)
+        for first_slot in range(0, M if TILED else BLOCK_M, BLOCK_M):
+            if TILED:
+                b_high, b_low, b_unit, b_size, b_delta = load_gradients(
+                    slots, slots_m, unit, size, delta, i_bh, first_slot, M,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT,
                 )  # fmt: skip
-    if KEYS and PROJECTED:
-        store_unrotated(b_dk, dk, o_n, dk_n, inside, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
-    if VALUES:
-        b_dv = tl.where(valid[:, None], b_dv, 0.0)
-        store_tile(b_dv, dv + i_b * dv_b + i_h * dv_h, o_n, dv_n, inside, E, BLOCK_E, 0, True)
+            if PROJECTED:
+                b_l = token_products(b_k, b_high, b_low, SPLIT, COMPUTE, PRECISION)
+            else:
+                b_l = load_rotated(k, o_n, k_n, valid, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot).to(
+                    COMPUTE
+                )
+            b_f, b_slopes = apply_map(b_l, ELU, PROJECTED)
+            if VALUES:
+                b_dv = dot(cast(b_f * b_size[None, :] if HALF else b_f, b_v.dtype), b_unit, b_dv, PRECISION)
+            if KEYS:
+                b_dl = b_slopes * gradient_products(b_v, b_unit, b_size, b_delta, COMPUTE, PRECISION)
+                if PROJECTED:
+                    b_dk = dot(cast(b_dl, b_v.dtype), b_high, b_dk, PRECISION)
+                else:
+                    if MASKED:
+                        b_dl = tl.where(valid[:, None], b_dl, 0.0)
+                    store_unrotated(
+                        b_dl, dk, o_n, dk_n, inside, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, first_slot
+                    )  # fmt: skip
+        if KEYS and PROJECTED:  # for elu, the operand is a multiple of the slots
+            b_dk = b_dk * LN2 if ELU else b_dk
+            if MASKED:
+                b_dk = tl.where(valid[:, None], b_dk, 0.0)
+            store_unrotated(b_dk, dk, o_n, dk_n, inside, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED)
+        if VALUES:
+            if MASKED:
+                b_dv = tl.where(valid[:, None], b_dv, 0.0)
+            store_tile(b_dv, dv + i_b * dv_b + i_h * dv_h, o_n, dv_n, inside, E, BLOCK_E, 0, True)
 
 
 @triton.jit(do_not_specialize=["N", "M", "mask_b", "angle_h", "chunk"])
@@ -130,18 +208,21 @@ def linear_aggregate_slots_kernel(
     H, N, M, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, ELU: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the contribution of a chunk of tokens to dslots, for a tile of slots of one sample and head."""
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
-    angles = i_h * angle_h
+    cos += i_h * angle_h
+    sin += i_h * angle_h
     k += i_b * k_b + i_h * k_h
     v += i_b * v_b + i_h * v_h
-    slots += i_b * slots_b + i_h * slots_h
-    o_m = first_slot + tl.arange(0, BLOCK_M)
-    b_unit, b_size, b_delta = load_unit(unit, size, delta, i_bh * M + o_m, o_m < M, E, BLOCK_E)
+    HALF: tl.constexpr = v.dtype.element_ty == tl.float16
+    b_high, b_low, b_unit, b_size, b_delta = load_gradients(
+        slots + i_b * slots_b + i_h * slots_h, slots_m, unit, size, delta, i_bh, first_slot, M,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, True, ELU, SPLIT,
+    )  # fmt: skip
 
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
     for start in range(first, last, BLOCK_N):
@@ -149,17 +230,14 @@ def linear_aggregate_slots_kernel(
         valid = o_n < last
         if MASKED:
             valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=valid, other=0) != 0
-        b_l = load_logits(
-            k, o_n, k_n, valid, slots, slots_m, first_slot, cos + angles, sin + angles, M,
-            D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
-        )  # fmt: skip
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
-        b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
-        b_dp = row_products(b_v, b_unit, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), False, False, PRECISION)
-        b_dl = slope(b_l, ELU) * (b_dp * b_size[None, :] - b_delta[None, :])
-        b_dl = tl.where(valid[:, None], b_dl, 0.0)
-        b_dslots = dot(tl.trans(cast(b_dl, b_k.dtype)), b_k, b_dslots, PRECISION)
+        b_k = load_rotated(k, o_n, k_n, valid, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+        b_slopes = apply_map(slot_products(b_high, b_low, b_k, SPLIT, COMPUTE, PRECISION), ELU, True)[1]
+        b_dp = slot_products(b_unit, b_unit, b_v, False, COMPUTE, PRECISION)
+        b_dl = b_slopes * ((b_dp * b_size[:, None] if HALF else b_dp) - b_delta[:, None])
+        b_dslots = dot(cast(b_dl, b_k.dtype), b_k, b_dslots, PRECISION)  # rows of b_k that are not valid are 0
 
+    o_m = first_slot + tl.arange(0, BLOCK_M)
     store_slots(b_dslots, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
@@ -204,19 +282,18 @@ def linear_aggregate_backward(
     cos, sin, angle_h, turn = rotary_arguments(rotary, k)
     inputs = (k if slots is None else slots, k, v, k if mask is None else mask, cos, sin, delta, size, unit)
     strides = (*feature_strides(slots), *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h)
-    variant = dict(
-        **turn, MASKED=mask is not None, PROJECTED=slots is not None,
-        ELU=feature_map == "elu",
-    )  # fmt: skip
+    variant = dict(**turn, MASKED=mask is not None, ELU=feature_map == "elu")
 
     dk = empty_like_tokens(k, width) if need_k else k.new_empty(0)
     dv = empty_like_tokens(v, value_width) if need_v else v.new_empty(0)
     if need_k or need_v:
+        chunk, chunks = config.chunk(batch * num_heads, tokens)
         launch(
             linear_aggregate_tokens_kernel,
-            (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-            *inputs, dk, dv, *strides, *output_strides(dk), *output_strides(dv), num_heads, tokens, num_slots,
-            KEYS=need_k, VALUES=need_v, **variant, **config.meta(width, value_width),
+            (batch * num_heads * chunks,),
+            *inputs, dk, dv, *strides, *output_strides(dk), *output_strides(dv), num_heads, tokens, num_slots, chunk,
+            KEYS=need_k, VALUES=need_v, PROJECTED=slots is not None, TILED=num_slots > config.tile.slots,
+            **variant, **config.meta(width, value_width),
         )  # fmt: skip
     if slots is None or not need_slots:
         return k.new_empty(0), dk, dv

@@ -5,181 +5,254 @@ See primitives/linear.py for the equations. The kernels have the same loops as t
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..layout import Needs, Rotary, empty_like_tokens, unit_last_stride
-from .features import apply_map, feature_config, feature_strides, load_logits, load_state, slope, slot_rows
+from .features import (
+    COPIES,
+    apply_map,
+    copies,
+    feature_config,
+    feature_strides,
+    load_operands,
+    slot_products,
+    slot_rows,
+    sum_copies,
+    token_products,
+)
 from .launch import launch, rotary_arguments, slot_strides, token_strides
 from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
+    LN2,
     cast,
     dot,
     load_rotated,
-    load_slots,
     load_tile,
-    row_products,
     slot_program,
+    split,
     store_slots,
     store_state,
     store_tile,
     store_unrotated,
-    token_program,
 )
 
 HALF_MAX = tl.constexpr(65504.0)
-SMALLEST = tl.constexpr(2.0**-100)  # lower limit of the running max, so that its inverse is finite
+SMALLEST = tl.constexpr(2.0**-100)  # lower limit of maxima, so that their inverses are finite
+TINY = tl.constexpr(2.0**-126)
 
 
-@triton.jit(do_not_specialize=["N", "M", "sums_b", "sums_h", "norms_b", "norms_h", "angle_h", "eps"])
+@triton.jit
+def largest_norm(norms, norms_m, M, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr):
+    """Return the largest norm of a head. Sums and norms are divided by it, so that products with features do not overflow."""
+    b_max = tl.full((BLOCK_M,), SMALLEST, COMPUTE)
+    for first_slot in range(0, M, BLOCK_M):
+        o_m = first_slot + tl.arange(0, BLOCK_M)
+        b_max = tl.maximum(b_max, tl.load(norms + o_m.to(tl.int64) * norms_m, mask=o_m < M, other=0.0))
+    return tl.max(b_max, 0)
+
+
+@triton.jit
+def load_state(
+    slots, slots_m, sums, norms, sums_m, norms_m, largest, first_slot, M,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr, SPLIT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Load a tile of slots: two operands for logits, two for values, and the norms.
+
+    The norms are divided by `largest`. The values are the sums divided by it or, for float16, the means sums / norms, because
+    float16 has too few exponents for sums. In 16 bits, the two operands are a tile of values and what its rounding removes.
+    Rows whose index is M or greater are 0.
+    """
+    o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
+    o_e = tl.arange(0, BLOCK_E)
+    at = o_m.to(tl.int64)
+    inside = (o_m < M)[:, None] & (o_e < E)[None, :]
+    b_values = tl.load(sums + at[:, None] * sums_m + o_e[None, :], mask=inside, other=0.0)
+    b_norms = tl.load(norms + at * norms_m, mask=o_m < M, other=0.0)
+    if DTYPE == tl.float16:
+        b_values = b_values / tl.where(b_norms == 0, 1.0, b_norms)[:, None]
+    else:
+        b_values = b_values / largest
+    b_norms = b_norms / largest
+    b_left, b_right = split(b_values, DTYPE)
+    b_high, b_low = b_left, b_right
+    if PROJECTED:
+        b_high, b_low = load_operands(
+            slots, first_slot, slots_m, M, D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, ELU, SPLIT, DTYPE
+        )  # fmt: skip
+    return b_high, b_low, b_left, b_right, b_norms
+
+
+@triton.jit(do_not_specialize=["N", "M", "sums_b", "sums_h", "norms_b", "norms_h", "angle_h", "eps", "chunk"])
 def linear_broadcast_forward_kernel(
     q, slots, sums, norms, cos, sin, out, total,
     q_b, q_h, q_n, slots_b, slots_h, slots_m, sums_b, sums_h, sums_m, norms_b, norms_h, norms_m, angle_h,
     out_b, out_h, out_n,
-    H, N, M, eps,
+    H, N, M, eps, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
-    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
-    """Compute out and its denominator, total, for a tile of tokens."""
-    i_bh, o_n, valid = token_program(N, BLOCK_N)
+    """Compute out and its denominator, total, for a chunk of tokens. If not TILED, the slots are loaded only once."""
+    i_bh, _, _, first, last = slot_program(1, N, chunk, 1)
     i_b, i_h = i_bh // H, i_bh % H
-    angles = i_h * angle_h
+    cos += i_h * angle_h
+    sin += i_h * angle_h
     q += i_b * q_b + i_h * q_h
     slots += i_b * slots_b + i_h * slots_h
-
-    # As in a softmax, the weights and their sum are divided by a running max, so that the weights do not overflow in 16 bits.
-    b_max = tl.full((BLOCK_N,), SMALLEST, COMPUTE)
-    b_total = tl.zeros((BLOCK_N,), COMPUTE)
-    b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
-    for first_slot in range(0, M, BLOCK_M):
-        b_l = load_logits(
-            q, o_n, q_n, valid, slots, slots_m, first_slot, cos + angles, sin + angles, M,
-            D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
-        )  # fmt: skip
-        o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-        b_values, b_norms = load_state(
-            sums + i_b * sums_b + i_h * sums_h, norms + i_b * norms_b + i_h * norms_h, sums_m, norms_m,
-            o_m, M, E, BLOCK_E,
-        )  # fmt: skip
-        b_w = apply_map(b_l, ELU) * b_norms[None, :]
-        new_max = tl.maximum(b_max, tl.max(b_w, 1))
-        over = 1.0 / new_max
-        b_p = cast(b_w * over[:, None], q.dtype.element_ty)  # the numerator and the denominator use the same rounded weights
-        b_total = b_total * (b_max * over) + tl.sum(b_p.to(COMPUTE), 1)
-        b_out = dot(b_p, cast(b_values, q.dtype.element_ty), b_out * (b_max * over)[:, None], PRECISION)
-        b_max = new_max
-
+    sums += i_b * sums_b + i_h * sums_h
+    norms += i_b * norms_b + i_h * norms_h
+    out += i_b * out_b + i_h * out_h
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    HALF: tl.constexpr = DTYPE == tl.float16
+    largest = largest_norm(norms, norms_m, M, BLOCK_M, COMPUTE)
     guard = tl.zeros((BLOCK_N,), COMPUTE) + eps
-    tl.store(total + i_bh * N + o_n, b_total * b_max + guard, mask=valid)
-    b_total = b_total + guard / b_max
-    b_out = b_out / tl.where(b_total == 0, 1.0, b_total)[:, None]
-    store_tile(b_out, out + i_b * out_b + i_h * out_h, o_n, out_n, valid, E, BLOCK_E, 0, True)
+    if not TILED:
+        b_high, b_low, b_left, b_right, b_norms = load_state(
+            slots, slots_m, sums, norms, sums_m, norms_m, largest, 0, M,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT, DTYPE,
+        )  # fmt: skip
+    for start in range(first, last, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        valid = o_n < last
+        if PROJECTED:
+            b_q = load_rotated(q, o_n, q_n, valid, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+        b_max = tl.full((BLOCK_N,), SMALLEST, COMPUTE)
+        b_total = tl.zeros((BLOCK_N, COPIES), COMPUTE)
+        b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
+        for first_slot in range(0, M if TILED else BLOCK_M, BLOCK_M):
+            if TILED:
+                b_high, b_low, b_left, b_right, b_norms = load_state(
+                    slots, slots_m, sums, norms, sums_m, norms_m, largest, first_slot, M,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT, DTYPE,
+                )  # fmt: skip
+            if PROJECTED:
+                b_l = token_products(b_q, b_high, b_low, SPLIT, COMPUTE, PRECISION)
+            else:
+                b_l = load_rotated(q, o_n, q_n, valid, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot).to(
+                    COMPUTE
+                )
+            b_p = apply_map(b_l, ELU, PROJECTED)[0]
+            b_scale = b_norms
+            if HALF:  # as in a softmax, the weights are divided by a running max, so that they do not overflow
+                b_p = b_p * b_norms[None, :]
+                new_max = tl.maximum(b_max, tl.max(b_p, 1))
+                b_p = b_p * (1.0 / new_max)[:, None]
+                if TILED:
+                    decay = b_max / new_max
+                    b_out, b_total = b_out * decay[:, None], b_total * decay[:, None]
+                b_max = new_max
+                b_scale = tl.full((BLOCK_M,), 1.0, COMPUTE)
+            b_p = cast(b_p, DTYPE)  # the numerator and the denominator use the same rounded features
+            b_out = dot(b_p, b_left, b_out, PRECISION)
+            b_total = dot(b_p, tl.trans(copies(b_scale, DTYPE)), b_total, PRECISION)
+        b_scale = b_max * largest if HALF else tl.zeros((BLOCK_N,), COMPUTE) + largest
+        b_sum = sum_copies(b_total)
+        tl.store(total + i_bh * N + o_n, b_sum * b_scale + guard, mask=valid)
+        b_out = b_out * (1.0 / tl.maximum(b_sum + guard / b_scale, TINY))[:, None]
+        store_tile(b_out, out, o_n, out_n, valid, E, BLOCK_E, 0, True)
 
 
-@triton.jit
-def weight_scale(norms, HALF: tl.constexpr):
-    """Return the factor by which the weights f / t of each slot are multiplied, where f is a feature and t is a token's total.
-
-    If HALF, the factor is the slot's norm z, because f / t may overflow in float16, but f z / t is at most 1. If z is 0 or HALF
-    is False, the factor is 1.
-    """
-    if HALF:
-        scale = tl.where(norms == 0, 1.0, norms)
-    else:
-        scale = tl.full(norms.shape, 1.0, norms.dtype)
-    return scale
-
-
-@triton.jit
-def load_terms(
-    dout, d_n, q, o_n, q_n, used, slots, slots_m, sums, norms, sums_m, norms_m, first_slot, cos, sin, M,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr,
-    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return the logits (tokens, BLOCK_M), the products <dout, values> (tokens, BLOCK_M) and the norms of the slots."""
-    b_l = load_logits(
-        q, o_n, q_n, used, slots, slots_m, first_slot, cos, sin, M,
-        D, BLOCK_D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
-    )  # fmt: skip
-    o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-    b_values, b_norms = load_state(sums, norms, sums_m, norms_m, o_m, M, E, BLOCK_E)
-    b_dout = load_tile(dout, o_n, d_n, used, E, BLOCK_E, 0, True)
-    # Values are split into two 16-bit tiles instead of being rounded to a single one, because the differences between the
-    # products and their mean may be small.
-    WIDE: tl.constexpr = b_values.dtype != b_dout.dtype
-    b_dp = row_products(b_dout, b_values, tl.zeros((o_n.shape[0], BLOCK_M), COMPUTE), False, WIDE, PRECISION)
-    return b_l, b_dp, b_norms
-
-
-@triton.jit(do_not_specialize=["N", "M", "sums_b", "sums_h", "norms_b", "norms_h", "angle_h"])
+@triton.jit(do_not_specialize=["N", "M", "sums_b", "sums_h", "norms_b", "norms_h", "angle_h", "chunk"])
 def linear_broadcast_tokens_kernel(
-    dout, q, slots, sums, norms, cos, sin, total, delta, used, dq,
+    dout, q, slots, sums, norms, cos, sin, total, delta, scale, dq,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, sums_b, sums_h, sums_m, norms_b, norms_h, norms_m,
     angle_h, dq_b, dq_h, dq_n,
-    H, N, M,
+    H, N, M, chunk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
-    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq for a tile of tokens. For the slot gradients, also compute delta = <dout, out> and a mask of the used tokens.
+    """Compute dq for a chunk of tokens. For the slot gradients, also compute delta = <dout, out> and scale = 1 / total.
 
-    delta is recomputed from the features, because `out` may have been rounded. If <dout, values> - delta is small, the rounding
-    error would dominate it. A token whose dout is 0 is not used. Its query is read as 0, so the token does not contribute to
-    any gradient, even if it is padding and its query contains NaN.
+    scale is multiplied by the head's largest norm. delta is recomputed from the features, because `out` may have been rounded.
+    If <dout, values> - delta is small, the rounding error would dominate it. A token whose dout is 0 is not used, and its scale
+    is 0. Its query is read as 0, so the token does not contribute to any gradient, even if it is padding and its query contains
+    NaN. If not TILED, the slots are loaded only once.
     """
-    i_bh, o_n, valid = token_program(N, BLOCK_N)
+    i_bh, _, _, first, last = slot_program(1, N, chunk, 1)
     i_b, i_h = i_bh // H, i_bh % H
-    angles = i_h * angle_h
+    cos += i_h * angle_h
+    sin += i_h * angle_h
     q += i_b * q_b + i_h * q_h
     slots += i_b * slots_b + i_h * slots_h
     sums += i_b * sums_b + i_h * sums_h
     norms += i_b * norms_b + i_h * norms_h
     dq += i_b * dq_b + i_h * dq_h
     dout += i_b * d_b + i_h * d_h
-    b_used = tl.max((load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True) != 0).to(tl.int32), 1) > 0
-    tl.store(used + i_bh * N + o_n, b_used.to(tl.uint8), mask=valid)
-    b_total = tl.load(total + i_bh * N + o_n, mask=b_used, other=1.0)
-    b_total = tl.where(b_total == 0, 1.0, b_total)
-
-    b_delta = tl.zeros((BLOCK_N,), COMPUTE)
-    for first_slot in range(0, M, BLOCK_M):
-        b_l, b_dp, b_norms = load_terms(
-            dout, d_n, q, o_n, q_n, b_used, slots, slots_m, sums, norms, sums_m, norms_m, first_slot,
-            cos + angles, sin + angles, M,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
+    DTYPE: tl.constexpr = dout.dtype.element_ty
+    HALF: tl.constexpr = DTYPE == tl.float16
+    WIDE: tl.constexpr = DTYPE != COMPUTE
+    PASSES: tl.constexpr = 2 if TILED else 1  # the first pass computes delta, the last one dq
+    largest = largest_norm(norms, norms_m, M, BLOCK_M, COMPUTE)
+    if not TILED:
+        b_high, b_low, b_left, b_right, b_norms = load_state(
+            slots, slots_m, sums, norms, sums_m, norms_m, largest, 0, M,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT, DTYPE,
         )  # fmt: skip
-        b_delta += tl.sum(apply_map(b_l, ELU) * (b_norms[None, :] / b_total[:, None]) * b_dp, 1)
-    tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
-
-    b_dq = tl.zeros((BLOCK_N, BLOCK_D if PROJECTED else 1), COMPUTE)
-    for first_slot in range(0, M, BLOCK_M):
-        b_l, b_dp, b_norms = load_terms(
-            dout, d_n, q, o_n, q_n, b_used, slots, slots_m, sums, norms, sums_m, norms_m, first_slot,
-            cos + angles, sin + angles, M,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
-        )  # fmt: skip
-        b_dl = slope(b_l, ELU) * (b_norms[None, :] / b_total[:, None]) * (b_dp - b_delta[:, None])
+    for start in range(first, last, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        valid = o_n < last
+        b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
+        b_used = ~(tl.sum(tl.abs(b_dout.to(COMPUTE)), 1) == 0)  # NaN is used
+        b_total = tl.load(total + i_bh * N + o_n, mask=b_used, other=float("inf"))
+        b_scale = largest / tl.where(b_total == 0, 1.0, b_total)
+        b_q = b_dout
         if PROJECTED:
-            o_m = first_slot + tl.arange(0, BLOCK_M)
-            b_slots = cast(load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED), dout.dtype.element_ty)
-            b_dq = dot(cast(b_dl, dout.dtype.element_ty), b_slots, b_dq, PRECISION)
-        else:
-            store_unrotated(
-                b_dl, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_M, ROTARY, INTERLEAVED, first_slot
-            )  # fmt: skip
-    if PROJECTED:
-        store_unrotated(b_dq, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
+            b_q = load_rotated(q, o_n, q_n, b_used, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+        b_delta = tl.zeros((BLOCK_N,), COMPUTE)
+        b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
+        b_dq = tl.zeros((BLOCK_N, BLOCK_D if PROJECTED else 1), COMPUTE)
+        for i in tl.static_range(PASSES):
+            for first_slot in range(0, M if TILED else BLOCK_M, BLOCK_M):
+                if TILED:
+                    b_high, b_low, b_left, b_right, b_norms = load_state(
+                        slots, slots_m, sums, norms, sums_m, norms_m, largest, first_slot, M,
+                        D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT, DTYPE,
+                    )  # fmt: skip
+                if PROJECTED:
+                    b_l = token_products(b_q, b_high, b_low, SPLIT, COMPUTE, PRECISION)
+                else:
+                    b_l = load_rotated(q, o_n, q_n, b_used, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot)
+                b_f, b_slopes = apply_map(b_l.to(COMPUTE), ELU, PROJECTED)
+                if i == 0:
+                    if HALF:  # weights, which are at most 1
+                        b_f = b_f * b_norms[None, :] * b_scale[:, None]
+                    b_f = cast(b_f, DTYPE)
+                    b_out = dot(b_f, b_left, b_out, PRECISION)
+                    if WIDE:
+                        b_out = dot(b_f, b_right, b_out, PRECISION)
+                    b_delta = tl.sum(b_out * b_dout, 1) * (1.0 if HALF else b_scale)
+                if i == PASSES - 1:
+                    # Two operands for values, because the differences between the products and their mean may be small.
+                    b_dp = token_products(b_dout, b_left, b_right, WIDE, COMPUTE, PRECISION)
+                    if HALF:
+                        b_dl = b_slopes * b_norms[None, :] * (b_dp * b_scale[:, None] - (b_delta * b_scale)[:, None])
+                    else:
+                        b_dl = b_slopes * (b_dp - b_norms[None, :] * b_delta[:, None])
+                    if PROJECTED:
+                        b_dq = dot(cast(b_dl, DTYPE), b_high, b_dq, PRECISION)
+                    else:
+                        b_dl = b_dl if HALF else b_dl * b_scale[:, None]
+                        store_unrotated(
+                            b_dl, dq, o_n, dq_n, valid, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, first_slot
+                        )  # fmt: skip
+        tl.store(delta + i_bh * N + o_n, b_delta, mask=valid)
+        tl.store(scale + i_bh * N + o_n, b_scale, mask=valid)
+        if PROJECTED:
+            b_dq = b_dq if HALF else b_dq * b_scale[:, None]
+            b_dq = b_dq * LN2 if ELU else b_dq
+            store_unrotated(b_dq, dq, o_n, dq_n, valid, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
 @triton.jit(do_not_specialize=["N", "M", "sums_b", "sums_h", "norms_b", "norms_h", "angle_h", "chunk"])
 def linear_broadcast_slots_kernel(
-    dout, q, slots, sums, norms, cos, sin, total, delta, used, dslots, dsums, dnorms,
+    dout, q, slots, sums, norms, cos, sin, delta, scale, dslots, dsums, dnorms,
     d_b, d_h, d_n, q_b, q_h, q_n, slots_b, slots_h, slots_m, sums_b, sums_h, sums_m, norms_b, norms_h, norms_m,
     angle_h,
     H, N, M, chunk,
@@ -190,49 +263,64 @@ def linear_broadcast_slots_kernel(
 ):  # fmt: skip
     """Compute the contribution of a chunk of tokens to dsums, dnorms and, if NEED_SLOTS, dslots.
 
-    Each program handles a tile of slots of one sample and head.
+    Each program handles a tile of slots of one sample and head. Instead of each feature, dout and delta are divided by the
+    token's total. In float16, the quotients could overflow. There, a feature is multiplied by its slot's norm and divided by
+    the total, so that it is at most 1.
     """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
-    angles = i_h * angle_h
+    cos += i_h * angle_h
+    sin += i_h * angle_h
     q += i_b * q_b + i_h * q_h
     dout += i_b * d_b + i_h * d_h
-    slots += i_b * slots_b + i_h * slots_h
-    sums += i_b * sums_b + i_h * sums_h
     norms += i_b * norms_b + i_h * norms_h
+    DTYPE: tl.constexpr = dout.dtype.element_ty
+    HALF: tl.constexpr = DTYPE == tl.float16
+    largest = largest_norm(norms, norms_m, M, BLOCK_M, COMPUTE)
+    b_high, b_low, b_left, b_right, b_norms = load_state(
+        slots + i_b * slots_b + i_h * slots_h, slots_m, sums + i_b * sums_b + i_h * sums_h, norms, sums_m, norms_m,
+        largest, first_slot, M,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT, DTYPE,
+    )  # fmt: skip
+    b_size = tl.where(b_norms == 0, 1.0, b_norms) if HALF else tl.full((BLOCK_M,), 1.0, COMPUTE)
 
-    HALF: tl.constexpr = dout.dtype.element_ty == tl.float16
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D if NEED_SLOTS else 1), COMPUTE)
     b_dsums = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
-    b_dnorms = tl.zeros((BLOCK_M,), COMPUTE)
+    b_dnorms = tl.zeros((BLOCK_M, COPIES), COMPUTE)
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         valid = o_n < last
         b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
         b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
-        b_used = tl.load(used + i_bh * N + o_n, mask=valid, other=0) != 0
-        b_total = tl.load(total + i_bh * N + o_n, mask=b_used, other=float("inf"))  # inf makes the weight 0
-        b_total = tl.where(b_total == 0, 1.0, b_total)
-        b_l, b_dp, b_norms = load_terms(
-            dout, d_n, q, o_n, q_n, b_used, slots, slots_m, sums, norms, sums_m, norms_m,
-            first_slot, cos + angles, sin + angles, M,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, SPLIT, COMPUTE, PRECISION,
-        )  # fmt: skip
-        b_size = weight_scale(b_norms, HALF)
-        b_w = apply_map(b_l, ELU) * (b_size[None, :] / b_total[:, None])
-        if HALF:  # weights of slots without keys may overflow; they are multiplied by 0 later, and inf * 0 would be NaN
-            b_w = tl.where(b_w > HALF_MAX, HALF_MAX, b_w)
-        b_p = cast(b_w, b_dout.dtype)
-        b_dsums = dot(tl.trans(b_p), b_dout, b_dsums, PRECISION)
-        b_dnorms -= tl.sum(b_p.to(COMPUTE) * b_delta[:, None], 0)
+        b_scale = tl.load(scale + i_bh * N + o_n, mask=valid, other=0.0)
+        used = b_scale != 0
+        if PROJECTED:
+            b_q = load_rotated(q, o_n, q_n, used, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
+            b_l = slot_products(b_high, b_low, b_q, SPLIT, COMPUTE, PRECISION)
+        else:
+            b_l = tl.trans(
+                load_rotated(q, o_n, q_n, used, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot).to(COMPUTE)
+            )
+        b_f, b_slopes = apply_map(b_l, ELU, PROJECTED)
+        if HALF:  # features of slots without keys may overflow; they are multiplied by 0 later, and inf * 0 would be NaN
+            b_p = cast(tl.minimum(b_f * (b_size[:, None] * b_scale[None, :]), HALF_MAX, tl.PropagateNan.ALL), DTYPE)
+            b_dsums = dot(b_p, b_dout, b_dsums, PRECISION)
+            b_dnorms = dot(b_p, tl.trans(copies(-b_delta, DTYPE)), b_dnorms, PRECISION)
+        else:
+            b_p = cast(b_f, DTYPE)
+            b_dsums = dot(b_p, cast(b_dout.to(COMPUTE) * b_scale[:, None], DTYPE), b_dsums, PRECISION)
+            b_dnorms = dot(b_p, tl.trans(copies(-b_delta * b_scale, DTYPE)), b_dnorms, PRECISION)
         if NEED_SLOTS:
-            b_dl = slope(b_l, ELU) * (b_norms[None, :] / b_total[:, None]) * (b_dp - b_delta[:, None])
-            b_q = load_rotated(q, o_n, q_n, b_used, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
-            b_dslots = dot(tl.trans(cast(b_dl, b_q.dtype)), b_q, b_dslots, PRECISION)
+            b_dp = slot_products(b_left, b_right, b_dout, COMPUTE != DTYPE, COMPUTE, PRECISION)
+            if HALF:
+                b_dp = b_norms[:, None] * (b_dp - b_delta[None, :])
+            else:
+                b_dp = b_dp - b_norms[:, None] * b_delta[None, :]
+            b_dslots = dot(cast(b_slopes * b_dp * b_scale[None, :], DTYPE), b_q, b_dslots, PRECISION)
 
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
-    b_size = weight_scale(tl.load(norms + o_m.to(tl.int64) * norms_m, mask=o_m < M, other=1.0), HALF)
-    store_state(b_dsums / b_size[:, None], b_dnorms / b_size, dsums, dnorms, part, o_m, M, E, BLOCK_E)
+    b_size = b_size * largest
+    store_state(b_dsums / b_size[:, None], sum_copies(b_dnorms) / b_size, dsums, dnorms, part, o_m, M, E, BLOCK_E)
     if NEED_SLOTS:
         store_slots(b_dslots, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
 
@@ -246,13 +334,14 @@ def linear_broadcast_forward(
     out = empty_like_tokens(q, value_width)
     total = q.new_empty(batch, num_heads, tokens, dtype=config.compute)
     cos, sin, angle_h, turn = rotary_arguments(rotary, q)
+    chunk, chunks = config.chunk(batch * num_heads, tokens)
     launch(
         linear_broadcast_forward_kernel,
-        (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
+        (batch * num_heads * chunks,),
         q, q if slots is None else slots, sums, norms, cos, sin, out, total,
         *token_strides(q), *feature_strides(slots), *slot_strides(sums), *norms.stride(), angle_h, *token_strides(out),
-        num_heads, tokens, num_slots, eps,
-        **turn, PROJECTED=slots is not None, ELU=feature_map == "elu",
+        num_heads, tokens, num_slots, eps, chunk,
+        **turn, PROJECTED=slots is not None, ELU=feature_map == "elu", TILED=num_slots > config.tile.slots,
         **config.meta(width, value_width),
     )  # fmt: skip
     return out, total
@@ -271,24 +360,23 @@ def linear_broadcast_backward(
     strides = (
         *token_strides(dout), *token_strides(q), *feature_strides(slots), *slot_strides(sums), *norms.stride(), angle_h,
     )  # fmt: skip
-    variant = dict(
-        **turn, PROJECTED=slots is not None, ELU=feature_map == "elu"
-    )  # fmt: skip
+    variant = dict(**turn, PROJECTED=slots is not None, ELU=feature_map == "elu")
 
     config = feature_config("linear_broadcast_tokens", q, sums, slots)
-    dq, delta = empty_like_tokens(q, width), total.new_empty(total.shape)
-    used = total.new_empty(total.shape, dtype=torch.uint8)
+    dq = empty_like_tokens(q, width)
+    delta, scale = total.new_empty(total.shape), total.new_empty(total.shape)
+    chunk, chunks = config.chunk(batch * num_heads, tokens)
     launch(
         linear_broadcast_tokens_kernel,
-        (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
-        *inputs, total, delta, used, dq, *strides, *token_strides(dq), num_heads, tokens, num_slots,
-        **variant, **config.meta(width, value_width),
+        (batch * num_heads * chunks,),
+        *inputs, total, delta, scale, dq, *strides, *token_strides(dq), num_heads, tokens, num_slots, chunk,
+        TILED=num_slots > config.tile.slots, **variant, **config.meta(width, value_width),
     )  # fmt: skip
     need_slots = need_slots and slots is not None
     if not (need_slots or need_sums):
         return dq, q.new_empty(0), sums.new_empty(0), sums.new_empty(0)
 
-    config = feature_config("linear_broadcast_slots", q, sums, slots)
+    config = feature_config("linear_broadcast_slots_learned" if need_slots else "linear_broadcast_slots", q, sums, slots)
     programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
     chunk, chunks = config.chunk(programs, tokens)
     dsums = q.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
@@ -297,7 +385,7 @@ def linear_broadcast_backward(
     launch(
         linear_broadcast_slots_kernel,
         (programs * chunks,),
-        *inputs, total, delta, used, dslots, dsums, dnorms, *strides, num_heads, tokens, num_slots, chunk,
+        *inputs, delta, scale, dslots, dsums, dnorms, *strides, num_heads, tokens, num_slots, chunk,
         NEED_SLOTS=need_slots, **variant, **config.meta(width, value_width),
     )  # fmt: skip
     dslots = sum_slots(dslots, slots) if need_slots else q.new_empty(0)
