@@ -62,9 +62,8 @@ def load_operands(
 
 
 @triton.jit
-def token_products(x, high, low, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return x @ (high + low)^T if SPLIT, otherwise x @ high^T."""
-    acc = tl.zeros((x.shape[0], high.shape[0]), COMPUTE)
+def token_products(x, high, low, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Return acc + x @ (high + low)^T if SPLIT, otherwise acc + x @ high^T."""
     if SPLIT:
         acc = dot(x, tl.trans(high), dot(x, tl.trans(low), acc, PRECISION), PRECISION)
     else:
@@ -74,7 +73,7 @@ def token_products(x, high, low, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRE
 
 @triton.jit
 def slot_products(high, low, x, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the transpose of token_products(x, high, low), which can be the left operand of a sum over tokens."""
+    """Return the transpose of token_products(x, high, low, 0), which can be the left operand of a sum over tokens."""
     acc = tl.zeros((high.shape[0], x.shape[0]), COMPUTE)
     if SPLIT:
         acc = dot(high, tl.trans(x), dot(low, tl.trans(x), acc, PRECISION), PRECISION)
@@ -117,7 +116,10 @@ def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | 
     """Return the launch configuration of `kernel`. If `slots` is None, the feature map is applied to the tokens' channels."""
     config = launch_config(kernel, tokens, max(tokens.shape[3], values.shape[3]), tokens if slots is None else slots)
     if slots is None:  # the columns are the channels of a head, so a wider tile would only add padding
-        config = replace(config, tile=config.tile._replace(slots=min(config.tile.slots, padded(tokens.shape[3]))))
+        tile = config.tile._replace(slots=min(config.tile.slots, padded(tokens.shape[3])))
+        if kernel in ("linear_aggregate_forward", "linear_broadcast_slots"):  # more warps would compute the same features twice
+            tile = tile._replace(num_warps=min(tile.num_warps, tile.slots // 16))
+        config = replace(config, tile=tile)
     return replace(config, split=slots is not None and tokens.element_size() == 2)
 
 

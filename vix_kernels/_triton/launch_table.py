@@ -27,8 +27,8 @@ class Tile(NamedTuple):
 Key = tuple[str, int, int]  # name of the kernel, bits of the tokens' dtype, padded width
 
 # An entry "..._pooled" is for the same kernel with 16-bit slots, which are pooled from tokens, or with slots whose gradients
-# are needed. It exists only if such slots need a different tile than float32 random features.
-# "linear_broadcast_slots_learned" is the kernel that also computes dslots.
+# are needed. It exists only if such slots need a different tile than float32 random features. An entry "..._learned" is for the
+# same kernel if it also computes dslots, and an entry "..._half" for float16.
 TABLE: dict[Key, Tile] = {
     ("aggregate_forward", 16, 16): Tile(64, 64, 4, 3),
     ("aggregate_forward", 16, 32): Tile(64, 64, 4, 3),
@@ -101,10 +101,15 @@ TABLE: dict[Key, Tile] = {
     ("linear_broadcast_forward", 16, 128): Tile(64, 64, 8, 2),
     ("linear_broadcast_forward", 16, 256): Tile(32, 32, 4, 1),
     ("linear_aggregate_tokens", 16, 16): Tile(64, 64, 4, 1),
+    ("linear_aggregate_tokens_half", 16, 16): Tile(64, 64, 4, 1),
     ("linear_aggregate_tokens", 16, 32): Tile(64, 64, 4, 1),
+    ("linear_aggregate_tokens_half", 16, 32): Tile(64, 64, 4, 1),
     ("linear_aggregate_tokens", 16, 64): Tile(64, 32, 4, 2),
+    ("linear_aggregate_tokens_half", 16, 64): Tile(64, 32, 4, 2),
     ("linear_aggregate_tokens", 16, 128): Tile(16, 64, 8, 1),
+    ("linear_aggregate_tokens_half", 16, 128): Tile(16, 64, 8, 1),
     ("linear_aggregate_tokens", 16, 256): Tile(16, 64, 8, 1),
+    ("linear_aggregate_tokens_half", 16, 256): Tile(16, 64, 8, 1),
     ("linear_broadcast_tokens", 16, 16): Tile(64, 64, 4, 1),
     ("linear_broadcast_tokens", 16, 32): Tile(64, 64, 4, 1),
     ("linear_broadcast_tokens", 16, 64): Tile(32, 64, 8, 1),

@@ -6,6 +6,7 @@ running max and do not normalize the sums.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -172,7 +173,7 @@ def linear_aggregate_tokens_kernel(
                     D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT,
                 )  # fmt: skip
             if PROJECTED:
-                b_l = token_products(b_k, b_high, b_low, SPLIT, COMPUTE, PRECISION)
+                b_l = token_products(b_k, b_high, b_low, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), SPLIT, PRECISION)
             else:
                 b_l = load_rotated(k, o_n, k_n, valid, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot).to(
                     COMPUTE
@@ -277,7 +278,9 @@ def linear_aggregate_backward(
     batch, num_heads, tokens, width = k.shape
     value_width = v.shape[3]
     num_slots = width if slots is None else slots.shape[2]
-    config = feature_config("linear_aggregate_tokens", k, v, slots)
+    config = feature_config(
+        "linear_aggregate_tokens_half" if k.dtype == torch.float16 else "linear_aggregate_tokens", k, v, slots
+    )
     delta, size, unit = prepare(dsums, dnorms, None, None, v.dtype, config.precision)
     cos, sin, angle_h, turn = rotary_arguments(rotary, k)
     inputs = (k if slots is None else slots, k, v, k if mask is None else mask, cos, sin, delta, size, unit)

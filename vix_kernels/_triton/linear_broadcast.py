@@ -131,7 +131,7 @@ def linear_broadcast_forward_kernel(
                     D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT, DTYPE,
                 )  # fmt: skip
             if PROJECTED:
-                b_l = token_products(b_q, b_high, b_low, SPLIT, COMPUTE, PRECISION)
+                b_l = token_products(b_q, b_high, b_low, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), SPLIT, PRECISION)
             else:
                 b_l = load_rotated(q, o_n, q_n, valid, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot).to(
                     COMPUTE
@@ -155,6 +155,20 @@ def linear_broadcast_forward_kernel(
         tl.store(total + i_bh * N + o_n, b_sum * b_scale + guard, mask=valid)
         b_out = b_out * (1.0 / tl.maximum(b_sum + guard / b_scale, TINY))[:, None]
         store_tile(b_out, out, o_n, out_n, valid, E, BLOCK_E, 0, True)
+
+
+@triton.jit
+def outer_product(x, y, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Return acc + x y^T for two vectors, as one product of tiles that hold the vectors in two 16-bit parts each.
+
+    This takes no instruction and no register for each element. Of the four products of parts, the smallest is dropped.
+    """
+    x_high, x_low = split(x * (4.0 / COPIES), DTYPE)
+    y_high, y_low = split(y, DTYPE)
+    part = tl.arange(0, COPIES) // 4
+    b_x = tl.where((part < 2)[None, :], x_high[:, None], x_low[:, None])
+    b_y = tl.where((part == 1)[:, None], y_low[None, :], y_high[None, :])
+    return dot(b_x, tl.where((part < 3)[:, None], b_y, 0.0).to(DTYPE), acc, PRECISION)
 
 
 @triton.jit(do_not_specialize=["N", "M", "sums_b", "sums_h", "norms_b", "norms_h", "angle_h", "chunk"])
@@ -188,6 +202,7 @@ def linear_broadcast_tokens_kernel(
     DTYPE: tl.constexpr = dout.dtype.element_ty
     HALF: tl.constexpr = DTYPE == tl.float16
     WIDE: tl.constexpr = DTYPE != COMPUTE
+    FOLDED: tl.constexpr = DTYPE == tl.bfloat16 and PROJECTED
     PASSES: tl.constexpr = 2 if TILED else 1  # the first pass computes delta, the last one dq
     largest = largest_norm(norms, norms_m, M, BLOCK_M, COMPUTE)
     if not TILED:
@@ -216,7 +231,7 @@ def linear_broadcast_tokens_kernel(
                         D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT, DTYPE,
                     )  # fmt: skip
                 if PROJECTED:
-                    b_l = token_products(b_q, b_high, b_low, SPLIT, COMPUTE, PRECISION)
+                    b_l = token_products(b_q, b_high, b_low, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), SPLIT, PRECISION)
                 else:
                     b_l = load_rotated(q, o_n, q_n, b_used, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot)
                 b_f, b_slopes = apply_map(b_l.to(COMPUTE), ELU, PROJECTED)
@@ -230,9 +245,14 @@ def linear_broadcast_tokens_kernel(
                     b_delta = tl.sum(b_out * b_dout, 1) * (1.0 if HALF else b_scale)
                 if i == PASSES - 1:
                     # Two operands for values, because the differences between the products and their mean may be small.
-                    b_dp = token_products(b_dout, b_left, b_right, WIDE, COMPUTE, PRECISION)
+                    b_dp = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
+                    if FOLDED:
+                        b_dp = outer_product(-b_delta, b_norms, b_dp, DTYPE, PRECISION)
+                    b_dp = token_products(b_dout, b_left, b_right, b_dp, WIDE, PRECISION)
                     if HALF:
                         b_dl = b_slopes * b_norms[None, :] * (b_dp * b_scale[:, None] - (b_delta * b_scale)[:, None])
+                    elif FOLDED:
+                        b_dl = b_slopes * b_dp
                     else:
                         b_dl = b_slopes * (b_dp - b_norms[None, :] * b_delta[:, None])
                     if PROJECTED:
