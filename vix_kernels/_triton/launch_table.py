@@ -25,6 +25,13 @@ class Tile(NamedTuple):
 
 
 Key = tuple[str, int, int]  # name of the kernel, bits of the tokens' dtype, padded width
+VARIANTS = ("_pooled", "_learned", "_half")
+
+
+def kernel_name(entry: str) -> str:
+    """Return the name of the kernel of an entry, without the suffix of a variant."""
+    return next((entry.removesuffix(suffix) for suffix in VARIANTS if entry.endswith(suffix)), entry)
+
 
 # An entry "..._pooled" is for the same kernel with 16-bit slots, which are pooled from tokens, or with slots whose gradients
 # are needed. It exists only if such slots need a different tile than float32 random features. An entry "..._learned" is for the

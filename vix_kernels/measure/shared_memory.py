@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import conditions
 from .._triton.launch import find_tile
-from .._triton.launch_table import OVERRIDES, TABLE
+from .._triton.launch_table import OVERRIDES, TABLE, kernel_name
 from .._triton.targets import TARGETS
 from ..testing import SPECS, Case, Problem, draw
 from . import offline
@@ -135,7 +135,7 @@ def measure(arch: str, bits: int, width: int, wanted: Iterable[Row]) -> list[Row
 
     def observe(kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
         name = table_name(kernel.__name__)
-        key = next((each for each in reversed(asked) if each[0].removesuffix("_pooled") == name), None)
+        key = next((each for each in reversed(asked) if kernel_name(each[0]) == name), None)
         entry = by_key.get(key)
         dtypes = tuple(str(each.dtype) for each in args if isinstance(each, Tensor))
         variant = entry, kernel.__name__, dtypes, tuple(sorted((name, str(value)) for name, value in meta.items()))

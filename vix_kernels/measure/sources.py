@@ -28,7 +28,7 @@ def table_name(kernel: str) -> str:
 @cache
 def code_hash(name: str) -> str:
     """Hash the kernels that the launch table lists as `name`, with the device functions and constants they use."""
-    name = name.removesuffix("_pooled")
+    name = launch_table.kernel_name(name)
     return hash_of(f"{name}_kernel", *(["angle_gradient_kernel"] if name == "rotate" else []))
 
 
