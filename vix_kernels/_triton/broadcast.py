@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layout import Needs, Rotary, Statistics, empty_like_tokens, unit_last_stride
 from .launch import launch, launch_config, mask_strides, rotary_arguments, slot_strides, token_strides
-from .logits import load_attended, slot_logits
+from .logits import exps_at_most_one, load_attended, slot_logits
 from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
     LN2,
@@ -157,7 +157,7 @@ def tile_products(
     """Return exp2(logit - row_max) and <dout, values> of a tile of tokens and a tile of slots."""
     high, low, values, bias = operands
     logits = slot_logits(q, high, low, bias, scale, SPLIT, COMPUTE, PRECISION)
-    e = tl.exp2(logits - row_max[:, None])  # forward computed the same logits, so row_max is the largest
+    e = exps_at_most_one(logits - row_max[:, None])
     return e, whole_products(dout, values, tl.zeros(e.shape, COMPUTE), PRECISION)
 
 

@@ -80,6 +80,14 @@ class LaunchConfig:
         size, _ = self.chunk(programs, tokens)
         return size, dict(BLOCK_M=block, TILES=tiles if tiles <= self.tile.resident else 0)
 
+    def keep(self, num_slots: int) -> tuple[int, dict[str, int]]:
+        """Return the slots per program of a kernel that keeps a tile of slots, and the constexprs and options that differ.
+
+        Fewer slots than a tile need fewer warps. A tile has at least 64 slots, 16 for each of four warps, if the table allows.
+        """
+        block = min(self.tile.slots, max(64, triton.next_power_of_2(num_slots)))
+        return block, dict(BLOCK_M=block, num_warps=max(self.tile.num_warps * block // self.tile.slots, 1))
+
     @property
     def triton_compute(self) -> Any:
         return triton_dtype(self.compute)

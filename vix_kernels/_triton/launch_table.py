@@ -19,7 +19,7 @@ class Tile(NamedTuple):
     # Precision of float32 products: "tf32x3" (three TF32 products), "tf32", or "ieee" (fused multiply-adds, to save registers).
     precision: str = "tf32x3"
     apart: bool = False  # whether dk and dv need separate launches, because their accumulators do not fit in registers together
-    # Largest number of tiles of slots that stay in a program while tokens stream through it: 0, 1 or 2. More slots are loaded
+    # Largest number of tiles of slots that stay in a program while tokens stream through it, or 0. More slots are loaded
     # again for every tile of tokens.
     resident: int = 0
 
@@ -37,10 +37,10 @@ def kernel_name(entry: str) -> str:
 # are needed. It exists only if such slots need a different tile than float32 random features. An entry "..._learned" is for the
 # same kernel if it also computes dslots, and an entry "..._half" for float16.
 TABLE: dict[Key, Tile] = {
-    ("aggregate_forward", 16, 16): Tile(64, 64, 4, 3),
-    ("aggregate_forward", 16, 32): Tile(64, 64, 4, 3),
-    ("aggregate_forward", 16, 64): Tile(64, 32, 4, 3),
-    ("aggregate_forward", 16, 128): Tile(64, 32, 4, 2),
+    ("aggregate_forward", 16, 16): Tile(128, 64, 8, 1),
+    ("aggregate_forward", 16, 32): Tile(128, 64, 8, 1),
+    ("aggregate_forward", 16, 64): Tile(128, 32, 8, 1),
+    ("aggregate_forward", 16, 128): Tile(64, 32, 8, 1),
     ("aggregate_forward", 16, 256): Tile(16, 32, 8, 1),
     ("broadcast_forward", 16, 16): Tile(64, 128, 8, 2),
     ("broadcast_forward", 16, 32): Tile(128, 64, 4, 1, resident=2),
@@ -62,14 +62,14 @@ TABLE: dict[Key, Tile] = {
     ("broadcast_slots", 16, 64): Tile(128, 64, 8, 1),
     ("broadcast_slots", 16, 128): Tile(32, 64, 8, 1),
     ("broadcast_slots", 16, 256): Tile(16, 32, 8, 1),
-    ("aggregate_slots", 16, 16): Tile(64, 64, 4, 2),
-    ("aggregate_slots", 16, 32): Tile(64, 64, 4, 2),
+    ("aggregate_slots", 16, 16): Tile(128, 64, 8, 1),
+    ("aggregate_slots", 16, 32): Tile(128, 64, 8, 1),
     ("aggregate_slots", 16, 64): Tile(64, 32, 4, 1),
-    ("aggregate_slots", 16, 128): Tile(64, 64, 4, 2),
+    ("aggregate_slots", 16, 128): Tile(64, 32, 8, 1),
     ("aggregate_slots", 16, 256): Tile(16, 32, 8, 1),
-    ("aggregate_forward", 32, 16): Tile(64, 32, 8, 1),
-    ("aggregate_forward", 32, 32): Tile(64, 32, 8, 1),
-    ("aggregate_forward", 32, 64): Tile(64, 16, 8, 1),
+    ("aggregate_forward", 32, 16): Tile(128, 32, 8, 1),
+    ("aggregate_forward", 32, 32): Tile(128, 32, 8, 1),
+    ("aggregate_forward", 32, 64): Tile(128, 32, 8, 1),
     ("aggregate_forward", 32, 128): Tile(32, 16, 8, 1),
     ("aggregate_forward", 32, 256): Tile(16, 16, 8, 1, "ieee"),
     ("broadcast_forward", 32, 16): Tile(64, 64, 8, 1),
@@ -278,11 +278,16 @@ TABLE: dict[Key, Tile] = {
     ("pinv_backward", 32, 128): Tile(0, 16, 8, 1),
 }
 _WARP_GROUP = {  # tiles of at least 64 tokens or slots use warp-group instructions, which need fewer registers for operands
-    ("aggregate_forward", 16, 64): Tile(64, 64, 4, 3),
-    ("aggregate_tokens", 16, 32): Tile(64, 128, 8, 2),
-    ("aggregate_tokens", 16, 64): Tile(64, 64, 8, 2),
-    ("aggregate_slots", 16, 64): Tile(64, 64, 4, 2),
-    ("aggregate_forward", 16, 128): Tile(64, 64, 4, 3),
+    ("aggregate_forward", 16, 16): Tile(128, 128, 8, 1),
+    ("aggregate_forward", 16, 32): Tile(128, 128, 8, 1),
+    ("aggregate_forward", 16, 64): Tile(128, 128, 8, 1),
+    ("aggregate_tokens", 16, 16): Tile(128, 64, 4, 1, resident=2),
+    ("aggregate_tokens", 16, 32): Tile(128, 64, 4, 1, resident=2),
+    ("aggregate_tokens", 16, 64): Tile(64, 128, 8, 1),
+    ("aggregate_slots", 16, 64): Tile(128, 64, 8, 1),
+    ("aggregate_slots", 16, 128): Tile(128, 32, 8, 1),
+    ("aggregate_forward", 16, 128): Tile(128, 64, 8, 1),
+    ("aggregate_forward_pooled", 16, 128): Tile(64, 32, 4, 1),
     ("broadcast_forward", 16, 128): Tile(64, 128, 8, 2),
     ("broadcast_tokens", 16, 128): Tile(64, 128, 8, 2),
     ("broadcast_slots", 16, 128): Tile(64, 64, 4, 2),
@@ -290,7 +295,6 @@ _WARP_GROUP = {  # tiles of at least 64 tokens or slots use warp-group instructi
     ("dft_tokens", 16, 64): Tile(128, 128, 8, 3),
 }
 _SMALL = {  # for architectures with 99 KiB of shared memory per block
-    ("aggregate_slots", 16, 128): Tile(64, 32, 8, 2),
     ("linear_aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
     ("linear_broadcast_slots", 32, 256): Tile(16, 16, 8, 1, "ieee"),
     ("linear_broadcast_slots_learned", 32, 256): Tile(16, 16, 8, 1, "ieee"),
@@ -300,7 +304,6 @@ _SMALL = {  # for architectures with 99 KiB of shared memory per block
     ("aggregate_slots", 32, 128): Tile(16, 16, 8, 1, "ieee"),
 }
 _ADA = {  # for kernels that, on sm_86 and sm_89, would spill registers with the tiles above
-    ("aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
     ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 8, 2),
     ("broadcast_slots_pooled", 16, 64): Tile(32, 64, 8, 2),
     ("linear_broadcast_tokens", 16, 64): Tile(16, 64, 4, 1),
@@ -319,10 +322,10 @@ _CDNA = {  # for kernels that fit in registers only with one stage or a differen
 # Entries that override those of TABLE, by architecture.
 OVERRIDES: dict[str, dict[Key, Tile]] = {
     "sm_80": {
+        ("aggregate_slots", 16, 32): Tile(128, 32, 8, 1),
         ("broadcast_forward_pooled", 16, 64): Tile(64, 64, 4, 2),
         ("aggregate_tokens_pooled", 16, 64): Tile(32, 32, 8, 2),
         ("broadcast_slots", 16, 64): Tile(32, 64, 8, 2),
-        ("aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
         ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 8, 3),
         ("broadcast_tokens_pooled", 16, 128): Tile(32, 32, 8, 1),
     },
@@ -330,8 +333,6 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
     "sm_89": _SMALL | _ADA | {("project_forward", 16, 128): Tile(64, 32, 8, 1)},
     "sm_120": _SMALL
     | {
-        ("aggregate_forward", 16, 64): Tile(64, 32, 8, 3),
-        ("aggregate_forward", 16, 128): Tile(64, 32, 8, 2),
         ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 1),
         ("broadcast_forward", 16, 32): Tile(64, 128, 4, 2),
         ("broadcast_tokens_pooled", 16, 32): Tile(64, 128, 8, 1),

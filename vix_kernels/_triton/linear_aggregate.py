@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import Needs, Rotary, empty_like_tokens
-from .aggregate import prepare
 from .features import (
     COPIES,
     apply_map,
@@ -26,6 +25,7 @@ from .features import (
 )
 from .launch import launch, mask_strides, merge_arguments, output_strides, rotary_arguments, token_strides
 from .merge import empty_slots, merge_sums_kernel, sum_slots
+from .prepare import prepare
 from .tiles import (
     LN2,
     cast,

@@ -7,47 +7,98 @@ If slots are float32 and tokens 16-bit (SPLIT), slots are multiplied by scale * 
 before the loop over tokens. Vectors, such as the bias of the slots, are then added by a product as well: a float32 number is
 the sum of three bfloat16 numbers, so
 
-    acc[n, m] + x[n] + y[m]  =  acc + [x0 x1 x2 1 1 1] @ [1 1 1 y0 y1 y2]^T
+    acc[n, m] + y[m]  =  acc + [1 1 1 0 ... 0] @ [y0 y1 y2 0 ... 0]^T
 
-takes one matrix instruction whose inner dimension is 16, the smallest there is, instead of two additions per logit.
+takes one matrix instruction whose inner dimension is 16, the smallest there is, instead of an addition per logit.
 """
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
-from .tiles import LOG2E, cast, dot, load_slots, split, whole_products
+from .tiles import INTERPRETED, LOG2E, cast, dot, load_slots, split, whole_products
 
 LOWEST = tl.constexpr(-3e38)  # stands for -inf, whose three parts would be NaN; finite in bfloat16 and float32
 
 
 @triton.jit
-def terms(x):
-    """Split a float32 vector into three bfloat16 vectors whose sum is x to 24 bits. -inf becomes LOWEST."""
-    x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    high = cast(x, tl.bfloat16)
-    rest = x - high.to(x.dtype)
-    middle = cast(rest, tl.bfloat16)
-    return high, middle, cast(rest - middle.to(x.dtype), tl.bfloat16)
+def slot_parts(slots, scale, DTYPE: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.constexpr):
+    """Return slots as two DTYPE tiles (the same tile twice unless SPLIT), and the factor that is still missing in the logits.
 
-
-@triton.jit
-def term_tile(a0, a1, a2, b0, b1, b2, c0, c1, c2):
-    """Return a bfloat16 tile (rows, 16) whose columns are nine vectors and zeros, in an order that all such tiles share."""
-    z = tl.zeros_like(a0)
-    left = tl.join(tl.join(tl.join(a0, a1), tl.join(a2, b0)), tl.join(tl.join(b1, b2), tl.join(c0, c1)))
-    right = tl.join(tl.join(tl.join(c2, z), tl.join(z, z)), tl.join(tl.join(z, z), tl.join(z, z)))
-    return tl.reshape(tl.join(left, right), (a0.shape[0], 16))
-
-
-@triton.jit
-def term_rows(a, b, c, FIRST: tl.constexpr):
-    """Return a bfloat16 tile (16, columns) whose rows FIRST to FIRST + 2 are a, b and c. The others are 0.
-
-    This is the right operand for a term_tile. A transposed join there would crash Triton 3.6 to 3.9.
+    If FOLD, slots are multiplied by scale * log2(e) first, so no factor is missing. bfloat16 has the range of float32, so the
+    parts are as precise as those of the slots.
     """
-    row = tl.arange(0, 16)[:, None]
-    rest = tl.where(row == FIRST + 2, c[None, :], 0.0).to(tl.bfloat16)
-    return tl.where(row == FIRST, a[None, :], tl.where(row == FIRST + 1, b[None, :], rest))
+    factor = scale * LOG2E
+    if FOLD:
+        slots = slots * factor
+        factor = 1.0
+    if SPLIT:
+        high, low = split(slots, DTYPE)
+    else:
+        high, low = slots, slots
+    return high, low, factor
+
+
+@triton.jit
+def three_columns(x, y, z):
+    """Return a bfloat16 tile (rows, 16) whose first columns are x, y and z, and whose other columns are 0.
+
+    The values are float32 until the tile is complete, because Triton 3.8 and 3.9 crash if a transposed operand of a product is
+    a reshaped `tl.join`.
+    """
+    zero = tl.zeros_like(x)
+    none = tl.join(tl.join(zero, zero), tl.join(zero, zero))
+    tile = tl.join(tl.join(tl.join(tl.join(x, y), tl.join(z, zero)), none), tl.join(none, none))
+    return cast(tl.reshape(tl.permute(tile, (0, 4, 3, 2, 1)), (x.shape[0], 16)), tl.bfloat16)
+
+
+@triton.jit
+def bias_columns(bias):
+    """Return the tile (rows, 16) whose product with `ones_columns` adds bias, a float32 vector that may contain -inf."""
+    high = cast(bias, tl.bfloat16).to(bias.dtype)
+    rest = tl.where(bias == float("-inf"), 0.0, bias - high)  # -inf - -inf would be NaN
+    middle = cast(rest, tl.bfloat16).to(bias.dtype)
+    return three_columns(high, middle, rest - middle)
+
+
+@triton.jit
+def ones_columns(ROWS: tl.constexpr):
+    """Return the tile (ROWS, 16) by which `bias_columns` is multiplied."""
+    column = tl.arange(0, 16)
+    return tl.broadcast_to(tl.where(column < 3, 1.0, 0.0).to(tl.bfloat16)[None, :], (ROWS, 16))
+
+
+@triton.jit
+def key_logits(
+    high, low, k, bias, factor, SPLIT: tl.constexpr, FOLD: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Return the base-2 logits (slots, tokens) of `slot_parts` and a tile of keys. `bias` has one number per key."""
+    acc = tl.zeros((high.shape[0], k.shape[0]), COMPUTE)
+    if FOLD:
+        acc = dot(ones_columns(high.shape[0]), tl.trans(bias_columns(bias)), acc, PRECISION)
+    if SPLIT:
+        acc = dot(high, tl.trans(k), dot(low, tl.trans(k), acc, PRECISION), PRECISION)
+    else:
+        acc = whole_products(high, k, acc, PRECISION)
+    if not FOLD:
+        acc = acc * factor + bias[None, :]
+    return acc
+
+
+@triton.jit
+def exps_at_most_one(x):
+    """Return exp2(-|x|). Where rounding makes a difference to the maximum positive instead of 0, the result is still <= 1.
+
+    On NVIDIA GPUs, the exponential unit takes -|x| at no cost. Without inline PTX, LLVM would compute it as a bitwise or.
+    """
+    if INTERPRETED:
+        p = tl.exp2(-tl.abs(x))
+    elif is_cuda():
+        asm: tl.constexpr = "{ .reg .f32 t; abs.f32 t, $1; neg.f32 t, t; ex2.approx.ftz.f32 $0, t; }"
+        p = tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        p = tl.exp2(-tl.abs(x))
+    return p
 
 
 @triton.jit
@@ -77,8 +128,7 @@ def load_attended(
     low = high
     if SPLIT:
         high, low = split(high * (scale * LOG2E), DTYPE)
-        a, b, c = terms(b_bias)
-        b_bias = term_rows(a, b, c, 0)
+        b_bias = bias_columns(b_bias)
     return high, low, b_values, b_bias
 
 
@@ -86,8 +136,8 @@ def load_attended(
 def slot_logits(q, high, low, bias, scale, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
     """Return the base-2 logits of a tile of tokens and a tile of slots."""
     acc = tl.zeros((q.shape[0], high.shape[0]), COMPUTE)
-    if SPLIT:  # bias, in three columns, is multiplied by ones
-        acc = dot(tl.full((q.shape[0], 16), 1.0, tl.bfloat16), bias, acc, PRECISION)
+    if SPLIT:
+        acc = dot(ones_columns(q.shape[0]), tl.trans(bias), acc, PRECISION)
         acc = dot(q, tl.trans(high), dot(q, tl.trans(low), acc, PRECISION), PRECISION)
     else:
         acc = whole_products(q, high, acc, PRECISION) * (scale * LOG2E) + bias[None, :]

@@ -1,4 +1,4 @@
-"""Sum the results of the chunks of tokens."""
+"""Merge the results of the chunks of tokens."""
 
 from __future__ import annotations
 
@@ -43,6 +43,48 @@ def merge_sums(parts: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     grid, results, meta = merge_arguments(parts, outputs=1)
     launch(merge_sums_kernel, grid, parts, numbers, *results, chunks, num_slots, **meta)
     return results
+
+
+@triton.jit(do_not_specialize=["chunks", "M"])
+def merge_softmax_kernel(
+    parts, part_row_max, part_totals, values, lse, row_max, totals, chunks, M,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Merge the results of the chunks of tokens.
+
+    The merged values are the average of the chunks' values, weighted by total * exp2(row_max). The kernel also computes
+    row_max, total and lse over all tokens.
+    """
+    i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
+    o_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_e = tl.arange(0, BLOCK_E)
+    inside = (o_m < M)[:, None] & (o_e < E)[None, :]
+    part_rows = i_bh * chunks * M + o_m
+
+    b_row_max = tl.full((BLOCK_M,), float("-inf"), COMPUTE)
+    for i in range(chunks):
+        b_total = tl.load(part_totals + part_rows + i * M, mask=o_m < M, other=0.0)
+        b_part_row_max = tl.load(part_row_max + part_rows + i * M, mask=o_m < M, other=float("-inf"))
+        # The row_max of a chunk without valid keys is ignored.
+        b_row_max = tl.maximum(b_row_max, tl.where(b_total == 0, float("-inf"), b_part_row_max))
+    b_row_max = tl.where(b_row_max == float("-inf"), 0.0, b_row_max)
+    b_sum = tl.zeros((BLOCK_M,), COMPUTE)
+    b_values = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
+    for i in range(chunks):
+        rows = part_rows + i * M
+        b_total = tl.load(part_totals + rows, mask=o_m < M, other=0.0)
+        b_part_row_max = tl.load(part_row_max + rows, mask=o_m < M, other=float("-inf"))
+        weight = tl.where(b_total == 0, 0.0, b_total * tl.exp2(b_part_row_max - b_row_max))
+        b_part = tl.load(parts + rows[:, None] * E + o_e[None, :], mask=inside, other=0.0)
+        b_sum += weight
+        b_values += b_part * weight[:, None]
+    b_values = b_values / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
+
+    rows = i_bh * M + o_m
+    tl.store(values + rows[:, None] * E + o_e[None, :], b_values, mask=inside)
+    tl.store(lse + rows, b_row_max + tl.log2(b_sum), mask=o_m < M)
+    tl.store(row_max + rows, b_row_max, mask=o_m < M)
+    tl.store(totals + rows, b_sum, mask=o_m < M)
 
 
 def empty_slots(slots: Tensor, batch: int, num_heads: int, chunks: int, dtype: torch.dtype) -> Tensor:
