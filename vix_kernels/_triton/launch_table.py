@@ -283,6 +283,7 @@ _WARP_GROUP = {  # tiles of at least 64 tokens or slots use warp-group instructi
     ("aggregate_forward", 16, 64): Tile(128, 128, 8, 1),
     ("aggregate_tokens", 16, 16): Tile(128, 64, 4, 1, resident=2),
     ("aggregate_tokens", 16, 32): Tile(128, 64, 4, 1, resident=2),
+    ("aggregate_tokens_pooled", 16, 32): Tile(64, 64, 4, 1, resident=2),
     ("aggregate_tokens", 16, 64): Tile(64, 128, 8, 1),
     ("aggregate_slots", 16, 64): Tile(128, 64, 8, 1),
     ("aggregate_slots", 16, 128): Tile(128, 32, 8, 1),
