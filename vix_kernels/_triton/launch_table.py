@@ -49,7 +49,7 @@ TABLE: dict[Key, Tile] = {
     ("broadcast_forward", 16, 256): Tile(32, 16, 8, 1),
     ("aggregate_tokens", 16, 16): Tile(32, 128, 8, 2),
     ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 2),
-    ("aggregate_tokens", 16, 64): Tile(32, 32, 4, 2),
+    ("aggregate_tokens", 16, 64): Tile(32, 32, 4, 1),
     ("aggregate_tokens", 16, 128): Tile(32, 32, 8, 1),
     ("aggregate_tokens", 16, 256): Tile(32, 16, 8, 1),
     ("broadcast_tokens", 16, 16): Tile(64, 128, 8, 2),
