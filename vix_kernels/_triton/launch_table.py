@@ -349,6 +349,7 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
     },
     "sm_90": _WARP_GROUP
     | {
+        ("aggregate_tokens", 32, 32): Tile(16, 64, 4, 1),
         ("broadcast_slots", 16, 128): Tile(64, 64, 8, 2),
         # A tile of 128 slots holds all features of a head, so that they stay in registers or shared memory.
         ("linear_aggregate_forward", 16, 16): Tile(128, 64, 4, 1),
