@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -114,6 +115,8 @@ def slot_rows(
 
 def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | None) -> LaunchConfig:
     """Return the launch configuration of `kernel`. If `slots` is None, the feature map is applied to the tokens' channels."""
+    if tokens.dtype == torch.float16 and kernel in ("linear_aggregate_tokens", "linear_broadcast_tokens"):
+        kernel += "_half"  # scales that keep float16 in range need more registers than the same kernel in bfloat16
     config = launch_config(kernel, tokens, max(tokens.shape[3], values.shape[3]), tokens if slots is None else slots)
     if slots is None:  # the columns are the channels of a head, so a wider tile would only add padding
         tile = config.tile._replace(slots=min(config.tile.slots, padded(tokens.shape[3])))

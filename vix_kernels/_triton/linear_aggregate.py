@@ -6,7 +6,6 @@ running max and do not normalize the sums.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -278,9 +277,7 @@ def linear_aggregate_backward(
     batch, num_heads, tokens, width = k.shape
     value_width = v.shape[3]
     num_slots = width if slots is None else slots.shape[2]
-    config = feature_config(
-        "linear_aggregate_tokens_half" if k.dtype == torch.float16 else "linear_aggregate_tokens", k, v, slots
-    )
+    config = feature_config("linear_aggregate_tokens", k, v, slots)
     delta, size, unit = prepare(dsums, dnorms, None, None, v.dtype, config.precision)
     cos, sin, angle_h, turn = rotary_arguments(rotary, k)
     inputs = (k if slots is None else slots, k, v, k if mask is None else mask, cos, sin, delta, size, unit)
