@@ -17,6 +17,7 @@ from .features import (
     feature_config,
     feature_strides,
     load_operands,
+    outer_product,
     slot_products,
     slot_rows,
     sum_copies,
@@ -155,20 +156,6 @@ def linear_broadcast_forward_kernel(
         tl.store(total + i_bh * N + o_n, b_sum * b_scale + guard, mask=valid)
         b_out = b_out * (1.0 / tl.maximum(b_sum + guard / b_scale, TINY))[:, None]
         store_tile(b_out, out, o_n, out_n, valid, E, BLOCK_E, 0, True)
-
-
-@triton.jit
-def outer_product(x, y, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + x y^T for two vectors, as one product of tiles that hold the vectors in two 16-bit parts each.
-
-    This takes no instruction and no register for each element. Of the four products of parts, the smallest is dropped.
-    """
-    x_high, x_low = split(x * (4.0 / COPIES), DTYPE)
-    y_high, y_low = split(y, DTYPE)
-    part = tl.arange(0, COPIES) // 4
-    b_x = tl.where((part < 2)[None, :], x_high[:, None], x_low[:, None])
-    b_y = tl.where((part == 1)[:, None], y_low[None, :], y_high[None, :])
-    return dot(b_x, tl.where((part < 3)[:, None], b_y, 0.0).to(DTYPE), acc, PRECISION)
 
 
 @triton.jit(do_not_specialize=["N", "M", "sums_b", "sums_h", "norms_b", "norms_h", "angle_h", "chunk"])
