@@ -65,7 +65,7 @@ def test_launch_counts_match_a_real_call(monkeypatch) -> None:
     problem = SPECS["performer_attention"].problem(CASE)
     leaves = {name: x.requires_grad_(name != "projection") for name, x in problem.tensors.items()}
     made, run = [], launcher.launch
-    for module in ("aggregate", "broadcast", "merge"):
+    for module in ("aggregate", "broadcast", "merge", "prepare"):
         monkeypatch.setattr(f"vix_kernels._triton.{module}.launch", lambda *args, **meta: (made.append(1), run(*args, **meta)))
     outputs = replace(problem, tensors=leaves)(backend="triton")
     forward = len(made)

@@ -122,7 +122,7 @@ def test_the_minimum_is_arguments_and_results() -> None:
     traffic = performer(100, 2, 3, 40)
     token_bytes, features = 2 * 3 * 100 * 32 * 2, 40 * 32 * 4
     assert traffic.forward.least == 4 * token_bytes + features
-    assert traffic.backward.least == 8 * token_bytes + features
+    assert traffic.backward.least == 7 * token_bytes + features  # a tile holds all features, so `out` is not read
     assert loaded_bytes(traffic.forward, "slots") == 2 * [features]
 
 
@@ -180,12 +180,12 @@ def test_nystrom_forward() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_a_mask_adds_no_launches(dtype: torch.dtype) -> None:
-    """Nystrom attention takes 4 launches forward and 9 backward, with a mask and without. No PyTorch operator is among them."""
+    """Nystrom attention takes 4 launches forward and 8 backward, with a mask and without. No PyTorch operator is among them."""
     q, k, v, weight = (x.requires_grad_() for x in (*torch.randn(3, 2, 2, 100, 32, dtype=dtype), torch.randn(2, 1, 33, 1)))
     for mask in (None, torch.arange(100) < torch.tensor([[60], [0]])):
         options = dict(num_landmarks=16, conv_weight=weight, key_padding_mask=mask, backend="triton", split=False)
         traffic = measure(nystrom_attention, q, k, v, **options)
-        assert len(traffic.forward.launches) == 4 and len(traffic.backward.launches) == 9
+        assert len(traffic.forward.launches) == 4 and len(traffic.backward.launches) == 8
         assert all(each.kernel.endswith("_kernel") for each in (*traffic.forward.launches, *traffic.backward.launches))
 
 

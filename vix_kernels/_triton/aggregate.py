@@ -82,7 +82,7 @@ def aggregate_forward_kernel(
     v += i_b * v_b + i_h * v_h
     angles = table_start(i_h, angle_h, ROTARY)
     b_slots = load_slots(slots + i_b * slots_b + i_h * slots_h, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-    high, low, factor = slot_parts(b_slots, scale, k.dtype.element_ty, SPLIT, FOLD)
+    high, low = slot_parts(b_slots, scale, k.dtype.element_ty, SPLIT, FOLD)
 
     # The smallest finite number instead of -inf, because -inf - -inf is NaN.
     b_max = tl.full((BLOCK_M,), LOWEST, COMPUTE)
@@ -96,7 +96,7 @@ def aggregate_forward_kernel(
         b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_bias = tl.where(valid, key_bias(b_k, scale, GAUSSIAN, COMPUTE), float("-inf"))
-        b_l = key_logits(high, low, b_k, b_bias, factor, SPLIT, FOLD, COMPUTE, PRECISION)
+        b_l = key_logits(high, low, b_k, b_bias, scale, SPLIT, FOLD, COMPUTE, PRECISION)
 
         new_max = tl.maximum(b_max, tl.max(b_l, 1))
         b_p = tl.exp2(b_l - new_max[:, None])
@@ -124,27 +124,27 @@ def slot_operands(
     """Load a tile of slots for the gradient kernels.
 
     Returns:
-        The parts of the slots and the missing factor, unit, size, and row_max and delta: if FOLD, as tiles whose product with
+        The parts of the slots, unit, size, and row_max and delta: if FOLD, as tiles whose product with
         `ones_columns` subtracts them, otherwise as vectors.
     """
     o_m = first_slot + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-    high, low, factor = slot_parts(b_slots, scale, unit.dtype.element_ty, SPLIT, FOLD)
+    high, low = slot_parts(b_slots, scale, unit.dtype.element_ty, SPLIT, FOLD)
     b_unit, b_size, b_delta = load_unit(unit, size, delta, i_bh * M + o_m, o_m < M, E, BLOCK_E)
     b_row_max = tl.load(row_max + i_bh * M + o_m, mask=o_m < M, other=0.0)
     if FOLD:
         b_row_max, b_delta = bias_columns(-b_row_max), bias_columns(-b_delta)
-    return high, low, factor, b_unit, b_size, b_row_max, b_delta
+    return high, low, b_unit, b_size, b_row_max, b_delta
 
 
 @triton.jit
 def add_token_gradients(
-    b_dk, b_db, b_dv, b_k, b_v, b_bias, operands,
+    b_dk, b_db, b_dv, b_k, b_v, b_bias, operands, scale,
     SPLIT: tl.constexpr, FOLD: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Add what a tile of slots contributes to the gradients of tokens: to dk, the sum of dl, and dv."""
-    high, low, factor, b_unit, b_size, b_row_max, b_delta = operands
+    high, low, b_unit, b_size, b_row_max, b_delta = operands
     ROWS: tl.constexpr = b_k.shape[0]
     COLUMNS: tl.constexpr = high.shape[0]
     zeros = tl.zeros((ROWS, COLUMNS), COMPUTE)
@@ -161,7 +161,7 @@ def add_token_gradients(
         b_p = exps_at_most_one(dot(ones_columns(ROWS), tl.trans(b_row_max), b_l, PRECISION))
         b_weight = b_p
     else:
-        b_p = exps_below(b_l * factor + b_bias[:, None], b_row_max[None, :])
+        b_p = exps_below(b_l * (scale * LOG2E) + b_bias[:, None], b_row_max[None, :])
         b_weight = b_p * b_size[None, :]
     if KEYS:
         if FOLD:
@@ -224,7 +224,7 @@ def aggregate_tokens_kernel(
         if TILES > 0:
             for i in tl.static_range(TILES):
                 b_dk, b_db, b_dv = add_token_gradients(
-                    b_dk, b_db, b_dv, b_k, b_v, b_bias, resident[i], SPLIT, FOLD, COMPUTE, PRECISION, KEYS, VALUES
+                    b_dk, b_db, b_dv, b_k, b_v, b_bias, resident[i], scale, SPLIT, FOLD, COMPUTE, PRECISION, KEYS, VALUES
                 )  # fmt: skip
         else:
             for first_slot in range(0, M, BLOCK_M):
@@ -233,7 +233,7 @@ def aggregate_tokens_kernel(
                     D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, SPLIT, FOLD,
                 )  # fmt: skip
                 b_dk, b_db, b_dv = add_token_gradients(
-                    b_dk, b_db, b_dv, b_k, b_v, b_bias, operands, SPLIT, FOLD, COMPUTE, PRECISION, KEYS, VALUES
+                    b_dk, b_db, b_dv, b_k, b_v, b_bias, operands, scale, SPLIT, FOLD, COMPUTE, PRECISION, KEYS, VALUES
                 )  # fmt: skip
 
         if KEYS:
@@ -273,7 +273,7 @@ def aggregate_slots_kernel(
     k += i_b * k_b + i_h * k_h
     v += i_b * v_b + i_h * v_h
     angles = table_start(i_h, angle_h, ROTARY)
-    high, low, factor, b_unit, b_size, b_row_max, b_delta = slot_operands(
+    high, low, b_unit, b_size, b_row_max, b_delta = slot_operands(
         slots + i_b * slots_b + i_h * slots_h, row_max, delta, size, unit, slots_m, i_bh, first_slot, M, scale,
         D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, SPLIT, FOLD,
     )  # fmt: skip
@@ -287,7 +287,7 @@ def aggregate_slots_kernel(
         b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_bias = key_bias(b_k, scale, GAUSSIAN, COMPUTE)
-        b_l = key_logits(high, low, b_k, b_bias, factor, SPLIT, FOLD, COMPUTE, PRECISION)
+        b_l = key_logits(high, low, b_k, b_bias, scale, SPLIT, FOLD, COMPUTE, PRECISION)
         b_dp = row_products(b_unit, b_v, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), False, False, PRECISION)
         if FOLD:
             ones = tl.trans(ones_columns(BLOCK_N))

@@ -55,7 +55,7 @@ def broadcast_forward_kernel(
     bias += i_b * bias_b + i_h * bias_h
     q += i_b * q_b + i_h * q_h
     out += i_b * out_b + i_h * out_h
-    if BIASED:
+    if BIASED != "none":
         empty = has_no_slot(bias, bias_m, M, BIASED, BLOCK_M)
     tiles = ()
     for i in tl.static_range(TILES):
@@ -93,7 +93,7 @@ def broadcast_forward_kernel(
 
         b_inverse = 1.0 / b_sum
         b_out *= b_inverse[:, None]
-        if BIASED:
+        if BIASED != "none":
             b_out, b_inverse = tl.where(empty, 0.0, b_out), tl.where(empty, 0.0, b_inverse)
         tl.store(row_max + i_bh * N + o_n, b_max, mask=valid)
         tl.store(inverse + i_bh * N + o_n, b_inverse, mask=valid)
@@ -302,13 +302,13 @@ def broadcast_slots_kernel(
         store_slots(b_dslots * scale, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
 
 
-def bias_arguments(slot_bias: Tensor | None, values: Tensor) -> tuple[Tensor, tuple[int, int, int], bool | str]:
-    """Return a pointer to the bias or the mask of the slots, its strides, and the constexpr BIASED: False, True or "mask"."""
+def bias_arguments(slot_bias: Tensor | None, values: Tensor) -> tuple[Tensor, tuple[int, int, int], str]:
+    """Return a pointer to the bias or mask of the slots, its strides, and the constexpr BIASED: "none", "bias" or "mask"."""
     if slot_bias is None:
-        return values, (0, 0, 0), False
+        return values, (0, 0, 0), "none"
     if slot_bias.dim() == 2:
         return slot_bias, (slot_bias.stride(0), 0, slot_bias.stride(1)), "mask"
-    return slot_bias, slot_bias.stride(), True
+    return slot_bias, slot_bias.stride(), "bias"
 
 
 def broadcast_forward(

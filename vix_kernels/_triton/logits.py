@@ -23,20 +23,17 @@ LOWEST = tl.constexpr(-3e38)  # stands for -inf, whose three parts would be NaN;
 
 @triton.jit
 def slot_parts(slots, scale, DTYPE: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.constexpr):
-    """Return slots as two DTYPE tiles (the same tile twice unless SPLIT), and the factor that is still missing in the logits.
+    """Return slots as two DTYPE tiles (the same tile twice unless SPLIT), multiplied by scale * log2(e) if FOLD.
 
-    If FOLD, slots are multiplied by scale * log2(e) first, so no factor is missing. bfloat16 has the range of float32, so the
-    parts are as precise as those of the slots.
+    bfloat16 has the range of float32, so the parts of the products are as precise as those of the slots.
     """
-    factor = scale * LOG2E
     if FOLD:
-        slots = slots * factor
-        factor = 1.0
+        slots = slots * (scale * LOG2E)
     if SPLIT:
         high, low = split(slots, DTYPE)
     else:
         high, low = slots, slots
-    return high, low, factor
+    return high, low
 
 
 @triton.jit
@@ -70,7 +67,7 @@ def ones_columns(ROWS: tl.constexpr):
 
 @triton.jit
 def key_logits(
-    high, low, k, bias, factor, SPLIT: tl.constexpr, FOLD: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr
+    high, low, k, bias, scale, SPLIT: tl.constexpr, FOLD: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Return the base-2 logits (slots, tokens) of `slot_parts` and a tile of keys. `bias` has one number per key."""
     acc = tl.zeros((high.shape[0], k.shape[0]), COMPUTE)
@@ -81,7 +78,7 @@ def key_logits(
     else:
         acc = whole_products(high, k, acc, PRECISION)
     if not FOLD:
-        acc = acc * factor + bias[None, :]
+        acc = acc * (scale * LOG2E) + bias[None, :]
     return acc
 
 
@@ -106,7 +103,7 @@ def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr)
     """Return the base-2 bias of a tile of slots. It is LOWEST for indices of M or greater, so their probability is 0."""
     if BIASED == "mask":
         b_bias = tl.where(tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=0) != 0, 0.0, LOWEST).to(COMPUTE)
-    elif BIASED:
+    elif BIASED == "bias":
         b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=LOWEST)
         b_bias = tl.maximum(b_bias, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     else:
