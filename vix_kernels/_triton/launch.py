@@ -65,8 +65,8 @@ class LaunchConfig:
         return size, triton.cdiv(tokens, size)
 
     def slots(self, num_slots: int) -> int:
-        """Return the number of slots per tile: that of the launch table, or less if all slots fit in a smaller tile."""
-        return min(self.tile.slots, max(16, triton.next_power_of_2(num_slots)))
+        """Return the number of slots per tile: that of the launch table, or 64 if that is enough for all slots."""
+        return min(self.tile.slots, max(64, triton.next_power_of_2(num_slots)))
 
     def stream(self, programs: int, tokens: int, num_slots: int) -> tuple[int, dict[str, int]]:
         """Return the tokens per program of a kernel that keeps slots while tokens stream through it, and its constexprs.
@@ -85,7 +85,7 @@ class LaunchConfig:
 
         Fewer slots than a tile need fewer warps. A tile has at least 64 slots, 16 for each of four warps, if the table allows.
         """
-        block = min(self.tile.slots, max(64, triton.next_power_of_2(num_slots)))
+        block = self.slots(num_slots)
         return block, dict(BLOCK_M=block, num_warps=max(self.tile.num_warps * block // self.tile.slots, 1))
 
     @property
