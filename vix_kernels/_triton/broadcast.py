@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import Needs, Rotary, Statistics, empty_like_tokens, unit_last_stride
-from .launch import launch, launch_config, mask_strides, rotary_arguments, slot_strides, token_strides
+from .launch import is_heavy, launch, launch_config, mask_strides, rotary_arguments, slot_strides, token_strides
 from .logits import exps_at_most_one, load_attended, slot_logits
 from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
@@ -317,7 +317,7 @@ def broadcast_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_heads, tokens, width = q.shape
     num_slots, value_width = values.shape[2:]
-    config = launch_config("broadcast_forward", q, max(width, value_width), slots)
+    config = launch_config("broadcast_forward", q, max(width, value_width), slots, is_heavy(q, slots, rotary))
     out = empty_like_tokens(q, value_width)
     row_max, inverse = (q.new_empty(batch, num_heads, tokens, dtype=config.compute) for _ in range(2))
     cos, sin, angle_h, turn = rotary_arguments(rotary, q)
@@ -354,12 +354,12 @@ def broadcast_backward(
     variant = dict(**turn, BIASED=biased)
 
     dq = empty_like_tokens(q, width)
-    slots_config = launch_config("broadcast_slots", q, max(width, value_width), slots, pooled=need_slots)
+    slots_config = launch_config("broadcast_slots", q, max(width, value_width), slots, need_slots or rotary is not None)
     block = slots_config.slots(num_slots)
     fused = num_slots <= block and (need_slots or need_values)
     delta = q if fused else torch.empty_like(row_max)
     if not fused:
-        config = launch_config("broadcast_tokens", q, max(width, value_width), slots)
+        config = launch_config("broadcast_tokens", q, max(width, value_width), slots, is_heavy(q, slots, rotary))
         known = q if out is None else out
         chunk, keep = config.stream(batch * num_heads, tokens, num_slots)
         launch(

@@ -111,7 +111,7 @@ LEAST_CHUNK = 256  # tokens; merging smaller chunks would take more time than th
 ASSUMED_TOKENS = 1024
 
 
-def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor, pooled: bool | None = None) -> LaunchConfig:
+def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor, heavy: bool | None = None) -> LaunchConfig:
     """Return the configuration of `kernel` for the device and dtype of `tokens`.
 
     Args:
@@ -119,24 +119,28 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor, pooled
         tokens: the tokens, (batch, heads, tokens, channels) or (batch, tokens, channels).
         width: width to look up in the launch table. For most kernels it is the larger of the head widths of keys and values.
         slots: the slots. Only their dtype is used.
-        pooled: whether to prefer the entry for pooled slots; by default, whether the slots have the tokens' dtype.
+        heavy: whether to prefer the entry for more registers; by default, whether the slots have the tokens' dtype.
     """
     arch = architecture(tokens.device)
     split = slots.element_size() > tokens.element_size()
-    _, tile = find_tile(arch, kernel, tokens.element_size() * 8, padded(width), pooled=not split if pooled is None else pooled)
+    _, tile = find_tile(arch, kernel, tokens.element_size() * 8, padded(width), heavy=not split if heavy is None else heavy)
     step = tile.tokens
     if conditions.current.arch:
         tile = tile._replace(tokens=max(tile.tokens, min(ASSUMED_TOKENS, triton.next_power_of_2(tokens.shape[2]))))
     return LaunchConfig(tile, accumulator(tokens.dtype), split, _precision(tile, arch), multiprocessors(tokens.device), step)
 
 
-def find_tile(arch: str, kernel: str, bits: int, width: int, pooled: bool) -> tuple[Key, Tile]:
+def is_heavy(tokens: Tensor, slots: Tensor, rotary: Rotary | None) -> bool:
+    """Return whether slots that are pooled from tokens or RoPE need more registers than random features alone."""
+    return rotary is not None or slots.dtype == tokens.dtype
+
+
+def find_tile(arch: str, kernel: str, bits: int, width: int, heavy: bool) -> tuple[Key, Tile]:
     """Return the key in the launch table and the tile of `kernel` on `arch`.
 
-    `pooled` says whether to prefer the entry for pooled slots.
+    `heavy` says whether to prefer the entry for a launch that needs more registers.
     """
-    # 16-bit slots, which are pooled from tokens, need a different number of registers than float32 random features.
-    names = (f"{kernel}_pooled", kernel) if bits == 16 and pooled else (kernel,)
+    names = (f"{kernel}_heavy", kernel) if bits == 16 and heavy else (kernel,)
     keys = [(name, bits, width) for name in names]
     for key in keys:
         if conditions.current.asked is not None:

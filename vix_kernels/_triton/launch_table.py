@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 
 Key = tuple[str, int, int]  # name of the kernel, bits of the tokens' dtype, padded width
-VARIANTS = ("_pooled", "_learned", "_half")
+VARIANTS = ("_heavy", "_learned", "_half")
 
 
 def kernel_name(entry: str) -> str:
@@ -33,34 +33,38 @@ def kernel_name(entry: str) -> str:
     return next((entry.removesuffix(suffix) for suffix in VARIANTS if entry.endswith(suffix)), entry)
 
 
-# An entry "..._pooled" is for the same kernel with 16-bit slots, which are pooled from tokens, or with slots whose gradients
-# are needed. It exists only if such slots need a different tile than float32 random features. An entry "..._learned" is for the
-# same kernel if it also computes dslots, and an entry "..._half" for float16.
+# An entry "..._heavy" is for the same kernel where it needs more registers: with slots that are pooled from tokens and, in
+# `broadcast`, with RoPE or with slots whose gradients are needed. Entries "..._learned" are for kernels that also compute dslots,
+# and entries "..._half" for float16. They exist only where the tiles differ.
 TABLE: dict[Key, Tile] = {
     ("aggregate_forward", 16, 16): Tile(128, 64, 8, 1),
     ("aggregate_forward", 16, 32): Tile(128, 64, 8, 1),
     ("aggregate_forward", 16, 64): Tile(128, 32, 8, 1),
     ("aggregate_forward", 16, 128): Tile(64, 32, 8, 1),
     ("aggregate_forward", 16, 256): Tile(16, 32, 8, 1),
-    ("broadcast_forward", 16, 16): Tile(64, 128, 8, 2),
-    ("broadcast_forward", 16, 32): Tile(128, 64, 4, 1, resident=2),
-    ("broadcast_forward", 16, 64): Tile(128, 128, 8, 1, resident=2),
-    ("broadcast_forward", 16, 128): Tile(32, 64, 8, 2),
+    ("broadcast_forward", 16, 16): Tile(64, 64, 4, 1),
+    ("broadcast_forward", 16, 32): Tile(64, 64, 4, 1),
+    ("broadcast_forward", 16, 64): Tile(64, 64, 4, 1),
+    ("broadcast_forward_heavy", 16, 64): Tile(32, 64, 4, 1),
+    ("broadcast_forward", 16, 128): Tile(32, 32, 4, 1),
+    ("broadcast_tokens", 16, 16): Tile(64, 64, 4, 1, resident=2),
+    ("broadcast_tokens", 16, 32): Tile(64, 64, 4, 1, resident=2),
+    ("broadcast_tokens", 16, 64): Tile(32, 64, 4, 1),
+    ("broadcast_tokens", 16, 128): Tile(32, 32, 8, 1),
+    ("broadcast_tokens_heavy", 16, 128): Tile(16, 64, 8, 1),
+    ("broadcast_slots", 16, 16): Tile(64, 64, 4, 1),
+    ("broadcast_slots", 16, 32): Tile(64, 64, 4, 1),
+    ("broadcast_slots", 16, 64): Tile(32, 64, 4, 1),
+    ("broadcast_slots_heavy", 16, 64): Tile(32, 32, 4, 1),
+    ("broadcast_slots", 16, 128): Tile(32, 32, 8, 1),
+    ("broadcast_slots_heavy", 16, 128): Tile(16, 16, 4, 1),
     ("broadcast_forward", 16, 256): Tile(32, 16, 8, 1),
     ("aggregate_tokens", 16, 16): Tile(32, 128, 8, 2),
     ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 2),
     ("aggregate_tokens", 16, 64): Tile(32, 32, 4, 1),
     ("aggregate_tokens", 16, 128): Tile(32, 32, 8, 1),
     ("aggregate_tokens", 16, 256): Tile(32, 16, 8, 1),
-    ("broadcast_tokens", 16, 16): Tile(64, 128, 8, 2),
-    ("broadcast_tokens", 16, 32): Tile(128, 64, 4, 1, resident=1),
-    ("broadcast_tokens", 16, 64): Tile(128, 128, 8, 1, resident=2),
-    ("broadcast_tokens", 16, 128): Tile(32, 64, 8, 2),
     ("broadcast_tokens", 16, 256): Tile(32, 16, 8, 1),
-    ("broadcast_slots", 16, 16): Tile(64, 64, 4, 2),
-    ("broadcast_slots", 16, 32): Tile(128, 64, 4, 1),
-    ("broadcast_slots", 16, 64): Tile(128, 64, 8, 1),
-    ("broadcast_slots", 16, 128): Tile(32, 64, 8, 1),
     ("broadcast_slots", 16, 256): Tile(16, 32, 8, 1),
     ("aggregate_slots", 16, 16): Tile(128, 64, 8, 1),
     ("aggregate_slots", 16, 32): Tile(128, 64, 8, 1),
@@ -282,21 +286,36 @@ TABLE: dict[Key, Tile] = {
     ("pinv_backward", 32, 64): Tile(0, 16, 8, 1),
     ("pinv_backward", 32, 128): Tile(0, 16, 8, 1),
 }
-_WARP_GROUP = {  # tiles of at least 64 tokens or slots use warp-group instructions, which need fewer registers for operands
-    ("aggregate_forward", 16, 16): Tile(128, 128, 8, 1),
-    ("aggregate_forward", 16, 32): Tile(128, 128, 8, 1),
+_NARROW = {  # widths 16 and 32 on architectures with warp-group instructions
+    "aggregate_forward": Tile(128, 128, 8, 1),
+    "aggregate_tokens": Tile(128, 64, 4, 1, resident=2),
+    "broadcast_forward": Tile(128, 64, 4, 1, resident=2),
+    "broadcast_forward_heavy": Tile(128, 64, 4, 1, resident=1),
+    "broadcast_tokens": Tile(128, 64, 4, 1, resident=1),
+    "broadcast_slots": Tile(128, 64, 4, 1),
+    "broadcast_slots_heavy": Tile(64, 64, 4, 1),
+}
+_WARP_GROUP = {
+    (kernel, 16, width): tile for width in (16, 32) for kernel, tile in _NARROW.items()
+} | {  # tiles of at least 64 tokens or slots use warp-group instructions, which need fewer registers for operands
     ("aggregate_forward", 16, 64): Tile(128, 128, 8, 1),
-    ("aggregate_tokens", 16, 16): Tile(128, 64, 4, 1, resident=2),
-    ("aggregate_tokens", 16, 32): Tile(128, 64, 4, 1, resident=2),
-    ("aggregate_tokens_pooled", 16, 32): Tile(64, 64, 4, 1, resident=2),
+    ("aggregate_tokens_heavy", 16, 32): Tile(64, 64, 4, 1, resident=2),
     ("aggregate_tokens", 16, 64): Tile(64, 128, 8, 1),
     ("aggregate_slots", 16, 64): Tile(128, 64, 8, 1),
     ("aggregate_slots", 16, 128): Tile(128, 32, 8, 1),
     ("aggregate_forward", 16, 128): Tile(128, 64, 8, 1),
-    ("aggregate_forward_pooled", 16, 128): Tile(64, 32, 4, 1),
-    ("broadcast_forward", 16, 128): Tile(64, 128, 8, 2),
-    ("broadcast_tokens", 16, 128): Tile(64, 128, 8, 2),
-    ("broadcast_slots", 16, 128): Tile(64, 64, 4, 2),
+    ("aggregate_forward_heavy", 16, 128): Tile(64, 32, 4, 1),
+    ("broadcast_forward", 16, 64): Tile(128, 128, 8, 1, resident=2),
+    ("broadcast_forward_heavy", 16, 64): Tile(128, 128, 8, 1, resident=1),
+    ("broadcast_forward", 16, 128): Tile(32, 64, 4, 1),
+    ("broadcast_tokens", 16, 64): Tile(128, 128, 8, 1, resident=2),
+    ("broadcast_tokens_heavy", 16, 64): Tile(64, 128, 8, 1),
+    ("broadcast_tokens", 16, 128): Tile(64, 128, 8, 1),
+    ("broadcast_tokens_heavy", 16, 128): Tile(32, 32, 4, 1),
+    ("broadcast_slots", 16, 64): Tile(128, 128, 8, 1),
+    ("broadcast_slots_heavy", 16, 64): Tile(64, 64, 4, 1),
+    ("broadcast_slots", 16, 128): Tile(64, 128, 8, 1),
+    ("broadcast_slots_heavy", 16, 128): Tile(32, 128, 8, 1),
     ("dft_channels", 16, 64): Tile(128, 64, 8, 3),
     ("dft_tokens", 16, 64): Tile(128, 128, 8, 3),
 }
@@ -318,23 +337,17 @@ _HOPPER_LINEAR = {  # 128 slots hold the usual number of random features, so tha
 _SMALL = {  # for architectures with 99 KiB of shared memory per block
     ("linear_broadcast_slots", 32, 256): Tile(16, 16, 8, 1, "ieee"),
     ("linear_broadcast_slots_learned", 32, 256): Tile(16, 16, 8, 1, "ieee"),
-    ("broadcast_forward_pooled", 16, 64): Tile(64, 64, 4, 2),
-    ("broadcast_tokens_pooled", 16, 128): Tile(32, 64, 8, 1),
     ("token_conv_backward", 16, 128): Tile(32, 64, 8, 1),
     ("aggregate_slots", 32, 128): Tile(16, 16, 8, 1, "ieee"),
 }
 _ADA = {  # for kernels that, on sm_86 and sm_89, would spill registers with the tiles above
-    ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 8, 2),
-    ("broadcast_slots_pooled", 16, 64): Tile(32, 64, 8, 2),
-    ("broadcast_tokens", 16, 32): Tile(64, 128, 8, 1),
+    ("broadcast_slots", 16, 128): Tile(32, 32, 4, 1),
+    ("broadcast_tokens_heavy", 16, 128): Tile(32, 32, 8, 1),
+    ("aggregate_tokens", 16, 128): Tile(16, 32, 8, 1, apart=True),
 }
 _CDNA = {  # for kernels that fit in registers only with one stage or a different tile
     ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 1),
-    ("broadcast_tokens", 16, 32): Tile(32, 128, 4, 1),
-    ("broadcast_forward", 16, 64): Tile(64, 128, 8, 1),
     ("aggregate_tokens", 16, 128): Tile(16, 64, 8, 1),
-    ("broadcast_tokens", 16, 128): Tile(16, 64, 4, 1),
-    ("broadcast_slots", 16, 128): Tile(16, 32, 4, 1),
     ("aggregate_tokens", 32, 128): Tile(16, 32, 8, 1),
     ("pinv_forward", 16, 64): Tile(0, 16, 8, 1, "tf32"),
 }
@@ -342,22 +355,16 @@ _CDNA = {  # for kernels that fit in registers only with one stage or a differen
 OVERRIDES: dict[str, dict[Key, Tile]] = {
     "sm_80": {
         ("aggregate_slots", 16, 32): Tile(128, 32, 8, 1),
-        ("broadcast_forward_pooled", 16, 64): Tile(64, 64, 4, 2),
-        ("aggregate_tokens_pooled", 16, 64): Tile(32, 32, 8, 2),
-        ("broadcast_slots", 16, 64): Tile(32, 64, 8, 2),
-        ("broadcast_forward_pooled", 16, 128): Tile(32, 64, 8, 3),
-        ("broadcast_tokens_pooled", 16, 128): Tile(32, 32, 8, 1),
+        ("aggregate_tokens", 16, 128): Tile(16, 32, 8, 1, apart=True),
+        ("aggregate_tokens_heavy", 16, 64): Tile(32, 32, 8, 2),
     },
     "sm_86": _SMALL | _ADA,
     "sm_89": _SMALL | _ADA | {("project_forward", 16, 128): Tile(64, 32, 8, 1)},
     "sm_120": _SMALL
     | {
         ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 1),
-        ("broadcast_forward", 16, 32): Tile(64, 128, 4, 2),
-        ("broadcast_tokens_pooled", 16, 32): Tile(64, 128, 8, 1),
-        ("broadcast_tokens_pooled", 16, 128): Tile(32, 32, 8, 1),
-        ("broadcast_slots_pooled", 16, 32): Tile(64, 64, 8, 2),
-        ("broadcast_slots_pooled", 16, 128): Tile(32, 64, 4, 1),
+        ("aggregate_slots", 16, 64): Tile(64, 32, 8, 1),
+        ("aggregate_tokens", 16, 128): Tile(16, 32, 8, 1, apart=True),
         ("project_forward", 16, 128): Tile(64, 32, 8, 1),
         ("token_conv_backward", 16, 64): Tile(64, 64, 8, 1),
         ("pinv_backward", 16, 128): Tile(0, 32, 4, 1, "tf32"),
@@ -370,10 +377,7 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
         ("linear_aggregate_forward", 16, 128): Tile(64, 64, 8, 1),
         ("linear_aggregate_tokens", 16, 128): Tile(64, 64, 8, 1),
         ("linear_broadcast_forward", 16, 128): Tile(64, 64, 8, 1),
-        ("broadcast_slots", 16, 128): Tile(64, 64, 8, 2),
         ("aggregate_tokens", 16, 128): Tile(32, 64, 8, 2),
-        # A larger tile would usually fit in the registers, but with it, Triton 3.6 spills a few bytes at width 80.
-        ("broadcast_tokens", 16, 128): Tile(32, 128, 8, 2),
         ("linear_broadcast_slots", 16, 128): Tile(32, 32, 4, 1),
         ("broadcast_tokens", 32, 64): Tile(16, 32, 8, 1),  # Triton 3.6 spills registers with TABLE's entry
         ("aggregate_forward", 32, 128): Tile(16, 32, 8, 1),
@@ -387,7 +391,9 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
     | {
         ("aggregate_tokens", 16, 128): Tile(64, 64, 8, 1),
         ("broadcast_tokens", 16, 64): Tile(64, 128, 8, 1),
-        ("broadcast_forward_pooled", 16, 64): Tile(64, 128, 4, 2),
+        ("broadcast_slots", 16, 64): Tile(32, 64, 4, 1),
+        ("broadcast_slots", 16, 128): Tile(16, 32, 4, 1),
+        ("broadcast_slots_heavy", 16, 128): Tile(16, 32, 4, 1),
         ("dft_channels", 16, 64): Tile(128, 128, 8, 3),
     },
     "gfx90a": _CDNA,

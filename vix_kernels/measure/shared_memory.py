@@ -61,8 +61,8 @@ class Row:
 
 def entries(arch: str) -> set[Row]:
     """Return all entries that a launch on `arch` can look up."""
-    keys = ((name.removesuffix("_pooled"), bits, width) for name, bits, width in (*TABLE, *OVERRIDES.get(arch, {})))
-    served = (find_tile(arch, *key, pooled) for key in keys for pooled in (False, True))
+    keys = ((name.removesuffix("_heavy"), bits, width) for name, bits, width in (*TABLE, *OVERRIDES.get(arch, {})))
+    served = (find_tile(arch, *key, heavy) for key in keys for heavy in (False, True))
     generation = GENERATION.get(arch, arch)
     return {Row("", generation, *key, " ".join(map(str, tile)), code_hash(key[0]), 0) for key, tile in served}
 
