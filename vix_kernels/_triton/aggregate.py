@@ -335,7 +335,8 @@ def aggregate_backward(
     (need_slots, need_k, need_v), (row_max, total) = needs, statistics
     batch, num_heads, tokens, width = k.shape
     num_slots, value_width = slots.shape[2], v.shape[3]
-    config = launch_config("aggregate_tokens", k, max(width, value_width), slots)
+    heavy = slots.dtype == k.dtype or num_slots > 128  # more slots than a tile need more registers
+    config = launch_config("aggregate_tokens", k, max(width, value_width), slots, heavy)
     cos, sin, angle_h, turn = rotary_arguments(rotary, k)
 
     delta, size, unit = prepare(dvalues, dlse, values, total, v.dtype, config.precision)

@@ -103,6 +103,7 @@ class LaunchConfig:
         )  # fmt: skip
 
 
+VARIANTS = ("_heavy", "_learned", "_half")  # suffixes in the launch table
 PROGRAMS_A_MULTIPROCESSOR = 2  # number of programs whose registers fit in a multiprocessor at the same time
 LEAST_CHUNK = 256  # tokens; merging smaller chunks would take more time than the additional programs save
 # Largest number of tokens per tile when the interpreter uses the launch configurations of a GPU architecture. With tiles this
@@ -133,6 +134,11 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor, heavy:
 def is_heavy(tokens: Tensor, slots: Tensor, rotary: Rotary | None) -> bool:
     """Return whether slots that are pooled from tokens or RoPE need more registers than random features alone."""
     return rotary is not None or slots.dtype == tokens.dtype
+
+
+def kernel_name(entry: str) -> str:
+    """Return the name of the kernel of a launch table entry, without the suffix of a variant."""
+    return next((entry.removesuffix(suffix) for suffix in VARIANTS if entry.endswith(suffix)), entry)
 
 
 def find_tile(arch: str, kernel: str, bits: int, width: int, heavy: bool) -> tuple[Key, Tile]:

@@ -18,7 +18,7 @@ from triton.language.target_info import is_cuda
 
 from .tiles import INTERPRETED, LOG2E, cast, dot, load_slots, split, whole_products
 
-LOWEST = tl.constexpr(-3e38)  # stands for -inf, whose three parts would be NaN; finite in bfloat16 and float32
+LOWEST = tl.constexpr(-3e38)  # replaces -inf, whose three parts would be NaN; finite in bfloat16 and float32
 
 
 @triton.jit

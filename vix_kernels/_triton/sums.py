@@ -1,6 +1,6 @@
 """Sums in two stages, for sums over so many items that one program per result would leave the device idle.
 
-The kernel of the first stage splits the items, for example samples and heads, into chunks. Each chunk has its own programs,
+The kernel of the first stage splits the items, for example samples and heads, into chunks. Each chunk has separate programs,
 which write partial sums. The kernel in this file adds the partial sums of all chunks. Both orders of summation depend only on
 sizes and on the device, so repeated calls return bit-identical results.
 """

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import triton
 from torch import Tensor
 
 from .. import conditions
-from .._triton.launch import find_tile
-from .._triton.launch_table import OVERRIDES, TABLE, kernel_name
+from .._triton.launch import find_tile, kernel_name
+from .._triton.launch_table import OVERRIDES, TABLE
 from .._triton.targets import TARGETS
 from ..testing import SPECS, Case, Problem, draw
 from . import offline
@@ -91,12 +92,17 @@ def excesses(rows: Iterable[Row], arch: str) -> list[str]:
 def problems(bits: int, width: int) -> Iterator[Problem]:
     """Yield problems that launch every kernel in all variants that share an entry of the launch table.
 
-    All differentiable tensors require gradients. With fewer gradients, kernels do less work and do not need more memory.
+    Gradients of slots, many slots and float16 have separate entries in some kernels.
     """
     variants = dict(), dict(rope="half", masked=True, feature_map="elu"), dict(rope="interleaved")
     case = Case("", BATCH, HEADS, TOKENS, width=width, features=min(width, 128), taps=33, learned=True)
     for spec, options in product(SPECS.values(), variants):
         yield draw(spec, spec.fit(replace(case, **options)), DTYPES[bits], "cpu")
+        if bits == 16 and "linear" in spec.name:
+            yield draw(spec, spec.fit(replace(case, **options)), torch.float16, "cpu")
+    for name, features, options in product(("performer_attention", "linformer_attention"), (128, 256), variants):
+        spec = SPECS[name]
+        yield draw(spec, spec.fit(replace(case, features=features, learned=False, **options)), DTYPES[bits], "cpu")
 
 
 class Allocated(Exception):

@@ -16,20 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from .._triton import launch_table
+from .._triton.launch import kernel_name
 
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE}
 
 
+# Kernels that the launch table lists under the name of another kernel.
+LISTED_AS = {"angle_gradient": "rotate", "pinv_forward_registers": "pinv_forward"}
+
+
 def table_name(kernel: str) -> str:
     """Return the name under which the launch table lists a kernel."""
-    return "rotate" if kernel == "angle_gradient_kernel" else kernel.removesuffix("_kernel")
+    name = kernel.removesuffix("_kernel")
+    return LISTED_AS.get(name, name)
 
 
 @cache
 def code_hash(name: str) -> str:
     """Hash the kernels that the launch table lists as `name`, with the device functions and constants they use."""
-    name = launch_table.kernel_name(name)
-    return hash_of(f"{name}_kernel", *(["angle_gradient_kernel"] if name == "rotate" else []))
+    name = kernel_name(name)
+    return hash_of(*(f"{each}_kernel" for each in (name, *LISTED_AS) if table_name(each) == name))
 
 
 def kernel_hash(kernel: Any) -> str:

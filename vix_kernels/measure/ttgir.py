@@ -14,6 +14,7 @@ from math import prod
 
 RESULT = re.compile(r"^(%[\w$.-]+)(?::\d+)? = ")
 NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")  # "%x#1" is the second result of an operation
+ATTRIBUTES = re.compile(r'"[^"]*"|\{[^{}]*\}')  # strings, such as inline PTX, and the attributes of an operation
 FOR = re.compile(r"scf\.for (%\S+) = (%\S+) to (%\S+) step (%\S+)(?: iter_args\((.*?)\) ->)?")
 SHAPE = re.compile(r"(?:tensor|memdesc)<((?:\d+x)+)")
 PRODUCTS = {"tt.dot", "ttng.warp_group_dot", "ttng.tc_gen5_mma"}
@@ -153,7 +154,7 @@ class Reader:
                 for variable, value in zip(open_blocks[-1][3], NAME.findall(body), strict=False):
                     self.carried[variable].append(value)
             name = body.split(" ")[0].strip('"').split("(")[0].strip('"')
-            operands = NAME.findall(body.partition(" : ")[0])
+            operands = NAME.findall(ATTRIBUTES.sub("", body).partition(" : ")[0])
             op = Op(name, body, tuple(operands), loop)
             self.listed.append(op)
             if found:
@@ -200,7 +201,13 @@ class Reader:
         products = [op for op in ops if op.name in PRODUCTS]
         loop.products, loop.multiply_adds = len(products), sum(op.multiply_adds for op in products)
         exponentials = {self.roots(op.operands): op for op in ops if op.is_exponential}
-        loop.logits = sum(root.elements for root in {root for roots in exponentials for root in roots} if root.name in ROOTS)
+        logits = {
+            root
+            for roots, op in exponentials.items()
+            for root in roots
+            if root.name in ROOTS and root.elements == op.elements  # not products that only vectors depend on
+        }
+        loop.logits = sum(root.elements for root in logits)
         if not loop.logits:  # exponentials of loaded tiles, as in linear attention
             loop.logits = sum(op.elements for op in exponentials.values())
         features = {root for op in ops if op.is_maximum for root in self.roots(op.operands) if root.name in ROOTS}
