@@ -172,7 +172,7 @@ def test_torch_launches_are_counted():
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_launch_fits_its_shared_memory(arch):
-    """Cover every entry for sm_90, and the entries that were measured since their kernel or tile changed for the others."""
+    """For sm_90, cover every entry. For others, cover the entries measured since the last change of their kernel or tile."""
     rows = read_csv(shared_memory.COMMITTED, shared_memory.Row)
     served = shared_memory.entries(arch)
     assert {(entry.bits, entry.width) for entry in served} == set(product((16, 32), (16, 32, 64, 128, 256)))
@@ -232,7 +232,7 @@ def test_exceeded_limits_are_named(change, message):
 def test_values_within_limits_pass():
     wide = replace(SM90_16_BIT, width=256, spilled=64)
     assert budgets.violations([SM90_16_BIT, wide, replace(SM90_16_BIT, shared=101_377, waits=3, exps=1.1)]) == []
-    # On AMD only the memory is checked.
+    # On AMD, only the memory is checked.
     assert budgets.violations([replace(SM90_16_BIT, arch="gfx942", spilled=52, exps=2.0, matrix="", loads="")]) == []
 
 
@@ -264,13 +264,13 @@ def test_missed_budgets_are_named():
     (found,) = budgets.missed([replace(SM90_16_BIT, loop=8.6)], [reached])[1]
     assert found.endswith("8.6, budget 8, at most 8.5 declared")
     for change in (dict(width=32), dict(uses="performer forward 16"), dict(dtype="fp16"), dict(arch="sm_80")):
-        assert budgets.missed([replace(SM90_16_BIT, **change)], [most]) == ([], [])  # these rows are not in the case
+        assert budgets.missed([replace(SM90_16_BIT, **change)], [most]) == ([], [])  # the budget does not apply to these rows
 
 
 def test_late_calls_are_named():
     assert budgets.late({"forward, case A": 79e-6, "backward, case A": 200e-6}) == ([], [])
     assert budgets.late({"forward, case A": 81e-6}) == ([], ["forward, case A: 81 us predicted, budget 80"])
-    (declared,), failed = budgets.late({"pinv, 512 heads, 16-bit": float("inf")})
+    (declared,), failed = budgets.late({"pinv, 512 heads, fp32": float("inf")})
     assert declared.endswith("lower bound of the time") and failed == []
 
 
@@ -321,7 +321,7 @@ def test_the_committed_table_is_current_and_passes():
 
 
 def test_every_budget_has_rows():
-    """Otherwise a budget of a kernel that was renamed would never be checked."""
+    """A budget without rows, for example because its kernel was renamed, would never be checked."""
     rows = read_csv(compile_report.TABLE, Row)
     for version, budget in product({row.triton for row in rows}, budgets.BUDGETS):
         if budget.dtype == "bf16":
@@ -335,7 +335,7 @@ def test_rows_of_a_changed_kernel_are_outdated(monkeypatch):
     functions = {name: [*words] for name, words in sources.device_code().items()}
     assert '"""' not in "".join(functions["broadcast_slots_kernel"])
     assert "LN2" in functions and "LN2" in functions["broadcast_slots_kernel"]
-    functions["exps_at_most_one"].append("pass")  # a function that the kernel calls calls this function
+    functions["exps_at_most_one"].append("pass")  # the kernel calls this function through another function
     monkeypatch.setattr(sources, "device_code", lambda: functions)
     sources.hash_of.cache_clear()
     try:

@@ -74,7 +74,7 @@ def test_the_instructions_of_a_known_kernel_are_counted():
         assert 8 * main_loops < row["loop"] < 24 * main_loops
         assert all(kind.startswith("HGMMA.64x64x16:") for kind in row["matrix"].split())
     assert [Section.parse(each).trips for each in full["sections"].split("; ")] == ["1", "cdiv(N,64)"]
-    # 128 queries per program: with a mask, half of the logits and those on the diagonal are computed.
+    # 128 queries per program: with a causal mask, half of the logits and whole tiles on the diagonal are computed.
     logits = 2 * 4 * 1024 * 1024
     assert full["loop"] < 32 * full["warps"] * full["work"][0] / logits < 1.5 * full["loop"]
     tensor = PIPES.index("tensor")
@@ -164,7 +164,7 @@ def code() -> list:
 
 
 def test_loops_are_found_in_machine_code():
-    """Branches back from code that is merely placed at the end are not loops, and code that is never reached does not count."""
+    """Code that is placed at the end and branches back is not a loop, and code that is never reached does not count."""
     program = loops(code())
     (loop,) = program.children
     assert [each.kind for each in loop.code] == ["HGMMA", "MUFU", "BRA", "LDS", "BRA"]

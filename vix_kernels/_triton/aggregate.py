@@ -5,8 +5,8 @@ keeps a tile of slots, and a chunk of the tokens streams through it. In the kern
 slots, if they fit, and a chunk of the tokens streams through it. No kernel uses atomics: each output is written once, by one
 program, and chunks are merged in a fixed order.
 
-FOLD means that slots are float32 and tokens bfloat16. Then every factor and vector of the logits and their gradients is folded
-into slots, unit or an additional product (see logits.py).
+FOLD means that slots are float32 and tokens bfloat16. Then scale factors are folded into the slots and `unit` (see prepare.py).
+Vectors, such as the bias of the keys, are added by an additional matrix product (see logits.py).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def aggregate_forward_kernel(
         b_p = tl.exp2(b_l - new_max[:, None])
         decay = tl.exp2(b_max - new_max)
         b_sum = b_sum * decay + tl.sum(b_p, 1)
-        # With `b_values * decay` as the accumulator of the product, ptxas would run all products one by one on sm_90.
+        # With `b_values * decay` as the accumulator of the product, ptxas would serialize all products on sm_90.
         b_pv = dot(cast(b_p, b_v.dtype), b_v, tl.zeros((BLOCK_M, BLOCK_E), COMPUTE), PRECISION)
         b_values = tl.fma(b_values, decay[:, None], b_pv)
         b_max = new_max
@@ -124,8 +124,8 @@ def slot_operands(
     """Load a tile of slots for the gradient kernels.
 
     Returns:
-        The parts of the slots, unit, size, and row_max and delta: if FOLD, as tiles whose product with
-        `ones_columns` subtracts them, otherwise as vectors.
+        The two parts of the slots, unit, size, row_max and delta. If FOLD, row_max and delta are tiles whose products with
+        `ones_columns` subtract them. Otherwise, they are vectors.
     """
     o_m = first_slot + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
@@ -143,7 +143,7 @@ def add_token_gradients(
     SPLIT: tl.constexpr, FOLD: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Add what a tile of slots contributes to the gradients of tokens: to dk, the sum of dl, and dv."""
+    """Add the contribution of a tile of slots to dk, to db (the sum of dl over the slots) and to dv."""
     high, low, b_unit, b_size, b_row_max, b_delta = operands
     ROWS: tl.constexpr = b_k.shape[0]
     COLUMNS: tl.constexpr = high.shape[0]

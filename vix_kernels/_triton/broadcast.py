@@ -1,8 +1,9 @@
 """Kernels for `broadcast`: N tokens attend to M slots (see primitives/broadcast.py for the equations).
 
-Logits are in base 2. In the forward kernel and in the kernel for token gradients, a program keeps a tile of tokens and loops
-over the slots. In the kernel for slot gradients, a program keeps a tile of slots and loops over a chunk of the tokens. Each
-output is written once, by one program.
+Logits are in base 2. In the forward kernel and in the kernel for token gradients, a program keeps all slots, if they fit, and a
+chunk of the tokens streams through it. In the kernel for slot gradients, a program keeps a tile of slots and loops over a chunk
+of the tokens. If one tile contains all slots, this kernel also computes the token gradients. Each output is written once, by
+one program.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def attend(logits, values, row_max, total, out, PRECISION: tl.constexpr):
 
 @triton.jit
 def has_no_slot(bias, bias_m, M, BIASED: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return whether all slots of a head have bias -inf or, if BIASED is "mask", are not valid."""
+    """Return whether all slots of a head have bias -inf or, if BIASED is "mask", are invalid."""
     found = tl.zeros((BLOCK_M,), tl.int32)
     for start in range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
@@ -129,10 +130,10 @@ def has_no_slot(bias, bias_m, M, BIASED: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def load_statistics(row_max, inverse, o_n, valid):
-    """Return row_max and inverse of a tile of tokens, and the tokens whose query is read.
+    """Return row_max and inverse of a tile of tokens, and a mask of the tokens whose query is read.
 
-    The inverse is 0 without slots, and NaN if the query contains NaN or infinity. Such a query is not read, and its row_max is
-    infinite, so its exponentials are 0.
+    The inverse is 0 if the head has no valid slot, and NaN if the query contains NaN or infinity. In both cases, the query is
+    not read, and the returned row_max is infinite, so that the exponentials are 0.
     """
     b_inverse = tl.load(inverse + o_n, mask=valid, other=0.0)
     known = b_inverse > 0
@@ -163,7 +164,7 @@ def tile_products(
 
 @triton.jit
 def column_sums(x, acc, PRECISION: tl.constexpr):
-    """Return acc plus the sums of the columns of x, in every column of acc. 16-bit tiles are multiplied by ones."""
+    """Return acc plus the sums of the columns of x, in every column of acc. 16-bit tiles are summed by a product with ones."""
     if x.dtype == tl.float32 or x.dtype == tl.float64:
         acc += tl.sum(x, 0)[:, None]
     else:
@@ -303,7 +304,7 @@ def broadcast_slots_kernel(
 
 
 def bias_arguments(slot_bias: Tensor | None, values: Tensor) -> tuple[Tensor, tuple[int, int, int], str]:
-    """Return a pointer to the bias or mask of the slots, its strides, and the constexpr BIASED: "none", "bias" or "mask"."""
+    """Return the bias or mask of the slots (or a placeholder), its strides, and BIASED: "none", "bias" or "mask"."""
     if slot_bias is None:
         return values, (0, 0, 0), "none"
     if slot_bias.dim() == 2:

@@ -165,8 +165,8 @@ def dft(x: Tensor, ortho: bool) -> Tensor:
     over_channels, over_tokens = (launch_config(kernel, x, WIDTH, x) for kernel in ("dft_channels", "dft_tokens"))
     width_step, step = 64 // x.element_size(), 128 // x.element_size()  # channels and tokens per step
     half = tokens // 2 + 1
-    # The columns beyond half of the channels are computed, and are not the mirror images of other columns, because stores of
-    # mirror images are not vectorized.
+    # `columns` is a multiple of ALIGNED, so a few columns beyond half of the channels are computed. They are stored directly,
+    # not as mirror images of other columns, because stores of mirror images are not vectorized.
     columns, rows = _multiple(width // 2 + 1, ALIGNED), _multiple(half, step)
     padded_width, padded_columns = _multiple(width, width_step), _multiple(columns, over_channels.tile.slots)
     padded_rows = _multiple(half, over_tokens.tile.tokens)

@@ -85,10 +85,11 @@ def slot_products(high, low, x, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PREC
 
 @triton.jit
 def copies(numbers, DTYPE: tl.constexpr):
-    """Return a tile (COPIES, numbers) that multiplies features. `sum_copies` adds the products up.
+    """Return a tile (COPIES, numbers). Features are multiplied by its transpose, and `sum_copies` adds the products.
 
-    Matrix instructions sum over tokens or slots without an instruction for each feature. Half of the rows are the numbers in
-    DTYPE, the others are what rounding removes. Rows, not columns, because each thread then loads few numbers.
+    With this tile, matrix instructions sum over tokens or slots, which needs no instruction per feature. Half of the rows are
+    the numbers rounded to DTYPE, and the other half are the rounding errors. The copies are rows instead of columns, so that
+    each thread loads few numbers.
     """
     high, low = split(numbers, DTYPE)
     return tl.where((tl.arange(0, COPIES) < COPIES // 2)[:, None], high[None, :], low[None, :])
@@ -104,7 +105,7 @@ def sum_copies(products):
 def outer_product(x, y, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Return acc + x y^T for two vectors, as one product of tiles that hold the vectors in two 16-bit parts each.
 
-    This takes no instruction and no register for each element. Of the four products of parts, the smallest is dropped.
+    This needs no instruction and no register per element. Of the four products of parts, the smallest is dropped.
     """
     x_high, x_low = split(x * (4.0 / COPIES), DTYPE)
     y_high, y_low = split(y, DTYPE)
@@ -130,7 +131,7 @@ def slot_rows(
 def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | None) -> LaunchConfig:
     """Return the launch configuration of `kernel`. If `slots` is None, the feature map is applied to the tokens' channels."""
     if tokens.dtype == torch.float16 and kernel in ("linear_aggregate_tokens", "linear_broadcast_tokens"):
-        kernel += "_half"  # scales that keep float16 in range need more registers than the same kernel in bfloat16
+        kernel += "_half"  # float16 needs more registers than bfloat16, for the scales that keep it in range
     config = launch_config(kernel, tokens, max(tokens.shape[3], values.shape[3]), tokens if slots is None else slots)
     if slots is None:  # the columns are the channels of a head, so a wider tile would only add padding
         tile = config.tile._replace(slots=min(config.tile.slots, padded(tokens.shape[3])))

@@ -65,15 +65,15 @@ class LaunchConfig:
         return size, triton.cdiv(tokens, size)
 
     def slots(self, num_slots: int) -> int:
-        """Return the number of slots per tile: that of the launch table, or 64 if that is enough for all slots."""
+        """Return the number of slots per tile: that of the launch table, or a smaller power of two >= 64 that fits all."""
         return min(self.tile.slots, max(64, triton.next_power_of_2(num_slots)))
 
     def stream(self, programs: int, tokens: int, num_slots: int) -> tuple[int, dict[str, int]]:
         """Return the tokens per program of a kernel that keeps slots while tokens stream through it, and its constexprs.
 
         TILES is the number of tiles of BLOCK_M slots that stay in the program, or 0 if it loads the slots again for every tile
-        of tokens. `programs` is the number of programs if each handled all tokens of a sample and head. Tokens do not
-        interact, so results do not depend on the chunks.
+        of tokens. `programs` is the number of programs per chunk, as in the method `chunk`. Tokens do not interact, so results
+        do not depend on how the tokens are split into chunks.
         """
         block = self.slots(num_slots)
         tiles = triton.cdiv(num_slots, block)
@@ -81,9 +81,10 @@ class LaunchConfig:
         return size, dict(BLOCK_M=block, TILES=tiles if tiles <= self.tile.resident else 0)
 
     def keep(self, num_slots: int) -> tuple[int, dict[str, int]]:
-        """Return the slots per program of a kernel that keeps a tile of slots, and the constexprs and options that differ.
+        """Return the slots per program of a kernel that keeps a tile of slots, and updates to the result of `meta`.
 
-        Fewer slots than a tile need fewer warps. A tile has at least 64 slots, 16 for each of four warps, if the table allows.
+        A tile with fewer slots than in the launch table has proportionally fewer warps. A tile has at least 64 slots, 16 for
+        each of four warps, unless the launch table has fewer.
         """
         block = self.slots(num_slots)
         return block, dict(BLOCK_M=block, num_warps=max(self.tile.num_warps * block // self.tile.slots, 1))
@@ -132,7 +133,7 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor, heavy:
 
 
 def is_heavy(tokens: Tensor, slots: Tensor, rotary: Rotary | None) -> bool:
-    """Return whether slots that are pooled from tokens or RoPE need more registers than random features alone."""
+    """Return whether a launch needs more registers, because it has RoPE or its slots are pooled from tokens."""
     return rotary is not None or slots.dtype == tokens.dtype
 
 

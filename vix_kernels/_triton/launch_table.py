@@ -27,8 +27,8 @@ class Tile(NamedTuple):
 Key = tuple[str, int, int]  # name of the kernel, bits of the tokens' dtype, padded width
 
 # An entry "..._heavy" is for the same kernel if it needs more registers: with slots that are pooled from tokens, in broadcast
-# also with RoPE or gradients of slots, in aggregate_tokens also with more than 128 slots. Entries "..._learned" are for
-# kernels that compute dslots, and entries "..._half" for float16. They exist only where the tiles differ.
+# also with RoPE or gradients of slots, in aggregate_tokens also with more than 128 slots. It exists only where its tile
+# differs. Entries "..._learned" are for kernels that compute dslots, and entries "..._half" are for float16.
 TABLE: dict[Key, Tile] = {
     ("aggregate_forward", 16, 16): Tile(128, 64, 8, 1),
     ("aggregate_forward", 16, 32): Tile(128, 64, 8, 1),
@@ -289,33 +289,29 @@ _NARROW = {  # widths 16 and 32
     "broadcast_slots": Tile(128, 64, 4, 1),
     "broadcast_slots_heavy": Tile(64, 64, 4, 1),
 }
-_WARP_GROUP = (
-    {(kernel, 16, width): tile for width in (16, 32) for kernel, tile in _NARROW.items()}
-    | {(kernel, 16, width): tile for width in (16, 32) for kernel, tile in _NARROW.items()}
-    | {  # tiles of at least 64 tokens or slots use warp-group instructions, which need fewer registers for operands
-        ("aggregate_forward", 16, 64): Tile(128, 128, 8, 1),
-        ("aggregate_tokens_heavy", 16, 32): Tile(64, 64, 4, 1, resident=2),
-        ("aggregate_tokens_heavy", 16, 16): Tile(64, 64, 4, 1, resident=2),
-        ("aggregate_tokens", 16, 64): Tile(64, 128, 8, 1),
-        ("aggregate_slots", 16, 64): Tile(128, 64, 8, 1),
-        ("aggregate_slots", 16, 128): Tile(128, 32, 8, 1),
-        ("aggregate_forward", 16, 128): Tile(128, 64, 8, 1),
-        ("aggregate_forward_heavy", 16, 128): Tile(64, 32, 4, 1),
-        ("broadcast_forward", 16, 64): Tile(128, 128, 8, 1, resident=2),
-        ("broadcast_forward_heavy", 16, 64): Tile(128, 128, 8, 1, resident=1),
-        ("broadcast_forward", 16, 128): Tile(32, 64, 4, 1),
-        ("broadcast_tokens", 16, 64): Tile(128, 128, 8, 1, resident=2),
-        ("broadcast_tokens_heavy", 16, 64): Tile(64, 128, 8, 1),
-        ("broadcast_tokens", 16, 128): Tile(64, 128, 8, 1),
-        ("broadcast_tokens_heavy", 16, 128): Tile(32, 32, 4, 1),
-        ("broadcast_slots", 16, 64): Tile(128, 128, 8, 1),
-        ("broadcast_slots_heavy", 16, 64): Tile(64, 64, 4, 1),
-        ("broadcast_slots", 16, 128): Tile(64, 128, 8, 1),
-        ("broadcast_slots_heavy", 16, 128): Tile(32, 128, 8, 1),
-        ("dft_channels", 16, 64): Tile(128, 64, 8, 3),
-        ("dft_tokens", 16, 64): Tile(128, 128, 8, 3),
-    }
-)
+_WARP_GROUP = {(kernel, 16, width): tile for width in (16, 32) for kernel, tile in _NARROW.items()} | {
+    ("aggregate_forward", 16, 64): Tile(128, 128, 8, 1),
+    ("aggregate_tokens_heavy", 16, 32): Tile(64, 64, 4, 1, resident=2),
+    ("aggregate_tokens_heavy", 16, 16): Tile(64, 64, 4, 1, resident=2),
+    ("aggregate_tokens", 16, 64): Tile(64, 128, 8, 1),
+    ("aggregate_slots", 16, 64): Tile(128, 64, 8, 1),
+    ("aggregate_slots", 16, 128): Tile(128, 32, 8, 1),
+    ("aggregate_forward", 16, 128): Tile(128, 64, 8, 1),
+    ("aggregate_forward_heavy", 16, 128): Tile(64, 32, 4, 1),
+    ("broadcast_forward", 16, 64): Tile(128, 128, 8, 1, resident=2),
+    ("broadcast_forward_heavy", 16, 64): Tile(128, 128, 8, 1, resident=1),
+    ("broadcast_forward", 16, 128): Tile(32, 64, 4, 1),
+    ("broadcast_tokens", 16, 64): Tile(128, 128, 8, 1, resident=2),
+    ("broadcast_tokens_heavy", 16, 64): Tile(64, 128, 8, 1),
+    ("broadcast_tokens", 16, 128): Tile(64, 128, 8, 1),
+    ("broadcast_tokens_heavy", 16, 128): Tile(32, 32, 4, 1),
+    ("broadcast_slots", 16, 64): Tile(128, 128, 8, 1),
+    ("broadcast_slots_heavy", 16, 64): Tile(64, 64, 4, 1),
+    ("broadcast_slots", 16, 128): Tile(64, 128, 8, 1),
+    ("broadcast_slots_heavy", 16, 128): Tile(32, 128, 8, 1),
+    ("dft_channels", 16, 64): Tile(128, 64, 8, 3),
+    ("dft_tokens", 16, 64): Tile(128, 128, 8, 3),
+}
 _HOPPER_LINEAR = {  # 128 slots hold the usual number of random features, so that a program loads them only once
     (f"linear_{kernel}", 16, width): Tile(slots, 64, 4, 1)
     for kernel, *sizes in (

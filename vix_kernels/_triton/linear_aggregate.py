@@ -81,7 +81,7 @@ def linear_aggregate_forward_kernel(
             b_f = apply_map(b_l, ELU, PROJECTED)[0]
             b_f = tl.trans(cast(b_f, b_v.dtype))
         b_sums = dot(b_f, b_v, b_sums, PRECISION)
-        # A token that is not valid is read as 0. Its features are finite, and the columns of its row are 0.
+        # A token that is not valid is read as 0, so its features are finite. Both sums multiply them by 0.
         b_valid = cast(tl.where(valid, 1.0, 0.0).to(COMPUTE), b_v.dtype)
         b_norms = dot(b_f, tl.trans(tl.broadcast_to(b_valid[None, :], (COPIES, BLOCK_N))), b_norms, PRECISION)
 
@@ -95,10 +95,10 @@ def load_gradients(
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Load what the gradient kernels read of a tile of slots: two operands for logits, unit, size and delta.
+    """Load what the gradient kernels need for a tile of slots: two operands for logits, unit, size and delta.
 
-    size keeps unit within the range of float16. For other dtypes it is multiplied with unit here, which is exact, because it is
-    a power of two. Then the kernels do not read it.
+    size keeps unit within the range of float16. For other dtypes, this function multiplies unit by size, and the kernels do not
+    use size. The multiplication is exact, because size is a power of two.
     """
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
     b_unit, b_size, b_delta = load_unit(unit, size, delta, i_bh * M + o_m, o_m < M, E, BLOCK_E)
@@ -116,7 +116,7 @@ def load_gradients(
 def gradient_products(x, unit, size, delta, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
     """Return the gradients (tokens, slots) of features: <x, unit> size - delta."""
     acc = tl.zeros((x.shape[0], unit.shape[0]), COMPUTE)
-    if x.dtype == tl.bfloat16:  # delta is subtracted by a product with ones, which takes no instruction for each feature
+    if x.dtype == tl.bfloat16:  # delta is subtracted by a product with ones, which needs no instruction per feature
         ones = cast(tl.full((x.shape[0], COPIES), 2.0 / COPIES, COMPUTE), x.dtype)
         acc = dot(ones, copies(-delta, x.dtype), acc, PRECISION)
         products = dot(x, tl.trans(unit), acc, PRECISION)
@@ -190,7 +190,7 @@ def linear_aggregate_tokens_kernel(
                     store_unrotated(
                         b_dl, dk, o_n, dk_n, inside, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, first_slot
                     )  # fmt: skip
-        if KEYS and PROJECTED:  # for elu, the operand is a multiple of the slots
+        if KEYS and PROJECTED:  # for elu, the operand is the slots times log2 e
             b_dk = b_dk * LN2 if ELU else b_dk
             if MASKED:
                 b_dk = tl.where(valid[:, None], b_dk, 0.0)

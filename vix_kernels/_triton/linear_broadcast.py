@@ -63,9 +63,9 @@ def load_state(
 ):  # fmt: skip
     """Load a tile of slots: two operands for logits, two for values, and the norms.
 
-    The norms are divided by `largest`. The values are the sums divided by it or, for float16, the means sums / norms, because
-    float16 has too few exponents for sums. In 16 bits, the two operands are a tile of values and what its rounding removes.
-    Rows whose index is M or greater are 0.
+    The norms are divided by `largest`. The values are the sums divided by `largest` or, for float16, the means
+    sums / norms, because the range of float16 is too small for the sums. For 16-bit tokens, the two operands for values are the
+    rounded values and their rounding errors. Rows whose index is M or greater are 0.
     """
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
     o_e = tl.arange(0, BLOCK_E)
@@ -169,11 +169,11 @@ def linear_broadcast_tokens_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq for a chunk of tokens. For the slot gradients, also compute delta = <dout, out> and scale = 1 / total.
+    """Compute dq for a chunk of tokens. For the slot gradients, also compute delta = <dout, out> and scale = largest / total.
 
-    scale is multiplied by the head's largest norm. delta is recomputed from the features, because `out` may have been rounded.
-    If <dout, values> - delta is small, the rounding error would dominate it. A token whose dout is 0 is not used, and its scale
-    is 0. Its query is read as 0, so the token does not contribute to any gradient, even if it is padding and its query contains
+    `largest` is the head's largest norm. delta is recomputed from the features, because `out` may have been rounded. If
+    <dout, values> - delta is small, the rounding error would dominate it. A token whose dout is 0 is not used, and its scale is
+    0. Its query is read as 0, so the token does not contribute to any gradient, even if it is padding and its query contains
     NaN. If not TILED, the slots are loaded only once.
     """
     i_bh, _, _, first, last = slot_program(1, N, chunk, 1)
@@ -201,7 +201,7 @@ def linear_broadcast_tokens_kernel(
         o_n = start + tl.arange(0, BLOCK_N)
         valid = o_n < last
         b_dout = load_tile(dout, o_n, d_n, valid, E, BLOCK_E, 0, True)
-        b_used = ~(tl.sum(tl.abs(b_dout.to(COMPUTE)), 1) == 0)  # NaN is used
+        b_used = ~(tl.sum(tl.abs(b_dout.to(COMPUTE)), 1) == 0)  # a token whose dout contains NaN is used
         b_total = tl.load(total + i_bh * N + o_n, mask=b_used, other=float("inf"))
         b_scale = largest / tl.where(b_total == 0, 1.0, b_total)
         b_q = b_dout
@@ -231,7 +231,7 @@ def linear_broadcast_tokens_kernel(
                         b_out = dot(b_f, b_right, b_out, PRECISION)
                     b_delta = tl.sum(b_out * b_dout, 1) * (1.0 if HALF else b_scale)
                 if i == PASSES - 1:
-                    # Two operands for values, because the differences between the products and their mean may be small.
+                    # Use both operands for values, because the differences between the products and their mean may be small.
                     b_dp = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
                     if FOLDED:
                         b_dp = outer_product(-b_delta, b_norms, b_dp, DTYPE, PRECISION)

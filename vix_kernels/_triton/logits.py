@@ -1,15 +1,15 @@
 """Device functions for the logits of softmax attention.
 
-A kernel at the hardware's limit computes one exponential per logit and issues about eight instructions for it, so every
+A kernel computes one exponential per logit. In the time of one exponential, a GPU issues about eight instructions, so every
 instruction per logit counts. These functions move work from the logits to the slots, the tokens and the tensor cores.
 
 If slots are float32 and tokens 16-bit (SPLIT), slots are multiplied by scale * log2(e) and split into two 16-bit tiles once,
-before the loop over tokens. Vectors, such as the bias of the slots, are then added by a product as well: a float32 number is
-the sum of three bfloat16 numbers, so
+before the loop over tokens. Vectors, such as the bias of the slots, are then added by a product as well. (If tokens are
+float16, `aggregate` only splits the slots.) A float32 number is the sum of three bfloat16 numbers, so
 
     acc[n, m] + y[m]  =  acc + [1 1 1 0 ... 0] @ [y0 y1 y2 0 ... 0]^T
 
-takes one matrix instruction whose inner dimension is 16, the smallest there is, instead of an addition per logit.
+takes one matrix instruction with an inner dimension of 16, the smallest possible, instead of an addition per logit.
 """
 
 import triton
@@ -18,14 +18,14 @@ from triton.language.target_info import is_cuda
 
 from .tiles import INTERPRETED, LOG2E, cast, dot, load_slots, split, whole_products
 
-LOWEST = tl.constexpr(-3e38)  # replaces -inf, whose three parts would be NaN; finite in bfloat16 and float32
+LOWEST = tl.constexpr(-3e38)  # replaces -inf, because -inf - -inf would be NaN; finite in bfloat16 and float32
 
 
 @triton.jit
 def slot_parts(slots, scale, DTYPE: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.constexpr):
     """Return slots as two DTYPE tiles (the same tile twice unless SPLIT), multiplied by scale * log2(e) if FOLD.
 
-    bfloat16 has the range of float32, so the parts of the products are as precise as those of the slots.
+    bfloat16 has the range of float32, so the multiplied slots are split as precisely as the slots.
     """
     if FOLD:
         slots = slots * (scale * LOG2E)
@@ -84,9 +84,9 @@ def key_logits(
 
 @triton.jit
 def exps_at_most_one(x):
-    """Return exp2(-|x|). Where rounding makes a difference to the maximum positive instead of 0, the result is still <= 1.
+    """Return exp2(-|x|), where x is a logit minus the maximum. If rounding makes x positive, the result is still at most 1.
 
-    On NVIDIA GPUs, the exponential unit takes -|x| at no cost. Without inline PTX, LLVM would compute it as a bitwise or.
+    On NVIDIA GPUs, the exponential unit computes -|x| at no cost. Without inline PTX, LLVM would add a bitwise or.
     """
     if INTERPRETED:
         p = tl.exp2(-tl.abs(x))
@@ -100,7 +100,7 @@ def exps_at_most_one(x):
 
 @triton.jit
 def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the base-2 bias of a tile of slots. It is LOWEST for indices of M or greater, so their probability is 0."""
+    """Return the base-2 bias of a tile of slots. Invalid slots and indices >= M get LOWEST, so their probability is 0."""
     if BIASED == "mask":
         b_bias = tl.where(tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=0) != 0, 0.0, LOWEST).to(COMPUTE)
     elif BIASED == "bias":
@@ -117,7 +117,7 @@ def load_attended(
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of slots and their values. Return the operands of slot_logits, with the values before the last of them."""
+    """Load a tile of slots. Return its two operands for `slot_logits`, its values and its base-2 bias."""
     o_m = start + tl.arange(0, BLOCK_M)
     high = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
     b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), DTYPE)

@@ -1,8 +1,9 @@
 """Kernels for `pinv` (see primitives/pinv.py for the equations and _torch/pinv.py for the equations of a step).
 
-Each program processes whole heads. For up to 64 landmarks, the kernels in pinv_registers.py keep L x L matrices in registers.
-The kernels in this file store them in global memory, a separate block for each program (see pinv_steps.py). To keep these
-blocks in the L2 cache, only as many programs are launched as can run at the same time. They loop over the heads of all samples.
+Each program processes whole heads. For few landmarks (at most `slots` in the launch table) and few iterations, the steps keep
+the L x L matrices in registers (see pinv_registers.py). Otherwise, the matrices are in global memory, in a separate block for
+each program (see pinv_steps.py). To keep these blocks in the L2 cache, the kernels in this file are launched with only as many
+programs as can run at the same time. The programs loop over the heads of all samples.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def pinv_backward_kernel(
     """Compute dq, dk and dvalues for the heads of all samples.
 
     If IN_MEMORY, the Z of each step is recomputed, starting from the first Z or from the saved Z of the middle step. Otherwise,
-    `history` has room for the Z of each step, and PARTS is as in pinv_registers.parts.
+    `history` stores the Z of each step. PARTS is the argument of pinv_registers.parts.
     """
     landmarks = tl.arange(0, SIZE)
     inside = landmarks < L
@@ -269,7 +270,7 @@ def _in_registers(config: LaunchConfig, landmarks: int, iterations: int) -> bool
 
 
 def _parts(config: LaunchConfig, q_marks: Tensor) -> int:
-    """Return the number of float16 parts of each operand, or 0 for products in float64, in the interpreter."""
+    """Return the number of float16 parts of each operand, or 0 if the products are in float64."""
     if q_marks.dtype == torch.float64:
         return 0
     return 1 if q_marks.element_size() == 2 or config.precision == "tf32" else 2

@@ -18,7 +18,7 @@ from .pinv_steps import DA, DY, DZ, A, Z, part
 from .tiles import cast, dot, store_tile
 
 UNIT = tl.constexpr(64.0)  # factor of operands that are split into two parts, so that the small part is not subnormal
-LARGEST = tl.constexpr(7)  # the largest element of dZ is scaled to 2^-LARGEST or up to twice less
+LARGEST = tl.constexpr(7)  # the largest element of dZ is scaled to at least 2^-LARGEST and less than twice that
 
 
 @triton.jit
@@ -40,9 +40,10 @@ def parts(x, PARTS: tl.constexpr):
 def product(
     x, y, COMPUTE: tl.constexpr, PARTS: tl.constexpr, X_TURNED: tl.constexpr = False, Y_TURNED: tl.constexpr = False,
 ):  # fmt: skip
-    """Return x @ y, with x and y transposed if X_TURNED and Y_TURNED. PARTS as in `parts`.
+    """Return x @ y. x is transposed if X_TURNED, and y if Y_TURNED. PARTS is the argument of `parts`.
 
-    Two parts give float32's precision. The product of the two small parts is below it.
+    With two parts, the result has about the precision of float32. The product of the two small parts is below that precision,
+    so it is skipped.
     """
     zeros = tl.zeros((x.shape[0], y.shape[0]), COMPUTE)
     x, x_low = parts(x, PARTS)
@@ -86,7 +87,7 @@ def normalize(dz, size, PARTS: tl.constexpr):
 
 @triton.jit
 def differentiate(memory, a, z, dz, SIZE: tl.constexpr, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
-    """Return the gradient of this step's Z for dZ, the gradient of the next step's Z, and this step's contribution to dA.
+    """Return the gradient of this step's Z and this step's contribution to dA. dz is the gradient of the next step's Z.
 
     X and Y are symmetric up to rounding, so they are not transposed.
     """

@@ -24,7 +24,7 @@ def aggregate_prepare_kernel(
     The gradient of a logit is (size <unit, v> - delta) times the exponential of the logit or, for features, times the slope of
     the feature map. size * unit is dvalues / total, and unit has the tokens' dtype. dvalues is a sum over all tokens, so in
     float16 it can overflow even if dk and dv do not. size therefore includes a power of two that keeps unit within [-1, 1].
-    bfloat16 has the range of float32, so there, if SOFTMAX, size is 1 and unit is dvalues / total.
+    bfloat16 has the range of float32. With bfloat16 and SOFTMAX, size is therefore 1, and unit is dvalues / total.
 
     If SOFTMAX, delta = (<dvalues, values> - dlse / ln 2) / total. <dvalues, values> is computed in the same way as <unit, v> in
     the gradient kernels, so that the two cancel if a slot attends to only one token. If not SOFTMAX, the kernel prepares the

@@ -99,8 +99,8 @@ def stream_program(N, chunk):
 def table_start(head, angle_h, ROTARY: tl.constexpr):
     """Return where the table of a head starts in cos and sin.
 
-    A table has a row of ROTARY / 2 elements per token. The compiler must be told that head * angle_h is a multiple of the
-    largest power of two in ROTARY / 2. It then loads up to 128 bits at a time.
+    A table has a row of ROTARY / 2 elements per token. If ROTARY / 2 is a multiple of 4, 8 or 16, so is head * angle_h, but the
+    compiler must be told. It then loads up to 128 bits at a time.
     """
     start = head * angle_h
     if ROTARY > 0 and (ROTARY // 2) % 16 == 0:
@@ -287,7 +287,8 @@ def store_state(b_values, b_number, values, number, part, o_m, M, E: tl.constexp
 def exps_below(logits, row_max):
     """Return exp2(logits - row_max), limited to 1.
 
-    `row_max` is the largest logit in forward. In backward, a logit may be slightly larger if it is rounded differently.
+    `row_max` is the largest logit of the forward pass. In the backward pass, a logit may be slightly larger, because it may be
+    rounded differently.
     """
     return tl.exp2(tl.minimum(logits - row_max, 0.0))
 
@@ -328,7 +329,7 @@ def row_products(
     multiplied as a sum of two 16-bit tiles.
 
     If a float32 product is computed as three TF32 products, its rounding depends on which operand is on the left. SWAPPED puts
-    y on the left, so the result in backward is bit-identical to that of row_products(y, x) in forward.
+    y on the left, so the result in the backward pass is bit-identical to that of row_products(y, x) in the forward pass.
     """
     if SPLIT_X:
         high, low = split(x, y.dtype)

@@ -1,7 +1,7 @@
-"""What the compile report checks, and the declared exceptions with their reasons.
+"""Limits and budgets that the compile report checks, and the declared exceptions with their reasons.
 
-The budgets are for bf16 on sm_90. A budget that is missed has a ceiling in `reached`, which the kernel must not exceed either.
-Change this file when a kernel becomes better, or when a change makes it worse for a good reason.
+The budgets are for sm_90, and for bf16 unless a dtype is given. If a kernel misses a budget, the limit in `reached` is checked
+instead. Change this file when a kernel becomes faster, or when a change makes it slower for a good reason.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ WIDE = 128  # bits; the widest access of a thread before sm_100
 
 @dataclass(frozen=True)
 class Declared:
-    """An exception from a check, for kernels whose names start with `kernel`.
+    """An exception to a limit, for kernels whose names start with `kernel`.
 
     Attributes:
         limit: largest value that is allowed instead of the usual one.
         reason: why the exception is necessary.
         use: part of the name of a call that launches the kernel, such as "+learned"; "" for all calls.
-        archs, dtypes, widths: where the exception applies; empty for everywhere.
+        archs, dtypes, widths: where the exception applies. An empty tuple means all values.
     """
 
     kernel: str
@@ -55,33 +55,33 @@ SPILLS = (
     Declared(
         "broadcast_slots_kernel",
         56,
-        "one tile holds all 110 slots: 24 bytes outside the loop, 56 with Triton 3.6",
+        "one tile holds all 110 slots; it spills 24 bytes outside the loop, or 56 with Triton 3.6",
         use="performer backward 110",
         archs=("sm_90",),
         widths=(64,),
     ),
     Declared(
-        "broadcast_slots_kernel", 48, "Triton 3.6 spills rotated, pooled slots", use="nystrom", archs=("sm_90",), widths=(64,)
+        "broadcast_slots_kernel", 48, "Triton 3.6 spills rotated pooled slots", use="nystrom", archs=("sm_90",), widths=(64,)
     ),
     Declared("pinv_backward_kernel", 16, "Triton 3.6 spills outside the steps", archs=("sm_90",), dtypes=("bf16", "fp16")),
 )
-# Waits for matrix products in the main loops. More than one per product and one more mean that ptxas executes the products one
+# Waits for matrix products in the main loops. If there are more than one per product plus one, ptxas executes the products one
 # after another.
 SERIALIZED: tuple[Declared, ...] = ()
-# Exponentials per logit. More than 1.1 mean that logits are computed twice.
+# Exponentials per logit. More than 1.1 means that logits are computed twice.
 DUPLICATED = (
     Declared("broadcast_tokens_kernel", 2, "after a convolution, delta needs a separate loop over the slots", use="nystrom"),
 )
-# Kernels that may multiply with instructions of single warps on sm_90, or without matrix instructions.
-SINGLE_WARP = (Declared("broadcast_forward_kernel", 1, "the convolution multiplies by a band of 32 rows", use="nystrom"),)
+# Kernels that may multiply with single-warp matrix instructions on sm_90, or without matrix instructions.
+SINGLE_WARP = (Declared("broadcast_forward_kernel", 1, "the convolution multiplies by a 32-row band matrix", use="nystrom"),)
 # Kernels that may lack 128-bit loads or stores.
 NARROW = (
     Declared("dft_tables_kernel", 1, "it loads nothing"),
-    Declared("sum_chunks_kernel", 1, "the results are few numbers"),
-    Declared("aggregate_prepare_kernel", 1, "it reads and writes a few vectors of numbers"),
-    Declared("landmarks_kernel", 1, "rotated halves are loaded apart", use="+halves"),
-    Declared("aggregate_slots_kernel", 1, "gradients of rotated halves are stored apart", use="+halves"),
-    Declared("linear_", 1, "rotated halves are loaded apart", use="+halves"),
+    Declared("sum_chunks_kernel", 1, "the results are only a few numbers"),
+    Declared("aggregate_prepare_kernel", 1, "it reads and writes only a few vectors"),
+    Declared("landmarks_kernel", 1, "the two halves of rotated rows are loaded separately", use="+halves"),
+    Declared("aggregate_slots_kernel", 1, "gradients of the two halves of rotated rows are stored separately", use="+halves"),
+    Declared("linear_", 1, "the two halves of rotated rows are loaded separately", use="+halves"),
 )
 
 
@@ -132,19 +132,19 @@ def is_pass(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget of kernels for one call.
+    """A limit on one value of the kernels that one call launches.
 
     Attributes:
-        name: what is limited.
-        kernels: names of the kernels, or their beginnings. Their values are added.
+        name: the value that is limited, for messages.
+        kernels: names of the kernels, or prefixes of them. Their values are added; for "warps", the minimum is used.
         use, width, slots: the call, such as "performer forward", its head width and number of slots (0 for any).
-        most: the budget.
-        reached: if the budget is missed, a ceiling that must not be exceeded.
-        reason: why it is missed.
-        column: "loop", "whole", "whole over loop", "thousand" (instructions per 1,000 multiply-adds), or "warps" (resident on a
-            multiprocessor, of which there must be at least as many).
-        against: compare with the same kernels in another call: the value is the ratio.
-        dtype: if it is not bf16, compare with the same kernels in bf16: the value is the ratio.
+        most: the budget. It is a maximum, except for "warps", where it is a minimum.
+        reached: if the budget is missed, the limit that is checked instead.
+        reason: why the budget is missed.
+        column: "loop", "whole", "whole over loop", "thousand" (instructions per 1,000 multiply-adds), or "warps" (resident
+            warps of a multiprocessor).
+        against: another call. If it is set, the value is divided by the value of the same kernels in that call.
+        dtype: the dtype. If it is not bf16, the value is divided by the value of the same kernels in bf16.
     """
 
     name: str
@@ -189,10 +189,10 @@ class Budget:
         return value < limit if self.column == "warps" else value > limit
 
 
-EXACT = "the backward recomputes exponentials exactly as the forward, so row_max and 1 / total are not folded into products"
-PADDED = "only useful logits count, of which a tile of 128 slots has 110"
+EXACT = "the backward recomputes exponentials exactly as in the forward, so row_max and 1 / total are not folded into products"
+PADDED = "padding does not count, and only 110 of the 128 slots of a tile are not padding"
 BACKWARD = ("broadcast_tokens_kernel", "broadcast_slots_kernel", "broadcast_backward_kernel")
-# name, kernels, call, then for cases A and B: the budget, what is reached
+# name, kernels, call, then the pair (most, reached) for case A (width 32, 110 slots) and case B (width 64, 256 slots)
 PASSES = (
     ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", (8, None), (8.5, None)),
     ("aggregate forward", ("aggregate_forward_kernel",), "performer forward", (9, None), (12.5, None)),
@@ -215,18 +215,18 @@ WARPS = (
     ("broadcast backward", BACKWARD, "performer backward", (8, None)),
     ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", (8, None)),
 )
-NARROW_TABLES = "with Triton 3.6, tables of angles take more instructions"
+NARROW_TABLES = "with Triton 3.6, reading the tables of angles takes more instructions"
 ROPE = (
     ("aggregate forward", ("aggregate_forward_kernel",), "performer forward", 1.2, 1.22),
     ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", 1.25, None),
     ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", 1.35, 1.42),
 )
-SERIAL = "the backward multiplies matrices in memory one after another, for which throughput is no prediction"
-MANY_WARPS = "tiles of 64 rows have 8 warps, so matrix instructions are small"
+SERIAL = "the backward multiplies matrices in memory one after another, so throughput gives only a lower bound of the time"
+MANY_WARPS = "8 warps share a tile of 64 rows, so matrix instructions are small"
 FLOAT32 = tuple((name, kernels, use, None) for name, kernels, use, *_ in PASSES[:4])
 DFT = (None, "")
 FEATURES = "rows are normalized in the loop"
-LINEAR = (  # with 128 random features: name, kernel, direction, then for elu and relu: the budget, what is reached
+LINEAR = (  # with 128 random features: name, kernel, direction, then the pair (most, reached) for elu and for relu
     ("aggregate forward", "linear_aggregate_forward", "forward", (6.5, None), (4.5, None)),
     ("broadcast forward", "linear_broadcast_forward", "forward", (8, None), (6, None)),
     ("aggregate tokens", "linear_aggregate_tokens", "backward", (9.5, None), (7.5, None)),
@@ -241,7 +241,7 @@ CHANNELS = (  # per element of the keys, all kernels of a direction together
 
 def budgets() -> Iterator[Budget]:
     for name, kernels, use, case_a, case_b in PASSES:
-        sized = use.startswith("performer ")  # other calls do not have the numbers of slots of the cases
+        sized = use.startswith("performer ")  # the numbers of slots of cases A and B apply only to these calls
         yield Budget(name, kernels, use, 32, 110 * sized, *case_a, reason=EXACT)
         yield Budget(name, kernels, use, 64, 256 * sized, *case_b, reason=EXACT)
     for name, kernels, use, reached in WHOLE:
@@ -282,7 +282,7 @@ class Predicted:
     """A budget of the predicted time of a call on the H100, in microseconds: the sum over its launches (see launch_times.py).
 
     Attributes:
-        directions, kernels: the launches that count: "forward", "backward" or both, and beginnings of the kernels' names.
+        directions, kernels: the launches whose times are added: "forward", "backward" or both, and prefixes of kernel names.
         most, reached, reason: as in Budget.
     """
 
@@ -309,7 +309,7 @@ PREDICTED = (
 
 
 def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Return messages for the predicted times that miss their budgets as declared, and for those that miss them by more."""
+    """Return two lists of messages: for predicted times that miss budgets as declared, and for those that miss by more."""
     declared, failed = [], []
     for budget in PREDICTED:
         value = 1e6 * times.get(budget.name, 0.0)
@@ -321,7 +321,7 @@ def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
 
 
 def missed(rows: Iterable[Row], budgets: Iterable[Budget]) -> tuple[list[str], list[str]]:
-    """Return messages for the budgets that are missed as declared, and for those that are missed by more than that."""
+    """Return two lists of messages: for budgets that are missed as declared, and for those that are missed by more."""
     rows = list(rows)
     declared, failed = [], []
     for budget in budgets:

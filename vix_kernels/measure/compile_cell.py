@@ -1,4 +1,7 @@
-"""Compile the kernels of one cell of the compile report, and describe their machine code."""
+"""Compile the kernels of one cell of the compile report, and describe their machine code.
+
+A cell is an architecture, a dtype and a head width.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ from .observed import Launch, Use, brief, observe_cell
 from .roofline import GPUS
 from .ttgir import evaluate
 
-SAMPLES = 256  # programs per launch for which the numbers of iterations are evaluated
-STEP = 7919  # between them; a prime number, so that they have different program ids in all dimensions
+SAMPLES = 256  # programs per launch for which the numbers of iterations of the loops are evaluated
+STEP = 7919  # distance between them; a prime number, so that their program ids vary in all dimensions of the grid
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Report:
     """What the report found in one or more cells.
 
     Attributes:
-        cell: the architecture, dtype and head width, if it is one cell.
+        cell: the architecture, dtype and head width, if the report covers one cell.
         rows: a row for every specialization that is launched and has been compiled, now or earlier.
         compiled: number of the rows that were compiled now.
         missing: number of specializations that are neither compiled nor in the table.
@@ -62,7 +65,7 @@ class Report:
 
 
 def run_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...], table: Path, again: Collection[str] | None) -> Report:
-    """Report on one cell. Only specializations that `table` lacks are compiled, and those whose keys are in `again`.
+    """Report on one cell. Compile the specializations that `table` lacks, and those whose keys are in `again`.
 
     If `again` is None, nothing is compiled.
     """
@@ -80,7 +83,7 @@ def run_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...], table: Pat
     for key, row in rows.items():
         same = [row for row in (known.get(key), row) if row is not None]
         if len({replace(each, dtype="", width=0, uses="", whole=0.0) for each in same}) > 1:
-            report.changed.append(f"{row.kernel} {arch} {dtype} width {width}: compiled again, it differs from the table")
+            report.changed.append(f"{row.kernel} {arch} {dtype} width {width}: the recompiled kernel differs from the table")
         row = replace(row, dtype=dtype, width=width, uses=uses_text(cell.uses[key]))
         report.rows.append(replace(row, whole=rounded(whole(row, cell.launches[key]))))
     if again is not None and not report.errors:
@@ -90,7 +93,7 @@ def run_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...], table: Pat
 
 def predicted_times(arch: str, dtype: str, width: int, known: Mapping[str, Row]) -> dict[str, float]:
     """Return the predicted seconds for the budgets of this cell. They are infinite if a loop has an unknown length."""
-    from .launch_times import call_times  # it imports this module
+    from .launch_times import call_times  # imported here, because launch_times imports this module
 
     gpu = next(gpu for gpu in GPUS if gpu.name == "H100")
     found = {}
@@ -110,9 +113,9 @@ def uses_text(uses: Iterable[Use]) -> str:
 
 
 def whole(row: Row, launches: Iterable[Launch]) -> float:
-    """Return the instructions of the whole program per logit or value, in the largest launch.
+    """Return the instructions of the whole program per pair of a token and a slot, in the largest launch.
 
-    For programs without main loops, or without arguments N and M, it is the number per element of the largest tensor.
+    For programs without main loops, or without arguments N and M, return the instructions per element of the largest tensor.
     """
     if not row.sections:
         return 0.0
@@ -122,7 +125,7 @@ def whole(row: Row, launches: Iterable[Launch]) -> float:
 
 
 def work(parts: Iterable[Section], launch: Launch) -> list[float]:
-    """Return the counts of one warp, summed over all programs. A loop of unknown length counts as if it ran once."""
+    """Return the counts of one warp, summed over all programs, from a sample of them. Loops of unknown length run once."""
     parts = tuple(parts)
     total = [0.0] * len(PIPES)
     sampled = [at * STEP % launch.programs for at in range(min(launch.programs, SAMPLES))]
@@ -147,7 +150,7 @@ def rounded(value: float) -> float:
 
 
 def compile_launches(arch: str, launches: Iterable[Launch], errors: list[str]) -> Iterator[Row]:
-    """Compile each launch, and yield a row without a dtype, width and uses."""
+    """Compile each launch, and yield a row without dtype, width and uses."""
     compiled = []
     for launch in launches:
         try:
@@ -160,7 +163,7 @@ def compile_launches(arch: str, launches: Iterable[Launch], errors: list[str]) -
 
 
 def resident_programs(arch: str, warps: int, *resources: int) -> int:
-    """Return how many programs fit in a multiprocessor. `resources` are registers, shared memory and tensor memory."""
+    """Return how many programs fit on a multiprocessor. `resources` are registers, shared memory and tensor memory."""
     target = TARGETS[arch]
     return -(-target.occupancy(warps, *resources) * target.warps // (100 * warps))  # undo rounding down to a percentage
 

@@ -1,10 +1,10 @@
 """Compile the kernels that the public ops launch, count the instructions of their machine code, and check the counts.
 
 The committed table has a row for every specialization that was compiled. Only specializations without a current row are
-compiled, so a change of a kernel recompiles only its rows. The exit status is 1 if a kernel spills, does not fit in shared
+compiled, so a change to a kernel recompiles only its rows. The exit status is 1 if a kernel spills, does not fit in shared
 memory, executes matrix products one after another, computes logits twice, or exceeds a budget (measure/budgets.py).
 
---write adds the new rows to the table and drops those whose kernel has changed. It can be interrupted: the next run continues.
+--write adds the new rows to the table and drops the rows of changed kernels. If a run is interrupted, the next run continues.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ Result = TypeVar("Result")
 Cell = tuple[str, str, int]  # architecture, dtype and head width
 OLDEST_TRITON = "3.6.0"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-# All dtypes and widths are compiled for these, with the newest Triton. The others differ little from one of them, so they are
-# compiled for fewer cells.
+# All dtypes and widths are compiled for these, with the newest Triton. The other architectures differ little from one of these,
+# so fewer cells are compiled for them.
 FULL = ("sm_86", "sm_90")
 WIDTHS = (16, 32, 64, 80, 96, 112, 128, 256)
 FEW_WIDTHS = (32, 64, 128)
@@ -114,7 +114,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--missing", action="store_true", help="count the rows that the table lacks, and compile nothing")
     parser.add_argument(
         "--sample", type=within(0, 10_000), default=0, metavar="N",
-        help="compile N specializations again that are in the table, and compare (default: 0)",
+        help="recompile N specializations that are in the table, and compare the results (default: 0)",
     )  # fmt: skip
     parser.add_argument(
         "--shared", action="store_true",

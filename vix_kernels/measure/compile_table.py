@@ -25,19 +25,19 @@ class Row:
     Attributes:
         blocks: sizes of the tiles.
         programs: number of programs that are resident on a multiprocessor at the same time.
-        unit: what the next columns are divided by: "logit", or "value" if the main loops compute no logits (see counting.py).
+        unit: divisor of the columns "per unit": "logit", or "value" if the main loops compute no logits (see counting.py).
         loop: instructions of all lanes in the main loops, per unit.
         whole: instructions of the whole program in the largest launch that the report observes, per pair of a token and a slot
-            without padding. For kernels without main loops, per element of the largest tensor.
+            without padding. For kernels without main loops or without arguments N and M, per element of the largest tensor.
         exps: exponentials in the main loops, per unit.
         waits: instructions in the main loops that wait for matrix products.
-        products: tl.dot in the main loops.
+        products: number of tl.dot in the source of the main loops.
         multiply_adds: multiply-adds in the main loops, per unit.
         cycles: cycles for which the main loops occupy each unit of a multiprocessor, per 1,000 logits or values.
         bound: the unit with the most cycles.
         matrix: matrix instructions in the whole program.
-        loads, stores: bits per thread:number of instructions.
-        uses: the calls that launch it, "op direction slots,slots; ...".
+        loads, stores: accesses to global memory, as "bits per thread:number of instructions".
+        uses: the calls that launch the kernel, as "op direction slots,slots; ...".
         sections: see counting.Section.
         source: hash of the code of the kernel.
         key: hash of everything that determines the machine code.
@@ -93,7 +93,7 @@ class Row:
         return tuple(map(Section.parse, self.sections.split("; "))) if self.sections else ()
 
     def used_by(self, use: str, slots: int = 0) -> bool:
-        """Return whether the call `use`, such as "performer forward", launches the row with this number of slots (0: any)."""
+        """Return whether the call `use`, such as "performer forward", launches the kernel with `slots` slots (0: any)."""
         found = dict(each.rsplit(" ", 1) if each[-1].isdigit() else (each, "0") for each in self.uses.split("; "))
         return use in found and (not slots or str(slots) in found[use].split(","))
 

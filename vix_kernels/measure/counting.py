@@ -55,7 +55,7 @@ RATES = {
 
 @dataclass(frozen=True)
 class Counts:
-    """Work of one warp: instructions, by unit, 16-bit multiply-adds (those of TF32 count twice), and bytes per lane."""
+    """Work of one warp: instructions by unit, 16-bit multiply-adds (TF32 multiply-adds count twice), and bytes per lane."""
 
     issue: int = 0
     fma: int = 0
@@ -76,7 +76,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a program that runs `trips` times, which is an expression of the arguments as in ttgir.Loop."""
+    """A part of a program that runs `trips` times. `trips` is an expression of the arguments, as in ttgir.Loop."""
 
     trips: str
     counts: Counts
@@ -120,10 +120,11 @@ def is_product(instruction: Instruction) -> bool:
 
 
 def loops(code: Sequence[Instruction]) -> MachineLoop:
-    """Return the program as a loop that contains its loops.
+    """Return the whole program as a MachineLoop that contains its loops.
 
-    A loop is a natural loop: its entry dominates a branch back to it. The code that a branch merely places at the end of the
-    program, and that jumps back, is thus no loop. Code that is never reached, such as padding, is ignored.
+    A loop is a natural loop: its entry dominates a branch back to it. Code that the compiler places
+    at the end of the program, and that jumps back, is therefore not a loop. Code that is never reached, such as padding, is
+    ignored.
     """
     starts, successors = blocks(code)
     reached = dominators(successors)
@@ -176,7 +177,7 @@ def blocks(code: Sequence[Instruction]) -> tuple[list[int], list[list[int]]]:
 
 
 def dominators(successors: list[list[int]]) -> dict[int, int]:
-    """Return the blocks that can be reached, each with its dominators as a set of bits."""
+    """Return the blocks that can be reached, each with its dominators as a bit mask."""
     order, seen, waiting = [], {0}, [(0, iter(successors[0]))]
     while waiting:  # depth-first, to visit blocks in reverse postorder
         block, rest = waiting[-1]
@@ -205,14 +206,14 @@ def dominators(successors: list[list[int]]) -> dict[int, int]:
 
 
 def waits_for_barrier(code: list[Instruction]) -> bool:
-    """Return whether a loop only waits until a barrier in shared memory completes. It counts as straight code."""
+    """Return whether a loop only waits until a barrier in shared memory completes. Such a loop counts as straight-line code."""
     return len(code) < 16 and any(each.kind == "SYNCS" for each in code)
 
 
 def match(machine: MachineLoop, loop: Loop) -> None:
-    """Find the loop of TTGIR for each loop of the machine code. Both have the same order, but some loops may be unrolled."""
+    """Find the loop of TTGIR for each loop of the machine code. The order is the same, but some loops may be unrolled."""
     pairs = align(machine.children, loop.children)
-    if pairs is None:  # only the loops with products, because ptxas also splits other loops
+    if pairs is None:  # align only the loops with products, because ptxas also splits other loops
         ours, sources = ([each for each in inner if each.multiplies] for inner in (machine.children, loop.children))
         pairs = align(ours, sources) or []
     machine.matched = loop.unrolled([sources for _, sources in pairs])
@@ -221,7 +222,7 @@ def match(machine: MachineLoop, loop: Loop) -> None:
 
 
 def align(ours: list[MachineLoop], sources: list[Loop]) -> list[tuple[MachineLoop, Loop]] | None:
-    """Pair the loops in order. Loops with constant numbers of iterations may have no partner. None if this is impossible."""
+    """Pair the loops in order, or return None if this is impossible. Loops with constant trip counts may have no partner."""
     if not sources:
         return None if ours else []
     if ours and ours[0].multiplies == sources[0].multiplies:
@@ -236,15 +237,17 @@ def align(ours: list[MachineLoop], sources: list[Loop]) -> list[tuple[MachineLoo
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the machine code of a kernel shows. Rates are per `unit`, and 0 if the kernel has no matrix instructions.
+    """What the machine code of a kernel shows.
+
+    Numbers of the main loops are per `unit`, except `waits` and `products`. They are 0 if there are no matrix instructions.
 
     Attributes:
-        unit: "logit", or "value" if a main loop computes no exponentials of products (see ttgir.Loop). "" if unknown.
+        unit: "logit", or "value" if no main loop has logits (see ttgir.Loop). "" if unknown.
         instructions: instructions of all lanes in the main loops.
-        exponentials: number of exponentials.
-        waits, products: instructions in the main loops that wait for matrix products, and tl.dot in their source.
+        exponentials: exponentials of all lanes in the main loops.
+        waits, products: numbers of instructions in the main loops that wait for matrix products, and of tl.dot in their source.
         multiply_adds: multiply-adds of the main loops.
-        cycles: cycles for which one multiprocessor's units are occupied, by unit.
+        cycles: cycles for which the main loops occupy each unit of a multiprocessor, by name of the unit.
         sections: the parts of the program, for predictions.
     """
 

@@ -1,6 +1,6 @@
 """A flash-attention forward kernel with published times, to find out how far predictions are from measurements.
 
-It is used for nothing else. The kernel follows algorithm 1 of FlashAttention-2 (arXiv:2307.08691): a program keeps a tile of
+The kernel is used for nothing else. It follows algorithm 1 of FlashAttention-2 (arXiv:2307.08691): a program keeps a tile of
 queries and loops over the keys.
 """
 
@@ -39,7 +39,7 @@ def attend(
     b_q, k, v, b_max, b_sum, b_out, first, last, start_m, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys from `first` to `last` to the running maximum, sum and output. If MASKED, keys after a query are skipped."""
+    """Add the keys from `first` to `last` to the running maximum, sum and output. If MASKED, keys after a query are masked."""
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
     for start in range(first, last, BLOCK_N):
         b_k = tl.load(k + (start + o_n)[:, None] * D + o_d[None, :])
@@ -51,7 +51,7 @@ def attend(
         b_p = tl.exp2(b_s - new_max[:, None])
         decay = tl.exp2(b_max - new_max)
         b_sum = b_sum * decay + tl.sum(b_p, 1)
-        # With b_out * decay as accumulator, ptxas would execute the products one after another.
+        # With b_out * decay as the accumulator, ptxas would execute the products one after another.
         b_pv = tl.dot(b_p.to(b_k.dtype), b_v)
         b_out = tl.fma(b_out, tl.broadcast_to(decay[:, None], (BLOCK_M, D)), b_pv)
         b_max = new_max

@@ -41,11 +41,11 @@ class Launch:
         kernel: name of the kernel.
         key: hash of everything that determines the machine code. Launches with equal keys run the same code.
         source: hash of the code of the kernel and of everything it uses.
-        grid: numbers of programs.
+        grid: number of programs in each dimension.
         scalars: the integer arguments, by name.
         constexprs: the constexprs that are numbers, by name.
         bytes: total size of the distinct tensors among the arguments.
-        elements: size of the largest of them.
+        elements: number of elements of the largest of these tensors.
         heads: batch size times number of heads.
         compile: function that compiles the kernel and returns Triton's CompiledKernel.
     """
@@ -67,7 +67,7 @@ class Launch:
 
     @property
     def pairs(self) -> int:
-        """Number of pairs of a token and a slot, or 0 if the kernel has no arguments with their numbers."""
+        """Number of pairs of a token and a slot, or 0 if the kernel has no arguments N and M."""
         return self.heads * self.scalars.get("N", 0) * self.scalars.get("M", 0)
 
 
@@ -113,13 +113,13 @@ def describe(arch: str, kernel: Any, grid: tuple[int, ...], args: tuple, meta: d
 
 
 def stored(x: Tensor) -> int:
-    """Return the number of bytes that a launch moves if it reads or writes a tensor once. Expanded dimensions count once."""
+    """Return the bytes that a launch transfers if it reads or writes a tensor once. Expanded dimensions count once."""
     sizes = (size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
     return x.element_size() * prod(sizes)
 
 
 class OnMeta(TorchDispatchMode):
-    """Call the kernels of operators on meta tensors, for which PyTorch would call their fake kernels.
+    """Call the implementations of our operators on meta tensors, for which PyTorch would call the fake kernels.
 
     `launches` counts the kernels that PyTorch itself would launch on a GPU. Allocations and views launch none.
     """

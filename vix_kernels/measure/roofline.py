@@ -6,16 +6,17 @@ examples:
   vix dev roofline --op performer_attention --gpu H100    one line per shape
   vix dev roofline --csv roofline.csv --plot roofline.png
 
-With OP and --shape, the prediction for each launch is the longest of these times: bytes divided by memory bandwidth, and the
-instructions of its kernel divided by the rate of the unit that executes them. The counts come from the committed table of `vix
-dev compile-report`; kernels that it lacks are compiled. --calibrate compares such predictions with published times.
+With OP and --shape, the prediction for each launch is the longest of these times: bytes divided by memory bandwidth, the
+instructions of its kernel divided by the rate of the unit that executes them, and the time of a launch. The counts come from
+the committed table of `vix dev compile-report`; kernels that the table lacks are compiled. --calibrate compares such
+predictions with published times.
 
 Without OP, the table shows the least time of every operator, from published peaks. gflop, mexp and mbyte are the minimum work
 of a call (10^9 operations, 10^6 exponentials, 10^6 bytes); predicted_us is the longest of four times: bytes divided by memory
 bandwidth, operations divided by the rate of the matrix units, exponentials divided by the rate of the special-function units,
 and the time of all launches one after another; bound_by names it; measured_us comes from the newest run of bench/on_gpu.sh in
-the results folder and is empty if there is no measurement. This is how much faster a measured call could be with any kernels,
-not how long a call takes.
+the results folder and is empty if there is no measurement. The prediction is a lower bound for any
+kernels, not the time that a call takes.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ def shape(text: str) -> Case:
     return Case("", batch=batch, heads=heads, tokens=tokens, width=width, features=features[0] if features else 64)
 
 
-INCOMPLETE = ", at least: some loops count as if they ran once"
+INCOMPLETE = ", a lower bound: some loops count as if they ran once"
 
 
 def show_launches(op: str, case: Case, dtype: str, gpu: Device) -> None:
@@ -239,12 +240,12 @@ def show_launches(op: str, case: Case, dtype: str, gpu: Device) -> None:
     for name in dict.fromkeys(direction for direction, _ in times):
         total = 1e6 * sum(each.seconds for direction, each in times if direction == name)
         low, high = (total * factor for factor in FACTOR)
-        lines.append([name, "sum", figure(total, 3), f"with the error of flash.py: {low:.3g} to {high:.3g}"])
+        lines.append([name, "sum", figure(total, 3), f"with the factors below: {low:.3g} to {high:.3g}"])
     slots = f", {case.features} slots" * bool(case.features)
     print(f"{op} {dtype} on {gpu.name}: {case.batch} x {case.heads} x {case.tokens} x {case.width}{slots}")
     print_table(["direction", "launch", "predicted_us", "bound_by"], lines)
     print("\nPredicted from machine code and published peaks, not measured. Published times of a flash-attention kernel are")
-    print(f"{FACTOR[0]} to {FACTOR[1]} times as long as their prediction (--calibrate).")
+    print(f"{FACTOR[0]} to {FACTOR[1]} times as long as their predictions (--calibrate).")
 
 
 def show_calibration() -> None:

@@ -1,8 +1,8 @@
 """Read from TTGIR, Triton's intermediate code for GPUs, what a kernel computes: its loops, matrix products and logits.
 
 The machine code shows how many instructions a loop has, but not how many logits one iteration computes. TTGIR has the shapes of
-all tiles, and the bounds of the loops as expressions of the arguments. Reading both from the compiled kernel has the advantage
-that a kernel can be restructured without a change here.
+all tiles, and the bounds of the loops as expressions of the arguments. Both are read from the compiled kernel, so a kernel can
+be restructured without a change to this file.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ class Loop:
         children: loops directly inside this one.
         products: number of matrix products per iteration, without those of the children.
         multiply_adds: their multiply-adds.
-        logits: number of elements of the products per iteration that are arguments of exponentials; 0 if there are none.
-        values: number of elements per iteration that the loop computes if it has no logits: features max(product, 0) if there
-            are any, otherwise the elements of the largest product that is not accumulated over iterations, or of the largest
-            operand.
+        logits: number of elements, per iteration, of the products that are arguments of exponentials. If there are none, number
+            of elements of the exponentials.
+        values: number of elements per iteration, used if the loop has no logits. It counts the features max(product, 0) if any.
+            Otherwise it counts the largest product that is not accumulated over iterations, or if there is none, the
+            largest operand of a product.
     """
 
     trips: str
@@ -100,7 +101,7 @@ class Loop:
         return bool(self.products) or any(each.multiplies for each in self.children)
 
     def unrolled(self, kept: list[Loop]) -> Loop:
-        """Return this loop with all inner loops unrolled that have a constant number of iterations and are not `kept`."""
+        """Return this loop after unrolling the inner loops that have a constant number of iterations and are not in `kept`."""
         found = replace(self, children=[])
         for each in self.children:
             if not each.constant or each in kept:
@@ -205,7 +206,7 @@ class Reader:
             root
             for roots, op in exponentials.items()
             for root in roots
-            if root.name in ROOTS and root.elements == op.elements  # not products that only vectors depend on
+            if root.name in ROOTS and root.elements == op.elements  # no products that the tile depends on only through vectors
         }
         loop.logits = sum(root.elements for root in logits)
         if not loop.logits:  # exponentials of loaded tiles, as in linear attention
@@ -259,7 +260,7 @@ class Reader:
 
 
 def simplified(text: str) -> str:
-    """Return the value of an expression of numbers, or the expression itself."""
+    """Return the value of an expression, or the expression itself if it contains variables."""
     variables = set(re.findall(r"[A-Za-z_]\w*|\?", text)) - WORDS
     return text if variables else str(evaluate(text, {}))
 
