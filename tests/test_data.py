@@ -116,7 +116,7 @@ def test_a_constant_channel_has_deviation_1(max_value: int) -> None:
 def test_a_pack_of_another_size_is_refused_before_it_is_decoded(pack: Path, refused: Callable[..., str]) -> None:
     arrays = dict(np.load(pack))
     np.savez(pack, **arrays | {"scans": arrays["scans"][:-20]})  # truncates the last image
-    assert "--img-size: stripes has 16 x 16 pixels" in refused("--dataset", pack, "--img-size", 32)
+    assert "--img-size: the images of stripes have 16 x 16 pixels" in refused("--dataset", pack, "--img-size", 32)
     assert "--stream: stripes is read into memory" in refused("--dataset", pack, "--stream")
     assert "mixer: expected" in refused("--dataset", pack, "--model-kwargs", "mixer=none")
 

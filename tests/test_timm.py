@@ -444,7 +444,7 @@ def test_layers_and_replacements_use_the_same_grid(name, arguments, prefix, op):
     assert integration.restore_attention(built) == ["blocks.0.attn", "blocks.1.attn"]
     assert built.blocks[1].attn.vix.placed() == core
     built(x)
-    with pytest.raises(ValueError, match="got none"):
+    with pytest.raises(ValueError, match="got one without"):
         integration.restore_attention(built)
 
 
