@@ -191,7 +191,7 @@ class Budget:
 
 EXACT = "the backward recomputes exponentials exactly as in the forward, so row_max and 1 / total are not folded into products"
 PADDED = "padding does not count, and only 110 of the 128 slots of a tile are not padding"
-BACKWARD = ("broadcast_tokens_kernel", "broadcast_slots_kernel", "broadcast_backward_kernel")
+BACKWARD = ("broadcast_tokens_kernel", "broadcast_slots_kernel")
 # name, kernels, call, then the pair (most, reached) for case A (width 32, 110 slots) and case B (width 64, 256 slots)
 PASSES = (
     ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", (8, None), (8.5, None)),
@@ -201,19 +201,16 @@ PASSES = (
     ("aggregate slots, learned", ("aggregate_slots_kernel",), "performer+learned backward", (11, None), (15, None)),
     ("aggregate slots, pooled", ("aggregate_slots_kernel",), "nystrom backward", (11, None), (15, None)),
 )
-
-
 WHOLE = (
     ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", 1.29),
     ("aggregate forward", ("aggregate_forward_kernel",), "performer forward", 1.67),
-    ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", 1.51),
+    ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", 1.26),
 )
-WIDE_TILES = "the tiles take many registers"
 WARPS = (
-    ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", (16, None)),
-    ("aggregate forward", ("aggregate_forward_kernel",), "performer forward", (16, None)),
-    ("broadcast backward", BACKWARD, "performer backward", (8, None)),
-    ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", (8, None)),
+    ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", 16),
+    ("aggregate forward", ("aggregate_forward_kernel",), "performer forward", 16),
+    ("broadcast backward", BACKWARD, "performer backward", 8),
+    ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", 8),
 )
 NARROW_TABLES = "with Triton 3.6, reading the tables of angles takes more instructions"
 ROPE = (
@@ -222,15 +219,11 @@ ROPE = (
     ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", 1.35, 1.42),
 )
 SERIAL = "the backward multiplies matrices in memory one after another, so throughput gives only a lower bound of the time"
-MANY_WARPS = "8 warps share a tile of 64 rows, so matrix instructions are small"
-FLOAT32 = tuple((name, kernels, use, None) for name, kernels, use, *_ in PASSES[:4])
-DFT = (None, "")
-FEATURES = "rows are normalized in the loop"
-LINEAR = (  # with 128 random features: name, kernel, direction, then the pair (most, reached) for elu and for relu
-    ("aggregate forward", "linear_aggregate_forward", "forward", (6.5, None), (4.5, None)),
-    ("broadcast forward", "linear_broadcast_forward", "forward", (8, None), (6, None)),
-    ("aggregate tokens", "linear_aggregate_tokens", "backward", (9.5, None), (7.5, None)),
-    ("broadcast backward", "linear_broadcast", "backward", (21, None), (21, None)),
+LINEAR = (  # with 128 random features: name, kernel, direction, then the budgets for elu and for relu
+    ("aggregate forward", "linear_aggregate_forward", "forward", 6.5, 4.5),
+    ("broadcast forward", "linear_broadcast_forward", "forward", 8, 6),
+    ("aggregate tokens", "linear_aggregate_tokens", "backward", 9.5, 7.5),
+    ("broadcast backward", "linear_broadcast", "backward", 21, 21),
 )
 CHANNEL = "products are small, so each element is prepared several times"
 CHANNELS = (  # per element of the keys, all kernels of a direction together
@@ -246,10 +239,10 @@ def budgets() -> Iterator[Budget]:
         yield Budget(name, kernels, use, 64, 256 * sized, *case_b, reason=EXACT)
     for name, kernels, use, reached in WHOLE:
         yield Budget(f"{name}, whole program over loop", kernels, use, 32, 110, 1.25, reached, PADDED, "whole over loop")
-    for name, kernels, use, (most, reached) in WARPS:
+    for name, kernels, use, most in WARPS:
         for width, slots in ((32, 110), (64, 256)):
             least = most if width == 32 else 8
-            yield Budget(f"{name}, resident warps", kernels, use, width, slots, least, reached, WIDE_TILES, "warps")
+            yield Budget(f"{name}, resident warps", kernels, use, width, slots, least, column="warps")
     for name, kernels, use, most, reached in ROPE:
         yield Budget(
             f"{name}, RoPE over no RoPE",
@@ -262,13 +255,13 @@ def budgets() -> Iterator[Budget]:
             NARROW_TABLES,
             against=use,
         )
-    for name, kernels, use, reached in FLOAT32:
-        yield Budget(f"{name}, fp32 over bf16", kernels, use, 64, 110, 4, reached, MANY_WARPS, dtype="fp32")
-    yield Budget("dft_tokens per 1,000 multiply-adds", ("dft_tokens",), "fourier_mixing forward", 64, 0, 30, *DFT, "thousand")
+    for name, kernels, use, *_ in PASSES[:4]:
+        yield Budget(f"{name}, fp32 over bf16", kernels, use, 64, 110, 4, dtype="fp32")
+    yield Budget("dft_tokens per 1,000 multiply-adds", ("dft_tokens",), "fourier_mixing forward", 64, 0, 30, column="thousand")
     for name, kernels, direction, elu, relu in LINEAR:
-        for variant, limits in (("+elu", elu), ("", relu)):
+        for variant, most in (("+elu", elu), ("", relu)):
             use = f"linear_attention_projected{variant} {direction}"
-            yield Budget(f"linear {name}{variant}", (kernels,), use, 32, 128, *limits, reason=FEATURES)
+            yield Budget(f"linear {name}{variant}", (kernels,), use, 32, 128, most)
     for name, kernels, direction, limits in CHANNELS:
         use = f"linear {direction}"
         yield Budget(f"linear {name}, channels as features", kernels, use, 32, 0, *limits, CHANNEL, "whole")
