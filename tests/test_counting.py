@@ -38,7 +38,10 @@ def flash_rows() -> list[dict]:
 
 
 def keys() -> list[str]:
-    """Return the keys of three calls without compiling them: two lengths, and another head width."""
+    """Return the keys (`Launch.key`) of the launches of three calls, without compiling them.
+
+    Compared with the first call, the second has a different length, and the third a different head width.
+    """
     found = []
     for tokens, width in ((1024, 64), (777, 64), (1024, 32)):
         case = Case("", batch=2, heads=4, tokens=tokens, width=width, features=16)
@@ -170,6 +173,12 @@ def test_loops_are_found_in_machine_code():
     assert [each.kind for each in loop.code] == ["HGMMA", "MUFU", "BRA", "LDS", "BRA"]
     assert [each.kind for each in program.code] == ["MOV", "BRA", "EXIT", "BRA", "BRA"]
     assert program.innermost() == [loop] and loop.own_products == 1
+
+
+def test_guarded_call_is_a_branch():
+    """ptxas leaves a loop by a call that never returns. A call of a subroutine, such as a division, has no guard."""
+    assert parse("0040", "@P2 ", "CALL.REL.NOINC", " 0x80").target == 0x80
+    assert parse("0040", "", "CALL.REL.NOINC", " 0x80").target is None
 
 
 def test_unrolled_loops_have_no_partner():

@@ -76,7 +76,9 @@ def disassemble(arch: int, cubins: Iterable[bytes]) -> list[list[Instruction]]:
 
 
 def parse(address: str, guard: str, opcode: str, rest: str) -> Instruction:
-    target = re.search(r"0x([0-9a-f]+)\s*$", rest) if opcode.startswith("BRA") else None
+    # ptxas also branches by a call that never returns. Such a call has a guard, while calls of subroutines have none.
+    branches = opcode.startswith("BRA") or (opcode == "CALL.REL.NOINC" and guard)
+    target = re.search(r"0x([0-9a-f]+)\s*$", rest) if branches else None
     return Instruction(int(address, 16), guard.strip(), opcode, int(target[1], 16) if target else None)
 
 
@@ -120,7 +122,7 @@ def count_sass(code: list[Instruction], usage: dict[str, str]) -> Resources:
 
 
 def matrix_instruction(kind: str, modifiers: list[str]) -> str:
-    """Return the name of a matrix instruction with its shape, if the name shows it, and with TF32 for operands of that type."""
+    """Return the opcode of a matrix instruction with only two of its modifiers: the shape, if it has one, and TF32."""
     return ".".join([kind, *(each for each in modifiers if each[0].isdigit()), *(["TF32"] if "TF32" in modifiers else [])])
 
 
