@@ -35,10 +35,12 @@ from .tiles import (
     cast,
     dot,
     exps_below,
+    is_valid,
     load_rotated,
     load_slots,
     load_tile,
     load_unit,
+    right_products,
     row_products,
     slot_program,
     store_slots,
@@ -46,6 +48,7 @@ from .tiles import (
     store_tile,
     store_unrotated,
     stream_program,
+    swapped_products,
     table_start,
 )
 
@@ -90,9 +93,7 @@ def aggregate_forward_kernel(
     b_values = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        valid = o_n < last
-        if MASKED:
-            valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=valid, other=0) != 0
+        valid = is_valid(mask, i_b, mask_b, mask_n, o_n, o_n < last, MASKED)
         b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_bias = tl.where(valid, key_bias(b_k, scale, GAUSSIAN, COMPUTE), float("-inf"))
@@ -152,11 +153,11 @@ def add_token_gradients(
     if FOLD:
         acc = dot(bias_columns(b_bias), tl.trans(ones_columns(COLUMNS)), zeros, PRECISION)
     if SPLIT:
-        b_l = dot(b_k, tl.trans(high), dot(b_k, tl.trans(low), acc, PRECISION), PRECISION)
+        b_l = right_products(b_k, high, low, acc, SPLIT, PRECISION)
     else:
-        b_l = row_products(b_k, high, acc, False, False, PRECISION, SWAPPED=True)
+        b_l = swapped_products(b_k, high, acc, PRECISION)
     if KEYS:
-        b_dp = row_products(b_v, b_unit, zeros, False, False, PRECISION, SWAPPED=True)
+        b_dp = swapped_products(b_v, b_unit, zeros, PRECISION)
     if FOLD:
         b_p = exps_at_most_one(dot(ones_columns(ROWS), tl.trans(b_row_max), b_l, PRECISION))
         b_weight = b_p
@@ -212,9 +213,7 @@ def aggregate_tokens_kernel(
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         inside = o_n < last
-        valid = inside
-        if MASKED:
-            valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
+        valid = is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED)
         b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_bias = key_bias(b_k, scale, GAUSSIAN, COMPUTE)
@@ -281,14 +280,12 @@ def aggregate_slots_kernel(
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        valid = o_n < last
-        if MASKED:
-            valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=valid, other=0) != 0
+        valid = is_valid(mask, i_b, mask_b, mask_n, o_n, o_n < last, MASKED)
         b_k = load_rotated(k, o_n, k_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_bias = key_bias(b_k, scale, GAUSSIAN, COMPUTE)
         b_l = key_logits(high, low, b_k, b_bias, scale, SPLIT, FOLD, COMPUTE, PRECISION)
-        b_dp = row_products(b_unit, b_v, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), False, False, PRECISION)
+        b_dp = row_products(b_unit, b_v, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), PRECISION)
         if FOLD:
             ones = tl.trans(ones_columns(BLOCK_N))
             b_p = exps_at_most_one(dot(b_row_max, ones, b_l, PRECISION))

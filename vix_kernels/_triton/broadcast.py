@@ -23,6 +23,7 @@ from .tiles import (
     dot,
     load_rotated,
     load_tile,
+    row_products,
     slot_program,
     store_slots,
     store_state,
@@ -30,7 +31,6 @@ from .tiles import (
     store_unrotated,
     stream_program,
     table_start,
-    whole_products,
 )
 from .token_conv import banded
 
@@ -75,22 +75,14 @@ def broadcast_forward_kernel(
         b_sum = tl.zeros((BLOCK_N,), COMPUTE)
         b_out = tl.zeros((BLOCK_N, BLOCK_E), COMPUTE)
         for i in tl.static_range(TILES):
-            high, low, b_values, b_bias = tiles[i]
-            b_g = slot_logits(b_q, high, low, b_bias, scale, SPLIT, COMPUTE, PRECISION)
-            if i == 0:
-                b_max = tl.max(b_g, 1)
-                b_p = tl.exp2(b_g - b_max[:, None])
-                b_sum, b_out = tl.sum(b_p, 1), dot(cast(b_p, b_values.dtype), b_values, b_out, PRECISION)
-            else:
-                b_max, b_sum, b_out = attend(b_g, b_values, b_max, b_sum, b_out, PRECISION)
+            b_max, b_sum, b_out = attend(b_q, tiles[i], b_max, b_sum, b_out, scale, i == 0, SPLIT, COMPUTE, PRECISION)
         if TILES == 0:
             for first_slot in range(0, M, BLOCK_M):
-                high, low, b_values, b_bias = load_attended(
+                operands = load_attended(
                     slots, values, bias, slots_m, values_m, bias_m, first_slot, M, scale, q.dtype.element_ty,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE,
                 )  # fmt: skip
-                b_g = slot_logits(b_q, high, low, b_bias, scale, SPLIT, COMPUTE, PRECISION)
-                b_max, b_sum, b_out = attend(b_g, b_values, b_max, b_sum, b_out, PRECISION)
+                b_max, b_sum, b_out = attend(b_q, operands, b_max, b_sum, b_out, scale, False, SPLIT, COMPUTE, PRECISION)
 
         b_inverse = 1.0 / b_sum
         b_out *= b_inverse[:, None]
@@ -107,14 +99,25 @@ def broadcast_forward_kernel(
 
 
 @triton.jit
-def attend(logits, values, row_max, total, out, PRECISION: tl.constexpr):
-    """Add a tile of slots to the sums of tokens, which are relative to the largest logit so far."""
-    new_max = tl.maximum(row_max, tl.max(logits, 1))
+def attend(
+    q, operands, row_max, total, out, scale,
+    FIRST: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of slots to the sums of tokens, which are relative to the largest logit so far. FIRST means no tile so far."""
+    high, low, values, bias = operands
+    logits = slot_logits(q, high, low, bias, scale, SPLIT, COMPUTE, PRECISION)
+    new_max = tl.max(logits, 1)
+    if not FIRST:
+        new_max = tl.maximum(row_max, new_max)
     p = tl.exp2(logits - new_max[:, None])
-    decay = tl.exp2(row_max - new_max)
-    products = dot(cast(p, values.dtype), values, tl.zeros_like(out), PRECISION)
-    # An accumulator that starts with out * decay would make ptxas wait after every matrix instruction.
-    return new_max, tl.fma(total, decay, tl.sum(p, 1)), tl.fma(out, tl.broadcast_to(decay[:, None], out.shape), products)
+    new_total = tl.sum(p, 1)
+    new_out = dot(cast(p, values.dtype), values, tl.zeros_like(out), PRECISION)
+    if not FIRST:
+        decay = tl.exp2(row_max - new_max)
+        # An accumulator that starts with out * decay would make ptxas wait after every matrix instruction.
+        new_total = tl.fma(total, decay, new_total)
+        new_out = tl.fma(out, tl.broadcast_to(decay[:, None], out.shape), new_out)
+    return new_max, new_total, new_out
 
 
 @triton.jit
@@ -159,12 +162,21 @@ def tile_products(
     high, low, values, bias = operands
     logits = slot_logits(q, high, low, bias, scale, SPLIT, COMPUTE, PRECISION)
     e = exps_at_most_one(logits - row_max[:, None])
-    return e, whole_products(dout, values, tl.zeros(e.shape, COMPUTE), PRECISION)
+    return e, row_products(dout, values, tl.zeros(e.shape, COMPUTE), PRECISION)
+
+
+@triton.jit
+def add_dq(
+    dq, q, dout, row_max, delta, operands, scale, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Add the contribution of a tile of slots to dq, still without the factors of the tokens."""
+    e, dp = tile_products(q, dout, row_max, operands, scale, SPLIT, COMPUTE, PRECISION)
+    return dot(cast(e * (dp - delta[:, None]), q.dtype), operands[0], dq, PRECISION)
 
 
 @triton.jit
 def column_sums(x, acc, PRECISION: tl.constexpr):
-    """Return acc plus the sums of the columns of x, in every column of acc. 16-bit tiles are summed by a product with ones."""
+    """Add the vector of column sums of x to every column of acc. For 16-bit tiles, the sums are a product with ones."""
     if x.dtype == tl.float32 or x.dtype == tl.float64:
         acc += tl.sum(x, 0)[:, None]
     else:
@@ -228,16 +240,14 @@ def broadcast_tokens_kernel(
 
         b_dq = tl.zeros((BLOCK_N, BLOCK_D), COMPUTE)
         for i in tl.static_range(TILES):
-            b_e, b_dp = tile_products(b_q, b_dout, b_row_max, tiles[i], scale, SPLIT, COMPUTE, PRECISION)
-            b_dq = dot(cast(b_e * (b_dp - b_delta[:, None]), b_q.dtype), tiles[i][0], b_dq, PRECISION)
+            b_dq = add_dq(b_dq, b_q, b_dout, b_row_max, b_delta, tiles[i], scale, SPLIT, COMPUTE, PRECISION)
         if TILES == 0:
             for first_slot in range(0, M, BLOCK_M):
                 operands = load_attended(
                     slots, values, bias, slots_m, values_m, bias_m, first_slot, M, scale, q.dtype.element_ty,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, BIASED, SPLIT, COMPUTE,
                 )  # fmt: skip
-                b_e, b_dp = tile_products(b_q, b_dout, b_row_max, operands, scale, SPLIT, COMPUTE, PRECISION)
-                b_dq = dot(cast(b_e * (b_dp - b_delta[:, None]), b_q.dtype), operands[0], b_dq, PRECISION)
+                b_dq = add_dq(b_dq, b_q, b_dout, b_row_max, b_delta, operands, scale, SPLIT, COMPUTE, PRECISION)
         b_dq *= (b_inverse * (LN2 if SPLIT else scale))[:, None]
         store_unrotated(b_dq, dq, o_n, dq_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED)
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import LaunchConfig, launch_config, padded, slot_strides
-from .tiles import LN2, LOG2E, dot, load_slots, slot_channels, split, whole_products
+from .tiles import LN2, LOG2E, dot, load_slots, slot_channels, split, split_parts
 
 COPIES = tl.constexpr(16)  # the smallest inner dimension of a matrix instruction in 16 bits
 
@@ -51,36 +51,12 @@ def load_operands(
 
     For elu, the slots are multiplied by log2 e, so that one exp2 of a product is its exponential.
     """
-    high = load_slots(slots, first_slot + tl.arange(0, BLOCK_M), slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+    b_slots = load_slots(slots, first_slot + tl.arange(0, BLOCK_M), slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
     if SPLIT:
-        high = high.to(tl.float32)
+        b_slots = b_slots.to(tl.float32)
     if ELU:
-        high = high * LOG2E
-    low = high
-    if SPLIT:
-        high, low = split(high, DTYPE)
-    return high, low
-
-
-@triton.jit
-def token_products(x, high, low, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + x @ (high + low)^T if SPLIT, otherwise acc + x @ high^T."""
-    if SPLIT:
-        acc = dot(x, tl.trans(high), dot(x, tl.trans(low), acc, PRECISION), PRECISION)
-    else:
-        acc = whole_products(x, high, acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def slot_products(high, low, x, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the transpose of token_products(x, high, low, 0), which can be the left operand of a sum over tokens."""
-    acc = tl.zeros((high.shape[0], x.shape[0]), COMPUTE)
-    if SPLIT:
-        acc = dot(high, tl.trans(x), dot(low, tl.trans(x), acc, PRECISION), PRECISION)
-    else:
-        acc = whole_products(high, x, acc, PRECISION)
-    return acc
+        b_slots = b_slots * LOG2E
+    return split_parts(b_slots, DTYPE, SPLIT)
 
 
 @triton.jit

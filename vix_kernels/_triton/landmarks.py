@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layout import LandmarkGradients, Needs, Pool, Rotary, empty_like_tokens
 from .launch import launch, launch_config, mask_strides, output_strides, padded, rotary_arguments, token_strides
-from .tiles import load_rotated, load_tile, rotate_pairs, store_tile
+from .tiles import is_valid, load_rotated, load_tile, rotate_pairs, store_tile
 
 
 @triton.jit
@@ -77,10 +77,8 @@ def mean(
     b_count = tl.zeros((BLOCK_N * BLOCK_M,), tl.float32)
     for start in range(0, longest, BLOCK_N):
         step = start + o_token
-        valid = step < size
         o_n = corner + step // breadth * columns + step % breadth
-        if MASKED:
-            valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=valid, other=0) != 0
+        valid = is_valid(mask, i_b, mask_b, mask_n, o_n, step < size, MASKED)
         b_x = load_rotated(x, o_n, x_n, valid, cos + angles, sin + angles, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
         b_sum += b_x.to(COMPUTE)
         b_count += valid.to(tl.float32)
@@ -141,9 +139,7 @@ def token_gradient(
     i_b, i_h = i_bh // H, i_bh % H
     o_n = tl.program_id(0) % token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = o_n < N
-    valid = inside
-    if MASKED:
-        valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
+    valid = is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED)
     own = o_n < prefix
     on_grid = tl.maximum(o_n - prefix, 0)
     first_row, last_row = windows_of(on_grid // columns, rows, mark_rows, ADAPTIVE)

@@ -18,9 +18,7 @@ from .features import (
     feature_config,
     feature_strides,
     load_operands,
-    slot_products,
     slot_rows,
-    token_products,
 )
 from .launch import launch, mask_strides, merge_arguments, output_strides, rotary_arguments, token_strides
 from .merge import empty_slots, merge_sums_kernel, sum_slots
@@ -29,15 +27,18 @@ from .tiles import (
     LN2,
     cast,
     dot,
+    is_valid,
+    left_products,
     load_rotated,
     load_tile,
     load_unit,
+    right_products,
+    row_products,
     slot_program,
     store_slots,
     store_state,
     store_tile,
     store_unrotated,
-    whole_products,
 )
 
 
@@ -68,14 +69,12 @@ def linear_aggregate_forward_kernel(
     b_norms = tl.zeros((BLOCK_M, COPIES), COMPUTE)
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        valid = o_n < last
-        if MASKED:
-            valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=valid, other=0) != 0
+        valid = is_valid(mask, i_b, mask_b, mask_n, o_n, o_n < last, MASKED)
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         if PROJECTED:
             b_k = load_rotated(k, o_n, k_n, valid, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
-            b_f = apply_map(slot_products(b_high, b_low, b_k, SPLIT, COMPUTE, PRECISION), ELU, PROJECTED)[0]
-            b_f = cast(b_f, b_v.dtype)
+            b_l = left_products(b_high, b_low, b_k, tl.zeros((BLOCK_M, BLOCK_N), COMPUTE), SPLIT, PRECISION)
+            b_f = cast(apply_map(b_l, ELU, PROJECTED)[0], b_v.dtype)
         else:
             b_l = load_rotated(k, o_n, k_n, valid, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot).to(COMPUTE)
             b_f = apply_map(b_l, ELU, PROJECTED)[0]
@@ -95,10 +94,11 @@ def load_gradients(
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PROJECTED: tl.constexpr, ELU: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Load what the gradient kernels need for a tile of slots: two operands for logits, unit, size and delta.
+    """Load a tile of slots for the gradient kernels: two operands, and unit, size and delta (see prepare.py).
 
-    size keeps unit within the range of float16. For other dtypes, this function multiplies unit by size, and the kernels do not
-    use size. The multiplication is exact, because size is a power of two.
+    If PROJECTED, logits are computed from the two operands. size keeps unit within the range of float16. For other dtypes, this
+    function multiplies unit by size, and the kernels do not use size. The multiplication is exact, because size is a power of
+    two.
     """
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
     b_unit, b_size, b_delta = load_unit(unit, size, delta, i_bh * M + o_m, o_m < M, E, BLOCK_E)
@@ -123,7 +123,7 @@ def gradient_products(x, unit, size, delta, COMPUTE: tl.constexpr, PRECISION: tl
     elif x.dtype == tl.float16:
         products = dot(x, tl.trans(unit), acc, PRECISION) * size[None, :] - delta[None, :]
     else:
-        products = whole_products(x, unit, acc, PRECISION) - delta[None, :]
+        products = row_products(x, unit, acc, PRECISION) - delta[None, :]
     return products
 
 
@@ -157,9 +157,7 @@ def linear_aggregate_tokens_kernel(
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         inside = o_n < last
-        valid = inside
-        if MASKED:
-            valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
+        valid = is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED)
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         if PROJECTED:
             b_k = load_rotated(k, o_n, k_n, valid, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
@@ -172,7 +170,7 @@ def linear_aggregate_tokens_kernel(
                     D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT,
                 )  # fmt: skip
             if PROJECTED:
-                b_l = token_products(b_k, b_high, b_low, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), SPLIT, PRECISION)
+                b_l = right_products(b_k, b_high, b_low, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), SPLIT, PRECISION)
             else:
                 b_l = load_rotated(k, o_n, k_n, valid, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot).to(
                     COMPUTE
@@ -227,13 +225,12 @@ def linear_aggregate_slots_kernel(
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D), COMPUTE)
     for start in range(first, last, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        valid = o_n < last
-        if MASKED:
-            valid &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=valid, other=0) != 0
+        valid = is_valid(mask, i_b, mask_b, mask_n, o_n, o_n < last, MASKED)
         b_v = load_tile(v, o_n, v_n, valid, E, BLOCK_E, 0, True)
         b_k = load_rotated(k, o_n, k_n, valid, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
-        b_slopes = apply_map(slot_products(b_high, b_low, b_k, SPLIT, COMPUTE, PRECISION), ELU, True)[1]
-        b_dp = slot_products(b_unit, b_unit, b_v, False, COMPUTE, PRECISION)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
+        b_slopes = apply_map(left_products(b_high, b_low, b_k, zeros, SPLIT, PRECISION), ELU, True)[1]
+        b_dp = row_products(b_unit, b_v, zeros, PRECISION)
         b_dl = b_slopes * ((b_dp * b_size[:, None] if HALF else b_dp) - b_delta[:, None])
         b_dslots = dot(cast(b_dl, b_k.dtype), b_k, b_dslots, PRECISION)  # rows of b_k that are not valid are 0
 

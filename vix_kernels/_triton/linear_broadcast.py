@@ -18,10 +18,8 @@ from .features import (
     feature_strides,
     load_operands,
     outer_product,
-    slot_products,
     slot_rows,
     sum_copies,
-    token_products,
 )
 from .launch import launch, rotary_arguments, slot_strides, token_strides
 from .merge import empty_slots, merge_sums, sum_slots
@@ -29,8 +27,10 @@ from .tiles import (
     LN2,
     cast,
     dot,
+    left_products,
     load_rotated,
     load_tile,
+    right_products,
     slot_program,
     split,
     store_slots,
@@ -63,9 +63,9 @@ def load_state(
 ):  # fmt: skip
     """Load a tile of slots: two operands for logits, two for values, and the norms.
 
-    The norms are divided by `largest`. The values are the sums divided by `largest` or, for float16, the means
-    sums / norms, because the range of float16 is too small for the sums. For 16-bit tokens, the two operands for values are the
-    rounded values and their rounding errors. Rows whose index is M or greater are 0.
+    The norms are divided by `largest`. The values are sums / largest. For float16, they are the means, sums / norms, because
+    the range of float16 is too small for sums / largest. For 16-bit tokens, the two operands for values are the rounded values
+    and their rounding errors. Rows whose index is M or greater are 0.
     """
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
     o_e = tl.arange(0, BLOCK_E)
@@ -132,7 +132,7 @@ def linear_broadcast_forward_kernel(
                     D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT, DTYPE,
                 )  # fmt: skip
             if PROJECTED:
-                b_l = token_products(b_q, b_high, b_low, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), SPLIT, PRECISION)
+                b_l = right_products(b_q, b_high, b_low, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), SPLIT, PRECISION)
             else:
                 b_l = load_rotated(q, o_n, q_n, valid, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot).to(
                     COMPUTE
@@ -218,7 +218,7 @@ def linear_broadcast_tokens_kernel(
                         D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT, DTYPE,
                     )  # fmt: skip
                 if PROJECTED:
-                    b_l = token_products(b_q, b_high, b_low, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), SPLIT, PRECISION)
+                    b_l = right_products(b_q, b_high, b_low, tl.zeros((BLOCK_N, BLOCK_M), COMPUTE), SPLIT, PRECISION)
                 else:
                     b_l = load_rotated(q, o_n, q_n, b_used, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot)
                 b_f, b_slopes = apply_map(b_l.to(COMPUTE), ELU, PROJECTED)
@@ -235,7 +235,7 @@ def linear_broadcast_tokens_kernel(
                     b_dp = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
                     if FOLDED:
                         b_dp = outer_product(-b_delta, b_norms, b_dp, DTYPE, PRECISION)
-                    b_dp = token_products(b_dout, b_left, b_right, b_dp, WIDE, PRECISION)
+                    b_dp = right_products(b_dout, b_left, b_right, b_dp, WIDE, PRECISION)
                     if HALF:
                         b_dl = b_slopes * b_norms[None, :] * (b_dp * b_scale[:, None] - (b_delta * b_scale)[:, None])
                     elif FOLDED:
@@ -301,9 +301,10 @@ def linear_broadcast_slots_kernel(
         b_delta = tl.load(delta + i_bh * N + o_n, mask=valid, other=0.0)
         b_scale = tl.load(scale + i_bh * N + o_n, mask=valid, other=0.0)
         used = b_scale != 0
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
         if PROJECTED:
             b_q = load_rotated(q, o_n, q_n, used, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE)
-            b_l = slot_products(b_high, b_low, b_q, SPLIT, COMPUTE, PRECISION)
+            b_l = left_products(b_high, b_low, b_q, zeros, SPLIT, PRECISION)
         else:
             b_l = tl.trans(
                 load_rotated(q, o_n, q_n, used, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot).to(COMPUTE)
@@ -318,7 +319,7 @@ def linear_broadcast_slots_kernel(
             b_dsums = dot(b_p, cast(b_dout.to(COMPUTE) * b_scale[:, None], DTYPE), b_dsums, PRECISION)
             b_dnorms = dot(b_p, tl.trans(copies(-b_delta * b_scale, DTYPE)), b_dnorms, PRECISION)
         if NEED_SLOTS:
-            b_dp = slot_products(b_left, b_right, b_dout, COMPUTE != DTYPE, COMPUTE, PRECISION)
+            b_dp = left_products(b_left, b_right, b_dout, zeros, COMPUTE != DTYPE, PRECISION)
             if HALF:
                 b_dp = b_norms[:, None] * (b_dp - b_delta[None, :])
             else:

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
-from .tiles import INTERPRETED, LOG2E, cast, dot, load_slots, split, whole_products
+from .tiles import INTERPRETED, LOG2E, cast, dot, left_products, load_slots, right_products, split_parts
 
-LOWEST = tl.constexpr(-3e38)  # replaces -inf, because -inf - -inf would be NaN; finite in bfloat16 and float32
+EXCLUDED = tl.constexpr(-3e38)  # bias of invalid slots instead of -inf, because -inf - -inf would be NaN
 
 
 @triton.jit
@@ -29,11 +29,7 @@ def slot_parts(slots, scale, DTYPE: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.
     """
     if FOLD:
         slots = slots * (scale * LOG2E)
-    if SPLIT:
-        high, low = split(slots, DTYPE)
-    else:
-        high, low = slots, slots
-    return high, low
+    return split_parts(slots, DTYPE, SPLIT)
 
 
 @triton.jit
@@ -69,14 +65,14 @@ def ones_columns(ROWS: tl.constexpr):
 def key_logits(
     high, low, k, bias, scale, SPLIT: tl.constexpr, FOLD: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Return the base-2 logits (slots, tokens) of `slot_parts` and a tile of keys. `bias` has one number per key."""
+    """Return the base-2 logits (slots, tokens) of a tile of slots and a tile of keys.
+
+    `high` and `low` are the slots, as returned by `slot_parts`. `bias` has one number per key.
+    """
     acc = tl.zeros((high.shape[0], k.shape[0]), COMPUTE)
     if FOLD:
         acc = dot(ones_columns(high.shape[0]), tl.trans(bias_columns(bias)), acc, PRECISION)
-    if SPLIT:
-        acc = dot(high, tl.trans(k), dot(low, tl.trans(k), acc, PRECISION), PRECISION)
-    else:
-        acc = whole_products(high, k, acc, PRECISION)
+    acc = left_products(high, low, k, acc, SPLIT, PRECISION)
     if not FOLD:
         acc = acc * (scale * LOG2E) + bias[None, :]
     return acc
@@ -100,14 +96,14 @@ def exps_at_most_one(x):
 
 @triton.jit
 def slot_bias(bias, o_m, bias_m, M, BIASED: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the base-2 bias of a tile of slots. Invalid slots and indices >= M get LOWEST, so their probability is 0."""
+    """Return the base-2 bias of a tile of slots. Invalid slots and indices >= M get EXCLUDED, so their probability is 0."""
     if BIASED == "mask":
-        b_bias = tl.where(tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=0) != 0, 0.0, LOWEST).to(COMPUTE)
+        b_bias = tl.where(tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=0) != 0, 0.0, EXCLUDED).to(COMPUTE)
     elif BIASED == "bias":
-        b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=LOWEST)
-        b_bias = tl.maximum(b_bias, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        b_bias = tl.load(bias + o_m.to(tl.int64) * bias_m, mask=o_m < M, other=EXCLUDED)
+        b_bias = tl.maximum(b_bias, EXCLUDED, propagate_nan=tl.PropagateNan.ALL)
     else:
-        b_bias = tl.where(o_m < M, 0.0, LOWEST).to(COMPUTE)
+        b_bias = tl.where(o_m < M, 0.0, EXCLUDED).to(COMPUTE)
     return b_bias
 
 
@@ -119,12 +115,11 @@ def load_attended(
 ):  # fmt: skip
     """Load a tile of slots. Return its two operands for `slot_logits`, its values and its base-2 bias."""
     o_m = start + tl.arange(0, BLOCK_M)
-    high = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+    b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
+    high, low = slot_parts(b_slots, scale, DTYPE, SPLIT, SPLIT)
     b_values = cast(load_slots(values, o_m, values_m, M, E, BLOCK_E, 0, True), DTYPE)
     b_bias = slot_bias(bias, o_m, bias_m, M, BIASED, COMPUTE)
-    low = high
     if SPLIT:
-        high, low = split(high * (scale * LOG2E), DTYPE)
         b_bias = bias_columns(b_bias)
     return high, low, b_values, b_bias
 
@@ -135,7 +130,7 @@ def slot_logits(q, high, low, bias, scale, SPLIT: tl.constexpr, COMPUTE: tl.cons
     acc = tl.zeros((q.shape[0], high.shape[0]), COMPUTE)
     if SPLIT:
         acc = dot(ones_columns(q.shape[0]), tl.trans(bias), acc, PRECISION)
-        acc = dot(q, tl.trans(high), dot(q, tl.trans(low), acc, PRECISION), PRECISION)
-    else:
-        acc = whole_products(q, high, acc, PRECISION) * (scale * LOG2E) + bias[None, :]
+    acc = right_products(q, high, low, acc, SPLIT, PRECISION)
+    if not SPLIT:
+        acc = acc * (scale * LOG2E) + bias[None, :]
     return acc

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..layout import Needs
 from .launch import LaunchConfig, architecture, launch, launch_config, mask_strides, output_strides, padded, token_strides
-from .pinv_landmarks import attention, is_valid, load_rows, start_scale
+from .pinv_landmarks import attention, has_landmark, load_rows, start_scale
 from .pinv_registers import advance_all, differentiate_all, pinv_forward_registers_kernel
 from .pinv_steps import BACKWARD, DA, DY, DZ, FORWARD, A, Z, advance, differentiate, keep_middle, part, restart
 from .tiles import dot, row_products, store_tile
@@ -53,12 +53,12 @@ def start(
 ):  # fmt: skip
     """Compute A and the first Z and store them in `memory`. Return the initial scale s."""
     columns = tl.arange(0, SIZE)
-    has_column = is_valid(k_counts, i_b, k_counts_b, k_counts_l, columns, L, K_MASKED)
+    has_column = has_landmark(k_counts, i_b, k_counts_b, k_counts_l, columns, L, K_MASKED)
     sums = tl.zeros((SIZE,), COMPUTE)
     tl.debug_barrier()  # wait until all threads have read the matrices of the previous head
     for row in tl.range(0, SIZE, STEP, disable_licm=True):
         rows = row + tl.arange(0, STEP)
-        has_row = is_valid(q_counts, i_b, q_counts_b, q_counts_l, rows, L, Q_MASKED)
+        has_row = has_landmark(q_counts, i_b, q_counts_b, q_counts_l, rows, L, Q_MASKED)
         a = attention(q, k, q_l, k_l, rows, columns, has_row, has_column, scale, D, STEP, COMPUTE, PRECISION)
         sums += tl.sum(a, 0)
         tl.store(part(memory, A, row, 0, STEP, SIZE, SIZE), a)
@@ -82,7 +82,7 @@ def start_gradient(
         for column in tl.range(0, E, STEP, disable_licm=True):
             b_dout = load_rows(dout, dout_l, rows, column, k_counts, i_b, k_counts_b, k_counts_l, L, E, STEP, K_MASKED)
             b_v = load_rows(values, values_l, columns, column, q_counts, i_b, q_counts_b, q_counts_l, L, E, STEP, Q_MASKED)
-            dz = row_products(b_dout, b_v, dz, False, False, PRECISION)
+            dz = row_products(b_dout, b_v, dz, PRECISION)
         tl.store(part(memory, DZ, row, 0, STEP, SIZE, SIZE), dz)
         tl.store(part(memory, DA, row, 0, STEP, SIZE, SIZE), tl.zeros((STEP, SIZE), COMPUTE))
     tl.debug_barrier()

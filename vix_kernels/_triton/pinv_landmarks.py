@@ -9,7 +9,7 @@ from .tiles import LOG2E, load_tile, row_products
 
 
 @triton.jit
-def is_valid(counts, i_b, counts_b, counts_l, landmarks, L, MASKED: tl.constexpr):
+def has_landmark(counts, i_b, counts_b, counts_l, landmarks, L, MASKED: tl.constexpr):
     """Return a mask of the landmarks that exist and, if MASKED, are means of at least one token."""
     valid = landmarks < L
     if MASKED:
@@ -23,7 +23,7 @@ def load_rows(
     WIDTH: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Load STEP columns, from `column` on, of the landmarks whose indices are `rows`. Rows of invalid landmarks are 0."""
-    valid = is_valid(counts, i_b, counts_b, counts_l, rows, L, MASKED)
+    valid = has_landmark(counts, i_b, counts_b, counts_l, rows, L, MASKED)
     return load_tile(base, rows, stride, valid, WIDTH, STEP, 0, True, False, column)
 
 
@@ -37,7 +37,7 @@ def attention(
     for column in tl.range(0, D, STEP, disable_licm=True):
         b_q = load_tile(q, rows, q_l, has_row, D, STEP, 0, True, False, column)
         b_k = load_tile(k, columns, k_l, has_column, D, STEP, 0, True, False, column)
-        logits = row_products(b_q, b_k, logits, False, False, PRECISION)
+        logits = row_products(b_q, b_k, logits, PRECISION)
     logits = tl.where(has_column[None, :], logits * (scale * LOG2E), float("-inf"))
     row_max = tl.max(logits, 1)
     a = tl.exp2(logits - tl.where(row_max == float("-inf"), 0.0, row_max)[:, None])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .pinv_landmarks import attention, is_valid, load_rows, start_scale
+from .pinv_landmarks import attention, has_landmark, load_rows, start_scale
 from .pinv_steps import DA, DY, DZ, A, Z, part
 from .tiles import cast, dot, store_tile
 
@@ -23,7 +23,7 @@ LARGEST = tl.constexpr(7)  # the largest element of dZ is scaled to at least 2^-
 
 @triton.jit
 def parts(x, PARTS: tl.constexpr):
-    """Return x as an operand of `product`: x if PARTS is 0, x in float16 if it is 1, two float16 parts of UNIT x if it is 2."""
+    """Return x as an operand of `product`: x if PARTS is 0, float16 x if it is 1, two float16 parts of UNIT * x if it is 2."""
     if PARTS == 0:
         high, low = x, x
     elif PARTS == 1:
@@ -167,8 +167,8 @@ def pinv_forward_registers_kernel(
     i_b, i_h = (tl.program_id(0) // H).to(tl.int64), (tl.program_id(0) % H).to(tl.int64)
     q, k, values = q + i_b * q_b + i_h * q_h, k + i_b * k_b + i_h * k_h, values + i_b * values_b + i_h * values_h
     o_l = tl.arange(0, SIZE)
-    has_row = is_valid(q_counts, i_b, q_counts_b, q_counts_l, o_l, L, Q_MASKED)
-    has_column = is_valid(k_counts, i_b, k_counts_b, k_counts_l, o_l, L, K_MASKED)
+    has_row = has_landmark(q_counts, i_b, q_counts_b, q_counts_l, o_l, L, Q_MASKED)
+    has_column = has_landmark(k_counts, i_b, k_counts_b, k_counts_l, o_l, L, K_MASKED)
     b_a = attention(q, k, q_l, k_l, o_l, o_l, has_row, has_column, scale, D, STEP, COMPUTE, PRECISION)
     s, _ = start_scale(tl.sum(b_a, 0))
     b_z = tl.trans(b_a) / s

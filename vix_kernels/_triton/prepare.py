@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layout import unit_last_stride
 from .launch import launch, padded, slot_strides, triton_dtype
-from .tiles import LOG2E, cast, row_products
+from .tiles import LOG2E, cast, right_products, split_parts
 
 
 @triton.jit(do_not_specialize=["M", "d_b", "d_h", "dnumber_b", "dnumber_h"])
@@ -28,7 +28,7 @@ def aggregate_prepare_kernel(
 
     If SOFTMAX, delta = (<dvalues, values> - dlse / ln 2) / total. <dvalues, values> is computed in the same way as <unit, v> in
     the gradient kernels, so that the two cancel if a slot attends to only one token. If not SOFTMAX, the kernel prepares the
-    gradient of sums weighted by features. Then delta = -dnumber, and 1 is used in place of total.
+    backward of linear_aggregate. Then delta = -dnumber, and 1 is used in place of total.
     """
     FOLD: tl.constexpr = SOFTMAX and unit.dtype.element_ty == tl.bfloat16
     i_bh = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64)
@@ -58,7 +58,8 @@ def aggregate_prepare_kernel(
     if SOFTMAX:
         b_values = tl.load(values + rows[:, None] * E + o_e[None, :], mask=inside, other=0.0)
         WIDE: tl.constexpr = b_values.dtype != b_unit.dtype
-        products = row_products(b_unit, b_values, tl.zeros((BLOCK_M, BLOCK_M), COMPUTE), False, WIDE, PRECISION)
+        high, low = split_parts(b_values, b_unit.dtype, WIDE)
+        products = right_products(b_unit, high, low, tl.zeros((BLOCK_M, BLOCK_M), COMPUTE), WIDE, PRECISION)
         own = tl.arange(0, BLOCK_M)
         b_delta += tl.sum(tl.where(own[:, None] == own[None, :], products, 0.0), 1) * b_size
     if NUMBERS:
@@ -77,7 +78,7 @@ def prepare(
     Args:
         dvalues: gradient of values or sums, (batch, heads, M, E).
         dnumber: gradient of lse or norms, (batch, heads, M), or None if it is 0.
-        values, total: results of aggregate_forward, or None for the gradient of sums weighted by features.
+        values, total: results of aggregate_forward, or None in the backward of linear_aggregate, which has no softmax.
         dtype: dtype of the tokens.
         precision: precision of float32 products.
 

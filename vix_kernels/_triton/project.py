@@ -30,6 +30,7 @@ from .sums import split_items, sum_chunks
 from .tiles import (
     cast,
     dot,
+    is_valid,
     load_rotated,
     load_slots,
     load_tile,
@@ -39,14 +40,6 @@ from .tiles import (
     store_tile,
     store_unrotated,
 )
-
-
-@triton.jit
-def is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED: tl.constexpr):
-    """Return a mask of the tokens that are `inside` and, if MASKED, valid."""
-    if MASKED:
-        inside &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
-    return inside
 
 
 @triton.jit
@@ -164,7 +157,7 @@ def token_products(
             D, BLOCK_D, ROTARY, INTERLEAVED, COMPUTE,
         )  # fmt: skip
         b_dkeys = load_slots(dkeys + i_b * dkeys_b + j_h * dkeys_h, o_m, dkeys_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
-        acc = row_products(b_k, cast(b_dkeys, b_k.dtype), acc, False, False, PRECISION)
+        acc = row_products(b_k, cast(b_dkeys, b_k.dtype), acc, PRECISION)
     return acc
 
 

@@ -54,6 +54,15 @@ def split(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def split_parts(x, DTYPE: tl.constexpr, SPLIT: tl.constexpr):
+    """Return split(x, DTYPE) if SPLIT. Otherwise return x twice; products use only the first one."""
+    high, low = x, x
+    if SPLIT:
+        high, low = split(x, DTYPE)
+    return high, low
+
+
+@triton.jit
 def slot_program(M, N, chunk, BLOCK_M: tl.constexpr):
     """Return the slots and tokens of a program that keeps a tile of slots and loops over a chunk of tokens.
 
@@ -93,6 +102,14 @@ def stream_program(N, chunk):
     chunks = tl.cdiv(N, chunk)
     first = tl.program_id(0) % chunks * chunk
     return (tl.program_id(0) // chunks).to(tl.int64), first, tl.minimum(first + chunk, N)
+
+
+@triton.jit
+def is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED: tl.constexpr):
+    """Return a mask of the tokens that are `inside` and, if MASKED, valid."""
+    if MASKED:
+        inside &= tl.load(mask + i_b * mask_b + o_n.to(tl.int64) * mask_n, mask=inside, other=0) != 0
+    return inside
 
 
 @triton.jit
@@ -308,7 +325,7 @@ def halved_products(x, y, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def whole_products(x, y, acc, PRECISION: tl.constexpr):
+def row_products(x, y, acc, PRECISION: tl.constexpr):
     """Return acc + x @ y^T for operands in the same dtype."""
     if x.dtype == tl.float32 and x.shape[1] > 128:  # in quarters, because rows of 256 float32 elements do not fit in registers
         left_x, right_x = halves(x)
@@ -320,25 +337,34 @@ def whole_products(x, y, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def row_products(
-    x, y, acc, SPLIT_X: tl.constexpr, SPLIT_Y: tl.constexpr, PRECISION: tl.constexpr, SWAPPED: tl.constexpr = False
-):  # fmt: skip
-    """Return acc + x @ y^T.
+def swapped_products(x, y, acc, PRECISION: tl.constexpr):
+    """Return acc + x @ y^T, bit-identical to the transpose of row_products(y, x, acc^T).
 
-    SPLIT_X or SPLIT_Y means that x or y is float32 and that the other operand has 16 bits. The float32 operand is then
-    multiplied as a sum of two 16-bit tiles.
-
-    If a float32 product is computed as three TF32 products, its rounding depends on which operand is on the left. SWAPPED puts
-    y on the left, so the result in the backward pass is bit-identical to that of row_products(y, x) in the forward pass.
+    If a float32 product is computed as three TF32 products, its rounding depends on which operand is on the left. The backward
+    pass must round logits as the forward pass does.
     """
-    if SPLIT_X:
-        high, low = split(x, y.dtype)
-        acc = dot(high, tl.trans(y), dot(low, tl.trans(y), acc, PRECISION), PRECISION)
-    elif SPLIT_Y:
-        high, low = split(y, x.dtype)
-        acc = dot(x, tl.trans(high), dot(x, tl.trans(low), acc, PRECISION), PRECISION)
-    elif SWAPPED and x.dtype == tl.float32:
-        acc = tl.trans(whole_products(y, x, tl.trans(acc), PRECISION))
+    if x.dtype == tl.float32:
+        acc = tl.trans(row_products(y, x, tl.trans(acc), PRECISION))
     else:
-        acc = whole_products(x, y, acc, PRECISION)
+        acc = row_products(x, y, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def left_products(high, low, y, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Return acc + (high + low) @ y^T for the two tiles of `split_parts`."""
+    if SPLIT:
+        acc = dot(high, tl.trans(y), dot(low, tl.trans(y), acc, PRECISION), PRECISION)
+    else:
+        acc = row_products(high, y, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def right_products(x, high, low, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Return acc + x @ (high + low)^T for the two tiles of `split_parts`."""
+    if SPLIT:
+        acc = dot(x, tl.trans(high), dot(x, tl.trans(low), acc, PRECISION), PRECISION)
+    else:
+        acc = row_products(x, high, acc, PRECISION)
     return acc

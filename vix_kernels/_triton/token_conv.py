@@ -39,7 +39,7 @@ def banded(
 
     x, weight and mask point to the data of one sample and head. weight is contiguous. x_n and mask_n are the strides between
     tokens. The tokens of acc form groups, whose windows are adjacent in the columns of b_x. All groups are multiplied by the
-    same banded matrix. It is small, because each of its elements takes a separate load.
+    same banded matrix. It is kept small, because each of its elements takes a separate load.
     """
     GROUP: tl.constexpr = min(acc.shape[0], 32)
     GROUPS: tl.constexpr = acc.shape[0] // GROUP
