@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from vix_kernels._triton.launch import architecture
-from vix_kernels._triton.launch_table import TABLE, Key
+from vix_kernels._triton.launch import architecture, kernel_name
+from vix_kernels._triton.launch_table import Key, entries
 from vix_kernels.measure import tune
 from vix_kernels.measure.operators import Row, ok, skipped
 
@@ -26,12 +26,15 @@ SECONDS = 12  # per key; improving many keys a little is worth more than tuning 
 
 @by_job
 def rows(plan: Plan) -> Iterator[Job]:
-    keys = tune.DRY if plan.dry else sorted(
-        (key for key in TABLE if key[0] in KERNELS and key[1] == 16 and key[2] in (32, 64)),
-        key=lambda key: (-key[2], KERNELS.index(key[0])),
-    )  # fmt: skip
-    for key in keys:
+    for key in tune.DRY if plan.dry else keys(plan):
         yield Job(dict(zip(("kernel", "bits", "width"), key, strict=True)), partial(tuned, plan, key))
+
+
+def keys(plan: Plan) -> list[Key]:
+    """Return the keys to tune. Plain entries come before those of variants, such as "..._heavy"."""
+    names = {key: kernel_name(key[0]) for key in entries(architecture(torch.device(plan.device)))}
+    chosen = (key for key, name in names.items() if name in KERNELS and key[1] == 16 and key[2] in (32, 64))
+    return sorted(chosen, key=lambda key: (key[0] != names[key], -key[2], KERNELS.index(names[key])))
 
 
 def tuned(plan: Plan, key: Key) -> Iterator[Row]:
@@ -40,4 +43,4 @@ def tuned(plan: Plan, key: Key) -> Iterator[Row]:
     found = list(tune.tune([key], arch, plan.device, min(plan.deadline, time.monotonic() + SECONDS)))
     yield from (ok(**tune.row(proposal), arch=arch) for proposal in found)
     if not found:
-        yield skipped("no operator launches this kernel")
+        yield skipped("no benchmark looks up this entry")

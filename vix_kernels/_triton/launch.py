@@ -65,7 +65,7 @@ class LaunchConfig:
         return size, triton.cdiv(tokens, size)
 
     def slots(self, num_slots: int) -> int:
-        """Return the number of slots per tile: that of the launch table, or a smaller power of two >= 64 that fits all."""
+        """Return the slots per tile: the launch table's number, or a smaller power of two >= 64 if one tile then holds all."""
         return min(self.tile.slots, max(64, triton.next_power_of_2(num_slots)))
 
     def stream(self, programs: int, tokens: int, num_slots: int) -> tuple[int, dict[str, int]]:
@@ -121,7 +121,8 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor, heavy:
         tokens: the tokens, (batch, heads, tokens, channels) or (batch, tokens, channels).
         width: width to look up in the launch table. For most kernels it is the larger of the head widths of keys and values.
         slots: the slots. Only their dtype is used.
-        heavy: whether to prefer the entry for more registers; by default, whether the slots have the tokens' dtype.
+        heavy: whether to prefer the entry for a launch that needs more registers. By default, True if slots have the tokens'
+            dtype.
     """
     arch = architecture(tokens.device)
     split = slots.element_size() > tokens.element_size()
@@ -145,10 +146,11 @@ def kernel_name(entry: str) -> str:
 def find_tile(arch: str, kernel: str, bits: int, width: int, heavy: bool) -> tuple[Key, Tile]:
     """Return the key in the launch table and the tile of `kernel` on `arch`.
 
-    `heavy` says whether to prefer the entry for a launch that needs more registers.
+    `heavy` says whether to prefer the entry for a launch that needs more registers. A launch for which there is no entry with
+    its suffix uses the plain one. An entry with the suffix in TABLE precedes a plain entry in OVERRIDES.
     """
-    names = (f"{kernel}_heavy", kernel) if bits == 16 and heavy else (kernel,)
-    keys = [(name, bits, width) for name in names]
+    names = (f"{kernel}_heavy", kernel, kernel_name(kernel)) if heavy else (kernel, kernel_name(kernel))
+    keys = [(name, bits, width) for name in dict.fromkeys(names)]
     for key in keys:
         if conditions.current.asked is not None:
             conditions.current.asked(key)

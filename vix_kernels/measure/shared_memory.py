@@ -22,8 +22,8 @@ import triton
 from torch import Tensor
 
 from .. import conditions
-from .._triton.launch import find_tile, kernel_name
-from .._triton.launch_table import OVERRIDES, TABLE
+from .._triton import launch_table
+from .._triton.launch import kernel_name
 from .._triton.targets import TARGETS
 from ..testing import SPECS, Case, Problem, draw
 from . import offline
@@ -62,10 +62,11 @@ class Row:
 
 def entries(arch: str) -> set[Row]:
     """Return all entries that a launch on `arch` can look up."""
-    keys = ((name.removesuffix("_heavy"), bits, width) for name, bits, width in (*TABLE, *OVERRIDES.get(arch, {})))
-    served = (find_tile(arch, *key, heavy) for key in keys for heavy in (False, True))
     generation = GENERATION.get(arch, arch)
-    return {Row("", generation, *key, " ".join(map(str, tile)), code_hash(key[0]), 0) for key, tile in served}
+    return {
+        Row("", generation, *key, " ".join(map(str, tile)), code_hash(key[0]), 0)
+        for key, tile in launch_table.entries(arch).items()
+    }
 
 
 def missing(rows: Iterable[Row], arch: str) -> list[Row]:
@@ -92,7 +93,7 @@ def excesses(rows: Iterable[Row], arch: str) -> list[str]:
 def problems(bits: int, width: int) -> Iterator[Problem]:
     """Yield problems that launch every kernel in all variants that share an entry of the launch table.
 
-    Gradients of slots, many slots and float16 have separate entries in some kernels.
+    For some kernels, the launch table has separate entries for gradients of slots, for many slots, and for float16.
     """
     variants = dict(), dict(rope="half", masked=True, feature_map="elu"), dict(rope="interleaved")
     case = Case("", BATCH, HEADS, TOKENS, width=width, features=min(width, 128), taps=33, learned=True)

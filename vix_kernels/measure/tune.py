@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .. import conditions
 from .._triton import launch
-from .._triton.launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
+from .._triton.launch_table import INTERPRETER, TABLE, Key, Tile, entries
 from ..backends import interpreted, reason_against_gpu
 from ..commands import Parser
 from ..testing import SPECS, Case, OpSpec, draw
@@ -112,8 +112,8 @@ def spills() -> Iterator[list[int]]:
 
 
 def present_tile(arch: str, key: Key) -> Tile:
-    tried = conditions.current.tiles.get(key) or OVERRIDES.get(arch, {}).get(key)
-    return tried or (INTERPRETER if arch == "interpreter" else TABLE[key])
+    tried = conditions.current.tiles.get(key)
+    return tried or (INTERPRETER if arch == "interpreter" else entries(arch)[key])
 
 
 def neighbours(tile: Tile) -> Iterator[Tile]:
@@ -140,8 +140,7 @@ class Bench:
     def __init__(self, spec: OpSpec, direction: str, case: Case, bits: int, device: str) -> None:
         self.use = f"{spec.name}, {'forward' if direction == 'forward' else 'forward and backward'}"
         self.dtype, self.direction, self.device = DTYPES[bits], direction, device
-        # With learned=True, all gradients are computed, so all kernels run.
-        self.problem = draw(spec, replace(case, learned=True), self.dtype, device)
+        self.problem = draw(spec, case, self.dtype, device)
         # The cotangents are random, because errors could cancel if all cotangents were equal.
         self.cotangents = [torch.randn_like(x) for x in self.problem(backend="triton")]
 
@@ -214,11 +213,13 @@ def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key],
 
     Sizes are large enough to fill a GPU, but tiny in the interpreter. Operators that do not run are reported and skipped.
     """
-    large, tiny = Case("tune", 8, 8, 4096, features=256), Case("tune", 1, 1, 20, features=8)
+    size = dict(batch=8, heads=8, tokens=4096) if device == "cuda" else dict(batch=1, heads=1, tokens=20)
+    # Learned slots have all gradients, so all kernels run. Entries of the launch table differ for more than 128 slots.
+    cases = Case("tune", **size, features=256, learned=True), Case("tune", **size, features=128)
     found = []
-    for spec, direction in product(SPECS.values(), DIRECTIONS):
+    for spec, direction, case in product(SPECS.values(), DIRECTIONS, cases):
         try:
-            case = spec.fit(replace(large if device == "cuda" else tiny, width=width))
+            case = spec.fit(replace(case, width=width))
             bench = Bench(spec, direction, case, bits, device)
             found.append((bench.keys(), bench))
         except Exception as error:
@@ -262,7 +263,7 @@ def row(proposal: Proposal) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    kernels, widths = sorted({key[0] for key in TABLE}), sorted({key[2] for key in TABLE})
+    kernels, widths = sorted({launch.kernel_name(key[0]) for key in TABLE}), sorted({key[2] for key in TABLE})
     parser = Parser.of("vix dev tune", __doc__)
     parser.add_argument("--kernel", nargs="+", choices=kernels, default=kernels, metavar="KERNEL", help=", ".join(kernels))
     parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=[16, 32], help="element size (default: both)")
@@ -280,7 +281,9 @@ def main(argv: list[str]) -> int:
             return 0
         arch, gpu, device = launch.architecture(torch.device("cuda", 0)), torch.cuda.get_device_name(), "cuda"
         sizes = product(args.width, args.bits)  # in the requested order, because time may run out
-        keys = [key for width, bits in sizes for key in TABLE if key[0] in args.kernel and key[1:] == (bits, width)]
+        keys = [
+            key for size in sizes for key in entries(arch) if launch.kernel_name(key[0]) in args.kernel and key[:0:-1] == size
+        ]
 
     proposals = []
     for proposal in tune(keys, arch, device, time.monotonic() + args.seconds):
