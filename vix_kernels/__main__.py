@@ -30,6 +30,7 @@ DEV_COMMANDS = """\
 commands:
   compile-report  compile every kernel for several GPU architectures and analyze the code; no GPU needed
   traffic         count the bytes that the kernels read and write, and compare them with the minimum; no GPU needed
+  host-time       measure what Python, PyTorch and Triton's launcher spend per call before a kernel starts; no GPU needed
   roofline        predict the time of every op on several GPUs, and list measured times if there are any; no GPU needed
   tune            search for better launch configurations on this GPU
 
@@ -74,9 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dev(argv: list[str]) -> int:
-    commands = {
-        name: _measurement(f"dev {name}", name.replace("-", "_")) for name in ("compile-report", "traffic", "roofline", "tune")
-    }
+    names = "compile-report", "traffic", "host-time", "roofline", "tune"
+    commands = {name: _measurement(f"dev {name}", name.replace("-", "_")) for name in names}
     parser = Parser(prog="vix dev", epilog=DEV_COMMANDS)
     parser.add_argument("command", choices=commands)
     name = parser.parse_args(argv[:1]).command

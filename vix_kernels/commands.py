@@ -7,6 +7,7 @@ import ast
 import csv
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -100,6 +101,12 @@ def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], widths: 
     widths = tuple(widths)
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), flush=True)
+
+
+def progress(text: str) -> None:
+    """Replace the current line of a terminal by `text`. Print nothing if stderr is a file or a pipe."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -34,7 +34,7 @@ import triton
 from .._triton.launch import padded
 from .._triton.launch_table import TABLE as LAUNCH_TABLE
 from .._triton.targets import TARGETS
-from ..commands import DTYPES, Parser, read_csv, within, write_csv
+from ..commands import DTYPES, Parser, progress, read_csv, within, write_csv
 from ..testing import SPECS
 from ..testing.problem import REGISTERING
 from . import shared_memory
@@ -211,11 +211,6 @@ def verdict(failures: list[str], of: str = "") -> int:
         print(f"FAILED {text}", file=sys.stderr)
     print(of + ("FAILED" if failures else "passed"))
     return 1 if failures else 0
-
-
-def progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str]) -> int:

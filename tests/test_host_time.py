@@ -1,0 +1,42 @@
+"""vix dev host-time."""
+
+import csv
+import shutil
+
+import pytest
+
+from vix_kernels.measure import host_time
+from vix_kernels.testing import SPECS
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler for the stub driver")
+def test_launches_are_timed_without_a_gpu(tmp_path, capsys) -> None:
+    """The launcher takes longer than skipping launches. The forward pass alone takes less time than both passes."""
+    path = tmp_path / "host.csv"
+    assert host_time.main(["apply_rope", "--rounds", "3", "--profile", "--csv", str(path)]) == 0
+    with path.open() as file:
+        times = {(row["direction"], row["launcher"]): float(row["microseconds"]) for row in csv.DictReader(file)}
+    assert set(times) == {(direction, launcher) for direction in ("forward", "both") for launcher in ("triton", "none")}
+    assert times["forward", "none"] < times["forward", "triton"] < times["both", "triton"]
+    printed = capsys.readouterr().out
+    assert "apply_rope  forward and backward" in printed and "Triton's launcher" in printed
+
+
+def test_without_a_compiler_only_python_is_timed(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(host_time, "built_stub", lambda folder: False)
+    assert host_time.main(["apply_rope", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "us without launches" in printed and "launches were not measured" in printed
+
+
+def test_steps_of_a_profile_add_up() -> None:
+    assert set(host_time.STEPS.values()) >= {"checks", "dispatch", "autograd", "allocation", "launch configuration"}
+    with pytest.raises(SystemExit):
+        host_time.main(["no_such_op"])
+
+
+def test_every_public_operator_can_be_timed(monkeypatch) -> None:
+    requests = []
+    monkeypatch.setattr(host_time, "results", lambda request: requests.append(request) or iter(()))
+    assert host_time.main([]) == 0
+    assert requests[0]["ops"] == [name for name, spec in SPECS.items() if spec.public]

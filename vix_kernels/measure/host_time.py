@@ -1,0 +1,328 @@
+"""Measure the host time of operators: what Python, PyTorch and Triton's launcher spend before a kernel starts. Needs no GPU.
+
+examples:
+  vix dev host-time                                every operator, in microseconds and as multiples of tiny CPU attention
+  vix dev host-time performer_attention --profile  the same for one operator, then the time of each step
+
+At small sizes, an eager call takes as long as its host time. The operators run on CPU tensors as they would on an H100, but
+launches do nothing: in the columns "launches", Triton's launcher calls a stub instead of the CUDA driver, which needs a C
+compiler. In the columns "no launches", launches are skipped, so the difference is the time of the launcher.
+
+Times of different runs cannot be compared, because they depend on the machine and its load. The ratios can. They divide by
+the time of PyTorch's scaled_dot_product_attention on a tiny CPU tensor, and by that of an empty autograd.Function with eight
+tensors, measured in turns with the operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import os
+import pstats
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from .. import backends, conditions
+from ..commands import Parser, print_table, progress, within, write_csv
+from ..testing import SPECS, Case, OpSpec, draw
+from ..testing.problem import REGISTERING
+
+STUB = Path(__file__).with_name("stub_driver.c")
+ARCH = "sm_90"
+CASE = Case("host", batch=1, heads=2, tokens=128, width=64, features=64)
+DIRECTIONS = ("forward", "both")
+# The steps of a profile: part of a file name -> step. The first match counts. Functions of C are named without a file.
+STEPS = {
+    "vix_kernels/ops": "checks",
+    "vix_kernels/backends": "checks",
+    "vix_kernels/primitives/registry": "dispatch",
+    "vix_kernels/primitives": "autograd",
+    "torch/autograd": "autograd",
+    "vix_kernels/_triton/launch": "launch configuration",
+    "vix_kernels/conditions": "launch configuration",
+    "vix_kernels/_triton": "arguments of launches",
+    "vix_kernels/layout": "arguments of launches",
+    "triton/": "Triton's launcher",
+    "empty": "allocation",
+    "autograd": "autograd",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Host time of an operator in microseconds. `both` means forward and backward.
+
+    `sdpa` and `function` are the times, in the same run, of a tiny scaled_dot_product_attention and of an empty
+    autograd.Function with eight tensors.
+    """
+
+    op: str
+    direction: str
+    launcher: str  # "triton": launches call a stub of the CUDA driver; "none": they are skipped
+    microseconds: float
+    sdpa: float
+    function: float
+
+    @property
+    def ratio(self) -> float:
+        return self.microseconds / self.sdpa
+
+
+# Measurement
+
+
+class Empty(torch.autograd.Function):
+    """Take eight tensors and return one of them."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        return tensors[0].view_as(tensors[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, *(None,) * 7
+
+
+def yardsticks() -> dict[tuple[str, str], Callable[[], Any]]:
+    """Return the calls that operators are compared with, by name and direction."""
+    q, k, v = (torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3))
+    tensors = [q, *(torch.randn(4) for _ in range(7))]
+    calls = {
+        "sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
+        "function": lambda: Empty.apply(*tensors),
+    }
+    wanted = {"sdpa": (q, k, v), "function": (q,)}
+    return {
+        (name, direction): both_of(call, wanted[name]) if direction == "both" else without_gradients(call)
+        for name, call in calls.items()
+        for direction in DIRECTIONS
+    }
+
+
+def without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.no_grad():
+            return call()
+
+    return run
+
+
+def both_of(call: Callable[[], Any], wanted: tuple[Tensor, ...]) -> Callable[[], Any]:
+    """Return a function that runs `call` and its backward pass."""
+    first = call()
+    cotangents = [torch.empty_like(x) for x in (first if isinstance(first, tuple) else (first,))]
+
+    def run() -> Any:
+        outputs = call()
+        return torch.autograd.grad(outputs, wanted, cotangents if isinstance(outputs, tuple) else cotangents[0])
+
+    return run
+
+
+def operator_calls(spec: OpSpec) -> dict[str, Callable[[], Any]]:
+    """Return the forward pass of an operator, and its forward and backward pass, on small CPU tensors in bfloat16."""
+    problem = draw(spec, spec.fit(CASE), torch.bfloat16, "cpu")
+
+    def call() -> Any:
+        return spec.function(*problem.tensors.values(), **problem.options, backend="triton")
+
+    wanted = tuple(x for x in problem.tensors.values() if isinstance(x, Tensor) and x.requires_grad)
+    return {"forward": without_gradients(call), "both": both_of(call, wanted)}
+
+
+def in_turns(calls: list[Callable[[], Any]], rounds: int, seconds: float) -> list[float]:
+    """Return the median time of each call in microseconds. In a round, every call is repeated for about `seconds`."""
+    repeats = []
+    for call in calls:
+        for _ in range(20):  # compiles kernels and fills caches
+            call()
+        start = time.perf_counter()
+        call()
+        repeats.append(max(1, round(seconds / (time.perf_counter() - start))))
+    samples: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for each, call, times in zip(samples, calls, repeats, strict=True):
+            start = time.perf_counter()
+            for _ in range(times):
+                call()
+            each.append(1e6 * (time.perf_counter() - start) / times)
+    return [statistics.median(each) for each in samples]
+
+
+@contextmanager
+def launches(launcher: str) -> Iterator[None]:
+    """Let operators run on CPU tensors, with launches that call the stub driver or, if `launcher` is "none", are skipped."""
+    skip: AbstractContextManager = conditions.under(observer=lambda *launch: None) if launcher == "none" else nullcontext()
+    with skip, patch.object(backends, "reasons_against_triton", lambda *arguments: []):
+        yield
+
+
+def set_driver(stub: bool) -> None:
+    """Make Triton's driver report an H100. If `stub` is set, its launcher calls the functions of the stub driver."""
+    from triton.runtime.driver import driver
+
+    from .._triton.targets import TARGETS
+
+    gpu = TARGETS[ARCH].gpu
+    answers = dict(
+        get_current_target=lambda: gpu, get_current_device=lambda: 0, get_current_stream=lambda device: 0,
+        get_device_capability=lambda device: (9, 0), set_current_device=lambda device: None,
+    )  # fmt: skip
+    if not stub:
+        driver.set_active(SimpleNamespace(**answers))
+        return
+    from triton.backends.nvidia.driver import CudaDriver
+
+    with patch.multiple(torch.cuda, current_device=answers["get_current_device"]):
+        active = CudaDriver()
+    vars(active).update(answers)
+    active.get_current_target = answers["get_current_target"]
+    driver.set_active(active)
+
+
+def measure(ops: list[str], launchers: list[str], rounds: int, seconds: float) -> Iterator[Row]:
+    sticks = yardsticks()
+    for op in ops:
+        for launcher in launchers:
+            with launches(launcher):
+                calls = operator_calls(SPECS[op])
+                for direction, call in calls.items():
+                    functions = [call, sticks["sdpa", direction], sticks["function", direction]]
+                    yield Row(op, direction, launcher, *in_turns(functions, rounds, seconds))
+
+
+def profile(op: str, launcher: str, calls: int = 300) -> dict[str, float]:
+    """Return the fraction of the host time of each step of forward and backward. Profiling slows down short functions most."""
+    with launches(launcher):
+        call = operator_calls(SPECS[op])["both"]
+        for _ in range(20):
+            call()
+        profiler = cProfile.Profile()
+        with profiler:
+            for _ in range(calls):
+                call()
+    found: dict[str, float] = defaultdict(float)
+    for (file, _, function), (*_, own, _, _) in pstats.Stats(profiler).stats.items():
+        where = file.replace(os.sep, "/") if file != "~" else function
+        found[next((step for part, step in STEPS.items() if part in where), "PyTorch and Python")] += own
+    total = sum(found.values())
+    return {step: own / total for step, own in sorted(found.items(), key=lambda item: -item[1])}
+
+
+# The process that measures
+
+
+def work(request: dict[str, Any]) -> None:
+    """Measure in this process, and print one JSON object per line."""
+    for name in request["modules"]:
+        import_module(name)
+    torch.set_num_threads(1)
+    stub = "triton" in request["launchers"]
+    set_driver(stub)
+    for row in measure(request["ops"], request["launchers"], request["rounds"], request["seconds"]):
+        print(json.dumps(asdict(row)), flush=True)
+    for op in request["ops"] if request["profile"] else ():
+        print(json.dumps({"op": op, "steps": profile(op, request["launchers"][-1])}), flush=True)
+
+
+def built_stub(folder: str) -> bool:
+    """Compile the stub driver into `folder`. Return False if there is no C compiler."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    if compiler is None:
+        return False
+    target = Path(folder, "libcuda.so.1")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-w", "-Wl,-soname,libcuda.so.1", str(STUB), "-o", target], check=True)
+    target.with_name("libcuda.so").symlink_to(target.name)
+    return True
+
+
+def results(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the results of `work` in a process in which Triton compiles for an H100 and finds only the stub driver."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment |= dict(OMP_NUM_THREADS="1", KINETO_LOG_LEVEL="99")
+        if built_stub(folder):
+            paths = filter(None, (folder, environment.get("LD_LIBRARY_PATH")))
+            environment |= dict(TRITON_LIBCUDA_PATH=folder, LD_LIBRARY_PATH=os.pathsep.join(paths))
+            request = request | dict(launchers=["none", "triton"])
+        # Triton's launcher is compiled and linked to the stub, so it must not be shared with a real driver.
+        environment["TRITON_CACHE_DIR"] = environment.get("TRITON_CACHE_DIR") or str(Path(folder, "cache"))
+        command = [sys.executable, "-c", f"import json; from {__name__} import work; work(json.loads(input()))"]
+        with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.close()
+            yield from map(json.loads, process.stdout)
+        if process.returncode:
+            raise RuntimeError(f"the measuring process ended with status {process.returncode}")
+
+
+# The command
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser.of("vix dev host-time", __doc__)
+    ops = [name for name, spec in SPECS.items() if spec.public]
+    parser.add_argument("op", nargs="*", metavar="OP", help=f"{', '.join(ops)} (default: all)")
+    parser.add_argument("--profile", action="store_true", help="also print the fraction of the time that each step takes")
+    parser.add_argument("--rounds", type=within(1, 1000), default=9, help="number of measurements per call (default: 9)")
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="also write the rows to this file")
+    args = parser.parse_args(argv)
+    args.op = args.op or ops
+    if unknown := [op for op in args.op if op not in ops]:
+        parser.error(f"argument OP: expected one of {', '.join(ops)}, got {unknown[0]!r}")
+    return args
+
+
+def show(rows: list[Row]) -> None:
+    """Print a table with a line per operator and direction."""
+    launchers = list(dict.fromkeys(row.launcher for row in rows))
+    headings = {"triton": ("us", "x attention", "x Function"), "none": ("us without launches", "x attention", "x Function")}
+    lines: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for launcher in sorted(launchers, reverse=True):
+        for row in (row for row in rows if row.launcher == launcher):
+            name = row.op, "forward and backward" if row.direction == "both" else row.direction
+            lines[name] += f"{row.microseconds:.1f}", f"{row.ratio:.1f}", f"{row.microseconds / row.function:.1f}"
+    titles = [title for launcher in sorted(launchers, reverse=True) for title in headings[launcher]]
+    print_table(("operator", "pass", *titles), ((*name, *cells) for name, cells in lines.items()))
+    if "triton" not in launchers:
+        print("There is no C compiler, which Triton's launcher and the stub driver need, so launches were not measured.")
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    request = dict(
+        ops=args.op, launchers=["none"], rounds=args.rounds, seconds=0.02, profile=args.profile, modules=sorted(REGISTERING)
+    )
+    rows, profiles = [], {}
+    for each in results(request):
+        if "steps" in each:
+            profiles[each["op"]] = each["steps"]
+        else:
+            rows.append(Row(**each))
+            progress(f"{rows[-1].op} {rows[-1].direction}")
+    progress("")
+    show(rows)
+    for op, steps in profiles.items():
+        print(f"\n{op}, forward and backward")
+        print_table(("step", "of the host time"), ((step, f"{fraction:.1%}") for step, fraction in steps.items()))
+    if args.csv is not None:
+        write_csv(args.csv, map(asdict, rows))
+        print(f"wrote {args.csv}")
+    return 0
