@@ -49,7 +49,7 @@ class FNet2D(Backbone):
         drop_path_rate: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        # "triton" raises an error, because an explicitly chosen backend never falls back to a different one.
+        # "triton" raises an error, because the model would not run any kernel.
         check_choice(("auto", "torch", "reference"), backend=backend)
         super().__init__(img_size=img_size, in_chans=in_chans, drop_rate=drop_rate)
         check_counts(embed_dim=embed_dim, depth=depth)

@@ -138,7 +138,8 @@ def create_model(name: str, **overrides: Any) -> Backbone:
 
     Overrides are keyword arguments of the architecture (`VisionTransformer`, `LeViT`, `CvT`, `CCT`, `FNet2D`). In addition,
     mixer="softmax" | "performer" | "linear" | "nystrom" | "linformer" | "agent" | "fourier" selects a different token mixer.
-    The options of the mixer are also accepted; see `mixer_options` in models/mixers.py.
+    The options of the mixer are also accepted; see `mixer_options` in models/mixers.py. `FNet2D` has a fixed mixer and
+    accepts neither `mixer` nor options of a mixer.
 
     Raises:
         ValueError: a name or argument is unknown (the message suggests similar ones), or a value is invalid.

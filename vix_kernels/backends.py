@@ -84,8 +84,9 @@ def check(backend: str) -> None:
 def resolve(backend: str, x: Tensor, width: int) -> str:
     """Return the implementation to run for `x`: "triton", "torch" or "reference".
 
-    "auto" selects Triton for GPU tensors that the kernels support, and PyTorch otherwise. An explicit choice never falls back
-    to a different backend.
+    "auto" selects Triton for GPU tensors that the kernels support, and PyTorch otherwise. An explicit choice is returned
+    unchanged. Even with "triton", an operator that has no kernel for its inputs runs in PyTorch; see `has_kernel` in
+    primitives/registry.py.
 
     Raises:
         ValueError: `backend` is unknown.

@@ -39,7 +39,7 @@ class Original:
     """Describes how to build one of the originals.
 
     Attributes:
-        model: the class. Its keyword-only parameters are the original's constructor arguments.
+        model: the class. Its keyword-only parameters, except `backend`, are the original's constructor arguments.
         parts: positional arguments for the class. Keyword-only parameters of functions in `parts` are constructor arguments.
         defaults: defaults of constructor arguments that differ from those in the signatures.
         ignored: constructor arguments that the original accepts but does not use.

@@ -3,7 +3,8 @@
     image -> stem -> class token, position -> depth x [x + mixer(norm(x)), x + feed_forward(norm(x))] -> pool -> norm -> linear
 
 `ViX` is the structure that these models share. The functions below it create its parts: mixers and stems. The keyword-only
-parameters of `ViX` and of the function that creates the mixer are the constructor arguments of the original model.
+parameters of `ViX` and of the function that creates the mixer are the constructor arguments of the original model. The
+exception is `backend`, which the originals do not have.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class ViX(nn.Module):
         rotary_rows: number of rows in the rotary table, or None for a learned position embedding.
         trunk: the name of the layers in the state_dict.
 
-    The other arguments are the constructor arguments of the original.
+    The other arguments, except `backend`, are the constructor arguments of the original.
     """
 
     def __init__(

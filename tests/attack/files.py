@@ -47,7 +47,7 @@ TINY = dict(embed_dim=8, depth=1, num_heads=1, patch_size=4, img_size=8, num_cla
 
 
 class Hang(BaseException):
-    """Raised if a read takes too long. Not a subclass of Exception, because readers convert those to documented errors."""
+    """Raised if a read takes too long. Not a subclass of Exception, because readers convert exceptions to documented errors."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,11 @@ STRANGE_LINES = (b"\n", b"a: [\n", b"\xff\xfe\n", b"- 1\n", b"epochs: x\n", b"{\
 
 
 def other_values(content: bytes, path: Path, draws: random.Random) -> bytes:
-    """Return content in the same format with one value removed or changed. If the format is unknown, reverse the bytes."""
+    """Return content in the same format with one value removed or changed.
+
+    In YAML, CSV and text files, one line is replaced instead, which may break the format. If the format is unknown, the bytes
+    are reversed.
+    """
     if content[:2] == b"PK":
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             packed = any(name.endswith(".npy") for name in archive.namelist())

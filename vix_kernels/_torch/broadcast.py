@@ -40,9 +40,9 @@ def broadcast_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return out (B, H, N, E) in q's dtype, and empty tensors for row_max and inverse.
 
-    The bias a_j is slot_bias (B, H, M), or 0 if slot_bias is None. If slot_bias is a mask (B, M), the bias is -inf where it
-    is 0, and 0 elsewhere. A slot with bias -inf has probability 0. If all slots have bias -inf, the output of the attention is
-    0. If v and conv_weight are given, their convolution is added to out.
+    The bias a_j is slot_bias (B, H, M), or 0 if slot_bias is None. If slot_bias is a mask (B, M), the bias of a slot is
+    -inf if its element of the mask is 0, and 0 otherwise. A slot with bias -inf has probability 0. If all slots have bias -inf,
+    the output of the attention is 0. If v and conv_weight are given, their convolution is added to out.
     """
     all_slots, values, biases = expand_slots(slots, q), wide(values), _slot_bias(slot_bias, slots, q)
     rope = Rotation(rotary, all_slots.dtype)

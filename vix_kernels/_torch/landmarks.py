@@ -64,7 +64,7 @@ def _sums(x: Tensor, pool: Pool) -> Tensor:
 
 
 def _spread_marks(marks: Tensor, other: Tensor | None, x: Tensor, pool: Pool) -> None:
-    """Write to each token in x (..., N, D) the sum of the marks (..., L, D) of its windows, plus `other`.
+    """Set each token of x (..., N, D) to the sum of marks (..., L, D) over the windows that contain it, plus `other` (if any).
 
     This is the transpose of _sums.
     """

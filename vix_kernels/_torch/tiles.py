@@ -186,7 +186,7 @@ def write(x: Tensor, where: Group | Tile, rows: Tensor, rope: Rotation | None = 
 
 
 def unused_rows(queries: Tensor, total: Tensor, dresult: Tensor) -> Tensor | None:
-    """Return whether a token contains NaN or inf although its output gradient is 0, as in padding: bool (pairs, tokens, 1).
+    """Return which tokens contain NaN or inf although their output gradient is 0, as in padding: bool (pairs, tokens, 1).
 
     The gradients of these tokens must be 0, but 0 times NaN is NaN. On a CPU, return None if no token contains NaN or inf. On a
     GPU, this check would synchronize, so it is skipped. Looking only at `total` is not enough, because `total` is finite if all

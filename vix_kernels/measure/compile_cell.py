@@ -35,8 +35,8 @@ class Report:
 
     Attributes:
         cell: the architecture, dtype and head width, if the report covers one cell.
-        rows: a row for every specialization that is launched and has been compiled, now or earlier.
-        compiled: number of the rows that were compiled now.
+        rows: a row for every specialization that is launched and has been compiled, in this run or earlier.
+        compiled: number of rows that were compiled in this run.
         missing: number of specializations that are neither compiled nor in the table.
         launches: "op direction" -> largest (this library's launches, PyTorch's launches).
         errors: messages of calls and compilations that failed.

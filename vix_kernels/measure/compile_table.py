@@ -31,7 +31,7 @@ class Row:
             without padding. For kernels without main loops or without arguments N and M, per element of the largest tensor.
         exps: exponentials in the main loops, per unit.
         waits: instructions in the main loops that wait for matrix products.
-        products: number of tl.dot in the source of the main loops.
+        products: number of matrix products in the main loops, counted in TTGIR, Triton's intermediate code for GPUs.
         multiply_adds: multiply-adds in the main loops, per unit.
         cycles: cycles for which the main loops occupy each unit of a multiprocessor, per 1,000 logits or values.
         bound: the unit with the most cycles.

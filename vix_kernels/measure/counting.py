@@ -245,7 +245,8 @@ class Analysis:
         unit: "logit", or "value" if no main loop has logits (see ttgir.Loop). "" if unknown.
         instructions: instructions of all lanes in the main loops.
         exponentials: exponentials of all lanes in the main loops.
-        waits, products: numbers of instructions in the main loops that wait for matrix products, and of tl.dot in their source.
+        waits: number of instructions in the main loops that wait for matrix products.
+        products: number of matrix products in the main loops, counted in TTGIR, Triton's intermediate code for GPUs.
         multiply_adds: multiply-adds of the main loops.
         cycles: cycles for which the main loops occupy each unit of a multiprocessor, by name of the unit.
         sections: the parts of the program, for predictions.

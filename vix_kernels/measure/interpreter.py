@@ -1,4 +1,4 @@
-"""All code that depends on the internals of Triton's interpreter."""
+"""All code that patches Triton's interpreter or relies on how it works. Other modules only import its class of kernels."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, C
 
 
 def observe_call(spec: OpSpec, case: Case, dtype: torch.dtype, arch: str) -> Iterator[tuple[str, list[Launch], int]]:
-    """Yield, for the forward and backward pass of a call: the direction, its launches, and the number of PyTorch's launches."""
+    """For each pass of a call (forward, backward), yield the direction, its launches and the number of PyTorch's launches."""
     problem = draw(spec, case, dtype, "meta")
     outputs: Any = ()
     for direction in ("forward", "backward"):

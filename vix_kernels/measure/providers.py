@@ -1,6 +1,6 @@
 """Providers of an operator: our backends, plain and compiled PyTorch, and peers.
 
-A peer is a function from a different package, or plain PyTorch code, that computes the same or nearly the same as the operator.
+A peer is a function from a different package, or plain PyTorch code, whose result equals the operator's exactly or nearly.
 The linear projections of peers are removed, so every provider computes only the attention.
 """
 
@@ -33,7 +33,7 @@ class Contender:
         exact: computes the expected outputs from the problem in float64. The default is the reference implementation.
         shown: selects the outputs that are checked, and converts them to the layout of `exact`.
         tolerance: allowed relative error of float32 outputs, compared with `exact`. 16-bit outputs may have a larger error. If
-            None, a few times plain PyTorch's error is allowed.
+            None, they may have a few times the error of plain PyTorch.
     """
 
     function: Callable[..., Any]

@@ -131,7 +131,7 @@ def shapes() -> Iterator[Case]:
 
 
 def predict(cost: Cost, gpu: Device, dtype: str) -> tuple[float, str]:
-    """Return the predicted seconds and the resource that bounds them: "memory", "matrix", "exp" or "launch"."""
+    """Return the predicted time in seconds and the resource that limits it: "memory", "matrix", "exp" or "launch"."""
     return max(
         (cost.bytes / gpu.bandwidth, "memory"),
         (cost.flops / gpu.flops(dtype), "matrix"),

@@ -80,8 +80,8 @@ class Loop:
         logits: number of elements, per iteration, of the products that are arguments of exponentials. If there are none, number
             of elements of the exponentials.
         values: number of elements per iteration, used if the loop has no logits. It counts the features max(product, 0) if any.
-            Otherwise it counts the largest product that is not accumulated over iterations, or if there is none, the
-            largest operand of a product.
+            Otherwise, it is the number of elements of the largest product that is not accumulated over iterations or, if
+            there is none, of the largest operand of a product.
     """
 
     trips: str

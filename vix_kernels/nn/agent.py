@@ -71,7 +71,9 @@ class Agent(Core):
 
 
 class AgentAttention(AttentionModule):
-    """Agent attention (Han et al., arXiv 2312.08874) with timm's linear layers. Agents are means of queries.
+    """Agent attention (Han et al., arXiv 2312.08874) with linear layers named as in timm's `Attention` (`qkv`, `proj`).
+
+    Agents are means of queries.
 
     Args:
         num_agents: number of agents for the tokens after the prefix, at most one per token.

@@ -45,7 +45,9 @@ class Linear(Core):
 
 
 class LinearAttention(AttentionModule):
-    """Linear attention with timm's linear layers and an elementwise feature map of q and k.
+    """Linear attention with linear layers named as in timm's `Attention` (`qkv`, `proj`).
+
+    The feature map of q and k is elementwise.
 
     Args:
         feature_map: "relu" or "elu" (elu + 1).

@@ -105,7 +105,7 @@ class Linformer(Core):
 
 
 class LinformerAttention(AttentionModule):
-    """Linformer attention with timm's linear layers.
+    """Linformer attention with linear layers named as in timm's `Attention` (`qkv`, `proj`).
 
     Args:
         seq_len: the maximum sequence length. Shorter sequences use the first rows of the projections.

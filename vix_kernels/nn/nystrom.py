@@ -93,7 +93,7 @@ class Nystrom(Core):
 
 
 class NystromAttention(AttentionModule):
-    """Nystrom attention with timm's linear layers.
+    """Nystrom attention with linear layers named as in timm's `Attention` (`qkv`, `proj`).
 
     Args:
         num_landmarks: number of landmarks for the tokens after the prefix, at most one per token.

@@ -104,7 +104,7 @@ class Performer(Core):
 
 
 class PerformerAttention(RedrawnAttentionModule):
-    """Performer attention (FAVOR+) with timm's linear layers.
+    """Performer attention (FAVOR+) with linear layers named as in timm's `Attention` (`qkv`, `proj`).
 
     Args:
         num_features: number of random features, M. Defaults to int(head_dim * ln(head_dim)), as published.

@@ -117,7 +117,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast floating tensors to autocast's dtype if autocast is enabled. float64 tensors are not cast."""
+    """Cast floating-point tensors to autocast's dtype if autocast is enabled. float64 tensors are not cast."""
     if not all(isinstance(x, Tensor) for x in tensors):
         return tensors  # check_qkv raises the error
     device = tensors[0].device.type

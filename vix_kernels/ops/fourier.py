@@ -65,7 +65,7 @@ def fourier_mixing_reference(x: Tensor, *, norm: str | None = None) -> Tensor:
 
 
 def check_tokens(x: Tensor) -> None:
-    """Check that x is a floating tensor (B, N, D)."""
+    """Check that x is a floating-point tensor (B, N, D)."""
     check_tensor("x", x)
     if x.dim() != 3:
         raise ValueError(f"x: expected 3 dimensions (batch, tokens, channels), got shape {tuple(x.shape)}")

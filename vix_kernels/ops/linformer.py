@@ -77,7 +77,7 @@ def linformer_attention(
 
 
 def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, backend: str) -> Tensor:
-    """Return softmax(scale q keys^T) values for keys and values that are already projected.
+    """Return `softmax(scale q keys^T) values` for keys and values that are already projected.
 
     Args:
         q: (batch, heads, queries, head_dim).

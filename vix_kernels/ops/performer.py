@@ -7,7 +7,7 @@ The vectors w_j are random. They are the slots in two softmax attentions:
 
     values, lse = aggregate(w, k, v)        out = broadcast(q, w, values, lse)
 
-Here values_j = S_j / z_j and lse_j = log z_j. The result is the same as above, because the terms in |q_n|^2 cancel and the
+Here values_j = S_j / z_j and lse_j = log2 z_j. The result is the same as above, because the terms in |q_n|^2 cancel and the
 remaining weights are a softmax. Unlike direct evaluation, this needs no eps and no stabilizer, and does not underflow.
 """
 

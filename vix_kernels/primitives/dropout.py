@@ -1,4 +1,4 @@
-"""dropout: dropout with fast random numbers on a CPU.
+"""dropout: dropout with fast random number generation on a CPU.
 
 PyTorch's dropout spends more time on drawing random numbers than the matrix products before and after it take.
 

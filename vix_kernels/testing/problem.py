@@ -238,7 +238,7 @@ def make_projection(case: Case, tokens: Tensor) -> Tensor:
 
 
 def exact_scale(case: Case) -> float:
-    """Return a scale close to width ** -0.5.
+    """Return a scale that is within a factor of 2 of width ** -0.5, for widths from 4 to 1024.
 
     Kernels receive the scale or its square root in float32. Both are powers of two, which are exact in float32, so they do not
     limit the accuracy of float64 runs.

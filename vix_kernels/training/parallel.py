@@ -42,7 +42,10 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the first process, which prints messages and writes files."""
+        """Whether this is the first process, which prints messages and writes files.
+
+        With --fsdp, the other processes also write files: their shards of each checkpoint.
+        """
         return self.rank == 0
 
     def share(self, batch: int) -> Tensor | None:
@@ -57,7 +60,10 @@ class Ranks:
         return torch.cat([front, torch.tensor(middle, dtype=torch.long), batch - 1 - front.flip(0)])
 
     def least(self, batch: int) -> int:
-        """Return the smallest number of images that a process gets from a batch of `batch` images."""
+        """Return a lower bound on the number of images that a process gets from a batch of `batch` images.
+
+        The bound counts only the pairs, and not the middle image of an odd batch, which the last process gets.
+        """
         return batch if self.world == 1 else 2 * (batch // 2 // self.world)
 
     def sum(self, values: Tensor) -> Tensor:
