@@ -23,7 +23,7 @@ def test_launches_are_timed_without_a_gpu(tmp_path, capsys) -> None:
 
 
 def test_without_a_compiler_only_python_is_timed(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(host_time, "built_stub", lambda folder: False)
+    monkeypatch.setattr(host_time, "build_stub", lambda folder: {})
     assert host_time.main(["apply_rope", "--rounds", "1"]) == 0
     printed = capsys.readouterr().out
     assert "us without launches" in printed and "launches were not measured" in printed

@@ -29,7 +29,8 @@ class Conditions:
     asked: Callable[[tuple], None] | None = None
 
 
-current = Conditions()
+DEFAULT = Conditions()
+current = DEFAULT
 
 
 @contextmanager

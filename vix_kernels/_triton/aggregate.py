@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..layout import Needs, Rotary, Statistics, empty_like_tokens
 from .launch import (
+    cdiv,
     launch,
     launch_config,
     mask_strides,
@@ -304,7 +305,7 @@ def aggregate_forward(
     num_slots, value_width = slots.shape[2], v.shape[3]
     config = launch_config("aggregate_forward", k, max(width, value_width), slots)
     block, keep = config.keep(num_slots)
-    programs = batch * num_heads * triton.cdiv(num_slots, block)
+    programs = batch * num_heads * cdiv(num_slots, block)
     chunk, chunks = config.chunk(programs, tokens)
     values = k.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
     lse, row_max, total = (k.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute) for _ in range(3))
@@ -347,7 +348,7 @@ def aggregate_backward(
         if keys or contents:
             launch(
                 aggregate_tokens_kernel,
-                (batch * num_heads * triton.cdiv(tokens, chunk),),
+                (batch * num_heads * cdiv(tokens, chunk),),
                 *inputs, dk, dv, *strides, *output_strides(dk), *output_strides(dv), num_heads, tokens, num_slots, scale, chunk,
                 KEYS=keys, VALUES=contents, **variant, **config.meta(width, value_width) | stream,
             )  # fmt: skip
@@ -356,7 +357,7 @@ def aggregate_backward(
 
     config = launch_config("aggregate_slots", k, max(width, value_width), slots)
     block, keep = config.keep(num_slots)
-    programs = batch * num_heads * triton.cdiv(num_slots, block)
+    programs = batch * num_heads * cdiv(num_slots, block)
     chunk, chunks = config.chunk(programs, tokens)
     dslots = empty_slots(slots, batch, num_heads, chunks, config.compute)
     launch(

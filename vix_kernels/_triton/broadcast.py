@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import Needs, Rotary, Statistics, empty_like_tokens, unit_last_stride
-from .launch import is_heavy, launch, launch_config, mask_strides, rotary_arguments, slot_strides, token_strides
+from .launch import cdiv, is_heavy, launch, launch_config, mask_strides, rotary_arguments, slot_strides, token_strides
 from .logits import exps_at_most_one, load_attended, slot_logits
 from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
@@ -337,7 +337,7 @@ def broadcast_forward(
     chunk, keep = config.stream(batch * num_heads, tokens, num_slots)
     launch(
         broadcast_forward_kernel,
-        (batch * num_heads * triton.cdiv(tokens, chunk),),
+        (batch * num_heads * cdiv(tokens, chunk),),
         q, slots, values, bias, cos, sin, *residual, out, row_max, inverse,
         *token_strides(q), *slot_strides(slots), *slot_strides(values), *strides_of_bias, angle_h,
         *token_strides(residual[0]), *mask_strides(mask), *token_strides(out), num_heads, tokens, num_slots, scale, chunk,
@@ -375,7 +375,7 @@ def broadcast_backward(
         chunk, keep = config.stream(batch * num_heads, tokens, num_slots)
         launch(
             broadcast_tokens_kernel,
-            (batch * num_heads * triton.cdiv(tokens, chunk),),
+            (batch * num_heads * cdiv(tokens, chunk),),
             *inputs, known, row_max, inverse, delta, dq,
             *strides, *token_strides(known), *token_strides(dq), num_heads, tokens, num_slots, scale, chunk,
             KNOWN=out is not None, **variant, **config.meta(width, value_width) | keep,
@@ -383,7 +383,7 @@ def broadcast_backward(
     if not (need_slots or need_values):
         return dq, slots.new_empty(0), values.new_empty(0), values.new_empty(0)
 
-    programs = batch * num_heads * triton.cdiv(num_slots, block)
+    programs = batch * num_heads * cdiv(num_slots, block)
     chunk, chunks = slots_config.chunk(programs, tokens)
     dvalues = q.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=slots_config.compute)
     dbias = q.new_empty(batch, num_heads, chunks, num_slots, dtype=slots_config.compute)

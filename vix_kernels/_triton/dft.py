@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchConfig, launch, launch_config
+from .launch import LaunchConfig, cdiv, launch, launch_config
 from .tiles import cast, dot
 
 WIDTH = 64  # width to look up in the launch table; the tiles do not depend on the number of channels
@@ -174,7 +174,7 @@ def dft(x: Tensor, ortho: bool) -> Tensor:
     block = 1024
     launch(
         dft_tables_kernel,
-        (triton.cdiv(max(channel_table.numel(), token_table.numel()) // 2, block), 2),
+        (cdiv(max(channel_table.numel(), token_table.numel()) // 2, block), 2),
         channel_table, token_table, tokens, width, padded_width, padded_columns, padded_rows, rows,
         BLOCK=block, COMPUTE=over_tokens.triton_compute, num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
@@ -185,13 +185,13 @@ def dft(x: Tensor, ortho: bool) -> Tensor:
     sizes = dict(D=width, COLUMNS=columns, SHRINK=2.0 ** -(width.bit_length() // 2 + 2))
     launch(
         dft_channels_kernel,
-        (triton.cdiv(batch * rows, over_channels.tile.tokens) * (padded_columns // over_channels.tile.slots),),
+        (cdiv(batch * rows, over_channels.tile.tokens) * (padded_columns // over_channels.tile.slots),),
         x, channel_table, folded, x.stride(0), x.stride(1), batch, tokens, rows,
         PADDED=padded_columns, BLOCK_K=width_step, **sizes, **_meta(over_channels),
     )  # fmt: skip
     launch(
         dft_tokens_kernel,
-        (triton.cdiv(batch * columns, over_tokens.tile.slots) * (padded_rows // over_tokens.tile.tokens),),
+        (cdiv(batch * columns, over_tokens.tile.slots) * (padded_rows // over_tokens.tile.tokens),),
         token_table, folded, y, batch, tokens, rows, padded_rows,
         ORTHO=ortho, BLOCK_K=step, **sizes, **_meta(over_tokens),
     )  # fmt: skip
@@ -200,7 +200,7 @@ def dft(x: Tensor, ortho: bool) -> Tensor:
 
 def _multiple(size: int, unit: int) -> int:
     """Return the smallest multiple of `unit` that is at least `size`."""
-    return triton.cdiv(size, unit) * unit
+    return cdiv(size, unit) * unit
 
 
 def _meta(config: LaunchConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import LandmarkGradients, Needs, Pool, Rotary, empty_like_tokens
-from .launch import launch, launch_config, mask_strides, output_strides, padded, rotary_arguments, token_strides
+from .launch import cdiv, launch, launch_config, mask_strides, output_strides, padded, rotary_arguments, token_strides
 from .tiles import is_valid, load_rotated, load_tile, rotate_pairs, store_tile
 
 
@@ -227,7 +227,7 @@ def landmarks_forward(
     of_k = of_q if k is None else side(k, k_mask)
     launch(
         landmarks_kernel,
-        (batch * num_heads * triton.cdiv(num_marks, config.tile.slots), 1 if k is None else 2),
+        (batch * num_heads * cdiv(num_marks, config.tile.slots), 1 if k is None else 2),
         *of_q, *of_k, cos, sin, angle_h, num_heads, prefix, rows, mark_rows, mark_columns,
         D=width, BLOCK_D=padded(width), BLOCK_M=config.tile.slots, BLOCK_N=config.tile.tokens,
         **turn, ADAPTIVE=adaptive,
@@ -250,7 +250,7 @@ def landmarks_backward(
     dk = empty_like_tokens(k, width) if need_k else q.new_empty(0)
     config = launch_config("landmarks_backward", q, width, q)
     cos, sin, angle_h, turn = rotary_arguments(rotary, q)
-    token_tiles = triton.cdiv(max(x.shape[2] for x in (q, k) if x is not None), config.tile.tokens)
+    token_tiles = cdiv(max(x.shape[2] for x in (q, k) if x is not None), config.tile.tokens)
 
     def side(
         x: Tensor, dx: Tensor, other: Tensor | None, dmarks: Tensor, more: Tensor | None, counts: Tensor, mask: Tensor | None

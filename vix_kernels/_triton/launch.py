@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from .. import conditions
 from ..backends import gpu_architecture, interpreted
 from ..layout import Rotary, accumulator
+from . import compiled
 from .launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
 from .targets import TARGETS
 
@@ -28,12 +30,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if 0 in grid:  # an empty batch
         return
     device = args[0].device
-    if device.type == "cpu":  # the interpreter
+    if interpreted():
         kernel[grid](*args, **meta)
-        return
-    # Autograd's backward threads do not inherit the caller's current device.
-    with torch.get_device_module(device).device(device):
-        kernel[grid](*args, **meta)
+    elif device.index == torch.cuda.current_device():
+        compiled.run(kernel, grid, args, meta)
+    else:
+        with torch.cuda.device(device):  # autograd's backward threads do not inherit the caller's current device
+            compiled.run(kernel, grid, args, meta)
 
 
 # Configuration
@@ -60,13 +63,13 @@ class LaunchConfig:
             wanted, least = PROGRAMS_A_MULTIPROCESSOR * self.multiprocessors // max(1, programs), LEAST_CHUNK
         else:
             wanted, least = tokens, 2 * self.step  # the interpreter always splits, so small inputs also test the merge
-        size = max(least, triton.cdiv(tokens, max(1, wanted)))
-        size = triton.cdiv(size, self.step) * self.step
-        return size, triton.cdiv(tokens, size)
+        size = max(least, cdiv(tokens, max(1, wanted)))
+        size = cdiv(size, self.step) * self.step
+        return size, cdiv(tokens, size)
 
     def slots(self, num_slots: int) -> int:
         """Return the slots per tile: the launch table's number, or a smaller power of two >= 64 if one tile then holds all."""
-        return min(self.tile.slots, max(64, triton.next_power_of_2(num_slots)))
+        return min(self.tile.slots, max(64, power_of_2(num_slots)))
 
     def stream(self, programs: int, tokens: int, num_slots: int) -> tuple[int, dict[str, int]]:
         """Return the tokens per program of a kernel that keeps slots while tokens stream through it, and its constexprs.
@@ -76,7 +79,7 @@ class LaunchConfig:
         do not depend on how the tokens are split into chunks.
         """
         block = self.slots(num_slots)
-        tiles = triton.cdiv(num_slots, block)
+        tiles = cdiv(num_slots, block)
         size, _ = self.chunk(programs, tokens)
         return size, dict(BLOCK_M=block, TILES=tiles if tiles <= self.tile.resident else 0)
 
@@ -124,13 +127,24 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor, heavy:
         heavy: whether to prefer the entry for a launch that needs more registers. By default, True if slots have the tokens'
             dtype.
     """
-    arch = architecture(tokens.device)
     split = slots.element_size() > tokens.element_size()
-    _, tile = find_tile(arch, kernel, tokens.element_size() * 8, padded(width), heavy=not split if heavy is None else heavy)
-    step = tile.tokens
+    heavy = not split if heavy is None else heavy
+    find = find_config if conditions.current is conditions.DEFAULT else find_config.__wrapped__
+    config = find(kernel, tokens.device, tokens.dtype, padded(width), split, heavy, tf32_allowed())
     if conditions.current.arch:
-        tile = tile._replace(tokens=max(tile.tokens, min(ASSUMED_TOKENS, triton.next_power_of_2(tokens.shape[2]))))
-    return LaunchConfig(tile, accumulator(tokens.dtype), split, _precision(tile, arch), multiprocessors(tokens.device), step)
+        tokens_at_most = max(config.tile.tokens, min(ASSUMED_TOKENS, power_of_2(tokens.shape[2])))
+        config = replace(config, tile=config.tile._replace(tokens=tokens_at_most))
+    return config
+
+
+@cache
+def find_config(
+    kernel: str, device: torch.device, dtype: torch.dtype, width: int, split: bool, heavy: bool, tf32: bool
+) -> LaunchConfig:  # fmt: skip
+    """Look up a launch configuration. Results are cached only while no measurement has changed the conditions of launches."""
+    arch = architecture(device)
+    _, tile = find_tile(arch, kernel, dtype.itemsize * 8, width, heavy=heavy)
+    return LaunchConfig(tile, accumulator(dtype), split, _precision(tile, arch, tf32), multiprocessors(device), tile.tokens)
 
 
 def is_heavy(tokens: Tensor, slots: Tensor, rotary: Rotary | None) -> bool:
@@ -162,11 +176,11 @@ def find_tile(arch: str, kernel: str, bits: int, width: int, heavy: bool) -> tup
     raise KeyError(f"the launch table has no entry for {kernel}, {bits}-bit tokens and width {width}")
 
 
-def _precision(tile: Tile, arch: str) -> str:
-    """Return the precision of float32 products."""
+def _precision(tile: Tile, arch: str, tf32: bool) -> str:
+    """Return the precision of float32 products, if TF32 is allowed or not."""
     if arch.startswith("gfx"):  # AMD's matrix cores multiply float32, but only those of gfx942 support TF32
-        return "tf32" if tf32_allowed() and arch == "gfx942" else "ieee"
-    return "tf32" if tf32_allowed() else tile.precision
+        return "tf32" if tf32 and arch == "gfx942" else "ieee"
+    return "tf32" if tf32 else tile.precision
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
@@ -206,9 +220,19 @@ def multiprocessors(device: torch.device) -> int:
 # Arguments
 
 
+def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up. triton.cdiv takes two microseconds, because it can also be called in kernels."""
+    return -(-a // b)
+
+
+def power_of_2(size: int) -> int:
+    """Return the smallest power of two >= `size`."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded(width: int) -> int:
     """Return the smallest power of two >= `width`, but at least 16, the minimum for matrix instructions."""
-    return max(16, 1 << (width - 1).bit_length())
+    return max(16, power_of_2(width))
 
 
 def token_strides(x: Tensor) -> tuple[int, int, int]:
@@ -256,4 +280,4 @@ def merge_arguments(parts: Tensor, *, outputs: int) -> tuple[tuple[int], tuple[T
         E=width, BLOCK_E=padded(width), BLOCK_M=block, COMPUTE=triton_dtype(parts.dtype),
         num_warps=num_warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
-    return (batch * num_heads * triton.cdiv(num_slots, block),), (merged, *numbers), meta
+    return (batch * num_heads * cdiv(num_slots, block),), (merged, *numbers), meta

@@ -20,7 +20,7 @@ from .features import (
     load_operands,
     slot_rows,
 )
-from .launch import launch, mask_strides, merge_arguments, output_strides, rotary_arguments, token_strides
+from .launch import cdiv, launch, mask_strides, merge_arguments, output_strides, rotary_arguments, token_strides
 from .merge import empty_slots, merge_sums_kernel, sum_slots
 from .prepare import prepare
 from .tiles import (
@@ -245,7 +245,7 @@ def linear_aggregate_forward(
     value_width = v.shape[3]
     config = feature_config("linear_aggregate_forward", k, v, slots)
     num_slots = width if slots is None else slots.shape[2]
-    programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
+    programs = batch * num_heads * cdiv(num_slots, config.tile.slots)
     chunk, chunks = config.chunk(programs, tokens)
     sums = k.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
     norms = k.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)
@@ -296,7 +296,7 @@ def linear_aggregate_backward(
         return k.new_empty(0), dk, dv
 
     config = feature_config("linear_aggregate_slots", k, v, slots)
-    programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
+    programs = batch * num_heads * cdiv(num_slots, config.tile.slots)
     chunk, chunks = config.chunk(programs, tokens)
     dslots = empty_slots(slots, batch, num_heads, chunks, config.compute)
     launch(

@@ -21,7 +21,7 @@ from .features import (
     slot_rows,
     sum_copies,
 )
-from .launch import launch, rotary_arguments, slot_strides, token_strides
+from .launch import cdiv, launch, rotary_arguments, slot_strides, token_strides
 from .merge import empty_slots, merge_sums, sum_slots
 from .tiles import (
     LN2,
@@ -385,7 +385,7 @@ def linear_broadcast_backward(
         return dq, q.new_empty(0), sums.new_empty(0), sums.new_empty(0)
 
     config = feature_config("linear_broadcast_slots_learned" if need_slots else "linear_broadcast_slots", q, sums, slots)
-    programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
+    programs = batch * num_heads * cdiv(num_slots, config.tile.slots)
     chunk, chunks = config.chunk(programs, tokens)
     dsums = q.new_empty(batch, num_heads, chunks, num_slots, value_width, dtype=config.compute)
     dnorms = q.new_empty(batch, num_heads, chunks, num_slots, dtype=config.compute)

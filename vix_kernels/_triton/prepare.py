@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import unit_last_stride
-from .launch import launch, padded, slot_strides, triton_dtype
+from .launch import cdiv, launch, padded, slot_strides, triton_dtype
 from .tiles import LOG2E, cast, right_products, split_parts
 
 
@@ -93,7 +93,7 @@ def prepare(
     warps = 8 if dtype == torch.float32 and width > 64 else 4  # with 4 warps, the kernel would spill registers
     launch(
         aggregate_prepare_kernel,
-        (batch * num_heads * triton.cdiv(num_slots, block),),
+        (batch * num_heads * cdiv(num_slots, block),),
         dvalues, *(dvalues if x is None else x for x in (dnumber, values, total)), delta, size, unit,
         *slot_strides(dvalues), *((0, 0, 0) if dnumber is None else dnumber.stride()), num_heads, num_slots,
         E=width, BLOCK_E=padded(width), BLOCK_M=block, SOFTMAX=total is not None, NUMBERS=dnumber is not None,

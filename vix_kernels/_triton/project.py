@@ -19,6 +19,7 @@ from ..layout import Needs, Rotary, empty_like_tokens
 from .launch import (
     PROGRAMS_A_MULTIPROCESSOR,
     LaunchConfig,
+    cdiv,
     launch,
     launch_config,
     mask_strides,
@@ -223,7 +224,7 @@ def project_forward(
     num_slots, value_width = key_projection.shape[2], v.shape[3]
     e, f = key_projection, key_projection if value_projection is None else value_projection
     config = launch_config("project_forward", k, max(width, value_width), e)
-    programs = batch * num_heads * triton.cdiv(num_slots, config.tile.slots)
+    programs = batch * num_heads * cdiv(num_slots, config.tile.slots)
     # Aim for one program per multiprocessor. More chunks would increase memory traffic, because the slots of each chunk are
     # written and read again.
     chunk, chunks = config.chunk(2 * PROGRAMS_A_MULTIPROCESSOR * programs, tokens)
@@ -266,7 +267,7 @@ def project_backward(
         config = launch_config("project_tokens", k, max(width, value_width), e)
         launch(
             project_tokens_kernel,
-            (batch * num_heads * triton.cdiv(tokens, config.tile.tokens), need_k + need_v),
+            (batch * num_heads * cdiv(tokens, config.tile.tokens), need_k + need_v),
             dkeys, dvalues, e, f, mask_pointer, cos, sin, dk, dv,
             *slots, *weight_strides(e), *weight_strides(f), *mask_strides(mask), angle_h,
             *output_strides(dk), *output_strides(dv), num_heads, tokens, num_slots, 1 - need_k,
@@ -277,13 +278,13 @@ def project_backward(
     df = f.new_empty(f.shape if need_value_projection else (0,))
     if need_key_projection or need_value_projection:
         config = launch_config("project_weights", k, max(width, value_width), e)
-        slot_tiles = triton.cdiv(num_slots, config.tile.slots)
+        slot_tiles = cdiv(num_slots, config.tile.slots)
         sides, heads = need_key_projection + need_value_projection, num_heads // rows
-        chunk, chunks = split_items(config, rows * triton.cdiv(tokens, config.step) * slot_tiles * sides, batch * heads)
+        chunk, chunks = split_items(config, rows * cdiv(tokens, config.step) * slot_tiles * sides, batch * heads)
         parts = [x if chunks == 1 else x.new_empty(rows, chunks, *x.shape[1:], dtype=config.compute) for x in (de, df)]
         launch(
             project_weights_kernel,
-            (rows * chunks * triton.cdiv(tokens, config.tile.tokens) * slot_tiles, sides),
+            (rows * chunks * cdiv(tokens, config.tile.tokens) * slot_tiles, sides),
             dkeys, dvalues, k, v, mask_pointer, cos, sin, *parts,
             *slots, *token_strides(k), *token_strides(v), *mask_strides(mask), angle_h,
             batch * heads, chunk, chunks, heads, tokens, num_slots, 1 - need_key_projection,

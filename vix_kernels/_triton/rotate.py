@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import Rotary, empty_like_tokens
-from .launch import launch, launch_config, padded, rotary_arguments, token_strides
+from .launch import cdiv, launch, launch_config, padded, rotary_arguments, token_strides
 from .sums import split_items, sum_chunks
 from .tiles import load_tile, rotate_pairs, store_tile, token_program
 
@@ -73,8 +73,8 @@ def angle_gradient(x: Tensor, dx: Tensor, angles: Tensor, interleaved: bool) -> 
     rows, _, half = angles.shape  # one table per head, or one table for all heads
     dangles = angles.new_empty(angles.shape)
     config = launch_config("rotate", x, 2 * half, angles)
-    tiles, heads = rows * triton.cdiv(tokens, config.tile.tokens), num_heads // rows
-    chunk, chunks = split_items(config, rows * triton.cdiv(tokens, config.step), batch * heads)
+    tiles, heads = rows * cdiv(tokens, config.tile.tokens), num_heads // rows
+    chunk, chunks = split_items(config, rows * cdiv(tokens, config.step), batch * heads)
     parts = dangles if chunks == 1 else dangles.new_empty(rows, chunks, tokens, half, dtype=config.compute)
     launch(
         angle_gradient_kernel,
@@ -97,7 +97,7 @@ def rotate(q: Tensor, k: Tensor, rotary: Rotary, inverse: bool) -> tuple[Tensor,
     cos, sin, angle_h, turn = rotary_arguments(rotary, q)
     launch(
         rotate_kernel,
-        (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
+        (batch * num_heads * cdiv(tokens, config.tile.tokens),),
         q, k, cos, sin, q_out, k_out,
         *token_strides(q), *token_strides(k), *token_strides(q_out), *token_strides(k_out), angle_h, num_heads, tokens,
         D=width, BLOCK_D=padded(width), BLOCK_N=config.tile.tokens,

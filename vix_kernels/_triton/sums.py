@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import conditions
-from .launch import LaunchConfig, launch
+from .launch import LaunchConfig, cdiv, launch
 from .tiles import cast
 
 PROGRAMS_A_MULTIPROCESSOR = 8  # the loop of a program waits for memory, so other programs must run in the meantime
@@ -53,8 +53,8 @@ def split_items(config: LaunchConfig, programs: int, items: int) -> tuple[int, i
         wanted, least = PROGRAMS_A_MULTIPROCESSOR * config.multiprocessors // max(1, programs), LEAST_ITEMS
     else:
         wanted, least = items, 2  # the interpreter always splits, so small inputs also test the second stage
-    size = max(least, triton.cdiv(items, max(1, wanted)))
-    return size, max(1, triton.cdiv(items, size))
+    size = max(least, cdiv(items, max(1, wanted)))
+    return size, max(1, cdiv(items, size))
 
 
 def sum_chunks(config: LaunchConfig, outer: int, chunks: int, *pairs: tuple[Tensor, Tensor]) -> None:
@@ -62,7 +62,7 @@ def sum_chunks(config: LaunchConfig, outer: int, chunks: int, *pairs: tuple[Tens
     sizes = [sums.numel() // max(1, outer) for _, sums in pairs]
     (parts, sums), (more_parts, more_sums) = pairs[0], pairs[-1]
     block = 128
-    blocks = triton.cdiv(max(sizes), block)
+    blocks = cdiv(max(sizes), block)
     launch(
         sum_chunks_kernel,
         (outer * blocks, len(pairs)),

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import Needs, empty_like_tokens, unit_last_stride
-from .launch import LaunchConfig, launch, launch_config, mask_strides, output_strides, padded, token_strides
+from .launch import LaunchConfig, cdiv, launch, launch_config, mask_strides, output_strides, padded, token_strides
 from .sums import sum_chunks
 from .tiles import cast, dot, load_tile, store_tile
 
@@ -150,7 +150,7 @@ def token_conv_forward(v: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor
     out = empty_like_tokens(v, width)
     launch(
         token_conv_forward_kernel,
-        (batch * num_heads * triton.cdiv(tokens, config.tile.tokens),),
+        (batch * num_heads * cdiv(tokens, config.tile.tokens),),
         v, weight.contiguous(), v if mask is None else mask, out,
         *token_strides(v), *mask_strides(mask), *token_strides(out), num_heads, tokens,
         **_meta(config, v, weight, mask),
@@ -171,7 +171,7 @@ def token_conv_backward(
     if need_weight:
         chunk, chunks = config.chunk(batch * num_heads, tokens)
     else:  # there is no sum over a chunk, so each tile can be a chunk
-        chunk, chunks = config.tile.tokens, triton.cdiv(tokens, config.tile.tokens)
+        chunk, chunks = config.tile.tokens, cdiv(tokens, config.tile.tokens)
     dv = empty_like_tokens(v, width) if need_v else v.new_empty(0)
     parts = v.new_empty((num_heads, batch * chunks, taps) if need_weight else (0,), dtype=config.compute)
     dweight = weight.new_empty(weight.shape if need_weight else (0,))

@@ -170,7 +170,11 @@ def in_turns(calls: list[Callable[[], Any]], rounds: int, seconds: float) -> lis
 def launches(launcher: str) -> Iterator[None]:
     """Let operators run on CPU tensors, with launches that call the stub driver or, if `launcher` is "none", are skipped."""
     skip: AbstractContextManager = conditions.under(observer=lambda *launch: None) if launcher == "none" else nullcontext()
-    with skip, patch.object(backends, "reasons_against_triton", lambda *arguments: []):
+    with (
+        skip,
+        patch.object(backends, "reasons_against_triton", lambda *arguments: []),
+        patch.object(torch.cuda, "current_device", lambda: None),  # the index of a CPU
+    ):
         yield
 
 
@@ -242,28 +246,36 @@ def work(request: dict[str, Any]) -> None:
         print(json.dumps({"op": op, "steps": profile(op, request["launchers"][-1])}), flush=True)
 
 
-def built_stub(folder: str) -> bool:
-    """Compile the stub driver into `folder`. Return False if there is no C compiler."""
+def build_stub(folder: str) -> dict[str, str]:
+    """Compile the stub driver into `folder`. Return environment variables for a process whose Triton finds only this driver.
+
+    Returns an empty dict if there is no C compiler.
+    """
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
     if compiler is None:
-        return False
+        return {}
     target = Path(folder, "libcuda.so.1")
     subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-w", "-Wl,-soname,libcuda.so.1", str(STUB), "-o", target], check=True)
     target.with_name("libcuda.so").symlink_to(target.name)
-    return True
+    paths = filter(None, (folder, os.environ.get("LD_LIBRARY_PATH")))
+    return dict(TRITON_LIBCUDA_PATH=folder, LD_LIBRARY_PATH=os.pathsep.join(paths))
+
+
+@contextmanager
+def stub_environment() -> Iterator[tuple[dict[str, str], bool]]:
+    """Yield the environment of a process that compiles kernels but cannot run them, and whether its launches call the stub."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        stub = build_stub(folder)
+        # Triton's launcher is compiled and linked to the stub, so it must not be shared with a real driver.
+        cache = environment.get("TRITON_CACHE_DIR") or str(Path(folder, "cache"))
+        yield environment | stub | dict(OMP_NUM_THREADS="1", KINETO_LOG_LEVEL="99", TRITON_CACHE_DIR=cache), bool(stub)
 
 
 def results(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the results of `work` in a process in which Triton compiles for an H100 and finds only the stub driver."""
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= dict(OMP_NUM_THREADS="1", KINETO_LOG_LEVEL="99")
-        if built_stub(folder):
-            paths = filter(None, (folder, environment.get("LD_LIBRARY_PATH")))
-            environment |= dict(TRITON_LIBCUDA_PATH=folder, LD_LIBRARY_PATH=os.pathsep.join(paths))
-            request = request | dict(launchers=["none", "triton"])
-        # Triton's launcher is compiled and linked to the stub, so it must not be shared with a real driver.
-        environment["TRITON_CACHE_DIR"] = environment.get("TRITON_CACHE_DIR") or str(Path(folder, "cache"))
+    with stub_environment() as (environment, stub):
+        request = request | dict(launchers=["none", "triton"] if stub else ["none"])
         command = [sys.executable, "-c", f"import json; from {__name__} import work; work(json.loads(input()))"]
         with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             process.stdin.write(json.dumps(request) + "\n")
@@ -307,9 +319,7 @@ def show(rows: list[Row]) -> None:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    request = dict(
-        ops=args.op, launchers=["none"], rounds=args.rounds, seconds=0.02, profile=args.profile, modules=sorted(REGISTERING)
-    )
+    request = dict(ops=args.op, rounds=args.rounds, seconds=0.02, profile=args.profile, modules=sorted(REGISTERING))
     rows, profiles = [], {}
     for each in results(request):
         if "steps" in each:

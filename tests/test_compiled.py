@@ -1,0 +1,158 @@
+"""Launches of compiled kernels (_triton/compiled.py), through Triton's launcher with a driver that does nothing."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from vix_kernels.measure import host_time
+from vix_kernels.testing import SPECS
+
+PUBLIC = [name for name, spec in SPECS.items() if spec.public]
+
+
+def in_process(check: str) -> None:
+    """Run a function of this module in a process whose Triton finds only the stub driver."""
+    with host_time.stub_environment() as (environment, stub):
+        if not stub:
+            pytest.skip("there is no C compiler for the stub driver")
+        code = f"from tests import test_compiled; test_compiled.{check}()"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "check",
+    ["check_arguments", "check_keys", "check_hooks", "check_size", "check_threads"],
+)
+def test_in_a_process_with_the_stub_driver(check: str) -> None:
+    in_process(check)
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple]]:
+    """Collect what Triton's launcher receives: the grid, the function, the metadata and the arguments."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    calls: list[tuple] = []
+    original = CudaLauncher.__call__
+
+    def call(launcher, *args):
+        _, enter, leave = args[6:9]
+        calls.append((args[:3], args[4], args[5], args[9:]))
+        assert enter is leave is None or (enter is not None and leave is not None)
+        return original(launcher, *args)
+
+    CudaLauncher.__call__ = call
+    try:
+        host_time.set_driver(stub=True)
+        with host_time.launches("triton"):
+            yield calls
+    finally:
+        CudaLauncher.__call__ = original
+
+
+def check_arguments() -> None:
+    """A repeated launch passes the same arguments as Triton's own, but integers instead of tensors."""
+    from vix_kernels._triton import compiled
+
+    with recorded() as calls:
+        for op in PUBLIC:
+            run = host_time.operator_calls(SPECS[op])["both"]
+            run()
+            entries = len(compiled.known)
+            del calls[:]
+            with patch.object(compiled, "run", lambda kernel, grid, args, meta: kernel[grid](*args, **meta)):
+                run()
+            first = calls[:]
+            del calls[:]
+            run()
+            assert len(first) == len(calls) > 0 and len(compiled.known) == entries, op
+            for theirs, ours in zip(first, calls, strict=True):
+                assert theirs[:3] == ours[:3], op
+                for x, y in zip(theirs[3], ours[3], strict=True):
+                    assert isinstance(y, int) if isinstance(x, Tensor) else type(x) is type(y) and x == y, (op, x, y)
+
+
+def broadcast(q: Tensor, scale: float = 0.5) -> None:
+    from vix_kernels.primitives import broadcast as operator
+
+    slots, values = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
+    operator(q, slots, values, scale=scale, backend="triton")
+
+
+def check_keys() -> None:
+    """Other alignments, dtypes, sizes and types of numbers are other entries. Other values of the tensors are not."""
+    from vix_kernels._triton import compiled
+
+    def entries(q: Tensor, scale: float = 0.5) -> int:
+        broadcast(q, scale)
+        return len(compiled.known)
+
+    with recorded(), torch.no_grad():
+        q = torch.randn(1, 2, 32, 16, dtype=torch.bfloat16)
+        assert entries(q) == 1 and entries(q.clone()) == 1
+        shifted = torch.randn(2 * 32 * 16 + 1, dtype=torch.bfloat16)[1:].view(1, 2, 32, 16)
+        assert entries(shifted) == 2
+        assert entries(q.half()) == 3
+        assert entries(q[:, :, :31]) == 4
+        assert entries(q, 1.0) == 5 and entries(q, 1) == 6
+        assert entries(q) == 6
+
+
+def check_hooks() -> None:
+    """Triton's launch hooks are called for every launch while they are set."""
+    from triton import knobs
+
+    seen = []
+    hook = seen.append
+    with recorded(), torch.no_grad():
+        q = torch.randn(1, 2, 32, 16, dtype=torch.bfloat16)
+        broadcast(q)
+        knobs.runtime.launch_enter_hook.add(hook)
+        broadcast(q)
+        broadcast(q)
+        knobs.runtime.launch_enter_hook.remove(hook)
+        broadcast(q)
+    assert len(seen) == 2
+
+
+def check_size() -> None:
+    """The table stays bounded."""
+    from vix_kernels._triton import compiled
+
+    compiled.MOST = 3
+    with recorded(), torch.no_grad():
+        for tokens in range(20, 30):
+            broadcast(torch.randn(1, 2, tokens, 16, dtype=torch.bfloat16))
+            assert 0 < len(compiled.known) <= 3
+
+
+def check_threads() -> None:
+    """Threads that launch two kernels at the same time, while the table overflows, raise no errors."""
+    from vix_kernels._triton import compiled
+
+    compiled.MOST = 2
+    errors: list[BaseException] = []
+
+    def work(tokens: int) -> None:
+        try:
+            with torch.no_grad():
+                for step in range(100):
+                    broadcast(torch.randn(1, 2, tokens + step % 2, 16, dtype=torch.bfloat16))
+        except BaseException as error:
+            errors.append(error)
+
+    with recorded() as calls:
+        threads = [Thread(target=work, args=(20 + 4 * index,)) for index in range(8)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    assert not errors and len(calls) == 800
