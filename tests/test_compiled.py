@@ -1,7 +1,9 @@
 """Launches of compiled kernels (_triton/compiled.py), through Triton's launcher with a driver that does nothing."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
@@ -29,7 +31,16 @@ def in_process(check: str) -> None:
 
 @pytest.mark.parametrize(
     "check",
-    ["check_arguments", "check_keys", "check_hooks", "check_size", "check_threads"],
+    [
+        "check_arguments",
+        "check_keys",
+        "check_devices",
+        "check_hooks",
+        "check_knobs",
+        "check_size",
+        "check_threads",
+        "check_unloading",
+    ],
 )
 def test_in_a_process_with_the_stub_driver(check: str) -> None:
     in_process(check)
@@ -106,6 +117,62 @@ def check_keys() -> None:
         assert entries(q) == 6
 
 
+def check_devices() -> None:
+    """A tensor on another device than in earlier launches goes to Triton, which raises an error if the GPU cannot read it."""
+    from vix_kernels._triton import compiled
+
+    class OnGpu(Tensor):
+        def get_device(self) -> int:
+            return 0
+
+    with recorded(), torch.no_grad():
+        q = torch.randn(1, 2, 32, 16, dtype=torch.bfloat16)
+        broadcast(q)
+        (key,) = compiled.known
+        assert key.count(-1) == sum(isinstance(each, torch.dtype) for each in key)  # the device of every tensor
+        kernel, grid, args, meta = launched(q)
+        compiled.run(kernel, grid, (args[0].as_subclass(OnGpu), *args[1:]), meta)
+        assert len(compiled.known) == 2
+
+
+def launched(q: Tensor) -> tuple:
+    """Return the launch of `broadcast`: the kernel, grid, arguments and options."""
+    from vix_kernels import conditions
+
+    launches: list[tuple] = []
+    with conditions.under(observer=lambda *launch: launches.append(launch)):
+        broadcast(q)
+    return launches[0]
+
+
+def check_knobs() -> None:
+    """Debugging, instrumentation, and hooks of other kinds are seen by Triton. A kernel that was not compiled is not kept."""
+    from triton import knobs
+
+    from vix_kernels._triton import compiled
+
+    with recorded(), torch.no_grad():
+        q = torch.randn(1, 2, 32, 16, dtype=torch.bfloat16)
+        broadcast(q)
+        kernel, grid, args, meta = launched(q)
+        assert not compiled.needs_triton(kernel)
+        for owner, name, value in (
+            (knobs.runtime, "debug", True),
+            (knobs.runtime, "add_stages_inspection_hook", lambda *stages: ("", "")),
+            (knobs.compilation, "instrumentation_mode", "fpsan"),
+            (knobs.runtime, "launch_enter_hook", print),
+        ):
+            with patch.object(owner, name, value):
+                assert compiled.needs_triton(kernel), name
+        with patch.object(knobs.runtime, "launch_enter_hook", None):
+            assert not compiled.needs_triton(kernel)
+        compiled.known.clear()
+        compiled.remember((1,), kernel, None, args, meta)
+        assert not compiled.known
+        with pytest.raises(TypeError, match="expected constexprs as keywords"):
+            compiled.remember((1,), kernel, object(), args[:-1], meta)
+
+
 def check_hooks() -> None:
     """Triton's launch hooks are called for every launch while they are set."""
     from triton import knobs
@@ -156,3 +223,21 @@ def check_threads() -> None:
         for each in threads:
             each.join()
     assert not errors and len(calls) == 800
+
+
+def check_unloading() -> None:
+    """A kernel stays loaded while it is known, even if Triton's own cache has forgotten it."""
+    from vix_kernels._triton import compiled
+
+    with recorded(), torch.no_grad():
+        q = torch.randn(1, 2, 32, 16, dtype=torch.bfloat16)
+        broadcast(q)
+        kernel = launched(q)[0]
+        (entry,) = compiled.known.values()
+        alive = weakref.ref(entry.kernel)
+        del entry
+        kernel.device_caches.clear()
+        gc.collect()
+        assert alive() is not None
+        broadcast(q)
+        assert len(compiled.known) == 1

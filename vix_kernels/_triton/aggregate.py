@@ -11,6 +11,7 @@ Vectors, such as the bias of the keys, are added by an additional matrix product
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -333,7 +334,8 @@ def aggregate_backward(
     (need_slots, need_k, need_v), (row_max, total) = needs, statistics
     batch, num_heads, tokens, width = k.shape
     num_slots, value_width = slots.shape[2], v.shape[3]
-    heavy = slots.dtype == k.dtype or num_slots > 128  # more slots than a tile need more registers
+    # More slots than a tile need more registers, and so do the factors that keep float16 in range.
+    heavy = slots.dtype == k.dtype or num_slots > 128 or k.dtype == torch.float16
     config = launch_config("aggregate_tokens", k, max(width, value_width), slots, heavy)
     cos, sin, angle_h, turn = rotary_arguments(rotary, k)
 

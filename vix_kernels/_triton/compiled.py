@@ -1,13 +1,12 @@
 """Launch kernels that Triton has already compiled.
 
 `kernel[grid](*args)` takes 26 to 31 microseconds to find the compiled kernel: Triton inspects every argument. Most launches
-repeat an earlier one with other tensors. `run` recognizes them by the arguments that are not tensors and by the dtypes and the
-alignment of the tensors. It calls the compiled kernel with integers as pointers, which Triton's launcher does not inspect.
+repeat an earlier one with other tensors. `run` recognizes them by the arguments that are not tensors and by the dtypes, devices
+and alignment of the tensors. It calls the compiled kernel with integers as pointers, which Triton's launcher does not inspect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +19,9 @@ ALIGNMENT = 16  # bytes; Triton compiles different code for pointers that are no
 
 
 class Compiled(NamedTuple):
-    """A compiled kernel, and the values of its constexprs in the order of its parameters."""
+    """Triton's CompiledKernel, and the values of its constexprs in the order of the parameters."""
 
-    run: Callable[..., None]
-    function: int
-    metadata: Any
+    kernel: Any  # unloads its machine code when it is deleted
     constexprs: tuple[Any, ...]
 
 
@@ -32,10 +29,9 @@ known: dict[tuple, Compiled] = {}
 
 
 def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-    """Launch `kernel` on the current device. `args` are all parameters that are not constexprs, and `meta` has the others."""
-    runtime = knobs.runtime
-    if torch.version.hip or kernel.pre_run_hooks or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-        kernel[grid](*args, **meta)  # AMD's code also depends on the sizes of tensors, and hooks want the arguments
+    """Launch `kernel` on the current device. `args` are the parameters that are not constexprs, and `meta` has the others."""
+    if needs_triton(kernel):
+        kernel[grid](*args, **meta)
         return
     device = driver.active.get_current_device()
     # The types matter, because 1 and 1.0 are equal, but compiled differently.
@@ -45,27 +41,48 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[st
         if isinstance(x, Tensor):
             pointer = x.data_ptr()
             values.append(pointer)
-            key += x.dtype, pointer % ALIGNMENT == 0
+            key += x.dtype, x.get_device(), pointer % ALIGNMENT == 0
         else:
             values.append(x)
             key.append(x)
-    key = tuple(key)
-    found = known.get(key)
+    found = known.get(key := tuple(key))
     if found is None:
-        remember(key, kernel, kernel[grid](*args, **meta), meta)
+        remember(key, kernel, kernel[grid](*args, **meta), args, meta)
         return
-    found.run(
-        *grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device), found.function, found.metadata,
+    compiled = found.kernel
+    compiled.run(
+        *grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device), compiled.function, compiled.packed_metadata,
         None, None, None, *values, *found.constexprs,
     )  # fmt: skip
 
 
-def remember(key: tuple, kernel: Any, compiled: Any, meta: dict[str, Any]) -> None:
-    """Keep a compiled kernel for later launches. Its constexprs must be the last parameters."""
-    last = [param.is_constexpr for param in kernel.params]
-    if last != sorted(last):
-        raise TypeError(f"{kernel.__name__}: expected constexprs after all other parameters")
-    constexprs = tuple(meta.get(param.name, param.default) for param in kernel.params if param.is_constexpr)
+def needs_triton(kernel: Any) -> bool:
+    """Return whether Triton must see every launch, or compiles code that depends on more than the key of `run`.
+
+    AMD's code depends on the sizes of tensors. Launch hooks receive the arguments. Debugging and instrumentation, which may be
+    enabled at any time, change the code.
+    """
+    runtime = knobs.runtime
+    # Empty chains of hooks are the default.
+    hooks = (getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    return bool(
+        torch.version.hip
+        or kernel.pre_run_hooks
+        or any(hooks)
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+        or knobs.compilation.instrumentation_mode
+    )
+
+
+def remember(key: tuple, kernel: Any, compiled: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+    """Keep a compiled kernel for later launches. `compiled` is None if a hook of Triton skipped the compilation."""
+    params = kernel.params
+    if any(param.is_constexpr for param in params[: len(args)]) or not all(param.is_constexpr for param in params[len(args) :]):
+        raise TypeError(f"{kernel.__name__}: expected constexprs as keywords, after all other parameters by position")
+    if compiled is None:
+        return
     if len(known) >= MOST:
         known.clear()
-    known[key] = Compiled(compiled.run, compiled.function, compiled.packed_metadata, constexprs)
+    # Another thread may have compiled the same kernel. Its machine code may be running, so it is kept.
+    known.setdefault(key, Compiled(compiled, tuple(meta.get(param.name, param.default) for param in params[len(args) :])))

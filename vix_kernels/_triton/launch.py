@@ -141,7 +141,11 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor, heavy:
 def find_config(
     kernel: str, device: torch.device, dtype: torch.dtype, width: int, split: bool, heavy: bool, tf32: bool
 ) -> LaunchConfig:  # fmt: skip
-    """Look up a launch configuration. Results are cached only while no measurement has changed the conditions of launches."""
+    """Look up a launch configuration.
+
+    Results are cached while no measurement has changed the conditions of launches. The launch table must not change after the
+    first launch.
+    """
     arch = architecture(device)
     _, tile = find_tile(arch, kernel, dtype.itemsize * 8, width, heavy=heavy)
     return LaunchConfig(tile, accumulator(dtype), split, _precision(tile, arch, tf32), multiprocessors(device), tile.tokens)

@@ -33,9 +33,10 @@ def _entries(tiles: dict[tuple[str | int, ...], Tile]) -> dict[Key, Tile]:
 
 
 # An entry "..._heavy" is for a kernel that needs more registers: with slots that are pooled from tokens, in broadcast also with
-# RoPE or gradients of slots, in aggregate_tokens also with more than 128 slots. Entries "..._learned" are for kernels that
-# compute dslots, and entries "..._half" are for float16. A launch for which there is no such entry uses the plain one. An entry
-# of a variant precedes a plain override, so an override for an architecture may have to repeat the tile for the variant.
+# RoPE or gradients of slots, in aggregate_tokens also with more than 128 slots or float16. Entries "..._learned" are for
+# kernels that compute dslots, and entries "..._half" are for float16. A launch for which there is no such entry uses the plain
+# one. An entry of a variant precedes a plain override, so an override for an architecture may have to repeat the tile for the
+# variant.
 TABLE = _entries(
     {
         ("aggregate_forward", 16, 16, 32): Tile(128, 64, 8, 1),

@@ -267,7 +267,6 @@ def stub_environment() -> Iterator[tuple[dict[str, str], bool]]:
     with tempfile.TemporaryDirectory() as folder:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         stub = build_stub(folder)
-        # Triton's launcher is compiled and linked to the stub, so it must not be shared with a real driver.
         cache = environment.get("TRITON_CACHE_DIR") or str(Path(folder, "cache"))
         yield environment | stub | dict(OMP_NUM_THREADS="1", KINETO_LOG_LEVEL="99", TRITON_CACHE_DIR=cache), bool(stub)
 
