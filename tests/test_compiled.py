@@ -85,9 +85,9 @@ def check_arguments() -> None:
             del calls[:]
             run()
             assert len(first) == len(calls) > 0 and len(compiled.known) == entries, op
-            for theirs, ours in zip(first, calls, strict=True):
-                assert theirs[:3] == ours[:3], op
-                for x, y in zip(theirs[3], ours[3], strict=True):
+            for before, after in zip(first, calls, strict=True):
+                assert before[:3] == after[:3], op
+                for x, y in zip(before[3], after[3], strict=True):
                     assert isinstance(y, int) if isinstance(x, Tensor) else type(x) is type(y) and x == y, (op, x, y)
 
 

@@ -103,7 +103,7 @@ def attend(
     q, operands, row_max, total, out, scale,
     FIRST: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of slots to the sums of tokens, which are relative to the largest logit so far. FIRST means no tile so far."""
+    """Add a tile of slots to the running softmax sums of each token. FIRST: whether this is the first tile."""
     high, low, values, bias = operands
     logits = slot_logits(q, high, low, bias, scale, SPLIT, COMPUTE, PRECISION)
     new_max = tl.max(logits, 1)

@@ -143,8 +143,8 @@ def find_config(
 ) -> LaunchConfig:  # fmt: skip
     """Look up a launch configuration.
 
-    Results are cached while no measurement has changed the conditions of launches. The launch table must not change after the
-    first launch.
+    Results are cached, except while a measurement overrides the settings of launches. The launch table must not change after
+    the first launch.
     """
     arch = architecture(device)
     _, tile = find_tile(arch, kernel, dtype.itemsize * 8, width, heavy=heavy)
@@ -181,7 +181,7 @@ def find_tile(arch: str, kernel: str, bits: int, width: int, heavy: bool) -> tup
 
 
 def _precision(tile: Tile, arch: str, tf32: bool) -> str:
-    """Return the precision of float32 products, if TF32 is allowed or not."""
+    """Return the precision of float32 products. `tf32` says whether TF32 is allowed."""
     if arch.startswith("gfx"):  # AMD's matrix cores multiply float32, but only those of gfx942 support TF32
         return "tf32" if tf32 and arch == "gfx942" else "ieee"
     return "tf32" if tf32 else tile.precision

@@ -270,9 +270,9 @@ def linear_broadcast_slots_kernel(
 ):  # fmt: skip
     """Compute the contribution of a chunk of tokens to dsums, dnorms and, if NEED_SLOTS, dslots.
 
-    Each program handles a tile of slots of one sample and head. Instead of each feature, dout and delta are divided by the
-    token's total. In float16, the quotients could overflow. There, a feature is multiplied by its slot's norm and divided by
-    the total, so that it is at most 1.
+    Each program handles a tile of slots of one sample and head. Features must be divided by the total of their token. The
+    kernel divides dout and delta instead, except in float16, where these quotients could overflow. There, it multiplies each
+    feature by its slot's norm and divides it by the total, so that the result is at most 1.
     """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H

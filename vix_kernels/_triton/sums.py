@@ -58,7 +58,7 @@ def split_items(config: LaunchConfig, programs: int, items: int) -> tuple[int, i
 
 
 def sum_chunks(config: LaunchConfig, outer: int, chunks: int, *pairs: tuple[Tensor, Tensor]) -> None:
-    """Write the sums of `parts` (outer, chunks, ...) over the chunks to `sums` (outer, ...), for one or two pairs of both."""
+    """For one or two pairs (parts, sums), sum `parts` (outer, chunks, ...) over the chunks into `sums` (outer, ...)."""
     sizes = [sums.numel() // max(1, outer) for _, sums in pairs]
     (parts, sums), (more_parts, more_sums) = pairs[0], pairs[-1]
     block = 128

@@ -38,7 +38,7 @@ class Report:
         rows: a row for every specialization that is launched and has been compiled, in this run or earlier.
         compiled: number of rows that were compiled in this run.
         missing: number of specializations that are neither compiled nor in the table.
-        launches: "op direction" -> largest (this library's launches, PyTorch's launches).
+        launches: "op direction" -> numbers of launches (by this library, by PyTorch), the largest of all calls.
         errors: messages of calls and compilations that failed.
         times: predicted seconds on the H100, by the name of a budget in budgets.PREDICTED.
         changed: messages for rows that were compiled again and differ from the table.
@@ -125,7 +125,7 @@ def whole(row: Row, launches: Iterable[Launch]) -> float:
 
 
 def work(parts: Iterable[Section], launch: Launch) -> list[float]:
-    """Return the counts of one warp, summed over all programs, from a sample of them. Loops of unknown length run once."""
+    """Estimate the counts of one warp, summed over all programs, from a sample of programs. Loops of unknown length run once."""
     parts = tuple(parts)
     total = [0.0] * len(PIPES)
     sampled = [at * STEP % launch.programs for at in range(min(launch.programs, SAMPLES))]

@@ -27,8 +27,9 @@ class Row:
         programs: number of programs that are resident on a multiprocessor at the same time.
         unit: divisor of the columns "per unit": "logit", or "value" if the main loops compute no logits (see counting.py).
         loop: instructions of all lanes in the main loops, per unit.
-        whole: instructions of the whole program in the largest launch that the report observes, per pair of a token and a slot
-            without padding. For kernels without main loops or without arguments N and M, per element of the largest tensor.
+        whole: instructions of the whole program in the largest launch that the report observes, per pair of a token and a slot.
+            Padding does not count as tokens or slots. For kernels without main loops or without arguments N and M, per element
+            of the largest tensor.
         exps: exponentials in the main loops, per unit.
         waits: instructions in the main loops that wait for matrix products.
         products: number of matrix products in the main loops, counted in TTGIR, Triton's intermediate code for GPUs.

@@ -213,7 +213,7 @@ def measure(ops: list[str], launchers: list[str], rounds: int, seconds: float) -
 
 
 def profile(op: str, launcher: str, calls: int = 300) -> dict[str, float]:
-    """Return the fraction of the host time of each step of forward and backward. Profiling slows down short functions most."""
+    """Return the fraction of the host time that each step of forward and backward takes. Profiling favors long functions."""
     with launches(launcher):
         call = operator_calls(SPECS[op])["both"]
         for _ in range(20):
