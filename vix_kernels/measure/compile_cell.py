@@ -125,7 +125,7 @@ def whole(row: Row, launches: Iterable[Launch]) -> float:
 
 
 def work(parts: Iterable[Section], launch: Launch) -> list[float]:
-    """Estimate the counts of one warp, summed over all programs, from a sample of programs. Loops of unknown length run once."""
+    """Estimate the counts of one warp, summed over all programs, from a sample of them. Loops of unknown length run once."""
     parts = tuple(parts)
     total = [0.0] * len(PIPES)
     sampled = [at * STEP % launch.programs for at in range(min(launch.programs, SAMPLES))]
