@@ -60,12 +60,17 @@ class LaunchConfig:
         if not conditions.current.split:
             return tokens, 1
         if self.multiprocessors:
-            wanted, least = PROGRAMS_A_MULTIPROCESSOR * self.multiprocessors // max(1, programs), LEAST_CHUNK
+            wanted, least = self.resident * self.multiprocessors // max(1, programs), LEAST_CHUNK
         else:
             wanted, least = tokens, 2 * self.step  # the interpreter always splits, so small inputs also test the merge
         size = max(least, cdiv(tokens, max(1, wanted)))
         size = cdiv(size, self.step) * self.step
         return size, cdiv(tokens, size)
+
+    @property
+    def resident(self) -> int:
+        """Number of programs that fit in a multiprocessor at the same time. More chunks would only increase the traffic."""
+        return max(1, WARPS_A_MULTIPROCESSOR // self.tile.num_warps)
 
     def slots(self, num_slots: int) -> int:
         """Return the slots per tile: the launch table's number, or a smaller power of two >= 64 if one tile then holds all."""
@@ -108,7 +113,7 @@ class LaunchConfig:
 
 
 VARIANTS = ("_heavy", "_learned", "_half")  # suffixes in the launch table
-PROGRAMS_A_MULTIPROCESSOR = 2  # number of programs whose registers fit in a multiprocessor at the same time
+WARPS_A_MULTIPROCESSOR = 8  # number of warps whose registers fit in a multiprocessor if each thread uses all that it can
 LEAST_CHUNK = 256  # tokens; merging smaller chunks would take more time than the additional programs save
 # Largest number of tokens per tile when the interpreter uses the launch configurations of a GPU architecture. With tiles this
 # large, the interpreter takes one fifth of the time that it takes with the tiles of the launch table. Each launch still reads

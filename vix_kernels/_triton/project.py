@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..layout import Needs, Rotary, empty_like_tokens
 from .launch import (
-    PROGRAMS_A_MULTIPROCESSOR,
     LaunchConfig,
     cdiv,
     launch,
@@ -227,7 +226,7 @@ def project_forward(
     programs = batch * num_heads * cdiv(num_slots, config.tile.slots)
     # Aim for one program per multiprocessor. More chunks would increase memory traffic, because the slots of each chunk are
     # written and read again.
-    chunk, chunks = config.chunk(2 * PROGRAMS_A_MULTIPROCESSOR * programs, tokens)
+    chunk, chunks = config.chunk(2 * config.resident * programs, tokens)
     keys = k.new_empty(batch, num_heads, num_slots, width)
     values = v.new_empty(batch, num_heads, num_slots, value_width, dtype=config.compute)
     parts = keys, values
