@@ -191,7 +191,7 @@ def test_table_of_integrations() -> None:
 
 
 def test_table_of_traffic() -> None:
-    (path,) = (RESULTS / "traffic").glob("*-d848b5b/traffic.txt")
+    (path,) = (RESULTS / "traffic").glob("*-eeef746/traffic.txt")
     measured = {}
     for run in path.read_text(encoding="utf-8").split("$ vix dev traffic")[1:]:
         tokens, unsplit = re.search(r"tokens (\d+), width", run)[1], "--unsplit" in run.splitlines()[0]
