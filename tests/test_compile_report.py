@@ -51,7 +51,7 @@ def attention_kernel(q, k, out, stride, N, D: tl.constexpr, BLOCK: tl.constexpr)
 
 
 def compile_toy(target: str) -> list[offline.CompiledLaunch]:
-    """Compile two launches on aligned rows with different lengths, and one launch on a view with an offset of one element."""
+    """Compile two launches on aligned rows that differ in the row count N, and one on a view with an offset of one element."""
     x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
     shifted = torch.empty(1024 * 64 + 1, dtype=torch.bfloat16, device="meta")[1:].view(1024, 64)
     meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
@@ -213,11 +213,11 @@ def test_shared_memory_equals_that_of_a_full_compilation():
     [
         ({"spilled": 4}, "spills 4 bytes per thread, 0 allowed"),
         ({"arch": "gfx942", "shared": 65_537}, "65537 bytes of shared memory, gfx942 has 65536"),
-        ({"width": 256, "spilled": 68}, "spills 68 bytes per thread, 64 allowed"),
+        ({"width": 256, "spilled": 548}, "spills 548 bytes per thread, 544 allowed"),
         ({"arch": "sm_86", "shared": 101_377}, "101377 bytes of shared memory, sm_86 has 101376"),
         ({"arch": "sm_100", "tensor_memory": 640}, "640 columns of tensor memory"),
         ({"waits": 4}, "waits 4 times for 2 matrix products, 3 allowed"),
-        ({"exps": 1.2}, "computes 1.2 exponentials per logit, 1.1 allowed"),
+        ({"exps": 1.2}, "computes 1.2 exponentials per logit, 1.15 allowed"),
         ({"matrix": "HGMMA.64x64x16:16 HMMA.16816:8"}, "expected warp-group products (HGMMA) only"),
         ({"matrix": ""}, "expected warp-group products (HGMMA) only, got none"),
         ({"loads": "16:96 64:2"}, "expected 128-bit loads and stores"),
@@ -231,7 +231,7 @@ def test_exceeded_limits_are_named(change, message):
 
 def test_values_within_limits_pass():
     wide = replace(SM90_16_BIT, width=256, spilled=64)
-    assert budgets.violations([SM90_16_BIT, wide, replace(SM90_16_BIT, shared=101_377, waits=3, exps=1.1)]) == []
+    assert budgets.violations([SM90_16_BIT, wide, replace(SM90_16_BIT, shared=101_377, waits=3, exps=1.15)]) == []
     # On AMD, only the memory is checked.
     assert budgets.violations([replace(SM90_16_BIT, arch="gfx942", spilled=52, exps=2.0, matrix="", loads="")]) == []
 

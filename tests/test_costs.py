@@ -160,7 +160,7 @@ class TestTune:
     def test_a_trial_changes_launches_until_it_ends(self) -> None:
         from vix_kernels.measure import tune
 
-        bench = tune.Bench(SPECS["aggregate"], "backward", Case("tune", 1, 1, 20, features=8), 32, "cpu")
+        bench = tune.Bench(SPECS["aggregate"], "backward", Case("tune", 1, 1, 20, features=8, learned=True), 32, "cpu")
         keys = bench.keys()
         assert {key[0] for key in keys} >= {"aggregate_forward", "aggregate_tokens", "aggregate_slots"}
         tile = tune.present_tile("interpreter", self.KEY)._replace(slots=16)

@@ -314,13 +314,20 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
     | _entries(
         {
             ("aggregate_tokens", 16, 128): Tile(32, 64, 8, 1, apart=True),
-            ("broadcast_slots_heavy", 16, 128): Tile(64, 64, 8, 1),
             ("broadcast_tokens_heavy", 16, 128): Tile(64, 64, 8, 1),
             ("project_tokens", 16, 16): Tile(64, 64, 4, 1),
             ("aggregate_forward", 32, 128): Tile(16, 32, 8, 1),
-            ("aggregate_tokens", 32, 32): Tile(16, 64, 4, 1),
+            ("aggregate_tokens", 32, 32, 64): Tile(16, 64, 4, 1),
+            ("aggregate_slots", 32, 16, 32): Tile(64, 64, 4, 1),
+            ("aggregate_slots", 32, 64): Tile(64, 32, 4, 1),
+            ("broadcast_forward", 32, 16, 32): Tile(64, 128, 8, 1),
+            ("broadcast_forward", 32, 64): Tile(32, 128, 8, 1),
             ("broadcast_forward", 32, 128): Tile(32, 16, 8, 1),
-            ("broadcast_tokens", 32, 64): Tile(16, 32, 8, 1),  # Triton 3.6 spills registers with TABLE's entry
+            ("broadcast_slots", 32, 16, 32): Tile(16, 64, 4, 1),
+            ("broadcast_slots", 32, 64): Tile(32, 64, 4, 1),
+            ("linear_broadcast_slots", 32, 64): Tile(16, 16, 8, 1),
+            ("broadcast_tokens", 32, 16, 32): Tile(32, 128, 8, 1),
+            ("broadcast_tokens", 32, 64): Tile(32, 64, 4, 1),
             ("broadcast_tokens", 32, 128): Tile(16, 16, 8, 1, "ieee"),
             ("pinv_forward", 32, 64): Tile(64, 16, 4, 1),
             ("pinv_backward", 16, 64): Tile(64, 32, 8, 1, "tf32"),  # 8 warps, because 4 warps spill up to 24 bytes

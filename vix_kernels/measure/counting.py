@@ -206,8 +206,11 @@ def dominators(successors: list[list[int]]) -> dict[int, int]:
 
 
 def waits_for_barrier(code: list[Instruction]) -> bool:
-    """Return whether a loop only waits until a barrier in shared memory completes. Such a loop counts as straight-line code."""
-    return len(code) < 16 and any(each.kind == "SYNCS" for each in code)
+    """Return whether a loop only waits for a barrier in shared memory, or for free tensor memory.
+
+    Such a loop counts as straight-line code.
+    """
+    return len(code) < 16 and any(each.kind in ("SYNCS", "UTCATOMSWS") for each in code)
 
 
 def match(machine: MachineLoop, loop: Loop) -> None:

@@ -130,7 +130,13 @@ def allocation_only() -> Iterator[None]:
     def hip(module: Any, metadata: dict, options: Any) -> None:
         raise Allocated(metadata["shared"])
 
-    with patch.object(CUDABackend, "make_llir", cuda), patch.object(HIPBackend, "make_amdgcn", staticmethod(hip)):
+    with (
+        patch.object(CUDABackend, "make_llir", cuda),
+        patch.object(HIPBackend, "make_amdgcn", staticmethod(hip)),
+        patch.object(
+            triton.knobs.compilation, "always_compile", True
+        ),  # a kernel in Triton's cache would not be allocated again
+    ):
         yield
 
 
