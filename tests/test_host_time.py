@@ -1,7 +1,6 @@
 """vix dev host-time."""
 
 import csv
-import shutil
 
 import pytest
 
@@ -9,7 +8,7 @@ from vix_kernels.measure import host_time
 from vix_kernels.testing import SPECS
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler for the stub driver")
+@pytest.mark.skipif(host_time.c_compiler() is None, reason="there is no C compiler for the stub driver")
 def test_launches_are_timed_without_a_gpu(tmp_path, capsys) -> None:
     """With launches, forward and backward take longer than forward without launches."""
     path = tmp_path / "host.csv"
@@ -29,7 +28,7 @@ def test_without_a_compiler_only_python_is_timed(monkeypatch, capsys) -> None:
     assert "us without launches" in printed and "launches were not measured" in printed
 
 
-def test_steps_of_a_profile_add_up() -> None:
+def test_a_profile_names_the_steps_and_unknown_operators_are_refused() -> None:
     assert set(host_time.STEPS.values()) >= {"checks", "dispatch", "autograd", "allocation", "launch configuration"}
     with pytest.raises(SystemExit):
         host_time.main(["no_such_op"])

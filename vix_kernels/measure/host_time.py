@@ -5,8 +5,8 @@ examples:
   vix dev host-time performer_attention --profile  the same for one operator, then the time of each step
 
 At small sizes, an eager call takes as long as its host time. The operators run on CPU tensors as they would on an H100, but
-launches do nothing: in the columns "launches", Triton's launcher calls a stub instead of the CUDA driver, which needs a C
-compiler. In the columns "no launches", launches are skipped, so the difference is the time of the launcher.
+launches do nothing: Triton's launcher calls a stub instead of the CUDA driver, which needs a C compiler. In the columns
+"without launches", launches are skipped, so the difference is the time of the launcher.
 
 Times of different runs cannot be compared, because they depend on the machine and its load. The ratios can. They divide by
 the time of PyTorch's scaled_dot_product_attention on a tiny CPU tensor, and by that of an empty autograd.Function with eight
@@ -197,7 +197,6 @@ def set_driver(stub: bool) -> None:
     with patch.multiple(torch.cuda, current_device=answers["get_current_device"]):
         active = CudaDriver()
     vars(active).update(answers)
-    active.get_current_target = answers["get_current_target"]
     driver.set_active(active)
 
 
@@ -246,12 +245,17 @@ def work(request: dict[str, Any]) -> None:
         print(json.dumps({"op": op, "steps": profile(op, request["launchers"][-1])}), flush=True)
 
 
+def c_compiler() -> str | None:
+    """Return the path of a C compiler, or None if there is none."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+
+
 def build_stub(folder: str) -> dict[str, str]:
     """Compile the stub driver into `folder`. Return environment variables for a process whose Triton finds only this driver.
 
     Returns an empty dict if there is no C compiler.
     """
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    compiler = c_compiler()
     if compiler is None:
         return {}
     target = Path(folder, "libcuda.so.1")
