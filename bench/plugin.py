@@ -52,7 +52,7 @@ CLOCK = Recorded()
 
 
 def contenders(op: str, config: pytest.Config) -> list[str]:
-    """Return the providers to measure. SDPA is measured only with the first attention op: its time is the same for all."""
+    """Return the providers to measure. SDPA takes the same time for all attention ops and is measured with the first."""
     skipped = {"compiled"} if not config.getoption("--compiled") else set()
     if op != next(name for name in public() if SPECS[name].attends):
         skipped.add("sdpa")

@@ -25,10 +25,10 @@ Row = dict[str, Any]
 
 
 class Budget(NamedTuple):
-    """Upper limits that we aim for. Each limits our value divided by the peer's, or is None if there is no target.
+    """Target upper limits for our value divided by the peer's value. A limit is None if there is no target.
 
-    The values are the time of the forward pass, the time of the forward and backward passes together, and the memory kept for
-    the backward pass.
+    `forward` limits the time of the forward pass, `full` the time of the forward and backward passes together, and `kept` the
+    memory kept for the backward pass.
     """
 
     forward: float | None

@@ -1,4 +1,4 @@
-"""The ViX models. For example, `create_model("hybrid_vip", img_size=64, num_classes=200)` creates a hybrid ViP."""
+"""The Vision Xformers (ViX). For example, `create_model("hybrid_vip", img_size=64, num_classes=200)` creates a hybrid ViP."""
 
 from __future__ import annotations
 

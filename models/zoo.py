@@ -112,7 +112,7 @@ def _entries() -> dict[str, Entry]:
             for suffix, arguments in sizes.items():
                 classes = {"num_classes": _CLASSES[suffix]} if suffix else {}
                 entries[name + suffix] = Entry(architecture, mixer, fixed | classes | arguments)
-    # The published ImageNet model. It uses all twelve heads; the original ignores eight of them.
+    # The published ImageNet model, except that all twelve heads are used. The original ignores eight of them.
     entries["hybrid_vin_imagenet"] = Entry(
         HybridTransformer,
         "nystrom",

@@ -29,7 +29,7 @@ NORMS_OF = {"HybridViPRoPE": "grad_norms_float64"}
 
 
 def condense(source: Path) -> dict[str, Any]:
-    """Return the contents of golden.json. `source` is a folder with one full file per model."""
+    """Return the contents of golden.json. `source` is a folder with one uncondensed file per model."""
     files = {path.stem: json.loads(path.read_text()) for path in sorted(source.glob("*.json"))}
     (rule,) = {model["rule"] for model in files.values()}
     models = {

@@ -51,7 +51,7 @@ def attention_kernel(q, k, out, stride, N, D: tl.constexpr, BLOCK: tl.constexpr)
 
 
 def compile_toy(target: str) -> list[offline.CompiledLaunch]:
-    """Compile two launches on aligned rows that differ in the row count N, and one on a view with an offset of one element."""
+    """Compile two launches on aligned rows with different row counts N, and a third on a view with an offset of one element."""
     x = torch.empty(1024, 64, dtype=torch.bfloat16, device="meta")
     shifted = torch.empty(1024 * 64 + 1, dtype=torch.bfloat16, device="meta")[1:].view(1024, 64)
     meta = {"D": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
@@ -172,7 +172,7 @@ def test_torch_launches_are_counted():
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_every_launch_fits_its_shared_memory(arch):
-    """For sm_90, cover every entry. For others, cover the entries measured since the last change of their kernel or tile."""
+    """For sm_90, check every entry. For other GPUs, check the entries measured since their kernel or tile last changed."""
     rows = read_csv(shared_memory.COMMITTED, shared_memory.Row)
     served = shared_memory.entries(arch)
     assert {(entry.bits, entry.width) for entry in served} == set(product((16, 32), (16, 32, 64, 128, 256)))
@@ -232,7 +232,7 @@ def test_exceeded_limits_are_named(change, message):
 def test_values_within_limits_pass():
     wide = replace(SM90_16_BIT, width=256, spilled=64)
     assert budgets.violations([SM90_16_BIT, wide, replace(SM90_16_BIT, shared=101_377, waits=3, exps=1.15)]) == []
-    # On AMD, only the memory is checked.
+    # On AMD, spills and machine code are not checked.
     assert budgets.violations([replace(SM90_16_BIT, arch="gfx942", spilled=52, exps=2.0, matrix="", loads="")]) == []
 
 
@@ -359,7 +359,7 @@ def test_the_sample_is_stable():
 
 
 def test_an_interrupted_run_keeps_finished_cells(monkeypatch, tmp_path):
-    """--write replaces the rows of finished cells, keeps the current rows of others and drops rows of changed kernels."""
+    """--write replaces the rows of finished cells, keeps the current rows of other cells, and drops rows of changed kernels."""
     source = sources.hash_of(SM90_16_BIT.kernel)
     old = [replace(SM90_16_BIT, dtype=dtype, source=source, key=dtype) for dtype in ("fp16", "bf16")]
     outdated_row = replace(SM90_16_BIT, arch="sm_80", source="another", key="outdated")

@@ -1,4 +1,4 @@
-"""Launches of compiled kernels (_triton/compiled.py), through Triton's launcher with a driver that does nothing."""
+"""Tests that launch compiled kernels (_triton/compiled.py) with Triton's launcher, using a driver that does nothing."""
 
 import gc
 import subprocess
@@ -20,7 +20,7 @@ PUBLIC = [name for name, spec in SPECS.items() if spec.public]
 
 
 def in_process(check: str) -> None:
-    """Run a function of this module in a process whose Triton finds only the stub driver."""
+    """Run a function of this module in a process in which Triton finds only the stub driver."""
     with host_time.stub_environment() as (environment, stub):
         if not stub:
             pytest.skip("there is no C compiler for the stub driver")
@@ -70,7 +70,7 @@ def recorded() -> Iterator[list[tuple]]:
 
 
 def check_arguments() -> None:
-    """A repeated launch passes the same arguments as Triton's own, but integers instead of tensors."""
+    """A repeated launch passes the same arguments as a launch by Triton, except that tensors are replaced with integers."""
     from vix_kernels._triton import compiled
 
     with recorded() as calls:
@@ -99,7 +99,7 @@ def broadcast(q: Tensor, scale: float = 0.5) -> None:
 
 
 def check_keys() -> None:
-    """Other alignments, dtypes, sizes and types of numbers are other entries. Other values of the tensors are not."""
+    """A new alignment, dtype, size, number or type of number adds an entry. New values in the tensors do not."""
     from vix_kernels._triton import compiled
 
     def entries(q: Tensor, scale: float = 0.5) -> int:
@@ -118,7 +118,7 @@ def check_keys() -> None:
 
 
 def check_devices() -> None:
-    """A tensor on another device than in earlier launches goes to Triton, which raises an error if the GPU cannot read it."""
+    """Triton handles a launch with a tensor on a new device, and raises an error if the GPU cannot read the tensor."""
     from vix_kernels._triton import compiled
 
     class OnGpu(Tensor):
@@ -146,7 +146,7 @@ def launched(q: Tensor) -> tuple:
 
 
 def check_knobs() -> None:
-    """Debugging, instrumentation, and hooks of other kinds are seen by Triton. A kernel that was not compiled is not kept."""
+    """Triton handles all launches if debugging, instrumentation or a hook is on. Without a compiled kernel, nothing is kept."""
     from triton import knobs
 
     from vix_kernels._triton import compiled
@@ -191,7 +191,7 @@ def check_hooks() -> None:
 
 
 def check_size() -> None:
-    """The table stays bounded."""
+    """The table never has more than MOST entries."""
     from vix_kernels._triton import compiled
 
     compiled.MOST = 3
@@ -226,7 +226,7 @@ def check_threads() -> None:
 
 
 def check_unloading() -> None:
-    """A kernel stays loaded while it is known, even if Triton's own cache has forgotten it."""
+    """A kernel stays loaded while it is in the table, even if it is no longer in Triton's cache."""
     from vix_kernels._triton import compiled
 
     with recorded(), torch.no_grad():

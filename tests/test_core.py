@@ -1,4 +1,4 @@
-"""Tests that an attention core (nn/core.py) that user code registers works in all models and integrations."""
+"""Tests that an attention core (nn/core.py) registered by user code works in all models and integrations."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_registered_core_works_everywhere(use: str, late: bool, tmp_path: Path
 
 
 def test_a_core_with_parameters_is_a_child_module_of_its_host(tmp_path: Path) -> None:
-    """The parameters of the core are in the host's submodule `vix`. If the host is not a module, the error names the core."""
+    """A replaced module has the core's parameters in its submodule `vix`. Without such a module, an error names the core."""
     pytest.importorskip("timm")
     (tmp_path / "learned.py").write_text(LEARNED)
     code = """

@@ -73,11 +73,11 @@ def test_the_instructions_of_a_known_kernel_are_counted():
     for row, main_loops in ((full, 1), (causal, 2)):
         assert row["unit"] == "logit" and row["products"] == 2 * main_loops and row["waits"] <= row["products"] + 1
         assert row["multiply_adds"] == 2 * 64 * main_loops
-        assert main_loops <= row["exps"] <= 1.1 * main_loops  # with the factors that rescale the sums
+        assert main_loops <= row["exps"] <= 1.1 * main_loops  # includes the factors that rescale the sums
         assert 8 * main_loops < row["loop"] < 24 * main_loops
         assert all(kind.startswith("HGMMA.64x64x16:") for kind in row["matrix"].split())
     assert [Section.parse(each).trips for each in full["sections"].split("; ")] == ["1", "cdiv(N,64)"]
-    # 128 queries per program: with a causal mask, half of the logits and whole tiles on the diagonal are computed.
+    # Each program has 128 queries. With a causal mask, it computes half of the logits, but whole tiles on the diagonal.
     logits = 2 * 4 * 1024 * 1024
     assert full["loop"] < 32 * full["warps"] * full["work"][0] / logits < 1.5 * full["loop"]
     tensor = PIPES.index("tensor")
@@ -131,8 +131,8 @@ TTGIR = """
 def test_loops_are_read_from_ttgir():
     (loop,) = ttgir.read(TTGIR).children
     assert ttgir.evaluate(loop.trips, dict(pid_x=1, chunk=256, N=1000)) == 4
-    assert ttgir.evaluate(loop.trips, dict(pid_x=3, chunk=256, N=1000)) == 4  # 232 tokens
-    # Two products that are added are one tile of logits, even if its exponentials are computed twice.
+    assert ttgir.evaluate(loop.trips, dict(pid_x=3, chunk=256, N=1000)) == 4  # the last 232 tokens
+    # Two products that are added count as one tile of logits, even if its exponentials are computed twice.
     assert loop.logits == 64 * 32 and loop.products == 3
     assert loop.multiply_adds == 2 * 64 * 32 * 16 + 64 * 32 * 32
     (inner,) = loop.children
@@ -176,7 +176,7 @@ def test_loops_are_found_in_machine_code():
 
 
 def test_guarded_call_is_a_branch():
-    """ptxas leaves a loop by a call that never returns. A call of a subroutine, such as a division, has no guard."""
+    """ptxas exits a loop with a guarded call that never returns. A call to a subroutine, such as a division, has no guard."""
     assert parse("0040", "@P2 ", "CALL.REL.NOINC", " 0x80").target == 0x80
     assert parse("0040", "", "CALL.REL.NOINC", " 0x80").target is None
 
@@ -217,7 +217,7 @@ def test_the_slowest_unit_bounds_a_launch():
     assert (predict().bound, predict().seconds) == ("launch", LAUNCH)
     for name in ("issue", "fma", "alu", "exp", "shared"):
         assert predict(**{name: 10**6}).bound == name
-    assert predict(exp=10**6).seconds == pytest.approx(10**6 * 32 * 4 / 16 / (H100.exps / 16 / 132))  # all run at the same time
+    assert predict(exp=10**6).seconds == pytest.approx(10**6 * 32 * 4 / 16 / (H100.exps / 16 / 132))  # programs run in parallel
     assert launch_times.predict(launch(bytes=10**9), [], 4, H100).bound == "memory"
     assert not launch_times.predict(launch(), [Section("?", Counts())], 4, H100).complete
 

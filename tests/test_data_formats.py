@@ -453,7 +453,7 @@ def test_settings_are_checked_before_images_are_decoded(
 
 @pytest.fixture(scope="module")
 def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train two epochs. Return a folder with the run in `run`, its images in `data`, and different images in `other`."""
+    """Train for two epochs. Return a folder with the run in `run`, its images in `data`, and different images in `other`."""
     folder = tmp_path_factory.mktemp("two_epochs")
     image_folder(folder / "data")
     image_folder(folder / "other").joinpath("train", "dog").rename(folder / "other" / "train" / "cow")

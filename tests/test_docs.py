@@ -111,7 +111,7 @@ def test_quality_table() -> None:
 
 
 def test_table_of_lengths() -> None:
-    """Test that docs/choosing.md matches the committed CSV: the ratios, and the length from which an op is faster than SDPA."""
+    """Test that docs/choosing.md has the ratios of the committed CSV, and the lengths from which ops are faster than SDPA."""
     text = CHOOSING.read_text(encoding="utf-8")
     (path,) = (RESULTS / "epyc-1-thread").glob("*-78d4b70/tokens.csv")
     sweep = rows(path)

@@ -29,8 +29,8 @@ from vix_kernels.primitives.rotate import angle_gradient
 from vix_kernels.testing import Case, OpSpec
 from vix_kernels.testing.models import small_model
 
-# Exported programs consist of about twelve steps, which compute sums of up to 100 float32 terms in a different order. BOUND is
-# 84 eps, and the largest error that was measured is 10 eps.
+# Exported programs consist of about twelve steps. These compute sums of up to 100 float32 terms in a different order than the
+# operators. BOUND is 84 eps, and the largest error that was measured is 10 eps.
 BOUND = 1e-5
 HEADS, WIDTH, ROWS, COLUMNS, LONGEST = 2, 16, 4, 9, 64
 
@@ -271,7 +271,7 @@ def test_ahead_of_time_compilation_gives_the_same_results(plain: bool, tmp_path:
         model = Functions({name: ANY_TOKENS[name] for name in ("performer, masked", "segments, masked")})
         args, more = Exported.arguments(2, 37), Exported.arguments(5, 37)
     program = torch.export.export(model, args, dynamic_shapes=({0: Dim("batch")},) * len(args))
-    # Skip optimizations that take a minute to compile.
+    # Skip compiler optimizations that take a minute.
     quick = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
     path = torch._inductor.aoti_compile_and_package(
         decomposed(program) if plain else program, package_path=str(tmp_path / "model.pt2"), inductor_configs=quick

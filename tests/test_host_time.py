@@ -1,4 +1,4 @@
-"""vix dev host-time."""
+"""Tests of `vix dev host-time`."""
 
 import csv
 
@@ -10,7 +10,7 @@ from vix_kernels.testing import SPECS
 
 @pytest.mark.skipif(host_time.c_compiler() is None, reason="there is no C compiler for the stub driver")
 def test_launches_are_timed_without_a_gpu(tmp_path, capsys) -> None:
-    """With launches, forward and backward take longer than forward without launches."""
+    """The forward and backward with launches take longer than the forward without launches."""
     path = tmp_path / "host.csv"
     assert host_time.main(["apply_rope", "--rounds", "3", "--profile", "--csv", str(path)]) == 0
     with path.open() as file:

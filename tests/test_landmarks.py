@@ -152,7 +152,7 @@ def test_backward_adds_parts_and_other_gradients(backend: str, dtype: torch.dtyp
 
 
 def test_long_windows_are_summed_in_float32(backend: str) -> None:
-    """Each landmark averages a thousand bfloat16 tokens. A running sum in 16 bits would stop growing."""
+    """Each landmark averages about a thousand bfloat16 tokens. A running sum in 16 bits would stop growing."""
     x = torch.full((1, 1, 2001, 16), 1.0, device=DEVICE, dtype=torch.bfloat16)
     marks, counts = landmarks(x, mark_columns=2, backend=backend)
     assert counts.tolist() == [[1000, 1001]] and (marks == 1).all()

@@ -36,7 +36,7 @@ def test_equals_the_paper(backend: str, feature_map: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nearly_empty_channels_stay_accurate(backend: str, dtype: torch.dtype) -> None:
-    """In half of the channels, the features of the keys are almost zero, so some queries divide by almost zero.
+    """In half of the channels, the features of the keys are almost zero, so the denominators of some queries are almost zero.
 
     Outputs must stay in range, and gradients must stay finite.
     """
@@ -60,7 +60,7 @@ def test_nearly_empty_channels_stay_accurate(backend: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size, tokens", [(400.0, 16), (1.0, 3000)])
 def test_means_stay_in_range_where_sums_do_not(backend: str, size: float, tokens: int) -> None:
-    """The sums over keys of features times values overflow float16 here."""
+    """In this test, products of features and values, summed over all keys, overflow float16."""
     q = k = v = torch.full((1, 1, tokens, 16), size, device=DEVICE, dtype=torch.float16) * 40 ** (size == 1)
     out = linear_attention(q, k, v, backend=backend)
     torch.testing.assert_close(out, v)

@@ -162,7 +162,7 @@ def test_padding_has_no_influence(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
 def test_a_mask_of_slots_equals_a_bias(backend: str, dtype: torch.dtype) -> None:
-    """`broadcast` takes a mask (batch, slots) instead of a bias. In sample 1, no slot is valid."""
+    """`broadcast` accepts a mask of shape (batch, slots) instead of a bias. In sample 1, no slot is valid."""
     q, slots, values = (torch.randn(2, 3, n, 16, device=DEVICE, requires_grad=True) for n in (40, 9, 9))
     mask = torch.rand(2, 9, device=DEVICE) * (torch.arange(9, device=DEVICE) % 3 > 0) * 5
     mask[1] = 0

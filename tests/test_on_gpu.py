@@ -188,7 +188,7 @@ class TestRestart:
 
 
 class FakeCapture:
-    """Fake CUDA graph capture of torch 2.11. After a capture fails at its end, later allocations still use its memory pool."""
+    """A fake of graph capture in torch 2.11. After a capture fails at its end, later allocations still use its memory pool."""
 
     def __init__(self, monkeypatch, recovers: bool = True) -> None:
         self.calls: list[str] = []

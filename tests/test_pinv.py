@@ -49,7 +49,7 @@ def test_convergence_to_the_inverse_is_cubic() -> None:
 def test_pinv_filters_singular_values(backend: str) -> None:
     """Compare the output with Z @ `values`, where Z = V diag(x_T / sigma) U^T and A = U diag(sigma) V^T.
 
-    x_0 = sigma^2 / s with the largest column sum s of A, and each of the T steps maps x to x (13 - x (15 - x (7 - x))) / 4.
+    x_0 = sigma^2 / s, where s is the largest column sum of A. Each of the T steps maps x to x (13 - x (15 - x (7 - x))) / 4.
     """
     q, k, values = problem(20)
     a = attention(q, k)

@@ -44,7 +44,7 @@ def added(x: Tensor, programs: int = 3) -> Tensor:
 def performer(tokens: int, batch: int = 4, heads: int = 4, features: int = 110, **options) -> Traffic:
     """Measure the forward and backward of Performer attention with head width 32, with gradients of q, k and v.
 
-    The dtype is float16: launches and traffic are the same as for bfloat16, but the interpreter takes half the time.
+    The dtype is float16, because the interpreter takes half as long as with bfloat16. Launches and traffic are the same.
     """
     q, k, v = (torch.randn(batch, heads, tokens, 32, dtype=torch.float16, requires_grad=True) for _ in range(3))
     return measure(performer_attention, q, k, v, orthogonal_projection(features, 32, seed=0), backend="triton", **options)
@@ -227,7 +227,7 @@ def test_the_traffic_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["dev", "traffic", "--batch", "1", "--heads", "1", "--tokens", "64", "--all-gradients", "--arch", "sm_80"]) == 0
     out = capsys.readouterr().out
     assert "performer_attention backward" in out and "aggregate_slots_kernel" in out and "launched as on sm_80" in out
-    assert "in all, 1.000 of the least" in out  # RoPE
+    assert "in all, 1.000 of the least" in out  # the line of RoPE
     with pytest.raises(SystemExit):
         main(["dev", "traffic", "--width", "300"])
     assert capsys.readouterr().err == (

@@ -108,7 +108,10 @@ def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_saved_models_validate_and_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A saved model has the classes, mean and std of its run. A new head drops the classes; new channels drop mean and std."""
+    """A saved model has the classes, mean and std of its run.
+
+    A model with a new head has no classes. A model with a different number of channels has no mean and std.
+    """
     save_model(load_trained(run, CPU).model, tmp_path / "saved")
     Image.new("L", (8, 8), 99).save(tmp_path / "image.png")
     outputs = []

@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class KeyValues(argparse.Action):
-    """Collects `key=value` arguments in a dict. Values are parsed as Python literals if possible, else kept as strings."""
+    """Collects `key=value` arguments in a dict. Values are parsed as Python literals, or kept as strings if this fails."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         pairs = dict(getattr(namespace, self.dest) or {})
@@ -104,7 +104,7 @@ def print_table(headings: Iterable[str], rows: Iterable[Iterable[str]], widths: 
 
 
 def progress(text: str) -> None:
-    """Replace the current line of a terminal by `text`. Print nothing if stderr is a file or a pipe."""
+    """Replace the current line of a terminal with `text`. Print nothing if stderr is a file or a pipe."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 

@@ -13,7 +13,7 @@ PyTorch is installed, use `decomposed`, which replaces the operators with plain 
 The number of tokens may also be dynamic, unless rotary tables, a grid or a model's image size fix it. The minimum of its
 range must be at least the number of landmarks or agents plus the number of prefix tokens. With Linformer attention, the maximum
 must be less than the number of rows of the projections. With landmarks="pad_front", if the length of the example is a multiple
-of num_landmarks, the program accepts only multiples of num_landmarks. If not, it accepts only lengths that are not multiples.
+of num_landmarks, the program accepts only multiples of num_landmarks. Otherwise, it accepts all lengths except multiples.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def _landmarks(
     """
 
     def windows(size: int, count: int) -> Tensor:
-        """Return for each window and position whether the window covers the position, as a bool tensor (count, size)."""
+        """Return a bool tensor (count, size) that is True where a window (row) covers a position (column)."""
         first, at = (torch.arange(each, device=q.device) for each in (count, size))
         first = first[:, None]
         if adaptive:
@@ -287,12 +287,12 @@ def _dft(x, ortho, backend, transform=fourier_mixing_reference):
 
 
 def _transform_by_products(x: Tensor) -> Tensor:
-    """Return C x C' - S x S', computed by matrix products.
+    """Return C x C' - S x S' for the input x, computed by matrix products.
 
     C and S are the cosine and sine matrices for the tokens, and C' and S' are those for the channels.
 
-    For most numbers of tokens, onnxruntime's DFT operator takes 40 times as long as these products. Its results have two fewer
-    correct digits.
+    For most numbers of tokens, onnxruntime's DFT operator takes 40 times as long as these products. The operator's results also
+    have two fewer correct digits.
     """
 
     def table(size: int) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ class Pool(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Softmax statistics of each row: the largest logit, in base 2, and total = sum exp2(logit - row_max).
+    """Softmax statistics of each row: row_max, the largest logit in base 2, and total = sum exp2(logit - row_max).
 
     `broadcast` stores 1 / total in place of total.
     """

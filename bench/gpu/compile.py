@@ -1,4 +1,4 @@
-"""Fill Triton's cache with the kernels of the later parts. They are compiled in parallel; one CPU core would take minutes."""
+"""Fill Triton's cache with the kernels of the later parts, in parallel, because one CPU core would take minutes."""
 
 from __future__ import annotations
 

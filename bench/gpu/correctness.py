@@ -72,9 +72,9 @@ def results(problem: Problem, **how: object) -> list[Tensor]:
 
 
 def against_float64(problem: Problem) -> tuple[str, float]:
-    """Check that the error is at most twice the sum of plain PyTorch's error in the same precision and one rounding error.
+    """Check the error of each result. The limit is twice the sum of plain PyTorch's error and the rounding error of the dtype.
 
-    The returned number is the largest error as a fraction of this limit.
+    Plain PyTorch runs in the same precision. The returned number is the largest ratio of an error to its limit.
     """
     exact = results(problem.double(), reference=True)
     plain = results(problem, reference=True)

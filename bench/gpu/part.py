@@ -74,7 +74,7 @@ class Plan:
 
 
 class Job(NamedTuple):
-    """One measurement in a part: the columns that identify it, which are added to all its rows, and a function that runs it."""
+    """One measurement in a part. `what` contains the columns that identify it and is added to all its rows. `run` runs it."""
 
     what: Row
     run: Callable[[], Iterable[Row]]

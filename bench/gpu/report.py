@@ -31,7 +31,7 @@ class Outcome:
 
 
 def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> str:
-    """Write all files except the pictures and return the summary. If one file cannot be written, the others still are."""
+    """Write all files except the pictures and return the summary. If one file fails, the other files are still written."""
     problems: list[str] = []
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     everything = dict(machine=machine, parts=[asdict(outcome) for outcome in outcomes])

@@ -52,7 +52,7 @@ PARTS = {
 }  # fmt: skip
 TOTAL = 520
 GRACE = 10  # seconds that a part has after its deadline to finish its job
-NOTED = 10  # seconds between reports while a part runs; at most this much is lost if this process ends
+NOTED = 10  # seconds between reports while a part runs; if this process ends, only the results since the last report are lost
 FEWEST = 5  # seconds that must remain to start a process
 BARREN = 3  # a part is abandoned after this many successive processes that end early without an ok row
 INJECTED = ("crash", "kill", "capture", "hang", "error")

@@ -31,7 +31,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 
 
 def keys(plan: Plan) -> list[Key]:
-    """Return the keys to tune. Plain entries come before those of variants, such as "..._heavy"."""
+    """Return the keys to tune. Entries without a suffix come before entries with one, such as "..._heavy"."""
     names = {key: kernel_name(key[0]) for key in entries(architecture(torch.device(plan.device)))}
     chosen = (key for key, name in names.items() if name in KERNELS and key[1] == 16 and key[2] in (32, 64))
     return sorted(chosen, key=lambda key: (key[0] != names[key], -key[2], KERNELS.index(names[key])))

@@ -22,7 +22,7 @@ class How:
 
     Attributes:
         fixed_totals: whether to treat the denominators of all normalizations as constants. This does not change outputs. It
-            removes the subtractions in the gradients, which then show the size of the terms that cancel.
+            removes the subtractions from the gradients, so the gradients show the size of the terms that otherwise cancel.
         stored: function applied to rotated tokens, landmarks and projected keys, which the library stores in the tokens' dtype.
         logits: function applied to the logits of each softmax, because the library rounds each logit.
         products: function applied to the matrix products in the pseudo-inverse iterations.

@@ -4,7 +4,7 @@
 
 The error budget is the largest error that is allowed. It is twice the error of plain PyTorch in the same precision, plus an
 allowance for rounding, because PyTorch's error may be small by chance, or even 0. The allowance covers one rounding of the
-result, and a few roundings, in float32 or wider, of the inputs and of the terms that cancel in the result.
+result. It also covers a few roundings of the inputs and of the terms that cancel in the result, in float32 or a wider dtype.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def problem(case: Case) -> Problem:
             hidden["agents"] = ~options["agent_mask"][:, None, :, None]
     for name, where in hidden.items():
         if name in tensors:
-            # Masked queries still attend, so they keep their values unless junk replaces them.
+            # Masked queries still attend to the keys, so they keep their values unless junk replaces them.
             if name != "q" or case.junk is not None:
                 tensors[name] = tensors[name].masked_fill(where, 0.0)
     function, positional = getattr(vix_kernels, op), [name for name in ("q", "k", "v", *extra) if name != "conv_weight"]
@@ -598,9 +598,9 @@ def compared(trial: Trial, actual: Results, plain: Results) -> list[str]:
     """Return the results that exceed the error budget, one line each.
 
     Where large logits are nearly equal, one rounding can change the whole result, and the reference may have a small error only
-    by chance. If a comparison fails, it is therefore repeated with more simulated rounding errors, and with the errors of the
-    reference on nearby inputs, which differ by one rounding. Except for results that are not finite, a violation counts only if
-    it also occurs for most nearby inputs.
+    by chance. A failed comparison is therefore repeated with more simulated rounding errors, and with the errors of the
+    reference on nearby inputs, which differ by one rounding. A violation by a non-finite result always counts. Any other
+    violation counts only if it also occurs for most nearby inputs.
     """
     exact = trial.exact(trial.tensors)
     names, most = list(exact), torch.finfo(trial.computed).max / 4
@@ -644,7 +644,7 @@ def beyond(
     trial: Trial, name: str, actual: Tensor, exact: Tensor, terms: list[Results], rounded: list[Results],
     references: list[tuple[Results, Results]],
 ) -> list[str]:  # fmt: skip
-    """Return one line for each sample of a result that exceeds the error budget. A result without a batch is one sample."""
+    """Return one line for each sample that exceeds the error budget. A result without a batch dimension is one sample."""
     skip = trial.problem.hidden[name] if name in trial.problem.ignored else None
 
     def samples(x: Tensor) -> Tensor:

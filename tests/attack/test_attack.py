@@ -1,4 +1,4 @@
-"""A small fixed sample of random cases. `make attack` draws different cases for as long as you want."""
+"""A small fixed sample of random cases. `make attack` draws different cases for a given time."""
 
 from __future__ import annotations
 

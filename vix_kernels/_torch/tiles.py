@@ -119,7 +119,7 @@ class Scratch:
 def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
     """Split (batch, heads, tokens) into tiles.
 
-    If sequences are short, a tile contains several samples or heads. If they are long, it contains some of the tokens. Tiles
+    If sequences are short, a tile contains several samples or heads. If they are long, it contains only some tokens. Tiles
     are contiguous in memory if possible. If the heads of a token are adjacent in memory, as in the output of a linear layer, a
     tile contains all heads of its tokens. Reading one head at a time would be slow, because it would use only a few cache
     lines of each page.

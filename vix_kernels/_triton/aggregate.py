@@ -1,9 +1,9 @@
 """Kernels for `aggregate`: M slots attend to N tokens (see primitives/aggregate.py for the equations).
 
 Logits are in base 2, so every exponential is one exp2. In the forward kernel and in the kernel for slot gradients, a program
-keeps a tile of slots, and a chunk of the tokens streams through it. In the kernel for token gradients, a program keeps all
-slots, if they fit, and a chunk of the tokens streams through it. No kernel uses atomics: each output is written once, by one
-program, and chunks are merged in a fixed order.
+loads a tile of slots and then loops over a chunk of the tokens. In the kernel for token gradients, a program loads all slots
+before its loop over a chunk of the tokens, if they fit. No kernel uses atomics: each output is written once, by one program,
+and chunks are merged in a fixed order.
 
 FOLD means that slots are float32 and tokens bfloat16. Then scale factors are folded into the slots and `unit` (see prepare.py).
 Vectors, such as the bias of the keys, are added by an additional matrix product (see logits.py).
@@ -89,7 +89,7 @@ def aggregate_forward_kernel(
     b_slots = load_slots(slots + i_b * slots_b + i_h * slots_h, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
     high, low = slot_parts(b_slots, scale, k.dtype.element_ty, SPLIT, FOLD)
 
-    # The smallest finite number instead of -inf, because -inf - -inf is NaN.
+    # Start at the lowest finite number instead of -inf, because -inf - -inf is NaN.
     b_max = tl.full((BLOCK_M,), LOWEST, COMPUTE)
     b_sum = tl.zeros((BLOCK_M,), COMPUTE)
     b_values = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
@@ -127,8 +127,8 @@ def slot_operands(
     """Load a tile of slots for the gradient kernels.
 
     Returns:
-        The two parts of the slots, unit, size, row_max and delta. If FOLD, row_max and delta are tiles whose products with
-        `ones_columns` subtract them. Otherwise, they are vectors.
+        The two parts of the slots, unit, size, row_max and delta. If FOLD, row_max and delta are tiles (see `bias_columns`).
+        Adding their products with `ones_columns` to a matrix subtracts row_max and delta. Otherwise, they are vectors.
     """
     o_m = first_slot + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
@@ -334,7 +334,7 @@ def aggregate_backward(
     (need_slots, need_k, need_v), (row_max, total) = needs, statistics
     batch, num_heads, tokens, width = k.shape
     num_slots, value_width = slots.shape[2], v.shape[3]
-    # More slots than a tile need more registers, and so do the factors that keep float16 in range.
+    # Pooled slots, more than 128 slots, and the factors that keep float16 in range need more registers.
     heavy = slots.dtype == k.dtype or num_slots > 128 or k.dtype == torch.float16
     config = launch_config("aggregate_tokens", k, max(width, value_width), slots, heavy)
     cos, sin, angle_h, turn = rotary_arguments(rotary, k)

@@ -1,9 +1,9 @@
 """Kernels for `broadcast`: N tokens attend to M slots (see primitives/broadcast.py for the equations).
 
-Logits are in base 2. In the forward kernel and in the kernel for token gradients, a program keeps all slots, if they fit, and a
-chunk of the tokens streams through it. In the kernel for slot gradients, a program keeps a tile of slots and loops over a chunk
-of the tokens. If one tile contains all slots, this kernel also computes the token gradients. Each output is written once, by
-one program.
+Logits are in base 2. In the forward kernel and in the kernel for token gradients, a program loads all slots before its loop
+over a chunk of the tokens, if they fit. In the kernel for slot gradients, a program loads a tile of slots and then loops over a
+chunk of the tokens. If one tile contains all slots, this kernel also computes the token gradients. Each output is written once,
+by one program.
 """
 
 from __future__ import annotations
@@ -169,14 +169,14 @@ def tile_products(
 def add_dq(
     dq, q, dout, row_max, delta, operands, scale, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Add the contribution of a tile of slots to dq, still without the factors of the tokens."""
+    """Add the contribution of a tile of slots to dq. The caller multiplies the sum by a factor for each token."""
     e, dp = tile_products(q, dout, row_max, operands, scale, SPLIT, COMPUTE, PRECISION)
     return dot(cast(e * (dp - delta[:, None]), q.dtype), operands[0], dq, PRECISION)
 
 
 @triton.jit
 def column_sums(x, acc, PRECISION: tl.constexpr):
-    """Add the vector of column sums of x to every column of acc. For 16-bit tiles, the sums are a product with ones."""
+    """Add the column sums of x, as a vector, to every column of acc. In 16 bits, the sums are a matrix product with ones."""
     if x.dtype == tl.float32 or x.dtype == tl.float64:
         acc += tl.sum(x, 0)[:, None]
     else:

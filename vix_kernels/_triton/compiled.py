@@ -1,8 +1,8 @@
 """Launch kernels that Triton has already compiled.
 
-`kernel[grid](*args)` takes 26 to 31 microseconds to find the compiled kernel: Triton inspects every argument. Most launches
-repeat an earlier one with other tensors. `run` recognizes them by the arguments that are not tensors and by the dtypes, devices
-and alignment of the tensors. It calls the compiled kernel with integers as pointers, which Triton's launcher does not inspect.
+`kernel[grid](*args)` takes 26 to 31 microseconds to find the compiled kernel, because Triton inspects every argument. Most
+launches repeat an earlier launch with different tensors. `run` recognizes them by the arguments that are not tensors and by the
+dtypes, devices and alignment of the tensors. It passes pointers as integers, which Triton's launcher does not inspect.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime.driver import driver
 
-MOST = 4096  # entries; with more, all are forgotten
+MOST = 4096  # maximum number of entries; a full table is cleared before an entry is added
 ALIGNMENT = 16  # bytes; Triton compiles different code for pointers that are not aligned
 
 
@@ -29,7 +29,7 @@ known: dict[tuple, Compiled] = {}
 
 
 def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-    """Launch `kernel` on the current device. `args` are the parameters that are not constexprs, and `meta` has the others."""
+    """Launch `kernel` on the current device. `meta` contains constexprs and launch options, and `args` all other arguments."""
     if needs_triton(kernel):
         kernel[grid](*args, **meta)
         return
@@ -57,10 +57,10 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[st
 
 
 def needs_triton(kernel: Any) -> bool:
-    """Return whether Triton must see every launch, or compiles code that depends on more than the key of `run`.
+    """Return whether Triton must handle every launch, because of hooks or because the code depends on more than `run`'s key.
 
-    AMD's code depends on the sizes of tensors. Launch hooks receive the arguments. Debugging and instrumentation, which may be
-    enabled at any time, change the code.
+    On AMD GPUs, the code depends on the sizes of tensors. Launch hooks receive the arguments. Debugging and instrumentation
+    change the code, and may be enabled at any time.
     """
     runtime = knobs.runtime
     # Empty chains of hooks are the default.
@@ -84,5 +84,5 @@ def remember(key: tuple, kernel: Any, compiled: Any, args: tuple[Any, ...], meta
         return
     if len(known) >= MOST:
         known.clear()
-    # Another thread may have compiled the same kernel. Its machine code may be running, so it is kept.
+    # Another thread may have added the same kernel. The machine code of that entry may be running, so the entry is kept.
     known.setdefault(key, Compiled(compiled, tuple(meta.get(param.name, param.default) for param in params[len(args) :])))

@@ -10,7 +10,7 @@ cosines and sines, the second kernel sums over channels, and the third kernel su
 call. They do not depend on the batch, so this takes little time, and a cache would have to handle streams and CUDA graphs.
 
 Zeros pad the intermediate result to a multiple of BLOCK_K rows per sample, so the loop of the third kernel needs no masks. A
-tile of the second kernel may contain rows of several samples, and a tile of the third kernel columns of several samples.
+tile may contain rows of several samples (in the second kernel) or columns of several samples (in the third kernel).
 """
 
 from __future__ import annotations

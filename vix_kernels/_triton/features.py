@@ -1,7 +1,7 @@
 """Feature maps and operands of products, shared by the kernels for linear attention.
 
 With slots, features are computed from products of tokens and slots. Without slots, they are computed from the tokens' channels.
-In both cases a tile holds one feature per slot and token, because channel j takes the place of slot j.
+In both cases, a tile holds one feature per slot and token. Without slots, channel j is used as slot j.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ COPIES = tl.constexpr(16)  # the smallest inner dimension of a matrix instructio
 def apply_map(logits, ELU: tl.constexpr, PROJECTED: tl.constexpr):
     """Return the features and the derivatives of the feature map: elu + 1 if ELU, otherwise relu. NaN stays NaN.
 
-    For elu, one exponential serves the features and the derivatives. If PROJECTED, load_operands has multiplied the logits by
-    log2 e.
+    For elu, the features and the derivatives share one exponential. If also PROJECTED, load_operands has multiplied the slots
+    by log2 e, so the logits contain this factor.
     """
     if ELU:
         slopes = tl.minimum(logits, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -49,7 +49,7 @@ def load_operands(
 ):  # fmt: skip
     """Load a tile of slots as two operands of products with tokens. If not SPLIT, only the first one is used.
 
-    For elu, the slots are multiplied by log2 e, so that one exp2 of a product is its exponential.
+    For elu, the slots are multiplied by log2 e, so that exp2 of a product is the exponential of the original product.
     """
     b_slots = load_slots(slots, first_slot + tl.arange(0, BLOCK_M), slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
     if SPLIT:
@@ -61,7 +61,7 @@ def load_operands(
 
 @triton.jit
 def copies(numbers, DTYPE: tl.constexpr):
-    """Return a tile (COPIES, numbers). Features are multiplied by its transpose, and `sum_copies` adds the products.
+    """Return a tile (COPIES, numbers), by whose transpose features are multiplied. `sum_copies` sums the product over columns.
 
     With this tile, matrix instructions sum over tokens or slots, which needs no instruction per feature. Half of the rows are
     the numbers rounded to DTYPE, and the other half are the rounding errors. The copies are rows instead of columns, so that
@@ -79,7 +79,7 @@ def sum_copies(products):
 
 @triton.jit
 def outer_product(x, y, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + x y^T for two vectors, as one product of tiles that hold the vectors in two 16-bit parts each.
+    """Return acc + x y^T for two vectors, computed as a product of two tiles. Each tile holds a vector as two 16-bit parts.
 
     This needs no instruction and no register per element. Of the four products of parts, the smallest is dropped.
     """

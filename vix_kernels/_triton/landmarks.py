@@ -1,4 +1,4 @@
-"""Kernels for `landmarks`: one launch computes the means of q and k, and another the gradients of q and k.
+"""Kernels for `landmarks`: one launch computes the means of q and k, and another computes the gradients of q and k.
 
 In the forward kernel, a program computes a tile of landmarks. It loops over their windows and reads a few tokens of each window
 at a time. In the backward kernel, a program computes the gradient of a tile of tokens. For each token, it adds the gradients of
@@ -26,7 +26,7 @@ def window(j, size, count, ADAPTIVE: tl.constexpr):
         length = ((j + 1) * size + count - 1) // count - first
         first, length = first.to(tl.int32), length.to(tl.int32)
     else:
-        longer = j - (count - size % count)  # if positive, how many windows before window j have one extra token
+        longer = j - (count - size % count)  # if positive, the number of windows before window j with one extra token
         first = j * (size // count) + tl.maximum(longer, 0)
         length = size // count + (longer >= 0).to(tl.int32)
     return first, length

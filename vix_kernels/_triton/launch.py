@@ -73,15 +73,15 @@ class LaunchConfig:
         return max(1, WARPS_A_MULTIPROCESSOR // self.tile.num_warps)
 
     def slots(self, num_slots: int) -> int:
-        """Return the slots per tile: the launch table's number, or a smaller power of two >= 64 if one tile then holds all."""
+        """Return the slots per tile: the number in the launch table, or a smaller power of two >= 64 that holds all slots."""
         return min(self.tile.slots, max(64, power_of_2(num_slots)))
 
     def stream(self, programs: int, tokens: int, num_slots: int) -> tuple[int, dict[str, int]]:
-        """Return the tokens per program of a kernel that keeps slots while tokens stream through it, and its constexprs.
+        """Return the number of tokens per program and the constexprs, for a kernel whose programs loop over tokens.
 
-        TILES is the number of tiles of BLOCK_M slots that stay in the program, or 0 if it loads the slots again for every tile
-        of tokens. `programs` is the number of programs per chunk, as in the method `chunk`. Tokens do not interact, so results
-        do not depend on how the tokens are split into chunks.
+        TILES is the number of tiles of BLOCK_M slots that a program loads once, before the loop. It is 0 if the program loads
+        the slots again for every tile of tokens. `programs` is the number of programs per chunk, as in the method `chunk`.
+        Tokens do not interact, so results do not depend on how the tokens are split into chunks.
         """
         block = self.slots(num_slots)
         tiles = cdiv(num_slots, block)
@@ -89,10 +89,10 @@ class LaunchConfig:
         return size, dict(BLOCK_M=block, TILES=tiles if tiles <= self.tile.resident else 0)
 
     def keep(self, num_slots: int) -> tuple[int, dict[str, int]]:
-        """Return the slots per program of a kernel that keeps a tile of slots, and updates to the result of `meta`.
+        """Return the number of slots per program and updates to `meta`, for a kernel with one tile of slots per program.
 
         A tile with fewer slots than in the launch table has proportionally fewer warps. A tile has at least 64 slots, 16 for
-        each of four warps, unless the launch table has fewer.
+        each of four warps, unless the tile in the launch table has fewer.
         """
         block = self.slots(num_slots)
         return block, dict(BLOCK_M=block, num_warps=max(self.tile.num_warps * block // self.tile.slots, 1))
@@ -113,7 +113,7 @@ class LaunchConfig:
 
 
 VARIANTS = ("_heavy", "_learned", "_half")  # suffixes in the launch table
-WARPS_A_MULTIPROCESSOR = 8  # number of warps whose registers fit in a multiprocessor if each thread uses all that it can
+WARPS_A_MULTIPROCESSOR = 8  # warps that fit in a multiprocessor if each thread uses the maximum number of registers
 LEAST_CHUNK = 256  # tokens; merging smaller chunks would take more time than the additional programs save
 # Largest number of tokens per tile when the interpreter uses the launch configurations of a GPU architecture. With tiles this
 # large, the interpreter takes one fifth of the time that it takes with the tiles of the launch table. Each launch still reads
@@ -169,8 +169,8 @@ def kernel_name(entry: str) -> str:
 def find_tile(arch: str, kernel: str, bits: int, width: int, heavy: bool) -> tuple[Key, Tile]:
     """Return the key in the launch table and the tile of `kernel` on `arch`.
 
-    `heavy` says whether to prefer the entry for a launch that needs more registers. A launch for which there is no entry with
-    its suffix uses the plain one. An entry with the suffix in TABLE precedes a plain entry in OVERRIDES.
+    `heavy` says whether to prefer the entry for a launch that needs more registers. If there is no entry with a suffix, the
+    entry without the suffix is used. An entry with a suffix in TABLE takes precedence over one without a suffix in OVERRIDES.
     """
     names = (f"{kernel}_heavy", kernel, kernel_name(kernel)) if heavy else (kernel, kernel_name(kernel))
     keys = [(name, bits, width) for name in dict.fromkeys(names)]

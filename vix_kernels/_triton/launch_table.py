@@ -19,8 +19,8 @@ class Tile(NamedTuple):
     # Precision of float32 products: "tf32x3" (three TF32 products), "tf32", or "ieee" (fused multiply-adds, to save registers).
     precision: str = "tf32x3"
     apart: bool = False  # whether dk and dv need separate launches, because their accumulators do not fit in registers together
-    # Largest number of tiles of slots that stay in a program while tokens stream through it, or 0. More slots are loaded
-    # again for every tile of tokens.
+    # Largest number of tiles of slots that a program loads once, before its loop over tokens. If there are more tiles, all of
+    # them are loaded again for every tile of tokens.
     resident: int = 0
 
 
@@ -32,10 +32,11 @@ def _entries(tiles: dict[tuple[str | int, ...], Tile]) -> dict[Key, Tile]:
     return {(name, bits, width): tile for (name, bits, *widths), tile in tiles.items() for width in widths}
 
 
-# An entry "..._heavy" is for a kernel that needs more registers: with slots that are pooled from tokens, in broadcast also with
-# RoPE or gradients of slots, in aggregate_tokens also with more than 128 slots or float16. Entries "..._learned" are for
-# kernels that compute dslots, and entries "..._half" are for float16. A launch for which there is no such entry uses the plain
-# one. An entry of a variant precedes a plain override, so an override for an architecture may have to repeat the tile for the
+# Suffixes mark entries for variants of a launch. Entries "..._heavy" are for launches that need more registers because their
+# slots are pooled from tokens. In broadcast, they are also for launches with RoPE or gradients of slots. In aggregate_tokens,
+# they are also for more than 128 slots and for float16. Entries "..._learned" are for kernels that compute dslots, and entries
+# "..._half" are for float16. If there is no entry for a variant, the entry without a suffix is used. An entry for a variant
+# takes precedence over an override without a suffix. So an override for an architecture may have to repeat its tile for the
 # variant.
 TABLE = _entries(
     {
@@ -248,7 +249,7 @@ _WARP_GROUP = _entries(
         ("broadcast_slots_heavy", 16, 128): Tile(32, 128, 8, 1),
         ("dft_channels", 16, 64): Tile(128, 64, 8, 3),
         ("dft_tokens", 16, 64): Tile(128, 128, 8, 3),
-        # 128 slots hold the usual number of random features, so that a program loads them only once.
+        # A tile of 128 slots holds the usual number of random features, so a program loads them only once.
         ("linear_aggregate_forward", 16, 16, 32): Tile(128, 64, 4, 1),
         ("linear_aggregate_forward", 16, 64): Tile(64, 64, 4, 1),
         ("linear_aggregate_forward", 16, 128): Tile(64, 64, 8, 1),

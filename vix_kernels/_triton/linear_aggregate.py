@@ -80,7 +80,7 @@ def linear_aggregate_forward_kernel(
             b_f = apply_map(b_l, ELU, PROJECTED)[0]
             b_f = tl.trans(cast(b_f, b_v.dtype))
         b_sums = dot(b_f, b_v, b_sums, PRECISION)
-        # A token that is not valid is read as 0, so its features are finite. Both sums multiply them by 0.
+        # A token that is not valid is read as 0, so its features are finite. In both sums, these features are multiplied by 0.
         b_valid = cast(tl.where(valid, 1.0, 0.0).to(COMPUTE), b_v.dtype)
         b_norms = dot(b_f, tl.trans(tl.broadcast_to(b_valid[None, :], (COPIES, BLOCK_N))), b_norms, PRECISION)
 

@@ -190,7 +190,7 @@ def linear_broadcast_tokens_kernel(
     HALF: tl.constexpr = DTYPE == tl.float16
     WIDE: tl.constexpr = DTYPE != COMPUTE
     FOLDED: tl.constexpr = DTYPE == tl.bfloat16 and PROJECTED
-    PASSES: tl.constexpr = 2 if TILED else 1  # the first pass computes delta, the last one dq
+    PASSES: tl.constexpr = 2 if TILED else 1  # the first pass computes delta, and the last pass computes dq
     largest = largest_norm(norms, norms_m, M, BLOCK_M, COMPUTE)
     if not TILED:
         b_high, b_low, b_left, b_right, b_norms = load_state(
@@ -223,7 +223,7 @@ def linear_broadcast_tokens_kernel(
                     b_l = load_rotated(q, o_n, q_n, b_used, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot)
                 b_f, b_slopes = apply_map(b_l.to(COMPUTE), ELU, PROJECTED)
                 if i == 0:
-                    if HALF:  # weights, which are at most 1
+                    if HALF:  # turn the features into weights, which are at most 1
                         b_f = b_f * b_norms[None, :] * b_scale[:, None]
                     b_f = cast(b_f, DTYPE)
                     b_out = dot(b_f, b_left, b_out, PRECISION)
@@ -271,8 +271,8 @@ def linear_broadcast_slots_kernel(
     """Compute the contribution of a chunk of tokens to dsums, dnorms and, if NEED_SLOTS, dslots.
 
     Each program handles a tile of slots of one sample and head. Features must be divided by the total of their token. The
-    kernel divides dout and delta instead, except in float16, where these quotients could overflow. There, it multiplies each
-    feature by its slot's norm and divides it by the total, so that the result is at most 1.
+    kernel divides dout and delta instead, except in float16, where these quotients could overflow. In float16, it multiplies
+    each feature by its slot's norm and divides it by the total, so that the result is at most 1.
     """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H

@@ -1,7 +1,7 @@
 """Device functions for the logits of softmax attention.
 
 A kernel computes one exponential per logit. In the time of one exponential, a GPU issues about eight instructions, so every
-instruction per logit counts. These functions move work from the logits to the slots, the tokens and the tensor cores.
+instruction per logit counts. These functions move work from single logits to the slots, the tokens and the tensor cores.
 
 If slots are float32 and tokens 16-bit (SPLIT), slots are multiplied by scale * log2(e) and split into two 16-bit tiles once,
 before the loop over tokens. Vectors, such as the bias of the slots, are then added by a product as well. (If tokens are
@@ -25,7 +25,7 @@ EXCLUDED = tl.constexpr(-3e38)  # bias of invalid slots instead of -inf, because
 def slot_parts(slots, scale, DTYPE: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.constexpr):
     """Return slots as two DTYPE tiles (the same tile twice unless SPLIT), multiplied by scale * log2(e) if FOLD.
 
-    bfloat16 has the range of float32, so the multiplied slots are split as precisely as the slots.
+    bfloat16 has the range of float32, so the multiplied slots are split as precisely as the original slots.
     """
     if FOLD:
         slots = slots * (scale * LOG2E)

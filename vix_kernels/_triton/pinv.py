@@ -1,8 +1,8 @@
 """Kernels for `pinv` (see primitives/pinv.py for the equations and _torch/pinv.py for the equations of a step).
 
-Each program processes whole heads. For few landmarks (at most `slots` in the launch table) and few iterations, the steps keep
-the L x L matrices in registers (see pinv_registers.py). Otherwise, the matrices are in global memory, in a separate block for
-each program (see pinv_steps.py). To keep these blocks in the L2 cache, the kernels in this file are launched with only as many
+Each program processes whole heads. With few landmarks (at most `slots` of the launch table) and few iterations, the steps keep
+the L x L matrices in registers (see pinv_registers.py). Otherwise, the matrices are in global memory, in a separate buffer for
+each program (see pinv_steps.py). To keep these buffers in the L2 cache, the kernels in this file are launched with only as many
 programs as can run at the same time. The programs loop over the heads of all samples.
 """
 
@@ -23,7 +23,7 @@ from .pinv_steps import BACKWARD, DA, DY, DZ, FORWARD, A, Z, advance, differenti
 from .tiles import dot, row_products, store_tile
 
 WARPS_A_MULTIPROCESSOR = 8  # number of warps that fit in a multiprocessor if each thread has 255 registers
-# Largest number of iterations whose products fit in float16. Each iteration may multiply Z and its gradient by 13 / 4.
+# Largest number of iterations whose products do not overflow float16. Each iteration can scale Z and its gradient by 13 / 4.
 REGISTER_ITERATIONS = 8
 
 
@@ -97,7 +97,7 @@ def end_gradient(memory, scale, SIZE: tl.constexpr, STEP: tl.constexpr, COMPUTE:
         dz = tl.trans(tl.load(part(memory, DZ, 0, row, SIZE, STEP, SIZE)))
         sums += tl.sum(a, 0)
         products += tl.sum(a * dz, 1)
-    s, share = start_scale(sums)  # computed again, because these numbers would occupy registers during the steps
+    s, share = start_scale(sums)  # recomputed, because keeping these numbers would occupy registers during the steps
     ds = -tl.sum(products, 0) / (s * s)
     for row in tl.range(0, SIZE, STEP, disable_licm=True):
         a = tl.load(part(memory, A, row, 0, STEP, SIZE, SIZE))

@@ -1,11 +1,11 @@
 """Kernels for `pinv` that keep the matrices of a head in registers (see _torch/pinv.py for the equations).
 
-All factors of a step commute, so the kernels multiply from the left:
+For every polynomial p, Z p(A Z) = p(Z A) Z. The kernels can therefore multiply from the left:
 
     X = Z A    W = X X - 7 X    Y = W X + 15 X    Z' = 1/4 (13 Z - Y Z)
 
-Then the left operand of a product is usually the result of the product before it, which is still in registers. The right
-operand is stored in shared memory as float16. A float16 product has the error of a TF32 product and takes half its time.
+The left operand of a product is then usually the result of the previous product, which is still in registers. The right operand
+is stored in shared memory as float16. A float16 product has the same error as a TF32 product and takes half the time.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .pinv_landmarks import attention, has_landmark, load_rows, start_scale
 from .pinv_steps import DA, DY, DZ, A, Z, part
 from .tiles import cast, dot, store_tile
 
-UNIT = tl.constexpr(64.0)  # factor of operands that are split into two parts, so that the small part is not subnormal
+UNIT = tl.constexpr(64.0)  # scales operands that are split into two parts, so that the small part is not subnormal
 LARGEST = tl.constexpr(7)  # the largest element of dZ is scaled to at least 2^-LARGEST and less than twice that
 
 
 @triton.jit
 def parts(x, PARTS: tl.constexpr):
-    """Return x as an operand of `product`: x if PARTS is 0, float16 x if it is 1, two float16 parts of UNIT * x if it is 2."""
+    """Convert x for `product`: no change if PARTS is 0, float16 if it is 1, or two float16 parts of UNIT * x if it is 2."""
     if PARTS == 0:
         high, low = x, x
     elif PARTS == 1:
@@ -76,7 +76,10 @@ def advance(a, z, COMPUTE: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def normalize(dz, size, PARTS: tl.constexpr):
-    """Scale dz by a power of two, so that its products neither overflow float16 nor become subnormal. Divide `size` by it."""
+    """Scale dz by a power of two, and divide `size` by the same power.
+
+    The products of the scaled dz neither overflow float16 nor become subnormal.
+    """
     if PARTS > 0:
         exponent = tl.max(tl.max(tl.abs(dz), 1), 0).to(tl.int32, bitcast=True) >> 23
         exponent = tl.minimum(tl.maximum(exponent + LARGEST, 1), 253)
@@ -145,7 +148,7 @@ def store_products(
     x, y, out, y_l, out_l, counts, i_b, counts_b, counts_l, L, TURNED: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store x @ y, with x transposed if TURNED. `counts` are those of the landmarks in y."""
+    """Store x @ y, with x transposed if TURNED. `counts` are the numbers of tokens that the landmarks in y average."""
     o_l = tl.arange(0, SIZE)
     if TURNED:
         x = tl.trans(x)

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from .tiles import dot
 
-# Places of the matrices in the memory of a program. The forward kernel uses only the first FORWARD places. dW overwrites Y, and
-# dX overwrites dY, once the old matrix is no longer needed.
+# The index (PLACE) of each matrix in the memory of a program. The forward kernel uses only the first FORWARD matrices. dW
+# overwrites Y, and dX overwrites dY, once the old matrix is no longer needed.
 A, Z, X, W, Y = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 DY, DZ, DA, MIDDLE = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
 DW, DX = Y, DY

@@ -1,4 +1,4 @@
-"""Prepare what the gradient kernels of `aggregate` and `linear_aggregate` need per slot."""
+"""Compute the per-slot inputs of the gradient kernels of `aggregate` and `linear_aggregate`."""
 
 from __future__ import annotations
 

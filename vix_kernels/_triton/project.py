@@ -171,9 +171,10 @@ def project_weights_kernel(
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dE or dF for a tile of tokens and slots, summed over a chunk of the items: samples and heads that share E or F.
+    """Compute dE or dF for a tile of tokens and slots, summed over a chunk of items.
 
-    If ONE, E projects both keys and values, so dE is the sum of both gradients.
+    An item is a pair of a sample and a head. All items of a sum share E or F. If ONE, E projects both keys and values, so dE is
+    the sum of both gradients.
     """
     token_tiles, slot_tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     part = (tl.program_id(0) // (token_tiles * slot_tiles)).to(tl.int64)

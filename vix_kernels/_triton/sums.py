@@ -1,8 +1,8 @@
-"""Sums in two stages, for sums over so many items that one program per result would leave the device idle.
+"""Two-stage sums over many items. With only one program per result, most of the device would be idle.
 
-The kernel of the first stage splits the items, for example samples and heads, into chunks. Each chunk has separate programs,
-which write partial sums. The kernel in this file adds the partial sums of all chunks. Both orders of summation depend only on
-sizes and on the device, so repeated calls return bit-identical results.
+The kernel of the first stage splits the items, for example samples and heads, into chunks. Separate programs process each chunk
+and write partial sums. The kernel in this file adds the partial sums of all chunks. In both stages, the order of summation
+depends only on the sizes and the device, so repeated calls return bit-identical results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .launch import LaunchConfig, cdiv, launch
 from .tiles import cast
 
 PROGRAMS_A_MULTIPROCESSOR = 8  # the loop of a program waits for memory, so other programs must run in the meantime
-LEAST_ITEMS = 4  # items per chunk; with fewer, partial sums would take as much memory traffic as the items
+LEAST_ITEMS = 4  # minimum number of items per chunk; with fewer, partial sums would cause as much memory traffic as the items
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def split_items(config: LaunchConfig, programs: int, items: int) -> tuple[int, i
     if config.multiprocessors:
         wanted, least = PROGRAMS_A_MULTIPROCESSOR * config.multiprocessors // max(1, programs), LEAST_ITEMS
     else:
-        wanted, least = items, 2  # the interpreter always splits, so small inputs also test the second stage
+        wanted, least = items, 2  # the interpreter always splits, so tests with small inputs also run the second stage
     size = max(least, cdiv(items, max(1, wanted)))
     return size, max(1, cdiv(items, size))
 

@@ -82,7 +82,7 @@ def slot_program(M, N, chunk, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def token_program(N, BLOCK_N: tl.constexpr):
-    """Return the tokens of a program that keeps a tile of tokens.
+    """Return the tokens of a program that processes one tile of tokens.
 
     Returns:
         The index of the sample and head, the indices of the tokens, and a mask of the indices below N.
@@ -94,7 +94,7 @@ def token_program(N, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def stream_program(N, chunk):
-    """Return the tokens of a program that keeps all slots of a head while the tokens of a chunk stream through it.
+    """Return the tokens of a program that processes one chunk of tokens with all slots of a head.
 
     Returns:
         The index of the sample and head, the first token, and the end of the chunk (exclusive).
@@ -116,8 +116,8 @@ def is_valid(mask, i_b, mask_b, mask_n, o_n, inside, MASKED: tl.constexpr):
 def table_start(head, angle_h, ROTARY: tl.constexpr):
     """Return where the table of a head starts in cos and sin.
 
-    A table has a row of ROTARY / 2 elements per token. If ROTARY / 2 is a multiple of 4, 8 or 16, so is head * angle_h, but the
-    compiler must be told. It then loads up to 128 bits at a time.
+    A table has a row of ROTARY / 2 elements per token. If ROTARY / 2 is a multiple of 4, 8 or 16, so is head * angle_h.
+    tl.multiple_of tells this to the compiler, which then loads up to 128 bits at a time.
     """
     start = head * angle_h
     if ROTARY > 0 and (ROTARY // 2) % 16 == 0:

@@ -51,7 +51,7 @@ def banded(
         o_k = offset + tl.arange(0, STEP)
         rows = first + o_k[:, None] + (o_column // BLOCK_E * GROUP)[None, :]
         valid = (rows >= 0) & (rows < N) & (o_k < GROUP + TAPS - 1)[:, None] & (o_column % BLOCK_E < E)[None, :]
-        if MASKED:  # one load per row, and not one per element
+        if MASKED:  # one load per row instead of one per element
             unmasked = valid_rows(first + o_k[:, None] + (o_g * GROUP)[None, :], 0, N, mask, mask_n, True)
             valid &= tl.reshape(tl.broadcast_to(unmasked[:, :, None], (STEP, GROUPS, BLOCK_E)), valid.shape)
         b_x = tl.load(x + rows.to(tl.int64) * x_n + (o_column % BLOCK_E)[None, :], mask=valid, other=0.0)

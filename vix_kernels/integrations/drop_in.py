@@ -150,8 +150,8 @@ class DropIn(Mounted):
                 of its dtype for padded keys.
             key_padding_mask: bool (batch, tokens), True = valid.
             rope: rotary embedding to apply to query and key.
-            self_attention: whether query and key come from the same tokens. If None, this is assumed if both have
-                the same number of tokens.
+            self_attention: whether query and key come from the same tokens. If None, this is assumed if both have the same
+                number of tokens.
             cu_seqlens, group: start offsets of packed samples, and the process group across which the tokens are sharded.
                 Neither is supported yet.
             grid_size: (rows, columns) of the grid that the tokens after the prefix form. Landmarks and agents are placed on it.

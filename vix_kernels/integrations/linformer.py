@@ -1,4 +1,4 @@
-"""A replacement for `LinformerSelfAttention` from the package linformer. Name, arguments, weights and outputs are the same.
+"""A replacement for `LinformerSelfAttention` from linformer, with the same name, arguments, weights and outputs.
 
     from vix_kernels.integrations.linformer import LinformerSelfAttention
 

@@ -56,7 +56,7 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
     _retrain[:] = [retrain]
 
 
-_retrain: list[bool] = []  # the `retrain` argument of the latest call of `register`; empty before the first call
+_retrain: list[bool] = []  # the `retrain` argument of the latest call to `register`; empty before the first call
 
 
 @subscribe
@@ -220,5 +220,5 @@ require_call("transformers", FNetBasicFourierTransform, modeling_fnet.FNetBasicF
 
 
 def uses_dft_matrices(module: modeling_fnet.FNetBasicFourierTransform) -> bool:
-    """Return whether the FNet uses truncated DFT matrices, whose result differs from an FFT of a shorter sequence."""
+    """Return whether the FNet uses DFT matrices. They are truncated for short sequences, so the result differs from an FFT."""
     return hasattr(module, "dft_mat_seq")

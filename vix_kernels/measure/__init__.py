@@ -2,9 +2,9 @@
 
 timing          device time and wall-clock time of a call
 machine         name, versions and peak rates of this machine
-providers       implementations of an operator: our backends, plain and compiled PyTorch, SDPA, other packages
+providers       implementations of an operator: this library's backends, plain and compiled PyTorch, SDPA, other packages
 operators       one operator at one size: a check against float64, then the time of each provider
-models          comparison of the models with their originals
+models          comparison of the models with the original implementations
 sweep           `vix bench`
 pictures        plots of the results of `vix bench`
 check           `vix check`
@@ -12,7 +12,7 @@ costs, roofline     arithmetic, bytes and launches of a call; `vix dev roofline`
 traffic         bytes that the kernels load and store; `vix dev traffic`
 interpreter     Triton's interpreter: speedups, and hooks for loads and stores
 offline, machine_code       compilation for GPUs that are not present, and the resources that the machine code uses
-observed        launches of a public call, identified by hashes, without compilation
+observed        launches of a public call, recorded without compilation and identified by hashes
 ttgir, counting     loops and logits in Triton's intermediate code, and instruction counts of the machine code
 compile_report, compile_cell    `vix dev compile-report`: the command and its workers
 compile_table, budgets          the table of the compile report, and its checks

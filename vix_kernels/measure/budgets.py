@@ -52,7 +52,7 @@ def allowed(row: Row, usual: float, exceptions: Iterable[Declared]) -> float:
 AMPERE = ("sm_80", "sm_86", "sm_89", "sm_120")  # their matrix instructions read operands from registers only
 WIDE_HEADS = (80, 96, 112, 128)  # head widths that are padded to 128
 
-# Bytes spilled per thread. Kernels must not spill at widths up to 128.
+# Exceptions to the limit on bytes spilled per thread, which is 0.
 SPILLS = (
     Declared("", 544, "the tiles of wide heads do not fit in registers", widths=(256,)),
     Declared("", 56, "two to fourteen registers", dtypes=("fp32",)),
@@ -98,11 +98,11 @@ SPILLS = (
     Declared("linear_", 16, "two to four registers", archs=("sm_90", "sm_100"), widths=(64, *WIDE_HEADS)),
     Declared("pinv_backward_kernel", 16, "two to four registers", archs=("sm_90",), dtypes=("bf16", "fp16")),
 )  # fmt: skip
-# Waits for matrix products in the main loops. If there are more than one per product plus one, ptxas executes the products one
-# after another.
+# Exceptions to the limit on waits for matrix products in the main loops, which is the number of products plus one. More waits
+# mean that ptxas executes the products one after another.
 SERIALIZED: tuple[Declared, ...] = ()
-# Exponentials per logit. More than 1.15 means that logits are computed twice. (A running max takes one exponential per slot for
-# each tile of tokens, in four lanes. That is 0.125 per logit in a tile of 32 tokens.)
+# Exceptions to the limit of 1.15 exponentials per logit. More means that logits are computed twice. (For a running max, each of
+# four lanes computes an exponential per slot and tile of tokens. That is 0.125 per logit in a tile of 32 tokens.)
 DUPLICATED = (
     Declared("broadcast_tokens_kernel", 2, "after a convolution, delta needs a separate loop over the slots", use="nystrom"),
     Declared("", 4, "16 rows of a wide head per warp do not fit in registers", widths=WIDE_HEADS),
@@ -172,7 +172,7 @@ class Budget:
     """A limit on one value of the kernels that one call launches.
 
     Attributes:
-        name: the value that is limited, for messages.
+        name: description of the limited value, for messages.
         kernels: names of the kernels, or prefixes of them. Their values are added; for "warps", the minimum is used.
         use, width, slots: the call, such as "performer forward", its head width and number of slots (0 for any).
         most: the budget. It is a maximum, except for "warps", where it is a minimum.
@@ -263,13 +263,13 @@ LINEAR = (  # with 128 random features: name, kernel, direction, then the budget
     ("broadcast backward", "linear_broadcast", "backward", 21, 21),
 )
 CHANNEL = "products are small, so each element is prepared several times"
-CHANNELS = (  # per element of the keys, all kernels of a direction together
+CHANNELS = (  # per element of the keys, summed over all kernels of a direction
     ("forward", ("linear_",), "forward", (16, 21)),
     ("backward", ("linear_",), "backward", (40, 59)),
 )
 
 
-# Instructions per logit in float32 that were reached, as multiples of those in bfloat16, for the first rows of PASSES.
+# `reached` for the first rows of PASSES in float32: instructions per logit, as multiples of those in bfloat16.
 FLOAT32 = (4.9, 4.4, 13.5, 9.8)
 TRIPLED = "a float32 product takes three TF32 products, and its operands leave few registers"
 
@@ -314,7 +314,7 @@ BUDGETS = tuple(budgets())
 
 @dataclass(frozen=True)
 class Predicted:
-    """A budget of the predicted time of a call on the H100, in microseconds: the sum over its launches (see launch_times.py).
+    """A budget for the predicted time of a call on the H100, in microseconds: the sum over its launches (see launch_times.py).
 
     Attributes:
         directions, kernels: the launches whose times are added: "forward", "backward" or both, and prefixes of kernel names.

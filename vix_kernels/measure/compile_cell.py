@@ -26,21 +26,21 @@ from .roofline import GPUS
 from .ttgir import evaluate
 
 SAMPLES = 256  # programs per launch for which the numbers of iterations of the loops are evaluated
-STEP = 7919  # distance between them; a prime number, so that their program ids vary in all dimensions of the grid
+STEP = 7919  # distance between these programs; a prime number, so that their ids vary in all dimensions of the grid
 
 
 @dataclass
 class Report:
-    """What the report found in one or more cells.
+    """Results of the compile report for one or more cells.
 
     Attributes:
         cell: the architecture, dtype and head width, if the report covers one cell.
         rows: a row for every specialization that is launched and has been compiled, in this run or earlier.
         compiled: number of rows that were compiled in this run.
         missing: number of specializations that are neither compiled nor in the table.
-        launches: "op direction" -> numbers of launches (by this library, by PyTorch), the largest of all calls.
+        launches: maps "op direction" to the largest numbers of launches (by this library, by PyTorch) of any call.
         errors: messages of calls and compilations that failed.
-        times: predicted seconds on the H100, by the name of a budget in budgets.PREDICTED.
+        times: maps the name of a budget in budgets.PREDICTED to the predicted seconds on the H100.
         changed: messages for rows that were compiled again and differ from the table.
     """
 
@@ -125,7 +125,10 @@ def whole(row: Row, launches: Iterable[Launch]) -> float:
 
 
 def work(parts: Iterable[Section], launch: Launch) -> list[float]:
-    """Estimate the counts of one warp, summed over all programs, from a sample of them. Loops of unknown length run once."""
+    """Estimate the counts of one warp, summed over all programs, from a sample of the programs.
+
+    Loops of unknown length count as if they ran once.
+    """
     parts = tuple(parts)
     total = [0.0] * len(PIPES)
     sampled = [at * STEP % launch.programs for at in range(min(launch.programs, SAMPLES))]
@@ -182,7 +185,7 @@ def make_row(arch: str, launch: Launch, binary: Any, used: machine_code.Resource
         matrix=count_text(used.matrix), loads=count_text(used.loads), stores=count_text(used.stores),
         uses="", sections="", source=launch.source, key=launch.key,
     )  # fmt: skip
-    if not used.code:  # AMD's machine code is not counted
+    if not used.code:  # instructions are not counted in AMD's machine code
         return row
     found = analyze(used.code, ttgir.read(binary.asm["ttgir"]), meta.num_warps, arch)
     return replace(

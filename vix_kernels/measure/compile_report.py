@@ -4,7 +4,7 @@ The committed table has a row for every specialization that was compiled. Only s
 compiled, so a change to a kernel recompiles only its rows. The exit status is 1 if a kernel spills, does not fit in shared
 memory, executes matrix products one after another, computes logits twice, or exceeds a budget (measure/budgets.py).
 
---write adds the new rows to the table and drops the rows of changed kernels. If a run is interrupted, the next run continues.
+--write adds the new rows to the table and drops the rows of changed kernels. The next run continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ Result = TypeVar("Result")
 Cell = tuple[str, str, int]  # architecture, dtype and head width
 OLDEST_TRITON = "3.6.0"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-# All dtypes and widths are compiled for these, with the newest Triton. The other architectures differ little from one of these,
-# so fewer cells are compiled for them.
+# For these architectures, all dtypes and widths are compiled with the newest Triton. Each of the others differs little from one
+# of these, so fewer cells are compiled for it.
 FULL = ("sm_86", "sm_90")
 WIDTHS = (16, 32, 64, 80, 96, 112, 128, 256)
 FEW_WIDTHS = (32, 64, 128)
@@ -64,7 +64,7 @@ def grid(arch: str, oldest: bool) -> list[Cell]:
 
 
 def chosen(args: argparse.Namespace) -> list[Cell]:
-    """Return the cells of the grid. A dtype or width that is given on the command line replaces those of the grid."""
+    """Return the cells to report on. Dtypes and widths that are given on the command line replace those of the grid."""
     found: list[Cell] = []
     for arch in args.arch or ARCHITECTURES:
         cells = grid(arch, triton.__version__ == OLDEST_TRITON)
@@ -161,9 +161,8 @@ def prepare_worker(modules: Iterable[str]) -> None:
 def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -> Iterator[Result]:
     """Yield the result of function(*cell) for every cell, in the order in which the results arrive.
 
-    The first three elements of a cell are the architecture, the dtype and the head width.
-
-    Cells with the largest head widths start first, to balance the load.
+    The first three elements of a cell are the architecture, the dtype and the head width. Cells with the largest head widths
+    start first, to balance the load.
     """
     # Workers are spawned, not forked, because Triton decides at import time whether kernels are interpreted.
     context = multiprocessing.get_context("spawn")

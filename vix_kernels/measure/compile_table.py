@@ -25,17 +25,17 @@ class Row:
     Attributes:
         blocks: sizes of the tiles.
         programs: number of programs that are resident on a multiprocessor at the same time.
-        unit: divisor of the columns "per unit": "logit", or "value" if the main loops compute no logits (see counting.py).
+        unit: what the columns "per unit" refer to: "logit", or "value" if the main loops compute no logits (see counting.py).
         loop: instructions of all lanes in the main loops, per unit.
         whole: instructions of the whole program in the largest launch that the report observes, per pair of a token and a slot.
-            Padding does not count as tokens or slots. For kernels without main loops or without arguments N and M, per element
-            of the largest tensor.
+            Padding does not count as tokens or slots. For kernels without main loops or without arguments N and M, it is per
+            element of the largest tensor.
         exps: exponentials in the main loops, per unit.
         waits: instructions in the main loops that wait for matrix products.
         products: number of matrix products in the main loops, counted in TTGIR, Triton's intermediate code for GPUs.
         multiply_adds: multiply-adds in the main loops, per unit.
         cycles: cycles for which the main loops occupy each unit of a multiprocessor, per 1,000 logits or values.
-        bound: the unit with the most cycles.
+        bound: the unit of a multiprocessor with the most cycles.
         matrix: matrix instructions in the whole program.
         loads, stores: accesses to global memory, as "bits per thread:number of instructions".
         uses: the calls that launch the kernel, as "op direction slots,slots; ...".

@@ -15,13 +15,13 @@ from .machine_code import MATRIX, Instruction, access_bits
 from .ttgir import Loop
 
 LANES = 32
-# Which unit executes an instruction. All instructions take an issue slot; those that are not listed take nothing else.
+# Instructions by the unit that executes them. All instructions take an issue slot. Those that are not listed use no other unit.
 FMA = {"FADD", "FMUL", "FFMA", "IMAD", "HFMA2", "HADD2", "HMUL2", "FADD2", "FMUL2", "FFMA2"}
 ALU = {
     "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "HSETP2", "I2FP", "IABS", "IADD", "IADD3", "IMNMX", "ISETP", "LEA",
     "LOP3", "MOV", "PLOP3", "PRMT", "SEL", "SGXT", "SHF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3",
 }  # fmt: skip
-EXP = {"MUFU", "F2F", "F2I", "I2F", "FRND"}  # conversions share the unit of exponentials
+EXP = {"MUFU", "F2F", "F2I", "I2F", "FRND"}  # conversions run on the same unit as exponentials
 SHARED = {"LDS", "STS", "LDSM", "STSM", "ATOMS"}
 GLOBAL = {"LDG", "STG", "LDGSTS", "LDL", "STL"}
 ENDS = {"EXIT", "RET", "BRX", "JMX"}
@@ -30,7 +30,7 @@ PIPES = ("issue", "fma", "alu", "exp", "tensor", "shared", "global")
 
 @dataclass(frozen=True)
 class Rates:
-    """What one multiprocessor executes per clock cycle: lanes of each unit, 16-bit multiply-adds, and bytes."""
+    """Throughput of one multiprocessor per clock cycle: lanes of each unit, 16-bit multiply-adds, and bytes."""
 
     fma: int
     tensor: int
@@ -41,8 +41,8 @@ class Rates:
     global_: int = 64
 
 
-# CUDA C++ Programming Guide, table of the throughput of arithmetic instructions, and the published peaks of the matrix units
-# with float32 accumulators. A multiprocessor exchanges up to 64 bytes per cycle with the L2 cache.
+# Sources: the throughput table for arithmetic instructions in the CUDA C++ Programming Guide, and the published peaks of the
+# matrix units with float32 accumulators. A multiprocessor exchanges up to 64 bytes per cycle with the L2 cache.
 RATES = {
     "sm_80": Rates(fma=64, tensor=1024),
     "sm_86": Rates(fma=128, tensor=256),
@@ -76,7 +76,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a program that runs `trips` times. `trips` is an expression of the arguments, as in ttgir.Loop."""
+    """A part of a program that runs `trips` times. `trips` is an expression in the arguments, as in ttgir.Loop."""
 
     trips: str
     counts: Counts
@@ -122,9 +122,8 @@ def is_product(instruction: Instruction) -> bool:
 def loops(code: Sequence[Instruction]) -> MachineLoop:
     """Return the whole program as a MachineLoop that contains its loops.
 
-    A loop is a natural loop: its entry dominates a branch back to it. Code that the compiler places
-    at the end of the program, and that jumps back, is therefore not a loop. Code that is never reached, such as padding, is
-    ignored.
+    Only natural loops count: the first block of a loop dominates a branch back to it. If the compiler places code at the end of
+    the program and this code jumps back, it is therefore not a loop. Code that is never reached, such as padding, is ignored.
     """
     starts, successors = blocks(code)
     reached = dominators(successors)
@@ -214,9 +213,9 @@ def waits_for_barrier(code: list[Instruction]) -> bool:
 
 
 def match(machine: MachineLoop, loop: Loop) -> None:
-    """Find the loop of TTGIR for each loop of the machine code. The order is the same, but some loops may be unrolled."""
+    """Match each loop of the machine code with a loop of TTGIR. The order is the same, but some loops may be unrolled."""
     pairs = align(machine.children, loop.children)
-    if pairs is None:  # align only the loops with products, because ptxas also splits other loops
+    if pairs is None:  # align only the loops with products, because ptxas may split the other loops
         ours, sources = ([each for each in inner if each.multiplies] for inner in (machine.children, loop.children))
         pairs = align(ours, sources) or []
     machine.matched = loop.unrolled([sources for _, sources in pairs])
@@ -225,7 +224,7 @@ def match(machine: MachineLoop, loop: Loop) -> None:
 
 
 def align(ours: list[MachineLoop], sources: list[Loop]) -> list[tuple[MachineLoop, Loop]] | None:
-    """Pair the loops in order, or return None if this is impossible. Loops with constant trip counts may have no partner."""
+    """Pair the loops in order, or return None if this is impossible. TTGIR loops with constant trip counts can be skipped."""
     if not sources:
         return None if ours else []
     if ours and ours[0].multiplies == sources[0].multiplies:
@@ -240,7 +239,7 @@ def align(ours: list[MachineLoop], sources: list[Loop]) -> list[tuple[MachineLoo
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the machine code of a kernel shows.
+    """Results of the analysis of a kernel's machine code.
 
     Numbers of the main loops are per `unit`, except `waits` and `products`. They are 0 if there are no matrix instructions.
 
@@ -289,7 +288,7 @@ def analyze(code: Sequence[Instruction], loop: Loop, warps: int, arch: str) -> A
 
 
 def sections(machine: MachineLoop, warps: int, trips: str = "1") -> tuple[Section, ...]:
-    """Return the sections of a program. A loop without a match in TTGIR runs "?" times."""
+    """Return the sections of a program. The trip count of a loop without a match in TTGIR is "?"."""
     found = [Section(trips, counted_loop(machine, warps))]
     for each in machine.children:
         inner = each.matched.trips if each.matched is not None else "?"

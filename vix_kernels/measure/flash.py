@@ -1,6 +1,6 @@
-"""A flash-attention forward kernel with published times, to find out how far predictions are from measurements.
+"""A flash-attention forward kernel with published times. They show how far predictions are from measurements.
 
-The kernel is used for nothing else. It follows algorithm 1 of FlashAttention-2 (arXiv:2307.08691): a program keeps a tile of
+The kernel has no other purpose. It follows algorithm 1 of FlashAttention-2 (arXiv:2307.08691): a program keeps a tile of
 queries and loops over the keys.
 """
 
@@ -21,7 +21,7 @@ from .roofline import GPUS
 
 # TFLOP/s of the forward pass of Triton's tutorial kernel on an H100 80GB SXM5 in FP16, for sequences of 1,024, 4,096 and 16,384
 # tokens: FlashAttention-3 (arXiv:2407.08608), figure 5, the bars labeled "Triton". A batch has 16,384 tokens in total, and all
-# heads together have 2,048 channels. A causal pass counts as half of the operations.
+# heads together have 2,048 channels. A causal pass counts as half as many operations.
 PUBLISHED = {
     (64, False): (382, 400, 403),
     (64, True): (288, 363, 363),
@@ -96,7 +96,7 @@ def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: boo
 
 @dataclass(frozen=True)
 class Comparison:
-    """A published time next to the prediction, in seconds."""
+    """A published time and the corresponding prediction, in seconds."""
 
     width: int
     causal: bool

@@ -1,16 +1,16 @@
-"""Measure the host time of operators: what Python, PyTorch and Triton's launcher spend before a kernel starts. Needs no GPU.
+"""Measure the host time of operators: the time in Python, PyTorch and Triton's launcher before a kernel starts. Needs no GPU.
 
 examples:
   vix dev host-time                                every operator, in microseconds and as multiples of tiny CPU attention
   vix dev host-time performer_attention --profile  the same for one operator, then the time of each step
 
 At small sizes, an eager call takes as long as its host time. The operators run on CPU tensors as they would on an H100, but
-launches do nothing: Triton's launcher calls a stub instead of the CUDA driver, which needs a C compiler. In the columns
-"without launches", launches are skipped, so the difference is the time of the launcher.
+launches do nothing: Triton's launcher calls a stub instead of the CUDA driver. The launcher and the stub need a C compiler. In
+the columns "without launches", launches are skipped, so the difference is the time of the launcher.
 
-Times of different runs cannot be compared, because they depend on the machine and its load. The ratios can. They divide by
-the time of PyTorch's scaled_dot_product_attention on a tiny CPU tensor, and by that of an empty autograd.Function with eight
-tensors, measured in turns with the operator.
+Times of different runs cannot be compared, because they depend on the machine and its load. Ratios can be compared. They are
+relative to PyTorch's scaled_dot_product_attention on a tiny CPU tensor, and to an empty autograd.Function with eight tensors.
+Both are measured in turns with the operator.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STUB = Path(__file__).with_name("stub_driver.c")
 ARCH = "sm_90"
 CASE = Case("host", batch=1, heads=2, tokens=128, width=64, features=64)
 DIRECTIONS = ("forward", "both")
-# The steps of a profile: part of a file name -> step. The first match counts. Functions of C are named without a file.
+# Maps a part of a file name to a step of the profile. The first match counts. For C functions, the function name is searched.
 STEPS = {
     "vix_kernels/ops": "checks",
     "vix_kernels/backends": "checks",
@@ -67,7 +67,7 @@ STEPS = {
 
 @dataclass(frozen=True)
 class Row:
-    """Host time of an operator in microseconds. `both` means forward and backward.
+    """Host time of an operator in microseconds. The direction "both" means forward and backward.
 
     `sdpa` and `function` are the times, in the same run, of a tiny scaled_dot_product_attention and of an empty
     autograd.Function with eight tensors.
@@ -212,7 +212,10 @@ def measure(ops: list[str], launchers: list[str], rounds: int, seconds: float) -
 
 
 def profile(op: str, launcher: str, calls: int = 300) -> dict[str, float]:
-    """Return the fraction of the host time that each step of forward and backward takes. Profiling favors long functions."""
+    """Return the fraction of the host time that each step of forward and backward takes.
+
+    The overhead of the profiler makes short functions appear slower.
+    """
     with launches(launcher):
         call = operator_calls(SPECS[op])["both"]
         for _ in range(20):

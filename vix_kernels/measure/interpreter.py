@@ -1,4 +1,4 @@
-"""All code that patches Triton's interpreter or relies on how it works. Other modules only import its class of kernels."""
+"""All code that patches Triton's interpreter or relies on its internals. Other modules only import InterpretedFunction."""
 
 from __future__ import annotations
 

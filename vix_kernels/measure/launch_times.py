@@ -41,7 +41,7 @@ def predict(launch: Launch, parts: Iterable[Section], warps: int, gpu: Device) -
     parts, multiprocessors = tuple(parts), TARGETS[gpu.arch].multiprocessors
     clock = gpu.exps / (16 * multiprocessors)
     cycles = Counts(*work(parts, launch)).cycles(warps, gpu.arch)
-    rounds = -(-launch.programs // multiprocessors)  # programs on the multiprocessor with the most of them
+    rounds = -(-launch.programs // multiprocessors)  # the largest number of programs on one multiprocessor
     times = {name: value / max(1, launch.programs) * rounds / clock for name, value in cycles.items()}
     times |= {"memory": launch.bytes / gpu.bandwidth, "launch": LAUNCH}
     bound = max(times, key=times.get)

@@ -76,7 +76,7 @@ def disassemble(arch: int, cubins: Iterable[bytes]) -> list[list[Instruction]]:
 
 
 def parse(address: str, guard: str, opcode: str, rest: str) -> Instruction:
-    # ptxas also branches by a call that never returns. Such a call has a guard, while calls of subroutines have none.
+    # ptxas also branches with calls that never return. These calls have a guard. Calls to subroutines have none.
     branches = opcode.startswith("BRA") or (opcode == "CALL.REL.NOINC" and guard)
     target = re.search(r"0x([0-9a-f]+)\s*$", rest) if branches else None
     return Instruction(int(address, 16), guard.strip(), opcode, int(target[1], 16) if target else None)
@@ -89,7 +89,7 @@ def read_cubins(arch: int, cubins: list[bytes]) -> list[Resources]:
 
 
 def usage(cubin: bytes) -> dict[str, str]:
-    """Return the registers (REG) and the bytes of STACK and LOCAL memory that a cubin declares."""
+    """Return the number of registers (REG) and the bytes of STACK and LOCAL memory that a cubin declares."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cubin")
         path.write_bytes(cubin)
@@ -122,7 +122,7 @@ def count_sass(code: list[Instruction], usage: dict[str, str]) -> Resources:
 
 
 def matrix_instruction(kind: str, modifiers: list[str]) -> str:
-    """Return the opcode of a matrix instruction with only two of its modifiers: the shape, if it has one, and TF32."""
+    """Return the opcode of a matrix instruction. Of its modifiers, keep only the shape and TF32, if present."""
     return ".".join([kind, *(each for each in modifiers if each[0].isdigit()), *(["TF32"] if "TF32" in modifiers else [])])
 
 

@@ -2,7 +2,7 @@
 
 The original of a model comes from the vision_xformer 0.2.0 wheel, if the wheel is installed and contains it. Otherwise it is
 the published model in plain PyTorch, as built by `from_original`. The original training scripts apply autocast only to the
-loss, so they train in float32. Only in the bf16 rows does the forward pass of an original run under autocast.
+loss, so they train in float32. The forward pass of an original runs under autocast only in the bf16 rows.
 Dropout rates are those of the published configuration.
 """
 
@@ -46,7 +46,10 @@ for stage, (stride, depth) in enumerate(((2, 1), (1, 1), (1, 2)), start=1):
 
 
 class Pair(NamedTuple):
-    """Arguments of our model, and label and arguments of its original. `wheel` says whether the wheel contains the original."""
+    """The arguments of our model, and the label and arguments of its original.
+
+    `wheel` says whether the wheel contains the original.
+    """
 
     ours: dict[str, Any]
     label: str
@@ -61,7 +64,7 @@ class Pair(NamedTuple):
 HEADS = dict(heads=4, dim_head=32)
 DROP, DROPOUT = dict(proj_drop_rate=0.25), dict(dropout=0.25)
 # Our arguments make both models of a pair do the same work. The original CCT, CCN and CCP always have an MLP ratio of 4, and
-# the original LeViN and LeViP have no position encoding. There are no originals of levit and cvt.
+# the original LeViN and LeViP have no position encoding. levit and cvt have no originals.
 PAIRS = {
     "vit": Pair({}, "ViT", VIX | HEADS),
     "vil": Pair(DROP, "ViL", VIX | HEADS | DROPOUT, wheel=True),

@@ -1,4 +1,4 @@
-"""Observe the launches of a public call without compiling them, and identify the machine code that each launch would run."""
+"""Observe the launches of a public call without compiling kernels, and identify the machine code that each would run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .offline import driver_of
 from .sources import kernel_hash, short_hash
 
 BATCH, HEADS, TOKENS = 2, 4, 1024
-# The cases of the budgets: a batch of images, and a few long sequences.
+# Cases A and B of the budgets in budgets.py: a batch of images, and a few long sequences.
 LARGE = {
     32: Case("", batch=128, heads=4, tokens=1024, width=32, features=110),
     64: Case("", batch=4, heads=8, tokens=4096, width=64, features=256),
@@ -142,7 +142,7 @@ class OnMeta(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Use:
-    """A public call of the compile report: the name of the operator with its variant, a direction and a number of slots."""
+    """A public call in the compile report: the operator's name with its variant, the direction and the number of slots."""
 
     op: str
     direction: str
@@ -153,7 +153,7 @@ class Use:
 
 
 def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    """Yield the calls of an operator that are compiled, as pairs: the name in the table, and a case with the sizes."""
+    """Yield the calls that are compiled for an operator. Each is a pair of the name in the table and a case with the sizes."""
     cases = list(spec.compiled + spec.variants)
     for case in spec.compiled[:1]:
         if any(each.masked for each in spec.cases):
@@ -173,7 +173,7 @@ def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, C
 
 
 def observe_call(spec: OpSpec, case: Case, dtype: torch.dtype, arch: str) -> Iterator[tuple[str, list[Launch], int]]:
-    """For each pass of a call (forward, backward), yield the direction, its launches and the number of PyTorch's launches."""
+    """For each pass of a call (forward, backward), yield the direction, our launches and the number of PyTorch's launches."""
     problem = draw(spec, case, dtype, "meta")
     outputs: Any = ()
     for direction in ("forward", "backward"):

@@ -74,7 +74,7 @@ def skipped(why: str | BaseException, **row: Any) -> Row:
 
 
 def outcome(row: Row, names: Iterable[str], digits: int = 3) -> list[str]:
-    """Return the table cells for these columns of a row. If the row has no values, the first cell contains the reason."""
+    """Return the table cells of a row for the columns `names`. If the row has no values, the first cell contains the reason."""
     if row["status"] == "ok":
         return [figure(row.get(name), digits) for name in names]
     return [row["why"], *("" for _ in list(names)[1:])]
@@ -102,7 +102,7 @@ def alone(device: str, lost: Callable[[str], Any], function: Callable[..., Any],
     """
     if device == "cuda" or "fork" not in multiprocessing.get_all_start_methods():
         return function(*args, **kwargs)
-    # The profiler imports torch._dynamo, which takes two seconds. It is imported once here, and not in every separate process.
+    # The profiler imports torch._dynamo, which takes two seconds. Import it once here instead of in every separate process.
     importlib.import_module("torch._dynamo")
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         try:
@@ -239,7 +239,7 @@ class Race:
     def check(self, call: Call) -> tuple[float | None, str]:
         """Return the relative error against float64 on the first sample of the batch, and a message if it is too large.
 
-        If the error is small enough, the message is "". If it was not measured, the error is None.
+        If the error is small enough, the message is "". The error is None if it was not measured.
         """
         contender, truth = call.contender, self.truth
         got = _tuple(call.run())

@@ -32,8 +32,8 @@ class Contender:
         leaves: the input tensors, in the layout of the provider. Trained tensors require gradients.
         exact: computes the expected outputs from the problem in float64. The default is the reference implementation.
         shown: selects the outputs that are checked, and converts them to the layout of `exact`.
-        tolerance: allowed relative error of float32 outputs, compared with `exact`. 16-bit outputs may have a larger error. If
-            None, they may have a few times the error of plain PyTorch.
+        tolerance: allowed relative error of float32 outputs, compared with `exact`. 16-bit outputs may have a larger error.
+            None: errors may be a few times as large as those of plain PyTorch.
     """
 
     function: Callable[..., Any]
@@ -96,7 +96,7 @@ def public() -> list[str]:
 
 
 def sdpa(problem: Problem) -> Contender:
-    """Softmax attention with FlashAttention, or with torch's memory-efficient kernel in float32 on a GPU."""
+    """Softmax attention with FlashAttention or, in float32 on a GPU, with torch's memory-efficient kernel."""
     leaves, scale = [problem.tensors[name] for name in "qkv"], problem.options.get("scale")
     kind = SDPBackend.FLASH_ATTENTION
     if leaves[0].is_cuda and leaves[0].dtype == torch.float32:
@@ -144,7 +144,7 @@ def plain_linear(problem: Problem) -> Contender:
 
 
 def fla(problem: Problem) -> Contender:
-    """Causal linear attention from flash-linear-attention; ours is not causal.
+    """Causal linear attention from flash-linear-attention. Our linear attention is not causal.
 
     Only the last token attends to all tokens, so only the output of the last token is checked.
     """
@@ -190,7 +190,7 @@ def nystrom(problem: Problem) -> Contender:
 
 
 def linformer(problem: Problem) -> Contender:
-    """Linformer with the keys as values, which does not change the arithmetic cost."""
+    """Linformer that uses the keys as values. This does not change the arithmetic cost."""
     from linformer import LinformerSelfAttention
 
     q, k, key_projection, value_projection = (
@@ -234,7 +234,7 @@ def _leaf(x: Tensor) -> Tensor:
 def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
     """Return a version of `peer` that runs under autocast if `like` has a 16-bit dtype.
 
-    If the peer were cast to 16 bits as a whole instead, it would fail or no longer sum in float32.
+    If the whole peer were cast to 16 bits instead, it would fail or would no longer compute sums in float32.
     """
     enabled = like.dtype != torch.float32
 

@@ -8,15 +8,15 @@ examples:
 
 With OP and --shape, the prediction for each launch is the longest of these times: bytes divided by memory bandwidth, the
 instructions of its kernel divided by the rate of the unit that executes them, and the time of a launch. The counts come from
-the committed table of `vix dev compile-report`; kernels that the table lacks are compiled. --calibrate compares such
+the committed table of `vix dev compile-report`. Kernels that are not in this table are compiled. --calibrate compares such
 predictions with published times.
 
-Without OP, the table shows the least time of every operator, from published peaks. gflop, mexp and mbyte are the minimum work
-of a call (10^9 operations, 10^6 exponentials, 10^6 bytes); predicted_us is the longest of four times: bytes divided by memory
-bandwidth, operations divided by the rate of the matrix units, exponentials divided by the rate of the special-function units,
-and the time of all launches one after another; bound_by names it; measured_us comes from the newest run of bench/on_gpu.sh in
-the results folder and is empty if there is no measurement. The prediction is a lower bound for any
-kernels, not the time that a call takes.
+Without OP, the table shows the minimum time of every operator, computed from published peaks. gflop, mexp and mbyte are the
+minimum work of a call (10^9 operations, 10^6 exponentials, 10^6 bytes). predicted_us is the longest of four times: bytes
+divided by memory bandwidth, operations divided by the rate of the matrix units, exponentials divided by the rate of the
+special-function units, and the time of all launches one after another. bound_by names the longest one. measured_us comes from
+the newest run of bench/on_gpu.sh in the results folder. It is empty if there is no measurement. The prediction is a lower bound
+for any implementation, not the time that a call takes.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ KEY = COLUMNS[:9]  # the columns up to `gpu`
 
 
 def measured(folder: Path) -> dict[tuple[str, ...], float]:
-    """Return a map from the values of KEY to our measured microseconds, from the newest run in `folder` that contains them."""
+    """Map the values of KEY to the measured time of our kernels in microseconds, from the newest run in `folder` with it."""
     names = {gpu.device: gpu.name for gpu in GPUS}
     found: dict[tuple[str, ...], float] = {}
     for path in sorted(folder.glob("*/*/timing.csv"), key=lambda path: path.parent.name):  # <gpu>/<date>-<commit>

@@ -126,7 +126,7 @@ def allocation_only() -> Iterator[None]:
         manager.run(module, "allocate_shared_memory")
         raise Allocated(module.get_int_attr("ttg.shared"))
 
-    # For AMD, the step after the allocation is replaced, because the passes before it depend on the Triton version.
+    # For AMD, the step after the allocation is replaced, because the passes up to the allocation depend on the Triton version.
     def hip(module: Any, metadata: dict, options: Any) -> None:
         raise Allocated(metadata["shared"])
 
@@ -135,7 +135,7 @@ def allocation_only() -> Iterator[None]:
         patch.object(HIPBackend, "make_amdgcn", staticmethod(hip)),
         patch.object(
             triton.knobs.compilation, "always_compile", True
-        ),  # a kernel in Triton's cache would not be allocated again
+        ),  # shared memory is not allocated again for a kernel in Triton's cache
     ):
         yield
 

@@ -39,7 +39,7 @@ def code_hash(name: str) -> str:
 
 
 def kernel_hash(kernel: Any) -> str:
-    """Hash a kernel with the device functions and constants it uses. Kernels of other packages have Triton's hash."""
+    """Hash a kernel with the device functions and constants it uses. For kernels of other packages, return Triton's hash."""
     return hash_of(kernel.__name__) if kernel.__name__ in device_code() else short_hash(kernel.cache_key)
 
 
@@ -75,7 +75,7 @@ def device_code() -> dict[str, list[str]]:
 
 
 def words(lines: list[str], docstring: str | None = None) -> list[str]:
-    """Return the source-code tokens of `lines`, excluding comments, line ends and the docstring."""
+    """Return the source-code tokens of `lines`, excluding comments, newlines and the docstring."""
     tokens = tokenize.generate_tokens(io.StringIO("".join(lines)).readline)
     return [
         token.string.strip() or tokenize.tok_name[token.type]

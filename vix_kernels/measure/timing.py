@@ -94,7 +94,7 @@ def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     here.wait_stream(stream)
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
-        # The outer context restores the stream; torch.cuda.graph does not if the capture cannot be ended.
+        # The outer context restores the stream. torch.cuda.graph does not restore it if ending the capture fails.
         with torch.cuda.stream(here), torch.cuda.graph(graph, pool=pool):
             result = function()
     except BaseException:

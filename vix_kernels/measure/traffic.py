@@ -10,14 +10,15 @@ counts once. This models a GPU whose cache keeps everything during a launch and 
 Triton's interpreter, and the addresses of their loads and stores are recorded, so masked lanes, shared projections and views of
 one packed tensor are counted correctly. A PyTorch operator counts as a launch that reads its operands and writes its result.
 
-The least possible traffic of a forward or backward pass is every byte of its arguments that it reads, counted once, plus every
-byte of its results, counted once. The arguments of the forward pass are the tensors that the caller passes. The backward pass
-also has the outputs and their gradients as arguments. All other traffic, such as statistics saved for the backward pass, is
-overhead of the implementation.
+The least possible traffic of a forward or backward pass is the number of bytes that it reads from its arguments, plus the
+number of bytes of its results. Each byte counts once. The arguments of the forward pass are the tensors that the caller passes.
+The backward pass also has the outputs and their gradients as arguments. All other traffic, such as statistics saved for the
+backward pass, is overhead of the implementation.
 
 Each line of the output is one launch: its total KiB, then the KiB loaded | stored per argument. Traffic beyond the least
 possible comes from arguments that appear in several lines, and from intermediates, which are neither arguments nor results of
-the op. Nothing is timed, and no GPU is needed. On shared cores, the command runs fastest with OMP_NUM_THREADS=1.
+the op. Nothing is timed, and no GPU is needed. If other processes use the same CPU cores, the command runs fastest with
+OMP_NUM_THREADS=1.
 
 examples:
   vix dev traffic
@@ -167,7 +168,7 @@ class Touched:
 
     @classmethod
     def all_of(cls, tensors: Iterable[Tensor]) -> Touched:
-        """Return the set of the bytes of all elements. Elements repeated by a stride of 0 count once."""
+        """Return the set of bytes that the elements of `tensors` occupy. Elements repeated by a stride of 0 count once."""
         tensors = [x for x in tensors if x.numel()]
         touched = cls(tensors)
         for x in tensors:
@@ -196,9 +197,9 @@ class Touched:
         return sum(int(np.count_nonzero(each)) for each in self.maps.values())
 
     def by_name(self, named: list[tuple[str, Tensor]]) -> dict[str, int]:
-        """Return the number of bytes in the set per storage.
+        """Return the number of bytes of each storage that are in the set.
 
-        The key joins the names of the tensors in the storage. If a tensor is passed under several names, only the first name is
+        A key joins the names of the tensors in the storage. If a tensor is passed under several names, only the first name is
         used.
         """
         names: dict[int, dict[int, str]] = defaultdict(dict)

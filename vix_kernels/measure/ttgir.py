@@ -1,8 +1,8 @@
-"""Read from TTGIR, Triton's intermediate code for GPUs, what a kernel computes: its loops, matrix products and logits.
+"""Find the loops, matrix products and logits of a kernel in TTGIR, Triton's intermediate representation for GPUs.
 
-The machine code shows how many instructions a loop has, but not how many logits one iteration computes. TTGIR has the shapes of
-all tiles, and the bounds of the loops as expressions of the arguments. Both are read from the compiled kernel, so a kernel can
-be restructured without a change to this file.
+The machine code shows how many instructions a loop has, but not how many logits one iteration computes. TTGIR contains the
+shapes of all tiles, and the bounds of the loops as expressions of the arguments. Both are read from the compiled kernel, so
+this file does not need to change when a kernel is restructured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOR = re.compile(r"scf\.for (%\S+) = (%\S+) to (%\S+) step (%\S+)(?: iter_args\(
 SHAPE = re.compile(r"(?:tensor|memdesc)<((?:\d+x)+)")
 PRODUCTS = {"tt.dot", "ttng.warp_group_dot", "ttng.tc_gen5_mma"}
 LOADS = {"tt.load", "ttg.local_load"}
-# A product in tensor memory has no result. Its accumulator is read later.
+# A product whose accumulator is in tensor memory has no result. A separate operation loads the accumulator later.
 ROOTS = PRODUCTS | {"ttng.tmem_load"}
 INFIX = {"arith.addi": "+", "arith.subi": "-", "arith.muli": "*", "arith.divsi": "//", "arith.remsi": "%", "arith.andi": "&"}
 COMPARE = {"slt": "<", "sle": "<=", "sgt": ">", "sge": ">=", "eq": "==", "ne": "!="}
@@ -39,7 +39,7 @@ class Op:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of the tensors in its type: first the operands and then the result."""
+        """The shapes of the tensors in the type of the operation: first the operands, then the result."""
         return [tuple(map(int, each.split("x")[:-1])) for each in SHAPE.findall(self.text)]
 
     @property
@@ -72,16 +72,16 @@ class Loop:
     """A loop, or the kernel itself, which counts as a loop with one iteration.
 
     Attributes:
-        trips: number of iterations in one execution of the parent, as a Python expression of the kernel's arguments and the
-            program ids pid_x, pid_y and pid_z. "?" if it depends on data.
+        trips: number of iterations per iteration of the parent, as a Python expression of the kernel's arguments and the
+            program ids pid_x, pid_y and pid_z. It is "?" if it depends on data.
         children: loops directly inside this one.
-        products: number of matrix products per iteration, without those of the children.
-        multiply_adds: their multiply-adds.
-        logits: number of elements, per iteration, of the products that are arguments of exponentials. If there are none, number
-            of elements of the exponentials.
-        values: number of elements per iteration, used if the loop has no logits. It counts the features max(product, 0) if any.
-            Otherwise, it is the number of elements of the largest product that is not accumulated over iterations or, if
-            there is none, of the largest operand of a product.
+        products: number of matrix products per iteration, excluding those of the children.
+        multiply_adds: number of multiply-adds of these products.
+        logits: number of elements, per iteration, of the products from which exponentials are computed. If there are none, the
+            number of elements of the exponentials.
+        values: number of elements per iteration, used if the loop has no logits. It counts the features max(product, 0), if
+            there are any. Otherwise, it is the number of elements of the largest product that is not accumulated over
+            iterations or, if there is none, of the largest operand of a product.
     """
 
     trips: str
@@ -178,7 +178,7 @@ class Reader:
         """Return a scalar as an expression of the arguments and program ids. It contains "?" if it depends on anything else."""
         op = self.ops.get(name)
         if op is None:
-            return name[1:] if name in self.arguments else "?"  # not an argument: the variable of a loop
+            return name[1:] if name in self.arguments else "?"  # a name that is not an argument is a loop variable
         if op.name == "arith.constant":
             value = op.text.split(" ")[1]
             return {"true": "1", "false": "0"}.get(value, value)
@@ -206,7 +206,7 @@ class Reader:
             root
             for roots, op in exponentials.items()
             for root in roots
-            if root.name in ROOTS and root.elements == op.elements  # no products that the tile depends on only through vectors
+            if root.name in ROOTS and root.elements == op.elements  # exclude products that reach the tile only through vectors
         }
         loop.logits = sum(root.elements for root in logits)
         if not loop.logits:  # exponentials of loaded tiles, as in linear attention
@@ -234,7 +234,7 @@ class Reader:
         return frozenset(found)
 
     def before(self, name: str) -> Iterable[str]:
-        """Return the values that a value is computed from. A loop variable is computed from the previous iteration."""
+        """Return the values from which a value is computed. For a loop variable, this is a value of the previous iteration."""
         name, _, at = name.partition("#")
         if name in self.carried:
             return self.carried[name][-1:]

@@ -209,12 +209,12 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
 
 @lru_cache(maxsize=1)  # keep only one result, because its tensors need a lot of memory
 def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key], Bench]]:
-    """Return one pair per operator and direction: the keys it looks up, and its Bench. Pairs are sorted by number of keys.
+    """Return a pair per operator, direction and case: the keys that it looks up, and its Bench. Sort pairs by number of keys.
 
     Sizes are large enough to fill a GPU, but tiny in the interpreter. Operators that do not run are reported and skipped.
     """
     size = dict(batch=8, heads=8, tokens=4096) if device == "cuda" else dict(batch=1, heads=1, tokens=20)
-    # Learned slots have all gradients, so all kernels run. Entries of the launch table differ for more than 128 slots.
+    # Learned slots require gradients, so all kernels run. The launch table has separate entries for more than 128 slots.
     cases = Case("tune", **size, features=256, learned=True), Case("tune", **size, features=128)
     found = []
     for spec, direction, case in product(SPECS.values(), DIRECTIONS, cases):

@@ -28,7 +28,7 @@ class Agent(Core):
         num_agents: number of agents for the tokens after the prefix, at most one per token.
         grid_size: (height, width) of the grid that the tokens after the prefix form. Each agent is the mean of a cell of
             this grid. None: use the model's grid and prefix or, if the model has no grid, segments of the sequence.
-        prefix_tokens: number of leading tokens (class, registers). Each of them is a separate agent.
+        prefix_tokens: number of leading tokens (class and register tokens). Each of them is a separate agent.
     """
 
     num_agents: int = 49
@@ -79,7 +79,7 @@ class AgentAttention(AttentionModule):
         num_agents: number of agents for the tokens after the prefix, at most one per token.
         grid_size: (height, width) of the grid that the tokens after the prefix form. Each agent is the mean of a cell of
             this grid. None: use segments of the sequence.
-        prefix_tokens: number of leading tokens (class, registers). Each of them is a separate agent.
+        prefix_tokens: number of leading tokens (class and register tokens). Each of them is a separate agent.
 
     For the other arguments, see AttentionModule. The rotary embedding is not applied to agents.
     """

@@ -36,7 +36,7 @@ def check_placement(name: str, count: int, grid_size: tuple[int, int] | None, pr
 
 
 def check_tokens(x: Tensor, dim: int, first: nn.Module | None = None) -> None:
-    """Check that x is (batch, tokens, dim). Outside autocast, x must also have the dtype of the linear layer `first`."""
+    """Check that x has shape (batch, tokens, dim). Outside autocast, x must also have the dtype of the linear layer `first`."""
     check_floating("x", x)
     if x.dim() != 3 or x.shape[2] != dim:
         raise ValueError(f"x: expected (batch, tokens, {dim}), got shape {tuple(x.shape)}")

@@ -85,8 +85,8 @@ class Mixer:
     Attributes:
         name: the name under which the mixer is registered.
         prefix_tokens, grid_size: placement of the slots, for mixers whose slots are pooled tokens.
-        presets: defaults that override those of the fields: "zoo" for models in models/, and "host" for models whose
-            attention is replaced.
+        presets: defaults that override those of the fields. "zoo" applies to models in models/, and "host" applies to models
+            whose attention is replaced.
         sited: names of options that are derived from the site. Zoo models do not accept them.
         has_extra_state: whether modules with this mixer have extra state (see extra_state, load_extra_state).
         for_hosts: whether this mixer can replace softmax attention in a host model.
@@ -168,7 +168,10 @@ class Mixer:
     def mix(
         self, module: nn.Module, x: Tensor, *, num_heads: int, rope: Rope | None, tokens: Tokens, backend: str
     ) -> Tensor:  # fmt: skip
-        """Mix the tokens of x (batch, tokens, dim). The result has the same shape. Only for mixers without q, k and v."""
+        """Mix the tokens of x (batch, tokens, dim). The result has the same shape.
+
+        Mixers with q, k and v do not implement this method.
+        """
         raise NotImplementedError
 
 
@@ -178,7 +181,7 @@ class Core(Mixer):
     for_hosts = True
 
     def takes_trained_weights(self) -> bool:
-        """Return whether this core approximates softmax attention well enough to use weights that were trained with softmax."""
+        """Return whether this core approximates softmax attention well enough to use weights trained with it."""
         return False
 
     def needs_module(self) -> bool:
@@ -188,7 +191,7 @@ class Core(Mixer):
     def derived(self, q: Tensor) -> Any:
         """Return an object whose attributes are the state for a call with q, or None if there is no state.
 
-        `attend` accepts it in place of `module` if needs_module() is False.
+        If needs_module() is False, `attend` accepts this object in place of `module`.
         """
         return None
 
@@ -200,7 +203,7 @@ class Core(Mixer):
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
-        """Return the output of the attention for q, k and v. All are (batch, heads, tokens, head_dim).
+        """Return the output of the attention for q, k and v. All have shape (batch, heads, tokens, head_dim).
 
         `module` has the state as attributes. The default scale is head_dim ** -0.5.
         """

@@ -9,7 +9,10 @@ from .plain import is_plain
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, but faster on CPUs. There, `p` is rounded to a multiple of 2^-16, and the mask takes a byte per element."""
+    """A version of nn.Dropout that is faster on a CPU.
+
+    On a CPU, `p` is rounded to a multiple of 2^-16, and the mask uses one byte per element.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or self.inplace or not self.active or not is_plain(self, Dropout):

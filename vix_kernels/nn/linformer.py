@@ -76,8 +76,8 @@ class Linformer(Core):
 
         The result is the same, because (E^T x) W = E^T (x W). This order is faster if there are fewer slots than tokens.
 
-        Returns None with a rotary embedding, which needs the keys of all tokens, and with per-head projections, which would
-        need num_heads products with x.
+        Returns None if there is a rotary embedding, because it needs the keys of all tokens. Also returns None if each head has
+        a separate projection, because this would need num_heads products with x.
         """
         if self.per_head or rope is not None:
             return None

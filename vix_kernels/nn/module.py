@@ -203,7 +203,7 @@ class RedrawnAttentionModule(AttentionModule):
 
 
 class MixingModule(MixerModule):
-    """A module for mixers without q, k and v, used in place of an attention. It has no linear layers.
+    """A module for mixers without q, k and v, used in place of attention. It has no linear layers.
 
     Args:
         core: the mixer.
@@ -252,7 +252,7 @@ class MixingModule(MixerModule):
 
         Args:
             x: (batch, tokens, dim).
-            rope: rotary embedding. Because there are no queries and keys, it is applied to x, split into heads.
+            rope: rotary embedding. Because there are no queries and keys, x is split into heads and then rotated.
 
         For the other arguments, see AttentionModule.forward.
         """

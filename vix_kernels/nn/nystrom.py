@@ -26,8 +26,8 @@ class Nystrom(Core):
         landmarks: "segment", "grid" or "pad_front", as in nystrom_attention.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form. Defaults to the model's
             grid.
-        prefix_tokens: number of leading tokens (class, registers). Each of them is a separate landmark. If grid_size
-            comes from the model, so does prefix_tokens.
+        prefix_tokens: number of leading tokens (class and register tokens). Each of them is a separate
+            landmark. If grid_size comes from the model, so does prefix_tokens.
         pinv_iterations, pinv_init: as in nystrom_attention.
         residual_conv_kernel: odd kernel size of a depthwise convolution of v over the tokens. Its result is added to the
             output. 0: no convolution.
@@ -99,7 +99,7 @@ class NystromAttention(AttentionModule):
         num_landmarks: number of landmarks for the tokens after the prefix, at most one per token.
         landmarks: "segment", "grid" or "pad_front", as in nystrom_attention.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form.
-        prefix_tokens: number of leading tokens (class, registers). Each of them is a separate landmark.
+        prefix_tokens: number of leading tokens (class and register tokens). Each of them is a separate landmark.
         pinv_iterations, pinv_init: as in nystrom_attention.
         residual_conv_kernel: odd kernel size of a depthwise convolution of v over the tokens. Its result is added to the
             output. 0: no convolution.

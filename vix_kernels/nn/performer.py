@@ -151,8 +151,8 @@ def _drawn(num_features: int, width: int, seed: int, device: torch.device) -> Te
         return orthogonal_projection(num_features, width, seed=seed).to(device)
 
 
-# Compilers cannot trace the drawing of features, so they see this operator. Operators must not return cached tensors, so this
-# one returns a clone.
+# Compilers cannot trace how features are drawn, so compiled code calls this operator instead. An operator must not return a
+# cached tensor, so this one returns a clone.
 library.define("random_features(Tensor q, SymInt num_features, int seed) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 library.impl(
     "random_features",

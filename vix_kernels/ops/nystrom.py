@@ -69,7 +69,8 @@ def nystrom_attention(
             num_landmarks. Without a mask, queries also attend to these tokens. Use this for weights from the package
             nystrom-attention.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form.
-        prefix_tokens: number of leading tokens (class, registers). Each is a separate landmark, in addition to num_landmarks.
+        prefix_tokens: number of leading tokens (class and register tokens). Each is a separate landmark, in addition to
+            num_landmarks.
         pinv_iterations: number of iterations for the pseudo-inverse. Use the number with which the weights were trained.
         pinv_init: how to choose s for the iteration's first matrix, A^T / s. "exact": the largest column sum of each A.
             "original": the largest column sum over all heads and samples, so that the output of a sample depends on the rest of

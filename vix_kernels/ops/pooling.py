@@ -51,7 +51,7 @@ def check_grid(grid_size: Any) -> tuple[int, int]:
 
 
 def at_most(count: int, tokens: int) -> int:
-    """Return min(count, tokens). With a dynamic `tokens`, the builtin `min` would return a symbolic size in torch.export."""
+    """Return min(count, tokens). If `tokens` is dynamic, the built-in `min` would return a symbolic size in torch.export."""
     return count if count <= tokens else tokens
 
 

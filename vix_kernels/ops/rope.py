@@ -134,10 +134,10 @@ def rope_1d(
 
     Args:
         tokens: number of tokens, without the prefix.
-        dim: R, the number of rotated channels, even. If it is less than head_dim, the last channels are not rotated.
+        dim: R, the number of rotated channels. Must be even. If it is less than head_dim, the last channels are not rotated.
         base: base of the frequencies. The longest wavelength is less than 2 pi base.
         layout: "interleaved" (RoFormer, GPT-J, timm) or "half" (GPT-NeoX, Llama).
-        prefix_tokens: number of leading tokens (class, registers) that are not rotated and not counted in `tokens`.
+        prefix_tokens: number of leading tokens (class and register tokens) that are not rotated and not counted in `tokens`.
         device: device of the tables.
 
     Returns:
@@ -224,7 +224,7 @@ def rope_mixed_frequencies(dim: int, num_heads: int, *, seed: int, base: float =
         dim: R, the number of rotated channels, a multiple of 4.
         num_heads: number of heads.
         seed: seed of the random numbers. The same seed produces the same angles on every rank and device.
-        base: the magnitudes of the frequencies are base^(-4i / dim), i < dim / 4.
+        base: the magnitudes of the frequencies are base^(-4i / dim) for i < dim / 4.
 
     Returns:
         float32 (2, num_heads, dim / 2), on the CPU.

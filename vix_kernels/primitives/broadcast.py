@@ -2,9 +2,9 @@
 
     g_nj = scale p_j . q_n + a_j ln 2            out_n = sum_j softmax_j(g_nj) values_j
 
-The bias a_j is in base 2, like the lse that aggregate returns. A slot with bias -inf has probability 0. If all slots have bias
--inf, out is 0. A mask of the slots may be given instead of a bias: the bias is 0 for valid slots and -inf for the others. With
-RoPE, queries are rotated first.
+The bias a_j is a base-2 logarithm, like the lse that aggregate returns. A slot with bias -inf has probability 0. If all slots
+have bias -inf, out is 0. A mask of the slots may be given instead of a bias. Then the bias is 0 for valid slots and -inf for
+the others. With RoPE, queries are rotated first.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def broadcast(
         slots: (batch or 1, heads or 1, M, D), in q's dtype or float32.
         values: (batch, heads, M, E), float32 (float64 for float64 queries).
         slot_bias: (batch, heads, M) in values' dtype, or a mask (batch, M) of any dtype, in which a slot is valid if its
-            element is not 0. None: the bias is 0.
-        scale: factor of the logits.
+            element is not 0. If None, the bias is 0.
+        scale: scaling factor of the logits.
         rotary: rotary embedding of q.
         backend: "torch" or "triton".
 
@@ -58,8 +58,8 @@ def broadcast(
 def reads_out(q: Tensor, backend: str) -> bool:
     """Return whether backward reads the output of forward.
 
-    If not, backward recomputes the output. The kernels do so for float32 and float64, because terms of the gradient cancel
-    exactly only if they are computed from the same products.
+    If not, backward recomputes the output. The kernels recompute it for float32 and float64, because terms of the gradient
+    cancel exactly only if they are computed from the same products.
     """
     return backend == "triton" and q.element_size() == 2
 
@@ -81,7 +81,7 @@ def broadcast_reference(
         return logits.softmax(-1) @ values.to(q.dtype)
     if slot_bias.dim() == 2:
         slot_bias = torch.where(slot_bias != 0, 0.0, float("-inf"))[:, None]
-    has_slot = (slot_bias > float("-inf")).any(-1)[..., None, None]  # if there is none, add no bias, so that logits are finite
+    has_slot = (slot_bias > float("-inf")).any(-1)[..., None, None]  # without a valid slot, add no bias to keep logits finite
     logits = logits + torch.where(has_slot, slot_bias[:, :, None] * math.log(2), 0.0).to(q.dtype)
     return torch.where(has_slot, logits.softmax(-1) @ values.to(q.dtype), 0.0)
 
@@ -126,11 +126,11 @@ def _fake_backward(dout, q, slots, values, slot_bias, rotary, scale, out, statis
     return empty_like_tokens(q, q.shape[3]), dslots, dvalues, dbias
 
 
-# row_max and total are (batch, heads, N): the largest logit of a token, in base 2, and the sum of exp2(logit - row_max). The
+# row_max and inverse are (batch, heads, N): the largest logit of a token, in base 2, and 1 / sum of exp2(logit - row_max). The
 # backward kernels read them. The PyTorch implementation returns empty tensors instead. If v and conv_weight are given, the
-# kernel also adds the convolution of primitives/token_conv.py to out, in registers. broadcast_backward only computes the
-# gradients of the attention. Its argument `out` must be None if forward added a convolution, so that it recomputes the output
-# of the attention.
+# forward kernel also adds the convolution of primitives/token_conv.py to out, in registers. broadcast_backward computes only
+# the gradients of the attention. If forward added a convolution, the argument `out` of broadcast_backward must be None, so that
+# it recomputes the output of the attention.
 broadcast_forward = register(
     f"broadcast_forward({_PROBLEM}, Tensor? v, Tensor? conv_weight, Tensor? mask, str backend)"
     " -> (Tensor out, Tensor row_max, Tensor inverse)",

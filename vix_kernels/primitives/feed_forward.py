@@ -32,12 +32,12 @@ def feed_forward(
 
     Args:
         x: (..., C), on the CPU.
-        residual: a tensor with the shape of x. None: n is the residual.
-        norm: weight, bias and eps of the layer norm. None: there is no layer norm, so n = x.
+        residual: a tensor with the shape of x. If None, n is the residual.
+        norm: weight, bias and eps of the layer norm. If None, there is no layer norm, so n = x.
         weights: W1 (hidden, C), b1, W2 (C, hidden) and b2.
         activation: "gelu" or "hardswish".
         p: dropout probability. The factors 1 / (1 - p) are applied to W2 and b2 instead of the kept elements.
-        factors: (..., 1), one factor per token for the second term of y. None: the factors are 1.
+        factors: (..., 1), one factor per token for the second term of y. If None, the factors are 1.
         dtype: dtype of the linear layers.
 
     Returns:
@@ -55,7 +55,7 @@ class _FeedForward(torch.autograd.Function):
         inner, outer = (torch.empty(rows, len(b), dtype=torch.uint8) if p else None for b in (b1, b2))
         ctx.save_for_backward(x, gamma, beta, w1, b1, w2, b2, inner, outer, factors)
         ctx.options = eps, activation, scale, dtype
-        # If residual is x, its gradient is part of dx.
+        # If residual is x, the gradient of residual is part of dx.
         ctx.start = "n" if residual is None else "x" if residual is x else "residual"
         return feed_forward_forward(
             x, residual, (gamma, beta, eps), (w1, b1, w2, b2), activation, p, scale, (inner, outer), factors, dtype

@@ -6,11 +6,12 @@ Each of the first `prefix` tokens is a landmark. The other tokens form a grid in
 window consists of all tokens in a range of rows and a range of columns. There are two ways to choose `count` ranges along an
 axis of `size` tokens:
 
-    segments    the first count - size % count ranges have size // count tokens, the others have one more. They do not overlap
-    adaptive    range j = [floor(j size / count), ceil((j + 1) size / count)), as in torch's adaptive pooling. Neighboring
-                ranges may share a token if count does not divide size
+    segments    The first count - size % count ranges have size // count tokens, and the others have one more. Ranges do not
+                overlap.
+    adaptive    Range j is [floor(j size / count), ceil((j + 1) size / count)), as in torch's adaptive pooling. Neighboring
+                ranges may share a token if count does not divide size.
 
-A masked token is read as 0, even if it is NaN. A landmark without valid tokens is 0. With RoPE, tokens are rotated first.
+A masked token is treated as 0, even if it is NaN. A landmark without valid tokens is 0. With RoPE, tokens are rotated first.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class _Landmarks(torch.autograd.Function):
     def backward(ctx, saved, dq_marks, dk_marks, *_):
         q, k, q_mask, k_mask, cos, sin, _, q_counts, k_counts = saved
         need_q, need_k, _, _, _, _, need_angles, *_ = ctx.needs_input_grad
-        need_q = dq_marks is not None and (need_q or need_angles)  # None if the loss does not depend on q_marks
+        need_q = dq_marks is not None and (need_q or need_angles)  # dq_marks is None if the loss does not use q_marks
         need_k = k is not None and dk_marks is not None and (need_k or need_angles)
         dq, dk = landmarks_backward(
             LandmarkGradients(dq_marks=dq_marks, dk_marks=dk_marks), q, k, q_mask, k_mask,

@@ -37,7 +37,7 @@ def linear_aggregate(
     """Return S and z: the sums of the values, weighted by the features of the keys, and the sums of the features.
 
     Args:
-        slots: (batch or 1, heads or 1, M, D), in k's dtype or float32. None: phi is applied to the channels, so M = D.
+        slots: (batch or 1, heads or 1, M, D), in k's dtype or float32. If None, phi is applied to the channels, so M = D.
         k: (batch, heads, N, D). Views with last stride 1 are not copied.
         v: (batch, heads, N, E), in k's dtype.
         feature_map: "relu" or "elu" (elu + 1).
@@ -73,7 +73,7 @@ def linear_broadcast(
         q: (batch, heads, queries, D). Views with last stride 1 are not copied.
         slots, feature_map, backend: as in linear_aggregate.
         sums, norms: results of linear_aggregate.
-        eps: a number that is added to the denominator. If the denominator is still 0, it is replaced by 1.
+        eps: a number that is added to the denominator. If the result is 0, it is replaced by 1.
         rotary: rotary embedding of q.
 
     Returns:

@@ -82,7 +82,7 @@ class _Nystrom(torch.autograd.Function):
         q_mask, rotary = mask_of_queries(mask, q), joined(cos, sin, ctx.interleaved)
         counts = (None, None) if mask is None else (q_counts, k_counts)
 
-        # First compute dq, dk and dv without the paths through landmarks, and two terms of the gradient of each landmark.
+        # First compute dq, dk and dv without the paths through the landmarks, and both terms of each landmark's gradient.
         dq, dk_marks, dweighted, _ = broadcast_backward(
             dout, q, k_marks, weighted, counts[1], rotary, scale, out, Statistics(out_max, out_inverse), (need_k, True), backend
         )

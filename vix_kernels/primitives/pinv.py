@@ -3,10 +3,10 @@
     A = softmax(scale q~ k~^T)        Z_0 = A^T / s        out = Z_T values
     X_t = A Z_t        Z_{t+1} = 1/4 Z_t (13 I - X_t (15 I - X_t (7 I - X_t)))
 
-A landmark that averages no token is masked. It is read as 0, even if it is NaN. Its row of A (for q~) or column of A (for k~)
-is 0. The corresponding column or row of Z is 0 in every step, so the rest of Z is the same as without this landmark.
+A landmark that averages no token is masked. It is treated as 0, even if it is NaN. Its row of A (for q~) or column of A (for
+k~) is 0. The corresponding column or row of Z is 0 in every step, so the rest of Z is the same as without this landmark.
 
-s is the largest column sum of A. It is an upper bound for the square of A's spectral norm, because no row of A sums to more
+s is the largest column sum of A. It is an upper bound on the square of A's spectral norm, because no row of A sums to more
 than 1. The iteration converges with order three. The number of steps T is part of the model: directions with singular values
 far below sqrt(s 3.25^-T) are not inverted, which keeps Z small. Gradients flow through all steps, s and the softmax.
 """
@@ -47,8 +47,8 @@ def pinv(
         q_marks: (batch, heads, L, D), landmarks of the queries. Views with last stride 1 are not copied.
         k_marks: (batch, heads, L, D), landmarks of the keys, in q_marks' dtype.
         values: (batch, heads, L, E), float32 (float64 for float64 landmarks), one row for each landmark of the queries.
-        scale: factor of the logits.
-        q_counts, k_counts: float32 (batch, L), the number of tokens that each landmark averages. None: all landmarks are valid.
+        scale: scaling factor of the logits.
+        q_counts, k_counts: float32 (batch, L), the number of tokens that each landmark averages. If None, all are valid.
         iterations: number of steps T.
         init: "exact": s is the largest column sum of each matrix. "original": s is the largest column sum over all samples and
             heads, as in Nystromformer's published code, so that the result of a sample depends on the rest of the batch.

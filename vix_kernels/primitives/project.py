@@ -2,8 +2,8 @@
 
     keys_j = sum_n E_nj k_n            values_j = sum_n F_nj v_n
 
-A masked token is read as 0, even if it is NaN. With RoPE, keys are rotated first. The kernels cast the projections E and F to
-the dtype of the tokens. Sums over tokens are computed in float32 (float64 for float64 tokens).
+A masked token is treated as 0, even if it is NaN. With RoPE, keys are rotated first. The kernels cast the projections E and F
+to the dtype of the tokens. Sums over tokens are computed in float32 (float64 for float64 tokens).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def project(
         k: (batch, heads, N, D). Views with last stride 1 are not copied.
         v: (batch, heads, N, E), in k's dtype.
         key_projection: E, (heads or 1, N, K), float32 or in k's dtype.
-        value_projection: F, with the same shape as key_projection. None: key_projection is also used for values.
+        value_projection: F, with the same shape as key_projection. If None, key_projection is also used for values.
         mask: bool (batch, N), True = valid.
         rotary: rotary embedding of k.
         backend: "torch" or "triton".

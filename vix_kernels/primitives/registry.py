@@ -78,7 +78,7 @@ class Operator:
         """Run the PyTorch or the Triton implementation. This is the body of the registered operator."""
         *inputs, backend = self.grouped(arguments)
         device = next(each.device.type for each in inputs if isinstance(each, Tensor))
-        # The public function has already cast its inputs, so autocast must not cast the operands of products again.
+        # The public function has already cast its inputs, so autocast must not cast the operands of matrix products.
         with torch.autocast(device if device != "meta" else "cpu", enabled=False):
             return self.function(inputs, backend)(*inputs)
 
@@ -125,7 +125,7 @@ DEFAULT_KEYS = {
 
 
 def plain(arguments: Sequence[Any]) -> bool:
-    """Return whether a call may bypass the dispatcher: nothing intercepts it, and all tensors are ordinary."""
+    """Return whether a call may bypass the dispatcher, that is, whether nothing intercepts it and all tensors are ordinary."""
     if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() not in DEFAULT_KEYS:
         return False
     if torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack():

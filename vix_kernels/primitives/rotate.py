@@ -29,7 +29,7 @@ def rotate(
 
     Args:
         q, k: (batch, heads, N, D), with equal shapes and dtypes. Views with last stride 1 are not copied.
-        rotary: rotary embedding, with tables (heads or 1, N, R / 2). Channels R and above are copied.
+        rotary: rotary embedding, with tables (heads or 1, N, R / 2). Channels R and above are copied unchanged.
         backend: "torch" or "triton".
 
     Returns:

@@ -2,8 +2,8 @@
 
     out_t = sum_u w_u v_{t + u - taps // 2}
 
-The channels of a head share one filter. v is padded with zeros. A masked token is read as 0, even if it is NaN. Tiles of tokens
-are multiplied by a banded matrix, so a NaN or an infinity in v also affects some outputs whose windows do not contain it.
+The channels of a head share one filter. v is padded with zeros. A masked token is treated as 0, even if it is NaN. Tiles of
+tokens are multiplied by a banded matrix, so a NaN or infinity in v also affects some outputs whose windows do not contain it.
 """
 
 from __future__ import annotations

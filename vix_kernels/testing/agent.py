@@ -52,7 +52,7 @@ AGENT = OpSpec(
     cases=CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=lambda case: aggregate_exps(case) + broadcast_exps(case),
-    # For every two products in forward, backward has five: it recomputes the logits and computes four gradients.
+    # For every two matrix products in forward, backward needs five: one recomputes the logits, and four compute gradients.
     backward=2.5,
     public=True,
     compiled=(Case("", features=49),),  # the published number of agents

@@ -72,8 +72,8 @@ LINFORMER = OpSpec(
     cases=CASES,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=broadcast_exps,
-    # For every product in `project`, backward has two. For every two products in `broadcast`, backward has five: it recomputes
-    # the logits and computes four gradients.
+    # For every matrix product in `project`, backward needs two. For every two in `broadcast`, backward needs five: one
+    # recomputes the logits, and four compute gradients.
     backward=2.25,
     public=True,
     compiled=(Case("", features=256),),  # the published number of projected tokens

@@ -22,7 +22,7 @@ from .problem import (
     register,
 )
 
-CASES = (  # only a few, because they are slow in the interpreter; the primitives have separate cases
+CASES = (  # only a few cases, because they are slow in Triton's interpreter; the primitives have separate cases
     Case("plain", batch=1, taps=5, features=6, packed=True),
     Case("one_token", tokens=1, features=1),
     Case("odd_width", batch=1, width=24, value_width=40, features=5, tokens=20),

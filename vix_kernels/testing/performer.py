@@ -46,7 +46,7 @@ CASES = (
     Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, masked=True),
     Case("rope_odd_width", batch=1, rope="interleaved", width=40, rotary=24, prefix=2),
 )
-COMPILED_FEATURES = (16, 110, 266)  # less than a tile, and the defaults for widths 32 and 64
+COMPILED_FEATURES = (16, 110, 266)  # fewer than a tile holds, and the defaults for head widths 32 and 64
 
 
 def _performer(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -98,9 +98,9 @@ class OpSpec:
         flops: function that returns the number of operations (two per multiply-add) in the matrix products of a forward pass.
             For RoPE, it returns the number of operations in the rotation.
         exps: function that returns the number of exponentials in a forward pass.
-        backward: FLOPs of the backward pass divided by those of the forward pass. The default is 2: for every two products in
-            forward, backward recomputes the logits and computes three gradients. Gradients of random features are not counted,
-            because they are rarely trained.
+        backward: FLOPs of the backward pass divided by those of the forward pass. The default is 2: for every two matrix
+            products in forward, backward needs four to recompute the logits and compute three gradients. Gradients of random
+            features are not counted, because they are rarely trained.
         rotates: whether every problem of the operator has rotary angles.
         public: whether users call the operator. Public operators are benchmarked, their memory traffic is counted, and
             `vix check` lists them.

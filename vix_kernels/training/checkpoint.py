@@ -1,6 +1,6 @@
 """Checkpoints of a run.
 
-A crash cannot damage a checkpoint, and loading a checkpoint executes no code. A run with any number of processes can load it.
+A crash cannot damage a checkpoint. Loading a checkpoint executes no code from it. Any number of processes can load it.
 
 A checkpoint is one file. With FSDP2, the tensors are stored separately: each process writes its shards to a common folder with
 torch.distributed.checkpoint. The file contains the name of the folder, and is written last.

@@ -74,7 +74,7 @@ class Ranks:
         return values
 
     def largest(self, number: int) -> int:
-        """Return the maximum of `number` over all processes. The numbers are sent between CPUs, so no GPU is synchronized."""
+        """Return the maximum of `number` over all processes. The reduction runs on the CPU and does not synchronize a GPU."""
         if self.world == 1:
             return number
         value = torch.tensor(number)
@@ -204,7 +204,7 @@ def connected() -> Iterator[Ranks]:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Shard the parameters over the processes with FSDP2. Each process gathers the parameters of one block at a time."""
+    """Shard the parameters across the processes with FSDP2. Each process gathers the parameters of one block at a time."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in reversed(list(model.modules())):  # inner blocks first
         if isinstance(module, nn.ModuleList):
@@ -215,7 +215,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """Return `model` wrapped in DDP, which averages the gradients over all processes, as FSDP2 does."""
-    # The option disables the broadcast of buffers before each forward pass. torch 2.13 renames it and warns about the old name.
+    # Do not broadcast buffers before each forward pass. torch 2.13 renames this option and warns about the old name.
     parameters = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     devices = [device] if device.type == "cuda" else None

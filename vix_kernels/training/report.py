@@ -38,7 +38,7 @@ def skipped(unreadable: Sequence[str]) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of the tensors on a GPU, or of the process on a CPU. Return 0 if it is unknown."""
+    """Return the peak memory of the tensors on a GPU, or of the process on a CPU, in bytes. Return 0 if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

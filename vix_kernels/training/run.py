@@ -110,7 +110,7 @@ class Run:
         with ranks.agreed(), ranks.first_alone():
             options = dict(data_dir=config.data_dir, stream=config.stream, workers=config.workers)
             source = open_dataset(config.dataset, config.img_size, **options)
-        if config.dataset not in NAMES:  # a path: make it absolute, because the run may be resumed in a different directory
+        if config.dataset not in NAMES:  # make a path absolute, because the run may be resumed in a different directory
             config = replace(config, dataset=os.path.abspath(config.dataset))
         with ranks.agreed():
             check_batches(config, ranks, source.train_images)

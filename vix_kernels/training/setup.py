@@ -33,7 +33,7 @@ def located(config: Config) -> tuple[str | None, Path | None]:
 
     If torchrun has restarted this run and its folder contains last.pt, the run resumes from that file. Otherwise, it resumes
     from --resume, if given. The folder is --output, or by default the folder of the resumed checkpoint. If neither is given,
-    the folder is None, and `claim_folder` chooses it.
+    the returned folder is None, and `claim_folder` creates one later.
     """
     if config.output and _restarted() and (Path(config.output) / "last.pt").exists():
         return config.output, Path(config.output)
@@ -164,7 +164,7 @@ def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images:
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], source: Source) -> None:
-    """Raise `UserError` if `checkpoint` has a different model, seed or classes, or has started more epochs than --epochs.
+    """Raise `UserError` if `checkpoint` has a different model, seed or classes, or more started epochs than --epochs.
 
     If the checkpoint was saved in the middle of an epoch, its batch size must also equal the batch size of this run.
     """
@@ -183,7 +183,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[st
 
 
 def check_same_data(checkpoint: Checkpoint, config: Config, dataset: Dataset) -> None:
-    """Raise `UserError` if `checkpoint` was trained with a different number of images.
+    """Raise `UserError` if the run of `checkpoint` had a different number of training or held-out images.
 
     The path of the data set and the pixel statistics are not compared. The path may have changed, and the statistics depend on
     the JPEG decoder.

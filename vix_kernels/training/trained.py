@@ -30,7 +30,7 @@ class Trained:
 
     Attributes:
         path: the file that the model was loaded from.
-        config: the settings of its training. For a model from `save_model`, these are the defaults, except that
+        config: the settings that the model was trained with. For a model from `save_model`, these are the defaults, except that
             `model` is the name of the model and `dataset` is empty.
         model: the model.
         classes: the class names, or None if they are unknown. A folder from `save_model` may not contain them.

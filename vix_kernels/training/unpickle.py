@@ -12,7 +12,7 @@ class Unpickler(pickle._Unpickler):
     """An unpickler that rejects all names that are not in `allowed`.
 
     If a length or a memo index is damaged, pickle's C implementation may allocate and fill as much memory as the damaged number
-    states. This class therefore derives from the Python implementation, which does so only for byte arrays. Byte arrays are
+    specifies. This class therefore derives from the Python implementation, which does so only for byte arrays. Byte arrays are
     rejected, too, because valid files do not contain any.
 
     Args:

@@ -45,7 +45,7 @@ def open_dataset(
             user's cache is used.
         stream: whether to decode images in folders on demand instead of in advance. If None, they are decoded on demand if
             they would take more than 4 GiB of memory.
-        workers: the number of processes that decode streamed images. 0 decodes in this process.
+        workers: the number of processes that decode streamed images. If 0, this process decodes them.
 
     Raises:
         UserError: if the data set is missing, damaged, or in an unknown format, or if it does not support `img_size` or

@@ -158,7 +158,7 @@ def integer_labels(values: Any) -> Tensor:
 
 
 def _is_text(name: str) -> bool:
-    """Return whether `name` can be encoded in UTF-8. File names may contain other bytes."""
+    """Return whether `name` can be encoded in UTF-8. File names may contain bytes that are not valid UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:

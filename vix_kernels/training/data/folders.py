@@ -31,7 +31,7 @@ def folders(folder: Path, size: tuple[int, int] | None, stream: bool | None, wor
     """Open images in train/CLASS/ and val/CLASS/ (or valid, validation, test), including subfolders of CLASS.
 
     Tiny ImageNet has val/images and val/val_annotations.txt instead of val/CLASS/. Images that cannot be decoded are skipped.
-    It is an error if more than one image, and more than one percent of all images, cannot be decoded.
+    Reading fails if at least two images, and more than one percent of all images, cannot be decoded.
 
     Args:
         folder: the folder that contains train and val.
