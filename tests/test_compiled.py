@@ -118,7 +118,7 @@ def check_keys() -> None:
 
 
 def check_devices() -> None:
-    """Triton handles a launch with a tensor on a new device, and raises an error if the GPU cannot read the tensor."""
+    """The first launch with a tensor on a device goes through Triton, which raises an error if the GPU cannot read the tensor."""
     from vix_kernels._triton import compiled
 
     class OnGpu(Tensor):
@@ -146,7 +146,10 @@ def launched(q: Tensor) -> tuple:
 
 
 def check_knobs() -> None:
-    """Triton handles all launches if debugging, instrumentation or a hook is on. Without a compiled kernel, nothing is kept."""
+    """Triton handles all launches while debugging, instrumentation or hooks are on.
+
+    If a hook makes Triton skip a compilation, no entry is added.
+    """
     from triton import knobs
 
     from vix_kernels._triton import compiled

@@ -61,7 +61,7 @@ def load_operands(
 
 @triton.jit
 def copies(numbers, DTYPE: tl.constexpr):
-    """Return a tile (COPIES, numbers), by whose transpose features are multiplied. `sum_copies` sums the product over columns.
+    """Return a tile with COPIES rows and one column per number. Features are multiplied by its transpose.
 
     With this tile, matrix instructions sum over tokens or slots, which needs no instruction per feature. Half of the rows are
     the numbers rounded to DTYPE, and the other half are the rounding errors. The copies are rows instead of columns, so that

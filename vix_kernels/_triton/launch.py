@@ -69,7 +69,7 @@ class LaunchConfig:
 
     @property
     def resident(self) -> int:
-        """Number of programs that fit in a multiprocessor at the same time. More chunks would only increase the traffic."""
+        """Number of programs that can run on a multiprocessor at the same time. More programs would only increase the traffic."""
         return max(1, WARPS_A_MULTIPROCESSOR // self.tile.num_warps)
 
     def slots(self, num_slots: int) -> int:
