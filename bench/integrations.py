@@ -1,4 +1,4 @@
-"""Measure the speedup of the integrations: compare a host library's attention or model with a version that uses our kernels.
+"""Measure the speedup of the integrations: compare a host library's attention or model with a version that uses vix_kernels.
 
     python -m bench.integrations --output DIR
 

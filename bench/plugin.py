@@ -52,7 +52,7 @@ CLOCK = Recorded()
 
 
 def contenders(op: str, config: pytest.Config) -> list[str]:
-    """Return the providers to measure. SDPA takes the same time for all attention ops and is measured with the first."""
+    """Return the providers to measure. SDPA takes the same time for all attention ops, so only the first op includes it."""
     skipped = {"compiled"} if not config.getoption("--compiled") else set()
     if op != next(name for name in public() if SPECS[name].attends):
         skipped.add("sdpa")

@@ -46,7 +46,7 @@ PAIRS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "ccn": (OURS | dict(depth=2, mlp_ratio=4.0), "CCN", SMALL_CCT),
 }
 CORES = (0, 1)
-TRIAL = 0.05  # a trial run of this fraction of the time estimates how many images the full run can use
+TRIAL = 0.05  # length of a trial run, relative to the full run; it estimates how many images the full run can process
 BATCH = 128
 
 

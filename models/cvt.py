@@ -36,7 +36,7 @@ class CvT(Pyramid):
         mixer: a function that creates the token mixer of a layer; see models/mixers.py.
         embed_kernel, embed_stride: kernel sizes (odd) and strides of the convolutions that create the tokens of the stages.
         embed_dim, depth, num_heads: one integer per stage, or a single integer for all stages.
-        position: positions in each stage: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none".
+        position: position encoding in each stage: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none".
         drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.
 
     For the other arguments, see VisionTransformer.

@@ -87,7 +87,7 @@ class _Block(nn.Module):
 
 
 class _RealTransform(torch.autograd.Function):
-    """Apply `real_transform`, a linear map with a symmetric matrix. Backward therefore applies it to the gradient."""
+    """Apply `real_transform`, a linear map with a symmetric matrix. The backward therefore applies it to the gradient, too."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class LeViT(Pyramid):
         embed_dim, depth, num_heads: one integer per stage, or a single integer for all stages.
         stages: number of stages. Each stage after the first halves the rows and columns.
         mlp_ratio: ratio of the MLP's hidden width to the width of the tokens.
-        position: positions in each stage, in addition to the attention bias: "learned" | "rope_1d" | "rope_axial" |
+        position: position encoding of each stage, in addition to the attention bias: "learned" | "rope_1d" | "rope_axial" |
             "rope_mixed" | "none".
         drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.
 

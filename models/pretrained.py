@@ -61,7 +61,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
-    """Load the model that `save_model` wrote to `folder`, in evaluation mode.
+    """Load the model that `save_model` wrote to `folder`, and set it to evaluation mode.
 
     Args:
         overrides: arguments of `create_model` to change. A different img_size resamples position embeddings, token projections

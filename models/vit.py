@@ -23,12 +23,12 @@ from .positions import POSITIONS, learned_position, rotary_position
 class VisionTransformer(Backbone):
     """A vision transformer. `forward` maps images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Fixes relative to the originals:
+    Fixes relative to the original Vision Xformers models:
 
     - The hybrids have normalization and activations between their convolutions. Without these, the convolutions would form a
       single linear map.
     - Patches are not layer-normalized. The vision_xformer package normalizes them, so a one-pixel patch loses its brightness.
-    - `num_heads` is respected. Some originals always use 4 heads.
+    - `num_heads` is respected. Some original models always use 4 heads.
     - The number of positions depends on the image size, and rotary models have no unused position embedding.
     - The class token and the position embedding are initialized with a standard deviation of 0.02 instead of 1.
     - Tokens are normalized before pooling.

@@ -1,4 +1,4 @@
-"""The zoo: models by name. Each name selects an architecture with a default mixer and default arguments.
+"""The model zoo, which creates models by name. Each name selects an architecture with a default mixer and default arguments.
 
 Names without a suffix select the published configurations. ViTs and FNets process 32 x 32 pixels (CIFAR-10) with one token per
 pixel. LeViTs, CvTs and CCTs process 64 x 64 pixels (Tiny ImageNet) with 32 x 32 tokens. Suffixes select other sizes: _tiny for

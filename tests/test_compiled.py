@@ -99,7 +99,7 @@ def broadcast(q: Tensor, scale: float = 0.5) -> None:
 
 
 def check_keys() -> None:
-    """A new alignment, dtype, size, number or type of number adds an entry. New values in the tensors do not."""
+    """A new alignment, dtype, size, scalar value or scalar type adds an entry. New values in the tensors do not."""
     from vix_kernels._triton import compiled
 
     def entries(q: Tensor, scale: float = 0.5) -> int:
@@ -118,7 +118,7 @@ def check_keys() -> None:
 
 
 def check_devices() -> None:
-    """The first launch with a tensor on a device goes through Triton, which raises an error if the GPU cannot read the tensor."""
+    """A launch with a tensor on a new device goes through Triton, which raises an error if the GPU cannot read the tensor."""
     from vix_kernels._triton import compiled
 
     class OnGpu(Tensor):
@@ -129,7 +129,7 @@ def check_devices() -> None:
         q = torch.randn(1, 2, 32, 16, dtype=torch.bfloat16)
         broadcast(q)
         (key,) = compiled.known
-        assert key.count(-1) == sum(isinstance(each, torch.dtype) for each in key)  # the device of every tensor
+        assert key.count(-1) == sum(isinstance(each, torch.dtype) for each in key)  # the device index of a CPU tensor is -1
         kernel, grid, args, meta = launched(q)
         compiled.run(kernel, grid, (args[0].as_subclass(OnGpu), *args[1:]), meta)
         assert len(compiled.known) == 2
@@ -205,7 +205,7 @@ def check_size() -> None:
 
 
 def check_threads() -> None:
-    """Threads that launch two kernels at the same time, while the table overflows, raise no errors."""
+    """Launches from several threads raise no errors, even while the table overflows."""
     from vix_kernels._triton import compiled
 
     compiled.MOST = 2

@@ -104,7 +104,7 @@ def test_float32_uses_the_faster_of_two_units() -> None:
 
 
 def test_measured_times_are_matched_to_predictions(tmp_path, capsys) -> None:
-    """A prediction is compared only with the newest time of Triton kernels for exactly the same GPU, shape and direction."""
+    """A prediction is compared only with the newest measured time of Triton kernels for the same GPU, shape and direction."""
     first = asdict(next(roofline.rows(["apply_rope"], [H100], ["bf16"])))
     line = {name: first[name] for name in KEY} | dict(device="NVIDIA H100 80GB HBM3", provider="triton", device_ms="")
     for run, milliseconds in (("2026-01-02-aaa", 0.25), ("2026-01-03-bbb", 0.5)):

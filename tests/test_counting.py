@@ -77,7 +77,8 @@ def test_the_instructions_of_a_known_kernel_are_counted():
         assert 8 * main_loops < row["loop"] < 24 * main_loops
         assert all(kind.startswith("HGMMA.64x64x16:") for kind in row["matrix"].split())
     assert [Section.parse(each).trips for each in full["sections"].split("; ")] == ["1", "cdiv(N,64)"]
-    # Each program has 128 queries. With a causal mask, it computes half of the logits, but whole tiles on the diagonal.
+    # Each program has 128 queries. With a causal mask, it skips the tiles above the diagonal, but computes the tiles on the
+    # diagonal completely.
     logits = 2 * 4 * 1024 * 1024
     assert full["loop"] < 32 * full["warps"] * full["work"][0] / logits < 1.5 * full["loop"]
     tensor = PIPES.index("tensor")

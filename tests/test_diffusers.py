@@ -56,7 +56,7 @@ def test_a_unet_with_text_keeps_its_outputs():
 
 @pytest.mark.filterwarnings("error")
 def test_a_unet_without_text_keeps_its_outputs():
-    """The middle block passes the time embedding to attention, which forwards only arguments that its processor accepts."""
+    """The middle block passes the time embedding to the attention. Only arguments that a processor accepts are passed to it."""
     torch.manual_seed(0)
     model = diffusers.UNet2DModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,

@@ -209,4 +209,5 @@ def test_figures_of_the_readme() -> None:
     assert f"[{timm} times as long](docs/benchmarks.md#integrations)" in text
     assert f"a layer takes [{nystromformer} times as long](docs/benchmarks.md#integrations)" in text
     nystrom = next(line for line in table(CHOOSING, "When it is faster") if line[0] == "`nystrom_attention`")
-    assert f"[{nystrom[-1].split(' / ')[0]} of softmax's CPU time](docs/choosing.md#when-it-is-faster)" in text
+    fraction = float(nystrom[-1].split(" / ")[0])
+    assert f"[{fraction:.1%} of the CPU time of softmax attention](docs/choosing.md#when-it-is-faster)" in text

@@ -188,7 +188,7 @@ class TestRestart:
 
 
 class FakeCapture:
-    """A fake of graph capture in torch 2.11. After a capture fails at its end, later allocations still use its memory pool."""
+    """Simulates graph capture in torch 2.11: if a capture fails when it ends, later allocations still use its memory pool."""
 
     def __init__(self, monkeypatch, recovers: bool = True) -> None:
         self.calls: list[str] = []

@@ -40,7 +40,7 @@ def test_equals_conv2d(backend: str, taps: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_another_gradient_is_added(backend: str, dtype: torch.dtype) -> None:
-    """The backward can add a given gradient to dv. The sum is rounded only once, and masked tokens have a gradient of 0."""
+    """The backward pass can add a given gradient to dv. The sum is rounded only once. Masked tokens have a gradient of 0."""
     v, weight, dout = (x.detach() for x in problem(33, dtype=dtype))
     other = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).to(v)
     mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(2)).to(DEVICE) > 0.3

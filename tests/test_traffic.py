@@ -1,4 +1,4 @@
-"""Tests of the traffic meter and of the memory traffic of operators. They run in Triton's interpreter and need no GPU."""
+"""Tests of the traffic measurement and of the memory traffic of operators. They run in Triton's interpreter and need no GPU."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_masked_keys_do_not_count() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_assumed_tiles_of_tokens_do_not_change_traffic(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The meter runs kernels with larger tiles than a GPU would use. This changes neither launches nor bytes."""
+    """The measurement runs kernels with larger tiles than a GPU would use. This changes neither launches nor bytes."""
     options = dict(rope=rope_1d(1000, 32), key_padding_mask=torch.rand(1, 1000) > 0.3, arch=arch)
     large = performer(1000, 1, 1, 70, **options)
     monkeypatch.setattr(launching, "ASSUMED_TOKENS", 0)
@@ -227,7 +227,7 @@ def test_the_traffic_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["dev", "traffic", "--batch", "1", "--heads", "1", "--tokens", "64", "--all-gradients", "--arch", "sm_80"]) == 0
     out = capsys.readouterr().out
     assert "performer_attention backward" in out and "aggregate_slots_kernel" in out and "launched as on sm_80" in out
-    assert "in all, 1.000 of the least" in out  # the line of RoPE
+    assert "in all, 1.000 of the least" in out  # the line for RoPE
     with pytest.raises(SystemExit):
         main(["dev", "traffic", "--width", "300"])
     assert capsys.readouterr().err == (

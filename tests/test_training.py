@@ -33,7 +33,7 @@ TIMES = ("seconds", "images_per_second", "peak_memory_mb")  # columns that diffe
 
 
 def tiny(output: Path, **kwargs: Any) -> Config:
-    """Return a config with dropout and mixing of images, so that a resumed run must draw the same random numbers."""
+    """Return a config with dropout, mixup and CutMix, so that a resumed run must draw the same random numbers."""
     kwargs = {"model": "hybrid_vip", "model_kwargs": TINY | {"proj_drop_rate": 0.1}, "batch_size": 256} | MIXED | kwargs
     return Config(epochs=2, warmup_epochs=1, output=str(output), **kwargs)
 

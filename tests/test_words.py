@@ -1,4 +1,4 @@
-"""Tests that prose has no words that only the project's authors would understand, and that commit subjects are short."""
+"""Test that prose has no words that only the project's authors would understand, and that commit subjects are short."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def files() -> list[Path]:
 
 
 def private_words(text: str) -> list[tuple[int, str]]:
-    """Return the line number of each private word in `text`, and the word. A phrase may continue on the next line."""
+    """Return each private word in `text` as a pair (line number, word). A phrase may continue on the next line."""
     # Names in snake_case are split without changing the length, so that positions in `split` are also positions in `text`.
     split = re.sub(r"(?<=[A-Za-z0-9])_(?=[A-Za-z0-9])", " ", text)
     words = "|".join(re.escape(word).replace(r"\ ", r"\s+(?:#\s*)?") for word in sorted(PRIVATE, key=len, reverse=True))

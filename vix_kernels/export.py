@@ -50,7 +50,7 @@ from .primitives.project import project_forward, project_reference
 from .primitives.rotate import rotate_forward, rotate_reference
 from .primitives.token_conv import token_conv_forward
 
-LARGEST = 3 * 2**29  # bytes of weights; for larger models, torch writes the weights to a separate file
+LARGEST = 3 * 2**29  # bytes of weights; for larger models, torch would write the weights to a separate file
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram:

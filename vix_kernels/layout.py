@@ -87,7 +87,7 @@ class LandmarkGradients(NamedTuple):
     """Terms of the gradients of q and k in landmarks_backward. One kernel adds them, which saves memory traffic.
 
     Attributes:
-        dq_other, dk_other: gradients of q and k from other passes, or None if there are none.
+        dq_other, dk_other: gradients of q and k that do not flow through the landmarks, or None if there are none.
         dq_marks, dq_marks_2, dk_marks, dk_marks_2: the two terms of each landmark gradient. The second one is optional.
     """
 

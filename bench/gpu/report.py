@@ -83,7 +83,7 @@ def archive(path: Path, folder: Path) -> None:
 
 
 def draw_times(folder: Path, rows: list[Row]) -> None:
-    """Plot time against tokens, one curve per provider, for wide heads and the largest batch at each number of tokens."""
+    """Plot time against tokens, one curve per provider, for head widths other than 32 and the largest batch of each length."""
     timed = [row for row in rows if row.get("device_ms") is not None and row["width"] != 32]
     fullest = {tokens: max(row["batch"] for row in timed if row["tokens"] == tokens) for tokens in {r["tokens"] for r in timed}}
     draw(folder, [row for row in timed if row["batch"] == fullest[row["tokens"]]], "tokens", formats=("png",))

@@ -167,8 +167,8 @@ def run(
 ) -> Outcome:
     """Run one part. If a job crashes its process, a new process continues with the next job.
 
-    The deadline of the part is in `seconds` seconds, and the part is stopped GRACE seconds after that. While the part runs,
-    `note` is called with the outcome so far.
+    The part must finish within `seconds` seconds, and is killed GRACE seconds after this deadline. While the part runs, `note`
+    is called with the outcome so far.
     """
     if seconds < FEWEST:
         return Outcome(part, "skipped", "out of time", 0.0, [])

@@ -41,7 +41,7 @@ def run(dataset: str, plan: Plan) -> Iterator[Row]:
         start = time.perf_counter()
         try:
             history, output = train(config)
-        except UserError as error:  # the files or the reader of a data set may be missing
+        except UserError as error:  # the files of a data set, or a package that reads them, may be missing
             yield skipped(error, **what) if "dataset" in str(error) else failed(error, **what)
             return
         PICTURES.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Modules that the originals share: residual layers, the feed-forward network, and the base class of token mixers."""
+"""Modules that the original models share: residual layers, the feed-forward network, and the base class of token mixers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ pointwise = partial(nn.Conv2d, kernel_size=1)
 class Mixer(nn.Module):
     """Base class of token mixers. `mix` maps tokens (batch, tokens, dim) to tokens of the same shape.
 
-    `forward` also accepts maps (batch, dim, height, width), which it flattens row by row. The originals always reshape the
-    tokens to 32 x 32 and fail for other maps, whereas this class supports any size.
+    `forward` also accepts feature maps (batch, dim, height, width), which it flattens row by row. The original models always
+    reshape the tokens to 32 x 32 and fail for other sizes, whereas this class supports any size.
     """
 
     def mix(self, x: Tensor, table: Tensor | None) -> Tensor:
@@ -36,7 +36,7 @@ class PreNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A feed-forward network. `linear` is nn.Linear for tokens or `pointwise` for maps.
+    """A feed-forward network. `linear` is nn.Linear for tokens or `pointwise` for feature maps.
 
     Dropout is applied after the activation and after the second linear layer.
     """

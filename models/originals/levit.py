@@ -1,4 +1,4 @@
-"""LeViN and LeViP: convolutions and residual layers that process maps, without normalization."""
+"""LeViN and LeViP: convolutions and residual layers that process feature maps, without normalization."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LeViT(nn.Module):
 
     If num_distill_classes is set, the model returns (logits, logits of the distillation head). `dim_key`, `dim_value` and
     `image_size` have no effect. Only one stage is supported, as in the published models. In the originals, additional stages
-    neither reduce the map nor change its width. `dropout` is applied in the feed-forward networks.
+    neither downsample the feature map nor change its number of channels. `dropout` is applied in the feed-forward networks.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The originals with the structure of ViT: ViT, ViL, ViP, ViN and FNet, and their hybrid, rotary and "wheel_" variants.
+"""The original models with the structure of ViT: ViT, ViL, ViP, ViN and FNet, and their hybrid, rotary and "wheel_" variants.
 
     image -> stem -> class token, position -> depth x [x + mixer(norm(x)), x + feed_forward(norm(x))] -> pool -> norm -> linear
 
@@ -49,7 +49,7 @@ class ViX(nn.Module):
         mixer: a function that creates the token mixer of a layer, such as `softmax` below.
         stem: a function that creates the embedding, such as `patches` below.
         rotary_rows: number of rows in the rotary table, or None for a learned position embedding.
-        trunk: the name of the layers in the state_dict.
+        trunk: the name of the submodule that contains the layers, as it appears in the state_dict.
 
     The other arguments, except `backend`, are the constructor arguments of the original.
     """

@@ -2,7 +2,7 @@
 
     python -m tests.attack --minutes 60                     # test the tiled PyTorch backend, invalid calls and corrupted files
     python -m tests.attack --backend triton                 # test Triton, on the GPU if there is one, else in its interpreter
-    python -m tests.attack --only nystrom_attention pack    # test only these ops and readers
+    python -m tests.attack --only nystrom_attention pack    # test only these ops and file readers
     python -m tests.attack --case "Case(op='linear_attention', magnitude=1e4)"
 
 The command prints each violation when it is found, together with the case that reproduces it. At the end, it prints the number
@@ -69,7 +69,7 @@ def attack(options: argparse.Namespace) -> int:
     if sys.platform == "linux":
         strategies |= {reader: (files.damages(reader), files.check) for reader in files.READERS}
     # Nystrom attention has the most options and is numerically the least stable op, so it gets three times as many cases as
-    # the others. Readers do not depend on the backend, so they are tested only with the default backend.
+    # the others. File readers do not depend on the backend, so they are tested only with the default backend.
     names = options.only or [*numerics.OPS, "nystrom_attention", "nystrom_attention", "calls"]
     if not options.only and options.backend == "torch":
         names += [name for name in strategies if name not in numerics.OPS]

@@ -99,7 +99,7 @@ class Problem:
     """The tensors and functions of a case.
 
     Attributes:
-        tensors: differentiable inputs, by name. Masked elements are 0.
+        tensors: differentiable inputs, by name. Masked elements of k, v and agents are 0; with junk, also those of q and x.
         run: function that computes the library's output from (tensors, backend).
         define: function that computes the exact output from (float64 tensors, how).
         hidden: for each tensor name or "out", a mask that is True for masked elements. Junk is written to these elements.
@@ -599,8 +599,8 @@ def compared(trial: Trial, actual: Results, plain: Results) -> list[str]:
 
     Where large logits are nearly equal, one rounding can change the whole result, and the reference may have a small error only
     by chance. A failed comparison is therefore repeated with more simulated rounding errors, and with the errors of the
-    reference on nearby inputs, which differ by one rounding. A violation by a non-finite result always counts. Any other
-    violation counts only if it also occurs for most nearby inputs.
+    reference on nearby inputs, which differ by one rounding. Violations with non-finite results always count. Other
+    violations count only if they also occur for most nearby inputs.
     """
     exact = trial.exact(trial.tensors)
     names, most = list(exact), torch.finfo(trial.computed).max / 4

@@ -42,7 +42,7 @@ def broadcast_forward(
 
     The bias a_j is slot_bias (B, H, M), or 0 if slot_bias is None. If slot_bias is a mask (B, M), the bias of a slot is
     -inf if its element of the mask is 0, and 0 otherwise. A slot with bias -inf has probability 0. If all slots have bias -inf,
-    the output of the attention is 0. If v and conv_weight are given, their convolution is added to out.
+    the output of the attention is 0. If v and conv_weight are given, the convolution of v is added to out.
     """
     all_slots, values, biases = expand_slots(slots, q), wide(values), _slot_bias(slot_bias, slots, q)
     rope = Rotation(rotary, all_slots.dtype)

@@ -113,7 +113,7 @@ def _advance(z: Tensor, y: Tensor) -> Tensor:
 
 
 def _masked(counts: Tensor, pairs: int) -> Tensor:
-    """Return whether each landmark is masked, (pairs, L)."""
+    """Return a mask (pairs, L) that is True for masked landmarks."""
     return (counts <= 0).repeat_interleave(pairs // max(1, len(counts)), 0)
 
 

@@ -79,7 +79,7 @@ def _add_products(total: Tensor, rows: Tensor, grads: Tensor, tile: Tile) -> Non
     """Add rows_n . grads_j for a tile to `total` (heads or 1, N, K).
 
     Args:
-        rows: (pairs, tokens, width).
+        rows: (pairs, tokens, width), where a pair is a sample and a head.
         grads: (pairs, K, width).
     """
     _, heads, tokens = tile

@@ -121,7 +121,7 @@ class _Rows:
                 yield slice(first, first + self.samples), head
 
     def tokens_of(self, blocks: Tensor) -> Tensor:
-        """Return the tokens (samples, N, E) in `blocks`, which contains all blocks of each sample, without padding."""
+        """Return the tokens (samples, N, E) in `blocks` without the padding. `blocks` contains all blocks of each sample."""
         return blocks.view(-1, self.count * BLOCK, blocks.shape[2])[:, : self.tokens]
 
     def fill(self, x: Tensor, group: Group, mask: Tensor | None) -> int:

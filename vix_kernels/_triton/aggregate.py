@@ -127,8 +127,8 @@ def slot_operands(
     """Load a tile of slots for the gradient kernels.
 
     Returns:
-        The two parts of the slots, unit, size, row_max and delta. If FOLD, row_max and delta are tiles (see `bias_columns`).
-        Adding their products with `ones_columns` to a matrix subtracts row_max and delta. Otherwise, they are vectors.
+        The two parts of the slots, unit, size, row_max and delta. Without FOLD, row_max and delta are vectors. With FOLD, they
+        are tiles (see `bias_columns`). To subtract them from a matrix, add their products with `ones_columns`.
     """
     o_m = first_slot + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)

@@ -1,4 +1,4 @@
-"""Kernels for `dft`: products with cosines and sines, folded along both axes (see primitives/dft.py for the equation).
+"""Kernels for `dft`: matrix products with cosines and sines (see primitives/dft.py for the equation).
 
 The input has N tokens and D channels, and indices are modulo N and D. Let C_N[a, n] = cos(2 pi an / N) and
 S_N[a, n] = sin(2 pi an / N), and let row n of E and O be the sum and the difference of the tokens n and -n. Then

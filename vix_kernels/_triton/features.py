@@ -23,8 +23,8 @@ COPIES = tl.constexpr(16)  # the smallest inner dimension of a matrix instructio
 def apply_map(logits, ELU: tl.constexpr, PROJECTED: tl.constexpr):
     """Return the features and the derivatives of the feature map: elu + 1 if ELU, otherwise relu. NaN stays NaN.
 
-    For elu, the features and the derivatives share one exponential. If also PROJECTED, load_operands has multiplied the slots
-    by log2 e, so the logits contain this factor.
+    For elu, the features and the derivatives share one exponential. If PROJECTED is also set, load_operands has multiplied the
+    slots by log2 e, so the logits contain this factor.
     """
     if ELU:
         slopes = tl.minimum(logits, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -81,7 +81,7 @@ def sum_copies(products):
 def outer_product(x, y, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Return acc + x y^T for two vectors, computed as a product of two tiles. Each tile holds a vector as two 16-bit parts.
 
-    This needs no instruction and no register per element. Of the four products of parts, the smallest is dropped.
+    This needs no additional instruction or register per element. Of the four products of parts, the smallest is dropped.
     """
     x_high, x_low = split(x * (4.0 / COPIES), DTYPE)
     y_high, y_low = split(y, DTYPE)
@@ -107,7 +107,7 @@ def slot_rows(
 def feature_config(kernel: str, tokens: Tensor, values: Tensor, slots: Tensor | None) -> LaunchConfig:
     """Return the launch configuration of `kernel`. If `slots` is None, the feature map is applied to the tokens' channels."""
     if tokens.dtype == torch.float16 and kernel in ("linear_aggregate_tokens", "linear_broadcast_tokens"):
-        kernel += "_half"  # float16 needs more registers than bfloat16, for the scales that keep it in range
+        kernel += "_half"  # float16 needs more registers than bfloat16, for scale factors that keep values in range
     config = launch_config(kernel, tokens, max(tokens.shape[3], values.shape[3]), tokens if slots is None else slots)
     if slots is None:  # the columns are the channels of a head, so a wider tile would only add padding
         tile = config.tile._replace(slots=min(config.tile.slots, padded(tokens.shape[3])))

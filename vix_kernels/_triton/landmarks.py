@@ -26,7 +26,7 @@ def window(j, size, count, ADAPTIVE: tl.constexpr):
         length = ((j + 1) * size + count - 1) // count - first
         first, length = first.to(tl.int32), length.to(tl.int32)
     else:
-        longer = j - (count - size % count)  # if positive, the number of windows before window j with one extra token
+        longer = j - (count - size % count)  # if positive, how many of the windows before window j have one extra token
         first = j * (size // count) + tl.maximum(longer, 0)
         length = size // count + (longer >= 0).to(tl.int32)
     return first, length

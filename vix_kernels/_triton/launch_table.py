@@ -36,8 +36,8 @@ def _entries(tiles: dict[tuple[str | int, ...], Tile]) -> dict[Key, Tile]:
 # slots are pooled from tokens. In broadcast, they are also for launches with RoPE or gradients of slots. In aggregate_tokens,
 # they are also for more than 128 slots and for float16. Entries "..._learned" are for kernels that compute dslots, and entries
 # "..._half" are for float16. If there is no entry for a variant, the entry without a suffix is used. An entry for a variant
-# takes precedence over an override without a suffix. So an override for an architecture may have to repeat its tile for the
-# variant.
+# takes precedence over an override without a suffix. To change the variant as well, an architecture also needs an override with
+# the suffix.
 TABLE = _entries(
     {
         ("aggregate_forward", 16, 16, 32): Tile(128, 64, 8, 1),

@@ -1,4 +1,4 @@
-"""Kernels for `linear_aggregate`: slots are sums of tokens, weighted by features.
+"""Kernels for `linear_aggregate`, which sums the values of the tokens for each slot, weighted by features.
 
 See primitives/linear.py for the equations. The kernels have the same loops as the kernels for `aggregate`, but they keep no
 running max and do not normalize the sums.
@@ -116,7 +116,7 @@ def load_gradients(
 def gradient_products(x, unit, size, delta, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
     """Return the gradients (tokens, slots) of features: <x, unit> size - delta."""
     acc = tl.zeros((x.shape[0], unit.shape[0]), COMPUTE)
-    if x.dtype == tl.bfloat16:  # delta is subtracted by a product with ones, which needs no instruction per feature
+    if x.dtype == tl.bfloat16:  # subtracting delta in a matrix product needs no instruction per feature
         ones = cast(tl.full((x.shape[0], COPIES), 2.0 / COPIES, COMPUTE), x.dtype)
         acc = dot(ones, copies(-delta, x.dtype), acc, PRECISION)
         products = dot(x, tl.trans(unit), acc, PRECISION)
@@ -232,7 +232,7 @@ def linear_aggregate_slots_kernel(
         b_slopes = apply_map(left_products(b_high, b_low, b_k, zeros, SPLIT, PRECISION), ELU, True)[1]
         b_dp = row_products(b_unit, b_v, zeros, PRECISION)
         b_dl = b_slopes * ((b_dp * b_size[:, None] if HALF else b_dp) - b_delta[:, None])
-        b_dslots = dot(cast(b_dl, b_k.dtype), b_k, b_dslots, PRECISION)  # rows of b_k that are not valid are 0
+        b_dslots = dot(cast(b_dl, b_k.dtype), b_k, b_dslots, PRECISION)  # rows of b_k for invalid tokens are 0
 
     o_m = first_slot + tl.arange(0, BLOCK_M)
     store_slots(b_dslots, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)

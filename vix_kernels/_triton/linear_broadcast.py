@@ -1,4 +1,4 @@
-"""Kernels for `linear_broadcast`: tokens are averages of slots, weighted by features.
+"""Kernels for `linear_broadcast`: output tokens are averages of the slots, weighted by features.
 
 See primitives/linear.py for the equations. The kernels have the same loops as the kernels for `broadcast`.
 """

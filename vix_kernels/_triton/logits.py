@@ -4,7 +4,7 @@ A kernel computes one exponential per logit. In the time of one exponential, a G
 instruction per logit counts. These functions move work from single logits to the slots, the tokens and the tensor cores.
 
 If slots are float32 and tokens 16-bit (SPLIT), slots are multiplied by scale * log2(e) and split into two 16-bit tiles once,
-before the loop over tokens. Vectors, such as the bias of the slots, are then added by a product as well. (If tokens are
+before the loop over tokens. Vectors, such as the bias of the slots, are then added by a matrix product, too. (If tokens are
 float16, `aggregate` only splits the slots.) A float32 number is the sum of three bfloat16 numbers, so
 
     acc[n, m] + y[m]  =  acc + [1 1 1 0 ... 0] @ [y0 y1 y2 0 ... 0]^T

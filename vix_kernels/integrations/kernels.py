@@ -18,7 +18,7 @@ DEVICES = ("cuda", "rocm", "cpu")
 class VixNystromformerSelfAttention(nn.Module):
     """Layer that the kernels library substitutes for NystromformerSelfAttention.
 
-    It has no state, because the library only uses its forward.
+    It has no state, because the library only uses its forward method.
     """
 
     can_torch_compile = True

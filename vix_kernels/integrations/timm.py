@@ -233,7 +233,7 @@ LAYERS: dict[str, type[Attention]] = {}  # maps each op to its attention class
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
-    """Register an attention with timm under the name vix_NAME. Also called for cores that are registered after the import."""
+    """Register an attention with timm as vix_NAME. This also runs for attentions that are added after the import."""
     if core.name in OPS:
         layer = LAYERS[core.name] = attention_layer(core.name)
         ATTN_LAYERS[f"vix_{core.name}"] = globals()[layer.__name__] = layer

@@ -45,7 +45,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_padding_mask: a mask in torch's convention: bool with True = padded, or float with 0 = valid and -inf = padded.
 
         Raises:
-            NotImplementedError: need_weights, attn_mask or is_causal is set, dropout is active, or an input is nested.
+            NotImplementedError: need_weights, attn_mask or is_causal is set, dropout is active, or query is nested.
         """
         if need_weights:
             raise NotImplementedError("need_weights: expected False (attention weights are never computed), got True")

@@ -101,8 +101,8 @@ SPILLS = (
 # Exceptions to the limit on waits for matrix products in the main loops, which is the number of products plus one. More waits
 # mean that ptxas executes the products one after another.
 SERIALIZED: tuple[Declared, ...] = ()
-# Exceptions to the limit of 1.15 exponentials per logit. More means that logits are computed twice. (For a running max, each of
-# four lanes computes an exponential per slot and tile of tokens. That is 0.125 per logit in a tile of 32 tokens.)
+# Exceptions to the limit of 1.15 exponentials per logit. More exponentials mean that logits are computed twice.
+# (For a running max, each of four lanes computes an exponential per slot and tile of 32 tokens, which is 0.125 per logit.)
 DUPLICATED = (
     Declared("broadcast_tokens_kernel", 2, "after a convolution, delta needs a separate loop over the slots", use="nystrom"),
     Declared("", 4, "16 rows of a wide head per warp do not fit in registers", widths=WIDE_HEADS),
@@ -178,8 +178,8 @@ class Budget:
         most: the budget. It is a maximum, except for "warps", where it is a minimum.
         reached: if the budget is missed, the limit that is checked instead.
         reason: why the budget is missed.
-        column: "loop", "whole", "whole over loop", "thousand" (instructions per 1,000 multiply-adds), or "warps" (resident
-            warps of a multiprocessor).
+        column: the limited value: "loop" or "whole" (columns of the compile report), "whole over loop" (their ratio),
+            "thousand" (instructions per 1,000 multiply-adds), or "warps" (resident warps of a multiprocessor).
         against: another call. If it is set, the value is divided by the value of the same kernels in that call.
         dtype: the dtype. If it is not bf16, the value is divided by the value of the same kernels in bf16.
     """

@@ -113,9 +113,9 @@ def uses_text(uses: Iterable[Use]) -> str:
 
 
 def whole(row: Row, launches: Iterable[Launch]) -> float:
-    """Return the instructions of the whole program per pair of a token and a slot, in the largest launch.
+    """Return the number of instructions of the whole program per pair of a token and a slot, in the largest launch.
 
-    For programs without main loops, or without arguments N and M, return the instructions per element of the largest tensor.
+    For programs without main loops, or without arguments N and M, return the number per element of the largest tensor.
     """
     if not row.sections:
         return 0.0

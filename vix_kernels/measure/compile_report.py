@@ -1,8 +1,8 @@
 """Compile the kernels that the public ops launch, count the instructions of their machine code, and check the counts.
 
 The committed table has a row for every specialization that was compiled. Only specializations without a current row are
-compiled, so a change to a kernel recompiles only its rows. The exit status is 1 if a kernel spills, does not fit in shared
-memory, executes matrix products one after another, computes logits twice, or exceeds a budget (measure/budgets.py).
+compiled, so a change to a kernel does not recompile other kernels. The exit status is 1 if a kernel spills, does not fit in
+shared memory, executes matrix products one after another, computes logits twice, or exceeds a budget (measure/budgets.py).
 
 --write adds the new rows to the table and drops the rows of changed kernels. The next run continues an interrupted run.
 """
@@ -55,7 +55,7 @@ FEW_WIDTHS = (32, 64, 128)
 
 
 def grid(arch: str, oldest: bool) -> list[Cell]:
-    """Return the cells of the committed table for one architecture and the oldest or the newest Triton."""
+    """Return the cells that the table should contain for one architecture and the oldest or the newest Triton."""
     if oldest and arch != "sm_90":
         return []
     if arch in FULL and not oldest:

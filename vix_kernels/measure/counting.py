@@ -241,10 +241,11 @@ def align(ours: list[MachineLoop], sources: list[Loop]) -> list[tuple[MachineLoo
 class Analysis:
     """Results of the analysis of a kernel's machine code.
 
-    Numbers of the main loops are per `unit`, except `waits` and `products`. They are 0 if there are no matrix instructions.
+    Numbers of the main loops are per `unit`, except `waits` and `products`. If `unit` is "", all of these numbers are 0.
 
     Attributes:
-        unit: "logit", or "value" if no main loop has logits (see ttgir.Loop). "" if unknown.
+        unit: "logit", or "value" if no main loop has logits (see ttgir.Loop). "" if there is no main loop, or if one
+            has no match in TTGIR.
         instructions: instructions of all lanes in the main loops.
         exponentials: exponentials of all lanes in the main loops.
         waits: number of instructions in the main loops that wait for matrix products.

@@ -1,4 +1,4 @@
-"""A flash-attention forward kernel with published times. They show how far predictions are from measurements.
+"""A FlashAttention forward kernel for comparing predicted times with published measurements.
 
 The kernel has no other purpose. It follows algorithm 1 of FlashAttention-2 (arXiv:2307.08691): a program keeps a tile of
 queries and loops over the keys.
@@ -62,7 +62,7 @@ def attend(
 def flash_forward_kernel(
     q, k, v, out, lse, scale, N, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Compute out and lse of a tile of queries. Logits are in base 2, and N is a multiple of the tiles."""
+    """Compute out and lse of a tile of queries. Logits are in base 2, and N is a multiple of the tile sizes."""
     start_m, i_bh = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64)
     o_m, o_d = start_m + tl.arange(0, BLOCK_M), tl.arange(0, D)
     q += i_bh * N * D

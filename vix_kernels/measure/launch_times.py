@@ -1,8 +1,9 @@
 """Predict how long each launch of a public call takes, from the machine code of its kernel.
 
 The prediction is the longest of these times: the time to transfer each argument to or from memory once, the time in which each
-unit of the multiprocessors executes its instructions, and LAUNCH. It assumes that all of these overlap perfectly, that
-latencies are hidden, and that all programs take equally long. flash.py compares such predictions with published times.
+unit of the multiprocessors executes its instructions, and LAUNCH, the time between successive kernels. The prediction assumes
+that all of these overlap perfectly, that latencies are hidden, and that all programs take equally long. flash.py compares such
+predictions with published times.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Determine from the machine code of compiled kernels which resources they use."""
+"""Determine the resource usage of compiled kernels from their machine code."""
 
 from __future__ import annotations
 

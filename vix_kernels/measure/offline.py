@@ -11,8 +11,8 @@
 
 Inside the block, kernels are compiled instead of launched. A public function that is called with CPU tensors compiles the
 kernels that it would launch, with the same signature, alignment and constexprs. Nothing is computed, so the outputs are
-uninitialized. `launch` also accepts meta tensors. The alignment of a meta tensor follows from its storage offset. Triton's active
-driver reports the target GPU. TRITON_INTERPRET must not be set when triton is imported.
+uninitialized. `launch` also accepts meta tensors. The alignment of a meta tensor follows from its storage offset. Triton's
+active driver reports the target GPU. TRITON_INTERPRET must not be set when triton is imported.
 """
 
 from __future__ import annotations

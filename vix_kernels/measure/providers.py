@@ -1,7 +1,8 @@
 """Providers of an operator: our backends, plain and compiled PyTorch, and peers.
 
-A peer is a function from a different package, or plain PyTorch code, whose result equals the operator's exactly or nearly.
-The linear projections of peers are removed, so every provider computes only the attention.
+A peer is a function from a different package, or plain PyTorch code, that is compared with the operator. Most peers compute
+the same result exactly or nearly. The docstrings below describe the exceptions, such as softmax attention. The linear
+projections of peers are removed, so every provider computes only the attention.
 """
 
 from __future__ import annotations
@@ -245,7 +246,7 @@ def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor
     return call
 
 
-# operator -> provider -> (module that must be importable, maker); `providers` adds softmax attention
+# operator -> provider -> (module that must be importable, maker); `peers` adds softmax attention
 PEERS: dict[str, dict[str, tuple[str, Maker]]] = {
     "performer_attention": {"performer-pytorch": ("performer_pytorch", performer)},
     "linear_attention": {"plain": ("torch", plain_linear), "flash-linear-attention": ("fla", fla)},

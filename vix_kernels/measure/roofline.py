@@ -160,7 +160,7 @@ KEY = COLUMNS[:9]  # the columns up to `gpu`
 
 
 def measured(folder: Path) -> dict[tuple[str, ...], float]:
-    """Map the values of KEY to the measured time of our kernels in microseconds, from the newest run in `folder` with it."""
+    """Map the values of KEY to the measured time of our kernels in microseconds. If there are several, use the newest."""
     names = {gpu.device: gpu.name for gpu in GPUS}
     found: dict[tuple[str, ...], float] = {}
     for path in sorted(folder.glob("*/*/timing.csv"), key=lambda path: path.parent.name):  # <gpu>/<date>-<commit>

@@ -115,7 +115,7 @@ class Loop:
 
 
 def read(text: str) -> Loop:
-    """Return the loops of a kernel."""
+    """Return the kernel as a `Loop`, whose children are the outermost loops of the kernel."""
     return Reader(text).loops[0]
 
 

@@ -209,7 +209,7 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
 
 @lru_cache(maxsize=1)  # keep only one result, because its tensors need a lot of memory
 def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key], Bench]]:
-    """Return a pair per operator, direction and case: the keys that it looks up, and its Bench. Sort pairs by number of keys.
+    """Return the looked-up keys and the Bench of each operator, direction and case, sorted by the number of keys.
 
     Sizes are large enough to fill a GPU, but tiny in the interpreter. Operators that do not run are reported and skipped.
     """

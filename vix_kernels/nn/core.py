@@ -181,7 +181,7 @@ class Core(Mixer):
     for_hosts = True
 
     def takes_trained_weights(self) -> bool:
-        """Return whether this core approximates softmax attention well enough to use weights trained with it."""
+        """Return whether this core approximates softmax attention well enough to use weights trained with softmax attention."""
         return False
 
     def needs_module(self) -> bool:

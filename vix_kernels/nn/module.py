@@ -1,4 +1,4 @@
-"""Timm-style modules that contain a core. They map x (batch, tokens, dim) to a tensor of the same shape."""
+"""Timm-style modules that contain a core (see core.py). They map x (batch, tokens, dim) to a tensor of the same shape."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def aggregate(
         slots: (batch or 1, heads or 1, M, D), in k's dtype or float32.
         k: (batch, heads, N, D). Views with last stride 1 are not copied.
         v: (batch, heads, N, E), in k's dtype.
-        scale: factor of the logits.
+        scale: scaling factor of the logits.
         gaussian: whether to add the key bias of FAVOR+.
         mask: bool (batch, N), True = valid.
         rotary: rotary embedding of k.

@@ -81,7 +81,7 @@ def broadcast_reference(
         return logits.softmax(-1) @ values.to(q.dtype)
     if slot_bias.dim() == 2:
         slot_bias = torch.where(slot_bias != 0, 0.0, float("-inf"))[:, None]
-    has_slot = (slot_bias > float("-inf")).any(-1)[..., None, None]  # without a valid slot, add no bias to keep logits finite
+    has_slot = (slot_bias > float("-inf")).any(-1)[..., None, None]  # if no slot is valid, omit the bias to keep logits finite
     logits = logits + torch.where(has_slot, slot_bias[:, :, None] * math.log(2), 0.0).to(q.dtype)
     return torch.where(has_slot, logits.softmax(-1) @ values.to(q.dtype), 0.0)
 

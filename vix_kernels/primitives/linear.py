@@ -73,7 +73,7 @@ def linear_broadcast(
         q: (batch, heads, queries, D). Views with last stride 1 are not copied.
         slots, feature_map, backend: as in linear_aggregate.
         sums, norms: results of linear_aggregate.
-        eps: a number that is added to the denominator. If the result is 0, it is replaced by 1.
+        eps: a number that is added to the denominator. A denominator of 0 is replaced by 1.
         rotary: rotary embedding of q.
 
     Returns:

@@ -7,7 +7,7 @@ A landmark that averages no token is masked. It is treated as 0, even if it is N
 k~) is 0. The corresponding column or row of Z is 0 in every step, so the rest of Z is the same as without this landmark.
 
 s is the largest column sum of A. It is an upper bound on the square of A's spectral norm, because no row of A sums to more
-than 1. The iteration converges with order three. The number of steps T is part of the model: directions with singular values
+than 1. The iteration converges cubically. The number of steps T is part of the model: directions with singular values
 far below sqrt(s 3.25^-T) are not inverted, which keeps Z small. Gradients flow through all steps, s and the softmax.
 """
 

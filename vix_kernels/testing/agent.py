@@ -1,4 +1,4 @@
-"""Agent attention."""
+"""Specification of agent attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fourier mixing."""
+"""The specification of Fourier mixing."""
 
 from __future__ import annotations
 

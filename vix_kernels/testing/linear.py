@@ -1,4 +1,4 @@
-"""Linear attention, with and without a projection to features."""
+"""Specifications of linear attention, with and without a projection to features."""
 
 from __future__ import annotations
 

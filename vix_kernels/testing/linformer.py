@@ -1,4 +1,4 @@
-"""Linformer attention with separate projections of keys and values, and its primitive `project` with a shared projection."""
+"""Specifications of Linformer attention with separate key and value projections, and of `project` with a shared projection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Performer attention and its two primitives."""
+"""Specifications of Performer attention and its two primitives."""
 
 from __future__ import annotations
 

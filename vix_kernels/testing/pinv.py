@@ -1,4 +1,4 @@
-"""The pseudo-inverse in Nystrom attention. In its cases, `features` is the number of landmarks."""
+"""The specification of the pseudo-inverse in Nystrom attention. In its cases, `features` is the number of landmarks."""
 
 from __future__ import annotations
 

@@ -99,14 +99,14 @@ class OpSpec:
             For RoPE, it returns the number of operations in the rotation.
         exps: function that returns the number of exponentials in a forward pass.
         backward: FLOPs of the backward pass divided by those of the forward pass. The default is 2: for every two matrix
-            products in forward, backward needs four to recompute the logits and compute three gradients. Gradients of random
-            features are not counted, because they are rarely trained.
+            products in the forward, the backward needs one to recompute the logits and three to compute gradients. Gradients
+            of random features are not counted, because these features are rarely trained.
         rotates: whether every problem of the operator has rotary angles.
         public: whether users call the operator. Public operators are benchmarked, their memory traffic is counted, and
             `vix check` lists them.
         compiled: cases that the compile report compiles at every head width. The report sets batch, heads, tokens and width.
             `features` is 0 in a case without slots. The name of the case is appended to the name of the operator.
-        variants: more cases for the compile report, which it compiles at fewer widths.
+        variants: more cases, which the compile report compiles at fewer head widths.
         most_features: upper limit of `features` in measurements. See `fit`.
 
     measure/costs.py counts the bytes and launches of an operator.

@@ -1,4 +1,4 @@
-"""Rotary embedding, and attention operators with learned angles."""
+"""Specifications of the rotary embedding, and of operators with learned angles."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def check_finite(state: State, eval_loss: float = 0.0) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, dataset: Dataset, config: Config, ranks: Ranks | None = None) -> dict[str, float]:
-    """Return the loss, top-1 and top-5 (in percent) for all held-out images. All processes must call this function."""
+    """Return loss, top-1 and top-5 accuracy (in percent) on all held-out images. All processes must call this function."""
     ranks = ranks or Ranks()
     average_batch_norm(model, ranks)
     sums = torch.zeros(4, dtype=torch.float64)

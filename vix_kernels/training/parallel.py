@@ -241,7 +241,7 @@ def local_parameters(model: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def average_batch_norm(model: nn.Module, ranks: Ranks) -> None:
-    """Average the running statistics of batch norm, which each process computes from its local images, over all processes."""
+    """Average the running statistics of batch norm over all processes. Each process computes them from its local images."""
     if ranks.world == 1:
         return
     for module in model.modules():

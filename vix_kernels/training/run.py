@@ -152,7 +152,10 @@ class Run:
         return self.state.config
 
     def lock(self) -> None:
-        """Lock the folder against other runs until this run ends. Set `new` to False if this run continues the run in it."""
+        """Lock the folder against other runs until this run ends.
+
+        Also set `new` to False if the folder contains the run to resume.
+        """
 
         def acquire() -> str:
             with output_errors(self.output):
