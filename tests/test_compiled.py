@@ -33,6 +33,7 @@ def in_process(check: str) -> None:
     "check",
     [
         "check_arguments",
+        "check_replays",
         "check_keys",
         "check_devices",
         "check_hooks",
@@ -46,6 +47,9 @@ def test_in_a_process_with_the_stub_driver(check: str) -> None:
     in_process(check)
 
 
+streams: list[tuple] = []  # all arguments of Triton's launcher, including the stream
+
+
 @contextmanager
 def recorded() -> Iterator[list[tuple]]:
     """Collect what Triton's launcher receives: the grid, the function, the metadata and the arguments."""
@@ -57,6 +61,7 @@ def recorded() -> Iterator[list[tuple]]:
     def call(launcher, *args):
         _, enter, leave = args[6:9]
         calls.append((args[:3], args[4], args[5], args[9:]))
+        streams.append(args)
         assert enter is leave is None or (enter is not None and leave is not None)
         return original(launcher, *args)
 
@@ -71,9 +76,10 @@ def recorded() -> Iterator[list[tuple]]:
 
 def check_arguments() -> None:
     """A repeated launch passes the same arguments as a launch by Triton, except that tensors are replaced with integers."""
+    from vix_kernels import plans
     from vix_kernels._triton import compiled
 
-    with recorded() as calls:
+    with recorded() as calls, patch.object(plans, "on_gpu", lambda *args, **kwargs: False):
         for op in PUBLIC:
             run = host_time.operator_calls(SPECS[op])["both"]
             run()
@@ -89,6 +95,49 @@ def check_arguments() -> None:
                 assert before[:3] == after[:3], op
                 for x, y in zip(before[3], after[3], strict=True):
                     assert isinstance(y, int) if isinstance(x, Tensor) else type(x) is type(y) and x == y, (op, x, y)
+
+
+def check_replays() -> None:
+    """A replayed call launches the same kernels with the same numbers. Only the addresses of its tensors are different."""
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    from vix_kernels import plans
+
+    def pattern(args: list) -> list:
+        """Replace each address with its position among the addresses, and its alignment."""
+        addresses = [x for x in args if type(x) is int and x > 2**32]
+        return [(addresses.index(x), x % 16) if type(x) is int and x > 2**32 else x for x in args]
+
+    seen = []
+    with recorded() as calls:
+        for op in PUBLIC:
+            for run in host_time.operator_calls(SPECS[op]).values():
+                with patch.object(plans, "on_gpu", lambda *args, **kwargs: False):
+                    run()
+                    del calls[:]
+                    run()
+                expected = calls[:]
+                for _ in range(2):
+                    run()
+                del calls[:]
+                with (
+                    patch.object(plans._Record, "apply", None),
+                    patch.object(plans, "record", None),
+                    patch.object(driver.active, "get_current_stream", lambda device: 7),
+                ):
+                    run()
+                assert len(calls) == len(expected) > 0, op
+                for before, after in zip(expected, calls, strict=True):
+                    assert before[:3] == after[:3], op
+                    both = [(x, y) for x, y in zip(before[3], after[3], strict=True) if x != 0 or y < 2**32]  # no empty tensors
+                    assert pattern([x for x, _ in both]) == pattern([y for _, y in both]), op
+                assert {args[3] for args in streams[-len(calls) :]} == {7}
+                knobs.runtime.launch_enter_hook.add(seen.append)
+                del seen[:]
+                run()
+                knobs.runtime.launch_enter_hook.remove(seen.append)
+                assert len(seen) == len(expected), op
 
 
 def broadcast(q: Tensor, scale: float = 0.5) -> None:
@@ -158,7 +207,7 @@ def check_knobs() -> None:
         q = torch.randn(1, 2, 32, 16, dtype=torch.bfloat16)
         broadcast(q)
         kernel, grid, args, meta = launched(q)
-        assert not compiled.needs_triton(kernel)
+        assert not compiled.needs_triton()
         for owner, name, value in (
             (knobs.runtime, "debug", True),
             (knobs.runtime, "add_stages_inspection_hook", lambda *stages: ("", "")),
@@ -166,9 +215,9 @@ def check_knobs() -> None:
             (knobs.runtime, "launch_enter_hook", print),
         ):
             with patch.object(owner, name, value):
-                assert compiled.needs_triton(kernel), name
+                assert compiled.needs_triton(), name
         with patch.object(knobs.runtime, "launch_enter_hook", None):
-            assert not compiled.needs_triton(kernel)
+            assert not compiled.needs_triton()
         compiled.known.clear()
         compiled.remember((1,), kernel, None, args, meta)
         assert not compiled.known

@@ -76,6 +76,14 @@ def gpu_architecture(index: int) -> str:
     return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
+def tf32_allowed() -> bool:
+    """Return whether PyTorch allows TF32 in float32 products.
+
+    `allow_tf32` and `set_float32_matmul_precision` change the setting that is read here.
+    """
+    return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+
+
 def check(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")

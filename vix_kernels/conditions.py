@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,13 @@ class Conditions:
     asked: Callable[[tuple], None] | None = None
 
 
+class Recording(threading.local):
+    """The Recorder (recorder.py) that receives the launches of this thread, or None. Launches are also executed."""
+
+    recorder: Any = None
+
+
+recording = Recording()
 DEFAULT = Conditions()
 current = DEFAULT
 

@@ -19,20 +19,42 @@ ALIGNMENT = 16  # bytes; Triton compiles different code for pointers that are no
 
 
 class Compiled(NamedTuple):
-    """Triton's CompiledKernel, and the values of its constexprs in the order of the parameters."""
+    """A compiled kernel.
 
-    kernel: Any  # unloads its machine code when it is deleted
+    Attributes:
+        kernel: Triton's CompiledKernel, which unloads its machine code when it is deleted.
+        run, function, metadata: the launcher of `kernel` and its arguments.
+        constexprs: the values of the constexprs, in the order of the parameters.
+    """
+
+    kernel: Any
+    run: Any
+    function: Any
+    metadata: Any
     constexprs: tuple[Any, ...]
+
+    def start(self, grid: tuple[int, ...], stream: int, args: list[Any]) -> None:
+        """Launch the kernel on the current device. `args` has an address for each tensor."""
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        self.run(x, y, z, stream, self.function, self.metadata, None, None, None, *args, *self.constexprs)
+
+
+def current_stream() -> int:
+    return driver.active.get_current_stream(driver.active.get_current_device())
 
 
 known: dict[tuple, Compiled] = {}
 
 
-def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-    """Launch `kernel` on the current device. `meta` contains constexprs and launch options, and `args` all other arguments."""
-    if needs_triton(kernel):
+def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> Compiled | None:
+    """Launch `kernel` on the current device. `meta` contains constexprs and launch options, and `args` all other arguments.
+
+    Returns:
+        The compiled kernel, or None if Triton must handle every launch.
+    """
+    if kernel.pre_run_hooks or needs_triton():
         kernel[grid](*args, **meta)
-        return
+        return None
     device = driver.active.get_current_device()
     # The types matter, because 1 and 1.0 are equal, but compiled differently.
     key = [kernel, device, *meta.items(), *map(type, args)]
@@ -47,16 +69,12 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[st
             key.append(x)
     found = known.get(key := tuple(key))
     if found is None:
-        remember(key, kernel, kernel[grid](*args, **meta), args, meta)
-        return
-    compiled = found.kernel
-    compiled.run(
-        *grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device), compiled.function, compiled.packed_metadata,
-        None, None, None, *values, *found.constexprs,
-    )  # fmt: skip
+        return remember(key, kernel, kernel[grid](*args, **meta), args, meta)
+    found.start(grid, driver.active.get_current_stream(device), values)
+    return found
 
 
-def needs_triton(kernel: Any) -> bool:
+def needs_triton() -> bool:
     """Return whether Triton must handle every launch, because of hooks or because the code depends on more than `run`'s key.
 
     On AMD GPUs, the code depends on the sizes of tensors. Launch hooks receive the arguments. Debugging and instrumentation
@@ -67,7 +85,6 @@ def needs_triton(kernel: Any) -> bool:
     hooks = (getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
     return bool(
         torch.version.hip
-        or kernel.pre_run_hooks
         or any(hooks)
         or runtime.debug
         or runtime.add_stages_inspection_hook
@@ -75,14 +92,15 @@ def needs_triton(kernel: Any) -> bool:
     )
 
 
-def remember(key: tuple, kernel: Any, compiled: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+def remember(key: tuple, kernel: Any, compiled: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Compiled | None:
     """Keep a compiled kernel for later launches. `compiled` is None if a hook of Triton skipped the compilation."""
     params = kernel.params
     if any(param.is_constexpr for param in params[: len(args)]) or not all(param.is_constexpr for param in params[len(args) :]):
         raise TypeError(f"{kernel.__name__}: expected constexprs as keywords, after all other parameters by position")
     if compiled is None:
-        return
+        return None
     if len(known) >= MOST:
         known.clear()
+    constexprs = tuple(meta.get(param.name, param.default) for param in params[len(args) :])
     # Another thread may have added the same kernel. The machine code of that entry may be running, so the entry is kept.
-    known.setdefault(key, Compiled(compiled, tuple(meta.get(param.name, param.default) for param in params[len(args) :])))
+    return known.setdefault(key, Compiled(compiled, compiled.run, compiled.function, compiled.packed_metadata, constexprs))

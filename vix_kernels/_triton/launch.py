@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import conditions
-from ..backends import gpu_architecture, interpreted
+from ..backends import gpu_architecture, interpreted, tf32_allowed
 from ..layout import Rotary, accumulator
 from . import compiled
 from .launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
@@ -29,14 +29,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         return
     if 0 in grid:  # an empty batch
         return
+    if (recorder := conditions.recording.recorder) is not None:
+        recorder.launch(start, kernel, grid, args, meta)
+    else:
+        start(kernel, grid, args, meta)
+
+
+def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> compiled.Compiled | None:
+    """Launch a kernel. Return the compiled kernel, or None if only Triton can launch it."""
     device = args[0].device
     if interpreted():
         kernel[grid](*args, **meta)
-    elif device.index == torch.cuda.current_device():
-        compiled.run(kernel, grid, args, meta)
-    else:
-        with torch.cuda.device(device):  # autograd's backward threads do not inherit the caller's current device
-            compiled.run(kernel, grid, args, meta)
+        return None
+    if device.index == torch.cuda.current_device():
+        return compiled.run(kernel, grid, args, meta)
+    with torch.cuda.device(device):  # autograd's backward threads do not inherit the caller's current device
+        return compiled.run(kernel, grid, args, meta)
 
 
 # Configuration
@@ -69,7 +77,7 @@ class LaunchConfig:
 
     @property
     def resident(self) -> int:
-        """Number of programs that can run on a multiprocessor at the same time. More programs would only increase the traffic."""
+        """Number of programs that can run on a multiprocessor at the same time. More would only increase the memory traffic."""
         return max(1, WARPS_A_MULTIPROCESSOR // self.tile.num_warps)
 
     def slots(self, num_slots: int) -> int:
@@ -195,14 +203,6 @@ def _precision(tile: Tile, arch: str, tf32: bool) -> str:
 def triton_dtype(dtype: torch.dtype) -> Any:
     """Return the Triton dtype for sums and statistics whose torch dtype is `dtype`."""
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def tf32_allowed() -> bool:
-    """Return whether PyTorch allows TF32 in float32 products.
-
-    `allow_tf32` and `set_float32_matmul_precision` change the setting that is read here.
-    """
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def architecture(device: torch.device) -> str:

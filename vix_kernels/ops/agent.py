@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..plans import planned
 from ..primitives import aggregate, broadcast
 from .checks import autocast, check_mask, check_qkv, check_scale, check_tensor, dtype_name
 from .rope import Rope, apply_rope_reference, check_rope
 
 
+@planned
 def agent_attention(
     q: Tensor,
     k: Tensor,

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..plans import planned
 from ..primitives import dft
 from .checks import autocast, check_floating, check_tensor
 
 NORMS = (None, "ortho")
 
 
+@planned
 def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: str = "auto") -> Tensor:
     """Mix tokens and channels. Return the real part of the Fourier transform over both.
 

@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import backends
+from ..plans import planned
 from ..primitives import linear_aggregate, linear_broadcast
 from ..primitives.linear import FEATURE_MAPS
 from .checks import autocast, check_mask, check_number, check_projection, check_qkv
 from .rope import Rope, apply_rope_reference, check_rope
 
 
+@planned
 def linear_attention(
     q: Tensor,
     k: Tensor,

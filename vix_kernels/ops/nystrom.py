@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from .. import backends
 from ..layout import Pool
+from ..plans import planned
 from ..primitives.aggregate import aggregate_reference
 from ..primitives.broadcast import broadcast_reference
 from ..primitives.landmarks import landmarks_reference
@@ -35,6 +36,7 @@ from .rope import Rope, check_rope
 LANDMARKS = ("segment", "grid", "pad_front")
 
 
+@planned
 def nystrom_attention(
     q: Tensor,
     k: Tensor,

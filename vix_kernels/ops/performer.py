@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..plans import planned
 from ..primitives import aggregate, broadcast
 from .checks import autocast, check_integer, check_mask, check_projection, check_qkv, check_scale
 from .rope import Rope, apply_rope_reference, check_rope
 
 
+@planned
 def performer_attention(
     q: Tensor,
     k: Tensor,

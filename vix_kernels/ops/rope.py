@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import backends
 from ..layout import Rotary
+from ..plans import planned
 from ..primitives import rotate
 from ..primitives.rotate import rotate_reference
 from .checks import check_floating, check_integer, check_number, check_qkv, check_tensor, dtype_name
@@ -271,6 +272,7 @@ def _table(angles: Tensor, layout: Layout, prefix_tokens: int, device: torch.dev
     return Rope(angles.cos().float().to(device), angles.sin().float().to(device), layout)
 
 
+@planned
 def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Rotate q and k in one kernel. Only the tables are saved for backward, unless the angles require a gradient.
 
