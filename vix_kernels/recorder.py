@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from . import backends, conditions
 from .primitives.registry import operators
@@ -56,21 +56,30 @@ class Place:
 
 
 @dataclass
-class Launch:
-    """A launch of a kernel. `args` has a Place for each tensor. `compiled` is None in the interpreter."""
+class Step:
+    """One step of a plan. `args` has a Place for each tensor."""
+
+    args: list[Any]
+
+    @property
+    def places(self) -> list[Place]:
+        return [x for x in self.args if isinstance(x, Place)]
+
+    def moved(self, places: dict[int, tuple[int, int]]) -> Step:
+        return replace(self, args=[x.moved(places) if isinstance(x, Place) else x for x in self.args])
+
+
+@dataclass
+class Launch(Step):
+    """A launch of a kernel. `compiled` is None in the interpreter."""
 
     kernel: Any
     grid: tuple[int, ...]
     meta: dict[str, Any]
     compiled: Any
-    args: list[Any]
 
     def __post_init__(self) -> None:
-        self.places = [x for x in self.args if isinstance(x, Place)]
         self.pointers = [(i, x.base, x.offset) for i, x in enumerate(self.args) if isinstance(x, Place)]
-
-    def moved(self, places: dict[int, tuple[int, int]]) -> Launch:
-        return replace(self, args=[x.moved(places) if isinstance(x, Place) else x for x in self.args])
 
     def replay(self, bases: list[Tensor], pointers: list[int], stream: int | None) -> None:
         args = self.args.copy()
@@ -85,21 +94,16 @@ class Launch:
 
 
 @dataclass
-class Operation:
-    """An operation of PyTorch that returns new tensors, with a Place for each tensor in `args`. `results` are their bases."""
+class Operation(Step):
+    """An operation of PyTorch that returns new tensors. `args` are the leaves of its positional and keyword arguments."""
 
+    structure: TreeSpec  # of the arguments
     function: Callable
-    args: tuple[tuple, dict[str, Any]]
-    results: Sequence[int]
-
-    def __post_init__(self) -> None:
-        self.places = [x for x in tree_leaves(self.args) if isinstance(x, Place)]
-
-    def moved(self, places: dict[int, tuple[int, int]]) -> Operation:
-        return replace(self, args=tree_map_only(Place, lambda place: place.moved(places), self.args))
+    results: Sequence[int]  # bases
 
     def replay(self, bases: list[Tensor], pointers: list[int], stream: int | None) -> None:
-        args, kwargs = tree_map_only(Place, lambda place: place.tensor(bases), self.args)
+        leaves = [x.tensor(bases) if type(x) is Place else x for x in self.args]
+        args, kwargs = tree_unflatten(leaves, self.structure)
         with torch._C._DisableAutocast():  # the recorder sees operations after their arguments are cast
             results = self.function(*args, **kwargs)
         for x in results if isinstance(results, tuple | list) else (results,):
@@ -120,7 +124,7 @@ class Plan:
 
     allocations: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
     constants: list[Tensor] = field(compare=False)
-    steps: list[Launch | Operation]
+    steps: list[Step]
     outputs: list[int | Place | None]
 
     def run(self, sources: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
@@ -154,7 +158,7 @@ class Recorder(TorchDispatchMode):
         self.kinds: list[str] = []
         self.starts: list[int] = []  # addresses of the bases
         self.storages: dict[int, list[int]] = {}  # the bases in each storage
-        self.steps: list[Launch | Operation] = []
+        self.steps: list[Step] = []
         self.reason: str | None = None
         for x in inputs:
             self.add(x, "input")
@@ -192,7 +196,10 @@ class Recorder(TorchDispatchMode):
             compiled = start(kernel, grid, args, meta)
         if compiled is None and not backends.interpreted():
             self.reason = "only Triton can launch the kernels"
-        self.steps.append(Launch(kernel, grid, meta, compiled, tree_map_only(Tensor, self.place, list(args))))
+        self.steps.append(Launch(self.with_places(args), kernel, grid, meta, compiled))
+
+    def with_places(self, args: Iterable[Any]) -> list[Any]:
+        return [self.place(x) if isinstance(x, Tensor) else x for x in args]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if function.namespace == "vix_kernels":
@@ -200,13 +207,14 @@ class Recorder(TorchDispatchMode):
                 return operators[function._opname].implementation(*args)
         results = function(*args, **(kwargs or {}))
         new = results if isinstance(results, tuple | list) else (results,)
-        places = tree_map_only(Tensor, self.place, (args, kwargs or {}))
+        leaves, structure = tree_flatten((args, kwargs or {}))
+        leaves = self.with_places(leaves)
         if function._opname in ALLOCATIONS:
             self.add(results, "allocation")
         elif all(isinstance(x, Tensor) and x.device == self.bases[0].device for x in new) and not function._schema.is_mutable:
             if any(x.untyped_storage()._cdata not in self.storages for x in new):  # not a view
-                self.steps.append(Operation(function, places, [self.add(x, "result") for x in new]))
-        elif any(isinstance(x, Place) for x in tree_leaves(places)):
+                self.steps.append(Operation(leaves, structure, function, [self.add(x, "result") for x in new]))
+        elif any(isinstance(x, Place) for x in leaves):
             self.reason = f"{function} has other effects than new tensors"
         return results
 
@@ -270,9 +278,7 @@ class Recorder(TorchDispatchMode):
     def size(self, base: int) -> int:
         return self.bases[base].untyped_storage().nbytes()
 
-    def workspaces(
-        self, steps: Sequence[Launch | Operation], at: Iterable[int], kept: Iterable[int]
-    ) -> Iterable[dict[int, int]]:
+    def workspaces(self, steps: Sequence[Step], at: Iterable[int], kept: Iterable[int]) -> Iterable[dict[int, int]]:
         """Return the offsets of allocations in two workspaces: one for the bases in `kept`, and one for all others.
 
         Tensors in the second workspace may share memory if they are not used at the same time.
