@@ -44,24 +44,29 @@ def aggregate_forward(
     """
     all_slots = expand_slots(slots, k)
     rope = Rotation(rotary, all_slots.dtype)
-    values = all_slots.new_zeros((*k.shape[:2], slots.shape[2], v.shape[3]))
+    values = all_slots.new_empty((*k.shape[:2], slots.shape[2], v.shape[3]))
     lse, row_max, total = (all_slots.new_empty(values.shape[:3]) for _ in range(3))
     square, rows = Scratch(all_slots), Scratch(all_slots)
     for group, tiles in groups(k, slots.shape[2]):
         p, state = flat(all_slots, group), flat(values, group)
-        # Start at the lowest finite number, because -inf would lead to inf - inf before the first valid key of a slot.
-        running_max = p.new_full((*p.shape[:2], 1), torch.finfo(p.dtype).min)
-        running_total = torch.zeros_like(running_max)
+        running_max = running_total = None
         for tile in tiles:
             keys, contents = read(k, tile, mask, rope), read(v, tile, mask)
             logits = _key_logits(p, keys, tile, mask, scale, gaussian, square, rows)
-            new_max = torch.maximum(running_max, logits.amax(-1, keepdim=True))
+            # Clamp to the lowest finite number, because -inf would lead to inf - inf before the first valid key of a slot.
+            new_max = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(p.dtype).min)
+            if running_max is not None:
+                torch.maximum(running_max, new_max, out=new_max)
             logits.sub_(new_max)
             exps = square.apply(torch.exp2)
-            decay = running_max.sub_(new_max).exp2_()
-            running_total = torch.addcmul(exps.sum(-1, keepdim=True), running_total, decay)
-            state.mul_(decay).baddbmm_(exps, contents)
-            running_max = new_max
+            new_total = exps.sum(-1, keepdim=True)
+            if running_max is None:
+                torch.bmm(exps, contents, out=state)
+            else:
+                decay = running_max.sub_(new_max).exp2_()
+                new_total.addcmul_(running_total, decay)
+                state.mul_(decay).baddbmm_(exps, contents)
+            running_max, running_total = new_max, new_total
         state.div_(at_least_one(running_total))
         for x, result in ((row_max, running_max), (total, running_total), (lse, running_max + running_total.log2())):
             write(x, group, result)

@@ -10,6 +10,8 @@ Shapes: q (B, H, Nq, D); k (B, H, Nk, D); marks (B, H, L, D); masks bool (B, N);
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -89,18 +91,28 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
     if size == count:
         return x
     short, longer = divmod(size, count)
-    if adaptive and longer:  # each window has short + 1 or short + 2 tokens
-        window = torch.arange(count, device=x.device)
-        first, last = window * size // count, ((window + 1) * size - 1) // count
-        common = first[:, None] + torch.arange(short + 1, device=x.device)
-        sums = x.index_select(axis, common.flatten()).unflatten(axis, tuple(common.shape)).sum(axis)
-        is_short = (last < first + short + 1).view(-1, *[1] * (-1 - axis))
-        return sums.add_(x.index_select(axis, last).masked_fill_(is_short, 0))
+    if adaptive and longer:
+        common, last, is_short = _overlapping_windows(size, count, x.device)
+        sums = x.index_select(axis, common).unflatten(axis, (count, short + 1)).sum(axis)
+        return sums.add_(x.index_select(axis, last).masked_fill_(is_short.view(-1, *[1] * (-1 - axis)), 0))
     split = (count - longer) * short
     sums = x.narrow(axis, 0, split).unflatten(axis, (-1, short)).sum(axis)
     if not longer:
         return sums
     return torch.cat([sums, x.narrow(axis, split, size - split).unflatten(axis, (-1, short + 1)).sum(axis)], axis)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _overlapping_windows(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tokens of all windows without their last tokens, the last tokens, and which windows have no other last token.
+
+    With short = size // count, a window has short + 1 or short + 2 tokens. The first short + 1 are the common ones.
+    """
+    window = torch.arange(count, device=device)
+    first, last = window * size // count, ((window + 1) * size - 1) // count
+    common = first[:, None] + torch.arange(size // count + 1, device=device)
+    return common.flatten(), last, last < first + size // count + 1
 
 
 def _spread(marks: Tensor, axis: int, adaptive: bool, other: Tensor | None, out: Tensor) -> None:
@@ -139,14 +151,23 @@ def _plus(x: Tensor, other: Tensor | None, out: Tensor) -> None:
 
 def _means(x: Tensor, mask: Tensor | None, rope: Rotation, pool: Pool) -> tuple[Tensor, Tensor]:
     """Return the landmarks of x, and the number of valid tokens in each."""
-    valid = torch.ones(1, x.shape[2], device=x.device) if mask is None else mask.float()
-    counts = _sums(valid[..., None], pool).squeeze(-1).expand(len(x), -1).contiguous()
+    if mask is None:
+        counts = _sizes(x.shape[2], pool, x.device).repeat(len(x), 1)
+    else:
+        counts = _sums(mask.float()[..., None], pool).squeeze(-1)
     divisor = counts.clamp(min=1)[:, None, :, None]
     marks = x.new_empty(*x.shape[:2], counts.shape[1], x.shape[3])
     for group, _ in groups(x, x.shape[3]):
         part = marks[group]
         part.copy_(_sums(read(x, group, mask, rope), pool).view(part.shape).div_(divisor[group[0]]))
     return marks, counts
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _sizes(tokens: int, pool: Pool, device: torch.device) -> Tensor:
+    """Return the number of tokens in each window, (1, L)."""
+    return _sums(torch.ones(1, tokens, 1, device=device), pool).squeeze(-1)
 
 
 def _token_gradient(

@@ -10,9 +10,10 @@ PARTS = 3
 
 
 def packed_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    x, weight = (each if dtype is None else each.to(dtype) for each in (x, weight))
+    if dtype is None:  # autocast is off
+        return F.linear(x, weight, bias).chunk(PARTS, -1)
     with torch.autocast("cpu", enabled=False):
-        return F.linear(x, weight, bias if bias is None else bias.to(x.dtype)).chunk(PARTS, -1)
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).chunk(PARTS, -1)
 
 
 def packed_linear_backward(

@@ -101,7 +101,8 @@ class Scratch:
             padded = -(-size // (VECTORS * max(1, threads))) * VECTORS * max(1, threads)
             if self.memory.numel() < padded:
                 self.memory = self.memory.new_empty(padded)
-                self.memory[size:].zero_()
+                if padded > size:
+                    self.memory[size:].zero_()
             self.view, self.padded = self.memory[:size].view(shape), self.memory[:padded]
         return self.view
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -48,13 +47,14 @@ class _Replaced:
     ) -> Tensor:
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         dropout = self.attn_drop.p if self.training else 0.0
-        out = self.norm(rearrange(self.vix(q, k, v, attn_mask, dropout, is_causal, rope=rope), "b h n d -> b n (h d)"))
+        out = self.vix(q, k, v, attn_mask, dropout, is_causal, rope=rope)
+        out = self.norm(out.transpose(1, 2).flatten(2))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
     def split(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b n (h d) -> b h n d", d=self.head_dim)
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
 
 class ReplacedAttention(_Replaced, Attention):

@@ -25,7 +25,9 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
     Returns:
         Three tensors (..., width). Twice differentiable in x, weight and bias.
     """
-    return _PackedLinear.apply(x, weight, bias, dtype)
+    if torch.is_grad_enabled():
+        return _PackedLinear.apply(x, weight, bias, dtype)
+    return packed_linear_forward(x, weight, bias, dtype)
 
 
 class _PackedLinear(torch.autograd.Function):
