@@ -21,6 +21,24 @@ def test_launches_are_timed_without_a_gpu(tmp_path, capsys) -> None:
     assert "apply_rope  forward and backward" in printed and "Triton's launcher" in printed
 
 
+# Host time with launches as multiples of that of tiny attention: (forward, forward and backward)
+BUDGETS = {"performer_attention": (3.2, 2.3), "nystrom_attention": (4.5, 3.0)}
+
+
+@pytest.mark.skipif(host_time.c_compiler() is None, reason="there is no C compiler for the stub driver")
+@pytest.mark.parametrize("op", BUDGETS)
+def test_host_time_is_within_the_budget(op: str) -> None:
+    """The best of three measurements counts, because the cores may be shared."""
+    request = dict(ops=[op], rounds=5, seconds=0.01, profile=False, modules=[])
+    ratios = []
+    for _ in range(3):
+        rows = [host_time.Row(**row) for row in host_time.results(request)]
+        ratios.append([row.ratio for row in rows if row.launcher == "triton"])
+        if all(ratio <= limit for ratio, limit in zip(ratios[-1], BUDGETS[op], strict=True)):
+            return
+    raise AssertionError(f"{op}: {ratios}, expected at most {BUDGETS[op]}")
+
+
 def test_without_a_compiler_only_python_is_timed(monkeypatch, capsys) -> None:
     monkeypatch.setattr(host_time, "build_stub", lambda folder: {})
     assert host_time.main(["apply_rope", "--rounds", "1"]) == 0
