@@ -122,7 +122,6 @@ def check_replays() -> None:
                     run()
                 del calls[:]
                 with (
-                    patch.object(plans._Record, "apply", None),
                     patch.object(plans, "record", None),
                     patch.object(driver.active, "get_current_stream", lambda device: 7),
                 ):

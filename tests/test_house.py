@@ -32,6 +32,7 @@ LAYERS = (
     ("ops",),
     ("plans",),
     ("recorder",),
+    ("replay",),
     ("primitives",),
     ("_torch",),
     ("_triton",),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ from . import backends, conditions
 from .layout import unit_last_stride
 from .primitives.autograd import once_differentiable
 from .primitives.registry import DEFAULT_KEYS, PLAIN
-from .recorder import Plan, Recorder, compiled_launches
+from .recorder import Recorder
+from .replay import Location, PassPlan, launcher
 
-MOST = 1024  # signatures; with more, all are forgotten
-LAYOUTS = 4  # memory layouts of the incoming gradients for which a backward pass is recorded, per signature
+MAX_SIGNATURES = 1024  # with more, all are forgotten
 OPTIONS = {type(None), bool, int, float, str, torch.dtype}  # types of arguments whose value is part of the signature
 
 entries: dict[tuple, Entry] = {}  # by signature
@@ -37,36 +37,37 @@ def planned(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not on_gpu(*args, **kwargs) or not replays_allowed():
+        # Compilers evaluate is_compiling to True, and then trace only the function.
+        if torch.compiler.is_compiling() or not on_gpu(args, kwargs) or not replays_allowed():
             return function(*args, **kwargs)
         grad_enabled, tensors = torch.is_grad_enabled(), []
         key = [function, grad_enabled, backends.tf32_allowed(), *kwargs]
-        if torch._C._is_any_autocast_enabled():
-            device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            key += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         if not describe((*args, *kwargs.values()), key, tensors):
             return function(*args, **kwargs)
-        needs_backward = grad_enabled and any([x.requires_grad for x in tensors])
+        if torch._C._is_any_autocast_enabled():
+            device = tensors[0].device.type
+            key += torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         entry = entries.get(key := tuple(key))
         if entry is None:
-            if len(entries) >= MOST:
+            if len(entries) >= MAX_SIGNATURES:
                 entries.clear()
-            entries[key] = Entry()
-        elif entry.wanted and entry.records(tensors):
-            if needs_backward:
-                return _Record.apply(entry, function, args, kwargs, *tensors)
-            return record(entry, function, args, kwargs, tensors)
-        elif (plans := entry.plans) is not None:
-            return _Replay.apply(entry, plans, *tensors) if needs_backward else plans.run(tensors)[0]
-        return function(*args, **kwargs)
+            entry = entries[key] = Entry()
+        needs_backward = grad_enabled and any([x.requires_grad for x in tensors])  # a list, because a generator is slower
+        if entry.should_record(tensors):
+            return record(entry, function, args, kwargs, tensors, needs_backward)
+        if entry.plan is None:
+            return function(*args, **kwargs)
+        # Autograd does not see tensors inside of args and kwargs.
+        return _Replay.apply(entry.plan, *tensors) if needs_backward else entry.plan.run(tensors)[0]
 
     return call
 
 
-def on_gpu(first: Any = None, *args: Any, **kwargs: Any) -> bool:
-    """Return whether the first argument is an ordinary GPU tensor that kernels could read."""
-    x = next(iter(kwargs.values()), None) if first is None else first
-    return type(x) in PLAIN and x.is_cuda and backends.triton_installed()
+def on_gpu(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Return whether a call may run kernels: its first argument is an ordinary GPU tensor, and its backend may use Triton."""
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    may_use_triton = kwargs.get("backend", "auto") in ("auto", "triton") and backends.triton_installed()
+    return type(x) in PLAIN and x.is_cuda and may_use_triton
 
 
 def replays_allowed() -> bool:
@@ -78,12 +79,18 @@ def replays_allowed() -> bool:
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and (not torch._C._len_torch_function_stack() or _only_default_device())
         and conditions.recording.recorder is None
-        and not compiled_launches().needs_triton()
+        and not launcher().needs_triton()
     )
 
 
 def _only_default_device() -> bool:
     return all(isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
+
+
+@functools.cache
+def initial_fields(kind: type) -> list[str]:
+    """Return the fields that __init__ receives. The others depend on them."""
+    return [each.name for each in fields(kind) if each.init]
 
 
 def describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor]) -> bool:
@@ -95,173 +102,179 @@ def describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor]) -> bo
             tensors.append(x)
         elif kind in OPTIONS or (kind is tuple and all(type(each) is int for each in x)):
             key += kind, x
-        elif is_dataclass(kind):  # Rope
+        elif is_dataclass(kind):  # such as Rope
             key.append(kind)
-            if not describe([getattr(x, each.name) for each in fields(x) if each.init], key, tensors):
+            if not describe([getattr(x, name) for name in initial_fields(kind)], key, tensors):
                 return False
         else:
             return False
     return True
 
 
-def with_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[Any]:
+def replace_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[Any]:
     """Replace the tensors in the arguments, in the order of `describe`."""
     results = []
     for x in values:
         if isinstance(x, Tensor):
             x = next(tensors)
         elif is_dataclass(x):
-            names = [each.name for each in fields(x) if each.init]
-            x = replace(x, **dict(zip(names, with_tensors([getattr(x, name) for name in names], tensors), strict=True)))
+            names = initial_fields(type(x))
+            x = replace(x, **dict(zip(names, replace_tensors([getattr(x, name) for name in names], tensors), strict=True)))
         results.append(x)
     return results
 
 
 @dataclass
-class Plans:
-    """The passes of a call.
+class CallPlan:
+    """A call that can be replayed, and its backward pass if an input requires a gradient.
 
     Attributes:
         forward: plan of the forward pass. Its sources are the tensors of the call.
-        saved: indices of the forward bases that are saved for the backward pass.
         single: whether the function returns a tensor instead of a tuple.
-        backward: plans of the backward pass by the memory layout of the incoming gradients (see `layout`). Their sources are
-            the saved bases, then these gradients.
+        saved: indices of the bases of the forward pass that are saved for the backward pass.
+        backward: plan of the backward pass. Its sources are the saved bases, then the gradients of the outputs.
+        strides: the strides of these gradients.
     """
 
-    forward: Plan
+    forward: PassPlan
     single: bool
-    saved: list[int] = field(default_factory=list)
-    backward: dict[tuple, Plan] = field(default_factory=dict)
+    saved: list[int]
+    backward: PassPlan | None = None
+    strides: list[tuple[int, ...]] | None = None
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+        """Return the result of the call, and the saved tensors."""
         outputs, bases = self.forward.run(tensors)
         return outputs[0] if self.single else tuple(outputs), [bases[i] for i in self.saved]
 
 
+@dataclass
 class Entry:
     """What is known about the calls with one signature.
 
     Attributes:
-        plans: the plans of the passes, or None if they are not known.
-        wanted: whether to record another call.
-        calls: number of calls since then. Calls 1, 2, 4, 8, ... are recorded, because a call may have no backward pass.
-        reason: why calls cannot be replayed, or None.
+        plan: the plan of these calls, once it is known.
+        reason: why the calls cannot be replayed, once this is known. For debugging.
+        calls: number of earlier calls, while neither is known.
     """
 
-    def __init__(self) -> None:
-        self.plans: Plans | None = None
-        self.wanted = True
-        self.calls = 0
-        self.reason: str | None = None
+    plan: CallPlan | None = None
+    reason: str | None = None
+    calls: int = 0
 
-    def records(self, tensors: Sequence[Tensor]) -> bool:
-        """Return whether to record the next call. Arguments with equal addresses could not be told apart."""
-        self.calls += 1
-        return self.calls & (self.calls - 1) == 0 and len({x.data_ptr() for x in tensors} - {0}) == len(tensors)
+    def should_record(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether to record this call. Calls 2, 3, 5, 9, ... are recorded, because their backward pass may never run.
 
-    def learn(self, recorder: Recorder, plans: Plans | None) -> None:
-        """Keep the plans of a recorded call, or the reason why it cannot be replayed."""
-        self.wanted = False
-        if plans is None:
-            self.reason = recorder.reason
-        elif self.plans is not None and (self.plans.forward, self.plans.saved) == (plans.forward, plans.saved):
-            self.plans.backward |= plans.backward
-        else:
-            self.plans = plans
-
-    def miss(self) -> None:
-        """Record another call, because the gradients of a call had a new memory layout."""
-        if not self.wanted and len(self.plans.backward) < LAYOUTS:
-            self.wanted, self.calls = True, 0
+        Arguments with equal addresses could not be told apart. Empty tensors have no address.
+        """
+        if self.plan is not None or self.reason is not None:
+            return False
+        earlier, self.calls = self.calls, self.calls + 1
+        recorded = earlier > 0 and earlier & (earlier - 1) == 0
+        return recorded and len({x.data_ptr() for x in tensors} - {0}) == len(tensors)
 
 
-def layout(gradients: Sequence[Tensor]) -> tuple[tuple[Any, int], ...]:
-    return tuple([(x.stride(), x.data_ptr() % 16) for x in gradients])
+def record(
+    entry: Entry, function: Callable, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor], needs_backward: bool
+) -> Any:
+    """Run and record a call."""
+
+    def call(inputs: Iterable[Tensor]) -> Any:
+        values = replace_tensors((*args, *kwargs.values()), iter(inputs))
+        return function(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+
+    if needs_backward:
+        return _Record.apply(entry, call, *tensors)
+    recorder = Recorder(tensors)
+    result = recorder.run(call, tensors)
+    single = isinstance(result, Tensor)
+    if found := recorder.plan(0, arguments(tensors), (result,) if single else result):
+        entry.plan = CallPlan(found[0], single, [])
+    entry.reason = recorder.reason
+    return result
+
+
+def arguments(tensors: Sequence[Tensor]) -> dict[int, Location]:
+    """Return the locations of the first bases of a recorder, which are the tensors of the call."""
+    return {i: Location(i, 0) for i in range(len(tensors))}
+
+
+def differentiate(results: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradient of each input, or None if it requires none."""
+    wanted = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(results, wanted, gradients, retain_graph=True, allow_unused=True))
+    return [next(found) if x.requires_grad else None for x in inputs]
 
 
 def without_overlap(x: Tensor) -> Tensor:
-    """Return a gradient with unit last stride, and no elements at the same address."""
+    """Return a gradient with unit last stride whose elements all have different addresses."""
     return x.contiguous() if 0 in x.stride() else unit_last_stride(x)
-
-
-def record(entry: Entry, function: Callable, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
-    """Run and record a call without a backward pass."""
-    recorder = Recorder(tensors)
-    results = recorder.run(function, *args, **kwargs)
-    single = isinstance(results, Tensor)
-    found = recorder.plan(0, {i: (i, 0) for i in range(len(tensors))}, [results] if single else results)
-    entry.learn(recorder, found and Plans(found[0], single))
-    return results
 
 
 class _Record(torch.autograd.Function):
     """Run and record a call and its backward pass. The autograd graph of the call is kept in `ctx`."""
 
     @staticmethod
-    def forward(ctx, entry, function, args, kwargs, *tensors):
+    def forward(ctx, entry, call, *tensors):
         inputs = [x.detach().requires_grad_() if x.requires_grad else x for x in tensors]
-        values = with_tensors((*args, *kwargs.values()), iter(inputs))
         recorder = Recorder(inputs)
         with torch.enable_grad():
-            results = recorder.run(function, *values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
-        single = isinstance(results, Tensor)
-        results = (results,) if single else results
-        kept = recorder.saved(results)
-        ctx.plans = None
-        if found := recorder.plan(0, {i: (i, 0) for i in range(len(inputs))}, results, kept):
-            places = {base: found[1][base] for base in kept if base in found[1]}
-            saved = list(dict.fromkeys(index for index, _ in places.values()))
-            ctx.plans = Plans(found[0], single, saved)
-            ctx.places = {base: (saved.index(index), offset) for base, (index, offset) in places.items()}
-        else:
-            entry.learn(recorder, None)
-        ctx.entry, ctx.recorder, ctx.inputs, ctx.results = entry, recorder, inputs, results
-        ctx.save_for_backward(*(tensors[base] for base in kept if base < len(tensors)))
+            result = recorder.run(call, inputs)
+        single = isinstance(result, Tensor)
+        results = (result,) if single else result
         outputs = [x.detach() for x in results]
+        if not all(x.requires_grad for x in results):
+            recorder.refuse("an output requires no gradient")
+            ctx.mark_non_differentiable(*(y for x, y in zip(results, outputs, strict=True) if not x.requires_grad))
+        kept = recorder.saved(results)
+        ctx.save_for_backward(*(tensors[base] for base in kept if base < len(tensors)))  # to detect changes in place
+        ctx.entry, ctx.recorder, ctx.inputs, ctx.results = entry, recorder, inputs, results
+        if found := recorder.plan(0, arguments(tensors), results, kept):
+            forward, locations = found
+            saved = list(dict.fromkeys(locations[base].base for base in kept if base in locations))
+            ctx.plan = CallPlan(forward, single, saved)
+            ctx.sources = {
+                base: locations[base]._replace(base=saved.index(locations[base].base)) for base in kept if base in locations
+            }  # fmt: skip
+        else:
+            entry.reason, ctx.recorder = recorder.reason, None
         return outputs[0] if single else tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, *gradients):
-        recorder, plans, inputs = ctx.recorder, ctx.plans, ctx.inputs
-        ctx.recorder = ctx.plans = None  # a second backward pass of the same call is not recorded
-        gradients = [without_overlap(x) for x in gradients]
-        if plans is not None and not recorder.can_add(gradients):
+        differentiable = [i for i, x in enumerate(ctx.results) if x.requires_grad]
+        results, gradients = [ctx.results[i] for i in differentiable], [without_overlap(gradients[i]) for i in differentiable]
+        recorder, ctx.recorder = ctx.recorder, None  # a second backward pass of the same call is not recorded
+        if recorder is None:
+            return None, None, *differentiate(results, ctx.inputs, gradients)
+        if not recorder.are_new(gradients):
             gradients = [x.clone() for x in gradients]
-        wanted = [x for x in inputs if x.requires_grad]
-        call = functools.partial(torch.autograd.grad, ctx.results, wanted, gradients, retain_graph=True, allow_unused=True)
-        if plans is None:
-            found = iter(call())
-            return *(None,) * 4, *(next(found) if x.requires_grad else None for x in inputs)
-        first = len(recorder.steps)
-        places = {recorder.add(x, "input"): (len(plans.saved) + i, 0) for i, x in enumerate(gradients)}
-        found = iter(recorder.run(call))
-        outputs = [next(found) if x.requires_grad else None for x in inputs]
-        if planned := recorder.plan(first, ctx.places | places, outputs):
-            plans.backward[layout(gradients)] = planned[0]
-        ctx.entry.learn(recorder, planned and plans)
-        return *(None,) * 4, *outputs
+        first, plan = len(recorder.steps), ctx.plan
+        sources = {recorder.add(x, "input"): Location(len(plan.saved) + i, 0) for i, x in enumerate(gradients)}
+        outputs = recorder.run(differentiate, results, ctx.inputs, gradients)
+        if found := recorder.plan(first, ctx.sources | sources, outputs):
+            plan.backward, plan.strides = found[0], [x.stride() for x in gradients]
+            ctx.entry.plan = ctx.entry.plan or plan
+        ctx.entry.reason = recorder.reason
+        return None, None, *outputs
 
 
 class _Replay(torch.autograd.Function):
     """Replay a recorded call and its backward pass."""
 
     @staticmethod
-    def forward(ctx, entry, plans, *tensors):
-        outputs, saved = plans.run(tensors)
+    def forward(ctx, plan, *tensors):
+        result, saved = plan.run(tensors)
         ctx.save_for_backward(*saved)
-        ctx.entry, ctx.plans = entry, plans
-        return outputs
+        ctx.plan = plan
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, *gradients):
-        gradients = [without_overlap(x) for x in gradients]
-        backward = ctx.plans.backward.get(layout(gradients))
-        if backward is None:
-            ctx.entry.miss()
-            known, backward = next(iter(ctx.plans.backward.items()))
-            copies = [x.new_empty_strided(x.shape, stride) for x, (stride, _) in zip(gradients, known, strict=True)]
-            gradients = [copy.copy_(x) for copy, x in zip(copies, gradients, strict=True)]
-        return None, None, *backward.run((*saved, *gradients))[0]
+        gradients = [
+            x if x.stride() == strides and x.data_ptr() % 16 == 0 else x.new_empty_strided(x.shape, strides).copy_(x)
+            for x, strides in zip(gradients, ctx.plan.strides, strict=True)
+        ]  # fmt: skip
+        return None, *ctx.plan.backward.run((*saved, *gradients))[0]

@@ -1,0 +1,145 @@
+"""The steps of a recorded pass, and how to replay them with other tensors. See plans.py.
+
+Every tensor that a step reads is a part of a base. The bases of a pass are, in this order: its sources, the outputs and
+workspaces that it allocates, constants, and the results of operations.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from . import backends
+
+
+@functools.cache
+def launcher() -> Any:
+    """Return the module that launches compiled kernels. It is imported late, because Triton may not be installed."""
+    from ._triton import compiled
+
+    return compiled
+
+
+class Location(NamedTuple):
+    """Where a tensor starts: the index of a base, and the distance from the start of this base in bytes."""
+
+    base: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor in a step: its location, dtype, size and stride."""
+
+    location: Location
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def rebased(self, locations: Mapping[int, Location]) -> Place:
+        base, offset = locations[self.location.base]
+        return replace(self, location=Location(base, self.location.offset + offset))
+
+    def tensor(self, bases: Sequence[Tensor]) -> Tensor:
+        base = bases[self.location.base]
+        storage = base.untyped_storage()
+        start = (base.data_ptr() - storage.data_ptr() + self.location.offset) // self.dtype.itemsize
+        return torch.empty(0, dtype=self.dtype, device=base.device).set_(storage, start, self.size, self.stride)
+
+
+@dataclass
+class Step:
+    """One step of a pass. `args` has a Place for each tensor."""
+
+    args: list[Any]
+
+    @property
+    def places(self) -> list[Place]:
+        return [x for x in self.args if isinstance(x, Place)]
+
+    def rebased(self, locations: Mapping[int, Location]) -> Step:
+        """Return the same step with bases at other locations."""
+        return replace(self, args=[x.rebased(locations) if isinstance(x, Place) else x for x in self.args])
+
+
+@dataclass
+class Launch(Step):
+    """A launch of a kernel. `compiled` is None in the interpreter."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    meta: dict[str, Any]
+    compiled: Any
+
+    def __post_init__(self) -> None:
+        self.pointers = [(i, *x.location) for i, x in enumerate(self.args) if isinstance(x, Place)]
+
+    def replay(self, bases: list[Tensor], addresses: list[int], stream: int | None) -> None:
+        args = self.args.copy()
+        if self.compiled is None or self.kernel.pre_run_hooks:
+            for i, *_ in self.pointers:
+                args[i] = args[i].tensor(bases)
+            self.kernel[self.grid](*args, **self.meta)
+            return
+        for i, base, offset in self.pointers:
+            args[i] = addresses[base] + offset
+        self.compiled.start(self.grid, stream, args)
+
+
+@dataclass
+class Operation(Step):
+    """An operation of PyTorch that returns new tensors. `args` are the leaves of its positional and keyword arguments."""
+
+    structure: TreeSpec  # of the arguments
+    function: Callable
+    results: Sequence[int]  # bases
+
+    def replay(self, bases: list[Tensor], addresses: list[int], stream: int | None) -> None:
+        leaves = [x.tensor(bases) if type(x) is Place else x for x in self.args]
+        args, kwargs = tree_unflatten(leaves, self.structure)
+        with torch._C._DisableAutocast():  # the recorder sees operations after autocast has cast their arguments
+            results = self.function(*args, **kwargs)
+        for x in results if isinstance(results, tuple | list) else (results,):
+            bases.append(x)
+            addresses.append(x.data_ptr())
+
+
+@dataclass
+class PassPlan:
+    """A forward or backward pass that can be replayed.
+
+    Attributes:
+        allocations: size, stride and dtype of the outputs and workspaces.
+        constants: tensors that existed before the call, but are not arguments, such as cached tables.
+        steps: launches and operations.
+        outputs: for each output, the index of a base or a Place in it. None for a gradient that is not needed.
+    """
+
+    allocations: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
+    constants: list[Tensor] = field(repr=False)
+    steps: list[Step]
+    outputs: list[int | Place | None]
+
+    def run(self, sources: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Return the outputs and the bases."""
+        device = sources[0].device
+        bases = [*sources]
+        for size, stride, dtype in self.allocations:
+            bases.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
+        bases += self.constants
+        # Autograd's backward threads do not inherit the caller's current device.
+        is_current = device.index is None or device.index == torch.cuda.current_device()
+        with nullcontext() if is_current else torch.cuda.device(device):
+            addresses = [x.data_ptr() for x in bases]
+            stream = None if backends.interpreted() else launcher().current_stream()
+            for step in self.steps:
+                step.replay(bases, addresses, stream)
+        outputs = [bases[x] if type(x) is int else x if x is None else x.tensor(bases) for x in self.outputs]
+        return outputs, bases
