@@ -274,6 +274,21 @@ _WARP_GROUP = _entries(
         ("linear_broadcast_slots_learned", 16, 128): Tile(32, 32, 8, 1),
     }
 )
+# Without warp-group instructions, a warp multiplies 16 rows of a tile. More warps than that compute the same logits again.
+_WARP_ROWS = _entries(
+    {
+        ("broadcast_forward", 32, 16, 32): Tile(64, 64, 4, 1),
+        ("broadcast_forward", 32, 64): Tile(32, 64, 4, 1),
+        ("broadcast_tokens", 32, 16, 32): Tile(32, 64, 4, 1),
+        ("broadcast_slots", 32, 16, 32): Tile(32, 32, 2, 1),
+        ("broadcast_slots", 32, 64): Tile(16, 32, 2, 1),
+        ("aggregate_tokens", 32, 16, 32): Tile(32, 32, 2, 1),
+        ("aggregate_tokens", 32, 64): Tile(32, 16, 2, 1),
+        ("aggregate_slots", 32, 16, 32): Tile(64, 32, 4, 1),
+        ("aggregate_slots", 32, 64): Tile(64, 16, 4, 1),
+        ("aggregate_forward", 32, 128): Tile(16, 32, 8, 1),
+    }
+)
 _SMALL = _entries(
     {  # for architectures with 99 KiB of shared memory per block
         ("linear_broadcast_slots", 32, 256): Tile(16, 16, 8, 1, "ieee"),
@@ -291,14 +306,16 @@ _CDNA = _entries(
 )
 # Entries that override those of TABLE, by architecture.
 OVERRIDES: dict[str, dict[Key, Tile]] = {
-    "sm_80": _entries(
+    "sm_80": _WARP_ROWS
+    | _entries(
         {
             ("aggregate_slots", 16, 32): Tile(128, 32, 8, 1),
         }
     ),
-    "sm_86": _SMALL,
-    "sm_89": _SMALL | _entries({("project_forward", 16, 128): Tile(64, 32, 8, 1)}),
+    "sm_86": _SMALL | _WARP_ROWS,
+    "sm_89": _SMALL | _WARP_ROWS | _entries({("project_forward", 16, 128): Tile(64, 32, 8, 1)}),
     "sm_120": _SMALL
+    | _WARP_ROWS
     | _entries(
         {
             ("aggregate_tokens", 16, 32): Tile(32, 128, 8, 1),

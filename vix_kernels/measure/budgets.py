@@ -94,6 +94,12 @@ SPILLS = (
         archs=("sm_90",), widths=WIDE_HEADS,
     ),
     Declared("broadcast_forward_kernel", 16, "two to four registers, with RoPE or a mask", archs=AMPERE),
+    Declared("", 16, "two to four registers", archs=("sm_86",)),
+    Declared("aggregate_tokens_kernel", 56, "pooled slots or RoPE", dtypes=("fp16",), archs=("sm_86",), widths=(64,)),
+    Declared(
+        "aggregate_tokens_kernel", 104, "the tiles that do not spill compute each logit twice", dtypes=("fp32",),
+        archs=("sm_86",), widths=(64,),
+    ),
     Declared("broadcast_forward_kernel", 8, "two registers", use="+mask", archs=("sm_90",), widths=WIDE_HEADS),
     Declared("linear_", 16, "two to four registers", archs=("sm_90", "sm_100"), widths=(64, *WIDE_HEADS)),
     Declared("pinv_backward_kernel", 16, "two to four registers", archs=("sm_90",), dtypes=("bf16", "fp16")),
