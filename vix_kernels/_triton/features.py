@@ -16,7 +16,7 @@ from torch import Tensor
 from .launch import LaunchConfig, launch_config, padded, slot_strides
 from .tiles import LN2, LOG2E, dot, load_slots, slot_channels, split, split_parts
 
-COPIES = tl.constexpr(16)  # the smallest inner dimension of a matrix instruction in 16 bits
+COPIES = tl.constexpr(16)  # the smallest inner dimension of matrix instructions with 16-bit operands
 
 
 @triton.jit

@@ -90,7 +90,7 @@ def start_gradient(
 
 @triton.jit
 def end_gradient(memory, scale, SIZE: tl.constexpr, STEP: tl.constexpr, COMPUTE: tl.constexpr):
-    """Backpropagate through the first Z and the softmax, and store the gradient of q k^T at place DY."""
+    """Backpropagate through the first Z and the softmax, and store the gradient of q k^T in `memory` as matrix DY."""
     sums, products = tl.zeros((SIZE,), COMPUTE), tl.zeros((STEP,), COMPUTE)
     for row in tl.range(0, SIZE, STEP, disable_licm=True):
         a = tl.load(part(memory, A, row, 0, STEP, SIZE, SIZE))

@@ -24,7 +24,7 @@ class MixerModule(Mounted):
 
     Attributes:
         core: the mixer, adapted to its site.
-        site: the place of the module in a model. By default, it only contains the number and width of the heads.
+        site: a Site, which describes where the module is in a model. By default, only the number and width of the heads are set.
     """
 
     def __init__(
