@@ -66,8 +66,9 @@ def planned(function: Callable) -> Callable:
 def on_gpu(args: tuple, kwargs: dict[str, Any]) -> bool:
     """Return whether a call may run kernels: its first argument is an ordinary GPU tensor, and its backend may use Triton."""
     x = args[0] if args else next(iter(kwargs.values()), None)
-    may_use_triton = kwargs.get("backend", "auto") in ("auto", "triton") and backends.triton_installed()
-    return type(x) in PLAIN and x.is_cuda and may_use_triton
+    if type(x) not in PLAIN or not x.is_cuda:
+        return False
+    return kwargs.get("backend", "auto") in ("auto", "triton") and backends.triton_installed()
 
 
 def replays_allowed() -> bool:

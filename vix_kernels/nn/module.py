@@ -24,7 +24,7 @@ class MixerModule(Mounted):
 
     Attributes:
         core: the mixer, adapted to its site.
-        site: a Site, which describes where the module is in a model. By default, only the number and width of the heads are set.
+        site: a Site, which describes where the module is in a model. By default, it has only the number and width of the heads.
     """
 
     def __init__(
