@@ -65,7 +65,7 @@ def copies(numbers, DTYPE: tl.constexpr):
 
     With this tile, matrix instructions sum over tokens or slots, which needs no instruction per feature. Half of the rows are
     the numbers rounded to DTYPE, and the other half are the rounding errors. The copies are rows instead of columns, so that
-    each thread loads few numbers.
+    each thread loads only a few numbers.
     """
     high, low = split(numbers, DTYPE)
     return tl.where((tl.arange(0, COPIES) < COPIES // 2)[:, None], high[None, :], low[None, :])

@@ -175,7 +175,7 @@ def is_pass(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit on one value of the kernels that one call launches.
+    """A limit on a measured quantity, such as instructions per logit, of the kernels that a call launches.
 
     Attributes:
         name: description of the limited value, for messages.

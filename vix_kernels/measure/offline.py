@@ -83,7 +83,7 @@ def driver_of(name: str) -> Iterator[None]:
 
 @contextmanager
 def target(name: str) -> Iterator[list[CompiledLaunch]]:
-    """Compile every launch inside the block for `name`. The yielded list is filled when the block ends."""
+    """Compile every launch inside the block for the GPU target `name`. The yielded list is filled when the block ends."""
     launches: list[CompiledLaunch] = []
     with capture(name) as binaries:
         yield launches

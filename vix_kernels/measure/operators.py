@@ -214,7 +214,7 @@ class Race:
             ours = label["provider"] in OURS and not out_of_memory(problem)
             results[label["provider"]] = Result((failed if ours else skipped)(problem, **label))
             if self.device == "cuda":
-                torch.cuda.synchronize()  # raises the error of an illegal access here, if there was one
+                torch.cuda.synchronize()  # if a kernel accessed an illegal address, the error is raised here
 
     def prepare(self, name: str, direction: str) -> Call:
         if name not in self.contenders:
