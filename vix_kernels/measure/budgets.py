@@ -63,6 +63,7 @@ SPILLS = (
     Declared(
         "linear_broadcast_slots_kernel", 344, "no tile that was tried spills less", dtypes=("fp32",), widths=WIDE_HEADS
     ),
+    Declared("linear_broadcast_slots_kernel", 80, "up to 20 registers", dtypes=("fp32",), archs=("sm_86",), widths=(64,)),
     Declared("aggregate_slots_kernel", 224, "pooled slots with RoPE", dtypes=("fp32",), widths=WIDE_HEADS),
     Declared(
         "broadcast_slots_kernel", 56,

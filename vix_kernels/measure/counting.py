@@ -122,8 +122,8 @@ def is_product(instruction: Instruction) -> bool:
 def loops(code: Sequence[Instruction]) -> MachineLoop:
     """Return the whole program as a MachineLoop that contains its loops.
 
-    Only natural loops count: the first block of a loop dominates a branch back to it. If the compiler places code at the end of
-    the program and this code jumps back, it is therefore not a loop. Code that is never reached, such as padding, is ignored.
+    Only natural loops count: the first block of a loop dominates a branch back to it. Code that the compiler places at the end
+    of the program, and that jumps back, is not a loop. Code that is never reached, such as padding, is ignored.
     """
     starts, successors = blocks(code)
     reached = dominators(successors)

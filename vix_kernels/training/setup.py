@@ -164,7 +164,7 @@ def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images:
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], source: Source) -> None:
-    """Raise `UserError` if `checkpoint` has a different model, seed or classes, or more started epochs than --epochs.
+    """Raise `UserError` if `checkpoint` has a different model, seed or classes, or has started more epochs than --epochs.
 
     If the checkpoint was saved in the middle of an epoch, its batch size must also equal the batch size of this run.
     """
