@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -189,16 +190,20 @@ def test_tf32_is_in_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(plans.entries) == 2
 
 
-def test_autocast_is_in_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under autocast, the recorded casts are replayed."""
-    q = torch.randn(1, 2, 37, 16).requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["same dtype", "cast"])
+def test_autocast_is_in_the_signature(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, calls are replayed unless their arguments are cast.
+
+    The graph of casts would detect second derivatives, and that of a replay would not.
+    """
+    q = torch.randn(1, 2, 37, 16, dtype=dtype).requires_grad_()
     projection = orthogonal_projection(8, 16, seed=0)
     call = partial(passes, lambda q: performer_attention(q, q * 1, q * 1, projection, backend="triton"), (q,))
-    plain = call()
+    call()
     with torch.autocast("cpu", torch.bfloat16):
         results = [call() for _ in range(3)]
-        assert replays(call, monkeypatch)
-    assert results[0][0].dtype == torch.bfloat16 and plain[0].dtype == torch.float32
+        assert replays(call, monkeypatch) == (dtype == torch.bfloat16)
+    assert results[0][0].dtype == torch.bfloat16
     assert all(torch.equal(x, y) for other in results for x, y in zip(results[0], other, strict=True))
     assert not replays(call, monkeypatch)  # call 2 without autocast
 
@@ -414,6 +419,55 @@ class TestAutograd:
         (dy,) = torch.autograd.grad(out.sum(), y)
         assert torch.equal(dy, x.detach() * y.detach().exp())
 
+    def test_a_batch_of_gradients(self, calls: int) -> None:
+        x, y, out = self.output(calls)
+        (dx,) = torch.autograd.grad(out, x, torch.stack([torch.ones(4, 8), torch.full((4, 8), 2.0)]), is_grads_batched=True)
+        assert torch.equal(dx, torch.stack([y.exp(), 2 * y.exp()]))
+
+    def test_storages_that_are_allocated_again(self, calls: int) -> None:
+        """FSDP frees parameters after forward, and gathers them again before backward."""
+        x, y, out = self.output(calls)
+        storage, values = x.untyped_storage(), x.detach().clone()
+        size = storage.nbytes()
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(x):
+            storage.resize_(0)
+            blocks = [torch.empty(size // 4) for _ in range(8)]  # so that the storage gets a new address
+            storage.resize_(size)
+            x.copy_(values)
+        del blocks
+        for _ in range(3):
+            assert torch.equal(torch.autograd.grad(out.sum(), y, retain_graph=True)[0], values * y.detach().exp())
+            out = product(x, y)
+
+    def test_an_observer_during_backward(self, calls: int) -> None:
+        """Launches that are not executed are not recorded, either."""
+        q, k = leaves(1, 2, 37, 16)
+        rope = rope_1d(37, 16)
+
+        def call(q: Tensor, k: Tensor) -> Tensor:
+            return sum(apply_rope(q, k, rope, backend="triton"))
+
+        for _ in range(calls - 1):
+            passes(call, (q, k))
+        out = call(q, k)
+        with conditions.under(observer=lambda *launch: None):
+            out.sum().backward()
+        results = [passes(call, (q, k)) for _ in range(4)]
+        assert all(torch.equal(a, b) for other in results for a, b in zip(results[0], other, strict=True))
+
+    def test_memory_is_freed_after_backward(self, calls: int) -> None:
+        x, y = leaves(4, 8)
+        for _ in range(calls - 1):
+            passes(product, (x, y))
+        x = x * 1
+        storage = StorageWeakRef(x.untyped_storage())
+        out = product(x, y)
+        out.sum().backward()
+        del x
+        gc.collect()
+        assert storage.expired()
+        assert out.grad_fn is not None
+
 
 def test_layouts_of_gradients() -> None:
     """A gradient with another memory layout than the recorded one is copied."""
@@ -424,6 +478,7 @@ def test_layouts_of_gradients() -> None:
         lambda x: x.T.contiguous().T,
         lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
         lambda x: torch.cat([x, x], 1)[:, :8],
+        lambda x: torch._neg_view(-x),
     ]
     for change in layouts:
         for _ in range(2):
@@ -432,7 +487,11 @@ def test_layouts_of_gradients() -> None:
     assert torch.equal(torch.autograd.grad(out.sum(), tensors[0])[0], tensors[1].exp())  # an expanded gradient
 
 
-@pytest.mark.parametrize("change", [lambda x: x.T.contiguous().T, lambda x: torch.cat([x, x], 1)[:, :8]])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.T.contiguous().T, lambda x: torch.cat([x, x], 1)[:, :8], lambda x: torch._neg_view(-x)],
+    ids=["transposed", "sliced", "negative"],
+)
 def test_recorded_layouts_of_gradients(change: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = leaves(4, 8)
     expected = passes(product.__wrapped__, tensors)
@@ -469,6 +528,24 @@ def test_outputs_without_gradients() -> None:
         assert a.requires_grad and not b.requires_grad
         a.sum().backward()
     assert "an output requires no gradient" in next(iter(plans.entries.values())).reason
+
+
+def test_overlapping_gradients() -> None:
+    """A gradient whose elements overlap is copied before it is recorded."""
+    tensors = leaves(4, 8)
+    for _ in range(2):
+        passes(product, tensors, lambda x: torch.arange(11.0).unfold(0, 8, 1))
+    for a, b in zip(passes(product, tensors), passes(product.__wrapped__, tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sizes_that_depend_on_values() -> None:
+    @plans.planned
+    def function(x: Tensor) -> Tensor:
+        return x[x > 0] * 2
+
+    for count in (1, 2, 3, 4):
+        assert len(function(torch.where(torch.arange(4) < count, 1.0, -1.0))) == count
 
 
 def test_outputs_with_another_dtype() -> None:

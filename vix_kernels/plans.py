@@ -20,7 +20,6 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from . import backends, conditions
-from .layout import unit_last_stride
 from .primitives.autograd import once_differentiable
 from .primitives.registry import DEFAULT_KEYS, PLAIN
 from .recorder import Recorder
@@ -148,6 +147,17 @@ class CallPlan:
         outputs, bases = self.forward.run(tensors)
         return outputs[0] if self.single else tuple(outputs), [bases[i] for i in self.saved]
 
+    def run_backward(self, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the gradients of the tensors of the call."""
+        gradients = [
+            x
+            if x.stride() == strides and x.data_ptr() % 16 == 0 and not (x.is_neg() or x._is_zerotensor())
+            else x.new_empty_strided(x.shape, strides).copy_(x)
+            for x, strides in zip(gradients, self.strides, strict=True)
+        ]
+        run = torch.compiler.disable(self.backward.run) if torch.compiler.is_compiling() else self.backward.run
+        return run((*saved, *gradients))[0]
+
 
 @dataclass
 class Entry:
@@ -178,18 +188,19 @@ class Entry:
 def record(
     entry: Entry, function: Callable, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor], needs_backward: bool
 ) -> Any:
-    """Run and record a call."""
+    """Run and record a call. A call that cannot be replayed runs again, so that it has an ordinary autograd graph."""
 
     def call(inputs: Iterable[Tensor]) -> Any:
         values = replace_tensors((*args, *kwargs.values()), iter(inputs))
         return function(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
 
     if needs_backward:
-        return _Record.apply(entry, call, *tensors)
+        result = _Record.apply(entry, call, *tensors)
+        return result if entry.reason is None else function(*args, **kwargs)
     recorder = Recorder(tensors)
     result = recorder.run(call, tensors)
     single = isinstance(result, Tensor)
-    if found := recorder.plan(0, arguments(tensors), (result,) if single else result):
+    if found := recorder.plan(arguments(tensors), (result,) if single else result):
         entry.plan = CallPlan(found[0], single, [])
     entry.reason = recorder.reason
     return result
@@ -207,9 +218,11 @@ def differentiate(results: Sequence[Tensor], inputs: Sequence[Tensor], gradients
     return [next(found) if x.requires_grad else None for x in inputs]
 
 
-def without_overlap(x: Tensor) -> Tensor:
-    """Return a gradient with unit last stride whose elements all have different addresses."""
-    return x.contiguous() if 0 in x.stride() else unit_last_stride(x)
+def dense(x: Tensor) -> Tensor:
+    """Return a gradient with unit last stride, whose elements fill a range of memory, and without lazy operations."""
+    x = x.resolve_neg()
+    is_dense = torch.empty_like(x).stride() == x.stride()  # empty_like keeps the strides of dense tensors
+    return x if is_dense and x.stride()[-1:] in ((), (1,)) else x.contiguous()
 
 
 class _Record(torch.autograd.Function):
@@ -226,35 +239,36 @@ class _Record(torch.autograd.Function):
         outputs = [x.detach() for x in results]
         if not all(x.requires_grad for x in results):
             recorder.refuse("an output requires no gradient")
-            ctx.mark_non_differentiable(*(y for x, y in zip(results, outputs, strict=True) if not x.requires_grad))
         kept = recorder.saved(results)
+        found = recorder.plan(arguments(tensors), results, kept)
+        if found is None:
+            entry.reason = recorder.reason
+            return outputs[0] if single else tuple(outputs)
+        forward, locations = found
+        kept = {base: locations[base] for base in kept if base in locations}
+        saved = list(dict.fromkeys(location.base for location in kept.values()))
         ctx.save_for_backward(*(tensors[base] for base in kept if base < len(tensors)))  # to detect changes in place
+        ctx.plan, ctx.tf32 = CallPlan(forward, single, saved), backends.tf32_allowed()
+        ctx.sources = {base: location._replace(base=saved.index(location.base)) for base, location in kept.items()}
         ctx.entry, ctx.recorder, ctx.inputs, ctx.results = entry, recorder, inputs, results
-        if found := recorder.plan(0, arguments(tensors), results, kept):
-            forward, locations = found
-            saved = list(dict.fromkeys(locations[base].base for base in kept if base in locations))
-            ctx.plan = CallPlan(forward, single, saved)
-            ctx.sources = {
-                base: locations[base]._replace(base=saved.index(locations[base].base)) for base in kept if base in locations
-            }  # fmt: skip
-        else:
-            entry.reason, ctx.recorder = recorder.reason, None
         return outputs[0] if single else tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, *gradients):
-        differentiable = [i for i, x in enumerate(ctx.results) if x.requires_grad]
-        results, gradients = [ctx.results[i] for i in differentiable], [without_overlap(gradients[i]) for i in differentiable]
-        recorder, ctx.recorder = ctx.recorder, None  # a second backward pass of the same call is not recorded
-        if recorder is None:
-            return None, None, *differentiate(results, ctx.inputs, gradients)
+        recorder, ctx.recorder, results, inputs = ctx.recorder, None, ctx.results, ctx.inputs
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.results = ctx.inputs = None  # free their memory
+        # A second backward pass of the same call is not recorded.
+        if recorder is None or not replays_allowed() or backends.tf32_allowed() != ctx.tf32:
+            return None, None, *differentiate(results, inputs, gradients)
+        gradients = [dense(x) for x in gradients]
         if not recorder.are_new(gradients):
             gradients = [x.clone() for x in gradients]
-        first, plan = len(recorder.steps), ctx.plan
+        plan = ctx.plan
         sources = {recorder.add(x, "input"): Location(len(plan.saved) + i, 0) for i, x in enumerate(gradients)}
-        outputs = recorder.run(differentiate, results, ctx.inputs, gradients)
-        if found := recorder.plan(first, ctx.sources | sources, outputs):
+        outputs = recorder.run(differentiate, results, inputs, gradients)
+        if found := recorder.plan(ctx.sources | sources, outputs):
             plan.backward, plan.strides = found[0], [x.stride() for x in gradients]
             ctx.entry.plan = ctx.entry.plan or plan
         ctx.entry.reason = recorder.reason
@@ -274,8 +288,16 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, *gradients):
-        gradients = [
-            x if x.stride() == strides and x.data_ptr() % 16 == 0 else x.new_empty_strided(x.shape, strides).copy_(x)
-            for x, strides in zip(gradients, ctx.plan.strides, strict=True)
-        ]  # fmt: skip
-        return None, *ctx.plan.backward.run((*saved, *gradients))[0]
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        if level:  # torch.autograd.grad(..., is_grads_batched=True)
+            return None, *for_each_gradient(functools.partial(ctx.plan.run_backward, saved), gradients, level)
+        return None, *ctx.plan.run_backward(saved, gradients)
+
+
+def for_each_gradient(backward: Callable, gradients: Sequence[Tensor], level: int) -> list[Tensor | None]:
+    """Call `backward` for each element of a batch of gradients. `level` is the nesting level of the batch."""
+    size = max(len(torch._remove_batch_dim(x, level, 1, 0)) for x in gradients)  # 1 for a gradient without a batch
+    parts = [torch._remove_batch_dim(x, level, size, 0) for x in gradients]
+    columns = zip(*[backward([x[i] for x in parts]) for i in range(size)], strict=True)
+    return [None if column[0] is None else torch._add_batch_dim(torch.stack(column), 0, level) for column in columns]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -29,10 +30,14 @@ class Base:
     kind: Literal["input", "allocation", "result", "constant"]
 
     def __post_init__(self) -> None:
-        storage = self.tensor.untyped_storage()
+        # Distance from the start of the storage in bytes. Addresses may change, because FSDP frees and allocates storages.
         # Arguments may be views. The rest of their memory is not part of the call.
-        self.start = storage.data_ptr() if self.kind == "allocation" else self.tensor.data_ptr()
-        self.nbytes = storage.nbytes()
+        self.start = 0 if self.kind == "allocation" else start_in_storage(self.tensor)
+        self.nbytes = self.tensor.untyped_storage().nbytes()
+
+
+def start_in_storage(x: Tensor) -> int:
+    return x.storage_offset() * x.element_size()
 
 
 class Recorder(TorchDispatchMode):
@@ -63,16 +68,18 @@ class Recorder(TorchDispatchMode):
 
     def are_new(self, inputs: Sequence[Tensor]) -> bool:
         """Return whether the addresses of `inputs` differ from each other and from those of all bases."""
-        return len({x.data_ptr() for x in inputs} - {base.start for base in self.bases}) == len(inputs)
+        return len({x.data_ptr() for x in inputs} - {base.tensor.data_ptr() for base in self.bases}) == len(inputs)
 
     def find_or_add(self, x: Tensor) -> Place:
         """Return the place of x. A tensor in no known storage existed before the call, and is added as a constant."""
         found = self.storages.get(x.untyped_storage()._cdata, [])
-        exact = [base for base in found if self.bases[base].start == x.data_ptr()]
+        exact = [base for base in found if self.bases[base].start == start_in_storage(x)]
         if len(found) > 1 and not exact:
             self.refuse("arguments share memory")
+        if not found and x.requires_grad:
+            self.refuse("a tensor that is not an argument requires a gradient")
         base = exact[0] if exact else found[0] if found else self.add(x, "constant")
-        location = Location(base, x.data_ptr() - self.bases[base].start)
+        location = Location(base, start_in_storage(x) - self.bases[base].start)
         return Place(location, x.dtype, tuple(x.shape), x.stride())
 
     def with_places(self, args: Iterable[Any]) -> list[Any]:
@@ -81,6 +88,9 @@ class Recorder(TorchDispatchMode):
     # Recording
 
     def run(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Call a function, and record its steps as a pass."""
+        self.first, self.old = len(self.steps), len(self.bases)
+        self.thread = threading.get_ident()
         conditions.recording.recorder = self
         try:
             with self:
@@ -105,7 +115,11 @@ class Recorder(TorchDispatchMode):
         leaves, structure = tree_flatten((args, kwargs or {}))
         places = self.with_places(leaves)
         device = self.bases[0].tensor.device
-        if function._schema.is_mutable:
+        if self.thread != threading.get_ident():
+            self.refuse("autograd uses another thread, whose launches are not recorded")
+        elif {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}.intersection(function.tags):
+            self.refuse(f"{function} reads values")
+        elif function._schema.is_mutable:
             self.refuse(f"{function} changes a tensor")
         elif function._opname in ALLOCATIONS and results.device == device:
             self.add(results, "allocation")
@@ -119,29 +133,36 @@ class Recorder(TorchDispatchMode):
     # Plans
 
     def saved(self, results: Iterable[Tensor]) -> list[int]:
-        """Return the bases that the autograd graph of `results` saves for the backward pass."""
-        nodes, seen, found = [x.grad_fn for x in results], {None}, {}
+        """Return the bases that the autograd graph of `results` saves for the backward pass.
+
+        Refuse if the graph detects second derivatives only because intermediate results require gradients.
+        """
+        nodes, seen, found, requires_grad = [x.grad_fn for x in results], {None}, {}, False
         while nodes:
             if (node := nodes.pop()) not in seen:
                 seen.add(node)
                 names = [name for name in dir(node) if name.startswith("_saved_")]  # of PyTorch's nodes
                 tensors = (*getattr(node, "saved_tensors", ()), *(getattr(node, name) for name in names))
-                found |= {self.find_or_add(x).location.base: None for x in tensors if isinstance(x, Tensor)}
+                tensors = [x for x in tensors if isinstance(x, Tensor)]
+                found |= {self.find_or_add(x).location.base: None for x in tensors}
+                requires_grad |= any(x.requires_grad for x in tensors)
                 nodes += [each for each, _ in node.next_functions]
+        inputs = [self.bases[base].tensor for base in found if self.bases[base].kind == "input"]
+        if requires_grad and not any(x.requires_grad for x in inputs):
+            self.refuse("no argument that requires a gradient is saved")
         return list(found)
 
     def plan(
-        self, first: int, sources: dict[int, Location], outputs: Sequence[Tensor | None], saved: Sequence[int] = ()
+        self, sources: dict[int, Location], outputs: Sequence[Tensor | None], saved: Sequence[int] = ()
     ) -> tuple[PassPlan, dict[int, Location]] | None:
-        """Return a plan of the steps from `first` on, and the location of each base in it, or None if there is a `reason`.
+        """Return a plan of the last pass, and the location of each base in it, or None if there is a `reason`.
 
         Args:
-            first: index of the first step.
-            sources: locations of the bases that exist before the first step.
+            sources: locations of the bases that exist before the pass.
             outputs: the outputs, or None for each gradient that is not needed.
             saved: bases that the backward pass reads.
         """
-        steps, locations = self.steps[first:], dict(sources)
+        steps, locations = self.steps[self.first :], dict(sources)
         indices = count(1 + max(base for base, _ in sources.values()))
 
         def put(offsets: dict[int, int]) -> None:
@@ -196,7 +217,7 @@ class Recorder(TorchDispatchMode):
                 first.setdefault(place.location.base, i)
                 last[place.location.base] = i
         bases = [base for base in {**first, **dict.fromkeys(saved)} if self.bases[base].kind == "allocation"]
-        bases = [base for base in bases if base not in locations]
+        bases = [base for base in bases if base not in locations and base >= self.old]
         kept = {base: (0, len(steps)) for base in bases if base in saved}
         others = {base: (first[base], last[base]) for base in bases if base not in saved}
         return self.pack(kept), self.pack(others)

@@ -10,7 +10,9 @@ Shapes: q (B, H, Nq, D); k (B, H, Nk, D); marks (B, H, L, D); masks bool (B, N);
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +61,20 @@ def landmarks_backward(
     return dq, dk
 
 
+def cached_on_cpu(function: Callable) -> Callable:
+    """Cache the results of a function of sizes whose last argument is a device, if this is a CPU.
+
+    On a GPU, cached tensors could be allocated during the capture of a CUDA graph, or read by another stream too early.
+    """
+    cached = lru_cache(maxsize=64)(torch.inference_mode(False)(function))
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return cached(*args) if args[-1].type == "cpu" else function(*args)
+
+    return call
+
+
 def _sums(x: Tensor, pool: Pool) -> Tensor:
     """Return the sums (..., L, D) of tokens (..., N, D) over each window."""
     grid = _window_sums(_window_sums(_lines(x, pool), -2, pool.mark_columns, pool.adaptive), -3, pool.mark_rows, pool.adaptive)
@@ -102,8 +118,7 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
     return torch.cat([sums, x.narrow(axis, split, size - split).unflatten(axis, (-1, short + 1)).sum(axis)], axis)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@cached_on_cpu
 def _overlapping_windows(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return the tokens of all windows without their last tokens, the last tokens, and which windows have no other last token.
 
@@ -163,8 +178,7 @@ def _means(x: Tensor, mask: Tensor | None, rope: Rotation, pool: Pool) -> tuple[
     return marks, counts
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@cached_on_cpu
 def _sizes(tokens: int, pool: Pool, device: torch.device) -> Tensor:
     """Return the number of tokens in each window, (1, L)."""
     return _sums(torch.ones(1, tokens, 1, device=device), pool).squeeze(-1)

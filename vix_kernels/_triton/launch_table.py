@@ -292,6 +292,7 @@ _WARP_ROWS = _entries(
 _SMALL = _entries(
     {  # for architectures with 99 KiB of shared memory per block
         ("linear_broadcast_slots", 32, 256): Tile(16, 16, 8, 1, "ieee"),
+        ("linear_broadcast_tokens", 16, 256): Tile(16, 32, 8, 1),
         ("token_conv_backward", 16, 128): Tile(32, 64, 8, 1),
         ("aggregate_slots", 32, 128): Tile(16, 16, 8, 1, "ieee"),
     }
@@ -335,7 +336,7 @@ OVERRIDES: dict[str, dict[Key, Tile]] = {
             ("broadcast_tokens_heavy", 16, 128): Tile(64, 64, 8, 1),
             ("project_tokens", 16, 16): Tile(64, 64, 4, 1),
             ("aggregate_forward", 32, 128): Tile(16, 32, 8, 1),
-            ("aggregate_tokens", 32, 32, 64): Tile(16, 64, 4, 1),
+            ("aggregate_tokens", 32, 16, 32, 64): Tile(16, 64, 4, 1),
             ("aggregate_slots", 32, 16, 32): Tile(64, 64, 4, 1),
             ("aggregate_slots", 32, 64): Tile(64, 32, 4, 1),
             ("broadcast_forward", 32, 16, 32): Tile(64, 128, 8, 1),

@@ -61,10 +61,10 @@ SPILLS = (
         widths=(64,),
     ),
     Declared(
-        "linear_broadcast_slots_kernel", 344, "no tile that was tried spills less", dtypes=("fp32",), widths=WIDE_HEADS
+        "linear_broadcast_slots_kernel", 408, "no tile that was tried spills less", dtypes=("fp32",), widths=WIDE_HEADS
     ),
     Declared("linear_broadcast_slots_kernel", 80, "up to 20 registers", dtypes=("fp32",), archs=("sm_86",), widths=(64,)),
-    Declared("aggregate_slots_kernel", 224, "pooled slots with RoPE", dtypes=("fp32",), widths=WIDE_HEADS),
+    Declared("aggregate_slots_kernel", 232, "pooled slots with RoPE", dtypes=("fp32",), widths=WIDE_HEADS),
     Declared(
         "broadcast_slots_kernel", 56,
         "one tile holds all 110 slots; it spills 24 bytes outside the loop, or 56 with Triton 3.6",
