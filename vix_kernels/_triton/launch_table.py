@@ -293,6 +293,9 @@ _SMALL = _entries(
     {  # for architectures with 99 KiB of shared memory per block
         ("linear_broadcast_slots", 32, 256): Tile(16, 16, 8, 1, "ieee"),
         ("linear_broadcast_tokens", 16, 256): Tile(16, 32, 8, 1),
+        ("linear_aggregate_forward", 32, 256): Tile(16, 16, 8, 1, "ieee"),
+        ("linear_aggregate_tokens", 32, 256): Tile(16, 16, 8, 1, "ieee"),
+        ("linear_broadcast_forward", 32, 256): Tile(16, 16, 8, 1, "ieee"),
         ("token_conv_backward", 16, 128): Tile(32, 64, 8, 1),
         ("aggregate_slots", 32, 128): Tile(16, 16, 8, 1, "ieee"),
     }
