@@ -109,7 +109,7 @@ def test_another_package_can_register_the_attention(tree: Path, tmp_path: Path) 
     for name in FILES:
         text = (tree / name).read_text()
         folder = Path(name).parts[1]
-        for package in ("ops", "primitives", "nn", "testing"):
+        for package in ("ops", "plans", "primitives", "nn", "testing"):
             text = text.replace(f"from ..{package}.efficient ", "from .efficient_ops ").replace(
                 f"from ..{package}", f"from vix_kernels.{package}"
             )
