@@ -24,7 +24,7 @@ ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_s
 
 @dataclass
 class Base:
-    """A tensor that is not a view of another base. It is kept alive, so that its address remains unique."""
+    """A tensor that is not a view of another base. It is kept alive, so that no other tensor gets its storage."""
 
     tensor: Tensor
     kind: Literal["input", "allocation", "result", "constant"]

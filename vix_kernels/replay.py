@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -134,9 +133,7 @@ class PassPlan:
         for size, stride, dtype in self.allocations:
             bases.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
         bases += self.constants
-        # Autograd's backward threads do not inherit the caller's current device.
-        is_current = device.index is None or device.index == torch.cuda.current_device()
-        with nullcontext() if is_current else torch.cuda.device(device):
+        with backends.on_device(device):
             addresses = [x.data_ptr() for x in bases]
             stream = None if backends.interpreted() else launcher().current_stream()
             for step in self.steps:

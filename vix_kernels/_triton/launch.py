@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import conditions
-from ..backends import gpu_architecture, interpreted, tf32_allowed
+from ..backends import gpu_architecture, interpreted, on_device, tf32_allowed
 from ..layout import Rotary, accumulator
 from . import compiled
 from .launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
@@ -37,13 +37,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> compiled.Compiled | None:
     """Launch a kernel. Return the compiled kernel, or None if only Triton can launch it."""
-    device = args[0].device
     if interpreted():
         kernel[grid](*args, **meta)
         return None
-    if device.index == torch.cuda.current_device():
-        return compiled.run(kernel, grid, args, meta)
-    with torch.cuda.device(device):  # autograd's backward threads do not inherit the caller's current device
+    with on_device(args[0].device):
         return compiled.run(kernel, grid, args, meta)
 
 

@@ -57,7 +57,8 @@ SPILLS = (
     Declared("", 544, "the tiles of wide heads do not fit in registers", widths=(256,)),
     Declared("linear_broadcast_forward_kernel", 2832, "no other tile was tried", dtypes=("fp16",), widths=(256,)),
     Declared("broadcast_tokens_kernel", 1912, "no other tile was tried", dtypes=("fp32",), archs=("sm_86",), widths=(256,)),
-    Declared("", 17392, "linear attention, where no other tile was tried", dtypes=("fp32",), archs=("sm_90",), widths=(256,)),
+    Declared("linear_", 17392, "no other tile was tried", dtypes=("fp32",), archs=("sm_90",), widths=(256,)),
+    Declared("broadcast_tokens_kernel", 2000, "no other tile was tried", dtypes=("fp32",), archs=("sm_90",), widths=(256,)),
     Declared("", 56, "two to fourteen registers", dtypes=("fp32",)),
     Declared(
         "broadcast_slots_kernel", 264, "the tiles that do not spill take three times the instructions", dtypes=("fp32",),

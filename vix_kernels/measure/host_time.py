@@ -177,7 +177,6 @@ def launches(launcher: str) -> Iterator[None]:
         patch.object(plans, "entries", {}),  # plans contain the launcher
         patch.object(plans, "on_gpu", lambda *args, **kwargs: True),
         patch.object(backends, "reasons_against_triton", lambda *arguments: []),
-        patch.object(torch.cuda, "current_device", lambda: None),  # CPU tensors have no device index
     ):
         yield
 
