@@ -57,7 +57,8 @@ class CCT(Backbone):
         strides: stride of each convolution. The length determines the number of convolutions.
         pool_stride: stride of the pooling after each convolution.
         position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", as in VisionTransformer.
-        global_pool: "seq", the mean of the tokens with the learned weights softmax(w^T x), or "avg", the mean of the tokens.
+        global_pool: "seq", the mean of the tokens weighted by softmax(w^T x), where w is learned, or "avg", the mean of the
+            tokens.
         drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.
 
     For the other arguments, see VisionTransformer.

@@ -1,4 +1,4 @@
-"""Tests that launch compiled kernels (_triton/compiled.py) with Triton's launcher, using a driver that does nothing."""
+"""Tests of launches of compiled kernels (_triton/compiled.py). Triton's launcher calls a stub of the CUDA driver."""
 
 import gc
 import subprocess
@@ -75,7 +75,7 @@ def recorded() -> Iterator[list[tuple]]:
 
 
 def check_arguments() -> None:
-    """A repeated launch passes the same arguments as a launch by Triton, except that tensors are replaced with integers."""
+    """A repeated launch passes the same arguments as a launch by Triton, but addresses instead of tensors."""
     from vix_kernels import plans
     from vix_kernels._triton import compiled
 
@@ -98,7 +98,7 @@ def check_arguments() -> None:
 
 
 def check_replays() -> None:
-    """A replayed call launches the same kernels with the same numbers. Only the addresses of its tensors are different."""
+    """A replayed call launches the same kernels with the same arguments, except for the addresses of its tensors."""
     from triton import knobs
     from triton.runtime.driver import driver
 
@@ -129,7 +129,8 @@ def check_replays() -> None:
                 assert len(calls) == len(expected) > 0, op
                 for before, after in zip(expected, calls, strict=True):
                     assert before[:3] == after[:3], op
-                    both = [(x, y) for x, y in zip(before[3], after[3], strict=True) if x != 0 or y < 2**32]  # no empty tensors
+                    # Skip empty tensors. Their address is 0 in an ordinary call, but not in a replay.
+                    both = [(x, y) for x, y in zip(before[3], after[3], strict=True) if x != 0 or y < 2**32]
                     assert pattern([x for x, _ in both]) == pattern([y for _, y in both]), op
                 assert {args[3] for args in streams[-len(calls) :]} == {7}
                 knobs.runtime.launch_enter_hook.add(seen.append)

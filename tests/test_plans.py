@@ -82,7 +82,7 @@ def passes(function: Callable, tensors: tuple[Tensor, ...], change: Callable[[Te
 
 
 def make_ready(function: Callable, tensors: tuple[Tensor, ...]) -> plans.Entry:
-    """Call a function until its next call is replayed."""
+    """Call a function twice, so that its next call is replayed."""
     for _ in range(2):
         passes(function, tensors)
     entry = list(plans.entries.values())[-1]
@@ -105,7 +105,7 @@ def replays(function: Callable, monkeypatch: pytest.MonkeyPatch) -> bool:
 
 @pytest.mark.parametrize("spec, case", test_ops.params(FEW))
 def test_replayed_calls_are_bit_identical(spec: OpSpec, case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Call 1 runs the function, call 2 is recorded, and calls 3 and 4 are replayed, each with other values."""
+    """Call 1 runs the function, call 2 is recorded, and calls 3 and 4 are replayed, each with new values."""
 
     def results(seed: int) -> list[Tensor]:
         problem = spec.problem(case, dtype=torch.bfloat16, device=DEVICE, seed=seed)
@@ -131,7 +131,11 @@ def test_replays_without_gradients(spec: OpSpec, poisoned: None, monkeypatch: py
 
 
 def test_operations_between_launches() -> None:
-    """Agents that are masked with operations of PyTorch, whose gradients autograd adds."""
+    """Replays repeat PyTorch operations.
+
+    `agent_attention` masks the agents with a PyTorch operation. Both passes of the attention use the agents, so autograd adds
+    the two gradients of the agents.
+    """
     q, agents = torch.randn(2, 2, 37, 16).requires_grad_(), torch.randn(2, 2, 8, 16).requires_grad_()
     mask = torch.rand(2, 8) > 0.3
     call = partial(agent_attention, backend="triton", agent_mask=mask)
@@ -141,7 +145,7 @@ def test_operations_between_launches() -> None:
 
 
 def test_rope_with_learned_angles() -> None:
-    """A Rope is a group of arguments, and its angles are differentiable."""
+    """Plans find the tensors inside a dataclass argument such as Rope, and replay the gradient of its angles."""
     from vix_kernels import Rope
 
     q, k = leaves(1, 2, 37, 16)
@@ -159,7 +163,7 @@ def test_rope_with_learned_angles() -> None:
 
 
 def test_the_signature() -> None:
-    """Sizes, strides, dtypes, options, required gradients, alignment and the grad mode are in the signature. Values are not."""
+    """Sizes, strides, dtypes, alignment, requires_grad, options and the grad mode are in the signature. Values are not."""
     x, y = leaves(4, 8)
     product(x, y)
     product(x + 1, y + 1)
@@ -192,7 +196,8 @@ def test_tf32_is_in_the_signature(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_autocast_is_in_the_signature(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under autocast, calls are replayed unless their arguments are cast.
 
-    The graph of casts would detect second derivatives, and that of a replay would not.
+    If they are cast, the results of the casts are saved for the backward pass, instead of the arguments. In a replay, these
+    results require no gradient, so differentiating a gradient again would not raise an error.
     """
     q = torch.randn(1, 2, 37, 16, dtype=dtype).requires_grad_()
     projection = orthogonal_projection(8, 16, seed=0)
@@ -223,7 +228,7 @@ def test_arguments_without_a_signature(arguments: Callable) -> None:
 
 
 def test_equal_addresses() -> None:
-    """Arguments with equal addresses are not recorded, because they could not be told apart. Their calls can be replayed."""
+    """A call whose arguments have equal addresses is not recorded, because they could not be told apart. It can be replayed."""
     x, y = leaves(4, 8)
     for _ in range(3):
         product(x, x)
@@ -280,7 +285,7 @@ def test_contexts_without_replays(context: Callable[[], AbstractContextManager])
     "context", [nullcontext, partial(torch.device, "cpu"), torch.no_grad, torch.inference_mode], ids=lambda x: str(x)[:30]
 )
 def test_contexts_with_replays(context: Callable[[], AbstractContextManager], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A default device, which is a function mode, and modes without gradients do not prevent replays."""
+    """A default device (which installs a function mode), no_grad and inference_mode do not prevent replays."""
     tensors = leaves(4, 8)
     with context():
         grad = torch.is_grad_enabled()
@@ -308,7 +313,7 @@ def test_transforms(transform: Callable[[Callable, Tensor], Any]) -> None:
 
 
 def test_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled and exported programs contain the function, not a plan."""
+    """Compiled programs contain the function, not a replay."""
     x, y = leaves(4, 8)
     make_ready(product, (x, y))
     compiled = torch.compile(product, backend="eager", fullgraph=True, dynamic=True)
@@ -317,7 +322,7 @@ def test_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpointed call runs the function in both passes, because replays save other tensors."""
+    """A checkpointed call runs the function in both passes, because a replay saves different tensors than the function."""
     x, y = leaves(4, 8)
     expected = passes(product, (x, y))
     make_ready(product, (x, y))
@@ -396,7 +401,7 @@ class TestAutograd:
             out.sum().backward()
 
     def test_changes_of_tensors_that_are_not_saved(self, calls: int) -> None:
-        """Backward does not need y, because it saves exp(y), and the output."""
+        """Backward reads exp(y) instead of y, and does not read the output, so y and the output may change before backward."""
         x, y, out = self.output(calls)
         with torch.no_grad():
             y.add_(1)
@@ -423,7 +428,7 @@ class TestAutograd:
         assert torch.equal(dx, torch.stack([y.exp(), 2 * y.exp()]))
 
     def test_storages_that_are_allocated_again(self, calls: int) -> None:
-        """FSDP frees parameters after forward, and gathers them again before backward."""
+        """FSDP frees the storages of parameters after forward, and allocates them again before backward."""
         x, y, out = self.output(calls)
         storage, values = x.untyped_storage(), x.detach().clone()
         size = storage.nbytes()
@@ -468,7 +473,7 @@ class TestAutograd:
 
 
 def test_layouts_of_gradients() -> None:
-    """A gradient with another memory layout than the recorded one is copied."""
+    """A gradient is copied if its strides differ from the recorded strides, it is not aligned, or its negative bit is set."""
     tensors = leaves(4, 8)
     make_ready(product, tensors)
     expected = passes(product.__wrapped__, tensors)
@@ -501,7 +506,7 @@ def test_recorded_layouts_of_gradients(change: Callable[[Tensor], Tensor], monke
 
 
 def test_the_reference_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It supports second derivatives, which plans do not."""
+    """The reference supports second derivatives, but replays do not."""
     monkeypatch.undo()
     monkeypatch.setattr(backends, "triton_installed", lambda: True)
 
@@ -529,7 +534,7 @@ def test_outputs_without_gradients() -> None:
 
 
 def test_overlapping_gradients() -> None:
-    """A gradient whose elements overlap is copied before it is recorded."""
+    """A gradient whose elements overlap is copied before the backward pass is recorded."""
     tensors = leaves(4, 8)
     for _ in range(2):
         passes(product, tensors, lambda x: torch.arange(11.0).unfold(0, 8, 1))
@@ -556,7 +561,7 @@ def test_outputs_with_another_dtype() -> None:
 
 
 def test_calls_without_backward_passes() -> None:
-    """If recorded calls have no backward pass, others are recorded."""
+    """If the backward passes of recorded calls never run, later calls are recorded."""
     tensors = leaves(4, 8)
     for _ in range(20):
         product(*tensors)
@@ -568,7 +573,7 @@ def test_calls_without_backward_passes() -> None:
 
 
 def test_many_calls_before_the_first_backward_pass() -> None:
-    """The layers of a model have the same signature. None of their calls is replayed before a backward pass is known."""
+    """Calls in the layers of a model have the same signature. None is replayed before a backward pass has been recorded."""
     x, y = leaves(4, 8)
     out = x
     for _ in range(12):

@@ -1,10 +1,10 @@
 """Recorded launch plans: replay the launches of an earlier call without running its Python code again.
 
-On small inputs, an eager call takes as long as its Python code: argument checks, autograd nodes, launch configurations. What
-this code does depends on the signature of the call (sizes, strides, dtypes, alignment and options), but not on the values of
-its tensors. `planned` therefore records one call with each signature. Later calls allocate the outputs and a workspace, and
-launch the same kernels with the addresses of their tensors, so their results are bit-identical. If an input requires a
-gradient, both passes of a call are recorded, and replays start when both are known.
+On small inputs, the Python code of an eager call (argument checks, autograd nodes, launch configurations) takes longer than its
+kernels. What this code does depends on the signature of the call (sizes, strides, dtypes, alignment and options), but not on
+the values of its tensors. `planned` therefore records a call with each signature. Later calls with this signature do not run
+the code again. They allocate the outputs and workspaces, and launch the same kernels with new addresses, so their results are
+bit-identical. If an input requires a gradient, both passes of a call are recorded, and replays start when both are known.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .primitives.registry import DEFAULT_KEYS, PLAIN
 from .recorder import Recorder
 from .replay import Location, PassPlan, launcher
 
-MAX_SIGNATURES = 1024  # with more, all are forgotten
+MAX_SIGNATURES = 1024  # maximum number of entries; a full table is cleared before an entry is added
 OPTIONS = {type(None), bool, int, float, str, torch.dtype}  # types of arguments whose value is part of the signature
 
 entries: dict[tuple, Entry] = {}  # by signature
@@ -36,7 +36,7 @@ def planned(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # Compilers evaluate is_compiling to True, and then trace only the function.
+        # While a compiler traces this call, is_compiling() is True, so the compiled program contains only the function.
         if torch.compiler.is_compiling() or not on_gpu(args, kwargs) or not replays_allowed():
             return function(*args, **kwargs)
         grad_enabled, tensors = torch.is_grad_enabled(), []
@@ -56,7 +56,7 @@ def planned(function: Callable) -> Callable:
             return record(entry, function, args, kwargs, tensors, needs_backward)
         if entry.plan is None:
             return function(*args, **kwargs)
-        # Autograd does not see tensors inside of args and kwargs.
+        # Each tensor is a separate argument, because autograd ignores tensors inside tuples and dataclasses.
         return _Replay.apply(entry.plan, *tensors) if needs_backward else entry.plan.run(tensors)[0]
 
     return call
@@ -71,7 +71,10 @@ def on_gpu(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def replays_allowed() -> bool:
-    """Return whether calls may be replayed now: nothing traces, transforms, changes or observes operations or launches."""
+    """Return whether calls may be recorded and replayed now.
+
+    Nothing may trace, transform, change or observe operations or launches.
+    """
     return (
         conditions.current is conditions.DEFAULT
         and torch._C._dispatch_tls_local_include_set().raw_repr() in DEFAULT_KEYS
@@ -89,12 +92,12 @@ def _only_default_device() -> bool:
 
 @functools.cache
 def initial_fields(kind: type) -> list[str]:
-    """Return the fields that __init__ receives. The others depend on them."""
+    """Return the names of the fields that are parameters of __init__. The other fields are computed from them."""
     return [each.name for each in fields(kind) if each.init]
 
 
 def describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor]) -> bool:
-    """Append the signature of the arguments to `key`, and their tensors to `tensors`. Return whether this is possible."""
+    """Append the signature of the arguments to `key`, and their tensors to `tensors`. Return False if one is not supported."""
     for x in values:
         kind = type(x)
         if kind in PLAIN and x.layout is torch.strided and not (x.is_nested or x.is_neg() or x._is_zerotensor()):
@@ -112,7 +115,7 @@ def describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor]) -> bo
 
 
 def replace_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[Any]:
-    """Replace the tensors in the arguments, in the order of `describe`."""
+    """Return the arguments with their tensors replaced by `tensors`, which have the order of `describe`."""
     results = []
     for x in values:
         if isinstance(x, Tensor):
@@ -126,14 +129,14 @@ def replace_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[An
 
 @dataclass
 class CallPlan:
-    """A call that can be replayed, and its backward pass if an input requires a gradient.
+    """The plan of a call, and of its backward pass if an input requires a gradient.
 
     Attributes:
         forward: plan of the forward pass. Its sources are the tensors of the call.
         single: whether the function returns a tensor instead of a tuple.
         saved: indices of the bases of the forward pass that are saved for the backward pass.
         backward: plan of the backward pass. Its sources are the saved bases, then the gradients of the outputs.
-        strides: the strides of these gradients.
+        strides: strides of the gradients of the outputs, as they were recorded.
     """
 
     forward: PassPlan
@@ -143,12 +146,12 @@ class CallPlan:
     strides: list[tuple[int, ...]] | None = None
 
     def run(self, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-        """Return the result of the call, and the saved tensors."""
+        """Replay the forward pass. Return the result of the call, and the tensors to save for the backward pass."""
         outputs, bases = self.forward.run(tensors)
         return outputs[0] if self.single else tuple(outputs), [bases[i] for i in self.saved]
 
     def run_backward(self, saved: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return the gradients of the tensors of the call."""
+        """Replay the backward pass. Return the gradients of the tensors of the call."""
         gradients = [
             x
             if x.stride() == strides and x.data_ptr() % 16 == 0 and not (x.is_neg() or x._is_zerotensor())
@@ -164,9 +167,9 @@ class Entry:
     """What is known about the calls with one signature.
 
     Attributes:
-        plan: the plan of these calls, once it is known.
-        reason: why the calls cannot be replayed, once this is known. For debugging.
-        calls: number of earlier calls, while neither is known.
+        plan: the plan of these calls, or None until it is complete.
+        reason: why these calls cannot be replayed, or None. If it is set, none of them is recorded again.
+        calls: number of earlier calls. No longer counted after `plan` or `reason` is set.
     """
 
     plan: CallPlan | None = None
@@ -174,9 +177,11 @@ class Entry:
     calls: int = 0
 
     def should_record(self, tensors: Sequence[Tensor]) -> bool:
-        """Return whether to record this call. Calls 2, 3, 5, 9, ... are recorded, because their backward pass may never run.
+        """Return whether to record this call.
 
-        Arguments with equal addresses could not be told apart. Empty tensors have no address.
+        Call 2 is recorded. While the plan is not complete, for example because no recorded call has run its backward pass,
+        calls 3, 5, 9, ... are recorded, too. A call is not recorded if two of its tensors have the same address, because they
+        could not be told apart, or if a tensor is empty, because it has no address.
         """
         if self.plan is not None or self.reason is not None:
             return False
@@ -188,7 +193,11 @@ class Entry:
 def record(
     entry: Entry, function: Callable, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor], needs_backward: bool
 ) -> Any:
-    """Run and record a call. A call that cannot be replayed runs again, so that it has an ordinary autograd graph."""
+    """Run and record a call.
+
+    If the call needs a backward pass, but its forward pass cannot be replayed, the function runs again, so that the result has
+    an ordinary autograd graph.
+    """
 
     def call(inputs: Iterable[Tensor]) -> Any:
         values = replace_tensors((*args, *kwargs.values()), iter(inputs))
@@ -207,7 +216,7 @@ def record(
 
 
 def arguments(tensors: Sequence[Tensor]) -> dict[int, Location]:
-    """Return the locations of the first bases of a recorder, which are the tensors of the call."""
+    """Return the locations of the tensors of a call. They are the first bases of the recorder, and the sources of the plan."""
     return {i: Location(i, 0) for i in range(len(tensors))}
 
 
@@ -219,7 +228,7 @@ def differentiate(results: Sequence[Tensor], inputs: Sequence[Tensor], gradients
 
 
 def dense(x: Tensor) -> Tensor:
-    """Return a gradient with unit last stride, whose elements fill a range of memory, and without lazy operations."""
+    """Return the gradient x as a non-overlapping and dense tensor, with unit last stride and its negative bit resolved."""
     x = x.resolve_neg()
     is_dense = torch.empty_like(x).stride() == x.stride()  # empty_like keeps the strides of dense tensors
     return x if is_dense and x.stride()[-1:] in ((), (1,)) else x.contiguous()
@@ -247,7 +256,7 @@ class _Record(torch.autograd.Function):
         forward, locations = found
         kept = {base: locations[base] for base in kept if base in locations}
         saved = list(dict.fromkeys(location.base for location in kept.values()))
-        ctx.save_for_backward(*(tensors[base] for base in kept if base < len(tensors)))  # to detect changes in place
+        ctx.save_for_backward(*(tensors[base] for base in kept if base < len(tensors)))  # to detect in-place changes
         ctx.plan, ctx.tf32 = CallPlan(forward, single, saved), backends.tf32_allowed()
         ctx.sources = {base: location._replace(base=saved.index(location.base)) for base, location in kept.items()}
         ctx.entry, ctx.recorder, ctx.inputs, ctx.results = entry, recorder, inputs, results
@@ -259,7 +268,7 @@ class _Record(torch.autograd.Function):
         recorder, ctx.recorder, results, inputs = ctx.recorder, None, ctx.results, ctx.inputs
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.results = ctx.inputs = None  # free their memory
-        # A second backward pass of the same call is not recorded.
+        # The recorder is None in a second backward pass of the same call.
         if recorder is None or not replays_allowed() or backends.tf32_allowed() != ctx.tf32:
             return None, None, *differentiate(results, inputs, gradients)
         gradients = [dense(x) for x in gradients]
@@ -296,8 +305,8 @@ class _Replay(torch.autograd.Function):
 
 
 def for_each_gradient(backward: Callable, gradients: Sequence[Tensor], level: int) -> list[Tensor | None]:
-    """Call `backward` for each element of a batch of gradients. `level` is the nesting level of the batch."""
-    size = max(len(torch._remove_batch_dim(x, level, 1, 0)) for x in gradients)  # 1 for a gradient without a batch
+    """Call `backward` for each element of a batch of gradients. `level` is the vmap level of the batch dimension."""
+    size = max(len(torch._remove_batch_dim(x, level, 1, 0)) for x in gradients)  # 1 if x has no batch dimension
     parts = [torch._remove_batch_dim(x, level, size, 0) for x in gradients]
     columns = zip(*[backward([x[i] for x in parts]) for i in range(size)], strict=True)
     return [None if column[0] is None else torch._add_batch_dim(torch.stack(column), 0, level) for column in columns]

@@ -18,20 +18,20 @@ from . import backends, conditions
 from .primitives.registry import operators
 from .replay import Launch, Location, Operation, PassPlan, Place, Step
 
-ALIGNMENT = 256  # bytes; of the tensors in a workspace
+ALIGNMENT = 256  # bytes; alignment of the tensors in a workspace
 ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
 
 
 @dataclass
 class Base:
-    """A tensor that is not a view of another base. It is kept alive, so that no other tensor gets its storage."""
+    """A tensor that is not a view of another base. It is kept alive, so that its storage is not reused for another tensor."""
 
     tensor: Tensor
     kind: Literal["input", "allocation", "result", "constant"]
 
     def __post_init__(self) -> None:
-        # Distance from the start of the storage in bytes. Addresses may change, because FSDP frees and allocates storages.
-        # Arguments may be views. The rest of their memory is not part of the call.
+        # The distance from the start of the storage to the first element, in bytes. Addresses are not stored, because FSDP may
+        # free a storage and allocate it again. If an argument is a view, the rest of its storage is not part of the call.
         self.start = 0 if self.kind == "allocation" else start_in_storage(self.tensor)
         self.nbytes = self.tensor.untyped_storage().nbytes()
 
@@ -71,7 +71,7 @@ class Recorder(TorchDispatchMode):
         return len({x.data_ptr() for x in inputs} - {base.tensor.data_ptr() for base in self.bases}) == len(inputs)
 
     def find_or_add(self, x: Tensor) -> Place:
-        """Return the place of x. A tensor in no known storage existed before the call, and is added as a constant."""
+        """Return the place of x. If its storage is not known, x existed before the call, and is added as a constant."""
         found = self.storages.get(x.untyped_storage()._cdata, [])
         exact = [base for base in found if self.bases[base].start == start_in_storage(x)]
         if len(found) > 1 and not exact:
@@ -100,7 +100,7 @@ class Recorder(TorchDispatchMode):
 
     def launch(self, start: Callable, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
         """Launch a kernel with the function `start` of _triton/launch.py, and record the launch."""
-        with _disable_current_modes():  # the interpreter runs operations of PyTorch
+        with _disable_current_modes():  # Triton's interpreter calls PyTorch operations, which are not recorded
             compiled = start(kernel, grid, args, meta)
         if compiled is None and not backends.interpreted():
             self.refuse("only Triton can launch the kernels")
@@ -135,13 +135,14 @@ class Recorder(TorchDispatchMode):
     def saved(self, results: Iterable[Tensor]) -> list[int]:
         """Return the bases that the autograd graph of `results` saves for the backward pass.
 
-        Refuse if the graph detects second derivatives only because intermediate results require gradients.
+        Refuse if saved tensors require gradients, but none of them is an argument. A replay saves the other tensors without
+        their graph, so differentiating its gradients again would not raise an error.
         """
         nodes, seen, found, requires_grad = [x.grad_fn for x in results], {None}, {}, False
         while nodes:
             if (node := nodes.pop()) not in seen:
                 seen.add(node)
-                names = [name for name in dir(node) if name.startswith("_saved_")]  # of PyTorch's nodes
+                names = [name for name in dir(node) if name.startswith("_saved_")]  # of PyTorch's built-in nodes
                 tensors = (*getattr(node, "saved_tensors", ()), *(getattr(node, name) for name in names))
                 tensors = [x for x in tensors if isinstance(x, Tensor)]
                 found |= {self.find_or_add(x).location.base: None for x in tensors}
@@ -155,18 +156,20 @@ class Recorder(TorchDispatchMode):
     def plan(
         self, sources: dict[int, Location], outputs: Sequence[Tensor | None], saved: Sequence[int] = ()
     ) -> tuple[PassPlan, dict[int, Location]] | None:
-        """Return a plan of the last pass, and the location of each base in it, or None if there is a `reason`.
+        """Return a plan of the last recorded pass and the location of each base in it.
+
+        Return None if the pass cannot be replayed. In this case, `reason` is set.
 
         Args:
             sources: locations of the bases that exist before the pass.
-            outputs: the outputs, or None for each gradient that is not needed.
-            saved: bases that the backward pass reads.
+            outputs: the outputs of the pass. None for a gradient that is not needed.
+            saved: bases that the backward pass reads, if this is the forward pass.
         """
         steps, locations = self.steps[self.first :], dict(sources)
         indices = count(1 + max(base for base, _ in sources.values()))
 
         def put(offsets: dict[int, int]) -> None:
-            """Put bases into the next tensor of the pass, at these offsets."""
+            """Set the location of each base in `offsets` to its offset, in bytes, in the next base of the replayed pass."""
             index = next(indices)
             locations.update({base: Location(index, offset) for base, offset in offsets.items()})
 
@@ -223,7 +226,10 @@ class Recorder(TorchDispatchMode):
         return self.pack(kept), self.pack(others)
 
     def pack(self, lifetimes: dict[int, tuple[int, int]]) -> dict[int, int]:
-        """Return offsets of bases in a workspace. Bases that are not used at the same time may share memory."""
+        """Return offsets of bases in a workspace. Bases that are not used at the same time may share memory.
+
+        `lifetimes` maps each base to the indices of the first and the last step that use it.
+        """
         offsets: dict[int, int] = {}
         for base, (first, last) in lifetimes.items():
             start = 0

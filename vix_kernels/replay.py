@@ -1,7 +1,7 @@
 """The steps of a recorded pass, and how to replay them with other tensors. See plans.py.
 
-Every tensor that a step reads is a part of a base. The bases of a pass are, in this order: its sources, the outputs and
-workspaces that it allocates, constants, and the results of operations.
+Every tensor that a step reads or writes is a base or a part of one. The bases of a pass are, in this order: its sources, the
+outputs and workspaces that it allocates, constants, and the results of operations.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Place:
 
 @dataclass
 class Step:
-    """One step of a pass. `args` has a Place for each tensor."""
+    """One step of a pass. `args` contains a Place instead of each tensor."""
 
     args: list[Any]
 
@@ -64,7 +64,7 @@ class Step:
         return [x for x in self.args if isinstance(x, Place)]
 
     def rebased(self, locations: Mapping[int, Location]) -> Step:
-        """Return the same step with bases at other locations."""
+        """Return the same step, with each base replaced by its location in `locations`."""
         return replace(self, args=[x.rebased(locations) if isinstance(x, Place) else x for x in self.args])
 
 
@@ -98,7 +98,7 @@ class Operation(Step):
 
     structure: TreeSpec  # of the arguments
     function: Callable
-    results: Sequence[int]  # bases
+    results: Sequence[int]  # indices of its results in the list of recorded bases
 
     def replay(self, bases: list[Tensor], addresses: list[int], stream: int | None) -> None:
         leaves = [x.tensor(bases) if type(x) is Place else x for x in self.args]
@@ -127,7 +127,7 @@ class PassPlan:
     outputs: list[int | Place | None]
 
     def run(self, sources: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
-        """Return the outputs and the bases."""
+        """Replay the pass. Return the outputs and the bases."""
         device = sources[0].device
         bases = [*sources]
         for size, stride, dtype in self.allocations:

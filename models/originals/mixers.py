@@ -90,7 +90,7 @@ class NystromAttention(Mixer):
     The front of the sequence is padded with all-zero tokens to a multiple of the number of landmarks. The softmaxes, means and
     positions treat these tokens like the others. For example, a class token and 1024 pixels are padded with 63 all-zero tokens,
     so the class token is rotated as the 64th token. The pseudo-inverse is initialized with a maximum over the batch, so the
-    logits of a sample depend on the rest of its batch.
+    output for a sample depends on the rest of its batch.
 
     nystrom_attention does not support fewer tokens than landmarks. The reference implementation runs in this case.
     """

@@ -99,7 +99,8 @@ class Problem:
     """The tensors and functions of a case.
 
     Attributes:
-        tensors: differentiable inputs, by name. Masked elements of k, v and agents are 0; with junk, also those of q and x.
+        tensors: differentiable inputs, by name. Masked elements of k, v and agents are 0. If `case.junk` is set, those of q and
+            x are 0, too. Junk is written later, to copies of the tensors (see `Trial.attempt`).
         run: function that computes the library's output from (tensors, backend).
         define: function that computes the exact output from (float64 tensors, how).
         hidden: for each tensor name or "out", a mask that is True for masked elements. Junk is written to these elements.
@@ -595,7 +596,7 @@ def check(case: Case) -> list[str]:
 
 
 def compared(trial: Trial, actual: Results, plain: Results) -> list[str]:
-    """Return the results that exceed the error budget, one line each.
+    """Return a message for each sample of a result whose error exceeds the budget.
 
     Where large logits are nearly equal, one rounding can change the whole result, and the reference may have a small error only
     by chance. A failed comparison is therefore repeated with more simulated rounding errors, and with the errors of the

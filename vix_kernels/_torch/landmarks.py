@@ -97,7 +97,7 @@ def _spread_marks(marks: Tensor, other: Tensor | None, x: Tensor, pool: Pool) ->
 
 
 def _lines(x: Tensor, pool: Pool) -> Tensor:
-    """View tokens (..., N, D) as their grid (..., rows, columns, D)."""
+    """View the tokens of x (..., N, D) after the prefix as a grid (..., rows, columns, D)."""
     return x[..., pool.prefix :, :].unflatten(-2, (pool.rows, -1))
 
 

@@ -174,8 +174,9 @@ def kernel_name(entry: str) -> str:
 def find_tile(arch: str, kernel: str, bits: int, width: int, heavy: bool) -> tuple[Key, Tile]:
     """Return the key in the launch table and the tile of `kernel` on `arch`.
 
-    `heavy` says whether to prefer the entry for a launch that needs more registers. If there is no entry with a suffix, the
-    entry without the suffix is used. An entry with a suffix in TABLE takes precedence over one without a suffix in OVERRIDES.
+    If `heavy`, prefer the entry `{kernel}_heavy`, for launches that need more registers. If there is no entry with a suffix
+    (see VARIANTS), the entry without it is used. An entry with a suffix in TABLE takes precedence over one without it in
+    OVERRIDES.
     """
     names = (f"{kernel}_heavy", kernel, kernel_name(kernel)) if heavy else (kernel, kernel_name(kernel))
     keys = [(name, bits, width) for name in dict.fromkeys(names)]

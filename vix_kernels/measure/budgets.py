@@ -274,7 +274,9 @@ LINEAR = (  # with 128 random features: name, kernel, direction, then the budget
     ("broadcast backward", "linear_broadcast", "backward", 21, 21),
 )
 CHANNEL = "products are small, so each element is prepared several times"
-CHANNELS = (  # per element of the keys, summed over all kernels of a direction
+# Instructions of whole programs per element of the keys, summed over all kernels of a direction. Without random features, each
+# channel is a slot, so an element of the keys is a pair of a token and a slot.
+CHANNELS = (  # name, kernels, direction, then the pair (most, reached)
     ("forward", ("linear_",), "forward", (16, 21)),
     ("backward", ("linear_",), "backward", (40, 59)),
 )

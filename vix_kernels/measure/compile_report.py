@@ -47,8 +47,8 @@ Result = TypeVar("Result")
 Cell = tuple[str, str, int]  # architecture, dtype and head width
 OLDEST_TRITON = "3.6.0"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-# For these architectures, all dtypes and widths are compiled with the newest Triton. Each of the others differs little from one
-# of these, so fewer cells are compiled for it.
+# For these architectures, all dtypes and widths are compiled with the newest Triton. For all other architectures, only bf16 and
+# a few widths are compiled, to save time.
 FULL = ("sm_86", "sm_90")
 WIDTHS = (16, 32, 64, 80, 96, 112, 128, 256)
 FEW_WIDTHS = (32, 64, 128)

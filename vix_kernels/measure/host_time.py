@@ -1,7 +1,7 @@
 """Measure the host time of operators: the time in Python, PyTorch and Triton's launcher before a kernel starts. Needs no GPU.
 
 examples:
-  vix dev host-time                                every operator, in microseconds and as multiples of tiny CPU attention
+  vix dev host-time                                every operator, in microseconds and relative to two small calls (see below)
   vix dev host-time performer_attention --profile  the same for one operator, then the time of each step
 
 At small sizes, an eager call takes as long as its host time. The operators run on CPU tensors as they would on an H100, but

@@ -20,8 +20,8 @@ class Fourier(Mixer):
     """Real part of the Fourier transform over tokens and channels (FNet).
 
     Attributes:
-        norm: None for plain sums, as in the paper, or "ortho", which preserves the magnitude of the tokens. Plain sums are
-            sqrt(tokens * channels) times as large as the results of "ortho".
+        norm: None for plain sums, as in the paper, or "ortho", which keeps the results at about the magnitude of the tokens.
+            Plain sums are sqrt(tokens * channels) times as large as the results of "ortho".
     """
 
     norm: Literal["ortho"] | None = None
@@ -51,7 +51,7 @@ class FourierMixing(MixingModule):
     """Fourier mixing (FNet) in place of attention. It has no parameters.
 
     Args:
-        norm: None for plain sums, as in the paper, or "ortho", which preserves the magnitude of the tokens.
+        norm: None for plain sums, as in the paper, or "ortho", which keeps the results at about the magnitude of the tokens.
 
     For the other arguments, see MixingModule. Masks are not supported, because every frequency is a sum over all tokens.
     """

@@ -45,8 +45,8 @@ def linear_attention(
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
         feature_map: phi, "relu" or "elu" (elu + 1).
-        projection: float32 (M, head_dim) or (heads, M, head_dim). q and k are multiplied by each of its rows and by
-            head_dim ** -0.25 before phi is applied. None: phi is applied to the channels of q and k.
+        projection: float32 (M, head_dim) or (heads, M, head_dim). phi is applied to the dot products of a query or key with
+            its rows, times head_dim ** -0.25. None: phi is applied to the channels of q and k.
         eps: a number >= 0 that is added to the float32 denominator.
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied before phi inside the kernels. Requires as many queries as tokens.

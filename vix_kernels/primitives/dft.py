@@ -17,9 +17,10 @@ from .autograd import once_differentiable
 from .registry import needs_autograd, register
 
 # The kernels are used if the number of floating-point operations per element of x, tokens / 2 + channels, is within this limit.
-# Otherwise, fast Fourier transforms are used. The keys are the bit widths of the dtypes. The limits are computed, not
-# measured: at half of the peak rates of an H100, the matrix products at the limit take as long as the additional memory traffic
-# of the FFTs (32 to 34 bytes per element). The limits also keep products of indices within 32 bits.
+# Otherwise, fast Fourier transforms are used. The keys are the bit widths of the dtypes. The limits are computed, not measured.
+# If the matrix products run at half of an H100's peak rate, and the memory at its full bandwidth, then at the limit the
+# products take about as long as the additional memory traffic of the FFTs (32 to 34 bytes per element). The limits also keep
+# products of indices within 32 bits.
 MOST_WORK = {16: 4096, 32: 768, 64: 768}
 
 
