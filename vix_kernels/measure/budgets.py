@@ -57,8 +57,8 @@ SPILLS = (
     Declared("", 544, "the tiles of wide heads do not fit in registers", widths=(256,)),
     Declared("linear_broadcast_forward_kernel", 2832, "no other tile was tried", dtypes=("fp16",), widths=(256,)),
     Declared("broadcast_tokens_kernel", 1912, "no other tile was tried", dtypes=("fp32",), archs=("sm_86",), widths=(256,)),
-    Declared("linear_", 17392, "no other tile was tried", dtypes=("fp32",), archs=("sm_90",), widths=(256,)),
-    Declared("broadcast_tokens_kernel", 2000, "no other tile was tried", dtypes=("fp32",), archs=("sm_90",), widths=(256,)),
+    Declared("broadcast_tokens_kernel", 2000, "16 warps spill more", dtypes=("fp32",), archs=("sm_90",), widths=(256,)),
+    Declared("linear_broadcast_tokens_kernel", 584, "16 warps spill more", dtypes=("fp32",), widths=(256,)),
     Declared("", 56, "two to fourteen registers", dtypes=("fp32",)),
     Declared(
         "broadcast_slots_kernel", 264, "the tiles that do not spill take three times the instructions", dtypes=("fp32",),
@@ -103,7 +103,7 @@ SPILLS = (
     Declared("aggregate_tokens_kernel", 56, "pooled slots or RoPE", dtypes=("fp16",), archs=("sm_86",), widths=(64,)),
     Declared(
         "aggregate_tokens_kernel", 104, "the tiles that do not spill compute each logit twice", dtypes=("fp32",),
-        archs=("sm_86",), widths=(64,),
+        archs=("sm_86",), widths=(64, *WIDE_HEADS),
     ),
     Declared("broadcast_forward_kernel", 8, "two registers", use="+mask", archs=("sm_90",), widths=WIDE_HEADS),
     Declared("linear_", 16, "two to four registers", archs=("sm_90", "sm_100"), widths=(64, *WIDE_HEADS)),
