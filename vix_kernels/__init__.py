@@ -2,6 +2,7 @@
 
 from . import nn
 from .ops.agent import agent_attention
+from .ops.feature import feature_attention
 from .ops.fourier import fourier_mixing
 from .ops.linear import linear_attention
 from .ops.linformer import linformer_attention
@@ -17,6 +18,7 @@ __all__ = [
     "agent_attention",
     "apply_rope",
     "attention_weights",
+    "feature_attention",
     "fourier_mixing",
     "linear_attention",
     "linformer_attention",

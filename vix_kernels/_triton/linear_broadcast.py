@@ -46,10 +46,7 @@ TINY = tl.constexpr(2.0**-126)
 
 @triton.jit
 def largest_norm(norms, norms_m, M, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the largest norm of a head. The norm z_j of slot j is the sum of feature j over all keys.
-
-    Sums and norms are divided by the largest norm, so that products with features do not overflow.
-    """
+    """Return the largest sum of a feature over all keys, by which sums and norms are divided to avoid overflow."""
     b_max = tl.full((BLOCK_M,), SMALLEST, COMPUTE)
     for first_slot in range(0, M, BLOCK_M):
         o_m = first_slot + tl.arange(0, BLOCK_M)

@@ -36,15 +36,17 @@ class DropIn(Mounted):
     of a model as the child module `vix`. Only these copies can have parameters, and most kinds of attention have none.
 
     Args:
-        op: the name of a core: "nystrom", "performer", "linear", "agent", or one registered by another package.
+        op: the name of a core: "nystrom", "performer", "feature", "linear", "agent", or one registered by another package.
         retrain: whether the model was, or will be, trained with this attention. Must be True for all ops except "nystrom", and
             for "nystrom" with a residual convolution. These attentions do not closely approximate softmax attention, so weights
             trained with softmax would give wrong results.
         backend: "auto" | "triton" | "torch" | "reference".
         options: options of the core. "nystrom" accepts num_landmarks, landmarks, grid_size, prefix_tokens, pinv_iterations,
-            pinv_init and residual_conv_kernel; "performer" accepts num_features and seed; "linear" accepts feature_map and eps;
-            "agent" accepts num_agents, grid_size and prefix_tokens. The number of landmarks or agents is reduced if there are
-            fewer tokens. Random features are generated from `seed` and are not saved with the model.
+            pinv_init and residual_conv_kernel; "performer" accepts num_features and seed; "feature" accepts num_features,
+            gaussian and seed; "linear" accepts feature_map and eps; "agent" accepts num_agents, grid_size and prefix_tokens.
+            All except "linear" accept exact_prefix, by default True: class and register tokens attend by exact softmax. The
+            number of landmarks or agents is reduced if there are fewer tokens. Random features are generated from `seed` and
+            are not saved with the model.
 
     Attributes:
         core: the core that computes the attention.
@@ -68,6 +70,7 @@ class DropIn(Mounted):
         check_trained(self.core, retrain)
         self.op, self.options, self.backend = op, options, backend
         self.grid: TokenGrid | None = None
+        self.follows_prefix = getattr(self.core, "exact_prefix", False) is True
         self.is_mounted = False
 
     def mounted(self, site: Site) -> DropIn:
@@ -98,7 +101,12 @@ class DropIn(Mounted):
         return self
 
     def place(self, prefix_tokens: int, grid: TokenGrid | None) -> None:
-        """Place landmarks or agents on `grid`, after `prefix_tokens` tokens, unless the options specify other positions."""
+        """Place landmarks or agents on `grid`, after `prefix_tokens` tokens, unless the options specify other positions.
+
+        With the option exact_prefix=True, the first `prefix_tokens` tokens attend by exact softmax.
+        """
+        if self.follows_prefix:
+            self.core = replace(self.core, exact_prefix=prefix_tokens)
         if "prefix_tokens" not in self.core.options():
             return
         if "prefix_tokens" not in self.options:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..nn.core import Mixer, Site, subscribe
+from ..nn.core import Mixer, Site, Tokens, subscribe
 from ..nn.packed_linear import packed_linear
 from ..ops.rope import Rope
 from . import timm_models  # noqa: F401  registers the models in vix_kernels.models
@@ -140,7 +140,7 @@ class BuiltAttention(ReplacedAttention):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.vix = type(self).attention.mounted(Site(self.head_dim, self.num_heads)).like(self)
-        self.own = (self.vix,)  # in a tuple, so that it is not registered as a child module
+        self.own = (self.vix,)  # in a tuple, so that the module is not registered a second time, as the child `own`
         _place_while_built()
 
     @property
@@ -149,14 +149,16 @@ class BuiltAttention(ReplacedAttention):
 
 
 class MarkedAttention(BuiltAttention):
-    """A BuiltAttention that does not closely approximate softmax attention.
+    """A BuiltAttention that does not closely approximate softmax attention. Its state dict has an entry `mark`."""
 
-    Its state dict has an entry, the mark, which names the attention that the weights were trained with.
-    """
+    @property
+    def mark(self) -> str:
+        """The attention that the weights were trained with: the op, and "+exact" if class and register tokens are exact."""
+        return self.vix.op + "+exact" * (self.vix.core.exact_rows(Tokens()) > 0)
 
     def get_extra_state(self) -> Tensor:
-        """Return the mark: the op's name as a tensor of bytes, because safetensors and averages of state dicts need tensors."""
-        return torch.tensor(list(self.vix.op.encode()), dtype=torch.uint8, device="cpu")
+        """Return the mark as a tensor of bytes, because safetensors and averages of state dicts need tensors."""
+        return torch.tensor(list(self.mark.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Do nothing: `_load_from_state_dict` checks the mark before it loads any weights."""
@@ -165,17 +167,18 @@ class MarkedAttention(BuiltAttention):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        op, key = self.vix.op, f"{prefix}_extra_state"
+        mark, key = self.mark, f"{prefix}_extra_state"
         weights = [x for name, x in state_dict.items() if name.startswith(prefix) and name != key]
         has_values = any(not getattr(x, "is_meta", False) for x in weights)
-        trained_with = _op_of(state_dict.get(key)) if has_values else op
+        trained_with = _text_of(state_dict.get(key)) if has_values else mark
         may_differ = self.retrain or self.vix is not self.built  # replace_attention checks retrain before it changes vix
-        if trained_with != op and not may_differ:
+        if trained_with != mark and not may_differ:
             if not any(message.startswith(_REFUSED) for message in error_msgs):  # one error, not one for each layer
+                same_op = trained_with.removesuffix("+exact") == self.vix.op
+                option = f"exact_prefix={trained_with != self.vix.op}" if same_op else "retrain=True"
                 error_msgs.append(
-                    f"{_REFUSED} trained with {op!r} attention (marked by {key}), got weights trained with {trained_with!r}"
-                    f"{'' if key in state_dict else ' (no mark)'}; to train them further, build the model with "
-                    f"attn_layer=attention_layer({op!r}, retrain=True)"
+                    f"{_REFUSED} trained with {mark!r} attention (marked by {key}), got weights trained with {trained_with!r}"
+                    f"{'' if key in state_dict else ' (no mark)'}; use attn_layer=attention_layer({self.vix.op!r}, {option})"
                 )
             return
         super()._load_from_state_dict(
@@ -188,8 +191,8 @@ class MarkedAttention(BuiltAttention):
 _REFUSED = "attn_layer: expected weights"
 
 
-def _op_of(mark: Any) -> str:
-    """Return the op that `mark` names, or "softmax" if `mark` is None.
+def _text_of(mark: Any) -> str:
+    """Return the text of `mark`, or "softmax" if `mark` is None.
 
     Averaging state dicts can make a mark inexact, so its values are rounded.
     """
@@ -258,7 +261,7 @@ def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
     if blocks is None or "num_prefix_tokens" not in vars(vit):
         return
     for layer in blocks.modules():
-        if isinstance(layer, BuiltAttention) and "prefix_tokens" in layer.built.core.options():
+        if isinstance(layer, BuiltAttention):
             _place(layer.built, vit, _follow(vit.patch_embed) if _has_grid(vit) else None)
 
 

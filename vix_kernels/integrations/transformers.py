@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import backends
-from ..nn.core import Mixer, subscribe
+from ..nn.core import CORES, Mixer, subscribe
 from ..ops.fourier import fourier_mixing
 from ..ops.nystrom import nystrom_attention
 from ..ops.pooling import pooling
@@ -52,7 +52,8 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
         if op not in OPS:
             raise TypeError(f"{op}: expected options of {', '.join(map(repr, OPS))}")
     for op in OPS:
-        _register(op, retrain, options.get(op, {}))
+        if op in options or not CORES[op].made("host").needs_module():
+            _register(op, retrain, options.get(op, {}))
     _retrain[:] = [retrain]
 
 
@@ -62,7 +63,7 @@ _retrain: list[bool] = []  # the `retrain` argument of the latest call to `regis
 @subscribe
 def _admit(core: type[Mixer]) -> None:
     """Register a newly added core with transformers if `register` has already been called."""
-    if _retrain and core.name in OPS:
+    if _retrain and core.name in OPS and not core.made("host").needs_module():
         _register(core.name, _retrain[0], {})
 
 

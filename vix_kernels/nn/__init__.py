@@ -4,6 +4,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from .agent import AgentAttention
+from .feature import FeatureAttention
 from .fourier import FourierMixing
 from .linear import LinearAttention
 from .linformer import LinformerAttention
@@ -14,6 +15,7 @@ from .softmax import Attention
 __all__ = [
     "AgentAttention",
     "Attention",
+    "FeatureAttention",
     "FourierMixing",
     "LinearAttention",
     "LinformerAttention",

@@ -13,13 +13,13 @@ from ..ops.checks import autocast
 from ..ops.pooling import at_most, most_cells, place, pooled_queries
 from ..ops.rope import Rope
 from .checks import check_placement
-from .core import Core, SdpaArgs, Site, Tokens, register
+from .core import PrefixCore, SdpaArgs, Site, Tokens, register
 from .module import AttentionModule
 
 
 @register("agent")
 @dataclass(frozen=True)
-class Agent(Core):
+class Agent(PrefixCore):
     """Agent attention (Han et al., arXiv 2312.08874). Agents are means of queries over segments or grid cells.
 
     The queries are averaged before the rotary embedding is applied to them.
@@ -38,13 +38,14 @@ class Agent(Core):
     sited = frozenset({"grid_size", "prefix_tokens"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_placement("num_agents", self.num_agents, self.grid_size, self.prefix_tokens)
 
     def on_grid(self, size: tuple[int, int]) -> Agent:
         return replace(self, grid_size=size, num_agents=most_cells(size, self.num_agents))
 
     def describe(self) -> str:
-        return f"agent, {self.num_agents} agents {place(self.grid_size, self.prefix_tokens)}"
+        return f"agent, {self.num_agents} agents {place(self.grid_size, self.prefix_tokens)}{self.describe_prefix()}"
 
     def fit(self, site: Site) -> Agent:
         if self.grid_size is not None or site.grid_size is None:
@@ -66,7 +67,7 @@ class Agent(Core):
         )  # fmt: skip
         return agent_attention(
             q, k, v, agents, scale=scale, agent_mask=None if query_mask is None else counts > 0,
-            key_padding_mask=tokens.key_padding_mask, rope=rope, backend=backend,
+            key_padding_mask=tokens.key_padding_mask, rope=rope, exact_rows=self.exact_rows(tokens), backend=backend,
         )  # fmt: skip
 
 

@@ -17,11 +17,12 @@ all of them:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from ..ops.checks import check_integer
 from ..ops.rope import Rope
 
 Some = TypeVar("Some", bound="Mixer")
@@ -109,7 +110,7 @@ class Mixer:
 
     @classmethod
     def options(cls) -> list[str]:
-        return [each.name for each in fields(cls)]
+        return [each.name for each in sorted(fields(cls), key=lambda each: each.kw_only)]
 
     def accepts(self) -> frozenset[str]:
         """Return which of rope, key_padding_mask, attn_mask, dropout, causal, cross, cu_seqlens and group are supported."""
@@ -134,6 +135,10 @@ class Mixer:
 
     def fit(self: Some, site: Site) -> Some:
         """Return this mixer adapted to `site`, for example with slots on the site's grid or a different seed for each layer."""
+        return self
+
+    def with_prefix(self: Some, prefix_tokens: int) -> Some:
+        """Return this mixer adapted to a model with `prefix_tokens` class and register tokens."""
         return self
 
     def in_layer(self: Some, layer: int) -> Some:
@@ -195,6 +200,10 @@ class Core(Mixer):
         """
         return None
 
+    def exact_rows(self, tokens: Tokens) -> int:
+        """Return how many queries attend by exact softmax in a call. Only self-attention has prefix tokens."""
+        return 0
+
     def weights_only(self: Some) -> Some:
         """Return this core without residual terms, which are not part of the attention weights."""
         return self
@@ -218,6 +227,34 @@ class Core(Mixer):
         head_dim), or None if the caller should compute q, k and v and call `attend`.
         """
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixCore(Core):
+    """Base class of cores whose first tokens can attend by exact softmax (see ops/exact.py).
+
+    Attributes:
+        exact_prefix: how many leading tokens attend by exact softmax. True: all class and register tokens of the model, or none
+            if their number is unknown. On by default where softmax attention is replaced, and off elsewhere.
+    """
+
+    exact_prefix: bool | int = False
+
+    presets = {"host": {"exact_prefix": True}}
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.exact_prefix, bool):
+            check_integer("exact_prefix", self.exact_prefix, 0)
+
+    def with_prefix(self: Some, prefix_tokens: int) -> Some:
+        return replace(self, exact_prefix=prefix_tokens) if self.exact_prefix is True else self
+
+    def exact_rows(self, tokens: Tokens) -> int:
+        return 0 if isinstance(self.exact_prefix, bool) or not tokens.self_attention else self.exact_prefix
+
+    def describe_prefix(self) -> str:
+        count = self.exact_rows(Tokens())
+        return f", {count} exact prefix token{'s' * (count > 1)}" if count else ""
 
 
 class Mounted(nn.Module):

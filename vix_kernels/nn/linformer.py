@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from ..ops.checks import check_integer
 from ..ops.linformer import attend_to_slots, check_token_projection, linformer_attention
 from ..ops.rope import Rope
-from .core import Core, SdpaArgs, Site, State, Tokens, register
+from .core import PrefixCore, SdpaArgs, Site, State, Tokens, register
 from .module import AttentionModule
 
 
 @register("linformer")
 @dataclass(frozen=True)
-class Linformer(Core):
+class Linformer(PrefixCore):
     """Linformer attention, which projects keys and values along the token axis.
 
     Attributes:
@@ -41,6 +41,7 @@ class Linformer(Core):
     presets = {"zoo": {"num_landmarks": 64, "share_kv": True}}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, count in (("seq_len", self.seq_len), ("num_landmarks", self.num_landmarks)):
             if count is not None or name != "seq_len":
                 check_integer(name, count, 1)
@@ -66,7 +67,7 @@ class Linformer(Core):
     ) -> Tensor:  # fmt: skip
         return linformer_attention(
             q, k, v, module.key_projection, module.value_projection, scale=scale,
-            key_padding_mask=tokens.key_padding_mask, rope=rope, backend=backend,
+            key_padding_mask=tokens.key_padding_mask, rope=rope, exact_rows=self.exact_rows(tokens), backend=backend,
         )  # fmt: skip
 
     def attend_tokens(
@@ -76,10 +77,10 @@ class Linformer(Core):
 
         The result is the same, because (E^T x) W = E^T (x W). This order is faster if there are fewer slots than tokens.
 
-        Returns None if there is a rotary embedding, because it needs the keys of all tokens. Also returns None if each head has
-        a separate projection, because this would need num_heads products with x.
+        Returns None if there is a rotary embedding or an exact prefix, because they need the keys of all tokens. Also returns
+        None if each head has a separate projection, because this would need num_heads products with x.
         """
-        if self.per_head or rope is not None:
+        if self.per_head or rope is not None or self.exact_rows(tokens):
             return None
         weights, mask = maps.weight.chunk(3), tokens.key_padding_mask
         biases = (None,) * 3 if maps.bias is None else maps.bias.chunk(3)

@@ -38,7 +38,7 @@ class MixerModule(Mounted):
             raise NotImplementedError(f"attn_drop: expected 0 ({core.reason('dropout')}), got {attn_drop}")
         backends.check(backend)
         self.site = site or Site(dim // num_heads, num_heads)
-        self.core = core.fit(self.site)
+        self.core = core.fit(self.site).with_prefix(self.site.prefix_tokens)
         self.dim, self.num_heads, self.head_dim, self.backend = dim, num_heads, dim // num_heads, backend
 
     def core_on(self, grid_size: tuple[int, int], tokens: int) -> Mixer:

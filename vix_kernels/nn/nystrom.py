@@ -12,13 +12,13 @@ from ..ops.nystrom import check_nystrom, nystrom_attention
 from ..ops.pooling import at_most, most_cells, place
 from ..ops.rope import Rope
 from .checks import check_placement
-from .core import Core, SdpaArgs, Site, State, Tokens, register
+from .core import PrefixCore, SdpaArgs, Site, State, Tokens, register
 from .module import AttentionModule
 
 
 @register("nystrom")
 @dataclass(frozen=True)
-class Nystrom(Core):
+class Nystrom(PrefixCore):
     """Nystrom attention. Landmarks are means over segments or grid cells.
 
     Attributes:
@@ -41,10 +41,11 @@ class Nystrom(Core):
     pinv_init: Literal["exact", "original"] = "exact"
     residual_conv_kernel: int = 33
 
-    presets = {"host": {"residual_conv_kernel": 0}}
+    presets = {"host": {"residual_conv_kernel": 0, "exact_prefix": True}}
     sited = frozenset({"grid_size", "prefix_tokens"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_nystrom(self.landmarks, self.pinv_iterations, self.pinv_init)
         check_placement("num_landmarks", self.num_landmarks, self.grid_size, self.prefix_tokens)
         taps = check_integer("residual_conv_kernel", self.residual_conv_kernel, 0)
@@ -61,7 +62,7 @@ class Nystrom(Core):
         return replace(self, landmarks="grid", grid_size=size, num_landmarks=most_cells(size, self.num_landmarks))
 
     def describe(self) -> str:
-        return f"nystrom, {self.num_landmarks} landmarks {place(self.grid_size, self.prefix_tokens)}"
+        return f"nystrom, {self.num_landmarks} landmarks {place(self.grid_size, self.prefix_tokens)}{self.describe_prefix()}"
 
     def weights_only(self) -> Nystrom:
         return replace(self, residual_conv_kernel=0)
@@ -88,7 +89,7 @@ class Nystrom(Core):
             q, k, v, num_landmarks=most, landmarks=self.landmarks,
             grid_size=self.grid_size, prefix_tokens=self.prefix_tokens, pinv_iterations=self.pinv_iterations,
             pinv_init=self.pinv_init, conv_weight=None if residual is None else residual.weight, scale=scale,
-            key_padding_mask=tokens.key_padding_mask, rope=rope, backend=backend,
+            key_padding_mask=tokens.key_padding_mask, rope=rope, exact_rows=self.exact_rows(tokens), backend=backend,
         )  # fmt: skip
 
 

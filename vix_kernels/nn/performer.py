@@ -15,7 +15,7 @@ from ..ops.checks import check_integer
 from ..ops.performer import orthogonal_projection, performer_attention
 from ..ops.rope import Rope
 from ..primitives.registry import library
-from .core import Buffer, Core, SdpaArgs, Site, State, Tokens, register
+from .core import Buffer, PrefixCore, SdpaArgs, Site, State, Tokens, register
 from .module import RedrawnAttentionModule
 
 
@@ -27,7 +27,7 @@ class Derived(NamedTuple):
 
 @register("performer")
 @dataclass(frozen=True)
-class Performer(Core):
+class Performer(PrefixCore):
     """Performer attention (FAVOR+) with random features.
 
     Attributes:
@@ -42,6 +42,7 @@ class Performer(Core):
     has_extra_state = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_integer("seed", self.seed, 0)
         if self.num_features is not None:
             check_integer("num_features", self.num_features, 1)
@@ -56,7 +57,7 @@ class Performer(Core):
         return max(1, int(head_dim * math.log(head_dim))) if self.num_features is None else self.num_features
 
     def describe(self) -> str:
-        return f"performer, {self.num_features or 'd ln d'} features, seed {self.seed}"
+        return f"performer, {self.num_features or 'd ln d'} features, seed {self.seed}{self.describe_prefix()}"
 
     def needs_module(self) -> bool:
         return False
@@ -99,7 +100,8 @@ class Performer(Core):
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
         return performer_attention(
-            q, k, v, module.projection, scale=scale, key_padding_mask=tokens.key_padding_mask, rope=rope, backend=backend
+            q, k, v, module.projection, scale=scale, key_padding_mask=tokens.key_padding_mask, rope=rope,
+            exact_rows=self.exact_rows(tokens), backend=backend,
         )  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import backends
 from ..plans import planned
 from ..primitives import aggregate, broadcast
-from .checks import autocast, check_mask, check_qkv, check_scale, check_tensor, dtype_name
+from .checks import autocast, check_exact_rows, check_mask, check_qkv, check_scale, check_tensor, dtype_name
+from .exact import compute_exact_rows, with_exact_rows_reference
 from .rope import Rope, apply_rope_reference, check_rope
 
 
@@ -30,6 +31,7 @@ def agent_attention(
     agent_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
+    exact_rows: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention in two passes: agents attend to the keys, then queries attend to the agents.
@@ -44,6 +46,7 @@ def agent_attention(
             its output is 0.
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
+        exact_rows: the number of leading queries (class and register tokens) that attend by exact softmax. See ops/exact.py.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -61,12 +64,16 @@ def agent_attention(
     if agent_mask is not None:  # 0 times NaN is NaN, so a NaN in a masked agent would reach the output
         agents = agents.masked_fill(~agent_mask[:, None, :, None], 0)
     scale = check_scale(scale, q.shape[3])
+    check_exact_rows(exact_rows, q)
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
-    options = dict(scale=scale, agent_mask=agent_mask, key_padding_mask=key_padding_mask, rope=rope)
+    options = dict(scale=scale, agent_mask=agent_mask, key_padding_mask=key_padding_mask, rope=rope, exact_rows=exact_rows)
     if backend == "reference":
         return agent_attention_reference(q, k, v, agents, **options)
+    rows = None
+    if exact_rows:
+        rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
     values, _ = aggregate(agents, k, v, scale=scale, mask=key_padding_mask, backend=backend, rotary=rotary)
-    return broadcast(q, agents, values, agent_mask, scale=scale, backend=backend, rotary=rotary)
+    return broadcast(q, agents, values, agent_mask, scale=scale, rows=rows, backend=backend, rotary=rotary)
 
 
 def agent_attention_reference(
@@ -79,18 +86,21 @@ def agent_attention_reference(
     agent_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
+    exact_rows: int = 0,
 ) -> Tensor:
     """Evaluate the equation in plain PyTorch, with both matrices of attention weights in memory.
 
     Supports all devices and torch.func transforms.
     """
+    tokens = q, k, v
     if key_padding_mask is not None:
         valid = key_padding_mask[:, None, :, None]
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
     if rope is not None:
         q, k = apply_rope_reference(q, k, rope)
     values = _softmax(scale * agents @ k.mT, key_padding_mask) @ v
-    return _softmax(scale * q @ agents.mT, agent_mask) @ values
+    out = _softmax(scale * q @ agents.mT, agent_mask) @ values
+    return with_exact_rows_reference(out, *tokens, exact_rows, scale=scale, mask=key_padding_mask, rope=rope)
 
 
 def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:

@@ -92,23 +92,30 @@ def check_mask(mask: Tensor | None, k: Tensor, name: str = "key_padding_mask", c
         raise ValueError(f"{name}: expected device {k.device}, got {mask.device}")
 
 
-def check_projection(projection: Tensor, q: Tensor) -> Tensor:
+def check_projection(projection: Tensor, q: Tensor, name: str = "projection") -> Tensor:
     """Check a projection, and return it as slots (1, heads or 1, M, D) in float32, or in float64 if q is float64."""
-    check_tensor("projection", projection)
+    check_tensor(name, projection)
     if projection.dim() not in (2, 3):
-        raise ValueError(f"projection: expected shape (M, head_dim) or (heads, M, head_dim), got {tuple(projection.shape)}")
+        raise ValueError(f"{name}: expected shape (M, head_dim) or (heads, M, head_dim), got {tuple(projection.shape)}")
     if projection.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"projection: expected float32 (16 bits are not precise enough), got {dtype_name(projection.dtype)}")
+        raise TypeError(f"{name}: expected float32 (16 bits are not precise enough), got {dtype_name(projection.dtype)}")
     if projection.shape[-1] != q.shape[3]:
-        raise ValueError(f"projection: expected q's head_dim {q.shape[3]} columns, got {projection.shape[-1]}")
+        raise ValueError(f"{name}: expected q's head_dim {q.shape[3]} columns, got {projection.shape[-1]}")
     if projection.shape[-2] == 0:
-        raise ValueError("projection: expected at least one feature, got 0")
+        raise ValueError(f"{name}: expected at least one feature, got 0")
     if projection.dim() == 3 and projection.shape[0] != q.shape[1]:
-        raise ValueError(f"projection: expected q's {q.shape[1]} heads, got {projection.shape[0]}")
+        raise ValueError(f"{name}: expected q's {q.shape[1]} heads, got {projection.shape[0]}")
     if projection.device != q.device:
-        raise ValueError(f"projection: expected q's device {q.device}, got {projection.device}")
+        raise ValueError(f"{name}: expected q's device {q.device}, got {projection.device}")
     projection = projection.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     return projection[None, None] if projection.dim() == 2 else projection[None]
+
+
+def check_exact_rows(count: int, q: Tensor) -> int:
+    """Return `count` if it is a number of queries of q (batch, heads, queries, head_dim)."""
+    if check_integer("exact_rows", count, 0) > q.shape[2]:
+        raise ValueError(f"exact_rows: expected at most q's {q.shape[2]} queries, got {count}")
+    return count
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:

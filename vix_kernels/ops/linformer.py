@@ -17,7 +17,8 @@ from ..layout import accumulator
 from ..plans import planned
 from ..primitives import broadcast, project
 from ..primitives.broadcast import broadcast_reference
-from .checks import autocast, check_mask, check_qkv, check_scale, check_tensor, dtype_name
+from .checks import autocast, check_exact_rows, check_mask, check_qkv, check_scale, check_tensor, dtype_name
+from .exact import compute_exact_rows, with_exact_rows_reference
 from .rope import Rope, apply_rope_reference, check_rope
 
 
@@ -32,6 +33,7 @@ def linformer_attention(
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
+    exact_rows: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention over K learned combinations of the tokens.
@@ -48,6 +50,7 @@ def linformer_attention(
             valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. k is rotated before it is projected. Requires as many
             queries as tokens.
+        exact_rows: the number of leading queries (class and register tokens) that attend by exact softmax. See ops/exact.py.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -69,13 +72,18 @@ def linformer_attention(
             if actual != expected:
                 raise ValueError(f"value_projection: expected key_projection's {name} {expected}, got {actual}")
     scale = check_scale(scale, q.shape[3])
+    check_exact_rows(exact_rows, q)
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
     if backend == "reference":
         return linformer_attention_reference(
-            q, k, v, key_projection, value_projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope
-        )
+            q, k, v, key_projection, value_projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope,
+            exact_rows=exact_rows,
+        )  # fmt: skip
+    rows = None
+    if exact_rows:
+        rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
     keys, values = project(k, v, key_projection, value_projection, mask=key_padding_mask, backend=backend, rotary=rotary)
-    return broadcast(q, keys, values, scale=scale, backend=backend, rotary=rotary)
+    return broadcast(q, keys, values, scale=scale, rows=rows, backend=backend, rotary=rotary)
 
 
 def attend_to_slots(q: Tensor, keys: Tensor, values: Tensor, *, scale: float, backend: str) -> Tensor:
@@ -103,11 +111,13 @@ def linformer_attention_reference(
     scale: float,
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
+    exact_rows: int = 0,
 ) -> Tensor:
     """Evaluate the equation in plain PyTorch, with all N x K attention weights in memory.
 
     Supports all devices and torch.func transforms.
     """
+    tokens = q, k, v
     if key_padding_mask is not None:
         valid = key_padding_mask[:, None, :, None]
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
@@ -115,7 +125,8 @@ def linformer_attention_reference(
         q, k = apply_rope_reference(q, k, rope)
     e = key_projection[..., : k.shape[2], :].to(k.dtype)
     f = e if value_projection is None else value_projection[..., : v.shape[2], :].to(v.dtype)
-    return (scale * q @ (e.mT @ k).mT).softmax(-1) @ (f.mT @ v)
+    out = (scale * q @ (e.mT @ k).mT).softmax(-1) @ (f.mT @ v)
+    return with_exact_rows_reference(out, *tokens, exact_rows, scale=scale, mask=key_padding_mask, rope=rope)
 
 
 def check_token_projection(name: str, projection: Tensor, k: Tensor) -> Tensor:

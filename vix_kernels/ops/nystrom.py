@@ -28,8 +28,9 @@ from ..primitives.broadcast import broadcast_reference
 from ..primitives.landmarks import landmarks_reference
 from ..primitives.nystrom import mask_of_queries, nystrom
 from ..primitives.pinv import INITS, pinv_reference
-from ..primitives.token_conv import token_conv_reference
-from .checks import autocast, check_floating, check_integer, check_mask, check_qkv, check_scale
+from ..primitives.token_conv import token_conv, token_conv_reference
+from .checks import autocast, check_exact_rows, check_floating, check_integer, check_mask, check_qkv, check_scale
+from .exact import compute_exact_rows, with_exact_rows_reference
 from .pooling import pooling
 from .rope import Rope, check_rope
 
@@ -52,6 +53,7 @@ def nystrom_attention(
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
+    exact_rows: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """Approximate softmax(scale q k^T) v with landmarks.
@@ -84,6 +86,8 @@ def nystrom_attention(
             queries from the landmarks of q. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels before landmarks are computed. Requires as many queries as
             tokens.
+        exact_rows: the number of leading queries (class and register tokens) that attend by exact softmax. The
+            convolution is also added to these rows. Not supported for "pad_front".
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -105,6 +109,8 @@ def nystrom_attention(
         raise ValueError(f"grid_size: expected (height, width) for landmarks='grid', otherwise None, got {grid_size}")
     if landmarks == "pad_front" and prefix_tokens:
         raise ValueError(f"prefix_tokens: expected 0 for landmarks='pad_front', got {prefix_tokens}")
+    if check_exact_rows(exact_rows, q) and landmarks == "pad_front":
+        raise ValueError(f"exact_rows: expected 0 for landmarks='pad_front', got {exact_rows}")
     for tokens in (q.shape[2], k.shape[2]):
         pool = pooling("num_landmarks", num_landmarks, grid_size, prefix_tokens, tokens)
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
@@ -114,12 +120,19 @@ def nystrom_attention(
     if backend == "reference":
         out = nystrom_attention_reference(
             q, k, v, pool=pool, pinv_iterations=pinv_iterations, pinv_init=pinv_init, conv_weight=conv_weight, scale=scale,
-            key_padding_mask=mask, rope=rope,
+            key_padding_mask=mask, rope=rope, exact_rows=exact_rows,
         )  # fmt: skip
     else:
+        rows = None
+        if exact_rows:
+            rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=mask, rope=rope, backend=backend)
+            if conv_weight is not None:
+                reach = exact_rows + conv_weight.shape[2] // 2
+                window, window_mask = v[:, :, :reach], None if mask is None else mask[:, :reach]
+                rows = rows + token_conv(window, conv_weight, mask=window_mask, backend=backend)[:, :, :exact_rows]
         out = nystrom(
             q, k, v, conv_weight, mask, scale=scale, iterations=pinv_iterations, init=pinv_init, pool=Pool(**pool),
-            rotary=None if rope is None else rope.rotary, backend=backend,
+            rows=rows, rotary=None if rope is None else rope.rotary, backend=backend,
         )  # fmt: skip
     return out[:, :, -queries:] if landmarks == "pad_front" else out
 
@@ -136,6 +149,7 @@ def nystrom_attention_reference(
     scale: float,
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
+    exact_rows: int = 0,
 ) -> Tensor:
     """Evaluate the equations in plain PyTorch, with all attention weights between tokens and landmarks in memory.
 
@@ -148,6 +162,7 @@ def nystrom_attention_reference(
     values, _ = aggregate_reference(q_marks, k, v, scale=scale, mask=mask, rotary=rotary)
     values = pinv_reference(q_marks, k_marks, values, scale=scale, iterations=pinv_iterations, init=pinv_init, **counts)
     out = broadcast_reference(q, k_marks, values, counts.get("k_counts"), scale=scale, rotary=rotary)
+    out = with_exact_rows_reference(out, q, k, v, exact_rows, scale=scale, mask=mask, rope=rope)
     return out if conv_weight is None else out + token_conv_reference(v, conv_weight, mask=mask)
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from .. import backends
 from ..plans import planned
 from ..primitives import aggregate, broadcast
-from .checks import autocast, check_integer, check_mask, check_projection, check_qkv, check_scale
+from .checks import autocast, check_exact_rows, check_integer, check_mask, check_projection, check_qkv, check_scale
+from .exact import compute_exact_rows, with_exact_rows_reference
 from .rope import Rope, apply_rope_reference, check_rope
 
 
@@ -36,6 +37,7 @@ def performer_attention(
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
+    exact_rows: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """Estimate softmax(scale q k^T) v with random features, in time linear in the number of tokens.
@@ -48,6 +50,7 @@ def performer_attention(
         scale: factor of the logits, > 0. Defaults to head_dim ** -0.5. q and k are multiplied by sqrt(scale).
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
+        exact_rows: the number of leading queries (class and register tokens) that attend by exact softmax. See ops/exact.py.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -63,12 +66,18 @@ def performer_attention(
     rotary = None if rope is None else check_rope(rope, q, k)
     slots = check_projection(projection, q)
     scale = check_scale(scale, q.shape[3])
+    check_exact_rows(exact_rows, q)
     backend = backends.resolve(backend, q, max(q.shape[3], v.shape[3]))
     if backend == "reference":
-        return performer_attention_reference(q, k, v, projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope)
+        return performer_attention_reference(
+            q, k, v, projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope, exact_rows=exact_rows
+        )
     c = math.sqrt(scale)
+    rows = None
+    if exact_rows:
+        rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
     values, lse = aggregate(slots, k, v, scale=c, gaussian=True, mask=key_padding_mask, backend=backend, rotary=rotary)
-    return broadcast(q, slots, values, lse, scale=c, backend=backend, rotary=rotary)
+    return broadcast(q, slots, values, lse, scale=c, rows=rows, backend=backend, rotary=rotary)
 
 
 def performer_attention_reference(
@@ -80,11 +89,13 @@ def performer_attention_reference(
     scale: float,
     key_padding_mask: Tensor | None = None,
     rope: Rope | None = None,
+    exact_rows: int = 0,
 ) -> Tensor:
     """Evaluate the equations in plain PyTorch, with all N x M features in memory.
 
     Supports all devices and torch.func transforms.
     """
+    tokens = q, k, v
     if key_padding_mask is not None:
         valid = key_padding_mask[:, None, :, None]
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
@@ -99,7 +110,8 @@ def performer_attention_reference(
     values = (log_phi_k - log_z).exp().mT @ v
     weights = (q @ w.mT + log_z).softmax(-1)
     out = weights @ values
-    return out if key_padding_mask is None else torch.where(has_key, out, 0.0)
+    out = out if key_padding_mask is None else torch.where(has_key, out, 0.0)
+    return with_exact_rows_reference(out, *tokens, exact_rows, scale=scale, mask=key_padding_mask, rope=rope)
 
 
 def orthogonal_projection(

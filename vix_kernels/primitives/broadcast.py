@@ -29,6 +29,7 @@ def broadcast(
     slot_bias: Tensor | None = None,
     *,
     scale: float,
+    rows: Tensor | None = None,
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
@@ -41,18 +42,35 @@ def broadcast(
         slot_bias: (batch, heads, M) in values' dtype, or a mask (batch, M) of any dtype, in which a slot is valid if its
             element is not 0. If None, the bias is 0.
         scale: scaling factor of the logits.
+        rows: (batch, heads, P, E) in values' dtype, the outputs of the first P queries, which do not attend to the slots.
         rotary: rotary embedding of q.
         backend: "torch" or "triton".
 
     Returns:
         out (batch, heads, N, E) in q's dtype. Differentiable in q, slots, values, slot_bias (unless it is a
-        mask) and rotary.angles.
+        mask), rows and rotary.angles.
     """
     q, slots, values = unit_last_stride(q), unit_last_stride(slots), unit_last_stride(values)
-    inputs = q, slots, values, slot_bias, *flattened(rotary)
+    inputs = q, slots, values, slot_bias, rows, *flattened(rotary)
     if needs_autograd(inputs):
         return _Broadcast.apply(*inputs, scale, backend)
-    return broadcast_forward(q, slots, values, slot_bias, rotary, scale, None, None, None, backend)[0]
+    return with_rows(broadcast_forward(q, slots, values, slot_bias, rotary, scale, None, None, None, backend)[0], rows)
+
+
+def with_rows(out: Tensor, rows: Tensor | None) -> Tensor:
+    """Overwrite the first rows of `out` with `rows`, in place."""
+    if rows is not None:
+        out[:, :, : rows.shape[2]] = rows
+    return out
+
+
+def split_gradient(dout: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """Return the gradient of the first rows, in `dtype`, and a gradient that is 0 in these rows. This undoes `with_rows`."""
+    if not rows:
+        return None, dout
+    drows, dout = dout[:, :, :rows].to(dtype, copy=True), dout.clone()
+    dout[:, :, :rows] = 0
+    return drows, dout
 
 
 def reads_out(q: Tensor, backend: str) -> bool:
@@ -88,16 +106,17 @@ def broadcast_reference(
 
 class _Broadcast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, slots, values, slot_bias, cos, sin, angles, interleaved, scale, backend):
+    def forward(ctx, q, slots, values, slot_bias, rows, cos, sin, angles, interleaved, scale, backend):
         residual = None, None, None
         out, row_max, inverse = broadcast_forward(
             q, slots, values, slot_bias, joined(cos, sin, interleaved), scale, *residual, backend
         )  # fmt: skip
+        out = with_rows(out, rows)
         ctx.save_for_backward(
             q, slots, values, slot_bias, cos, sin, angles, out if reads_out(q, backend) else None, row_max, inverse
         )  # fmt: skip
-        ctx.interleaved, ctx.scale = interleaved, scale
-        ctx.backend = backend
+        ctx.interleaved, ctx.scale, ctx.backend = interleaved, scale, backend
+        ctx.rows = 0 if rows is None else rows.shape[2]
         return out
 
     @staticmethod
@@ -105,13 +124,14 @@ class _Broadcast(torch.autograd.Function):
     def backward(ctx, saved, dout):
         q, slots, values, slot_bias, cos, sin, _, out, row_max, inverse = saved
         needs = ctx.needs_input_grad[:4]
+        drows, dout = split_gradient(dout, ctx.rows, values.dtype)
         grads = broadcast_backward(
             dout, q, slots, values, slot_bias, joined(cos, sin, ctx.interleaved), ctx.scale, out, Statistics(row_max, inverse),
             (needs[1], needs[2] or needs[3]), ctx.backend,
         )  # fmt: skip
-        dangles = angle_gradient(q, grads[0], cos, ctx.interleaved, ctx.backend) if ctx.needs_input_grad[6] else None
+        dangles = angle_gradient(q, grads[0], cos, ctx.interleaved, ctx.backend) if ctx.needs_input_grad[7] else None
         grads = (x if need else None for x, need in zip(grads, needs, strict=True))
-        return *grads, None, None, dangles, None, None, None
+        return *grads, drows, None, None, dangles, None, None, None
 
 
 def _fake_forward(q, slots, values, slot_bias, rotary, scale, v, conv_weight, mask, backend):

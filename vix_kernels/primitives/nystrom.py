@@ -14,7 +14,7 @@ from torch import Tensor
 from ..layout import LandmarkGradients, Pool, Rotary, Statistics, flattened, joined, unit_last_stride
 from .aggregate import aggregate_backward, aggregate_forward
 from .autograd import once_differentiable
-from .broadcast import broadcast_backward, broadcast_forward, reads_out
+from .broadcast import broadcast_backward, broadcast_forward, reads_out, split_gradient, with_rows
 from .landmarks import landmarks_backward, landmarks_forward
 from .pinv import pinv_backward, pinv_forward
 from .registry import refuse_transforms
@@ -33,16 +33,17 @@ def nystrom(
     iterations: int,
     init: str,
     pool: Pool,
+    rows: Tensor | None = None,
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
     """Return the output of Nystrom attention (batch, heads, queries, E). For the arguments, see the primitives.
 
-    Differentiable in q, k, v, conv_weight and rotary.angles.
+    Differentiable in q, k, v, conv_weight, rows and rotary.angles.
     """
     refuse_transforms()
     q, k, v = (unit_last_stride(x) for x in (q, k, v))
-    return _Nystrom.apply(q, k, v, conv_weight, mask, *flattened(rotary), pool, (scale, iterations, init), backend)
+    return _Nystrom.apply(q, k, v, conv_weight, rows, mask, *flattened(rotary), (pool, scale, iterations, init), backend)
 
 
 def mask_of_queries(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -52,20 +53,22 @@ def mask_of_queries(mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 class _Nystrom(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, weight, mask, cos, sin, angles, interleaved, pool, options, backend):
-        scale = options[0]
+    def forward(ctx, q, k, v, weight, rows, mask, cos, sin, angles, interleaved, options, backend):
+        pool, scale, *inverse = options
         q_mask, rotary = mask_of_queries(mask, q), joined(cos, sin, interleaved)
         q_marks, k_marks, q_counts, k_counts = landmarks_forward(q, k, q_mask, mask, rotary, pool, backend)
         values, _, row_max, total = aggregate_forward(q_marks, k, v, mask, rotary, scale, False, backend)
         counts = (None, None) if mask is None else (q_counts, k_counts)
-        weighted = pinv_forward(q_marks, k_marks, values, *counts, *options, backend)
+        weighted = pinv_forward(q_marks, k_marks, values, *counts, scale, *inverse, backend)
         residual = (None, None, None) if weight is None else (v, weight, mask)
         out, out_max, out_inverse = broadcast_forward(q, k_marks, weighted, counts[1], rotary, scale, *residual, backend)
+        out = with_rows(out, rows)
         ctx.save_for_backward(
             q, k, v, weight, mask, cos, sin, angles, q_marks, k_marks, q_counts, k_counts, values, row_max, total, weighted,
             out if weight is None and reads_out(q, backend) else None, out_max, out_inverse,
         )  # fmt: skip
-        ctx.interleaved, ctx.pool, ctx.options, ctx.backend = interleaved, pool, options, backend
+        ctx.interleaved, ctx.options, ctx.backend = interleaved, options, backend
+        ctx.rows = 0 if rows is None else rows.shape[2]
         return out
 
     @staticmethod
@@ -76,25 +79,26 @@ class _Nystrom(torch.autograd.Function):
             out, out_max, out_inverse,
         ) = saved  # fmt: skip
         need_q, need_k, need_v, need_weight = ctx.needs_input_grad[:4]
-        need_angles = ctx.needs_input_grad[7]
+        need_angles = ctx.needs_input_grad[8]
         need_q, need_k = need_q or need_angles, need_k or need_angles
-        scale, backend = ctx.options[0], ctx.backend
+        (pool, scale, *inverse), backend = ctx.options, ctx.backend
         q_mask, rotary = mask_of_queries(mask, q), joined(cos, sin, ctx.interleaved)
         counts = (None, None) if mask is None else (q_counts, k_counts)
+        drows, dout = split_gradient(dout, ctx.rows, values.dtype)
 
         # First compute dq, dk and dv without the paths through the landmarks, and both terms of each landmark's gradient.
         dq, dk_marks, dweighted, _ = broadcast_backward(
             dout, q, k_marks, weighted, counts[1], rotary, scale, out, Statistics(out_max, out_inverse), (need_k, True), backend
         )
         dq_marks, dk_marks_2, dvalues = pinv_backward(
-            dweighted, q_marks, k_marks, values, *counts, *ctx.options, (need_q, need_k, True), backend
+            dweighted, q_marks, k_marks, values, *counts, scale, *inverse, (need_q, need_k, True), backend
         )
         dq_marks_2, dk, dv = aggregate_backward(
             dvalues, None, q_marks, k, v, mask, rotary, scale, False, values, Statistics(row_max, total),
             (need_q, need_k, need_v), backend,
         )  # fmt: skip
         dq, dk = landmarks_backward(
-            LandmarkGradients(dq, dk, dq_marks, dq_marks_2, dk_marks, dk_marks_2), q, k, q_mask, mask, rotary, ctx.pool,
+            LandmarkGradients(dq, dk, dq_marks, dq_marks_2, dk_marks, dk_marks_2), q, k, q_mask, mask, rotary, pool,
             q_counts, k_counts, (need_q, need_k), backend,
         )  # fmt: skip
         dweight = None
@@ -105,4 +109,4 @@ class _Nystrom(torch.autograd.Function):
             dangles = angle_gradient(q, dq, cos, ctx.interleaved, backend)
             dangles = dangles + angle_gradient(k, dk, cos, ctx.interleaved, backend)
         grads = (x if need else None for x, need in zip((dq, dk, dv, dweight), ctx.needs_input_grad, strict=False))
-        return *grads, None, None, None, dangles, *(None,) * 4
+        return *grads, drows, None, None, None, dangles, *(None,) * 3

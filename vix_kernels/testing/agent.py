@@ -27,6 +27,7 @@ CASES = (
     Case("odd_width", batch=1, width=24, value_width=40, features=36, tokens=21, queries=19),
     Case("masked", masked=True, features=9, tokens=21),
     Case("rope_half", rope="half", packed=True, features=9, tokens=21),
+    Case("exact", exact=2, masked=True, rope="interleaved", width=24, value_width=40, features=9, tokens=21),
 )
 
 
@@ -38,7 +39,10 @@ def _agent(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor]
     if case.masked:
         agent_mask = torch.rand(case.batch, case.features, generator=torch.Generator().manual_seed(3)) > 0.4
         agent_mask = agent_mask.to(device)
-    options = dict(scale=exact_scale(case), agent_mask=agent_mask, key_padding_mask=mask, rope=make_rope(case, device))
+    options = dict(
+        scale=exact_scale(case), agent_mask=agent_mask, key_padding_mask=mask, rope=make_rope(case, device),
+        exact_rows=case.exact,
+    )  # fmt: skip
     return qkv | {"agents": agents}, options
 
 

@@ -35,6 +35,7 @@ CASES = (
     Case("masked", masked=True, features=12, tokens=35),
     Case("per_head", per_head=True, width=24, value_width=8, features=12, queries=19, tokens=20),
     Case("rope_half", rope="half", packed=True, features=12, tokens=20),
+    Case("exact", exact=2, masked=True, rope="half", features=12, tokens=20),
 )
 
 
@@ -52,7 +53,7 @@ def _linformer(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
     qkv = make_qkv(case, tensor)
     projections = {f"{name}_projection": _token_projection(case, tensor, qkv["k"]) for name in ("key", "value")}
     mask, rope = make_mask(case, qkv["k"], qkv["v"]), make_rope(case, qkv["k"].device)
-    return qkv | projections, dict(scale=exact_scale(case), key_padding_mask=mask, rope=rope)
+    return qkv | projections, dict(scale=exact_scale(case), key_padding_mask=mask, rope=rope, exact_rows=case.exact)
 
 
 def _project(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -28,6 +28,7 @@ CASES = (  # only a few cases, because they are slow in Triton's interpreter; th
     Case("odd_width", batch=1, width=24, value_width=40, features=5, tokens=20),
     Case("masked", heads=1, masked=True, rope="half", rotary=8, prefix=1, width=24, tokens=26, features=6),
     Case("grid", batch=1, tokens=20, rows=4, features=6, adaptive=True),
+    Case("exact", exact=2, masked=True, rope="half", rotary=8, prefix=1, width=24, tokens=26, features=6, taps=5),
 )
 
 
@@ -41,7 +42,7 @@ def _nystrom(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tenso
     grid = dict(landmarks="grid", grid_size=(case.rows, (case.tokens - case.prefix) // case.rows)) if case.adaptive else {}
     mask, rope = make_mask(case, qkv["k"], qkv["v"]), make_rope(case, qkv["q"].device)
     options = dict(num_landmarks=_landmarks(case), prefix_tokens=case.prefix, scale=exact_scale(case), **grid)
-    return tensors, options | dict(key_padding_mask=mask, rope=rope)
+    return tensors, options | dict(key_padding_mask=mask, rope=rope, exact_rows=case.exact)
 
 
 def _function(q: Tensor, k: Tensor, v: Tensor, conv_weight: Tensor, **options: Any) -> Tensor:

@@ -46,13 +46,20 @@ CASES = (
     Case("rope_partial", rope="half", rotary=8, prefix=1, width=24, masked=True),
     Case("rope_odd_width", batch=1, rope="interleaved", width=40, rotary=24, prefix=2),
 )
+EXACT = (
+    Case("exact", batch=1, exact=2, queries=19),
+    Case("exact_masked", exact=3, masked=True, rope="half", rotary=8, prefix=1, width=24, value_width=40),
+)
 COMPILED_FEATURES = (16, 110, 266)  # fewer than a tile holds, and the defaults for head widths 32 and 64
 
 
 def _performer(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     qkv = make_qkv(case, tensor)
     device = qkv["q"].device
-    options = dict(scale=exact_scale(case), key_padding_mask=make_mask(case, qkv["k"], qkv["v"]), rope=make_rope(case, device))
+    mask = make_mask(case, qkv["k"], qkv["v"])
+    options = dict(
+        scale=exact_scale(case), key_padding_mask=mask, rope=make_rope(case, device), exact_rows=case.exact
+    )  # fmt: skip
     return qkv | {"projection": make_projection(case, qkv["q"])}, options
 
 
@@ -99,7 +106,7 @@ PERFORMER = OpSpec(
     differentiable=("q", "k", "v", "projection"),
     fixed=("projection",),
     batched=("q", "k", "v", "key_padding_mask"),
-    cases=CASES,
+    cases=CASES + EXACT,
     flops=lambda case: aggregate_flops(case) + broadcast_flops(case),
     exps=lambda case: aggregate_exps(case) + broadcast_exps(case),
     public=True,

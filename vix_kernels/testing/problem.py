@@ -39,6 +39,7 @@ class Case:
     mark_rows: int = 1  # rows of landmarks; each row has `features` landmarks
     adaptive: bool = False  # whether landmarks use the windows of adaptive pooling, which may overlap
     learned: bool = False  # whether random features require gradients
+    exact: int = 0  # number of leading queries that attend by exact softmax
     eps: float = 0.125  # eps of linear attention; large enough to change results, and exact in float32
 
 

@@ -1,0 +1,50 @@
+"""Exact rows: softmax attention of the first queries, which are usually class and register tokens.
+
+    out_p = softmax(scale q_p k^T) v        for p < exact_rows
+
+A classifier often reads only these rows. They are the result of one more pass, in which the queries are the slots:
+
+    rows, _ = aggregate(q[:exact_rows], k, v)
+
+The cost is linear in the number of tokens. The other rows of the attention do not change.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import Rotary
+from ..primitives.aggregate import aggregate, aggregate_reference
+from ..primitives.rotate import rotate_reference
+from .rope import Rope
+
+
+def compute_exact_rows(
+    q: Tensor, k: Tensor, v: Tensor, count: int, *, scale: float, mask: Tensor | None, rope: Rope | None, backend: str
+) -> Tensor:
+    """Return the outputs (batch, heads, count, value_dim) of the first `count` queries, in float32."""
+    rotary = None if rope is None else rope.rotary
+    return aggregate(first_queries(q, count, rope), k, v, scale=scale, mask=mask, rotary=rotary, backend=backend)[0]
+
+
+def with_exact_rows_reference(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, count: int, *, scale: float, mask: Tensor | None, rope: Rope | None
+) -> Tensor:
+    """Replace the first `count` rows of an attention's output, in plain PyTorch with all attention weights in memory.
+
+    q and k are not rotated yet.
+    """
+    if not count:
+        return out
+    rotary = None if rope is None else rope.differentiable
+    rows, _ = aggregate_reference(first_queries(q, count, rope), k, v, scale=scale, mask=mask, rotary=rotary)
+    return torch.cat((rows.to(out.dtype), out[:, :, count:]), 2)
+
+
+def first_queries(q: Tensor, count: int, rope: Rope | None) -> Tensor:
+    """Return the first `count` queries, rotated."""
+    if rope is None:
+        return q[:, :, :count]
+    cos, sin, interleaved, _ = rope.differentiable
+    return rotate_reference(q[:, :, :count], Rotary(cos[:, :count], sin[:, :count], interleaved))
