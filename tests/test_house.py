@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 # The layers from top to bottom. A module may import only from the same row and from the rows below.
 LAYERS = (
     ("__main__",),
+    ("linearize",),
     ("training",),
     ("integrations",),
     ("measure",),

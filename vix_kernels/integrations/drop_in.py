@@ -50,6 +50,7 @@ class DropIn(Mounted):
 
     Attributes:
         core: the core that computes the attention.
+        prefix_tokens: the number of class and register tokens of the model, or 0 if it is unknown.
         grid: the hook that records the token grid of each call. Landmarks and agents are placed on this grid. None if they are
             not placed on a grid.
     """
@@ -71,7 +72,7 @@ class DropIn(Mounted):
         self.op, self.options, self.backend = op, options, backend
         self.grid: TokenGrid | None = None
         self.follows_prefix = getattr(self.core, "exact_prefix", False) is True
-        self.is_mounted = False
+        self.is_mounted, self.prefix_tokens = False, 0
 
     def mounted(self, site: Site) -> DropIn:
         """Return a copy for the layer at `site`, with separate parameters and with random features for this layer."""
@@ -105,6 +106,7 @@ class DropIn(Mounted):
 
         With the option exact_prefix=True, the first `prefix_tokens` tokens attend by exact softmax.
         """
+        self.prefix_tokens = prefix_tokens
         if self.follows_prefix:
             self.core = replace(self.core, exact_prefix=prefix_tokens)
         if "prefix_tokens" not in self.core.options():

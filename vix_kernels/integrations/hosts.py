@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,8 @@ from torch import nn
 
 from ..nn.core import Site
 from .drop_in import DropIn
+
+ROOT = "(the model itself)"  # the name of a model that is an attention itself
 
 
 def require(package: str, oldest: str) -> None:
@@ -98,6 +101,7 @@ def replace_each(
     reason_against: Callable[[nn.Module], str],
     adapt: Callable[[nn.Module], None],
     expected: str,
+    layers: Sequence[str] | None = None,
     site_of: Callable[[nn.Module], Site] = lambda module: Site(module.head_dim, module.num_heads),
     place: Callable[[str, DropIn], None] = lambda name, attention: None,
 ) -> Report:
@@ -111,15 +115,16 @@ def replace_each(
         reason_against: a function that returns why a module cannot be replaced, or an empty string if it can.
         adapt: a function that makes a module use its child module `vix`.
         expected: the expected kind of model or layer, for the error message.
+        layers: names or patterns, such as "blocks.1*", of the modules to replace. None: all. Others are not in the report.
         site_of: a function that returns the Site of a module, including the number and width of its heads.
         place: a function that receives a module's name and the copy of `attention` for it, and tells the copy how the tokens
             are arranged: the number of prefix tokens and the grid.
 
     Raises:
-        ValueError: nothing could be replaced.
+        ValueError: nothing could be replaced, or a pattern matches no attention.
     """
     report, chosen = Report(repr(attention)), []
-    for name, module in attentions(model):
+    for name, module in selected(attentions(model), layers):
         if reason := reason_against(module):
             report.refused[name] = reason
             continue
@@ -143,6 +148,20 @@ def replace_each(
     return report
 
 
+def selected(found: Iterable[tuple[str, nn.Module]], layers: Sequence[str] | None) -> list[tuple[str, nn.Module]]:
+    """Return the modules whose names match one of the patterns in `layers`, or all if it is None."""
+    found = list(found)
+    if layers is None:
+        return found
+    if isinstance(layers, str):
+        raise TypeError(f"layers: expected a list of names or patterns, got {layers!r}")
+    for pattern in layers:
+        if not fnmatch.filter((name for name, _ in found), pattern):
+            names = ", ".join(name for name, _ in found[:3]) or "none"
+            raise ValueError(f"layers: expected names of attentions ({names}, ...), got {pattern!r}")
+    return [(name, module) for name, module in found if any(fnmatch.fnmatch(name, pattern) for pattern in layers)]
+
+
 def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -154,4 +173,4 @@ def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         kind = type(module).__name__
         if re.search("Attention|Attn", kind) and "Block" not in kind:
-            yield name or "(the model itself)", module
+            yield name or ROOT, module

@@ -10,6 +10,7 @@ Importing this module only registers names. They can be used as follows:
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -265,7 +266,9 @@ def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
             _place(layer.built, vit, _follow(vit.patch_embed) if _has_grid(vit) else None)
 
 
-def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
+def replace_attention(
+    model: nn.Module, op: str, *, layers: Sequence[str] | None = None, retrain: bool = False, **options: Any
+) -> Report:
     """Replace the attention in a timm model, in place. Parameters and their names do not change.
 
         report = replace_attention(timm.create_model("vit_base_patch16_224", pretrained=True), "nystrom")
@@ -280,6 +283,7 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
 
     Args:
         model: a timm model.
+        layers: names or patterns of the layers to replace, such as ["blocks.1*"]. None: all.
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
@@ -308,13 +312,9 @@ def replace_attention(model: nn.Module, op: str, *, retrain: bool = False, **opt
     try:
         grids.update({key: _follow(each) for key, each in embeddings.items()})
         return replace_each(
-            model,
-            attention,
-            reason_against=_reason_against,
-            adapt=adapt,
+            model, attention, reason_against=_reason_against, adapt=adapt, place=place, layers=layers,
             expected="an attention class of timm's vision transformers or EVA",
-            place=place,
-        )
+        )  # fmt: skip
     except BaseException:
         for each in new:
             _unfollow(each)

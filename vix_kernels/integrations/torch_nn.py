@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,7 +79,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         return tuple(map(F.linear, (query, key, value), self.in_proj_weight.chunk(3), biases))
 
 
-def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: Any) -> Report:
+def replace_mha(
+    model: nn.Module, op: str, *, layers: Sequence[str] | None = None, retrain: bool = False, **options: Any
+) -> Report:
     """Replace the attention in every nn.MultiheadAttention of `model`, in place. Parameters and their names do not change.
 
         report = replace_mha(model, "performer", retrain=True, num_features=128)
@@ -89,6 +92,7 @@ def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: 
 
     Args:
         model: a model that contains nn.MultiheadAttention.
+        layers: names or patterns of the modules to replace, such as ["layers.1*"]. None: all.
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
@@ -108,6 +112,7 @@ def replace_mha(model: nn.Module, op: str, *, retrain: bool = False, **options: 
         reason_against=_reason_against,
         adapt=adapt,
         expected="nn.MultiheadAttention",
+        layers=layers,
     )
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, MultiheadAttention) for m in module.modules()):

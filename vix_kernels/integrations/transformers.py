@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +13,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import backends
-from ..nn.core import CORES, Mixer, subscribe
+from ..nn.core import CORES, Mixer, Site, subscribe
 from ..ops.fourier import fourier_mixing
 from ..ops.nystrom import nystrom_attention
 from ..ops.pooling import pooling
 from ..primitives import aggregate, broadcast, landmarks, pinv, token_conv
 from .drop_in import OPS, DropIn, check_trained, require_all, valid_tokens
-from .hosts import Report, host, require_call
+from .hosts import Report, host, replace_each, require_call
 
 with host("transformers", "5.17"):
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import bidirectional_mask_function
+    from transformers.models.auto import modeling_auto
     from transformers.models.fnet import modeling_fnet
     from transformers.models.nystromformer import modeling_nystromformer
 
@@ -99,6 +103,84 @@ def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple
         return attention(query, key, value, attention_mask, dropout, causal, scaling).transpose(1, 2), None
 
     return attend
+
+
+def replace_attention(
+    model: nn.Module, op: str, *, layers: Sequence[str] | None = None, retrain: bool = False, **options: Any
+) -> Report:
+    """Replace the attention in a vision model of transformers, in place. Parameters and their names do not change.
+
+        report = replace_attention(ViTModel.from_pretrained(...), "nystrom", num_landmarks=64)
+
+    In contrast to `register`, each layer has its own attention, which may have parameters. The model's attn_implementation
+    becomes "vix". Modules that are not replaced use "sdpa".
+
+    Args:
+        model: a PreTrainedModel whose attention is selected by attn_implementation.
+        layers: names or patterns of the layers to replace, such as ["layers.1*"]. None: all.
+        op, retrain, options: as in DropIn. Each layer has different features.
+
+    Returns:
+        a report that lists the replaced layers, and the other attention layers with the reason why they were not replaced.
+
+    Raises:
+        ValueError: nothing could be replaced, or `op` needs retrain=True.
+    """
+    prefix_tokens = count_prefix(model)
+    report = replace_each(
+        model,
+        DropIn(op, retrain=retrain, **options),
+        reason_against=_reason_against,
+        adapt=lambda module: None,
+        expected="an attention that attn_implementation selects",
+        layers=layers,
+        site_of=lambda module: Site(module.head_dim, _heads(module)),
+        place=lambda name, attention: attention.place(prefix_tokens, None),
+    )
+    AttentionInterface.register("vix", _attend_with_child)
+    AttentionMaskInterface.register("vix", padding_mask)
+    model.set_attn_implementation("vix")
+    return report
+
+
+def count_prefix(model: nn.Module) -> int:
+    """Return the number of class, distillation and register tokens of a vision model."""
+    counts = {"cls_token": -2, "distillation_token": -2, "register_tokens": -2, "class_embedding": None}
+    found = {name.rpartition(".")[2]: p for name, p in model.named_parameters()}
+    return sum(1 if dim is None else found[name].shape[dim] for name, dim in counts.items() if name in found)
+
+
+def create_host(class_name: Any, config: Any) -> nn.Module:
+    """Create a model with new weights. The names of its configuration and class are looked up in transformers' registries."""
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"config: expected a model_type of transformers, got {kind!r}")
+    settings = CONFIG_MAPPING[kind].from_dict(config)
+    registries = [value for name, value in vars(modeling_auto).items() if re.fullmatch(r"MODEL\w*_MAPPING", name)]
+    found = [registry[type(settings)] for registry in registries if type(settings) in registry]
+    for each in found:
+        for candidate in each if isinstance(each, tuple) else (each,):
+            if candidate.__name__ == class_name:
+                return candidate(settings)
+    raise ValueError(f"class: expected a model of transformers for {kind}, got {class_name!r}")
+
+
+def _heads(module: nn.Module) -> int:
+    return module.num_attention_heads if hasattr(module, "num_attention_heads") else module.num_heads
+
+
+def _reason_against(module: nn.Module) -> str:
+    if "ALL_ATTENTION_FUNCTIONS" not in inspect.unwrap(type(module).forward).__code__.co_names:
+        return f"{type(module).__name__}, whose attention attn_implementation does not select"
+    if not hasattr(module, "head_dim") or not (hasattr(module, "num_attention_heads") or hasattr(module, "num_heads")):
+        return f"{type(module).__name__}, which has no attributes head_dim and num_heads"
+    return "causal attention" if getattr(module, "is_causal", True) else ""
+
+
+def _attend_with_child(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, None]:
+    if isinstance(getattr(module, "vix", None), DropIn):
+        return _attention_function(module.vix, retrain=True)(module, *args, **options)
+    return sdpa_attention_forward(module, *args, **options)
 
 
 def padding_mask(

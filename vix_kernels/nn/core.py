@@ -261,17 +261,19 @@ class Mounted(nn.Module):
     """A module in which the state of a mixer is registered."""
 
     kept_dtypes: tuple[str, ...] = ()
+    learned: tuple[str, ...] = ()  # names of the parameters that the mixer declared
 
     def mount(self, mixer: Mixer, site: Site) -> None:
         """Register the state that `mixer` declares."""
-        kept = []
-        for name, value in mixer.state(site).items():
+        kept, state = [], mixer.state(site)
+        for name, value in state.items():
             if isinstance(value, Buffer):
                 self.register_buffer(name, value.value)
                 kept += [name] * value.keep_dtype
             else:
                 setattr(self, name, value)
         self.kept_dtypes = tuple(kept)
+        self.learned = tuple(name for name, value in state.items() if isinstance(value, nn.Parameter))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Mounted:
         before = {name: getattr(self, name) for name in self.kept_dtypes}

@@ -1,0 +1,205 @@
+"""Save and load models of any host in which softmax attention was replaced.
+
+A folder contains model.safetensors and linearized.json. The JSON lists the attention and its options for each layer. Names in
+it are looked up in registries: of attentions, of this library's models, of timm and of transformers. Nothing in it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..commands import write_atomically
+from ..models import create_model
+from ..models.state import load_state
+from ..nn.core import CORES, Core, Mounted
+from .drop_in import OPS, DropIn
+from .swap import Snapshot, holders, host_of, replace_attention
+
+WEIGHTS, CONFIG = "model.safetensors", "linearized.json"
+
+
+def save_linearized(
+    model: nn.Module, folder: str | Path, *, data: dict[str, Any] | None = None, overwrite: bool = False
+) -> None:
+    """Save a model whose attention was replaced, for example by `linearize`, to a folder. Each file is written atomically.
+
+    Args:
+        model: a model from this library, timm, transformers or with nn.MultiheadAttention.
+        folder: a new folder.
+        data: a description of the training images: "classes" (names), and "mean" and "std" of each channel, for pixel values in
+            [0, 1]. Defaults to model.config["data"] for models that `vix train` trained.
+        overwrite: whether an existing model in the folder may be replaced.
+
+    Raises:
+        ValueError: the model has no replaced attention, or the folder contains a model and `overwrite` is not set.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    layers = {name: _layer(holder) for name, holder in holders(model).items() if holder.core.name != "softmax"}
+    if not layers:
+        raise ValueError("model: expected a model with replaced attention, got one without")
+    folder = _path(folder)
+    if (folder / CONFIG).exists() and not overwrite:
+        raise ValueError(f"folder: expected a new folder, or overwrite=True, got {folder}, which contains a model")
+    host = _describe_host(model)
+    if data is None and isinstance(getattr(model, "config", None), dict):
+        data = model.config.get("data")
+    config = {"vix_kernels": __version__, "host": host, "layers": layers} | ({"data": data} if data else {})
+    text = json.dumps(config, indent=2) + "\n"
+    tensors, seen = {}, set()
+    for name, value in model.state_dict().items():
+        shared = isinstance(value, Tensor) and value.untyped_storage().data_ptr() in seen  # safetensors refuses shared memory
+        seen.add(value.untyped_storage().data_ptr())
+        tensors[name] = value.clone().contiguous() if shared else value.contiguous()
+
+    def write(path: Path) -> None:
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # also raised if the disk is full
+            raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS, write)
+    write_atomically(folder / CONFIG, lambda path: path.write_text(text))
+
+
+def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a model that `save_linearized` saved, and set it to evaluation mode.
+
+    Args:
+        folder: the folder.
+        model: a new model with the architecture of the saved one and with softmax attention. It is changed in place. None:
+            create it. This is not possible for models with nn.MultiheadAttention, or if timm.create_model was called with
+            arguments that change the architecture.
+
+    Raises:
+        FileNotFoundError: the folder or a file is missing.
+        ValueError: a file is damaged, names an unknown attention or model, or the weights do not fit. `model` is unchanged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = _path(folder)
+    config = read_config(folder)
+    try:
+        state = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
+    created = _create_host(config["host"], folder) if model is None else model
+    snapshot = Snapshot(created)
+    try:
+        for name, layer in config["layers"].items():
+            _put(created, name, layer["op"], layer["options"])
+        load_state(created, state, f"the model described in {folder / CONFIG}", lambda key: False)
+    except BaseException as error:
+        snapshot.restore()
+        if model is None and isinstance(error, ValueError):
+            raise ValueError(f"{error}; if the architecture has been changed, pass a new model as `model`") from error
+        raise
+    if isinstance(getattr(created, "config", None), dict) and "data" in config:
+        created.config["data"] = config["data"]
+    return created.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the contents of linearized.json after checking them."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"folder: expected a folder written by save_linearized, got {folder}, which has no {CONFIG}")
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, as save_linearized writes it, got {error}") from error
+    layers = config.get("layers") if isinstance(config, dict) else None
+    if not isinstance(layers, dict) or not isinstance(config.get("host"), dict) or not isinstance(config.get("data", {}), dict):
+        raise ValueError(f"{path}: expected a host and layers, as save_linearized writes them")
+    for name, layer in layers.items():
+        if not isinstance(layer, dict) or not isinstance(layer.get("options"), dict):
+            raise ValueError(f"{path}: layers: expected an op and options for {name}, got {layer!r}")
+        if layer.get("op") not in OPS:
+            raise ValueError(f"{path}: layers: expected one of {', '.join(map(repr, OPS))} for {name}, got {layer.get('op')!r}")
+        layer["options"] = {key: tuple(x) if isinstance(x, list) else x for key, x in layer["options"].items()}
+    return config
+
+
+def _layer(holder: Mounted) -> dict[str, Any]:
+    core: Core = holder.core
+    options = {each.name: getattr(core, each.name) for each in fields(core)}
+    if isinstance(holder, DropIn) and holder.grid is not None:  # the slots are placed on the grid of each call
+        options = {name: value for name, value in options.items() if name not in ("landmarks", "grid_size")}
+    return {"op": core.name, "options": options}
+
+
+def _put(model: nn.Module, name: str, op: str, options: dict[str, Any]) -> None:
+    """Replace one attention, and give its parameters the dtype in which they are trained."""
+    if host_of(model) == "vix_kernels":
+        from .zoo import put
+
+        found = holders(model).get(name)
+        if found is None:
+            raise ValueError(f"layers: expected an attention of the model, got {name!r}")
+        put(found, CORES[op](**options))
+    else:
+        replace_attention(model, op, layers=[name], retrain=True, **options)
+    holder = holders(model)[name]
+    for learned in holder.learned:
+        parameter = getattr(holder, learned)
+        parameter.data = parameter.data.float()
+
+
+def _describe_host(model: nn.Module) -> dict[str, Any]:
+    library = host_of(model)
+    host: dict[str, Any] = {"library": library, "class": type(model).__name__, "dtype": _dtype(model)}
+    if library == "vix_kernels":
+        return host | {"name": model.config["name"], "arguments": model.config["arguments"]}
+    if library == "transformers":
+        return host | {"config": model.config.to_diff_dict()}
+    if library == "timm":
+        names = ("num_classes", "global_pool")
+        arguments = {name: getattr(model, name) for name in names if isinstance(getattr(model, name, None), (int, str))}
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        return host | {
+            "name": getattr(model, "pretrained_cfg", {}).get("architecture"),
+            "arguments": arguments | ({"img_size": list(size)} if size else {}),
+        }
+    return host
+
+
+def _dtype(model: nn.Module) -> str:
+    weight = next((p for name, p in model.named_parameters() if p.is_floating_point() and ".vix." not in name), None)
+    return "float32" if weight is None else str(weight.dtype).removeprefix("torch.")
+
+
+def _create_host(host: dict[str, Any], folder: Path) -> nn.Module:
+    library, name, arguments = host.get("library"), host.get("name"), host.get("arguments", {})
+    dtype = getattr(torch, str(host.get("dtype")), None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"{folder / CONFIG}: expected a floating dtype, got {host.get('dtype')!r}")
+    if library == "vix_kernels":
+        return create_model(name, **arguments).to(dtype)
+    if library == "timm":
+        import timm
+
+        if not isinstance(name, str) or not timm.is_model(name):
+            raise ValueError(f"{folder / CONFIG}: expected the name of a timm model, got {name!r}")
+        return timm.create_model(name, pretrained=False, **arguments).to(dtype)
+    if library == "transformers":
+        from .transformers import create_host
+
+        return create_host(host.get("class"), host.get("config")).to(dtype)
+    raise ValueError(f"model: expected a new {host.get('class')}, because the library of {folder} is {library!r}, got None")
+
+
+def _path(folder: Any) -> Path:
+    if not isinstance(folder, str | PathLike):
+        raise TypeError(f"folder: expected a path, got {folder!r}")
+    return Path(folder)

@@ -1,0 +1,94 @@
+"""Replace the attention of any supported model, find the modules that hold an attention, and undo changes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..models.backbone import Backbone
+from ..nn.core import Mounted
+from ..nn.module import AttentionModule
+from .drop_in import DropIn
+from .hosts import ROOT, Report, check_model
+
+
+def host_of(model: nn.Module) -> str:
+    """Return the library of a model: "vix_kernels", "transformers", "timm" or "torch.nn"."""
+    check_model(model)
+    if isinstance(model, Backbone):
+        return "vix_kernels"
+    transformers = sys.modules.get("transformers")  # a model of transformers exists only if it has been imported
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        return "transformers"
+    return "timm" if any(type(each).__module__.startswith("timm.") for each in model.modules()) else "torch.nn"
+
+
+def replace_attention(
+    model: nn.Module, op: str, *, layers: Sequence[str] | None = None, retrain: bool = False, **options: Any
+) -> Report:
+    """Replace the attention in a model of this library, timm, transformers or torch.nn, in place.
+
+    The arguments are those of the integrations' functions, such as `vix_kernels.integrations.timm.replace_attention`.
+    """
+    replace: Callable[..., Report]
+    host = host_of(model)
+    if host == "vix_kernels":
+        from .zoo import replace_attention as replace
+    elif host == "transformers":
+        from .transformers import replace_attention as replace
+    elif host == "timm":
+        from .timm import replace_attention as replace
+    else:
+        from .torch_nn import replace_mha as replace
+    return replace(model, op, layers=layers, retrain=retrain, **options)
+
+
+def holders(model: nn.Module) -> dict[str, Mounted]:
+    """Return the module that holds the core of each attention layer, by the name of the layer."""
+    found: dict[str, Mounted] = {}
+    for name, module in model.named_modules():
+        name = name or ROOT
+        if isinstance(module, AttentionModule):
+            found[name] = module
+        elif isinstance(getattr(module, "vix", None), DropIn):
+            found[name] = module.vix
+    return found
+
+
+def prefix_of(holder: Mounted) -> int:
+    """Return the number of class and register tokens in the layer of `holder`, or 0 if it is unknown."""
+    return holder.site.prefix_tokens if isinstance(holder, AttentionModule) else holder.prefix_tokens
+
+
+class Snapshot:
+    """The classes and attributes of all modules of a model, but not the values of its tensors.
+
+    `restore` undoes changes of the structure, such as replaced attentions.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = {
+            name: (module, type(module), {key: _shallow(value) for key, value in vars(module).items()})
+            for name, module in model.named_modules()
+        }
+        config = getattr(model, "config", None)
+        self.implementation = getattr(config, "_attn_implementation", None) if host_of(model) == "transformers" else None
+
+    def restore(self, layers: Sequence[str] | None = None) -> None:
+        """Restore all modules, or only those in `layers` (names) and their children."""
+        for name, (module, kind, state) in self.modules.items():
+            if layers is None or any((name or ROOT) == layer or name.startswith(f"{layer}.") for layer in layers):
+                module.__class__ = kind
+                vars(module).clear()
+                vars(module).update({key: _shallow(value) for key, value in state.items()})
+        if layers is None and self.implementation is not None:
+            self.model.set_attn_implementation(self.implementation)
+
+
+def _shallow(value: Any) -> Any:
+    """Copy the dicts of a module, such as `_parameters` and `_forward_hooks`."""
+    return value.copy() if isinstance(value, dict) else value

@@ -1,0 +1,69 @@
+"""Replace the attention in the models of vix_kernels.models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..nn.core import CORES, Core, Site
+from ..nn.module import AttentionModule, RedrawnAttentionModule
+from .drop_in import DropIn
+from .hosts import Report, selected
+
+
+def replace_attention(
+    model: nn.Module, op: str, *, layers: Sequence[str] | None = None, retrain: bool = False, **options: Any
+) -> Report:
+    """Replace the softmax attention in a model from create_model, in place. Parameters and their names do not change.
+
+    To build a model with another attention, use `create_model(name, mixer=...)` instead.
+
+    Args:
+        model: a model from create_model.
+        layers: names or patterns of the layers to replace, such as ["blocks.1*"]. None: all.
+        op, retrain, options: as in DropIn. Each layer has different features.
+
+    Returns:
+        a report that lists the replaced layers, and the other attention layers with the reason why they were not replaced.
+
+    Raises:
+        ValueError: nothing could be replaced, or `op` needs retrain=True.
+    """
+    kind = DropIn(op, retrain=retrain, **options)  # checks the arguments
+    backend = options.pop("backend", None)
+    report = Report(repr(kind))
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, AttentionModule)]
+    for name, module in selected(found, layers):
+        if module.core.name != "softmax":
+            report.refused[name] = f"{module.core.name} attention, which is not softmax attention"
+            continue
+        put(module, placed(CORES[op].made("host", **options), module.site, options), backend)
+        report.attentions[name] = module.core.describe()
+    return report.checked("a model with softmax attention")
+
+
+def placed(core: Core, site: Site, options: dict[str, Any]) -> Core:
+    """Return the core for the layer at `site`. Its slots are on the model's grid, unless the options say otherwise."""
+    core = core.fit(site).with_prefix(site.prefix_tokens)
+    if "prefix_tokens" in core.options():
+        core = replace(core, prefix_tokens=options.get("prefix_tokens", site.prefix_tokens))
+        if site.grid_size and options.get("landmarks", "grid") == "grid" and "grid_size" not in options:
+            core = core.on_grid(site.grid_size)
+    return core
+
+
+def put(module: AttentionModule, core: Any, backend: str | None = None) -> None:
+    """Make `module` use `core`, which is adapted to its site. New parameters have the device of the module."""
+    weight = module.qkv.weight
+    module.core, module.backend = core, backend or module.backend
+    module.mount(core, module.site)
+    for name in core.state(module.site):
+        if isinstance(value := getattr(module, name), nn.Module | nn.Parameter):
+            value.data = value.data.to(weight.device) if isinstance(value, nn.Parameter) else value.to(weight)
+        elif value is not None:
+            setattr(module, name, value.to(weight.device))
+    if core.has_extra_state:
+        module.__class__ = RedrawnAttentionModule

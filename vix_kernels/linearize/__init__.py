@@ -1,0 +1,7 @@
+"""Convert trained models with softmax attention to linear attention."""
+
+from ..integrations.linearized import load_linearized, save_linearized
+from .convert import linearize
+from .report import LayerReport, Report
+
+__all__ = ["LayerReport", "Report", "linearize", "load_linearized", "save_linearized"]

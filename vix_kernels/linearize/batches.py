@@ -1,0 +1,88 @@
+"""Batches of images or tokens for the conversion of a model, and calls of the model with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batches = Callable[[], Iterable[Any]]
+LABELS = {"labels", "label"}  # entries of a dict that are not passed to the model
+
+
+def endless(batches: Batches, start: int = 0) -> Iterator[Any]:
+    """Iterate over the batches again and again, beginning with number `start`.
+
+    Raises:
+        TypeError, ValueError: `batches` is not a function that returns an iterator with at least one batch.
+    """
+    if not callable(batches):
+        raise TypeError(f"batches: expected a function that returns a fresh iterator, got {type(batches).__name__}")
+    number = 0
+    while True:
+        before = number
+        for batch in batches():
+            if number >= start:
+                yield batch
+            number += 1
+        if number == before:
+            raise ValueError("batches: expected a function that returns at least one batch in every call, got none")
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    return [x for x in values if isinstance(x, Tensor)]
+
+
+def size_of(batch: Any) -> int:
+    """Return the number of samples in a batch."""
+    if not tensors(batch):
+        raise TypeError(f"batches: expected tensors, tuples or dicts of tensors, got {type(batch).__name__}")
+    return len(tensors(batch)[0])
+
+
+def part_of(batch: Any, rank: int, world: int) -> Any:
+    """Return every `world`-th sample of a batch, beginning with sample `rank`."""
+    size = size_of(batch)
+
+    def part(x: Any) -> Any:
+        return x[rank::world] if isinstance(x, Tensor) and x.dim() and len(x) == size else x
+
+    if world == 1:
+        return batch
+    if isinstance(batch, Mapping):
+        return {name: part(x) for name, x in batch.items()}
+    return type(batch)(part(x) for x in batch) if isinstance(batch, (tuple, list)) else part(batch)
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Call the model with a tensor, with the first item of a tuple, or with the entries of a dict except its labels."""
+    device = next(model.parameters()).device
+
+    def moved(x: Any) -> Any:
+        return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+
+    if isinstance(batch, Mapping):
+        return model(**{name: moved(x) for name, x in batch.items() if name not in LABELS})
+    return model(moved(batch[0] if isinstance(batch, (tuple, list)) else batch))
+
+
+def output_of(result: Any) -> Tensor:
+    """Return the tensor that a model computes: its result, its logits, or the first of several results."""
+    if isinstance(result, Tensor):
+        return result
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(found := getattr(result, name, None), Tensor):
+            return found
+    first = result[0] if isinstance(result, (tuple, list)) or hasattr(result, "__getitem__") else None
+    if not isinstance(first, Tensor):
+        raise TypeError(f"model: expected a model that returns a tensor or logits, got {type(result).__name__}")
+    return first
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
+    for batch in batches:
+        yield output_of(call(model, batch)).float()

@@ -1,0 +1,380 @@
+"""Convert the softmax attention of a trained model to linear attention."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..integrations.drop_in import DropIn
+from ..integrations.swap import Snapshot, holders, prefix_of, replace_attention
+from ..nn.core import Mounted
+from ..ops.checks import check_integer, check_number
+from ..training.parallel import Ranks, connected
+from .batches import Batches, call, endless, output_of, outputs, part_of, size_of
+from .report import LayerReport, Report
+from .state import Progress
+from .transfer import Layer, collect, fitting, ignore, initialize, measure, transferring
+
+LEARNING_RATE, BETAS, WARMUP = 0.1, (0.9, 0.95), 10
+GAUSSIAN = 0.5  # factor of |k|^2 / 2; learned factors ended at 0.35 to 0.54
+FIRST_SAMPLES = 64  # samples from which the features are initialized
+LANDMARKS = (16, 32, 64, 128)  # numbers of landmarks to choose from
+
+
+def linearize(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    op: str = "feature",
+    layers: Sequence[str] | None = None,
+    steps: int = 400,
+    finetune_steps: int = 0,
+    distill: str = "soft",
+    finetune_lr: float = 1e-4,
+    max_error: float | None = None,
+    eval_batches: Batches | None = None,
+    eval_samples: int = 512,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: bool | None = None,
+    **options: Any,
+) -> Report:
+    """Replace the softmax attention of a trained model by linear attention, in place, and fit it to the softmax attention.
+
+        report = linearize(model, lambda: loader, num_features=32)
+
+    The model may be from timm, transformers or vix_kernels.models, or contain nn.MultiheadAttention. With op="feature", each
+    layer learns features so that its output is close to that of softmax attention with the same q, k and v (Hedgehog, arXiv
+    2402.04347). The weights of the model do not change, unless `finetune_steps` is set. Class and register tokens attend by
+    exact softmax, unless exact_prefix=False. With op="nystrom", nothing is trained: the kind and number of landmarks of each
+    layer are chosen. Under torchrun, each process takes a part of every batch.
+
+    Args:
+        model: the trained model. It stays on its device.
+        batches: a function that returns a fresh iterator over batches, always in the same order. A batch is what the model
+            takes: a tensor, a tuple whose first item is the input, or a dict. 256 to 512 samples in batches of 16 suffice.
+        op: the new attention, such as "feature", "nystrom" or "performer" (random features, which are not trained).
+        layers: names or patterns of the attention layers, such as ["blocks.1*"]. None: all.
+        steps: number of training steps, each with one batch.
+        finetune_steps: number of steps that train all weights to reproduce the output of the original model, after `steps`.
+            Mean-pooled models, in which no row can be exact, gain most. Doubles the memory for weights.
+        distill: what `finetune_steps` reproduces: "soft", the class probabilities, or "features", the output before the head.
+        finetune_lr: learning rate of these steps.
+        max_error: layers with a larger relative squared error keep softmax attention. For "nystrom", each layer gets the
+            smallest number of landmarks whose error is not larger.
+        eval_batches: held-out batches for the report. None: the first `eval_samples` samples of `batches`.
+        eval_samples: maximum number of samples for the errors and the agreement in the report.
+        output: a folder for checkpoints. An interrupted conversion with the same settings continues there.
+        overwrite: whether to start again if `output` contains a conversion.
+        seed: seed of the features.
+        progress: whether to show a progress bar. None: on a terminal.
+        options: options of the attention, such as num_features=32 or exact_prefix=False. See
+            vix_kernels.integrations.drop_in.DropIn.
+
+    Returns:
+        a Report. `print(report)` shows a table, and `report.draw(path)` a picture.
+
+    Raises:
+        ValueError, TypeError: an argument is invalid, or no layer can be converted. After any exception and after Ctrl-C, the
+            model has its original modules and weights.
+    """
+    for name, value in (("steps", steps), ("finetune_steps", finetune_steps), ("eval_samples", eval_samples)):
+        check_integer(name, value, 1 if name == "eval_samples" else 0)
+    if max_error is not None:
+        check_number("max_error", max_error)
+    if distill not in ("soft", "features"):
+        raise ValueError(f"distill: expected 'soft' or 'features', got {distill!r}")
+    check_number("finetune_lr", finetune_lr)
+    start = time.perf_counter()
+    snapshot, training = Snapshot(model), {module: module.training for module in model.modules()}
+    teacher = copy.deepcopy(model).eval().requires_grad_(False) if finetune_steps else None
+    if op == "feature":
+        options = dict(gaussian=GAUSSIAN, seed=seed) | options
+    with connected() as ranks:
+        try:
+            with torch.no_grad():
+                conversion = Conversion(model, batches, op, layers, options, ranks, seed, max_error is not None)
+                settings = conversion.settings(steps, finetune_steps, distill, finetune_lr)
+                saved = Progress.open(output, settings, ranks, overwrite)
+                conversion.prepare(eval_batches or batches, eval_samples, saved)
+                conversion.fit(steps, saved, progress)
+                conversion.choose(max_error, snapshot)
+            if teacher is not None:
+                conversion.finetune(teacher, finetune_steps, finetune_lr, distill, saved, progress)
+            conversion.finish(teacher)
+        except BaseException:
+            snapshot.restore()
+            if teacher is not None:
+                model.load_state_dict(teacher.state_dict())
+            raise
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+    conversion.report.seconds = time.perf_counter() - start
+    return conversion.report
+
+
+class Conversion:
+    """A conversion in progress. Call `prepare`, `fit`, `choose`, `finetune` and `finish` in this order."""
+
+    def __init__(
+        self, model: nn.Module, batches: Batches, op: str, layers: Sequence[str] | None, options: dict[str, Any], ranks: Ranks,
+        seed: int, several: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.batches, self.op, self.options, self.ranks, self.seed = model, batches, op, options, ranks, seed
+        first = next(endless(batches))
+        if size_of(first) < ranks.world:
+            raise ValueError(f"batches: expected at least a sample for each of {ranks.world} processes, got {size_of(first)}")
+        self.first = first
+        replaced = replace_attention(model, op, layers=layers, retrain=True, **options)
+        model.eval()
+        found = holders(model)
+        self.layers = [self.layer_of(name, found[name], several) for name in replaced.attentions]
+        for layer in self.layers:  # features are trained in float32
+            for name in layer.holder.learned:
+                parameter = getattr(layer.holder, name)
+                parameter.data = parameter.data.float()
+        self.report = Report(op, refused=dict(replaced.refused))
+        self.eval_batches: list[Any] = []
+
+    def layer_of(self, name: str, holder: Mounted, several: bool) -> Layer:
+        """Return a layer with its candidates. For Nystrom attention, they differ in what the options do not specify."""
+        core = holder.core
+        if self.op != "nystrom":
+            return Layer(name, holder, [core], prefix_of(holder))
+        counts = LANDMARKS if several and "num_landmarks" not in self.options else (core.num_landmarks,)
+        students = [replace(core, num_landmarks=count) for count in counts]
+        on_grid = core.grid_size is not None or (isinstance(holder, DropIn) and holder.grid is not None)
+        segments = []
+        if on_grid and "landmarks" not in self.options and "grid_size" not in self.options:
+            segments = [replace(student, landmarks="segment", grid_size=None) for student in students]
+        if core.grid_size is not None:
+            students = [student.on_grid(core.grid_size) for student in students]
+        return Layer(name, holder, students + segments, prefix_of(holder), len(students))
+
+    def settings(self, *values: Any) -> dict[str, Any]:
+        """Return what a continued conversion must have in common with the interrupted one."""
+        names = ("steps", "finetune_steps", "distill", "finetune_lr")
+        shapes = {name: list(x.shape) for name, x in self.model.state_dict().items() if isinstance(x, Tensor)}
+        return dict(zip(names, values, strict=True)) | dict(
+            op=self.op, options=repr(sorted(self.options.items())), seed=self.seed, layers=[each.name for each in self.layers],
+            shapes=repr(shapes),
+        )  # fmt: skip
+
+    def prepare(self, eval_batches: Batches, eval_samples: int, saved: Progress) -> None:
+        """Measure the errors before training, and initialize the features."""
+        count = 0
+        for batch in eval_batches():
+            self.eval_batches.append(batch)
+            count += size_of(batch)
+            if count >= eval_samples:
+                break
+        self.report.samples = count
+        self.errors_before = {}
+        transferring(self.layers, measure)
+        self.run(part_of(batch, self.ranks.rank, self.ranks.world) for batch in self.eval_batches)
+        self.drop_refused()
+        for layer in self.layers:
+            self.errors_before[layer.name] = layer.relative_errors(self.ranks)
+        if saved.step or not self.trained:
+            return
+        transferring(self.layers, collect)
+        count = 0
+        for batch in endless(self.batches):
+            self.run([batch])  # every process uses the same samples
+            count += size_of(batch)
+            if count >= FIRST_SAMPLES:
+                break
+        for number, layer in enumerate(self.layers):
+            if self.op == "feature":
+                initialize(layer, self.seed + number)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for layer in self.layers for parameter in layer.parameters]
+
+    def drop_refused(self) -> None:
+        """Keep softmax attention in layers that cannot be converted."""
+        self.refused = [layer for layer in self.layers if layer.reason]
+        self.layers = [layer for layer in self.layers if not layer.reason]
+        for layer in self.refused:
+            self.report.refused[layer.name] = layer.reason
+        for layer in self.layers:
+            if layer.tokens < 2:
+                raise ValueError(f"batches: expected at least 2 tokens in {layer.name}, got {layer.tokens}")
+            for name in ("num_features", "num_landmarks"):
+                slots = getattr(layer.students[0], name, 0) or 0
+                if slots >= layer.tokens and not self.report.warnings:
+                    self.report.warnings.append(f"{name}={slots} saves nothing, because there are {layer.tokens} tokens")
+        if not self.layers:
+            reasons = "; ".join(dict.fromkeys(self.report.refused.values())) or "no attention"
+            raise ValueError(f"model: expected at least one attention that can be converted, got {reasons}")
+
+    @torch.no_grad()
+    def run(self, batches: Any) -> None:
+        for batch in batches:
+            call(self.model, batch)
+
+    def fit(self, steps: int, saved: Progress, progress: bool | None) -> None:
+        """Train the parameters of all layers at once. Every layer has a separate loss."""
+        parameters = self.trained
+        if not parameters:
+            return
+        transferring(self.layers, fitting(self.ranks))
+        optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=BETAS)
+        begin = saved.restore("fit", parameters, optimizer)
+        with self.bar(steps, begin, "fit", progress) as bar:
+            for step, batch in enumerate(islice(endless(self.batches, begin), steps - begin), start=begin):
+                optimizer.zero_grad()
+                self.run([part_of(batch, self.ranks.rank, self.ranks.world)])
+                self.add_gradients(parameters)
+                for group in optimizer.param_groups:
+                    group["lr"] = LEARNING_RATE * schedule(step, steps)
+                optimizer.step()
+                bar.update()
+                saved.after_step("fit", step + 1, steps, parameters, optimizer)
+        self.report.steps = steps
+
+    def add_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Add the gradients of all processes."""
+        if self.ranks.world > 1:
+            flat = self.ranks.sum(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+            for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                parameter.grad.copy_(grad.view_as(parameter))
+
+    def choose(self, max_error: float | None, snapshot: Snapshot) -> None:
+        """Measure the final errors, choose among candidates, and restore softmax where the error is too large."""
+        transferring(self.layers, measure)
+        self.run(part_of(batch, self.ranks.rank, self.ranks.world) for batch in self.eval_batches)
+        kept = [layer.name for layer in self.refused]
+        for layer in self.layers:
+            errors = layer.relative_errors(self.ranks)
+            best = sorted(range(len(errors)), key=lambda i: (getattr(layer.students[i], "num_landmarks", 0), errors[i]))
+            allowed = [i for i in best if max_error is None or errors[i] <= max_error]
+            at = allowed[0] if allowed and max_error is not None else min(best, key=errors.__getitem__)
+            layer.holder.core = layer.students[at]
+            if at >= layer.on_grid and isinstance(layer.holder, DropIn):
+                layer.holder.grid = None
+            before = self.errors_before[layer.name][at]
+            converted = bool(allowed)
+            attention = describe(layer.holder) if converted else f"softmax, because the error exceeds {max_error:g}"
+            self.report.layers[layer.name] = LayerReport(layer.tokens, before, errors[at], attention, converted)
+            if not converted:
+                kept.append(layer.name)
+        snapshot.restore(kept)
+        self.layers = [layer for layer in self.layers if layer.name not in kept]
+        if not self.layers:
+            least = min(each.after for each in self.report.layers.values())
+            raise ValueError(f"max_error: expected at least the smallest error of a layer, {least:.3g}, got {max_error}")
+
+    def finetune(self, teacher: nn.Module, steps: int, lr: float, distill: str, saved: Progress, progress: bool | None) -> None:
+        """Train all weights to reproduce the output of the teacher."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        begin = saved.restore("finetune", parameters, optimizer)
+        of = distilled(distill)
+        with self.bar(steps, begin, "finetune", progress) as bar:
+            for step, batch in enumerate(islice(endless(self.batches, begin), steps - begin), start=begin):
+                whole, batch = size_of(batch), part_of(batch, self.ranks.rank, self.ranks.world)
+                with torch.no_grad():
+                    expected = of(teacher, batch)
+                optimizer.zero_grad()
+                loss = distance(of(self.model, batch), expected, distill) / whole
+                loss.backward()
+                for parameter in parameters:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                self.add_gradients(parameters)
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * schedule(step, steps)
+                optimizer.step()
+                bar.update()
+                saved.after_step("finetune", step + 1, steps, parameters, optimizer)
+        self.report.steps += steps
+
+    def finish(self, teacher: nn.Module | None) -> None:
+        """Compare the outputs with those of the teacher, and measure times."""
+        report, agreed, divergence, total, classes = self.report, 0, 0.0, 0.0, False
+        batches = [part_of(batch, self.ranks.rank, self.ranks.world) for batch in self.eval_batches]
+        for batch in batches:
+            (out,) = outputs(self.model, [batch])
+            if teacher is not None:
+                (expected,) = outputs(teacher, [batch])
+            else:
+                with self.softmax():
+                    (expected,) = outputs(self.model, [batch])
+            classes = out.dim() == 2 and out.shape[1] > 1
+            if classes:
+                agreed += int((out.argmax(1) == expected.argmax(1)).sum())
+                divergence += F.kl_div(out.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="sum").item()
+                total += len(out)
+            else:
+                divergence += (out - expected).square().sum().item()
+                total += expected.square().sum().item()
+        agreed, divergence, total = self.ranks.sum(torch.tensor([agreed, divergence, total], dtype=torch.float64)).tolist()
+        report.agreement = 100 * agreed / total if classes else None
+        report.divergence = divergence / total if total else 0.0
+        report.add_times(self.model, self.first, self.softmax)
+
+    @contextmanager
+    def softmax(self) -> Iterator[None]:
+        """Compute softmax attention in all converted layers inside the block."""
+        cores = [layer.holder.core for layer in self.layers]
+        transferring(self.layers, ignore)
+        try:
+            yield
+        finally:
+            for layer, core in zip(self.layers, cores, strict=True):
+                layer.holder.core = core
+
+    def bar(self, total: int, initial: int, name: str, progress: bool | None) -> tqdm:
+        hidden = None if progress is None else not progress  # with None, tqdm shows the bar only on a terminal
+        return tqdm(
+            total=total, initial=initial, desc=name, unit="step", leave=False, disable=hidden if self.ranks.first else True
+        )
+
+
+def describe(holder: Mounted) -> str:
+    return holder.describe() if isinstance(holder, DropIn) else holder.core.describe()
+
+
+def schedule(step: int, steps: int) -> float:
+    """Return the factor of the learning rate: a linear warm-up, then half a cosine down to 0."""
+    warmup = min(WARMUP, steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+
+def distilled(distill: str) -> Callable[[nn.Module, Any], Tensor]:
+    """Return a function (model, batch) that computes what is distilled."""
+
+    def features(model: nn.Module, batch: Any) -> Tensor:
+        if not hasattr(model, "forward_features"):
+            raise ValueError("distill: expected 'soft' for a model without forward_features, got 'features'")
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        return model.forward_features(x.to(next(model.parameters()).device)).float()
+
+    return features if distill == "features" else lambda model, batch: output_of(call(model, batch)).float()
+
+
+def distance(actual: Tensor, expected: Tensor, distill: str) -> Tensor:
+    """Return the Kullback-Leibler divergence of class probabilities, or the relative squared error, summed over samples."""
+    if distill == "soft" and actual.dim() == 2:
+        return F.kl_div(actual.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="sum")
+    over = tuple(range(1, actual.dim()))
+    return ((actual - expected).square().sum(over) / expected.square().sum(over).clamp(min=1e-30)).sum()

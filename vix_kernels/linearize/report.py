@@ -1,0 +1,136 @@
+"""The report of a conversion: a table, a picture, and a time measurement."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..commands import write_atomically
+from .batches import call
+
+
+@dataclass
+class LayerReport:
+    """The result for one attention layer.
+
+    Attributes:
+        tokens: the number of tokens.
+        before: the relative squared error of the attention's output before training, over the rows that are not exact.
+        after: the error at the end.
+        attention: a description of the new attention, or why softmax attention is kept.
+        converted: whether the layer is converted.
+    """
+
+    tokens: int
+    before: float
+    after: float
+    attention: str
+    converted: bool = True
+
+
+@dataclass
+class Report:
+    """The result of `linearize`.
+
+    Attributes:
+        op: the new attention.
+        layers: the results by the name of the layer.
+        refused: the names of the attentions that cannot be converted, with the reasons.
+        agreement: percentage of samples for which the converted model and the teacher have the same largest output, or None if
+            the model is not a classifier.
+        divergence: mean Kullback-Leibler divergence of their class probabilities. For other models, the relative squared error
+            of the output.
+        samples: the number of samples on which the two were measured.
+        steps, seconds: the number of training steps, and the time of the conversion.
+        milliseconds: times of a forward pass with softmax attention and of the converted model, on one batch.
+        warnings: what the user should know.
+    """
+
+    op: str
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    agreement: float | None = None
+    divergence: float = 0.0
+    samples: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    milliseconds: tuple[float, float] | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def converted(self) -> list[str]:
+        """Names of the converted layers."""
+        return [name for name, layer in self.layers.items() if layer.converted]
+
+    def __str__(self) -> str:
+        width = max(5, *(len(name) for name in self.layers)) if self.layers else 5
+        lines = [f"{'layer':{width}}  tokens  error before    after  attention"]
+        for name, each in self.layers.items():
+            lines.append(f"{name:{width}}  {each.tokens:6}  {each.before:12.4f}  {each.after:7.4f}  {each.attention}")
+        lines += [f"{name} left: {reason}" for name, reason in self.refused.items()]
+        steps = f" after {self.steps} steps" if self.steps else ""
+        lines.append(f"{len(self.converted)} of {len(self.layers)} layers converted to {self.op}{steps}, {self.seconds:.1f} s")
+        if self.agreement is not None:
+            lines.append(
+                f"agreement with the teacher {self.agreement:.2f} %, KL {self.divergence:.2g}, on {self.samples:,} samples"
+            )
+        elif self.samples:
+            lines.append(f"relative squared error of the output {self.divergence:.2g}, on {self.samples:,} samples")
+        if self.milliseconds:
+            softmax, linear = self.milliseconds
+            lines.append(f"forward pass {linear:.1f} ms, {softmax / linear:.2f} times as fast as softmax ({softmax:.1f} ms)")
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+    def draw(self, path: str | Path) -> None:
+        """Draw the errors of the layers before and after the conversion."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(max(5, 0.5 * len(self.layers) + 2), 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        places = range(len(self.layers))
+        for offset, name, color in ((-0.2, "before", "0.7"), (0.2, "after", "C0")):
+            heights = [getattr(each, name) for each in self.layers.values()]
+            axes.bar([place + offset for place in places], heights, 0.4, label=f"{name} the conversion", color=color)
+        axes.set_xticks(places, [str(i) + "*" * (not each.converted) for i, each in enumerate(self.layers.values())])
+        kept = " (* keeps softmax)" if len(self.converted) < len(self.layers) else ""
+        axes.set(yscale="log", xlabel=f"attention layer{kept}", ylabel="relative squared error of the attention")
+        title = f"{self.op}, {self.steps} steps" if self.steps else self.op
+        agreement = "" if self.agreement is None else f": agreement with the teacher {self.agreement:.2f} %"
+        axes.set_title(title + agreement, loc="left", parse_math=False)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        write_atomically(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+    def add_times(self, model: nn.Module, batch: Any, with_softmax: Callable[[], Any], rounds: int = 3) -> None:
+        """Time the model on `batch`, in turns with softmax attention. `with_softmax` returns a context for the latter."""
+        softmax, linear = [], []
+        for _ in range(rounds + 1):
+            with with_softmax():
+                softmax.append(_seconds(model, batch))
+            linear.append(_seconds(model, batch))
+        self.milliseconds = 1e3 * statistics.median(softmax[1:]), 1e3 * statistics.median(linear[1:])
+        if self.milliseconds[1] > self.milliseconds[0]:
+            tokens = max(each.tokens for each in self.layers.values())
+            self.warnings.append(
+                f"the converted model is slower than softmax attention at {tokens} tokens; linear attention pays off for "
+                "longer inputs"
+            )
+
+
+@torch.no_grad()
+def _seconds(model: nn.Module, batch: Any) -> float:
+    device = next(model.parameters()).device
+    start = time.perf_counter()
+    call(model, batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

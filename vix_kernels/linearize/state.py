@@ -1,0 +1,81 @@
+"""Checkpoints of a conversion. They are written atomically, and loading one executes no code from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..commands import write_atomically
+from ..training.parallel import Ranks
+
+FILE = "linearize.pt"
+INTERVAL = 50  # steps between checkpoints
+STAGES = ("fit", "finetune")
+
+
+class Progress:
+    """The state of a conversion that may be interrupted. Without a folder, nothing is written.
+
+    Attributes:
+        stage: "fit" or "finetune".
+        step: number of completed steps of this stage.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any], ranks: Ranks) -> None:
+        self.path = folder and folder / FILE
+        self.settings, self.ranks = settings, ranks
+        self.stage, self.step, self.saved = STAGES[0], 0, {}
+
+    @classmethod
+    def open(cls, folder: str | Path | None, settings: dict[str, Any], ranks: Ranks, overwrite: bool) -> Progress:
+        """Return the state in `folder`, or a new one.
+
+        Raises:
+            ValueError: the folder contains something else, or a conversion with other settings.
+        """
+        progress = cls(None if folder is None else Path(folder), settings, ranks)
+        if folder is None or overwrite:
+            return progress
+        folder = Path(folder)
+        if not progress.path.is_file():
+            if folder.is_dir() and any(folder.iterdir()):
+                raise ValueError(f"output: expected a new folder, or overwrite=True, got {folder}, which is not empty")
+            return progress
+        try:
+            saved = torch.load(progress.path, map_location="cpu", weights_only=True)
+            progress.stage, progress.step, different = saved["stage"], saved["step"], saved["settings"] != settings
+        except Exception as error:  # torch, pickle and zip raise different errors for a damaged file
+            raise ValueError(f"output: {progress.path} is damaged ({type(error).__name__}): use overwrite=True") from error
+        if different:
+            names = [name for name in settings if settings[name] != saved["settings"].get(name)]
+            raise ValueError(f"output: {folder} has a conversion with other {', '.join(names)}: use overwrite=True")
+        progress.saved = saved
+        return progress
+
+    def restore(self, stage: str, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
+        """Load the saved tensors of a stage, and return the number of its completed steps."""
+        part = self.saved.get(stage)
+        if part is None:
+            return 0
+        with torch.no_grad():
+            for tensor, value in zip(tensors, part["tensors"], strict=True):
+                tensor.copy_(value)
+        optimizer.load_state_dict(part["optimizer"])
+        return part["step"]
+
+    def after_step(
+        self, stage: str, step: int, steps: int, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Write a checkpoint every INTERVAL steps, and after the last of `steps` steps."""
+        if self.path is None or (step % INTERVAL and step < steps):
+            return
+        part = {"step": step, "tensors": [x.detach().cpu() for x in tensors], "optimizer": optimizer.state_dict()}
+        self.saved[stage] = part
+        if self.ranks.first:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            content = self.saved | {"stage": stage, "step": step, "settings": self.settings}
+            write_atomically(self.path, lambda temporary: torch.save(content, temporary))

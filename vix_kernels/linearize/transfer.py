@@ -1,0 +1,217 @@
+"""Attention transfer: fit linear attentions to the softmax attentions of a trained model, layer by layer.
+
+While a model runs, a `Transfer` takes the place of the core of each attention. It returns the result of softmax attention, so
+every layer receives the inputs of the trained model (the teacher). On the way, it compares the result with that of one or more
+linear attentions with the same q, k and v. The error of a layer is
+
+    sum_n w_n |out_n - softmax_n|^2 / sum_n w_n |softmax_n|^2
+
+over the rows n that are not exact. Rows of class and register tokens have a larger weight w, unless they are exact. Every
+layer has a separate loss, so its backward pass runs before the next layer starts, and only one layer keeps activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.core import Core, Mounted, SdpaArgs, Tokens
+from ..nn.softmax import Softmax
+from ..ops.rope import Rope, apply_rope
+from ..training.parallel import Ranks
+
+PREFIX_WEIGHT = 32.0  # weight of the rows of class and register tokens that are not exact
+SUMS = 2048  # number of sums q_i + k_j whose cluster centers are the initial features
+CLUSTER_STEPS = 10
+
+SOFTMAX = Softmax()
+
+
+@dataclass
+class Layer:
+    """An attention layer that is converted.
+
+    Attributes:
+        name: the name of the layer in the model.
+        holder: the module that holds the core and its parameters.
+        students: the candidates for the linear attention.
+        prefix_tokens: the number of class and register tokens.
+        on_grid: how many of the students, from the front, may be placed on the model's grid.
+        tokens: the number of tokens in the latest call.
+        reason: why the layer cannot be converted, once this is known.
+        errors: the sums of squared errors of each student, and the sum of squares of the softmax attention.
+        sums: sums q_i + k_j of each head, from which the features are initialized.
+        scale: the factor of the logits.
+    """
+
+    name: str
+    holder: Mounted
+    students: list[Core]
+    prefix_tokens: int
+    on_grid: int = 1
+    tokens: int = 0
+    reason: str = ""
+    errors: list[Tensor] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
+    scale: float = 1.0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [getattr(self.holder, name) for name in self.holder.learned]
+
+    def relative_errors(self, ranks: Ranks) -> list[float]:
+        """Return the error of each student over all observed batches, and forget them."""
+        *squares, total = ranks.sum(torch.stack(self.errors).sum(0).cpu()).tolist()
+        self.errors = []
+        return [square / total if total else 0.0 for square in squares]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of an attention."""
+
+    module: Any
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | None
+    rope: Rope | None
+    tokens: Tokens
+    backend: str
+
+    def attend(self, core: Core) -> Tensor:
+        module = core.derived(self.q) if self.module is None else self.module
+        return core.attend(
+            module, self.q, self.k, self.v, scale=self.scale, rope=self.rope, tokens=self.tokens, sdpa=SdpaArgs(),
+            backend=self.backend,
+        )  # fmt: skip
+
+
+Action = Callable[[Layer, list[Core], Call, Tensor], None]  # receives the students as they are placed in this call
+
+
+class Transfer(Core):
+    """A core that computes softmax attention, and passes each call and its result to `action`."""
+
+    name = "transfer"
+
+    def __init__(self, layer: Layer, action: Action, students: list[Core] | None = None) -> None:
+        self.layer, self.action, self.students = layer, action, students or layer.students
+        self.prefix_tokens, self.grid_size = layer.students[0].prefix_tokens, None
+
+    def accepts(self) -> frozenset[str]:
+        return SOFTMAX.accepts()
+
+    def on_grid(self, size: tuple[int, int]) -> Transfer:
+        number = self.layer.on_grid
+        placed = [student.on_grid(size) for student in self.students[:number]]
+        return Transfer(self.layer, self.action, placed + self.students[number:])
+
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, rope: Rope | None, tokens: Tokens,
+        sdpa: SdpaArgs, backend: str,
+    ) -> Tensor:  # fmt: skip
+        target = SOFTMAX.attend(module, q, k, v, scale=scale, rope=rope, tokens=tokens, sdpa=sdpa, backend=backend)
+        self.layer.tokens = k.shape[2]
+        if sdpa.attn_mask is not None:
+            self.layer.reason = "it adds a mask or a bias to its logits"
+        elif not self.layer.reason:
+            call = Call(module, q.detach(), k.detach(), v.detach(), scale, rope, tokens, backend)
+            self.action(self.layer, self.students, call, target.detach())
+        return target
+
+
+def ignore(layer: Layer, students: list[Core], call: Call, target: Tensor) -> None:
+    """Do nothing: the model computes softmax attention."""
+
+
+def squared(layer: Layer, student: Core, call: Call, out: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weighted sums of squares of the error and of the target."""
+    exact, prefix = student.exact_rows(call.tokens), layer.prefix_tokens
+    weights = torch.ones(out.shape[2], device=out.device)
+    weights[:prefix] = PREFIX_WEIGHT
+    weights[:exact] = 0
+    weights = weights[:, None]
+    if call.tokens.key_padding_mask is not None and call.tokens.self_attention:
+        weights = weights * call.tokens.key_padding_mask[:, None, :, None]
+    out, target = out.float(), target.float()
+    return (weights * (out - target).square()).sum(), (weights * target.square()).sum()
+
+
+@torch.no_grad()
+def measure(layer: Layer, students: list[Core], call: Call, target: Tensor) -> None:
+    """Add the squared errors of all students to those of the layer."""
+    found = [squared(layer, student, call, call.attend(student), target) for student in students]
+    sums = torch.stack([square for square, _ in found] + [found[0][1]]).double()
+    layer.errors.append(sums)
+
+
+def collect(layer: Layer, students: list[Core], call: Call, target: Tensor) -> None:
+    """Keep random sums of a query and a key of the same sample, for each head."""
+    q, k = call.q, call.k
+    if call.rope is not None:
+        q, k = apply_rope(q, k, call.rope, backend=call.backend)
+    layer.scale = call.q.shape[3] ** -0.5 if call.scale is None else call.scale
+    seed = len(layer.sums)
+    generator = torch.Generator().manual_seed(seed)
+    wanted = max(SUMS, 4 * layer.parameters[0].shape[-2])
+    count = min(wanted, 32 * len(q))  # 32 pairs of each of 64 images
+    samples = torch.arange(count) % len(q)
+    rows, columns = (torch.randint(x.shape[2], (count,), generator=generator) for x in (q, k))
+    if call.tokens.key_padding_mask is not None:
+        lengths = call.tokens.key_padding_mask.sum(-1).cpu()[samples].clamp(min=1)
+        rows, columns = rows % lengths, columns % lengths
+    samples, rows, columns = (x.to(q.device) for x in (samples, rows, columns))
+    layer.sums.append((q[samples, :, rows] + k[samples, :, columns]).float())  # (count, heads, head_dim)
+
+
+def fitting(ranks: Ranks) -> Action:
+    """Return an action that adds the gradient of the layer's error to the gradients of its parameters."""
+
+    def fit(layer: Layer, students: list[Core], call: Call, target: Tensor) -> None:
+        with torch.enable_grad():
+            square, total = squared(layer, students[0], call, call.attend(students[0]), target)
+            (square / ranks.sum(total).clamp(min=1e-30)).backward()
+
+    return fit
+
+
+@torch.no_grad()
+def initialize(layer: Layer, seed: int) -> None:
+    """Set the features to the centers of clusters of sums of queries and keys.
+
+    exp(scale q.k) = exp(|q' + k'|^2 / 2 - |q'|^2 / 2 - |k'|^2 / 2) with q' = sqrt(scale) q, and the features
+    exp(w.q') exp(w.k' - |w|^2 / 2) with w near q' + k' contribute most to an estimate of the first factor.
+    """
+    points = torch.cat(layer.sums).movedim(1, 0) * math.sqrt(layer.scale)  # (heads, sums, head_dim)
+    layer.sums = []
+    wq, wk, bias = layer.holder.query_features, layer.holder.key_features, layer.holder.feature_bias
+    centers = cluster(points, wq.shape[-2], seed)
+    wq.copy_(centers)
+    wk.copy_(centers)
+    bias.copy_(-centers.square().sum(-1) / 2)
+
+
+def cluster(points: Tensor, count: int, seed: int) -> Tensor:
+    """Return the centers (heads, count, dim) of k-means clusters of `points` (heads, n, dim)."""
+    heads, n, dim = points.shape
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.stack([torch.randperm(n, generator=generator)[torch.arange(count) % n] for _ in range(heads)])
+    centers = points.gather(1, first.to(points.device)[..., None].expand(-1, -1, dim))
+    for _ in range(CLUSTER_STEPS):
+        nearest = torch.cdist(points, centers).argmin(-1)
+        member = nn.functional.one_hot(nearest, count).to(points.dtype)  # a product adds in a fixed order, scatter does not
+        sizes = member.sum(1)[..., None]
+        centers = torch.where(sizes > 0, (member.mT @ points) / sizes.clamp(min=1), centers)
+    return centers
+
+
+def transferring(layers: list[Layer], action: Action) -> None:
+    """Make all layers compute softmax attention, and pass their calls to `action`."""
+    for layer in layers:
+        layer.holder.core = Transfer(layer, action)
