@@ -15,6 +15,7 @@ from vix_kernels.commands import Parser
 COMMANDS = """\
 commands:
   train           train a model
+  linearize       convert the softmax attention of a trained model to linear attention
   validate        evaluate a trained model on held-out images
   predict         classify images with a trained model
   export          export a trained model to an ONNX file
@@ -41,6 +42,7 @@ Run vix dev COMMAND --help for the options of a command.
 def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "train": _command("training.commands", "train_command"),
+        "linearize": _command("linearize.command", "linearize_command"),
         "validate": _command("training.commands", "validate_command"),
         "predict": _command("training.commands", "predict_command"),
         "export": _command("training.commands", "export_command"),

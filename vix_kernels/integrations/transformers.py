@@ -112,7 +112,7 @@ def replace_attention(
 
         report = replace_attention(ViTModel.from_pretrained(...), "nystrom", num_landmarks=64)
 
-    In contrast to `register`, each layer has its own attention, which may have parameters. The model's attn_implementation
+    In contrast to `register`, each layer has a separate attention, which may have parameters. The model's attn_implementation
     becomes "vix". Modules that are not replaced use "sdpa".
 
     Args:

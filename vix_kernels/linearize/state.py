@@ -73,7 +73,7 @@ class Progress:
         """Write a checkpoint every INTERVAL steps, and after the last of `steps` steps."""
         if self.path is None or (step % INTERVAL and step < steps):
             return
-        part = {"step": step, "tensors": [x.detach().cpu() for x in tensors], "optimizer": optimizer.state_dict()}
+        part = {"step": step, "tensors": [x.detach().cpu().clone() for x in tensors], "optimizer": optimizer.state_dict()}
         self.saved[stage] = part
         if self.ranks.first:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .parallel import Ranks
     from .state import History
 
-CHECKPOINT = "a checkpoint file, a run folder (uses its best checkpoint), or a folder written by save_model"
+CHECKPOINT = "a checkpoint, a run (its best checkpoint), or a folder written by save_model or vix linearize"
 TRAIN_EXAMPLES = """\
 examples:
   vix train --model hybrid_vip --dataset digits

@@ -15,10 +15,12 @@ from vix_kernels.models.backbone import Backbone
 from vix_kernels.models.pretrained import CONFIG
 from vix_kernels.nn.module import AttentionModule
 
+from ..integrations import linearized
 from .checkpoint import load_checkpoint
 from .config import Config, UserError
 from .data import Dataset, Source
 from .data.images import decode
+from .hosts import classifier, create_host
 from .loop import tested
 
 SHOWN_MISTAKES = 24
@@ -46,6 +48,11 @@ class Trained:
     std: Tensor | None
 
     @property
+    def host(self) -> nn.Module:
+        """The model itself, without the adapter of a timm or transformers model."""
+        return getattr(self.model, "host", self.model)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the model's input images."""
         return self.model.in_chans, *self.model.img_size
@@ -70,7 +77,8 @@ class FromPixels(nn.Module):
 
 
 def load_trained(path: str | Path, device: torch.device) -> Trained:
-    """Load a model from a checkpoint file, from the best checkpoint of a run folder, or from a folder that `save_model` wrote.
+    """Load a model from a checkpoint file, from the best checkpoint of a run folder, or from a folder that `save_model` or
+    `save_linearized` wrote.
 
     The classes, mean and std of the training images are stored in the model's config["data"], so that `save_model` writes them.
 
@@ -79,9 +87,10 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
     """
     path = Path(path)
     if path.is_dir():
-        file = next((path / name for name in ("best.pt", "last.pt", CONFIG) if (path / name).is_file()), path / "best.pt")
-        if file.name == CONFIG:
-            return _load_saved(path, device)
+        names = ("best.pt", "last.pt", linearized.CONFIG, CONFIG)
+        file = next((path / name for name in names if (path / name).is_file()), path / "best.pt")
+        if file.name in (linearized.CONFIG, CONFIG):
+            return _load_saved(file, device)
         path = file
     checkpoint = load_checkpoint(path, flag="--checkpoint")
     known = {each.name for each in fields(Config)}
@@ -96,16 +105,30 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
         raise UserError(f"--checkpoint: {path} does not fit this version of vix_kernels: {error}") from error
 
 
-def _load_saved(folder: Path, device: torch.device) -> Trained:
+def _load_saved(file: Path, device: torch.device) -> Trained:
+    """Load a model from the folder of `file`, which is its config.json or linearized.json."""
+    folder = file.parent
     try:
-        model = load_model(folder).to(device)
-        if not isinstance(model, Backbone):
-            raise ValueError("an original model has no known image size; use load_model and to_onnx")
-        return Trained(folder / CONFIG, Config(model=model.config["name"], dataset=""), model, *_training_images(model, device))
+        if file.name == linearized.CONFIG:
+            data = linearized.read_config(folder).get("data")
+            model = classifier(linearized.load_linearized(folder), data).to(device).eval()
+        else:
+            model = load_model(folder).to(device)
+            if not isinstance(model, Backbone):
+                raise ValueError("an original model has no known image size; use load_model and to_onnx")
+        config = Config(model=model.config.get("name", "hybrid_vit"), dataset="")
+        return Trained(file, config, model, *_training_images(model, device))
     except ModuleNotFoundError as error:
         raise UserError(f"--checkpoint: {folder} needs {error.name}: pip install 'vix_kernels[hub]'") from error
     except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"--checkpoint: cannot load {folder}: {error}") from error
+
+
+def load_host(spec: str, checkpoint: str | None, pretrained: bool, device: torch.device) -> Trained:
+    """Load a classifier of timm or transformers. For the arguments, see hosts.create_host."""
+    host, data = create_host(spec, checkpoint, pretrained)
+    model = classifier(host, data).to(device).eval()
+    return Trained(Path(spec), Config(dataset=""), model, *_training_images(model, device))
 
 
 def _training_images(model: nn.Module, device: torch.device) -> tuple[tuple[str, ...] | None, Tensor | None, Tensor | None]:

@@ -1,0 +1,375 @@
+"""Tests of the conversion of trained models to linear attention."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import converting
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor, nn
+
+from vix_kernels.integrations.swap import Snapshot, holders, host_of, replace_attention
+from vix_kernels.linearize import convert, linearize, load_linearized, save_linearized, state, transfer
+from vix_kernels.models import create_model
+from vix_kernels.nn.softmax import Softmax
+
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
+
+
+def timm_vit() -> nn.Module:
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=64, num_heads=2, depth=2, num_classes=7
+    )
+
+
+def hf_vit() -> nn.Module:
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=4)
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=7))
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 2, 64, 0.0, batch_first=True), 2)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "vix_kernels": (converting.small_model, (3, 32, 32)),
+    "timm": (timm_vit, (3, 32, 32)),
+    "transformers": (hf_vit, (3, 32, 32)),
+    "torch.nn": (encoder, (40, 64)),
+}
+
+
+def make(name: str) -> tuple[nn.Module, Callable[[], Iterator[Tensor]]]:
+    build, shape = MODELS[name]
+    torch.manual_seed(0)
+    return converting.sharpened(build()), converting.batches(*shape)
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        out = model(x)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_are_fitted_in_every_host(name: str, tmp_path: Path) -> None:
+    """The error falls, other weights do not change, and a saved model computes the same bits."""
+    model, batches = make(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    exact = {"exact_prefix": True}
+    report = linearize(model, batches, num_features=16, steps=30, progress=False, **exact)
+    assert host_of(model) == name and len(report.converted) == 2 and not report.warnings[1:]
+    for layer in report.layers.values():
+        assert layer.after < 0.7 * layer.before and layer.tokens == (40 if name == "torch.nn" else 65)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert (report.agreement is None) == (name == "torch.nn")
+    assert report.milliseconds and "times as fast as softmax" in str(report)
+    report.draw(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    x = next(batches())
+    expected = output(model, x)
+    save_linearized(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match="folder: expected a new folder, or overwrite=True"):
+        save_linearized(model, tmp_path / "saved")
+    fresh = MODELS[name][0]()
+    assert torch.equal(output(load_linearized(tmp_path / "saved", fresh), x), expected)
+    if name == "torch.nn":
+        with pytest.raises(ValueError, match="model: expected a new TransformerEncoder, because the library of .*, got None"):
+            load_linearized(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["vix_kernels", "transformers"])
+def test_a_saved_model_loads_in_a_new_process(name: str, tmp_path: Path) -> None:
+    model, batches = make(name)
+    linearize(model, batches, num_features=8, steps=2, progress=False)
+    save_linearized(model, tmp_path)
+    x = next(batches())
+    torch.save((x, output(model, x)), tmp_path / "expected.pt")
+    code = (
+        f"import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torchvision_operators as operators;"
+        "declared = operators.mismatch() and operators.declare();"
+        "from vix_kernels.linearize import load_linearized; model = load_linearized(sys.argv[1]);"
+        "x, expected = torch.load(sys.argv[1] + '/expected.pt'); torch.set_grad_enabled(False); out = model(x);"
+        "assert torch.equal(out if isinstance(out, torch.Tensor) else out.logits, expected)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+
+
+def test_only_chosen_layers_are_converted() -> None:
+    model, batches = make("timm")
+    report = linearize(model, batches, layers=["blocks.1*"], num_features=8, steps=2, progress=False)
+    assert report.converted == ["blocks.1.attn"]
+    assert type(model.blocks[0].attn) is timm.layers.Attention and not hasattr(model.blocks[0].attn, "vix")
+    with pytest.raises(ValueError, match=r"layers: expected names of attentions \(blocks.0.attn, .*, got 'block'"):
+        linearize(timm_vit(), batches, layers=["block"])
+
+
+@pytest.mark.parametrize("name", ["vix_kernels", "timm", "transformers"])
+def test_layers_with_a_large_error_keep_softmax(name: str) -> None:
+    model, batches = make(name)
+    errors = [each.after for each in linearize(make(name)[0], batches, num_features=8, steps=5, progress=False).layers.values()]
+    limit = (min(errors) + max(errors)) / 2
+    report = linearize(model, batches, num_features=8, steps=5, max_error=limit, progress=False)
+    assert [each.after for each in report.layers.values()] == errors
+    kept = [name for name, each in report.layers.items() if each.after > limit]
+    assert len(report.converted) == 1 and len(kept) == 1 and "keeps" not in kept[0]
+    assert kept[0] not in holders(model) or isinstance(holders(model)[kept[0]].core, Softmax)
+    assert report.layers[kept[0]].attention.startswith("softmax, because the error exceeds")
+    with pytest.raises(ValueError, match="max_error: expected at least the smallest error of a layer"):
+        linearize(make(name)[0], batches, num_features=8, steps=5, max_error=1e-9, progress=False)
+
+
+@pytest.mark.parametrize("name", ["vix_kernels", "timm"])
+def test_landmarks_are_calibrated_without_training(name: str) -> None:
+    """Each layer gets the smallest number of landmarks within the error budget, on the grid or in segments."""
+    model, batches = make(name)
+    report = linearize(model, batches, op="nystrom", max_error=0.5, progress=False)
+    assert report.steps == 0 and all(each.after <= 0.5 for each in report.layers.values())
+    assert {holder.core.num_landmarks for holder in holders(model).values()} == {16}
+    limit = min(each.after for each in report.layers.values()) / 2
+    strict, _ = make(name)
+    report = linearize(strict, batches, op="nystrom", max_error=limit, progress=False)
+    assert all(each.after <= limit for each in report.layers.values())
+    counts = [holder.core.num_landmarks for holder in holders(strict).values()]
+    assert set(counts) <= set(convert.LANDMARKS) and min(counts) > 16
+
+
+def test_the_error_is_that_of_the_attention() -> None:
+    """The reported error equals an error that is computed from the outputs of the layers."""
+    model, batches = make("vix_kernels")
+    report = linearize(model, batches, num_features=8, steps=3, progress=False)
+    layer = model.blocks[0].attn
+    with torch.no_grad():
+        inputs = []
+        hook = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        for x in batches():
+            model(x)
+        hook.remove()
+        q, k, v = layer.heads(torch.cat(inputs))
+        softmax = nn.functional.scaled_dot_product_attention(q, k, v)
+        linear = layer._attend(layer.core, q, k, v, transfer.Tokens(), None)
+    difference = (linear - softmax)[:, :, 1:].square().sum() / softmax[:, :, 1:].square().sum()
+    assert abs(report.layers["blocks.0.attn"].after / difference.item() - 1) < 1e-4
+    torch.testing.assert_close(linear[:, :, :1], softmax[:, :, :1])
+
+
+def test_class_rows_that_are_not_exact_have_a_weight() -> None:
+    model, batches = make("vix_kernels")
+    report = linearize(model, batches, num_features=8, steps=3, exact_prefix=False, progress=False)
+    assert "exact" not in report.layers["blocks.0.attn"].attention
+    out, target = torch.zeros(1, 1, 3, 2), torch.ones(1, 1, 3, 2)
+    layer = transfer.Layer("", holders(model)["blocks.0.attn"], [model.blocks[0].attn.core], prefix_tokens=1)
+    call = transfer.Call(None, out, out, out, None, None, transfer.Tokens(), "auto")
+    assert [float(x) for x in transfer.squared(layer, model.blocks[0].attn.core, call, out, target)] == [2 * (32 + 1 + 1)] * 2
+
+
+def test_results_are_reproducible() -> None:
+    states = []
+    for _ in range(2):
+        model, batches = make("vix_kernels")
+        linearize(model, batches, num_features=8, steps=5, progress=False)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("stop", [0, 3, 7, 11])
+def test_an_interrupted_conversion_continues_with_the_same_bits(stop: int, tmp_path: Path, monkeypatch) -> None:
+    """Interrupted after any step of either stage: the weights and the report are those of an uninterrupted conversion."""
+    monkeypatch.setattr(state, "INTERVAL", 2)
+    settings = dict(num_features=8, steps=6, finetune_steps=6, finetune_lr=1e-3, progress=False)
+    model, batches = make("vix_kernels")
+    expected = linearize(model, batches, **settings)
+    interrupted, _ = make("vix_kernels")
+    original = {key: value.clone() for key, value in interrupted.state_dict().items()}
+    written = state.Progress.after_step
+    done = []
+
+    def after_step(self: state.Progress, *arguments: Any) -> None:
+        written(self, *arguments)
+        done.append(arguments[0])
+        if len(done) > stop:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state.Progress, "after_step", after_step)
+        with pytest.raises(KeyboardInterrupt):
+            linearize(interrupted, batches, output=tmp_path / "out", **settings)
+    assert interrupted.state_dict().keys() == original.keys()
+    assert all(torch.equal(interrupted.state_dict()[key], value) for key, value in original.items())
+    assert type(interrupted.blocks[0].attn.core) is Softmax
+    report = linearize(interrupted, batches, output=tmp_path / "out", **settings)
+    assert all(torch.equal(interrupted.state_dict()[key], value) for key, value in model.state_dict().items())
+    assert report.layers == expected.layers and (report.agreement, report.divergence) == (
+        expected.agreement,
+        expected.divergence,
+    )
+    with pytest.raises(ValueError, match="output: .* has a conversion with other steps: use overwrite=True"):
+        linearize(converting.small_model(), batches, output=tmp_path / "out", **settings | dict(steps=7))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_error_leaves_the_model_as_it_was(name: str) -> None:
+    model, batches = make(name)
+    x = next(batches())
+    expected, keys = output(model, x), list(model.state_dict())
+    kinds = {key: type(module) for key, module in model.named_modules()}
+
+    def failing() -> Iterator[Tensor]:
+        yield from list(batches())[:3]
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        linearize(model, failing, num_features=8, steps=9, eval_samples=16, progress=False)
+    assert {key: type(module) for key, module in model.named_modules()} == kinds and list(model.state_dict()) == keys
+    assert torch.equal(output(model, x), expected)
+
+
+def test_finetuning_brings_the_output_closer() -> None:
+    model, batches = make("vix_kernels")
+    settings = dict(num_features=4, steps=5, exact_prefix=False, progress=False)
+    plain = linearize(make("vix_kernels")[0], batches, **settings)
+    for distill in ("soft", "features"):
+        model, _ = make("vix_kernels")
+        tuned = linearize(model, batches, finetune_steps=20, finetune_lr=1e-4, distill=distill, **settings)
+        assert tuned.divergence < 0.8 * plain.divergence
+    with pytest.raises(ValueError, match="distill: expected 'soft' for a model without forward_features"):
+        linearize(make("transformers")[0], batches, finetune_steps=1, distill="features", **settings)
+
+
+def test_batches_may_be_tuples_or_dicts() -> None:
+    reports = []
+    for wrap in (
+        lambda x: x,
+        lambda x: (x, torch.zeros(len(x))),
+        lambda x: {"pixel_values": x, "labels": torch.zeros(len(x)).long()},
+    ):
+        model, batches = make("transformers")
+        wrapped = [wrap(x) for x in batches()]
+        reports.append(linearize(model, lambda wrapped=wrapped: iter(wrapped), num_features=8, steps=3, progress=False))
+    assert reports[0].layers == reports[1].layers == reports[2].layers
+
+
+def test_under_autocast_and_in_bfloat16() -> None:
+    model, batches = make("vix_kernels")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = linearize(model, batches, num_features=8, steps=20, progress=False)
+    assert all(each.after < 0.8 * each.before for each in report.layers.values())
+    model, batches = make("timm")
+    halves = [x.bfloat16() for x in batches()]
+    report = linearize(model.to(torch.bfloat16), lambda: iter(halves), num_features=8, steps=20, progress=False)
+    assert all(each.after < 0.8 * each.before for each in report.layers.values())
+    assert model.blocks[0].attn.vix.query_features.dtype == torch.float32
+
+
+def test_a_converted_model_compiles() -> None:
+    torch._dynamo.reset()
+    model, batches = make("timm")
+    linearize(model, batches, num_features=8, steps=2, progress=False)
+    x = next(batches())
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (dict(batches=[1]), "batches: expected a function that returns a fresh iterator, got list"),
+        (
+            dict(batches=lambda: iter([])),
+            "batches: expected a function that returns at least one batch in every call, got none",
+        ),
+        (dict(batches=lambda: iter(["x"])), "batches: expected tensors, tuples or dicts of tensors, got str"),
+        (dict(model=nn.Linear(2, 2)), "model: expected nn.MultiheadAttention, got a model without any attention"),
+        (dict(steps=-1), "steps: expected an integer >= 0, got -1"),
+        (dict(max_error=0), "max_error: expected a finite number > 0, got 0"),
+        (dict(distill="hard"), "distill: expected 'soft' or 'features', got 'hard'"),
+        (dict(op="softmax"), "op: expected one of"),
+        (dict(num_feature=3), "num_feature: expected an option of 'feature'"),
+        (dict(layers="blocks"), "layers: expected a list of names or patterns, got 'blocks'"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, Any], error: str) -> None:
+    model, batches = make("vix_kernels")
+    arguments = dict(model=model, batches=batches, progress=False) | change
+    with pytest.raises((ValueError, TypeError), match=error):
+        linearize(arguments.pop("model"), arguments.pop("batches"), **arguments)
+    assert type(model.blocks[0].attn.core) is Softmax
+
+
+def test_useless_numbers_of_features_are_reported() -> None:
+    model, batches = make("vix_kernels")
+    report = linearize(model, batches, num_features=70, steps=1, progress=False)
+    assert report.warnings[0] == "num_features=70 saves nothing, because there are 65 tokens"
+
+
+def test_attentions_with_a_bias_are_left() -> None:
+    torch.manual_seed(0)
+    model = create_model("levit", img_size=32, patch_size=4)
+    data = torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="it adds a mask or a bias to its logits"):
+        linearize(model, lambda: iter([data]), progress=False)
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (
+            lambda config: config["layers"]["blocks.0.attn"].update(op="os.system"),
+            "layers: expected one of 'agent', .*, got 'os.system'",
+        ),
+        (
+            lambda config: config["layers"]["blocks.0.attn"].update(options=3),
+            "layers: expected an op and options for blocks.0.attn",
+        ),
+        (lambda config: config["layers"]["blocks.0.attn"]["options"].update(num_features=9), "wrong shape"),
+        (lambda config: config["host"].update(name="exec"), "exec"),
+        (
+            lambda config: config["host"].update(library="os"),
+            "model: expected a new VisionTransformer, because the library .* is 'os'",
+        ),
+        (lambda config: config["host"].update(dtype="compile"), "expected a floating dtype, got 'compile'"),
+        (lambda config: config.pop("layers"), "expected a host and layers"),
+    ],
+)
+def test_damaged_folders_are_refused(change: Callable[[dict], Any], error: str, tmp_path: Path) -> None:
+    model, batches = make("vix_kernels")
+    linearize(model, batches, num_features=8, steps=1, progress=False)
+    save_linearized(model, tmp_path)
+    path = tmp_path / "linearized.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=error):
+        load_linearized(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"folder: expected a folder written by save_linearized, got .*, which has no"):
+        load_linearized(tmp_path / "none")
+
+
+def test_a_snapshot_restores_the_structure() -> None:
+    model, batches = make("timm")
+    x = next(batches())
+    expected, snapshot = output(model, x), Snapshot(model)
+    replace_attention(model, "performer", retrain=True)
+    assert not torch.equal(output(model, x), expected)
+    snapshot.restore()
+    assert torch.equal(output(model, x), expected) and not model.patch_embed._forward_hooks
+
+
+# Several processes
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    results = []
+    for world in (1, 2):
+        multiprocessing.spawn(converting.convert_and_save, (world, str(tmp_path)), nprocs=world)
+        results.append(torch.load(tmp_path / f"{world}.pt"))
+    (one, errors, agreement), (two, errors_two, agreement_two) = results
+    assert (one - two).norm() < 1e-5 * one.norm()
+    assert all(abs(a - b) < 0.02 * a for a, b in zip(errors, errors_two, strict=True)) and abs(agreement - agreement_two) < 5

@@ -1,0 +1,168 @@
+"""The command `vix linearize`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..commands import Parser
+from ..training.config import SharedError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..training.data import Dataset
+    from ..training.trained import Trained
+    from .report import Report
+
+EXAMPLES = """\
+examples:
+  vix linearize --checkpoint runs/vit-digits --dataset digits --output runs/vit-digits-linear
+  vix linearize --checkpoint runs/hybrid_vit-cifar10 --dataset cifar10 --num-features 16 --output runs/linear
+  vix linearize --checkpoint runs/vit-photos --dataset data/photos --op nystrom --max-error 0.01 --output runs/nystrom
+  vix linearize --model timm:vit_small_patch16_224 --pretrained --dataset data/photos --output runs/small-linear
+  vix validate --checkpoint runs/vit-digits-linear --dataset digits
+  torchrun --nproc-per-node 8 -m vix_kernels linearize ...                     # each batch is divided among the processes
+
+The first training images of the data set, without their labels, are used to fit the features. The report compares the outputs
+of the converted model and of the original on the first held-out images. The folder contains model.safetensors, linearized.json,
+report.txt and report.png. `vix validate`, `predict` and `export` read it. An interrupted conversion continues if the command is
+given again.
+"""
+
+
+def linearize_command(argv: list[str]) -> int:
+    parser = Parser(
+        prog="vix linearize",
+        description="Convert the softmax attention of a trained model to linear attention.",
+        epilog=EXAMPLES,
+    )
+    add = parser.add_argument
+    add("--checkpoint", metavar="PATH", help="a run, a checkpoint or a folder, as for vix validate; or the weights of --model")
+    add(
+        "--model", metavar="HOST:NAME", help="timm:NAME, or hf:FOLDER with a model saved by transformers (default: a zoo model)"
+    )
+    add("--pretrained", action="store_true", help="download the weights of a timm model")
+    add("--dataset", metavar="NAME", help="as for vix train (default: the data set that the checkpoint was trained on)")
+    add("--data-dir", metavar="DIR", help="as for vix train")
+    add("--op", default="feature", metavar="OP", help="feature, nystrom, performer or agent (default: %(default)s)")
+    add("--num-features", type=int, metavar="M", help="number of features for feature and performer (default: 32)")
+    add("--num-landmarks", type=int, metavar="M", help="number of landmarks for nystrom (default: 64, or by --max-error)")
+    add(
+        "--exact-prefix",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="class and register tokens attend by exact softmax (default: yes)",
+    )
+    add("--layers", nargs="+", metavar="NAME", help='names or patterns of attention layers, such as "blocks.1*" (default: all)')
+    add(
+        "--max-error", type=float, metavar="E", help="keep softmax in layers with a larger relative squared error (default: no)"
+    )
+    add("--steps", type=int, default=400, metavar="N", help="steps that fit the features (default: %(default)s)")
+    add("--finetune-steps", type=int, default=0, metavar="N", help="steps that then train all weights (default: %(default)s)")
+    add("--distill", default="soft", choices=("soft", "features"), help="what --finetune-steps reproduces (default: soft)")
+    add("--batch-size", "-b", type=int, default=16, metavar="N", help="images per step (default: %(default)s)")
+    add("--images", type=int, default=512, metavar="N", help="training images that are used (default: %(default)s)")
+    add("--eval-images", type=int, default=1024, metavar="N", help="held-out images of the report (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the features (default: %(default)s)")
+    add("--device", default="auto", metavar="DEVICE", help="auto selects a GPU if available (default: auto)")
+    add("--output", required=True, metavar="DIR", help="new folder for the result")
+    add("--overwrite", action="store_true", help="replace the result in --output")
+    add("--progress", action=argparse.BooleanOptionalAction, help="show the progress bar (default: on a terminal)")
+    options = parser.parse_args(argv)
+    if (options.model is None) == (options.checkpoint is None) and options.model is None:
+        parser.error("--checkpoint: expected a run, a checkpoint or a folder, or --model, got neither")
+    if options.pretrained and (options.model is None or options.checkpoint):
+        parser.error("--pretrained: expected with --model timm:NAME and without --checkpoint")
+    try:
+        from ..training.parallel import connected
+    except ModuleNotFoundError as error:
+        parser.error(f"{error.name} is not installed: pip install 'vix_kernels[train,hub]'")
+    with connected() as ranks:
+        try:
+            report = _run(options)
+        except (UserError, OSError, ValueError, TypeError, NotImplementedError, ModuleNotFoundError) as error:
+            if ranks.fails_first() or isinstance(error, SharedError):
+                parser.error(str(error).partition("\n")[0])
+            return 2
+        except KeyboardInterrupt:
+            if ranks.first:
+                print(f"vix linearize: interrupted, repeat the command to continue in {options.output}", file=sys.stderr)
+            return 130
+        if ranks.first:
+            print(report)
+            print(f"{options.output}: {len(report.converted)} layers of linear attention")
+    return 0
+
+
+def _run(options: Any) -> Report:
+    import torch.distributed as dist
+
+    from ..integrations.linearized import CONFIG, save_linearized
+    from ..training.setup import device_of
+    from ..training.trained import load_host, load_trained
+    from .convert import linearize
+    from .state import FILE
+
+    folder = Path(options.output)
+    if (folder / CONFIG).exists() and not options.overwrite:
+        raise UserError(f"--output: {folder} contains a converted model: name another folder, or pass --overwrite")
+    for name in ("batch_size", "images", "eval_images"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+    device = device_of(options.device)
+    if options.model:
+        trained = load_host(options.model, options.checkpoint, options.pretrained, device)
+    else:
+        trained = load_trained(options.checkpoint, device)
+    dataset = _dataset(trained, options).to(device)
+    core_options = {"num_features": options.num_features, "num_landmarks": options.num_landmarks}
+    core_options = {name: value for name, value in core_options.items() if value is not None}
+    if options.op != "linear":
+        core_options["exact_prefix"] = options.exact_prefix
+    report = linearize(
+        trained.host, _batches(dataset, trained, dataset.train, options.images, options.batch_size), op=options.op,
+        layers=options.layers, steps=options.steps, finetune_steps=options.finetune_steps, distill=options.distill,
+        max_error=options.max_error, eval_batches=_batches(dataset, trained, dataset.test, options.eval_images, 256),
+        eval_samples=options.eval_images, output=folder, overwrite=options.overwrite, seed=options.seed,
+        progress=options.progress, **core_options,
+    )  # fmt: skip
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        data = {"classes": list(dataset.classes)} if len(dataset.classes) == trained.model.num_classes else {}
+        mean, std = (dataset.mean, dataset.std) if trained.mean is None else (trained.mean, trained.std)
+        data |= {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
+        save_linearized(trained.host, folder, data=data, overwrite=True)
+        (folder / "report.txt").write_text(f"{report}\n")
+        report.draw(folder / "report.png")
+        (folder / FILE).unlink(missing_ok=True)
+    return report
+
+
+def _dataset(trained: Trained, options: Any) -> Dataset:
+    from ..training.data import open_dataset
+    from ..training.data.folders import is_folder
+
+    name = options.dataset or trained.config.dataset
+    if not name:
+        raise UserError("--dataset: expected a name, because the checkpoint does not state its training data set, got none")
+    size = tuple(trained.model.img_size) if is_folder(Path(name)) else None
+    source = open_dataset(name, size, data_dir=options.data_dir or trained.config.data_dir)
+    if source.shape != trained.shape:
+        raise UserError(f"--dataset: expected images of the model's shape {trained.shape}, got {source.shape} in {source.name}")
+    return source.load()
+
+
+def _batches(dataset: Dataset, trained: Trained, images: Any, count: int, size: int) -> Callable[[], Iterator[Tensor]]:
+    """Return a function that iterates over batches of the first `count` images, in a random but fixed order."""
+    import torch
+
+    def batches() -> Iterator[Tensor]:
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+        for pixels, _ in images.batches(list(order.split(size))):
+            x = pixels.float() / dataset.max_value
+            yield dataset.normalised(x) if trained.mean is None else trained.inputs(x)
+
+    return batches

@@ -1,0 +1,144 @@
+"""Image classifiers of timm and transformers, with the interface of this library's models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vix_kernels.models.arguments import pair
+from vix_kernels.models.backbone import Backbone
+
+from .config import UserError
+
+
+class HostModel(nn.Module):
+    """A classifier from timm or transformers that maps images (batch, in_chans, *img_size) to logits.
+
+    Attributes:
+        host: the model.
+        in_chans, img_size, num_classes: the shape of its inputs and outputs.
+        config: entries that describe the training images, as in Backbone.
+    """
+
+    num_prefix_tokens = 0
+
+    def __init__(self, host: nn.Module, data: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.host = host
+        self.in_chans, self.img_size, self.num_classes = image_shape(host)
+        self.config: dict[str, Any] = {"data": data} if data else {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.host(x)
+        return out if isinstance(out, Tensor) else out.logits
+
+
+def image_shape(host: nn.Module) -> tuple[int, tuple[int, int], int]:
+    """Return the number of channels, the image size and the number of classes of a classifier.
+
+    Raises:
+        UserError: the model does not state them.
+    """
+    config = getattr(host, "config", None)
+    if hasattr(config, "image_size") and hasattr(config, "num_labels"):  # transformers
+        return getattr(config, "num_channels", 3), pair("image_size", config.image_size), config.num_labels
+    cfg = getattr(host, "pretrained_cfg", None) or {}
+    size = getattr(getattr(host, "patch_embed", None), "img_size", None) or cfg.get("input_size", (3, None, None))[1:]
+    classes = getattr(host, "num_classes", None)
+    if not classes or None in size:
+        raise UserError(f"--model: expected an image classifier of timm or transformers, got {type(host).__name__}")
+    first = next((each for each in host.modules() if isinstance(each, nn.Conv2d)), None)
+    return 3 if first is None else first.in_channels, tuple(size), classes
+
+
+def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """Create the model that `spec` names: "timm:NAME", or "hf:FOLDER" for a folder that transformers saved.
+
+    Args:
+        checkpoint: a file with the weights of a timm model, safetensors or .pth. Its head must fit `arguments`.
+        pretrained: whether to download the weights of a timm model.
+        arguments: arguments of timm.create_model.
+
+    Returns:
+        the model, and the mean and std of its images, if they are known.
+
+    Raises:
+        UserError: the model is unknown, or its weights cannot be loaded.
+    """
+    library, _, name = spec.partition(":")
+    if library == "hf":
+        return _transformers(name)
+    if library != "timm" or not name:
+        raise UserError(f"--model: expected timm:NAME or hf:FOLDER, got {spec!r}")
+    import timm
+
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name}*")[:3]
+        raise UserError(
+            f"--model: expected the name of a timm model, got {name!r}{'; similar: ' if close else ''}{', '.join(close)}"
+        )
+    state = None if checkpoint is None else read_weights(checkpoint)
+    try:
+        if state is not None and "num_classes" not in arguments:
+            head = timm.get_pretrained_cfg(name.partition(".")[0]).classifier
+            if isinstance(head, str) and f"{head}.weight" in state:
+                arguments["num_classes"] = len(state[f"{head}.weight"])
+        model = timm.create_model(name, pretrained=pretrained, **arguments)
+        if state is not None:
+            model.load_state_dict(state)
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise UserError(f"--model: cannot create {spec}: {str(error).splitlines()[0]}") from error
+    cfg = model.pretrained_cfg
+    known = pretrained or checkpoint is not None
+    return model, {name: list(cfg[name]) for name in ("mean", "std") if known and name in cfg}
+
+
+def _transformers(folder: str) -> tuple[nn.Module, dict[str, Any]]:
+    from transformers import AutoModelForImageClassification
+
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"--model: expected hf:FOLDER with a model that transformers saved, got {folder!r}")
+    try:
+        model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--model: cannot load {folder}: {str(error).splitlines()[0]}") from error
+    processor = Path(folder) / "preprocessor_config.json"
+    settings = json.loads(processor.read_text()) if processor.is_file() else {}
+    return model, {name: settings[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in settings}
+
+
+def read_weights(path: str | Path, flag: str = "--checkpoint") -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors or .pth file. No code in the file is executed.
+
+    Raises:
+        UserError: the file is missing or damaged, or contains something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{flag}: expected a file with weights, got {path}, which does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle, zip and safetensors raise different errors for a damaged file
+        raise UserError(
+            f"{flag}: cannot read {path}, which is damaged or no file with weights ({type(error).__name__})"
+        ) from error
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict) and state[key]:
+            state = state[key]
+            break
+    if not isinstance(state, dict) or not any(isinstance(x, Tensor) for x in state.values()):
+        raise UserError(f"{flag}: expected a state dict in {path}, got {type(state).__name__}")
+    return {name.removeprefix("module."): x for name, x in state.items() if isinstance(x, Tensor)}
+
+
+def classifier(model: nn.Module, data: dict[str, Any] | None) -> nn.Module:
+    """Return a model with the interface of this library's models."""
+    return model if isinstance(model, Backbone) else HostModel(model, data)
