@@ -96,9 +96,9 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
     if overrides:
         with torch.device("meta"):
             source = create_model(config["name"], **arguments)
-        state = _adapt(state, source, model)
+        state = adapt_state(state, source, model)
     load_state(
-        model, state, f"{config['name']} as described in {folder / CONFIG}", lambda key: _is_head(key) and bool(overrides)
+        model, state, f"{config['name']} as described in {folder / CONFIG}", lambda key: is_head(key) and bool(overrides)
     )
     return model.eval()
 
@@ -158,7 +158,12 @@ def _still_true(data: dict[str, Any] | None, overrides: Mapping[str, Any]) -> di
     return {name: value for name, value in (data or {}).items() if name not in changed}
 
 
-def _adapt(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[str, Any]:
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the config and the state dict of a model that `save_model` wrote. Raises ValueError if a file is damaged."""
+    return _read_config(folder / CONFIG), _read_state(folder / WEIGHTS)
+
+
+def adapt_state(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[str, Any]:
     """Adapt the state dict `state` of `source` to `model`, whose image size, input channels and head may be different."""
     state, expected = dict(state), model.state_dict()
     maps = model.token_maps()
@@ -172,7 +177,7 @@ def _adapt(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[
     first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)) + ".weight"
     if source.in_chans != model.in_chans:
         state[first] = _other_channels(state[first], model.in_chans)
-    for key in [key for key in state if _is_head(key)]:
+    for key in [key for key in state if is_head(key)]:
         if key not in expected or expected[key].shape != state[key].shape:
             del state[key]
     return state
@@ -189,5 +194,5 @@ def _other_channels(weight: Tensor, channels: int) -> Tensor:
     return weight.repeat(1, -(-channels // before), 1, 1)[:, :channels] * (before / channels)
 
 
-def _is_head(key: str) -> bool:
+def is_head(key: str) -> bool:
     return key.startswith(("head.", "attention_pool."))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..integrations.drop_in import DropIn
 from ..integrations.swap import Snapshot, holders, prefix_of, replace_attention
-from ..nn.core import Mounted
+from ..nn.core import CORES, Mounted
 from ..ops.checks import check_integer, check_number
 from ..training.parallel import Ranks, connected
 from .batches import Batches, call, endless, output_of, outputs, part_of, size_of
@@ -101,8 +101,10 @@ def linearize(
     start = time.perf_counter()
     snapshot, training = Snapshot(model), {module: module.training for module in model.modules()}
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if finetune_steps else None
+    if op in CORES and "seed" in CORES[op].options():
+        options = dict(seed=seed) | options
     if op == "feature":
-        options = dict(gaussian=GAUSSIAN, seed=seed) | options
+        options = dict(gaussian=GAUSSIAN) | options
     with connected() as ranks:
         try:
             with torch.no_grad():

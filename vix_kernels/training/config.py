@@ -70,8 +70,20 @@ def setting(
 class Config:
     """The settings of a run. Each field is also a flag of `vix train`, and the help of the flag describes it."""
 
-    model: str = setting("hybrid_vip", "model name; `vix models` lists them", metavar="NAME", group="model")
+    model: str = setting(
+        "hybrid_vip", "model name; `vix models` lists them; or timm:NAME for a model of timm", metavar="NAME", group="model"
+    )
     model_kwargs: dict[str, Any] = setting({}, "arguments of the model, such as depth=2 (default: none)", metavar="K=V")
+    pretrained: bool = setting(False, "download the weights of a timm model")
+    attention: str | None = setting(
+        None, "attention of a timm model, such as nystrom or performer (default: softmax)", metavar="OP"
+    )
+    initial_checkpoint: str | None = setting(
+        None,
+        "start from the weights of a run, of a folder written by save_model, or of a .safetensors or .pth file; the head and "
+        "the positions are adapted (default: new weights)",
+        metavar="PATH",
+    )
     drop_path: float | None = setting(
         None, "stochastic depth: probability of skipping the last block (default: the model's)", metavar="P", bound=BELOW_ONE
     )
@@ -118,6 +130,10 @@ class Config:
     )
     opt: str = setting("adamw", "optimizer; muon uses Muon for matrices and AdamW for the rest", choices=("adamw", "muon"))
     lr: float = setting(2e-3, "peak learning rate", metavar="LR", bound=POSITIVE)
+    layer_decay: float = setting(
+        1.0, "factor of the learning rate from one block to the block below it, such as 0.75 for fine-tuning", metavar="D",
+        bound=SHARE,
+    )  # fmt: skip
     weight_decay: float = setting(0.05, "weight decay, except for biases and norms", metavar="W", bound=NOT_NEGATIVE)
     sched: str = setting("cosine", "learning rate schedule after the warm-up", choices=("cosine", "constant"))
     warmup_epochs: float = setting(3, "epochs of linear warm-up; may be fractional", metavar="N", bound=NOT_NEGATIVE)
@@ -130,6 +146,14 @@ class Config:
     )
     smoothing: float = setting(0.1, "label smoothing", metavar="S", bound=BELOW_ONE)
     clip_grad: float = setting(1.0, "maximum gradient norm; 0 to disable clipping", metavar="NORM", bound=NOT_NEGATIVE)
+    teacher: str | None = setting(
+        None, "also learn from the outputs of a trained model: a run, a checkpoint or a folder (default: none)", metavar="PATH"
+    )
+    distill: str = setting(
+        "soft", "what to learn from the teacher: its class probabilities, or its features before the head",
+        choices=("soft", "features"),
+    )  # fmt: skip
+    distill_weight: float = setting(0.5, "weight of the loss that compares with the teacher", metavar="W", bound=SHARE)
     redraw_interval: int = setting(
         0, "steps between redraws of Performer's random features; 0 for never", metavar="N", bound=NOT_NEGATIVE
     )
@@ -197,6 +221,13 @@ class Config:
             )
         if self.fsdp and self.amp and self.amp_dtype == "float16":
             raise UserError("--fsdp: sharded models do not support float16, which needs a loss scale: use --amp-dtype bfloat16")
+        is_host = self.model.startswith("timm:")
+        for name in ("pretrained", "attention"):
+            if getattr(self, name) and not is_host:
+                other = "" if name == "pretrained" else "; other models have --model-kwargs mixer=OP"
+                raise UserError(f"--{name}: expected --model timm:NAME, got {self.model}{other}")
+        if self.pretrained and self.initial_checkpoint:
+            raise UserError("--pretrained: expected without --initial-checkpoint, which also sets the weights")
         self._expect("min_lr", Bound(f"at most --lr {self.lr:g}", lambda x: x <= self.lr))
         self._expect("seed", Bound("less than 2**63", lambda x: x < 2**63))
         self._expect("grad_accum_steps", Bound(f"at most --batch-size {self.batch_size}", lambda x: x <= self.batch_size))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vix_kernels.integrations.swap import replace_attention
+from vix_kernels.models import create_model
 from vix_kernels.models.arguments import pair
 from vix_kernels.models.backbone import Backbone
 
@@ -35,6 +37,16 @@ class HostModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.host(x)
         return out if isinstance(out, Tensor) else out.logits
+
+    def get_classifier(self) -> nn.Module:
+        return self.host.get_classifier() if hasattr(self.host, "get_classifier") else self.host.classifier
+
+    def no_weight_decay(self) -> set[str]:
+        exempt = self.host.no_weight_decay() if hasattr(self.host, "no_weight_decay") else ()
+        return {f"host.{name}" for name in exempt}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.host.set_grad_checkpointing(enable)
 
 
 def image_shape(host: nn.Module) -> tuple[int, tuple[int, int], int]:
@@ -97,6 +109,16 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
     return model, {name: list(cfg[name]) for name in ("mean", "std") if known and name in cfg}
 
 
+def accepts_size(name: str) -> bool:
+    """Return whether a timm model is created for an image size, as vision transformers are."""
+    import timm
+
+    if not timm.is_model(name):
+        return False
+    with torch.device("meta"):
+        return hasattr(getattr(timm.create_model(name), "patch_embed", None), "img_size")
+
+
 def _transformers(folder: str) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import AutoModelForImageClassification
 
@@ -127,9 +149,7 @@ def read_weights(path: str | Path, flag: str = "--checkpoint") -> dict[str, Tens
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zip and safetensors raise different errors for a damaged file
-        raise UserError(
-            f"{flag}: cannot read {path}, which is damaged or no file with weights ({type(error).__name__})"
-        ) from error
+        raise UserError(f"{flag}: {path} is damaged or not a file with weights ({type(error).__name__})") from error
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict) and state[key]:
             state = state[key]
@@ -137,6 +157,16 @@ def read_weights(path: str | Path, flag: str = "--checkpoint") -> dict[str, Tens
     if not isinstance(state, dict) or not any(isinstance(x, Tensor) for x in state.values()):
         raise UserError(f"{flag}: expected a state dict in {path}, got {type(state).__name__}")
     return {name.removeprefix("module."): x for name, x in state.items() if isinstance(x, Tensor)}
+
+
+def make_model(name: str, attention: str | None, arguments: dict[str, Any], pretrained: bool = False) -> nn.Module:
+    """Create the model of a run. Its weights are new, unless `pretrained` is set."""
+    if not name.startswith("timm:"):
+        return create_model(name, **arguments)
+    host, _ = create_host(name, None, pretrained, **arguments)
+    if attention is not None:
+        replace_attention(host, attention, retrain=True)
+    return HostModel(host)
 
 
 def classifier(model: nn.Module, data: dict[str, Any] | None) -> nn.Module:

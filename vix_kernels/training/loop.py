@@ -99,6 +99,9 @@ def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: 
             with autocast(config, inputs.device):
                 logits = state.call(in_memory_format(part_inputs, config))
             loss = F.cross_entropy(logits.float(), part_targets, label_smoothing=config.smoothing, reduction="sum")
+            if state.teacher:
+                distance = state.teacher.distance(part_inputs, logits.float())
+                loss = (1 - config.distill_weight) * loss + config.distill_weight * distance
             # DDP and FSDP2 average gradients over processes. With this factor, the average is the gradient of the mean loss.
             state.scaler.scale(loss * (ranks.world / batch)).backward()
         total += loss.detach()

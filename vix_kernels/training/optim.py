@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +26,22 @@ class Optimizer:
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         exempt = model.no_weight_decay()
         head = {id(parameter) for parameter in model.get_classifier().parameters()}
-        matrices, decayed, not_decayed = [], [], []
+        scales = layer_scales(list(self.names.values()), config.layer_decay)
+        adamw: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)  # by the weight decay and the layer's factor
+        muon: dict[float, list[nn.Parameter]] = defaultdict(list)
         for parameter, name in self.names.items():
             if parameter.ndim <= 1 or name in exempt:
-                not_decayed.append(parameter)
+                adamw[0.0, scales[name]].append(parameter)
             elif config.opt == "muon" and parameter.ndim == 2 and id(parameter) not in head:
-                matrices.append(parameter)
+                muon[scales[name]].append(parameter)
             else:
-                decayed.append(parameter)
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
+                adamw[config.weight_decay, scales[name]].append(parameter)
+        groups = [{"params": each, "weight_decay": decay, "scale": scale} for (decay, scale), each in adamw.items()]
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr)]
-        if matrices:
-            muon = dict(lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-            self.parts.append(torch.optim.Muon(matrices, **muon))
+        if muon:
+            groups = [{"params": each, "scale": scale} for scale, each in muon.items()]
+            options = dict(lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.parts.append(torch.optim.Muon(groups, **options))
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -46,7 +51,7 @@ class Optimizer:
         """Unscale the gradients, clip their norm unless `clip_grad` is 0, and update the weights."""
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
             scaler.unscale_(part)
         if clip_grad:
             nn.utils.clip_grad_norm_(self.names, clip_grad)
@@ -77,6 +82,24 @@ class Optimizer:
             if (key == "momentum_buffer") != isinstance(owners[parameter], torch.optim.Muon):
                 raise UserError("--resume: the checkpoint is from a run with a different --opt")
             owners[parameter].state[parameter][key] = placed_like(parameter, value)
+
+
+def layer_scales(names: Sequence[str], decay: float) -> dict[str, float]:
+    """Return the factor of the learning rate of each parameter: 1 for the head, `decay` for the last block, and so on.
+
+    The parameters below the blocks, such as embeddings, have the smallest factor.
+    """
+    blocks: dict[str, int] = {}
+    layers = {}
+    for name in names:
+        if found := re.match(r"(.*?\b(?:blocks|layers?|encoder)\.\d+)\.", name):
+            layers[name] = blocks.setdefault(found[1], len(blocks) + 1)
+        else:
+            layers[name] = 0
+    for name in names:
+        if not layers[name] and re.search(r"(^|\.)(head|norm|fc_norm|attention_pool|attn_pool|classifier)\.", name):
+            layers[name] = len(blocks) + 1
+    return {name: decay ** (len(blocks) + 1 - layer) for name, layer in layers.items()}
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: Config) -> float:

@@ -47,6 +47,7 @@ from .setup import (
     resumes,
 )
 from .state import History, State
+from .teacher import Teacher
 from .trained import evaluate_trained, load_trained
 
 CURVE_SECONDS = 30  # time between updates of the learning curve; an update takes 0.3 s, at most one percent of this time
@@ -130,7 +131,10 @@ class Run:
                 check_same_data(checkpoint, config, self.dataset)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.steps = config.steps(images)
+        with ranks.agreed():
+            teacher = Teacher(config, model, self.dataset, device) if config.teacher else None
         self.state = State(config, model, device, ranks)
+        self.state.teacher = teacher
         if checkpoint:
             with ranks.agreed():
                 self.state.restore(checkpoint)

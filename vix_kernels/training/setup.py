@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from vix_kernels.models import create_model
 from vix_kernels.models.arguments import pair
 from vix_kernels.models.zoo import preset, takes
 
@@ -22,6 +21,8 @@ from .checkpoint import Checkpoint, checkpoint_path, existing_checkpoint, load_c
 from .config import Config, UserError
 from .data import Dataset, Source
 from .draws import seed_torch
+from .hosts import accepts_size, make_model
+from .initial import load_initial
 from .parallel import Ranks
 from .report import best_epoch
 
@@ -128,25 +129,41 @@ def build_model(config: Config, source: Source, device: torch.device) -> tuple[n
     for name, flag in {"backend": "--backend", "drop_path_rate": "--drop-path"}.items():
         if name in config.model_kwargs:
             raise UserError(f"--model-kwargs: {name}: use the flag {flag}")
-    try:  # use the suggested patch size, unless the model has no such argument or its preset sets it
-        applicable = source.model_kwargs.keys() & takes(config.model) - preset(config.model).keys()
-        kwargs = shape | {key: source.model_kwargs[key] for key in applicable} | config.model_kwargs
-        kwargs["img_size"] = pair("img_size", kwargs["img_size"])
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    if config.model.startswith("timm:"):
+        kwargs = {name: shape[name] for name in ("num_classes", "in_chans")} | config.model_kwargs
+        if accepts_size(config.model.removeprefix("timm:")):
+            kwargs["img_size"] = shape["img_size"]
+    else:
+        kwargs = _zoo_arguments(config, source, shape)
     if config.drop_path is not None:
         kwargs["drop_path_rate"] = config.drop_path
     for name, value in shape.items():
-        if kwargs[name] != value:
+        if kwargs.get(name, value) != value:
             raise UserError(f"--model-kwargs: {name}: the images of {source.name} have {value}, got {kwargs[name]}")
     seed_torch(config.seed)
+    options = {} if config.model.startswith("timm:") else {"backend": config.backend}
+    fresh = config.resume is None  # a resumed run has its weights in the checkpoint
     try:
-        model = create_model(config.model, **kwargs, backend=config.backend).to(device)
+        model = make_model(config.model, config.attention, kwargs | options, config.pretrained and fresh)
+        if config.initial_checkpoint and fresh:
+            load_initial(model, config.initial_checkpoint)
+        model = model.to(device)
         with torch.no_grad():
             model.eval()(torch.zeros(2, channels, height, width, device=device))
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(str(error)) from error
     return model, kwargs
+
+
+def _zoo_arguments(config: Config, source: Source, shape: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a model. The suggested patch size is used unless the model's preset sets it."""
+    try:
+        applicable = source.model_kwargs.keys() & takes(config.model) - preset(config.model).keys()
+        kwargs = shape | {key: source.model_kwargs[key] for key in applicable} | config.model_kwargs
+        kwargs["img_size"] = pair("img_size", kwargs["img_size"])
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return kwargs
 
 
 def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from .config import Config, UserError
 from .ema import Ema
 from .optim import Optimizer
 from .parallel import Ranks, average_batch_norm, load_placed, replicate, shard
+
+if TYPE_CHECKING:
+    from .teacher import Teacher
 
 NEVER = 2**31
 History = list[dict[str, Any]]
@@ -30,6 +33,7 @@ class State:
         step: the number of completed steps in the current epoch.
         loss_sum: the sum of the losses of this process's images in these steps.
         seconds: the time that these steps took.
+        teacher: the model to learn from, or None.
         diverged: the first step in the current epoch whose loss was not finite, or NEVER. It is a tensor on the device.
     """
 
@@ -48,6 +52,7 @@ class State:
         self.call = replicate(model, device) if ranks.world > 1 and not config.fsdp else model
         self.optimizer = Optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp and config.amp_dtype == "float16")
+        self.teacher: Teacher | None = None
         self.history: History = []
         self.start_epoch()
 

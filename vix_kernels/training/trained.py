@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix_kernels.models import create_model, load_model
+from vix_kernels.models import load_model
 from vix_kernels.models.backbone import Backbone
 from vix_kernels.models.pretrained import CONFIG
 from vix_kernels.nn.module import AttentionModule
@@ -20,7 +20,7 @@ from .checkpoint import load_checkpoint
 from .config import Config, UserError
 from .data import Dataset, Source
 from .data.images import decode
-from .hosts import classifier, create_host
+from .hosts import classifier, create_host, make_model
 from .loop import tested
 
 SHOWN_MISTAKES = 24
@@ -97,7 +97,7 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
     config = Config(**{name: value for name, value in checkpoint["config"].items() if name in known})
     data = checkpoint["data"]
     try:
-        model = create_model(config.model, **checkpoint["model_kwargs"]).to(device).eval()
+        model = make_model(config.model, config.attention, checkpoint["model_kwargs"]).to(device).eval()
         model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
         model.config["data"] = {name: data[name] for name in ("classes", "mean", "std")}
         return Trained(path, config, model, *_training_images(model, device))

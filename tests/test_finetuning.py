@@ -1,0 +1,177 @@
+"""Tests of `vix train` that starts from trained weights, from timm models, or learns from a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vix_kernels.__main__ import main
+from vix_kernels.models import create_model, save_model
+from vix_kernels.training.checkpoint import load_checkpoint
+from vix_kernels.training.config import Config, UserError
+from vix_kernels.training.initial import load_initial
+from vix_kernels.training.optim import Optimizer, layer_scales
+from vix_kernels.training.trained import load_trained
+
+pytest.importorskip("sklearn", reason="the digits are from scikit-learn")
+SMALL = ("--dataset", "digits", "--epochs", "1", "--batch-size", "256", "--warmup-epochs", "0", "--no-progress")
+TINY = ("--model", "hybrid_vit", "--model-kwargs", "depth=2", "embed_dim=32", "num_heads=2")
+
+
+def train(*arguments: object) -> None:
+    assert main(["train", *SMALL, *map(str, arguments)]) == 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "teacher"
+    train(*TINY, "--output", folder)
+    return folder
+
+
+def tiny(**options: object) -> nn.Module:
+    return create_model("hybrid_vit", img_size=8, patch_size=2, in_chans=1, depth=2, embed_dim=32, num_heads=2, **options)
+
+
+def test_a_run_continues_from_its_weights_with_another_attention(run: Path, tmp_path: Path) -> None:
+    """With a learning rate near 0, the weights are those of the run. Performer's random features are new."""
+    train("--model", "hybrid_vip", *TINY[2:], "--initial-checkpoint", run, "--lr", "1e-30", "--output", tmp_path / "new")
+    old, new = (load_checkpoint(folder)["model"] for folder in (run / "best.pt", tmp_path / "new"))
+    same = [name for name in old if name in new and "running" not in name and "tracked" not in name]
+    assert len(same) > 30 and all(torch.allclose(old[name], new[name], atol=1e-6) for name in same)
+
+
+@pytest.mark.parametrize("kind", ["folder", "safetensors", "pth"])
+def test_weights_from_files(kind: str, tmp_path: Path) -> None:
+    """Positions are resampled for a larger image, and a head with other classes keeps its new weights."""
+    torch.manual_seed(0)
+    source = tiny(num_classes=7)
+    save_model(source, tmp_path / "saved")
+    path = {"folder": tmp_path / "saved", "safetensors": tmp_path / "saved" / "model.safetensors", "pth": tmp_path / "x.pth"}[
+        kind
+    ]
+    torch.save({"state_dict": {f"module.{name}": x for name, x in source.state_dict().items()}}, tmp_path / "x.pth")
+    for size in (8, 16):
+        torch.manual_seed(1)
+        model = create_model("hybrid_vit", img_size=size, patch_size=2, in_chans=1, depth=2, embed_dim=32, num_heads=2)
+        head = model.head.weight.clone()
+        load_initial(model, str(path))
+        assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+        assert torch.equal(model.head.weight, head)
+        assert torch.equal(model.pos_embed, source.pos_embed) == (size == 8)
+        assert model.pos_embed.shape[1] == 1 + (size // 2) ** 2
+        torch.testing.assert_close(model.pos_embed.mean((1, 2)), source.pos_embed.mean((1, 2)), atol=5e-3, rtol=0)
+    same = tiny(num_classes=7)
+    load_initial(same, str(path))
+    assert torch.equal(same.head.weight, source.head.weight)
+
+
+@pytest.mark.parametrize(
+    "make, error",
+    [
+        (lambda folder: folder / "none.pth", "expected a file with weights, got .*none.pth, which does not exist"),
+        (lambda folder: _write(folder / "bad.pth", b"text"), "bad.pth is damaged or not a file with weights"),
+        (lambda folder: _write(folder / "bad.safetensors", b"text"), "bad.safetensors is damaged or not a file with weights"),
+        (lambda folder: _saved(folder / "number.pth", 3), "expected a state dict in .*number.pth, got int"),
+        (
+            lambda folder: _saved(folder / "other.pth", {"x": torch.zeros(3)}),
+            "do not fit the model; missing: .*; unexpected: x",
+        ),
+        (lambda folder: _saved(folder / "code.pth", print), "code.pth is damaged or not a file with weights"),
+    ],
+)
+def test_wrong_weights_are_refused(make: Callable[[Path], Path], error: str, tmp_path: Path) -> None:
+    model = tiny()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(UserError, match=f"--initial-checkpoint: .*{error}"):
+        load_initial(model, str(make(tmp_path)))
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def _write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def _saved(path: Path, content: object) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def test_blocks_have_decaying_learning_rates() -> None:
+    model = tiny()
+    scales = layer_scales([name for name, _ in model.named_parameters()], 0.5)
+    assert scales["head.weight"] == scales["norm.weight"] == 1
+    assert scales["blocks.1.attn.qkv.weight"] == 0.5 and scales["blocks.0.norm1.bias"] == 0.25
+    assert scales["pos_embed"] == scales["cls_token"] == 0.125
+    for opt in ("adamw", "muon"):
+        optimizer = Optimizer(model, Config(layer_decay=0.5, opt=opt))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step(0.1, torch.amp.GradScaler("cpu", enabled=False), 0)
+        rates = {id(p): group["lr"] for part in optimizer.parts for group in part.param_groups for p in group["params"]}
+        assert all(abs(rates[id(p)] - 0.1 * scales[name]) < 1e-12 for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("distill", ["soft", "features"])
+def test_a_teacher(run: Path, distill: str, tmp_path: Path) -> None:
+    """A student that starts as a copy of its teacher, and learns only from it, does not change."""
+    options = ("--teacher", run, "--distill", distill, "--distill-weight", "1", "--no-aug", "--weight-decay", "0")
+    train(*TINY, "--initial-checkpoint", run, *options, "--lr", "1e-6", "--output", tmp_path / "student")
+    history = load_checkpoint(tmp_path / "student")["history"]
+    assert history[0]["train_loss"] < 0.1  # not 0, because batch norm uses the statistics of each batch in training
+    train(*TINY, *options, "--lr", "1e-30", "--seed", "5", "--output", tmp_path / "new")
+    assert load_checkpoint(tmp_path / "new")["history"][0]["train_loss"] > 2 * history[0]["train_loss"]
+
+
+def test_models_of_timm(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    model = ("--model", "timm:vit_tiny_patch16_224", "--model-kwargs", "patch_size=2", "depth=2", "embed_dim=32", "num_heads=2")
+    train(*model, "--attention", "nystrom", "--layer-decay", "0.7", "--output", tmp_path / "run")
+    train(*model, "--attention", "nystrom", "--epochs", "2", "--resume", tmp_path / "run")
+    trained = load_trained(tmp_path / "run", torch.device("cpu"))
+    assert trained.shape == (1, 8, 8) and trained.host.blocks[0].attn.vix.op == "nystrom"
+    assert main(["validate", "--checkpoint", str(tmp_path / "run")]) == 0
+    folder = tmp_path / "softmax"
+    train(*model, "--output", folder)
+    converted = ["linearize", "--checkpoint", str(folder), "--steps", "3", "--num-features", "8", "--no-progress"]
+    assert main([*converted, "--output", str(tmp_path / "linear")]) == 0
+    with pytest.raises(SystemExit):  # patch_size is not in linearized.json
+        main(["validate", "--checkpoint", str(tmp_path / "linear"), "--dataset", "digits"])
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (("--attention", "nystrom"), "--attention: expected --model timm:NAME, got hybrid_vip; other models have"),
+        (("--pretrained",), "--pretrained: expected --model timm:NAME, got hybrid_vip"),
+        (("--layer-decay", "0"), "--layer-decay: expected a number in"),
+        (("--distill-weight", "2"), "--distill-weight: expected a number in"),
+        (("--teacher", "none"), "--teacher: no checkpoint at none"),
+        (
+            ("--initial-checkpoint", "none"),
+            "--initial-checkpoint: expected a file with weights, got none, which does not exist",
+        ),
+        (("--model", "timm:no_such_model"), "--model: expected the name of a timm model, got 'no_such_model'"),
+    ],
+)
+def test_wrong_flags_are_refused(arguments: tuple[str, ...], error: str, refused: Callable[..., str], tmp_path: Path) -> None:
+    if "timm" in " ".join(arguments):
+        pytest.importorskip("timm")
+    assert error in refused("--dataset", "digits", *arguments, "--output", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_teachers_that_do_not_fit_are_refused(run: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+    save_model(tiny(num_classes=3), tmp_path / "classes")
+    line = refused("--dataset", "digits", "--teacher", tmp_path / "classes", "--output", tmp_path / "run")
+    assert "--teacher: expected a model with 10 classes, got 3" in line
+    save_model(create_model("hybrid_vit", img_size=16, patch_size=2, in_chans=1), tmp_path / "size")
+    line = refused("--dataset", "digits", "--teacher", tmp_path / "size", "--output", tmp_path / "run")
+    assert "--teacher: expected a model for images of shape (1, 8, 8), got (1, 16, 16)" in line
+    line = refused("--dataset", "digits", "--teacher", run, "--distill", "features", "--output", tmp_path / "run")
+    assert "--distill: expected a teacher with 128 features before the head, got 32" in line

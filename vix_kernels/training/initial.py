@@ -1,0 +1,112 @@
+"""Start a run from the weights of a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vix_kernels.integrations.swap import holders
+from vix_kernels.models.backbone import Backbone
+from vix_kernels.models.positions import resample_tokens
+from vix_kernels.models.pretrained import CONFIG, adapt_state, is_head, read_folder
+
+from .checkpoint import load_checkpoint
+from .config import UserError
+from .hosts import HostModel, make_model, read_weights
+
+FLAG = "--initial-checkpoint"
+
+
+def load_initial(model: nn.Module, path: str) -> None:
+    """Load weights into `model`. A head with other classes keeps its new weights, and positions are resampled.
+
+    Args:
+        path: a run or a checkpoint of `vix train`, a folder written by `save_model`, or a .safetensors or .pth file.
+
+    Raises:
+        UserError: the file is damaged, or other weights do not fit.
+    """
+    file = Path(path)
+    run = next((file / name for name in ("best.pt", "last.pt") if (file / name).is_file()), file)
+    source: nn.Module | None = None
+    if run.suffix == ".pt":
+        checkpoint = load_checkpoint(run, flag=FLAG)
+        state = checkpoint["ema"] or checkpoint["model"]
+        config = checkpoint["config"]
+        with torch.device("meta"):
+            source = make_model(config["model"], config.get("attention"), checkpoint["model_kwargs"])
+    elif (file / CONFIG).is_file():
+        config, state = read_folder(file)
+        with torch.device("meta"):
+            source = make_model(config["name"], None, config["arguments"])
+    else:
+        state = read_weights(file, FLAG)
+    if isinstance(source, Backbone) and isinstance(model, Backbone):
+        state = adapt_state(state, source, model)
+    else:
+        state = _adapted(state, model)
+    _load(model, state, file)
+
+
+def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Adapt the weights of an unknown model: the prefix of their names, and the number of positions."""
+    expected = model.state_dict()
+    if isinstance(model, HostModel) and not any(name.startswith("host.") for name in state):
+        state = {f"host.{name}": value for name, value in state.items()}
+    adapted = {}
+    for name, value in state.items():
+        if name.endswith("pos_embed") and name in expected and value.shape != expected[name].shape:
+            value = _resampled(name, value, expected[name], model)
+        adapted[name] = value
+    return adapted
+
+
+def _resampled(name: str, value: Tensor, wanted: Tensor, model: nn.Module) -> Tensor:
+    """Resample positions (1, tokens, dim) of a square grid, which may follow class and register tokens."""
+    host = getattr(model, "host", model)
+    grid = getattr(host, "grid", None) or getattr(getattr(host, "patch_embed", None), "grid_size", None)
+    prefix = wanted.shape[1] - (grid[0] * grid[1] if grid else 0)
+    side = round((value.shape[1] - prefix) ** 0.5)
+    if grid is None or prefix < 0 or side * side + prefix != value.shape[1]:
+        raise UserError(f"{FLAG}: expected {name} of shape {tuple(wanted.shape)} or of a square grid, got {tuple(value.shape)}")
+    return resample_tokens(value, 1, (side, side), tuple(grid), prefix)
+
+
+def _of_attention(model: nn.Module) -> set[str]:
+    """Return the names of entries that belong to an attention, such as random features, and the biases of q, k and v.
+
+    The weights of a model with another attention do not have them. New biases are 0, which is the same as none.
+    """
+    linear = {"qkv.weight", "proj.weight", "proj.bias"}
+    names = {f"{name}.{key}" for name, holder in holders(model).items() for key in holder.state_dict() if key not in linear}
+    return (
+        names | {f"{name}._extra_state" for name in holders(model)} | {name for name in model.state_dict() if ".vix." in name}
+    )
+
+
+def _load(model: nn.Module, state: dict[str, Any], path: Path) -> None:
+    expected = model.state_dict()
+    head = {id(parameter) for parameter in model.get_classifier().parameters()}
+    heads = {name for name, parameter in model.named_parameters() if id(parameter) in head}
+    heads |= {name for name in expected if is_head(name)}
+    for name in heads:
+        if name in state and (name not in expected or state[name].shape != expected[name].shape):
+            del state[name]
+    problems = {
+        "missing": [name for name in expected if name not in state and name not in heads | _of_attention(model)],
+        "unexpected": [name for name in state if name not in expected and not is_head(name)],
+        "wrong shape": [
+            f"{name} (expected {tuple(expected[name].shape)}, got {tuple(value.shape)})"
+            for name, value in state.items()
+            if isinstance(value, Tensor) and name in expected and value.shape != expected[name].shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(
+            f"{problem}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}" for problem, names in problems.items() if names
+        )
+        raise UserError(f"{FLAG}: the weights in {path} do not fit the model; {listed}")
+    model.load_state_dict({name: value for name, value in state.items() if name in expected}, strict=False)

@@ -1,0 +1,65 @@
+"""Knowledge distillation: learn from the outputs of a trained model (Hinton et al., arXiv 1503.02531)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Config, UserError
+from .data import Dataset
+from .trained import Trained, load_trained
+
+
+class Teacher:
+    """A trained model whose class probabilities or features a student learns.
+
+    Args:
+        config: the settings of the student's run.
+        model: the student.
+        dataset: the data set, which normalizes the student's inputs.
+
+    Raises:
+        UserError: the teacher cannot be loaded, or its images, classes or features differ from those of the student.
+    """
+
+    def __init__(self, config: Config, model: nn.Module, dataset: Dataset, device: torch.device) -> None:
+        self.config, self.dataset = config, dataset
+        self.trained = load_teacher(config.teacher, device)
+        shape, classes = (model.in_chans, *model.img_size), model.num_classes
+        if self.trained.shape != shape:
+            raise UserError(f"--teacher: expected a model for images of shape {shape}, got {self.trained.shape}")
+        if self.trained.model.num_classes != classes:
+            raise UserError(f"--teacher: expected a model with {classes} classes, got {self.trained.model.num_classes}")
+        self.features: dict[str, Tensor] = {}
+        if config.distill == "features":
+            widths = {}
+            for name, each in (("student", model), ("teacher", self.trained.model)):
+                head = each.get_classifier()
+                head.register_forward_pre_hook(lambda module, args, name=name: self.features.update({name: args[0]}))
+                widths[name] = getattr(head, "in_features", None)
+            if widths["student"] is None or widths["student"] != widths["teacher"]:
+                found = widths["teacher"]
+                raise UserError(f"--distill: expected a teacher with {widths['student']} features before the head, got {found}")
+
+    def distance(self, inputs: Tensor, logits: Tensor) -> Tensor:
+        """Return the distance of the student's output from the teacher's, summed over the images.
+
+        For "soft", this is the Kullback-Leibler divergence of the class probabilities. For "features", it is the relative
+        squared error of the input of the classifier.
+        """
+        with torch.no_grad():
+            expected = self.trained.model(self.trained.inputs(inputs * self.dataset.std + self.dataset.mean)).float()
+        if self.config.distill == "soft":
+            return F.kl_div(logits.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="sum")
+        actual, expected = self.features["student"].float(), self.features["teacher"].float()
+        return ((actual - expected).square().sum(1) / expected.square().sum(1).clamp(min=1e-30)).sum()
+
+
+def load_teacher(path: str, device: torch.device) -> Trained:
+    try:
+        trained = load_trained(path, device)
+    except UserError as error:
+        raise UserError(str(error).replace("--checkpoint", "--teacher", 1)) from error
+    trained.model.requires_grad_(False)
+    return trained
