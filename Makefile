@@ -11,7 +11,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 ORIGINALS := vision_xformer==0.2.0 performer-pytorch==1.1.4 local-attention==1.4.4 axial-positional-embedding==0.3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help train test attack bench traffic quality docs report lint clean
+.PHONY: help train test attack bench traffic quality linearize docs report lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -35,6 +35,14 @@ traffic: $(READY)  ## count the bytes that the kernels read and write; one opera
 
 quality: $(READY)  ## measure the error of each attention against softmax attention; writes docs/quality.png
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.quality --output docs/quality.png $(ARGS)
+
+# DATA is a data set of vix train, such as a pack of CIFAR-10 images. Training the teacher takes an hour on a CPU.
+DATA ?= cifar10
+linearize: $(READY)  ## train a softmax model, convert it with several attentions, and compare: make linearize DATA=PACK
+	test -f runs/linearize/teacher/best.pt || OMP_WAIT_POLICY=passive $(BIN)/vix train --model hybrid_vit \
+		--model-kwargs patch_size=4 depth=6 --dataset $(DATA) --epochs 14 --batch-size 128 --opt muon --lr 4e-3 \
+		--warmup-epochs 1 --output runs/linearize/teacher
+	$(BIN)/python -m bench.linearize --teacher runs/linearize/teacher --output runs/linearize $(ARGS)
 
 docs: $(READY)  ## build the documentation site into site/
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
