@@ -100,12 +100,13 @@ def linearize(
     check_number("finetune_lr", finetune_lr)
     start = time.perf_counter()
     snapshot, training = Snapshot(model), {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if finetune_steps else None
     if op in CORES and "seed" in CORES[op].options():
         options = dict(seed=seed) | options
     if op == "feature":
         options = dict(gaussian=GAUSSIAN) | options
-    with connected() as ranks:
+    with torch.inference_mode(False), connected() as ranks:
         try:
             with torch.no_grad():
                 conversion = Conversion(model, batches, op, layers, options, ranks, seed, max_error is not None)
@@ -115,7 +116,8 @@ def linearize(
                 conversion.fit(steps, saved, progress)
                 conversion.choose(max_error, snapshot)
             if teacher is not None:
-                conversion.finetune(teacher, finetune_steps, finetune_lr, distill, saved, progress)
+                with torch.enable_grad():
+                    conversion.finetune(teacher, finetune_steps, finetune_lr, distill, saved, progress)
             conversion.finish(teacher)
         except BaseException:
             snapshot.restore()
@@ -125,6 +127,8 @@ def linearize(
         finally:
             for module, mode in training.items():
                 module.training = mode
+            for parameter, grad in gradients.items():
+                parameter.grad = grad
     conversion.report.seconds = time.perf_counter() - start
     return conversion.report
 
@@ -137,10 +141,8 @@ class Conversion:
         seed: int, several: bool,
     ) -> None:  # fmt: skip
         self.model, self.batches, self.op, self.options, self.ranks, self.seed = model, batches, op, options, ranks, seed
-        first = next(endless(batches))
-        if size_of(first) < ranks.world:
-            raise ValueError(f"batches: expected at least a sample for each of {ranks.world} processes, got {size_of(first)}")
-        self.first = first
+        self.first = next(endless(batches))
+        self.part(self.first)
         replaced = replace_attention(model, op, layers=layers, retrain=True, **options)
         model.eval()
         found = holders(model)
@@ -180,6 +182,8 @@ class Conversion:
         """Measure the errors before training, and initialize the features."""
         count = 0
         for batch in eval_batches():
+            if size_of(batch) < self.ranks.world:  # the last one may be small
+                break
             self.eval_batches.append(batch)
             count += size_of(batch)
             if count >= eval_samples:
@@ -187,7 +191,7 @@ class Conversion:
         self.report.samples = count
         self.errors_before = {}
         transferring(self.layers, measure)
-        self.run(part_of(batch, self.ranks.rank, self.ranks.world) for batch in self.eval_batches)
+        self.run(map(self.part, self.eval_batches))
         self.drop_refused()
         for layer in self.layers:
             self.errors_before[layer.name] = layer.relative_errors(self.ranks)
@@ -225,6 +229,13 @@ class Conversion:
             reasons = "; ".join(dict.fromkeys(self.report.refused.values())) or "no attention"
             raise ValueError(f"model: expected at least one attention that can be converted, got {reasons}")
 
+    def part(self, batch: Any) -> Any:
+        """Return the samples of a batch that this process gets."""
+        world = self.ranks.world
+        if size_of(batch) < world:
+            raise ValueError(f"batches: expected at least a sample for each of {world} processes, got {size_of(batch)}")
+        return part_of(batch, self.ranks.rank, world)
+
     @torch.no_grad()
     def run(self, batches: Any) -> None:
         for batch in batches:
@@ -241,7 +252,7 @@ class Conversion:
         with self.bar(steps, begin, "fit", progress) as bar:
             for step, batch in enumerate(islice(endless(self.batches, begin), steps - begin), start=begin):
                 optimizer.zero_grad()
-                self.run([part_of(batch, self.ranks.rank, self.ranks.world)])
+                self.run([self.part(batch)])
                 self.add_gradients(parameters)
                 for group in optimizer.param_groups:
                     group["lr"] = LEARNING_RATE * schedule(step, steps)
@@ -252,6 +263,9 @@ class Conversion:
 
     def add_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Add the gradients of all processes."""
+        for parameter in parameters:
+            if parameter.grad is None:  # its layer was not called
+                parameter.grad = torch.zeros_like(parameter)
         if self.ranks.world > 1:
             flat = self.ranks.sum(torch.cat([parameter.grad.flatten() for parameter in parameters]))
             for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -260,7 +274,7 @@ class Conversion:
     def choose(self, max_error: float | None, snapshot: Snapshot) -> None:
         """Measure the final errors, choose among candidates, and restore softmax where the error is too large."""
         transferring(self.layers, measure)
-        self.run(part_of(batch, self.ranks.rank, self.ranks.world) for batch in self.eval_batches)
+        self.run(map(self.part, self.eval_batches))
         kept = [layer.name for layer in self.refused]
         for layer in self.layers:
             errors = layer.relative_errors(self.ranks)
@@ -290,15 +304,12 @@ class Conversion:
         of = distilled(distill)
         with self.bar(steps, begin, "finetune", progress) as bar:
             for step, batch in enumerate(islice(endless(self.batches, begin), steps - begin), start=begin):
-                whole, batch = size_of(batch), part_of(batch, self.ranks.rank, self.ranks.world)
+                whole, batch = size_of(batch), self.part(batch)
                 with torch.no_grad():
                     expected = of(teacher, batch)
                 optimizer.zero_grad()
                 loss = distance(of(self.model, batch), expected, distill) / whole
                 loss.backward()
-                for parameter in parameters:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
                 self.add_gradients(parameters)
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 for group in optimizer.param_groups:
@@ -311,8 +322,7 @@ class Conversion:
     def finish(self, teacher: nn.Module | None) -> None:
         """Compare the outputs with those of the teacher, and measure times."""
         report, agreed, divergence, total, classes = self.report, 0, 0.0, 0.0, False
-        batches = [part_of(batch, self.ranks.rank, self.ranks.world) for batch in self.eval_batches]
-        for batch in batches:
+        for batch in map(self.part, self.eval_batches):
             (out,) = outputs(self.model, [batch])
             if teacher is not None:
                 (expected,) = outputs(teacher, [batch])
