@@ -31,7 +31,7 @@ STEPS, BATCH, IMAGES = 400, 16, 512
 METHODS: tuple[tuple[str, str, dict[str, Any], tuple[int, ...], int], ...] = (
     ("random features", "performer", {}, (16, 32, 64, 128), 0),
     ("learned features", "feature", {}, (16, 32, 64, 128), 0),
-    ("learned features, distilled", "feature", {}, (16, 32), 400),
+    ("features and distillation", "feature", {}, (16, 32), 400),
     ("Nystrom, grid", "nystrom", {"landmarks": "grid"}, (16, 36), 0),
     ("Nystrom, segments", "nystrom", {"landmarks": "segment"}, (16, 32), 0),
 )
