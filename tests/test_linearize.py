@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vix_kernels.integrations.swap import Snapshot, holders, host_of, replace_attention
 from vix_kernels.linearize import convert, linearize, load_linearized, save_linearized, state, transfer
-from vix_kernels.models import create_model
+from vix_kernels.models import create_model, save_model
 from vix_kernels.nn.softmax import Softmax
 
 timm = pytest.importorskip("timm")
@@ -211,7 +211,7 @@ def test_an_interrupted_conversion_continues_with_the_same_bits(stop: int, tmp_p
         expected.agreement,
         expected.divergence,
     )
-    with pytest.raises(ValueError, match="output: .* has a conversion with other steps: use overwrite=True"):
+    with pytest.raises(ValueError, match="output: .* has a conversion with other steps, model: use overwrite=True"):
         linearize(converting.small_model(), batches, output=tmp_path / "out", **settings | dict(steps=7))
 
 
@@ -293,6 +293,10 @@ def test_a_converted_model_compiles() -> None:
         (dict(op="softmax"), "op: expected one of"),
         (dict(num_feature=3), "num_feature: expected an option of 'feature'"),
         (dict(layers="blocks"), "layers: expected a list of names or patterns, got 'blocks'"),
+        (dict(eval_batches=[1]), "eval_batches: expected a function that returns a fresh iterator, got list"),
+        (dict(eval_batches=lambda: iter([])), "eval_batches: expected a function that returns at least one batch, got none"),
+        (dict(output=__file__), "output: expected a folder, got .*, which is a file"),
+        (dict(op="nystrom", residual_conv_kernel=3), "residual_conv_kernel: expected 0"),
     ],
 )
 def test_bad_input_is_refused(change: dict[str, Any], error: str) -> None:
@@ -334,7 +338,7 @@ def test_attentions_with_a_bias_are_left() -> None:
             lambda config: config["host"].update(library="os"),
             "model: expected a new VisionTransformer, because the library .* is 'os'",
         ),
-        (lambda config: config["host"].update(dtype="compile"), "expected a floating dtype, got 'compile'"),
+        (lambda config: config["host"].update(arguments=3), "cannot create the model that it describes"),
         (lambda config: config.pop("layers"), "expected a host and layers"),
     ],
 )
@@ -350,6 +354,87 @@ def test_damaged_folders_are_refused(change: Callable[[dict], Any], error: str, 
         load_linearized(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"folder: expected a folder written by save_linearized, got .*, which has no"):
         load_linearized(tmp_path / "none")
+
+
+def test_other_models_are_not_overwritten(tmp_path: Path) -> None:
+    model, batches = make("vix_kernels")
+    save_model(model, tmp_path / "softmax")
+    before = (tmp_path / "softmax" / "model.safetensors").read_bytes()
+    linearize(model, batches, num_features=8, steps=1, progress=False)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="folder: expected a new folder, got .*softmax, which contains another model"):
+            save_linearized(model, tmp_path / "softmax", overwrite=overwrite)
+    assert (tmp_path / "softmax" / "model.safetensors").read_bytes() == before
+    save_linearized(model, tmp_path / "linear")
+    with pytest.raises(ValueError, match="model: expected a new model with softmax attention, got one with replaced attention"):
+        load_linearized(tmp_path / "linear", model)
+
+
+def test_a_conversion_of_other_weights_or_images_is_not_continued(tmp_path: Path) -> None:
+    model, batches = make("vix_kernels")
+    settings = dict(num_features=8, steps=2, progress=False, output=tmp_path / "out")
+    linearize(model, batches, **settings)
+    again, _ = make("vix_kernels")
+    with torch.no_grad():
+        again.blocks[0].mlp.fc1.bias.add_(1)
+    with pytest.raises(ValueError, match="has a conversion with other model: use overwrite=True"):
+        linearize(again, batches, **settings)
+    again, _ = make("vix_kernels")
+    other = [x + 1 for x in batches()]
+    with pytest.raises(ValueError, match="has a conversion with other batches: use overwrite=True"):
+        linearize(again, lambda: iter(other), **settings)
+    linearize(again, lambda: iter(other), **settings, overwrite=True)
+
+
+def test_an_architecture_that_differs_is_refused(tmp_path: Path) -> None:
+    sizes = dict(img_size=32, patch_size=4, embed_dim=64, num_heads=2, depth=2, num_classes=7)
+    model, batches = make("timm")
+    linearize(model, batches, op="performer", num_features=8, progress=False)
+    save_linearized(model, tmp_path)
+    for change in (dict(num_heads=4), dict(act_layer="relu")):
+        other = timm.create_model("vit_tiny_patch16_224", **sizes | change)
+        with pytest.raises(ValueError, match="model: expected the architecture that .* describes, got another one"):
+            load_linearized(tmp_path, other)
+        assert not holders(other)
+    load_linearized(tmp_path, timm.create_model("vit_tiny_patch16_224", **sizes, proj_drop_rate=0.1))
+
+
+def test_attention_that_is_already_replaced_is_left() -> None:
+    model, batches = make("timm")
+    replace_attention(model, "linear", layers=["blocks.0*"], retrain=True)
+    report = linearize(model, batches, num_features=8, steps=1, progress=False)
+    assert report.converted == ["blocks.1.attn"] and model.blocks[0].attn.vix.op == "linear"
+    assert report.refused == {"blocks.0.attn": "its softmax attention is already replaced"}
+    with pytest.raises(ValueError, match="model: expected softmax attention, got a model whose attention is already replaced"):
+        linearize(model, batches, progress=False)
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    model, batches = make("vix_kernels")
+    bad = [*batches(), torch.full((16, 3, 32, 32), float("nan"))]
+    with pytest.raises(ValueError, match="batches: expected finite values, got an error of blocks.0.attn"):
+        linearize(model, lambda: iter(bad), num_features=8, steps=6, progress=False)
+    with pytest.raises(ValueError, match="finetune_lr: expected a rate with which training converges"):
+        linearize(model, batches, num_features=8, steps=1, finetune_steps=3, finetune_lr=1e20, progress=False)
+    assert type(model.blocks[0].attn.core) is Softmax and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_state_of_the_caller_is_kept() -> None:
+    """Hooks can still be removed, and gradients, training modes and grad modes are as before."""
+    model, batches = make("timm")
+    model.train()
+    calls: list[int] = []
+    handle = model.blocks[0].attn.register_forward_hook(lambda *args: calls.append(1))
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    with torch.no_grad():
+        linearize(model, batches, num_features=8, steps=1, finetune_steps=1, progress=False)
+    assert all(module.training for name, module in model.named_modules() if "vix" not in name)
+    assert model.head.weight.grad.eq(1).all() and model.blocks[0].attn.proj.weight.grad is None
+    assert all(p.grad is None for name, p in model.named_parameters() if ".vix." in name)
+    handle.remove()
+    seen = len(calls)
+    model.eval()(next(batches()))
+    assert len(calls) == seen
 
 
 def test_a_snapshot_restores_the_structure() -> None:

@@ -6,13 +6,13 @@ it are looked up in registries: of attentions, of this library's models, of timm
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import __version__
@@ -20,6 +20,7 @@ from ..commands import write_atomically
 from ..models import create_model
 from ..models.state import load_state
 from ..nn.core import CORES, Core, Mounted
+from ..nn.module import AttentionModule
 from .drop_in import OPS, DropIn
 from .swap import Snapshot, holders, host_of, replace_attention
 
@@ -48,16 +49,22 @@ def save_linearized(
     if not layers:
         raise ValueError("model: expected a model with replaced attention, got one without")
     folder = _path(folder)
+    if not (folder / CONFIG).exists() and ((folder / WEIGHTS).exists() or (folder / "config.json").exists()):
+        raise ValueError(f"folder: expected a new folder, got {folder}, which contains another model")
     if (folder / CONFIG).exists() and not overwrite:
         raise ValueError(f"folder: expected a new folder, or overwrite=True, got {folder}, which contains a model")
     host = _describe_host(model)
     if data is None and isinstance(getattr(model, "config", None), dict):
         data = model.config.get("data")
-    config = {"vix_kernels": __version__, "host": host, "layers": layers} | ({"data": data} if data else {})
+    config = {"vix_kernels": __version__, "host": host, "structure": _structure(model), "layers": layers} | (
+        {"data": data} if data else {}
+    )
     text = json.dumps(config, indent=2) + "\n"
     tensors, seen = {}, set()
     for name, value in model.state_dict().items():
-        shared = isinstance(value, Tensor) and value.untyped_storage().data_ptr() in seen  # safetensors refuses shared memory
+        if not isinstance(value, Tensor):
+            raise ValueError(f"model: expected a state dict of tensors, got a {type(value).__name__} for {name}")
+        shared = value.untyped_storage().data_ptr() in seen  # safetensors refuses shared memory
         seen.add(value.untyped_storage().data_ptr())
         tensors[name] = value.clone().contiguous() if shared else value.contiguous()
 
@@ -94,11 +101,22 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
-    created = _create_host(config["host"], folder) if model is None else model
+    try:
+        created = _create_host(config["host"], folder) if model is None else model
+    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{folder / CONFIG}: cannot create the model that it describes: {error}") from error
+    if any(holder.core.name != "softmax" for holder in holders(created).values()):
+        raise ValueError("model: expected a new model with softmax attention, got one with replaced attention")
     snapshot = Snapshot(created)
     try:
         for name, layer in config["layers"].items():
-            _put(created, name, layer["op"], layer["options"])
+            _put(created, name, layer, folder / CONFIG)
+        if config.get("structure") != _structure(created):
+            raise ValueError(f"model: expected the architecture that {folder / CONFIG} describes, got another one")
+        if model is None:
+            for name, value in (*created.named_parameters(), *created.named_buffers()):
+                if name in state:
+                    value.data = value.data.to(state[name].dtype)
         load_state(created, state, f"the model described in {folder / CONFIG}", lambda key: False)
     except BaseException as error:
         snapshot.restore()
@@ -136,29 +154,43 @@ def _layer(holder: Mounted) -> dict[str, Any]:
     options = {each.name: getattr(core, each.name) for each in fields(core)}
     if isinstance(holder, DropIn) and holder.grid is not None:  # the slots are placed on the grid of each call
         options = {name: value for name, value in options.items() if name not in ("landmarks", "grid_size")}
-    return {"op": core.name, "options": options}
+    return {"op": core.name, "options": options, "backend": holder.backend}
 
 
-def _put(model: nn.Module, name: str, op: str, options: dict[str, Any]) -> None:
+def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None:
     """Replace one attention, and give its parameters the dtype in which they are trained."""
-    if host_of(model) == "vix_kernels":
-        from .zoo import put
+    op, options, backend = layer["op"], layer["options"], layer.get("backend", "auto")
+    try:
+        if host_of(model) == "vix_kernels":
+            from .zoo import put
 
-        found = holders(model).get(name)
-        if found is None:
-            raise ValueError(f"layers: expected an attention of the model, got {name!r}")
-        put(found, CORES[op](**options))
-    else:
-        replace_attention(model, op, layers=[name], retrain=True, **options)
-    holder = holders(model)[name]
+            put(holders(model)[name], CORES[op](**options), backend)
+        else:
+            replace_attention(model, op, layers=[name], retrain=True, backend=backend, **options)
+        holder = holders(model)[name]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: layers: cannot replace {name!r}: {error}") from error
     for learned in holder.learned:
         parameter = getattr(holder, learned)
         parameter.data = parameter.data.float()
 
 
+def _structure(model: nn.Module) -> str:
+    """Return a digest of the modules of a model and their settings, except those that only matter in training."""
+    lines = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if "vix" in name.split(".") or "Drop" in kind:
+            continue
+        is_attention = isinstance(module, AttentionModule) or isinstance(getattr(module, "vix", None), DropIn)
+        sizes = [getattr(module, each, None) for each in ("num_heads", "num_attention_heads", "head_dim")]
+        lines.append(f"{name} {kind} {sizes if is_attention else module.extra_repr()}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def _describe_host(model: nn.Module) -> dict[str, Any]:
     library = host_of(model)
-    host: dict[str, Any] = {"library": library, "class": type(model).__name__, "dtype": _dtype(model)}
+    host: dict[str, Any] = {"library": library, "class": type(model).__name__}
     if library == "vix_kernels":
         return host | {"name": model.config["name"], "arguments": model.config["arguments"]}
     if library == "transformers":
@@ -174,28 +206,24 @@ def _describe_host(model: nn.Module) -> dict[str, Any]:
     return host
 
 
-def _dtype(model: nn.Module) -> str:
-    weight = next((p for name, p in model.named_parameters() if p.is_floating_point() and ".vix." not in name), None)
-    return "float32" if weight is None else str(weight.dtype).removeprefix("torch.")
-
-
 def _create_host(host: dict[str, Any], folder: Path) -> nn.Module:
     library, name, arguments = host.get("library"), host.get("name"), host.get("arguments", {})
-    dtype = getattr(torch, str(host.get("dtype")), None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"{folder / CONFIG}: expected a floating dtype, got {host.get('dtype')!r}")
     if library == "vix_kernels":
-        return create_model(name, **arguments).to(dtype)
+        return create_model(name, **arguments)
     if library == "timm":
         import timm
 
         if not isinstance(name, str) or not timm.is_model(name):
             raise ValueError(f"{folder / CONFIG}: expected the name of a timm model, got {name!r}")
-        return timm.create_model(name, pretrained=False, **arguments).to(dtype)
+        kinds = {"num_classes": int, "global_pool": str, "img_size": list}
+        for key, value in dict(arguments).items():
+            if not isinstance(value, kinds.get(key, ())):
+                raise ValueError(f"{folder / CONFIG}: expected only {', '.join(kinds)} as arguments, got {key}={value!r}")
+        return timm.create_model(name, pretrained=False, **arguments)
     if library == "transformers":
         from .transformers import create_host
 
-        return create_host(host.get("class"), host.get("config")).to(dtype)
+        return create_host(host.get("class"), host.get("config"))
     raise ValueError(f"model: expected a new {host.get('class')}, because the library of {folder} is {library!r}, got None")
 
 

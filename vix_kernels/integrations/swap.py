@@ -23,7 +23,8 @@ def host_of(model: nn.Module) -> str:
     transformers = sys.modules.get("transformers")  # a model of transformers exists only if it has been imported
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         return "transformers"
-    return "timm" if any(type(each).__module__.startswith("timm.") for each in model.modules()) else "torch.nn"
+    kinds = {type(each) for each in model.modules()} | {base for each in model.modules() for base in type(each).__mro__}
+    return "timm" if any(each.__module__.startswith("timm.") and "Attention" in each.__name__ for each in kinds) else "torch.nn"
 
 
 def replace_attention(
@@ -72,23 +73,31 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = {
-            name: (module, type(module), {key: _shallow(value) for key, value in vars(module).items()})
+            name: (module, type(module), {key: (value, _copy(value)) for key, value in vars(module).items()})
             for name, module in model.named_modules()
         }
-        config = getattr(model, "config", None)
-        self.implementation = getattr(config, "_attn_implementation", None) if host_of(model) == "transformers" else None
+        # The configurations of a model of transformers and of its parts, and the implementations of attention they select
+        configs = [getattr(module, "config", None) for module in model.modules()] if host_of(model) == "transformers" else []
+        self.implementations = {id(each): (each, each._attn_implementation) for each in configs if each is not None}
 
     def restore(self, layers: Sequence[str] | None = None) -> None:
         """Restore all modules, or only those in `layers` (names) and their children."""
         for name, (module, kind, state) in self.modules.items():
             if layers is None or any((name or ROOT) == layer or name.startswith(f"{layer}.") for layer in layers):
                 module.__class__ = kind
-                vars(module).clear()
-                vars(module).update({key: _shallow(value) for key, value in state.items()})
-        if layers is None and self.implementation is not None:
-            self.model.set_attn_implementation(self.implementation)
+                for value, saved in state.values():
+                    if isinstance(value, dict):  # keep the object, to which the handles of hooks refer
+                        value.clear()
+                        value.update(saved)
+                before = {key: value for key, (value, _) in state.items()}
+                for key in [key for key in vars(module) if key not in before]:
+                    del vars(module)[key]
+                vars(module).update(before)
+        if layers is None:
+            for config, implementation in self.implementations.values():
+                config._attn_implementation = implementation
 
 
-def _shallow(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     """Copy the dicts of a module, such as `_parameters` and `_forward_hooks`."""
     return value.copy() if isinstance(value, dict) else value

@@ -153,9 +153,9 @@ def count_prefix(model: nn.Module) -> int:
 def create_host(class_name: Any, config: Any) -> nn.Module:
     """Create a model with new weights. The names of its configuration and class are looked up in transformers' registries."""
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"config: expected a model_type of transformers, got {kind!r}")
-    settings = CONFIG_MAPPING[kind].from_dict(config)
+    settings = CONFIG_MAPPING[kind].from_dict(_without_implementations(config))
     registries = [value for name, value in vars(modeling_auto).items() if re.fullmatch(r"MODEL\w*_MAPPING", name)]
     found = [registry[type(settings)] for registry in registries if type(settings) in registry]
     for each in found:
@@ -163,6 +163,13 @@ def create_host(class_name: Any, config: Any) -> nn.Module:
             if candidate.__name__ == class_name:
                 return candidate(settings)
     raise ValueError(f"class: expected a model of transformers for {kind}, got {class_name!r}")
+
+
+def _without_implementations(config: Any) -> Any:
+    """Remove the choice of implementations from a configuration, because transformers may download code by such a name."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _without_implementations(x) for key, x in config.items() if not key.endswith("_implementation")}
 
 
 def _heads(module: nn.Module) -> int:

@@ -61,8 +61,11 @@ def put(module: AttentionModule, core: Any, backend: str | None = None) -> None:
     module.core, module.backend = core, backend or module.backend
     module.mount(core, module.site)
     for name in core.state(module.site):
-        if isinstance(value := getattr(module, name), nn.Module | nn.Parameter):
-            value.data = value.data.to(weight.device) if isinstance(value, nn.Parameter) else value.to(weight)
+        value = getattr(module, name)
+        if isinstance(value, nn.Module):
+            value.to(weight)
+        elif isinstance(value, nn.Parameter):
+            value.data = value.data.to(weight.device)
         elif value is not None:
             setattr(module, name, value.to(weight.device))
     if core.has_extra_state:

@@ -12,22 +12,20 @@ Batches = Callable[[], Iterable[Any]]
 LABELS = {"labels", "label"}  # entries of a dict that are not passed to the model
 
 
-def endless(batches: Batches, start: int = 0) -> Iterator[Any]:
-    """Iterate over the batches again and again, beginning with number `start`.
+def endless(batches: Batches) -> Iterator[Any]:
+    """Iterate over the batches again and again.
 
     Raises:
         TypeError, ValueError: `batches` is not a function that returns an iterator with at least one batch.
     """
     if not callable(batches):
         raise TypeError(f"batches: expected a function that returns a fresh iterator, got {type(batches).__name__}")
-    number = 0
     while True:
-        before = number
+        empty = True
         for batch in batches():
-            if number >= start:
-                yield batch
-            number += 1
-        if number == before:
+            empty = False
+            yield batch
+        if empty:
             raise ValueError("batches: expected a function that returns at least one batch in every call, got none")
 
 
@@ -38,9 +36,9 @@ def tensors(batch: Any) -> list[Tensor]:
 
 def size_of(batch: Any) -> int:
     """Return the number of samples in a batch."""
-    if not tensors(batch):
+    if not any(x.dim() for x in tensors(batch)):
         raise TypeError(f"batches: expected tensors, tuples or dicts of tensors, got {type(batch).__name__}")
-    return len(tensors(batch)[0])
+    return len(next(x for x in tensors(batch) if x.dim()))
 
 
 def part_of(batch: Any, rank: int, world: int) -> Any:
@@ -54,7 +52,7 @@ def part_of(batch: Any, rank: int, world: int) -> Any:
         return batch
     if isinstance(batch, Mapping):
         return {name: part(x) for name, x in batch.items()}
-    return type(batch)(part(x) for x in batch) if isinstance(batch, (tuple, list)) else part(batch)
+    return [part(x) for x in batch] if isinstance(batch, (tuple, list)) else part(batch)
 
 
 def call(model: nn.Module, batch: Any) -> Any:

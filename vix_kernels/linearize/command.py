@@ -110,6 +110,8 @@ def _run(options: Any) -> Report:
     folder = Path(options.output)
     if (folder / CONFIG).exists() and not options.overwrite:
         raise UserError(f"--output: {folder} contains a converted model: name another folder, or pass --overwrite")
+    if (folder / "config.json").exists() or any(folder.glob("*.pt")) and not (folder / FILE).exists():
+        raise UserError(f"--output: expected a new folder, got {folder}, which contains another model")
     for name in ("batch_size", "images", "eval_images"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
@@ -131,7 +133,8 @@ def _run(options: Any) -> Report:
         progress=options.progress, **core_options,
     )  # fmt: skip
     if not dist.is_initialized() or dist.get_rank() == 0:
-        data = {"classes": list(dataset.classes)} if len(dataset.classes) == trained.model.num_classes else {}
+        classes = trained.classes or dataset.classes
+        data = {"classes": list(classes)} if len(classes) == trained.model.num_classes else {}
         mean, std = (dataset.mean, dataset.std) if trained.mean is None else (trained.mean, trained.std)
         data |= {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
         save_linearized(trained.host, folder, data=data, overwrite=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -22,7 +23,7 @@ from ..integrations.swap import Snapshot, holders, prefix_of, replace_attention
 from ..nn.core import CORES, Mounted
 from ..ops.checks import check_integer, check_number
 from ..training.parallel import Ranks, connected
-from .batches import Batches, call, endless, output_of, outputs, part_of, size_of
+from .batches import Batches, call, endless, output_of, outputs, part_of, size_of, tensors
 from .report import LayerReport, Report
 from .state import Progress
 from .transfer import Layer, collect, fitting, ignore, initialize, measure, transferring
@@ -98,23 +99,27 @@ def linearize(
     if distill not in ("soft", "features"):
         raise ValueError(f"distill: expected 'soft' or 'features', got {distill!r}")
     check_number("finetune_lr", finetune_lr)
+    if eval_batches is not None and not callable(eval_batches):
+        raise TypeError(f"eval_batches: expected a function that returns a fresh iterator, got {type(eval_batches).__name__}")
+    if options.get("residual_conv_kernel"):
+        raise ValueError("residual_conv_kernel: expected 0, because a convolution would have to be trained")
     start = time.perf_counter()
     snapshot, training = Snapshot(model), {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if finetune_steps else None
-    if op in CORES and "seed" in CORES[op].options():
+    if isinstance(op, str) and op in CORES and "seed" in CORES[op].options():
         options = dict(seed=seed) | options
     if op == "feature":
         options = dict(gaussian=GAUSSIAN) | options
     with torch.inference_mode(False), connected() as ranks:
         try:
             with torch.no_grad():
-                conversion = Conversion(model, batches, op, layers, options, ranks, seed, max_error is not None)
+                conversion = Conversion(model, batches, op, layers, options, ranks, seed, max_error, snapshot)
                 settings = conversion.settings(steps, finetune_steps, distill, finetune_lr)
                 saved = Progress.open(output, settings, ranks, overwrite)
                 conversion.prepare(eval_batches or batches, eval_samples, saved)
                 conversion.fit(steps, saved, progress)
-                conversion.choose(max_error, snapshot)
+                conversion.choose(max_error)
             if teacher is not None:
                 with torch.enable_grad():
                     conversion.finetune(teacher, finetune_steps, finetune_lr, distill, saved, progress)
@@ -129,6 +134,8 @@ def linearize(
                 module.training = mode
             for parameter, grad in gradients.items():
                 parameter.grad = grad
+    for parameter in conversion.trained:
+        parameter.grad = None
     conversion.report.seconds = time.perf_counter() - start
     return conversion.report
 
@@ -138,15 +145,23 @@ class Conversion:
 
     def __init__(
         self, model: nn.Module, batches: Batches, op: str, layers: Sequence[str] | None, options: dict[str, Any], ranks: Ranks,
-        seed: int, several: bool,
+        seed: int, max_error: float | None, snapshot: Snapshot,
     ) -> None:  # fmt: skip
         self.model, self.batches, self.op, self.options, self.ranks, self.seed = model, batches, op, options, ranks, seed
-        self.first = next(endless(batches))
-        self.part(self.first)
+        self.max_error, self.snapshot = max_error, snapshot
+        self.first = next(self.usable(endless(batches)))
+        self.fingerprint = fingerprint(model, self.first)
+        before = [name for name, holder in holders(model).items() if isinstance(holder, DropIn)]
         replaced = replace_attention(model, op, layers=layers, retrain=True, **options)
+        for name in before:
+            if replaced.attentions.pop(name, None):
+                replaced.refused[name] = "its softmax attention is already replaced"
+        snapshot.restore(before)
         model.eval()
         found = holders(model)
-        self.layers = [self.layer_of(name, found[name], several) for name in replaced.attentions]
+        self.layers = [self.layer_of(name, found[name], max_error is not None) for name in replaced.attentions]
+        if not self.layers:
+            raise ValueError("model: expected softmax attention, got a model whose attention is already replaced")
         for layer in self.layers:  # features are trained in float32
             for name in layer.holder.learned:
                 parameter = getattr(layer.holder, name)
@@ -172,22 +187,21 @@ class Conversion:
     def settings(self, *values: Any) -> dict[str, Any]:
         """Return what a continued conversion must have in common with the interrupted one."""
         names = ("steps", "finetune_steps", "distill", "finetune_lr")
-        shapes = {name: list(x.shape) for name, x in self.model.state_dict().items() if isinstance(x, Tensor)}
         return dict(zip(names, values, strict=True)) | dict(
             op=self.op, options=repr(sorted(self.options.items())), seed=self.seed, layers=[each.name for each in self.layers],
-            shapes=repr(shapes),
+            max_error=self.max_error, model=self.fingerprint[0], batches=self.fingerprint[1],
         )  # fmt: skip
 
     def prepare(self, eval_batches: Batches, eval_samples: int, saved: Progress) -> None:
         """Measure the errors before training, and initialize the features."""
         count = 0
-        for batch in eval_batches():
-            if size_of(batch) < self.ranks.world:  # the last one may be small
-                break
+        for batch in self.usable(eval_batches()):
             self.eval_batches.append(batch)
             count += size_of(batch)
             if count >= eval_samples:
                 break
+        if not count:
+            raise ValueError("eval_batches: expected a function that returns at least one batch, got none")
         self.report.samples = count
         self.errors_before = {}
         transferring(self.layers, measure)
@@ -195,7 +209,7 @@ class Conversion:
         self.drop_refused()
         for layer in self.layers:
             self.errors_before[layer.name] = layer.relative_errors(self.ranks)
-        if saved.step or not self.trained:
+        if saved.saved.get("fit") or not self.trained:
             return
         transferring(self.layers, collect)
         count = 0
@@ -214,13 +228,14 @@ class Conversion:
 
     def drop_refused(self) -> None:
         """Keep softmax attention in layers that cannot be converted."""
+        for layer in self.layers:
+            if layer.tokens < 2 and not layer.reason:
+                layer.reason = f"expected at least 2 tokens, got {layer.tokens}"
         self.refused = [layer for layer in self.layers if layer.reason]
         self.layers = [layer for layer in self.layers if not layer.reason]
         for layer in self.refused:
             self.report.refused[layer.name] = layer.reason
         for layer in self.layers:
-            if layer.tokens < 2:
-                raise ValueError(f"batches: expected at least 2 tokens in {layer.name}, got {layer.tokens}")
             for name in ("num_features", "num_landmarks"):
                 slots = getattr(layer.students[0], name, 0) or 0
                 if slots >= layer.tokens and not self.report.warnings:
@@ -229,12 +244,13 @@ class Conversion:
             reasons = "; ".join(dict.fromkeys(self.report.refused.values())) or "no attention"
             raise ValueError(f"model: expected at least one attention that can be converted, got {reasons}")
 
+    def usable(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Skip batches that have fewer samples than there are processes, such as a small last batch."""
+        return (batch for batch in batches if size_of(batch) >= self.ranks.world)
+
     def part(self, batch: Any) -> Any:
         """Return the samples of a batch that this process gets."""
-        world = self.ranks.world
-        if size_of(batch) < world:
-            raise ValueError(f"batches: expected at least a sample for each of {world} processes, got {size_of(batch)}")
-        return part_of(batch, self.ranks.rank, world)
+        return part_of(batch, self.ranks.rank, self.ranks.world)
 
     @torch.no_grad()
     def run(self, batches: Any) -> None:
@@ -250,7 +266,7 @@ class Conversion:
         optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=BETAS)
         begin = saved.restore("fit", parameters, optimizer)
         with self.bar(steps, begin, "fit", progress) as bar:
-            for step, batch in enumerate(islice(endless(self.batches, begin), steps - begin), start=begin):
+            for step, batch in enumerate(islice(self.usable(endless(self.batches)), begin, steps), start=begin):
                 optimizer.zero_grad()
                 self.run([self.part(batch)])
                 self.add_gradients(parameters)
@@ -271,13 +287,15 @@ class Conversion:
             for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 parameter.grad.copy_(grad.view_as(parameter))
 
-    def choose(self, max_error: float | None, snapshot: Snapshot) -> None:
+    def choose(self, max_error: float | None) -> None:
         """Measure the final errors, choose among candidates, and restore softmax where the error is too large."""
         transferring(self.layers, measure)
         self.run(map(self.part, self.eval_batches))
         kept = [layer.name for layer in self.refused]
         for layer in self.layers:
             errors = layer.relative_errors(self.ranks)
+            if not all(map(math.isfinite, errors)):
+                raise ValueError(f"batches: expected finite values, got an error of {layer.name} that is not finite")
             best = sorted(range(len(errors)), key=lambda i: (getattr(layer.students[i], "num_landmarks", 0), errors[i]))
             allowed = [i for i in best if max_error is None or errors[i] <= max_error]
             at = allowed[0] if allowed and max_error is not None else min(best, key=errors.__getitem__)
@@ -290,7 +308,8 @@ class Conversion:
             self.report.layers[layer.name] = LayerReport(layer.tokens, before, errors[at], attention, converted)
             if not converted:
                 kept.append(layer.name)
-        snapshot.restore(kept)
+        self.snapshot.restore(kept)
+        self.model.eval()
         self.layers = [layer for layer in self.layers if layer.name not in kept]
         if not self.layers:
             least = min(each.after for each in self.report.layers.values())
@@ -299,15 +318,18 @@ class Conversion:
     def finetune(self, teacher: nn.Module, steps: int, lr: float, distill: str, saved: Progress, progress: bool | None) -> None:
         """Train all weights to reproduce the output of the teacher."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if any(parameter.dtype == torch.float16 for parameter in parameters):
+            raise ValueError("finetune_steps: expected 0 for a model in float16, whose weights are not precise enough to train")
         optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
         begin = saved.restore("finetune", parameters, optimizer)
         of = distilled(distill)
         with self.bar(steps, begin, "finetune", progress) as bar:
-            for step, batch in enumerate(islice(endless(self.batches, begin), steps - begin), start=begin):
+            for step, batch in enumerate(islice(self.usable(endless(self.batches)), begin, steps), start=begin):
                 whole, batch = size_of(batch), self.part(batch)
                 with torch.no_grad():
                     expected = of(teacher, batch)
                 optimizer.zero_grad()
+                torch.clear_autocast_cache()  # it would contain the weights of the step before
                 loss = distance(of(self.model, batch), expected, distill) / whole
                 loss.backward()
                 self.add_gradients(parameters)
@@ -317,10 +339,13 @@ class Conversion:
                 optimizer.step()
                 bar.update()
                 saved.after_step("finetune", step + 1, steps, parameters, optimizer)
+        if not all(parameter.isfinite().all() for parameter in parameters):
+            raise ValueError("finetune_lr: expected a rate with which training converges, got weights that are not finite")
         self.report.steps += steps
 
     def finish(self, teacher: nn.Module | None) -> None:
         """Compare the outputs with those of the teacher, and measure times."""
+        torch.clear_autocast_cache()
         report, agreed, divergence, total, classes = self.report, 0, 0.0, 0.0, False
         for batch in map(self.part, self.eval_batches):
             (out,) = outputs(self.model, [batch])
@@ -329,7 +354,7 @@ class Conversion:
             else:
                 with self.softmax():
                     (expected,) = outputs(self.model, [batch])
-            classes = out.dim() == 2 and out.shape[1] > 1
+            classes = out.dim() == 2 and out.shape[1] > 1 and getattr(self.model, "num_classes", 1) != 0
             if classes:
                 agreed += int((out.argmax(1) == expected.argmax(1)).sum())
                 divergence += F.kl_div(out.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="sum").item()
@@ -362,6 +387,22 @@ class Conversion:
 
 def describe(holder: Mounted) -> str:
     return holder.describe() if isinstance(holder, DropIn) else holder.core.describe()
+
+
+def fingerprint(model: nn.Module, batch: Any) -> tuple[str, str]:
+    """Return digests of the weights of a model and of a batch, to recognize an interrupted conversion."""
+
+    def digest(named: Iterable[tuple[Any, Any]]) -> str:
+        lines = []
+        for name, x in named:
+            sums = x.detach().double() if isinstance(x, Tensor) and not x.is_complex() else torch.zeros(())
+            lines.append(
+                f"{name} {getattr(x, 'dtype', '')} {tuple(sums.shape)} {sums.sum().item()} {sums.square().sum().item()}"
+            )
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return digest([*model.state_dict().items(), (repr(trained), None)]), digest(enumerate(tensors(batch)))
 
 
 def schedule(step: int, steps: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,18 @@ class Progress:
         Raises:
             ValueError: the folder contains something else, or a conversion with other settings.
         """
+        if folder is not None and not isinstance(folder, str | PathLike):
+            raise TypeError(f"output: expected a path, got {folder!r}")
         progress = cls(None if folder is None else Path(folder), settings, ranks)
-        if folder is None or overwrite:
+        if folder is None:
             return progress
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output: expected a folder, got {folder}, which is a file")
+        if overwrite:
+            if ranks.first:
+                progress.path.unlink(missing_ok=True)
+            return progress
         if not progress.path.is_file():
             if folder.is_dir() and any(folder.iterdir()):
                 raise ValueError(f"output: expected a new folder, or overwrite=True, got {folder}, which is not empty")
@@ -58,7 +67,7 @@ class Progress:
 
     def restore(self, stage: str, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
         """Load the saved tensors of a stage, and return the number of its completed steps."""
-        part = self.saved.get(stage)
+        part = self.saved.get(stage) if stage == STAGES[0] else self.saved.pop(stage, None)
         if part is None:
             return 0
         with torch.no_grad():
@@ -74,8 +83,9 @@ class Progress:
         if self.path is None or (step % INTERVAL and step < steps):
             return
         part = {"step": step, "tensors": [x.detach().cpu().clone() for x in tensors], "optimizer": optimizer.state_dict()}
-        self.saved[stage] = part
+        if stage == STAGES[0]:  # all weights of a model are not kept in memory
+            self.saved[stage] = part
         if self.ranks.first:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            content = self.saved | {"stage": stage, "step": step, "settings": self.settings}
+            content = self.saved | {stage: part, "stage": stage, "step": step, "settings": self.settings}
             write_atomically(self.path, lambda temporary: torch.save(content, temporary))

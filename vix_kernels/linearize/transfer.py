@@ -122,7 +122,10 @@ class Transfer(Core):
             self.layer.reason = "it adds a mask or a bias to its logits"
         elif not self.layer.reason:
             call = Call(module, q.detach(), k.detach(), v.detach(), scale, rope, tokens, backend)
-            self.action(self.layer, self.students, call, target.detach())
+            try:
+                self.action(self.layer, self.students, call, target.detach())
+            except NotImplementedError as error:  # for example, an attention that does not support rotary embedding
+                self.layer.reason = str(error)
         return target
 
 

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .config import SharedError, UserError
 
 T = TypeVar("T")
+_connections = count()
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,9 @@ def connected() -> Iterator[Ranks]:
     # and wait for them. An elastic number of nodes (--nnodes 1:2) is not supported, because a change in the number of nodes
     # does not change the restart count.
     store, rank, world = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    # Another number tells apart several connections of the same processes.
+    name = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}, connection {next(_connections)}"
+    store = dist.PrefixStore(name, store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
