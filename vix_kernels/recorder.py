@@ -20,6 +20,7 @@ from .replay import Launch, Location, Operation, PassPlan, Place, Step
 
 ALIGNMENT = 256  # bytes; alignment of the tensors in a workspace
 ALLOCATIONS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
+WRITES = {"copy_", "zero_"}  # operations that only change their first argument
 
 
 @dataclass
@@ -82,6 +83,11 @@ class Recorder(TorchDispatchMode):
         location = Location(base, start_in_storage(x) - self.bases[base].start)
         return Place(location, x.dtype, tuple(x.shape), x.stride())
 
+    def is_new(self, place: Place) -> bool:
+        """Return whether this pass has created the tensor at `place`."""
+        base = place.location.base
+        return base >= self.old and self.bases[base].kind in ("allocation", "result")
+
     def with_places(self, args: Iterable[Any]) -> list[Any]:
         return [self.find_or_add(x) if isinstance(x, Tensor) else x for x in args]
 
@@ -120,7 +126,10 @@ class Recorder(TorchDispatchMode):
         elif {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}.intersection(function.tags):
             self.refuse(f"{function} reads values")
         elif function._schema.is_mutable:
-            self.refuse(f"{function} changes a tensor")
+            if function._opname in WRITES and self.is_new(places[0]):
+                self.steps.append(Operation(places, structure, function, []))
+            else:
+                self.refuse(f"{function} changes a tensor")
         elif function._opname in ALLOCATIONS and results.device == device:
             self.add(results, "allocation")
         elif all(isinstance(x, Tensor) and x.device == device for x in new):

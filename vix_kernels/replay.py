@@ -94,7 +94,10 @@ class Launch(Step):
 
 @dataclass
 class Operation(Step):
-    """An operation of PyTorch that returns new tensors. `args` are the leaves of its positional and keyword arguments."""
+    """An operation of PyTorch that returns new tensors, or that changes a tensor of the pass and has no results.
+
+    `args` are the leaves of its positional and keyword arguments.
+    """
 
     structure: TreeSpec  # of the arguments
     function: Callable
@@ -105,6 +108,8 @@ class Operation(Step):
         args, kwargs = tree_unflatten(leaves, self.structure)
         with torch._C._DisableAutocast():  # the recorder sees operations after autocast has cast their arguments
             results = self.function(*args, **kwargs)
+        if not self.results:
+            return
         for x in results if isinstance(results, tuple | list) else (results,):
             bases.append(x)
             addresses.append(x.data_ptr())

@@ -55,6 +55,8 @@ class DropIn(Mounted):
             not placed on a grid.
     """
 
+    follows_prefix, prefix_tokens = False, 0  # also for pickles of earlier versions
+
     def __init__(self, op: str, *, retrain: bool = False, backend: str = "auto", **options: Any) -> None:
         super().__init__()
         if not isinstance(op, str) or op not in OPS:
@@ -71,8 +73,8 @@ class DropIn(Mounted):
         check_trained(self.core, retrain)
         self.op, self.options, self.backend = op, options, backend
         self.grid: TokenGrid | None = None
-        self.follows_prefix = getattr(self.core, "exact_prefix", False) is True
-        self.is_mounted, self.prefix_tokens = False, 0
+        self.follows_prefix = getattr(self.core, "exact_prefix", False) is True and options.get("landmarks") != "pad_front"
+        self.is_mounted = False
 
     def mounted(self, site: Site) -> DropIn:
         """Return a copy for the layer at `site`, with separate parameters and with random features for this layer."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -169,9 +170,12 @@ class MarkedAttention(BuiltAttention):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         mark, key = self.mark, f"{prefix}_extra_state"
-        weights = [x for name, x in state_dict.items() if name.startswith(prefix) and name != key]
-        has_values = any(not getattr(x, "is_meta", False) for x in weights)
+        has_values = any(
+            not getattr(x, "is_meta", 0) for name, x in state_dict.items() if name.startswith(prefix) and name != key
+        )
         trained_with = _text_of(state_dict.get(key)) if has_values else mark
+        if mark == f"{trained_with}+exact" and "exact_prefix" not in self.vix.options:  # saved before rows could be exact
+            self.vix.core, self.vix.follows_prefix, mark = replace(self.vix.core, exact_prefix=False), False, trained_with
         may_differ = self.retrain or self.vix is not self.built  # replace_attention checks retrain before it changes vix
         if trained_with != mark and not may_differ:
             if not any(message.startswith(_REFUSED) for message in error_msgs):  # one error, not one for each layer

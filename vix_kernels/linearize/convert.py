@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..integrations.drop_in import DropIn
@@ -23,12 +22,13 @@ from ..integrations.swap import Snapshot, holders, prefix_of, replace_attention
 from ..nn.core import CORES, Mounted
 from ..ops.checks import check_integer, check_number
 from ..training.parallel import Ranks, connected
-from .batches import Batches, call, endless, output_of, outputs, part_of, size_of, tensors
+from .batches import Batches, call, endless, outputs, part_of, size_of
+from .losses import distance, distilled, schedule
 from .report import LayerReport, Report
-from .state import Progress
+from .state import Progress, fingerprint
 from .transfer import Layer, collect, fitting, ignore, initialize, measure, transferring
 
-LEARNING_RATE, BETAS, WARMUP = 0.1, (0.9, 0.95), 10
+LEARNING_RATE, BETAS = 0.1, (0.9, 0.95)
 GAUSSIAN = 0.5  # factor of |k|^2 / 2; learned factors ended at 0.35 to 0.54
 FIRST_SAMPLES = 64  # samples from which the features are initialized
 LANDMARKS = (16, 32, 64, 128)  # numbers of landmarks to choose from
@@ -387,47 +387,3 @@ class Conversion:
 
 def describe(holder: Mounted) -> str:
     return holder.describe() if isinstance(holder, DropIn) else holder.core.describe()
-
-
-def fingerprint(model: nn.Module, batch: Any) -> tuple[str, str]:
-    """Return digests of the weights of a model and of a batch, to recognize an interrupted conversion."""
-
-    def digest(named: Iterable[tuple[Any, Any]]) -> str:
-        lines = []
-        for name, x in named:
-            sums = x.detach().double() if isinstance(x, Tensor) and not x.is_complex() else torch.zeros(())
-            lines.append(
-                f"{name} {getattr(x, 'dtype', '')} {tuple(sums.shape)} {sums.sum().item()} {sums.square().sum().item()}"
-            )
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return digest([*model.state_dict().items(), (repr(trained), None)]), digest(enumerate(tensors(batch)))
-
-
-def schedule(step: int, steps: int) -> float:
-    """Return the factor of the learning rate: a linear warm-up, then half a cosine down to 0."""
-    warmup = min(WARMUP, steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
-
-
-def distilled(distill: str) -> Callable[[nn.Module, Any], Tensor]:
-    """Return a function (model, batch) that computes what is distilled."""
-
-    def features(model: nn.Module, batch: Any) -> Tensor:
-        if not hasattr(model, "forward_features"):
-            raise ValueError("distill: expected 'soft' for a model without forward_features, got 'features'")
-        x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        return model.forward_features(x.to(next(model.parameters()).device)).float()
-
-    return features if distill == "features" else lambda model, batch: output_of(call(model, batch)).float()
-
-
-def distance(actual: Tensor, expected: Tensor, distill: str) -> Tensor:
-    """Return the Kullback-Leibler divergence of class probabilities, or the relative squared error, summed over samples."""
-    if distill == "soft" and actual.dim() == 2:
-        return F.kl_div(actual.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="sum")
-    over = tuple(range(1, actual.dim()))
-    return ((actual - expected).square().sum(over) / expected.square().sum(over).clamp(min=1e-30)).sum()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..commands import write_atomically
 from ..training.parallel import Ranks
+from .batches import tensors
 
 FILE = "linearize.pt"
 INTERVAL = 50  # steps between checkpoints
@@ -89,3 +91,19 @@ class Progress:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             content = self.saved | {stage: part, "stage": stage, "step": step, "settings": self.settings}
             write_atomically(self.path, lambda temporary: torch.save(content, temporary))
+
+
+def fingerprint(model: nn.Module, batch: Any) -> tuple[str, str]:
+    """Return digests of the weights of a model and of a batch, to recognize an interrupted conversion."""
+
+    def digest(named: Iterable[tuple[Any, Any]]) -> str:
+        lines = []
+        for name, x in named:
+            sums = x.detach().double() if isinstance(x, Tensor) and not x.is_complex() else torch.zeros(())
+            lines.append(
+                f"{name} {getattr(x, 'dtype', '')} {tuple(sums.shape)} {sums.sum().item()} {sums.square().sum().item()}"
+            )
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return digest([*model.state_dict().items(), (repr(trained), None)]), digest(enumerate(tensors(batch)))

@@ -25,7 +25,7 @@ def compute_exact_rows(
 ) -> Tensor:
     """Return the outputs (batch, heads, count, value_dim) of the first `count` queries, in float32."""
     rotary = None if rope is None else rope.rotary
-    return aggregate(first_queries(q, count, rope), k, v, scale=scale, mask=mask, rotary=rotary, backend=backend)[0]
+    return aggregate(first_queries(q, count, rope, mask), k, v, scale=scale, mask=mask, rotary=rotary, backend=backend)[0]
 
 
 def with_exact_rows_reference(
@@ -38,13 +38,19 @@ def with_exact_rows_reference(
     if not count:
         return out
     rotary = None if rope is None else rope.differentiable
-    rows, _ = aggregate_reference(first_queries(q, count, rope), k, v, scale=scale, mask=mask, rotary=rotary)
+    rows, _ = aggregate_reference(first_queries(q, count, rope, mask), k, v, scale=scale, mask=mask, rotary=rotary)
     return torch.cat((rows.to(out.dtype), out[:, :, count:]), 2)
 
 
-def first_queries(q: Tensor, count: int, rope: Rope | None) -> Tensor:
-    """Return the first `count` queries, rotated."""
+def first_queries(q: Tensor, count: int, rope: Rope | None, mask: Tensor | None) -> Tensor:
+    """Return the first `count` queries, rotated.
+
+    In self-attention, padded queries are replaced by 0, because the gradients of keys add up over queries, even NaN.
+    """
+    first = q[:, :, :count]
+    if mask is not None and mask.shape[1] == q.shape[2]:
+        first = first.masked_fill(~mask[:, None, :count, None], 0)
     if rope is None:
-        return q[:, :, :count]
+        return first
     cos, sin, interleaved, _ = rope.differentiable
-    return rotate_reference(q[:, :, :count], Rotary(cos[:, :count], sin[:, :count], interleaved))
+    return rotate_reference(first, Rotary(cos[:, :count], sin[:, :count], interleaved))

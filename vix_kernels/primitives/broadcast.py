@@ -60,7 +60,7 @@ def broadcast(
 def with_rows(out: Tensor, rows: Tensor | None) -> Tensor:
     """Overwrite the first rows of `out` with `rows`, in place."""
     if rows is not None:
-        out[:, :, : rows.shape[2]] = rows
+        out[:, :, : rows.shape[2]].copy_(rows)
     return out
 
 
@@ -69,7 +69,7 @@ def split_gradient(dout: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor 
     if not rows:
         return None, dout
     drows, dout = dout[:, :, :rows].to(dtype, copy=True), dout.clone()
-    dout[:, :, :rows] = 0
+    dout[:, :, :rows].zero_()
     return drows, dout
 
 

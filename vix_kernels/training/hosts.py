@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ class HostModel(nn.Module):
 
     Attributes:
         host: the model.
-        in_chans, img_size, num_classes: the shape of its inputs and outputs.
+        in_chans, img_size, num_classes: the shape of its inputs and outputs. Models that take images of any size do not know
+            the size; it is then `shape`, the channels, height and width of the images of a run.
         config: entries that describe the training images, as in Backbone.
     """
 
     num_prefix_tokens = 0
 
-    def __init__(self, host: nn.Module, data: dict[str, Any] | None = None) -> None:
+    def __init__(self, host: nn.Module, data: dict[str, Any] | None = None, shape: tuple[int, int, int] | None = None) -> None:
         super().__init__()
         self.host = host
         self.in_chans, self.img_size, self.num_classes = image_shape(host)
+        if shape is not None:
+            self.in_chans, self.img_size = shape[0], tuple(shape[1:])
         self.config: dict[str, Any] = {"data": data} if data else {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +43,8 @@ class HostModel(nn.Module):
         return out if isinstance(out, Tensor) else out.logits
 
     def get_classifier(self) -> nn.Module:
-        return self.host.get_classifier() if hasattr(self.host, "get_classifier") else self.host.classifier
+        head = self.host.get_classifier() if hasattr(self.host, "get_classifier") else self.host.classifier
+        return nn.ModuleList(head) if isinstance(head, tuple) else head  # distilled models have two heads
 
     def no_weight_decay(self) -> set[str]:
         exempt = self.host.no_weight_decay() if hasattr(self.host, "no_weight_decay") else ()
@@ -86,8 +91,10 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
         return _transformers(name)
     if library != "timm" or not name:
         raise UserError(f"--model: expected timm:NAME or hf:FOLDER, got {spec!r}")
-    import timm
-
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"--model: {spec} needs timm: pip install timm ({error})") from error
     if not timm.is_model(name):
         close = timm.list_models(f"*{name}*")[:3]
         raise UserError(
@@ -102,7 +109,7 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
         model = timm.create_model(name, pretrained=pretrained, **arguments)
         if state is not None:
             model.load_state_dict(state)
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError, OSError) as error:
         raise UserError(f"--model: cannot create {spec}: {str(error).splitlines()[0]}") from error
     cfg = model.pretrained_cfg
     known = pretrained or checkpoint is not None
@@ -111,12 +118,13 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
 
 def accepts_size(name: str) -> bool:
     """Return whether a timm model is created for an image size, as vision transformers are."""
-    import timm
+    try:
+        import timm
 
-    if not timm.is_model(name):
+        with torch.device("meta"):
+            return hasattr(getattr(timm.create_model(name), "patch_embed", None), "img_size")
+    except (ImportError, RuntimeError, ValueError):  # create_host names the reason
         return False
-    with torch.device("meta"):
-        return hasattr(getattr(timm.create_model(name), "patch_embed", None), "img_size")
 
 
 def _transformers(folder: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -159,14 +167,26 @@ def read_weights(path: str | Path, flag: str = "--checkpoint") -> dict[str, Tens
     return {name.removeprefix("module."): x for name, x in state.items() if isinstance(x, Tensor)}
 
 
-def make_model(name: str, attention: str | None, arguments: dict[str, Any], pretrained: bool = False) -> nn.Module:
-    """Create the model of a run. Its weights are new, unless `pretrained` is set."""
+def make_model(
+    config: Mapping[str, Any], arguments: dict[str, Any], shape: tuple[int, int, int] | None = None, pretrained: bool = False
+) -> nn.Module:
+    """Create the model of a run. Its weights are new, unless `pretrained` is set.
+
+    Args:
+        config: the settings of the run: `model`, and `attention` and `backend` for a model of timm.
+        arguments: the arguments of the model.
+        shape: channels, height and width of the images of the run.
+    """
+    name, attention = config["model"], config.get("attention")
     if not name.startswith("timm:"):
         return create_model(name, **arguments)
     host, _ = create_host(name, None, pretrained, **arguments)
     if attention is not None:
-        replace_attention(host, attention, retrain=True)
-    return HostModel(host)
+        try:
+            replace_attention(host, attention, retrain=True, backend=config.get("backend", "auto"))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise UserError(f"--attention: cannot use {attention!r}: {error}") from error
+    return HostModel(host, None, shape)
 
 
 def classifier(model: nn.Module, data: dict[str, Any] | None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from .hosts import HostModel, make_model, read_weights
 FLAG = "--initial-checkpoint"
 
 
-def load_initial(model: nn.Module, path: str) -> None:
+def load_initial(model: nn.Module, path: str, classes: Sequence[str]) -> None:
     """Load weights into `model`. A head with other classes keeps its new weights, and positions are resampled.
 
     Args:
+        classes: the names of the classes of the new model.
         path: a run or a checkpoint of `vix train`, a folder written by `save_model`, or a .safetensors or .pth file.
 
     Raises:
@@ -32,23 +34,37 @@ def load_initial(model: nn.Module, path: str) -> None:
     file = Path(path)
     run = next((file / name for name in ("best.pt", "last.pt") if (file / name).is_file()), file)
     source: nn.Module | None = None
+    data: dict[str, Any] = {}
     if run.suffix == ".pt":
         checkpoint = load_checkpoint(run, flag=FLAG)
         state = checkpoint["ema"] or checkpoint["model"]
         config = checkpoint["config"]
-        with torch.device("meta"):
-            source = make_model(config["model"], config.get("attention"), checkpoint["model_kwargs"])
+        data = checkpoint["data"]
+        source = _source(config, checkpoint["model_kwargs"], data.get("shape"), file)
     elif (file / CONFIG).is_file():
-        config, state = read_folder(file)
-        with torch.device("meta"):
-            source = make_model(config["name"], None, config["arguments"])
+        try:
+            config, state = read_folder(file)
+        except ValueError as error:
+            raise UserError(f"{FLAG}: {error}") from error
+        data = config.get("data", {})
+        source = _source({"model": config.get("name", "")}, config["arguments"], None, file)
     else:
         state = read_weights(file, FLAG)
     if isinstance(source, Backbone) and isinstance(model, Backbone):
         state = adapt_state(state, source, model)
     else:
         state = _adapted(state, model)
-    _load(model, state, file)
+    same = "classes" not in data or list(data["classes"]) == list(classes)
+    _load(model, state, file, keep_head=same)
+
+
+def _source(config: dict[str, Any], arguments: dict[str, Any], shape: Any, path: Path) -> nn.Module:
+    """Return the trained model without its weights."""
+    try:
+        with torch.device("meta"):
+            return make_model(config, arguments, shape)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{FLAG}: cannot create the model of {path}: {error}") from error
 
 
 def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -87,13 +103,13 @@ def _of_attention(model: nn.Module) -> set[str]:
     )
 
 
-def _load(model: nn.Module, state: dict[str, Any], path: Path) -> None:
+def _load(model: nn.Module, state: dict[str, Any], path: Path, keep_head: bool) -> None:
     expected = model.state_dict()
     head = {id(parameter) for parameter in model.get_classifier().parameters()}
     heads = {name for name, parameter in model.named_parameters() if id(parameter) in head}
     heads |= {name for name in expected if is_head(name)}
     for name in heads:
-        if name in state and (name not in expected or state[name].shape != expected[name].shape):
+        if name in state and not (keep_head and name in expected and state[name].shape == expected[name].shape):
             del state[name]
     problems = {
         "missing": [name for name in expected if name not in state and name not in heads | _of_attention(model)],

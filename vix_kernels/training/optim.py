@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,13 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: Config) -> None:
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         exempt = model.no_weight_decay()
-        head = {id(parameter) for parameter in model.get_classifier().parameters()}
-        scales = layer_scales(list(self.names.values()), config.layer_decay)
+        heads = list(model.get_classifier().parameters())
+        head = {id(parameter) for parameter in heads}
+        scales = layer_scales(list(self.names.values()), {self.names[p] for p in heads}, config.layer_decay)
         adamw: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)  # by the weight decay and the layer's factor
         muon: dict[float, list[nn.Parameter]] = defaultdict(list)
         for parameter, name in self.names.items():
-            if parameter.ndim <= 1 or name in exempt:
+            if parameter.ndim <= 1 or name in exempt or name.endswith("feature_bias"):
                 adamw[0.0, scales[name]].append(parameter)
             elif config.opt == "muon" and parameter.ndim == 2 and id(parameter) not in head:
                 muon[scales[name]].append(parameter)
@@ -84,22 +85,34 @@ class Optimizer:
             owners[parameter].state[parameter][key] = placed_like(parameter, value)
 
 
-def layer_scales(names: Sequence[str], decay: float) -> dict[str, float]:
+def layer_scales(names: Sequence[str], head: Collection[str], decay: float) -> dict[str, float]:
     """Return the factor of the learning rate of each parameter: 1 for the head, `decay` for the last block, and so on.
 
-    The parameters below the blocks, such as embeddings, have the smallest factor.
+    The parameters below the blocks, such as embeddings, have the smallest factor. Those between blocks have the factor of the
+    block before.
+
+    Args:
+        names: the names of the parameters, in the order of the model.
+        head: the names of the parameters of the head.
+
+    Raises:
+        UserError: `decay` is not 1, and the model has no blocks.
     """
     blocks: dict[str, int] = {}
-    layers = {}
+    layers: dict[str, int] = {}
     for name in names:
-        if found := re.match(r"(.*?\b(?:blocks|layers?|encoder)\.\d+)\.", name):
-            layers[name] = blocks.setdefault(found[1], len(blocks) + 1)
-        else:
-            layers[name] = 0
-    for name in names:
-        if not layers[name] and re.search(r"(^|\.)(head|norm|fc_norm|attention_pool|attn_pool|classifier)\.", name):
-            layers[name] = len(blocks) + 1
-    return {name: decay ** (len(blocks) + 1 - layer) for name, layer in layers.items()}
+        if found := re.match(r"(.*\b(?:blocks|layers?)\.\d+)\.", name):
+            blocks.setdefault(found[1], len(blocks) + 1)
+            layers[name] = blocks[found[1]]
+        elif name in head or re.match(r"(host\.)?(norm|fc_norm|attention_pool|attn_pool)\.", name):
+            layers[name] = -1
+        else:  # class tokens and positions are often registered after the blocks of an outer module
+            outer = re.match(r"(.*\bstages\.\d+)\.", name)
+            layers[name] = len(blocks) if outer else 0
+    if decay != 1 and not blocks:
+        raise UserError("--layer-decay: expected 1 for a model without blocks, got " + f"{decay:g}")
+    last = len(blocks) + 1
+    return {name: decay ** (last - (last if layer < 0 else layer)) for name, layer in layers.items()}
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: Config) -> float:

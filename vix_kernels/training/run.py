@@ -113,9 +113,11 @@ class Run:
             source = open_dataset(config.dataset, config.img_size, **options)
         if config.dataset not in NAMES:  # make a path absolute, because the run may be resumed in a different directory
             config = replace(config, dataset=os.path.abspath(config.dataset))
+        paths = {name: os.path.abspath(value) for name in ("teacher", "initial_checkpoint") if (value := getattr(config, name))}
+        config = replace(config, **paths)
         with ranks.agreed():
             check_batches(config, ranks, source.train_images)
-            model, self.model_kwargs = build_model(config, source, device)
+            model, self.model_kwargs = build_model(config, source, device, checkpoint is None)
             check_smallest_batch(config, model, ranks, source.train_images)
             if checkpoint:
                 check_same_run(checkpoint, config, self.model_kwargs, source)

@@ -6,6 +6,7 @@ import os
 import zlib
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import asdict
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -115,8 +116,8 @@ def check_batches(config: Config, ranks: Ranks, images: int) -> None:
         raise UserError(f"--batch-size: the smallest batch has {smallest} images, too few for {parts}")
 
 
-def build_model(config: Config, source: Source, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """Create the model, and test it on zeros.
+def build_model(config: Config, source: Source, device: torch.device, fresh: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """Create the model, and test it on zeros. If `fresh` is False, a checkpoint with the weights is loaded later.
 
     The image shape and the number of classes come from the data set. So does the patch size, unless --model-kwargs or the
     model's preset sets it.
@@ -132,7 +133,7 @@ def build_model(config: Config, source: Source, device: torch.device) -> tuple[n
     if config.model.startswith("timm:"):
         kwargs = {name: shape[name] for name in ("num_classes", "in_chans")} | config.model_kwargs
         if accepts_size(config.model.removeprefix("timm:")):
-            kwargs["img_size"] = shape["img_size"]
+            kwargs = {"img_size": shape["img_size"]} | kwargs
     else:
         kwargs = _zoo_arguments(config, source, shape)
     if config.drop_path is not None:
@@ -142,15 +143,14 @@ def build_model(config: Config, source: Source, device: torch.device) -> tuple[n
             raise UserError(f"--model-kwargs: {name}: the images of {source.name} have {value}, got {kwargs[name]}")
     seed_torch(config.seed)
     options = {} if config.model.startswith("timm:") else {"backend": config.backend}
-    fresh = config.resume is None  # a resumed run has its weights in the checkpoint
     try:
-        model = make_model(config.model, config.attention, kwargs | options, config.pretrained and fresh)
+        model = make_model(asdict(config), kwargs | options, source.shape, config.pretrained and fresh)
         if config.initial_checkpoint and fresh:
-            load_initial(model, config.initial_checkpoint)
+            load_initial(model, config.initial_checkpoint, source.classes)
         model = model.to(device)
         with torch.no_grad():
             model.eval()(torch.zeros(2, channels, height, width, device=device))
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         raise UserError(str(error)) from error
     return model, kwargs
 
@@ -186,7 +186,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[st
     If the checkpoint was saved in the middle of an epoch, its batch size must also equal the batch size of this run.
     """
     saved = checkpoint["config"] | {"model_kwargs": checkpoint["model_kwargs"]}
-    wanted = {"model": config.model, "seed": config.seed, "model_kwargs": model_kwargs}
+    wanted = {"model": config.model, "attention": config.attention, "seed": config.seed, "model_kwargs": model_kwargs}
     if checkpoint["step"]:  # in the middle of an epoch
         wanted["batch_size"] = config.batch_size
     for name, value in wanted.items():

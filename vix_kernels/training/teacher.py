@@ -31,6 +31,9 @@ class Teacher:
             raise UserError(f"--teacher: expected a model for images of shape {shape}, got {self.trained.shape}")
         if self.trained.model.num_classes != classes:
             raise UserError(f"--teacher: expected a model with {classes} classes, got {self.trained.model.num_classes}")
+        if self.trained.classes not in (None, dataset.classes):
+            names = ", ".join(self.trained.classes[:3])
+            raise UserError(f"--teacher: expected a model of the classes of {dataset.name}, got {names}, ...")
         self.features: dict[str, Tensor] = {}
         if config.distill == "features":
             widths = {}
@@ -48,8 +51,10 @@ class Teacher:
         For "soft", this is the Kullback-Leibler divergence of the class probabilities. For "features", it is the relative
         squared error of the input of the classifier.
         """
+        if self.trained.mean is not None:  # otherwise, the teacher's inputs were normalized like those of the student
+            inputs = self.trained.inputs(inputs * self.dataset.std + self.dataset.mean)
         with torch.no_grad():
-            expected = self.trained.model(self.trained.inputs(inputs * self.dataset.std + self.dataset.mean)).float()
+            expected = self.trained.model(inputs).float()
         if self.config.distill == "soft":
             return F.kl_div(logits.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="sum")
         actual, expected = self.features["student"].float(), self.features["teacher"].float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -97,7 +97,7 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
     config = Config(**{name: value for name, value in checkpoint["config"].items() if name in known})
     data = checkpoint["data"]
     try:
-        model = make_model(config.model, config.attention, checkpoint["model_kwargs"]).to(device).eval()
+        model = make_model(asdict(config), checkpoint["model_kwargs"], data.get("shape")).to(device).eval()
         model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
         model.config["data"] = {name: data[name] for name in ("classes", "mean", "std")}
         return Trained(path, config, model, *_training_images(model, device))

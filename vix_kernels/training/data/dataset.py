@@ -64,6 +64,7 @@ class Dataset:
         return {
             "name": self.name,
             "classes": list(self.classes),
+            "shape": list(self.train.shape),
             "train_images": len(self.train),
             "test_images": len(self.test),
             "max_value": self.max_value,
