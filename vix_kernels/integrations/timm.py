@@ -170,17 +170,15 @@ class MarkedAttention(BuiltAttention):
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         mark, key = self.mark, f"{prefix}_extra_state"
-        has_values = any(
-            not getattr(x, "is_meta", 0) for name, x in state_dict.items() if name.startswith(prefix) and name != key
-        )
+        weights = (x for name, x in state_dict.items() if name.startswith(prefix) and name != key)
+        has_values = not all(getattr(x, "is_meta", False) for x in weights)
         trained_with = _text_of(state_dict.get(key)) if has_values else mark
         if mark == f"{trained_with}+exact" and "exact_prefix" not in self.vix.options:  # saved before rows could be exact
             self.vix.core, self.vix.follows_prefix, mark = replace(self.vix.core, exact_prefix=False), False, trained_with
         may_differ = self.retrain or self.vix is not self.built  # replace_attention checks retrain before it changes vix
         if trained_with != mark and not may_differ:
             if not any(message.startswith(_REFUSED) for message in error_msgs):  # one error, not one for each layer
-                same_op = trained_with.removesuffix("+exact") == self.vix.op
-                option = f"exact_prefix={trained_with != self.vix.op}" if same_op else "retrain=True"
+                option = "exact_prefix=True" if trained_with == f"{mark}+exact" else "retrain=True"
                 error_msgs.append(
                     f"{_REFUSED} trained with {mark!r} attention (marked by {key}), got weights trained with {trained_with!r}"
                     f"{'' if key in state_dict else ' (no mark)'}; use attn_layer=attention_layer({self.vix.op!r}, {option})"
