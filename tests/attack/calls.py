@@ -65,14 +65,20 @@ def targets() -> dict[str, Target]:
     qkv, fixed = dict(q=q, k=k, v=v), dict(q=(0, 1, 3), k=(0, 1, 2, 3), v=(0, 1, 2))
     mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
     rope = vix_kernels.rope_1d(TOKENS, WIDTH)
-    common = qkv | dict(key_padding_mask=mask, rope=rope, backend="torch", scale=0.25)
-    unscaled = {name: value for name, value in common.items() if name != "scale"}
+    common = qkv | dict(key_padding_mask=mask, rope=rope, backend="torch", scale=0.25, exact_rows=1)
+    unscaled = {name: value for name, value in common.items() if name not in ("scale", "exact_rows")}
     projection = vix_kernels.orthogonal_projection(12, WIDTH, seed=0)
     frequencies = vix_kernels.rope_mixed_frequencies(WIDTH, HEADS, seed=0)
     fixed_mask = fixed | dict(key_padding_mask=(0, 1))
     found = {
         "performer_attention": Target(
             vix_kernels.performer_attention, common | dict(projection=projection), fixed=fixed_mask | dict(projection=(1,))
+        ),
+        "feature_attention": Target(
+            vix_kernels.feature_attention,
+            common
+            | dict(query_features=projection, key_features=projection.flip(0), feature_bias=torch.zeros(12), gaussian=0.5),
+            fixed=fixed_mask | dict(query_features=(0, 1), key_features=(0, 1), feature_bias=(0,)),
         ),
         "linear_attention": Target(
             vix_kernels.linear_attention,
@@ -150,6 +156,7 @@ def module_targets(normal: Callable[..., Tensor], mask: Tensor, rope: Any) -> di
     options = {
         "Attention": {},
         "PerformerAttention": dict(num_features=12, seed=0),
+        "FeatureAttention": dict(num_features=12, gaussian=0.5, seed=0),
         "LinearAttention": dict(feature_map="elu", eps=0.5),
         "NystromAttention": dict(
             num_landmarks=4, landmarks="grid", grid_size=(2, 4), prefix_tokens=0, pinv_iterations=6, pinv_init="exact",

@@ -124,6 +124,17 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, scale: fl
     return normalized(log_kernel, pairs(valid), how=how) @ v
 
 
+def feature_attention(
+    q: Tensor, k: Tensor, v: Tensor, wq: Tensor, wk: Tensor, b: Tensor, *, scale: float, gaussian: float, valid=None, how=EXACT
+) -> Tensor:  # fmt: skip
+    """Attention with the kernel sum_j exp(c wq_j q + b_j) exp(c wk_j k - gaussian c^2 |k|^2 / 2), where c^2 = scale."""
+    c = math.sqrt(scale)
+    of_queries = c * q @ wq.mT + b[..., None, :]
+    of_keys = c * k @ wk.mT - gaussian * c**2 / 2 * (k * k).sum(-1, keepdim=True)
+    log_kernel = torch.logsumexp(of_queries[:, :, :, None] + of_keys[:, :, None], -1)
+    return normalized(log_kernel, pairs(valid), how=how) @ v
+
+
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor | None = None, *, feature_map: str, eps: float, valid=None, how=EXACT
 ) -> Tensor:

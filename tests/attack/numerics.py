@@ -34,9 +34,13 @@ PRODUCTS = 8  # for sums over up to 64 landmarks
 FEW_RUNS, MANY_RUNS = 2, 32  # number of evaluations of the definition, each with different rounding errors
 NOT_FINITE = "not finite"
 LARGEST = 3_000_000  # maximum number of elements in any tensor of a definition
-MODULES = ("Attention", "PerformerAttention", "LinearAttention", "NystromAttention", "LinformerAttention", "AgentAttention")
+MODULES = (
+    "Attention", "PerformerAttention", "FeatureAttention", "LinearAttention", "NystromAttention", "LinformerAttention",
+    "AgentAttention",
+)  # fmt: skip
+EXPONENTIAL = ("performer_attention", "feature_attention")
 ATTENTIONS = (
-    "performer_attention", "linear_attention", "nystrom_attention", "linformer_attention", "agent_attention",
+    *EXPONENTIAL, "linear_attention", "nystrom_attention", "linformer_attention", "agent_attention",
 )  # fmt: skip
 OPS = (*ATTENTIONS, "fourier_mixing", "apply_rope", "attention_weights", *MODULES)
 
@@ -298,6 +302,17 @@ def attention(
                 x["q"], x["k"], x["v"], x["projection"], scale=scale, valid=mask, how=how
             ),
         )
+    if op == "feature_attention":
+        shape, gaussian = (*per_head, case.features, case.width), 0.5 if case.op == op else 1.0  # 1 is the module's default
+        extra = {name: draw.projection(shape) for name in ("query_features", "key_features")}
+        extra["feature_bias"] = draw.projection((*per_head, case.features))
+        return (
+            extra,
+            scaled | dict(gaussian=gaussian),
+            lambda x, how: definitions.feature_attention(
+                *(x[name] for name in ("q", "k", "v", *extra)), scale=scale, gaussian=gaussian, valid=mask, how=how
+            ),
+        )
     if op == "linear_attention":
         extra = {"projection": draw.projection((*per_head, case.features, case.width))} if case.projected else {}
         options = dict(feature_map=case.feature_map, eps=case.eps)
@@ -363,6 +378,7 @@ def module_problem(case: Case) -> Problem:
     )
     options = {
         "PerformerAttention": dict(num_features=case.features),
+        "FeatureAttention": dict(num_features=case.features),
         "LinearAttention": dict(feature_map=case.feature_map, eps=case.eps),
         "NystromAttention": dict(num_landmarks=case.features, residual_conv_kernel=case.taps, prefix_tokens=case.prefix),
         "LinformerAttention": dict(seq_len=case.tokens, num_landmarks=case.features),
@@ -440,6 +456,8 @@ def pooled_agents(case: Case, q: Tensor, rotated_qkv: dict[str, Tensor], mask: T
 def placed(x: Tensor, memory: str, junk: float = float("nan")) -> Tensor:
     """Return a tensor with the same values in a different memory layout."""
     if memory == "transposed":  # tokens before heads, like the output of a linear layer
+        if x.dim() < 2:
+            return x
         return x.transpose(-3, -2).contiguous().transpose(-3, -2) if x.dim() > 2 else x.mT.contiguous().mT
     if memory == "last_stride":  # channels are not adjacent
         return x.mT.contiguous().mT if x.dim() > 1 else x
@@ -808,14 +826,14 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
         if self_attention and op != "attention_weights":
             names["taps"] = one_of(0, 1, 3, 5, 33)
     # The definition stores the weights of all pairs of tokens and, with feature maps, every feature for each pair.
-    inner = names["features"] if attention == "performer_attention" or names.get("projected") else width
-    inner = inner if attention in ("performer_attention", "linear_attention") else 1
+    inner = names["features"] if attention in EXPONENTIAL or names.get("projected") else width
+    inner = inner if attention in (*EXPONENTIAL, "linear_attention") else 1
     while names["batch"] * names["heads"] * queries * tokens * inner > LARGEST:
         if names["batch"] > 1:
             names["batch"] -= 1
         elif names["heads"] > 1:
             names["heads"] -= 1
-        elif attention == "performer_attention" or names.get("projected"):
+        elif attention in EXPONENTIAL or names.get("projected"):
             names["features"] = inner = inner // 2
         else:
             names["width"] = width = inner = inner // 2

@@ -153,7 +153,7 @@ def selected(found: Iterable[tuple[str, nn.Module]], layers: Sequence[str] | Non
     found = list(found)
     if layers is None:
         return found
-    if isinstance(layers, str):
+    if not isinstance(layers, list | tuple) or not all(isinstance(pattern, str) for pattern in layers):
         raise TypeError(f"layers: expected a list of names or patterns, got {layers!r}")
     for pattern in layers:
         if not fnmatch.filter((name for name, _ in found), pattern):

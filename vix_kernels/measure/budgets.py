@@ -83,6 +83,17 @@ SPILLS = (
     ),
     Declared("broadcast_slots_kernel", 56, "pooled slots with RoPE", archs=("sm_90",), widths=WIDE_HEADS),
     Declared(
+        "broadcast_slots_kernel", 408, "one kernel computes all gradients of up to 32 trained features",
+        use="feature+learned backward 32", dtypes=("fp32",), widths=(32, 64),
+    ),
+    Declared(
+        "broadcast_slots_kernel", 40, "one kernel computes all gradients of up to 32 trained features",
+        use="feature+learned backward 32", archs=("sm_120",), widths=(32,),
+    ),
+    Declared(
+        "aggregate_slots_kernel", 8, "two registers", use="feature+learned backward 32", archs=("sm_120",), widths=(64,)
+    ),
+    Declared(
         "broadcast_slots_kernel", 56, "tiles that do not spill compute each logit eight times", archs=AMPERE, widths=WIDE_HEADS
     ),
     Declared(
