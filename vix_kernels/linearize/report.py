@@ -93,7 +93,7 @@ class Report:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(max(5, 0.5 * len(self.layers) + 2), 4), layout="constrained")
+        figure = Figure(figsize=(max(6.5, 0.5 * len(self.layers) + 2), 4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         places = range(len(self.layers))
@@ -104,9 +104,10 @@ class Report:
         kept = " (* keeps softmax)" if len(self.converted) < len(self.layers) else ""
         axes.set(yscale="log", xlabel=f"attention layer{kept}", ylabel="relative squared error of the attention")
         title = f"{self.op}, {self.steps} steps" if self.steps else self.op
-        agreement = "" if self.agreement is None else f": agreement with the teacher {self.agreement:.2f} %"
+        agreement = "" if self.agreement is None else f"\nagreement with the teacher {self.agreement:.2f} %"
         axes.set_title(title + agreement, loc="left", parse_math=False)
-        axes.legend(frameon=False)
+        axes.set_ylim(top=5 * axes.get_ylim()[1])  # room for the legend
+        axes.legend(frameon=False, loc="upper left", ncols=2)
         axes.spines[["top", "right"]].set_visible(False)
         write_atomically(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
