@@ -25,6 +25,11 @@ from .drop_in import OPS, DropIn
 from .swap import Snapshot, holders, host_of, replace_attention
 
 WEIGHTS, CONFIG = "model.safetensors", "linearized.json"
+# Arguments of timm.create_model that linearized.json may contain, and their types
+TIMM_ARGUMENTS = {
+    "num_classes": int, "in_chans": int, "img_size": list, "patch_size": int, "depth": int, "embed_dim": int, "num_heads": int,
+    "mlp_ratio": (int, float), "qkv_bias": bool, "qk_norm": bool, "class_token": bool, "reg_tokens": int, "global_pool": str,
+}  # fmt: skip
 
 
 def save_linearized(
@@ -199,9 +204,11 @@ def _describe_host(model: nn.Module) -> dict[str, Any]:
         names = ("num_classes", "global_pool")
         arguments = {name: getattr(model, name) for name in names if isinstance(getattr(model, name, None), (int, str))}
         size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        arguments |= {"img_size": list(size)} if size else {}
+        arguments |= getattr(model, "vix_arguments", {})  # of a model that `vix train` created
         return host | {
             "name": getattr(model, "pretrained_cfg", {}).get("architecture"),
-            "arguments": arguments | ({"img_size": list(size)} if size else {}),
+            "arguments": {name: value for name, value in arguments.items() if name in TIMM_ARGUMENTS},
         }
     return host
 
@@ -215,10 +222,9 @@ def _create_host(host: dict[str, Any], folder: Path) -> nn.Module:
 
         if not isinstance(name, str) or not timm.is_model(name):
             raise ValueError(f"{folder / CONFIG}: expected the name of a timm model, got {name!r}")
-        kinds = {"num_classes": int, "global_pool": str, "img_size": list}
         for key, value in dict(arguments).items():
-            if not isinstance(value, kinds.get(key, ())):
-                raise ValueError(f"{folder / CONFIG}: expected only {', '.join(kinds)} as arguments, got {key}={value!r}")
+            if not isinstance(value, TIMM_ARGUMENTS.get(key, ())):
+                raise ValueError(f"{folder / CONFIG}: expected arguments {', '.join(TIMM_ARGUMENTS)}, got {key}={value!r}")
         return timm.create_model(name, pretrained=False, **arguments)
     if library == "transformers":
         from .transformers import create_host

@@ -181,6 +181,7 @@ def make_model(
     if not name.startswith("timm:"):
         return create_model(name, **arguments)
     host, _ = create_host(name, None, pretrained, **arguments)
+    host.vix_arguments = {key: list(x) if isinstance(x, tuple) else x for key, x in arguments.items()}  # to save the model
     if attention is not None:
         try:
             replace_attention(host, attention, retrain=True, backend=config.get("backend", "auto"))
