@@ -79,17 +79,18 @@ class Launch(Step):
 
     def __post_init__(self) -> None:
         self.pointers = [(i, *x.location) for i, x in enumerate(self.args) if isinstance(x, Place)]
+        self.grid = (*self.grid, 1, 1)[:3]
 
     def replay(self, bases: list[Tensor], addresses: list[int], stream: int | None) -> None:
         args = self.args.copy()
-        if self.compiled is None or self.kernel.pre_run_hooks:
-            for i, *_ in self.pointers:
-                args[i] = args[i].tensor(bases)
-            self.kernel[self.grid](*args, **self.meta)
+        if self.compiled is not None and not self.kernel.pre_run_hooks:
+            for i, base, offset in self.pointers:
+                args[i] = addresses[base] + offset
+            self.compiled.start(self.grid, stream, args)
             return
-        for i, base, offset in self.pointers:
-            args[i] = addresses[base] + offset
-        self.compiled.start(self.grid, stream, args)
+        for i, *_ in self.pointers:
+            args[i] = args[i].tensor(bases)
+        self.kernel[self.grid](*args, **self.meta)
 
 
 @dataclass
@@ -138,10 +139,17 @@ class PassPlan:
         for size, stride, dtype in self.allocations:
             bases.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
         bases += self.constants
-        with backends.on_device(device):
-            addresses = [x.data_ptr() for x in bases]
-            stream = None if backends.interpreted() else launcher().current_stream()
-            for step in self.steps:
-                step.replay(bases, addresses, stream)
+        if device.index is None or device.index == torch.cuda.current_device():  # a context would take a microsecond
+            self.replay(bases)
+        else:
+            with torch.cuda.device(device):  # autograd's backward threads do not inherit the caller's current device
+                self.replay(bases)
         outputs = [bases[x] if type(x) is int else x if x is None else x.tensor(bases) for x in self.outputs]
         return outputs, bases
+
+    def replay(self, bases: list[Tensor]) -> None:
+        """Replay the steps. `bases` contains the sources, allocations and constants."""
+        addresses = [x.data_ptr() for x in bases]
+        stream = None if backends.interpreted() else launcher().current_stream()
+        for step in self.steps:
+            step.replay(bases, addresses, stream)

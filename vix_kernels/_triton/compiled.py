@@ -33,10 +33,9 @@ class Compiled(NamedTuple):
     metadata: Any
     constexprs: tuple[Any, ...]
 
-    def start(self, grid: tuple[int, ...], stream: int, args: list[Any]) -> None:
+    def start(self, grid: tuple[int, int, int], stream: int, args: list[Any]) -> None:
         """Launch the kernel on the current device. `args` has an address for each tensor."""
-        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        self.run(x, y, z, stream, self.function, self.metadata, None, None, None, *args, *self.constexprs)
+        self.run(*grid, stream, self.function, self.metadata, None, None, None, *args, *self.constexprs)
 
 
 def current_stream() -> int:
@@ -70,7 +69,7 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[st
     found = known.get(key := tuple(key))
     if found is None:
         return remember(key, kernel, kernel[grid](*args, **meta), args, meta)
-    found.start(grid, driver.active.get_current_stream(device), values)
+    found.start((*grid, 1, 1)[:3], driver.active.get_current_stream(device), values)
     return found
 
 

@@ -17,6 +17,7 @@ from .problem import (
     broadcast_exps,
     broadcast_flops,
     exact_scale,
+    make_exact,
     make_mask,
     make_qkv,
     make_rope,
@@ -41,7 +42,7 @@ def _agent(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor]
         agent_mask = agent_mask.to(device)
     options = dict(
         scale=exact_scale(case), agent_mask=agent_mask, key_padding_mask=mask, rope=make_rope(case, device),
-        exact_rows=case.exact,
+        **make_exact(case),
     )  # fmt: skip
     return qkv | {"agents": agents}, options
 

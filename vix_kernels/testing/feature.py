@@ -18,6 +18,7 @@ from .problem import (
     broadcast_exps,
     broadcast_flops,
     exact_scale,
+    make_exact,
     make_mask,
     make_projection,
     make_qkv,
@@ -43,7 +44,7 @@ def _feature(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tenso
     bias = tensor(*features.shape[:-1], dtype=torch.promote_types(qkv["q"].dtype, torch.float32))
     options = dict(
         gaussian=0.25 if case.masked else not case.per_head, scale=exact_scale(case), key_padding_mask=mask,
-        rope=make_rope(case, qkv["q"].device), exact_rows=case.exact,
+        rope=make_rope(case, qkv["q"].device), **make_exact(case),
     )  # fmt: skip
     return qkv | dict(query_features=features.flip(-2), key_features=features, feature_bias=bias), options
 

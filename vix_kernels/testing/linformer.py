@@ -18,6 +18,7 @@ from .problem import (
     broadcast_exps,
     broadcast_flops,
     exact_scale,
+    make_exact,
     make_mask,
     make_qkv,
     make_rope,
@@ -53,7 +54,7 @@ def _linformer(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
     qkv = make_qkv(case, tensor)
     projections = {f"{name}_projection": _token_projection(case, tensor, qkv["k"]) for name in ("key", "value")}
     mask, rope = make_mask(case, qkv["k"], qkv["v"]), make_rope(case, qkv["k"].device)
-    return qkv | projections, dict(scale=exact_scale(case), key_padding_mask=mask, rope=rope, exact_rows=case.exact)
+    return qkv | projections, dict(scale=exact_scale(case), key_padding_mask=mask, rope=rope, **make_exact(case))
 
 
 def _project(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -16,6 +16,7 @@ from .problem import (
     broadcast_exps,
     broadcast_flops,
     exact_scale,
+    make_exact,
     make_mask,
     make_qkv,
     make_rope,
@@ -42,7 +43,7 @@ def _nystrom(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tenso
     grid = dict(landmarks="grid", grid_size=(case.rows, (case.tokens - case.prefix) // case.rows)) if case.adaptive else {}
     mask, rope = make_mask(case, qkv["k"], qkv["v"]), make_rope(case, qkv["q"].device)
     options = dict(num_landmarks=_landmarks(case), prefix_tokens=case.prefix, scale=exact_scale(case), **grid)
-    return tensors, options | dict(key_padding_mask=mask, rope=rope, exact_rows=case.exact)
+    return tensors, options | dict(key_padding_mask=mask, rope=rope, **make_exact(case))
 
 
 def _function(q: Tensor, k: Tensor, v: Tensor, conv_weight: Tensor, **options: Any) -> Tensor:

@@ -19,6 +19,7 @@ from .problem import (
     broadcast_exps,
     broadcast_flops,
     exact_scale,
+    make_exact,
     make_mask,
     make_projection,
     make_qkv,
@@ -58,7 +59,7 @@ def _performer(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Ten
     device = qkv["q"].device
     mask = make_mask(case, qkv["k"], qkv["v"])
     options = dict(
-        scale=exact_scale(case), key_padding_mask=mask, rope=make_rope(case, device), exact_rows=case.exact
+        scale=exact_scale(case), key_padding_mask=mask, rope=make_rope(case, device), **make_exact(case)
     )  # fmt: skip
     return qkv | {"projection": make_projection(case, qkv["q"])}, options
 

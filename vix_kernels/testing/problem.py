@@ -227,6 +227,10 @@ def make_rope(case: Case, device: torch.device) -> Any:
     return rope_1d(tokens, case.rotary or case.width, layout=case.rope, prefix_tokens=case.prefix, device=device)
 
 
+def make_exact(case: Case) -> dict[str, int]:
+    return {"exact_rows": case.exact} if case.exact else {}
+
+
 def make_tables(case: Case, device: torch.device) -> dict[str, Any]:
     rope = make_rope(case, device)
     return {} if rope is None else dict(rotary=rope.rotary)

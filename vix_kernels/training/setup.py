@@ -116,7 +116,7 @@ def check_batches(config: Config, ranks: Ranks, images: int) -> None:
         raise UserError(f"--batch-size: the smallest batch has {smallest} images, too few for {parts}")
 
 
-def build_model(config: Config, source: Source, device: torch.device, fresh: bool) -> tuple[nn.Module, dict[str, Any]]:
+def build_model(config: Config, source: Source, device: torch.device, fresh: bool = True) -> tuple[nn.Module, dict[str, Any]]:
     """Create the model, and test it on zeros. If `fresh` is False, a checkpoint with the weights is loaded later.
 
     The image shape and the number of classes come from the data set. So does the patch size, unless --model-kwargs or the
