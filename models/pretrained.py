@@ -38,22 +38,11 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     "std" are the statistics of each channel, for pixel values in [0, 1]. `vix train` sets this entry, and `vix predict` reads
     it. An existing model card is not overwritten, because users fill in its blanks.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), dict):
         raise TypeError(f"model: expected a model from create_model or from_original, got {type(model).__name__}")
-    folder = _path(folder)
+    folder = folder_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
-
-    def write(path: Path) -> None:
-        try:
-            save_file(tensors, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # also raised if the disk is full
-            raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
-
-    write_atomically(folder / WEIGHTS, write)
+    write_state(folder / WEIGHTS, {key: value.contiguous() for key, value in model.state_dict().items()})
     config = json.dumps(model.config | {"vix_kernels": __version__}, indent=2) + "\n"
     write_atomically(folder / CONFIG, lambda path: path.write_text(config))
     if not (folder / CARD).exists():
@@ -73,11 +62,11 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
         ValueError: a file is damaged, or the weights do not fit the model. The message lists all entries that are missing or
             unexpected, or that have the wrong shape.
     """
-    folder = _path(folder)
+    folder = folder_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: expected a folder written by save_model, got {str(folder)!r}, which is not a folder")
     config = _read_config(folder / CONFIG)
-    state = _read_state(folder / WEIGHTS)
+    state = read_state(folder / WEIGHTS)
     arguments = config["arguments"]
     if "original" in config:
         if overrides:
@@ -118,7 +107,21 @@ def model_card(model: nn.Module) -> str:
     )
 
 
-def _path(folder: Any) -> Path:
+def write_state(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write contiguous tensors to a .safetensors file atomically. Raises OSError if this fails."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # also raised if the disk is full
+            raise OSError(f"cannot write {path}: {error}") from error
+
+    write_atomically(path, write)
+
+
+def folder_path(folder: Any) -> Path:
     if not isinstance(folder, str | PathLike):
         raise TypeError(f"folder: expected a path, got {folder!r}")
     return Path(folder)
@@ -139,7 +142,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -160,7 +163,7 @@ def _still_true(data: dict[str, Any] | None, overrides: Mapping[str, Any]) -> di
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the config and the state dict of a model that `save_model` wrote. Raises ValueError if a file is damaged."""
-    return _read_config(folder / CONFIG), _read_state(folder / WEIGHTS)
+    return _read_config(folder / CONFIG), read_state(folder / WEIGHTS)
 
 
 def adapt_state(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 
@@ -77,13 +76,12 @@ def gpu_architecture(index: int) -> str:
     return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
-def on_device(device: torch.device) -> AbstractContextManager:
-    """Return a context in which `device` is the current GPU. It does nothing if this is already so, or for CPU tensors.
+def is_current(device: torch.device) -> bool:
+    """Return whether kernels for `device` can be launched without changing the current device, as for CPU tensors.
 
     Autograd's backward threads do not inherit the caller's current device.
     """
-    is_current = device.index is None or device.index == torch.cuda.current_device()
-    return nullcontext() if is_current else torch.cuda.device(device)
+    return device.index is None or device.index == torch.cuda.current_device()
 
 
 def tf32_allowed() -> bool:

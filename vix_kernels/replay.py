@@ -139,10 +139,10 @@ class PassPlan:
         for size, stride, dtype in self.allocations:
             bases.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
         bases += self.constants
-        if device.index is None or device.index == torch.cuda.current_device():  # a context would take a microsecond
+        if backends.is_current(device):  # a context would take a microsecond
             self.replay(bases)
         else:
-            with torch.cuda.device(device):  # autograd's backward threads do not inherit the caller's current device
+            with torch.cuda.device(device):
                 self.replay(bases)
         outputs = [bases[x] if type(x) is int else x if x is None else x.tensor(bases) for x in self.outputs]
         return outputs, bases

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import conditions
-from ..backends import gpu_architecture, interpreted, on_device, tf32_allowed
+from ..backends import gpu_architecture, interpreted, is_current, tf32_allowed
 from ..layout import Rotary, accumulator
 from . import compiled
 from .launch_table import INTERPRETER, OVERRIDES, TABLE, Key, Tile
@@ -40,7 +40,9 @@ def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[
     if interpreted():
         kernel[grid](*args, **meta)
         return None
-    with on_device(args[0].device):
+    if is_current(args[0].device):
+        return compiled.run(kernel, grid, args, meta)
+    with torch.cuda.device(args[0].device):
         return compiled.run(kernel, grid, args, meta)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import fields
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,14 @@ from torch import Tensor, nn
 from .. import __version__
 from ..commands import write_atomically
 from ..models import create_model
+from ..models.pretrained import WEIGHTS, folder_path, read_state, write_state
 from ..models.state import load_state
 from ..nn.core import CORES, Core, Mounted
 from ..nn.module import AttentionModule
 from .drop_in import OPS, DropIn
 from .swap import Snapshot, holders, host_of, replace_attention
 
-WEIGHTS, CONFIG = "model.safetensors", "linearized.json"
+CONFIG = "linearized.json"
 # Arguments of timm.create_model that linearized.json may contain, and their types
 TIMM_ARGUMENTS = {
     "num_classes": int, "in_chans": int, "img_size": list, "patch_size": int, "depth": int, "embed_dim": int, "num_heads": int,
@@ -47,13 +47,10 @@ def save_linearized(
     Raises:
         ValueError: the model has no replaced attention, or the folder contains a model and `overwrite` is not set.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     layers = {name: _layer(holder) for name, holder in holders(model).items() if holder.core.name != "softmax"}
     if not layers:
         raise ValueError("model: expected a model with replaced attention, got one without")
-    folder = _path(folder)
+    folder = folder_path(folder)
     if not (folder / CONFIG).exists() and ((folder / WEIGHTS).exists() or (folder / "config.json").exists()):
         raise ValueError(f"folder: expected a new folder, got {folder}, which contains another model")
     if (folder / CONFIG).exists() and not overwrite:
@@ -73,14 +70,8 @@ def save_linearized(
         seen.add(value.untyped_storage().data_ptr())
         tensors[name] = value.clone().contiguous() if shared else value.contiguous()
 
-    def write(path: Path) -> None:
-        try:
-            save_file(tensors, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # also raised if the disk is full
-            raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from error
-
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS, write)
+    write_state(folder / WEIGHTS, tensors)
     write_atomically(folder / CONFIG, lambda path: path.write_text(text))
 
 
@@ -97,15 +88,9 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
         FileNotFoundError: the folder or a file is missing.
         ValueError: a file is damaged, names an unknown attention or model, or the weights do not fit. `model` is unchanged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = _path(folder)
+    folder = folder_path(folder)
     config = read_config(folder)
-    try:
-        state = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
+    state = read_state(folder / WEIGHTS)
     try:
         created = _create_host(config["host"], folder) if model is None else model
     except (TypeError, KeyError, AttributeError, RuntimeError) as error:
@@ -175,9 +160,7 @@ def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None
         holder = holders(model)[name]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: layers: cannot replace {name!r}: {error}") from error
-    for learned in holder.learned:
-        parameter = getattr(holder, learned)
-        parameter.data = parameter.data.float()
+    holder.widen()
 
 
 def _structure(model: nn.Module) -> str:
@@ -231,9 +214,3 @@ def _create_host(host: dict[str, Any], folder: Path) -> nn.Module:
 
         return create_host(host.get("class"), host.get("config"))
     raise ValueError(f"model: expected a new {host.get('class')}, because the library of {folder} is {library!r}, got None")
-
-
-def _path(folder: Any) -> Path:
-    if not isinstance(folder, str | PathLike):
-        raise TypeError(f"folder: expected a path, got {folder!r}")
-    return Path(folder)

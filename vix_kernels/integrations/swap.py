@@ -23,7 +23,7 @@ def host_of(model: nn.Module) -> str:
     transformers = sys.modules.get("transformers")  # a model of transformers exists only if it has been imported
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         return "transformers"
-    kinds = {type(each) for each in model.modules()} | {base for each in model.modules() for base in type(each).__mro__}
+    kinds = {kind for each in model.modules() for kind in type(each).__mro__}
     return "timm" if any(each.__module__.startswith("timm.") and "Attention" in each.__name__ for each in kinds) else "torch.nn"
 
 

@@ -81,6 +81,5 @@ def output_of(result: Any) -> Tensor:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[Tensor]:
-    for batch in batches:
-        yield output_of(call(model, batch)).float()
+def output(model: nn.Module, batch: Any) -> Tensor:
+    return output_of(call(model, batch)).float()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -22,8 +21,9 @@ from ..integrations.swap import Snapshot, holders, prefix_of, replace_attention
 from ..nn.core import CORES, Mounted
 from ..ops.checks import check_integer, check_number
 from ..training.parallel import Ranks, connected
-from .batches import Batches, call, endless, outputs, part_of, size_of
-from .losses import distance, distilled, schedule
+from ..training.teacher import distance
+from .batches import Batches, call, endless, output, part_of, size_of
+from .losses import distilled, schedule
 from .report import LayerReport, Report
 from .state import Progress, fingerprint
 from .transfer import Layer, collect, fitting, ignore, initialize, measure, transferring
@@ -115,7 +115,9 @@ def linearize(
         try:
             with torch.no_grad():
                 conversion = Conversion(model, batches, op, layers, options, ranks, seed, max_error, snapshot)
-                settings = conversion.settings(steps, finetune_steps, distill, finetune_lr)
+                settings = conversion.settings(
+                    steps=steps, finetune_steps=finetune_steps, distill=distill, finetune_lr=finetune_lr
+                )
                 saved = Progress.open(output, settings, ranks, overwrite)
                 conversion.prepare(eval_batches or batches, eval_samples, saved)
                 conversion.fit(steps, saved, progress)
@@ -162,10 +164,8 @@ class Conversion:
         self.layers = [self.layer_of(name, found[name], max_error is not None) for name in replaced.attentions]
         if not self.layers:
             raise ValueError("model: expected softmax attention, got a model whose attention is already replaced")
-        for layer in self.layers:  # features are trained in float32
-            for name in layer.holder.learned:
-                parameter = getattr(layer.holder, name)
-                parameter.data = parameter.data.float()
+        for layer in self.layers:
+            layer.holder.widen()
         self.report = Report(op, refused=dict(replaced.refused))
         self.eval_batches: list[Any] = []
 
@@ -184,10 +184,9 @@ class Conversion:
             students = [student.on_grid(core.grid_size) for student in students]
         return Layer(name, holder, students + segments, prefix_of(holder), len(students))
 
-    def settings(self, *values: Any) -> dict[str, Any]:
+    def settings(self, **given: Any) -> dict[str, Any]:
         """Return what a continued conversion must have in common with the interrupted one."""
-        names = ("steps", "finetune_steps", "distill", "finetune_lr")
-        return dict(zip(names, values, strict=True)) | dict(
+        return given | dict(
             op=self.op, options=repr(sorted(self.options.items())), seed=self.seed, layers=[each.name for each in self.layers],
             max_error=self.max_error, model=self.fingerprint[0], batches=self.fingerprint[1],
         )  # fmt: skip
@@ -289,11 +288,14 @@ class Conversion:
 
     def choose(self, max_error: float | None) -> None:
         """Measure the final errors, choose among candidates, and restore softmax where the error is too large."""
-        transferring(self.layers, measure)
-        self.run(map(self.part, self.eval_batches))
+        after = self.errors_before
+        if self.trained:
+            transferring(self.layers, measure)
+            self.run(map(self.part, self.eval_batches))
+            after = {layer.name: layer.relative_errors(self.ranks) for layer in self.layers}
         kept = [layer.name for layer in self.refused]
         for layer in self.layers:
-            errors = layer.relative_errors(self.ranks)
+            errors = after[layer.name]
             if not all(map(math.isfinite, errors)):
                 raise ValueError(f"batches: expected finite values, got an error of {layer.name} that is not finite")
             best = sorted(range(len(errors)), key=lambda i: (getattr(layer.students[i], "num_landmarks", 0), errors[i]))
@@ -348,16 +350,16 @@ class Conversion:
         torch.clear_autocast_cache()
         report, agreed, divergence, total, classes = self.report, 0, 0.0, 0.0, False
         for batch in map(self.part, self.eval_batches):
-            (out,) = outputs(self.model, [batch])
+            out = output(self.model, batch)
             if teacher is not None:
-                (expected,) = outputs(teacher, [batch])
+                expected = output(teacher, batch)
             else:
                 with self.softmax():
-                    (expected,) = outputs(self.model, [batch])
+                    expected = output(self.model, batch)
             classes = out.dim() == 2 and out.shape[1] > 1 and getattr(self.model, "num_classes", 1) != 0
             if classes:
                 agreed += int((out.argmax(1) == expected.argmax(1)).sum())
-                divergence += F.kl_div(out.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="sum").item()
+                divergence += distance(out, expected, "soft").item()
                 total += len(out)
             else:
                 divergence += (out - expected).square().sum().item()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batches import call, output_of
@@ -32,11 +31,3 @@ def distilled(distill: str) -> Callable[[nn.Module, Any], Tensor]:
         return model.forward_features(x.to(next(model.parameters()).device)).float()
 
     return features if distill == "features" else lambda model, batch: output_of(call(model, batch)).float()
-
-
-def distance(actual: Tensor, expected: Tensor, distill: str) -> Tensor:
-    """Return the Kullback-Leibler divergence of class probabilities, or the relative squared error, summed over samples."""
-    if distill == "soft" and actual.dim() == 2:
-        return F.kl_div(actual.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="sum")
-    over = tuple(range(1, actual.dim()))
-    return ((actual - expected).square().sum(over) / expected.square().sum(over).clamp(min=1e-30)).sum()

@@ -21,17 +21,12 @@ STAGES = ("fit", "finetune")
 
 
 class Progress:
-    """The state of a conversion that may be interrupted. Without a folder, nothing is written.
-
-    Attributes:
-        stage: "fit" or "finetune".
-        step: number of completed steps of this stage.
-    """
+    """The state of a conversion that may be interrupted. Without a folder, nothing is written."""
 
     def __init__(self, folder: Path | None, settings: dict[str, Any], ranks: Ranks) -> None:
         self.path = folder and folder / FILE
         self.settings, self.ranks = settings, ranks
-        self.stage, self.step, self.saved = STAGES[0], 0, {}
+        self.saved: dict[str, Any] = {}
 
     @classmethod
     def open(cls, folder: str | Path | None, settings: dict[str, Any], ranks: Ranks, overwrite: bool) -> Progress:
@@ -58,7 +53,7 @@ class Progress:
             return progress
         try:
             saved = torch.load(progress.path, map_location="cpu", weights_only=True)
-            progress.stage, progress.step, different = saved["stage"], saved["step"], saved["settings"] != settings
+            different = saved["settings"] != settings
         except Exception as error:  # torch, pickle and zip raise different errors for a damaged file
             raise ValueError(f"output: {progress.path} is damaged ({type(error).__name__}): use overwrite=True") from error
         if different:
@@ -89,7 +84,7 @@ class Progress:
             self.saved[stage] = part
         if self.ranks.first:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            content = self.saved | {stage: part, "stage": stage, "step": step, "settings": self.settings}
+            content = self.saved | {stage: part, "settings": self.settings}
             write_atomically(self.path, lambda temporary: torch.save(content, temporary))
 
 

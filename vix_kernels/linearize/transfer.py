@@ -62,7 +62,7 @@ class Layer:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [getattr(self.holder, name) for name in self.holder.learned]
+        return self.holder.learned_parameters()
 
     def relative_errors(self, ranks: Ranks) -> list[float]:
         """Return the error of each student over all observed batches, and forget them."""

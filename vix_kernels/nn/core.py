@@ -275,6 +275,14 @@ class Mounted(nn.Module):
         self.kept_dtypes = tuple(kept)
         self.learned = tuple(name for name, value in state.items() if isinstance(value, nn.Parameter))
 
+    def learned_parameters(self) -> list[nn.Parameter]:
+        return [getattr(self, name) for name in self.learned]
+
+    def widen(self) -> None:
+        """Cast the parameters that the mixer declared to float32, in which they are trained."""
+        for parameter in self.learned_parameters():
+            parameter.data = parameter.data.float()
+
     def _apply(self, fn: Any, recurse: bool = True) -> Mounted:
         before = {name: getattr(self, name) for name in self.kept_dtypes}
         super()._apply(fn, recurse)

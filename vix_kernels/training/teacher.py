@@ -55,10 +55,17 @@ class Teacher:
             inputs = self.trained.inputs(inputs * self.dataset.std + self.dataset.mean)
         with torch.no_grad():
             expected = self.trained.model(inputs).float()
-        if self.config.distill == "soft":
-            return F.kl_div(logits.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="sum")
-        actual, expected = self.features["student"].float(), self.features["teacher"].float()
-        return ((actual - expected).square().sum(1) / expected.square().sum(1).clamp(min=1e-30)).sum()
+        if self.config.distill == "features":
+            logits, expected = self.features["student"].float(), self.features["teacher"].float()
+        return distance(logits, expected, self.config.distill)
+
+
+def distance(actual: Tensor, expected: Tensor, distill: str) -> Tensor:
+    """Return the Kullback-Leibler divergence of class probabilities, or the relative squared error, summed over samples."""
+    if distill == "soft" and actual.dim() == 2:
+        return F.kl_div(actual.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="sum")
+    over = tuple(range(1, actual.dim()))
+    return ((actual - expected).square().sum(over) / expected.square().sum(over).clamp(min=1e-30)).sum()
 
 
 def load_teacher(path: str, device: torch.device) -> Trained:
