@@ -33,12 +33,12 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from .commands import write_atomically
-from .layout import Rotary, accumulator, joined
+from .layout import Pool, Rotary, accumulator, joined
 from .ops.fourier import fourier_mixing_reference
 from .primitives.aggregate import aggregate_forward, aggregate_reference
 from .primitives.broadcast import broadcast_forward, broadcast_reference
 from .primitives.dft import dft_forward
-from .primitives.landmarks import landmarks_forward
+from .primitives.landmarks import landmarks_forward, landmarks_reference
 from .primitives.linear import (
     linear_aggregate_forward,
     linear_aggregate_reference,
@@ -228,35 +228,13 @@ def _linear_broadcast(q, slots, sums, norms, cos, sin, interleaved, feature_map,
 def _landmarks(
     q, k, q_mask, k_mask, cos, sin, interleaved, prefix, rows, mark_rows, mark_columns, adaptive, backend
 ):  # fmt: skip
-    """Compute landmarks by multiplying tokens by a matrix of windows.
-
-    landmarks_reference slices each window separately. Exporting it would create hundreds of graph nodes. If the number of
-    tokens is dynamic, the graph would also be wrong for all lengths except the example's.
-    """
-
-    def windows(size: int, count: int) -> Tensor:
-        """Return a bool tensor (count, size) that is True where a window (row) covers a position (column)."""
-        first, at = (torch.arange(each, device=q.device) for each in (count, size))
-        first = first[:, None]
-        if adaptive:
-            return (first * size // count <= at) & (at < ((first + 1) * size + count - 1) // count)
-        starts, ends = (j * (size // count) + (j - count + size % count).clamp(min=0) for j in (first, first + 1))
-        return (starts <= at) & (at < ends)
-
-    def means(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        valid = x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if mask is None else mask
-        wide = _wide(torch.where(valid[:, None, :, None], x, 0.0))
-        if cos is not None:
-            wide = rotate_reference(wide, Rotary(cos, sin, interleaved))
-        row_windows, column_windows = windows(rows, mark_rows), windows((x.shape[2] - prefix) // rows, mark_columns)
-        cells = (row_windows[:, None, :, None] & column_windows[None, :, None]).flatten(2).flatten(0, 1)
-        sums, counts = cells.to(wide.dtype) @ wide[:, :, prefix:], valid[:, prefix:].float() @ cells.float().mT
-        sums, counts = torch.cat([wide[:, :, :prefix], sums], 2), torch.cat([valid[:, :prefix].float(), counts], 1)
-        return (sums / counts.clamp(min=1)[:, None, :, None]).to(x.dtype), counts
-
-    (q_marks, q_counts), empty = means(q, q_mask), q.new_empty(0)
-    k_marks, k_counts = (empty, empty.float()) if k is None else means(k, k_mask)
-    return q_marks, k_marks, q_counts, k_counts
+    pool = Pool(prefix, rows, mark_rows, mark_columns, adaptive)._asdict()
+    options = dict(q_mask=q_mask, k_mask=k_mask, rotary=joined(cos, sin, interleaved)) | pool
+    if k is None:
+        marks, counts = landmarks_reference(_wide(q), **options)
+        return marks.to(q.dtype), q.new_empty(0), counts, counts.new_empty(0)
+    q_marks, k_marks, *counts = landmarks_reference(_wide(q), _wide(k), **options)
+    return q_marks.to(q.dtype), k_marks.to(k.dtype), *counts
 
 
 def _pinv(q_marks, k_marks, values, q_counts, k_counts, scale, iterations, init, backend):

@@ -80,25 +80,30 @@ def landmarks_reference(
     k_mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, ...]:
-    """Evaluate the equations, one window at a time."""
+    """Evaluate the equations: the landmarks are the product of a matrix of windows and the tokens, divided by the counts.
 
-    def windows(size: int, count: int) -> list[slice]:
+    The number of tokens may be symbolic, as in torch.export. Slices of single windows would add hundreds of nodes to a graph,
+    which would also be wrong for other lengths.
+    """
+
+    def windows(size: int, count: int) -> Tensor:
+        """Return a bool tensor (count, size) that is True where a window (row) covers a position (column)."""
+        first, at = torch.arange(count, device=q.device)[:, None], torch.arange(size, device=q.device)
         if adaptive:
-            return [slice(j * size // count, -(-(j + 1) * size // count)) for j in range(count)]
-        ends = [j * (size // count) + max(0, j - count + size % count) for j in range(count + 1)]
-        return [slice(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)]
+            return (first * size // count <= at) & (at < ((first + 1) * size + count - 1) // count)
+        starts, ends = (j * (size // count) + (j - count + size % count).clamp(min=0) for j in (first, first + 1))
+        return (starts <= at) & (at < ends)
 
     def means(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         valid = x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if mask is None else mask
         x = torch.where(valid[:, None, :, None], x, 0.0)
         if rotary is not None:
             x = rotate_reference(x, rotary)
-        grid, on_grid = x[:, :, prefix:].unflatten(2, (rows, -1)), valid[:, prefix:].unflatten(1, (rows, -1))
-        pairs = [(up, along) for up in windows(rows, mark_rows) for along in windows(grid.shape[3], mark_columns)]
-        sums = torch.stack([grid[:, :, up, along].sum((2, 3)) for up, along in pairs], 2)
-        counts = torch.stack([on_grid[:, up, along].sum((1, 2)) for up, along in pairs], 1)
-        sums, counts = torch.cat([x[:, :, :prefix], sums], 2), torch.cat([valid[:, :prefix], counts], 1)
-        return sums / counts.clamp(min=1)[:, None, :, None], counts.float()
+        row_windows, column_windows = windows(rows, mark_rows), windows((x.shape[2] - prefix) // rows, mark_columns)
+        cells = (row_windows[:, None, :, None] & column_windows[None, :, None]).flatten(2).flatten(0, 1)
+        sums, counts = cells.to(x.dtype) @ x[:, :, prefix:], valid[:, prefix:].float() @ cells.float().mT
+        sums, counts = torch.cat([x[:, :, :prefix], sums], 2), torch.cat([valid[:, :prefix].float(), counts], 1)
+        return sums / counts.clamp(min=1)[:, None, :, None], counts
 
     q_marks, q_counts = means(q, q_mask)
     if k is None:
