@@ -100,9 +100,9 @@ def check(backend: str) -> None:
 def resolve(backend: str, x: Tensor, width: int) -> str:
     """Return the implementation to run for `x`: "triton", "torch" or "reference".
 
-    "auto" selects Triton for GPU tensors that the kernels support, and PyTorch otherwise. An explicit choice is returned
-    unchanged. Even with "triton", an operator that has no kernel for its inputs runs in PyTorch; see `has_kernel` in
-    primitives/registry.py.
+    "auto" selects Triton for GPU tensors that the kernels support, and PyTorch otherwise. Inside torch.jit.trace, it selects
+    the reference, so that the trace runs without this library. An explicit choice is returned unchanged. Even with "triton", an
+    operator that has no kernel for its inputs runs in PyTorch; see `has_kernel` in primitives/registry.py.
 
     Raises:
         ValueError: `backend` is unknown.
@@ -110,6 +110,8 @@ def resolve(backend: str, x: Tensor, width: int) -> str:
     """
     check(backend)
     if backend == "auto":
+        if torch.jit.is_tracing():
+            return "reference"
         return "triton" if x.device.type == "cuda" and not reasons_against_triton(x.device, x.dtype, width) else "torch"
     if backend == "triton" and (reasons := reasons_against_triton(x.device, x.dtype, width)):
         raise RuntimeError("backend='triton' cannot run here: " + "; ".join(reasons))

@@ -11,7 +11,9 @@ from ..primitives.registry import in_transform
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether calling `module` only runs the forward method of `kind`.
 
-    This is not the case for subclasses, for modules with hooks, during compilation, or inside torch.func transforms.
+    This is not the case for subclasses, for modules with hooks, during compilation or tracing, or inside torch.func
+    transforms.
     """
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return type(module) is kind and not hooked and not torch.compiler.is_compiling() and not in_transform()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return type(module) is kind and not hooked and not traced and not in_transform()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import backends
@@ -52,6 +53,8 @@ def check_grid(grid_size: Any) -> tuple[int, int]:
 
 def at_most(count: int, tokens: int) -> int:
     """Return min(count, tokens). If `tokens` is dynamic, the built-in `min` would return a symbolic size in torch.export."""
+    if isinstance(tokens, torch.Tensor):  # sizes are tensors inside torch.jit.trace
+        tokens = int(tokens)
     return count if count <= tokens else tokens
 
 
