@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
+import torch.fx
 from torch import Tensor, nn
 
 from vix_kernels.nn.dropout import Dropout
@@ -12,16 +15,30 @@ from .arguments import check_choice, check_counts, check_rates, pair
 from .layers import init_linear
 
 
+class Level(NamedTuple):
+    """A point in a model that provides features: the output of a block, or of a stage in models with stages."""
+
+    module: str  # name of the block or stage
+    width: int  # number of channels
+    grid: tuple[int, int]  # rows and columns of the token map
+
+
 class Backbone(nn.Module):
     """Base class of models that map images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    A subclass implements `forward_features`, which returns tokens (B, num_prefix_tokens + patches, num_features), and calls
-    `finish` at the end of its constructor.
+    Most models apply `blocks` to the tokens of one map, and then `norm`; see `Pyramid` for models with stages. A subclass
+    implements `forward_trunk` and `token_maps`, and calls `finish` at the end of its constructor.
     """
 
     config: dict[str, Any]  # entries that `save_model` writes to config.json, such as the arguments of `create_model`
-    # Supported values of global_pool: "token" = class token, "avg" = mean of the patches, "seq" = mean with learned weights
-    pools = ("avg",)
+    trunk = "blocks"  # name of the ModuleList whose items are the levels
+    # Supported values of global_pool: "token" = class token, "avg" and "max" = mean and maximum of the patches, "seq" = mean
+    # with learned weights, "" = no pooling
+    pools = ("avg", "max", "")
+    embed_dim: int
+    grid: tuple[int, int]
+    blocks: nn.ModuleList
+    norm: nn.Module
 
     def __init__(self, *, img_size: int | tuple[int, int], in_chans: int, drop_rate: float) -> None:
         super().__init__()
@@ -57,8 +74,8 @@ class Backbone(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head with a new one. num_classes=0 removes the head."""
-        chosen = {} if global_pool is None or len(self.pools) == 1 else {"global_pool": global_pool}
+        """Replace the head with a new one. num_classes=0 removes the head, and global_pool="" also removes the pooling."""
+        chosen = {} if global_pool is None else {"global_pool": global_pool}
         global_pool = self.global_pool if global_pool is None else global_pool
         check_choice(self.pools, global_pool=global_pool)
         if global_pool == "token" and not self.num_prefix_tokens:
@@ -72,22 +89,56 @@ class Backbone(nn.Module):
             if "data" in self.config:
                 self.config["data"] = {k: value for k, value in self.config["data"].items() if k != "classes"}
         like = next(self.parameters())
-        self.head.to(like.device, like.dtype)
+        self.head.to(like.device, like.dtype).train(self.training)
         if num_classes:
             init_linear(self.head)
 
-    def check_images(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1:] != (self.in_chans, *self.img_size):
-            expected = f"(batch, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]})"
-            raise ValueError(f"x: expected shape {expected}, got {tuple(x.shape)}")
+    @property
+    def head_hidden_size(self) -> int:
+        """The width of the features that the head receives."""
+        return self.num_features
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Adapt the model to images of another size, in place: `load_model` does the same for an overridden img_size.
+
+        Parameters whose shape does not depend on the size stay the same objects. `patch_size` cannot change.
+
+        Raises:
+            ValueError: `create_model` did not build this model, or parts of it have been replaced. The model is unchanged.
+        """
+        from .resize import resize  # which imports the zoo
+
+        if patch_size is not None:
+            raise ValueError(f"patch_size: expected None, because the patches of a model cannot change, got {patch_size!r}")
+        if img_size is not None:
+            resize(self, pair("img_size", img_size))
+
+    def forward_trunk(self, x: Tensor, levels: int | None = None, outputs: list[Tensor] | None = None) -> Tensor:
+        """Map images to the tokens (B, num_prefix_tokens + patches, width) after all levels, or after the first `levels`.
+
+        If `outputs` is a list, append the tokens after each level.
+        """
+        raise NotImplementedError
+
+    def levels(self) -> list[Level]:
+        """Return the levels of the model, in the order in which they are computed."""
+        return [Level(f"blocks.{layer}", self.embed_dim, self.grid) for layer in range(len(self.blocks))]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, *img_size) to normalized tokens (B, num_prefix_tokens + patches, num_features)."""
-        raise NotImplementedError
+        check_images(x, self.in_chans, self.img_size)
+        return self.norm(self.forward_trunk(x))
 
     def pool(self, x: Tensor) -> Tensor:
         """Pool the tokens to one vector per image."""
-        return x[:, 0] if self.global_pool == "token" else x[:, self.num_prefix_tokens :].mean(dim=1)
+        if self.global_pool == "":
+            return x
+        if self.global_pool == "token":
+            return x[:, 0]
+        x = x[:, self.num_prefix_tokens :]
+        return x.amax(dim=1) if self.global_pool == "max" else x.mean(dim=1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map tokens to logits (B, num_classes), or to the pooled features if `pre_logits` is True."""
@@ -97,6 +148,108 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """timm's description of the levels: the name of the module, the number of channels, and the stride in pixels."""
+        return [
+            dict(module=level.module, num_chs=level.width, reduction=round(self.img_size[0] / level.grid[0]))
+            for level in self.levels()
+        ]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return (tokens, features): the result of `forward_features`, and a list with the features of the chosen levels.
+
+        Args:
+            indices: indices of levels in `feature_info`. An integer n selects the last n, and None selects all.
+            return_prefix_tokens: return each feature as (feature, prefix tokens) if the model has prefix tokens.
+            norm: apply the final norm to the features. In models with stages, only the last stage has this norm.
+            stop_early: skip the levels after the last chosen one.
+            output_fmt: "NCHW" for maps (B, C, rows, columns), "NLC" for tokens (B, rows * columns, C).
+            intermediates_only: return only the features.
+        """
+        check_choice(("NCHW", "NLC"), output_fmt=output_fmt)
+        check_images(x, self.in_chans, self.img_size)
+        levels, chosen = self.levels(), self._indices(indices)
+        outputs: list[Tensor] = []
+        x = self.forward_trunk(x, max(chosen) + 1 if stop_early else None, outputs)
+        features, prefix = [], self.num_prefix_tokens
+        for index in sorted(set(chosen)):
+            tokens = self.norm(outputs[index]) if norm and self._has_norm(index) else outputs[index]
+            feature = tokens[:, prefix:]
+            if output_fmt == "NCHW":
+                feature = feature.mT.unflatten(2, levels[index].grid).contiguous()
+            features.append((feature, tokens[:, :prefix]) if return_prefix_tokens and prefix else feature)
+        if intermediates_only:
+            return features
+        return (self.norm(x) if self._has_norm(len(outputs) - 1) else x), features
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """Return the features of the last `n` levels, or of the levels with the indices `n`, as DINO's models do."""
+        return self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True
+        )
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove, in place, what `forward_intermediates` does not need for `indices`. `save_model` rejects such a model.
+
+        Returns:
+            the indices, all of which are >= 0.
+        """
+        chosen, levels = self._indices(indices), self.levels()
+        kept = max(chosen) + 1
+        if kept < len(levels) and not prune_head and not self._has_norm(kept - 1):
+            raise ValueError("prune_head: expected True, because the head needs the last stage, got False")
+        if prune_norm or not self._has_norm(kept - 1):
+            self.norm = nn.Identity()
+        setattr(self, self.trunk, getattr(self, self.trunk)[:kept])
+        self.num_features = levels[kept - 1].width
+        if prune_head:
+            self.reset_classifier(0, "")
+        self.__dict__.pop("config", None)  # create_model cannot build this model
+        return chosen
+
+    def _indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        count = len(getattr(self, self.trunk))
+        if indices is None:
+            indices = count
+        if isinstance(indices, int) and 0 < indices <= count:
+            return list(range(count - indices, count))
+        valid = isinstance(indices, Sequence) and indices and all(isinstance(i, int) and -count <= i < count for i in indices)
+        if not valid:
+            expected = f"a number of levels up to {count}, or indices from {-count} to {count - 1}"
+            raise ValueError(f"indices: expected {expected}, got {indices!r}")
+        return [index % count for index in indices]
+
+    def _has_norm(self, index: int) -> bool:
+        """Return whether the final norm can be applied to the level with this index."""
+        return self.trunk == "blocks" or index == len(self.levels()) - 1
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the patterns by which timm divides the parameters into groups, from the stem to the head.
+
+        With `coarse`, each stage is one group.
+        """
+        blocks = [(r"^blocks\.(\d+)", None), (r"^norm|^attention_pool", (99999,))]
+        return dict(stem=r"^(?:cls_token|pos_embed|patch_embed|tokenizer|rope)", blocks=blocks)
+
     def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
         """Return a dict from module names to ((rows, columns), number of prefix tokens).
 
@@ -104,6 +257,14 @@ class Backbone(nn.Module):
         module's token map. The name "" refers to the whole model.
         """
         raise NotImplementedError
+
+
+@torch.fx.wrap  # torch.fx cannot trace conditions on the shape
+def check_images(x: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
+    if torch.jit.is_tracing():  # conditions on the shape of a traced tensor give warnings
+        return
+    if x.ndim != 4 or x.shape[1:] != (in_chans, *img_size):
+        raise ValueError(f"x: expected shape (batch, {in_chans}, {img_size[0]}, {img_size[1]}), got {tuple(x.shape)}")
 
 
 def grid_of(img_size: tuple[int, int], patch_size: Any) -> tuple[int, int]:

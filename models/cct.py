@@ -6,6 +6,8 @@ image -> len(strides) x [convolution, relu, max pooling] -> position
 
 from __future__ import annotations
 
+from itertools import islice
+
 from torch import Tensor, nn
 
 from .arguments import check_choice, check_counts, check_flags, check_heads, check_mlp_ratio, check_rates
@@ -57,14 +59,14 @@ class CCT(Backbone):
         strides: stride of each convolution. The length determines the number of convolutions.
         pool_stride: stride of the pooling after each convolution.
         position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", as in VisionTransformer.
-        global_pool: "seq", the mean of the tokens weighted by softmax(w^T x), where w is learned, or "avg", the mean of the
-            tokens.
+        global_pool: "seq", the mean of the tokens weighted by softmax(w^T x), where w is learned, "avg" or "max", the
+            mean or maximum of the tokens, or "", every token.
         drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.
 
     For the other arguments, see VisionTransformer.
     """
 
-    pools = ("seq", "avg")
+    pools = ("seq", "avg", "max", "")
 
     def __init__(
         self,
@@ -127,15 +129,15 @@ class CCT(Backbone):
             self.attention_pool = None
         elif self.attention_pool is None:
             # A bias would have no effect: adding a constant to all logits does not change their softmax.
-            self.attention_pool = nn.Linear(self.embed_dim, 1, bias=False).to(self.norm.weight)
+            self.attention_pool = nn.Linear(self.embed_dim, 1, bias=False).to(next(self.blocks.parameters()))
+            self.attention_pool.train(self.training)
             init_linear(self.attention_pool)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        self.check_images(x)
+    def forward_trunk(self, x: Tensor, levels: int | None = None, outputs: list[Tensor] | None = None) -> Tensor:
         x = self.tokenizer(x)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        return self.norm(run_blocks(self.blocks, x, self.rope, self.grad_checkpointing))
+        return run_blocks(islice(self.blocks, levels), x, self.rope, self.grad_checkpointing, outputs)
 
     def pool(self, x: Tensor) -> Tensor:
         if self.attention_pool is None:

@@ -7,6 +7,8 @@ F is the real part of the discrete Fourier transform over rows, columns and chan
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from torch import Tensor, nn
 
@@ -58,9 +60,10 @@ class FNet2D(Backbone):
         self.embed_dim = embed_dim
         self.patch_size = pair("patch_size", patch_size)
         self.grid = grid_of(self.img_size, patch_size)
-        self.patch_embed = ConvStem(in_chans, embed_dim, self.patch_size)
+        self.patch_embed = ConvStem(in_chans, embed_dim, self.patch_size, self.grid)
         self.blocks = nn.ModuleList(
-            _Block(embed_dim, self.grid, mlp_ratio, proj_drop_rate, rate) for rate in drop_path_rates(drop_path_rate, depth)
+            FourierBlock(embed_dim, self.grid, mlp_ratio, proj_drop_rate, rate)
+            for rate in drop_path_rates(drop_path_rate, depth)
         )
         self.norm = TokenBatchNorm(embed_dim)
         self.finish(embed_dim, num_classes, global_pool)
@@ -68,12 +71,13 @@ class FNet2D(Backbone):
     def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
         return {"": (self.grid, 0)}
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        self.check_images(x)
-        return self.norm(run_blocks(self.blocks, self.patch_embed(x), None, self.grad_checkpointing))
+    def forward_trunk(self, x: Tensor, levels: int | None = None, outputs: list[Tensor] | None = None) -> Tensor:
+        return run_blocks(islice(self.blocks, levels), self.patch_embed(x), None, self.grad_checkpointing, outputs)
 
 
-class _Block(nn.Module):
+class FourierBlock(nn.Module):
+    """x + mlp(norm(F(x))), where F is the transform of `real_transform` over the token map and the channels."""
+
     def __init__(self, dim: int, grid: tuple[int, int], mlp_ratio: float, drop: float, drop_path: float) -> None:
         super().__init__()
         self.grid = grid
@@ -82,7 +86,8 @@ class _Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, rope: None) -> Tensor:
-        mixed = _RealTransform.apply(x.unflatten(1, self.grid)).flatten(1, 2)
+        transform = real_transform if torch.jit.is_tracing() else _RealTransform.apply
+        mixed = transform(x.unflatten(1, self.grid)).flatten(1, 2)
         return x + self.drop_path(self.mlp(self.norm(mixed)))
 
 

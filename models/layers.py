@@ -14,10 +14,14 @@ from .feed_forward import Mlp, feed_forward
 
 
 class PatchStem(nn.Module):
-    """A strided convolution that creates one token per patch: (B, in_chans, H, W) -> (B, tokens, embed_dim)."""
+    """A strided convolution that creates one token per patch: (B, in_chans, H, W) -> (B, tokens, embed_dim).
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> None:
+    As in timm, the attributes `patch_size` and `grid_size` have the size of a patch, and the rows and columns of patches.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int], grid_size: tuple[int, int]) -> None:
         super().__init__()
+        self.patch_size, self.grid_size = patch_size, grid_size
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,13 +29,17 @@ class PatchStem(nn.Module):
 
 
 class ConvStem(nn.Sequential):
-    """Three convolutions whose total stride is the patch size: (B, in_chans, H, W) -> (B, tokens, embed_dim)."""
+    """Three convolutions whose total stride is the patch size: (B, in_chans, H, W) -> (B, tokens, embed_dim).
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int]) -> None:
+    The attributes `patch_size` and `grid_size` are those of PatchStem.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int], grid_size: tuple[int, int]) -> None:
         widths = in_chans, -(-embed_dim // 4), -(-embed_dim // 2), embed_dim
         # Strides of 1 come first, so for small patches the first convolutions see the full resolution.
         strides = zip(*(reversed(_three_strides(size)) for size in patch_size), strict=True)
         super().__init__(*conv_layers(widths, strides, nn.GELU))
+        self.patch_size, self.grid_size = patch_size, grid_size
 
     def forward(self, x: Tensor) -> Tensor:
         return to_tokens(super().forward(x))
@@ -140,14 +148,21 @@ class Block(nn.Module):
         return feed_forward(x, self.norm2, self.mlp, self.drop_path, self.renormalise)
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, rope: nn.Module | None, checkpointing: bool) -> Tensor:
-    """Apply the blocks in order, each with the rotary table of its layer. With `checkpointing`, recompute them in backward."""
+def run_blocks(
+    blocks: Iterable[nn.Module], x: Tensor, rope: nn.Module | None, checkpointing: bool, outputs: list[Tensor] | None = None
+) -> Tensor:
+    """Apply the blocks in order, each with the rotary table of its layer. With `checkpointing`, recompute them in backward.
+
+    If `outputs` is a list, append the output of each block.
+    """
     for layer, block in enumerate(blocks):
         table = rope(layer) if rope is not None else None
         if checkpointing and torch.is_grad_enabled():
             x = checkpoint(block, x, table, use_reentrant=False)
         else:
             x = block(x, table)
+        if outputs is not None:
+            outputs.append(x)
     return x
 
 

@@ -16,19 +16,11 @@ from torch import Tensor, nn
 from vix_kernels import __version__
 from vix_kernels.commands import write_atomically
 
-from .backbone import Backbone
-from .positions import resample_tokens
+from .resize import adapt_state, is_head
 from .state import load_state
 from .zoo import create_model
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-# Maps each state dict entry with a token dimension to the index of this dimension, and to whether it includes prefix tokens.
-_OVER_TOKENS = {
-    "pos_embed": (1, True),
-    "key_projection": (-2, True),
-    "value_projection": (-2, True),
-    "attention_bias": (1, False),
-}
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
@@ -39,7 +31,9 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     it. An existing model card is not overwritten, because users fill in its blanks.
     """
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), dict):
-        raise TypeError(f"model: expected a model from create_model or from_original, got {type(model).__name__}")
+        raise TypeError(
+            f"model: expected a model from create_model or from_original that is not pruned, got {type(model).__name__}"
+        )
     folder = folder_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_state(folder / WEIGHTS, {key: value.contiguous() for key, value in model.state_dict().items()})
@@ -164,38 +158,3 @@ def _still_true(data: dict[str, Any] | None, overrides: Mapping[str, Any]) -> di
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the config and the state dict of a model that `save_model` wrote. Raises ValueError if a file is damaged."""
     return _read_config(folder / CONFIG), read_state(folder / WEIGHTS)
-
-
-def adapt_state(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[str, Any]:
-    """Adapt the state dict `state` of `source` to `model`, whose image size, input channels and head may be different."""
-    state, expected = dict(state), model.state_dict()
-    maps = model.token_maps()
-    for module, (old, tokens) in source.token_maps().items():
-        new = maps[module][0]
-        for key in state if old != new else ():
-            name = key.rpartition(".")[2]
-            if name in _OVER_TOKENS and key.startswith(f"{module}." if module else ""):
-                dim, with_prefix = _OVER_TOKENS[name]
-                state[key] = resample_tokens(state[key], dim, old, new, tokens if with_prefix else 0)
-    first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)) + ".weight"
-    if source.in_chans != model.in_chans:
-        state[first] = _other_channels(state[first], model.in_chans)
-    for key in [key for key in state if is_head(key)]:
-        if key not in expected or expected[key].shape != state[key].shape:
-            del state[key]
-    return state
-
-
-def _other_channels(weight: Tensor, channels: int) -> Tensor:
-    """Adapt `weight` to `channels` input channels. For one channel, sum the old channels; otherwise, repeat and scale them.
-
-    This preserves the magnitude of the outputs.
-    """
-    before = weight.shape[1]
-    if channels == 1:
-        return weight.sum(1, keepdim=True)
-    return weight.repeat(1, -(-channels // before), 1, 1)[:, :channels] * (before / channels)
-
-
-def is_head(key: str) -> bool:
-    return key.startswith(("head.", "attention_pool."))

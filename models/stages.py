@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
 
 from torch import Tensor, nn
 
 from .arguments import check_choice, check_heads
-from .backbone import Backbone
+from .backbone import Backbone, Level
 from .layers import run_blocks, to_maps, to_tokens
 from .mixers import Place
 from .positions import POSITIONS, learned_position, rotary_position
@@ -42,7 +44,7 @@ class Stage(nn.Module):
         super().__init__()
         check_choice(POSITIONS, position=position)
         check_heads(dim, num_heads)
-        self.grid = grid
+        self.grid, self.dim = grid, dim
         self.embed, self.norm = embed, norm
         self.pos_embed = learned_position(position, grid[0] * grid[1], dim)
         self.rope = rotary_position(position, grid, dim, num_heads, depth)
@@ -58,17 +60,25 @@ class Stage(nn.Module):
 class Pyramid(Backbone):
     """Base class of models that apply `stages` and then `norm`."""
 
+    trunk = "stages"
     stages: nn.ModuleList
-    norm: nn.Module
 
     def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
-        return {f"stages.{number}": (stage.grid, 0) for number, stage in enumerate(self.stages)}
+        return {level.module: (level.grid, 0) for level in self.levels()}
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        self.check_images(x)
-        for number, stage in enumerate(self.stages):
+    def levels(self) -> list[Level]:
+        return [Level(f"stages.{number}", stage.dim, stage.grid) for number, stage in enumerate(self.stages)]
+
+    def forward_trunk(self, x: Tensor, levels: int | None = None, outputs: list[Tensor] | None = None) -> Tensor:
+        for number, stage in enumerate(islice(self.stages, levels)):
             x = stage(x if number == 0 else to_maps(x, self.stages[number - 1].grid), self.grad_checkpointing)
-        return self.norm(x)
+            if outputs is not None:
+                outputs.append(x)
+        return x
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)", (0,)), (r"^norm", (99999,))]
+        return dict(stem=r"^stages\.0\.(?:embed|norm|pos_embed|rope)", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
 
 def shrinking(img_size: tuple[int, int], strides: tuple[int, ...]) -> Iterator[tuple[int, int]]:

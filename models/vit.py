@@ -8,14 +8,14 @@ arXiv:2107.02239). Arguments, methods and parameters have the same names as in t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from .arguments import check_choice, check_counts, check_flags, check_heads, check_mlp_ratio, check_rates, pair
 from .backbone import Backbone, grid_of
-from .layers import Block, PatchStem, drop_path_rates, run_blocks
+from .layers import Block, ConvStem, PatchStem, drop_path_rates, run_blocks
 from .mixers import Mixer, Place
 from .positions import POSITIONS, learned_position, rotary_position
 
@@ -42,19 +42,20 @@ class VisionTransformer(Backbone):
         position: "learned" | "rope_1d" (in raster order) | "rope_axial" (rows and columns) | "rope_mixed" (learned directions
             for each layer and head) | "none". The class token is not rotated.
         class_token: whether to prepend a learned token to the patches.
-        global_pool: input of the head: "token", the class token, or "avg", the mean of the patches.
+        global_pool: input of the head: "token", the class token, "avg" or "max", the mean or maximum of the patches, or "",
+            every token.
         drop_rate: dropout rate before the head.
         proj_drop_rate: dropout rate after the attention's output projection and in the MLP.
         drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.
         backend: backend of the attention: "auto" | "triton" | "torch" | "reference".
     """
 
-    pools = ("token", "avg")
+    pools = ("token", "avg", "max", "")
 
     def __init__(
         self,
         mixer: Mixer,
-        stem: Callable[[int, int, tuple[int, int]], nn.Module] = PatchStem,
+        stem: type[PatchStem | ConvStem] = PatchStem,
         *,
         img_size: int | tuple[int, int] = 32,
         patch_size: int | tuple[int, int] = 1,
@@ -85,7 +86,7 @@ class VisionTransformer(Backbone):
         self.embed_dim, self.num_prefix_tokens = embed_dim, int(class_token)
         prefix = self.num_prefix_tokens
 
-        self.patch_embed = stem(in_chans, embed_dim, self.patch_size)
+        self.patch_embed = stem(in_chans, embed_dim, self.patch_size, self.grid)
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02)) if class_token else None
         self.pos_embed = learned_position(position, prefix + self.grid[0] * self.grid[1], embed_dim)
         self.rope = rotary_position(position, self.grid, embed_dim, num_heads, depth, prefix)
@@ -103,11 +104,10 @@ class VisionTransformer(Backbone):
     def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
         return {"": (self.grid, self.num_prefix_tokens)}
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        self.check_images(x)
+    def forward_trunk(self, x: Tensor, levels: int | None = None, outputs: list[Tensor] | None = None) -> Tensor:
         x = self.patch_embed(x)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if self.pos_embed is not None:
             x = x + self.pos_embed
-        return self.norm(run_blocks(self.blocks, x, self.rope, self.grad_checkpointing))
+        return run_blocks(islice(self.blocks, levels), x, self.rope, self.grad_checkpointing, outputs)

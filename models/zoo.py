@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from functools import partial
 from typing import Any, NamedTuple
+
+import torch
 
 from .arguments import check_name, nearest
 from .backbone import Backbone
@@ -133,8 +136,10 @@ def list_models(pattern: str | None = None) -> list[str]:
     return sorted(name for name in _MODELS if pattern is None or fnmatch(name, pattern))
 
 
-def create_model(name: str, **overrides: Any) -> Backbone:
-    """Build the model `name` with newly initialized weights.
+def create_model(
+    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **overrides: Any
+) -> Backbone:
+    """Build the model `name` with newly initialized weights, on `device` and with weights of the given dtype.
 
     Overrides are keyword arguments of the architecture (`VisionTransformer`, `LeViT`, `CvT`, `CCT`, `FNet2D`). In addition,
     mixer="softmax" | "performer" | "linear" | "nystrom" | "linformer" | "agent" | "fourier" selects a different token mixer.
@@ -142,13 +147,14 @@ def create_model(name: str, **overrides: Any) -> Backbone:
     accepts neither `mixer` nor options of a mixer.
 
     Raises:
-        ValueError: a name or argument is unknown (the message suggests similar ones), or a value is invalid.
+        TypeError: an argument is unknown. The message suggests similar ones.
+        ValueError: the name is unknown, or a value is invalid.
     """
     valid = takes(name, overrides.get("mixer"))
     for key in overrides:
         if key not in valid:
             hint = nearest(key, valid)
-            raise ValueError(f"model {name!r} has no argument {key!r}{hint}; it takes {', '.join(sorted(valid))}")
+            raise TypeError(f"model {name!r} has no argument {key!r}{hint}; it takes {', '.join(sorted(valid))}")
     architecture, mixer, _ = _MODELS[name]
     # If a different mixer is selected, drop the preset options of the default mixer.
     arguments = {key: value for key, value in preset(name).items() if key in valid} | overrides
@@ -156,7 +162,9 @@ def create_model(name: str, **overrides: Any) -> Backbone:
     if mixer is not None:
         mixer = arguments.pop("mixer", mixer)
         mixers.append(make_mixer(mixer, **{key: arguments.pop(key) for key in mixer_options(mixer) & arguments.keys()}))
-    model = architecture(*mixers, **arguments)
+    with nullcontext() if device is None else torch.device(device):
+        model = architecture(*mixers, **arguments)
+    model.to(device=device, dtype=dtype)
     model.config = {"name": name, "arguments": overrides}
     return model
 
@@ -172,6 +180,12 @@ def takes(name: str, mixer: str | None = None) -> set[str]:
 def preset(name: str) -> dict[str, Any]:
     """Return the arguments of the model `name` that differ from the defaults of its architecture."""
     return dict(_entry(name).arguments)
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Return all arguments with which the architecture of the model `name` is created, except the mixer."""
+    signature = inspect.signature(_entry(name).architecture).parameters.values()
+    return {each.name: each.default for each in signature if each.kind is each.KEYWORD_ONLY} | preset(name)
 
 
 def _entry(name: str) -> Entry:

@@ -467,9 +467,76 @@ def test_the_zoo_is_registered():
     direct = create_model("vin_tiny", num_classes=7, in_chans=1, drop_path_rate=0.1, depth=2)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), direct.state_dict().values(), strict=True))
     data = timm.data.resolve_data_config({}, model=model)
-    assert data["input_size"] == (1, 32, 32) and len(data["mean"]) == 1
-    with pytest.raises(RuntimeError, match="vix_vin_tiny has no published weights"):
+    assert data["input_size"] == (3, 32, 32)  # as in timm, this is the registered size, not the size of this model
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for vix_vin_tiny"):
         timm.create_model("vix_vin_tiny", pretrained=True)
+    with pytest.raises(NotImplementedError, match="attn_drop_rate: expected 0"):
+        timm.create_model("vix_vin_tiny", attn_drop_rate=0.1)
+    with pytest.raises(TypeError, match="no argument 'num_head'"):
+        timm.create_model("vix_vin_tiny", num_head=2)
+    assert timm.create_model("vix_vin_tiny", attn_drop_rate=0.0, depth=1, device="meta").pos_embed.is_meta
+
+
+@pytest.mark.parametrize("name", list_models("*_tiny") + list_models("*_base") + ["vit", "levip", "cvn", "ccp", "fnet_2d"])
+def test_registered_configurations_describe_the_models(name):
+    registered = timm.get_pretrained_cfg(f"vix_{name}")
+    model = timm.create_model(f"vix_{name}", device="meta", num_classes=3, img_size=128 if name.endswith("_base") else 64)
+    assert model.default_cfg == registered.to_dict() and model.num_classes == 3
+    model = timm.create_model(f"vix_{name}", device="meta")
+    convolutions = [key for key, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert registered.first_conv == convolutions[0] and registered.classifier == "head"
+    assert registered.pool_size == model.levels()[-1].grid and registered.fixed_input_size
+    assert registered.input_size == (model.in_chans, *model.img_size) and registered.num_classes == model.num_classes
+    groups = timm.models._manipulate.group_parameters(model, model.group_matcher(), reverse=True)
+    assert groups.keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["vix_hybrid_vip_tiny", "vix_levin_tiny", "vix_cvp_tiny", "vix_ccn_tiny", "vix_fnet_2d_tiny"])
+def test_features_graphs_and_traces_of_the_zoo(name):
+    torch.manual_seed(0)
+    depth = (1, 1, 1) if name.startswith(("vix_le", "vix_cv")) else 3
+    model, x = timm.create_model(name, depth=depth).eval(), torch.randn(2, 3, 32, 32)
+    torch.manual_seed(0)
+    features = timm.create_model(name, depth=depth, features_only=True).eval()
+    for found, expected in zip(features(x), model.forward_intermediates(x, 3, intermediates_only=True), strict=True):
+        torch.testing.assert_close(found, expected)
+    graph = timm.models.create_feature_extractor(model, {"norm": "tokens", "head": "logits"})
+    found = graph(x)
+    torch.testing.assert_close(found["tokens"], model.forward_features(x))
+    torch.testing.assert_close(found["logits"], model(x))
+    trace = torch.jit.trace(model, x)
+    torch.testing.assert_close(trace(x), model(x), atol=1e-5, rtol=1e-5)
+    assert "vix_kernels::" not in str(trace.inlined_graph) and "PythonOp" not in str(trace.inlined_graph)
+
+
+def test_the_zoo_loads_weights_from_files(tmp_path):
+    options = dict(depth=2, num_classes=4)
+    model, x = timm.create_model("vix_vin_tiny", **options).eval(), torch.randn(2, 3, 32, 32)
+    timm.models.save_for_hf(model, tmp_path, model_config=dict(num_classes=4), model_args=options, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(x), model(x))
+    overlay = dict(file=str(tmp_path / "model.safetensors"), num_classes=4)
+    larger = timm.create_model("vix_vin_tiny", pretrained=True, pretrained_cfg_overlay=overlay, img_size=48, **options).eval()
+    model.set_input_size(48)
+    assert torch.equal(larger(torch.ones(1, 3, 48, 48)), model(torch.ones(1, 3, 48, 48)))
+    gray = timm.create_model(
+        "vix_vin_tiny", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=1, depth=2, num_classes=9
+    )
+    assert gray(torch.ones(1, 1, 32, 32)).shape == (1, 9)
+
+
+def test_replaced_models_have_graphs():
+    model = vit()
+    integration.replace_attention(model, "nystrom")
+    graph = timm.models.create_feature_extractor(model, {"blocks.1": "tokens", "head": "logits"})
+    torch.testing.assert_close(graph(images())["logits"], model(images()))
+
+
+@pytest.mark.parametrize("name", ["vit_pwee_patch16_reg1_gap_256", "vit_dpwee_patch16_reg1_gap_256"])
+def test_blocks_that_compute_attention_are_refused(name):
+    with pytest.raises(ValueError, match=r"got 2 times timm.models.vision_transformer.(Diff)?ParallelScalingBlock"):
+        integration.replace_attention(timm.create_model(name, device="meta", depth=2), "nystrom")
 
 
 def test_unsupported_timm_versions_are_refused(monkeypatch):

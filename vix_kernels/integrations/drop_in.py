@@ -12,6 +12,7 @@ from operator import index
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from .. import backends
@@ -220,6 +221,8 @@ class TokenGrid:
         self.sizes: dict[int, tuple[int, int]] = {}
 
     def __call__(self, embedding: nn.Module, args: tuple[Any, ...], tokens: Tensor) -> None:
+        if isinstance(args[0], torch.fx.Proxy):  # the size is unknown while torch.fx traces; its graph does not call this hook
+            return
         self.add(embedding.dynamic_feat_size(tuple(args[0].shape[-2:])))
 
     def add(self, size: tuple[int, int]) -> None:

@@ -168,9 +168,13 @@ def check_model(model: nn.Module) -> None:
 
 
 def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) for each module in `model` whose class name contains Attention or Attn, but not Block."""
+    """Yield (name, module) for each attention in `model`.
+
+    These are the modules whose class name contains Attention or Attn, but not Block, and the blocks of timm that compute the
+    attention without such a module.
+    """
     check_model(model)
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if re.search("Attention|Attn", kind) and "Block" not in kind:
+        if (re.search("Attention|Attn", kind) and "Block" not in kind) or kind.endswith("ParallelScalingBlock"):
             yield name or ROOT, module

@@ -29,6 +29,7 @@ from .hosts import Report, check_model, host, replace_each, require_call
 
 with host("timm", "1.0.28"):
     from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices
+    from timm.models import register_notrace_module
     from timm.models.eva import EvaAttention
     from timm.models.vision_transformer import ATTN_LAYERS
 
@@ -102,6 +103,7 @@ class ReplacedEvaAttention(_ReplacedRope, EvaAttention):
 _REPLACED = {Attention: ReplacedAttention, AttentionRope: ReplacedAttentionRope, EvaAttention: ReplacedEvaAttention}
 for _host, _replacement in _REPLACED.items():
     require_call("timm", _replacement, _host)
+    register_notrace_module(_replacement)  # torch.fx cannot trace it, because it checks shapes
 
 
 def rope_of(table: Tensor, prefix_tokens: int, num_heads: int, half: bool) -> Rope:
@@ -209,9 +211,8 @@ def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[A
 
         timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("nystrom", num_landmarks=49))
 
-    Landmarks and agents are placed as in `replace_attention`. If the attention does not closely approximate softmax attention
-    (see `retrain` in DropIn), the weights are marked as trained with `op`: the state dict has an entry `_extra_state` for each
-    layer.
+    Landmarks and agents are placed as in `replace_attention`. Unless the attention approximates softmax attention closely (see
+    `retrain` in DropIn), the weights are marked as trained with `op`: each layer has an entry `_extra_state` in the state dict.
 
     Args:
         op, options: as in DropIn. All layers have the same random features.
@@ -257,8 +258,8 @@ def _place_while_built() -> None:
 def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
     """For each attention layer in the blocks of `vit`, set the number of prefix tokens and the grid on which slots are pooled.
 
-    This runs when `vit` registers its blocks, and again for each later child module, because some transformers change their
-    number of prefix tokens after they register their blocks.
+    This runs when `vit` registers its blocks, and again for each later child, because some set their number of prefix tokens
+    after they register their blocks.
     """
     blocks = module if name == "blocks" else vit._modules.get("blocks")
     if blocks is None or "num_prefix_tokens" not in vars(vit):

@@ -1,39 +1,92 @@
-"""Register the models in vix_kernels.models with timm, under the names vix_NAME. integrations/timm.py imports this module."""
+"""Register the models in vix_kernels.models with timm, under the names vix_NAME. integrations/timm.py imports this module.
+
+`timm.create_model("vix_NAME", ...)` accepts the arguments of `create_model`, and timm's arguments such as `features_only`. No
+weights are published, so `pretrained=True` needs a file or a folder that timm.models.save_for_hf has written:
+
+    timm.create_model("vix_vin_tiny", pretrained=True, pretrained_cfg_overlay=dict(file="model.safetensors"))
+    timm.create_model("local-dir:FOLDER", pretrained=True)
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .. import models
+from ..models import fnet2d, layers, list_models, positions
+from ..models.arguments import pair
+from ..models.backbone import Backbone, grid_of
+from ..models.resize import adapt_state
+from ..models.stages import shrinking
+from ..models.zoo import create_model, defaults
+from ..nn.dropout import Dropout
+from ..nn.module import MixerModule
 from .hosts import host
 
 with host("timm", "1.0.28"):
-    from timm.models import register_model
+    from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+
+# torch.fx cannot trace these modules. They check shapes, choose between algorithms, or return rotary tables.
+for _module in (
+    MixerModule, Dropout, layers.Block, layers.DropPath, layers.TokenBatchNorm, fnet2d.FourierBlock,
+    positions.RotaryPosition, positions.MixedRotaryPosition,
+):  # fmt: skip
+    register_notrace_module(_module)
+
+
+def _default_cfg(name: str) -> dict[str, Any]:
+    """Return timm's description of the model `name`. It follows from the name, and not from the arguments of one model."""
+    arguments = defaults(name)
+    img_size, channels = pair("img_size", arguments["img_size"]), arguments["in_chans"]
+    if "embed_stride" in arguments:  # CvT
+        first_conv, grids = "stages.0.embed", shrinking(img_size, arguments["embed_stride"])
+    elif "pool_stride" in arguments:  # CCT
+        strides = (side for stride in arguments["strides"] for side in (stride, arguments["pool_stride"]))
+        first_conv, grids = "tokenizer.0", shrinking(img_size, tuple(strides))
+    else:
+        grid = grid_of(img_size, arguments["patch_size"])
+        grids = [grid, *shrinking(grid, (2,) * (arguments.get("stages", 1) - 1))]
+        hybrid = name.startswith(("hybrid", "fnet_2d"))
+        first_conv = "stages.0.embed.0" if "stages" in arguments else "patch_embed.0" if hybrid else "patch_embed.proj"
+    return dict(
+        num_classes=arguments["num_classes"], input_size=(channels, *img_size), fixed_input_size=True, pool_size=[*grids][-1],
+        first_conv=first_conv, classifier="head", mean=(0.5,) * channels, std=(0.5,) * channels, interpolation="bicubic",
+        crop_pct=1.0,
+    )  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs({f"vix_{name}": _default_cfg(name) for name in list_models()})
 
 
 def _entry(name: str) -> Any:
     """Return the function that timm calls to build vix_NAME."""
+    arguments = defaults(name)
+    levels = len(arguments["embed_stride"]) if "embed_stride" in arguments else arguments.get("stages", arguments["depth"])
+
+    def create(attn_drop_rate: float = 0.0, **arguments: Any) -> Backbone:
+        if attn_drop_rate:
+            reason = "there are no attention weights to drop"
+            raise NotImplementedError(f"attn_drop_rate: expected 0 ({reason}), got {attn_drop_rate}")
+        return create_model(name, **arguments)
+
+    def adapt(state: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
+        """Resample the weights of a model for images of the size in the configuration, if `model` has another image size."""
+        state = state.get("model", state)
+        arguments = model.config["arguments"] | {"img_size": model.pretrained_cfg["input_size"][1:]}
+        return adapt_state(state, create_model(name, device="meta", **arguments), model)
 
     def build(pretrained: bool = False, **arguments: Any) -> nn.Module:
-        for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # timm passes these for pretrained weights
-            arguments.pop(key, None)
-        if pretrained:
-            raise RuntimeError(f"pretrained: expected False, got True: vix_{name} has no published weights")
-        model = models.create_model(name, **arguments)
-        model.default_cfg = model.pretrained_cfg = dict(
-            architecture=f"vix_{name}", num_classes=model.num_classes, input_size=(model.in_chans, *model.img_size),
-            mean=(0.5,) * model.in_chans, std=(0.5,) * model.in_chans, interpolation="bicubic", crop_pct=1.0,
-            classifier="head",
-        )  # fmt: skip
-        return model
+        features = dict(out_indices=min(3, levels), feature_cls="getter")
+        return build_model_with_cfg(
+            create, f"vix_{name}", pretrained, pretrained_filter_fn=adapt, feature_cfg=features, **arguments
+        )
 
     build.__name__ = build.__qualname__ = f"vix_{name}"
     build.__doc__ = f"Build the model {name!r} from vix_kernels.models. Accepts the same arguments as create_model."
     return build
 
 
-for _name in models.list_models():
+for _name in list_models():
     setattr(sys.modules[__name__], f"vix_{_name}", register_model(_entry(_name)))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from vix_kernels.integrations.swap import holders
 from vix_kernels.models.backbone import Backbone
 from vix_kernels.models.positions import resample_tokens
-from vix_kernels.models.pretrained import CONFIG, adapt_state, is_head, read_folder
+from vix_kernels.models.pretrained import CONFIG, read_folder
+from vix_kernels.models.resize import adapt_state, is_head
 
 from .checkpoint import load_checkpoint
 from .config import UserError

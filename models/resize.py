@@ -1,0 +1,89 @@
+"""Adapt models and their weights to another image size, number of input channels or number of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .backbone import Backbone
+from .positions import resample_tokens
+from .zoo import create_model
+
+# Maps each state dict entry with a token dimension to the index of this dimension, and to whether it includes prefix tokens.
+_OVER_TOKENS = {
+    "pos_embed": (1, True),
+    "key_projection": (-2, True),
+    "value_projection": (-2, True),
+    "attention_bias": (1, False),
+}
+# Attributes of modules that depend on the image size. `core` and `site` are those of a mixer (vix_kernels/nn/module.py).
+_SIZED = ("img_size", "grid", "grid_size", "core", "site", "_make")
+
+
+def adapt_state(state: Mapping[str, Any], source: Backbone, model: Backbone) -> dict[str, Any]:
+    """Adapt the state dict `state` of `source` to `model`, whose image size, input channels and head may be different."""
+    state, expected = dict(state), model.state_dict()
+    maps = model.token_maps()
+    for module, (old, tokens) in source.token_maps().items():
+        new = maps[module][0]
+        for key in state if old != new else ():
+            name = key.rpartition(".")[2]
+            if name in _OVER_TOKENS and key.startswith(f"{module}." if module else ""):
+                dim, with_prefix = _OVER_TOKENS[name]
+                state[key] = resample_tokens(state[key], dim, old, new, tokens if with_prefix else 0)
+    first = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)) + ".weight"
+    if source.in_chans != model.in_chans:
+        state[first] = _other_channels(state[first], model.in_chans)
+    for key in [key for key in state if is_head(key)]:
+        if key not in expected or expected[key].shape != state[key].shape:
+            del state[key]
+    return state
+
+
+def _other_channels(weight: Tensor, channels: int) -> Tensor:
+    """Adapt `weight` to `channels` input channels. For one channel, sum the old channels; otherwise, repeat and scale them.
+
+    This preserves the magnitude of the outputs.
+    """
+    before = weight.shape[1]
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-channels // before), 1, 1)[:, :channels] * (before / channels)
+
+
+def is_head(key: str) -> bool:
+    return key.startswith(("head.", "attention_pool."))
+
+
+def resize(model: Backbone, img_size: tuple[int, int]) -> None:
+    """Adapt `model`, created by `create_model`, to images of another size, in place.
+
+    Everything that depends on the image size is copied from a new model of that size. Parameters over the tokens are
+    resampled. The other parameters, hooks and modules stay the same objects.
+
+    Raises:
+        ValueError: `create_model` did not build the model, or parts of it have been replaced. The model is unchanged.
+    """
+    if "name" not in (getattr(model, "config", None) or {}):
+        raise ValueError(f"model: expected a model from create_model that is not pruned, got {type(model).__name__}")
+    name, arguments = model.config["name"], model.config["arguments"]
+    old = dict(model.named_modules())
+    for path, module in create_model(name, device="meta", **arguments).named_modules():
+        same = type(old.get(path)) is type(module) and getattr(old[path], "core", None) == getattr(module, "core", None)
+        if not same:
+            raise ValueError(f"model: expected the modules of create_model, but {path} has been replaced")
+    new = create_model(name, device=next(model.parameters()).device, **arguments | {"img_size": img_size})
+    state = adapt_state(model.state_dict(), model, new)
+    for path, module in new.named_modules():
+        for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            before = getattr(old[path], key)
+            if isinstance(value, nn.Parameter):
+                if before.shape != value.shape:
+                    resampled = state[f"{path}.{key}" if path else key]
+                    setattr(old[path], key, nn.Parameter(resampled, requires_grad=before.requires_grad))
+            elif key in module._non_persistent_buffers_set:
+                setattr(old[path], key, value.to(before.device))
+        vars(old[path]).update({key: vars(module)[key] for key in _SIZED if key in vars(module)})
+    model.config["arguments"] = arguments | {"img_size": img_size}
