@@ -11,7 +11,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 ORIGINALS := vision_xformer==0.2.0 performer-pytorch==1.1.4 local-attention==1.4.4 axial-positional-embedding==0.3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help train test attack bench traffic quality linearize docs report lint clean
+.PHONY: help train test attack hosts bench traffic quality linearize docs report lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -25,6 +25,9 @@ test: $(READY)  ## run the tests; a selection: make test ARGS="-k models"
 
 attack: $(READY)  ## test operators and file readers with random cases: make attack ARGS="--minutes 20 --backend triton"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack $(ARGS)
+
+hosts: $(READY)  ## run timm's tests on our models; with those of transformers: make hosts ARGS="--transformers PATH"
+	$(BIN)/python -m tests.hosts $(ARGS)
 
 bench: $(READY)  ## compare the speed of every operator with other packages; with torch.compile: make bench ARGS=--compiled
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

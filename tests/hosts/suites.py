@@ -1,0 +1,67 @@
+"""The suites of host libraries, and the tests in them that are expected to fail, with a reason each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+Kind = Literal["causal", "attention dropout", "returned weights", "non-padding mask", "TorchScript"]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Tests that are expected to fail.
+
+    Attributes:
+        pattern: matches CLASS_OR_FILE::TEST.
+        kind: what the tests need that this library does not support.
+        reason: why.
+    """
+
+    pattern: str
+    kind: Kind
+    reason: str
+
+    def covers(self, test: str) -> bool:
+        return fnmatchcase(test, self.pattern.replace("[", "[[]"))
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tests of a host library.
+
+    Attributes:
+        package: the host library.
+        plugin: the pytest plugin that changes which models the tests use, or their attention.
+        files: files of tests, relative to the folder of the host library.
+        settings: environment variables for the plugin.
+        before: the variables for a second run without this library, or None if the models are those of this library.
+        expected: tests that may fail.
+    """
+
+    package: str
+    plugin: str
+    files: tuple[str, ...]
+    settings: dict[str, str]
+    before: dict[str, str] | None = None
+    expected: tuple[Expected, ...] = field(default=())
+
+
+ZOO = ("vit", "vil", "vip", "vin", "hybrid_vip", "fnet", "levin", "cvp", "ccn", "fnet_2d")
+HOSTS = (
+    "test_vit", "test_vit2", "test_vit3", "test_vit4", "vit_tiny_patch16_224", "vit_tiny_r_s16_p8_224", "flexivit_small",
+    "vit_small_patch16_rope_mixed_224", "vit_tiny_patch16_dinov3_qkvb", "deit_tiny_distilled_patch16_224",
+    "eva02_tiny_patch14_224", "mobilevit_xxs",
+)  # fmt: skip
+TORCHSCRIPT = "the operators choose between algorithms in Python, which torch.jit.script cannot compile; use torch.jit.trace"
+SUITES = {
+    "timm-models": Suite(
+        "timm", "timm_plugin", ("tests/test_models.py",), {"VIX_MODELS": ",".join(f"vix_{name}_tiny" for name in ZOO)},
+        expected=(Expected("*torchscript[*", "TorchScript", TORCHSCRIPT),),
+    ),
+    "timm-replaced": Suite(
+        "timm", "timm_plugin", ("tests/test_models.py",), {"VIX_MODELS": ",".join(HOSTS), "VIX_REPLACE": "nystrom"},
+        before={"VIX_MODELS": ",".join(HOSTS)}, expected=(Expected("*torchscript[*", "TorchScript", TORCHSCRIPT),),
+    ),
+}  # fmt: skip
