@@ -174,6 +174,12 @@ def test_fast_attention_with_other_features(options: dict[str, Any]) -> None:
     same_results(results(replacement, inputs), results(peer, inputs))
 
 
+def test_fast_attention_shares_keys_of_one_sample() -> None:
+    replacement, peer = pair("performer_pytorch", FAST)
+    inputs = [normal(batch, 3, tokens, 16) for batch, tokens in ((2, 45), (1, 37), (1, 37))]
+    same_results(results(replacement, inputs), results(peer, inputs))
+
+
 def test_fast_attention_with_a_learned_projection() -> None:
     replacement, peer = pair("performer_pytorch", FAST)
     for module in (replacement, peer):
@@ -277,6 +283,18 @@ def test_nystrom_matches_the_peer(options: dict[str, Any], tokens: int, mask: st
     assert len(factors) == 3
     for a, b in zip(factors, peer_factors, strict=True):
         close(a, b, 1e-9)
+
+
+@pytest.mark.parametrize("length", [None, 20])
+def test_nystrom_dropout_matches_the_peer(length: int | None) -> None:
+    replacement, peer = pair("nystrom_attention", NYSTROM | dict(dropout=0.5))
+    replacement.to_out[1] = peer.to_out[1]  # both must draw the same random numbers
+    x, outs = normal(2, 45, 20), []
+    mask = None if length is None else up_to(length, tokens=45)  # both samples share the mask
+    for module in (replacement, peer):
+        torch.manual_seed(5)
+        outs.append(results(module, [x], mask))
+    same_results(*outs, 1e-9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -442,6 +460,8 @@ def test_inputs_that_are_refused() -> None:
     x = torch.zeros(2, 41, 32)
     with pytest.raises(ValueError, match="k: expected q's head_dim 16, got 8"):
         FastAttention(**FAST)(q, q[..., :8], q)
+    with pytest.raises(TypeError, match="k: expected a Tensor, got NoneType"):
+        FastAttention(**FAST)(q, None, q)
     with pytest.raises(ValueError, match="key_padding_mask: expected shape"):
         FastAttention(**FAST)(q, q, q, key_padding_mask=torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"mask: expected bool \(2, 9\) .* got torch.float32 \(2, 9\)"):

@@ -80,12 +80,14 @@ class NystromAttention(nn.Module):
 
         Args:
             x: (batch, tokens, dim).
-            mask: bool (batch, tokens), True = valid.
+            mask: bool (batch, tokens), or (1, tokens) for all samples, True = valid.
             return_attn: also return the attention matrix of the padded sequence.
             return_attn_matrices: also return the three factors of this matrix: the attention from tokens to landmarks, the
                 pseudo-inverse, and the attention from landmarks to tokens. Takes precedence over return_attn.
         """
         tokens = x.shape[1]
+        if mask is not None and mask.dim() == 2 and mask.shape[0] == 1:
+            mask = mask.expand(x.shape[0], -1)
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
             expected, got = f"bool {tuple(x.shape[:2])}", f"{mask.dtype} {tuple(mask.shape)}"
             raise ValueError(f"mask: expected {expected} (batch, tokens), True = valid, got {got}")
@@ -111,7 +113,9 @@ class NystromAttention(nn.Module):
                 pinv_init="original" if self.compat else "exact", key_padding_mask=mask, backend=self.backend,
                 conv_weight=self.res_conv.weight if self.residual else None,
             )  # fmt: skip
-        out = self.to_out(rearrange(out[:, :, padding:], "b h n d -> b n (h d)"))
+        out = rearrange(out, "b h n d -> b n (h d)")
+        # In training, the package also draws dropout for the padding. Do the same, so that the random numbers match.
+        out = self.to_out(out)[:, padding:] if self.compat and self.training else self.to_out(out[:, padding:])
         if return_attn_matrices:
             return out, tuple(factors)
         if return_attn:

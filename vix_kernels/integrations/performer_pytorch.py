@@ -101,12 +101,14 @@ class FastAttention(nn.Module):
         self.projection_matrix.copy_(self._draw())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Compute attention for q (batch, heads, queries, dim_heads), k (batch, heads, tokens, dim_heads) and v.
+        """Compute attention for q (batch, heads, queries, dim_heads), k (batch or 1, heads, tokens, dim_heads) and v.
 
         `key_padding_mask` is bool (batch, tokens), True = valid. Padded tokens are also excluded from the maximum and from the
         eps term. The output for a query without valid keys is 0.
         """
         q, k, v = autocast(q, k, v)
+        if all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v)) and k.shape[0] == v.shape[0] == 1:
+            k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
         check_qkv(q, k, v)
         check_mask(key_padding_mask, k)
         if key_padding_mask is not None:
