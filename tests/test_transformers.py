@@ -217,6 +217,17 @@ def test_a_patched_nystromformer_returns_the_attentions_of_the_host():
         patched(ids[:, :24])
 
 
+def test_patch_refuses_subclasses():
+    """A subclass may compute something else."""
+    model = nystromformer()
+    attention = model.encoder.layer[1].attention.self
+    attention.__class__ = type("Mine", (type(attention),), {})
+    report = integration.patch(model)
+    assert report.replaced == ["encoder.layer.0.attention.self"] and type(attention).__name__ == "Mine"
+    reason = report.refused["encoder.layer.1.attention.self"]
+    assert ".Mine, which is not transformers" in reason and "NystromformerSelfAttention or transformers" in reason
+
+
 def test_a_patched_fnet_gives_the_same_results():
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=32, vocab_size=50, max_position_embeddings=64)

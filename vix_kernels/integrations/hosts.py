@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 import fnmatch
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 
 from torch import nn
 
+from .. import backends
 from ..nn.core import Site
 from .drop_in import DropIn
 
@@ -46,10 +51,13 @@ def host(package: str, oldest: str) -> Iterator[None]:
         ) from error
 
 
-def require_call(package: str, kind: type[nn.Module], host: type[nn.Module]) -> None:
-    """Raise ImportError unless the forward of `kind` accepts every argument of the `host` forward that it replaces."""
+def require_call(package: str, kind: type[nn.Module], host: type[nn.Module], ignored: Sequence[str] = ()) -> None:
+    """Raise ImportError unless the forward of `kind` accepts every argument of the `host` forward that it replaces.
+
+    `ignored` lists arguments that `host` accepts but does not use.
+    """
     supported, host_arguments = (list(inspect.signature(each.forward).parameters)[1:] for each in (kind, host))
-    if not set(host_arguments) <= set(supported):
+    if not set(host_arguments) <= {*supported, *ignored}:
         raise ImportError(
             f"{package} {version(package)}: vix_kernels does not support this version: {host.__name__} is called with "
             f"({', '.join(host_arguments)}), expected ({', '.join(supported)})"
@@ -146,6 +154,144 @@ def replace_each(
             vars(module).update(state)
         raise
     return report
+
+
+def patch_each(
+    model: nn.Module,
+    classes: Mapping[type[nn.Module], type[nn.Module]],
+    *,
+    attention: str,
+    expected: str,
+    reason_against: Callable[[nn.Module], str] = lambda module: "",
+) -> Report:
+    """Change the class of every module in `model` whose class is a key of `classes`. Modules keep all their attributes.
+
+    Modules that an earlier call changed are also listed as replaced. Modules of subclasses, and of other classes with the
+    same names, are listed as refused, because they may compute something else.
+
+    Args:
+        model: the host model.
+        classes: maps each class of the host to an equivalent subclass.
+        attention: a description of the new attention, for the report.
+        expected: the expected kind of model, for the error message.
+        reason_against: a function that returns why a module cannot be replaced, or an empty string if it can.
+
+    Raises:
+        ValueError: nothing could be replaced. The model is then unchanged.
+    """
+    check_model(model)
+    report, chosen, names = Report(attention), [], {kind.__name__ for kind in classes}
+    for name, module in model.named_modules():
+        kind = _HOSTS.get(type(module), type(module))
+        if kind not in (*classes, *classes.values()):
+            if isinstance(module, tuple(classes)) or kind.__name__ in names:
+                hosts = " or ".join(f"{each.__module__}.{each.__name__}" for each in classes)
+                report.refused[name or ROOT] = f"{kind.__module__}.{kind.__qualname__}, which is not {hosts}"
+        elif reason := reason_against(module):
+            report.refused[name or ROOT] = reason
+        else:
+            chosen.append((module, classes.get(kind, kind)))
+            report.attentions[name or ROOT] = kind.__name__
+    report.checked(expected)
+    for module, kind in chosen:
+        module.__class__ = kind
+    return report
+
+
+def patch_package(
+    model: nn.Module,
+    package: str,
+    oldest: str,
+    ours: type[nn.Module],
+    *,
+    backend: str,
+    reason_against: Callable[[nn.Module], str],
+    ignored: Sequence[str] = (),
+) -> Report:
+    """Make the modules of one class of a package compute like `ours`, a class of the same name with the same parameters.
+
+    Args:
+        model: a model that contains modules of the package.
+        package, oldest: the package and its oldest supported version.
+        ours: the equivalent class. Its instances have the attributes of the package's modules, `compat` and `backend`.
+        backend: the backend of the new attention.
+        reason_against: as in patch_each.
+        ignored: arguments that the package's forward accepts but does not use.
+
+    Raises:
+        ImportError: the package is not installed, is too old, or is hidden by a different copy of it.
+        ValueError: nothing could be replaced. The model is then unchanged.
+    """
+    check_model(model)
+    backends.check(backend)
+    with host(package, oldest):
+        kind = getattr(import_module(package.replace("-", "_")), ours.__name__)
+    found, installed = Path(inspect.getfile(kind)).resolve(), Path(distribution(package).locate_file("")).resolve()
+    if installed not in found.parents:  # projects such as scBERT have a folder with a modified copy of the package
+        raise ImportError(f"{package}: expected the package installed in {installed}, got a copy of it, {found}")
+    require_call(package, ours, kind, ignored)
+    return patch_each(
+        model,
+        {kind: patched(kind, ours, backend)},
+        attention=f"{ours.__name__} of {package}",
+        expected=f"{kind.__module__}.{kind.__name__}",
+        reason_against=reason_against,
+    )
+
+
+class _Patched(type):
+    """Metaclass of the classes that `patched` returns. Pickle recreates these classes instead of importing them."""
+
+
+_HOSTS: dict[type, type[nn.Module]] = {}  # maps each class that `patched` returned to the class of the host
+
+
+@cache
+def patched(host: type[nn.Module], ours: type[nn.Module], backend: str) -> type[nn.Module]:
+    """Return a subclass of `host` and `ours` with the forward of `ours`, and with the other methods of `host`."""
+    namespace = {"forward": ours.forward, "compat": True, "backend": backend, "__module__": ours.__module__}
+    kind = _Patched(host.__name__, (host, ours), namespace)
+    _HOSTS[kind] = host
+    return kind
+
+
+def _reduce(kind: _Patched) -> str | tuple[Callable, tuple]:
+    # The class of a wrapped module, such as FSDP's, inherits the metaclass. It is pickled by name, like other classes.
+    return (patched, (*kind.__bases__, kind.backend)) if kind in _HOSTS else kind.__qualname__
+
+
+copyreg.pickle(_Patched, _reduce)
+
+
+def unpatch(model: nn.Module) -> list[str]:
+    """Undo `patch` for a model of performer-pytorch, nystrom-attention or linformer, in place.
+
+    Returns:
+        the names of the restored modules.
+
+    Raises:
+        ValueError: the model was not patched.
+    """
+    check_model(model)
+    found = {name or ROOT: module for name, module in model.named_modules() if type(module) in _HOSTS}
+    if not found:
+        raise ValueError("model: expected a model that patch changed, got one without changed modules")
+    for module in found.values():
+        module.__class__ = _HOSTS[type(module)]
+    return list(found)
+
+
+def reason_against_linear(module: nn.Module, *names: str) -> str:
+    """Return why the layers of `module` in `names` are not linear maps, or an empty string if they are nn.Linear without bias.
+
+    The replacements apply such layers to padding, or after a sum over tokens.
+    """
+    for name in names:
+        layer = getattr(module, name)
+        if type(layer) is not nn.Linear or layer.bias is not None:
+            got = "one with a bias" if type(layer) is nn.Linear else type(layer).__name__
+            return f"{name}: expected a torch.nn.Linear without bias, got {got}"
+    return ""
 
 
 def selected(found: Iterable[tuple[str, nn.Module]], layers: Sequence[str] | None) -> list[tuple[str, nn.Module]]:

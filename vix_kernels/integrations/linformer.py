@@ -15,6 +15,8 @@ from .. import backends
 from ..nn.dropout import Dropout
 from ..ops.checks import check_mask
 from ..ops.linformer import attend_to_slots
+from .hosts import Report, patch_package, reason_against_linear
+from .hosts import unpatch as unpatch
 
 
 class LinformerSelfAttention(nn.Module):
@@ -101,3 +103,32 @@ class LinformerSelfAttention(nn.Module):
         else:
             slots = torch.bmm(projection, linear(x))
         return rearrange(slots, "b k (h d) -> b h k d", d=self.dim_head).expand(-1, self.heads, -1, -1)
+
+
+def patch(model: nn.Module, *, backend: str = "auto") -> Report:
+    """Make the attention of models of linformer faster, in place. Outputs, weights and their names do not change.
+
+        report = patch(Linformer(...))
+
+    Every LinformerSelfAttention in `model` is replaced, such as those in the package's Linformer and LinformerLM.
+    `unpatch(model)` undoes the replacement.
+
+    Args:
+        model: a model that contains LinformerSelfAttention of linformer 0.2.3 or newer.
+        backend: as in linformer_attention.
+
+    Returns:
+        a report that lists the replaced layers, and the layers that were not replaced with the reason.
+
+    Raises:
+        ValueError: nothing could be replaced. The model is then unchanged.
+        ImportError: linformer is not installed, or `linformer` is a different copy of it.
+    """
+    return patch_package(
+        model, "linformer", "0.2.3", LinformerSelfAttention,
+        backend=backend, reason_against=_reason_against, ignored=("kwargs",),
+    )  # fmt: skip
+
+
+def _reason_against(module: nn.Module) -> str:
+    return reason_against_linear(module, "to_k", *(() if module.share_kv else ("to_v",)))

@@ -21,6 +21,8 @@ from ..nn.packed_linear import packed_linear
 from ..ops.nystrom import nystrom_attention
 from ..primitives.pinv import inverse_reference
 from ..primitives.token_conv import token_conv, token_conv_reference
+from .hosts import Report, patch_package, reason_against_linear
+from .hosts import unpatch as unpatch
 
 
 class NystromAttention(nn.Module):
@@ -160,3 +162,33 @@ class NystromAttention(nn.Module):
         else:
             start = a.sum(-2, keepdim=True).amax(-1, keepdim=True).clamp(min=1.0)
         return inverse_reference(a, a.mT / start, self.pinv_iterations)
+
+
+def patch(model: nn.Module, *, backend: str = "auto") -> Report:
+    """Make the attention of models of nystrom-attention faster, in place. Outputs, weights and their names do not change.
+
+        report = patch(Nystromformer(...))
+
+    Every NystromAttention in `model` is replaced, such as those in the package's Nystromformer. Calls with a mask run in plain
+    PyTorch. `unpatch(model)` undoes the replacement.
+
+    Args:
+        model: a model that contains NystromAttention of nystrom-attention 0.0.14 or newer.
+        backend: as in nystrom_attention.
+
+    Returns:
+        a report that lists the replaced layers, and the layers that were not replaced with the reason.
+
+    Raises:
+        ValueError: nothing could be replaced. The model is then unchanged.
+        ImportError: nystrom-attention is not installed, or `nystrom_attention` is a different copy of it.
+    """
+    return patch_package(
+        model, "nystrom-attention", "0.0.14", NystromAttention, backend=backend, reason_against=_reason_against
+    )  # fmt: skip
+
+
+def _reason_against(module: nn.Module) -> str:
+    if module.residual and module.res_conv.kernel_size[0] % 2 == 0:
+        return f"residual_conv_kernel: expected an odd number of taps, got {module.res_conv.kernel_size[0]}"
+    return reason_against_linear(module, "to_qkv")

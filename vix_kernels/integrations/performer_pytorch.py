@@ -34,6 +34,8 @@ from ..layout import accumulator
 from ..ops.checks import autocast, check_mask, check_projection, check_qkv
 from ..ops.performer import orthogonal_projection, performer_attention
 from ..primitives import aggregate, broadcast
+from .hosts import Report, patch_package
+from .hosts import unpatch as unpatch
 
 EPS, KERNEL_EPS = 1e-4, 1e-3
 SCALINGS = ("chi", "sqrt")  # values of `scaling` for orthogonal_projection, indexed by ortho_scaling
@@ -139,6 +141,38 @@ class FastAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim_heads={self.dim_heads}, nb_features={self.nb_features}, compat={self.compat}"
+
+
+def patch(model: nn.Module, *, backend: str = "auto") -> Report:
+    """Make the attention of models of performer-pytorch faster, in place. Outputs, weights and their names do not change.
+
+        report = patch(PerformerLM(...))
+
+    Every FastAttention in `model` is replaced, such as those in the package's Performer, PerformerLM, SelfAttention and
+    CrossAttention. The package's ProjectionUpdater still redraws the features. `unpatch(model)` undoes the replacement.
+
+    Args:
+        model: a model that contains FastAttention of performer-pytorch 1.1.4 or newer.
+        backend: as in performer_attention. "triton" refuses layers with generalized_attention or no_projection.
+
+    Returns:
+        a report that lists the replaced layers, and the layers that were not replaced, such as causal layers, with the reason.
+
+    Raises:
+        ValueError: nothing could be replaced. The model is then unchanged.
+        ImportError: performer-pytorch is not installed, or `performer_pytorch` is a different copy of it.
+    """
+
+    def reason_against(module: nn.Module) -> str:
+        if module.causal:
+            return "causal: expected False; causal attention is not supported"
+        if backend == "triton" and (module.generalized_attention or module.no_projection):
+            return "backend 'triton' has no kernels for generalized_attention and no_projection"
+        return ""
+
+    return patch_package(
+        model, "performer-pytorch", "1.1.4", FastAttention, backend=backend, reason_against=reason_against
+    )  # fmt: skip
 
 
 def two_softmaxes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

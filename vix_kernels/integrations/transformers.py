@@ -19,7 +19,7 @@ from ..ops.nystrom import nystrom_attention
 from ..ops.pooling import pooling
 from ..primitives import aggregate, broadcast, landmarks, pinv, token_conv
 from .drop_in import OPS, DropIn, check_trained, require_all, valid_tokens
-from .hosts import Report, host, replace_each, require_call
+from .hosts import Report, host, patch_each, replace_each, require_call
 
 with host("transformers", "5.17"):
     from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface
@@ -227,19 +227,20 @@ def patch(model: nn.Module) -> Report:
     Raises:
         ValueError: there was nothing to replace.
     """
-    report = Report("Nystromformer and FNet")
-    for name, module in model.named_modules():
-        if type(module) is modeling_nystromformer.NystromformerSelfAttention:
-            module.__class__ = NystromformerSelfAttention
-        elif type(module) is modeling_fnet.FNetBasicFourierTransform:
-            if uses_dft_matrices(module):
-                report.refused[name] = "it multiplies by DFT matrices (use_tpu_fourier_optimizations)"
-                continue
-            module.__class__ = FNetBasicFourierTransform
-        elif not isinstance(module, NystromformerSelfAttention | FNetBasicFourierTransform):
-            continue
-        report.attentions[name] = type(module).__name__
-    return report.checked("a Nystromformer or an FNet of transformers")
+
+    def reason_against(module: nn.Module) -> str:
+        return "it multiplies by DFT matrices (use_tpu_fourier_optimizations)" if uses_dft_matrices(module) else ""
+
+    return patch_each(
+        model,
+        {
+            modeling_nystromformer.NystromformerSelfAttention: NystromformerSelfAttention,
+            modeling_fnet.FNetBasicFourierTransform: FNetBasicFourierTransform,
+        },
+        attention="Nystromformer and FNet",
+        expected="a Nystromformer or an FNet of transformers",
+        reason_against=reason_against,
+    )
 
 
 def nystromformer_attention(

@@ -1,0 +1,53 @@
+"""Tests of ProjectionUpdater, which redraws the random features of models of performer-pytorch during training."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_patched import built, patched_copy, tokens_for
+from torch import Tensor, nn
+
+
+def train(model: nn.Module, steps: int, automatic: bool) -> list[tuple[float, int, Tensor]]:
+    """Return the loss, the counter of the updater and the first projection after each step."""
+    torch.manual_seed(4)
+    optimizer, history = torch.optim.SGD(model.parameters(), lr=0.1), []
+    updater = model.performer.proj_updater
+    for _ in range(steps):
+        if not automatic:
+            updater.redraw_projections()
+        loss = model(tokens_for("PerformerLM")).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        projection = next(x.clone() for name, x in model.named_buffers() if name.endswith("projection_matrix"))
+        history.append((loss.item(), updater.calls_since_last_redraw.item(), projection))
+    return history
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+@pytest.mark.parametrize("reversible", [False, True])
+def test_the_projection_updater_redraws_patched_models(reversible: bool, automatic: bool) -> None:
+    """In training, a patched model has the losses and the random features of the package's model, before and after redraws."""
+    options = dict(reversible=reversible, auto_check_redraw=automatic, feature_redraw_interval=2)
+    host = built("PerformerLM", **options).double()
+    patched = patched_copy(host, "PerformerLM")
+    actual, expected = (train(model, 7, automatic) for model in (patched, host))
+    for (loss, calls, projection), (host_loss, host_calls, host_projection) in zip(actual, expected, strict=True):
+        assert loss == pytest.approx(host_loss, rel=1e-9) and calls == host_calls and torch.equal(projection, host_projection)
+    assert [calls for _, calls, _ in actual] == [1, 2, 0, 1, 2, 0, 1]
+    assert len({projection.sum().item() for _, _, projection in actual}) >= 3
+
+    before = copy.deepcopy(patched.state_dict())
+    patched.eval()
+    for _ in range(4):
+        patched.performer.proj_updater.redraw_projections()
+        with torch.no_grad():
+            patched(tokens_for("PerformerLM"))
+    patched.train().fix_projection_matrices_()
+    for _ in range(4):
+        patched.performer.proj_updater.redraw_projections()
+    for name, x in patched.state_dict().items():
+        assert torch.equal(x, before[name]) or name.endswith("calls_since_last_redraw")
