@@ -9,6 +9,8 @@ import torch
 from test_patched import built, patched_copy, tokens_for
 from torch import Tensor, nn
 
+from vix_kernels.integrations import performer_pytorch as performer_integration
+
 
 def train(model: nn.Module, steps: int, automatic: bool) -> list[tuple[float, int, Tensor]]:
     """Return the loss, the counter of the updater and the first projection after each step."""
@@ -51,3 +53,24 @@ def test_the_projection_updater_redraws_patched_models(reversible: bool, automat
         patched.performer.proj_updater.redraw_projections()
     for name, x in patched.state_dict().items():
         assert torch.equal(x, before[name]) or name.endswith("calls_since_last_redraw")
+
+
+def test_our_projection_updater_works_like_that_of_the_package() -> None:
+    """It redraws the modules of this library, which the updater of the package does not find, and those of the package."""
+    package = pytest.importorskip("performer_pytorch", reason="performer_pytorch is not installed")
+    ours = nn.Sequential(nn.Linear(2, 2), performer_integration.FastAttention(8), package.FastAttention(8))
+    updater, host = performer_integration.ProjectionUpdater(ours, 2), package.ProjectionUpdater(ours, 2)
+    assert list(updater.state_dict()) == list(host.state_dict())
+    updater.load_state_dict(host.state_dict())
+
+    def after(updater: nn.Module) -> tuple[bool, bool, int]:
+        before = [module.projection_matrix.clone() for module in ours[1:]]
+        updater.redraw_projections()
+        changed = [not torch.equal(module.projection_matrix, x) for module, x in zip(ours[1:], before, strict=True)]
+        return *changed, updater.calls_since_last_redraw.item()
+
+    assert [after(updater) for _ in range(4)] == [(False, False, 1), (False, False, 2), (True, True, 0), (False, False, 1)]
+    assert [after(host) for _ in range(4)] == [(False, False, 1), (False, False, 2), (False, True, 0), (False, False, 1)]
+    assert [after(updater.eval()) for _ in range(3)] == [(False, False, 1)] * 3
+    updater.train().fix_projections_()
+    assert [after(updater) for _ in range(3)] == [(False, False, calls) for calls in (2, 3, 4)]

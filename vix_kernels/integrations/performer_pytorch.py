@@ -143,6 +143,39 @@ class FastAttention(nn.Module):
         return f"dim_heads={self.dim_heads}, nb_features={self.nb_features}, compat={self.compat}"
 
 
+class ProjectionUpdater(nn.Module):
+    """Redraws random features at intervals, like the module of the same name in performer-pytorch 1.1.4.
+
+    The package's module only finds the package's FastAttention. This module finds every module with the method
+    `redraw_projection_matrix`.
+
+    Args:
+        instance: the model whose random features are redrawn.
+        feature_redraw_interval: number of calls to `redraw_projections` between two redraws. None: features are never redrawn.
+    """
+
+    def __init__(self, instance: nn.Module, feature_redraw_interval: int | None) -> None:
+        super().__init__()
+        self.instance, self.feature_redraw_interval = instance, feature_redraw_interval
+        self.register_buffer("calls_since_last_redraw", torch.tensor(0))
+
+    def fix_projections_(self) -> None:
+        """Keep the current features from now on."""
+        self.feature_redraw_interval = None
+
+    def redraw_projections(self) -> None:
+        """Count this call, or redraw the features if the interval has passed. In evaluation mode, do nothing."""
+        if not self.training:
+            return
+        if self.feature_redraw_interval is None or self.calls_since_last_redraw < self.feature_redraw_interval:
+            self.calls_since_last_redraw += 1
+            return
+        self.calls_since_last_redraw.zero_()
+        for module in self.instance.modules():
+            if hasattr(module, "redraw_projection_matrix"):
+                module.redraw_projection_matrix(module.projection_matrix.device)
+
+
 def patch(model: nn.Module, *, backend: str = "auto") -> Report:
     """Make the attention of models of performer-pytorch faster, in place. Outputs, weights and their names do not change.
 
