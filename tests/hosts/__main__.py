@@ -85,18 +85,19 @@ def outcomes(
     report = BUILD / f"{name}.xml"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "hosts")))
+    paths = [ROOT, ROOT / "tests", ROOT / "tests" / "hosts", folder, os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "pytest", "-p", suite.plugin, "-p", "no:cacheprovider", "--import-mode=importlib", "-q"]
     subprocess.run(
         [*command, "-W", "ignore", "--tb=short", f"--junitxml={report}", *suite.files, *arguments],
-        cwd=folder, env=os.environ | settings | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        cwd=folder, env=os.environ | environment | settings,
         stdout=(BUILD / f"{name}.log").open("w"), stderr=subprocess.STDOUT,
     )  # fmt: skip
     if not report.is_file():
         raise SystemExit(f"{name}: pytest wrote no report; see {BUILD / f'{name}.log'}")
     failed, passed = set(), set()
     for case in ElementTree.parse(report).iter("testcase"):
-        test = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+        test = f"{case.get('classname')}::{case.get('name')}"
         if case.find("failure") is not None or case.find("error") is not None:
             failed.add(test)
         elif case.find("skipped") is None:

@@ -14,7 +14,7 @@ class Expected:
     """Tests that are expected to fail.
 
     Attributes:
-        pattern: matches CLASS_OR_FILE::TEST.
+        pattern: matches the name of a test, such as "tests.test_models::test_model_forward[1-vix_vin_tiny]".
         kind: what the tests need that this library does not support.
         reason: why.
     """
@@ -48,6 +48,11 @@ class Suite:
     expected: tuple[Expected, ...] = field(default=())
 
 
+def modeling(*names: str) -> tuple[str, ...]:
+    """Return the tests of models of transformers."""
+    return tuple(f"tests/models/{name}/test_modeling_{name}.py" for name in names)
+
+
 ZOO = ("vit", "vil", "vip", "vin", "hybrid_vip", "fnet", "levin", "cvp", "ccn", "fnet_2d")
 HOSTS = (
     "test_vit", "test_vit2", "test_vit3", "test_vit4", "vit_tiny_patch16_224", "vit_tiny_r_s16_p8_224", "flexivit_small",
@@ -63,5 +68,11 @@ SUITES = {
     "timm-replaced": Suite(
         "timm", "timm_plugin", ("tests/test_models.py",), {"VIX_MODELS": ",".join(HOSTS), "VIX_REPLACE": "nystrom"},
         before={"VIX_MODELS": ",".join(HOSTS)}, expected=(Expected("*torchscript[*", "TorchScript", TORCHSCRIPT),),
+    ),
+    "transformers-vision": Suite(
+        "transformers", "transformers_plugin", modeling("vit", "dinov2", "siglip"), {"VIX_ATTENTION": "vix_nystrom"}, before={},
+    ),
+    "transformers-patched": Suite(
+        "transformers", "transformers_plugin", modeling("nystromformer", "fnet"), {"VIX_PATCH": "1"}, before={},
     ),
 }  # fmt: skip

@@ -1,0 +1,51 @@
+"""A pytest plugin that runs the tests of transformers with another attention. Its settings are environment variables.
+
+VIX_ATTENTION: the attention that models use instead of their default, such as "vix_nystrom".
+VIX_PATCH: whether every Nystromformer and FNet is patched after its creation.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torchvision_operators
+
+DECLARED = torchvision_operators.declare() if torchvision_operators.mismatch() else None
+
+from transformers import PreTrainedModel  # noqa: E402
+from transformers.models.fnet.modeling_fnet import FNetModel  # noqa: E402
+from transformers.models.nystromformer.modeling_nystromformer import NystromformerModel  # noqa: E402
+
+from vix_kernels.integrations import transformers as vix  # noqa: E402
+
+
+def use(attention: str) -> None:
+    """Make `attention` the default of all models. Tests that ask for another attention still get it."""
+    vix.register()
+    correct = PreTrainedModel.get_correct_attn_implementation
+
+    @functools.wraps(correct)
+    def chosen(self: PreTrainedModel, requested: str | None, *args: Any, **options: Any) -> str:
+        return correct(self, attention if requested is None else requested, *args, **options)
+
+    PreTrainedModel.get_correct_attn_implementation = chosen
+
+
+def patch_after_creation(kind: type[PreTrainedModel]) -> None:
+    create = kind.__init__
+
+    @functools.wraps(create)
+    def created(self: PreTrainedModel, *args: Any, **options: Any) -> None:
+        create(self, *args, **options)
+        vix.patch(self)
+
+    kind.__init__ = created
+
+
+if os.environ.get("VIX_ATTENTION"):
+    use(os.environ["VIX_ATTENTION"])
+if os.environ.get("VIX_PATCH"):
+    for each in (NystromformerModel, FNetModel):
+        patch_after_creation(each)
