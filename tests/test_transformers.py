@@ -228,6 +228,26 @@ def test_patch_refuses_subclasses():
     assert ".Mine, which is not transformers" in reason and "NystromformerSelfAttention or transformers" in reason
 
 
+@pytest.mark.parametrize("landmarks", [8, 32])
+def test_a_patched_nystromformer_returns_the_attentions_of_padded_batches(landmarks):
+    """transformers 5.24 adds a mask with a row per query to the logits of the landmarks, and raises an error."""
+    model, (ids, _) = nystromformer(num_landmarks=landmarks), text(32)
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    integration.patch(model)
+    for training in (False, True):
+        out = model.train(training)(ids, attention_mask=mask, output_attentions=True)
+        assert [tuple(each.shape) for each in out.attentions] == [(2, 2, 32, landmarks)] * 2
+    expected = model.eval()(ids, attention_mask=mask).last_hidden_state
+    out = model(ids, attention_mask=mask, output_attentions=True)
+    torch.testing.assert_close(out.last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    # A mask of one row, which transformers supports, gives the same attention weights.
+    layer, x = model.encoder.layer[0].attention.self, model.embeddings(ids)
+    additive = torch.zeros(2, 1, 1, 32).masked_fill(mask[:, None, None] == 0, torch.finfo(torch.float32).min)
+    expected = integration.modeling_nystromformer.NystromformerSelfAttention.forward(layer, x, additive, True)[1]
+    assert torch.equal(layer(x, additive.expand(2, 1, 32, 32), True)[1], expected) and torch.equal(out.attentions[0], expected)
+
+
 def test_a_patched_fnet_gives_the_same_results():
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=32, vocab_size=50, max_position_embeddings=64)

@@ -219,7 +219,8 @@ def patch(model: nn.Module) -> Report:
 
     The replacements are equivalent but faster. Parameters and their names do not change. If a sequence contains only padding,
     its landmarks have attention weights of 0, whereas these weights are uniform in transformers. Calls that request the
-    attention weights (output_attentions) run the code of transformers.
+    attention weights (output_attentions) run the code of transformers, also for padded batches, for which transformers itself
+    raises an error if there are landmarks.
 
     Returns:
         a report that lists the replaced layers, and the FNet layers that cannot be replaced, with the reason.
@@ -262,6 +263,8 @@ def nystromformer_attention(
     """
     if output_attentions:
         host = modeling_nystromformer.NystromformerSelfAttention
+        if attention_mask is not None and module.num_landmarks != module.seq_len:
+            attention_mask = _one_row(attention_mask)  # transformers adds a row per query to a row per landmark, which fails
         return host.forward(module, hidden_states, attention_mask, output_attentions)
     linears = module.query, module.key, module.value
     q, k, v = (rearrange(linear(hidden_states), "b n (h d) -> b h n d", h=module.num_attention_heads) for linear in linears)
@@ -282,15 +285,20 @@ def _through_landmarks(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, atten
         return nystrom_attention(
             q, k, v, num_landmarks=module.num_landmarks, pinv_init=module.init_option, conv_weight=weight
         )  # fmt: skip
-    row = attention_mask[:, :1, :1]  # newer versions of transformers repeat the row for every query
-    require_all(attention_mask == row, "attention_mask: expected the same row for all heads and queries")
-    valid = valid_tokens(row[:, 0, 0]).expand(k.shape[0], -1)
+    valid = valid_tokens(_one_row(attention_mask)[:, 0, 0]).expand(k.shape[0], -1)
     pool = pooling("num_landmarks", module.num_landmarks, None, 0, q.shape[2])
     options = dict(scale=q.shape[3] ** -0.5, backend=backends.resolve("auto", q, q.shape[3]))
     q_marks, k_marks, _, _ = landmarks(q, k, **pool, backend=options["backend"])
     values, _ = aggregate(q_marks, k, v, mask=valid, **options)
     out = broadcast(q, k_marks, pinv(q_marks, k_marks, values, init=module.init_option, **options), **options)
     return out if weight is None else out + token_conv(v, weight, backend=options["backend"])
+
+
+def _one_row(attention_mask: Tensor) -> Tensor:
+    """Return the row (batch, 1, 1, tokens) of a mask. Newer versions of transformers repeat it for every query."""
+    row = attention_mask[:, :1, :1]
+    require_all(attention_mask == row, "attention_mask: expected the same row for all heads and queries")
+    return row
 
 
 def fnet_transform(module: modeling_fnet.FNetBasicFourierTransform, hidden_states: Tensor) -> tuple[Tensor]:
