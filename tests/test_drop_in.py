@@ -126,6 +126,19 @@ def test_ops_that_need_training_require_retrain():
     DropIn("nystrom")
 
 
+def test_dropout_is_ignored_only_on_request():
+    q, k, v = qkv()
+    with pytest.raises(NotImplementedError, match="^dropout_p: expected 0, got 0.1: .*dropout='ignore'"):
+        DropIn("nystrom")(q, k, v, dropout_p=0.1)
+    ignoring = DropIn("nystrom", dropout="ignore")
+    expected = DropIn("nystrom")(q, k, v)
+    for attention in (ignoring, ignoring.mounted(Site(16, 3)), copy.deepcopy(ignoring), pickle.loads(pickle.dumps(ignoring))):
+        assert torch.equal(attention(q, k, v, dropout_p=0.1), expected) and repr(attention) == "nystrom(dropout='ignore')"
+    for invalid in ("drop", 0.0, None):
+        with pytest.raises(ValueError, match=f"dropout: expected 'refuse' or 'ignore', got {invalid!r}"):
+            DropIn("nystrom", dropout=invalid)
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="op: expected one of 'agent', 'feature', .*, got 'linformer' .its"):
         DropIn("linformer")

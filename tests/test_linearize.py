@@ -15,9 +15,11 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
+from vix_kernels.integrations import zoo
 from vix_kernels.integrations.swap import Snapshot, holders, host_of, replace_attention
 from vix_kernels.linearize import convert, linearize, load_linearized, save_linearized, state, transfer
 from vix_kernels.models import create_model, save_model
+from vix_kernels.nn import Attention
 from vix_kernels.nn.softmax import Softmax
 
 timm = pytest.importorskip("timm")
@@ -101,6 +103,30 @@ def test_a_saved_model_loads_in_a_new_process(name: str, tmp_path: Path) -> None
         "assert torch.equal(out if isinstance(out, torch.Tensor) else out.logits, expected)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+
+
+def test_the_choice_to_ignore_dropout_is_saved(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.MultiheadAttention(64, 2, dropout=0.1, batch_first=True)
+
+    model, x = build(), torch.randn(2, 40, 64)
+    replace_attention(model, "nystrom", dropout="ignore")
+    save_linearized(model, tmp_path)
+    loaded = load_linearized(tmp_path, build())
+    outputs = [each.train()(x, x, x, need_weights=False)[0] for each in (model, loaded)]
+    assert torch.equal(*outputs)
+
+
+def test_modules_of_this_library_with_dropout_are_replaced_on_request() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(Attention(64, num_heads=2, attn_drop=0.1), Attention(64, num_heads=2))
+
+    report = zoo.replace_attention(build(), "nystrom")
+    assert report.replaced == ["1"] and report.refused["0"].startswith("attn_drop is 0.1; dropout='ignore'")
+    model, x = build(), torch.randn(2, 40, 64)
+    assert zoo.replace_attention(model, "nystrom", dropout="ignore").replaced == ["0", "1"]
+    assert torch.equal(model.train()(x), model.eval()(x))
 
 
 def test_only_chosen_layers_are_converted() -> None:

@@ -130,6 +130,18 @@ def test_replaced_models_train(op):
     assert torch.equal(copied(images()), model.eval()(images()))
 
 
+def test_attention_dropout_is_ignored_on_request():
+    model, x = vit(attn_drop_rate=0.1).train(), images()
+    integration.replace_attention(model, "nystrom")
+    with pytest.raises(NotImplementedError, match="dropout_p: expected 0, got 0.1: .*dropout='ignore'"):
+        model(x)
+    integration.replace_attention(model, "nystrom", dropout="ignore")
+    out = model(x)
+    assert torch.equal(out, model.eval()(x))
+    built = vit(attn_drop_rate=0.1, attn_layer=integration.attention_layer("nystrom", dropout="ignore")).train()
+    assert built(x).isfinite().all()
+
+
 def test_landmarks_are_placed_on_the_grid():
     model = timm.create_model("vit_tiny_patch16_224", img_size=(96, 192), depth=1, num_classes=5)
     integration.replace_attention(nn.Sequential(model), "nystrom")  # the model may be a child of another module

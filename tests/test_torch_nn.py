@@ -128,6 +128,19 @@ def test_unsupported_arguments_raise():
         mha(x[None], x[None], x[None], need_weights=False)
 
 
+def test_dropout_is_ignored_on_request():
+    x = tokens()
+    torch.manual_seed(0)
+    host = nn.MultiheadAttention(32, 2, dropout=0.1, batch_first=True)
+    replace_mha(host, "nystrom", num_landmarks=4, dropout="ignore")
+    out = [host.train(training)(x, x, x, need_weights=False)[0] for training in (True, False)]
+    assert torch.equal(*out)
+    q, k, v = torch.randn(3, 2, 2, 16, 8).unbind()
+    with replace_sdpa("nystrom", dropout="ignore") as swap:
+        F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+    assert swap.served == 1 and not swap.fell_back
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [(dict(kdim=8, vdim=8), "kdim"), (dict(add_bias_kv=True), "add_bias_kv"), (dict(add_zero_attn=True), "add_zero_attn")],

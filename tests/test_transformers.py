@@ -141,6 +141,15 @@ def test_unsupported_arguments_raise():
         attend(module, q, q[:, :1], q[:, :1], None, is_causal=False)
 
 
+def test_dropout_is_ignored_on_request():
+    """BERT has an attention dropout of 0.1 by default."""
+    model, (ids, mask) = bert(hidden_dropout_prob=0.0), text()
+    integration.register(nystrom=EXACT | dict(dropout="ignore"))
+    model.set_attn_implementation("vix_nystrom")
+    out = [model.train(training)(ids, attention_mask=mask).last_hidden_state for training in (True, False)]
+    assert model.config.attention_probs_dropout_prob == 0.1 and torch.equal(*out)
+
+
 def test_ops_without_retrain_are_refused():
     integration.register()
     model, (ids, _) = bert(), text()

@@ -42,6 +42,8 @@ class DropIn(Mounted):
             for "nystrom" with a residual convolution. These attentions do not closely approximate softmax attention, so weights
             trained with softmax would give wrong results.
         backend: "auto" | "triton" | "torch" | "reference".
+        dropout: what to do with calls with attention dropout, which a linear-cost attention cannot compute: "refuse" raises
+            NotImplementedError, and "ignore" computes them without dropout.
         options: options of the core. "nystrom" accepts num_landmarks, landmarks, grid_size, prefix_tokens, pinv_iterations,
             pinv_init and residual_conv_kernel; "performer" accepts num_features and seed; "feature" accepts num_features,
             gaussian and seed; "linear" accepts feature_map and eps; "agent" accepts num_agents, grid_size and prefix_tokens.
@@ -56,9 +58,11 @@ class DropIn(Mounted):
             not placed on a grid.
     """
 
-    follows_prefix, prefix_tokens = False, 0  # also for pickles of earlier versions
+    follows_prefix, prefix_tokens, dropout = False, 0, "refuse"  # also for pickles of earlier versions
 
-    def __init__(self, op: str, *, retrain: bool = False, backend: str = "auto", **options: Any) -> None:
+    def __init__(
+        self, op: str, *, retrain: bool = False, backend: str = "auto", dropout: str = "refuse", **options: Any
+    ) -> None:
         super().__init__()
         if not isinstance(op, str) or op not in OPS:
             reason = CORES[op].not_for_hosts if isinstance(op, str) and op in CORES else ""
@@ -68,18 +72,22 @@ class DropIn(Mounted):
         kind = CORES[op]
         for option in options:
             if option not in kind.options():
-                raise TypeError(f"{option}: expected an option of {op!r} ({', '.join((*kind.options(), 'backend'))})")
+                raise TypeError(
+                    f"{option}: expected an option of {op!r} ({', '.join((*kind.options(), 'backend', 'dropout'))})"
+                )
         backends.check(backend)
+        if dropout not in ("refuse", "ignore"):
+            raise ValueError(f"dropout: expected 'refuse' or 'ignore', got {dropout!r}")
         self.core: Core = kind.made("host", **options)
         check_trained(self.core, retrain)
-        self.op, self.options, self.backend = op, options, backend
+        self.op, self.options, self.backend, self.dropout = op, options, backend, dropout
         self.grid: TokenGrid | None = None
         self.follows_prefix = getattr(self.core, "exact_prefix", False) is True and options.get("landmarks") != "pad_front"
         self.is_mounted = False
 
     def mounted(self, site: Site) -> DropIn:
         """Return a copy for the layer at `site`, with separate parameters and with random features for this layer."""
-        copy = DropIn(self.op, retrain=True, backend=self.backend, **self.options)
+        copy = DropIn(self.op, retrain=True, backend=self.backend, dropout=self.dropout, **self.options)
         copy.core = self.core.fit(site)
         if copy.core.needs_module():
             copy.mount(copy.core, site)
@@ -135,7 +143,8 @@ class DropIn(Mounted):
         return self.placed().describe()
 
     def __repr__(self) -> str:
-        return f"{self.op}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+        options = self.options | ({"dropout": "ignore"} if self.dropout == "ignore" else {})
+        return f"{self.op}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
 
     def forward(
         self,
@@ -175,9 +184,10 @@ class DropIn(Mounted):
         """
         if is_causal:
             raise NotImplementedError("is_causal: expected False; causal attention is not supported")
-        if dropout_p:
+        if dropout_p and self.dropout == "refuse":
             raise NotImplementedError(
-                f"dropout_p: expected 0, got {dropout_p}: there are no attention weights to drop; set dropout to 0"
+                f"dropout_p: expected 0, got {dropout_p}: there are no attention weights to drop; set the model's attention "
+                "dropout to 0, or replace the attention with dropout='ignore', which computes it without dropout"
             )
         if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
             raise NotImplementedError(

@@ -144,7 +144,8 @@ def _layer(holder: Mounted) -> dict[str, Any]:
     options = {each.name: getattr(core, each.name) for each in fields(core)}
     if isinstance(holder, DropIn) and holder.grid is not None:  # the slots are placed on the grid of each call
         options = {name: value for name, value in options.items() if name not in ("landmarks", "grid_size")}
-    return {"op": core.name, "options": options, "backend": holder.backend}
+    dropout = {"dropout": "ignore"} if isinstance(holder, DropIn) and holder.dropout == "ignore" else {}
+    return {"op": core.name, "options": options, "backend": holder.backend} | dropout
 
 
 def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None:
@@ -156,7 +157,8 @@ def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None
 
             put(holders(model)[name], CORES[op](**options), backend)
         else:
-            replace_attention(model, op, layers=[name], retrain=True, backend=backend, **options)
+            dropout = layer.get("dropout", "refuse")
+            replace_attention(model, op, layers=[name], retrain=True, backend=backend, dropout=dropout, **options)
         holder = holders(model)[name]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: layers: cannot replace {name!r}: {error}") from error

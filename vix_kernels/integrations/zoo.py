@@ -34,11 +34,15 @@ def replace_attention(
     """
     kind = DropIn(op, retrain=retrain, **options)  # checks the arguments
     backend = options.pop("backend", None)
+    options.pop("dropout", None)
     report = Report(repr(kind))
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, AttentionModule)]
     for name, module in selected(found, layers):
         if module.core.name != "softmax":
             report.refused[name] = f"{module.core.name} attention, which is not softmax attention"
+            continue
+        if module.attn_drop.p and kind.dropout == "refuse":
+            report.refused[name] = f"attn_drop is {module.attn_drop.p}; dropout='ignore' replaces it without dropout"
             continue
         put(module, placed(CORES[op].made("host", **options), module.site, options), backend)
         report.attentions[name] = module.core.describe()
