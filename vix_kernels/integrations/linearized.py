@@ -47,7 +47,7 @@ def save_linearized(
     Raises:
         ValueError: the model has no replaced attention, or the folder contains a model and `overwrite` is not set.
     """
-    layers = {name: _layer(holder) for name, holder in holders(model).items() if holder.core.name != "softmax"}
+    layers = {name: described(holder) for name, holder in holders(model).items() if holder.core.name != "softmax"}
     if not layers:
         raise ValueError("model: expected a model with replaced attention, got one without")
     folder = folder_path(folder)
@@ -135,11 +135,17 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: layers: expected an op and options for {name}, got {layer!r}")
         if layer.get("op") not in OPS:
             raise ValueError(f"{path}: layers: expected one of {', '.join(map(repr, OPS))} for {name}, got {layer.get('op')!r}")
-        layer["options"] = {key: tuple(x) if isinstance(x, list) else x for key, x in layer["options"].items()}
+        layer["options"] = options_of(layer)
     return config
 
 
-def _layer(holder: Mounted) -> dict[str, Any]:
+def options_of(layer: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a layer that was read from a JSON file, in which tuples are lists."""
+    return {key: tuple(x) if isinstance(x, list) else x for key, x in layer["options"].items()}
+
+
+def described(holder: Mounted) -> dict[str, Any]:
+    """Return the op and the options of an attention, for a JSON file."""
     core: Core = holder.core
     options = {each.name: getattr(core, each.name) for each in fields(core)}
     if isinstance(holder, DropIn) and holder.grid is not None:  # the slots are placed on the grid of each call

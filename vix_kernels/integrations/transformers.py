@@ -20,6 +20,7 @@ from ..ops.pooling import pooling
 from ..primitives import aggregate, broadcast, landmarks, pinv, token_conv
 from .drop_in import OPS, DropIn, check_trained, require_all, valid_tokens
 from .hosts import Report, host, patch_each, replace_each, require_call
+from .transformers_saved import CHILDREN, ENTRY, NAMED, install
 
 with host("transformers", "5.17"):
     from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface
@@ -43,8 +44,9 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
         model.set_attn_implementation("vix_nystrom")  # or from_pretrained(..., attn_implementation="vix_nystrom")
 
     Padding masks are supported. Causal and windowed masks, attention dropout in training, grouped heads and requests for the
-    attention weights raise NotImplementedError. transformers does not save the name of the attention with a model, so set it
-    each time you load the model. Calling this function again changes the options of all models that use these names.
+    attention weights raise NotImplementedError. Calling this function again changes the options of all models that use these
+    names. Importing this module calls it without arguments. `save_pretrained` saves the attention and its options with a model,
+    and `from_pretrained` restores both, under a separate name if the options differ from the registered ones.
 
     Args:
         retrain: whether to allow "vix_performer", "vix_linear" and "vix_agent", which require a model that was, or will be,
@@ -72,9 +74,15 @@ def _admit(core: type[Mixer]) -> None:
 
 
 def _register(op: str, retrain: bool, options: Mapping[str, Any]) -> None:
-    attention = DropIn(op, retrain=True, **options).without_module()
-    AttentionInterface.register(f"vix_{op}", _attention_function(attention, retrain))
-    AttentionMaskInterface.register(f"vix_{op}", padding_mask)
+    add(f"vix_{op}", DropIn(op, retrain=True, **options).without_module(), retrain)
+
+
+def add(name: str, attention: DropIn, retrain: bool) -> str:
+    """Register `attention` with transformers under `name`, and return the name."""
+    NAMED[name] = attention, retrain
+    AttentionInterface.register(name, _attention_function(attention, retrain))
+    AttentionMaskInterface.register(name, padding_mask)
+    return name
 
 
 def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple[Tensor, None]]:
@@ -113,7 +121,8 @@ def replace_attention(
         report = replace_attention(ViTModel.from_pretrained(...), "nystrom", num_landmarks=64)
 
     In contrast to `register`, each layer has a separate attention, which may have parameters. The model's attn_implementation
-    becomes "vix". Modules that are not replaced use "sdpa".
+    becomes "vix". Modules that are not replaced use "sdpa". `save_pretrained` saves the attention of each layer with the model,
+    and `from_pretrained` restores it.
 
     Args:
         model: a PreTrainedModel whose attention is selected by attn_implementation.
@@ -137,9 +146,7 @@ def replace_attention(
         site_of=lambda module: Site(module.head_dim, _heads(module)),
         place=lambda name, attention: attention.place(prefix_tokens, None),
     )
-    AttentionInterface.register("vix", _attend_with_child)
-    AttentionMaskInterface.register("vix", padding_mask)
-    model.set_attn_implementation("vix")
+    model.set_attn_implementation(CHILDREN)
     return report
 
 
@@ -169,7 +176,9 @@ def _without_implementations(config: Any) -> Any:
     """Remove the choice of implementations from a configuration, because transformers may download code by such a name."""
     if not isinstance(config, dict):
         return config
-    return {key: _without_implementations(x) for key, x in config.items() if not key.endswith("_implementation")}
+    return {
+        key: _without_implementations(x) for key, x in config.items() if not key.endswith("_implementation") and key != ENTRY
+    }
 
 
 def _heads(module: nn.Module) -> int:
@@ -187,6 +196,11 @@ def _reason_against(module: nn.Module) -> str:
 def _attend_with_child(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, None]:
     if isinstance(getattr(module, "vix", None), DropIn):
         return _attention_function(module.vix, retrain=True)(module, *args, **options)
+    if hasattr(getattr(module, "config", None), ENTRY):
+        raise ValueError(
+            f"config: expected a model with the layers in config.{ENTRY}, got {type(module).__name__} without them; pass "
+            "attn_implementation='sdpa' to from_pretrained to load the model with softmax attention"
+        )
     return sdpa_attention_forward(module, *args, **options)
 
 
@@ -316,6 +330,12 @@ class FNetBasicFourierTransform(modeling_fnet.FNetBasicFourierTransform):
 
 require_call("transformers", NystromformerSelfAttention, modeling_nystromformer.NystromformerSelfAttention)
 require_call("transformers", FNetBasicFourierTransform, modeling_fnet.FNetBasicFourierTransform)
+
+
+AttentionInterface.register(CHILDREN, _attend_with_child)
+AttentionMaskInterface.register(CHILDREN, padding_mask)
+register()
+install()
 
 
 def uses_dft_matrices(module: modeling_fnet.FNetBasicFourierTransform) -> bool:

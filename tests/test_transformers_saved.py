@@ -1,0 +1,228 @@
+"""Tests that save_pretrained and from_pretrained of transformers keep the attention of a model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from vix_kernels.integrations import transformers as integration  # noqa: E402
+from vix_kernels.integrations.swap import holders  # noqa: E402
+
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+VISION = SIZES | dict(image_size=32, patch_size=8)
+TEXT = SIZES | dict(vocab_size=50, bos_token_id=0, eos_token_id=1)
+MODELS = {"head": transformers.ViTForImageClassification, "body": transformers.ViTModel}
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    yield
+    integration.register()
+
+
+def vit(kind: str = "head") -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[kind](transformers.ViTConfig(**VISION, initializer_range=0.5)).eval()
+
+
+def clip() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16)).eval()
+
+
+def run(model: nn.Module) -> Tensor:
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(model.dtype)
+    with torch.no_grad():
+        if isinstance(model, transformers.CLIPModel):
+            return model(pixel_values=images, input_ids=torch.arange(2, 9)[None].expand(2, -1)).image_embeds
+        return model(pixel_values=images)[0]
+
+
+def loads_like(model: nn.Module, folder: Path) -> nn.Module:
+    """Save `model`, change what `register` registered, and check that the loaded model and its copies compute the same bits."""
+    expected, entries = run(model), set(vars(model.config))
+    model.save_pretrained(folder)
+    assert set(vars(model.config)) == entries
+    integration.register()
+    loaded = type(model).from_pretrained(folder).eval()
+    loaded.save_pretrained(folder / "again")
+    for each in (loaded, copy.deepcopy(loaded), type(model).from_pretrained(folder / "again").eval()):
+        assert torch.equal(run(each), expected) and not hasattr(each.config, "vix_attention")
+    return loaded
+
+
+@pytest.mark.parametrize("op", [op for op in integration.OPS if op != "feature"])
+def test_a_registered_attention_is_restored_with_its_options(op: str, tmp_path: Path) -> None:
+    options = dict(
+        nystrom=dict(num_landmarks=4, landmarks="grid", grid_size=(4, 4), prefix_tokens=1), performer=dict(num_features=8),
+        linear=dict(feature_map="elu"), agent=dict(num_agents=4),
+    )  # fmt: skip
+    integration.register(retrain=True, **options)
+    model = vit()
+    softmax = run(model)
+    model.set_attn_implementation(f"vix_{op}")
+    assert not torch.equal(run(model), softmax)
+    loaded = loads_like(model, tmp_path)
+    assert loaded.config._attn_implementation.startswith(f"vix_{op}(")
+    assert torch.equal(run(type(model).from_pretrained(tmp_path, attn_implementation="sdpa").eval()), softmax)
+    if op == "nystrom":  # a different attention of this library
+        other = type(model).from_pretrained(tmp_path, attn_implementation="vix_performer")
+        assert other.config._attn_implementation == "vix_performer" and not hasattr(other.config, "vix_attention")
+        loaded.set_attn_implementation("vix_nystrom")  # the options of `register` again
+        model.set_attn_implementation("vix_nystrom")
+        assert torch.equal(run(loaded), run(model))
+
+
+def test_models_with_different_options_do_not_share_a_name(tmp_path: Path) -> None:
+    choices = [dict(num_landmarks=4), dict(num_landmarks=4, backend="reference"), dict(num_landmarks=4, dropout="ignore")]
+    for index, options in enumerate([*choices, dict(num_landmarks=3)]):
+        integration.register(nystrom=options)
+        model = vit()
+        model.set_attn_implementation("vix_nystrom")
+        model.save_pretrained(tmp_path / str(index))
+    integration.register()
+    loaded = [transformers.AutoModel.from_pretrained(tmp_path / str(index)) for index in range(4)]
+    assert [each.config._attn_implementation for each in loaded] == [
+        "vix_nystrom(num_landmarks=4)",
+        "vix_nystrom(num_landmarks=4) on reference",
+        "vix_nystrom(num_landmarks=4, dropout='ignore')",
+        "vix_nystrom(num_landmarks=3)",
+    ]
+
+
+def test_the_registered_name_is_restored_if_its_options_are_the_same(tmp_path: Path) -> None:
+    model = transformers.BertModel(transformers.BertConfig(**TEXT)).eval()
+    model.config._attn_implementation = "vix_nystrom"
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    ids = torch.arange(2, 9)[None]
+    assert loaded.config._attn_implementation == "vix_nystrom" and torch.equal(loaded(ids)[0], model(ids)[0])
+
+
+REPLACED = {
+    "nystrom": dict(num_landmarks=4),
+    "convolution": dict(num_landmarks=4, residual_conv_kernel=3),
+    "feature": dict(num_features=8, seed=3),
+    "performer": dict(num_features=8, dropout="ignore"),
+    "agent": dict(exact_prefix=False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_replaced_attention_is_restored_with_its_parameters(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = vit().to(dtype)
+    op = "nystrom" if name == "convolution" else name
+    integration.replace_attention(model, op, layers=["*.1.*"], retrain=True, **REPLACED[name])
+    learned = [p for each in holders(model).values() for p in each.parameters()]
+    for parameter in learned:
+        nn.init.normal_(parameter)
+    assert bool(learned) == (name in ("convolution", "feature"))
+    if name == "feature":
+        for each in holders(model).values():
+            each.widen()
+    loaded = loads_like(model, tmp_path)
+    (before,), (after,) = holders(model).items(), holders(loaded).items()
+    assert before[0] == after[0] and before[1].core == after[1].core and before[1].dropout == after[1].dropout
+    assert [p.dtype for p in before[1].parameters()] == [p.dtype for p in after[1].parameters()]
+
+
+@pytest.mark.parametrize("saved, loaded", [("head", "body"), ("body", "head")])
+def test_a_part_of_a_model_is_restored(saved: str, loaded: str, tmp_path: Path) -> None:
+    model = vit(saved)
+    integration.replace_attention(model, "feature", retrain=True, num_features=8)
+    model.save_pretrained(tmp_path)
+    other = MODELS[loaded].from_pretrained(tmp_path).eval()
+    bodies = [each.base_model if each is not each.base_model else each for each in (model, other)]
+    assert len(holders(other)) == 2 and torch.equal(run(bodies[0]), run(bodies[1]))
+
+
+@pytest.mark.parametrize("how", ["name", "layers"])
+def test_one_part_of_a_model_with_several_parts_is_restored(how: str, tmp_path: Path) -> None:
+    model = clip()
+    softmax = run(model)
+    if how == "name":
+        integration.register(nystrom=dict(num_landmarks=4))
+        model.set_attn_implementation({"vision_config": "vix_nystrom"})
+    else:
+        integration.replace_attention(model.vision_model, "nystrom", num_landmarks=4)
+    assert not torch.equal(run(model), softmax)
+    loaded = loads_like(model, tmp_path)
+    assert loaded.config.text_config._attn_implementation == "sdpa"
+    assert torch.equal(run(type(model).from_pretrained(tmp_path, attn_implementation="sdpa").eval()), softmax)
+
+
+def test_a_saved_model_loads_in_a_new_process(tmp_path: Path) -> None:
+    """Without the integration, an error names the attention."""
+    model = vit()
+    integration.replace_attention(model, "feature", retrain=True, num_features=8)
+    model.save_pretrained(tmp_path / "layers")
+    named = vit()
+    integration.register(retrain=True, performer=dict(num_features=8))
+    named.set_attn_implementation("vix_performer")
+    named.save_pretrained(tmp_path / "name")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.save((images, model(images).logits, named(images).logits), tmp_path / "expected.pt")
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torchvision_operators as operators
+declared = operators.mismatch() and operators.declare()
+from transformers import AutoModelForImageClassification as Model
+for name in ("layers", "name"):
+    try:
+        Model.from_pretrained(sys.argv[1] + "/" + name)
+    except ValueError as error:
+        assert 'attn_implementation="vix' in str(error), error
+    else:
+        raise AssertionError("expected an error")
+import vix_kernels.integrations.transformers
+images, *expected = torch.load(sys.argv[1] + "/expected.pt")
+for name, logits in zip(("layers", "name"), expected):
+    with torch.no_grad():
+        assert torch.equal(Model.from_pretrained(sys.argv[1] + "/" + name).eval()(images).logits, logits), name
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+
+
+DAMAGED = {
+    "list": ([], "vix_attention: expected a mapping, as save_pretrained writes it, got \\[\\]"),
+    "empty": ({}, "vix_attention: expected an op and options, got {}"),
+    "op": ({"op": "rwkv", "options": {}}, "vix_attention: op: expected one of 'agent', .*, got 'rwkv'"),
+    "option": ({"op": "nystrom", "options": {"num_landmarks": -1}}, "vix_attention: num_landmarks: expected an integer >= 1"),
+    "layers": ({"layers": 3}, "vix_attention: layers: expected a mapping, got 3"),
+    "layer": ({"layers": {"layers.0.attention": 3}}, "vix_attention: expected an op and options, got 3"),
+    "names": ({"layers": {"a": {}}}, "config: expected a model with the layers in config.vix_attention, got ViTAttention"),
+}
+
+
+@pytest.mark.parametrize("found, message", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_entries_are_named(found: object, message: str, tmp_path: Path) -> None:
+    vit("body").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    name = "vix" if isinstance(found, dict) and "layers" in found else "vix_nystrom"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": name, "vix_attention": found}))
+    with pytest.raises(ValueError, match=message):
+        run(transformers.ViTModel.from_pretrained(tmp_path))
+
+
+def test_other_models_are_saved_as_before(tmp_path: Path) -> None:
+    vit().save_pretrained(tmp_path)
+    assert not {"attn_implementation", "vix_attention"} & set(json.loads((tmp_path / "config.json").read_text()))
+    model = vit()
+    model.set_attn_implementation("vix_nystrom")
+    entries = set(vars(model.config))
+    with pytest.raises(TypeError):
+        model.save_pretrained(3)
+    assert set(vars(model.config)) == entries

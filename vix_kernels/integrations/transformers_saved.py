@@ -1,0 +1,173 @@
+"""Save the attention with a model of transformers, and restore it in from_pretrained.
+
+transformers does not save the name of an attention. Importing vix_kernels.integrations.transformers therefore wraps two methods
+of PreTrainedModel. While `save_pretrained` runs, the configuration has two additional entries: attn_implementation, which
+transformers reads when it loads a configuration, and vix_attention, the options. At the end of `post_init`, a new model whose
+configuration has the entry vix_attention gets the attention that the entry describes, before weights are loaded. Models without
+an attention of this library are not affected. A process that has not imported the integration cannot load such a model: an
+error of transformers names attn_implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+
+from ..nn.core import CORES
+from .drop_in import DropIn
+from .hosts import host
+from .linearized import described, options_of
+
+with host("transformers", "5.17"):
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+ENTRY = "vix_attention"  # the entry of config.json with the options
+CHILDREN = "vix"  # the attn_implementation with which each attention module calls its child module `vix`
+# The attention of each other attn_implementation of this library, and whether ops that need training are allowed
+NAMED: dict[str, tuple[DropIn, bool]] = {}
+
+
+def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """Yield a configuration and the configurations of its parts."""
+    yield config
+    for part in parts(config).values():
+        yield from configs(part)
+
+
+def parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    found = {name: getattr(config, name, None) for name in config.sub_configs}
+    return {name: part for name, part in found.items() if isinstance(part, PreTrainedConfig)}
+
+
+def implementations(config: PreTrainedConfig) -> str | dict[str, Any] | None:
+    """Return the argument attn_implementation that restores the attentions of this library, and the default elsewhere."""
+    name = config._attn_implementation
+    name = name if name == CHILDREN else f"vix_{NAMED[name][0].op}" if name in NAMED else None
+    found = {part: implementations(each) for part, each in parts(config).items()}
+    return {"": name} | found if found else name
+
+
+def entry(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Return a description of the attention of the modules that use `config`, or None if it is not from this library."""
+    if config._attn_implementation in NAMED:
+        return described(NAMED[config._attn_implementation][0])
+    layers = {}
+    for name, module in model.named_modules():
+        if getattr(module, "config", None) is config and isinstance(getattr(module, "vix", None), DropIn):
+            wide = {"float32": True} if any(x.dtype == torch.float32 for x in module.vix.learned_parameters()) else {}
+            layers[name] = described(module.vix) | wide
+    return {"layers": layers} if config._attn_implementation == CHILDREN and layers else None
+
+
+@contextmanager
+def with_entries(model: PreTrainedModel) -> Iterator[None]:
+    """Add the entries to the configuration of `model` inside the block."""
+    changed = []
+    try:
+        for config in configs(model.config):
+            if (found := entry(model, config)) is not None:
+                changed.append(config)
+                setattr(config, ENTRY, found)
+        if changed and model.config is not changed[0]:
+            changed.append(model.config)
+        for config in changed:
+            config.attn_implementation = implementations(config)
+        yield
+    finally:
+        for config in changed:
+            for name in (ENTRY, "attn_implementation"):
+                vars(config).pop(name, None)
+
+
+def restore(model: PreTrainedModel) -> None:
+    """Give a new model the attention that its configuration describes, if all its layers exist already."""
+    for config in {id(each): each for each in _configs_of(model)}.values():
+        found, name = vars(config).get(ENTRY), config._attn_implementation
+        if found is None:
+            continue
+        if not isinstance(found, dict):
+            raise ValueError(f"config.json: {ENTRY}: expected a mapping, as save_pretrained writes it, got {found!r}")
+        if name == CHILDREN and "layers" in found:
+            if not _restore_layers(model, config, found["layers"]):
+                continue  # `model` is a part of a larger model, in which all layers will exist
+        elif name in NAMED:
+            attention = _attention(found)
+            if name == f"vix_{attention.op}":
+                config._attn_implementation_internal = _registered(name, attention)
+        delattr(config, ENTRY)  # otherwise from_pretrained was called with a different attn_implementation
+
+
+def _configs_of(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            yield module.config
+
+
+def _attention(found: Any) -> DropIn:
+    """Return the attention that an entry describes."""
+    if not isinstance(found, dict) or not isinstance(found.get("options"), dict):
+        raise ValueError(f"config.json: {ENTRY}: expected an op and options, got {found!r}")
+    how = {name: found[name] for name in ("backend", "dropout") if name in found}
+    try:
+        return DropIn(found.get("op"), retrain=True, **how, **options_of(found))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config.json: {ENTRY}: {error}") from error
+
+
+def _registered(name: str, attention: DropIn) -> str:
+    """Return the name of a registered attention that equals `attention`: `name`, or a new name that states the options."""
+    from .transformers import add
+
+    registered, allowed = NAMED[name]
+    if described(registered) == described(attention) and (allowed or attention.core.takes_trained_weights()):
+        return name
+    usual = CORES[attention.op].made("host")
+    attention.options = {key: x for key, x in attention.options.items() if x != getattr(usual, key)}
+    backend = "" if attention.backend == "auto" else f" on {attention.backend}"
+    return add(f"vix_{attention!r}{backend}", attention.without_module(), True)
+
+
+def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, layers: dict[str, Any]) -> bool:
+    """Replace the attention of the saved layers, and return True, or return False if they are not all in `model`.
+
+    A part of the saved model, or a larger model that contains it, has the same names after a different prefix.
+    """
+    from .transformers import replace_attention
+
+    if not isinstance(layers, dict):
+        raise ValueError(f"config.json: {ENTRY}: layers: expected a mapping, got {layers!r}")
+    inside = [name for name, module in model.named_modules() if getattr(module, "config", None) is config]
+    places = {}
+    for saved in layers:
+        places[saved] = [name for name in inside if f".{saved}".endswith(f".{name}") or f".{name}".endswith(f".{saved}")]
+    if any(len(found) != 1 for found in places.values()) or len({name for (name,) in places.values()}) != len(layers):
+        return False
+    for saved, layer in layers.items():
+        attention, (name,) = _attention(layer), places[saved]
+        options = attention.options | dict(backend=attention.backend, dropout=attention.dropout)
+        replace_attention(model, attention.op, layers=[name], retrain=True, **options)
+        if layer.get("float32"):
+            model.get_submodule(name).vix.widen()
+            model._keep_in_fp32_modules_strict.add("vix")
+    return True
+
+
+def install() -> None:
+    """Wrap `save_pretrained` and `post_init` of PreTrainedModel."""
+    save_pretrained, post_init = PreTrainedModel.save_pretrained, PreTrainedModel.post_init
+
+    @wraps(save_pretrained)
+    def save(self: PreTrainedModel, *args: Any, **options: Any) -> Any:
+        with with_entries(self):
+            return save_pretrained(self, *args, **options)
+
+    @wraps(post_init)
+    def finish(self: PreTrainedModel) -> None:
+        post_init(self)
+        restore(self)
+
+    PreTrainedModel.save_pretrained, PreTrainedModel.post_init = save, finish
