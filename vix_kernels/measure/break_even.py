@@ -1,0 +1,86 @@
+"""From how many tokens each attention is faster than softmax attention: measured on a CPU, predicted for a GPU.
+
+break_even.csv is the table. `python -m bench.break_even` writes it, and docs/choosing.md explains it. Other devices, options
+and batch sizes have other break-even lengths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ..commands import read_csv
+
+PATH = Path(__file__).with_name("break_even.csv")
+MORE, FEWER = "more than ", " or fewer"
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """The break-even length of one attention.
+
+    Attributes:
+        kind: "measured" or "predicted".
+        device: the CPU with its number of threads, or the name of the GPU.
+        commit: the commit that was measured.
+        op: short name of the attention, such as "nystrom".
+        direction: "forward", or "full" for forward and backward together.
+        width: width of a head.
+        tokens: the smallest number of tokens from which the attention is faster, "N or fewer" if it is faster at all lengths
+            of at least N, the smallest that was tried, or "more than N" if it is not faster at the largest length N.
+    """
+
+    kind: str
+    device: str
+    commit: str
+    op: str
+    direction: str
+    width: int
+    tokens: str
+
+    @property
+    def least(self) -> float:
+        """The number of tokens below which the attention is known to be slower."""
+        number = int(self.tokens.removeprefix(MORE).removesuffix(FEWER))
+        return 0 if self.tokens.endswith(FEWER) else number + self.tokens.startswith(MORE)
+
+
+@cache
+def rows() -> tuple[BreakEven, ...]:
+    """Return the rows of the table."""
+    return tuple(read_csv(PATH, BreakEven))
+
+
+def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
+    """Return the row that says that the forward of `op` is slower than that of softmax attention, or None if there is none.
+
+    Args:
+        op: short name of the attention.
+        tokens: the number of tokens.
+        width: width of a head. The row of the closest width counts.
+        device: type of the device: "cpu" or "cuda".
+    """
+    kind = {"cpu": "measured", "cuda": "predicted"}.get(device)
+    found = [row for row in rows() if (row.kind, row.op, row.direction) == (kind, op, "forward")]
+    row = min(found, key=lambda row: abs(math.log(row.width / width)), default=None)
+    return row if row is not None and tokens < row.least else None
+
+
+def crossing(ratios: Mapping[int, float]) -> str:
+    """Return `BreakEven.tokens` for the time over that of softmax attention at each number of tokens.
+
+    Between the last length at which the attention is slower and the next one, the logarithm of the ratio is interpolated
+    linearly in the logarithm of the number of tokens.
+    """
+    lengths = sorted(ratios)
+    slower = [at for at, tokens in enumerate(lengths) if ratios[tokens] >= 1]
+    if not slower:
+        return f"{lengths[0]}{FEWER}"
+    if slower[-1] == len(lengths) - 1:
+        return f"{MORE}{lengths[-1]}"
+    low, high = lengths[slower[-1]], lengths[slower[-1] + 1]
+    above, below = math.log(ratios[low]), math.log(ratios[high])
+    return str(round(low * (high / low) ** (above / (above - below))))
