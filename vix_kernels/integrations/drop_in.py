@@ -53,12 +53,16 @@ class DropIn(Mounted):
 
     Attributes:
         core: the core that computes the attention.
+        host: the class that the module holding this attention had before, or None if it was built with this attention.
         prefix_tokens: the number of class and register tokens of the model, or 0 if it is unknown.
+        num_tokens: the number of tokens at the usual image size of the model, or None if it is unknown.
         grid: the hook that records the token grid of each call. Landmarks and agents are placed on this grid. None if they are
             not placed on a grid.
     """
 
-    follows_prefix, prefix_tokens, dropout = False, 0, "refuse"  # also for pickles of earlier versions
+    # Also for pickles of earlier versions
+    follows_prefix, prefix_tokens, num_tokens, dropout = False, 0, None, "refuse"
+    host: type[nn.Module] | None = None
 
     def __init__(
         self, op: str, *, retrain: bool = False, backend: str = "auto", dropout: str = "refuse", **options: Any
@@ -118,6 +122,8 @@ class DropIn(Mounted):
         With the option exact_prefix=True, the first `prefix_tokens` tokens attend by exact softmax.
         """
         self.prefix_tokens = prefix_tokens
+        size = None if grid is None else grid.size_of()
+        self.num_tokens = None if size is None else prefix_tokens + size[0] * size[1]
         if self.follows_prefix:
             self.core = replace(self.core, exact_prefix=prefix_tokens)
         if "prefix_tokens" not in self.core.options():

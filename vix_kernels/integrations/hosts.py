@@ -15,12 +15,15 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from .. import backends
 from ..nn.core import Site
+from ..ops.checks import check_integer
 from .drop_in import DropIn
+from .speed import Speed, measure
 
 ROOT = "(the model itself)"  # the name of a model that is an attention itself
 
@@ -76,11 +79,18 @@ class Report:
         attention: a short description of the new attention.
         attentions: maps the name of each replaced module to a description of its attention.
         refused: maps the name of each module that was not replaced to the reason.
+        tokens: the number of tokens of each replaced module. Before `measure`, this is the number at the usual image size of
+            the model, and modules for which it is unknown are missing.
+        model: the model.
+        speed: the result of `measure`, or None.
     """
 
     attention: str
     attentions: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
+    speed: Speed | None = None
 
     @property
     def replaced(self) -> list[str]:
@@ -89,9 +99,44 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.attention}: {len(self.replaced)} replaced, {len(self.refused)} left"]
-        lines += [f"  {name}: {attention}" for name, attention in self.attentions.items()]
+        for name, attention in self.attentions.items():
+            lines.append(f"  {name}: {attention}" + (f", {self.tokens[name]} tokens" if name in self.tokens else ""))
         lines += [f"  {name} left: {reason}" for name, reason in self.refused.items()]
+        lines += [str(self.speed)] if self.speed else []
         return "\n".join(lines)
+
+    def measure(self, batch: Any, *, rounds: int = 5) -> Speed:
+        """Time the model and each replaced layer on `batch`, with the new attention and with softmax attention in turns.
+
+        The model runs in evaluation mode without gradients and without compilation, on its device. With softmax attention, its
+        modules run the code of their library where their class was replaced. Afterwards, the model is as before. The report
+        shows the result.
+
+        Args:
+            batch: a batch of the size that matters: a tensor, a tuple whose first item is the input, or a dict of the
+                arguments of the model.
+            rounds: how often each variant is called, in addition to a warm-up: once for the model and once for its layers.
+
+        Returns:
+            the times. `print` shows them as a table.
+
+        Raises:
+            ValueError: the report does not belong to a model whose attention is replaced.
+        """
+        from .swap import Softmaxed, holders
+
+        check_integer("rounds", rounds, 1)
+        found = {} if self.model is None else holders(self.model)
+        found = {name: found[name] for name in self.attentions if name in found}
+        if not found:
+            raise ValueError(
+                "report: expected the report of a model whose softmax attention is replaced, got one without replaced "
+                f"attention ({self.attention})"
+            )
+        modules, softmax = {name: module_of(self.model, name) for name in found}, Softmaxed(self.model, found)
+        self.speed = measure(self.model, batch, lambda: softmax, found, modules, rounds=rounds)
+        self.tokens |= {name: layer.tokens for name, layer in self.speed.layers.items() if layer.tokens is not None}
+        return self.speed
 
     def checked(self, expected: str) -> Report:
         """Return this report, or raise ValueError if nothing was replaced."""
@@ -131,24 +176,28 @@ def replace_each(
     Raises:
         ValueError: nothing could be replaced, or a pattern matches no attention.
     """
-    report, chosen = Report(repr(attention)), []
+    report, chosen = Report(repr(attention), model=model), []
     for name, module in selected(attentions(model), layers):
         if reason := reason_against(module):
             report.refused[name] = reason
             continue
         each = attention.mounted(dataclasses.replace(site_of(module), layer=len(chosen))).like(module)
+        before = getattr(module, "vix", None)
+        each.host = before.host if isinstance(before, DropIn) else type(module)
         place(name, each)
+        if each.num_tokens is not None:
+            report.tokens[name] = each.num_tokens
         chosen.append((module, each))
         report.attentions[name] = each.describe()
     report.checked(expected)
-    before: list[tuple[nn.Module, type, dict]] = []
+    undo: list[tuple[nn.Module, type, dict]] = []
     try:
         for module, each in chosen:
-            before.append((module, type(module), vars(module) | {"_modules": dict(module._modules)}))
+            undo.append((module, type(module), vars(module) | {"_modules": dict(module._modules)}))
             module.vix = each
             adapt(module)
     except BaseException:
-        for module, kind, state in before:
+        for module, kind, state in undo:
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(state)
@@ -306,6 +355,11 @@ def selected(found: Iterable[tuple[str, nn.Module]], layers: Sequence[str] | Non
             names = ", ".join(name for name, _ in found[:3]) or "none"
             raise ValueError(f"layers: expected names of attentions ({names}, ...), got {pattern!r}")
     return [(name, module) for name, module in found if any(fnmatch.fnmatch(name, pattern) for pattern in layers)]
+
+
+def module_of(model: nn.Module, name: str) -> nn.Module:
+    """Return the module with a name from a report."""
+    return model if name == ROOT else model.get_submodule(name)
 
 
 def check_model(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,8 +11,9 @@ from torch import nn
 from ..models.backbone import Backbone
 from ..nn.core import Mounted
 from ..nn.module import AttentionModule
+from ..nn.softmax import Softmax
 from .drop_in import DropIn
-from .hosts import ROOT, Report, check_model
+from .hosts import ROOT, Report, check_model, module_of
 
 
 def host_of(model: nn.Module) -> str:
@@ -62,6 +63,34 @@ def holders(model: nn.Module) -> dict[str, Mounted]:
 def prefix_of(holder: Mounted) -> int:
     """Return the number of class and register tokens in the layer of `holder`, or 0 if it is unknown."""
     return holder.site.prefix_tokens if isinstance(holder, AttentionModule) else holder.prefix_tokens
+
+
+class Softmaxed:
+    """Reusable context manager in which layers with a replaced attention compute softmax attention.
+
+    A module whose class was changed gets its former class, so it runs the code of its library. In other modules, softmax
+    attention takes the place of the core. The order of calls in nn.TransformerEncoder is that of the replaced model: it does
+    not convert padded batches to nested tensors.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.changes: list[tuple[nn.Module, str, Any]] = []
+        found = holders(model)
+        for name in names:
+            module, holder = module_of(model, name), found[name]
+            if isinstance(holder, DropIn) and holder.host not in (None, type(module)):
+                self.changes.append((module, "__class__", holder.host))
+            else:
+                self.changes.append((holder, "core", Softmax()))
+
+    def __enter__(self) -> None:
+        self.before = [getattr(each, name) for each, name, _ in self.changes]
+        for each, name, value in self.changes:
+            object.__setattr__(each, name, value)
+
+    def __exit__(self, *error: Any) -> None:
+        for (each, name, _), value in zip(self.changes, self.before, strict=True):
+            object.__setattr__(each, name, value)
 
 
 class Snapshot:

@@ -135,7 +135,12 @@ def replace_attention(
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
     """
-    prefix_tokens = count_prefix(model)
+    prefix_tokens, num_tokens = count_prefix(model), count_tokens(model)
+
+    def place(name: str, attention: DropIn) -> None:
+        attention.place(prefix_tokens, None)
+        attention.num_tokens = num_tokens
+
     report = replace_each(
         model,
         DropIn(op, retrain=retrain, **options),
@@ -144,7 +149,7 @@ def replace_attention(
         expected="an attention that attn_implementation selects",
         layers=layers,
         site_of=lambda module: Site(module.head_dim, _heads(module)),
-        place=lambda name, attention: attention.place(prefix_tokens, None),
+        place=place,
     )
     model.set_attn_implementation(CHILDREN)
     return report
@@ -155,6 +160,17 @@ def count_prefix(model: nn.Module) -> int:
     counts = {"cls_token": -2, "distillation_token": -2, "register_tokens": -2, "class_embedding": None}
     found = {name.rpartition(".")[2]: p for name, p in model.named_parameters()}
     return sum(1 if dim is None else found[name].shape[dim] for name, dim in counts.items() if name in found)
+
+
+def count_tokens(model: nn.Module) -> int | None:
+    """Return the number of tokens of a vision model at the image size of its configuration, or None if it is unknown.
+
+    In models that merge, window or mask patches, the layers have other numbers of tokens.
+    """
+    patches = {module.num_patches for module in model.modules() if isinstance(getattr(module, "num_patches", None), int)}
+    config = getattr(model, "config", None)
+    changes = any(hasattr(config, name) for name in ("depths", "window_size", "mask_ratio"))
+    return None if changes or len(patches) != 1 else patches.pop() + count_prefix(model)
 
 
 def create_host(class_name: Any, config: Any) -> nn.Module:

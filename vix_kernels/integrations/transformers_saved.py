@@ -21,6 +21,7 @@ from ..nn.core import CORES
 from .drop_in import DropIn
 from .hosts import host
 from .linearized import described, options_of
+from .swap import replace_attention
 
 with host("transformers", "5.17"):
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -136,8 +137,6 @@ def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, layers: di
 
     A part of the saved model, or a larger model that contains it, has the same names after a different prefix.
     """
-    from .transformers import replace_attention
-
     if not isinstance(layers, dict):
         raise ValueError(f"config.json: {ENTRY}: layers: expected a mapping, got {layers!r}")
     inside = [name for name, module in model.named_modules() if getattr(module, "config", None) is config]

@@ -35,8 +35,9 @@ def replace_attention(
     kind = DropIn(op, retrain=retrain, **options)  # checks the arguments
     backend = options.pop("backend", None)
     options.pop("dropout", None)
-    report = Report(repr(kind))
+    report = Report(repr(kind), model=model)
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, AttentionModule)]
+    chosen = []
     for name, module in selected(found, layers):
         if module.core.name != "softmax":
             report.refused[name] = f"{module.core.name} attention, which is not softmax attention"
@@ -44,9 +45,15 @@ def replace_attention(
         if module.attn_drop.p and kind.dropout == "refuse":
             report.refused[name] = f"attn_drop is {module.attn_drop.p}; dropout='ignore' replaces it without dropout"
             continue
-        put(module, placed(CORES[op].made("host", **options), module.site, options), backend)
-        report.attentions[name] = module.core.describe()
-    return report.checked("a model with softmax attention")
+        core = placed(CORES[op].made("host", **options), module.site, options)
+        chosen.append((module, core))
+        report.attentions[name] = core.describe()
+        if module.site.num_tokens is not None:
+            report.tokens[name] = module.site.num_tokens
+    report.checked("a model with softmax attention")
+    for module, core in chosen:
+        put(module, core, backend)
+    return report
 
 
 def placed(core: Core, site: Site, options: dict[str, Any]) -> Core:

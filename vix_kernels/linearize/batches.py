@@ -1,4 +1,4 @@
-"""Batches of images or tokens for the conversion of a model, and calls of the model with them."""
+"""Batches of images or tokens for the conversion of a model, and the outputs of the model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..integrations.speed import call, tensors
+
 Batches = Callable[[], Iterable[Any]]
-LABELS = {"labels", "label"}  # entries of a dict that are not passed to the model
 
 
 def endless(batches: Batches) -> Iterator[Any]:
@@ -27,11 +28,6 @@ def endless(batches: Batches) -> Iterator[Any]:
             yield batch
         if empty:
             raise ValueError("batches: expected a function that returns at least one batch in every call, got none")
-
-
-def tensors(batch: Any) -> list[Tensor]:
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    return [x for x in values if isinstance(x, Tensor)]
 
 
 def size_of(batch: Any) -> int:
@@ -53,18 +49,6 @@ def part_of(batch: Any, rank: int, world: int) -> Any:
     if isinstance(batch, Mapping):
         return {name: part(x) for name, x in batch.items()}
     return [part(x) for x in batch] if isinstance(batch, (tuple, list)) else part(batch)
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """Call the model with a tensor, with the first item of a tuple, or with the entries of a dict except its labels."""
-    device = next(model.parameters()).device
-
-    def moved(x: Any) -> Any:
-        return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
-
-    if isinstance(batch, Mapping):
-        return model(**{name: moved(x) for name, x in batch.items() if name not in LABELS})
-    return model(moved(batch[0] if isinstance(batch, (tuple, list)) else batch))
 
 
 def output_of(result: Any) -> Tensor:

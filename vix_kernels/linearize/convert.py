@@ -17,12 +17,13 @@ from torch import nn
 from tqdm import tqdm
 
 from ..integrations.drop_in import DropIn
-from ..integrations.swap import Snapshot, holders, prefix_of, replace_attention
+from ..integrations.speed import call
+from ..integrations.swap import Snapshot, Softmaxed, holders, prefix_of, replace_attention
 from ..nn.core import CORES, Mounted
 from ..ops.checks import check_integer, check_number
 from ..training.parallel import Ranks, connected
 from ..training.teacher import distance
-from .batches import Batches, call, endless, output, part_of, size_of
+from .batches import Batches, endless, output, part_of, size_of
 from .losses import distilled, schedule
 from .report import LayerReport, Report
 from .state import Progress, fingerprint
@@ -367,7 +368,8 @@ class Conversion:
         agreed, divergence, total = self.ranks.sum(torch.tensor([agreed, divergence, total], dtype=torch.float64)).tolist()
         report.agreement = 100 * agreed / total if classes else None
         report.divergence = divergence / total if total else 0.0
-        report.add_times(self.model, self.first, self.softmax)
+        softmaxed = Softmaxed(self.model, [layer.name for layer in self.layers])
+        report.add_times(self.model, self.first, lambda: softmaxed)
 
     @contextmanager
     def softmax(self) -> Iterator[None]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .batches import call, output_of
+from ..integrations.speed import call
+from .batches import output_of
 
 WARMUP = 10  # steps
 

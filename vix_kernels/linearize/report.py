@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..commands import write_atomically
-from .batches import call
+from ..integrations.speed import compare
 
 
 @dataclass
@@ -113,25 +110,10 @@ class Report:
 
     def add_times(self, model: nn.Module, batch: Any, with_softmax: Callable[[], Any], rounds: int = 3) -> None:
         """Time the model on `batch`, in turns with softmax attention. `with_softmax` returns a context for the latter."""
-        softmax, linear = [], []
-        for _ in range(rounds + 1):
-            with with_softmax():
-                softmax.append(_seconds(model, batch))
-            linear.append(_seconds(model, batch))
-        self.milliseconds = 1e3 * statistics.median(softmax[1:]), 1e3 * statistics.median(linear[1:])
+        self.milliseconds = compare(model, batch, with_softmax, rounds=rounds)
         if self.milliseconds[1] > self.milliseconds[0]:
             tokens = max(each.tokens for each in self.layers.values())
             self.warnings.append(
                 f"the converted model is slower than softmax attention at {tokens} tokens; linear attention pays off for "
                 "longer inputs"
             )
-
-
-@torch.no_grad()
-def _seconds(model: nn.Module, batch: Any) -> float:
-    device = next(model.parameters()).device
-    start = time.perf_counter()
-    call(model, batch)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

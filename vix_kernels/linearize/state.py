@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..commands import write_atomically
+from ..integrations.speed import tensors
 from ..training.parallel import Ranks
-from .batches import tensors
 
 FILE = "linearize.pt"
 INTERVAL = 50  # steps between checkpoints

@@ -20,6 +20,7 @@ class DeviceTime:
 
     `method` says how the times were measured. "graph": with CUDA events around the replay of a CUDA graph, which has no gaps
     between launches. "events": with CUDA events around a call that is not captured. "cpu": as the CPU time of the process.
+    "wall": with a wall clock.
     """
 
     samples: tuple[float, ...]
@@ -54,18 +55,22 @@ def device_time(function: Callable[[], Any], *, device: str | None = None, milli
     return DeviceTime(tuple(samples), "graph" if replay else "events")
 
 
-def in_turns(functions: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, DeviceTime]:
-    """Measure CPU times. Each round calls every function once. An extra round at the start is a warm-up and is not measured.
+def in_turns(
+    functions: Mapping[str, Callable[[], Any]], *, rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, DeviceTime]:
+    """Measure times, by default CPU times. Each round calls every function once. The first round is a warm-up.
 
-    Because the functions take turns, a change in the speed of the machine affects all of them equally.
+    Because the functions take turns, a change in the speed of the machine affects all of them equally. The warm-up is an
+    additional round, which is not measured.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
-            start = time.process_time()
+            start = clock()
             function()
-            samples[name].append(1e3 * (time.process_time() - start))
-    return {name: DeviceTime(tuple(each[1:]), "cpu") for name, each in samples.items()}
+            samples[name].append(1e3 * (clock() - start))
+    method = "cpu" if clock is time.process_time else "wall"
+    return {name: DeviceTime(tuple(each[1:]), method) for name, each in samples.items()}
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], None] | None:

@@ -1,0 +1,243 @@
+"""Times of a model and of its layers with a replaced attention and with softmax attention."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..measure.timing import in_turns
+from .drop_in import DropIn
+
+LABELS = {"labels", "label"}  # entries of a dict that are not passed to the model
+Pair = tuple[float, float]  # with softmax attention, and replaced
+Softmax = Callable[[], AbstractContextManager[Any]]  # returns a context in which a model computes softmax attention
+
+
+@dataclass
+class LayerSpeed:
+    """Times of one attention layer, including its linear layers, in milliseconds per call of the model.
+
+    Attributes:
+        tokens: the number of keys, the largest if calls differ. None if the layer was not called.
+        softmax, replaced: median times with softmax attention and with the new attention.
+    """
+
+    tokens: int | None = None
+    softmax: float = 0.0
+    replaced: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """The time of the new attention divided by that of softmax attention, or NaN if the layer was not called."""
+        return self.replaced / self.softmax if self.softmax else float("nan")
+
+
+@dataclass
+class Speed:
+    """Times of a model with softmax attention and with the attention that replaced it.
+
+    Attributes:
+        softmax, replaced: median times of a forward pass, in milliseconds.
+        layers: the times of each layer by its name.
+        where: the device, the dtype and the number of samples.
+    """
+
+    softmax: float
+    replaced: float
+    layers: dict[str, LayerSpeed]
+    where: str
+
+    @property
+    def ratio(self) -> float:
+        """The time of the model divided by that of the model with softmax attention."""
+        return self.replaced / self.softmax
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in ("layer", *self.layers))
+        lines = [f"{'layer':{width}}  tokens  softmax, ms  replaced, ms  ratio"]
+        for name, each in self.layers.items():
+            if each.tokens is None:
+                lines.append(f"{name:{width}}  not called")
+            else:
+                times = f"{each.softmax:11.3f}  {each.replaced:12.3f}  {each.ratio:5.2f}"
+                lines.append(f"{name:{width}}  {each.tokens:6}  {times}")
+        tokens = sorted({each.tokens for each in self.layers.values() if each.tokens is not None})
+        at = f" at {' to '.join(map(str, dict.fromkeys((tokens[0], tokens[-1]))))} tokens" if tokens else ""
+        lines.append(
+            f"the model takes {self.ratio:.2f} times as long as with softmax attention{at} ({self.replaced:.2f} and "
+            f"{self.softmax:.2f} ms; {self.where})"
+        )
+        return "\n".join(lines)
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """Return the tensors in a batch: a tensor, a tuple or a dict."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    return [x for x in values if isinstance(x, Tensor)]
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Call the model with a tensor, with the first item of a tuple, or with the entries of a dict except its labels."""
+    device = next(model.parameters()).device
+
+    def moved(x: Any) -> Any:
+        return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+
+    if isinstance(batch, Mapping):
+        return model(**{name: moved(x) for name, x in batch.items() if name not in LABELS})
+    return model(moved(batch[0] if isinstance(batch, (tuple, list)) else batch))
+
+
+def compare(model: nn.Module, batch: Any, softmax: Softmax, *, rounds: int) -> Pair:
+    """Return the median times in milliseconds of a call with softmax attention and with the new one, which take turns."""
+    device = next(model.parameters()).device
+
+    def run() -> None:
+        call(model, batch)
+        wait(device)
+
+    def run_softmax() -> None:
+        with softmax():
+            run()
+
+    with torch.no_grad():
+        times = in_turns({"softmax": run_softmax, "replaced": run}, rounds=rounds, clock=time.perf_counter)
+    return times["softmax"].median, times["replaced"].median
+
+
+def compare_layers(
+    model: nn.Module, batch: Any, softmax: Softmax, holders: Mapping[str, nn.Module], modules: Mapping[str, nn.Module],
+    *, rounds: int,
+) -> dict[str, LayerSpeed]:  # fmt: skip
+    """Return the numbers of tokens and the median times of layers. The arguments are as in `measure`."""
+    device = next(model.parameters()).device
+    layers = {name: LayerSpeed() for name in holders}
+    samples: dict[str, dict[str, list[float]]] = {"softmax": defaultdict(list), "replaced": defaultdict(list)}
+
+    def run(kind: str, context: Softmax) -> None:
+        with context(), _stopwatch(modules, device) as elapsed:
+            call(model, batch)
+        for name, milliseconds in elapsed.items():
+            samples[kind][name].append(milliseconds)
+
+    with torch.no_grad(), _counted(holders, layers):
+        functions = {"softmax": lambda: run("softmax", softmax), "replaced": lambda: run("replaced", nullcontext)}
+        in_turns(functions, rounds=rounds)
+    for name, layer in layers.items():
+        times = [each[name][1:] for each in samples.values()]  # the first call is a warm-up
+        if layer.tokens is not None and all(times):
+            layer.softmax, layer.replaced = map(statistics.median, times)
+        else:
+            layers[name] = LayerSpeed()
+    return layers
+
+
+@contextmanager
+def _counted(holders: Mapping[str, nn.Module], layers: dict[str, LayerSpeed]) -> Iterator[None]:
+    """Record the numbers of tokens inside the block."""
+
+    def count(layer: LayerSpeed, holder: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        given = *args, *options.values()
+        tokens = given[1].shape[2] if isinstance(holder, DropIn) else given[0].shape[1]  # the key, or the module's input
+        layer.tokens = max(tokens, layer.tokens or 0)
+
+    with ExitStack() as stack:
+        for name, holder in holders.items():
+            stack.enter_context(holder.register_forward_pre_hook(partial(count, layers[name]), with_kwargs=True))
+        yield
+
+
+@contextmanager
+def _stopwatch(modules: Mapping[str, nn.Module], device: torch.device) -> Iterator[dict[str, float]]:
+    """Yield a dict that has the milliseconds which each called module has spent in the block, once the block has ended."""
+    marks: dict[str, list[Any]] = defaultdict(list)  # alternately the beginning and the end of a call
+    elapsed: dict[str, float] = {}
+
+    def mark(name: str, *call: Any) -> None:
+        marks[name].append(_now(device))
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(module.register_forward_pre_hook(partial(mark, name)))
+            stack.enter_context(module.register_forward_hook(partial(mark, name)))
+        yield elapsed
+    wait(device)
+    for name, found in marks.items():
+        elapsed[name] = sum(_between(begin, end) for begin, end in zip(found[::2], found[1::2], strict=True))
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _now(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _between(begin: Any, end: Any) -> float:
+    return begin.elapsed_time(end) if isinstance(begin, torch.cuda.Event) else 1e3 * (end - begin)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Set `model` to evaluation mode without gradients inside the block. Afterwards, restore modes and random states.
+
+    Compiled modules run without compilation, because compiled code does not call the hooks that measure layers.
+    """
+    modes = {module: module.training for module in model.modules()}
+    grids = {id(each.grid): each.grid for each in model.modules() if isinstance(each, DropIn) and each.grid is not None}
+    sizes = {key: dict(grid.sizes) for key, grid in grids.items()}
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for key, grid in grids.items():
+                grid.sizes = sizes[key]
+
+
+def measure(
+    model: nn.Module, batch: Any, softmax: Softmax, holders: Mapping[str, nn.Module], modules: Mapping[str, nn.Module],
+    *, rounds: int,
+) -> Speed:  # fmt: skip
+    """Return the times of `model` and its layers on a batch. The model is in its previous state afterwards.
+
+    Args:
+        batch: as in `call`.
+        softmax: returns a context in which the model computes softmax attention.
+        holders, modules: for each layer, the module that holds the core, and the attention module of the host.
+        rounds: how often each variant is called for the model and again for the layers, in addition to a warm-up.
+    """
+    from ..measure.machine import device_name  # imports the specifications of all operators
+
+    parameter = next(model.parameters())
+    if parameter.is_meta:
+        raise ValueError("model: expected a model with values, got one on the device meta")
+    found = [x for x in tensors(batch) if x.dim()]
+    if not found:
+        raise TypeError(f"batch: expected a tensor, or a tuple or dict of tensors, got {type(batch).__name__}")
+    with undisturbed(model):
+        times = compare(model, batch, softmax, rounds=rounds)
+        layers = compare_layers(model, batch, softmax, holders, modules, rounds=rounds)
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    where = f"{device_name(parameter.device.type)}, {dtype}, batch size {len(found[0])}"
+    return Speed(*times, layers, where)
