@@ -136,20 +136,15 @@ def test_break_even_lengths() -> None:
     (folder,) = (RESULTS / "break-even").iterdir()
     tables = [bench.break_even.table(rows(folder / name)) for name in ("times.csv", "predicted.csv")]
     assert list(break_even.rows()) == sum(tables, [])
-    found = {(row.kind, row.op, row.direction, row.width): row.tokens for row in break_even.rows()}
+    found = {(row.kind, row.op, row.direction, row.width): row.rounded for row in break_even.rows()}
     names = {"nystrom": "nystrom_attention", "fourier": "fourier_mixing"}
     cells = []
     for op in dict.fromkeys(op for _, op, _, _ in found):
         measured = [[found["measured", op, way, width] for way in ("forward", "full")] for width in (32, 64)]
         predicted = [found["predicted", op, "forward", width] for width in (32, 64)]
-        lengths = [" / ".join(map(two_figures, pair)) for pair in measured] + list(map(two_figures, predicted))
+        lengths = [" / ".join(pair) for pair in measured] + predicted
         cells.append([f"`{names.get(op, f'{op}_attention')}`", *lengths])
     assert sorted(table(CHOOSING, "Break-even lengths")) == sorted(cells)
-
-
-def two_figures(length: str) -> str:
-    """Round the number in `length` to two significant figures."""
-    return re.sub(r"\d+", lambda number: f"{int(float(f'{int(number[0]):.1e}')):,}", length)
 
 
 def slug(heading: str) -> str:

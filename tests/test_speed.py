@@ -1,8 +1,9 @@
-"""Tests of reports that measure whether a replaced attention is faster."""
+"""Tests of reports that measure whether a replaced attention is faster, and of the warning if it is expected to be slower."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vix_kernels.integrations import zoo
+from vix_kernels.integrations import swap, zoo
 from vix_kernels.integrations.hosts import Report
-from vix_kernels.integrations.speed import LayerSpeed, Speed, call
+from vix_kernels.integrations.speed import LayerSpeed, SlowerWarning, Speed, call
 from vix_kernels.integrations.swap import Softmaxed, holders
 from vix_kernels.integrations.torch_nn import replace_mha
+from vix_kernels.linearize import linearize
+from vix_kernels.measure import break_even
 from vix_kernels.measure.timing import in_turns
 from vix_kernels.models import create_model
 from vix_kernels.nn import Attention
@@ -113,7 +116,7 @@ def test_a_measurement_does_not_change_the_model(host: str, op: str) -> None:
             layer.tokens == tokens and 0 < layer.softmax < 5 * speed.softmax and layer.ratio == layer.replaced / layer.softmax
         )
     assert f"the model takes {speed.ratio:.2f} times as long as with softmax attention at {tokens} tokens" in str(report)
-    assert len(str(speed).splitlines()) == 4
+    assert len(str(speed).splitlines()) == 4 + bool(speed.note)
 
 
 @pytest.mark.parametrize("twice", [False, True])
@@ -280,6 +283,47 @@ def test_diffusers_models_are_measured() -> None:
     assert report.measure(batch, rounds=1).layers["transformer_blocks.0.attn1"].tokens == 64
 
 
+def test_a_slower_attention_is_announced() -> None:
+    length = break_even.slower("nystrom", 65, 32, "cpu").rounded
+    with pytest.warns(SlowerWarning, match="nystrom attention may be slower than softmax attention at 65 tokens") as caught:
+        report = timm_integration.replace_attention(timm_vit(), "nystrom")
+    (warning,) = caught
+    assert warning.filename == __file__ and "\n" not in str(warning.message) and f"warning: {warning.message}" in str(report)
+    assert f"at head width 32, nystrom attention was faster from about {length} tokens (" in str(report)
+    speed = report.measure(images(), rounds=1)
+    assert "warning" not in str(report) and bool(speed.note) == (speed.ratio > 1)
+    for host in ("transformers", "vix_kernels"):
+        model = build(host)
+        with pytest.warns(SlowerWarning, match="at 65 tokens") as caught:
+            HOSTS[host][1](model, "nystrom")
+        assert [each.filename for each in caught] == [__file__]
+
+
+@pytest.mark.parametrize("host", ["timm", "transformers", "vix_kernels"])
+def test_a_warning_that_is_an_error_leaves_the_model_unchanged(host: str) -> None:
+    model = build(host)
+    before = state(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowerWarning)
+        with pytest.raises(SlowerWarning):
+            HOSTS[host][1](model, "nystrom")
+    assert same(before, state(model))
+
+
+def test_other_attentions_are_not_announced() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowerWarning)
+        timm_integration.replace_attention(timm_vit(), "nystrom", num_landmarks=4)  # the table has only the default number
+        timm_integration.replace_attention(timm_vit(patch_drop_rate=0.5), "nystrom")  # the number of tokens is unknown
+        timm_integration.replace_attention(timm_vit(img_size=128), "nystrom")  # 1,025 tokens
+        replace_mha(encoder(), "nystrom")
+        swap.replace_attention(timm_vit(), "nystrom")
+        with torch.device("meta"):
+            model = timm_vit()
+        timm_integration.replace_attention(model, "nystrom")
+        linearize(timm_vit(), lambda: [images()], steps=1, progress=False)
+
+
 @pytest.mark.parametrize("name", ["mae", "swin", "bert"])
 def test_tokens_are_not_stated_if_layers_have_other_numbers(name: str) -> None:
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -301,11 +345,12 @@ def test_tokens_are_not_stated_if_layers_have_other_numbers(name: str) -> None:
 
 def test_the_result_is_printed_as_a_table() -> None:
     layers = {"a": LayerSpeed(197, 1.0, 1.5), "bc": LayerSpeed(50, 2.0, 1.0), "d": LayerSpeed()}
-    assert str(Speed(10.0, 13.1, layers, "CPU, float32, batch size 2")) == (
+    assert str(Speed(10.0, 13.1, layers, "CPU, float32, batch size 2", "note")) == (
         "layer  tokens  softmax, ms  replaced, ms  ratio\n"
         "a         197        1.000         1.500   1.50\n"
         "bc         50        2.000         1.000   0.50\n"
         "d      not called\n"
         "the model takes 1.31 times as long as with softmax attention at 50 to 197 tokens (13.10 and 10.00 ms; CPU, float32, "
-        "batch size 2)"
+        "batch size 2)\n"
+        "note"
     )

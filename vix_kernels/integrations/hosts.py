@@ -7,6 +7,7 @@ import dataclasses
 import fnmatch
 import inspect
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from .. import backends
 from ..nn.core import Site
 from ..ops.checks import check_integer
 from .drop_in import DropIn
-from .speed import Speed, measure
+from .speed import SlowerWarning, Speed, expected, measure
 
 ROOT = "(the model itself)"  # the name of a model that is an attention itself
 
@@ -83,6 +84,7 @@ class Report:
             the model, and modules for which it is unknown are missing.
         model: the model.
         speed: the result of `measure`, or None.
+        warnings: what the user should know.
     """
 
     attention: str
@@ -91,6 +93,8 @@ class Report:
     tokens: dict[str, int] = field(default_factory=dict)
     model: nn.Module | None = field(default=None, repr=False, compare=False)
     speed: Speed | None = None
+    warnings: list[str] = field(default_factory=list)
+    _kind: tuple[DropIn, int] | None = field(default=None, repr=False, compare=False)  # the attention and the width of a head
 
     @property
     def replaced(self) -> list[str]:
@@ -102,7 +106,7 @@ class Report:
         for name, attention in self.attentions.items():
             lines.append(f"  {name}: {attention}" + (f", {self.tokens[name]} tokens" if name in self.tokens else ""))
         lines += [f"  {name} left: {reason}" for name, reason in self.refused.items()]
-        lines += [str(self.speed)] if self.speed else []
+        lines += [str(self.speed)] if self.speed else [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
     def measure(self, batch: Any, *, rounds: int = 5) -> Speed:
@@ -136,7 +140,33 @@ class Report:
         modules, softmax = {name: module_of(self.model, name) for name in found}, Softmaxed(self.model, found)
         self.speed = measure(self.model, batch, lambda: softmax, found, modules, rounds=rounds)
         self.tokens |= {name: layer.tokens for name, layer in self.speed.layers.items() if layer.tokens is not None}
+        if self.speed.ratio > 1 and (reason := self._expected()):
+            self.speed.note = f"in the table of docs/choosing.md, {reason}"
         return self.speed
+
+    def expect(self, attention: DropIn, width: int, stacklevel: int) -> None:
+        """Warn if `attention` is expected to be slower than softmax attention in all layers.
+
+        Args:
+            width: width of a head.
+            stacklevel: how many calls are between the user and this method, for the warning.
+        """
+        self._kind = attention, width
+        if len(self.tokens) < len(self.attentions):
+            return
+        if reason := self._expected():
+            self.warnings.append(
+                f"{attention.op} attention may be slower than softmax attention at {max(self.tokens.values())} tokens: "
+                f"{reason}; report.measure(batch) measures both"
+            )
+            warnings.warn(self.warnings[-1], SlowerWarning, stacklevel=stacklevel + 1)
+
+    def _expected(self) -> str:
+        weight = None if self.model is None else next(self.model.parameters(), None)
+        if weight is None or self._kind is None or not self.tokens:
+            return ""
+        attention, width = self._kind
+        return expected(attention.op, attention.options, max(self.tokens.values()), width, weight.device.type)
 
     def checked(self, expected: str) -> Report:
         """Return this report, or raise ValueError if nothing was replaced."""
@@ -190,6 +220,7 @@ def replace_each(
         chosen.append((module, each))
         report.attentions[name] = each.describe()
     report.checked(expected)
+    report.expect(attention, site_of(chosen[0][0]).head_dim, 3)
     undo: list[tuple[nn.Module, type, dict]] = []
     try:
         for module, each in chosen:

@@ -1,4 +1,4 @@
-"""Times of a model and of its layers with a replaced attention and with softmax attention."""
+"""Whether a replaced attention is faster: times of a model and of its layers, and what the table of break-even lengths says."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..measure import break_even
 from ..measure.timing import in_turns
+from ..nn.core import CORES
 from .drop_in import DropIn
 
 LABELS = {"labels", "label"}  # entries of a dict that are not passed to the model
 Pair = tuple[float, float]  # with softmax attention, and replaced
 Softmax = Callable[[], AbstractContextManager[Any]]  # returns a context in which a model computes softmax attention
+
+
+class SlowerWarning(UserWarning):
+    """Says that the replaced attention is expected to be slower than softmax attention."""
 
 
 @dataclass
@@ -49,12 +55,14 @@ class Speed:
         softmax, replaced: median times of a forward pass, in milliseconds.
         layers: the times of each layer by its name.
         where: the device, the dtype and the number of samples.
+        note: from how many tokens the attention is expected to be faster, if the model is slower than with softmax attention.
     """
 
     softmax: float
     replaced: float
     layers: dict[str, LayerSpeed]
     where: str
+    note: str = field(default="", repr=False)
 
     @property
     def ratio(self) -> float:
@@ -76,7 +84,7 @@ class Speed:
             f"the model takes {self.ratio:.2f} times as long as with softmax attention{at} ({self.replaced:.2f} and "
             f"{self.softmax:.2f} ms; {self.where})"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, self.note] if self.note else lines)
 
 
 def tensors(batch: Any) -> list[Tensor]:
@@ -241,3 +249,22 @@ def measure(
     dtype = str(parameter.dtype).removeprefix("torch.")
     where = f"{device_name(parameter.device.type)}, {dtype}, batch size {len(found[0])}"
     return Speed(*times, layers, where)
+
+
+def expected(op: str, options: Mapping[str, Any], tokens: int, width: int, device: str) -> str:
+    """Return a sentence that says from how many tokens an attention is faster, or "" if it is not known to be slower.
+
+    Args:
+        op, options: the attention. The table has only the default number of landmarks, features or agents.
+        tokens, width, device: the number of tokens, the width of a head and the type of the device.
+    """
+    usual = CORES[op].made("host")
+    for name in ("num_landmarks", "num_features", "num_agents"):
+        if name in options and options[name] != getattr(usual, name):
+            return ""
+    row = break_even.slower(op, tokens, width, device)
+    if row is None:
+        return ""
+    faster = "was faster" if row.kind == "measured" else "is predicted to be faster"
+    length = row.rounded if row.tokens.startswith(break_even.MORE) else f"about {row.rounded}"
+    return f"at head width {row.width}, {op} attention {faster} from {length} tokens ({row.device})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..nn.module import AttentionModule
 from ..nn.softmax import Softmax
 from .drop_in import DropIn
 from .hosts import ROOT, Report, check_model, module_of
+from .speed import SlowerWarning
 
 
 def host_of(model: nn.Module) -> str:
@@ -33,7 +35,8 @@ def replace_attention(
 ) -> Report:
     """Replace the attention in a model of this library, timm, transformers or torch.nn, in place.
 
-    The arguments are those of the integrations' functions, such as `vix_kernels.integrations.timm.replace_attention`.
+    The arguments are those of the integrations' functions, such as `vix_kernels.integrations.timm.replace_attention`. In
+    contrast to them, this function does not warn if the attention is expected to be slower.
     """
     replace: Callable[..., Report]
     host = host_of(model)
@@ -45,7 +48,9 @@ def replace_attention(
         from .timm import replace_attention as replace
     else:
         from .torch_nn import replace_mha as replace
-    return replace(model, op, layers=layers, retrain=retrain, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SlowerWarning)
+        return replace(model, op, layers=layers, retrain=retrain, **options)
 
 
 def holders(model: nn.Module) -> dict[str, Mounted]:

@@ -51,6 +51,7 @@ def replace_attention(
         if module.site.num_tokens is not None:
             report.tokens[name] = module.site.num_tokens
     report.checked("a model with softmax attention")
+    report.expect(kind, chosen[0][0].site.head_dim, 2)
     for module, core in chosen:
         put(module, core, backend)
     return report

@@ -42,6 +42,11 @@ class BreakEven:
     tokens: str
 
     @property
+    def rounded(self) -> str:
+        """`tokens`, rounded to two figures unless it is a bound."""
+        return f"{int(float(f'{int(self.tokens):.1e}')):,}" if self.tokens.isdecimal() else self.tokens
+
+    @property
     def least(self) -> float:
         """The number of tokens below which the attention is known to be slower."""
         number = int(self.tokens.removeprefix(MORE).removesuffix(FEWER))
