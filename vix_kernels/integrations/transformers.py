@@ -348,12 +348,12 @@ require_call("transformers", NystromformerSelfAttention, modeling_nystromformer.
 require_call("transformers", FNetBasicFourierTransform, modeling_fnet.FNetBasicFourierTransform)
 
 
+def uses_dft_matrices(module: modeling_fnet.FNetBasicFourierTransform) -> bool:
+    """Return whether the FNet uses DFT matrices. They are truncated for short sequences, so the result differs from an FFT."""
+    return hasattr(module, "dft_mat_seq")
+
+
 AttentionInterface.register(CHILDREN, _attend_with_child)
 AttentionMaskInterface.register(CHILDREN, padding_mask)
 register()
 install()
-
-
-def uses_dft_matrices(module: modeling_fnet.FNetBasicFourierTransform) -> bool:
-    """Return whether the FNet uses DFT matrices. They are truncated for short sequences, so the result differs from an FFT."""
-    return hasattr(module, "dft_mat_seq")

@@ -1,0 +1,120 @@
+"""The report of a replacement: the replaced layers, their tokens, and their times compared with softmax attention."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..ops.checks import check_integer
+from .drop_in import DropIn
+from .speed import SlowerWarning, Speed, expected, measure
+
+
+@dataclass
+class Report:
+    """Lists which attention layers of a model were replaced, and why the others were not.
+
+    Attributes:
+        attention: a short description of the new attention.
+        attentions: maps the name of each replaced module to a description of its attention.
+        refused: maps the name of each module that was not replaced to the reason.
+        tokens: the number of tokens of each replaced module. Before `measure`, this is the number at the usual image size of
+            the model, and modules for which it is unknown are missing.
+        model: the model.
+        speed: the result of `measure`, or None.
+        warnings: what the user should know.
+    """
+
+    attention: str
+    attentions: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
+    speed: Speed | None = None
+    warnings: list[str] = field(default_factory=list)
+    _kind: tuple[DropIn, int] | None = field(default=None, repr=False, compare=False)  # the attention and the width of a head
+
+    @property
+    def replaced(self) -> list[str]:
+        """Names of the modules that were replaced."""
+        return list(self.attentions)
+
+    def __str__(self) -> str:
+        lines = [f"{self.attention}: {len(self.replaced)} replaced, {len(self.refused)} left"]
+        for name, attention in self.attentions.items():
+            lines.append(f"  {name}: {attention}" + (f", {self.tokens[name]} tokens" if name in self.tokens else ""))
+        lines += [f"  {name} left: {reason}" for name, reason in self.refused.items()]
+        lines += [str(self.speed)] if self.speed else [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+    def measure(self, batch: Any, *, rounds: int = 5) -> Speed:
+        """Time the model and each replaced layer on `batch`, with the new attention and with softmax attention in turns.
+
+        The model runs in evaluation mode without gradients and without compilation, on its device. With softmax attention, its
+        modules run the code of their library where their class was replaced. Afterwards, the model is as before. The report
+        shows the result.
+
+        Args:
+            batch: a batch of the size that matters: a tensor, a tuple whose first item is the input, or a dict of the
+                arguments of the model.
+            rounds: how often each variant is called, in addition to a warm-up: once for the model and once for its layers.
+
+        Returns:
+            the times. `print` shows them as a table.
+
+        Raises:
+            ValueError: the report does not belong to a model whose attention is replaced.
+        """
+        from .hosts import module_of
+        from .swap import Softmaxed, holders
+
+        check_integer("rounds", rounds, 1)
+        found = {} if self.model is None else holders(self.model)
+        found = {name: found[name] for name in self.attentions if name in found}
+        if not found:
+            raise ValueError(
+                "report: expected the report of a model whose softmax attention is replaced, got one without replaced "
+                f"attention ({self.attention})"
+            )
+        modules, softmax = {name: module_of(self.model, name) for name in found}, Softmaxed(self.model, found)
+        self.speed = measure(self.model, batch, lambda: softmax, found, modules, rounds=rounds)
+        self.tokens |= {name: layer.tokens for name, layer in self.speed.layers.items() if layer.tokens is not None}
+        if self.speed.ratio > 1 and (reason := self._expected()):
+            self.speed.note = f"in the table of docs/choosing.md, {reason}"
+        return self.speed
+
+    def expect(self, attention: DropIn, width: int, stacklevel: int) -> None:
+        """Warn if `attention` is expected to be slower than softmax attention in all layers.
+
+        Args:
+            width: width of a head.
+            stacklevel: how many calls are between the user and this method, for the warning.
+        """
+        self._kind = attention, width
+        if len(self.tokens) < len(self.attentions):
+            return
+        if reason := self._expected():
+            self.warnings.append(
+                f"{attention.op} attention may be slower than softmax attention at {max(self.tokens.values())} tokens: "
+                f"{reason}; report.measure(batch) measures both"
+            )
+            warnings.warn(self.warnings[-1], SlowerWarning, stacklevel=stacklevel + 1)
+
+    def _expected(self) -> str:
+        weight = None if self.model is None else next(self.model.parameters(), None)
+        if weight is None or self._kind is None or not self.tokens:
+            return ""
+        attention, width = self._kind
+        return expected(attention.op, attention.options, max(self.tokens.values()), width, weight.device.type)
+
+    def checked(self, expected: str) -> Report:
+        """Return this report, or raise ValueError if nothing was replaced."""
+        if self.replaced:
+            return self
+        reasons = Counter(self.refused.values())
+        found = ", ".join(f"{count} times {reason}" for reason, count in reasons.items()) or "a model without any attention"
+        raise ValueError(f"model: expected {expected}, got {found}")
