@@ -10,6 +10,7 @@ import functools
 import os
 from typing import Any
 
+import pytest
 import torchvision_operators
 
 DECLARED = torchvision_operators.declare() if torchvision_operators.mismatch() else None
@@ -20,15 +21,26 @@ from transformers.models.nystromformer.modeling_nystromformer import Nystromform
 
 from vix_kernels.integrations import transformers as vix  # noqa: E402
 
+SELECTION = ("sdpa", "eager", "set_attention", "attn_implementation")  # in names of tests of implementations
+current: list[str] = [""]  # the name of the running test
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    current[0] = item.name
+
 
 def use(attention: str) -> None:
-    """Make `attention` the default of all models. Tests that ask for another attention still get it."""
+    """Make all models use `attention`, except in tests of the implementations of transformers and of their selection.
+
+    Most tests select "eager", because it returns the attention weights.
+    """
     vix.register()
     correct = PreTrainedModel.get_correct_attn_implementation
 
     @functools.wraps(correct)
     def chosen(self: PreTrainedModel, requested: str | None, *args: Any, **options: Any) -> str:
-        return correct(self, attention if requested is None else requested, *args, **options)
+        changed = requested in (None, "eager") and not any(word in current[0] for word in SELECTION)
+        return correct(self, attention if changed else requested, *args, **options)
 
     PreTrainedModel.get_correct_attn_implementation = chosen
 

@@ -280,9 +280,8 @@ def replace_attention(
     rotary tables, norms of q and k, gates and output dropout.
 
     Landmarks and agents are placed on the patch grid, which may differ between calls if the model accepts any image size. Each
-    prefix token (class or register token) is a separate landmark or agent. `options` can change this placement. With patch
-    dropout, the tokens do not form a grid, so landmarks and agents are means of segments of the sequence. The report describes
-    the placement.
+    prefix token (class or register token) is a separate landmark or agent. `options` can change this placement. Patches that
+    remain after patch dropout form no grid, so landmarks and agents are means of segments. The report describes the placement.
 
     Args:
         model: a timm model.
