@@ -75,6 +75,10 @@ WITHOUT_WEIGHTS = tuple(
         "test_model_outputs_equivalence",
     )
 )  # fmt: skip
+DIFFUSERS = (
+    "tests/models/transformers/test_models_dit_transformer2d.py", "tests/models/unets/test_models_unet_2d.py",
+    "tests/models/transformers/test_models_pixart_transformer2d.py",
+)  # fmt: skip
 SUITES = {
     "timm-models": Suite(
         "timm", "timm_plugin", ("tests/test_models.py",), {"VIX_MODELS": ",".join(f"vix_{name}_tiny" for name in ZOO)},
@@ -87,6 +91,9 @@ SUITES = {
     "transformers-vision": Suite(
         "transformers", "transformers_plugin", modeling("vit", "dinov2", "siglip"), {"VIX_ATTENTION": "vix_nystrom"}, before={},
         expected=WITHOUT_WEIGHTS,
+    ),
+    "diffusers-replaced": Suite(
+        "diffusers", "diffusers_plugin", DIFFUSERS, {"VIX_REPLACE": "nystrom"}, before={},
     ),
     "transformers-patched": Suite(
         "transformers", "transformers_plugin", modeling("nystromformer", "fnet"), {"VIX_PATCH": "1"}, before={},
