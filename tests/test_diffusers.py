@@ -29,6 +29,18 @@ def test_with_all_landmarks_a_diffusion_transformer_keeps_its_outputs():
     assert model.transformer_blocks[0].attn1.to_q.weight.grad.any()
 
 
+@pytest.mark.parametrize("op", ["nystrom", "performer"])
+def test_a_saved_model_gives_the_same_outputs(op, tmp_path):
+    """diffusers saves the weights and the configuration, so the attention is replaced again after loading."""
+    model, inputs = dit()
+    integration.replace_attention(model, op, retrain=True)
+    model.save_pretrained(tmp_path)
+    again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path).eval()
+    assert not torch.equal(again(*inputs).sample, model(*inputs).sample)
+    integration.replace_attention(again, op, retrain=True)
+    assert torch.equal(again(*inputs).sample, model(*inputs).sample)
+
+
 def test_compiles_as_one_graph():
     model, inputs = dit()
     integration.replace_attention(model, "performer", retrain=True)

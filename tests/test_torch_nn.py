@@ -101,6 +101,18 @@ def test_replaced_encoders_train_and_copy():
     assert torch.equal(copy.deepcopy(model)(tokens()), model(tokens()))
 
 
+@pytest.mark.parametrize("op", ["nystrom", "feature"])
+def test_a_saved_encoder_gives_the_same_outputs(op, tmp_path):
+    model = encoder()
+    replace_mha(model, op, retrain=True, **{"num_landmarks" if op == "nystrom" else "num_features": 4})
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    torch.manual_seed(1)
+    again = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True), 2).eval()
+    replace_mha(again, op, retrain=True, **{"num_landmarks" if op == "nystrom" else "num_features": 4})
+    again.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(again(tokens()), model(tokens()))
+
+
 def test_replaced_encoders_compile():
     model = encoder()
     replace_mha(model, "nystrom", num_landmarks=4)
