@@ -172,6 +172,13 @@ def test_a_few_unreadable_images_are_skipped_and_named(tmp_path: Path, capsys) -
     assert message in capsys.readouterr().out
 
 
+def test_images_that_need_a_plugin_are_named(tmp_path: Path) -> None:
+    image_folder(tmp_path)
+    photo = tmp_path / "train" / "cat" / "photo.HEIC"
+    photo.write_bytes(b"\0\0\0\x18ftypheic")
+    assert load_dataset(str(tmp_path)).unreadable[0].startswith(f"{photo}: cannot identify image file")
+
+
 def damage_many(folder: Path) -> None:
     for path in sorted((folder / "train" / "cat").iterdir())[:3]:
         path.write_bytes(b"no image")

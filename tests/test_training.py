@@ -190,6 +190,8 @@ def test_the_learning_curve_is_redrawn_during_the_run(
         (["--model-kwargs", "embed_dim=30"], ["embed_dim", "30"]),
         (["--model-kwargs", "num_classes=11"], ["num_classes", "11"]),
         (["--model-kwargs", "global_pool=None"], ["global_pool", "None"]),
+        (["--model-kwargs", "global_pool="], ["--model: expected logits of shape (batch, 10), got (2, ", "global_pool"]),
+        (["--model", "vin", "--redraw-interval", "10"], ["--redraw-interval: expected 0 for a model without random features"]),
         (["--model-kwargs", "qkv_bias=false"], ["qkv_bias", "'false'"]),
         (["--model-kwargs", "qkv_bias={[]: 1}"], ["qkv_bias", "{[]: 1}"]),
         (["--model-kwargs", "backend=torch"], ["--backend"]),

@@ -147,9 +147,17 @@ def build_model(config: Config, source: Source, device: torch.device, fresh: boo
         model = make_model(asdict(config), kwargs | options, source.shape, config.pretrained and fresh)
         if config.initial_checkpoint and fresh:
             load_initial(model, config.initial_checkpoint, source.classes)
+        if config.redraw_interval and fresh and not any(hasattr(each, "redraw_projection") for each in model.modules()):
+            raise UserError(
+                "--redraw-interval: expected 0 for a model without random features that this library draws, "
+                f"got {config.redraw_interval}"
+            )
         model = model.to(device)
         with torch.no_grad():
-            model.eval()(torch.zeros(2, channels, height, width, device=device))
+            logits = model.eval()(torch.zeros(2, channels, height, width, device=device))
+        if logits.shape != (2, len(source.classes)):
+            expected = f"logits of shape (batch, {len(source.classes)})"
+            raise UserError(f"--model: expected {expected}, got {tuple(logits.shape)} for 2 images; global_pool must not be ''")
     except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         raise UserError(str(error)) from error
     return model, kwargs

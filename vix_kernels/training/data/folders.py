@@ -16,7 +16,8 @@ from tqdm import tqdm
 from .dataset import Dataset, Source, make_dataset, suited_patch_size
 from .images import MOST_UNREADABLE, HeldImages, StreamedImages, decode, hidden, with_reason
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm"}
+OTHER_SUFFIXES = {".heic", ".heif", ".jxl"}  # images for which Pillow needs a plugin, without which they are reported
 HELD_OUT = ("val", "valid", "validation", "test")
 HELD_BYTES = 2**32  # maximum size of decoded images in memory; larger data sets are streamed by default
 SAMPLE = 512  # minimum number of training images for the pixel statistics of streamed data sets
@@ -127,7 +128,7 @@ def _images_in(folder: Path, ancestors: tuple[os.stat_result, ...] = ()) -> Iter
             yield path
         elif entry.is_dir():
             yield from _images_in(path, ancestors)
-        elif path.suffix.lower() in SUFFIXES:
+        elif path.suffix.lower() in SUFFIXES | OTHER_SUFFIXES:
             yield path
 
 
