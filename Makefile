@@ -26,7 +26,7 @@ test: $(READY)  ## run the tests; a selection: make test ARGS="-k models"
 attack: $(READY)  ## test operators and file readers with random cases: make attack ARGS="--minutes 20 --backend triton"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack $(ARGS)
 
-hosts: $(READY)  ## run timm's tests on our models; with those of transformers: make hosts ARGS="--transformers PATH"
+hosts: $(READY)  ## run timm's tests with this library; transformers' tests, too: make hosts ARGS="--transformers PATH"
 	$(BIN)/python -m tests.hosts $(ARGS)
 
 bench: $(READY)  ## compare the speed of every operator with other packages; with torch.compile: make bench ARGS=--compiled

@@ -5,10 +5,11 @@
 
 Each attention has the default options of the integrations. Linformer and Fourier mixing cannot replace softmax attention in a
 host model, so they have the defaults of their modules. The baseline is PyTorch's scaled_dot_product_attention on the same q, k
-and v. Only the attention is measured, without its linear layers. On a CPU, calls take turns, and each ratio compares two CPU
-times from the same round. `--predict` uses no GPU: as in `vix dev roofline OP --shape`, the time of each launch follows from
-its machine code and published peak rates. Softmax attention is predicted in the same way, from the kernel in
-vix_kernels/measure/flash.py, which has no backward. --write updates the table in vix_kernels/measure/break_even.csv.
+and v. Only the attention is measured, without its linear layers. On a CPU, the attentions take turns, and each ratio compares
+two CPU times from the same round. --predict needs no GPU: as in `vix dev roofline OP --shape`, the time of each launch follows
+from its machine code and published peak rates. Softmax attention is predicted in the same way, from the kernel in
+vix_kernels/measure/flash.py. This kernel has no backward, so only the forward is predicted. --write updates the table in
+vix_kernels/measure/break_even.csv.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ Row = dict[str, Any]
 
 
 def calls(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Iterator[tuple[str, Callable[..., Tensor], list[Tensor]]]:
-    """Yield the name of each attention, its function, and the tensors that the function receives."""
+    """Yield the name, the function and the input tensors of each attention."""
     heads, tokens, width = q.shape[1:]
     yield "softmax", scaled_dot_product_attention, [q, k, v]
     for op in OPS:
@@ -56,7 +57,7 @@ def calls(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Iterator[tu
 
 
 def measure(width: int, tokens: int, rounds: int) -> Iterator[Row]:
-    """Yield a row for each attention and direction. A sample of a short call is the time of several calls."""
+    """Yield a row for each attention and direction. If calls are short, each sample is the time of several calls."""
     repeats = max(1, 1024 // tokens)
 
     def forward(function: Callable[..., Tensor], leaves: list[Tensor]) -> None:
@@ -83,7 +84,7 @@ def measure(width: int, tokens: int, rounds: int) -> Iterator[Row]:
 
 
 def predict(width: int, tokens: int, gpu: Device) -> Iterator[Row]:
-    """Yield a row with the predicted time of the forward in bfloat16 for each attention."""
+    """Yield a row for each attention with the predicted time of its forward in bfloat16."""
     from vix_kernels.measure.flash import flash_forward
     from vix_kernels.measure.launch_times import committed, predict, row_of
     from vix_kernels.measure.observed import OnMeta, observed

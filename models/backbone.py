@@ -26,14 +26,14 @@ class Level(NamedTuple):
 class Backbone(nn.Module):
     """Base class of models that map images (B, in_chans, *img_size) to logits (B, num_classes).
 
-    Most models apply `blocks` to the tokens of one map, and then `norm`; see `Pyramid` for models with stages. A subclass
+    Most models apply `blocks` and then `norm` to the tokens of one map. For models with stages, see `Pyramid`. A subclass
     implements `forward_trunk` and `token_maps`, and calls `finish` at the end of its constructor.
     """
 
     config: dict[str, Any]  # entries that `save_model` writes to config.json, such as the arguments of `create_model`
     trunk = "blocks"  # name of the ModuleList whose items are the levels
-    # Supported values of global_pool: "token" = class token, "avg" and "max" = mean and maximum of the patches, "seq" = mean
-    # with learned weights, "" = no pooling
+    # Supported values of global_pool: "token" = class token, "avg" = mean of the patches, "max" = maximum of the patches,
+    # "seq" = mean with learned weights, "" = no pooling
     pools = ("avg", "max", "")
     embed_dim: int
     grid: tuple[int, int]
@@ -101,24 +101,24 @@ class Backbone(nn.Module):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Adapt the model to images of another size, in place: `load_model` does the same for an overridden img_size.
+        """Adapt the model to images of another size, in place. The result is that of `load_model` with this img_size.
 
-        Parameters whose shape does not depend on the size stay the same objects. `patch_size` cannot change.
+        Parameters whose shape does not depend on the size stay the same objects. `patch_size` must be None.
 
         Raises:
             ValueError: `create_model` did not build this model, or parts of it have been replaced. The model is unchanged.
         """
-        from .resize import resize  # which imports the zoo
+        from .resize import resize  # not at the top, because it imports the zoo, which imports this module
 
         if patch_size is not None:
-            raise ValueError(f"patch_size: expected None, because the patches of a model cannot change, got {patch_size!r}")
+            raise ValueError(f"patch_size: expected None, because the patch size of a model is fixed, got {patch_size!r}")
         if img_size is not None:
             resize(self, pair("img_size", img_size))
 
     def forward_trunk(self, x: Tensor, levels: int | None = None, outputs: list[Tensor] | None = None) -> Tensor:
         """Map images to the tokens (B, num_prefix_tokens + patches, width) after all levels, or after the first `levels`.
 
-        If `outputs` is a list, append the tokens after each level.
+        If `outputs` is a list, append the tokens after each level to it.
         """
         raise NotImplementedError
 
@@ -166,13 +166,13 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Return (tokens, features): the result of `forward_features`, and a list with the features of the chosen levels.
+        """Return (tokens, features): the result of `forward_features`, and a list of the features of the chosen levels.
 
         Args:
             indices: indices of levels in `feature_info`. An integer n selects the last n, and None selects all.
             return_prefix_tokens: return each feature as (feature, prefix tokens) if the model has prefix tokens.
-            norm: apply the final norm to the features. In models with stages, only the last stage has this norm.
-            stop_early: skip the levels after the last chosen one.
+            norm: apply the final norm to the features. In models with stages, it is applied only to those of the last stage.
+            stop_early: skip the levels after the last chosen one. The returned tokens are then those of this level.
             output_fmt: "NCHW" for maps (B, C, rows, columns), "NLC" for tokens (B, rows * columns, C).
             intermediates_only: return only the features.
         """
@@ -200,7 +200,7 @@ class Backbone(nn.Module):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list[Any]:
-        """Return the features of the last `n` levels, or of the levels with the indices `n`, as DINO's models do."""
+        """Return the features of the last `n` levels, or of the levels with the indices `n`, as in DINO's models."""
         return self.forward_intermediates(
             x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True
         )
@@ -208,10 +208,10 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove, in place, what `forward_intermediates` does not need for `indices`. `save_model` rejects such a model.
+        """Remove, in place, what `forward_intermediates` does not need for `indices`. `save_model` rejects a pruned model.
 
         Returns:
-            the indices, all of which are >= 0.
+            the indices of the chosen levels, as integers >= 0.
         """
         chosen, levels = self._indices(indices), self.levels()
         kept = max(chosen) + 1
@@ -243,7 +243,7 @@ class Backbone(nn.Module):
         return self.trunk == "blocks" or index == len(self.levels()) - 1
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return the patterns by which timm divides the parameters into groups, from the stem to the head.
+        """Return the patterns with which timm groups the parameters by depth, from the stem to the head.
 
         With `coarse`, each stage is one group.
         """
@@ -261,7 +261,7 @@ class Backbone(nn.Module):
 
 @torch.fx.wrap  # torch.fx cannot trace conditions on the shape
 def check_images(x: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
-    if torch.jit.is_tracing():  # conditions on the shape of a traced tensor give warnings
+    if torch.jit.is_tracing():  # conditions on the shape of a traced tensor cause warnings
         return
     if x.ndim != 4 or x.shape[1:] != (in_chans, *img_size):
         raise ValueError(f"x: expected shape (batch, {in_chans}, {img_size[0]}, {img_size[1]}), got {tuple(x.shape)}")

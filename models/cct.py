@@ -59,8 +59,8 @@ class CCT(Backbone):
         strides: stride of each convolution. The length determines the number of convolutions.
         pool_stride: stride of the pooling after each convolution.
         position: "learned" | "rope_1d" | "rope_axial" | "rope_mixed" | "none", as in VisionTransformer.
-        global_pool: "seq", the mean of the tokens weighted by softmax(w^T x), where w is learned, "avg" or "max", the
-            mean or maximum of the tokens, or "", every token.
+        global_pool: "seq" = mean of the tokens, weighted by softmax(w^T x) with a learned w; "avg" = mean of the tokens;
+            "max" = maximum of the tokens; "" = no pooling, so there are logits for each token.
         drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.
 
     For the other arguments, see VisionTransformer.

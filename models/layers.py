@@ -16,7 +16,7 @@ from .feed_forward import Mlp, feed_forward
 class PatchStem(nn.Module):
     """A strided convolution that creates one token per patch: (B, in_chans, H, W) -> (B, tokens, embed_dim).
 
-    As in timm, the attributes `patch_size` and `grid_size` have the size of a patch, and the rows and columns of patches.
+    As in timm, `patch_size` is the (height, width) of a patch, and `grid_size` is the (rows, columns) of the patch grid.
     """
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int], grid_size: tuple[int, int]) -> None:
@@ -31,7 +31,7 @@ class PatchStem(nn.Module):
 class ConvStem(nn.Sequential):
     """Three convolutions whose total stride is the patch size: (B, in_chans, H, W) -> (B, tokens, embed_dim).
 
-    The attributes `patch_size` and `grid_size` are those of PatchStem.
+    The attributes `patch_size` and `grid_size` have the same meaning as in PatchStem.
     """
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int], grid_size: tuple[int, int]) -> None:
@@ -153,7 +153,7 @@ def run_blocks(
 ) -> Tensor:
     """Apply the blocks in order, each with the rotary table of its layer. With `checkpointing`, recompute them in backward.
 
-    If `outputs` is a list, append the output of each block.
+    If `outputs` is a list, append the output of each block to it.
     """
     for layer, block in enumerate(blocks):
         table = rope(layer) if rope is not None else None

@@ -60,8 +60,8 @@ def is_head(key: str) -> bool:
 def resize(model: Backbone, img_size: tuple[int, int]) -> None:
     """Adapt `model`, created by `create_model`, to images of another size, in place.
 
-    Everything that depends on the image size is copied from a new model of that size. Parameters over the tokens are
-    resampled. The other parameters, hooks and modules stay the same objects.
+    Attributes and buffers that depend on the image size are copied from a new model of that size. Parameters with a token
+    dimension are resampled. All modules, their hooks and the other parameters stay the same objects.
 
     Raises:
         ValueError: `create_model` did not build the model, or parts of it have been replaced. The model is unchanged.

@@ -42,8 +42,8 @@ class VisionTransformer(Backbone):
         position: "learned" | "rope_1d" (in raster order) | "rope_axial" (rows and columns) | "rope_mixed" (learned directions
             for each layer and head) | "none". The class token is not rotated.
         class_token: whether to prepend a learned token to the patches.
-        global_pool: input of the head: "token", the class token, "avg" or "max", the mean or maximum of the patches, or "",
-            every token.
+        global_pool: input of the head: "token" = class token; "avg" = mean of the patches; "max" = maximum of the patches;
+            "" = no pooling, so there are logits for each token.
         drop_rate: dropout rate before the head.
         proj_drop_rate: dropout rate after the attention's output projection and in the MLP.
         drop_path_rate: stochastic depth rate of the last layer. The rates increase linearly from 0 in the first layer.

@@ -183,7 +183,7 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """Return all arguments with which the architecture of the model `name` is created, except the mixer."""
+    """Return the default values of all arguments of the model `name`, except the mixer."""
     signature = inspect.signature(_entry(name).architecture).parameters.values()
     return {each.name: each.default for each in signature if each.kind is each.KEYWORD_ONLY} | preset(name)
 

@@ -31,7 +31,7 @@ def test_with_all_landmarks_a_diffusion_transformer_keeps_its_outputs():
 
 @pytest.mark.parametrize("op", ["nystrom", "performer"])
 def test_a_saved_model_gives_the_same_outputs(op, tmp_path):
-    """diffusers saves the weights and the configuration, so the attention is replaced again after loading."""
+    """diffusers does not save the replaced attention, so it is replaced again after loading."""
     model, inputs = dit()
     integration.replace_attention(model, op, retrain=True)
     model.save_pretrained(tmp_path)

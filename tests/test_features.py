@@ -1,4 +1,4 @@
-"""Tests of features between the blocks, of pooling, and of changing a model after its creation."""
+"""Tests of intermediate features, of pooling, and of changes to a model after its creation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ every_model = pytest.mark.parametrize("name", PUBLISHED)
 
 
 def build(name: str, **overrides: object) -> nn.Module:
-    """Return a model of several levels, with weights that differ from their initial values."""
+    """Return a model with several levels. Noise is added to its initial weights."""
     arguments = small_model(name, **overrides)
     if name.startswith("le"):
         arguments |= {"stages": 2, "embed_dim": (16, 24), "depth": (1, 2)}

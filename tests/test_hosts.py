@@ -1,4 +1,4 @@
-"""A small share of `make hosts`, and its comparison of outcomes."""
+"""Tests of `make hosts`: a few of timm's tests, and the comparison of outcomes with expectations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hosts.suites import SUITES, Expected, Suite
 pytest.importorskip("timm", reason="timm is not installed")
 
 
-def test_timm_tests_the_models() -> None:
+def test_the_models_pass_tests_of_timm() -> None:
     try:
         folder = hosts.source("timm")
     except subprocess.CalledProcessError:

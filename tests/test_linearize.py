@@ -123,7 +123,7 @@ def test_modules_of_this_library_with_dropout_are_replaced_on_request() -> None:
         return nn.Sequential(Attention(64, num_heads=2, attn_drop=0.1), Attention(64, num_heads=2))
 
     report = zoo.replace_attention(build(), "nystrom")
-    assert report.replaced == ["1"] and report.refused["0"].startswith("attn_drop is 0.1; dropout='ignore'")
+    assert report.replaced == ["1"] and report.refused["0"].startswith("attn_drop is 0.1; pass dropout='ignore'")
     model, x = build(), torch.randn(2, 40, 64)
     assert zoo.replace_attention(model, "nystrom", dropout="ignore").replaced == ["0", "1"]
     assert torch.equal(model.train()(x), model.eval()(x))

@@ -137,10 +137,10 @@ LENGTHS = (TOKENS, 31)  # numbers of valid tokens of the two samples
     ids=str,
 )
 def test_patched_models_match_the_package(name: str, options: dict[str, Any], lengths: tuple[int, ...], training: bool) -> None:
-    """With two lengths, each sample has a different mask. With one length, all samples share a mask."""
+    """If there are two lengths, each sample has its mask. If there is one length, all samples share a mask."""
     host = built(name, **options).double().train(training)
     patched, x, inputs = patched_copy(host, name), tokens_for(name), dict(mask=mask_of(*lengths)) if lengths else {}
-    if options.get("reversible") and not training:  # the packages have no backward pass in this mode
+    if options.get("reversible") and not training:  # in evaluation mode, the packages' reversible models have no backward pass
         with torch.no_grad():
             torch.testing.assert_close(patched(x, **inputs), host(x, **inputs), rtol=1e-9, atol=1e-12)
     else:
@@ -181,7 +181,7 @@ def test_patched_models_in_float32(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_patched_models_in_bfloat16(name: str) -> None:
-    """Under autocast, and with bfloat16 weights, outputs are close to float32. Nystromformer raises an error in bfloat16."""
+    """Under autocast and with bfloat16 weights, outputs are close to float32. The package's Nystromformer fails in bfloat16."""
     host = built(name).eval()
     patched, x = patched_copy(host, name), tokens_for(name, dtype=torch.float32)
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_patch_changes_only_classes(name: str) -> None:
     assert {module.backend for module in found} == {"reference"}
     assert integration.unpatch(model) == report.replaced
     assert [type(m) for m in model.modules()] == [type(m) for m in host.modules()]
-    with pytest.raises(ValueError, match="model: expected a model that patch changed"):
+    with pytest.raises(ValueError, match="model: expected a patched model, got one without patched modules"):
         integration.unpatch(model)
 
 
@@ -269,7 +269,7 @@ def test_patched_models_can_be_copied_and_saved(name: str) -> None:
 # Refusals
 
 
-def test_an_encoder_and_decoder_is_patched_in_part() -> None:
+def test_causal_layers_of_an_encoder_decoder_model_are_not_patched() -> None:
     package = pytest.importorskip("performer_pytorch", reason="performer_pytorch is not installed")
     sizes = dict(num_tokens=VOCABULARY, max_seq_len=64, depth=1, heads=2, dim_head=8)
     both = {f"{part}_{key}": value for part in ("enc", "dec") for key, value in sizes.items()}
@@ -324,7 +324,7 @@ def test_models_that_are_refused(package: str, build: Callable, options: dict[st
 
 
 @pytest.mark.parametrize("package", INTEGRATIONS)
-def test_arguments_that_are_no_model(package: str) -> None:
+def test_arguments_that_are_not_models(package: str) -> None:
     for function in (INTEGRATIONS[package].patch, INTEGRATIONS[package].unpatch):
         for model in (None, "model", torch.zeros(2), nn.Linear):
             with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got"):

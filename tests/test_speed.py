@@ -1,4 +1,4 @@
-"""Tests of reports that measure whether a replaced attention is faster, and of the warning if it is expected to be slower."""
+"""Tests of `Report.measure`, and of the warning that a replaced attention is expected to be slower."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_the_baseline_is_the_model_before_the_replacement(host: str, twice: bool
         with softmax:
             torch.testing.assert_close(output(model, batch), expected, atol=1e-5, rtol=1e-5)
             changed = [type(each) for each in model.modules()] != kinds
-            assert changed == (host in ("timm", "torch.nn"))  # these run the code of the library again
+            assert changed == (host in ("timm", "torch.nn"))  # these run the original code of the host library
         assert torch.equal(output(model, batch), replaced)
     assert (replaced - expected).abs().max() > 1e-4
 
@@ -176,7 +176,7 @@ def test_times_are_measured_with_the_given_clock() -> None:
 
 
 class Looped(nn.Module):
-    """Calls the first attention twice, with 24 and 16 tokens, and the second one never. Fails in call `fails`."""
+    """Calls the first attention with 24 and 16 tokens, and never calls the second. Raises an error in call number `fails`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ def test_invalid_measurements_are_refused() -> None:
         report.measure(images())
     with torch.device("meta"):
         empty = timm_vit()
-    with pytest.raises(ValueError, match="model: expected a model with values, got one on the device meta"):
+    with pytest.raises(ValueError, match="model: expected a model with weights, got one on the meta device"):
         timm_integration.replace_attention(empty, "nystrom").measure(images())
     config = transformers.FNetConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=32, vocab_size=9)
     with pytest.raises(ValueError, match=r"got one without replaced attention \(Nystromformer and FNet\)"):
@@ -283,7 +283,7 @@ def test_diffusers_models_are_measured() -> None:
     assert report.measure(batch, rounds=1).layers["transformer_blocks.0.attn1"].tokens == 64
 
 
-def test_a_slower_attention_is_announced() -> None:
+def test_a_slower_attention_causes_a_warning() -> None:
     length = break_even.slower("nystrom", 65, 32, "cpu").rounded
     with pytest.warns(SlowerWarning, match="nystrom attention may be slower than softmax attention at 65 tokens") as caught:
         report = timm_integration.replace_attention(timm_vit(), "nystrom")
@@ -310,10 +310,10 @@ def test_a_warning_that_is_an_error_leaves_the_model_unchanged(host: str) -> Non
     assert same(before, state(model))
 
 
-def test_other_attentions_are_not_announced() -> None:
+def test_other_attentions_cause_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", SlowerWarning)
-        timm_integration.replace_attention(timm_vit(), "nystrom", num_landmarks=4)  # the table has only the default number
+        timm_integration.replace_attention(timm_vit(), "nystrom", num_landmarks=4)  # the table is for the default number
         timm_integration.replace_attention(timm_vit(patch_drop_rate=0.5), "nystrom")  # the number of tokens is unknown
         timm_integration.replace_attention(timm_vit(img_size=128), "nystrom")  # 1,025 tokens
         replace_mha(encoder(), "nystrom")
@@ -325,7 +325,7 @@ def test_other_attentions_are_not_announced() -> None:
 
 
 @pytest.mark.parametrize("name", ["mae", "swin", "bert"])
-def test_tokens_are_not_stated_if_layers_have_other_numbers(name: str) -> None:
+def test_the_number_of_tokens_is_unknown_if_it_differs_between_layers(name: str) -> None:
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     vision = dict(image_size=32, patch_size=4)
     if name == "mae":

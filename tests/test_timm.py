@@ -479,7 +479,7 @@ def test_the_zoo_is_registered():
     direct = create_model("vin_tiny", num_classes=7, in_chans=1, drop_path_rate=0.1, depth=2)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), direct.state_dict().values(), strict=True))
     data = timm.data.resolve_data_config({}, model=model)
-    assert data["input_size"] == (3, 32, 32)  # as in timm, this is the registered size, not the size of this model
+    assert data["input_size"] == (3, 32, 32)  # as in timm, this is the registered size, not that of this model
     with pytest.raises(RuntimeError, match="No pretrained weights exist for vix_vin_tiny"):
         timm.create_model("vix_vin_tiny", pretrained=True)
     with pytest.raises(NotImplementedError, match="attn_drop_rate: expected 0"):
@@ -505,7 +505,7 @@ def test_registered_configurations_describe_the_models(name):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["vix_hybrid_vip_tiny", "vix_levin_tiny", "vix_cvp_tiny", "vix_ccn_tiny", "vix_fnet_2d_tiny"])
-def test_features_graphs_and_traces_of_the_zoo(name):
+def test_features_only_fx_and_jit_trace_of_the_zoo(name):
     torch.manual_seed(0)
     depth = (1, 1, 1) if name.startswith(("vix_le", "vix_cv")) else 3
     model, x = timm.create_model(name, depth=depth).eval(), torch.randn(2, 3, 32, 32)
@@ -538,7 +538,7 @@ def test_the_zoo_loads_weights_from_files(tmp_path):
     assert gray(torch.ones(1, 1, 32, 32)).shape == (1, 9)
 
 
-def test_replaced_models_have_graphs():
+def test_torch_fx_traces_replaced_models():
     model = vit()
     integration.replace_attention(model, "nystrom")
     graph = timm.models.create_feature_extractor(model, {"blocks.1": "tokens", "head": "logits"})

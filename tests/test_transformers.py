@@ -239,7 +239,7 @@ def test_patch_refuses_subclasses():
 
 @pytest.mark.parametrize("landmarks", [8, 32])
 def test_a_patched_nystromformer_returns_the_attentions_of_padded_batches(landmarks):
-    """transformers 5.24 adds a mask with a row per query to the logits of the landmarks, and raises an error."""
+    """transformers 5.24 raises an error, because it adds a mask with a row per query to logits with a row per landmark."""
     model, (ids, _) = nystromformer(num_landmarks=landmarks), text(32)
     mask = torch.ones_like(ids)
     mask[1, 20:] = 0

@@ -49,7 +49,7 @@ def run(model: nn.Module) -> Tensor:
 
 
 def loads_like(model: nn.Module, folder: Path) -> nn.Module:
-    """Save `model`, change what `register` registered, and check that the loaded model and its copies compute the same bits."""
+    """Save `model`, register the default options again, and check that loaded models and copies are bit-identical."""
     expected, entries = run(model), set(vars(model.config))
     model.save_pretrained(folder)
     assert set(vars(model.config)) == entries
@@ -163,7 +163,7 @@ def test_one_part_of_a_model_with_several_parts_is_restored(how: str, tmp_path: 
 
 
 def test_a_saved_model_loads_in_a_new_process(tmp_path: Path) -> None:
-    """Without the integration, an error names the attention."""
+    """If the integration is not imported, an error names the attention."""
     model = vit()
     integration.replace_attention(model, "feature", retrain=True, num_features=8)
     model.save_pretrained(tmp_path / "layers")

@@ -1,12 +1,12 @@
 """Run the test suites of host libraries on the models of vix_kernels and on models with replaced attention: `make hosts`.
 
-    python -m tests.hosts                              # timm's tests of models, from its source distribution
+    python -m tests.hosts                              # timm's model tests, from its source distribution
     python -m tests.hosts --transformers PATH          # also those of transformers, from a checkout
     python -m tests.hosts --only timm-models -- -k fx  # one suite, with arguments for pytest
 
-Each suite runs twice if the host's own models are tested: as they are, and with this library. A test may fail with this library
-if it also fails without it, or if suites.py lists it with a reason. The command prints all other failures, and tests in this
-list that pass. The exit code is then 1. The suites are stored in build/hosts, and are not part of this project.
+A suite with models of the host library runs twice: with this library, and without it. A test may fail with this library if it
+also fails without it, or if suites.py lists it with a reason. The command prints all other failures, and the entries of this
+list whose tests pass. If there are any, the exit code is 1. build/hosts has the source distribution of timm and the results.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> int:
     )
     parser.add_argument("--transformers", type=Path, metavar="PATH", help="a checkout of transformers, for its tests")
     parser.add_argument("--diffusers", type=Path, metavar="PATH", help="a checkout of diffusers, for its tests")
-    parser.add_argument("--only", nargs="+", choices=SUITES, metavar="SUITE", help=f"only these: {', '.join(SUITES)}")
+    parser.add_argument("--only", nargs="+", choices=SUITES, metavar="SUITE", help=f"run only these: {', '.join(SUITES)}")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --, such as -k fx")
     options = parser.parse_args()
     problems = 0
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def source(package: str) -> Path:
-    """Return the folder of the source distribution of the installed `package`. Download it first if it is not there."""
+    """Return the folder of the source distribution of the installed `package`. Download it if necessary."""
     name = f"{package}-{version(package)}"
     if not (BUILD / name).is_dir():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", package]
@@ -81,7 +81,7 @@ def run(name: str, suite: Suite, folder: Path, arguments: list[str]) -> int:
 def outcomes(
     name: str, suite: Suite, folder: Path, settings: dict[str, str], arguments: list[str]
 ) -> tuple[set[str], set[str]]:
-    """Run pytest, and return the names of the tests that failed and of those that passed."""
+    """Run pytest, and return the names of the failed tests and of the passed tests."""
     report = BUILD / f"{name}.xml"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""A pytest plugin that runs the tests of diffusers with another attention. Its setting is an environment variable.
+"""A pytest plugin that runs the tests of diffusers with another attention. An environment variable selects it.
 
-VIX_REPLACE: the attention that replaces the self-attentions of a model after its creation.
+VIX_REPLACE: the attention that replaces self-attention in each model after its creation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The suites of host libraries, and the tests in them that are expected to fail, with a reason each."""
+"""The test suites of host libraries, and the tests that are expected to fail, each with a reason."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Expected:
 
     Attributes:
         pattern: matches the name of a test, such as "tests.test_models::test_model_forward[1-vix_vin_tiny]".
-        kind: what the tests need that this library does not support.
-        reason: why.
+        kind: the unsupported feature that the tests need.
+        reason: why it is not supported, or how to avoid the failure.
     """
 
     pattern: str
@@ -33,10 +33,10 @@ class Suite:
 
     Attributes:
         package: the host library.
-        plugin: the pytest plugin that changes which models the tests use, or their attention.
-        files: files of tests, relative to the folder of the host library.
+        plugin: the pytest plugin that replaces the tested models, or their attention.
+        files: test files, relative to the folder of the host library.
         settings: environment variables for the plugin.
-        before: the variables for a second run without this library, or None if the models are those of this library.
+        before: the variables for a second run without this library, or None if the tested models are from this library.
         expected: tests that may fail.
     """
 
@@ -49,7 +49,7 @@ class Suite:
 
 
 def modeling(*names: str) -> tuple[str, ...]:
-    """Return the tests of models of transformers."""
+    """Return the test files of these models of transformers."""
     return tuple(f"tests/models/{name}/test_modeling_{name}.py" for name in names)
 
 

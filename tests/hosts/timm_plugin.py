@@ -1,7 +1,7 @@
 """A pytest plugin that runs timm's tests on other models. __main__.py passes its settings in environment variables.
 
 VIX_MODELS: names of the models to test, separated by commas. The tests of other models are not collected.
-VIX_REPLACE: the attention that replaces the softmax attention of these models. Empty: the models are tested as they are.
+VIX_REPLACE: the attention that replaces softmax attention in these models. Empty: the models are not changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import vix_kernels.integrations.timm as vix  # noqa: E402
 
 MODELS = os.environ["VIX_MODELS"].split(",")
 OP = os.environ.get("VIX_REPLACE", "")
-# The tests distinguish models by patterns of names, and by the names of timm's modules.
+# The tests select models by name patterns and by timm's module names.
 TOKENS = "vit_*"  # a pattern in timm's list of models whose features are tokens instead of maps
 list_models, create_model = timm.list_models, timm.create_model
 
@@ -31,10 +31,10 @@ def chosen(
     filter: Any = "", module: Any = "", exclude_filters: Any = "", include_tags: Any = None, name_matches_cfg: bool = False,
     pretrained: bool = False, **options: Any,
 ) -> list[str]:  # fmt: skip
-    """Return those of MODELS for which a test is meant, like timm.list_models.
+    """Return the models in MODELS that the arguments select. This function replaces timm.list_models.
 
-    The models of vix_kernels are treated like timm's vision transformers: the configuration tests for models with tokens apply
-    to them, and not those for models with maps. All tests of features apply.
+    The models of vix_kernels are treated like timm's vision transformers: of the configuration tests, only those for models
+    with tokens apply to them. All tests of feature extraction apply.
     """
     if pretrained:
         return []
@@ -67,7 +67,7 @@ timm.create_model = timm.models.create_model = replaced(create_model)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Select the tests of MODELS."""
+    """Keep only the tests of models in MODELS."""
     kept = [item for item in items if getattr(item, "callspec", None) and item.callspec.params.get("model_name") in MODELS]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept

@@ -1,7 +1,7 @@
 """A pytest plugin that runs the tests of transformers with another attention. Its settings are environment variables.
 
 VIX_ATTENTION: the attention that models use instead of their default, such as "vix_nystrom".
-VIX_PATCH: whether every Nystromformer and FNet is patched after its creation.
+VIX_PATCH: if set, every Nystromformer and FNet is patched after its creation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.models.nystromformer.modeling_nystromformer import Nystromform
 
 from vix_kernels.integrations import transformers as vix  # noqa: E402
 
-SELECTION = ("sdpa", "eager", "set_attention", "attn_implementation")  # in names of tests of implementations
+SELECTION = ("sdpa", "eager", "set_attention", "attn_implementation")  # parts of names of tests that choose an implementation
 current: list[str] = [""]  # the name of the running test
 
 
@@ -30,9 +30,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def use(attention: str) -> None:
-    """Make all models use `attention`, except in tests of the implementations of transformers and of their selection.
+    """Make all models use `attention`, except in tests of transformers' implementations and of their selection.
 
-    Most tests select "eager", because it returns the attention weights.
+    "eager" is also replaced, because most tests select it in order to get attention weights.
     """
     vix.register()
     correct = PreTrainedModel.get_correct_attn_implementation

@@ -1,8 +1,8 @@
 """A replacement for softmax attention with the signature of `torch.nn.functional.scaled_dot_product_attention`.
 
 The integrations call this replacement instead of that function. A core (see nn/core.py) computes the attention. Arguments that
-the core does not support raise NotImplementedError. They are never ignored, because ignoring them would silently change
-the results.
+the core does not support raise NotImplementedError, because ignoring them would silently change the results. The only exception
+is dropout, which is ignored if the user asks for it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class DropIn(Mounted):
             for "nystrom" with a residual convolution. These attentions do not closely approximate softmax attention, so weights
             trained with softmax would give wrong results.
         backend: "auto" | "triton" | "torch" | "reference".
-        dropout: what to do with calls with attention dropout, which a linear-cost attention cannot compute: "refuse" raises
-            NotImplementedError, and "ignore" computes them without dropout.
+        dropout: how to handle attention dropout, which a linear-cost attention cannot compute: "refuse" raises
+            NotImplementedError, and "ignore" computes the attention without dropout.
         options: options of the core. "nystrom" accepts num_landmarks, landmarks, grid_size, prefix_tokens, pinv_iterations,
             pinv_init and residual_conv_kernel; "performer" accepts num_features and seed; "feature" accepts num_features,
             gaussian and seed; "linear" accepts feature_map and eps; "agent" accepts num_agents, grid_size and prefix_tokens.
@@ -53,14 +53,14 @@ class DropIn(Mounted):
 
     Attributes:
         core: the core that computes the attention.
-        host: the class that the module holding this attention had before, or None if it was built with this attention.
+        host: the class of the host's attention module before the replacement, or None if the module was built with `vix`.
         prefix_tokens: the number of class and register tokens of the model, or 0 if it is unknown.
-        num_tokens: the number of tokens at the usual image size of the model, or None if it is unknown.
+        num_tokens: the number of tokens at the image size that the model is configured for, or None if it is unknown.
         grid: the hook that records the token grid of each call. Landmarks and agents are placed on this grid. None if they are
             not placed on a grid.
     """
 
-    # Also for pickles of earlier versions
+    # Defaults of instances that earlier versions pickled without these attributes
     follows_prefix, prefix_tokens, num_tokens, dropout = False, 0, None, "refuse"
     host: type[nn.Module] | None = None
 
@@ -185,8 +185,8 @@ class DropIn(Mounted):
             grid_size: (rows, columns) of the grid that the tokens after the prefix form. Landmarks and agents are placed on it.
 
         Raises:
-            NotImplementedError: an argument is not supported, such as dropout, causal or grouped attention, or a mask that is
-                not a padding mask.
+            NotImplementedError: an argument is not supported, such as causal or grouped attention, a mask that is not a padding
+                mask, or dropout if it is not ignored.
         """
         if is_causal:
             raise NotImplementedError("is_causal: expected False; causal attention is not supported")
@@ -237,7 +237,7 @@ class TokenGrid:
         self.sizes: dict[int, tuple[int, int]] = {}
 
     def __call__(self, embedding: nn.Module, args: tuple[Any, ...], tokens: Tensor) -> None:
-        if isinstance(args[0], torch.fx.Proxy):  # the size is unknown while torch.fx traces; its graph does not call this hook
+        if isinstance(args[0], torch.fx.Proxy):  # the size is unknown during tracing, and the traced graph has no hooks
             return
         self.add(embedding.dynamic_feat_size(tuple(args[0].shape[-2:])))
 

@@ -136,7 +136,7 @@ def patch_each(
 ) -> Report:
     """Change the class of every module in `model` whose class is a key of `classes`. Modules keep all their attributes.
 
-    Modules that an earlier call changed are also listed as replaced. Modules of subclasses, and of other classes with the
+    Modules that an earlier call changed are also listed as replaced. Instances of subclasses, and of other classes with the
     same names, are listed as refused, because they may compute something else.
 
     Args:
@@ -178,18 +178,18 @@ def patch_package(
     reason_against: Callable[[nn.Module], str],
     ignored: Sequence[str] = (),
 ) -> Report:
-    """Make the modules of one class of a package compute like `ours`, a class of the same name with the same parameters.
+    """Make all modules of one class of a package run the forward of `ours`, which has the same name and parameters.
 
     Args:
         model: a model that contains modules of the package.
         package, oldest: the package and its oldest supported version.
-        ours: the equivalent class. Its instances have the attributes of the package's modules, `compat` and `backend`.
+        ours: the equivalent class. It reads the attributes of the package's modules, and `compat` and `backend`.
         backend: the backend of the new attention.
         reason_against: as in patch_each.
         ignored: arguments that the package's forward accepts but does not use.
 
     Raises:
-        ImportError: the package is not installed, is too old, or is hidden by a different copy of it.
+        ImportError: the package is not installed or not supported, or a different copy of it would be imported.
         ValueError: nothing could be replaced. The model is then unchanged.
     """
     check_model(model)
@@ -197,7 +197,7 @@ def patch_package(
     with host(package, oldest):
         kind = getattr(import_module(package.replace("-", "_")), ours.__name__)
     found, installed = Path(inspect.getfile(kind)).resolve(), Path(distribution(package).locate_file("")).resolve()
-    if installed not in found.parents:  # projects such as scBERT have a folder with a modified copy of the package
+    if installed not in found.parents:  # projects such as scBERT contain a modified copy of the package
         raise ImportError(f"{package}: expected the package installed in {installed}, got a copy of it, {found}")
     require_call(package, ours, kind, ignored)
     return patch_each(
@@ -218,7 +218,7 @@ _HOSTS: dict[type, type[nn.Module]] = {}  # maps each class that `patched` retur
 
 @cache
 def patched(host: type[nn.Module], ours: type[nn.Module], backend: str) -> type[nn.Module]:
-    """Return a subclass of `host` and `ours` with the forward of `ours`, and with the other methods of `host`."""
+    """Return a subclass of `host` and `ours` with the forward of `ours`. The other methods of `host` stay in effect."""
     namespace = {"forward": ours.forward, "compat": True, "backend": backend, "__module__": ours.__module__}
     kind = _Patched(host.__name__, (host, ours), namespace)
     _HOSTS[kind] = host
@@ -226,7 +226,7 @@ def patched(host: type[nn.Module], ours: type[nn.Module], backend: str) -> type[
 
 
 def _reduce(kind: _Patched) -> str | tuple[Callable, tuple]:
-    # The class of a wrapped module, such as FSDP's, inherits the metaclass. It is pickled by name, like other classes.
+    # Subclasses, such as those that FSDP creates for wrapped modules, inherit the metaclass. They are pickled by name.
     return (patched, (*kind.__bases__, kind.backend)) if kind in _HOSTS else kind.__qualname__
 
 
@@ -234,7 +234,7 @@ copyreg.pickle(_Patched, _reduce)
 
 
 def unpatch(model: nn.Module) -> list[str]:
-    """Undo `patch` for a model of performer-pytorch, nystrom-attention or linformer, in place.
+    """Undo `patch` in a model with modules of performer-pytorch, nystrom-attention or linformer, in place.
 
     Returns:
         the names of the restored modules.
@@ -245,16 +245,16 @@ def unpatch(model: nn.Module) -> list[str]:
     check_model(model)
     found = {name or ROOT: module for name, module in model.named_modules() if type(module) in _HOSTS}
     if not found:
-        raise ValueError("model: expected a model that patch changed, got one without changed modules")
+        raise ValueError("model: expected a patched model, got one without patched modules")
     for module in found.values():
         module.__class__ = _HOSTS[type(module)]
     return list(found)
 
 
 def reason_against_linear(module: nn.Module, *names: str) -> str:
-    """Return why the layers of `module` in `names` are not linear maps, or an empty string if they are nn.Linear without bias.
+    """Return why the layers `names` of `module` are not linear maps, or an empty string if they are nn.Linear without bias.
 
-    The replacements apply such layers to padding, or after a sum over tokens.
+    The replacements apply these layers to zeros, or to sums of tokens. A bias or another module would change the result.
     """
     for name in names:
         layer = getattr(module, name)
@@ -279,7 +279,7 @@ def selected(found: Iterable[tuple[str, nn.Module]], layers: Sequence[str] | Non
 
 
 def module_of(model: nn.Module, name: str) -> nn.Module:
-    """Return the module with a name from a report."""
+    """Return the module whose name in a report is `name`."""
     return model if name == ROOT else model.get_submodule(name)
 
 
@@ -291,7 +291,7 @@ def check_model(model: nn.Module) -> None:
 def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, module) for each attention in `model`.
 
-    These are the modules whose class name contains Attention or Attn, but not Block, and the blocks of timm that compute the
+    These are the modules whose class name contains Attention or Attn, but not Block, and timm's parallel blocks, which compute
     attention without such a module.
     """
     check_model(model)

@@ -140,12 +140,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def options_of(layer: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a layer that was read from a JSON file, in which tuples are lists."""
+    """Return the options of a layer from a JSON file. Lists become tuples, because JSON has no tuples."""
     return {key: tuple(x) if isinstance(x, list) else x for key, x in layer["options"].items()}
 
 
 def described(holder: Mounted) -> dict[str, Any]:
-    """Return the op and the options of an attention, for a JSON file."""
+    """Return a description of an attention for a JSON file: its op, options and backend."""
     core: Core = holder.core
     options = {each.name: getattr(core, each.name) for each in fields(core)}
     if isinstance(holder, DropIn) and holder.grid is not None:  # the slots are placed on the grid of each call

@@ -106,7 +106,7 @@ class LinformerSelfAttention(nn.Module):
 
 
 def patch(model: nn.Module, *, backend: str = "auto") -> Report:
-    """Make the attention of models of linformer faster, in place. Outputs, weights and their names do not change.
+    """Replace the attention in a model of linformer, in place. Outputs, weights and their names do not change.
 
         report = patch(Linformer(...))
 
@@ -122,7 +122,7 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
-        ImportError: linformer is not installed, or `linformer` is a different copy of it.
+        ImportError: linformer is not installed or not supported, or `linformer` is a different copy of it.
     """
     return patch_package(
         model, "linformer", "0.2.3", LinformerSelfAttention,

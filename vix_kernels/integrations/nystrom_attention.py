@@ -116,7 +116,7 @@ class NystromAttention(nn.Module):
                 conv_weight=self.res_conv.weight if self.residual else None,
             )  # fmt: skip
         out = rearrange(out, "b h n d -> b n (h d)")
-        # In training, the package also draws dropout for the padding. Do the same, so that the random numbers match.
+        # In training, the package also applies dropout to the padding. Do the same, so that valid tokens get the same dropout.
         out = self.to_out(out)[:, padding:] if self.compat and self.training else self.to_out(out[:, padding:])
         if return_attn_matrices:
             return out, tuple(factors)
@@ -165,7 +165,7 @@ class NystromAttention(nn.Module):
 
 
 def patch(model: nn.Module, *, backend: str = "auto") -> Report:
-    """Make the attention of models of nystrom-attention faster, in place. Outputs, weights and their names do not change.
+    """Replace the attention in a model of nystrom-attention, in place. Outputs, weights and their names do not change.
 
         report = patch(Nystromformer(...))
 
@@ -181,7 +181,7 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
-        ImportError: nystrom-attention is not installed, or `nystrom_attention` is a different copy of it.
+        ImportError: nystrom-attention is not installed or not supported, or `nystrom_attention` is a different copy of it.
     """
     return patch_package(
         model, "nystrom-attention", "0.0.14", NystromAttention, backend=backend, reason_against=_reason_against

@@ -146,12 +146,12 @@ class FastAttention(nn.Module):
 class ProjectionUpdater(nn.Module):
     """Redraws random features at intervals, like the module of the same name in performer-pytorch 1.1.4.
 
-    The package's module only finds the package's FastAttention. This module finds every module with the method
+    The package's updater only finds the package's FastAttention. This updater finds all modules that have the method
     `redraw_projection_matrix`.
 
     Args:
         instance: the model whose random features are redrawn.
-        feature_redraw_interval: number of calls to `redraw_projections` between two redraws. None: features are never redrawn.
+        feature_redraw_interval: number of calls of `redraw_projections` between two redraws. None: never redraw.
     """
 
     def __init__(self, instance: nn.Module, feature_redraw_interval: int | None) -> None:
@@ -160,7 +160,7 @@ class ProjectionUpdater(nn.Module):
         self.register_buffer("calls_since_last_redraw", torch.tensor(0))
 
     def fix_projections_(self) -> None:
-        """Keep the current features from now on."""
+        """Stop redrawing, so that the features stay fixed."""
         self.feature_redraw_interval = None
 
     def redraw_projections(self) -> None:
@@ -177,7 +177,7 @@ class ProjectionUpdater(nn.Module):
 
 
 def patch(model: nn.Module, *, backend: str = "auto") -> Report:
-    """Make the attention of models of performer-pytorch faster, in place. Outputs, weights and their names do not change.
+    """Replace the attention in a model of performer-pytorch, in place. Outputs, weights and their names do not change.
 
         report = patch(PerformerLM(...))
 
@@ -193,7 +193,7 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
-        ImportError: performer-pytorch is not installed, or `performer_pytorch` is a different copy of it.
+        ImportError: performer-pytorch is not installed or not supported, or `performer_pytorch` is a different copy of it.
     """
 
     def reason_against(module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""The report of a replacement: the replaced layers, their tokens, and their times compared with softmax attention."""
+"""The report of a replacement: the replaced layers, the number of tokens, and the times compared with softmax attention."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Report:
         attention: a short description of the new attention.
         attentions: maps the name of each replaced module to a description of its attention.
         refused: maps the name of each module that was not replaced to the reason.
-        tokens: the number of tokens of each replaced module. Before `measure`, this is the number at the usual image size of
-            the model, and modules for which it is unknown are missing.
+        tokens: maps the name of each replaced module to its number of tokens, if known: that of the batch passed to `measure`,
+            or before that call, the number at the image size that the model is configured for.
         model: the model.
         speed: the result of `measure`, or None.
-        warnings: what the user should know.
+        warnings: the messages of the SlowerWarning that the replacement issued, if any.
     """
 
     attention: str
@@ -52,22 +52,23 @@ class Report:
         return "\n".join(lines)
 
     def measure(self, batch: Any, *, rounds: int = 5) -> Speed:
-        """Time the model and each replaced layer on `batch`, with the new attention and with softmax attention in turns.
+        """Time the model and each replaced layer on `batch`, alternately with the new attention and with softmax attention.
 
-        The model runs in evaluation mode without gradients and without compilation, on its device. With softmax attention, its
-        modules run the code of their library where their class was replaced. Afterwards, the model is as before. The report
-        shows the result.
+        The model runs in evaluation mode without gradients and without compilation, on its device. For softmax attention,
+        modules whose class was replaced run their original code. The model is not changed. `print(report)` then includes the
+        times.
 
         Args:
-            batch: a batch of the size that matters: a tensor, a tuple whose first item is the input, or a dict of the
-                arguments of the model.
-            rounds: how often each variant is called, in addition to a warm-up: once for the model and once for its layers.
+            batch: a batch of typical size: a tensor, a tuple whose first item is the input, or a dict of the model's arguments.
+            rounds: the number of measured calls with each attention, after one warm-up call. The times of the model and of its
+                layers are measured in separate calls.
 
         Returns:
             the times. `print` shows them as a table.
 
         Raises:
-            ValueError: the report does not belong to a model whose attention is replaced.
+            ValueError: the model of this report has no replaced attention, or its parameters are on the meta device.
+            TypeError: `batch` contains no tensor.
         """
         from .hosts import module_of
         from .swap import Softmaxed, holders
@@ -84,7 +85,7 @@ class Report:
         self.speed = measure(self.model, batch, lambda: softmax, found, modules, rounds=rounds)
         self.tokens |= {name: layer.tokens for name, layer in self.speed.layers.items() if layer.tokens is not None}
         if self.speed.ratio > 1 and (reason := self._expected()):
-            self.speed.note = f"in the table of docs/choosing.md, {reason}"
+            self.speed.note = f"according to docs/choosing.md, {reason}"
         return self.speed
 
     def expect(self, attention: DropIn, width: int, stacklevel: int) -> None:
@@ -92,7 +93,7 @@ class Report:
 
         Args:
             width: width of a head.
-            stacklevel: how many calls are between the user and this method, for the warning.
+            stacklevel: as in warnings.warn, where 1 is the caller of this method.
         """
         self._kind = attention, width
         if len(self.tokens) < len(self.attentions):

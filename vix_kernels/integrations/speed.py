@@ -1,4 +1,4 @@
-"""Whether a replaced attention is faster: times of a model and of its layers, and what the table of break-even lengths says."""
+"""Measure whether a replaced attention is faster, or look it up in the table of break-even lengths."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..nn.core import CORES
 from .drop_in import DropIn
 
 LABELS = {"labels", "label"}  # entries of a dict that are not passed to the model
-Pair = tuple[float, float]  # with softmax attention, and replaced
+Pair = tuple[float, float]  # times with softmax attention and with the new attention
 Softmax = Callable[[], AbstractContextManager[Any]]  # returns a context in which a model computes softmax attention
 
 
 class SlowerWarning(UserWarning):
-    """Says that the replaced attention is expected to be slower than softmax attention."""
+    """Warns that the new attention is expected to be slower than softmax attention."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class LayerSpeed:
     """Times of one attention layer, including its linear layers, in milliseconds per call of the model.
 
     Attributes:
-        tokens: the number of keys, the largest if calls differ. None if the layer was not called.
+        tokens: the number of keys, or the largest number if calls differ. None if the layer was not called.
         softmax, replaced: median times with softmax attention and with the new attention.
     """
 
@@ -43,7 +43,7 @@ class LayerSpeed:
 
     @property
     def ratio(self) -> float:
-        """The time of the new attention divided by that of softmax attention, or NaN if the layer was not called."""
+        """The time with the new attention divided by that with softmax attention, or NaN if the layer was not called."""
         return self.replaced / self.softmax if self.softmax else float("nan")
 
 
@@ -55,7 +55,7 @@ class Speed:
         softmax, replaced: median times of a forward pass, in milliseconds.
         layers: the times of each layer by its name.
         where: the device, the dtype and the number of samples.
-        note: from how many tokens the attention is expected to be faster, if the model is slower than with softmax attention.
+        note: if the model was slower than with softmax attention, as expected, the break-even length in words; otherwise "".
     """
 
     softmax: float
@@ -66,7 +66,7 @@ class Speed:
 
     @property
     def ratio(self) -> float:
-        """The time of the model divided by that of the model with softmax attention."""
+        """The time with the new attention divided by that with softmax attention."""
         return self.replaced / self.softmax
 
     def __str__(self) -> str:
@@ -106,7 +106,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def compare(model: nn.Module, batch: Any, softmax: Softmax, *, rounds: int) -> Pair:
-    """Return the median times in milliseconds of a call with softmax attention and with the new one, which take turns."""
+    """Return the median times in milliseconds of alternating calls with softmax attention and with the new attention."""
     device = next(model.parameters()).device
 
     def run() -> None:
@@ -126,7 +126,7 @@ def compare_layers(
     model: nn.Module, batch: Any, softmax: Softmax, holders: Mapping[str, nn.Module], modules: Mapping[str, nn.Module],
     *, rounds: int,
 ) -> dict[str, LayerSpeed]:  # fmt: skip
-    """Return the numbers of tokens and the median times of layers. The arguments are as in `measure`."""
+    """Return the number of tokens and the median times of each layer. The arguments are as in `measure`."""
     device = next(model.parameters()).device
     layers = {name: LayerSpeed() for name in holders}
     samples: dict[str, dict[str, list[float]]] = {"softmax": defaultdict(list), "replaced": defaultdict(list)}
@@ -151,7 +151,7 @@ def compare_layers(
 
 @contextmanager
 def _counted(holders: Mapping[str, nn.Module], layers: dict[str, LayerSpeed]) -> Iterator[None]:
-    """Record the numbers of tokens inside the block."""
+    """Record the number of tokens of each layer that is called inside the block."""
 
     def count(layer: LayerSpeed, holder: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         given = *args, *options.values()
@@ -166,8 +166,8 @@ def _counted(holders: Mapping[str, nn.Module], layers: dict[str, LayerSpeed]) ->
 
 @contextmanager
 def _stopwatch(modules: Mapping[str, nn.Module], device: torch.device) -> Iterator[dict[str, float]]:
-    """Yield a dict that has the milliseconds which each called module has spent in the block, once the block has ended."""
-    marks: dict[str, list[Any]] = defaultdict(list)  # alternately the beginning and the end of a call
+    """Yield a dict. When the block ends, fill it with the milliseconds that each called module took."""
+    marks: dict[str, list[Any]] = defaultdict(list)  # alternately the start and the end of a call
     elapsed: dict[str, float] = {}
 
     def mark(name: str, *call: Any) -> None:
@@ -184,7 +184,7 @@ def _stopwatch(modules: Mapping[str, nn.Module], device: torch.device) -> Iterat
 
 
 def wait(device: torch.device) -> None:
-    """Wait until a GPU has finished."""
+    """Wait until a GPU has finished all work. Do nothing for other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -203,9 +203,9 @@ def _between(begin: Any, end: Any) -> float:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Set `model` to evaluation mode without gradients inside the block. Afterwards, restore modes and random states.
+    """Run the block with `model` in evaluation mode and without gradients, then restore modes, grids and random states.
 
-    Compiled modules run without compilation, because compiled code does not call the hooks that measure layers.
+    Compiled modules run in eager mode, because compiled code does not call the hooks that measure layers.
     """
     modes = {module: module.training for module in model.modules()}
     grids = {id(each.grid): each.grid for each in model.modules() if isinstance(each, DropIn) and each.grid is not None}
@@ -227,19 +227,19 @@ def measure(
     model: nn.Module, batch: Any, softmax: Softmax, holders: Mapping[str, nn.Module], modules: Mapping[str, nn.Module],
     *, rounds: int,
 ) -> Speed:  # fmt: skip
-    """Return the times of `model` and its layers on a batch. The model is in its previous state afterwards.
+    """Return the times of `model` and its layers on a batch. The model is not changed.
 
     Args:
         batch: as in `call`.
         softmax: returns a context in which the model computes softmax attention.
         holders, modules: for each layer, the module that holds the core, and the attention module of the host.
-        rounds: how often each variant is called for the model and again for the layers, in addition to a warm-up.
+        rounds: as in `Report.measure`.
     """
-    from ..measure.machine import device_name  # imports the specifications of all operators
+    from ..measure.machine import device_name  # not at the top, because it imports the specifications of all operators
 
     parameter = next(model.parameters())
     if parameter.is_meta:
-        raise ValueError("model: expected a model with values, got one on the device meta")
+        raise ValueError("model: expected a model with weights, got one on the meta device")
     found = [x for x in tensors(batch) if x.dim()]
     if not found:
         raise TypeError(f"batch: expected a tensor, or a tuple or dict of tensors, got {type(batch).__name__}")
@@ -252,10 +252,10 @@ def measure(
 
 
 def expected(op: str, options: Mapping[str, Any], tokens: int, width: int, device: str) -> str:
-    """Return a sentence that says from how many tokens an attention is faster, or "" if it is not known to be slower.
+    """Return a sentence with the break-even length of an attention, or "" if it is not expected to be slower.
 
     Args:
-        op, options: the attention. The table has only the default number of landmarks, features or agents.
+        op, options: the attention. The table holds only for the default number of landmarks, features or agents.
         tokens, width, device: the number of tokens, the width of a head and the type of the device.
     """
     usual = CORES[op].made("host")

@@ -35,8 +35,8 @@ def replace_attention(
 ) -> Report:
     """Replace the attention in a model of this library, timm, transformers or torch.nn, in place.
 
-    The arguments are those of the integrations' functions, such as `vix_kernels.integrations.timm.replace_attention`. In
-    contrast to them, this function does not warn if the attention is expected to be slower.
+    The arguments are those of the integrations' functions, such as `vix_kernels.integrations.timm.replace_attention`. Unlike
+    these functions, it does not warn if the attention is expected to be slower.
     """
     replace: Callable[..., Report]
     host = host_of(model)
@@ -71,11 +71,11 @@ def prefix_of(holder: Mounted) -> int:
 
 
 class Softmaxed:
-    """Reusable context manager in which layers with a replaced attention compute softmax attention.
+    """Reusable context manager that makes layers with a replaced attention compute softmax attention.
 
-    A module whose class was changed gets its former class, so it runs the code of its library. In other modules, softmax
-    attention takes the place of the core. The order of calls in nn.TransformerEncoder is that of the replaced model: it does
-    not convert padded batches to nested tensors.
+    A module whose class was changed gets its original class, so it runs the code of its library. In other modules, softmax
+    attention replaces the core. nn.TransformerEncoder still does not convert padded batches to nested tensors, because
+    `replace_mha` disables this conversion.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:

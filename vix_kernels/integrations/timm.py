@@ -211,8 +211,8 @@ def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[A
 
         timm.create_model("vit_tiny_patch16_224", attn_layer=attention_layer("nystrom", num_landmarks=49))
 
-    Landmarks and agents are placed as in `replace_attention`. Unless the attention approximates softmax attention closely (see
-    `retrain` in DropIn), the weights are marked as trained with `op`: each layer has an entry `_extra_state` in the state dict.
+    Landmarks and agents are placed as in `replace_attention`. Unless the attention closely approximates softmax attention (see
+    `retrain` in DropIn), the weights are marked as trained with `op`: the state dict has an entry `_extra_state` per layer.
 
     Args:
         op, options: as in DropIn. All layers have the same random features.
@@ -258,8 +258,8 @@ def _place_while_built() -> None:
 def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
     """For each attention layer in the blocks of `vit`, set the number of prefix tokens and the grid on which slots are pooled.
 
-    This runs when `vit` registers its blocks, and again for each later child, because some set their number of prefix tokens
-    after they register their blocks.
+    This runs when `vit` registers its blocks, and again for each later child, because some models set their number of prefix
+    tokens after they register their blocks.
     """
     blocks = module if name == "blocks" else vit._modules.get("blocks")
     if blocks is None or "num_prefix_tokens" not in vars(vit):
@@ -280,8 +280,8 @@ def replace_attention(
     rotary tables, norms of q and k, gates and output dropout.
 
     Landmarks and agents are placed on the patch grid, which may differ between calls if the model accepts any image size. Each
-    prefix token (class or register token) is a separate landmark or agent. `options` can change this placement. Patches that
-    remain after patch dropout form no grid, so landmarks and agents are means of segments. The report describes the placement.
+    prefix token (class or register token) is a separate landmark or agent. `options` can change this placement. With patch
+    dropout, tokens form no grid, so landmarks and agents are means of segments. The report describes the placement.
 
     Args:
         model: a timm model.

@@ -1,7 +1,7 @@
 """Register the models in vix_kernels.models with timm, under the names vix_NAME. integrations/timm.py imports this module.
 
 `timm.create_model("vix_NAME", ...)` accepts the arguments of `create_model`, and timm's arguments such as `features_only`. No
-weights are published, so `pretrained=True` needs a file or a folder that timm.models.save_for_hf has written:
+weights are published, so `pretrained=True` needs a file with weights, or a folder written by timm.models.save_for_hf:
 
     timm.create_model("vix_vin_tiny", pretrained=True, pretrained_cfg_overlay=dict(file="model.safetensors"))
     timm.create_model("local-dir:FOLDER", pretrained=True)
@@ -28,7 +28,7 @@ from .hosts import host
 with host("timm", "1.0.28"):
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 
-# torch.fx cannot trace these modules. They check shapes, choose between algorithms, or return rotary tables.
+# torch.fx cannot trace these modules, because they check shapes, choose between algorithms, or return non-tensors.
 for _module in (
     MixerModule, Dropout, layers.Block, layers.DropPath, layers.TokenBatchNorm, fnet2d.FourierBlock,
     positions.RotaryPosition, positions.MixedRotaryPosition,
@@ -37,7 +37,7 @@ for _module in (
 
 
 def _default_cfg(name: str) -> dict[str, Any]:
-    """Return timm's description of the model `name`. It follows from the name, and not from the arguments of one model."""
+    """Return timm's default configuration of the model `name`. It describes the model with its default arguments."""
     arguments = defaults(name)
     img_size, channels = pair("img_size", arguments["img_size"]), arguments["in_chans"]
     if "embed_stride" in arguments:  # CvT
@@ -72,7 +72,7 @@ def _entry(name: str) -> Any:
         return create_model(name, **arguments)
 
     def adapt(state: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
-        """Resample the weights of a model for images of the size in the configuration, if `model` has another image size."""
+        """Adapt weights for the image size in the pretrained configuration to the image size, channels and head of `model`."""
         state = state.get("model", state)
         arguments = model.config["arguments"] | {"img_size": model.pretrained_cfg["input_size"][1:]}
         return adapt_state(state, create_model(name, device="meta", **arguments), model)

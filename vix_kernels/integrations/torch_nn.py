@@ -88,8 +88,8 @@ def replace_mha(
 
     PyTorch's encoder and decoder layers are also supported, but without the inference fast path, which would bypass the new
     attention. Unlike in the fast path, outputs for padded tokens are not set to zero. The dropout of these layers, which is 0.1
-    by default, must be 0 in training, unless the option dropout="ignore" is given. Calling a replaced module with
-    need_weights=True, the default, raises an error.
+    by default, must be 0 in training, unless you pass dropout="ignore". Calling a replaced module with need_weights=True, the
+    default, raises an error.
 
     Args:
         model: a model that contains nn.MultiheadAttention.

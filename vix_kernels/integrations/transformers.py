@@ -46,7 +46,7 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
     Padding masks are supported. Causal and windowed masks, attention dropout in training, grouped heads and requests for the
     attention weights raise NotImplementedError. Calling this function again changes the options of all models that use these
     names. Importing this module calls it without arguments. `save_pretrained` saves the attention and its options with a model,
-    and `from_pretrained` restores both, under a separate name if the options differ from the registered ones.
+    and `from_pretrained` restores both. If the options differ from the registered ones, the attention gets a separate name.
 
     Args:
         retrain: whether to allow "vix_performer", "vix_linear" and "vix_agent", which require a model that was, or will be,
@@ -165,7 +165,7 @@ def count_prefix(model: nn.Module) -> int:
 def count_tokens(model: nn.Module) -> int | None:
     """Return the number of tokens of a vision model at the image size of its configuration, or None if it is unknown.
 
-    In models that merge, window or mask patches, the layers have other numbers of tokens.
+    It is unknown for models that merge, window or mask patches, because their layers receive other numbers of tokens.
     """
     patches = {module.num_patches for module in model.modules() if isinstance(getattr(module, "num_patches", None), int)}
     config = getattr(model, "config", None)
@@ -249,8 +249,8 @@ def patch(model: nn.Module) -> Report:
 
     The replacements are equivalent but faster. Parameters and their names do not change. If a sequence contains only padding,
     its landmarks have attention weights of 0, whereas these weights are uniform in transformers. Calls that request the
-    attention weights (output_attentions) run the code of transformers, also for padded batches, for which transformers itself
-    raises an error if there are landmarks.
+    attention weights (output_attentions) run the code of transformers. In a patched model, such calls also support padded
+    batches, for which transformers raises an error if the model has landmarks.
 
     Returns:
         a report that lists the replaced layers, and the FNet layers that cannot be replaced, with the reason.
@@ -294,7 +294,8 @@ def nystromformer_attention(
     if output_attentions:
         host = modeling_nystromformer.NystromformerSelfAttention
         if attention_mask is not None and module.num_landmarks != module.seq_len:
-            attention_mask = _one_row(attention_mask)  # transformers adds a row per query to a row per landmark, which fails
+            # transformers adds the mask to logits with a row per landmark, which fails if the mask has a row per query.
+            attention_mask = _one_row(attention_mask)
         return host.forward(module, hidden_states, attention_mask, output_attentions)
     linears = module.query, module.key, module.value
     q, k, v = (rearrange(linear(hidden_states), "b n (h d) -> b h n d", h=module.num_attention_heads) for linear in linears)

@@ -1,11 +1,11 @@
 """Save the attention with a model of transformers, and restore it in from_pretrained.
 
-transformers does not save the name of an attention. Importing vix_kernels.integrations.transformers therefore wraps two methods
-of PreTrainedModel. While `save_pretrained` runs, the configuration has two additional entries: attn_implementation, which
-transformers reads when it loads a configuration, and vix_attention, the options. At the end of `post_init`, a new model whose
-configuration has the entry vix_attention gets the attention that the entry describes, before weights are loaded. Models without
-an attention of this library are not affected. A process that has not imported the integration cannot load such a model: an
-error of transformers names attn_implementation.
+transformers does not save attn_implementation. Importing vix_kernels.integrations.transformers therefore wraps two methods of
+PreTrainedModel. While `save_pretrained` runs, the configuration has two additional entries: attn_implementation, which
+transformers reads when it loads a configuration, and vix_attention, which describes the attention. If the configuration of a
+new model has the entry vix_attention, `post_init` ends by installing this attention, before weights are loaded. Models without
+an attention of this library are not affected. If a process has not imported the integration, loading such a model raises an
+error of transformers that names attn_implementation.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .swap import replace_attention
 with host("transformers", "5.17"):
     from transformers import PreTrainedConfig, PreTrainedModel
 
-ENTRY = "vix_attention"  # the entry of config.json with the options
-CHILDREN = "vix"  # the attn_implementation with which each attention module calls its child module `vix`
-# The attention of each other attn_implementation of this library, and whether ops that need training are allowed
+ENTRY = "vix_attention"  # the entry of config.json that describes the attention
+CHILDREN = "vix"  # the attn_implementation that calls the child module `vix` of each attention module
+# Maps every other attn_implementation of this library to its attention, and to whether ops that need training are allowed
 NAMED: dict[str, tuple[DropIn, bool]] = {}
 
 
@@ -45,7 +45,7 @@ def parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
 
 
 def implementations(config: PreTrainedConfig) -> str | dict[str, Any] | None:
-    """Return the argument attn_implementation that restores the attentions of this library, and the default elsewhere."""
+    """Return the attn_implementation that selects the attentions of this library, and the default for all other parts."""
     name = config._attn_implementation
     name = name if name == CHILDREN else f"vix_{NAMED[name][0].op}" if name in NAMED else None
     found = {part: implementations(each) for part, each in parts(config).items()}
@@ -53,7 +53,7 @@ def implementations(config: PreTrainedConfig) -> str | dict[str, Any] | None:
 
 
 def entry(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Return a description of the attention of the modules that use `config`, or None if it is not from this library."""
+    """Return a description of the attention in the modules with `config`, or None if it is not from this library."""
     if config._attn_implementation in NAMED:
         return described(NAMED[config._attn_implementation][0])
     layers = {}
@@ -66,7 +66,7 @@ def entry(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | 
 
 @contextmanager
 def with_entries(model: PreTrainedModel) -> Iterator[None]:
-    """Add the entries to the configuration of `model` inside the block."""
+    """Add the two entries to the configurations of `model` and its parts inside the block."""
     changed = []
     try:
         for config in configs(model.config):
@@ -85,7 +85,7 @@ def with_entries(model: PreTrainedModel) -> Iterator[None]:
 
 
 def restore(model: PreTrainedModel) -> None:
-    """Give a new model the attention that its configuration describes, if all its layers exist already."""
+    """Install the attention that the configuration of a new model describes, if all layers of the description exist."""
     for config in {id(each): each for each in _configs_of(model)}.values():
         found, name = vars(config).get(ENTRY), config._attn_implementation
         if found is None:
@@ -94,12 +94,12 @@ def restore(model: PreTrainedModel) -> None:
             raise ValueError(f"config.json: {ENTRY}: expected a mapping, as save_pretrained writes it, got {found!r}")
         if name == CHILDREN and "layers" in found:
             if not _restore_layers(model, config, found["layers"]):
-                continue  # `model` is a part of a larger model, in which all layers will exist
+                continue  # `model` is part of a larger model that is not complete yet, and that will have all layers
         elif name in NAMED:
             attention = _attention(found)
             if name == f"vix_{attention.op}":
                 config._attn_implementation_internal = _registered(name, attention)
-        delattr(config, ENTRY)  # otherwise from_pretrained was called with a different attn_implementation
+        delattr(config, ENTRY)  # also if an argument of from_pretrained has overridden the saved attn_implementation
 
 
 def _configs_of(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
@@ -135,7 +135,7 @@ def _registered(name: str, attention: DropIn) -> str:
 def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, layers: dict[str, Any]) -> bool:
     """Replace the attention of the saved layers, and return True, or return False if they are not all in `model`.
 
-    A part of the saved model, or a larger model that contains it, has the same names after a different prefix.
+    `model` may be a part of the saved model, or a larger model that contains it. Then the names have another prefix.
     """
     if not isinstance(layers, dict):
         raise ValueError(f"config.json: {ENTRY}: layers: expected a mapping, got {layers!r}")

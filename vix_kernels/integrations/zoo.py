@@ -43,7 +43,7 @@ def replace_attention(
             report.refused[name] = f"{module.core.name} attention, which is not softmax attention"
             continue
         if module.attn_drop.p and kind.dropout == "refuse":
-            report.refused[name] = f"attn_drop is {module.attn_drop.p}; dropout='ignore' replaces it without dropout"
+            report.refused[name] = f"attn_drop is {module.attn_drop.p}; pass dropout='ignore' to replace it without dropout"
             continue
         core = placed(CORES[op].made("host", **options), module.site, options)
         chosen.append((module, core))

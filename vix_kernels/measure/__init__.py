@@ -18,7 +18,7 @@ compile_report, compile_cell    `vix dev compile-report`: the command and its wo
 compile_table, budgets          the table of the compile report, and its checks
 launch_times, flash     predicted time of each launch, and its calibration with published times
 sources         hashes of kernel sources
-break_even      from how many tokens each attention is faster than softmax attention
+break_even      break-even lengths: from how many tokens each attention is faster than softmax attention
 shared_memory   shared memory of every entry of the launch table; `vix dev compile-report --shared`
 tune            `vix dev tune`
 """

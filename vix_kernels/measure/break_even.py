@@ -1,7 +1,7 @@
-"""From how many tokens each attention is faster than softmax attention: measured on a CPU, predicted for a GPU.
+"""Break-even lengths: from how many tokens each attention is faster than softmax attention.
 
-break_even.csv is the table. `python -m bench.break_even` writes it, and docs/choosing.md explains it. Other devices, options
-and batch sizes have other break-even lengths.
+The table break_even.csv has lengths that were measured on a CPU, and lengths that were predicted for a GPU. `python -m
+bench.break_even` writes it, and docs/choosing.md explains it. The lengths differ for other devices, options and batch sizes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class BreakEven:
     Attributes:
         kind: "measured" or "predicted".
         device: the CPU with its number of threads, or the name of the GPU.
-        commit: the commit that was measured.
+        commit: the commit that was measured or predicted.
         op: short name of the attention, such as "nystrom".
         direction: "forward", or "full" for forward and backward together.
         width: width of a head.
-        tokens: the smallest number of tokens from which the attention is faster, "N or fewer" if it is faster at all lengths
-            of at least N, the smallest that was tried, or "more than N" if it is not faster at the largest length N.
+        tokens: the number of tokens from which the attention is faster. "N or fewer": it is faster at all tested lengths, of
+            which N is the shortest. "more than N": it is not faster at N, the longest tested length.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class BreakEven:
 
     @property
     def rounded(self) -> str:
-        """`tokens`, rounded to two figures unless it is a bound."""
+        """`tokens`, rounded to two significant figures unless it is a bound."""
         return f"{int(float(f'{int(self.tokens):.1e}')):,}" if self.tokens.isdecimal() else self.tokens
 
     @property
@@ -60,12 +60,12 @@ def rows() -> tuple[BreakEven, ...]:
 
 
 def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
-    """Return the row that says that the forward of `op` is slower than that of softmax attention, or None if there is none.
+    """Return the row according to which the forward of `op` is slower than that of softmax attention, or None.
 
     Args:
         op: short name of the attention.
         tokens: the number of tokens.
-        width: width of a head. The row of the closest width counts.
+        width: width of a head. The row with the closest width is used.
         device: type of the device: "cpu" or "cuda".
     """
     kind = {"cpu": "measured", "cuda": "predicted"}.get(device)
@@ -75,7 +75,7 @@ def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
 
 
 def crossing(ratios: Mapping[int, float]) -> str:
-    """Return `BreakEven.tokens` for the time over that of softmax attention at each number of tokens.
+    """Return `BreakEven.tokens`. `ratios` maps numbers of tokens to the time divided by that of softmax attention.
 
     Between the last length at which the attention is slower and the next one, the logarithm of the ratio is interpolated
     linearly in the logarithm of the number of tokens.

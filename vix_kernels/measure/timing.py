@@ -20,7 +20,7 @@ class DeviceTime:
 
     `method` says how the times were measured. "graph": with CUDA events around the replay of a CUDA graph, which has no gaps
     between launches. "events": with CUDA events around a call that is not captured. "cpu": as the CPU time of the process.
-    "wall": with a wall clock.
+    "wall": as wall-clock time.
     """
 
     samples: tuple[float, ...]
@@ -58,10 +58,9 @@ def device_time(function: Callable[[], Any], *, device: str | None = None, milli
 def in_turns(
     functions: Mapping[str, Callable[[], Any]], *, rounds: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, DeviceTime]:
-    """Measure times, by default CPU times. Each round calls every function once. The first round is a warm-up.
+    """Measure times, by default CPU times. Each round calls every function once. A warm-up round at the start is not counted.
 
-    Because the functions take turns, a change in the speed of the machine affects all of them equally. The warm-up is an
-    additional round, which is not measured.
+    Because the functions take turns, a change in the speed of the machine affects all of them equally.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):

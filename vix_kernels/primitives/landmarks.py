@@ -82,8 +82,8 @@ def landmarks_reference(
 ) -> tuple[Tensor, ...]:
     """Evaluate the equations: the landmarks are the product of a matrix of windows and the tokens, divided by the counts.
 
-    The number of tokens may be symbolic, as in torch.export. Slices of single windows would add hundreds of nodes to a graph,
-    which would also be wrong for other lengths.
+    Slicing each window separately would add hundreds of nodes to an exported graph. If the number of tokens is dynamic, that
+    graph would also be wrong for all lengths except the example's.
     """
 
     def windows(size: int, count: int) -> Tensor:

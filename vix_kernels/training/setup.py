@@ -149,7 +149,7 @@ def build_model(config: Config, source: Source, device: torch.device, fresh: boo
             load_initial(model, config.initial_checkpoint, source.classes)
         if config.redraw_interval and fresh and not any(hasattr(each, "redraw_projection") for each in model.modules()):
             raise UserError(
-                "--redraw-interval: expected 0 for a model without random features that this library draws, "
+                "--redraw-interval: expected 0 for a model without random features that can be redrawn, "
                 f"got {config.redraw_interval}"
             )
         model = model.to(device)
