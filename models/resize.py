@@ -53,6 +53,11 @@ def _other_channels(weight: Tensor, channels: int) -> Tensor:
     return weight.repeat(1, -(-channels // before), 1, 1)[:, :channels] * (before / channels)
 
 
+def over_tokens(state: Mapping[str, Any]) -> list[str]:
+    """Return the names of the entries with a token dimension."""
+    return [key for key in state if key.rpartition(".")[2] in _OVER_TOKENS]
+
+
 def is_head(key: str) -> bool:
     return key.startswith(("head.", "attention_pool."))
 
@@ -60,30 +65,33 @@ def is_head(key: str) -> bool:
 def resize(model: Backbone, img_size: tuple[int, int]) -> None:
     """Adapt `model`, created by `create_model`, to images of another size, in place.
 
-    Attributes and buffers that depend on the image size are copied from a new model of that size. Parameters with a token
-    dimension are resampled. All modules, their hooks and the other parameters stay the same objects.
+    Attributes that depend on the image size are copied from a new model of that size, and parameters over the tokens are
+    resampled. The other parameters, modules and hooks stay the same objects. The head may have been replaced.
 
     Raises:
         ValueError: `create_model` did not build the model, or parts of it have been replaced. The model is unchanged.
     """
     if "name" not in (getattr(model, "config", None) or {}):
         raise ValueError(f"model: expected a model from create_model that is not pruned, got {type(model).__name__}")
-    name, arguments = model.config["name"], model.config["arguments"]
-    old = dict(model.named_modules())
+    name, arguments, old = model.config["name"], model.config["arguments"], dict(model.named_modules())
     for path, module in create_model(name, device="meta", **arguments).named_modules():
         same = type(old.get(path)) is type(module) and getattr(old[path], "core", None) == getattr(module, "core", None)
-        if not same:
+        if not same and not is_head(f"{path}."):
             raise ValueError(f"model: expected the modules of create_model, but {path} has been replaced")
-    new = create_model(name, device=next(model.parameters()).device, **arguments | {"img_size": img_size})
-    state = adapt_state(model.state_dict(), model, new)
+    new = create_model(name, device="meta", **arguments | {"img_size": img_size})
+    before = model.state_dict()
+    resampled = {key: x for key, x in adapt_state(before, model, new).items() if x is not before[key]}
+
     for path, module in new.named_modules():
-        for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            before = getattr(old[path], key)
-            if isinstance(value, nn.Parameter):
-                if before.shape != value.shape:
-                    resampled = state[f"{path}.{key}" if path else key]
-                    setattr(old[path], key, nn.Parameter(resampled, requires_grad=before.requires_grad))
-            elif key in module._non_persistent_buffers_set:
-                setattr(old[path], key, value.to(before.device))
-        vars(old[path]).update({key: vars(module)[key] for key in _SIZED if key in vars(module)})
+        if not is_head(f"{path}."):
+            vars(old[path]).update({key: vars(module)[key] for key in _SIZED if key in vars(module)})
+    for module in old.values():
+        if module._non_persistent_buffers_set:  # tables that a module computes from these attributes in `_apply`
+            module._apply(lambda x: x)
+    for key, value in resampled.items():
+        path, _, entry = key.rpartition(".")
+        setattr(old[path], entry, nn.Parameter(value, requires_grad=getattr(old[path], entry).requires_grad))
     model.config["arguments"] = arguments | {"img_size": img_size}
+    for record in ("_model_args", "_traits"):  # timm keeps the arguments of the models that it has created
+        if hasattr(model, record):
+            setattr(model, record, getattr(model, record) | {"img_size": img_size})

@@ -150,6 +150,8 @@ def create_model(
         TypeError: an argument is unknown. The message suggests similar ones.
         ValueError: the name is unknown, or a value is invalid.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
     valid = takes(name, overrides.get("mixer"))
     for key in overrides:
         if key not in valid:

@@ -138,6 +138,25 @@ def test_the_input_size_changes_with_every_mixer(mixer: str, tmp_path: Path) -> 
     assert model.patch_embed.grid_size == (6, 6) and model.patch_embed.patch_size == (2, 2)
 
 
+@pytest.mark.parametrize("name", ["vit", "vil", "levit"])
+def test_a_size_with_the_same_number_of_tokens_is_resampled(name: str, tmp_path: Path) -> None:
+    model = build(name, img_size=(8, 16))
+    save_model(model, tmp_path)
+    random = torch.get_rng_state()
+    model.set_input_size((16, 8))
+    assert torch.equal(torch.get_rng_state(), random)
+    x = images(2, 3, 16, 8)
+    assert torch.equal(model(x), load_model(tmp_path, img_size=(16, 8))(x))
+
+
+@pytest.mark.parametrize("head", [nn.Linear(16, 7), nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 7)), nn.Identity()])
+def test_the_input_size_changes_with_any_head(head: nn.Module) -> None:
+    model = build("vit")
+    model.head = head
+    model.set_input_size(12)
+    assert model.head is head and model(images(2, 3, 12, 12)).shape == (2, 16 if isinstance(head, nn.Identity) else 7)
+
+
 def test_a_changed_model_keeps_its_input_size() -> None:
     model = build("vit", mixer="softmax", depth=2)
     hooked: list[Tensor] = []

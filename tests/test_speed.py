@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -267,6 +269,24 @@ def test_invalid_measurements_are_refused() -> None:
     config = transformers.FNetConfig(hidden_size=32, num_hidden_layers=1, intermediate_size=32, vocab_size=9)
     with pytest.raises(ValueError, match=r"got one without replaced attention \(Nystromformer and FNet\)"):
         transformers_integration.patch(transformers.FNetModel(config)).measure(images())
+
+
+def test_a_report_of_changed_layers_is_refused() -> None:
+    model = timm_vit()
+    report = timm_integration.replace_attention(model, "nystrom", num_landmarks=4)
+    copied = pickle.loads(pickle.dumps(report))
+    assert copied == report and len(pickle.dumps(report)) < 5_000 and "model" not in dataclasses.asdict(report)
+    with pytest.raises(ValueError, match="report: expected the report of a model"):
+        copied.measure(images())
+    with pytest.raises(ValueError, match="batch: expected at least one sample, got none"):
+        report.measure(images(batch=2)[:0])
+    timm_integration.replace_attention(model, "linear", retrain=True)
+    with pytest.raises(ValueError, match="one in which blocks.0.attn was changed"):
+        report.measure(images())
+    timm_integration.replace_attention(model, "nystrom")
+    model.blocks[1].attn = nn.Identity()
+    with pytest.raises(ValueError, match="one in which blocks.1.attn was changed"):
+        report.measure(images())
 
 
 def test_diffusers_models_are_measured() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -24,7 +24,6 @@ class Report:
         refused: maps the name of each module that was not replaced to the reason.
         tokens: maps the name of each replaced module to its number of tokens, if known: that of the batch passed to `measure`,
             or before that call, the number at the image size that the model is configured for.
-        model: the model.
         speed: the result of `measure`, or None.
         warnings: the messages of the SlowerWarning that the replacement issued, if any.
     """
@@ -33,10 +32,16 @@ class Report:
     attentions: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
-    model: nn.Module | None = field(default=None, repr=False, compare=False)
+    model: InitVar[nn.Module | None] = None
     speed: Speed | None = None
     warnings: list[str] = field(default_factory=list)
-    _kind: tuple[DropIn, int] | None = field(default=None, repr=False, compare=False)  # the attention and the width of a head
+
+    def __post_init__(self, model: nn.Module | None) -> None:
+        # Not fields, so that copies and files of a report contain no model: the model, the attention and the width of a head
+        self._model, self._kind = model, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_model": None, "_kind": None}
 
     @property
     def replaced(self) -> list[str]:
@@ -74,15 +79,19 @@ class Report:
         from .swap import Softmaxed, holders
 
         check_integer("rounds", rounds, 1)
-        found = {} if self.model is None else holders(self.model)
-        found = {name: found[name] for name in self.attentions if name in found}
-        if not found:
+        found = {} if self._model is None else holders(self._model)
+        op = self._kind[0].op if self._kind else ""
+        changed = [name for name in self.attentions if name not in found or found[name].core.name != op]
+        if changed and found:
+            raise ValueError(f"report: expected a model with the replaced layers, got one in which {changed[0]} was changed")
+        if changed:
             raise ValueError(
                 "report: expected the report of a model whose softmax attention is replaced, got one without replaced "
                 f"attention ({self.attention})"
             )
-        modules, softmax = {name: module_of(self.model, name) for name in found}, Softmaxed(self.model, found)
-        self.speed = measure(self.model, batch, lambda: softmax, found, modules, rounds=rounds)
+        found = {name: found[name] for name in self.attentions}
+        modules, softmax = {name: module_of(self._model, name) for name in found}, Softmaxed(self._model, found)
+        self.speed = measure(self._model, batch, lambda: softmax, found, modules, rounds=rounds)
         self.tokens |= {name: layer.tokens for name, layer in self.speed.layers.items() if layer.tokens is not None}
         if self.speed.ratio > 1 and (reason := self._expected()):
             self.speed.note = f"according to docs/choosing.md, {reason}"
@@ -106,7 +115,7 @@ class Report:
             warnings.warn(self.warnings[-1], SlowerWarning, stacklevel=stacklevel + 1)
 
     def _expected(self) -> str:
-        weight = None if self.model is None else next(self.model.parameters(), None)
+        weight = None if self._model is None else next(self._model.parameters(), None)
         if weight is None or self._kind is None or not self.tokens:
             return ""
         attention, width = self._kind

@@ -176,7 +176,7 @@ def _stopwatch(modules: Mapping[str, nn.Module], device: torch.device) -> Iterat
     with ExitStack() as stack:
         for name, module in modules.items():
             stack.enter_context(module.register_forward_pre_hook(partial(mark, name)))
-            stack.enter_context(module.register_forward_hook(partial(mark, name)))
+            stack.enter_context(module.register_forward_hook(partial(mark, name), always_call=True))
         yield elapsed
     wait(device)
     for name, found in marks.items():
@@ -241,6 +241,8 @@ def measure(
     if parameter.is_meta:
         raise ValueError("model: expected a model with weights, got one on the meta device")
     found = [x for x in tensors(batch) if x.dim()]
+    if found and not len(found[0]):
+        raise ValueError("batch: expected at least one sample, got none")
     if not found:
         raise TypeError(f"batch: expected a tensor, or a tuple or dict of tensors, got {type(batch).__name__}")
     with undisturbed(model):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ..models import fnet2d, layers, list_models, positions
 from ..models.arguments import pair
 from ..models.backbone import Backbone, grid_of
-from ..models.resize import adapt_state
+from ..models.resize import adapt_state, over_tokens
 from ..models.stages import shrinking
 from ..models.zoo import create_model, defaults
 from ..nn.dropout import Dropout
@@ -62,8 +63,8 @@ default_cfgs = generate_default_cfgs({f"vix_{name}": _default_cfg(name) for name
 
 def _entry(name: str) -> Any:
     """Return the function that timm calls to build vix_NAME."""
-    arguments = defaults(name)
-    levels = len(arguments["embed_stride"]) if "embed_stride" in arguments else arguments.get("stages", arguments["depth"])
+    preset = defaults(name)
+    levels = len(preset["embed_stride"]) if "embed_stride" in preset else preset.get("stages", preset["depth"])
 
     def create(attn_drop_rate: float = 0.0, **arguments: Any) -> Backbone:
         if attn_drop_rate:
@@ -71,17 +72,36 @@ def _entry(name: str) -> Any:
             raise NotImplementedError(f"attn_drop_rate: expected 0 ({reason}), got {attn_drop_rate}")
         return create_model(name, **arguments)
 
-    def adapt(state: Mapping[str, Tensor], model: Backbone) -> dict[str, Tensor]:
-        """Adapt weights for the image size in the pretrained configuration to the image size, channels and head of `model`."""
-        state = state.get("model", state)
-        arguments = model.config["arguments"] | {"img_size": model.pretrained_cfg["input_size"][1:]}
-        return adapt_state(state, create_model(name, device="meta", **arguments), model)
+    def adapt(state: Mapping[str, Tensor], model: Backbone, has_classes: bool) -> dict[str, Tensor]:
+        """Adapt weights to `model`, and describe them in its configuration, according to which timm keeps the head.
+
+        Raises:
+            ValueError: the number of classes differs from the registered one, and the caller has not chosen one, or the
+                configuration has a wrong image size.
+        """
+        state, cfg = dict(state.get("model", state)), model.pretrained_cfg
+        if "head.weight" in state:
+            cfg["num_classes"] = len(state["head.weight"])
+            if not has_classes and cfg["num_classes"] != model.num_classes:
+                raise ValueError(f"num_classes: expected {cfg['num_classes']}, as in the file, or another number, got None")
+        arguments = model.config["arguments"] | {"img_size": cfg["input_size"][1:]}
+        source = create_model(name, device="meta", **arguments)
+        if different := [key for key in over_tokens(state) if state[key].shape != source.state_dict()[key].shape]:
+            if any(state[key].shape != model.state_dict()[key].shape for key in different):
+                shape = f"{different[0]} has the shape {tuple(state[different[0]].shape)} in the file"
+                raise ValueError(
+                    f"pretrained_cfg_overlay: expected the input_size of the weights, got {cfg['input_size']}, but {shape}"
+                )
+            source = model  # the weights have its image size
+        return adapt_state(state, source, model)
 
     def build(pretrained: bool = False, **arguments: Any) -> nn.Module:
-        features = dict(out_indices=min(3, levels), feature_cls="getter")
+        features = arguments.get("features_only", False)
+        depth = levels if "embed_stride" in preset or "stages" in preset else arguments.get("depth", levels)
         return build_model_with_cfg(
-            create, f"vix_{name}", pretrained, pretrained_filter_fn=adapt, feature_cfg=features, **arguments
-        )
+            create, f"vix_{name}", pretrained, feature_cfg=dict(out_indices=min(3, depth), feature_cls="getter"),
+            pretrained_filter_fn=partial(adapt, has_classes=features or "num_classes" in arguments), **arguments,
+        )  # fmt: skip
 
     build.__name__ = build.__qualname__ = f"vix_{name}"
     build.__doc__ = f"Build the model {name!r} from vix_kernels.models. Accepts the same arguments as create_model."
