@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vix_kernels import __version__
 from vix_kernels.commands import write_atomically
 
-from .resize import adapt_state, is_head
+from .resize import adapt_state, check_attention, is_head
 from .state import load_state
 from .zoo import create_model
 
@@ -29,11 +29,16 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     `model.config["data"]`, if present, describes the training images: "classes" are the names of the classes, and "mean" and
     "std" are the statistics of each channel, for pixel values in [0, 1]. `vix train` sets this entry, and `vix predict` reads
     it. An existing model card is not overwritten, because users fill in its blanks.
+
+    Raises:
+        ValueError: the attention was replaced. `vix_kernels.linearize.save_linearized` saves such a model.
     """
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), dict):
         raise TypeError(
             f"model: expected a model from create_model or from_original that is not pruned, got {type(model).__name__}"
         )
+    if "name" in model.config:
+        check_attention(model)
     folder = folder_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_state(folder / WEIGHTS, {key: value.contiguous() for key, value in model.state_dict().items()})

@@ -62,6 +62,14 @@ def is_head(key: str) -> bool:
     return key.startswith(("head.", "attention_pool."))
 
 
+def check_attention(model: Backbone) -> None:
+    """Raise ValueError if a layer of `model`, created by `create_model`, has another attention than a new model."""
+    modules = dict(model.named_modules())
+    for path, module in create_model(model.config["name"], device="meta", **model.config["arguments"]).named_modules():
+        if hasattr(module, "core") and getattr(modules.get(path), "core", None) != module.core:
+            raise ValueError(f"model: expected the attention of create_model, but that of {path} has been replaced")
+
+
 def resize(model: Backbone, img_size: tuple[int, int]) -> None:
     """Adapt `model`, created by `create_model`, to images of another size, in place.
 
@@ -74,11 +82,11 @@ def resize(model: Backbone, img_size: tuple[int, int]) -> None:
     if "name" not in (getattr(model, "config", None) or {}):
         raise ValueError(f"model: expected a model from create_model that is not pruned, got {type(model).__name__}")
     name, arguments, old = model.config["name"], model.config["arguments"], dict(model.named_modules())
-    for path, module in create_model(name, device="meta", **arguments).named_modules():
-        same = type(old.get(path)) is type(module) and getattr(old[path], "core", None) == getattr(module, "core", None)
-        if not same and not is_head(f"{path}."):
-            raise ValueError(f"model: expected the modules of create_model, but {path} has been replaced")
+    check_attention(model)
     new = create_model(name, device="meta", **arguments | {"img_size": img_size})
+    for path, module in new.named_modules():
+        if type(old.get(path)) is not type(module) and not is_head(f"{path}."):
+            raise ValueError(f"model: expected the modules of create_model, but {path} has been replaced")
     before = model.state_dict()
     resampled = {key: x for key, x in adapt_state(before, model, new).items() if x is not before[key]}
 

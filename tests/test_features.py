@@ -157,7 +157,7 @@ def test_the_input_size_changes_with_any_head(head: nn.Module) -> None:
     assert model.head is head and model(images(2, 3, 12, 12)).shape == (2, 16 if isinstance(head, nn.Identity) else 7)
 
 
-def test_a_changed_model_keeps_its_input_size() -> None:
+def test_a_changed_model_keeps_its_input_size(tmp_path: Path) -> None:
     model = build("vit", mixer="softmax", depth=2)
     hooked: list[Tensor] = []
     model.blocks[0].register_forward_hook(lambda module, inputs, output: hooked.append(output))
@@ -170,6 +170,8 @@ def test_a_changed_model_keeps_its_input_size() -> None:
         model.set_input_size(9)
     replace_attention(model, "nystrom", num_landmarks=4)
     expected = model(images(1, 3, 12, 12))
-    with pytest.raises(ValueError, match=r"expected the modules of create_model, but blocks.0.attn has been replaced"):
+    with pytest.raises(ValueError, match="expected the attention of create_model, but that of blocks.0.attn has been replaced"):
         model.set_input_size(8)
-    assert torch.equal(model(images(1, 3, 12, 12)), expected)
+    with pytest.raises(ValueError, match="expected the attention of create_model"):
+        save_model(model, tmp_path)
+    assert torch.equal(model(images(1, 3, 12, 12)), expected) and not list(tmp_path.iterdir())
