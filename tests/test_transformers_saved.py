@@ -16,7 +16,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from vix_kernels.integrations import transformers as integration  # noqa: E402
-from vix_kernels.integrations.swap import holders  # noqa: E402
+from vix_kernels.integrations.swap import Snapshot, holders  # noqa: E402
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 VISION = SIZES | dict(image_size=32, patch_size=8)
@@ -57,7 +57,7 @@ def loads_like(model: nn.Module, folder: Path) -> nn.Module:
     loaded = type(model).from_pretrained(folder).eval()
     loaded.save_pretrained(folder / "again")
     for each in (loaded, copy.deepcopy(loaded), type(model).from_pretrained(folder / "again").eval()):
-        assert torch.equal(run(each), expected) and not hasattr(each.config, "vix_attention")
+        assert torch.equal(run(each), expected)
     return loaded
 
 
@@ -160,6 +160,102 @@ def test_one_part_of_a_model_with_several_parts_is_restored(how: str, tmp_path: 
     loaded = loads_like(model, tmp_path)
     assert loaded.config.text_config._attn_implementation == "sdpa"
     assert torch.equal(run(type(model).from_pretrained(tmp_path, attn_implementation="sdpa").eval()), softmax)
+
+
+def replaced(model: nn.Module, **options: object) -> nn.Module:
+    integration.replace_attention(model, "performer", retrain=True, num_features=8, **options)
+    return model
+
+
+@pytest.mark.parametrize("layers", [None, ["*.1.*"]])
+def test_all_models_from_one_configuration_have_the_attention(layers: list[str] | None, tmp_path: Path) -> None:
+    """Also those from the configuration of the loaded model, or of the model in which the attention was replaced."""
+    model = replaced(vit("body"), layers=layers)
+    model.save_pretrained(tmp_path)
+    config, auto = transformers.ViTConfig.from_pretrained(tmp_path), transformers.AutoModel
+    models = [transformers.ViTModel(config), transformers.ViTModel(config), auto.from_config(config), auto.from_config(config)]
+    loaded = transformers.ViTModel.from_pretrained(tmp_path)
+    models += [loaded, transformers.ViTModel(loaded.config), MODELS["head"](config).vit, transformers.ViTModel(model.config)]
+    for each in models:
+        each.eval().load_state_dict(model.state_dict(), strict=False)  # the head's body has no pooler
+        assert torch.equal(run(each), run(model)) and holders(each).keys() == holders(model).keys()
+    softmax = vit("body")
+    for name in ("sdpa", "eager"):
+        other = transformers.ViTModel.from_pretrained(tmp_path, attn_implementation=name).eval()
+        second = transformers.ViTModel(other.config).eval()
+        second.load_state_dict(other.state_dict())
+        loaded.set_attn_implementation(name)
+        for each in (other, second, loaded):
+            torch.testing.assert_close(run(each), run(softmax))
+        other.save_pretrained(tmp_path / name)
+        assert "vix_attention" not in json.loads((tmp_path / name / "config.json").read_text())
+        other.set_attn_implementation("vix")
+        with pytest.raises(ValueError, match="expected a model with the layers in config.vix_attention, got ViTAttention"):
+            run(other)
+
+
+def test_layers_without_an_attention_raise() -> None:
+    config = transformers.ViTConfig(**VISION, attn_implementation="vix")
+    for model in (transformers.ViTModel(config), vit("body")):
+        model.set_attn_implementation("vix")
+        with pytest.raises(ValueError, match="config: expected a model with the layers .* call replace_attention, or pass"):
+            run(model)
+        replaced(model, layers=["*.1.*"])  # the other layer is deliberately not replaced
+        run(model)
+
+
+def test_a_snapshot_restores_the_configuration() -> None:
+    model = vit("body")
+    before, snapshot = set(vars(model.config)), Snapshot(model)
+    replaced(model)
+    snapshot.restore(["layers.0.attention"])
+    assert list(holders(transformers.ViTModel(model.config))) == list(holders(model)) == ["layers.1.attention"]
+    snapshot.restore()
+    assert set(vars(model.config)) == before and model.config._attn_implementation == "sdpa"
+
+
+def test_another_attention_of_this_library_overrides_the_layers(tmp_path: Path) -> None:
+    integration.register(nystrom=dict(num_landmarks=4))
+    replaced(vit("body")).save_pretrained(tmp_path / "layers")
+    loaded = transformers.ViTModel.from_pretrained(tmp_path / "layers", attn_implementation="vix_nystrom").eval()
+    model = vit("body")
+    model.set_attn_implementation("vix_nystrom")
+    assert torch.equal(run(loaded), run(model))
+    model.save_pretrained(tmp_path / "name")
+    with pytest.raises(ValueError, match="attn_implementation: expected 'vix_nystrom', .*, got 'vix', which requires"):
+        transformers.ViTModel.from_pretrained(tmp_path / "name", attn_implementation="vix")
+
+
+def test_layers_with_a_copied_configuration_are_refused(tmp_path: Path) -> None:
+    """The decoder of ViTMAE has a copy of the configuration, which is not saved."""
+    decoder = {f"decoder_{name}": size for name, size in SIZES.items()}
+    torch.manual_seed(0)
+    model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**VISION, **decoder)).eval()
+    report = integration.replace_attention(model, "performer", retrain=True, num_features=8)
+    assert len(report.replaced) == 2 and all(name.startswith("vit.") for name in report.replaced)
+    assert list(report.refused) == [f"decoder.decoder_layers.{index}.attention" for index in range(2)]
+    assert "its configuration is a copy" in report.refused["decoder.decoder_layers.0.attention"]
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    with torch.no_grad():
+        outputs = [each(images, noise=noise).logits for each in (model, loaded, type(model).from_pretrained(tmp_path).eval())]
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+    assert len(holders(loaded)) == 2 == len(holders(transformers.ViTMAEModel.from_pretrained(tmp_path)))
+
+
+def test_causal_layers_are_refused(tmp_path: Path) -> None:
+    """The text layers of CLIP are causal because of their mask. Their attribute is_causal is False."""
+    model = clip()
+    report = integration.replace_attention(model, "nystrom", num_landmarks=4)
+    assert len(report.replaced) == 2 and all(name.startswith("vision_model.") for name in report.replaced)
+    refused = {name: reason for name, reason in report.refused.items() if name.startswith("text_model.")}
+    assert len(refused) == 2 and set(refused.values()) == {"causal attention"}
+    assert model.config.text_config._attn_implementation == "sdpa"
+    loaded = loads_like(model, tmp_path)
+    second = transformers.CLIPModel(loaded.config).eval()
+    second.load_state_dict(loaded.state_dict())
+    assert torch.equal(run(second), run(model))
 
 
 def test_a_saved_model_loads_in_a_new_process(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from .drop_in import DropIn
 from .hosts import ROOT, Report, check_model, module_of
 from .speed import SlowerWarning
 
+ENTRY = "vix_attention"  # the entry in a configuration of transformers that describes the attention of the model
+
 
 def host_of(model: nn.Module) -> str:
     """Return the library of a model: "vix_kernels", "transformers", "timm" or "torch.nn"."""
@@ -110,9 +112,11 @@ class Snapshot:
             name: (module, type(module), {key: (value, _copy(value)) for key, value in vars(module).items()})
             for name, module in model.named_modules()
         }
-        # The configurations of a model of transformers and of its parts, and the implementations of attention they select
+        # The configurations of a model of transformers and of its parts, and the attention that they select
         configs = [getattr(module, "config", None) for module in model.modules()] if host_of(model) == "transformers" else []
-        self.implementations = {id(each): (each, each._attn_implementation) for each in configs if each is not None}
+        self.configs = {
+            id(each): (each, each._attn_implementation, vars(each).get(ENTRY)) for each in configs if each is not None
+        }
 
     def restore(self, layers: Sequence[str] | None = None) -> None:
         """Restore all modules, or only those in `layers` (names) and their children."""
@@ -127,9 +131,14 @@ class Snapshot:
                 for key in [key for key in vars(module) if key not in before]:
                     del vars(module)[key]
                 vars(module).update(before)
-        if layers is None:
-            for config, implementation in self.implementations.values():
+        for config, implementation, entry in self.configs.values():
+            if layers is None:
                 config._attn_implementation = implementation
+                vars(config).pop(ENTRY, None)
+                vars(config).update({} if entry is None else {ENTRY: entry})
+            else:
+                for layer in layers:
+                    vars(config).get(ENTRY, {}).get("layers", {}).pop(layer, None)
 
 
 def _copy(value: Any) -> Any:

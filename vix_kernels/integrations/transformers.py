@@ -19,11 +19,11 @@ from ..ops.nystrom import nystrom_attention
 from ..ops.pooling import pooling
 from ..primitives import aggregate, broadcast, landmarks, pinv, token_conv
 from .drop_in import OPS, DropIn, check_trained, require_all, valid_tokens
-from .hosts import Report, host, patch_each, replace_each, require_call
-from .transformers_saved import CHILDREN, ENTRY, NAMED, install
+from .hosts import Report, host, module_of, patch_each, replace_each, require_call
+from .transformers_saved import CHILDREN, ENTRY, MISSING, NAMED, configs, install, select_children
 
 with host("transformers", "5.17"):
-    from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface
+    from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import bidirectional_mask_function
     from transformers.models.auto import modeling_auto
@@ -120,9 +120,9 @@ def replace_attention(
 
         report = replace_attention(ViTModel.from_pretrained(...), "nystrom", num_landmarks=64)
 
-    In contrast to `register`, each layer has a separate attention, which may have parameters. The model's attn_implementation
-    becomes "vix". Modules that are not replaced use "sdpa". `save_pretrained` saves the attention of each layer with the model,
-    and `from_pretrained` restores it.
+    In contrast to `register`, each layer has a separate attention, which may have parameters. The attn_implementation of the
+    replaced layers becomes "vix". Layers with the same configuration that are not replaced use "sdpa". `save_pretrained` saves
+    the attention of each layer with the model, and `from_pretrained` restores it, as do models created from model.config.
 
     Args:
         model: a PreTrainedModel whose attention is selected by attn_implementation.
@@ -135,7 +135,7 @@ def replace_attention(
     Raises:
         ValueError: nothing could be replaced, or `op` needs retrain=True.
     """
-    prefix_tokens, num_tokens = count_prefix(model), count_tokens(model)
+    prefix_tokens, num_tokens, unsupported = count_prefix(model), count_tokens(model), _unsupported(model)
 
     def place(name: str, attention: DropIn) -> None:
         attention.place(prefix_tokens, None)
@@ -144,14 +144,14 @@ def replace_attention(
     report = replace_each(
         model,
         DropIn(op, retrain=retrain, **options),
-        reason_against=_reason_against,
+        reason_against=lambda module: _reason_against(module) or unsupported.get(module, ""),
         adapt=lambda module: None,
         expected="an attention that attn_implementation selects",
         layers=layers,
         site_of=lambda module: Site(module.head_dim, _heads(module)),
         place=place,
     )
-    model.set_attn_implementation(CHILDREN)
+    select_children(model, [module_of(model, name) for name in report.replaced])
     return report
 
 
@@ -209,13 +209,32 @@ def _reason_against(module: nn.Module) -> str:
     return "causal attention" if getattr(module, "is_causal", True) else ""
 
 
+def _unsupported(model: nn.Module) -> dict[nn.Module, str]:
+    """Return why modules of `model` cannot be replaced, for reasons that depend on the model that contains them."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a PreTrainedModel, got {type(model).__name__}")
+    known, causal, found = {id(each) for each in configs(model.config)}, {}, {}
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        causal[name] = causal.get(name.rpartition(".")[0])
+        if isinstance(module, PreTrainedModel):  # some create a causal mask for modules whose is_causal is False
+            used = inspect.unwrap(type(module).forward).__code__.co_names
+            is_causal = "create_causal_mask" in used and "create_bidirectional_mask" not in used
+            causal[name] = config if is_causal else None  # other modules inside do not receive the mask
+        if config is not None and config is causal[name]:
+            found[module] = "causal attention"
+        elif id(config) not in known:
+            found[module] = "its configuration is a copy, which save_pretrained and set_attn_implementation do not reach"
+    return found
+
+
 def _attend_with_child(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, None]:
     if isinstance(getattr(module, "vix", None), DropIn):
         return _attention_function(module.vix, retrain=True)(module, *args, **options)
-    if hasattr(getattr(module, "config", None), ENTRY):
+    if hasattr(module, MISSING) or not hasattr(getattr(module, "config", None), ENTRY):
         raise ValueError(
-            f"config: expected a model with the layers in config.{ENTRY}, got {type(module).__name__} without them; pass "
-            "attn_implementation='sdpa' to from_pretrained to load the model with softmax attention"
+            f"config: expected a model with the layers in config.{ENTRY}, got {type(module).__name__} without them; call "
+            "replace_attention, or pass attn_implementation='sdpa' to from_pretrained to load the model with softmax attention"
         )
     return sdpa_attention_forward(module, *args, **options)
 

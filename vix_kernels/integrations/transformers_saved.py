@@ -3,31 +3,34 @@
 transformers does not save attn_implementation. Importing vix_kernels.integrations.transformers therefore wraps two methods of
 PreTrainedModel. While `save_pretrained` runs, the configuration has two additional entries: attn_implementation, which
 transformers reads when it loads a configuration, and vix_attention, which describes the attention. If the configuration of a
-new model has the entry vix_attention, `post_init` ends by installing this attention, before weights are loaded. Models without
-an attention of this library are not affected. If a process has not imported the integration, loading such a model raises an
-error of transformers that names attn_implementation.
+new model has the entry vix_attention, `post_init` ends by installing this attention, before weights are loaded. A description
+of layers stays in the configuration, so that other models created from it have the same attention. Models without an attention
+of this library are not affected. If a process has not imported the integration, loading such a model raises an error of
+transformers that names attn_implementation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..nn.core import CORES
 from .drop_in import DropIn
 from .hosts import host
 from .linearized import described, options_of
-from .swap import replace_attention
+from .swap import ENTRY, replace_attention
 
 with host("transformers", "5.17"):
     from transformers import PreTrainedConfig, PreTrainedModel
 
-ENTRY = "vix_attention"  # the entry of config.json that describes the attention
 CHILDREN = "vix"  # the attn_implementation that calls the child module `vix` of each attention module
+MISSING = "vix_missing"  # an attribute of the modules of a new model in which no layer of the entry was replaced
 # Maps every other attn_implementation of this library to its attention, and to whether ops that need training are allowed
 NAMED: dict[str, tuple[DropIn, bool]] = {}
 
@@ -58,18 +61,28 @@ def entry(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | 
         return described(NAMED[config._attn_implementation][0])
     layers = {}
     for name, module in model.named_modules():
-        if getattr(module, "config", None) is config and isinstance(getattr(module, "vix", None), DropIn):
+        if getattr(module, "config", None) is config and _is_replaced(module):
             wide = {"float32": True} if any(x.dtype == torch.float32 for x in module.vix.learned_parameters()) else {}
             layers[name] = described(module.vix) | wide
     return {"layers": layers} if config._attn_implementation == CHILDREN and layers else None
 
 
+def select_children(model: PreTrainedModel, replaced: Iterable[nn.Module]) -> None:
+    """Make the configurations of the `replaced` modules in `model` select and describe the attention of their children."""
+    for config in {id(module.config): module.config for module in replaced}.values():
+        config._attn_implementation_internal = CHILDREN  # only here, not in the configurations of parts
+        setattr(config, ENTRY, entry(model, config))
+        for _, module in _modules_with(model, config):
+            vars(module).pop(MISSING, None)
+
+
 @contextmanager
 def with_entries(model: PreTrainedModel) -> Iterator[None]:
     """Add the two entries to the configurations of `model` and its parts inside the block."""
-    changed = []
+    before, changed = [], []
     try:
         for config in configs(model.config):
+            before.append((config, vars(config).pop(ENTRY, None)))
             if (found := entry(model, config)) is not None:
                 changed.append(config)
                 setattr(config, ENTRY, found)
@@ -82,20 +95,34 @@ def with_entries(model: PreTrainedModel) -> Iterator[None]:
         for config in changed:
             for name in (ENTRY, "attn_implementation"):
                 vars(config).pop(name, None)
+        for config, found in before:
+            if found is not None:
+                setattr(config, ENTRY, found)
 
 
 def restore(model: PreTrainedModel) -> None:
-    """Install the attention that the configuration of a new model describes, if all layers of the description exist."""
+    """Install the attention that the configuration of a new model describes."""
+    known = {id(each) for each in configs(model.config)}
     for config in {id(each): each for each in _configs_of(model)}.values():
         found, name = vars(config).get(ENTRY), config._attn_implementation
         if found is None:
             continue
         if not isinstance(found, dict):
             raise ValueError(f"config.json: {ENTRY}: expected a mapping, as save_pretrained writes it, got {found!r}")
-        if name == CHILDREN and "layers" in found:
-            if not _restore_layers(model, config, found["layers"]):
-                continue  # `model` is part of a larger model that is not complete yet, and that will have all layers
-        elif name in NAMED:
+        if "layers" in found:
+            if id(config) in known:
+                _restore_layers(model, config, found)
+            elif name == CHILDREN and not any(_is_replaced(module) for _, module in _modules_with(model, config)):
+                # A part of `model` has copied the configuration. Layers with such a copy are not replaced.
+                config._attn_implementation_internal = "sdpa"
+            continue
+        if name == CHILDREN:
+            attention = _attention(found)
+            raise ValueError(
+                f"attn_implementation: expected 'vix_{attention.op}', with which the model was saved, or another attention for "
+                f"all layers, got {name!r}, which requires a model saved after replace_attention"
+            )
+        if name in NAMED:
             attention = _attention(found)
             if name == f"vix_{attention.op}":
                 config._attn_implementation_internal = _registered(name, attention)
@@ -106,6 +133,14 @@ def _configs_of(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
             yield module.config
+
+
+def _modules_with(model: nn.Module, config: PreTrainedConfig) -> list[tuple[str, nn.Module]]:
+    return [each for each in model.named_modules() if getattr(each[1], "config", None) is config]
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "vix", None), DropIn)
 
 
 def _attention(found: Any) -> DropIn:
@@ -132,27 +167,45 @@ def _registered(name: str, attention: DropIn) -> str:
     return add(f"vix_{attention!r}{backend}", attention.without_module(), True)
 
 
-def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, layers: dict[str, Any]) -> bool:
-    """Replace the attention of the saved layers, and return True, or return False if they are not all in `model`.
+def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, found: dict[str, Any]) -> None:
+    """Replace the attention of the saved layers in `model`, if the configuration selects it.
 
-    `model` may be a part of the saved model, or a larger model that contains it. Then the names have another prefix.
+    `model` may be a part of the saved model, or a larger model that contains it. Then the names have another prefix. Parts are
+    restored before the model that contains them. If no layer is replaced, the modules get the attribute vix_missing, which
+    makes attn_implementation "vix" raise an error. A model that contains them, or replace_attention, may remove it.
     """
+    layers = found["layers"]
     if not isinstance(layers, dict):
         raise ValueError(f"config.json: {ENTRY}: layers: expected a mapping, got {layers!r}")
-    inside = [name for name, module in model.named_modules() if getattr(module, "config", None) is config]
-    places = {}
-    for saved in layers:
-        places[saved] = [name for name in inside if f".{saved}".endswith(f".{name}") or f".{name}".endswith(f".{saved}")]
-    if any(len(found) != 1 for found in places.values()) or len({name for (name,) in places.values()}) != len(layers):
-        return False
-    for saved, layer in layers.items():
-        attention, (name,) = _attention(layer), places[saved]
-        options = attention.options | dict(backend=attention.backend, dropout=attention.dropout)
-        replace_attention(model, attention.op, layers=[name], retrain=True, **options)
-        if layer.get("float32"):
-            model.get_submodule(name).vix.widen()
-            model._keep_in_fp32_modules_strict.add("vix")
-    return True
+    inside = dict(_modules_with(model, config))
+    pairs = [(name, name) for name in layers if name in inside] or [
+        (saved, name)
+        for saved in layers
+        for name in inside
+        if f".{saved}".endswith(f".{name}") or f".{name}".endswith(f".{saved}")
+    ]
+    count = Counter(each for pair in pairs for each in zip(("saved", "name"), pair, strict=True))
+    places = {name: saved for saved, name in pairs if count["saved", saved] == count["name", name] == 1}
+    if config._attn_implementation != CHILDREN:
+        places = {}
+    try:
+        for name, saved in places.items():
+            attention, module = _attention(layers[saved]), inside[name]
+            if _is_replaced(module):  # by a part of `model`
+                continue
+            options = attention.options | dict(backend=attention.backend, dropout=attention.dropout)
+            replace_attention(model, attention.op, layers=[name], retrain=True, **options)
+            if layers[saved].get("float32"):
+                module.vix.widen()
+                model._keep_in_fp32_modules_strict.add("vix")
+    finally:
+        setattr(config, ENTRY, found)
+    found_any = any(_is_replaced(module) for module in inside.values())
+    for module in inside.values():
+        if found_any:
+            vars(module).pop(MISSING, None)
+        else:
+            setattr(module, MISSING, True)
 
 
 def install() -> None:
