@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
+from vix_kernels.__main__ import main
 from vix_kernels.integrations import zoo
 from vix_kernels.integrations.swap import Snapshot, holders, host_of, replace_attention
 from vix_kernels.linearize import convert, linearize, load_linearized, save_linearized, state, transfer
@@ -301,6 +302,26 @@ def test_a_converted_model_compiles() -> None:
     linearize(model, batches, num_features=8, steps=2, progress=False)
     x = next(batches())
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.parametrize(("name", "op"), [("timm", "nystrom"), ("transformers", "feature")])
+def test_a_saved_model_is_exported_to_onnx(name: str, op: str, tmp_path: Path) -> None:
+    """onnxruntime computes the logits of the converted model, for a batch size that the export has not seen."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason=f"{package} is not installed (extra: export)")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, batches = make(name)
+    if name == "timm":  # a folder does not contain every argument of timm_vit
+        model, batches = converting.sharpened(timm.create_model("test_vit")), converting.batches(3, 160, 160)
+    slots = {"feature": "num_features", "nystrom": "num_landmarks"}[op]
+    report = linearize(model, batches, op=op, layers=["*.0.*"], steps=2, eval_samples=16, progress=False, **{slots: 16})
+    assert len(report.converted) == 1  # exporting more layers takes longer
+    save_linearized(model, tmp_path / "saved")
+    assert main(["export", "--checkpoint", str(tmp_path / "saved"), "--output", str(tmp_path / "model.onnx")]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    x = next(batches())[:5]
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), output(model, x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
