@@ -2,14 +2,15 @@
 
 The teacher is a run of `vix train` on a data set with labels. For every attention and number of features, with and without
 exact rows, and for every seed, the script converts the teacher on training images, and then evaluates it once on all held-out
-images: agreement with the teacher, accuracy, mean Kullback-Leibler divergence, and the seconds of the conversion. It writes
-linearize.csv after every conversion, continues an interrupted run, and draws linearize.png.
+images: agreement with the teacher, accuracy, mean Kullback-Leibler divergence, and the seconds of the conversion. The first row
+is the teacher. The script writes linearize.csv after every conversion, continues an interrupted run, and draws linearize.png,
+with the times of bench/linearize_time.py if they are in the same folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -20,56 +21,69 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vix_kernels.commands import write_atomically, write_csv
+from bench.linearize_time import FILE as TIMES
+from vix_kernels.commands import Parser, figure, write_atomically, write_csv
 from vix_kernels.linearize import linearize
+from vix_kernels.measure.machine import commit, device_name
 from vix_kernels.training.data import Dataset, open_dataset
 from vix_kernels.training.trained import Trained, load_trained
 
+FILE = "linearize.csv"
 SEEDS = (0, 1, 2)
 STEPS, BATCH, IMAGES = 400, 16, 512
 # name, op, options, numbers of features or landmarks, steps of distillation
 METHODS: tuple[tuple[str, str, dict[str, Any], tuple[int, ...], int], ...] = (
     ("random features", "performer", {}, (16, 32, 64, 128), 0),
     ("learned features", "feature", {}, (16, 32, 64, 128), 0),
+    ("Nystrom, grid", "nystrom", {"landmarks": "grid"}, (16, 36, 64), 0),
+    ("Nystrom, segments", "nystrom", {"landmarks": "segment"}, (16, 32, 64), 0),
     ("features and distillation", "feature", {}, (16, 32), 400),
-    ("Nystrom, grid", "nystrom", {"landmarks": "grid"}, (16, 36), 0),
-    ("Nystrom, segments", "nystrom", {"landmarks": "segment"}, (16, 32), 0),
 )
+TEACHER = "softmax (the teacher)"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser.of("bench.linearize", __doc__)
     parser.add_argument("--teacher", required=True, help="a run of vix train with softmax attention")
     parser.add_argument("--dataset", help="default: the data set of the run")
-    parser.add_argument("--output", type=Path, required=True, help="folder for linearize.csv and linearize.png")
+    parser.add_argument("--output", type=Path, required=True, help=f"folder for {FILE} and linearize.png")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--counts", type=int, nargs="+", help="only these numbers of features and landmarks")
     parser.add_argument("--methods", nargs="+", help="only methods whose names contain one of these texts")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "linearize.csv"
+    path = options.output / FILE
     rows: list[dict[str, Any]] = list(csv.DictReader(path.open())) if path.is_file() else []
     done = {(row["method"], row["slots"], row["exact"], row["seed"]) for row in rows}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load_trained(options.teacher, device)
-    dataset = open_dataset(options.dataset or teacher.config.dataset).load().to(device)
+    dataset = open_dataset(options.dataset or teacher.config.dataset, teacher.config.img_size).load().to(device)
     expected = logits(teacher.model, dataset, teacher)
     has_prefix = teacher.model.num_prefix_tokens > 0
-    print(f"teacher: {accuracy(expected, dataset):.2f} % of {len(dataset.test):,} held-out images", flush=True)
+    tokens = math.prod(teacher.model.grid) + teacher.model.num_prefix_tokens
+    if rows and rows[0]["tokens"] != str(tokens):
+        parser.error(f"--output: expected rows of a teacher with {tokens} tokens, got {rows[0]['tokens']} in {path}")
+    print(f"teacher: {tokens} tokens, {accuracy(expected, dataset):.2f} % of {len(dataset.test):,} images", flush=True)
+
+    def add(method: str, slots: int, exact: bool, seed: int, scores: Tensor, more: dict[str, Any]) -> None:
+        row = dict(method=method, slots=slots, exact=exact, seed=seed) | compare(scores, expected, dataset) | more
+        where = dict(tokens=tokens, images=len(dataset.test), device=device_name(device.type), commit=commit())
+        rows.append(row | where)
+        print(", ".join(f"{name} {figure(value)}" for name, value in rows[-1].items()), flush=True)
+        write_csv(path, rows)
+
+    if (TEACHER, "0", "True", "0") not in done:
+        add(TEACHER, 0, True, 0, expected, {})
     for method, op, settings, counts, finetune in METHODS:
         if options.methods and not any(text in method for text in options.methods):
             continue
-        for slots in options.counts or counts:
+        for slots in (count for count in counts if not options.counts or count in options.counts):
             for exact in (False, True) if has_prefix else (False,):
                 for seed in options.seeds if op != "nystrom" else options.seeds[:1]:
-                    if (method, str(slots), str(exact), str(seed)) in done:
-                        continue
-                    row = convert(options.teacher, dataset, op, settings, slots, exact, seed, finetune, device)
-                    found = compare(row.pop("logits"), expected, dataset)
-                    rows.append(dict(method=method, slots=slots, exact=exact, seed=seed) | found | row)
-                    print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-                    write_csv(path, rows)
-    draw(options.output / "linearize.png", rows, accuracy(expected, dataset))
+                    if (method, str(slots), str(exact), str(seed)) not in done:
+                        row = convert(options.teacher, dataset, op, settings, slots, exact, seed, finetune, device)
+                        add(method, slots, exact, seed, row.pop("logits"), row)
+    draw(options.output, rows)
 
 
 def convert(
@@ -112,31 +126,64 @@ def compare(scores: Tensor, expected: Tensor, dataset: Dataset) -> dict[str, flo
     return {"agreement": agreement, "accuracy": accuracy(scores, dataset), "kl": divergence}
 
 
-def draw(path: Path, rows: list[dict[str, Any]], teacher: float) -> None:
-    """Draw accuracy and agreement against the number of slots, the mean over the seeds."""
+def draw(output: Path, rows: list[dict[str, Any]]) -> None:
+    """Draw agreement and accuracy against the number of slots, the mean over the seeds, and the times if there are any."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    times = list(csv.DictReader((output / TIMES).open())) if (output / TIMES).is_file() else []
+    colors = {method: f"C{i}" for i, (method, *_) in enumerate(METHODS)}
+    figure = Figure(figsize=(15 if times else 10, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, name in zip(figure.subplots(1, 2), ("agreement", "accuracy"), strict=True):
-        for color, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-            for exact, style in (("True", "-"), ("False", ":")):
-                chosen = [row for row in rows if row["method"] == method and str(row["exact"]) == exact]
-                counts = sorted({int(row["slots"]) for row in chosen})
-                means = [statistics.mean(float(row[name]) for row in chosen if int(row["slots"]) == count) for count in counts]
-                if counts:
-                    label = f"{method}{', exact class token' * (exact == 'True')}"
-                    axes.plot(counts, means, style, marker="o", markersize=4, color=f"C{color}", label=label)
-        if name == "accuracy":
-            axes.axhline(teacher, color="black", linewidth=1, label="softmax (the teacher)")
-            axes.legend(frameon=False, fontsize=8)
-        axes.set_xscale("log", base=2)
-        ticks = sorted({int(row["slots"]) for row in rows})
+    disagreement, accuracy, *rest = figure.subplots(1, 3 if times else 2)
+    for method, color in colors.items():
+        for exact, style in (("True", "-"), ("False", ":")):
+            chosen = [row for row in rows if row["method"] == method and str(row["exact"]) == exact]
+            counts = sorted({int(row["slots"]) for row in chosen})
+            means = [
+                [statistics.mean(float(row[name]) for row in chosen if int(row["slots"]) == count) for count in counts]
+                for name in ("agreement", "accuracy")
+            ]
+            options = dict(marker="o", markersize=4, color=color, markerfacecolor=color if exact == "True" else "white")
+            least = 50 / int(rows[0]["images"])  # half an image, because a logarithmic axis has no 0
+            disagreement.plot(counts, [max(100 - value, least) for value in means[0]], style, **options)
+            accuracy.plot(counts, means[1], style, **options)
+    teacher = next(row for row in rows if row["method"] == TEACHER)
+    accuracy.axhline(float(teacher["accuracy"]), color="black", linewidth=1)
+    disagreement.set(yscale="log", ylabel="images classified differently from the teacher (%)")
+    accuracy.set(ylabel="accuracy (%)")
+    for axes in (disagreement, accuracy):
+        axes.set(xscale="log", xlabel=f"features or landmarks ({teacher['tokens']} tokens)")
+        ticks = sorted({int(row["slots"]) for row in rows if int(row["slots"])})
         axes.set_xticks(ticks, [str(count) for count in ticks])
-        axes.set(xlabel="features or landmarks", ylabel=f"{name} (%)")
+    for axes in rest:
+        draw_times(axes, times, colors)
+    for axes in (disagreement, accuracy, *rest):
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    lines = [Line2D([], [], color=color, label=method) for method, color in colors.items()]
+    lines += [Line2D([], [], color="black", label="softmax (the teacher)")]
+    lines += [
+        Line2D([], [], color="0.5", marker="o", markersize=4, label="exact class token"),
+        Line2D([], [], color="0.5", linestyle=":", marker="o", markersize=4, markerfacecolor="white", label="not exact"),
+    ]
+    figure.legend(handles=lines, frameon=False, loc="outside lower center", ncols=4 if times else 3)
+    write_atomically(output / "linearize.png", lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+
+
+def draw_times(axes: Any, times: list[dict[str, Any]], colors: dict[str, str]) -> None:
+    """Draw the time per image against the number of tokens. All class tokens are exact."""
+    for method, slots in dict.fromkeys((row["method"], row["slots"]) for row in times):
+        chosen = [row for row in times if (row["method"], row["slots"]) == (method, slots)]
+        tokens, values = ([float(row[name]) for row in chosen] for name in ("tokens", "ms"))
+        color = colors.get(method, "black" if method == "softmax" else "0.7")
+        axes.plot(tokens, values, marker="o", markersize=4, color=color, linewidth=1 if slots == "16" else 1.8)
+        axes.annotate(method if slots == "0" else slots, (tokens[-1], values[-1]), (4, 0), textcoords="offset points",
+                      va="center", fontsize=8, color=color)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds per image, one CPU thread")
+    ticks = sorted({int(row["tokens"]) for row in times})
+    axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
 
 
 if __name__ == "__main__":

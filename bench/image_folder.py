@@ -1,0 +1,71 @@
+"""Write a part of a data set to a folder of PNG files, so that `vix train --img-size` can enlarge the images.
+
+    python -m bench.image_folder --dataset cifar10 --output DIR --train 15000 --test 5000
+
+The training images are drawn at random, and the test images are the first ones. The script needs the extra `train`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vix_kernels.commands import Parser, within
+from vix_kernels.training import UserError
+from vix_kernels.training.data import Dataset, Images, load_dataset
+
+
+def write_images(dataset: Dataset, output: Path, train: int, test: int, seed: int = 0) -> None:
+    """Write `train` random training images and the first `test` test images to output/train/CLASS and output/val/CLASS.
+
+    Raises:
+        ValueError: the data set has fewer images, or `output` exists.
+    """
+    for name, wanted, images in (("train", train, dataset.train), ("test", test, dataset.test)):
+        if wanted > len(images):
+            raise ValueError(f"--{name}: expected at most the {len(images):,} images of the data set, got {wanted:,}")
+    if output.exists():
+        raise ValueError(f"--output: expected a new folder, got {output}, which exists")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(seed))[:train]
+        write_part(dataset, dataset.train, order, temporary / "train")
+        write_part(dataset, dataset.test, torch.arange(test), temporary / "val")
+        os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_part(dataset: Dataset, images: Images, order: Tensor, folder: Path) -> None:
+    from PIL import Image
+
+    for name in dataset.classes:
+        (folder / name).mkdir(parents=True)
+    positions = iter(order.tolist())
+    for pixels, labels in images.batches(list(order.split(250))):
+        pixels = (pixels.float() * (255 / dataset.max_value)).round().byte().expand(-1, 3, -1, -1).movedim(1, -1).numpy()
+        for array, label in zip(pixels, labels.tolist(), strict=True):
+            Image.fromarray(array).save(folder / dataset.classes[label] / f"{next(positions):06}.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser.of("bench.image_folder", __doc__)
+    parser.add_argument("--dataset", required=True, help="a data set of `vix train`")
+    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--train", type=within(1, 2**31), required=True, metavar="N", help="number of training images")
+    parser.add_argument("--test", type=within(1, 2**31), required=True, metavar="N", help="number of test images")
+    options = parser.parse_args(argv)
+    try:
+        write_images(load_dataset(options.dataset), options.output, options.train, options.test)
+    except (UserError, ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

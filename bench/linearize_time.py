@@ -1,0 +1,97 @@
+"""Measure the time per image of converted models against the number of tokens: a part of `make linearize`.
+
+    python -m bench.linearize_time --output DIR
+
+The models are hybrid_vit as in the study of the accuracy, with random weights, because the time does not depend on them. Each
+image is processed alone. The models take turns, and a row of linearize-time.csv has the median over the turns. The time is
+CPU time on one thread. "no attention" is the same model with the identity in place of its attention layers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vix_kernels.commands import Parser, figure, print_table, within, write_csv
+from vix_kernels.integrations.swap import holders, replace_attention
+from vix_kernels.measure.machine import commit, device_name
+from vix_kernels.measure.timing import in_turns
+from vix_kernels.models import create_model
+
+FILE = "linearize-time.csv"
+PATCH = 4
+SIDES = (16, 24, 32, 48, 64)  # tokens per side of the image: 257 to 4,097 tokens with the class token
+COUNTS = (16, 64)
+# name, op, name of the option with the number of slots
+METHODS = (
+    ("random features", "performer", "num_features"),
+    ("learned features", "feature", "num_features"),
+    ("Nystrom, grid", "nystrom", "num_landmarks"),
+)
+Key = tuple[str, int]  # the method and its number of slots
+
+
+class NoAttention(nn.Module):
+    def forward(self, x: Tensor, *unused: Any, **options: Any) -> Tensor:
+        return x
+
+
+def models(side: int, depth: int) -> Iterator[tuple[Key, nn.Module]]:
+    """Yield models for images of side x side patches. Class tokens attend by exact softmax."""
+
+    def model() -> nn.Module:
+        return create_model("hybrid_vit", img_size=PATCH * side, patch_size=PATCH, depth=depth, num_classes=10).eval()
+
+    yield ("softmax", 0), model()
+    for name, op, option in METHODS:
+        for count in COUNTS:
+            converted = model()
+            replace_attention(converted, op, retrain=True, **{option: count})
+            yield (name, count), converted
+    without = model()
+    for layer in holders(without):
+        without.set_submodule(layer, NoAttention())
+    yield ("no attention", 0), without
+
+
+def measured(side: int, depth: int, rounds: int) -> list[dict[str, Any]]:
+    """Return a row for each model, with its median time per image in milliseconds."""
+    x = torch.randn(1, 3, PATCH * side, PATCH * side, generator=torch.Generator().manual_seed(0))
+    calls: dict[Key, Callable[[], Tensor]] = {key: partial(model, x) for key, model in models(side, depth)}
+    with torch.inference_mode():
+        times = in_turns(calls, rounds=rounds)
+    rows = []
+    for (method, slots), time in times.items():
+        row = dict(tokens=side * side + 1, method=method, slots=slots, ms=time.median, low_ms=time.low, high_ms=time.high)
+        ratio = time.median / times["softmax", 0].median
+        rows.append(row | dict(ratio=ratio, rounds=rounds, device=device_name("cpu"), commit=commit()))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser.of("bench.linearize_time", __doc__)
+    parser.add_argument("--output", type=Path, required=True, help=f"folder for {FILE}")
+    parser.add_argument("--sides", type=within(8, 256), nargs="+", default=SIDES, help="tokens per side of the image")
+    parser.add_argument("--depth", type=within(1, 48), default=6, help="layers of the model (default: %(default)s)")
+    parser.add_argument("--rounds", type=within(1, 1000), default=9, help="turns of each model (default: %(default)s)")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    options.output.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for side in options.sides:
+        rows += measured(side, options.depth, options.rounds)
+        write_csv(options.output / FILE, rows)
+    columns = ("tokens", "method", "slots", "ms", "ratio")
+    print_table(columns, [[figure(row[name]) for name in columns] for row in rows])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
