@@ -40,7 +40,7 @@ quality: $(READY)  ## measure the error of each attention against softmax attent
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.quality --output docs/quality.png $(ARGS)
 
 # DATA is a data set of vix train, such as a pack of CIFAR-10 images. The teacher is trained with 65 tokens, and then with 257
-# tokens on 15,000 enlarged images. In all, this takes two hours on one CPU core.
+# tokens on 10,000 enlarged images. In all, this takes two hours on one CPU core.
 DATA ?= cifar10
 STUDY := runs/linearize
 TEACHER := $(BIN)/vix train --model hybrid_vit --model-kwargs patch_size=4 depth=6 --opt muon
@@ -49,11 +49,11 @@ linearize: $(READY)  ## train a softmax model, convert it with several attention
 	test -f $(STUDY)/teacher-65/best.pt || $(TEACHER) --dataset $(DATA) --epochs 7 --batch-size 128 --lr 4e-3 \
 		--warmup-epochs 1 --output $(STUDY)/teacher-65
 	test -d $(STUDY)/images || $(BIN)/python -m bench.image_folder --dataset $(DATA) --output $(STUDY)/images \
-		--train 15000 --test 5000
+		--train 10000 --test 3000
 	test -f $(STUDY)/teacher-257/best.pt || $(TEACHER) --initial-checkpoint $(STUDY)/teacher-65 --dataset $(STUDY)/images \
 		--img-size 64 --epochs 1 --batch-size 64 --lr 1e-3 --warmup-epochs 0.1 --output $(STUDY)/teacher-257
 	test -f $(STUDY)/linearize-time.csv || $(BIN)/python -m bench.linearize_time --output $(STUDY)
-	$(BIN)/python -m bench.linearize --teacher $(STUDY)/teacher-257 --output $(STUDY) --seeds 0 $(ARGS)
+	$(BIN)/python -m bench.linearize --teacher $(STUDY)/teacher-257 --output $(STUDY) --seeds 0 --steps 200 $(ARGS)
 
 docs: $(READY)  ## build the documentation site into site/
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'

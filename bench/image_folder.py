@@ -1,6 +1,6 @@
 """Write a part of a data set to a folder of PNG files, so that `vix train --img-size` can enlarge the images.
 
-    python -m bench.image_folder --dataset cifar10 --output DIR --train 15000 --test 5000
+    python -m bench.image_folder --dataset cifar10 --output DIR --train 10000 --test 3000
 
 The training images are drawn at random, and the test images are the first ones. The script needs the extra `train`.
 """

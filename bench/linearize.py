@@ -30,14 +30,14 @@ from vix_kernels.training.trained import Trained, load_trained
 
 FILE = "linearize.csv"
 SEEDS = (0, 1, 2)
-STEPS, BATCH, IMAGES = 400, 16, 512
-# name, op, options, numbers of features or landmarks, steps of distillation
-METHODS: tuple[tuple[str, str, dict[str, Any], tuple[int, ...], int], ...] = (
-    ("random features", "performer", {}, (16, 32, 64, 128), 0),
-    ("learned features", "feature", {}, (16, 32, 64, 128), 0),
-    ("Nystrom, grid", "nystrom", {"landmarks": "grid"}, (16, 36, 64), 0),
-    ("Nystrom, segments", "nystrom", {"landmarks": "segment"}, (16, 32, 64), 0),
-    ("features and distillation", "feature", {}, (16, 32), 400),
+BATCH, IMAGES = 16, 512
+# name, op, options, numbers of features or landmarks, whether all weights are then trained to reproduce the teacher
+METHODS: tuple[tuple[str, str, dict[str, Any], tuple[int, ...], bool], ...] = (
+    ("random features", "performer", {}, (16, 32, 64, 128), False),
+    ("learned features", "feature", {}, (16, 32, 64, 128), False),
+    ("Nystrom, grid", "nystrom", {"landmarks": "grid"}, (16, 36, 64), False),
+    ("Nystrom, segments", "nystrom", {"landmarks": "segment"}, (16, 32, 64), False),
+    ("features and distillation", "feature", {}, (16, 32), True),
 )
 TEACHER = "softmax (the teacher)"
 
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset", help="default: the data set of the run")
     parser.add_argument("--output", type=Path, required=True, help=f"folder for {FILE} and linearize.png")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--steps", type=int, default=400, help="training steps, and steps of distillation")
     parser.add_argument("--counts", type=int, nargs="+", help="only these numbers of features and landmarks")
     parser.add_argument("--methods", nargs="+", help="only methods whose names contain one of these texts")
     options = parser.parse_args(argv)
@@ -74,33 +75,39 @@ def main(argv: list[str] | None = None) -> None:
 
     if (TEACHER, "0", "True", "0") not in done:
         add(TEACHER, 0, True, 0, expected, {})
-    for method, op, settings, counts, finetune in METHODS:
+    for method, op, settings, counts, distilled in METHODS:
         if options.methods and not any(text in method for text in options.methods):
             continue
         for slots in (count for count in counts if not options.counts or count in options.counts):
             for exact in (False, True) if has_prefix else (False,):
                 for seed in options.seeds if op != "nystrom" else options.seeds[:1]:
                     if (method, str(slots), str(exact), str(seed)) not in done:
-                        row = convert(options.teacher, dataset, op, settings, slots, exact, seed, finetune, device)
+                        steps = options.steps, options.steps if distilled else 0
+                        row = convert(options.teacher, dataset, op, settings, slots, exact, seed, steps, device)
                         add(method, slots, exact, seed, row.pop("logits"), row)
     draw(options.output, rows)
 
 
 def convert(
-    run: str, dataset: Dataset, op: str, settings: dict[str, Any], slots: int, exact: bool, seed: int, finetune: int,
-    device: torch.device,
+    run: str, dataset: Dataset, op: str, settings: dict[str, Any], slots: int, exact: bool, seed: int,
+    steps: tuple[int, int], device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     trained = load_trained(run, device)
     name = "num_landmarks" if op == "nystrom" else "num_features"
     more = {} if op == "nystrom" else {"seed": seed}
     start = time.perf_counter()
     report = linearize(
-        trained.model, lambda: batches(dataset, trained, seed), op=op, steps=STEPS, finetune_steps=finetune, eval_samples=64,
-        exact_prefix=exact, progress=False, **settings, **more, **{name: slots},
+        trained.model, lambda: batches(dataset, trained, seed), op=op, steps=steps[0], finetune_steps=steps[1],
+        eval_samples=64, exact_prefix=exact, progress=False, **settings, **more, **{name: slots},
     )  # fmt: skip
     seconds = time.perf_counter() - start
     errors = [each.after for each in report.layers.values()]
-    return {"logits": logits(trained.model, dataset, trained), "seconds": seconds, "error": statistics.mean(errors)}
+    return {
+        "logits": logits(trained.model, dataset, trained),
+        "seconds": seconds,
+        "error": statistics.mean(errors),
+        "steps": report.steps,
+    }
 
 
 def batches(dataset: Dataset, trained: Trained, seed: int) -> Iterator[Tensor]:
@@ -112,7 +119,7 @@ def batches(dataset: Dataset, trained: Trained, seed: int) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def logits(model: nn.Module, dataset: Dataset, trained: Trained) -> Tensor:
-    order = list(torch.arange(len(dataset.test)).split(250))
+    order = list(torch.arange(len(dataset.test)).split(100))
     return torch.cat([model(trained.inputs(x.float() / dataset.max_value)).float() for x, _ in dataset.test.batches(order)])
 
 

@@ -52,13 +52,13 @@ def test_the_study(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
     more = ["--dataset", str(images), "--img-size", "32", "--initial-checkpoint", str(short), "--output", str(long)]
     assert vix([*train, *more]) == 0
-    monkeypatch.setattr(linearize, "STEPS", 2)
     monkeypatch.setattr(linearize, "IMAGES", 8)
     assert linearize_time.main(["--output", str(output), "--sides", "8", "9", "--rounds", "1", "--depth", "1"]) == 0
     methods = {(row["method"], row["slots"]) for row in rows(output / linearize_time.FILE)}
     assert len(methods) == 2 + len(linearize_time.METHODS) * len(linearize_time.COUNTS)
     assert {row["tokens"] for row in rows(output / linearize_time.FILE)} == {"65", "82"}
-    words = ["--teacher", str(long), "--output", str(output), "--seeds", "0", "--methods", "learned", "Nystrom, grid"]
+    words = ["--teacher", str(long), "--output", str(output), "--seeds", "0", "--steps", "2"]
+    words += ["--methods", "learned", "Nystrom, grid"]
     linearize.main([*words, "--counts", "16"])
     teacher, *converted = rows(output / linearize.FILE)
     assert (teacher["method"], teacher["agreement"], teacher["tokens"], teacher["images"]) == (
