@@ -75,17 +75,25 @@ def main(argv: list[str] | None = None) -> None:
 
     if (TEACHER, "0", "True", "0") not in done:
         add(TEACHER, 0, True, 0, expected, {})
-    for method, op, settings, counts, distilled in METHODS:
-        if options.methods and not any(text in method for text in options.methods):
-            continue
-        for slots in (count for count in counts if not options.counts or count in options.counts):
-            for exact in (False, True) if has_prefix else (False,):
-                for seed in options.seeds if op != "nystrom" else options.seeds[:1]:
-                    if (method, str(slots), str(exact), str(seed)) not in done:
-                        steps = options.steps, options.steps if distilled else 0
-                        row = convert(options.teacher, dataset, op, settings, slots, exact, seed, steps, device)
-                        add(method, slots, exact, seed, row.pop("logits"), row)
+    for method, op, settings, slots, distilled in jobs(options.methods, options.counts):
+        for exact in (False, True) if has_prefix else (False,):
+            for seed in options.seeds if op != "nystrom" else options.seeds[:1]:
+                if (method, str(slots), str(exact), str(seed)) not in done:
+                    steps = options.steps, options.steps if distilled else 0
+                    row = convert(options.teacher, dataset, op, settings, slots, exact, seed, steps, device)
+                    add(method, slots, exact, seed, row.pop("logits"), row)
     draw(options.output, rows)
+
+
+def jobs(methods: list[str] | None, counts: list[int] | None) -> list[tuple[str, str, dict[str, Any], int, bool]]:
+    """Return the chosen conversions. The fast ones come first, so that an interrupted study has every method."""
+    found = [
+        (method, op, settings, slots, distilled)
+        for method, op, settings, known, distilled in METHODS
+        for slots in known
+        if (not methods or any(text in method for text in methods)) and (not counts or slots in counts)
+    ]
+    return sorted(found, key=lambda job: (job[4], job[3]))
 
 
 def convert(
