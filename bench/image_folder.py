@@ -2,7 +2,7 @@
 
     python -m bench.image_folder --dataset cifar10 --output DIR --train 10000 --test 3000
 
-The training images are drawn at random, and the test images are the first ones. The script needs the extra `train`.
+The images are drawn at random, because data sets may be sorted by class. The script needs the extra `train`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vix_kernels.training.data import Dataset, Images, load_dataset
 
 
 def write_images(dataset: Dataset, output: Path, train: int, test: int, seed: int = 0) -> None:
-    """Write `train` random training images and the first `test` test images to output/train/CLASS and output/val/CLASS.
+    """Write `train` random training images to output/train/CLASS, and `test` random test images to output/val/CLASS.
 
     Raises:
         ValueError: the data set has fewer images, or `output` exists.
@@ -33,9 +33,9 @@ def write_images(dataset: Dataset, output: Path, train: int, test: int, seed: in
         raise ValueError(f"--output: expected a new folder, got {output}, which exists")
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(seed))[:train]
-        write_part(dataset, dataset.train, order, temporary / "train")
-        write_part(dataset, dataset.test, torch.arange(test), temporary / "val")
+        for name, count, images in (("train", train, dataset.train), ("val", test, dataset.test)):
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
+            write_part(dataset, images, order, temporary / name)
         os.replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
