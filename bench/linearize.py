@@ -146,6 +146,7 @@ def draw(output: Path, rows: list[dict[str, Any]]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator
 
     times = list(csv.DictReader((output / TIMES).open())) if (output / TIMES).is_file() else []
     colors = {method: f"C{i}" for i, (method, *_) in enumerate(METHODS)}
@@ -175,6 +176,9 @@ def draw(output: Path, rows: list[dict[str, Any]]) -> None:
     for axes in rest:
         draw_times(axes, times, colors)
     for axes in (disagreement, accuracy, *rest):
+        if axes is not accuracy:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     lines = [Line2D([], [], color=color, label=method) for method, color in colors.items()]
@@ -193,9 +197,12 @@ def draw_times(axes: Any, times: list[dict[str, Any]], colors: dict[str, str]) -
         chosen = [row for row in times if (row["method"], row["slots"]) == (method, slots)]
         tokens, values = ([float(row[name]) for row in chosen] for name in ("tokens", "ms"))
         color = colors.get(method, "black" if method == "softmax" else "0.7")
-        axes.plot(tokens, values, marker="o", markersize=4, color=color, linewidth=1 if slots == "16" else 1.8)
-        axes.annotate(method if slots == "0" else slots, (tokens[-1], values[-1]), (4, 0), textcoords="offset points",
-                      va="center", fontsize=8, color=color)  # fmt: skip
+        axes.plot(tokens, values, marker="o", markersize=4, color=color, linewidth=0.8 if slots == "16" else 1.8)
+        if slots == "0":
+            at, above = len(tokens) // 2, method == "softmax"
+            offset = dict(xytext=(-6, 6) if above else (6, -12), textcoords="offset points", ha="right" if above else "left")
+            axes.annotate(method, (tokens[at], values[at]), color=color, **offset)
+    axes.set_title("thick lines: 64 features or landmarks; thin lines: 16", loc="left", fontsize=9)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds per image, one CPU thread")
     ticks = sorted({int(row["tokens"]) for row in times})
     axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
