@@ -40,6 +40,7 @@ METHODS: tuple[tuple[str, str, dict[str, Any], tuple[int, ...], bool], ...] = (
     ("features and distillation", "feature", {}, (16, 32), True),
 )
 TEACHER = "softmax (the teacher)"
+SHOWN = 6  # the largest loss of accuracy in the figure, in points
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -169,6 +170,10 @@ def draw(output: Path, rows: list[dict[str, Any]]) -> None:
     accuracy.axhline(float(teacher["accuracy"]), color="black", linewidth=1)
     disagreement.set(yscale="log", ylabel="images classified differently from the teacher (%)")
     accuracy.set(ylabel="accuracy (%)")
+    least = float(teacher["accuracy"]) - SHOWN
+    if any(float(row["accuracy"]) < least for row in rows):
+        accuracy.set_ylim(bottom=least)
+        accuracy.set_title(f"below {least:.0f} % not shown", loc="left", fontsize=9)
     for axes in (disagreement, accuracy):
         axes.set(xscale="log", xlabel=f"features or landmarks ({teacher['tokens']} tokens)")
         ticks = sorted({int(row["slots"]) for row in rows if int(row["slots"])})
@@ -181,7 +186,8 @@ def draw(output: Path, rows: list[dict[str, Any]]) -> None:
             axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
-    lines = [Line2D([], [], color=color, label=method) for method, color in colors.items()]
+    drawn = {row["method"] for row in rows}
+    lines = [Line2D([], [], color=color, label=method) for method, color in colors.items() if method in drawn]
     lines += [Line2D([], [], color="black", label="softmax (the teacher)")]
     lines += [
         Line2D([], [], color="0.5", marker="o", markersize=4, label="exact class token"),

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import bench.break_even
+from bench.linearize import METHODS
 from vix_kernels.measure import break_even
 
 ROOT = Path(__file__).parents[1]
@@ -181,6 +182,27 @@ def test_tables_of_operators_and_models(heading: str, name: str) -> None:
     assert [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in table(BENCHMARKS, heading)] == [
         line.replace("|  |", "| |") for line in measured
     ]
+
+
+def test_table_of_conversions() -> None:
+    """Test that docs/linearize.md has the results of the study at 257 tokens. In each pair, the second is with exact rows."""
+    (path,) = (RESULTS / "linearize").glob("*/linearize.csv")
+    study = rows(path)
+    cells = []
+    for method in dict.fromkeys(name for name, *_ in METHODS):
+        chosen = [row for row in study if row["method"] == method]
+        for slots in sorted({int(row["slots"]) for row in chosen}):
+            pair = [row for row in chosen if int(row["slots"]) == slots]
+            assert [row["exact"] for row in pair] == ["False", "True"]
+            digits = {"agreement": ".1f", "accuracy": ".1f", "kl": ".2g"}
+            values = [" / ".join(format(float(row[name]), kind) for row in pair) for name, kind in digits.items()]
+            cells.append([method, str(slots), *values])
+    assert table(DOCS / "linearize.md", "At 257 tokens") == cells
+    times: dict[tuple[str, str], list[str]] = {}
+    for row in rows(path.with_name("linearize-time.csv")):
+        times.setdefault((row["method"], row["slots"]), []).append(f"{float(row['ratio']):.2f}")
+    expected = [[method, slots.replace("0", ""), *ratios] for (method, slots), ratios in times.items() if method != "softmax"]
+    assert table(DOCS / "linearize.md", "Time per image") == expected
 
 
 def test_table_of_training() -> None:
