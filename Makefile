@@ -43,15 +43,18 @@ quality: $(READY)  ## measure the error of each attention against softmax attent
 # tokens on 10,000 enlarged images. In all, this takes two hours on one CPU core.
 DATA ?= cifar10
 STUDY := runs/linearize
-TEACHER := $(BIN)/vix train --model hybrid_vit --model-kwargs patch_size=4 depth=6 --opt muon
+# Train a teacher in the folder STUDY/$(1) with the options $(2), or continue a run that was interrupted.
+teacher = test -f $(STUDY)/$(1)/finished || { \
+	if test -f $(STUDY)/$(1)/last.pt; then $(BIN)/vix train --resume $(STUDY)/$(1); \
+	else $(BIN)/vix train --model hybrid_vit --model-kwargs patch_size=4 depth=6 --opt muon $(2) --output $(STUDY)/$(1); fi && \
+	touch $(STUDY)/$(1)/finished; }
 linearize: export OMP_NUM_THREADS := 1
 linearize: $(READY)  ## train a softmax model, convert it with several attentions, and compare: make linearize DATA=PACK
-	test -f $(STUDY)/teacher-65/best.pt || $(TEACHER) --dataset $(DATA) --epochs 7 --batch-size 128 --lr 4e-3 \
-		--warmup-epochs 1 --output $(STUDY)/teacher-65
+	$(call teacher,teacher-65,--dataset $(DATA) --epochs 7 --batch-size 128 --lr 4e-3 --warmup-epochs 1)
 	test -d $(STUDY)/images || $(BIN)/python -m bench.image_folder --dataset $(DATA) --output $(STUDY)/images \
 		--train 10000 --test 3000
-	test -f $(STUDY)/teacher-257/best.pt || $(TEACHER) --initial-checkpoint $(STUDY)/teacher-65 --dataset $(STUDY)/images \
-		--img-size 64 --epochs 1 --batch-size 64 --lr 1e-3 --warmup-epochs 0.1 --output $(STUDY)/teacher-257
+	$(call teacher,teacher-257,--initial-checkpoint $(STUDY)/teacher-65 --dataset $(STUDY)/images --img-size 64 \
+		--epochs 1 --batch-size 64 --lr 1e-3 --warmup-epochs 0.1)
 	test -f $(STUDY)/linearize-time.csv || $(BIN)/python -m bench.linearize_time --output $(STUDY)
 	$(BIN)/python -m bench.linearize --teacher $(STUDY)/teacher-257 --output $(STUDY) --seeds 0 --steps 200 $(ARGS)
 
