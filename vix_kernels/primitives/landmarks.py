@@ -103,7 +103,7 @@ def landmarks_reference(
         cells = (row_windows[:, None, :, None] & column_windows[None, :, None]).flatten(2).flatten(0, 1)
         sums, counts = cells.to(x.dtype) @ x[:, :, prefix:], valid[:, prefix:].float() @ cells.float().mT
         sums, counts = torch.cat([x[:, :, :prefix], sums], 2), torch.cat([valid[:, :prefix].float(), counts], 1)
-        return sums / counts.clamp(min=1)[:, None, :, None], counts
+        return (sums / counts.clamp(min=1)[:, None, :, None]).to(x.dtype), counts
 
     q_marks, q_counts = means(q, q_mask)
     if k is None:
