@@ -137,7 +137,7 @@ LENGTHS = (TOKENS, 31)  # numbers of valid tokens of the two samples
     ids=str,
 )
 def test_patched_models_match_the_package(name: str, options: dict[str, Any], lengths: tuple[int, ...], training: bool) -> None:
-    """If there are two lengths, each sample has its mask. If there is one length, all samples share a mask."""
+    """With two lengths, the two samples have different masks. With one length, they share a mask."""
     host = built(name, **options).double().train(training)
     patched, x, inputs = patched_copy(host, name), tokens_for(name), dict(mask=mask_of(*lengths)) if lengths else {}
     if options.get("reversible") and not training:  # in evaluation mode, the packages' reversible models have no backward pass

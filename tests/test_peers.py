@@ -290,7 +290,7 @@ def test_nystrom_dropout_matches_the_peer(length: int | None) -> None:
     replacement, peer = pair("nystrom_attention", NYSTROM | dict(dropout=0.5))
     replacement.to_out[1] = peer.to_out[1]  # both must draw the same random numbers
     x, outs = normal(2, 45, 20), []
-    mask = None if length is None else up_to(length, tokens=45)  # both samples share the mask
+    mask = None if length is None else up_to(length, tokens=45)  # one mask for both samples
     for module in (replacement, peer):
         torch.manual_seed(5)
         outs.append(results(module, [x], mask))

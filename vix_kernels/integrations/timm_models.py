@@ -85,9 +85,10 @@ def _entry(name: str) -> Any:
             if not has_classes and cfg["num_classes"] != model.num_classes:
                 raise ValueError(f"num_classes: expected {cfg['num_classes']}, as in the file, or another number, got None")
         arguments = model.config["arguments"] | {"img_size": cfg["input_size"][1:]}
-        source = create_model(name, device="meta", **arguments)
-        if different := [key for key in over_tokens(state) if state[key].shape != source.state_dict()[key].shape]:
-            if any(state[key].shape != model.state_dict()[key].shape for key in different):
+        source, found = create_model(name, device="meta", **arguments), model.state_dict()
+        described = source.state_dict()
+        if different := [key for key in over_tokens(state) if state[key].shape != described[key].shape]:
+            if any(state[key].shape != found[key].shape for key in different):
                 shape = f"{different[0]} has the shape {tuple(state[different[0]].shape)} in the file"
                 raise ValueError(
                     f"pretrained_cfg_overlay: expected the input_size of the weights, got {cfg['input_size']}, but {shape}"
