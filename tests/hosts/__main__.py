@@ -88,11 +88,11 @@ def outcomes(
     paths = [ROOT, ROOT / "tests", ROOT / "tests" / "hosts", folder, os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "pytest", "-p", suite.plugin, "-p", "no:cacheprovider", "--import-mode=importlib", "-q"]
-    result = subprocess.run(
-        [*command, "-W", "ignore", "--tb=short", f"--junitxml={report}", *suite.files, *arguments],
-        cwd=folder, env=os.environ | environment | settings,
-        stdout=(BUILD / f"{name}.log").open("w"), stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    with (BUILD / f"{name}.log").open("w") as log:
+        result = subprocess.run(
+            [*command, "-W", "ignore", "--tb=short", f"--junitxml={report}", *suite.files, *arguments],
+            cwd=folder, env=os.environ | environment | settings, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
     if result.returncode not in (0, 1) or not report.is_file():  # 1: tests failed
         raise SystemExit(f"{name}: pytest could not run the tests (exit code {result.returncode}); see {BUILD / name}.log")
     failed, passed = set(), set()

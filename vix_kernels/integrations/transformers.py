@@ -20,7 +20,7 @@ from ..ops.pooling import pooling
 from ..primitives import aggregate, broadcast, landmarks, pinv, token_conv
 from .drop_in import OPS, DropIn, check_trained, require_all, valid_tokens
 from .hosts import Report, host, module_of, patch_each, replace_each, require_call
-from .transformers_saved import CHILDREN, ENTRY, MISSING, NAMED, configs, install, select_children
+from .transformers_saved import CHILDREN, ENTRY, MISSING, NAMED, configs, install, is_replaced, select_children
 
 with host("transformers", "5.17"):
     from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -229,7 +229,7 @@ def _unsupported(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _attend_with_child(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, None]:
-    if isinstance(getattr(module, "vix", None), DropIn):
+    if is_replaced(module):
         return _attention_function(module.vix, retrain=True)(module, *args, **options)
     if hasattr(module, MISSING) or not hasattr(getattr(module, "config", None), ENTRY):
         raise ValueError(

@@ -61,7 +61,7 @@ def entry(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | 
         return described(NAMED[config._attn_implementation][0])
     layers = {}
     for name, module in model.named_modules():
-        if getattr(module, "config", None) is config and _is_replaced(module):
+        if getattr(module, "config", None) is config and is_replaced(module):
             wide = {"float32": True} if any(x.dtype == torch.float32 for x in module.vix.learned_parameters()) else {}
             layers[name] = described(module.vix) | wide
     return {"layers": layers} if config._attn_implementation == CHILDREN and layers else None
@@ -112,7 +112,7 @@ def restore(model: PreTrainedModel) -> None:
         if "layers" in found:
             if id(config) in known:
                 _restore_layers(model, config, found)
-            elif name == CHILDREN and not any(_is_replaced(module) for _, module in _modules_with(model, config)):
+            elif name == CHILDREN and not any(is_replaced(module) for _, module in _modules_with(model, config)):
                 # A part of `model` has copied the configuration. Layers with such a copy are not replaced.
                 config._attn_implementation_internal = "sdpa"
             continue
@@ -139,7 +139,8 @@ def _modules_with(model: nn.Module, config: PreTrainedConfig) -> list[tuple[str,
     return [each for each in model.named_modules() if getattr(each[1], "config", None) is config]
 
 
-def _is_replaced(module: nn.Module) -> bool:
+def is_replaced(module: nn.Module) -> bool:
+    """Return whether the attention of `module` is computed by its child module `vix`."""
     return isinstance(getattr(module, "vix", None), DropIn)
 
 
@@ -191,7 +192,7 @@ def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, found: dic
     try:
         for name, saved in places.items():
             attention, module = _attention(layers[saved]), inside[name]
-            if _is_replaced(module):  # by a part of `model`
+            if is_replaced(module):  # by a part of `model`
                 continue
             options = attention.options | dict(backend=attention.backend, dropout=attention.dropout)
             replace_attention(model, attention.op, layers=[name], retrain=True, **options)
@@ -200,7 +201,7 @@ def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, found: dic
                 model._keep_in_fp32_modules_strict.add("vix")
     finally:
         setattr(config, ENTRY, found)
-    found_any = any(_is_replaced(module) for module in inside.values())
+    found_any = any(is_replaced(module) for module in inside.values())
     for module in inside.values():
         if found_any:
             vars(module).pop(MISSING, None)
