@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from .. import backends
 from .._torch.tiles import TILE_CPU, TILE_GPU
 from ..layout import accumulator
-from ..ops.checks import autocast, check_mask, check_projection, check_qkv
+from ..ops.checks import autocast, check_projection, check_qkv
 from ..ops.performer import orthogonal_projection, performer_attention
 from ..primitives import aggregate, broadcast
 from .hosts import Report, patch_package
@@ -111,8 +111,7 @@ class FastAttention(nn.Module):
         q, k, v = autocast(q, k, v)
         if all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v)) and k.shape[0] == v.shape[0] == 1:
             k, v = (x.expand(q.shape[0], -1, -1, -1) for x in (k, v))
-        check_qkv(q, k, v)
-        check_mask(key_padding_mask, k)
+        check_qkv(q, k, v, key_padding_mask)
         if key_padding_mask is not None:
             k, v = (x.masked_fill(~key_padding_mask[:, None, :, None], 0.0) for x in (k, v))
         # q, k and v already have autocast's dtype. Disable autocast, so that the products below can also run in float32.

@@ -17,7 +17,7 @@ from ..plans import planned
 from ..primitives import aggregate, broadcast
 from .checks import autocast, check_exact_rows, check_mask, check_qkv, check_scale, check_tensor, dtype_name
 from .exact import compute_exact_rows, with_exact_rows_reference
-from .rope import Rope, apply_rope_reference, check_rope
+from .rope import Rope, check_rope, mask_and_rotate_reference
 
 
 @planned
@@ -57,8 +57,7 @@ def agent_attention(
         RuntimeError: backend="triton" was requested but cannot run here. The message lists every reason.
     """
     q, k, v, agents = autocast(q, k, v, agents)
-    check_qkv(q, k, v)
-    check_mask(key_padding_mask, k)
+    check_qkv(q, k, v, key_padding_mask)
     rotary = None if rope is None else check_rope(rope, q, k)
     check_agents(agents, agent_mask, q)
     if agent_mask is not None:  # 0 times NaN is NaN, so a NaN in a masked agent would reach the output
@@ -69,9 +68,7 @@ def agent_attention(
     options = dict(scale=scale, agent_mask=agent_mask, key_padding_mask=key_padding_mask, rope=rope, exact_rows=exact_rows)
     if backend == "reference":
         return agent_attention_reference(q, k, v, agents, **options)
-    rows = None
-    if exact_rows:
-        rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
+    rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
     values, _ = aggregate(agents, k, v, scale=scale, mask=key_padding_mask, backend=backend, rotary=rotary)
     return broadcast(q, agents, values, agent_mask, scale=scale, rows=rows, backend=backend, rotary=rotary)
 
@@ -93,11 +90,7 @@ def agent_attention_reference(
     Supports all devices and torch.func transforms.
     """
     tokens = q, k, v
-    if key_padding_mask is not None:
-        valid = key_padding_mask[:, None, :, None]
-        k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
-    if rope is not None:
-        q, k = apply_rope_reference(q, k, rope)
+    q, k, v = mask_and_rotate_reference(q, k, v, key_padding_mask, rope)
     values = _softmax(scale * agents @ k.mT, key_padding_mask) @ v
     out = _softmax(scale * q @ agents.mT, agent_mask) @ values
     return with_exact_rows_reference(out, *tokens, exact_rows, scale=scale, mask=key_padding_mask, rope=rope)

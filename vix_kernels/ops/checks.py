@@ -55,8 +55,11 @@ def check_number(name: str, value: Any, *, zero: bool = False) -> float:
     return float(value)
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Check q (B, H, N, D), k (B, H, N', D) and v (B, H, N', E), which must have the same floating dtype and device."""
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> None:
+    """Check q (B, H, N, D), k (B, H, N', D) and v (B, H, N', E), which must have the same floating dtype and device.
+
+    Also check the mask of keys, if one is given.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
         if x.dim() != 4:
@@ -76,6 +79,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k: expected q's head_dim {q.shape[3]}, got {k.shape[3]}")
     if v.shape[2] != k.shape[2]:
         raise ValueError(f"v: expected k's {k.shape[2]} tokens, got {v.shape[2]}")
+    check_mask(key_padding_mask, k)
 
 
 def check_mask(mask: Tensor | None, k: Tensor, name: str = "key_padding_mask", columns: str = "key tokens") -> None:

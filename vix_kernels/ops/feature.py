@@ -22,7 +22,6 @@ from ..primitives import aggregate, broadcast
 from .checks import (
     autocast,
     check_exact_rows,
-    check_mask,
     check_number,
     check_projection,
     check_qkv,
@@ -31,7 +30,7 @@ from .checks import (
     dtype_name,
 )
 from .exact import compute_exact_rows, with_exact_rows_reference
-from .rope import Rope, apply_rope_reference, check_rope
+from .rope import Rope, check_rope, mask_and_rotate_reference
 
 
 @planned
@@ -75,8 +74,7 @@ def feature_attention(
         RuntimeError: backend="triton" was requested but cannot run here. The message lists every reason.
     """
     q, k, v = autocast(q, k, v)
-    check_qkv(q, k, v)
-    check_mask(key_padding_mask, k)
+    check_qkv(q, k, v, key_padding_mask)
     rotary = None if rope is None else check_rope(rope, q, k)
     query_slots = check_projection(query_features, q, "query_features")
     key_slots = check_projection(key_features, q, "key_features")
@@ -93,9 +91,7 @@ def feature_attention(
             q, k, v, query_features, key_features, feature_bias, gaussian=gaussian, scale=scale,
             key_padding_mask=key_padding_mask, rope=rope, exact_rows=exact_rows,
         )  # fmt: skip
-    rows = None
-    if exact_rows:
-        rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
+    rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
     # The aggregation subtracts |scale k|^2 / 2. Both of its factors are multiplied by sqrt(g), which cancels in the logits.
     c, root = math.sqrt(scale), math.sqrt(gaussian) or 1.0
     values, lse = aggregate(
@@ -126,16 +122,13 @@ def feature_attention_reference(
     Supports all devices and torch.func transforms.
     """
     tokens = q, k, v
-    if key_padding_mask is not None:
-        valid = key_padding_mask[:, None, :, None]
-        k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
-    if rope is not None:
-        q, k = apply_rope_reference(q, k, rope)
+    q, k, v = mask_and_rotate_reference(q, k, v, key_padding_mask, rope)
     wq, wk = (x.to(q.dtype) * math.sqrt(scale) for x in (query_features, key_features))
     log_psi, log_phi = q @ wq.mT, k @ wk.mT - (k * k).sum(-1, keepdim=True) * (gaussian * scale / 2)
     if feature_bias is not None:
         log_psi = log_psi + feature_bias.to(q.dtype)[..., None, :]
     if key_padding_mask is not None:
+        valid = key_padding_mask[:, None, :, None]
         has_key = valid.any(-2, keepdim=True)
         log_phi = torch.where(valid | ~has_key, log_phi, float("-inf"))
     log_z = log_phi.logsumexp(-2, keepdim=True)

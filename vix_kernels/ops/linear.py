@@ -21,8 +21,8 @@ from .. import backends
 from ..plans import planned
 from ..primitives import linear_aggregate, linear_broadcast
 from ..primitives.linear import FEATURE_MAPS
-from .checks import autocast, check_mask, check_number, check_projection, check_qkv
-from .rope import Rope, apply_rope_reference, check_rope
+from .checks import autocast, check_number, check_projection, check_qkv
+from .rope import Rope, check_rope, mask_and_rotate_reference
 
 
 @planned
@@ -61,8 +61,7 @@ def linear_attention(
         RuntimeError: backend="triton" was requested but cannot run here. The message lists every reason.
     """
     q, k, v = autocast(q, k, v)
-    check_qkv(q, k, v)
-    check_mask(key_padding_mask, k)
+    check_qkv(q, k, v, key_padding_mask)
     rotary = None if rope is None else check_rope(rope, q, k)
     check_feature_map(feature_map, eps)
     slots = None if projection is None else check_projection(projection, q) * q.shape[3] ** -0.25
@@ -91,17 +90,13 @@ def linear_attention_reference(
 
     Supports all devices and torch.func transforms.
     """
-    if key_padding_mask is not None:
-        valid = key_padding_mask[:, None, :, None]
-        k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
-    if rope is not None:
-        q, k = apply_rope_reference(q, k, rope)
+    q, k, v = mask_and_rotate_reference(q, k, v, key_padding_mask, rope)
     if projection is not None:
         w = projection.to(q.dtype) * q.shape[3] ** -0.25
         q, k = q @ w.mT, k @ w.mT
     phi_q, phi_k = (F.relu(x) if feature_map == "relu" else F.elu(x) + 1 for x in (q, k))
     if key_padding_mask is not None:
-        phi_k = torch.where(valid, phi_k, 0.0)
+        phi_k = torch.where(key_padding_mask[:, None, :, None], phi_k, 0.0)
     wide = torch.promote_types(q.dtype, torch.float32)
     z = phi_k.sum(-2, keepdim=True, dtype=wide)
     weights = phi_q * z

@@ -17,9 +17,9 @@ from ..layout import accumulator
 from ..plans import planned
 from ..primitives import broadcast, project
 from ..primitives.broadcast import broadcast_reference
-from .checks import autocast, check_exact_rows, check_mask, check_qkv, check_scale, check_tensor, dtype_name
+from .checks import autocast, check_exact_rows, check_qkv, check_scale, check_tensor, dtype_name
 from .exact import compute_exact_rows, with_exact_rows_reference
-from .rope import Rope, apply_rope_reference, check_rope
+from .rope import Rope, check_rope, mask_and_rotate_reference
 
 
 @planned
@@ -61,8 +61,7 @@ def linformer_attention(
         RuntimeError: backend="triton" was requested but cannot run here. The message lists every reason.
     """
     q, k, v = autocast(q, k, v)
-    check_qkv(q, k, v)
-    check_mask(key_padding_mask, k)
+    check_qkv(q, k, v, key_padding_mask)
     rotary = None if rope is None else check_rope(rope, q, k)
     key_projection = check_token_projection("key_projection", key_projection, k)
     if value_projection is not None:
@@ -79,9 +78,7 @@ def linformer_attention(
             q, k, v, key_projection, value_projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope,
             exact_rows=exact_rows,
         )  # fmt: skip
-    rows = None
-    if exact_rows:
-        rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
+    rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
     keys, values = project(k, v, key_projection, value_projection, mask=key_padding_mask, backend=backend, rotary=rotary)
     return broadcast(q, keys, values, scale=scale, rows=rows, backend=backend, rotary=rotary)
 
@@ -118,11 +115,7 @@ def linformer_attention_reference(
     Supports all devices and torch.func transforms.
     """
     tokens = q, k, v
-    if key_padding_mask is not None:
-        valid = key_padding_mask[:, None, :, None]
-        k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
-    if rope is not None:
-        q, k = apply_rope_reference(q, k, rope)
+    q, k, v = mask_and_rotate_reference(q, k, v, key_padding_mask, rope)
     e = key_projection[..., : k.shape[2], :].to(k.dtype)
     f = e if value_projection is None else value_projection[..., : v.shape[2], :].to(v.dtype)
     out = (scale * q @ (e.mT @ k).mT).softmax(-1) @ (f.mT @ v)

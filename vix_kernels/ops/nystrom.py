@@ -29,7 +29,7 @@ from ..primitives.landmarks import landmarks_reference
 from ..primitives.nystrom import mask_of_queries, nystrom
 from ..primitives.pinv import INITS, pinv_reference
 from ..primitives.token_conv import token_conv, token_conv_reference
-from .checks import autocast, check_exact_rows, check_floating, check_integer, check_mask, check_qkv, check_scale
+from .checks import autocast, check_exact_rows, check_floating, check_integer, check_qkv, check_scale
 from .exact import compute_exact_rows, with_exact_rows_reference
 from .pooling import pooling
 from .rope import Rope, check_rope
@@ -98,8 +98,7 @@ def nystrom_attention(
         RuntimeError: backend="triton" was requested but cannot run here. The message lists every reason.
     """
     q, k, v = autocast(q, k, v)
-    check_qkv(q, k, v)
-    check_mask(key_padding_mask, k)
+    check_qkv(q, k, v, key_padding_mask)
     if rope is not None:
         check_rope(rope, q, k)
     scale = check_scale(scale, q.shape[3])
@@ -123,13 +122,11 @@ def nystrom_attention(
             key_padding_mask=mask, rope=rope, exact_rows=exact_rows,
         )  # fmt: skip
     else:
-        rows = None
-        if exact_rows:
-            rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=mask, rope=rope, backend=backend)
-            if conv_weight is not None:
-                reach = exact_rows + conv_weight.shape[2] // 2
-                window, window_mask = v[:, :, :reach], None if mask is None else mask[:, :reach]
-                rows = rows + token_conv(window, conv_weight, mask=window_mask, backend=backend)[:, :, :exact_rows]
+        rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=mask, rope=rope, backend=backend)
+        if rows is not None and conv_weight is not None:
+            reach = exact_rows + conv_weight.shape[2] // 2
+            window, window_mask = v[:, :, :reach], None if mask is None else mask[:, :reach]
+            rows = rows + token_conv(window, conv_weight, mask=window_mask, backend=backend)[:, :, :exact_rows]
         out = nystrom(
             q, k, v, conv_weight, mask, scale=scale, iterations=pinv_iterations, init=pinv_init, pool=Pool(**pool),
             rows=rows, rotary=None if rope is None else rope.rotary, backend=backend,

@@ -22,9 +22,9 @@ from torch import Tensor
 from .. import backends
 from ..plans import planned
 from ..primitives import aggregate, broadcast
-from .checks import autocast, check_exact_rows, check_integer, check_mask, check_projection, check_qkv, check_scale
+from .checks import autocast, check_exact_rows, check_integer, check_projection, check_qkv, check_scale
 from .exact import compute_exact_rows, with_exact_rows_reference
-from .rope import Rope, apply_rope_reference, check_rope
+from .rope import Rope, check_rope, mask_and_rotate_reference
 
 
 @planned
@@ -61,8 +61,7 @@ def performer_attention(
         RuntimeError: backend="triton" was requested but cannot run here. The message lists every reason.
     """
     q, k, v = autocast(q, k, v)
-    check_qkv(q, k, v)
-    check_mask(key_padding_mask, k)
+    check_qkv(q, k, v, key_padding_mask)
     rotary = None if rope is None else check_rope(rope, q, k)
     slots = check_projection(projection, q)
     scale = check_scale(scale, q.shape[3])
@@ -73,9 +72,7 @@ def performer_attention(
             q, k, v, projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope, exact_rows=exact_rows
         )
     c = math.sqrt(scale)
-    rows = None
-    if exact_rows:
-        rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
+    rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
     values, lse = aggregate(slots, k, v, scale=c, gaussian=True, mask=key_padding_mask, backend=backend, rotary=rotary)
     return broadcast(q, slots, values, lse, scale=c, rows=rows, backend=backend, rotary=rotary)
 
@@ -96,14 +93,11 @@ def performer_attention_reference(
     Supports all devices and torch.func transforms.
     """
     tokens = q, k, v
-    if key_padding_mask is not None:
-        valid = key_padding_mask[:, None, :, None]
-        k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
-    if rope is not None:
-        q, k = apply_rope_reference(q, k, rope)
+    q, k, v = mask_and_rotate_reference(q, k, v, key_padding_mask, rope)
     w = projection.to(q.dtype) * math.sqrt(scale)
     log_phi_k = k @ w.mT - (k * k).sum(-1, keepdim=True) * (scale / 2)
     if key_padding_mask is not None:
+        valid = key_padding_mask[:, None, :, None]
         has_key = valid.any(-2, keepdim=True)
         log_phi_k = torch.where(valid | ~has_key, log_phi_k, float("-inf"))
     log_z = log_phi_k.logsumexp(-2, keepdim=True)

@@ -295,6 +295,18 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
     return rotate(q, k, rotary, backend=backend)
 
 
+def mask_and_rotate_reference(
+    q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v with zeros in padded tokens and with q and k rotated, in plain PyTorch."""
+    if key_padding_mask is not None:
+        valid = key_padding_mask[:, None, :, None]
+        k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)
+    if rope is not None:
+        q, k = apply_rope_reference(q, k, rope)
+    return q, k, v
+
+
 def apply_rope_reference(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     """Evaluate the equations in plain PyTorch.
 
