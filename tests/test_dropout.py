@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vix_kernels.nn.dropout import Dropout
+from vix_kernels.primitives.dropout import dropout
 from vix_kernels.testing import kept_for_backward
 
 
@@ -45,3 +46,11 @@ def test_rate_one_rate_zero_and_evaluation_mode() -> None:
     x = torch.randn(9, 9)
     assert not Dropout(1.0)(x).any()
     assert Dropout(0.0)(x) is x and Dropout(0.5).eval()(x) is x
+    assert torch.equal(dropout(x, 0.0), x)
+
+
+def test_rates_near_zero_and_one_are_rounded_to_the_nearest_rate_between_them() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(1024, 1024)
+    assert 0 < dropout(x, 1 - 1e-6).count_nonzero() < 50  # 16 are expected
+    assert 0 < (dropout(x, 1e-6) == 0).sum() < 50

@@ -10,12 +10,12 @@ BITS = 16  # bits of the random number for each element
 
 def draw_kept(kept: Tensor, p: float) -> Tensor:
     """Set each element of `kept` (uint8, contiguous, on the CPU) to 1 with probability 1 - p, else to 0."""
-    if p == 1:
-        return kept.zero_()
+    if p in (0, 1):
+        return kept.fill_(1 - p)
     four = torch.empty(-(-kept.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     numbers = four.view(torch.int16)[: kept.numel()].view(kept.shape)
     # Map the numbers to 0 and 1 by clamping, because comparisons and arithmetic with bool are slow.
-    dropped = max(round(p * 2**BITS), 1) - 2 ** (BITS - 1) - 1
+    dropped = min(max(round(p * 2**BITS), 1), 2**BITS - 1) - 2 ** (BITS - 1) - 1
     return kept.copy_(numbers.clamp_(dropped, dropped + 1).sub_(dropped))
 
 
