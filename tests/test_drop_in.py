@@ -78,7 +78,6 @@ def test_additive_masks_mark_valid_tokens():
     [
         (dict(is_causal=True), "is_causal"),
         (dict(dropout_p=0.1), "dropout_p"),
-        (dict(enable_gqa=True), "key"),
         (dict(attn_mask=torch.ones(24, dtype=torch.bool), key_padding_mask=torch.ones(2, 24, dtype=torch.bool)), "attn_mask"),
     ],
 )  # fmt: skip
@@ -89,10 +88,11 @@ def test_unsupported_arguments_are_refused_by_name(arguments, name):
 
 def test_unsupported_shapes_are_refused():
     q, k, v = qkv()
-    with pytest.raises(NotImplementedError, match="4 dimensions"):
-        DropIn("nystrom")(q[0], k[0], v[0])
+    with pytest.raises(NotImplementedError, match=r"4 dimensions each, got shapes \(2, 3, 24, 16\), .*\(3, 24, 16\)$"):
+        DropIn("nystrom")(q, k, v[0])
     with pytest.raises(NotImplementedError, match=r"\(3, 1, 1\); grouped heads are not supported"):
-        DropIn("nystrom")(q, k[:, :1], v[:, :1])
+        DropIn("nystrom")(q, k[:, :1], v[:, :1], enable_gqa=True)
+    assert torch.equal(DropIn("nystrom")(q, k, v, enable_gqa=True), DropIn("nystrom")(q, k, v))  # the heads are not grouped
     with pytest.raises(NotImplementedError, match=r"\(1, 2, 2\); samples are not broadcast"):
         DropIn("nystrom")(q[:1], k, v)
     with pytest.raises(NotImplementedError, match="prefix_tokens: expected fewer than the 1 tokens, got 1"):

@@ -196,10 +196,9 @@ class DropIn(Mounted):
                 "dropout to 0, or replace the attention with dropout='ignore', which computes it without dropout"
             )
         if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-            raise NotImplementedError(
-                f"query, key, value: expected 4 dimensions each, got a query of shape {tuple(query.shape)}"
-            )
-        if enable_gqa or not query.shape[1] == key.shape[1] == value.shape[1]:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+            raise NotImplementedError(f"query, key, value: expected 4 dimensions each, got shapes {shapes}")
+        if not query.shape[1] == key.shape[1] == value.shape[1]:
             heads = query.shape[1], key.shape[1], value.shape[1]
             raise NotImplementedError(f"key: expected as many heads as query has, got {heads}; grouped heads are not supported")
         if not query.shape[0] == key.shape[0] == value.shape[0]:
