@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .arguments import check_choice, check_counts, check_flags, check_heads, check_mlp_ratio, check_rates
 from .backbone import Backbone
-from .layers import Block, drop_path_rates, init_linear, run_blocks, to_tokens
+from .drop_path import drop_path_rates
+from .layers import Block, init_linear, run_blocks, to_tokens
 from .mixers import Mixer, Place
 from .positions import POSITIONS, learned_position, rotary_position
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vix_kernels import Rope
 
 from .arguments import check_flags, check_mlp_ratio, check_rates, per_stage
-from .layers import Block, drop_path_rates, to_maps, to_tokens
+from .drop_path import drop_path_rates
+from .layers import Block, to_maps, to_tokens
 from .mixers import Mixer, Place
 from .stages import Pyramid, Stage, shrinking
 

@@ -9,6 +9,8 @@ from vix_kernels.nn.dropout import Dropout
 from vix_kernels.nn.plain import is_plain
 from vix_kernels.primitives import feed_forward as primitive
 
+from .drop_path import DropPath
+
 # Minimum number of hidden activations (16 MiB in float32) for which the tiled primitive is used. Fewer activations fit in
 # the cache, so plain PyTorch, which recomputes nothing, is faster.
 MANY_CPU = 2**22
@@ -31,7 +33,7 @@ def feed_forward(x: Tensor, norm: nn.Module, mlp: nn.Module, drop_path: nn.Modul
 
     With `renormalise`, return n + drop_path(mlp(n)), where n = norm(x).
     """
-    if not _use_tiles(x, mlp):
+    if not _use_tiles(x, mlp, drop_path):
         n = norm(x)
         return (n if renormalise else x) + drop_path(mlp(n))
     weights = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
@@ -48,7 +50,7 @@ def feed_forward(x: Tensor, norm: nn.Module, mlp: nn.Module, drop_path: nn.Modul
 _ACTIVATIONS = {nn.GELU: "gelu", nn.Hardswish: "hardswish"}
 
 
-def _use_tiles(x: Tensor, mlp: nn.Module) -> bool:
+def _use_tiles(x: Tensor, mlp: nn.Module, drop_path: nn.Module) -> bool:
     """Return whether to use the tiled primitive.
 
     It is used on a CPU for at least MANY_CPU hidden activations, unless a module was replaced or has hooks. Compiled code does
@@ -57,6 +59,6 @@ def _use_tiles(x: Tensor, mlp: nn.Module) -> bool:
     if x.device.type != "cpu" or type(mlp) is not Mlp or type(mlp.act) not in _ACTIVATIONS:
         return False
     kinds = (mlp, Mlp), (mlp.fc1, nn.Linear), (mlp.act, type(mlp.act)), (mlp.fc2, nn.Linear), (mlp.drop, Dropout)
-    if not all(is_plain(module, kind) for module, kind in kinds):
+    if not all(is_plain(module, kind) for module, kind in (*kinds, (drop_path, DropPath))):
         return False
     return x.shape[:-1].numel() * mlp.fc1.out_features >= MANY_CPU

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .arguments import check_choice, check_counts, check_mlp_ratio, check_rates, pair
 from .backbone import Backbone, grid_of
+from .drop_path import DropPath, drop_path_rates
 from .feed_forward import Mlp
-from .layers import ConvStem, DropPath, TokenBatchNorm, drop_path_rates, run_blocks
+from .layers import ConvStem, TokenBatchNorm, run_blocks
 
 
 class FNet2D(Backbone):

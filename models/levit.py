@@ -19,7 +19,8 @@ from vix_kernels import Rope
 
 from .arguments import check_flags, check_mlp_ratio, check_rates, pair, per_stage
 from .backbone import grid_of
-from .layers import Block, TokenBatchNorm, conv_layers, drop_path_rates
+from .drop_path import drop_path_rates
+from .layers import Block, TokenBatchNorm, conv_layers
 from .mixers import Mixer, Place
 from .stages import Pyramid, Stage, shrinking
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .arguments import check_choice, check_counts, check_flags, check_heads, check_mlp_ratio, check_rates, pair
 from .backbone import Backbone, grid_of
-from .layers import Block, ConvStem, PatchStem, drop_path_rates, run_blocks
+from .drop_path import drop_path_rates
+from .layers import Block, ConvStem, PatchStem, run_blocks
 from .mixers import Mixer, Place
 from .positions import POSITIONS, learned_position, rotary_position
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from vix_kernels._torch import feed_forward as tiled
 from vix_kernels.models import feed_forward as module
+from vix_kernels.models.drop_path import DropPath
 from vix_kernels.models.feed_forward import Mlp, feed_forward
-from vix_kernels.models.layers import DropPath, TokenBatchNorm
+from vix_kernels.models.layers import TokenBatchNorm
 from vix_kernels.nn.dropout import Dropout
 from vix_kernels.nn.packed_linear import packed_linear
 from vix_kernels.primitives import feed_forward as primitive
@@ -160,7 +161,15 @@ def exchange(modules: nn.ModuleDict) -> None:
     modules["mlp"].fc2 = nn.Sequential(modules["mlp"].fc2, nn.Tanh())
 
 
-@pytest.mark.parametrize("change", [hook, exchange])
+def hook_drop_path(modules: nn.ModuleDict) -> None:
+    modules["drop_path"].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def exchange_drop_path(modules: nn.ModuleDict) -> None:
+    modules["drop_path"] = nn.Tanh()
+
+
+@pytest.mark.parametrize("change", [hook, exchange, hook_drop_path, exchange_drop_path])
 def test_hooks_and_exchanged_layers_use_the_plain_form(calls: list, change: Callable) -> None:
     modules = half()
     plain = run(modules, tokens(), False)
@@ -169,3 +178,19 @@ def test_hooks_and_exchanged_layers_use_the_plain_form(calls: list, change: Call
     torch.manual_seed(0)
     assert not torch.allclose(run(modules, tokens(), False), plain)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_packed_linear_layer_calls_hooks(everywhere: bool) -> None:
+    linear, x, seen = nn.Linear(6, 12), torch.randn(2, 3, 6, requires_grad=True), []
+
+    def note(module: nn.Module, *_: object) -> None:
+        seen.append(module)
+
+    if everywhere:
+        handle = nn.modules.module.register_module_forward_hook(note)
+    else:
+        handle = linear.register_full_backward_pre_hook(note)
+    with handle:
+        torch.cat(packed_linear(linear, x), -1).sum().backward()
+    assert seen == [linear]

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..models import fnet2d, layers, list_models, positions
+from ..models import drop_path, fnet2d, layers, list_models, positions
 from ..models.arguments import pair
 from ..models.backbone import Backbone, grid_of
 from ..models.resize import adapt_state, over_tokens
@@ -31,7 +31,7 @@ with host("timm", "1.0.28"):
 
 # torch.fx cannot trace these modules, because they check shapes, choose between algorithms, or return non-tensors.
 for _module in (
-    MixerModule, Dropout, layers.Block, layers.DropPath, layers.TokenBatchNorm, fnet2d.FourierBlock,
+    MixerModule, Dropout, layers.Block, drop_path.DropPath, layers.TokenBatchNorm, fnet2d.FourierBlock,
     positions.RotaryPosition, positions.MixedRotaryPosition,
 ):  # fmt: skip
     register_notrace_module(_module)

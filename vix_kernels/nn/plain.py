@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..primitives.registry import in_transform
 
@@ -14,6 +15,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     This is not the case for subclasses, for modules with hooks, during compilation or tracing, or inside torch.func
     transforms.
     """
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    hooked = any(hooks) or _has_any_global_hook()
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return type(module) is kind and not hooked and not traced and not in_transform()
