@@ -36,7 +36,7 @@ bench: $(READY)  ## compare the speed of every operator with other packages; wit
 traffic: $(READY)  ## count the bytes that the kernels read and write; one operator: make traffic ARGS="--op apply_rope"
 	OMP_NUM_THREADS=1 $(BIN)/vix dev traffic $(ARGS)
 
-quality: $(READY)  ## measure the error of each attention against softmax attention; writes docs/quality.png
+quality: $(READY)  ## measure and plot how much each attention differs from softmax attention; writes docs/quality.png
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.quality --output docs/quality.png $(ARGS)
 
 # DATA is a data set of vix train, such as a pack of CIFAR-10 images. The teacher is trained with 65 tokens, and then with 257
@@ -67,8 +67,8 @@ lint: $(READY)  ## check the style
 	$(BIN)/ruff format --check .
 
 # The installed Triton compiles the kernels for all architectures. The oldest supported Triton, which is installed in a separate
-# folder, compiles them only for sm_90. Only the kernels that the committed table lacks are compiled, about one per second on two
-# cores. Measuring the shared memory of every entry of the launch table takes more than half an hour.
+# folder, compiles them only for sm_90. Kernels that are already in the committed table are skipped. Two cores compile about one
+# kernel per second. Measuring the shared memory of every entry of the launch table takes more than half an hour.
 report: $(READY) $(VENV)/triton-$(OLDEST_TRITON)/.ready  ## compile changed kernels for seven GPU architectures; check budgets
 	$(BIN)/vix dev compile-report $(ARGS)
 	$(BIN)/vix dev compile-report --shared $(ARGS)

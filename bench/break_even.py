@@ -1,15 +1,15 @@
 """Measure from how many tokens each attention is faster than softmax attention.
 
-    python -m bench.break_even --output DIR      times on one CPU thread
-    python -m bench.break_even --predict --output DIR      predictions for GPUs, from machine code
+    python -m bench.break_even --output DIR              times on one CPU thread
+    python -m bench.break_even --predict --output DIR    predictions for the H100, from machine code
 
 Each attention has the default options of the integrations. Linformer and Fourier mixing cannot replace softmax attention in a
-host model, so they have the defaults of their modules. The baseline is PyTorch's scaled_dot_product_attention on the same q, k
-and v. Only the attention is measured, without its linear layers. On a CPU, the attentions take turns, and each ratio compares
-two CPU times from the same round. --predict needs no GPU: as in `vix dev roofline OP --shape`, the time of each launch follows
-from its machine code and published peak rates. Softmax attention is predicted in the same way, from the kernel in
-vix_kernels/measure/flash.py. This kernel has no backward, so only the forward is predicted. --write updates the table in
-vix_kernels/measure/break_even.csv.
+host model, so they have the default options of this library's modules. The baseline is PyTorch's scaled_dot_product_attention
+on the same q, k and v. Only the attention is measured, without its linear layers. On a CPU, the attentions take turns, and each
+ratio compares two CPU times from the same round. --predict needs no GPU: as in `vix dev roofline OP --shape`, the time of each
+launch is computed from its machine code and published peak rates. Softmax attention is predicted in the same way, from the
+kernel in vix_kernels/measure/flash.py. This kernel has no backward, so only the forward is predicted. --write updates the table
+in vix_kernels/measure/break_even.csv.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HEADS = 3
 WIDTHS = (32, 64)
 TOKENS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 PREDICTED_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-PREDICTED_HEADS, TOTAL_TOKENS = 8, 131072  # a batch that fills a GPU, as in `vix dev roofline`
+PREDICTED_HEADS, TOTAL_TOKENS = 8, 131072  # batches that fill a GPU, as in `vix dev roofline`
 Row = dict[str, Any]
 
 
@@ -57,7 +57,7 @@ def calls(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Iterator[tu
 
 
 def measure(width: int, tokens: int, rounds: int) -> Iterator[Row]:
-    """Yield a row for each attention and direction. If calls are short, each sample is the time of several calls."""
+    """Yield a row for each attention and direction. With fewer than 1,024 tokens, each sample is the time of several calls."""
     repeats = max(1, 1024 // tokens)
 
     def forward(function: Callable[..., Tensor], leaves: list[Tensor]) -> None:
@@ -86,7 +86,8 @@ def measure(width: int, tokens: int, rounds: int) -> Iterator[Row]:
 def predict(width: int, tokens: int, gpu: Device) -> Iterator[Row]:
     """Yield a row for each attention with the predicted time of its forward in bfloat16.
 
-    There is no row if no kernel of this library runs: for long inputs, Fourier mixing uses torch.fft, whose time is unknown.
+    An attention that launches no kernel of this library has no row: on long inputs, Fourier mixing uses torch.fft, whose time
+    is not predicted.
     """
     from vix_kernels.measure.flash import flash_forward
     from vix_kernels.measure.launch_times import committed, predict, row_of
@@ -111,10 +112,12 @@ def predict(width: int, tokens: int, gpu: Device) -> Iterator[Row]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("python -m bench.break_even", __doc__)
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="rounds per size; default: %(default)s")
-    parser.add_argument("--predict", action="store_true", help="predict the times on an H100 instead of measuring")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write times.csv or predicted.csv there")
-    parser.add_argument("--write", action="store_true", help=f"update the rows of this device in {PATH.name}")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="rounds per size (default: %(default)s)")
+    parser.add_argument("--predict", action="store_true", help="predict the times on an H100 instead of measuring on a CPU")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for times.csv or predicted.csv (default: only print)"
+    )
+    parser.add_argument("--write", action="store_true", help=f"replace measured or predicted rows in {PATH.name}")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -1,8 +1,8 @@
-"""Write a part of a data set to a folder of PNG files, so that `vix train --img-size` can enlarge the images.
+"""Write a random part of a data set to a folder of PNG files, so that `vix train --img-size` can enlarge the images.
 
     python -m bench.image_folder --dataset cifar10 --output DIR --train 10000 --test 3000
 
-The images are drawn at random, because data sets may be sorted by class. The script needs the extra `train`.
+The choice is random because data sets may be sorted by class. The script needs the extra `train`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def write_images(dataset: Dataset, output: Path, train: int, test: int, seed: in
     """Write `train` random training images to output/train/CLASS, and `test` random test images to output/val/CLASS.
 
     Raises:
-        ValueError: the data set has fewer images, or `output` exists.
+        ValueError: the data set has fewer images than requested, or `output` exists.
     """
     for name, wanted, images in (("train", train, dataset.train), ("test", test, dataset.test)):
         if wanted > len(images):
@@ -55,8 +55,8 @@ def write_part(dataset: Dataset, images: Images, order: Tensor, folder: Path) ->
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("bench.image_folder", __doc__)
-    parser.add_argument("--dataset", required=True, help="a data set of `vix train`")
-    parser.add_argument("--output", type=Path, required=True, help="a new folder")
+    parser.add_argument("--dataset", required=True, help="name or path of a data set, as in `vix train`")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write, which must not exist")
     parser.add_argument("--train", type=within(1, 2**31), required=True, metavar="N", help="number of training images")
     parser.add_argument("--test", type=within(1, 2**31), required=True, metavar="N", help="number of test images")
     options = parser.parse_args(argv)

@@ -2,10 +2,10 @@
 
     python -m bench.integrations --output DIR
 
-Times are CPU times of one thread. Calls to the host's module and to our module alternate. Each integration is
-measured in several new processes, because the allocator keeps memory from earlier calls, which changes the cost of large
-buffers. Ratios would be different in a process that has already measured other integrations. Before anything is timed, the
-outputs of both modules are compared. They must match, except for timm, where landmarks approximate softmax attention.
+Times are CPU times of one thread. Calls to the host library's module and to this library's module alternate. Each integration
+is measured in several new processes: an allocator keeps memory from earlier calls, which changes the cost of large buffers, so
+ratios would differ in a process that has already measured other integrations. Before anything is timed, the outputs of both
+modules are compared. They must match, except for timm, where Nystrom attention approximates softmax attention.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from vix_kernels.measure.machine import commit, device_name
 from vix_kernels.measure.operators import alone
 from vix_kernels.measure.timing import in_turns
 
-SAME = 1e-4  # float32 outputs with a smaller relative error count as equal
-Pair = tuple[nn.Module, nn.Module, tuple[Tensor, ...]]  # our module, the host library's module, and their arguments
+SAME = 1e-4  # outputs match if their relative error is smaller than this
+Pair = tuple[nn.Module, nn.Module, tuple[Tensor, ...]]  # this library's module, the host library's module, and their arguments
 
 
 def timm_vit() -> Pair:
@@ -83,7 +83,7 @@ def linformer() -> Pair:
 
 
 def _with_ours(replace: Callable[[nn.Module], object], host: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return a copy of `host` to which `replace` was applied, and `host` itself."""
+    """Return a copy of `host` that `replace` has changed, and `host` itself."""
     ours = copy.deepcopy(host)
     replace(ours)
     return ours, host
@@ -115,9 +115,9 @@ Times = dict[str, tuple[float, ...]]
 
 
 def measured(name: str, rounds: int) -> tuple[float, dict[str, Times]]:
-    """Return the relative error of our output, and the time of every call in milliseconds.
+    """Return the relative error of this library's output, and the time of every call in milliseconds.
 
-    The times are in a nested dictionary with the keys direction ("forward" or "full") and owner ("ours" or "host").
+    The times are indexed by the direction ("forward" or "full"), and then by the module ("ours" or "host").
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -127,7 +127,7 @@ def measured(name: str, rounds: int) -> tuple[float, dict[str, Times]]:
         out, exact = (_first(module.eval(), args) for module in (ours, host))
     error = ((out - exact).norm() / exact.norm()).item()
     if name != "timm" and not error < SAME:
-        raise RuntimeError(f"{name}: expected the host's outputs, got a relative error of {error:.1e}")
+        raise RuntimeError(f"{name}: expected the outputs of the host library, got a relative error of {error:.1e}")
     times = {}
     for direction, call in (("forward", torch.no_grad()(_first)), ("full", _full)):
         calls = {owner: partial(call, module, args) for owner, module in (("ours", ours), ("host", host))}
@@ -168,9 +168,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("python -m bench.integrations", __doc__)
     names = list(INTEGRATIONS)
     parser.add_argument("--integrations", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds in each process; default: %(default)s")
-    parser.add_argument("--processes", type=int, default=3, metavar="N", help="processes per integration; default: %(default)s")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write integrations.csv there (default: only print)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds per process (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=3, metavar="N", help="processes for each (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for integrations.csv (default: only print)")
     options = parser.parse_args(argv)
     rows = []
     for name in options.integrations:

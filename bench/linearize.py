@@ -1,10 +1,11 @@
 """Convert a trained softmax model with several attentions, and compare the accuracy: `make linearize`.
 
-The teacher is a run of `vix train` on a data set with labels. For every attention and number of features, with and without
-exact rows, and for every seed, the script converts the teacher on training images, and then evaluates it once on all held-out
-images: agreement with the teacher, accuracy, mean Kullback-Leibler divergence, and the seconds of the conversion. The first row
-is the teacher. The script writes linearize.csv after every conversion, continues an interrupted run, and draws linearize.png,
-with the times of bench/linearize_time.py if they are in the same folder.
+The teacher is a run of `vix train` on a data set with labels. The script converts the teacher with every attention and every
+number of features or landmarks, with and without exact rows (softmax attention for the class token), and for every seed
+(Nystrom attention: only the first). It evaluates each converted model once on all held-out images. A row contains the agreement
+with the teacher, the accuracy, the mean Kullback-Leibler divergence, and the seconds of the conversion. The first row is the
+teacher. The script writes linearize.csv after every conversion, continues an interrupted run, and draws linearize.png, with the
+times of bench/linearize_time.py if they are in the same folder.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from vix_kernels.training.trained import Trained, load_trained
 FILE = "linearize.csv"
 SEEDS = (0, 1, 2)
 BATCH, IMAGES = 16, 512
-# name, op, options, numbers of features or landmarks, whether all weights are then trained to reproduce the teacher
+# Name, op, options, numbers of features or landmarks, and whether all weights are then trained to reproduce the teacher
 METHODS: tuple[tuple[str, str, dict[str, Any], tuple[int, ...], bool], ...] = (
     ("random features", "performer", {}, (16, 32, 64, 128), False),
     ("learned features", "feature", {}, (16, 32, 64, 128), False),
@@ -40,16 +41,16 @@ METHODS: tuple[tuple[str, str, dict[str, Any], tuple[int, ...], bool], ...] = (
     ("features and distillation", "feature", {}, (16, 32), True),
 )
 TEACHER = "softmax (the teacher)"
-SHOWN = 6  # the largest loss of accuracy in the figure, in points
+SHOWN = 6  # the largest loss of accuracy that the figure shows, in percentage points
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser.of("bench.linearize", __doc__)
-    parser.add_argument("--teacher", required=True, help="a run of vix train with softmax attention")
+    parser.add_argument("--teacher", required=True, help="folder of a run of vix train with softmax attention")
     parser.add_argument("--dataset", help="default: the data set of the run")
     parser.add_argument("--output", type=Path, required=True, help=f"folder for {FILE} and linearize.png")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--steps", type=int, default=400, help="training steps, and steps of distillation")
+    parser.add_argument("--steps", type=int, default=400, help="steps of the conversion and of distillation")
     parser.add_argument("--counts", type=int, nargs="+", help="only these numbers of features and landmarks")
     parser.add_argument("--methods", nargs="+", help="only methods whose names contain one of these texts")
     options = parser.parse_args(argv)
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def jobs(methods: list[str] | None, counts: list[int] | None) -> list[tuple[str, str, dict[str, Any], int, bool]]:
-    """Return the chosen conversions. The fast ones come first, so that an interrupted study has every method."""
+    """Return the chosen conversions: those without distillation first, then by number of slots, to get the fast ones early."""
     found = [
         (method, op, settings, slots, distilled)
         for method, op, settings, known, distilled in METHODS
@@ -143,7 +144,7 @@ def compare(scores: Tensor, expected: Tensor, dataset: Dataset) -> dict[str, flo
 
 
 def draw(output: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw agreement and accuracy against the number of slots, the mean over the seeds, and the times if there are any."""
+    """Draw disagreement and accuracy (means over the seeds) against the number of slots, and the times if there are any."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

@@ -1,10 +1,11 @@
-"""Measure the time per image of converted models against the number of tokens: a part of `make linearize`.
+"""Measure the time per image of converted models for several numbers of tokens: a part of `make linearize`.
 
     python -m bench.linearize_time --output DIR
 
-The models are hybrid_vit as in the study of the accuracy, with random weights, because the time does not depend on them. Each
-image is processed alone. The models take turns, and a row of linearize-time.csv has the median over the turns. The time is
-CPU time on one thread. "no attention" is the same model with the identity in place of its attention layers.
+The models are hybrid_vit as in bench/linearize.py, with random weights, because the time does not depend on them. The batch
+size is 1. The models take turns, and a row of linearize-time.csv has the median over the rounds. Times are CPU times of one
+thread.
+"no attention" is the same model with its attention layers replaced by the identity.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FILE = "linearize-time.csv"
 PATCH = 4
 SIDES = (16, 24, 32, 48, 64)  # tokens per side of the image: 257 to 4,097 tokens with the class token
 COUNTS = (16, 64)
-# name, op, name of the option with the number of slots
+# Name, op, and name of the option that sets the number of slots
 METHODS = (
     ("random features", "performer", "num_features"),
     ("learned features", "feature", "num_features"),
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help=f"folder for {FILE}")
     parser.add_argument("--sides", type=within(8, 256), nargs="+", default=SIDES, help="tokens per side of the image")
     parser.add_argument("--depth", type=within(1, 48), default=6, help="layers of the model (default: %(default)s)")
-    parser.add_argument("--rounds", type=within(1, 1000), default=9, help="turns of each model (default: %(default)s)")
+    parser.add_argument("--rounds", type=within(1, 1000), default=9, help="calls of each model (default: %(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)

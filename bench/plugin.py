@@ -1,8 +1,8 @@
 """Plugin for `pytest --benchmark` that makes pytest-benchmark report device time.
 
-The statistics, JSON files and comparisons of pytest-benchmark then contain device time, or CPU time if there is no GPU. The
-first test for an operator and a number of tokens checks and measures all providers together, as described in
-vix_kernels/measure/operators.py. Each test then replays the recorded times of its provider to pytest-benchmark.
+The statistics, JSON files and comparisons of pytest-benchmark then contain device times, or CPU times if there is no GPU. The
+first test for an operator and a number of tokens checks and measures all providers, as described in
+vix_kernels/measure/operators.py. Each test then replays the times of its provider to pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Recorded:
         return self.now
 
     def replay(self, milliseconds: tuple[float, ...]) -> Callable[[], None]:
-        """Return a function whose n-th call advances the clock by the n-th of these times."""
+        """Return a function whose n-th call advances the clock by the n-th element of `milliseconds`."""
         remaining = iter(milliseconds)
 
         def call() -> None:
@@ -52,7 +52,7 @@ CLOCK = Recorded()
 
 
 def contenders(op: str, config: pytest.Config) -> list[str]:
-    """Return the providers to measure. SDPA takes the same time for all attention ops, so only the first op includes it."""
+    """Return the providers to measure. SDPA takes the same time for all attentions, so only the first attention includes it."""
     skipped = {"compiled"} if not config.getoption("--compiled") else set()
     if op != next(name for name in public() if SPECS[name].attends):
         skipped.add("sdpa")
@@ -95,9 +95,9 @@ def race(pytestconfig: pytest.Config) -> Callable[[str, int], Race]:
 
 @pytest.fixture
 def report(benchmark: Any, race: Callable[[str, int], Race]) -> Callable[[str, int, str, str], None]:
-    """Return a function report(op, tokens, direction, provider) that adds one result to pytest-benchmark.
+    """Return a function report(op, tokens, direction, provider) that adds the times of one provider to pytest-benchmark.
 
-    If the result is wrong, the test fails, and no time is reported.
+    If the provider's results are incorrect, the test fails, and no times are added.
     """
 
     def report(op: str, tokens: int, direction: str, provider: str) -> None:

@@ -2,11 +2,10 @@
 
 The slots are random features, segment or grid landmarks, or pooled agents. The baseline is the mean of v. There are three sets
 of tokens. The first contains q, k and v of a softmax transformer for held-out images of digits (16 x 16 tokens); the script
-trains the transformer first. The other two are random fields with a known correlation length, one smooth and one rough (64 x 64
-tokens). The error is |out - exact| / |exact| for one head and image, or for one field. In the figure, lines show medians and
-bands show quartiles. No attention is trained to approximate softmax attention. The study measures how well each attention
-approximates it for given q, k and v. linformer_attention is skipped because its projections are trained parameters, and its
-error with random projections would say nothing about trained projections.
+trains the transformer first. The other two sets are random fields with a known correlation length, one smooth and one rough (64
+x 64 tokens). The error is |out - exact| / |exact| for one head and image, or for one field. In the figure, lines show medians
+and bands show quartiles. No attention is trained to approximate softmax attention. linformer_attention is skipped, because its
+projections are trained parameters, and its error with random projections would say nothing about trained projections.
 
 examples:
   python -m bench.quality --output docs/quality.png    also writes docs/quality.csv; two minutes on an idle core
@@ -43,7 +42,7 @@ MEAN = "mean of v"
 
 @dataclass(frozen=True)
 class Size:
-    """Numbers of slots, epochs, images and fields in the study."""
+    """Sizes of the study: the numbers of slots to compare, and the numbers of training epochs, images and fields."""
 
     slots: tuple[int, ...]
     epochs: int
@@ -71,7 +70,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Row:
-    """Quartiles over heads of |out - exact| / |exact|, where |x| is the Frobenius norm over tokens and channels."""
+    """Median and quartiles over heads of |out - exact| / |exact|, where |x| is the Frobenius norm over tokens and channels."""
 
     tokens: str
     method: str
@@ -202,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("bench.quality", __doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="PATH.png", help="the figure; its numbers go to PATH.csv")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the model, fields and features (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="a smoke test in seconds, with an untrained model")
+    parser.add_argument("--quick", action="store_true", help="run a smoke test that takes seconds, with an untrained model")
     args = parser.parse_args(argv)
     if args.output.suffix != ".png":
         parser.error(f"--output: expected a path that ends in .png, got {args.output}")

@@ -1,11 +1,14 @@
-"""Print the results of `pytest --benchmark` as a table of our times divided by those of the peers.
+"""Print the results of `pytest --benchmark` or `vix bench --models` as a table of ratios to the peers or original models.
 
-Peers are other packages, or plain PyTorch for operators without such a package. A budget is a target: an upper limit for such a
-ratio. Ratios above their budget are marked as missed.
+Peers are other packages, or plain PyTorch for operators without such a package. A ratio is the value of this library divided by
+that of the peer or original. A budget is an upper limit that a ratio should not exceed. Ratios above their budget are marked as
+missed.
 
 examples:
   pytest --benchmark --benchmark-json run.json
   python -m bench.table run.json
+  vix bench --models --output results
+  python -m bench.table results/bench.json
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ Row = dict[str, Any]
 
 
 class Budget(NamedTuple):
-    """Target upper limits for our value divided by the peer's value. A limit is None if there is no target.
+    """Upper limits for the value of this library divided by that of the peer. A limit is None if there is no target.
 
     `forward` limits the time of the forward pass, `full` the time of the forward and backward passes together, and `kept` the
     memory kept for the backward pass.
@@ -53,7 +56,7 @@ COLUMNS = (
 
 
 def ratio(ours: Sequence[float], peers: Sequence[float]) -> float:
-    """Return the median over rounds of ours / peers. If the numbers of rounds differ, return the ratio of the medians."""
+    """Return the median of the ratios of each round. If the numbers of rounds differ, return the ratio of the medians."""
     if len(ours) == len(peers):
         return statistics.median(a / b for a, b in zip(ours, peers, strict=True))
     return statistics.median(ours) / statistics.median(peers)
@@ -129,11 +132,11 @@ def model_budget(name: str) -> Budget:
     return Budget(None, 0.85 if name in ("vil", "hybrid_vil") else 0.7, 0.4)
 
 
-BF16_BUDGET = 0.45  # our bf16 time divided by the original's float32 time, on a CPU with bf16 matrix instructions (AMX)
+BF16_BUDGET = 0.45  # this library's bf16 time divided by the original's float32 time, on a CPU with AMX
 
 
 def model_lines(rows: Iterable[Row]) -> list[str]:
-    """Return a Markdown table with one line per model: our values divided by the original's."""
+    """Return a Markdown table with one line per model: the values of this library divided by those of the original."""
     found = {(row["model"], row["provider"], row["dtype"], row["direction"]): row for row in rows if row["status"] == "ok"}
 
     def ratio(name: str, figure: str, ours: str, original: str, direction: str = "training") -> float | None:

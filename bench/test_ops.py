@@ -1,6 +1,6 @@
 """Benchmark every public operator against plain PyTorch, softmax attention and other installed packages.
 
-Results are checked before they are timed.
+The results of each provider are checked before it is timed.
 """
 
 from __future__ import annotations

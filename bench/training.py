@@ -1,11 +1,11 @@
-"""Compare the accuracy that our models and the originals reach after a few minutes of training on one CPU core.
+"""Compare the accuracy that this library's models and the originals reach after a few minutes of training on one CPU core.
 
     python -m bench.training cifar10_jpeg.npz --output DIR
 
 The two models of a pair have the same architecture and about the same number of parameters. The original is the published model
 in plain PyTorch. It is trained in float32 with the recipe of the original scripts, but with the training loop and the data
-loading of this library. Our model is trained in bfloat16 with `--recipe fast`. Both are trained at the same time, each on a
-separate core, so that other load on the machine affects both.
+loading of this library. This library's model is trained in bfloat16 with `--recipe fast`. Both models are trained at the same
+time, each on a separate core, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from vix_kernels.training.state import State
 HYBRID = VIX | dict(dim=64, depth=3, mlp_dim=128, heads=2, dim_head=32)
 SMALL_CCT = CCT | dict(img_size=32, num_classes=10, embedding_dim=64, num_layers=2, num_heads=2)
 OURS = dict(img_size=32, num_classes=10, embed_dim=64, num_heads=2)
-# For each pair: the arguments of our model, and the label and arguments of the original. Each model has about 0.2 million
-# parameters.
+# For each pair: the arguments of this library's model, and the label and arguments of the original. Each model has about 0.2
+# million parameters.
 PAIRS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "hybrid_vip": (OURS | dict(depth=3), "HybridViP", HYBRID),
     "hybrid_vin": (OURS | dict(depth=3), "HybridViN", HYBRID),
     "ccn": (OURS | dict(depth=2, mlp_ratio=4.0), "CCN", SMALL_CCT),
 }
 CORES = (0, 1)
-TRIAL = 0.05  # length of a trial run, relative to the full run; it estimates how many images the full run can process
+TRIAL = 0.05  # length of the trial run, relative to the full run; the trial estimates how many images the full run can process
 BATCH = 128
 
 
@@ -59,14 +59,14 @@ def make(name: str, provider: str) -> nn.Module:
     if provider == "ours":
         return create_model(name, **ours)
     model = drawn(build(label, original, backend="reference"))
-    # The training loop calls these methods. no_weight_decay() returns an empty set, because the original scripts apply weight
-    # decay to all parameters.
+    # The training loop calls these methods, which the originals lack. no_weight_decay() returns an empty set, because the
+    # original scripts apply weight decay to all parameters.
     model.no_weight_decay, model.get_classifier = set, nn.Identity
     return model
 
 
 def trained(name: str, provider: str, path: str, minutes: float, core: int) -> dict[str, Any]:
-    """Train one model on one core and return its row of the results."""
+    """Train one model on one core, and return its row in the table."""
     if hasattr(os, "sched_setaffinity") and core in os.sched_getaffinity(0):
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
@@ -74,7 +74,7 @@ def trained(name: str, provider: str, path: str, minutes: float, core: int) -> d
     seed_torch(0)
     config = Config(**RECIPES["fast" if provider == "ours" else "original"] | dict(model=name, batch_size=BATCH))
     trial, _ = run(config, make(name, provider), dataset, TRIAL * 60 * minutes)
-    fitting = int(trial / TRIAL)  # images that fit into the full time; the schedule needs the number of epochs in advance
+    fitting = int(trial / TRIAL)  # images that the full run can process; the schedule needs the number of epochs in advance
     model, data = make(name, provider), dataset
     if provider == "ours":
         epochs = -(-fitting // len(dataset.train))
@@ -98,7 +98,7 @@ def some_of(images: HeldImages, count: int) -> HeldImages:
 
 
 def run(config: Config, model: nn.Module, dataset: Dataset, seconds: float) -> tuple[int, State]:
-    """Train for `seconds` or until the schedule ends. Return the number of images seen and the final state."""
+    """Train for `seconds` or until the schedule ends. Return the number of processed images and the final state."""
     state = State(config, model, torch.device("cpu"), Ranks())
     end, images, steps = time.perf_counter() + seconds, 0, -(-len(dataset.train) // config.batch_size)
 
@@ -119,10 +119,10 @@ def run(config: Config, model: nn.Module, dataset: Dataset, seconds: float) -> t
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("python -m bench.training", __doc__)
-    parser.add_argument("dataset", help="path of the CIFAR-10 data set")
+    parser.add_argument("dataset", help="CIFAR-10: the path or name of the data set, as in `vix train`")
     parser.add_argument("--models", nargs="+", choices=PAIRS, default=list(PAIRS), metavar="NAME", help="default: all")
-    parser.add_argument("--minutes", type=float, default=8.0, metavar="M", help="length of a run (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write training.csv there (default: only print)")
+    parser.add_argument("--minutes", type=float, default=8.0, metavar="M", help="minutes per run (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for training.csv (default: only print)")
     options = parser.parse_args(argv)
     results: list[dict[str, Any]] = []
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:

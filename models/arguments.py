@@ -47,7 +47,7 @@ def pair(name: str, size: Any) -> tuple[int, int]:
     """Return `size` as (height, width). A single number applies to both."""
     both = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
     if len(both) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in both):
-        raise ValueError(f"{name}: expected a positive integer or two of them, got {size!r}")
+        raise ValueError(f"{name}: expected a positive integer or a pair of positive integers, got {size!r}")
     return both
 
 
@@ -57,7 +57,7 @@ def per_stage(stages: int, **values: Any) -> list[tuple[int, ...]]:
     for name, value in values.items():
         row = (value,) * stages if isinstance(value, int) else tuple(value) if isinstance(value, tuple | list) else ()
         if len(row) != stages:
-            raise ValueError(f"{name}: expected an integer or one for each of {stages} stages, got {value!r}")
+            raise ValueError(f"{name}: expected an integer, or one integer for each of the {stages} stages, got {value!r}")
         for count in row:
             check_counts(**{name: count})
         rows.append(row)

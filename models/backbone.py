@@ -74,12 +74,12 @@ class Backbone(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head with a new one. num_classes=0 removes the head, and global_pool="" also removes the pooling."""
+        """Replace the head with a new one. num_classes=0 removes the head. global_pool="" removes the pooling."""
         chosen = {} if global_pool is None else {"global_pool": global_pool}
         global_pool = self.global_pool if global_pool is None else global_pool
         check_choice(self.pools, global_pool=global_pool)
         if global_pool == "token" and not self.num_prefix_tokens:
-            raise ValueError('global_pool: expected "avg" with class_token=False, got "token"')
+            raise ValueError('global_pool: expected "avg", "max" or "" with class_token=False, got "token"')
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
             raise ValueError(f"num_classes: expected an integer >= 0, got {num_classes!r}")
         self.num_classes, self.global_pool = num_classes, global_pool
@@ -101,7 +101,7 @@ class Backbone(nn.Module):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Adapt the model to images of another size, in place. The result is that of `load_model` with this img_size.
+        """Adapt the model to images of another size, in place. The result is the same as from `load_model` with this img_size.
 
         Parameters whose shape does not depend on the size stay the same objects. `patch_size` must be None.
 
@@ -132,7 +132,7 @@ class Backbone(nn.Module):
         return self.norm(self.forward_trunk(x))
 
     def pool(self, x: Tensor) -> Tensor:
-        """Pool the tokens to one vector per image."""
+        """Pool the tokens to one vector per image, or return them unchanged if global_pool is ""."""
         if self.global_pool == "":
             return x
         if self.global_pool == "token":
@@ -141,7 +141,7 @@ class Backbone(nn.Module):
         return x.amax(dim=1) if self.global_pool == "max" else x.mean(dim=1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map tokens to logits (B, num_classes), or to the pooled features if `pre_logits` is True."""
+        """Map tokens to logits (B, num_classes), or to pooled features if `pre_logits` is True or num_classes is 0."""
         x = self.head_drop(self.pool(x))
         return x if pre_logits else self.head(x)
 
@@ -171,7 +171,7 @@ class Backbone(nn.Module):
         Args:
             indices: indices of levels in `feature_info`. An integer n selects the last n, and None selects all.
             return_prefix_tokens: return each feature as (feature, prefix tokens) if the model has prefix tokens.
-            norm: apply the final norm to the features. In models with stages, it is applied only to those of the last stage.
+            norm: apply the final norm to the features. In models with stages, the norm applies only to the last stage.
             stop_early: skip the levels after the last chosen one. The returned tokens are then those of this level.
             output_fmt: "NCHW" for maps (B, C, rows, columns), "NLC" for tokens (B, rows * columns, C).
             intermediates_only: return only the features.
@@ -208,10 +208,12 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove, in place, what `forward_intermediates` does not need for `indices`. `save_model` rejects a pruned model.
+        """Remove, in place, the modules that `forward_intermediates` does not need for `indices`.
+
+        `save_model` rejects a pruned model.
 
         Returns:
-            the indices of the chosen levels, as integers >= 0.
+            The indices of the chosen levels, as integers >= 0.
         """
         chosen, levels = self._indices(indices), self.levels()
         kept = max(chosen) + 1
@@ -223,7 +225,7 @@ class Backbone(nn.Module):
         self.num_features = levels[kept - 1].width
         if prune_head:
             self.reset_classifier(0, "")
-        self.__dict__.pop("config", None)  # create_model cannot build this model
+        self.__dict__.pop("config", None)  # create_model cannot build a pruned model
         return chosen
 
     def _indices(self, indices: int | Sequence[int] | None) -> list[int]:
@@ -245,7 +247,7 @@ class Backbone(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return the patterns with which timm groups the parameters by depth, from the stem to the head.
 
-        With `coarse`, each stage is one group.
+        With `coarse`, each stage is one group, in models with stages.
         """
         blocks = [(r"^blocks\.(\d+)", None), (r"^norm|^attention_pool", (99999,))]
         return dict(stem=r"^(?:cls_token|pos_embed|patch_embed|tokenizer|rope)", blocks=blocks)
@@ -253,7 +255,7 @@ class Backbone(nn.Module):
     def token_maps(self) -> dict[str, tuple[tuple[int, int], int]]:
         """Return a dict from module names to ((rows, columns), number of prefix tokens).
 
-        It has an entry for each module whose parameters may have a token dimension. The rows and columns are the size of the
+        It has an entry for each module whose parameters can have a token dimension. The rows and columns are the size of the
         module's token map. The name "" refers to the whole model.
         """
         raise NotImplementedError

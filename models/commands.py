@@ -110,7 +110,7 @@ def convert(argv: list[str]) -> int:
 def _read(path: Path) -> Mapping[str, Tensor]:
     """Read the state_dict from `path`. It may be nested under the key "state_dict" or "model"."""
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise ValueError(f"weights: there is no file {path}")
     try:
         with path.open("rb") as file:
             begins = file.read(len(OLD_FORMAT))
@@ -121,13 +121,13 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and torch raise many exception types for damaged files
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is damaged, or holds more than tensors ({reason}); save model.state_dict() alone") from error
+        raise ValueError(f"{path} is damaged or contains more than tensors ({reason}); save only model.state_dict()") from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
-        raise ValueError(f"{path} does not contain a state_dict")
+        raise ValueError(f"weights: expected {path} to contain a state_dict, a dict from names to tensors")
     # DataParallel adds this prefix to every name.
     return {key.removeprefix("module."): value for key, value in state.items()}

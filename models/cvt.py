@@ -1,6 +1,6 @@
 """The convolutional vision transformer (CvT, arXiv:2103.15808), and its variants CvN and CvP from Vision Xformers.
 
-image -> stages of convolution -> norm -> depth x [x + attention(convolution(norm(x))), x + mlp(norm(x))]
+image -> stages x [convolution -> norm -> depth x [x + attention(convolution(norm(x))), x + mlp(norm(x))]]
       -> norm -> mean -> head
 """
 
@@ -26,7 +26,7 @@ class CvT(Pyramid):
 
     - The model has the convolutional projection of the CvT paper, which the originals omit.
     - Layer norms add eps inside the square root, so the gradient is finite if all channels are equal.
-    - The token map may have any size.
+    - The token map can have any size.
     - `num_heads` is respected. Some originals always use 4 heads.
 
     q, k and v share one 3 x 3 depthwise convolution, whereas the paper has a separate convolution for each of them. The shared

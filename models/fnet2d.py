@@ -1,6 +1,6 @@
 """FNet in two dimensions, from the Vision Xformers package.
 
-    image -> convolutions -> depth x [x + mlp(norm(F(x)))] -> mean -> head
+    image -> convolutions -> depth x [x + mlp(norm(F(x)))] -> norm -> mean -> head
 
 F is the real part of the discrete Fourier transform over rows, columns and channels.
 """
@@ -93,7 +93,7 @@ class FourierBlock(nn.Module):
 
 
 class _RealTransform(torch.autograd.Function):
-    """Apply `real_transform`, a linear map with a symmetric matrix. The backward therefore applies it to the gradient, too."""
+    """Apply `real_transform`, a linear map with a symmetric matrix. Backward therefore applies the same map to the gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class ConvStem(nn.Sequential):
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: tuple[int, int], grid_size: tuple[int, int]) -> None:
         widths = in_chans, -(-embed_dim // 4), -(-embed_dim // 2), embed_dim
-        # Strides of 1 come first, so for small patches the first convolutions see the full resolution.
+        # The reversed order puts factors of 2 last, so for patches of 2 or 4 pixels the first stride is 1 (full resolution).
         strides = zip(*(reversed(_three_strides(size)) for size in patch_size), strict=True)
         super().__init__(*conv_layers(widths, strides, nn.GELU))
         self.patch_size, self.grid_size = patch_size, grid_size

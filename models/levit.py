@@ -31,10 +31,10 @@ class LeViT(Pyramid):
     Fixes relative to the originals, which have no normalization:
 
     - Batch norm and hardswish are used, as in the LeViT paper.
-    - Softmax attention has the attention bias of the paper. In the zoo, mixers without attention weights use rotary positions
-      instead.
+    - Softmax attention has the attention bias of the paper. In the zoo, LeViN and LeViP use rotary positions instead, because
+      their mixers compute no logits to which a bias could be added.
     - Stages shrink the map and change the width.
-    - The map may have any size.
+    - The map can have any size.
     - `num_heads` is respected. Some originals always use 4 heads.
 
     Args:
@@ -144,7 +144,7 @@ class _Block(Block):
 
 
 class _BiasedAttention(nn.Module):
-    """softmax(q k^T + b) v with a learned bias b for each head and each distance between query and key in rows and columns."""
+    """softmax(scale q k^T + b) v. Each head has a learned bias b for each row and column distance of query and key."""
 
     def __init__(self, attention: nn.Module, grid: tuple[int, int]) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     it. An existing model card is not overwritten, because users fill in its blanks.
 
     Raises:
+        TypeError: `model` is not from `create_model` or `from_original`, or it was pruned.
         ValueError: the attention was replaced. `vix_kernels.linearize.save_linearized` saves such a model.
     """
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), dict):
@@ -130,7 +131,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, as save_model writes it, got {error}") from error
+        raise ValueError(f"{path}: expected JSON, as save_model writes it: {error}") from error
     if (
         not isinstance(config, dict)
         or not isinstance(config.get("original", config.get("name")), str)

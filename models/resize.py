@@ -63,7 +63,7 @@ def is_head(key: str) -> bool:
 
 
 def check_attention(model: Backbone) -> None:
-    """Raise ValueError if a layer of `model`, created by `create_model`, has another attention than a new model."""
+    """Raise ValueError if the attention of a layer of `model` differs from that of a new model from `create_model`."""
     modules = dict(model.named_modules())
     for path, module in create_model(model.config["name"], device="meta", **model.config["arguments"]).named_modules():
         if hasattr(module, "core") and getattr(modules.get(path), "core", None) != module.core:
@@ -73,8 +73,8 @@ def check_attention(model: Backbone) -> None:
 def resize(model: Backbone, img_size: tuple[int, int]) -> None:
     """Adapt `model`, created by `create_model`, to images of another size, in place.
 
-    Attributes that depend on the image size are copied from a new model of that size, and parameters over the tokens are
-    resampled. The other parameters, modules and hooks stay the same objects. The head may have been replaced.
+    Attributes that depend on the image size are copied from a new model of that size, and parameters with a token dimension are
+    resampled. The other parameters, modules and hooks stay the same objects. A head that was replaced is kept.
 
     Raises:
         ValueError: `create_model` did not build the model, or parts of it have been replaced. The model is unchanged.

@@ -102,8 +102,8 @@ _FAMILIES: tuple[tuple[Callable[..., Backbone], dict[str, str | None], dict[str,
 )
 # Default arguments for models with a given mixer, in every architecture.
 _WITH_MIXER = {"performer": dict(qkv_bias=True)}  # as published
-# LeViT encodes positions in its attention bias. Mixers without attention weights cannot use this bias, so they use
-# rotary positions instead.
+# LeViT encodes positions in its attention bias. The mixers of LeViN and LeViP compute no logits to which this bias could be
+# added, so these models have rotary positions by default.
 _ROTATED = {LeViT: dict(position="rope_axial")}
 
 
@@ -115,7 +115,7 @@ def _entries() -> dict[str, Entry]:
             for suffix, arguments in sizes.items():
                 classes = {"num_classes": _CLASSES[suffix]} if suffix else {}
                 entries[name + suffix] = Entry(architecture, mixer, fixed | classes | arguments)
-    # The published ImageNet model, except that all twelve heads are used. The original ignores eight of them.
+    # The size of the published ImageNet model. The original has a stem of one convolution, and always uses 4 heads.
     entries["hybrid_vin_imagenet"] = Entry(
         HybridTransformer,
         "nystrom",
@@ -142,7 +142,7 @@ def create_model(
     """Build the model `name` with newly initialized weights, on `device` and with weights of the given dtype.
 
     Overrides are keyword arguments of the architecture (`VisionTransformer`, `LeViT`, `CvT`, `CCT`, `FNet2D`). In addition,
-    mixer="softmax" | "performer" | "linear" | "nystrom" | "linformer" | "agent" | "fourier" selects a different token mixer.
+    mixer="softmax" | "performer" | "feature" | "linear" | "nystrom" | "linformer" | "agent" | "fourier" selects a token mixer.
     The options of the mixer are also accepted; see `mixer_options` in models/mixers.py. `FNet2D` has a fixed mixer and
     accepts neither `mixer` nor options of a mixer.
 
@@ -180,12 +180,12 @@ def takes(name: str, mixer: str | None = None) -> set[str]:
 
 
 def preset(name: str) -> dict[str, Any]:
-    """Return the arguments of the model `name` that differ from the defaults of its architecture."""
+    """Return the arguments that the model `name` sets. They override the defaults of its architecture and mixer."""
     return dict(_entry(name).arguments)
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """Return the default values of all arguments of the model `name`, except the mixer."""
+    """Return the arguments of the architecture and of `preset(name)`, with their default values for the model `name`."""
     signature = inspect.signature(_entry(name).architecture).parameters.values()
     return {each.name: each.default for each in signature if each.kind is each.KEYWORD_ONLY} | preset(name)
 

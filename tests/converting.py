@@ -1,4 +1,4 @@
-"""A small model for tests of its conversion, and a conversion in several processes, which import this file."""
+"""A small model to convert, and a conversion that runs in several processes. The processes import this file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batches(*shape: int) -> Callable[[], Iterator[Tensor]]:
 
 
 def convert_and_save(rank: int, world: int, folder: str) -> None:
-    """Convert a model in `world` processes. Save the gradient of the first step, the errors and the agreement."""
+    """Convert a model in `world` processes. Save the gradient of the first step, and the errors and agreement of the report."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
     gradients = []

@@ -134,7 +134,10 @@ def run(page: Path) -> int:
 
 
 def matches(expected: str, printed: str) -> bool:
-    """Return whether the texts are equal, except for spaces at the ends of lines. "..." in `expected` matches any text."""
+    """Return whether the texts are equal. "..." in `expected` matches any text.
+
+    Whitespace at the ends of lines, and before and after each text, is ignored.
+    """
     expected, printed = ("\n".join(line.rstrip() for line in text.strip().splitlines()) for text in (expected, printed))
     return re.fullmatch(".*".join(map(re.escape, expected.split("..."))), printed, re.DOTALL) is not None
 

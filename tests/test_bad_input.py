@@ -40,16 +40,16 @@ MASK = torch.ones(2, 8, dtype=torch.bool)
 PERFORMER = {
     "q is not a tensor": ({"q": 3}, TypeError, "q: expected a Tensor, got int"),
     "q of rank 3": ({"q": torch.randn(2, 8, 16)}, ValueError, r"q: expected 4 dimensions .* got shape \(2, 8, 16\)"),
-    "q of integers": ({"q": torch.ones(2, 2, 8, 16, dtype=torch.int64)}, TypeError, "q: expected a floating dtype, got int64"),
+    "q of integers": ({"q": torch.ones(2, 2, 8, 16, dtype=torch.int64)}, TypeError, "q: expected a floating-point dtype"),
     "k of another dtype": ({"k": torch.randn(2, 2, 8, 16).half()}, TypeError, "k: expected q's dtype float32, got float16"),
     "k of another width": ({"k": torch.randn(2, 2, 8, 24)}, ValueError, "k: expected q's head_dim 16, got 24"),
-    "k of another batch": ({"k": torch.randn(3, 2, 8, 16)}, ValueError, "k: expected q's batch 2, got 3"),
+    "k of another batch": ({"k": torch.randn(3, 2, 8, 16)}, ValueError, "k: expected q's batch size 2, got 3"),
     "grouped heads": ({"k": torch.randn(2, 1, 8, 16)}, ValueError, "k: expected q's 2 heads, got 1 .*grouped"),
     "v of another length": ({"v": torch.randn(2, 2, 9, 16)}, ValueError, "v: expected k's 8 tokens, got 9"),
     "v on another device": ({"v": torch.empty(2, 2, 8, 16, device="meta")}, ValueError, "v: expected q's device cpu, got meta"),
     "no tokens": ({"k": torch.randn(2, 2, 0, 16)}, ValueError, "k: expected at least one head, token and channel"),
     "projection of another width": (
-        {"projection": torch.randn(12, 8)}, ValueError, "projection: expected q's head_dim 16 columns, got 8"),
+        {"projection": torch.randn(12, 8)}, ValueError, "projection: expected 16 columns to match q's head_dim, got 8"),
     "projection of rank 1": ({"projection": torch.randn(16)}, ValueError, r"projection: expected shape \(M, head_dim\)"),
     "projection in bfloat16": (
         {"projection": torch.randn(12, 16).bfloat16()}, TypeError, "projection: expected float32 .*, got bfloat16"),
@@ -73,7 +73,7 @@ PERFORMER = {
     "NaN scale": ({"scale": float("nan")}, ValueError, "scale: expected a finite number > 0, got nan"),
     "scale as a tensor": ({"scale": torch.tensor(0.5)}, TypeError, "scale: expected a Python number, got a Tensor"),
     "rope of another length": ({"rope": rope_1d(9, 16)}, ValueError, "rope: expected angles for q's 8 tokens, got 9"),
-    "rope too wide": ({"rope": rope_1d(8, 32)}, ValueError, "rope: expected at most q's head_dim 16 rotated channels, got 32"),
+    "rope too wide": ({"rope": rope_1d(8, 32)}, ValueError, "rope: expected dim <= q's head_dim 16, got 32"),
     "rope as a tensor": ({"rope": torch.ones(8, 16)}, TypeError, "rope: expected a Rope .*, got Tensor"),
     "rope and unequal lengths": (
         {"rope": rope_1d(8, 16), "q": torch.randn(2, 2, 5, 16)},
@@ -124,8 +124,8 @@ NYSTROM = {
         r"grid_size: expected height \* width = 7 tokens after the prefix, got \(2, 4\)"),
     "landmarks that do not fit the grid": (
         {"landmarks": "grid", "grid_size": (2, 4), "num_landmarks": 5},
-        r"num_landmarks: expected rows \* columns, with at most 2 rows and 4 columns as in grid_size, got 5"),
-    "prefix of all tokens": ({"prefix_tokens": 8}, "prefix_tokens: expected 0 to 7 of 8 tokens, got 8"),
+        r"num_landmarks: expected a product rows \* columns with at most 2 rows and 4 columns \(grid_size\), got 5"),
+    "prefix of all tokens": ({"prefix_tokens": 8}, "prefix_tokens: expected 0 to 7 for 8 tokens, got 8"),
     "prefix with pad_front": (
         {"landmarks": "pad_front", "prefix_tokens": 1}, "prefix_tokens: expected 0 for landmarks='pad_front', got 1"),
     "negative iterations": ({"pinv_iterations": -1}, "pinv_iterations: expected an integer >= 0, got -1"),
@@ -136,10 +136,10 @@ NYSTROM = {
         {"conv_weight": torch.ones(3, 1, 3, 1)}, "conv_weight: expected q's 2 heads, got 3"),
     "even taps": ({"conv_weight": torch.ones(2, 1, 4, 1)}, "conv_weight: expected an odd number of taps, got 4"),
     "convolution of integers": (
-        {"conv_weight": torch.ones(2, 1, 3, 1, dtype=torch.int64)}, "conv_weight: expected a floating dtype, got int64"),
+        {"conv_weight": torch.ones(2, 1, 3, 1, dtype=torch.int64)}, "conv_weight: expected a floating-point dtype, got int64"),
     "convolution and unequal lengths": (
         {"conv_weight": torch.ones(2, 1, 3, 1), "q": torch.randn(2, 2, 5, 16)},
-        "conv_weight: expected as many queries as tokens, got 5 and 8"),
+        "conv_weight: expected as many queries as tokens, got 5 queries and 8 tokens"),
 }  # fmt: skip
 
 
@@ -243,7 +243,7 @@ TOKENS = {
     "another width": (torch.ones(1, 4, 31), ValueError, r"x: expected \(batch, tokens, 32\), got shape \(1, 4, 31\)"),
     "rank 2": (torch.ones(4, 32), ValueError, r"x: expected \(batch, tokens, 32\), got shape \(4, 32\)"),
     "rank 4": (torch.ones(1, 1, 4, 32), ValueError, r"x: expected \(batch, tokens, 32\), got shape \(1, 1, 4, 32\)"),
-    "integers": (torch.ones(1, 4, 32, dtype=torch.int64), TypeError, "x: expected a floating dtype, got int64"),
+    "integers": (torch.ones(1, 4, 32, dtype=torch.int64), TypeError, "x: expected a floating-point dtype, got int64"),
     "sparse": (torch.ones(1, 4, 32).to_sparse(), TypeError, "x: expected a dense Tensor, got a sparse_coo one"),
 }
 
@@ -363,7 +363,7 @@ def test_linformer_module_names_invalid_lengths() -> None:
 FOURIER = {
     "x is not a tensor": (3, {}, TypeError, "x: expected a Tensor, got int"),
     "x of rank 4": (torch.ones(1, 2, 3, 4), {}, ValueError, r"x: expected 3 dimensions .* got shape \(1, 2, 3, 4\)"),
-    "x of integers": (torch.ones(1, 2, 3, dtype=torch.int64), {}, TypeError, "x: expected a floating dtype, got int64"),
+    "x of integers": (torch.ones(1, 2, 3, dtype=torch.int64), {}, TypeError, "x: expected a floating-point dtype, got int64"),
     "no tokens": (torch.ones(1, 0, 3), {}, ValueError, r"x: expected at least one token and channel, got shape \(1, 0, 3\)"),
     "unknown norm": (torch.ones(1, 2, 3), {"norm": "forward"}, ValueError, "norm: expected None or 'ortho', got 'forward'"),
     "unknown backend": (torch.ones(1, 2, 3), {"backend": "fft"}, ValueError, "backend: expected one of .*, got 'fft'"),

@@ -195,7 +195,7 @@ def test_table_marks_missed_budgets_and_missing_packages() -> None:
     assert "| 2 / 2 | 0.20 (missed 0.15) / 0.25 | 0.50 /" in line and "| 1.00 | 0.25 |" in line
     absent = [row | dict(ours_over_others={}, skipped={name: f"{name} is not installed"}) for row in rows]
     assert "| not installed |" in table.lines(absent)[2]
-    assert "(missed" not in table.lines([row | dict(method="graph") for row in rows])[2]  # targets apply to CPU times only
+    assert "(missed" not in table.lines([row | dict(method="graph") for row in rows])[2]  # budgets apply only to CPU times
 
 
 def test_table_of_models(tmp_path: Path, capsys) -> None:
@@ -247,7 +247,7 @@ def test_bench_writes_tables_and_plots(tmp_path: Path, capsys) -> None:
         ("--provider unknown", "--provider: expected some of"),
         ("--mode fwd,both", "argument --mode: expected some of fwd,bwd,full, got 'both'"),
         ("--values 0", "argument --values: expected an integer from 1 to 1048576, got '0'"),
-        ("--models nothing*", "--models: no model matches 'nothing*'; there are vit,"),
+        ("--models nothing*", "--models: expected a pattern that matches a model, such as vit,"),
         ("--models vip --provider sdpa", "--provider: expected some of ours, compiled, plain, original, got sdpa"),
     ],
 )

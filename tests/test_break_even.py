@@ -31,7 +31,7 @@ def test_lengths_below_the_crossing_are_slower(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(break_even, "rows", lambda: rows)
     assert slower("nystrom", 99, 32, "cpu") is rows[1] and slower("nystrom", 100, 40, "cpu") is None
     assert slower("nystrom", 90, 64, "cpu") is rows[2] and slower("nystrom", 91, 64, "cpu") is None
-    assert slower("nystrom", 69, 256, "cpu") is None  # not known
+    assert slower("nystrom", 69, 256, "cpu") is None  # for width 128, no length below 70 was measured
     assert slower("nystrom", 29, 64, "cuda") is rows[4] and slower("nystrom", 30, 64, "cuda") is None
     assert [each.rounded for each in rows[1:4]] == ["100", "more than 90", "70 or fewer"]
     assert [row("measured", "full", 64, tokens).rounded for tokens in ("5", "663", "1095")] == ["5", "660", "1,100"]

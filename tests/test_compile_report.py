@@ -295,7 +295,7 @@ def test_a_budget_adds_kernels_but_not_specializations():
         ("sm_80", (4, 32, 0), 100),  # 16 blocks of four warps fit
         ("sm_90", (4, 168, 40_960), 18),  # three warps fit in each quarter of the register file
         ("sm_90", (4, 169, 40_960), 12),  # registers are allocated in groups of eight
-        ("sm_86", (4, 64, 50_176), 16),  # with the reserved KiB, this is exactly half of the shared memory
+        ("sm_86", (4, 64, 50_176), 16),  # with the 1 KiB that CUDA reserves per block, this is exactly half of the memory
         ("sm_86", (4, 64, 50_177), 8),
         ("sm_86", (1, 32, 0), 33),  # at most 16 blocks fit
         ("sm_100", (8, 32, 0, 256), 25),  # two blocks share the tensor memory

@@ -75,7 +75,7 @@ def recorded() -> Iterator[list[tuple]]:
 
 
 def check_arguments() -> None:
-    """A repeated launch passes the same arguments as a launch by Triton, but addresses instead of tensors."""
+    """A repeated launch passes the same arguments as a launch by Triton, except that tensors are passed as addresses."""
     from vix_kernels import plans
     from vix_kernels._triton import compiled
 

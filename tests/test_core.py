@@ -213,7 +213,7 @@ def test_operator_names_are_unique() -> None:
     assert SPECS["apply_rope"] is spec
 
 
-def test_only_learned_features_take_gradients() -> None:
+def test_fixed_tensors_get_gradients_only_if_features_are_learned() -> None:
     """The tensors that a specification lists in `fixed` get gradients only in cases with learned=True."""
     spec = replace(SPECS["performer_attention"], fixed=("v",))
     for learned, trained in ((False, {"q", "k", "projection"}), (True, {"q", "k", "v", "projection"})):

@@ -182,7 +182,7 @@ def test_guarded_call_is_a_branch():
     assert parse("0040", "", "CALL.REL.NOINC", " 0x80").target is None
 
 
-def test_unrolled_loops_have_no_partner():
+def test_unrolled_loops_are_not_aligned():
     (machine,) = loops(code()).children
     plain, products = ttgir.Loop("4"), ttgir.Loop("cdiv(M,64)", products=2)
     assert align([machine], [plain, products, plain]) == [(machine, products)]
@@ -226,9 +226,12 @@ def test_the_slowest_unit_bounds_a_launch():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["performer_attention"], "OP and --shape go together"),
+        (["performer_attention"], "expected both OP and --shape, or neither"),
         (["performer_attention", "--shape", "1,2,3"], "expected B,H,N,D or B,H,N,D,M, got '1,2,3'"),
-        (["performer_attention", "--shape", "1,2,64,32", "--gpu", "mi300x"], "the machine code for MI300X is not counted"),
+        (
+            ["performer_attention", "--shape", "1,2,64,32", "--gpu", "mi300x"],
+            "expected NVIDIA GPUs, whose machine code can be counted, got MI300X",
+        ),
     ],
 )
 def test_invalid_calls_give_a_one_line_error(argv, message, capsys):

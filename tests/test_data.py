@@ -190,7 +190,7 @@ def test_a_damaged_pack_is_refused(
 
 
 @pytest.mark.parametrize("content", [b"", b"no pack", b"half", b"array"])
-def test_a_foreign_or_truncated_file_is_refused(
+def test_an_unrelated_or_truncated_file_is_refused(
     content: bytes, pack: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     if content == b"half":

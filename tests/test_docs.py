@@ -185,7 +185,7 @@ def test_tables_of_operators_and_models(heading: str, name: str) -> None:
 
 
 def test_table_of_conversions() -> None:
-    """Test that docs/linearize.md has the results of the study at 257 tokens. In each pair, the second is with exact rows."""
+    """Test that docs/linearize.md has the results of the study at 257 tokens, each without and with exact rows."""
     (path,) = (RESULTS / "linearize").glob("*/linearize.csv")
     study = rows(path)
     cells = []

@@ -167,7 +167,7 @@ def test_queries_and_keys_may_differ_in_length():
         assert out.shape == (2, 3, 10, 16) and out.isfinite().all()
 
 
-def test_each_layer_has_other_random_features():
+def test_each_layer_has_different_random_features():
     performer = DropIn("performer", retrain=True, seed=7)
     assert [performer.mounted(Site(16, 2, layer)).core.seed for layer in range(3)] == [7, 8, 9]
 
@@ -251,7 +251,9 @@ def test_a_changed_host_signature_is_named():
 
 def test_reports_list_replaced_and_refused():
     report = Report("nystrom()", {"a": "nystrom, 64 landmarks in segments"}, {"b": "a Swin"})
-    assert str(report) == "nystrom(): 1 replaced, 1 left\n  a: nystrom, 64 landmarks in segments\n  b left: a Swin"
+    assert str(report) == (
+        "nystrom(): 1 replaced, 1 not replaced\n  a: nystrom, 64 landmarks in segments\n  b not replaced: a Swin"
+    )
     assert report.replaced == ["a"]
     assert report.checked("an attention") is report
     with pytest.raises(ValueError, match="model: expected an attention, got 2 times a Swin"):

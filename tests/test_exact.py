@@ -101,7 +101,7 @@ def test_features_without_training_are_performer_attention(backend: str) -> None
     w = PROJECTION.to(DEVICE)
     expected = performer_attention(q, k, v, w, backend=backend)
     assert torch.equal(feature_attention(q, k, v, w, w, backend=backend), expected)
-    # b_j multiplies the weight of feature j by exp(b_j), so an equal bias of all features has no effect.
+    # b_j multiplies the weight of feature j by exp(b_j), so adding the same bias to all features has no effect.
     bias = torch.full((12,), 3.0, device=DEVICE)
     torch.testing.assert_close(feature_attention(q, k, v, w, w, bias, backend=backend), expected)
 
@@ -124,7 +124,7 @@ def test_wrong_features_are_refused() -> None:
     for arguments, options, error in (
         ((w.half(), w), {}, "query_features: expected float32"),
         ((w, w[:3]), {}, r"key_features: expected query_features' shape \(12, 16\), got \(3, 16\)"),
-        ((w, w[:, :8]), {}, "key_features: expected q's head_dim 16 columns, got 8"),
+        ((w, w[:, :8]), {}, "key_features: expected 16 columns to match q's head_dim, got 8"),
         ((w, w, torch.zeros(11, device=DEVICE)), {}, r"feature_bias: expected shape \(12,\), got \(11,\)"),
         ((w, w, torch.zeros(12, device=DEVICE).half()), {}, "feature_bias: expected float32"),
         ((w, w), dict(gaussian=-1.0), "gaussian: expected a finite number >= 0, got -1"),
@@ -138,7 +138,7 @@ def test_wrong_features_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["performer", "feature", "nystrom", "linformer", "agent"])
-def test_the_option_of_a_core(name: str) -> None:
+def test_exact_prefix_of_a_core(name: str) -> None:
     """Models of the zoo have no exact rows by default. With exact_prefix, all prefix tokens of the model are exact."""
     torch.manual_seed(0)
     options = {"nystrom": dict(num_landmarks=4), "agent": dict(num_agents=4)}.get(name, {})
@@ -159,12 +159,12 @@ def test_the_option_of_a_core(name: str) -> None:
         CORES[name].made("zoo", exact_prefix=-1)
 
 
-def test_where_exact_rows_are_used() -> None:
+def test_only_self_attention_has_exact_rows() -> None:
     q, k, v = qkv()
     exact = DropIn("nystrom", num_landmarks=5, exact_prefix=2)
     rows = F.scaled_dot_product_attention(q[:, :, :2], k, v)
     torch.testing.assert_close(exact(q, k, v)[:, :, :2], rows)
-    # Cross-attention has no prefix tokens, and a host without them has no exact rows.
+    # Cross-attention has no prefix tokens, so none of its rows are exact.
     cross = exact(q, k, v, self_attention=False)
     assert torch.equal(cross, DropIn("nystrom", num_landmarks=5)(q, k, v)) and not torch.allclose(cross[:, :, :2], rows)
 

@@ -106,7 +106,7 @@ def test_keys_whose_square_overflows_do_not_count_as_masked(size: float, backend
 
 
 def calls(mask: Tensor | None, backend: str) -> dict:
-    """Return every attention op as a function of q, k and v, which have the shape (2, 2, 12, 16)."""
+    """Return each attention op, by name, as a function of q, k and v of shape (2, 2, 12, 16)."""
     options = dict(key_padding_mask=mask, backend=backend)
     projection = orthogonal_projection(20, 16, seed=0).to(DEVICE)
     tokens = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)).to(DEVICE)

@@ -112,7 +112,7 @@ def test_pooling(name: str) -> None:
 @pytest.mark.parametrize("position", ["learned", "rope_axial", "rope_mixed"])
 @one_of_each_family
 def test_the_input_size_changes_in_place(name: str, position: str, tmp_path: Path) -> None:
-    """The result is the model that `load_model` builds for this size."""
+    """The result equals the model that `load_model` builds for this size."""
     model = build(name, **{"position": position} if name != "fnet_2d" else {})
     save_model(model, tmp_path)
     expected, x = load_model(tmp_path, img_size=(12, 8)), images(2, 3, 12, 8)

@@ -170,7 +170,7 @@ def exchange_drop_path(modules: nn.ModuleDict) -> None:
 
 
 @pytest.mark.parametrize("change", [hook, exchange, hook_drop_path, exchange_drop_path])
-def test_hooks_and_exchanged_layers_use_the_plain_form(calls: list, change: Callable) -> None:
+def test_hooks_and_replaced_layers_use_the_plain_form(calls: list, change: Callable) -> None:
     modules = half()
     plain = run(modules, tokens(), False)
     assert len(calls) == 1

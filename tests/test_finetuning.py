@@ -1,4 +1,4 @@
-"""Tests of `vix train` that starts from trained weights, from timm models, or learns from a teacher."""
+"""Tests of `vix train` with trained weights, with timm models, and with a teacher."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tiny(**options: object) -> nn.Module:
 
 
 def test_a_run_continues_from_its_weights_with_another_attention(run: Path, tmp_path: Path) -> None:
-    """With a learning rate near 0, the weights are those of the run. Performer's random features are new."""
+    """With a learning rate near 0, the weights remain those of the first run. Performer's random features are new."""
     train("--model", "hybrid_vip", *TINY[2:], "--initial-checkpoint", run, "--lr", "1e-30", "--output", tmp_path / "new")
     old, new = (load_checkpoint(folder)["model"] for folder in (run / "best.pt", tmp_path / "new"))
     same = [name for name in old if name in new and "running" not in name and "tracked" not in name]
@@ -47,7 +47,7 @@ def test_a_run_continues_from_its_weights_with_another_attention(run: Path, tmp_
 
 @pytest.mark.parametrize("kind", ["folder", "safetensors", "pth"])
 def test_weights_from_files(kind: str, tmp_path: Path) -> None:
-    """Positions are resampled for a larger image, and a head with other classes keeps its new weights."""
+    """Position embeddings are resampled for a larger image. A head with a different number of classes is not loaded."""
     torch.manual_seed(0)
     source = tiny(num_classes=7)
     save_model(source, tmp_path / "saved")
@@ -118,8 +118,8 @@ def test_blocks_have_decaying_learning_rates() -> None:
 
 
 @pytest.mark.parametrize("distill", ["soft", "features"])
-def test_a_teacher(run: Path, distill: str, tmp_path: Path) -> None:
-    """A student that starts as a copy of its teacher, and learns only from it, does not change."""
+def test_a_student_learns_from_its_teacher(run: Path, distill: str, tmp_path: Path) -> None:
+    """A student that starts as a copy of its teacher has a distillation loss near 0. A new student has a larger loss."""
     options = ("--teacher", run, "--distill", distill, "--distill-weight", "1", "--no-aug", "--weight-decay", "0")
     train(*TINY, "--initial-checkpoint", run, *options, "--lr", "1e-6", "--output", tmp_path / "student")
     history = load_checkpoint(tmp_path / "student")["history"]

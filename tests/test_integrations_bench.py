@@ -6,7 +6,7 @@ import torch
 from bench import integrations
 
 
-def test_times_of_both_and_the_same_outputs():
+def test_both_modules_are_timed_and_give_the_same_outputs():
     pytest.importorskip("linformer", reason="the package linformer is not installed")
     error, times = integrations.measured("linformer", rounds=1)
     row = integrations.summary("linformer", [(error, times)] * 2)

@@ -20,8 +20,7 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("size, count", [(12, 4), (13, 4), (11, 4), (7, 7), (9, 5), (5, 1), (40, 2)])
 def test_segments_are_a_partition(backend: str, size: int, count: int) -> None:
-    """Compare the landmarks with means computed in a loop over the tokens. The published code assigns tokens to segments in the
-    same way."""
+    """Compare the landmarks with means computed in a loop that assigns tokens to segments as the published code does."""
     x = tokens(1, 2, size, 8, dtype=torch.float32)
     sums, members = torch.zeros(1, 2, count, 8, device=DEVICE), [0] * count
     short = size // count

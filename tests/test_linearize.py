@@ -64,7 +64,7 @@ def output(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_features_are_fitted_in_every_host(name: str, tmp_path: Path) -> None:
-    """The error falls, other weights do not change, and a saved model computes the same bits."""
+    """The error decreases, other weights do not change, and the outputs of a saved model are bit-identical."""
     model, batches = make(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     exact = {"exact_prefix": True}
@@ -188,7 +188,7 @@ def test_the_error_is_that_of_the_attention() -> None:
     torch.testing.assert_close(linear[:, :, :1], softmax[:, :, :1])
 
 
-def test_class_rows_that_are_not_exact_have_a_weight() -> None:
+def test_class_rows_that_are_not_exact_have_a_larger_weight() -> None:
     model, batches = make("vix_kernels")
     report = linearize(model, batches, num_features=8, steps=3, exact_prefix=False, progress=False)
     assert "exact" not in report.layers["blocks.0.attn"].attention
@@ -208,8 +208,8 @@ def test_results_are_reproducible() -> None:
 
 
 @pytest.mark.parametrize("stop", [0, 3, 7, 11])
-def test_an_interrupted_conversion_continues_with_the_same_bits(stop: int, tmp_path: Path, monkeypatch) -> None:
-    """Interrupted after any step of either stage: the weights and the report are those of an uninterrupted conversion."""
+def test_a_resumed_conversion_is_bit_identical(stop: int, tmp_path: Path, monkeypatch) -> None:
+    """After an interruption in either stage, the weights and the report equal those of an uninterrupted conversion."""
     monkeypatch.setattr(state, "INTERVAL", 2)
     settings = dict(num_features=8, steps=6, finetune_steps=6, finetune_lr=1e-3, progress=False)
     model, batches = make("vix_kernels")
@@ -238,7 +238,7 @@ def test_an_interrupted_conversion_continues_with_the_same_bits(stop: int, tmp_p
         expected.agreement,
         expected.divergence,
     )
-    with pytest.raises(ValueError, match="output: .* has a conversion with other steps, model: use overwrite=True"):
+    with pytest.raises(ValueError, match="output: .* contains a conversion with different steps, model: use overwrite=True"):
         linearize(converting.small_model(), batches, output=tmp_path / "out", **settings | dict(steps=7))
 
 
@@ -306,12 +306,12 @@ def test_a_converted_model_compiles() -> None:
 
 @pytest.mark.parametrize(("name", "op"), [("timm", "nystrom"), ("transformers", "feature")])
 def test_a_saved_model_is_exported_to_onnx(name: str, op: str, tmp_path: Path) -> None:
-    """onnxruntime computes the logits of the converted model, for a batch size that the export has not seen."""
+    """onnxruntime computes the logits of the converted model, for a batch size other than that of the export."""
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason=f"{package} is not installed (extra: export)")
     onnxruntime = pytest.importorskip("onnxruntime")
     model, batches = make(name)
-    if name == "timm":  # a folder does not contain every argument of timm_vit
+    if name == "timm":  # a saved folder does not record every argument of timm_vit
         model, batches = converting.sharpened(timm.create_model("test_vit")), converting.batches(3, 160, 160)
     slots = {"feature": "num_features", "nystrom": "num_landmarks"}[op]
     report = linearize(model, batches, op=op, layers=["*.0.*"], steps=2, eval_samples=16, progress=False, **{slots: 16})
@@ -354,13 +354,13 @@ def test_bad_input_is_refused(change: dict[str, Any], error: str) -> None:
     assert type(model.blocks[0].attn.core) is Softmax
 
 
-def test_useless_numbers_of_features_are_reported() -> None:
+def test_a_number_of_features_that_saves_nothing_is_reported() -> None:
     model, batches = make("vix_kernels")
     report = linearize(model, batches, num_features=70, steps=1, progress=False)
     assert report.warnings[0] == "num_features=70 saves nothing, because there are 65 tokens"
 
 
-def test_attentions_with_a_bias_are_left() -> None:
+def test_attentions_with_a_bias_are_not_converted() -> None:
     torch.manual_seed(0)
     model = create_model("levit", img_size=32, patch_size=4)
     data = torch.randn(2, 3, 32, 32)
@@ -424,11 +424,11 @@ def test_a_conversion_of_other_weights_or_images_is_not_continued(tmp_path: Path
     again, _ = make("vix_kernels")
     with torch.no_grad():
         again.blocks[0].mlp.fc1.bias.add_(1)
-    with pytest.raises(ValueError, match="has a conversion with other model: use overwrite=True"):
+    with pytest.raises(ValueError, match="contains a conversion with different model: use overwrite=True"):
         linearize(again, batches, **settings)
     again, _ = make("vix_kernels")
     other = [x + 1 for x in batches()]
-    with pytest.raises(ValueError, match="has a conversion with other batches: use overwrite=True"):
+    with pytest.raises(ValueError, match="contains a conversion with different batches: use overwrite=True"):
         linearize(again, lambda: iter(other), **settings)
     linearize(again, lambda: iter(other), **settings, overwrite=True)
 
@@ -446,7 +446,7 @@ def test_an_architecture_that_differs_is_refused(tmp_path: Path) -> None:
     load_linearized(tmp_path, timm.create_model("vit_tiny_patch16_224", **sizes, proj_drop_rate=0.1))
 
 
-def test_attention_that_is_already_replaced_is_left() -> None:
+def test_attention_that_is_already_replaced_is_not_converted() -> None:
     model, batches = make("timm")
     replace_attention(model, "linear", layers=["blocks.0*"], retrain=True)
     report = linearize(model, batches, num_features=8, steps=1, progress=False)

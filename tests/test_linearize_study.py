@@ -34,7 +34,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_the_study(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Train with 17 tokens, continue with 65 tokens on a part of the images, convert, and continue the comparison."""
+    """Train with 17 tokens, fine-tune with 65 tokens on some of the images, run the study, and add a second number of slots."""
     short, long, images, output = (tmp_path / name for name in ("short", "long", "images", "study"))
     train = ["train", "--model", "hybrid_vit", *TINY]
     assert vix([*train, "--dataset", str(data), "--output", str(short)]) == 0
@@ -78,7 +78,7 @@ def test_the_study(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "--output: expected rows of a teacher with 17 tokens, got 65" in capsys.readouterr().err
 
 
-def test_more_images_than_there_are(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_images_than_the_data_set_has_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         image_folder.main(["--dataset", str(data), "--output", str(tmp_path / "images"), "--train", "17", "--test", "1"])
     message = "bench.image_folder: error: --train: expected at most the 16 images of the data set, got 17\n"

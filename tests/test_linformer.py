@@ -109,7 +109,7 @@ def test_one_projection_serves_keys_and_values(backend: str) -> None:
 def test_reassociation_changes_nothing(share_kv: bool, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare the module's default path, which never computes a key for each token, with the path that does.
 
-    One sample is fully masked.
+    In the masked case, one sample is fully masked.
     """
     torch.manual_seed(0)
     module = LinformerAttention(48, 3, qkv_bias=True, seq_len=30, num_landmarks=40, share_kv=share_kv)

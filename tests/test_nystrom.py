@@ -135,8 +135,10 @@ def test_as_many_landmarks_as_tokens_give_softmax_attention(backend: str) -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_has_no_influence(backend: str) -> None:
-    """Padded keys and queries change neither the landmarks nor the outputs of valid queries. Landmarks that have no valid token
-    are ignored."""
+    """Padded keys and queries change neither the landmarks nor the outputs of valid queries.
+
+    Landmarks without a valid token are ignored.
+    """
     qkv, mask = tokens(30), torch.ones(BATCH, 30, dtype=torch.bool, device=DEVICE)
     mask[0, 22:] = False  # the last segment of five tokens has no valid token, and the segment before it has two
     mask[1] = False

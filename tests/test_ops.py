@@ -235,11 +235,11 @@ def test_batch_independence(spec: OpSpec, case: Case, backend: str) -> None:
 
 @on_each_backend(FEW, interpreted=few("packed", "rope_partial"))
 def test_memory_layout_does_not_matter(spec: OpSpec, case: Case, backend: str) -> None:
-    """The results do not depend on the strides of the tokens if the last stride is 1. Cotangents may be expanded."""
+    """The results do not depend on the strides of the inputs. Cotangents may be expanded."""
     problem = spec.problem(case, device=DEVICE)
 
     def spread_out(x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[0] == 1:  # features, biases and masks get strides of at least 2
+        if x.dim() != 4 or x.shape[0] == 1:  # features, biases, masks and packed tokens get strides of at least 2
             return x.new_ones([2 * size + 1 for size in x.shape])[(slice(1, None, 2),) * x.dim()].copy_(x)
         buffer = x.new_full((x.shape[2] + 1, x.shape[0], x.shape[1] + 2, x.shape[3] + 3), float("nan"))
         view = buffer[1:, :, 1:-1, 2:-1].permute(1, 2, 0, 3)

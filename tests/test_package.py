@@ -80,7 +80,7 @@ def test_the_trainer_requires_neither_timm_nor_torchvision() -> None:
     assert {"torch", "scikit-learn", "scipy"} <= found and not {"timm", "torchvision"} & found
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not find_spec("torchvision"), reason="checks an installed torchvision on Linux")
+@pytest.mark.skipif(sys.platform != "linux" or not find_spec("torchvision"), reason="needs Linux and torchvision")
 @pytest.mark.parametrize("matches", [True, False])
 def test_a_torchvision_that_does_not_match_is_reported(matches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: Path) -> None:

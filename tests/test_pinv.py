@@ -167,7 +167,7 @@ def test_many_landmarks(landmarks: int, backend: str) -> None:
 @pytest.mark.parametrize("landmarks", [5, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 def test_kernels_in_registers(dtype: torch.dtype, landmarks: int, scale: float) -> None:
-    """The kernels multiply in float16, whose range is small, so the scale of the gradients must not affect their precision."""
+    """Test the kernels that keep matrices in registers. They multiply in float16, yet gradients of any scale are accurate."""
     launch_table = pytest.importorskip("vix_kernels._triton.launch_table", reason="Triton is not installed here")
     keys = [(f"pinv_{kernel}", bits, size) for kernel in ("forward", "backward") for bits in (16, 32) for size in (16, 64)]
     tiles = {} if DEVICE == "cuda" else dict.fromkeys(keys, launch_table.Tile(64, 16, 1, 1))
@@ -180,7 +180,7 @@ def test_kernels_in_registers(dtype: torch.dtype, landmarks: int, scale: float) 
         assert ((x - truth).norm() / truth.norm()).item() < (2e-6 if dtype == torch.float32 else 4e-3)
 
 
-def test_more_iterations_than_float16_can_represent(backend: str) -> None:
+def test_many_iterations_do_not_overflow(backend: str) -> None:
     """Equal queries make A singular, so each iteration multiplies parts of Z's rounding errors by 13 / 4."""
     q, k, values = (x.to(DEVICE, torch.float32) for x in problem(12, batch=1))
     tensors = [q[:, :, :1].expand_as(q).contiguous(), k, values]

@@ -228,7 +228,10 @@ def test_arguments_without_a_signature(arguments: Callable) -> None:
 
 
 def test_equal_addresses() -> None:
-    """A call whose arguments have equal addresses is not recorded, because they could not be told apart. It can be replayed."""
+    """A call whose arguments have equal addresses is not recorded, because a plan identifies arguments by address.
+
+    A plan that was recorded for different addresses can replay it.
+    """
     x, y = leaves(4, 8)
     for _ in range(3):
         product(x, x)
@@ -443,7 +446,7 @@ class TestAutograd:
             out = product(x, y)
 
     def test_an_observer_during_backward(self, calls: int) -> None:
-        """Launches that are not executed are not recorded, either."""
+        """Launches that an observer receives are not executed, so they are not recorded."""
         q, k = leaves(1, 2, 37, 16)
         rope = rope_1d(37, 16)
 

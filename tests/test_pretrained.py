@@ -53,7 +53,7 @@ def test_the_number_of_redraws_is_saved(tmp_path: Path) -> None:
 
 
 def test_weights_of_earlier_commits_load(tmp_path: Path) -> None:
-    """Files that were written by earlier commits store the number of redraws as JSON in their metadata."""
+    """Files written by earlier commits store the number of redraws as JSON in their metadata."""
     save_model(create_model("vip", **small_model("vip")), tmp_path)
     tensors = {key: x for key, x in load_file(tmp_path / "model.safetensors").items() if not key.endswith("_extra_state")}
     keys = [key for key in load_file(tmp_path / "model.safetensors") if key.endswith("_extra_state")]

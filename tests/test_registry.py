@@ -48,7 +48,7 @@ def test_plain_is_false_under_modes_and_gradients() -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_without_gradients_nothing_is_saved_and_the_bits_are_the_same(spec: OpSpec) -> None:
+def test_without_gradients_nothing_is_saved_and_results_are_bit_identical(spec: OpSpec) -> None:
     """Without gradients, only the autograd.Function is skipped. One backend is enough, because all backends share this code."""
     problem = spec.problem(spec.cases[0], device=DEVICE)
     saved: list[Tensor] = []
@@ -125,7 +125,7 @@ def test_traces_contain_the_operators(backend: str) -> None:
         }
 
 
-def test_registered_operators_take_the_fields_of_groups() -> None:
+def test_registered_operators_take_flat_arguments() -> None:
     """Saved programs contain calls to the registered operators, so the schema of a forward operator must not change."""
     q_and_k, masks = "Tensor q, Tensor? k", "Tensor? q_mask, Tensor? k_mask"
     pool = "SymInt prefix, SymInt rows, SymInt mark_rows, SymInt mark_columns, bool adaptive"

@@ -20,7 +20,7 @@ def test_angles_are_positions_times_frequencies() -> None:
             assert rope.sin[0, token, i] == pytest.approx(math.sin(angle), abs=1e-7)
 
 
-def test_angles_of_far_tokens_are_exact() -> None:
+def test_angles_of_distant_tokens_are_exact() -> None:
     """The product of position and frequency is computed in float64. At token 100,000, float32 would be too inaccurate."""
     rope = rope_1d(100_001, 4)
     assert rope.cos[0, -1, 1] == pytest.approx(math.cos(100_000 * 10000.0**-0.5), abs=1e-6)

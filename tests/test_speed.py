@@ -137,7 +137,7 @@ def test_the_baseline_is_the_model_before_the_replacement(host: str, twice: bool
         with softmax:
             torch.testing.assert_close(output(model, batch), expected, atol=1e-5, rtol=1e-5)
             changed = [type(each) for each in model.modules()] != kinds
-            assert changed == (host in ("timm", "torch.nn"))  # these run the original code of the host library
+            assert changed == (host in ("timm", "torch.nn"))  # these hosts run their original code
         assert torch.equal(output(model, batch), replaced)
     assert (replaced - expected).abs().max() > 1e-4
 

@@ -98,8 +98,9 @@ def test_model_and_average_redraw_features_on_schedule(monkeypatch: pytest.Monke
     drawn = []
     redraw = RedrawnAttentionModule.redraw_projection
     monkeypatch.setattr(RedrawnAttentionModule, "redraw_projection", lambda self: (redraw(self), drawn.append(self.redraws)))
-    checkpoint = trained(tmp_path, "--model", "vip", "--redraw-interval", "2", "--model-ema")  # redraws at steps 1, 3, 5 of 6
-    assert drawn == [1, 1, 2, 2, 3, 3]  # the features of the model and of its moving average are redrawn
+    checkpoint = trained(tmp_path, "--model", "vip", "--redraw-interval", "2", "--model-ema")
+    # Before steps 1, 3 and 5 of 6, the features of the model and of its moving average are redrawn.
+    assert drawn == [1, 1, 2, 2, 3, 3]
     name = "blocks.0.attn.projection"
     assert torch.equal(checkpoint["model"][name], checkpoint["ema"][name])
     model = create_model("vip", **checkpoint["model_kwargs"])
@@ -116,7 +117,7 @@ def test_float16_runs_resume_with_their_loss_scale(tmp_path: Path) -> None:
     assert tracked == checkpoint["scaler"]["_growth_tracker"] + 6  # six steps, none of which overflowed
 
 
-def test_time_to_an_accuracy_ends_the_run(tmp_path: Path) -> None:
+def test_reaching_the_target_accuracy_ends_the_run(tmp_path: Path) -> None:
     history = trained(tmp_path, "--epochs", "5", "--time-to", "1")["history"]
     assert len(history) == 1 and history[0]["seconds"] > 0 and history[0]["peak_memory_mb"] > 50
     assert main(["train", "--resume", str(tmp_path)]) == 0  # the target accuracy has already been reached

@@ -77,7 +77,7 @@ def test_validate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert Image.open(tmp_path / "pictures" / name).width > 500
 
 
-def test_names_with_dollars_are_drawn(tmp_path: Path) -> None:
+def test_names_with_dollar_signs_are_drawn(tmp_path: Path) -> None:
     """Without escaping, matplotlib would parse the names as formulas and fail."""
     title, classes = r"model on $\prices$", ("$1_$", r"$\2$")
     row = {"epoch": 1, "train_loss": 1.0, "eval_loss": 1.0, "eval_top1": 50.0}
@@ -210,7 +210,7 @@ def test_undecodable_file_names_are_printed(run: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("mixer", ["vit", "vip", "vin", "vil"])
 def test_the_attention_map_is_the_row_of_the_class_token(mixer: str) -> None:
-    """The map agrees with the output of the attention and with `attention_weights`.
+    """The map agrees with `attention_weights` and, without the residual convolution, with the output of the attention.
 
     For softmax attention, it also agrees with softmax(q k^T / sqrt(D)).
     """

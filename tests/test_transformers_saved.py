@@ -169,7 +169,7 @@ def replaced(model: nn.Module, **options: object) -> nn.Module:
 
 @pytest.mark.parametrize("layers", [None, ["*.1.*"]])
 def test_all_models_from_one_configuration_have_the_attention(layers: list[str] | None, tmp_path: Path) -> None:
-    """Also those from the configuration of the loaded model, or of the model in which the attention was replaced."""
+    """Build models from the configuration in the folder, from that of the loaded model, and from that of the saved model."""
     model = replaced(vit("body"), layers=layers)
     model.save_pretrained(tmp_path)
     config, auto = transformers.ViTConfig.from_pretrained(tmp_path), transformers.AutoModel

@@ -16,7 +16,7 @@ import torch
 
 
 def mismatch() -> str | None:
-    """Return a line that says that the installed torchvision does not match torch, or None. The check runs only on Linux."""
+    """Return a one-line message if the installed torchvision does not match torch, else None. The check runs only on Linux."""
     spec = find_spec("torchvision")
     if sys.platform != "linux" or spec is None:
         return None

@@ -31,7 +31,7 @@ DEV_COMMANDS = """\
 commands:
   compile-report  compile every kernel for several GPU architectures and analyze the code; no GPU needed
   traffic         count the bytes that the kernels read and write, and compare them with the minimum; no GPU needed
-  host-time       measure what Python, PyTorch and Triton's launcher spend per call before a kernel starts; no GPU needed
+  host-time       measure the time per call in Python, PyTorch and Triton's launcher before a kernel starts; no GPU needed
   roofline        predict the time of every op on several GPUs, and list measured times if there are any; no GPU needed
   tune            search for better launch configurations on this GPU
 

@@ -77,7 +77,7 @@ def gpu_architecture(index: int) -> str:
 
 
 def is_current(device: torch.device) -> bool:
-    """Return whether kernels for `device` can be launched without changing the current device, as for CPU tensors.
+    """Return whether kernels for `device` can be launched without changing the current device. Always True for the CPU.
 
     Autograd's backward threads do not inherit the caller's current device.
     """

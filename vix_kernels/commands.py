@@ -122,7 +122,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], digits: int = 6) -> None:
-    """Write the rows to a CSV file atomically, with a column for every key that occurs in them."""
+    """Write the rows to a CSV file atomically, with a column for every key that occurs in a row."""
     rows = [{name: figure(value, digits) for name, value in row.items()} for row in rows]
 
     def write(temporary: Path) -> None:

@@ -31,7 +31,7 @@ class Conditions:
 
 
 class Recording(threading.local):
-    """The Recorder (recorder.py) that receives the launches of this thread, or None. Launches are also executed."""
+    """The Recorder (recorder.py) that receives the launches of this thread, or None. Recorded launches are also executed."""
 
     recorder: Any = None
 

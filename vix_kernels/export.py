@@ -7,8 +7,8 @@ AOTInductor, with a dynamic batch size:
     path = torch._inductor.aoti_compile_and_package(program)
 
 The exported program contains this library's operators, with the backend that was selected for the example inputs. A process
-must import vix_kernels before it loads the program. The program does not support gradients. To run a program where only
-PyTorch is installed, use `decomposed`, which replaces the operators with plain PyTorch.
+must import vix_kernels before it loads the program. The program has no gradients, so run it under torch.no_grad(). To run a
+program where only PyTorch is installed, use `decomposed`, which replaces the operators with plain PyTorch.
 
 The number of tokens may also be dynamic, unless rotary tables, a grid or a model's image size fix it. The minimum of its
 range must be at least the number of landmarks or agents plus the number of prefix tokens. With Linformer attention, the maximum
@@ -72,7 +72,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
 def to_onnx(
     model: nn.Module, x: Tensor | tuple[Any, ...], path: str | Path, *, dynamic_shapes: Any = None, opset: int | None = None
 ) -> float | None:
-    """Write `model` in evaluation mode to an ONNX file, and compare onnxruntime's outputs with the outputs of the model.
+    """Write `model` in evaluation mode to an ONNX file, and compare its outputs in onnxruntime with the outputs of the model.
 
     Args:
         model: any module that uses modules or functions of this library, in float32 or float16. onnxruntime has few CPU
@@ -80,7 +80,7 @@ def to_onnx(
         x: an example input of the model, or a tuple of all its arguments.
         path: the file to write. It is written atomically.
         dynamic_shapes: as in torch.export.export, such as ({0: Dim("batch"), 1: Dim("tokens", min=64, max=4096)},). By default,
-            dimension 0 of every tensor is the batch and may have any size, and all other sizes are fixed to those of x.
+            dimension 0 of every tensor is the batch and can have any size, and all other sizes are fixed to those of x.
         opset: version of the ONNX operator set, at least 18. By default, the version that torch recommends.
 
     Returns:

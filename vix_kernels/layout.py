@@ -107,4 +107,5 @@ def flattened(rotary: Rotary | None) -> tuple[Tensor | None, Tensor | None, Tens
 
 
 def joined(cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Rotary | None:
+    """Combine three results of `flattened` into a Rotary without angles, or None if there are no tables."""
     return None if cos is None or sin is None else Rotary(cos, sin, interleaved)

@@ -71,10 +71,7 @@ def on_gpu(args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def replays_allowed() -> bool:
-    """Return whether calls may be recorded and replayed now.
-
-    Nothing may trace, transform, change or observe operations or launches.
-    """
+    """Return whether calls can be recorded and replayed now, that is, whether nothing intercepts operations or launches."""
     return (
         conditions.current is conditions.DEFAULT
         and torch._C._dispatch_tls_local_include_set().raw_repr() in DEFAULT_KEYS
@@ -97,7 +94,7 @@ def initial_fields(kind: type) -> list[str]:
 
 
 def describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor]) -> bool:
-    """Append the signature of the arguments to `key`, and their tensors to `tensors`. Return False if one is not supported."""
+    """Append the arguments' signature to `key` and their tensors to `tensors`. Return False if an argument is not supported."""
     for x in values:
         kind = type(x)
         if kind in PLAIN and x.layout is torch.strided and not (x.is_nested or x.is_neg() or x._is_zerotensor()):

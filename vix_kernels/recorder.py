@@ -106,7 +106,7 @@ class Recorder(TorchDispatchMode):
 
     def launch(self, start: Callable, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict[str, Any]) -> None:
         """Launch a kernel with the function `start` of _triton/launch.py, and record the launch."""
-        with _disable_current_modes():  # Triton's interpreter calls PyTorch operations, which are not recorded
+        with _disable_current_modes():  # Triton's interpreter calls PyTorch operations, which must not be recorded
             compiled = start(kernel, grid, args, meta)
         if compiled is None and not backends.interpreted():
             self.refuse("only Triton can launch the kernels")
@@ -189,7 +189,7 @@ class Recorder(TorchDispatchMode):
             if self.bases[base].kind != "allocation" or base in locations:
                 self.refuse("an output is not a new tensor")
             elif offset or math.prod(place.size) * place.dtype.itemsize != self.bases[base].nbytes:
-                self.refuse("an output is a part of a tensor")
+                self.refuse("an output is only a part of a tensor")
             put({base: 0})
             allocations.append((place.size, place.stride, place.dtype))
         for offsets in self.workspaces(steps, locations, saved):
@@ -235,7 +235,7 @@ class Recorder(TorchDispatchMode):
         return self.pack(kept), self.pack(others)
 
     def pack(self, lifetimes: dict[int, tuple[int, int]]) -> dict[int, int]:
-        """Return offsets of bases in a workspace. Bases that are not used at the same time may share memory.
+        """Return offsets of bases in a workspace. Bases that are not used at the same time can share memory.
 
         `lifetimes` maps each base to the indices of the first and the last step that use it.
         """

@@ -2,9 +2,10 @@
 
 They can load the weights of the originals.
 
-Names without a prefix refer to classes in the repository pranavphoenix/VisionXformer at commit 7ee52ee. In that repository, CCN
-and CCP are called CCT, LeViN and LeViP are called LeViT, and CvN and CvP are called CvT. Names with the prefix "wheel_" refer
-to classes in the package vision_xformer 0.2.0. For new models, use create_model, whose models do not have these quirks.
+In ORIGINALS, names without a prefix refer to classes in the repository pranavphoenix/VisionXformer at commit 7ee52ee. In that
+repository, CCN and CCP are called CCT, LeViN and LeViP are called LeViT, and CvN and CvP are called CvT. Names with the prefix
+"wheel_" refer to classes in the package vision_xformer 0.2.0. For new models, use create_model, whose models do not have these
+quirks.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def from_original(
         describe where dropout is applied.
 
     Raises:
+        TypeError: `name` is not a string, or `config` is not a mapping.
         ValueError: `name` or an argument in `config` is unknown; an argument is missing or not supported; or `state_dict` does
             not fit the model. The message lists all entries that are missing or unexpected, or that have the wrong shape.
     """

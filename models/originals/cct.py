@@ -147,7 +147,7 @@ class CCT(nn.Module):
         if positional_embedding != "learnable":
             raise ValueError(f"positional_embedding: expected 'learnable', as published, got {positional_embedding!r}")
         if len(stride) < n_conv_layers:
-            raise ValueError(f"stride: expected one for each of the {n_conv_layers} convolutions (n_conv_layers), got {stride}")
+            raise ValueError(f"stride: expected one stride per convolution, n_conv_layers = {n_conv_layers}, got {stride}")
         pooling = pooling_kernel_size, pooling_stride, pooling_padding
         self.tokenizer = Tokenizer(
             n_input_channels, embedding_dim, n_conv_layers, (kernel_size, padding), stride, pooling

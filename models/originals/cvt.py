@@ -13,7 +13,7 @@ from .blocks import FeedForward, Mixer, PreNorm, Residuals, pointwise
 class ChannelNorm(nn.Module):
     """Layer norm over the channels of a map. eps is added to the standard deviation instead of the variance.
 
-    The gradient is NaN if all channels are equal.
+    If all channels at a position are equal, the gradient there is NaN.
     """
 
     def __init__(self, dim: int) -> None:

@@ -23,7 +23,7 @@ class FourierBlock(nn.Module):
 
 
 class FNet2D(nn.Module):
-    """The FNet2D in the package vision_xformer. Maps images (batch, 3, height, width) to logits.
+    """The FNet2D of the package vision_xformer. Maps images (batch, 3, height, width) to logits.
 
     Two convolutions without an activation between them create a feature map. All blocks process this map instead of a sequence
     of tokens. The transform is not normalized. `dropout` is applied in the feed-forward networks.
@@ -43,7 +43,7 @@ class FNet2D(nn.Module):
 
 
 class EarlierFNet2D(FNet2D):
-    """The FNet2D in the VisionXformer repository, with mlp_dim = final_dim * mlp_mult. `image_size` has no effect."""
+    """The FNet2D of the VisionXformer repository, with mlp_dim = final_dim * mlp_mult. `image_size` has no effect."""
 
     def __init__(
         self, *, num_classes: int, depth: int, image_size: int, final_dim: int, dropout: float, mlp_mult: int, backend: str

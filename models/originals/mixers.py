@@ -32,7 +32,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, backend: str) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v for (batch, heads, tokens, d). `dropout` is the dropout rate of the weights."""
+    """Return softmax(q k^T / sqrt(d)) v for q, k and v (batch, heads, tokens, d), with dropout of the attention weights."""
     if backend != "reference":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     scores = einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
@@ -191,7 +191,8 @@ class LinformerAttention(Mixer):
 class PerformerAttention(Mixer):
     """The attention of ViP, with biases in the layers for q, k and v, and no dropout.
 
-    Each head of width d has d ln d random features. The attention runs in plain PyTorch with every backend; see RandomFeatures.
+    All heads use the same int(d ln d) random features, where d is the head width. The attention runs in plain PyTorch with
+    every backend; see RandomFeatures.
     """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int) -> None:
@@ -211,9 +212,9 @@ class PerformerAttention(Mixer):
 class RandomFeatures(nn.Module):
     """FAVOR+ with a maximum and an eps that make the results differ from those in the paper.
 
-    phi(x) = exp(w x - |x|^2 / 2 - maximum) + 1e-4. For a query, the maximum is over its features. For keys, it is over all
-    features, keys, heads and samples, so the logits of a sample depend on the rest of its batch. Gradients flow through both
-    maxima. The projection matrix is saved with the weights and never redrawn.
+    phi(x) = exp(w x - |x|^2 / 2 - maximum) + 1e-4, for q and k scaled by d^(-1/4). The maximum is that of w x. For a query, it
+    is over its features. For keys, it is over all features, keys, heads and samples, so the output for a sample depends on the
+    rest of its batch. Gradients flow through both maxima. The projection matrix is saved with the weights and never redrawn.
     """
 
     def __init__(self, dim_head: int) -> None:

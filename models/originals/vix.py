@@ -166,7 +166,7 @@ def linformer_of_all_heads(dim: int, tokens: int, dropout: float, backend: str, 
 
 def _check_1025(tokens: int) -> None:
     if tokens != 1025:
-        raise ValueError(f"image_size: expected 1024 patches, the fixed size of the original's projections, got {tokens - 1}")
+        raise ValueError(f"image_size: expected 1024 patches, the only number that the original supports, got {tokens - 1}")
 
 
 def fourier(dim: int, tokens: int, dropout: float, backend: str) -> nn.Module:

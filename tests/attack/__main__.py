@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=10, help="duration (default: 10)")
     parser.add_argument("--backend", choices=("torch", "triton"), default="torch", help="backend to attack (default: torch)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for triton if available, else cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="device (default: cuda for triton if available, else cpu)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="ops, modules, readers, or 'calls' (default: all)")
     parser.add_argument("--seed", type=int, default=None, help="seed of the first examples (default: the time)")
     parser.add_argument("--case", metavar="REPR", help="run only this Case or Damage")

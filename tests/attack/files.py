@@ -40,7 +40,7 @@ from vix_kernels.training.config import UserError
 from vix_kernels.training.data import Dataset, load_dataset
 from vix_kernels.training.trained import load_trained
 
-UNREAD = (".md", ".csv", ".yaml")  # files in a run or model folder that are written for people and not read back
+UNREAD = (".md", ".csv", ".yaml")  # suffixes of files in run and model folders that are not read back
 SECONDS = 20  # a read that takes longer counts as a hang
 MEMORY = 2**31  # bytes that a read may allocate; larger allocations fail
 TINY = dict(embed_dim=8, depth=1, num_heads=1, patch_size=4, img_size=8, num_classes=2)

@@ -3,8 +3,9 @@
 `check(case)` returns the violations in one `Case`. `cases(op, backend)` is the hypothesis strategy that draws cases.
 
 The error budget is the largest error that is allowed. It is twice the error of plain PyTorch in the same precision, plus an
-allowance for rounding, because PyTorch's error may be small by chance, or even 0. The allowance covers one rounding of the
-result. It also covers a few roundings of the inputs and of the terms that cancel in the result, in float32 or a wider dtype.
+allowance for rounding, because PyTorch's error may be small by chance, or even 0. The allowance covers a few roundings, in the
+dtype of the result, of the terms that cancel in the result. It also covers the effects of simulated rounding errors of inputs
+and intermediate results.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Problem:
             x are 0, too. Junk is written later, to copies of the tensors (see `Trial.attempt`).
         run: function that computes the library's output from (tensors, backend).
         define: function that computes the exact output from (float64 tensors, how).
-        hidden: for each tensor name or "out", a mask that is True for masked elements. Junk is written to these elements.
+        hidden: for each tensor name or "out", a mask that is True for masked elements. Junk is written to those of inputs.
         ignored: names in `hidden` whose masked elements are not compared.
         cast: names of the tensors that autocast converts to a lower precision.
     """
@@ -461,7 +462,7 @@ def placed(x: Tensor, memory: str, junk: float = float("nan")) -> Tensor:
         return x.transpose(-3, -2).contiguous().transpose(-3, -2) if x.dim() > 2 else x.mT.contiguous().mT
     if memory == "last_stride":  # channels are not adjacent
         return x.mT.contiguous().mT if x.dim() > 1 else x
-    if memory == "sliced":  # with an offset, and gaps in every dimension
+    if memory == "sliced":  # a view with an offset, and with unused elements around every dimension
         buffer = x.new_full([size + 3 for size in x.shape[:-1]] + [x.shape[-1] + 5], junk)
         view = buffer[tuple(slice(2, 2 + size) for size in x.shape)]
         return view.copy_(x)
@@ -715,7 +716,7 @@ MAGNITUDES = (1e-38, 1e-30, 1e-10, 1e-3, 0.1, 1.0, 1.0, 1.0, 3.0, 16.0, 90.0, 1e
 
 @st.composite
 def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu") -> Case:
-    """Draw any case that `op` supports. Cases for Triton's interpreter are small."""
+    """Draw a case that `op` supports. Cases for Triton's interpreter are small."""
     kernels = backend == "triton"
     small = kernels and device == "cpu"
 

@@ -80,7 +80,7 @@ def hosts() -> Iterator[tuple[str, Callable[[], Subject]]]:
         from vix_kernels.integrations.timm import replace_attention
 
         model = timm.create_model(name, img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=2, num_classes=5)
-        exact = {} if op == "linear" else dict(exact_prefix=False)  # when the outputs were recorded, no rows were exact
+        exact = {} if op == "linear" else dict(exact_prefix=False)  # the recorded outputs have no exact rows
         replace_attention(model, op, **ops[op], **exact)
         return model, (normal(2, 3, 32, 32),), {}
 
@@ -126,7 +126,7 @@ def hosts() -> Iterator[tuple[str, Callable[[], Subject]]]:
 
 
 def peers() -> Iterator[tuple[str, Callable[[], Subject]]]:
-    """Yield modules that replace modules from other packages and have the same names and weights."""
+    """Yield replacements for modules from other packages. They have the same class names and weights as these modules."""
 
     def fast_attention() -> Subject:
         from vix_kernels.integrations.performer_pytorch import FastAttention

@@ -1,4 +1,4 @@
-"""A pytest plugin that runs the tests of diffusers with another attention. An environment variable selects it.
+"""A pytest plugin that runs the tests of diffusers with a different attention. Its setting is an environment variable.
 
 VIX_REPLACE: the attention that replaces self-attention in each model after its creation.
 """

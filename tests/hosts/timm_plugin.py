@@ -1,7 +1,7 @@
-"""A pytest plugin that runs timm's tests on other models. __main__.py passes its settings in environment variables.
+"""A pytest plugin that runs timm's tests on selected models. Its settings are environment variables.
 
 VIX_MODELS: names of the models to test, separated by commas. The tests of other models are not collected.
-VIX_REPLACE: the attention that replaces softmax attention in these models. Empty: the models are not changed.
+VIX_REPLACE: the attention that replaces softmax attention in these models. If empty, the models are not changed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A pytest plugin that runs the tests of transformers with another attention. Its settings are environment variables.
+"""A pytest plugin that runs the tests of transformers with a different attention. Its settings are environment variables.
 
 VIX_ATTENTION: the attention that models use instead of their default, such as "vix_nystrom".
 VIX_PATCH: if set, every Nystromformer and FNet is patched after its creation.

@@ -114,7 +114,7 @@ def aggregate_backward(
         for tile in tiles:
             keys, contents = read(k, tile, mask, rope), read(v, tile, mask)
             logits = _key_logits(p, keys, tile, mask, scale, gaussian, square, rows)
-            logits.sub_(group_max).clamp_(max=0)  # logits may exceed row_max if the number of threads changed after forward
+            logits.sub_(group_max).clamp_(max=0)  # logits can exceed row_max if the number of threads changed after forward
             exps = square.apply(torch.exp2)
             if need_v:
                 write(dv, tile, torch.bmm(exps.mT, dstate, out=window(dv, tile, value_room)))

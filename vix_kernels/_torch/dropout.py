@@ -9,7 +9,7 @@ BITS = 16  # bits of the random number for each element
 
 
 def draw_kept(kept: Tensor, p: float) -> Tensor:
-    """Set each element of `kept` (uint8, contiguous, on the CPU) to 1 with probability 1 - p, else to 0."""
+    """Set each element of `kept` (uint8, contiguous, on the CPU) to 1 with probability 1 - p, else to 0. Return `kept`."""
     if p in (0, 1):
         return kept.fill_(1 - p)
     four = torch.empty(-(-kept.numel() // 4), dtype=torch.int64).random_(-(2**63), None)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .dropout import draw_kept
 
-TOKENS_PER_THREAD = 512  # tokens per tile and thread; with a hidden width of 256, three tiles take 1.5 MiB per thread
+TOKENS_PER_THREAD = 512  # tokens per tile and thread; with 256 hidden channels, three float32 tiles take 1.5 MiB per thread
 ACTIVATIONS = {
     "gelu": (F.gelu, torch.ops.aten.gelu_backward),
     "hardswish": (F.hardswish, torch.ops.aten.hardswish_backward),
@@ -25,7 +25,10 @@ def feed_forward_forward(
     x: Tensor, residual: Tensor | None, norm: Norm, weights: Weights, activation: str, p: float, scale: float, kept: Kept,
     factors: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Return y, and write the dropout masks to `kept`. If residual is None, n (x after the layer norm) is the residual."""
+    """Return y, and write the dropout masks to `kept`. If residual is None, n (x after the layer norm) is the residual.
+
+    `scale` is kept_scale(p), the factor of kept elements.
+    """
     (gamma, beta, eps), (w1, b1, w2, b2), (inner, outer) = norm, weights, kept
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     starts = _tiles(x if residual is None else residual)

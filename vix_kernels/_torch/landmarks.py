@@ -62,7 +62,7 @@ def landmarks_backward(
 
 
 def cached_on_cpu(function: Callable) -> Callable:
-    """Cache the results of a function of sizes whose last argument is a device, if this is a CPU.
+    """Cache the results of a function of sizes whose last argument is a device, if the device is a CPU.
 
     On a GPU, cached tensors could be allocated during the capture of a CUDA graph, or read by another stream too early.
     """
@@ -120,9 +120,9 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
 
 @cached_on_cpu
 def _overlapping_windows(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tokens of all windows without their last tokens, the last tokens, and which windows have no other last token.
+    """Return the first short + 1 tokens of every window, the last token of each, and which windows have only short + 1.
 
-    With short = size // count, a window has short + 1 or short + 2 tokens. The first short + 1 are the common ones.
+    With short = size // count, a window has short + 1 or short + 2 tokens. Tokens are given by their index along the axis.
     """
     window = torch.arange(count, device=device)
     first, last = window * size // count, ((window + 1) * size - 1) // count

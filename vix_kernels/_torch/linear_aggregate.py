@@ -1,4 +1,4 @@
-"""Sums of tokens, weighted by their features, one tile of tokens at a time (see primitives/linear.py for the equations)."""
+"""Sums of values, weighted by features of keys, one tile of tokens at a time (see primitives/linear.py for the equations)."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class Scratch:
 
 
 def groups(x: Tensor, slots: int) -> Iterator[tuple[Group, list[Tile]]]:
-    """Split (batch, heads, tokens) into tiles.
+    """Split the tokens of x (batch, heads, tokens, channels) into tiles. Yield each group and its tiles.
 
     If sequences are short, a tile contains several samples or heads. If they are long, it contains only some tokens. Tiles
     are contiguous in memory if possible. If the heads of a token are adjacent in memory, as in the output of a linear layer, a

@@ -5,8 +5,8 @@ loads a tile of slots and then loops over a chunk of the tokens. In the kernel f
 before its loop over a chunk of the tokens, if they fit. No kernel uses atomics: each output is written once, by one program,
 and chunks are merged in a fixed order.
 
-FOLD means that slots are float32 and tokens bfloat16. Then scale factors are folded into the slots and `unit` (see prepare.py).
-Vectors, such as the bias of the keys, are added by an additional matrix product (see logits.py).
+FOLD means that slots are float32 and tokens bfloat16. In this case, the slots and `unit` (see prepare.py) contain the scale
+factors. Vectors, such as the bias of the keys, are added by an additional matrix product (see logits.py).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from .tiles import (
     table_start,
 )
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # the smallest finite float32 number
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the most negative finite float32 number
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def slot_operands(
 
     Returns:
         The two parts of the slots, unit, size, row_max and delta. Without FOLD, row_max and delta are vectors. With FOLD, they
-        are tiles (see `bias_columns`). To subtract them from a matrix, add their products with `ones_columns`.
+        are tiles, `bias_columns` of the negated vectors. Adding their products with `ones_columns` subtracts the vectors.
     """
     o_m = first_slot + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
@@ -146,7 +146,10 @@ def add_token_gradients(
     SPLIT: tl.constexpr, FOLD: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of a tile of slots to dk, to db (the sum of dl over the slots) and to dv."""
+    """Add the contribution of a tile of slots to dk, dv and db, the sum over slots of the gradients of a key's logits.
+
+    `operands` is the result of slot_operands.
+    """
     high, low, b_unit, b_size, b_row_max, b_delta = operands
     ROWS: tl.constexpr = b_k.shape[0]
     COLUMNS: tl.constexpr = high.shape[0]
@@ -294,7 +297,7 @@ def aggregate_slots_kernel(
             b_dl = b_p * dot(b_delta, ones, b_dp, PRECISION)
         else:
             b_dl = exps_below(b_l, b_row_max[:, None]) * (b_dp * b_size[:, None] - b_delta[:, None])
-        b_dslots = dot(cast(b_dl, b_k.dtype), b_k, b_dslots, PRECISION)  # 0 for invalid tokens, because their keys are 0
+        b_dslots = dot(cast(b_dl, b_k.dtype), b_k, b_dslots, PRECISION)  # the keys of invalid tokens are 0
 
     store_slots(b_dslots * scale, dslots, part, o_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
 

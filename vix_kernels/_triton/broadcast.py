@@ -47,7 +47,7 @@ def broadcast_forward_kernel(
     TAPS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute out, row_max and inverse for a chunk of tokens. If TAPS > 0, add the convolution of v to out."""
+    """Compute out, row_max and inverse (1 / total) for a chunk of tokens. If TAPS > 0, add the convolution of v to out."""
     i_bh, first, last = stream_program(N, chunk)
     i_b, i_h = i_bh // H, i_bh % H
     angles = table_start(i_h, angle_h, ROTARY)
@@ -158,7 +158,7 @@ def without_padding(inverse, dout):
 def tile_products(
     q, dout, row_max, operands, scale, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Return exp2(logit - row_max) and <dout, values> of a tile of tokens and a tile of slots."""
+    """Return exp2(logit - row_max) and <dout, values> for a tile of tokens and a tile of slots, both (tokens, slots)."""
     high, low, values, bias = operands
     logits = slot_logits(q, high, low, bias, scale, SPLIT, COMPUTE, PRECISION)
     e = exps_at_most_one(logits - row_max[:, None])

@@ -22,7 +22,7 @@ class Compiled(NamedTuple):
     """A compiled kernel.
 
     Attributes:
-        kernel: Triton's CompiledKernel, which unloads its machine code when it is deleted.
+        kernel: Triton's CompiledKernel. It is kept because its deletion unloads the machine code.
         run, function, metadata: the launcher of `kernel` and its arguments.
         constexprs: the values of the constexprs, in the order of the parameters.
     """
@@ -77,10 +77,10 @@ def needs_triton() -> bool:
     """Return whether Triton must handle every launch, because of hooks or because the code depends on more than `run`'s key.
 
     On AMD GPUs, the code depends on the sizes of tensors. Launch hooks receive the arguments. Debugging and instrumentation
-    change the code, and may be enabled at any time.
+    change the code, and can be enabled at any time.
     """
     runtime = knobs.runtime
-    # Empty chains of hooks are the default.
+    # By default, each hook is an empty chain.
     hooks = (getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
     return bool(
         torch.version.hip
@@ -92,7 +92,10 @@ def needs_triton() -> bool:
 
 
 def remember(key: tuple, kernel: Any, compiled: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Compiled | None:
-    """Keep a compiled kernel for later launches. `compiled` is None if a hook of Triton skipped the compilation."""
+    """Keep a compiled kernel for later launches, and return it.
+
+    `compiled` is the result of Triton's launch. It is None if a hook skipped the compilation.
+    """
     params = kernel.params
     if any(param.is_constexpr for param in params[: len(args)]) or not all(param.is_constexpr for param in params[len(args) :]):
         raise TypeError(f"{kernel.__name__}: expected constexprs as keywords, after all other parameters by position")

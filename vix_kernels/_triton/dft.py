@@ -1,7 +1,8 @@
 """Kernels for `dft`: matrix products with cosines and sines (see primitives/dft.py for the equation).
 
 The input has N tokens and D channels, and indices are modulo N and D. Let C_N[a, n] = cos(2 pi an / N) and
-S_N[a, n] = sin(2 pi an / N), and let row n of E and O be the sum and the difference of the tokens n and -n. Then
+S_N[a, n] = sin(2 pi an / N). For 0 <= n <= N / 2, let row n of E and O be the sum and the difference of the tokens n and -n.
+If n = -n, row n of E is token n. Then
 
     P = C_N (E C_D)        R = S_N (O S_D)        y at (a, b) and (-a, -b) is P - R        y at (-a, b) and (a, -b) is P + R
 
@@ -33,7 +34,7 @@ HALF_PI = tl.constexpr(1.5707963267948966)
 def turn(index, length, COMPUTE: tl.constexpr):
     """Return the cosine and the sine of 2 pi index / length, for 0 <= index < length."""
     quarter = (4 * index + length // 2) // length
-    rest = (4 * index - quarter * length).to(COMPUTE) / length * HALF_PI  # angle from the nearest quarter turn, <= pi / 4
+    rest = (4 * index - quarter * length).to(COMPUTE) / length * HALF_PI  # -pi / 4 to pi / 4, from the nearest quarter turn
     square = rest * rest
     c = tl.full(index.shape, 1.0, COMPUTE)
     s = tl.full(index.shape, 1.0, COMPUTE)

@@ -76,11 +76,11 @@ class LaunchConfig:
 
     @property
     def resident(self) -> int:
-        """Number of programs that can run on a multiprocessor at the same time. More would only increase the memory traffic."""
+        """Largest number of programs that run on a multiprocessor at the same time. More would only add memory traffic."""
         return max(1, WARPS_A_MULTIPROCESSOR // self.tile.num_warps)
 
     def slots(self, num_slots: int) -> int:
-        """Return the slots per tile: the number in the launch table, or a smaller power of two >= 64 that holds all slots."""
+        """Return the slots per tile: as many as in the launch table, or a smaller power of two >= 64 that holds all slots."""
         return min(self.tile.slots, max(64, power_of_2(num_slots)))
 
     def stream(self, programs: int, tokens: int, num_slots: int) -> tuple[int, dict[str, int]]:

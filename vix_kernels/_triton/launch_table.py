@@ -32,12 +32,12 @@ def _entries(tiles: dict[tuple[str | int, ...], Tile]) -> dict[Key, Tile]:
     return {(name, bits, width): tile for (name, bits, *widths), tile in tiles.items() for width in widths}
 
 
-# Suffixes mark entries for variants of a launch. Entries "..._heavy" are for launches that need more registers because their
-# slots are pooled from tokens. In broadcast, they are also for launches with RoPE or gradients of slots. In aggregate_tokens,
-# they are also for more than 128 slots and for float16. Entries "..._learned" are for kernels that compute dslots, and entries
-# "..._half" are for float16. If there is no entry for a variant, the entry without a suffix is used. An entry for a variant
-# takes precedence over an override without a suffix. To change the variant as well, an architecture also needs an override with
-# the suffix.
+# Suffixes mark entries for variants of a launch. Entries "..._heavy" are for launches that need more registers: those whose
+# slots are pooled from tokens, in broadcast_forward and broadcast_tokens also those with RoPE, and in aggregate_tokens also
+# those with more than 128 slots or float16. In broadcast_slots, they are for launches with RoPE or gradients of slots. Entries
+# "..._learned" are for kernels that compute dslots, and entries "..._half" are for float16. If there is no entry for a variant,
+# the entry without a suffix is used. An entry for a variant takes precedence over an override without a suffix. To change the
+# variant as well, an architecture also needs an override with the suffix.
 TABLE = _entries(
     {
         ("aggregate_forward", 16, 16, 32): Tile(128, 64, 8, 1),
@@ -201,7 +201,7 @@ TABLE = _entries(
         ("landmarks_backward", 32, 64): Tile(0, 32, 4, 1),
         ("landmarks_backward", 32, 128): Tile(0, 16, 4, 1),
         ("landmarks_backward", 32, 256): Tile(0, 8, 4, 1),
-        # For the token_conv kernels, `slots` is the number of tokens per product.
+        # For the token_conv kernels, `slots` is the largest number of tokens of a window per product.
         ("token_conv_forward", 16, 16, 32, 64): Tile(64, 64, 4, 1),
         ("token_conv_forward", 16, 128, 256): Tile(64, 64, 8, 1),
         ("token_conv_forward", 32, 16, 32, 64): Tile(32, 32, 4, 1),
@@ -274,7 +274,8 @@ _WARP_GROUP = _entries(
         ("linear_broadcast_slots_learned", 16, 128): Tile(32, 32, 8, 1),
     }
 )
-# Without warp-group instructions, a warp multiplies 16 rows of a tile. More warps than that compute the same logits again.
+# Without warp-group instructions, each warp multiplies 16 rows of a tile. With more than one warp per 16 rows, several warps
+# compute the same logits.
 _WARP_ROWS = _entries(
     {
         ("broadcast_forward", 32, 16, 32): Tile(64, 64, 4, 1),

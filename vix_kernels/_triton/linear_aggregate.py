@@ -188,8 +188,8 @@ def linear_aggregate_tokens_kernel(
                     store_unrotated(
                         b_dl, dk, o_n, dk_n, inside, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, first_slot
                     )  # fmt: skip
-        if KEYS and PROJECTED:  # for elu, the operand is the slots times log2 e
-            b_dk = b_dk * LN2 if ELU else b_dk
+        if KEYS and PROJECTED:
+            b_dk = b_dk * LN2 if ELU else b_dk  # for elu, b_high is the slots times log2 e
             if MASKED:
                 b_dk = tl.where(valid[:, None], b_dk, 0.0)
             store_unrotated(b_dk, dk, o_n, dk_n, inside, cos, sin, D, BLOCK_D, ROTARY, INTERLEAVED)

@@ -1,4 +1,4 @@
-"""Kernels for `linear_broadcast`: output tokens are averages of the slots, weighted by features.
+"""Kernels for `linear_broadcast`: output tokens are averages of the slots' values, weighted by features.
 
 See primitives/linear.py for the equations. The kernels have the same loops as the kernels for `broadcast`.
 """
@@ -39,9 +39,9 @@ from .tiles import (
     store_unrotated,
 )
 
-HALF_MAX = tl.constexpr(65504.0)
+HALF_MAX = tl.constexpr(65504.0)  # the largest finite float16 number
 SMALLEST = tl.constexpr(2.0**-100)  # lower limit of maxima, so that their inverses are finite
-TINY = tl.constexpr(2.0**-126)
+TINY = tl.constexpr(2.0**-126)  # lower limit of denominators, so that 0 / 0 becomes 0
 
 
 @triton.jit
@@ -310,7 +310,7 @@ def linear_broadcast_slots_kernel(
                 load_rotated(q, o_n, q_n, used, cos, sin, D, BLOCK_M, ROTARY, INTERLEAVED, COMPUTE, first_slot).to(COMPUTE)
             )
         b_f, b_slopes = apply_map(b_l, ELU, PROJECTED)
-        if HALF:  # features of slots without keys may overflow; they are multiplied by 0 later, and inf * 0 would be NaN
+        if HALF:  # features of slots with norm 0 can overflow; their gradients are multiplied by 0 later, and inf * 0 is NaN
             b_p = cast(tl.minimum(b_f * (b_size[:, None] * b_scale[None, :]), HALF_MAX, tl.PropagateNan.ALL), DTYPE)
             b_dsums = dot(b_p, b_dout, b_dsums, PRECISION)
             b_dnorms = dot(b_p, tl.trans(copies(-b_delta, DTYPE)), b_dnorms, PRECISION)

@@ -1,11 +1,11 @@
 """Device functions for the logits of softmax attention.
 
-A kernel computes one exponential per logit. In the time of one exponential, a GPU issues about eight instructions, so every
-instruction per logit counts. These functions move work from single logits to the slots, the tokens and the tensor cores.
+A kernel computes one exponential per logit. In the time that one exponential takes, a GPU issues about eight instructions,
+so every instruction per logit counts. These functions move work from single logits to slots, tokens and tensor cores.
 
-If slots are float32 and tokens 16-bit (SPLIT), slots are multiplied by scale * log2(e) and split into two 16-bit tiles once,
-before the loop over tokens. Vectors, such as the bias of the slots, are then added by a matrix product, too. (If tokens are
-float16, `aggregate` only splits the slots.) A float32 number is the sum of three bfloat16 numbers, so
+If slots are float32 and tokens 16-bit (SPLIT), each tile of slots is split into two 16-bit tiles when it is loaded. With FOLD,
+the tile is first multiplied by scale * log2(e), and vectors, such as biases, are added by a matrix product. `broadcast` folds
+whenever it splits, but `aggregate` only if tokens are bfloat16. A float32 number is the sum of three bfloat16 numbers, so
 
     acc[n, m] + y[m]  =  acc + [1 1 1 0 ... 0] @ [y0 y1 y2 0 ... 0]^T
 
@@ -25,7 +25,7 @@ EXCLUDED = tl.constexpr(-3e38)  # bias of invalid slots instead of -inf, because
 def slot_parts(slots, scale, DTYPE: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.constexpr):
     """Return slots as two DTYPE tiles (the same tile twice unless SPLIT), multiplied by scale * log2(e) if FOLD.
 
-    bfloat16 has the range of float32, so the multiplied slots are split as precisely as the original slots.
+    If DTYPE is bfloat16, which has the range of float32, the multiplied slots are split as precisely as the original slots.
     """
     if FOLD:
         slots = slots * (scale * LOG2E)
@@ -47,7 +47,7 @@ def three_columns(x, y, z):
 
 @triton.jit
 def bias_columns(bias):
-    """Return the tile (rows, 16) whose product with `ones_columns` adds bias, a float32 vector that may contain -inf."""
+    """Return the tile (rows, 16) that adds `bias` in a product with `ones_columns`. `bias` is float32 and may contain -inf."""
     high = cast(bias, tl.bfloat16).to(bias.dtype)
     rest = tl.where(bias == float("-inf"), 0.0, bias - high)  # -inf - -inf would be NaN
     middle = cast(rest, tl.bfloat16).to(bias.dtype)
@@ -113,7 +113,10 @@ def load_attended(
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of slots. Return its two operands for `slot_logits`, its values and its base-2 bias."""
+    """Load a tile of slots. Return its operands for `slot_logits`, high and low, its values and its base-2 bias.
+
+    If SPLIT, the bias is a tile (see `bias_columns`).
+    """
     o_m = start + tl.arange(0, BLOCK_M)
     b_slots = load_slots(slots, o_m, slots_m, M, D, BLOCK_D, ROTARY, INTERLEAVED)
     high, low = slot_parts(b_slots, scale, DTYPE, SPLIT, SPLIT)
@@ -126,7 +129,7 @@ def load_attended(
 
 @triton.jit
 def slot_logits(q, high, low, bias, scale, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the base-2 logits of a tile of tokens and a tile of slots."""
+    """Return the base-2 logits of a tile of tokens and a tile of slots. For high, low and bias, see `load_attended`."""
     acc = tl.zeros((q.shape[0], high.shape[0]), COMPUTE)
     if SPLIT:
         acc = dot(ones_columns(q.shape[0]), tl.trans(bias), acc, PRECISION)

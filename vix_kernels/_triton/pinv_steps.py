@@ -1,8 +1,9 @@
 """Steps of the pseudo-inverse on matrices in global memory (see _torch/pinv.py for the equations).
 
 The matrices of a head are SIZE x SIZE, and their rows and columns beyond the landmarks are zero. They are stored one after the
-other in global memory that only one program uses. A product computes ROWS rows at a time and loads STEP columns per iteration,
-so it needs few registers. Barriers are needed because threads read values that other threads have stored.
+other in global memory that only one program uses. A product computes ROWS rows at a time and sums over STEP columns of the
+left matrix per iteration, so it needs few registers. Barriers are needed because threads read values that other threads have
+stored.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def aggregate_prepare_kernel(
 def prepare(
     dvalues: Tensor, dnumber: Tensor | None, values: Tensor | None, total: Tensor | None, dtype: torch.dtype, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch aggregate_prepare_kernel.
+    """Return delta, size and unit, which aggregate_prepare_kernel computes.
 
     Args:
         dvalues: gradient of values or sums, (batch, heads, M, E).

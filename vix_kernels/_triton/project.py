@@ -1,4 +1,4 @@
-"""Kernels for `project`: K slots are learned combinations of N tokens (see primitives/project.py for the equations).
+"""Kernels for `project`: K slots are learned linear combinations of N tokens (see primitives/project.py for the equations).
 
 Keys and values are two independent sums. The last axis of each grid selects one of them. A program accumulates a tile of only
 one sum, so a tile can have as many slots as matrix instructions need.

@@ -55,7 +55,7 @@ def split(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def split_parts(x, DTYPE: tl.constexpr, SPLIT: tl.constexpr):
-    """Return split(x, DTYPE) if SPLIT. Otherwise return x twice; products use only the first one."""
+    """Return split(x, DTYPE) if SPLIT, otherwise (x, x). In the second case, products use only the first tile."""
     high, low = x, x
     if SPLIT:
         high, low = split(x, DTYPE)
@@ -141,8 +141,8 @@ def rotate_pairs(
     pairs = column // 2 + tl.arange(0, x.shape[1] // 2)
     at = angles[:, None] * (ROTARY // 2) + pairs[None, :]
     inside = valid[:, None] & (pairs < ROTARY // 2)[None, :]
-    # Kernels may load the same values before a loop and, with AGAIN, after it. The eviction policies differ, so the compiler
-    # does not merge the two loads. Merged loads would occupy registers during the loop.
+    # Some kernels load the same values before a loop and, with AGAIN, after it. The eviction policies differ, so the compiler
+    # does not merge the two loads. The values of a merged load would occupy registers during the loop.
     if AGAIN:
         c = tl.load(cos + at, mask=inside, other=1.0).to(x.dtype)
         s = tl.load(sin + at, mask=inside, other=0.0).to(x.dtype)
@@ -304,8 +304,8 @@ def store_state(b_values, b_number, values, number, part, o_m, M, E: tl.constexp
 def exps_below(logits, row_max):
     """Return exp2(logits - row_max), limited to 1.
 
-    `row_max` is the largest logit of the forward pass. In the backward pass, a logit may be slightly larger, because it may be
-    rounded differently.
+    `row_max` holds the largest logit of each slot in the forward pass. In the backward pass, a logit can be slightly larger,
+    because it can be rounded differently.
     """
     return tl.exp2(tl.minimum(logits - row_max, 0.0))
 
@@ -352,7 +352,7 @@ def swapped_products(x, y, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def left_products(high, low, y, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + (high + low) @ y^T for the two tiles of `split_parts`."""
+    """Return acc + x @ y^T, where (high, low) is split_parts(x, y.dtype, SPLIT)."""
     if SPLIT:
         acc = dot(high, tl.trans(y), dot(low, tl.trans(y), acc, PRECISION), PRECISION)
     else:
@@ -362,7 +362,7 @@ def left_products(high, low, y, acc, SPLIT: tl.constexpr, PRECISION: tl.constexp
 
 @triton.jit
 def right_products(x, high, low, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + x @ (high + low)^T for the two tiles of `split_parts`."""
+    """Return acc + x @ y^T, where (high, low) is split_parts(y, x.dtype, SPLIT)."""
     if SPLIT:
         acc = dot(x, tl.trans(high), dot(x, tl.trans(low), acc, PRECISION), PRECISION)
     else:

@@ -139,7 +139,7 @@ def token_conv_backward_kernel(
             inside = (o_k >= 0) & (o_k < BLOCK_K)
             b_diagonals = tl.gather(b_products, tl.where(inside, o_k, 0), 1)
             b_dweight += tl.sum(tl.where(inside, b_diagonals, 0.0), 0)
-        row = i_h * (tl.num_programs(0) // H) + i_b * chunks + part % chunks  # all parts of a head are adjacent
+        row = i_h * (tl.num_programs(0) // H) + i_b * chunks + part % chunks  # all partial sums of a head are adjacent
         # The window moves over dout instead of v, so the taps are in reverse order.
         tl.store(dweight + row * TAPS + TAPS - 1 - o_t, b_dweight, mask=o_t < TAPS)
 

@@ -33,8 +33,9 @@ def _admit(core: type[Mixer]) -> None:
 class DropIn(Mounted):
     """An attention that is called like `scaled_dot_product_attention`.
 
-    An integration creates a DropIn from the user's options. It then adds a copy, created by `mounted`, to each attention module
-    of a model as the child module `vix`. Only these copies can have parameters, and most kinds of attention have none.
+    An integration creates a DropIn from the user's options. `replace_sdpa` and `register` call this DropIn directly. The other
+    integrations add a copy, created by `mounted`, to each attention module of a model as the child module `vix`. Only these
+    copies can have parameters, and most kinds of attention have none.
 
     Args:
         op: the name of a core: "nystrom", "performer", "feature", "linear", "agent", or one registered by another package.
@@ -56,11 +57,11 @@ class DropIn(Mounted):
         host: the class of the host's attention module before the replacement, or None if the module was built with `vix`.
         prefix_tokens: the number of class and register tokens of the model, or 0 if it is unknown.
         num_tokens: the number of tokens at the image size that the model is configured for, or None if it is unknown.
-        grid: the hook that records the token grid of each call. Landmarks and agents are placed on this grid. None if they are
-            not placed on a grid.
+        grid: the hook that records the token grid of each call, on which landmarks and agents are placed. None if no hook
+            determines their placement.
     """
 
-    # Defaults of instances that earlier versions pickled without these attributes
+    # Defaults for instances that earlier versions pickled without these attributes
     follows_prefix, prefix_tokens, num_tokens, dropout = False, 0, None, "refuse"
     host: type[nn.Module] | None = None
 
@@ -90,7 +91,7 @@ class DropIn(Mounted):
         self.is_mounted = False
 
     def mounted(self, site: Site) -> DropIn:
-        """Return a copy for the layer at `site`, with separate parameters and with random features for this layer."""
+        """Return a copy for the layer at `site`, with separate parameters and with the random features of this layer."""
         copy = DropIn(self.op, retrain=True, backend=self.backend, dropout=self.dropout, **self.options)
         copy.core = self.core.fit(site)
         if copy.core.needs_module():
@@ -133,11 +134,11 @@ class DropIn(Mounted):
         self.grid = grid if self.allows_grid() and "grid_size" not in self.options else None
 
     def allows_grid(self) -> bool:
-        """Return whether the slots may be placed on a grid. The option `landmarks` can disable this."""
+        """Return whether landmarks or agents may be placed on a grid. This is False if `landmarks` has another value."""
         return self.options.get("landmarks", "grid") == "grid"
 
     def placed(self, tokens: int | None = None) -> Core:
-        """Return the core for a call with `tokens` tokens. If a grid was recorded, the core's slots are placed on it.
+        """Return the core for a call with `tokens` tokens. If a grid was recorded, landmarks or agents are placed on it.
 
         If `tokens` is None, use the grid of the latest call.
         """
@@ -174,12 +175,11 @@ class DropIn(Mounted):
 
         Args:
             attn_mask: a padding mask that is the same for all heads and queries, such as (batch, 1, 1, tokens). A bool mask is
-                True for valid keys. A float mask is added to the logits; it is 0 for valid keys, and -inf or the lowest value
-                of its dtype for padded keys.
+                True for valid keys. A float mask must be 0 for valid keys, and -inf or the lowest value of its dtype for padded
+                keys.
             key_padding_mask: bool (batch, tokens), True = valid.
             rope: rotary embedding to apply to query and key.
-            self_attention: whether query and key come from the same tokens. If None, this is assumed if both have the same
-                number of tokens.
+            self_attention: whether query and key come from the same tokens. None: True if they have the same number of tokens.
             cu_seqlens, group: start offsets of packed samples, and the process group across which the tokens are sharded.
                 Neither is supported yet.
             grid_size: (rows, columns) of the grid that the tokens after the prefix form. Landmarks and agents are placed on it.
@@ -200,10 +200,14 @@ class DropIn(Mounted):
             raise NotImplementedError(f"query, key, value: expected 4 dimensions each, got shapes {shapes}")
         if not query.shape[1] == key.shape[1] == value.shape[1]:
             heads = query.shape[1], key.shape[1], value.shape[1]
-            raise NotImplementedError(f"key: expected as many heads as query has, got {heads}; grouped heads are not supported")
+            raise NotImplementedError(
+                f"key: expected as many heads as query, got heads (query, key, value) {heads}; grouped heads are not supported"
+            )
         if not query.shape[0] == key.shape[0] == value.shape[0]:
             batches = query.shape[0], key.shape[0], value.shape[0]
-            raise NotImplementedError(f"key: expected query's batch, got {batches}; samples are not broadcast")
+            raise NotImplementedError(
+                f"key: expected query's batch size, got batch sizes (query, key, value) {batches}; samples are not broadcast"
+            )
         if grid_size is None:
             core = self.placed(query.shape[2])
         else:
@@ -241,7 +245,7 @@ class TokenGrid:
         self.add(embedding.dynamic_feat_size(tuple(args[0].shape[-2:])))
 
     def add(self, size: tuple[int, int]) -> None:
-        rows, columns = map(index, size)  # plain integers, even in compiled code, because grid cells are computed in Python
+        rows, columns = map(index, size)  # plain ints, even in compiled code, because grid cells are computed in Python
         self.sizes.pop(rows * columns, None)
         self.sizes[rows * columns] = rows, columns
 
@@ -299,7 +303,7 @@ def valid_tokens(additive: Tensor) -> Tensor:
     """
     valid = additive == 0
     masked = additive <= torch.finfo(additive.dtype).min / 2
-    require_all(valid | masked, "additive mask: expected 0 or the lowest number; biases are not supported")
+    require_all(valid | masked, "additive mask: expected 0, -inf or the lowest value of its dtype; biases are not supported")
     return valid
 
 

@@ -1,4 +1,4 @@
-"""Helper functions for the integrations: check versions of host libraries, and replace attentions."""
+"""Helper functions for the integrations: check versions of host libraries, and replace attention modules."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..nn.core import Site
 from .drop_in import DropIn
 from .report import Report
 
-ROOT = "(the model itself)"  # the name of a model that is an attention itself
+ROOT = "(the model itself)"  # the model's name in reports if the model is an attention module
 
 
 def require(package: str, oldest: str) -> None:
@@ -88,7 +88,7 @@ def replace_each(
         reason_against: a function that returns why a module cannot be replaced, or an empty string if it can.
         adapt: a function that makes a module use its child module `vix`.
         expected: the expected kind of model or layer, for the error message.
-        layers: names or patterns, such as "blocks.1*", of the modules to replace. None: all. Others are not in the report.
+        layers: names or patterns, such as "blocks.1*", of the modules to replace. None: all. The report omits other modules.
         site_of: a function that returns the Site of a module, including the number and width of its heads.
         place: a function that receives a module's name and the copy of `attention` for it, and tells the copy how the tokens
             are arranged: the number of prefix tokens and the grid.
@@ -183,13 +183,14 @@ def patch_package(
     Args:
         model: a model that contains modules of the package.
         package, oldest: the package and its oldest supported version.
-        ours: the equivalent class. It reads the attributes of the package's modules, and `compat` and `backend`.
+        ours: the equivalent class. Its forward uses the attributes of the package's modules, and `compat` and `backend`, which
+            are added as class attributes.
         backend: the backend of the new attention.
         reason_against: as in patch_each.
         ignored: arguments that the package's forward accepts but does not use.
 
     Raises:
-        ImportError: the package is not installed or not supported, or a different copy of it would be imported.
+        ImportError: the package is not installed or not supported, or the import finds a different copy of it.
         ValueError: nothing could be replaced. The model is then unchanged.
     """
     check_model(model)
@@ -252,9 +253,9 @@ def unpatch(model: nn.Module) -> list[str]:
 
 
 def reason_against_linear(module: nn.Module, *names: str) -> str:
-    """Return why the layers `names` of `module` are not linear maps, or an empty string if they are nn.Linear without bias.
+    """Return why a layer in `names` of `module` is not an nn.Linear without bias, or an empty string if all are.
 
-    The replacements apply these layers to zeros, or to sums of tokens. A bias or another module would change the result.
+    The replacements apply these layers to zeros, or to sums of tokens. With a bias or another module, results would differ.
     """
     for name in names:
         layer = getattr(module, name)
@@ -291,8 +292,8 @@ def check_model(model: nn.Module) -> None:
 def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, module) for each attention in `model`.
 
-    These are the modules whose class name contains Attention or Attn, but not Block, and timm's parallel blocks, which compute
-    attention without such a module.
+    These are the modules whose class name contains Attention or Attn, but not Block, and timm's parallel blocks, which have no
+    attention module.
     """
     check_model(model)
     for name, module in model.named_modules():

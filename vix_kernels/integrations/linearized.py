@@ -1,7 +1,7 @@
-"""Save and load models of any host in which softmax attention was replaced.
+"""Save and load models of any host library in which softmax attention was replaced.
 
-A folder contains model.safetensors and linearized.json. The JSON lists the attention and its options for each layer. Names in
-it are looked up in registries: of attentions, of this library's models, of timm and of transformers. Nothing in it is imported.
+A folder contains model.safetensors and linearized.json. The JSON lists the attention and its options for each layer. Its names
+are only looked up in registries (attentions, models of this library, of timm and of transformers) and never imported.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ def save_linearized(
     """Save a model whose attention was replaced, for example by `linearize`, to a folder. Each file is written atomically.
 
     Args:
-        model: a model from this library, timm, transformers or with nn.MultiheadAttention.
-        folder: a new folder.
+        model: a model from this library, timm or transformers, or one with nn.MultiheadAttention.
+        folder: the folder to write.
         data: a description of the training images: "classes" (names), and "mean" and "std" of each channel, for pixel values in
             [0, 1]. Defaults to model.config["data"] for models that `vix train` trained.
-        overwrite: whether an existing model in the folder may be replaced.
+        overwrite: whether to replace a model that this function saved in the folder.
 
     Raises:
-        ValueError: the model has no replaced attention, or the folder contains a model and `overwrite` is not set.
+        ValueError: the model has no replaced attention, or its state dict contains an entry that is not a tensor, or the folder
+            contains a different kind of model, or `overwrite` is not set and the folder contains a model.
     """
     layers = {name: described(holder) for name, holder in holders(model).items() if holder.core.name != "softmax"}
     if not layers:
@@ -66,7 +67,7 @@ def save_linearized(
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise ValueError(f"model: expected a state dict of tensors, got a {type(value).__name__} for {name}")
-        shared = value.untyped_storage().data_ptr() in seen  # safetensors refuses shared memory
+        shared = value.untyped_storage().data_ptr() in seen  # safetensors refuses tensors that share memory
         seen.add(value.untyped_storage().data_ptr())
         tensors[name] = value.clone().contiguous() if shared else value.contiguous()
 
@@ -82,11 +83,11 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
         folder: the folder.
         model: a new model with the architecture of the saved one and with softmax attention. It is changed in place. None:
             create it. This is not possible for models with nn.MultiheadAttention, or if timm.create_model was called with
-            arguments that change the architecture.
+            arguments that change the architecture, except num_classes, global_pool and img_size.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
-        ValueError: a file is damaged, names an unknown attention or model, or the weights do not fit. `model` is unchanged.
+        ValueError: a file is damaged or names an unknown attention or model, or the weights do not fit. `model` is unchanged.
     """
     folder = folder_path(folder)
     config = read_config(folder)
@@ -111,7 +112,7 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
     except BaseException as error:
         snapshot.restore()
         if model is None and isinstance(error, ValueError):
-            raise ValueError(f"{error}; if the architecture has been changed, pass a new model as `model`") from error
+            raise ValueError(f"{error}; if its architecture is not the default, pass a new model as `model`") from error
         raise
     if isinstance(getattr(created, "config", None), dict) and "data" in config:
         created.config["data"] = config["data"]
@@ -126,10 +127,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, as save_linearized writes it, got {error}") from error
+        raise ValueError(f"{path}: expected JSON written by save_linearized, got {error}") from error
     layers = config.get("layers") if isinstance(config, dict) else None
     if not isinstance(layers, dict) or not isinstance(config.get("host"), dict) or not isinstance(config.get("data", {}), dict):
-        raise ValueError(f"{path}: expected a host and layers, as save_linearized writes them")
+        raise ValueError(f"{path}: expected a host and layers that are mappings, as save_linearized writes them")
     for name, layer in layers.items():
         if not isinstance(layer, dict) or not isinstance(layer.get("options"), dict):
             raise ValueError(f"{path}: layers: expected an op and options for {name}, got {layer!r}")
@@ -155,7 +156,7 @@ def described(holder: Mounted) -> dict[str, Any]:
 
 
 def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None:
-    """Replace one attention, and give its parameters the dtype in which they are trained."""
+    """Replace one attention layer, and cast the parameters of the new attention to float32, in which they are trained."""
     op, options, backend = layer["op"], layer["options"], layer.get("backend", "auto")
     try:
         if host_of(model) == "vix_kernels":
@@ -172,7 +173,7 @@ def _put(model: nn.Module, name: str, layer: dict[str, Any], path: Path) -> None
 
 
 def _structure(model: nn.Module) -> str:
-    """Return a digest of the modules of a model and their settings, except those that only matter in training."""
+    """Return a digest of the modules of a model and their settings, without dropout and without the child modules `vix`."""
     lines = []
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -196,7 +197,7 @@ def _describe_host(model: nn.Module) -> dict[str, Any]:
         arguments = {name: getattr(model, name) for name in names if isinstance(getattr(model, name, None), (int, str))}
         size = getattr(getattr(model, "patch_embed", None), "img_size", None)
         arguments |= {"img_size": list(size)} if size else {}
-        arguments |= getattr(model, "vix_arguments", {})  # of a model that `vix train` created
+        arguments |= getattr(model, "vix_arguments", {})  # set for models that `vix train` created
         return host | {
             "name": getattr(model, "pretrained_cfg", {}).get("architecture"),
             "arguments": {name: value for name, value in arguments.items() if name in TIMM_ARGUMENTS},
@@ -221,4 +222,6 @@ def _create_host(host: dict[str, Any], folder: Path) -> nn.Module:
         from .transformers import create_host
 
         return create_host(host.get("class"), host.get("config"))
-    raise ValueError(f"model: expected a new {host.get('class')}, because the library of {folder} is {library!r}, got None")
+    raise ValueError(
+        f"model: expected a new {host.get('class')}, because the library of the model in {folder} is {library!r}, got None"
+    )

@@ -5,7 +5,8 @@
 The package has three quirks, which compat=True reproduces. It pads the front of the sequence with all-zero tokens until the
 length is a multiple of the number of landmarks. It divides the first iterate of the pseudo-inverse by a maximum over the
 whole batch, so the output of a sample depends on the rest of the batch. With a mask, a landmark without valid tokens attends
-equally to all landmarks, so it affects the pseudo-inverse."""
+equally to all landmarks, so it affects the pseudo-inverse.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ class NystromAttention(nn.Module):
     Args:
         dim: width of the tokens.
         dim_head, heads: width and number of the heads.
-        num_landmarks: number of landmarks. Each is the mean of a segment of the padded sequence. The sequence may have
-            fewer tokens than landmarks.
+        num_landmarks: number of landmarks. Each is the mean of a segment of the padded sequence. The sequence may have fewer
+            tokens than num_landmarks.
         pinv_iterations: number of iterations for the pseudo-inverse.
         residual: whether to add a depthwise convolution of v over the tokens.
         residual_conv_kernel: kernel size of this convolution. Must be odd.
@@ -126,7 +127,7 @@ class NystromAttention(nn.Module):
         return out
 
     def _attend_plainly(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the output and the three factors of the attention matrix."""
+        """Return the output, and the three factors of the attention matrix in the order of their product."""
         length = q.shape[2] // self.num_landmarks
         divisor, valid_tokens, valid_marks = length, None, None
         if mask is not None:
@@ -181,7 +182,8 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
-        ImportError: nystrom-attention is not installed or not supported, or `nystrom_attention` is a different copy of it.
+        ImportError: nystrom-attention is not installed or not supported, or the import of `nystrom_attention` finds a different
+            copy of it.
     """
     return patch_package(
         model, "nystrom-attention", "0.0.14", NystromAttention, backend=backend, reason_against=_reason_against

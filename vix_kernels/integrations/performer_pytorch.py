@@ -12,8 +12,8 @@ For the keys, `aggregate` sums the exponentials E_nj = phi_j(k_n) - eps, and eps
 
     S_j = sum_n E_nj v_n + eps sum_n v_n            z_j = sum_n E_nj + eps N
 
-For the queries, `broadcast` receives an additional slot that accounts for eps. The value of this slot is the mean of the other
-slots' values, weighted by z_j:
+For the queries, `broadcast` receives an additional slot that accounts for eps. The value of this slot is the mean of the values
+S_j / z_j of the other slots, weighted by z_j:
 
     out_n = softmax(a_n1 - t_n + log z_1, ..., log(eps sum_j z_j)) . (S_1 / z_1, ..., sum_j S_j / sum_j z_j)
     t_n = h_n + max_j a_nj
@@ -55,7 +55,7 @@ class FastAttention(nn.Module):
         kernel_fn: the function for generalized_attention. Attention with these features runs in plain PyTorch.
         no_projection: whether to omit the random features and return softmax(q) softmax(k)^T v. The softmax of q is over the
             channels, and the softmax of k is over the tokens.
-        compat: if True, use the package's eps and maxima. If False, omit both, as in FAVOR+. False is faster.
+        compat: if True, use the package's eps and maxima. If False, omit both, which is faster.
         backend: as in performer_attention.
 
     The buffer `projection_matrix` defines the random features. It is generated with torch's global random state. To use the
@@ -103,10 +103,14 @@ class FastAttention(nn.Module):
         self.projection_matrix.copy_(self._draw())
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Compute attention for q (batch, heads, queries, dim_heads), k (batch or 1, heads, tokens, dim_heads) and v.
+        """Return the output (batch, heads, queries, value_dim) of the attention.
 
-        `key_padding_mask` is bool (batch, tokens), True = valid. Padded tokens are also excluded from the maximum and from the
-        eps term. The output for a query without valid keys is 0.
+        Args:
+            q: (batch, heads, queries, dim_heads).
+            k: (batch, heads, tokens, dim_heads). If the batch sizes of k and v are both 1, k and v are expanded to that of q.
+            v: (batch, heads, tokens, value_dim).
+            key_padding_mask: bool (batch, tokens), True = valid. Padded tokens are also excluded from the maximum and from the
+                eps term. The output for a query without valid keys is 0.
         """
         q, k, v = autocast(q, k, v)
         if all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v)) and k.shape[0] == v.shape[0] == 1:
@@ -159,7 +163,7 @@ class ProjectionUpdater(nn.Module):
         self.register_buffer("calls_since_last_redraw", torch.tensor(0))
 
     def fix_projections_(self) -> None:
-        """Stop redrawing, so that the features stay fixed."""
+        """Stop redrawing the features."""
         self.feature_redraw_interval = None
 
     def redraw_projections(self) -> None:
@@ -192,7 +196,8 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
-        ImportError: performer-pytorch is not installed or not supported, or `performer_pytorch` is a different copy of it.
+        ImportError: performer-pytorch is not installed or not supported, or the import of `performer_pytorch` finds a different
+            copy of it.
     """
 
     def reason_against(module: nn.Module) -> str:
@@ -261,7 +266,7 @@ def explicit_attention(q_features: Tensor, k_features: Tensor, v: Tensor, eps: f
 
 
 def count_valid(k: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor | int:
-    """Return the number of tokens if there is no mask, or else the number of valid tokens (batch, 1, 1), at least 1."""
+    """Return the number of tokens, or with a mask, a tensor (batch, 1, 1) of the numbers of valid tokens, at least 1."""
     return k.shape[2] if mask is None else mask.sum(-1, dtype=dtype).clamp(min=1)[:, None, None]
 
 

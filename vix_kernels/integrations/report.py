@@ -16,14 +16,14 @@ from .speed import SlowerWarning, Speed, expected, measure
 
 @dataclass
 class Report:
-    """Lists which attention layers of a model were replaced, and why the others were not.
+    """Lists which attention layers of a model were replaced, and the reason for each layer that was not.
 
     Attributes:
         attention: a short description of the new attention.
         attentions: maps the name of each replaced module to a description of its attention.
         refused: maps the name of each module that was not replaced to the reason.
-        tokens: maps the name of each replaced module to its number of tokens, if known: that of the batch passed to `measure`,
-            or before that call, the number at the image size that the model is configured for.
+        tokens: maps the name of each replaced module to its number of tokens, if known. Before a call of `measure`, this is the
+            number at the image size that the model is configured for. Afterwards, it is the number in the measured batch.
         speed: the result of `measure`, or None.
         warnings: the messages of the SlowerWarning that the replacement issued, if any.
     """
@@ -37,7 +37,8 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self, model: nn.Module | None) -> None:
-        # Not fields, so that copies and files of a report contain no model: the model, the attention and the width of a head
+        # The model, and a pair of the attention and the head width. These are not dataclass fields, and __getstate__ removes
+        # them from copies and pickles, because a report should not contain a model.
         self._model, self._kind = model, None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -49,10 +50,10 @@ class Report:
         return list(self.attentions)
 
     def __str__(self) -> str:
-        lines = [f"{self.attention}: {len(self.replaced)} replaced, {len(self.refused)} left"]
+        lines = [f"{self.attention}: {len(self.replaced)} replaced, {len(self.refused)} not replaced"]
         for name, attention in self.attentions.items():
             lines.append(f"  {name}: {attention}" + (f", {self.tokens[name]} tokens" if name in self.tokens else ""))
-        lines += [f"  {name} left: {reason}" for name, reason in self.refused.items()]
+        lines += [f"  {name} not replaced: {reason}" for name, reason in self.refused.items()]
         lines += [str(self.speed)] if self.speed else [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -60,8 +61,8 @@ class Report:
         """Time the model and each replaced layer on `batch`, alternately with the new attention and with softmax attention.
 
         The model runs in evaluation mode without gradients and without compilation, on its device. For softmax attention,
-        modules whose class was replaced run their original code. The model is not changed. `print(report)` then includes the
-        times.
+        modules whose class was replaced run their original code. The model is not changed. After this call, `print(report)`
+        includes the times.
 
         Args:
             batch: a batch of typical size: a tensor, a tuple whose first item is the input, or a dict of the model's arguments.
@@ -72,7 +73,8 @@ class Report:
             the times. `print` shows them as a table.
 
         Raises:
-            ValueError: the model of this report has no replaced attention, or its parameters are on the meta device.
+            ValueError: this report has no replaced softmax attention, a replaced layer was changed later, `batch` is empty, or
+                the parameters of the model are on the meta device.
             TypeError: `batch` contains no tensor.
         """
         from .hosts import module_of
@@ -110,7 +112,7 @@ class Report:
         if reason := self._expected():
             self.warnings.append(
                 f"{attention.op} attention may be slower than softmax attention at {max(self.tokens.values())} tokens: "
-                f"{reason}; report.measure(batch) measures both"
+                f"{reason}; report.measure(batch) times both attentions"
             )
             warnings.warn(self.warnings[-1], SlowerWarning, stacklevel=stacklevel + 1)
 

@@ -1,4 +1,4 @@
-"""Measure whether a replaced attention is faster, or look it up in the table of break-even lengths."""
+"""Measure whether a replaced attention is faster than softmax attention, or look it up in the table of break-even lengths."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Speed:
         softmax, replaced: median times of a forward pass, in milliseconds.
         layers: the times of each layer by its name.
         where: the device, the dtype and the number of samples.
-        note: if the model was slower than with softmax attention, as expected, the break-even length in words; otherwise "".
+        note: a sentence with the break-even length if the model was slower, as the table of these lengths predicts; else "".
     """
 
     softmax: float
@@ -205,7 +205,7 @@ def _between(begin: Any, end: Any) -> float:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run the block with `model` in evaluation mode and without gradients, then restore modes, grids and random states.
 
-    Compiled modules run in eager mode, because compiled code does not call the hooks that measure layers.
+    Compiled modules run in eager mode, because code that was compiled earlier does not call the hooks that measure layers.
     """
     modes = {module: module.training for module in model.modules()}
     grids = {id(each.grid): each.grid for each in model.modules() if isinstance(each, DropIn) and each.grid is not None}
@@ -232,7 +232,7 @@ def measure(
     Args:
         batch: as in `call`.
         softmax: returns a context in which the model computes softmax attention.
-        holders, modules: for each layer, the module that holds the core, and the attention module of the host.
+        holders, modules: map the name of each layer to the module that holds the core, and to the attention module of the host.
         rounds: as in `Report.measure`.
     """
     from ..measure.machine import device_name  # not at the top, because it imports the specifications of all operators
@@ -254,10 +254,11 @@ def measure(
 
 
 def expected(op: str, options: Mapping[str, Any], tokens: int, width: int, device: str) -> str:
-    """Return a sentence with the break-even length of an attention, or "" if it is not expected to be slower.
+    """Return the break-even length of an attention in words, or "" if the attention is not known to be slower.
 
     Args:
-        op, options: the attention. The table holds only for the default number of landmarks, features or agents.
+        op, options: the attention. The table of break-even lengths holds only for the default number of landmarks, features or
+            agents. For other numbers, the result is "".
         tokens, width, device: the number of tokens, the width of a head and the type of the device.
     """
     usual = CORES[op].made("host")

@@ -1,4 +1,4 @@
-"""Replace the attention of any supported model, find the modules that hold an attention, and undo changes."""
+"""Replace the attention of any supported model, find the modules that hold a core, and undo replacements."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .drop_in import DropIn
 from .hosts import ROOT, Report, check_model, module_of
 from .speed import SlowerWarning
 
-ENTRY = "vix_attention"  # the entry in a configuration of transformers that describes the attention of the model
+ENTRY = "vix_attention"  # the entry in the configuration of a transformers model that describes its attention
 
 
 def host_of(model: nn.Module) -> str:
-    """Return the library of a model: "vix_kernels", "transformers", "timm" or "torch.nn"."""
+    """Return the library of a model: "vix_kernels", "transformers", "timm" or, for all other models, "torch.nn"."""
     check_model(model)
     if isinstance(model, Backbone):
         return "vix_kernels"
-    transformers = sys.modules.get("transformers")  # a model of transformers exists only if it has been imported
+    transformers = sys.modules.get("transformers")  # if it has not been imported, none of its models can exist
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         return "transformers"
     kinds = {kind for each in model.modules() for kind in type(each).__mro__}
@@ -38,7 +38,7 @@ def replace_attention(
     """Replace the attention in a model of this library, timm, transformers or torch.nn, in place.
 
     The arguments are those of the integrations' functions, such as `vix_kernels.integrations.timm.replace_attention`. Unlike
-    these functions, it does not warn if the attention is expected to be slower.
+    those functions, this function does not warn if the attention is expected to be slower.
     """
     replace: Callable[..., Report]
     host = host_of(model)
@@ -56,7 +56,7 @@ def replace_attention(
 
 
 def holders(model: nn.Module) -> dict[str, Mounted]:
-    """Return the module that holds the core of each attention layer, by the name of the layer."""
+    """Return a dict that maps the name of each attention layer to the module that holds its core."""
     found: dict[str, Mounted] = {}
     for name, module in model.named_modules():
         name = name or ROOT
@@ -101,9 +101,9 @@ class Softmaxed:
 
 
 class Snapshot:
-    """The classes and attributes of all modules of a model, but not the values of its tensors.
+    """A copy of the classes and attributes of all modules of a model, but not of the values of its tensors.
 
-    `restore` undoes changes of the structure, such as replaced attentions.
+    `restore` undoes changes to the modules, such as replaced attentions.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -112,7 +112,7 @@ class Snapshot:
             name: (module, type(module), {key: (value, _copy(value)) for key, value in vars(module).items()})
             for name, module in model.named_modules()
         }
-        # The configurations of a model of transformers and of its parts, and the attention that they select
+        # The configurations of a transformers model and of its parts, and the attention that each configuration selects
         configs = [getattr(module, "config", None) for module in model.modules()] if host_of(model) == "transformers" else []
         self.configs = {
             id(each): (each, each._attn_implementation, vars(each).get(ENTRY)) for each in configs if each is not None
@@ -124,7 +124,7 @@ class Snapshot:
             if layers is None or any((name or ROOT) == layer or name.startswith(f"{layer}.") for layer in layers):
                 module.__class__ = kind
                 for value, saved in state.values():
-                    if isinstance(value, dict):  # keep the object, to which the handles of hooks refer
+                    if isinstance(value, dict):  # keep the dict object, because the handles of hooks refer to it
                         value.clear()
                         value.update(saved)
                 before = {key: value for key, (value, _) in state.items()}
@@ -142,5 +142,5 @@ class Snapshot:
 
 
 def _copy(value: Any) -> Any:
-    """Copy the dicts of a module, such as `_parameters` and `_forward_hooks`."""
+    """Copy a dict, such as a module's `_parameters` or `_forward_hooks`. Return any other value unchanged."""
     return value.copy() if isinstance(value, dict) else value

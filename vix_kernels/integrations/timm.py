@@ -37,7 +37,7 @@ with host("timm", "1.0.28"):
 class _Replaced:
     """Base class of the replacements for timm's three attention classes.
 
-    The replacements only change how attention is computed from q, k and v.
+    The replacements only change how the output is computed from q, k and v.
     """
 
     vix: DropIn
@@ -103,14 +103,14 @@ class ReplacedEvaAttention(_ReplacedRope, EvaAttention):
 _REPLACED = {Attention: ReplacedAttention, AttentionRope: ReplacedAttentionRope, EvaAttention: ReplacedEvaAttention}
 for _host, _replacement in _REPLACED.items():
     require_call("timm", _replacement, _host)
-    register_notrace_module(_replacement)  # torch.fx cannot trace it, because it checks shapes
+    register_notrace_module(_replacement)  # torch.fx cannot trace these modules, because they check shapes
 
 
 def rope_of(table: Tensor, prefix_tokens: int, num_heads: int, half: bool) -> Rope:
-    """Convert timm's table (tokens, 2 R) or (heads, tokens, 2 R) to a Rope.
+    """Convert timm's table (tokens, 2 R) or (heads, tokens, 2 R) of rotary angles to a Rope.
 
-    R is the number of rotated channels. The table contains the sines and then the cosines of the angles. Each sine and
-    each cosine occurs twice.
+    R is the number of rotated channels. In the last dimension, the table has R sines and then R cosines, each value twice. The
+    table does not include the first `prefix_tokens` tokens, which are not rotated. `half` selects the layout of the channels.
     """
     if table.dim() == 2:
         table = table[None]
@@ -132,7 +132,7 @@ class BuiltAttention(ReplacedAttention):
     """Base class of the classes that `attention_layer` returns. Landmarks and agents are placed as in `replace_attention`.
 
     Attributes:
-        attention: (class attribute) the attention that each layer copies.
+        attention: (class attribute) the attention of which each layer gets a copy.
         retrain: (class attribute) whether weights trained with a different attention may be loaded.
         vix: the current attention of this layer. `replace_attention` changes it.
         built: the attention that this layer was built with.
@@ -144,7 +144,7 @@ class BuiltAttention(ReplacedAttention):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.vix = type(self).attention.mounted(Site(self.head_dim, self.num_heads)).like(self)
-        self.own = (self.vix,)  # in a tuple, so that the module is not registered a second time, as the child `own`
+        self.own = (self.vix,)  # a tuple, so that the module is not registered a second time, as the child `own`
         _place_while_built()
 
     @property
@@ -157,11 +157,11 @@ class MarkedAttention(BuiltAttention):
 
     @property
     def mark(self) -> str:
-        """The attention that the weights were trained with: the op, and "+exact" if class and register tokens are exact."""
+        """The op, followed by "+exact" if class and register tokens attend by exact softmax."""
         return self.vix.op + "+exact" * (self.vix.core.exact_rows(Tokens()) > 0)
 
     def get_extra_state(self) -> Tensor:
-        """Return the mark as a tensor of bytes, because safetensors and averages of state dicts need tensors."""
+        """Return the mark as a tensor of bytes, because safetensors and code that averages state dicts need tensors."""
         return torch.tensor(list(self.mark.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -175,7 +175,7 @@ class MarkedAttention(BuiltAttention):
         weights = (x for name, x in state_dict.items() if name.startswith(prefix) and name != key)
         has_values = not all(getattr(x, "is_meta", False) for x in weights)
         trained_with = _text_of(state_dict.get(key)) if has_values else mark
-        if mark == f"{trained_with}+exact" and "exact_prefix" not in self.vix.options:  # saved before rows could be exact
+        if mark == f"{trained_with}+exact" and "exact_prefix" not in self.vix.options:  # saved before exact_prefix existed
             self.vix.core, self.vix.follows_prefix, mark = replace(self.vix.core, exact_prefix=False), False, trained_with
         may_differ = self.retrain or self.vix is not self.built  # replace_attention checks retrain before it changes vix
         if trained_with != mark and not may_differ:
@@ -216,8 +216,8 @@ def attention_layer(op: str, *, retrain: bool = False, **options: Any) -> type[A
 
     Args:
         op, options: as in DropIn. All layers have the same random features.
-        retrain: whether the model will be trained further with this attention. If False, and if the weights of this class are
-            marked, load_state_dict rejects weights that are not marked as trained with `op`.
+        retrain: whether the model will be trained further with this attention. If False, and if this class marks its weights,
+            load_state_dict rejects weights that are not marked as trained with `op`.
     """
     return _class_with(DropIn(op, retrain=True, **options), retrain)
 
@@ -240,7 +240,7 @@ LAYERS: dict[str, type[Attention]] = {}  # maps each op to its attention class
 
 @subscribe
 def _admit(core: type[Mixer]) -> None:
-    """Register an attention with timm as vix_NAME. This also runs for attentions that are added after the import."""
+    """Register an attention with timm as vix_NAME. This also runs for attentions that are registered after the import."""
     if core.name in OPS:
         layer = LAYERS[core.name] = attention_layer(core.name)
         ATTN_LAYERS[f"vix_{core.name}"] = globals()[layer.__name__] = layer
@@ -256,7 +256,7 @@ def _place_while_built() -> None:
 
 
 def _place_in(vit: nn.Module, name: str, module: nn.Module) -> None:
-    """For each attention layer in the blocks of `vit`, set the number of prefix tokens and the grid on which slots are pooled.
+    """For each BuiltAttention in the blocks of `vit`, set the number of prefix tokens and the grid of landmarks or agents.
 
     This runs when `vit` registers its blocks, and again for each later child, because some models set their number of prefix
     tokens after they register their blocks.
@@ -277,11 +277,11 @@ def replace_attention(
         report = replace_attention(timm.create_model("vit_base_patch16_224", pretrained=True), "nystrom")
 
     The attention classes Attention (vision_transformer), AttentionRope and EvaAttention (EVA, DINOv3) are supported, including
-    rotary tables, norms of q and k, gates and output dropout.
+    rotary tables, normalization of q and k, gates and output dropout.
 
     Landmarks and agents are placed on the patch grid, which may differ between calls if the model accepts any image size. Each
     prefix token (class or register token) is a separate landmark or agent. `options` can change this placement. With patch
-    dropout, tokens form no grid, so landmarks and agents are means of segments. The report describes the placement.
+    dropout, the tokens do not form a grid, so landmarks and agents are means of segments. The report describes the placement.
 
     Args:
         model: a timm model.
@@ -324,7 +324,7 @@ def replace_attention(
 
 
 def restore_attention(model: nn.Module) -> list[str]:
-    """Undo `replace_attention`, in place. Each module goes back to its original attention and keeps its Parameter objects.
+    """Undo `replace_attention`, in place. Each module gets its original attention back and keeps its Parameter objects.
 
     Returns:
         the names of the restored modules.
@@ -373,7 +373,7 @@ def _has_grid(vit: nn.Module) -> bool:
 
 
 def _follow(embedding: nn.Module) -> TokenGrid:
-    """Return the hook that records the token grid of `embedding`. Install it if it does not exist yet."""
+    """Return the hook that records the token grid of `embedding`. Install the hook if `embedding` does not have it yet."""
     grid = _grid_of(embedding)
     if grid is None:
         grid = TokenGrid()

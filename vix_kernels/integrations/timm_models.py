@@ -73,17 +73,20 @@ def _entry(name: str) -> Any:
         return create_model(name, **arguments)
 
     def adapt(state: Mapping[str, Tensor], model: Backbone, has_classes: bool) -> dict[str, Tensor]:
-        """Adapt weights to `model`, and describe them in its configuration, according to which timm keeps the head.
+        """Return weights from a file, adapted to `model`. timm calls this function before it loads the weights.
+
+        Also set num_classes in model.pretrained_cfg to that of the weights. By this entry, timm decides whether to keep the
+        head.
 
         Raises:
-            ValueError: the number of classes differs from the registered one, and the caller has not chosen one, or the
-                configuration has a wrong image size.
+            ValueError: the number of classes of the weights differs from that of `model`, and the caller did not pass
+                num_classes, or input_size in model.pretrained_cfg is not the image size of the weights.
         """
         state, cfg = dict(state.get("model", state)), model.pretrained_cfg
         if "head.weight" in state:
             cfg["num_classes"] = len(state["head.weight"])
             if not has_classes and cfg["num_classes"] != model.num_classes:
-                raise ValueError(f"num_classes: expected {cfg['num_classes']}, as in the file, or another number, got None")
+                raise ValueError(f"num_classes: expected {cfg['num_classes']} (as in the file) or another number, got None")
         arguments = model.config["arguments"] | {"img_size": cfg["input_size"][1:]}
         source, found = create_model(name, device="meta", **arguments), model.state_dict()
         described = source.state_dict()
@@ -93,7 +96,7 @@ def _entry(name: str) -> Any:
                 raise ValueError(
                     f"pretrained_cfg_overlay: expected the input_size of the weights, got {cfg['input_size']}, but {shape}"
                 )
-            source = model  # the weights have its image size
+            source = model  # the weights have the image size of `model`
         return adapt_state(state, source, model)
 
     def build(pretrained: bool = False, **arguments: Any) -> nn.Module:

@@ -43,10 +43,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         Args:
             query, key, value: (batch, tokens, embed_dim) if batch_first, else (tokens, batch, embed_dim). Unbatched inputs
                 are (tokens, embed_dim).
-            key_padding_mask: a mask in torch's convention: bool with True = padded, or float with 0 = valid and -inf = padded.
+            key_padding_mask: (batch, tokens), or (tokens,) for unbatched inputs. As in nn.MultiheadAttention, bool with
+                True = padded, or float with 0 = valid and -inf = padded.
+
+        Returns:
+            the output, with the shape of query, and None in place of the attention weights.
 
         Raises:
-            NotImplementedError: need_weights, attn_mask or is_causal is set, dropout is active, or query is nested.
+            NotImplementedError: need_weights, attn_mask or is_causal is set, dropout is active and not ignored, or query is a
+                nested tensor.
         """
         if need_weights:
             raise NotImplementedError("need_weights: expected False (attention weights are never computed), got True")
@@ -88,8 +93,8 @@ def replace_mha(
 
     PyTorch's encoder and decoder layers are also supported, but without the inference fast path, which would bypass the new
     attention. Unlike in the fast path, outputs for padded tokens are not set to zero. The dropout of these layers, which is 0.1
-    by default, must be 0 in training, unless you pass dropout="ignore". Calling a replaced module with need_weights=True, the
-    default, raises an error.
+    by default, must be 0 in training, unless you pass dropout="ignore". This option ignores only attention dropout. Calling a
+    replaced module with need_weights=True, the default, raises an error.
 
     Args:
         model: a model that contains nn.MultiheadAttention.
@@ -127,5 +132,5 @@ def _reason_against(module: nn.Module) -> str:
     if module.in_proj_weight is None:
         return "keys or values have a different width than queries (kdim, vdim)"
     if module.bias_k is not None or module.add_zero_attn:
-        return "it adds keys to the given ones (add_bias_kv, add_zero_attn)"
+        return "it appends additional keys and values (add_bias_kv, add_zero_attn)"
     return ""

@@ -30,7 +30,7 @@ with host("transformers", "5.17"):
     from transformers.models.fnet import modeling_fnet
     from transformers.models.nystromformer import modeling_nystromformer
 
-# Additional arguments that some models pass to their attention. They are not supported.
+# Unsupported arguments that some models pass to their attention
 _UNSERVED = (
     "softcap", "position_bias", "s_aux", "sinks", "sliding_window", "block_indices", "indices", "cu_seq_lens_q",
     "cu_seq_lens_k", "output_attentions",
@@ -45,8 +45,9 @@ def register(*, retrain: bool = False, **options: Mapping[str, Any]) -> None:
 
     Padding masks are supported. Causal and windowed masks, attention dropout in training, grouped heads and requests for the
     attention weights raise NotImplementedError. Calling this function again changes the options of all models that use these
-    names. Importing this module calls it without arguments. `save_pretrained` saves the attention and its options with a model,
-    and `from_pretrained` restores both. If the options differ from the registered ones, the attention gets a separate name.
+    names; ops without an argument get their default options. Importing this module calls this function without arguments.
+    `save_pretrained` saves the attention and its options with a model, and `from_pretrained` restores both. If the saved
+    options differ from the registered ones, the restored attention gets a separate name.
 
     Args:
         retrain: whether to allow "vix_performer", "vix_linear" and "vix_agent", which require a model that was, or will be,
@@ -105,7 +106,7 @@ def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple
                 raise NotImplementedError(
                     f"{name}: expected None, got {type(value_of).__name__}; {attention!r} does not support it"
                 )
-        # As in transformers, a mask overrides is_causal, and a module without this attribute is causal.
+        # As in transformers, a mask overrides is_causal, and a module without the attribute is_causal is causal.
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = causal and attention_mask is None and query.shape[2] > 1
         return attention(query, key, value, attention_mask, dropout, causal, scaling).transpose(1, 2), None
@@ -120,14 +121,15 @@ def replace_attention(
 
         report = replace_attention(ViTModel.from_pretrained(...), "nystrom", num_landmarks=64)
 
-    In contrast to `register`, each layer has a separate attention, which may have parameters. The attn_implementation of the
+    In contrast to `register`, each layer has a separate attention, which can have parameters. The attn_implementation of the
     replaced layers becomes "vix". Layers with the same configuration that are not replaced use "sdpa". `save_pretrained` saves
-    the attention of each layer with the model, and `from_pretrained` restores it, as do models created from model.config.
+    the attention of each layer with the model, and `from_pretrained` restores it. Models that are created from model.config
+    also have this attention.
 
     Args:
         model: a PreTrainedModel whose attention is selected by attn_implementation.
         layers: names or patterns of the layers to replace, such as ["layers.1*"]. None: all.
-        op, retrain, options: as in DropIn. Each layer has different features.
+        op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
         a report that lists the replaced layers, and the other attention layers with the reason why they were not replaced.
@@ -165,7 +167,7 @@ def count_prefix(model: nn.Module) -> int:
 def count_tokens(model: nn.Module) -> int | None:
     """Return the number of tokens of a vision model at the image size of its configuration, or None if it is unknown.
 
-    It is unknown for models that merge, window or mask patches, because their layers receive other numbers of tokens.
+    It is unknown for models that merge, window or mask patches, because their attention layers receive fewer tokens.
     """
     patches = {module.num_patches for module in model.modules() if isinstance(getattr(module, "num_patches", None), int)}
     config = getattr(model, "config", None)
@@ -174,7 +176,7 @@ def count_tokens(model: nn.Module) -> int | None:
 
 
 def create_host(class_name: Any, config: Any) -> nn.Module:
-    """Create a model with new weights. The names of its configuration and class are looked up in transformers' registries."""
+    """Create a model with new weights. Look up the model_type and the class name in the registries of transformers."""
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"config: expected a model_type of transformers, got {kind!r}")
@@ -189,7 +191,7 @@ def create_host(class_name: Any, config: Any) -> nn.Module:
 
 
 def _without_implementations(config: Any) -> Any:
-    """Remove the choice of implementations from a configuration, because transformers may download code by such a name."""
+    """Remove the entries that choose implementations, because transformers may download code that such an entry names."""
     if not isinstance(config, dict):
         return config
     return {
@@ -217,10 +219,10 @@ def _unsupported(model: nn.Module) -> dict[nn.Module, str]:
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
         causal[name] = causal.get(name.rpartition(".")[0])
-        if isinstance(module, PreTrainedModel):  # some create a causal mask for modules whose is_causal is False
+        if isinstance(module, PreTrainedModel):  # some models create a causal mask for modules whose is_causal is False
             used = inspect.unwrap(type(module).forward).__code__.co_names
             is_causal = "create_causal_mask" in used and "create_bidirectional_mask" not in used
-            causal[name] = config if is_causal else None  # other modules inside do not receive the mask
+            causal[name] = config if is_causal else None  # submodules with a different configuration do not receive this mask
         if config is not None and config is causal[name]:
             found[module] = "causal attention"
         elif id(config) not in known:
@@ -248,8 +250,8 @@ def padding_mask(
 ) -> Tensor | None:
     """Return the mask that the registered attentions expect: additive (batch, 1, 1, tokens), or None if there is no mask.
 
-    The mask is additive, like the mask of transformers' eager attention, because about 35 models always add the mask to their
-    logits, regardless of the selected attention.
+    The mask is additive, like the mask of transformers' eager attention, because about 35 models add the mask to logits that
+    they compute themselves, regardless of the selected attention.
     """
     if mask_function is not bidirectional_mask_function:
         raise NotImplementedError(
@@ -269,7 +271,7 @@ def patch(model: nn.Module) -> Report:
     The replacements are equivalent but faster. Parameters and their names do not change. If a sequence contains only padding,
     its landmarks have attention weights of 0, whereas these weights are uniform in transformers. Calls that request the
     attention weights (output_attentions) run the code of transformers. In a patched model, such calls also support padded
-    batches, for which transformers raises an error if the model has landmarks.
+    batches. In transformers, they raise an error for padded batches if num_landmarks differs from segment_means_seq_len.
 
     Returns:
         a report that lists the replaced layers, and the FNet layers that cannot be replaced, with the reason.
@@ -299,7 +301,7 @@ def nystromformer_attention(
     attention_mask: Tensor | None = None,
     output_attentions: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Forward of NystromformerSelfAttention that does not store the tokens x landmarks matrices.
+    """Forward of NystromformerSelfAttention that does not store attention matrices of tokens x landmarks.
 
     As in transformers, padding is masked only in the softmax over tokens, and init_option "original" divides the first
     iterate of the pseudo-inverse by a maximum over the batch.
@@ -318,7 +320,7 @@ def nystromformer_attention(
         return host.forward(module, hidden_states, attention_mask, output_attentions)
     linears = module.query, module.key, module.value
     q, k, v = (rearrange(linear(hidden_states), "b n (h d) -> b h n d", h=module.num_attention_heads) for linear in linears)
-    if module.num_landmarks == module.seq_len:  # this is the default and computes softmax attention
+    if module.num_landmarks == module.seq_len:  # in this case, which is the default, transformers computes softmax attention
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
         if module.conv_kernel_size is not None:
             out = out + module.conv(v)
@@ -345,14 +347,14 @@ def _through_landmarks(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, atten
 
 
 def _one_row(attention_mask: Tensor) -> Tensor:
-    """Return the row (batch, 1, 1, tokens) of a mask. Newer versions of transformers repeat it for every query."""
+    """Return the row (batch, 1, 1, tokens) of a mask. Newer versions of transformers repeat this row for every query."""
     row = attention_mask[:, :1, :1]
     require_all(attention_mask == row, "attention_mask: expected the same row for all heads and queries")
     return row
 
 
 def fnet_transform(module: modeling_fnet.FNetBasicFourierTransform, hidden_states: Tensor) -> tuple[Tensor]:
-    """Forward of FNetBasicFourierTransform on (batch, tokens, channels), without complex numbers."""
+    """Forward of FNetBasicFourierTransform without complex numbers. `hidden_states` has shape (batch, tokens, channels)."""
     return (fourier_mixing(hidden_states),)
 
 
@@ -369,7 +371,7 @@ require_call("transformers", FNetBasicFourierTransform, modeling_fnet.FNetBasicF
 
 
 def uses_dft_matrices(module: modeling_fnet.FNetBasicFourierTransform) -> bool:
-    """Return whether the FNet uses DFT matrices. They are truncated for short sequences, so the result differs from an FFT."""
+    """Return whether the FNet uses DFT matrices. For short sequences, they are truncated, so results differ from an FFT."""
     return hasattr(module, "dft_mat_seq")
 
 

@@ -1,12 +1,12 @@
-"""Save the attention with a model of transformers, and restore it in from_pretrained.
+"""Save the attention of a transformers model in `save_pretrained`, and restore it in `from_pretrained`.
 
 transformers does not save attn_implementation. Importing vix_kernels.integrations.transformers therefore wraps two methods of
 PreTrainedModel. While `save_pretrained` runs, the configuration has two additional entries: attn_implementation, which
 transformers reads when it loads a configuration, and vix_attention, which describes the attention. If the configuration of a
-new model has the entry vix_attention, `post_init` ends by installing this attention, before weights are loaded. A description
-of layers stays in the configuration, so that other models created from it have the same attention. Models without an attention
-of this library are not affected. If a process has not imported the integration, loading such a model raises an error of
-transformers that names attn_implementation.
+new model has the entry vix_attention, `post_init` ends by installing this attention, before weights are loaded. If the entry
+lists layers, it stays in the configuration, so that other models created from it have the same attention. Models without an
+attention of this library are not affected. If a process has not imported the integration, and loads a model with such an
+attention, transformers raises an error that names attn_implementation.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ with host("transformers", "5.17"):
     from transformers import PreTrainedConfig, PreTrainedModel
 
 CHILDREN = "vix"  # the attn_implementation that calls the child module `vix` of each attention module
-MISSING = "vix_missing"  # an attribute of the modules of a new model in which no layer of the entry was replaced
-# Maps every other attn_implementation of this library to its attention, and to whether ops that need training are allowed
+MISSING = "vix_missing"  # marks the modules of a new model if none of the layers in its entry vix_attention was replaced
+# Maps every other attn_implementation of this library to its attention, and to whether an op that needs training is allowed
 NAMED: dict[str, tuple[DropIn, bool]] = {}
 
 
 def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Yield a configuration and the configurations of its parts."""
+    """Yield a configuration and, recursively, the configurations of its parts."""
     yield config
     for part in parts(config).values():
         yield from configs(part)
@@ -48,7 +48,7 @@ def parts(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
 
 
 def implementations(config: PreTrainedConfig) -> str | dict[str, Any] | None:
-    """Return the attn_implementation that selects the attentions of this library, and the default for all other parts."""
+    """Return the value of attn_implementation to save: a name, or a dict for a model with parts. None selects the default."""
     name = config._attn_implementation
     name = name if name == CHILDREN else f"vix_{NAMED[name][0].op}" if name in NAMED else None
     found = {part: implementations(each) for part, each in parts(config).items()}
@@ -56,7 +56,7 @@ def implementations(config: PreTrainedConfig) -> str | dict[str, Any] | None:
 
 
 def entry(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | None:
-    """Return a description of the attention in the modules with `config`, or None if it is not from this library."""
+    """Return a description of the attention in the modules with `config`, or None if this library does not provide it."""
     if config._attn_implementation in NAMED:
         return described(NAMED[config._attn_implementation][0])
     layers = {}
@@ -70,7 +70,7 @@ def entry(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | 
 def select_children(model: PreTrainedModel, replaced: Iterable[nn.Module]) -> None:
     """Make the configurations of the `replaced` modules in `model` select and describe the attention of their children."""
     for config in {id(module.config): module.config for module in replaced}.values():
-        config._attn_implementation_internal = CHILDREN  # only here, not in the configurations of parts
+        config._attn_implementation_internal = CHILDREN  # the property's setter would also change the configurations of parts
         setattr(config, ENTRY, entry(model, config))
         for _, module in _modules_with(model, config):
             vars(module).pop(MISSING, None)
@@ -113,7 +113,7 @@ def restore(model: PreTrainedModel) -> None:
             if id(config) in known:
                 _restore_layers(model, config, found)
             elif name == CHILDREN and not any(is_replaced(module) for _, module in _modules_with(model, config)):
-                # A part of `model` has copied the configuration. Layers with such a copy are not replaced.
+                # The configuration is a copy that a part of `model` made. Layers with such a copy are not replaced.
                 config._attn_implementation_internal = "sdpa"
             continue
         if name == CHILDREN:
@@ -126,7 +126,7 @@ def restore(model: PreTrainedModel) -> None:
             attention = _attention(found)
             if name == f"vix_{attention.op}":
                 config._attn_implementation_internal = _registered(name, attention)
-        delattr(config, ENTRY)  # also if an argument of from_pretrained has overridden the saved attn_implementation
+        delattr(config, ENTRY)  # even if an argument of from_pretrained has overridden the saved attn_implementation
 
 
 def _configs_of(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
@@ -171,9 +171,10 @@ def _registered(name: str, attention: DropIn) -> str:
 def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, found: dict[str, Any]) -> None:
     """Replace the attention of the saved layers in `model`, if the configuration selects it.
 
-    `model` may be a part of the saved model, or a larger model that contains it. Then the names have another prefix. Parts are
-    restored before the model that contains them. If no layer is replaced, the modules get the attribute vix_missing, which
-    makes attn_implementation "vix" raise an error. A model that contains them, or replace_attention, may remove it.
+    `model` can be a part of the saved model, or a larger model that contains it. In both cases, the names of the layers have a
+    different prefix. Parts are restored before the model that contains them. If no layer is replaced, the modules get the
+    attribute vix_missing, which makes attn_implementation "vix" raise an error. The attribute is removed when layers are
+    replaced later, by restoring a model that contains these modules or by replace_attention.
     """
     layers = found["layers"]
     if not isinstance(layers, dict):
@@ -192,7 +193,7 @@ def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, found: dic
     try:
         for name, saved in places.items():
             attention, module = _attention(layers[saved]), inside[name]
-            if is_replaced(module):  # by a part of `model`
+            if is_replaced(module):  # when a part of `model` was restored
                 continue
             options = attention.options | dict(backend=attention.backend, dropout=attention.dropout)
             replace_attention(model, attention.op, layers=[name], retrain=True, **options)

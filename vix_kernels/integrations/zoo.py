@@ -24,7 +24,7 @@ def replace_attention(
     Args:
         model: a model from create_model.
         layers: names or patterns of the layers to replace, such as ["blocks.1*"]. None: all.
-        op, retrain, options: as in DropIn. Each layer has different features.
+        op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
         a report that lists the replaced layers, and the other attention layers with the reason why they were not replaced.
@@ -58,7 +58,7 @@ def replace_attention(
 
 
 def placed(core: Core, site: Site, options: dict[str, Any]) -> Core:
-    """Return the core for the layer at `site`. Its slots are on the model's grid, unless the options say otherwise."""
+    """Return the core for the layer at `site`. Landmarks or agents are on the model's grid, unless `options` place them."""
     core = core.fit(site).with_prefix(site.prefix_tokens)
     if "prefix_tokens" in core.options():
         core = replace(core, prefix_tokens=options.get("prefix_tokens", site.prefix_tokens))
@@ -68,7 +68,7 @@ def placed(core: Core, site: Site, options: dict[str, Any]) -> Core:
 
 
 def put(module: AttentionModule, core: Any, backend: str | None = None) -> None:
-    """Make `module` use `core`, which is adapted to its site. New parameters have the device of the module."""
+    """Make `module` use `core`, which must already be adapted to module.site. New parameters are on the device of `module`."""
     weight = module.qkv.weight
     module.core, module.backend = core, backend or module.backend
     module.mount(core, module.site)

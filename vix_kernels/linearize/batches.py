@@ -1,4 +1,4 @@
-"""Batches of images or tokens for the conversion of a model, and the outputs of the model."""
+"""Helper functions of `linearize` for batches of images or tokens, and for the outputs of a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Batches = Callable[[], Iterable[Any]]
 
 
 def endless(batches: Batches) -> Iterator[Any]:
-    """Iterate over the batches again and again.
+    """Iterate over the batches endlessly, with a new call of `batches` for each pass.
 
     Raises:
         TypeError, ValueError: `batches` is not a function that returns an iterator with at least one batch.
@@ -52,7 +52,7 @@ def part_of(batch: Any, rank: int, world: int) -> Any:
 
 
 def output_of(result: Any) -> Tensor:
-    """Return the tensor that a model computes: its result, its logits, or the first of several results."""
+    """Return the output tensor of a model: `result` itself, its logits or last_hidden_state, or its first item."""
     if isinstance(result, Tensor):
         return result
     for name in ("logits", "last_hidden_state"):

@@ -27,10 +27,10 @@ examples:
   vix validate --checkpoint runs/vit-digits-linear --dataset digits
   torchrun --nproc-per-node 8 -m vix_kernels linearize ...                     # each batch is divided among the processes
 
-The first training images of the data set, without their labels, are used to fit the features. The report compares the outputs
-of the converted model and of the original on the first held-out images. The folder contains model.safetensors, linearized.json,
-report.txt and report.png. `vix validate`, `predict` and `export` read it. An interrupted conversion continues if the command is
-given again.
+The features are fitted to a random sample of the training images, without their labels. The report compares the outputs of the
+converted model and of the original on a random sample of the held-out images. Every run draws the same samples. The folder
+--output contains model.safetensors, linearized.json, report.txt and report.png. `vix validate`, `predict` and `export` read it.
+To continue an interrupted conversion, repeat the command.
 """
 
 
@@ -43,14 +43,26 @@ def linearize_command(argv: list[str]) -> int:
     add = parser.add_argument
     add("--checkpoint", metavar="PATH", help="a run, a checkpoint or a folder, as for vix validate; or the weights of --model")
     add(
-        "--model", metavar="HOST:NAME", help="timm:NAME, or hf:FOLDER with a model saved by transformers (default: a zoo model)"
+        "--model",
+        metavar="HOST:NAME",
+        help="timm:NAME, or hf:FOLDER with a model saved by transformers (default: the model in --checkpoint)",
     )
     add("--pretrained", action="store_true", help="download the weights of a timm model")
     add("--dataset", metavar="NAME", help="as for vix train (default: the data set that the checkpoint was trained on)")
     add("--data-dir", metavar="DIR", help="as for vix train")
     add("--op", default="feature", metavar="OP", help="feature, nystrom, performer or agent (default: %(default)s)")
-    add("--num-features", type=int, metavar="M", help="number of features for feature and performer (default: 32)")
-    add("--num-landmarks", type=int, metavar="M", help="number of landmarks for nystrom (default: 64, or by --max-error)")
+    add(
+        "--num-features",
+        type=int,
+        metavar="M",
+        help="number of features (default: 32 for feature, and D ln D for performer with head width D)",
+    )
+    add(
+        "--num-landmarks",
+        type=int,
+        metavar="M",
+        help="number of landmarks for nystrom (default: 64, or chosen for each layer with --max-error)",
+    )
     add(
         "--exact-prefix",
         action=argparse.BooleanOptionalAction,
@@ -59,14 +71,28 @@ def linearize_command(argv: list[str]) -> int:
     )
     add("--layers", nargs="+", metavar="NAME", help='names or patterns of attention layers, such as "blocks.1*" (default: all)')
     add(
-        "--max-error", type=float, metavar="E", help="keep softmax in layers with a larger relative squared error (default: no)"
+        "--max-error",
+        type=float,
+        metavar="E",
+        help="keep softmax in layers with a larger relative squared error (default: convert all)",
     )
-    add("--steps", type=int, default=400, metavar="N", help="steps that fit the features (default: %(default)s)")
-    add("--finetune-steps", type=int, default=0, metavar="N", help="steps that then train all weights (default: %(default)s)")
-    add("--distill", default="soft", choices=("soft", "features"), help="what --finetune-steps reproduces (default: soft)")
+    add("--steps", type=int, default=400, metavar="N", help="number of steps that fit the features (default: %(default)s)")
+    add(
+        "--finetune-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of steps that then train all weights (default: %(default)s)",
+    )
+    add(
+        "--distill",
+        default="soft",
+        choices=("soft", "features"),
+        help="output that --finetune-steps reproduces: class probabilities or features (default: soft)",
+    )
     add("--batch-size", "-b", type=int, default=16, metavar="N", help="images per step (default: %(default)s)")
-    add("--images", type=int, default=512, metavar="N", help="training images that are used (default: %(default)s)")
-    add("--eval-images", type=int, default=1024, metavar="N", help="held-out images of the report (default: %(default)s)")
+    add("--images", type=int, default=512, metavar="N", help="number of training images (default: %(default)s)")
+    add("--eval-images", type=int, default=1024, metavar="N", help="held-out images for the report (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the features (default: %(default)s)")
     add("--device", default="auto", metavar="DEVICE", help="auto selects a GPU if available (default: auto)")
     add("--output", required=True, metavar="DIR", help="new folder for the result")
@@ -109,7 +135,7 @@ def _run(options: Any) -> Report:
 
     folder = Path(options.output)
     if (folder / CONFIG).exists() and not options.overwrite:
-        raise UserError(f"--output: {folder} contains a converted model: name another folder, or pass --overwrite")
+        raise UserError(f"--output: expected a new folder, or --overwrite, got {folder}, which contains a converted model")
     if (folder / "config.json").exists() or any(folder.glob("*.pt")) and not (folder / FILE).exists():
         raise UserError(f"--output: expected a new folder, got {folder}, which contains another model")
     for name in ("batch_size", "images", "eval_images"):
@@ -159,7 +185,7 @@ def _dataset(trained: Trained, options: Any) -> Dataset:
 
 
 def _batches(dataset: Dataset, trained: Trained, images: Any, count: int, size: int) -> Callable[[], Iterator[Tensor]]:
-    """Return a function that iterates over batches of the first `count` images, in a random but fixed order."""
+    """Return a function that iterates over batches of `count` random images. Every call has the same images and order."""
     import torch
 
     def batches() -> Iterator[Tensor]:

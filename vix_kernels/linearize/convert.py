@@ -30,9 +30,9 @@ from .state import Progress, fingerprint
 from .transfer import Layer, collect, fitting, ignore, initialize, measure, transferring
 
 LEARNING_RATE, BETAS = 0.1, (0.9, 0.95)
-GAUSSIAN = 0.5  # factor of |k|^2 / 2; learned factors ended at 0.35 to 0.54
+GAUSSIAN = 0.5  # default of `gaussian`, the factor of |k|^2 / 2; when this factor was trained, it ended at 0.35 to 0.54
 FIRST_SAMPLES = 64  # samples from which the features are initialized
-LANDMARKS = (16, 32, 64, 128)  # numbers of landmarks to choose from
+LANDMARKS = (16, 32, 64, 128)  # numbers of landmarks to choose from if max_error is set
 
 
 def linearize(
@@ -54,32 +54,33 @@ def linearize(
     progress: bool | None = None,
     **options: Any,
 ) -> Report:
-    """Replace the softmax attention of a trained model by linear attention, in place, and fit it to the softmax attention.
+    """Replace the softmax attention of a trained model with linear attention, in place, and fit it to the softmax attention.
 
         report = linearize(model, lambda: loader, num_features=32)
 
-    The model may be from timm, transformers or vix_kernels.models, or contain nn.MultiheadAttention. With op="feature", each
+    The model can be from timm, transformers or vix_kernels.models, or contain nn.MultiheadAttention. With op="feature", each
     layer learns features so that its output is close to that of softmax attention with the same q, k and v (Hedgehog, arXiv
     2402.04347). The weights of the model do not change, unless `finetune_steps` is set. Class and register tokens attend by
-    exact softmax, unless exact_prefix=False. With op="nystrom", nothing is trained: the kind and number of landmarks of each
-    layer are chosen. Under torchrun, each process takes a part of every batch.
+    exact softmax, unless exact_prefix=False. With op="nystrom", nothing is trained. Each layer gets landmarks on the grid or in
+    segments, whichever have the smaller error. Under torchrun, the processes divide the samples of each batch.
 
     Args:
         model: the trained model. It stays on its device.
-        batches: a function that returns a fresh iterator over batches, always in the same order. A batch is what the model
-            takes: a tensor, a tuple whose first item is the input, or a dict. 256 to 512 samples in batches of 16 suffice.
+        batches: a function that returns a fresh iterator over batches, always in the same order. A batch is a tensor, a tuple
+            whose first item is the input of the model, or a dict of its arguments. 256 to 512 samples in batches of 16 suffice.
         op: the new attention, such as "feature", "nystrom" or "performer" (random features, which are not trained).
         layers: names or patterns of the attention layers, such as ["blocks.1*"]. None: all.
         steps: number of training steps, each with one batch.
         finetune_steps: number of steps that train all weights to reproduce the output of the original model, after `steps`.
-            Mean-pooled models, in which no row can be exact, gain most. Doubles the memory for weights.
-        distill: what `finetune_steps` reproduces: "soft", the class probabilities, or "features", the output before the head.
+            Mean-pooled models, which have no exact rows, gain most. Keeps a second copy of the model in memory.
+        distill: the output that these steps reproduce: "soft", the class probabilities, or "features", the result of
+            model.forward_features.
         finetune_lr: learning rate of these steps.
         max_error: layers with a larger relative squared error keep softmax attention. For "nystrom", each layer gets the
-            smallest number of landmarks whose error is not larger.
-        eval_batches: held-out batches for the report. None: the first `eval_samples` samples of `batches`.
-        eval_samples: maximum number of samples for the errors and the agreement in the report.
-        output: a folder for checkpoints. An interrupted conversion with the same settings continues there.
+            smallest number of landmarks whose error is not larger, unless num_landmarks is given.
+        eval_batches: held-out batches for the report. None: `batches`.
+        eval_samples: number of samples for the errors and the agreement in the report, rounded up to whole batches.
+        output: a folder for checkpoints. A call with the same settings continues an interrupted conversion in this folder.
         overwrite: whether to start again if `output` contains a conversion.
         seed: seed of the features.
         progress: whether to show a progress bar. None: on a terminal.
@@ -144,7 +145,7 @@ def linearize(
 
 
 class Conversion:
-    """A conversion in progress. Call `prepare`, `fit`, `choose`, `finetune` and `finish` in this order."""
+    """A conversion in progress. Call `prepare`, `fit`, `choose`, `finetune` (optional) and `finish` in this order."""
 
     def __init__(
         self, model: nn.Module, batches: Batches, op: str, layers: Sequence[str] | None, options: dict[str, Any], ranks: Ranks,
@@ -171,7 +172,10 @@ class Conversion:
         self.eval_batches: list[Any] = []
 
     def layer_of(self, name: str, holder: Mounted, several: bool) -> Layer:
-        """Return a layer with its candidates. For Nystrom attention, they differ in what the options do not specify."""
+        """Return a layer with its candidate attentions. Nystrom candidates differ in options that the user did not specify.
+
+        These options are the kind of landmarks and, if `several` is set, their number.
+        """
         core = holder.core
         if self.op != "nystrom":
             return Layer(name, holder, [core], prefix_of(holder))
@@ -186,7 +190,7 @@ class Conversion:
         return Layer(name, holder, students + segments, prefix_of(holder), len(students))
 
     def settings(self, **given: Any) -> dict[str, Any]:
-        """Return what a continued conversion must have in common with the interrupted one."""
+        """Return the settings with which a call can continue an interrupted conversion that had the same settings."""
         return given | dict(
             op=self.op, options=repr(sorted(self.options.items())), seed=self.seed, layers=[each.name for each in self.layers],
             max_error=self.max_error, model=self.fingerprint[0], batches=self.fingerprint[1],
@@ -249,7 +253,7 @@ class Conversion:
         return (batch for batch in batches if size_of(batch) >= self.ranks.world)
 
     def part(self, batch: Any) -> Any:
-        """Return the samples of a batch that this process gets."""
+        """Return this process's samples of a batch."""
         return part_of(batch, self.ranks.rank, self.ranks.world)
 
     @torch.no_grad()
@@ -278,7 +282,7 @@ class Conversion:
         self.report.steps = steps
 
     def add_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Add the gradients of all processes."""
+        """Sum the gradients over all processes."""
         for parameter in parameters:
             if parameter.grad is None:  # its layer was not called
                 parameter.grad = torch.zeros_like(parameter)
@@ -288,7 +292,7 @@ class Conversion:
                 parameter.grad.copy_(grad.view_as(parameter))
 
     def choose(self, max_error: float | None) -> None:
-        """Measure the final errors, choose among candidates, and restore softmax where the error is too large."""
+        """Measure the final errors, choose a candidate for each layer, and restore softmax where the error is too large."""
         after = self.errors_before
         if self.trained:
             transferring(self.layers, measure)
@@ -322,7 +326,7 @@ class Conversion:
         """Train all weights to reproduce the output of the teacher."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if any(parameter.dtype == torch.float16 for parameter in parameters):
-            raise ValueError("finetune_steps: expected 0 for a model in float16, whose weights are not precise enough to train")
+            raise ValueError("finetune_steps: expected 0 for a model in float16, which is not precise enough to train weights")
         optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
         begin = saved.restore("finetune", parameters, optimizer)
         of = distilled(distill)
@@ -332,7 +336,7 @@ class Conversion:
                 with torch.no_grad():
                     expected = of(teacher, batch)
                 optimizer.zero_grad()
-                torch.clear_autocast_cache()  # it would contain the weights of the step before
+                torch.clear_autocast_cache()  # otherwise it could contain the cast weights of the previous step
                 loss = distance(of(self.model, batch), expected, distill) / whole
                 loss.backward()
                 self.add_gradients(parameters)
@@ -347,7 +351,10 @@ class Conversion:
         self.report.steps += steps
 
     def finish(self, teacher: nn.Module | None) -> None:
-        """Compare the outputs with those of the teacher, and measure times."""
+        """Compare the outputs of the model with those of the teacher, and measure times.
+
+        If `teacher` is None, the weights have not changed, so the model with softmax attention is the teacher.
+        """
         torch.clear_autocast_cache()
         report, agreed, divergence, total, classes = self.report, 0, 0.0, 0.0, False
         for batch in map(self.part, self.eval_batches):

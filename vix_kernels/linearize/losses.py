@@ -1,4 +1,4 @@
-"""The schedule of the learning rate, and the losses of the steps that train all weights."""
+"""The learning-rate schedule, and the outputs that distillation compares in the steps that train all weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WARMUP = 10  # steps
 
 
 def schedule(step: int, steps: int) -> float:
-    """Return the factor of the learning rate: a linear warm-up, then half a cosine down to 0."""
+    """Return the factor of the learning rate in a step: a linear warm-up, then a half-cosine decay to 0."""
     warmup = min(WARMUP, steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -23,7 +23,10 @@ def schedule(step: int, steps: int) -> float:
 
 
 def distilled(distill: str) -> Callable[[nn.Module, Any], Tensor]:
-    """Return a function (model, batch) that computes what is distilled."""
+    """Return a function of a model and a batch that computes the output to distill, in float32.
+
+    For "soft", this is the output of the model. For "features", it is the result of forward_features.
+    """
 
     def features(model: nn.Module, batch: Any) -> Tensor:
         if not hasattr(model, "forward_features"):

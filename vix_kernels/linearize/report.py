@@ -20,7 +20,7 @@ class LayerReport:
     Attributes:
         tokens: the number of tokens.
         before: the relative squared error of the attention's output before training, over the rows that are not exact.
-        after: the error at the end.
+        after: the same error at the end of the conversion.
         attention: a description of the new attention, or why softmax attention is kept.
         converted: whether the layer is converted.
     """
@@ -38,16 +38,16 @@ class Report:
 
     Attributes:
         op: the new attention.
-        layers: the results by the name of the layer.
-        refused: the names of the attentions that cannot be converted, with the reasons.
+        layers: maps the name of each layer to its result.
+        refused: maps the name of each attention that cannot be converted to the reason.
         agreement: percentage of samples for which the converted model and the teacher have the same largest output, or None if
             the model is not a classifier.
-        divergence: mean Kullback-Leibler divergence of their class probabilities. For other models, the relative squared error
-            of the output.
-        samples: the number of samples on which the two were measured.
+        divergence: mean Kullback-Leibler divergence of the class probabilities of the converted model from those of the
+            teacher. If the model is not a classifier, the relative squared error of the output.
+        samples: the number of samples on which `agreement` and `divergence` were measured.
         steps, seconds: the number of training steps, and the time of the conversion.
         milliseconds: times of a forward pass with softmax attention and of the converted model, on one batch.
-        warnings: what the user should know.
+        warnings: messages about conversions that do not save time.
     """
 
     op: str
@@ -71,7 +71,7 @@ class Report:
         lines = [f"{'layer':{width}}  tokens  error before    after  attention"]
         for name, each in self.layers.items():
             lines.append(f"{name:{width}}  {each.tokens:6}  {each.before:12.4f}  {each.after:7.4f}  {each.attention}")
-        lines += [f"{name} left: {reason}" for name, reason in self.refused.items()]
+        lines += [f"{name} not converted: {reason}" for name, reason in self.refused.items()]
         steps = f" after {self.steps} steps" if self.steps else ""
         lines.append(f"{len(self.converted)} of {len(self.layers)} layers converted to {self.op}{steps}, {self.seconds:.1f} s")
         if self.agreement is not None:
@@ -86,7 +86,7 @@ class Report:
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
     def draw(self, path: str | Path) -> None:
-        """Draw the errors of the layers before and after the conversion."""
+        """Draw the errors of the layers before and after the conversion, and write the picture to `path` as PNG."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -109,7 +109,7 @@ class Report:
         write_atomically(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
     def add_times(self, model: nn.Module, batch: Any, with_softmax: Callable[[], Any], rounds: int = 3) -> None:
-        """Time the model on `batch`, in turns with softmax attention. `with_softmax` returns a context for the latter."""
+        """Time the model on `batch`, alternately as it is and inside the context manager that `with_softmax` returns."""
         self.milliseconds = compare(model, batch, with_softmax, rounds=rounds)
         if self.milliseconds[1] > self.milliseconds[0]:
             tokens = max(each.tokens for each in self.layers.values())

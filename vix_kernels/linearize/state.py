@@ -1,4 +1,4 @@
-"""Checkpoints of a conversion. They are written atomically, and loading one executes no code from it."""
+"""Checkpoints of a conversion. They are written atomically, and loading a checkpoint executes no code from the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STAGES = ("fit", "finetune")
 
 
 class Progress:
-    """The state of a conversion that may be interrupted. Without a folder, nothing is written."""
+    """The state of a conversion, saved so that an interrupted conversion can continue. Without a folder, nothing is saved."""
 
     def __init__(self, folder: Path | None, settings: dict[str, Any], ranks: Ranks) -> None:
         self.path = folder and folder / FILE
@@ -33,7 +33,7 @@ class Progress:
         """Return the state in `folder`, or a new one.
 
         Raises:
-            ValueError: the folder contains something else, or a conversion with other settings.
+            ValueError: the folder contains other files, a damaged checkpoint, or a conversion with different settings.
         """
         if folder is not None and not isinstance(folder, str | PathLike):
             raise TypeError(f"output: expected a path, got {folder!r}")
@@ -58,12 +58,12 @@ class Progress:
             raise ValueError(f"output: {progress.path} is damaged ({type(error).__name__}): use overwrite=True") from error
         if different:
             names = [name for name in settings if settings[name] != saved["settings"].get(name)]
-            raise ValueError(f"output: {folder} has a conversion with other {', '.join(names)}: use overwrite=True")
+            raise ValueError(f"output: {folder} contains a conversion with different {', '.join(names)}: use overwrite=True")
         progress.saved = saved
         return progress
 
     def restore(self, stage: str, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
-        """Load the saved tensors of a stage, and return the number of its completed steps."""
+        """Load the saved tensors and optimizer of a stage, and return the number of completed steps, or 0 if none is saved."""
         part = self.saved.get(stage) if stage == STAGES[0] else self.saved.pop(stage, None)
         if part is None:
             return 0
@@ -80,7 +80,7 @@ class Progress:
         if self.path is None or (step % INTERVAL and step < steps):
             return
         part = {"step": step, "tensors": [x.detach().cpu().clone() for x in tensors], "optimizer": optimizer.state_dict()}
-        if stage == STAGES[0]:  # all weights of a model are not kept in memory
+        if stage == STAGES[0]:  # kept for the checkpoints of the next stage, whose tensors are too large to keep in memory
             self.saved[stage] = part
         if self.ranks.first:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ class Progress:
 
 
 def fingerprint(model: nn.Module, batch: Any) -> tuple[str, str]:
-    """Return digests of the weights of a model and of a batch, to recognize an interrupted conversion."""
+    """Return a digest of the weights of a model and a digest of a batch, which identify an interrupted conversion."""
 
     def digest(named: Iterable[tuple[Any, Any]]) -> str:
         lines = []

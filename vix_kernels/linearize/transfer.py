@@ -1,12 +1,12 @@
 """Attention transfer: fit linear attentions to the softmax attentions of a trained model, layer by layer.
 
-While a model runs, a `Transfer` takes the place of the core of each attention. It returns the result of softmax attention, so
-every layer receives the inputs of the trained model (the teacher). On the way, it compares the result with that of one or more
-linear attentions with the same q, k and v. The error of a layer is
+While a model runs, a `Transfer` replaces the core of each attention. It returns the result of softmax attention, so every layer
+receives the inputs of the trained model (the teacher). It also compares this result with that of one or more linear attentions
+(the students) with the same q, k and v. The error of a layer is
 
     sum_n w_n |out_n - softmax_n|^2 / sum_n w_n |softmax_n|^2
 
-over the rows n that are not exact. Rows of class and register tokens have a larger weight w, unless they are exact. Every
+over the rows n that do not attend by exact softmax. Among these, class and register tokens have a larger weight w_n. Every
 layer has a separate loss, so its backward pass runs before the next layer starts, and only one layer keeps activations.
 """
 
@@ -26,7 +26,7 @@ from ..ops.rope import Rope, apply_rope
 from ..training.parallel import Ranks
 
 PREFIX_WEIGHT = 32.0  # weight of the rows of class and register tokens that are not exact
-SUMS = 2048  # number of sums q_i + k_j whose cluster centers are the initial features
+SUMS = 2048  # maximum number of sums q_i + k_j per call, unless 4 sums per feature are more; see `initialize`
 CLUSTER_STEPS = 10
 
 SOFTMAX = Softmax()
@@ -34,18 +34,19 @@ SOFTMAX = Softmax()
 
 @dataclass
 class Layer:
-    """An attention layer that is converted.
+    """An attention layer to convert.
 
     Attributes:
         name: the name of the layer in the model.
         holder: the module that holds the core and its parameters.
         students: the candidates for the linear attention.
         prefix_tokens: the number of class and register tokens.
-        on_grid: how many of the students, from the front, may be placed on the model's grid.
+        on_grid: number of students that can be placed on the model's grid. They are the first in the list.
         tokens: the number of tokens in the latest call.
-        reason: why the layer cannot be converted, once this is known.
-        errors: the sums of squared errors of each student, and the sum of squares of the softmax attention.
-        sums: sums q_i + k_j of each head, from which the features are initialized.
+        reason: why the layer cannot be converted, or "" if no reason is known.
+        errors: for each call, a tensor (students + 1,): the squared error of each student, and the squared norm of the softmax
+            attention's output. Both are weighted sums over the rows.
+        sums: for each call, sums q_i + k_j (count, heads, head_dim), from which the features are initialized.
         scale: the factor of the logits.
     """
 
@@ -65,7 +66,7 @@ class Layer:
         return self.holder.learned_parameters()
 
     def relative_errors(self, ranks: Ranks) -> list[float]:
-        """Return the error of each student over all observed batches, and forget them."""
+        """Return the error of each student over all measured batches, and clear `errors`."""
         *squares, total = ranks.sum(torch.stack(self.errors).sum(0).cpu()).tolist()
         self.errors = []
         return [square / total if total else 0.0 for square in squares]
@@ -73,7 +74,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of an attention."""
+    """The arguments of one call of `Core.attend`."""
 
     module: Any
     q: Tensor
@@ -92,7 +93,8 @@ class Call:
         )  # fmt: skip
 
 
-Action = Callable[[Layer, list[Core], Call, Tensor], None]  # receives the students as they are placed in this call
+# Receives a layer, its students with landmarks placed for this call, the call, and the result of softmax attention
+Action = Callable[[Layer, list[Core], Call, Tensor], None]
 
 
 class Transfer(Core):
@@ -148,14 +150,14 @@ def squared(layer: Layer, student: Core, call: Call, out: Tensor, target: Tensor
 
 @torch.no_grad()
 def measure(layer: Layer, students: list[Core], call: Call, target: Tensor) -> None:
-    """Add the squared errors of all students to those of the layer."""
+    """Append the squared errors of all students to `layer.errors`."""
     found = [squared(layer, student, call, call.attend(student), target) for student in students]
     sums = torch.stack([square for square, _ in found] + [found[0][1]]).double()
     layer.errors.append(sums)
 
 
 def collect(layer: Layer, students: list[Core], call: Call, target: Tensor) -> None:
-    """Keep random sums of a query and a key of the same sample, for each head."""
+    """Append sums of a random query and a random key of the same sample to `layer.sums`, for each head."""
     q, k = call.q, call.k
     if call.rope is not None:
         q, k = apply_rope(q, k, call.rope, backend=call.backend)
@@ -163,7 +165,7 @@ def collect(layer: Layer, students: list[Core], call: Call, target: Tensor) -> N
     seed = len(layer.sums)
     generator = torch.Generator().manual_seed(seed)
     wanted = max(SUMS, 4 * layer.parameters[0].shape[-2])
-    count = min(wanted, 32 * len(q))  # 32 pairs of each of 64 images
+    count = min(wanted, 32 * len(q))  # at most 32 pairs per sample
     samples = torch.arange(count) % len(q)
     rows, columns = (torch.randint(x.shape[2], (count,), generator=generator) for x in (q, k))
     if call.tokens.key_padding_mask is not None:
@@ -186,10 +188,10 @@ def fitting(ranks: Ranks) -> Action:
 
 @torch.no_grad()
 def initialize(layer: Layer, seed: int) -> None:
-    """Set the features to the centers of clusters of sums of queries and keys.
+    """Set the features to the centers of clusters of the sums q' + k', where q' = sqrt(scale) q and k' = sqrt(scale) k.
 
-    exp(scale q.k) = exp(|q' + k'|^2 / 2 - |q'|^2 / 2 - |k'|^2 / 2) with q' = sqrt(scale) q, and the features
-    exp(w.q') exp(w.k' - |w|^2 / 2) with w near q' + k' contribute most to an estimate of the first factor.
+    exp(scale q.k) = exp(|q' + k'|^2 / 2) exp(-|q'|^2 / 2) exp(-|k'|^2 / 2). The features exp(w.q') exp(w.k' - |w|^2 / 2) with w
+    near q' + k' contribute most to an estimate of the first factor.
     """
     points = torch.cat(layer.sums).movedim(1, 0) * math.sqrt(layer.scale)  # (heads, sums, head_dim)
     layer.sums = []
@@ -208,7 +210,8 @@ def cluster(points: Tensor, count: int, seed: int) -> Tensor:
     centers = points.gather(1, first.to(points.device)[..., None].expand(-1, -1, dim))
     for _ in range(CLUSTER_STEPS):
         nearest = torch.cdist(points, centers).argmin(-1)
-        member = nn.functional.one_hot(nearest, count).to(points.dtype)  # a product adds in a fixed order, scatter does not
+        # A matrix product with one-hot rows adds in a fixed order, which scatter_add does not guarantee.
+        member = nn.functional.one_hot(nearest, count).to(points.dtype)
         sizes = member.sum(1)[..., None]
         centers = torch.where(sizes > 0, (member.mT @ points) / sizes.clamp(min=1), centers)
     return centers

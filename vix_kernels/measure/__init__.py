@@ -16,8 +16,9 @@ observed        launches of a public call, recorded without compilation and iden
 ttgir, counting     loops and logits in Triton's intermediate code, and instruction counts of the machine code
 compile_report, compile_cell    `vix dev compile-report`: the command and its workers
 compile_table, budgets          the table of the compile report, and its checks
-launch_times, flash     predicted time of each launch, and its calibration with published times
-sources         hashes of kernel sources
+launch_times, flash     predicted time of each launch, and its comparison with published times
+sources         hashes of the source code of kernels
+host_time       `vix dev host-time`
 break_even      break-even lengths: from how many tokens each attention is faster than softmax attention
 shared_memory   shared memory of every entry of the launch table; `vix dev compile-report --shared`
 tune            `vix dev tune`

@@ -23,9 +23,9 @@ class BreakEven:
     """The break-even length of one attention.
 
     Attributes:
-        kind: "measured" or "predicted".
+        kind: "measured" or "predicted", for the times that the length was computed from.
         device: the CPU with its number of threads, or the name of the GPU.
-        commit: the commit that was measured or predicted.
+        commit: the commit of this library that was measured or whose kernels were predicted.
         op: short name of the attention, such as "nystrom".
         direction: "forward", or "full" for forward and backward together.
         width: width of a head.
@@ -60,12 +60,12 @@ def rows() -> tuple[BreakEven, ...]:
 
 
 def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
-    """Return the row according to which the forward of `op` is slower than that of softmax attention, or None.
+    """Return the row that shows that the forward of `op` is slower than that of softmax attention, or None.
 
     Args:
         op: short name of the attention.
         tokens: the number of tokens.
-        width: width of a head. The row with the closest width is used.
+        width: width of a head. The row with the closest width on a logarithmic scale is used.
         device: type of the device: "cpu" or "cuda".
     """
     kind = {"cpu": "measured", "cuda": "predicted"}.get(device)
@@ -75,10 +75,10 @@ def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
 
 
 def crossing(ratios: Mapping[int, float]) -> str:
-    """Return `BreakEven.tokens`. `ratios` maps numbers of tokens to the time divided by that of softmax attention.
+    """Return `BreakEven.tokens`. `ratios` maps a number of tokens to the time divided by that of softmax attention.
 
-    Between the last length at which the attention is slower and the next one, the logarithm of the ratio is interpolated
-    linearly in the logarithm of the number of tokens.
+    Between the largest length at which the attention is not faster and the next length, the logarithm of the ratio is
+    interpolated linearly in the logarithm of the number of tokens.
     """
     lengths = sorted(ratios)
     slower = [at for at, tokens in enumerate(lengths) if ratios[tokens] >= 1]

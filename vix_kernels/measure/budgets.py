@@ -1,7 +1,7 @@
 """Limits and budgets that the compile report checks, and the declared exceptions with their reasons.
 
-The budgets are for sm_90, and for bf16 unless a dtype is given. If a kernel misses a budget, the limit in `reached` is checked
-instead. Change this file when a kernel becomes faster, or when a change makes it slower for a good reason.
+The budgets are for sm_90, and for bf16 unless a dtype is given. If a budget is known to be missed, the limit `reached` is
+checked instead. Change this file when a kernel becomes faster, or when a change makes it slower for a good reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Declared:
     Attributes:
         limit: largest value that is allowed instead of the usual one.
         reason: why the exception is necessary.
-        use: part of the name of a call that launches the kernel, such as "+learned"; "" for all calls.
+        use: a part of `Row.uses`, such as "+learned". The exception applies to rows whose `uses` contain it.
         archs, dtypes, widths: where the exception applies. An empty tuple means all values.
     """
 
@@ -55,85 +55,88 @@ WIDE_HEADS = (80, 96, 112, 128)  # head widths that are padded to 128
 # Exceptions to the limit on bytes spilled per thread, which is 0.
 SPILLS = (
     Declared("", 544, "the tiles of wide heads do not fit in registers", widths=(256,)),
-    Declared("linear_broadcast_forward_kernel", 2832, "no other tile was tried", dtypes=("fp16",), widths=(256,)),
-    Declared("broadcast_tokens_kernel", 1912, "no other tile was tried", dtypes=("fp32",), archs=("sm_86",), widths=(256,)),
-    Declared("broadcast_tokens_kernel", 2000, "16 warps spill more", dtypes=("fp32",), archs=("sm_90",), widths=(256,)),
-    Declared("linear_broadcast_tokens_kernel", 584, "16 warps spill more", dtypes=("fp32",), widths=(256,)),
-    Declared("", 56, "two to fourteen registers", dtypes=("fp32",)),
+    Declared("linear_broadcast_forward_kernel", 2832, "other tiles were not tried", dtypes=("fp16",), widths=(256,)),
+    Declared("broadcast_tokens_kernel", 1912, "other tiles were not tried", dtypes=("fp32",), archs=("sm_86",), widths=(256,)),
+    Declared("broadcast_tokens_kernel", 2000, "16 warps would spill more", dtypes=("fp32",), archs=("sm_90",), widths=(256,)),
+    Declared("linear_broadcast_tokens_kernel", 584, "16 warps would spill more", dtypes=("fp32",), widths=(256,)),
+    Declared("", 56, "only two to fourteen registers spill", dtypes=("fp32",)),
     Declared(
-        "broadcast_slots_kernel", 264, "the tiles that do not spill take three times the instructions", dtypes=("fp32",),
+        "broadcast_slots_kernel", 264, "tiles that do not spill take three times as many instructions", dtypes=("fp32",),
         widths=(64,),
     ),
     Declared(
         "linear_broadcast_slots_kernel", 408, "no tile that was tried spills less", dtypes=("fp32",), widths=WIDE_HEADS
     ),
-    Declared("linear_broadcast_slots_kernel", 80, "up to 20 registers", dtypes=("fp32",), archs=("sm_86",), widths=(64,)),
+    Declared("linear_broadcast_slots_kernel", 80, "only 20 registers spill", dtypes=("fp32",), archs=("sm_86",), widths=(64,)),
     Declared("aggregate_slots_kernel", 232, "pooled slots with RoPE", dtypes=("fp32",), widths=WIDE_HEADS),
     Declared(
         "broadcast_slots_kernel", 56,
-        "one tile holds all 110 slots; it spills 24 bytes outside the loop, or 56 with Triton 3.6",
+        "one tile holds all 110 slots; 24 bytes spill outside the loop, or 56 with Triton 3.6",
         use="performer backward 110", archs=("sm_90",), widths=(64,),
     ),
     Declared(
-        "broadcast_slots_kernel", 48, "Triton 3.6 spills rotated pooled slots", use="nystrom", archs=("sm_90",), widths=(64,)
+        "broadcast_slots_kernel", 48, "pooled slots with RoPE and Triton 3.6", use="nystrom", archs=("sm_90",), widths=(64,)
     ),
     Declared(
-        "broadcast_slots_kernel", 528, "up to 32 slots, for which one kernel computes all gradients; 56 with more slots",
+        "broadcast_slots_kernel", 528, "if there are at most 32 slots, one kernel computes all gradients",
         use="backward 16", archs=("sm_90",), widths=WIDE_HEADS,
     ),
-    Declared("broadcast_slots_kernel", 56, "pooled slots with RoPE", archs=("sm_90",), widths=WIDE_HEADS),
+    Declared("broadcast_slots_kernel", 56, "pooled slots with RoPE, or trained features", archs=("sm_90",), widths=WIDE_HEADS),
     Declared(
-        "broadcast_slots_kernel", 408, "one kernel computes all gradients of up to 32 trained features",
+        "broadcast_slots_kernel", 408, "if there are at most 32 trained features, one kernel computes all gradients",
         use="feature+learned backward 32", dtypes=("fp32",), widths=(32, 64),
     ),
     Declared(
-        "broadcast_slots_kernel", 40, "one kernel computes all gradients of up to 32 trained features",
+        "broadcast_slots_kernel", 40, "if there are at most 32 trained features, one kernel computes all gradients",
         use="feature+learned backward 32", archs=("sm_120",), widths=(32,),
     ),
     Declared(
-        "aggregate_slots_kernel", 8, "two registers", use="feature+learned backward 32", archs=("sm_120",), widths=(64,)
+        "aggregate_slots_kernel", 8, "two registers spill", use="feature+learned backward 32", archs=("sm_120",), widths=(64,)
     ),
     Declared(
         "broadcast_slots_kernel", 56, "tiles that do not spill compute each logit eight times", archs=AMPERE, widths=WIDE_HEADS
     ),
     Declared(
-        "broadcast_tokens_kernel", 80, "two tiles stay in registers; loading them again takes half as many instructions more",
+        "broadcast_tokens_kernel", 80, "two tiles stay in registers; loading them again takes 1.5 times as many instructions",
         archs=AMPERE, widths=(32,),
     ),
     Declared(
-        "broadcast_tokens_kernel", 24, "pooled slots; the tiles that do not spill are half as large", archs=("sm_120",),
+        "broadcast_tokens_kernel", 24, "pooled slots; tiles that do not spill are half as large", archs=("sm_120",),
         widths=WIDE_HEADS,
     ),
-    Declared("broadcast_tokens_kernel", 320, "Triton 3.6, with RoPE; 8 with Triton 3.9", archs=("sm_90",), widths=WIDE_HEADS),
     Declared(
-        "aggregate_tokens_kernel", 232, "with RoPE, 232 with Triton 3.6 and 128 in float16; none in bfloat16 with Triton 3.9",
+        "broadcast_tokens_kernel", 320, "with RoPE or a mask; at most 8 bytes with Triton 3.9", archs=("sm_90",),
+        widths=WIDE_HEADS,
+    ),
+    Declared(
+        "aggregate_tokens_kernel", 232, "with RoPE or a mask; at most 176 bytes with Triton 3.9, where bfloat16 does not spill",
         archs=("sm_90",), widths=WIDE_HEADS,
     ),
-    Declared("broadcast_forward_kernel", 16, "two to four registers, with RoPE or a mask", archs=AMPERE),
-    Declared("", 16, "two to four registers", archs=("sm_86",)),
-    Declared("aggregate_tokens_kernel", 56, "pooled slots or RoPE", dtypes=("fp16",), archs=("sm_86",), widths=(64,)),
+    Declared("broadcast_forward_kernel", 16, "only two to four registers spill", archs=AMPERE),
+    Declared("", 16, "only two to four registers spill", archs=("sm_86",)),
+    Declared("aggregate_tokens_kernel", 56, "only with random features", dtypes=("fp16",), archs=("sm_86",), widths=(64,)),
     Declared(
-        "aggregate_tokens_kernel", 104, "the tiles that do not spill compute each logit twice", dtypes=("fp32",),
+        "aggregate_tokens_kernel", 104, "tiles that do not spill compute each logit twice", dtypes=("fp32",),
         archs=("sm_86",), widths=(64, *WIDE_HEADS),
     ),
-    Declared("broadcast_forward_kernel", 8, "two registers", use="+mask", archs=("sm_90",), widths=WIDE_HEADS),
-    Declared("linear_", 16, "two to four registers", archs=("sm_90", "sm_100"), widths=(64, *WIDE_HEADS)),
-    Declared("pinv_backward_kernel", 16, "two to four registers", archs=("sm_90",), dtypes=("bf16", "fp16")),
+    Declared("broadcast_forward_kernel", 8, "only two registers spill", use="+mask", archs=("sm_90",), widths=WIDE_HEADS),
+    Declared("linear_", 16, "only two to four registers spill", archs=("sm_90", "sm_100"), widths=(64, *WIDE_HEADS)),
+    Declared("pinv_backward_kernel", 16, "only two to four registers spill", archs=("sm_90",), dtypes=("bf16", "fp16")),
 )  # fmt: skip
-# Exceptions to the limit on waits for matrix products in the main loops, which is the number of products plus one. More waits
-# mean that ptxas executes the products one after another.
+# Exceptions to the limit on waits for matrix products in the main loops. The limit is the number of products plus one. More
+# waits mean that ptxas executes the products one after another.
 SERIALIZED: tuple[Declared, ...] = ()
 # Exceptions to the limit of 1.15 exponentials per logit. More exponentials mean that logits are computed twice.
-# (For a running max, each of four lanes computes an exponential per slot and tile of 32 tokens, which is 0.125 per logit.)
+# (For a running maximum, each of four lanes computes an exponential per slot and tile of 32 tokens: 0.125 per logit.)
 DUPLICATED = (
-    Declared("broadcast_tokens_kernel", 2, "after a convolution, delta needs a separate loop over the slots", use="nystrom"),
+    Declared("broadcast_tokens_kernel", 2, "out includes a convolution, so a separate loop computes delta", use="nystrom"),
     Declared("", 4, "16 rows of a wide head per warp do not fit in registers", widths=WIDE_HEADS),
     Declared("", 8, "16 rows of a wide head per warp do not fit in registers", widths=(256,)),
-    Declared("broadcast_tokens_kernel", 2, "in float32, delta needs a separate loop over the slots", dtypes=("fp32",)),
+    Declared("broadcast_tokens_kernel", 2, "in float32, a separate loop over the slots computes delta", dtypes=("fp32",)),
 )
-# Kernels that may multiply with single-warp matrix instructions on sm_90, or without matrix instructions.
+# Kernels that are allowed to use single-warp matrix instructions, or none, on sm_90.
 SINGLE_WARP = (Declared("broadcast_forward_kernel", 1, "the convolution multiplies by a 32-row band matrix", use="nystrom"),)
-# Kernels that may lack 128-bit loads or stores.
+# Kernels that are allowed to lack 128-bit loads or stores.
 NARROW = (
     Declared("dft_tables_kernel", 1, "it loads nothing"),
     Declared("sum_chunks_kernel", 1, "the results are only a few numbers"),
@@ -194,13 +197,13 @@ class Budget:
     """A limit on a measured quantity, such as instructions per logit, of the kernels that a call launches.
 
     Attributes:
-        name: description of the limited value, for messages.
-        kernels: names of the kernels, or prefixes of them. Their values are added; for "warps", the minimum is used.
-        use, width, slots: the call, such as "performer forward", its head width and number of slots (0 for any).
+        name: what the value is, for messages.
+        kernels: prefixes of kernel names. The values of these kernels are added; for "warps", the minimum is used.
+        use, width, slots: the call, such as "performer forward", its head width, and its number of slots (0 for any).
         most: the budget. It is a maximum, except for "warps", where it is a minimum.
         reached: if the budget is missed, the limit that is checked instead.
         reason: why the budget is missed.
-        column: the limited value: "loop" or "whole" (columns of the compile report), "whole over loop" (their ratio),
+        column: which value is limited: "loop" or "whole" (columns of the compile report), "whole over loop" (their ratio),
             "thousand" (instructions per 1,000 multiply-adds), or "warps" (resident warps of a multiprocessor).
         against: another call. If it is set, the value is divided by the value of the same kernels in that call.
         dtype: the dtype. If it is not bf16, the value is divided by the value of the same kernels in bf16.
@@ -249,9 +252,9 @@ class Budget:
 
 
 EXACT = "the backward recomputes exponentials exactly as in the forward, so row_max and 1 / total are not folded into products"
-PADDED = "padding does not count, and only 110 of the 128 slots of a tile are not padding"
+PADDED = "a tile has 128 slots, but its 18 slots of padding do not count"
 BACKWARD = ("broadcast_tokens_kernel", "broadcast_slots_kernel")
-# name, kernels, call, then the pair (most, reached) for case A (width 32, 110 slots) and case B (width 64, 256 slots)
+# Name, kernels, call, and the pair (most, reached) for case A (width 32, 110 slots) and case B (width 64, 256 slots)
 PASSES = (
     ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", (8, None), (8.5, None)),
     ("aggregate forward", ("aggregate_forward_kernel",), "performer forward", (9, None), (12.5, None)),
@@ -277,23 +280,23 @@ ROPE = (
     ("broadcast forward", ("broadcast_forward_kernel",), "performer forward", 1.25, None),
     ("aggregate tokens", ("aggregate_tokens_kernel",), "performer backward", 1.35, 1.42),
 )
-SERIAL = "the backward multiplies matrices in memory one after another, so throughput gives only a lower bound of the time"
-LINEAR = (  # with 128 random features: name, kernel, direction, then the budgets for elu and for relu
+SERIAL = "the backward has a loop of unknown length, so its predicted time is infinite"
+LINEAR = (  # with 128 random features: name, kernel, direction, and the budgets for elu and for relu
     ("aggregate forward", "linear_aggregate_forward", "forward", 6.5, 4.5),
     ("broadcast forward", "linear_broadcast_forward", "forward", 8, 6),
     ("aggregate tokens", "linear_aggregate_tokens", "backward", 9.5, 7.5),
     ("broadcast backward", "linear_broadcast", "backward", 21, 21),
 )
-CHANNEL = "products are small, so each element is prepared several times"
+CHANNEL = "the products are small, and each element is prepared for them several times"
 # Instructions of whole programs per element of the keys, summed over all kernels of a direction. Without random features, each
 # channel is a slot, so an element of the keys is a pair of a token and a slot.
-CHANNELS = (  # name, kernels, direction, then the pair (most, reached)
+CHANNELS = (  # name, kernels, direction, and the pair (most, reached)
     ("forward", ("linear_",), "forward", (16, 21)),
     ("backward", ("linear_",), "backward", (40, 59)),
 )
 
 
-# `reached` for the first rows of PASSES in float32: instructions per logit, as multiples of those in bfloat16.
+# For the first rows of PASSES: the limits `reached` on instructions per logit in float32, relative to bfloat16.
 FLOAT32 = (4.9, 4.4, 13.5, 9.8)
 TRIPLED = "a float32 product takes three TF32 products, and its operands leave few registers"
 
@@ -338,7 +341,7 @@ BUDGETS = tuple(budgets())
 
 @dataclass(frozen=True)
 class Predicted:
-    """A budget for the predicted time of a call on the H100, in microseconds: the sum over its launches (see launch_times.py).
+    """A budget, in microseconds, for the predicted time of a call on the H100, summed over its launches (see launch_times.py).
 
     Attributes:
         directions, kernels: the launches whose times are added: "forward", "backward" or both, and prefixes of kernel names.
@@ -368,7 +371,7 @@ PREDICTED = (
 
 
 def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Return two lists of messages: one for predicted times over budget but within `reached`, and one for those over both."""
+    """Return messages for the predicted seconds over `most`: a list of those within `reached`, and one of the rest."""
     declared, failed = [], []
     for budget in PREDICTED:
         value = 1e6 * times.get(budget.name, 0.0)
@@ -380,7 +383,7 @@ def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
 
 
 def missed(rows: Iterable[Row], budgets: Iterable[Budget]) -> tuple[list[str], list[str]]:
-    """Return two lists of messages: one for values over budget but within `reached`, and one for those over both."""
+    """Return messages for the values that miss `most`: a list of those that satisfy `reached`, and one of the rest."""
     rows = list(rows)
     declared, failed = [], []
     for budget in budgets:

@@ -25,8 +25,8 @@ from .observed import Launch, Use, brief, observe_cell
 from .roofline import GPUS
 from .ttgir import evaluate
 
-SAMPLES = 256  # programs per launch for which the numbers of iterations of the loops are evaluated
-STEP = 7919  # distance between these programs; a prime number, so that their ids vary in all dimensions of the grid
+SAMPLES = 256  # number of programs per launch whose loop lengths are evaluated
+STEP = 7919  # distance between the indices of these programs; a prime number, so that ids vary in all dimensions of the grid
 
 
 @dataclass
@@ -35,13 +35,13 @@ class Report:
 
     Attributes:
         cell: the architecture, dtype and head width, if the report covers one cell.
-        rows: a row for every specialization that is launched and has been compiled, in this run or earlier.
-        compiled: number of rows that were compiled in this run.
-        missing: number of specializations that are neither compiled nor in the table.
-        launches: maps "op direction" to the largest numbers of launches (by this library, by PyTorch) of any call.
-        errors: messages of calls and compilations that failed.
+        rows: a row for every launched specialization that was compiled in this run or is in the table.
+        compiled: number of specializations that were compiled in this run.
+        missing: number of launched specializations that the table lacks. It is only counted if nothing is compiled.
+        launches: maps "op direction" to the numbers of launches (by this library, by PyTorch) of the call with the most.
+        errors: a message for each call or compilation that failed.
         times: maps the name of a budget in budgets.PREDICTED to the predicted seconds on the H100.
-        changed: messages for rows that were compiled again and differ from the table.
+        changed: a message for each specialization that was compiled again and differs from the table.
     """
 
     cell: tuple[str, str, int] | None = None
@@ -92,7 +92,7 @@ def run_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...], table: Pat
 
 
 def predicted_times(arch: str, dtype: str, width: int, known: Mapping[str, Row]) -> dict[str, float]:
-    """Return the predicted seconds for the budgets of this cell. They are infinite if a loop has an unknown length."""
+    """Map the name of each budget for this cell to the predicted seconds, or to infinity if a loop has an unknown length."""
     from .launch_times import call_times  # imported here, because launch_times imports this module
 
     gpu = next(gpu for gpu in GPUS if gpu.name == "H100")
@@ -115,7 +115,7 @@ def uses_text(uses: Iterable[Use]) -> str:
 def whole(row: Row, launches: Iterable[Launch]) -> float:
     """Return the number of instructions of the whole program per pair of a token and a slot, in the largest launch.
 
-    For programs without main loops, or without arguments N and M, return the number per element of the largest tensor.
+    For kernels without main loops, or without arguments N and M, return the number per element of the largest tensor.
     """
     if not row.sections:
         return 0.0
@@ -125,7 +125,7 @@ def whole(row: Row, launches: Iterable[Launch]) -> float:
 
 
 def work(parts: Iterable[Section], launch: Launch) -> list[float]:
-    """Estimate the counts of one warp, summed over all programs, from a sample of the programs.
+    """Return the counts of one warp (see Counts), summed over all programs. They are extrapolated from a sample of programs.
 
     Loops of unknown length count as if they ran once.
     """
@@ -153,7 +153,7 @@ def rounded(value: float) -> float:
 
 
 def compile_launches(arch: str, launches: Iterable[Launch], errors: list[str]) -> Iterator[Row]:
-    """Compile each launch, and yield a row without dtype, width and uses."""
+    """Compile each launch, and yield its row without dtype, width, uses and `whole`. Append failures to `errors`."""
     compiled = []
     for launch in launches:
         try:
@@ -166,7 +166,7 @@ def compile_launches(arch: str, launches: Iterable[Launch], errors: list[str]) -
 
 
 def resident_programs(arch: str, warps: int, *resources: int) -> int:
-    """Return how many programs fit on a multiprocessor. `resources` are registers, shared memory and tensor memory."""
+    """Return how many programs fit on a multiprocessor. `resources`: see Target.occupancy."""
     target = TARGETS[arch]
     return -(-target.occupancy(warps, *resources) * target.warps // (100 * warps))  # undo rounding down to a percentage
 
@@ -185,7 +185,7 @@ def make_row(arch: str, launch: Launch, binary: Any, used: machine_code.Resource
         matrix=count_text(used.matrix), loads=count_text(used.loads), stores=count_text(used.stores),
         uses="", sections="", source=launch.source, key=launch.key,
     )  # fmt: skip
-    if not used.code:  # instructions are not counted in AMD's machine code
+    if not used.code:  # AMD, for which instructions are not counted
         return row
     found = analyze(used.code, ttgir.read(binary.asm["ttgir"]), meta.num_warps, arch)
     return replace(

@@ -2,9 +2,11 @@
 
 The committed table has a row for every specialization that was compiled. Only specializations without a current row are
 compiled, so a change to a kernel does not recompile other kernels. The exit status is 1 if a kernel spills, does not fit in
-shared memory, executes matrix products one after another, computes logits twice, or exceeds a budget (measure/budgets.py).
+shared memory, executes matrix products one after another, computes logits twice, or exceeds a budget. The limits, budgets and
+exceptions are in measure/budgets.py.
 
---write adds the new rows to the table and drops the rows of changed kernels. The next run continues an interrupted run.
+--write adds the new rows to the table and drops the rows of changed kernels. It saves every finished cell (architecture, dtype
+and head width), so that the next run continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ FEW_WIDTHS = (32, 64, 128)
 
 
 def grid(arch: str, oldest: bool) -> list[Cell]:
-    """Return the cells that the table should contain for one architecture and the oldest or the newest Triton."""
+    """Return the cells that the committed table covers for one architecture and the oldest or the newest Triton."""
     if oldest and arch != "sm_90":
         return []
     if arch in FULL and not oldest:
@@ -64,7 +66,7 @@ def grid(arch: str, oldest: bool) -> list[Cell]:
 
 
 def chosen(args: argparse.Namespace) -> list[Cell]:
-    """Return the cells to report on. Dtypes and widths that are given on the command line replace those of the grid."""
+    """Return the cells to report on. Dtypes and widths from the command line replace those that the table covers."""
     found: list[Cell] = []
     for arch in args.arch or ARCHITECTURES:
         cells = grid(arch, triton.__version__ == OLDEST_TRITON)
@@ -75,7 +77,7 @@ def chosen(args: argparse.Namespace) -> list[Cell]:
 
 
 def sample(rows: Iterable[Row], count: int) -> list[str]:
-    """Return the keys of `count` rows. They are chosen by hash, so they are the same in every run on the same table."""
+    """Return the keys of `count` rows, chosen by hash, so that every run on the same table chooses the same rows."""
     keys = {row.key for row in rows}
     return sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())[:count]
 
@@ -91,7 +93,7 @@ def print_summary(report: Report, seconds: float) -> None:
         print(f"        {spilled.spilled} bytes spilled at most, {spilled.kernel} {spilled.where}")
         print(f"        {shared.shared} of {TARGETS[arch].shared_memory} bytes shared at most, {shared.kernel} {shared.where}")
         print(f"        {loop.loop:g} instructions per {loop.unit or 'value'} at most, {loop.kernel} {loop.where}")
-    print("launches per call, this library's + torch's")
+    print("launches per call, by this library + by PyTorch")
     for use, (ours, others) in report.launches.items():
         print(f"    {use}: {ours} + {others}")
 
@@ -101,15 +103,15 @@ def print_summary(report: Report, seconds: float) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser.of("vix dev compile-report", __doc__)
-    parser.add_argument("--arch", nargs="+", choices=TARGETS, help="GPUs to compile for (default: those of the table)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bf16; all for " + " and ".join(FULL))
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, help="GPUs to compile for (default: those that the table covers)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bf16, and all for " + " and ".join(FULL))
     parser.add_argument(
-        "--width", nargs="+", type=within(8, 256), metavar="D", help="head widths (default: those of the table)"
+        "--width", nargs="+", type=within(8, 256), metavar="D", help="head widths (default: those that the table covers)"
     )
     ops = [name for name, spec in SPECS.items() if spec.compiled or spec.variants]
     parser.add_argument("--op", nargs="+", choices=ops, default=ops, metavar="OP", help=f"{', '.join(ops)} (default: all)")
     parser.add_argument("--jobs", type=within(1, 1024), default=2, help="worker processes (default: 2)")
-    parser.add_argument("--write", action="store_true", help="add the new rows to the committed table, and drop outdated ones")
+    parser.add_argument("--write", action="store_true", help="add the new rows to the table, and drop outdated ones")
     parser.add_argument("--all", action="store_true", help="compile all specializations, including those in the table")
     parser.add_argument("--missing", action="store_true", help="count the rows that the table lacks, and compile nothing")
     parser.add_argument(
@@ -120,7 +122,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--shared", action="store_true",
         help="check only the shared memory of every entry of the launch table; --write measures missing entries",
     )  # fmt: skip
-    parser.add_argument("--csv", type=Path, default=TABLE, metavar="PATH", help="the table")
+    parser.add_argument("--csv", type=Path, default=TABLE, metavar="PATH", help="the table (default: the committed one)")
     args = parser.parse_args(argv)
     args.partial = set(args.op) != set(ops)
     if args.write and args.partial:
@@ -141,8 +143,8 @@ def worker_environment() -> Iterator[None]:
     """Set the environment that worker processes inherit.
 
     In this environment, kernels are compiled instead of interpreted. Triton's cache starts empty unless the user chose a cache
-    folder. The profiler prints nothing. Line information stays enabled although nothing reads it, because ptxas would otherwise
-    generate code with different register counts.
+    folder. The profiler prints nothing. Line information stays enabled, although nothing reads it, because otherwise ptxas
+    would generate code with different register counts.
     """
     with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ):
         os.environ.pop("TRITON_INTERPRET", None)
@@ -161,8 +163,8 @@ def prepare_worker(modules: Iterable[str]) -> None:
 def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -> Iterator[Result]:
     """Yield the result of function(*cell) for every cell, in the order in which the results arrive.
 
-    The first three elements of a cell are the architecture, the dtype and the head width. Cells with the largest head widths
-    start first, to balance the load.
+    A cell starts with the architecture, the dtype (or its number of bits) and the head width. Cells with the largest head
+    widths start first, to balance the load.
     """
     # Workers are spawned, not forked, because Triton decides at import time whether kernels are interpreted.
     context = multiprocessing.get_context("spawn")
@@ -185,14 +187,14 @@ def shared_memory_table(args: argparse.Namespace) -> int:
     committed = read_csv(shared_memory.COMMITTED, shared_memory.Row) if shared_memory.COMMITTED.is_file() else []
     same_version = [row for row in committed if row.triton == triton.__version__]
     cells, requested = [], set()
-    for arch in archs:  # GPUs of one generation share entries
+    for arch in archs:  # an entry is measured once per generation
         wanted = set(shared_memory.missing(same_version, arch) if args.write else shared_memory.entries(arch)) - requested
         wanted = {entry for entry in wanted if entry.bits in bits and entry.width in widths}
         requested |= wanted
         cells += shared_memory.cells(wanted, arch)
     rows = [row for each in by_workers(args.jobs, shared_memory.measure, cells) for row in each]
     unmeasured = requested - {row.entry for row in rows}
-    failures = [f"{entry}: no call launches it" for entry in sorted(unmeasured)]
+    failures = [f"{entry}: no call launches this entry" for entry in sorted(unmeasured)]
     if args.write:
         served = {entry for arch in TARGETS for entry in shared_memory.entries(arch)}
         current = {(row.triton, row.entry): row for row in committed + rows if row.entry in served}  # new rows replace old ones

@@ -1,4 +1,4 @@
-"""The table of the compile report: one row per kernel specialization of a cell (architecture, dtype and head width).
+"""The table of the compile report: one row per kernel specialization and cell (architecture, dtype and head width).
 
 The table can contain rows for several Triton versions. Reviewers read the diff of the committed table.
 """
@@ -20,16 +20,16 @@ HIDDEN = ("triton", "sections", "source", "key")  # columns that are not printed
 
 @dataclass(frozen=True, order=True)
 class Row:
-    """One kernel specialization. Counts are stored as text of the form "kind:count kind:count".
+    """One kernel specialization. Columns with several counts contain text of the form "kind:count kind:count".
 
     Attributes:
         blocks: sizes of the tiles.
         programs: number of programs that are resident on a multiprocessor at the same time.
-        unit: what the columns "per unit" refer to: "logit", or "value" if the main loops compute no logits (see counting.py).
+        unit: the unit in "per unit" below: "logit", or "value" if no main loop has logits, or "" (see counting.Analysis).
         loop: instructions of all lanes in the main loops, per unit.
-        whole: instructions of the whole program in the largest launch that the report observes, per pair of a token and a slot.
-            Padding does not count as tokens or slots. For kernels without main loops or without arguments N and M, it is per
-            element of the largest tensor.
+        whole: instructions of all programs in the largest launch that the report observes, per pair of a token and a slot.
+            Padding does not count as tokens or slots. For kernels without main loops or without arguments N and M, the number
+            is per element of the largest tensor.
         exps: exponentials in the main loops, per unit.
         waits: instructions in the main loops that wait for matrix products.
         products: number of matrix products in the main loops, counted in TTGIR, Triton's intermediate code for GPUs.
@@ -40,8 +40,8 @@ class Row:
         loads, stores: accesses to global memory, as "bits per thread:number of instructions".
         uses: the calls that launch the kernel, as "op direction slots,slots; ...".
         sections: see counting.Section.
-        source: hash of the code of the kernel.
-        key: hash of everything that determines the machine code.
+        source: hash of the code of the kernel (see sources.py).
+        key: hash of everything that determines the machine code (see observed.py).
     """
 
     triton: str

@@ -1,4 +1,4 @@
-"""The minimum cost of a call: the arithmetic stated in its specification, and the bytes and launches of its operators.
+"""The minimum cost of a call: the arithmetic stated in its OpSpec, and the bytes and launches of its registered operators.
 
 No result is computed, and no GPU is needed. The call runs on meta tensors, and its launches are counted instead of executed.
 """
@@ -46,7 +46,7 @@ class _Count(TorchDispatchMode):
             with self:  # torch kernels inside an operator also count
                 out = operators[function._schema.name.split("::")[1]].implementation(*args)
             touched = {id(x): x for x in (*args, *tree_leaves(out)) if isinstance(x, Tensor)}
-            # Tensors that are passed twice, and the repeated elements of expanded tensors, count once.
+            # A tensor that is passed twice counts once, as do the repeated elements of an expanded tensor.
             self.bytes += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in touched.values())
             return out
         if not function.is_view and "empty" not in function._schema.name:

@@ -1,7 +1,8 @@
-"""Count the instructions of a kernel in its machine code, per logit and by the unit of the GPU that executes them.
+"""Count the instructions in a kernel's machine code, per logit and by the unit of the GPU that executes them.
 
-The loops of the machine code (SASS) are matched with the loops of TTGIR, which show how many logits an iteration computes and
-how often the loop runs. Main loops are the innermost loops with matrix instructions.
+The loops of the machine code (SASS) are matched with the loops of TTGIR (ttgir.py), which show how many logits an iteration
+computes and how often the loop runs. Main loops are the innermost loops with matrix instructions. If some of them have logits,
+only these are counted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from .machine_code import MATRIX, Instruction, access_bits
 from .ttgir import Loop
 
 LANES = 32
-# Instructions by the unit that executes them. All instructions take an issue slot. Those that are not listed use no other unit.
+# Instructions by the unit that executes them. Every instruction takes an issue slot. Matrix instructions use the tensor unit.
+# Instructions that are not listed use no other unit.
 FMA = {"FADD", "FMUL", "FFMA", "IMAD", "HFMA2", "HADD2", "HMUL2", "FADD2", "FMUL2", "FFMA2"}
 ALU = {
     "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "HSETP2", "I2FP", "IABS", "IADD", "IADD3", "IMNMX", "ISETP", "LEA",
@@ -30,7 +32,7 @@ PIPES = ("issue", "fma", "alu", "exp", "tensor", "shared", "global")
 
 @dataclass(frozen=True)
 class Rates:
-    """Throughput of one multiprocessor per clock cycle: lanes of each unit, 16-bit multiply-adds, and bytes."""
+    """Throughput of one multiprocessor per clock cycle: lanes, or multiply-adds (tensor), or bytes (shared, global_)."""
 
     fma: int
     tensor: int
@@ -41,8 +43,8 @@ class Rates:
     global_: int = 64
 
 
-# Sources: the throughput table for arithmetic instructions in the CUDA C++ Programming Guide, and the published peaks of the
-# matrix units with float32 accumulators. A multiprocessor exchanges up to 64 bytes per cycle with the L2 cache.
+# Sources: the throughput table for arithmetic instructions in the CUDA C++ Programming Guide, and the published peak rates of
+# 16-bit products with float32 accumulators. A multiprocessor exchanges up to 64 bytes per cycle with the L2 cache.
 RATES = {
     "sm_80": Rates(fma=64, tensor=1024),
     "sm_86": Rates(fma=128, tensor=256),
@@ -55,7 +57,7 @@ RATES = {
 
 @dataclass(frozen=True)
 class Counts:
-    """Work of one warp: instructions by unit, 16-bit multiply-adds (TF32 multiply-adds count twice), and bytes per lane."""
+    """Work of one warp: instructions by unit, 16-bit multiply-adds (`tensor`; TF32 counts twice), and bytes per lane."""
 
     issue: int = 0
     fma: int = 0
@@ -76,7 +78,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a program that runs `trips` times. `trips` is an expression in the arguments, as in ttgir.Loop."""
+    """A part of a program and its work per execution. It runs `trips` times, an expression of the arguments (ttgir.Loop)."""
 
     trips: str
     counts: Counts
@@ -92,7 +94,7 @@ class Section:
 
 @dataclass(eq=False)
 class MachineLoop:
-    """A loop of the machine code, without the instructions of the loops inside it."""
+    """A loop of the machine code. `code` excludes the loops inside it. `matched` is the corresponding loop of TTGIR, if any."""
 
     code: list[Instruction]
     children: list[MachineLoop] = field(default_factory=list)
@@ -122,7 +124,7 @@ def is_product(instruction: Instruction) -> bool:
 def loops(code: Sequence[Instruction]) -> MachineLoop:
     """Return the whole program as a MachineLoop that contains its loops.
 
-    Only natural loops count: the first block of a loop dominates a branch back to it. Code that the compiler places at the end
+    Only natural loops count, in which a branch goes back to a block that dominates it. Code that the compiler moved to the end
     of the program, and that jumps back, is not a loop. Code that is never reached, such as padding, is ignored.
     """
     starts, successors = blocks(code)
@@ -156,7 +158,7 @@ def loops(code: Sequence[Instruction]) -> MachineLoop:
 
 
 def blocks(code: Sequence[Instruction]) -> tuple[list[int], list[list[int]]]:
-    """Return the index of the first instruction of each basic block, and the blocks that can follow each block."""
+    """Return the index of the first instruction of each basic block, and the numbers of the blocks that can follow it."""
     at = {each.address: index for index, each in enumerate(code)}
     heads = {0}
     for index, each in enumerate(code):
@@ -176,9 +178,9 @@ def blocks(code: Sequence[Instruction]) -> tuple[list[int], list[list[int]]]:
 
 
 def dominators(successors: list[list[int]]) -> dict[int, int]:
-    """Return the blocks that can be reached, each with its dominators as a bit mask."""
+    """Return the blocks that can be reached, in reverse postorder, and the dominators of each as a bit mask."""
     order, seen, waiting = [], {0}, [(0, iter(successors[0]))]
-    while waiting:  # depth-first, to visit blocks in reverse postorder
+    while waiting:  # a depth-first search, whose reversed order of completion is the reverse postorder
         block, rest = waiting[-1]
         following = next((each for each in rest if each not in seen), None)
         if following is None:
@@ -213,7 +215,7 @@ def waits_for_barrier(code: list[Instruction]) -> bool:
 
 
 def match(machine: MachineLoop, loop: Loop) -> None:
-    """Match each loop of the machine code with a loop of TTGIR. The order is the same, but some loops may be unrolled."""
+    """Match each loop of the machine code with a loop of TTGIR. Both have the same order, but ptxas unrolls some loops."""
     pairs = align(machine.children, loop.children)
     if pairs is None:  # align only the loops with products, because ptxas may split the other loops
         ours, sources = ([each for each in inner if each.multiplies] for inner in (machine.children, loop.children))
@@ -224,7 +226,7 @@ def match(machine: MachineLoop, loop: Loop) -> None:
 
 
 def align(ours: list[MachineLoop], sources: list[Loop]) -> list[tuple[MachineLoop, Loop]] | None:
-    """Pair the loops in order, or return None if this is impossible. TTGIR loops with constant trip counts can be skipped."""
+    """Pair the loops in order, or return None if this fails. TTGIR loops with constant trip counts may have been unrolled."""
     if not sources:
         return None if ours else []
     if ours and ours[0].multiplies == sources[0].multiplies:
@@ -241,18 +243,18 @@ def align(ours: list[MachineLoop], sources: list[Loop]) -> list[tuple[MachineLoo
 class Analysis:
     """Results of the analysis of a kernel's machine code.
 
-    Numbers of the main loops are per `unit`, except `waits` and `products`. If `unit` is "", all of these numbers are 0.
+    Numbers of the main loops are per `unit`, except `waits` and `products`. If `unit` is "", they are all 0 or empty.
 
     Attributes:
-        unit: "logit", or "value" if no main loop has logits (see ttgir.Loop). "" if there is no main loop, or if one
-            has no match in TTGIR.
+        unit: "logit", or "value" if no main loop has logits (see ttgir.Loop). "" if there is no main loop, or if a main
+            loop has no match in TTGIR.
         instructions: instructions of all lanes in the main loops.
         exponentials: exponentials of all lanes in the main loops.
         waits: number of instructions in the main loops that wait for matrix products.
-        products: number of matrix products in the main loops, counted in TTGIR, Triton's intermediate code for GPUs.
-        multiply_adds: multiply-adds of the main loops.
-        cycles: cycles for which the main loops occupy each unit of a multiprocessor, by name of the unit.
-        sections: the parts of the program, for predictions.
+        products: number of matrix products in the main loops, counted in TTGIR.
+        multiply_adds: multiply-adds in the main loops.
+        cycles: cycles for which the main loops occupy each unit of a multiprocessor, by name in PIPES.
+        sections: the whole program, split at its loops, for predictions.
     """
 
     unit: str
@@ -302,7 +304,7 @@ def counted_loop(machine: MachineLoop, warps: int) -> Counts:
     counts = counted(machine.code)
     if counts.tensor or not machine.own_products or machine.matched is None:
         return counts
-    return replace(counts, tensor=machine.matched.multiply_adds // warps)  # sm_100: the instructions do not show their shapes
+    return replace(counts, tensor=machine.matched.multiply_adds // warps)  # on sm_100, opcodes do not show shapes
 
 
 def counted(code: Iterable[Instruction]) -> Counts:

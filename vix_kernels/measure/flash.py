@@ -19,9 +19,9 @@ from .launch_times import predict
 from .observed import observed
 from .roofline import GPUS
 
-# TFLOP/s of the forward pass of Triton's tutorial kernel on an H100 80GB SXM5 in FP16, for sequences of 1,024, 4,096 and 16,384
-# tokens: FlashAttention-3 (arXiv:2407.08608), figure 5, the bars labeled "Triton". A batch has 16,384 tokens in total, and all
-# heads together have 2,048 channels. A causal pass counts as half as many operations.
+# TFLOP/s of the forward pass of Triton's tutorial kernel on an H100 80GB SXM5 in FP16, by (head width, causal) and for each
+# length in LENGTHS: FlashAttention-3 (arXiv:2407.08608), figure 5, the bars labeled "Triton". A batch has 16,384 tokens in
+# total, and all heads together have 2,048 channels. A causal pass counts as half as many operations.
 PUBLISHED = {
     (64, False): (382, 400, 403),
     (64, True): (288, 363, 363),
@@ -30,7 +30,7 @@ PUBLISHED = {
 }
 LENGTHS = (1024, 4096, 16384)
 TOTAL_TOKENS, TOTAL_CHANNELS = 16384, 2048
-# The range of measured time divided by predicted time over PUBLISHED. `vix dev roofline --calibrate` computes it.
+# The range of published time / predicted time over the entries of PUBLISHED. `vix dev roofline --calibrate` prints all ratios.
 FACTOR = (1.9, 3.2)
 
 
@@ -39,7 +39,7 @@ def attend(
     b_q, k, v, b_max, b_sum, b_out, first, last, start_m, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys from `first` to `last` to the running maximum, sum and output. If MASKED, keys after a query are masked."""
+    """Add keys `first` to `last` - 1 to the running maximum, sum and output. If MASKED, a query ignores the keys after it."""
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, D)
     for start in range(first, last, BLOCK_N):
         b_k = tl.load(k + (start + o_n)[:, None] * D + o_d[None, :])
@@ -51,7 +51,7 @@ def attend(
         b_p = tl.exp2(b_s - new_max[:, None])
         decay = tl.exp2(b_max - new_max)
         b_sum = b_sum * decay + tl.sum(b_p, 1)
-        # With b_out * decay as the accumulator, ptxas would execute the products one after another.
+        # With b_out * decay as the accumulator of the product, ptxas would execute the products one after another.
         b_pv = tl.dot(b_p.to(b_k.dtype), b_v)
         b_out = tl.fma(b_out, tl.broadcast_to(decay[:, None], (BLOCK_M, D)), b_pv)
         b_max = new_max
@@ -62,7 +62,7 @@ def attend(
 def flash_forward_kernel(
     q, k, v, out, lse, scale, N, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Compute out and lse of a tile of queries. Logits are in base 2, and N is a multiple of the tile sizes."""
+    """Compute out and lse (base 2) of a tile of queries. N must be a multiple of BLOCK_M and BLOCK_N."""
     start_m, i_bh = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64)
     o_m, o_d = start_m + tl.arange(0, BLOCK_M), tl.arange(0, D)
     q += i_bh * N * D
@@ -83,7 +83,7 @@ def flash_forward_kernel(
 
 
 def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Return the softmax attention of q, k and v, which are contiguous tensors (batch, heads, N, 64 or 128)."""
+    """Compute softmax attention. q, k and v are contiguous (batch, heads, N, 64 or 128); N is a multiple of the tile sizes."""
     batch, heads, tokens, width = q.shape
     out, lse = torch.empty_like(q), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     block_m, block_n = min(128, tokens), 64
@@ -96,7 +96,7 @@ def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: boo
 
 @dataclass(frozen=True)
 class Comparison:
-    """A published time and the corresponding prediction, in seconds."""
+    """A published time (`measured`) and the corresponding prediction, in seconds."""
 
     width: int
     causal: bool
@@ -111,7 +111,7 @@ class Comparison:
 
 
 def calibrate() -> Iterator[Comparison]:
-    """Yield the published times and the predictions for the H100."""
+    """Yield each published time with the prediction for the H100."""
     gpu = next(gpu for gpu in GPUS if gpu.name == "H100")
     for (width, causal), speeds in PUBLISHED.items():
         for tokens, speed in zip(LENGTHS, speeds, strict=True):

@@ -2,15 +2,15 @@
 
 examples:
   vix dev host-time                                every operator, in microseconds and relative to two small calls (see below)
-  vix dev host-time performer_attention --profile  the same for one operator, then the time of each step
+  vix dev host-time performer_attention --profile  one operator, and the fraction of the time that each step takes
 
 At small sizes, an eager call takes as long as its host time. The operators run on CPU tensors as they would on an H100, but
-launches do nothing: Triton's launcher calls a stub instead of the CUDA driver. The launcher and the stub need a C compiler. In
-the columns "without launches", launches are skipped, so the difference is the time of the launcher.
+no kernel runs: Triton's launcher calls a stub instead of the CUDA driver. Building the launcher and the stub needs a C
+compiler. In the columns "without launches", the launcher is not called, so the difference is the time of the launcher.
 
 Times of different runs cannot be compared, because they depend on the machine and its load. Ratios can be compared. They are
-relative to PyTorch's scaled_dot_product_attention on a tiny CPU tensor, and to an empty autograd.Function with eight tensors.
-The measurements of both alternate with those of the operator.
+relative to PyTorch's scaled_dot_product_attention on tiny CPU tensors ("x attention"), and to an empty autograd.Function with
+eight tensors ("x Function"). The operator and these two calls are measured in turn.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STUB = Path(__file__).with_name("stub_driver.c")
 ARCH = "sm_90"
 CASE = Case("host", batch=1, heads=2, tokens=128, width=64, features=64)
 DIRECTIONS = ("forward", "both")
-# Maps a part of a file name to a step of the profile. The first match counts. For C functions, the function name is searched.
+# Maps a part of a file name to a step of the profile. The first match counts. C functions are matched by their names instead.
 STEPS = {
     "vix_kernels/ops": "checks",
     "vix_kernels/backends": "checks",
@@ -69,8 +69,7 @@ STEPS = {
 class Row:
     """Host time of an operator in microseconds. The direction "both" means forward and backward.
 
-    `sdpa` and `function` are the times, in the same run, of a tiny scaled_dot_product_attention and of an empty
-    autograd.Function with eight tensors.
+    `sdpa` and `function` are the times of the two calls that `yardsticks` describes, measured in turn with the operator.
     """
 
     op: str
@@ -101,7 +100,10 @@ class Empty(torch.autograd.Function):
 
 
 def yardsticks() -> dict[tuple[str, str], Callable[[], Any]]:
-    """Return the calls that operators are compared with, by name and direction."""
+    """Return the calls that operators are compared with, by name and direction.
+
+    "sdpa" is scaled_dot_product_attention on tiny CPU tensors. "function" is an empty autograd.Function with eight tensors.
+    """
     q, k, v = (torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3))
     tensors = [q, *(torch.randn(4) for _ in range(7))]
     calls = {
@@ -137,7 +139,7 @@ def both_of(call: Callable[[], Any], wanted: tuple[Tensor, ...]) -> Callable[[],
 
 
 def operator_calls(spec: OpSpec) -> dict[str, Callable[[], Any]]:
-    """Return the forward pass of an operator, and its forward and backward pass, on small CPU tensors in bfloat16."""
+    """Return two calls of an operator on small CPU tensors in bfloat16: "forward", and "both" for forward and backward."""
     problem = draw(spec, spec.fit(CASE), torch.bfloat16, "cpu")
 
     def call() -> Any:
@@ -168,13 +170,13 @@ def in_turns(calls: list[Callable[[], Any]], rounds: int, seconds: float) -> lis
 
 @contextmanager
 def launches(launcher: str) -> Iterator[None]:
-    """Let operators run on CPU tensors, with launches that call the stub driver or, if `launcher` is "none", are skipped."""
+    """Let operators run on CPU tensors. If `launcher` is "none", launches are skipped, otherwise they call the stub driver."""
     from .._triton import compiled
 
     nothing = compiled.Compiled(None, lambda *args: None, None, None, ())
     with (
         patch.object(compiled, "run", lambda *args: nothing) if launcher == "none" else nullcontext(),
-        patch.object(plans, "entries", {}),  # plans contain the launcher
+        patch.object(plans, "entries", {}),  # plans from other blocks may contain another launcher
         patch.object(plans, "on_gpu", lambda *args, **kwargs: True),
         patch.object(backends, "reasons_against_triton", lambda *arguments: []),
     ):
@@ -182,7 +184,7 @@ def launches(launcher: str) -> Iterator[None]:
 
 
 def set_driver(stub: bool) -> None:
-    """Make Triton's driver report an H100. If `stub` is set, its launcher calls the functions of the stub driver."""
+    """Make Triton's driver report an H100. If `stub` is set, Triton's launcher calls the functions of the stub driver."""
     from triton.runtime.driver import driver
 
     from .._triton.targets import TARGETS
@@ -215,7 +217,7 @@ def measure(ops: list[str], launchers: list[str], rounds: int, seconds: float) -
 
 
 def profile(op: str, launcher: str, calls: int = 300) -> dict[str, float]:
-    """Return the fraction of the host time that each step of forward and backward takes.
+    """Return the fraction of the host time of forward and backward that each step takes.
 
     The overhead of the profiler makes short functions appear slower.
     """
@@ -239,7 +241,7 @@ def profile(op: str, launcher: str, calls: int = 300) -> dict[str, float]:
 
 
 def work(request: dict[str, Any]) -> None:
-    """Measure in this process, and print one JSON object per line."""
+    """Measure in this process, and print one JSON object per line: a Row, or an operator with its profile."""
     for name in request["modules"]:
         import_module(name)
     torch.set_num_threads(1)
@@ -273,7 +275,7 @@ def build_stub(folder: str) -> dict[str, str]:
 
 @contextmanager
 def stub_environment() -> Iterator[tuple[dict[str, str], bool]]:
-    """Yield the environment of a process that compiles kernels but cannot run them, and whether its launches call the stub."""
+    """Yield the environment of a process that compiles kernels but cannot run them, and whether the stub could be built."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         stub = build_stub(folder)

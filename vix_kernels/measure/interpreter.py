@@ -1,4 +1,4 @@
-"""All code that patches Triton's interpreter or relies on its internals. Other modules only import InterpretedFunction."""
+"""Speedups of Triton's interpreter, and hooks for its memory accesses. Only this module relies on its internals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-# Receives the addresses of the elements that one access reads or writes, and the size of an element in bytes.
+# A function that receives the addresses of the elements that an access reads or writes, and the size of an element in bytes.
 Observer = Callable[[np.ndarray, int], None]
 
 
@@ -23,10 +23,9 @@ def fast_interpreter() -> Iterator[None]:
     """Make interpreted kernels several times faster inside the block, with the same results.
 
     By default, the interpreter patches triton.language at every call of a device function, which takes 2 ms. Inside the block,
-    the module is patched only once per launch. By default, the interpreter also repeats every integer addition and
-    multiplication in 64 bits to check for overflow. Inside the block, this check is disabled. Most of the remaining time is
-    spent constructing descriptions of dtypes, blocks and tensors. Kernels use only a few different descriptions, so these are
-    cached.
+    it patches the module only once per launch. By default, it also repeats every integer addition and multiplication in 64
+    bits to check for overflow. Inside the block, this check is disabled. Most of the remaining time is spent constructing
+    descriptions of dtypes, blocks and tensors. Kernels use only a few different descriptions, so these are cached.
     """
     patch_language, everything = _get(interpreter, "_patch_lang"), SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     nothing = _get(interpreter, "_LangPatchScope")()
@@ -68,7 +67,7 @@ def fast_interpreter() -> Iterator[None]:
             blocks[key] = dict(vars(self))
 
     def known_tensor(self: Any, handle: Any, type: Any) -> None:
-        key = tuple(type.shape.values) if type.is_block() else ()  # plain integers, because Triton's tuples compare slowly
+        key = tuple(type.shape.values) if type.is_block() else ()  # a plain tuple, because Triton's tuples compare slowly
         if key in shapes:
             vars(self).update(shapes[key], handle=handle, type=type, dtype=type.scalar)
         else:
@@ -86,7 +85,7 @@ def fast_interpreter() -> Iterator[None]:
 
 @contextmanager
 def watched(loaded: Observer, stored: Observer) -> Iterator[None]:
-    """Call `loaded` for every load from global memory that a kernel executes inside the block, and `stored` for every store."""
+    """Call `loaded` before every load from global memory by a kernel inside the block, and `stored` before every store."""
     builder = _get(interpreter, "interpreter_builder")
     load, store = _get(builder, "create_masked_load"), _get(builder, "create_masked_store")
 
@@ -99,7 +98,7 @@ def watched(loaded: Observer, stored: Observer) -> Iterator[None]:
         return store(pointers, value, mask, *rest, **named)
 
     def refuse(*args: Any, **named: Any) -> Any:
-        raise NotImplementedError("atomics are not watched")
+        raise NotImplementedError("expected a kernel without atomics: atomics are not watched")
 
     hooks = {
         "create_masked_load": watch_load,

@@ -1,9 +1,9 @@
 """Predict how long each launch of a public call takes, from the machine code of its kernel.
 
-The prediction is the longest of these times: the time to transfer each argument to or from memory once, the time in which each
-unit of the multiprocessors executes its instructions, and LAUNCH, the time between successive kernels. The prediction assumes
-that all of these overlap perfectly, that latencies are hidden, and that all programs take equally long. flash.py compares such
-predictions with published times.
+The prediction is the longest of these times: the time to transfer each argument to or from memory once; for each unit of the
+multiprocessors, the time in which it executes its instructions; and LAUNCH, the time between successive kernels. The prediction
+assumes that all of these overlap perfectly, that latencies are hidden, and that all programs take equally long. flash.py
+compares such predictions with published times.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ TABLE = Path(__file__).with_name("compile_report.csv")
 class Time:
     """Predicted time of a launch.
 
-    `bound` is "memory", "launch" or the name of a unit. `complete` is False if the kernel has loops of unknown length, which
-    count as if they ran once.
+    `bound` names the longest of the compared times: "memory", "launch" or a unit in counting.PIPES. `complete` is False if the
+    kernel has loops of unknown length, which count as if they ran once.
     """
 
     kernel: str
@@ -50,7 +50,7 @@ def predict(launch: Launch, parts: Iterable[Section], warps: int, gpu: Device) -
 
 
 def call_times(spec: OpSpec, case: Case, dtype: str, gpu: Device, known: Mapping[str, Row]) -> Iterator[tuple[str, Time]]:
-    """Yield the direction and the predicted time of each launch of a call. Kernels that are not `known` are compiled.
+    """Yield the direction and the predicted time of each launch of a call. Kernels whose keys are not in `known` are compiled.
 
     Raises:
         RuntimeError: a kernel does not compile.
@@ -59,7 +59,7 @@ def call_times(spec: OpSpec, case: Case, dtype: str, gpu: Device, known: Mapping
         for launch in launches:
             row = row_of(launch, gpu.arch, known)
             yield direction, predict(launch, row.parts, row.warps, gpu)
-        if others:  # their traffic is not known here
+        if others:  # PyTorch's kernels, whose traffic is not known here
             yield direction, Time(f"{others} of PyTorch", others * LAUNCH, "launch")
 
 

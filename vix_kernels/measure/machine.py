@@ -41,7 +41,7 @@ def _processor() -> str:
 
 @functools.cache
 def facts() -> dict[str, str | int | None]:
-    """Return the versions of Python, the platform and PACKAGES, and the number of CPU cores."""
+    """Return the platform, the versions of Python and of PACKAGES, and the number of CPU cores."""
     packages = {package: version_of(package) for package in PACKAGES}
     return dict(python=platform.python_version(), platform=platform.platform(), cores=os.cpu_count(), **packages)
 
@@ -56,7 +56,7 @@ def version_of(package: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Return the commit of the checkout, followed by "-dirty" if files have changed. Outside a checkout, return "unknown"."""
+    """Return the commit of the checkout, with the suffix "-dirty" if files have changed, or "unknown"."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
@@ -80,7 +80,7 @@ def _measured(device: str, threads: int) -> Device:
 
 
 def copy_bandwidth(device: str, elements: int) -> float:
-    """Return the bytes/s of a copy, counting the bytes that are read and the bytes that are written."""
+    """Return the bytes/s, read and written, of a copy of `elements` bfloat16 numbers."""
     source = torch.empty(elements, device=device, dtype=torch.bfloat16).normal_()
     return 2 * source.nbytes / (device_time(source.clone, device=device).median / 1e3)
 

@@ -1,4 +1,4 @@
-"""Determine the resource usage of compiled kernels from their machine code."""
+"""Read the instructions and the resource usage of compiled kernels from their machine code."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def disassemble(arch: int, cubins: Iterable[bytes]) -> list[list[Instruction]]:
 
 
 def parse(address: str, guard: str, opcode: str, rest: str) -> Instruction:
-    # ptxas also branches with calls that never return. These calls have a guard. Calls to subroutines have none.
+    # ptxas also branches with calls that never return. Such a call has a guard, unlike a call to a subroutine.
     branches = opcode.startswith("BRA") or (opcode == "CALL.REL.NOINC" and guard)
     target = re.search(r"0x([0-9a-f]+)\s*$", rest) if branches else None
     return Instruction(int(address, 16), guard.strip(), opcode, int(target[1], 16) if target else None)
 
 
 def read_cubins(arch: int, cubins: list[bytes]) -> list[Resources]:
-    """Return the resources of cubins, read with the NVIDIA tools in the Triton wheel."""
+    """Return the resources of cubins. The NVIDIA tools in the Triton wheel read them."""
     codes = disassemble(arch, cubins)
     return [count_sass(code, usage(cubin)) for code, cubin in zip(codes, cubins, strict=True)]
 
@@ -122,12 +122,12 @@ def count_sass(code: list[Instruction], usage: dict[str, str]) -> Resources:
 
 
 def matrix_instruction(kind: str, modifiers: list[str]) -> str:
-    """Return the opcode of a matrix instruction. Of its modifiers, keep only the shape and TF32, if present."""
+    """Return the opcode of a matrix instruction with only those modifiers that state its shape or TF32."""
     return ".".join([kind, *(each for each in modifiers if each[0].isdigit()), *(["TF32"] if "TF32" in modifiers else [])])
 
 
 def access_bits(kind: str, modifiers: list[str]) -> int:
-    if kind.startswith("U"):  # the copy engine moves whole tiles, so these instructions count as wide accesses
+    if kind.startswith("U"):  # a copy engine moves whole tiles, so its instructions count as wide accesses
         return 128
     widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
     return next((widths[each] for each in modifiers if each in widths), 32)

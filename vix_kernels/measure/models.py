@@ -1,9 +1,9 @@
 """`vix bench --models`: inference and training steps of the models, compared with their originals.
 
-The original of a model comes from the vision_xformer 0.2.0 wheel, if the wheel is installed and contains it. Otherwise it is
-the published model in plain PyTorch, as built by `from_original`. The original training scripts apply autocast only to the
-loss, so they train in float32. The forward pass of an original runs under autocast only in the bf16 rows.
-Dropout rates are those of the published configuration.
+The original of a model comes from the vision_xformer 0.2.0 wheel, if the wheel is installed and contains it. Otherwise, it is
+the published model in plain PyTorch ("plain form"), as built by `from_original`. The original training scripts apply autocast
+only to the loss, so they train in float32. In the bf16 rows, the forward pass of the original also runs under autocast.
+Dropout rates are those of the published configurations.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ for stage, (stride, depth) in enumerate(((2, 1), (1, 1), (1, 2)), start=1):
 
 
 class Pair(NamedTuple):
-    """The arguments of our model, and the label and arguments of its original.
+    """The arguments of this library's model, and the label and arguments of its original.
 
-    `wheel` says whether the wheel contains the original.
+    `wheel` states whether the vision_xformer wheel contains the original.
     """
 
     ours: dict[str, Any]
@@ -63,8 +63,8 @@ class Pair(NamedTuple):
 
 HEADS = dict(heads=4, dim_head=32)
 DROP, DROPOUT = dict(proj_drop_rate=0.25), dict(dropout=0.25)
-# Our arguments make both models of a pair do the same work. The original CCT, CCN and CCP always have an MLP ratio of 4, and
-# the original LeViN and LeViP have no position encoding. levit and cvt have no originals.
+# The arguments `ours` make both models of a pair do the same work. The original CCT, CCN and CCP always have an MLP ratio of 4,
+# and the original LeViN and LeViP have no position encoding. levit and cvt have no originals.
 PAIRS = {
     "vit": Pair({}, "ViT", VIX | HEADS),
     "vil": Pair(DROP, "ViL", VIX | HEADS | DROPOUT, wheel=True),
@@ -85,7 +85,8 @@ PAIRS = {
     "ccp": Pair(dict(mlp_ratio=4.0), "CCP", CCT),
     "fnet_2d": Pair({}, "wheel_FNet2D", dict(num_classes=10, dim=128, depth=5, mlp_dim=256)),
 }
-# A form is a provider and a dtype. The provider "plain" is our model in plain PyTorch.
+# A form is a provider and a dtype. The provider "ours" is this library's model, "compiled" is the same with torch.compile, and
+# "plain" is the same with backend="reference".
 FORMS = {
     "cpu": (("ours", "fp32"), ("ours", "bf16"), ("original", "fp32"), ("original", "bf16")),
     "cuda": (("ours", "bf16"), ("compiled", "bf16"), ("original", "fp32"), ("original", "bf16")),
@@ -104,7 +105,11 @@ def original_of(name: str) -> str:
 
 
 def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn.Module:
-    """Build the model of a provider. `arguments` override the published arguments and must be empty for an original."""
+    """Build the model of a provider. `arguments` override the published arguments.
+
+    Raises:
+        Unavailable: the provider is "original", and there is no original or `arguments` are given.
+    """
     if provider != "original":
         ours = (PAIRS[name].ours if name in PAIRS else {}) | arguments
         model = create_model(name, **ours, backend="reference" if provider == "plain" else "auto").to(device)
@@ -112,7 +117,7 @@ def make(name: str, provider: str, arguments: dict[str, Any], device: str) -> nn
     if name not in PAIRS:
         raise Unavailable("this model has no original")
     if arguments:
-        raise Unavailable("the original is measured in its published size only")
+        raise Unavailable("the original is only measured in its published size")
     pair = PAIRS[name]
     if pair.from_wheel:
         return getattr(importlib.import_module("vision_xformer"), pair.label)(**pair.original).to(device)
@@ -124,7 +129,7 @@ def measure(
 ) -> list[Row]:
     """Measure inference and a training step (forward, loss, backward, AdamW) of one model in each form (provider, dtype).
 
-    All steps use the same batch of noise. If the loss is not finite after the last step, the training row is marked as failed.
+    All steps use the same batch of noise. The training row is "failed" if the loss is not finite after the last step.
     """
     arguments = arguments or {}
     ours = create_model(name, **arguments)
@@ -141,7 +146,7 @@ def measure(
             step = Step(make(name, provider, arguments, device), images, labels, dtype)
             if device == "cpu":
                 steps[provider, dtype] = step, what
-                step.train(), step.infer()  # a form that raises here is not timed
+                step.train(), step.infer()  # if one of these raises an error, the form is not timed
             else:
                 rows += _figures(step, what, *(wall_time(each, calls=rounds) for each in (step.infer, step.train)))
                 del step
@@ -151,7 +156,7 @@ def measure(
             skip = provider == "original" or isinstance(error, Unavailable) or out_of_memory(error)
             rows += [(skipped if skip else failed)(error, **what, direction=each) for each in ("inference", "training")]
             if device == "cuda":
-                torch.cuda.synchronize()  # if there was an illegal memory access, raise its error here
+                torch.cuda.synchronize()  # raises if a kernel made an illegal memory access
     inference = in_turns({form: step.infer for form, (step, _) in steps.items()}, rounds=rounds)
     training = in_turns({form: step.train for form, (step, _) in steps.items()}, rounds=rounds)
     for form, (step, what) in steps.items():
@@ -212,7 +217,7 @@ def run(args: Namespace, device: str, parser: ArgumentParser) -> Iterator[list[R
     """Yield the rows of each model in turn."""
     names = PUBLISHED if args.models == "*" else list_models(args.models)
     if not names:
-        parser.error(f"--models: no model matches {args.models!r}; there are {', '.join(PUBLISHED)} and their sizes")
+        parser.error(f"--models: expected a pattern that matches a model, such as {', '.join(PUBLISHED)}, got {args.models!r}")
     forms = FORMS[device]
     if args.provider:
         forms = [each for each in product(args.provider, ("fp32", "bf16")) if device == "cpu" or each in GPU_FORMS]

@@ -1,4 +1,4 @@
-"""Observe the launches of a public call without compiling kernels, and identify the machine code that each would run."""
+"""Observe the launches of a public call without compiling kernels, and identify the machine code of each launch by a hash."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .offline import driver_of
 from .sources import kernel_hash, short_hash
 
 BATCH, HEADS, TOKENS = 2, 4, 1024
-# Cases A and B of the budgets in budgets.py: a batch of images, and a few long sequences.
+# Cases A (width 32) and B (width 64) of the budgets in budgets.py: a batch of images, and a few long sequences.
 LARGE = {
     32: Case("", batch=128, heads=4, tokens=1024, width=32, features=110),
     64: Case("", batch=4, heads=8, tokens=4096, width=64, features=256),
@@ -44,9 +44,9 @@ class Launch:
         grid: number of programs in each dimension.
         scalars: the integer arguments, by name.
         constexprs: the constexprs that are numbers, by name.
-        bytes: total size of the distinct tensors among the arguments.
+        bytes: total size of the distinct tensors among the arguments. Expanded dimensions count once.
         elements: number of elements of the largest of these tensors.
-        heads: batch size times number of heads.
+        heads: batch size times number of heads, or 1 if no argument has four dimensions.
         compile: function that compiles the kernel and returns Triton's CompiledKernel.
     """
 
@@ -67,7 +67,7 @@ class Launch:
 
     @property
     def pairs(self) -> int:
-        """Number of pairs of a token and a slot, or 0 if the kernel has no arguments N and M."""
+        """Number of pairs of a token and a slot in all samples and heads, or 0 if the kernel has no arguments N and M."""
         return self.heads * self.scalars.get("N", 0) * self.scalars.get("M", 0)
 
 
@@ -119,7 +119,7 @@ def stored(x: Tensor) -> int:
 
 
 class OnMeta(TorchDispatchMode):
-    """Call the implementations of our operators on meta tensors, for which PyTorch would call the fake kernels.
+    """Call the implementations of this library's operators on meta tensors, for which PyTorch would call the fake kernels.
 
     `launches` counts the kernels that PyTorch itself would launch on a GPU. Allocations and views launch none.
     """
@@ -153,7 +153,7 @@ class Use:
 
 
 def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
-    """Yield the calls that are compiled for an operator. Each is a pair of the name in the table and a case with the sizes."""
+    """Yield the calls of an operator in the compile report, each as its name in the table and a case with its sizes."""
     cases = list(spec.compiled + spec.variants)
     for case in spec.compiled[:1]:
         if any(each.masked for each in spec.cases):
@@ -173,7 +173,7 @@ def calls(spec: OpSpec, width: int, dtype: torch.dtype) -> Iterator[tuple[str, C
 
 
 def observe_call(spec: OpSpec, case: Case, dtype: torch.dtype, arch: str) -> Iterator[tuple[str, list[Launch], int]]:
-    """For each pass of a call (forward, backward), yield the direction, our launches and the number of PyTorch's launches."""
+    """Yield the direction, the launches by this library and the number of launches by PyTorch, for forward and backward."""
     problem = draw(spec, case, dtype, "meta")
     outputs: Any = ()
     for direction in ("forward", "backward"):
@@ -190,13 +190,13 @@ class Cell:
     """The launches of all calls for one architecture, dtype and head width."""
 
     launches: dict[str, list[Launch]] = field(default_factory=lambda: defaultdict(list))  # by key
-    uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))  # key -> calls that launch it
-    counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # use -> largest (our launches, PyTorch's launches)
+    uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))  # calls that launch the kernel, by key
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # by use; for the call with the most launches
     errors: list[str] = field(default_factory=list)
 
 
 def observe_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...]) -> Cell:
-    """Observe all calls of `ops` in the compile report."""
+    """Observe all calls of `ops` for one cell of the compile report."""
     cell = Cell()
     for spec in (SPECS[op] for op in ops):
         for name, case in calls(spec, width, DTYPES[dtype]):
@@ -217,7 +217,7 @@ def observe_cell(arch: str, dtype: str, width: int, ops: tuple[str, ...]) -> Cel
 
 
 def brief(error: Exception) -> str:
-    while error.__cause__ is not None:  # Triton wraps the original error in errors that quote the source
+    while error.__cause__ is not None:  # Triton wraps the original error in errors that quote the kernel's source
         error = error.__cause__
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[-1].strip()}"

@@ -1,4 +1,4 @@
-"""Compile kernels for GPUs that are not present, and determine from the machine code which resources the kernels use.
+"""Compile kernels for GPUs that are not present, and read their resource usage from the machine code.
 
     from vix_kernels.measure import offline
     from vix_kernels._triton.launch import launch
@@ -10,9 +10,9 @@
         print(each)
 
 Inside the block, kernels are compiled instead of launched. A public function that is called with CPU tensors compiles the
-kernels that it would launch, with the same signature, alignment and constexprs. Nothing is computed, so the outputs are
-uninitialized. `launch` also accepts meta tensors. The alignment of a meta tensor follows from its storage offset. Triton's
-active driver reports the target GPU. TRITON_INTERPRET must not be set when triton is imported.
+kernels that it would launch, with the same signature, alignment and constexprs. No kernel runs, so the outputs are
+uninitialized. `launch` also accepts meta tensors, whose alignment follows from the storage offset. Triton's active driver
+reports the target GPU. TRITON_INTERPRET must not be set when triton is imported.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class CompiledLaunch:
 def driver_of(name: str) -> Iterator[None]:
     """Make Triton's driver report the target `name` inside the block. Kernels can then be compiled, but not run."""
     gpu, active = TARGETS[name].gpu, driver._active
-    # Triton keys its in-process cache by device, so each target must be a different device.
+    # Triton's in-process cache is indexed by device, so each target must be a different device.
     answers = dict(get_current_target=lambda: gpu, get_current_device=lambda: gpu, get_current_stream=lambda device: 0)
     driver.set_active(SimpleNamespace(**answers))
     try:
@@ -92,7 +92,7 @@ def target(name: str) -> Iterator[list[CompiledLaunch]]:
 
 @contextmanager
 def capture(name: str) -> Iterator[list[Any]]:
-    """Collect the compiled kernel of each launch inside the block, one entry per launch. Pass the list to `describe`."""
+    """Compile each launch inside the block for the target `name`, and collect the compiled kernels, one per launch."""
     if name not in TARGETS:
         raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {name!r}")
     binaries: list[Any] = []

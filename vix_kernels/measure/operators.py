@@ -1,7 +1,7 @@
 """Measure all providers of one operator at one size: check their results, then time them.
 
-A row is a dictionary. Its "status" is "ok", "failed" (this library raised an error or returned wrong results) or "skipped".
-Failed and skipped rows state the reason in "why". Only an "ok" row has times.
+A row is a dictionary. Its "status" is "ok", "failed" (this library raised an error or returned wrong results) or "skipped"
+(the provider was not measured). Failed and skipped rows state the reason in "why". Only "ok" rows have times.
 
 On a CPU, the providers take turns and their CPU time is measured, so a change in the speed of the machine affects all of them
 equally. On a GPU, the providers are timed one after another.
@@ -32,7 +32,7 @@ from .roofline import Cost, predict
 from .timing import DeviceTime, device_time, in_turns, wall_time
 
 Row = dict[str, Any]
-DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward; backward: full minus forward
+DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward together; backward: full minus forward
 # Default dtype and sizes. The targets in bench/table.py apply to the CPU defaults.
 USUAL_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 USUAL = {
@@ -40,13 +40,13 @@ USUAL = {
     "cuda": Case("usual", batch=8, heads=8, tokens=4096, width=64, features=256, taps=33),
 }
 SIZES = ("batch", "heads", "tokens", "width", "features")
-# The wall time is also measured for GPU calls shorter than this many milliseconds, because it shows the host overhead.
+# GPU calls that take fewer milliseconds than this are also measured with the wall clock, which includes the host overhead.
 WALL_BELOW = 2.0
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to measure: rounds of calls on a CPU, milliseconds per provider on a GPU, and whether to measure memory."""
+    """How much to measure: rounds of calls on a CPU, milliseconds of calls on a GPU, and whether to measure memory."""
 
     rounds: int = 5
     milliseconds: float = 40.0
@@ -55,7 +55,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Result:
-    """A row, and the times of the calls. The time in the row is their median."""
+    """A row, and the times of the calls in milliseconds. `device_ms` in the row is their median."""
 
     row: Row
     samples: tuple[float, ...] = field(default=(), repr=False)
@@ -74,7 +74,7 @@ def skipped(why: str | BaseException, **row: Any) -> Row:
 
 
 def outcome(row: Row, names: Iterable[str], digits: int = 3) -> list[str]:
-    """Return the table cells of a row for the columns `names`. If the row has no values, the first cell contains the reason."""
+    """Return the table cells of a row for the columns `names`. If the row is not "ok", the first cell contains the reason."""
     if row["status"] == "ok":
         return [figure(row.get(name), digits) for name in names]
     return [row["why"], *("" for _ in list(names)[1:])]
@@ -98,7 +98,7 @@ def alone(device: str, lost: Callable[[str], Any], function: Callable[..., Any],
 
     On a CPU, one operator can leave the memory allocator in a state that changes the times of the next operator by up to 50 %.
     GPU times are not affected, so on a GPU the function is called in this process. It is also called in this process on systems
-    that cannot fork. If the system kills the separate process, for example because memory runs out, return lost(why).
+    that cannot fork. If the system kills the separate process, for example because memory runs out, return `lost(why)`.
     """
     if device == "cuda" or "fork" not in multiprocessing.get_all_start_methods():
         return function(*args, **kwargs)
@@ -130,13 +130,13 @@ def measure(
 
     Args:
         op: a name in `testing.SPECS`.
-        case: the sizes.
+        case: the sizes, which are adapted to the operator (see OpSpec.fit).
         dtype: "fp16", "bf16" or "fp32".
         providers: names from `providers.providers`.
         device: "cpu" or "cuda".
         directions: a selection of DIRECTIONS.
         effort: how much to measure.
-        late: called before each provider. Once it returns True, the remaining providers are skipped.
+        late: function that is called before each provider. Once it returns True, the remaining providers are skipped.
     """
     spec = SPECS[op]
     case = spec.fit(case)
@@ -144,7 +144,7 @@ def measure(
     providers = tuple(providers)
     try:
         race = Race(draw_problem(op, case, dtype, device), case, dtype, device, effort, late)
-    except Exception as error:  # raised before any provider runs: the inputs are too large or cannot be drawn
+    except Exception as error:  # the inputs are too large or cannot be drawn, so no provider can run
         free(device)
         outcome = skipped if out_of_memory(error) else failed
         return [Result(outcome(error, **what, provider=name, direction=x)) for name in providers for x in directions]
@@ -163,7 +163,7 @@ def sizes(op: str, case: Case, dtype: str, device: str) -> Row:
 
 
 def draw_problem(op: str, case: Case, dtype: str, device: str) -> Problem:
-    """Draw a problem with normally distributed inputs, untrained random features, and the usual scale and eps."""
+    """Draw a problem with normally distributed inputs, random features that are not trained, and the usual scale and eps."""
     torch.manual_seed(0)
     problem = draw(SPECS[op], case, DTYPES[dtype], device)
     usual = {"scale": case.width**-0.5, "eps": 1e-6}
@@ -179,7 +179,7 @@ class Race:
         self.truth = Truth(problem)
 
     def run(self, direction: str, providers: Sequence[str], what: Row) -> dict[str, Result]:
-        """Return the result of each provider for one direction."""
+        """Return the result of each provider for one direction. `what` contains the row's other columns, such as the sizes."""
         results, calls = {}, {}
         for name in providers:
             label = what | dict(provider=name, direction=direction)
@@ -214,7 +214,7 @@ class Race:
             ours = label["provider"] in OURS and not out_of_memory(problem)
             results[label["provider"]] = Result((failed if ours else skipped)(problem, **label))
             if self.device == "cuda":
-                torch.cuda.synchronize()  # if a kernel accessed an illegal address, the error is raised here
+                torch.cuda.synchronize()  # raises if a kernel made an illegal memory access
 
     def prepare(self, name: str, direction: str) -> Call:
         if name not in self.contenders:
@@ -237,9 +237,9 @@ class Race:
         return Call(contender, full, cotangents)
 
     def check(self, call: Call) -> tuple[float | None, str]:
-        """Return the relative error against float64 on the first sample of the batch, and a message if it is too large.
+        """Return the relative error against float64 on the first sample of the batch, and a message if it is too large, or "".
 
-        If the error is small enough, the message is "". The error is None if it was not measured.
+        The error is None if it was not measured.
         """
         contender, truth = call.contender, self.truth
         got = _tuple(call.run())
@@ -267,7 +267,7 @@ class Race:
                 allowed = 4 * ((plain[at].double() - y).norm().item() / size + eps)
             if not error <= allowed:
                 part = "gradient" if call.cotangents is not None else "output"
-                return error, f"wrong: {part} {at} is {error:.2g} off, allowed {allowed:.2g}"
+                return error, f"wrong: {part} {at} has a relative error of {error:.2g}, allowed {allowed:.2g}"
             worst = max(worst, error)
         return worst, ""
 
@@ -289,7 +289,7 @@ class Race:
         return Result(ok(**label, **figures), time.samples)
 
     def work(self, direction: str) -> Cost:
-        """Return the least work that any provider must do, if each pass reads every input and writes every result once."""
+        """Return the minimum work of any provider. It assumes that a pass reads every input and writes every result once."""
         spec, inputs = self.problem.spec, list(self.problem.tensors.values())
         outputs = self.truth.batch * sum(x.nbytes for x in self.truth.plain[0])
         moved, passes = sum(map(_bytes, inputs)) + outputs, 1.0
@@ -300,7 +300,7 @@ class Race:
 
 
 class Call(NamedTuple):
-    """A call to time: the forward pass of a contender and, if there are cotangents, the backward pass."""
+    """A call to time: the forward pass of a contender and, if `cotangents` is not None, the backward pass."""
 
     contender: Contender
     run: Callable[[], Any]
@@ -310,8 +310,8 @@ class Call(NamedTuple):
 class Truth:
     """Reference results for the first sample of the batch: `exact` in float64, `plain` in the precision of the problem.
 
-    Each is a pair of outputs and gradients. The gradients are those of the tensors that `trained` names: the tensors with a
-    batch dimension that require gradients.
+    Each is a pair of outputs and gradients. The gradients are those of the tensors named in `trained`, which have a batch
+    dimension and require gradients.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -339,7 +339,7 @@ class Truth:
 
 
 def _cotangents(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """Draw cotangents for one sample and repeat them for all samples, because `Truth` uses only one sample."""
+    """Draw cotangents for one sample and repeat them for all samples, because `Truth` computes only the first sample."""
 
     def one(x: Tensor) -> Tensor:
         generator = torch.Generator(x.device).manual_seed(1)

@@ -1,6 +1,6 @@
 """Plot time and memory against the swept size.
 
-There is one figure per operator and dtype, and one figure per dtype with all our operators.
+There is one figure per operator and dtype, and one figure per dtype that compares all operators of this library.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ LOOKS = {
 
 
 def draw(folder: Path, rows: Iterable[Row], sweep: str, formats: Iterable[str] = ("png", "svg")) -> None:
-    """Write OP_DTYPE.EXTENSION for every operator, with a line per provider.
+    """Write a figure OP_DTYPE.EXTENSION for every operator and dtype to `folder`, with a line per provider.
 
-    If there are several operators, also write all_DTYPE.EXTENSION, with a line per operator.
+    If a dtype has at least three lines, also write all_DTYPE.EXTENSION, with a line per operator and one for SDPA.
+    `sweep` is the column of the rows on the horizontal axis, such as "tokens".
     """
     timed = [row for row in rows if row["status"] == "ok" and row.get("device_ms") is not None]
     figures = {}
@@ -49,7 +50,7 @@ def draw(folder: Path, rows: Iterable[Row], sweep: str, formats: Iterable[str] =
 
 
 def _figure(title: str, curves: Mapping[str, list[Row]], sweep: str, looks: Mapping[str, dict[str, Any]]) -> Any:
-    """Draw a panel per direction and a panel for memory, all with logarithmic axes."""
+    """Draw a panel per direction and a panel for memory, all with logarithmic axes. `curves` maps names to rows."""
     from matplotlib.figure import Figure
 
     rows = [row for curve in curves.values() for row in curve]

@@ -1,8 +1,8 @@
-"""Providers of an operator: our backends, plain and compiled PyTorch, and peers.
+"""Providers of an operator: this library's backends, plain and compiled PyTorch, and peers.
 
 A peer is a function from a different package, or plain PyTorch code, that is compared with the operator. Most peers compute
-the same result exactly or nearly. The docstrings below describe the exceptions, such as softmax attention. The linear
-projections of peers are removed, so every provider computes only the attention.
+the same result, up to small differences. The docstrings below describe the exceptions, such as softmax attention. The linear
+layers of peers are replaced by identities, so every provider computes only the attention.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Contender:
 
     Attributes:
         function: the function to measure. It receives the leaves and returns a tensor or a tuple of tensors.
-        leaves: the input tensors, in the layout of the provider. Trained tensors require gradients.
-        exact: computes the expected outputs from the problem in float64. The default is the reference implementation.
-        shown: selects the outputs that are checked, and converts them to the layout of `exact`.
-        tolerance: allowed relative error of float32 outputs, compared with `exact`. 16-bit outputs may have a larger error.
-            None: errors may be a few times as large as those of plain PyTorch.
+        leaves: the input tensors, in the layout of the provider. Those whose gradients are measured require gradients.
+        exact: function that computes the expected outputs from the problem in float64. The default is the reference.
+        shown: function that selects the outputs to check, and converts them to the layout of `exact`.
+        tolerance: allowed relative error of float32 outputs, compared with `exact`. For 16-bit outputs, more is allowed.
+            None: the allowed error is a few times that of plain PyTorch.
     """
 
     function: Callable[..., Any]
@@ -48,7 +48,7 @@ Maker = Callable[[Problem], Contender]
 
 
 class Unavailable(Exception):
-    """Raised if a provider cannot be measured. The message is one sentence that gives the reason."""
+    """Raised if a provider cannot be measured. The message is one line that states the reason."""
 
 
 def enter(provider: str, problem: Problem) -> Contender:
@@ -77,19 +77,19 @@ def enter(provider: str, problem: Problem) -> Contender:
 
 
 def providers(op: str, device: str) -> list[str]:
-    """Return the names of all providers of `op` on `device` ("cpu" or "cuda"), ours first."""
+    """Return the names of all providers of `op` on `device` ("cpu" or "cuda"). This library's backends come first."""
     ours = ("torch",) if device == "cpu" else OURS
     return [*ours, "reference", "compiled", *peers(op)]
 
 
 def peers(op: str) -> dict[str, tuple[str, Maker]]:
-    """Return the peers of `op`: name -> (module that must be importable, function that makes the contender)."""
+    """Map the name of each peer of `op` to the module that must be importable and the function that makes the contender."""
     softmax = {"sdpa": ("torch", sdpa)} if SPECS[op].attends else {}
     return softmax | PEERS.get(op, {})
 
 
 def public() -> list[str]:
-    """Return the names of the public operators. All other operators are primitives and variants."""
+    """Return the names of the public operators. All other operators in SPECS are primitives and variants."""
     return [name for name, spec in SPECS.items() if spec.public]
 
 
@@ -97,7 +97,10 @@ def public() -> list[str]:
 
 
 def sdpa(problem: Problem) -> Contender:
-    """Softmax attention with FlashAttention or, in float32 on a GPU, with torch's memory-efficient kernel."""
+    """Softmax attention with FlashAttention or, in float32 on a GPU, with PyTorch's memory-efficient kernel.
+
+    Only the first 256 queries are checked.
+    """
     leaves, scale = [problem.tensors[name] for name in "qkv"], problem.options.get("scale")
     kind = SDPBackend.FLASH_ATTENTION
     if leaves[0].is_cuda and leaves[0].dtype == torch.float32:
@@ -129,8 +132,8 @@ def performer(problem: Problem) -> Contender:
         tensors = problem.tensors | {name: problem.tensors[name] / 4 for name in "qk"}
         return replace(problem, tensors=tensors)(reference=True)
 
-    # performer-pytorch adds an eps of 1e-4 to the features. The norms of q and k are so large that eps is larger than the
-    # features themselves. q and k are therefore divided by 4. eps still distorts the features, so the tolerance is large.
+    # performer-pytorch adds an eps of 1e-4 to the features. For q and k with the norms of the problem, the features would be
+    # smaller than eps, so q and k are divided by 4. Even then, eps distorts the features, so the tolerance is large.
     return Contender(_autocast(peer, q), [_leaf(q / 4), _leaf(k / 4), v], exact, tolerance=0.3)
 
 
@@ -145,9 +148,9 @@ def plain_linear(problem: Problem) -> Contender:
 
 
 def fla(problem: Problem) -> Contender:
-    """Causal linear attention from flash-linear-attention. Our linear attention is not causal.
+    """Causal linear attention from flash-linear-attention, whereas this library's is not causal.
 
-    Only the last token attends to all tokens, so only the output of the last token is checked.
+    With a causal mask, only the last token attends to all tokens, so only its output is checked.
     """
     if not problem.tensors["q"].is_cuda:
         raise Unavailable("flash-linear-attention needs a GPU")
@@ -185,13 +188,13 @@ def nystrom(problem: Problem) -> Contender:
         options = problem.options | dict(landmarks="pad_front", pinv_init="original")
         return tuple(_merged(x) for x in replace(problem, options=options)(reference=True))
 
-    # nystrom-attention initializes its iterative inverse with a maximum over the whole batch. `exact` sees only one sample, so
-    # the tolerance allows for a different initial value.
+    # nystrom-attention divides the initial value of its iterative inverse by maxima over the whole batch. `exact` receives only
+    # one sample, so the tolerance allows for a different initial value.
     return Contender(_autocast(lambda x, *_: peer(x), q), [packed, *parameters], exact, tolerance=1e-2)
 
 
 def linformer(problem: Problem) -> Contender:
-    """Linformer that uses the keys as values. This does not change the arithmetic cost."""
+    """Linformer with the keys as values, because the package applies to_k and to_v to the same input. The cost is the same."""
     from linformer import LinformerSelfAttention
 
     q, k, key_projection, value_projection = (
@@ -235,7 +238,7 @@ def _leaf(x: Tensor) -> Tensor:
 def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
     """Return a version of `peer` that runs under autocast if `like` has a 16-bit dtype.
 
-    If the whole peer were cast to 16 bits instead, it would fail or would no longer compute sums in float32.
+    If the peer's parameters were cast to 16 bits instead, it would fail, or it would no longer compute sums in float32.
     """
     enabled = like.dtype != torch.float32
 
@@ -246,7 +249,7 @@ def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor
     return call
 
 
-# operator -> provider -> (module that must be importable, maker); `peers` adds softmax attention
+# By operator and provider: the module that must be importable, and the maker. `peers` adds softmax attention.
 PEERS: dict[str, dict[str, tuple[str, Maker]]] = {
     "performer_attention": {"performer-pytorch": ("performer_pytorch", performer)},
     "linear_attention": {"plain": ("torch", plain_linear), "flash-linear-attention": ("fla", fla)},

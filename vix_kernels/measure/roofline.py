@@ -2,7 +2,7 @@
 
 examples:
   vix dev roofline performer_attention --shape 128,4,1024,32,110 --gpu H100   each launch of one call, from its machine code
-  vix dev roofline                                        every operator, bfloat16, all GPUs, from published peaks
+  vix dev roofline                                        every operator, bfloat16, all GPUs, from published peak rates
   vix dev roofline --op performer_attention --gpu H100    one line per shape
   vix dev roofline --csv roofline.csv --plot roofline.png
 
@@ -11,12 +11,12 @@ instructions of its kernel divided by the rate of the unit that executes them, a
 the committed table of `vix dev compile-report`. Kernels that are not in this table are compiled. --calibrate compares such
 predictions with published times.
 
-Without OP, the table shows the minimum time of every operator, computed from published peaks. gflop, mexp and mbyte are the
-minimum work of a call (10^9 operations, 10^6 exponentials, 10^6 bytes). predicted_us is the longest of four times: bytes
+Without OP, the table shows the minimum time of every operator, computed from published peak rates. gflop, mexp and mbyte are
+the minimum work of a call (10^9 operations, 10^6 exponentials, 10^6 bytes). predicted_us is the longest of four times: bytes
 divided by memory bandwidth, operations divided by the rate of the matrix units, exponentials divided by the rate of the
 special-function units, and the time of all launches one after another. bound_by names the longest one. measured_us comes from
-the newest run of bench/on_gpu.sh in the results folder. It is empty if there is no measurement. The prediction is a lower bound
-for any implementation, not the time that a call takes.
+the newest run of bench/on_gpu.sh in the results folder that has the shape, and is empty if there is none. The prediction is a
+lower bound, not the time that a call takes.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Device:
 
     Attributes:
         name: short name.
-        device: the result of `torch.cuda.get_device_name`. Other variants of the GPU have different peak rates.
+        device: the result of `torch.cuda.get_device_name` for the variant of the GPU that has these rates.
         arch: architecture, such as "sm_90".
         matrix: FLOP/s of 16-bit products with float32 accumulators.
         tf32: FLOP/s of TensorFloat32 products.
         float32: FLOP/s of float32 products.
         bandwidth: bytes/s of memory.
-        exps: exponentials/s, if each multiprocessor (on AMD, compute unit) computes 16 per clock cycle.
+        exps: exponentials/s, with 16 per clock cycle and multiprocessor (on AMD, compute unit).
     """
 
     name: str
@@ -80,7 +80,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One operator, shape and GPU. Times are in microseconds; `measured_us` is None if no results file contains the shape."""
+    """One line of the table. Times are in microseconds; `measured_us` is None if no results file contains the shape."""
 
     op: str
     direction: str
@@ -110,8 +110,8 @@ class Cost:
     Attributes:
         flops: floating-point operations of the matrix products, in the dtype of the tokens. A multiply-add counts as two.
         exps: number of exponentials.
-        bytes: least traffic, if each registered operator in the call reads its inputs and writes its outputs once.
-        launches: number of kernels, including torch's fills, casts and sums.
+        bytes: memory traffic, if each registered operator in the call reads its inputs and writes its outputs once.
+        launches: number of kernels, including those of PyTorch, such as fills, casts and sums.
     """
 
     flops: int
@@ -121,7 +121,7 @@ class Cost:
 
 
 def shapes() -> Iterator[Case]:
-    """Yield the shapes for predictions and measurements: batches with 131,072 tokens in total, and single images."""
+    """Yield the shapes for predictions and measurements: batches with 131,072 tokens in total, and batches of one image."""
     for tokens in (256, 1024, 4096, 16384, 65536):
         yield Case(f"{tokens}", batch=131072 // tokens, heads=8, tokens=tokens, width=64, features=256)
     for tokens in (1024, 16384):
@@ -160,7 +160,7 @@ KEY = COLUMNS[:9]  # the columns up to `gpu`
 
 
 def measured(folder: Path) -> dict[tuple[str, ...], float]:
-    """Map the values of KEY to the measured time of our kernels in microseconds. If there are several, use the newest."""
+    """Map the values of the columns KEY to the newest measured time of this library's kernels, in microseconds."""
     names = {gpu.device: gpu.name for gpu in GPUS}
     found: dict[tuple[str, ...], float] = {}
     for path in sorted(folder.glob("*/*/timing.csv"), key=lambda path: path.parent.name):  # <gpu>/<date>-<commit>
@@ -181,7 +181,7 @@ def with_measured(table: Iterable[Row], folder: Path) -> Iterator[Row]:
 # The command
 
 
-NOTE = "Predicted times come from published peaks, not from a GPU."
+NOTE = "Predicted times come from published peak rates, not from measurements."
 
 
 def plot(path: Path, table: list[Row], format: str) -> None:
@@ -240,11 +240,11 @@ def show_launches(op: str, case: Case, dtype: str, gpu: Device) -> None:
     for name in dict.fromkeys(direction for direction, _ in times):
         total = 1e6 * sum(each.seconds for direction, each in times if direction == name)
         low, high = (total * factor for factor in FACTOR)
-        lines.append([name, "sum", figure(total, 3), f"with the factors below: {low:.3g} to {high:.3g}"])
+        lines.append([name, "sum", figure(total, 3), f"{low:.3g} to {high:.3g} with the factors below"])
     slots = f", {case.features} slots" * bool(case.features)
     print(f"{op} {dtype} on {gpu.name}: {case.batch} x {case.heads} x {case.tokens} x {case.width}{slots}")
     print_table(["direction", "launch", "predicted_us", "bound_by"], lines)
-    print("\nPredicted from machine code and published peaks, not measured. Published times of a flash-attention kernel are")
+    print("\nPredicted from machine code and published rates, not measured. Published times of a FlashAttention kernel are")
     print(f"{FACTOR[0]} to {FACTOR[1]} times as long as their predictions (--calibrate).")
 
 
@@ -262,7 +262,7 @@ def show_calibration() -> None:
 
 
 def gpu_name(text: str) -> str:
-    """Return the name of a GPU as it is written in GPUS."""
+    """Return the name of a GPU with the capitalization of GPUS, or `text` if there is no such GPU."""
     return next((gpu.name for gpu in GPUS if gpu.name.lower() == text.lower()), text)
 
 
@@ -275,7 +275,7 @@ def from_machine_code(parser: argparse.ArgumentParser, args: argparse.Namespace)
             case = SPECS[args.call].fit(case)
             for gpu in [gpu for gpu in GPUS if gpu.name in (args.gpu or ("H100",))]:
                 if gpu.arch.startswith("gfx"):
-                    parser.error(f"argument --gpu: the machine code for {gpu.name} is not counted")
+                    parser.error(f"argument --gpu: expected NVIDIA GPUs, whose machine code can be counted, got {gpu.name}")
                 for dtype in args.dtype:
                     show_launches(args.call, case, dtype, gpu)
     except RuntimeError as error:
@@ -288,20 +288,20 @@ def main(argv: list[str]) -> int:
     parser = Parser.of("vix dev roofline", __doc__)
     parser.add_argument("call", nargs="?", choices=list(SPECS), metavar="OP", help="operator whose launches are predicted")
     parser.add_argument("--shape", type=shape, metavar="B,H,N,D[,M]", help="batch, heads, tokens, head width and slots for OP")
-    parser.add_argument("--rope", choices=("interleaved", "half"), help="rotate queries and keys in OP")
+    parser.add_argument("--rope", choices=("interleaved", "half"), help="apply RoPE in this layout in OP")
     parser.add_argument("--masked", action="store_true", help="mask keys in OP")
-    parser.add_argument("--learned", action="store_true", help="train the random features in OP")
+    parser.add_argument("--learned", action="store_true", help="compute gradients of the random features in OP")
     parser.add_argument("--calibrate", action="store_true", help="compare predictions with published times on the H100")
     parser.add_argument("--op", nargs="+", choices=list(SPECS), default=list(SPECS), metavar="OP", help=", ".join(SPECS))
     parser.add_argument("--gpu", nargs="+", choices=names, type=gpu_name, metavar="GPU", help=", ".join(names))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16"], help="default: bf16")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"measured runs (default: {RESULTS})")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"folder of runs (default: {RESULTS})")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write the table as CSV instead of printing it")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="plot time against tokens, as PNG or SVG")
     args = parser.parse_args(argv)
     if (args.call is None) != (args.shape is None):
-        parser.error("OP and --shape go together")
+        parser.error("expected both OP and --shape, or neither")
     if args.calibrate or args.call:
         return from_machine_code(parser, args)
     gpus = [gpu for gpu in GPUS if gpu.name in (args.gpu or names)]

@@ -1,9 +1,9 @@
 """The committed table of the shared memory that each entry of the launch table needs.
 
-`vix dev compile-report --shared` checks the table. Triton allocates shared memory before it generates machine code. Compilation
-is stopped after the allocation, which makes the measurement three times faster. Every entry can therefore be measured in all
-its variants: RoPE in both layouts, trained and pooled slots, masks, and the residual convolution. A row contains the maximum
-over the variants.
+`vix dev compile-report --shared` checks the table. Triton allocates shared memory before it generates machine code. Each
+compilation stops after the allocation, so measurements take a third of the time, and every entry can be measured in all its
+variants: RoPE in both layouts, trained and pooled slots, masks, and the residual convolution. A row contains the maximum over
+the variants.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from .tune import DTYPES, lookups
 COMMITTED = Path(__file__).with_name("shared_memory.csv")
 BATCH, HEADS, TOKENS = 2, 4, 1024
 SIZE = attrgetter("bits", "width")
-# For each GPU on the left, kernels are compiled for the GPU on the right, because Triton chooses the same layouts and pipelines
-# for both.
+# Maps a GPU to the GPU for which its kernels are compiled here. Triton chooses the same layouts and pipelines for both.
 GENERATION = {"sm_80": "sm_86", "sm_89": "sm_86"}
 
 
@@ -61,7 +60,7 @@ class Row:
 
 
 def entries(arch: str) -> set[Row]:
-    """Return all entries that a launch on `arch` can look up."""
+    """Return all entries that a launch on `arch` can look up, with `triton` and `shared` left blank."""
     generation = GENERATION.get(arch, arch)
     return {
         Row("", generation, *key, " ".join(map(str, tile)), code_hash(key[0]), 0)
@@ -91,9 +90,10 @@ def excesses(rows: Iterable[Row], arch: str) -> list[str]:
 
 
 def problems(bits: int, width: int) -> Iterator[Problem]:
-    """Yield problems that launch every kernel in all variants that share an entry of the launch table.
+    """Yield problems that launch every kernel in all of its variants.
 
-    For some kernels, the launch table has separate entries for gradients of slots, for many slots, and for float16.
+    For some kernels, the launch table has separate entries for gradients of slots, for many slots, and for float16. The last
+    loop and the float16 problems launch these kernels with those entries.
     """
     variants = dict(), dict(rope="half", masked=True, feature_map="elu"), dict(rope="interleaved")
     case = Case("", BATCH, HEADS, TOKENS, width=width, features=min(width, 128), taps=33, learned=True)
@@ -107,7 +107,7 @@ def problems(bits: int, width: int) -> Iterator[Problem]:
 
 
 class Allocated(Exception):
-    """Raised to stop a compilation. Its argument is the number of bytes of shared memory that were allocated."""
+    """Raised to stop a compilation. The exception's argument is the number of bytes of shared memory that were allocated."""
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def allocation_only() -> Iterator[None]:
         manager.run(module, "allocate_shared_memory")
         raise Allocated(module.get_int_attr("ttg.shared"))
 
-    # For AMD, the step after the allocation is replaced, because the passes up to the allocation depend on the Triton version.
+    # On AMD, the step after the allocation is replaced, because the passes before it depend on the Triton version.
     def hip(module: Any, metadata: dict, options: Any) -> None:
         raise Allocated(metadata["shared"])
 
@@ -135,7 +135,7 @@ def allocation_only() -> Iterator[None]:
         patch.object(HIPBackend, "make_amdgcn", staticmethod(hip)),
         patch.object(
             triton.knobs.compilation, "always_compile", True
-        ),  # shared memory is not allocated again for a kernel in Triton's cache
+        ),  # Triton would not allocate shared memory for a kernel in its cache
     ):
         yield
 

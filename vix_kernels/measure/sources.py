@@ -1,7 +1,7 @@
 """Hashes of kernel sources, as stored in the committed tables. If a hash changes, the rows with the old hash are outdated.
 
-A hash covers the code of a kernel and of the device functions and constants it uses, but not their comments and docstrings. It
-does not cover launch options. These are part of the key of a row (observed.py).
+A hash covers the code of a kernel and of the device functions and constants it uses, but not their comments and docstrings.
+Launch options are not covered, because the key of a row contains them (observed.py).
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ LISTED_AS = {"angle_gradient": "rotate", "pinv_forward_registers": "pinv_forward
 
 
 def table_name(kernel: str) -> str:
-    """Return the name under which the launch table lists a kernel."""
+    """Return the name under which the launch table lists a kernel, such as "rotate" for "rotate_kernel"."""
     name = kernel.removesuffix("_kernel")
     return LISTED_AS.get(name, name)
 
 
 @cache
 def code_hash(name: str) -> str:
-    """Hash the kernels that the launch table lists as `name`, with the device functions and constants they use."""
+    """Hash the kernels that the launch table lists as `name`, together with the device functions and constants they use."""
     name = kernel_name(name)
     return hash_of(*(f"{each}_kernel" for each in (name, *LISTED_AS) if table_name(each) == name))
 
 
 def kernel_hash(kernel: Any) -> str:
-    """Hash a kernel with the device functions and constants it uses. For kernels of other packages, return Triton's hash."""
+    """Hash a kernel together with the device functions and constants it uses. For kernels from outside `_triton`, hash
+    Triton's cache key.
+    """
     return hash_of(kernel.__name__) if kernel.__name__ in device_code() else short_hash(kernel.cache_key)
 
 

@@ -1,6 +1,6 @@
-/* A CUDA driver that does nothing. Triton's launcher is linked to it to measure the host time of launches without a GPU.
+/* A CUDA driver that does nothing. Triton's launcher uses it to measure the host time of launches without a GPU.
  *
- * It has the functions that Triton's driver.c calls. Every call succeeds, and the only device is an H100.
+ * It defines the functions that Triton's driver.c calls. Every call succeeds, and the only device is an H100.
  */
 
 typedef int Result;
@@ -25,21 +25,21 @@ Result cuPointerGetAttributes(unsigned count, int *attributes, void **data, Poin
 Result cuStreamIsCapturing(void *stream, int *status) { return *status = 0, 0; }
 
 Result cuDeviceGetAttribute(int *value, int attribute, int device) {
-  switch (attribute) { /* the numbers of CUdevice_attribute */
-  case 10: return *value = 32, 0;      /* lanes of a warp */
-  case 12: return *value = 65536, 0;   /* registers of a block */
+  switch (attribute) { /* values of the enum CUdevice_attribute */
+  case 10: return *value = 32, 0;      /* threads per warp */
+  case 12: return *value = 65536, 0;   /* registers per block */
   case 16: return *value = 132, 0;     /* multiprocessors */
-  case 75: return *value = 9, 0;       /* compute capability */
-  case 76: return *value = 0, 0;
-  case 8: return *value = 49152, 0;    /* bytes of shared memory of a block: by default, at most, of a multiprocessor */
-  case 97: return *value = 232448, 0;
-  case 81: return *value = 233472, 0;
+  case 75: return *value = 9, 0;       /* compute capability, major */
+  case 76: return *value = 0, 0;       /* compute capability, minor */
+  case 8: return *value = 49152, 0;    /* bytes of shared memory per block, by default */
+  case 97: return *value = 232448, 0;  /* bytes of shared memory per block, at most */
+  case 81: return *value = 233472, 0;  /* bytes of shared memory per multiprocessor */
   default: return *value = 1, 0;
   }
 }
 
 Result cuFuncGetAttribute(int *value, int attribute, void *function) {
-  return *value = attribute == 0 ? 1024 : 0, 0; /* 0: threads of a block */
+  return *value = attribute == 0 ? 1024 : 0, 0; /* 0: maximum number of threads per block */
 }
 
 SUCCEED(cuCtxSetCurrent)

@@ -1,4 +1,4 @@
-"""Compare the speed of operators with plain and compiled PyTorch, SDPA and other installed packages.
+"""Compare the speed of operators with plain and compiled PyTorch, SDPA and other packages, or of models with their originals.
 
 examples:
   vix bench                                                      every operator over tokens, forward and full
@@ -10,8 +10,8 @@ examples:
 The results of a provider are checked against float64 before it is timed. A provider that returns wrong results, runs out of
 memory or is not installed gets a row with the reason and no time. bench.csv and bench.json are written to the output folder
 after every size, so an interrupted sweep keeps its results. At the end, time and memory are plotted in one figure per operator
-(PNG and SVG). Times are device times; on a CPU, they are CPU times of the process. "full" is forward and backward; backward is
-full minus forward.
+(PNG and SVG), and in one that compares the operators. Times are device times; on a CPU, they are CPU times of the process.
+"full" is forward and backward together; backward is full minus forward.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sweep", choices=SWEEPS, default="tokens", help="size to sweep (default: tokens)")
     parser.add_argument("--values", nargs="+", type=POSITIVE, metavar="N", help="swept values (default: depends on the device)")
     parser.add_argument(
-        "--mode", type=_modes, default="fwd,full", metavar="LIST", help=f"some of {','.join(MODES)} (default: fwd,full)"
+        "--mode", type=_modes, default="fwd,full", metavar="LIST", help=f"one or more of {','.join(MODES)} (default: fwd,full)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--provider", nargs="+", metavar="NAME", help="measure only these, such as torch sdpa (default: all)")
@@ -66,8 +66,10 @@ def main(argv: list[str]) -> int:
         parser.add_argument(f"--{name}", type=POSITIVE, metavar="N", help=f"{name} unless swept (default: {of})")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if the kernels run on it")
     parser.add_argument("--threads", type=POSITIVE, default=1, metavar="N", help="CPU threads (default: 1, the least noisy)")
-    parser.add_argument("--rounds", type=POSITIVE, default=5, metavar="N", help="calls of each provider (default: 5)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the tables and pictures (default: only print)")
+    parser.add_argument(
+        "--rounds", type=POSITIVE, default=5, metavar="N", help="calls of a provider; ops: only on a CPU (default: 5)"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the tables and plots (default: only print)")
     args = parser.parse_args(argv)
     reason = backends.reason_against_gpu()
     if args.device == "cuda" and reason:
@@ -132,7 +134,7 @@ def save(folder: Path, rows: list[Row]) -> None:
 
 
 def report(rows: list[Row], args: argparse.Namespace) -> None:
-    """Print the results as a table, and the sizes at which our backends are faster than SDPA."""
+    """Print the results as a table, and the sizes at which this library is faster than SDPA."""
     if args.models:
         models.report(rows)
         return
@@ -145,7 +147,7 @@ def report(rows: list[Row], args: argparse.Namespace) -> None:
 
 
 def crossings(rows: Iterable[Row], sweep: str) -> Iterator[str]:
-    """Yield a line per operator and direction that lists the values at which our backend is faster than SDPA."""
+    """Yield a line per operator and direction that states at which values this library is faster than SDPA."""
     timed: dict[tuple[str, str], dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row["status"] == "ok":

@@ -1,4 +1,4 @@
-"""Time a call on the device, or with the wall clock, which includes the host overhead that dominates at small sizes."""
+"""Time a call on the device, or with the wall clock, which includes the host overhead. It dominates at small sizes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ use_graphs = True  # whether device_time captures CUDA graphs
 class DeviceTime:
     """The times of repeated calls, in milliseconds.
 
-    `method` says how the times were measured. "graph": with CUDA events around the replay of a CUDA graph, which has no gaps
-    between launches. "events": with CUDA events around a call that is not captured. "cpu": as the CPU time of the process.
-    "wall": as wall-clock time.
+    `method` states how the times were measured. "graph": with CUDA events around the replay of a CUDA graph, which has almost
+    no gaps between launches. "events": with CUDA events around an eager call. "cpu": as the CPU time of the process. "wall":
+    as wall-clock time.
     """
 
     samples: tuple[float, ...]
@@ -44,7 +44,8 @@ class DeviceTime:
 def device_time(function: Callable[[], Any], *, device: str | None = None, milliseconds: float = 50.0) -> DeviceTime:
     """Time function() on "cuda" or "cpu", by default on the GPU if there is one.
 
-    On a GPU, the call is repeated for about `milliseconds`, each time with a cold L2 cache. On a CPU, three calls are timed.
+    On a GPU, the call is repeated for about `milliseconds`, each time with a cold L2 cache, and is captured in a CUDA graph if
+    possible. On a CPU, three calls are timed.
     """
     if device == "cpu" or not torch.cuda.is_available():
         return in_turns({"": function}, rounds=3)[""]
@@ -58,7 +59,7 @@ def device_time(function: Callable[[], Any], *, device: str | None = None, milli
 def in_turns(
     functions: Mapping[str, Callable[[], Any]], *, rounds: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, DeviceTime]:
-    """Measure times, by default CPU times. Each round calls every function once. A warm-up round at the start is not counted.
+    """Time each function, by default in CPU time. Each round calls every function once. A warm-up round is not counted.
 
     Because the functions take turns, a change in the speed of the machine affects all of them equally.
     """
@@ -93,7 +94,7 @@ def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles kernels and allocates library workspaces, neither of which is allowed in a capture
+        for _ in range(2):  # compile kernels and allocate library workspaces, which is not possible during a capture
             function()
     here.wait_stream(stream)
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
@@ -108,14 +109,15 @@ def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-_failed: list[torch.cuda.CUDAGraph] = []  # kept alive because torch's pinned-memory allocator may still query their streams
+_failed: list[torch.cuda.CUDAGraph] = []  # kept alive, because torch's pinned-memory allocator may still query their streams
 
 
 def clean_up(pool: tuple[int, int]) -> None:
     """Restore the process after a failed capture into `pool`.
 
-    If cudaStreamEndCapture fails, torch's capture_end raises before it ends the pool's allocations. The next empty_cache would
-    then raise, because it asserts that no capture is under way. The random-number generator also stays in its capture state.
+    If cudaStreamEndCapture fails, torch's capture_end raises before it ends the allocations to the pool. The next empty_cache
+    would then raise, because it asserts that no capture is under way. The random-number generator also stays in its capture
+    state.
 
     Raises:
         Spoiled: the process is still unusable.
@@ -124,7 +126,7 @@ def clean_up(pool: tuple[int, int]) -> None:
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
-    except RuntimeError:  # capture_end already ended the pool's allocations, or the capture did not begin
+    except RuntimeError:  # capture_end has already ended the allocations to the pool, or the capture did not begin
         pass
     try:
         torch.cuda.default_generators[device].graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
@@ -145,7 +147,7 @@ class Spoiled(BaseException):
 def wall_time(function: Callable[[], Any], *, calls: int = 20, rounds: int = 3) -> float:
     """Return the wall-clock time per call of function() in milliseconds, measured over repeated calls.
 
-    This time is the host overhead or the device time, whichever is longer.
+    This is approximately the host time or the device time, whichever is longer.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 

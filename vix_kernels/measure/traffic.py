@@ -5,20 +5,21 @@
     print(traffic.forward.ratio, traffic.backward.ratio)
     print(traffic.forward)  # launch by launch
 
-The traffic of a launch is the bytes it loads plus the bytes it stores, where a byte that is loaded or stored several times
-counts once. This models a GPU whose cache keeps everything during a launch and nothing between launches. The kernels run in
-Triton's interpreter, and the addresses of their loads and stores are recorded, so masked lanes, shared projections and views of
-one packed tensor are counted correctly. A PyTorch operator counts as a launch that reads its operands and writes its result.
+The traffic of a launch is the bytes it loads plus the bytes it stores. A byte that is loaded several times counts once, and so
+does a byte that is stored several times. This models a GPU whose cache keeps everything during a launch and nothing between
+launches. The kernels run in Triton's interpreter, and the addresses of their loads and stores are recorded, so masked lanes,
+shared projections and views of one packed tensor are counted correctly. A PyTorch operator counts as a launch that reads its
+operands and writes its result.
 
 The least possible traffic of a forward or backward pass is the number of bytes that it reads from its arguments, plus the
 number of bytes of its results. Each byte counts once. The arguments of the forward pass are the tensors that the caller passes.
 The backward pass also has the outputs and their gradients as arguments. All other traffic, such as statistics saved for the
 backward pass, is overhead of the implementation.
 
-Each line of the output is one launch: its total KiB, then the KiB loaded | stored per argument. Traffic beyond the least
-possible comes from arguments that appear in several lines, and from intermediates, which are neither arguments nor results of
-the op. Nothing is timed, and no GPU is needed. If other processes use the same CPU cores, the command runs fastest with
-OMP_NUM_THREADS=1.
+Each line of the output is one launch: its total KiB, then the KiB loaded | stored per argument of the kernel. Traffic beyond
+the least possible comes from arguments of the op that appear in several lines, and from intermediates, which are neither
+arguments nor results of the op. Nothing is timed, and no GPU is needed. If other processes use the same CPU cores, the command
+runs fastest with OMP_NUM_THREADS=1.
 
 examples:
   vix dev traffic
@@ -48,14 +49,14 @@ from ..testing import SPECS, Case
 from .interpreter import fast_interpreter, watched
 from .offline import TARGETS
 
-OVERWRITING = ("aten::copy_", "aten::fill_", "aten::zero_")  # operators that do not read the tensor they change
+OVERWRITING = ("aten::copy_", "aten::fill_", "aten::zero_")  # operators that change a tensor without reading it
 
 
 @dataclass(frozen=True)
 class Launch:
     """The bytes that a kernel or PyTorch operator loads and stores, by argument.
 
-    A byte that is loaded or stored several times counts once. Arguments in the same storage share a key.
+    A byte that is loaded (or stored) several times counts once. Arguments in the same storage share a key, such as "q+k+v".
     """
 
     kernel: str
@@ -109,18 +110,18 @@ def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", split
     Args:
         function: an op of this library.
         args, kwargs: the arguments of `function`, with tensors on the CPU and backend="triton". The backward pass computes the
-            gradients of the tensors that require gradients, if any.
+            gradients of all tensors that require gradients. If there are none, it is not measured.
         arch: the GPU whose launch configurations are used, such as "sm_90".
         split: whether to split tokens into chunks as on that GPU. False keeps all tokens of a head in one chunk.
 
     Raises:
-        ValueError: `arch` is unknown, a tensor is not on the CPU, or the call launched no kernel.
+        ValueError: `arch` is unknown, a tensor is not on the CPU, or the call launched no kernel of this library.
         RuntimeError: kernels are not interpreted in this process, or the interpreter of the installed Triton is not supported.
     """
     if arch not in TARGETS:
         raise ValueError(f"arch: expected one of {', '.join(TARGETS)}, got {arch!r}")
     if not backends.interpreted():
-        raise RuntimeError("traffic is measured in Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
+        raise RuntimeError("traffic is measured in Triton's interpreter: set TRITON_INTERPRET=1 before importing triton")
     inputs = list(tensors([args, kwargs]))
     for x in inputs:
         if x.device.type != "cpu":
@@ -158,7 +159,7 @@ def tensors(x: Any) -> Iterator[Tensor]:
 class Touched:
     """A set of bytes in the storages of given tensors.
 
-    `maps` has an array per storage address. The array is nonzero at the bytes that are in the set.
+    `maps` maps the address of each storage to an array that is nonzero at the bytes in the set.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -168,7 +169,7 @@ class Touched:
 
     @classmethod
     def all_of(cls, tensors: Iterable[Tensor]) -> Touched:
-        """Return the set of bytes that the elements of `tensors` occupy. Elements repeated by a stride of 0 count once."""
+        """Return the set of bytes that the elements of `tensors` occupy."""
         tensors = [x for x in tensors if x.numel()]
         touched = cls(tensors)
         for x in tensors:
@@ -199,8 +200,7 @@ class Touched:
     def by_name(self, named: list[tuple[str, Tensor]]) -> dict[str, int]:
         """Return the number of bytes of each storage that are in the set.
 
-        A key joins the names of the tensors in the storage. If a tensor is passed under several names, only the first name is
-        used.
+        The key of a storage joins the names of its tensors. If a tensor is passed under several names, only the first is used.
         """
         names: dict[int, dict[int, str]] = defaultdict(dict)
         for name, x in named:
@@ -212,7 +212,10 @@ class Touched:
 
 
 class Meter(TorchDispatchMode):
-    """Records the kernel launches and PyTorch operators that run inside its context."""
+    """Records the traffic of kernel launches and PyTorch operators inside its context.
+
+    `given` are the arguments of the pass. `read` contains those of their bytes that the pass has read.
+    """
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
@@ -225,7 +228,7 @@ class Meter(TorchDispatchMode):
             return
         named = [(name, x) for name, x in zip(kernel.arg_names, args, strict=False) if isinstance(x, Tensor)]
         loaded, stored = Touched(x for _, x in named), Touched(x for _, x in named)
-        self.launching = True  # operators called by the interpreter do not count
+        self.launching = True  # PyTorch operators that the interpreter calls do not count
         try:
             with watched(loaded.add, stored.add):
                 kernel[grid](*args, **meta)
@@ -236,7 +239,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if op.namespace == "vix_kernels":
-            with self:  # counts the body of the operator
+            with self:  # counts the launches of the operator
                 return operators[op._schema.name.split("::")[1]].implementation(*args)
         with self:  # counts the operators that `op` consists of, if any
             result = op.decompose(*args, **kwargs)
@@ -272,7 +275,7 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def metered(given: list[Tensor], arch: str, split: bool) -> Iterator[Meter]:
-    """Record the traffic inside the block, with the launch configurations of `arch`."""
+    """Record the traffic of a pass with the arguments `given` inside the block, with the launch configurations of `arch`."""
     meter = Meter(given)
     with conditions.under(observer=meter.launch, arch=arch, split=split), fast_interpreter(), meter:
         yield meter
@@ -286,7 +289,7 @@ SIZES = {
     "heads": (4, "heads per sample"),
     "tokens": (1024, "tokens per sample"),
     "width": (32, "head width"),
-    "features": (110, "random features, projected tokens or landmarks; landmarks are limited to 64"),
+    "features": (110, "random features, agents, projected tokens or landmarks (at most 64 landmarks)"),
 }
 
 
@@ -298,9 +301,9 @@ def main(argv: list[str]) -> int:
         about = f"{what} (default: {default})"
         parser.add_argument(f"--{name}", type=within(1, 1 << 20), default=default, metavar="N", help=about)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of the tokens (default: bf16)")
-    parser.add_argument("--rope", action="store_true", help="also rotate queries and keys in the attentions")
+    parser.add_argument("--rope", action="store_true", help="also apply RoPE in the attentions")
     parser.add_argument(
-        "--all-gradients", action="store_true", help="also compute gradients of random features (default: only of the tokens)"
+        "--all-gradients", action="store_true", help="also compute gradients of parameters, such as random features"
     )
     parser.add_argument("--unsplit", action="store_true", help="keep all tokens of a head in one chunk (default: split)")
     parser.add_argument(

@@ -1,8 +1,8 @@
 """Find the loops, matrix products and logits of a kernel in TTGIR, Triton's intermediate representation for GPUs.
 
 The machine code shows how many instructions a loop has, but not how many logits one iteration computes. TTGIR contains the
-shapes of all tiles, and the bounds of the loops as expressions of the arguments. Both are read from the compiled kernel, so
-this file does not need to change when a kernel is restructured.
+shapes of all tiles, and computes the bounds of the loops from the arguments. Shapes and bounds are read from the compiled
+kernel, so this file does not need to change when a kernel is restructured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SCALAR = INFIX.keys() | CASTS | {"arith.minsi", "arith.maxsi", "arith.cmpi", "ar
 
 @dataclass(frozen=True)
 class Op:
-    """An operation. `loop` is the index of the innermost loop that contains it, or 0 for the kernel itself."""
+    """An operation of TTGIR. `loop` is the index in Reader.loops of the innermost loop that contains it, or 0 if none does."""
 
     name: str
     text: str
@@ -39,7 +39,7 @@ class Op:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of the tensors in the type of the operation: first the operands, then the result."""
+        """The shapes in the types of the operation: first those of the operands, then that of the result."""
         return [tuple(map(int, each.split("x")[:-1])) for each in SHAPE.findall(self.text)]
 
     @property
@@ -52,7 +52,7 @@ class Op:
 
     @property
     def multiply_adds(self) -> int:
-        """Number of multiply-adds of a product of (m, k) and (k, n) matrices, possibly with a batch dimension."""
+        """Number of multiply-adds of a matrix product (m, k) x (k, n), possibly with a batch dimension."""
         a, b = self.shapes[:2]
         return prod(a) * b[-1]
 
@@ -77,10 +77,10 @@ class Loop:
         children: loops directly inside this one.
         products: number of matrix products per iteration, excluding those of the children.
         multiply_adds: number of multiply-adds of these products.
-        logits: number of elements, per iteration, of the products from which exponentials are computed. If there are none, the
-            number of elements of the exponentials.
-        values: number of elements per iteration, used if the loop has no logits. It counts the features max(product, 0), if
-            there are any. Otherwise, it is the number of elements of the largest product that is not accumulated over
+        logits: number of elements, per iteration, of the products from which exponentials are computed. If there are no such
+            products, the number of elements of the exponentials.
+        values: number of elements per iteration, for loops without logits. These are the elements of the products from which
+            features max(product, 0) are computed or, if there are none, of the largest product that is not accumulated over
             iterations or, if there is none, of the largest operand of a product.
     """
 
@@ -175,7 +175,7 @@ class Reader:
         return len(self.loops) - 1, "", [variable for variable, _ in pairs]
 
     def expression(self, name: str) -> str:
-        """Return a scalar as an expression of the arguments and program ids. It contains "?" if it depends on anything else."""
+        """Return the scalar `name` as an expression of arguments and program ids, with "?" for anything else it depends on."""
         op = self.ops.get(name)
         if op is None:
             return name[1:] if name in self.arguments else "?"  # a name that is not an argument is a loop variable
@@ -219,7 +219,7 @@ class Reader:
             loop.values = max(fresh or operands, default=0)
 
     def roots(self, names: Iterable[str]) -> frozenset[Op]:
-        """Return the products and loads that the values depend on, including those of earlier iterations."""
+        """Return the products and loads that the values `names` depend on, including those of earlier iterations."""
         found, seen, waiting = set(), set(), list(names)
         while waiting:
             name = waiting.pop()
@@ -260,7 +260,7 @@ class Reader:
 
 
 def simplified(text: str) -> str:
-    """Return the value of an expression, or the expression itself if it contains variables."""
+    """Return the value of an expression as text, or the expression itself if it contains variables."""
     variables = set(re.findall(r"[A-Za-z_]\w*|\?", text)) - WORDS
     return text if variables else str(evaluate(text, {}))
 

@@ -5,10 +5,10 @@ examples:
   vix dev tune --kernel broadcast_tokens --seconds 60
   vix dev tune --dry-run                           smoke test: one key in Triton's interpreter, with meaningless times
 
-A key is a kernel, an element size and a head width. A tile is a launch configuration. The search starts from the present tile
-of a key and changes one field at a time. It keeps a change if the new tile is faster, and ends when no single change gives a
-faster tile. A tile is rejected ("refused") if the kernel does not launch, if the results differ from the results with the
-present tile, or if the kernel spills more registers than with the present tile.
+A key is a kernel, an element size in bits and a head width. A tile is a launch configuration. The search starts from the
+present tile of a key and changes one field at a time. It keeps a change if the new tile is faster, and ends when no single
+change gives a faster tile. A tile is rejected ("refused") if the kernel does not launch, if the results differ from those of
+the present tile, or if a kernel spills more registers than with the present tile.
 
 The command prints one line per key, then the entries for OVERRIDES in vix_kernels/_triton/launch_table.py. Review the entries,
 add them to that file by hand, and run `vix dev compile-report` before you commit. The output file is rewritten after every key.
@@ -50,8 +50,8 @@ GAIN = 0.98  # a tile is faster if it takes less than this fraction of the best 
 class Proposal:
     """The result for one key.
 
-    `use` names an operator and a direction that launch the kernel. All times are times of that operator and direction, in
-    milliseconds.
+    `use` names the operator and direction that were timed, which launch the kernel. Times are in milliseconds. `tried` is the
+    number of tiles that were tried in addition to the present one.
     """
 
     key: Key
@@ -83,7 +83,7 @@ def trial(key: Key, tile: Tile) -> AbstractContextManager[None]:
 
 @contextmanager
 def lookups() -> Iterator[dict[Key, None]]:
-    """Collect the keys that launches inside the block look up. The latest key is last."""
+    """Collect the keys that launches inside the block look up. The latest key comes last."""
     asked: dict[Key, None] = {}
 
     def note(key: Key) -> None:
@@ -119,8 +119,8 @@ def present_tile(arch: str, key: Key) -> Tile:
 def neighbours(tile: Tile) -> Iterator[Tile]:
     """Yield tiles that differ from `tile` in one field.
 
-    A size is halved or doubled, the number of stages changes by one, or a bool is flipped. A field that is 0 does not change,
-    because the kernel has no such size. A string does not change either, because the results would then be different.
+    A number is halved or doubled (num_stages changes by one), or a bool is flipped. A field that is 0 does not change, because
+    the kernel has no such size. A string, which states a precision, does not change, because the results would differ.
     """
     for name, value in tile._asdict().items():
         if isinstance(value, bool):
@@ -156,7 +156,7 @@ class Bench:
         return set(asked)
 
     def agrees(self, expected: Iterable[Tensor]) -> bool:
-        """Return whether the results equal `expected`, except for rounding errors from a different order of summation.
+        """Return whether the results equal `expected` up to the rounding errors of a different order of summation.
 
         The relative tolerance is twice the rounding error of the dtype, and at least the error of float32 sums over thousands
         of terms.
@@ -194,11 +194,11 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
             except Exception as error:  # Triton, the assembler and the driver raise many types of errors
                 found.refused.append(f"{tile}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
                 if bench.device == "cuda":
-                    torch.cuda.synchronize()  # raises after an illegal access, which the process cannot recover from
+                    torch.cuda.synchronize()  # raises after an illegal memory access, from which the process cannot recover
                 continue
             if milliseconds < GAIN * found.best_ms:
                 found.best, found.best_ms, moved = tile, milliseconds, True
-    if found.better:  # time both again, one after the other, so that slow changes of the clock rate affect both
+    if found.better:  # time both tiles again, one right after the other, so that drifts of the clock rate affect both
         found.present_ms = device_time(bench.run).median
         with trial(key, found.best):
             found.best_ms = device_time(bench.run).median
@@ -209,7 +209,7 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
 
 @lru_cache(maxsize=1)  # keep only one result, because its tensors need a lot of memory
 def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key], Bench]]:
-    """Return the looked-up keys and the Bench of each operator, direction and case, sorted by the number of keys.
+    """Return a Bench, preceded by the keys that it looks up, for each operator, direction and case. The fewest keys come first.
 
     Sizes are large enough to fill a GPU, but tiny in the interpreter. Operators that do not run are reported and skipped.
     """
@@ -225,15 +225,14 @@ def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key],
         except Exception as error:
             print(f"vix dev tune: {spec.name} {direction} does not run: {type(error).__name__}: {error}", file=sys.stderr)
             if device == "cuda":
-                torch.cuda.synchronize()  # re-raises a CUDA error that the process cannot recover from
+                torch.cuda.synchronize()  # raises after an illegal memory access, from which the process cannot recover
     return sorted(found, key=lambda user: len(user[0]))
 
 
 def tune(keys: Iterable[Key], arch: str, device: str, deadline: float) -> Iterator[Proposal]:
     """Yield a proposal for each key until the deadline.
 
-    Each kernel is timed in an operator and direction that launch it. If there are several, the pair that looks up the fewest
-    keys is used.
+    Each kernel is timed in a Bench that launches it. If there are several, the Bench that looks up the fewest keys is used.
     """
     for key in keys:
         _, bits, width = key
@@ -248,7 +247,7 @@ DRY = [("aggregate_forward", 32, 16)]  # the keys that a dry run tunes
 
 
 def snippet(arch: str, proposals: Iterable[Proposal]) -> str:
-    """Return Python code that adds the faster tiles to OVERRIDES[arch]."""
+    """Return Python code that adds the proposed tiles to OVERRIDES[arch]."""
     lines = (f"    {p.key!r}: {p.best!r},  # {p.best_ms / p.present_ms:.2f} of {p.present!r}" for p in proposals if p.better)
     return "\n".join([f'OVERRIDES["{arch}"] |= {{', *lines, "}"])
 
@@ -266,9 +265,9 @@ def main(argv: list[str]) -> int:
     kernels, widths = sorted({launch.kernel_name(key[0]) for key in TABLE}), sorted({key[2] for key in TABLE})
     parser = Parser.of("vix dev tune", __doc__)
     parser.add_argument("--kernel", nargs="+", choices=kernels, default=kernels, metavar="KERNEL", help=", ".join(kernels))
-    parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=[16, 32], help="element size (default: both)")
-    parser.add_argument("--width", nargs="+", type=int, choices=widths, default=widths, help="head width (default: all)")
-    parser.add_argument("--seconds", type=float, default=600, help="time limit (default: 600)")
+    parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=[16, 32], help="element sizes (default: both)")
+    parser.add_argument("--width", nargs="+", type=int, choices=widths, default=widths, help="head widths (default: all)")
+    parser.add_argument("--seconds", type=float, default=600, help="time limit in seconds (default: 600)")
     parser.add_argument("--output", type=Path, default=Path("tune.json"), metavar="PATH", help="JSON file (default: tune.json)")
     parser.add_argument("--dry-run", action="store_true", help="tune one key in Triton's interpreter, on a CPU")
     args = parser.parse_args(argv)

@@ -190,7 +190,7 @@ class Core(Mixer):
         return False
 
     def needs_module(self) -> bool:
-        """Return whether this core has trainable state, which must be registered in a module."""
+        """Return whether this core needs state that must be registered in a module, such as parameters."""
         return type(self).state is not Mixer.state
 
     def derived(self, q: Tensor) -> Any:

@@ -21,11 +21,11 @@ from .module import AttentionModule
 class Feature(PrefixCore):
     """Attention with trained features of queries and keys, separate for each head.
 
-    Untrained, it is Performer attention with random features.
+    The initial features are random. With gaussian=True, the untrained attention is Performer attention.
 
     Attributes:
         num_features: number of features, M.
-        gaussian: factor of the term |k|^2 / 2. True means 1, and False means 0.
+        gaussian: as in feature_attention. True means 1, and False means 0.
         seed: seed of the initial features. In a model, the index of the layer is added to it.
     """
 
@@ -64,7 +64,7 @@ class Feature(PrefixCore):
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
         features = module.query_features, module.key_features, module.feature_bias
-        features = (x.float() if x.element_size() == 2 else x for x in features)  # a module cast to 16 bits
+        features = (x.float() if x.element_size() == 2 else x for x in features)  # if the module was cast to 16 bits
         return feature_attention(
             q, k, v, *features, gaussian=self.gaussian, scale=scale, key_padding_mask=tokens.key_padding_mask, rope=rope,
             exact_rows=self.exact_rows(tokens), backend=backend,
@@ -76,7 +76,7 @@ class FeatureAttention(AttentionModule):
 
     Args:
         num_features: number of features, M.
-        gaussian: factor of the term |k|^2 / 2. True means 1, and False means 0.
+        gaussian: as in feature_attention. True means 1, and False means 0.
         seed: seed of the initial features, which are random features as in PerformerAttention.
 
     For the other arguments, see AttentionModule. The parameters `query_features` and `key_features` are (num_heads, M,

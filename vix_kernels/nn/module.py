@@ -20,7 +20,7 @@ from .packed_linear import packed_linear
 class MixerModule(Mounted):
     """Base class for modules that contain a mixer, such as attention modules.
 
-    Subclasses call `mount` to register the core's state, after creating their parameters.
+    Subclasses create their parameters and then call `mount` to register the core's state.
 
     Attributes:
         core: the mixer, adapted to its site.

@@ -72,7 +72,7 @@ class Performer(PrefixCore):
         return {"projection": Buffer(self.draw(site.head_dim, 0), keep_dtype=True)}
 
     def draw(self, head_dim: int, redraws: int) -> Tensor:
-        # A generator uses only 32 bits of its seed. The upper 12 bits are the layer's seed, and the lower 20 count redraws.
+        # The CPU generator uses only 32 bits of its seed: the layer's seed is in the upper 12, and the lower 20 count redraws.
         return orthogonal_projection(self.num_features, head_dim, seed=(self.seed << 20) + redraws)
 
     def redraw(self, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Check whether a call to a module may be replaced by a call to the function that the module computes."""
+"""Check whether calling a function directly has the same effect as calling the module that computes it."""
 
 from __future__ import annotations
 

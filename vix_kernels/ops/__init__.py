@@ -1,1 +1,1 @@
-"""The attentions, one per file. Each file has the equations, the public function and a reference in plain PyTorch."""
+"""The attentions, one per file: equations, public function and plain PyTorch reference. The other files contain shared code."""

@@ -2,7 +2,7 @@
 
     out = softmax(scale q a^T) softmax(scale a k^T) v                                            equation 4 of the paper
 
-There are two passes, with the agents as slots. The second pass does not use the log-sum-exp of the first:
+The attention has two passes, with the agents a as slots. The second pass does not use the log-sum-exp of the first:
 
     values, _ = aggregate(a, k, v)        out = broadcast(q, a, values)
 """

@@ -26,10 +26,10 @@ def check_tensor(name: str, x: Any) -> None:
 
 
 def check_floating(name: str, x: Any) -> None:
-    """Check that x is a dense Tensor with one of DTYPES."""
+    """Check that x is a dense Tensor whose dtype is one of DTYPES."""
     check_tensor(name, x)
     if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating dtype, got {dtype_name(x.dtype)}")
+        raise TypeError(f"{name}: expected a floating-point dtype, got {dtype_name(x.dtype)}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {dtype_name(x.dtype)}")
 
@@ -56,7 +56,7 @@ def check_number(name: str, value: Any, *, zero: bool = False) -> float:
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> None:
-    """Check q (B, H, N, D), k (B, H, N', D) and v (B, H, N', E), which must have the same floating dtype and device.
+    """Check q (B, H, N, D), k (B, H, N', D) and v (B, H, N', E), which must have the same floating-point dtype and device.
 
     Also check the mask of keys, if one is given.
     """
@@ -70,7 +70,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None =
         if x.device != q.device:
             raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
         if x.shape[0] != q.shape[0]:
-            raise ValueError(f"{name}: expected q's batch {q.shape[0]}, got {x.shape[0]}")
+            raise ValueError(f"{name}: expected q's batch size {q.shape[0]}, got {x.shape[0]}")
         if x.shape[1] != q.shape[1]:
             raise ValueError(f"{name}: expected q's {q.shape[1]} heads, got {x.shape[1]} (grouped heads are not supported)")
         if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
@@ -104,7 +104,7 @@ def check_projection(projection: Tensor, q: Tensor, name: str = "projection") ->
     if projection.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name}: expected float32 (16 bits are not precise enough), got {dtype_name(projection.dtype)}")
     if projection.shape[-1] != q.shape[3]:
-        raise ValueError(f"{name}: expected q's head_dim {q.shape[3]} columns, got {projection.shape[-1]}")
+        raise ValueError(f"{name}: expected {q.shape[3]} columns to match q's head_dim, got {projection.shape[-1]}")
     if projection.shape[-2] == 0:
         raise ValueError(f"{name}: expected at least one feature, got 0")
     if projection.dim() == 3 and projection.shape[0] != q.shape[1]:

@@ -2,11 +2,11 @@
 
     out_p = softmax(scale q_p k^T) v        for p < exact_rows
 
-A classifier often reads only these rows. They are the result of one more pass, in which the queries are the slots:
+A classification head often reads only the outputs of these tokens. One more pass, with these queries as slots, computes them:
 
     rows, _ = aggregate(q[:exact_rows], k, v)
 
-The cost is linear in the number of tokens. The other rows of the attention do not change.
+The cost is linear in the number of tokens. The other rows of the output do not change.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def with_exact_rows_reference(
 ) -> Tensor:
     """Replace the first `count` rows of an attention's output, in plain PyTorch with all attention weights in memory.
 
-    q and k are not rotated yet.
+    q and k are the tokens before the rotary embedding, which this function applies.
     """
     if not count:
         return out
@@ -47,7 +47,8 @@ def with_exact_rows_reference(
 def first_queries(q: Tensor, count: int, rope: Rope | None, mask: Tensor | None) -> Tensor:
     """Return the first `count` queries, rotated.
 
-    In self-attention, padded queries are replaced by 0, because the gradients of keys add up over queries, even NaN.
+    If there are as many queries as keys, padded queries are replaced by 0. The gradients of keys are sums over queries, so a
+    NaN in a padded query would otherwise reach them.
     """
     first = q[:, :, :count]
     if mask is not None and mask.shape[1] == q.shape[2]:

@@ -3,8 +3,8 @@
     psi_j(q) = exp(c wq_j . q + b_j)        phi_j(k) = exp(c wk_j . k - g c^2 |k|^2 / 2)        c = sqrt(scale)
     out_n = sum_j psi_j(q_n) S_j / sum_j psi_j(q_n) z_j,    S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
 
-This is Performer attention (see performer.py) whose features of queries and keys are trained, separately, and whose features
-have a bias. With wq = wk, b = 0 and g = 1 it is Performer attention. The passes are the same:
+Unlike Performer attention (see performer.py), this attention has separate, trained features for queries and keys, and a bias.
+With wq = wk, b = 0 and g = 1, it computes the same function. The two passes are also the same, with lse in base 2:
 
     values, lse = aggregate(wk, k, v)        out = broadcast(q, wq, values, lse + b / ln 2)
 """
@@ -57,9 +57,9 @@ def feature_attention(
         q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
-        query_features, key_features: wq and wk, float32 (M, head_dim) or (heads, M, head_dim). Both have the same shape.
+        query_features, key_features: wq and wk, float32 (M, head_dim) or (heads, M, head_dim). They must have the same shape.
         feature_bias: b, float32 (M,) or (heads, M). None: 0.
-        gaussian: g, the factor of the term |k|^2 / 2, >= 0. True means 1, and False means 0.
+        gaussian: g, the factor of the term c^2 |k|^2 / 2, >= 0. True means 1, and False means 0.
         scale: factor of the logits that the features approximate, > 0. Defaults to head_dim ** -0.5.
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
@@ -92,7 +92,8 @@ def feature_attention(
             key_padding_mask=key_padding_mask, rope=rope, exact_rows=exact_rows,
         )  # fmt: skip
     rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
-    # The aggregation subtracts |scale k|^2 / 2. Both of its factors are multiplied by sqrt(g), which cancels in the logits.
+    # aggregate subtracts |scale k|^2 / 2, so a scale of c sqrt(g) gives the term g c^2 |k|^2 / 2. Dividing the slots by sqrt(g)
+    # keeps the logits c wk . k unchanged.
     c, root = math.sqrt(scale), math.sqrt(gaussian) or 1.0
     values, lse = aggregate(
         key_slots if root == 1 else key_slots / root, k, v, scale=c * root, gaussian=gaussian > 0, mask=key_padding_mask,

@@ -25,7 +25,7 @@ NORMS = (None, "ortho")
 
 @planned
 def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: str = "auto") -> Tensor:
-    """Mix tokens and channels. Return the real part of the Fourier transform over both.
+    """Return the real part of the discrete Fourier transform over tokens and channels.
 
     Args:
         x: (batch, tokens, channels), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.

@@ -45,7 +45,7 @@ def linformer_attention(
         key_projection: E, (tokens, K) or (heads, tokens, K), float32 or in q's dtype. If it has more rows than there are
             tokens, only the first rows are used.
         value_projection: F, with the shape and dtype of key_projection. None: key_projection is also used for values.
-        scale: scaling factor of the logits, > 0. Defaults to head_dim ** -0.5.
+        scale: factor of the logits, > 0. Defaults to head_dim ** -0.5.
         key_padding_mask: bool (batch, tokens), True = valid. Padded tokens do not contribute to the slots. If a sample has no
             valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. k is rotated before it is projected. Requires as many
@@ -135,7 +135,8 @@ def check_token_projection(name: str, projection: Tensor, k: Tensor) -> Tensor:
         raise ValueError(f"{name}: expected at least {k.shape[2]} rows, one per token of k, got {projection.shape[-2]}")
     if projection.device != k.device:
         raise ValueError(f"{name}: expected q's device {k.device}, got {projection.device}")
-    if torch.compiler.is_compiling() or projection.shape[-2] > k.shape[2]:  # the backward of a slice copies the gradient
+    # In eager mode, do not slice if all rows are used, because the backward of a slice copies the gradient.
+    if torch.compiler.is_compiling() or projection.shape[-2] > k.shape[2]:
         projection = projection[..., : k.shape[2], :]
     projection = projection.to(torch.promote_types(projection.dtype, k.dtype))
     return projection[None] if projection.dim() == 2 else projection

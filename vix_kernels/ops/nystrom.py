@@ -74,7 +74,7 @@ def nystrom_attention(
             nystrom-attention.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form.
         prefix_tokens: number of leading tokens (class and register tokens). Each is a separate landmark, in addition to
-            num_landmarks.
+            num_landmarks. Not supported for "pad_front".
         pinv_iterations: number of iterations for the pseudo-inverse. Use the number with which the weights were trained.
         pinv_init: how to choose s for the iteration's first matrix, A^T / s. "exact": the largest column sum of each A.
             "original": the largest column sum over all heads and samples, so that the output of a sample depends on the rest of
@@ -193,7 +193,7 @@ def _check_conv(weight: Tensor | None, q: Tensor, k: Tensor) -> None:
     if weight.device != q.device:
         raise ValueError(f"conv_weight: expected q's device {q.device}, got {weight.device}")
     if q.shape[2] != k.shape[2]:
-        raise ValueError(f"conv_weight: expected as many queries as tokens, got {q.shape[2]} and {k.shape[2]}")
+        raise ValueError(f"conv_weight: expected as many queries as tokens, got {q.shape[2]} queries and {k.shape[2]} tokens")
 
 
 def check_nystrom(landmarks: str, pinv_iterations: int, pinv_init: str) -> None:

@@ -16,8 +16,8 @@ from .checks import check_integer
 def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tokens: int, tokens: int) -> dict[str, Any]:
     """Return the arguments with which primitives.landmarks pools tokens into `count` means.
 
-    Without a grid, tokens after the prefix are pooled over segments of the sequence. With a grid, they are pooled over `count`
-    cells in rows and columns, as close to squares as possible. Each prefix token becomes an additional, separate mean.
+    Without a grid, tokens after the prefix are pooled over segments of the sequence. With a grid, they are pooled over a
+    grid of `count` cells that are as close to squares as possible. Each prefix token becomes an additional, separate mean.
 
     Args:
         name: name of the argument in error messages about `count`.
@@ -27,7 +27,7 @@ def pooling(name: str, count: int, grid_size: tuple[int, int] | None, prefix_tok
         tokens: total number of tokens, including the prefix.
     """
     if not 0 <= check_integer("prefix_tokens", prefix_tokens) < tokens:
-        raise ValueError(f"prefix_tokens: expected 0 to {tokens - 1} of {tokens} tokens, got {prefix_tokens!r}")
+        raise ValueError(f"prefix_tokens: expected 0 to {tokens - 1} for {tokens} tokens, got {prefix_tokens!r}")
     tokens = tokens - prefix_tokens
     after_prefix = " after the prefix" if prefix_tokens else ""
     if not 1 <= check_integer(name, count) <= tokens:
@@ -63,7 +63,7 @@ def _split(name: str, count: int, rows: int, columns: int) -> tuple[int, int]:
     pairs = [(a, b) for a, b in pairs if a <= rows and b <= columns]
     if not pairs:
         raise ValueError(
-            f"{name}: expected rows * columns, with at most {rows} rows and {columns} columns as in grid_size, got {count}"
+            f"{name}: expected a product rows * columns with at most {rows} rows and {columns} columns (grid_size), got {count}"
         )
     return min(pairs, key=lambda pair: abs(math.log(rows * pair[1] / (columns * pair[0]))))
 

@@ -327,7 +327,7 @@ def check_rope(rope: Rope, q: Tensor, k: Tensor) -> Rotary:
     if rope.heads != 1 and rope.heads != q.shape[1]:  # not `in`, which the compiler does not support for dynamic sizes
         raise ValueError(f"rope: expected angles for 1 head or for q's {q.shape[1]} heads, got {rope.heads}")
     if rope.dim > q.shape[3]:
-        raise ValueError(f"rope: expected at most q's head_dim {q.shape[3]} rotated channels, got {rope.dim}")
+        raise ValueError(f"rope: expected dim <= q's head_dim {q.shape[3]}, got {rope.dim}")
     if rope.cos.dtype == torch.float64 and q.dtype != torch.float64:
         raise TypeError(f"rope: expected float32 tables for q's {dtype_name(q.dtype)}, got float64")
     if rope.cos.device != q.device:

@@ -21,7 +21,7 @@ def attention_weights(
     and one backward pass of `attention`.
 
     Args:
-        attention: an op of this library, or torch's scaled_dot_product_attention.
+        attention: an attention function of this library, or torch's scaled_dot_product_attention.
         q: (batch, heads, queries, head_dim).
         k: (batch, heads, tokens, head_dim).
         args, options: arguments of `attention` after v. Do not pass conv_weight: a convolution has no attention weights.
@@ -29,10 +29,10 @@ def attention_weights(
 
     Returns:
         (batch, heads, tokens) in q's dtype, without a gradient. The weights of softmax attention sum to 1. The weights of an
-        approximation may be negative and need not sum to 1.
+        approximation can be negative and need not sum to 1.
 
     Raises:
-        ValueError, TypeError: q, k or `token` is invalid. The message names the argument.
+        ValueError, TypeError: `attention`, q, k or `token` is invalid. The message names the argument.
     """
     if not callable(attention):
         raise TypeError(f"attention: expected a function of q, k and v, got {type(attention).__name__}")

@@ -42,7 +42,7 @@ def broadcast(
         slot_bias: (batch, heads, M) in values' dtype, or a mask (batch, M) of any dtype, in which a slot is valid if its
             element is not 0. If None, the bias is 0.
         scale: scaling factor of the logits.
-        rows: (batch, heads, P, E) in values' dtype, the outputs of the first P queries, which do not attend to the slots.
+        rows: (batch, heads, P, E) in values' dtype. These rows replace the outputs of the first P queries.
         rotary: rotary embedding of q.
         backend: "torch" or "triton".
 
@@ -65,7 +65,10 @@ def with_rows(out: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def split_gradient(dout: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """Return the gradient of the first rows, in `dtype`, and a gradient that is 0 in these rows. This undoes `with_rows`."""
+    """Compute the backward pass of `with_rows`: return the gradient of `rows` in `dtype`, and dout with 0 in these rows.
+
+    If the number of rows is 0, the first result is None.
+    """
     if not rows:
         return None, dout
     drows, dout = dout[:, :, :rows].to(dtype, copy=True), dout.clone()

@@ -16,8 +16,8 @@ from ..layout import unit_last_stride
 from .autograd import once_differentiable
 from .registry import needs_autograd, register
 
-# The kernels are used if the number of floating-point operations per element of x, tokens / 2 + channels, is within this limit.
-# Otherwise, fast Fourier transforms are used. The keys are the bit widths of the dtypes. The limits are computed, not measured.
+# The kernels are used if the number of floating-point operations per element of x, tokens / 2 + channels, is at most MOST_WORK
+# for the bit width of x's dtype. Otherwise, fast Fourier transforms are used. The limits are computed, not measured.
 # If the matrix products run at half of an H100's peak rate, and the memory at its full bandwidth, then at the limit the
 # products take about as long as the additional memory traffic of the FFTs (32 to 34 bytes per element). The limits also keep
 # products of indices within 32 bits.

@@ -28,7 +28,7 @@ def feed_forward(
     factors: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Evaluate the equation, with the linear layers in `dtype` and the rest in x's dtype.
+    """Evaluate the equation. The layer norm and the sum with the residual are computed in x's dtype.
 
     Args:
         x: (..., C), on the CPU.
@@ -38,7 +38,7 @@ def feed_forward(
         activation: "gelu" or "hardswish".
         p: dropout probability. The factors 1 / (1 - p) are applied to W2 and b2 instead of the kept elements.
         factors: (..., 1), one factor per token for the second term of y. If None, the factors are 1.
-        dtype: dtype of the linear layers.
+        dtype: dtype of the linear layers, the activation and the dropout.
 
     Returns:
         y, with the shape and dtype of x. Twice differentiable in x, residual, norm and weights.

@@ -1,4 +1,4 @@
-"""Specifications of operators for tests, benchmarks and users. They contain cases, references and costs.
+"""Specifications of operators for tests, benchmarks and users. Each contains test cases, a reference and costs.
 
 Example:
 
@@ -20,8 +20,8 @@ from .problem import SPECS, Case, OpSpec, Problem, draw, register
 
 __all__ = ["SPECS", "Case", "OpSpec", "Problem", "draw", "kept_for_backward", "register"]
 
-# Importing a module registers its specifications. Benchmarks run in the order of registration and may run out of time, so the
-# modules in _FIRST are imported before the others.
+# Importing a module registers its specifications. Benchmarks run in the order of registration and can run out of time, so the
+# modules of the most important operators are imported first.
 _FIRST = ("performer", "linear", "rope", "nystrom", "linformer", "agent", "fourier")
 for _name in (*_FIRST, *(file.name for file in iter_modules(__path__))):
     import_module(f"{__name__}.{_name}")

@@ -1,4 +1,4 @@
-"""The depthwise convolution over tokens."""
+"""Specification of the depthwise convolution over tokens."""
 
 from __future__ import annotations
 

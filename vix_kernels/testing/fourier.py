@@ -1,4 +1,4 @@
-"""The specification of Fourier mixing."""
+"""Specification of Fourier mixing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Landmarks, which are means of queries and of keys."""
+"""Specification of landmarks, which are means of queries and of keys."""
 
 from __future__ import annotations
 

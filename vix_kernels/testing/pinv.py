@@ -1,4 +1,4 @@
-"""The specification of the pseudo-inverse in Nystrom attention. In its cases, `features` is the number of landmarks."""
+"""Specification of the pseudo-inverse in Nystrom attention. In its cases, `features` is the number of landmarks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _pinv(case: Case, tensor: Callable[..., Tensor]) -> tuple[dict[str, Tensor],
 
 
 def _flops(case: Case) -> int:
-    """Return the FLOPs of the attention between landmarks, of four products per step, and of the product with the values."""
+    """Return the FLOPs of the attention between landmarks, four products per iteration, and the product with the values."""
     square = 2 * case.batch * case.heads * case.features**2
     return square * (case.width + 4 * ITERATIONS * case.features + (case.value_width or case.width))
 
@@ -63,6 +63,6 @@ PINV = OpSpec(
     cases=CASES,
     flops=_flops,
     exps=lambda case: case.batch * case.heads * case.features**2,
-    backward=3.0,  # backward recomputes the four products of each step and needs eight more for the gradients
+    backward=3.0,  # backward recomputes the four products of each iteration and needs eight more for the gradients
 )
 register(PINV)

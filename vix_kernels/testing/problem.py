@@ -1,4 +1,4 @@
-"""Problems, which are the inputs of operators, and the operator specifications that tests and benchmarks use."""
+"""Operator specifications for tests and benchmarks, and problems, which are operators with their inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Case:
     queries: int | None = None  # number of queries; None means `tokens`
     width: int = 16
     value_width: int | None = None  # head width of the values; None means `width`
-    features: int = 40
+    features: int = 40  # number of slots: random features, landmarks, agents or projected tokens
     masked: bool = False  # whether to mask some keys, and all keys of the last sample; masked tokens contain NaN and inf
     rope: str | None = None  # "interleaved", "half" or None
     rotary: int | None = None  # number of rotated channels; None means all
@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of an operator. Calling a problem runs the operator and returns a tuple of outputs."""
+    """An operator with its inputs. Calling a problem runs the operator and returns a tuple of outputs."""
 
     spec: OpSpec
     tensors: dict[str, Tensor]  # positional arguments, in order
@@ -100,8 +100,8 @@ class OpSpec:
             For RoPE, it returns the number of operations in the rotation.
         exps: function that returns the number of exponentials in a forward pass.
         backward: FLOPs of the backward pass divided by those of the forward pass. The default is 2: for every two matrix
-            products in the forward, the backward needs one to recompute the logits and three to compute gradients. Gradients
-            of random features are not counted, because these features are rarely trained.
+            products in the forward pass, the backward pass needs one to recompute the logits and three to compute gradients.
+            Gradients of random features are not counted, because these features are rarely trained.
         rotates: whether every problem of the operator has rotary angles.
         public: whether users call the operator. Public operators are benchmarked, their memory traffic is counted, and
             `vix check` lists them.
@@ -148,7 +148,7 @@ class OpSpec:
     def problem(
         self, case: Case, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
     ) -> Problem:
-        """Draw the inputs of `case`. With the same seed, they are equal for all dtypes and devices up to rounding."""
+        """Draw the inputs of `case`. For a given seed, they are equal for all dtypes and devices up to rounding."""
         generator = torch.Generator().manual_seed(seed)
 
         def tensor(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:

@@ -1,8 +1,8 @@
 """Random augmentations for float images (batch, channels, height, width).
 
-Each function processes a whole batch at once. Except in `mix`, each image gets different random numbers. Automatic augmentation
-(trivial.py) works differently in other packages: torchvision and kornia apply the same operation to all images of a batch, and
-timm processes one PIL image at a time.
+Each function processes a whole batch at once. Except in `mix`, each image gets different random numbers. This also holds for
+the automatic augmentation in trivial.py. In contrast, torchvision and kornia apply the same operation to all images of a batch,
+and timm processes one PIL image at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def random_affine(images: Tensor, draws: Draws, *, degrees: float, scale: float,
 
     Args:
         degrees: the largest rotation in either direction.
-        scale: the largest relative change in size.
+        scale: the largest relative change in the height and width of the sampled region.
         shift: the largest shift in each direction, as a fraction of the image size.
     """
     rotation, zoom, dx, dy = (draws.uniform(-1, 1) for _ in range(4))
@@ -75,7 +75,7 @@ def random_flip_crop(images: Tensor, draws: Draws, *, shift: float) -> Tensor:
 
 
 def _shifted(size: int, shift: float, draws: Draws) -> Tensor:
-    """Draw a random shift of a line of pixels for each image. Pixels are reflected at the borders.
+    """Draw a random shift along one axis for each image. Positions outside the image are reflected at its borders.
 
     Returns:
         The source position of each pixel, (batch, size).
@@ -88,8 +88,8 @@ def _shifted(size: int, shift: float, draws: Draws) -> Tensor:
 def random_erasing(images: Tensor, draws: Draws, probability: float) -> Tensor:
     """Erase a random rectangle of each image with the given probability (arXiv:1708.04896).
 
-    Erased pixels are set to 0, which is the mean of normalized images. The rectangle covers 2 to 33 percent of the image. Its
-    aspect ratio is between 1/3.3 and 3.3.
+    Erased pixels are set to 0, which is the mean of normalized images. Before its sides are rounded to pixels and limited to
+    those of the image, the rectangle covers 2 to 33 percent of the image, and its aspect ratio is between 1/3.3 and 3.3.
     """
     height, width = images.shape[2:]
     area = draws.uniform(0.02, 0.33) * height * width
@@ -112,7 +112,7 @@ def _interval(size: int, length: Tensor, offset: Tensor) -> Tensor:
 
 
 def mix(images: Tensor, labels: Tensor, draws: Draws, *, classes: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Mix each image with the image at the mirrored position in the batch. The random numbers are the same for all pairs.
+    """Mix each image with the image at the mirrored position in the batch. All pairs use the same random numbers.
 
     mixup (arXiv:1710.09412) blends the two images. cutmix (arXiv:1905.04899) copies a rectangle from the other image. If both
     are enabled, each is used with probability 0.5.

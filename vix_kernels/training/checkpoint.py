@@ -37,7 +37,7 @@ SHARDS = "shards"
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, ranks: Ranks, sharded: bool = False) -> None:
-    """Replace the checkpoint at `path` atomically. All processes must call this function.
+    """Replace the checkpoint at `path` atomically. All processes in `ranks` must call this function.
 
     A reader finds either the old or the new checkpoint.
     """
@@ -98,7 +98,7 @@ def _write(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: str | Path, flag: str = "--resume") -> Checkpoint:
-    """Load a complete checkpoint onto the CPU. If `path` is a run folder, load its `last.pt`.
+    """Load a checkpoint with all its shards onto the CPU. If `path` is a run folder, load its `last.pt`.
 
     Error messages start with `flag`.
 
@@ -144,7 +144,7 @@ def existing_checkpoint(path: str | Path, flag: str = "--resume") -> Path:
 
 
 def _read_shards(folder: Path, checkpoint: Checkpoint) -> None:
-    """Load the tensors in `folder` back into the parts of `checkpoint` from which they were written."""
+    """Load the tensors in `folder`, and put them back into the dicts in `checkpoint` that they came from."""
     reader = _Reader(folder)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

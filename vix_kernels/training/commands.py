@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .parallel import Ranks
     from .state import History
 
-CHECKPOINT = "a checkpoint, a run (its best checkpoint), or a folder written by save_model or vix linearize"
+CHECKPOINT = "a checkpoint, a run folder (its best checkpoint is used), or a folder written by save_model or vix linearize"
 TRAIN_EXAMPLES = """\
 examples:
   vix train --model hybrid_vip --dataset digits
@@ -99,7 +99,7 @@ def parse_train(parser: Parser, argv: list[str]) -> Config:
         from .checkpoint import load_checkpoint
 
         checkpoint = load_checkpoint(first.resume)
-        # These settings are not restored, because a run may be resumed on a different machine.
+        # These settings are not restored, because a run can be resumed on a different machine or in a different folder.
         changed = {"device", "backend", "output", "resume", "data_dir", "workers", "progress"}
         saved = {name: value for name, value in checkpoint["config"].items() if name not in changed}
         # A damaged checkpoint may contain values of the wrong type.
@@ -222,7 +222,7 @@ def validate_command(argv: list[str]) -> int:
         trained = load_trained(options.checkpoint, device)
         config, name = trained.config, options.dataset or trained.config.dataset
         if not name:
-            raise UserError(f"--dataset: expected a name, because {options.checkpoint} does not state its training data set")
+            raise UserError(f"--dataset: expected a name, got none: {options.checkpoint} does not name its data set")
         if trained.mean is None:
             print(f"note: {options.checkpoint} has no mean and std: using those of {name}", file=sys.stderr)
         resized = options.dataset and is_folder(Path(name))  # images in folders are resized to the model's image size
@@ -256,8 +256,10 @@ def predict_command(argv: list[str]) -> int:
     description = "Classify images, and print the most likely classes with their probabilities."
     parser = _user_parser("predict", description, PREDICT_EXAMPLES)
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path, help="image file")
-    parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to print (default: %(default)s)")
-    parser.add_argument("--attention", metavar="DIR", type=Path, help="draw the class token's attention maps to DIR")
+    parser.add_argument("--topk", type=int, default=5, metavar="K", help="number of classes to print (default: %(default)s)")
+    parser.add_argument(
+        "--attention", metavar="DIR", type=Path, help="write an attention map of the class token for each image to DIR"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing attention maps")
     options = parser.parse_args(argv)
     if options.topk < 1:
@@ -295,7 +297,7 @@ def predict_command(argv: list[str]) -> int:
 def _pictures(images: list[Path], folder: Path | None, overwrite: bool) -> list[Path | None]:
     """Create `folder`, and return the path of the attention map for each image, or None for each image if `folder` is None.
 
-    If several images have the same name, the paths are numbered.
+    If the names of several images differ only in folder or suffix, the paths are numbered.
 
     Raises:
         UserError: a path exists already, and `overwrite` is False.

@@ -71,7 +71,7 @@ class Config:
     """The settings of a run. Each field is also a flag of `vix train`, and the help of the flag describes it."""
 
     model: str = setting(
-        "hybrid_vip", "model name; `vix models` lists them; or timm:NAME for a model of timm", metavar="NAME", group="model"
+        "hybrid_vip", "name of a model that `vix models` lists, or timm:NAME for a model of timm", metavar="NAME", group="model"
     )
     model_kwargs: dict[str, Any] = setting({}, "arguments of the model, such as depth=2 (default: none)", metavar="K=V")
     pretrained: bool = setting(False, "download the weights of a timm model")
@@ -80,15 +80,17 @@ class Config:
     )
     initial_checkpoint: str | None = setting(
         None,
-        "start from the weights of a run, of a folder written by save_model, or of a .safetensors or .pth file; the head and "
-        "the positions are adapted (default: new weights)",
+        "start from the weights in a run folder, a checkpoint, a folder written by save_model, or a .safetensors or .pth file; "
+        "positions are resampled, and a head for other classes is newly initialized (default: random weights)",
         metavar="PATH",
     )
     drop_path: float | None = setting(
         None, "stochastic depth: probability of skipping the last block (default: the model's)", metavar="P", bound=BELOW_ONE
     )
     backend: str = setting(
-        "auto", "backend of linear-cost attention and rotary embeddings; vit's softmax always runs in torch", choices=BACKENDS
+        "auto",
+        "backend of linear-cost attention and rotary embeddings; softmax attention always runs in PyTorch",
+        choices=BACKENDS,
     )
     dataset: str = setting(
         "digits",
@@ -105,7 +107,7 @@ class Config:
     )
     stream: bool | None = setting(None, "decode images in folders on demand, not in advance (default: if they exceed 4 GiB)")
     workers: int = setting(4, "processes that decode streamed images", metavar="N", bound=NOT_NEGATIVE, short="-j")
-    aug: bool = setting(True, "mirror and shift images; rotate, zoom and shift digits (default: yes)")
+    aug: bool = setting(True, "mirror and shift images, or rotate, zoom and shift those of digits and idx files (default: yes)")
     crop_scale: float = setting(
         1.0, "enlarge a random crop of at least this fraction of the image's area; 1 to disable", metavar="A", bound=SHARE
     )
@@ -117,7 +119,7 @@ class Config:
         0.0, "paste a rectangle of another image, with an area from Beta(A, A); 0 to disable", metavar="A", bound=NOT_NEGATIVE
     )
     mixup_off_epoch: int = setting(0, "end mixup and cutmix after N epochs; 0 for never", metavar="N", bound=NOT_NEGATIVE)
-    reprob: float = setting(0.0, "probability of erasing a rectangle of an image", metavar="P", bound=PROBABILITY)
+    reprob: float = setting(0.0, "probability of erasing a random rectangle of an image", metavar="P", bound=PROBABILITY)
     recipe: str | None = setting(
         None, "a set of training flags, listed below (default: none)", choices=tuple(RECIPES), group="training"
     )
@@ -131,13 +133,15 @@ class Config:
     opt: str = setting("adamw", "optimizer; muon uses Muon for matrices and AdamW for the rest", choices=("adamw", "muon"))
     lr: float = setting(2e-3, "peak learning rate", metavar="LR", bound=POSITIVE)
     layer_decay: float = setting(
-        1.0, "factor of the learning rate from one block to the block below it, such as 0.75 for fine-tuning", metavar="D",
+        1.0, "learning rate of each block relative to the block above it, such as 0.75 for fine-tuning", metavar="D",
         bound=SHARE,
     )  # fmt: skip
     weight_decay: float = setting(0.05, "weight decay, except for biases and norms", metavar="W", bound=NOT_NEGATIVE)
     sched: str = setting("cosine", "learning rate schedule after the warm-up", choices=("cosine", "constant"))
-    warmup_epochs: float = setting(3, "epochs of linear warm-up; may be fractional", metavar="N", bound=NOT_NEGATIVE)
-    cooldown_epochs: float = setting(0, "final epochs at --min-lr, included in --epochs", metavar="N", bound=NOT_NEGATIVE)
+    warmup_epochs: float = setting(3, "epochs of linear warm-up; can be fractional", metavar="N", bound=NOT_NEGATIVE)
+    cooldown_epochs: float = setting(
+        0, "final epochs of a cosine schedule at --min-lr, included in --epochs", metavar="N", bound=NOT_NEGATIVE
+    )
     min_lr: float | None = setting(
         None,
         f"final learning rate of the cosine schedule (default: {DEFAULT_MIN_LR:g}, or --lr if that is lower)",
@@ -153,7 +157,9 @@ class Config:
         "soft", "what to learn from the teacher: its class probabilities, or its features before the head",
         choices=("soft", "features"),
     )  # fmt: skip
-    distill_weight: float = setting(0.5, "weight of the loss that compares with the teacher", metavar="W", bound=SHARE)
+    distill_weight: float = setting(
+        0.5, "weight of the distillation loss; the loss on the labels has the weight 1 - W", metavar="W", bound=SHARE
+    )
     redraw_interval: int = setting(
         0, "steps between redraws of Performer's random features; 0 for never", metavar="N", bound=NOT_NEGATIVE
     )
@@ -189,9 +195,9 @@ class Config:
         return ((each, dict(each.metadata)) for each in fields(cls))
 
     def steps(self, images: int) -> int:
-        """Return the number of steps per epoch.
+        """Return the number of steps per epoch for `images` training images.
 
-        The images are divided into batches of nearly equal size. If all batches but the last were full, the last one might have
+        The images are divided into batches of nearly equal size. If all batches but the last were full, the last one could have
         a single image, for which batch norm fails.
         """
         return math.ceil(images / self.batch_size)
@@ -227,7 +233,7 @@ class Config:
                 other = "" if name == "pretrained" else "; other models have --model-kwargs mixer=OP"
                 raise UserError(f"--{name}: expected --model timm:NAME, got {self.model}{other}")
         if self.pretrained and self.initial_checkpoint:
-            raise UserError("--pretrained: expected without --initial-checkpoint, which also sets the weights")
+            raise UserError("--pretrained: cannot be combined with --initial-checkpoint, because both set the weights")
         self._expect("min_lr", Bound(f"at most --lr {self.lr:g}", lambda x: x <= self.lr))
         self._expect("seed", Bound("less than 2**63", lambda x: x < 2**63))
         self._expect("grad_accum_steps", Bound(f"at most --batch-size {self.batch_size}", lambda x: x <= self.batch_size))

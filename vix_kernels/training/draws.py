@@ -1,7 +1,7 @@
 """Random numbers for a run.
 
-They are derived from the seed and from the place in the run, such as the epoch and the step. A run can therefore be resumed
-exactly without saving the state of a generator.
+They are derived from the seed and from the place in the run, such as the epoch and the step. Resuming a run exactly therefore
+requires no saved generator state.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Draws:
         return self.images if self.rows is None else len(self.rows)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Draw a float32 number in [low, high) for each image."""
+        """Draw a float32 number in [`low`, `high`) for each image."""
         return self._cut(self.batch.uniform(low, high, self.images).astype(np.float32))
 
     def integers(self, low: int, high: int) -> Tensor:
-        """Draw an int64 number from low to high - 1 for each image."""
+        """Draw an int64 integer from `low` to `high` - 1 for each image."""
         return self._cut(self.batch.integers(low, high, self.images))
 
     def chance(self, probability: float) -> Tensor:

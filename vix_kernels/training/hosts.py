@@ -23,9 +23,9 @@ class HostModel(nn.Module):
 
     Attributes:
         host: the model.
-        in_chans, img_size, num_classes: the shape of its inputs and outputs. Models that take images of any size do not know
-            the size; it is then `shape`, the channels, height and width of the images of a run.
-        config: entries that describe the training images, as in Backbone.
+        in_chans, img_size, num_classes: the shape of its inputs and outputs. `shape` (the channels, height and width of the
+            images of a run) overrides in_chans and img_size, because a model for images of any size does not know their size.
+        config: a dict whose entry "data", if any, describes the training images, as in Backbone.
     """
 
     num_prefix_tokens = 0
@@ -58,7 +58,7 @@ def image_shape(host: nn.Module) -> tuple[int, tuple[int, int], int]:
     """Return the number of channels, the image size and the number of classes of a classifier.
 
     Raises:
-        UserError: the model does not state them.
+        UserError: the model does not specify the image size or the number of classes.
     """
     config = getattr(host, "config", None)
     if hasattr(config, "image_size") and hasattr(config, "num_labels"):  # transformers
@@ -76,12 +76,13 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
     """Create the model that `spec` names: "timm:NAME", or "hf:FOLDER" for a folder that transformers saved.
 
     Args:
-        checkpoint: a file with the weights of a timm model, safetensors or .pth. Its head must fit `arguments`.
+        checkpoint: a .safetensors or .pth file with the weights of a timm model. If `arguments` contains num_classes, the head
+            in the file must have that many classes.
         pretrained: whether to download the weights of a timm model.
         arguments: arguments of timm.create_model.
 
     Returns:
-        the model, and the mean and std of its images, if they are known.
+        The model, and the mean and std of its images, if they are known.
 
     Raises:
         UserError: the model is unknown, or its weights cannot be loaded.
@@ -117,13 +118,13 @@ def create_host(spec: str, checkpoint: str | None, pretrained: bool, **arguments
 
 
 def accepts_size(name: str) -> bool:
-    """Return whether a timm model is created for an image size, as vision transformers are."""
+    """Return whether timm creates this model for a fixed image size, as it does for vision transformers."""
     try:
         import timm
 
         with torch.device("meta"):
             return hasattr(getattr(timm.create_model(name), "patch_embed", None), "img_size")
-    except (ImportError, RuntimeError, ValueError):  # create_host names the reason
+    except (ImportError, RuntimeError, ValueError):  # create_host reports the reason
         return False
 
 
@@ -145,7 +146,7 @@ def read_weights(path: str | Path, flag: str = "--checkpoint") -> dict[str, Tens
     """Return the tensors of a .safetensors or .pth file. No code in the file is executed.
 
     Raises:
-        UserError: the file is missing or damaged, or contains something else.
+        UserError: the file is missing or damaged, or does not contain a state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -170,7 +171,7 @@ def read_weights(path: str | Path, flag: str = "--checkpoint") -> dict[str, Tens
 def make_model(
     config: Mapping[str, Any], arguments: dict[str, Any], shape: tuple[int, int, int] | None = None, pretrained: bool = False
 ) -> nn.Module:
-    """Create the model of a run. Its weights are new, unless `pretrained` is set.
+    """Create the model of a run. Its weights are random, unless `pretrained` is set.
 
     Args:
         config: the settings of the run: `model`, and `attention` and `backend` for a model of timm.
@@ -191,5 +192,5 @@ def make_model(
 
 
 def classifier(model: nn.Module, data: dict[str, Any] | None) -> nn.Module:
-    """Return a model with the interface of this library's models."""
+    """Return `model`, wrapped in a HostModel if it is not a model of this library."""
     return model if isinstance(model, Backbone) else HostModel(model, data)

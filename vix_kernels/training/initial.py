@@ -23,14 +23,14 @@ FLAG = "--initial-checkpoint"
 
 
 def load_initial(model: nn.Module, path: str, classes: Sequence[str]) -> None:
-    """Load weights into `model`. A head with other classes keeps its new weights, and positions are resampled.
+    """Load weights into `model`. Positions are resampled. If the classes differ, the head of `model` keeps its weights.
 
     Args:
         classes: the names of the classes of the new model.
         path: a run or a checkpoint of `vix train`, a folder written by `save_model`, or a .safetensors or .pth file.
 
     Raises:
-        UserError: the file is damaged, or other weights do not fit.
+        UserError: the file is damaged, or weights other than positions and the head do not fit.
     """
     file = Path(path)
     run = next((file / name for name in ("best.pt", "last.pt") if (file / name).is_file()), file)
@@ -60,7 +60,7 @@ def load_initial(model: nn.Module, path: str, classes: Sequence[str]) -> None:
 
 
 def _source(config: dict[str, Any], arguments: dict[str, Any], shape: Any, path: Path) -> nn.Module:
-    """Return the trained model without its weights."""
+    """Create the trained model on the meta device, without its weights."""
     try:
         with torch.device("meta"):
             return make_model(config, arguments, shape)
@@ -69,7 +69,7 @@ def _source(config: dict[str, Any], arguments: dict[str, Any], shape: Any, path:
 
 
 def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Adapt the weights of an unknown model: the prefix of their names, and the number of positions."""
+    """Adapt weights that `adapt_state` does not support: add the prefix of HostModel to the names, and resample positions."""
     expected = model.state_dict()
     if isinstance(model, HostModel) and not any(name.startswith("host.") for name in state):
         state = {f"host.{name}": value for name, value in state.items()}
@@ -93,9 +93,10 @@ def _resampled(name: str, value: Tensor, wanted: Tensor, model: nn.Module) -> Te
 
 
 def _of_attention(model: nn.Module) -> set[str]:
-    """Return the names of entries that belong to an attention, such as random features, and the biases of q, k and v.
+    """Return the names of the entries that a state dict may lack because it is from a model with a different attention.
 
-    The weights of a model with another attention do not have them. New biases are 0, which is the same as none.
+    They are the state of the attention, such as random features, and the biases of q, k and v. New biases are 0, so they have
+    no effect.
     """
     linear = {"qkv.weight", "proj.weight", "proj.bias"}
     names = {f"{name}.{key}" for name, holder in holders(model).items() for key in holder.state_dict() if key not in linear}

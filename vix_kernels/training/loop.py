@@ -115,7 +115,7 @@ def train_step(state: State, inputs: Tensor, targets: Tensor, lr: float, batch: 
 def redraw_features(state: State) -> None:
     """Redraw the random features of every Performer.
 
-    All processes draw the same features, because these depend only on a module's seed and on how many times they were redrawn.
+    All processes draw the same features, because the features of a module depend only on its seed and on the number of redraws.
     """
     for model in filter(None, (state.model, state.ema and state.ema.model)):
         for module in model.modules():
@@ -167,7 +167,7 @@ def tested(
 
 
 def synchronized(batches: Iterator[Batch], images: Images, ranks: Ranks) -> Iterator[Batch]:
-    """Iterate over this process's batches. If an image cannot be loaded in one process, raise the error in all processes.
+    """Iterate over this process's batches. If loading a batch fails in one process, raise the error in all processes.
 
     Images in memory cannot fail to load, so their batches need no synchronization.
     """

@@ -17,9 +17,10 @@ from .parallel import placed_like
 class Optimizer:
     """The optimizer of a run: AdamW for all parameters, or a combination of Muon and AdamW.
 
-    With opt="muon", Muon (https://kellerjordan.github.io/posts/muon) updates all weight matrices outside the classifier
-    head, and AdamW updates all other parameters. Muon's updates are scaled to the size of AdamW's updates (arXiv:2502.16982),
-    so both use the same learning rate. Biases, norms and the parameters in `model.no_weight_decay()` have no weight decay.
+    With opt="muon", Muon (https://kellerjordan.github.io/posts/muon) updates all weight matrices except those of the classifier
+    head and those in `model.no_weight_decay()`. AdamW updates all other parameters. Muon's updates are scaled to the size of
+    AdamW's updates (arXiv:2502.16982), so both use the same learning rate. Biases, norms and the parameters in
+    `model.no_weight_decay()` have no weight decay.
     """
 
     def __init__(self, model: nn.Module, config: Config) -> None:
@@ -28,7 +29,7 @@ class Optimizer:
         heads = list(model.get_classifier().parameters())
         head = {id(parameter) for parameter in heads}
         scales = layer_scales(list(self.names.values()), {self.names[p] for p in heads}, config.layer_decay)
-        adamw: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)  # by the weight decay and the layer's factor
+        adamw: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)  # by weight decay and learning rate factor
         muon: dict[float, list[nn.Parameter]] = defaultdict(list)
         for parameter, name in self.names.items():
             if parameter.ndim <= 1 or name in exempt or name.endswith("feature_bias"):
@@ -86,10 +87,11 @@ class Optimizer:
 
 
 def layer_scales(names: Sequence[str], head: Collection[str], decay: float) -> dict[str, float]:
-    """Return the factor of the learning rate of each parameter: 1 for the head, `decay` for the last block, and so on.
+    """Return the learning rate factor of each parameter.
 
-    The parameters below the blocks, such as embeddings, have the smallest factor. Those between blocks have the factor of the
-    block before.
+    The factor is 1 for the head and the norm or pooling before it, `decay` for the last block, `decay` squared for the block
+    before it, and so on. Other parameters of a stage have the factor of the preceding block. All remaining parameters, such as
+    embeddings, have the smallest factor.
 
     Args:
         names: the names of the parameters, in the order of the model.
@@ -106,7 +108,7 @@ def layer_scales(names: Sequence[str], head: Collection[str], decay: float) -> d
             layers[name] = blocks[found[1]]
         elif name in head or re.match(r"(host\.)?(norm|fc_norm|attention_pool|attn_pool)\.", name):
             layers[name] = -1
-        else:  # class tokens and positions are often registered after the blocks of an outer module
+        else:  # class tokens and positions belong before the blocks, although they are often registered after them
             outer = re.match(r"(.*\bstages\.\d+)\.", name)
             layers[name] = len(blocks) if outer else 0
     if decay != 1 and not blocks:

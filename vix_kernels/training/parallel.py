@@ -1,9 +1,9 @@
 """Training with DDP or FSDP2 in several processes that torchrun starts.
 
 The batches are the same as in a single process, and the processes divide the images of each batch. The random numbers for an
-image do not depend on the process that gets it, so a run can be resumed with a different number of processes. Only dropout,
-stochastic depth, and the batch-norm statistics, which each process computes from its local images, depend on the number of
-processes.
+image do not depend on the process that gets it, so a run can be resumed with a different number of processes. Apart from
+rounding errors, only dropout, stochastic depth and the batch-norm statistics depend on the number of processes. Each process
+computes the batch-norm statistics from its local images.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def connected() -> Iterator[Ranks]:
     # and wait for them. An elastic number of nodes (--nnodes 1:2) is not supported, because a change in the number of nodes
     # does not change the restart count.
     store, rank, world = next(dist.rendezvous("env://"))
-    # Another number tells apart several connections of the same processes.
+    # The connection number distinguishes successive connections of the same processes.
     name = f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}, connection {next(_connections)}"
     store = dist.PrefixStore(name, store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -219,7 +219,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """Return `model` wrapped in DDP, which averages the gradients over all processes, as FSDP2 does."""
-    # Do not broadcast buffers before each forward pass. torch 2.13 renames this option and warns about the old name.
+    # Do not broadcast buffers before each forward pass, because `average_batch_norm` averages them before they are used.
+    # torch 2.13 renames this option and warns about the old name.
     parameters = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     devices = [device] if device.type == "cuda" else None

@@ -64,7 +64,7 @@ class Stopped(KeyboardInterrupt):
 def train(config: Config) -> tuple[History, Path]:
     """Start or resume the run that `config` describes.
 
-    Under torchrun, all processes must call this function. All inputs are checked before any file is written.
+    Under torchrun, all processes must call this function. All inputs are checked before the first file of the run is written.
 
     Returns:
         The history, with one row per epoch, and the folder of the run.
@@ -208,7 +208,7 @@ class Run:
         return folder
 
     def go(self) -> None:
-        """Train until the last epoch or the accuracy `time_to` is reached, or a signal arrives."""
+        """Train until the last epoch or the accuracy `time_to` is reached, or a signal arrives. Then draw the plots."""
         config, history = self.config, self.state.history
         self.say(self.description())
         if config.warmup_epochs > config.epochs:
@@ -257,7 +257,7 @@ class Run:
         if number:
             epoch, name = len(self.state.history) + 1, signal.Signals(number).name
             self.ranks.wait()  # torchrun ends all processes when one exits, so wait for the checkpoint
-            raise Stopped(number, f"stopped by {name} in epoch {epoch}, continue with --resume {self.output}")
+            raise Stopped(number, f"stopped by {name} in epoch {epoch}: continue with --resume {self.output}")
 
     def after_epoch(self) -> None:
         history, config = self.state.history, self.config
@@ -348,7 +348,7 @@ class Stop:
 def stop_signals(stop: Stop) -> Iterator[None]:
     """Record SIGINT and SIGTERM in `stop` during the block, instead of ending the program.
 
-    The training loop then saves its state and ends. A second Ctrl-C ends the program at once. A second SIGTERM does not,
+    The training loop then saves its state and ends. After the first signal, Ctrl-C ends the program at once. SIGTERM does not,
     because a process can get one SIGTERM from the system and another from torchrun, which forwards the signal.
     """
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Set up the device, the model and the folder of a run. All checks are made before any file is written."""
+"""Set up the device, the model and the folder of a run. All checks are made before the first file of the run is written."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ def located(config: Config) -> tuple[str | None, Path | None]:
 
 
 def resumes(folder: Path, resume: str | None) -> bool:
-    """Return whether the run in `folder` is the run to resume. Raises `UserError` if `folder` contains a different run."""
+    """Return whether `resume` names the last.pt in `folder`, so that the run in `folder` continues.
+
+    Raises:
+        UserError: `resume` names a different checkpoint or none, and `folder` contains a run that torchrun has not restarted.
+    """
     if resume and checkpoint_path(resume).resolve() == (folder / "last.pt").resolve():
         return True
     if any((folder / name).exists() for name in RUN_FILES) and not _restarted():  # a restarted run may have no checkpoint yet
@@ -109,7 +113,7 @@ def check_shared_data(dataset: Dataset, ranks: Ranks) -> None:
 
 
 def check_batches(config: Config, ranks: Ranks, images: int) -> None:
-    """Raise `UserError` if a process gets fewer than --grad-accum-steps images from the smallest batch."""
+    """Raise `UserError` if a process can get fewer than --grad-accum-steps images from the smallest batch."""
     smallest = images // config.steps(images)
     if ranks.least(smallest) < config.grad_accum_steps:
         parts = f"{ranks.world} processes, which get pairs of images, and --grad-accum-steps {config.grad_accum_steps}"
@@ -119,8 +123,8 @@ def check_batches(config: Config, ranks: Ranks, images: int) -> None:
 def build_model(config: Config, source: Source, device: torch.device, fresh: bool = True) -> tuple[nn.Module, dict[str, Any]]:
     """Create the model, and test it on zeros. If `fresh` is False, a checkpoint with the weights is loaded later.
 
-    The image shape and the number of classes come from the data set. So does the patch size, unless --model-kwargs or the
-    model's preset sets it.
+    The image shape and the number of classes come from the data set. So does the patch size of a model of this library, unless
+    --model-kwargs or the model's preset sets it.
 
     Returns:
         The model and its arguments.
@@ -164,7 +168,7 @@ def build_model(config: Config, source: Source, device: torch.device, fresh: boo
 
 
 def _zoo_arguments(config: Config, source: Source, shape: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a model. The suggested patch size is used unless the model's preset sets it."""
+    """Return the arguments of a model of this library. Its preset overrides the patch size that the data set suggests."""
     try:
         applicable = source.model_kwargs.keys() & takes(config.model) - preset(config.model).keys()
         kwargs = shape | {key: source.model_kwargs[key] for key in applicable} | config.model_kwargs
@@ -175,7 +179,7 @@ def _zoo_arguments(config: Config, source: Source, shape: dict[str, Any]) -> dic
 
 
 def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images: int) -> None:
-    """Raise `UserError` if a process may get a batch of one image and the model cannot train on such a batch.
+    """Raise `UserError` if a process can get a batch of one image and the model cannot train on such a batch.
 
     Batch norm fails if a channel has only one value.
     """
@@ -189,7 +193,7 @@ def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images:
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], source: Source) -> None:
-    """Raise `UserError` if `checkpoint` has a different model, seed or classes, or has started more epochs than --epochs.
+    """Raise `UserError` if `checkpoint` has a different model, attention, seed or classes, or has started too many epochs.
 
     If the checkpoint was saved in the middle of an epoch, its batch size must also equal the batch size of this run.
     """

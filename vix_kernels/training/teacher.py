@@ -1,4 +1,4 @@
-"""Knowledge distillation: learn from the outputs of a trained model (Hinton et al., arXiv 1503.02531)."""
+"""Knowledge distillation: learn from the outputs of a trained model (Hinton et al., arXiv:1503.02531)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .trained import Trained, load_trained
 
 
 class Teacher:
-    """A trained model whose class probabilities or features a student learns.
+    """A trained model whose class probabilities or features a student learns to reproduce.
 
     Args:
         config: the settings of the student's run.
@@ -48,10 +48,14 @@ class Teacher:
     def distance(self, inputs: Tensor, logits: Tensor) -> Tensor:
         """Return the distance of the student's output from the teacher's, summed over the images.
 
-        For "soft", this is the Kullback-Leibler divergence of the class probabilities. For "features", it is the relative
-        squared error of the input of the classifier.
+        With --distill soft, this is the Kullback-Leibler divergence of the class probabilities. With --distill features, it is
+        the relative squared error of the features before the head.
+
+        Args:
+            inputs: the normalized images that the student received.
+            logits: the student's output.
         """
-        if self.trained.mean is not None:  # otherwise, the teacher's inputs were normalized like those of the student
+        if self.trained.mean is not None:  # otherwise, assume that the teacher was trained with the student's mean and std
             inputs = self.trained.inputs(inputs * self.dataset.std + self.dataset.mean)
         with torch.no_grad():
             expected = self.trained.model(inputs).float()
@@ -61,7 +65,11 @@ class Teacher:
 
 
 def distance(actual: Tensor, expected: Tensor, distill: str) -> Tensor:
-    """Return the Kullback-Leibler divergence of class probabilities, or the relative squared error, summed over samples."""
+    """Return the distance between `actual` and `expected`, summed over the samples.
+
+    This is the Kullback-Leibler divergence if `distill` is "soft" and the tensors are logits (batch, classes). Otherwise, it is
+    the squared error of each sample relative to the squared norm of `expected`.
+    """
     if distill == "soft" and actual.dim() == 2:
         return F.kl_div(actual.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="sum")
     over = tuple(range(1, actual.dim()))

@@ -31,11 +31,11 @@ class Trained:
     """A trained model in evaluation mode. Its weights are the moving average if the checkpoint contains one.
 
     Attributes:
-        path: the file that the model was loaded from.
-        config: the settings that the model was trained with. For a model from `save_model`, these are the defaults, except that
-            `model` is the name of the model and `dataset` is empty.
+        path: the file that the model was loaded from, or the argument `spec` of `load_host`.
+        config: the settings that the model was trained with. If the model is not from a checkpoint, these are the defaults
+            with an empty `dataset` and, for a model from `save_model`, with its name as `model`.
         model: the model.
-        classes: the class names, or None if they are unknown. A folder from `save_model` may not contain them.
+        classes: the class names, or None if they are unknown.
         mean, std: the mean and standard deviation of the training images, as floats in [0, 1], (channels, 1, 1), or None if
             they are unknown.
     """
@@ -77,10 +77,10 @@ class FromPixels(nn.Module):
 
 
 def load_trained(path: str | Path, device: torch.device) -> Trained:
-    """Load a model from a checkpoint file, from the best checkpoint of a run folder, or from a folder that `save_model` or
-    `save_linearized` wrote.
+    """Load a model from a checkpoint file, a run folder, or a folder that `save_model` or `save_linearized` wrote.
 
-    The classes, mean and std of the training images are stored in the model's config["data"], so that `save_model` writes them.
+    In a run folder, best.pt is loaded if it exists, and otherwise last.pt. The classes, mean and std of the training images are
+    stored in the model's config["data"], so that `save_model` writes them.
 
     Raises:
         UserError: there is no model at `path`, or it is damaged.
@@ -167,7 +167,7 @@ class Evaluation:
     probability: Tensor
 
     def worst_pairs(self, number: int) -> list[tuple[int, int, int]]:
-        """Return (number of images, true class, predicted class) for the most common mistakes."""
+        """Return (number of images, true class, predicted class) for the `number` most common mistakes."""
         wrong = self.confusion - self.confusion.diag().diag()
         counts, places = wrong.flatten().topk(min(number, wrong.numel()))
         return [(int(n), *divmod(int(place), len(wrong))) for n, place in zip(counts, places, strict=True) if n]

@@ -12,12 +12,13 @@ class Unpickler(pickle._Unpickler):
     """An unpickler that rejects all names that are not in `allowed`.
 
     If a length or a memo index is damaged, pickle's C implementation may allocate and fill as much memory as the damaged number
-    specifies. This class therefore derives from the Python implementation, which does so only for byte arrays. Byte arrays are
-    rejected, too, because valid files do not contain any.
+    specifies. The Python implementation, from which this class derives, does so only for byte arrays. They are rejected,
+    because valid files do not contain any.
 
     Args:
         content: the pickle.
-        allowed: pairs of a module and a name in that module.
+        allowed: the allowed names, as pairs (module, name in that module).
+        options: keyword arguments of pickle.Unpickler.
     """
 
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}

@@ -106,8 +106,8 @@ def make_dataset(
             which must then be `HeldImages`.
 
     Raises:
-        ValueError: if labels are out of range, a class has no training image, there are fewer than 2 classes, the numbers of
-            labels and images differ, or a name cannot be encoded in UTF-8.
+        ValueError: if there are no training or test images, labels are out of range, a class has no training image, there are
+            fewer than 2 classes, the numbers of labels and images differ, or a name cannot be encoded in UTF-8.
     """
     for text in (name, *classes):
         if not _is_text(text):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..config import UserError
 
-# Maps each data set to its address, and to its files at that address with the checksums that the publisher states.
+# Maps each data set to its base URL, and to the names of its files with the checksums that the publisher states.
 _CIFAR = "https://www.cs.toronto.edu/~kriz"
 SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "cifar10": (_CIFAR, {"cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a"}),

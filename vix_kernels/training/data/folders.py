@@ -17,10 +17,10 @@ from .dataset import Dataset, Source, make_dataset, suited_patch_size
 from .images import MOST_UNREADABLE, HeldImages, StreamedImages, decode, hidden, with_reason
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm"}
-OTHER_SUFFIXES = {".heic", ".heif", ".jxl"}  # Pillow needs a plugin for these; without it, they are reported as unreadable
+OTHER_SUFFIXES = {".heic", ".heif", ".jxl"}  # these need Pillow plugins; without them, the files are reported as unreadable
 HELD_OUT = ("val", "valid", "validation", "test")
 HELD_BYTES = 2**32  # maximum size of decoded images in memory; larger data sets are streamed by default
-SAMPLE = 512  # minimum number of training images for the pixel statistics of streamed data sets
+SAMPLE = 512  # pixel statistics of streamed data sets use at least this many training images, if available
 Files = list[tuple[Path, int]]  # image files and their labels
 
 

@@ -21,7 +21,7 @@ FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 def find_idx(folder: Path, part: str, kind: str) -> Path | None:
     """Return the file for a part (train or t10k) and a kind (images-idx3 or labels-idx1), or None if it does not exist.
 
-    In some copies of MNIST, the file names have a dot instead of a hyphen, as in images.idx3.
+    In some copies of MNIST, the file names have a dot instead of a hyphen before idx, as in train-images.idx3-ubyte.
     """
     names = (f"{part}-{kind}-ubyte", f"{part}-{kind.replace('-', '.')}-ubyte")
     files = (folder / (name + ending) for name in names for ending in (".gz", ""))

@@ -37,8 +37,8 @@ class Images(Protocol):
     def batches(self, order: Sequence[Tensor], *, replace_unreadable: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield a batch of images and labels for each tensor of indices in `order`.
 
-        By default, an image that cannot be decoded is skipped. With `replace_unreadable`, the next image that can be decoded
-        replaces it.
+        By default, an image that cannot be decoded is skipped. With `replace_unreadable`, it is replaced by the next image in
+        the data set that can be decoded.
         """
         ...
 
