@@ -68,7 +68,7 @@ def agent_attention(
     options = dict(scale=scale, agent_mask=agent_mask, key_padding_mask=key_padding_mask, rope=rope, exact_rows=exact_rows)
     if backend == "reference":
         return agent_attention_reference(q, k, v, agents, **options)
-    rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
+    rows = compute_exact_rows(q, k, v, exact_rows, scale, key_padding_mask, rope, backend) if exact_rows else None
     values, _ = aggregate(agents, k, v, scale=scale, mask=key_padding_mask, backend=backend, rotary=rotary)
     return broadcast(q, agents, values, agent_mask, scale=scale, rows=rows, backend=backend, rotary=rotary)
 

@@ -21,11 +21,9 @@ from .rope import Rope
 
 
 def compute_exact_rows(
-    q: Tensor, k: Tensor, v: Tensor, count: int, *, scale: float, mask: Tensor | None, rope: Rope | None, backend: str
-) -> Tensor | None:
-    """Return the outputs (batch, heads, count, value_dim) of the first `count` queries, in float32. None if `count` is 0."""
-    if not count:
-        return None
+    q: Tensor, k: Tensor, v: Tensor, count: int, scale: float, mask: Tensor | None, rope: Rope | None, backend: str
+) -> Tensor:
+    """Return the outputs (batch, heads, count, value_dim) of the first `count` queries, in float32."""
     rotary = None if rope is None else rope.rotary
     return aggregate(first_queries(q, count, rope, mask), k, v, scale=scale, mask=mask, rotary=rotary, backend=backend)[0]
 

@@ -19,16 +19,7 @@ from torch import Tensor
 from .. import backends
 from ..plans import planned
 from ..primitives import aggregate, broadcast
-from .checks import (
-    autocast,
-    check_exact_rows,
-    check_number,
-    check_projection,
-    check_qkv,
-    check_scale,
-    check_tensor,
-    dtype_name,
-)
+from .checks import autocast, check_exact_rows, check_number, check_projection, check_qkv, check_scale, check_tensor, dtype_name
 from .exact import compute_exact_rows, with_exact_rows_reference
 from .rope import Rope, check_rope, mask_and_rotate_reference
 
@@ -91,7 +82,7 @@ def feature_attention(
             q, k, v, query_features, key_features, feature_bias, gaussian=gaussian, scale=scale,
             key_padding_mask=key_padding_mask, rope=rope, exact_rows=exact_rows,
         )  # fmt: skip
-    rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
+    rows = compute_exact_rows(q, k, v, exact_rows, scale, key_padding_mask, rope, backend) if exact_rows else None
     # aggregate subtracts |scale k|^2 / 2, so a scale of c sqrt(g) gives the term g c^2 |k|^2 / 2. Dividing the slots by sqrt(g)
     # keeps the logits c wk . k unchanged.
     c, root = math.sqrt(scale), math.sqrt(gaussian) or 1.0

@@ -78,7 +78,7 @@ def linformer_attention(
             q, k, v, key_projection, value_projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope,
             exact_rows=exact_rows,
         )  # fmt: skip
-    rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
+    rows = compute_exact_rows(q, k, v, exact_rows, scale, key_padding_mask, rope, backend) if exact_rows else None
     keys, values = project(k, v, key_projection, value_projection, mask=key_padding_mask, backend=backend, rotary=rotary)
     return broadcast(q, keys, values, scale=scale, rows=rows, backend=backend, rotary=rotary)
 

@@ -122,7 +122,7 @@ def nystrom_attention(
             key_padding_mask=mask, rope=rope, exact_rows=exact_rows,
         )  # fmt: skip
     else:
-        rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=mask, rope=rope, backend=backend)
+        rows = compute_exact_rows(q, k, v, exact_rows, scale, mask, rope, backend) if exact_rows else None
         if rows is not None and conv_weight is not None:
             reach = exact_rows + conv_weight.shape[2] // 2
             window, window_mask = v[:, :, :reach], None if mask is None else mask[:, :reach]

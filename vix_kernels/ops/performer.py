@@ -72,7 +72,7 @@ def performer_attention(
             q, k, v, projection, scale=scale, key_padding_mask=key_padding_mask, rope=rope, exact_rows=exact_rows
         )
     c = math.sqrt(scale)
-    rows = compute_exact_rows(q, k, v, exact_rows, scale=scale, mask=key_padding_mask, rope=rope, backend=backend)
+    rows = compute_exact_rows(q, k, v, exact_rows, scale, key_padding_mask, rope, backend) if exact_rows else None
     values, lse = aggregate(slots, k, v, scale=c, gaussian=True, mask=key_padding_mask, backend=backend, rotary=rotary)
     return broadcast(q, slots, values, lse, scale=c, rows=rows, backend=backend, rotary=rotary)
 
