@@ -9,6 +9,7 @@ import torch
 
 from bench import break_even as bench
 from vix_kernels.integrations.drop_in import OPS
+from vix_kernels.integrations.speed import expected
 from vix_kernels.measure import break_even
 from vix_kernels.measure.break_even import BreakEven, crossing, slower
 
@@ -36,6 +37,9 @@ def test_lengths_below_the_crossing_are_slower(monkeypatch: pytest.MonkeyPatch) 
     assert [each.rounded for each in rows[1:4]] == ["100", "more than 90", "70 or fewer"]
     assert [row("measured", "full", 64, tokens).rounded for tokens in ("5", "663", "1095")] == ["5", "660", "1,100"]
     assert slower("nystrom", 1, 64, "mps") is None and slower("other", 1, 64, "cpu") is None
+    at = "at head width"
+    assert expected("nystrom", {}, 90, 64, "cpu") == f"{at} 64, nystrom attention was not faster at up to 90 tokens (device)"
+    assert expected("nystrom", {}, 90, 32, "cpu") == f"{at} 32, nystrom attention was faster from about 100 tokens (device)"
 
 
 def test_every_attention_is_measured() -> None:

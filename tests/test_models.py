@@ -144,11 +144,15 @@ def test_gradient_checkpointing_changes_nothing(name: str, monkeypatch: pytest.M
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("name", ["vil", "vip", "hybrid_vin", "hybrid_fnet", "levip", "cvt", "ccn", "fnet_2d"])
+@pytest.mark.parametrize(
+    "name",
+    ["vil", "vip", "vit agent", "vit feature", "vit linear", "hybrid_vin", "hybrid_fnet", "levip", "cvt", "ccn", "fnet_2d"],
+)
 def test_compiles_without_graph_breaks(name: str) -> None:
-    """The tested models cover every backbone, and every mixer that a registered model uses by default."""
+    """The tested models cover every backbone and every mixer."""
+    name, _, mixer = name.partition(" ")
     torch.compiler.reset()
-    model = create_model(name, **small_model(name, depth=1))
+    model = create_model(name, **small_model(name, depth=1), **({"mixer": mixer} if mixer else {}))
     x = images(2, 3, 8, 8)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)

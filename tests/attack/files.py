@@ -288,8 +288,6 @@ def evil_member(content: bytes, marker: str) -> bytes:
 
 STRANGE: tuple[Any, ...] = (None, -1, 10**12, 1.5, float("nan"), "nope", "", b"x", [], [1, "x"], {}, {"a": 1}, True)
 
-STRANGE_LINES = (b"\n", b"a: [\n", b"\xff\xfe\n", b"- 1\n", b"epochs: x\n", b"{\n", b"\0\n")
-
 
 def other_values(content: bytes, path: Path, draws: random.Random) -> bytes:
     """Return content in the same format with one value removed or changed.

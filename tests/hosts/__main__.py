@@ -38,9 +38,9 @@ def main() -> int:
     options = parser.parse_args()
     problems = 0
     for name, suite in SUITES.items():
-        folder = source(suite.package) if suite.package == "timm" else getattr(options, suite.package)
         if options.only and name not in options.only:
             continue
+        folder = source(suite.package) if suite.package == "timm" else getattr(options, suite.package)
         if folder is None:
             print(f"{name}: skipped, because --{suite.package} is not given", flush=True)
             continue

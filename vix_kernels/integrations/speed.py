@@ -268,6 +268,8 @@ def expected(op: str, options: Mapping[str, Any], tokens: int, width: int, devic
     row = break_even.slower(op, tokens, width, device)
     if row is None:
         return ""
+    if row.tokens.startswith(break_even.MORE):
+        slower = "was not faster" if row.kind == "measured" else "is not predicted to be faster"
+        return f"at head width {row.width}, {op} attention {slower} at up to {row.least - 1:,} tokens ({row.device})"
     faster = "was faster" if row.kind == "measured" else "is predicted to be faster"
-    length = row.rounded if row.tokens.startswith(break_even.MORE) else f"about {row.rounded}"
-    return f"at head width {row.width}, {op} attention {faster} from {length} tokens ({row.device})"
+    return f"at head width {row.width}, {op} attention {faster} from about {row.rounded} tokens ({row.device})"

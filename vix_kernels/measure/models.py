@@ -9,6 +9,7 @@ Dropout rates are those of the published configurations.
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -203,7 +204,7 @@ def _figures(step: Step, what: Row, inference: float, training: float) -> Iterat
         )  # fmt: skip
         if direction == "training":
             first, last = step.losses[0].item(), step.losses[-1].item()
-            if not last < float("inf"):
+            if not math.isfinite(last):
                 yield failed(f"the loss went from {first:.4g} to {last:.4g}", **what, direction=direction)
                 continue
             figures |= dict(kept_mib=step.kept() / 2**20, loss_before=first, loss_after=last)
