@@ -97,6 +97,26 @@ def test_nan_reaches_only_windows_that_contain_it(backend: str, adaptive: bool) 
     assert hit[0, 0, :, 3].nonzero().flatten().tolist() == reached
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_reference_confines_values_that_are_not_finite(adaptive: bool, value: float) -> None:
+    """Also under torch.func transforms and in a traced function. Landmarks and gradients equal those of tiled PyTorch."""
+    x = tokens(2, 2, 1 + 5 * 7, 8, dtype=torch.float32)
+    x[0, 0, 1 + 2 * 7 + 2, 3] = value  # row 2, column 2
+    options = dict(prefix=1, rows=5, mark_rows=2, mark_columns=3, adaptive=adaptive)
+
+    def marks(x: Tensor) -> Tensor:
+        return landmarks_reference(x, **options)[0]
+
+    expected = landmarks(x.requires_grad_(), **options)[0]
+    x_mapped = torch.func.vmap(lambda sample: marks(sample[None])[0])(x)
+    for each in (marks(x), x_mapped, torch.jit.trace(marks, x.detach())(x), torch.func.jvp(marks, (x,), (x,))[1]):
+        torch.testing.assert_close(each, expected, equal_nan=True)
+    gradients = [torch.autograd.grad(each.sum(), x)[0] for each in (marks(x), x_mapped, expected)]
+    for each in (*gradients[:2], torch.func.grad(lambda x: marks(x).sum())(x)):
+        torch.testing.assert_close(each, gradients[2])
+
+
 @pytest.mark.parametrize("layout", ["interleaved", "half"])
 def test_rope_rotates_tokens_before_averaging(backend: str, layout: str) -> None:
     q, k = (tokens(1, 2, 1 + 4 * 6, 16, dtype=torch.float32) * (1 + i) for i in range(2))

@@ -80,30 +80,40 @@ def landmarks_reference(
     k_mask: Tensor | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, ...]:
-    """Evaluate the equations: the landmarks are the product of a matrix of windows and the tokens, divided by the counts.
+    """Evaluate the equations: gather the tokens of each window, sum them, and divide by the counts.
 
     Slicing each window separately would add hundreds of nodes to an exported graph. If the number of tokens is dynamic, that
-    graph would also be wrong for all lengths except the example's.
+    graph would also be wrong for all lengths except the example's. A product with a matrix of windows would multiply the other
+    tokens by 0, which is NaN for tokens that are not finite.
     """
 
-    def windows(size: int, count: int) -> Tensor:
-        """Return a bool tensor (count, size) that is True where a window (row) covers a position (column)."""
-        first, at = torch.arange(count, device=q.device)[:, None], torch.arange(size, device=q.device)
+    def window_sums(x: Tensor, axis: int, count: int) -> Tensor:
+        """Return the sums of x over `count` windows along `axis`, which is negative."""
+        size, window = x.shape[axis], torch.arange(count + 1, device=x.device)
+        starts = window * (size // count) + (window - count + size % count).clamp(min=0)
+        starts, ends = starts[:-1], starts[1:]
         if adaptive:
-            return (first * size // count <= at) & (at < ((first + 1) * size + count - 1) // count)
-        starts, ends = (j * (size // count) + (j - count + size % count).clamp(min=0) for j in (first, first + 1))
-        return (starts <= at) & (at < ends)
+            starts, ends = window[:-1] * size // count, (window[1:] * size + count - 1) // count
+        at = starts[:, None] + torch.arange(size // count + 2, device=x.device)  # no window has more tokens
+        at = torch.where(at < ends[:, None], at, size)
+        padded = torch.cat([x, torch.zeros_like(x.narrow(axis, 0, 1))], axis)
+        return padded.index_select(axis, at.flatten()).unflatten(axis, at.shape).sum(axis)
+
+    def sums(x: Tensor) -> Tensor:
+        """Return the sums (..., L, width) of tokens (..., N, width) over each window."""
+        grid = x[..., prefix:, :].unflatten(-2, (rows, (x.shape[-2] - prefix) // rows))
+        grid = window_sums(grid, -2, mark_columns)
+        if rows > mark_rows:
+            grid = window_sums(grid, -3, mark_rows)
+        return torch.cat([x[..., :prefix, :], grid.flatten(-3, -2)], -2)
 
     def means(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         valid = x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if mask is None else mask
         x = torch.where(valid[:, None, :, None], x, 0.0)
         if rotary is not None:
             x = rotate_reference(x, rotary)
-        row_windows, column_windows = windows(rows, mark_rows), windows((x.shape[2] - prefix) // rows, mark_columns)
-        cells = (row_windows[:, None, :, None] & column_windows[None, :, None]).flatten(2).flatten(0, 1)
-        sums, counts = cells.to(x.dtype) @ x[:, :, prefix:], valid[:, prefix:].float() @ cells.float().mT
-        sums, counts = torch.cat([x[:, :, :prefix], sums], 2), torch.cat([valid[:, :prefix].float(), counts], 1)
-        return (sums / counts.clamp(min=1)[:, None, :, None]).to(x.dtype), counts
+        counts = sums(valid.float()[..., None]).squeeze(-1)
+        return (sums(x) / counts.clamp(min=1)[:, None, :, None]).to(x.dtype), counts
 
     q_marks, q_counts = means(q, q_mask)
     if k is None:
