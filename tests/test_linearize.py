@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -152,6 +153,28 @@ def test_layers_with_a_large_error_keep_softmax(name: str) -> None:
     assert report.layers[kept[0]].attention.startswith("softmax, because the error exceeds")
     with pytest.raises(ValueError, match="max_error: expected at least the smallest error of a layer"):
         linearize(make(name)[0], batches, num_features=8, steps=5, max_error=1e-9, progress=False)
+
+
+def test_a_part_of_a_model_keeps_softmax() -> None:
+    """All layers of the vision model keep softmax, so new models from its configuration have softmax attention, too."""
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    text = sizes | dict(vocab_size=50, bos_token_id=0, eos_token_id=1, max_position_embeddings=12)
+    config = transformers.SiglipConfig(text_config=text, vision_config=sizes | dict(image_size=32, patch_size=8))
+    torch.manual_seed(0)
+    model = converting.sharpened(transformers.SiglipModel(config))
+    batch = {"pixel_values": torch.randn(8, 3, 32, 32), "input_ids": torch.randint(2, 50, (8, 12))}
+    options = dict(op="nystrom", num_landmarks=4, progress=False)
+    errors = {name: each.after for name, each in linearize(copy.deepcopy(model), lambda: [batch], **options).layers.items()}
+    limit = min(error for name, error in errors.items() if name.startswith("vision_model.")) * 0.99
+    report = linearize(model, lambda: [batch], max_error=limit, **options)
+    assert report.converted and all(name.startswith("text_model.") for name in report.converted)
+    again = transformers.SiglipModel(model.config)
+    again.load_state_dict(model.state_dict())
+    assert holders(again).keys() == holders(model).keys() == set(report.converted)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch).logits_per_image, model(**batch).logits_per_image)
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    assert not hasattr(model.config.vision_config, "vix_attention")
 
 
 @pytest.mark.parametrize("name", ["vix_kernels", "timm"])
@@ -454,6 +477,10 @@ def test_attention_that_is_already_replaced_is_not_converted() -> None:
     assert report.refused == {"blocks.0.attn": "its softmax attention is already replaced"}
     with pytest.raises(ValueError, match="model: expected softmax attention, got a model whose attention is already replaced"):
         linearize(model, batches, progress=False)
+    model, batches = make("transformers")
+    replace_attention(model, "linear", layers=["*.0.*"], retrain=True)
+    linearize(model, batches, num_features=8, steps=1, progress=False)
+    assert [each.core.name for each in holders(type(model)(model.config)).values()] == ["linear", "feature"]
 
 
 def test_values_that_are_not_finite_are_refused() -> None:

@@ -210,6 +210,10 @@ def test_a_snapshot_restores_the_configuration() -> None:
     replaced(model)
     snapshot.restore(["layers.0.attention"])
     assert list(holders(transformers.ViTModel(model.config))) == list(holders(model)) == ["layers.1.attention"]
+    snapshot.restore(["layers.1.attention"])
+    assert set(vars(model.config)) == before and model.config._attn_implementation == "sdpa"
+    run(transformers.ViTModel(model.config))
+    replaced(model)
     snapshot.restore()
     assert set(vars(model.config)) == before and model.config._attn_implementation == "sdpa"
 

@@ -132,13 +132,15 @@ class Snapshot:
                     del vars(module)[key]
                 vars(module).update(before)
         for config, implementation, entry in self.configs.values():
-            if layers is None:
-                config._attn_implementation = implementation
-                vars(config).pop(ENTRY, None)
-                vars(config).update({} if entry is None else {ENTRY: entry})
-            else:
-                for layer in layers:
-                    vars(config).get(ENTRY, {}).get("layers", {}).pop(layer, None)
+            found = None
+            if layers is not None:
+                from .transformers_saved import replaced_layers
+
+                found = replaced_layers(self.model, config)
+            if found is None:
+                config._attn_implementation_internal, found = implementation, entry  # not in the configurations of parts
+            vars(config).pop(ENTRY, None)
+            vars(config).update({} if found is None else {ENTRY: found})
 
 
 def _copy(value: Any) -> Any:

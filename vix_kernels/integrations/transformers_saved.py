@@ -59,12 +59,17 @@ def entry(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | 
     """Return a description of the attention in the modules with `config`, or None if this library does not provide it."""
     if config._attn_implementation in NAMED:
         return described(NAMED[config._attn_implementation][0])
+    return replaced_layers(model, config) if config._attn_implementation == CHILDREN else None
+
+
+def replaced_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Return a description of the replaced attentions in the modules with `config`, or None if there are none."""
     layers = {}
     for name, module in model.named_modules():
         if getattr(module, "config", None) is config and is_replaced(module):
             wide = {"float32": True} if any(x.dtype == torch.float32 for x in module.vix.learned_parameters()) else {}
             layers[name] = described(module.vix) | wide
-    return {"layers": layers} if config._attn_implementation == CHILDREN and layers else None
+    return {"layers": layers} if layers else None
 
 
 def select_children(model: PreTrainedModel, replaced: Iterable[nn.Module]) -> None:
