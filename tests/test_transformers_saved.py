@@ -194,6 +194,36 @@ def test_all_models_from_one_configuration_have_the_attention(layers: list[str] 
             run(other)
 
 
+@pytest.mark.parametrize("how", ["name", "layers"])
+def test_a_saved_configuration_describes_the_attention(how: str, tmp_path: Path) -> None:
+    """Also the configuration of a part. Configurations of models with softmax attention are saved as before."""
+    model = clip()
+    if how == "name":
+        integration.register(nystrom=dict(num_landmarks=4))
+        model.set_attn_implementation({"vision_config": "vix_nystrom"})
+    else:
+        integration.replace_attention(model, "feature", retrain=True, num_features=8)
+    expected, entries = run(model), [set(vars(each)) for each in (model.config, model.config.vision_config)]
+    model.config.save_pretrained(tmp_path / "whole")
+    model.config.vision_config.save_pretrained(tmp_path / "part")
+    assert [set(vars(each)) for each in (model.config, model.config.vision_config)] == entries
+    model.save_pretrained(tmp_path / "model")
+    config, saved = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("whole", "model"))
+    assert config["attn_implementation"] == saved["attn_implementation"]
+    assert config["vision_config"]["vix_attention"] == saved["vision_config"]["vix_attention"]
+    integration.register()
+    whole = transformers.CLIPModel(transformers.CLIPConfig.from_pretrained(tmp_path / "whole")).eval()
+    whole.load_state_dict(model.state_dict())
+    assert torch.equal(run(whole), expected) and whole.config.text_config._attn_implementation == "sdpa"
+    part = transformers.CLIPVisionModel(transformers.CLIPVisionConfig.from_pretrained(tmp_path / "part"))
+    assert part.config._attn_implementation == whole.config.vision_config._attn_implementation
+    assert len(holders(part)) == len(holders(whole)) == (0 if how == "name" else 2)
+    model.set_attn_implementation("sdpa")
+    model.config.save_pretrained(tmp_path / "softmax")
+    text = (tmp_path / "softmax/config.json").read_text()
+    assert "vix_attention" not in text and "attn_implementation" not in text
+
+
 def test_layers_without_an_attention_raise() -> None:
     config = transformers.ViTConfig(**VISION, attn_implementation="vix")
     for model in (transformers.ViTModel(config), vit("body")):

@@ -1,12 +1,12 @@
 """Save the attention of a transformers model in `save_pretrained`, and restore it in `from_pretrained`.
 
 transformers does not save attn_implementation. Importing vix_kernels.integrations.transformers therefore wraps two methods of
-PreTrainedModel. While `save_pretrained` runs, the configuration has two additional entries: attn_implementation, which
-transformers reads when it loads a configuration, and vix_attention, which describes the attention. If the configuration of a
-new model has the entry vix_attention, `post_init` ends by installing this attention, before weights are loaded. If the entry
-lists layers, it stays in the configuration, so that other models created from it have the same attention. Models without an
-attention of this library are not affected. If a process has not imported the integration, and loads a model with such an
-attention, transformers raises an error that names attn_implementation.
+PreTrainedModel and one of PreTrainedConfig. While `save_pretrained` runs, the configuration has two additional entries:
+attn_implementation, which transformers reads when it loads a configuration, and vix_attention, which describes the attention.
+If the configuration of a new model has the entry vix_attention, `post_init` ends by installing this attention, before weights
+are loaded. If the entry lists layers, it stays in the configuration, so that other models created from it have the same
+attention. Models without an attention of this library are not affected. If a process has not imported the integration, and
+loads a model with such an attention, transformers raises an error that names attn_implementation.
 """
 
 from __future__ import annotations
@@ -55,11 +55,13 @@ def implementations(config: PreTrainedConfig) -> str | dict[str, Any] | None:
     return {"": name} | found if found else name
 
 
-def entry(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | None:
+def entry(model: PreTrainedModel | None, config: PreTrainedConfig) -> dict[str, Any] | None:
     """Return a description of the attention in the modules with `config`, or None if this library does not provide it."""
     if config._attn_implementation in NAMED:
         return described(NAMED[config._attn_implementation][0])
-    return replaced_layers(model, config) if config._attn_implementation == CHILDREN else None
+    if config._attn_implementation != CHILDREN:
+        return None
+    return vars(config).get(ENTRY) if model is None else replaced_layers(model, config)
 
 
 def replaced_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -82,17 +84,18 @@ def select_children(model: PreTrainedModel, replaced: Iterable[nn.Module]) -> No
 
 
 @contextmanager
-def with_entries(model: PreTrainedModel) -> Iterator[None]:
-    """Add the two entries to the configurations of `model` and its parts inside the block."""
+def with_entries(whole: PreTrainedConfig, model: PreTrainedModel | None = None) -> Iterator[None]:
+    """Add the two entries to a configuration and its parts inside the block. Without `model`, keep descriptions of layers."""
     before, changed = [], []
     try:
-        for config in configs(model.config):
+        for config in configs(whole):
+            found = entry(model, config)
             before.append((config, vars(config).pop(ENTRY, None)))
-            if (found := entry(model, config)) is not None:
+            if found is not None:
                 changed.append(config)
                 setattr(config, ENTRY, found)
-        if changed and model.config is not changed[0]:
-            changed.append(model.config)
+        if changed and whole is not changed[0]:
+            changed.append(whole)
         for config in changed:
             config.attn_implementation = implementations(config)
         yield
@@ -216,13 +219,19 @@ def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, found: dic
 
 
 def install() -> None:
-    """Wrap `save_pretrained` and `post_init` of PreTrainedModel."""
+    """Wrap `save_pretrained` and `post_init` of PreTrainedModel, and `save_pretrained` of PreTrainedConfig."""
     save_pretrained, post_init = PreTrainedModel.save_pretrained, PreTrainedModel.post_init
+    save_config = PreTrainedConfig.save_pretrained
 
     @wraps(save_pretrained)
     def save(self: PreTrainedModel, *args: Any, **options: Any) -> Any:
-        with with_entries(self):
+        with with_entries(self.config, self):
             return save_pretrained(self, *args, **options)
+
+    @wraps(save_config)
+    def save_only_config(self: PreTrainedConfig, *args: Any, **options: Any) -> Any:
+        with with_entries(self):
+            return save_config(self, *args, **options)
 
     @wraps(post_init)
     def finish(self: PreTrainedModel) -> None:
@@ -230,3 +239,4 @@ def install() -> None:
         restore(self)
 
     PreTrainedModel.save_pretrained, PreTrainedModel.post_init = save, finish
+    PreTrainedConfig.save_pretrained = save_only_config
