@@ -221,6 +221,47 @@ def test_class_rows_that_are_not_exact_have_a_larger_weight() -> None:
     assert [float(x) for x in transfer.squared(layer, model.blocks[0].attn.core, call, out, target)] == [2 * (32 + 1 + 1)] * 2
 
 
+def test_features_are_initialized_from_valid_tokens() -> None:
+    """With padding at the front, at the end and in between, and without any valid token."""
+    model, _ = make("vix_kernels")
+    name, holder = next(iter(holders(model).items()))
+    replace_attention(model, "feature", num_features=8, retrain=True)
+    layer = transfer.Layer(name, holder, [holder.core], prefix_tokens=0)
+    mask = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 0, 0, 0], [1, 0, 1, 0, 1], [0] * 5], dtype=torch.bool)
+    q, k = (torch.where(mask[:, None, :, None], torch.randn(4, 2, 5, 16), float("nan")) for _ in range(2))
+    call = transfer.Call(None, q, k, k, None, None, transfer.Tokens(mask), "auto")
+    transfer.collect(layer, layer.students, call, k)
+    (sums,) = layer.sums
+    assert sums.isfinite().all()
+    chosen = {tuple(each) for each in sums[:, 0].tolist()}
+    assert chosen == {tuple((q[i, 0, m] + k[i, 0, n]).tolist()) for i in range(3) for m in range(5) for n in range(5)
+                      if mask[i, m] and mask[i, n]}  # fmt: skip
+    queries = torch.randn(4, 2, 3, 16)  # cross-attention: only keys are padded
+    call = transfer.Call(None, queries, k, k, None, None, transfer.Tokens(mask, self_attention=False), "auto")
+    transfer.collect(layer, layer.students, call, k)
+    assert layer.sums[1].isfinite().all()
+    layer.sums = []
+    call = transfer.Call(None, q, k, k, None, None, transfer.Tokens(torch.zeros_like(mask)), "auto")
+    transfer.collect(layer, layer.students, call, k)
+    with pytest.raises(ValueError, match="batches: expected valid tokens for blocks.0.attn, got a mask that excludes all"):
+        transfer.initialize(layer, 0)
+
+
+def test_results_do_not_depend_on_the_side_of_padding() -> None:
+    sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50)
+    tokens, errors = torch.randint(2, 50, (16, 24)), []
+    for shift in (0, 16):
+        torch.manual_seed(0)
+        config = transformers.SiglipTextConfig(**sizes, max_position_embeddings=40)
+        model = converting.sharpened(transformers.SiglipTextModel(config))
+        batch = {"input_ids": torch.zeros(16, 40, dtype=torch.long), "attention_mask": torch.zeros(16, 40)}
+        batch["input_ids"][:, shift : shift + 24], batch["attention_mask"][:, shift : shift + 24] = tokens, 1
+        batch["position_ids"] = (torch.arange(40) - shift).clamp(min=0).expand(16, -1)
+        report = linearize(model, lambda batch=batch: [batch], num_features=8, steps=0, progress=False)
+        errors += [each.after for each in report.layers.values()]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
 def test_results_are_reproducible() -> None:
     states = []
     for _ in range(2):

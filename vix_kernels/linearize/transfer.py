@@ -169,8 +169,15 @@ def collect(layer: Layer, students: list[Core], call: Call, target: Tensor) -> N
     samples = torch.arange(count) % len(q)
     rows, columns = (torch.randint(x.shape[2], (count,), generator=generator) for x in (q, k))
     if call.tokens.key_padding_mask is not None:
-        lengths = call.tokens.key_padding_mask.sum(-1).cpu()[samples].clamp(min=1)
-        rows, columns = rows % lengths, columns % lengths
+        mask = call.tokens.key_padding_mask.cpu()
+        some = mask.any(-1).nonzero().squeeze(-1)  # samples with valid tokens
+        if not len(some):
+            return
+        samples = some[samples % len(some)]
+        lengths, valid = mask.sum(-1)[samples], mask.int().argsort(dim=-1, descending=True, stable=True)  # valid tokens first
+        columns = valid[samples, columns % lengths]
+        if call.tokens.self_attention:
+            rows = valid[samples, rows % lengths]
     samples, rows, columns = (x.to(q.device) for x in (samples, rows, columns))
     layer.sums.append((q[samples, :, rows] + k[samples, :, columns]).float())  # (count, heads, head_dim)
 
@@ -193,6 +200,8 @@ def initialize(layer: Layer, seed: int) -> None:
     exp(scale q.k) = exp(|q' + k'|^2 / 2) exp(-|q'|^2 / 2) exp(-|k'|^2 / 2). The features exp(w.q') exp(w.k' - |w|^2 / 2) with w
     near q' + k' contribute most to an estimate of the first factor.
     """
+    if not layer.sums:
+        raise ValueError(f"batches: expected valid tokens for {layer.name}, got a mask that excludes all")
     points = torch.cat(layer.sums).movedim(1, 0) * math.sqrt(layer.scale)  # (heads, sums, head_dim)
     layer.sums = []
     wq, wk, bias = layer.holder.query_features, layer.holder.key_features, layer.holder.feature_bias
