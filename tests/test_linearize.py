@@ -360,6 +360,25 @@ def test_under_autocast_and_in_bfloat16() -> None:
     assert model.blocks[0].attn.vix.query_features.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_tensors_of_inference_mode(name: str) -> None:
+    """Weights created in inference mode are converted, but cannot be trained. Batches are used in every step."""
+    settings = dict(num_features=8, steps=2, progress=False)
+    model, batches = make(name)
+    expected = linearize(model, batches, **settings).layers
+    with torch.inference_mode():
+        model, _ = make(name)
+        data = [x.clone() for x in batches()]
+        assert linearize(model, lambda: iter(data), **settings).layers == expected
+    model, _ = make(name)
+    linearize(model, lambda: iter(data), finetune_steps=1, **settings)
+    with torch.inference_mode():
+        model, _ = make(name)
+    with pytest.raises(ValueError, match="finetune_steps: expected 0 for weights created in torch.inference_mode, .*, got 1"):
+        linearize(model, batches, finetune_steps=1, **settings)
+    assert not any("vix" in key for key in model.state_dict())
+
+
 def test_a_converted_model_compiles() -> None:
     torch._dynamo.reset()
     model, batches = make("timm")

@@ -38,14 +38,15 @@ def size_of(batch: Any) -> int:
 
 
 def part_of(batch: Any, rank: int, world: int) -> Any:
-    """Return every `world`-th sample of a batch, beginning with sample `rank`."""
+    """Return every `world`-th sample of a batch, beginning with sample `rank`. Tensors of inference mode are copied."""
     size = size_of(batch)
 
     def part(x: Any) -> Any:
-        return x[rank::world] if isinstance(x, Tensor) and x.dim() and len(x) == size else x
+        if not isinstance(x, Tensor):
+            return x
+        x = x[rank::world] if x.dim() and len(x) == size else x
+        return x.clone() if x.is_inference() else x  # a step of training cannot save it for its backward pass
 
-    if world == 1:
-        return batch
     if isinstance(batch, Mapping):
         return {name: part(x) for name, x in batch.items()}
     return [part(x) for x in batch] if isinstance(batch, (tuple, list)) else part(batch)

@@ -105,6 +105,11 @@ def linearize(
         raise TypeError(f"eval_batches: expected a function that returns a fresh iterator, got {type(eval_batches).__name__}")
     if options.get("residual_conv_kernel"):
         raise ValueError("residual_conv_kernel: expected 0, because a convolution would have to be trained")
+    if finetune_steps and any(x.is_inference() for x in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            "finetune_steps: expected 0 for weights created in torch.inference_mode, which cannot be trained, got "
+            f"{finetune_steps}"
+        )
     start = time.perf_counter()
     snapshot, training = Snapshot(model), {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
