@@ -581,6 +581,23 @@ def test_a_snapshot_restores_the_structure() -> None:
     assert torch.equal(output(model, x), expected) and not model.patch_embed._forward_hooks
 
 
+def test_the_report_uses_the_batch_size_of_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn", reason="the digits are from scikit-learn")
+    model = create_model("hybrid_vit", img_size=8, in_chans=1, patch_size=2, depth=1, num_classes=10)
+    save_model(model, tmp_path / "model")
+    sizes = []
+
+    def linearize(model: nn.Module, batches: Any, *, eval_batches: Any, **options: Any) -> None:
+        sizes.extend([len(x) for x in each()] for each in (batches, eval_batches))
+        raise ValueError("stop")
+
+    monkeypatch.setattr(convert, "linearize", linearize)
+    command = ["linearize", "--checkpoint", str(tmp_path / "model"), "--dataset", "digits", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main([*command, "--batch-size", "5", "--images", "10", "--eval-images", "12"])
+    assert sizes == [[5, 5], [5, 5, 2]]
+
+
 # Several processes
 
 

@@ -90,7 +90,7 @@ def linearize_command(argv: list[str]) -> int:
         choices=("soft", "features"),
         help="output that --finetune-steps reproduces: class probabilities or features (default: soft)",
     )
-    add("--batch-size", "-b", type=int, default=16, metavar="N", help="images per step (default: %(default)s)")
+    add("--batch-size", "-b", type=int, default=16, metavar="N", help="images per batch (default: %(default)s)")
     add("--images", type=int, default=512, metavar="N", help="number of training images (default: %(default)s)")
     add("--eval-images", type=int, default=1024, metavar="N", help="held-out images for the report (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the features (default: %(default)s)")
@@ -151,10 +151,11 @@ def _run(options: Any) -> Report:
     core_options = {name: value for name, value in core_options.items() if value is not None}
     if options.op != "linear":
         core_options["exact_prefix"] = options.exact_prefix
+    size = options.batch_size  # also of the report, because large batches may not fit in memory
     report = linearize(
-        trained.host, _batches(dataset, trained, dataset.train, options.images, options.batch_size), op=options.op,
+        trained.host, _batches(dataset, trained, dataset.train, options.images, size), op=options.op,
         layers=options.layers, steps=options.steps, finetune_steps=options.finetune_steps, distill=options.distill,
-        max_error=options.max_error, eval_batches=_batches(dataset, trained, dataset.test, options.eval_images, 256),
+        max_error=options.max_error, eval_batches=_batches(dataset, trained, dataset.test, options.eval_images, size),
         eval_samples=options.eval_images, output=folder, overwrite=options.overwrite, seed=options.seed,
         progress=options.progress, **core_options,
     )  # fmt: skip
