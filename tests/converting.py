@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -46,4 +48,35 @@ def convert_and_save(rank: int, world: int, folder: str) -> None:
     report = linearize(sharpened(small_model()), batches(3, 32, 32), num_features=8, steps=20, progress=False)
     if rank == 0:
         torch.save((gradients[0], [each.after for each in report.layers.values()], report.agreement), f"{folder}/{world}.pt")
+    dist.destroy_process_group()
+
+
+REFUSED = {
+    "first": "batches: expected the same batches in all 2 processes, of which each gets a part, got different ones",
+    "later": "batches: expected the same batches in all 2 processes",
+    "lengths": "eval_batches: expected the same batches in all 2 processes",
+}
+
+
+def refuse(rank: int, folder: str) -> None:
+    """Convert models with batches that two processes cannot divide. Save the errors."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    errors = {}
+    for case in REFUSED:
+        torch.manual_seed(0)
+        model, data, evaluated = small_model(), list(batches(3, 32, 32)()), None
+        if case in ("first", "later"):
+            index = 0 if case == "first" else 2
+            data[index] = data[index].roll(rank, 0)  # the same images in another order
+        elif case == "lengths":
+            evaluated = data[: 1 + rank]
+        kinds = [type(module) for module in model.modules()]
+        options = dict(eval_batches=evaluated and (lambda evaluated=evaluated: evaluated), num_features=8, steps=2)
+        try:
+            linearize(model, lambda data=data: data, progress=False, **options)
+        except ValueError as error:
+            errors[case] = str(error)
+        assert [type(module) for module in model.modules()] == kinds
+    Path(folder, f"{rank}.json").write_text(json.dumps(errors))
     dist.destroy_process_group()

@@ -189,7 +189,7 @@ def test_landmarks_are_calibrated_without_training(name: str) -> None:
     report = linearize(strict, batches, op="nystrom", max_error=limit, progress=False)
     assert all(each.after <= limit for each in report.layers.values())
     counts = [holder.core.num_landmarks for holder in holders(strict).values()]
-    assert set(counts) <= set(convert.LANDMARKS) and min(counts) > 16
+    assert set(counts) <= set(transfer.LANDMARKS) and min(counts) > 16
 
 
 def test_the_error_is_that_of_the_attention() -> None:
@@ -609,3 +609,12 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     (one, errors, agreement), (two, errors_two, agreement_two) = results
     assert (one - two).norm() < 1e-5 * one.norm()
     assert all(abs(a - b) < 0.02 * a for a, b in zip(errors, errors_two, strict=True)) and abs(agreement - agreement_two) < 5
+
+
+def test_batches_that_processes_cannot_divide_are_refused(tmp_path: Path) -> None:
+    """All processes raise the error, and the model keeps its softmax attention."""
+    multiprocessing.spawn(converting.refuse, (str(tmp_path),), nprocs=2)
+    errors = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert errors[0] == errors[1] and errors[0].keys() == converting.REFUSED.keys()
+    for case, error in converting.REFUSED.items():
+        assert errors[0][case].startswith(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.speed import call, tensors
+from ..training.parallel import Ranks
 
 Batches = Callable[[], Iterable[Any]]
 
@@ -50,6 +52,25 @@ def part_of(batch: Any, rank: int, world: int) -> Any:
     if isinstance(batch, Mapping):
         return {name: part(x) for name, x in batch.items()}
     return [part(x) for x in batch] if isinstance(batch, (tuple, list)) else part(batch)
+
+
+def check_same(name: str, batches: Iterable[Any], ranks: Ranks) -> None:
+    """Check that all processes have the same batches. A single process has nothing to compare.
+
+    Raises:
+        ValueError: the tensors differ. All processes raise it.
+    """
+    if ranks.world == 1:
+        return
+    found = hashlib.sha256()
+    for x in (x for batch in batches for x in tensors(batch)):
+        found.update(f"{x.dtype} {tuple(x.shape)}".encode())
+        found.update(x.detach().cpu().flatten().view(torch.uint8).numpy())
+    if len(ranks.union({found.hexdigest()})) > 1:
+        raise ValueError(
+            f"{name}: expected the same batches in all {ranks.world} processes, of which each gets a part, got different ones: "
+            "use the same seed, and no sampler that divides the samples"
+        )
 
 
 def output_of(result: Any) -> Tensor:

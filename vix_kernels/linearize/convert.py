@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,20 @@ from tqdm import tqdm
 
 from ..integrations.drop_in import DropIn
 from ..integrations.speed import call
-from ..integrations.swap import Snapshot, Softmaxed, holders, prefix_of, replace_attention
+from ..integrations.swap import Snapshot, Softmaxed, holders, replace_attention
 from ..nn.core import CORES, Mounted
 from ..ops.checks import check_integer, check_number
 from ..training.parallel import Ranks, connected
 from ..training.teacher import distance
-from .batches import Batches, endless, output, part_of, size_of
+from .batches import Batches, check_same, endless, output, part_of, size_of
 from .losses import distilled, schedule
 from .report import LayerReport, Report
 from .state import Progress, fingerprint
-from .transfer import Layer, collect, fitting, ignore, initialize, measure, transferring
+from .transfer import collect, fitting, ignore, initialize, layer_of, measure, transferring
 
 LEARNING_RATE, BETAS = 0.1, (0.9, 0.95)
 GAUSSIAN = 0.5  # default of `gaussian`, the factor of |k|^2 / 2; when this factor was trained, it ended at 0.35 to 0.54
 FIRST_SAMPLES = 64  # samples from which the features are initialized
-LANDMARKS = (16, 32, 64, 128)  # numbers of landmarks to choose from if max_error is set
 
 
 def linearize(
@@ -62,7 +60,8 @@ def linearize(
     layer learns features so that its output is close to that of softmax attention with the same q, k and v (Hedgehog, arXiv
     2402.04347). The weights of the model do not change, unless `finetune_steps` is set. Class and register tokens attend by
     exact softmax, unless exact_prefix=False. With op="nystrom", nothing is trained. Each layer gets landmarks on the grid or in
-    segments, whichever have the smaller error. Under torchrun, the processes divide the samples of each batch.
+    segments, whichever have the smaller error. Under torchrun, each process takes a part of every batch, so all processes must
+    get the same batches.
 
     Args:
         model: the trained model. It stays on its device.
@@ -159,6 +158,7 @@ class Conversion:
         self.model, self.batches, self.op, self.options, self.ranks, self.seed = model, batches, op, options, ranks, seed
         self.max_error, self.snapshot = max_error, snapshot
         self.first = next(self.usable(endless(batches)))
+        check_same("batches", [self.first], ranks)
         self.fingerprint = fingerprint(model, self.first)
         before = [name for name, holder in holders(model).items() if isinstance(holder, DropIn)]
         replaced = replace_attention(model, op, layers=layers, retrain=True, **options)
@@ -168,31 +168,14 @@ class Conversion:
         snapshot.restore(before)
         model.eval()
         found = holders(model)
-        self.layers = [self.layer_of(name, found[name], max_error is not None) for name in replaced.attentions]
+        several = max_error is not None
+        self.layers = [layer_of(name, found[name], op, options, several) for name in replaced.attentions]
         if not self.layers:
             raise ValueError("model: expected softmax attention, got a model whose attention is already replaced")
         for layer in self.layers:
             layer.holder.widen()
         self.report = Report(op, refused=dict(replaced.refused))
         self.eval_batches: list[Any] = []
-
-    def layer_of(self, name: str, holder: Mounted, several: bool) -> Layer:
-        """Return a layer with its candidate attentions. Nystrom candidates differ in options that the user did not specify.
-
-        These options are the kind of landmarks and, if `several` is set, their number.
-        """
-        core = holder.core
-        if self.op != "nystrom":
-            return Layer(name, holder, [core], prefix_of(holder))
-        counts = LANDMARKS if several and "num_landmarks" not in self.options else (core.num_landmarks,)
-        students = [replace(core, num_landmarks=count) for count in counts]
-        on_grid = core.grid_size is not None or (isinstance(holder, DropIn) and holder.grid is not None)
-        segments = []
-        if on_grid and "landmarks" not in self.options and "grid_size" not in self.options:
-            segments = [replace(student, landmarks="segment", grid_size=None) for student in students]
-        if core.grid_size is not None:
-            students = [student.on_grid(core.grid_size) for student in students]
-        return Layer(name, holder, students + segments, prefix_of(holder), len(students))
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Return the settings with which a call can continue an interrupted conversion that had the same settings."""
@@ -209,6 +192,7 @@ class Conversion:
             count += size_of(batch)
             if count >= eval_samples:
                 break
+        check_same("batches" if eval_batches is self.batches else "eval_batches", self.eval_batches, self.ranks)
         if not count:
             raise ValueError("eval_batches: expected a function that returns at least one batch, got none")
         self.report.samples = count

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..integrations.drop_in import DropIn
+from ..integrations.swap import prefix_of
 from ..nn.core import Core, Mounted, SdpaArgs, Tokens
 from ..nn.softmax import Softmax
 from ..ops.rope import Rope, apply_rope
@@ -28,6 +30,7 @@ from ..training.parallel import Ranks
 PREFIX_WEIGHT = 32.0  # weight of the rows of class and register tokens that are not exact
 SUMS = 2048  # maximum number of sums q_i + k_j per call, unless 4 sums per feature are more; see `initialize`
 CLUSTER_STEPS = 10
+LANDMARKS = (16, 32, 64, 128)  # numbers of landmarks to choose from
 
 SOFTMAX = Softmax()
 
@@ -70,6 +73,22 @@ class Layer:
         *squares, total = ranks.sum(torch.stack(self.errors).sum(0).cpu()).tolist()
         self.errors = []
         return [square / total if total else 0.0 for square in squares]
+
+
+def layer_of(name: str, holder: Mounted, op: str, options: dict[str, Any], several: bool) -> Layer:
+    """Return a layer with its candidates. For Nystrom attention, they differ in what the options do not specify."""
+    core = holder.core
+    if op != "nystrom":
+        return Layer(name, holder, [core], prefix_of(holder))
+    counts = LANDMARKS if several and "num_landmarks" not in options else (core.num_landmarks,)
+    students = [replace(core, num_landmarks=count) for count in counts]
+    on_grid = core.grid_size is not None or (isinstance(holder, DropIn) and holder.grid is not None)
+    segments = []
+    if on_grid and "landmarks" not in options and "grid_size" not in options:
+        segments = [replace(student, landmarks="segment", grid_size=None) for student in students]
+    if core.grid_size is not None:
+        students = [student.on_grid(core.grid_size) for student in students]
+    return Layer(name, holder, students + segments, prefix_of(holder), len(students))
 
 
 @dataclass(frozen=True)
