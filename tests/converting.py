@@ -51,9 +51,20 @@ def convert_and_save(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+class TokensFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(192, 4)
+
+    def forward(self, x: Tensor, padded: Tensor | None = None) -> Tensor:
+        return self.attn(x, x, x, key_padding_mask=padded, need_weights=False)[0]
+
+
 REFUSED = {
     "first": "batches: expected the same batches in all 2 processes, of which each gets a part, got different ones",
     "later": "batches: expected the same batches in all 2 processes",
+    "tokens": "batches: expected samples in dimension 0, which 2 processes divide, got another layout, such as that of nn.Mult",
+    "dict": "batches: expected samples in dimension 0",
     "lengths": "eval_batches: expected the same batches in all 2 processes",
 }
 
@@ -71,6 +82,11 @@ def refuse(rank: int, folder: str) -> None:
             data[index] = data[index].roll(rank, 0)  # the same images in another order
         elif case == "lengths":
             evaluated = data[: 1 + rank]
+        elif case in ("tokens", "dict"):
+            model = TokensFirst()
+            data = [x.view(16, 16, 192) for x in data]  # 16 tokens in dimension 0, and 16 samples in dimension 1
+            if case == "dict":
+                data = [{"x": x, "padded": torch.zeros(16, 16, dtype=torch.bool)} for x in data]
         kinds = [type(module) for module in model.modules()]
         options = dict(eval_batches=evaluated and (lambda evaluated=evaluated: evaluated), num_features=8, steps=2)
         try:

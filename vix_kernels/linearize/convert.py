@@ -6,7 +6,6 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from .batches import Batches, check_same, endless, output, part_of, size_of
 from .losses import distilled, schedule
 from .report import LayerReport, Report
 from .state import Progress, fingerprint
-from .transfer import collect, fitting, ignore, initialize, layer_of, measure, transferring
+from .transfer import collect, fitting, ignore, initialize, layer_of, measure, softmax, transferring
 
 LEARNING_RATE, BETAS = 0.1, (0.9, 0.95)
 GAUSSIAN = 0.5  # default of `gaussian`, the factor of |k|^2 / 2; when this factor was trained, it ended at 0.35 to 0.54
@@ -176,6 +175,23 @@ class Conversion:
             layer.holder.widen()
         self.report = Report(op, refused=dict(replaced.refused))
         self.eval_batches: list[Any] = []
+        if ranks.world > 1:
+            self.check_part()
+
+    def check_part(self) -> None:
+        """Check that a part of a batch has the tokens of the batch, and so is a part of its samples."""
+        transferring(self.layers, ignore)
+        self.run([self.first])
+        tokens, error = [layer.tokens for layer in self.layers], None
+        try:
+            self.run([self.part(self.first)])
+        except Exception as caught:  # for example, because the position embedding has more tokens
+            error = caught
+        if error or tokens != [layer.tokens for layer in self.layers]:
+            raise ValueError(
+                f"batches: expected samples in dimension 0, which {self.ranks.world} processes divide, got another layout, "
+                "such as that of nn.MultiheadAttention(batch_first=False): convert the model in one process"
+            ) from error
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Return the settings with which a call can continue an interrupted conversion that had the same settings."""
@@ -351,7 +367,7 @@ class Conversion:
             if teacher is not None:
                 expected = output(teacher, batch)
             else:
-                with self.softmax():
+                with softmax(self.layers):
                     expected = output(self.model, batch)
             classes = out.dim() == 2 and out.shape[1] > 1 and getattr(self.model, "num_classes", 1) != 0
             if classes:
@@ -366,17 +382,6 @@ class Conversion:
         report.divergence = divergence / total if total else 0.0
         softmaxed = Softmaxed(self.model, [layer.name for layer in self.layers])
         report.add_times(self.model, self.first, lambda: softmaxed)
-
-    @contextmanager
-    def softmax(self) -> Iterator[None]:
-        """Compute softmax attention in all converted layers inside the block."""
-        cores = [layer.holder.core for layer in self.layers]
-        transferring(self.layers, ignore)
-        try:
-            yield
-        finally:
-            for layer, core in zip(self.layers, cores, strict=True):
-                layer.holder.core = core
 
     def bar(self, total: int, initial: int, name: str, progress: bool | None) -> tqdm:
         hidden = None if progress is None else not progress  # with None, tqdm shows the bar only on a terminal

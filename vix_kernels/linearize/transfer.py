@@ -13,7 +13,8 @@ layer has a separate loss, so its backward pass runs before the next layer start
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -249,3 +250,15 @@ def transferring(layers: list[Layer], action: Action) -> None:
     """Make all layers compute softmax attention, and pass their calls to `action`."""
     for layer in layers:
         layer.holder.core = Transfer(layer, action)
+
+
+@contextmanager
+def softmax(layers: list[Layer]) -> Iterator[None]:
+    """Compute softmax attention in all converted layers inside the block."""
+    cores = [layer.holder.core for layer in layers]
+    transferring(layers, ignore)
+    try:
+        yield
+    finally:
+        for layer, core in zip(layers, cores, strict=True):
+            layer.holder.core = core
