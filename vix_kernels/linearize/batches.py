@@ -15,21 +15,23 @@ from ..training.parallel import Ranks
 Batches = Callable[[], Iterable[Any]]
 
 
-def endless(batches: Batches) -> Iterator[Any]:
-    """Iterate over the batches endlessly, with a new call of `batches` for each pass.
+def endless(batches: Batches, least: int = 1) -> Iterator[Any]:
+    """Iterate endlessly over the batches with at least `least` samples, with a new call of `batches` for each pass.
 
     Raises:
-        TypeError, ValueError: `batches` is not a function that returns an iterator with at least one batch.
+        TypeError, ValueError: `batches` is not a function that returns an iterator with at least one such batch.
     """
     if not callable(batches):
         raise TypeError(f"batches: expected a function that returns a fresh iterator, got {type(batches).__name__}")
     while True:
         empty = True
         for batch in batches():
-            empty = False
-            yield batch
+            if size_of(batch) >= least:
+                empty = False
+                yield batch
         if empty:
-            raise ValueError("batches: expected a function that returns at least one batch in every call, got none")
+            of = f" of {least} samples, one for each process," if least > 1 else ""
+            raise ValueError(f"batches: expected a function that returns at least one batch{of} in every call, got none")
 
 
 def size_of(batch: Any) -> int:

@@ -156,7 +156,7 @@ class Conversion:
     ) -> None:  # fmt: skip
         self.model, self.batches, self.op, self.options, self.ranks, self.seed = model, batches, op, options, ranks, seed
         self.max_error, self.snapshot = max_error, snapshot
-        self.first = next(self.usable(endless(batches)))
+        self.first = next(endless(batches, ranks.world))
         check_same("batches", [self.first], ranks)
         self.fingerprint = fingerprint(model, self.first)
         before = [name for name, holder in holders(model).items() if isinstance(holder, DropIn)]
@@ -275,7 +275,7 @@ class Conversion:
         optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=BETAS)
         begin = saved.restore("fit", parameters, optimizer)
         with self.bar(steps, begin, "fit", progress) as bar:
-            for step, batch in enumerate(islice(self.usable(endless(self.batches)), begin, steps), start=begin):
+            for step, batch in enumerate(islice(endless(self.batches, self.ranks.world), begin, steps), start=begin):
                 optimizer.zero_grad()
                 self.run([self.part(batch)])
                 self.add_gradients(parameters)
@@ -336,7 +336,7 @@ class Conversion:
         begin = saved.restore("finetune", parameters, optimizer)
         of = distilled(distill)
         with self.bar(steps, begin, "finetune", progress) as bar:
-            for step, batch in enumerate(islice(self.usable(endless(self.batches)), begin, steps), start=begin):
+            for step, batch in enumerate(islice(endless(self.batches, self.ranks.world), begin, steps), start=begin):
                 whole, batch = size_of(batch), self.part(batch)
                 with torch.no_grad():
                     expected = of(teacher, batch)

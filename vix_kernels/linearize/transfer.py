@@ -31,7 +31,7 @@ from ..training.parallel import Ranks
 PREFIX_WEIGHT = 32.0  # weight of the rows of class and register tokens that are not exact
 SUMS = 2048  # maximum number of sums q_i + k_j per call, unless 4 sums per feature are more; see `initialize`
 CLUSTER_STEPS = 10
-LANDMARKS = (16, 32, 64, 128)  # numbers of landmarks to choose from
+LANDMARKS = (16, 32, 64, 128)  # numbers of landmarks to choose from if max_error is set
 
 SOFTMAX = Softmax()
 
@@ -77,7 +77,10 @@ class Layer:
 
 
 def layer_of(name: str, holder: Mounted, op: str, options: dict[str, Any], several: bool) -> Layer:
-    """Return a layer with its candidates. For Nystrom attention, they differ in what the options do not specify."""
+    """Return a layer with its candidate attentions. Nystrom candidates differ in options that the user did not specify.
+
+    These options are the kind of landmarks and, if `several` is set, their number.
+    """
     core = holder.core
     if op != "nystrom":
         return Layer(name, holder, [core], prefix_of(holder))
