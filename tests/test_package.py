@@ -111,3 +111,19 @@ def test_a_closed_pipe_prints_no_error() -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 1
+
+
+def test_words_after_two_hyphens_are_positional(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vix_kernels.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    for argv, message in (
+        (["train", "--", "--epochs", "1"], "vix train: error: unrecognized arguments: "),
+        (["predict", "--", "--checkpoint", "run"], "vix predict: error: the following arguments are required: --checkpoint"),
+        (["dev", "host-time", "--", "--rounds"], "vix dev host-time: error: argument OP: expected one of "),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2 and capsys.readouterr().err.startswith(message)

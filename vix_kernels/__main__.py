@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="vix", epilog=COMMANDS)
     parser.add_argument("--version", action="version", version=f"vix_kernels {__version__}")
     parser.add_argument("--import", metavar="MODULE", help="import this module first, for example to register attentions")
-    parser.add_argument("command", choices=commands)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
+    parser.add_argument("command", nargs=argparse.PARSER, choices=commands)  # the command and its arguments
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may contain undecodable bytes
     args = parser.parse_args(argv)
+    name, *arguments = args.command
     if module := getattr(args, "import"):
         sys.path.insert(0, "")  # search the current directory, as `python -m` does
         try:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ImportError as error:
             parser.error(f"--import: cannot import {module}: {error}")
     try:
-        status = commands[args.command](args.arguments)
+        status = commands[name](arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader closed the pipe, as in `vix models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails again
@@ -80,11 +80,11 @@ def _dev(argv: list[str]) -> int:
     names = "compile-report", "traffic", "host-time", "roofline", "tune"
     commands = {name: _measurement(f"dev {name}", name.replace("-", "_")) for name in names}
     parser = Parser(prog="vix dev", epilog=DEV_COMMANDS)
-    parser.add_argument("command", choices=commands)
-    name = parser.parse_args(argv[:1]).command
-    if name == "traffic" or (name == "tune" and "--dry-run" in argv):
+    parser.add_argument("command", nargs=argparse.PARSER, choices=commands)
+    name, *arguments = parser.parse_args(argv).command
+    if name == "traffic" or (name == "tune" and "--dry-run" in arguments):
         os.environ["TRITON_INTERPRET"] = "1"  # must be set before triton is first imported
-    return commands[name](argv[1:])
+    return commands[name](arguments)
 
 
 def _command(module: str, name: str) -> Callable[[list[str]], int]:
