@@ -177,6 +177,13 @@ def test_times_are_measured_with_the_given_clock() -> None:
     assert in_turns({"a": lambda: None}, rounds=1)["a"].method == "cpu"
 
 
+def test_short_functions_are_repeated() -> None:
+    """The warm-up call takes 2 seconds of this clock, so 10 calls are expected to take 20 seconds."""
+    ticks, calls = iter(range(100)), []
+    times = in_turns({"a": lambda: calls.append(next(ticks))}, rounds=2, seconds=20, clock=lambda: float(next(ticks)))
+    assert len(calls) == 1 + 2 * 10 and times["a"].samples == (1100.0, 1100.0)
+
+
 class Looped(nn.Module):
     """Calls the first attention with 24 and 16 tokens, and never calls the second. Raises an error in call number `fails`."""
 

@@ -21,7 +21,6 @@ import json
 import os
 import pstats
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -43,6 +42,7 @@ from .. import backends, plans
 from ..commands import Parser, print_table, progress, within, write_csv
 from ..testing import SPECS, Case, OpSpec, draw
 from ..testing.problem import REGISTERING
+from .timing import in_turns
 
 STUB = Path(__file__).with_name("stub_driver.c")
 ARCH = "sm_90"
@@ -149,25 +149,6 @@ def operator_calls(spec: OpSpec) -> dict[str, Callable[[], Any]]:
     return {"forward": without_gradients(call), "both": both_of(call, wanted)}
 
 
-def in_turns(calls: list[Callable[[], Any]], rounds: int, seconds: float) -> list[float]:
-    """Return the median time of each call in microseconds. In a round, every call is repeated for about `seconds`."""
-    repeats = []
-    for call in calls:
-        for _ in range(20):  # compiles kernels and fills caches
-            call()
-        start = time.perf_counter()
-        call()
-        repeats.append(max(1, round(seconds / (time.perf_counter() - start))))
-    samples: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for each, call, times in zip(samples, calls, repeats, strict=True):
-            start = time.perf_counter()
-            for _ in range(times):
-                call()
-            each.append(1e6 * (time.perf_counter() - start) / times)
-    return [statistics.median(each) for each in samples]
-
-
 @contextmanager
 def launches(launcher: str) -> Iterator[None]:
     """Let operators run on CPU tensors. If `launcher` is "none", launches are skipped, otherwise they call the stub driver."""
@@ -212,8 +193,12 @@ def measure(ops: list[str], launchers: list[str], rounds: int, seconds: float) -
             with launches(launcher):
                 calls = operator_calls(SPECS[op])
                 for direction, call in calls.items():
-                    functions = [call, sticks["sdpa", direction], sticks["function", direction]]
-                    yield Row(op, direction, launcher, *in_turns(functions, rounds, seconds))
+                    functions = {"op": call, "sdpa": sticks["sdpa", direction], "function": sticks["function", direction]}
+                    for function in functions.values():
+                        for _ in range(20):  # compiles kernels and fills caches
+                            function()
+                    times = in_turns(functions, rounds=rounds, seconds=seconds, clock=time.perf_counter)
+                    yield Row(op, direction, launcher, *(1e3 * each.median for each in times.values()))
 
 
 def profile(op: str, launcher: str, calls: int = 300) -> dict[str, float]:

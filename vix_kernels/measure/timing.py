@@ -57,20 +57,31 @@ def device_time(function: Callable[[], Any], *, device: str | None = None, milli
 
 
 def in_turns(
-    functions: Mapping[str, Callable[[], Any]], *, rounds: int, clock: Callable[[], float] = time.process_time
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    seconds: float = 0.0,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, DeviceTime]:
-    """Time each function, by default in CPU time. Each round calls every function once. A warm-up round is not counted.
+    """Time each function, by default in CPU time. Each round repeats every function for about `seconds`, at least once.
 
-    Because the functions take turns, a change in the speed of the machine affects all of them equally.
+    A warm-up round at the start, which calls each function once, is not counted. Because the functions take turns, a change in
+    the speed of the machine affects all of them equally.
     """
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds + 1):
-        for name, function in functions.items():
-            start = clock()
+
+    def timed(function: Callable[[], Any], calls: int) -> float:
+        start = clock()
+        for _ in range(calls):
             function()
-            samples[name].append(1e3 * (clock() - start))
+        return (clock() - start) / calls
+
+    calls = {name: max(1, round(seconds / max(timed(function, 1), 1e-9))) for name, function in functions.items()}
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            samples[name].append(1e3 * timed(function, calls[name]))
     method = "cpu" if clock is time.process_time else "wall"
-    return {name: DeviceTime(tuple(each[1:]), method) for name, each in samples.items()}
+    return {name: DeviceTime(tuple(each), method) for name, each in samples.items()}
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], None] | None:
