@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vix_kernels import agent_attention, linear_attention, nystrom_attention, orthogonal_projection, performer_attention
 from vix_kernels.integrations.drop_in import OPS, DropIn, padding_of, valid_tokens
-from vix_kernels.integrations.hosts import Report, require, require_call
+from vix_kernels.integrations.hosts import Report, replace_each, require, require_call
 from vix_kernels.nn.core import CORES, Site
 from vix_kernels.nn.performer import random_features
 
@@ -247,6 +247,27 @@ def test_a_changed_host_signature_is_named():
     require_call("torch", Host, Replacement)
     with pytest.raises(ImportError, match=r"torch 2\..*: Host is called with \(x, cache\), expected \(x\)"):
         require_call("torch", Replacement, Host)
+
+
+def test_a_failed_replacement_is_undone():
+    """The second module cannot be adapted. Changes of the first module, and of its children, are undone."""
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 2, 32, batch_first=True), 2)
+
+    def structure():
+        return [
+            (type(each), {key: dict(x) for key, x in vars(each).items() if isinstance(x, dict)}) for each in model.modules()
+        ]
+
+    def adapt(module):
+        module.out_proj.hidden = module.vix
+        module.__class__ = type("Adapted", (type(module),), {})
+        if module is model.layers[1].self_attn:
+            raise KeyboardInterrupt
+
+    before, options = structure(), dict(reason_against=lambda module: "", expected="an encoder", adapt=adapt)
+    with pytest.raises(KeyboardInterrupt):
+        replace_each(model, DropIn("nystrom"), **options)
+    assert structure() == before
 
 
 def test_reports_list_replaced_and_refused():

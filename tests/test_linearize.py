@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from vix_kernels.__main__ import main
 from vix_kernels.integrations import zoo
-from vix_kernels.integrations.swap import Snapshot, holders, host_of, replace_attention
+from vix_kernels.integrations.hosts import Snapshot
+from vix_kernels.integrations.swap import holders, host_of, replace_attention
 from vix_kernels.linearize import convert, linearize, load_linearized, save_linearized, state, transfer
 from vix_kernels.models import create_model, save_model
 from vix_kernels.nn import Attention

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from vix_kernels.integrations import transformers as integration  # noqa: E402
-from vix_kernels.integrations.swap import Snapshot, holders  # noqa: E402
+from vix_kernels.integrations.hosts import Snapshot  # noqa: E402
+from vix_kernels.integrations.swap import holders  # noqa: E402
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 VISION = SIZES | dict(image_size=32, patch_size=8)

@@ -1,4 +1,4 @@
-"""Helper functions for the integrations: check versions of host libraries, and replace attention modules."""
+"""Helper functions for the integrations: check versions of host libraries, replace attention modules, and undo changes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from .drop_in import DropIn
 from .report import Report
 
 ROOT = "(the model itself)"  # the model's name in reports if the model is an attention module
+ENTRY = "vix_attention"  # the entry in the configuration of a transformers model that describes its attention
 
 
 def require(package: str, oldest: str) -> None:
@@ -111,19 +113,64 @@ def replace_each(
         report.attentions[name] = each.describe()
     report.checked(expected)
     report.expect(attention, site_of(chosen[0][0]).head_dim, 3)
-    undo: list[tuple[nn.Module, type, dict]] = []
+    snapshot = Snapshot(model)
     try:
         for module, each in chosen:
-            undo.append((module, type(module), vars(module) | {"_modules": dict(module._modules)}))
             module.vix = each
             adapt(module)
     except BaseException:
-        for module, kind, state in undo:
-            module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(state)
+        snapshot.restore()
         raise
     return report
+
+
+class Snapshot:
+    """A copy of the classes and attributes of all modules of a model, but not of the values of its tensors.
+
+    `restore` undoes changes to the modules, such as replaced attentions.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = {
+            name: (module, type(module), {key: (value, _copy(value)) for key, value in vars(module).items()})
+            for name, module in model.named_modules()
+        }
+        # The configurations of a transformers model and of its parts, and the attention that each configuration selects
+        configs = [getattr(module, "config", None) for module in model.modules()]
+        self.configs = {
+            id(each): (each, each._attn_implementation_internal, vars(each).get(ENTRY))
+            for each in configs
+            if hasattr(each, "_attn_implementation_internal")
+        }
+
+    def restore(self, layers: Sequence[str] | None = None) -> None:
+        """Restore all modules, or only those in `layers` (names) and their children."""
+        for name, (module, kind, state) in self.modules.items():
+            if layers is None or any((name or ROOT) == layer or name.startswith(f"{layer}.") for layer in layers):
+                module.__class__ = kind
+                for value, saved in state.values():
+                    if isinstance(value, dict):  # keep the dict object, because the handles of hooks refer to it
+                        value.clear()
+                        value.update(saved)
+                before = {key: value for key, (value, _) in state.items()}
+                for key in [key for key in vars(module) if key not in before]:
+                    del vars(module)[key]
+                vars(module).update(before)
+        for config, implementation, entry in self.configs.values():
+            found = None
+            if layers is not None:
+                from .transformers_saved import replaced_layers
+
+                found = replaced_layers(self.modules[""][0], config)
+            if found is None:
+                config._attn_implementation_internal, found = implementation, entry  # not in the configurations of parts
+            vars(config).pop(ENTRY, None)
+            vars(config).update({} if found is None else {ENTRY: found})
+
+
+def _copy(value: Any) -> Any:
+    """Copy a dict, such as a module's `_parameters` or `_forward_hooks`. Return any other value unchanged."""
+    return value.copy() if isinstance(value, dict) else value
 
 
 def patch_each(

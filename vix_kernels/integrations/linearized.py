@@ -22,7 +22,8 @@ from ..models.state import load_state
 from ..nn.core import CORES, Core, Mounted
 from ..nn.module import AttentionModule
 from .drop_in import OPS, DropIn
-from .swap import Snapshot, holders, host_of, replace_attention
+from .hosts import Snapshot
+from .swap import holders, host_of, replace_attention
 
 CONFIG = "linearized.json"
 # Arguments of timm.create_model that linearized.json may contain, and their types

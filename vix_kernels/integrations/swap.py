@@ -1,4 +1,4 @@
-"""Replace the attention of any supported model, find the modules that hold a core, and undo replacements."""
+"""Replace the attention of any supported model, and find the modules that hold a core."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from ..nn.softmax import Softmax
 from .drop_in import DropIn
 from .hosts import ROOT, Report, check_model, module_of
 from .speed import SlowerWarning
-
-ENTRY = "vix_attention"  # the entry in the configuration of a transformers model that describes its attention
 
 
 def host_of(model: nn.Module) -> str:
@@ -98,51 +96,3 @@ class Softmaxed:
     def __exit__(self, *error: Any) -> None:
         for (each, name, _), value in zip(self.changes, self.before, strict=True):
             object.__setattr__(each, name, value)
-
-
-class Snapshot:
-    """A copy of the classes and attributes of all modules of a model, but not of the values of its tensors.
-
-    `restore` undoes changes to the modules, such as replaced attentions.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.modules = {
-            name: (module, type(module), {key: (value, _copy(value)) for key, value in vars(module).items()})
-            for name, module in model.named_modules()
-        }
-        # The configurations of a transformers model and of its parts, and the attention that each configuration selects
-        configs = [getattr(module, "config", None) for module in model.modules()] if host_of(model) == "transformers" else []
-        self.configs = {
-            id(each): (each, each._attn_implementation, vars(each).get(ENTRY)) for each in configs if each is not None
-        }
-
-    def restore(self, layers: Sequence[str] | None = None) -> None:
-        """Restore all modules, or only those in `layers` (names) and their children."""
-        for name, (module, kind, state) in self.modules.items():
-            if layers is None or any((name or ROOT) == layer or name.startswith(f"{layer}.") for layer in layers):
-                module.__class__ = kind
-                for value, saved in state.values():
-                    if isinstance(value, dict):  # keep the dict object, because the handles of hooks refer to it
-                        value.clear()
-                        value.update(saved)
-                before = {key: value for key, (value, _) in state.items()}
-                for key in [key for key in vars(module) if key not in before]:
-                    del vars(module)[key]
-                vars(module).update(before)
-        for config, implementation, entry in self.configs.values():
-            found = None
-            if layers is not None:
-                from .transformers_saved import replaced_layers
-
-                found = replaced_layers(self.model, config)
-            if found is None:
-                config._attn_implementation_internal, found = implementation, entry  # not in the configurations of parts
-            vars(config).pop(ENTRY, None)
-            vars(config).update({} if found is None else {ENTRY: found})
-
-
-def _copy(value: Any) -> Any:
-    """Copy a dict, such as a module's `_parameters` or `_forward_hooks`. Return any other value unchanged."""
-    return value.copy() if isinstance(value, dict) else value

@@ -22,9 +22,9 @@ from torch import nn
 
 from ..nn.core import CORES
 from .drop_in import DropIn
-from .hosts import host
+from .hosts import ENTRY, host
 from .linearized import described, options_of
-from .swap import ENTRY, replace_attention
+from .swap import replace_attention
 
 with host("transformers", "5.17"):
     from transformers import PreTrainedConfig, PreTrainedModel

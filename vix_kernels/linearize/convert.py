@@ -15,8 +15,9 @@ from torch import nn
 from tqdm import tqdm
 
 from ..integrations.drop_in import DropIn
+from ..integrations.hosts import Snapshot
 from ..integrations.speed import call
-from ..integrations.swap import Snapshot, Softmaxed, holders, replace_attention
+from ..integrations.swap import Softmaxed, holders, replace_attention
 from ..nn.core import CORES, Mounted
 from ..ops.checks import check_integer, check_number
 from ..training.parallel import Ranks, connected
