@@ -13,8 +13,10 @@ from vix_kernels.__main__ import main
 from vix_kernels.models import create_model, save_model
 from vix_kernels.training.checkpoint import load_checkpoint
 from vix_kernels.training.config import Config, UserError
+from vix_kernels.training.hosts import HostModel
 from vix_kernels.training.initial import load_initial
 from vix_kernels.training.optim import Optimizer, layer_scales
+from vix_kernels.training.teacher import heads
 from vix_kernels.training.trained import load_trained
 
 pytest.importorskip("sklearn", reason="the digits are from scikit-learn")
@@ -141,6 +143,30 @@ def test_models_of_timm(tmp_path: Path) -> None:
     converted = ["linearize", "--checkpoint", str(folder), "--steps", "3", "--num-features", "8", "--no-progress"]
     assert main([*converted, "--output", str(tmp_path / "linear")]) == 0
     assert main(["validate", "--checkpoint", str(tmp_path / "linear"), "--dataset", "digits"]) == 0
+
+
+DISTILLED = ("--model", "timm:deit_tiny_distilled_patch16_224", "--model-kwargs", "patch_size=2", "depth=1", "embed_dim=32")
+
+
+def test_teachers_with_two_heads(refused: Callable[..., str], tmp_path: Path) -> None:
+    """A student with both heads learns the features before each of them."""
+    pytest.importorskip("timm")
+    train(*DISTILLED, "num_heads=2", "--output", tmp_path / "teacher")
+    options = ("--teacher", tmp_path / "teacher", "--distill", "features", "--distill-weight", "1", "--no-aug")
+    train(*DISTILLED, "num_heads=2", *options, "--lr", "1e-30", "--output", tmp_path / "new")
+    same = ("--initial-checkpoint", tmp_path / "teacher", "--lr", "1e-30", "--output", tmp_path / "same")
+    train(*DISTILLED, "num_heads=2", *options, *same)
+    new, same = (load_checkpoint(tmp_path / name)["history"][0]["train_loss"] for name in ("new", "same"))
+    assert same < 1e-9 < 1e-2 < new
+    line = refused(*SMALL, *TINY, *options, "--output", tmp_path / "one")
+    assert "--distill: expected a teacher with 32 features before the head, got 32 + 32" in line
+
+
+def test_the_features_of_other_heads_are_refused() -> None:
+    timm = pytest.importorskip("timm")
+    model = HostModel(timm.create_model("levit_128s", num_classes=3))
+    with pytest.raises(UserError, match="--distill: expected soft for a model whose head is not a linear .* NormLinear"):
+        heads(model)
 
 
 @pytest.mark.parametrize(

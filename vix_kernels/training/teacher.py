@@ -34,22 +34,20 @@ class Teacher:
         if self.trained.classes not in (None, dataset.classes):
             names = ", ".join(self.trained.classes[:3])
             raise UserError(f"--teacher: expected a model of the classes of {dataset.name}, got {names}, ...")
-        self.features: dict[str, Tensor] = {}
         if config.distill == "features":
-            widths = {}
-            for name, each in (("student", model), ("teacher", self.trained.model)):
-                head = each.get_classifier()
-                head.register_forward_pre_hook(lambda module, args, name=name: self.features.update({name: args[0]}))
-                widths[name] = getattr(head, "in_features", None)
-            if widths["student"] is None or widths["student"] != widths["teacher"]:
-                found = widths["teacher"]
-                raise UserError(f"--distill: expected a teacher with {widths['student']} features before the head, got {found}")
+            self.heads = [heads(each) for each in (model, self.trained.model)]
+            expected, found = (" + ".join(str(head.in_features) for head in each) for each in self.heads)
+            if expected != found:
+                raise UserError(f"--distill: expected a teacher with {expected} features before the head, got {found}")
+            self.features: dict[nn.Module, Tensor] = {}
+            for head in (*self.heads[0], *self.heads[1]):
+                head.register_forward_pre_hook(lambda head, args: self.features.update({head: args[0]}))
 
     def distance(self, inputs: Tensor, logits: Tensor) -> Tensor:
         """Return the distance of the student's output from the teacher's, summed over the images.
 
         With --distill soft, this is the Kullback-Leibler divergence of the class probabilities. With --distill features, it is
-        the relative squared error of the features before the head.
+        the relative squared error of the inputs of all heads.
 
         Args:
             inputs: the normalized images that the student received.
@@ -60,8 +58,21 @@ class Teacher:
         with torch.no_grad():
             expected = self.trained.model(inputs).float()
         if self.config.distill == "features":
-            logits, expected = self.features["student"].float(), self.features["teacher"].float()
+            logits, expected = (torch.cat([self.features[head] for head in each], -1).float() for each in self.heads)
         return distance(logits, expected, self.config.distill)
+
+
+def heads(model: nn.Module) -> list[nn.Linear]:
+    """Return the heads of a classifier. timm's distilled models have two.
+
+    Raises:
+        UserError: a head is not a linear layer.
+    """
+    head = model.get_classifier()
+    found = list(head) if isinstance(head, nn.ModuleList) else [head]
+    if other := [type(each).__name__ for each in found if not isinstance(each, nn.Linear)]:
+        raise UserError(f"--distill: expected soft for a model whose head is not a linear layer, got features and {other[0]}")
+    return found
 
 
 def distance(actual: Tensor, expected: Tensor, distill: str) -> Tensor:
