@@ -144,6 +144,25 @@ def step(*args):
 loop.train_step = step
 sys.exit(main(sys.argv[1:]))
 """
+# Print the names of the modules that FSDP2 shards.
+SHARDED = f"""
+import sys
+from torch.distributed.fsdp import FSDPModule
+sys.path.append({str(Path(__file__).parent)!r})
+import torchvision_operators
+kept = torchvision_operators.declare() if torchvision_operators.mismatch() else None
+from vix_kernels.__main__ import main
+from vix_kernels.training import run
+
+class Run(run.Run):
+    def go(self):
+        modules = self.state.model.named_modules()
+        self.say("sharded: " + ", ".join(name or "model" for name, each in modules if isinstance(each, FSDPModule)))
+        super().go()
+
+run.Run = Run
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def launch(*words: object, processes: int = 2, restarts: int = 0, folder: Path | None = None) -> subprocess.CompletedProcess:
@@ -274,6 +293,20 @@ def test_configs_that_do_not_fit_the_processes_are_refused() -> None:
         with pytest.raises(UserError, match=word):
             check_processes(config, Ranks(0, world))
             check_batches(config, Ranks(0, world), images=100)
+
+
+def test_models_of_timm_are_sharded_by_blocks(tmp_path: Path) -> None:
+    """The results match those of a single process, which can resume the run."""
+    pytest.importorskip("timm")
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    run = ["train", "--model", "timm:vit_tiny_patch16_224", "--epochs", "1", "-b", "72", "--no-aug", "--attention", "nystrom"]
+    run += ["--model-ema", "--device", "cpu", "--model-kwargs", "patch_size=2", "depth=2", "embed_dim=32", "num_heads=2"]
+    done = launch(tmp_path / "sharded.py", *run, "--fsdp", "--output", tmp_path / "fsdp")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "sharded: model, host.blocks.0, host.blocks.1"
+    assert main([*run, "--output", str(tmp_path / "alone")]) == 0
+    assert_close(load_checkpoint(tmp_path / "fsdp"), load_checkpoint(tmp_path / "alone"))
+    assert main(["train", "--resume", str(tmp_path / "fsdp"), "--no-fsdp", "--epochs", "2"]) == 0
 
 
 def test_shards_that_would_run_code_are_refused(runs: Path, tmp_path: Path, refused) -> None:

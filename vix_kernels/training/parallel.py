@@ -208,12 +208,16 @@ def connected() -> Iterator[Ranks]:
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Shard the parameters across the processes with FSDP2. Each process gathers the parameters of one block at a time."""
+    """Shard the parameters across the processes with FSDP2. Each process gathers the parameters of one block at a time.
+
+    Blocks are the items of lists and sequences named blocks, layers or stages, as in the models of this library and timm.
+    """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in reversed(list(model.modules())):  # inner blocks first
-        if isinstance(module, nn.ModuleList):
+    for name, module in reversed(list(model.named_modules())):  # inner blocks first
+        if isinstance(module, nn.ModuleList | nn.Sequential) and name.rpartition(".")[2] in ("blocks", "layers", "stages"):
             for block in module:
-                fully_shard(block, mesh=mesh)
+                if not isinstance(block, nn.ModuleList):  # FSDP2 shards only modules with a forward method
+                    fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
