@@ -19,7 +19,9 @@ from PIL import Image
 from vix_kernels.__main__ import main
 from vix_kernels.training.augment import random_affine, random_flip_crop
 from vix_kernels.training.checkpoint import load_checkpoint
-from vix_kernels.training.data import load_dataset, pixel_statistics
+from vix_kernels.training.data import load_dataset, open_dataset, pixel_statistics
+from vix_kernels.training.data.dataset import suited_patch_size
+from vix_kernels.training.data.images import decode
 from vix_kernels.training.draws import Draws
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "data" / "cifar10_jpeg.npz"
@@ -113,10 +115,52 @@ def test_a_constant_channel_has_deviation_1(max_value: int) -> None:
     assert torch.equal(std[:-1], torch.ones(max_value)) and std[-1] == pytest.approx(3**0.5 / 4 / max_value)
 
 
-def test_a_pack_of_another_size_is_refused_before_it_is_decoded(pack: Path, refused: Callable[..., str]) -> None:
+@pytest.mark.parametrize("size, limit", [((24, 24), 2), ((8, 8), 2), ((12, 6), 2), ((7, 13), 20)])
+def test_packs_are_resized_like_folders(pack: Path, tmp_path: Path, size: tuple[int, int], limit: int) -> None:
+    """Pixels differ by rounding, or by a part of a pixel if the center crop is not a whole number of pixels."""
+    data = load_dataset(str(pack), size)
+    assert data.train.shape == (3, *size) and data.model_kwargs == {"patch_size": suited_patch_size((3, *size))}
+    assert open_dataset(str(pack), size).shape == (3, *size)
+    ((pixels, _),) = data.train.batches([torch.arange(len(data.train))])
+    files = [image for i, image in enumerate(pictures()) if i % 4 != 3]
+    for i, image in enumerate(files[:6]):
+        (tmp_path / "image.jpg").write_bytes(jpeg(image))
+        expected = torch.from_numpy(decode(tmp_path / "image.jpg", size).copy())
+        assert pixels.dtype == torch.uint8 and (pixels[i].int() - expected.int()).abs().max() <= limit
+        assert torch.equal(pixels[i], next(data.train.batches([torch.tensor([i])]))[0][0])
+    assert next(data.test.batches([torch.arange(0)]))[0].shape == (0, 3, *size)
+
+
+def test_a_run_resizes_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]) -> None:
+    """Resumed runs and evaluations use the image size of the run."""
+    digits = load_dataset("digits", 12)
+    ((pixels, _),) = digits.train.batches([torch.arange(99)])
+    assert pixels.shape == (99, 1, 12, 12) and pixels.max() == digits.max_value == 16
+    run = str(tmp_path / "run")
+    words = ["--dataset", "digits", "--img-size", "12", "--epochs", "1", "-b", "512", "--model", "vip", "--output", run]
+    assert main(["train", *words, "--model-kwargs", *TINY_WORDS]) == 0
+    assert main(["train", "--resume", run, "--epochs", "2"]) == 0
+    checkpoint = load_checkpoint(run)
+    assert checkpoint["model_kwargs"]["img_size"] == (12, 12) and checkpoint["data"]["shape"] == [1, 12, 12]
+    assert "model_kwargs" in refused("--resume", run, "--epochs", "3", "--img-size", "16")
+    capsys.readouterr()
+    for options in [], ["--dataset", "digits"]:
+        assert main(["validate", "--checkpoint", run, *options]) == 0
+        assert f"top-1 {max(row['eval_top1'] for row in checkpoint['history']):.2f} %" in capsys.readouterr().out
+
+
+def test_a_run_resumes_only_with_its_image_size(tmp_path: Path, refused: Callable[..., str]) -> None:
+    """The arguments of a convolutional network do not contain the image size."""
+    pytest.importorskip("timm")
+    words = ["--model", "timm:resnet18", "--model-kwargs", "layers=(1,1,1,1)", "channels=(8,8,8,8)", "-b", "512"]
+    assert main(["train", *words, "--img-size", "16", "--epochs", "1", "--output", str(tmp_path / "run")]) == 0
+    line = refused("--resume", tmp_path / "run", "--epochs", "2", "--img-size", "8")
+    assert "--resume: the checkpoint has images of shape [1, 16, 16], this run has [1, 8, 8]: set --img-size" in line
+
+
+def test_a_pack_is_checked_before_it_is_decoded(pack: Path, refused: Callable[..., str]) -> None:
     arrays = dict(np.load(pack))
     np.savez(pack, **arrays | {"scans": arrays["scans"][:-20]})  # truncates the last image
-    assert "--img-size: the images of stripes have 16 x 16 pixels" in refused("--dataset", pack, "--img-size", 32)
     assert "--stream: stripes is read into memory" in refused("--dataset", pack, "--stream")
     assert "mixer: expected" in refused("--dataset", pack, "--model-kwargs", "mixer=none")
 

@@ -139,7 +139,7 @@ def test_models_of_timm(tmp_path: Path) -> None:
     assert trained.shape == (1, 8, 8) and trained.host.blocks[0].attn.vix.op == "nystrom"
     assert main(["validate", "--checkpoint", str(tmp_path / "run")]) == 0
     folder = tmp_path / "softmax"
-    train(*model, "--output", folder)
+    train(*model, "--img-size", "12", "--output", folder)  # conversion and validation use the same image size
     converted = ["linearize", "--checkpoint", str(folder), "--steps", "3", "--num-features", "8", "--no-progress"]
     assert main([*converted, "--output", str(tmp_path / "linear")]) == 0
     assert main(["validate", "--checkpoint", str(tmp_path / "linear"), "--dataset", "digits"]) == 0

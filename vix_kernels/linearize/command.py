@@ -173,13 +173,11 @@ def _run(options: Any) -> Report:
 
 def _dataset(trained: Trained, options: Any) -> Dataset:
     from ..training.data import open_dataset
-    from ..training.data.folders import is_folder
 
     name = options.dataset or trained.config.dataset
     if not name:
         raise UserError("--dataset: expected a name, because the checkpoint does not state its training data set, got none")
-    size = tuple(trained.model.img_size) if is_folder(Path(name)) else None
-    source = open_dataset(name, size, data_dir=options.data_dir or trained.config.data_dir)
+    source = open_dataset(name, tuple(trained.model.img_size), data_dir=options.data_dir or trained.config.data_dir)
     if source.shape != trained.shape:
         raise UserError(f"--dataset: expected images of the model's shape {trained.shape}, got {source.shape} in {source.name}")
     return source.load()

@@ -211,7 +211,6 @@ def validate_command(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     try:
         from .data import open_dataset
-        from .data.folders import is_folder
         from .report import draw_evaluation, skipped
         from .setup import device_of
         from .trained import check_fits, evaluate_trained, load_trained
@@ -225,8 +224,7 @@ def validate_command(argv: list[str]) -> int:
             raise UserError(f"--dataset: expected a name, got none: {options.checkpoint} does not name its data set")
         if trained.mean is None:
             print(f"note: {options.checkpoint} has no mean and std: using those of {name}", file=sys.stderr)
-        resized = options.dataset and is_folder(Path(name))  # images in folders are resized to the model's image size
-        size = tuple(trained.model.img_size) if resized else config.img_size
+        size = tuple(trained.model.img_size) if options.dataset else config.img_size
         loading = dict(data_dir=options.data_dir or config.data_dir, stream=config.stream, workers=config.workers)
         source = open_dataset(name, size, **loading)
         check_fits(trained, source)

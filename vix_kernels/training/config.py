@@ -103,7 +103,7 @@ class Config:
         None, "folder of the named data sets, also for downloads (default: the user's cache)", metavar="DIR"
     )
     img_size: int | None = setting(
-        None, "resize and crop images in folders to N x N pixels (default: keep their size)", metavar="N", bound=POSITIVE
+        None, "resize and crop the images to N x N pixels (default: keep their size)", metavar="N", bound=POSITIVE
     )
     stream: bool | None = setting(None, "decode images in folders on demand, not in advance (default: if they exceed 4 GiB)")
     workers: int = setting(4, "processes that decode streamed images", metavar="N", bound=NOT_NEGATIVE, short="-j")

@@ -193,7 +193,9 @@ def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images:
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], source: Source) -> None:
-    """Raise `UserError` if `checkpoint` has a different model, attention, seed or classes, or has started too many epochs.
+    """Raise `UserError` if the run of `checkpoint` differs, or has started more epochs than --epochs.
+
+    The model, the attention, the seed, the image shape and the classes are compared.
 
     If the checkpoint was saved in the middle of an epoch, its batch size must also equal the batch size of this run.
     """
@@ -204,6 +206,9 @@ def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[st
     for name, value in wanted.items():
         if saved.get(name) != value:
             raise UserError(f"--resume: the checkpoint has {name} {saved.get(name)!r}, this run has {value!r}")
+    shape = list(source.shape)
+    if (saved_shape := checkpoint["data"].get("shape", shape)) != shape:
+        raise UserError(f"--resume: the checkpoint has images of shape {saved_shape}, this run has {shape}: set --img-size")
     if checkpoint["data"].get("classes") != list(source.classes):
         raise UserError(f"--resume: the checkpoint has different classes from dataset {config.dataset}")
     begun = len(checkpoint["history"]) + bool(checkpoint["step"])

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import UserError
 from .cifar import cifar, find_cifar
-from .dataset import Dataset, Source, pixel_statistics
+from .dataset import Dataset, Source, pixel_statistics, suited_patch_size
 from .digits import digits
 from .download import SOURCES, fetched
 from .folders import folders, is_folder
@@ -39,8 +39,8 @@ def open_dataset(
 
     Args:
         name: a name from NAMES, or the path of a pack or folder in one of FORMATS.
-        img_size: (height, width) in pixels to which images in folders are resized and cropped. An integer means a square. If
-            None, the images keep their size.
+        img_size: (height, width) in pixels to which the images are resized and cropped. An integer means a square. If None, the
+            images keep their size.
         data_dir: the folder that contains named data sets, and to which they are downloaded. If None, a folder in the
             user's cache is used.
         stream: whether to decode images in folders on demand instead of in advance. If None, they are decoded on demand if
@@ -48,25 +48,23 @@ def open_dataset(
         workers: the number of processes that decode streamed images. If 0, this process decodes them.
 
     Raises:
-        UserError: if the data set is missing, damaged, or in an unknown format, or if it does not support `img_size` or
-            `stream`. `Source.load` also raises this error.
+        UserError: if the data set is missing, damaged, or in an unknown format, or if it does not support `stream`.
+            `Source.load` also raises this error.
     """
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     with _reading(name):
         source = _opened(name, size, data_dir, stream, workers)
-    if size and source.shape[1:] != size:
-        height, width = source.shape[1:]
-        raise UserError(
-            f"--img-size: the images of {source.name} have {width} x {height} pixels; only images in folders are resized, "
-            f"got {img_size}"
-        )
     if stream and not source.streams:
         raise UserError(f"--stream: {source.name} is read into memory; only images in folders are streamed")
 
     def load() -> Dataset:
         with _reading(name):
-            return source.load()
+            dataset = source.load()
+            return dataset if size in (None, dataset.train.shape[1:]) else _resized(dataset, size)
 
+    shape = (source.shape[0], *(size or source.shape[1:]))
+    if shape != source.shape:
+        source = replace(source, shape=shape, model_kwargs={"patch_size": suited_patch_size(shape)})
     return replace(source, load=load)
 
 
@@ -87,6 +85,12 @@ def _opened(name: str, size: tuple[int, int] | None, data_dir: str | None, strea
     if is_folder(path):
         return folders(path, size, stream, workers)
     raise UserError(f"--dataset: unknown format of {name}; expected {FORMATS}")
+
+
+def _resized(dataset: Dataset, size: tuple[int, int]) -> Dataset:
+    """Return a data set in memory whose batches are resized to `size`. The mean and std are those of the original images."""
+    train, test = (replace(part, size=size, max_value=dataset.max_value) for part in (dataset.train, dataset.test))
+    return replace(dataset, train=train, test=test, model_kwargs={"patch_size": suited_patch_size(train.shape)})
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import UserError
@@ -45,26 +46,34 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class HeldImages:
-    """Images in memory, in one tensor (n, channels, height, width). `to` moves them to the training device."""
+    """Images in memory, in one tensor (n, channels, height, width). `to` moves them to the training device.
+
+    Attributes:
+        size: (height, width) to which each batch is resized. If None, the images keep their size.
+        max_value: the largest value of a resized pixel.
+    """
 
     images: Tensor
     labels: Tensor
+    size: tuple[int, int] | None = None
+    max_value: int = 255
     unreadable = frozenset()  # the readers have already skipped files that cannot be decoded
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return tuple(self.images.shape[1:])
+        return self.images.shape[1], *(self.size or self.images.shape[2:])
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device) -> HeldImages:
-        return HeldImages(self.images.to(device), self.labels.to(device))
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def batches(self, order: Sequence[Tensor], *, replace_unreadable: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         for index in order:
             index = sent(index, self.labels.device)
-            yield self.images[index], self.labels[index]
+            images = self.images[index]
+            yield resized(images, self.size, self.max_value) if self.size else images, self.labels[index]
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,16 @@ def _stack(items: list[tuple[np.ndarray | None, int, list[str]]]) -> tuple[Tenso
     kept = [(pixels, index) for pixels, index, _ in items if pixels is not None]
     images = torch.from_numpy(np.stack([pixels for pixels, _ in kept])) if kept else torch.empty(0)
     return images, torch.tensor([index for _, index in kept], dtype=torch.long), [name for *_, names in items for name in names]
+
+
+def resized(images: Tensor, size: tuple[int, int], max_value: int) -> Tensor:
+    """Resize uint8 images (batch, channels, height, width) to `size`, after a center crop to the same aspect ratio."""
+    height, width = images.shape[2:]
+    scale = min(height / size[0], width / size[1])
+    rows, columns = (max(1, round(scale * side)) for side in size)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    cropped = images[:, :, top : top + rows, left : left + columns].float()
+    return F.interpolate(cropped, size, mode="bicubic", antialias=True).round().clamp(0, max_value).byte()
 
 
 def hidden() -> bool | None:
