@@ -99,6 +99,17 @@ def test_without_a_network_the_error_names_file_and_folder(
     assert len(load_dataset("cifar10", data_dir=str(home)).train) == 10
 
 
+def test_without_a_network_the_error_names_all_files_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    published = tmp_path / "published"
+    published.mkdir()
+    publish(monkeypatch, "mnist", "http://127.0.0.1:9", idx_files(published))
+    line = refused("--dataset", "mnist", "--data-dir", tmp_path / "home", "--output", tmp_path / "run")
+    names = ", ".join(sorted(file.name for file in published.iterdir()))
+    assert line.rstrip().endswith(f"put {names} into {tmp_path / 'home' / 'mnist'}")
+
+
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("kind", ["tar.gz", "zip"])
 def test_archives_write_nothing_outside_their_folder(

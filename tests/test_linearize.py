@@ -24,6 +24,7 @@ from vix_kernels.linearize import convert, linearize, load_linearized, save_line
 from vix_kernels.models import create_model, save_model
 from vix_kernels.nn import Attention
 from vix_kernels.nn.softmax import Softmax
+from vix_kernels.training.trained import load_trained
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
@@ -86,6 +87,8 @@ def test_features_are_fitted_in_every_host(name: str, tmp_path: Path) -> None:
         save_linearized(model, tmp_path / "saved")
     fresh = MODELS[name][0]()
     assert torch.equal(output(load_linearized(tmp_path / "saved", fresh), x), expected)
+    if name == "transformers":
+        assert load_trained(str(tmp_path / "saved"), torch.device("cpu")).config.model == "ViTForImageClassification"
     if name == "torch.nn":
         with pytest.raises(ValueError, match="model: expected a new TransformerEncoder, because the library of .*, got None"):
             load_linearized(tmp_path / "saved")

@@ -287,6 +287,7 @@ def test_configs_that_do_not_fit_the_processes_are_refused() -> None:
     for config, world, word in (
         (Config(batch_size=3, output="run"), 2, "--batch-size: the smallest batch has 2 images"),
         (Config(batch_size=10, grad_accum_steps=5, output="run"), 2, "which get pairs of images, and --grad-accum-steps 5"),
+        (Config(batch_size=10, grad_accum_steps=11, output="run"), 1, "too few for one process, which gets pairs of images"),
         (Config(), 2, "--output: expected a folder"),
         (Config(fsdp=True), 1, "--fsdp: expected several processes, got one"),
     ):

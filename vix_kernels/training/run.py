@@ -117,7 +117,9 @@ class Run:
         config = replace(config, **paths)
         with ranks.agreed():
             check_batches(config, ranks, source.train_images)
+        with ranks.agreed(), ranks.first_alone():  # with --pretrained, the others use the weights that the first downloads
             model, self.model_kwargs = build_model(config, source, device, checkpoint is None)
+        with ranks.agreed():
             check_smallest_batch(config, model, ranks, source.train_images)
             if checkpoint:
                 check_same_run(checkpoint, config, self.model_kwargs, source)

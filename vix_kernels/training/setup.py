@@ -116,7 +116,8 @@ def check_batches(config: Config, ranks: Ranks, images: int) -> None:
     """Raise `UserError` if a process can get fewer than --grad-accum-steps images from the smallest batch."""
     smallest = images // config.steps(images)
     if ranks.least(smallest) < config.grad_accum_steps:
-        parts = f"{ranks.world} processes, which get pairs of images, and --grad-accum-steps {config.grad_accum_steps}"
+        processes = f"{ranks.world} processes, which get" if ranks.world > 1 else "one process, which gets"
+        parts = f"{processes} pairs of images, and --grad-accum-steps {config.grad_accum_steps}"
         raise UserError(f"--batch-size: the smallest batch has {smallest} images, too few for {parts}")
 
 

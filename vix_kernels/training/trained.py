@@ -110,14 +110,15 @@ def _load_saved(file: Path, device: torch.device) -> Trained:
     folder = file.parent
     try:
         if file.name == linearized.CONFIG:
-            data = linearized.read_config(folder).get("data")
-            model = classifier(linearized.load_linearized(folder), data).to(device).eval()
+            saved = linearized.read_config(folder)
+            model = classifier(linearized.load_linearized(folder), saved.get("data")).to(device).eval()
+            name = saved["host"].get("name") or saved["host"]["class"]
         else:
             model = load_model(folder).to(device)
             if not isinstance(model, Backbone):
                 raise ValueError("an original model has no known image size; use load_model and to_onnx")
-        config = Config(model=model.config.get("name", "hybrid_vit"), dataset="")
-        return Trained(file, config, model, *_training_images(model, device))
+            name = model.config.get("name", type(model).__name__)
+        return Trained(file, Config(model=name, dataset=""), model, *_training_images(model, device))
     except ModuleNotFoundError as error:
         raise UserError(f"--checkpoint: {folder} needs {error.name}: pip install 'vix_kernels[hub]'") from error
     except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
@@ -128,7 +129,7 @@ def load_host(spec: str, checkpoint: str | None, pretrained: bool, device: torch
     """Load a classifier of timm or transformers. For the arguments, see hosts.create_host."""
     host, data = create_host(spec, checkpoint, pretrained)
     model = classifier(host, data).to(device).eval()
-    return Trained(Path(spec), Config(dataset=""), model, *_training_images(model, device))
+    return Trained(Path(spec), Config(model=spec, dataset=""), model, *_training_images(model, device))
 
 
 def _training_images(model: nn.Module, device: torch.device) -> tuple[tuple[str, ...] | None, Tensor | None, Tensor | None]:

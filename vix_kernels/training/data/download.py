@@ -56,6 +56,7 @@ def fetched(name: str, data_dir: str | None) -> Path:
     """
     import pooch
 
+    pooch.get_logger().setLevel("WARNING")  # errors are reported in one line, and progress is shown by a bar
     home = Path(data_dir) if data_dir else Path(pooch.os_cache("vix_kernels"))
     folder = home / name
     if folder.is_dir():
@@ -73,9 +74,9 @@ def fetched(name: str, data_dir: str | None) -> Path:
             except ValueError as error:  # pooch raises it if the checksum differs
                 raise UserError(f"--dataset: wrong checksum of {url}: {error}") from error
             except OSError as error:  # includes all exceptions of the requests package
-                where = home if archive else folder
+                needed = f"that file into {home}" if archive else f"{', '.join(files)} into {folder}"
                 raise UserError(
-                    f"--dataset: cannot download {url} ({type(error).__name__}); without a network, put that file into {where}"
+                    f"--dataset: cannot download {url} ({type(error).__name__}); without a network, put {needed}"
                 ) from error
             if archive:
                 content = _unpacked(Path(path), content)
