@@ -367,7 +367,7 @@ def broadcast_backward(
     dq = empty_like_tokens(q, width)
     slots_config = launch_config("broadcast_slots", q, max(width, value_width), slots, need_slots or rotary is not None)
     block = slots_config.slots(num_slots)
-    fused = num_slots <= block and (need_slots or need_values)
+    fused = num_slots <= block and not slots_config.tile.apart and (need_slots or need_values)
     delta = q if fused else torch.empty_like(row_max)
     if not fused:
         config = launch_config("broadcast_tokens", q, max(width, value_width), slots, is_heavy(q, slots, rotary))

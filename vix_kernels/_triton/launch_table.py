@@ -18,7 +18,9 @@ class Tile(NamedTuple):
     num_stages: int
     # Precision of float32 products: "tf32x3" (three TF32 products), "tf32", or "ieee" (fused multiply-adds, to save registers).
     precision: str = "tf32x3"
-    apart: bool = False  # whether dk and dv need separate launches, because their accumulators do not fit in registers together
+    # Whether gradients that one launch could compute need two (dk and dv, or dq and the gradients of slots), because their
+    # accumulators do not fit in registers together.
+    apart: bool = False
     # Largest number of tiles of slots that a program loads once, before its loop over tokens. If there are more tiles, all of
     # them are loaded again for every tile of tokens.
     resident: int = 0
@@ -246,7 +248,7 @@ _WARP_GROUP = _entries(
         ("broadcast_slots_heavy", 16, 16, 32, 64): Tile(64, 64, 4, 1),
         ("broadcast_slots", 16, 64): Tile(128, 128, 8, 1),
         ("broadcast_slots", 16, 128): Tile(64, 128, 8, 1),
-        ("broadcast_slots_heavy", 16, 128): Tile(32, 128, 8, 1),
+        ("broadcast_slots_heavy", 16, 128): Tile(32, 128, 8, 1, apart=True),
         ("dft_channels", 16, 64): Tile(128, 64, 8, 3),
         ("dft_tokens", 16, 64): Tile(128, 128, 8, 3),
         # A tile of 128 slots holds the usual number of random features, so a program loads them only once.

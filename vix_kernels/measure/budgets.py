@@ -77,11 +77,7 @@ SPILLS = (
     Declared(
         "broadcast_slots_kernel", 48, "pooled slots with RoPE and Triton 3.6", use="nystrom", archs=("sm_90",), widths=(64,)
     ),
-    Declared(
-        "broadcast_slots_kernel", 528, "if there are at most 32 slots, one kernel computes all gradients",
-        use="backward 16", archs=("sm_90",), widths=WIDE_HEADS,
-    ),
-    Declared("broadcast_slots_kernel", 56, "pooled slots with RoPE, or trained features", archs=("sm_90",), widths=WIDE_HEADS),
+    Declared("broadcast_slots_kernel", 56, "pooled slots with RoPE", archs=("sm_90",), widths=WIDE_HEADS),
     Declared(
         "broadcast_slots_kernel", 408, "if there are at most 32 trained features, one kernel computes all gradients",
         use="feature+learned backward 32", dtypes=("fp32",), widths=(32, 64),
