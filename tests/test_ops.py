@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vix_kernels  # noqa: F401  registers the operators
 from conftest import DEVICE
+from vix_kernels import conditions
 from vix_kernels.primitives.registry import operators
 from vix_kernels.testing import SPECS, Case, OpSpec, Problem
 
@@ -193,6 +194,19 @@ def test_gradcheck(spec: OpSpec, case: Case, backend: str) -> None:
         return tuple(torch.nan_to_num(out, neginf=0.0) for out in copy(backend=backend))
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["performer_attention", "feature_attention", "agent_attention"])
+def test_gradients_in_separate_launches(name: str) -> None:
+    """The launch table can compute gradients in two launches that otherwise take one. This is true of few slots, too."""
+    launch_table = pytest.importorskip("vix_kernels._triton.launch_table", reason="Triton is not installed here")
+    tile = launch_table.INTERPRETER._replace(apart=True)
+    kernels = "broadcast_slots", "broadcast_slots_heavy", "aggregate_tokens", "aggregate_tokens_heavy"
+    tiles = {(kernel, 32, 16): tile for kernel in kernels}
+    spec = SPECS[name]
+    for case in spec.cases:
+        if case.name in ("masked", "rope_partial", "per_head"):
+            check_budget(spec.problem(replace(case, width=16), device=DEVICE), "triton", conditions.under(tiles=tiles))
 
 
 @each_operator()

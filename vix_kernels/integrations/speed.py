@@ -1,4 +1,4 @@
-"""Measure whether a replaced attention is faster than softmax attention, or look it up in the table of break-even lengths."""
+"""Measure whether the new attention is faster than softmax attention, or look it up in the table of break-even lengths."""
 
 from __future__ import annotations
 

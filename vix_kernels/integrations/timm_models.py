@@ -75,8 +75,8 @@ def _entry(name: str) -> Any:
     def adapt(state: Mapping[str, Tensor], model: Backbone, has_classes: bool) -> dict[str, Tensor]:
         """Return weights from a file, adapted to `model`. timm calls this function before it loads the weights.
 
-        Also set num_classes in model.pretrained_cfg to that of the weights. By this entry, timm decides whether to keep the
-        head.
+        Also set num_classes in model.pretrained_cfg to that of the weights. timm uses this entry to decide whether to keep
+        the head.
 
         Raises:
             ValueError: the number of classes of the weights differs from that of `model`, and the caller did not pass

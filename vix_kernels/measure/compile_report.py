@@ -163,8 +163,8 @@ def prepare_worker(modules: Iterable[str]) -> None:
 def by_workers(jobs: int, function: Callable[..., Result], cells: list[tuple]) -> Iterator[Result]:
     """Yield the result of function(*cell) for every cell, in the order in which the results arrive.
 
-    A cell starts with the architecture, the dtype (or its number of bits) and the head width. Cells with the largest head
-    widths start first, to balance the load.
+    The first three items of a cell are the architecture, the dtype (or its number of bits) and the head width. Cells with
+    the largest head widths start first, to balance the load.
     """
     # Workers are spawned, not forked, because Triton decides at import time whether kernels are interpreted.
     context = multiprocessing.get_context("spawn")

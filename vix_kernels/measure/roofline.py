@@ -7,9 +7,9 @@ examples:
   vix dev roofline --csv roofline.csv --plot roofline.png
 
 With OP and --shape, the prediction for each launch is the longest of these times: bytes divided by memory bandwidth, the
-instructions of its kernel divided by the rate of the unit that executes them, and the time of a launch. The counts come from
-the committed table of `vix dev compile-report`. Kernels that are not in this table are compiled. --calibrate compares such
-predictions with published times.
+instructions of its kernel divided by the rate of the unit that executes them, and the time between two kernels. The counts
+come from the committed table of `vix dev compile-report`. Kernels that are not in this table are compiled. --calibrate compares
+such predictions with published times.
 
 Without OP, the table shows the minimum time of every operator, computed from published peak rates. gflop, mexp and mbyte are
 the minimum work of a call (10^9 operations, 10^6 exponentials, 10^6 bytes). predicted_us is the longest of four times: bytes

@@ -79,9 +79,9 @@ class Loop:
         multiply_adds: number of multiply-adds of these products.
         logits: number of elements, per iteration, of the products from which exponentials are computed. If there are no such
             products, the number of elements of the exponentials.
-        values: number of elements per iteration, for loops without logits. These are the elements of the products from which
-            features max(product, 0) are computed or, if there are none, of the largest product that is not accumulated over
-            iterations or, if there is none, of the largest operand of a product.
+        values: number of elements per iteration, for loops without logits. If features max(product, 0) are computed, these are
+            the elements of their products. Otherwise, they are the elements of the largest product that is not accumulated over
+            iterations, and without such a product, those of the largest operand.
     """
 
     trips: str

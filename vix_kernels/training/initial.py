@@ -82,7 +82,7 @@ def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _resampled(name: str, value: Tensor, wanted: Tensor, model: nn.Module) -> Tensor:
-    """Resample positions (1, tokens, dim) of a square grid, which may follow class and register tokens."""
+    """Resample the position embeddings (1, tokens, dim) of a square grid, after those of class and register tokens."""
     host = getattr(model, "host", model)
     grid = getattr(host, "grid", None) or getattr(getattr(host, "patch_embed", None), "grid_size", None)
     prefix = wanted.shape[1] - (grid[0] * grid[1] if grid else 0)
