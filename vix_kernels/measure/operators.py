@@ -292,11 +292,11 @@ class Race:
         """Return the minimum work of any provider. It assumes that a pass reads every input and writes every result once."""
         spec, inputs = self.problem.spec, list(self.problem.tensors.values())
         outputs = self.truth.batch * sum(x.nbytes for x in self.truth.plain[0])
-        moved, passes = sum(map(_bytes, inputs)) + outputs, 1.0
-        if direction == "full":
+        moved, flops, exps = sum(map(_bytes, inputs)) + outputs, spec.flops(self.case), spec.exps(self.case)
+        if direction == "full":  # the backward computes the same exponentials again
             moved = 2 * moved + sum(_bytes(x) for x in inputs if x.requires_grad)
-            passes += spec.backward
-        return Cost(round(passes * spec.flops(self.case)), round(passes * spec.exps(self.case)), moved, 0)
+            flops, exps = round((1 + spec.backward) * flops), 2 * exps
+        return Cost(flops, exps, moved, 0)
 
 
 class Call(NamedTuple):
