@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def jobs(methods: list[str] | None, counts: list[int] | None) -> list[tuple[str, str, dict[str, Any], int, bool]]:
-    """Return the chosen conversions: those without distillation first, then by number of slots, to get the fast ones early."""
+    """Return the chosen conversions, fast ones first: sorted by whether they use distillation, then by number of slots."""
     found = [
         (method, op, settings, slots, distilled)
         for method, op, settings, known, distilled in METHODS

@@ -172,7 +172,7 @@ class Backbone(nn.Module):
             indices: indices of levels in `feature_info`. An integer n selects the last n, and None selects all.
             return_prefix_tokens: return each feature as (feature, prefix tokens) if the model has prefix tokens.
             norm: apply the final norm to the features. In models with stages, the norm applies only to the last stage.
-            stop_early: skip the levels after the last chosen one. The returned tokens are then those of this level.
+            stop_early: skip the levels after the last chosen one. The returned tokens are then from this level.
             output_fmt: "NCHW" for maps (B, C, rows, columns), "NLC" for tokens (B, rows * columns, C).
             intermediates_only: return only the features.
         """
@@ -247,7 +247,7 @@ class Backbone(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return the patterns with which timm groups the parameters by depth, from the stem to the head.
 
-        With `coarse`, each stage is one group, in models with stages.
+        In models with stages, `coarse` makes each stage one group.
         """
         blocks = [(r"^blocks\.(\d+)", None), (r"^norm|^attention_pool", (99999,))]
         return dict(stem=r"^(?:cls_token|pos_embed|patch_embed|tokenizer|rope)", blocks=blocks)

@@ -73,7 +73,7 @@ def models(argv: list[str]) -> int:
             (name, "{} x {}".format(*s.image), f"{s.tokens:,}", f"{s.parameters:,}", f"{s.macs / 1e6:,.0f} M")
             for name, s in rows
         ),
-        # With fixed widths, each row is printed as soon as it is ready. Computing all of them can take half a minute.
+        # With fixed widths, each row is printed as soon as it is ready. Computing all rows can take half a minute.
         widths=(max(map(len, names)), 9, 6, 11, 9),
     )
     return 0

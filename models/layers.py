@@ -78,7 +78,7 @@ def to_maps(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
-    """Batch normalization over the channels of (B, tokens, C)."""
+    """Batch normalization of each channel of (B, tokens, C) over all samples and tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, 1)).view_as(x)

@@ -27,8 +27,9 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     """Save `model`, created by `create_model` or `from_original`, to `folder`. Each file is written atomically.
 
     `model.config["data"]`, if present, describes the training images: "classes" are the names of the classes, and "mean" and
-    "std" are the statistics of each channel, for pixel values in [0, 1]. `vix train` sets this entry, and `vix predict` reads
-    it. An existing model card is not overwritten, because users fill in its blanks.
+    "std" are the statistics of each channel, for pixel values in [0, 1]. `load_trained` sets this entry for a model that
+    `vix train` trained, and `vix predict` reads it. An existing model card is not overwritten, because users fill in its
+    blanks.
 
     Raises:
         TypeError: `model` is not from `create_model` or `from_original`, or it was pruned.

@@ -18,7 +18,7 @@ _OVER_TOKENS = {
     "value_projection": (-2, True),
     "attention_bias": (1, False),
 }
-# Attributes of modules that depend on the image size. `core` and `site` are those of a mixer (vix_kernels/nn/module.py).
+# Module attributes that depend on the image size. `core` and `site` belong to mixer modules (vix_kernels/nn/module.py).
 _SIZED = ("img_size", "grid", "grid_size", "core", "site", "_make")
 
 

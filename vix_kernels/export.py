@@ -189,7 +189,7 @@ def _replaced(program: ExportedProgram, references: dict[Callable, Callable]) ->
     return program
 
 
-# Replacements that take the same arguments as the operators. Like the kernels, they cast 16-bit tokens to float32.
+# Replacements that take the same arguments as the operators. Like the functions in _torch/, they cast 16-bit tokens to float32.
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ def _dft(x, ortho, backend, transform=fourier_mixing_reference):
 def _transform_by_products(x: Tensor) -> Tensor:
     """Return C x C' - S x S' for the input x, computed by matrix products.
 
-    C and S are the cosine and sine matrices for the tokens, and C' and S' are those for the channels.
+    C and C' are the cosine matrices for the tokens and the channels, and S and S' are the corresponding sine matrices.
 
     For most numbers of tokens, onnxruntime's DFT operator takes 40 times as long as these products. The operator's results also
     have two fewer correct digits.

@@ -89,7 +89,7 @@ def _only_default_device() -> bool:
 
 @functools.cache
 def initial_fields(kind: type) -> list[str]:
-    """Return the names of the fields that are parameters of __init__. The other fields are computed from them."""
+    """Return the names of the fields that are parameters of __init__. Other fields (Rope.remake) do not affect a call."""
     return [each.name for each in fields(kind) if each.init]
 
 

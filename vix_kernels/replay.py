@@ -124,7 +124,8 @@ class PassPlan:
         allocations: size, stride and dtype of the outputs and workspaces.
         constants: tensors that existed before the call, but are not arguments, such as cached tables.
         steps: launches and operations.
-        outputs: for each output, the index of a base or a Place in it. None for a gradient that is not needed.
+        outputs: for each output, the index of a base if the output is that whole base, or else a Place. None for a gradient
+            that is not needed.
     """
 
     allocations: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]

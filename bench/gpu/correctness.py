@@ -74,7 +74,8 @@ def results(problem: Problem, **how: object) -> list[Tensor]:
 def against_float64(problem: Problem) -> tuple[str, float]:
     """Check the error of each result. The limit is twice the sum of plain PyTorch's error and the rounding error of the dtype.
 
-    Plain PyTorch runs in the same precision. The returned number is the largest ratio of an error to its limit.
+    Plain PyTorch runs in the same precision. The returned number is the largest ratio of an error to its limit, or, if the
+    check fails, the first ratio above 1.
     """
     exact = results(problem.double(), reference=True)
     plain = results(problem, reference=True)

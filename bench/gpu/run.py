@@ -4,7 +4,7 @@
   timing       measure device time, wall time and memory of every operator of this library, and of the same
                operations in plain and compiled PyTorch, FlashAttention and other installed packages
   tune         search for faster launch configurations
-  suite        run the pytest suite, the tests of the kernels first
+  suite        run the operators' tests with pytest, the tests of the kernels first
   models       measure inference and a training step of every model: images/s, memory
   training     train for a short time on each available data set
   sanitizer    run compute-sanitizer on a small call of each operator
@@ -12,10 +12,11 @@
 OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip. They are
 written after every part, and every {noted} seconds while a part runs; pictures are written last. The summary names everything
 that was skipped for lack of time, memory or a package. It also names every job that ended its process, for example because of a
-crash or a CUDA graph that could not be captured. The part then continues with its next job.
+crash. The part then continues with its next job. There is one exception: if a timing ends its process because a CUDA graph
+could not be captured, a new process first repeats the timing without a graph.
 
 Exit status: 0 on success; {failed} if a part failed or the run was stopped; {usage} for wrong arguments; {unavailable} if the
-kernels cannot run on this machine, in which case one line says why.
+kernels cannot run on this machine or the GPU has too little memory, in which case one line says why.
 
 To keep a run, copy OUT to bench/results/<gpu-slug>/<YYYY-MM-DD>-<commit>/, such as bench/results/h100-sxm/2026-01-31-1a2b3c4/,
 and commit it: `vix dev roofline` then prints the measured times next to the predicted ones.

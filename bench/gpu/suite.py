@@ -1,4 +1,4 @@
-"""Run the pytest suite in tests/ on the GPU. The tests of the kernels run first. The other tests run if time remains."""
+"""Run the operators' tests in tests/ on the GPU. The tests of the kernels run first. The others run if time remains."""
 
 from __future__ import annotations
 

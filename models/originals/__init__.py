@@ -106,7 +106,7 @@ def from_original(
 
     Args:
         name: the name of the original, such as "ViP" or "wheel_ViP".
-        config: the original's constructor arguments. Arguments that the original does not use are optional.
+        config: the original's constructor arguments. Most arguments that the original does not use are optional.
         state_dict: the original's state_dict. The rotary table and batch norm's counters may be missing. The unused
             `pos_embedding` of rotary ViTs and ViLs, including hybrids, is dropped.
         backend: "reference" runs the published computation, for comparison. "auto", "triton" and "torch" run the ops of

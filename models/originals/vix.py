@@ -153,7 +153,7 @@ def linformer(
 
 
 def linformer_of_one_head(dim: int, tokens: int, dropout: float, backend: str, *, heads: int, dim_head: int = 64) -> nn.Module:
-    """Create the mixer of ViL: 64 slots, projections for 1025 tokens, and one key head, which also provides the values."""
+    """Create the mixer of ViL: 64 slots, one projection of 1025 tokens, and one key head, which also provides the values."""
     _check_1025(tokens)
     return linformer(dim, tokens, dropout, backend, heads=heads, dim_head=dim_head)
 
@@ -170,7 +170,7 @@ def _check_1025(tokens: int) -> None:
 
 
 def fourier(dim: int, tokens: int, dropout: float, backend: str) -> nn.Module:
-    """Create the mixer of the FNets. The original FNets accept `heads` and `dim_head` but ignore them."""
+    """Create the mixer of the FNets. FNet and HybridFNet accept `heads` and `dim_head` but ignore them."""
     return FourierMixing(backend)
 
 

@@ -62,7 +62,7 @@ def landmarks_backward(
 
 
 def cached_on_cpu(function: Callable) -> Callable:
-    """Cache the results of a function of sizes whose last argument is a device, if the device is a CPU.
+    """Cache the results of `function` if its last argument, a device, is a CPU.
 
     On a GPU, cached tensors could be allocated during the capture of a CUDA graph, or read by another stream too early.
     """

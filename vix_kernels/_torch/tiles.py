@@ -110,8 +110,8 @@ class Scratch:
         """Call function(x, out=x) on the current view with the same rounding for all elements.
 
         PyTorch computes the last few elements of each thread one by one, and its scalar exp2 rounds differently from its
-        vectorized exp2. The buffer is padded so that these elements are beyond the view. So the result for a sample does not
-        depend on the batch size.
+        vectorized exp2. The buffer is padded so that each thread computes a whole number of vectors. So the result for a sample
+        does not depend on the batch size.
         """
         function(self.padded, out=self.padded)
         return self.view

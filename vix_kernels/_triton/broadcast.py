@@ -2,8 +2,8 @@
 
 Logits are in base 2. In the forward kernel and in the kernel for token gradients, a program loads all slots before its loop
 over a chunk of the tokens, if they fit. In the kernel for slot gradients, a program loads a tile of slots and then loops over a
-chunk of the tokens. If one tile contains all slots, this kernel also computes the token gradients. Each output is written once,
-by one program.
+chunk of the tokens. If one tile contains all slots and its launch configuration does not set `apart`, this kernel also computes
+the token gradients. Each output is written once, by one program.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def attend(
     q, operands, row_max, total, out, scale,
     FIRST: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add a tile of slots to the running softmax sums of each token. FIRST: whether this is the first tile."""
+    """Add a tile of slots to the running softmax sums of each token. If FIRST, ignore the previous sums."""
     high, low, values, bias = operands
     logits = slot_logits(q, high, low, bias, scale, SPLIT, COMPUTE, PRECISION)
     new_max = tl.max(logits, 1)

@@ -23,7 +23,7 @@ class Compiled(NamedTuple):
 
     Attributes:
         kernel: Triton's CompiledKernel. It is kept because its deletion unloads the machine code.
-        run, function, metadata: the launcher of `kernel` and its arguments.
+        run, function, metadata: the launcher of `kernel`, and the handle and the metadata that the launcher receives.
         constexprs: the values of the constexprs, in the order of the parameters.
     """
 
@@ -49,7 +49,7 @@ def run(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[st
     """Launch `kernel` on the current device. `meta` contains constexprs and launch options, and `args` all other arguments.
 
     Returns:
-        The compiled kernel, or None if Triton must handle every launch.
+        The compiled kernel, or None if Triton must handle every launch or a hook skipped the compilation.
     """
     if kernel.pre_run_hooks or needs_triton():
         kernel[grid](*args, **meta)

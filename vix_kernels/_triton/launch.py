@@ -61,7 +61,7 @@ class LaunchConfig:
     def chunk(self, programs: int, tokens: int) -> tuple[int, int]:
         """Return the number of tokens per chunk and the number of chunks, for a launch with `programs` programs per chunk.
 
-        All tokens form one chunk, unless the programs of a single chunk would leave multiprocessors idle. The split depends
+        All tokens form one chunk, unless the device can run the programs of several chunks at the same time. The split depends
         only on the sizes and the device, never on timing, so repeated calls return bit-identical results.
         """
         if not conditions.current.split:
@@ -76,7 +76,10 @@ class LaunchConfig:
 
     @property
     def resident(self) -> int:
-        """Largest number of programs that run on a multiprocessor at the same time. More would only add memory traffic."""
+        """Number of programs per multiprocessor that can run at the same time, even with the most registers per thread.
+
+        More programs would only add memory traffic.
+        """
         return max(1, WARPS_A_MULTIPROCESSOR // self.tile.num_warps)
 
     def slots(self, num_slots: int) -> int:
@@ -195,7 +198,7 @@ def find_tile(arch: str, kernel: str, bits: int, width: int, heavy: bool) -> tup
 
 def _precision(tile: Tile, arch: str, tf32: bool) -> str:
     """Return the precision of float32 products. `tf32` says whether TF32 is allowed."""
-    if arch.startswith("gfx"):  # AMD's matrix cores multiply float32, but only those of gfx942 support TF32
+    if arch.startswith("gfx"):  # AMD's matrix cores multiply float32, but only gfx942 supports TF32
         return "tf32" if tf32 and arch == "gfx942" else "ieee"
     return "tf32" if tf32 else tile.precision
 

@@ -18,7 +18,7 @@ class Tile(NamedTuple):
     num_stages: int
     # Precision of float32 products: "tf32x3" (three TF32 products), "tf32", or "ieee" (fused multiply-adds, to save registers).
     precision: str = "tf32x3"
-    # Whether gradients that one launch could compute need two (dk and dv, or dq and the gradients of slots), because their
+    # Whether dk and dv, or dq and the gradients of slots, are computed by two launches instead of one, because their
     # accumulators do not fit in registers together.
     apart: bool = False
     # Largest number of tiles of slots that a program loads once, before its loop over tokens. If there are more tiles, all of
@@ -309,7 +309,7 @@ _CDNA = _entries(
         ("pinv_forward", 16, 64): Tile(0, 16, 8, 1, "tf32"),
     }
 )
-# Entries that override those of TABLE, by architecture.
+# Entries that override entries of TABLE, by architecture.
 OVERRIDES: dict[str, dict[Key, Tile]] = {
     "sm_80": _WARP_ROWS
     | _entries(

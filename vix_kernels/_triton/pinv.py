@@ -1,9 +1,9 @@
 """Kernels for `pinv` (see primitives/pinv.py for the equations and _torch/pinv.py for the equations of a step).
 
 Each program processes whole heads. With few landmarks (at most the `slots` entry of the launch table) and few iterations, the
-steps keep the L x L matrices in registers (see pinv_registers.py). Otherwise, they are in global memory, in a separate buffer
-for each program (see pinv_steps.py). To keep these buffers in the L2 cache, the kernels in this file are launched with only as
-many programs as can run at the same time. The programs loop over the heads of all samples.
+steps keep the L x L matrices in registers (see pinv_registers.py). Otherwise, the matrices are in global memory, in a separate
+buffer for each program (see pinv_steps.py). To keep these buffers in the L2 cache, the kernels in this file are launched with
+only as many programs as can run at the same time. The programs loop over the heads of all samples.
 """
 
 from __future__ import annotations

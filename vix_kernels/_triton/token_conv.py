@@ -1,9 +1,9 @@
 """Kernels for `token_conv`: products of a banded matrix and tokens (see primitives/token_conv.py for the equation).
 
-To compute a tile of outputs, a program splits it into groups of 32 tokens. It reads the window of each group, which has
-TAPS - 1 additional tokens, and multiplies the banded matrix by up to BLOCK_K tokens of each window at a time. The gradient of
-v is a convolution of dout with the reversed filter. For the gradient of the filter, the tokens of a tile are multiplied by a
-window of dout, and the products are summed along diagonals.
+To compute a tile of outputs, a program splits the tile into groups of 32 tokens. The program reads the window of each group,
+which has TAPS - 1 additional tokens, and multiplies the banded matrix by up to BLOCK_K tokens of each window at a time. The
+gradient of v is a convolution of dout with the reversed filter. For the gradient of the filter, the tokens of a tile are
+multiplied by a window of dout, and the products are summed along diagonals.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The integrations call this replacement instead of that function. A core (see nn/core.py) computes the attention. Arguments that
 the core does not support raise NotImplementedError, because ignoring them would silently change the results. The only exception
-is dropout, which is ignored if the user asks for it.
+is dropout, which is ignored with dropout="ignore".
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class DropIn(Mounted):
             pinv_init and residual_conv_kernel; "performer" accepts num_features and seed; "feature" accepts num_features,
             gaussian and seed; "linear" accepts feature_map and eps; "agent" accepts num_agents, grid_size and prefix_tokens.
             All except "linear" accept exact_prefix, by default True: class and register tokens attend by exact softmax. The
-            number of landmarks or agents is reduced if there are fewer tokens. Random features are generated from `seed` and
-            are not saved with the model.
+            number of landmarks or agents is reduced if there are fewer tokens. The random features of "performer" are
+            generated from `seed` and are not saved with the model.
 
     Attributes:
         core: the core that computes the attention.
@@ -120,7 +120,8 @@ class DropIn(Mounted):
     def place(self, prefix_tokens: int, grid: TokenGrid | None) -> None:
         """Place landmarks or agents on `grid`, after `prefix_tokens` tokens, unless the options specify other positions.
 
-        With the option exact_prefix=True, the first `prefix_tokens` tokens attend by exact softmax.
+        With the option exact_prefix=True, the first `prefix_tokens` tokens attend by exact softmax. With landmarks="pad_front",
+        exact_prefix=True has no effect.
         """
         self.prefix_tokens = prefix_tokens
         size = None if grid is None else grid.size_of()
@@ -134,7 +135,7 @@ class DropIn(Mounted):
         self.grid = grid if self.allows_grid() and "grid_size" not in self.options else None
 
     def allows_grid(self) -> bool:
-        """Return whether landmarks or agents may be placed on a grid. This is False if `landmarks` has another value."""
+        """Return whether landmarks or agents may be placed on a grid: whether `landmarks` is "grid" or not given."""
         return self.options.get("landmarks", "grid") == "grid"
 
     def placed(self, tokens: int | None = None) -> Core:

@@ -163,7 +163,8 @@ class Snapshot:
 
                 found = replaced_layers(self.modules[""][0], config)
             if found is None:
-                config._attn_implementation_internal, found = implementation, entry  # not in the configurations of parts
+                # Unlike the setter of _attn_implementation, this does not change the configurations of parts.
+                config._attn_implementation_internal, found = implementation, entry
             vars(config).pop(ENTRY, None)
             vars(config).update({} if found is None else {ENTRY: found})
 
@@ -339,8 +340,8 @@ def check_model(model: nn.Module) -> None:
 def attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (name, module) for each attention in `model`.
 
-    These are the modules whose class name contains Attention or Attn, but not Block, and timm's parallel blocks, which have no
-    attention module.
+    These are the modules whose class name contains Attention or Attn, but not Block, and timm's ParallelScalingBlocks, which
+    have no attention module.
     """
     check_model(model)
     for name, module in model.named_modules():

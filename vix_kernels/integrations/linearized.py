@@ -1,4 +1,4 @@
-"""Save and load models of any host library in which softmax attention was replaced.
+"""Save and load models in which softmax attention was replaced, from any host library.
 
 A folder contains model.safetensors and linearized.json. The JSON lists the attention and its options for each layer. Its names
 are only looked up in registries (attentions, models of this library, of timm and of transformers) and never imported.

@@ -55,7 +55,8 @@ class Speed:
         softmax, replaced: median times of a forward pass, in milliseconds.
         layers: the times of each layer by its name.
         where: the device, the dtype and the number of samples.
-        note: a sentence with the break-even length if the model was slower, as the table of these lengths predicts; else "".
+        note: a sentence with the break-even length if the model was slower and the table of break-even lengths predicts this,
+            else "".
     """
 
     softmax: float

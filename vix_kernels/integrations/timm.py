@@ -35,7 +35,7 @@ with host("timm", "1.0.28"):
 
 
 class _Replaced:
-    """Base class of the replacements for timm's three attention classes.
+    """Base class of the replacements for three of timm's attention classes.
 
     The replacements only change how the output is computed from q, k and v.
     """
@@ -153,7 +153,7 @@ class BuiltAttention(ReplacedAttention):
 
 
 class MarkedAttention(BuiltAttention):
-    """A BuiltAttention that does not closely approximate softmax attention. Its state dict has an entry `mark`."""
+    """A BuiltAttention that does not closely approximate softmax attention. Its state dict stores `mark` as `_extra_state`."""
 
     @property
     def mark(self) -> str:

@@ -1,7 +1,8 @@
 """Register the models in vix_kernels.models with timm, under the names vix_NAME. integrations/timm.py imports this module.
 
-`timm.create_model("vix_NAME", ...)` accepts the arguments of `create_model`, and timm's arguments such as `features_only`. No
-weights are published, so `pretrained=True` needs a file with weights, or a folder written by timm.models.save_for_hf:
+`timm.create_model("vix_NAME", ...)` accepts the arguments of `vix_kernels.models.create_model`, and timm's arguments such as
+`features_only`. No weights are published, so `pretrained=True` needs a file with weights, or a folder written by
+timm.models.save_for_hf:
 
     timm.create_model("vix_vin_tiny", pretrained=True, pretrained_cfg_overlay=dict(file="model.safetensors"))
     timm.create_model("local-dir:FOLDER", pretrained=True)
@@ -79,8 +80,8 @@ def _entry(name: str) -> Any:
         the head.
 
         Raises:
-            ValueError: the number of classes of the weights differs from that of `model`, and the caller did not pass
-                num_classes, or input_size in model.pretrained_cfg is not the image size of the weights.
+            ValueError: the image size of the weights is neither input_size in model.pretrained_cfg nor that of `model`. Or
+                `has_classes` is False, and the number of classes of the weights differs from that of `model`.
         """
         state, cfg = dict(state.get("model", state)), model.pretrained_cfg
         if "head.weight" in state:

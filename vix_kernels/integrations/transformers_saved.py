@@ -180,9 +180,9 @@ def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, found: dic
     """Replace the attention of the saved layers in `model`, if the configuration selects it.
 
     `model` can be a part of the saved model, or a larger model that contains it. In both cases, the names of the layers have a
-    different prefix. Parts are restored before the model that contains them. If no layer is replaced, the modules get the
-    attribute vix_missing, which makes attn_implementation "vix" raise an error. The attribute is removed when layers are
-    replaced later, by restoring a model that contains these modules or by replace_attention.
+    different prefix in `model` than in `found`. Parts are restored before the model that contains them. If no layer is
+    replaced, the modules get the attribute vix_missing, which makes attn_implementation "vix" raise an error. The attribute is
+    removed when layers are replaced later, by restoring a model that contains these modules or by replace_attention.
     """
     layers = found["layers"]
     if not isinstance(layers, dict):

@@ -42,14 +42,14 @@ def size_of(batch: Any) -> int:
 
 
 def part_of(batch: Any, rank: int, world: int) -> Any:
-    """Return every `world`-th sample of a batch, beginning with sample `rank`. Tensors of inference mode are copied."""
+    """Return every `world`-th sample of a batch, beginning with sample `rank`. Inference tensors are copied."""
     size = size_of(batch)
 
     def part(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         x = x[rank::world] if x.dim() and len(x) == size else x
-        return x.clone() if x.is_inference() else x  # a step of training cannot save it for its backward pass
+        return x.clone() if x.is_inference() else x  # autograd cannot save an inference tensor for the backward pass
 
     if isinstance(batch, Mapping):
         return {name: part(x) for name, x in batch.items()}

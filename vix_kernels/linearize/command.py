@@ -151,7 +151,7 @@ def _run(options: Any) -> Report:
     core_options = {name: value for name, value in core_options.items() if value is not None}
     if options.op != "linear":
         core_options["exact_prefix"] = options.exact_prefix
-    size = options.batch_size  # also of the report, because large batches may not fit in memory
+    size = options.batch_size  # the report uses the same size, because large batches may not fit in memory
     report = linearize(
         trained.host, _batches(dataset, trained, dataset.train, options.images, size), op=options.op,
         layers=options.layers, steps=options.steps, finetune_steps=options.finetune_steps, distill=options.distill,
@@ -184,7 +184,7 @@ def _dataset(trained: Trained, options: Any) -> Dataset:
 
 
 def _batches(dataset: Dataset, trained: Trained, images: Any, count: int, size: int) -> Callable[[], Iterator[Tensor]]:
-    """Return a function that iterates over batches of `count` random images. Every call has the same images and order."""
+    """Return a function that iterates over `count` random images in batches of `size`. Every call yields the same batches."""
     import torch
 
     def batches() -> Iterator[Tensor]:

@@ -180,7 +180,7 @@ class Conversion:
             self.check_part()
 
     def check_part(self) -> None:
-        """Check that a part of a batch has the tokens of the batch, and so is a part of its samples."""
+        """Check that dividing a batch divides its samples: a part must have as many tokens as the whole batch."""
         transferring(self.layers, ignore)
         self.run([self.first])
         tokens, error = [layer.tokens for layer in self.layers], None
@@ -195,7 +195,7 @@ class Conversion:
             ) from error
 
     def settings(self, **given: Any) -> dict[str, Any]:
-        """Return the settings with which a call can continue an interrupted conversion that had the same settings."""
+        """Return the settings of this conversion. A call can only continue an interrupted conversion with equal settings."""
         return given | dict(
             op=self.op, options=repr(sorted(self.options.items())), seed=self.seed, layers=[each.name for each in self.layers],
             max_error=self.max_error, model=self.fingerprint[0], batches=self.fingerprint[1],

@@ -63,7 +63,7 @@ class Progress:
         return progress
 
     def restore(self, stage: str, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
-        """Load the saved tensors and optimizer of a stage, and return the number of completed steps, or 0 if none is saved."""
+        """Load the saved tensors and optimizer of a stage. Return the number of completed steps, or 0 if nothing is saved."""
         part = self.saved.get(stage) if stage == STAGES[0] else self.saved.pop(stage, None)
         if part is None:
             return 0
@@ -80,7 +80,9 @@ class Progress:
         if self.path is None or (step % INTERVAL and step < steps):
             return
         part = {"step": step, "tensors": [x.detach().cpu().clone() for x in tensors], "optimizer": optimizer.state_dict()}
-        if stage == STAGES[0]:  # kept for the checkpoints of the next stage, whose tensors are too large to keep in memory
+        # Checkpoints of the second stage also contain this part of the first stage. Parts of the second stage are not kept,
+        # because they are too large.
+        if stage == STAGES[0]:
             self.saved[stage] = part
         if self.ranks.first:
             self.path.parent.mkdir(parents=True, exist_ok=True)

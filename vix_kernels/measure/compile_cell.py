@@ -25,7 +25,7 @@ from .observed import Launch, Use, brief, observe_cell
 from .roofline import GPUS
 from .ttgir import evaluate
 
-SAMPLES = 256  # number of programs per launch whose loop lengths are evaluated
+SAMPLES = 256  # maximum number of programs per launch whose loop lengths are evaluated
 STEP = 7919  # distance between the indices of these programs; a prime number, so that ids vary in all dimensions of the grid
 
 
@@ -38,7 +38,8 @@ class Report:
         rows: a row for every launched specialization that was compiled in this run or is in the table.
         compiled: number of specializations that were compiled in this run.
         missing: number of launched specializations that the table lacks. It is only counted if nothing is compiled.
-        launches: maps "op direction" to the numbers of launches (by this library, by PyTorch) of the call with the most.
+        launches: maps "op direction" to the numbers of launches (by this library, by PyTorch) of the call with the most
+            launches by this library.
         errors: a message for each call or compilation that failed.
         times: maps the name of a budget in budgets.PREDICTED to the predicted seconds on the H100.
         changed: a message for each specialization that was compiled again and differs from the table.

@@ -137,7 +137,7 @@ def order(row: Row) -> tuple:
 
 
 def show_table(rows: list[Row]) -> None:
-    """Print the rows without the Triton version, which is the same in all rows of a run, and without the hashes."""
+    """Print the rows without sections, hashes and the Triton version, which is the same in all rows of a run."""
     shown = [at for at, each in enumerate(fields(Row)) if each.name not in HIDDEN]
     names = [each.name for each in fields(Row)]
     print_table([names[at] for at in shown], ([figure(astuple(row)[at]) for at in shown] for row in rows))

@@ -6,7 +6,8 @@ examples:
 
 At small sizes, an eager call takes as long as its host time. The operators run on CPU tensors as they would on an H100, but
 no kernel runs: Triton's launcher calls a stub instead of the CUDA driver. Building the launcher and the stub needs a C
-compiler. In the columns "without launches", the launcher is not called, so the difference is the time of the launcher.
+compiler. In the columns "without launches", the launcher is not called, so the difference from the other times is the time of
+the launcher.
 
 Times of different runs cannot be compared, because they depend on the machine and its load. Ratios can be compared. They are
 relative to PyTorch's scaled_dot_product_attention on tiny CPU tensors ("x attention"), and to an empty autograd.Function with

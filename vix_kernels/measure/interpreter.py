@@ -1,4 +1,7 @@
-"""Speedups of Triton's interpreter, and hooks for its memory accesses. Only this module relies on its internals."""
+"""Speedups of Triton's interpreter, and hooks for its memory accesses.
+
+Only this module relies on internals of the interpreter.
+"""
 
 from __future__ import annotations
 

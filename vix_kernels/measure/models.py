@@ -130,7 +130,7 @@ def measure(
 ) -> list[Row]:
     """Measure inference and a training step (forward, loss, backward, AdamW) of one model in each form (provider, dtype).
 
-    All steps use the same batch of noise. The training row is "failed" if the loss is not finite after the last step.
+    All steps use the same batch of noise. The training row is "failed" if the loss in the last step is not finite.
     """
     arguments = arguments or {}
     ours = create_model(name, **arguments)

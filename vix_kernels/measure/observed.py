@@ -46,7 +46,7 @@ class Launch:
         constexprs: the constexprs that are numbers, by name.
         bytes: total size of the distinct tensors among the arguments. Expanded dimensions count once.
         elements: number of elements of the largest of these tensors.
-        heads: batch size times number of heads, or 1 if no argument has four dimensions.
+        heads: batch size times number of heads, or 1 if no argument has at least four dimensions.
         compile: function that compiles the kernel and returns Triton's CompiledKernel.
     """
 

@@ -9,10 +9,10 @@
     for each in launches:  # filled when the block ends, one entry per specialization
         print(each)
 
-Inside the block, kernels are compiled instead of launched. A public function that is called with CPU tensors compiles the
-kernels that it would launch, with the same signature, alignment and constexprs. No kernel runs, so the outputs are
-uninitialized. `launch` also accepts meta tensors, whose alignment follows from the storage offset. Triton's active driver
-reports the target GPU. TRITON_INTERPRET must not be set when triton is imported.
+Inside the block, kernels are compiled instead of launched. A public function that is called with CPU tensors and
+backend="triton" compiles the kernels that it would launch, with the same signature, alignment and constexprs. No kernel runs,
+so the outputs are uninitialized. `launch` also accepts meta tensors, whose alignment follows from the storage offset. Triton's
+active driver reports the target GPU. TRITON_INTERPRET must not be set when triton is imported.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from .timing import DeviceTime, device_time, in_turns, wall_time
 
 Row = dict[str, Any]
 DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward together; backward: full minus forward
-# Default dtype and sizes. The targets in bench/table.py apply to the CPU defaults.
+# Default dtype and sizes. The budgets in bench/table.py apply to the CPU defaults, but most of them to more tokens.
 USUAL_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 USUAL = {
     "cpu": Case("usual", batch=2, heads=4, tokens=1024, width=64, features=256, taps=33),
@@ -55,7 +55,10 @@ class Effort:
 
 @dataclass(frozen=True)
 class Result:
-    """A row, and the times of the calls in milliseconds. `device_ms` in the row is their median."""
+    """A row, and the times of the calls in milliseconds. `device_ms` in the row is their median.
+
+    For "backward", there are no times of calls, because `device_ms` is a difference of two medians.
+    """
 
     row: Row
     samples: tuple[float, ...] = field(default=(), repr=False)
@@ -112,7 +115,7 @@ def alone(device: str, lost: Callable[[str], Any], function: Callable[..., Any],
 
 
 def measure_alone(op: str, case: Case, dtype: str, providers: Iterable[str], device: str, **how: Any) -> list[Result]:
-    """Run `measure` in a separate process."""
+    """Run `measure` in a separate process on a CPU, and in this process on a GPU (see `alone`)."""
     providers = tuple(providers)
 
     def lost(why: str) -> list[Result]:
@@ -253,7 +256,7 @@ class Race:
             names = [each for each, x in self.problem.tensors.items() if x.requires_grad]
             got = [x[:1] for each, x in zip(names, got, strict=True) if each in truth.trained]
             exact, plain = truth.exact[1], truth.plain[1]
-        else:  # gradients from other packages have different layouts, so only the outputs are checked
+        else:  # gradients of peers may have different layouts, so only their outputs are checked
             return None, ""
         eps = torch.finfo(DTYPES[self.dtype]).eps
         worst = 0.0

@@ -26,7 +26,8 @@ LOOKS = {
 def draw(folder: Path, rows: Iterable[Row], sweep: str, formats: Iterable[str] = ("png", "svg")) -> None:
     """Write a figure OP_DTYPE.EXTENSION for every operator and dtype to `folder`, with a line per provider.
 
-    If a dtype has at least three lines, also write all_DTYPE.EXTENSION, with a line per operator and one for SDPA.
+    For every dtype, also write all_DTYPE.EXTENSION, with a line per operator and one for SDPA. This figure is skipped if it
+    would have fewer than three lines.
     `sweep` is the column of the rows on the horizontal axis, such as "tokens".
     """
     timed = [row for row in rows if row["status"] == "ok" and row.get("device_ms") is not None]

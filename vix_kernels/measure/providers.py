@@ -148,7 +148,7 @@ def plain_linear(problem: Problem) -> Contender:
 
 
 def fla(problem: Problem) -> Contender:
-    """Causal linear attention from flash-linear-attention, whereas this library's is not causal.
+    """Causal linear attention from flash-linear-attention. This library's linear attention is not causal.
 
     With a causal mask, only the last token attends to all tokens, so only its output is checked.
     """

@@ -68,7 +68,7 @@ class Device:
 # Sources of the matrix rates and bandwidths: NVIDIA's data sheets for the A100 (80 GB SXM), H100 (SXM) and H200 (SXM), the Ada
 # white paper (RTX 4090), and AMD's data sheet for the MI300X. Exponentials: 16 x multiprocessors x boost clock, from the
 # throughput table in the CUDA programming guide. FlashAttention-3 (arXiv:2407.08608) also states 3.9e12 for the H100.
-# CDNA 3 executes transcendental functions on a quarter of its 64 lanes per clock cycle.
+# A compute unit of CDNA 3 executes transcendental functions on a quarter of its 64 lanes per clock cycle.
 GPUS = (
     Device("A100", "NVIDIA A100-SXM4-80GB", "sm_80", 312e12, 156e12, 19.5e12, 2.039e12, 16 * 108 * 1.41e9),
     Device("H100", "NVIDIA H100 80GB HBM3", "sm_90", 989.4e12, 494.7e12, 66.9e12, 3.35e12, 16 * 132 * 1.83e9),

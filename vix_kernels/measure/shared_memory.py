@@ -92,8 +92,9 @@ def excesses(rows: Iterable[Row], arch: str) -> list[str]:
 def problems(bits: int, width: int) -> Iterator[Problem]:
     """Yield problems that launch every kernel in all of its variants.
 
-    For some kernels, the launch table has separate entries for gradients of slots, for many slots, and for float16. The last
-    loop and the float16 problems launch these kernels with those entries.
+    For some kernels, the launch table has separate entries for gradients of slots, for many slots, and for float16. The first
+    loop launches the entries for gradients of slots and for float16. In the last loop, random features have no gradients, and
+    some problems have many slots.
     """
     variants = dict(), dict(rope="half", masked=True, feature_map="elu"), dict(rope="interleaved")
     case = Case("", BATCH, HEADS, TOKENS, width=width, features=min(width, 128), taps=33, learned=True)
@@ -126,7 +127,7 @@ def allocation_only() -> Iterator[None]:
         manager.run(module, "allocate_shared_memory")
         raise Allocated(module.get_int_attr("ttg.shared"))
 
-    # On AMD, the step after the allocation is replaced, because the passes before it depend on the Triton version.
+    # On AMD, the step after the allocation is replaced, because the passes before the allocation depend on the Triton version.
     def hip(module: Any, metadata: dict, options: Any) -> None:
         raise Allocated(metadata["shared"])
 

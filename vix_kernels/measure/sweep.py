@@ -7,11 +7,12 @@ examples:
   vix bench --models                                             images/s of every model, inference and training
   vix bench --models "hybrid_*" --batch 32
 
-The results of a provider are checked against float64 before it is timed. A provider that returns wrong results, runs out of
-memory or is not installed gets a row with the reason and no time. bench.csv and bench.json are written to the output folder
-after every size, so an interrupted sweep keeps its results. At the end, time and memory are plotted in one figure per operator
-(PNG and SVG), and in one that compares the operators. Times are device times; on a CPU, they are CPU times of the process.
-"full" is forward and backward together; backward is full minus forward.
+The results of an operator's provider are checked against float64 before it is timed. A provider that returns wrong results,
+runs out of memory or is not installed gets a row with the reason and no time. bench.csv and bench.json are written to the
+output folder after every size, so an interrupted sweep keeps its results. At the end, time and memory are plotted in one figure
+per operator (PNG and SVG), and in one that compares the operators. On a CPU, times are CPU times of the process. On a GPU,
+times of operators are device times, and times of models are wall-clock times. "full" is forward and backward together; backward
+is full minus forward.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time a call on the device, or with the wall clock, which includes the host overhead. It dominates at small sizes."""
+"""Time a call on the device or with the wall clock. Wall-clock times include host overhead, which dominates at small sizes."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ class Touched:
 class Meter(TorchDispatchMode):
     """Records the traffic of kernel launches and PyTorch operators inside its context.
 
-    `given` are the arguments of the pass. `read` contains those of their bytes that the pass has read.
+    `given` contains the bytes of the arguments of the pass. `read` contains the bytes in `given` that the pass has read.
     """
 
     def __init__(self, given: list[Tensor]) -> None:
@@ -251,7 +251,10 @@ class Meter(TorchDispatchMode):
         return result
 
     def operator(self, schema: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        """Record a PyTorch operator as one kernel that reads all operands and writes the result. Skip allocations and views."""
+        """Record a PyTorch operator as one kernel that reads its operands and writes its result. Skip allocations and views.
+
+        Operands that are only overwritten are not read.
+        """
         values = {each.name: value for each, value in zip(schema.arguments, args, strict=False)} | kwargs
         operands = [(name, x) for name, value in values.items() for x in tensors([value])]
         changed = {each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write}

@@ -73,7 +73,8 @@ class Loop:
 
     Attributes:
         trips: number of iterations per iteration of the parent, as a Python expression of the kernel's arguments and the
-            program ids pid_x, pid_y and pid_z. It is "?" if it depends on data.
+            program ids pid_x, pid_y and pid_z and the grid sizes grid_x, grid_y and grid_z. It is "?" if it depends on anything
+            else, such as data.
         children: loops directly inside this one.
         products: number of matrix products per iteration, excluding those of the children.
         multiply_adds: number of multiply-adds of these products.
@@ -81,7 +82,7 @@ class Loop:
             products, the number of elements of the exponentials.
         values: number of elements per iteration, for loops without logits. If features max(product, 0) are computed, these are
             the elements of their products. Otherwise, they are the elements of the largest product that is not accumulated over
-            iterations, and without such a product, those of the largest operand.
+            iterations. If there is no such product, they are the elements of the largest operand of a product.
     """
 
     trips: str
@@ -175,7 +176,7 @@ class Reader:
         return len(self.loops) - 1, "", [variable for variable, _ in pairs]
 
     def expression(self, name: str) -> str:
-        """Return the scalar `name` as an expression of arguments and program ids, with "?" for anything else it depends on."""
+        """Return the scalar `name` as an expression of arguments, program ids and grid sizes, with "?" for anything else."""
         op = self.ops.get(name)
         if op is None:
             return name[1:] if name in self.arguments else "?"  # a name that is not an argument is a loop variable
@@ -270,5 +271,5 @@ def cdiv(a: int, b: int) -> int:
 
 
 def evaluate(expression: str, values: dict[str, int]) -> int:
-    """Return the value of an expression, given the values of the arguments and program ids."""
+    """Return the value of an expression, given the values of its variables."""
     return int(eval(expression, {"__builtins__": {}}, {"cdiv": cdiv, "min": min, "max": max, **values}))

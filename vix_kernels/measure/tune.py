@@ -8,7 +8,7 @@ examples:
 A key is a kernel, an element size in bits and a head width. A tile is a launch configuration. The search starts from the
 present tile of a key and changes one field at a time. It keeps a change if the new tile is faster, and ends when no single
 change gives a faster tile. A tile is rejected ("refused") if the kernel does not launch, if the results differ from those of
-the present tile, or if a kernel spills more registers than with the present tile.
+the present tile, or if a kernel spills more registers than any kernel with the present tile.
 
 The command prints one line per key, then the entries for OVERRIDES in vix_kernels/_triton/launch_table.py. Review the entries,
 add them to that file by hand, and run `vix dev compile-report` before you commit. The output file is rewritten after every key.
@@ -50,7 +50,7 @@ GAIN = 0.98  # a tile is faster if it takes less than this fraction of the best 
 class Proposal:
     """The result for one key.
 
-    `use` names the operator and direction that were timed, which launch the kernel. Times are in milliseconds. `tried` is the
+    `use` names the operator and direction that launch the kernel and were timed. Times are in milliseconds. `tried` is the
     number of tiles that were tried in addition to the present one.
     """
 
@@ -119,8 +119,9 @@ def present_tile(arch: str, key: Key) -> Tile:
 def neighbours(tile: Tile) -> Iterator[Tile]:
     """Yield tiles that differ from `tile` in one field.
 
-    A number is halved or doubled (num_stages changes by one), or a bool is flipped. A field that is 0 does not change, because
-    the kernel has no such size. A string, which states a precision, does not change, because the results would differ.
+    A number is halved or doubled (num_stages changes by one), or a bool is flipped. A field that is 0 does not change: the
+    kernel has no such size, or it keeps no slots or matrices in registers. A string, which states a precision, does not change,
+    because the results would differ.
     """
     for name, value in tile._asdict().items():
         if isinstance(value, bool):

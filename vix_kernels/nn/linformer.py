@@ -78,7 +78,7 @@ class Linformer(PrefixCore):
         The result is the same, because (E^T x) W = E^T (x W). This order is faster if there are fewer slots than tokens.
 
         Returns None if there is a rotary embedding or an exact prefix, because they need the keys of all tokens. Also returns
-        None if each head has a separate projection, because this would need num_heads products with x.
+        None if each head has a separate projection, because x would have to be projected once for each head.
         """
         if self.per_head or rope is not None or self.exact_rows(tokens):
             return None

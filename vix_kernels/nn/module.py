@@ -135,7 +135,7 @@ class AttentionModule(MixerModule):
             cu_seqlens, group: start offsets of packed samples, and the process group across which the tokens are sharded.
                 Neither is supported yet.
             grid_size: (rows, columns) of the grid that the tokens after the prefix form in this call. If landmarks or agents
-                are placed on a grid, this grid is used instead of the core's. Other attentions ignore this argument.
+                are placed on a grid, this grid is used instead of the core's. Other attentions only check this argument.
         """
         check_tokens(x, self.dim, self.qkv)
         if key_padding_mask is not None:

@@ -23,7 +23,7 @@ from .rope import Rope
 def compute_exact_rows(
     q: Tensor, k: Tensor, v: Tensor, count: int, scale: float, mask: Tensor | None, rope: Rope | None, backend: str
 ) -> Tensor:
-    """Return the outputs (batch, heads, count, value_dim) of the first `count` queries, in float32."""
+    """Return the outputs (batch, heads, count, value_dim) of the first `count` queries, in float32 (float64 for float64 q)."""
     rotary = None if rope is None else rope.rotary
     return aggregate(first_queries(q, count, rope, mask), k, v, scale=scale, mask=mask, rotary=rotary, backend=backend)[0]
 

@@ -49,7 +49,7 @@ def feature_attention(
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
         query_features, key_features: wq and wk, float32 (M, head_dim) or (heads, M, head_dim). They must have the same shape.
-        feature_bias: b, float32 (M,) or (heads, M). None: 0.
+        feature_bias: b, float32 (M,) or, if each head has separate features, (heads, M). None: 0.
         gaussian: g, the factor of the term c^2 |k|^2 / 2, >= 0. True means 1, and False means 0.
         scale: factor of the logits that the features approximate, > 0. Defaults to head_dim ** -0.5.
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.

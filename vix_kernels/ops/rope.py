@@ -278,7 +278,7 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
 
     Args:
         q, k: (batch, heads, tokens, head_dim), with the same shape and dtype. Views with last stride 1 are not copied.
-        rope: the rotation. It applies to the first rope.dim channels, which must not exceed head_dim.
+        rope: the rotation. It applies to the first rope.dim channels. rope.dim must not exceed head_dim.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -298,7 +298,7 @@ def apply_rope(q: Tensor, k: Tensor, rope: Rope, *, backend: str = "auto") -> tu
 def mask_and_rotate_reference(
     q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, rope: Rope | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k and v with zeros in padded tokens and with q and k rotated, in plain PyTorch."""
+    """Return q, k and v with zeros in the padded tokens of k and v, and with q and k rotated, in plain PyTorch."""
     if key_padding_mask is not None:
         valid = key_padding_mask[:, None, :, None]
         k, v = torch.where(valid, k, 0.0), torch.where(valid, v, 0.0)

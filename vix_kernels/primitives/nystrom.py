@@ -47,7 +47,7 @@ def nystrom(
 
 
 def mask_of_queries(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """Return the mask for queries: `mask` if there are as many queries as tokens, as in self-attention, else None."""
+    """Return the mask for queries: `mask` if there are as many queries as keys, as in self-attention, else None."""
     return mask if mask is not None and mask.shape[1] == q.shape[2] else None
 
 

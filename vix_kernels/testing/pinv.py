@@ -11,7 +11,7 @@ from torch import Tensor
 from ..primitives.pinv import pinv, pinv_reference
 from .problem import Case, OpSpec, register
 
-ITERATIONS = 3  # large enough that every loop of the kernels runs more than once
+ITERATIONS = 3  # large enough that every loop over steps in the kernels runs at least once
 CASES = (
     Case("plain", batch=1, features=20),
     Case("one_landmark", features=1),

@@ -105,9 +105,10 @@ class OpSpec:
         rotates: whether every problem of the operator has rotary angles.
         public: whether users call the operator. Public operators are benchmarked, their memory traffic is counted, and
             `vix check` lists them.
-        compiled: cases that the compile report compiles at every head width. The report sets batch, heads, tokens and width.
-            `features` is 0 in a case without slots. The name of the case is appended to the name of the operator.
-        variants: more cases, which the compile report compiles at fewer head widths.
+        compiled: cases for the compile report. The report sets batch, heads, tokens and width. `features` is 0 in a case
+            without slots. The name of the case is appended to the name of the operator. If the operator supports them, the
+            report adds copies of the first case with a mask and with the "half" layout of the rotary embedding.
+        variants: more cases for the compile report, without such copies.
         most_features: upper limit of `features` in measurements. See `fit`.
 
     measure/costs.py counts the bytes and launches of an operator.

@@ -49,7 +49,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, ranks: Ranks, sharded: b
         if ranks.first:
             write_atomically(path, lambda temporary: _write(temporary, checkpoint))
     except OSError:
-        if sharded and ranks.first:  # incomplete shards are useless and fill the disk
+        if sharded and ranks.first:  # shards without a checkpoint file are useless and fill the disk
             shutil.rmtree(shards, ignore_errors=True)
         raise
     if sharded and ranks.first:

@@ -30,7 +30,7 @@ def load_initial(model: nn.Module, path: str, classes: Sequence[str]) -> None:
         path: a run or a checkpoint of `vix train`, a folder written by `save_model`, or a .safetensors or .pth file.
 
     Raises:
-        UserError: the file is damaged, or weights other than positions and the head do not fit.
+        UserError: the file is damaged, positions cannot be resampled, or weights other than positions and the head do not fit.
     """
     file = Path(path)
     run = next((file / name for name in ("best.pt", "last.pt") if (file / name).is_file()), file)
@@ -82,7 +82,10 @@ def _adapted(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _resampled(name: str, value: Tensor, wanted: Tensor, model: nn.Module) -> Tensor:
-    """Resample the position embeddings (1, tokens, dim) of a square grid, after those of class and register tokens."""
+    """Resample the position embeddings (1, tokens, dim) of a square grid.
+
+    The embeddings of class and register tokens come first, and do not change.
+    """
     host = getattr(model, "host", model)
     grid = getattr(host, "grid", None) or getattr(getattr(host, "patch_embed", None), "grid_size", None)
     prefix = wanted.shape[1] - (grid[0] * grid[1] if grid else 0)

@@ -210,7 +210,10 @@ class Run:
         return folder
 
     def go(self) -> None:
-        """Train until the last epoch or the accuracy `time_to` is reached, or a signal arrives. Then draw the plots."""
+        """Train until the last epoch or the accuracy `time_to` is reached, and draw the plots.
+
+        If a signal or an error ends the training, draw only the learning curve.
+        """
         config, history = self.config, self.state.history
         self.say(self.description())
         if config.warmup_epochs > config.epochs:

@@ -196,7 +196,7 @@ def check_smallest_batch(config: Config, model: nn.Module, ranks: Ranks, images:
 def check_same_run(checkpoint: Checkpoint, config: Config, model_kwargs: dict[str, Any], source: Source) -> None:
     """Raise `UserError` if the run of `checkpoint` differs from this run, or has started more epochs than --epochs.
 
-    The model, the attention, the seed, the image shape and the classes are compared.
+    The model and its arguments, the attention, the seed, the image shape and the classes are compared.
 
     If the checkpoint was saved in the middle of an epoch, its batch size must also equal the batch size of this run.
     """
