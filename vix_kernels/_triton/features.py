@@ -47,7 +47,7 @@ def load_operands(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     ELU: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of slots as two operands of products with tokens. If not SPLIT, only the first one is used.
+    """Load a tile of slots as two tiles, whose sum is multiplied by tokens. If not SPLIT, only the first tile is used.
 
     For elu, the slots are multiplied by log2 e, so that exp2 of a product is the exponential of the original product.
     """

@@ -104,7 +104,7 @@ class Report:
 
         Args:
             width: width of a head.
-            stacklevel: as in warnings.warn, where 1 is the caller of this method.
+            stacklevel: as in warnings.warn, but relative to this method: 1 is its caller.
         """
         self._kind = attention, width
         if len(self.tokens) < len(self.attentions):

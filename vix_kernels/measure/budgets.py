@@ -367,7 +367,7 @@ PREDICTED = (
 
 
 def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Return messages for the predicted seconds over `most`: a list of those within `reached`, and one of the rest."""
+    """Return messages for the predicted times, in seconds, that exceed `most`: those within `reached`, and the rest."""
     declared, failed = [], []
     for budget in PREDICTED:
         value = 1e6 * times.get(budget.name, 0.0)

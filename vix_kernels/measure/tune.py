@@ -210,9 +210,10 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
 
 @lru_cache(maxsize=1)  # keep only one result, because its tensors need a lot of memory
 def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key], Bench]]:
-    """Return a Bench, preceded by the keys that it looks up, for each operator, direction and case. The fewest keys come first.
+    """Return a Bench, preceded by the keys that it looks up, for each operator, direction and case.
 
-    Sizes are large enough to fill a GPU, but tiny in the interpreter. Operators that do not run are reported and skipped.
+    Pairs with the fewest keys come first. Sizes are large enough to fill a GPU, but tiny in the interpreter. Operators that do
+    not run are reported and skipped.
     """
     size = dict(batch=8, heads=8, tokens=4096) if device == "cuda" else dict(batch=1, heads=1, tokens=20)
     # Learned slots require gradients, so all kernels run. The launch table has separate entries for more than 128 slots.

@@ -4,7 +4,7 @@
 
 A classification head often reads only the outputs of these tokens. One more pass, with these queries as slots, computes them:
 
-    rows, _ = aggregate(q[:exact_rows], k, v)
+    rows, _ = aggregate(q[:, :, :exact_rows], k, v, scale=scale)
 
 The cost is linear in the number of tokens. The other rows of the output do not change.
 """

@@ -45,7 +45,7 @@ def random_resized_crop(images: Tensor, draws: Draws, *, scale: float) -> Tensor
 
 
 def warp(images: Tensor, matrix: list[list[Tensor | float]], outside: str = "zeros") -> Tensor:
-    """Apply an affine transformation: sample output pixel (x, y) from the input at the position matrix @ (x, y, 1).
+    """Apply an affine transformation: sample output pixel (x, y) from the input position `matrix @ (x, y, 1)`.
 
     Coordinates range from -1 to 1.
 
