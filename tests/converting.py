@@ -60,6 +60,19 @@ class TokensFirst(nn.Module):
         return self.attn(x, x, x, key_padding_mask=padded, need_weights=False)[0]
 
 
+class Trimmed(nn.Module):
+    """A model that removes the padding after the longest sample of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(192, 3, 192, 0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, padded: Tensor) -> Tensor:
+        longest = int((~padded).sum(1).max())
+        return self.encoder(x[:, :longest], src_key_padding_mask=padded[:, :longest])
+
+
 REFUSED = {
     "first": "batches: expected the same batches in all 2 processes, of which each gets a part, got different ones",
     "later": "batches: expected the same batches in all 2 processes",
@@ -97,5 +110,8 @@ def refuse(rank: int, folder: str) -> None:
         except ValueError as error:
             errors[case] = str(error)
         assert [type(module) for module in model.modules()] == kinds
+    padded = torch.arange(16) >= torch.tensor([8, 16, 8, 8])[:, None]  # the part of process 1 has more tokens
+    trimmed = [{"x": torch.randn(4, 16, 192), "padded": padded}]
+    assert linearize(Trimmed(), lambda: trimmed, num_features=4, steps=2, progress=False).converted
     Path(folder, f"{rank}.json").write_text(json.dumps(errors))
     dist.destroy_process_group()

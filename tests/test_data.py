@@ -131,6 +131,12 @@ def test_packs_are_resized_like_folders(pack: Path, tmp_path: Path, size: tuple[
     assert next(data.test.batches([torch.arange(0)]))[0].shape == (0, 3, *size)
 
 
+@pytest.mark.parametrize("size", [0, -1, True, (4,), "8"])
+def test_invalid_image_sizes_are_refused(size: object) -> None:
+    with pytest.raises(ValueError, match="img_size: expected a positive integer or a pair of positive integers"):
+        load_dataset("digits", size)
+
+
 def test_a_run_resizes_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]) -> None:
     """Resumed runs and evaluations use the image size of the run."""
     digits = load_dataset("digits", 12)

@@ -249,9 +249,17 @@ def test_a_changed_host_signature_is_named():
         require_call("torch", Replacement, Host)
 
 
+class ReadOnly(dict):
+    def clear(self):
+        raise TypeError("read-only")
+
+    update = clear
+
+
 def test_a_failed_replacement_is_undone():
     """The second module cannot be adapted. Changes of the first module, and of its children, are undone."""
     model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 2, 32, batch_first=True), 2)
+    model.settings = ReadOnly(depth=2)  # like the configuration of a diffusers model
 
     def structure():
         return [

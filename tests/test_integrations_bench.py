@@ -19,7 +19,7 @@ def test_both_modules_are_timed_and_give_the_same_outputs():
 def test_different_outputs_are_an_error(monkeypatch: pytest.MonkeyPatch):
     pair = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), (torch.randn(2, 4),)
     monkeypatch.setitem(integrations.INTEGRATIONS, "linformer", (lambda: pair, "two layers with different weights"))
-    with pytest.raises(RuntimeError, match="linformer: expected the host's outputs, got a relative error"):
+    with pytest.raises(RuntimeError, match="linformer: expected the outputs of the host library, got a relative error"):
         integrations.measured("linformer", rounds=1)
 
 

@@ -616,7 +616,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 def test_batches_that_processes_cannot_divide_are_refused(tmp_path: Path) -> None:
-    """All processes raise the error, and the model keeps its softmax attention."""
+    """All processes raise the error, and the model keeps its softmax attention. A part may have fewer tokens, however."""
     multiprocessing.spawn(converting.refuse, (str(tmp_path),), nprocs=2)
     errors = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert errors[0] == errors[1] and errors[0].keys() == converting.REFUSED.keys()

@@ -7,6 +7,7 @@ import dataclasses
 import fnmatch
 import inspect
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -149,7 +150,7 @@ class Snapshot:
             if layers is None or any((name or ROOT) == layer or name.startswith(f"{layer}.") for layer in layers):
                 module.__class__ = kind
                 for value, saved in state.values():
-                    if isinstance(value, dict):  # keep the dict object, because the handles of hooks refer to it
+                    if saved is not value:  # keep the dict object, because the handles of hooks refer to it
                         value.clear()
                         value.update(saved)
                 before = {key: value for key, (value, _) in state.items()}
@@ -170,8 +171,11 @@ class Snapshot:
 
 
 def _copy(value: Any) -> Any:
-    """Copy a dict, such as a module's `_parameters` or `_forward_hooks`. Return any other value unchanged."""
-    return value.copy() if isinstance(value, dict) else value
+    """Copy a dict, such as a module's `_parameters` or `_forward_hooks`. Return any other value unchanged.
+
+    Subclasses, such as the read-only configurations of diffusers, are not copied, because they may not be changed in place.
+    """
+    return value.copy() if type(value) in (dict, OrderedDict) else value
 
 
 def patch_each(

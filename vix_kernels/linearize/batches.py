@@ -48,7 +48,7 @@ def part_of(batch: Any, rank: int, world: int) -> Any:
     def part(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        x = x[rank::world] if x.dim() and len(x) == size else x
+        x = x[rank::world] if world > 1 and x.dim() and len(x) == size else x
         return x.clone() if x.is_inference() else x  # autograd cannot save an inference tensor for the backward pass
 
     if isinstance(batch, Mapping):

@@ -180,15 +180,17 @@ class Conversion:
             self.check_part()
 
     def check_part(self) -> None:
-        """Check that dividing a batch divides its samples: a part must have as many tokens as the whole batch."""
+        """Check that dividing a batch divides its samples: the batch sizes in the layers must be divided in the same way."""
         transferring(self.layers, ignore)
         self.run([self.first])
-        tokens, error = [layer.tokens for layer in self.layers], None
+        part, before, error = self.part(self.first), [layer.batch for layer in self.layers], None
         try:
-            self.run([self.part(self.first)])
+            self.run([part])
         except Exception as caught:  # for example, because the position embedding has more tokens
             error = caught
-        if error or tokens != [layer.tokens for layer in self.layers]:
+        whole, size = size_of(self.first), size_of(part)
+        divided = all(layer.batch * whole == batch * size for layer, batch in zip(self.layers, before, strict=True))
+        if self.ranks.largest(int(error is not None or not divided)):  # all processes must raise the error
             raise ValueError(
                 f"batches: expected samples in dimension 0, which {self.ranks.world} processes divide, got another layout, "
                 "such as that of nn.MultiheadAttention(batch_first=False): convert the model in one process"

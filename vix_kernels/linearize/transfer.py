@@ -46,7 +46,7 @@ class Layer:
         students: the candidates for the linear attention.
         prefix_tokens: the number of class and register tokens.
         on_grid: number of students that can be placed on the model's grid. They are the first in the list.
-        tokens: the number of tokens in the latest call.
+        tokens, batch: the number of tokens and the batch size of k in the latest call.
         reason: why the layer cannot be converted, or "" if no reason is known.
         errors: for each call, a tensor (students + 1,): the squared error of each student, and the squared norm of the softmax
             attention's output. Both are weighted sums over the rows.
@@ -60,6 +60,7 @@ class Layer:
     prefix_tokens: int
     on_grid: int = 1
     tokens: int = 0
+    batch: int = 0
     reason: str = ""
     errors: list[Tensor] = field(default_factory=list)
     sums: list[Tensor] = field(default_factory=list)
@@ -142,7 +143,7 @@ class Transfer(Core):
         sdpa: SdpaArgs, backend: str,
     ) -> Tensor:  # fmt: skip
         target = SOFTMAX.attend(module, q, k, v, scale=scale, rope=rope, tokens=tokens, sdpa=sdpa, backend=backend)
-        self.layer.tokens = k.shape[2]
+        self.layer.batch, self.layer.tokens = k.shape[0], k.shape[2]
         if sdpa.attn_mask is not None:
             self.layer.reason = "it adds a mask or a bias to its logits"
         elif not self.layer.reason:

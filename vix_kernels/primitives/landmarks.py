@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import LandmarkGradients, Pool, Rotary, empty_like_tokens, flattened, joined, unit_last_stride
+from ..layout import LandmarkGradients, Pool, Rotary, accumulator, empty_like_tokens, flattened, joined, unit_last_stride
 from .autograd import once_differentiable
 from .registry import needs_autograd, register
 from .rotate import angle_gradient, rotate_reference
@@ -113,7 +113,8 @@ def landmarks_reference(
         if rotary is not None:
             x = rotate_reference(x, rotary)
         counts = sums(valid.float()[..., None]).squeeze(-1)
-        return (sums(x) / counts.clamp(min=1)[:, None, :, None]).to(x.dtype), counts
+        total = sums(x.to(accumulator(x.dtype)))  # a sum along one axis must not be rounded before that along the other
+        return (total / counts.clamp(min=1)[:, None, :, None]).to(x.dtype), counts
 
     q_marks, q_counts = means(q, q_mask)
     if k is None:

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .config import SharedError, UserError
 
 T = TypeVar("T")
+BLOCKS = ("blocks", "layers", "network", "stages")  # names of sequences of blocks in models of this library and timm
 _connections = count()
 
 
@@ -210,11 +211,11 @@ def connected() -> Iterator[Ranks]:
 def shard(model: nn.Module, device: torch.device) -> None:
     """Shard the parameters across the processes with FSDP2. Each process gathers the parameters of one block at a time.
 
-    Blocks are the items of lists and sequences named blocks, layers or stages, as in the models of this library and timm.
+    Blocks are the items of lists and sequences whose names are in `BLOCKS`.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for name, module in reversed(list(model.named_modules())):  # inner blocks first
-        if isinstance(module, nn.ModuleList | nn.Sequential) and name.rpartition(".")[2] in ("blocks", "layers", "stages"):
+        if isinstance(module, nn.ModuleList | nn.Sequential) and name.rpartition(".")[2] in BLOCKS:
             for block in module:
                 if not isinstance(block, nn.ModuleList):  # FSDP2 shards only modules with a forward method
                     fully_shard(block, mesh=mesh)

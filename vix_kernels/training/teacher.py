@@ -41,7 +41,7 @@ class Teacher:
                 raise UserError(f"--distill: expected a teacher with {expected} features before the head, got {found}")
             self.features: dict[nn.Module, Tensor] = {}
             for head in (*self.heads[0], *self.heads[1]):
-                head.register_forward_pre_hook(lambda head, args: self.features.update({head: args[0]}))
+                head.register_forward_pre_hook(lambda _, args, head=head: self.features.update({head: args[0]}))
 
     def distance(self, inputs: Tensor, logits: Tensor) -> Tensor:
         """Return the distance of the student's output from the teacher's, summed over the images.
@@ -62,15 +62,15 @@ class Teacher:
         return distance(logits, expected, self.config.distill)
 
 
-def heads(model: nn.Module) -> list[nn.Linear]:
+def heads(model: nn.Module) -> list[nn.Module]:
     """Return the heads of a classifier. timm's distilled models have two.
 
     Raises:
-        UserError: a head is not a linear layer.
+        UserError: a head has no number of input features, as a linear layer has.
     """
     head = model.get_classifier()
     found = list(head) if isinstance(head, nn.ModuleList) else [head]
-    if other := [type(each).__name__ for each in found if not isinstance(each, nn.Linear)]:
+    if other := [type(each).__name__ for each in found if not hasattr(each, "in_features")]:
         raise UserError(f"--distill: expected soft for a model whose head is not a linear layer, got features and {other[0]}")
     return found
 

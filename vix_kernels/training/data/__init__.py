@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vix_kernels.models.arguments import pair
+
 from ..config import UserError
 from .cifar import cifar, find_cifar
 from .dataset import Dataset, Source, pixel_statistics, suited_patch_size
@@ -50,8 +52,9 @@ def open_dataset(
     Raises:
         UserError: if the data set is missing, damaged, or in an unknown format, or if it does not support `stream`.
             `Source.load` also raises this error.
+        ValueError: if `img_size` is not a positive integer or a pair of positive integers.
     """
-    size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    size = None if img_size is None else pair("img_size", img_size)
     with _reading(name):
         source = _opened(name, size, data_dir, stream, workers)
     if stream and not source.streams:
