@@ -21,7 +21,7 @@ train: $(READY)  ## train hybrid_vip on 8 x 8 digits; with options: make train A
 	OMP_WAIT_POLICY=passive $(BIN)/vix train --model hybrid_vip --dataset digits $(ARGS)
 
 test: $(READY)  ## run the tests; a selection: make test ARGS="-k models"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 attack: $(READY)  ## test operators and file readers with random cases: make attack ARGS="--minutes 20 --backend triton"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack $(ARGS)

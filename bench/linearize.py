@@ -1,4 +1,4 @@
-"""Convert a trained softmax model with several attentions, and compare the accuracy: `make linearize`.
+"""Convert a trained softmax model to each of several attentions, and compare the accuracies: `make linearize`.
 
 The teacher is a run of `vix train` on a data set with labels. The script converts the teacher with every attention and every
 number of features or landmarks, with and without exact rows (softmax attention for the class token), and for every seed

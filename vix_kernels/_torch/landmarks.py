@@ -120,9 +120,10 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
 
 @cached_on_cpu
 def _overlapping_windows(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first short + 1 tokens of every window, the last token of each, and which windows have only short + 1.
+    """Return the first tokens of every window, the last token of every window, and whether it is one of the first tokens.
 
-    With short = size // count, a window has short + 1 or short + 2 tokens. Tokens are given by their index along the axis.
+    With short = size // count, a window has short + 1 or short + 2 tokens, and the first tokens are short + 1. Tokens are given
+    by their index along the axis.
     """
     window = torch.arange(count, device=device)
     first, last = window * size // count, ((window + 1) * size - 1) // count

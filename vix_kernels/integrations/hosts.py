@@ -230,7 +230,7 @@ def patch_package(
     reason_against: Callable[[nn.Module], str],
     ignored: Sequence[str] = (),
 ) -> Report:
-    """Make all modules of one class of a package run the forward of `ours`, which has the same name and parameters.
+    """Make every module of a package's class run the forward of `ours`, a class with the same name and parameters.
 
     Args:
         model: a model that contains modules of the package.

@@ -75,7 +75,7 @@ def replaced_layers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[st
 
 
 def select_children(model: PreTrainedModel, replaced: Iterable[nn.Module]) -> None:
-    """Make the configurations of the `replaced` modules in `model` select and describe the attention of their children."""
+    """For each module in `replaced`, make its configuration select and describe the attention in the child modules."""
     for config in {id(module.config): module.config for module in replaced}.values():
         config._attn_implementation_internal = CHILDREN  # the property's setter would also change the configurations of parts
         setattr(config, ENTRY, entry(model, config))

@@ -215,7 +215,7 @@ def waits_for_barrier(code: list[Instruction]) -> bool:
 
 
 def match(machine: MachineLoop, loop: Loop) -> None:
-    """Match each loop of the machine code with a loop of TTGIR. Both have the same order, but ptxas unrolls some loops."""
+    """Match each loop of the machine code with a loop of TTGIR. The order is the same, but ptxas unrolls some loops."""
     pairs = align(machine.children, loop.children)
     if pairs is None:  # align only the loops with products, because ptxas may split the other loops
         ours, sources = ([each for each in inner if each.multiplies] for inner in (machine.children, loop.children))

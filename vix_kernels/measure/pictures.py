@@ -28,7 +28,7 @@ def draw(folder: Path, rows: Iterable[Row], sweep: str, formats: Iterable[str] =
 
     For every dtype, also write all_DTYPE.EXTENSION, with a line per operator and one for SDPA. This figure is skipped if it
     would have fewer than three lines.
-    `sweep` is the column of the rows on the horizontal axis, such as "tokens".
+    `sweep` is the name of the column on the horizontal axis, such as "tokens".
     """
     timed = [row for row in rows if row["status"] == "ok" and row.get("device_ms") is not None]
     figures = {}

@@ -20,7 +20,7 @@ Augmentation = Callable[[Tensor, Draws], Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set whose images may not be decoded yet. It has the information needed to create a model and to check a run."""
+    """A data set before its images are loaded. It has the information needed to create a model and to check a run."""
 
     name: str
     classes: tuple[str, ...]
