@@ -142,7 +142,7 @@ def tuned(rows: list[Row]) -> list[str]:
 
 
 def times(rows: Iterable[Row]) -> list[str]:
-    """Return a table with one line per shape and direction and one column per provider."""
+    """Return a table with one row per operator, dtype, shape and direction, and one column per provider."""
     timed = [row for row in rows if row.get("device_ms") is not None]
     providers = list(dict.fromkeys(row["provider"] for row in timed))
     found = {(*(row[name] for name in TIMES), row["provider"]): row for row in timed}

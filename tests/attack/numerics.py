@@ -771,6 +771,8 @@ def cases(draw: st.DrawFn, op: str, backend: str = "torch", device: str = "cpu")
         names.pop("scale", None)
         names |= dict(feature_map=one_of("relu", "elu"), eps=one_of(1e-6, 1e-6, 0.0, 0.125))
         names["projected"] = sometimes(True, False) if op not in MODULES else False
+        if kernels and names["eps"]:  # eps / (a feature of a key times one of a query) must be finite
+            names["magnitude"] = max(names["magnitude"], 1e-15)
         if not names["eps"] and "value_magnitude" in names:  # avoids underflow of features times tiny values
             names["value_magnitude"] = max(names["value_magnitude"], 1e-5)
         if not names["eps"] and names["feature_map"] == "elu":  # keeps 1 / denominator, about exp(|x|), finite

@@ -69,8 +69,8 @@ def nystrom_attention(
             "grid": cells of the (height, width) grid `grid_size`, as in adaptive average pooling. Of all cell layouts with
             rows * columns = num_landmarks, the one whose cells are closest to squares is used. On images, this is much
             more accurate than "segment".
-            "pad_front": segments of the sequence after all-zero tokens are added at the front, up to a multiple of
-            num_landmarks. Without a mask, queries also attend to these tokens. Use this for weights from the package
+            "pad_front": as "segment", but all-zero tokens are first added at the front until num_landmarks divides the number
+            of tokens. Without a mask, queries also attend to these tokens. Use this for weights from the package
             nystrom-attention.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form.
         prefix_tokens: number of leading tokens (class and register tokens). Each is a separate landmark, in addition to
