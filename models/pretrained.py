@@ -18,7 +18,7 @@ from vix_kernels.commands import write_atomically
 
 from .resize import adapt_state, check_attention, is_head
 from .state import load_state
-from .zoo import create_model
+from .zoo import create_model, takes
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
@@ -75,6 +75,8 @@ def load_model(folder: str | Path, **overrides: Any) -> nn.Module:
         from .originals import from_original
 
         return from_original(config["original"], arguments, state).eval()
+    if unknown := sorted(arguments.keys() - takes(config["name"], arguments.get("mixer"))):
+        raise ValueError(f"{folder / CONFIG}: expected arguments of {config['name']!r}, got {', '.join(unknown)}")
     try:
         model = create_model(config["name"], **arguments | overrides)
     except RuntimeError as error:

@@ -131,6 +131,17 @@ def test_errors_name_wrong_arguments(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_unknown_arguments_in_a_file_are_named(tmp_path: Path) -> None:
+    save_model(create_model("vip", **small_model("vip")), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"num_heads"', '"num_head{"'))
+    with pytest.raises(ValueError, match="config.json: expected arguments of 'vip', got num_head{$"):
+        load_model(tmp_path)
+    with pytest.raises(TypeError, match="model 'vip' has no argument 'depths'"):
+        save_model(create_model("vip", **small_model("vip")), tmp_path)
+        load_model(tmp_path, depths=2)
+
+
 def test_an_existing_card_is_not_overwritten(tmp_path: Path) -> None:
     model = create_model("vin", **small_model("vin"))
     save_model(model, tmp_path)
