@@ -53,6 +53,7 @@ for argv in json.loads(sys.argv[1]):
     if os.environ.get("RANK", "0") == "0":
         torch.save(gradients, Path(argv[argv.index("--output") + 1]) / "gradients.pt")
 if distributed:
+    torch.distributed.barrier()  # a process that leaves while others still communicate can abort in gloo's destructor
     torch.distributed.destroy_process_group()
 """
 # Start several runs that fail, most of them in only one of two processes. After each failure, both processes continue with the
