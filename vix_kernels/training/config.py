@@ -33,7 +33,7 @@ class Bound(NamedTuple):
 POSITIVE = Bound("a finite number above 0", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = Bound("a finite number of 0 or more", lambda x: 0 <= x < math.inf)
 BELOW_ONE = Bound("a number in [0, 1)", lambda x: 0 <= x < 1)
-SHARE = Bound("a number in (0, 1]", lambda x: 0 < x <= 1)
+FRACTION = Bound("a number in (0, 1]", lambda x: 0 < x <= 1)
 PROBABILITY = Bound("a probability", lambda x: 0 <= x <= 1)
 PERCENTAGE = Bound("a percentage", lambda x: 0 < x <= 100)
 DEFAULT_MIN_LR = 1e-5
@@ -109,7 +109,7 @@ class Config:
     workers: int = setting(4, "processes that decode streamed images", metavar="N", bound=NOT_NEGATIVE, short="-j")
     aug: bool = setting(True, "mirror and shift images, or rotate, zoom and shift those of digits and idx files (default: yes)")
     crop_scale: float = setting(
-        1.0, "enlarge a random crop of at least this fraction of the image's area; 1 to disable", metavar="A", bound=SHARE
+        1.0, "enlarge a random crop of at least this fraction of the image's area; 1 to disable", metavar="A", bound=FRACTION
     )
     aa: str = setting("none", "automatic augmentation; trivial is TrivialAugment", choices=("none", "trivial"))
     mixup: float = setting(
@@ -134,7 +134,7 @@ class Config:
     lr: float = setting(2e-3, "peak learning rate", metavar="LR", bound=POSITIVE)
     layer_decay: float = setting(
         1.0, "learning rate of each block relative to the block above it, such as 0.75 for fine-tuning", metavar="D",
-        bound=SHARE,
+        bound=FRACTION,
     )  # fmt: skip
     weight_decay: float = setting(0.05, "weight decay, except for biases and norms", metavar="W", bound=NOT_NEGATIVE)
     sched: str = setting("cosine", "learning rate schedule after the warm-up", choices=("cosine", "constant"))
@@ -158,7 +158,7 @@ class Config:
         choices=("soft", "features"),
     )  # fmt: skip
     distill_weight: float = setting(
-        0.5, "weight of the distillation loss; the loss on the labels has the weight 1 - W", metavar="W", bound=SHARE
+        0.5, "weight of the distillation loss; the loss on the labels has the weight 1 - W", metavar="W", bound=FRACTION
     )
     redraw_interval: int = setting(
         0, "steps between redraws of Performer's random features; 0 for never", metavar="N", bound=NOT_NEGATIVE
