@@ -60,14 +60,17 @@ def open_dataset(
     if stream and not source.streams:
         raise UserError(f"--stream: {source.name} is read into memory; only images in folders are streamed")
 
-    def load() -> Dataset:
-        with _reading(name):
-            dataset = source.load()
-            return dataset if size in (None, dataset.train.shape[1:]) else _resized(dataset, size)
-
     shape = (source.shape[0], *(size or source.shape[1:]))
     if shape != source.shape:
         source = replace(source, shape=shape, model_kwargs={"patch_size": suited_patch_size(shape)})
+
+    def load() -> Dataset:
+        with _reading(name):
+            dataset = source.load()
+            if size in (None, dataset.train.shape[1:]):
+                return dataset
+            return replace(_resized(dataset, size), model_kwargs=source.model_kwargs)
+
     return replace(source, load=load)
 
 
@@ -93,7 +96,7 @@ def _opened(name: str, size: tuple[int, int] | None, data_dir: str | None, strea
 def _resized(dataset: Dataset, size: tuple[int, int]) -> Dataset:
     """Return a data set in memory whose batches are resized to `size`. The mean and std are those of the original images."""
     train, test = (replace(part, size=size, max_value=dataset.max_value) for part in (dataset.train, dataset.test))
-    return replace(dataset, train=train, test=test, model_kwargs={"patch_size": suited_patch_size(train.shape)})
+    return replace(dataset, train=train, test=test)
 
 
 @contextmanager
