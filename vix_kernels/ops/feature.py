@@ -91,7 +91,7 @@ def feature_attention(
         backend=backend, rotary=rotary,
     )  # fmt: skip
     if feature_bias is not None:
-        lse = lse + feature_bias.to(lse.dtype) / math.log(2)
+        lse = torch.add(lse, feature_bias.to(lse.dtype), alpha=1 / math.log(2))
     return broadcast(q, query_slots, values, lse, scale=c, rows=rows, backend=backend, rotary=rotary)
 
 
