@@ -89,7 +89,7 @@ def lines(rows: Iterable[Row]) -> list[str]:
             kept_ratio = kept / other["kept_mib"] if kept is not None and other and other["kept_mib"] else None
             body.append((
                 f"`{op}` / {'torch.fft' if op == 'fourier_mixing' else peer(op)}", str(tokens),
-                " / ".join(f"{row['device_ms']:.3g}" if row else "wrong" for row in ours), cells[peer(op)],
+                " / ".join(f"{row['device_ms']:.3g}" if row else "no result" for row in ours), cells[peer(op)],
                 cells["reference"], cells["compiled"], cells["sdpa"],
                 "" if kept is None else f"{kept:.2f}" if kept else "nothing",
                 "" if kept_ratio is None else _with_budget(kept_ratio, budget.kept),
@@ -103,7 +103,7 @@ def _first(found: dict[tuple, Row], op: str, tokens: int, direction: str, provid
 
 def _against(ours: Row | None, name: str, found: dict[tuple, Row], budget: float | None) -> str:
     if ours is None:
-        return "wrong"
+        return "no result"
     value = ours["ours_over_others"].get(name)
     if value is None and name == "sdpa" and SPECS[ours["op"]].attends:  # SDPA is measured only with the first attention op
         key = ours["tokens"], ours["direction"], "sdpa"
