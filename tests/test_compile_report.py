@@ -20,8 +20,8 @@ import triton.language as tl
 
 import vix_kernels
 from vix_kernels import conditions
+from vix_kernels._triton import launch_table
 from vix_kernels._triton.launch import find_tile, launch
-from vix_kernels._triton.launch_table import OVERRIDES
 from vix_kernels._triton.targets import TARGETS
 from vix_kernels.commands import read_csv
 from vix_kernels.measure import budgets, compile_cell, compile_report, machine_code, observed, offline, shared_memory, sources
@@ -198,7 +198,7 @@ def test_missing_and_excessive_shared_memory_is_named(monkeypatch):
     assert entry in shared_memory.missing(
         [row, replace(row, triton="3.6.0", kernel="rotate")], "sm_86"
     )  # the table needs a row for each Triton version
-    monkeypatch.setitem(OVERRIDES["sm_86"], ("aggregate_slots", 16, 128), tile._replace(num_stages=4))
+    monkeypatch.setitem(launch_table.OVERRIDES["sm_86"], ("aggregate_slots", 16, 128), tile._replace(num_stages=4))
     assert entry not in shared_memory.entries("sm_86")
 
 
@@ -247,6 +247,40 @@ def test_a_declared_exception_applies_only_where_it_is_declared(monkeypatch):
         assert len(budgets.violations([replace(row, **change)])) == 1, change
 
 
+@pytest.mark.parametrize(
+    ("use", "matches"),
+    [
+        ("", True),
+        ("performer", True),
+        ("mask", True),
+        ("+mask", True),
+        ("performer+mask backward 110", True),
+        ("feature backward", True),
+        ("perform", False),
+        ("performer forward", False),
+        ("performer backward 11", False),
+        ("feature+mask", False),  # the words must be those of one call
+    ],
+)
+def test_an_exception_for_a_call_matches_whole_words(use, matches):
+    row = replace(SM90_16_BIT, uses="performer+mask+rope backward 16,110; feature backward 32")
+    assert budgets.Declared("broadcast_forward", 8, "a reason", use).matches(row) is matches
+
+
+def test_every_exception_is_needed():
+    rows = read_csv(compile_report.TABLE, Row)
+    spilling, duplicating = [row for row in rows if row.spilled], [row for row in rows if row.exps > 1.15]
+    for exceptions, exceeding in ((budgets.SPILLS, spilling), (budgets.DUPLICATED, duplicating), (budgets.NARROW, rows)):
+        for each in exceptions:
+            assert any(each.matches(row) for row in exceeding), each
+
+
+def test_overlapping_entries_of_the_launch_table_are_refused():
+    tile = launch_table.Tile(16, 16, 4, 1)
+    with pytest.raises(ValueError, match="rope, 16 bits: expected one entry for width 64, got several"):
+        launch_table._entries({("rope", 16, 32, 64): tile, ("rope", 16, 64): tile})
+
+
 def test_every_exception_has_a_reason():
     for name in ("SPILLS", "SERIALIZED", "DUPLICATED", "SINGLE_WARP", "NARROW"):
         assert all(each.reason and each.limit > 0 for each in getattr(budgets, name))
@@ -272,6 +306,7 @@ def test_late_calls_are_named():
     assert budgets.late({"forward, case A": 81e-6}) == ([], ["forward, case A: 81 us predicted, budget 80"])
     (declared,), failed = budgets.late({"pinv, 512 heads, fp32": float("inf")})
     assert declared.endswith("its predicted time is infinite") and failed == []
+    assert budgets.late({"pinv, 512 heads, fp32": 201e-6})[1]  # only an unknown time is declared
 
 
 def test_a_budget_adds_kernels_but_not_specializations():

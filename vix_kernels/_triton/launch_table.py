@@ -31,7 +31,13 @@ Key = tuple[str, int, int]  # name of the kernel, bits of the tokens' dtype, pad
 
 def _entries(tiles: dict[tuple[str | int, ...], Tile]) -> dict[Key, Tile]:
     """Return an entry for each width. A key of `tiles` is a name, the bits, and one width or more."""
-    return {(name, bits, width): tile for (name, bits, *widths), tile in tiles.items() for width in widths}
+    entries: dict[Key, Tile] = {}
+    for (name, bits, *widths), tile in tiles.items():
+        for width in widths:
+            if (name, bits, width) in entries:
+                raise ValueError(f"{name}, {bits} bits: expected one entry for width {width}, got several")
+            entries[name, bits, width] = tile
+    return entries
 
 
 # Suffixes mark entries for variants of a launch. Entries "..._heavy" are for launches that need more registers: those whose

@@ -40,6 +40,7 @@ from .tiles import (
 )
 
 HALF_MAX = tl.constexpr(65504.0)  # the largest finite float16 number
+HALF_SCALE = tl.constexpr(2.0**14)  # factor of float16 weights, which are at most 1, so that small ones are not subnormal
 SMALLEST = tl.constexpr(2.0**-100)  # lower limit of maxima, so that their inverses are finite
 TINY = tl.constexpr(2.0**-126)  # lower limit of denominators, so that 0 / 0 becomes 0
 
@@ -272,7 +273,7 @@ def linear_broadcast_slots_kernel(
 
     Each program handles a tile of slots of one sample and head. Features must be divided by the total of their token. The
     kernel divides dout and delta instead, except in float16, where these quotients could overflow. In float16, it multiplies
-    each feature by its slot's norm and divides it by the total, so that the result is at most 1.
+    each feature by its slot's norm and HALF_SCALE, and divides it by the total, so that the result is at most HALF_SCALE.
     """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H
@@ -289,8 +290,7 @@ def linear_broadcast_slots_kernel(
         largest, first_slot, M,
         D, E, BLOCK_D, BLOCK_E, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED, ELU, SPLIT, DTYPE,
     )  # fmt: skip
-    b_size = tl.where(b_norms == 0, 1.0, b_norms) if HALF else tl.full((BLOCK_M,), 1.0, COMPUTE)
-
+    b_size = tl.where(b_norms == 0, 1.0, b_norms) * HALF_SCALE if HALF else tl.full((BLOCK_M,), 1.0, COMPUTE)
     b_dslots = tl.zeros((BLOCK_M, BLOCK_D if NEED_SLOTS else 1), COMPUTE)
     b_dsums = tl.zeros((BLOCK_M, BLOCK_E), COMPUTE)
     b_dnorms = tl.zeros((BLOCK_M, COPIES), COMPUTE)
