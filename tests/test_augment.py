@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,12 @@ from vix_kernels.training.augment import mix, random_affine, random_erasing, ran
 from vix_kernels.training.draws import Draws
 from vix_kernels.training.parallel import Ranks
 from vix_kernels.training.trivial import OPERATIONS, Operation, trivial_augment
+
+
+def test_numbers_are_below_the_upper_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = Draws(0, images=3)
+    monkeypatch.setattr(draws, "batch", SimpleNamespace(uniform=lambda low, high, size: np.full(size, high - 1e-12)))
+    assert (draws.uniform() < 1).all() and (draws.uniform(-3, 2) < 2).all() and draws.chance(1.0).all()
 
 
 def test_erasing_sets_one_rectangle_of_the_drawn_size() -> None:

@@ -27,6 +27,7 @@ from vix_kernels import (
     rope_mixed,
     rope_mixed_frequencies,
 )
+from vix_kernels.ops.rope import Rope
 from vix_kernels.primitives.rotate import angle_gradient
 from vix_kernels.testing import SPECS, Case, Problem
 
@@ -296,12 +297,17 @@ def test_the_reference_supports_an_empty_batch(name: str) -> None:
     torch.autograd.grad([out.sum() for out in outputs], list(leaves.values()))
 
 
-def test_a_mixed_rope_can_be_copied_and_pickled() -> None:
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_mixed_rope_can_be_copied_and_pickled(moved: bool) -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.frequencies = torch.nn.Parameter(rope_mixed_frequencies(16, 2, seed=0))
             self.rope = rope_mixed(3, 4, self.frequencies)
+            self.rope = self.rope.to("cpu") if moved else self.rope
+
+    def frequencies_of(rope: Rope) -> torch.Tensor:
+        return (rope.remake.args[0] if moved else rope.remake).args[2]
 
     model = Model()
     buffer = io.BytesIO()
@@ -309,8 +315,8 @@ def test_a_mixed_rope_can_be_copied_and_pickled() -> None:
     loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
     for rope, frequencies in (
         ((copied := copy.deepcopy(model)).rope, copied.frequencies),
-        ((again := pickle.loads(pickle.dumps(model.rope))), again.remake.args[2]),
-        (loaded, loaded.remake.args[2]),
+        ((again := pickle.loads(pickle.dumps(model.rope))), frequencies_of(again)),
+        (loaded, frequencies_of(loaded)),
         (copy.copy(model.rope), model.frequencies),
     ):
         assert torch.equal(rope.cos, model.rope.cos) and torch.equal(rope.sin, model.rope.sin)

@@ -274,7 +274,8 @@ def test_results_do_not_need_a_plotting_library(tmp_path: Path, monkeypatch) -> 
     row = dict(op="x", dtype="bf16", batch=1, tokens=4, width=16, direction="forward", provider="triton", device_ms=1.0)
     outcomes = [report.Outcome("timing", "ok", "", 1.0, [row | dict(status="ok", why="")])]
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "long.txt").write_bytes(b"x" * (3 * report.KEPT))
+    for name in ("long.txt", "long.png"):
+        (tmp_path / "logs" / name).write_bytes(b"x" * (3 * report.KEPT))
     out = tmp_path / "out"
     out.mkdir()
     assert "| x | bf16 |" in report.write(out, dict(gpu="none"), outcomes, tmp_path)
@@ -282,6 +283,7 @@ def test_results_do_not_need_a_plotting_library(tmp_path: Path, monkeypatch) -> 
     assert {path.name for path in out.iterdir()} == {"summary.md", "results.json", "timing.csv", "logs.zip"}
     with zipfile.ZipFile(out / "logs.zip") as logs:
         assert logs.getinfo("long.txt").file_size < 2.1 * report.KEPT
+        assert logs.getinfo("long.png").file_size == 3 * report.KEPT
 
 
 def test_an_unsupported_gpu_is_named(monkeypatch) -> None:

@@ -73,11 +73,11 @@ def attempt(problems: list[str], write: Callable[[Path, Any], None], path: Path,
 
 
 def archive(path: Path, folder: Path) -> None:
-    """Write the files in `folder` to the zip file `path`. Keep only the beginning and the end of long files."""
+    """Write the files in `folder` to the zip file `path`, but only the beginning and the end of long text files."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for each in sorted(folder.iterdir()):
             data = each.read_bytes()
-            if len(data) > 2 * KEPT:
+            if len(data) > 2 * KEPT and each.suffix != ".png":
                 data = data[:KEPT] + f"\n... {len(data) - 2 * KEPT} bytes ...\n".encode() + data[-KEPT:]
             file.writestr(each.name, data)
 

@@ -345,11 +345,11 @@ def restore_attention(model: nn.Module) -> list[str]:
             module.__class__ = next(host for host, replacement in _REPLACED.items() if isinstance(module, replacement))
             del module.vix
         restored.append(name or "(the model itself)")
+    if not restored:
+        raise ValueError("model: expected a model with replaced attention, got one without")
     for module in model.modules():
         if id(_grid_of(module)) not in kept:
             _unfollow(module)
-    if not restored:
-        raise ValueError("model: expected a model with replaced attention, got one without")
     return restored
 
 

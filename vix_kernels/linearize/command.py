@@ -50,7 +50,7 @@ def linearize_command(argv: list[str]) -> int:
     add("--pretrained", action="store_true", help="download the weights of a timm model")
     add("--dataset", metavar="NAME", help="as for vix train (default: the data set that the checkpoint was trained on)")
     add("--data-dir", metavar="DIR", help="as for vix train")
-    add("--op", default="feature", metavar="OP", help="feature, nystrom, performer or agent (default: %(default)s)")
+    add("--op", default="feature", metavar="OP", help="feature, nystrom, performer, agent or linear (default: %(default)s)")
     add(
         "--num-features",
         type=int,

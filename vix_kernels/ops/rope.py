@@ -119,7 +119,12 @@ class Rope:
     def to(self, device: torch.device | str) -> Rope:
         """Return the same rotation on `device`."""
         angles = None if self.angles is None else self.angles.to(device)
-        return Rope(self.cos.to(device), self.sin.to(device), self.layout, angles)
+        rope = Rope(self.cos.to(device), self.sin.to(device), self.layout, angles)
+        return rope if self.remake is None else rope._with(partial(_moved, self.remake, device))
+
+    def _with(self, remake: Callable[[], Rope]) -> Rope:
+        object.__setattr__(self, "remake", remake)  # Rope is frozen
+        return self
 
 
 def rope_1d(
@@ -213,9 +218,7 @@ def rope_mixed(height: int, width: int, frequencies: Tensor, *, layout: Layout =
     rope = Rope.of(torch.nn.functional.pad(x * across + y * down, (0, 0, prefix_tokens, 0)), layout)
     if rope.angles is None:
         return rope
-    remake = partial(rope_mixed, height, width, frequencies, layout=layout, prefix_tokens=prefix_tokens)
-    object.__setattr__(rope, "remake", remake)  # Rope is frozen
-    return rope
+    return rope._with(partial(rope_mixed, height, width, frequencies, layout=layout, prefix_tokens=prefix_tokens))
 
 
 def rope_mixed_frequencies(dim: int, num_heads: int, *, seed: int, base: float = 10.0) -> Tensor:
@@ -243,6 +246,10 @@ def rope_mixed_frequencies(dim: int, num_heads: int, *, seed: int, base: float =
 
 def _remade(remake: Callable[[], Rope]) -> Rope:
     return remake()
+
+
+def _moved(remake: Callable[[], Rope], device: torch.device | str) -> Rope:
+    return remake().to(device)
 
 
 def _frequencies(dim: int, divisor: int, base: float) -> Tensor:

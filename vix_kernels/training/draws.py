@@ -34,7 +34,8 @@ class Draws:
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Draw a float32 number in [`low`, `high`) for each image."""
-        return self._cut(self.batch.uniform(low, high, self.images).astype(np.float32))
+        below = np.nextafter(np.float32(high), np.float32(low))  # rounding to float32 can give `high`
+        return self._cut(np.minimum(self.batch.uniform(low, high, self.images).astype(np.float32), below))
 
     def integers(self, low: int, high: int) -> Tensor:
         """Draw an int64 integer from `low` to `high` - 1 for each image."""

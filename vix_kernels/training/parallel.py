@@ -237,8 +237,10 @@ def no_gradient_sync(model: nn.Module) -> Iterator[None]:
     """Accumulate gradients locally inside the block, without averaging them over the processes."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(False)
-        yield
-        model.set_requires_gradient_sync(True)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
     else:
         with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
             yield
