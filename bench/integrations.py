@@ -136,7 +136,7 @@ def measured(name: str, rounds: int) -> tuple[float, dict[str, Times]]:
 
 
 def summary(name: str, runs: list[tuple[float, dict[str, Times]]]) -> dict[str, Any]:
-    """Return medians over the rounds of all processes. Each ratio compares two times from the same round."""
+    """Return medians over the rounds of all processes, and the range of the ratios. A ratio compares two times of one round."""
     row: dict[str, Any] = dict(integration=name, what=INTEGRATIONS[name][1], relative_error=max(error for error, _ in runs))
     for direction in ("forward", "full"):
         ours, host = (

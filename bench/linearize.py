@@ -1,11 +1,11 @@
 """Convert a trained softmax model to each of several attentions, and compare the accuracies: `make linearize`.
 
 The teacher is a run of `vix train` on a data set with labels. The script converts the teacher with every attention and every
-number of features or landmarks, with and without exact rows (softmax attention for the class token), and for every seed
-(Nystrom attention: only the first). It evaluates each converted model once on all held-out images. A row contains the agreement
-with the teacher, the accuracy, the mean Kullback-Leibler divergence, and the seconds of the conversion. The first row is the
-teacher. The script writes linearize.csv after every conversion, continues an interrupted run, and draws linearize.png, with the
-times of bench/linearize_time.py if they are in the same folder.
+number of features or landmarks, with and without exact rows (softmax attention for the class token), and for every seed.
+Nystrom attention is converted only for the first seed. The script evaluates each converted model once on all held-out images. A
+row contains the agreement with the teacher, the accuracy, the mean Kullback-Leibler divergence, and the seconds of the
+conversion. The first row is the teacher. The script writes linearize.csv after every conversion, continues an interrupted run,
+and draws linearize.png, with the times of bench/linearize_time.py if they are in the same folder.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def draw(output: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def draw_times(axes: Any, times: list[dict[str, Any]], colors: dict[str, str]) -> None:
-    """Draw the time per image against the number of tokens. All class tokens are exact."""
+    """Draw the time per image against the number of tokens. In converted models, class tokens attend by exact softmax."""
     for method, slots in dict.fromkeys((row["method"], row["slots"]) for row in times):
         chosen = [row for row in times if (row["method"], row["slots"]) == (method, slots)]
         tokens, values = ([float(row[name]) for row in chosen] for name in ("tokens", "ms"))

@@ -2,10 +2,9 @@
 
     python -m bench.linearize_time --output DIR
 
-The models are hybrid_vit as in bench/linearize.py, with random weights, because the time does not depend on them. The batch
-size is 1. The models take turns, and a row of linearize-time.csv has the median over the rounds. Times are CPU times of one
-thread.
-"no attention" is the same model with its attention layers replaced by the identity.
+The models are hybrid_vit as in `make linearize`, with random weights, because the time does not depend on the weights. The
+batch size is 1. The models take turns, and a row of linearize-time.csv has the median over the rounds. Times are CPU times of
+one thread. "no attention" is the same model with its attention layers replaced by the identity.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ def race(pytestconfig: pytest.Config) -> Callable[[str, int], Race]:
 def report(benchmark: Any, race: Callable[[str, int], Race]) -> Callable[[str, int, str, str], None]:
     """Return a function report(op, tokens, direction, provider) that adds the times of one provider to pytest-benchmark.
 
-    If the provider is a backend of this library and its results are incorrect, the test fails. If a different provider returns
-    incorrect results or cannot be measured, the test is skipped. In both cases, no times are added.
+    If a backend of this library returns incorrect results or raises an error, the test fails. If a different provider does so,
+    or if memory runs out, the test is skipped. In both cases, no times are added.
     """
 
     def report(op: str, tokens: int, direction: str, provider: str) -> None:

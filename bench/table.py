@@ -63,7 +63,7 @@ def ratio(ours: Sequence[float], peers: Sequence[float]) -> float:
 
 
 def peer(op: str) -> str:
-    """Return the peer with which the budgets compare `op`: another package, or plain PyTorch if there is no such package."""
+    """Return the peer with which the budgets compare `op`: the first in PEERS, or the reference if `op` has no entry there."""
     return next(iter(PEERS.get(op, ())), "reference")
 
 

@@ -60,7 +60,7 @@ def make(name: str, provider: str) -> nn.Module:
         return create_model(name, **ours)
     model = drawn(build(label, original, backend="reference"))
     # The training loop calls these methods, which the originals lack. no_weight_decay() returns an empty set, because the
-    # original scripts apply weight decay to all parameters.
+    # original scripts apply weight decay to all parameters. The optimizer still exempts biases and norms.
     model.no_weight_decay, model.get_classifier = set, nn.Identity
     return model
 

@@ -1,4 +1,4 @@
-"""Base class of all models. It provides the classification head and an interface like timm's."""
+"""Base class of the models that `create_model` builds. It provides the classification head and an interface like timm's."""
 
 from __future__ import annotations
 
@@ -101,9 +101,10 @@ class Backbone(nn.Module):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Adapt the model to images of another size, in place. The result is the same as from `load_model` with this img_size.
+        """Adapt the model to images of another size, in place.
 
-        Parameters whose shape does not depend on the size stay the same objects. `patch_size` must be None.
+        Weights are resampled as in `load_model` with this img_size. Parameters whose shape does not depend on the size stay the
+        same objects. `patch_size` must be None.
 
         Raises:
             ValueError: `create_model` did not build this model, or parts of it have been replaced. The model is unchanged.

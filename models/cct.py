@@ -52,7 +52,9 @@ class CCT(Backbone):
     Fixes relative to the originals:
 
     - `mlp_ratio` and `drop_path_rate` take effect. The published configurations use argument names that the originals ignore.
-    - The width, the number of heads and the image size can be chosen freely.
+    - `num_heads` is respected, and heads can have any width. The original CCP always uses 4 heads, and the original CCN and CCP
+      always use heads of width 32.
+    - Images need not be square.
 
     Args:
         mixer: a function that creates the token mixer of a layer; see models/mixers.py.

@@ -53,8 +53,8 @@ _ACTIVATIONS = {nn.GELU: "gelu", nn.Hardswish: "hardswish"}
 def _use_tiles(x: Tensor, mlp: nn.Module, drop_path: nn.Module) -> bool:
     """Return whether to use the tiled primitive.
 
-    It is used on a CPU for at least MANY_CPU hidden activations, unless a module was replaced or has hooks. Compiled code does
-    not use it, because compilers can fuse the plain PyTorch operations.
+    It is used on a CPU for at least MANY_CPU hidden activations, unless `drop_path`, `mlp` or a layer of `mlp` was replaced or
+    has hooks. Compiled code does not use it, because compilers can fuse the plain PyTorch operations.
     """
     if x.device.type != "cpu" or type(mlp) is not Mlp or type(mlp.act) not in _ACTIVATIONS:
         return False

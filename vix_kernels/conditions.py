@@ -16,8 +16,8 @@ class Conditions:
     Attributes:
         observer: a function that is called instead of every launch, with the kernel, grid, arguments and options of the launch.
             If None, launches are executed.
-        arch: if set, Triton's interpreter uses the launch configurations for this architecture, but with larger tiles, because
-            these make the interpreter faster.
+        arch: if set, Triton's interpreter uses the launch configurations for this architecture. Tiles may contain more tokens
+            than on a GPU, because larger tiles make the interpreter faster.
         split: whether long sequences may be split into chunks. False keeps all tokens of a sample and head in one chunk.
         tiles: launch configurations that override those in the launch table (_triton/launch_table.py), indexed by its keys.
         asked: a function that is called with every key that is looked up in the launch table, or None.

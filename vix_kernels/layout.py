@@ -39,7 +39,7 @@ class Rotary(NamedTuple):
     """Tables of the rotary embedding for all tokens (ops/rope.py), in the form that the primitives expect.
 
     Attributes:
-        cos, sin: (heads or 1, tokens, R / 2), for the first R channels. float32, or float64 if the tokens are float64.
+        cos, sin: (heads or 1, tokens, R / 2), for the first R channels. float32. For float64 tokens, float64 is also valid.
         interleaved: whether channels (2i, 2i + 1) form a pair. If not, channels (i, i + R / 2) do.
         angles: the angles from which cos and sin were computed, or None if the angles do not require a gradient.
     """

@@ -213,7 +213,7 @@ def record(
 
 
 def arguments(tensors: Sequence[Tensor]) -> dict[int, Location]:
-    """Return the locations of the tensors of a call. They are the first bases of the recorder, and the sources of the plan."""
+    """Return the locations of a call's tensors. The tensors are the recorder's first bases and the sources of the plan."""
     return {i: Location(i, 0) for i in range(len(tensors))}
 
 

@@ -144,8 +144,8 @@ class Recorder(TorchDispatchMode):
     def saved(self, results: Iterable[Tensor]) -> list[int]:
         """Return the bases that the autograd graph of `results` saves for the backward pass.
 
-        Refuse if saved tensors require gradients, but none of them is an argument. A replay saves the other tensors without
-        their graph, so differentiating its gradients again would not raise an error.
+        Refuse if saved tensors require gradients, but none of them is an argument. Except for arguments, a replay saves
+        tensors without their graph, so differentiating the replay's gradients again would not raise an error.
         """
         nodes, seen, found, requires_grad = [x.grad_fn for x in results], {None}, {}, False
         while nodes:

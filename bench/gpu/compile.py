@@ -1,4 +1,4 @@
-"""Fill Triton's cache with the kernels of the later parts, in parallel, because one CPU core would take minutes."""
+"""Fill Triton's cache with the kernels of correctness and timing, in parallel, because one CPU core would take minutes."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def rows(plan: Plan) -> Iterator[Row]:
 
 
 def tasks(plan: Plan) -> Iterator[tuple[str, str, Case]]:
-    """Yield (op, dtype, case) for calls that together compile all kernel specializations.
+    """Yield (op, dtype, case) for calls that together compile the kernels of the parts correctness and timing.
 
-    Kernels are not specialized for the number of tokens, so a small batch of short sequences is enough.
+    Kernels are not specialized for the number of tokens, so for timing, a small batch of short sequences is enough.
     """
     for check, spec, dtype, case in correctness.order(plan):
         if check is correctness.against_float64:

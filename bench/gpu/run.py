@@ -1,5 +1,5 @@
 """Collect all GPU measurements of this checkout in at most {seconds} seconds, without installing it:
-  compile      compile all kernels of the later parts in parallel
+  compile      compile the kernels of correctness and timing in parallel
   correctness  check the kernels at realistic sizes: against float64, repeatedly, in CUDA graphs, on two streams
   timing       measure device time, wall time and memory of every operator of this library, and of the same
                operations in plain and compiled PyTorch, FlashAttention and other installed packages

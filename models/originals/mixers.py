@@ -210,12 +210,12 @@ class PerformerAttention(Mixer):
 
 
 class RandomFeatures(nn.Module):
-    """FAVOR+ with a maximum and an eps that make the results differ from those in the paper.
+    """FAVOR+, except that a maximum is subtracted and an eps is added. The results therefore differ from those in the paper.
 
-    phi(x) = exp(w x - |x|^2 / 2 - maximum) + 1e-4, for q and k scaled by d^(-1/4). For a query, `maximum` is the largest
-    w x over its features. For keys, it is the largest w x over all features, keys, heads and samples, so the output for a
-    sample depends on the rest of its batch. Gradients flow through both maxima. The projection matrix is saved with the weights
-    and never redrawn.
+    phi(x) = (exp(w x - |x|^2 / 2 - maximum) + 1e-4) / sqrt(m), for m features, and q and k scaled by d^(-1/4). For a query,
+    `maximum` is the largest w x over its features. For keys, it is the largest w x over all features, keys, heads and samples,
+    so the output for a sample depends on the rest of its batch. Gradients flow through both maxima. The projection matrix is
+    saved with the weights and never redrawn.
     """
 
     def __init__(self, dim_head: int) -> None:

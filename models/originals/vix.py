@@ -42,8 +42,8 @@ class ViX(nn.Module):
     The class token is at position 0. In models that are not rotary, all tokens, including the class token, have learned
     position embeddings. Rotary models instead rotate queries and keys by their one-dimensional positions in the flattened
     image. The only norm after the layers is the first layer of the head. pool="mean" averages all tokens, including the class
-    token. `emb_dropout` is applied after the position embedding. `dropout` is applied in the feed-forward networks and, in ViT
-    and ViL, in the attention.
+    token. `emb_dropout` is applied after the position embedding. `dropout` is applied in the feed-forward networks and, in all
+    variants of ViT and ViL, in the attention.
 
     Args:
         mixer: a function that creates the token mixer of a layer, such as `softmax` below.

@@ -5,7 +5,7 @@ time. Segments (see primitives/landmarks.py) are summed after a reshape. Only ov
 multiplied by zero, so a NaN only affects the windows that contain it.
 
 Shapes: q (B, H, Nq, D); k (B, H, Nk, D); marks (B, H, L, D); masks bool (B, N); counts fp32 (B, L); cos, sin fp32
-(1 or H, N, R / 2). Gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
+or fp64 (1 or H, N, R / 2). Gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
 """
 
 from __future__ import annotations
@@ -120,10 +120,10 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
 
 @cached_on_cpu
 def _overlapping_windows(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first tokens of every window, the last token of every window, and whether it is one of the first tokens.
+    """Return the first tokens of every window, its last token, and whether the last token is one of the first tokens.
 
-    With short = size // count, a window has short + 1 or short + 2 tokens, and the first tokens are short + 1. Tokens are given
-    by their index along the axis.
+    With short = size // count, a window has short + 1 or short + 2 tokens. Its first short + 1 tokens are returned as the first
+    tokens. Tokens are given by their index along the axis.
     """
     window = torch.arange(count, device=device)
     first, last = window * size // count, ((window + 1) * size - 1) // count

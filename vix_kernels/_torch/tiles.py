@@ -6,7 +6,7 @@ at a time, in a buffer that all tiles share. Products and sums are computed in f
 cast one tile at a time.
 
 Shapes: slots (Bs, Hs, M, D) with Bs in {1, B} and Hs in {1, H}; q, k (B, H, N, D); v (B, H, N, E); values (B, H, M, E);
-mask bool (B, N); cos, sin fp32 (1 or H, N, R / 2) with R <= D, for a rotary embedding of the first R channels of q or k.
+mask bool (B, N); cos, sin fp32 or fp64 (1 or H, N, R / 2) with R <= D, which rotate the first R channels of q or k.
 Outputs and gradients of tokens have the same memory layout as the tokens. Other tensors are contiguous.
 """
 

@@ -2,8 +2,8 @@
 
 Logits are in base 2. In the forward kernel and in the kernel for token gradients, a program loads all slots before its loop
 over a chunk of the tokens, if they fit. In the kernel for slot gradients, a program loads a tile of slots and then loops over a
-chunk of the tokens. If one tile contains all slots and its launch configuration does not set `apart`, this kernel also computes
-the token gradients. Each output is written once, by one program.
+chunk of the tokens. If one tile contains all slots and this kernel's launch configuration does not set `apart`, the kernel also
+computes the token gradients. Each output is written once, by one program.
 """
 
 from __future__ import annotations

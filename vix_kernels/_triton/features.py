@@ -63,9 +63,10 @@ def load_operands(
 def copies(numbers, DTYPE: tl.constexpr):
     """Return a tile with COPIES rows and one column per number. Features are multiplied by its transpose.
 
-    With this tile, matrix instructions sum over tokens or slots, which needs no instruction per feature. Half of the rows are
-    the numbers rounded to DTYPE, and the other half are the rounding errors. The copies are rows instead of columns, so that
-    each thread loads only a few numbers.
+    With this tile, matrix instructions sum over tokens or slots, which needs no instruction per feature. gradient_products
+    multiplies ones by the tile itself, which adds each number to a whole column. Half of the rows are the numbers rounded to
+    DTYPE, and the other half are the rounding errors. The copies are rows instead of columns, so that each thread loads only a
+    few numbers.
     """
     high, low = split(numbers, DTYPE)
     return tl.where((tl.arange(0, COPIES) < COPIES // 2)[:, None], high[None, :], low[None, :])

@@ -76,7 +76,7 @@ class LaunchConfig:
 
     @property
     def resident(self) -> int:
-        """Number of programs per multiprocessor that can run at the same time, even with the most registers per thread.
+        """Number of programs per multiprocessor that can run at the same time, even if each thread uses the most registers.
 
         More programs would only add memory traffic.
         """
@@ -127,7 +127,8 @@ WARPS_A_MULTIPROCESSOR = 8  # warps that fit in a multiprocessor if each thread 
 LEAST_CHUNK = 256  # tokens; merging smaller chunks would take more time than the additional programs save
 # Largest number of tokens per tile when the interpreter uses the launch configurations of a GPU architecture. With tiles this
 # large, the interpreter takes one fifth of the time that it takes with the tiles of the launch table. Each launch still reads
-# and writes the same number of bytes, because the size of a chunk depends on the tile in the launch table (`step`).
+# and writes the same number of bytes, because the size of a chunk depends on the tile in the launch table (`step`). The tables
+# of `dft` are an exception, because they are padded to a multiple of the tile.
 ASSUMED_TOKENS = 1024
 
 
@@ -167,7 +168,7 @@ def find_config(
 
 
 def is_heavy(tokens: Tensor, slots: Tensor, rotary: Rotary | None) -> bool:
-    """Return whether a launch needs more registers, because it has RoPE or its slots are pooled from tokens."""
+    """Return whether a launch needs more registers, because it has RoPE or its slots have the tokens' dtype."""
     return rotary is not None or slots.dtype == tokens.dtype
 
 

@@ -40,9 +40,10 @@ def _entries(tiles: dict[tuple[str | int, ...], Tile]) -> dict[Key, Tile]:
     return entries
 
 
-# Suffixes mark entries for variants of a launch. Entries "..._heavy" are for launches that need more registers: those whose
-# slots are pooled from tokens, in broadcast_forward and broadcast_tokens also those with RoPE, and in aggregate_tokens also
-# those with more than 128 slots or float16. In broadcast_slots, they are for launches with RoPE or gradients of slots. Entries
+# Suffixes mark entries for variants of a launch. Entries "..._heavy" are for launches that need more registers. In most
+# kernels, these are launches whose slots have the tokens' dtype, such as slots that are computed from tokens. In
+# broadcast_forward and broadcast_tokens, they are also launches with RoPE. In aggregate_tokens, they are also launches with
+# more than 128 slots or with float16. In broadcast_slots, they are only launches with RoPE or gradients of slots. Entries
 # "..._learned" are for kernels that compute dslots, and entries "..._half" are for float16. If there is no entry for a variant,
 # the entry without a suffix is used. An entry for a variant takes precedence over an override without a suffix. To change the
 # variant as well, an architecture also needs an override with the suffix.

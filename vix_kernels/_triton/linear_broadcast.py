@@ -174,8 +174,8 @@ def linear_broadcast_tokens_kernel(
 
     `largest` is the head's largest norm. delta is recomputed from the features, because `out` may have been rounded. If
     <dout, values> - delta is small, the rounding error would dominate it. A token whose dout is 0 is not used, and its scale is
-    0. Its query is read as 0, so the token does not contribute to any gradient, even if it is padding and its query contains
-    NaN. If not TILED, the slots are loaded only once.
+    0. Its query is read as 0, so the token, which may be padding, does not contribute to any gradient even if its query
+    contains NaN. If not TILED, the slots are loaded only once.
     """
     i_bh, _, _, first, last = slot_program(1, N, chunk, 1)
     i_b, i_h = i_bh // H, i_bh % H

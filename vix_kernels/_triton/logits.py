@@ -113,7 +113,7 @@ def load_attended(
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of slots. Return its operands for `slot_logits`, high and low, its values and its base-2 bias.
+    """Load a tile of slots. Return high and low (its operands for `slot_logits`), its values and its base-2 bias.
 
     If SPLIT, the bias is a tile (see `bias_columns`).
     """

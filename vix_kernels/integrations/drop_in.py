@@ -1,8 +1,8 @@
 """A replacement for softmax attention with the signature of `torch.nn.functional.scaled_dot_product_attention`.
 
 The integrations call this replacement instead of that function. A core (see nn/core.py) computes the attention. Arguments that
-the core does not support raise NotImplementedError, because ignoring them would silently change the results. The only exception
-is dropout, which is ignored with dropout="ignore".
+the core does not support raise NotImplementedError, because ignoring them would silently change the results. There are two
+exceptions: dropout="ignore" ignores dropout, and "linear" always ignores the scale.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Save and load models in which softmax attention was replaced, from any host library.
 
-A folder contains model.safetensors and linearized.json. The JSON lists the attention and its options for each layer. Its names
-are only looked up in registries (attentions, models of this library, of timm and of transformers) and never imported.
+A folder contains model.safetensors and linearized.json. The JSON lists the attention and its options for each layer. The names
+in the JSON are only looked up in registries (attentions, models of this library, of timm and of transformers). They are never
+imported.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
     Args:
         folder: the folder.
         model: a new model with the architecture of the saved one and with softmax attention. It is changed in place. None:
-            create it. This is not possible for models with nn.MultiheadAttention, or if timm.create_model was called with
-            arguments that change the architecture, except num_classes, global_pool and img_size.
+            create it. This is not possible for models with nn.MultiheadAttention. A timm model that `vix train` did not create
+            must have its default architecture, but num_classes, global_pool and img_size may differ from their defaults.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
@@ -147,7 +148,7 @@ def options_of(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def described(holder: Mounted) -> dict[str, Any]:
-    """Return a description of an attention for a JSON file: its op, options and backend."""
+    """Return a description of an attention for a JSON file: its op, options and backend, and whether it ignores dropout."""
     core: Core = holder.core
     options = {each.name: getattr(core, each.name) for each in fields(core)}
     if isinstance(holder, DropIn) and holder.grid is not None:  # the slots are placed on the grid of each call

@@ -178,7 +178,7 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
         backend: as in nystrom_attention.
 
     Returns:
-        a report that lists the replaced layers, and the layers that were not replaced with the reason.
+        a report that lists the replaced layers, and the layers that were not replaced, each with the reason.
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.

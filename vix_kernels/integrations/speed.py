@@ -89,7 +89,7 @@ class Speed:
 
 
 def tensors(batch: Any) -> list[Tensor]:
-    """Return the tensors in a batch: a tensor, a tuple or a dict."""
+    """Return the tensors in a batch, which is a tensor, a tuple or a dict."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
     return [x for x in values if isinstance(x, Tensor)]
 
@@ -255,7 +255,7 @@ def measure(
 
 
 def expected(op: str, options: Mapping[str, Any], tokens: int, width: int, device: str) -> str:
-    """Return the break-even length of an attention in words, or "" if the attention is not known to be slower.
+    """Return the break-even length of an attention in words, or "" if the attention is not expected to be slower.
 
     Args:
         op, options: the attention. The table of break-even lengths holds only for the default number of landmarks, features or

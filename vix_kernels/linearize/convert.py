@@ -59,9 +59,9 @@ def linearize(
     The model can be from timm, transformers or vix_kernels.models, or contain nn.MultiheadAttention. With op="feature", each
     layer learns features so that its output is close to that of softmax attention with the same q, k and v (Hedgehog, arXiv
     2402.04347). The weights of the model do not change, unless `finetune_steps` is set. Class and register tokens attend by
-    exact softmax, unless exact_prefix=False. With op="nystrom", nothing is trained. Each layer gets landmarks on the grid or in
-    segments, whichever have the smaller error. Under torchrun, each process takes a part of every batch, so all processes must
-    get the same batches.
+    exact softmax, unless exact_prefix=False or op="linear". With op="nystrom", there are no features to learn. Each layer gets
+    landmarks on the grid or in segments, whichever have the smaller error. Under torchrun, each process takes a part of every
+    batch, so all processes must get the same batches.
 
     Args:
         model: the trained model. It stays on its device.
@@ -70,11 +70,12 @@ def linearize(
         op: the new attention, such as "feature", "nystrom" or "performer" (random features, which are not trained).
         layers: names or patterns of the attention layers, such as ["blocks.1*"]. None: all.
         steps: number of training steps, each with one batch.
-        finetune_steps: number of steps that train all weights to reproduce the output of the original model, after `steps`.
-            Mean-pooled models, which have no exact rows, gain most. Keeps a second copy of the model in memory.
-        distill: the output that these steps reproduce: "soft", the class probabilities, or "features", the result of
-            model.forward_features.
-        finetune_lr: learning rate of these steps.
+        finetune_steps: number of additional steps, after `steps`. They train all weights that require gradients, so that
+            the model reproduces the output of the original model. Mean-pooled models, which have no exact rows, gain most. If
+            there are such steps, a second copy of the model is kept in memory.
+        distill: the output that the fine-tuning steps reproduce. "soft": the class probabilities, or the output itself if the
+            model is not a classifier. "features": the result of model.forward_features.
+        finetune_lr: learning rate of the fine-tuning steps.
         max_error: layers with a larger relative squared error keep softmax attention. For "nystrom", each layer gets the
             smallest number of landmarks whose error is not larger, unless num_landmarks is given.
         eval_batches: held-out batches for the report. None: `batches`.
@@ -331,7 +332,7 @@ class Conversion:
             raise ValueError(f"max_error: expected at least the smallest error of a layer, {least:.3g}, got {max_error}")
 
     def finetune(self, teacher: nn.Module, steps: int, lr: float, distill: str, saved: Progress, progress: bool | None) -> None:
-        """Train all weights to reproduce the output of the teacher."""
+        """Train all weights that require gradients, so that the model reproduces the output of the teacher."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if any(parameter.dtype == torch.float16 for parameter in parameters):
             raise ValueError("finetune_steps: expected 0 for a model in float16, which is not precise enough to train weights")

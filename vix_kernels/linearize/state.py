@@ -80,8 +80,8 @@ class Progress:
         if self.path is None or (step % INTERVAL and step < steps):
             return
         part = {"step": step, "tensors": [x.detach().cpu().clone() for x in tensors], "optimizer": optimizer.state_dict()}
-        # Checkpoints of the second stage also contain this part of the first stage. Parts of the second stage are not kept,
-        # because they are too large.
+        # Keep the part of the first stage, because checkpoints of the second stage also contain it. Parts of the second stage
+        # are not kept in memory, because they are too large.
         if stage == STAGES[0]:
             self.saved[stage] = part
         if self.ranks.first:

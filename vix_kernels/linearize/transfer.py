@@ -29,7 +29,7 @@ from ..ops.rope import Rope, apply_rope
 from ..training.parallel import Ranks
 
 PREFIX_WEIGHT = 32.0  # weight of the rows of class and register tokens that are not exact
-SUMS = 2048  # maximum number of sums q_i + k_j per call, unless 4 sums per feature are more; see `initialize`
+SUMS = 2048  # at most this many sums q_i + k_j per call, or 4 per feature if that is more; see `initialize`
 CLUSTER_STEPS = 10
 LANDMARKS = (16, 32, 64, 128)  # numbers of landmarks to choose from if max_error is set
 

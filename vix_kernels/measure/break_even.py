@@ -23,9 +23,9 @@ class BreakEven:
     """The break-even length of one attention.
 
     Attributes:
-        kind: "measured" or "predicted", for the times that the length was computed from.
+        kind: "measured" or "predicted": the kind of times from which the length was computed.
         device: the CPU with its number of threads, or the name of the GPU.
-        commit: the commit of this library that was measured or whose kernels were predicted.
+        commit: the commit of this library whose times were measured or predicted.
         op: short name of the attention, such as "nystrom".
         direction: "forward", or "full" for forward and backward together.
         width: width of a head.
@@ -48,7 +48,7 @@ class BreakEven:
 
     @property
     def least(self) -> float:
-        """The number of tokens below which the attention is known to be slower."""
+        """The number of tokens below which the attention is expected to be slower. 0 if it is faster at all tested lengths."""
         number = int(self.tokens.removeprefix(MORE).removesuffix(FEWER))
         return 0 if self.tokens.endswith(FEWER) else number + self.tokens.startswith(MORE)
 

@@ -1,4 +1,4 @@
-"""The minimum cost of a call: the arithmetic stated in its OpSpec, and the bytes and launches of its registered operators.
+"""The minimum cost of a call: the arithmetic stated in its OpSpec, the bytes of its registered operators, and its launches.
 
 No result is computed, and no GPU is needed. The call runs on meta tensors, and its launches are counted instead of executed.
 """

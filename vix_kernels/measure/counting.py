@@ -78,7 +78,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a program and its work per execution. It runs `trips` times, an expression of the arguments (ttgir.Loop)."""
+    """A part of a program and its work per execution. `trips` is an expression for how often it runs."""
 
     trips: str
     counts: Counts
@@ -246,8 +246,8 @@ class Analysis:
     Numbers of the main loops are per `unit`, except `waits` and `products`. If `unit` is "", they are all 0 or empty.
 
     Attributes:
-        unit: "logit", or "value" if no main loop has logits (see ttgir.Loop). "" if there is no main loop, or if a main
-            loop has no match in TTGIR.
+        unit: "logit", or "value" if no main loop has logits (see ttgir.Loop). "" if there is no main loop, or if no main loop
+            has logits and at least one has no match in TTGIR.
         instructions: instructions of all lanes in the main loops.
         exponentials: exponentials of all lanes in the main loops.
         waits: number of instructions in the main loops that wait for matrix products.

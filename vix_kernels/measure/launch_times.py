@@ -50,7 +50,9 @@ def predict(launch: Launch, parts: Iterable[Section], warps: int, gpu: Device) -
 
 
 def call_times(spec: OpSpec, case: Case, dtype: str, gpu: Device, known: Mapping[str, Row]) -> Iterator[tuple[str, Time]]:
-    """Yield the direction and the predicted time of each launch of a call. Kernels whose keys are not in `known` are compiled.
+    """Yield the direction and the predicted time of each launch of a call. PyTorch's launches are combined into one Time.
+
+    Kernels whose keys are not in `known` are compiled.
 
     Raises:
         RuntimeError: a kernel does not compile.

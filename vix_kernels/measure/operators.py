@@ -33,7 +33,7 @@ from .timing import DeviceTime, device_time, in_turns, wall_time
 
 Row = dict[str, Any]
 DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward together; backward: full minus forward
-# Default dtype and sizes. The budgets in bench/table.py apply to the CPU defaults, but most of them to more tokens.
+# Default dtype and sizes. The budgets in bench/table.py apply to the CPU defaults, except that most are for more tokens.
 USUAL_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 USUAL = {
     "cpu": Case("usual", batch=2, heads=4, tokens=1024, width=64, features=256, taps=33),

@@ -34,7 +34,7 @@ class Contender:
         exact: function that computes the expected outputs from the problem in float64. The default is the reference.
         shown: function that selects the outputs to check, and converts them to the layout of `exact`.
         tolerance: allowed relative error of float32 outputs, compared with `exact`. For 16-bit outputs, more is allowed.
-            None: the allowed error is a few times that of plain PyTorch.
+            None: the allowed error is a few times the error of plain PyTorch.
     """
 
     function: Callable[..., Any]

@@ -111,7 +111,7 @@ class Cost:
         flops: floating-point operations of the matrix products, in the dtype of the tokens. A multiply-add counts as two.
         exps: number of exponentials.
         bytes: memory traffic, if each registered operator in the call reads its inputs and writes its outputs once.
-        launches: number of kernels, including those of PyTorch, such as fills, casts and sums.
+        launches: number of kernels, including PyTorch's kernels, such as fills, casts and sums.
     """
 
     flops: int

@@ -39,7 +39,7 @@ class Op:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """The shapes in the types of the operation: first those of the operands, then that of the result."""
+        """The shapes in the types of the operation: first the shapes of the operands, then the shape of the result."""
         return [tuple(map(int, each.split("x")[:-1])) for each in SHAPE.findall(self.text)]
 
     @property
@@ -72,9 +72,9 @@ class Loop:
     """A loop, or the kernel itself, which counts as a loop with one iteration.
 
     Attributes:
-        trips: number of iterations per iteration of the parent, as a Python expression of the kernel's arguments and the
-            program ids pid_x, pid_y and pid_z and the grid sizes grid_x, grid_y and grid_z. It is "?" if it depends on anything
-            else, such as data.
+        trips: number of iterations per iteration of the parent, as a Python expression of the kernel's arguments, the
+            program ids pid_x, pid_y and pid_z, and the grid sizes grid_x, grid_y and grid_z. It is "?" if it depends on
+            anything else, such as data.
         children: loops directly inside this one.
         products: number of matrix products per iteration, excluding those of the children.
         multiply_adds: number of multiply-adds of these products.

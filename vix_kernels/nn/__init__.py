@@ -1,4 +1,7 @@
-"""Attention modules with timm's signature, one per file. They map x (batch, tokens, dim) to a tensor of the same shape."""
+"""Attention modules with the argument names of timm's `Attention`, one per file.
+
+They map x (batch, tokens, dim) to a tensor of the same shape.
+"""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -86,8 +86,8 @@ class Mixer:
     Attributes:
         name: the name under which the mixer is registered.
         prefix_tokens, grid_size: placement of the slots, for mixers whose slots are pooled tokens.
-        presets: defaults that override those of the fields. "zoo" applies to models in models/, and "host" applies to models
-            whose attention is replaced.
+        presets: defaults that override the defaults of the fields. "zoo" applies to models in models/, and "host" applies to
+            models whose attention is replaced.
         sited: names of options that are derived from the site. Zoo models do not accept them.
         has_extra_state: whether modules with this mixer have extra state (see extra_state, load_extra_state).
         for_hosts: whether this mixer can replace softmax attention in a host model.
@@ -279,7 +279,7 @@ class Mounted(nn.Module):
         return [getattr(self, name) for name in self.learned]
 
     def widen(self) -> None:
-        """Cast the parameters that the mixer declared to float32, in which they are trained."""
+        """Cast the parameters named in `learned` to float32, the dtype in which they are trained."""
         for parameter in self.learned_parameters():
             parameter.data = parameter.data.float()
 

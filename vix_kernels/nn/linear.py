@@ -18,7 +18,7 @@ from .module import AttentionModule
 class Linear(Core):
     """Linear attention with an elementwise feature map of q and k.
 
-    `scale` is ignored. With relu, it would cancel, except in eps. With elu, training adapts to the unscaled q and k.
+    `scale` is ignored. With relu, it would only change the influence of eps. With elu, training adapts to the unscaled q and k.
 
     Attributes:
         feature_map: "relu" or "elu" (elu + 1).

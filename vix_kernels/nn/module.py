@@ -62,7 +62,8 @@ class MixerModule(Mounted):
 class AttentionModule(MixerModule):
     """Multi-head attention with a core and the linear layers of timm's `Attention`.
 
-    The parameters have the same names as in timm. The arguments after `core` have the same names and order as in timm.
+    The parameters have the same names as in timm. The positional arguments after `core` have the same names and order as in
+    timm, but timm's `Attention` has more arguments between them.
 
     Args:
         core: the core of the attention.

@@ -12,8 +12,7 @@ from ..primitives.registry import in_transform
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether calling `module` only runs the forward method of `kind`.
 
-    This is not the case for subclasses, for modules with hooks, during compilation or tracing, or inside torch.func
-    transforms.
+    The result is False for subclasses, for modules with hooks, during compilation or tracing, and inside torch.func transforms.
     """
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     hooked = any(hooks) or _has_any_global_hook()

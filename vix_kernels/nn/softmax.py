@@ -45,7 +45,7 @@ class Softmax(Core):
 
 
 class Attention(AttentionModule):
-    """Multi-head softmax attention with the signature of timm's `Attention`. See AttentionModule for the arguments."""
+    """Multi-head softmax attention with the argument names of timm's `Attention`. See AttentionModule for the arguments."""
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ def agent_attention(
         agents: (batch, heads, A, head_dim) in q's dtype, for example pooled queries. `rope` is not applied to them.
         scale: factor of the logits in both softmaxes, > 0. Defaults to head_dim ** -0.5.
         agent_mask: bool (batch, A), True = valid. The contents of invalid agents are ignored. If a sample has no valid agent,
-            its output is 0.
+            its output is 0, except in the exact rows.
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.
         exact_rows: the number of leading queries (class and register tokens) that attend by exact softmax. See ops/exact.py.

@@ -116,7 +116,7 @@ def check_projection(projection: Tensor, q: Tensor, name: str = "projection") ->
 
 
 def check_exact_rows(count: int, q: Tensor) -> int:
-    """Return `count` if it is a number of queries of q (batch, heads, queries, head_dim)."""
+    """Return `count` if it is an integer from 0 to the number of queries in q (batch, heads, queries, head_dim)."""
     if check_integer("exact_rows", count, 0) > q.shape[2]:
         raise ValueError(f"exact_rows: expected at most q's {q.shape[2]} queries, got {count}")
     return count

@@ -30,8 +30,8 @@ def fourier_mixing(x: Tensor, *, norm: Literal["ortho"] | None = None, backend: 
     Args:
         x: (batch, tokens, channels), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
         norm: None for plain sums, as with norm="backward" in torch.fft, or "ortho" to divide them by sqrt(tokens * channels).
-        backend: "auto", "triton", "torch" or "reference". For sizes at which a fast Fourier transform is faster than the
-            matrix products in the kernels, even "triton" calls torch.fft. See vix_kernels.primitives.dft.MOST_WORK.
+        backend: "auto", "triton", "torch" or "reference". For sizes at which a fast Fourier transform is expected to be
+            faster than the matrix products in the kernels, even "triton" calls torch.fft. See MOST_WORK in primitives/dft.py.
 
     Returns:
         (batch, tokens, channels) in x's dtype. Differentiable in x. No tensor is saved for backward.

@@ -83,8 +83,8 @@ def landmarks_reference(
     """Evaluate the equations: gather the tokens of each window, sum them, and divide by the counts.
 
     Slicing each window separately would add hundreds of nodes to an exported graph. If the number of tokens is dynamic, that
-    graph would also be wrong for all lengths except the example's. A product with a matrix of windows would multiply the other
-    tokens by 0, which is NaN for tokens that are not finite.
+    graph would also be wrong for all lengths except the example's. A product with a matrix of windows would multiply the tokens
+    outside a window by 0. The result is NaN if such a token is not finite.
     """
 
     def window_sums(x: Tensor, axis: int, count: int) -> Tensor:
@@ -113,7 +113,7 @@ def landmarks_reference(
         if rotary is not None:
             x = rotate_reference(x, rotary)
         counts = sums(valid.float()[..., None]).squeeze(-1)
-        total = sums(x.to(accumulator(x.dtype)))  # a sum along one axis must not be rounded before that along the other
+        total = sums(x.to(accumulator(x.dtype)))  # do not round the sums along one axis before they are summed along the other
         return (total / counts.clamp(min=1)[:, None, :, None]).to(x.dtype), counts
 
     q_marks, q_counts = means(q, q_mask)

@@ -6,8 +6,9 @@
 phi is relu or elu + 1. Without slots, phi is applied to the channels of a token. linear_aggregate returns S and z instead of
 the means S / z, because the gradients of S and z are finite even for the smallest z that float32 can represent.
 
-The kernels divide the denominator by the largest z and by the largest feature of the query. If eps divided by both overflows
-float32, which takes features below 1e-22, the output and the gradients of k and v are 0.
+The kernels divide the denominator by the largest z. For float16, they divide it by the largest product f_nj z_j of the query
+instead. If eps divided by this product overflows float32, the output and the gradients of k and v are 0. For eps = 1e-6, this
+happens only if features are below 1e-22.
 """
 
 from __future__ import annotations

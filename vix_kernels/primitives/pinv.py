@@ -48,7 +48,7 @@ def pinv(
         k_marks: (batch, heads, L, D), landmarks of the keys, in q_marks' dtype.
         values: (batch, heads, L, E), float32 (float64 for float64 landmarks), one row for each landmark of the queries.
         scale: scaling factor of the logits.
-        q_counts, k_counts: float32 (batch, L), the number of tokens that each landmark averages. If None, all are valid.
+        q_counts, k_counts: float32 (batch, L), number of tokens that each landmark averages. If None, all landmarks are valid.
         iterations: number of steps T.
         init: "exact": s is the largest column sum of each matrix. "original": s is the largest column sum over all samples and
             heads, as in Nystromformer's published code, so that the result of a sample depends on the rest of the batch.

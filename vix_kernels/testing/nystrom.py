@@ -69,8 +69,8 @@ NYSTROM = OpSpec(
     exps=_with_landmarks(lambda case: aggregate_exps(case) + broadcast_exps(case)),
     public=True,
     compiled=(Case("", features=64, taps=33),),
-    # With more than 64 landmarks, the forward kernel of `pinv` keeps its matrices in global memory instead of registers, so one
-    # case has 128 landmarks.
+    # With up to 64 landmarks, the forward kernel of `pinv` can keep its matrices in registers. With more landmarks, they are in
+    # global memory, so one case has 128 landmarks.
     variants=(Case("+rope", features=64, taps=33, rope="interleaved"), Case("+landmarks", features=128, taps=33)),
     most_features=64,  # the published number of landmarks, which is lower than the number of features of Performer
 )

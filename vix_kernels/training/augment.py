@@ -1,8 +1,8 @@
 """Random augmentations for float images (batch, channels, height, width).
 
 Each function processes a whole batch at once. Except in `mix`, each image gets different random numbers. This also holds for
-the automatic augmentation in trivial.py. In contrast, torchvision and kornia apply the same operation to all images of a batch,
-and timm processes one PIL image at a time.
+the automatic augmentation in trivial.py. In contrast, the automatic augmentations of torchvision and kornia apply the same
+operation to all images of a batch, and those of timm process one PIL image at a time.
 """
 
 from __future__ import annotations

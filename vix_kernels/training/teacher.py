@@ -66,7 +66,7 @@ def heads(model: nn.Module) -> list[nn.Module]:
     """Return the heads of a classifier. timm's distilled models have two.
 
     Raises:
-        UserError: a head has no number of input features, as a linear layer has.
+        UserError: a head does not have the attribute in_features of a linear layer.
     """
     head = model.get_classifier()
     found = list(head) if isinstance(head, nn.ModuleList) else [head]
