@@ -148,7 +148,7 @@ def launch_config(kernel: str, tokens: Tensor, width: int, slots: Tensor, heavy:
     find = find_config if conditions.current is conditions.DEFAULT else find_config.__wrapped__
     config = find(kernel, tokens.device, tokens.dtype, padded(width), split, heavy, tf32_allowed())
     if conditions.current.arch:
-        tokens_at_most = max(config.tile.tokens, min(ASSUMED_TOKENS, power_of_2(tokens.shape[2])))
+        tokens_at_most = max(config.tile.tokens, min(ASSUMED_TOKENS, power_of_2(tokens.shape[-2])))
         config = replace(config, tile=config.tile._replace(tokens=tokens_at_most))
     return config
 
