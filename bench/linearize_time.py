@@ -1,10 +1,12 @@
 """Measure the time per image of converted models for several numbers of tokens: a part of `make linearize`.
 
     python -m bench.linearize_time --output DIR
+    python -m bench.linearize_time --output DIR --timm vit_tiny_patch16_224 --sides 32 64
 
-The models are hybrid_vit as in `make linearize`, with random weights, because the time does not depend on the weights. The
-batch size is 1. The models take turns, and a row of linearize-time.csv has the median over the rounds. Times are CPU times of
-one thread. "no attention" is the same model with its attention layers replaced by the identity.
+The models are hybrid_vit as in `make linearize`, or a vision transformer of timm. They have random weights, because the time
+does not depend on the weights. The batch size is 1. The models take turns, and a row of linearize-time.csv (NAME-time.csv for a
+model of timm) has the median over the rounds. Times are CPU times of one thread. "no attention" is the same model with its
+attention layers replaced by the identity.
 """
 
 from __future__ import annotations
@@ -42,12 +44,22 @@ class NoAttention(nn.Module):
         return x
 
 
-def models(side: int, depth: int) -> Iterator[tuple[Key, nn.Module]]:
-    """Yield models for images of side x side patches. Class tokens attend by exact softmax."""
+def hybrid_vit(depth: int, side: int) -> tuple[nn.Module, int]:
+    """Return a model for images of side x side patches, and the size of the images."""
+    size = PATCH * side
+    return create_model("hybrid_vit", img_size=size, patch_size=PATCH, depth=depth, num_classes=10).eval(), size
 
-    def model() -> nn.Module:
-        return create_model("hybrid_vit", img_size=PATCH * side, patch_size=PATCH, depth=depth, num_classes=10).eval()
 
+def timm_vit(name: str, side: int) -> tuple[nn.Module, int]:
+    """Return a timm model for images of side x side patches, and the size of the images."""
+    import timm
+
+    size = side * timm.create_model(name).patch_embed.patch_size[0]
+    return timm.create_model(name, img_size=size).eval(), size
+
+
+def models(model: Callable[[], nn.Module]) -> Iterator[tuple[Key, nn.Module]]:
+    """Yield the model that is returned by `model`, and its conversions. Class tokens attend by exact softmax."""
     yield ("softmax", 0), model()
     for name, op, option in METHODS:
         for count in COUNTS:
@@ -60,10 +72,11 @@ def models(side: int, depth: int) -> Iterator[tuple[Key, nn.Module]]:
     yield ("no attention", 0), without
 
 
-def measured(side: int, depth: int, rounds: int) -> list[dict[str, Any]]:
+def measured(build: Callable[[int], tuple[nn.Module, int]], side: int, rounds: int) -> list[dict[str, Any]]:
     """Return a row for each model, with its median time per image in milliseconds."""
-    x = torch.randn(1, 3, PATCH * side, PATCH * side, generator=torch.Generator().manual_seed(0))
-    calls: dict[Key, Callable[[], Tensor]] = {key: partial(model, x) for key, model in models(side, depth)}
+    size = build(side)[1]
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    calls: dict[Key, Callable[[], Tensor]] = {key: partial(model, x) for key, model in models(lambda: build(side)[0])}
     with torch.inference_mode():
         times = in_turns(calls, rounds=rounds)
     rows = []
@@ -76,18 +89,21 @@ def measured(side: int, depth: int, rounds: int) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser.of("bench.linearize_time", __doc__)
-    parser.add_argument("--output", type=Path, required=True, help=f"folder for {FILE}")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the table")
+    parser.add_argument("--timm", metavar="NAME", help="a vision transformer of timm (default: hybrid_vit)")
     parser.add_argument("--sides", type=within(8, 256), nargs="+", default=SIDES, help="tokens per side of the image")
-    parser.add_argument("--depth", type=within(1, 48), default=6, help="layers of the model (default: %(default)s)")
+    parser.add_argument("--depth", type=within(1, 48), default=6, help="layers of hybrid_vit (default: %(default)s)")
     parser.add_argument("--rounds", type=within(1, 1000), default=9, help="calls of each model (default: %(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     options.output.mkdir(parents=True, exist_ok=True)
+    build = partial(timm_vit, options.timm) if options.timm else partial(hybrid_vit, options.depth)
+    file = options.output / (f"{options.timm}-time.csv" if options.timm else FILE)
     rows: list[dict[str, Any]] = []
     for side in options.sides:
-        rows += measured(side, options.depth, options.rounds)
-        write_csv(options.output / FILE, rows)
+        rows += measured(build, side, options.rounds)
+        write_csv(file, rows)
     columns = ("tokens", "method", "slots", "ms", "ratio")
     print_table(columns, [[figure(row[name]) for name in columns] for row in rows])
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,17 @@ def test_the_study(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(SystemExit):
         linearize.main(["--teacher", str(short), "--output", str(output)])
     assert "--output: expected rows of a teacher with 17 tokens, got 65" in capsys.readouterr().err
+
+
+def test_times_of_a_timm_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    small = partial(timm.create_model, depth=1)
+    monkeypatch.setattr(timm, "create_model", small)
+    words = ["--timm", "vit_tiny_patch16_224", "--sides", "8", "--rounds", "1"]
+    assert linearize_time.main(["--output", str(tmp_path), *words]) == 0
+    found = rows(tmp_path / "vit_tiny_patch16_224-time.csv")
+    assert len(found) == 2 + len(linearize_time.METHODS) * len(linearize_time.COUNTS)
+    assert found[0]["method"] == "softmax" and {row["tokens"] for row in found} == {"65"}
 
 
 def test_more_images_than_the_data_set_has_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
