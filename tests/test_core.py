@@ -7,15 +7,20 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.testing import assert_close
 
 from vix_kernels import rope_1d
 from vix_kernels.integrations.drop_in import OPS, DropIn
-from vix_kernels.nn.core import CORES, Site, register
-from vix_kernels.nn.module import make_module
+from vix_kernels.nn.core import CORES, SdpaArgs, Site, register
+from vix_kernels.nn.module import AttentionModule, make_module
 from vix_kernels.nn.nystrom import Nystrom
+from vix_kernels.nn.softmax import Softmax
 from vix_kernels.testing import SPECS, Case, draw
 from vix_kernels.testing import register as register_operator
 
@@ -254,3 +259,16 @@ def test_the_grid_of_a_call_overrides_that_of_the_core(name: str) -> None:
     q, k, v = torch.randn(3, 2, 2, 24, 8).unbind()
     hosts = [DropIn(name, retrain=True, **options, grid_size=size) for size in ((4, 6), (6, 4))]
     assert torch.equal(hosts[0](q, k, v, grid_size=(6, 4)), hosts[1](q, k, v))
+
+
+def test_a_core_that_supports_causal_attention_is_told_about_it() -> None:
+    class Causal(Softmax):
+        def accepts(self) -> frozenset[str]:
+            return super().accepts() | {"causal"}
+
+        def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, *, sdpa: SdpaArgs, **others: Any) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=sdpa.causal)
+
+    module, x = AttentionModule(Causal(), 16, 2), torch.randn(1, 5, 16)
+    assert_close(module(x, is_causal=True)[:, 0], module(x[:, :1])[:, 0])
+    assert not torch.equal(module(x)[:, 0], module(x, is_causal=True)[:, 0])

@@ -130,7 +130,7 @@ class AttentionModule(MixerModule):
             attn_mask: (tokens, tokens), with optional leading dimensions. A bool mask is True where a query may attend to a
                 key. A float mask is added to the logits. Linear-cost attentions do not support attn_mask, because they do not
                 compute logits for pairs of tokens.
-            is_causal: exists for compatibility with timm's Attention. Must be False.
+            is_causal: passed to the core, which must support it. No core of this library does.
             key_padding_mask: bool (batch, tokens), True = valid. Padded tokens are replaced by 0.
             rope: rotary embedding of q and k.
             cu_seqlens, group: start offsets of packed samples, and the process group across which the tokens are sharded.
@@ -146,10 +146,10 @@ class AttentionModule(MixerModule):
         self.refuse(attn_mask, is_causal, rope, tokens)
         core = self.core if grid_size is None else self.core_on(grid_size, x.shape[1])
         out, normalized = None, not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
-        if attn_mask is None and not normalized:
+        if attn_mask is None and not is_causal and not normalized:
             out = core.attend_tokens(self, x, self.qkv, scale=self.scale, rope=rope, tokens=tokens, backend=self.backend)
         if out is None:
-            out = self._attend(core, *self.heads(x), tokens, rope, attn_mask)
+            out = self._attend(core, *self.heads(x), tokens, rope, attn_mask, is_causal)
         return self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,9 +159,9 @@ class AttentionModule(MixerModule):
 
     def _attend(
         self, core: Core, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, rope: Rope | None,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None, is_causal: bool = False,
     ) -> Tensor:  # fmt: skip
-        sdpa = SdpaArgs(attn_mask, self.attn_drop.p if self.training else 0.0)
+        sdpa = SdpaArgs(attn_mask, self.attn_drop.p if self.training else 0.0, is_causal)
         return core.attend(self, q, k, v, scale=self.scale, rope=rope, tokens=tokens, sdpa=sdpa, backend=self.backend)
 
     def attention_of(self, x: Tensor, token: int = 0, *, rope: Rope | None = None) -> Tensor:
