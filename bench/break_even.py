@@ -7,9 +7,9 @@ Each attention has the default options of the integrations. Linformer and Fourie
 host model, so they have the default options of this library's modules. The baseline is PyTorch's scaled_dot_product_attention
 on the same q, k and v. Only the attention is measured, without its linear layers. On a CPU, the attentions take turns, and each
 ratio compares two CPU times from the same round. --predict needs no GPU: as in `vix dev roofline OP --shape`, the time of each
-launch is computed from its machine code and published peak rates. Softmax attention is predicted in the same way, from the
-kernel in vix_kernels/measure/flash.py. This kernel has no backward, so only the forward is predicted. --write updates the table
-in vix_kernels/measure/break_even.csv.
+launch is computed from its machine code and published peak rates. For a kernel of PyTorch, only the time between
+two launches is counted. Softmax attention is predicted in the same way, from the kernel in vix_kernels/measure/flash.py. This
+kernel has no backward, so only the forward is predicted. --write updates the table in vix_kernels/measure/break_even.csv.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write a random part of a data set to a folder of PNG files, so that `vix train --img-size` can enlarge the images.
+"""Write a random part of a data set to a folder of PNG files, on which `make linearize` trains its second teacher.
 
     python -m bench.image_folder --dataset cifar10 --output DIR --train 10000 --test 3000
 

@@ -52,7 +52,10 @@ CLOCK = Recorded()
 
 
 def contenders(op: str, config: pytest.Config) -> list[str]:
-    """Return the providers to measure. SDPA takes the same time for all attentions, so only the first attention includes it."""
+    """Return the providers to measure. Compiled PyTorch is measured only with --compiled.
+
+    SDPA takes the same time for all attentions, so it is measured only for the first one.
+    """
     skipped = {"compiled"} if not config.getoption("--compiled") else set()
     if op != next(name for name in public() if SPECS[name].attends):
         skipped.add("sdpa")

@@ -56,7 +56,7 @@ COLUMNS = (
 
 
 def ratio(ours: Sequence[float], peers: Sequence[float]) -> float:
-    """Return the median of the ratios of each round. If the numbers of rounds differ, return the ratio of the medians."""
+    """Return the median of the per-round ratios. If the numbers of rounds differ, return the ratio of the medians."""
     if len(ours) == len(peers):
         return statistics.median(a / b for a, b in zip(ours, peers, strict=True))
     return statistics.median(ours) / statistics.median(peers)

@@ -1,9 +1,9 @@
 """LeViT (arXiv:2104.01136) and its variants LeViN and LeViP from Vision Xformers.
 
-    image -> convolutions -> stages of depth x [x + attention(norm(x)), x + mlp(norm(x))], map halved between stages
-          -> norm -> mean -> head
+    image -> convolutions -> stages x [depth x [x + attention(norm(x)), x + mlp(norm(x))]] -> norm -> mean -> head
 
-LeViT has a convolutional stem, batch normalization, hardswish, and a learned attention bias instead of a position embedding.
+Between two stages, a convolution halves the rows and columns of the token map. LeViT has a convolutional stem, batch
+normalization, hardswish, and a learned attention bias instead of a position embedding.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class _Block(Block):
 
 
 class _BiasedAttention(nn.Module):
-    """softmax(scale q k^T + b) v. Each head has a learned bias b for each row and column distance of query and key."""
+    """softmax(scale q k^T + b) v. The bias b is learned for each head and each distance (rows, columns) of query and key."""
 
     def __init__(self, attention: nn.Module, grid: tuple[int, int]) -> None:
         super().__init__()

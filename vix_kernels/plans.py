@@ -166,7 +166,7 @@ class Entry:
     Attributes:
         plan: the plan of these calls, or None until it is complete.
         reason: why these calls cannot be replayed, or None. If it is set, none of them is recorded again.
-        calls: number of earlier calls. No longer counted after `plan` or `reason` is set.
+        calls: number of earlier calls. Calls are not counted after `plan` or `reason` is set.
     """
 
     plan: CallPlan | None = None

@@ -144,8 +144,8 @@ class Recorder(TorchDispatchMode):
     def saved(self, results: Iterable[Tensor]) -> list[int]:
         """Return the bases that the autograd graph of `results` saves for the backward pass.
 
-        Refuse if saved tensors require gradients, but none of them is an argument. Except for arguments, a replay saves
-        tensors without their graph, so differentiating the replay's gradients again would not raise an error.
+        Refuse if saved tensors require gradients, but none of them is an argument. A replay saves all tensors except arguments
+        without their graph. If no argument is saved, differentiating the replay's gradients again would not raise an error.
         """
         nodes, seen, found, requires_grad = [x.grad_fn for x in results], {None}, {}, False
         while nodes:
@@ -178,7 +178,7 @@ class Recorder(TorchDispatchMode):
         indices = count(1 + max(base for base, _ in sources.values()))
 
         def put(offsets: dict[int, int]) -> None:
-            """Set the location of each base in `offsets` to its offset, in bytes, in the next base of the replayed pass."""
+            """Put all bases in `offsets` into the next base of the replayed pass, each at its offset in bytes."""
             index = next(indices)
             locations.update({base: Location(index, offset) for base, offset in offsets.items()})
 

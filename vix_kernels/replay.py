@@ -100,7 +100,7 @@ class Operation(Step):
     `args` are the leaves of its positional and keyword arguments.
     """
 
-    structure: TreeSpec  # of the arguments
+    structure: TreeSpec  # structure of the arguments
     function: Callable
     results: Sequence[int]  # indices of its results in the list of recorded bases
 

@@ -1,4 +1,7 @@
-"""Fill Triton's cache with the kernels of correctness and timing, in parallel, because one CPU core would take minutes."""
+"""Fill Triton's cache with the kernels that correctness.py and timing.py launch.
+
+The kernels are compiled in parallel, because one CPU core would take minutes.
+"""
 
 from __future__ import annotations
 

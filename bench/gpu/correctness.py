@@ -93,7 +93,7 @@ def against_float64(problem: Problem) -> tuple[str, float]:
 
 
 def repeats(problem: Problem) -> tuple[str, float]:
-    """Check that repeated calls are bit-identical. The returned number counts the calls that differ from the first one."""
+    """Check that repeated calls return bit-identical results. The returned number counts the calls whose results differ."""
     first = results(problem, backend="triton")
     repetitions = 10 if first[0].is_cuda else 1
     different = sum(not _equal(first, results(problem, backend="triton")) for _ in range(repetitions))

@@ -82,7 +82,7 @@ def why_not_compiled(error: Exception) -> str:
 
 
 def _driver() -> str:
-    """Return the driver version, the current and maximum clocks, the power limit and the temperature, or "unknown"."""
+    """Return the driver version, current and maximum SM clock, memory clock, power limit and temperature, or "unknown"."""
     if not shutil.which("nvidia-smi"):
         return "unknown"
     query = "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"

@@ -31,7 +31,7 @@ class Outcome:
 
 
 def write(folder: Path, machine: Row, outcomes: list[Outcome], work: Path) -> str:
-    """Write all files except the pictures and return the summary. If one file fails, the other files are still written."""
+    """Write all files except the pictures and return the summary. If a file cannot be written, still write the others."""
     problems: list[str] = []
     rows = {outcome.part: outcome.rows for outcome in outcomes}
     everything = dict(machine=machine, parts=[asdict(outcome) for outcome in outcomes])
@@ -73,7 +73,7 @@ def attempt(problems: list[str], write: Callable[[Path, Any], None], path: Path,
 
 
 def archive(path: Path, folder: Path) -> None:
-    """Write the files in `folder` to the zip file `path`, but only the beginning and the end of long text files."""
+    """Write the files in `folder` to the zip file `path`. Only the beginning and the end of a long text file are kept."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for each in sorted(folder.iterdir()):
             data = each.read_bytes()
@@ -83,7 +83,10 @@ def archive(path: Path, folder: Path) -> None:
 
 
 def draw_times(folder: Path, rows: list[Row]) -> None:
-    """Plot time against tokens, one curve per provider, for head widths other than 32 and the largest batch of each length."""
+    """Plot time against the number of tokens, with one curve per provider.
+
+    Rows with head width 32 are skipped. For each number of tokens, only the largest batch is shown.
+    """
     timed = [row for row in rows if row.get("device_ms") is not None and row["width"] != 32]
     fullest = {tokens: max(row["batch"] for row in timed if row["tokens"] == tokens) for tokens in {r["tokens"] for r in timed}}
     draw(folder, [row for row in timed if row["batch"] == fullest[row["tokens"]]], "tokens", formats=("png",))

@@ -1,5 +1,5 @@
 """Collect all GPU measurements of this checkout in at most {seconds} seconds, without installing it:
-  compile      compile the kernels of correctness and timing in parallel
+  compile      compile, in parallel, the kernels that the parts correctness and timing use
   correctness  check the kernels at realistic sizes: against float64, repeatedly, in CUDA graphs, on two streams
   timing       measure device time, wall time and memory of every operator of this library, and of the same
                operations in plain and compiled PyTorch, FlashAttention and other installed packages
@@ -9,11 +9,11 @@
   training     train for a short time on each available data set
   sanitizer    run compute-sanitizer on a small call of each operator
 
-OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip. They are
-written after every part, and every {noted} seconds while a part runs; pictures are written last. The summary names everything
-that was skipped for lack of time, memory or a package. It also names every job that ended its process, for example because of a
-crash. The part then continues with its next job. There is one exception: if a timing ends its process because a CUDA graph
-could not be captured, a new process first repeats the timing without a graph.
+OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip. All except
+pictures.zip are written after every part, and every {noted} seconds while a part runs. pictures.zip is written at the end. The
+summary names everything that was skipped for lack of time, memory or a package. It also names every job that ended its process,
+for example because of a crash. The part then continues with its next job. There is one exception: if a timing ends its process
+because a CUDA graph could not be captured, a new process first repeats the timing without a graph.
 
 Exit status: 0 on success; {failed} if a part failed or the run was stopped; {usage} for wrong arguments; {unavailable} if the
 kernels cannot run on this machine or the GPU has too little memory, in which case one line says why.
@@ -256,7 +256,7 @@ def how(code: int | None, log: Path) -> str:
 
 
 def outcome_of(part: str, rows: list[Row], ended: str, seconds: float) -> Outcome:
-    """Return the outcome of a part with these rows. `ended` says how its last process failed, or is "" if it did not."""
+    """Return the outcome of a part with these rows. `ended` says how its last process failed, or is "" if it did not fail."""
     wrong = [row for row in rows if row["status"] == "failed"]
     if ended or wrong:
         first = f"{len(wrong)} failed, first: {report.label(wrong[0])}: {wrong[0]['why']}" if wrong else ""

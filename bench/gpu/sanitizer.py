@@ -37,7 +37,7 @@ def rows(plan: Plan) -> Iterator[Job]:
 def watch(program: str, tool: str, plan: Plan) -> Iterator[Row]:
     # Without the caching allocator, each tensor is a separate allocation, so the tool knows the bounds of each tensor.
     # The option --kernel-name skips torch's kernels, which saves time. Some releases of the tool
-    # reject the option. If the first run fails, a second run omits it.
+    # reject the option. If the first run fails, the second run omits the option.
     for only_ours in (("--kernel-name", "kns=_kernel"), ()):
         command = (program, "--tool", tool, *TOOLS[tool], *only_ours, *SMALL)
         code, text = plan.finish(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})

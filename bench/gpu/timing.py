@@ -1,4 +1,7 @@
-"""Measure the device and wall times of every operator with all providers, and the peak rates of the machine."""
+"""Measure the device and wall times of every operator, and the peak rates of the machine.
+
+Primitives are measured only with Triton, and all other operators with all providers.
+"""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def rotate(q: Tensor, k: Tensor, table: Tensor | None, backend: str) -> tuple[Te
 class SoftmaxAttention(Mixer):
     """The attention of ViT. Dropout is applied after the output projection, and not to the attention weights.
 
-    There is no output projection if there is only one head and it is as wide as the tokens.
+    There is no output projection and no dropout if there is only one head, and this head is as wide as the tokens.
     """
 
     def __init__(self, dim: int, *, heads: int, dim_head: int, dropout: float, backend: str) -> None:
@@ -212,7 +212,7 @@ class PerformerAttention(Mixer):
 class RandomFeatures(nn.Module):
     """FAVOR+, except that a maximum is subtracted and an eps is added. The results therefore differ from those in the paper.
 
-    phi(x) = (exp(w x - |x|^2 / 2 - maximum) + 1e-4) / sqrt(m), for m features, and q and k scaled by d^(-1/4). For a query,
+    phi(x) = (exp(w x - |x|^2 / 2 - maximum) + 1e-4) / sqrt(m), for m features, where x is q or k times d^(-1/4). For a query,
     `maximum` is the largest w x over its features. For keys, it is the largest w x over all features, keys, heads and samples,
     so the output for a sample depends on the rest of its batch. Gradients flow through both maxima. The projection matrix is
     saved with the weights and never redrawn.

@@ -29,7 +29,7 @@ def landmarks_forward(
     rotary: Rotary | None,
     pool: Pool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return q_marks and k_marks in q's dtype, q_counts and k_counts. Without k, k_marks and k_counts are empty."""
+    """Return q_marks, k_marks (both in q's dtype), q_counts and k_counts. Without k, k_marks and k_counts are empty."""
     rope = Rotation(rotary, accumulator(q.dtype))
     q_marks, q_counts = _means(q, q_mask, rope, pool)
     if k is None:

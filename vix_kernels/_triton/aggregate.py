@@ -2,8 +2,8 @@
 
 Logits are in base 2, so every exponential is one exp2. In the forward kernel and in the kernel for slot gradients, a program
 loads a tile of slots and then loops over a chunk of the tokens. In the kernel for token gradients, a program loads all slots
-before its loop over a chunk of the tokens, if they fit. No kernel uses atomics: each output is written once, by one program,
-and chunks are merged in a fixed order.
+before its loop over a chunk of the tokens. If there are too many slots, it loads them again for each tile of tokens. No kernel
+uses atomics: each output is written once, by one program, and chunks are merged in a fixed order.
 
 FOLD means that slots are float32 and tokens bfloat16. In this case, the slots and `unit` (see prepare.py) contain the scale
 factors. Vectors, such as the bias of the keys, are added by an additional matrix product (see logits.py).
@@ -146,9 +146,9 @@ def add_token_gradients(
     SPLIT: tl.constexpr, FOLD: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of a tile of slots to dk, dv and db, the sum over slots of the gradients of a key's logits.
+    """Add the contribution of a tile of slots to dk, dv and db.
 
-    `operands` is the result of slot_operands.
+    For each key, db is the sum of the gradients of its logits over the slots. `operands` is the result of slot_operands.
     """
     high, low, b_unit, b_size, b_row_max, b_delta = operands
     ROWS: tl.constexpr = b_k.shape[0]

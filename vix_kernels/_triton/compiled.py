@@ -1,8 +1,9 @@
 """Launch kernels that Triton has already compiled.
 
 `kernel[grid](*args)` takes 26 to 31 microseconds to find the compiled kernel, because Triton inspects every argument. Most
-launches repeat an earlier launch with different tensors. `run` recognizes them by the arguments that are not tensors and by the
-dtypes, devices and alignment of the tensors. It passes pointers as integers, which Triton's launcher does not inspect.
+launches repeat an earlier launch with different tensors. `run` recognizes such a launch by the arguments that are not tensors
+and by the dtypes, devices and alignment of the tensors. It passes pointers as integers, which Triton's launcher does not
+inspect.
 """
 
 from __future__ import annotations

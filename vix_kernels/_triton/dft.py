@@ -6,7 +6,7 @@ If n = -n, row n of E is token n. Then
 
     P = C_N (E C_D)        R = S_N (O S_D)        y at (a, b) and (-a, -b) is P - R        y at (-a, b) and (a, -b) is P + R
 
-Therefore only half of the tokens, half of the rows a and half of the columns b are needed. The first kernel computes tables of
+Therefore only half of the rows n, half of the rows a and half of the columns b are needed. The first kernel computes tables of
 cosines and sines, the second kernel sums over channels, and the third kernel sums over tokens. The tables are computed in each
 call. They do not depend on the batch, so this takes little time, and a cache would have to handle streams and CUDA graphs.
 

@@ -76,9 +76,9 @@ class LaunchConfig:
 
     @property
     def resident(self) -> int:
-        """Number of programs per multiprocessor that can run at the same time, even if each thread uses the most registers.
+        """Number of programs that can run on a multiprocessor at the same time.
 
-        More programs would only add memory traffic.
+        Each thread is assumed to use as many registers as possible. More programs would only add memory traffic.
         """
         return max(1, WARPS_A_MULTIPROCESSOR // self.tile.num_warps)
 
@@ -279,7 +279,7 @@ def rotary_arguments(rotary: Rotary | None, placeholder: Tensor) -> tuple[Tensor
 
 
 def merge_arguments(parts: Tensor, *, outputs: int) -> tuple[tuple[int], tuple[Tensor, ...], dict[str, Any]]:
-    """Return the grid, the output tensors and the constexprs for a kernel that merges the results of the chunks of tokens.
+    """Return the grid, the output tensors and `meta` (see `launch`) for a kernel that merges the results of the token chunks.
 
     Args:
         parts: results of the chunks, (batch, heads, chunks, M, E).

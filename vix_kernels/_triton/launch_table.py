@@ -44,9 +44,9 @@ def _entries(tiles: dict[tuple[str | int, ...], Tile]) -> dict[Key, Tile]:
 # kernels, these are launches whose slots have the tokens' dtype, such as slots that are computed from tokens. In
 # broadcast_forward and broadcast_tokens, they are also launches with RoPE. In aggregate_tokens, they are also launches with
 # more than 128 slots or with float16. In broadcast_slots, they are only launches with RoPE or gradients of slots. Entries
-# "..._learned" are for kernels that compute dslots, and entries "..._half" are for float16. If there is no entry for a variant,
-# the entry without a suffix is used. An entry for a variant takes precedence over an override without a suffix. To change the
-# variant as well, an architecture also needs an override with the suffix.
+# "..._learned" are for launches that compute dslots, and entries "..._half" are for float16. If there is no entry for a
+# variant, the entry without a suffix is used. An entry for a variant takes precedence over an override without a suffix. To
+# change the variant as well, an architecture also needs an override with the suffix.
 TABLE = _entries(
     {
         ("aggregate_forward", 16, 16, 32): Tile(128, 64, 8, 1),

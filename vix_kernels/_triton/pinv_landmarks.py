@@ -22,7 +22,7 @@ def load_rows(
     base, stride, rows, column, counts, i_b, counts_b, counts_l, L,
     WIDTH: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Load STEP columns of the landmarks with indices `rows`, starting at `column`. Rows of invalid landmarks are 0."""
+    """Load STEP columns of `base`, from `column` on, for the landmarks `rows`. Rows of invalid landmarks are 0."""
     valid = has_landmark(counts, i_b, counts_b, counts_l, rows, L, MASKED)
     return load_tile(base, rows, stride, valid, WIDTH, STEP, 0, True, False, column)
 

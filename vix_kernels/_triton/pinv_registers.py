@@ -5,7 +5,8 @@ For every polynomial p, Z p(A Z) = p(Z A) Z. The kernels can therefore multiply 
     X = Z A    W = X X - 7 X    Y = W X + 15 X    Z' = 1/4 (13 Z - Y Z)
 
 The left operand of a product is then usually the result of the previous product, which is still in registers. The right operand
-is stored in shared memory as float16. A float16 product has the same error as a TF32 product and takes half the time.
+is stored in shared memory, as float16 unless the inputs are float64. A float16 product has the same error as a TF32 product and
+takes half the time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Two-stage sums over many items. With only one program per result, most of the device would be idle.
 
-The kernel of the first stage splits the items, for example samples and heads, into chunks. Separate programs process each chunk
-and write partial sums. The kernel in this file adds the partial sums of all chunks. In both stages, the order of summation
-depends only on the sizes and the device, so repeated calls return bit-identical results.
+In the first stage, the items, for example samples and heads, are split into chunks. Separate programs process each chunk and
+write partial sums. In the second stage, the kernel in this file adds the partial sums of all chunks. In both stages, the order
+of summation depends only on the sizes and the device, so repeated calls return bit-identical results.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ class DropIn(Mounted):
 
     An integration creates a DropIn from the user's options. `replace_sdpa` and `register` call this DropIn directly. The other
     integrations add a copy, created by `mounted`, to each attention module of a model as the child module `vix`. Only these
-    copies can have parameters, and most kinds of attention have none.
+    copies can have parameters, and most kinds of attention have none. In this library's models, the attention modules contain
+    cores, so zoo.py adds no copies.
 
     Args:
         op: the name of a core: "nystrom", "performer", "feature", "linear", "agent", or one registered by another package.

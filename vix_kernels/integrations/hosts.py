@@ -173,7 +173,8 @@ class Snapshot:
 def _copy(value: Any) -> Any:
     """Copy a dict, such as a module's `_parameters` or `_forward_hooks`. Return any other value unchanged.
 
-    Subclasses, such as the read-only configurations of diffusers, are not copied, because they may not be changed in place.
+    Instances of other subclasses of dict, such as the read-only configurations of diffusers, are not copied, because changing
+    them in place may raise an error.
     """
     return value.copy() if type(value) in (dict, OrderedDict) else value
 
@@ -230,7 +231,7 @@ def patch_package(
     reason_against: Callable[[nn.Module], str],
     ignored: Sequence[str] = (),
 ) -> Report:
-    """Make every module of a package's class run the forward of `ours`, a class with the same name and parameters.
+    """Make every instance of a class of `package` run the forward of `ours`, a class with the same name and parameters.
 
     Args:
         model: a model that contains modules of the package.
@@ -318,7 +319,7 @@ def reason_against_linear(module: nn.Module, *names: str) -> str:
 
 
 def selected(found: Iterable[tuple[str, nn.Module]], layers: Sequence[str] | None) -> list[tuple[str, nn.Module]]:
-    """Return the modules whose names match one of the patterns in `layers`, or all if it is None."""
+    """Return the modules whose names match one of the patterns in `layers`, or all modules if `layers` is None."""
     found = list(found)
     if layers is None:
         return found

@@ -1,8 +1,8 @@
-"""Save and load models in which softmax attention was replaced, from any host library.
+"""Save and load models in which softmax attention was replaced.
 
-A folder contains model.safetensors and linearized.json. The JSON lists the attention and its options for each layer. The names
-in the JSON are only looked up in registries (attentions, models of this library, of timm and of transformers). They are never
-imported.
+The models are from this library, timm or transformers, or contain nn.MultiheadAttention. A folder contains model.safetensors
+and linearized.json. The JSON lists the attention and its options for each replaced layer. The names in the JSON are only looked
+up in registries of attentions and of models (of this library, timm and transformers). They are never imported.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ def load_linearized(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
     Args:
         folder: the folder.
         model: a new model with the architecture of the saved one and with softmax attention. It is changed in place. None:
-            create it. This is not possible for models with nn.MultiheadAttention. A timm model that `vix train` did not create
-            must have its default architecture, but num_classes, global_pool and img_size may differ from their defaults.
+            create the model. This is only possible for models from this library, timm and transformers. A timm model that `vix
+            train` did not create must have its default architecture, but num_classes, global_pool and img_size may differ from
+            their defaults.
 
     Raises:
         FileNotFoundError: the folder or a file is missing.

@@ -110,7 +110,7 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
 
         report = patch(Linformer(...))
 
-    Every LinformerSelfAttention in `model` is replaced, such as those in the package's Linformer and LinformerLM.
+    The LinformerSelfAttention modules in `model` are replaced, such as those in the package's Linformer and LinformerLM.
     `unpatch(model)` undoes the replacement.
 
     Args:

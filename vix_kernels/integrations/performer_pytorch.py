@@ -108,7 +108,7 @@ class FastAttention(nn.Module):
 
         Args:
             q: (batch, heads, queries, dim_heads).
-            k: (batch, heads, tokens, dim_heads). If the batch sizes of k and v are both 1, k and v are expanded to that of q.
+            k: (batch, heads, tokens, dim_heads). If the batch sizes of k and v are both 1, they are expanded to q's batch size.
             v: (batch, heads, tokens, value_dim).
             key_padding_mask: bool (batch, tokens), True = valid. Padded tokens are also excluded from the maximum and from the
                 eps term. The output for a query without valid keys is 0.
@@ -185,7 +185,7 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
 
         report = patch(PerformerLM(...))
 
-    Every FastAttention in `model` is replaced, such as those in the package's Performer, PerformerLM, SelfAttention and
+    Every supported FastAttention in `model` is replaced, for example in the package's Performer, PerformerLM, SelfAttention and
     CrossAttention. The package's ProjectionUpdater still redraws the features. `unpatch(model)` undoes the replacement.
 
     Args:
@@ -267,7 +267,7 @@ def explicit_attention(q_features: Tensor, k_features: Tensor, v: Tensor, eps: f
 
 
 def count_valid(k: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor | int:
-    """Return the number of tokens, or with a mask, a tensor (batch, 1, 1) of the numbers of valid tokens, at least 1."""
+    """Return the number of tokens. With a mask, return the numbers of valid tokens, at least 1, as a tensor (batch, 1, 1)."""
     return k.shape[2] if mask is None else mask.sum(-1, dtype=dtype).clamp(min=1)[:, None, None]
 
 

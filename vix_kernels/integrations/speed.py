@@ -1,4 +1,4 @@
-"""Measure whether the new attention is faster than softmax attention, or look it up in the table of break-even lengths."""
+"""Measure whether the new attention is faster than softmax attention, or look this up in the table of break-even lengths."""
 
 from __future__ import annotations
 
@@ -233,7 +233,8 @@ def measure(
     Args:
         batch: as in `call`.
         softmax: returns a context in which the model computes softmax attention.
-        holders, modules: map the name of each layer to the module that holds the core, and to the attention module of the host.
+        holders: maps the name of each layer to the module that holds its core.
+        modules: maps the name of each layer to the attention module of the host.
         rounds: as in `Report.measure`.
     """
     from ..measure.machine import device_name  # not at the top, because it imports the specifications of all operators

@@ -117,7 +117,7 @@ def _attention_function(attention: DropIn, retrain: bool) -> Callable[..., tuple
 def replace_attention(
     model: nn.Module, op: str, *, layers: Sequence[str] | None = None, retrain: bool = False, **options: Any
 ) -> Report:
-    """Replace the attention in a vision model of transformers, in place. Parameters and their names do not change.
+    """Replace the attention in a vision model of transformers, in place. Existing parameters and their names do not change.
 
         report = replace_attention(ViTModel.from_pretrained(...), "nystrom", num_landmarks=64)
 

@@ -4,9 +4,9 @@ transformers does not save attn_implementation. Importing vix_kernels.integratio
 PreTrainedModel and one of PreTrainedConfig. While `save_pretrained` runs, the configuration has two additional entries:
 attn_implementation, which transformers reads when it loads a configuration, and vix_attention, which describes the attention.
 If the configuration of a new model has the entry vix_attention, `post_init` ends by installing this attention, before weights
-are loaded. If the entry lists layers, it stays in the configuration, so that other models created from it have the same
-attention. Models without an attention of this library are not affected. If a process has not imported the integration, and
-loads a model with such an attention, transformers raises an error that names attn_implementation.
+are loaded. If the entry lists layers, it stays in the configuration, so that other models created from this configuration have
+the same attention. Models without an attention of this library are not affected. If a process that has not imported the
+integration loads a model with such an attention, transformers raises an error that names attn_implementation.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def select_children(model: PreTrainedModel, replaced: Iterable[nn.Module]) -> No
 
 @contextmanager
 def with_entries(whole: PreTrainedConfig, model: PreTrainedModel | None = None) -> Iterator[None]:
-    """Add the two entries to a configuration and its parts inside the block. Without `model`, keep descriptions of layers."""
+    """Add the two entries to a configuration and its parts inside the block.
+
+    If `model` is None, descriptions of layers that are already in the configuration are kept.
+    """
     before, changed = [], []
     try:
         for config in configs(whole):

@@ -17,20 +17,20 @@ from .hosts import Report, selected
 def replace_attention(
     model: nn.Module, op: str, *, layers: Sequence[str] | None = None, retrain: bool = False, **options: Any
 ) -> Report:
-    """Replace the softmax attention in a model from create_model, in place. Parameters and their names do not change.
+    """Replace the softmax attention in a model from create_model, in place. Existing parameters keep their names and values.
 
     To build a model with another attention, use `create_model(name, mixer=...)` instead.
 
     Args:
         model: a model from create_model.
-        layers: names or patterns of the layers to replace, such as ["blocks.1*"]. None: all.
+        layers: names or patterns of the layers to replace, such as ["blocks.1*"]. None: all. The report omits other layers.
         op, retrain, options: as in DropIn. Each layer has different random features.
 
     Returns:
-        a report that lists the replaced layers, and the other attention layers with the reason why they were not replaced.
+        a report that lists the replaced layers, and the layers that could not be replaced, each with the reason.
 
     Raises:
-        ValueError: nothing could be replaced, or `op` needs retrain=True.
+        ValueError: nothing could be replaced, a pattern matches no attention, or `op` needs retrain=True.
     """
     kind = DropIn(op, retrain=retrain, **options)  # checks the arguments
     backend = options.pop("backend", None)

@@ -71,8 +71,8 @@ def linearize(
         layers: names or patterns of the attention layers, such as ["blocks.1*"]. None: all.
         steps: number of training steps, each with one batch.
         finetune_steps: number of additional steps, after `steps`. They train all weights that require gradients, so that
-            the model reproduces the output of the original model. Mean-pooled models, which have no exact rows, gain most. If
-            there are such steps, a second copy of the model is kept in memory.
+            the model reproduces the output of the original model. Mean-pooled models without tokens that attend by exact
+            softmax gain most. If there are such steps, a second copy of the model is kept in memory.
         distill: the output that the fine-tuning steps reproduce. "soft": the class probabilities, or the output itself if the
             model is not a classifier. "features": the result of model.forward_features.
         finetune_lr: learning rate of the fine-tuning steps.

@@ -20,7 +20,7 @@ class LayerReport:
     Attributes:
         tokens: the number of tokens.
         before: the relative squared error of the attention's output before training, over the rows that are not exact.
-        after: the same error at the end of the conversion.
+        after: the same error after the features were trained, but before any fine-tuning steps.
         attention: a description of the new attention, or why softmax attention is kept.
         converted: whether the layer is converted.
     """
@@ -39,14 +39,14 @@ class Report:
     Attributes:
         op: the new attention.
         layers: maps the name of each layer to its result.
-        refused: maps the name of each attention that cannot be converted to the reason.
+        refused: the attentions that cannot be converted. Maps their names to the reasons.
         agreement: percentage of samples for which the converted model and the teacher have the same largest output, or None if
             the model is not a classifier.
-        divergence: mean Kullback-Leibler divergence of the class probabilities of the converted model from those of the
-            teacher. If the model is not a classifier, the relative squared error of the output.
+        divergence: mean Kullback-Leibler divergence KL(teacher || converted model) of the class probabilities. If the model is
+            not a classifier, the relative squared error of the output.
         samples: the number of samples on which `agreement` and `divergence` were measured.
         steps, seconds: the number of training steps, and the time of the conversion.
-        milliseconds: times of a forward pass with softmax attention and of the converted model, on one batch.
+        milliseconds: times of a forward pass on one batch, with softmax attention and with the new attention.
         warnings: messages about conversions that do not save time.
     """
 

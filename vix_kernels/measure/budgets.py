@@ -367,13 +367,13 @@ PREDICTED = (
 
 
 def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Return messages for the predicted times, in seconds, that exceed `most`: those within `reached`, and the rest."""
+    """Return messages for the predicted `times` (in seconds) that exceed `most`: those within `reached`, and the rest."""
     declared, failed = [], []
     for budget in PREDICTED:
         value = 1e6 * times.get(budget.name, 0.0)
         text = f"{budget.name}: {value:.4g} us predicted, budget {budget.most:g}"
         if value > budget.most:
-            unknown = budget.reached == inf  # then only unknown times are declared, and a time that becomes known is checked
+            unknown = budget.reached == inf  # then an infinite time is declared, but a finite time above the budget fails
             exceeded = budget.reached is None or (value < inf if unknown else value > budget.reached)
             (failed if exceeded else declared).append(text if exceeded else f"{text}: {budget.reason}")
     return declared, failed

@@ -1,5 +1,6 @@
-"""The minimum cost of a call: the arithmetic stated in its OpSpec, the bytes of its registered operators, and its launches.
+"""The minimum cost of a call: its arithmetic, its memory traffic and its launches.
 
+The arithmetic is stated in the OpSpec. The memory traffic is the inputs and outputs of the registered operators in the call.
 No result is computed, and no GPU is needed. The call runs on meta tensors, and its launches are counted instead of executed.
 """
 

@@ -1,7 +1,7 @@
 """A FlashAttention forward kernel for comparing predicted times with published measurements.
 
-The kernel has no other purpose. It follows algorithm 1 of FlashAttention-2 (arXiv:2307.08691): a program keeps a tile of
-queries and loops over the keys.
+bench/break_even.py also predicts the time of softmax attention from this kernel. The kernel follows algorithm 1 of
+FlashAttention-2 (arXiv:2307.08691): a program keeps a tile of queries and loops over the keys.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def flash_forward_kernel(
 
 
 def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Compute softmax attention. q, k and v are contiguous (batch, heads, N, 64 or 128); N is a multiple of the tile sizes."""
+    """Compute softmax attention. q, k and v are contiguous (batch, heads, N, D). N must be a multiple of the tile sizes."""
     batch, heads, tokens, width = q.shape
     out, lse = torch.empty_like(q), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     block_m, block_n = min(128, tokens), 64

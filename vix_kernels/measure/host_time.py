@@ -152,7 +152,7 @@ def operator_calls(spec: OpSpec) -> dict[str, Callable[[], Any]]:
 
 @contextmanager
 def launches(launcher: str) -> Iterator[None]:
-    """Let operators run on CPU tensors. If `launcher` is "none", launches are skipped, otherwise they call the stub driver."""
+    """Let operators run on CPU tensors. If `launcher` is "none", launches are skipped. Otherwise, they call the stub driver."""
     from .._triton import compiled
 
     nothing = compiled.Compiled(None, lambda *args: None, None, None, ())

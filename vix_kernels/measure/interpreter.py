@@ -26,9 +26,9 @@ def fast_interpreter() -> Iterator[None]:
     """Make interpreted kernels several times faster inside the block, with the same results.
 
     By default, the interpreter patches triton.language at every call of a device function, which takes 2 ms. Inside the block,
-    it patches the module only once per launch. By default, it also repeats every integer addition and multiplication in 64
-    bits to check for overflow. Inside the block, this check is disabled. Most of the remaining time is spent constructing
-    descriptions of dtypes, blocks and tensors. Kernels use only a few different descriptions, so these are cached.
+    it patches the module only once per launch. By default, it also repeats additions, subtractions and multiplications of
+    integers in 64 bits to check for overflow. Inside the block, this check is disabled. Most of the remaining time is spent
+    constructing descriptions of dtypes, blocks and tensors. Kernels use only a few different descriptions, so these are cached.
     """
     patch_language, everything = _get(interpreter, "_patch_lang"), SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     nothing = _get(interpreter, "_LangPatchScope")()

@@ -1,4 +1,4 @@
-"""Read the instructions and the resource usage of compiled kernels from their machine code."""
+"""Read the resources that compiled kernels use. On NVIDIA, they are read from machine code, and on AMD from assembly code."""
 
 from __future__ import annotations
 

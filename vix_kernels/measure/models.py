@@ -1,9 +1,9 @@
 """`vix bench --models`: inference and training steps of the models, compared with their originals.
 
-The original of a model comes from the vision_xformer 0.2.0 wheel, if the wheel is installed and contains it. Otherwise, it is
-the published model in plain PyTorch ("plain form"), as built by `from_original`. The original training scripts apply autocast
-only to the loss, so they train in float32. In the bf16 rows, the forward pass of the original also runs under autocast.
-Dropout rates are those of the published configurations.
+If the vision_xformer 0.2.0 wheel is installed, the originals ViL, ViP, ViN and FNet come from it. All other originals are the
+published models in plain PyTorch ("plain form"), as built by `from_original`. The original training scripts apply autocast only
+to the loss, so they train in float32. In the bf16 rows, the forward pass of the original also runs under autocast. Dropout
+rates are those of the published configurations.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ for stage, (stride, depth) in enumerate(((2, 1), (1, 1), (1, 2)), start=1):
 class Pair(NamedTuple):
     """The arguments of this library's model, and the label and arguments of its original.
 
-    `wheel` states whether the vision_xformer wheel contains the original.
+    `wheel` states whether the original comes from the vision_xformer wheel if this wheel is installed.
     """
 
     ours: dict[str, Any]

@@ -33,7 +33,7 @@ from .timing import DeviceTime, device_time, in_turns, wall_time
 
 Row = dict[str, Any]
 DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward together; backward: full minus forward
-# Default dtype and sizes. The budgets in bench/table.py apply to the CPU defaults, except that most are for more tokens.
+# Default dtype and sizes. The budgets in bench/table.py apply to the CPU defaults, but most are for longer sequences.
 USUAL_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 USUAL = {
     "cpu": Case("usual", batch=2, heads=4, tokens=1024, width=64, features=256, taps=33),
@@ -240,9 +240,9 @@ class Race:
         return Call(contender, full, cotangents)
 
     def check(self, call: Call) -> tuple[float | None, str]:
-        """Return the relative error against float64 on the first sample of the batch, and a message if it is too large, or "".
+        """Return the relative error against float64 on the first sample of the batch, and a message.
 
-        The error is None if it was not measured.
+        The error is None if it was not measured. The message is "" unless the error is too large.
         """
         contender, truth = call.contender, self.truth
         got = _tuple(call.run())
@@ -292,7 +292,7 @@ class Race:
         return Result(ok(**label, **figures), time.samples)
 
     def work(self, direction: str) -> Cost:
-        """Return the minimum work of any provider. It assumes that a pass reads every input and writes every result once."""
+        """Return the minimum work of any provider, assuming that a pass reads every input and writes every result once."""
         spec, inputs = self.problem.spec, list(self.problem.tensors.values())
         outputs = self.truth.batch * sum(x.nbytes for x in self.truth.plain[0])
         moved, flops, exps = sum(map(_bytes, inputs)) + outputs, spec.flops(self.case), spec.exps(self.case)

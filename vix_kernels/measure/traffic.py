@@ -110,7 +110,7 @@ def measure(function: Callable[..., Any], *args: Any, arch: str = "sm_90", split
     Args:
         function: an op of this library.
         args, kwargs: the arguments of `function`, with tensors on the CPU and backend="triton". The backward pass computes the
-            gradients of all tensors that require gradients. If there are none, it is not measured.
+            gradients of all tensors that require gradients. If no tensor requires gradients, only the forward pass is measured.
         arch: the GPU whose launch configurations are used, such as "sm_90".
         split: whether to split tokens into chunks as on that GPU. False keeps all tokens of a head in one chunk.
 

@@ -1,8 +1,8 @@
 """Find the loops, matrix products and logits of a kernel in TTGIR, Triton's intermediate representation for GPUs.
 
 The machine code shows how many instructions a loop has, but not how many logits one iteration computes. TTGIR contains the
-shapes of all tiles, and computes the bounds of the loops from the arguments. Shapes and bounds are read from the compiled
-kernel, so this file does not need to change when a kernel is restructured.
+shapes of all tiles, and the operations that compute the bounds of the loops from the arguments. Shapes and bounds are read from
+the compiled kernel, so this file does not need to change when a kernel is restructured.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ class Agent(PrefixCore):
 
     Attributes:
         num_agents: number of agents for the tokens after the prefix, at most one per token.
-        grid_size: (height, width) of the grid that the tokens after the prefix form. Each agent is the mean of a cell of
-            this grid. None: use the model's grid and prefix or, if the model has no grid, segments of the sequence.
+        grid_size: (height, width) of the grid that the tokens after the prefix form. This grid is divided into cells, and each
+            agent is the mean of one cell. None: use the model's grid and prefix. If the model has no grid, use segments of the
+            sequence.
         prefix_tokens: number of leading tokens (class and register tokens). Each of them is a separate agent.
     """
 
@@ -78,8 +79,8 @@ class AgentAttention(AttentionModule):
 
     Args:
         num_agents: number of agents for the tokens after the prefix, at most one per token.
-        grid_size: (height, width) of the grid that the tokens after the prefix form. Each agent is the mean of a cell of
-            this grid. None: use segments of the sequence.
+        grid_size: (height, width) of the grid that the tokens after the prefix form. This grid is divided into cells, and each
+            agent is the mean of one cell. None: use segments of the sequence.
         prefix_tokens: number of leading tokens (class and register tokens). Each of them is a separate agent.
 
     For the other arguments, see AttentionModule. The rotary embedding is not applied to agents.

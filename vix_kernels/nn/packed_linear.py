@@ -10,7 +10,10 @@ from .plain import is_plain
 
 
 def packed_linear(linear: nn.Linear, x: Tensor) -> tuple[Tensor, ...]:
-    """Return linear(x) as three views (batch, tokens, width). On a CPU, use a primitive with a faster backward."""
+    """Return linear(x) as three views (batch, tokens, width).
+
+    On a CPU, use a primitive with a faster backward if `linear` is a plain nn.Linear (see `is_plain`).
+    """
     if x.device.type != "cpu" or not is_plain(linear, nn.Linear):
         return linear(x).chunk(3, -1)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None

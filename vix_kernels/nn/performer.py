@@ -115,7 +115,7 @@ class PerformerAttention(RedrawnAttentionModule):
     For the other arguments, see AttentionModule.
 
     The features are the persistent buffer `projection` (M, head_dim), which stays float32 when the module is cast. Only
-    `redraw_projection` and loading a state dict change them. `redraws` is the number of times that this method was called.
+    `redraw_projection` and loading a state dict change them. `redraws` counts the calls of `redraw_projection`.
     """
 
     def __init__(

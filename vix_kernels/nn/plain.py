@@ -1,4 +1,4 @@
-"""Check whether calling a function directly has the same effect as calling the module that computes it."""
+"""Check whether a direct call of the function that a module computes has the same effect as a call of the module."""
 
 from __future__ import annotations
 

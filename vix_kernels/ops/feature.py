@@ -4,7 +4,8 @@
     out_n = sum_j psi_j(q_n) S_j / sum_j psi_j(q_n) z_j,    S_j = sum_n phi_j(k_n) v_n,    z_j = sum_n phi_j(k_n)
 
 Unlike Performer attention (see performer.py), this attention has separate, trained features for queries and keys, and a bias.
-With wq = wk, b = 0 and g = 1, it computes the same function. The two passes are also the same, with lse in base 2:
+With wq = wk, b = 0 and g = 1, it computes the same function. As in Performer attention, there are two passes, and lse is in
+base 2. For g = 1, they are:
 
     values, lse = aggregate(wk, k, v)        out = broadcast(q, wq, values, lse + b / ln 2)
 """

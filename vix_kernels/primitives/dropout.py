@@ -4,8 +4,9 @@ On a CPU, drawing the random numbers of PyTorch's dropout takes longer than the 
 
     y = x kept / (1 - p),    kept = 1 with probability 1 - p, else 0
 
-If 0 < p < 1, the probability that kept is 0 is p rounded to a multiple of 2^-16 from 2^-16 to 1 - 2^-16. The factor
-1 / (1 - p) uses p without rounding, but is at most 2^16. If p is 1, y is 0. One byte per element is saved for backward.
+If 0 < p < 1, the probability that kept is 0 is p, rounded to a multiple of 2^-16. This probability is at least 2^-16 and at
+most 1 - 2^-16. The factor 1 / (1 - p) uses p without rounding, but is at most 2^16. If p is 1, y is 0. One byte per element is
+saved for backward.
 """
 
 from __future__ import annotations

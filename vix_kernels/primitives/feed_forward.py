@@ -3,7 +3,7 @@
     y = residual + factors drop(W2 drop(act(W1 n + b1)) + b2),    n = layer_norm(x)
 
 Tokens are independent of each other, so each tile of tokens goes through all steps while it is in the cache. Plain PyTorch
-would write six intermediate tensors for all tokens to memory. In addition to the parameters, only x, the dropout masks and the
+would write every intermediate tensor for all tokens to memory. In addition to the parameters, only x, the dropout masks and the
 factors are saved for backward. Backward recomputes the normalization, the first linear layer and the activation.
 """
 

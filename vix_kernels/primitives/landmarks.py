@@ -84,7 +84,7 @@ def landmarks_reference(
 
     Slicing each window separately would add hundreds of nodes to an exported graph. If the number of tokens is dynamic, that
     graph would also be wrong for all lengths except the example's. A product with a matrix of windows would multiply the tokens
-    outside a window by 0. The result is NaN if such a token is not finite.
+    outside a window by 0. The result would be NaN if such a token were not finite.
     """
 
     def window_sums(x: Tensor, axis: int, count: int) -> Tensor:

@@ -20,7 +20,7 @@ def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
 
     Args:
         x: (..., C), on the CPU.
-        weight, bias: (3 * width, C) and (3 * width).
+        weight, bias: (3 * width, C) and (3 * width,).
         dtype: dtype of the matrix products, as set by autocast. If None, x's dtype is used.
 
     Returns:

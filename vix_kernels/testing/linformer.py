@@ -41,7 +41,7 @@ CASES = (
 
 
 def _token_projection(case: Case, tensor: Callable[..., Tensor], tokens: Tensor) -> Tensor:
-    """Draw a token projection with a shape as in the Linformer module.
+    """Draw a token projection, shaped like the projections of LinformerAttention.
 
     The projection is in float32 (float64 for float64 tokens). Its entries have standard deviation K^-0.5, where K is the number
     of projected tokens. It has two more rows than there are tokens.

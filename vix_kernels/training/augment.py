@@ -88,8 +88,9 @@ def _shifted(size: int, shift: float, draws: Draws) -> Tensor:
 def random_erasing(images: Tensor, draws: Draws, probability: float) -> Tensor:
     """Erase a random rectangle of each image with the given probability (arXiv:1708.04896).
 
-    Erased pixels are set to 0, which is the mean of normalized images. Before its sides are rounded to pixels and limited to
-    those of the image, the rectangle covers 2 to 33 percent of the image, and its aspect ratio is between 1/3.3 and 3.3.
+    Erased pixels are set to 0, which is the mean of normalized images. The size of the rectangle is random: it covers 2 to 33
+    percent of the image, and its aspect ratio is between 1/3.3 and 3.3. Its sides are then rounded to whole pixels and limited
+    to the size of the image.
     """
     height, width = images.shape[2:]
     area = draws.uniform(0.02, 0.33) * height * width

@@ -295,7 +295,7 @@ def predict_command(argv: list[str]) -> int:
 def _pictures(images: list[Path], folder: Path | None, overwrite: bool) -> list[Path | None]:
     """Create `folder`, and return the path of the attention map for each image, or None for each image if `folder` is None.
 
-    If the names of several images differ only in folder or suffix, the paths are numbered.
+    If several images have the same file name without the suffix, the paths of their maps are numbered.
 
     Raises:
         UserError: a path exists already, and `overwrite` is False.

@@ -36,7 +36,7 @@ def locked(folder: Path) -> Iterator[str]:
     """Lock `folder` for the duration of the block, by calling flock on a file in it.
 
     Yields the string that `lock_owner` reads from the file. If the process is killed, the operating system releases the lock.
-    Warns if the file system does not support locks.
+    Warns if the operating system or the file system does not support locks.
 
     Raises:
         UserError: another run has the lock.

@@ -108,7 +108,7 @@ def layer_scales(names: Sequence[str], head: Collection[str], decay: float) -> d
             layers[name] = blocks[found[1]]
         elif name in head or re.match(r"(host\.)?(norm|fc_norm|attention_pool|attn_pool)\.", name):
             layers[name] = -1
-        else:  # class tokens and positions belong before the blocks, although they are often registered after them
+        else:  # class tokens and positions belong before the blocks, even if they are registered after them
             outer = re.match(r"(.*\bstages\.\d+)\.", name)
             layers[name] = len(blocks) if outer else 0
     if decay != 1 and not blocks:

@@ -170,7 +170,7 @@ class Ranks:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Run the block in the first process and then in the others, so that the others can use the files that it downloads."""
+        """Run the block in the first process, then in the others, which can use the files that the first one downloads."""
         if not self.first:
             self.wait()
         try:

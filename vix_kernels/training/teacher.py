@@ -20,7 +20,7 @@ class Teacher:
         dataset: the data set, which normalizes the student's inputs.
 
     Raises:
-        UserError: the teacher cannot be loaded, or its images, classes or features differ from those of the student.
+        UserError: the teacher cannot be loaded, or its image shape, classes or number of features differ from the student's.
     """
 
     def __init__(self, config: Config, model: nn.Module, dataset: Dataset, device: torch.device) -> None:

@@ -30,7 +30,7 @@ FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python"
 
 
 def find_cifar(folder: Path) -> Path | None:
-    """Return `folder` or the subfolder that contains a file with class names, or None if there is no such file."""
+    """Return the first of `folder` and its subfolders in FOLDERS that contains a file with class names, or None."""
     for inner in FOLDERS:
         if any((folder / inner / files[2]).is_file() for files in (*PYTHON.values(), *BINARY.values())):
             return folder / inner

@@ -1,4 +1,4 @@
-"""The handwritten digits that come with scikit-learn, so nothing has to be downloaded."""
+"""Handwritten digits from scikit-learn. They are part of the package, so nothing has to be downloaded."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..config import UserError
 
-# Maps each data set to its base URL, and to the names of its files with the checksums that the publisher states.
 _CIFAR = "https://www.cs.toronto.edu/~kriz"
+# Maps each data set to its base URL, and to the names of its files with the checksums that the publisher states.
 SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "cifar10": (_CIFAR, {"cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a"}),
     "cifar100": (_CIFAR, {"cifar-100-python.tar.gz": "md5:eb9058c3a382ffc7106e4002c42a8d85"}),

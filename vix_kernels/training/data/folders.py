@@ -117,8 +117,8 @@ def _of_classes(folder: Path, classes: Sequence[str]) -> Files:
 def _images_in(folder: Path, ancestors: tuple[os.stat_result, ...] = ()) -> Iterator[Path]:
     """Yield the files in `folder` and its subfolders that have an image suffix, sorted by name within each folder.
 
-    Hidden files are ignored, because macOS writes `._NAME` files. A symbolic link that is broken or points to one of its parent
-    folders is yielded like an image, so that `decode` reports it.
+    Hidden files and folders are ignored, because macOS writes `._NAME` files. A symbolic link that is broken or points to one
+    of its parent folders is yielded like an image, so that `decode` reports it.
     """
     ancestors = (*(ancestors or [each.stat() for each in folder.absolute().parents]), folder.stat())
     with os.scandir(folder) as entries:
