@@ -12,11 +12,12 @@ from torch import nn
 
 from vix_kernels.models import create_model, list_models
 from vix_kernels.nn.agent import Agent
+from vix_kernels.nn.core import Tokens
 from vix_kernels.nn.nystrom import Nystrom
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 
-from vix_kernels.integrations import hosts  # noqa: E402
+from vix_kernels.integrations import hosts, zoo  # noqa: E402
 from vix_kernels.integrations import timm as integration  # noqa: E402
 from vix_kernels.integrations.sdpa import replace_sdpa  # noqa: E402
 from vix_kernels.ops.pooling import most_cells  # noqa: E402
@@ -461,6 +462,15 @@ def test_layers_and_replacements_use_the_same_grid(name, arguments, prefix, op):
     built(x)
     with pytest.raises(ValueError, match="got one without"):
         integration.restore_attention(built)
+
+
+def test_padded_segments_treat_class_tokens_like_other_tokens():
+    ours = create_model("vit", img_size=64, patch_size=16, depth=2)
+    for model, replace in ((vit(), integration.replace_attention), (ours, zoo.replace_attention)):
+        replace(model, "nystrom", landmarks="pad_front", num_landmarks=4)
+        cores = [getattr(block.attn, "vix", block.attn).core for block in model.blocks]
+        assert all(core.prefix_tokens == 0 and not core.exact_rows(Tokens()) for core in cores)
+        assert model(images()).isfinite().all()
 
 
 def test_options_can_turn_off_grid_landmarks():

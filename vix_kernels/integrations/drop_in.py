@@ -132,7 +132,7 @@ class DropIn(Mounted):
         if "prefix_tokens" not in self.core.options():
             return
         if "prefix_tokens" not in self.options:
-            self.core = replace(self.core, prefix_tokens=prefix_tokens)
+            self.core = self.core.after_prefix(prefix_tokens)
         self.grid = grid if self.allows_grid() and "grid_size" not in self.options else None
 
     def allows_grid(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -60,10 +59,9 @@ def replace_attention(
 def placed(core: Core, site: Site, options: dict[str, Any]) -> Core:
     """Return the core for the layer at `site`. Landmarks or agents are on the model's grid, unless `options` place them."""
     core = core.fit(site).with_prefix(site.prefix_tokens)
-    if "prefix_tokens" in core.options():
-        core = replace(core, prefix_tokens=options.get("prefix_tokens", site.prefix_tokens))
-        if site.grid_size and options.get("landmarks", "grid") == "grid" and "grid_size" not in options:
-            core = core.on_grid(site.grid_size)
+    core = core.after_prefix(options.get("prefix_tokens", site.prefix_tokens))
+    if site.grid_size and options.get("landmarks", "grid") == "grid" and "grid_size" not in options:
+        core = core.on_grid(site.grid_size)
     return core
 
 

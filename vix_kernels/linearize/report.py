@@ -86,7 +86,7 @@ class Report:
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
     def draw(self, path: str | Path) -> None:
-        """Draw the errors of the layers before and after the conversion, and write the picture to `path` as PNG."""
+        """Draw the errors of the layers before and after fitting, and write the picture to `path` as PNG."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -96,7 +96,7 @@ class Report:
         places = range(len(self.layers))
         for offset, name, color in ((-0.2, "before", "0.7"), (0.2, "after", "C0")):
             heights = [getattr(each, name) for each in self.layers.values()]
-            axes.bar([place + offset for place in places], heights, 0.4, label=f"{name} the conversion", color=color)
+            axes.bar([place + offset for place in places], heights, 0.4, label=f"{name} fitting", color=color)
         axes.set_xticks(places, [str(i) + "*" * (not each.converted) for i, each in enumerate(self.layers.values())])
         kept = " (* keeps softmax)" if len(self.converted) < len(self.layers) else ""
         axes.set(yscale="log", xlabel=f"attention layer{kept}", ylabel="relative squared error of the attention")

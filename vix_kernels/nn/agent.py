@@ -42,6 +42,9 @@ class Agent(PrefixCore):
         super().__post_init__()
         check_placement("num_agents", self.num_agents, self.grid_size, self.prefix_tokens)
 
+    def after_prefix(self, prefix_tokens: int) -> Agent:
+        return replace(self, prefix_tokens=prefix_tokens)
+
     def on_grid(self, size: tuple[int, int]) -> Agent:
         return replace(self, grid_size=size, num_agents=most_cells(size, self.num_agents))
 

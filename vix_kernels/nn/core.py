@@ -141,6 +141,13 @@ class Mixer:
         """Return this mixer adapted to a model with `prefix_tokens` class and register tokens."""
         return self
 
+    def after_prefix(self: Some, prefix_tokens: int) -> Some:
+        """Return this mixer with its slots pooled from the tokens after the first `prefix_tokens`, each of which is a slot.
+
+        Mixers whose slots are not pooled tokens are returned unchanged.
+        """
+        return self
+
     def in_layer(self: Some, layer: int) -> Some:
         """Return this mixer adapted to the layer with this index. Random features should differ between layers."""
         return self

@@ -23,7 +23,8 @@ class Nystrom(PrefixCore):
 
     Attributes:
         num_landmarks: number of landmarks for the tokens after the prefix, at most one per token.
-        landmarks: "segment", "grid" or "pad_front", as in nystrom_attention.
+        landmarks: "segment", "grid" or "pad_front", as in nystrom_attention. With "pad_front", class and register tokens are
+            treated like the other tokens.
         grid_size: for "grid", the (height, width) of the grid that the tokens after the prefix form. Defaults to the model's
             grid.
         prefix_tokens: number of leading tokens (class and register tokens). Each of them is a separate
@@ -47,6 +48,9 @@ class Nystrom(PrefixCore):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_nystrom(self.landmarks, self.pinv_iterations, self.pinv_init)
+        for name in ("prefix_tokens", "exact_prefix"):
+            if self.landmarks == "pad_front" and (count := getattr(self, name)) is not True and count:
+                raise ValueError(f"{name}: expected 0 for landmarks='pad_front', got {count}")
         check_placement("num_landmarks", self.num_landmarks, self.grid_size, self.prefix_tokens)
         taps = check_integer("residual_conv_kernel", self.residual_conv_kernel, 0)
         if taps and taps % 2 == 0:
@@ -57,6 +61,12 @@ class Nystrom(PrefixCore):
 
     def needs_module(self) -> bool:
         return self.residual_conv_kernel > 0
+
+    def with_prefix(self, prefix_tokens: int) -> Nystrom:
+        return self if self.landmarks == "pad_front" else super().with_prefix(prefix_tokens)
+
+    def after_prefix(self, prefix_tokens: int) -> Nystrom:
+        return self if self.landmarks == "pad_front" else replace(self, prefix_tokens=prefix_tokens)
 
     def on_grid(self, size: tuple[int, int]) -> Nystrom:
         return replace(self, landmarks="grid", grid_size=size, num_landmarks=most_cells(size, self.num_landmarks))
