@@ -33,7 +33,7 @@ class LeViT(Pyramid):
     - Batch norm and hardswish are used, as in the LeViT paper.
     - Softmax attention has the attention bias of the paper. In the zoo, LeViN and LeViP use rotary positions instead, because
       their mixers compute no logits to which a bias could be added.
-    - Stages shrink the map and change the width.
+    - Each stage after the first shrinks the map, and can change the number of channels.
     - The map can have any size.
     - `num_heads` is respected. Some originals always use 4 heads.
 

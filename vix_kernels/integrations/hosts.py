@@ -231,13 +231,13 @@ def patch_package(
     reason_against: Callable[[nn.Module], str],
     ignored: Sequence[str] = (),
 ) -> Report:
-    """Make every instance of a class of `package` run the forward of `ours`, a class with the same name and parameters.
+    """Make modules in `model` run the forward of `ours`, if their class in `package` has the same name as `ours`.
 
     Args:
         model: a model that contains modules of the package.
         package, oldest: the package and its oldest supported version.
-        ours: the equivalent class. Its forward uses the attributes of the package's modules, and `compat` and `backend`, which
-            are added as class attributes.
+        ours: the equivalent class, with the same parameters. Its forward uses the attributes of the package's modules, and
+            `compat` and `backend`, which are added as class attributes.
         backend: the backend of the new attention.
         reason_against: as in patch_each.
         ignored: arguments that the package's forward accepts but does not use.

@@ -70,7 +70,7 @@ STEPS = {
 class Row:
     """Host time of an operator in microseconds. The direction "both" means forward and backward.
 
-    `sdpa` and `function` are the times of the two calls that `yardsticks` describes, measured in turn with the operator.
+    `sdpa` and `function` are the times of the two calls that `yardsticks` returns. These calls and the operator take turns.
     """
 
     op: str

@@ -1,4 +1,4 @@
-"""Train Vision Xformers in plain PyTorch. The command line is `vix train`."""
+"""Train the models of this library and of timm without a training framework. The command line is `vix train`."""
 
 from .config import Config, UserError
 

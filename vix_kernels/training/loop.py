@@ -1,4 +1,4 @@
-"""The training loop in plain PyTorch: steps, epochs and evaluation on held-out images."""
+"""The training loop: steps, epochs and evaluation on held-out images."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def load_trained(path: str | Path, device: torch.device) -> Trained:
 
 
 def _load_saved(file: Path, device: torch.device) -> Trained:
-    """Load a model from the folder of `file`, which is its config.json or linearized.json."""
+    """Load a model from a folder. `file` is the config.json or linearized.json in this folder."""
     folder = file.parent
     try:
         if file.name == linearized.CONFIG:
