@@ -61,12 +61,12 @@ def load_operands(
 
 @triton.jit
 def copies(numbers, DTYPE: tl.constexpr):
-    """Return a tile with COPIES rows and one column per number. Features are multiplied by its transpose.
+    """Return a tile with COPIES rows and one column per number.
 
-    With this tile, matrix instructions sum over tokens or slots, which needs no instruction per feature. gradient_products
-    multiplies ones by the tile itself, which adds each number to a whole column. Half of the rows are the numbers rounded to
-    DTYPE, and the other half are the rounding errors. The copies are rows instead of columns, so that each thread loads only a
-    few numbers.
+    The product of features and the transpose of this tile sums the features, multiplied by the numbers, over tokens or slots.
+    Besides the matrix instructions, it needs no instruction per feature. gradient_products multiplies ones by the tile itself,
+    which adds each number to a whole column. Half of the rows are the numbers rounded to DTYPE, and the other half are the
+    rounding errors. The copies are rows instead of columns, so that each thread loads only a few numbers.
     """
     high, low = split(numbers, DTYPE)
     return tl.where((tl.arange(0, COPIES) < COPIES // 2)[:, None], high[None, :], low[None, :])

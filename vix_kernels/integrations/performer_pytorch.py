@@ -8,7 +8,7 @@ c = dim_heads^(-1/4). Up to a factor that cancels, the random features are:
     phi_j(q_n) = exp(a_nj - h_n - max_j a_nj) + eps            phi_j(k_n) = exp(a_nj - h_n - max_nj a_nj) + eps
 
 No gradient flows through the maxima. The eps terms have rank one, so they can be added to the sums instead of to each feature.
-For the keys, `aggregate` sums the exponentials E_nj = phi_j(k_n) - eps, and eps is added to the result:
+For the keys, `aggregate` sums the exponentials E_nj = phi_j(k_n) - eps, and the terms with eps are added to its results:
 
     S_j = sum_n E_nj v_n + eps sum_n v_n            z_j = sum_n E_nj + eps N
 

@@ -26,7 +26,8 @@ class Declared:
     Attributes:
         limit: largest value that is allowed instead of the usual one.
         reason: why the exception is necessary.
-        use: words of a call, such as "performer+mask backward 110". The exception applies if one of `Row.uses` has all of them.
+        use: words that describe calls, such as "performer+mask backward 110". The exception applies if a call in `Row.uses` is
+            described by all of them.
         archs, dtypes, widths: where the exception applies. An empty tuple means all values.
     """
 
@@ -367,7 +368,10 @@ PREDICTED = (
 
 
 def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Return messages for the predicted `times` (in seconds) that exceed `most`: those within `reached`, and the rest."""
+    """Return messages for the predicted `times` (in seconds) that exceed their budgets.
+
+    They are two lists: messages for times that `reached` allows, and the others.
+    """
     declared, failed = [], []
     for budget in PREDICTED:
         value = 1e6 * times.get(budget.name, 0.0)

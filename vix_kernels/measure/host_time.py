@@ -70,7 +70,8 @@ STEPS = {
 class Row:
     """Host time of an operator in microseconds. The direction "both" means forward and backward.
 
-    `sdpa` and `function` are the times of the two calls that `yardsticks` returns. These calls and the operator take turns.
+    `sdpa` and `function` are the times of the two calls that `yardsticks` returns for this direction. They take turns
+    with the operator.
     """
 
     op: str

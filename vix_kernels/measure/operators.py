@@ -292,7 +292,7 @@ class Race:
         return Result(ok(**label, **figures), time.samples)
 
     def work(self, direction: str) -> Cost:
-        """Return the minimum work of any provider, assuming that a pass reads every input and writes every result once."""
+        """Return the least work that every provider must do, if a pass reads every input and writes every result once."""
         spec, inputs = self.problem.spec, list(self.problem.tensors.values())
         outputs = self.truth.batch * sum(x.nbytes for x in self.truth.plain[0])
         moved, flops, exps = sum(map(_bytes, inputs)) + outputs, spec.flops(self.case), spec.exps(self.case)

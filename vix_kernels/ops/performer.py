@@ -116,7 +116,7 @@ def orthogonal_projection(
     num_heads: int | None = None,
     scaling: Literal["chi", "sqrt"] = "chi",
 ) -> Tensor:
-    """Draw random features in orthogonal blocks that are Haar distributed (section 3 of the paper).
+    """Draw random features in orthogonal blocks that are Haar distributed (section 2.4 of the paper).
 
     Args:
         num_features: M, the number of rows.
