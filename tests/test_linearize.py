@@ -515,8 +515,16 @@ def test_a_conversion_of_other_weights_or_images_is_not_continued(tmp_path: Path
         linearize(again, batches, **settings)
     again, _ = make("vix_kernels")
     other = [x + 1 for x in batches()]
-    with pytest.raises(ValueError, match="contains a conversion with different batches: use overwrite=True"):
+    with pytest.raises(ValueError, match="contains a conversion with different eval_batches: use overwrite=True"):
         linearize(again, lambda: iter(other), **settings)
+    with pytest.raises(ValueError, match="batches: expected the same batches as before the interruption, got others"):
+        linearize(again, lambda: iter(other), **settings, eval_batches=batches)
+    with pytest.raises(ValueError, match="batches: expected the same batches as before the interruption, got others"):
+        linearize(again, lambda: reversed(list(batches())), **settings, eval_batches=batches)
+    before = (tmp_path / "out" / "linearize.pt").read_bytes()
+    with pytest.raises(ValueError, match="eval_batches: expected a function that returns at least one batch, got none"):
+        linearize(again, batches, **settings, eval_batches=lambda: [], overwrite=True)
+    assert (tmp_path / "out" / "linearize.pt").read_bytes() == before
     linearize(again, lambda: iter(other), **settings, overwrite=True)
 
 
@@ -622,3 +630,61 @@ def test_batches_that_processes_cannot_divide_are_refused(tmp_path: Path) -> Non
     assert errors[0] == errors[1] and errors[0].keys() == converting.REFUSED.keys()
     for case, error in converting.REFUSED.items():
         assert errors[0][case].startswith(error)
+
+
+# Refused arguments
+
+
+def test_invalid_arguments_are_refused_before_anything_changes() -> None:
+    model, batches = make("timm")
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        (dict(model=None), "model: expected a torch.nn.Module, got NoneType"),
+        (dict(model=make("transformers")[0], finetune_steps=1, distill="features"), "distill: expected 'soft' for a model"),
+        (dict(model=timm_vit().bfloat16(), finetune_steps=1), "finetune_steps: expected 0 for torch.bfloat16 weights"),
+        (dict(seed=2**64), "seed: expected less than 2\\*\\*63"),
+        (dict(op="nystrom", seed="x"), "seed: expected an integer >= 0, got 'x'"),
+        (dict(layers=[]), "layers: expected at least one name or pattern"),
+        (dict(batches=lambda: None), "batches: expected a function .* iterator, got one that returns NoneType"),
+        (dict(eval_batches=lambda: 3), "eval_batches: expected a function .* iterator, got one that returns int"),
+        (dict(model=timm_vit().requires_grad_(False), op="nystrom", finetune_steps=1), "whose weights require no grad"),
+    )  # fmt: skip
+    for changes, message in cases:
+        arguments = dict(model=model, batches=batches, steps=2, progress=False) | changes
+        with pytest.raises((TypeError, ValueError), match=message):
+            linearize(**arguments)
+    assert not any(hasattr(module, "vix") for module in model.modules())
+
+
+def test_features_are_distilled_from_batches_of_dicts() -> None:
+    model, batches = make("timm")
+    before = model.head.weight.clone(), model.blocks[0].mlp.fc1.weight.clone()
+    settings = dict(num_features=8, steps=1, finetune_steps=2, distill="features", progress=False)
+    linearize(model, lambda: ({"x": x} for x in batches()), **settings)
+    assert torch.equal(model.head.weight, before[0]) and not torch.equal(model.blocks[0].mlp.fc1.weight, before[1])
+
+
+def test_weights_are_restored_even_if_the_state_dict_is_filtered() -> None:
+    model, batches = make("timm")
+    model.register_state_dict_post_hook(lambda module, state, *_: [state.pop(key) for key in list(state) if "head" in key])
+    before = [x.clone() for x in model.parameters()]
+    calls = []
+
+    def interrupted() -> Iterator[Tensor]:
+        calls.append(1)
+        if len(calls) > 8:
+            raise KeyboardInterrupt
+        return batches()
+
+    with pytest.raises(KeyboardInterrupt):
+        linearize(model, interrupted, num_features=8, steps=1, finetune_steps=50, finetune_lr=1e-2, progress=False)
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), before, strict=True))
+
+
+def test_a_larger_max_error_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = make("timm")
+    settings = dict(num_features=4, steps=3, output=tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match="max_error: expected at least the smallest error"):
+        linearize(model, batches, max_error=1e-9, **settings)
+    steps: list[int] = []
+    monkeypatch.setattr(state.Progress, "after_step", lambda *arguments: steps.append(1))
+    assert len(linearize(model, batches, max_error=1e9, **settings).converted) == 2 and not steps  # no step was repeated

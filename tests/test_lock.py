@@ -34,7 +34,7 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, refused: Callable[.
         (folder / ".last.pt.1.tmp").write_text("half")
         with locked(folder):
             before = names(folder)
-            assert f"process {os.getpid()} on " in (line := refused(flag, folder)) and f"is training in {folder}" in line
+            assert f"process {os.getpid()} on " in (line := refused(flag, folder)) and f"is writing to {folder}" in line
             assert names(folder) == before
         assert names(folder) == before - {lock.LOCK}
 
@@ -42,7 +42,7 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path: Path, refused: Callable[.
 def test_a_run_holds_the_lock_until_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def go(self: run.Run) -> None:
         assert self.output == tmp_path / "run" and load_checkpoint(self.output)
-        with pytest.raises(UserError, match="is training in"), locked(self.output):
+        with pytest.raises(UserError, match="is writing to"), locked(self.output):
             pass
         raise KeyboardInterrupt
 
@@ -114,7 +114,7 @@ def test_a_lock_file_removed_by_its_owner_is_not_a_lock(tmp_path: Path, monkeypa
     monkeypatch.setattr(lock.fcntl, "flock", late)
     with locked(tmp_path) as owner:
         assert removed and lock.lock_owner(tmp_path) == owner
-        with pytest.raises(UserError, match="is training in"), locked(tmp_path):
+        with pytest.raises(UserError, match="is writing to"), locked(tmp_path):
             pass
 
 

@@ -325,6 +325,8 @@ def selected(found: Iterable[tuple[str, nn.Module]], layers: Sequence[str] | Non
         return found
     if not isinstance(layers, list | tuple) or not all(isinstance(pattern, str) for pattern in layers):
         raise TypeError(f"layers: expected a list of names or patterns, got {layers!r}")
+    if not layers:
+        raise ValueError("layers: expected at least one name or pattern, or None for all layers, got none")
     for pattern in layers:
         if not fnmatch.filter((name for name, _ in found), pattern):
             names = ", ".join(name for name, _ in found[:3]) or "none"

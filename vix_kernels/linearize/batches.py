@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,20 +15,33 @@ from ..training.parallel import Ranks
 Batches = Callable[[], Iterable[Any]]
 
 
+def drawn(name: str, batches: Batches, least: int = 1) -> Iterator[Any]:
+    """Iterate once over the batches with at least `least` samples.
+
+    Raises:
+        TypeError: the argument `name`, which is `batches`, is not a function that returns an iterator.
+    """
+    if not callable(batches):
+        raise TypeError(f"{name}: expected a function that returns a fresh iterator, got {type(batches).__name__}")
+    found = batches()
+    if not isinstance(found, Iterable):
+        raise TypeError(
+            f"{name}: expected a function that returns a fresh iterator, got one that returns {type(found).__name__}"
+        )
+    return (batch for batch in found if size_of(batch) >= least)
+
+
 def endless(batches: Batches, least: int = 1) -> Iterator[Any]:
     """Iterate endlessly over the batches with at least `least` samples, with a new call of `batches` for each pass.
 
     Raises:
         TypeError, ValueError: `batches` is not a function that returns an iterator with at least one such batch.
     """
-    if not callable(batches):
-        raise TypeError(f"batches: expected a function that returns a fresh iterator, got {type(batches).__name__}")
     while True:
         empty = True
-        for batch in batches():
-            if size_of(batch) >= least:
-                empty = False
-                yield batch
+        for batch in drawn("batches", batches, least):
+            empty = False
+            yield batch
         if empty:
             of = f" of {least} samples, one for each process," if least > 1 else ""
             raise ValueError(f"batches: expected a function that returns at least one batch{of} in every call, got none")
@@ -56,6 +69,15 @@ def part_of(batch: Any, rank: int, world: int) -> Any:
     return [part(x) for x in batch] if isinstance(batch, (tuple, list)) else part(batch)
 
 
+def checksum(batches: Iterable[Any], start: int = 0) -> int:
+    """Return a checksum of the tensors in the batches. `start` is the checksum of the batches before them."""
+    for x in (x for batch in batches for x in tensors(batch)):
+        x = torch.view_as_real(x) if x.is_complex() else x
+        start = zlib.crc32(f"{x.dtype} {tuple(x.shape)}".encode(), start)
+        start = zlib.crc32(x.detach().cpu().flatten().view(torch.uint8).numpy(), start)
+    return start
+
+
 def check_same(name: str, batches: Iterable[Any], ranks: Ranks) -> None:
     """Check that all processes have the same batches. A single process has nothing to compare.
 
@@ -64,11 +86,7 @@ def check_same(name: str, batches: Iterable[Any], ranks: Ranks) -> None:
     """
     if ranks.world == 1:
         return
-    found = hashlib.sha256()
-    for x in (x for batch in batches for x in tensors(batch)):
-        found.update(f"{x.dtype} {tuple(x.shape)}".encode())
-        found.update(x.detach().cpu().flatten().view(torch.uint8).numpy())
-    if len(ranks.union({found.hexdigest()})) > 1:
+    if len(ranks.union({str(checksum(batches))})) > 1:
         raise ValueError(
             f"{name}: expected the same batches in all {ranks.world} processes, of which each gets a part, got different ones: "
             "use the same seed, and no sampler that divides the samples"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..training.data import Dataset
+    from ..training.parallel import Ranks
     from ..training.trained import Trained
     from .report import Report
 
@@ -107,16 +109,19 @@ def linearize_command(argv: list[str]) -> int:
         from ..training.parallel import connected
     except ModuleNotFoundError as error:
         parser.error(f"{error.name} is not installed: pip install 'vix_kernels[train,hub]'")
+    if options.model and options.model.startswith("timm:") and not (options.pretrained or options.checkpoint):
+        parser.error(f"--model: expected --pretrained or --checkpoint with {options.model}, whose weights would be random")
     with connected() as ranks:
         try:
-            report = _run(options)
+            report = _run(options, ranks)
         except (UserError, OSError, ValueError, TypeError, NotImplementedError, ModuleNotFoundError) as error:
             if ranks.fails_first() or isinstance(error, SharedError):
                 parser.error(str(error).partition("\n")[0])
             return 2
         except KeyboardInterrupt:
             if ranks.first:
-                print(f"vix linearize: interrupted, repeat the command to continue in {options.output}", file=sys.stderr)
+                how = " without --overwrite" if options.overwrite else ""
+                print(f"vix linearize: interrupted, repeat the command{how} to continue in {options.output}", file=sys.stderr)
             return 130
         if ranks.first:
             print(report)
@@ -124,20 +129,15 @@ def linearize_command(argv: list[str]) -> int:
     return 0
 
 
-def _run(options: Any) -> Report:
-    import torch.distributed as dist
-
-    from ..integrations.linearized import CONFIG, save_linearized
+def _run(options: Any, ranks: Ranks) -> Report:
+    from ..integrations.linearized import save_linearized
     from ..training.setup import device_of
     from ..training.trained import load_host, load_trained
     from .convert import linearize
     from .state import FILE
 
     folder = Path(options.output)
-    if (folder / CONFIG).exists() and not options.overwrite:
-        raise UserError(f"--output: expected a new folder, or --overwrite, got {folder}, which contains a converted model")
-    if (folder / "config.json").exists() or any(folder.glob("*.pt")) and not (folder / FILE).exists():
-        raise UserError(f"--output: expected a new folder, got {folder}, which contains another model")
+    _check_folder(folder, options.overwrite)
     for name in ("batch_size", "images", "eval_images"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
@@ -152,23 +152,59 @@ def _run(options: Any) -> Report:
     if options.op != "linear":
         core_options["exact_prefix"] = options.exact_prefix
     size = options.batch_size  # the report uses the same size, because large batches may not fit in memory
-    report = linearize(
-        trained.host, _batches(dataset, trained, dataset.train, options.images, size), op=options.op,
-        layers=options.layers, steps=options.steps, finetune_steps=options.finetune_steps, distill=options.distill,
-        max_error=options.max_error, eval_batches=_batches(dataset, trained, dataset.test, options.eval_images, size),
-        eval_samples=options.eval_images, output=folder, overwrite=options.overwrite, seed=options.seed,
-        progress=options.progress, **core_options,
-    )  # fmt: skip
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        classes = trained.classes or dataset.classes
-        data = {"classes": list(classes)} if len(classes) == trained.model.num_classes else {}
-        mean, std = (dataset.mean, dataset.std) if trained.mean is None else (trained.mean, trained.std)
-        data |= {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
-        save_linearized(trained.host, folder, data=data, overwrite=True)
-        (folder / "report.txt").write_text(f"{report}\n")
-        report.draw(folder / "report.png")
-        (folder / FILE).unlink(missing_ok=True)
+    with _locked(folder, ranks):
+        report = linearize(
+            trained.host, _batches(dataset, trained, dataset.train, options.images, size), op=options.op,
+            layers=options.layers, steps=options.steps, finetune_steps=options.finetune_steps, distill=options.distill,
+            max_error=options.max_error, eval_batches=_batches(dataset, trained, dataset.test, options.eval_images, size),
+            eval_samples=options.eval_images, output=folder, overwrite=options.overwrite, seed=options.seed,
+            progress=options.progress, **core_options,
+        )  # fmt: skip
+        if ranks.first:
+            classes = trained.classes or dataset.classes
+            data = {"classes": list(classes)} if len(classes) == trained.model.num_classes else {}
+            mean, std = (dataset.mean, dataset.std) if trained.mean is None else (trained.mean, trained.std)
+            data |= {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
+            save_linearized(trained.host, folder, data=data, overwrite=True)
+            (folder / "report.txt").write_text(f"{report}\n")
+            report.draw(folder / "report.png")
+            (folder / FILE).unlink(missing_ok=True)
     return report
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that contains other files, or a converted model if `overwrite` is False.
+
+    A folder with an interrupted conversion is accepted.
+    """
+    from ..integrations.linearized import CONFIG
+    from .state import FILE
+
+    found = {each.name for each in folder.iterdir() if not each.name.startswith(".")} if folder.is_dir() else set()
+    if CONFIG in found and FILE not in found and not overwrite:
+        raise UserError(f"--output: expected a new folder, or --overwrite, got {folder}, which contains a converted model")
+    if found and not found & {CONFIG, FILE}:
+        raise UserError(f"--output: expected a new folder, got {folder}, which contains other files")
+
+
+@contextmanager
+def _locked(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Create and lock the folder, so that no second command writes to it. If it is empty in the end, remove it."""
+    from ..training.lock import locked
+
+    def acquire() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.callback(_remove_if_empty, folder)
+        held.enter_context(locked(folder))
+
+    with ExitStack() as held:
+        ranks.decided(acquire)
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _dataset(trained: Trained, options: Any) -> Dataset:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from ..integrations.hosts import Snapshot
 from ..integrations.speed import call
 from ..integrations.swap import Softmaxed, holders, replace_attention
 from ..nn.core import CORES, Mounted
-from ..ops.checks import check_integer, check_number
 from ..training.parallel import Ranks, connected
 from ..training.teacher import distance
-from .batches import Batches, check_same, endless, output, part_of, size_of
+from .batches import Batches, check_same, checksum, drawn, endless, output, part_of, size_of
+from .checks import check_arguments
 from .losses import distilled, schedule
 from .report import LayerReport, Report
-from .state import Progress, fingerprint
+from .state import Progress, copy_weights, weights_checksum
 from .transfer import collect, fitting, ignore, initialize, layer_of, measure, softmax, transferring
 
 LEARNING_RATE, BETAS = 0.1, (0.9, 0.95)
@@ -94,22 +93,9 @@ def linearize(
         ValueError, TypeError: an argument is invalid, or no layer can be converted. After any exception and after Ctrl-C, the
             model has its original modules and weights.
     """
-    for name, value in (("steps", steps), ("finetune_steps", finetune_steps), ("eval_samples", eval_samples)):
-        check_integer(name, value, 1 if name == "eval_samples" else 0)
-    if max_error is not None:
-        check_number("max_error", max_error)
-    if distill not in ("soft", "features"):
-        raise ValueError(f"distill: expected 'soft' or 'features', got {distill!r}")
-    check_number("finetune_lr", finetune_lr)
-    if eval_batches is not None and not callable(eval_batches):
-        raise TypeError(f"eval_batches: expected a function that returns a fresh iterator, got {type(eval_batches).__name__}")
-    if options.get("residual_conv_kernel"):
-        raise ValueError("residual_conv_kernel: expected 0, because a convolution would have to be trained")
-    if finetune_steps and any(x.is_inference() for x in (*model.parameters(), *model.buffers())):
-        raise ValueError(
-            "finetune_steps: expected 0 for weights created in torch.inference_mode, which cannot be trained, got "
-            f"{finetune_steps}"
-        )
+    check_arguments(
+        model, eval_batches, steps, finetune_steps, eval_samples, seed, max_error, distill, finetune_lr, options
+    )  # fmt: skip
     start = time.perf_counter()
     snapshot, training = Snapshot(model), {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
@@ -122,30 +108,31 @@ def linearize(
         try:
             with torch.no_grad():
                 conversion = Conversion(model, batches, op, layers, options, ranks, seed, max_error, snapshot)
+                conversion.draw(eval_batches or batches, eval_samples)
                 settings = conversion.settings(
                     steps=steps, finetune_steps=finetune_steps, distill=distill, finetune_lr=finetune_lr
                 )
                 saved = Progress.open(output, settings, ranks, overwrite)
-                conversion.prepare(eval_batches or batches, eval_samples, saved)
+                conversion.prepare(saved)
                 conversion.fit(steps, saved, progress)
                 conversion.choose(max_error)
             if teacher is not None:
                 with torch.enable_grad():
                     conversion.finetune(teacher, finetune_steps, finetune_lr, distill, saved, progress)
             conversion.finish(teacher)
+            for parameter in conversion.trained:
+                parameter.grad = None
+            conversion.report.seconds = time.perf_counter() - start
         except BaseException:
             snapshot.restore()
             if teacher is not None:
-                model.load_state_dict(teacher.state_dict())
+                copy_weights(teacher, model)
             raise
         finally:
             for module, mode in training.items():
                 module.training = mode
             for parameter, grad in gradients.items():
                 parameter.grad = grad
-    for parameter in conversion.trained:
-        parameter.grad = None
-    conversion.report.seconds = time.perf_counter() - start
     return conversion.report
 
 
@@ -160,7 +147,7 @@ class Conversion:
         self.max_error, self.snapshot = max_error, snapshot
         self.first = next(endless(batches, ranks.world))
         check_same("batches", [self.first], ranks)
-        self.fingerprint = fingerprint(model, self.first)
+        self.weights = weights_checksum(model)
         before = [name for name, holder in holders(model).items() if isinstance(holder, DropIn)]
         replaced = replace_attention(model, op, layers=layers, retrain=True, **options)
         for name in before:
@@ -201,27 +188,31 @@ class Conversion:
         """Return the settings of this conversion. A call can only continue an interrupted conversion with equal settings."""
         return given | dict(
             op=self.op, options=repr(sorted(self.options.items())), seed=self.seed, layers=[each.name for each in self.layers],
-            max_error=self.max_error, model=self.fingerprint[0], batches=self.fingerprint[1],
+            max_error=self.max_error, model=self.weights, eval_batches=checksum(self.eval_batches),
         )  # fmt: skip
 
-    def prepare(self, eval_batches: Batches, eval_samples: int, saved: Progress) -> None:
-        """Measure the errors before training, and initialize the features."""
-        count = 0
-        for batch in self.usable(eval_batches()):
+    def draw(self, eval_batches: Batches, eval_samples: int) -> None:
+        """Draw the batches for the report."""
+        name, count = "batches" if eval_batches is self.batches else "eval_batches", 0
+        for batch in drawn(name, eval_batches, self.ranks.world):
             self.eval_batches.append(batch)
             count += size_of(batch)
             if count >= eval_samples:
                 break
-        check_same("batches" if eval_batches is self.batches else "eval_batches", self.eval_batches, self.ranks)
+        check_same(name, self.eval_batches, self.ranks)
         if not count:
             raise ValueError("eval_batches: expected a function that returns at least one batch, got none")
         self.report.samples = count
+
+    def prepare(self, saved: Progress) -> None:
+        """Measure the errors before training, and initialize the features."""
         self.errors_before = {}
         transferring(self.layers, measure)
         self.run(map(self.part, self.eval_batches))
         self.drop_refused()
         for layer in self.layers:
             self.errors_before[layer.name] = layer.relative_errors(self.ranks)
+        saved.begin()
         if saved.saved.get("fit") or not self.trained:
             return
         transferring(self.layers, collect)
@@ -257,10 +248,6 @@ class Conversion:
             reasons = "; ".join(dict.fromkeys(self.report.refused.values())) or "no attention"
             raise ValueError(f"model: expected at least one attention that can be converted, got {reasons}")
 
-    def usable(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Skip batches that have fewer samples than there are processes, such as a small last batch."""
-        return (batch for batch in batches if size_of(batch) >= self.ranks.world)
-
     def part(self, batch: Any) -> Any:
         """Return this process's samples of a batch."""
         return part_of(batch, self.ranks.rank, self.ranks.world)
@@ -279,7 +266,7 @@ class Conversion:
         optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=BETAS)
         begin = saved.restore("fit", parameters, optimizer)
         with self.bar(steps, begin, "fit", progress) as bar:
-            for step, batch in enumerate(islice(endless(self.batches, self.ranks.world), begin, steps), start=begin):
+            for step, batch in enumerate(saved.following(endless(self.batches, self.ranks.world), steps), start=begin):
                 optimizer.zero_grad()
                 self.run([self.part(batch)])
                 self.add_gradients(parameters)
@@ -334,13 +321,13 @@ class Conversion:
     def finetune(self, teacher: nn.Module, steps: int, lr: float, distill: str, saved: Progress, progress: bool | None) -> None:
         """Train all weights that require gradients, so that the model reproduces the output of the teacher."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if any(parameter.dtype == torch.float16 for parameter in parameters):
-            raise ValueError("finetune_steps: expected 0 for a model in float16, which is not precise enough to train weights")
+        if not parameters:
+            raise ValueError(f"finetune_steps: expected 0 for a model whose weights require no gradients, got {steps}")
         optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
         begin = saved.restore("finetune", parameters, optimizer)
         of = distilled(distill)
         with self.bar(steps, begin, "finetune", progress) as bar:
-            for step, batch in enumerate(islice(endless(self.batches, self.ranks.world), begin, steps), start=begin):
+            for step, batch in enumerate(saved.following(endless(self.batches, self.ranks.world), steps), start=begin):
                 whole, batch = size_of(batch), self.part(batch)
                 with torch.no_grad():
                     expected = of(teacher, batch)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..integrations.speed import call
+from ..integrations.speed import call, tensors
 from .batches import output_of
 
 WARMUP = 10  # steps
@@ -29,9 +29,6 @@ def distilled(distill: str) -> Callable[[nn.Module, Any], Tensor]:
     """
 
     def features(model: nn.Module, batch: Any) -> Tensor:
-        if not hasattr(model, "forward_features"):
-            raise ValueError("distill: expected 'soft' for a model without forward_features, got 'features'")
-        x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        return model.forward_features(x.to(next(model.parameters()).device)).float()
+        return model.forward_features(tensors(batch)[0].to(next(model.parameters()).device)).float()
 
     return features if distill == "features" else lambda model, batch: output_of(call(model, batch)).float()

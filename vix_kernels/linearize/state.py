@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..commands import write_atomically
-from ..integrations.speed import tensors
+from ..training.checkpoint import write
 from ..training.parallel import Ranks
+from .batches import checksum
 
 FILE = "linearize.pt"
 INTERVAL = 50  # steps between checkpoints
@@ -27,6 +29,8 @@ class Progress:
         self.path = folder and folder / FILE
         self.settings, self.ranks = settings, ranks
         self.saved: dict[str, Any] = {}
+        self.batches = 0  # checksum of the batches of this stage
+        self.completed: tuple[int, int | None] = 0, None  # restored steps of this stage, and the checksum of their batches
 
     @classmethod
     def open(cls, folder: str | Path | None, settings: dict[str, Any], ranks: Ranks, overwrite: bool) -> Progress:
@@ -44,34 +48,67 @@ class Progress:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"output: expected a folder, got {folder}, which is a file")
         if overwrite:
-            if ranks.first:
-                progress.path.unlink(missing_ok=True)
             return progress
         if not progress.path.is_file():
-            if folder.is_dir() and any(folder.iterdir()):
+            if folder.is_dir() and not all(each.name.startswith(".") for each in folder.iterdir()):
                 raise ValueError(f"output: expected a new folder, or overwrite=True, got {folder}, which is not empty")
             return progress
         try:
             saved = torch.load(progress.path, map_location="cpu", weights_only=True)
-            different = saved["settings"] != settings
+            different = [name for name in settings if settings[name] != saved["settings"].get(name)]
         except Exception as error:  # torch, pickle and zip raise different errors for a damaged file
             raise ValueError(f"output: {progress.path} is damaged ({type(error).__name__}): use overwrite=True") from error
+        if different == ["max_error"] and STAGES[1] not in saved:
+            different = []  # max_error has no effect on the first stage
         if different:
-            names = [name for name in settings if settings[name] != saved["settings"].get(name)]
-            raise ValueError(f"output: {folder} contains a conversion with different {', '.join(names)}: use overwrite=True")
+            raise ValueError(
+                f"output: {folder} contains a conversion with different {', '.join(different)}: use overwrite=True"
+            )
         progress.saved = saved
         return progress
+
+    def begin(self) -> None:
+        """Create the folder, after all checks. If the conversion starts again, remove the state of the earlier one."""
+        if self.path is None or not self.ranks.first:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.saved:
+                self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"output: expected a folder that can be written, got {self.path.parent} ({error.strerror})"
+            ) from error
 
     def restore(self, stage: str, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> int:
         """Load the saved tensors and optimizer of a stage. Return the number of completed steps, or 0 if nothing is saved."""
         part = self.saved.get(stage) if stage == STAGES[0] else self.saved.pop(stage, None)
+        self.batches, self.completed = 0, (0, None)
         if part is None:
             return 0
         with torch.no_grad():
             for tensor, value in zip(tensors, part["tensors"], strict=True):
                 tensor.copy_(value)
         optimizer.load_state_dict(part["optimizer"])
+        self.completed = part["step"], part.get("batches")
         return part["step"]
+
+    def following(self, batches: Iterator[Any], steps: int) -> Iterator[Any]:
+        """Yield the batches of the steps that follow the restored ones, up to `steps` steps in all.
+
+        Raises:
+            ValueError: the batches of the restored steps differ from those before the interruption.
+        """
+        count, expected = self.completed
+        for step, batch in enumerate(islice(batches, steps), start=1):
+            if self.path is not None:
+                self.batches = checksum([batch], self.batches)
+            if step == count and expected not in (None, self.batches):
+                raise ValueError(
+                    "batches: expected the same batches as before the interruption, got others: use overwrite=True"
+                )
+            if step > count:
+                yield batch
 
     def after_step(
         self, stage: str, step: int, steps: int, tensors: Sequence[Tensor], optimizer: torch.optim.Optimizer
@@ -79,28 +116,26 @@ class Progress:
         """Write a checkpoint every INTERVAL steps, and after the last of `steps` steps."""
         if self.path is None or (step % INTERVAL and step < steps):
             return
-        part = {"step": step, "tensors": [x.detach().cpu().clone() for x in tensors], "optimizer": optimizer.state_dict()}
+        copies = [x.detach().cpu().clone() for x in tensors]
+        part = {"step": step, "tensors": copies, "optimizer": optimizer.state_dict(), "batches": self.batches}
         # Keep the part of the first stage, because checkpoints of the second stage also contain it. Parts of the second stage
         # are not kept in memory, because they are too large.
         if stage == STAGES[0]:
             self.saved[stage] = part
         if self.ranks.first:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             content = self.saved | {stage: part, "settings": self.settings}
-            write_atomically(self.path, lambda temporary: torch.save(content, temporary))
+            write_atomically(self.path, lambda temporary: write(temporary, content))
 
 
-def fingerprint(model: nn.Module, batch: Any) -> tuple[str, str]:
-    """Return a digest of the weights of a model and a digest of a batch, which identify an interrupted conversion."""
+def weights_checksum(model: nn.Module) -> int:
+    """Return a checksum of the names and values of the parameters and buffers, and of which parameters are trained."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return checksum([[x for _, x in named]], zlib.crc32(repr([(name, x.requires_grad) for name, x in named]).encode()))
 
-    def digest(named: Iterable[tuple[Any, Any]]) -> str:
-        lines = []
-        for name, x in named:
-            sums = x.detach().double() if isinstance(x, Tensor) and not x.is_complex() else torch.zeros(())
-            lines.append(
-                f"{name} {getattr(x, 'dtype', '')} {tuple(sums.shape)} {sums.sum().item()} {sums.square().sum().item()}"
-            )
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return digest([*model.state_dict().items(), (repr(trained), None)]), digest(enumerate(tensors(batch)))
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy the parameters and buffers of `source` to `target`, a model with the same modules."""
+    pairs = zip((*source.parameters(), *source.buffers()), (*target.parameters(), *target.buffers()), strict=True)
+    for x, y in pairs:
+        y.copy_(x)

@@ -47,7 +47,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, ranks: Ranks, sharded: b
         if sharded:
             checkpoint = _write_shards(shards, checkpoint) | {"shards": shards.name}
         if ranks.first:
-            write_atomically(path, lambda temporary: _write(temporary, checkpoint))
+            write_atomically(path, lambda temporary: write(temporary, checkpoint))
     except OSError:
         if sharded and ranks.first:  # shards without a checkpoint file are useless and fill the disk
             shutil.rmtree(shards, ignore_errors=True)
@@ -87,7 +87,12 @@ def _write_shards(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
     return rest
 
 
-def _write(path: Path, checkpoint: Checkpoint) -> None:
+def write(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a file for torch.load.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     try:
         with open(path, "wb") as file:  # if torch.save gets a path, it raises RuntimeError when the disk is full
             torch.save(checkpoint, file)

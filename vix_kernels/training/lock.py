@@ -87,9 +87,7 @@ def _lock(file: int, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         owner = lock_owner(path.parent).partition(",")[0] or "another process"
-        raise UserError(
-            f"--output: {owner} is training in {path.parent}: wait until it ends, or name another folder"
-        ) from error
+        raise UserError(f"--output: {owner} is writing to {path.parent}: wait until it ends, or name another folder") from error
     except OSError as error:
         warnings.warn(
             f"{path.parent} cannot be locked ({error}): do not start a second run in it", RuntimeWarning, stacklevel=2
