@@ -192,7 +192,7 @@ class RedrawnAttentionModule(AttentionModule):
         """Draw new random features. Ranks that have called this method the same number of times have the same features.
 
         Do not call this method between a forward and its backward, because activation checkpointing would recompute the forward
-        with the new features. A CUDA graph keeps using the features with which it was captured.
+        with the new features. A captured CUDA graph uses the new features.
         """
         self.core.redraw(self)
 

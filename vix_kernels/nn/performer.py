@@ -77,7 +77,8 @@ class Performer(PrefixCore):
 
     def redraw(self, module: nn.Module) -> None:
         module.redraws += 1
-        module.projection = self.draw(module.head_dim, module.redraws).to(module.projection.device)
+        with torch.no_grad():  # in place, because captured CUDA graphs read this memory
+            module.projection.copy_(self.draw(module.head_dim, module.redraws))
 
     def extra_state(self, module: nn.Module) -> Tensor:
         """Return `redraws` as a CPU tensor, because safetensors and timm's ModelEma only support tensors."""
