@@ -1,15 +1,16 @@
-"""Measure from how many tokens each attention is faster than softmax attention.
+"""Measure how many tokens each attention needs to be faster than softmax attention.
 
     python -m bench.break_even --output DIR              times on one CPU thread
     python -m bench.break_even --predict --output DIR    predictions for the H100, from machine code
 
-Each attention has the default options of the integrations. Linformer and Fourier mixing cannot replace softmax attention in a
-host model, so they have the default options of this library's modules. The baseline is PyTorch's scaled_dot_product_attention
-on the same q, k and v. Only the attention is measured, without its linear layers. On a CPU, the attentions take turns, and each
-ratio compares two CPU times from the same round. --predict needs no GPU: as in `vix dev roofline OP --shape`, the time of each
-launch is computed from its machine code and published peak rates. For a kernel of PyTorch, only the time between
-two launches is counted. Softmax attention is predicted in the same way, from the kernel in vix_kernels/measure/flash.py. This
-kernel has no backward, so only the forward is predicted. --write updates the table in vix_kernels/measure/break_even.csv.
+Each attention has the default options of the integrations. Linformer and Fourier mixing cannot replace softmax attention in
+models of other libraries, so they have the default options of this library's modules. The baseline is PyTorch's
+scaled_dot_product_attention on the same q, k and v. Only the attention is measured, without its linear layers. On a CPU, the
+attentions take turns, and each ratio compares two CPU times from the same round. --predict needs no GPU: as in
+`vix dev roofline OP --shape`, the time of each launch is computed from its machine code and published peak rates. For a kernel
+of PyTorch, only the time between two launches is counted. Softmax attention is predicted in the same way, from the kernel in
+vix_kernels/measure/flash.py. This kernel has no backward, so only the forward is predicted. --write updates the table in
+vix_kernels/measure/break_even.csv.
 """
 
 from __future__ import annotations

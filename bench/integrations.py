@@ -4,9 +4,9 @@
 
 Times are CPU times of one thread. Calls to the host library's module and to this library's module alternate. Each integration
 is measured in several new processes. In a process that has already measured other integrations, the ratios would be different,
-because an allocator keeps memory from earlier calls, and this memory changes the cost of large buffers. Before anything is
-timed, the outputs of both modules are compared. They must match, except for timm, where Nystrom attention approximates softmax
-attention.
+because the memory allocator keeps memory from earlier calls, and this memory changes the cost of large buffers. Before anything
+is timed, the outputs of both modules are compared. They must match, except for timm, where Nystrom attention approximates
+softmax attention.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The teacher is a run of `vix train` on a data set with labels. The script converts the teacher with every attention and every
 number of features or landmarks, with and without exact rows (softmax attention for the class token), and for every seed.
-Nystrom attention is converted only for the first seed. The script evaluates each converted model once on all held-out images. A
-row contains the agreement with the teacher, the accuracy, the mean Kullback-Leibler divergence, and the duration of the
+Conversions to Nystrom attention use only the first seed. The script evaluates each converted model once on all held-out images.
+A row contains the agreement with the teacher, the accuracy, the mean Kullback-Leibler divergence, and the duration of the
 conversion in seconds. The first row is the teacher. The script writes linearize.csv after every conversion, continues an
 interrupted run, and draws linearize.png, with the times of bench/linearize_time.py if they are in the same folder.
 """

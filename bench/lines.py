@@ -1,7 +1,7 @@
 """Count lines of code: `python -m bench.lines [CHECKOUT ...]`.
 
 Comments, docstrings, blank lines, tests/ and the launch table are not counted. The code that counts as "measuring" is in
-vix_kernels/measure/ and bench/. In older checkouts, it is also in vix_kernels/bench/ and in the files in ONCE_MEASURING.
+vix_kernels/measure/ and bench/. In older checkouts, it is also in vix_kernels/bench/ and in the files listed in ONCE_MEASURING.
 """
 
 from __future__ import annotations

@@ -53,9 +53,9 @@ _ACTIVATIONS = {nn.GELU: "gelu", nn.Hardswish: "hardswish"}
 def _use_tiles(x: Tensor, mlp: nn.Module, drop_path: nn.Module) -> bool:
     """Return whether to use the tiled primitive.
 
-    It is used on a CPU for at least MANY_CPU hidden activations, unless `drop_path`, `mlp` or a layer of `mlp` was replaced or
-    has hooks. Compiled code does not use it, because compilers can fuse the plain PyTorch operations. The
-    primitive is also not used in torch.jit traces and in torch.func transforms.
+    It is used on a CPU for at least MANY_CPU hidden activations, if the activation function is GELU or hardswish. It is not
+    used if `drop_path`, `mlp` or a layer of `mlp` was replaced or has hooks. Compiled code does not use it, because compilers
+    can fuse the plain PyTorch operations. The primitive is also not used in torch.jit traces and in torch.func transforms.
     """
     if x.device.type != "cpu" or type(mlp) is not Mlp or type(mlp.act) not in _ACTIVATIONS:
         return False

@@ -144,7 +144,7 @@ class _Block(Block):
 
 
 class _BiasedAttention(nn.Module):
-    """softmax(scale q k^T + b) v. The bias b is learned for each head and each distance (rows, columns) of query and key."""
+    """softmax(scale q k^T + b) v. The bias b is learned for each head and distance (rows, columns) between query and key."""
 
     def __init__(self, attention: nn.Module, grid: tuple[int, int]) -> None:
         super().__init__()

@@ -18,7 +18,8 @@ class Conditions:
             If None, launches are executed.
         arch: if set, Triton's interpreter uses the launch configurations for this architecture. Tiles may contain more tokens
             than on a GPU, because larger tiles make the interpreter faster.
-        split: whether long sequences may be split into chunks. False keeps all tokens of a sample and head in one chunk.
+        split: whether the tokens of a sample and head, and the items of a sum (_triton/sums.py), may be split into chunks. If
+            False, they form one chunk.
         tiles: launch configurations that override those in the launch table (_triton/launch_table.py), indexed by its keys.
         asked: a function that is called with every key that is looked up in the launch table, or None.
     """

@@ -12,8 +12,9 @@ program where only PyTorch is installed, use `decomposed`, which replaces the op
 
 The number of tokens may also be dynamic, unless rotary tables, a grid or a model's image size fix it. The minimum of its
 range must be at least the number of landmarks or agents plus the number of prefix tokens. With Linformer attention, the maximum
-must be less than the number of rows of the projections. With landmarks="pad_front", if the length of the example is a multiple
-of num_landmarks, the program accepts only multiples of num_landmarks. Otherwise, it accepts all lengths except multiples.
+must be at most the number of rows of the projections. If each head has separate projections, the maximum must be less than
+this number. With landmarks="pad_front", if the length of the example is a multiple of num_landmarks, the program accepts only
+multiples of num_landmarks. Otherwise, it accepts all lengths except multiples.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
 
     Raises:
         ValueError: the program contains an operator that cannot be replaced. This can be an operator of a backward pass, or
-            the operator that draws random features, which appears only in strict exports. The message lists these operators.
+            the operator that draws random features, which appears only in strict exports. The message lists all such operators.
     """
     return _replaced(program, REFERENCES)
 

@@ -112,7 +112,7 @@ def describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor]) -> bo
 
 
 def replace_tensors(values: Iterable[Any], tensors: Iterator[Tensor]) -> list[Any]:
-    """Return the arguments with their tensors replaced by `tensors`, which have the order of `describe`."""
+    """Return the arguments with their tensors replaced by `tensors`, which are in the order in which `describe` finds them."""
     results = []
     for x in values:
         if isinstance(x, Tensor):

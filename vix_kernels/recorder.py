@@ -144,8 +144,9 @@ class Recorder(TorchDispatchMode):
     def saved(self, results: Iterable[Tensor]) -> list[int]:
         """Return the bases that the autograd graph of `results` saves for the backward pass.
 
-        Refuse if saved tensors require gradients, but none of them is an argument. A replay saves all tensors except arguments
-        without their graph. If no argument is saved, differentiating the replay's gradients again would not raise an error.
+        Refuse if saved tensors require gradients, but none of them is an argument. A replay saves arguments with their graph,
+        and other tensors without it. If no argument that requires a gradient is saved, differentiating the replay's gradients
+        again would not raise an error.
         """
         nodes, seen, found, requires_grad = [x.grad_fn for x in results], {None}, {}, False
         while nodes:

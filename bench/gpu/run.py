@@ -12,8 +12,9 @@
 OUT receives summary.md, results.json, timing.csv, models.csv, correctness.csv, tune.csv, logs.zip and pictures.zip. All except
 pictures.zip are written after every part, and every {noted} seconds while a part runs. pictures.zip is written at the end. The
 summary names everything that was skipped for lack of time, memory or a package. It also names every job that ended its process,
-for example because of a crash. The part then continues with its next job. There is one exception: if a timing ends its process
-because a CUDA graph could not be captured, a new process first repeats the timing without a graph.
+for example because of a crash. The part then continues with its next job in a new process. If a timing ends its process because
+a CUDA graph could not be captured, the new process first repeats the timing without a graph. A part ends early if several
+successive processes end before any of their jobs succeeds.
 
 Exit status: 0 on success; {failed} if a part failed or the run was stopped; {usage} for wrong arguments; {unavailable} if the
 kernels cannot run on this machine or the GPU has too little memory, in which case one line says why.

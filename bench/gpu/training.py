@@ -14,7 +14,7 @@ from vix_kernels.measure.operators import Row, failed, ok, skipped
 from .part import Job, Plan, by_job
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES = Path("pictures")  # in the working folder of the part
+PICTURES = Path("pictures")  # relative to the working folder, which part.py sets
 
 
 @by_job

@@ -1,4 +1,4 @@
-"""Search for faster launch configurations: a few seconds of `vix dev tune` for each of the main kernels."""
+"""Search for faster launch configurations: spend a few seconds of `vix dev tune` on each main entry of the launch table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vix_kernels.measure.operators import Row, ok, skipped
 
 from .part import Job, Plan, by_job
 
-# The kernels for softmax come first, because most operators launch them.
+# The kernels of `aggregate` and `broadcast` come first, because most operators launch them.
 KERNELS = (
     "broadcast_forward", "aggregate_forward", "aggregate_tokens", "broadcast_tokens", "broadcast_slots", "aggregate_slots",
     "pinv_backward", "linear_aggregate_forward", "linear_broadcast_forward", "linear_aggregate_tokens",

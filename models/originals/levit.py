@@ -21,7 +21,7 @@ def performer(dim: int, heads: int, backend: str) -> Mixer:
 
 
 class LeViT(nn.Module):
-    """The original LeViT. Maps images (batch, 3, height, width) to logits.
+    """The original LeViN or LeViP, depending on `attention`. Maps images (batch, 3, height, width) to logits.
 
     If num_distill_classes is set, the model returns (logits, logits of the distillation head). The originals also accept
     `dim_key`, `dim_value` and `image_size`, but do not use them, so `from_original` drops them. Only one stage is supported, as

@@ -92,9 +92,10 @@ def aggregate_backward(
     dl_jn = P_jn (dvalues_j . (v_n - values_j) + dlse_j / ln 2)    dv_n = sum_j P_jn dvalues_j
     dk_n = s sum_j dl_jn p_j - s^2 k_n sum_j dl_jn (second term only if gaussian)    dp_j = s sum_n dl_jn k_n
 
-    Here s = scale. With the same number of threads, the logits are bit-identical to the logits in forward, because both passes
-    compute the same products of the same operands. So the probabilities P_jn = exp2(l_jn - row_max_j) / total_j sum to 1, even
-    for large logits. The function divides dvalues and dlse by total_j in advance.
+    Here s = scale, and dl_jn is the gradient of the logit in base e. With the same number of threads, the base-2 logits l_jn
+    are bit-identical to the logits in forward, because both passes compute the same products of the same operands. So the
+    probabilities P_jn = exp2(l_jn - row_max_j) / total_j sum to 1, even for large logits. The function divides dvalues and dlse
+    by total_j in advance.
     """
     all_slots = expand_slots(slots, k)
     scaled, rope = all_slots * scale, Rotation(rotary, all_slots.dtype)

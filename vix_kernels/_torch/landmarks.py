@@ -1,7 +1,7 @@
 """Landmark means and their gradient in plain PyTorch, one axis of the grid at a time.
 
 The functions do not use autograd. Sums are computed in fp32 (fp64 for fp64 inputs). 16-bit inputs are cast a few heads at a
-time. Segments (see primitives/landmarks.py) are summed after a reshape. Only overlapping windows are gathered. Nothing is
+time. Segments (see primitives/landmarks.py) are summed after a reshape, and overlapping windows after a gather. Nothing is
 multiplied by zero, so a NaN only affects the windows that contain it.
 
 Shapes: q (B, H, Nq, D); k (B, H, Nk, D); marks (B, H, L, D); masks bool (B, N); counts fp32 (B, L); cos, sin fp32
@@ -53,6 +53,8 @@ def landmarks_backward(
     """Return dq and dk. Gradients that `needs` does not request are empty.
 
     dx_n = dx_other_n + sum of (dmarks + dmarks_2)_j / counts_j over all windows j that contain token n
+
+    With RoPE, the sum is rotated back. For a masked token, dx_n = dx_other_n.
     """
     rope, (need_q, need_k) = Rotation(rotary, accumulator(q.dtype)), needs
     dq_other, dk_other, *parts = gradients
@@ -120,10 +122,9 @@ def _window_sums(x: Tensor, axis: int, count: int, adaptive: bool) -> Tensor:
 
 @cached_on_cpu
 def _overlapping_windows(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the first tokens of every window, its last token, and whether the last token is one of the first tokens.
+    """Return the first short + 1 tokens of every window, its last token, and whether the last token is one of these tokens.
 
-    With short = size // count, a window has short + 1 or short + 2 tokens. Its first short + 1 tokens are returned as the first
-    tokens. Tokens are given by their index along the axis.
+    Here short = size // count, and a window has short + 1 or short + 2 tokens. Tokens are given by their index along the axis.
     """
     window = torch.arange(count, device=device)
     first, last = window * size // count, ((window + 1) * size - 1) // count

@@ -59,7 +59,7 @@ def linear_broadcast_backward(
     features_of = Features(slots, q, rotary, feature_map)
     size = torch.where(total.isfinite(), total, 0).amax(-1, keepdim=True)  # (B, H, 1)
     size = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent)  # power of two for exact divisions, or 1 if size is 0
-    least = 1e8 * torch.finfo(total.dtype).tiny  # a token whose denominator is smaller gets gradient 0
+    least = 1e8 * torch.finfo(total.dtype).tiny  # a token whose scaled denominator is smaller gets gradient 0
     sums, norms, total = wide(sums) / size.unsqueeze(3), norms / size, total / size
     dq = empty_like_tokens(q, q.shape[3])
     dslots = features_of.slot_sums(q) if need_slots and slots is not None else None

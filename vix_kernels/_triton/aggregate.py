@@ -2,8 +2,8 @@
 
 Logits are in base 2, so every exponential is one exp2. In the forward kernel and in the kernel for slot gradients, a program
 loads a tile of slots and then loops over a chunk of the tokens. In the kernel for token gradients, a program loads all slots
-before its loop over a chunk of the tokens. If there are too many slots, it loads them again for each tile of tokens. No kernel
-uses atomics: each output is written once, by one program, and chunks are merged in a fixed order.
+before its loop over a chunk of the tokens, if `Tile.resident` allows it. Otherwise, it loads them again for each tile of
+tokens. No kernel uses atomics: each output is written once, by one program, and chunks are merged in a fixed order.
 
 FOLD means that slots are float32 and tokens bfloat16. In this case, the slots and `unit` (see prepare.py) contain the scale
 factors. Vectors, such as the bias of the keys, are added by an additional matrix product (see logits.py).
@@ -337,7 +337,7 @@ def aggregate_backward(
     (need_slots, need_k, need_v), (row_max, total) = needs, statistics
     batch, num_heads, tokens, width = k.shape
     num_slots, value_width = slots.shape[2], v.shape[3]
-    # Pooled slots, more than 128 slots, and the factors that keep float16 in range need more registers.
+    # Slots in the tokens' dtype, more than 128 slots, and the factors that keep float16 in range need more registers.
     heavy = slots.dtype == k.dtype or num_slots > 128 or k.dtype == torch.float16
     config = launch_config("aggregate_tokens", k, max(width, value_width), slots, heavy)
     cos, sin, angle_h, turn = rotary_arguments(rotary, k)

@@ -1,9 +1,9 @@
 """Kernels for `broadcast`: N tokens attend to M slots (see primitives/broadcast.py for the equations).
 
 Logits are in base 2. In the forward kernel and in the kernel for token gradients, a program loads all slots before its loop
-over a chunk of the tokens, if they fit. In the kernel for slot gradients, a program loads a tile of slots and then loops over a
-chunk of the tokens. If one tile contains all slots and this kernel's launch configuration does not set `apart`, the kernel also
-computes the token gradients. Each output is written once, by one program.
+over a chunk of the tokens, if `Tile.resident` allows it. In the kernel for slot gradients, a program loads a tile of slots and
+then loops over a chunk of the tokens. If one tile contains all slots and this kernel's launch configuration does not set
+`apart`, the kernel also computes the token gradients. Each output is written once, by one program.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def broadcast_slots_kernel(
 ):  # fmt: skip
     """Compute the contribution of a chunk of tokens to dvalues, dbias and, if NEED_SLOTS, dslots, for a tile of slots.
 
-    FUSED means that the tile contains all slots. The kernel then computes delta and dq as well.
+    If FUSED, the tile contains all slots, and the kernel also computes delta and dq.
     """
     i_bh, part, first_slot, first, last = slot_program(M, N, chunk, BLOCK_M)
     i_b, i_h = i_bh // H, i_bh % H

@@ -64,9 +64,9 @@ def copies(numbers, DTYPE: tl.constexpr):
     """Return a tile with COPIES rows and one column per number.
 
     The product of features and the transpose of this tile sums the features, multiplied by the numbers, over tokens or slots.
-    Besides the matrix instructions, it needs no instruction per feature. gradient_products multiplies ones by the tile itself,
-    which adds each number to a whole column. Half of the rows are the numbers rounded to DTYPE, and the other half are the
-    rounding errors. The copies are rows instead of columns, so that each thread loads only a few numbers.
+    Besides the matrix instructions, it needs no instruction per feature. In gradient_products, the product of a constant tile
+    and this tile adds each number to a whole column. Half of the rows are the numbers rounded to DTYPE, and the other half are
+    the rounding errors. The copies are rows instead of columns, so that each thread loads only a few numbers.
     """
     high, low = split(numbers, DTYPE)
     return tl.where((tl.arange(0, COPIES) < COPIES // 2)[:, None], high[None, :], low[None, :])

@@ -210,7 +210,7 @@ TABLE = _entries(
         ("landmarks_backward", 32, 64): Tile(0, 32, 4, 1),
         ("landmarks_backward", 32, 128): Tile(0, 16, 4, 1),
         ("landmarks_backward", 32, 256): Tile(0, 8, 4, 1),
-        # For the token_conv kernels, `slots` is the largest number of tokens of a window per product.
+        # For the token_conv kernels, `slots` is the largest number of tokens that one product sums over.
         ("token_conv_forward", 16, 16, 32, 64): Tile(64, 64, 4, 1),
         ("token_conv_forward", 16, 128, 256): Tile(64, 64, 8, 1),
         ("token_conv_forward", 32, 16, 32, 64): Tile(32, 32, 4, 1),

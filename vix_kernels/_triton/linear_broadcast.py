@@ -47,7 +47,7 @@ TINY = tl.constexpr(2.0**-126)  # lower limit of denominators, so that 0 / 0 bec
 
 @triton.jit
 def largest_norm(norms, norms_m, M, BLOCK_M: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return the largest sum of a feature over all keys, by which sums and norms are divided to avoid overflow."""
+    """Return the largest norm, which is a sum of features. Sums and norms are divided by it to avoid overflow."""
     b_max = tl.full((BLOCK_M,), SMALLEST, COMPUTE)
     for first_slot in range(0, M, BLOCK_M):
         o_m = first_slot + tl.arange(0, BLOCK_M)
@@ -64,9 +64,9 @@ def load_state(
 ):  # fmt: skip
     """Load a tile of slots: two operands for logits, two for values, and the norms.
 
-    The norms are divided by `largest`. The values are sums / largest. For float16, they are the means, sums / norms, because
-    the range of float16 is too small for sums / largest. For 16-bit tokens, the two operands for values are the rounded values
-    and their rounding errors. Rows whose index is M or greater are 0.
+    The norms are divided by `largest`. The values are sums / largest. For float16, they are the means (sums / norms) instead,
+    because the range of float16 is too small for sums / largest. For 16-bit tokens, the two operands for values are the rounded
+    values and their rounding errors. Rows whose index is M or greater are 0.
     """
     o_m = slot_rows(first_slot, D, BLOCK_M, ROTARY, INTERLEAVED, PROJECTED)
     o_e = tl.arange(0, BLOCK_E)
@@ -173,9 +173,9 @@ def linear_broadcast_tokens_kernel(
     """Compute dq for a chunk of tokens. For the slot gradients, also compute delta = <dout, out> and scale = largest / total.
 
     `largest` is the head's largest norm. delta is recomputed from the features, because `out` may have been rounded. If
-    <dout, values> - delta is small, the rounding error would dominate it. A token whose dout is 0 is not used, and its scale is
-    0. Its query is read as 0, so the token, which may be padding, does not contribute to any gradient even if its query
-    contains NaN. If not TILED, the slots are loaded only once.
+    <dout, values> - delta is small, this rounding error would dominate the difference. A token whose dout is 0 is not used, and
+    its scale is 0. Its query is read as 0, so the token, which may be padding, does not contribute to any gradient even if its
+    query contains NaN. If not TILED, the slots are loaded only once.
     """
     i_bh, _, _, first, last = slot_program(1, N, chunk, 1)
     i_b, i_h = i_bh // H, i_bh % H

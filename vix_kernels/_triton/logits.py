@@ -1,11 +1,11 @@
 """Device functions for the logits of softmax attention.
 
 A kernel computes one exponential per logit. In the time that one exponential takes, a GPU issues about eight instructions,
-so every instruction per logit counts. These functions move work from single logits to slots, tokens and tensor cores.
+so every instruction per logit counts. Where possible, these functions do work per slot or token, or use matrix instructions.
 
 If slots are float32 and tokens 16-bit (SPLIT), each tile of slots is split into two 16-bit tiles when it is loaded. With FOLD,
-the tile is first multiplied by scale * log2(e), and vectors, such as biases, are added by a matrix product. `broadcast` folds
-whenever it splits, but `aggregate` only if tokens are bfloat16. A float32 number is the sum of three bfloat16 numbers, so
+the tile is first multiplied by scale * log2(e), and vectors, such as biases, are added by a matrix product. With SPLIT,
+`broadcast` always uses FOLD, but `aggregate` only for bfloat16. A float32 number is the sum of three bfloat16 numbers, so
 
     acc[n, m] + y[m]  =  acc + [1 1 1 0 ... 0] @ [y0 y1 y2 0 ... 0]^T
 

@@ -149,7 +149,7 @@ def store_products(
     x, y, out, y_l, out_l, counts, i_b, counts_b, counts_l, L, TURNED: tl.constexpr,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store x @ y, with x transposed if TURNED. `counts` are the numbers of tokens that the landmarks in y average."""
+    """Store x @ y, with x transposed if TURNED. `counts` has the number of tokens in the landmark of each row of y."""
     o_l = tl.arange(0, SIZE)
     if TURNED:
         x = tl.trans(x)

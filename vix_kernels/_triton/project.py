@@ -173,8 +173,8 @@ def project_weights_kernel(
 ):  # fmt: skip
     """Compute dE or dF for a tile of tokens and slots, summed over a chunk of items.
 
-    An item is a pair of a sample and a head. All items of a sum share E or F. If ONE, E projects both keys and values, so dE is
-    the sum of both gradients.
+    An item is a pair of a sample and a head. All items that are summed use the same projection (E or F). If ONE, E projects
+    both keys and values, so dE is the sum of both gradients.
     """
     token_tiles, slot_tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     part = (tl.program_id(0) // (token_tiles * slot_tiles)).to(tl.int64)

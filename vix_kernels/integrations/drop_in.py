@@ -33,7 +33,7 @@ def _admit(core: type[Mixer]) -> None:
 class DropIn(Mounted):
     """An attention that is called like `scaled_dot_product_attention`.
 
-    An integration creates a DropIn from the user's options. `replace_sdpa` and `register` call this DropIn directly. The other
+    An integration creates a DropIn from the user's options. `replace_sdpa` and `register` call this DropIn directly. Most other
     integrations add a copy, created by `mounted`, to each attention module of a model as the child module `vix`. Only these
     copies can have parameters, and most kinds of attention have none. In this library's models, the attention modules contain
     cores, so zoo.py adds no copies.
@@ -184,7 +184,8 @@ class DropIn(Mounted):
             self_attention: whether query and key come from the same tokens. None: True if they have the same number of tokens.
             cu_seqlens, group: start offsets of packed samples, and the process group across which the tokens are sharded.
                 Neither is supported yet.
-            grid_size: (rows, columns) of the grid that the tokens after the prefix form. Landmarks and agents are placed on it.
+            grid_size: (rows, columns) of the grid that the tokens after the prefix form. Landmarks and agents are placed on
+                this grid if `allows_grid` returns True.
 
         Raises:
             NotImplementedError: an argument is not supported, such as causal or grouped attention, a mask that is not a padding
@@ -268,7 +269,7 @@ def _check_places(core: Core, *lengths: int) -> None:
 
 
 def check_trained(core: Core, retrain: bool) -> None:
-    """Raise ValueError if the core requires a model that was trained with it, and `retrain` is False."""
+    """Raise ValueError if `retrain` is False and the core requires a model that was trained with this core."""
     if not core.takes_trained_weights() and not retrain:
         raise ValueError(
             f"retrain: expected True for {core.name!r}, got False: it does not approximate softmax attention closely enough "

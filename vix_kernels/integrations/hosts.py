@@ -83,7 +83,7 @@ def replace_each(
 ) -> Report:
     """Make every supported attention module in `model` use a copy of `attention`, which becomes its child module `vix`.
 
-    If this fails, undo all replacements.
+    If an error occurs, undo all replacements.
 
     Args:
         model: the host model.
@@ -91,7 +91,8 @@ def replace_each(
         reason_against: a function that returns why a module cannot be replaced, or an empty string if it can.
         adapt: a function that makes a module use its child module `vix`.
         expected: the expected kind of model or layer, for the error message.
-        layers: names or patterns, such as "blocks.1*", of the modules to replace. None: all. The report omits other modules.
+        layers: names or patterns, such as "blocks.1*", of the modules to replace. None: all. The report omits modules that do
+            not match any of them.
         site_of: a function that returns the Site of a module, including the number and width of its heads.
         place: a function that receives a module's name and the copy of `attention` for it, and tells the copy how the tokens
             are arranged: the number of prefix tokens and the grid.

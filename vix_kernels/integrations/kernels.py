@@ -56,8 +56,9 @@ def register() -> None:
         register()
         model = kernelize(model, mode=Mode.TRAINING, device="cuda")
 
-    Outputs and parameters do not change. `vix_kernels.integrations.transformers.patch` makes the same replacements
-    without the kernels library.
+    Parameters do not change. Outputs change only if a sequence consists entirely of padding. The docstring of
+    `vix_kernels.integrations.transformers.patch`, which makes the same replacements without the kernels library, describes this
+    difference.
     """
     layers = {
         "NystromformerSelfAttention": VixNystromformerSelfAttention,

@@ -122,7 +122,8 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
-        ImportError: linformer is not installed or not supported, or the import of `linformer` finds a different copy of it.
+        ImportError: linformer is not installed or not supported, or the import of `linformer` finds a copy other than the
+            installed one.
     """
     return patch_package(
         model, "linformer", "0.2.3", LinformerSelfAttention,

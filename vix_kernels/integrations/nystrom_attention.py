@@ -182,8 +182,8 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
-        ImportError: nystrom-attention is not installed or not supported, or the import of `nystrom_attention` finds a different
-            copy of it.
+        ImportError: nystrom-attention is not installed or not supported, or the import of `nystrom_attention` finds a copy
+            other than the installed one.
     """
     return patch_package(
         model, "nystrom-attention", "0.0.14", NystromAttention, backend=backend, reason_against=_reason_against

@@ -197,8 +197,8 @@ def patch(model: nn.Module, *, backend: str = "auto") -> Report:
 
     Raises:
         ValueError: nothing could be replaced. The model is then unchanged.
-        ImportError: performer-pytorch is not installed or not supported, or the import of `performer_pytorch` finds a different
-            copy of it.
+        ImportError: performer-pytorch is not installed or not supported, or the import of `performer_pytorch` finds a copy
+            other than the installed one.
     """
 
     def reason_against(module: nn.Module) -> str:
@@ -233,9 +233,10 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, mask: Tensor
     sum_s, sum_z = s.sum(2, keepdim=True), z.sum(-1, keepdim=True)
     values = torch.cat([s / z[..., None], sum_s / sum_z[..., None]], 2)
     bias = torch.cat([z, EPS * sum_z], -1).log2()
-    # t_n is an extra channel of the query. The feature slots are -1 in this channel, so the gradient of t_n sums over them.
-    # Alternatively, t_n could be added to the logit of the eps slot. However, the gradient of t_n would then be the gradient of
-    # this logit, which is lost to rounding if the eps slot has nearly all of the weight.
+    # An extra channel of the query contains t = t_n / c, because broadcast multiplies the logits by c. The feature slots are
+    # -1 in this channel, so the gradient of t sums over them. Alternatively, t_n could be added to the logit of the eps slot.
+    # However, the gradient of t_n would then be the gradient of this logit, which is lost to rounding if the eps slot has
+    # nearly all of the weight.
     t = (c / 2) * q.to(lse.dtype).square().sum(-1, keepdim=True) + highest_logits(q, slots)[..., None]
     slots = F.pad(F.pad(slots, (0, 1), value=-1.0), (0, 0, 0, 1))
     return broadcast(torch.cat([q, t.to(q.dtype)], -1), slots, values, bias, scale=c, backend=backend)

@@ -204,7 +204,7 @@ def _between(begin: Any, end: Any) -> float:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the block with `model` in evaluation mode and without gradients, then restore modes, grids and random states.
+    """Run the block with `model` in evaluation mode and without gradients. Then restore modes, token grids and random states.
 
     Compiled modules run in eager mode, because code that was compiled earlier does not call the hooks that measure layers.
     """

@@ -35,7 +35,7 @@ def replace_attention(
 ) -> Report:
     """Replace the attention in a model of this library, timm, transformers or torch.nn, in place.
 
-    The arguments are those of the integrations' functions, such as `vix_kernels.integrations.timm.replace_attention`. Unlike
+    The integrations' functions, such as `vix_kernels.integrations.timm.replace_attention`, have the same arguments. Unlike
     those functions, this function does not warn if the attention is expected to be slower.
     """
     replace: Callable[..., Report]

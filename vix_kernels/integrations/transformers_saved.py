@@ -180,7 +180,7 @@ def _registered(name: str, attention: DropIn) -> str:
 
 
 def _restore_layers(model: PreTrainedModel, config: PreTrainedConfig, found: dict[str, Any]) -> None:
-    """Replace the attention of the saved layers in `model`, if the configuration selects it.
+    """Replace the attention of the saved layers in `model` if `config` has attn_implementation "vix".
 
     `model` can be a part of the saved model, or a larger model that contains it. In both cases, the names of the layers have a
     different prefix in `model` than in `found`. Parts are restored before the model that contains them. If no layer is

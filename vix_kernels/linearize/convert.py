@@ -76,13 +76,13 @@ def linearize(
             model is not a classifier. "features": the result of model.forward_features.
         finetune_lr: learning rate of the fine-tuning steps.
         max_error: layers with a larger relative squared error keep softmax attention. For "nystrom", each layer gets the
-            smallest number of landmarks whose error is not larger, unless num_landmarks is given.
+            smallest number of landmarks whose error is at most max_error, unless num_landmarks is given.
         eval_batches: held-out batches for the report. None: `batches`.
         eval_samples: number of samples for the errors and the agreement in the report, rounded up to whole batches.
         output: a folder for checkpoints. A call with the same settings continues an interrupted conversion in this folder.
         overwrite: whether to start again if `output` contains a conversion.
         seed: seed of the features.
-        progress: whether to show a progress bar. None: on a terminal.
+        progress: whether to show a progress bar. None: only on a terminal.
         options: options of the attention, such as num_features=32 or exact_prefix=False. See
             vix_kernels.integrations.drop_in.DropIn.
 
@@ -174,7 +174,7 @@ class Conversion:
         part, before, error = self.part(self.first), [layer.batch for layer in self.layers], None
         try:
             self.run([part])
-        except Exception as caught:  # for example, because the position embedding has more tokens
+        except Exception as caught:  # for example, because the position embedding has more tokens than the part
             error = caught
         whole, size = size_of(self.first), size_of(part)
         divided = all(layer.batch * whole == batch * size for layer, batch in zip(self.layers, before, strict=True))

@@ -40,8 +40,8 @@ class Report:
         op: the new attention.
         layers: maps the name of each layer to its result.
         refused: the attentions that cannot be converted. Maps their names to the reasons.
-        agreement: percentage of samples for which the converted model and the teacher have the same largest output, or None if
-            the model is not a classifier.
+        agreement: percentage of samples for which the converted model and the teacher predict the same class, or None if the
+            model is not a classifier.
         divergence: mean Kullback-Leibler divergence KL(teacher || converted model) of the class probabilities. If the model is
             not a classifier, the relative squared error of the output.
         samples: the number of samples on which `agreement` and `divergence` were measured.

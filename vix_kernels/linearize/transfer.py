@@ -1,8 +1,8 @@
 """Attention transfer: fit linear attentions to the softmax attentions of a trained model, layer by layer.
 
 While a model runs, a `Transfer` replaces the core of each attention. It returns the result of softmax attention, so every layer
-receives the inputs of the trained model (the teacher). It also compares this result with that of one or more linear attentions
-(the students) with the same q, k and v. The error of a layer is
+receives the same inputs as in the trained model (the teacher). It also compares this result with the results of one or more
+linear attentions (the students) with the same q, k and v. The error of a layer is
 
     sum_n w_n |out_n - softmax_n|^2 / sum_n w_n |softmax_n|^2
 
@@ -29,7 +29,7 @@ from ..ops.rope import Rope, apply_rope
 from ..training.parallel import Ranks
 
 PREFIX_WEIGHT = 32.0  # weight of the rows of class and register tokens that are not exact
-SUMS = 2048  # at most this many sums q_i + k_j per call, or 4 per feature if that is more; see `initialize`
+SUMS = 2048  # maximum number of sums q_i + k_j per call, or 4 per feature if that is more; see `initialize`
 CLUSTER_STEPS = 10
 LANDMARKS = (16, 32, 64, 128)  # numbers of landmarks to choose from if max_error is set
 
@@ -181,7 +181,7 @@ def measure(layer: Layer, students: list[Core], call: Call, target: Tensor) -> N
 
 
 def collect(layer: Layer, students: list[Core], call: Call, target: Tensor) -> None:
-    """Append sums of a random query and a random key of the same sample to `layer.sums`, for each head."""
+    """Append to `layer.sums`, for each head, sums of a random query and a random key of the same sample."""
     q, k = call.q, call.k
     if call.rope is not None:
         q, k = apply_rope(q, k, call.rope, backend=call.backend)

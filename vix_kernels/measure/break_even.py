@@ -60,7 +60,7 @@ def rows() -> tuple[BreakEven, ...]:
 
 
 def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
-    """Return the row that shows that the forward of `op` is slower than that of softmax attention, or None.
+    """Return the row that shows that `op` is slower than softmax attention in the forward pass. None: there is no such row.
 
     Args:
         op: short name of the attention.
@@ -75,7 +75,9 @@ def slower(op: str, tokens: int, width: int, device: str) -> BreakEven | None:
 
 
 def crossing(ratios: Mapping[int, float]) -> str:
-    """Return `BreakEven.tokens`. `ratios` maps a number of tokens to the time divided by that of softmax attention.
+    """Return `BreakEven.tokens`.
+
+    `ratios` maps a number of tokens to the time of the attention divided by the time of softmax attention.
 
     Between the largest length at which the attention is not faster and the next length, the logarithm of the ratio is
     interpolated linearly in the logarithm of the number of tokens.

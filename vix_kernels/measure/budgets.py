@@ -370,7 +370,7 @@ PREDICTED = (
 def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
     """Return messages for the predicted `times` (in seconds) that exceed their budgets.
 
-    They are two lists: messages for times that `reached` allows, and the others.
+    They are two lists: messages for times that `Predicted.reached` allows, and the others.
     """
     declared, failed = [], []
     for budget in PREDICTED:
@@ -384,7 +384,7 @@ def late(times: Mapping[str, float]) -> tuple[list[str], list[str]]:
 
 
 def missed(rows: Iterable[Row], budgets: Iterable[Budget]) -> tuple[list[str], list[str]]:
-    """Return messages for the values that miss `most`: a list of those that satisfy `reached`, and one of the rest."""
+    """Return messages for missed budgets, as two lists: for values that `Budget.reached` allows, and for the others."""
     rows = list(rows)
     declared, failed = [], []
     for budget in budgets:

@@ -187,7 +187,7 @@ def shared_memory_table(args: argparse.Namespace) -> int:
     committed = read_csv(shared_memory.COMMITTED, shared_memory.Row) if shared_memory.COMMITTED.is_file() else []
     same_version = [row for row in committed if row.triton == triton.__version__]
     cells, requested = [], set()
-    for arch in archs:  # an entry is measured once per generation
+    for arch in archs:  # an entry is measured once per generation of GPUs
         wanted = set(shared_memory.missing(same_version, arch) if args.write else shared_memory.entries(arch)) - requested
         wanted = {entry for entry in wanted if entry.bits in bits and entry.width in widths}
         requested |= wanted

@@ -25,7 +25,7 @@ class Row:
     Attributes:
         blocks: sizes of the tiles.
         programs: number of programs that are resident on a multiprocessor at the same time.
-        unit: the unit in "per unit" below: "logit", or "value" if no main loop has logits, or "" (see counting.Analysis).
+        unit: the unit in "per unit" below: "logit", "value" or "" (see counting.Analysis).
         loop: instructions of all lanes in the main loops, per unit.
         whole: instructions of all programs in the largest launch that the report observes, per pair of a token and a slot.
             Padding does not count as tokens or slots. For kernels without main loops or without arguments N and M, the number

@@ -1,7 +1,8 @@
 """The minimum cost of a call: its arithmetic, its memory traffic and its launches.
 
-The arithmetic is stated in the OpSpec. The memory traffic is the inputs and outputs of the registered operators in the call.
-No result is computed, and no GPU is needed. The call runs on meta tensors, and its launches are counted instead of executed.
+The arithmetic is stated in the OpSpec. The memory traffic is the total size of the inputs and outputs of the registered
+operators in the call. No result is computed, and no GPU is needed. The call runs on meta tensors, and its launches are counted
+instead of executed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class _Count(TorchDispatchMode):
             with self:  # torch kernels inside an operator also count
                 out = operators[function._schema.name.split("::")[1]].implementation(*args)
             touched = {id(x): x for x in (*args, *tree_leaves(out)) if isinstance(x, Tensor)}
-            # A tensor that is passed twice counts once, as do the repeated elements of an expanded tensor.
+            # A tensor that is passed twice counts once. The repeated elements of an expanded tensor also count once.
             self.bytes += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in touched.values())
             return out
         if not function.is_view and "empty" not in function._schema.name:

@@ -11,7 +11,7 @@ the launcher.
 
 Times of different runs cannot be compared, because they depend on the machine and its load. Ratios can be compared. They are
 relative to PyTorch's scaled_dot_product_attention on tiny CPU tensors ("x attention"), and to an empty autograd.Function with
-eight tensors ("x Function"). The operator and these two calls are measured in turn.
+eight tensors ("x Function"). Measurements of the operator and of these two calls alternate.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ STEPS = {
 class Row:
     """Host time of an operator in microseconds. The direction "both" means forward and backward.
 
-    `sdpa` and `function` are the times of the two calls that `yardsticks` returns for this direction. They take turns
-    with the operator.
+    `sdpa` and `function` are the times of the two calls that `yardsticks` returns for this direction. The measurements
+    of these calls and of the operator alternate.
     """
 
     op: str
@@ -159,7 +159,7 @@ def launches(launcher: str) -> Iterator[None]:
     nothing = compiled.Compiled(None, lambda *args: None, None, None, ())
     with (
         patch.object(compiled, "run", lambda *args: nothing) if launcher == "none" else nullcontext(),
-        patch.object(plans, "entries", {}),  # plans from other blocks may contain another launcher
+        patch.object(plans, "entries", {}),  # plans recorded outside this block may contain another launcher
         patch.object(plans, "on_gpu", lambda *args, **kwargs: True),
         patch.object(backends, "reasons_against_triton", lambda *arguments: []),
     ):
@@ -246,7 +246,7 @@ def c_compiler() -> str | None:
 
 
 def build_stub(folder: str) -> dict[str, str]:
-    """Compile the stub driver into `folder`. Return environment variables for a process whose Triton finds only this driver.
+    """Compile the stub driver into `folder`. Return environment variables that make Triton find only this driver.
 
     Returns an empty dict if there is no C compiler.
     """

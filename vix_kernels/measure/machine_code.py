@@ -1,4 +1,4 @@
-"""Read the resources that compiled kernels use. On NVIDIA, they are read from machine code, and on AMD from assembly code."""
+"""Read the resources that compiled kernels use. On NVIDIA, they are read from cubins, and on AMD from assembly code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Resources:
     """Resources that one kernel uses."""
 
     registers: int  # per thread; on AMD, the sum of architectural and accumulation registers
-    spilled: int  # bytes per thread, on the stack or (on AMD) in the private segment
+    spilled: int  # bytes per thread of stack and local memory, or (on AMD) of the private segment
     matrix: dict[str, int] = field(default_factory=dict)  # instruction with its shape, such as HGMMA.64x32x16 -> count
     loads: dict[int, int] = field(default_factory=dict)  # loads from global memory: bits per thread -> number of instructions
     stores: dict[int, int] = field(default_factory=dict)  # stores to global memory: bits per thread -> number of instructions

@@ -191,7 +191,9 @@ class Cell:
 
     launches: dict[str, list[Launch]] = field(default_factory=lambda: defaultdict(list))  # by key
     uses: dict[str, list[Use]] = field(default_factory=lambda: defaultdict(list))  # calls that launch the kernel, by key
-    counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # by use; for the call with the most launches
+    # Numbers of launches by this library and by PyTorch, by use. If several calls have the same use, the call with the most
+    # launches by this library counts.
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 
 

@@ -33,7 +33,7 @@ from .timing import DeviceTime, device_time, in_turns, wall_time
 
 Row = dict[str, Any]
 DIRECTIONS = ("forward", "full", "backward")  # full: forward and backward together; backward: full minus forward
-# Default dtype and sizes. The budgets in bench/table.py apply to the CPU defaults, but most are for longer sequences.
+# Default dtype and sizes. The budgets in bench/table.py are for the CPU defaults, except that most are for 4,096 tokens.
 USUAL_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 USUAL = {
     "cpu": Case("usual", batch=2, heads=4, tokens=1024, width=64, features=256, taps=33),
@@ -292,7 +292,7 @@ class Race:
         return Result(ok(**label, **figures), time.samples)
 
     def work(self, direction: str) -> Cost:
-        """Return the least work that every provider must do, if a pass reads every input and writes every result once."""
+        """Return the minimum work of the operator. It assumes that a pass reads every input and writes every result once."""
         spec, inputs = self.problem.spec, list(self.problem.tensors.values())
         outputs = self.truth.batch * sum(x.nbytes for x in self.truth.plain[0])
         moved, flops, exps = sum(map(_bytes, inputs)) + outputs, spec.flops(self.case), spec.exps(self.case)
@@ -313,8 +313,8 @@ class Call(NamedTuple):
 class Truth:
     """Reference results for the first sample of the batch: `exact` in float64, `plain` in the precision of the problem.
 
-    Each is a pair of outputs and gradients. The gradients are those of the tensors named in `trained`, which have a batch
-    dimension and require gradients.
+    Each is a pair of lists: the outputs, and the gradients with respect to the tensors named in `trained`. These tensors have a
+    batch dimension and require gradients.
     """
 
     def __init__(self, problem: Problem) -> None:

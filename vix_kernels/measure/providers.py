@@ -34,7 +34,7 @@ class Contender:
         exact: function that computes the expected outputs from the problem in float64. The default is the reference.
         shown: function that selects the outputs to check, and converts them to the layout of `exact`.
         tolerance: allowed relative error of float32 outputs, compared with `exact`. For 16-bit outputs, more is allowed.
-            None: the allowed error is a few times the error of plain PyTorch.
+            None: the allowed error is a few times the sum of plain PyTorch's error and the rounding error of the dtype.
     """
 
     function: Callable[..., Any]
@@ -238,7 +238,7 @@ def _leaf(x: Tensor) -> Tensor:
 def _autocast(peer: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
     """Return a version of `peer` that runs under autocast if `like` has a 16-bit dtype.
 
-    If the peer's parameters were cast to 16 bits instead, it would fail, or it would no longer compute sums in float32.
+    If its parameters were cast to 16 bits instead, the peer would fail or would no longer compute sums in float32.
     """
     enabled = like.dtype != torch.float32
 

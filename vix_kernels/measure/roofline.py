@@ -15,8 +15,8 @@ Without OP, the table shows the minimum time of every operator, computed from pu
 the minimum work of a call (10^9 operations, 10^6 exponentials, 10^6 bytes). predicted_us is the longest of four times: bytes
 divided by memory bandwidth, operations divided by the rate of the matrix units, exponentials divided by the rate of the
 special-function units, and the time of all launches one after another. bound_by names the longest one. measured_us comes from
-the newest run of bench/on_gpu.sh in the results folder that has the shape, and is empty if there is none. The prediction is a
-lower bound, not the time that a call takes.
+the newest run of bench/on_gpu.sh in the results folder that measured the shape. It is empty if there is no such run. The
+prediction is a lower bound, not the time that a call takes.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def show_calibration() -> None:
 
 
 def gpu_name(text: str) -> str:
-    """Return the name of a GPU with the capitalization of GPUS, or `text` if there is no such GPU."""
+    """Return the name of a GPU, capitalized as in GPUS, or `text` if GPUS has no such GPU."""
     return next((gpu.name for gpu in GPUS if gpu.name.lower() == text.lower()), text)
 
 

@@ -1,9 +1,9 @@
 """The committed table of the shared memory that each entry of the launch table needs.
 
 `vix dev compile-report --shared` checks the table. Triton allocates shared memory before it generates machine code. Each
-compilation stops after the allocation, so measurements take a third of the time, and every entry can be measured in all its
-variants: RoPE in both layouts, trained and pooled slots, masks, and the residual convolution. A row contains the maximum over
-the variants.
+compilation stops after the allocation, so it takes a third of the time of a full compilation. Every entry can therefore be
+measured in all its variants: RoPE in both layouts, trained and pooled slots, masks, and the residual convolution. A row
+contains the maximum over the variants.
 """
 
 from __future__ import annotations

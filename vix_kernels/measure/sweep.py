@@ -10,9 +10,9 @@ examples:
 The results of an operator's provider are checked against float64 before it is timed. A provider that returns wrong results,
 runs out of memory or is not installed gets a row with the reason and no time. bench.csv and bench.json are written to the
 output folder after every size or model, so an interrupted run keeps its results. At the end, the time and memory of operators
-are plotted in one figure per operator (PNG and SVG), and in one figure that compares the operators. On a CPU, times are CPU
-times of the process. On a GPU, times of operators are device times, and times of models are wall-clock times. "full" is forward
-and backward together; backward is full minus forward.
+are plotted in one figure per operator (PNG and SVG). If several operators were measured, one more figure compares them. On a
+CPU, times are CPU times of the process. On a GPU, times of operators are device times, and times of models are wall-clock
+times. "full" is forward and backward together; backward is full minus forward.
 """
 
 from __future__ import annotations

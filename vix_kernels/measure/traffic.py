@@ -278,7 +278,10 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def metered(given: list[Tensor], arch: str, split: bool) -> Iterator[Meter]:
-    """Record the traffic of a pass with the arguments `given` inside the block, with the launch configurations of `arch`."""
+    """Record the traffic of the pass that runs inside the block.
+
+    `given` contains the arguments of the pass. `arch` and `split` are as in `measure`.
+    """
     meter = Meter(given)
     with conditions.under(observer=meter.launch, arch=arch, split=split), fast_interpreter(), meter:
         yield meter

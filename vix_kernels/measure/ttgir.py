@@ -207,7 +207,7 @@ class Reader:
             root
             for roots, op in exponentials.items()
             for root in roots
-            if root.name in ROOTS and root.elements == op.elements  # exclude products that reach the tile only through vectors
+            if root.name in ROOTS and root.elements == op.elements  # other products affect the tile only through vectors
         }
         loop.logits = sum(root.elements for root in logits)
         if not loop.logits:  # exponentials of loaded tiles, as in linear attention

@@ -7,8 +7,8 @@ examples:
 
 A key is a kernel, an element size in bits and a head width. A tile is a launch configuration. The search starts from the
 present tile of a key and changes one field at a time. It keeps a change if the new tile is faster, and ends when no single
-change gives a faster tile. A tile is rejected ("refused") if the kernel does not launch, if the results differ from those of
-the present tile, or if a kernel spills more registers than any kernel with the present tile.
+change gives a faster tile. A tile is rejected ("refused") if the kernel does not launch, if the results differ from the results
+with the present tile, or if the largest number of registers that a kernel spills is larger than with the present tile.
 
 The command prints one line per key, then the entries for OVERRIDES in vix_kernels/_triton/launch_table.py. Review the entries,
 add them to that file by hand, and run `vix dev compile-report` before you commit. The output file is rewritten after every key.
@@ -50,8 +50,8 @@ GAIN = 0.98  # a tile is faster if it takes less than this fraction of the best 
 class Proposal:
     """The result for one key.
 
-    `use` names the operator and direction that launch the kernel and were timed. Times are in milliseconds. `tried` is the
-    number of tiles that were tried in addition to the present one.
+    `use` names the operator and direction of the timed call, which launches the kernel. Times are in milliseconds. `tried` is
+    the number of tiles that were tried in addition to the present one.
     """
 
     key: Key
@@ -119,9 +119,9 @@ def present_tile(arch: str, key: Key) -> Tile:
 def neighbours(tile: Tile) -> Iterator[Tile]:
     """Yield tiles that differ from `tile` in one field.
 
-    A number is halved or doubled (num_stages changes by one), or a bool is flipped. A field that is 0 does not change: the
-    kernel has no such size, or it keeps no slots or matrices in registers. A string, which states a precision, does not change,
-    because the results would differ.
+    A number is halved or doubled (num_stages changes by one), or a bool is flipped. A field that is 0 does not change,
+    because 0 means that the kernel has no such size, or that it keeps no slots or matrices in registers. A string, which states
+    a precision, does not change, because the results would differ.
     """
     for name, value in tile._asdict().items():
         if isinstance(value, bool):
@@ -159,7 +159,7 @@ class Bench:
     def agrees(self, expected: Iterable[Tensor]) -> bool:
         """Return whether the results equal `expected` up to the rounding errors of a different order of summation.
 
-        The relative tolerance is twice the rounding error of the dtype, and at least the error of float32 sums over thousands
+        The relative tolerance is twice the machine epsilon of the dtype, and at least the error of float32 sums over thousands
         of terms.
         """
         tolerance = max(2 * torch.finfo(self.dtype).eps, 1e-5)
@@ -210,7 +210,7 @@ def tune_key(bench: Bench, arch: str, key: Key, deadline: float) -> Proposal:
 
 @lru_cache(maxsize=1)  # keep only one result, because its tensors need a lot of memory
 def users(arch: str, width: int, bits: int, device: str) -> list[tuple[set[Key], Bench]]:
-    """Return a Bench, preceded by the keys that it looks up, for each operator, direction and case.
+    """Return a pair for each operator, direction and case: the keys that a Bench looks up, and this Bench.
 
     Pairs with the fewest keys come first. Sizes are large enough to fill a GPU, but tiny in the interpreter. Operators that do
     not run are reported and skipped.

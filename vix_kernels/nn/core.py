@@ -142,9 +142,9 @@ class Mixer:
         return self
 
     def after_prefix(self: Some, prefix_tokens: int) -> Some:
-        """Return this mixer with its slots pooled from the tokens after the first `prefix_tokens`, each of which is a slot.
+        """Return this mixer with its slots pooled from the tokens after a prefix of `prefix_tokens` tokens.
 
-        Mixers whose slots are not pooled tokens are returned unchanged.
+        Each token of the prefix is a separate slot. Mixers whose slots are not pooled tokens are returned unchanged.
         """
         return self
 
@@ -153,7 +153,7 @@ class Mixer:
         return self
 
     def on_grid(self: Some, size: tuple[int, int]) -> Some:
-        """Return this mixer with its slots on a grid of (rows, columns).
+        """Return this mixer with its slots placed on a token grid of `size` (rows, columns).
 
         The number of slots may decrease. Mixers whose slots are not pooled tokens are returned unchanged.
         """

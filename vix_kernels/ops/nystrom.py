@@ -8,9 +8,9 @@ two passes. Between these passes, the values are multiplied by Z, an approximate
 
     values = aggregate(q~, k, v)        out = broadcast(q, k~, Z values)
 
-Attention weights between tokens and landmarks, or between tokens, are never stored. Z is the result of a few steps of a
-third-order iteration (equation 11 of the paper), six by default. In general, Z has not converged to the pseudo-inverse after
-these steps. It acts as a filter on the spectrum of A, and trained weights depend on this filter.
+Only backend="reference" stores attention weights between tokens and landmarks, or between tokens. Z is the result of a few
+steps of a third-order iteration (equation 11 of the paper), six by default. In general, Z has not converged to the
+pseudo-inverse after these steps. It acts as a filter on the spectrum of A, and trained weights depend on this filter.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def performer_attention(
         q: (batch, heads, queries, head_dim), float16, bfloat16, float32 or float64. Views with last stride 1 are not copied.
         k: (batch, heads, tokens, head_dim).
         v: (batch, heads, tokens, value_dim).
-        projection: random features, float32 (M, head_dim) or (heads, M, head_dim). See orthogonal_projection.
+        projection: random features, (M, head_dim) or (heads, M, head_dim), float32 or float64. See orthogonal_projection.
         scale: factor of the logits, > 0. Defaults to head_dim ** -0.5. q and k are multiplied by sqrt(scale).
         key_padding_mask: bool (batch, tokens), True = valid. If a sample has no valid key, its output is 0.
         rope: rotary embedding of q and k, applied inside the kernels. Requires as many queries as tokens.

@@ -2,9 +2,9 @@
 
     g_nj = scale p_j . q_n + a_j ln 2            out_n = sum_j softmax_j(g_nj) values_j
 
-The bias a_j is a base-2 logarithm, like the lse that aggregate returns. A slot with bias -inf has probability 0. If all slots
-have bias -inf, out is 0. A mask of the slots may be given instead of a bias. Then the bias is 0 for valid slots and -inf for
-the others. With RoPE, queries are rotated first.
+The bias a_j of a slot p_j is a base-2 logarithm, like the lse that aggregate returns. A slot with bias -inf has probability 0.
+If all slots have bias -inf, out is 0. A mask of the slots may be given instead of a bias. Then the bias is 0 for valid slots
+and -inf for the others. With RoPE, queries are rotated first.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def feed_forward(
         norm: weight, bias and eps of the layer norm. If None, there is no layer norm, so n = x.
         weights: W1 (hidden, C), b1, W2 (C, hidden) and b2.
         activation: "gelu" or "hardswish".
-        p: dropout probability. The factors 1 / (1 - p) are applied to W2 and b2 instead of the kept elements.
+        p: dropout probability. The factors 1 / (1 - p) are applied to W2 and b2 instead of to the kept elements.
         factors: (..., 1), one factor per token for the second term of y. If None, the factors are 1.
         dtype: dtype of the linear layers, the activation and the dropout.
 

@@ -170,8 +170,8 @@ def needs_autograd(inputs: Iterable[Any]) -> bool:
     """Return whether a call with `inputs` must go through its `autograd.Function`.
 
     This is the case if an input requires a gradient and gradients are enabled, if the call is being compiled, or if
-    forward-mode AD is active. With forward-mode AD, the Function raises an error. In all other cases, calling the operator
-    directly returns bit-identical results and saves no tensors.
+    forward-mode AD is active. In all other cases, calling the operator directly returns bit-identical results and saves no
+    tensors. If forward-mode AD is active, the Function raises an error.
 
     Raises:
         NotImplementedError: a torch.func transform is active.

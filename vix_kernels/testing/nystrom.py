@@ -63,8 +63,8 @@ NYSTROM = OpSpec(
     differentiable=("q", "k", "v", "conv_weight"),
     batched=("q", "k", "v", "key_padding_mask"),
     cases=CASES,
-    # The convolution and the pseudo-inverse are not counted. They add only a few percent if there are many more tokens than
-    # landmarks.
+    # The convolution and the pseudo-inverse are not counted. With 64 landmarks and 33 taps, the convolution would add 13 %. The
+    # pseudo-inverse would add only a few percent if there are many more tokens than landmarks.
     flops=_with_landmarks(lambda case: aggregate_flops(case) + broadcast_flops(case)),
     exps=_with_landmarks(lambda case: aggregate_exps(case) + broadcast_exps(case)),
     public=True,

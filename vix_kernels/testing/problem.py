@@ -99,15 +99,16 @@ class OpSpec:
         flops: function that returns the number of operations (two per multiply-add) in the matrix products of a forward pass.
             For RoPE, it returns the number of operations in the rotation.
         exps: function that returns the number of exponentials in a forward pass.
-        backward: FLOPs of the backward pass divided by those of the forward pass. The default is 2: for every two matrix
+        backward: FLOPs of the backward pass divided by FLOPs of the forward pass. The default is 2: for every two matrix
             products in the forward pass, the backward pass needs one to recompute the logits and three to compute gradients.
             Gradients of random features are not counted, because these features are rarely trained.
         rotates: whether every problem of the operator has rotary angles.
         public: whether users call the operator. Public operators are benchmarked, their memory traffic is counted, and
             `vix check` lists them.
         compiled: cases for the compile report. The report sets batch, heads, tokens and width. `features` is 0 in a case
-            without slots. The name of the case is appended to the name of the operator. If the operator supports them, the
-            report adds copies of the first case with a mask and with the "half" layout of the rotary embedding.
+            without slots. The name of the case is appended to the name of the operator. If the operator supports masks, the
+            report adds a copy of the first case with a mask. If the operator is an attention that supports the "half" layout of
+            the rotary embedding, the report adds a copy with this layout.
         variants: more cases for the compile report, without such copies.
         most_features: upper limit of `features` in measurements. See `fit`.
 

@@ -141,7 +141,7 @@ def checkpoint_path(path: str | Path) -> Path:
 
 
 def existing_checkpoint(path: str | Path, flag: str = "--resume") -> Path:
-    """Return the path of an existing checkpoint. Raises `UserError` if there is none."""
+    """Return the path of an existing checkpoint, or raise `UserError` if there is none."""
     path = checkpoint_path(path)
     if not path.is_file():
         raise UserError(f"{flag}: no checkpoint at {path}")

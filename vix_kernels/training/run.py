@@ -117,7 +117,7 @@ class Run:
         config = replace(config, **paths)
         with ranks.agreed():
             check_batches(config, ranks, source.train_images)
-        with ranks.agreed(), ranks.first_alone():  # with --pretrained, the others use the weights that the first downloads
+        with ranks.agreed(), ranks.first_alone():  # with --pretrained, the first process downloads the weights for all
             model, self.model_kwargs = build_model(config, source, device, checkpoint is None)
         with ranks.agreed():
             check_smallest_batch(config, model, ranks, source.train_images)

@@ -37,7 +37,7 @@ def load_dataset(name: str, img_size: Size | None = None, **options: Any) -> Dat
 def open_dataset(
     name: str, img_size: Size | None = None, *, data_dir: str | None = None, stream: bool | None = None, workers: int = 4
 ) -> Source:
-    """Open a data set by its name or path. Images in packs and folders are decoded later, by `Source.load`.
+    """Open a data set by its name or path. Images in packs and folders are decoded later, by `Source.load` or on demand.
 
     Args:
         name: a name from NAMES, or the path of a pack or folder in one of FORMATS.

@@ -1,4 +1,4 @@
-"""Handwritten digits from scikit-learn. They are part of the package, so nothing has to be downloaded."""
+"""Handwritten digits. They are part of scikit-learn, so nothing has to be downloaded."""
 
 from __future__ import annotations
 

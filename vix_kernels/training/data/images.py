@@ -21,7 +21,7 @@ from ..draws import sent
 if TYPE_CHECKING:
     from PIL import Image
 
-MOST_UNREADABLE = 0.01  # maximum fraction of unreadable images; with more, the data set is assumed to be damaged
+MOST_UNREADABLE = 0.01  # maximum fraction of unreadable images; above it, the data set is assumed to be damaged
 
 
 class Images(Protocol):
