@@ -213,7 +213,7 @@ def record(
 
 
 def arguments(tensors: Sequence[Tensor]) -> dict[int, Location]:
-    """Return the locations of a call's tensors. The tensors are the recorder's first bases and the sources of the plan."""
+    """Return the location of each tensor of a call: tensor i is source i of the plan (see replay.py), from its start."""
     return {i: Location(i, 0) for i in range(len(tensors))}
 
 

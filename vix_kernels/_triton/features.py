@@ -21,10 +21,10 @@ COPIES = tl.constexpr(16)  # the smallest inner dimension of matrix instructions
 
 @triton.jit
 def apply_map(logits, ELU: tl.constexpr, PROJECTED: tl.constexpr):
-    """Return the features and the derivatives of the feature map: elu + 1 if ELU, otherwise relu. NaN stays NaN.
+    """Return the features and the derivatives of the feature map: elu + 1 if ELU, otherwise relu.
 
-    For elu, the features and the derivatives share one exponential. If PROJECTED is also set, load_operands has multiplied the
-    slots by log2 e, so the logits contain this factor.
+    The feature of a NaN logit is NaN. For elu, the features and the derivatives share one exponential. If PROJECTED is also
+    set, load_operands has multiplied the slots by log2 e, so the logits contain this factor.
     """
     if ELU:
         slopes = tl.minimum(logits, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -74,7 +74,7 @@ def copies(numbers, DTYPE: tl.constexpr):
 
 @triton.jit
 def sum_copies(products):
-    """Return the sums of features times numbers, from the product of the features and copies(numbers)^T."""
+    """Return the sums of features weighted by numbers. `products` is the product of the features and copies(numbers)^T."""
     return tl.sum(products, 1) * (2.0 / COPIES)
 
 

@@ -101,8 +101,8 @@ class LaunchConfig:
     def keep(self, num_slots: int) -> tuple[int, dict[str, int]]:
         """Return the number of slots per program and updates to `meta`, for a kernel with one tile of slots per program.
 
-        A tile with fewer slots than in the launch table has proportionally fewer warps. A tile has at least 64 slots, 16 for
-        each of four warps, unless the tile in the launch table has fewer.
+        A tile with fewer slots than in the launch table has proportionally fewer warps. Tiles are not reduced below 64 slots: a
+        tile of 128 slots with 8 warps can become a tile of 64 slots with 4 warps.
         """
         block = self.slots(num_slots)
         return block, dict(BLOCK_M=block, num_warps=max(self.tile.num_warps * block // self.tile.slots, 1))

@@ -19,7 +19,7 @@ compile_table, budgets          the table of the compile report, and its checks
 launch_times, flash     predicted time of each launch, and its comparison with published times
 sources         hashes of the source code of kernels
 host_time       `vix dev host-time`
-break_even      break-even lengths: from how many tokens each attention is faster than softmax attention
+break_even      break-even lengths: the numbers of tokens at and above which attentions are faster than softmax
 shared_memory   shared memory of every entry of the launch table; `vix dev compile-report --shared`
 tune            `vix dev tune`
 """

@@ -1,4 +1,4 @@
-"""Break-even lengths: from how many tokens each attention is faster than softmax attention.
+"""Break-even lengths: the number of tokens at and above which each attention is faster than softmax attention.
 
 The table break_even.csv has lengths that were measured on a CPU, and lengths that were predicted for a GPU. `python -m
 bench.break_even` writes it, and docs/choosing.md explains it. The lengths differ for other devices, options and batch sizes.

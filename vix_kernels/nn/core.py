@@ -201,9 +201,9 @@ class Core(Mixer):
         return type(self).state is not Mixer.state
 
     def derived(self, q: Tensor) -> Any:
-        """Return an object whose attributes are the state for a call with q, or None if there is no state.
+        """Return an object that `attend` accepts in place of `module` if needs_module() is False.
 
-        If needs_module() is False, `attend` accepts this object in place of `module`.
+        Its attributes are what the call needs besides its arguments, such as random features for q's head width. None: nothing.
         """
         return None
 

@@ -6,9 +6,9 @@
 phi is relu or elu + 1. Without slots, phi is applied to the channels of a token. linear_aggregate returns S and z instead of
 the means S / z, because the gradients of S and z are finite even for the smallest z that float32 can represent.
 
-The kernels divide the denominator by the largest z. For float16, they divide it by the largest product f_nj z_j of the query
-instead. If eps divided by this product overflows float32, the output and the gradients of k and v are 0. For eps = 1e-6, this
-happens only if features are below 1e-22.
+To avoid overflow, the kernels divide the numerator and the denominator of out_n by the largest z. For float16, they divide
+both by the largest product f_nj z_j of the query instead. If eps divided by this product overflows float32, the output and the
+gradients of k and v are 0. For eps = 1e-6, this happens only if features are below 1e-22.
 """
 
 from __future__ import annotations

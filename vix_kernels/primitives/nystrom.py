@@ -37,7 +37,10 @@ def nystrom(
     rotary: Rotary | None = None,
     backend: str = "torch",
 ) -> Tensor:
-    """Return the output of Nystrom attention (batch, heads, queries, E). For the arguments, see the primitives.
+    """Return the output of Nystrom attention (batch, heads, queries, E).
+
+    `pool` places the landmarks. `iterations` and `init` are arguments of `pinv`, and `rows` and `rotary` of `broadcast`.
+    `conv_weight` is the weight of `token_conv`.
 
     Differentiable in q, k, v, conv_weight, rows and rotary.angles.
     """
