@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,31 @@ def test_blocks_have_decaying_learning_rates() -> None:
         optimizer.step(0.1, torch.amp.GradScaler("cpu", enabled=False), 0)
         rates = {id(p): group["lr"] for part in optimizer.parts for group in part.param_groups for p in group["params"]}
         assert all(abs(rates[id(p)] - 0.1 * scales[name]) < 1e-12 for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "block"),
+    [
+        ("convnext_atto", "head.norm.bias", "stages.3.blocks.1."),
+        ("pvt_v2_b0", "stages.3.norm.bias", "stages.3.blocks.1."),
+        ("inception_next_atto", "head.fc1.weight", "stages.3.blocks.1."),
+        ("efficientnet_b0", "conv_head.weight", "blocks.6."),
+        ("fastvit_t8", "final_conv.se.fc2.bias", "stages.3.blocks.1."),
+        ("xcit_nano_12_p16_224", "norm.bias", "cls_attn_blocks.1."),
+        ("cait_xxs24_224", "norm.bias", "blocks_token_only.1."),
+        ("twins_pcpvt_small", "norm.bias", "blocks.3."),
+    ],
+)
+def test_models_of_timm_have_the_full_learning_rate_after_the_last_block(name: str, last: str, block: str) -> None:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = HostModel(timm.create_model(name))
+    parameters = {id(p): name for name, p in model.named_parameters()}
+    scales = layer_scales([*parameters.values()], {parameters[id(p)] for p in model.get_classifier().parameters()}, 0.5)
+    assert {scales[parameters[id(p)]] for p in model.get_classifier().parameters()} == {scales[f"host.{last}"]} == {1}
+    assert all((scale == 0.5) == each.startswith(f"host.{block}") for each, scale in scales.items())
+    least = min(scales.values())
+    assert all(scales[each] == least for each in scales if re.match(r"host\.(patch_embed|stem|conv_stem|cls_token|pos_)", each))
 
 
 @pytest.mark.parametrize("distill", ["soft", "features"])

@@ -89,9 +89,9 @@ class Optimizer:
 def layer_scales(names: Sequence[str], head: Collection[str], decay: float) -> dict[str, float]:
     """Return the learning rate factor of each parameter.
 
-    The factor is 1 for the head and the norm or pooling before it, `decay` for the last block, `decay` squared for the block
-    before it, and so on. Other parameters of a stage have the factor of the preceding block. All remaining parameters, such as
-    embeddings, have the smallest factor.
+    The factor is 1 for the head and the parameters after the last block, such as a norm or pooling. It is `decay` for the last
+    block, `decay` squared for the block before it, and so on. Parameters between two blocks have the factor of the first of
+    them. Positions and the parameters before the first block, such as patch embeddings, have the smallest factor.
 
     Args:
         names: the names of the parameters, in the order of the model.
@@ -102,19 +102,19 @@ def layer_scales(names: Sequence[str], head: Collection[str], decay: float) -> d
     """
     blocks: dict[str, int] = {}
     layers: dict[str, int] = {}
+    top = set(head)  # the head, and the parameters after the last block that was found
     for name in names:
-        if found := re.match(r"(.*\b(?:blocks|layers?)\.\d+)\.", name):
-            blocks.setdefault(found[1], len(blocks) + 1)
-            layers[name] = blocks[found[1]]
-        elif name in head or re.match(r"(host\.)?(norm|fc_norm|attention_pool|attn_pool)\.", name):
-            layers[name] = -1
-        else:  # class tokens and positions belong before the blocks, even if they are registered after them
-            outer = re.match(r"(.*\bstages\.\d+)\.", name)
-            layers[name] = len(blocks) if outer else 0
+        if found := re.match(r"(.*\b(?:\w*blocks\w*|layers?)\.\d+)\.", name):  # such as blocks_token_only.0 in cait
+            layers[name] = blocks.setdefault(found[1], len(blocks) + 1)
+            top = set(head)
+        elif re.match(r"(host\.)?pos_", name):  # twins registers its positions after the blocks
+            layers[name] = 0
+        else:
+            layers[name] = len(blocks)
+            top.add(name)
     if decay != 1 and not blocks:
         raise UserError("--layer-decay: expected 1 for a model without blocks, got " + f"{decay:g}")
-    last = len(blocks) + 1
-    return {name: decay ** (last - (last if layer < 0 else layer)) for name, layer in layers.items()}
+    return {name: 1.0 if name in top else decay ** (len(blocks) + 1 - layer) for name, layer in layers.items()}
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: Config) -> float:
