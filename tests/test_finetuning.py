@@ -17,7 +17,7 @@ from vix_kernels.training.config import Config, UserError
 from vix_kernels.training.hosts import HostModel
 from vix_kernels.training.initial import load_initial
 from vix_kernels.training.optim import Optimizer, layer_scales
-from vix_kernels.training.teacher import heads
+from vix_kernels.training.teacher import distance, heads
 from vix_kernels.training.trained import load_trained
 
 pytest.importorskip("sklearn", reason="the digits are from scikit-learn")
@@ -154,6 +154,14 @@ def test_a_student_learns_from_its_teacher(run: Path, distill: str, tmp_path: Pa
     assert history[0]["train_loss"] < 0.1  # not 0, because batch norm uses the statistics of each batch in training
     train(*TINY, *options, "--lr", "1e-30", "--seed", "5", "--output", tmp_path / "new")
     assert load_checkpoint(tmp_path / "new")["history"][0]["train_loss"] > 2 * history[0]["train_loss"]
+
+
+def test_the_distance_of_a_single_output_is_not_zero() -> None:
+    """A softmax over one column is always 1, so there are no probabilities to compare."""
+    actual = torch.tensor([[1.0], [2.0]], requires_grad=True)
+    loss = distance(actual, torch.tensor([[2.0], [4.0]]), "soft")
+    loss.backward()
+    assert loss.item() == 5 and actual.grad.ne(0).all()
 
 
 def test_models_of_timm(tmp_path: Path) -> None:

@@ -339,6 +339,19 @@ def test_finetuning_brings_the_output_closer() -> None:
         linearize(make("transformers")[0], batches, finetune_steps=1, distill="features", **settings)
 
 
+@pytest.mark.parametrize("num_classes", [0, 1])
+def test_finetuning_reproduces_outputs_that_are_no_class_probabilities(num_classes: int) -> None:
+    settings = dict(num_features=4, steps=5, exact_prefix=False, progress=False)
+    divergences = []
+    for finetune_steps in (0, 60):
+        torch.manual_seed(0)
+        model = converting.sharpened(create_model("hybrid_vit", patch_size=4, depth=2, num_classes=num_classes))
+        report = linearize(model, make("vix_kernels")[1], finetune_steps=finetune_steps, finetune_lr=1e-4, **settings)
+        assert report.agreement is None
+        divergences.append(report.divergence)
+    assert divergences[1] < 0.5 * divergences[0]
+
+
 def test_batches_may_be_tuples_or_dicts() -> None:
     reports = []
     for wrap in (

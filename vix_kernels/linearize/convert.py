@@ -22,7 +22,7 @@ from ..training.parallel import Ranks, connected
 from ..training.teacher import distance
 from .batches import Batches, check_same, checksum, drawn, endless, output, part_of, size_of
 from .checks import check_arguments
-from .losses import distilled, schedule
+from .losses import distilled, has_classes, schedule
 from .report import LayerReport, Report
 from .state import Progress, copy_weights, weights_checksum
 from .transfer import collect, fitting, ignore, initialize, layer_of, measure, softmax, transferring
@@ -333,7 +333,8 @@ class Conversion:
                     expected = of(teacher, batch)
                 optimizer.zero_grad()
                 torch.clear_autocast_cache()  # otherwise it could contain the cast weights of the previous step
-                loss = distance(of(self.model, batch), expected, distill) / whole
+                actual = of(self.model, batch)
+                loss = distance(actual, expected, distill if has_classes(self.model, actual) else "features") / whole
                 loss.backward()
                 self.add_gradients(parameters)
                 nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -360,7 +361,7 @@ class Conversion:
             else:
                 with softmax(self.layers):
                     expected = output(self.model, batch)
-            classes = out.dim() == 2 and out.shape[1] > 1 and getattr(self.model, "num_classes", 1) != 0
+            classes = has_classes(self.model, out)
             if classes:
                 agreed += int((out.argmax(1) == expected.argmax(1)).sum())
                 divergence += distance(out, expected, "soft").item()

@@ -32,3 +32,8 @@ def distilled(distill: str) -> Callable[[nn.Module, Any], Tensor]:
         return model.forward_features(tensors(batch)[0].to(next(model.parameters()).device)).float()
 
     return features if distill == "features" else lambda model, batch: output_of(call(model, batch)).float()
+
+
+def has_classes(model: nn.Module, out: Tensor) -> bool:
+    """Return whether the output of a model consists of logits of at least two classes. With num_classes=0, it is features."""
+    return out.dim() == 2 and out.shape[1] > 1 and getattr(model, "num_classes", 1) != 0

@@ -78,13 +78,17 @@ def heads(model: nn.Module) -> list[nn.Module]:
 def distance(actual: Tensor, expected: Tensor, distill: str) -> Tensor:
     """Return the distance between `actual` and `expected`, summed over the samples.
 
-    This is the Kullback-Leibler divergence if `distill` is "soft" and the tensors are logits (batch, classes). Otherwise, it is
-    the squared error of each sample relative to the squared norm of `expected`.
+    This is the Kullback-Leibler divergence if `distill` is "soft" and the tensors are logits (batch, classes) of at least two
+    classes. Otherwise, it is the squared error of each sample, relative to the squared norm of `expected` unless a sample is a
+    single number, which may be close to 0.
     """
-    if distill == "soft" and actual.dim() == 2:
+    if distill == "soft" and actual.dim() == 2 and actual.shape[1] > 1:
         return F.kl_div(actual.log_softmax(1), expected.log_softmax(1), log_target=True, reduction="sum")
     over = tuple(range(1, actual.dim()))
-    return ((actual - expected).square().sum(over) / expected.square().sum(over).clamp(min=1e-30)).sum()
+    errors = (actual - expected).square().sum(over)
+    if actual.shape[1:].numel() == 1:
+        return errors.sum()
+    return (errors / expected.square().sum(over).clamp(min=1e-30)).sum()
 
 
 def load_teacher(path: str, device: torch.device) -> Trained:
